@@ -1,0 +1,74 @@
+"""Find the polysemantic channels of a vision network and split each into one per concept.
+
+The public names are imported when first used, so that `import unbraid` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import version as _version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unbraid.errors import UnbraidError as UnbraidError
+    from unbraid.evaluate import evaluate as evaluate
+    from unbraid.evaluation import Evaluation as Evaluation
+    from unbraid.find import find as find
+    from unbraid.findings import Findings as Findings
+    from unbraid.output import compare_outputs as compare_outputs
+    from unbraid.records import Scan as Scan
+    from unbraid.records import open_scan as open_scan
+    from unbraid.report import report as report
+    from unbraid.scan import scan as scan
+    from unbraid.split import split as split
+    from unbraid.splits import Split as Split
+    from unbraid.surgery import apply as apply
+
+__version__ = _version("unbraid")
+
+_HOME = {
+    "scan": "scan",
+    "open_scan": "records",
+    "Scan": "records",
+    "find": "find",
+    "Findings": "findings",
+    "split": "split",
+    "Split": "splits",
+    "apply": "surgery",
+    "compare_outputs": "output",
+    "evaluate": "evaluate",
+    "Evaluation": "evaluation",
+    "report": "report",
+    "UnbraidError": "errors",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's module when the name is first used."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'unbraid' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"unbraid.{_HOME[name]}"), name)
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return [*__all__, "__version__"]
+
+
+class _Package(ModuleType):
+    """Lets `unbraid.scan` be the function although a submodule of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Put the public name in place of the submodule that the import system would put there."""
+        if name in _HOME and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

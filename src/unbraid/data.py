@@ -1,0 +1,208 @@
+"""Images: folders of class folders, labels and identity of any data set, broken images."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from unbraid.errors import DataError, UsageError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class ImageFolder(Dataset[tuple[Any, int]]):
+    """Images in one folder per class, labelled by the sorted names of these folders.
+
+    Args:
+        root: the folder that holds the class folders.
+        transform: from an RGB picture to a tensor; None hands on the picture.
+        labels: label of each class folder; by default their sorted order.
+
+    Raises:
+        DataError: the folder is missing, has no class folder, or a class has no image.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Callable[[Image.Image], Tensor] | None = None,
+        labels: dict[str, int] | None = None,
+    ) -> None:
+        """List the images; none is read yet."""
+        self.root = Path(root)
+        self.transform = transform
+        folders = class_folders(self.root)
+        numbers = labels or {name: label for label, name in enumerate(folders)}
+        self.samples: list[tuple[str, int]] = []
+        for name in folders:
+            paths = sorted(_pictures_below(self.root / name))
+            if not paths:
+                raise DataError(
+                    f"Class folder {self.root / name} holds no image ({', '.join(EXTENSIONS)}); "
+                    "fill it or remove it."
+                )
+            self.samples += [(str(path), numbers[name]) for path in paths]
+        self.targets = [label for _, label in self.samples]
+        self.classes = [""] * (max(numbers.values()) + 1)
+        for name, label in numbers.items():
+            self.classes[label] = name
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Read one image."""
+        picture, label = self.picture(index), self.targets[index]
+        return (picture if self.transform is None else self.transform(picture)), label
+
+    def picture(self, index: int) -> Image.Image:
+        """Read one image as an RGB picture, before the transform."""
+        return read_picture(self.samples[index][0])
+
+
+def class_folders(root: Path) -> list[str]:
+    """List the class folders of a folder, sorted.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not root.is_dir():
+        raise DataError(f"There is no folder {root}; name one that holds a folder per class.")
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise DataError(
+            f"{root} has no class folders; put the images of each class into a folder of its own."
+        )
+    return names
+
+
+def _pictures_below(folder: Path) -> Iterator[Path]:
+    return (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """Read an image file as it is meant to be seen: upright, RGB.
+
+    Raises:
+        DataError: it is truncated, enormous or no image; the message names the file.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error stays on
+            with Image.open(path) as file:
+                picture = ImageOps.exif_transpose(file)
+                if picture.mode.startswith("I"):  # 16-bit grey: convert() would clip, not scale
+                    picture = picture.point(lambda v: v / 256).convert("L")
+                elif picture.mode == "P":  # a palette may carry transparency
+                    picture = picture.convert("RGBA")
+                return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"Image {path} cannot be read ({error}).") from None
+
+
+def labels_of(dataset: Dataset[Any]) -> list[int]:
+    """Return all labels of a data set, without reading images where it keeps a list of them.
+
+    Looks for `targets` or `labels` (the habit of torchvision's data sets) through Subsets.
+    """
+    if isinstance(dataset, Subset):
+        inner = labels_of(dataset.dataset)
+        return [inner[i] for i in dataset.indices]
+    for name in ("targets", "labels", "_labels"):
+        kept = getattr(dataset, name, None)
+        if isinstance(kept, (Sequence, Tensor)) or hasattr(kept, "tolist"):
+            return [int(label) for label in kept]  # type: ignore[union-attr]
+    return [int(dataset[i][1]) for i in range(size_of(dataset))]
+
+
+def size_of(dataset: Dataset[Any]) -> int:
+    """Return the number of images.
+
+    Raises:
+        UsageError: the data set has no length or no image.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise UsageError(
+            f"The data set ({type(dataset).__name__}) must be map-style: with __len__ and "
+            "__getitem__ giving (image, label)."
+        )
+    size = len(dataset)
+    if size == 0:
+        raise UsageError("The data set holds no image; pass one that does.")
+    return size
+
+
+def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
+    """Return the names of a data set's classes by label, empty where it has none."""
+    inner = dataset.dataset if isinstance(dataset, Subset) else dataset
+    return tuple(str(name) for name in getattr(inner, "classes", ()))
+
+
+def preprocessing_of(dataset: Dataset[Any]) -> str:
+    """Describe a data set's transform, as far as it tells."""
+    inner = dataset.dataset if isinstance(dataset, Subset) else dataset
+    transform = getattr(inner, "transform", None)
+    text = repr(transform) if transform is not None else ""
+    # A default repr holds a memory address, which differs from run to run.
+    return text if " at 0x" not in text else getattr(transform, "__qualname__", "custom")
+
+
+def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
+    """Hash what identifies a data set: labels, and file names and sizes or else sample images.
+
+    A folder is known by the relative path and size of every file. Of any other data set, sixteen
+    evenly spaced images are read.
+    """
+    digest = hashlib.sha256(torch.tensor(labels).numpy().tobytes())
+    samples = getattr(dataset, "samples", None)
+    root = getattr(dataset, "root", None)
+    if samples is not None and root is not None:
+        for path, _ in samples:
+            size = Path(path).stat().st_size if Path(path).exists() else -1
+            digest.update(f"{Path(path).relative_to(root)}\0{size}\0".encode())
+    else:
+        step = max(1, len(labels) // 16)
+        for index in range(0, len(labels), step):
+            try:
+                image = torch.as_tensor(dataset[index][0])
+            except Exception:  # a broken image is the scan's to report, with its rules
+                continue
+            digest.update(image.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Readable(Dataset[tuple[int, Tensor, int] | tuple[int, str]]):
+    """A data set whose items carry their index, and whose failures are items, not exceptions.
+
+    So a broken image in a worker process neither kills it nor loses its place.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        """Wrap a data set of (image, label)."""
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return size_of(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, int] | tuple[int, str]:
+        """Return (index, image, label), or (index, what went wrong)."""
+        try:
+            image, label = self.dataset[index]
+        except DataError as error:
+            return index, str(error)
+        except Exception as error:
+            return index, f"Image {index} of the data set cannot be read ({error})."
+        if not isinstance(image, Tensor):
+            kind = type(image).__name__
+            return index, f"Image {index} is a {kind}, not a tensor; give the data set a transform."
+        return index, image, int(label)

@@ -1,0 +1,131 @@
+"""What `evaluate` returns: measures per channel and concept, for people and for JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unbraid.findings import Concept
+from unbraid.output import OutputComparison
+from unbraid.records import write_whole
+
+if TYPE_CHECKING:
+    from unbraid.evaluate import Responses
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Over images, a new channel's pooled pre-activation divided by the original's."""
+
+    mean: float
+    median: float
+
+
+@dataclass(frozen=True)
+class ConceptEvaluation:
+    """Measures of one concept channel; METHOD.md section 6 defines them."""
+
+    classes: Concept
+    name: str
+    n_images: int
+    retention: float  # ideal 1
+    leakage: float  # mean over the other concepts, ideal 0
+    mimic_error: float  # ideal 0
+    silence_error: float  # mean over the other concepts, ideal 0
+    auroc: float  # ideal 1
+    ratios: tuple[Ratio, ...]  # published table: each concept channel, then the residual
+
+
+@dataclass(frozen=True)
+class ChannelEvaluation:
+    """Measures of one split channel."""
+
+    layer: str
+    channel: int
+    concepts: tuple[ConceptEvaluation, ...]
+    separation_error: float
+    separation_error_rectified: float | None  # None without positions
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measures of all split channels, and of the network's output."""
+
+    method: str
+    layer: str
+    channels: tuple[ChannelEvaluation, ...]
+    responses: dict[int, Responses] = field(repr=False)
+    output: OutputComparison | None = None
+
+    @property
+    def summary(self) -> dict[str, dict[str, float | None]]:
+        """Per method, the mean errors over the channels."""
+        return {
+            self.method: {
+                "separation_error": _mean([c.separation_error for c in self.channels]),
+                "separation_error_rectified": _mean(
+                    [c.separation_error_rectified for c in self.channels]
+                ),
+            }
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what evaluation.json holds; what could not be computed is None."""
+        content = {
+            "output": None if self.output is None else asdict(self.output),
+            "channels": [asdict(channel) for channel in self.channels],
+            "summary": self.summary,
+        }
+        return _finite(content)  # type: ignore[no-any-return]
+
+    def save(self, path: str | Path) -> None:
+        """Write evaluation.json."""
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        write_whole(Path(path), (text + "\n").encode())
+
+    def __str__(self) -> str:
+        """Show the measures as a table, a row per concept channel."""
+        head = ("channel", "concept", "retention", "leakage", "mimic", "silence", "auroc", "error")
+        rows: list[tuple[str, ...]] = [head]
+        for channel in self.channels:
+            for k, concept in enumerate(channel.concepts):
+                values = (
+                    concept.retention,
+                    concept.leakage,
+                    concept.mimic_error,
+                    concept.silence_error,
+                    concept.auroc,
+                )
+                rows.append(
+                    (
+                        "" if k else str(channel.channel),
+                        concept.name,
+                        *(f"{value:.3f}" for value in values),
+                        "" if k else f"{channel.separation_error:.3f}",
+                    )
+                )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join(lines)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN; a figure that could not be computed is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,234 @@
+"""Find polysemantic channels in a Scan: shares, ARVs, cosines, concepts.
+
+Shapes: C_out channels, T classes, G groups, J taps; see METHOD.md sections 2 and 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+from torch import Tensor
+
+from unbraid.errors import UsageError
+from unbraid.findings import Concept, Findings, Pair
+from unbraid.records import Scan
+from unbraid.relevance import input_relevance
+
+
+@dataclass(frozen=True)
+class ClassSums:
+    """What one reading of a Scan leaves of every class."""
+
+    n_images: Tensor  # (T,)
+    pooled: Tensor  # (T, G, J), summed over the images of the class, float64
+    n_matters: Tensor  # (tau, T, C_out), images of the class in which the channel matters
+
+
+def find(
+    scan: Scan,
+    *,
+    tau: float = 0.03,
+    p: float = 0.75,
+    gamma: float = 0.5,
+    channels: Mapping[int, Sequence[Sequence[int]]] | None = None,
+) -> Findings:
+    """Find the channels that two or more classes use for different reasons.
+
+    Channel o matters in an image if its share is tau or more; a class uses it if it matters in at
+    least a fraction p of the images of the class. Two classes that use it have different reasons
+    if the cosine of their averaged relevance vectors is below gamma. The classes that use a
+    polysemantic channel are then grouped by complete linkage: within a concept every two classes
+    are at least gamma alike.
+
+    Args:
+        scan: of the training images.
+        tau: smallest share that matters.
+        p: fraction of a class's images, in (0, 1].
+        gamma: cosine below which two classes have different reasons, in [-1, 1].
+        channels: your own concepts in place of a search, as groups of classes per channel, for
+            example `{1660: [[530], [938]]}`.
+
+    Returns:
+        Findings, perhaps empty; then `Findings.hint` says which thresholds come nearest.
+
+    Raises:
+        UsageError: a threshold is out of range, tau lies below the smallest share that the scan
+            kept, or `channels` names a channel or class that the scan has not.
+
+    Source:
+        Hesse et al. 2025, arXiv:2504.12939; METHOD.md sections 3 and 5.
+    """
+    _check_thresholds(scan, tau, p, gamma)
+    sums = class_sums(scan, [tau])
+    if channels is not None:
+        concepts = {o: _own_concepts(scan, sums, o, groups) for o, groups in channels.items()}
+        pairs = [
+            pair
+            for o, groups in concepts.items()
+            for pair in _pairs(scan, sums, o, torch.tensor(sorted(sum(groups, ()))))[0]
+            if not any(pair.class1 in group and pair.class2 in group for group in groups)
+        ]
+        return Findings(tau, p, gamma, _by_cosine(pairs), concepts, scan.class_names, "")
+    found: list[Pair] = []
+    concepts = {}
+    lowest = float("inf")
+    users = uses(sums, p)[0]  # (T, C_out)
+    for channel in (users.sum(0) >= 2).nonzero()[:, 0].tolist():
+        classes = users[:, channel].nonzero()[:, 0]
+        pairs, cosines = _pairs(scan, sums, channel, classes)
+        below = [pair for pair in pairs if pair.cosine < gamma]
+        lowest = min([lowest, *(pair.cosine for pair in pairs)])
+        if below:
+            found += below
+            concepts[channel] = _group(classes, cosines, gamma)
+    hint = "" if found else _hint(scan, tau, p, gamma, lowest)
+    return Findings(tau, p, gamma, _by_cosine(found), concepts, scan.class_names, hint)
+
+
+def class_sums(scan: Scan, taus: Sequence[float]) -> ClassSums:
+    """Read a Scan once and sum its records by class."""
+    spec = scan.layer
+    n_classes = len(scan.class_names)
+    n_images = torch.zeros(n_classes, dtype=torch.int64)
+    pooled = torch.zeros(n_classes, spec.groups, spec.n_taps, dtype=torch.float64)
+    matters = torch.zeros(len(taus), n_classes * spec.n_out, dtype=torch.int64)
+    for records in scan.shards():
+        n_new = int(records.label.max()) + 1 if len(records) else 0
+        if n_new > n_classes:  # a data set need not name its classes
+            more = n_new - n_classes
+            n_images = torch.cat([n_images, n_images.new_zeros(more)])
+            pooled = torch.cat([pooled, pooled.new_zeros(more, *pooled.shape[1:])])
+            matters = torch.cat([matters, matters.new_zeros(len(taus), more * spec.n_out)], 1)
+            n_classes = n_new
+        n_images.index_add_(0, records.label, torch.ones_like(records.label))
+        pooled.index_add_(0, records.label, records.pooled.double())
+        place = records.label[records.share_image] * spec.n_out + records.share_channel
+        for k, tau in enumerate(taus):
+            chosen = place[records.share_value >= tau]
+            matters[k].index_add_(0, chosen, torch.ones_like(chosen))
+    return ClassSums(n_images, pooled, matters.unflatten(1, (n_classes, spec.n_out)))
+
+
+def uses(sums: ClassSums, p: float) -> Tensor:
+    """Say which class uses which channel, (tau, T, C_out)."""
+    fraction = sums.n_matters / sums.n_images.clamp(min=1).double()[:, None]
+    return (fraction >= p) & (sums.n_images > 0)[:, None]
+
+
+def concept_mean(sums: ClassSums, concept: Concept) -> Tensor:
+    """Mean pooled input over all images of a concept's classes, (G, J)."""
+    chosen = list(concept)
+    return sums.pooled[chosen].sum(0) / sums.n_images[chosen].sum()
+
+
+def averaged_relevance(scan: Scan, sums: ClassSums, channel: int, concept: Concept) -> Tensor:
+    """ARV: mean over a concept's images of each input channel's relevance for a channel.
+
+    Returns:
+        (C_in / G,), float64, in units of the summed pre-activation.
+
+    Source:
+        METHOD.md section 2. The layer is linear, so the mean is taken of the pooled inputs.
+    """
+    pooled = concept_mean(sums, concept)[scan.layer.group_of(channel)]
+    return input_relevance(scan.weight[channel].double(), pooled, scan.layer.taps_per_input)
+
+
+def _pairs(
+    scan: Scan, sums: ClassSums, channel: int, classes: Tensor
+) -> tuple[list[Pair], np.ndarray]:
+    """All pairs of classes at a channel, and their matrix of cosines."""
+    arvs = torch.stack([averaged_relevance(scan, sums, channel, (t,)) for t in classes.tolist()])
+    norms = arvs.norm(dim=1)
+    cosines = (arvs @ arvs.T / (norms[:, None] * norms)).clamp(-1, 1)
+    cosines = cosines.nan_to_num(1.0)  # no relevance at all tells nothing apart
+    use = (sums.n_matters[0, :, channel] / sums.n_images.clamp(min=1)).tolist()
+    labels = classes.tolist()
+    pairs = [
+        Pair(channel, s, t, float(cosines[i, j]), use[s], use[t])
+        for i, s in enumerate(labels)
+        for j, t in enumerate(labels[i + 1 :], i + 1)
+    ]
+    return pairs, cosines.numpy()
+
+
+def _group(classes: Tensor, cosines: np.ndarray, gamma: float) -> tuple[Concept, ...]:
+    """Complete linkage: the widest groups in which every two classes are at least gamma alike."""
+    apart = 4.0  # beyond any 1 - cosine, so that rounding cannot join what gamma parts
+    distances = squareform(np.where(cosines < gamma, apart, 1 - cosines), checks=False)
+    numbers = fcluster(linkage(distances, "complete"), 3.0, "distance")
+    groups = [tuple(classes[numbers == k].tolist()) for k in np.unique(numbers)]
+    return tuple(sorted(groups))
+
+
+def _by_cosine(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+    return tuple(sorted(pairs, key=lambda pair: (pair.cosine, pair.channel)))
+
+
+def _check_thresholds(scan: Scan, tau: float, p: float, gamma: float) -> None:
+    if not 0 < tau <= 1:
+        raise UsageError(f"tau is {tau:g}; a share must lie above 0 and not above 1.")
+    if tau < scan.manifest.min_share:
+        raise UsageError(
+            f"tau is {tau:g}, but the scan kept no share below {scan.manifest.min_share:g}; raise "
+            "tau or scan anew with a smaller min_share."
+        )
+    if not 0 < p <= 1:
+        raise UsageError(f"p is {p:g}; a fraction of images must lie above 0 and not above 1.")
+    if not -1 <= gamma <= 1:
+        raise UsageError(f"gamma is {gamma:g}; a cosine must lie between -1 and 1.")
+
+
+def _own_concepts(
+    scan: Scan, sums: ClassSums, channel: int, groups: Sequence[Sequence[int]]
+) -> tuple[Concept, ...]:
+    """Check concepts that the user names."""
+    if not 0 <= channel < scan.layer.n_out:
+        raise UsageError(
+            f"channels names channel {channel}, but layer {scan.layer.name!r} has channels 0 to "
+            f"{scan.layer.n_out - 1}."
+        )
+    concepts = tuple(tuple(int(c) for c in group) for group in groups)
+    classes = [c for concept in concepts for c in concept]
+    if len(concepts) < 2 or not all(concepts) or len(set(classes)) < len(classes):
+        raise UsageError(
+            f"The concepts of channel {channel} must be two or more groups of classes that share "
+            "no class, such as [[530], [938]]."
+        )
+    for label in classes:
+        if not 0 <= label < len(sums.n_images) or sums.n_images[label] == 0:
+            raise UsageError(
+                f"Channel {channel} names class {label}, of which the scan has no image."
+            )
+    return concepts
+
+
+def _hint(scan: Scan, tau: float, p: float, gamma: float, lowest: float) -> str:
+    """Say which thresholds come nearest to finding something."""
+    hints = []
+    if lowest < 1:
+        hints.append(
+            f"the lowest cosine at this tau and p is {lowest:.3f}, so raise gamma above it"
+        )
+    taus = [t for k in range(1, 40) if (t := tau * 0.9**k) >= scan.manifest.min_share]
+    if taus:
+        sums = class_sums(scan, taus)
+        for lower, users in zip(taus, uses(sums, p), strict=True):
+            for channel in (users.sum(0) >= 2).nonzero()[:, 0].tolist():
+                cosines = [
+                    pair.cosine
+                    for pair in _pairs(scan, sums, channel, users[:, channel].nonzero()[:, 0])[0]
+                ]
+                if min(cosines) < gamma:
+                    hints.append(f"at tau {lower:.3g} channel {channel} is one")
+                    return "Nearest: " + "; ".join(hints) + "."
+    if not hints:
+        hints.append(
+            "no two classes use the same channel; lower p or scan with a smaller min_share"
+        )
+    return "Nearest: " + "; ".join(hints) + "."

@@ -1,0 +1,94 @@
+"""Compare what two networks compute."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from unbraid.data import Readable, size_of
+from unbraid.errors import DataError, OutputChangedError
+from unbraid.progress import image_progress
+from unbraid.relevance import undisturbed
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """How far a network's outputs are from the original's."""
+
+    max_abs_logit_diff: float
+    top1_agreement: float  # fraction of the images
+    top1_before: float  # accuracy of the original
+    top1_after: float
+
+
+def compare_outputs(
+    model: nn.Module,
+    model2: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    tolerance: float = 1e-4,
+    batch_size: int = 64,
+    workers: int = 0,
+    skip_broken: bool = False,
+    progress: bool = False,
+) -> OutputComparison:
+    """Measure how far two networks' logits differ, and raise if they do.
+
+    Args:
+        model: the original.
+        model2: the split network, on the same device.
+        dataset: map-style, of (image tensor, label).
+        tolerance: the largest absolute logit difference that passes; 0 for the exact form.
+        batch_size: images per forward pass.
+        workers: processes that load images.
+        skip_broken: leave out images that cannot be read.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        OutputChangedError: a logit differs by more than the tolerance, or is not a number.
+        DataError: an image cannot be read.
+    """
+    n_images = size_of(dataset)
+    device = next(model.parameters()).device
+    loader = DataLoader(
+        Readable(dataset),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=list,
+    )
+    worst, seen, agree, before, after = 0.0, 0, 0, 0, 0
+    with (
+        undisturbed(model),
+        undisturbed(model2),
+        torch.no_grad(),
+        image_progress("Comparing outputs", n_images, show=progress) as advance,
+    ):
+        for items in loader:
+            advance(len(items))
+            good = [item for item in items if len(item) == 3]
+            if len(good) < len(items) and not skip_broken:
+                raise DataError(next(item[1] for item in items if len(item) == 2))
+            if not good:
+                continue
+            images = torch.stack([item[1] for item in good]).to(device)
+            labels = torch.tensor([item[2] for item in good], device=device)
+            logits, logits2 = model(images), model2(images)
+            difference = float((logits - logits2).abs().max())
+            worst = difference if math.isnan(difference) else max(worst, difference)
+            if not worst <= tolerance:  # a NaN is no pass
+                raise OutputChangedError(
+                    f"The split network's logits differ from the original's by {worst:.3g}, more "
+                    f"than the tolerance {tolerance:g}; do not use it, or raise the tolerance."
+                )
+            seen += len(good)
+            agree += int((logits.argmax(1) == logits2.argmax(1)).sum())
+            before += int((logits.argmax(1) == labels).sum())
+            after += int((logits2.argmax(1) == labels).sum())
+    if seen == 0:
+        raise DataError("No image could be read, so there is nothing to compare outputs on.")
+    return OutputComparison(worst, agree / seen, before / seen, after / seen)

@@ -1,0 +1,272 @@
+"""The Scan on disk: a manifest, the layer's weights, and shards of one record per image.
+
+`docs/format.md` specifies the files. Everything is safetensors or JSON, and every file appears
+whole or not at all: it is written under a temporary name, synced and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from unbraid.errors import RunError, UsageError
+from unbraid.layers import LayerSpec
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a Scan was made of; two scans with the same identity hold the same records."""
+
+    weights: str  # hash of the network's weights
+    layer: LayerSpec
+    data: str  # fingerprint of the images and labels
+    n_images: int  # images concerned, broken ones included
+    class_names: tuple[str, ...]
+    preprocessing: str
+    dtype: str  # of the network's weights
+    min_share: float  # the smallest share kept
+    classes: tuple[int, ...] | None  # only images of these classes; None for all
+    positions: bool  # whether the layer's input map is kept too
+    shard_size: int
+    batch_size: int
+    skip_broken: bool
+    source: dict[str, Any]  # how the command line found network and images, for later commands
+    versions: dict[str, str]
+    schema: int = SCHEMA
+
+    # What must agree before a scan goes on in a folder, in words for people.
+    _identity = {  # noqa: RUF012
+        "weights": "the network's weights",
+        "layer": "the layer",
+        "data": "the images or labels",
+        "preprocessing": "the preprocessing",
+        "dtype": "the number format",
+        "min_share": "the smallest share kept",
+        "classes": "the classes",
+        "positions": "whether positions are kept",
+        "shard_size": "the shard size",
+        "batch_size": "the batch size",
+        "skip_broken": "how broken images are treated",
+    }
+
+    @property
+    def n_shards(self) -> int:
+        """Shards that a complete Scan has."""
+        return -(-self.n_images // self.shard_size)
+
+    def differences(self, other: Manifest) -> list[str]:
+        """Name, in words, what makes two scans different things."""
+        return [
+            words
+            for key, words in self._identity.items()
+            if getattr(self, key) != getattr(other, key)
+        ]
+
+    def to_json(self) -> str:
+        """Return the text of manifest.json."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read the text of manifest.json.
+
+        Raises:
+            ValueError, KeyError, TypeError: the text is not a manifest.
+        """
+        values = json.loads(text)
+        if values["schema"] != SCHEMA:
+            raise ValueError(f"schema {values['schema']}, this version reads {SCHEMA}")
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown entries {sorted(unknown)}")
+        values["layer"] = LayerSpec.from_dict(values["layer"])
+        values["class_names"] = tuple(values["class_names"])
+        if values["classes"] is not None:
+            values["classes"] = tuple(values["classes"])
+        return cls(**values)
+
+
+@dataclass
+class Records:
+    """The records of some images. N images, S shares kept, B broken images."""
+
+    index: Tensor  # (N,), place in the data set
+    label: Tensor  # (N,)
+    prediction: Tensor  # (N,)
+    n_positions: Tensor  # (N,), output positions summed over
+    pooled: Tensor  # (N, G, J)
+    share_start: Tensor  # (N + 1,), image n has the shares share_start[n]:share_start[n + 1]
+    share_channel: Tensor  # (S,)
+    share_value: Tensor  # (S,)
+    broken: Tensor  # (B,), places in the data set of images that could not be read
+    input_map: Tensor | None = None  # (N, C_in, positions ...), only with positions=True
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.index)
+
+    @property
+    def share_image(self) -> Tensor:
+        """(S,), which of the N images each share belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self)), self.share_start.diff())
+
+    def share_of(self, channel: int) -> Tensor:
+        """(N,), the share of one channel in every image, zero where it was too small to keep."""
+        share = self.share_value.new_zeros(len(self))
+        found = self.share_channel == channel
+        share[self.share_image[found]] = self.share_value[found]
+        return share
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A finished scan: open it with `unbraid.open_scan`, or get it from `unbraid.scan`."""
+
+    path: Path
+    manifest: Manifest
+    weight: Tensor  # (C_out, J)
+    bias: Tensor  # (C_out,)
+
+    @property
+    def layer(self) -> LayerSpec:
+        """The layer scanned."""
+        return self.manifest.layer
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by label, also of those without images."""
+        return self.manifest.class_names
+
+    @property
+    def positions(self) -> bool:
+        """Whether the records hold the layer's input maps."""
+        return self.manifest.positions
+
+    def shards(self) -> Iterator[Records]:
+        """Read the records shard by shard, so that memory does not grow with their number."""
+        for shard in range(self.manifest.n_shards):
+            yield read_shard(self.path, shard)
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a class, or its number where it has none."""
+        return self.class_names[label] if label < len(self.class_names) else str(label)
+
+
+def open_scan(path: str | Path) -> Scan:
+    """Open a finished scan.
+
+    Raises:
+        RunError: there is no scan, it is damaged, or it was not finished.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise RunError(f"{folder} holds no scan; make one with `unbraid scan`.")
+    missing = [k for k in range(manifest.n_shards) if not shard_path(folder, k).exists()]
+    if missing:
+        raise RunError(
+            f"The scan in {folder} is not finished ({len(missing)} of {manifest.n_shards} shards "
+            "are missing); start the same scan again and it goes on."
+        )
+    layer = read_tensors(folder / "layer.safetensors")[0]
+    return Scan(folder, manifest, layer["weight"], layer["bias"])
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Read a folder's manifest, None where there is none.
+
+    Raises:
+        RunError: the file is not a manifest that this version can read.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise RunError(f"{path} is not a manifest that can be read ({error}); scan anew.") from None
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """Return the file of a shard."""
+    return folder / f"shard-{shard:06d}.safetensors"
+
+
+def write_shard(folder: Path, shard: int, records: Records) -> None:
+    """Write one shard."""
+    tensors = {k: v for k, v in vars(records).items() if v is not None}
+    write_tensors(shard_path(folder, shard), tensors, {})
+
+
+def read_shard(folder: Path, shard: int) -> Records:
+    """Read one shard.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    path = shard_path(folder, shard)
+    try:
+        return Records(**read_tensors(path)[0])
+    except TypeError:
+        raise RunError(f"{path} is not a shard; delete it and start the scan again.") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    whole = {k: v.contiguous() for k, v in tensors.items()}
+    write_whole(path, safetensors.torch.save(whole, metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file and its metadata.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error}); delete it and start the command that wrote it again."
+        ) from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync it and rename it.
+
+    Raises:
+        RunError: the disk is full or may not be written.
+        UsageError: the folder is in fact a file.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{path.parent} is a file, not a folder; name another folder.") from None
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"The disk is full, {path.name} was not written; what is finished is kept: make "
+                "room and start the same command again."
+            ) from None
+        raise RunError(f"{path} cannot be written ({error.strerror}).") from None

@@ -1,0 +1,130 @@
+"""What `split` returns: new rows per channel, kept in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbraid.errors import RunError
+from unbraid.findings import Concept
+from unbraid.layers import LayerSpec
+from unbraid.records import read_tensors, write_tensors
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelSplit:
+    """One channel's division among its concepts."""
+
+    channel: int
+    concepts: tuple[Concept, ...]
+    masks: Tensor  # (K, J), in [0, 1]: how much of each tap a concept channel keeps
+    weight: Tensor  # (J,), the original row
+    bias: float  # stands in every row
+    info: dict[str, Any]  # how the masks were chosen
+
+    @property
+    def rows(self) -> Tensor:
+        """(K, J), the concept channels' weights."""
+        return self.masks * self.weight
+
+    @property
+    def residual_row(self) -> Tensor:
+        """(J,), what is subtracted so that the concept channels add up to the original."""
+        return self.rows.sum(0) - self.weight
+
+    @property
+    def residual_bias(self) -> float:
+        """(K - 1) times the bias, since it stands in every row."""
+        return (len(self.concepts) - 1) * self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Concept channels for one layer of one network."""
+
+    layer: LayerSpec
+    weights: str  # hash of the network that it was made for
+    method: str
+    settings: dict[str, Any]
+    class_names: tuple[str, ...]
+    channels: tuple[ChannelSplit, ...]
+
+    def __getitem__(self, channel: int) -> ChannelSplit:
+        """Return the division of one channel.
+
+        Raises:
+            KeyError: the channel was not split.
+        """
+        for part in self.channels:
+            if part.channel == channel:
+                return part
+        raise KeyError(f"channel {channel} was not split")
+
+    def name(self, concept: Concept) -> str:
+        """Name a concept by its classes."""
+        known = self.class_names
+        return ", ".join(known[c] if c < len(known) and known[c] else str(c) for c in concept)
+
+    def save(self, path: str | Path) -> None:
+        """Write the split to one safetensors file; `docs/format.md` specifies it.
+
+        Raises:
+            RunError: the disk is full or may not be written.
+        """
+        tensors = {f"masks.{part.channel}": part.masks for part in self.channels}
+        tensors["weight"] = torch.stack([part.weight for part in self.channels])
+        tensors["bias"] = torch.tensor([part.bias for part in self.channels], dtype=torch.float64)
+        about = {
+            "schema": SCHEMA,
+            "layer": self.layer.to_dict(),
+            "weights": self.weights,
+            "method": self.method,
+            "settings": self.settings,
+            "class_names": self.class_names,
+            "channels": [
+                {"channel": part.channel, "concepts": part.concepts, "info": part.info}
+                for part in self.channels
+            ],
+        }
+        write_tensors(Path(path), tensors, {"unbraid": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Split:
+        """Read a split from its file.
+
+        Raises:
+            RunError: the file is missing, damaged or not a split.
+        """
+        tensors, metadata = read_tensors(Path(path))
+        try:
+            about = json.loads(metadata["unbraid"])
+            if about["schema"] != SCHEMA:
+                raise ValueError(f"schema {about['schema']}, this version reads {SCHEMA}")
+            channels = tuple(
+                ChannelSplit(
+                    channel=entry["channel"],
+                    concepts=tuple(tuple(concept) for concept in entry["concepts"]),
+                    masks=tensors[f"masks.{entry['channel']}"],
+                    weight=tensors["weight"][n],
+                    bias=float(tensors["bias"][n]),
+                    info=entry["info"],
+                )
+                for n, entry in enumerate(about["channels"])
+            )
+            return cls(
+                layer=LayerSpec.from_dict(about["layer"]),
+                weights=about["weights"],
+                method=about["method"],
+                settings=about["settings"],
+                class_names=tuple(about["class_names"]),
+                channels=channels,
+            )
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise RunError(f"{path} is not a split that can be read ({error}).") from None

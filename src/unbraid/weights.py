@@ -1,0 +1,32 @@
+"""A network's weights as a whole: their identity and their health."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from unbraid.errors import ModelError
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Hash names, shapes, kinds and bytes of everything in the state dict, on any device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def refuse_broken_weights(model: nn.Module) -> None:
+    """Raise if any weight is NaN or infinite.
+
+    Raises:
+        ModelError: names the first such tensor.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ModelError(
+                f"The network's {name!r} holds NaN or infinite numbers; load sound weights."
+            )

@@ -1,0 +1,365 @@
+"""Slow reference implementations, written straight from the definitions of the method.
+
+Every figure of the fast path is tested against these. They are independent of it: one image at a
+time, float64, the layer itself run forward and differentiated by autograd, plain loops otherwise.
+Sections refer to METHOD.md. One image `x` has no batch dimension: (C_in, *spatial) for a
+convolution, (F,) or (*tokens, F) for a fully connected layer; positions are flattened.
+"""
+
+import copy
+import math
+import statistics
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+RHOS = tuple(i / 20 for i in range(1, 21))  # 0.05, 0.10 ... 1.00
+CRITERION_EPS = 1e-5
+
+Images = Sequence[Tensor] | Tensor  # one map per image, a batch dimension first if a tensor
+Indices = Sequence[int] | Tensor
+
+
+# --- running a layer ------------------------------------------------------------------------------
+
+
+def _copy64(module: nn.Module) -> nn.Module:
+    """A float64 copy in eval mode, so that nothing here can change what was handed in."""
+    return copy.deepcopy(module).double().eval().requires_grad_(True)
+
+
+def _check(layer: nn.Module) -> None:
+    if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise TypeError(f"the oracle knows nn.Linear and nn.Conv1d/2d/3d, not {type(layer)}")
+    if not isinstance(layer.weight, nn.Parameter):
+        raise TypeError("the oracle wants a plain weight, not a parametrized one")
+
+
+def _n_groups(layer: nn.Module) -> int:
+    return 1 if isinstance(layer, nn.Linear) else layer.groups
+
+
+def _by_channel(layer: nn.Module, z: Tensor) -> Tensor:
+    """z of one image as (C, P); channels are last in a fully connected layer, else first."""
+    if isinstance(layer, nn.Linear):
+        z = z.movedim(-1, 0)
+    return z.reshape(z.shape[0], -1)
+
+
+def _run(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer's output for one image, (C_out, P)."""
+    return _by_channel(layer, layer(x.unsqueeze(0)).squeeze(0))
+
+
+def channel_map(layer: nn.Module, o: int, row: Tensor, x: Tensor) -> Tensor:
+    """z[o, :] of one image, (P,), were `row` (J,) in the place of W[o]; the bias stands."""
+    _check(layer)
+    changed = _copy64(layer)
+    with torch.no_grad():
+        changed.weight[o] = row.double().reshape(changed.weight[o].shape)
+        return _run(changed, x.double())[o]
+
+
+# --- section 2: notation --------------------------------------------------------------------------
+
+
+@torch.enable_grad()
+def pooled_input(layer: nn.Module, x: Tensor) -> Tensor:
+    """s, (G, J): gradient of sum_p z[o,p] with respect to W[o], o each group's first channel."""
+    _check(layer)
+    layer = _copy64(layer)
+    n_groups = _n_groups(layer)
+    z = _run(layer, x.double())
+    rows = []
+    for group in range(n_groups):
+        o = group * (z.shape[0] // n_groups)
+        (gradient,) = torch.autograd.grad(z[o].sum(), layer.weight, retain_graph=True)
+        rows.append(gradient[o].flatten())
+    return torch.stack(rows)
+
+
+def _strip_batch(layer: nn.Module, value: Tensor) -> Tensor:
+    """Drop the batch dimension; some networks fold windows of tokens in, those are positions."""
+    if value.shape[0] == 1:
+        return value[0]
+    if isinstance(layer, nn.Linear):
+        return value
+    raise ValueError(f"expected a batch of one image at the layer, got {tuple(value.shape)}")
+
+
+def layer_io(model: nn.Module, layer_name: str, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's input x, its output z, and the logits (T,), for one image."""
+    model = _copy64(model)
+    layer = model.get_submodule(layer_name)
+    _check(layer)
+    calls = []
+
+    def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        # Cloned, because the next module may write into the output.
+        calls.append((args[0].detach().clone(), output.detach().clone()))
+
+    layer.register_forward_hook(keep)
+    with torch.no_grad():
+        logits = model(image.double().unsqueeze(0))[0]
+    if len(calls) != 1:
+        raise ValueError(f"{layer_name} ran {len(calls)} times, expected once")
+    x, z = calls[0]
+    return _strip_batch(layer, x), _strip_batch(layer, z), logits
+
+
+@torch.enable_grad()
+def relevance(model: nn.Module, layer_name: str, image: Tensor, label: int) -> Tensor:
+    """r[o] = sum_p z[o,p] * d logit_label / d z[o,p], (C_out,).
+
+    The layer's output is replaced by a copy of a leaf, so the gradient is that of the map from z
+    to the logits, and modules that write in place write into the copy.
+    """
+    model = _copy64(model)
+    layer = model.get_submodule(layer_name)
+    _check(layer)
+    leaves = []
+
+    def cut(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        leaf = output.detach().clone().requires_grad_(True)
+        leaves.append(leaf)
+        return leaf.clone()
+
+    layer.register_forward_hook(cut)
+    logits = model(image.double().unsqueeze(0))[0]
+    if len(leaves) != 1:
+        raise ValueError(f"{layer_name} ran {len(leaves)} times, expected once")
+    (gradient,) = torch.autograd.grad(logits[int(label)], leaves[0])
+    product = _strip_batch(layer, leaves[0].detach() * gradient)
+    return _by_channel(layer, product).sum(dim=1)
+
+
+def shares(r: Tensor) -> Tensor:
+    """share[o] = r[o] / sum_o max(r[o], 0), (C_out,); all zero if no relevance is positive."""
+    r = r.double()
+    positive = sum(max(value, 0.0) for value in r.tolist())
+    if positive == 0:
+        return torch.zeros_like(r)
+    return r / positive
+
+
+@torch.enable_grad()
+def channel_input_relevance(layer: nn.Module, x: Tensor) -> Tensor:
+    """a[o,i], (C_out, C_in_per_group): input x gradient of sum_p z[o,p] without the bias."""
+    _check(layer)
+    layer = _copy64(layer)
+    layer.bias = None
+    x = x.double().clone().requires_grad_(True)
+    z = _run(layer, x)
+    n_out, n_groups = z.shape[0], _n_groups(layer)
+    rows = []
+    for o in range(n_out):
+        (gradient,) = torch.autograd.grad(z[o].sum(), x, retain_graph=True)
+        per_channel = _by_channel(layer, x.detach() * gradient).sum(dim=1)  # (C_in,)
+        group = o // (n_out // n_groups)
+        rows.append(per_channel.reshape(n_groups, -1)[group])
+    return torch.stack(rows)
+
+
+def arv(a_per_image: Tensor, labels: Indices, t: int) -> Tensor:
+    """ARV[:,t], (C_out, C_in): mean of a, (N, C_out, C_in), over the images of class t."""
+    total = torch.zeros(a_per_image.shape[1:], dtype=torch.float64)
+    n_images = 0
+    for a, label in zip(a_per_image, labels, strict=True):
+        if int(label) == t:
+            total += a.double()
+            n_images += 1
+    if n_images == 0:
+        raise ValueError(f"class {t} has no image")
+    return total / n_images
+
+
+# --- section 3: the published procedure -----------------------------------------------------------
+
+
+def uses(shares: Tensor, labels: Indices, tau: float, p: float) -> Tensor:
+    """Step 1, bool (T, C): does channel c matter in at least a fraction p of the images of t?
+
+    shares is (N, C). T is the largest label plus one; a class without images uses nothing.
+    """
+    labels = [int(label) for label in labels]
+    n_classes, n_channels = max(labels) + 1, shares.shape[1]
+    used = torch.zeros(n_classes, n_channels, dtype=torch.bool)
+    for t in range(n_classes):
+        images = [n for n, label in enumerate(labels) if label == t]
+        for c in range(n_channels):
+            n_matters = sum(1 for n in images if float(shares[n, c]) >= tau)
+            used[t, c] = bool(images) and n_matters / len(images) >= p
+    return used
+
+
+def cosine(v1: Tensor, v2: Tensor) -> float:
+    """The cosine of two vectors; nan if one of them is zero."""
+    v1, v2 = v1.double().flatten(), v2.double().flatten()
+    norms = math.sqrt(float((v1 * v1).sum())) * math.sqrt(float((v2 * v2).sum()))
+    return float((v1 * v2).sum()) / norms if norms > 0 else math.nan
+
+
+def polysemantic_pairs(
+    arvs: Tensor, uses: Tensor, gamma: float
+) -> list[tuple[int, int, int, float]]:
+    """Step 2: all (channel, t1, t2, cosine), t1 < t2, both using the channel, cosine < gamma.
+
+    arvs is (T, C, C_in), uses (T, C). Negative cosines count; a zero ARV makes no pair.
+    """
+    n_classes, n_channels = uses.shape
+    pairs = []
+    for c in range(n_channels):
+        for t1 in range(n_classes):
+            for t2 in range(t1 + 1, n_classes):
+                if not (bool(uses[t1, c]) and bool(uses[t2, c])):
+                    continue
+                similarity = cosine(arvs[t1, c], arvs[t2, c])
+                if similarity < gamma:
+                    pairs.append((c, t1, t2, similarity))
+    return pairs
+
+
+def published_rows(
+    w_o: Tensor, v1: Tensor, v2: Tensor, rho: float, taps_per_channel: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step 3: the rows (W1, W2, R), each (J,), of the published rule.
+
+    v1 and v2 hold one value per input channel, each valid for `taps_per_channel` neighbouring
+    taps of w_o (J,); with the default of 1 they hold one value per tap.
+    """
+    w_o = w_o.double().flatten()
+    row1, row2, residual = w_o.clone(), w_o.clone(), w_o.clone()
+    for j in range(len(w_o)):
+        a, b = float(v1[j // taps_per_channel]), float(v2[j // taps_per_channel])
+        in_s1 = rho * a > b
+        in_s2 = rho * b > a and not in_s1
+        if in_s2:
+            row1[j] = 0.0
+        if in_s1:
+            row2[j] = 0.0
+        if in_s1 or in_s2:
+            residual[j] = 0.0
+    return row1, row2, residual
+
+
+def _rectified_sum(layer: nn.Module, o: int, row: Tensor, x: Tensor) -> float:
+    """d = sum_p max(z, 0) of one image with `row` in the place of W[o]."""
+    return sum(max(value, 0.0) for value in channel_map(layer, o, row, x).tolist())
+
+
+def published_rho(
+    layer: nn.Module, o: int, inputs1: Images, inputs2: Images, v1: Tensor, v2: Tensor
+) -> tuple[float, dict[float, float]]:
+    """Step 4: the best rho, the lowest on a tie, and the criterion at every rho.
+
+    inputs1 and inputs2 are the layer's input maps for the training images of the two classes.
+    v1 and v2 hold one value per input channel of the group, or one per tap.
+    """
+    w_o = layer.weight[o].detach().flatten()
+    criterion = {}
+    for rho in RHOS:
+        row1, row2, _ = published_rows(w_o, v1, v2, rho, len(w_o) // len(v1))
+        ratios1, ratios2 = [], []
+        for x in inputs1:
+            d1, d2 = _rectified_sum(layer, o, row1, x), _rectified_sum(layer, o, row2, x)
+            ratios1.append(d1 / (d2 + CRITERION_EPS))
+        for x in inputs2:
+            d1, d2 = _rectified_sum(layer, o, row1, x), _rectified_sum(layer, o, row2, x)
+            ratios2.append(d2 / (d1 + CRITERION_EPS))
+        criterion[rho] = sum(ratios1) / len(ratios1) + sum(ratios2) / len(ratios2)
+    best = RHOS[0]
+    for rho in RHOS:
+        if criterion[rho] > criterion[best]:
+            best = rho
+    return best, criterion
+
+
+def published_table(
+    layer: nn.Module,
+    o: int,
+    rows: tuple[Tensor, Tensor, Tensor],
+    inputs: Images,
+    share_o: Tensor,
+    tau: float,
+) -> dict[str, dict[str, float]]:
+    """Step 5: mean and median of sum_p z_new / sum_p z over the images with share >= tau.
+
+    rows is (W1, W2, R), share_o (N,) the channel's share in each image of `inputs`. Keys are
+    "concept_1", "concept_2" and "residual", below them "mean", "median" (of an even number of
+    images the middle of the two) and "n_images"; nan if no image has the share. All rows carry
+    the layer's bias: of the residual it is (K - 1) * b, and K is 2.
+    """
+    original = layer.weight[o].detach().flatten()
+    chosen = [x for x, share in zip(inputs, share_o, strict=True) if float(share) >= tau]
+    table = {}
+    for name, row in zip(("concept_1", "concept_2", "residual"), rows, strict=True):
+        ratios = []
+        for x in chosen:
+            z_new = channel_map(layer, o, row, x).sum()
+            z_orig = channel_map(layer, o, original, x).sum()
+            ratios.append((z_new / z_orig).item())
+        table[name] = {
+            "mean": sum(ratios) / len(ratios) if ratios else math.nan,
+            "median": statistics.median(ratios) if ratios else math.nan,
+            "n_images": len(ratios),
+        }
+    return table
+
+
+# --- section 6: measures --------------------------------------------------------------------------
+# z and z_k are (N,): one pooled (or rectified) value per image of the original channel and of the
+# concept channel. images_k and images_l are the indices of the images of concepts k and l.
+
+
+def _at(values: Tensor, images: Indices) -> Tensor:
+    return torch.stack([values[int(n)] for n in images]).double()
+
+
+def _rms(values: Tensor) -> Tensor:
+    return (values**2).mean().sqrt()
+
+
+def retention(z: Tensor, z_k: Tensor, images_k: Indices) -> float:
+    """mean_{D_k} z_k / mean_{D_k} z."""
+    return (_at(z_k, images_k).mean() / _at(z, images_k).mean()).item()
+
+
+def leakage(z: Tensor, z_k: Tensor, images_l: Indices) -> float:
+    """mean_{D_l} z_k / mean_{D_l} z, of k on another concept l."""
+    return (_at(z_k, images_l).mean() / _at(z, images_l).mean()).item()
+
+
+def mimic_error(z: Tensor, z_k: Tensor, images_k: Indices) -> float:
+    """rms_{D_k}(z_k - z) / rms_{D_k}(z)."""
+    return (_rms(_at(z_k, images_k) - _at(z, images_k)) / _rms(_at(z, images_k))).item()
+
+
+def silence_error(z: Tensor, z_k: Tensor, images_l: Indices) -> float:
+    """rms_{D_l}(z_k) / rms_{D_l}(z), of k on another concept l."""
+    return (_rms(_at(z_k, images_l)) / _rms(_at(z, images_l))).item()
+
+
+def separation_error(z: Tensor, z_new: Sequence[Tensor], images: Sequence[Indices]) -> float:
+    """Mean of all K mimic errors and all K (K - 1) silence errors.
+
+    z_new holds z_k of each concept, images the indices D_k of each concept.
+    """
+    errors = []
+    for k, z_k in enumerate(z_new):
+        for other, images_l in enumerate(images):
+            error = mimic_error if other == k else silence_error
+            errors.append(error(z, z_k, images_l))
+    return sum(errors) / len(errors)
+
+
+def auroc(z_k: Tensor, images_k: Indices, images_other: Indices) -> float:
+    """Fraction of pairs (own, other) in which the image of the own concept has the larger z_k."""
+    wins = 0.0
+    for own in _at(z_k, images_k).tolist():
+        for other in _at(z_k, images_other).tolist():
+            if own > other:
+                wins += 1.0
+            elif own == other:
+                wins += 0.5
+    return wins / (len(images_k) * len(images_other))
