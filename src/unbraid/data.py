@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ class ImageFolder(Dataset[tuple[Any, int]]):
         root: the folder that holds the class folders.
         transform: from an RGB picture to a tensor; None hands on the picture.
         labels: label of each class folder; by default their sorted order.
+        class_names: names by label; by default those of the folders.
 
     Raises:
         DataError: the folder is missing, has no class folder, or a class has no image.
@@ -35,6 +37,7 @@ class ImageFolder(Dataset[tuple[Any, int]]):
         root: str | Path,
         transform: Callable[[Image.Image], Tensor] | None = None,
         labels: dict[str, int] | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         """List the images; none is read yet."""
         self.root = Path(root)
@@ -51,9 +54,11 @@ class ImageFolder(Dataset[tuple[Any, int]]):
                 )
             self.samples += [(str(path), numbers[name]) for path in paths]
         self.targets = [label for _, label in self.samples]
-        self.classes = [""] * (max(numbers.values()) + 1)
-        for name, label in numbers.items():
-            self.classes[label] = name
+        self.classes = list(class_names)
+        if not self.classes:
+            self.classes = [""] * (max(numbers.values()) + 1)
+            for name, label in numbers.items():
+                self.classes[label] = name
 
     def __len__(self) -> int:
         """Number of images."""
@@ -83,6 +88,55 @@ def class_folders(root: Path) -> list[str]:
             f"{root} has no class folders; put the images of each class into a folder of its own."
         )
     return names
+
+
+def label_folders(folders: Sequence[str], outputs: Sequence[str], n_outputs: int) -> dict[str, int]:
+    """Decide which output of a network each class folder stands for.
+
+    In this order: folders named by output number; by output name; by WordNet id as in ImageNet
+    (the list comes with timm); else as many folders as outputs, or fewer, in sorted order.
+
+    Args:
+        folders: their names, sorted.
+        outputs: names of the network's outputs, empty where unknown.
+        n_outputs: how many outputs there are.
+
+    Raises:
+        DataError: there are more folders than outputs, or WordNet ids cannot be looked up.
+
+    >>> label_folders(["530", "938"], [], 1000)
+    {'530': 530, '938': 938}
+    >>> label_folders(["cat", "dog"], ["dog", "cat"], 2)
+    {'cat': 1, 'dog': 0}
+    """
+    if len(folders) > n_outputs:
+        raise DataError(
+            f"There are {len(folders)} class folders but the network has {n_outputs} outputs; "
+            "remove the folders that it does not know."
+        )
+    if all(name.isdecimal() and int(name) < n_outputs for name in folders):
+        return {name: int(name) for name in folders}
+    if outputs and set(folders) <= set(outputs):
+        return {name: list(outputs).index(name) for name in folders}
+    wordnet_ids = all(re.fullmatch(r"n\d{8}", name) for name in folders)
+    if wordnet_ids and n_outputs == 1000 and len(folders) < 1000:
+        ids = _imagenet_ids()
+        unknown = sorted(set(folders) - set(ids))
+        if unknown:
+            raise DataError(f"{unknown[0]} is no class of ImageNet-1k; remove or rename it.")
+        return {name: ids.index(name) for name in folders}
+    return {name: label for label, name in enumerate(folders)}
+
+
+def _imagenet_ids() -> list[str]:
+    try:
+        from timm.data import ImageNetInfo
+    except ImportError:
+        raise DataError(
+            "Folders named by WordNet id need timm's list of them; pip install 'unbraid[timm]', or "
+            "name the folders by output number."
+        ) from None
+    return list(ImageNetInfo("imagenet-1k").label_names())
 
 
 def _pictures_below(folder: Path) -> Iterator[Path]:
@@ -145,6 +199,12 @@ def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
     """Return the names of a data set's classes by label, empty where it has none."""
     inner = dataset.dataset if isinstance(dataset, Subset) else dataset
     return tuple(str(name) for name in getattr(inner, "classes", ()))
+
+
+def name_of(dataset: Dataset[Any], index: int) -> str:
+    """Name an image for people: its file, or its place in a data set that has no files."""
+    samples = getattr(dataset, "samples", None)
+    return str(samples[index][0]) if samples is not None else f"image {index}"
 
 
 def preprocessing_of(dataset: Dataset[Any]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unbraid.errors import RunError
 from unbraid.findings import Concept
 from unbraid.output import OutputComparison
 from unbraid.records import write_whole
@@ -113,6 +114,19 @@ class Evaluation:
             for row in rows
         ]
         return "\n".join(lines)
+
+
+def read_output(path: Path) -> OutputComparison | None:
+    """Read the output figures from evaluation.json, None if they were not measured.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        output = json.loads(path.read_text(encoding="utf-8"))["output"]
+        return None if output is None else OutputComparison(**output)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} cannot be read ({error}); start the run again.") from None
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -5,7 +5,7 @@ Shapes: C_out channels, T classes, G groups, J taps; see METHOD.md sections 2 an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,26 +67,16 @@ def find(
     sums = class_sums(scan, [tau])
     if channels is not None:
         concepts = {o: _own_concepts(scan, sums, o, groups) for o, groups in channels.items()}
-        pairs = [
-            pair
-            for o, groups in concepts.items()
-            for pair in _pairs(scan, sums, o, torch.tensor(sorted(sum(groups, ()))))[0]
-            if not any(pair.class1 in group and pair.class2 in group for group in groups)
-        ]
-        return Findings(tau, p, gamma, _by_cosine(pairs), concepts, scan.class_names, "")
+        own = [pair for o, groups in concepts.items() for pair in _own_pairs(scan, sums, o, groups)]
+        return Findings(tau, p, gamma, _by_cosine(own), concepts, scan.class_names, "")
     found: list[Pair] = []
     concepts = {}
-    lowest = float("inf")
-    users = uses(sums, p)[0]  # (T, C_out)
-    for channel in (users.sum(0) >= 2).nonzero()[:, 0].tolist():
-        classes = users[:, channel].nonzero()[:, 0]
-        pairs, cosines = _pairs(scan, sums, channel, classes)
-        below = [pair for pair in pairs if pair.cosine < gamma]
-        lowest = min([lowest, *(pair.cosine for pair in pairs)])
-        if below:
-            found += below
-            concepts[channel] = _group(classes, cosines, gamma)
-    hint = "" if found else _hint(scan, tau, p, gamma, lowest)
+    for channel, classes in _shared_channels(uses(sums, p)[0]):
+        cosines = class_cosines(scan, sums, channel, classes)
+        if (cosines < gamma).any():
+            found += _pairs(sums, channel, classes, cosines, cosines < gamma)
+            concepts[channel] = group_classes(classes, cosines, gamma)
+    hint = "" if found else _hint(scan, tau, p, gamma)
     return Findings(tau, p, gamma, _by_cosine(found), concepts, scan.class_names, hint)
 
 
@@ -126,44 +116,80 @@ def concept_mean(sums: ClassSums, concept: Concept) -> Tensor:
     return sums.pooled[chosen].sum(0) / sums.n_images[chosen].sum()
 
 
-def averaged_relevance(scan: Scan, sums: ClassSums, channel: int, concept: Concept) -> Tensor:
-    """ARV: mean over a concept's images of each input channel's relevance for a channel.
+def averaged_relevance(scan: Scan, channel: int, means: Tensor) -> Tensor:
+    """ARV: mean over images of each input channel's relevance for a channel.
+
+    The layer is linear, so it is enough to know the mean pooled input of the images.
+
+    Args:
+        scan: whose layer it is.
+        channel: an output channel.
+        means: (..., G, J), mean pooled inputs, of a class or of a concept.
 
     Returns:
-        (C_in / G,), float64, in units of the summed pre-activation.
+        (..., C_in / G), float64, in units of the summed pre-activation.
 
     Source:
-        METHOD.md section 2. The layer is linear, so the mean is taken of the pooled inputs.
+        METHOD.md section 2.
     """
-    pooled = concept_mean(sums, concept)[scan.layer.group_of(channel)]
+    pooled = means[..., scan.layer.group_of(channel), :]
     return input_relevance(scan.weight[channel].double(), pooled, scan.layer.taps_per_input)
 
 
-def _pairs(
-    scan: Scan, sums: ClassSums, channel: int, classes: Tensor
-) -> tuple[list[Pair], np.ndarray]:
-    """All pairs of classes at a channel, and their matrix of cosines."""
-    arvs = torch.stack([averaged_relevance(scan, sums, channel, (t,)) for t in classes.tolist()])
+def class_cosines(scan: Scan, sums: ClassSums, channel: int, classes: Sequence[int]) -> Tensor:
+    """Cosines of the ARVs of some classes at a channel, (classes, classes)."""
+    chosen = list(classes)
+    means = sums.pooled[chosen] / sums.n_images[chosen, None, None]
+    arvs = averaged_relevance(scan, channel, means)
     norms = arvs.norm(dim=1)
     cosines = (arvs @ arvs.T / (norms[:, None] * norms)).clamp(-1, 1)
-    cosines = cosines.nan_to_num(1.0)  # no relevance at all tells nothing apart
-    use = (sums.n_matters[0, :, channel] / sums.n_images.clamp(min=1)).tolist()
-    labels = classes.tolist()
-    pairs = [
-        Pair(channel, s, t, float(cosines[i, j]), use[s], use[t])
-        for i, s in enumerate(labels)
-        for j, t in enumerate(labels[i + 1 :], i + 1)
-    ]
-    return pairs, cosines.numpy()
+    return cosines.nan_to_num(1.0)  # no relevance at all tells nothing apart
 
 
-def _group(classes: Tensor, cosines: np.ndarray, gamma: float) -> tuple[Concept, ...]:
-    """Complete linkage: the widest groups in which every two classes are at least gamma alike."""
+def group_classes(classes: Sequence[int], cosines: Tensor, gamma: float) -> tuple[Concept, ...]:
+    """Group classes by complete linkage: within a group every two are at least gamma alike.
+
+    >>> cosines = torch.tensor([[1.0, 0.9, 0.1], [0.9, 1.0, 0.2], [0.1, 0.2, 1.0]])
+    >>> group_classes([4, 5, 8], cosines, gamma=0.5)
+    ((4, 5), (8,))
+    """
     apart = 4.0  # beyond any 1 - cosine, so that rounding cannot join what gamma parts
-    distances = squareform(np.where(cosines < gamma, apart, 1 - cosines), checks=False)
-    numbers = fcluster(linkage(distances, "complete"), 3.0, "distance")
-    groups = [tuple(classes[numbers == k].tolist()) for k in np.unique(numbers)]
-    return tuple(sorted(groups))
+    distances = np.where(cosines.numpy() < gamma, apart, 1 - cosines.numpy())
+    numbers = fcluster(linkage(squareform(distances, checks=False), "complete"), 3.0, "distance")
+    groups: dict[int, list[int]] = {}
+    for label, number in zip(classes, numbers.tolist(), strict=True):
+        groups.setdefault(number, []).append(label)
+    return tuple(sorted(tuple(group) for group in groups.values()))
+
+
+def _shared_channels(users: Tensor) -> Iterator[tuple[int, list[int]]]:
+    """Channels that two or more classes use, with these classes; users is (T, C_out)."""
+    for channel in (users.sum(0) >= 2).nonzero()[:, 0].tolist():
+        yield channel, users[:, channel].nonzero()[:, 0].tolist()
+
+
+def _pairs(
+    sums: ClassSums, channel: int, classes: Sequence[int], cosines: Tensor, wanted: Tensor
+) -> list[Pair]:
+    """The wanted pairs of classes at a channel; cosines and wanted are (classes, classes)."""
+    use = (sums.n_matters[0, :, channel] / sums.n_images.clamp(min=1)).tolist()
+    places = wanted.triu(1).nonzero().tolist()
+    return [
+        Pair(channel, s, t, float(cosines[i, j]), use[s], use[t])
+        for i, j in places
+        for s, t in [(classes[i], classes[j])]
+    ]
+
+
+def _own_pairs(
+    scan: Scan, sums: ClassSums, channel: int, concepts: Sequence[Concept]
+) -> list[Pair]:
+    """All pairs of classes from different concepts."""
+    numbered = sorted((label, k) for k, concept in enumerate(concepts) for label in concept)
+    classes = [label for label, _ in numbered]
+    of = torch.tensor([k for _, k in numbered])
+    cosines = class_cosines(scan, sums, channel, classes)
+    return _pairs(sums, channel, classes, cosines, of[:, None] != of)
 
 
 def _by_cosine(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
@@ -208,27 +234,24 @@ def _own_concepts(
     return concepts
 
 
-def _hint(scan: Scan, tau: float, p: float, gamma: float, lowest: float) -> str:
-    """Say which thresholds come nearest to finding something."""
-    hints = []
-    if lowest < 1:
-        hints.append(
-            f"the lowest cosine at this tau and p is {lowest:.3f}, so raise gamma above it"
+def _hint(scan: Scan, tau: float, p: float, gamma: float) -> str:
+    """Say which thresholds come nearest to finding something: lower tau first, then gamma."""
+    taus = [t for k in range(40) if (t := tau * 0.9**k) >= scan.manifest.min_share]
+    nearest = (float("inf"), 0.0, 0)
+    sums = class_sums(scan, taus)
+    for lower, users in zip(taus, uses(sums, p), strict=True):
+        for channel, classes in _shared_channels(users):
+            cosine = float(class_cosines(scan, sums, channel, classes).min())
+            nearest = min(nearest, (cosine, -lower, channel))
+        if nearest[0] < gamma:
+            return f"Nearest: tau {lower:.3g} finds channel {nearest[2]}."
+    if nearest[0] > 1:
+        return (
+            f"No two classes use the same channel at any tau down to {taus[-1]:.3g}; lower p, or "
+            "scan with a smaller min_share."
         )
-    taus = [t for k in range(1, 40) if (t := tau * 0.9**k) >= scan.manifest.min_share]
-    if taus:
-        sums = class_sums(scan, taus)
-        for lower, users in zip(taus, uses(sums, p), strict=True):
-            for channel in (users.sum(0) >= 2).nonzero()[:, 0].tolist():
-                cosines = [
-                    pair.cosine
-                    for pair in _pairs(scan, sums, channel, users[:, channel].nonzero()[:, 0])[0]
-                ]
-                if min(cosines) < gamma:
-                    hints.append(f"at tau {lower:.3g} channel {channel} is one")
-                    return "Nearest: " + "; ".join(hints) + "."
-    if not hints:
-        hints.append(
-            "no two classes use the same channel; lower p or scan with a smaller min_share"
-        )
-    return "Nearest: " + "; ".join(hints) + "."
+    cosine, negative_tau, channel = nearest
+    return (
+        f"Nearest: at tau {-negative_tau:.3g} channel {channel} has a cosine of {cosine:.3f}, "
+        "which gamma would have to exceed."
+    )

@@ -105,6 +105,11 @@ def why_not(module: nn.Module) -> str | None:
     return "it is not a convolution or fully connected layer, so not linear in weights of its own"
 
 
+def splittable_layers(model: nn.Module) -> list[LayerSpec]:
+    """List the layers of a network that can be split, in its order."""
+    return [describe(n, m) for n, m in model.named_modules() if why_not(m) is None]
+
+
 def describe(name: str, module: nn.Module) -> LayerSpec:
     """Describe a layer that is linear in its weights.
 

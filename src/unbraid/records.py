@@ -57,7 +57,6 @@ class Manifest:
         "classes": "the classes",
         "positions": "whether positions are kept",
         "shard_size": "the shard size",
-        "batch_size": "the batch size",
         "skip_broken": "how broken images are treated",
     }
 
@@ -159,9 +158,9 @@ class Scan:
         for shard in range(self.manifest.n_shards):
             yield read_shard(self.path, shard)
 
-    def class_name(self, label: int) -> str:
-        """Return the name of a class, or its number where it has none."""
-        return self.class_names[label] if label < len(self.class_names) else str(label)
+    def broken(self) -> list[int]:
+        """Places in the data set of images that could not be read and were left out."""
+        return [int(index) for records in self.shards() for index in records.broken]
 
 
 def open_scan(path: str | Path) -> Scan:

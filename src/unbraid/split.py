@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Literal
 
 from unbraid.errors import UsageError
-from unbraid.find import averaged_relevance, class_sums
+from unbraid.find import averaged_relevance, class_sums, concept_mean
 from unbraid.findings import Findings
-from unbraid.published import RHOS, choose_rho, published_masks
+from unbraid.published import choose_rho, published_masks
 from unbraid.records import Scan
 from unbraid.splits import ChannelSplit, Split
 
@@ -64,7 +64,7 @@ def split(
                 "the scan that the findings were made from."
             )
     arvs = {
-        o: [averaged_relevance(scan, sums, o, concept) for concept in concepts]
+        o: [averaged_relevance(scan, o, concept_mean(sums, concept)) for concept in concepts]
         for o, concepts in found.concepts.items()
     }
     rhos = dict.fromkeys(arvs, rho) if rho is not None else choose_rho(scan, found.concepts, arvs)
@@ -88,6 +88,3 @@ def split(
         class_names=found.class_names,
         channels=channels,
     )
-
-
-__all__ = ["RHOS", "Method", "split"]

@@ -1,0 +1,149 @@
+"""The demo's network and images: small enough to ship, trained on Fashion-MNIST.
+
+`train.py` made both; `data/NOTICE.md` credits the images.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from unbraid.errors import UsageError
+from unbraid.records import read_tensors
+
+Pictures = npt.NDArray[np.uint8]
+
+DATA = Path(__file__).parent / "data"
+WEIGHTS = DATA / "network.safetensors"
+IMAGES = DATA / "images.npz"
+
+LAYER = "mix"  # the 1x1 convolution whose channels the demo takes apart
+SPLITS = ("train", "test")
+CLASSES = (
+    "T-shirt",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+MEAN, SPREAD = 0.2860, 0.3530  # of the pixels of Fashion-MNIST's training images, on 0 to 1
+
+
+class DemoNet(nn.Module):
+    """Three 3x3 convolutions that look and a 1x1 convolution that mixes what they saw.
+
+    Args:
+        dropout: probability of dropping a pooled channel before the classifier, in training.
+    """
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        """Set up the layers with random weights."""
+        super().__init__()
+        self.look = nn.Sequential(
+            *_convolve(1, 16),
+            nn.MaxPool2d(2),  # 28 to 14 pixels
+            *_convolve(16, 32),
+            nn.MaxPool2d(2),  # 14 to 7 pixels
+            *_convolve(32, 96),
+        )
+        self.mix = nn.Conv2d(96, 24, kernel_size=1)
+        self.relu = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(dropout)
+        self.classify = nn.Linear(24, len(CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: (N, 1, 28, 28), as `normalise` gives them.
+
+        Returns:
+            (N, 10), logits.
+        """
+        mixed = self.relu(self.mix(self.look(images)))  # (N, 24, 7, 7)
+        logits: Tensor = self.classify(self.dropout(self.pool(mixed).flatten(1)))
+        return logits
+
+
+def _convolve(n_in: int, n_out: int) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(n_in, n_out, kernel_size=3, padding=1, bias=False)
+    return convolution, nn.BatchNorm2d(n_out), nn.ReLU()
+
+
+class DemoImages(Dataset[tuple[Tensor, int]]):
+    """Grey pictures with labels, held in memory.
+
+    Args:
+        pictures: (N, 28, 28), grey values 0 to 255.
+        labels: (N,), class indices 0 to 9.
+    """
+
+    def __init__(self, pictures: Pictures, labels: Pictures) -> None:
+        """Keep the pictures and list their labels."""
+        self.pictures = pictures
+        self.targets: list[int] = labels.tolist()
+        self.classes = list(CLASSES)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return one image, normalised, (1, 28, 28), and its label."""
+        return normalise(self.pictures[index]), self.targets[index]
+
+    def picture(self, index: int) -> Image.Image:
+        """Return one image as a grey picture of 28 x 28 pixels, before normalising."""
+        return Image.fromarray(self.pictures[index])
+
+
+def normalise(pictures: Pictures) -> Tensor:
+    """Turn grey pictures into what the network takes.
+
+    Args:
+        pictures: (..., 28, 28), grey values 0 to 255.
+
+    Returns:
+        (..., 1, 28, 28), float32, of mean 0 and variance 1 over Fashion-MNIST.
+    """
+    grey = torch.from_numpy(pictures.astype(np.float32) / 255)
+    return ((grey - MEAN) / SPREAD).unsqueeze(-3)
+
+
+def load_network() -> DemoNet:
+    """Load the trained network, in eval mode, on the CPU.
+
+    Raises:
+        RunError: the weights are missing or damaged.
+    """
+    network = DemoNet()
+    network.load_state_dict(read_tensors(WEIGHTS)[0])
+    return network.eval()
+
+
+def load_images(split: str) -> DemoImages:
+    """Load the embedded images of one split, as many of each class.
+
+    Args:
+        split: "train" (images the network was trained on) or "test".
+
+    Raises:
+        UsageError: there is no such split.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"There is no split {split!r}; name one of {', '.join(SPLITS)}.")
+    with np.load(IMAGES, allow_pickle=False) as arrays:
+        return DemoImages(arrays[f"{split}_images"], arrays[f"{split}_labels"])

@@ -1,0 +1,258 @@
+"""From a model's name to the network, its preprocessing and the names of its outputs."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+import urllib.error
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import safetensors.torch
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from unbraid.data import ImageFolder, class_folders, label_folders
+from unbraid.errors import ModelError, UsageError, nearest
+
+Transform = Callable[[Image.Image], Tensor]
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network with what is needed to feed it pictures."""
+
+    model: nn.Module
+    transform: Transform
+    class_names: tuple[str, ...]  # of the outputs; empty where unknown
+    source: dict[str, Any]  # what `load_model` needs to load it again
+
+    def n_outputs(self) -> int:
+        """Run the network on a blank picture and count the logits.
+
+        Raises:
+            ModelError: it cannot run on what its preprocessing makes.
+        """
+        try:
+            image = self.transform(Image.new("RGB", (256, 256)))
+            device = next(self.model.parameters()).device
+            with torch.no_grad():
+                logits = self.model(image[None].to(device))
+            return int(logits.shape[1])
+        except (RuntimeError, ValueError, AttributeError, IndexError, TypeError) as error:
+            raise ModelError(
+                f"The network cannot run on what its preprocessing makes of a picture ({error}); "
+                "let FILE.py:FUNCTION return (network, preprocessing) that fit each other."
+            ) from error
+
+
+def load_model(spec: str, weights: str | None = None, device: str | None = None) -> LoadedModel:
+    """Load a network, in eval mode.
+
+    Args:
+        spec: `torchvision:NAME`, `timm:NAME`, or `FILE.py:FUNCTION`, a function without arguments
+            that returns the network, or (network, preprocessing), or also the output names as
+            third. Preprocessing takes an RGB PIL picture; by default it is ImageNet's.
+        weights: a file (safetensors, or a torch file without code), a torchvision weights name
+            such as IMAGENET1K_V1, or "random". By default the best that torchvision or timm
+            offers; a function's network is left as the function made it.
+        device: for the network; by default an accelerator if there is one.
+
+    Raises:
+        UsageError: no such model or weights; the nearest names are told.
+        ModelError: the weights cannot be had, do not fit, or hold code.
+    """
+    kind, _, name = spec.partition(":")
+    file = Path(weights) if weights is not None and _is_file(weights) else None
+    named = None if file else weights
+    if kind == "torchvision":
+        model, transform, names = _torchvision(name, RANDOM if file else named)
+    elif kind == "timm":
+        model, transform, names = _timm(name, RANDOM if file else named)
+    elif ".py:" in spec:
+        if named not in (None, RANDOM):
+            raise UsageError(f"There is no weights file {named}; --weights names a file here.")
+        model, transform, names = _own(*spec.rsplit(":", 1))
+    else:
+        raise UsageError(
+            f"{spec!r} names no model; write torchvision:NAME, timm:NAME or FILE.py:FUNCTION."
+        )
+    if file is not None:
+        load_weights(model, file)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = model.to(device).eval()
+    except RuntimeError as error:
+        raise UsageError(f"Device {device!r} cannot be used ({_first_line(error)}).") from None
+    source = {"model": spec, "weights": weights}
+    return LoadedModel(model, transform, tuple(names), source)
+
+
+def open_folder(loaded: LoadedModel, root: Path) -> tuple[ImageFolder, str]:
+    """Open a folder of class folders with a network's preprocessing and labels.
+
+    Returns:
+        The images, and a warning if it had to be guessed which output each folder stands for.
+
+    Raises:
+        DataError: the folder does not hold images by class, or more classes than outputs.
+    """
+    folders = class_folders(root)
+    n_outputs = loaded.n_outputs()
+    labels = label_folders(folders, loaded.class_names, n_outputs)
+    images = ImageFolder(root, loaded.transform, labels, loaded.class_names)
+    guessed = len(folders) < n_outputs and list(labels.values()) == list(range(len(folders)))
+    warning = (
+        f"{root} has {len(folders)} class folders for {n_outputs} outputs; taken in sorted order "
+        "as the first outputs. Name the folders by output number or name if that is wrong."
+    )
+    return images, warning if guessed else ""
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict from a safetensors or torch file; code in it is never run.
+
+    Raises:
+        ModelError: the file is missing, holds code, or does not fit the network.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ModelError(
+            f"{path} holds Python code or objects, which are never loaded; save the state dict "
+            "alone, best as safetensors."
+        ) from None
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise ModelError(f"Weights {path} cannot be read ({_first_line(error)}).") from None
+    for wrapper in ("state_dict", "model"):  # the habit of training scripts
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ModelError(f"{path} holds no state dict; save `model.state_dict()`.")
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ModelError(f"Weights {path} do not fit the network: {reasons[:300]}") from None
+
+
+def import_torchvision() -> ModuleType:
+    """Import torchvision, explaining the one way in which it commonly breaks.
+
+    Raises:
+        ModelError: torchvision was built for another torch.
+    """
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        raise ModelError(
+            "torchvision was built for another torch (often a CPU-only torch beside the default "
+            "torchvision); install both together: pip install --force-reinstall torch torchvision."
+        ) from None
+    return torchvision  # type: ignore[no-any-return]
+
+
+def imagenet_transform() -> Transform:
+    """Resize to 256, cut the central 224, normalise: what ImageNet networks commonly expect."""
+    import_torchvision()
+    from torchvision.transforms import v2
+
+    return v2.Compose(  # type: ignore[no-any-return]
+        [
+            v2.PILToTensor(),
+            v2.Resize(256, antialias=True),
+            v2.CenterCrop(224),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+
+
+def _is_file(weights: str) -> bool:
+    known = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}
+    return Path(weights).suffix in known or Path(weights).is_file()
+
+
+def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, Transform, list[str]]:
+    models = import_torchvision().models
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UsageError(f"torchvision has no classifier {name!r}.{nearest(name, known)}")
+    if weights == RANDOM:
+        return models.get_model(name, weights=None), imagenet_transform(), []
+    choices = models.get_model_weights(name)
+    if weights is not None and weights not in choices.__members__:
+        raise UsageError(
+            f"{name} has no weights {weights!r}; there are {', '.join(choices.__members__)}, "
+            "'random', or the path of a file."
+        )
+    chosen = choices[weights or "DEFAULT"]
+    model = _download(lambda: models.get_model(name, weights=chosen), chosen.url)
+    return model, chosen.transforms(), chosen.meta["categories"]
+
+
+def _timm(name: str, weights: str | None) -> tuple[nn.Module, Transform, list[str]]:
+    import_torchvision()  # timm imports it too, so breaks with it
+    try:
+        import timm
+    except ImportError:
+        raise UsageError("timm is not installed; pip install 'unbraid[timm]'.") from None
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        raise UsageError(f"timm has no model {name!r}.{nearest(name, timm.list_models())}")
+    if weights not in (None, RANDOM):
+        raise UsageError(f"There is no weights file {weights}; timm's own tag goes into the name.")
+    model = _download(lambda: timm.create_model(name, pretrained=weights is None), f"timm:{name}")
+    config = timm.data.resolve_model_data_config(model)
+    return model, timm.data.create_transform(**config, is_training=False), []
+
+
+def _own(path: str, function: str) -> tuple[nn.Module, Transform, list[str]]:
+    if not Path(path).is_file():
+        raise UsageError(f"There is no file {path}; --model FILE.py:FUNCTION names one.")
+    found = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    build = getattr(module, function, None)
+    if not callable(build):
+        hint = nearest(function, vars(module))
+        raise UsageError(f"{path} has no function {function!r}.{hint}")
+    made = build()
+    parts = made if isinstance(made, tuple) else (made,)
+    if not isinstance(parts[0], nn.Module) or len(parts) > 3:
+        raise UsageError(
+            f"{path}:{function} must return a network, (network, preprocessing) or (network, "
+            f"preprocessing, output names), not {type(made).__name__}."
+        )
+    transform = parts[1] if len(parts) > 1 else imagenet_transform()
+    return parts[0], transform, list(parts[2]) if len(parts) > 2 else []
+
+
+def _download(build: Callable[[], nn.Module], what: str) -> nn.Module:
+    try:
+        return build()
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise ModelError(
+            f"The weights {what} cannot be had ({_first_line(error)}); give --weights FILE, or "
+            "--weights random to try without."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

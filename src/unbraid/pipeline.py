@@ -1,0 +1,190 @@
+"""The whole job for one layer: scan, find, split, apply, compare, evaluate, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from unbraid.data import ImageFolder, name_of
+from unbraid.errors import DataError, RunError
+from unbraid.evaluate import evaluate
+from unbraid.evaluation import Evaluation, read_output
+from unbraid.find import find
+from unbraid.findings import Findings
+from unbraid.output import compare_outputs
+from unbraid.records import Scan, open_scan, read_manifest, write_whole
+from unbraid.report import report
+from unbraid.scan import scan
+from unbraid.split import split
+from unbraid.splits import Split
+from unbraid.surgery import apply
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When a channel counts as polysemantic; METHOD.md section 3."""
+
+    tau: float = 0.03
+    p: float = 0.75
+    gamma: float = 0.5
+    rho: float | None = None  # None: chosen per channel by the published criterion
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How images go through the network."""
+
+    batch_size: int = 64
+    workers: int = 0
+    skip_broken: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run leaves: also in its folder, as findings.csv and so on."""
+
+    found: Findings
+    evaluation: Evaluation | None  # None if nothing was found
+    report: Path
+    broken: list[str]  # images left out
+
+
+def run(
+    model: nn.Module,
+    layer: str,
+    train: Dataset[Any],
+    val: Dataset[Any],
+    out: Path,
+    *,
+    thresholds: Thresholds,
+    loading: Loading,
+    source: dict[str, Any],
+    say: Callable[[str], None],
+    title: str,
+) -> Run:
+    """Do everything for one layer; started again, finished scans are not repeated.
+
+    Args:
+        model: gives logits for a batch of images.
+        layer: a `named_modules()` name.
+        train: images to find and split with.
+        val: images to evaluate on.
+        out: the run's folder.
+        thresholds: when a channel counts as polysemantic.
+        loading: how images go through the network.
+        source: how to find network and images again.
+        say: told of each step.
+        title: of the report.
+    """
+    options = {**vars(loading), "progress": True, "source": source}
+    train_scan = scan(model, layer, train, out / "scan-train", **options)
+    val_scan = scan(model, layer, val, out / "scan-val", **options)
+    found = find(train_scan, **{k: v for k, v in vars(thresholds).items() if k != "rho"})
+    found.to_csv(out / "findings.csv")
+    broken = [name_of(train, index) for index in train_scan.broken()]
+    broken += [name_of(val, index) for index in val_scan.broken()]
+    settings = {"title": title, "thresholds": vars(thresholds), "source": source}
+    write_whole(out / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
+    page = out / "report.html"
+    if not found.concepts:
+        for stale in ("split.safetensors", "evaluation.json"):  # of a run with other thresholds
+            (out / stale).unlink(missing_ok=True)
+        report(page, scan=val_scan, train_scan=train_scan, found=found, dataset=val, title=title)
+        return Run(found, None, page, broken)
+    _refuse_unseen(val_scan, found)
+    say(
+        f"Found {len(found)} pairs in {len(found.concepts)} channels; scanning their classes again."
+    )
+    with_positions = {**options, "classes": found.classes, "positions": True}
+    train_maps = _scan_positions(model, layer, train, out / "positions-train", with_positions)
+    val_maps = _scan_positions(model, layer, val, out / "positions-val", with_positions)
+    say("Splitting and checking the outputs.")
+    divided = split(train_maps, found, method="published", rho=thresholds.rho)
+    divided.save(out / "split.safetensors")
+    output = compare_outputs(
+        model, apply(model, divided), val, tolerance=0.0, progress=True, **vars(loading)
+    )
+    evaluation = evaluate(divided, val_maps, output=output)
+    evaluation.save(out / "evaluation.json")
+    report(
+        page,
+        scan=val_scan,
+        train_scan=train_scan,
+        found=found,
+        split=divided,
+        evaluation=evaluation,
+        dataset=val,
+        title=title,
+    )
+    return Run(found, evaluation, page, broken)
+
+
+def report_again(out: Path) -> Path:
+    """Write a finished run's report again from its folder.
+
+    Raises:
+        RunError: the folder holds no finished run.
+    """
+    try:
+        settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
+        thresholds = Thresholds(**settings["thresholds"])
+        source, title = settings["source"], settings["title"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{out} holds no finished run ({error}); make one with run.") from None
+    train_scan, val_scan = open_scan(out / "scan-train"), open_scan(out / "scan-val")
+    found = find(train_scan, tau=thresholds.tau, p=thresholds.p, gamma=thresholds.gamma)
+    divided = evaluation = None
+    if found.concepts:
+        divided = Split.load(out / "split.safetensors")
+        output = read_output(out / "evaluation.json")
+        evaluation = evaluate(divided, open_scan(out / "positions-val"), output=output)
+    return report(
+        out / "report.html",
+        scan=val_scan,
+        train_scan=train_scan,
+        found=found,
+        split=divided,
+        evaluation=evaluation,
+        dataset=_validation_images(source, val_scan),
+        title=title,
+    )
+
+
+def _validation_images(source: dict[str, Any], scan: Scan) -> Dataset[Any] | None:
+    """Open a run's validation images again, for looking at; None if they are gone."""
+    if "demo" in source:
+        from unbraid.demo.network import load_images
+
+        return load_images("test")
+    try:
+        return ImageFolder(Path(source["data"]) / "val", class_names=scan.class_names)
+    except DataError:
+        return None
+
+
+def _scan_positions(
+    model: nn.Module, layer: str, dataset: Dataset[Any], folder: Path, options: dict[str, Any]
+) -> Scan:
+    """Scan with positions; input maps of other classes, from other thresholds, make room."""
+    before = read_manifest(folder)
+    if before is not None and before.classes != tuple(options["classes"]):
+        shutil.rmtree(folder)
+    return scan(model, layer, dataset, folder, **options)
+
+
+def _refuse_unseen(val_scan: Scan, found: Findings) -> None:
+    """Every class that uses a polysemantic channel must have validation images."""
+    seen = {int(label) for records in val_scan.shards() for label in records.label.unique()}
+    missing = [found.name(label) for label in found.classes if label not in seen]
+    if missing:
+        raise DataError(
+            f"The validation images have none of class {', '.join(missing[:5])}, which uses a "
+            "polysemantic channel; add some."
+        )

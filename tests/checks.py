@@ -1,0 +1,431 @@
+"""What must hold, each as one function that raises AssertionError where it does not.
+
+Figures are compared with the oracle's, computed image by image from the network itself and never
+from records. test_checks.py feeds every function corrupted data and demands that it fails.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import oracle
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from unbraid import Evaluation, Findings, Split
+from unbraid.evaluation import ConceptEvaluation, Ratio
+from unbraid.findings import Concept, Pair
+from unbraid.records import Records
+from unbraid.splits import ChannelSplit
+
+# --- the truth, by the oracle ---------------------------------------------------------------------
+
+
+@dataclass
+class Truth:
+    """All that the oracle says of a network on some images. N images, C channels of the layer."""
+
+    layer: nn.Module
+    labels: list[int]
+    x: list[Tensor]  # the layer's input map per image
+    z: list[Tensor]  # the layer's output per image, (C, P)
+    prediction: list[int]
+    relevance: Tensor  # (N, C)
+    shares: Tensor  # (N, C)
+    input_relevance: Tensor  # (N, C, C_in / G)
+
+    def pooled(self, image: int) -> Tensor:
+        return oracle.pooled_input(self.layer, self.x[image])
+
+    def images(self, concept: Concept) -> list[int]:
+        return [n for n, label in enumerate(self.labels) if label in concept]
+
+    def arv(self, concept: Concept, channel: int) -> Tensor:
+        own = [0 if label in concept else 1 for label in self.labels]
+        return oracle.arv(self.input_relevance, own, 0)[channel]
+
+    def cosine(self, channel: int, class1: int, class2: int) -> float:
+        return oracle.cosine(self.arv((class1,), channel), self.arv((class2,), channel))
+
+    def pooled_response(self, channel: int, row: Tensor) -> Tensor:
+        """Sum over positions of the channel were `row` its weights, (N,); the bias stands."""
+        maps = [oracle.channel_map(self.layer, channel, row, x) for x in self.x]
+        return torch.stack([z.sum() for z in maps])
+
+    def rectified_response(self, channel: int, row: Tensor) -> Tensor:
+        maps = [oracle.channel_map(self.layer, channel, row, x) for x in self.x]
+        return torch.stack([z.clamp(min=0).sum() for z in maps])
+
+
+def truth_of(network: nn.Module, dataset: Dataset[Any], layer: str = "layer") -> Truth:
+    module = network.get_submodule(layer)
+    labels, xs, zs, predictions, relevances = [], [], [], [], []
+    for n in range(len(dataset)):
+        image, label = dataset[n]
+        x, z, logits = oracle.layer_io(network, layer, image)
+        labels.append(int(label))
+        xs.append(x)
+        zs.append(oracle._by_channel(module, z))
+        predictions.append(int(logits.argmax()))
+        relevances.append(oracle.relevance(network, layer, image, label))
+    return Truth(
+        layer=module,
+        labels=labels,
+        x=xs,
+        z=zs,
+        prediction=predictions,
+        relevance=torch.stack(relevances),
+        shares=torch.stack([oracle.shares(r) for r in relevances]),
+        input_relevance=torch.stack([oracle.channel_input_relevance(module, x) for x in xs]),
+    )
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    """Agree to a tolerance, relative and absolute; nan agrees with nan, shapes must be the same."""
+    actual, expected = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (actual, expected))
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+# --- layers and relevance -------------------------------------------------------------------------
+
+
+def assert_pooled_inputs(pooled: Tensor, truth: Truth) -> None:
+    """(N, G, J) are the oracle's: the gradients of the summed output by the weights."""
+    assert len(pooled) == len(truth.x)
+    for n, s in enumerate(pooled):
+        assert_close(s, truth.pooled(n))
+
+
+def assert_rows_explain_output(
+    pooled: Tensor, rows: Tensor, bias: Tensor, n_positions: Sequence[int] | Tensor, truth: Truth
+) -> None:
+    """W[o] . s[n] + P * b[o] = sum_p z[n, o, p], with the s of the group of o."""
+    per_group = len(rows) // pooled.shape[1]
+    for n, z in enumerate(truth.z):
+        for o, row in enumerate(rows):
+            s = pooled[n, o // per_group]
+            assert_close(row @ s + float(n_positions[n]) * bias[o], z[o].sum())
+
+
+def assert_responses(responses: Tensor, channels: Sequence[int], rows: Tensor, truth: Truth) -> None:
+    """(N, R, P): each row answers as its channel would with that row for weights."""
+    assert responses.shape[1] == len(rows)
+    for n, x in enumerate(truth.x):
+        for r, (o, row) in enumerate(zip(channels, rows, strict=True)):
+            assert_close(responses[n, r], oracle.channel_map(truth.layer, o, row, x))
+
+
+def assert_relevance(relevance: Tensor, truth: Truth) -> None:
+    assert_close(relevance, truth.relevance)
+
+
+def assert_shares(shares: Tensor, truth: Truth) -> None:
+    assert_close(shares, truth.shares)
+
+
+def assert_input_relevance(input_relevance: Tensor, truth: Truth) -> None:
+    assert_close(input_relevance, truth.input_relevance)
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+def assert_records(
+    shards: Sequence[Records], truth: Truth, min_share: float, images: Sequence[int]
+) -> None:
+    """The shards hold exactly these images, in order, each with what the oracle says of it."""
+    assert [int(n) for records in shards for n in records.index] == list(images)
+    for records in shards:
+        assert len(records.share_start) == len(records) + 1
+        assert records.share_start[0] == 0
+        assert records.share_start[-1] == len(records.share_channel) == len(records.share_value)
+        for row, n in enumerate(records.index.tolist()):
+            assert records.label[row] == truth.labels[n]
+            assert records.prediction[row] == truth.prediction[n]
+            assert records.n_positions[row] == truth.z[n].shape[1]
+            assert_close(records.pooled[row], truth.pooled(n))
+            first, last = records.share_start[row], records.share_start[row + 1]
+            wanted = [o for o, share in enumerate(truth.shares[n].tolist()) if share >= min_share]
+            assert records.share_channel[first:last].tolist() == wanted
+            assert_close(records.share_value[first:last], truth.shares[n, wanted])
+            for o in range(truth.shares.shape[1]):
+                share = truth.shares[n, o] if o in wanted else 0.0
+                assert_close(records.share_of(o)[row], share)
+
+
+def assert_input_maps(shards: Sequence[Records], truth: Truth) -> None:
+    """The layer's input is kept as it was, channels first."""
+    for records in shards:
+        assert records.input_map is not None
+        for row, n in enumerate(records.index.tolist()):
+            x = truth.x[n]
+            if isinstance(truth.layer, nn.Linear):
+                x = x.reshape(-1, x.shape[-1]).T
+            assert_close(records.input_map[row], x)
+
+
+def assert_same_files(folder1: Path, folder2: Path) -> None:
+    """Two folders hold the same files, byte for byte."""
+    names1, names2 = (sorted(path.name for path in f.iterdir()) for f in (folder1, folder2))
+    assert names1 == names2
+    for name in names1:
+        assert (folder1 / name).read_bytes() == (folder2 / name).read_bytes(), name
+
+
+# --- a network left alone -------------------------------------------------------------------------
+
+
+def snapshot(network: nn.Module) -> dict[str, Any]:
+    """All that a scan could leave behind in a network."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "state": {name: value.clone() for name, value in network.state_dict().items()},
+        "modes": {name: module.training for name, module in network.named_modules()},
+        "wants": {name: value.requires_grad for name, value in network.named_parameters()},
+        "gradients": {
+            name: None if value.grad is None else value.grad.clone()
+            for name, value in network.named_parameters()
+        },
+        "hooks": {
+            (name, kind): list(getattr(module, kind))
+            for name, module in network.named_modules()
+            for kind in hooks
+        },
+    }
+
+
+def assert_untouched(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """State, modes, wanted gradients, gradients and hooks are the same, tensors to the bit."""
+    for part in ("modes", "wants", "hooks"):
+        assert after[part] == before[part], part
+    for part in ("state", "gradients"):
+        assert after[part].keys() == before[part].keys()
+        for name, value in before[part].items():
+            if value is None:
+                assert after[part][name] is None, name
+            else:
+                assert_bit_equal(after[part][name], value)
+
+
+# --- findings -------------------------------------------------------------------------------------
+
+
+def assert_uses(uses: Tensor, truth: Truth, tau: float, p: float) -> None:
+    """(T, C): which class uses which channel."""
+    assert torch.equal(uses, oracle.uses(truth.shares, truth.labels, tau, p))
+
+
+def assert_arv(arv: Tensor, truth: Truth, concept: Concept, channel: int) -> None:
+    assert_close(arv, truth.arv(concept, channel))
+
+
+def assert_pairs(
+    pairs: Sequence[Pair], truth: Truth, tau: float, p: float, gamma: float
+) -> None:
+    """Exactly the published pairs, lowest cosine first, each with its cosine and fractions."""
+    used = oracle.uses(truth.shares, truth.labels, tau, p)
+    classes = range(len(used))
+    arvs = torch.stack([oracle.arv(truth.input_relevance, truth.labels, t) for t in classes])
+    expected = {
+        (o, t1, t2): cosine for o, t1, t2, cosine in oracle.polysemantic_pairs(arvs, used, gamma)
+    }
+    assert len(pairs) == len(expected)
+    assert {(pair.channel, pair.class1, pair.class2) for pair in pairs} == set(expected)
+    assert [pair.cosine for pair in pairs] == sorted(pair.cosine for pair in pairs)
+    for pair in pairs:
+        assert_close(pair.cosine, expected[pair.channel, pair.class1, pair.class2])
+        for label, use in ((pair.class1, pair.use1), (pair.class2, pair.use2)):
+            images = truth.images((label,))
+            n_matters = sum(1 for n in images if float(truth.shares[n, pair.channel]) >= tau)
+            assert_close(use, n_matters / len(images))
+
+
+def assert_grouped(
+    concepts: Sequence[Concept], classes: Sequence[int], cosines: Mapping[Any, float], gamma: float
+) -> None:
+    """Complete linkage: every class in one concept, alike within, and no two could be one.
+
+    cosines maps (class1, class2), class1 < class2, to the cosine of their ARVs.
+    """
+    assert sorted(itertools.chain(*concepts)) == sorted(classes)
+    for concept in concepts:
+        for pair in itertools.combinations(sorted(concept), 2):
+            assert cosines[pair] >= gamma, pair
+    for one, other in itertools.combinations(concepts, 2):
+        across = [cosines[min(s, t), max(s, t)] for s in one for t in other]
+        assert min(across) < gamma, (one, other)
+
+
+def assert_csv(path: Path, found: Findings) -> None:
+    """The file holds the pairs, in order, with names, and cosines to the last digit."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(found.pairs)
+    for row, pair in zip(rows, found.pairs, strict=True):
+        read = Pair(
+            *(int(row[key]) for key in ("channel", "class1", "class2")),
+            *(float(row[key]) for key in ("cosine", "use1", "use2")),
+        )
+        assert read == pair
+        assert row["name1"] == found.name(pair.class1)
+        assert row["name2"] == found.name(pair.class2)
+
+
+# --- splits ---------------------------------------------------------------------------------------
+
+
+def assert_published_rows(part: ChannelSplit, rho: float, truth: Truth) -> None:
+    """The rows of two concepts, and the residual, are those of the published rule."""
+    v1, v2 = (truth.arv(concept, part.channel) for concept in part.concepts)
+    original = truth.layer.weight[part.channel].detach().flatten()
+    row1, row2, residual = oracle.published_rows(original, v1, v2, rho, len(original) // len(v1))
+    assert_close(part.weight, original, 0)
+    assert_close(part.rows, torch.stack([row1, row2]), 0)
+    assert_close(part.residual_row, residual, 1e-15)  # two equal weights minus one of them
+    bias = truth.layer.bias
+    assert part.bias == part.residual_bias == (0.0 if bias is None else float(bias[part.channel]))
+
+
+def assert_published_rho(part: ChannelSplit, truth: Truth) -> None:
+    """The rho of two concepts is the one that the published criterion chooses."""
+    images1, images2 = (truth.images(concept) for concept in part.concepts)
+    v1, v2 = (truth.arv(concept, part.channel) for concept in part.concepts)
+    best, _ = oracle.published_rho(
+        truth.layer,
+        part.channel,
+        [truth.x[n] for n in images1],
+        [truth.x[n] for n in images2],
+        v1,
+        v2,
+    )
+    assert part.info["rho"] == best
+
+
+def assert_adds_up(part: ChannelSplit, tolerance: float = 1e-14) -> None:
+    """Concept channels minus residual are the original, in weights and in bias."""
+    assert_close(part.rows.sum(0) - part.residual_row, part.weight, tolerance)
+    assert_close(len(part.concepts) * part.bias - part.residual_bias, part.bias, tolerance)
+
+
+def assert_same_split(split1: Split, split2: Split) -> None:
+    """Two splits are the same, tensors to the bit."""
+    for name in ("layer", "weights", "method", "settings", "class_names"):
+        assert getattr(split1, name) == getattr(split2, name), name
+    for part1, part2 in zip(split1.channels, split2.channels, strict=True):
+        assert part1.channel == part2.channel
+        assert part1.concepts == part2.concepts
+        assert part1.info == part2.info
+        assert part1.bias == part2.bias
+        for name in ("masks", "weight", "rows", "residual_row"):
+            assert_bit_equal(getattr(part1, name), getattr(part2, name))
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+def assert_bit_equal(actual: Tensor, expected: Tensor) -> None:
+    """Same kind, same shape, same bits; even the sign of a zero counts."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    bits = [v.detach().contiguous().flatten().view(torch.uint8) for v in (actual, expected)]
+    assert torch.equal(*bits)
+
+
+def assert_same_outputs(network: nn.Module, other: nn.Module, images: Tensor) -> None:
+    """Two networks compute the same, bit for bit, with and without a graph."""
+    assert_bit_equal(other(images), network(images))
+    with torch.no_grad():
+        assert_bit_equal(other(images), network(images))
+
+
+def assert_same_input_gradients(network: nn.Module, other: nn.Module, images: Tensor) -> None:
+    """The gradient of every logit by the image is the same, up to rounding."""
+    gradients = []
+    for one in (network, other):
+        x = images.clone().requires_grad_()
+        logits = one(x)
+        chosen = range(logits.shape[1])
+        gradients.append(
+            [torch.autograd.grad(logits[:, t].sum(), x, retain_graph=True)[0] for t in chosen]
+        )
+    for expected, actual in zip(*gradients, strict=True):
+        assert expected.abs().max() > 0
+        assert_close(actual, expected, 1e-10)
+
+
+# --- measures -------------------------------------------------------------------------------------
+
+
+def _assert_concept(
+    measured: ConceptEvaluation,
+    z: Tensor,
+    z_k: Tensor,
+    own: list[int],
+    others: list[list[int]],
+) -> None:
+    def mean_over_others(measure: Any) -> float:
+        return sum(measure(z, z_k, images) for images in others) / len(others)
+
+    assert measured.n_images == len(own)
+    assert_close(measured.retention, oracle.retention(z, z_k, own))
+    assert_close(measured.leakage, mean_over_others(oracle.leakage))
+    assert_close(measured.mimic_error, oracle.mimic_error(z, z_k, own))
+    assert_close(measured.silence_error, mean_over_others(oracle.silence_error))
+    assert_close(measured.auroc, oracle.auroc(z_k, own, sum(others, [])))
+
+
+def assert_evaluation(result: Evaluation, split: Split, truth: Truth) -> None:
+    """Every measure of every concept and channel, rectified ones included, is the oracle's."""
+    assert [c.channel for c in result.channels] == [part.channel for part in split.channels]
+    for measured, part in zip(result.channels, split.channels, strict=True):
+        o = part.channel
+        images = [truth.images(concept) for concept in part.concepts]
+        original = truth.pooled_response(o, part.weight)
+        new = [truth.pooled_response(o, row) for row in part.rows]
+        for k, concept in enumerate(measured.concepts):
+            others = [other for n, other in enumerate(images) if n != k]
+            assert concept.classes == part.concepts[k]
+            _assert_concept(concept, original, new[k], images[k], others)
+        assert_close(measured.separation_error, oracle.separation_error(original, new, images))
+        rectified = oracle.separation_error(
+            truth.rectified_response(o, part.weight),
+            [truth.rectified_response(o, row) for row in part.rows],
+            images,
+        )
+        assert measured.separation_error_rectified is not None
+        assert_close(measured.separation_error_rectified, rectified)
+    for name in ("separation_error", "separation_error_rectified"):
+        values = [getattr(channel, name) for channel in result.channels]
+        assert_close(result.summary[split.method][name], sum(values) / len(values))
+
+
+def assert_published_table(
+    ratios: Sequence[Ratio], part: ChannelSplit, k: int, truth: Truth, tau: float
+) -> None:
+    """Mean and median part of each new channel in the original, over images of concept k."""
+    images = truth.images(part.concepts[k])
+    rows = (*part.rows, part.residual_row)
+    table = oracle.published_table(
+        truth.layer,
+        part.channel,
+        rows,
+        [truth.x[n] for n in images],
+        truth.shares[images, part.channel],
+        tau,
+    )
+    expected = list(table.values())
+    if expected[0]["n_images"] == 0:
+        assert ratios == ()
+        return
+    assert len(ratios) == len(expected)
+    for ratio, entry in zip(ratios, expected, strict=True):
+        assert not math.isnan(entry["mean"])
+        assert_close(ratio.mean, entry["mean"])
+        assert_close(ratio.median, entry["median"])

@@ -1,0 +1,195 @@
+"""Tiny networks with a splittable layer of every kind, and images of a few classes to run on them.
+
+The layer under test is always called "layer". Numbers are float64 unless asked otherwise, so that
+the fast path and the oracle must agree to rounding.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+N_CLASSES = 4
+IMAGE_SIZE = (3, 7, 6)  # not square, so that swapped dimensions show
+
+
+class SyntheticImages(Dataset[tuple[Tensor, int]]):
+    """A fixed pattern per class, and noise; labels go round, so any part has all classes."""
+
+    def __init__(
+        self,
+        n_images: int = 16,
+        *,
+        n_classes: int = N_CLASSES,
+        size: tuple[int, ...] = IMAGE_SIZE,
+        seed: int = 0,
+        noise: float = 0.7,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        patterns = torch.randn(n_classes, *size, generator=torch.Generator().manual_seed(99))
+        own = torch.randn(n_images, *size, generator=torch.Generator().manual_seed(seed))
+        self.targets = [n % n_classes for n in range(n_images)]
+        self.classes = [f"class {t}" for t in range(n_classes)]
+        self.transform: Any = None
+        self.images = (patterns[self.targets] + noise * own).to(dtype)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.targets[index]
+
+
+class CountingNetwork(nn.Module):
+    """Counts the images that a network is run on."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.n_images = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n_images += len(x)
+        return self.network(x)
+
+
+class PooledFeatures(nn.Module):
+    """Average over all positions, (N, C, ...) to (N, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).mean(2)
+
+
+class Tokens(nn.Module):
+    """(N, C, H, W) to a row of tokens, (N, H * W, C), or to a grid of them, (N, H, W, C)."""
+
+    def __init__(self, grid: bool) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.movedim(1, -1)
+        return x if self.grid else x.flatten(1, 2)
+
+
+class MeanToken(nn.Module):
+    """Average over tokens, (N, ..., F) to (N, F)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1, -2).mean(1)
+
+
+def randomise_batch_norms(network: nn.Module) -> None:
+    """Give batch norms something to do: fresh ones are the identity."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for value in (module.weight.data, module.running_var):
+                value.uniform_(0.5, 1.5)
+            for value in (module.bias.data, module.running_mean):
+                value.uniform_(-0.2, 0.2)
+
+
+def stack(*parts: tuple[str, nn.Module]) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(parts))
+
+
+def around(layer: nn.Module, *behind: nn.Module) -> nn.Sequential:
+    """A network around a convolution of 6 input channels; by default an in-place ReLU behind it."""
+    stem_kind, norm_kind = {
+        1: (nn.Conv1d, nn.BatchNorm1d),
+        2: (nn.Conv2d, nn.BatchNorm2d),
+        3: (nn.Conv3d, nn.BatchNorm3d),
+    }[layer.weight.dim() - 2]
+    reshape = {
+        1: nn.Flatten(2),
+        2: nn.Identity(),
+        3: nn.Unflatten(3, (3, IMAGE_SIZE[2] // 3)),
+    }[layer.weight.dim() - 2]
+    return stack(
+        ("reshape", reshape),
+        ("stem", stem_kind(3, 6, 3, padding=1)),
+        ("stem_norm", norm_kind(6)),
+        ("stem_act", nn.ReLU(inplace=True)),
+        ("layer", layer),
+        ("behind", nn.Sequential(*behind) if behind else nn.ReLU(inplace=True)),
+        ("pool", PooledFeatures()),
+        ("head", nn.Linear(layer.weight.shape[0], N_CLASSES)),
+    )
+
+
+def _linear_on_tokens(grid: bool) -> nn.Sequential:
+    return stack(
+        ("patches", nn.Conv2d(3, 6, 2)),
+        ("tokens", Tokens(grid)),
+        ("norm", nn.LayerNorm(6)),
+        ("layer", nn.Linear(6, 8)),
+        ("act", nn.GELU()),
+        ("mean", MeanToken()),
+        ("head", nn.Linear(8, N_CLASSES)),
+    )
+
+
+def _linear_on_pooled(layer_is_head: bool) -> nn.Sequential:
+    parts = [
+        ("stem", nn.Conv2d(3, 6, 3)),
+        ("stem_act", nn.ReLU(inplace=True)),
+        ("pool", PooledFeatures()),
+    ]
+    if layer_is_head:
+        return stack(*parts, ("layer", nn.Linear(6, N_CLASSES)))
+    act, head = nn.ReLU(inplace=True), nn.Linear(8, N_CLASSES)
+    return stack(*parts, ("layer", nn.Linear(6, 8, bias=False)), ("act", act), ("head", head))
+
+
+KINDS: dict[str, Callable[[], nn.Sequential]] = {
+    "1x1": lambda: around(nn.Conv2d(6, 8, 1)),
+    "3x3": lambda: around(nn.Conv2d(6, 8, 3)),
+    "no bias": lambda: around(nn.Conv2d(6, 8, 1, bias=False)),
+    "stride": lambda: around(nn.Conv2d(6, 8, 3, stride=2, bias=False)),
+    "uneven": lambda: around(nn.Conv2d(6, 8, (3, 2), stride=(2, 3), padding=(2, 1))),
+    "same": lambda: around(nn.Conv2d(6, 8, (4, 3), padding="same", dilation=(1, 2))),
+    "valid": lambda: around(nn.Conv2d(6, 8, 2, padding="valid")),
+    "dilation": lambda: around(nn.Conv2d(6, 8, 3, padding=1, dilation=(2, 1))),
+    "reflect": lambda: around(nn.Conv2d(6, 8, 3, padding=(2, 1), padding_mode="reflect")),
+    "circular": lambda: around(
+        nn.Conv2d(6, 8, 3, stride=2, padding=(1, 2), padding_mode="circular")
+    ),
+    "replicate": lambda: around(nn.Conv2d(6, 8, 3, padding=2, padding_mode="replicate")),
+    "groups": lambda: around(nn.Conv2d(6, 8, 3, padding=1, groups=2)),
+    "batch norm behind": lambda: around(
+        nn.Conv2d(6, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+    ),
+    "one dimension": lambda: around(nn.Conv1d(6, 8, 5, stride=3, padding=2)),
+    "three dimensions": lambda: around(nn.Conv3d(6, 8, (1, 3, 2), padding=(0, 1, 0), groups=2)),
+    "pooled features": lambda: _linear_on_pooled(layer_is_head=False),
+    "head": lambda: _linear_on_pooled(layer_is_head=True),
+    "tokens": lambda: _linear_on_tokens(grid=False),
+    "grid of tokens": lambda: _linear_on_tokens(grid=True),
+}
+
+
+def build(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
+    """A network of a kind with random weights, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1000 * seed + zlib.crc32(kind.encode()) % 1000)
+        network = KINDS[kind]()
+        randomise_batch_norms(network)
+    return network.to(dtype).eval()
+
+
+def layer_input(network: nn.Module, images: Tensor) -> Tensor:
+    """What reaches the layer, (N, ...)."""
+    seen = []
+    handle = network.get_submodule("layer").register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().clone())
+    )
+    with torch.no_grad():
+        network(images)
+    handle.remove()
+    return seen[0]
