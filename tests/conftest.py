@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests of the core."""
+"""Settings shared by the tests of the core."""
 
 from __future__ import annotations
 
@@ -7,3 +7,8 @@ import torch
 
 pytest.register_assert_rewrite("checks")
 torch.set_num_threads(1)  # networks this small only lose by more
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Even kernels with padding="same" are tested on purpose, because they pad unevenly.
+    config.addinivalue_line("filterwarnings", "ignore:Using padding='same'")

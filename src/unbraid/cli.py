@@ -72,9 +72,24 @@ def demo(*, out: Out) -> None:
     Everything comes with the package: the network, trained on all of Fashion-MNIST, and a sample
     of its images.
     """
-    from unbraid.demo import run_demo
+    from unbraid.demo.network import LAYER, load_images, load_network
+    from unbraid.pipeline import Loading, Thresholds
+    from unbraid.pipeline import run as run_pipeline
 
-    _show_run(run_demo(out, _say))
+    _say("A small network trained on Fashion-MNIST, and a sample of its images.")
+    result = run_pipeline(
+        load_network(),
+        LAYER,
+        load_images("train"),
+        load_images("test"),
+        out,
+        thresholds=Thresholds(),
+        loading=Loading(batch_size=250),
+        source={"demo": True},
+        say=_say,
+        title="Demo: a small network on Fashion-MNIST",
+    )
+    _show_run(result)
 
 
 @app.command

@@ -1,0 +1,1 @@
+"""A small trained network and a sample of Fashion-MNIST that come with the package."""

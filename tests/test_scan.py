@@ -1,0 +1,698 @@
+"""Scans: what the records hold, going on after a stop, what is refused, a network left alone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checks import (
+    assert_bit_equal,
+    assert_input_maps,
+    assert_records,
+    assert_same_files,
+    assert_untouched,
+    snapshot,
+    truth_of,
+)
+from networks import KINDS, CountingNetwork, SyntheticImages, build
+from torch import nn
+from torch.utils.data import IterableDataset, Subset
+
+import unbraid
+from unbraid import records as records_module
+from unbraid.errors import DataError, LayerError, ModelError, RunError, UsageError
+
+SHARD = 128  # images in a shard with positions
+
+
+class BrokenImages(SyntheticImages):
+    """Some images cannot be read."""
+
+    def __init__(self, n_images: int, broken: set[int], **settings: Any) -> None:
+        super().__init__(n_images, **settings)
+        self.broken = broken
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise OSError(f"cannot identify picture-{index}.jpg")
+        return super().__getitem__(index)
+
+
+# --- what the records hold ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_hold_what_the_oracle_says(kind, tmp_path):
+    network, dataset = build(kind), SyntheticImages(9)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, min_share=0.06, batch_size=4)
+    truth = truth_of(network, dataset)
+    assert_records(list(scan.shards()), truth, 0.06, range(9))
+    kept = sum(len(records.share_channel) for records in scan.shards())
+    assert 0 < kept < truth.shares.numel()  # the threshold kept some and dropped some
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_keep_the_layers_input_besides(kind, tmp_path):
+    network, dataset = build(kind), SyntheticImages(5)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, positions=True, batch_size=3)
+    truth = truth_of(network, dataset)
+    assert scan.positions
+    assert_records(list(scan.shards()), truth, 0.005, range(5))
+    assert_input_maps(list(scan.shards()), truth)
+
+
+def test_a_scan_knows_the_layers_weights_and_the_class_names(tmp_path):
+    network = build("3x3")
+    scan = unbraid.scan(network, network.layer, SyntheticImages(4), tmp_path)
+    assert_bit_equal(scan.weight, network.layer.weight.flatten(1))
+    assert_bit_equal(scan.bias, network.layer.bias)
+    assert scan.layer.name == "layer"
+    assert scan.class_names == ("class 0", "class 1", "class 2", "class 3")
+    assert not scan.positions
+
+
+def test_only_images_of_the_chosen_classes_are_scanned(tmp_path):
+    network, dataset = CountingNetwork(build("3x3")), SyntheticImages(11)
+    scan = unbraid.scan(network, "network.layer", dataset, tmp_path, classes=[3, 1])
+    chosen = [n for n, label in enumerate(dataset.targets) if label in (1, 3)]
+    assert network.n_images == len(chosen)
+    assert_records(
+        list(scan.shards()), truth_of(network, dataset, "network.layer"), 0.005, chosen
+    )
+
+
+def test_records_of_many_shards_are_in_order_and_whole(tmp_path):
+    network, dataset = build("1x1"), SyntheticImages(2 * SHARD + 9)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, positions=True)
+    assert [len(records) for records in scan.shards()] == [SHARD, SHARD, 9]
+    assert_records(list(scan.shards()), truth_of(network, dataset), 0.005, range(len(dataset)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_records_do_not_depend_on_the_batch_size(batch_size, tmp_path):
+    network, dataset = build("batch norm behind"), SyntheticImages(10)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, batch_size=batch_size)
+    assert_records(list(scan.shards()), truth_of(network, dataset), 0.005, range(10))
+
+
+def test_a_network_in_training_mode_is_scanned_in_eval_mode(tmp_path):
+    network, dataset = build("batch norm behind"), SyntheticImages(6)
+    truth = truth_of(network, dataset)
+    scan = unbraid.scan(network.train(), "layer", dataset, tmp_path)
+    assert_records(list(scan.shards()), truth, 0.005, range(6))
+
+
+def test_images_of_several_sizes_can_be_scanned_one_by_one(tmp_path):
+    dataset = SyntheticImages(4)
+    dataset.images = [image[:, :, : 6 - n % 2] for n, image in enumerate(dataset.images)]
+    network = build("3x3")
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, batch_size=1)
+    assert_records(list(scan.shards()), truth_of(network, dataset), 0.005, range(4))
+
+
+def test_worker_processes_give_the_same_records(tmp_path):
+    for workers in (0, 1):
+        out = tmp_path / str(workers)
+        unbraid.scan(build("1x1"), "layer", SyntheticImages(20), out, batch_size=3, workers=workers)
+    assert_same_files(tmp_path / "0", tmp_path / "1")
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_two_scans_of_the_same_are_the_same_bytes(positions, tmp_path):
+    for name in ("one", "two"):
+        unbraid.scan(
+            build("groups"), "layer", SyntheticImages(150), tmp_path / name, positions=positions
+        )
+    assert_same_files(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_a_scan_works_where_gradients_are_switched_off(without_gradients, tmp_path):
+    network, dataset = build("3x3"), SyntheticImages(4)
+    with without_gradients():
+        scan = unbraid.scan(network, "layer", dataset, tmp_path)
+    assert_records(list(scan.shards()), truth_of(network, dataset), 0.005, range(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_networks_of_every_floating_point_kind_can_be_scanned(dtype, tmp_path):
+    network, dataset = build("1x1", dtype), SyntheticImages(4, dtype=dtype)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path)
+    (records,) = scan.shards()
+    assert scan.manifest.dtype == str(dtype).removeprefix("torch.")
+    assert records.pooled.dtype == torch.float32
+    truth = truth_of(network, dataset)
+    expected = torch.stack([truth.pooled(n) for n in range(4)]).float()
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        records.pooled, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    )
+
+
+# --- going on after a stop ------------------------------------------------------------------------
+
+
+def long_scan(network: nn.Module, out: Path, **settings: Any) -> unbraid.Scan:
+    """Three shards, the last of 9 images."""
+    dataset = settings.pop("dataset", SyntheticImages(2 * SHARD + 9))
+    layer = settings.pop("layer", "network.layer")
+    return unbraid.scan(network, layer, dataset, out, **{"positions": True, **settings})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished scan, not to be changed."""
+    out = tmp_path_factory.mktemp("finished") / "scan"
+    long_scan(CountingNetwork(build("1x1")), out)
+    return out
+
+
+@pytest.fixture
+def folder(finished, tmp_path) -> Path:
+    """A copy of a finished scan, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "scan"))
+
+
+def test_a_finished_scan_runs_the_network_on_nothing(finished, folder):
+    network = CountingNetwork(build("1x1"))
+    long_scan(network, folder)
+    assert network.n_images == 0
+    assert_same_files(folder, finished)
+
+
+@pytest.mark.parametrize(("shard", "n_images"), [(0, SHARD), (1, SHARD), (2, 9)])
+def test_only_the_images_of_a_missing_shard_are_run_again(shard, n_images, finished, folder):
+    (folder / f"shard-{shard:06d}.safetensors").unlink()
+    network = CountingNetwork(build("1x1"))
+    long_scan(network, folder)
+    assert network.n_images == n_images
+    assert_same_files(folder, finished)
+
+
+def test_a_scan_can_go_on_with_another_batch_size_and_number_of_workers(folder):
+    (folder / "shard-000002.safetensors").unlink()
+    network = CountingNetwork(build("1x1"))
+    scan = long_scan(network, folder, batch_size=5, workers=1)
+    assert network.n_images == 9
+    assert_records(
+        list(scan.shards())[2:],
+        truth_of(network, SyntheticImages(2 * SHARD + 9), "network.layer"),
+        0.005,
+        range(2 * SHARD, 2 * SHARD + 9),
+    )
+
+
+def stop_at(write: int, error: BaseException) -> Callable[..., Any]:
+    """Path.replace, but one call fails; the manifest's and the layer's come before the shards'."""
+    replace, calls = Path.replace, []
+
+    def replace_or_fail(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == write:
+            raise error
+        return replace(self, target)
+
+    return replace_or_fail
+
+
+@pytest.mark.parametrize("write", [1, 2, 3, 4, 5])
+def test_a_full_disk_stops_with_a_sentence_and_the_next_scan_goes_on(
+    write, finished, tmp_path, monkeypatch
+):
+    out = tmp_path / "scan"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop_at(write, full))
+        with pytest.raises(RunError, match="disk is full.*make room and start the same"):
+            long_scan(CountingNetwork(build("1x1")), out)
+    assert not list(out.glob("*.tmp"))
+    network = CountingNetwork(build("1x1"))
+    long_scan(network, out)
+    n_kept = SHARD * max(0, write - 3)  # the shards that were whole before the stop
+    assert network.n_images == 2 * SHARD + 9 - n_kept
+    assert_same_files(out, finished)
+
+
+@pytest.mark.parametrize("write", [1, 2, 3, 4, 5])
+def test_a_scan_killed_while_writing_is_completed_by_the_next(
+    write, finished, tmp_path, monkeypatch
+):
+    out = tmp_path / "scan"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop_at(write, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            long_scan(CountingNetwork(build("1x1")), out)
+    assert len(list(out.glob("*.tmp"))) == 1  # half-written, as after a kill
+    long_scan(CountingNetwork(build("1x1")), out)
+    assert_same_files(out, finished)
+
+
+def test_a_disk_that_may_not_be_written_stops_with_a_sentence(tmp_path, monkeypatch):
+    refused = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(Path, "replace", stop_at(1, refused))
+    with pytest.raises(RunError, match="cannot be written .*Read-only"):
+        unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path)
+
+
+def test_a_stopped_scan_cannot_be_opened_until_it_is_finished(folder):
+    (folder / "shard-000001.safetensors").unlink()
+    with pytest.raises(RunError, match=r"not finished \(1 of 3 shards"):
+        unbraid.open_scan(folder)
+
+
+def test_a_reopened_scan_is_the_scan(finished, folder):
+    scan, reopened = long_scan(CountingNetwork(build("1x1")), folder), unbraid.open_scan(folder)
+    assert reopened.manifest == scan.manifest
+    assert_bit_equal(reopened.weight, scan.weight)
+    assert_bit_equal(reopened.bias, scan.bias)
+
+
+def test_a_damaged_shard_is_named_and_can_be_made_again(finished, folder):
+    shard = folder / "shard-000001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(RunError, match="shard-000001.safetensors cannot be read"):
+        list(unbraid.open_scan(folder).shards())
+    shard.unlink()
+    long_scan(CountingNetwork(build("1x1")), folder)
+    assert_same_files(folder, finished)
+
+
+def test_shards_are_read_one_at_a_time_and_let_go(finished, monkeypatch):
+    read = records_module.read_shard
+    calls: list[int] = []
+
+    def counted(folder, shard):
+        calls.append(shard)
+        return read(folder, shard)
+
+    monkeypatch.setattr(records_module, "read_shard", counted)
+    shards = unbraid.open_scan(finished).shards()
+    assert calls == []
+    alive = weakref.ref(next(shards))
+    assert calls == [0]
+    assert alive() is None  # the generator keeps nothing that its reader has dropped
+
+
+def test_images_are_let_go_batch_by_batch(tmp_path):
+    class Watched(SyntheticImages):
+        alive: list[weakref.ref] = []  # noqa: RUF012
+        most = 0
+
+        def __getitem__(self, index):
+            image = self.images[index].clone()
+            self.alive.append(weakref.ref(image))
+            self.most = max(self.most, sum(1 for one in self.alive if one() is not None))
+            return image, self.targets[index]
+
+    dataset = Watched(200)
+    unbraid.scan(build("1x1"), "layer", dataset, tmp_path, batch_size=5)
+    assert dataset.most <= 2 * 5 + 1  # a batch, the one before, and one image for the fingerprint
+
+
+# --- a folder that belongs to something else ------------------------------------------------------
+
+
+def _other_image() -> SyntheticImages:
+    dataset = SyntheticImages(2 * SHARD + 9)
+    dataset.images[0, 0, 0, 0] += 1e-6
+    return dataset
+
+
+def _other_label() -> SyntheticImages:
+    dataset = SyntheticImages(2 * SHARD + 9)
+    dataset.targets[201] = 0
+    return dataset
+
+
+def _other_preprocessing() -> SyntheticImages:
+    dataset = SyntheticImages(2 * SHARD + 9)
+    dataset.transform = nn.AvgPool2d(2)  # not used, but told by the data set
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        pytest.param({"layer": "network.stem"}, "the layer", id="layer"),
+        pytest.param({"dataset": _other_image()}, "the images or labels", id="image"),
+        pytest.param({"dataset": _other_label()}, "the images or labels", id="label"),
+        pytest.param({"dataset": _other_preprocessing()}, "the preprocessing", id="preprocessing"),
+        pytest.param({"dataset": SyntheticImages(5)}, "the images or labels", id="fewer images"),
+        pytest.param({"classes": [1, 2]}, "the classes", id="classes"),
+        pytest.param({"min_share": 0.01}, "the smallest share kept", id="min_share"),
+        pytest.param({"skip_broken": True}, "how broken images", id="skip_broken"),
+    ],
+)
+def test_a_folder_of_another_scan_is_refused_naming_what_differs(
+    settings, difference, finished, folder
+):
+    network = CountingNetwork(build("1x1"))
+    with pytest.raises(RunError, match=rf"scan of something else: [^.]*{difference}[^.]* differ"):
+        long_scan(network, folder, **settings)
+    assert network.n_images == 0
+    assert_same_files(folder, finished)
+
+
+def test_a_folder_of_a_scan_without_positions_is_refused(finished, folder):
+    with pytest.raises(RunError, match="whether positions are kept"):
+        long_scan(CountingNetwork(build("1x1")), folder, positions=False)
+    assert_same_files(folder, finished)
+
+
+@pytest.mark.parametrize("changed", ["stem.bias", "layer.weight", "stem_norm.running_mean"])
+def test_a_folder_of_other_weights_is_refused(changed, finished, folder):
+    network = CountingNetwork(build("1x1"))
+    with torch.no_grad():
+        network.network.state_dict()[changed].flatten()[0].mul_(1 + 1e-12)
+    with pytest.raises(RunError, match=r"something else: the network's weights differ\."):
+        long_scan(network, folder)
+    assert_same_files(folder, finished)
+
+
+def test_shards_without_a_manifest_are_not_taken_for_the_new_scans(finished, folder):
+    (folder / "manifest.json").unlink()
+    other = CountingNetwork(build("1x1", seed=1))
+    scan = long_scan(other, folder)
+    assert other.n_images == 2 * SHARD + 9
+    fresh = long_scan(other, folder.with_name("fresh"))
+    assert_same_files(scan.path, fresh.path)
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("notes")
+    with pytest.raises(UsageError, match="is a file, not a folder"):
+        unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path / "out")
+
+
+def test_a_folder_without_a_scan_cannot_be_opened(tmp_path):
+    with pytest.raises(RunError, match="holds no scan"):
+        unbraid.open_scan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda text: text[:50], id="cut off"),
+        pytest.param(lambda text: text.replace('"schema": 1', '"schema": 99'), id="schema"),
+        pytest.param(lambda text: text.replace('"weights"', '"wts"'), id="key"),
+        pytest.param(lambda _: "[]", id="no object"),
+    ],
+)
+def test_a_damaged_manifest_is_named(damage, folder):
+    path = folder / "manifest.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(RunError, match=r"manifest\.json is not a manifest"):
+        unbraid.open_scan(folder)
+
+
+def test_the_manifest_is_json_and_names_what_the_scan_was_made_of(finished):
+    content = json.loads((finished / "manifest.json").read_text())
+    assert content["layer"]["name"] == "network.layer"
+    assert content["n_images"] == 2 * SHARD + 9
+    assert content["classes"] is None
+    assert set(content["versions"]) == {"unbraid", "torch", "python"}
+
+
+# --- data and networks that cannot be scanned -----------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["head.weight", "stem_norm.running_var"])
+def test_broken_weights_are_named_before_anything_is_run(value, where, tmp_path):
+    network = CountingNetwork(build("3x3"))
+    network.network.state_dict()[where].flatten()[1] = value
+    with pytest.raises(ModelError, match=rf"'network\.{where}' holds NaN"):
+        unbraid.scan(network, "network.layer", SyntheticImages(4), tmp_path)
+    assert network.n_images == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e308])
+def test_an_image_that_drives_the_network_to_nan_is_named(value, tmp_path):
+    dataset = SyntheticImages(8)
+    dataset.images[5, 0] = value
+    with pytest.raises(ModelError, match="Image 5 drives the network to NaN"):
+        unbraid.scan(build("3x3"), "layer", dataset, tmp_path, batch_size=4)
+
+
+def test_nan_behind_the_layer_is_named_too(tmp_path):
+    class Root(nn.Module):
+        def forward(self, x):
+            return x.sqrt()  # NaN below zero
+
+    network = build("1x1")
+    network.pool = nn.Sequential(network.pool, Root())
+    network.behind = nn.Identity()
+    with pytest.raises(ModelError, match="Image 0 drives the network to NaN"):
+        unbraid.scan(network, "layer", SyntheticImages(4), tmp_path)
+
+
+@pytest.mark.parametrize("label", [4, 1000, -1])
+def test_a_label_that_is_no_output_is_named(label, tmp_path):
+    dataset = SyntheticImages(8)
+    dataset.targets[3] = label
+    with pytest.raises(DataError, match=rf"Image 3 has label {label}, but the network has 4 out"):
+        unbraid.scan(build("3x3"), "layer", dataset, tmp_path)
+
+
+def test_images_that_the_network_cannot_take_are_told_with_their_shape(tmp_path):
+    with pytest.raises(ModelError, match=r"cannot run on images of shape \(1, 7, 6\)"):
+        unbraid.scan(build("3x3"), "layer", SyntheticImages(4, size=(1, 7, 6)), tmp_path)
+
+
+def test_images_of_different_sizes_are_named(tmp_path):
+    dataset = SyntheticImages(4)
+    dataset.images = [image[:, :, : 6 - n // 2] for n, image in enumerate(dataset.images)]
+    with pytest.raises(DataError, match=r"Image 2 is \(3, 7, 5\) where image 0 is \(3, 7, 6\)"):
+        unbraid.scan(build("3x3"), "layer", dataset, tmp_path)
+
+
+def test_positions_of_images_of_different_sizes_are_refused(tmp_path):
+    dataset = SyntheticImages(4)
+    dataset.images = [image[:, :, : 6 - n // 2] for n, image in enumerate(dataset.images)]
+    with pytest.raises(DataError, match="input maps of different sizes"):
+        unbraid.scan(build("3x3"), "layer", dataset, tmp_path, batch_size=1, positions=True)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "kind"),
+    [
+        pytest.param(lambda logits: {"out": logits}, "dict", id="dict"),
+        pytest.param(lambda logits: logits[:, :, None], r"\(4, 4, 1\)", id="map"),
+        pytest.param(lambda logits: (logits, None), "tuple", id="tuple"),
+    ],
+)
+def test_a_network_without_logits_is_refused(wrap, kind, tmp_path):
+    class Wrapped(CountingNetwork):
+        def forward(self, x):
+            return wrap(super().forward(x))
+
+    with pytest.raises(ModelError, match=f"output is {kind}, not logits"):
+        unbraid.scan(Wrapped(build("3x3")), "network.layer", SyntheticImages(4), tmp_path)
+
+
+def test_a_layer_that_does_not_run_is_refused(tmp_path):
+    network = CountingNetwork(build("3x3"))
+    network.spare = nn.Linear(4, 4)
+    with pytest.raises(LayerError, match="'spare' does not run when the network does"):
+        unbraid.scan(network, "spare", SyntheticImages(4), tmp_path)
+
+
+class Standardised(nn.Conv2d):
+    """Normalises its weights on its own, as some networks do."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class PadsItself(nn.Conv2d):
+    """Pads on its own."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("kind", [Standardised, PadsItself])
+def test_a_layer_that_does_not_compute_what_its_weights_say_is_refused(kind, tmp_path):
+    network = build("3x3")
+    network.layer = kind(6, 8, 3).double()
+    with pytest.raises(LayerError, match=f"'layer' .{kind.__name__}. does not compute"):
+        unbraid.scan(network, "layer", SyntheticImages(4), tmp_path)
+
+
+def test_a_layer_whose_output_a_hook_changes_is_refused(tmp_path):
+    network = build("3x3")
+    network.layer.register_forward_hook(lambda _module, _args, output: 2 * output)
+    with pytest.raises(LayerError, match="does not compute"):
+        unbraid.scan(network, "layer", SyntheticImages(4), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_share": 0.0}, "min_share is 0.0"),
+        ({"min_share": 1.0}, "min_share is 1.0"),
+        ({"min_share": float("nan")}, "min_share is nan"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"classes": []}, "classes is empty"),
+        ({"classes": [1, 77]}, r"classes names \[77\]"),
+        ({"dataset": SyntheticImages(0)}, "holds no image"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(settings, message, tmp_path):
+    arguments = {"dataset": SyntheticImages(4), "out": tmp_path, **settings}
+    with pytest.raises(UsageError, match=message):
+        unbraid.scan(build("3x3"), "layer", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_data_set_that_is_a_stream_is_refused(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield torch.zeros(3, 7, 6), 0
+
+    with pytest.raises(UsageError, match="must be map-style"):
+        unbraid.scan(build("3x3"), "layer", Stream(), tmp_path)
+
+
+# --- images that cannot be read -------------------------------------------------------------------
+
+
+def test_an_image_that_cannot_be_read_stops_the_scan_and_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"Image 6 .*picture-6\.jpg.*skip_broken"):
+        unbraid.scan(build("3x3"), "layer", BrokenImages(9, {6, 8}), tmp_path, batch_size=4)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param({0}, id="the first"),
+        pytest.param({1, 6, 8}, id="some"),
+        pytest.param({4, 5, 6, 7}, id="a whole batch"),
+    ],
+)
+def test_images_that_cannot_be_read_are_left_out_and_listed(broken, positions, tmp_path):
+    network = build("3x3")
+    scan = unbraid.scan(
+        network,
+        "layer",
+        BrokenImages(9, broken),
+        tmp_path,
+        batch_size=4,
+        skip_broken=True,
+        positions=positions,
+    )
+    (records,) = scan.shards()
+    assert records.broken.tolist() == scan.broken() == sorted(broken)
+    rest = [n for n in range(9) if n not in broken]
+    assert_records([records], truth_of(network, SyntheticImages(9)), 0.005, rest)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_a_shard_of_nothing_but_broken_images_is_empty(positions, tmp_path):
+    dataset = BrokenImages(1024 + 8, set(range(1024)))
+    network = build("1x1")
+    scan = unbraid.scan(
+        network, "layer", dataset, tmp_path, skip_broken=True, positions=positions
+    )
+    records = list(scan.shards())
+    assert scan.broken() == list(range(1024))
+    last = SyntheticImages(1024 + 8)
+    truth = truth_of(network, Subset(last, range(1024, 1024 + 8)))
+    whole = [one for one in records if len(one)]
+    assert [int(n) for one in whole for n in one.index] == list(range(1024, 1024 + 8))
+    for one in whole:
+        one.index -= 1024
+    assert_records(whole, truth, 0.005, range(8))
+    assert unbraid.find(scan, gamma=1.0, tau=0.01, p=0.1).classes == (0, 1, 2, 3)
+
+
+def test_a_picture_without_a_transform_is_told(tmp_path):
+    dataset = SyntheticImages(4)
+    dataset.images = [image.numpy() for image in dataset.images]
+    with pytest.raises(DataError, match="Image 0 is a ndarray, not a tensor; .*transform"):
+        unbraid.scan(build("3x3"), "layer", dataset, tmp_path)
+
+
+# --- the network is left alone --------------------------------------------------------------------
+
+
+def mixed_network() -> nn.Module:
+    """Modes and wanted gradients differ from module to module, a gradient and a hook are there."""
+    network = build("batch norm behind").train()
+    network.stem_norm.eval()
+    network.stem.weight.requires_grad_(False)
+    network(SyntheticImages(4).images).sum().backward()
+    network.layer.register_forward_hook(lambda *_: None)
+    return network
+
+
+def test_a_scan_leaves_the_network_as_it_was(tmp_path):
+    network = mixed_network()
+    before = snapshot(network)
+    unbraid.scan(network, "layer", SyntheticImages(9), tmp_path, positions=True)
+    assert_untouched(before, snapshot(network))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def _nan_image() -> SyntheticImages:
+    dataset = SyntheticImages(9)
+    dataset.images[7] = float("nan")
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error"),
+    [
+        pytest.param(BrokenImages(9, {7}), DataError, id="broken image"),
+        pytest.param(_nan_image(), ModelError, id="nan image"),
+        pytest.param(SyntheticImages(9, size=(2, 7, 6)), ModelError, id="wrong size"),
+        pytest.param(SyntheticImages(9, n_classes=5), DataError, id="label beyond outputs"),
+    ],
+)
+def test_a_scan_that_fails_leaves_the_network_as_it_was(dataset, error, tmp_path):
+    network = mixed_network()
+    before = snapshot(network)
+    with pytest.raises(error):
+        unbraid.scan(network, "layer", dataset, tmp_path, batch_size=3)
+    assert_untouched(before, snapshot(network))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_scan_with_a_full_disk_leaves_the_network_as_it_was(tmp_path, monkeypatch):
+    network = mixed_network()
+    before = snapshot(network)
+    monkeypatch.setattr(Path, "replace", stop_at(3, OSError(errno.ENOSPC, "full")))
+    with pytest.raises(RunError, match="disk is full"):
+        unbraid.scan(network, "layer", SyntheticImages(9), tmp_path)
+    assert_untouched(before, snapshot(network))
+
+
+def test_progress_goes_to_standard_error_only_when_asked(tmp_path, capsys):
+    unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path / "quiet")
+    assert capsys.readouterr() == ("", "")
+    unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path / "loud", progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Scanning layer" in err
+    assert "4/4" in err
+
+
+def test_files_are_synced_before_they_get_their_name(tmp_path, monkeypatch):
+    order: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync"), fsync(fd))[1])
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: (order.append("name"), replace(self, to))[1]
+    )
+    unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path)
+    assert order == ["sync", "name"] * 3  # layer, manifest, one shard
