@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
-from published import PublishedResult
-from published import run as run_published
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import unbraid
+from machine import describe_machine
+from published import PublishedResult
+from published import run as run_published
 from unbraid.demo.network import LAYER, load_images, load_network
 from unbraid.demo.train import DEBIAN_FOLDER, read_split
 from unbraid.findings import Findings

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 import torchvision
-from machine import describe_machine
-from published import published_image_step
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import unbraid
+from machine import describe_machine
+from published import published_image_step
 
 LAYER = "layer4.2.conv3"
 BATCH = 32

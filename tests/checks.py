@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import oracle
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+import oracle
 from unbraid import Evaluation, Findings, Split
 from unbraid.evaluation import ConceptEvaluation, Ratio
 from unbraid.findings import Concept, Pair
@@ -89,7 +89,9 @@ def truth_of(network: nn.Module, dataset: Dataset[Any], layer: str = "layer") ->
 
 def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
     """Agree to a tolerance, relative and absolute; nan agrees with nan, shapes must be the same."""
-    actual, expected = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (actual, expected))
+    actual, expected = (
+        torch.as_tensor(v, dtype=torch.float64).detach() for v in (actual, expected)
+    )
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
@@ -114,7 +116,9 @@ def assert_rows_explain_output(
             assert_close(row @ s + float(n_positions[n]) * bias[o], z[o].sum())
 
 
-def assert_responses(responses: Tensor, channels: Sequence[int], rows: Tensor, truth: Truth) -> None:
+def assert_responses(
+    responses: Tensor, channels: Sequence[int], rows: Tensor, truth: Truth
+) -> None:
     """(N, R, P): each row answers as its channel would with that row for weights."""
     assert responses.shape[1] == len(rows)
     for n, x in enumerate(truth.x):
@@ -226,9 +230,7 @@ def assert_arv(arv: Tensor, truth: Truth, concept: Concept, channel: int) -> Non
     assert_close(arv, truth.arv(concept, channel))
 
 
-def assert_pairs(
-    pairs: Sequence[Pair], truth: Truth, tau: float, p: float, gamma: float
-) -> None:
+def assert_pairs(pairs: Sequence[Pair], truth: Truth, tau: float, p: float, gamma: float) -> None:
     """Exactly the published pairs, lowest cosine first, each with its cosine and fractions."""
     used = oracle.uses(truth.shares, truth.labels, tau, p)
     classes = range(len(used))
@@ -289,8 +291,25 @@ def assert_published_rows(part: ChannelSplit, rho: float, truth: Truth) -> None:
     assert_close(part.weight, original, 0)
     assert_close(part.rows, torch.stack([row1, row2]), 0)
     assert_close(part.residual_row, residual, 1e-15)  # two equal weights minus one of them
-    bias = truth.layer.bias
-    assert part.bias == part.residual_bias == (0.0 if bias is None else float(bias[part.channel]))
+    bias = 0.0 if truth.layer.bias is None else truth.layer.bias[part.channel].item()
+    assert part.bias == part.residual_bias == bias
+
+
+def assert_extended_masks(masks: Tensor, arvs: Sequence[Tensor], rho: float, taps: int) -> None:
+    """(K, J): a tap is dropped where its input channel belongs to another concept.
+
+    It belongs to the first concept k with rho * v_k > v_l for all other concepts l.
+    """
+    concepts = range(len(arvs))
+    assert masks.shape == (len(arvs), len(arvs[0]) * taps)
+    for j in range(masks.shape[1]):
+        values = [float(v[j // taps]) for v in arvs]
+        owner = None
+        for k in concepts:
+            if owner is None and all(rho * values[k] > values[m] for m in concepts if m != k):
+                owner = k
+        for k in concepts:
+            assert masks[k, j] == (0.0 if owner is not None and owner != k else 1.0), (k, j)
 
 
 def assert_published_rho(part: ChannelSplit, truth: Truth) -> None:
@@ -378,7 +397,7 @@ def _assert_concept(
     assert_close(measured.leakage, mean_over_others(oracle.leakage))
     assert_close(measured.mimic_error, oracle.mimic_error(z, z_k, own))
     assert_close(measured.silence_error, mean_over_others(oracle.silence_error))
-    assert_close(measured.auroc, oracle.auroc(z_k, own, sum(others, [])))
+    assert_close(measured.auroc, oracle.auroc(z_k, own, list(itertools.chain(*others))))
 
 
 def assert_evaluation(result: Evaluation, split: Split, truth: Truth) -> None:

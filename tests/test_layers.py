@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from checks import assert_pooled_inputs, assert_responses, assert_rows_explain_output, truth_of
-from networks import KINDS, SyntheticImages, build, layer_input, stack
 from torch import nn
 
+from checks import assert_pooled_inputs, assert_responses, assert_rows_explain_output, truth_of
+from networks import KINDS, SyntheticImages, build, layer_input, stack
 from unbraid.errors import LayerError
 from unbraid.layers import (
     LayerSpec,

@@ -6,6 +6,8 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from torch import nn
+
 from checks import (
     assert_input_relevance,
     assert_relevance,
@@ -15,8 +17,6 @@ from checks import (
     truth_of,
 )
 from networks import KINDS, SyntheticImages, build, layer_input
-from torch import nn
-
 from unbraid.errors import LayerError
 from unbraid.layers import channels_first, describe, pooled_input, weight_rows
 from unbraid.relevance import cut_at, input_relevance, output_relevance, shares, undisturbed
@@ -110,9 +110,15 @@ def test_a_network_is_undisturbed_afterwards():
 def test_a_network_is_undisturbed_after_an_exception():
     network = mixed_network()
     before = snapshot(network)
-    with pytest.raises(ZeroDivisionError), undisturbed(network), cut_at(network.layer):
-        network(IMAGES.images)
-        raise ZeroDivisionError
+    error = RuntimeError("in the middle")
+
+    def fail() -> None:
+        with undisturbed(network), cut_at(network.layer):
+            network(IMAGES.images)
+            raise error
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
     assert_untouched(before, snapshot(network))
 
 

@@ -13,7 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import IterableDataset, Subset
+
+import unbraid
 from checks import (
+    Truth,
     assert_bit_equal,
     assert_input_maps,
     assert_records,
@@ -23,10 +28,6 @@ from checks import (
     truth_of,
 )
 from networks import KINDS, CountingNetwork, SyntheticImages, build
-from torch import nn
-from torch.utils.data import IterableDataset, Subset
-
-import unbraid
 from unbraid import records as records_module
 from unbraid.errors import DataError, LayerError, ModelError, RunError, UsageError
 
@@ -84,16 +85,7 @@ def test_only_images_of_the_chosen_classes_are_scanned(tmp_path):
     scan = unbraid.scan(network, "network.layer", dataset, tmp_path, classes=[3, 1])
     chosen = [n for n, label in enumerate(dataset.targets) if label in (1, 3)]
     assert network.n_images == len(chosen)
-    assert_records(
-        list(scan.shards()), truth_of(network, dataset, "network.layer"), 0.005, chosen
-    )
-
-
-def test_records_of_many_shards_are_in_order_and_whole(tmp_path):
-    network, dataset = build("1x1"), SyntheticImages(2 * SHARD + 9)
-    scan = unbraid.scan(network, "layer", dataset, tmp_path, positions=True)
-    assert [len(records) for records in scan.shards()] == [SHARD, SHARD, 9]
-    assert_records(list(scan.shards()), truth_of(network, dataset), 0.005, range(len(dataset)))
+    assert_records(list(scan.shards()), truth_of(network, dataset, "network.layer"), 0.005, chosen)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
@@ -175,10 +167,21 @@ def finished(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def long_truth() -> Truth:
+    return truth_of(build("1x1"), SyntheticImages(2 * SHARD + 9))
+
+
 @pytest.fixture
 def folder(finished, tmp_path) -> Path:
     """A copy of a finished scan, to be changed."""
     return Path(shutil.copytree(finished, tmp_path / "scan"))
+
+
+def test_records_of_many_shards_are_in_order_and_whole(finished, long_truth):
+    shards = list(unbraid.open_scan(finished).shards())
+    assert [len(records) for records in shards] == [SHARD, SHARD, 9]
+    assert_records(shards, long_truth, 0.005, range(2 * SHARD + 9))
 
 
 def test_a_finished_scan_runs_the_network_on_nothing(finished, folder):
@@ -197,17 +200,13 @@ def test_only_the_images_of_a_missing_shard_are_run_again(shard, n_images, finis
     assert_same_files(folder, finished)
 
 
-def test_a_scan_can_go_on_with_another_batch_size_and_number_of_workers(folder):
+def test_a_scan_can_go_on_with_another_batch_size_and_number_of_workers(folder, long_truth):
     (folder / "shard-000002.safetensors").unlink()
     network = CountingNetwork(build("1x1"))
     scan = long_scan(network, folder, batch_size=5, workers=1)
     assert network.n_images == 9
-    assert_records(
-        list(scan.shards())[2:],
-        truth_of(network, SyntheticImages(2 * SHARD + 9), "network.layer"),
-        0.005,
-        range(2 * SHARD, 2 * SHARD + 9),
-    )
+    last = list(scan.shards())[2:]
+    assert_records(last, long_truth, 0.005, range(2 * SHARD, 2 * SHARD + 9))
 
 
 def stop_at(write: int, error: BaseException) -> Callable[..., Any]:
@@ -231,7 +230,7 @@ def test_a_full_disk_stops_with_a_sentence_and_the_next_scan_goes_on(
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", stop_at(write, full))
-        with pytest.raises(RunError, match="disk is full.*make room and start the same"):
+        with pytest.raises(RunError, match=r"disk is full.*make room and start the same"):
             long_scan(CountingNetwork(build("1x1")), out)
     assert not list(out.glob("*.tmp"))
     network = CountingNetwork(build("1x1"))
@@ -258,7 +257,7 @@ def test_a_scan_killed_while_writing_is_completed_by_the_next(
 def test_a_disk_that_may_not_be_written_stops_with_a_sentence(tmp_path, monkeypatch):
     refused = OSError(errno.EROFS, "Read-only file system")
     monkeypatch.setattr(Path, "replace", stop_at(1, refused))
-    with pytest.raises(RunError, match="cannot be written .*Read-only"):
+    with pytest.raises(RunError, match=r"cannot be written .*Read-only"):
         unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path)
 
 
@@ -278,7 +277,7 @@ def test_a_reopened_scan_is_the_scan(finished, folder):
 def test_a_damaged_shard_is_named_and_can_be_made_again(finished, folder):
     shard = folder / "shard-000001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(RunError, match="shard-000001.safetensors cannot be read"):
+    with pytest.raises(RunError, match=r"shard-000001\.safetensors cannot be read"):
         list(unbraid.open_scan(folder).shards())
     shard.unlink()
     long_scan(CountingNetwork(build("1x1")), folder)
@@ -601,9 +600,7 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(broken, positions, t
 def test_a_shard_of_nothing_but_broken_images_is_empty(positions, tmp_path):
     dataset = BrokenImages(1024 + 8, set(range(1024)))
     network = build("1x1")
-    scan = unbraid.scan(
-        network, "layer", dataset, tmp_path, skip_broken=True, positions=positions
-    )
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, skip_broken=True, positions=positions)
     records = list(scan.shards())
     assert scan.broken() == list(range(1024))
     last = SyntheticImages(1024 + 8)
@@ -619,7 +616,7 @@ def test_a_shard_of_nothing_but_broken_images_is_empty(positions, tmp_path):
 def test_a_picture_without_a_transform_is_told(tmp_path):
     dataset = SyntheticImages(4)
     dataset.images = [image.numpy() for image in dataset.images]
-    with pytest.raises(DataError, match="Image 0 is a ndarray, not a tensor; .*transform"):
+    with pytest.raises(DataError, match=r"Image 0 is a ndarray, not a tensor; .*transform"):
         unbraid.scan(build("3x3"), "layer", dataset, tmp_path)
 
 

@@ -240,7 +240,26 @@ def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
-class Readable(Dataset[tuple[int, Tensor, int] | tuple[int, str]]):
+GoodItem = tuple[int, Tensor, int]  # index, image, label
+BrokenItem = tuple[int, str]  # index, what went wrong
+
+
+def sort_out(
+    items: Sequence[GoodItem | BrokenItem], skip_broken: bool
+) -> tuple[list[GoodItem], list[int]]:
+    """Part the items of a Readable into images and the indices of broken ones.
+
+    Raises:
+        DataError: an image is broken, and broken ones are not to be skipped.
+    """
+    good = [item for item in items if len(item) == 3]
+    broken = [item for item in items if len(item) == 2]
+    if broken and not skip_broken:
+        raise DataError(f"{broken[0][1]} Mend or remove it, or leave it out with skip_broken.")
+    return good, [item[0] for item in broken]
+
+
+class Readable(Dataset[GoodItem | BrokenItem]):
     """A data set whose items carry their index, and whose failures are items, not exceptions.
 
     So a broken image in a worker process neither kills it nor loses its place.
@@ -254,7 +273,7 @@ class Readable(Dataset[tuple[int, Tensor, int] | tuple[int, str]]):
         """Number of images."""
         return size_of(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor, int] | tuple[int, str]:
+    def __getitem__(self, index: int) -> GoodItem | BrokenItem:
         """Return (index, image, label), or (index, what went wrong)."""
         try:
             image, label = self.dataset[index]

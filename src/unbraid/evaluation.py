@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbraid.errors import RunError
+from unbraid.files import write_whole
 from unbraid.findings import Concept
 from unbraid.output import OutputComparison
-from unbraid.records import write_whole
 
 if TYPE_CHECKING:
     from unbraid.evaluate import Responses

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unbraid.errors import UnbraidError
-from unbraid.records import write_whole
+from unbraid.files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from unbraid.data import Readable, size_of
+from unbraid.data import Readable, size_of, sort_out
 from unbraid.errors import DataError, OutputChangedError
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
@@ -70,9 +70,7 @@ def compare_outputs(
     ):
         for items in loader:
             advance(len(items))
-            good = [item for item in items if len(item) == 3]
-            if len(good) < len(items) and not skip_broken:
-                raise DataError(next(item[1] for item in items if len(item) == 2))
+            good, _ = sort_out(items, skip_broken)
             if not good:
                 continue
             images = torch.stack([item[1] for item in good]).to(device)

@@ -16,10 +16,11 @@ from unbraid.data import ImageFolder, name_of
 from unbraid.errors import DataError, RunError
 from unbraid.evaluate import evaluate
 from unbraid.evaluation import Evaluation, read_output
+from unbraid.files import write_whole
 from unbraid.find import find
 from unbraid.findings import Findings
 from unbraid.output import compare_outputs
-from unbraid.records import Scan, open_scan, read_manifest, write_whole
+from unbraid.records import Scan, open_scan, read_manifest
 from unbraid.report import report
 from unbraid.scan import scan
 from unbraid.split import split

@@ -6,20 +6,17 @@ whole or not at all: it is written under a temporary name, synced and renamed.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from unbraid.errors import RunError, UsageError
+from unbraid.errors import DataError, RunError
+from unbraid.files import read_tensors, write_tensors
 from unbraid.layers import LayerSpec
 
 SCHEMA = 1
@@ -163,6 +160,55 @@ class Scan:
         return [int(index) for records in self.shards() for index in records.broken]
 
 
+def no_records(spec: LayerSpec, positions: bool) -> Records:
+    """Records of no image: what remains of a batch in which every image was broken."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return Records(
+        index=none,
+        label=none,
+        prediction=none,
+        n_positions=none,
+        pooled=torch.zeros(0, spec.groups, spec.n_taps),
+        share_start=torch.zeros(1, dtype=torch.int64),
+        share_channel=none.to(torch.int32),
+        share_value=torch.zeros(0),
+        broken=none,
+        input_map=torch.zeros(0, spec.n_in, *(0 for _ in spec.kernel)) if positions else None,
+    )
+
+
+def join_records(parts: Sequence[Records]) -> Records:
+    """Put the records of a shard's batches into one."""
+    some = [part for part in parts if len(part)] or list(parts[:1])
+    starts = [0]
+    for part in some:
+        starts += (part.share_start[1:] + starts[-1]).tolist()
+    maps = [part.input_map for part in some if part.input_map is not None]
+
+    def cat(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in some])
+
+    try:
+        input_map = torch.cat(maps) if maps else None
+    except RuntimeError:
+        raise DataError(
+            "Images of different sizes give input maps of different sizes, which positions=True "
+            "cannot keep; bring all to one size in the data set's transform."
+        ) from None
+    return Records(
+        index=cat("index"),
+        label=cat("label"),
+        prediction=cat("prediction"),
+        n_positions=cat("n_positions"),
+        pooled=cat("pooled"),
+        share_start=torch.tensor(starts),
+        share_channel=cat("share_channel"),
+        share_value=cat("share_value"),
+        broken=torch.cat([part.broken for part in parts]),
+        input_map=input_map,
+    )
+
+
 def open_scan(path: str | Path) -> Scan:
     """Open a finished scan.
 
@@ -220,52 +266,3 @@ def read_shard(folder: Path, shard: int) -> Records:
         return Records(**read_tensors(path)[0])
     except TypeError:
         raise RunError(f"{path} is not a shard; delete it and start the scan again.") from None
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
-    whole = {k: v.contiguous() for k, v in tensors.items()}
-    write_whole(path, safetensors.torch.save(whole, metadata))
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file and its metadata.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(
-            f"{path} cannot be read ({error}); delete it and start the command that wrote it again."
-        ) from None
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync it and rename it.
-
-    Raises:
-        RunError: the disk is full or may not be written.
-        UsageError: the folder is in fact a file.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"{path.parent} is a file, not a folder; name another folder.") from None
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(
-                f"The disk is full, {path.name} was not written; what is finished is kept: make "
-                "room and start the same command again."
-            ) from None
-        raise RunError(f"{path} cannot be written ({error.strerror}).") from None

@@ -5,21 +5,24 @@ Shapes: N images, C_out channels, T classes, G groups, J taps; see METHOD.md sec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from unbraid.errors import LayerError
 
+Kept = TypeVar("Kept")
+
 
 @dataclass
-class Cut:
+class Cut(Generic[Kept]):
     """What passed through a layer in the latest forward pass."""
 
-    input: Tensor | None = None
+    input: Kept | None = None  # what was kept of the input
     output: Tensor | None = None  # a leaf: the graph behind the layer starts here
 
 
@@ -44,26 +47,32 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def cut_at(layer: nn.Module) -> Iterator[Cut]:
+def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kept]]:
     """Record a layer's input and output, and make its output the start of the graph.
 
-    What follows gets a copy, not the leaf itself: an in-place activation behind the layer would
-    overwrite the very values that its gradient is to be multiplied with.
-    """
-    cut = Cut()
+    In-place operations behind the layer must not reach what is recorded. So `keep` takes what it
+    wants of the input at once, and what follows gets a copy of the output, not the leaf itself.
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    Args:
+        layer: the layer.
+        keep: from the layer's input to what to keep of it.
+    """
+    cut: Cut[Kept] = Cut()
+
+    def hook(
+        _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> Tensor:
         if cut.output is not None:
             raise LayerError(
                 "The layer runs more than once in a forward pass, so its output is not one thing; "
                 "choose a layer that runs once."
             )
-        cut.input = args[0].detach()
+        cut.input = keep((args[0] if args else named["input"]).detach())
         with torch.enable_grad():
             cut.output = output.detach().requires_grad_()
             return cut.output.clone()
 
-    handle = layer.register_forward_hook(hook)
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
     try:
         yield cut
     finally:

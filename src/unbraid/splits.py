@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from unbraid.errors import RunError
+from unbraid.files import read_tensors, write_tensors
 from unbraid.findings import Concept
 from unbraid.layers import LayerSpec
-from unbraid.records import read_tensors, write_tensors
 
 SCHEMA = 1
 

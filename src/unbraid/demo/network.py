@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from unbraid.errors import UsageError
-from unbraid.records import read_tensors
+from unbraid.files import read_tensors
 
 Pictures = npt.NDArray[np.uint8]
 

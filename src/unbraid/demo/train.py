@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from unbraid.demo.network import IMAGES, SPLITS, WEIGHTS, DemoNet, Pictures, normalise
 from unbraid.errors import DataError, UnbraidError
-from unbraid.records import write_tensors, write_whole
+from unbraid.files import write_tensors, write_whole
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 PREFIXES = {"train": "train", "test": "t10k"}

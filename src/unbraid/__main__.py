@@ -1,0 +1,5 @@
+"""Run the command line as `python -m unbraid`."""
+
+from unbraid.cli import main
+
+main()

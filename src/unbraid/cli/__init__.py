@@ -1,0 +1,49 @@
+"""The command line: each command is the thin twin of a function.
+
+torch is imported inside the commands, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from cyclopts import App, CycloptsError
+
+from unbraid.cli import jobs, steps
+from unbraid.cli.output import err_console
+from unbraid.errors import UnbraidError
+
+app = App(
+    name="unbraid",
+    help="Find the polysemantic channels of a vision network and split each into one per concept.",
+    help_format="markdown",
+)
+for place, command in enumerate(
+    (
+        jobs.demo,
+        jobs.run,
+        steps.layers,
+        steps.scan,
+        steps.find,
+        steps.split,
+        steps.evaluate,
+        jobs.report,
+        jobs.reproduce,
+    )
+):
+    app.command(command, sort_key=place)
+
+
+def main() -> None:
+    """Run the command line: exit code 2 for a wrong call, 1 for a failure, no traceback."""
+    try:
+        code = app(exit_on_error=False, print_error=True, result_action="return_value")
+    except CycloptsError:
+        sys.exit(2)
+    except UnbraidError as error:
+        err_console.print(f"unbraid: {error}", style="bold red", markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err_console.print("\nStopped; start the same command again and it goes on where it was.")
+        sys.exit(130)
+    sys.exit(code or 0)

@@ -1,0 +1,139 @@
+"""Commands that do a whole job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.table import Table
+
+from unbraid.cli.inputs import load, open_images
+from unbraid.cli.options import (
+    BatchSize,
+    Device,
+    Gamma,
+    Layer,
+    Model,
+    Out,
+    P,
+    Rho,
+    SkipBroken,
+    Tau,
+    Weights,
+    Workers,
+)
+from unbraid.cli.output import out_console, say, show_run
+
+
+def demo(*, out: Out) -> None:
+    """Split a small network on Fashion-MNIST, offline, in under a minute.
+
+    Everything comes with the package: the network, trained on all of Fashion-MNIST, and a sample
+    of its images.
+    """
+    from unbraid.demo.network import LAYER, load_images, load_network
+    from unbraid.pipeline import Loading, Thresholds
+    from unbraid.pipeline import run as run_pipeline
+
+    say("A small network trained on Fashion-MNIST, and a sample of its images.")
+    result = run_pipeline(
+        load_network(),
+        LAYER,
+        load_images("train"),
+        load_images("test"),
+        out,
+        thresholds=Thresholds(),
+        loading=Loading(batch_size=250),
+        source={"demo": True},
+        say=say,
+        title="Demo: a small network on Fashion-MNIST",
+    )
+    show_run(result)
+
+
+def run(
+    *,
+    model: Model,
+    layer: Layer,
+    data: Annotated[Path, Parameter(help="Folder with train/ and val/ of class folders.")],
+    out: Out,
+    weights: Weights = None,
+    tau: Tau = 0.03,
+    p: P = 0.75,
+    gamma: Gamma = 0.5,
+    rho: Rho = None,
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    skip_broken: SkipBroken = False,
+    device: Device = None,
+) -> None:
+    """Do everything: scan, find, split, check the outputs, evaluate and report.
+
+    Started again, it goes on where it stopped; with other thresholds it does not scan again what
+    it has.
+    """
+    from unbraid.pipeline import Loading, Thresholds
+    from unbraid.pipeline import run as run_pipeline
+
+    loaded = load(model, weights, device)
+    say(f"Network {model}, layer {layer}.")
+    result = run_pipeline(
+        loaded.model,
+        layer,
+        open_images(loaded, data / "train"),
+        open_images(loaded, data / "val"),
+        out,
+        thresholds=Thresholds(tau, p, gamma, rho),
+        loading=Loading(batch_size, workers, skip_broken),
+        source={**loaded.source, "data": str(data.resolve())},
+        say=say,
+        title=f"{model} · {layer}",
+    )
+    show_run(result)
+
+
+def report(run: Annotated[Path, Parameter(help="Folder of a finished run.")]) -> None:
+    """Write a run's report again, for instance after an update of unbraid."""
+    from unbraid.pipeline import report_again
+
+    out_console.print(f"Report: {report_again(run)}")
+
+
+def reproduce(
+    *,
+    imagenet: Annotated[Path, Parameter(help="ImageNet folder with train/ of class folders.")],
+    out: Out,
+    weights: Weights = "IMAGENET1K_V1",
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    device: Device = None,
+) -> int:
+    """Run the published ResNet-50 setting and compare with the published list, pair by pair.
+
+    Exit code 0 if every pair is there with its cosine and no other is, else 1.
+    """
+    import unbraid
+    from unbraid.reproduce import LAYER, MODEL, match_pairs, published_pairs
+
+    loaded = load(MODEL, weights, device)
+    made = unbraid.scan(
+        loaded.model,
+        LAYER,
+        open_images(loaded, imagenet / "train"),
+        out / "scan-train",
+        batch_size=batch_size,
+        workers=workers,
+        progress=True,
+    )
+    found = unbraid.find(made, tau=0.03, p=0.75, gamma=0.5)
+    found.to_csv(out / "findings.csv")
+    matches = match_pairs(found.pairs, published_pairs())
+    table = Table("channel", "class 1", "class 2", "published", "found", "", box=None)
+    for match in matches:
+        cosines = ["-" if c is None else f"{c:.4f}" for c in (match.published, match.found)]
+        table.add_row(*map(str, match.key), *cosines, "agrees" if match.agrees else "differs")
+    out_console.print(table)
+    n_agree = sum(match.agrees for match in matches)
+    out_console.print(f"{n_agree} of {len(matches)} pairs agree.")
+    return 0 if n_agree == len(matches) else 1

@@ -1,0 +1,29 @@
+"""The options that commands share, with their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+Tau = Annotated[float, Parameter(help="Smallest share of a class's relevance that matters.")]
+P = Annotated[float, Parameter(help="Fraction of a class's images in which a channel matters.")]
+Gamma = Annotated[float, Parameter(help="Cosine below which two classes have different reasons.")]
+Rho = Annotated[float | None, Parameter(help="Fix rho instead of choosing it per channel.")]
+Model = Annotated[
+    str, Parameter(help="torchvision:NAME, timm:NAME or FILE.py:FUNCTION (it returns the network).")
+]
+Weights = Annotated[
+    str | None,
+    Parameter(help="A safetensors or torch file, a torchvision weights name, or 'random'."),
+]
+Layer = Annotated[str, Parameter(help="Name of the layer, as `unbraid layers` lists them.")]
+Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an accelerator if there.")]
+BatchSize = Annotated[int, Parameter(help="Images per forward pass.")]
+Workers = Annotated[int, Parameter(help="Processes that load images.")]
+SkipBroken = Annotated[
+    bool, Parameter(help="Leave out images that cannot be read, and list them.", negative="")
+]
+Out = Annotated[Path, Parameter(help="Where to write.")]
+ScanPath = Annotated[Path, Parameter(help="Folder of a finished scan.")]

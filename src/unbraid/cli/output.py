@@ -1,0 +1,42 @@
+"""What the command line says: results on standard output, all else on standard error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from unbraid.pipeline import Run
+
+out_console = Console(highlight=False, soft_wrap=True)
+err_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Tell of a step."""
+    err_console.print(text, markup=False)
+
+
+def say_broken(names: list[str]) -> None:
+    """Count and list images that were left out."""
+    if names:
+        say(f"Left out {len(names)} images that could not be read:")
+    for name in names:
+        say(f"  {name}")
+
+
+def show_run(result: Run) -> None:
+    """End a run: a short table and where the report is."""
+    say_broken(result.broken)
+    out_console.print(str(result.found), markup=False)
+    if result.evaluation is not None:
+        out_console.print()
+        out_console.print(str(result.evaluation), markup=False)
+        output = result.evaluation.output
+        assert output is not None
+        out_console.print(
+            f"\nLargest logit difference {output.max_abs_logit_diff:g}; accuracy "
+            f"{output.top1_before:.2%} before, {output.top1_after:.2%} after."
+        )
+    out_console.print(f"Report: {result.report}")

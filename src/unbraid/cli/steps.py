@@ -1,0 +1,132 @@
+"""Commands that do one step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.table import Table
+
+from unbraid.cli.inputs import load, open_images
+from unbraid.cli.options import (
+    BatchSize,
+    Device,
+    Gamma,
+    Layer,
+    Model,
+    Out,
+    P,
+    Rho,
+    ScanPath,
+    SkipBroken,
+    Tau,
+    Weights,
+    Workers,
+)
+from unbraid.cli.output import out_console, say_broken
+
+
+def layers(model: Model, *, weights: Weights = "random") -> None:
+    """List the layers of a network that can be split."""
+    from unbraid.layers import splittable_layers
+
+    table = Table("layer", "kind", "in", "out", "kernel", "groups", box=None)
+    for spec in splittable_layers(load(model, weights, "cpu").model):
+        kernel = "x".join(map(str, spec.kernel)) if not spec.channels_last else ""
+        counts = (str(spec.n_in), str(spec.n_out), kernel, str(spec.groups))
+        table.add_row(spec.name, spec.kind, *counts)
+    out_console.print(table)
+
+
+def scan(
+    *,
+    model: Model,
+    layer: Layer,
+    data: Annotated[Path, Parameter(help="Folder of class folders.")],
+    out: Out,
+    weights: Weights = None,
+    positions: Annotated[
+        bool, Parameter(help="Also keep the layer's input maps (large).", negative="")
+    ] = False,
+    classes: Annotated[
+        list[int] | None, Parameter(help="Only images of these classes.", consume_multiple=True)
+    ] = None,
+    min_share: Annotated[float, Parameter(help="Smallest share kept.")] = 0.005,
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    skip_broken: SkipBroken = False,
+    device: Device = None,
+) -> None:
+    """Run a network over images once and keep a small record of each."""
+    import unbraid
+
+    loaded = load(model, weights, device)
+    folder = open_images(loaded, data)
+    made = unbraid.scan(
+        loaded.model,
+        layer,
+        folder,
+        out,
+        classes=classes,
+        positions=positions,
+        min_share=min_share,
+        batch_size=batch_size,
+        workers=workers,
+        skip_broken=skip_broken,
+        progress=True,
+        source={**loaded.source, "data": str(data.resolve())},
+    )
+    say_broken([folder.samples[index][0] for index in made.broken()])
+    out_console.print(f"Scanned {made.manifest.n_images} images into {out}")
+
+
+def find(
+    scan: ScanPath,
+    *,
+    tau: Tau = 0.03,
+    p: P = 0.75,
+    gamma: Gamma = 0.5,
+    out: Annotated[Path | None, Parameter(help="CSV file to write.")] = None,
+) -> None:
+    """Find the polysemantic channels in a scan of training images."""
+    import unbraid
+
+    found = unbraid.find(unbraid.open_scan(scan), tau=tau, p=p, gamma=gamma)
+    if out is not None:
+        found.to_csv(out)
+    out_console.print(str(found), markup=False)
+
+
+def split(
+    scan: ScanPath,
+    *,
+    out: Out,
+    tau: Tau = 0.03,
+    p: P = 0.75,
+    gamma: Gamma = 0.5,
+    rho: Rho = None,
+) -> None:
+    """Find and split the polysemantic channels in a scan; choosing rho needs one with positions."""
+    import unbraid
+
+    opened = unbraid.open_scan(scan)
+    found = unbraid.find(opened, tau=tau, p=p, gamma=gamma)
+    divided = unbraid.split(opened, found, rho=rho)
+    divided.save(out)
+    out_console.print(f"Split {len(divided.channels)} channels into {out}")
+
+
+def evaluate(
+    split: Annotated[Path, Parameter(help="Split file.")],
+    scan: Annotated[Path, Parameter(help="Folder of a scan of validation images.")],
+    *,
+    out: Annotated[Path | None, Parameter(help="JSON file to write.")] = None,
+) -> None:
+    """Measure how well a split's concept channels separate their concepts."""
+    import unbraid
+
+    result = unbraid.evaluate(unbraid.Split.load(split), unbraid.open_scan(scan))
+    if out is not None:
+        result.save(out)
+    out_console.print(str(result), markup=False)

@@ -1,0 +1,62 @@
+"""Files that appear whole or not at all: temporary name, sync, rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from unbraid.errors import RunError, UsageError
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    whole = {k: v.contiguous() for k, v in tensors.items()}
+    write_whole(path, safetensors.torch.save(whole, metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file and its metadata.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error}); delete it and start the command that wrote it again."
+        ) from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync it and rename it.
+
+    Raises:
+        RunError: the disk is full or may not be written.
+        UsageError: the folder is in fact a file.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{path.parent} is a file, not a folder; name another folder.") from None
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"The disk is full, {path.name} was not written; what is finished is kept: make "
+                "room and start the same command again."
+            ) from None
+        raise RunError(f"{path} cannot be written ({error.strerror}).") from None

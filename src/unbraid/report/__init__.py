@@ -1,0 +1,82 @@
+"""The report: one self-contained page on the channels that were found and split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unbraid.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+    from unbraid.evaluation import Evaluation
+    from unbraid.findings import Findings
+    from unbraid.records import Scan
+    from unbraid.splits import Split
+
+
+def report(
+    path: str | Path,
+    *,
+    scan: Scan,
+    found: Findings,
+    split: Split | None = None,
+    evaluation: Evaluation | None = None,
+    train_scan: Scan | None = None,
+    dataset: Dataset[Any] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write one HTML file that shows what was found, how it was split and how well.
+
+    The file holds all it needs, pictures included, and asks nothing of any network. What an
+    argument left out would have contributed is left out, and the page says so.
+
+    Args:
+        path: the file to write; a folder that is missing is made.
+        scan: of the validation images; reference images are chosen from it.
+        found: the polysemantic channels, perhaps none.
+        split: their concept channels, None if there are none.
+        evaluation: the split's measures on validation images.
+        train_scan: of the training images, for the input channels that feed each concept.
+        dataset: the images that `scan` was made of, for their pictures.
+        title: the page's heading; by default it names the layer.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UsageError: scans, split, evaluation and data set do not belong together.
+        RunError: the file cannot be written, or a scan is damaged.
+    """
+    from unbraid.files import write_whole
+    from unbraid.report.page import render  # jinja2 and scipy, only when a page is made
+
+    _refuse_strangers(scan, split, evaluation, train_scan)
+    page = render(scan, found, split, evaluation, train_scan, dataset=dataset, title=title)
+    # A folder's name may hold bytes that are no text; they are spelt out, not fatal.
+    write_whole(Path(path), page.encode("utf-8", "backslashreplace"))
+    return Path(path)
+
+
+def _refuse_strangers(
+    scan: Scan, split: Split | None, evaluation: Evaluation | None, train_scan: Scan | None
+) -> None:
+    """Raise if the arguments are not of one network, layer and split."""
+    for one, name in ((train_scan, "training scan"), (split, "split")):
+        if one is None:
+            continue
+        weights = one.weights if hasattr(one, "weights") else one.manifest.weights
+        if weights != scan.manifest.weights or one.layer != scan.layer:
+            raise UsageError(
+                f"The {name} is of another network or layer than the validation scan; pass those "
+                "of one run."
+            )
+    if evaluation is not None:
+        measured = {(c.channel, tuple(k.classes for k in c.concepts)) for c in evaluation.channels}
+        parts = () if split is None else split.channels
+        if measured != {(part.channel, part.concepts) for part in parts}:
+            raise UsageError(
+                "The evaluation is not of this split (its channels or concepts differ); pass "
+                "unbraid.evaluate(split, scan)."
+            )

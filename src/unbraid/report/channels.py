@@ -1,0 +1,259 @@
+"""What the page shows of one split channel, worked out from records and measures.
+
+Nothing here reads an image or writes markup. Shapes: K concepts, J taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.stats import gaussian_kde
+
+from unbraid.evaluation import ChannelEvaluation
+from unbraid.find import ClassSums, averaged_relevance, concept_mean
+from unbraid.findings import Findings
+from unbraid.records import Scan
+from unbraid.relevance import input_relevance
+from unbraid.report.text import letter, listed
+from unbraid.splits import ChannelSplit
+from unbraid.visualize.reference import ReferenceImages, TopImages
+
+if TYPE_CHECKING:
+    from unbraid.evaluate import Responses
+
+N_TONES = 8  # colours in the style sheet
+N_SOURCES = 12  # input channels in the bars
+_N_GRID = 161  # points of a density curve
+_MAX_VALUES = 2000  # images that a density is estimated from; more would not change the curve
+
+
+@dataclass(frozen=True)
+class ConceptView:
+    """A concept, its letter and its colour."""
+
+    letter: str
+    tone: int
+    names: tuple[str, ...]  # of its classes
+
+    @property
+    def label(self) -> str:
+        """Name it by its first classes."""
+        return listed(self.names)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One reference image."""
+
+    index: int  # place in the data set
+    label: int
+    name: str  # of its class
+    activation: float
+    concept: ConceptView | None  # that its class belongs to
+
+
+@dataclass(frozen=True)
+class ReferenceRow:
+    """The images that excite one channel most."""
+
+    concept: ConceptView | None  # None for the original channel
+    shots: tuple[Shot, ...]
+
+    @property
+    def tally(self) -> str:
+        """Say how many of the images belong to which concept."""
+        letters = [shot.concept.letter if shot.concept else "other" for shot in self.shots]
+        order = sorted(set(letters) - {"other"}) + ["other"] * ("other" in letters)
+        return ", ".join(f"{letters.count(name)} {name}" for name in order)
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """How one channel's pooled pre-activation is distributed over one concept's images."""
+
+    concept: ConceptView
+    heights: np.ndarray  # over the grid, peak 1
+    mean: float
+
+
+@dataclass(frozen=True, eq=False)
+class Densities:
+    """Curves of the original channel and each concept channel, over one axis."""
+
+    grid: np.ndarray
+    panels: tuple[tuple[ConceptView | None, tuple[Curve, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input channel and its relevance for every concept."""
+
+    channel: int
+    relevance: tuple[float, ...]  # for the original channel, (K,)
+    kept: tuple[float, ...]  # of that, what the concept's own channel keeps, (K,)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Where a channel's concepts come from."""
+
+    concepts: tuple[ConceptView, ...]
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelView:
+    """One channel's section of the page; what is None is left out."""
+
+    number: int
+    concepts: tuple[ConceptView, ...]
+    info: dict[str, str]  # how it was split
+    cosine: float | None  # the lowest of any two of its classes
+    rows: tuple[ReferenceRow, ...]
+    measures: ChannelEvaluation | None
+    densities: Densities | None
+    bars: Bars | None
+
+
+def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[ConceptView, ...]:
+    """Give a channel's concepts letters and colours."""
+    return tuple(
+        ConceptView(letter(k), k % N_TONES, tuple(found.name(label) for label in classes))
+        for k, classes in enumerate(concepts)
+    )
+
+
+def reference_rows(
+    found: Findings, part: ChannelSplit, top: ReferenceImages
+) -> tuple[ReferenceRow, ...]:
+    """Describe the reference images of a channel and its concept channels."""
+    views = concept_views(found, part.concepts)
+    owner = {
+        label: view for view, classes in zip(views, part.concepts, strict=True) for label in classes
+    }
+
+    def row(concept: ConceptView | None, images: TopImages) -> ReferenceRow:
+        columns = (images.index.tolist(), images.label.tolist(), images.activation.tolist())
+        return ReferenceRow(
+            concept,
+            tuple(
+                Shot(index, label, found.name(label), activation, owner.get(label))
+                for index, label, activation in zip(*columns, strict=True)
+            ),
+        )
+
+    return (row(None, top.original), *map(row, views, top.concepts))
+
+
+def densities(views: Sequence[ConceptView], answers: Responses) -> Densities:
+    """Estimate, per channel and concept, how pooled pre-activations are distributed."""
+    columns = [answers.original, *answers.concepts.T]
+    concept = answers.concept.numpy()
+    panels = [
+        [values[concept == k] for k in range(len(views))]
+        for values in (column.double().numpy() for column in columns)
+    ]
+    grid = _grid(np.concatenate([values for panel in panels for values in panel]))
+    return Densities(
+        grid,
+        tuple(
+            (
+                title,
+                tuple(
+                    Curve(view, density(values, grid), float(values.mean()))
+                    for view, values in zip(views, panel, strict=True)
+                ),
+            )
+            for title, panel in zip([None, *views], panels, strict=True)
+        ),
+    )
+
+
+def _grid(values: np.ndarray) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return np.linspace(low - margin, high + margin, _N_GRID)
+
+
+def density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Estimate a density by a Gaussian kernel, scaled to a peak of 1.
+
+    Values that hardly differ, or a single one, have no width to estimate: they become a spike.
+
+    Args:
+        values: (N,), N at least 1.
+        grid: evenly spaced points.
+
+    Returns:
+        The shape of `grid`.
+
+    >>> density(np.array([2.0, 2.0]), np.linspace(0, 4, 5)).round(2).tolist()
+    [0.0, 0.61, 1.0, 0.61, 0.0]
+    """
+    values = values[:: max(1, len(values) // _MAX_VALUES)]
+    step = float(grid[1] - grid[0])  # a narrower kernel would slip through between two points
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    if spread < step / 4:
+        centre = float(values.mean())
+        heights = np.where(
+            abs(grid - centre) < 1.5 * step, np.exp(-0.5 * ((grid - centre) / step) ** 2), 0.0
+        )
+    else:
+        scott = len(values) ** -0.2
+        heights = gaussian_kde(values, bw_method=max(scott, step / spread))(grid)
+    return np.asarray(heights / heights.max())
+
+
+def bars(
+    views: Sequence[ConceptView], part: ChannelSplit, train_scan: Scan, sums: ClassSums
+) -> Bars | None:
+    """Find the input channels that matter most to a channel's concepts, and what is kept of them.
+
+    Every concept has its turn to name a strongest input channel, so that none is crowded out.
+
+    Returns:
+        The sources by the concept that they serve most, strongest first; None if the training
+        scan has no image of a concept.
+    """
+    labels = [label for classes in part.concepts for label in classes]
+    if any(label >= len(sums.n_images) or sums.n_images[label] == 0 for label in labels):
+        return None
+    group = train_scan.layer.group_of(part.channel)
+    taps = train_scan.layer.taps_per_input
+    arvs = np.stack(
+        [averaged_relevance(train_scan, sums, part.channel, c).numpy() for c in part.concepts]
+    )
+    kept = np.stack(
+        [
+            input_relevance(row.double(), concept_mean(sums, classes)[group], taps).numpy()
+            for row, classes in zip(part.rows, part.concepts, strict=True)
+        ]
+    )
+    first = group * train_scan.layer.n_in_per_group
+    return Bars(
+        tuple(views),
+        tuple(
+            Source(first + i, tuple(arvs[:, i].tolist()), tuple(kept[:, i].tolist()))
+            for i in strongest_sources(arvs, max(4, min(N_SOURCES, 60 // len(arvs))))
+        ),
+    )
+
+
+def strongest_sources(arvs: np.ndarray, n: int) -> list[int]:
+    """Choose n input channels in turns, grouped by the concept to which they matter most.
+
+    Args:
+        arvs: (K, C_in).
+        n: how many; fewer are given where there are fewer.
+
+    >>> strongest_sources(np.array([[9.0, 8.0, 7.0, 0.0], [0.0, 0.0, 1.0, 2.0]]), 3)
+    [0, 1, 3]
+    """
+    orders = (-abs(arvs)).argsort(axis=1, kind="stable")  # (K, C_in)
+    turns = dict.fromkeys(orders.T.flatten().tolist())
+    chosen = list(turns)[:n]
+    strength = abs(arvs)
+    return sorted(chosen, key=lambda i: (strength[:, i].argmax(), -strength[:, i].max()))

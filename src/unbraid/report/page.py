@@ -1,0 +1,80 @@
+"""The page as text: view, pictures, charts and template put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from torch.utils.data import Dataset
+
+from unbraid.evaluation import Evaluation
+from unbraid.findings import Findings
+from unbraid.records import Scan
+from unbraid.report import charts, text
+from unbraid.report.pictures import Picture, pictures, refuse_other_images
+from unbraid.report.view import Page, build_page
+from unbraid.splits import Split
+
+_HERE = Path(__file__).parent
+
+
+def render(
+    scan: Scan,
+    found: Findings,
+    split: Split | None,
+    evaluation: Evaluation | None,
+    train_scan: Scan | None,
+    *,
+    dataset: Dataset[Any] | None,
+    title: str | None,
+) -> str:
+    """Return the page; arguments as in `unbraid.report`."""
+    page = build_page(
+        scan,
+        found,
+        split,
+        evaluation,
+        train_scan,
+        has_images=dataset is not None,
+        title=title,
+    )
+    return fill_template(page, None if dataset is None else _pictures_of(page, dataset))
+
+
+def fill_template(page: Page, images: dict[int, Picture | None] | None) -> str:
+    """Put a page's data into the template.
+
+    Args:
+        page: what to show.
+        images: pictures by place in the data set; None for a page without pictures.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": text.number,
+        "significant": text.significant,
+        "percent": text.percent,
+        "isolate": isolate,
+    }
+    environment.globals |= {"count": text.count, "draw": charts, "absent": text.ABSENT}
+    style = Markup((_HERE / "style.css").read_text(encoding="utf-8"))
+    template = environment.get_template("page.html.j2")
+    return template.render(page=page, images=images, style=style)
+
+
+def isolate(name: str) -> str:
+    """Keep a name's writing direction from spreading, where no element can: in attributes."""
+    return f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE}"
+
+
+def _pictures_of(page: Page, dataset: Dataset[Any]) -> dict[int, Picture | None]:
+    shots = [shot for section in page.channels for row in section.rows for shot in row.shots]
+    refuse_other_images(dataset, {shot.index: shot.label for shot in shots})
+    return pictures(dataset, dict.fromkeys(shot.index for shot in shots))

@@ -1,0 +1,118 @@
+"""Pictures of a data set's images, small enough to stand in the page itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from unbraid.data import size_of
+from unbraid.errors import UsageError
+
+SIDE = 96  # pixels at most
+_SMALL = 48  # from this size down, enlarging should show the pixels as they are
+_N_CHECKED = 16
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image, in the page itself."""
+
+    uri: str
+    small: bool
+
+
+def pictures(dataset: Dataset[Any], indices: Iterable[int]) -> dict[int, Picture | None]:
+    """Make a small picture of every image asked for; None for one that cannot be read."""
+    return {index: _picture(dataset, index) for index in indices}
+
+
+def refuse_other_images(dataset: Dataset[Any], labels: Mapping[int, int]) -> None:
+    """Raise if the data set is not the one scanned, for its pictures would illustrate nothing.
+
+    Args:
+        dataset: of (image, label).
+        labels: recorded labels by place in the data set; the first few are compared.
+
+    Raises:
+        UsageError: it is too short, or a label differs.
+    """
+    too_short = labels and max(labels) >= size_of(dataset)
+    if too_short or any(
+        _label_differs(dataset, *item) for item in list(labels.items())[:_N_CHECKED]
+    ):
+        raise UsageError(
+            "The data set is not the one that was scanned (its labels differ); pass the data set "
+            "that the validation scan was made of."
+        )
+
+
+def _label_differs(dataset: Dataset[Any], index: int, recorded: int) -> bool:
+    try:
+        _, label = dataset[index]
+    except Exception:  # an image that cannot be read is shown as such
+        return False
+    return int(label) != recorded
+
+
+def _picture(dataset: Dataset[Any], index: int) -> Picture | None:
+    try:
+        return _encode(_open(dataset, index))
+    except Exception:  # whatever a data set raises, one image is not worth the page
+        return None
+
+
+def _open(dataset: Dataset[Any], index: int) -> Image.Image:
+    """Get a picture as it was before the transform where the data set can give it."""
+    if isinstance(dataset, Subset):
+        return _open(dataset.dataset, int(dataset.indices[index]))
+    if hasattr(dataset, "picture"):
+        picture = dataset.picture(index)
+        assert isinstance(picture, Image.Image)
+        return picture
+    image = dataset[index][0]
+    return image if isinstance(image, Image.Image) else to_picture(torch.as_tensor(image))
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """Make a picture of an image tensor, its values stretched to the full range.
+
+    Args:
+        image: (C, H, W) or (H, W); three channels are taken for red, green and blue, of any other
+            number the mean is shown.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    image = image.detach().cpu().float().nan_to_num()
+    image = image[None] if image.dim() == 2 else image
+    if image.dim() != 3 or image.numel() == 0:
+        raise ValueError(f"a tensor of shape {tuple(image.shape)} is no picture")
+    if len(image) != 3:
+        image = image.mean(0, keepdim=True)
+    low, high = image.min(), image.max()
+    scaled = (255 * (image - low) / (high - low).clamp(min=1e-12)).round().to(torch.uint8)
+    values = scaled.movedim(0, -1).numpy()
+    return Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values)
+
+
+def _encode(picture: Image.Image) -> Picture:
+    picture = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    small = max(picture.size) <= _SMALL
+    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    if small:
+        picture.save(content, "PNG", optimize=True)
+    else:
+        picture.save(content, "JPEG", quality=80, optimize=True)
+    kind = "png" if small else "jpeg"
+    return Picture(
+        f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}", small
+    )

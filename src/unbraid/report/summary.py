@@ -1,0 +1,106 @@
+"""The page's figures at the top and its list of settings, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from unbraid.evaluation import Evaluation
+from unbraid.findings import Findings
+from unbraid.layers import LayerSpec
+from unbraid.records import Scan
+from unbraid.report.text import count, number, percent, significant
+from unbraid.splits import Split
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One figure at the top of the page."""
+
+    value: str
+    label: str
+    note: str
+
+
+def facts(
+    scan: Scan, found: Findings, split: Split | None, evaluation: Evaluation | None
+) -> tuple[Fact, ...]:
+    n_channels = f"of {count(scan.layer.n_out, 'channel')}"
+    facts = [Fact(f"{len(found.concepts):,}", "polysemantic", n_channels)]
+    if not found.concepts:
+        return tuple(facts)
+    facts.append(Fact(f"{len(found.pairs):,}", "pairs of classes", f"cosine below {found.gamma:g}"))
+    if split is not None:
+        n_concepts = sum(len(part.concepts) for part in split.channels)
+        facts.append(Fact(f"{n_concepts:,}", "concept channels", f"method: {split.method}"))
+    if evaluation is None:
+        return tuple(facts)
+    output = output_figures(evaluation)
+    if output:
+        note = f"top-1 {output['before']} before, {output['after']} after"
+        facts.append(Fact(output["difference"], "largest logit difference", note))
+    errors = evaluation.summary[evaluation.method]
+    note = "ideal 0; halving a channel gives 0.5"
+    facts.append(Fact(number(errors["separation_error"]), "mean separation error", note))
+    return tuple(facts)
+
+
+def output_figures(evaluation: Evaluation | None) -> dict[str, str] | None:
+    if evaluation is None or evaluation.output is None:
+        return None
+    output = evaluation.output
+    return {
+        "difference": significant(output.max_abs_logit_diff, 2),
+        "agreement": percent(output.top1_agreement, 1),
+        "before": percent(output.top1_before, 1),
+        "after": percent(output.top1_after, 1),
+    }
+
+
+def settings(
+    scan: Scan, found: Findings, split: Split | None, train_scan: Scan | None
+) -> tuple[tuple[str, str], ...]:
+    manifest = scan.manifest
+    rows: dict[str, str] = {"tau": f"{found.tau:g}", "p": f"{found.p:g}"}
+    rows["gamma"] = f"{found.gamma:g}"
+    if split is not None:
+        rows["method"] = split.method
+        rows |= {k: plain(v) for k, v in split.settings.items() if k not in rows}
+    network = manifest.source.get("model")
+    if isinstance(network, str):
+        rows["network"] = network
+    rows["layer"] = _describe(scan.layer)
+    rows["weights hash"] = manifest.weights
+    rows["number format"] = manifest.dtype
+    for name, one in (("validation", scan), ("training", train_scan)):
+        if one is not None:
+            rows[f"{name} images"] = _images(one)
+            rows[f"{name} data fingerprint"] = one.manifest.data
+    rows["preprocessing"] = manifest.preprocessing or "unknown"
+    rows["versions"] = ", ".join(f"{k} {v}" for k, v in manifest.versions.items())
+    return tuple(rows.items())
+
+
+def _images(scan: Scan) -> str:
+    manifest, broken = scan.manifest, scan.broken()
+    text = f"{manifest.n_images - len(broken):,}"
+    if manifest.classes is not None:
+        text += f" of {count(len(manifest.classes), 'class', 'classes')}"
+    if broken:
+        left_out = count(len(broken), "broken image")
+        places = ", ".join(map(str, broken[:10])) + (" …" if len(broken) > 10 else "")
+        text += f"; {left_out} left out (places {places})"
+    return text
+
+
+def _describe(layer: LayerSpec) -> str:
+    shape = f"{layer.name}: {layer.kind}, {layer.n_in:,} → {layer.n_out:,} channels"
+    if layer.channels_last:
+        return shape
+    kernel = " x ".join(map(str, layer.kernel))
+    groups = f", {layer.groups} groups" if layer.groups > 1 else ""
+    return f"{shape}, kernel {kernel}{groups}"
+
+
+def plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

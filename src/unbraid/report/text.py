@@ -1,0 +1,97 @@
+"""How numbers and names read on the page."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Sequence
+
+ABSENT = "–"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Write a measure near 1 with fixed digits, a large one with fewer, an absent one as a dash.
+
+    >>> number(0.28349), number(-0.5), number(152.31), number(None), number(float("nan"))
+    ('0.283', '−0.500', '152', '–', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    if abs(value) >= 1e6:
+        text = f"{value:.2e}"
+    else:
+        large = max(0, len(str(int(abs(value)))) - 1)
+        text = f"{value:.{max(0, digits - large - (large > 0))}f}"
+    return text.replace("-", "−")
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Write a quantity of any size with its leading digits.
+
+    >>> significant(1234.5), significant(0.012345), significant(-3), significant(0)
+    ('1230', '0.0123', '−3', '0')
+    """
+    if not math.isfinite(value):
+        return ABSENT
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if not -4 <= size < 6:
+        return f"{value:.{digits - 1}e}".replace("-", "−")
+    rounded = round(value, digits - 1 - size)
+    text = f"{rounded:.{max(0, digits - 1 - size)}f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text.replace("-", "−")
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """Write a fraction as a percentage, rounding towards 100 only what is 1.
+
+    >>> percent(0.756), percent(0.9999), percent(1.0), percent(0.76130, 1)
+    ('76%', '99%', '100%', '76.1%')
+    """
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    text = f"{100 * value:.{digits}f}"
+    if value < 1 and float(text) >= 100:
+        text = f"{100 - 10.0**-digits:.{digits}f}"
+    return f"{text}%".replace("-", "−")
+
+
+def count(n: int, one: str, many: str = "") -> str:
+    """Write a number of things.
+
+    >>> count(1, "pair"), count(2048, "channel"), count(2, "class", "classes")
+    ('1 pair', '2,048 channels', '2 classes')
+    """
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def letter(k: int) -> str:
+    """Short name of the k-th concept of a channel.
+
+    >>> letter(0), letter(25), letter(26)
+    ('A', 'Z', 'AA')
+    """
+    rest, last = divmod(k, 26)
+    return (letter(rest - 1) if rest else "") + string.ascii_uppercase[last]
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut a text that is too long for its place.
+
+    >>> shorten("digital clock", 20), shorten("digital clock", 9)
+    ('digital clock', 'digital …')
+    """
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """Name the first few of many.
+
+    >>> listed(["a", "b"]), listed(["a", "b", "c", "d", "e"], 3)
+    ('a, b', 'a, b, c and 2 more')
+    """
+    if len(names) <= limit + 1:
+        return ", ".join(names)
+    return f"{', '.join(names[:limit])} and {len(names) - limit} more"
