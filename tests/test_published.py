@@ -52,9 +52,7 @@ def case(request, tmp_path_factory) -> Case:
 def one_case(tmp_path_factory) -> Case:
     network, dataset = build("3x3"), SyntheticImages(14)
     scan = unbraid.scan(network, "layer", dataset, tmp_path_factory.mktemp("one"), positions=True)
-    return Case(
-        network, scan, unbraid.find(scan, channels=OWN), truth_of(network, dataset)
-    )
+    return Case(network, scan, unbraid.find(scan, channels=OWN), truth_of(network, dataset))
 
 
 # --- against the oracle ---------------------------------------------------------------------------
@@ -178,9 +176,7 @@ def test_the_first_concept_has_the_first_claim_where_relevance_is_negative():
 
 def test_three_concepts_add_up_to_the_channel(case):
     channels = {o: [[0], [1, 3], [2]] for o in (0, 3)}
-    split = unbraid.split(
-        case.scan, unbraid.find(case.scan, channels=channels), method="published"
-    )
+    split = unbraid.split(case.scan, unbraid.find(case.scan, channels=channels), method="published")
     for part in split.channels:
         assert part.rows.shape == (3, case.scan.layer.n_taps)
         assert part.info["rho"] in RHOS
@@ -237,9 +233,7 @@ def test_a_rho_cannot_be_chosen_without_positions(one_case, tmp_path):
 
 
 def test_a_scan_without_a_concepts_class_is_refused(one_case, tmp_path):
-    scan = unbraid.scan(
-        one_case.network, "layer", SyntheticImages(14), tmp_path, classes=[0, 1, 2]
-    )
+    scan = unbraid.scan(one_case.network, "layer", SyntheticImages(14), tmp_path, classes=[0, 1, 2])
     with pytest.raises(UsageError, match="no image of class class 3"):
         unbraid.split(scan, one_case.found, method="published", rho=0.7)
 

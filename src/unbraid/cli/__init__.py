@@ -37,7 +37,7 @@ for place, command in enumerate(
 def main() -> None:
     """Run the command line: exit code 2 for a wrong call, 1 for a failure, no traceback."""
     try:
-        code = app(exit_on_error=False, print_error=True, result_action="return_value")
+        code = app(sys.argv[1:], exit_on_error=False, print_error=True, result_action="return_value")
     except CycloptsError:
         sys.exit(2)
     except UnbraidError as error:

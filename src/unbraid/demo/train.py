@@ -28,13 +28,19 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package data
 PREFIXES = {"train": "train", "test": "t10k"}
 N_PER_CLASS = {"train": 500, "test": 250}  # embedded
 
-@@CHOICE@@
+# How these and the widths in network.py were chosen: fifteen networks were trained on 55,000 of the
+# training images and judged by accuracy on the other 5,000 and by the channels of `mix` that come
+# out polysemantic on training images (tau 0.03, p 0.75, gamma 0.5). Nothing is planted: shrinking
+# weights and dropping channels make classes share them. With neither there was hardly any such
+# channel; weight decay 0.1 with dropout 0.15 to 0.25 gave 8 to 10 of the 24 at 91 % accuracy,
+# weight decay 0.2 gave 17. Mirroring the images cost a point of accuracy. The seed was not chosen:
+# it is the first, and seed 1 gave as many channels. No test image was used to choose.
 SEED = 0
-EPOCHS = 8
+EPOCHS = 10
 BATCH_SIZE = 128
 LEARNING_RATE = 0.01  # the highest of one cycle
 WEIGHT_DECAY = 0.1
-DROPOUT = 0.15
+DROPOUT = 0.2
 
 
 def read_idx(folder: Path, name: str) -> Pictures:
@@ -95,7 +101,7 @@ def train(images: Tensor, labels: Tensor, seed: int = SEED) -> DemoNet:
     Args:
         images: (N, 1, 28, 28), normalised.
         labels: (N,), class indices.
-        seed: of weights, order, mirroring and dropout.
+        seed: of weights, order and dropout.
 
     Returns:
         The network, in eval mode.
@@ -111,19 +117,13 @@ def train(images: Tensor, labels: Tensor, seed: int = SEED) -> DemoNet:
         order = torch.randperm(len(images))
         for batch in order[: n_steps * BATCH_SIZE].split(BATCH_SIZE):
             optimiser.zero_grad()
-            loss = F.cross_entropy(network(mirror_half(images[batch])), labels[batch])
+            loss = F.cross_entropy(network(images[batch]), labels[batch])
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
             total += loss.item()
         print(f"epoch {epoch + 1} of {EPOCHS}: loss {total / n_steps:.3f}", flush=True)
     return network.eval()
-
-
-def mirror_half(images: Tensor) -> Tensor:
-    """Mirror each image left to right with probability one half; (N, 1, 28, 28) as given."""
-    chosen = torch.rand(len(images)) < 0.5
-    return torch.where(chosen[:, None, None, None], images.flip(-1), images)
 
 
 def accuracy(network: DemoNet, images: Tensor, labels: Tensor) -> float:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unbraid.errors import UsageError
-
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
@@ -50,33 +48,12 @@ def report(
         RunError: the file cannot be written, or a scan is damaged.
     """
     from unbraid.files import write_whole
+    from unbraid.report.material import Material
     from unbraid.report.page import render  # jinja2 and scipy, only when a page is made
 
-    _refuse_strangers(scan, split, evaluation, train_scan)
-    page = render(scan, found, split, evaluation, train_scan, dataset=dataset, title=title)
+    material = Material(scan, found, split, evaluation, train_scan)
+    material.refuse_strangers()
+    page = render(material, dataset=dataset, title=title)
     # A folder's name may hold bytes that are no text; they are spelt out, not fatal.
     write_whole(Path(path), page.encode("utf-8", "backslashreplace"))
     return Path(path)
-
-
-def _refuse_strangers(
-    scan: Scan, split: Split | None, evaluation: Evaluation | None, train_scan: Scan | None
-) -> None:
-    """Raise if the arguments are not of one network, layer and split."""
-    for one, name in ((train_scan, "training scan"), (split, "split")):
-        if one is None:
-            continue
-        weights = one.weights if hasattr(one, "weights") else one.manifest.weights
-        if weights != scan.manifest.weights or one.layer != scan.layer:
-            raise UsageError(
-                f"The {name} is of another network or layer than the validation scan; pass those "
-                "of one run."
-            )
-    if evaluation is not None:
-        measured = {(c.channel, tuple(k.classes for k in c.concepts)) for c in evaluation.channels}
-        parts = () if split is None else split.channels
-        if measured != {(part.channel, part.concepts) for part in parts}:
-            raise UsageError(
-                "The evaluation is not of this split (its channels or concepts differ); pass "
-                "unbraid.evaluate(split, scan)."
-            )

@@ -5,11 +5,13 @@ Nothing here reads an image or writes markup. Shapes: K concepts, J taps.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from scipy.stats import gaussian_kde
 
 from unbraid.evaluation import ChannelEvaluation
@@ -63,11 +65,9 @@ class ReferenceRow:
     shots: tuple[Shot, ...]
 
     @property
-    def tally(self) -> str:
-        """Say how many of the images belong to which concept."""
-        letters = [shot.concept.letter if shot.concept else "other" for shot in self.shots]
-        order = sorted(set(letters) - {"other"}) + ["other"] * ("other" in letters)
-        return ", ".join(f"{letters.count(name)} {name}" for name in order)
+    def tally(self) -> list[tuple[ConceptView | None, int]]:
+        """Count the images of each concept, most frequent first; None stands for no concept."""
+        return Counter(shot.concept for shot in self.shots).most_common()
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,15 +223,9 @@ def bars(
         return None
     group = train_scan.layer.group_of(part.channel)
     taps = train_scan.layer.taps_per_input
-    arvs = np.stack(
-        [averaged_relevance(train_scan, sums, part.channel, c).numpy() for c in part.concepts]
-    )
-    kept = np.stack(
-        [
-            input_relevance(row.double(), concept_mean(sums, classes)[group], taps).numpy()
-            for row, classes in zip(part.rows, part.concepts, strict=True)
-        ]
-    )
+    means = torch.stack([concept_mean(sums, concept) for concept in part.concepts])  # (K, G, J)
+    arvs = averaged_relevance(train_scan, part.channel, means).numpy()
+    kept = input_relevance(part.rows.double(), means[:, group], taps).numpy()
     first = group * train_scan.layer.n_in_per_group
     return Bars(
         tuple(views),

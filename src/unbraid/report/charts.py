@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 from markupsafe import Markup
 
 from unbraid.report.channels import Bars, ConceptView, Curve, Densities, Source
-from unbraid.report.text import shorten, significant
+from unbraid.report.text import MINUS, shorten, significant
 
 WIDTH = 440.0  # units of all charts; the page scales them to their box
 
@@ -34,7 +35,10 @@ def densities(data: Densities) -> Markup:
     parts = []
     for k, (concept, curves) in enumerate(data.panels):
         top = k * _PANEL
-        grid = [_line("grid", place(mark), top + 20, place(mark), top + _BASE) for mark in marks]
+        grid = [
+            _line("grid" if mark else "zero", place(mark), top + 20, place(mark), top + _BASE)
+            for mark in marks
+        ]
         letters = _spread([xs[int(curve.heights.argmax())] for curve in curves])
         parts += [
             *grid,
@@ -84,7 +88,7 @@ def _tick_labels(marks: Sequence[float]) -> list[str]:
     if not marks or max(abs(mark) for mark in marks) >= 1e5 or step < 1e-4:
         return [significant(mark, 4) for mark in marks]
     digits = max(0, -math.floor(math.log10(step)))
-    return [f"{mark:.{digits}f}".replace("-", "−") for mark in marks]
+    return [f"{mark:.{digits}f}".replace("-", MINUS) for mark in marks]
 
 
 def _panel_title(concept: ConceptView | None, top: float) -> Markup:
@@ -121,7 +125,7 @@ def _spread(places: Sequence[float], gap: float = 13.0) -> list[float]:
     """Move labels apart that would cover each other, keeping their order."""
     order = sorted(range(len(places)), key=lambda k: places[k])
     moved = [min(max(x, gap / 2), WIDTH - gap / 2) for x in places]
-    for before, after in zip(order, order[1:], strict=False):
+    for before, after in pairwise(order):
         moved[after] = max(moved[after], moved[before] + gap)
     edge = WIDTH - gap / 2
     for k in reversed(order):

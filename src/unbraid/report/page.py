@@ -9,37 +9,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from torch.utils.data import Dataset
 
-from unbraid.evaluation import Evaluation
-from unbraid.findings import Findings
-from unbraid.records import Scan
 from unbraid.report import charts, text
+from unbraid.report.material import Material
 from unbraid.report.pictures import Picture, pictures, refuse_other_images
 from unbraid.report.view import Page, build_page
-from unbraid.splits import Split
 
 _HERE = Path(__file__).parent
 
 
-def render(
-    scan: Scan,
-    found: Findings,
-    split: Split | None,
-    evaluation: Evaluation | None,
-    train_scan: Scan | None,
-    *,
-    dataset: Dataset[Any] | None,
-    title: str | None,
-) -> str:
+def render(material: Material, *, dataset: Dataset[Any] | None, title: str | None) -> str:
     """Return the page; arguments as in `unbraid.report`."""
-    page = build_page(
-        scan,
-        found,
-        split,
-        evaluation,
-        train_scan,
-        has_images=dataset is not None,
-        title=title,
-    )
+    page = build_page(material, has_images=dataset is not None, title=title)
     return fill_template(page, None if dataset is None else _pictures_of(page, dataset))
 
 

@@ -37,29 +37,36 @@ def pictures(dataset: Dataset[Any], indices: Iterable[int]) -> dict[int, Picture
 def refuse_other_images(dataset: Dataset[Any], labels: Mapping[int, int]) -> None:
     """Raise if the data set is not the one scanned, for its pictures would illustrate nothing.
 
+    The classes may go by other numbers now, as when a folder is opened without the network; but
+    images of one class must still be of one class.
+
     Args:
         dataset: of (image, label).
         labels: recorded labels by place in the data set; the first few are compared.
 
     Raises:
-        UsageError: it is too short, or a label differs.
+        UsageError: it is too short, or its labels are not the recorded ones.
     """
-    too_short = labels and max(labels) >= size_of(dataset)
-    if too_short or any(
-        _label_differs(dataset, *item) for item in list(labels.items())[:_N_CHECKED]
-    ):
+    differs = bool(labels) and max(labels) >= size_of(dataset)
+    if not differs:
+        pairs = {
+            (recorded, label)
+            for index, recorded in list(labels.items())[:_N_CHECKED]
+            if (label := _label_of(dataset, index)) is not None
+        }
+        differs = any(len({pair[k] for pair in pairs}) < len(pairs) for k in (0, 1))
+    if differs:
         raise UsageError(
             "The data set is not the one that was scanned (its labels differ); pass the data set "
             "that the validation scan was made of."
         )
 
 
-def _label_differs(dataset: Dataset[Any], index: int, recorded: int) -> bool:
+def _label_of(dataset: Dataset[Any], index: int) -> int | None:
     try:
-        _, label = dataset[index]
+        return int(dataset[index][1])
     except Exception:  # an image that cannot be read is shown as such
-        return False
-    return int(label) != recorded
+        return None
 
 
 def _picture(dataset: Dataset[Any], index: int) -> Picture | None:

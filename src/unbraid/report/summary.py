@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from unbraid.evaluation import Evaluation
-from unbraid.findings import Findings
 from unbraid.layers import LayerSpec
 from unbraid.records import Scan
+from unbraid.report.material import Material
 from unbraid.report.text import count, number, percent, significant
-from unbraid.splits import Split
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,10 @@ class Fact:
     note: str
 
 
-def facts(
-    scan: Scan, found: Findings, split: Split | None, evaluation: Evaluation | None
-) -> tuple[Fact, ...]:
+def facts(material: Material) -> tuple[Fact, ...]:
+    """Choose the figures at the top: what was found, what was made of it, how well."""
+    scan, found = material.scan, material.found
+    split, evaluation = material.split, material.evaluation
     n_channels = f"of {count(scan.layer.n_out, 'channel')}"
     facts = [Fact(f"{len(found.concepts):,}", "polysemantic", n_channels)]
     if not found.concepts:
@@ -46,6 +46,7 @@ def facts(
 
 
 def output_figures(evaluation: Evaluation | None) -> dict[str, str] | None:
+    """Write the output check's figures, None if there was none."""
     if evaluation is None or evaluation.output is None:
         return None
     output = evaluation.output
@@ -57,9 +58,9 @@ def output_figures(evaluation: Evaluation | None) -> dict[str, str] | None:
     }
 
 
-def settings(
-    scan: Scan, found: Findings, split: Split | None, train_scan: Scan | None
-) -> tuple[tuple[str, str], ...]:
+def settings(material: Material) -> tuple[tuple[str, str], ...]:
+    """List thresholds, network, data and versions, all that it takes to do it again."""
+    scan, found, split = material.scan, material.found, material.split
     manifest = scan.manifest
     rows: dict[str, str] = {"tau": f"{found.tau:g}", "p": f"{found.p:g}"}
     rows["gamma"] = f"{found.gamma:g}"
@@ -72,17 +73,21 @@ def settings(
     rows["layer"] = _describe(scan.layer)
     rows["weights hash"] = manifest.weights
     rows["number format"] = manifest.dtype
-    for name, one in (("validation", scan), ("training", train_scan)):
+    scans = (
+        ("validation", scan, material.broken),
+        ("training", material.train_scan, material.train_broken),
+    )
+    for name, one, broken in scans:
         if one is not None:
-            rows[f"{name} images"] = _images(one)
+            rows[f"{name} images"] = _images(one, broken)
             rows[f"{name} data fingerprint"] = one.manifest.data
     rows["preprocessing"] = manifest.preprocessing or "unknown"
     rows["versions"] = ", ".join(f"{k} {v}" for k, v in manifest.versions.items())
     return tuple(rows.items())
 
 
-def _images(scan: Scan) -> str:
-    manifest, broken = scan.manifest, scan.broken()
+def _images(scan: Scan, broken: list[int]) -> str:
+    manifest = scan.manifest
     text = f"{manifest.n_images - len(broken):,}"
     if manifest.classes is not None:
         text += f" of {count(len(manifest.classes), 'class', 'classes')}"
@@ -103,4 +108,5 @@ def _describe(layer: LayerSpec) -> str:
 
 
 def plain(value: Any) -> str:
+    """Write a setting's value."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -6,14 +6,17 @@ import math
 import string
 from collections.abc import Sequence
 
-ABSENT = "–"
+ABSENT = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """Write a measure near 1 with fixed digits, a large one with fewer, an absent one as a dash.
 
-    >>> number(0.28349), number(-0.5), number(152.31), number(None), number(float("nan"))
-    ('0.283', '−0.500', '152', '–', '–')
+    >>> number(0.28349), number(12.31), number(152.31)
+    ('0.283', '12.3', '152')
+    >>> number(-0.5) == MINUS + "0.500", number(None) == ABSENT
+    (True, True)
     """
     if value is None or not math.isfinite(value):
         return ABSENT
@@ -22,14 +25,14 @@ def number(value: float | None, digits: int = 3) -> str:
     else:
         large = max(0, len(str(int(abs(value)))) - 1)
         text = f"{value:.{max(0, digits - large - (large > 0))}f}"
-    return text.replace("-", "−")
+    return text.replace("-", MINUS)
 
 
 def significant(value: float, digits: int = 3) -> str:
     """Write a quantity of any size with its leading digits.
 
-    >>> significant(1234.5), significant(0.012345), significant(-3), significant(0)
-    ('1230', '0.0123', '−3', '0')
+    >>> significant(1234.5), significant(0.012345), significant(3), significant(0)
+    ('1230', '0.0123', '3', '0')
     """
     if not math.isfinite(value):
         return ABSENT
@@ -37,11 +40,11 @@ def significant(value: float, digits: int = 3) -> str:
         return "0"
     size = math.floor(math.log10(abs(value)))
     if not -4 <= size < 6:
-        return f"{value:.{digits - 1}e}".replace("-", "−")
+        return f"{value:.{digits - 1}e}".replace("-", MINUS)
     rounded = round(value, digits - 1 - size)
     text = f"{rounded:.{max(0, digits - 1 - size)}f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
-    return text.replace("-", "−")
+    return text.replace("-", MINUS)
 
 
 def percent(value: float | None, digits: int = 0) -> str:
@@ -55,7 +58,7 @@ def percent(value: float | None, digits: int = 0) -> str:
     text = f"{100 * value:.{digits}f}"
     if value < 1 and float(text) >= 100:
         text = f"{100 - 10.0**-digits:.{digits}f}"
-    return f"{text}%".replace("-", "−")
+    return f"{text}%".replace("-", MINUS)
 
 
 def count(n: int, one: str, many: str = "") -> str:

@@ -7,11 +7,8 @@ from dataclasses import dataclass, replace
 
 from unbraid.errors import UsageError
 from unbraid.evaluate import Responses, gather_responses
-from unbraid.evaluation import Evaluation
 from unbraid.find import class_sums
-from unbraid.findings import Findings
 from unbraid.layers import LayerSpec
-from unbraid.records import Scan
 from unbraid.report.channels import (
     ChannelView,
     ConceptView,
@@ -20,9 +17,10 @@ from unbraid.report.channels import (
     densities,
     reference_rows,
 )
+from unbraid.report.material import Material
 from unbraid.report.summary import Fact, facts, output_figures, plain, settings
 from unbraid.report.text import count
-from unbraid.splits import ChannelSplit, Split
+from unbraid.splits import ChannelSplit
 from unbraid.visualize.reference import reference_images
 
 N_IMAGES = 8  # reference images of a channel
@@ -67,47 +65,37 @@ class Page:
     overview: tuple[ChannelRow, ...]
     pairs: tuple[PairRow, ...]
     channels: tuple[ChannelView, ...]
-    left_out: tuple[str, ...]
+    notes: tuple[str, ...]  # what is left out and why, and what to beware of
     settings: tuple[tuple[str, str], ...]
     n_images: int  # that reference images are chosen from
-    tau: float
 
 
-def build_page(
-    scan: Scan,
-    found: Findings,
-    split: Split | None,
-    evaluation: Evaluation | None,
-    train_scan: Scan | None,
-    *,
-    has_images: bool,
-    title: str | None,
-) -> Page:
-    """Work out what the page shows; arguments as in `unbraid.report`."""
-    parts = () if split is None else split.channels
-    lowest = {o: min(p.cosine for p in found.pairs if p.channel == o) for o in _with_pairs(found)}
-    ordered = sorted(parts, key=lambda part: (lowest.get(part.channel, 2.0), part.channel))
-    shown = _within_limits(ordered)
-    sections: tuple[ChannelView, ...] = ()
-    left_out = _left_out(split, evaluation, train_scan, has_images)
-    if split is not None:
-        sections, more = _sections(scan, found, split, shown, evaluation, train_scan, lowest)
-        left_out += more
-    if len(shown) < len(parts):
-        left_out.append(
-            f"Details of {count(len(parts) - len(shown), 'channel')}, to keep the file small: "
-            f"the {len(shown)} channels with the lowest cosines are shown in full."
-        )
+def build_page(material: Material, *, has_images: bool, title: str | None) -> Page:
+    """Work out what the page shows.
+
+    Args:
+        material: what the report is made from.
+        has_images: whether there will be pictures.
+        title: the page's heading; None for one that names the layer.
+    """
+    scan, found, parts = material.scan, material.found, material.parts
+    shown = _within_limits(parts)
     numbers = {part.channel for part in shown}
+    sections, notes = _sections(material, shown)
+    if len(shown) < len(parts):
+        notes.append(
+            f"To keep the file small, only the {count(len(shown), 'channel')} with the lowest "
+            f"cosines of {len(parts):,} are shown in full; the list below names all."
+        )
     return Page(
         title=title or f"Polysemantic channels of {scan.layer.name or 'the layer'}",
         layer=scan.layer,
         hint=found.hint,
-        facts=facts(scan, found, split, evaluation),
+        facts=facts(material),
         n_divided=len(parts),
         n_concepts=sum(len(part.concepts) for part in parts),
-        output=output_figures(evaluation),
-        overview=_channel_rows(found, parts, evaluation, lowest, numbers),
+        output=output_figures(material.evaluation),
+        overview=_channel_rows(material, numbers),
         pairs=tuple(
             PairRow(
                 pair.channel,
@@ -119,15 +107,10 @@ def build_page(
             for pair in found.pairs
         ),
         channels=sections,
-        left_out=tuple(left_out),
-        settings=settings(scan, found, split, train_scan),
-        n_images=scan.manifest.n_images - len(scan.broken()),
-        tau=found.tau,
+        notes=(*_notes(material, has_images), *notes),
+        settings=settings(material),
+        n_images=scan.manifest.n_images - len(material.broken),
     )
-
-
-def _with_pairs(found: Findings) -> set[int]:
-    return {pair.channel for pair in found.pairs}
 
 
 def _within_limits(parts: Sequence[ChannelSplit]) -> list[ChannelSplit]:
@@ -142,24 +125,22 @@ def _within_limits(parts: Sequence[ChannelSplit]) -> list[ChannelSplit]:
 
 
 def _sections(
-    scan: Scan,
-    found: Findings,
-    split: Split,
-    shown: Sequence[ChannelSplit],
-    evaluation: Evaluation | None,
-    train_scan: Scan | None,
-    lowest: dict[int, float],
+    material: Material, shown: Sequence[ChannelSplit]
 ) -> tuple[tuple[ChannelView, ...], list[str]]:
     """Describe the channels shown in full, and say what had to be left out of them."""
-    left_out = []
-    part_split = replace(split, channels=tuple(shown))
+    if material.split is None:
+        return (), []
+    notes = []
+    scan, found, train_scan = material.scan, material.found, material.train_scan
+    part_split = replace(material.split, channels=tuple(shown))
     top = reference_images(scan, part_split, n=N_IMAGES)
     answers: dict[int, Responses] = {}
     try:
+        evaluation = material.evaluation
         answers = evaluation.responses if evaluation else gather_responses(part_split, scan)
     except UsageError as error:
-        left_out.append(f"Densities: {error}")
-    measures = {c.channel: c for c in evaluation.channels} if evaluation else {}
+        notes.append(f"Densities are left out: {error}")
+    measures = material.measures
     sums = class_sums(train_scan, []) if train_scan else None
     sections = []
     for part in shown:
@@ -170,61 +151,64 @@ def _sections(
                 number=part.channel,
                 concepts=views,
                 info={key: plain(value) for key, value in part.info.items()},
-                cosine=lowest.get(part.channel),
+                cosine=material.lowest.get(part.channel),
                 rows=reference_rows(found, part, top[part.channel]),
                 measures=measures.get(part.channel),
                 densities=densities(views, answer) if answer else None,
                 bars=bars(views, part, train_scan, sums) if train_scan and sums else None,
             )
         )
-    bare = [section.number for section in sections if section.bars is None]
+    bare = [str(section.number) for section in sections if section.bars is None]
     if train_scan and bare:
-        numbers = ", ".join(map(str, bare))
-        left_out.append(
-            f"Input channels of channel {numbers}: the training scan lacks images of a concept."
+        notes.append(
+            f"The input channels of channel {', '.join(bare)} are left out: the training scan has "
+            "no image of a concept's class."
         )
-    return tuple(sections), left_out
+    return tuple(sections), notes
 
 
-def _left_out(
-    split: Split | None, evaluation: Evaluation | None, train_scan: Scan | None, has_images: bool
-) -> list[str]:
-    if split is None:
-        return []
+def _notes(material: Material, has_images: bool) -> list[str]:
+    """Say what is left out and why, and what to beware of."""
+    train_scan, evaluation = material.train_scan, material.evaluation
     notes = []
+    if material.broken:
+        images = count(len(material.broken), "validation image")
+        notes.append(f"{images} could not be read; all figures are without.")
+    if train_scan is not None and train_scan.manifest.data == material.scan.manifest.data:
+        notes.append(
+            "Training and validation images are the same, so the measures flatter the split."
+        )
+    if not material.found.concepts:
+        return notes
+    if material.split is None:
+        return [*notes, "Details of the channels are left out: no split was given."]
     if evaluation is None:
-        notes.append("Measures and the output check: the report was made without an evaluation.")
-    elif all(channel.separation_error_rectified is None for channel in evaluation.channels):
-        notes.append("Rectified separation errors: they need a validation scan with positions.")
-    if evaluation is not None and evaluation.output is None:
-        notes.append("The output check: the evaluation holds no comparison of outputs.")
+        notes.append("Measures and the output check are left out: no evaluation was given.")
+    else:
+        if evaluation.output is None:
+            notes.append("The output check is left out: the evaluation compared no outputs.")
+        if any(channel.separation_error_rectified is None for channel in evaluation.channels):
+            notes.append("Rectified errors are left out: they need a scan with positions.")
     if train_scan is None:
-        notes.append("Input channels: they need the training scan, which was not given.")
+        notes.append("Input channels are left out: no training scan was given.")
     if not has_images:
-        notes.append("Pictures: they need the data set, which was not given.")
+        notes.append("Pictures are left out: no data set was given.")
     return notes
 
 
-def _channel_rows(
-    found: Findings,
-    parts: Sequence[ChannelSplit],
-    evaluation: Evaluation | None,
-    lowest: dict[int, float],
-    numbers: set[int],
-) -> tuple[ChannelRow, ...]:
-    concepts = {**found.concepts, **{part.channel: part.concepts for part in parts}}
-    measures = {c.channel: c for c in evaluation.channels} if evaluation else {}
+def _channel_rows(material: Material, shown: set[int]) -> tuple[ChannelRow, ...]:
+    concepts = {**material.found.concepts, **{p.channel: p.concepts for p in material.parts}}
     rows = []
-    for channel in sorted(concepts, key=lambda o: (lowest.get(o, 2.0), o)):
-        known = measures.get(channel)
+    for channel in sorted(concepts, key=material.rank):
+        known = material.measures.get(channel)
         rows.append(
             ChannelRow(
                 number=channel,
-                concepts=concept_views(found, concepts[channel]),
-                cosine=lowest.get(channel),
+                concepts=concept_views(material.found, concepts[channel]),
+                cosine=material.lowest.get(channel),
                 error=known.separation_error if known else None,
                 rectified=known.separation_error_rectified if known else None,
-                shown=channel in numbers,
+                shown=channel in shown,
             )
         )
     return tuple(rows)

@@ -1,0 +1,85 @@
+"""What a report is made from, and what is worked out from it once for the whole page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from unbraid.errors import UsageError
+from unbraid.evaluation import ChannelEvaluation, Evaluation
+from unbraid.findings import Findings
+from unbraid.records import Scan
+from unbraid.splits import ChannelSplit, Split
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """The arguments of `unbraid.report`."""
+
+    scan: Scan
+    found: Findings
+    split: Split | None
+    evaluation: Evaluation | None
+    train_scan: Scan | None
+
+    @cached_property
+    def broken(self) -> list[int]:
+        """Validation images that could not be read."""
+        return self.scan.broken()
+
+    @cached_property
+    def train_broken(self) -> list[int]:
+        """Training images that could not be read."""
+        return [] if self.train_scan is None else self.train_scan.broken()
+
+    @cached_property
+    def lowest(self) -> dict[int, float]:
+        """The lowest cosine of any two classes, by channel."""
+        cosines: dict[int, float] = {}
+        for pair in self.found.pairs:
+            cosines[pair.channel] = min(pair.cosine, cosines.get(pair.channel, 1.0))
+        return cosines
+
+    @property
+    def parts(self) -> list[ChannelSplit]:
+        """The split channels, clearest case first."""
+        parts = () if self.split is None else self.split.channels
+        return sorted(parts, key=lambda part: self.rank(part.channel))
+
+    @property
+    def measures(self) -> dict[int, ChannelEvaluation]:
+        """Measures by channel."""
+        return {c.channel: c for c in self.evaluation.channels} if self.evaluation else {}
+
+    def rank(self, channel: int) -> tuple[float, int]:
+        """Order channels by how different the causes of their concepts are."""
+        return self.lowest.get(channel, 2.0), channel
+
+    def refuse_strangers(self) -> None:
+        """Raise if it is not of one network, layer and split.
+
+        Raises:
+            UsageError: names what differs.
+        """
+        here = (self.scan.manifest.weights, self.scan.layer)
+        there = {}
+        if self.train_scan is not None:
+            there["training scan"] = (self.train_scan.manifest.weights, self.train_scan.layer)
+        if self.split is not None:
+            there["split"] = (self.split.weights, self.split.layer)
+        for name, identity in there.items():
+            if identity != here:
+                raise UsageError(
+                    f"The {name} is of another network or layer than the validation scan; pass "
+                    "those of one run."
+                )
+        if self.evaluation is not None:
+            measured = {
+                (channel.channel, tuple(concept.classes for concept in channel.concepts))
+                for channel in self.evaluation.channels
+            }
+            if measured != {(part.channel, part.concepts) for part in self.parts}:
+                raise UsageError(
+                    "The evaluation is not of this split (its channels or concepts differ); pass "
+                    "unbraid.evaluate(split, scan)."
+                )

@@ -1,0 +1,329 @@
+"""The command line as a new user meets it: whole jobs on small folders, and every mistake."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import nn
+
+from unbraid import cli
+
+CLASSES = ("ant", "bee", "cat")
+
+OWN = """
+import numpy as np
+import torch
+from torch import nn
+
+
+def build():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 6, 1),
+        nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    )
+    return net, preprocess
+
+
+def preprocess(picture):
+    pixels = np.asarray(picture.resize((12, 12)), dtype=np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+"""
+
+
+def draw(label: int, seed: int) -> Image.Image:
+    """A picture of stripes whose direction and colour tell the class."""
+    noise = np.random.default_rng(seed).integers(0, 60, (16, 16, 3))
+    y, x = np.mgrid[:16, :16]
+    stripes = [(x % 4 < 2), (y % 4 < 2), ((x + y) % 6 < 3)][label]
+    pixels = noise.copy()
+    pixels[..., label] += 180 * stripes
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a network of one's own, its trained weights, and images by class."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "own.py").write_text(OWN)
+    kinds = ["png", "jpg", "webp"]
+    for part, n in (("train", 20), ("val", 10)):
+        for label, name in enumerate(CLASSES):
+            folder = home / "data" / part / name
+            folder.mkdir(parents=True)
+            for k in range(n):
+                draw(label, 1000 * n + 10 * k + label).save(folder / f"{k}.{kinds[k % 3]}")
+    namespace: dict[str, object] = {}
+    exec(OWN, namespace)
+    network, preprocess = namespace["build"]()  # type: ignore[operator]
+    images = torch.stack([preprocess(draw(k % 3, k)) for k in range(90)])
+    labels = torch.arange(90) % 3
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.02)
+    for _ in range(60):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimiser.step()
+    safetensors.torch.save_file(network.state_dict(), home / "weights.safetensors")
+    return home
+
+
+@pytest.fixture
+def call(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run the command line in `home`: exit code, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(home)
+        monkeypatch.setattr(sys, "argv", ["unbraid", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        code = stopped.value.code
+        return (code if isinstance(code, int) else 0), out, err
+
+    return run
+
+
+NETWORK = ("--model", "own.py:build", "--weights", "weights.safetensors", "--layer", "2")
+LOOSE = ("--tau", "0.02", "--p", "0.5", "--gamma", "0.95")
+
+
+def assert_one_sentence(err: str) -> None:
+    """An error is told in a line of words, without a traceback."""
+    assert "Traceback" not in err
+    told = [line for line in err.splitlines() if line.startswith("unbraid: ")]
+    assert len(told) == 1
+    assert told[0].rstrip().endswith((".", "?"))
+
+
+@pytest.fixture(scope="module")
+def ran(home: Path) -> subprocess.CompletedProcess[str]:
+    arguments = ["run", *NETWORK, "--data", "data", "--out", "runs/a", *LOOSE]
+    return subprocess.run(
+        [sys.executable, "-m", "unbraid", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=home,
+        check=False,
+    )
+
+
+class TestRun:
+    def test_it_does_everything(self, ran: subprocess.CompletedProcess[str], home: Path) -> None:
+        assert ran.returncode == 0, ran.stderr
+        assert "runs/a/report.html" in ran.stdout
+        assert "Largest logit difference 0;" in ran.stdout
+        folder = home / "runs/a"
+        left = {path.name for path in folder.iterdir()}
+        assert {"scan-train", "scan-val", "findings.csv", "split.safetensors"} <= left
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        assert evaluation["output"]["max_abs_logit_diff"] == 0
+        assert evaluation["output"]["top1_before"] > 0.9
+        rows = list(csv.DictReader((folder / "findings.csv").open()))
+        found = {int(row["channel"]) for row in rows}
+        assert found
+        assert {channel["channel"] for channel in evaluation["channels"]} == found
+        assert set(evaluation["summary"]) == {"published"}
+        assert {name for row in rows for name in (row["name1"], row["name2"])} <= set(CLASSES)
+
+    def test_again_it_scans_nothing_and_writes_the_same(
+        self, ran: subprocess.CompletedProcess[str], home: Path, call
+    ) -> None:
+        watched = ("scan-train/shard-000000.safetensors", "positions-val/shard-000000.safetensors")
+        before = [(home / "runs/a" / name).stat().st_mtime_ns for name in watched]
+        evaluation = (home / "runs/a/evaluation.json").read_bytes()
+        code, _, _ = call("run", *NETWORK, "--data", "data", "--out", "runs/a", *LOOSE)
+        assert code == 0
+        assert [(home / "runs/a" / name).stat().st_mtime_ns for name in watched] == before
+        assert (home / "runs/a/evaluation.json").read_bytes() == evaluation
+
+    def test_other_thresholds_need_no_new_scan_and_leave_nothing_stale(
+        self, ran: subprocess.CompletedProcess[str], home: Path, call
+    ) -> None:
+        shutil.copytree(home / "runs/a", home / "runs/b")
+        strict = ("--tau", "0.9", "--p", "1", "--gamma", "-1")
+        code, out, _ = call("run", *NETWORK, "--data", "data", "--out", "runs/b", *strict)
+        assert code == 0
+        assert "0 pairs" in out
+        assert not (home / "runs/b/split.safetensors").exists()
+        assert not (home / "runs/b/evaluation.json").exists()
+        assert (home / "runs/b/report.html").exists()
+
+    def test_the_report_is_written_again(
+        self, ran: subprocess.CompletedProcess[str], home: Path, call
+    ) -> None:
+        page = home / "runs/a/report.html"
+        before = page.read_bytes()
+        page.unlink()
+        code, out, _ = call("report", "runs/a")
+        assert code == 0
+        assert "report.html" in out
+        assert page.read_bytes() == before
+
+    def test_step_by_step_gives_the_same(
+        self, ran: subprocess.CompletedProcess[str], home: Path, call
+    ) -> None:
+        data = ("--data", "data/train")
+        code, _, err = call("scan", *NETWORK, *data, "--out", "steps/train", "--positions")
+        assert code == 0, err
+        code, _, err = call(
+            "scan", *NETWORK, "--data", "data/val", "--out", "steps/val", "--positions"
+        )
+        assert code == 0, err
+        code, _, _ = call("find", "steps/train", *LOOSE, "--out", "steps/findings.csv")
+        assert code == 0
+        same = (home / "runs/a/findings.csv").read_text()
+        assert (home / "steps/findings.csv").read_text() == same
+        code, _, err = call("split", "steps/train", *LOOSE, "--out", "steps/split.safetensors")
+        assert code == 0, err
+        code, _, _ = call(
+            "evaluate", "steps/split.safetensors", "steps/val", "--out", "steps/evaluation.json"
+        )
+        assert code == 0
+        steps = json.loads((home / "steps/evaluation.json").read_text())
+        whole = json.loads((home / "runs/a/evaluation.json").read_text())
+        assert steps["summary"]["published"] == pytest.approx(whole["summary"]["published"])
+
+
+class TestLayers:
+    def test_it_lists_what_can_be_split(self, call) -> None:
+        code, out, _ = call("layers", "own.py:build")
+        assert code == 0
+        assert [line.split()[0] for line in out.splitlines()[1:]] == ["0", "2", "6"]
+
+
+class TestReproduce:
+    def test_a_stand_in_is_compared_pair_by_pair(self, home: Path, call) -> None:
+        for name in ("n01440764", "n01443537"):
+            folder = home / "imagenet/train" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            draw(0, 1).save(folder / "a.png")
+        code, out, _ = call(
+            "reproduce", "--imagenet", "imagenet", "--out", "runs/reproduce", "--weights", "random"
+        )
+        assert code == 1
+        assert "0 of 20 pairs agree." in out
+        assert out.count("differs") == 20
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            (("run", "--layer", "2"), "requires an argument"),
+            (("rnu",), "Unknown command"),
+            (("find", "nowhere", "--tau", "much"), "much"),
+        ],
+    )
+    def test_a_wrong_call_is_usage(self, call, arguments: tuple[str, ...], told: str) -> None:
+        code, _, err = call(*arguments)
+        assert code == 2
+        assert told in err
+        assert "Traceback" not in err
+
+    @pytest.mark.parametrize(
+        ("code", "arguments", "told"),
+        [
+            (2, ("layers", "torchvision:resnet5"), "Did you mean resnet50"),
+            (2, ("layers", "nothing"), "torchvision:NAME"),
+            (1, ("find", "nowhere"), "holds no scan"),
+            (1, ("report", "nowhere"), "holds no finished run"),
+            (1, ("evaluate", "nothing.safetensors", "nowhere"), "nothing.safetensors"),
+        ],
+    )
+    def test_what_is_not_there_is_told(
+        self, call, code: int, arguments: tuple[str, ...], told: str
+    ) -> None:
+        got, _, err = call(*arguments)
+        assert got == code
+        assert told in err
+        assert_one_sentence(err)
+
+    @pytest.mark.parametrize(
+        ("changed", "code", "told"),
+        [
+            (("--layer", "3"), 2, "not a convolution"),
+            (("--layer", "22"), 2, "Did you mean 2"),
+            (("--weights", "missing.safetensors"), 1, "missing.safetensors"),
+            (("--model", "own.py:bild"), 2, "Did you mean build"),
+            (("--data", "nowhere"), 1, "There is no folder"),
+            (("--data", "data/train/ant"), 1, "no class folders"),
+            (("--batch-size", "0"), 2, "batch_size"),
+            (("--min-share", "2"), 2, "min_share"),
+            (("--classes", "7"), 2, "no image"),
+            (("--out", "own.py"), 2, "is a file"),
+            (("--device", "nonsense"), 2, "nonsense"),
+        ],
+    )
+    def test_a_wrong_option_of_scan(
+        self, home: Path, call, changed: tuple[str, str], code: int, told: str
+    ) -> None:
+        options = {"--data": "data/train", "--out": "mistake"}
+        options |= dict(zip(NETWORK[::2], NETWORK[1::2], strict=True)) | {changed[0]: changed[1]}
+        got, _, err = call("scan", *(word for pair in options.items() for word in pair))
+        assert (got, "Traceback" in err) == (code, False)
+        assert told in err
+        assert_one_sentence(err)
+        assert not (home / "mistake").exists()
+
+    def test_more_classes_than_outputs(self, home: Path, call) -> None:
+        for name in "abcd":
+            (home / "many" / name).mkdir(parents=True)
+            draw(0, 1).save(home / "many" / name / "a.png")
+        code, _, err = call("scan", *NETWORK, "--data", "many", "--out", "mistake")
+        assert code == 1
+        assert "4 class folders but the network has 3 outputs" in err
+
+    def test_a_broken_image_is_named_or_skipped_and_listed(self, home: Path, call) -> None:
+        shutil.copytree(home / "data/train", home / "broken")
+        whole = (home / "broken/bee/0.png").read_bytes()
+        (home / "broken/bee/0.png").write_bytes(whole[: len(whole) // 2])
+        arguments = ("scan", *NETWORK, "--data", "broken", "--out", "broken-scan")
+        code, _, err = call(*arguments)
+        assert code == 1
+        assert "broken/bee/0.png" in err
+        assert_one_sentence(err)
+        shutil.rmtree(home / "broken-scan")
+        code, _, err = call(*arguments, "--skip-broken")
+        assert code == 0
+        assert "Left out 1 images" in err
+        assert "broken/bee/0.png" in err
+
+    @pytest.mark.parametrize("value", ["nan", "inf"])
+    def test_broken_weights(self, home: Path, call, value: str) -> None:
+        state = safetensors.torch.load_file(home / "weights.safetensors")
+        state["2.weight"][0, 0] = float(value)
+        safetensors.torch.save_file(state, home / f"{value}.safetensors")
+        network = (*NETWORK[:2], "--weights", f"{value}.safetensors", "--layer", "2")
+        code, _, err = call("scan", *network, "--data", "data/train", "--out", "mistake")
+        assert code == 1
+        assert "NaN or infinite" in err
+        assert not (home / "mistake").exists()
+
+    @pytest.mark.parametrize(
+        "option", [("--tau", "0"), ("--tau", "0.001"), ("--p", "1.5"), ("--gamma", "2")]
+    )
+    def test_a_threshold_out_of_range(self, home: Path, call, option: tuple[str, str]) -> None:
+        scan = ("scan", *NETWORK, "--data", "data/val", "--out", "thresholds")
+        assert call(*scan)[0] == 0
+        code, _, err = call("find", "thresholds", *option)
+        assert code == 2
+        assert_one_sentence(err)
+
+    def test_another_networks_folder_is_refused(self, home: Path, call) -> None:
+        scan = ("--data", "data/val", "--out", "other")
+        assert call("scan", *NETWORK, *scan)[0] == 0
+        network = (*NETWORK[:2], "--layer", "2")
+        code, _, err = call("scan", *network, *scan)
+        assert code == 1
+        assert "the network's weights differ" in err
+        assert_one_sentence(err)
