@@ -147,6 +147,35 @@ def _linear_on_pooled(layer_is_head: bool) -> nn.Sequential:
     return stack(*parts, ("layer", nn.Linear(6, 8, bias=False)), ("act", act), ("head", head))
 
 
+class OverwritesInput(nn.Module):
+    """A residual block that adds what the layer computes to the layer's own input, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, N_CLASSES)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x += self.layer(x)
+        return self.head(x.relu_().flatten(2).mean(2))
+
+
+class CallsByKeyword(nn.Module):
+    """A network of the kind "1x1", "tokens" or alike that hands the layer its input by keyword."""
+
+    def __init__(self, network: nn.Sequential) -> None:
+        super().__init__()
+        for name, part in network.named_children():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name, part in self.named_children():
+            x = part(input=x) if name == "layer" else part(x)
+        return x
+
+
 KINDS: dict[str, Callable[[], nn.Sequential]] = {
     "1x1": lambda: around(nn.Conv2d(6, 8, 1)),
     "3x3": lambda: around(nn.Conv2d(6, 8, 3)),

@@ -32,7 +32,7 @@ def network(request):
 
 def relevance_of(network: nn.Module) -> torch.Tensor:
     """(N, C_out), by the fast path on one batch."""
-    with undisturbed(network), cut_at(network.layer) as cut:
+    with undisturbed(network), cut_at(network.layer, torch.clone) as cut:
         logits = network(IMAGES.images)
     product = output_relevance(cut.output, logits, LABELS)
     return channels_first(describe("layer", network.layer), product).flatten(2).sum(2)
@@ -59,7 +59,7 @@ def test_what_is_cut_is_the_layers_input_and_output_before_the_in_place_activati
     x = layer_input(network, IMAGES.images)
     expected = network.layer(x).detach()
     assert expected.min() < 0  # else an activation could not be told
-    with undisturbed(network), cut_at(network.layer) as cut:
+    with undisturbed(network), cut_at(network.layer, torch.clone) as cut:
         network(IMAGES.images)
     assert torch.equal(cut.output, expected)
     assert torch.equal(cut.input, x)
@@ -67,13 +67,13 @@ def test_what_is_cut_is_the_layers_input_and_output_before_the_in_place_activati
 
 def test_the_cut_changes_no_logit(network):
     expected = network(IMAGES.images)
-    with undisturbed(network), cut_at(network.layer):
+    with undisturbed(network), cut_at(network.layer, torch.clone):
         assert torch.equal(network(IMAGES.images), expected)
 
 
 def test_no_graph_is_kept_in_front_of_the_layer():
     network = build("3x3")
-    with undisturbed(network), cut_at(network.layer) as cut:
+    with undisturbed(network), cut_at(network.layer, torch.clone) as cut:
         network(IMAGES.images)
     assert cut.output.is_leaf
     assert not cut.input.requires_grad
@@ -100,7 +100,7 @@ def mixed_network() -> nn.Module:
 def test_a_network_is_undisturbed_afterwards():
     network = mixed_network()
     before = snapshot(network)
-    with undisturbed(network), cut_at(network.layer):
+    with undisturbed(network), cut_at(network.layer, torch.clone):
         assert not any(module.training for module in network.modules())
         assert not any(parameter.requires_grad for parameter in network.parameters())
         network(IMAGES.images)
@@ -113,7 +113,7 @@ def test_a_network_is_undisturbed_after_an_exception():
     error = RuntimeError("in the middle")
 
     def fail() -> None:
-        with undisturbed(network), cut_at(network.layer):
+        with undisturbed(network), cut_at(network.layer, torch.clone):
             network(IMAGES.images)
             raise error
 
@@ -126,7 +126,7 @@ def test_a_network_that_fails_midway_is_undisturbed():
     network = mixed_network()
     before = snapshot(network)
     too_small = torch.zeros(1, 3, 0, 0, dtype=torch.float64)
-    with pytest.raises(RuntimeError), undisturbed(network), cut_at(network.layer):
+    with pytest.raises(RuntimeError), undisturbed(network), cut_at(network.layer, torch.clone):
         network(too_small)
     assert_untouched(before, snapshot(network))
 
@@ -192,7 +192,7 @@ def test_a_layer_that_runs_twice_is_refused_and_freed_of_the_hook():
 def test_relevance_does_not_depend_on_the_other_images_of_the_batch():
     network = build("batch norm behind")
     together = relevance_of(network)
-    with undisturbed(network), cut_at(network.layer) as cut:
+    with undisturbed(network), cut_at(network.layer, torch.clone) as cut:
         logits = network(IMAGES.images[2:3])
     alone = output_relevance(cut.output, logits, LABELS[2:3]).flatten(2).sum(2)
     torch.testing.assert_close(together[2:3], alone, rtol=1e-10, atol=1e-12)

@@ -27,7 +27,14 @@ from checks import (
     snapshot,
     truth_of,
 )
-from networks import KINDS, CountingNetwork, SyntheticImages, build
+from networks import (
+    KINDS,
+    CallsByKeyword,
+    CountingNetwork,
+    OverwritesInput,
+    SyntheticImages,
+    build,
+)
 from unbraid import records as records_module
 from unbraid.errors import DataError, LayerError, ModelError, RunError, UsageError
 
@@ -124,6 +131,21 @@ def test_two_scans_of_the_same_are_the_same_bytes(positions, tmp_path):
             build("groups"), "layer", SyntheticImages(150), tmp_path / name, positions=positions
         )
     assert_same_files(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_network_may_write_into_the_layers_input_behind_it(tmp_path):
+    network, dataset = OverwritesInput(), SyntheticImages(5)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, positions=True)
+    truth = truth_of(network, dataset)
+    assert_records(list(scan.shards()), truth, 0.005, range(5))
+    assert_input_maps(list(scan.shards()), truth)
+
+
+@pytest.mark.parametrize("kind", ["3x3", "tokens"])
+def test_a_layer_may_be_handed_its_input_by_keyword(kind, tmp_path):
+    network, dataset = build(kind), SyntheticImages(5)
+    scan = unbraid.scan(CallsByKeyword(network), "layer", dataset, tmp_path)
+    assert_records(list(scan.shards()), truth_of(network, dataset), 0.005, range(5))
 
 
 @pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])

@@ -25,7 +25,14 @@ from checks import (
     assert_untouched,
     snapshot,
 )
-from networks import KINDS, SyntheticImages, build, layer_input
+from networks import (
+    KINDS,
+    CallsByKeyword,
+    OverwritesInput,
+    SyntheticImages,
+    build,
+    layer_input,
+)
 from unbraid.errors import (
     DataError,
     LayerError,
@@ -707,6 +714,20 @@ class HasGate(nn.Module):
 def test_a_network_with_a_part_called_gate_can_be_split(tmp_path):
     network = HasGate()
     changed = unbraid.apply(network, make_split(network, tmp_path, layer="body.layer"))
+    assert_same_outputs(network, changed, images())
+
+
+@pytest.mark.parametrize("form", ["exact", "plain"])
+@pytest.mark.parametrize("kind", ["3x3", "tokens"])
+def test_a_layer_that_is_handed_its_input_by_keyword_can_be_split(kind, form, tmp_path):
+    network = CallsByKeyword(build(kind))
+    changed = unbraid.apply(network, make_split(network, tmp_path), form=form)
+    assert_close(changed(images()), network(images()), 1e-12)
+
+
+def test_a_network_that_writes_into_the_layers_input_can_be_split(tmp_path):
+    network = OverwritesInput()
+    changed = unbraid.apply(network, make_split(network, tmp_path))
     assert_same_outputs(network, changed, images())
 
 

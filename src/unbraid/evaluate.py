@@ -64,6 +64,7 @@ def evaluate(
         method=split.method,
         layer=split.layer.name,
         channels=channels,
+        tau=float(tau),
         responses=gathered,
         output=output,
     )
@@ -96,16 +97,15 @@ def _respond(scan: Scan, records: Records, part: ChannelSplit) -> Responses | No
     chosen = concept >= 0
     if not chosen.any():
         return None
-    rows = torch.cat([part.weight[None], part.rows, part.residual_row[None]]).double()
-    bias = torch.tensor([part.bias] * (len(rows) - 1) + [part.residual_bias]).double()
-    pooled = records.pooled[chosen, scan.layer.group_of(part.channel)].double()
-    z = pooled @ rows.T + records.n_positions[chosen, None] * bias
+    pooled = records.pooled[chosen, scan.layer.group_of(part.channel)]
+    z = part.pooled_responses(pooled, records.n_positions[chosen])
     rectified = None
     if records.input_map is not None:
-        own = slice(0, len(rows) - 1)  # the residual is no channel to look at
-        channels = torch.full((len(rows) - 1,), part.channel)
+        rows = torch.cat([part.weight[None], part.rows]).double()
+        bias = torch.full((len(rows),), part.bias).double()
+        channels = torch.full((len(rows),), part.channel)
         x = records.input_map[chosen].double()
-        maps = respond(scan.layer, x, rows[own], bias[own], channels)
+        maps = respond(scan.layer, x, rows, bias, channels)
         rectified = maps.clamp(min=0).flatten(2).sum(2)
     return Responses(
         concept=concept[chosen],

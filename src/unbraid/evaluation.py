@@ -58,6 +58,7 @@ class Evaluation:
     method: str
     layer: str
     channels: tuple[ChannelEvaluation, ...]
+    tau: float  # smallest share for an image to count in the published table
     responses: dict[int, Responses] = field(repr=False)
     output: OutputComparison | None = None
 

@@ -142,7 +142,7 @@ def class_cosines(scan: Scan, sums: ClassSums, channel: int, classes: Sequence[i
     means = sums.pooled[chosen] / sums.n_images[chosen, None, None]
     arvs = averaged_relevance(scan, channel, means)
     norms = arvs.norm(dim=1)
-    cosines = (arvs @ arvs.T / (norms[:, None] * norms)).clamp(-1, 1)
+    cosines: Tensor = (arvs @ arvs.T / (norms[:, None] * norms)).clamp(-1, 1)
     return cosines.nan_to_num(1.0)  # no relevance at all tells nothing apart
 
 

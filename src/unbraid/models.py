@@ -123,6 +123,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         ModelError: the file is missing, holds code, or does not fit the network.
     """
+    state: object
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)

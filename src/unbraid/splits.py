@@ -39,6 +39,20 @@ class ChannelSplit:
         """(J,), what is subtracted so that the concept channels add up to the original."""
         return self.rows.sum(0) - self.weight
 
+    def pooled_responses(self, pooled: Tensor, n_positions: Tensor) -> Tensor:
+        """Compute pooled pre-activations from pooled inputs alone.
+
+        Args:
+            pooled: (N, J), of the channel's group.
+            n_positions: (N,), output positions summed over.
+
+        Returns:
+            (N, K + 2), float64: the original channel, the concept channels, the residual channel.
+        """
+        rows = torch.cat([self.weight[None], self.rows, self.residual_row[None]]).double()
+        bias = torch.tensor([self.bias] * (len(rows) - 1) + [self.residual_bias]).double()
+        return pooled.double() @ rows.T + n_positions[:, None] * bias
+
     @property
     def residual_bias(self) -> float:
         """(K - 1) times the bias, since it stands in every row."""

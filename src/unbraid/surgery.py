@@ -131,7 +131,8 @@ class SplitLayer(nn.Module):
         )
         if not intervened:
             correction = -(correction.detach() - correction)
-        return z.index_add(dim, self.channels, correction)
+        # On a copy, which keeps the memory format that the layers behind may round by.
+        return z.clone().index_add_(dim, self.channels, correction)
 
     def _respond(self, x: Tensor) -> Tensor:
         if self.spec.channels_last:

@@ -6,6 +6,7 @@ torch is imported inside the commands, so that help is instant.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from cyclopts import App, CycloptsError
 
@@ -18,26 +19,27 @@ app = App(
     help="Find the polysemantic channels of a vision network and split each into one per concept.",
     help_format="markdown",
 )
-for place, command in enumerate(
-    (
-        jobs.demo,
-        jobs.run,
-        steps.layers,
-        steps.scan,
-        steps.find,
-        steps.split,
-        steps.evaluate,
-        jobs.report,
-        jobs.reproduce,
-    )
-):
+_COMMANDS: tuple[Callable[..., int | None], ...] = (
+    jobs.demo,
+    jobs.run,
+    steps.layers,
+    steps.scan,
+    steps.find,
+    steps.split,
+    steps.evaluate,
+    jobs.report,
+    jobs.reproduce,
+)
+for place, command in enumerate(_COMMANDS):
     app.command(command, sort_key=place)
 
 
 def main() -> None:
     """Run the command line: exit code 2 for a wrong call, 1 for a failure, no traceback."""
     try:
-        code = app(sys.argv[1:], exit_on_error=False, print_error=True, result_action="return_value")
+        code = app(
+            sys.argv[1:], exit_on_error=False, print_error=True, result_action="return_value"
+        )
     except CycloptsError:
         sys.exit(2)
     except UnbraidError as error:

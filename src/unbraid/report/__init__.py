@@ -49,7 +49,7 @@ def report(
     """
     from unbraid.files import write_whole
     from unbraid.report.material import Material
-    from unbraid.report.page import render  # jinja2 and scipy, only when a page is made
+    from unbraid.report.page import render  # jinja2, only when a page is made
 
     material = Material(scan, found, split, evaluation, train_scan)
     material.refuse_strangers()

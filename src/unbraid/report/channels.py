@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.stats import gaussian_kde
 
 from unbraid.evaluation import ChannelEvaluation
 from unbraid.find import ClassSums, averaged_relevance, concept_mean
 from unbraid.findings import Findings
 from unbraid.records import Scan
 from unbraid.relevance import input_relevance
-from unbraid.report.text import letter, listed
+from unbraid.report.text import first_few, letter
 from unbraid.splits import ChannelSplit
 from unbraid.visualize.reference import ReferenceImages, TopImages
 
@@ -41,9 +40,14 @@ class ConceptView:
     names: tuple[str, ...]  # of its classes
 
     @property
-    def label(self) -> str:
-        """Name it by its first classes."""
-        return listed(self.names)
+    def shown(self) -> Sequence[str]:
+        """The names that stand for it, where there are too many to list."""
+        return first_few(self.names)[0]
+
+    @property
+    def rest(self) -> str:
+        """What to put after them."""
+        return first_few(self.names)[1]
 
 
 @dataclass(frozen=True)
@@ -179,9 +183,10 @@ def _grid(values: np.ndarray) -> np.ndarray:
 
 
 def density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Estimate a density by a Gaussian kernel, scaled to a peak of 1.
+    """Estimate a density by a Gaussian kernel of Scott's width, scaled to a peak of 1.
 
-    Values that hardly differ, or a single one, have no width to estimate: they become a spike.
+    The kernel is never narrower than a step of the grid, where it would slip through between two
+    points; so a single value, or many equal ones, become a spike.
 
     Args:
         values: (N,), N at least 1.
@@ -191,19 +196,12 @@ def density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
         The shape of `grid`.
 
     >>> density(np.array([2.0, 2.0]), np.linspace(0, 4, 5)).round(2).tolist()
-    [0.0, 0.61, 1.0, 0.61, 0.0]
+    [0.14, 0.61, 1.0, 0.61, 0.14]
     """
     values = values[:: max(1, len(values) // _MAX_VALUES)]
-    step = float(grid[1] - grid[0])  # a narrower kernel would slip through between two points
     spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    if spread < step / 4:
-        centre = float(values.mean())
-        heights = np.where(
-            abs(grid - centre) < 1.5 * step, np.exp(-0.5 * ((grid - centre) / step) ** 2), 0.0
-        )
-    else:
-        scott = len(values) ** -0.2
-        heights = gaussian_kde(values, bw_method=max(scott, step / spread))(grid)
+    width = max(spread * len(values) ** -0.2, float(grid[1] - grid[0]))
+    heights = np.exp(-0.5 * ((grid[:, None] - values) / width) ** 2).sum(1)
     return np.asarray(heights / heights.max())
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from unbraid.report.channels import Bars, ConceptView, Curve, Densities, Source
-from unbraid.report.text import MINUS, shorten, significant
+from unbraid.report.text import MINUS, isolate, shorten, significant
 
 WIDTH = 440.0  # units of all charts; the page scales them to their box
 
@@ -97,7 +97,18 @@ def _panel_title(concept: ConceptView | None, top: float) -> Markup:
     return Markup(
         '<text class="title" x="{}" y="{}">Concept channel {}: <tspan class="name">{}</tspan>'
         "</text>"
-    ).format(_n(_SIDE), _n(top + _TITLE), concept.letter, shorten(concept.label, 44))
+    ).format(_n(_SIDE), _n(top + _TITLE), concept.letter, _name(concept, 44))
+
+
+def _name(concept: ConceptView, limit: int) -> str:
+    """Name a concept in the room there is; each name keeps its own writing direction."""
+    names: list[str] = []
+    for name in concept.names:
+        room = limit - sum(map(len, names)) - 2 * len(names)
+        if room < 4:
+            return ", ".join(map(isolate, names)) + ", …"
+        names.append(shorten(name, room))
+    return ", ".join(map(isolate, names))
 
 
 def _curve(curve: Curve, xs: Sequence[float], top: float) -> Markup:
@@ -180,7 +191,7 @@ def _head(concept: ConceptView, x: float, anchor: str) -> Markup:
     return Markup(
         '<text class="title" x="{}" y="14" text-anchor="{}"><tspan class="letter k{}">{}</tspan> '
         '<tspan class="name">{}</tspan></text>'
-    ).format(_n(x), anchor, concept.tone, concept.letter, shorten(concept.label, 24))
+    ).format(_n(x), anchor, concept.tone, concept.letter, _name(concept, 24))
 
 
 def _bar(

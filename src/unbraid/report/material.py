@@ -47,6 +47,11 @@ class Material:
         return sorted(parts, key=lambda part: self.rank(part.channel))
 
     @property
+    def chosen(self) -> bool:
+        """Whether the user named the concepts: only then can a pair lie above the threshold."""
+        return any(pair.cosine >= self.found.gamma for pair in self.found.pairs)
+
+    @property
     def measures(self) -> dict[int, ChannelEvaluation]:
         """Measures by channel."""
         return {c.channel: c for c in self.evaluation.channels} if self.evaluation else {}

@@ -41,17 +41,12 @@ def fill_template(page: Page, images: dict[int, Picture | None] | None) -> str:
         "number": text.number,
         "significant": text.significant,
         "percent": text.percent,
-        "isolate": isolate,
+        "isolate": text.isolate,
     }
     environment.globals |= {"count": text.count, "draw": charts, "absent": text.ABSENT}
     style = Markup((_HERE / "style.css").read_text(encoding="utf-8"))
     template = environment.get_template("page.html.j2")
     return template.render(page=page, images=images, style=style)
-
-
-def isolate(name: str) -> str:
-    """Keep a name's writing direction from spreading, where no element can: in attributes."""
-    return f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE}"
 
 
 def _pictures_of(page: Page, dataset: Dataset[Any]) -> dict[int, Picture | None]:

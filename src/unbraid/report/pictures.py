@@ -118,7 +118,7 @@ def _encode(picture: Image.Image) -> Picture:
     if small:
         picture.save(content, "PNG", optimize=True)
     else:
-        picture.save(content, "JPEG", quality=80, optimize=True)
+        picture.save(content, "JPEG", quality=75, optimize=True)
     kind = "png" if small else "jpeg"
     return Picture(
         f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}", small

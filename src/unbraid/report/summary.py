@@ -26,10 +26,15 @@ def facts(material: Material) -> tuple[Fact, ...]:
     scan, found = material.scan, material.found
     split, evaluation = material.split, material.evaluation
     n_channels = f"of {count(scan.layer.n_out, 'channel')}"
-    facts = [Fact(f"{len(found.concepts):,}", "polysemantic", n_channels)]
+    facts = [
+        Fact(
+            f"{len(found.concepts):,}", "chosen" if material.chosen else "polysemantic", n_channels
+        )
+    ]
     if not found.concepts:
         return tuple(facts)
-    facts.append(Fact(f"{len(found.pairs):,}", "pairs of classes", f"cosine below {found.gamma:g}"))
+    note = f"lowest cosine {number(min(material.lowest.values(), default=None))}"
+    facts.append(Fact(f"{len(found.pairs):,}", "pairs of classes", note))
     if split is not None:
         n_concepts = sum(len(part.concepts) for part in split.channels)
         facts.append(Fact(f"{n_concepts:,}", "concept channels", f"method: {split.method}"))

@@ -89,12 +89,17 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def listed(names: Sequence[str], limit: int = 3) -> str:
-    """Name the first few of many.
+def isolate(name: str) -> str:
+    """Keep a name's writing direction from spreading, where no element can: in plain text."""
+    return f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE}"
 
-    >>> listed(["a", "b"]), listed(["a", "b", "c", "d", "e"], 3)
-    ('a, b', 'a, b, c and 2 more')
+
+def first_few(names: Sequence[str], limit: int = 3) -> tuple[Sequence[str], str]:
+    """Divide names into those to show and a word on the rest.
+
+    >>> first_few(["a", "b", "c", "d"]), first_few(["a", "b", "c", "d", "e"])
+    ((['a', 'b', 'c', 'd'], ''), (['a', 'b', 'c'], ' and 2 more'))
     """
     if len(names) <= limit + 1:
-        return ", ".join(names)
-    return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+        return names, ""
+    return names[:limit], f" and {len(names) - limit} more"

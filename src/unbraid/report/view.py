@@ -59,6 +59,7 @@ class Page:
     layer: LayerSpec
     hint: str  # what comes nearest, if nothing was found
     facts: tuple[Fact, ...]
+    chosen: bool  # whether the user named the concepts
     n_divided: int
     n_concepts: int
     output: dict[str, str] | None
@@ -88,10 +89,11 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
             f"cosines of {len(parts):,} are shown in full; the list below names all."
         )
     return Page(
-        title=title or f"Polysemantic channels of {scan.layer.name or 'the layer'}",
+        title=title or _title(scan.layer.name),
         layer=scan.layer,
         hint=found.hint,
         facts=facts(material),
+        chosen=material.chosen,
         n_divided=len(parts),
         n_concepts=sum(len(part.concepts) for part in parts),
         output=output_figures(material.evaluation),
@@ -111,6 +113,11 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
         settings=settings(material),
         n_images=scan.manifest.n_images - len(material.broken),
     )
+
+
+def _title(layer: str) -> str:
+    named = layer if layer.startswith("layer") else f"layer {layer}"
+    return f"Polysemantic channels of {named}"
 
 
 def _within_limits(parts: Sequence[ChannelSplit]) -> list[ChannelSplit]:

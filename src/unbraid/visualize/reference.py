@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from unbraid.errors import UsageError
-from unbraid.records import Records, Scan
-from unbraid.splits import ChannelSplit, Split
+from unbraid.records import Scan
+from unbraid.splits import Split
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +55,9 @@ def reference_images(scan: Scan, split: Split, *, n: int = 8) -> dict[int, Refer
     best: dict[int, list[TopImages]] = {}
     for records in scan.shards():
         for part in split.channels:
-            z = _respond(records, part, scan.layer.group_of(part.channel))
-            fresh = [TopImages(records.index, records.label, column) for column in z.T]
+            pooled = records.pooled[:, scan.layer.group_of(part.channel)]
+            original_and_concepts = part.pooled_responses(pooled, records.n_positions)[:, :-1].T
+            fresh = [TopImages(records.index, records.label, z) for z in original_and_concepts]
             known = best.get(part.channel)
             joined = fresh if known is None else list(map(_join, known, fresh))
             best[part.channel] = [_strongest(images, n) for images in joined]
@@ -64,13 +65,6 @@ def reference_images(scan: Scan, split: Split, *, n: int = 8) -> dict[int, Refer
         channel: ReferenceImages(original, tuple(concepts))
         for channel, (original, *concepts) in best.items()
     }
-
-
-def _respond(records: Records, part: ChannelSplit, group: int) -> Tensor:
-    """Pooled pre-activations of the original channel and its concept channels, (N, 1 + K)."""
-    rows = torch.cat([part.weight[None], part.rows]).double()
-    pooled = records.pooled[:, group].double()
-    return pooled @ rows.T + records.n_positions[:, None] * part.bias
 
 
 def _join(known: TopImages, fresh: TopImages) -> TopImages:
