@@ -106,8 +106,12 @@ def class_sums(scan: Scan, taus: Sequence[float]) -> ClassSums:
 
 def uses(sums: ClassSums, p: float) -> Tensor:
     """Say which class uses which channel, (tau, T, C_out)."""
-    fraction = sums.n_matters / sums.n_images.clamp(min=1).double()[:, None]
-    return (fraction >= p) & (sums.n_images > 0)[:, None]
+    return (_use(sums) >= p) & (sums.n_images > 0)[:, None]
+
+
+def _use(sums: ClassSums) -> Tensor:
+    """Fraction of each class's images in which a channel matters, (tau, T, C_out)."""
+    return sums.n_matters / sums.n_images.clamp(min=1).double()[:, None]
 
 
 def concept_mean(sums: ClassSums, concept: Concept) -> Tensor:
@@ -172,7 +176,7 @@ def _pairs(
     sums: ClassSums, channel: int, classes: Sequence[int], cosines: Tensor, wanted: Tensor
 ) -> list[Pair]:
     """The wanted pairs of classes at a channel; cosines and wanted are (classes, classes)."""
-    use = (sums.n_matters[0, :, channel] / sums.n_images.clamp(min=1)).tolist()
+    use = _use(sums)[0, :, channel].tolist()
     places = wanted.triu(1).nonzero().tolist()
     return [
         Pair(channel, s, t, float(cosines[i, j]), use[s], use[t])

@@ -68,6 +68,7 @@ class Page:
     channels: tuple[ChannelView, ...]
     notes: tuple[str, ...]  # what is left out and why, and what to beware of
     settings: tuple[tuple[str, str], ...]
+    table_tau: str  # smallest share for an image to count in the published table
     n_images: int  # that reference images are chosen from
 
 
@@ -111,6 +112,7 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
         channels=sections,
         notes=(*_notes(material, has_images), *notes),
         settings=settings(material),
+        table_tau=f"{material.evaluation.tau:g}" if material.evaluation else "",
         n_images=scan.manifest.n_images - len(material.broken),
     )
 
