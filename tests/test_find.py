@@ -256,13 +256,14 @@ def test_a_cosine_of_exactly_gamma_is_no_pair_and_one_concept(template, tmp_path
     scan = handmade_scan(
         tmp_path,
         template,
-        directions=[(1, 0), (3, 4), (0, 1)],
+        directions=[(1, 0), (3, 4), (-1, 0)],
         shares=[(0.3,), (0.3,), (0.3,)],
         labels=[0, 1, 2],
     )
-    found = unbraid.find(scan, gamma=0.6)
-    assert [(pair.class1, pair.class2) for pair in found.pairs] == [(0, 2)]
-    assert len(found.concepts[0]) == 2
+    gamma = float(class_cosines(scan, class_sums(scan, []), 0, [0, 1])[0, 1])
+    found = unbraid.find(scan, gamma=gamma)
+    assert [(pair.class1, pair.class2) for pair in found.pairs] == [(0, 2), (1, 2)]
+    assert found.concepts == {0: ((0, 1), (2,))}
 
 
 def test_negative_cosines_are_pairs_too(template, tmp_path):

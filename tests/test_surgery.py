@@ -146,13 +146,18 @@ def test_outputs_are_the_same_under_autocast(tmp_path):
         assert_same_outputs(network, changed, images(4, torch.float32))
 
 
-def test_even_the_sign_of_a_zero_is_kept(tmp_path):
-    network = build("no bias")
-    with torch.no_grad():
-        network.layer.weight[1] = 0.0  # its outputs are zeros of either sign
-        network.layer.weight[3] = -0.0
-    changed = unbraid.apply(network, make_split(network, tmp_path))
-    assert_bit_equal(layer_output(changed, images()), layer_output(network, images()))
+def test_even_the_sign_of_a_zero_is_kept(one_pair):
+    zeros: list[Tensor] = []
+
+    def minus_zero(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        zeros.append(torch.full_like(output, -0.0))
+        return zeros[-1]
+
+    one_pair.changed.layer.original.register_forward_hook(minus_zero)
+    for graph in (torch.enable_grad, torch.no_grad):
+        with graph():
+            output = layer_output(one_pair.changed, images())
+        assert_bit_equal(output, zeros[-1])
 
 
 def test_every_channel_can_be_split_at_once(tmp_path):
@@ -506,10 +511,15 @@ def test_modes_and_wanted_gradients_are_those_of_the_original(tmp_path):
     modes = {name: module.training for name, module in changed.named_modules()}
     for name, module in network.named_modules():
         assert modes[name] == module.training
+    assert modes["layer"]
     assert modes["layer.original"]
     wants = {name: parameter.requires_grad for name, parameter in changed.named_parameters()}
     assert wants["layer.rows"]
     assert not wants["stem.weight"]
+
+
+def test_a_network_in_eval_mode_stays_so_in_all_its_parts(pair):
+    assert not any(module.training for module in pair.changed.modules())
 
 
 def test_the_split_layer_answers_for_the_original(one_pair):

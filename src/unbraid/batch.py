@@ -28,14 +28,14 @@ def scan_batch(
     device = next(module.parameters()).device
     index = torch.tensor([item[0] for item in items])
     label = torch.tensor([item[2] for item in items])
-    images = _stack([item[1] for item in items], index).to(device)
+    images = stack_images([item[1] for item in items], index).to(device)
 
     def keep(x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = channels_first(spec, x)
         return pooled_input(spec, x), x.cpu().clone() if positions else None
 
     with cut_at(module, keep) as cut:
-        logits = _run(model, images)
+        logits = run_network(model, images)
     if cut.output is None or cut.input is None:
         raise LayerError(f"Layer {spec.name!r} does not run when the network does.")
     _check_labels(label, index, logits)
@@ -61,7 +61,12 @@ def scan_batch(
     )
 
 
-def _stack(images: Sequence[Tensor], index: Tensor) -> Tensor:
+def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Make a batch of images; `index` says where they are in the data set.
+
+    Raises:
+        DataError: they differ in size.
+    """
     for image, place in zip(images, index.tolist(), strict=True):
         if image.shape != images[0].shape:
             raise DataError(
@@ -71,7 +76,12 @@ def _stack(images: Sequence[Tensor], index: Tensor) -> Tensor:
     return torch.stack(list(images))
 
 
-def _run(model: nn.Module, images: Tensor) -> Tensor:
+def run_network(model: nn.Module, images: Tensor) -> Tensor:
+    """Compute logits, (N, T).
+
+    Raises:
+        ModelError: the network cannot run on such images, or gives something else.
+    """
     try:
         logits = model(images)
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:

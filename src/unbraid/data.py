@@ -236,7 +236,7 @@ def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
                 image = torch.as_tensor(dataset[index][0])
             except Exception:  # a broken image is the scan's to report, with its rules
                 continue
-            digest.update(image.contiguous().numpy().tobytes())
+            digest.update(image.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

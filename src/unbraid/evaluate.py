@@ -148,7 +148,7 @@ def _evaluate_channel(
                 classes=classes,
                 name=split.name(classes),
                 n_images=int((concept == k).sum()),
-                retention=float(new[concept == k, k].mean() / z[concept == k].mean()),
+                retention=_mean_ratio(new[:, k], z, concept == k),
                 leakage=_leakage(z, new, concept, k),
                 mimic_error=mimic_error(z, new[:, k], concept == k),
                 silence_error=_mean(silence_errors(z, new, concept, k)),
@@ -176,7 +176,7 @@ def mimic_error(z: Tensor, z_k: Tensor, own: Tensor) -> float:
     >>> mimic_error(z, z / 2, torch.tensor([True, True]))
     0.5
     """
-    return _rms(z_k[own] - z[own]) / _rms(z[own])
+    return float(_rms(z_k[own] - z[own]) / _rms(z[own]))
 
 
 def silence_errors(z: Tensor, new: Tensor, concept: Tensor, k: int) -> list[float]:
@@ -189,7 +189,7 @@ def silence_errors(z: Tensor, new: Tensor, concept: Tensor, k: int) -> list[floa
         k: the concept channel.
     """
     others = [concept == other for other in range(new.shape[1]) if other != k]
-    return [_rms(new[other, k]) / _rms(z[other]) for other in others]
+    return [float(_rms(new[other, k]) / _rms(z[other])) for other in others]
 
 
 def separation_error(z: Tensor, new: Tensor, concept: Tensor) -> float:
@@ -219,7 +219,7 @@ def auroc(score: Tensor, positive: Tensor) -> float:
 
 def _leakage(z: Tensor, new: Tensor, concept: Tensor, k: int) -> float:
     others = [concept == other for other in range(new.shape[1]) if other != k]
-    return _mean([float(new[other, k].mean() / z[other].mean()) for other in others])
+    return _mean([_mean_ratio(new[:, k], z, other) for other in others])
 
 
 def _ratios(answers: Responses, counted: Tensor) -> tuple[Ratio, ...]:
@@ -230,8 +230,12 @@ def _ratios(answers: Responses, counted: Tensor) -> tuple[Ratio, ...]:
     return tuple(Ratio(float(r.mean()), float(r.quantile(0.5))) for r in ratios if len(r))
 
 
-def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
+def _mean_ratio(z_k: Tensor, z: Tensor, images: Tensor) -> float:
+    return float(z_k[images].mean() / z[images].mean())
+
+
+def _rms(values: Tensor) -> Tensor:
+    return values.square().mean().sqrt()
 
 
 def _mean(values: Sequence[float]) -> float:

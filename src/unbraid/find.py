@@ -5,6 +5,7 @@ Shapes: C_out channels, T classes, G groups, J taps; see METHOD.md sections 2 an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -223,7 +224,10 @@ def _own_concepts(
             f"channels names channel {channel}, but layer {scan.layer.name!r} has channels 0 to "
             f"{scan.layer.n_out - 1}."
         )
-    concepts = tuple(tuple(int(c) for c in group) for group in groups)
+    try:
+        concepts = tuple(tuple(int(c) for c in group) for group in groups)
+    except (TypeError, ValueError):
+        concepts = ()
     classes = [c for concept in concepts for c in concept]
     if len(concepts) < 2 or not all(concepts) or len(set(classes)) < len(classes):
         raise UsageError(
@@ -239,8 +243,13 @@ def _own_concepts(
 
 
 def _hint(scan: Scan, tau: float, p: float, gamma: float) -> str:
-    """Say which thresholds come nearest to finding something: lower tau first, then gamma."""
-    taus = [t for k in range(40) if (t := tau * 0.9**k) >= scan.manifest.min_share]
+    """Say which thresholds come nearest to finding something: lower tau first, then gamma.
+
+    Every number in the hint is one that was tried, as it is printed, so following it works.
+    """
+    least = scan.manifest.min_share
+    tried = [float(f"{tau * 0.9**k:.3g}") for k in range(1, 60)]
+    taus = [tau, *(t for t in tried if least < t < tau), *([least] if least < tau else [])]
     nearest = (float("inf"), 0.0, 0)
     sums = class_sums(scan, taus)
     for lower, users in zip(taus, uses(sums, p), strict=True):
@@ -248,14 +257,14 @@ def _hint(scan: Scan, tau: float, p: float, gamma: float) -> str:
             cosine = float(class_cosines(scan, sums, channel, classes).min())
             nearest = min(nearest, (cosine, -lower, channel))
         if nearest[0] < gamma:
-            return f"Nearest: tau {lower:.3g} finds channel {nearest[2]}."
+            return f"Nearest: tau {lower:.15g} finds channel {nearest[2]}."
     if nearest[0] > 1:
         return (
-            f"No two classes use the same channel at any tau down to {taus[-1]:.3g}; lower p, or "
+            f"No two classes use the same channel at any tau down to {least:.15g}; lower p, or "
             "scan with a smaller min_share."
         )
     cosine, negative_tau, channel = nearest
     return (
-        f"Nearest: at tau {-negative_tau:.3g} channel {channel} has a cosine of {cosine:.3f}, "
-        "which gamma would have to exceed."
+        f"Nearest: at tau {-negative_tau:.15g} channel {channel} has a cosine of "
+        f"{math.ceil(cosine * 1000) / 1000:.3f}, which gamma would have to exceed."
     )

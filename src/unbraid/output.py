@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from unbraid.batch import run_network, stack_images
 from unbraid.data import Readable, size_of, sort_out
 from unbraid.errors import DataError, OutputChangedError
 from unbraid.progress import image_progress
@@ -73,9 +74,10 @@ def compare_outputs(
             good, _ = sort_out(items, skip_broken)
             if not good:
                 continue
-            images = torch.stack([item[1] for item in good]).to(device)
+            index = torch.tensor([item[0] for item in good])
+            images = stack_images([item[1] for item in good], index).to(device)
             labels = torch.tensor([item[2] for item in good], device=device)
-            logits, logits2 = model(images), model2(images)
+            logits, logits2 = run_network(model, images), run_network(model2, images)
             difference = float((logits - logits2).abs().max())
             worst = difference if math.isnan(difference) else max(worst, difference)
             if not worst <= tolerance:  # a NaN is no pass

@@ -38,7 +38,7 @@ def published_masks(arvs: Sequence[Tensor], rho: float, taps_per_input: int) -> 
     >>> v1, v2 = torch.tensor([4.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 3.0])
     >>> published_masks([v1, v2], 0.5, 1)
     tensor([[1., 1., 0.],
-            [0., 1., 1.]])
+            [0., 1., 1.]], dtype=torch.float64)
     """
     taken = torch.zeros(len(arvs[0]), dtype=torch.bool)
     owned = []
@@ -65,7 +65,6 @@ def choose_rho(
         concepts: per channel.
         arvs: per channel, one vector per concept.
     """
-    totals = {o: torch.zeros(len(RHOS), dtype=torch.float64) for o in concepts}
     counts = {o: [0] * len(groups) for o, groups in concepts.items()}
     sums = {o: torch.zeros(len(groups), len(RHOS)).double() for o, groups in concepts.items()}
     rows = {o: _rows_of_all_rhos(scan, o, arvs[o]) for o in concepts}
@@ -79,15 +78,25 @@ def choose_rho(
                 others = responses.sum(2) - responses[:, :, k]
                 sums[o][k] += (responses[:, :, k] / (others + _EPSILON)).sum(0)
                 counts[o][k] += int(chosen.sum())
+    chosen_rhos = {}
     for o, count in counts.items():
-        totals[o] = (sums[o] / torch.tensor(count)[:, None]).sum(0)
-    return {o: RHOS[int(total.argmax())] for o, total in totals.items()}
+        criterion = (sums[o] / torch.tensor(count)[:, None]).sum(0)
+        # Equal rows are equally good, whatever the rounding made of them.
+        criterion = criterion[_first_with_equal_rows(rows[o])]
+        chosen_rhos[o] = RHOS[int(criterion.argmax())]
+    return chosen_rhos
 
 
 def _rows_of_all_rhos(scan: Scan, channel: int, arvs: Sequence[Tensor]) -> Tensor:
     """(rho * K, J), the rows that every rho would make."""
     masks = [published_masks(arvs, rho, scan.layer.taps_per_input) for rho in RHOS]
     return torch.cat(masks).to(scan.weight.dtype) * scan.weight[channel]
+
+
+def _first_with_equal_rows(rows: Tensor) -> list[int]:
+    """For each rho, the place of the lowest that makes the same rows; rows is (rho * K, J)."""
+    by_rho = rows.view(len(RHOS), -1)
+    return [int((by_rho == own).all(1).nonzero()[0]) for own in by_rho]
 
 
 def _responses(scan: Scan, records: Records, chosen: Tensor, channel: int, rows: Tensor) -> Tensor:

@@ -138,6 +138,8 @@ def scan(
     with (
         image_progress(title, len(indices), n_done, show=progress) as advance,
         undisturbed(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
     ):
         for k, part in batches.items():
             done = []
@@ -195,6 +197,8 @@ def _claim(folder: Path, manifest: Manifest, module: nn.Module) -> Path:
     for leftover in folder.glob("*.tmp"):  # of a scan that was killed while writing
         leftover.unlink()
     if before is None:
+        for stray in folder.glob("shard-*.safetensors"):  # of no known scan without a manifest
+            stray.unlink()
         layer = {"weight": weight_rows(module).cpu(), "bias": bias_of(module).cpu()}
         write_tensors(folder / "layer.safetensors", layer, {})
         write_whole(folder / "manifest.json", manifest.to_json().encode())

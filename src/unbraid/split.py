@@ -56,6 +56,11 @@ def split(
             "The published criterion for rho needs positions: scan the training images again with "
             "positions=True, classes=found.classes and pass that scan, or give rho=0.7."
         )
+    if max(found.channels) >= scan.layer.n_out:
+        raise UsageError(
+            f"Layer {scan.layer.name!r} has no channel {max(found.channels)}, which the findings "
+            "name; pass the scan that they were made from."
+        )
     sums = class_sums(scan, [])
     for label in found.classes:
         if label >= len(sums.n_images) or sums.n_images[label] == 0:

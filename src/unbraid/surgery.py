@@ -61,10 +61,10 @@ def apply(model: nn.Module, split: Split, form: Literal["exact", "plain"] = "exa
     new = build(original, describe(name, original), split.channels)
     new.train(original.training)
     for module in list(changed.modules()):  # a module may be known under several names
-        for key, child in module.named_children():
+        for key, child in module._modules.items():
             if child is original and module is not new:
                 module._modules[key] = new
-    if form == "exact":
+    if form == "exact" and not hasattr(changed, "gate"):  # a name that a network may use itself
         changed.gate = partial(gate, changed)  # type: ignore[assignment]
     return changed
 
@@ -86,7 +86,8 @@ class SplitLayer(nn.Module):
         self.residuals = nn.Identity()
         self.spec = spec
         self.names = [f"{p.channel}.{k}" for p in parts for k in range(len(p.concepts))]
-        self.gates = [1.0] * len(rows)
+        self.gates: list[Gate] = []  # those moved away from 1, in the order of moving
+        self.register_forward_pre_hook(_keep_slow_path)
         channels = torch.tensor([p.channel for p in parts], device=like.device)
         owners = torch.arange(len(parts)).repeat_interleave(torch.tensor(counts)).to(like.device)
         self.register_buffer("channels", channels, persistent=False)
@@ -101,35 +102,28 @@ class SplitLayer(nn.Module):
                 raise
             return getattr(self.original, name)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Compute the original output, by way of the concept channels.
 
         While nothing intervenes, the correction is zero in value and alive in gradient. It is
         minus (detached minus live), since adding minus zero keeps even the sign of a zero.
         """
-        z: Tensor = self.original(x)
+        z: Tensor = self.original(input)
         dim = -1 if self.spec.channels_last else 1
-        new = self._respond(x)
-        n_concepts = len(self.names)
-        concepts = new.narrow(dim, 0, n_concepts)
-        residuals = new.narrow(dim, n_concepts, len(self.channels))
-        seen = concepts._version
-        concepts_after, residuals_after = self.concepts(concepts), self.residuals(residuals)
-        intervened = (
-            concepts_after is not concepts
-            or residuals_after is not residuals
-            or concepts._version != seen  # narrow() shares one counter with residuals
-            or any(value != 1.0 for value in self.gates)
+        new = self._respond(input)
+        concepts, moved = _pass(self.concepts, new.narrow(dim, 0, len(self.names)))
+        residuals, moved_too = _pass(
+            self.residuals, new.narrow(dim, len(self.names), len(self.channels))
         )
-        if intervened:
-            gates = z.new_tensor(self.gates).view(-1, *(1 for _ in range(z.dim() - 2)))
-            gates = gates.flatten() if dim == -1 else gates
-            concepts_after = concepts_after * gates[:n_concepts]
-            residuals_after = residuals_after * gates[n_concepts:]
-        correction = (-z.index_select(dim, self.channels) - residuals_after).index_add(
-            dim, self.owners, concepts_after
+        if self.gates:
+            scale = torch.ones_like(self.row_bias[: len(self.names)])
+            for gate in self.gates:  # of one row, the latest counts
+                scale[gate.row] = gate.value
+            concepts = concepts * (scale if dim == -1 else scale.view(-1, *[1] * (z.dim() - 2)))
+        correction = (-z.index_select(dim, self.channels) - residuals).index_add(
+            dim, self.owners, concepts
         )
-        if not intervened:
+        if not (moved or moved_too or self.gates):
             correction = -(correction.detach() - correction)
         # On a copy, which keeps the memory format that the layers behind may round by.
         return z.clone().index_add_(dim, self.channels, correction)
@@ -141,17 +135,32 @@ class SplitLayer(nn.Module):
         return respond(self.spec, x, self.rows, self.row_bias, row_channels)
 
 
+def _pass(point: nn.Module, values: Tensor) -> tuple[Tensor, bool]:
+    """Send values through a hook point; say whether they came out changed."""
+    if type(point) is nn.Identity and not point._forward_hooks and not point._forward_pre_hooks:
+        return values, False
+    before = values.detach().clone()  # a hook may write into them
+    after: Tensor = point(values)
+    return after, not torch.equal(before, after)
+
+
+def _keep_slow_path(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    """Do nothing, as a hook: torch's fused transformer reads a hookless layer's weights past it."""
+
+
 class Gate:
     """A gate that was moved; `remove()` or leaving its `with` block moves it back."""
 
     def __init__(self, layer: SplitLayer, row: int, value: float) -> None:
         """Move the gate of one row."""
-        self._layer, self._row, self._before = layer, row, layer.gates[row]
-        layer.gates[row] = value
+        self.row, self.value = row, value
+        self._layer = layer
+        layer.gates.append(self)
 
     def remove(self) -> None:
-        """Move the gate back to where it was."""
-        self._layer.gates[self._row] = self._before
+        """Take this move back; moves of the same gate that are still in force stay so."""
+        if self in self._layer.gates:
+            self._layer.gates.remove(self)
 
     def __enter__(self) -> Gate:
         """Use the gate as a context."""
