@@ -94,12 +94,11 @@ def test_the_lowest_of_equally_good_rhos_is_chosen(kind, dtype, tmp_path):
     scan = unbraid.scan(network, "layer", dataset, tmp_path, positions=True)
     channels = {o: [[0, 1], [2, 3]] for o in range(scan.layer.n_out)}
     found = unbraid.find(scan, channels=channels)
-    chosen = {o: part.info["rho"] for o, part in parts_of(scan, found).items()}
+    chosen = parts_of(scan, found)
     for lower in RHOS[:-1]:
-        others = parts_of(scan, found, rho=lower)
-        for o, part in parts_of(scan, found).items():
-            if lower < chosen[o]:  # with the same masks it would have been as good
-                assert not torch.equal(others[o].masks, part.masks), (o, lower, chosen[o])
+        for o, part in parts_of(scan, found, rho=lower).items():
+            if lower < chosen[o].info["rho"]:  # with the same masks it would have been as good
+                assert not torch.equal(part.masks, chosen[o].masks), (o, lower, chosen[o].info)
 
 
 def parts_of(scan: Scan, found: Findings, **settings) -> dict:

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Subset
 import unbraid
 from unbraid import Evaluation, Findings, Scan, Split
 from unbraid.errors import UsageError
-from unbraid.evaluate import Responses
+from unbraid.evaluation import Responses
 from unbraid.report import charts, view
 from unbraid.report.channels import concept_views, densities, density
 from unbraid.report.pictures import pictures, to_picture

@@ -89,23 +89,43 @@ def dimension(layer: nn.Module) -> int:
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
+class Splits:
+    """Splits of the networks of every kind, each made once, since nothing changes a split."""
+
+    def __init__(self, make_folder: Callable[[str], Path]) -> None:
+        self._make_folder = make_folder
+        self._made: dict[Any, Split] = {}
+
+    def __call__(
+        self, kind: str, channels: dict[int, Any] = TWO, dtype: torch.dtype = torch.float64
+    ) -> Split:
+        key = (kind, str(channels), dtype)
+        if key not in self._made:
+            self._made[key] = make_split(build(kind, dtype), self._make_folder("scan"), channels)
+        return self._made[key]
+
+
+@pytest.fixture(scope="module")
+def split_of(tmp_path_factory) -> Splits:
+    return Splits(tmp_path_factory.mktemp)
+
+
 class Pair:
     """A network, a split of it, and the network split."""
 
-    def __init__(self, kind: str, folder: Path, channels: dict[int, Any] = TWO) -> None:
-        self.network = build(kind)
-        self.split = make_split(self.network, folder, channels)
-        self.changed = unbraid.apply(self.network, self.split)
+    def __init__(self, kind: str, split: Split) -> None:
+        self.network, self.split = build(kind), split
+        self.changed = unbraid.apply(self.network, split)
 
 
 @pytest.fixture(params=KINDS)
-def pair(request, tmp_path) -> Pair:
-    return Pair(request.param, tmp_path)
+def pair(request, split_of) -> Pair:
+    return Pair(request.param, split_of(request.param))
 
 
 @pytest.fixture
-def one_pair(tmp_path) -> Pair:
-    return Pair("3x3", tmp_path)
+def one_pair(split_of) -> Pair:
+    return Pair("3x3", split_of("3x3"))
 
 
 # --- the same output ------------------------------------------------------------------------------
@@ -114,17 +134,17 @@ def one_pair(tmp_path) -> Pair:
 @pytest.mark.parametrize("channels", [TWO, THREE], ids=["two concepts", "three concepts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_are_the_originals_to_the_last_bit(kind, dtype, channels, tmp_path):
+def test_outputs_are_the_originals_to_the_last_bit(kind, dtype, channels, split_of):
     network = build(kind, dtype)
-    changed = unbraid.apply(network, make_split(network, tmp_path, channels))
+    changed = unbraid.apply(network, split_of(kind, channels, dtype))
     assert changed.layer.rows.dtype == dtype
     for n_images in (1, 6):
         assert_same_outputs(network, changed, images(n_images, dtype))
 
 
-def test_outputs_are_the_same_in_training_mode(tmp_path):
+def test_outputs_are_the_same_in_training_mode(split_of):
     network = build("batch norm behind")
-    changed = unbraid.apply(network, make_split(network, tmp_path))
+    changed = unbraid.apply(network, split_of("batch norm behind"))
     assert_bit_equal(changed.train()(images()), network.train()(images()))
 
 
@@ -133,15 +153,15 @@ def test_outputs_are_the_same_in_inference_mode(one_pair):
         assert_bit_equal(one_pair.changed(images()), one_pair.network(images()))
 
 
-def test_outputs_of_half_precision_are_the_same(tmp_path):
+def test_outputs_of_half_precision_are_the_same(split_of):
     network = build("1x1", torch.float16)
-    changed = unbraid.apply(network, make_split(network, tmp_path))
+    changed = unbraid.apply(network, split_of("1x1", dtype=torch.float16))
     assert_same_outputs(network, changed, images(4, torch.float16))
 
 
-def test_outputs_are_the_same_under_autocast(tmp_path):
+def test_outputs_are_the_same_under_autocast(split_of):
     network = build("3x3", torch.float32)
-    changed = unbraid.apply(network, make_split(network, tmp_path))
+    changed = unbraid.apply(network, split_of("3x3", dtype=torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
         assert_same_outputs(network, changed, images(4, torch.float32))
 
@@ -160,10 +180,10 @@ def test_even_the_sign_of_a_zero_is_kept(one_pair):
         assert_bit_equal(output, zeros[-1])
 
 
-def test_every_channel_can_be_split_at_once(tmp_path):
+def test_every_channel_can_be_split_at_once(split_of):
     network = build("groups")
     channels = {o: [[0, 1], [2], [3]] for o in range(8)}
-    changed = unbraid.apply(network, make_split(network, tmp_path, channels))
+    changed = unbraid.apply(network, split_of("groups", channels))
     assert len(changed.layer.names) == 24
     assert_same_outputs(network, changed, images())
     assert_same_input_gradients(network, changed, images())
@@ -176,8 +196,8 @@ def test_gradients_by_the_image_are_the_originals(pair):
     assert_same_input_gradients(pair.network, pair.changed, images())
 
 
-def test_gradients_by_the_image_are_the_originals_with_three_concepts(tmp_path):
-    pair = Pair("groups", tmp_path, THREE)
+def test_gradients_by_the_image_are_the_originals_with_three_concepts(split_of):
+    pair = Pair("groups", split_of("groups", THREE))
     assert_same_input_gradients(pair.network, pair.changed, images())
 
 
@@ -235,8 +255,8 @@ def test_a_gate_scales_one_concept_channel_and_touches_no_other_channel(pair, va
             assert_close(after.select(dim, o), before.select(dim, o), 1e-12)
 
 
-def test_a_gate_works_with_three_concepts(tmp_path):
-    pair, x = Pair("uneven", tmp_path, THREE), images()
+def test_a_gate_works_with_three_concepts(split_of):
+    pair, x = Pair("uneven", split_of("uneven", THREE)), images()
     before = layer_output(pair.network, x)
     for concept in range(3):
         with pair.changed.gate("layer", 2, concept, 0.0):
@@ -377,8 +397,8 @@ INTERVENTIONS = pytest.mark.parametrize(
 
 @INTERVENTIONS
 @pytest.mark.parametrize("kind", ["3x3", "groups", "pooled features", "tokens"])
-def test_what_a_hook_makes_of_a_concept_channel_is_what_counts(kind, intervene, tmp_path):
-    pair, x = Pair(kind, tmp_path), images()
+def test_what_a_hook_makes_of_a_concept_channel_is_what_counts(kind, intervene, split_of):
+    pair, x = Pair(kind, split_of(kind)), images()
     dim, row = dimension(pair.network.layer), row_of(pair, "1.0")
     before = layer_output(pair.network, x)
 
@@ -454,10 +474,10 @@ def output_gradient(network: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plain_form_computes_the_same_up_to_rounding(
-    kind, dtype, tolerance, channels, tmp_path
+    kind, dtype, tolerance, channels, split_of
 ):
     network, x = build(kind, dtype), images(5, dtype)
-    plain = unbraid.apply(network, make_split(network, tmp_path, channels), form="plain")
+    plain = unbraid.apply(network, split_of(kind, channels, dtype), form="plain")
     expected, actual = layer_output(network, x), layer_output(plain, x)
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
@@ -472,9 +492,9 @@ def test_the_plain_form_is_made_of_standard_modules(pair):
     assert [name for name, _ in plain.layer.named_children()] == ["wide", "merge"]
 
 
-def test_the_plain_form_can_be_exported(tmp_path):
-    network = build("3x3")
-    plain = unbraid.apply(network, make_split(network, tmp_path), form="plain")
+def test_the_plain_form_can_be_exported(one_pair):
+    network = one_pair.network
+    plain = unbraid.apply(network, one_pair.split, form="plain")
     exported = torch.export.export(plain, (images(),)).module()
     assert_close(exported(images()), network(images()))
 
@@ -488,11 +508,11 @@ def test_there_is_no_third_form(one_pair):
 
 
 @pytest.mark.parametrize("form", ["exact", "plain"])
-def test_the_original_network_is_not_changed(form, tmp_path):
+def test_the_original_network_is_not_changed(form, split_of):
     network = build("batch norm behind").train()
     network.stem_norm.eval()
     network.stem.weight.requires_grad_(False)
-    split = make_split(network, tmp_path)
+    split = split_of("batch norm behind")
     before, modules = snapshot(network), list(network.modules())
     changed = unbraid.apply(network, split, form=form)
     with torch.no_grad():
@@ -503,11 +523,11 @@ def test_the_original_network_is_not_changed(form, tmp_path):
     assert not hasattr(network, "gate")
 
 
-def test_modes_and_wanted_gradients_are_those_of_the_original(tmp_path):
+def test_modes_and_wanted_gradients_are_those_of_the_original(split_of):
     network = build("batch norm behind").train()
     network.stem_norm.eval()
     network.stem.weight.requires_grad_(False)
-    changed = unbraid.apply(network, make_split(network, tmp_path))
+    changed = unbraid.apply(network, split_of("batch norm behind"))
     modes = {name: module.training for name, module in changed.named_modules()}
     for name, module in network.named_modules():
         assert modes[name] == module.training
@@ -585,10 +605,9 @@ def test_a_gate_that_was_open_when_copied_stays_so_in_the_copy(duplicate, one_pa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_split_makes_the_round_trip_through_its_file(kind, dtype, tmp_path):
-    network = build(kind, dtype)
+def test_a_split_makes_the_round_trip_through_its_file(kind, dtype, split_of, tmp_path):
     for channels in (TWO, THREE):
-        split = make_split(network, tmp_path / str(len(channels)), channels)
+        split = split_of(kind, channels, dtype)
         split.save(tmp_path / "split.safetensors")
         assert_same_split(Split.load(tmp_path / "split.safetensors"), split)
 
@@ -729,9 +748,9 @@ def test_a_network_with_a_part_called_gate_can_be_split(tmp_path):
 
 @pytest.mark.parametrize("form", ["exact", "plain"])
 @pytest.mark.parametrize("kind", ["3x3", "tokens"])
-def test_a_layer_that_is_handed_its_input_by_keyword_can_be_split(kind, form, tmp_path):
+def test_a_layer_that_is_handed_its_input_by_keyword_can_be_split(kind, form, split_of):
     network = CallsByKeyword(build(kind))
-    changed = unbraid.apply(network, make_split(network, tmp_path), form=form)
+    changed = unbraid.apply(network, split_of(kind), form=form)  # the weights are the same
     assert_close(changed(images()), network(images()), 1e-12)
 
 
@@ -844,11 +863,11 @@ def test_two_networks_that_compute_nan_do_not_pass(one_pair):
         unbraid.compare_outputs(broken, broken, SyntheticImages(4), tolerance=1.0)
 
 
-def test_comparing_leaves_both_networks_as_they_were(tmp_path):
+def test_comparing_leaves_both_networks_as_they_were(split_of):
     network = build("batch norm behind").train()
     network.stem_norm.eval()
     network.stem.weight.requires_grad_(False)
-    changed = unbraid.apply(network, make_split(network, tmp_path))
+    changed = unbraid.apply(network, split_of("batch norm behind"))
     before = snapshot(network), snapshot(changed)
     unbraid.compare_outputs(network, changed, SyntheticImages(5))
     broken = nudged(changed)

@@ -6,31 +6,17 @@ Shapes: N images of a channel's concepts, K concepts; see METHOD.md section 6.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
 from unbraid.errors import UsageError
-from unbraid.evaluation import ChannelEvaluation, ConceptEvaluation, Evaluation, Ratio
+from unbraid.evaluation import ChannelEvaluation, ConceptEvaluation, Evaluation, Ratio, Responses
 from unbraid.layers import respond
 from unbraid.output import OutputComparison
 from unbraid.records import Records, Scan
 from unbraid.splits import ChannelSplit, Split
-
-
-@dataclass
-class Responses:
-    """What a channel and its concept channels answer to the images of its concepts."""
-
-    concept: Tensor  # (N,), which concept each image belongs to
-    label: Tensor  # (N,)
-    share: Tensor  # (N,), of the original channel
-    original: Tensor  # (N,), pooled pre-activation
-    concepts: Tensor  # (N, K)
-    residual: Tensor  # (N,)
-    rectified: Tensor | None  # (N, 1 + K), original and concepts, only with positions
 
 
 def evaluate(

@@ -6,15 +6,14 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from unbraid.errors import RunError
 from unbraid.files import write_whole
 from unbraid.findings import Concept
 from unbraid.output import OutputComparison
-
-if TYPE_CHECKING:
-    from unbraid.evaluate import Responses
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,19 @@ class ChannelEvaluation:
     concepts: tuple[ConceptEvaluation, ...]
     separation_error: float
     separation_error_rectified: float | None  # None without positions
+
+
+@dataclass
+class Responses:
+    """What a channel and its concept channels answer to the images of its concepts."""
+
+    concept: Tensor  # (N,), which concept each image belongs to
+    label: Tensor  # (N,)
+    share: Tensor  # (N,), of the original channel
+    original: Tensor  # (N,), pooled pre-activation
+    concepts: Tensor  # (N, K)
+    residual: Tensor  # (N,)
+    rectified: Tensor | None  # (N, 1 + K), original and concepts, only with positions
 
 
 @dataclass(frozen=True)

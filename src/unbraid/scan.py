@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-import unbraid
 from unbraid.batch import scan_batch
 from unbraid.data import (
     Readable,
@@ -168,7 +168,7 @@ def _concerned(labels: Sequence[int], classes: Sequence[int] | None) -> list[int
 
 def _versions() -> dict[str, str]:
     return {
-        "unbraid": unbraid.__version__,
+        "unbraid": version("unbraid"),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }

@@ -23,7 +23,7 @@ from unbraid.splits import ChannelSplit
 from unbraid.visualize.reference import ReferenceImages, TopImages
 
 if TYPE_CHECKING:
-    from unbraid.evaluate import Responses
+    from unbraid.evaluation import Responses
 
 N_TONES = 8  # colours in the style sheet
 N_SOURCES = 12  # input channels in the bars

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from unbraid.errors import UsageError
-from unbraid.evaluate import Responses, gather_responses
+from unbraid.evaluate import gather_responses
+from unbraid.evaluation import Responses
 from unbraid.find import class_sums
 from unbraid.layers import LayerSpec
 from unbraid.report.channels import (
