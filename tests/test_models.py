@@ -235,10 +235,10 @@ class TestPictures:
         noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path)
         path.write_bytes(path.read_bytes()[:500])
-        with pytest.raises(DataError, match="p.png cannot be read"):
+        with pytest.raises(DataError, match=r"p\.png cannot be read"):
             read_picture(path)
         path.write_text("no picture")
-        with pytest.raises(DataError, match="p.png cannot be read"):
+        with pytest.raises(DataError, match=r"p\.png cannot be read"):
             read_picture(path)
 
     def test_an_enormous_picture_is_refused_before_it_is_unpacked(
@@ -246,5 +246,5 @@ class TestPictures:
     ) -> None:
         Image.new("L", (100, 100)).save(tmp_path / "p.png")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-        with pytest.raises(DataError, match="p.png cannot be read"):
+        with pytest.raises(DataError, match=r"p\.png cannot be read"):
             read_picture(tmp_path / "p.png")
