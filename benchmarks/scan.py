@@ -4,13 +4,13 @@
 
 ResNet-50 with random weights, layer4.2.conv3, random images. The three run in turn, round by round,
 over the same images, so that a drift of the machine's speed hits all; the ratios are taken within a
-round and the median is reported. Peak memory is measured in a process of its own for each.
+round and the median is reported, of wall time and of processor time, which a busy neighbour disturbs
+less. Peak memory is measured in a process of its own for each.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -76,17 +76,23 @@ def published(model: nn.Module, images: RandomImages, _: Path) -> None:
 WAYS = {"bare": bare, "scan": scan, "published": published}
 
 
-def seconds(way: str, model: nn.Module, images: RandomImages) -> tuple[float, int]:
-    """Time one way once; also the bytes that it wrote."""
+def seconds(way: str, model: nn.Module, images: RandomImages) -> tuple[float, float, int]:
+    """Time one way once: wall time, processor time, and the bytes that it wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         WAYS[way](model, images, Path(folder))
-        elapsed = time.perf_counter() - start
-        return elapsed, sum(f.stat().st_size for f in Path(folder).rglob("shard-*"))
+        elapsed, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        return elapsed, cpu, sum(f.stat().st_size for f in Path(folder).rglob("shard-*"))
+
+
+def spread(taken: list[float], base: list[float]) -> str:
+    """Ratios round by round: median, and from least to most."""
+    ratios = [t / b for t, b in zip(taken, base, strict=True)]
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 def peak_memory(way: str) -> float:
-    """Peak resident memory of a process that does one way over two batches, in GiB."""
+    """Peak resident memory of a process that does one way over two batches, in GiB (Linux)."""
     command = [sys.executable, __file__, "--only", way]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -94,35 +100,38 @@ def peak_memory(way: str) -> float:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     model = network()
     if options.only:
         seconds(options.only, model, RandomImages(2 * BATCH))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        status = Path("/proc/self/status").read_text()  # getrusage would count the parent's too
+        print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
         return
     images = RandomImages(options.images)
     seconds("bare", model, images)  # warm up
     times: dict[str, list[float]] = {way: [] for way in WAYS}
+    cpu_times: dict[str, list[float]] = {way: [] for way in WAYS}
     n_bytes = 0
     for number in range(options.rounds):
         order = list(WAYS) if number % 2 == 0 else list(reversed(WAYS))
         for way in order:
-            elapsed, written = seconds(way, model, images)
+            elapsed, cpu, written = seconds(way, model, images)
             times[way].append(elapsed)
+            cpu_times[way].append(cpu)
             n_bytes = max(n_bytes, written)
-        print(f"round {number + 1}: " + ", ".join(f"{w} {t[-1]:.2f} s" for w, t in times.items()))
+        line = ", ".join(f"{way} {taken[-1]:.2f} s" for way, taken in times.items())
+        print(f"round {number + 1}: {line}", flush=True)
     print(f"\nMachine: {describe_machine()}")
     print(f"{options.images} images, batches of {BATCH}, {options.rounds} rounds\n")
-    print("| way | s per batch, median | ratio to bare, median (min to max) | peak memory |")
-    print("| --- | --- | --- | --- |")
+    print("| way | s per batch | wall time to bare's | processor time to bare's | peak memory |")
+    print("| --- | --- | --- | --- | --- |")
     for way, taken in times.items():
-        ratios = [t / b for t, b in zip(taken, times["bare"], strict=True)]
         per_batch = statistics.median(taken) * BATCH / options.images
-        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        print(f"| {way} | {per_batch:.2f} | {spread} | {peak_memory(way):.2f} GiB |")
+        spreads = " | ".join(spread(t[way], t["bare"]) for t in (times, cpu_times))
+        print(f"| {way} | {per_batch:.2f} | {spreads} | {peak_memory(way):.2f} GiB |")
     print(f"\nBytes written per image by the scan: {n_bytes / options.images:.0f}")
 
 

@@ -12,3 +12,9 @@ torch.set_num_threads(1)  # networks this small only lose by more
 def pytest_configure(config: pytest.Config) -> None:
     # Even kernels with padding="same" are tested on purpose, because they pad unevenly.
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same'")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Every test starts from the same random numbers, whatever ran before."""
+    torch.manual_seed(0)

@@ -247,6 +247,19 @@ def test_a_channel_that_is_silent_has_unknown_measures_and_no_crash(silence, unk
         assert (channel[name] is None) == (name in unknown)
 
 
+def test_the_summary_is_over_the_channels_that_could_be_measured(one_case):
+    result = unbraid.evaluate(one_case.split, one_case.scan)
+    unknown = replace(
+        result.channels[0], separation_error=math.nan, separation_error_rectified=None
+    )
+    some = replace(result, channels=(unknown, *result.channels[1:]))
+    rest = replace(result, channels=result.channels[1:])
+    assert some.summary == rest.summary
+    assert some.summary != result.summary
+    none = replace(result, channels=(unknown,)).summary["published"]
+    assert none == {"separation_error": None, "separation_error_rectified": None}
+
+
 # --- evaluation.json ------------------------------------------------------------------------------
 
 CONCEPT = {"classes", "retention", "leakage", "mimic_error", "silence_error", "auroc"}

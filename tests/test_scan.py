@@ -141,6 +141,13 @@ def test_a_network_may_write_into_the_layers_input_behind_it(tmp_path):
     assert_input_maps(list(scan.shards()), truth)
 
 
+def test_images_may_want_a_gradient(tmp_path):
+    network, dataset = build("3x3"), SyntheticImages(5)
+    dataset.images.requires_grad_()
+    scan = unbraid.scan(network, "layer", dataset, tmp_path)
+    assert_records(list(scan.shards()), truth_of(network, SyntheticImages(5)), 0.005, range(5))
+
+
 @pytest.mark.parametrize("kind", ["3x3", "tokens"])
 def test_a_layer_may_be_handed_its_input_by_keyword(kind, tmp_path):
     network, dataset = build(kind), SyntheticImages(5)

@@ -166,6 +166,14 @@ def test_outputs_are_the_same_under_autocast(split_of):
         assert_same_outputs(network, changed, images(4, torch.float32))
 
 
+def test_outputs_are_the_same_in_every_memory_format(split_of):
+    network = build("3x3", torch.float32).to(memory_format=torch.channels_last)
+    changed = unbraid.apply(network, split_of("3x3", dtype=torch.float32))
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = images(5, torch.float32).contiguous(memory_format=memory_format)
+        assert_same_outputs(network, changed, x)
+
+
 def test_even_the_sign_of_a_zero_is_kept(one_pair):
     zeros: list[Tensor] = []
 
@@ -450,6 +458,62 @@ def test_gradients_by_concept_channels_can_be_read(one_pair):
     expected = output_gradient(one_pair.network, images())
     for row, name in enumerate(one_pair.changed.layer.names):
         assert_close(kept[0].grad[:, row], expected[:, int(name.split(".")[0])], 1e-10)
+
+
+def test_a_backward_hook_sees_the_gradient_by_the_concept_channels(one_pair):
+    seen: list[Tensor] = []
+    one_pair.changed.layer.concepts.register_full_backward_hook(
+        lambda _module, _inputs, outputs: seen.append(outputs[0])
+    )
+    one_pair.changed(images())[:, 2].sum().backward()
+    expected = output_gradient(one_pair.network, images())
+    for row, name in enumerate(one_pair.changed.layer.names):
+        assert_close(seen[0][:, row], expected[:, int(name.split(".")[0])], 1e-10)
+
+
+def test_a_backward_hook_can_stop_the_gradient_through_the_concept_channels(one_pair):
+    one_pair.changed.layer.concepts.register_full_backward_hook(
+        lambda _module, inputs, _outputs: (torch.zeros_like(inputs[0]),)
+    )
+    logits = one_pair.changed(images())
+    assert_close(logits, one_pair.network(images()), 1e-12)
+    logits[:, 2].sum().backward()
+    n_concepts = len(one_pair.changed.layer.names)
+    assert one_pair.changed.layer.rows.grad[:n_concepts].abs().max() == 0
+
+
+def test_a_hook_that_detaches_leaves_the_value_and_takes_the_gradient(one_pair):
+    _returned(one_pair.changed.layer.concepts, lambda output: output.detach())
+    logits = one_pair.changed(images())
+    assert_close(logits, one_pair.network(images()), 1e-12)
+    logits[:, 2].sum().backward()
+    n_concepts = len(one_pair.changed.layer.names)
+    assert one_pair.changed.layer.rows.grad[:n_concepts].abs().max() == 0
+
+
+def test_a_module_in_the_place_of_the_concepts_is_run(one_pair):
+    class Silence(nn.Module):
+        def forward(self, concepts: Tensor) -> Tensor:
+            return torch.zeros_like(concepts)
+
+    x = images()
+    before = layer_output(one_pair.network, x)
+    one_pair.changed.layer.concepts = Silence()
+    change = layer_output(one_pair.changed, x) - before
+    both = concept_maps(one_pair, 1, 0, x) + concept_maps(one_pair, 1, 1, x)
+    assert_close(change[:, 1].flatten(1), -both)
+
+
+def test_a_hook_on_all_modules_sees_the_concept_channels(one_pair):
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _args, _output: seen.append(module)
+    )
+    try:
+        one_pair.changed(images())
+    finally:
+        handle.remove()
+    assert any(module is one_pair.changed.layer.concepts for module in seen)
 
 
 def output_gradient(network: nn.Module, x: Tensor) -> Tensor:
@@ -775,7 +839,6 @@ class Encoder(nn.Module):
 
 
 def test_a_gate_has_the_same_effect_with_and_without_a_graph_in_torchs_transformer(tmp_path):
-    torch.manual_seed(0)
     network, name = Encoder().double().eval(), "blocks.layers.0.linear1"
     changed = unbraid.apply(network, make_split(network, tmp_path, layer=name))
     with changed.gate(name, 1, 0, -9.0):

@@ -21,6 +21,7 @@ def scan_batch(
     items: Sequence[GoodItem],
     min_share: float,
     positions: bool,
+    check: bool,
 ) -> Records:
     """Run the network on some images and keep their records."""
     if not items:
@@ -44,7 +45,8 @@ def scan_batch(
     pooled, input_map = cut.input
     for values in (pooled, logits):
         _refuse_broken_values(values, index)
-    _check_linear(spec, module, pooled, z)
+    if check:
+        _check_linear(spec, module, pooled, z)
     share = shares(channels_first(spec, relevance).flatten(2).sum(2, dtype=pooled.dtype))
     kept = share >= min_share
     return Records(
@@ -53,7 +55,7 @@ def scan_batch(
         prediction=logits.argmax(1).cpu(),
         n_positions=torch.full_like(index, z.shape[2]),
         pooled=pooled.cpu(),
-        share_start=torch.cat([torch.zeros(1), kept.sum(1).cumsum(0).cpu()]).long(),
+        share_start=torch.cat([index.new_zeros(1), kept.sum(1).cumsum(0).cpu()]),
         share_channel=kept.nonzero()[:, 1].to(torch.int32).cpu(),
         share_value=share[kept].cpu(),
         broken=torch.zeros(0, dtype=torch.int64),

@@ -138,7 +138,7 @@ def scan(
     with (
         image_progress(title, len(indices), n_done, show=progress) as advance,
         undisturbed(model),
-        torch.inference_mode(False),
+        torch.inference_mode(False),  # whatever mode the caller is in
         torch.enable_grad(),
     ):
         for k, part in batches.items():
@@ -146,7 +146,8 @@ def scan(
             for _ in part:  # a batch never crosses a shard
                 items = next(loaded)
                 good, broken = sort_out(items, skip_broken)
-                done.append(scan_batch(model, module, spec, good, min_share, positions))
+                check = not done  # once a shard is enough, and costs nothing to speak of
+                done.append(scan_batch(model, module, spec, good, min_share, positions, check))
                 done[-1].broken = torch.tensor(broken, dtype=torch.int64)
                 advance(len(items))
             write_shard(folder, k, join_records(done))
