@@ -4,7 +4,7 @@
 
 ResNet-50 with random weights, layer4.2.conv3, random images. The three run in turn, round by round,
 over the same images, so that a drift of the machine's speed hits all; the ratios are taken within a
-round and the median is reported, of wall time and of processor time, which a busy neighbour disturbs
+round and the median is reported, of wall time and of processor time, which neighbours disturb
 less. Peak memory is measured in a process of its own for each.
 """
 

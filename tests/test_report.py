@@ -100,7 +100,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     scan = unbraid.scan(network, "2", val, out / "b", skip_broken=True, positions=True)
     found = unbraid.find(train_scan, p=0.5, gamma=0.9)
     assert len(found.concepts) >= 2, "the fixture must find something to report"
-    split = unbraid.split(train_scan, found, rho=0.7)
+    split = unbraid.split(train_scan, found, method="published", rho=0.7)
     output = unbraid.compare_outputs(
         network, unbraid.apply(network, split), val, tolerance=0.0, skip_broken=True
     )

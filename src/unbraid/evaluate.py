@@ -20,7 +20,12 @@ from unbraid.splits import ChannelSplit, Split
 
 
 def evaluate(
-    split: Split, scan: Scan, *, tau: float | None = None, output: OutputComparison | None = None
+    split: Split,
+    scan: Scan,
+    *,
+    baseline: Split | None = None,
+    tau: float | None = None,
+    output: OutputComparison | None = None,
 ) -> Evaluation:
     """Compute the measures of METHOD.md section 6 for every split channel.
 
@@ -28,13 +33,18 @@ def evaluate(
         split: whose concept channels to measure.
         scan: of validation images of the same network and layer. With `positions=True` the
             rectified measures are computed too; without it they are None.
+        baseline: another split of the same channels and concepts, such as the published one, whose
+            mean errors join the summary.
         tau: smallest share for an image to count in the published table; by default the one that
             the channels were found with.
         output: from `unbraid.compare_outputs`, to be kept with the measures.
 
     Raises:
-        UsageError: the scan is of another network or layer, or has no image of a concept.
+        UsageError: the scan is of another network or layer, or has no image of a concept; or the
+            baseline splits other channels or concepts, or has the same method.
     """
+    if baseline is not None:
+        _check_baseline(split, baseline)
     if scan.manifest.weights != split.weights or scan.layer != split.layer:
         raise UsageError(
             "The scan is of another network or layer than the split; scan validation images with "
@@ -53,7 +63,17 @@ def evaluate(
         tau=float(tau),
         responses=gathered,
         output=output,
+        baseline=None if baseline is None else evaluate(baseline, scan, tau=tau),
     )
+
+
+def _check_baseline(split: Split, baseline: Split) -> None:
+    divided, other = ({c.channel: c.concepts for c in s.channels} for s in (split, baseline))
+    if divided != other or split.method == baseline.method:
+        raise UsageError(
+            "The baseline must divide the same channels among the same concepts by another method; "
+            "make both from the same findings."
+        )
 
 
 def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:

@@ -73,18 +73,17 @@ class Evaluation:
     tau: float  # smallest share for an image to count in the published table
     responses: dict[int, Responses] = field(repr=False)
     output: OutputComparison | None = None
+    baseline: Evaluation | None = None  # of another method on the same channels
 
     @property
     def summary(self) -> dict[str, dict[str, float | None]]:
         """Per method, the mean errors over the channels."""
-        return {
-            self.method: {
-                "separation_error": _mean([c.separation_error for c in self.channels]),
-                "separation_error_rectified": _mean(
-                    [c.separation_error_rectified for c in self.channels]
-                ),
-            }
+        rectified = [channel.separation_error_rectified for channel in self.channels]
+        own: dict[str, float | None] = {
+            "separation_error": _mean([channel.separation_error for channel in self.channels]),
+            "separation_error_rectified": _mean(rectified),
         }
+        return {self.method: own, **(self.baseline.summary if self.baseline else {})}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what evaluation.json holds; what could not be computed is None."""

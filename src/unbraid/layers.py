@@ -220,6 +220,34 @@ def _tap_counts(spec: LayerSpec, dim: int, size: int) -> Tensor:
     return counts[:, 1:]
 
 
+def tap_inputs(spec: LayerSpec, x: Tensor, group: int) -> Tensor:
+    """What each tap of a group's channels meets at each output position.
+
+    Args:
+        spec: the layer.
+        x: (N, C_in, positions ...), the layer's input, channels first.
+        group: which group of the layer.
+
+    Returns:
+        (N, J, P); its sum over positions is the pooled input.
+    """
+    first = group * spec.n_in_per_group
+    x = _pad(spec, x[:, first : first + spec.n_in_per_group])
+    n_dims = len(spec.kernel)
+    steps = tuple(slice(None, None, step) for step in spec.dilation)
+    for dim in range(n_dims):
+        reach = spec.dilation[dim] * (spec.kernel[dim] - 1) + 1
+        x = x.unfold(2 + dim, reach, spec.stride[dim])  # windows go last
+    x = x[(slice(None),) * (2 + n_dims) + steps]
+    windows = range(2 + n_dims, 2 + 2 * n_dims)
+    return x.permute(0, 1, *windows, *range(2, 2 + n_dims)).reshape(len(x), spec.n_taps, -1)
+
+
+def _pad(spec: LayerSpec, x: Tensor) -> Tensor:
+    pads = [p for pair in reversed(spec.padding) for p in pair]
+    return F.pad(x, pads, mode=_PAD_MODES[spec.pad_mode]) if any(pads) else x
+
+
 def respond(spec: LayerSpec, x: Tensor, rows: Tensor, bias: Tensor, channels: Tensor) -> Tensor:
     """Run new rows on a layer's input, each in the group of the channel it was made from.
 
@@ -233,9 +261,7 @@ def respond(spec: LayerSpec, x: Tensor, rows: Tensor, bias: Tensor, channels: Te
     Returns:
         (N, R, positions ...), channels first.
     """
-    pads = [p for pair in reversed(spec.padding) for p in pair]
-    if any(pads):
-        x = F.pad(x, pads, mode=_PAD_MODES[spec.pad_mode])
+    x = _pad(spec, x)
     kernels = rows.reshape(len(rows), spec.n_in_per_group, *spec.kernel)
     convolve = _CONVOLVE[len(spec.kernel)]
 

@@ -35,7 +35,7 @@ class Thresholds:
     tau: float = 0.03
     p: float = 0.75
     gamma: float = 0.5
-    rho: float | None = None  # None: chosen per channel by the published criterion
+    rho: float | None = None  # of the published baseline; None: chosen per channel
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def run(
     write_whole(out / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
     page = out / "report.html"
     if not found.concepts:
-        for stale in ("split.safetensors", "evaluation.json"):  # of a run with other thresholds
+        stale_files = ("split.safetensors", "split-published.safetensors", "evaluation.json")
+        for stale in stale_files:  # of a run with other thresholds
             (out / stale).unlink(missing_ok=True)
         report(page, scan=val_scan, train_scan=train_scan, found=found, dataset=val, title=title)
         return Run(found, None, page, broken)
@@ -107,12 +108,14 @@ def run(
     train_maps = _scan_positions(model, layer, train, out / "positions-train", with_positions)
     val_maps = _scan_positions(model, layer, val, out / "positions-val", with_positions)
     say("Splitting and checking the outputs.")
-    divided = split(train_maps, found, method="published", rho=thresholds.rho)
+    divided = split(train_maps, found)
     divided.save(out / "split.safetensors")
+    baseline = split(train_maps, found, method="published", rho=thresholds.rho)
+    baseline.save(out / "split-published.safetensors")
     output = compare_outputs(
         model, apply(model, divided), val, tolerance=0.0, progress=True, **vars(loading)
     )
-    evaluation = evaluate(divided, val_maps, output=output)
+    evaluation = evaluate(divided, val_maps, baseline=baseline, output=output)
     evaluation.save(out / "evaluation.json")
     report(
         page,
@@ -145,7 +148,9 @@ def report_again(out: Path) -> Path:
     if found.concepts:
         divided = Split.load(out / "split.safetensors")
         output = read_output(out / "evaluation.json")
-        evaluation = evaluate(divided, open_scan(out / "positions-val"), output=output)
+        baseline = Split.load(out / "split-published.safetensors")
+        val_maps = open_scan(out / "positions-val")
+        evaluation = evaluate(divided, val_maps, baseline=baseline, output=output)
     return report(
         out / "report.html",
         scan=val_scan,

@@ -33,6 +33,7 @@ from unbraid.layers import (
 from unbraid.progress import image_progress
 from unbraid.records import (
     Manifest,
+    Records,
     Scan,
     join_records,
     open_scan,
@@ -142,7 +143,7 @@ def scan(
         torch.enable_grad(),
     ):
         for k, part in batches.items():
-            done = []
+            done: list[Records] = []
             for _ in part:  # a batch never crosses a shard
                 items = next(loaded)
                 good, broken = sort_out(items, skip_broken)

@@ -5,85 +5,75 @@ Shapes: K concepts, J taps; see METHOD.md sections 3 to 5.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from torch import Tensor
 
 from unbraid.errors import UsageError
 from unbraid.find import averaged_relevance, class_sums, concept_mean
 from unbraid.findings import Findings
+from unbraid.least_squares import fit_least_squares
 from unbraid.published import choose_rho, published_masks
 from unbraid.records import Scan
+from unbraid.rectified import refine_fits
 from unbraid.splits import ChannelSplit, Split
 
-Method = Literal["published"]
+Method = Literal["least_squares", "published"]
 
 
 def split(
     scan: Scan,
     found: Findings,
     *,
-    method: Method = "published",
+    method: Method = "least_squares",
     rho: float | None = None,
 ) -> Split:
     """Divide the incoming weights of every polysemantic channel among its concepts.
 
     Args:
-        scan: of the training images. To choose rho it must have been made with
-            `positions=True` (of `found.classes` is enough); with `rho` given any scan will do.
+        scan: of the training images. With `positions=True` (of `found.classes` is enough) least
+            squares fits rectified responses too, and the published method can choose rho.
         found: channels and their concepts.
-        method: "published" is the rule of Hesse et al. 2025: an input channel is taken from
-            concept k if it is more relevant for another by a factor 1 / rho.
-        rho: one value in (0, 1] for all channels; by default the published criterion chooses one
-            per channel.
+        method: "least_squares" fits, for each concept, how much of each tap to keep. "published"
+            is the rule of Hesse et al. 2025: an input channel is taken from concept k if it is
+            more relevant for another by a factor 1 / rho.
+        rho: for the published method, one value in (0, 1] for all channels; by default its
+            criterion chooses one per channel.
 
     Returns:
         A Split for `unbraid.apply` and `unbraid.evaluate`.
 
     Raises:
-        UsageError: nothing was found, rho is out of range or cannot be chosen from this scan, or
-            the scan lacks images of a concept.
+        UsageError: nothing was found, rho is out of range, misplaced or cannot be chosen from this
+            scan, or the scan lacks images of a concept.
 
     Source:
-        METHOD.md section 3; for more than two concepts see `published.published_masks`.
+        METHOD.md sections 3 and 5; `published.published_masks` for more than two concepts.
     """
-    if method != "published":
-        raise UsageError(f"There is no method {method!r}; use method='published'.")
-    if not found.concepts:
-        raise UsageError(f"There is nothing to split: no channel was found. {found.hint}".strip())
+    if method not in get_args(Method):
+        raise UsageError(f"There is no method {method!r}; use {' or '.join(get_args(Method))}.")
+    if rho is not None and method != "published":
+        raise UsageError("rho belongs to the published method; pass method='published' with it.")
     if rho is not None and not 0 < rho <= 1:
         raise UsageError(f"rho is {rho:g}; it must lie above 0 and not above 1.")
-    if rho is None and not scan.positions:
+    if method == "published" and rho is None and not scan.positions:
         raise UsageError(
             "The published criterion for rho needs positions: scan the training images again with "
             "positions=True, classes=found.classes and pass that scan, or give rho=0.7."
         )
-    if max(found.channels) >= scan.layer.n_out:
-        raise UsageError(
-            f"Layer {scan.layer.name!r} has no channel {max(found.channels)}, which the findings "
-            "name; pass the scan that they were made from."
-        )
-    sums = class_sums(scan, [])
-    for label in found.classes:
-        if label >= len(sums.n_images) or sums.n_images[label] == 0:
-            raise UsageError(
-                f"The scan has no image of class {found.name(label)}, which a concept names; pass "
-                "the scan that the findings were made from."
-            )
-    arvs = {
-        o: [averaged_relevance(scan, o, concept_mean(sums, concept)) for concept in concepts]
-        for o, concepts in found.concepts.items()
-    }
-    rhos = dict.fromkeys(arvs, rho) if rho is not None else choose_rho(scan, found.concepts, arvs)
-    taps = scan.layer.taps_per_input
+    _check_fit(scan, found)
+    choose = _published if method == "published" else _least_squares
+    chosen = choose(scan, found, rho)
     channels = tuple(
         ChannelSplit(
             channel=o,
             concepts=found.concepts[o],
-            masks=published_masks(arvs[o], rhos[o], taps).to(scan.weight.dtype),
+            masks=masks.to(scan.weight.dtype),
             weight=scan.weight[o],
             bias=float(scan.bias[o]),
-            info={"rho": rhos[o]},
+            info=info,
         )
-        for o in found.channels
+        for o, (masks, info) in sorted(chosen.items())
     )
     return Split(
         layer=scan.layer,
@@ -93,3 +83,45 @@ def split(
         class_names=found.class_names,
         channels=channels,
     )
+
+
+Chosen = dict[int, tuple[Tensor, dict[str, Any]]]  # per channel, masks and how they were chosen
+
+
+def _check_fit(scan: Scan, found: Findings) -> None:
+    """Raise unless something was found, in a scan such as this one."""
+    if not found.concepts:
+        raise UsageError(f"There is nothing to split: no channel was found. {found.hint}".strip())
+    if max(found.channels) >= scan.layer.n_out:
+        raise UsageError(
+            f"Layer {scan.layer.name!r} has no channel {max(found.channels)}, which the findings "
+            "name; pass the scan that they were made from."
+        )
+    seen = {int(label) for records in scan.shards() for label in records.label.unique()}
+    for label in found.classes:
+        if label not in seen:
+            raise UsageError(
+                f"The scan has no image of class {found.name(label)}, which a concept names; pass "
+                "the scan that the findings were made from."
+            )
+
+
+def _published(scan: Scan, found: Findings, rho: float | None) -> Chosen:
+    sums = class_sums(scan, [])
+    arvs = {
+        o: [averaged_relevance(scan, o, concept_mean(sums, concept)) for concept in concepts]
+        for o, concepts in found.concepts.items()
+    }
+    rhos = dict.fromkeys(arvs, rho) if rho is not None else choose_rho(scan, found.concepts, arvs)
+    taps = scan.layer.taps_per_input
+    return {o: (published_masks(arvs[o], rhos[o], taps), {"rho": rhos[o]}) for o in arvs}
+
+
+def _least_squares(scan: Scan, found: Findings, _: float | None) -> Chosen:
+    fits = fit_least_squares(scan, found.concepts)
+    if scan.positions:
+        fits = refine_fits(scan, found.concepts, fits)
+    return {
+        o: (fit.masks, {"lambda": fit.penalty, "kkt_residual": fit.kkt_residual})
+        for o, fit in fits.items()
+    }

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 Tau = Annotated[float, Parameter(help="Smallest share of a class's relevance that matters.")]
 P = Annotated[float, Parameter(help="Fraction of a class's images in which a channel matters.")]
 Gamma = Annotated[float, Parameter(help="Cosine below which two classes have different reasons.")]
-Rho = Annotated[float | None, Parameter(help="Fix rho instead of choosing it per channel.")]
+Rho = Annotated[
+    float | None, Parameter(help="Fix the published rule's rho instead of choosing it per channel.")
+]
+Method = Annotated[
+    Literal["least_squares", "published"], Parameter(help="How to divide the weights.")
+]
 Model = Annotated[
     str, Parameter(help="torchvision:NAME, timm:NAME or FILE.py:FUNCTION (it returns the network).")
 ]

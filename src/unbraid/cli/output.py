@@ -33,10 +33,18 @@ def show_run(result: Run) -> None:
     if result.evaluation is not None:
         out_console.print()
         out_console.print(str(result.evaluation), markup=False)
+        out_console.print()
+        for method, errors in result.evaluation.summary.items():
+            figures = ", ".join(
+                f"{name.replace('_', ' ')} {value:.3f}"
+                for name, value in errors.items()
+                if value is not None
+            )
+            out_console.print(f"{method.replace('_', ' ')}: mean {figures}")
         output = result.evaluation.output
         assert output is not None
         out_console.print(
-            f"\nLargest logit difference {output.max_abs_logit_diff:g}; accuracy "
+            f"Largest logit difference {output.max_abs_logit_diff:g}; accuracy "
             f"{output.top1_before:.2%} before, {output.top1_after:.2%} after."
         )
     out_console.print(f"Report: {result.report}")

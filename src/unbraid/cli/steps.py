@@ -14,6 +14,7 @@ from unbraid.cli.options import (
     Device,
     Gamma,
     Layer,
+    Method,
     Model,
     Out,
     P,
@@ -105,14 +106,15 @@ def split(
     tau: Tau = 0.03,
     p: P = 0.75,
     gamma: Gamma = 0.5,
+    method: Method = "least_squares",
     rho: Rho = None,
 ) -> None:
-    """Find and split the polysemantic channels in a scan; choosing rho needs one with positions."""
+    """Find and split the polysemantic channels in a scan, best one with positions."""
     import unbraid
 
     opened = unbraid.open_scan(scan)
     found = unbraid.find(opened, tau=tau, p=p, gamma=gamma)
-    divided = unbraid.split(opened, found, rho=rho)
+    divided = unbraid.split(opened, found, method=method, rho=rho)
     divided.save(out)
     out_console.print(f"Split {len(divided.channels)} channels into {out}")
 

@@ -46,6 +46,9 @@ def facts(material: Material) -> tuple[Fact, ...]:
         facts.append(Fact(output["difference"], "largest logit difference", note))
     errors = evaluation.summary[evaluation.method]
     note = "ideal 0; halving a channel gives 0.5"
+    if evaluation.baseline is not None:
+        before = evaluation.baseline.summary[evaluation.baseline.method]["separation_error"]
+        note = f"{evaluation.baseline.method} rule: {number(before)}; ideal 0"
     facts.append(Fact(number(errors["separation_error"]), "mean separation error", note))
     return tuple(facts)
 
