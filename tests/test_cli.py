@@ -294,7 +294,6 @@ class TestMistakes:
         assert code == 1
         assert "broken/bee/0.png" in err
         assert_one_sentence(err)
-        shutil.rmtree(home / "broken-scan")
         code, _, err = call(*arguments, "--skip-broken")
         assert code == 0
         assert "Left out 1 images" in err
@@ -327,5 +326,5 @@ class TestMistakes:
         network = (*NETWORK[:2], "--layer", "2")
         code, _, err = call("scan", *network, *scan)
         assert code == 1
-        assert "the network's weights differ" in err
+        assert "the network's weights" in err
         assert_one_sentence(err)

@@ -468,7 +468,7 @@ def test_own_concepts_that_make_no_sense_are_refused(some_scan, channels, messag
         ({"tau": -0.1}, "tau is -0.1"),
         ({"tau": 1.1}, "tau is 1.1"),
         ({"tau": math.nan}, "tau is nan"),
-        ({"tau": 0.004}, "tau is 0.004, but the scan kept no share below 0.005"),
+        ({"tau": 0.004}, "tau is 0.004, but the scan keeps no share below 0.005"),
         ({"p": 0.0}, "p is 0"),
         ({"p": 1.01}, "p is 1.01"),
         ({"p": math.nan}, "p is nan"),

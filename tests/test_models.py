@@ -179,10 +179,9 @@ class TestFolders:
         assert warning == ""
 
     def test_wordnet_ids_are_looked_up(self) -> None:
-        assert label_folders(["n01440764", "n15075141"], [], 1000) == {
-            "n01440764": 0,
-            "n15075141": 999,
-        }
+        labels, guessed = label_folders(["n01440764", "n15075141"], [], 1000)
+        assert labels == {"n01440764": 0, "n15075141": 999}
+        assert not guessed
         with pytest.raises(DataError, match="n00000001"):
             label_folders(["n00000001"], [], 1000)
 

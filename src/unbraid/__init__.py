@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from unbraid.split import split as split
     from unbraid.splits import Split as Split
     from unbraid.surgery import apply as apply
+    from unbraid.surgery import gate as gate
 
 __version__ = _version("unbraid")
 
@@ -37,6 +38,7 @@ _HOME = {
     "split": "split",
     "Split": "splits",
     "apply": "surgery",
+    "gate": "surgery",
     "compare_outputs": "output",
     "evaluate": "evaluate",
     "Evaluation": "evaluation",

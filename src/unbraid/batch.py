@@ -43,11 +43,12 @@ def scan_batch(
     relevance = output_relevance(cut.output, logits, label.to(device))
     z = channels_first(spec, cut.output.detach()).flatten(2)
     pooled, input_map = cut.input
-    for values in (pooled, logits):
+    summed = channels_first(spec, relevance).flatten(2).sum(2, dtype=pooled.dtype)
+    for values in (pooled, logits, summed):
         _refuse_broken_values(values, index)
     if check:
         _check_linear(spec, module, pooled, z)
-    share = shares(channels_first(spec, relevance).flatten(2).sum(2, dtype=pooled.dtype))
+    share = shares(summed)
     kept = share >= min_share
     return Records(
         index=index,
@@ -86,7 +87,7 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
     """
     try:
         logits = model(images)
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+    except Exception as error:  # of a network of anyone's own
         if isinstance(error, torch.OutOfMemoryError):
             raise ModelError("The device is out of memory; lower batch_size.") from None
         raise ModelError(
@@ -116,8 +117,8 @@ def _refuse_broken_values(values: Tensor, index: Tensor) -> None:
     wrong = ~values.flatten(1).isfinite().all(1).cpu()
     if wrong.any():
         raise ModelError(
-            f"Image {int(index[wrong][0])} drives the network to NaN or infinite values; check "
-            "the image, its preprocessing and the weights."
+            f"Image {int(index[wrong][0])} drives the network to NaN or infinite values or "
+            "gradients; check the image, its preprocessing and the weights."
         )
 
 

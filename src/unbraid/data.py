@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,12 @@ class ImageFolder(Dataset[tuple[Any, int]]):
         self.transform = transform
         folders = class_folders(self.root)
         numbers = labels or {name: label for label, name in enumerate(folders)}
+        unknown = sorted(set(folders) - set(numbers))
+        if unknown:
+            raise DataError(
+                f"{self.root} has a class folder {unknown[0]!r} that the training images have not; "
+                "remove it, or add the class there."
+            )
         self.samples: list[tuple[str, int]] = []
         for name in folders:
             paths = sorted(_pictures_below(self.root / name))
@@ -53,6 +60,7 @@ class ImageFolder(Dataset[tuple[Any, int]]):
                     "fill it or remove it."
                 )
             self.samples += [(str(path), numbers[name]) for path in paths]
+        self.labels = numbers
         self.targets = [label for _, label in self.samples]
         self.classes = list(class_names)
         if not self.classes:
@@ -90,7 +98,9 @@ def class_folders(root: Path) -> list[str]:
     return names
 
 
-def label_folders(folders: Sequence[str], outputs: Sequence[str], n_outputs: int) -> dict[str, int]:
+def label_folders(
+    folders: Sequence[str], outputs: Sequence[str], n_outputs: int
+) -> tuple[dict[str, int], bool]:
     """Decide which output of a network each class folder stands for.
 
     In this order: folders named by output number; by output name; by WordNet id as in ImageNet
@@ -101,13 +111,18 @@ def label_folders(folders: Sequence[str], outputs: Sequence[str], n_outputs: int
         outputs: names of the network's outputs, empty where unknown.
         n_outputs: how many outputs there are.
 
+    Returns:
+        The output of each folder, and whether it had to be guessed (fewer folders than outputs).
+
     Raises:
         DataError: there are more folders than outputs, or WordNet ids cannot be looked up.
 
     >>> label_folders(["530", "938"], [], 1000)
-    {'530': 530, '938': 938}
+    ({'530': 530, '938': 938}, False)
     >>> label_folders(["cat", "dog"], ["dog", "cat"], 2)
-    {'cat': 1, 'dog': 0}
+    ({'cat': 1, 'dog': 0}, False)
+    >>> label_folders(["cat", "dog"], [], 1000)
+    ({'cat': 0, 'dog': 1}, True)
     """
     if len(folders) > n_outputs:
         raise DataError(
@@ -115,17 +130,18 @@ def label_folders(folders: Sequence[str], outputs: Sequence[str], n_outputs: int
             "remove the folders that it does not know."
         )
     if all(name.isdecimal() and int(name) < n_outputs for name in folders):
-        return {name: int(name) for name in folders}
+        return {name: int(name) for name in folders}, False
     if outputs and set(folders) <= set(outputs):
-        return {name: list(outputs).index(name) for name in folders}
+        return {name: list(outputs).index(name) for name in folders}, False
     wordnet_ids = all(re.fullmatch(r"n\d{8}", name) for name in folders)
     if wordnet_ids and n_outputs == 1000 and len(folders) < 1000:
         ids = _imagenet_ids()
         unknown = sorted(set(folders) - set(ids))
         if unknown:
             raise DataError(f"{unknown[0]} is no class of ImageNet-1k; remove or rename it.")
-        return {name: ids.index(name) for name in folders}
-    return {name: label for label, name in enumerate(folders)}
+        return {name: ids.index(name) for name in folders}, False
+    in_order = {name: label for label, name in enumerate(folders)}
+    return in_order, len(folders) < n_outputs
 
 
 def _imagenet_ids() -> list[str]:
@@ -228,7 +244,8 @@ def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
     if samples is not None and root is not None:
         for path, _ in samples:
             size = Path(path).stat().st_size if Path(path).exists() else -1
-            digest.update(f"{Path(path).relative_to(root)}\0{size}\0".encode())
+            name = os.path.relpath(path, root)
+            digest.update(os.fsencode(name) + f"\0{size}\0".encode())
     else:
         step = max(1, len(labels) // 16)
         for index in range(0, len(labels), step):

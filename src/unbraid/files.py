@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -25,13 +28,31 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         RunError: the file is missing or damaged.
     """
+    with _opened(path) as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Read one tensor of a safetensors file, and no more of the file than that.
+
+    Raises:
+        RunError: the file is missing or damaged, or has no such tensor.
+    """
+    with _opened(path) as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise RunError(
-            f"{path} cannot be read ({error}); delete it and start the command that wrote it again."
+            f"{path} cannot be read ({error}); start again the command that makes it, without the "
+            "file if it is there."
         ) from None
 
 
@@ -53,7 +74,8 @@ def write_whole(path: Path, content: bytes) -> None:
     except (FileExistsError, NotADirectoryError):
         raise UsageError(f"{path.parent} is a file, not a folder; name another folder.") from None
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
                 f"The disk is full, {path.name} was not written; what is finished is kept: make "

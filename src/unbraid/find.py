@@ -64,7 +64,7 @@ def find(
     Source:
         Hesse et al. 2025, arXiv:2504.12939; METHOD.md sections 3 and 5.
     """
-    _check_thresholds(scan, tau, p, gamma)
+    check_thresholds(tau, p, gamma, scan.manifest.min_share)
     sums = class_sums(scan, [tau])
     if channels is not None:
         concepts = {o: _own_concepts(scan, sums, o, groups) for o, groups in channels.items()}
@@ -107,12 +107,8 @@ def class_sums(scan: Scan, taus: Sequence[float]) -> ClassSums:
 
 def uses(sums: ClassSums, p: float) -> Tensor:
     """Say which class uses which channel, (tau, T, C_out)."""
-    return (_use(sums) >= p) & (sums.n_images > 0)[:, None]
-
-
-def _use(sums: ClassSums) -> Tensor:
-    """Fraction of each class's images in which a channel matters, (tau, T, C_out)."""
-    return sums.n_matters / sums.n_images.clamp(min=1).double()[:, None]
+    fraction = sums.n_matters / sums.n_images.clamp(min=1).double()[:, None]
+    return (fraction >= p) & (sums.n_images > 0)[:, None]
 
 
 def concept_mean(sums: ClassSums, concept: Concept) -> Tensor:
@@ -177,7 +173,7 @@ def _pairs(
     sums: ClassSums, channel: int, classes: Sequence[int], cosines: Tensor, wanted: Tensor
 ) -> list[Pair]:
     """The wanted pairs of classes at a channel; cosines and wanted are (classes, classes)."""
-    use = _use(sums)[0, :, channel].tolist()
+    use = (sums.n_matters[0, :, channel] / sums.n_images.clamp(min=1).double()).tolist()
     places = wanted.triu(1).nonzero().tolist()
     return [
         Pair(channel, s, t, float(cosines[i, j]), use[s], use[t])
@@ -201,13 +197,18 @@ def _by_cosine(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
     return tuple(sorted(pairs, key=lambda pair: (pair.cosine, pair.channel)))
 
 
-def _check_thresholds(scan: Scan, tau: float, p: float, gamma: float) -> None:
+def check_thresholds(tau: float, p: float, gamma: float, min_share: float) -> None:
+    """Raise unless thresholds are in range and not below the smallest share kept.
+
+    Raises:
+        UsageError: says which is not.
+    """
     if not 0 < tau <= 1:
         raise UsageError(f"tau is {tau:g}; a share must lie above 0 and not above 1.")
-    if tau < scan.manifest.min_share:
+    if tau < min_share:
         raise UsageError(
-            f"tau is {tau:g}, but the scan kept no share below {scan.manifest.min_share:g}; raise "
-            "tau or scan anew with a smaller min_share."
+            f"tau is {tau:g}, but the scan keeps no share below {min_share:.15g}; raise tau or "
+            "scan anew with a smaller min_share."
         )
     if not 0 < p <= 1:
         raise UsageError(f"p is {p:g}; a fraction of images must lie above 0 and not above 1.")
@@ -219,9 +220,9 @@ def _own_concepts(
     scan: Scan, sums: ClassSums, channel: int, groups: Sequence[Sequence[int]]
 ) -> tuple[Concept, ...]:
     """Check concepts that the user names."""
-    if not 0 <= channel < scan.layer.n_out:
+    if not isinstance(channel, int) or not 0 <= channel < scan.layer.n_out:
         raise UsageError(
-            f"channels names channel {channel}, but layer {scan.layer.name!r} has channels 0 to "
+            f"channels names channel {channel!r}, but layer {scan.layer.name!r} has channels 0 to "
             f"{scan.layer.n_out - 1}."
         )
     try:

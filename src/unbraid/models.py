@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import sys
 import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Any
 import safetensors.torch
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from unbraid.data import ImageFolder, class_folders, label_folders
@@ -46,9 +46,10 @@ class LoadedModel:
             with torch.no_grad():
                 logits = self.model(image[None].to(device))
             return int(logits.shape[1])
-        except (RuntimeError, ValueError, AttributeError, IndexError, TypeError) as error:
+        except Exception as error:  # of a network of anyone's own
             raise ModelError(
-                f"The network cannot run on what its preprocessing makes of a picture ({error}); "
+                "The network cannot run on what its preprocessing makes of a picture "
+                f"({_first_line(error)}); "
                 "let FILE.py:FUNCTION return (network, preprocessing) that fit each other."
             ) from error
 
@@ -107,13 +108,12 @@ def open_folder(loaded: LoadedModel, root: Path) -> tuple[ImageFolder, str]:
     """
     folders = class_folders(root)
     n_outputs = loaded.n_outputs()
-    labels = label_folders(folders, loaded.class_names, n_outputs)
-    images = ImageFolder(root, loaded.transform, labels, loaded.class_names)
-    guessed = len(folders) < n_outputs and list(labels.values()) == list(range(len(folders)))
+    labels, guessed = label_folders(folders, loaded.class_names, n_outputs)
     warning = (
         f"{root} has {len(folders)} class folders for {n_outputs} outputs; taken in sorted order "
         "as the first outputs. Name the folders by output number or name if that is wrong."
     )
+    images = ImageFolder(root, loaded.transform, labels, loaded.class_names)
     return images, warning if guessed else ""
 
 
@@ -134,8 +134,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"{path} holds Python code or objects, which are never loaded; save the state dict "
             "alone, best as safetensors."
         ) from None
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise ModelError(f"Weights {path} cannot be read ({_first_line(error)}).") from None
+    except Exception as error:  # a damaged file fails in any way
+        raise ModelError(
+            f"Weights {path} cannot be read ({_first_line(error)}); give a sound file."
+        ) from None
     for wrapper in ("state_dict", "model"):  # the habit of training scripts
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -223,18 +225,31 @@ def _timm(name: str, weights: str | None) -> tuple[nn.Module, Transform, list[st
 
 
 def _own(path: str, function: str) -> tuple[nn.Module, Transform, list[str]]:
-    if not Path(path).is_file():
+    file = Path(path).resolve()
+    if not file.is_file():
         raise UsageError(f"There is no file {path}; --model FILE.py:FUNCTION names one.")
-    found = importlib.util.spec_from_file_location(Path(path).stem, path)
+    found = importlib.util.spec_from_file_location(file.stem, file)
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    # As if it were a script: it may import its neighbours, and its classes can be looked up.
+    sys.path.insert(0, str(file.parent))
+    sys.modules[file.stem] = module
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"{path} cannot be run ({type(error).__name__}: {error}).") from error
     build = getattr(module, function, None)
     if not callable(build):
         hint = nearest(function, vars(module))
         raise UsageError(f"{path} has no function {function!r}.{hint}")
-    made = build()
+    try:
+        made = build()
+    except Exception as error:
+        raise UsageError(
+            f"{path}:{function} fails ({type(error).__name__}: {error}); it is called without "
+            "arguments."
+        ) from error
     parts = made if isinstance(made, tuple) else (made,)
     if not isinstance(parts[0], nn.Module) or len(parts) > 3:
         raise UsageError(

@@ -17,15 +17,25 @@ from unbraid.errors import DataError, RunError
 from unbraid.evaluate import evaluate
 from unbraid.evaluation import Evaluation, read_output
 from unbraid.files import write_whole
-from unbraid.find import find
+from unbraid.find import check_thresholds, find
 from unbraid.findings import Findings
 from unbraid.output import compare_outputs
 from unbraid.records import Scan, open_scan, read_manifest
 from unbraid.report import report
-from unbraid.scan import scan
-from unbraid.split import split
+from unbraid.scan import MIN_SHARE, scan
+from unbraid.split import check_rho, split
 from unbraid.splits import Split
 from unbraid.surgery import apply
+
+# Results, in the order of writing; the scans they were made from are kept apart.
+_RESULTS = (
+    "settings.json",
+    "findings.csv",
+    "split.safetensors",
+    "split-published.safetensors",
+    "evaluation.json",
+    "report.html",
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,10 @@ def run(
         say: told of each step.
         title: of the report.
     """
+    check_thresholds(thresholds.tau, thresholds.p, thresholds.gamma, MIN_SHARE)
+    check_rho(thresholds.rho)
+    settings = {"title": title, "thresholds": vars(thresholds), "source": source}
+    _clear_results_of_others(out, settings)
     options = {**vars(loading), "progress": True, "source": source}
     train_scan = scan(model, layer, train, out / "scan-train", **options)
     val_scan = scan(model, layer, val, out / "scan-val", **options)
@@ -91,13 +105,9 @@ def run(
     found.to_csv(out / "findings.csv")
     broken = [name_of(train, index) for index in train_scan.broken()]
     broken += [name_of(val, index) for index in val_scan.broken()]
-    settings = {"title": title, "thresholds": vars(thresholds), "source": source}
     write_whole(out / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
     page = out / "report.html"
     if not found.concepts:
-        stale_files = ("split.safetensors", "split-published.safetensors", "evaluation.json")
-        for stale in stale_files:  # of a run with other thresholds
-            (out / stale).unlink(missing_ok=True)
         report(page, scan=val_scan, train_scan=train_scan, found=found, dataset=val, title=title)
         return Run(found, None, page, broken)
     _refuse_unseen(val_scan, found)
@@ -136,12 +146,11 @@ def report_again(out: Path) -> Path:
     Raises:
         RunError: the folder holds no finished run.
     """
-    try:
-        settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
-        thresholds = Thresholds(**settings["thresholds"])
-        source, title = settings["source"], settings["title"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{out} holds no finished run ({error}); make one with run.") from None
+    settings = _read_settings(out)
+    if settings is None:
+        raise RunError(f"{out} holds no finished run; make one with `unbraid run`.")
+    thresholds = Thresholds(**settings["thresholds"])
+    source, title = settings["source"], settings["title"]
     train_scan, val_scan = open_scan(out / "scan-train"), open_scan(out / "scan-val")
     found = find(train_scan, tau=thresholds.tau, p=thresholds.p, gamma=thresholds.gamma)
     divided = evaluation = None
@@ -163,16 +172,43 @@ def report_again(out: Path) -> Path:
     )
 
 
-def _validation_images(source: dict[str, Any], scan: Scan) -> Dataset[Any] | None:
-    """Open a run's validation images again, for looking at; None if they are gone."""
+def _read_settings(out: Path) -> dict[str, Any] | None:
+    """Read a run's settings, None if there is no run.
+
+    Raises:
+        RunError: settings.json is something else.
+    """
+    path = out / "settings.json"
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        Thresholds(**settings["thresholds"])
+        settings["source"], settings["title"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is not that of a run ({error!r}); name another folder.") from None
+    return settings
+
+
+def _clear_results_of_others(out: Path, settings: dict[str, Any]) -> None:
+    """Remove the results of a run with other settings, so that a folder never mixes two."""
+    before = _read_settings(out)
+    if before is not None and before != json.loads(json.dumps(settings)):
+        for name in _RESULTS:
+            (out / name).unlink(missing_ok=True)
+
+
+def _validation_images(source: dict[str, Any], scan: Scan) -> Dataset[Any]:
+    """Open a run's validation images again, for looking at.
+
+    Raises:
+        DataError: they are gone; a new page would lack the pictures that the old one has.
+    """
     if "demo" in source:
         from unbraid.demo.network import load_images
 
         return load_images("test")
-    try:
-        return ImageFolder(Path(source["data"]) / "val", class_names=scan.class_names)
-    except DataError:
-        return None
+    return ImageFolder(Path(source["data"]) / "val", class_names=scan.class_names)
 
 
 def _scan_positions(
@@ -187,7 +223,7 @@ def _scan_positions(
 
 def _refuse_unseen(val_scan: Scan, found: Findings) -> None:
     """Every class that uses a polysemantic channel must have validation images."""
-    seen = {int(label) for records in val_scan.shards() for label in records.label.unique()}
+    seen = val_scan.labels_seen()
     missing = [found.name(label) for label in found.classes if label not in seen]
     if missing:
         raise DataError(

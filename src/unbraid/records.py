@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unbraid.errors import DataError, RunError
-from unbraid.files import read_tensors, write_tensors
+from unbraid.files import read_tensor, read_tensors, write_tensors
 from unbraid.layers import LayerSpec
 
 SCHEMA = 1
@@ -54,7 +54,6 @@ class Manifest:
         "classes": "the classes",
         "positions": "whether positions are kept",
         "shard_size": "the shard size",
-        "skip_broken": "how broken images are treated",
     }
 
     @property
@@ -157,7 +156,16 @@ class Scan:
 
     def broken(self) -> list[int]:
         """Places in the data set of images that could not be read and were left out."""
-        return [int(index) for records in self.shards() for index in records.broken]
+        return [int(index) for column in self.columns("broken") for index in column]
+
+    def labels_seen(self) -> set[int]:
+        """Classes that have an image."""
+        return {int(label) for column in self.columns("label") for label in column.unique()}
+
+    def columns(self, name: str) -> Iterator[Tensor]:
+        """Read one tensor of every shard, and nothing else."""
+        for shard in range(self.manifest.n_shards):
+            yield read_tensor(shard_path(self.path, shard), name)
 
 
 def no_records(spec: LayerSpec, positions: bool) -> Records:
@@ -236,10 +244,10 @@ def read_manifest(folder: Path) -> Manifest | None:
         RunError: the file is not a manifest that this version can read.
     """
     path = folder / "manifest.json"
-    if not path.exists():
-        return None
     try:
         return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise RunError(f"{path} is not a manifest that can be read ({error}); scan anew.") from None
 

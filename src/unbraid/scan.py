@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from unbraid.batch import scan_batch
 from unbraid.data import (
+    GoodItem,
     Readable,
     class_names_of,
     fingerprint,
@@ -22,7 +23,7 @@ from unbraid.data import (
     size_of,
     sort_out,
 )
-from unbraid.errors import RunError, UsageError
+from unbraid.errors import DataError, RunError, UsageError
 from unbraid.files import write_tensors, write_whole
 from unbraid.layers import (
     bias_of,
@@ -44,6 +45,8 @@ from unbraid.records import (
 from unbraid.relevance import undisturbed
 from unbraid.weights import hash_weights, refuse_broken_weights
 
+MIN_SHARE = 0.005  # with shares adding up to one, at most 200 an image; a few dozen in practice
+
 
 def scan(
     model: nn.Module,
@@ -53,7 +56,7 @@ def scan(
     *,
     classes: Sequence[int] | None = None,
     positions: bool = False,
-    min_share: float = 0.005,
+    min_share: float = MIN_SHARE,
     batch_size: int = 64,
     workers: int = 0,
     skip_broken: bool = False,
@@ -98,6 +101,8 @@ def scan(
         raise UsageError(f"min_share is {min_share}; it must lie between 0 and 1.")
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it must be 1 or more.")
+    if workers < 0:
+        raise UsageError(f"workers is {workers}; it must be 0 or more.")
     name, module = resolve_layer(model, layer)
     spec = describe(name, module)
     refuse_broken_weights(model)
@@ -121,7 +126,8 @@ def scan(
         source=source or {},
         versions=_versions(),
     )
-    folder = _claim(Path(out), manifest, module)
+    folder = Path(out)
+    _claim(folder, manifest, module)
     shards = _unfinished(folder, manifest, indices)
     batches = {
         k: [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
@@ -132,6 +138,7 @@ def scan(
         batch_sampler=[batch for part in batches.values() for batch in part],
         num_workers=workers,
         collate_fn=list,
+        generator=torch.Generator(),  # so that the caller's random numbers stay where they were
     )
     loaded = iter(loader)
     n_done = len(indices) - sum(map(len, shards.values()))
@@ -147,12 +154,16 @@ def scan(
             for _ in part:  # a batch never crosses a shard
                 items = next(loaded)
                 good, broken = sort_out(items, skip_broken)
-                check = not done  # once a shard is enough, and costs nothing to speak of
+                _check_targets(good, labels)
+                check = not any(map(len, done))  # once a shard is enough, and costs next to nothing
                 done.append(scan_batch(model, module, spec, good, min_share, positions, check))
                 done[-1].broken = torch.tensor(broken, dtype=torch.int64)
                 advance(len(items))
             write_shard(folder, k, join_records(done))
-    return open_scan(folder)
+    finished = open_scan(folder)
+    if len(finished.broken()) == manifest.n_images:
+        raise DataError(f"None of the {manifest.n_images} images could be read; mend the data set.")
+    return finished
 
 
 def _concerned(labels: Sequence[int], classes: Sequence[int] | None) -> list[int]:
@@ -166,6 +177,16 @@ def _concerned(labels: Sequence[int], classes: Sequence[int] | None) -> list[int
     if empty:
         raise UsageError(f"classes names {sorted(empty)}, of which the data set has no image.")
     return [index for index, label in enumerate(labels) if label in wanted]
+
+
+def _check_targets(items: Sequence[GoodItem], labels: Sequence[int]) -> None:
+    """Raise if an image comes with another label than the data set's list has for it."""
+    for index, _, label in items:
+        if label != labels[index]:
+            raise DataError(
+                f"Image {index} comes with label {label}, but the data set lists {labels[index]} "
+                "for it; make the two agree."
+            )
 
 
 def _versions() -> dict[str, str]:
@@ -186,22 +207,25 @@ def _unfinished(folder: Path, manifest: Manifest, indices: list[int]) -> dict[in
     }
 
 
-def _claim(folder: Path, manifest: Manifest, module: nn.Module) -> Path:
-    """Make the folder this scan's, or check that it is."""
+def _claim(folder: Path, manifest: Manifest, module: nn.Module) -> None:
+    """Make the folder this scan's, or check that it is; without a shard, it is nobody's yet."""
     before = read_manifest(folder)
-    if before is not None:
-        differences = manifest.differences(before)
-        if differences:
-            raise RunError(
-                f"{folder} holds a scan of something else: {', '.join(differences)} differ. Name "
-                "another folder, or delete this one."
-            )
-    for leftover in folder.glob("*.tmp"):  # of a scan that was killed while writing
-        leftover.unlink()
-    if before is None:
-        for stray in folder.glob("shard-*.safetensors"):  # of no known scan without a manifest
-            stray.unlink()
+    shards = list(folder.glob("shard-*.safetensors"))
+    if before is None and shards:
+        raise RunError(
+            f"{folder} holds shards of an unknown scan, its manifest is gone; name another folder, "
+            "or delete this one."
+        )
+    differences = manifest.differences(before) if before is not None else []
+    if shards and differences:
+        raise RunError(
+            f"{folder} holds a scan of something else: {', '.join(differences)} differ. Name "
+            "another folder, or delete this one."
+        )
+    for ours in ("shard-*.safetensors", "layer.safetensors", "manifest.json"):
+        for leftover in folder.glob(f"{ours}.*.tmp"):  # of a scan that was killed while writing
+            leftover.unlink()
+    if before is None or differences or not (folder / "layer.safetensors").exists():
         layer = {"weight": weight_rows(module).cpu(), "bias": bias_of(module).cpu()}
         write_tensors(folder / "layer.safetensors", layer, {})
         write_whole(folder / "manifest.json", manifest.to_json().encode())
-    return folder

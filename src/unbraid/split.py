@@ -54,8 +54,7 @@ def split(
         raise UsageError(f"There is no method {method!r}; use {' or '.join(get_args(Method))}.")
     if rho is not None and method != "published":
         raise UsageError("rho belongs to the published method; pass method='published' with it.")
-    if rho is not None and not 0 < rho <= 1:
-        raise UsageError(f"rho is {rho:g}; it must lie above 0 and not above 1.")
+    check_rho(rho)
     if method == "published" and rho is None and not scan.positions:
         raise UsageError(
             "The published criterion for rho needs positions: scan the training images again with "
@@ -85,6 +84,16 @@ def split(
     )
 
 
+def check_rho(rho: float | None) -> None:
+    """Raise unless rho is to be chosen or is in range.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if rho is not None and not 0 < rho <= 1:
+        raise UsageError(f"rho is {rho:g}; it must lie above 0 and not above 1.")
+
+
 Chosen = dict[int, tuple[Tensor, dict[str, Any]]]  # per channel, masks and how they were chosen
 
 
@@ -97,7 +106,7 @@ def _check_fit(scan: Scan, found: Findings) -> None:
             f"Layer {scan.layer.name!r} has no channel {max(found.channels)}, which the findings "
             "name; pass the scan that they were made from."
         )
-    seen = {int(label) for records in scan.shards() for label in records.label.unique()}
+    seen = scan.labels_seen()
     for label in found.classes:
         if label not in seen:
             raise UsageError(

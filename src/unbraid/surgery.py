@@ -139,7 +139,8 @@ def _pass(point: nn.Module, values: Tensor) -> tuple[Tensor, bool]:
     """Send values through a hook point; say whether they came out changed."""
     before = values.detach().clone()  # a hook may write into them
     after: Tensor = point(values)
-    return after, not torch.equal(before, after)
+    same = (before == after) | (before.isnan() & after.isnan())
+    return after, not bool(same.all())
 
 
 def _keep_slow_path(layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -174,12 +175,14 @@ class Gate:
         self.remove()
 
 
-def gate(model: nn.Module, layer: str, channel: int, concept: int, value: float) -> Gate:
+def gate(
+    model: nn.Module, layer: str | nn.Module, channel: int, concept: int, value: float
+) -> Gate:
     """Scale a concept channel of a split network; a split network has this as its method.
 
     Args:
         model: from `apply` in the exact form.
-        layer: name of the split layer.
+        layer: the split layer, by name or itself.
         channel: a split channel.
         concept: 0 to K - 1.
         value: 0 switches the concept channel off, 1 leaves it as it is.
@@ -187,7 +190,7 @@ def gate(model: nn.Module, layer: str, channel: int, concept: int, value: float)
     Raises:
         UsageError: there is no such concept channel.
     """
-    module = dict(model.named_modules()).get(layer)
+    module = dict(model.named_modules()).get(layer) if isinstance(layer, str) else layer
     if not isinstance(module, SplitLayer):
         known = [name for name, m in model.named_modules() if isinstance(m, SplitLayer)]
         raise UsageError(f"Layer {layer!r} has no concept channels; {', '.join(known)} has.")

@@ -5,6 +5,7 @@ torch is imported inside the commands, so that help is instant.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ app = App(
     name="unbraid",
     help="Find the polysemantic channels of a vision network and split each into one per concept.",
     help_format="markdown",
+    suppress_keyboard_interrupt=False,
 )
 _COMMANDS: tuple[Callable[..., int | None], ...] = (
     jobs.demo,
@@ -36,6 +38,9 @@ for place, command in enumerate(_COMMANDS):
 
 def main() -> None:
     """Run the command line: exit code 2 for a wrong call, 1 for a failure, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of any script, on a terminal of any kind
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(
             sys.argv[1:], exit_on_error=False, print_error=True, result_action="return_value"
@@ -43,8 +48,11 @@ def main() -> None:
     except CycloptsError:
         sys.exit(2)
     except UnbraidError as error:
-        err_console.print(f"unbraid: {error}", style="bold red", markup=False)
+        err_console.print(f"unbraid: {error}", style="bold red")
         sys.exit(error.exit_code)
+    except OSError as error:  # a path that may not be read, is too long, and so on
+        err_console.print(f"unbraid: {error}; name another path.", style="bold red")
+        sys.exit(1)
     except KeyboardInterrupt:
         err_console.print("\nStopped; start the same command again and it goes on where it was.")
         sys.exit(130)

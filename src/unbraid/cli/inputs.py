@@ -25,5 +25,12 @@ def open_images(loaded: LoadedModel, root: Path) -> ImageFolder:
 
     folder, warning = open_folder(loaded, root)
     if warning:
-        err_console.print(f"Note: {warning}", style="yellow", markup=False)
+        err_console.print(f"Note: {warning}", style="yellow")
     return folder
+
+
+def open_like(images: ImageFolder, root: Path) -> ImageFolder:
+    """Open another folder of the same classes, with the same labels."""
+    from unbraid.data import ImageFolder
+
+    return ImageFolder(root, images.transform, images.labels, images.classes)

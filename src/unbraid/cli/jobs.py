@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.table import Table
 
-from unbraid.cli.inputs import load, open_images
+from unbraid.cli.inputs import load, open_images, open_like
 from unbraid.cli.options import (
     BatchSize,
     Device,
@@ -78,11 +78,12 @@ def run(
 
     loaded = load(model, weights, device)
     say(f"Network {model}, layer {layer}.")
+    train = open_images(loaded, data / "train")
     result = run_pipeline(
         loaded.model,
         layer,
-        open_images(loaded, data / "train"),
-        open_images(loaded, data / "val"),
+        train,
+        open_like(train, data / "val"),
         out,
         thresholds=Thresholds(tau, p, gamma, rho),
         loading=Loading(batch_size, workers, skip_broken),

@@ -9,13 +9,13 @@ from rich.console import Console
 if TYPE_CHECKING:
     from unbraid.pipeline import Run
 
-out_console = Console(highlight=False, soft_wrap=True)
-err_console = Console(stderr=True, highlight=False, soft_wrap=True)
+out_console = Console(highlight=False, soft_wrap=True, markup=False)
+err_console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def say(text: str) -> None:
     """Tell of a step."""
-    err_console.print(text, markup=False)
+    err_console.print(text)
 
 
 def say_broken(names: list[str]) -> None:
@@ -29,10 +29,10 @@ def say_broken(names: list[str]) -> None:
 def show_run(result: Run) -> None:
     """End a run: a short table and where the report is."""
     say_broken(result.broken)
-    out_console.print(str(result.found), markup=False)
+    out_console.print(str(result.found))
     if result.evaluation is not None:
         out_console.print()
-        out_console.print(str(result.evaluation), markup=False)
+        out_console.print(str(result.evaluation))
         out_console.print()
         for method, errors in result.evaluation.summary.items():
             figures = ", ".join(

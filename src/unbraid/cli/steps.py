@@ -96,7 +96,7 @@ def find(
     found = unbraid.find(unbraid.open_scan(scan), tau=tau, p=p, gamma=gamma)
     if out is not None:
         found.to_csv(out)
-    out_console.print(str(found), markup=False)
+    out_console.print(str(found))
 
 
 def split(
@@ -131,4 +131,4 @@ def evaluate(
     result = unbraid.evaluate(unbraid.Split.load(split), unbraid.open_scan(scan))
     if out is not None:
         result.save(out)
-    out_console.print(str(result), markup=False)
+    out_console.print(str(result))
