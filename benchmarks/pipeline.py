@@ -149,29 +149,30 @@ def main() -> None:
     setting = SETTINGS[options.network](options.data)
     thresholds = setting["thresholds"]
     common = {key: value for key, value in setting.items() if key != "thresholds"}
-    ways = {"published": {}, "published, no views": {"save_views": False}}
-    rows: dict[str, list[tuple[float, int]]] = {}
+    ways = {"unbraid": {}, "published": {}, "published, no views": {"save_views": False}}
+    rows: dict[str, list[tuple[float, int]]] = {name: [] for name in ways}
     for number in range(options.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
-            ours = run_unbraid(setting, Path(folder), options.pairs)
-            elapsed = time.perf_counter() - start
-            rows.setdefault("unbraid", []).append((elapsed, bytes_below(Path(folder))))
-        for name, how in ways.items():
+        answers: dict[str, Any] = {}
+        for name in ways if number % 2 == 0 else reversed(ways):
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
-                theirs = run_published(
-                    **common,
-                    **thresholds,
-                    **how,
-                    folder=folder,
-                    half=False,
-                    quirks=False,
-                    max_pairs=options.pairs,
-                )
+                if name == "unbraid":
+                    answers[name] = run_unbraid(setting, Path(folder), options.pairs)
+                else:
+                    answers[name] = run_published(
+                        **common,
+                        **thresholds,
+                        **ways[name],
+                        folder=folder,
+                        half=False,
+                        quirks=False,
+                        max_pairs=options.pairs,
+                    )
                 elapsed = time.perf_counter() - start
-                rows.setdefault(name, []).append((elapsed, bytes_below(Path(folder))))
-            check_same(ours, theirs)
+                rows[name].append((elapsed, bytes_below(Path(folder))))
+        ours, theirs = answers["unbraid"], answers["published"]
+        check_same(ours, theirs)
+        check_same(ours, answers["published, no views"])
         times = ", ".join(f"{name} {row[-1][0]:.1f} s" for name, row in rows.items())
         print(f"round {number + 1}: {times}; same findings, rho and tables", flush=True)
         print("  published, by step:", {k: round(v, 1) for k, v in theirs.seconds.items()})

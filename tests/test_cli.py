@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import unbraid
 from unbraid import cli
 
 CLASSES = ("ant", "bee", "cat")
@@ -296,7 +299,7 @@ class TestMistakes:
         assert_one_sentence(err)
         code, _, err = call(*arguments, "--skip-broken")
         assert code == 0
-        assert "Left out 1 images" in err
+        assert "Left out 1 image that" in err
         assert "broken/bee/0.png" in err
 
     @pytest.mark.parametrize("value", ["nan", "inf"])
@@ -327,4 +330,146 @@ class TestMistakes:
         code, _, err = call("scan", *network, *scan)
         assert code == 1
         assert "the network's weights" in err
+        assert_one_sentence(err)
+
+
+class TestNothingIsLost:
+    """What a failure, a second thought or a full folder must leave as it was."""
+
+    def test_a_start_that_failed_leaves_the_folder_free(self, home: Path, call) -> None:
+        broken = home / "half" / "ant"
+        broken.mkdir(parents=True)
+        (broken / "a.png").write_bytes(b"no picture")
+        draw(0, 1).save(broken / "b.png")
+        scan = ("scan", *NETWORK[:-2], "--data", "half", "--out", "free")
+        assert call(*scan, "--layer", "0")[0] == 1
+        assert call(*scan, "--layer", "2", "--skip-broken")[0] == 0
+
+    def test_other_files_in_the_folder_stay(self, home: Path, call) -> None:
+        (home / "mine").mkdir()
+        for name in ("notes.tmp", "notes.txt"):
+            (home / "mine" / name).write_text("mine")
+        assert call("scan", *NETWORK, "--data", "data/val", "--out", "mine")[0] == 0
+        assert (home / "mine/notes.tmp").read_text() == "mine"
+        (home / "theirs").mkdir()
+        (home / "theirs/settings.json").write_text("{}")
+        code, _, err = call("run", *NETWORK, "--data", "data", "--out", "theirs")
+        assert code == 1
+        assert_one_sentence(err)
+        assert (home / "theirs/settings.json").read_text() == "{}"
+
+    def test_a_report_whose_images_are_gone_stays_as_it_is(
+        self, ran: subprocess.CompletedProcess[str], home: Path, call
+    ) -> None:
+        shutil.copytree(home / "data", home / "data2")
+        run = ("run", *NETWORK, "--data", "data2", "--out", "runs/moved", *LOOSE)
+        assert call(*run)[0] == 0
+        page = (home / "runs/moved/report.html").read_bytes()
+        shutil.rmtree(home / "data2")
+        code, _, err = call("report", "runs/moved")
+        assert code == 1
+        assert_one_sentence(err)
+        assert (home / "runs/moved/report.html").read_bytes() == page
+
+    def test_thresholds_are_checked_before_anything_is_scanned(self, home: Path, call) -> None:
+        for wrong in (("--tau", "2"), ("--rho", "5"), ("--gamma", "nan"), ("--p", "0")):
+            code, _, err = call("run", *NETWORK, "--data", "data", "--out", "early", *wrong)
+            assert code == 2
+            assert_one_sentence(err)
+            assert not (home / "early").exists()
+
+    def test_all_images_broken_is_a_failure(self, home: Path, call) -> None:
+        (home / "junk/ant").mkdir(parents=True)
+        (home / "junk/ant/a.png").write_bytes(b"no picture")
+        scan = ("scan", *NETWORK, "--data", "junk", "--out", "junk-scan", "--skip-broken")
+        code, _, err = call(*scan)
+        assert code == 1
+        assert "None of the 1 images" in err
+
+    def test_ctrl_c_says_how_to_go_on(self, home: Path) -> None:
+        slow = OWN.replace("def preprocess(picture):", "def preprocess(picture):\n    wait()")
+        slow += "\n\ndef wait():\n    import time\n    time.sleep(0.2)\n"
+        (home / "slow.py").write_text(slow)
+        arguments = ["scan", "--model", "slow.py:build", "--layer", "2", "--data", "data/train"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "unbraid", *arguments, "--out", "stopped"],
+            cwd=home,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not (home / "stopped/manifest.json").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "start the same command again" in err
+        assert "Traceback" not in err
+
+
+class TestLabels:
+    def test_validation_folders_get_the_labels_of_training(self, home: Path, call) -> None:
+        for part, names in (("train", CLASSES), ("val", CLASSES[1:])):
+            for name in names:
+                shutil.copytree(home / "data" / part / name, home / "fewer" / part / name)
+        run = ("run", *NETWORK, "--data", "fewer", "--out", "runs/fewer")
+        code, _, err = call(*run, "--tau", "0.9", "--p", "1", "--gamma", "-1")
+        assert code == 0, err
+        assert unbraid.open_scan(home / "runs/fewer/scan-val").labels_seen() == {1, 2}
+        (home / "fewer/val/ant").mkdir()
+        (home / "fewer/val/ant").rename(home / "fewer/val/dog")
+        draw(0, 1).save(home / "fewer/val/dog/a.png")
+        code, _, err = call(*run)
+        assert code == 1
+        assert "class folder 'dog'" in err
+
+
+class TestOddInput:
+    def test_a_weights_file_that_is_junk(self, home: Path, call) -> None:
+        (home / "junk.pt").write_bytes(b"hello this is junk")
+        network = ("--model", "own.py:build", "--weights", "junk.pt", "--layer", "2")
+        code, _, err = call("scan", *network, "--data", "data/val", "--out", "mistake")
+        assert code == 1
+        assert_one_sentence(err)
+
+    def test_names_that_look_like_markup_are_only_names(self, home: Path, call) -> None:
+        code, out, _ = call("scan", *NETWORK, "--data", "data/val", "--out", "s[/x]")
+        assert code == 0
+        assert "s[/x]" in out
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("def build(:", "SyntaxError"),
+            ("import nowhere_to_be_found", "nowhere_to_be_found"),
+            ("def build():\n    return 1 / 0", "ZeroDivisionError"),
+            ("def build(size):\n    return size", "without arguments"),
+        ],
+    )
+    def test_a_model_file_that_fails_is_told(self, home: Path, call, text: str, told: str) -> None:
+        (home / "bad.py").write_text(text)
+        code, _, err = call("layers", "bad.py:build")
+        assert code == 2
+        assert told in err
+        assert "Traceback" not in err
+
+    def test_a_model_file_may_import_its_neighbour(self, home: Path, call) -> None:
+        (home / "neighbour.py").write_text("from own import build\n")
+        assert call("layers", "neighbour.py:build")[0] == 0
+
+    def test_a_network_that_fails_in_its_own_way_is_told(self, home: Path, call) -> None:
+        fails = """
+class Fails(nn.Sequential):
+    def forward(self, x):
+        assert x.shape[2] == 999
+
+
+def build_failing():
+    network, prepare = build()
+    return Fails(*network), prepare
+"""
+        (home / "fails.py").write_text(OWN + fails)
+        network = ("--model", "fails.py:build_failing", "--layer", "2")
+        code, _, err = call("scan", *network, "--data", "data/val", "--out", "mistake")
+        assert code == 1
         assert_one_sentence(err)

@@ -499,6 +499,8 @@ def findings() -> Findings:
         concepts={12: ((0,), (2,)), 3: ((1,), (4,))},
         class_names=('digital clock, "LED"', "snake", "cauliflower\nhead"),
         hint="",
+        layer="layer",
+        weights="0" * 64,
     )
 
 

@@ -14,6 +14,7 @@ from unbraid.errors import RunError
 from unbraid.files import write_whole
 from unbraid.findings import Concept
 from unbraid.output import OutputComparison
+from unbraid.tables import align
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,7 @@ class Evaluation:
                         "" if k else f"{channel.separation_error:.3f}",
                     )
                 )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        return "\n".join(lines)
+        return align(rows)
 
 
 def read_output(path: Path) -> OutputComparison | None:

@@ -69,7 +69,7 @@ def find(
     if channels is not None:
         concepts = {o: _own_concepts(scan, sums, o, groups) for o, groups in channels.items()}
         own = [pair for o, groups in concepts.items() for pair in _own_pairs(scan, sums, o, groups)]
-        return Findings(tau, p, gamma, _by_cosine(own), concepts, scan.class_names, "")
+        return _findings(scan, (tau, p, gamma), own, concepts, "")
     found: list[Pair] = []
     concepts = {}
     for channel, classes in _shared_channels(uses(sums, p)[0]):
@@ -78,7 +78,7 @@ def find(
             found += _pairs(sums, channel, classes, cosines, cosines < gamma)
             concepts[channel] = group_classes(classes, cosines, gamma)
     hint = "" if found else _hint(scan, tau, p, gamma)
-    return Findings(tau, p, gamma, _by_cosine(found), concepts, scan.class_names, hint)
+    return _findings(scan, (tau, p, gamma), found, concepts, hint)
 
 
 def class_sums(scan: Scan, taus: Sequence[float]) -> ClassSums:
@@ -193,8 +193,23 @@ def _own_pairs(
     return _pairs(sums, channel, classes, cosines, of[:, None] != of)
 
 
-def _by_cosine(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
-    return tuple(sorted(pairs, key=lambda pair: (pair.cosine, pair.channel)))
+def _findings(
+    scan: Scan,
+    thresholds: tuple[float, float, float],
+    pairs: Sequence[Pair],
+    concepts: dict[int, tuple[Concept, ...]],
+    hint: str,
+) -> Findings:
+    in_order = tuple(sorted(pairs, key=lambda pair: (pair.cosine, pair.channel)))
+    return Findings(
+        *thresholds,
+        pairs=in_order,
+        concepts=concepts,
+        class_names=scan.class_names,
+        hint=hint,
+        layer=scan.layer.name,
+        weights=scan.manifest.weights,
+    )
 
 
 def check_thresholds(tau: float, p: float, gamma: float, min_share: float) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from unbraid.errors import UnbraidError
 from unbraid.files import write_whole
+from unbraid.tables import align, count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,6 +48,8 @@ class Findings:
     concepts: dict[int, tuple[Concept, ...]]
     class_names: tuple[str, ...]
     hint: str  # if nothing was found, which thresholds come nearest
+    layer: str  # that the channels belong to
+    weights: str  # hash of the network's weights
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -66,7 +69,8 @@ class Findings:
     def __str__(self) -> str:
         """Show the pairs as a table, or say what comes nearest to a finding."""
         head = (
-            f"{len(self.pairs)} pairs of classes in {len(self.concepts)} polysemantic channels "
+            f"{count(len(self.pairs), 'pair')} of classes in "
+            f"{count(len(self.concepts), 'polysemantic channel')} "
             f"(tau {self.tau:g}, p {self.p:g}, gamma {self.gamma:g})"
         )
         if not self.pairs:
@@ -83,12 +87,7 @@ class Findings:
             )
             for pair in self.pairs
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        return "\n".join([head, *lines])
+        return f"{head}\n{align(rows)}"
 
     def name(self, label: int) -> str:
         """Return the name of a class, or its number where it has none."""

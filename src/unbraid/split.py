@@ -101,10 +101,10 @@ def _check_fit(scan: Scan, found: Findings) -> None:
     """Raise unless something was found, in a scan such as this one."""
     if not found.concepts:
         raise UsageError(f"There is nothing to split: no channel was found. {found.hint}".strip())
-    if max(found.channels) >= scan.layer.n_out:
+    if (found.weights, found.layer) != (scan.manifest.weights, scan.layer.name):
         raise UsageError(
-            f"Layer {scan.layer.name!r} has no channel {max(found.channels)}, which the findings "
-            "name; pass the scan that they were made from."
+            f"The channels were found in layer {found.layer!r} of a network that this scan, of "
+            f"layer {scan.layer.name!r}, is not of; pass a scan of the same network and layer."
         )
     seen = scan.labels_seen()
     for label in found.classes:

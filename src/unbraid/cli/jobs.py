@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.table import Table
 
 from unbraid.cli.inputs import load, open_images, open_like
 from unbraid.cli.options import (
@@ -24,6 +23,7 @@ from unbraid.cli.options import (
     Workers,
 )
 from unbraid.cli.output import out_console, say, show_run
+from unbraid.tables import align
 
 
 def demo(*, out: Out) -> None:
@@ -130,11 +130,12 @@ def reproduce(
     found = unbraid.find(made, tau=0.03, p=0.75, gamma=0.5)
     found.to_csv(out / "findings.csv")
     matches = match_pairs(found.pairs, published_pairs())
-    table = Table("channel", "class 1", "class 2", "published", "found", "", box=None)
+    rows: list[tuple[str, ...]] = [("channel", "class 1", "class 2", "published", "found", "")]
     for match in matches:
         cosines = ["-" if c is None else f"{c:.4f}" for c in (match.published, match.found)]
-        table.add_row(*map(str, match.key), *cosines, "agrees" if match.agrees else "differs")
-    out_console.print(table)
+        verdict = "agrees" if match.agrees else "differs"
+        rows.append((*map(str, match.key), *cosines, verdict))
+    out_console.print(align(rows))
     n_agree = sum(match.agrees for match in matches)
     out_console.print(f"{n_agree} of {len(matches)} pairs agree.")
     return 0 if n_agree == len(matches) else 1

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from unbraid.tables import count
+
 if TYPE_CHECKING:
     from unbraid.pipeline import Run
 
@@ -21,7 +23,7 @@ def say(text: str) -> None:
 def say_broken(names: list[str]) -> None:
     """Count and list images that were left out."""
     if names:
-        say(f"Left out {len(names)} images that could not be read:")
+        say(f"Left out {count(len(names), 'image')} that could not be read:")
     for name in names:
         say(f"  {name}")
 

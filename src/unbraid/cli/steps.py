@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.table import Table
 
 from unbraid.cli.inputs import load, open_images
 from unbraid.cli.options import (
@@ -26,18 +25,19 @@ from unbraid.cli.options import (
     Workers,
 )
 from unbraid.cli.output import out_console, say_broken
+from unbraid.tables import align, count
 
 
 def layers(model: Model, *, weights: Weights = "random") -> None:
     """List the layers of a network that can be split."""
     from unbraid.layers import splittable_layers
 
-    table = Table("layer", "kind", "in", "out", "kernel", "groups", box=None)
+    rows = [("layer", "kind", "in", "out", "kernel", "groups")]
     for spec in splittable_layers(load(model, weights, "cpu").model):
-        kernel = "x".join(map(str, spec.kernel)) if not spec.channels_last else ""
+        kernel = "" if spec.channels_last else "x".join(map(str, spec.kernel))
         counts = (str(spec.n_in), str(spec.n_out), kernel, str(spec.groups))
-        table.add_row(spec.name, spec.kind, *counts)
-    out_console.print(table)
+        rows.append((spec.name, spec.kind, *counts))
+    out_console.print(align(rows))
 
 
 def scan(
@@ -79,7 +79,8 @@ def scan(
         source={**loaded.source, "data": str(data.resolve())},
     )
     say_broken([folder.samples[index][0] for index in made.broken()])
-    out_console.print(f"Scanned {made.manifest.n_images} images into {out}")
+    n_scanned = made.manifest.n_images - len(made.broken())
+    out_console.print(f"Scanned {count(n_scanned, 'image')} into {out}")
 
 
 def find(

@@ -13,6 +13,7 @@ from unbraid.report import charts, text
 from unbraid.report.material import Material
 from unbraid.report.pictures import Picture, pictures, refuse_other_images
 from unbraid.report.view import Page, build_page
+from unbraid.tables import count
 
 _HERE = Path(__file__).parent
 
@@ -43,7 +44,7 @@ def fill_template(page: Page, images: dict[int, Picture | None] | None) -> str:
         "percent": text.percent,
         "isolate": text.isolate,
     }
-    environment.globals |= {"count": text.count, "draw": charts, "absent": text.ABSENT}
+    environment.globals |= {"count": count, "draw": charts, "absent": text.ABSENT}
     style = Markup((_HERE / "style.css").read_text(encoding="utf-8"))
     template = environment.get_template("page.html.j2")
     return template.render(page=page, images=images, style=style)

@@ -9,7 +9,8 @@ from unbraid.evaluation import Evaluation
 from unbraid.layers import LayerSpec
 from unbraid.records import Scan
 from unbraid.report.material import Material
-from unbraid.report.text import count, number, percent, significant
+from unbraid.report.text import number, percent, significant
+from unbraid.tables import count
 
 
 @dataclass(frozen=True)

@@ -61,15 +61,6 @@ def percent(value: float | None, digits: int = 0) -> str:
     return f"{text}%".replace("-", MINUS)
 
 
-def count(n: int, one: str, many: str = "") -> str:
-    """Write a number of things.
-
-    >>> count(1, "pair"), count(2048, "channel"), count(2, "class", "classes")
-    ('1 pair', '2,048 channels', '2 classes')
-    """
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
-
-
 def letter(k: int) -> str:
     """Short name of the k-th concept of a channel.
 

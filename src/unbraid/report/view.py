@@ -20,8 +20,8 @@ from unbraid.report.channels import (
 )
 from unbraid.report.material import Material
 from unbraid.report.summary import Fact, facts, output_figures, plain, settings
-from unbraid.report.text import count
 from unbraid.splits import ChannelSplit
+from unbraid.tables import count
 from unbraid.visualize.reference import reference_images
 
 N_IMAGES = 8  # reference images of a channel
