@@ -371,6 +371,16 @@ class TestNothingIsLost:
         assert_one_sentence(err)
         assert (home / "runs/moved/report.html").read_bytes() == page
 
+    def test_a_run_of_another_network_keeps_its_results(
+        self, ran: subprocess.CompletedProcess[str], home: Path, call
+    ) -> None:
+        before = {p: p.read_bytes() for p in (home / "runs/a").rglob("*") if p.is_file()}
+        other = ("--model", "own.py:build", "--layer", "2")
+        code, _, err = call("run", *other, "--data", "data", "--out", "runs/a")
+        assert code == 1
+        assert "the network's weights" in err
+        assert {p: p.read_bytes() for p in (home / "runs/a").rglob("*") if p.is_file()} == before
+
     def test_thresholds_are_checked_before_anything_is_scanned(self, home: Path, call) -> None:
         for wrong in (("--tau", "2"), ("--rho", "5"), ("--gamma", "nan"), ("--p", "0")):
             code, _, err = call("run", *NETWORK, "--data", "data", "--out", "early", *wrong)

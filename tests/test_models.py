@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from unbraid.data import ImageFolder, label_folders, read_picture
+from unbraid.data import ImageFolder, label_folders
 from unbraid.errors import DataError, ModelError, UsageError
 from unbraid.models import import_torchvision, load_model, load_weights, open_folder
+from unbraid.pictures import read_picture
 
 OWN = """
 import numpy as np

@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from unbraid.errors import DataError, UsageError
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+from unbraid.pictures import EXTENSIONS, read_picture
 
 
 class ImageFolder(Dataset[tuple[Any, int]]):
@@ -157,26 +155,6 @@ def _imagenet_ids() -> list[str]:
 
 def _pictures_below(folder: Path) -> Iterator[Path]:
     return (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-
-
-def read_picture(path: str | Path) -> Image.Image:
-    """Read an image file as it is meant to be seen: upright, RGB.
-
-    Raises:
-        DataError: it is truncated, enormous or no image; the message names the file.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error stays on
-            with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(file)
-                if picture.mode.startswith("I"):  # 16-bit grey: convert() would clip, not scale
-                    picture = picture.point(lambda v: v / 256).convert("L")
-                elif picture.mode == "P":  # a palette may carry transparency
-                    picture = picture.convert("RGBA")
-                return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"Image {path} cannot be read ({error}).") from None
 
 
 def labels_of(dataset: Dataset[Any]) -> list[int]:

@@ -26,6 +26,7 @@ from unbraid.scan import MIN_SHARE, scan
 from unbraid.split import check_rho, split
 from unbraid.splits import Split
 from unbraid.surgery import apply
+from unbraid.tables import count
 
 # Results, in the order of writing; the scans they were made from are kept apart.
 _RESULTS = (
@@ -97,10 +98,13 @@ def run(
     check_thresholds(thresholds.tau, thresholds.p, thresholds.gamma, MIN_SHARE)
     check_rho(thresholds.rho)
     settings = {"title": title, "thresholds": vars(thresholds), "source": source}
-    _clear_results_of_others(out, settings)
+    before = _read_settings(out)
     options = {**vars(loading), "progress": True, "source": source}
     train_scan = scan(model, layer, train, out / "scan-train", **options)
     val_scan = scan(model, layer, val, out / "scan-val", **options)
+    # Only now is it sure that the folder is this network's and these images'.
+    if before is not None and before != json.loads(json.dumps(settings)):
+        _remove_results(out)
     found = find(train_scan, **{k: v for k, v in vars(thresholds).items() if k != "rho"})
     found.to_csv(out / "findings.csv")
     broken = [name_of(train, index) for index in train_scan.broken()]
@@ -111,9 +115,8 @@ def run(
         report(page, scan=val_scan, train_scan=train_scan, found=found, dataset=val, title=title)
         return Run(found, None, page, broken)
     _refuse_unseen(val_scan, found)
-    say(
-        f"Found {len(found)} pairs in {len(found.concepts)} channels; scanning their classes again."
-    )
+    pairs, channels = count(len(found), "pair"), count(len(found.concepts), "channel")
+    say(f"Found {pairs} in {channels}; scanning their classes again, with positions.")
     with_positions = {**options, "classes": found.classes, "positions": True}
     train_maps = _scan_positions(model, layer, train, out / "positions-train", with_positions)
     val_maps = _scan_positions(model, layer, val, out / "positions-val", with_positions)
@@ -190,12 +193,10 @@ def _read_settings(out: Path) -> dict[str, Any] | None:
     return settings
 
 
-def _clear_results_of_others(out: Path, settings: dict[str, Any]) -> None:
+def _remove_results(out: Path) -> None:
     """Remove the results of a run with other settings, so that a folder never mixes two."""
-    before = _read_settings(out)
-    if before is not None and before != json.loads(json.dumps(settings)):
-        for name in _RESULTS:
-            (out / name).unlink(missing_ok=True)
+    for name in _RESULTS:
+        (out / name).unlink(missing_ok=True)
 
 
 def _validation_images(source: dict[str, Any], scan: Scan) -> Dataset[Any]:
