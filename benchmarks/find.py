@@ -1,0 +1,89 @@
+"""How long `find` takes on a layer of ResNet-50's size with a thousand classes.
+
+    python benchmarks/find.py
+
+A synthetic scan: 2048 channels, 512 inputs, 1000 classes, 20 images of each; every class uses 30
+channels, so that every channel is shared by about 15 classes. Records are read from disk.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import unbraid
+from machine import describe_machine
+from unbraid.files import write_tensors, write_whole
+from unbraid.layers import LayerSpec
+from unbraid.records import Manifest, Records, write_shard
+
+N_CHANNELS, N_INPUTS, N_CLASSES, N_IMAGES, N_USED, SHARD = 2048, 512, 1000, 20_480, 30, 1024
+
+
+def write_scan(folder: Path) -> None:
+    """Write a scan whose classes have causes of their own."""
+    one, none = (1, 1), ((0, 0), (0, 0))
+    layer = LayerSpec(
+        "layer", "Conv2d", N_CHANNELS, N_INPUTS, one, one, none, one, 1, "zeros", False
+    )
+    manifest = Manifest(
+        weights="synthetic",
+        layer=layer,
+        data="synthetic",
+        n_images=N_IMAGES,
+        class_names=tuple(map(str, range(N_CLASSES))),
+        preprocessing="",
+        dtype="float32",
+        min_share=0.005,
+        classes=None,
+        positions=False,
+        shard_size=SHARD,
+        batch_size=64,
+        skip_broken=False,
+        source={},
+        versions={},
+    )
+    weight = torch.randn(N_CHANNELS, N_INPUTS)
+    write_tensors(
+        folder / "layer.safetensors", {"weight": weight, "bias": torch.zeros(N_CHANNELS)}, {}
+    )
+    causes = torch.rand(N_CLASSES, 1, N_INPUTS)
+    used = torch.stack([torch.randperm(N_CHANNELS)[:N_USED].sort().values for _ in causes])
+    for shard in range(manifest.n_shards):
+        index = torch.arange(shard * SHARD, (shard + 1) * SHARD)
+        label = index % N_CLASSES
+        records = Records(
+            index=index,
+            label=label,
+            prediction=label.clone(),
+            n_positions=torch.full_like(index, 49),
+            pooled=causes[label] * (0.75 + 0.5 * torch.rand(SHARD, 1, N_INPUTS)),
+            share_start=torch.arange(SHARD + 1) * N_USED,
+            share_channel=used[label].flatten().int(),
+            share_value=torch.full((SHARD * N_USED,), 1 / N_USED),
+            broken=torch.zeros(0, dtype=torch.int64),
+        )
+        write_shard(folder, shard, records)
+    write_whole(folder / "manifest.json", manifest.to_json().encode())
+
+
+def main() -> None:
+    """Measure and print."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        write_scan(Path(name))
+        scan = unbraid.open_scan(name)
+        print(f"Machine: {describe_machine()}")
+        for gamma in (0.5, 0.9, 0.5, 0.9):
+            start = time.perf_counter()
+            found = unbraid.find(scan, tau=0.01, gamma=gamma)
+            elapsed = time.perf_counter() - start
+            counts = f"{len(found)} pairs in {len(found.concepts)} channels"
+            print(f"gamma {gamma}: {elapsed:.1f} s, {counts}")
+
+
+if __name__ == "__main__":
+    main()
