@@ -72,7 +72,8 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"{path.parent} is a file, not a folder; name another folder.") from None
+        in_the_way = next((p for p in path.parents if p.is_file()), path.parent)
+        raise UsageError(f"{in_the_way} is a file, not a folder; name another folder.") from None
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
