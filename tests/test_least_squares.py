@@ -91,10 +91,10 @@ def slow_objective(scan, channel: int, concepts, masks: Tensor) -> list[float]:
     for k, mask in enumerate(masks):
         whole = torch.cat([mask, torch.ones(1, dtype=torch.float64)])
         total = 0.0
-        for l, chosen in enumerate(images):  # noqa: E741
+        for other, chosen in enumerate(images):
             z, z_k = taps[chosen].sum(1), taps[chosen] @ whole
-            wanted = z if k == l else torch.zeros_like(z)
-            total += float((z_k - wanted).square().mean() / power[l])
+            wanted = z if k == other else torch.zeros_like(z)
+            total += float((z_k - wanted).square().mean() / power[other])
         values.append(total)
     return values
 

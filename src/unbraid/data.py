@@ -167,8 +167,12 @@ def labels_of(dataset: Dataset[Any]) -> list[int]:
         return [inner[i] for i in dataset.indices]
     for name in ("targets", "labels", "_labels"):
         kept = getattr(dataset, name, None)
-        if isinstance(kept, (Sequence, Tensor)) or hasattr(kept, "tolist"):
-            return [int(label) for label in kept]  # type: ignore[union-attr]
+        if kept is not None and hasattr(
+            kept, "tolist"
+        ):  # going through a tensor would make a tensor of every label
+            kept = kept.tolist()
+        if isinstance(kept, Sequence):
+            return [int(label) for label in kept]
     return [int(dataset[i][1]) for i in range(size_of(dataset))]
 
 
