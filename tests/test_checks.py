@@ -22,7 +22,7 @@ import checks
 import unbraid
 from checks import Truth
 from networks import SyntheticImages, build, layer_input
-from unbraid.find import averaged_relevance, class_sums, concept_mean, uses
+from unbraid.arvs import averaged_relevance, class_sums, concept_mean, uses
 from unbraid.layers import bias_of, describe, pooled_input, respond, weight_rows
 from unbraid.relevance import input_relevance
 from unbraid.splits import ChannelSplit

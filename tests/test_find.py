@@ -26,8 +26,7 @@ from checks import (
     truth_of,
 )
 from networks import SyntheticImages, build
-from unbraid.errors import UnbraidError, UsageError
-from unbraid.find import (
+from unbraid.arvs import (
     averaged_relevance,
     class_cosines,
     class_sums,
@@ -35,6 +34,7 @@ from unbraid.find import (
     group_classes,
     uses,
 )
+from unbraid.errors import UnbraidError, UsageError
 from unbraid.findings import Findings, Pair
 from unbraid.records import Records, Scan, write_shard
 

@@ -17,7 +17,7 @@ from unbraid.errors import DataError, RunError
 from unbraid.evaluate import evaluate
 from unbraid.evaluation import Evaluation, read_output
 from unbraid.files import write_whole
-from unbraid.find import check_thresholds, find
+from unbraid.find import find
 from unbraid.findings import Findings
 from unbraid.output import compare_outputs
 from unbraid.records import Scan, open_scan, read_manifest
@@ -27,6 +27,7 @@ from unbraid.split import check_rho, split
 from unbraid.splits import Split
 from unbraid.surgery import apply
 from unbraid.tables import count
+from unbraid.thresholds import check_thresholds
 
 # Results, in the order of writing; the scans they were made from are kept apart.
 _RESULTS = (

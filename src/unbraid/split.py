@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from unbraid.arvs import averaged_relevance, class_sums, concept_mean
 from unbraid.errors import UsageError
-from unbraid.find import averaged_relevance, class_sums, concept_mean
 from unbraid.findings import Findings
 from unbraid.least_squares import fit_least_squares
 from unbraid.published import choose_rho, published_masks

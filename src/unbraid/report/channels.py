@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from unbraid.arvs import ClassSums, averaged_relevance, concept_mean
 from unbraid.evaluation import ChannelEvaluation
-from unbraid.find import ClassSums, averaged_relevance, concept_mean
 from unbraid.findings import Findings
 from unbraid.records import Scan
 from unbraid.relevance import input_relevance

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from unbraid.arvs import class_sums
 from unbraid.errors import UsageError
 from unbraid.evaluate import gather_responses
 from unbraid.evaluation import Responses
-from unbraid.find import class_sums
 from unbraid.layers import LayerSpec
 from unbraid.report.channels import (
     ChannelView,
