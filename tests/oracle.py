@@ -363,3 +363,25 @@ def auroc(z_k: Tensor, images_k: Indices, images_other: Indices) -> float:
             elif own == other:
                 wins += 0.5
     return wins / (len(images_k) * len(images_other))
+
+
+def ablated_logits(
+    model: nn.Module, layer_name: str, image: Tensor, o: int, row: Tensor | None
+) -> Tensor:
+    """Logits (T,) for one image, by weights alone: W[o] without `row` (J,), or o without all of it.
+
+    With K concept channels, z = sum_k z_k - z_R. Without z_k, whose weights are `row`, channel o
+    has the weights W[o] - row, and no bias: K times b, less (K - 1) times b, less b. Without all
+    of them it is zero.
+    """
+    changed = _copy64(model)
+    layer = changed.get_submodule(layer_name)
+    _check(layer)
+    with torch.no_grad():
+        if row is None:
+            layer.weight[o] = 0.0
+        else:
+            layer.weight[o] -= row.double().reshape(layer.weight[o].shape)
+        if layer.bias is not None:
+            layer.bias[o] = 0.0
+        return changed(image.double().unsqueeze(0))[0]

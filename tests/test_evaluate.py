@@ -271,7 +271,7 @@ def test_to_dict_has_the_keys_of_the_contract(one_case):
         one_case.network, unbraid.apply(one_case.network, one_case.split), SyntheticImages(8)
     )
     content = unbraid.evaluate(one_case.split, one_case.scan, output=output).to_dict()
-    assert set(content) == {"output", "channels", "summary"}
+    assert set(content) == {"output", "channels", "summary", "ablation"}
     assert set(content["output"]) == {
         "max_abs_logit_diff",
         "top1_agreement",
@@ -285,6 +285,7 @@ def test_to_dict_has_the_keys_of_the_contract(one_case):
             "concepts",
             "separation_error",
             "separation_error_rectified",
+            "ablation",
         }
         for concept in channel["concepts"]:
             assert set(concept) == CONCEPT | BESIDES

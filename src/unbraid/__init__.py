@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unbraid.ablate import ablate as ablate
+    from unbraid.ablation import Ablation as Ablation
     from unbraid.errors import UnbraidError as UnbraidError
     from unbraid.evaluate import evaluate as evaluate
     from unbraid.evaluation import Evaluation as Evaluation
@@ -40,6 +42,8 @@ _HOME = {
     "apply": "surgery",
     "gate": "surgery",
     "compare_outputs": "output",
+    "ablate": "ablate",
+    "Ablation": "ablation",
     "evaluate": "evaluate",
     "Evaluation": "evaluation",
     "report": "report",

@@ -39,13 +39,13 @@ def scan_batch(
         logits = run_network(model, images)
     if cut.output is None or cut.input is None:
         raise LayerError(f"Layer {spec.name!r} does not run when the network does.")
-    _check_labels(label, index, logits)
+    check_labels(label, index, logits)
     relevance = output_relevance(cut.output, logits, label.to(device))
     z = channels_first(spec, cut.output.detach()).flatten(2)
     pooled, input_map = cut.input
     summed = channels_first(spec, relevance).flatten(2).sum(2, dtype=pooled.dtype)
     for values in (pooled, logits, summed):
-        _refuse_broken_values(values, index)
+        refuse_broken_values(values, index)
     if check:
         _check_linear(spec, module, pooled, z)
     share = shares(summed)
@@ -104,7 +104,12 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def _check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:
+def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:
+    """Raise if a label names no output of the network; `index` says whose it is.
+
+    Raises:
+        DataError: one does.
+    """
     wrong = (label < 0) | (label >= logits.shape[1])
     if wrong.any():
         raise DataError(
@@ -113,7 +118,12 @@ def _check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:
         )
 
 
-def _refuse_broken_values(values: Tensor, index: Tensor) -> None:
+def refuse_broken_values(values: Tensor, index: Tensor) -> None:
+    """Raise if what was computed of an image is not finite, N first in `values`.
+
+    Raises:
+        ModelError: names the image.
+    """
     wrong = ~values.flatten(1).isfinite().all(1).cpu()
     if wrong.any():
         raise ModelError(

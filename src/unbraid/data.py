@@ -193,6 +193,18 @@ def size_of(dataset: Dataset[Any]) -> int:
     return size
 
 
+def check_loading(batch_size: int, workers: int) -> None:
+    """Refuse numbers that no images can be loaded by.
+
+    Raises:
+        UsageError: one is out of range.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; it must be 1 or more.")
+    if workers < 0:
+        raise UsageError(f"workers is {workers}; it must be 0 or more.")
+
+
 def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
     """Return the names of a data set's classes by label, empty where it has none."""
     inner = dataset.dataset if isinstance(dataset, Subset) else dataset

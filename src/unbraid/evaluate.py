@@ -11,6 +11,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from unbraid.ablation import Ablation
 from unbraid.errors import UsageError
 from unbraid.evaluation import ChannelEvaluation, ConceptEvaluation, Evaluation, Ratio, Responses
 from unbraid.layers import respond
@@ -26,6 +27,7 @@ def evaluate(
     baseline: Split | None = None,
     tau: float | None = None,
     output: OutputComparison | None = None,
+    ablation: Ablation | None = None,
 ) -> Evaluation:
     """Compute the measures of METHOD.md section 6 for every split channel.
 
@@ -38,13 +40,17 @@ def evaluate(
         tau: smallest share for an image to count in the published table; by default the one that
             the channels were found with.
         output: from `unbraid.compare_outputs`, to be kept with the measures.
+        ablation: from `unbraid.ablate`, of all or some of the channels, likewise.
 
     Raises:
         UsageError: the scan is of another network or layer, or has no image of a concept; or the
-            baseline splits other channels or concepts, or has the same method.
+            baseline splits other channels or concepts, or has the same method; or the ablation is
+            of another split.
     """
     if baseline is not None:
         _check_baseline(split, baseline)
+    if ablation is not None:
+        _check_ablation(split, ablation)
     if scan.manifest.weights != split.weights or scan.layer != split.layer:
         raise UsageError(
             "The scan is of another network or layer than the split; scan validation images with "
@@ -63,6 +69,7 @@ def evaluate(
         tau=float(tau),
         responses=gathered,
         output=output,
+        ablation=ablation,
         baseline=None if baseline is None else evaluate(baseline, scan, tau=tau),
     )
 
@@ -73,6 +80,16 @@ def _check_baseline(split: Split, baseline: Split) -> None:
         raise UsageError(
             "The baseline must divide the same channels among the same concepts by another method; "
             "make both from the same findings."
+        )
+
+
+def _check_ablation(split: Split, ablation: Ablation) -> None:
+    divided = {part.channel: part.concepts for part in split.channels}
+    measured = {c.channel: tuple(k.classes for k in c.concepts) for c in ablation.channels}
+    if ablation.layer != split.layer.name or not measured.items() <= divided.items():
+        raise UsageError(
+            "The ablation is of another split (its layer, channels or concepts differ); pass "
+            "unbraid.ablate of the network that this split was applied to."
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from unbraid.ablation import Ablation
 from unbraid.errors import RunError
 from unbraid.files import write_whole
 from unbraid.findings import Concept
@@ -74,6 +75,7 @@ class Evaluation:
     tau: float  # smallest share for an image to count in the published table
     responses: dict[int, Responses] = field(repr=False)
     output: OutputComparison | None = None
+    ablation: Ablation | None = None
     baseline: Evaluation | None = None  # of another method on the same channels
 
     @property
@@ -88,11 +90,18 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what evaluation.json holds; what could not be computed is None."""
-        content = {
+        content: dict[str, Any] = {
             "output": None if self.output is None else asdict(self.output),
             "channels": [asdict(channel) for channel in self.channels],
             "summary": self.summary,
+            "ablation": None,
         }
+        ablations: dict[int, dict[str, Any]] = {}
+        if self.ablation is not None:
+            content["ablation"] = self.ablation.to_dict()
+            ablations = {entry["channel"]: entry for entry in content["ablation"].pop("channels")}
+        for entry in content["channels"]:
+            entry["ablation"] = ablations.get(entry["channel"])
         return _finite(content)  # type: ignore[no-any-return]
 
     def save(self, path: str | Path) -> None:
@@ -134,6 +143,23 @@ def read_output(path: Path) -> OutputComparison | None:
         output = json.loads(path.read_text(encoding="utf-8"))["output"]
         return None if output is None else OutputComparison(**output)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} cannot be read ({error}); start the run again.") from None
+
+
+def read_ablation(path: Path) -> Ablation | None:
+    """Read what was lost with channels off from evaluation.json, None if it was not measured.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("ablation") is None:
+            return None
+        channels = [entry["ablation"] for entry in content["channels"]]
+        known = [entry for entry in channels if entry is not None]
+        return Ablation.from_dict({**content["ablation"], "channels": known})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} cannot be read ({error}); start the run again.") from None
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from unbraid.batch import run_network, stack_images
-from unbraid.data import Readable, size_of, sort_out
+from unbraid.data import Readable, check_loading, size_of, sort_out
 from unbraid.errors import DataError, OutputChangedError
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
@@ -53,7 +53,9 @@ def compare_outputs(
     Raises:
         OutputChangedError: a logit differs by more than the tolerance, or is not a number.
         DataError: an image cannot be read.
+        UsageError: batch_size or workers is out of range.
     """
+    check_loading(batch_size, workers)
     n_images = size_of(dataset)
     device = next(model.parameters()).device
     loader = DataLoader(

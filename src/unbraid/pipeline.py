@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
+from unbraid.ablate import ablate
 from unbraid.data import ImageFolder, name_of
 from unbraid.errors import DataError, RunError
 from unbraid.evaluate import evaluate
-from unbraid.evaluation import Evaluation, read_output
+from unbraid.evaluation import Evaluation, read_ablation, read_output
 from unbraid.files import write_whole
 from unbraid.find import find
 from unbraid.findings import Findings
@@ -28,6 +29,8 @@ from unbraid.splits import Split
 from unbraid.surgery import apply
 from unbraid.tables import count
 from unbraid.thresholds import check_thresholds
+
+MAX_ABLATED = 32  # channels; each takes a pass from the layer on per concept, and one for the whole
 
 # Results, in the order of writing; the scans they were made from are kept apart.
 _RESULTS = (
@@ -126,10 +129,13 @@ def run(
     divided.save(out / "split.safetensors")
     baseline = split(train_maps, found, method="published", rho=thresholds.rho)
     baseline.save(out / "split-published.safetensors")
-    output = compare_outputs(
-        model, apply(model, divided), val, tolerance=0.0, progress=True, **vars(loading)
-    )
-    evaluation = evaluate(divided, val_maps, baseline=baseline, output=output)
+    model2 = apply(model, divided)
+    output = compare_outputs(model, model2, val, tolerance=0.0, progress=True, **vars(loading))
+    ablated = _clearest(found)
+    if len(ablated) < len(found.concepts):
+        say(f"Switching off only the {len(ablated)} channels with the lowest cosines.")
+    ablation = ablate(model2, val, channels=ablated, progress=True, **vars(loading))
+    evaluation = evaluate(divided, val_maps, baseline=baseline, output=output, ablation=ablation)
     evaluation.save(out / "evaluation.json")
     report(
         page,
@@ -161,9 +167,12 @@ def report_again(out: Path) -> Path:
     if found.concepts:
         divided = Split.load(out / "split.safetensors")
         output = read_output(out / "evaluation.json")
+        ablation = read_ablation(out / "evaluation.json")
         baseline = Split.load(out / "split-published.safetensors")
         val_maps = open_scan(out / "positions-val")
-        evaluation = evaluate(divided, val_maps, baseline=baseline, output=output)
+        evaluation = evaluate(
+            divided, val_maps, baseline=baseline, output=output, ablation=ablation
+        )
     return report(
         out / "report.html",
         scan=val_scan,
@@ -221,6 +230,12 @@ def _scan_positions(
     if before is not None and before.classes != tuple(options["classes"]):
         shutil.rmtree(folder)
     return scan(model, layer, dataset, folder, **options)
+
+
+def _clearest(found: Findings) -> list[int]:
+    """The channels whose causal effect is measured, lowest cosine first."""
+    by_cosine = dict.fromkeys(pair.channel for pair in found.pairs)
+    return list(by_cosine | dict.fromkeys(found.channels))[:MAX_ABLATED]
 
 
 def _refuse_unseen(val_scan: Scan, found: Findings) -> None:

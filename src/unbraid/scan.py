@@ -16,6 +16,7 @@ from unbraid.batch import scan_batch
 from unbraid.data import (
     GoodItem,
     Readable,
+    check_loading,
     class_names_of,
     fingerprint,
     labels_of,
@@ -99,10 +100,7 @@ def scan(
     """
     if not 0 < min_share < 1:
         raise UsageError(f"min_share is {min_share}; it must lie between 0 and 1.")
-    if batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}; it must be 1 or more.")
-    if workers < 0:
-        raise UsageError(f"workers is {workers}; it must be 0 or more.")
+    check_loading(batch_size, workers)
     name, module = resolve_layer(model, layer)
     spec = describe(name, module)
     refuse_broken_weights(model)

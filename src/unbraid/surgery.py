@@ -86,6 +86,7 @@ class SplitLayer(nn.Module):
         self.residuals = nn.Identity()
         self.spec = spec
         self.names = [f"{p.channel}.{k}" for p in parts for k in range(len(p.concepts))]
+        self.divided = {p.channel: p.concepts for p in parts}
         self.gates: list[Gate] = []  # those moved away from 1, in the order of moving
         self.register_forward_pre_hook(_keep_slow_path)
         channels = torch.tensor([p.channel for p in parts], device=like.device)

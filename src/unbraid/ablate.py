@@ -1,0 +1,190 @@
+"""Switch concept channels off, one at a time, and measure what the network loses by it.
+
+Shapes: N images of a batch, T outputs, R runs of the batch: nothing off, then per channel the whole
+channel off and each of its concept channels off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from unbraid.ablation import Ablation
+from unbraid.batch import check_labels, refuse_broken_values, stack_images
+from unbraid.data import GoodItem, Readable, check_loading, class_names_of, size_of, sort_out
+from unbraid.errors import DataError, UsageError
+from unbraid.findings import Concept
+from unbraid.progress import image_progress
+from unbraid.relevance import undisturbed
+from unbraid.replay import Replay, replaying
+from unbraid.surgery import SplitLayer
+from unbraid.tally import Tally
+
+
+def ablate(
+    model2: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    channels: Sequence[int] | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    skip_broken: bool = False,
+    progress: bool = False,
+) -> Ablation:
+    """Switch off each concept channel, and each whole channel, and measure what is lost.
+
+    Lost is the logit of an image's own label, and top-1 accuracy, beside the network with nothing
+    off. A concept channel is off when its gate is 0; a whole channel is off when its
+    pre-activation is 0. The network is used in eval mode, on the device that it is on, and left
+    exactly as it was; gates that are moved count as 1 while this measures.
+
+    What lies before the split layer runs once a batch, what lies behind it once for everything
+    switched off, so the time goes with the number of channels.
+
+    Args:
+        model2: a split network, from `unbraid.apply` in the exact form.
+        dataset: map-style, of (image tensor, label).
+        channels: the split channels to switch off; by default all.
+        batch_size: images per forward pass.
+        workers: processes that load images.
+        skip_broken: leave out images that cannot be read.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        UsageError: the network has no concept channels, or lacks a channel.
+        DataError: an image cannot be read, or its label names no output.
+        ModelError: the network computes NaN or infinite numbers, or cannot run.
+        LayerError: the split layer does not run exactly once.
+
+    Source:
+        METHOD.md section 6, causal effect.
+    """
+    layer = _split_layer(model2)
+    chosen = _chosen(layer, channels)
+    check_loading(batch_size, workers)
+    n_images = size_of(dataset)
+    loader = DataLoader(
+        Readable(dataset),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # so that the caller's random numbers stay where they were
+    )
+    tally: Tally | None = None
+    with (
+        undisturbed(model2),
+        torch.inference_mode(False),  # where torch would not count what is written into
+        torch.no_grad(),
+        _all_on(layer),
+        replaying(model2, layer) as replay,
+        image_progress("Switching channels off", n_images, show=progress) as advance,
+    ):
+        for items in loader:
+            advance(len(items))
+            good, _ = sort_out(items, skip_broken)
+            if good:
+                labels, logit, hit, n_outputs = _run_batch(replay, layer, chosen, good)
+                tally = tally or Tally(chosen, n_outputs)
+                tally.add(labels, logit, hit)
+    if tally is None:
+        raise DataError("No image could be read, so there is nothing to switch channels off for.")
+    return tally.result(layer.spec.name, class_names_of(dataset))
+
+
+def _split_layer(model2: nn.Module) -> SplitLayer:
+    layers = [module for module in model2.modules() if isinstance(module, SplitLayer)]
+    if not layers:
+        raise UsageError(
+            "The network has no concept channels to switch off; pass one from unbraid.apply in its "
+            "exact form."
+        )
+    if len(layers) > 1:
+        raise UsageError(
+            f"The network has {len(layers)} split layers; pass one in which one layer is split."
+        )
+    return layers[0]
+
+
+def _chosen(layer: SplitLayer, channels: Sequence[int] | None) -> dict[int, tuple[Concept, ...]]:
+    """Concepts of the channels asked for."""
+    if channels is None:
+        return layer.divided
+    unknown = [channel for channel in channels if channel not in layer.divided]
+    if unknown or not channels:
+        known = [str(channel) for channel in layer.divided]
+        raise UsageError(
+            f"channels {'is empty' if not unknown else f'names {unknown[0]}, which is not split'}; "
+            f"the split channels are {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}."
+        )
+    return {channel: layer.divided[channel] for channel in dict.fromkeys(channels)}
+
+
+@contextmanager
+def _all_on(layer: SplitLayer) -> Iterator[None]:
+    """Move all gates back to 1 for a while."""
+    moved, layer.gates = layer.gates, []
+    try:
+        yield
+    finally:
+        layer.gates = moved
+
+
+def _run_batch(
+    replay: Replay,
+    layer: SplitLayer,
+    chosen: dict[int, tuple[Concept, ...]],
+    items: Sequence[GoodItem],
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Labels (N,), target logits (R, N), whether they are the top ones (R, N), and T."""
+    index = torch.tensor([item[0] for item in items])
+    label = torch.tensor([item[2] for item in items])
+    images = stack_images([item[1] for item in items], index).to(layer.rows.device)
+    responses: list[Tensor] = []
+    handle = layer.concepts.register_forward_hook(
+        lambda _module, _args, output: responses.append(output.clone())
+    )
+    try:
+        logits, output = replay.first(images)
+    finally:
+        handle.remove()
+    check_labels(label, index, logits)
+    there = label.to(logits.device)
+    targets, hits = [], []
+
+    def take(logits: Tensor) -> None:
+        refuse_broken_values(logits, index)
+        targets.append(logits.gather(1, there[:, None])[:, 0].double())
+        hits.append(logits.argmax(1) == there)
+
+    take(logits)
+    for changed in _switched_off(layer, chosen, output, responses[0]):
+        take(replay.again(images, changed))
+    return label, torch.stack(targets).cpu(), torch.stack(hits).double().cpu(), logits.shape[1]
+
+
+def _switched_off(
+    layer: SplitLayer, chosen: dict[int, tuple[Concept, ...]], output: Tensor, responses: Tensor
+) -> Iterator[Tensor]:
+    """Outputs of the layer with one thing off.
+
+    Args:
+        layer: the split layer.
+        chosen: the concepts of each channel to switch off.
+        output: of the layer with nothing off.
+        responses: of all concept channels, in the order of `layer.names`.
+    """
+    dim = -1 if layer.spec.channels_last else 1
+    for channel, concepts in chosen.items():
+        whole = output.clone()
+        whole.select(dim, channel).zero_()
+        yield whole
+        for k in range(len(concepts)):
+            rest = output.clone()
+            response = responses.select(dim, layer.names.index(f"{channel}.{k}"))
+            rest.select(dim, channel).sub_(response)
+            yield rest
