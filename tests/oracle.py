@@ -385,3 +385,56 @@ def ablated_logits(
         if layer.bias is not None:
             layer.bias[o] = 0.0
         return changed(image.double().unsqueeze(0))[0]
+
+
+# --- semantic measures, section 6 -----------------------------------------------------------------
+
+
+def _cosine_or_none(e1: Tensor, e2: Tensor) -> float | None:
+    """Cosine of two embeddings, None where one has no direction."""
+    if not e1.any() or not e2.any():
+        return None
+    return cosine(e1.double(), e2.double())
+
+
+def monosemanticity(activation: Tensor, embeddings: Tensor) -> float:
+    """Mean cosine over pairs of images, weighted by both activations, scaled to 0 ... 1."""
+    directed = [n for n in range(len(embeddings)) if embeddings[n].any()]
+    a = [float(activation[n]) for n in directed]
+    if not a or max(a) == min(a):
+        return math.nan
+    a = [(value - min(a)) / (max(a) - min(a)) for value in a]
+    above = below = 0.0
+    for i in range(len(a)):
+        for j in range(i + 1, len(a)):
+            weight = a[i] * a[j]
+            above += weight * cosine(
+                embeddings[directed[i]].double(), embeddings[directed[j]].double()
+            )
+            below += weight
+    return above / below if below else math.nan
+
+
+def clarity(embeddings: Tensor) -> float:
+    """Mean cosine over pairs of images."""
+    cosines = []
+    for i in range(len(embeddings)):
+        for j in range(i + 1, len(embeddings)):
+            one = _cosine_or_none(embeddings[i], embeddings[j])
+            if one is not None:
+                cosines.append(one)
+    return sum(cosines) / len(cosines) if cosines else math.nan
+
+
+def pure_distances(embeddings: Tensor, concept: Indices) -> tuple[float, float]:
+    """Mean Euclidean distance over pairs of images of one concept, and of two."""
+    distances: dict[bool, list[float]] = {True: [], False: []}
+    for i in range(len(embeddings)):
+        for j in range(i + 1, len(embeddings)):
+            pairs = zip(embeddings[i], embeddings[j], strict=True)
+            squares = [(float(p) - float(q)) ** 2 for p, q in pairs]
+            distances[int(concept[i]) == int(concept[j])].append(math.sqrt(sum(squares)))
+    within, between = (
+        sum(found) / len(found) if found else math.nan for found in distances.values()
+    )
+    return within, between

@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unbraid.ablate import ablate as ablate
     from unbraid.ablation import Ablation as Ablation
+    from unbraid.encoders import Penultimate as Penultimate
     from unbraid.errors import UnbraidError as UnbraidError
     from unbraid.evaluate import evaluate as evaluate
     from unbraid.evaluation import Evaluation as Evaluation
     from unbraid.find import find as find
     from unbraid.findings import Findings as Findings
+    from unbraid.measure_semantics import measure_semantics as measure_semantics
     from unbraid.output import compare_outputs as compare_outputs
     from unbraid.records import Scan as Scan
     from unbraid.records import open_scan as open_scan
     from unbraid.report import report as report
     from unbraid.scan import scan as scan
+    from unbraid.semantics import Semantics as Semantics
     from unbraid.split import split as split
     from unbraid.splits import Split as Split
     from unbraid.surgery import apply as apply
@@ -44,6 +47,9 @@ _HOME = {
     "compare_outputs": "output",
     "ablate": "ablate",
     "Ablation": "ablation",
+    "measure_semantics": "measure_semantics",
+    "Penultimate": "encoders",
+    "Semantics": "semantics",
     "evaluate": "evaluate",
     "Evaluation": "evaluation",
     "report": "report",

@@ -14,7 +14,6 @@ from torch import Tensor
 from unbraid.ablation import Ablation
 from unbraid.errors import UsageError
 from unbraid.evaluation import ChannelEvaluation, ConceptEvaluation, Evaluation, Ratio, Responses
-from unbraid.layers import respond
 from unbraid.output import OutputComparison
 from unbraid.records import Records, Scan
 from unbraid.splits import ChannelSplit, Split
@@ -124,11 +123,7 @@ def _respond(scan: Scan, records: Records, part: ChannelSplit) -> Responses | No
     z = part.pooled_responses(pooled, records.n_positions[chosen])
     rectified = None
     if records.input_map is not None:
-        rows = torch.cat([part.weight[None], part.rows]).double()
-        bias = torch.full((len(rows),), part.bias).double()
-        channels = torch.full((len(rows),), part.channel)
-        x = records.input_map[chosen].double()
-        maps = respond(scan.layer, x, rows, bias, channels)
+        maps = part.response_maps(scan.layer, records.input_map[chosen])
         rectified = maps.clamp(min=0).flatten(2).sum(2)
     return Responses(
         concept=concept[chosen],

@@ -23,6 +23,7 @@ from unbraid.errors import ModelError, UsageError, nearest
 Transform = Callable[[Image.Image], Tensor]
 
 RANDOM = "random"
+_HINT = "give --weights FILE, or --weights random to try without"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     if kind == "torchvision":
         model, transform, names = _torchvision(name, RANDOM if file else named)
     elif kind == "timm":
-        model, transform, names = _timm(name, RANDOM if file else named)
+        model, transform = load_timm(name, RANDOM if file else named)
+        names = []
     elif ".py:" in spec:
         if named not in (None, RANDOM):
             raise UsageError(f"There is no weights file {named}; --weights names a file here.")
@@ -208,7 +210,20 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, Transform, 
     return model, chosen.transforms(), chosen.meta["categories"]
 
 
-def _timm(name: str, weights: str | None) -> tuple[nn.Module, Transform, list[str]]:
+def load_timm(
+    name: str, weights: str | None = None, hint: str = _HINT
+) -> tuple[nn.Module, Transform]:
+    """Load one of timm's networks, and its own preprocessing.
+
+    Args:
+        name: of the network, perhaps with a tag of its weights behind a dot.
+        weights: "random" for random ones.
+        hint: what to do if the weights cannot be had.
+
+    Raises:
+        UsageError: timm is not installed or has no such network.
+        ModelError: the weights cannot be had.
+    """
     import_torchvision()  # timm imports it too, so breaks with it
     try:
         import timm
@@ -219,9 +234,11 @@ def _timm(name: str, weights: str | None) -> tuple[nn.Module, Transform, list[st
         raise UsageError(f"timm has no model {name!r}.{nearest(name, timm.list_models())}")
     if weights not in (None, RANDOM):
         raise UsageError(f"There is no weights file {weights}; timm's own tag goes into the name.")
-    model = _download(lambda: timm.create_model(name, pretrained=weights is None), f"timm:{name}")
+    model = _download(
+        lambda: timm.create_model(name, pretrained=weights is None), f"timm:{name}", hint
+    )
     config = timm.data.resolve_model_data_config(model)
-    return model, timm.data.create_transform(**config, is_training=False), []
+    return model, timm.data.create_transform(**config, is_training=False)
 
 
 def _own(path: str, function: str) -> tuple[nn.Module, Transform, list[str]]:
@@ -260,14 +277,12 @@ def _own(path: str, function: str) -> tuple[nn.Module, Transform, list[str]]:
     return parts[0], transform, list(parts[2]) if len(parts) > 2 else []
 
 
-def _download(build: Callable[[], nn.Module], what: str) -> nn.Module:
+def _download(build: Callable[[], nn.Module], what: str, hint: str = _HINT) -> nn.Module:
     try:
         return build()
     except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise ModelError(
-            f"The weights {what} cannot be had ({_first_line(error)}); give --weights FILE, or "
-            "--weights random to try without."
-        ) from None
+        reason = _first_line(error).rstrip(".")
+        raise ModelError(f"The weights {what} cannot be had ({reason}); {hint}.") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from unbraid.errors import RunError
 from unbraid.files import read_tensors, write_tensors
 from unbraid.findings import Concept
-from unbraid.layers import LayerSpec
+from unbraid.layers import LayerSpec, respond
 
 SCHEMA = 1
 
@@ -52,6 +52,21 @@ class ChannelSplit:
         rows = torch.cat([self.weight[None], self.rows, self.residual_row[None]]).double()
         bias = torch.tensor([self.bias] * (len(rows) - 1) + [self.residual_bias]).double()
         return pooled.double() @ rows.T + n_positions[:, None] * bias
+
+    def response_maps(self, layer: LayerSpec, input_map: Tensor) -> Tensor:
+        """Compute pre-activations position by position.
+
+        Args:
+            layer: the layer that was split.
+            input_map: (N, C_in, positions ...), its input.
+
+        Returns:
+            (N, K + 1, positions ...), float64: the original channel, the concept channels.
+        """
+        rows = torch.cat([self.weight[None], self.rows]).double()
+        bias = torch.full((len(rows),), self.bias).double()
+        channels = torch.full((len(rows),), self.channel)
+        return respond(layer, input_map.double(), rows, bias, channels)
 
     @property
     def residual_bias(self) -> float:
