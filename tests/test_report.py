@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,9 +21,10 @@ from torch.utils.data import Dataset, Subset
 
 import unbraid
 from unbraid import Evaluation, Findings, Scan, Split
+from unbraid.ablation import Drop
 from unbraid.errors import UsageError
 from unbraid.evaluation import Responses
-from unbraid.report import charts, view
+from unbraid.report import charts, effects, view
 from unbraid.report.channels import concept_views, densities, density
 from unbraid.report.pictures import pictures, to_picture
 from unbraid.report.text import number, percent, significant
@@ -101,10 +103,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     found = unbraid.find(train_scan, p=0.5, gamma=0.9)
     assert len(found.concepts) >= 2, "the fixture must find something to report"
     split = unbraid.split(train_scan, found, method="published", rho=0.7)
-    output = unbraid.compare_outputs(
-        network, unbraid.apply(network, split), val, tolerance=0.0, skip_broken=True
-    )
-    evaluation = unbraid.evaluate(split, scan, output=output)
+    network2 = unbraid.apply(network, split)
+    output = unbraid.compare_outputs(network, network2, val, tolerance=0.0, skip_broken=True)
+    ablation = unbraid.ablate(network2, val, skip_broken=True)
+    evaluation = unbraid.evaluate(split, scan, output=output, ablation=ablation)
     return Run(network, val, train_scan, scan, found, split, evaluation)
 
 
@@ -291,7 +293,7 @@ def assert_figures(page: str, evaluation: Evaluation) -> None:
             number(channel.separation_error),
             number(channel.separation_error_rectified),
         ]
-        measures, ratios = (table.all("tbody")[0].all("tr") for table in section.all("table"))
+        measures, ratios = (table.all("tbody")[0].all("tr") for table in section.all("table")[:2])
         for concept, row, ratio_row in zip(channel.concepts, measures, ratios, strict=True):
             assert [cell.text for cell in row.all("td")] == [
                 str(concept.n_images),
@@ -320,6 +322,109 @@ def test_checker_sees_a_wrong_figure(page: str, run: Run) -> None:
     changed = replace(run.evaluation, channels=(wrong, *run.evaluation.channels[1:]))
     with pytest.raises(AssertionError):
         assert_figures(page, changed)
+
+
+def assert_effects(page: str, evaluation: Evaluation) -> None:
+    """What is lost with each concept channel off stands in its place, by concept and by class."""
+    parts = sections(page)
+    assert evaluation.ablation is not None
+    for channel in evaluation.ablation.channels:
+        (table,) = parts[f"channel-{channel.channel}"].all("table", "effects")
+        rows = table.all("tbody")[0].all("tr")
+        for concept, row in zip(channel.concepts, rows, strict=True):
+            own, others, rest = concept.own, concept.others, concept.rest
+            assert [cell.text for cell in row.all("td")] == [
+                *(
+                    f"{percent(d.part)} {number(d.logit)} of {number(d.whole_logit)}"
+                    for d in (own, others)
+                ),
+                f"{number(rest.logit)} whole {number(rest.whole_logit)}",
+                *(
+                    f"{percent(d.accuracy, 1)} whole {percent(d.whole_accuracy, 1)}"
+                    for d in (own, others)
+                ),
+            ]
+        place = parts[f"channel-{channel.channel}"].all("table").index(table)
+        by_class = parts[f"channel-{channel.channel}"].all("table")[place + 1]
+        runs = [channel.whole, *(concept.by_class for concept in channel.concepts)]
+        expected = [
+            [
+                *(f"{number(run.logit[n])} {percent(run.accuracy[n], 1)}" for run in runs),
+                str(output.n_images),
+            ]
+            for n, output in enumerate(evaluation.ablation.classes)
+        ]
+        shown = [[c.text for c in row.all("td")] for row in by_class.all("tbody")[0].all("tr")]
+        assert sorted(shown) == sorted(expected)
+
+
+def test_what_is_lost_is_the_ablations(page: str, run: Run) -> None:
+    assert_effects(page, run.evaluation)
+
+
+@pytest.mark.parametrize("place", ["own", "others", "rest", "by_class"])
+def test_checker_sees_a_wrong_loss(place: str, page: str, run: Run) -> None:
+    ablation = run.evaluation.ablation
+    assert ablation is not None
+    channel, concept = ablation.channels[0], ablation.channels[0].concepts[0]
+    figures = getattr(concept, place)
+    wrong = (9.0, *figures.logit[1:]) if place == "by_class" else figures.logit + 0.01
+    changed = replace(concept, **{place: replace(figures, logit=wrong)})
+    channel = replace(channel, concepts=(changed, *channel.concepts[1:]))
+    ablation = replace(ablation, channels=(channel, *ablation.channels[1:]))
+    with pytest.raises(AssertionError):
+        assert_effects(page, replace(run.evaluation, ablation=ablation))
+
+
+def test_only_the_classes_hit_hardest_are_listed_beside_the_concepts_own(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ablation = run.evaluation.ablation
+    assert ablation is not None
+    monkeypatch.setattr(effects, "N_OTHERS", 1)
+    for channel in ablation.channels:
+        views = concept_views(run.found, [concept.classes for concept in channel.concepts])
+        shown = effects.effects(ablation, channel, views)
+        own = {label for concept in channel.concepts for label in concept.classes}
+        others = [n for n, entry in enumerate(ablation.classes) if entry.label not in own]
+        runs = [channel.whole, *(concept.by_class for concept in channel.concepts)]
+        hardest = sorted(others, key=lambda n: -max(abs(run.logit[n]) for run in runs))[:1]
+        assert len(shown.classes) == len(own) + len(hardest)
+        assert [row.name for row in shown.classes[len(own) :]] == [
+            ablation.classes[n].name for n in hardest
+        ]
+        assert shown.n_left_out == len(others) - len(hardest)
+
+
+def test_channels_that_were_not_switched_off_are_counted(run: Run, tmp_path: Path) -> None:
+    ablation = run.evaluation.ablation
+    assert ablation is not None
+    fewer = replace(ablation, channels=ablation.channels[:1])
+    page = run.report(tmp_path / "r.html", evaluation=replace(run.evaluation, ablation=fewer))
+    assert_harmless(page)
+    assert_effects(page, replace(run.evaluation, ablation=fewer))
+    assert f"Only 1 of {len(run.split.channels)} channels" in read(page).all("aside")[0].text
+    assert len(read(page).all("table", "effects")) == 1
+
+
+def test_without_an_ablation_it_is_said(run: Run, tmp_path: Path) -> None:
+    page = run.report(tmp_path / "r.html", evaluation=replace(run.evaluation, ablation=None))
+    assert "Nothing was switched off" in read(page).all("aside")[0].text
+    assert not read(page).all("table", "effects")
+
+
+def test_groups_without_images_have_a_dash(run: Run, tmp_path: Path) -> None:
+    ablation = run.evaluation.ablation
+    assert ablation is not None
+    channel = ablation.channels[0]
+    none = Drop(0, *[math.nan] * 4)
+    changed = replace(channel, concepts=tuple(replace(c, own=none) for c in channel.concepts))
+    ablation = replace(ablation, channels=(changed, *ablation.channels[1:]))
+    evaluation = replace(run.evaluation, ablation=ablation)
+    page = run.report(tmp_path / "r.html", evaluation=evaluation)
+    assert_harmless(page)
+    assert_effects(page, evaluation)
+    assert "nan" not in sections(page)[f"channel-{channel.channel}"].text
 
 
 def test_bars_are_relevances_of_training_images(page: str, run: Run) -> None:

@@ -24,6 +24,7 @@ from unbraid.visualize.reference import ReferenceImages, TopImages
 
 if TYPE_CHECKING:
     from unbraid.evaluation import Responses
+    from unbraid.report.effects import Effects
 
 N_TONES = 8  # colours in the style sheet
 N_SOURCES = 12  # input channels in the bars
@@ -120,6 +121,7 @@ class ChannelView:
     measures: ChannelEvaluation | None
     densities: Densities | None
     bars: Bars | None
+    effects: Effects | None  # of switching it off
 
 
 def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[ConceptView, ...]:

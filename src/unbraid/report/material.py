@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from unbraid.ablation import ChannelAblation
 from unbraid.errors import UsageError
 from unbraid.evaluation import ChannelEvaluation, Evaluation
 from unbraid.findings import Findings
@@ -55,6 +56,12 @@ class Material:
     def measures(self) -> dict[int, ChannelEvaluation]:
         """Measures by channel."""
         return {c.channel: c for c in self.evaluation.channels} if self.evaluation else {}
+
+    @property
+    def ablated(self) -> dict[int, ChannelAblation]:
+        """What is lost with a channel off, by channel."""
+        ablation = self.evaluation.ablation if self.evaluation else None
+        return {c.channel: c for c in ablation.channels} if ablation else {}
 
     def rank(self, channel: int) -> tuple[float, int]:
         """Order channels by how different the causes of their concepts are."""

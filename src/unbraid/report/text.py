@@ -50,12 +50,12 @@ def significant(value: float, digits: int = 3) -> str:
 def percent(value: float | None, digits: int = 0) -> str:
     """Write a fraction as a percentage, rounding towards 100 only what is 1.
 
-    >>> percent(0.756), percent(0.9999), percent(1.0), percent(0.76130, 1)
-    ('76%', '99%', '100%', '76.1%')
+    >>> percent(0.756), percent(0.9999), percent(1.0), percent(0.76130, 1), percent(-0.001)
+    ('76%', '99%', '100%', '76.1%', '0%')
     """
     if value is None or not math.isfinite(value):
         return ABSENT
-    text = f"{100 * value:.{digits}f}"
+    text = f"{100 * value:z.{digits}f}"
     if value < 1 and float(text) >= 100:
         text = f"{100 - 10.0**-digits:.{digits}f}"
     return f"{text}%".replace("-", MINUS)

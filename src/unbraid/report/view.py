@@ -18,6 +18,7 @@ from unbraid.report.channels import (
     densities,
     reference_rows,
 )
+from unbraid.report.effects import effects
 from unbraid.report.material import Material
 from unbraid.report.summary import Fact, facts, output_figures, plain, settings
 from unbraid.splits import ChannelSplit
@@ -150,7 +151,8 @@ def _sections(
         answers = evaluation.responses if evaluation else gather_responses(part_split, scan)
     except UsageError as error:
         notes.append(f"Densities are left out: {error}")
-    measures = material.measures
+    measures, ablated = material.measures, material.ablated
+    ablation = material.evaluation.ablation if material.evaluation else None
     sums = class_sums(train_scan, []) if train_scan else None
     sections = []
     for part in shown:
@@ -166,6 +168,9 @@ def _sections(
                 measures=measures.get(part.channel),
                 densities=densities(views, answer) if answer else None,
                 bars=bars(views, part, train_scan, sums) if train_scan and sums else None,
+                effects=effects(ablation, ablated[part.channel], views)
+                if ablation and part.channel in ablated
+                else None,
             )
         )
     bare = [str(section.number) for section in sections if section.bars is None]
@@ -199,6 +204,13 @@ def _notes(material: Material, has_images: bool) -> list[str]:
             notes.append("The output check is left out: the evaluation compared no outputs.")
         if any(channel.separation_error_rectified is None for channel in evaluation.channels):
             notes.append("Rectified errors are left out: they need a scan with positions.")
+        if evaluation.ablation is None:
+            notes.append("Nothing was switched off: the evaluation holds no ablation.")
+        elif len(material.ablated) < len(material.parts):
+            notes.append(
+                f"Only {len(material.ablated):,} of {count(len(material.parts), 'channel')} were "
+                "switched off, those with the lowest cosines unless chosen otherwise."
+            )
     if train_scan is None:
         notes.append("Input channels are left out: no training scan was given.")
     if not has_images:
