@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from unbraid.report import report as report
     from unbraid.scan import scan as scan
     from unbraid.semantics import Semantics as Semantics
+    from unbraid.sensitivity import Sensitivity as Sensitivity
+    from unbraid.sensitivity import sensitivity as sensitivity
     from unbraid.split import split as split
     from unbraid.splits import Split as Split
     from unbraid.surgery import apply as apply
@@ -40,6 +42,8 @@ _HOME = {
     "Scan": "records",
     "find": "find",
     "Findings": "findings",
+    "sensitivity": "sensitivity",
+    "Sensitivity": "sensitivity",
     "split": "split",
     "Split": "splits",
     "apply": "surgery",

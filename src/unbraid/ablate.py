@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from unbraid.data import GoodItem, Readable, check_loading, class_names_of, size
 from unbraid.errors import DataError, UsageError
 from unbraid.findings import Concept
 from unbraid.progress import image_progress
+from unbraid.records import Scan
 from unbraid.relevance import undisturbed
 from unbraid.replay import Replay, replaying
 from unbraid.surgery import SplitLayer
-from unbraid.tally import Tally
+from unbraid.tally import Tally, members_by_place
 
 
 def ablate(
@@ -31,6 +33,7 @@ def ablate(
     dataset: Dataset[Any],
     *,
     channels: Sequence[int] | None = None,
+    scan: Scan | None = None,
     batch_size: int = 64,
     workers: int = 0,
     skip_broken: bool = False,
@@ -50,13 +53,16 @@ def ablate(
         model2: a split network, from `unbraid.apply` in the exact form.
         dataset: map-style, of (image tensor, label).
         channels: the split channels to switch off; by default all.
+        scan: of the same images, which tells those of concepts that are clusters of images;
+            concepts that are classes need none.
         batch_size: images per forward pass.
         workers: processes that load images.
         skip_broken: leave out images that cannot be read.
         progress: show a progress bar on standard error.
 
     Raises:
-        UsageError: the network has no concept channels, or lacks a channel.
+        UsageError: the network has no concept channels, or lacks a channel; or the scan is
+            missing or of other images or another layer.
         DataError: an image cannot be read, or its label names no output.
         ModelError: the network computes NaN or infinite numbers, or cannot run.
         LayerError: the split layer does not run exactly once.
@@ -75,6 +81,7 @@ def ablate(
         collate_fn=list,
         generator=torch.Generator(),  # so that the caller's random numbers stay where they were
     )
+    members = _members(layer, chosen, scan, n_images)
     tally: Tally | None = None
     with (
         undisturbed(model2),
@@ -88,9 +95,9 @@ def ablate(
             advance(len(items))
             good, _ = sort_out(items, skip_broken)
             if good:
-                labels, logit, hit, n_outputs = _run_batch(replay, layer, chosen, good)
-                tally = tally or Tally(chosen, n_outputs)
-                tally.add(labels, logit, hit)
+                index, label, logit, hit, n_outputs = _run_batch(replay, layer, chosen, good)
+                tally = tally or Tally(chosen, n_outputs, members)
+                tally.add(index, label, logit, hit)
     if tally is None:
         raise DataError("No image could be read, so there is nothing to switch channels off for.")
     return tally.result(layer.spec.name, class_names_of(dataset))
@@ -124,6 +131,25 @@ def _chosen(layer: SplitLayer, channels: Sequence[int] | None) -> dict[int, tupl
     return {channel: layer.divided[channel] for channel in dict.fromkeys(channels)}
 
 
+def _members(
+    layer: SplitLayer, chosen: dict[int, tuple[Concept, ...]], scan: Scan | None, n_images: int
+) -> dict[int, Tensor] | None:
+    """Concepts of all images by channel, None where labels tell."""
+    if scan is None:
+        if layer.clusters:
+            raise UsageError(
+                "Concepts of the split are clusters of images, which labels do not tell; pass "
+                "scan=, a scan of the same images."
+            )
+        return None
+    if scan.layer != layer.spec or scan.manifest.n_images != n_images:
+        raise UsageError(
+            "The scan is of other images or another layer than are switched off; pass one of all "
+            "these images and the split layer."
+        )
+    return members_by_place(chosen, replace(scan, clusters=layer.clusters), n_images)
+
+
 @contextmanager
 def _all_on(layer: SplitLayer) -> Iterator[None]:
     """Move all gates back to 1 for a while."""
@@ -139,8 +165,8 @@ def _run_batch(
     layer: SplitLayer,
     chosen: dict[int, tuple[Concept, ...]],
     items: Sequence[GoodItem],
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Labels (N,), target logits (R, N), whether they are the top ones (R, N), and T."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Places and labels (N,), target logits (R, N), whether these are the top ones (R, N), T."""
     index = torch.tensor([item[0] for item in items])
     label = torch.tensor([item[2] for item in items])
     images = stack_images([item[1] for item in items], index).to(layer.rows.device)
@@ -164,7 +190,8 @@ def _run_batch(
     take(logits)
     for changed in _switched_off(layer, chosen, output, responses[0]):
         take(replay.again(images, changed))
-    return label, torch.stack(targets).cpu(), torch.stack(hits).double().cpu(), logits.shape[1]
+    logit, hit = torch.stack(targets).cpu(), torch.stack(hits).double().cpu()
+    return index, label, logit, hit, logits.shape[1]
 
 
 def _switched_off(

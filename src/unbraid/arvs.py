@@ -1,4 +1,4 @@
-"""Averaged relevance vectors (ARVs) of classes at a layer's channels, and their cosines.
+"""Averaged relevance vectors (ARVs) of classes and clusters at a channel, and their cosines.
 
 Shapes: C_out channels, T classes, G groups, J taps; see METHOD.md sections 2 and 3.
 """
@@ -14,6 +14,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
+from unbraid.clusters import belongs
 from unbraid.findings import Concept
 from unbraid.records import Scan
 from unbraid.relevance import input_relevance
@@ -29,9 +30,9 @@ class ClassSums:
 
 
 def class_sums(scan: Scan, taus: Sequence[float]) -> ClassSums:
-    """Read a Scan once and sum its records by class."""
+    """Read a Scan once and sum its records by class, and by cluster where it has clusters."""
     spec = scan.layer
-    n_classes = len(scan.class_names)
+    n_classes = max(len(scan.class_names), *(number + 1 for number in scan.clusters), 0)
     n_images = torch.zeros(n_classes, dtype=torch.int64)
     pooled = torch.zeros(n_classes, spec.groups, spec.n_taps, dtype=torch.float64)
     matters = torch.zeros(len(taus), n_classes * spec.n_out, dtype=torch.int64)
@@ -49,6 +50,10 @@ def class_sums(scan: Scan, taus: Sequence[float]) -> ClassSums:
         for k, tau in enumerate(taus):
             chosen = place[records.share_value >= tau]
             matters[k].index_add_(0, chosen, torch.ones_like(chosen))
+        for number in scan.clusters:
+            members = belongs(scan, records, number)
+            n_images[number] += int(members.sum())
+            pooled[number] += records.pooled[members].double().sum(0)
     return ClassSums(n_images, pooled, matters.unflatten(1, (n_classes, spec.n_out)))
 
 
@@ -88,9 +93,14 @@ def class_cosines(scan: Scan, sums: ClassSums, channel: int, classes: Sequence[i
     """Cosines of the ARVs of some classes at a channel, (classes, classes)."""
     chosen = list(classes)
     means = sums.pooled[chosen] / sums.n_images[chosen, None, None]
-    arvs = averaged_relevance(scan, channel, means)
-    norms = arvs.norm(dim=1)
-    cosines: Tensor = (arvs @ arvs.T / (norms[:, None] * norms)).clamp(-1, 1)
+    return cosines_of(averaged_relevance(scan, channel, means))
+
+
+def cosines_of(arvs: Tensor) -> Tensor:
+    """Cosines of ARVs (..., n, C), as (..., n, n); 1 where there is no relevance at all."""
+    norms = arvs.norm(dim=-1)
+    cosines: Tensor = arvs @ arvs.mT / (norms[..., None] * norms[..., None, :])
+    cosines = cosines.clamp(-1, 1)
     return cosines.nan_to_num(1.0)  # no relevance at all tells nothing apart
 
 

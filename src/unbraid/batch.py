@@ -22,13 +22,13 @@ def scan_batch(
     min_share: float,
     positions: bool,
     check: bool,
+    predicted: bool,
 ) -> Records:
     """Run the network on some images and keep their records."""
     if not items:
         return no_records(spec, positions)
     device = next(module.parameters()).device
     index = torch.tensor([item[0] for item in items])
-    label = torch.tensor([item[2] for item in items])
     images = stack_images([item[1] for item in items], index).to(device)
 
     def keep(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -39,6 +39,8 @@ def scan_batch(
         logits = run_network(model, images)
     if cut.output is None or cut.input is None:
         raise LayerError(f"Layer {spec.name!r} does not run when the network does.")
+    prediction = logits.argmax(1).cpu()
+    label = prediction if predicted else torch.tensor([item[2] for item in items])
     check_labels(label, index, logits)
     relevance = output_relevance(cut.output, logits, label.to(device))
     z = channels_first(spec, cut.output.detach()).flatten(2)
@@ -53,7 +55,7 @@ def scan_batch(
     return Records(
         index=index,
         label=label,
-        prediction=logits.argmax(1).cpu(),
+        prediction=prediction,
         n_positions=torch.full_like(index, z.shape[2]),
         pooled=pooled.cpu(),
         share_start=torch.cat([index.new_zeros(1), kept.sum(1).cumsum(0).cpu()]),

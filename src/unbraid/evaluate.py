@@ -6,16 +6,19 @@ Shapes: N images of a channel's concepts, K concepts; see METHOD.md section 6.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
 from unbraid.ablation import Ablation
+from unbraid.clusters import concept_of
 from unbraid.errors import UsageError
 from unbraid.evaluation import ChannelEvaluation, ConceptEvaluation, Evaluation, Ratio, Responses
 from unbraid.output import OutputComparison
 from unbraid.records import Records, Scan
+from unbraid.semantics import Semantics
 from unbraid.splits import ChannelSplit, Split
 
 
@@ -27,6 +30,7 @@ def evaluate(
     tau: float | None = None,
     output: OutputComparison | None = None,
     ablation: Ablation | None = None,
+    semantics: Semantics | None = None,
 ) -> Evaluation:
     """Compute the measures of METHOD.md section 6 for every split channel.
 
@@ -40,22 +44,26 @@ def evaluate(
             the channels were found with.
         output: from `unbraid.compare_outputs`, to be kept with the measures.
         ablation: from `unbraid.ablate`, of all or some of the channels, likewise.
+        semantics: from `unbraid.measure_semantics`, likewise.
 
     Raises:
         UsageError: the scan is of another network or layer, or has no image of a concept; or the
-            baseline splits other channels or concepts, or has the same method; or the ablation is
-            of another split.
+            baseline splits other channels or concepts, or has the same method; or the ablation or
+            the semantics are of another split.
     """
     if baseline is not None:
         _check_baseline(split, baseline)
     if ablation is not None:
         _check_ablation(split, ablation)
+    if semantics is not None:
+        _check_semantics(split, semantics)
     if scan.manifest.weights != split.weights or scan.layer != split.layer:
         raise UsageError(
             "The scan is of another network or layer than the split; scan validation images with "
             "the network and layer that were split."
         )
     tau = split.settings["tau"] if tau is None else tau
+    scan = replace(scan, clusters=split.clusters)
     gathered = gather_responses(split, scan)
     channels = tuple(
         _evaluate_channel(split, part, gathered[part.channel], float(tau))
@@ -69,6 +77,7 @@ def evaluate(
         responses=gathered,
         output=output,
         ablation=ablation,
+        semantics=semantics,
         baseline=None if baseline is None else evaluate(baseline, scan, tau=tau),
     )
 
@@ -89,6 +98,16 @@ def _check_ablation(split: Split, ablation: Ablation) -> None:
         raise UsageError(
             "The ablation is of another split (its layer, channels or concepts differ); pass "
             "unbraid.ablate of the network that this split was applied to."
+        )
+
+
+def _check_semantics(split: Split, semantics: Semantics) -> None:
+    divided = {part.channel: len(part.concepts) for part in split.channels}
+    measured = {channel: len(one.concepts) for channel, one in semantics.channels.items()}
+    if not measured.items() <= divided.items():
+        raise UsageError(
+            "The semantics are of another split (its channels or concepts differ); pass "
+            "unbraid.measure_semantics of this split."
         )
 
 
@@ -113,9 +132,7 @@ def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
 
 def _respond(scan: Scan, records: Records, part: ChannelSplit) -> Responses | None:
     """Responses to one shard's images of a channel's concepts, None if it has none."""
-    concept = torch.full_like(records.label, -1)
-    for k, classes in enumerate(part.concepts):
-        concept[torch.isin(records.label, torch.tensor(classes))] = k
+    concept = concept_of(scan, records, part.concepts)
     chosen = concept >= 0
     if not chosen.any():
         return None

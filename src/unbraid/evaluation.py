@@ -15,6 +15,7 @@ from unbraid.errors import RunError
 from unbraid.files import write_whole
 from unbraid.findings import Concept
 from unbraid.output import OutputComparison
+from unbraid.semantics import ChannelSemantics, Semantics
 from unbraid.tables import align
 
 
@@ -76,6 +77,7 @@ class Evaluation:
     responses: dict[int, Responses] = field(repr=False)
     output: OutputComparison | None = None
     ablation: Ablation | None = None
+    semantics: Semantics | None = None
     baseline: Evaluation | None = None  # of another method on the same channels
 
     @property
@@ -102,6 +104,8 @@ class Evaluation:
             ablations = {entry["channel"]: entry for entry in content["ablation"].pop("channels")}
         for entry in content["channels"]:
             entry["ablation"] = ablations.get(entry["channel"])
+            known = self.semantics and self.semantics.channels.get(entry["channel"])
+            entry["semantics"] = asdict(known) if known else None
         return _finite(content)  # type: ignore[no-any-return]
 
     def save(self, path: str | Path) -> None:
@@ -159,6 +163,24 @@ def read_ablation(path: Path) -> Ablation | None:
         channels = [entry["ablation"] for entry in content["channels"]]
         known = [entry for entry in channels if entry is not None]
         return Ablation.from_dict({**content["ablation"], "channels": known})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} cannot be read ({error}); start the run again.") from None
+
+
+def read_semantics(path: Path) -> Semantics | None:
+    """Read semantic measures from evaluation.json, None if they were not measured.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["channels"]
+        known = {
+            entry["channel"]: ChannelSemantics.from_dict(entry["semantics"])
+            for entry in entries
+            if entry.get("semantics") is not None
+        }
+        return Semantics(known) if known else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} cannot be read ({error}); start the run again.") from None
 

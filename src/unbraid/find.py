@@ -6,6 +6,7 @@ Shapes: C_out channels, T classes, G groups, J taps; see METHOD.md sections 2 an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,19 +19,24 @@ from unbraid.arvs import (
     shared_channels,
     uses,
 )
+from unbraid.chance import with_chance
 from unbraid.errors import UsageError
-from unbraid.findings import Concept, Findings, Pair
+from unbraid.findings import Concept, Findings, Found, Pair
 from unbraid.records import Scan
-from unbraid.thresholds import check_thresholds, nearest_finding
+from unbraid.thresholds import Tau, check_thresholds, choose_tau, nearest_finding
+from unbraid.unlabelled import search_clusters
+
+ConceptKind = Literal["classes", "clusters"]
 
 
 def find(
     scan: Scan,
     *,
-    tau: float = 0.03,
+    tau: Tau = 0.03,
     p: float = 0.75,
     gamma: float = 0.5,
     channels: Mapping[int, Sequence[Sequence[int]]] | None = None,
+    concepts: ConceptKind = "classes",
 ) -> Findings:
     """Find the channels that two or more classes use for different reasons.
 
@@ -42,11 +48,15 @@ def find(
 
     Args:
         scan: of the training images.
-        tau: smallest share that matters.
+        tau: smallest share that matters; "auto" chooses one that fits the layer: ten channels
+            matter in a typical image, or a quarter of a narrow layer's (docs/thresholds.md).
         p: fraction of a class's images, in (0, 1].
         gamma: cosine below which two classes have different reasons, in [-1, 1].
         channels: your own concepts in place of a search, as groups of classes per channel, for
             example `{1660: [[530], [938]]}`.
+        concepts: what concepts are made of. With "clusters" labels play no part, nor do tau and p:
+            the images that a channel answers to most are clustered by what fed it in them, and
+            clusters take the place of classes, with numbers behind the last class.
 
     Returns:
         Findings, perhaps empty; then `Findings.hint` says which thresholds come nearest.
@@ -59,20 +69,68 @@ def find(
         Hesse et al. 2025, arXiv:2504.12939; METHOD.md sections 3 and 5.
     """
     check_thresholds(tau, p, gamma, scan.manifest.min_share)
-    sums = class_sums(scan, [tau])
+    if concepts not in get_args(ConceptKind):
+        raise UsageError(f"concepts is {concepts!r}; use 'classes' or 'clusters'.")
+    hint = note = ""
+    auto = tau == "auto"
+    if tau == "auto":
+        tau, note = choose_tau(scan)
     if channels is not None:
-        concepts = {o: _own_concepts(scan, sums, o, groups) for o, groups in channels.items()}
-        own = [pair for o, groups in concepts.items() for pair in _own_pairs(scan, sums, o, groups)]
-        return _findings(scan, (tau, p, gamma), own, concepts, "")
-    found: list[Pair] = []
-    concepts = {}
+        if concepts == "clusters":
+            raise UsageError(
+                "Pass your own concepts in channels, or concepts='clusters', not both."
+            )
+        found = _own(scan, class_sums(scan, [tau]), channels)
+    elif concepts == "clusters":
+        found = search_clusters(scan, gamma)
+        hint = "" if found.pairs else "No channel's top images form clusters that differ so much."
+    else:
+        found = _search_classes(scan, class_sums(scan, [tau]), p, gamma)
+        hint = "" if found.pairs else nearest_finding(scan, tau, p, gamma)
+    return Findings(
+        tau,
+        p,
+        gamma,
+        pairs=tuple(sorted(found.pairs, key=lambda pair: (pair.cosine, pair.channel))),
+        concepts=found.concepts,
+        class_names=_names(scan, found),
+        hint=hint,
+        layer=scan.layer.name,
+        weights=scan.manifest.weights,
+        clusters=found.clusters,
+        agreement=found.agreement,
+        auto=auto,
+        note=note,
+    )
+
+
+def _search_classes(scan: Scan, sums: ClassSums, p: float, gamma: float) -> Found:
+    found = Found()
     for channel, classes in shared_channels(uses(sums, p)[0]):
         cosines = class_cosines(scan, sums, channel, classes)
-        if (cosines < gamma).any():
-            found += _pairs(sums, channel, classes, cosines, cosines < gamma)
-            concepts[channel] = group_classes(classes, cosines, gamma)
-    hint = "" if found else nearest_finding(scan, tau, p, gamma)
-    return _findings(scan, (tau, p, gamma), found, concepts, hint)
+        different = (cosines < gamma).triu(1)  # rounding can make a class unlike itself
+        if different.any():
+            found.pairs += _pairs(sums, channel, classes, cosines, different)
+            found.concepts[channel] = group_classes(classes, cosines, gamma)
+    found.pairs = with_chance(scan, sums, found.pairs)
+    return found
+
+
+def _own(scan: Scan, sums: ClassSums, channels: Mapping[int, Sequence[Sequence[int]]]) -> Found:
+    found = Found()
+    for channel, groups in channels.items():
+        found.concepts[channel] = _own_concepts(scan, sums, channel, groups)
+        found.pairs += _own_pairs(scan, sums, channel, found.concepts[channel])
+    found.pairs = with_chance(scan, sums, found.pairs)
+    return found
+
+
+def _names(scan: Scan, found: Found) -> tuple[str, ...]:
+    """Names by number, of classes and behind them of clusters."""
+    names = [*scan.class_names, *[""] * (max(found.names, default=-1) + 1 - len(scan.class_names))]
+    for number, name in found.names.items():
+        names[number] = name
+    return tuple(names)
 
 
 def _pairs(
@@ -97,25 +155,6 @@ def _own_pairs(
     of = torch.tensor([k for _, k in numbered])
     cosines = class_cosines(scan, sums, channel, classes)
     return _pairs(sums, channel, classes, cosines, of[:, None] != of)
-
-
-def _findings(
-    scan: Scan,
-    thresholds: tuple[float, float, float],
-    pairs: Sequence[Pair],
-    concepts: dict[int, tuple[Concept, ...]],
-    hint: str,
-) -> Findings:
-    in_order = tuple(sorted(pairs, key=lambda pair: (pair.cosine, pair.channel)))
-    return Findings(
-        *thresholds,
-        pairs=in_order,
-        concepts=concepts,
-        class_names=scan.class_names,
-        hint=hint,
-        layer=scan.layer.name,
-        weights=scan.manifest.weights,
-    )
 
 
 def _own_concepts(

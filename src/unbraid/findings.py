@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unbraid.errors import UnbraidError
+from unbraid.clustering import Cluster, Clusters
 from unbraid.files import write_whole
-from unbraid.tables import align, count
+from unbraid.tables import align, count, csv_text, data_frame
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Concept = tuple[int, ...]  # the classes that share one cause
 
-_COLUMNS = ("channel", "class1", "class2", "cosine", "use1", "use2", "name1", "name2")
+_COLUMNS = (
+    *("channel", "class1", "class2", "cosine", "use1", "use2", "name1", "name2"),
+    *("low", "high", "half1", "half2", "uncertain"),
+)
+_LEGEND = (
+    "interval: where, with 95 % confidence, the cosine lies that unlimited images would give; "
+    "halves: cosine between two halves of the images of one class (- for a single image)."
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,22 @@ class Pair:
     cosine: float  # of their averaged relevance vectors
     use1: float  # fraction of the images of class1 in which the channel matters
     use2: float
+    # How sure the cosine is; nan for a class of a single image, and for clusters of images.
+    low: float = math.nan  # 95 % interval of the cosine that unlimited images would give
+    high: float = math.nan
+    half1: float = math.nan  # cosine between two random halves of the images of class1
+    half2: float = math.nan
+
+
+@dataclass
+class Found:
+    """What a search gathers, a channel after the other."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    concepts: dict[int, tuple[Concept, ...]] = field(default_factory=dict)
+    clusters: dict[int, Cluster] = field(default_factory=dict)  # by number
+    names: dict[int, str] = field(default_factory=dict)  # of clusters
+    agreement: dict[int, float] = field(default_factory=dict)  # per channel
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,11 @@ class Findings:
     hint: str  # if nothing was found, which thresholds come nearest
     layer: str  # that the channels belong to
     weights: str  # hash of the network's weights
+    clusters: Clusters = field(default_factory=dict)  # by number, where they stand for classes
+    # Per channel, adjusted Rand index of clusters' concepts and classes' concepts; see docs.
+    agreement: Mapping[int, float] = field(default_factory=dict)
+    auto: bool = False  # whether tau was chosen by rule
+    note: str = ""  # what to know of the tau chosen
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -62,6 +89,11 @@ class Findings:
         every = {c for groups in self.concepts.values() for group in groups for c in group}
         return tuple(sorted(every))
 
+    @property
+    def tau_in_words(self) -> str:
+        """Tau as people read it, and whether it was chosen for them."""
+        return f"{self.tau:g} (auto)" if self.auto else f"{self.tau:g}"
+
     def __len__(self) -> int:
         """Number of pairs."""
         return len(self.pairs)
@@ -71,42 +103,60 @@ class Findings:
         head = (
             f"{count(len(self.pairs), 'pair')} of classes in "
             f"{count(len(self.concepts), 'polysemantic channel')} "
-            f"(tau {self.tau:g}, p {self.p:g}, gamma {self.gamma:g})"
+            f"(tau {self.tau_in_words}, p {self.p:g}, gamma {self.gamma:g})"
         )
+        note = f"\nNote: {self.note}" if self.note else ""
         if not self.pairs:
-            return f"{head}. {self.hint}".rstrip()
-        rows = [("channel", "cosine", "class 1", "used in", "class 2", "used in")]
+            return f"{head}. {self.hint}".rstrip() + note
+        side = ("used in", "halves")
+        rows = [("channel", "cosine", "interval", "class 1", *side, "class 2", *side)]
         rows += [
             (
                 str(pair.channel),
                 f"{pair.cosine:.4f}",
-                self.name(pair.class1),
-                f"{pair.use1:.0%}",
-                self.name(pair.class2),
-                f"{pair.use2:.0%}",
+                _interval(pair) + (" *" if self.uncertain(pair) else ""),
+                *(self.name(pair.class1), f"{pair.use1:.0%}", _figure(pair.half1)),
+                *(self.name(pair.class2), f"{pair.use2:.0%}", _figure(pair.half2)),
             )
             for pair in self.pairs
         ]
-        return f"{head}\n{align(rows)}"
+        n_uncertain = sum(map(self.uncertain, self.pairs))
+        mark = (
+            f"\n* {n_uncertain} of {count(len(self.pairs), 'pair')} uncertain: with other images "
+            "of the same classes the cosine could lie on the other side of gamma."
+        )
+        legend = _LEGEND + (mark if n_uncertain else "")
+        return f"{head}\n{align(rows)}\n{legend}{note}"
 
     def name(self, label: int) -> str:
         """Return the name of a class, or its number where it has none."""
         known = label < len(self.class_names) and self.class_names[label]
         return self.class_names[label] if known else str(label)
 
-    def rows(self) -> Iterator[tuple[int, int, int, float, float, float, str, str]]:
+    def uncertain(self, pair: Pair) -> bool:
+        """Whether chance could have put a pair's cosine on its side of gamma.
+
+        So it is if the interval is not wholly on that side, or unknown. Clusters of images have
+        been tested in their own way.
+        """
+        if pair.class1 in self.clusters:
+            return False
+        sure = pair.high < self.gamma if pair.cosine < self.gamma else pair.low >= self.gamma
+        return not sure
+
+    def rows(self) -> Iterator[tuple[int | float | str, ...]]:
         """Give one row per pair, in the order of the CSV columns."""
         for pair in self.pairs:
+            figures = tuple(vars(pair).values())
             names = (self.name(pair.class1), self.name(pair.class2))
-            yield (*vars(pair).values(), *names)
+            yield (*figures[:6], *names, *figures[6:], self.uncertain(pair))
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the pairs: channel, class1, class2, cosine, use1, use2, name1, name2."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        writer.writerows(self.rows())
-        write_whole(Path(path), text.getvalue().encode())
+        """Write the pairs, one a row; docs/format.md names the columns.
+
+        What is not known is left empty.
+        """
+        write_whole(Path(path), csv_text(_COLUMNS, self.rows()).encode())
 
     def to_pandas(self) -> pd.DataFrame:
         """Return the pairs as a DataFrame with the columns of the CSV file.
@@ -114,8 +164,12 @@ class Findings:
         Raises:
             UnbraidError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError:
-            raise UnbraidError("pandas is not installed; pip install 'unbraid[pandas]'.") from None
-        return pd.DataFrame(list(self.rows()), columns=list(_COLUMNS))
+        return data_frame(_COLUMNS, self.rows())
+
+
+def _interval(pair: Pair) -> str:
+    return "-" if math.isnan(pair.low) else f"{pair.low:.3f} to {pair.high:.3f}"
+
+
+def _figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from unbraid.box import kkt_residual, solve_box
+from unbraid.clusters import belongs
 from unbraid.findings import Concept
 from unbraid.records import Scan
 
@@ -104,7 +105,7 @@ def second_moments(scan: Scan, classes: Sequence[int], groups: Sequence[int]) ->
     second = {(g, c): torch.zeros(size, size, dtype=torch.float64) for g in groups for c in classes}
     for records in scan.shards():
         for label in classes:
-            chosen = records.label == label
+            chosen = belongs(scan, records, label)
             n_images[label] += int(chosen.sum())
             for group in groups if chosen.any() else ():
                 inputs = augment(records.pooled[chosen, group], records.n_positions[chosen])
@@ -192,7 +193,7 @@ def _sample_inputs(scan: Scan, classes: set[int]) -> dict[int, Tensor]:
     counts = dict.fromkeys(classes, 0)
     for records in scan.shards():
         for label, parts in kept.items():
-            chosen = (records.label == label).nonzero()[: _N_SAMPLED_IMAGES - counts[label], 0]
+            chosen = belongs(scan, records, label).nonzero()[: _N_SAMPLED_IMAGES - counts[label], 0]
             positions = records.n_positions[chosen, None, None].double()
             pooled = records.pooled[chosen].double()
             parts.append(torch.cat([pooled, positions.expand(-1, pooled.shape[1], 1)], 2))

@@ -211,6 +211,7 @@ def _describe(
         n_images=source.n_images,
         n_top=len(top.original.index),
         positions=source.scan.positions,
+        crops=bool(crops),
         original=original,
         concepts=tuple(concepts),
         within=within,
@@ -231,10 +232,11 @@ def _indices(top: dict[int, ReferenceImages]) -> set[int]:
 def _refuse_other_images(scan: Scan, dataset: Dataset[Any]) -> None:
     """Raise if the data set cannot be the one that was scanned."""
     labels = labels_of(dataset)
+    given = scan.manifest.labels == "given"
     for indices, recorded in zip(scan.columns("index"), scan.columns("label"), strict=True):
         for index, label in zip(indices.tolist(), recorded.tolist(), strict=True):
-            if index >= len(labels) or labels[index] != label:
+            if index >= len(labels) or (given and labels[index] != label):
                 raise UsageError(
-                    "The data set is not the one that was scanned (its labels differ); pass the "
-                    "data set that the scan was made of."
+                    "The data set is not the one that was scanned (its labels or number of images "
+                    "differ); pass the data set that the scan was made of."
                 )

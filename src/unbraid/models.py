@@ -17,8 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unbraid.data import ImageFolder, class_folders, label_folders
 from unbraid.errors import ModelError, UsageError, nearest
+from unbraid.folders import (
+    Folder,
+    ImageFolder,
+    UnlabelledFolder,
+    class_folders,
+    holds_classes,
+    label_folders,
+)
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -99,15 +106,19 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     return LoadedModel(model, transform, tuple(names), source)
 
 
-def open_folder(loaded: LoadedModel, root: Path) -> tuple[ImageFolder, str]:
-    """Open a folder of class folders with a network's preprocessing and labels.
+def open_folder(loaded: LoadedModel, root: Path) -> tuple[Folder, str]:
+    """Open a folder of images with a network's preprocessing and labels.
 
     Returns:
-        The images, and a warning if it had to be guessed which output each folder stands for.
+        The images, and a warning if they have no classes, since they lie in the folder itself, or
+        if it had to be guessed which output each class folder stands for.
 
     Raises:
-        DataError: the folder does not hold images by class, or more classes than outputs.
+        DataError: the folder holds no images, or more classes than outputs.
     """
+    if not holds_classes(root):
+        warning = f"{root} holds images without class folders; the network's predictions are taken."
+        return UnlabelledFolder(root, loaded.transform, loaded.class_names), warning
     folders = class_folders(root)
     n_outputs = loaded.n_outputs()
     labels, guessed = label_folders(folders, loaded.class_names, n_outputs)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from unbraid.batch import run_network, stack_images
-from unbraid.data import Readable, check_loading, size_of, sort_out
+from unbraid.data import UNLABELLED, Readable, check_loading, size_of, sort_out
 from unbraid.errors import DataError, OutputChangedError
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
@@ -23,8 +23,8 @@ class OutputComparison:
 
     max_abs_logit_diff: float
     top1_agreement: float  # fraction of the images
-    top1_before: float  # accuracy of the original
-    top1_after: float
+    top1_before: float | None  # accuracy of the original; None for images without labels
+    top1_after: float | None
 
 
 def compare_outputs(
@@ -64,7 +64,7 @@ def compare_outputs(
         num_workers=workers,
         collate_fn=list,
     )
-    worst, seen, agree, before, after = 0.0, 0, 0, 0, 0
+    worst, seen, labelled, agree, before, after = 0.0, 0, 0, 0, 0, 0
     with (
         undisturbed(model),
         undisturbed(model2),
@@ -88,9 +88,11 @@ def compare_outputs(
                     f"than the tolerance {tolerance:g}; do not use it, or raise the tolerance."
                 )
             seen += len(good)
+            labelled += int((labels != UNLABELLED).sum())
             agree += int((logits.argmax(1) == logits2.argmax(1)).sum())
             before += int((logits.argmax(1) == labels).sum())
             after += int((logits2.argmax(1) == labels).sum())
     if seen == 0:
         raise DataError("No image could be read, so there is nothing to compare outputs on.")
-    return OutputComparison(worst, agree / seen, before / seen, after / seen)
+    accuracies = (before / labelled, after / labelled) if labelled else (None, None)
+    return OutputComparison(worst, agree / seen, *accuracies)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +14,32 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from unbraid.ablate import ablate
-from unbraid.data import ImageFolder, name_of
-from unbraid.errors import DataError, RunError
+from unbraid.clusters import concerned, numbers_seen
+from unbraid.data import Relabelled, name_of
+from unbraid.encoders import Encoder, Penultimate, load_encoder
+from unbraid.errors import DataError, ModelError
 from unbraid.evaluate import evaluate
-from unbraid.evaluation import Evaluation, read_ablation, read_output
+from unbraid.evaluation import Evaluation
 from unbraid.files import write_whole
 from unbraid.find import find
 from unbraid.findings import Findings
+from unbraid.measure_semantics import measure_semantics
 from unbraid.output import compare_outputs
-from unbraid.records import Scan, open_scan, read_manifest
+from unbraid.records import Scan, hash_places, read_manifest
 from unbraid.report import report
-from unbraid.scan import MIN_SHARE, scan
+from unbraid.scan import MIN_SHARE, Labels, scan
+from unbraid.semantics import Semantics
+from unbraid.sensitivity import sensitivity
+from unbraid.settings import Loading, Thresholds, read_settings, remove_results
 from unbraid.split import check_rho, split
 from unbraid.splits import Split
 from unbraid.surgery import apply
 from unbraid.tables import count
 from unbraid.thresholds import check_thresholds
 
+Say = Callable[[str], None]
+
 MAX_ABLATED = 32  # channels; each takes a pass from the layer on per concept, and one for the whole
-
-# Results, in the order of writing; the scans they were made from are kept apart.
-_RESULTS = (
-    "settings.json",
-    "findings.csv",
-    "split.safetensors",
-    "split-published.safetensors",
-    "evaluation.json",
-    "report.html",
-)
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """When a channel counts as polysemantic; METHOD.md section 3."""
-
-    tau: float = 0.03
-    p: float = 0.75
-    gamma: float = 0.5
-    rho: float | None = None  # of the published baseline; None: chosen per channel
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How images go through the network."""
-
-    batch_size: int = 64
-    workers: int = 0
-    skip_broken: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,8 +62,10 @@ def run(
     thresholds: Thresholds,
     loading: Loading,
     source: dict[str, Any],
-    say: Callable[[str], None],
+    say: Say,
     title: str,
+    encoder: str | None = None,
+    labels: Labels = "given",
 ) -> Run:
     """Do everything for one layer; started again, finished scans are not repeated.
 
@@ -98,32 +80,58 @@ def run(
         source: how to find network and images again.
         say: told of each step.
         title: of the report.
+        encoder: of images, for semantic measures, as `load_encoder` takes it; by default the
+            network's own penultimate layer.
+        labels: "predicted" for images without labels, or to take them for what the network does.
     """
     check_thresholds(thresholds.tau, thresholds.p, thresholds.gamma, MIN_SHARE)
     check_rho(thresholds.rho)
-    settings = {"title": title, "thresholds": vars(thresholds), "source": source}
-    before = _read_settings(out)
-    options = {**vars(loading), "progress": True, "source": source}
+    settings: dict[str, Any] = {"title": title, "thresholds": vars(thresholds)}
+    settings |= {"source": source, "encoder": encoder, "labels": labels}
+    device = str(next(model.parameters()).device)
+    embedding = Penultimate(model) if encoder is None else load_encoder(encoder, device=device)
+    before = read_settings(out)
+    options = {**vars(loading), "progress": True, "source": source, "labels": labels}
     train_scan = scan(model, layer, train, out / "scan-train", **options)
     val_scan = scan(model, layer, val, out / "scan-val", **options)
+    shown = as_labelled(val, val_scan)
     # Only now is it sure that the folder is this network's and these images'.
     if before is not None and before != json.loads(json.dumps(settings)):
-        _remove_results(out)
-    found = find(train_scan, **{k: v for k, v in vars(thresholds).items() if k != "rho"})
+        remove_results(out)
+    found = find(train_scan, **thresholds.of_find)
     found.to_csv(out / "findings.csv")
+    counted = sensitivity(train_scan, found=found)
+    counted.to_csv(out / "sensitivity.csv")
     broken = [name_of(train, index) for index in train_scan.broken()]
     broken += [name_of(val, index) for index in val_scan.broken()]
     write_whole(out / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
     page = out / "report.html"
     if not found.concepts:
-        report(page, scan=val_scan, train_scan=train_scan, found=found, dataset=val, title=title)
+        report(
+            page,
+            scan=val_scan,
+            train_scan=train_scan,
+            found=found,
+            sensitivity=counted,
+            dataset=shown,
+            title=title,
+        )
         return Run(found, None, page, broken)
-    _refuse_unseen(val_scan, found)
+    by_place = labels == "predicted" or bool(found.clusters)
+    if by_place:
+        found = seen_in(val_scan, found)
+    else:
+        _refuse_unseen(val_scan, found)
     pairs, channels = count(len(found), "pair"), count(len(found.concepts), "channel")
     say(f"Found {pairs} in {channels}; scanning their classes again, with positions.")
-    with_positions = {**options, "classes": found.classes, "positions": True}
-    train_maps = _scan_positions(model, layer, train, out / "positions-train", with_positions)
-    val_maps = _scan_positions(model, layer, val, out / "positions-val", with_positions)
+    maps = []
+    for name, dataset, seen in (("train", train, train_scan), ("val", val, val_scan)):
+        which: dict[str, Any] = {"classes": found.classes}
+        if by_place:
+            which = {"indices": concerned(replace(seen, clusters=found.clusters), found.classes)}
+        kept = {**options, **which, "positions": True}
+        maps.append(_scan_positions(model, layer, dataset, out / f"positions-{name}", kept))
+    train_maps, val_maps = maps
     say("Splitting and checking the outputs.")
     divided = split(train_maps, found)
     divided.save(out / "split.safetensors")
@@ -134,100 +142,40 @@ def run(
     ablated = _clearest(found)
     if len(ablated) < len(found.concepts):
         say(f"Switching off only the {len(ablated)} channels with the lowest cosines.")
-    ablation = ablate(model2, val, channels=ablated, progress=True, **vars(loading))
-    evaluation = evaluate(divided, val_maps, baseline=baseline, output=output, ablation=ablation)
+    ablation = ablate(
+        model2, shown, channels=ablated, scan=val_scan, progress=True, **vars(loading)
+    )
+    evaluation = evaluate(
+        divided,
+        val_maps,
+        baseline=baseline,
+        output=output,
+        ablation=ablation,
+        semantics=_semantics(divided, val_scan, shown, embedding, loading, say),
+    )
     evaluation.save(out / "evaluation.json")
     report(
         page,
         scan=val_scan,
         train_scan=train_scan,
         found=found,
+        sensitivity=counted,
         split=divided,
         evaluation=evaluation,
-        dataset=val,
+        dataset=shown,
         title=title,
     )
     return Run(found, evaluation, page, broken)
 
 
-def report_again(out: Path) -> Path:
-    """Write a finished run's report again from its folder.
-
-    Raises:
-        RunError: the folder holds no finished run.
-    """
-    settings = _read_settings(out)
-    if settings is None:
-        raise RunError(f"{out} holds no finished run; make one with `unbraid run`.")
-    thresholds = Thresholds(**settings["thresholds"])
-    source, title = settings["source"], settings["title"]
-    train_scan, val_scan = open_scan(out / "scan-train"), open_scan(out / "scan-val")
-    found = find(train_scan, tau=thresholds.tau, p=thresholds.p, gamma=thresholds.gamma)
-    divided = evaluation = None
-    if found.concepts:
-        divided = Split.load(out / "split.safetensors")
-        output = read_output(out / "evaluation.json")
-        ablation = read_ablation(out / "evaluation.json")
-        baseline = Split.load(out / "split-published.safetensors")
-        val_maps = open_scan(out / "positions-val")
-        evaluation = evaluate(
-            divided, val_maps, baseline=baseline, output=output, ablation=ablation
-        )
-    return report(
-        out / "report.html",
-        scan=val_scan,
-        train_scan=train_scan,
-        found=found,
-        split=divided,
-        evaluation=evaluation,
-        dataset=_validation_images(source, val_scan),
-        title=title,
-    )
-
-
-def _read_settings(out: Path) -> dict[str, Any] | None:
-    """Read a run's settings, None if there is no run.
-
-    Raises:
-        RunError: settings.json is something else.
-    """
-    path = out / "settings.json"
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        Thresholds(**settings["thresholds"])
-        settings["source"], settings["title"]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is not that of a run ({error!r}); name another folder.") from None
-    return settings
-
-
-def _remove_results(out: Path) -> None:
-    """Remove the results of a run with other settings, so that a folder never mixes two."""
-    for name in _RESULTS:
-        (out / name).unlink(missing_ok=True)
-
-
-def _validation_images(source: dict[str, Any], scan: Scan) -> Dataset[Any]:
-    """Open a run's validation images again, for looking at.
-
-    Raises:
-        DataError: they are gone; a new page would lack the pictures that the old one has.
-    """
-    if "demo" in source:
-        from unbraid.demo.network import load_images
-
-        return load_images("test")
-    return ImageFolder(Path(source["data"]) / "val", class_names=scan.class_names)
-
-
 def _scan_positions(
     model: nn.Module, layer: str, dataset: Dataset[Any], folder: Path, options: dict[str, Any]
 ) -> Scan:
-    """Scan with positions; input maps of other classes, from other thresholds, make room."""
+    """Scan with positions; input maps of other images, from other thresholds, make room."""
     before = read_manifest(folder)
-    if before is not None and before.classes != tuple(options["classes"]):
+    classes, indices = options.get("classes"), options.get("indices")
+    wanted = (None if classes is None else tuple(classes), hash_places(indices))
+    if before is not None and (before.classes, before.indices) != wanted:
         shutil.rmtree(folder)
     return scan(model, layer, dataset, folder, **options)
 
@@ -236,6 +184,20 @@ def _clearest(found: Findings) -> list[int]:
     """The channels whose causal effect is measured, lowest cosine first."""
     by_cosine = dict.fromkeys(pair.channel for pair in found.pairs)
     return list(by_cosine | dict.fromkeys(found.channels))[:MAX_ABLATED]
+
+
+def _semantics(
+    divided: Split, scan: Scan, images: Dataset[Any], encoder: Encoder, loading: Loading, say: Say
+) -> Semantics | None:
+    """Measure semantics; None where they were to be told by features that a network has not."""
+    workload = {"batch_size": loading.batch_size, "workers": loading.workers}
+    try:
+        return measure_semantics(divided, scan, images, encoder, progress=True, **workload)
+    except ModelError as error:
+        if not isinstance(encoder, Penultimate):
+            raise
+        say(f"Semantic measures are left out: {error}")
+        return None
 
 
 def _refuse_unseen(val_scan: Scan, found: Findings) -> None:
@@ -247,3 +209,31 @@ def _refuse_unseen(val_scan: Scan, found: Findings) -> None:
             f"The validation images have none of class {', '.join(missing[:5])}, which uses a "
             "polysemantic channel; add some."
         )
+
+
+def seen_in(val_scan: Scan, found: Findings) -> Findings:
+    """Leave out channels of which a concept has no validation image.
+
+    What clusters and predicted classes hold of other images is not the user's to decide, so a lack
+    is no error, unlike one of the user's own classes.
+    """
+    seen = numbers_seen(replace(val_scan, clusters=found.clusters), found.classes)
+    concepts = {
+        channel: groups
+        for channel, groups in found.concepts.items()
+        if all(seen.intersection(group) for group in groups)
+    }
+    pairs = tuple(pair for pair in found.pairs if pair.channel in concepts)
+    clusters = {n: c for n, c in found.clusters.items() if c.channel in concepts}
+    return replace(found, pairs=pairs, concepts=concepts, clusters=clusters)
+
+
+def as_labelled(images: Dataset[Any], scan: Scan) -> Dataset[Any]:
+    """Images with the labels that a scan took them for: predicted ones in place of given ones."""
+    if scan.manifest.labels == "given":
+        return images
+    places, labels = (
+        chain.from_iterable(column.tolist() for column in scan.columns(name))
+        for name in ("index", "label")
+    )
+    return Relabelled(images, dict(zip(places, labels, strict=True)))

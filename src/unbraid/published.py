@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from unbraid.clusters import concept_of
 from unbraid.findings import Concept
 from unbraid.layers import respond
 from unbraid.records import Records, Scan
@@ -70,8 +71,9 @@ def choose_rho(
     rows = {o: _rows_of_all_rhos(scan, o, arvs[o]) for o in concepts}
     for records in scan.shards():
         for o, groups in concepts.items():
-            for k, group in enumerate(groups):
-                chosen = torch.isin(records.label, torch.tensor(group))
+            concept = concept_of(scan, records, groups)
+            for k in range(len(groups)):
+                chosen = concept == k
                 if not chosen.any():
                     continue
                 responses = _responses(scan, records, chosen, o, rows[o])  # (n, rho, K)

@@ -6,15 +6,17 @@ whole or not at all: it is written under a temporary name, synced and renamed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unbraid.clustering import Clusters
 from unbraid.errors import DataError, RunError
 from unbraid.files import read_tensor, read_tensors, write_tensors
 from unbraid.layers import LayerSpec
@@ -41,6 +43,8 @@ class Manifest:
     skip_broken: bool
     source: dict[str, Any]  # how the command line found network and images, for later commands
     versions: dict[str, str]
+    labels: str = "given"  # or "predicted": each image counts as what the network takes it for
+    indices: str = ""  # hash of the places in the data set, where only some were scanned
     schema: int = SCHEMA
 
     # What must agree before a scan goes on in a folder, in words for people.
@@ -52,6 +56,8 @@ class Manifest:
         "dtype": "the number format",
         "min_share": "the smallest share kept",
         "classes": "the classes",
+        "labels": "whether labels are given or predicted",
+        "indices": "the places in the data set",
         "positions": "whether positions are kept",
         "shard_size": "the shard size",
     }
@@ -133,6 +139,7 @@ class Scan:
     manifest: Manifest
     weight: Tensor  # (C_out, J)
     bias: Tensor  # (C_out,)
+    clusters: Clusters = field(default_factory=dict)  # that numbers behind the classes stand for
 
     @property
     def layer(self) -> LayerSpec:
@@ -166,6 +173,13 @@ class Scan:
         """Read one tensor of every shard, and nothing else."""
         for shard in range(self.manifest.n_shards):
             yield read_tensor(shard_path(self.path, shard), name)
+
+
+def hash_places(places: Sequence[int] | None) -> str:
+    """Identify some places in a data set, in order; empty for all of it."""
+    return (
+        "" if places is None else hashlib.sha256(torch.tensor(places).numpy().tobytes()).hexdigest()
+    )
 
 
 def no_records(spec: LayerSpec, positions: bool) -> Records:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unbraid.box import solve_box
+from unbraid.clusters import belongs
 from unbraid.findings import Concept
 from unbraid.layers import tap_inputs
 from unbraid.least_squares import Fit
@@ -173,7 +174,7 @@ def _sample_maps(scan: Scan, classes: set[int]) -> dict[int, Tensor]:
     for records in scan.shards():
         assert records.input_map is not None
         for label, parts in kept.items():
-            chosen = (records.label == label).nonzero()[: _N_IMAGES - counts[label], 0]
+            chosen = belongs(scan, records, label).nonzero()[: _N_IMAGES - counts[label], 0]
             parts.append(records.input_map[chosen])
             counts[label] += len(chosen)
     return {label: torch.cat(parts) for label, parts in kept.items()}

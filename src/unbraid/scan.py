@@ -6,7 +6,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from unbraid.batch import scan_batch
 from unbraid.data import (
+    UNLABELLED,
     GoodItem,
     Readable,
     check_loading,
@@ -37,6 +38,7 @@ from unbraid.records import (
     Manifest,
     Records,
     Scan,
+    hash_places,
     join_records,
     open_scan,
     read_manifest,
@@ -45,6 +47,8 @@ from unbraid.records import (
 )
 from unbraid.relevance import undisturbed
 from unbraid.weights import hash_weights, refuse_broken_weights
+
+Labels = Literal["given", "predicted"]
 
 MIN_SHARE = 0.005  # with shares adding up to one, at most 200 an image; a few dozen in practice
 
@@ -55,7 +59,9 @@ def scan(
     dataset: Dataset[Any],
     out: str | Path,
     *,
+    labels: Labels = "given",
     classes: Sequence[int] | None = None,
+    indices: Sequence[int] | None = None,
     positions: bool = False,
     min_share: float = MIN_SHARE,
     batch_size: int = 64,
@@ -75,7 +81,10 @@ def scan(
         layer: a convolution or fully connected layer, by `named_modules()` name or itself.
         dataset: map-style, of (image tensor, label).
         out: folder for the records.
-        classes: scan only images with these labels.
+        labels: "predicted" takes each image for what the network takes it for, whatever the data
+            set's label, so data sets without labels will do (any number stands for a label).
+        classes: scan only images with these given labels.
+        indices: scan only the images at these places in the data set.
         positions: also keep the layer's input maps, which the published rho criterion and the
             rectified measures need.
         min_share: the smallest share kept; thresholds below it need a new scan.
@@ -105,13 +114,14 @@ def scan(
     spec = describe(name, module)
     refuse_broken_weights(model)
     size_of(dataset)
-    labels = labels_of(dataset)
-    indices = _concerned(labels, classes)
+    given = labels_of(dataset)
+    _check_labels_known(given, labels)
+    places = _concerned(given, classes, indices)
     manifest = Manifest(
         weights=hash_weights(model),
         layer=spec,
-        data=fingerprint(dataset, labels),
-        n_images=len(indices),
+        data=fingerprint(dataset, given),
+        n_images=len(places),
         class_names=class_names_of(dataset),
         preprocessing=preprocessing_of(dataset),
         dtype=str(weight_rows(module).dtype).removeprefix("torch."),
@@ -123,10 +133,12 @@ def scan(
         skip_broken=skip_broken,
         source=source or {},
         versions=_versions(),
+        labels=labels,
+        indices=hash_places(None if indices is None else places),
     )
     folder = Path(out)
     _claim(folder, manifest, module)
-    shards = _unfinished(folder, manifest, indices)
+    shards = _unfinished(folder, manifest, places)
     batches = {
         k: [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
         for k, part in shards.items()
@@ -139,10 +151,10 @@ def scan(
         generator=torch.Generator(),  # so that the caller's random numbers stay where they were
     )
     loaded = iter(loader)
-    n_done = len(indices) - sum(map(len, shards.values()))
+    n_done = len(places) - sum(map(len, shards.values()))
     title = f"Scanning {name}"
     with (
-        image_progress(title, len(indices), n_done, show=progress) as advance,
+        image_progress(title, len(places), n_done, show=progress) as advance,
         undisturbed(model),
         torch.inference_mode(False),  # whatever mode the caller is in
         torch.enable_grad(),
@@ -152,9 +164,12 @@ def scan(
             for _ in part:  # a batch never crosses a shard
                 items = next(loaded)
                 good, broken = sort_out(items, skip_broken)
-                _check_targets(good, labels)
+                _check_targets(good, given)
                 check = not any(map(len, done))  # once a shard is enough, and costs next to nothing
-                done.append(scan_batch(model, module, spec, good, min_share, positions, check))
+                predicted = labels == "predicted"
+                done.append(
+                    scan_batch(model, module, spec, good, min_share, positions, check, predicted)
+                )
                 done[-1].broken = torch.tensor(broken, dtype=torch.int64)
                 advance(len(items))
             write_shard(folder, k, join_records(done))
@@ -164,8 +179,26 @@ def scan(
     return finished
 
 
-def _concerned(labels: Sequence[int], classes: Sequence[int] | None) -> list[int]:
-    """Places in the data set of the images to scan."""
+def _check_labels_known(given: Sequence[int], labels: Labels) -> None:
+    if labels not in get_args(Labels):
+        raise UsageError(f"labels is {labels!r}; use {' or '.join(map(repr, get_args(Labels)))}.")
+    if labels == "given" and set(given) == {UNLABELLED}:
+        raise UsageError("The data set has no labels; pass labels='predicted'.")
+
+
+def _concerned(
+    labels: Sequence[int], classes: Sequence[int] | None, indices: Sequence[int] | None
+) -> list[int]:
+    """Places in the data set of the images to scan, in order."""
+    if indices is not None:
+        if classes is not None:
+            raise UsageError("classes and indices both say what to scan; pass one of them.")
+        places = sorted(set(indices))
+        if not places or places[0] < 0 or places[-1] >= len(labels):
+            raise UsageError(
+                f"indices must name places in the data set, 0 to {len(labels) - 1}, one or more."
+            )
+        return places
     if classes is None:
         return list(range(len(labels)))
     wanted = set(classes)

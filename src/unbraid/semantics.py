@@ -27,7 +27,8 @@ class ChannelSemantics:
     encoder: str  # its name
     n_images: int
     n_top: int  # top images of each channel, for clarity and PURE's distances
-    positions: bool  # whether answers were rectified by position, and crops cut out
+    positions: bool  # whether answers were rectified position by position
+    crops: bool  # whether distances are of the parts of images where concept channels answer
     original: Likeness
     concepts: tuple[Likeness, ...]
     within: float  # PURE's mean distance of top images of the same concept channel

@@ -5,11 +5,13 @@ Shapes: K concepts, J taps; see METHOD.md sections 3 to 5.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from unbraid.arvs import averaged_relevance, class_sums, concept_mean
+from unbraid.clusters import numbers_seen
 from unbraid.errors import UsageError
 from unbraid.findings import Findings
 from unbraid.least_squares import fit_least_squares
@@ -61,6 +63,7 @@ def split(
             "positions=True, classes=found.classes and pass that scan, or give rho=0.7."
         )
     _check_fit(scan, found)
+    scan = replace(scan, clusters=found.clusters)
     choose = _published if method == "published" else _least_squares
     chosen = choose(scan, found, rho)
     channels = tuple(
@@ -80,6 +83,7 @@ def split(
         method=method,
         settings={"tau": found.tau, "p": found.p, "gamma": found.gamma},
         class_names=found.class_names,
+        clusters=found.clusters,
         channels=channels,
     )
 
@@ -106,7 +110,7 @@ def _check_fit(scan: Scan, found: Findings) -> None:
             f"The channels were found in layer {found.layer!r} of a network that this scan, of "
             f"layer {scan.layer.name!r}, is not of; pass a scan of the same network and layer."
         )
-    seen = scan.labels_seen()
+    seen = numbers_seen(replace(scan, clusters=found.clusters), found.classes)
     for label in found.classes:
         if label not in seen:
             raise UsageError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unbraid.clustering import Cluster, Clusters
 from unbraid.errors import RunError
 from unbraid.files import read_tensors, write_tensors
 from unbraid.findings import Concept
@@ -84,6 +85,7 @@ class Split:
     settings: dict[str, Any]
     class_names: tuple[str, ...]
     channels: tuple[ChannelSplit, ...]
+    clusters: Clusters = field(default_factory=dict)  # by number, where they stand for classes
 
     def __getitem__(self, channel: int) -> ChannelSplit:
         """Return the division of one channel.
@@ -110,6 +112,8 @@ class Split:
         tensors = {f"masks.{part.channel}": part.masks for part in self.channels}
         tensors["weight"] = torch.stack([part.weight for part in self.channels])
         tensors["bias"] = torch.tensor([part.bias for part in self.channels], dtype=torch.float64)
+        for cluster in self.clusters.values():  # of one channel they share their centres
+            tensors[f"centres.{cluster.channel}"] = cluster.centres
         about = {
             "schema": SCHEMA,
             "layer": self.layer.to_dict(),
@@ -121,6 +125,10 @@ class Split:
                 {"channel": part.channel, "concepts": part.concepts, "info": part.info}
                 for part in self.channels
             ],
+            "clusters": {
+                number: {"channel": c.channel, "place": c.place, "least": c.least}
+                for number, c in self.clusters.items()
+            },
         }
         write_tensors(Path(path), tensors, {"unbraid": json.dumps(about)})
 
@@ -147,6 +155,10 @@ class Split:
                 )
                 for n, entry in enumerate(about["channels"])
             )
+            clusters = {
+                int(number): Cluster(**entry, centres=tensors[f"centres.{entry['channel']}"])
+                for number, entry in about.get("clusters", {}).items()
+            }
             return cls(
                 layer=LayerSpec.from_dict(about["layer"]),
                 weights=about["weights"],
@@ -154,6 +166,7 @@ class Split:
                 settings=about["settings"],
                 class_names=tuple(about["class_names"]),
                 channels=channels,
+                clusters=clusters,
             )
         except (KeyError, ValueError, TypeError, IndexError) as error:
             raise RunError(f"{path} is not a split that can be read ({error}).") from None

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unbraid.clustering import Clusters
 from unbraid.errors import ModelError, UsageError
 from unbraid.layers import LayerSpec, bias_of, describe, resolve_layer, respond, weight_rows
 from unbraid.splits import ChannelSplit, Split
@@ -59,6 +60,8 @@ def apply(model: nn.Module, split: Split, form: Literal["exact", "plain"] = "exa
     original = changed.get_submodule(name)
     build = SplitLayer if form == "exact" else plain_layer
     new = build(original, describe(name, original), split.channels)
+    if isinstance(new, SplitLayer):
+        new.clusters = split.clusters
     new.train(original.training)
     for module in list(changed.modules()):  # a module may be known under several names
         for key, child in module._modules.items():
@@ -87,6 +90,7 @@ class SplitLayer(nn.Module):
         self.spec = spec
         self.names = [f"{p.channel}.{k}" for p in parts for k in range(len(p.concepts))]
         self.divided = {p.channel: p.concepts for p in parts}
+        self.clusters: Clusters = {}  # of images, where they stand for classes in concepts
         self.gates: list[Gate] = []  # those moved away from 1, in the order of moving
         self.register_forward_pre_hook(_keep_slow_path)
         channels = torch.tensor([p.channel for p in parts], device=like.device)

@@ -1,8 +1,17 @@
-"""Tables and counts in plain text."""
+"""Tables and counts in plain text, and tables for other programs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from unbraid.errors import UnbraidError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
@@ -28,3 +37,35 @@ def count(n: int, one: str, many: str = "") -> str:
     ('1 pair', '2,048 channels', '2 classes')
     """
     return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Write a table in CSV, numbers to the last digit, nan as an empty cell.
+
+    >>> print(csv_text(("class", "cosine"), [("clock, digital", 1 / 3), ("b", math.nan)]), end="")
+    class,cosine
+    "clock, digital",0.3333333333333333
+    b,
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return "" if isinstance(value, float) and math.isnan(value) else value
+
+
+def data_frame(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> pd.DataFrame:
+    """Make a table a DataFrame.
+
+    Raises:
+        UnbraidError: pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError:
+        raise UnbraidError("pandas is not installed; pip install 'unbraid[pandas]'.") from None
+    return pd.DataFrame(list(rows), columns=list(columns))

@@ -20,11 +20,13 @@ from unbraid.ablation import (
     ConceptAblation,
     Drop,
 )
+from unbraid.clusters import concept_of
 from unbraid.findings import Concept
+from unbraid.records import Scan
 
 
-def members(concepts: Sequence[Concept], labels: Tensor) -> Tensor:
-    """Say which of a channel's concepts each image belongs to.
+def members_by_label(concepts: Sequence[Concept], labels: Tensor) -> Tensor:
+    """Say which of a channel's concepts, groups of classes, each image belongs to.
 
     Args:
         concepts: K groups of classes.
@@ -33,7 +35,7 @@ def members(concepts: Sequence[Concept], labels: Tensor) -> Tensor:
     Returns:
         (N,), 0 to K - 1, and K for images of no concept.
 
-    >>> members([(3,), (0, 1)], torch.tensor([0, 3, 2])).tolist()
+    >>> members_by_label([(3,), (0, 1)], torch.tensor([0, 3, 2])).tolist()
     [1, 0, 2]
     """
     concept = torch.full_like(labels, len(concepts))
@@ -42,23 +44,66 @@ def members(concepts: Sequence[Concept], labels: Tensor) -> Tensor:
     return concept
 
 
+def members_by_place(
+    concepts: dict[int, tuple[Concept, ...]], scan: Scan, n_images: int
+) -> dict[int, Tensor]:
+    """Say the same of all images of a data set, for concepts of clusters too.
+
+    Args:
+        concepts: of each channel, groups of classes or of clusters.
+        scan: of the data set, with its clusters.
+        n_images: of the data set.
+
+    Returns:
+        By channel, (n_images,) as of `members_by_label`, in the order of the data set.
+    """
+    found = {o: torch.full((n_images,), len(groups)) for o, groups in concepts.items()}
+    for records in scan.shards():
+        for channel, groups in concepts.items():
+            concept = concept_of(scan, records, groups)
+            found[channel][records.index] = torch.where(concept < 0, len(groups), concept)
+    return found
+
+
 class Tally:
     """Target logits and hits of all images, added up as batches come."""
 
-    def __init__(self, concepts: dict[int, tuple[Concept, ...]], n_classes: int) -> None:
-        """Start at zero; `concepts` are those of the channels that are switched off, in order."""
-        self._concepts = concepts
+    def __init__(
+        self,
+        concepts: dict[int, tuple[Concept, ...]],
+        n_classes: int,
+        members: dict[int, Tensor] | None,
+    ) -> None:
+        """Start at zero.
+
+        Args:
+            concepts: of the channels that are switched off, in order.
+            n_classes: how many there are.
+            members: from `members_by_place`; None if labels tell.
+        """
+        self._concepts, self._members = concepts, members
         n_runs = 1 + sum(1 + len(groups) for groups in concepts.values())
         self._by_class = _Sums(n_runs, n_classes)
         self._by_concept = {o: _Sums(2 + len(k), 1 + len(k)) for o, k in concepts.items()}
 
-    def add(self, labels: Tensor, logit: Tensor, hit: Tensor) -> None:
-        """Add a batch: labels (N,), target logits (R, N), 1 where they are the top ones (R, N)."""
+    def add(self, index: Tensor, labels: Tensor, logit: Tensor, hit: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            index: (N,), places in the data set.
+            labels: (N,).
+            logit: (R, N), of the labels.
+            hit: (R, N), 1 where the label's logit is the largest.
+        """
         self._by_class.add(labels, logit, hit)
         whole = 1
         for channel, concepts in self._concepts.items():
             runs = [0, *range(whole, whole + 1 + len(concepts))]
-            self._by_concept[channel].add(members(concepts, labels), logit[runs], hit[runs])
+            if self._members is None:
+                group = members_by_label(concepts, labels)
+            else:
+                group = self._members[channel][index]
+            self._by_concept[channel].add(group, logit[runs], hit[runs])
             whole += 1 + len(concepts)
 
     def result(self, layer: str, class_names: Sequence[str]) -> Ablation:

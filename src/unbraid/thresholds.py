@@ -1,20 +1,35 @@
-"""Thresholds: which are in range, and which come nearest to finding something."""
+"""Thresholds: which are in range, a tau that fits the layer, what comes nearest to a finding."""
 
 from __future__ import annotations
 
 import math
+from decimal import ROUND_FLOOR, Decimal
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from unbraid.arvs import class_cosines, class_sums, shared_channels, uses
 from unbraid.errors import UsageError
 from unbraid.records import Scan
 
+Tau = float | Literal["auto"]
 
-def check_thresholds(tau: float, p: float, gamma: float, min_share: float) -> None:
+# How these were chosen, and what other rules gave: docs/thresholds.md.
+N_MATTER = 10  # channels that matter in a typical image, if tau is chosen
+_ONE_IN = 4  # and no more than this part of a narrow layer: about half of its positive shares
+
+
+def check_thresholds(tau: Tau, p: float, gamma: float, min_share: float) -> None:
     """Raise unless thresholds are in range and not below the smallest share kept.
 
     Raises:
         UsageError: says which is not.
     """
+    if isinstance(tau, str):
+        if tau != "auto":
+            raise UsageError(f"tau is {tau!r}; give a share such as 0.03, or 'auto'.")
+        tau = min_share  # what is chosen is never out of range
     if not 0 < tau <= 1:
         raise UsageError(f"tau is {tau:g}; a share must lie above 0 and not above 1.")
     if tau < min_share:
@@ -26,6 +41,74 @@ def check_thresholds(tau: float, p: float, gamma: float, min_share: float) -> No
         raise UsageError(f"p is {p:g}; a fraction of images must lie above 0 and not above 1.")
     if not -1 <= gamma <= 1:
         raise UsageError(f"gamma is {gamma:g}; a cosine must lie between -1 and 1.")
+
+
+def choose_tau(scan: Scan) -> tuple[float, str]:
+    """Choose the share at which ten channels matter in a typical image.
+
+    That is the largest share which, in at least half of the classes, at least half of the images
+    have ten channels of: half of the classes, so that neither their number nor their sizes weigh.
+    In a layer of fewer than forty channels it is a quarter of them, rounded up, in place of ten.
+    Rounded down to three digits, so that the number as it is printed finds the same.
+
+    Args:
+        scan: of the training images; only labels and shares are read.
+
+    Returns:
+        tau, and a sentence for the user where the scan kept too few shares to follow the rule:
+        tau is then the smallest share kept.
+
+    Source:
+        docs/thresholds.md.
+    """
+    n_matter = min(N_MATTER, math.ceil(scan.layer.n_out / _ONE_IN))
+    least = scan.manifest.min_share
+    columns = zip(*map(scan.columns, ("label", "share_start", "share_value")), strict=True)
+    parts = [(label, _nth_share(start, value, n_matter)) for label, start, value in columns]
+    labels, shares = (torch.cat(part) for part in zip(*parts, strict=True))
+    by_class = shares[labels.argsort(stable=True)].split(
+        labels.unique(return_counts=True)[1].tolist()
+    )
+    typical = _reached_by_half(torch.stack([_reached_by_half(own) for own in by_class]))
+    if typical > 0:
+        return max(_round_down(float(typical)), least), ""
+    return least, (
+        f"The tau chosen is the smallest share that the scan kept, {least:g}: fewer than "
+        f"{n_matter} channels of a typical image reach it; scan with a smaller min_share to go "
+        "lower."
+    )
+
+
+def _nth_share(start: Tensor, value: Tensor, n: int) -> Tensor:
+    """(N,), the n-th largest share of each image, zero where fewer were kept; see `Records`."""
+    image = torch.repeat_interleave(torch.arange(len(start) - 1), start.diff())
+    order = value.argsort(descending=True)
+    order = order[image[order].argsort(stable=True)]  # by image, largest share first
+    place = start[:-1] + n - 1
+    enough = place < start[1:]
+    shares = value.new_zeros(len(place))
+    shares[enough] = value[order[place[enough]]]
+    return shares
+
+
+def _reached_by_half(values: Tensor) -> Tensor:
+    """Find the largest number that at least half of the values reach.
+
+    >>> _reached_by_half(torch.tensor([0.1, 0.4, 0.3])), _reached_by_half(torch.tensor([0.1, 0.4]))
+    (tensor(0.3000), tensor(0.4000))
+    """
+    return values.sort(descending=True).values[(len(values) - 1) // 2]
+
+
+def _round_down(value: float, digits: int = 3) -> float:
+    """Cut a number behind its leading digits.
+
+    >>> _round_down(0.012399), _round_down(0.03), _round_down(1.0)
+    (0.0123, 0.03, 1.0)
+    """
+    exact = Decimal(repr(value))
+    last = Decimal(1).scaleb(exact.adjusted() - digits + 1)
+    return float(exact.quantize(last, ROUND_FLOOR))
 
 
 def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:

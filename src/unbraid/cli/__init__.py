@@ -27,6 +27,7 @@ _COMMANDS: tuple[Callable[..., int | None], ...] = (
     steps.layers,
     steps.scan,
     steps.find,
+    steps.sensitivity,
     steps.split,
     steps.evaluate,
     jobs.report,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from unbraid.cli.output import err_console
 
 if TYPE_CHECKING:
-    from unbraid.data import ImageFolder
+    from unbraid.folders import Folder
     from unbraid.models import LoadedModel
 
 
@@ -19,8 +19,8 @@ def load(model: str, weights: str | None, device: str | None) -> LoadedModel:
     return load_model(model, weights, device)
 
 
-def open_images(loaded: LoadedModel, root: Path) -> ImageFolder:
-    """Open a folder of class folders with a network's preprocessing and labels."""
+def open_images(loaded: LoadedModel, root: Path) -> Folder:
+    """Open a folder of images, with or without class folders, with a network's preprocessing."""
     from unbraid.models import open_folder
 
     folder, warning = open_folder(loaded, root)
@@ -29,8 +29,17 @@ def open_images(loaded: LoadedModel, root: Path) -> ImageFolder:
     return folder
 
 
-def open_like(images: ImageFolder, root: Path) -> ImageFolder:
-    """Open another folder of the same classes, with the same labels."""
-    from unbraid.data import ImageFolder
+def labelled(images: Folder) -> bool:
+    """Say whether images come with labels."""
+    from unbraid.folders import UnlabelledFolder
 
+    return not isinstance(images, UnlabelledFolder)
+
+
+def open_like(images: Folder, root: Path) -> Folder:
+    """Open another folder of the same kind, with the same labels."""
+    from unbraid.folders import ImageFolder, UnlabelledFolder
+
+    if isinstance(images, UnlabelledFolder):
+        return UnlabelledFolder(root, images.transform, images.classes)
     return ImageFolder(root, images.transform, images.labels, images.classes)

@@ -7,11 +7,14 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from unbraid.cli.inputs import load, open_images, open_like
+from unbraid.cli.inputs import labelled, load, open_images, open_like
 from unbraid.cli.options import (
     BatchSize,
+    Concepts,
     Device,
+    EncoderName,
     Gamma,
+    Labels,
     Layer,
     Model,
     Out,
@@ -33,8 +36,8 @@ def demo(*, out: Out) -> None:
     of its images.
     """
     from unbraid.demo.network import LAYER, load_images, load_network
-    from unbraid.pipeline import Loading, Thresholds
     from unbraid.pipeline import run as run_pipeline
+    from unbraid.settings import Loading, Thresholds
 
     say("A small network trained on Fashion-MNIST, and a sample of its images.")
     result = run_pipeline(
@@ -56,13 +59,18 @@ def run(
     *,
     model: Model,
     layer: Layer,
-    data: Annotated[Path, Parameter(help="Folder with train/ and val/ of class folders.")],
+    data: Annotated[
+        Path, Parameter(help="Folder with train/ and val/, of images in class folders or not.")
+    ],
     out: Out,
     weights: Weights = None,
     tau: Tau = 0.03,
     p: P = 0.75,
     gamma: Gamma = 0.5,
+    concepts: Concepts = "classes",
+    labels: Labels = "given",
     rho: Rho = None,
+    encoder: EncoderName = None,
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     skip_broken: SkipBroken = False,
@@ -73,8 +81,8 @@ def run(
     Started again, it goes on where it stopped; with other thresholds it does not scan again what
     it has.
     """
-    from unbraid.pipeline import Loading, Thresholds
     from unbraid.pipeline import run as run_pipeline
+    from unbraid.settings import Loading, Thresholds
 
     loaded = load(model, weights, device)
     say(f"Network {model}, layer {layer}.")
@@ -85,18 +93,20 @@ def run(
         train,
         open_like(train, data / "val"),
         out,
-        thresholds=Thresholds(tau, p, gamma, rho),
+        thresholds=Thresholds(tau, p, gamma, rho, concepts),
         loading=Loading(batch_size, workers, skip_broken),
         source={**loaded.source, "data": str(data.resolve())},
         say=say,
         title=f"{model} · {layer}",
+        encoder=encoder,
+        labels=labels if labelled(train) else "predicted",
     )
     show_run(result)
 
 
 def report(run: Annotated[Path, Parameter(help="Folder of a finished run.")]) -> None:
     """Write a run's report again, for instance after an update of unbraid."""
-    from unbraid.pipeline import report_again
+    from unbraid.again import report_again
 
     out_console.print(f"Report: {report_again(run)}")
 

@@ -7,9 +7,20 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-Tau = Annotated[float, Parameter(help="Smallest share of a class's relevance that matters.")]
+Tau = Annotated[
+    float | Literal["auto"],
+    Parameter(help="Smallest share of an image's relevance that matters; auto: fit to the layer."),
+]
 P = Annotated[float, Parameter(help="Fraction of a class's images in which a channel matters.")]
 Gamma = Annotated[float, Parameter(help="Cosine below which two classes have different reasons.")]
+Concepts = Annotated[
+    Literal["classes", "clusters"],
+    Parameter(help="What concepts are made of; clusters of images need no labels."),
+]
+Labels = Annotated[
+    Literal["given", "predicted"],
+    Parameter(help="What each image counts as: its folder's class, or what the network says."),
+]
 Rho = Annotated[
     float | None, Parameter(help="Fix the published rule's rho instead of choosing it per channel.")
 ]
@@ -24,6 +35,10 @@ Weights = Annotated[
     Parameter(help="A safetensors or torch file, a torchvision weights name, or 'random'."),
 ]
 Layer = Annotated[str, Parameter(help="Name of the layer, as `unbraid layers` lists them.")]
+EncoderName = Annotated[
+    str | None,
+    Parameter(help="timm:NAME, to tell how alike images are; by default the network itself."),
+]
 Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an accelerator if there.")]
 BatchSize = Annotated[int, Parameter(help="Images per forward pass.")]
 Workers = Annotated[int, Parameter(help="Processes that load images.")]

@@ -45,8 +45,8 @@ def show_run(result: Run) -> None:
             out_console.print(f"{method.replace('_', ' ')}: mean {figures}")
         output = result.evaluation.output
         assert output is not None
-        out_console.print(
-            f"Largest logit difference {output.max_abs_logit_diff:g}; accuracy "
-            f"{output.top1_before:.2%} before, {output.top1_after:.2%} after."
-        )
+        text = f"Largest logit difference {output.max_abs_logit_diff:g}"
+        if output.top1_before is not None and output.top1_after is not None:
+            text += f"; accuracy {output.top1_before:.2%} before, {output.top1_after:.2%} after"
+        out_console.print(f"{text}.")
     out_console.print(f"Report: {result.report}")

@@ -7,11 +7,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from unbraid.cli.inputs import load, open_images
+from unbraid.cli.inputs import labelled, load, open_images
 from unbraid.cli.options import (
     BatchSize,
+    Concepts,
     Device,
     Gamma,
+    Labels,
     Layer,
     Method,
     Model,
@@ -44,9 +46,10 @@ def scan(
     *,
     model: Model,
     layer: Layer,
-    data: Annotated[Path, Parameter(help="Folder of class folders.")],
+    data: Annotated[Path, Parameter(help="Folder of images, in class folders or not.")],
     out: Out,
     weights: Weights = None,
+    labels: Labels = "given",
     positions: Annotated[
         bool, Parameter(help="Also keep the layer's input maps (large).", negative="")
     ] = False,
@@ -69,6 +72,7 @@ def scan(
         layer,
         folder,
         out,
+        labels=labels if labelled(folder) else "predicted",
         classes=classes,
         positions=positions,
         min_share=min_share,
@@ -89,15 +93,37 @@ def find(
     tau: Tau = 0.03,
     p: P = 0.75,
     gamma: Gamma = 0.5,
+    concepts: Concepts = "classes",
     out: Annotated[Path | None, Parameter(help="CSV file to write.")] = None,
 ) -> None:
     """Find the polysemantic channels in a scan of training images."""
     import unbraid
 
-    found = unbraid.find(unbraid.open_scan(scan), tau=tau, p=p, gamma=gamma)
+    found = unbraid.find(unbraid.open_scan(scan), tau=tau, p=p, gamma=gamma, concepts=concepts)
     if out is not None:
         found.to_csv(out)
     out_console.print(str(found))
+
+
+def sensitivity(
+    scan: ScanPath,
+    *,
+    taus: Annotated[
+        list[float] | None, Parameter(help="Smallest shares.", consume_multiple=True)
+    ] = None,
+    ps: Annotated[
+        list[float] | None, Parameter(help="Fractions of images.", consume_multiple=True)
+    ] = None,
+    gammas: Annotated[list[float] | None, Parameter(help="Cosines.", consume_multiple=True)] = None,
+    out: Annotated[Path | None, Parameter(help="CSV file to write.")] = None,
+) -> None:
+    """Count the polysemantic channels for every combination of thresholds, in seconds."""
+    import unbraid
+
+    counted = unbraid.sensitivity(unbraid.open_scan(scan), taus, ps, gammas)
+    if out is not None:
+        counted.to_csv(out)
+    out_console.print(str(counted))
 
 
 def split(
@@ -107,6 +133,7 @@ def split(
     tau: Tau = 0.03,
     p: P = 0.75,
     gamma: Gamma = 0.5,
+    concepts: Concepts = "classes",
     method: Method = "least_squares",
     rho: Rho = None,
 ) -> None:
@@ -114,7 +141,7 @@ def split(
     import unbraid
 
     opened = unbraid.open_scan(scan)
-    found = unbraid.find(opened, tau=tau, p=p, gamma=gamma)
+    found = unbraid.find(opened, tau=tau, p=p, gamma=gamma, concepts=concepts)
     divided = unbraid.split(opened, found, method=method, rho=rho)
     divided.save(out)
     out_console.print(f"Split {len(divided.channels)} channels into {out}")

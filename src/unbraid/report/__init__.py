@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from unbraid.evaluation import Evaluation
     from unbraid.findings import Findings
     from unbraid.records import Scan
+    from unbraid.sensitivity import Sensitivity
     from unbraid.splits import Split
 
 
@@ -22,6 +23,7 @@ def report(
     split: Split | None = None,
     evaluation: Evaluation | None = None,
     train_scan: Scan | None = None,
+    sensitivity: Sensitivity | None = None,
     dataset: Dataset[Any] | None = None,
     title: str | None = None,
 ) -> Path:
@@ -37,6 +39,7 @@ def report(
         split: their concept channels, None if there are none.
         evaluation: the split's measures on validation images.
         train_scan: of the training images, for the input channels that feed each concept.
+        sensitivity: what other thresholds would find.
         dataset: the images that `scan` was made of, for their pictures.
         title: the page's heading; by default it names the layer.
 
@@ -51,7 +54,7 @@ def report(
     from unbraid.report.material import Material
     from unbraid.report.page import render  # jinja2, only when a page is made
 
-    material = Material(scan, found, split, evaluation, train_scan)
+    material = Material(scan, found, split, evaluation, train_scan, sensitivity)
     material.refuse_strangers()
     page = render(material, dataset=dataset, title=title)
     # A folder's name may hold bytes that are no text; they are spelt out, not fatal.

@@ -25,6 +25,7 @@ from unbraid.visualize.reference import ReferenceImages, TopImages
 if TYPE_CHECKING:
     from unbraid.evaluation import Responses
     from unbraid.report.effects import Effects
+    from unbraid.semantics import ChannelSemantics
 
 N_TONES = 8  # colours in the style sheet
 N_SOURCES = 12  # input channels in the bars
@@ -122,6 +123,7 @@ class ChannelView:
     densities: Densities | None
     bars: Bars | None
     effects: Effects | None  # of switching it off
+    semantics: ChannelSemantics | None
 
 
 def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[ConceptView, ...]:
@@ -137,17 +139,14 @@ def reference_rows(
 ) -> tuple[ReferenceRow, ...]:
     """Describe the reference images of a channel and its concept channels."""
     views = concept_views(found, part.concepts)
-    owner = {
-        label: view for view, classes in zip(views, part.concepts, strict=True) for label in classes
-    }
 
     def row(concept: ConceptView | None, images: TopImages) -> ReferenceRow:
-        columns = (images.index.tolist(), images.label.tolist(), images.activation.tolist())
+        columns = (images.index, images.label, images.activation, images.concept)
         return ReferenceRow(
             concept,
             tuple(
-                Shot(index, label, found.name(label), activation, owner.get(label))
-                for index, label, activation in zip(*columns, strict=True)
+                Shot(index, label, found.name(label), activation, views[k] if k >= 0 else None)
+                for index, label, activation, k in zip(*(c.tolist() for c in columns), strict=True)
             ),
         )
 

@@ -1,21 +1,20 @@
 """Charts as small SVG texts; colours and fonts come from the page's style sheet.
 
-Every text goes in through `Markup.format`, which escapes it: class names are anybody's.
+Every text goes in through `Markup.format`, which escapes it; see `svg.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 from markupsafe import Markup
 
 from unbraid.report.channels import Bars, ConceptView, Curve, Densities, Source
+from unbraid.report.svg import WIDTH, line, rect, svg, text, units
 from unbraid.report.text import MINUS, isolate, shorten, significant
-
-WIDTH = 440.0  # units of all charts; the page scales them to their box
 
 _SIDE = 10.0  # free at both sides of a density
 _PANEL = 92.0  # from one density panel to the next
@@ -36,29 +35,29 @@ def densities(data: Densities) -> Markup:
     for k, (concept, curves) in enumerate(data.panels):
         top = k * _PANEL
         grid = [
-            _line("grid" if mark else "zero", place(mark), top + 20, place(mark), top + _BASE)
+            line("grid" if mark else "zero", place(mark), top + 20, place(mark), top + _BASE)
             for mark in marks
         ]
         letters = _spread([xs[int(curve.heights.argmax())] for curve in curves])
         parts += [
             *grid,
             _panel_title(concept, top),
-            _line("axis", _SIDE, top + _BASE, WIDTH - _SIDE, top + _BASE),
+            line("axis", _SIDE, top + _BASE, WIDTH - _SIDE, top + _BASE),
             *(_curve(curve, xs, top) for curve in curves),
             *(_mean(curve, place(curve.mean), top) for curve in curves),
             *(
-                _text(f"letter k{c.concept.tone}", x, top + _LETTERS, c.concept.letter, "middle")
+                text(f"letter k{c.concept.tone}", x, top + _LETTERS, c.concept.letter, "middle")
                 for c, x in zip(curves, letters, strict=True)
             ),
         ]
     bottom = (len(data.panels) - 1) * _PANEL + _BASE
     parts += [
-        _text("tick", place(mark), bottom + 19, label, "middle")
+        text("tick", place(mark), bottom + 19, label, "middle")
         for mark, label in zip(marks, _tick_labels(marks), strict=True)
     ]
-    parts.append(_text("label", WIDTH / 2, bottom + 36, "summed pre-activation", "middle"))
+    parts.append(text("label", WIDTH / 2, bottom + 36, "summed pre-activation", "middle"))
     title = "Densities of the summed pre-activation of the original and the concept channels"
-    return _svg(title, bottom + 42, parts)
+    return svg(title, bottom + 42, parts)
 
 
 def bars(data: Bars) -> Markup:
@@ -93,11 +92,11 @@ def _tick_labels(marks: Sequence[float]) -> list[str]:
 
 def _panel_title(concept: ConceptView | None, top: float) -> Markup:
     if concept is None:
-        return _text("title", _SIDE, top + _TITLE, "Original channel")
+        return text("title", _SIDE, top + _TITLE, "Original channel")
     return Markup(
         '<text class="title" x="{}" y="{}">Concept channel {}: <tspan class="name">{}</tspan>'
         "</text>"
-    ).format(_n(_SIDE), _n(top + _TITLE), concept.letter, _name(concept, 44))
+    ).format(units(_SIDE), units(top + _TITLE), concept.letter, _name(concept, 44))
 
 
 def _name(concept: ConceptView, limit: int) -> str:
@@ -117,8 +116,10 @@ def _curve(curve: Curve, xs: Sequence[float], top: float) -> Markup:
     visible = np.flatnonzero(heights > 0.004)
     first, last = max(0, visible[0] - 1), min(len(xs) - 1, visible[-1] + 1)
     base = top + _BASE
-    points = [f"{_n(xs[i])},{_n(base - _PEAK * float(heights[i]))}" for i in range(first, last + 1)]
-    path = f"M{_n(xs[first])},{_n(base)}L{' '.join(points)}L{_n(xs[last])},{_n(base)}"
+    points = [
+        f"{units(xs[i])},{units(base - _PEAK * float(heights[i]))}" for i in range(first, last + 1)
+    ]
+    path = f"M{units(xs[first])},{units(base)}L{' '.join(points)}L{units(xs[last])},{units(base)}"
     return Markup('<path class="curve k{}" d="{}"/>').format(curve.concept.tone, path)
 
 
@@ -126,8 +127,8 @@ def _mean(curve: Curve, x: float, top: float) -> Markup:
     y = top + _BASE
     return Markup('<path class="mean k{}" d="M{},{}l-4,6h8z"><title>{}</title></path>').format(
         curve.concept.tone,
-        _n(x),
-        _n(y),
+        units(x),
+        units(y),
         f"mean over images of {curve.concept.letter}: {significant(curve.mean)}",
     )
 
@@ -152,11 +153,11 @@ def _mirrored(title: str, data: Bars, scale: float) -> Markup:
     parts = [
         _head(left, WIDTH / 2 - half - 4, "end"),
         _head(right, WIDTH / 2 + half + 4, "start"),
-        _text("tick", WIDTH / 2, 14, "input", "middle"),
+        text("tick", WIDTH / 2, 14, "input", "middle"),
     ]
     for k, source in enumerate(data.sources):
         y = top + k * row
-        parts.append(_text("source", WIDTH / 2, y + 11.5, str(source.channel), "middle"))
+        parts.append(text("source", WIDTH / 2, y + 11.5, str(source.channel), "middle"))
         for side, (concept, start) in enumerate(
             ((left, WIDTH / 2 - half), (right, WIDTH / 2 + half))
         ):
@@ -165,33 +166,33 @@ def _mirrored(title: str, data: Bars, scale: float) -> Markup:
             parts.append(_bar(concept, source, side, start, y, 14.0, sign, scale * longest))
             end = start + sign * (abs(full) + 5)
             label = significant(source.relevance[side], 2)
-            parts.append(_text("value", end, y + 11, label, "start" if side else "end"))
-    return _svg(title, top + len(data.sources) * row + 2, parts)
+            parts.append(text("value", end, y + 11, label, "start" if side else "end"))
+    return svg(title, top + len(data.sources) * row + 2, parts)
 
 
 def _grouped(title: str, data: Bars, scale: float) -> Markup:
     left, pitch, gap, top = 40.0, 11.0, 8.0, 20.0
     longest = WIDTH - left - 52
     height = len(data.concepts) * pitch + gap
-    parts = [_text("tick", left - 6, 12, "input", "end")]
+    parts = [text("tick", left - 6, 12, "input", "end")]
     for n, source in enumerate(data.sources):
         y = top + n * height
         middle = y + len(data.concepts) * pitch / 2 + 3.5
-        parts.append(_text("source", left - 6, middle, str(source.channel), "end"))
+        parts.append(text("source", left - 6, middle, str(source.channel), "end"))
         for k, concept in enumerate(data.concepts):
             place = y + k * pitch
             full = abs(source.relevance[k]) * scale * longest
             parts.append(_bar(concept, source, k, left, place, pitch - 2, 1, scale * longest))
             label = f"{concept.letter} {significant(source.relevance[k], 2)}"
-            parts.append(_text("value small", left + full + 5, place + 8, label))
-    return _svg(title, top + len(data.sources) * height, parts)
+            parts.append(text("value small", left + full + 5, place + 8, label))
+    return svg(title, top + len(data.sources) * height, parts)
 
 
 def _head(concept: ConceptView, x: float, anchor: str) -> Markup:
     return Markup(
         '<text class="title" x="{}" y="14" text-anchor="{}"><tspan class="letter k{}">{}</tspan> '
         '<tspan class="name">{}</tspan></text>'
-    ).format(_n(x), anchor, concept.tone, concept.letter, _name(concept, 24))
+    ).format(units(x), anchor, concept.tone, concept.letter, _name(concept, 24))
 
 
 def _bar(
@@ -211,36 +212,8 @@ def _bar(
         f"original channel, {significant(kept)} in concept channel {concept.letter}"
     )
     rects = [
-        _rect(f"{kind} k{concept.tone}{' against' if value < 0 else ''}", start, y, length, height)
+        rect(f"{kind} k{concept.tone}{' against' if value < 0 else ''}", start, y, length, height)
         for kind, value in (("full", full), ("kept", kept))
         if (length := sign * abs(value) * scale)
     ]
     return Markup("<g><title>{}</title>{}</g>").format(words, Markup("").join(rects))
-
-
-def _rect(kind: str, start: float, y: float, length: float, height: float) -> Markup:
-    return Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"/>').format(
-        kind, _n(min(start, start + length)), _n(y), _n(abs(length)), _n(height)
-    )
-
-
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
-    return Markup('<path class="{}" d="M{},{}L{},{}"/>').format(
-        kind, _n(x1), _n(y1), _n(x2), _n(y2)
-    )
-
-
-def _text(kind: str, x: float, y: float, text: str, anchor: str = "start") -> Markup:
-    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(
-        kind, _n(x), _n(y), anchor, text
-    )
-
-
-def _svg(title: str, height: float, parts: Iterable[Markup]) -> Markup:
-    return Markup(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
-    ).format(_n(WIDTH), _n(height), title, Markup("").join(parts))
-
-
-def _n(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")

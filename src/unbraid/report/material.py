@@ -10,6 +10,8 @@ from unbraid.errors import UsageError
 from unbraid.evaluation import ChannelEvaluation, Evaluation
 from unbraid.findings import Findings
 from unbraid.records import Scan
+from unbraid.semantics import ChannelSemantics
+from unbraid.sensitivity import Sensitivity
 from unbraid.splits import ChannelSplit, Split
 
 
@@ -22,6 +24,7 @@ class Material:
     split: Split | None
     evaluation: Evaluation | None
     train_scan: Scan | None
+    sensitivity: Sensitivity | None = None
 
     @cached_property
     def broken(self) -> list[int]:
@@ -63,6 +66,12 @@ class Material:
         ablation = self.evaluation.ablation if self.evaluation else None
         return {c.channel: c for c in ablation.channels} if ablation else {}
 
+    @property
+    def semantics(self) -> dict[int, ChannelSemantics]:
+        """How alike the images are that channels answer to, by channel."""
+        semantics = self.evaluation.semantics if self.evaluation else None
+        return semantics.channels if semantics else {}
+
     def rank(self, channel: int) -> tuple[float, int]:
         """Order channels by how different the causes of their concepts are."""
         return self.lowest.get(channel, 2.0), channel
@@ -85,6 +94,12 @@ class Material:
                     f"The {name} is of another network or layer than the validation scan; pass "
                     "those of one run."
                 )
+        counted = self.sensitivity
+        if counted and (counted.weights, counted.layer) != (here[0], here[1].name):
+            raise UsageError(
+                "The sensitivity is of another network or layer than the validation scan; pass "
+                "those of one run."
+            )
         if self.evaluation is not None:
             measured = {
                 (channel.channel, tuple(concept.classes for concept in channel.concepts))

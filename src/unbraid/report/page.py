@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from torch.utils.data import Dataset
 
-from unbraid.report import charts, text
+from unbraid.report import charts, maps, text
 from unbraid.report.material import Material
 from unbraid.report.pictures import Picture, pictures, refuse_other_images
 from unbraid.report.view import Page, build_page
@@ -44,7 +44,12 @@ def fill_template(page: Page, images: dict[int, Picture | None] | None) -> str:
         "percent": text.percent,
         "isolate": text.isolate,
     }
-    environment.globals |= {"count": count, "draw": charts, "absent": text.ABSENT}
+    environment.globals |= {
+        "count": count,
+        "draw": charts,
+        "draw_map": maps.draw,
+        "absent": text.ABSENT,
+    }
     style = Markup((_HERE / "style.css").read_text(encoding="utf-8"))
     template = environment.get_template("page.html.j2")
     return template.render(page=page, images=images, style=style)

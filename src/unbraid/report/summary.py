@@ -71,7 +71,7 @@ def settings(material: Material) -> tuple[tuple[str, str], ...]:
     """List thresholds, network, data and versions, all that it takes to do it again."""
     scan, found, split = material.scan, material.found, material.split
     manifest = scan.manifest
-    rows: dict[str, str] = {"tau": f"{found.tau:g}", "p": f"{found.p:g}"}
+    rows: dict[str, str] = {"tau": found.tau_in_words, "p": f"{found.p:g}"}
     rows["gamma"] = f"{found.gamma:g}"
     if split is not None:
         rows["method"] = split.method

@@ -19,6 +19,7 @@ from unbraid.report.channels import (
     reference_rows,
 )
 from unbraid.report.effects import effects
+from unbraid.report.maps import Map, maps
 from unbraid.report.material import Material
 from unbraid.report.summary import Fact, facts, output_figures, plain, settings
 from unbraid.splits import ChannelSplit
@@ -72,6 +73,7 @@ class Page:
     settings: tuple[tuple[str, str], ...]
     table_tau: str  # smallest share for an image to count in the published table
     n_images: int  # that reference images are chosen from
+    maps: tuple[Map, ...]  # of what other thresholds find
 
 
 def build_page(material: Material, *, has_images: bool, title: str | None) -> Page:
@@ -116,6 +118,7 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
         settings=settings(material),
         table_tau=f"{material.evaluation.tau:g}" if material.evaluation else "",
         n_images=scan.manifest.n_images - len(material.broken),
+        maps=maps(material),
     )
 
 
@@ -153,7 +156,9 @@ def _sections(
         notes.append(f"Densities are left out: {error}")
     measures, ablated = material.measures, material.ablated
     ablation = material.evaluation.ablation if material.evaluation else None
-    sums = class_sums(train_scan, []) if train_scan else None
+    sums = None
+    if train_scan:
+        sums = class_sums(replace(train_scan, clusters=found.clusters), [])
     sections = []
     for part in shown:
         views = concept_views(found, part.concepts)
@@ -171,6 +176,7 @@ def _sections(
                 effects=effects(ablation, ablated[part.channel], views)
                 if ablation and part.channel in ablated
                 else None,
+                semantics=material.semantics.get(part.channel),
             )
         )
     bare = [str(section.number) for section in sections if section.bars is None]
@@ -185,7 +191,7 @@ def _sections(
 def _notes(material: Material, has_images: bool) -> list[str]:
     """Say what is left out and why, and what to beware of."""
     train_scan, evaluation = material.train_scan, material.evaluation
-    notes = []
+    notes = [material.found.note] if material.found.note else []
     if material.broken:
         images = count(len(material.broken), "validation image")
         notes.append(f"{images} could not be read; all figures are without.")
@@ -211,6 +217,8 @@ def _notes(material: Material, has_images: bool) -> list[str]:
                 f"Only {len(material.ablated):,} of {count(len(material.parts), 'channel')} were "
                 "switched off, those with the lowest cosines unless chosen otherwise."
             )
+        if evaluation.semantics is None:
+            notes.append("Semantic measures are left out: the evaluation holds none.")
     if train_scan is None:
         notes.append("Input channels are left out: no training scan was given.")
     if not has_images:

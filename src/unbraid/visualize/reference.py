@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from unbraid.clusters import concept_of
 from unbraid.errors import UsageError
 from unbraid.records import Scan
 from unbraid.splits import Split
@@ -18,6 +19,7 @@ class TopImages:
 
     index: Tensor  # (n,), place in the data set
     label: Tensor  # (n,)
+    concept: Tensor  # (n,), of the split channel that it belongs to, -1 for none
     activation: Tensor  # (n,), pooled pre-activation, float64
 
 
@@ -52,12 +54,16 @@ def reference_images(scan: Scan, split: Split, *, n: int = 8) -> dict[int, Refer
             "The scan is of another network or layer than the split; scan the images with the "
             "network and layer that were split."
         )
+    scan = replace(scan, clusters=split.clusters)
     best: dict[int, list[TopImages]] = {}
     for records in scan.shards():
         for part in split.channels:
             pooled = records.pooled[:, scan.layer.group_of(part.channel)]
             original_and_concepts = part.pooled_responses(pooled, records.n_positions)[:, :-1].T
-            fresh = [TopImages(records.index, records.label, z) for z in original_and_concepts]
+            concept = concept_of(scan, records, part.concepts)
+            fresh = [
+                TopImages(records.index, records.label, concept, z) for z in original_and_concepts
+            ]
             known = best.get(part.channel)
             joined = fresh if known is None else list(map(_join, known, fresh))
             best[part.channel] = [_strongest(images, n) for images in joined]
@@ -71,6 +77,7 @@ def _join(known: TopImages, fresh: TopImages) -> TopImages:
     return TopImages(
         torch.cat([known.index, fresh.index]),
         torch.cat([known.label, fresh.label]),
+        torch.cat([known.concept, fresh.concept]),
         torch.cat([known.activation, fresh.activation]),
     )
 
@@ -78,4 +85,5 @@ def _join(known: TopImages, fresh: TopImages) -> TopImages:
 def _strongest(images: TopImages, n: int) -> TopImages:
     # A stable sort, not topk: which of two equal images is shown must not depend on the shards.
     order = images.activation.sort(descending=True, stable=True).indices[:n]
-    return TopImages(images.index[order], images.label[order], images.activation[order])
+    columns = (images.index, images.label, images.concept, images.activation)
+    return TopImages(*(column[order] for column in columns))

@@ -1,0 +1,76 @@
+"""A finished run's report, written again from its folder without the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from unbraid.errors import RunError
+from unbraid.evaluate import evaluate
+from unbraid.evaluation import read_ablation, read_output, read_semantics
+from unbraid.find import find
+from unbraid.folders import ImageFolder, UnlabelledFolder, holds_classes
+from unbraid.pipeline import as_labelled, seen_in
+from unbraid.records import Scan, open_scan
+from unbraid.report import report
+from unbraid.sensitivity import sensitivity
+from unbraid.settings import Thresholds, read_settings
+from unbraid.splits import Split
+
+
+def report_again(out: Path) -> Path:
+    """Write a finished run's report again from its folder.
+
+    Raises:
+        RunError: the folder holds no finished run.
+    """
+    settings = read_settings(out)
+    if settings is None:
+        raise RunError(f"{out} holds no finished run; make one with `unbraid run`.")
+    thresholds = Thresholds(**settings["thresholds"])
+    source, title = settings["source"], settings["title"]
+    train_scan, val_scan = open_scan(out / "scan-train"), open_scan(out / "scan-val")
+    found = seen_in(val_scan, find(train_scan, **thresholds.of_find))
+    divided = evaluation = None
+    if found.concepts:
+        divided = Split.load(out / "split.safetensors")
+        measured = out / "evaluation.json"
+        baseline = Split.load(out / "split-published.safetensors")
+        val_maps = open_scan(out / "positions-val")
+        evaluation = evaluate(
+            divided,
+            val_maps,
+            baseline=baseline,
+            output=read_output(measured),
+            ablation=read_ablation(measured),
+            semantics=read_semantics(measured),
+        )
+    return report(
+        out / "report.html",
+        scan=val_scan,
+        train_scan=train_scan,
+        found=found,
+        sensitivity=sensitivity(train_scan, found=found),
+        split=divided,
+        evaluation=evaluation,
+        dataset=as_labelled(_validation_images(source, val_scan), val_scan),
+        title=title,
+    )
+
+
+def _validation_images(source: dict[str, Any], scan: Scan) -> Dataset[Any]:
+    """Open a run's validation images again, for looking at.
+
+    Raises:
+        DataError: they are gone; a new page would lack the pictures that the old one has.
+    """
+    if "demo" in source:
+        from unbraid.demo.network import load_images
+
+        return load_images("test")
+    root = Path(source["data"]) / "val"
+    if holds_classes(root):
+        return ImageFolder(root, class_names=scan.class_names)
+    return UnlabelledFolder(root, class_names=scan.class_names)

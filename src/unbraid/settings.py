@@ -1,0 +1,72 @@
+"""What a run was asked for, kept in its folder so that it can be told from another."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unbraid.errors import RunError
+from unbraid.find import ConceptKind
+from unbraid.thresholds import Tau
+
+# Results, in the order of writing; the scans they were made from are kept apart.
+_RESULTS = (
+    "settings.json",
+    "findings.csv",
+    "sensitivity.csv",
+    "split.safetensors",
+    "split-published.safetensors",
+    "evaluation.json",
+    "report.html",
+)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When a channel counts as polysemantic; METHOD.md section 3."""
+
+    tau: Tau = 0.03
+    p: float = 0.75
+    gamma: float = 0.5
+    rho: float | None = None  # of the published baseline; None: chosen per channel
+    concepts: ConceptKind = "classes"  # or clusters of images
+
+    @property
+    def of_find(self) -> dict[str, Any]:
+        """The arguments of `unbraid.find`."""
+        return {name: value for name, value in vars(self).items() if name != "rho"}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How images go through the network."""
+
+    batch_size: int = 64
+    workers: int = 0
+    skip_broken: bool = False
+
+
+def read_settings(out: Path) -> dict[str, Any] | None:
+    """Read a run's settings, None if there is no run.
+
+    Raises:
+        RunError: settings.json is something else.
+    """
+    path = out / "settings.json"
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        Thresholds(**settings["thresholds"])
+        settings["source"], settings["title"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is not that of a run ({error!r}); name another folder.") from None
+    return settings
+
+
+def remove_results(out: Path) -> None:
+    """Remove the results of a run with other settings, so that a folder never mixes two."""
+    for name in _RESULTS:
+        (out / name).unlink(missing_ok=True)
