@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import oracle
 import unbraid
-from checks import assert_close, assert_untouched, snapshot
+from checks import assert_close, assert_untouched, snapshot, truth_of
 from networks import (
     KINDS,
     CallsByKeyword,
@@ -27,6 +27,7 @@ from networks import (
 )
 from unbraid import Ablation, Split
 from unbraid.ablation import Drop
+from unbraid.clustering import Cluster
 from unbraid.errors import DataError, LayerError, ModelError, RunError, UsageError
 from unbraid.evaluation import read_ablation
 from unbraid.replay import replaying
@@ -76,8 +77,16 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def assert_ablation(result: Ablation, case: Case, channels: Sequence[int] | None = None) -> None:
-    """Every figure is that of networks whose weights were edited, run image by image."""
+def assert_ablation(
+    result: Ablation,
+    case: Case,
+    channels: Sequence[int] | None = None,
+    members: Sequence[list[int]] | None = None,
+) -> None:
+    """Every figure is that of networks whose weights were edited, run image by image.
+
+    Images belong to concepts by their labels, or else `members` lists those of each concept.
+    """
     images = [case.images[n] for n in range(len(case.images))]
     with torch.no_grad():
         network = copy.deepcopy(case.network).double().eval()
@@ -113,14 +122,16 @@ def assert_ablation(result: Ablation, case: Case, channels: Sequence[int] | None
         o, part = channel.channel, parts[channel.channel]
         drops = [lost(o, None, chosen) for chosen in by_class]
         assert_close((channel.whole.logit, channel.whole.accuracy), list(zip(*drops, strict=True)))
-        own = [[n for n, t in enumerate(labels) if t in concept] for concept in part.concepts]
+        by_label = [[n for n, t in enumerate(labels) if t in concept] for concept in part.concepts]
+        own = by_label if members is None else members
         assert [c.classes for c in channel.concepts] == list(part.concepts)
         for k, concept in enumerate(channel.concepts):
             row = part.rows[k]
             drops = [lost(o, row, chosen) for chosen in by_class]
             measured = (concept.by_class.logit, concept.by_class.accuracy)
             assert_close(measured, list(zip(*drops, strict=True)))
-            assert concept.name == ", ".join(f"class {t}" for t in part.concepts[k])
+            if members is None:
+                assert concept.name == ", ".join(f"class {t}" for t in part.concepts[k])
             others = [n for other, theirs in enumerate(own) if other != k for n in theirs]
             rest = [n for n in range(len(images)) if n not in own[k] and n not in others]
             groups = ((concept.own, own[k]), (concept.others, others), (concept.rest, rest))
@@ -290,6 +301,63 @@ def test_it_works_in_inference_mode_and_leaves_random_numbers_alone(case):
         result = unbraid.ablate(changed, case.images)
     assert torch.equal(torch.get_rng_state(), state)
     assert result == case.ablate()
+
+
+# --- concepts that are clusters of images ---------------------------------------------------------
+
+
+@dataclass
+class Clustered:
+    case: Case
+    scan: unbraid.Scan  # of the images that channels are switched off for
+    members: list[list[int]]  # of each concept of channel 1
+
+
+@pytest.fixture(scope="module")
+def clustered(case, tmp_path_factory) -> Clustered:
+    """The images that channel 1 answers to, by the nearer of two centres; others are no one's."""
+    scan = unbraid.scan(case.network, "layer", case.images, tmp_path_factory.mktemp("clustered"))
+    truth = truth_of(case.network, case.images)
+    answers = torch.stack([z[1].mean() for z in truth.z])
+    least = float(answers.sort().values[3])
+    relevance = truth.input_relevance[:, 1]
+    centres = torch.nn.functional.normalize(relevance[[0, 1]], dim=1)
+    members: list[list[int]] = [[], []]
+    for n in range(len(answers)):
+        if answers[n] >= least - 1e-9:
+            near = [float(relevance[n] @ centre) for centre in centres]
+            members[near.index(max(near))].append(n)
+    part = replace(case.split[1], concepts=((4,), (5,)))
+    clusters = {4 + k: Cluster(1, k, centres, least - 1e-9) for k in range(2)}
+    split = replace(case.split, channels=(part,), clusters=clusters)
+    return Clustered(replace(case, split=split), scan, members)
+
+
+def test_the_images_of_clusters_are_those_that_the_scan_tells(clustered):
+    assert all(clustered.members)
+    assert sum(map(len, clustered.members)) == len(clustered.case.images) - 3
+    result = clustered.case.ablate(scan=clustered.scan, batch_size=4)
+    assert_ablation(result, clustered.case, members=clustered.members)
+    with pytest.raises(AssertionError):
+        assert_ablation(result, clustered.case, members=clustered.members[::-1])
+
+
+def test_a_scan_tells_the_images_of_classes_as_labels_do(case, clustered):
+    assert case.ablate(scan=clustered.scan) == case.ablate()
+
+
+def test_clusters_without_a_scan_are_refused(clustered):
+    with pytest.raises(UsageError, match="clusters of images"):
+        clustered.case.ablate()
+
+
+def test_a_scan_of_other_images_or_another_layer_is_refused(clustered, tmp_path):
+    network = clustered.case.network
+    fewer = unbraid.scan(network, "layer", SyntheticImages(5), tmp_path / "fewer")
+    stem = unbraid.scan(network, "stem", clustered.case.images, tmp_path / "stem")
+    for scan in (fewer, stem):
+        with pytest.raises(UsageError, match="other images or another layer"):
+            clustered.case.ablate(scan=scan)
 
 
 # --- networks of every kind of code ---------------------------------------------------------------

@@ -142,9 +142,8 @@ def run(
     ablated = _clearest(found)
     if len(ablated) < len(found.concepts):
         say(f"Switching off only the {len(ablated)} channels with the lowest cosines.")
-    ablation = ablate(
-        model2, shown, channels=ablated, scan=val_scan, progress=True, **vars(loading)
-    )
+    members = val_scan if found.clusters else None
+    ablation = ablate(model2, shown, channels=ablated, scan=members, progress=True, **vars(loading))
     evaluation = evaluate(
         divided,
         val_maps,
