@@ -20,6 +20,7 @@ from torch import nn
 
 import unbraid
 from unbraid import cli
+from unbraid.encoders import TimmEncoder, load_encoder
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -197,6 +198,121 @@ class TestRun:
         assert set(steps["summary"]) == {"least_squares"}
         ours = whole["summary"]["least_squares"]
         assert steps["summary"]["least_squares"] == pytest.approx(ours, rel=1e-4)
+
+
+class TestThresholds:
+    def test_a_tau_that_fits_the_layer(self, ran, home: Path, call) -> None:
+        shutil.copytree(home / "runs/a", home / "runs/auto")
+        auto = ("--tau", "auto", *LOOSE[2:])
+        code, out, err = call("run", *NETWORK, "--data", "data", "--out", "runs/auto", *auto)
+        assert code == 0, err
+        found = unbraid.find(
+            unbraid.open_scan(home / "runs/auto/scan-train"), tau="auto", p=0.5, gamma=0.95
+        )
+        assert found.auto
+        assert f"(tau {found.tau:g} (auto), p 0.5, gamma 0.95)" in out
+        settings = json.loads((home / "runs/auto/settings.json").read_text())
+        assert settings["thresholds"]["tau"] == "auto"
+        page = home / "runs/auto/report.html"
+        before = page.read_bytes()
+        assert f"{found.tau:g} (auto)" in before.decode()
+        page.unlink()
+        assert call("report", "runs/auto")[0] == 0
+        assert page.read_bytes() == before
+        code, out, _ = call("find", "runs/auto/scan-train", *auto)
+        assert (code, "(auto)" in out) == (0, True)
+        code, _, err = call("split", "runs/auto/scan-train", *auto, "--out", "auto.safetensors")
+        assert code == 0, err
+        split = unbraid.Split.load(home / "auto.safetensors")
+        assert split.settings["tau"] == found.tau
+
+    def test_a_run_counts_what_other_thresholds_find(self, ran, home: Path) -> None:
+        scan = unbraid.open_scan(home / "runs/a/scan-train")
+        found = unbraid.find(scan, tau=0.02, p=0.5, gamma=0.95)
+        rows = list(csv.DictReader((home / "runs/a/sensitivity.csv").open()))
+        (own,) = (
+            row
+            for row in rows
+            if (float(row["tau"]), float(row["p"]), float(row["gamma"])) == (0.02, 0.5, 0.95)
+        )
+        assert (int(own["n_channels"]), int(own["n_pairs"])) == (len(found.concepts), len(found))
+        assert len(found) > 0
+
+    def test_any_thresholds_are_counted_without_a_run(self, ran, home: Path, call) -> None:
+        grid = ("--taus", "0.02", "0.1", "--ps", "0.5", "--gammas", "0.5", "0.95")
+        code, out, err = call("sensitivity", "runs/a/scan-train", *grid, "--out", "counted.csv")
+        assert code == 0, err
+        scan = unbraid.open_scan(home / "runs/a/scan-train")
+        counted = unbraid.sensitivity(scan, [0.02, 0.1], [0.5], [0.5, 0.95])
+        assert out.strip() == str(counted)
+        assert len((home / "counted.csv").read_text().splitlines()) == 5
+        assert call("sensitivity", "runs/a/scan-train")[0] == 0
+
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            (("find", "runs/a/scan-train", "--tau", "autom"), "autom"),
+            (("sensitivity", "runs/a/scan-train", "--taus", "auto"), "auto"),
+            (("sensitivity", "runs/a/scan-train", "--ps", "0"), "p is 0"),
+        ],
+    )
+    def test_no_such_thresholds(self, ran, call, arguments: tuple[str, ...], told: str) -> None:
+        code, _, err = call(*arguments)
+        assert code == 2
+        assert told in err
+        assert "Traceback" not in err
+
+
+class TestEncoder:
+    def test_the_networks_own_features_are_the_default(self, ran, home: Path) -> None:
+        for channel in json.loads((home / "runs/a/evaluation.json").read_text())["channels"]:
+            seen = channel["semantics"]
+            assert seen["encoder"] == "the network's own penultimate layer"
+            assert seen["n_images"] == 30
+            assert len(seen["concepts"]) == len(channel["concepts"])
+            assert all(-1 <= like["clarity"] <= 1 for like in seen["concepts"])
+
+    def test_another_is_told_before_anything_is_scanned(self, home: Path, call) -> None:
+        arguments = ("--data", "data", "--out", "runs/encoder", "--encoder", "timm:resnet17")
+        code, _, err = call("run", *NETWORK, *arguments)
+        assert code == 2
+        assert "Did you mean" in err
+        assert_one_sentence(err)
+        assert not (home / "runs/encoder").exists()
+
+    def test_timms_networks_embed_pictures(
+        self, ran, home: Path, call, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def at_random(spec: str, device: str) -> TimmEncoder:
+            torch.manual_seed(0)
+            return load_encoder(spec, pretrained=False, device=device)
+
+        monkeypatch.setattr("unbraid.pipeline.load_encoder", at_random)
+        shutil.copytree(home / "runs/a", home / "runs/timm")
+        arguments = ("--data", "data", "--out", "runs/timm", "--encoder", "timm:test_resnet")
+        code, _, err = call("run", *NETWORK, *arguments, *LOOSE)
+        assert code == 0, err
+        evaluation = json.loads((home / "runs/timm/evaluation.json").read_text())
+        names = {channel["semantics"]["encoder"] for channel in evaluation["channels"]}
+        assert names == {"timm:test_resnet"}
+        page = home / "runs/timm/report.html"
+        before = page.read_bytes()
+        page.unlink()
+        assert call("report", "runs/timm")[0] == 0
+        assert page.read_bytes() == before
+
+    def test_a_network_without_features_does_without(self, ran, home: Path, call) -> None:
+        text = OWN.replace("nn.Linear(6, 3),", "nn.Linear(6, 3), nn.LogSoftmax(1),")
+        assert text != OWN
+        (home / "soft.py").write_text(text)
+        network = ("--model", "soft.py:build", "--weights", "weights.safetensors", "--layer", "2")
+        loose = ("--tau", "0.01", "--p", "0.3", "--gamma", "1")
+        code, _, err = call("run", *network, "--data", "data", "--out", "runs/soft", *loose)
+        assert code == 0, err
+        assert "Semantic measures are left out" in err
+        evaluation = json.loads((home / "runs/soft/evaluation.json").read_text())
+        assert {channel["semantics"] for channel in evaluation["channels"]} == {None}
+        assert "Semantic measures are left out" in (home / "runs/soft/report.html").read_text()
 
 
 class TestLayers:

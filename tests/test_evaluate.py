@@ -286,6 +286,7 @@ def test_to_dict_has_the_keys_of_the_contract(one_case):
             "separation_error",
             "separation_error_rectified",
             "ablation",
+            "semantics",
         }
         for concept in channel["concepts"]:
             assert set(concept) == CONCEPT | BESIDES

@@ -28,6 +28,7 @@ from unbraid.report import charts, effects, view
 from unbraid.report.channels import concept_views, densities, density
 from unbraid.report.pictures import pictures, to_picture
 from unbraid.report.text import number, percent, significant
+from unbraid.semantics import Likeness
 from unbraid.visualize.reference import reference_images
 
 SCRIPT, QUOTES, REVERSED = "<script>x</script>", "\"'><img src=x>&amp;", "\u202egnirts"
@@ -106,7 +107,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     network2 = unbraid.apply(network, split)
     output = unbraid.compare_outputs(network, network2, val, tolerance=0.0, skip_broken=True)
     ablation = unbraid.ablate(network2, val, skip_broken=True)
-    evaluation = unbraid.evaluate(split, scan, output=output, ablation=ablation)
+    semantics = unbraid.measure_semantics(split, scan, val, unbraid.Penultimate(network))
+    evaluation = unbraid.evaluate(
+        split, scan, output=output, ablation=ablation, semantics=semantics
+    )
     return Run(network, val, train_scan, scan, found, split, evaluation)
 
 
@@ -425,6 +429,71 @@ def test_groups_without_images_have_a_dash(run: Run, tmp_path: Path) -> None:
     assert_harmless(page)
     assert_effects(page, evaluation)
     assert "nan" not in sections(page)[f"channel-{channel.channel}"].text
+
+
+def assert_likeness(page: str, evaluation: Evaluation) -> None:
+    """Scores of the original and of each concept channel, and distances, stand in their places."""
+    parts = sections(page)
+    assert evaluation.semantics is not None
+    for channel, seen in evaluation.semantics.channels.items():
+        section = parts[f"channel-{channel}"]
+        (table,) = section.all("table", "likeness")
+        rows = table.all("tbody")[0].all("tr")
+        assert rows[0].all("th")[0].text == f"Original channel {channel}"
+        for like, row in zip((seen.original, *seen.concepts), rows, strict=True):
+            shown = [cell.text for cell in row.all("td")]
+            assert shown == [number(like.monosemanticity), number(like.clarity)]
+        (line,) = section.all("p", "distances")
+        assert [b.text for b in line.all("b")] == [
+            significant(d) for d in (seen.within, seen.between)
+        ]
+        for told in (seen.encoder, f"{seen.n_images} images", f"the {seen.n_top} strongest"):
+            assert told in line.text
+        assert ("the parts of images" in line.text) == seen.crops
+
+
+def test_semantics_are_the_evaluations(page: str, run: Run) -> None:
+    assert_likeness(page, run.evaluation)
+
+
+def test_the_checker_of_semantics_sees_a_wrong_figure(page: str, run: Run) -> None:
+    semantics = run.evaluation.semantics
+    assert semantics is not None
+    (channel, seen), *rest = semantics.channels.items()
+    original = seen.original
+    wrongs = [
+        replace(seen, original=replace(original, clarity=original.clarity - 0.01)),
+        replace(seen, concepts=seen.concepts[::-1]),
+        replace(seen, between=seen.within),
+        replace(seen, crops=not seen.crops),
+        replace(seen, n_images=1),
+        replace(seen, encoder="another"),
+    ]
+    for wrong in wrongs:
+        changed = replace(semantics, channels={channel: wrong, **dict(rest)})
+        with pytest.raises(AssertionError):
+            assert_likeness(page, replace(run.evaluation, semantics=changed))
+
+
+def test_scores_that_are_not_known_have_a_dash(run: Run, tmp_path: Path) -> None:
+    semantics = run.evaluation.semantics
+    assert semantics is not None
+    unknown = Likeness(math.nan, math.nan)
+    channels = {
+        channel: replace(seen, original=unknown, within=math.nan, encoder=SCRIPT)
+        for channel, seen in semantics.channels.items()
+    }
+    evaluation = replace(run.evaluation, semantics=replace(semantics, channels=channels))
+    page = run.report(tmp_path / "r.html", evaluation=evaluation)
+    assert_harmless(page)
+    assert_likeness(page, evaluation)
+    assert "nan" not in " ".join(section.text for section in sections(page).values())
+
+
+def test_without_semantics_it_is_said(run: Run, tmp_path: Path) -> None:
+    page = run.report(tmp_path / "r.html", evaluation=replace(run.evaluation, semantics=None))
+    assert "Semantic measures are left out" in read(page).all("aside")[0].text
+    assert not read(page).all("table", "likeness")
 
 
 def test_bars_are_relevances_of_training_images(page: str, run: Run) -> None:

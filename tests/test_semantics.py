@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,9 @@ from checks import Truth, assert_close, truth_of
 from networks import SyntheticImages, build
 from unbraid import Scan, Semantics, Split
 from unbraid.crops import WHOLE, Box, Crops, answering_box, cut_out
-from unbraid.errors import DataError, ModelError, UsageError
+from unbraid.errors import DataError, ModelError, RunError, UsageError
+from unbraid.evaluation import read_semantics
+from unbraid.semantics import Likeness
 
 KINDS = ["1x1", "3x3", "uneven", "groups", "one dimension", "tokens", "pooled features"]
 OWN = {1: [[0], [1]], 5: [[2, 0], [3]], 6: [[3], [0, 1], [2]]}
@@ -99,6 +102,7 @@ def assert_semantics(result: Semantics, case: Case, n_top: int) -> None:
         assert measured.n_images == len(truth.x)
         assert measured.n_top == min(n_top, len(truth.x))
         assert measured.positions == positions
+        assert measured.crops == (positions and isinstance(truth.layer, nn.Conv2d))
         assert measured.encoder == "encode"
         cut, owner = [], []
         likes = (measured.original, *measured.concepts)
@@ -165,6 +169,7 @@ def test_the_check_of_semantics_fails_on_every_corruption(one_case):
         with_first(n_images=13),
         with_first(n_top=6),
         with_first(positions=False),
+        with_first(crops=False),
         with_first(encoder="another"),
         Semantics({5: first}),
         Semantics({**sound.channels, 5: sound.channels[1]}),
@@ -278,6 +283,76 @@ def test_a_scan_of_some_classes_needs_only_their_images(tmp_path):
     some = unbraid.scan(network, "layer", case.images, tmp_path / "some", classes=[0, 2])
     result = measure(case, scan=some)
     assert {one.n_images for one in result.channels.values()} == {7}
+
+
+# --- kept with the measures -----------------------------------------------------------------------
+
+
+def test_semantics_are_kept_in_evaluation_json_and_read_back(one_case, tmp_path):
+    semantics = measure(one_case)
+    unknown = replace(semantics.channels[5], between=math.nan, original=Likeness(math.nan, 0.5))
+    semantics = Semantics({**semantics.channels, 5: unknown})
+    evaluation = unbraid.evaluate(one_case.split, one_case.scan, semantics=semantics)
+    path = tmp_path / "evaluation.json"
+    evaluation.save(path)
+    entries = {entry["channel"]: entry for entry in json.loads(path.read_text())["channels"]}
+    assert set(entries[1]["semantics"]) == {
+        *("encoder", "n_images", "n_top", "positions", "crops"),
+        *("original", "concepts", "within", "between"),
+    }
+    assert entries[1]["semantics"]["concepts"][0]["monosemanticity"] == (
+        semantics.channels[1].concepts[0].monosemanticity
+    )
+    assert entries[5]["semantics"]["between"] is None
+    assert entries[5]["semantics"]["original"] == {"monosemanticity": None, "clarity": 0.5}
+    read = read_semantics(path)
+    assert str(read) == str(semantics)
+    assert repr(read) == repr(semantics)  # figures that are not known differ from themselves
+    assert read.channels[1] == semantics.channels[1]
+
+
+def test_without_semantics_there_are_none_to_read(one_case, tmp_path):
+    path = tmp_path / "evaluation.json"
+    unbraid.evaluate(one_case.split, one_case.scan).save(path)
+    assert {entry["semantics"] for entry in json.loads(path.read_text())["channels"]} == {None}
+    assert read_semantics(path) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "{}", '{"channels": [{"channel": 1, "semantics": {"within": 1}}]}', "[]"]
+)
+def test_a_damaged_file_is_told(tmp_path, text):
+    path = tmp_path / "evaluation.json"
+    path.write_text(text)
+    with pytest.raises(RunError, match="start the run again"):
+        read_semantics(path)
+
+
+def test_some_channels_will_do_but_not_those_of_another_split(one_case):
+    semantics = measure(one_case)
+    some = Semantics({5: semantics.channels[5]})
+    content = unbraid.evaluate(one_case.split, one_case.scan, semantics=some).to_dict()
+    known = [entry["channel"] for entry in content["channels"] if entry["semantics"]]
+    assert known == [5]
+    swapped = Semantics({6: semantics.channels[5]})  # two concepts, not three
+    elsewhere = Semantics({2: semantics.channels[5]})
+    for other in (swapped, elsewhere):
+        with pytest.raises(UsageError, match="of another split"):
+            unbraid.evaluate(one_case.split, one_case.scan, semantics=other)
+
+
+def test_predicted_labels_need_not_be_the_data_sets(tmp_path):
+    network, images = build("1x1"), SyntheticImages(14, seed=1)
+    with torch.no_grad():  # so that more than one class is predicted
+        network.head.bias -= network(images.images).mean(0)
+    scan = unbraid.scan(network, "layer", images, tmp_path, labels="predicted")
+    seen = sorted(scan.labels_seen())
+    assert len(seen) >= 2
+    split = unbraid.split(scan, unbraid.find(scan, channels={1: [seen[:1], seen[1:]]}))
+    result = unbraid.measure_semantics(split, scan, images, encode)
+    assert result.channels[1].n_images == 14
+    with pytest.raises(UsageError, match="not the one that was scanned"):
+        unbraid.measure_semantics(split, scan, SyntheticImages(13), encode)
 
 
 # --- crops ----------------------------------------------------------------------------------------
