@@ -1,4 +1,4 @@
-"""How long `find` takes on a layer of ResNet-50's size with a thousand classes.
+"""How long `find` and `sensitivity` take on a layer of ResNet-50's size with a thousand classes.
 
     python benchmarks/find.py
 
@@ -8,6 +8,7 @@ channels, so that every channel is shared by about 15 classes. Records are read 
 
 from __future__ import annotations
 
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from machine import describe_machine
 from unbraid.files import write_tensors, write_whole
 from unbraid.layers import LayerSpec
 from unbraid.records import Manifest, Records, write_shard
+from unbraid.thresholds import choose_tau
 
 N_CHANNELS, N_INPUTS, N_CLASSES, N_IMAGES, N_USED, SHARD = 2048, 512, 1000, 20_480, 30, 1024
 
@@ -63,7 +65,7 @@ def write_scan(folder: Path) -> None:
             pooled=causes[label] * (0.75 + 0.5 * torch.rand(SHARD, 1, N_INPUTS)),
             share_start=torch.arange(SHARD + 1) * N_USED,
             share_channel=used[label].flatten().int(),
-            share_value=torch.full((SHARD * N_USED,), 1 / N_USED),
+            share_value=torch.linspace(1.68, 0.32, N_USED).div(N_USED).repeat(SHARD),
             broken=torch.zeros(0, dtype=torch.int64),
         )
         write_shard(folder, shard, records)
@@ -83,6 +85,16 @@ def main() -> None:
             elapsed = time.perf_counter() - start
             counts = f"{len(found)} pairs in {len(found.concepts)} channels"
             print(f"gamma {gamma}: {elapsed:.1f} s, {counts}")
+        for _ in range(3):
+            start = time.perf_counter()
+            tau, _ = choose_tau(scan)
+            middle = time.perf_counter()
+            counted = unbraid.sensitivity(scan)
+            elapsed = time.perf_counter() - middle
+            print(f"tau {tau:g} (auto): {middle - start:.1f} s")
+            print(f"sensitivity, {len(counted.cells)} choices: {elapsed:.1f} s")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"peak memory {peak:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import oracle
-from unbraid import Evaluation, Findings, Split
+from unbraid import Evaluation, Findings, Scan, Sensitivity, Split, find
 from unbraid.evaluation import ConceptEvaluation, Ratio
 from unbraid.findings import Concept, Pair
 from unbraid.records import Records
@@ -249,6 +249,40 @@ def assert_pairs(pairs: Sequence[Pair], truth: Truth, tau: float, p: float, gamm
             assert_close(use, n_matters / len(images))
 
 
+def assert_tau_chosen(
+    tau: float, shares: Tensor, labels: Sequence[int], n_matter: int, min_share: float
+) -> None:
+    """The tau by the documented rule, cut behind three digits; what the scan kept is no bound."""
+    exact = oracle.automatic_tau(shares, labels, n_matter)
+    if exact < min_share:
+        assert tau == min_share
+        return
+    assert tau <= exact
+    assert tau == min_share or float(f"{tau:.3g}") == tau
+    assert tau + 10.0 ** (math.floor(math.log10(tau)) - 2) > exact
+
+
+def assert_sensitivity(counted: Sensitivity, truth: Truth) -> None:
+    """Every choice of thresholds in the grid, each with the number of published pairs."""
+    grid = list(itertools.product(counted.taus, counted.ps, counted.gammas))
+    assert [(cell.tau, cell.p, cell.gamma) for cell in counted.cells] == grid
+    classes = range(max(truth.labels) + 1)
+    arvs = torch.stack([oracle.arv(truth.input_relevance, truth.labels, t) for t in classes])
+    for cell in counted.cells:
+        used = oracle.uses(truth.shares, truth.labels, cell.tau, cell.p)
+        pairs = oracle.polysemantic_pairs(arvs, used, cell.gamma)
+        assert cell.n_pairs == len(pairs), cell
+        assert cell.n_channels == len({channel for channel, *_ in pairs}), cell
+
+
+def assert_agrees_with_find(counted: Sensitivity, scan: Scan) -> None:
+    """Every choice of thresholds finds exactly what `find` finds with them."""
+    assert counted.cells
+    for cell in counted.cells:
+        found = find(scan, tau=cell.tau, p=cell.p, gamma=cell.gamma)
+        assert (cell.n_channels, cell.n_pairs) == (len(found.concepts), len(found.pairs)), cell
+
+
 def assert_grouped(
     concepts: Sequence[Concept], classes: Sequence[int], cosines: Mapping[Any, float], gamma: float
 ) -> None:
@@ -266,7 +300,7 @@ def assert_grouped(
 
 
 def assert_csv(path: Path, found: Findings) -> None:
-    """The file holds the pairs, in order, with names, and cosines to the last digit."""
+    """The file holds the pairs, in order, with names, figures to the last digit, and no nan."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(found.pairs)
@@ -274,8 +308,10 @@ def assert_csv(path: Path, found: Findings) -> None:
         read = Pair(
             *(int(row[key]) for key in ("channel", "class1", "class2")),
             *(float(row[key]) for key in ("cosine", "use1", "use2")),
+            *(float(row[key] or "nan") for key in ("low", "high", "half1", "half2")),
         )
-        assert read == pair
+        assert repr(read) == repr(pair)  # nan is like nan
+        assert row["uncertain"] == str(found.uncertain(pair))
         assert row["name1"] == found.name(pair.class1)
         assert row["name2"] == found.name(pair.class2)
 

@@ -220,6 +220,25 @@ def polysemantic_pairs(
     return pairs
 
 
+def automatic_tau(shares: Tensor, labels: Indices, n_matter: int) -> float:
+    """Largest share that n_matter channels reach in half of the images of half of the classes.
+
+    shares is (N, C). Zero if there is none; see docs/thresholds.md.
+    """
+    labels = [int(label) for label in labels]
+    candidates = {float(share) for share in shares.flatten() if share > 0}
+    for tau in sorted(candidates, reverse=True):
+        n_classes = 0
+        for t in set(labels):
+            images = [n for n, label in enumerate(labels) if label == t]
+            n_matters = [sum(1 for share in shares[n] if float(share) >= tau) for n in images]
+            n_images = sum(1 for number in n_matters if number >= n_matter)
+            n_classes += 2 * n_images >= len(images)
+        if 2 * n_classes >= len(set(labels)):
+            return tau
+    return 0.0
+
+
 def published_rows(
     w_o: Tensor, v1: Tensor, v2: Tensor, rho: float, taps_per_channel: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -222,6 +222,33 @@ SOUND["assert_csv"] = SOUND.pop("assert_csv_")
 
 
 @sound
+def tau_chosen(world: World) -> Arguments:
+    shares = world.truth.shares
+    tau = unbraid.find(world.scan, tau="auto").tau
+    return {
+        "tau": tau,
+        "shares": shares,
+        "labels": world.truth.labels,
+        "n_matter": 2,  # a quarter of eight channels
+        "min_share": 0.05,
+    }
+
+
+def grid_of(world: World) -> unbraid.Sensitivity:
+    return unbraid.sensitivity(world.scan, [0.05, TAU, 0.3], [P, 0.75], [0.0, 0.5, 1.0])
+
+
+@sound
+def sensitivity(world: World) -> Arguments:
+    return {"counted": grid_of(world), "truth": world.truth}
+
+
+@sound
+def agrees_with_find(world: World) -> Arguments:
+    return {"counted": grid_of(world), "scan": world.scan}
+
+
+@sound
 def published_rows(world: World) -> Arguments:
     part = world.split.channels[1]
     return {"part": part, "rho": part.info["rho"], "truth": world.truth}
@@ -612,6 +639,65 @@ def _classes_swapped(a: Arguments) -> None:
 @corruption(checks.assert_pairs)
 def _a_lower_gamma(a: Arguments) -> None:
     a["gamma"] = a["pairs"][-1].cosine - 1e-6
+
+
+@corruption(checks.assert_tau_chosen)
+def _tau_a_digit_too_low(a: Arguments) -> None:
+    a["tau"] -= 0.001
+
+
+@corruption(checks.assert_tau_chosen)
+def _tau_a_digit_too_high(a: Arguments) -> None:
+    a["tau"] += 0.001
+
+
+@corruption(checks.assert_tau_chosen)
+def _tau_with_more_digits(a: Arguments) -> None:
+    a["tau"] += 1e-6
+
+
+@corruption(checks.assert_tau_chosen)
+def _the_tau_of_another_number_of_channels(a: Arguments) -> None:
+    a["n_matter"] = 3
+
+
+@corruption(checks.assert_tau_chosen)
+def _tau_above_too_high_a_smallest_share(a: Arguments) -> None:
+    a["min_share"] = 0.9
+
+
+def with_cell(counted: unbraid.Sensitivity, place: int, **changes: int) -> unbraid.Sensitivity:
+    cells = list(counted.cells)
+    cells[place] = replace(cells[place], **changes)
+    return replace(counted, cells=tuple(cells))
+
+
+for one in (checks.assert_sensitivity, checks.assert_agrees_with_find):
+
+    @corruption(one)
+    def _a_channel_more(a: Arguments) -> None:
+        a["counted"] = with_cell(a["counted"], 2, n_channels=a["counted"].cells[2].n_channels + 1)
+
+    @corruption(one)
+    def _a_pair_less_in_the_last_cell(a: Arguments) -> None:
+        a["counted"] = with_cell(a["counted"], -1, n_pairs=a["counted"].cells[-1].n_pairs - 1)
+
+    @corruption(one)
+    def _cells_of_two_taus_swapped(a: Arguments) -> None:
+        cells = list(a["counted"].cells)
+        first, last = cells[2], cells[-1]
+        cells[2], cells[-1] = replace(first, tau=last.tau), replace(last, tau=first.tau)
+        a["counted"] = replace(a["counted"], cells=tuple(cells))
+
+
+@corruption(checks.assert_sensitivity)
+def _a_cell_lost(a: Arguments) -> None:
+    a["counted"] = replace(a["counted"], cells=a["counted"].cells[:-1])
+
+
+@corruption(checks.assert_agrees_with_find)
+def _no_cell_at_all(a: Arguments) -> None:
+    a["counted"] = replace(a["counted"], cells=())
 
 
 @corruption(checks.assert_grouped)

@@ -248,6 +248,18 @@ class TestThresholds:
         assert len((home / "counted.csv").read_text().splitlines()) == 5
         assert call("sensitivity", "runs/a/scan-train")[0] == 0
 
+    def test_clusters_ask_no_thresholds_of_classes(self, ran, home: Path, call) -> None:
+        shutil.copytree(home / "runs/a", home / "runs/clusters")
+        again = ("run", *NETWORK, "--data", "data", "--out", "runs/clusters", *LOOSE)
+        assert call(*again, "--concepts", "clusters")[0] == 0
+        assert not (home / "runs/clusters/sensitivity.csv").exists()
+        page = home / "runs/clusters/report.html"
+        before = page.read_text()
+        assert "Other thresholds" not in before
+        assert "Other thresholds" in (home / "runs/a/report.html").read_text()
+        assert call("report", "runs/clusters")[0] == 0
+        assert page.read_text() == before
+
     @pytest.mark.parametrize(
         ("arguments", "told"),
         [

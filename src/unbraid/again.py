@@ -33,7 +33,9 @@ def report_again(out: Path) -> Path:
     source, title = settings["source"], settings["title"]
     train_scan, val_scan = open_scan(out / "scan-train"), open_scan(out / "scan-val")
     found = seen_in(val_scan, find(train_scan, **thresholds.of_find))
-    divided = evaluation = None
+    counted = divided = evaluation = None
+    if thresholds.concepts == "classes":
+        counted = sensitivity(train_scan, found=found)
     if found.concepts:
         divided = Split.load(out / "split.safetensors")
         measured = out / "evaluation.json"
@@ -52,7 +54,7 @@ def report_again(out: Path) -> Path:
         scan=val_scan,
         train_scan=train_scan,
         found=found,
-        sensitivity=sensitivity(train_scan, found=found),
+        sensitivity=counted,
         split=divided,
         evaluation=evaluation,
         dataset=as_labelled(_validation_images(source, val_scan), val_scan),

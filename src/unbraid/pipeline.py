@@ -100,8 +100,10 @@ def run(
         remove_results(out)
     found = find(train_scan, **thresholds.of_find)
     found.to_csv(out / "findings.csv")
-    counted = sensitivity(train_scan, found=found)
-    counted.to_csv(out / "sensitivity.csv")
+    counted = None
+    if thresholds.concepts == "classes":  # clusters ask neither tau nor p
+        counted = sensitivity(train_scan, found=found)
+        counted.to_csv(out / "sensitivity.csv")
     broken = [name_of(train, index) for index in train_scan.broken()]
     broken += [name_of(val, index) for index in val_scan.broken()]
     write_whole(out / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())

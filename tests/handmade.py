@@ -1,0 +1,80 @@
+"""Scans written by hand, whose every share and ARV is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unbraid.files import write_tensors, write_whole
+from unbraid.layers import LayerSpec
+from unbraid.records import Manifest, Records, Scan, open_scan, write_shard
+
+
+def write_scan(
+    folder: Path,
+    *,
+    shares: Tensor,
+    labels: Sequence[int],
+    pooled: Tensor | None = None,
+    weight: Tensor | None = None,
+    min_share: float = 0.005,
+    shard_size: int = 7,
+) -> Scan:
+    """Write a fully connected layer's scan: shares (N, C_out), pooled (N, J), weight (C_out, J).
+
+    Without pooled inputs or weights they are ones, and every ARV is the same.
+    """
+    n_images, n_out = shares.shape
+    pooled = torch.ones(n_images, 2).double() if pooled is None else pooled
+    n_in = pooled.shape[1]
+    weight = torch.ones(n_out, n_in).double() if weight is None else weight
+    one, none = (1,), ((0, 0),)
+    manifest = Manifest(
+        weights="0" * 64,
+        layer=LayerSpec("layer", "Linear", n_out, n_in, one, one, none, one, 1, "zeros", True),
+        data="by hand",
+        n_images=n_images,
+        class_names=(),
+        preprocessing="",
+        dtype=str(pooled.dtype).removeprefix("torch."),
+        min_share=min_share,
+        classes=None,
+        positions=False,
+        shard_size=shard_size,
+        batch_size=shard_size,
+        skip_broken=False,
+        source={},
+        versions={},
+    )
+    for shard in range(manifest.n_shards):
+        index = torch.arange(shard * shard_size, min((shard + 1) * shard_size, n_images))
+        label = torch.tensor(labels)[index]
+        own = shares[index]
+        kept = own >= min_share
+        records = Records(
+            index=index,
+            label=label,
+            prediction=label.clone(),
+            n_positions=torch.ones_like(index),
+            pooled=pooled[index][:, None],
+            share_start=torch.cat([torch.zeros(1).long(), kept.sum(1).cumsum(0)]),
+            share_channel=kept.nonzero()[:, 1].int(),
+            share_value=own[kept],
+            broken=torch.zeros(0).long(),
+        )
+        write_shard(folder, shard, records)
+    layer = {"weight": weight, "bias": torch.zeros(n_out).to(weight)}
+    write_tensors(folder / "layer.safetensors", layer, {})
+    write_whole(folder / "manifest.json", manifest.to_json().encode())
+    return open_scan(folder)
+
+
+def random_shares(n_images: int, n_channels: int, seed: int = 0, spread: float = 2.0) -> Tensor:
+    """Shares that add up to one, few large and many small, with channels and images of note."""
+    generator = torch.Generator().manual_seed(seed)
+    of_channel = torch.randn(n_channels, generator=generator, dtype=torch.float64)
+    own = torch.randn(n_images, n_channels, generator=generator, dtype=torch.float64)
+    return (spread * own + of_channel).softmax(1)
