@@ -17,6 +17,7 @@ from checks import assert_agrees_with_find, assert_sensitivity, truth_of
 from handmade import random_shares, write_scan
 from networks import SyntheticImages, build
 from unbraid import records
+from unbraid.arvs import class_cosines, class_sums, cosines_of
 from unbraid.errors import UnbraidError, UsageError
 from unbraid.report.maps import maps
 from unbraid.report.material import Material
@@ -83,14 +84,18 @@ def test_cosines_at_a_gamma_fall_on_the_same_side_as_with_find(seed, tmp_path):
 
 
 def test_a_class_is_never_unlike_itself(tmp_path):
-    """Rounding can put the cosine of equal vectors below one; that alone is no finding."""
-    direction = torch.tensor([[0.1, 0.2, 0.7, 1 / 3]], dtype=torch.float64)
-    scan = write_scan(
-        tmp_path,
-        shares=torch.full((12, 3), 0.3, dtype=torch.float64),
-        labels=[0] * 12,
-        pooled=direction * torch.rand(12, 1).double(),
+    """Rounding can put a cosine of one below one; a class's with itself is still no finding."""
+    draw = torch.Generator().manual_seed(0)
+    vectors = (torch.rand(1, 5, generator=draw, dtype=torch.float64) for _ in range(1000))
+    pooled = next(
+        pair
+        for pair in (torch.cat([v, 3 * v]) for v in vectors)
+        if (cosines_of(pair).diagonal() < 1).any() and cosines_of(pair)[0, 1] == 1
     )
+    shares = torch.full((2, 3), 0.3, dtype=torch.float64)
+    weight = torch.ones(3, 5, dtype=torch.float64)
+    scan = write_scan(tmp_path, shares=shares, labels=[0, 1], pooled=pooled, weight=weight)
+    assert (class_cosines(scan, class_sums(scan, []), 0, [0, 1]) < 1).any()
     counted = unbraid.sensitivity(scan, gammas=[1.0])
     assert {(cell.n_channels, cell.n_pairs) for cell in counted.cells} == {(0, 0)}
     assert unbraid.find(scan, gamma=1.0).concepts == {}

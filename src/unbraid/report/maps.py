@@ -100,7 +100,7 @@ def _tile(tile: Tile, x: float, y: float) -> Markup:
         text(
             "count" if cell.n_channels else "count none",
             middle,
-            y + 15,
+            y + (15 if cell.n_channels else 20),
             f"{cell.n_channels:,}",
             "middle",
         ),
