@@ -738,6 +738,20 @@ def _a_rounded_cosine(a: Arguments) -> None:
 
 
 @corruption(checks.assert_csv)
+def _a_rounded_interval(a: Arguments) -> None:
+    low = str(a["found"].pairs[0].low)
+    a["path"].write_text(a["path"].read_text().replace(low, low[:-2], 1))
+
+
+@corruption(checks.assert_csv)
+def _another_pair_that_is_uncertain(a: Arguments) -> None:
+    text = a["path"].read_text()
+    flipped = text.replace("True\n", "?").replace("False\n", "True\n").replace("?", "False\n")
+    assert flipped != text
+    a["path"].write_text(flipped)
+
+
+@corruption(checks.assert_csv)
 def _a_wrong_name(a: Arguments) -> None:
     a["path"].write_text(a["path"].read_text().replace("class 0", "class O", 1))
 

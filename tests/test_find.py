@@ -486,6 +486,10 @@ def test_thresholds_out_of_range_are_refused(some_scan, thresholds, message, cha
 # --- for people and files -------------------------------------------------------------------------
 
 
+SIDE = ("used in", "halves")
+COLUMNS = "channel,class1,class2,cosine,use1,use2,name1,name2,low,high,half1,half2,uncertain"
+
+
 @pytest.fixture(scope="module")
 def findings() -> Findings:
     return Findings(
@@ -493,8 +497,9 @@ def findings() -> Findings:
         p=0.75,
         gamma=0.5,
         pairs=(
-            Pair(12, 0, 2, 1 / 3, 1.0, 0.8),
-            Pair(3, 1, 4, 0.4, 0.875, 1.0),
+            Pair(12, 0, 2, 1 / 3, 1.0, 0.8, 0.3, 0.4123, 0.9876, 1.0),
+            Pair(3, 1, 4, 0.4, 0.875, 1.0, half1=0.75),
+            Pair(3, 1, 2, 0.45, 0.875, 0.8, -0.25, 0.5, 0.75, 0.5),
         ),
         concepts={12: ((0,), (2,)), 3: ((1,), (4,))},
         class_names=('digital clock, "LED"', "snake", "cauliflower\nhead"),
@@ -507,7 +512,7 @@ def findings() -> Findings:
 def test_the_csv_file_holds_the_pairs(findings, tmp_path):
     findings.to_csv(tmp_path / "findings.csv")
     head = (tmp_path / "findings.csv").read_text().splitlines()[0]
-    assert head == "channel,class1,class2,cosine,use1,use2,name1,name2"
+    assert head == COLUMNS
     assert_csv(tmp_path / "findings.csv", findings)
 
 
@@ -519,10 +524,12 @@ def test_the_csv_file_of_a_search_holds_its_pairs(case, tmp_path):
 
 def test_pandas_gets_the_columns_of_the_csv_file(findings):
     table = findings.to_pandas()
-    assert ",".join(table.columns) == "channel,class1,class2,cosine,use1,use2,name1,name2"
-    assert table.channel.tolist() == [12, 3]
-    assert table.cosine.tolist() == [1 / 3, 0.4]
-    assert table.name2.tolist() == ["cauliflower\nhead", "4"]
+    assert ",".join(table.columns) == COLUMNS
+    assert table.channel.tolist() == [12, 3, 3]
+    assert table.cosine.tolist() == [1 / 3, 0.4, 0.45]
+    assert table.name2.tolist() == ["cauliflower\nhead", "4", "cauliflower\nhead"]
+    assert table.low.isna().tolist() == [False, True, False]
+    assert table.uncertain.tolist() == [False, True, True]
 
 
 def test_without_pandas_it_says_how_to_get_it(findings, monkeypatch):
@@ -533,13 +540,34 @@ def test_without_pandas_it_says_how_to_get_it(findings, monkeypatch):
 
 def test_findings_print_as_a_table(findings):
     named = replace(findings, class_names=("clock", "snake", "cauliflower"))
-    assert str(named) == (
-        "2 pairs of classes in 2 polysemantic channels (tau 0.03, p 0.75, gamma 0.5)\n"
-        "channel  cosine  class 1  used in  class 2      used in\n"
-        "12       0.3333  clock    100%     cauliflower  80%\n"
-        "3        0.4000  snake    88%      4            100%"
-    )
-    assert len(named) == 2
+    head, *table, legend, mark = str(named).splitlines()
+    assert head == "3 pairs of classes in 2 polysemantic channels (tau 0.03, p 0.75, gamma 0.5)"
+    assert [line.split("  ")[0] for line in table] == ["channel", "12", "3", "3"]
+    assert [re.split("  +", line) for line in table] == [
+        ["channel", "cosine", "interval", "class 1", *SIDE, "class 2", *SIDE],
+        ["12", "0.3333", "0.300 to 0.412", "clock", "100%", "0.988", "cauliflower", "80%", "1.000"],
+        ["3", "0.4000", "- *", "snake", "88%", "0.750", "4", "100%", "-"],
+        [
+            "3",
+            "0.4500",
+            "-0.250 to 0.500 *",
+            "snake",
+            "88%",
+            "0.750",
+            "cauliflower",
+            "80%",
+            "0.500",
+        ],
+    ]
+    assert legend.startswith("interval: where, with 95 % confidence, the cosine lies")
+    assert mark.startswith("* 2 of 3 pairs uncertain: ")
+    assert len(named) == 3
+
+
+def test_without_an_uncertain_pair_nothing_is_said_of_them(findings):
+    sure = replace(findings, pairs=findings.pairs[:1])
+    assert "*" not in str(sure)
+    assert "uncertain" not in str(sure)
 
 
 def test_no_finding_prints_the_hint(findings):

@@ -49,9 +49,9 @@ def with_chance(scan: Scan, sums: ClassSums, pairs: Sequence[Pair]) -> list[Pair
     so that no class is ever empty, and a replicate's distance from the ARV is stretched by
     sqrt((n + 1) / (n - 1)), n images, to have the variance of a mean. Noise makes ARVs longer and
     so pulls their cosine towards zero, in the replicates once more than in the ARVs; by how much
-    follows from the lengths. The interval lies between quantiles of the replicates' cosines with
-    this pull undone, so a cosine that noise has made low can lie below its own interval. Where
-    noise alone makes an ARV as long as it is, the interval is -1 to 1.
+    follows from the replicates' variance. The interval lies between quantiles of the replicates'
+    cosines with this pull undone, so a cosine that noise has made low can lie below its own
+    interval. Where noise alone makes an ARV as long as it is, the interval is -1 to 1.
 
     The yardstick of a class is the cosine between the ARVs of two random halves of its images,
     mean over 10 halvings: what one and the same cause looks like in half as many images.
@@ -129,21 +129,25 @@ def _intervals(
 ) -> Iterator[Tensor]:
     """Ends of the intervals of each case, (2, pairs)."""
     cosines = [means.new_empty(len(case.pairs), N_REPLICATES) for case in cases]
-    lengths = [torch.zeros(len(case.classes), dtype=torch.float64) for case in cases]
+    squares = [torch.zeros(len(case.classes), dtype=torch.float64) for case in cases]
+    centre = torch.zeros_like(means)
+    tails = torch.tensor(_TAILS, dtype=torch.float64)
     at_once = _replicates_at_once(cases, means)
     for first in range(0, N_REPLICATES, at_once):
         n = min(at_once, N_REPLICATES - first)
         replicates = _weighted_means(scan, classes, n, partial(_exponentials, first, n))
         _stretch(replicates, means, n_images)
-        for case, kept, length in zip(cases, cosines, lengths, strict=True):
+        centre += replicates.sum(1) / N_REPLICATES
+        for case, kept, square in zip(cases, cosines, squares, strict=True):
             arvs = _arvs(scan, case, replicates)
             kept[:, first : first + n] = cosines_of(arvs)[:, case.sides[0], case.sides[1]].T
-            length += arvs.square().sum((0, 2))
-    for case, kept, length in zip(cases, cosines, lengths, strict=True):
-        plain = _arvs(scan, case, means[:, None])[0].double().square().sum(1)
-        pull = _pull(plain, length / N_REPLICATES)
+            square += arvs.square().sum((0, 2)) / (N_REPLICATES - 1)
+    for case, kept, square in zip(cases, cosines, squares, strict=True):
+        both = _arvs(scan, case, torch.stack([means, centre], dim=1)).double()
+        length, of_centre = both.square().sum(2)
+        pull = _pull(length, square - of_centre * N_REPLICATES / (N_REPLICATES - 1))
         pull[n_images[case.classes] < 2] = math.nan
-        yield _undo(kept.double().quantile(torch.tensor(_TAILS).double(), dim=1), pull[case.sides])
+        yield _undo(kept.double().quantile(tails, dim=1), pull[case.sides])
 
 
 def _exponentials(first: int, n: int, _: Tensor, index: Tensor) -> Tensor:
@@ -156,27 +160,26 @@ def _stretch(replicates: Tensor, means: Tensor, n_images: Tensor) -> None:
 
     With n exponential weights it is (n - 1) / (n + 1) of that.
     """
-    factor = ((n_images + 1) / (n_images - 1).clamp(min=1)).sqrt().to(means.dtype)
+    n = n_images.to(means.dtype)
+    factor = ((n + 1) / (n - 1).clamp(min=1)).sqrt()
     centre = means[:, None].expand_as(replicates)
     torch.lerp(centre, replicates, factor[:, None, None, None], out=replicates)
 
 
-def _pull(length: Tensor, noisy: Tensor) -> Tensor:
+def _pull(length: Tensor, noise: Tensor) -> Tensor:
     """By how much noise pulls cosines of replicates below those of vectors without noise.
 
     Args:
-        length: (c,), squared length of the ARVs.
-        noisy: (c,), mean squared length of their replicates: longer by the noise, as the ARVs are
-            longer than vectors without noise.
+        length: (c,), squared length of the ARVs, which contains the noise once.
+        noise: (c,), variance of their replicates around their mean, which contain it twice.
 
     Returns:
         (c,), the square of the factor; infinite where there is nothing but noise.
 
-    >>> _pull(torch.tensor([8.0, 8.0, 0.0]), torch.tensor([10.0, 16.0, 0.0]))
+    >>> _pull(torch.tensor([8.0, 8.0, 0.0]), torch.tensor([2.0, 8.0, 0.0]))
     tensor([1.6667,    inf, 1.0000])
     """
-    noise = (noisy - length).clamp(min=0)
-    factor = torch.where(noise < length, noisy.maximum(length) / (length - noise), torch.inf)
+    factor = torch.where(noise < length, (length + noise) / (length - noise), torch.inf)
     return torch.where(noise > 0, factor, 1.0)
 
 
