@@ -79,12 +79,6 @@ def main() -> None:
         write_scan(Path(name))
         scan = unbraid.open_scan(name)
         print(f"Machine: {describe_machine()}")
-        for gamma in (0.5, 0.9, 0.5, 0.9):
-            start = time.perf_counter()
-            found = unbraid.find(scan, tau=0.01, gamma=gamma)
-            elapsed = time.perf_counter() - start
-            counts = f"{len(found)} pairs in {len(found.concepts)} channels"
-            print(f"gamma {gamma}: {elapsed:.1f} s, {counts}")
         for _ in range(3):
             start = time.perf_counter()
             tau, _ = choose_tau(scan)
@@ -94,7 +88,13 @@ def main() -> None:
             print(f"tau {tau:g} (auto): {middle - start:.1f} s")
             print(f"sensitivity, {len(counted.cells)} choices: {elapsed:.1f} s")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"peak memory {peak:.2f} GiB")
+        print(f"peak memory so far {peak:.2f} GiB")
+        for gamma in (0.5, 0.9, 0.5, 0.9):
+            start = time.perf_counter()
+            found = unbraid.find(scan, tau=0.01, gamma=gamma)
+            elapsed = time.perf_counter() - start
+            counts = f"{len(found)} pairs in {len(found.concepts)} channels"
+            print(f"gamma {gamma}: {elapsed:.1f} s, {counts}")
 
 
 if __name__ == "__main__":

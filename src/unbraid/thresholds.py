@@ -121,10 +121,13 @@ def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:
     taus = [tau, *(t for t in tried if least < t < tau), *([least] if least < tau else [])]
     nearest = (float("inf"), 0.0, 0)
     sums = class_sums(scan, taus)
+    lowest: dict[int, tuple[list[int], float]] = {}  # cosine of some classes, by channel
     for lower, users in zip(taus, uses(sums, p), strict=True):
         for channel, classes in shared_channels(users):
-            cosine = float(class_cosines(scan, sums, channel, classes).min())
-            nearest = min(nearest, (cosine, -lower, channel))
+            if channel not in lowest or lowest[channel][0] != classes:
+                cosines = class_cosines(scan, sums, channel, classes)
+                lowest[channel] = classes, float(cosines.min())
+                nearest = min(nearest, (lowest[channel][1], -lower, channel))
         if nearest[0] < gamma:
             return f"Nearest: tau {lower:.15g} finds channel {nearest[2]}."
     if nearest[0] > 1:
