@@ -475,6 +475,21 @@ class WritesWhenOff(Body):
         return self.behind(z + x)
 
 
+class SharesParts(Body):
+    """One module runs within another before the layer, twice by itself, and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(self.stem, self.act)
+
+    def before(self, x: Tensor) -> Tensor:
+        return self.act(self.act(self.block(self.count(x)) - 0.5) - 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        return self.behind(self.layer(x) + x)
+
+
 class RunsInside(Body):
     """The layer runs inside a module that does not own it."""
 
@@ -497,8 +512,17 @@ class Runner(nn.Module):
         return owner.layer(owner.act(x.clone()))
 
 
-SHORTENED = {Body: True, AddsInPlace: True, DropsReturn: False, TakesFromShelf: False}
-SHORTENED |= {HandsOnObjects: True, WritesWhenOff: False, OverwritesInput: True, RunsInside: True}
+SHORTENED = {
+    Body: True,
+    AddsInPlace: True,
+    DropsReturn: False,
+    TakesFromShelf: False,
+    HandsOnObjects: True,
+    WritesWhenOff: False,
+    SharesParts: True,
+    RunsInside: True,
+    OverwritesInput: True,
+}
 
 
 @pytest.mark.parametrize("kind", SHORTENED)
@@ -562,11 +586,13 @@ def hooked(network: nn.Module, images: Tensor, channel: int) -> Tensor:
     return network(images)
 
 
-def test_what_lies_before_the_layer_runs_once_a_batch(tmp_path):
-    case = make_case(Body(), tmp_path)
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_lies_before_the_layer_runs_once_a_batch(inference, tmp_path):
+    case = make_case(SharesParts(), tmp_path)
     changed = unbraid.apply(case.network, case.split)
     changed.count.n_runs = 0
-    result = unbraid.ablate(changed, case.images, batch_size=4)
+    with torch.inference_mode(inference):
+        result = unbraid.ablate(changed, case.images, batch_size=4)
     assert sum(1 + len(channel.concepts) for channel in result.channels) == 10
     assert changed.count.n_runs == 3  # batches
 
