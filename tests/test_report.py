@@ -22,12 +22,14 @@ from torch.utils.data import Dataset, Subset
 import unbraid
 from unbraid import Evaluation, Findings, Scan, Split
 from unbraid.ablation import Drop
+from unbraid.clustering import Cluster
 from unbraid.errors import UsageError
 from unbraid.evaluation import Responses
+from unbraid.findings import Pair
 from unbraid.report import charts, effects, view
 from unbraid.report.channels import concept_views, densities, density
 from unbraid.report.pictures import pictures, to_picture
-from unbraid.report.text import number, percent, significant
+from unbraid.report.text import ABSENT, number, percent, significant
 from unbraid.semantics import Likeness
 from unbraid.visualize.reference import reference_images
 
@@ -512,13 +514,89 @@ def test_bars_are_relevances_of_training_images(page: str, run: Run) -> None:
             assert expected <= titles
 
 
+def interval_text(pair: Pair, gamma: float) -> str:
+    certain = pair.high < gamma if pair.cosine < gamma else pair.low >= gamma
+    known = not math.isnan(pair.low)
+    text = f"{number(pair.low)} to {number(pair.high)}" if known else ABSENT
+    return text if certain else f"? {text}"
+
+
+def assert_pairs_listed(page: str, found: Findings) -> None:
+    """Every pair stands in the list, in order, with its figures and how sure they are."""
+    (table,) = read(page).all("table", "pairs")
+    cells = [[c.text for c in row.all("td")] for row in table.all("tbody")[0].all("tr")]
+    assert [(*row[:3], *row[4:6], *row[7:]) for row in cells] == [
+        (
+            *(str(pair.channel), number(pair.cosine), interval_text(pair, found.gamma)),
+            *(percent(pair.use1), number(pair.half1)),
+            *(percent(pair.use2), number(pair.half2)),
+        )
+        for pair in found.pairs
+    ]
+    n_uncertain = sum("?" in row[2] for row in cells)
+    told = re.search(r"\? marks (\d+) uncertain pairs? of", read(page).text)
+    assert int(told[1]) == n_uncertain if told else n_uncertain == 0
+    overview = {
+        row.all("th")[0].text: row.all("td")[1].text
+        for row in read(page).all("table", "overview")[0].all("tr")[1:]
+    }
+    assert overview == {
+        str(lowest.channel): f"{number(lowest.cosine)} {interval_text(lowest, found.gamma)}"
+        for lowest in reversed(found.pairs)
+    }
+
+
+@pytest.fixture(scope="module")
+def unsure(run: Run) -> Findings:
+    """The run's pairs, but two are uncertain, one of which has a class with a single image."""
+    first, second, *rest = run.found.pairs
+    one = replace(first, high=run.found.gamma)
+    single = replace(second, low=math.nan, high=math.nan, half2=math.nan)
+    return replace(run.found, pairs=(one, single, *rest))
+
+
+def test_pairs_are_listed_with_how_sure_they_are(
+    run: Run, unsure: Findings, tmp_path: Path
+) -> None:
+    assert_pairs_listed(run.report(tmp_path / "r.html", found=unsure), unsure)
+
+
+@pytest.mark.parametrize("name", ["low", "high", "half1", "half2", "cosine"])
+def test_a_pair_that_is_shown_otherwise_is_seen(
+    run: Run, unsure: Findings, name: str, tmp_path: Path
+) -> None:
+    page = run.report(tmp_path / "r.html", found=unsure)
+    *others, last = unsure.pairs
+    wrong = replace(unsure, pairs=(*others, replace(last, **{name: getattr(last, name) - 0.01})))
+    with pytest.raises(AssertionError):
+        assert_pairs_listed(page, wrong)
+
+
+def test_a_wrong_number_of_uncertain_pairs_is_seen(
+    run: Run, unsure: Findings, tmp_path: Path
+) -> None:
+    page = run.report(tmp_path / "r.html", found=unsure)
+    told = f"?</span> marks {sum(map(unsure.uncertain, unsure.pairs))} "
+    assert page.count(told) == 1
+    with pytest.raises(AssertionError):
+        assert_pairs_listed(page.replace(told, "?</span> marks 1 "), unsure)
+
+
+def test_clusters_have_no_intervals(run: Run, tmp_path: Path) -> None:
+    pairs = tuple(replace(pair, low=math.nan, high=math.nan) for pair in run.found.pairs)
+    cluster = Cluster(0, 0, torch.eye(2), 0.0)
+    clusters = replace(run.found, pairs=pairs, clusters=dict.fromkeys(run.found.classes, cluster))
+    page = run.report(tmp_path / "r.html", found=clusters, split=None, evaluation=None)
+    (table,) = read(page).all("table", "pairs")
+    assert [cell.text for cell in table.all("th")] == [
+        *("Channel", "Cosine", "Class", "Use", "Class", "Use"),
+    ]
+    assert "uncertain" not in read(page).all("main")[0].text
+
+
 def test_pairs_and_settings_are_listed(page: str, run: Run) -> None:
     root = read(page)
-    pairs = root.all("table")[1].all("tbody")[0].all("tr")
-    cells = [[cell.text for cell in row.all("td")] for row in pairs]
-    assert [(row[0], row[5]) for row in cells] == [
-        (str(pair.channel), number(pair.cosine)) for pair in run.found.pairs
-    ]
+    assert_pairs_listed(page, run.found)
     settings = root.all("dl", "settings")[0].text
     assert run.scan.manifest.weights in settings
     assert run.scan.manifest.data in settings

@@ -8,7 +8,7 @@ from functools import cached_property
 from unbraid.ablation import ChannelAblation
 from unbraid.errors import UsageError
 from unbraid.evaluation import ChannelEvaluation, Evaluation
-from unbraid.findings import Findings
+from unbraid.findings import Findings, Pair
 from unbraid.records import Scan
 from unbraid.semantics import ChannelSemantics
 from unbraid.sensitivity import Sensitivity
@@ -39,10 +39,12 @@ class Material:
     @cached_property
     def lowest(self) -> dict[int, float]:
         """The lowest cosine of any two classes, by channel."""
-        cosines: dict[int, float] = {}
-        for pair in self.found.pairs:
-            cosines[pair.channel] = min(pair.cosine, cosines.get(pair.channel, 1.0))
-        return cosines
+        return {channel: pair.cosine for channel, pair in self.clearest.items()}
+
+    @cached_property
+    def clearest(self) -> dict[int, Pair]:
+        """The pair with the lowest cosine, by channel."""
+        return {pair.channel: pair for pair in reversed(self.found.pairs)}
 
     @property
     def parts(self) -> list[ChannelSplit]:

@@ -21,6 +21,7 @@ from unbraid.report.channels import (
 from unbraid.report.effects import effects
 from unbraid.report.maps import Map, maps
 from unbraid.report.material import Material
+from unbraid.report.pairs import Chance, PairRow, chance, pair_rows
 from unbraid.report.summary import Fact, facts, output_figures, plain, settings
 from unbraid.splits import ChannelSplit
 from unbraid.tables import count
@@ -37,21 +38,11 @@ class ChannelRow:
 
     number: int
     concepts: tuple[ConceptView, ...]
-    cosine: float | None
+    cosine: float | None  # the lowest of any two of its classes
+    chance: Chance | None  # how sure that one is
     error: float | None
     rectified: float | None
     shown: bool  # whether it has a section
-
-
-@dataclass(frozen=True)
-class PairRow:
-    """One line of the list of pairs."""
-
-    channel: int
-    names: tuple[str, str]
-    cosine: float
-    uses: tuple[float, float]
-    shown: bool
 
 
 @dataclass(frozen=True)
@@ -68,6 +59,7 @@ class Page:
     output: dict[str, str] | None
     overview: tuple[ChannelRow, ...]
     pairs: tuple[PairRow, ...]
+    n_uncertain: int  # of the pairs
     channels: tuple[ChannelView, ...]
     notes: tuple[str, ...]  # what is left out and why, and what to beware of
     settings: tuple[tuple[str, str], ...]
@@ -103,16 +95,8 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
         n_concepts=sum(len(part.concepts) for part in parts),
         output=output_figures(material.evaluation),
         overview=_channel_rows(material, numbers),
-        pairs=tuple(
-            PairRow(
-                pair.channel,
-                (found.name(pair.class1), found.name(pair.class2)),
-                pair.cosine,
-                (pair.use1, pair.use2),
-                pair.channel in numbers,
-            )
-            for pair in found.pairs
-        ),
+        pairs=pair_rows(found, numbers),
+        n_uncertain=sum(map(found.uncertain, found.pairs)),
         channels=sections,
         notes=(*_notes(material, has_images), *notes),
         settings=settings(material),
@@ -236,6 +220,7 @@ def _channel_rows(material: Material, shown: set[int]) -> tuple[ChannelRow, ...]
                 number=channel,
                 concepts=concept_views(material.found, concepts[channel]),
                 cosine=material.lowest.get(channel),
+                chance=chance(material.found, material.clearest.get(channel)),
                 error=known.separation_error if known else None,
                 rectified=known.separation_error_rectified if known else None,
                 shown=channel in shown,
