@@ -188,6 +188,14 @@ def test_the_random_numbers_of_the_caller_stay_where_they_were():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_an_encoder_that_asks_for_gradients_gets_none_into_the_embeddings():
+    def with_gradients(images: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return mean_colour(images.requires_grad_())
+
+    assert not embed(with_gradients, IMAGES).requires_grad
+
+
 # --- a network's own features ---------------------------------------------------------------------
 
 
@@ -238,6 +246,32 @@ def test_an_output_that_is_overwritten_is_remembered():
 
     network = OnlyLogits(nn.Linear(6, N_CLASSES), take_away)
     assert_embeddings(embed(Penultimate(network), IMAGES), network.features, IMAGES)
+
+
+def test_of_two_layers_that_give_the_logits_the_last_counts():
+    first, last = nn.Linear(6, N_CLASSES), nn.Linear(N_CLASSES, N_CLASSES, bias=False)
+    last.weight.data = torch.eye(N_CLASSES)
+    network = stack(("pool", PooledFeatures()), ("first", first), ("last", last)).double()
+    images = SyntheticImages(4, size=(6, 2, 2))
+    embeddings = embed(Penultimate(network), images)
+    assert_embeddings(embeddings, network, images)
+    assert embeddings.shape == (4, N_CLASSES)
+
+
+def test_layers_may_be_used_on_what_is_no_batch():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.head = nn.Linear(2, 3), nn.Linear(3, N_CLASSES)
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(mean_colour(x) * self.scale(torch.ones(2).double()))
+
+    network = Scaled()
+    embeddings = embed(Penultimate(network), IMAGES)
+    with torch.no_grad():
+        assert_close(network.head(embeddings), network(IMAGES.images))
 
 
 @pytest.mark.parametrize("behind", [lambda z: z.log_softmax(1), lambda z: 2 * z])
@@ -334,6 +368,12 @@ def test_images_without_pictures_are_brought_to_its_size(timm_encoder, channels)
 def test_images_of_its_size_are_taken_as_they_are(timm_encoder):
     images = SyntheticImages(2, size=(3, 176, 176), dtype=torch.float32)
     assert_embeddings(embed(timm_encoder, images, batch_size=1), timm_encoder.network, images)
+
+
+def test_an_encoder_of_ones_own_gets_the_images_not_the_pictures():
+    encoder = PooledFeatures()
+    encoder.transform = None
+    assert embed(encoder, Photographs()).tolist() == [[float(n)] * 3 for n in range(3)]
 
 
 def test_a_picture_that_cannot_be_read_is_told(timm_encoder):

@@ -109,9 +109,11 @@ def test_a_channel_that_never_changes_has_no_score(constant):
     assert_scores(scores, a, e)
 
 
-def test_rounding_is_not_taken_for_a_change():
+@pytest.mark.parametrize("others", [0.1, 7.0])
+def test_rounding_is_not_taken_for_a_change(others):
     a = torch.full((9,), 0.1, dtype=torch.float64)
-    a[4] = torch.nextafter(a[4], torch.tensor(1.0, dtype=torch.float64))
+    a[::2] = torch.nextafter(a[0], 2 * a[0])
+    a[4] = others  # at 7 the only one that differs by more than rounding
     assert monosemanticity_score(a, some_images(9)[1]).isnan()
 
 
@@ -223,7 +225,9 @@ def test_the_check_of_clarity_fails_on_other_images():
 @pytest.mark.parametrize("concept", [[0, 0, 1, 1, 0, 2], [0, 1, 2, 3, 4, 5], [1] * 6])
 def test_distances_are_those_of_the_double_loop(concept):
     e = some_images(6)[1]
-    assert_distances(pure_distances(e, torch.tensor(concept)), e, torch.tensor(concept))
+    for embeddings in (e, e.float()):
+        distances = pure_distances(embeddings, torch.tensor(concept))
+        assert_distances(distances, embeddings, torch.tensor(concept))
 
 
 def test_distances_without_a_pair_are_not_known():

@@ -277,6 +277,22 @@ def test_images_that_could_not_be_read_take_no_part(tmp_path):
     assert measured == expected
 
 
+def test_a_shard_without_an_image_that_can_be_read_is_left_out(tmp_path):
+    class Broken(SyntheticImages):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            if index < 130:
+                raise OSError("truncated")
+            return super().__getitem__(index)
+
+    case = make_case("1x1", tmp_path)
+    scan = unbraid.scan(
+        build("1x1"), "layer", Broken(150), tmp_path / "b", positions=True, skip_broken=True
+    )
+    assert [len(records) for records in scan.shards()] == [0, 20]
+    result = measure(case, scan=scan, dataset=Broken(150))
+    assert {one.n_images for one in result.channels.values()} == {20}
+
+
 def test_a_scan_of_some_classes_needs_only_their_images(tmp_path):
     case = make_case("1x1", tmp_path)
     network = build("1x1")
@@ -364,6 +380,9 @@ def test_boxes_are_those_of_the_slow_way():
         assert answering_box(answer) == box_by_hand(answer)
     assert answering_box(-torch.ones(3, 4)) == WHOLE
     assert answering_box(torch.ones(1, 1)) == WHOLE
+    assert answering_box(-torch.eye(5)) == WHOLE
+    assert answering_box(torch.eye(5) - 1) == WHOLE  # the strongest is zero, no answer at all
+    assert answering_box(-torch.ones(9, 9).index_fill(0, torch.tensor([0]), 0.0)) == WHOLE
 
 
 def test_a_crop_is_that_part_of_the_image():
@@ -373,6 +392,8 @@ def test_a_crop_is_that_part_of_the_image():
     assert crop.shape == image.shape
     assert_close(crop, torch.tensor([1.0, 2.0, 3.0])[:, None, None].expand(3, 8, 6), 1e-6)
     assert cut_out(image, Box(0.5, 0.5, 0.99, 1.0)).shape == image.shape  # a pixel at least
+    assert cut_out(image, Box(0.0, 1.0, 0.5, 0.5)).shape == image.shape
+    assert cut_out(image.int(), WHOLE).dtype == torch.int32
     assert cut_out((9 * image).byte(), WHOLE).dtype == torch.uint8
 
 

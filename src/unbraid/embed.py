@@ -104,7 +104,7 @@ def ready(encoder: Encoder) -> Iterator[Encode]:
                 f"The encoder gives NaN or infinite numbers for image {int(index[wrong][0])}; check"
                 " the image, its preprocessing and the encoder's weights."
             )
-        return embeddings.cpu()
+        return embeddings.detach().cpu()
 
     with ExitStack() as stack, torch.no_grad():
         device = None

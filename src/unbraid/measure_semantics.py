@@ -132,6 +132,7 @@ def _embed_images(
             answers = [_answers(scan, records, part) for part in split.channels]
             sums = add_images(sums, torch.cat(answers, dim=1), embeddings)
             rows = zip(records.index.tolist(), embeddings, strict=True)
+            # A row alone would keep the whole shard's in memory.
             kept |= {index: row.clone() for index, row in rows if index in wanted}
     assert sums is not None  # a scan has an image
     return sums, kept
@@ -179,6 +180,8 @@ def _answering_boxes(
         for part in split.channels:
             for k, images in enumerate(top[part.channel].concepts):
                 here = torch.isin(records.index, images.index)
+                if not here.any():
+                    continue
                 maps = part.response_maps(scan.layer, records.input_map[here])[:, 1 + k]
                 for index, answer in zip(records.index[here].tolist(), maps, strict=True):
                     boxes[_Place(part.channel, k, index)] = answering_box(answer)
