@@ -28,8 +28,8 @@ class Penultimate(nn.Module):
     That layer is looked for among the fully connected layers and 1x1 convolutions: the last one
     called whose output equals the logits. Its input is averaged over positions if it has any.
 
-    This is the network's own view of the images, perhaps with the analysed channel in it; an encoder
-    trained on something else is the more independent judge.
+    This is the network's own view of the images, perhaps with the analysed channel in it; another
+    network is the more independent judge.
 
     Args:
         model: gives logits (N, T) for a batch of images; it stays as it is.
