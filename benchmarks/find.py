@@ -3,7 +3,8 @@
     python benchmarks/find.py
 
 A synthetic scan: 2048 channels, 512 inputs, 1000 classes, 20 images of each; every class uses 30
-channels, so that every channel is shared by about 15 classes. Records are read from disk.
+channels, so that every channel is shared by about 15 classes. Records are read from disk. With
+gamma 0.5 nothing is found; with 0.9 nearly all is, and every pair gets its interval.
 """
 
 from __future__ import annotations
@@ -72,6 +73,12 @@ def write_scan(folder: Path) -> None:
     write_whole(folder / "manifest.json", manifest.to_json().encode())
 
 
+def print_peak() -> None:
+    """Print how much memory was held at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory so far {peak:.2f} GiB")
+
+
 def main() -> None:
     """Measure and print."""
     torch.manual_seed(0)
@@ -87,14 +94,14 @@ def main() -> None:
             elapsed = time.perf_counter() - middle
             print(f"tau {tau:g} (auto): {middle - start:.1f} s")
             print(f"sensitivity, {len(counted.cells)} choices: {elapsed:.1f} s")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"peak memory so far {peak:.2f} GiB")
+        print_peak()
         for gamma in (0.5, 0.9, 0.5, 0.9):
             start = time.perf_counter()
             found = unbraid.find(scan, tau=0.01, gamma=gamma)
             elapsed = time.perf_counter() - start
             counts = f"{len(found)} pairs in {len(found.concepts)} channels"
             print(f"gamma {gamma}: {elapsed:.1f} s, {counts}")
+        print_peak()
 
 
 if __name__ == "__main__":
