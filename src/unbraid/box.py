@@ -32,23 +32,27 @@ def solve_box(hessian: Tensor, linear: Tensor, start: Tensor, tolerance: float =
     >>> solve_box(torch.eye(2)[None], torch.tensor([[0.3, 2.0]]), torch.zeros(1, 2))
     tensor([[0.3000, 1.0000]])
     """
-    answer = start.clamp(0, 1)
-    todo = torch.arange(len(answer))
+    return torch.stack(
+        [_solve(*one, tolerance) for one in zip(hessian, linear, start.clamp(0, 1), strict=True)]
+    )
+
+
+def _solve(hessian: Tensor, linear: Tensor, m: Tensor, tolerance: float) -> Tensor:
+    """Solve one problem, (J, J), (J,), from (J,).
+
+    A bound that holds its unknown against the gradient drops out of the Newton system; as most
+    are held, the system that is left is small.
+    """
     for _ in range(_MAX_STEPS):
-        h, c, m = hessian[todo], linear[todo], answer[todo]
-        open_ = kkt_residual(h, c, m) > tolerance
-        if not open_.any():
-            break
-        todo, h, c, m = todo[open_], h[open_], c[open_], m[open_]
-        gradient = _gradient(h, c, m)
-        # A bound that holds its unknown against the gradient drops out of the Newton system.
-        held = ((m <= 0) & (gradient > 0)) | ((m >= 1) & (gradient < 0))
-        free = (~held).to(h)
-        system = h * free[:, :, None] * free[:, None, :] + torch.diag_embed(1 - free)
-        downhill = (-gradient * free).unsqueeze(-1)
-        step = torch.cholesky_solve(downhill, torch.linalg.cholesky(system)).squeeze(-1)
-        answer[todo] = _search(h, c, m, gradient, step)
-    return answer
+        if not kkt_residual(hessian[None], linear[None], m[None]) > tolerance:
+            break  # also if there is no curvature at all, and so no residual
+        gradient = hessian @ m - linear
+        free = ~(((m <= 0) & (gradient > 0)) | ((m >= 1) & (gradient < 0)))
+        factor = torch.linalg.cholesky(hessian[free][:, free])
+        step = torch.zeros_like(m)
+        step[free] = torch.cholesky_solve(-gradient[free, None], factor)[:, 0]
+        m = _search(hessian, m, gradient, step)
+    return m
 
 
 def kkt_residual(hessian: Tensor, linear: Tensor, m: Tensor) -> Tensor:
@@ -65,26 +69,19 @@ def kkt_residual(hessian: Tensor, linear: Tensor, m: Tensor) -> Tensor:
         (B,), the largest change that a projected gradient step would make.
     """
     scale = hessian.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
-    stepped = (m - _gradient(hessian, linear, m) / scale).clamp(0, 1)
+    gradient = torch.einsum("bij,bj->bi", hessian, m) - linear
+    stepped = (m - gradient / scale).clamp(0, 1)
     return (m - stepped).abs().amax(1)
 
 
-def _gradient(hessian: Tensor, linear: Tensor, m: Tensor) -> Tensor:
-    return torch.einsum("bij,bj->bi", hessian, m) - linear
-
-
-def _search(hessian: Tensor, linear: Tensor, m: Tensor, gradient: Tensor, step: Tensor) -> Tensor:
-    """Halve each step until the projected point is better by enough (Armijo's rule)."""
-    size = torch.ones(len(m), 1, dtype=m.dtype)
+def _search(hessian: Tensor, m: Tensor, gradient: Tensor, step: Tensor) -> Tensor:
+    """Halve a step until the projected point is better by enough (Armijo's rule)."""
     for _ in range(_HALVINGS):
-        moved = (m + size * step).clamp(0, 1)
+        moved = (m + step).clamp(0, 1)
         change = moved - m
         # The exact change of the objective, without the rounding of two large values.
-        rise = (gradient * change).sum(1) + torch.einsum(
-            "bi,bij,bj->b", change, hessian, change
-        ) / 2
-        enough = rise <= 1e-4 * (gradient * change).sum(1)
-        if enough.all():
+        rise = gradient @ change + change @ hessian @ change / 2
+        if rise <= 1e-4 * (gradient @ change):
             break
-        size = torch.where(enough[:, None], size, size / 2)
+        step = step / 2
     return moved
