@@ -380,6 +380,12 @@ def assert_same_split(split1: Split, split2: Split) -> None:
         assert part1.bias == part2.bias
         for name in ("masks", "weight", "rows", "residual_row"):
             assert_bit_equal(getattr(part1, name), getattr(part2, name))
+    assert split1.clusters.keys() == split2.clusters.keys()
+    for number, cluster in split1.clusters.items():
+        twin = split2.clusters[number]
+        for name in ("channel", "place", "least"):
+            assert getattr(cluster, name) == getattr(twin, name), name
+        assert_bit_equal(cluster.centres, twin.centres)
 
 
 # --- networks -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from unbraid.files import write_tensors, write_whole
 from unbraid.layers import LayerSpec
-from unbraid.records import Manifest, Records, Scan, open_scan, write_shard
+from unbraid.records import Manifest, Records, Scan, join_records, open_scan, write_shard
 
 
 def write_scan(
@@ -20,12 +21,14 @@ def write_scan(
     labels: Sequence[int],
     pooled: Tensor | None = None,
     weight: Tensor | None = None,
+    bias: Tensor | None = None,
     min_share: float = 0.005,
     shard_size: int = 7,
 ) -> Scan:
     """Write a fully connected layer's scan: shares (N, C_out), pooled (N, J), weight (C_out, J).
 
-    Without pooled inputs or weights they are ones, and every ARV is the same.
+    Without pooled inputs or weights they are ones, and every ARV is the same. Without bias (C_out,)
+    it is zero.
     """
     n_images, n_out = shares.shape
     pooled = torch.ones(n_images, 2).double() if pooled is None else pooled
@@ -66,7 +69,7 @@ def write_scan(
             broken=torch.zeros(0).long(),
         )
         write_shard(folder, shard, records)
-    layer = {"weight": weight, "bias": torch.zeros(n_out).to(weight)}
+    layer = {"weight": weight, "bias": torch.zeros(n_out).to(weight) if bias is None else bias}
     write_tensors(folder / "layer.safetensors", layer, {})
     write_whole(folder / "manifest.json", manifest.to_json().encode())
     return open_scan(folder)
@@ -78,3 +81,27 @@ def random_shares(n_images: int, n_channels: int, seed: int = 0, spread: float =
     of_channel = torch.randn(n_channels, generator=generator, dtype=torch.float64)
     own = torch.randn(n_images, n_channels, generator=generator, dtype=torch.float64)
     return (spread * own + of_channel).softmax(1)
+
+
+def reshard(scan: Scan, folder: Path, shard_size: int) -> Scan:
+    """Write the same records again, so many to a shard."""
+    whole = join_records(list(scan.shards()))
+    manifest = replace(scan.manifest, shard_size=shard_size)
+    for shard in range(manifest.n_shards):
+        first, last = shard * shard_size, min((shard + 1) * shard_size, len(whole))
+        start, stop = whole.share_start[first], whole.share_start[last]
+        own = {
+            name: value[first:last]
+            for name, value in vars(whole).items()
+            if name in ("index", "label", "prediction", "n_positions", "pooled", "input_map")
+            and value is not None
+        }
+        records = Records(
+            **own,
+            share_start=whole.share_start[first : last + 1] - start,
+            share_channel=whole.share_channel[start:stop],
+            share_value=whole.share_value[start:stop],
+            broken=torch.zeros(0).long(),
+        )
+        write_shard(folder, shard, records)
+    return replace(scan, path=folder, manifest=manifest)

@@ -23,6 +23,7 @@ import unbraid
 from checks import Truth
 from networks import SyntheticImages, build, layer_input
 from unbraid.arvs import averaged_relevance, class_sums, concept_mean, uses
+from unbraid.clustering import Cluster
 from unbraid.layers import bias_of, describe, pooled_input, respond, weight_rows
 from unbraid.relevance import input_relevance
 from unbraid.splits import ChannelSplit
@@ -273,7 +274,10 @@ def adds_up(world: World) -> Arguments:
 
 @sound
 def same_split(world: World) -> Arguments:
-    return {"split1": world.split, "split2": copy.deepcopy(world.split)}
+    centres = torch.eye(3).double()[:2]
+    clusters = {4 + k: Cluster(1, k, centres, 0.1) for k in range(2)}
+    split = replace(world.split, clusters=clusters)
+    return {"split1": split, "split2": copy.deepcopy(split)}
 
 
 @sound
@@ -894,6 +898,36 @@ def _other_names(a: Arguments) -> None:
 @corruption(checks.assert_same_split)
 def _another_layer(a: Arguments) -> None:
     a["split2"] = replace(a["split2"], layer=replace(a["split2"].layer, stride=(2, 1)))
+
+
+def _other_cluster(a: Arguments, **changes: Any) -> None:
+    clusters = a["split2"].clusters
+    a["split2"] = replace(a["split2"], clusters={**clusters, 5: replace(clusters[5], **changes)})
+
+
+@corruption(checks.assert_same_split)
+def _a_cluster_of_another_channel(a: Arguments) -> None:
+    _other_cluster(a, channel=2)
+
+
+@corruption(checks.assert_same_split)
+def _a_cluster_in_another_place(a: Arguments) -> None:
+    _other_cluster(a, place=0)
+
+
+@corruption(checks.assert_same_split)
+def _a_cluster_with_another_smallest_answer(a: Arguments) -> None:
+    _other_cluster(a, least=math.nextafter(0.1, 1))
+
+
+@corruption(checks.assert_same_split)
+def _a_cluster_with_other_centres(a: Arguments) -> None:
+    _other_cluster(a, centres=torch.eye(3).double()[1:])
+
+
+@corruption(checks.assert_same_split)
+def _a_cluster_lost(a: Arguments) -> None:
+    a["split2"] = replace(a["split2"], clusters={4: a["split2"].clusters[4]})
 
 
 @corruption(checks.assert_bit_equal)

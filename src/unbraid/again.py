@@ -11,7 +11,7 @@ from unbraid.errors import RunError
 from unbraid.evaluate import evaluate
 from unbraid.evaluation import read_ablation, read_output, read_semantics
 from unbraid.find import find
-from unbraid.folders import ImageFolder, UnlabelledFolder, holds_classes
+from unbraid.folders import ImageFolder, UnlabelledFolder
 from unbraid.pipeline import as_labelled, seen_in
 from unbraid.records import Scan, open_scan
 from unbraid.report import report
@@ -73,6 +73,6 @@ def _validation_images(source: dict[str, Any], scan: Scan) -> Dataset[Any]:
 
         return load_images("test")
     root = Path(source["data"]) / "val"
-    if holds_classes(root):
+    if source.get("class_folders", True):
         return ImageFolder(root, class_names=scan.class_names)
     return UnlabelledFolder(root, class_names=scan.class_names)

@@ -5,7 +5,7 @@ so the cut is tested on points that it was not made from: they are projected on 
 the two centres. If they come from one cluster, however shaped, as long as its density along the
 line has a single peak, then the density half-way is at least the smaller of the densities at the
 two centres. The null model is rejected where significantly fewer points lie half-way. Shapes: N
-points, D dimensions, K clusters.
+points, D dimensions, K clusters, S starts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import Tensor
 _LEVEL = 0.01  # of the test of one cut; a divided set has had several
 _SMALLEST = 8  # points in a cluster: fewer cannot be tested
 _MAX_STEPS = 30
+_N_STARTS = 4  # of a cut; with several equal clusters one alone often ends within a cluster
+_N_TURNS = 10  # that bring the starts near the principal directions
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,21 +41,22 @@ Clusters = Mapping[int, Cluster]  # by number
 def find_clusters(points: Tensor) -> tuple[Tensor, Tensor]:
     """Divide unit vectors into clusters.
 
-    Deterministic: halves for testing are every other point, cuts start from the first principal
-    direction.
+    Deterministic: the same points in the same order give the same clusters.
 
     Args:
         points: (N, D), of length one.
 
     Returns:
         The cluster of each point, (N,), the one whose centre is nearest; and the centres, (K, D),
-        of length one. K is 1 if nothing contradicts a single cluster.
+        of length one. K is 1 if nothing contradicts a single cluster, and 0 without points.
 
     >>> corners = torch.eye(4).repeat_interleave(20, 0)
     >>> find_clusters(corners)[0].bincount()
     tensor([20, 20, 20, 20])
     """
-    parts = _divide(points, torch.arange(len(points)))
+    # Shuffled, since halves that are tested must not follow an order of classes in the data set.
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
+    parts = [order[part] for part in _divide(points[order], torch.arange(len(points)))]
     centres = F.normalize(torch.stack([points[part].mean(0) for part in parts]), dim=1)
     nearest = (points @ centres.T).argmax(1)
     for _ in range(_MAX_STEPS):
@@ -63,7 +66,8 @@ def find_clusters(points: Tensor) -> tuple[Tensor, Tensor]:
         before, nearest = nearest, (points @ centres.T).argmax(1)
         if nearest.equal(before):
             break
-    return nearest, centres
+    used, nearest = nearest.unique(return_inverse=True)
+    return nearest, centres[used]
 
 
 def chance_of_one(points: Tensor) -> float:
@@ -72,52 +76,63 @@ def chance_of_one(points: Tensor) -> float:
     Each half of the points is cut, and its cut is tested on the other half.
 
     Args:
-        points: (N, D).
+        points: (N, D), in random order: the halves are every other point.
 
     Source:
         The exact binomial test of two windows' counts; METHOD.md section 5 asks for a null model.
     """
     halves = points[0::2], points[1::2]
-    counts = torch.zeros(3)  # near one centre, half-way, near the other
-    first: Tensor | None = None
+    smaller = half_way = 0
     for half, other in (halves, halves[::-1]):
         side = two_means(half)
         if side.all() or not side.any():
             return 1.0
         start, line = half[~side].mean(0), half[side].mean(0) - half[~side].mean(0)
-        if first is None:
-            first = line
-        elif first @ line < 0:  # name the sides alike in both halves
-            start, line = start + line, -line
         place = (other - start) @ line / (line @ line)  # 0 at one centre, 1 at the other
-        counts += torch.stack([((place - at).abs() <= 1 / 6).sum() for at in (0, 0.5, 1)])
-    smaller, half_way = float(counts[[0, 2]].min()), float(counts[1])
+        near, middle, far = (int(((place - at).abs() <= 1 / 6).sum()) for at in (0, 0.5, 1))
+        half_way += middle
+        smaller += min(near, far)
     return float(binom.cdf(half_way, half_way + smaller, 0.5))
 
 
 def two_means(points: Tensor) -> Tensor:
     """Cut points in two where the squared distances to the parts' centres are least.
 
+    The best of several cuts, each improved from a start across a principal direction until it
+    stands.
+
     Args:
-        points: (N, D).
+        points: (N, D), N at least 2.
 
     Returns:
-        (N,), true on one side; all false if the points do not differ.
+        (N,), true on one side; all alike if the points do not differ.
     """
-    centred = points - points.mean(0)
-    direction = centred[centred.norm(dim=1).argmax()]
+    n_points, centred = len(points), points - points.mean(0)
+    sides = centred @ _principal_directions(centred) > 0  # (N, S)
     for _ in range(_MAX_STEPS):
-        direction = F.normalize(centred.T @ (centred @ direction), dim=0)
-    side = centred @ direction > 0
-    for _ in range(_MAX_STEPS):
-        if side.all() or not side.any():
+        n_one, sums, lengths = _parts(centred, sides)
+        # Nearer to the one centre, sums / n_one, than to the other, -sums / (N - n_one).
+        before, sides = sides, centred @ sums > lengths * (1 / n_one - 1 / (n_points - n_one)) / 2
+        if sides.equal(before):
             break
-        line = centred[side].mean(0) - centred[~side].mean(0)
-        middle = (centred[side].mean(0) + centred[~side].mean(0)) / 2
-        before, side = side, (centred - middle) @ line > 0
-        if side.equal(before):
-            break
-    return side
+    n_one, _, lengths = _parts(centred, sides)
+    return sides[:, (lengths / (n_one * (n_points - n_one))).argmax()]
+
+
+def _parts(centred: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Size (S,), sum (D, S) and its squared length (S,) of the one part of each cut (N, S)."""
+    n_one = sides.sum(0).clamp(1, len(sides) - 1)  # an empty part has sum zero, whatever its size
+    sums = centred.T @ sides.to(centred.dtype)
+    return n_one, sums, sums.square().sum(0)
+
+
+def _principal_directions(centred: Tensor) -> Tensor:
+    """Find about the directions in which points vary most, (D, S), strongest first."""
+    generator = torch.Generator().manual_seed(0)  # anything that is orthogonal to none of them
+    directions = torch.randn(centred.shape[1], _N_STARTS, generator=generator).to(centred.dtype)
+    for _ in range(_N_TURNS):
+        directions = torch.linalg.qr(centred.T @ (centred @ directions))[0]
+    return directions
 
 
 def _divide(points: Tensor, members: Tensor) -> list[Tensor]:

@@ -24,7 +24,6 @@ _N_TOP = 1000  # images of a channel
 _N_STRONGEST = 10  # that tell how strong an answer can be
 _LEAST_PART = 0.25  # of the way from the mean answer to the strongest
 _BYTES_AT_ONCE = 1 << 30  # of pooled inputs held in memory
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +89,12 @@ def mean_responses(
     scan: Scan, pooled: Tensor, n_positions: Tensor, channels: Sequence[int]
 ) -> Tensor:
     """Mean pre-activations of some channels, (N, channels), from pooled inputs (N, G, J)."""
-    groups = [scan.layer.group_of(o) for o in channels]
-    rows, bias = scan.weight[list(channels)], scan.bias[list(channels)]
-    if scan.layer.groups == 1:
-        summed = pooled[:, 0].double() @ rows.double().T
-    else:
-        summed = torch.einsum("nkj,kj->nk", pooled[:, groups].double(), rows.double())
-    return summed / n_positions[:, None] + bias.double()
+    group = torch.tensor([scan.layer.group_of(o) for o in channels])
+    rows, bias = scan.weight[list(channels)].double(), scan.bias[list(channels)].double()
+    summed = torch.empty(len(pooled), len(rows), dtype=torch.float64)
+    for g in group.unique().tolist():
+        summed[:, group == g] = pooled[:, g].double() @ rows[group == g].T
+    return summed / n_positions[:, None] + bias
 
 
 def top_images(scan: Scan) -> Iterator[tuple[int, DescribedImages]]:
@@ -107,21 +105,23 @@ def top_images(scan: Scan) -> Iterator[tuple[int, DescribedImages]]:
     """
     channels = list(range(scan.layer.n_out))
     values, places = _strongest(scan, channels)
+    if not len(values):  # no image could be read
+        return
     bytes_each = scan.layer.n_taps * scan.weight.element_size() * len(values)
     at_once = max(1, _BYTES_AT_ONCE // bytes_each)
     for first in range(0, len(channels), at_once):
         part = channels[first : first + at_once]
-        chosen = {o: places[values[:, o].isfinite(), o].sort().values for o in part}
+        strong = {o: values[:, o].isfinite() for o in part}
+        chosen = {o: places[strong[o], o].sort().values for o in part}
         labels, pooled = _gather(scan, chosen)
         for o in part:
             relevance = _relevance(scan, pooled[o], o)
             some = relevance.norm(dim=1) > 0
-            least = float(values[values[:, o].isfinite(), o].min())
+            answers = values[strong[o], o]
             # A little less, since the same answer may be rounded otherwise in another batch.
-            yield (
-                o,
-                DescribedImages(labels[o][some], relevance[some], least - _ROUNDING * abs(least)),
-            )
+            rounding = torch.finfo(scan.weight.dtype).eps ** 0.5 * answers.abs().max()
+            least = float(answers.min() - rounding)
+            yield o, DescribedImages(labels[o][some], relevance[some], least)
 
 
 def cluster_images(
@@ -143,7 +143,10 @@ def cluster_images(
 
 
 def _strongest(scan: Scan, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Strongest mean responses and their places in the scan, (n, C_out); -inf where too weak."""
+    """Strongest mean responses and their places in the scan, (n, C_out); -inf where too weak.
+
+    Without any image, n is 0.
+    """
     values = torch.zeros(0, len(channels), dtype=torch.float64)
     places = torch.zeros(0, len(channels), dtype=torch.int64)
     total, n_images = torch.zeros(len(channels), dtype=torch.float64), 0
@@ -155,8 +158,12 @@ def _strongest(scan: Scan, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
         values, places = torch.cat([values, new]), torch.cat([places, place])
         values, order = values.topk(min(_N_TOP, len(values)), dim=0)
         places = places.gather(0, order)
+    if n_images == 0:
+        return values, places
     mean, strongest = total / n_images, values[:_N_STRONGEST].mean(0)
-    weak = values < mean + _LEAST_PART * (strongest - mean)
+    least = mean + _LEAST_PART * (strongest - mean)
+    # Rounding must not put the mean of equal answers above them all.
+    weak = values < least.minimum(values[0])
     return values.masked_fill(weak, -torch.inf), places
 
 

@@ -21,6 +21,9 @@ def labels_of(dataset: Dataset[Any]) -> list[int]:
     """Return all labels of a data set, without reading images where it keeps a list of them.
 
     Looks for `targets` or `labels` (the habit of torchvision's data sets) through Subsets.
+
+    Raises:
+        DataError: a label is no number.
     """
     if isinstance(dataset, Subset):
         inner = labels_of(dataset.dataset)
@@ -32,8 +35,18 @@ def labels_of(dataset: Dataset[Any]) -> list[int]:
         ):  # going through a tensor would make a tensor of every label
             kept = kept.tolist()
         if isinstance(kept, Sequence):
-            return [int(label) for label in kept]
-    return [int(dataset[i][1]) for i in range(size_of(dataset))]
+            return [_number(label, i) for i, label in enumerate(kept)]
+    return [_number(dataset[i][1], i) for i in range(size_of(dataset))]
+
+
+def _number(label: Any, index: int) -> int:
+    try:
+        return int(label)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(
+            f"The label of image {index} is a {type(label).__name__}, not a class's number; give "
+            f"{UNLABELLED} for images without a label, and scan with labels='predicted'."
+        ) from None
 
 
 def size_of(dataset: Dataset[Any]) -> int:

@@ -125,7 +125,7 @@ def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
             if k not in there:
                 raise UsageError(
                     f"The scan has no image of {split.name(concept)}, concept {k} of channel "
-                    f"{part.channel}; scan validation images of all classes concerned."
+                    f"{part.channel}; scan validation images of all concepts."
                 )
     return {o: _join(answers) for o, answers in parts.items()}
 

@@ -6,7 +6,7 @@ Shapes: C_out channels, T classes, G groups, J taps; see METHOD.md sections 2 an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -21,12 +21,10 @@ from unbraid.arvs import (
 )
 from unbraid.chance import with_chance
 from unbraid.errors import UsageError
-from unbraid.findings import Concept, Findings, Found, Pair
+from unbraid.findings import Concept, ConceptKind, Findings, Found, Pair
 from unbraid.records import Scan
 from unbraid.thresholds import Tau, check_thresholds, choose_tau, nearest_finding
 from unbraid.unlabelled import search_clusters
-
-ConceptKind = Literal["classes", "clusters"]
 
 
 def find(
@@ -99,6 +97,7 @@ def find(
         weights=scan.manifest.weights,
         clusters=found.clusters,
         agreement=found.agreement,
+        kind=concepts,
         auto=auto,
         note=note,
     )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from unbraid.clustering import Cluster, Clusters
 from unbraid.files import write_whole
@@ -15,7 +15,8 @@ from unbraid.tables import align, count, csv_text, data_frame
 if TYPE_CHECKING:
     import pandas as pd
 
-Concept = tuple[int, ...]  # the classes that share one cause
+Concept = tuple[int, ...]  # the classes, or clusters, that share one cause
+ConceptKind = Literal["classes", "clusters"]
 
 _COLUMNS = (
     *("channel", "class1", "class2", "cosine", "use1", "use2", "name1", "name2"),
@@ -29,13 +30,15 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Two classes that use one channel for different reasons."""
+    """Two classes that use one channel for different reasons; or two clusters of images."""
 
     channel: int
     class1: int
     class2: int
     cosine: float  # of their averaged relevance vectors
-    use1: float  # fraction of the images of class1 in which the channel matters
+    # Fraction of the images of class1 in which the channel matters; of a cluster, its part of the
+    # channel's top images.
+    use1: float
     use2: float
     # How sure the cosine is; nan for a class of a single image, and for clusters of images.
     low: float = math.nan  # 95 % interval of the cosine that unlimited images would give
@@ -75,6 +78,7 @@ class Findings:
     clusters: Clusters = field(default_factory=dict)  # by number, where they stand for classes
     # Per channel, adjusted Rand index of clusters' concepts and classes' concepts; see docs.
     agreement: Mapping[int, float] = field(default_factory=dict)
+    kind: ConceptKind = "classes"  # what concepts are made of
     auto: bool = False  # whether tau was chosen by rule
     note: str = ""  # what to know of the tau chosen
 
@@ -100,14 +104,41 @@ class Findings:
 
     def __str__(self) -> str:
         """Show the pairs as a table, or say what comes nearest to a finding."""
-        head = (
-            f"{count(len(self.pairs), 'pair')} of classes in "
-            f"{count(len(self.concepts), 'polysemantic channel')} "
-            f"(tau {self.tau_in_words}, p {self.p:g}, gamma {self.gamma:g})"
-        )
+        n_channels = count(len(self.concepts), "polysemantic channel")
+        head = f"{count(len(self.pairs), 'pair')} of {self.kind} in {n_channels} ({self._asked})"
         note = f"\nNote: {self.note}" if self.note else ""
         if not self.pairs:
             return f"{head}. {self.hint}".rstrip() + note
+        table = self._cluster_table() if self.kind == "clusters" else self._class_table()
+        return f"{head}\n{table}{note}"
+
+    @property
+    def _asked(self) -> str:
+        """The thresholds that play a part."""
+        of_classes = f"tau {self.tau_in_words}, p {self.p:g}, " if self.kind == "classes" else ""
+        return f"{of_classes}gamma {self.gamma:g}"
+
+    def _cluster_table(self) -> str:
+        rows = [("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")]
+        rows += [
+            (
+                str(pair.channel),
+                f"{pair.cosine:.4f}",
+                *(self.name(pair.class1), f"{pair.use1:.0%}"),
+                *(self.name(pair.class2), f"{pair.use2:.0%}"),
+            )
+            for pair in self.pairs
+        ]
+        legend = "top images: the cluster's part of the images that the channel answers to most."
+        known = self.known_agreement
+        if known:
+            legend += (
+                f"\nMean agreement with what classes make of them: {sum(known) / len(known):.3f} "
+                "(adjusted Rand index: 1 the same, 0 chance)."
+            )
+        return f"{align(rows)}\n{legend}"
+
+    def _class_table(self) -> str:
         side = ("used in", "halves")
         rows = [("channel", "cosine", "interval", "class 1", *side, "class 2", *side)]
         rows += [
@@ -126,7 +157,12 @@ class Findings:
             "of the same classes the cosine could lie on the other side of gamma."
         )
         legend = _LEGEND + (mark if n_uncertain else "")
-        return f"{head}\n{align(rows)}\n{legend}{note}"
+        return f"{align(rows)}\n{legend}"
+
+    @property
+    def known_agreement(self) -> list[float]:
+        """Agreement of clusters with classes, of the channels where it could be measured."""
+        return [a for o, a in self.agreement.items() if o in self.concepts and not math.isnan(a)]
 
     def name(self, label: int) -> str:
         """Return the name of a class, or its number where it has none."""

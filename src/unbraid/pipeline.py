@@ -99,6 +99,9 @@ def run(
     if before is not None and before != json.loads(json.dumps(settings)):
         remove_results(out)
     found = find(train_scan, **thresholds.of_find)
+    by_place = labels == "predicted" or thresholds.concepts == "clusters"
+    if by_place:
+        found = seen_in(val_scan, found)
     found.to_csv(out / "findings.csv")
     counted = None
     if thresholds.concepts == "classes":  # clusters ask neither tau nor p
@@ -119,13 +122,10 @@ def run(
             title=title,
         )
         return Run(found, None, page, broken)
-    by_place = labels == "predicted" or bool(found.clusters)
-    if by_place:
-        found = seen_in(val_scan, found)
-    else:
+    if not by_place:
         _refuse_unseen(val_scan, found)
     pairs, channels = count(len(found), "pair"), count(len(found.concepts), "channel")
-    say(f"Found {pairs} in {channels}; scanning their classes again, with positions.")
+    say(f"Found {pairs} in {channels}; scanning their images again, with positions.")
     maps = []
     for name, dataset, seen in (("train", train, train_scan), ("val", val, val_scan)):
         which: dict[str, Any] = {"classes": found.classes}
@@ -213,7 +213,7 @@ def _refuse_unseen(val_scan: Scan, found: Findings) -> None:
 
 
 def seen_in(val_scan: Scan, found: Findings) -> Findings:
-    """Leave out channels of which a concept has no validation image.
+    """Leave out channels of which a concept has no validation image, and note how many.
 
     What clusters and predicted classes hold of other images is not the user's to decide, so a lack
     is no error, unlike one of the user's own classes.
@@ -224,9 +224,20 @@ def seen_in(val_scan: Scan, found: Findings) -> Findings:
         for channel, groups in found.concepts.items()
         if all(seen.intersection(group) for group in groups)
     }
-    pairs = tuple(pair for pair in found.pairs if pair.channel in concepts)
-    clusters = {n: c for n, c in found.clusters.items() if c.channel in concepts}
-    return replace(found, pairs=pairs, concepts=concepts, clusters=clusters)
+    n_left_out = len(found.concepts) - len(concepts)
+    if n_left_out == 0:
+        return found
+    left_out = (
+        f"{count(n_left_out, 'channel')} left out, as the validation images have none of one of "
+        "the concepts; add some."
+    )
+    return replace(
+        found,
+        pairs=tuple(pair for pair in found.pairs if pair.channel in concepts),
+        concepts=concepts,
+        clusters={n: c for n, c in found.clusters.items() if c.channel in concepts},
+        note=f"{found.note} {left_out}".lstrip(),
+    )
 
 
 def as_labelled(images: Dataset[Any], scan: Scan) -> Dataset[Any]:

@@ -193,7 +193,7 @@ def _concerned(
     if indices is not None:
         if classes is not None:
             raise UsageError("classes and indices both say what to scan; pass one of them.")
-        places = sorted(set(indices))
+        places = sorted({int(index) for index in indices})
         if not places or places[0] < 0 or places[-1] >= len(labels):
             raise UsageError(
                 f"indices must name places in the data set, 0 to {len(labels) - 1}, one or more."

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.errors import RunError
-from unbraid.find import ConceptKind
+from unbraid.findings import ConceptKind
 from unbraid.thresholds import Tau
 
 # Results, in the order of writing; the scans they were made from are kept apart.

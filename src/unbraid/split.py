@@ -113,9 +113,10 @@ def _check_fit(scan: Scan, found: Findings) -> None:
     seen = numbers_seen(replace(scan, clusters=found.clusters), found.classes)
     for label in found.classes:
         if label not in seen:
+            name = found.name(label) if label in found.clusters else f"class {found.name(label)}"
             raise UsageError(
-                f"The scan has no image of class {found.name(label)}, which a concept names; pass "
-                "the scan that the findings were made from."
+                f"The scan has no image of {name}, which a concept names; pass the scan that the "
+                "findings were made from."
             )
 
 

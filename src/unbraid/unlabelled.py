@@ -27,6 +27,8 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
     first = _first_number(scan)
     for channel, top in top_images(scan):
         clusters, number = cluster_images(top, channel, first)
+        if len(clusters) < 2:
+            continue
         numbers = sorted(clusters)
         arvs = torch.stack([top.relevance[number == n].mean(0) for n in numbers])
         cosines = cosines_of(arvs)
@@ -92,7 +94,7 @@ def _agreement(
 def _first_number(scan: Scan) -> int:
     """The first number that is no class."""
     seen = scan.labels_seen() | {int(c) for column in scan.columns("prediction") for c in column}
-    return max(len(scan.class_names), *(c + 1 for c in seen))
+    return max(len(scan.class_names), max(seen, default=-1) + 1)
 
 
 def _classes(scan: Scan, labels: Tensor) -> str:

@@ -87,6 +87,7 @@ def run(
     loaded = load(model, weights, device)
     say(f"Network {model}, layer {layer}.")
     train = open_images(loaded, data / "train")
+    source = {**loaded.source, "data": str(data.resolve()), "class_folders": labelled(train)}
     result = run_pipeline(
         loaded.model,
         layer,
@@ -95,7 +96,7 @@ def run(
         out,
         thresholds=Thresholds(tau, p, gamma, rho, concepts),
         loading=Loading(batch_size, workers, skip_broken),
-        source={**loaded.source, "data": str(data.resolve())},
+        source=source,
         say=say,
         title=f"{model} · {layer}",
         encoder=encoder,
