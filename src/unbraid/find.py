@@ -57,7 +57,8 @@ def find(
             clusters take the place of classes, with numbers behind the last class.
 
     Returns:
-        Findings, perhaps empty; then `Findings.hint` says which thresholds come nearest.
+        Findings, perhaps empty; then `Findings.hint` says which thresholds come nearest. Pairs of
+        classes come with the interval of their cosine (docs/chance.md).
 
     Raises:
         UsageError: a threshold is out of range, tau lies below the smallest share that the scan
