@@ -287,9 +287,15 @@ def test_where_nothing_feeds_the_channel_cosines_are_one_without_doubt(tmp_path)
     assert [pair.cosine, *(getattr(pair, name) for name in FIGURES)] == [1.0] * 5
 
 
-def test_where_there_is_nothing_but_noise_the_cosine_can_be_anything(tmp_path):
-    pair = two_classes(tmp_path, [(1.0, 0.01), (-1.0, 0.01)] * 4, NOISY)
+@pytest.mark.parametrize("mean", [0.01, 0.2, 0.3])  # noise is 1/7 of a squared unit
+def test_where_there_may_be_nothing_but_noise_the_cosine_can_be_anything(mean, tmp_path):
+    pair = two_classes(tmp_path, [(mean + 1, 0.01), (mean - 1, 0.01)] * 4, NOISY)
     assert (pair.low, pair.high) == (-1.0, 1.0)
+
+
+def test_where_there_is_more_than_noise_something_is_known(tmp_path):
+    pair = two_classes(tmp_path, [(2.0, 0.01), (0.0, 0.01)] * 4, NOISY)
+    assert pair.low > 0.5
 
 
 # --- how often an interval holds the truth --------------------------------------------------------
