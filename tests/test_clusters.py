@@ -464,9 +464,13 @@ def test_pairs_are_clusters_of_two_concepts_with_their_cosine_and_size(planted, 
     assert [pair.cosine for pair in found.pairs] == sorted(pair.cosine for pair in found.pairs)
 
 
-def test_a_lower_gamma_finds_less(planted):
-    assert not unbraid.find(planted.scan, concepts="clusters", gamma=-1.0).concepts
-    assert unbraid.find(planted.scan, concepts="clusters", gamma=-1.0).kind == "clusters"
+def test_a_lower_gamma_finds_less(planted, found):
+    gamma = found.pairs[2].cosine
+    less = unbraid.find(planted.scan, concepts="clusters", gamma=gamma)
+    assert [pair.cosine for pair in less.pairs] == [pair.cosine for pair in found.pairs[:2]]
+    lowest = unbraid.find(planted.scan, concepts="clusters", gamma=found.pairs[0].cosine)
+    assert (lowest.pairs, lowest.concepts, lowest.clusters) == ((), {}, {})
+    assert lowest.kind == "clusters"
 
 
 def test_tau_and_p_play_no_part(planted, found):
@@ -593,12 +597,23 @@ def test_findings_of_clusters_print_as_a_table(found):
         assert word not in str(found)
 
 
-def test_no_finding_of_clusters_says_so(planted):
+def test_no_finding_of_clusters_hints_at_the_nearest(planted, found):
     none = unbraid.find(planted.scan, concepts="clusters", gamma=-1.0)
+    nearest = found.pairs[0]
+    hinted = math.ceil(nearest.cosine * 1000) / 1000
     assert str(none) == (
         "0 pairs of clusters in 0 polysemantic channels (gamma -1). "
-        "No channel's top images form clusters that differ so much."
+        f"Nearest: channel {nearest.channel} has clusters with a cosine of {hinted:.3f}, which "
+        "gamma would have to exceed."
     )
+    followed = unbraid.find(planted.scan, concepts="clusters", gamma=hinted + 0.001)
+    assert followed.pairs[0].channel == nearest.channel
+
+
+def test_without_clusters_the_hint_says_so(tmp_path):
+    scan = write_scan(tmp_path, shares=torch.full((50, 2), 0.3), labels=[0] * 50)
+    none = unbraid.find(scan, concepts="clusters")
+    assert none.hint == "No channel's top images form clusters that differ."
 
 
 def test_the_csv_file_of_clusters_holds_their_pairs(found, tmp_path):

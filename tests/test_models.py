@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from unbraid.data import ImageFolder, label_folders
 from unbraid.errors import DataError, ModelError, UsageError
+from unbraid.folders import ImageFolder, label_folders
 from unbraid.models import import_torchvision, load_model, load_weights, open_folder
 from unbraid.pictures import read_picture
 

@@ -70,7 +70,7 @@ def find(
     check_thresholds(tau, p, gamma, scan.manifest.min_share)
     if concepts not in get_args(ConceptKind):
         raise UsageError(f"concepts is {concepts!r}; use 'classes' or 'clusters'.")
-    hint = note = ""
+    note = ""
     auto = tau == "auto"
     if tau == "auto":
         tau, note = choose_tau(scan)
@@ -82,10 +82,10 @@ def find(
         found = _own(scan, class_sums(scan, [tau]), channels)
     elif concepts == "clusters":
         found = search_clusters(scan, gamma)
-        hint = "" if found.pairs else "No channel's top images form clusters that differ so much."
     else:
         found = _search_classes(scan, class_sums(scan, [tau]), p, gamma)
-        hint = "" if found.pairs else nearest_finding(scan, tau, p, gamma)
+        if not found.pairs:
+            found.hint = nearest_finding(scan, tau, p, gamma)
     return Findings(
         tau,
         p,
@@ -93,7 +93,7 @@ def find(
         pairs=tuple(sorted(found.pairs, key=lambda pair: (pair.cosine, pair.channel))),
         concepts=found.concepts,
         class_names=_names(scan, found),
-        hint=hint,
+        hint=found.hint,
         layer=scan.layer.name,
         weights=scan.manifest.weights,
         clusters=found.clusters,

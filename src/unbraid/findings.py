@@ -56,6 +56,7 @@ class Found:
     clusters: dict[int, Cluster] = field(default_factory=dict)  # by number
     names: dict[int, str] = field(default_factory=dict)  # of clusters
     agreement: dict[int, float] = field(default_factory=dict)  # per channel
+    hint: str = ""  # if nothing was found, what comes nearest
 
 
 @dataclass(frozen=True)

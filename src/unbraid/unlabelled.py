@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,7 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
     """
     found = Found()
     first = _first_number(scan)
+    nearest = (1.0, -1)  # lowest cosine, and channel
     for channel, top in top_images(scan):
         clusters, number = cluster_images(top, channel, first)
         if len(clusters) < 2:
@@ -32,6 +34,7 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
         numbers = sorted(clusters)
         arvs = torch.stack([top.relevance[number == n].mean(0) for n in numbers])
         cosines = cosines_of(arvs)
+        nearest = min(nearest, (float(cosines.min()), channel))
         if not (cosines < gamma).any():
             continue
         part = {n: float((number == n).double().mean()) for n in numbers}
@@ -45,6 +48,7 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
             found.names[n] = f"cluster {k + 1}{_classes(scan, top.label[number == n])}"
         found.agreement[channel] = _agreement(top, number, concepts, gamma)
         first += len(numbers)
+    found.hint = "" if found.pairs else _hint(*nearest)
     return found
 
 
@@ -89,6 +93,16 @@ def _agreement(
         if c in of_label
     ]
     return adjusted_rand_index(*zip(*both, strict=True))
+
+
+def _hint(cosine: float, channel: int) -> str:
+    least = math.ceil(cosine * 1000) / 1000  # above the cosine as printed, it is found
+    if least >= 1:
+        return "No channel's top images form clusters that differ."
+    return (
+        f"Nearest: channel {channel} has clusters with a cosine of {least:.3f}, which gamma would "
+        "have to exceed."
+    )
 
 
 def _first_number(scan: Scan) -> int:
