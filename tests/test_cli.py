@@ -389,7 +389,6 @@ class TestMistakes:
             (("--weights", "missing.safetensors"), 1, "missing.safetensors"),
             (("--model", "own.py:bild"), 2, "Did you mean build"),
             (("--data", "nowhere"), 1, "There is no folder"),
-            (("--data", "data/train/ant"), 1, "no class folders"),
             (("--batch-size", "0"), 2, "batch_size"),
             (("--min-share", "2"), 2, "min_share"),
             (("--classes", "7"), 2, "no image"),
@@ -610,4 +609,157 @@ def build_failing():
         network = ("--model", "fails.py:build_failing", "--layer", "2")
         code, _, err = call("scan", *network, "--data", "data/val", "--out", "mistake")
         assert code == 1
+        assert_one_sentence(err)
+
+
+@pytest.fixture(scope="module")
+def flat(home: Path) -> Path:
+    """Images without class folders."""
+    for part, n in (("train", 180), ("val", 90)):
+        (home / "flat" / part).mkdir(parents=True)
+        for k in range(n):
+            draw(k % 3, 5000 * n + k).save(home / "flat" / part / f"{k:03d}.png")
+    return home / "flat"
+
+
+class TestWithoutLabels:
+    OPTIONS = ("--concepts", "clusters", "--gamma", "0.95")
+
+    def test_a_folder_without_classes_from_scan_to_report(self, flat, home: Path, call) -> None:
+        run = ("run", *NETWORK, "--data", "flat", "--out", "runs/flat", *self.OPTIONS)
+        code, out, err = call(*run)
+        assert code == 0, err
+        assert "flat/train holds images without class folders; the network's predictions" in err
+        assert "of clusters in" in out.splitlines()[0]
+        assert "Largest logit difference 0." in out
+        folder = home / "runs/flat"
+        for name in ("scan-train", "scan-val", "positions-train", "positions-val"):
+            assert unbraid.open_scan(folder / name).manifest.labels == "predicted"
+        found = unbraid.find(
+            unbraid.open_scan(folder / "scan-train"), concepts="clusters", gamma=0.95
+        )
+        split = unbraid.Split.load(folder / "split.safetensors")
+        assert {c.channel: c.concepts for c in split.channels} == found.concepts != {}
+        assert set(split.clusters) == set(found.clusters)
+        output = json.loads((folder / "evaluation.json").read_text())["output"]
+        assert output["max_abs_logit_diff"] == 0
+        assert (output["top1_before"], output["top1_after"]) == (None, None)
+        rows = list(csv.DictReader((folder / "findings.csv").open()))
+        assert [int(row["class1"]) for row in rows] == [pair.class1 for pair in found.pairs]
+        page = (folder / "report.html").read_bytes()
+        (folder / "report.html").unlink()
+        assert call("report", "runs/flat")[0] == 0
+        assert (folder / "report.html").read_bytes() == page
+        stamp = (folder / "positions-val/shard-000000.safetensors").stat().st_mtime_ns
+        assert call(*run)[0] == 0
+        assert (folder / "positions-val/shard-000000.safetensors").stat().st_mtime_ns == stamp
+
+    def test_step_by_step(self, flat, home: Path, call) -> None:
+        for part in ("train", "val"):
+            data = ("--data", f"flat/{part}", "--out", f"flat-{part}", "--positions")
+            assert call("scan", *NETWORK, *data)[0] == 0
+        code, out, err = call("find", "flat-train", *self.OPTIONS)
+        assert code == 0, err
+        assert "of clusters in" in out
+        code, _, err = call("split", "flat-train", *self.OPTIONS, "--out", "flat.safetensors")
+        assert code == 0, err
+        code, out, err = call("evaluate", "flat.safetensors", "flat-val")
+        assert code == 0, err
+        assert "cluster 1" in out
+
+    def test_validation_images_lie_as_those_of_training_do(self, flat, home: Path, call) -> None:
+        shutil.copytree(flat / "train", home / "mixed/train")
+        for k in range(60):
+            folder = home / "mixed/val" / CLASSES[k % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            draw(k % 3, 77 + k).save(folder / f"{k}.png")
+        (home / "mixed/val/empty").mkdir()  # would be a class without images
+        run = ("run", *NETWORK, "--data", "mixed", "--out", "runs/mixed", *self.OPTIONS)
+        code, _, err = call(*run)
+        assert code == 0, err
+        page = home / "runs/mixed/report.html"
+        before = page.read_bytes()
+        assert call("report", "runs/mixed")[0] == 0
+        assert page.read_bytes() == before
+
+    def test_channels_without_validation_images_are_left_out_and_counted(
+        self, flat, home: Path, call
+    ) -> None:
+        shutil.copytree(flat / "train", home / "one/train")
+        (home / "one/val").mkdir()
+        for k in range(12):  # of one kind, which has no more than one cause
+            draw(0, 99 + k).save(home / "one/val" / f"{k}.png")
+        run = ("run", *NETWORK, "--data", "one", "--out", "runs/one", *self.OPTIONS)
+        code, out, err = call(*run)
+        assert code == 0, err
+        told = "left out, as the validation images have none of one of the concepts; add some."
+        assert "0 pairs of clusters in 0 polysemantic channels" in out
+        assert told in out
+        page = home / "runs/one/report.html"
+        assert told in page.read_text()
+        assert len((home / "runs/one/findings.csv").read_text().splitlines()) == 1
+        before = page.read_bytes()
+        assert call("report", "runs/one")[0] == 0
+        assert page.read_bytes() == before
+
+    def test_predicted_labels_in_place_of_given_ones(self, home: Path, call) -> None:
+        shutil.copytree(home / "data", home / "wrong")
+        for part in ("train", "val"):  # folders that say nothing
+            for source, name in ((CLASSES[0], "x"), (CLASSES[1], CLASSES[0]), ("x", CLASSES[1])):
+                (home / "wrong" / part / source).rename(home / "wrong" / part / name)
+        run = ("run", *NETWORK, "--data", "wrong", "--out", "runs/wrong", *LOOSE)
+        code, _, err = call(*run, "--labels", "predicted")
+        assert code == 0, err
+        scan = unbraid.open_scan(home / "runs/wrong/scan-train")
+        assert scan.manifest.labels == "predicted"
+        for records in scan.shards():
+            assert records.label.equal(records.prediction)
+        found = unbraid.find(scan, tau=0.02, p=0.5, gamma=0.95)
+        right = unbraid.open_scan(home / "runs/a/scan-train")
+        pairs = unbraid.find(right, tau=0.02, p=0.5, gamma=0.95).pairs
+        assert {pair.channel for pair in found.pairs} & {pair.channel for pair in pairs}
+        output = json.loads((home / "runs/wrong/evaluation.json").read_text())["output"]
+        assert output["top1_before"] < 0.5  # given labels still tell accuracy
+        page = home / "runs/wrong/report.html"
+        before = page.read_bytes()
+        assert call("report", "runs/wrong")[0] == 0
+        assert page.read_bytes() == before
+        code, _, err = call(*run)
+        assert code == 1
+        assert "whether labels are given or predicted" in err
+        assert_one_sentence(err)
+
+    @pytest.mark.parametrize(
+        "wrong", [("--concepts", "cluster"), ("--labels", "guessed"), ("--concepts", "")]
+    )
+    def test_a_wrong_value_is_told_with_the_right_ones(self, home: Path, call, wrong) -> None:
+        code, _, err = call("run", *NETWORK, "--data", "data", "--out", "runs/never", *wrong)
+        assert code == 2
+        assert wrong[0] in err
+        assert "Traceback" not in err
+        assert not (home / "runs/never").exists()
+
+    def test_a_folder_without_any_image_is_told(self, home: Path, call) -> None:
+        (home / "nothing/train").mkdir(parents=True)
+        code, _, err = call("run", *NETWORK, "--data", "nothing", "--out", "runs/never")
+        assert code == 1
+        assert_one_sentence(err)
+        (home / "nothing/notes").mkdir()
+        (home / "nothing/notes/a.txt").write_text("no image")
+        code, _, err = call("scan", *NETWORK, "--data", "nothing/notes", "--out", "never")
+        assert code == 1
+        assert_one_sentence(err)
+        draw(0, 1).save(home / "nothing/train/a.png")
+        (home / "nothing/val").mkdir()
+        code, _, err = call("run", *NETWORK, "--data", "nothing", "--out", "runs/never")
+        assert code == 1
+        assert "nothing/val holds no image" in err
+        assert_one_sentence(err)
+        assert not (home / "runs/never").exists()
+
+    def test_classes_cannot_be_chosen_of_images_without_labels(self, flat, home, call) -> None:
+        scan = ("scan", *NETWORK, "--data", "flat/val", "--out", "never")
+        code, _, err = call(*scan, "--classes", "0")
+        assert code == 2
+        assert "classes names [0]" in err
         assert_one_sentence(err)

@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ from checks import (
     assert_same_split,
     truth_of,
 )
-from handmade import reshard, write_scan
+from handmade import CAUSES, Planted, plant, reshard, write_scan
 from networks import SyntheticImages, build
 from unbraid import Findings, Scan, Split, clusters
 from unbraid.arvs import class_sums
@@ -318,54 +317,6 @@ def test_without_images_of_a_cluster_nothing_is_split_or_measured(divided, tmp_p
 
 
 # --- planted causes -------------------------------------------------------------------------------
-
-CAUSES = (("A", "B"), ("A", "B", "C"), ("A",), ())  # of each channel; the last one is constant
-
-
-@dataclass
-class Planted:
-    scan: Scan
-    cause: list[int]  # of each image, -1 for none
-
-
-def plant(
-    folder: Path,
-    *,
-    sizes: Sequence[int] = (90, 60, 40),
-    n_rest: int = 150,
-    labels: Sequence[int] | None = None,
-    seed: int = 0,
-    shard_size: int = 64,
-) -> Planted:
-    """Images with one of three causes, each four inputs of its own, among others with none.
-
-    Inputs are skewed and noisy. Without labels, they tell the causes, with 3 for none.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    cause = torch.arange(3).repeat_interleave(torch.tensor(sizes))
-    cause = torch.cat([cause, torch.full((n_rest,), -1)])
-    cause = cause[torch.randperm(len(cause), generator=generator)]
-    noise = torch.randn(len(cause), 16, generator=generator, dtype=torch.float64)
-    pooled = 0.1 * (0.8 * noise).exp()
-    for k in range(3):
-        strength = torch.rand(len(cause), 4, generator=generator, dtype=torch.float64) + 1
-        pooled[:, 4 * k : 4 * k + 4] += strength * (cause == k)[:, None]
-    weight = torch.full((4, 16), 0.1).double()
-    for channel, own in enumerate(CAUSES):
-        for name in own:
-            first = 4 * "ABC".index(name)
-            weight[channel, first : first + 4] = 1.0
-    weight[3] = 0.0
-    scan = write_scan(
-        folder,
-        shares=torch.full((len(cause), 4), 0.25),
-        labels=(cause % 4).tolist() if labels is None else labels,
-        pooled=pooled,
-        weight=weight,
-        bias=torch.tensor([0.0, -1.0, 0.5, 0.1]).double(),
-        shard_size=shard_size,
-    )
-    return Planted(scan, cause.tolist())
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ class ConceptView:
 
     letter: str
     tone: int
-    names: tuple[str, ...]  # of its classes
+    names: tuple[str, ...]  # of its classes or clusters
 
     @property
     def shown(self) -> Sequence[str]:
@@ -60,7 +60,7 @@ class Shot:
     label: int
     name: str  # of its class
     activation: float
-    concept: ConceptView | None  # that its class belongs to
+    concept: ConceptView | None  # that it, or its class, belongs to
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from unbraid.evaluation import Evaluation
 from unbraid.layers import LayerSpec
 from unbraid.records import Scan
 from unbraid.report.material import Material
-from unbraid.report.text import number, percent, significant
+from unbraid.report.text import ABSENT, number, percent, significant
 from unbraid.tables import count
 
 
@@ -35,7 +35,10 @@ def facts(material: Material) -> tuple[Fact, ...]:
     if not found.concepts:
         return tuple(facts)
     note = f"lowest cosine {number(min(material.lowest.values(), default=None))}"
-    facts.append(Fact(f"{len(found.pairs):,}", "pairs of classes", note))
+    agreement = found.known_agreement
+    if agreement:
+        note += f"; agreement with classes {number(sum(agreement) / len(agreement))}"
+    facts.append(Fact(f"{len(found.pairs):,}", f"pairs of {found.kind}", note))
     if split is not None:
         n_concepts = sum(len(part.concepts) for part in split.channels)
         facts.append(Fact(f"{n_concepts:,}", "concept channels", f"method: {split.method}"))
@@ -44,6 +47,8 @@ def facts(material: Material) -> tuple[Fact, ...]:
     output = output_figures(evaluation)
     if output:
         note = f"top-1 {output['before']} before, {output['after']} after"
+        if output["before"] == ABSENT:
+            note = f"same first choice in {output['agreement']} of the images"
         facts.append(Fact(output["difference"], "largest logit difference", note))
     errors = evaluation.summary[evaluation.method]
     note = "ideal 0; halving a channel gives 0.5"
@@ -71,11 +76,13 @@ def settings(material: Material) -> tuple[tuple[str, str], ...]:
     """List thresholds, network, data and versions, all that it takes to do it again."""
     scan, found, split = material.scan, material.found, material.split
     manifest = scan.manifest
-    rows: dict[str, str] = {"tau": found.tau_in_words, "p": f"{found.p:g}"}
+    rows: dict[str, str] = {"concepts": found.kind}
+    if found.kind == "classes":
+        rows |= {"tau": found.tau_in_words, "p": f"{found.p:g}"}
     rows["gamma"] = f"{found.gamma:g}"
     if split is not None:
         rows["method"] = split.method
-        rows |= {k: plain(v) for k, v in split.settings.items() if k not in rows}
+    rows["labels"] = manifest.labels
     network = manifest.source.get("model")
     if isinstance(network, str):
         rows["network"] = network

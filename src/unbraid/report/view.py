@@ -9,6 +9,7 @@ from unbraid.arvs import class_sums
 from unbraid.errors import UsageError
 from unbraid.evaluate import gather_responses
 from unbraid.evaluation import Responses
+from unbraid.findings import ConceptKind
 from unbraid.layers import LayerSpec
 from unbraid.report.channels import (
     ChannelView,
@@ -40,6 +41,7 @@ class ChannelRow:
     concepts: tuple[ConceptView, ...]
     cosine: float | None  # the lowest of any two of its classes
     chance: Chance | None  # how sure that one is
+    agreement: float | None  # of clusters with classes
     error: float | None
     rectified: float | None
     shown: bool  # whether it has a section
@@ -53,6 +55,8 @@ class Page:
     layer: LayerSpec
     hint: str  # what comes nearest, if nothing was found
     facts: tuple[Fact, ...]
+    kind: ConceptKind  # what concepts are made of
+    predicted: bool  # whether labels are the network's
     chosen: bool  # whether the user named the concepts
     n_divided: int
     n_concepts: int
@@ -90,6 +94,8 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
         layer=scan.layer,
         hint=found.hint,
         facts=facts(material),
+        kind=found.kind,
+        predicted=scan.manifest.labels == "predicted",
         chosen=material.chosen,
         n_divided=len(parts),
         n_concepts=sum(len(part.concepts) for part in parts),
@@ -167,7 +173,7 @@ def _sections(
     if train_scan and bare:
         notes.append(
             f"The input channels of channel {', '.join(bare)} are left out: the training scan has "
-            "no image of a concept's class."
+            "no image of a concept."
         )
     return tuple(sections), notes
 
@@ -221,6 +227,7 @@ def _channel_rows(material: Material, shown: set[int]) -> tuple[ChannelRow, ...]
                 concepts=concept_views(material.found, concepts[channel]),
                 cosine=material.lowest.get(channel),
                 chance=chance(material.found, material.clearest.get(channel)),
+                agreement=material.found.agreement.get(channel),
                 error=known.separation_error if known else None,
                 rectified=known.separation_error_rectified if known else None,
                 shown=channel in shown,
