@@ -240,8 +240,9 @@ def test_no_points_are_no_cluster():
     assert centres.shape == (0, 5)
 
 
-def test_a_group_too_small_to_test_is_left_with_the_nearest():
-    points = torch.eye(3).double().repeat_interleave(torch.tensor([40, 40, 3]), 0)
+@pytest.mark.parametrize("n_few", [1, 3, 7])
+def test_a_group_of_fewer_than_eight_is_left_with_the_nearest(n_few):
+    points = torch.eye(3).double().repeat_interleave(torch.tensor([40, 40, n_few]), 0)
     nearest, centres = find_clusters(points)
     assert len(centres) == 2
     assert_partition(nearest[:80], points.argmax(1)[:80])
