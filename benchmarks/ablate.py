@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import unbraid
 from machine import describe_machine
-from unbraid.layers import describe, weight_rows
+from unbraid.describe import describe, weight_rows
 from unbraid.splits import ChannelSplit, Split
 from unbraid.weights import hash_weights
 

@@ -203,6 +203,34 @@ KINDS: dict[str, Callable[[], nn.Sequential]] = {
 }
 
 
+class PadsSame(nn.Conv2d):
+    """Pads on its own, with as many zeros as the size of the input asks for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for size, kernel, stride, dilation in zip(
+            x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True
+        ):
+            n_positions = (size + stride - 1) // stride
+            missing = (n_positions - 1) * stride + dilation * (kernel - 1) + 1 - size
+            missing = max(missing, 0)
+            pads = [missing // 2, missing - missing // 2, *pads]
+        return super().forward(nn.functional.pad(x, pads))
+
+
+class PadsUnevenly(nn.Conv2d):
+    """Pads on its own, and once more as it was told to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (0, 2, 1, 0)))
+
+
+KINDS |= {
+    "pads by size": lambda: around(PadsSame(6, 8, (3, 5), stride=(2, 3), groups=2)),
+    "pads unevenly": lambda: around(PadsUnevenly(6, 8, 3, stride=2, padding=(0, 1))),
+}
+
+
 def build(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
     """A network of a kind with random weights, in eval mode."""
     with torch.random.fork_rng(devices=[]):

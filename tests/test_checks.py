@@ -24,7 +24,8 @@ from checks import Truth
 from networks import SyntheticImages, build, layer_input
 from unbraid.arvs import averaged_relevance, class_sums, concept_mean, uses
 from unbraid.clustering import Cluster
-from unbraid.layers import bias_of, describe, pooled_input, respond, weight_rows
+from unbraid.describe import bias_of, describe, weight_rows
+from unbraid.layers import pooled_input, respond
 from unbraid.relevance import input_relevance
 from unbraid.splits import ChannelSplit
 
@@ -110,7 +111,7 @@ def responses(world: World) -> Arguments:
         layer_input(world.network, SyntheticImages(13).images),
         weight_rows(layer)[[2, 5]],
         bias_of(layer)[channels],
-        torch.tensor(channels),
+        channels,
     )
     return {
         "responses": found.flatten(2),

@@ -10,18 +10,9 @@ from torch import nn
 
 from checks import assert_pooled_inputs, assert_responses, assert_rows_explain_output, truth_of
 from networks import KINDS, SyntheticImages, build, layer_input, stack
+from unbraid.describe import bias_of, describe, resolve_layer, weight_rows, why_not
 from unbraid.errors import LayerError
-from unbraid.layers import (
-    LayerSpec,
-    bias_of,
-    channels_first,
-    describe,
-    pooled_input,
-    resolve_layer,
-    respond,
-    weight_rows,
-    why_not,
-)
+from unbraid.layers import LayerSpec, channels_first, pooled_input, respond
 
 IMAGES = SyntheticImages(3)
 
@@ -58,7 +49,7 @@ def test_a_layers_own_rows_respond_as_the_layer(network):
         channels_first(spec, x),
         weight_rows(network.layer),
         bias_of(network.layer),
-        torch.arange(spec.n_out),
+        range(spec.n_out),
     )
     with torch.no_grad():
         expected = channels_first(spec, network.layer(x))
@@ -72,7 +63,7 @@ def test_new_rows_in_any_order_respond_in_the_group_of_their_channel(network):
     channels = [last, 0, last, 1]  # shuffled and repeated
     rows = torch.randn(4, spec.n_taps, generator=torch.Generator().manual_seed(1)).double()
     bias = bias_of(network.layer)[channels]
-    new = respond(spec, x, rows, bias, torch.tensor(channels))
+    new = respond(spec, x, rows, bias, channels)
     assert_responses(new.flatten(2), channels, rows, truth_of(network, IMAGES))
 
 
@@ -139,7 +130,7 @@ def test_a_module_of_another_network_is_refused():
         pytest.param(nn.Linear(1, 8), "single input", id="one feature"),
         pytest.param(nn.BatchNorm2d(6), "not a convolution", id="batch norm"),
         pytest.param(nn.ReLU(), "not a convolution", id="activation"),
-        pytest.param(nn.ConvTranspose2d(6, 8, 3), "not a convolution", id="transposed"),
+        pytest.param(nn.ConvTranspose2d(6, 8, 3), "transposed convolution", id="transposed"),
         pytest.param(nn.Sequential(nn.Linear(6, 8)), "not a convolution", id="container"),
     ],
 )

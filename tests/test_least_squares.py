@@ -15,7 +15,8 @@ from networks import SyntheticImages, build
 from unbraid.box import kkt_residual, solve_box
 from unbraid.errors import UsageError
 from unbraid.evaluate import separation_error
-from unbraid.layers import channels_first, describe, pooled_input, tap_inputs
+from unbraid.describe import describe
+from unbraid.layers import channels_first, pooled_input, tap_inputs
 from unbraid.least_squares import (
     PENALTIES,
     augment,

@@ -511,9 +511,11 @@ def test_positions_of_images_of_different_sizes_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("wrap", "kind"),
     [
-        pytest.param(lambda logits: {"out": logits}, "dict", id="dict"),
-        pytest.param(lambda logits: logits[:, :, None], r"\(4, 4, 1\)", id="map"),
-        pytest.param(lambda logits: (logits, None), "tuple", id="tuple"),
+        pytest.param(
+            lambda logits: {"out": logits}, r"a dict \('out': a tensor \(4, 4\)\)", id="dict"
+        ),
+        pytest.param(lambda logits: logits[:, :, None], r"a tensor \(4, 4, 1\)", id="map"),
+        pytest.param(lambda logits: (logits, None), r"a tuple \(.*\)", id="tuple"),
     ],
 )
 def test_a_network_without_logits_is_refused(wrap, kind, tmp_path):
@@ -530,29 +532,6 @@ def test_a_layer_that_does_not_run_is_refused(tmp_path):
     network.spare = nn.Linear(4, 4)
     with pytest.raises(LayerError, match="'spare' does not run when the network does"):
         unbraid.scan(network, "spare", SyntheticImages(4), tmp_path)
-
-
-class Standardised(nn.Conv2d):
-    """Normalises its weights on its own, as some networks do."""
-
-    def forward(self, x):
-        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return self._conv_forward(x, weight, self.bias)
-
-
-class PadsItself(nn.Conv2d):
-    """Pads on its own."""
-
-    def forward(self, x):
-        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
-
-
-@pytest.mark.parametrize("kind", [Standardised, PadsItself])
-def test_a_layer_that_does_not_compute_what_its_weights_say_is_refused(kind, tmp_path):
-    network = build("3x3")
-    network.layer = kind(6, 8, 3).double()
-    with pytest.raises(LayerError, match=f"'layer' .{kind.__name__}. does not compute"):
-        unbraid.scan(network, "layer", SyntheticImages(4), tmp_path)
 
 
 def test_a_layer_whose_output_a_hook_changes_is_refused(tmp_path):

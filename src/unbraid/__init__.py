@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from unbraid.find import find as find
     from unbraid.findings import Findings as Findings
     from unbraid.measure_semantics import measure_semantics as measure_semantics
+    from unbraid.networks import with_logits as with_logits
     from unbraid.output import compare_outputs as compare_outputs
     from unbraid.records import Scan as Scan
     from unbraid.records import open_scan as open_scan
@@ -48,6 +49,7 @@ _HOME = {
     "Split": "splits",
     "apply": "surgery",
     "gate": "surgery",
+    "with_logits": "networks",
     "compare_outputs": "output",
     "ablate": "ablate",
     "Ablation": "ablation",

@@ -20,6 +20,7 @@ from unbraid.batch import check_labels, refuse_broken_values, stack_images
 from unbraid.data import GoodItem, Readable, check_loading, class_names_of, size_of, sort_out
 from unbraid.errors import DataError, UsageError
 from unbraid.findings import Concept
+from unbraid.networks import unwrap
 from unbraid.progress import image_progress
 from unbraid.records import Scan
 from unbraid.relevance import undisturbed
@@ -70,6 +71,7 @@ def ablate(
     Source:
         METHOD.md section 6, causal effect.
     """
+    model2 = unwrap(model2)
     layer = _split_layer(model2)
     chosen = _chosen(layer, channels)
     check_loading(batch_size, workers)

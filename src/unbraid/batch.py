@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.data import GoodItem
-from unbraid.errors import DataError, LayerError, ModelError
-from unbraid.layers import LayerSpec, bias_of, channels_first, pooled_input, weight_rows
+from unbraid.describe import bias_of, weight_rows
+from unbraid.errors import DataError, LayerError, ModelError, UnbraidError
+from unbraid.layers import LayerSpec, channels_first, pooled_input
+from unbraid.networks import as_logits
 from unbraid.records import Records, no_records
-from unbraid.relevance import cut_at, output_relevance, shares
+from unbraid.relevance import cut_at, gradients_at, output_relevance, shares
 
 
 def scan_batch(
@@ -37,26 +39,35 @@ def scan_batch(
 
     with cut_at(module, keep) as cut:
         logits = run_network(model, images)
-    if cut.output is None or cut.input is None:
-        raise LayerError(f"Layer {spec.name!r} does not run when the network does.")
-    prediction = logits.argmax(1).cpu()
-    label = prediction if predicted else torch.tensor([item[2] for item in items])
-    check_labels(label, index, logits)
-    relevance = output_relevance(cut.output, logits, label.to(device))
-    z = channels_first(spec, cut.output.detach()).flatten(2)
-    pooled, input_map = cut.input
-    summed = channels_first(spec, relevance).flatten(2).sum(2, dtype=pooled.dtype)
+        cut.recording = False
+        if not cut.outputs:
+            raise LayerError(f"Layer {spec.name!r} does not run when the network does.")
+        prediction = logits.argmax(1).cpu()
+        label = prediction if predicted else torch.tensor([item[2] for item in items])
+        check_labels(label, index, logits)
+        if check:
+            _check_apart(spec, cut.outputs, logits)
+        relevance = output_relevance(cut.outputs, logits, label.to(device))
+    n_images = len(items)
+    pooled = sum_calls(n_images, [call[0] for call in cut.inputs])
+    z = [channels_first(spec, output.detach()).flatten(2) for output in cut.outputs]
+    summed = sum_calls(
+        n_images,
+        [channels_first(spec, r).flatten(2).sum(2, dtype=pooled.dtype) for r in relevance],
+    )
+    n_positions = sum(len(call) // n_images * call.shape[2] for call in z)
     for values in (pooled, logits, summed):
         refuse_broken_values(values, index)
     if check:
-        _check_linear(spec, module, pooled, z)
+        _check_linear(spec, module, pooled, z, n_positions)
+    input_map = _input_map(spec, n_images, [call[1] for call in cut.inputs]) if positions else None
     share = shares(summed)
     kept = share >= min_share
     return Records(
         index=index,
         label=label,
         prediction=prediction,
-        n_positions=torch.full_like(index, z.shape[2]),
+        n_positions=torch.full_like(index, n_positions),
         pooled=pooled.cpu(),
         share_start=torch.cat([index.new_zeros(1), kept.sum(1).cumsum(0).cpu()]),
         share_channel=kept.nonzero()[:, 1].to(torch.int32).cpu(),
@@ -84,11 +95,15 @@ def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
 def run_network(model: nn.Module, images: Tensor) -> Tensor:
     """Compute logits, (N, T).
 
+    Images are brought to the number format of the network's weights.
+
     Raises:
         ModelError: the network cannot run on such images, or gives something else.
     """
     try:
-        logits = model(images)
+        output = model(images.to(_number_format(model, images)))
+    except UnbraidError:
+        raise
     except Exception as error:  # of a network of anyone's own
         if isinstance(error, torch.OutOfMemoryError):
             raise ModelError("The device is out of memory; lower batch_size.") from None
@@ -97,13 +112,19 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); check size "
             "and channels of the images."
         ) from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        kind = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    logits = as_logits(output)
+    if len(logits) != len(images):
         raise ModelError(
-            f"The network's output is {kind}, not logits of shape (images, classes); wrap it so "
-            "that it is."
+            f"The network gives {len(logits)} rows of logits for {len(images)} images; wrap it so "
+            "that it gives one for each."
         )
     return logits
+
+
+def _number_format(model: nn.Module, images: Tensor) -> torch.dtype:
+    """That of the first weights, which meet the images; theirs where either is no fraction."""
+    formats = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    return next(formats, images.dtype) if images.is_floating_point() else images.dtype
 
 
 def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:
@@ -134,20 +155,68 @@ def refuse_broken_values(values: Tensor, index: Tensor) -> None:
         )
 
 
-def _check_linear(spec: LayerSpec, module: nn.Module, pooled: Tensor, z: Tensor) -> None:
+def sum_calls(n_images: int, calls: Sequence[Tensor]) -> Tensor:
+    """Sum over the calls of a layer, and over the parts into which each image was cut.
+
+    Args:
+        n_images: N.
+        calls: (N * parts, ...) each; parts such as windows or frames, those of an image together.
+
+    Returns:
+        (N, ...).
+    """
+    return torch.stack([call.unflatten(0, (n_images, -1)).sum(1) for call in calls]).sum(0)
+
+
+def _input_map(spec: LayerSpec, n_images: int, calls: Sequence[Tensor | None]) -> Tensor:
+    """The layer's input of each image, (N, C_in, positions ...); parts are positions if tokens."""
+    first = calls[0]
+    assert first is not None
+    if len(calls) > 1 or (len(first) != n_images and not spec.channels_last):
+        raise LayerError(
+            f"Layer {spec.name!r} runs more than once on each image, so there is no one input map "
+            "to keep; scan without positions."
+        )
+    parts = first.unflatten(0, (n_images, -1))  # (N, parts, C_in, ...)
+    return parts.movedim(1, 2).flatten(2, 3) if len(first) != n_images else first
+
+
+def _check_apart(spec: LayerSpec, outputs: Sequence[Tensor], logits: Tensor) -> None:
+    """Raise if what the layer puts out is not, image by image, the images' own.
+
+    A network may cut images into windows or frames, and those of an image must lie together, in
+    the order of the images.
+    """
+    n_images = len(logits)
+    own = gradients_at(outputs, logits[0].sum())
+    for output, gradient in zip(outputs, own, strict=True):
+        n_parts, rest = divmod(len(output), n_images)
+        others = gradient[n_parts:] if gradient is not None else output.new_zeros(0)
+        if rest or (others.abs() > 0).any():
+            raise LayerError(
+                f"Layer {spec.name!r} puts out {tuple(output.shape)} for {n_images} images, where "
+                "what belongs to one image does not lie together; use batch_size=1."
+            )
+
+
+def _check_linear(
+    spec: LayerSpec, module: nn.Module, pooled: Tensor, z: Sequence[Tensor], n_positions: int
+) -> None:
     """Raise if the layer does not compute what its weights and settings say.
 
-    A subclass may pad or scale on its own; all that follows would then be quietly wrong.
+    A hook may change its output; all that follows would then be quietly wrong.
     """
-    z = z.to(pooled.dtype)
-    rows = weight_rows(module).to(pooled.dtype).unflatten(0, (spec.groups, -1))
+    n_images = len(pooled)
+    weight = weight_rows(module)
+    rows = weight.to(pooled.dtype).unflatten(0, (spec.groups, -1))
     expected = torch.einsum("ngj,goj->ngo", pooled, rows).flatten(1)
-    expected += z.shape[2] * bias_of(module).to(pooled.dtype)
-    tolerance = (
-        torch.finfo(weight_rows(module).dtype).eps ** 0.5
-    )  # rounding is far below, errors above
-    if (z.sum(2) - expected).abs().max() > tolerance * z.abs().sum(2).max() + 1e-12:
+    expected += n_positions * bias_of(module).to(pooled.dtype)
+    wide = [call.to(pooled.dtype) for call in z]
+    actual = sum_calls(n_images, [call.sum(2) for call in wide])
+    scale = sum_calls(n_images, [call.abs().sum(2) for call in wide]).max()
+    tolerance = torch.finfo(weight.dtype).eps ** 0.5  # rounding is far below, errors above
+    if (actual - expected).abs().max() > tolerance * scale + 1e-12:
         raise LayerError(
             f"Layer {spec.name!r} ({spec.kind}) does not compute what its weights say, perhaps "
-            "because it pads or normalises on its own or a hook changes it; it cannot be split."
+            "because a hook changes its output; it cannot be split."
         )

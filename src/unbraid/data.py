@@ -39,6 +39,31 @@ def labels_of(dataset: Dataset[Any]) -> list[int]:
     return [_number(dataset[i][1], i) for i in range(size_of(dataset))]
 
 
+def groups_of(dataset: Dataset[Any]) -> list[int] | None:
+    """Return which images belong together, such as crops of one photograph, as numbers.
+
+    Looks for `groups`, one id of any kind for each image, through Subsets; None where a data set
+    says nothing.
+
+    Raises:
+        DataError: there are more or fewer ids than images.
+    """
+    if isinstance(dataset, Subset):
+        inner = groups_of(dataset.dataset)
+        return None if inner is None else [inner[i] for i in dataset.indices]
+    kept = getattr(dataset, "groups", None)
+    if kept is None:
+        return None
+    ids = kept.tolist() if hasattr(kept, "tolist") else list(kept)
+    if len(ids) != size_of(dataset):
+        raise DataError(
+            f"The data set's groups name {len(ids)} images of {size_of(dataset)}; give one id for "
+            "each image."
+        )
+    numbers: dict[Any, int] = {}
+    return [numbers.setdefault(own, len(numbers)) for own in ids]
+
+
 def _number(label: Any, index: int) -> int:
     try:
         return int(label)
@@ -100,12 +125,15 @@ def preprocessing_of(dataset: Dataset[Any]) -> str:
 
 
 def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
-    """Hash what identifies a data set: labels, and file names and sizes or else sample images.
+    """Hash what identifies a data set: labels, groups, and files' names and sizes or else images.
 
     A folder is known by the relative path and size of every file. Of any other data set, sixteen
     evenly spaced images are read.
     """
     digest = hashlib.sha256(torch.tensor(labels).numpy().tobytes())
+    groups = groups_of(dataset)
+    if groups is not None:
+        digest.update(torch.tensor(groups).numpy().tobytes())
     samples = getattr(dataset, "samples", None)
     root = getattr(dataset, "root", None)
     if samples is not None and root is not None:

@@ -8,17 +8,19 @@ taps of one channel, P output positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from unbraid.errors import LayerError, nearest
+SAME = "same"  # a padding mode: zeros, as many as the input's size asks for, as in TensorFlow
 
 _PAD_MODES = {
     "zeros": "constant",
+    SAME: "constant",
     "reflect": "reflect",
     "replicate": "replicate",
     "circular": "circular",
@@ -36,7 +38,7 @@ class LayerSpec:
     n_in: int
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]  # before and after, per spatial dimension
+    padding: tuple[tuple[int, int], ...]  # before and after, per spatial dimension; unless SAME
     dilation: tuple[int, ...]
     groups: int
     pad_mode: str
@@ -61,6 +63,14 @@ class LayerSpec:
         """Return the group that an output channel belongs to."""
         return channel // (self.n_out // self.groups)
 
+    def pads(self, dim: int, size: int) -> tuple[int, int]:
+        """Return the padding before and after one dimension of an input of a size."""
+        if self.pad_mode != SAME:
+            return self.padding[dim]
+        reach, stride = self.dilation[dim] * (self.kernel[dim] - 1), self.stride[dim]
+        total = max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
+        return total // 2, total - total // 2
+
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description."""
         return asdict(self)
@@ -71,109 +81,6 @@ class LayerSpec:
         fixed = {k: tuple(values[k]) for k in ("kernel", "stride", "dilation")}
         padding = tuple((int(a), int(b)) for a, b in values["padding"])
         return cls(**{**values, **fixed, "padding": padding})
-
-
-def resolve_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
-    """Find a layer by its `named_modules()` name, or the name of a given module.
-
-    Raises:
-        LayerError: the network has no such layer; the nearest names are told.
-    """
-    modules = dict(model.named_modules())
-    if isinstance(layer, nn.Module):
-        for name, module in modules.items():
-            if module is layer:
-                return name, module
-        raise LayerError("The given module is not part of the network; pass one of its modules.")
-    if layer not in modules or not layer:
-        splittable = [name for name, module in modules.items() if why_not(module) is None]
-        hint = nearest(layer, splittable)
-        raise LayerError(
-            f"The network has no layer {layer!r}.{hint} `unbraid layers` lists what can be split."
-        )
-    return layer, modules[layer]
-
-
-def why_not(module: nn.Module) -> str | None:
-    """Say why a module cannot be split, or None if it can."""
-    if isinstance(module, nn.Linear):
-        return None if module.in_features > 1 else "it has a single input, nothing to divide"
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        if module.in_channels == module.groups:
-            return "each of its channels has a single input channel, nothing to divide"
-        return None
-    return "it is not a convolution or fully connected layer, so not linear in weights of its own"
-
-
-def splittable_layers(model: nn.Module) -> list[LayerSpec]:
-    """List the layers of a network that can be split, in its order."""
-    return [describe(n, m) for n, m in model.named_modules() if why_not(m) is None]
-
-
-def describe(name: str, module: nn.Module) -> LayerSpec:
-    """Describe a layer that is linear in its weights.
-
-    Raises:
-        LayerError: the module is of another kind, or has a single input channel.
-    """
-    reason = why_not(module)
-    if reason is not None:
-        raise LayerError(
-            f"Layer {name!r} ({type(module).__name__}) cannot be split: {reason}; "
-            "`unbraid layers` lists what can."
-        )
-    if isinstance(module, nn.Linear):
-        return LayerSpec(
-            name=name,
-            kind=type(module).__name__,
-            n_out=module.out_features,
-            n_in=module.in_features,
-            kernel=(1,),
-            stride=(1,),
-            padding=((0, 0),),
-            dilation=(1,),
-            groups=1,
-            pad_mode="zeros",
-            channels_last=True,
-        )
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    return LayerSpec(
-        name=name,
-        kind=type(module).__name__,
-        n_out=module.out_channels,
-        n_in=module.in_channels,
-        kernel=tuple(module.kernel_size),
-        stride=tuple(module.stride),
-        padding=_padding_pairs(module),
-        dilation=tuple(module.dilation),
-        groups=module.groups,
-        pad_mode=module.padding_mode,
-        channels_last=False,
-    )
-
-
-def _padding_pairs(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[tuple[int, int], ...]:
-    if module.padding == "valid":
-        return tuple((0, 0) for _ in module.kernel_size)
-    if module.padding == "same":  # torch puts the odd one behind
-        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return tuple((total // 2, total - total // 2) for total in totals)
-    assert not isinstance(module.padding, str)
-    return tuple((p, p) for p in module.padding)
-
-
-def weight_rows(module: nn.Module) -> Tensor:
-    """Return the weights as one row per output channel, (C_out, J)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().flatten(1)
-
-
-def bias_of(module: nn.Module) -> Tensor:
-    """Return the bias, (C_out,); zeros where the layer has none."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    return bias.detach() if isinstance(bias, Tensor) else weight.new_zeros(weight.shape[0])
 
 
 def channels_first(spec: LayerSpec, x: Tensor) -> Tensor:
@@ -210,7 +117,7 @@ def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
 def _tap_counts(spec: LayerSpec, dim: int, size: int) -> Tensor:
     """Count how often each kernel offset meets each input along one dimension, (kernel, size)."""
     line = torch.arange(1.0, size + 1)[None, None]  # 0 is left for padding with zeros
-    met = F.pad(line, spec.padding[dim], mode=_PAD_MODES[spec.pad_mode])[0, 0].long()
+    met = F.pad(line, spec.pads(dim, size), mode=_PAD_MODES[spec.pad_mode])[0, 0].long()
     reach = spec.dilation[dim] * (spec.kernel[dim] - 1)
     firsts = torch.arange(0, len(met) - reach, spec.stride[dim])
     offsets = spec.dilation[dim] * torch.arange(spec.kernel[dim])
@@ -232,7 +139,7 @@ def tap_inputs(spec: LayerSpec, x: Tensor, group: int) -> Tensor:
         (N, J, P); its sum over positions is the pooled input.
     """
     first = group * spec.n_in_per_group
-    x = _pad(spec, x[:, first : first + spec.n_in_per_group])
+    x = pad_input(spec, x[:, first : first + spec.n_in_per_group])
     n_dims = len(spec.kernel)
     steps = tuple(slice(None, None, step) for step in spec.dilation)
     for dim in range(n_dims):
@@ -243,12 +150,16 @@ def tap_inputs(spec: LayerSpec, x: Tensor, group: int) -> Tensor:
     return x.permute(0, 1, *windows, *range(2, 2 + n_dims)).reshape(len(x), spec.n_taps, -1)
 
 
-def _pad(spec: LayerSpec, x: Tensor) -> Tensor:
-    pads = [p for pair in reversed(spec.padding) for p in pair]
+def pad_input(spec: LayerSpec, x: Tensor) -> Tensor:
+    """Pad an input, (N, channels, positions ...), as the layer does."""
+    pairs = [spec.pads(dim, size) for dim, size in enumerate(x.shape[2:])]
+    pads = [p for pair in reversed(pairs) for p in pair]
     return F.pad(x, pads, mode=_PAD_MODES[spec.pad_mode]) if any(pads) else x
 
 
-def respond(spec: LayerSpec, x: Tensor, rows: Tensor, bias: Tensor, channels: Tensor) -> Tensor:
+def respond(
+    spec: LayerSpec, x: Tensor, rows: Tensor, bias: Tensor, channels: Sequence[int]
+) -> Tensor:
     """Run new rows on a layer's input, each in the group of the channel it was made from.
 
     Args:
@@ -256,16 +167,16 @@ def respond(spec: LayerSpec, x: Tensor, rows: Tensor, bias: Tensor, channels: Te
         x: (N, C_in, positions ...), the layer's input, channels first.
         rows: (R, J), new rows.
         bias: (R,), their biases.
-        channels: (R,), the output channel that each row was made from.
+        channels: the output channel that each of the R rows was made from.
 
     Returns:
         (N, R, positions ...), channels first.
     """
-    x = _pad(spec, x)
+    x = pad_input(spec, x)
     kernels = rows.reshape(len(rows), spec.n_in_per_group, *spec.kernel)
     convolve = _CONVOLVE[len(spec.kernel)]
 
-    def run(part: Tensor, chosen: Tensor | slice) -> Tensor:
+    def run(part: Tensor, chosen: list[int] | slice) -> Tensor:
         out: Tensor = convolve(
             part, kernels[chosen], bias[chosen], stride=spec.stride, dilation=spec.dilation
         )
@@ -273,11 +184,12 @@ def respond(spec: LayerSpec, x: Tensor, rows: Tensor, bias: Tensor, channels: Te
 
     if spec.groups == 1:
         return run(x, slice(None))
-    groups = channels // (spec.n_out // spec.groups)
-    order, parts = [], []
-    for group in groups.unique().tolist():
-        chosen = (groups == group).nonzero()[:, 0]
+    members: dict[int, list[int]] = {}
+    for row, channel in enumerate(channels):
+        members.setdefault(spec.group_of(channel), []).append(row)
+    parts = []
+    for group, chosen in members.items():
         first = group * spec.n_in_per_group
         parts.append(run(x[:, first : first + spec.n_in_per_group], chosen))
-        order.append(chosen)
-    return torch.cat(parts, 1)[:, torch.cat(order).argsort()]
+    order = [row for chosen in members.values() for row in chosen]
+    return torch.cat(parts, 1)[:, sorted(range(len(order)), key=order.__getitem__)]

@@ -26,6 +26,7 @@ from unbraid.folders import (
     holds_classes,
     label_folders,
 )
+from unbraid.networks import as_logits
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -52,8 +53,7 @@ class LoadedModel:
             image = self.transform(Image.new("RGB", (256, 256)))
             device = next(self.model.parameters()).device
             with torch.no_grad():
-                logits = self.model(image[None].to(device))
-            return int(logits.shape[1])
+                return as_logits(self.model(image[None].to(device))).shape[1]
         except Exception as error:  # of a network of anyone's own
             raise ModelError(
                 "The network cannot run on what its preprocessing makes of a picture "

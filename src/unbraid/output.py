@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from unbraid.batch import run_network, stack_images
 from unbraid.data import UNLABELLED, Readable, check_loading, size_of, sort_out
 from unbraid.errors import DataError, OutputChangedError
+from unbraid.networks import unwrap
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
 
@@ -57,6 +58,7 @@ def compare_outputs(
     """
     check_loading(batch_size, workers)
     n_images = size_of(dataset)
+    model, model2 = unwrap(model), unwrap(model2)
     device = next(model.parameters()).device
     loader = DataLoader(
         Readable(dataset),

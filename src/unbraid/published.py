@@ -109,7 +109,7 @@ def _responses(scan: Scan, records: Records, chosen: Tensor, channel: int, rows:
         records.input_map[chosen],
         rows,
         scan.bias[channel].expand(len(rows)),
-        torch.full((len(rows),), channel),
+        [channel] * len(rows),
     )
     summed = z.clamp(min=0).flatten(2).sum(2, dtype=torch.float64)
     return summed.view(len(summed), len(RHOS), -1)

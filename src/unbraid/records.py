@@ -44,6 +44,7 @@ class Manifest:
     source: dict[str, Any]  # how the command line found network and images, for later commands
     versions: dict[str, str]
     labels: str = "given"  # or "predicted": each image counts as what the network takes it for
+    output: str = ""  # which part of the network's output logits were taken from
     indices: str = ""  # hash of the places in the data set, where only some were scanned
     schema: int = SCHEMA
 
@@ -57,6 +58,7 @@ class Manifest:
         "min_share": "the smallest share kept",
         "classes": "the classes",
         "labels": "whether labels are given or predicted",
+        "output": "which part of the output is the logits",
         "indices": "the places in the data set",
         "positions": "whether positions are kept",
         "shard_size": "the shard size",
@@ -113,6 +115,7 @@ class Records:
     share_value: Tensor  # (S,)
     broken: Tensor  # (B,), places in the data set of images that could not be read
     input_map: Tensor | None = None  # (N, C_in, positions ...), only with positions=True
+    group: Tensor | None = None  # (N,), which images belong together, if the data set knows
 
     def __len__(self) -> int:
         """Number of images."""

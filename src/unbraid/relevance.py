@@ -5,13 +5,15 @@ Shapes: N images, C_out channels, T classes, G groups, J taps; see METHOD.md sec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from unbraid.errors import LayerError
 
@@ -20,17 +22,19 @@ Kept = TypeVar("Kept")
 
 @dataclass
 class Cut(Generic[Kept]):
-    """What passed through a layer in the latest forward pass."""
+    """What passed through a layer in a forward pass, call by call."""
 
-    input: Kept | None = None  # what was kept of the input
-    output: Tensor | None = None  # a leaf: the graph behind the layer starts here
+    inputs: list[Kept] = field(default_factory=list)  # what was kept of each input
+    outputs: list[Tensor] = field(default_factory=list)  # the first is a leaf: the graph's start
+    recording: bool = True  # False once the pass is over: a checkpointed block computes again
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the network in eval mode without parameter gradients; put everything back afterwards.
 
-    With no parameter asking for a gradient, autograd records nothing until the cut layer.
+    With no parameter asking for a gradient, autograd records nothing until the cut layer. Parts
+    that are compiled run as they are written, since compiled code may pass hooks by.
     """
     training = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -38,12 +42,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         model.eval()
         for parameter in wanted:
             parameter.requires_grad_(False)
-        yield
+        with _uncompiled():
+            yield
     finally:
         for module, mode in training.items():
             module.training = mode
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled parts as they are written, if torch's compiler was ever loaded."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 @contextmanager
@@ -52,6 +65,10 @@ def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kep
 
     In-place operations behind the layer must not reach what is recorded. So `keep` takes what it
     wants of the input at once, and what follows gets a copy of the output, not the leaf itself.
+    A layer that runs again behind itself stays in the graph that its first run began.
+
+    Gradients are to be taken inside the block, since a checkpointed block runs the layer once more
+    for them.
 
     Args:
         layer: the layer.
@@ -62,47 +79,73 @@ def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kep
     def hook(
         _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
     ) -> Tensor:
-        if cut.output is not None:
-            raise LayerError(
-                "The layer runs more than once in a forward pass, so its output is not one thing; "
-                "choose a layer that runs once."
-            )
-        cut.input = keep((args[0] if args else named["input"]).detach())
         with torch.enable_grad():
-            cut.output = output.detach().requires_grad_()
-            return cut.output.clone()
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            if cut.recording:
+                cut.inputs.append(keep((args[0] if args else named["input"]).detach()))
+                cut.outputs.append(output)
+            return output.clone()
 
     handle = layer.register_forward_hook(hook, with_kwargs=True)
     try:
-        yield cut
+        with _no_reentrant_checkpoints():
+            yield cut
     finally:
         handle.remove()
 
 
-def output_relevance(output: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Gradient x activation of a layer's output for each image's own class, before pooling.
+@contextmanager
+def _no_reentrant_checkpoints() -> Iterator[None]:
+    """Let torch's older kind of checkpointed block compute as any other block.
+
+    It computes without a graph and builds one of its own later, which no cut inside survives.
+    """
+
+    def run(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+    before = CheckpointFunction.apply
+    CheckpointFunction.apply = staticmethod(run)
+    try:
+        yield
+    finally:
+        CheckpointFunction.apply = before
+
+
+def output_relevance(outputs: Sequence[Tensor], logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """Gradient x activation of a layer's outputs for each image's own class, before pooling.
 
     Args:
-        output: the layer's output as a leaf of the graph, any shape with N first.
-        logits: (N, T), computed from it.
+        outputs: the layer's output at each call, in the graph, any shape.
+        logits: (N, T), computed from them.
         labels: (N,), class indices.
 
     Returns:
-        The shape of `output`, in units of the logit.
+        The shapes of `outputs`, in units of the logit; float32 or wider.
 
     Raises:
-        LayerError: the output does not reach the logits.
+        LayerError: no output reaches the logits.
     """
-    chosen = logits.gather(1, labels[:, None]).sum()
-    gradient = (
-        torch.autograd.grad(chosen, output, allow_unused=True)[0] if chosen.requires_grad else None
-    )
-    if gradient is None:
+    gradients = gradients_at(outputs, logits.gather(1, labels[:, None]).sum())
+    if all(gradient is None for gradient in gradients):
         raise LayerError(
             "The layer's output does not reach the logits (a side branch, or a forward pass under "
             "no_grad); choose a layer on the way to the output."
         )
-    return output.detach() * gradient
+
+    def product(output: Tensor, gradient: Tensor | None) -> Tensor:
+        wide = output.detach().to(torch.promote_types(output.dtype, torch.float32))
+        return torch.zeros_like(wide) if gradient is None else wide * gradient
+
+    return [product(*pair) for pair in zip(outputs, gradients, strict=True)]
+
+
+def gradients_at(outputs: Sequence[Tensor], value: Tensor) -> Sequence[Tensor | None]:
+    """Gradients of a number by a layer's outputs, None where it does not depend on one."""
+    if not value.requires_grad:
+        return [None] * len(outputs)
+    return torch.autograd.grad(value, outputs, allow_unused=True, retain_graph=True)
 
 
 def shares(relevance: Tensor) -> Tensor:

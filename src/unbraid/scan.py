@@ -20,19 +20,16 @@ from unbraid.data import (
     check_loading,
     class_names_of,
     fingerprint,
+    groups_of,
     labels_of,
     preprocessing_of,
     size_of,
     sort_out,
 )
+from unbraid.describe import bias_of, describe, resolve_layer, weight_rows
 from unbraid.errors import DataError, RunError, UsageError
 from unbraid.files import write_tensors, write_whole
-from unbraid.layers import (
-    bias_of,
-    describe,
-    resolve_layer,
-    weight_rows,
-)
+from unbraid.networks import picked_by, unwrap
 from unbraid.progress import image_progress
 from unbraid.records import (
     Manifest,
@@ -77,9 +74,11 @@ def scan(
     as it was.
 
     Args:
-        model: gives logits (N, T) for a batch of images.
+        model: gives logits (N, T) for a batch of images, or (N,) or (N, 1) to tell two classes
+            apart; `unbraid.with_logits` picks them out of a larger output.
         layer: a convolution or fully connected layer, by `named_modules()` name or itself.
-        dataset: map-style, of (image tensor, label).
+        dataset: map-style, of (image tensor, label). Its `groups`, one id for each image, may say
+            which belong together, such as crops of one photograph; none is then judged by another.
         out: folder for the records.
         labels: "predicted" takes each image for what the network takes it for, whatever the data
             set's label, so data sets without labels will do (any number stands for a label).
@@ -110,11 +109,12 @@ def scan(
     if not 0 < min_share < 1:
         raise UsageError(f"min_share is {min_share}; it must lie between 0 and 1.")
     check_loading(batch_size, workers)
+    model = unwrap(model)
     name, module = resolve_layer(model, layer)
     spec = describe(name, module)
     refuse_broken_weights(model)
     size_of(dataset)
-    given = labels_of(dataset)
+    given, groups = labels_of(dataset), groups_of(dataset)
     _check_labels_known(given, labels)
     places = _concerned(given, classes, indices)
     manifest = Manifest(
@@ -135,6 +135,7 @@ def scan(
         versions=_versions(),
         labels=labels,
         indices=hash_places(None if indices is None else places),
+        output=picked_by(model),
     )
     folder = Path(out)
     _claim(folder, manifest, module)
@@ -172,7 +173,10 @@ def scan(
                 )
                 done[-1].broken = torch.tensor(broken, dtype=torch.int64)
                 advance(len(items))
-            write_shard(folder, k, join_records(done))
+            records = join_records(done)
+            if groups is not None:
+                records.group = torch.tensor([groups[i] for i in records.index.tolist()])
+            write_shard(folder, k, records)
     finished = open_scan(folder)
     if len(finished.broken()) == manifest.n_images:
         raise DataError(f"None of the {manifest.n_images} images could be read; mend the data set.")

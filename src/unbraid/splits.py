@@ -66,8 +66,7 @@ class ChannelSplit:
         """
         rows = torch.cat([self.weight[None], self.rows]).double()
         bias = torch.full((len(rows),), self.bias).double()
-        channels = torch.full((len(rows),), self.channel)
-        return respond(layer, input_map.double(), rows, bias, channels)
+        return respond(layer, input_map.double(), rows, bias, [self.channel] * len(rows))
 
     @property
     def residual_bias(self) -> float:
@@ -144,6 +143,7 @@ class Split:
             about = json.loads(metadata["unbraid"])
             if about["schema"] != SCHEMA:
                 raise ValueError(f"schema {about['schema']}, this version reads {SCHEMA}")
+            spec = LayerSpec.from_dict(about["layer"])
             channels = tuple(
                 ChannelSplit(
                     channel=entry["channel"],
@@ -155,12 +155,13 @@ class Split:
                 )
                 for n, entry in enumerate(about["channels"])
             )
+            _check_shapes(spec, channels)
             clusters = {
                 int(number): Cluster(**entry, centres=tensors[f"centres.{entry['channel']}"])
                 for number, entry in about.get("clusters", {}).items()
             }
             return cls(
-                layer=LayerSpec.from_dict(about["layer"]),
+                layer=spec,
                 weights=about["weights"],
                 method=about["method"],
                 settings=about["settings"],
@@ -170,3 +171,11 @@ class Split:
             )
         except (KeyError, ValueError, TypeError, IndexError) as error:
             raise RunError(f"{path} is not a split that can be read ({error}).") from None
+
+
+def _check_shapes(spec: LayerSpec, channels: tuple[ChannelSplit, ...]) -> None:
+    for part in channels:
+        masks, row = (len(part.concepts), spec.n_taps), (spec.n_taps,)
+        there = part.channel in range(spec.n_out)
+        if not there or part.masks.shape != masks or part.weight.shape != row:
+            raise ValueError(f"channel {part.channel} does not fit its layer")

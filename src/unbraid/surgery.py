@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from unbraid.clustering import Clusters
 from unbraid.errors import ModelError, UsageError
-from unbraid.layers import LayerSpec, bias_of, describe, resolve_layer, respond, weight_rows
+from unbraid.describe import bias_of, describe, resolve_layer, weight_rows
+from unbraid.layers import LayerSpec, respond
 from unbraid.splits import ChannelSplit, Split
 from unbraid.weights import hash_weights
 

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from unbraid.errors import ModelError
+from unbraid.networks import unwrap
 
 
 def hash_weights(model: nn.Module) -> str:
     """Hash names, shapes, kinds and bytes of everything in the state dict, on any device."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(unwrap(model).state_dict().items()):
+        name = name.replace("_orig_mod.", "")  # a compiled part is the same network
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,18 @@ if TYPE_CHECKING:
     from unbraid.models import LoadedModel
 
 
-def load(model: str, weights: str | None, device: str | None) -> LoadedModel:
-    """Load a network."""
+def load(
+    model: str, weights: str | None, device: str | None, output: str | None = None
+) -> LoadedModel:
+    """Load a network, and pick the logits out of what it puts out."""
     from unbraid.models import load_model
+    from unbraid.networks import with_logits
 
-    return load_model(model, weights, device)
+    loaded = load_model(model, weights, device)
+    if output is None:
+        return loaded
+    picked = with_logits(loaded.model, int(output) if output.isdigit() else output)
+    return replace(loaded, model=picked, source={**loaded.source, "output": output})
 
 
 def open_images(loaded: LoadedModel, root: Path) -> Folder:

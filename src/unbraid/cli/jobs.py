@@ -18,6 +18,7 @@ from unbraid.cli.options import (
     Layer,
     Model,
     Out,
+    Output,
     P,
     Rho,
     SkipBroken,
@@ -64,6 +65,7 @@ def run(
     ],
     out: Out,
     weights: Weights = None,
+    output: Output = None,
     tau: Tau = 0.03,
     p: P = 0.75,
     gamma: Gamma = 0.5,
@@ -84,7 +86,7 @@ def run(
     from unbraid.pipeline import run as run_pipeline
     from unbraid.settings import Loading, Thresholds
 
-    loaded = load(model, weights, device)
+    loaded = load(model, weights, device, output)
     say(f"Network {model}, layer {layer}.")
     train = open_images(loaded, data / "train")
     source = {**loaded.source, "data": str(data.resolve()), "class_folders": labelled(train)}

@@ -34,6 +34,10 @@ Weights = Annotated[
     str | None,
     Parameter(help="A safetensors or torch file, a torchvision weights name, or 'random'."),
 ]
+Output = Annotated[
+    str | None,
+    Parameter(help="Key or index of the logits, if the network puts out more than those."),
+]
 Layer = Annotated[str, Parameter(help="Name of the layer, as `unbraid layers` lists them.")]
 EncoderName = Annotated[
     str | None,

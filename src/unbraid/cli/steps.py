@@ -18,6 +18,7 @@ from unbraid.cli.options import (
     Method,
     Model,
     Out,
+    Output,
     P,
     Rho,
     ScanPath,
@@ -30,12 +31,19 @@ from unbraid.cli.output import out_console, say_broken
 from unbraid.tables import align, count
 
 
-def layers(model: Model, *, weights: Weights = "random") -> None:
-    """List the layers of a network that can be split."""
-    from unbraid.layers import splittable_layers
+def layers(model: Model, *, weights: Weights = "random", output: Output = None) -> None:
+    """List the layers of a network that can be split.
+
+    The network runs on one blank picture, which tells the layers that reach its logits.
+    """
+    from PIL import Image
+
+    from unbraid.usable import usable_layers
 
     rows = [("layer", "kind", "in", "out", "kernel", "groups")]
-    for spec in splittable_layers(load(model, weights, "cpu").model):
+    loaded = load(model, weights, "cpu", output)
+    blank = loaded.transform(Image.new("RGB", (256, 256)))
+    for spec in usable_layers(loaded.model, blank[None]):
         kernel = "" if spec.channels_last else "x".join(map(str, spec.kernel))
         counts = (str(spec.n_in), str(spec.n_out), kernel, str(spec.groups))
         rows.append((spec.name, spec.kind, *counts))
@@ -49,6 +57,7 @@ def scan(
     data: Annotated[Path, Parameter(help="Folder of images, in class folders or not.")],
     out: Out,
     weights: Weights = None,
+    output: Output = None,
     labels: Labels = "given",
     positions: Annotated[
         bool, Parameter(help="Also keep the layer's input maps (large).", negative="")
@@ -65,7 +74,7 @@ def scan(
     """Run a network over images once and keep a small record of each."""
     import unbraid
 
-    loaded = load(model, weights, device)
+    loaded = load(model, weights, device, output)
     folder = open_images(loaded, data)
     made = unbraid.scan(
         loaded.model,

@@ -1,0 +1,143 @@
+"""Networks as they come: inside wrappers, and with logits somewhere in what they put out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.errors import ModelError
+
+Pick = str | int | Callable[[Any], Tensor]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the network inside of torch.compile, DataParallel and DistributedDataParallel."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, parallel):
+            model = model.module
+        else:
+            return model
+
+
+def unwrapped_name(name: str) -> str:
+    """Return a module's name without the names of the wrappers around the network.
+
+    >>> unwrapped_name("module._orig_mod.layer4.0.conv3")
+    'layer4.0.conv3'
+    """
+    for wrapper in ("_orig_mod.", "module."):
+        if name.startswith(wrapper):
+            return unwrapped_name(name.removeprefix(wrapper))
+    return name
+
+
+def copy_network(model: nn.Module) -> nn.Module:
+    """Copy a network, also one that keeps weights which it computed from others."""
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, computed)
+
+
+def with_logits(model: nn.Module, pick: Pick) -> nn.Module:
+    """Return a network that puts out a part of what the given one does: the logits.
+
+    It shares layers, names of layers and weights with the given one, which is not changed.
+
+    Args:
+        model: a network whose output holds logits, (N, T), among other things.
+        pick: key or attribute name, index, or a function from the output to the logits.
+
+    >>> class Two(nn.Linear):
+    ...     def forward(self, x):
+    ...         return {"features": x, "scores": super().forward(x)}
+    >>> with_logits(Two(3, 5), "scores")(torch.zeros(2, 3)).shape
+    torch.Size([2, 5])
+    """
+    picked = copy.copy(unwrap(model))
+    # Of its own, where a shallow copy would share: hooks must not come to be the other's.
+    for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        setattr(picked, name, copy.copy(getattr(picked, name)))
+    picked.register_forward_hook(_Picking(pick))
+    return picked
+
+
+def picked_by(model: nn.Module) -> str:
+    """Say which part of the output `with_logits` picks, empty where it was not used."""
+    return " ".join(str(h) for h in model._forward_hooks.values() if isinstance(h, _Picking))
+
+
+class _Picking:
+    """A hook that lets a part of a network's output through."""
+
+    def __init__(self, pick: Pick) -> None:
+        self.pick = pick
+
+    def __str__(self) -> str:
+        return str(getattr(self.pick, "__qualname__", self.pick))
+
+    def __call__(self, _model: nn.Module, _args: Any, output: Any) -> Tensor:
+        try:
+            if isinstance(self.pick, str):
+                part = output[self.pick] if self.pick in _keys(output) else vars(output)[self.pick]
+            else:
+                part = output[self.pick] if isinstance(self.pick, int) else self.pick(output)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise ModelError(
+                f"The network's output has no {self.pick!r} to take logits from; it is "
+                f"{_describe(output)}."
+            ) from None
+        return part  # type: ignore[no-any-return]
+
+
+def as_logits(output: Any) -> Tensor:
+    """Bring a network's output to logits (N, T).
+
+    What is called "logits" in it is taken. A single logit z, (N,) or (N, 1), tells two classes
+    apart; it becomes the two logits -z and z.
+
+    Raises:
+        ModelError: there are no logits, or it is not plain which they are.
+    """
+    logits = output
+    if "logits" in _keys(output):
+        logits = output["logits"]
+    elif not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
+        logits = output.logits
+    if not isinstance(logits, Tensor) or logits.dim() not in (1, 2):
+        raise ModelError(
+            f"The network's output is {_describe(output)}, not logits of shape (images, classes); "
+            "say where they are with --output, or unbraid.with_logits."
+        )
+    if logits.dim() == 1 or logits.shape[1] == 1:
+        logits = logits.reshape(-1, 1)
+        return torch.cat([-logits, logits], 1)
+    return logits
+
+
+def _keys(output: Any) -> tuple[Any, ...]:
+    return tuple(output) if isinstance(output, Mapping) else ()
+
+
+def _describe(output: Any) -> str:
+    """Tell what a network puts out, in a few words."""
+    if isinstance(output, Tensor):
+        return f"a tensor {tuple(output.shape)}"
+    kind = type(output).__name__
+    if isinstance(output, Mapping):
+        parts = [f"{key!r}: {_describe(value)}" for key, value in output.items()]
+    elif isinstance(output, (tuple, list)):
+        parts = [_describe(value) for value in output]
+    else:
+        parts = []
+    return f"a {kind} ({', '.join(parts[:5])})" if parts else f"a {kind}"
