@@ -12,20 +12,17 @@ from torch import Tensor
 
 import unbraid
 from networks import SyntheticImages, build
+from unbraid import box
 from unbraid.box import kkt_residual, solve_box
+from unbraid.describe import describe
 from unbraid.errors import UsageError
 from unbraid.evaluate import separation_error
-from unbraid.describe import describe
+from unbraid.gram import Rows, Whole, add, leading, scale
 from unbraid.layers import channels_first, pooled_input, tap_inputs
-from unbraid.least_squares import (
-    PENALTIES,
-    augment,
-    augmented_row,
-    choose_penalty,
-    fit_least_squares,
-    pose,
-)
-from unbraid.rectified import _images, _sample_maps, refine
+from unbraid.least_squares import augmented_row, fit_least_squares, pose
+from unbraid.moments import ConceptMoment, augment
+from unbraid.penalty import PENALTIES, choose_penalty
+from unbraid.rectified import _read_images, refine
 
 OWN = {1: [[0], [1]], 4: [[0, 1], [2], [3]]}
 
@@ -39,46 +36,105 @@ def case(request, tmp_path_factory):
     return scan, unbraid.find(scan, channels=OWN)
 
 
-def random_problems(n: int, size: int, images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = torch.randn(n, images, size, dtype=torch.float64)
+def random_problem(size: int, images: int, n: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs (images, size), targets (n, images) and the linear part of n problems (n, size)."""
+    inputs = torch.randn(images, size, dtype=torch.float64)
     targets = torch.randn(n, images, dtype=torch.float64)
-    hessian = inputs.mT @ inputs + 1e-3 * torch.eye(size, dtype=torch.float64)
-    return inputs, targets, hessian, torch.einsum("bnj,bn->bj", inputs, targets)
+    return inputs, targets, targets @ inputs
 
 
-def assert_optimal(hessian: Tensor, linear: Tensor, masks: Tensor) -> None:
+def assert_optimal(gram, ridge: float, linear: Tensor, masks: Tensor) -> None:
     assert ((masks >= 0) & (masks <= 1)).all()
-    assert kkt_residual(hessian, linear, masks).max() < 1e-8
+    assert kkt_residual(gram, ridge, linear, masks).max() < 1e-8
 
 
-@pytest.mark.parametrize(("size", "images"), [(3, 10), (20, 50), (40, 15)])
-def test_the_box_solver_finds_scipys_answer(size, images):
-    inputs, targets, hessian, linear = random_problems(5, size, images)
-    answers = solve_box(hessian, linear, torch.full((5, size), 0.5, dtype=torch.float64))
-    assert_optimal(hessian, linear, answers)
-    for x, y, answer in zip(inputs.numpy(), targets.numpy(), answers.numpy(), strict=True):
-        x = np.vstack([x, np.sqrt(1e-3) * np.eye(size)])
-        y = np.concatenate([y, np.zeros(size)])
+SIZES = [(3, 10), (20, 50), (40, 15), (60, 8)]
+
+
+@pytest.mark.parametrize("form", ["whole", "rows"])
+@pytest.mark.parametrize(("size", "images"), SIZES)
+def test_the_box_solver_finds_scipys_answer(size, images, form):
+    inputs, targets, linear = random_problem(size, images)
+    gram = Whole(inputs.mT @ inputs) if form == "whole" else Rows(inputs)
+    ridge = 1e-3
+    answers = solve_box(gram, ridge, linear, torch.full_like(linear, 0.5))
+    assert_optimal(gram, ridge, linear, answers)
+    x = np.vstack([inputs.numpy(), np.sqrt(ridge) * np.eye(size)])
+    for target, answer in zip(targets.numpy(), answers.numpy(), strict=True):
+        y = np.concatenate([target, np.zeros(size)])
         expected = lsq_linear(x, y, (0, 1), method="bvls", tol=1e-14).x
         np.testing.assert_allclose(answer, expected, atol=1e-7)
 
 
 @pytest.mark.parametrize("place", range(3))
 def test_a_moved_answer_is_seen_not_to_be_optimal(place):
-    _, _, hessian, linear = random_problems(1, 6, 20)
-    answer = solve_box(hessian, linear, torch.zeros(1, 6, dtype=torch.float64))
+    inputs, _, linear = random_problem(6, 20, 1)
+    gram = Rows(inputs)
+    answer = solve_box(gram, 1e-3, linear, torch.zeros_like(linear))
     moved = answer.clone()
     moved[0, place] += 0.1 if moved[0, place] < 0.5 else -0.1
     with pytest.raises(AssertionError):
-        assert_optimal(hessian, linear, moved)
+        assert_optimal(gram, 1e-3, linear, moved)
 
 
 def test_the_answer_does_not_depend_on_the_start():
-    _, _, hessian, linear = random_problems(4, 30, 25)
-    starts = [torch.zeros(4, 30), torch.ones(4, 30), torch.rand(4, 30)]
-    answers = [solve_box(hessian, linear, start.double()) for start in starts]
+    inputs, _, linear = random_problem(30, 25, 4)
+    starts = [torch.zeros_like(linear), torch.ones_like(linear), torch.rand_like(linear)]
+    answers = [solve_box(Rows(inputs), 1e-3, linear, start) for start in starts]
     for other in answers[1:]:
         torch.testing.assert_close(other, answers[0], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["whole", "rows"])
+def test_the_interior_point_comes_near_the_answer_alone(monkeypatch, form):
+    inputs, _, linear = random_problem(30, 60 if form == "whole" else 12)
+    gram = Whole(inputs.mT @ inputs) if form == "whole" else Rows(inputs)
+    expected = solve_box(gram, 1e-2, linear, torch.zeros_like(linear))
+    monkeypatch.setattr(box, "_PATIENCE", 0)
+    answer = solve_box(gram, 1e-2, linear, torch.zeros_like(linear))
+    torch.testing.assert_close(answer, expected, rtol=0, atol=1e-4)
+
+
+def test_guesses_that_go_round_in_circles_are_helped_out(monkeypatch):
+    helped = []
+    found = box._interior_point
+    monkeypatch.setattr(
+        box, "_interior_point", lambda *problem: helped.append(1) or found(*problem)
+    )
+    torch.manual_seed(1)
+    inputs = torch.randn(300, 100, dtype=torch.float64)
+    for tap in range(1, 100):  # neighbours much alike, as under a kernel
+        inputs[:, tap] = 0.99 * inputs[:, tap - 1] + (1 - 0.99**2) ** 0.5 * inputs[:, tap]
+    linear = (inputs @ (3 * torch.randn(100).double()) @ inputs)[None]
+    gram = Whole(inputs.mT @ inputs)
+    answer = solve_box(gram, 1e-4, linear, torch.full_like(linear, 0.5))
+    assert_optimal(gram, 1e-4, linear, answer)
+    assert helped
+
+
+def test_a_problem_that_rounding_makes_indefinite_is_solved():
+    inputs, _, linear = random_problem(20, 4)
+    gram = Whole(inputs.mT @ inputs * 1e6)
+    answer = solve_box(gram, 1e-4, linear, torch.zeros_like(linear))
+    assert_optimal(gram, 1e-4, linear, answer)
+
+
+def test_both_forms_of_a_gram_say_the_same():
+    parts = [torch.randn(n, 60, dtype=torch.float64) for n in (4, 6)]
+    weights, row, x = [0.3, 2.0], torch.randn(60).double(), torch.randn(3, 60).double()
+    whole = sum(w * part.mT @ part for w, part in zip(weights, parts, strict=True))
+    few = add([Rows(part) for part in parts], weights)
+    many = add([Rows(parts[0]), Whole(parts[1].mT @ parts[1])], weights)
+    assert isinstance(few, Rows)
+    assert isinstance(many, Whole)
+    matrix = (whole * row * row[:, None])[:50, :50]
+    free = torch.tensor([0, 3, 4, 20, 49])
+    expected = torch.linalg.solve(matrix[free][:, free] + 0.7 * torch.eye(5).double(), x[0, :5])
+    for gram in (few, many):
+        scaled = leading(scale(gram, row), 50)
+        torch.testing.assert_close(scaled.times(x[:, :50]), x[:, :50] @ matrix)
+        torch.testing.assert_close(scaled.diagonal(), matrix.diagonal())
+        torch.testing.assert_close(scaled.solve(x[0, :5], 0.7, free), expected)
 
 
 def slow_objective(scan, channel: int, concepts, masks: Tensor) -> list[float]:
@@ -110,7 +166,7 @@ def test_the_problem_is_that_of_the_method_page(case):
         for concept in concepts:
             chosen = torch.isin(records.label, torch.tensor(concept))
             inputs = augment(records.pooled[chosen, group], records.n_positions[chosen])
-            moments.append(inputs.T @ inputs / len(inputs))
+            moments.append(ConceptMoment([Rows(inputs)], len(inputs)))
         problem = pose(augmented_row(scan, channel), moments)
         for masks in (fits[channel].masks, problem.prior, torch.rand_like(problem.prior)):
             slow = slow_objective(scan, channel, concepts, masks)
@@ -138,10 +194,8 @@ def test_a_stiff_penalty_gives_the_prior(case):
 
 def test_refining_never_makes_the_rectified_objective_worse(case):
     scan, found = case
-    fits = fit_least_squares(scan, found.concepts)
-    maps = _sample_maps(scan, set(range(4)))
-    for channel, concepts in found.concepts.items():
-        images = _images(scan, channel, concepts, maps)
+    fits = fit_least_squares(scan, found.concepts, 0.01)
+    for channel, images in _read_images(scan, found.concepts):
         fit = fits[channel]
         refined = refine(images, fit.masks, fit.prior, fit.penalty)
         assert ((refined >= 0) & (refined <= 1)).all()
@@ -150,9 +204,9 @@ def test_refining_never_makes_the_rectified_objective_worse(case):
 
 
 def rectified_error(images, masks: Tensor) -> float:
-    whole, _ = images.rectified(torch.ones(masks.shape[1]))
-    new = torch.stack([images.rectified(mask)[0] for mask in masks], 1)
-    return separation_error(whole, new, images.concept)
+    whole, _ = images.rectified(torch.ones(1, masks.shape[1]))
+    new, _ = images.rectified(masks)
+    return separation_error(whole[0], new.T, images.concept)
 
 
 def test_tap_inputs_add_up_to_the_pooled_input():

@@ -15,15 +15,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from unbraid.background import Term, background_of, background_term, sample_images
 from unbraid.box import solve_box
-from unbraid.clusters import belongs
 from unbraid.findings import Concept
+from unbraid.gather import first_images, portions
+from unbraid.gram import Gram, Rows, add
 from unbraid.layers import tap_inputs
-from unbraid.least_squares import Fit
-from unbraid.records import Scan
+from unbraid.least_squares import Fit, augmented_row
+from unbraid.records import Records, Scan
 
 POOLED_WEIGHT = 0.3  # docs/splitting.md tells what other weights gave
-_N_IMAGES = 300  # of each concept, spread over its classes
+_N_IMAGES = 100  # of each concept, spread over its classes
 _MAX_STEPS = 12
 _SMALLEST_STEP = 1e-3  # of a mask
 _HALVINGS = 10
@@ -38,55 +40,63 @@ class Images:
     bias: float
     concept: Tensor  # (N,)
 
-    def rectified(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Response of a masked channel, (N,) float64, and where it is positive, (N, P)."""
-        z = torch.einsum("njp,j->np", self.taps, mask.to(self.taps)) + self.bias
-        return z.clamp(min=0).sum(1, dtype=torch.float64), z > 0
+    def rectified(self, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Responses of masked channels, (K, N) float64, and where they are positive, (K, N, P)."""
+        z = torch.einsum("njp,kj->knp", self.taps, masks.to(self.taps)) + self.bias
+        return z.clamp(min=0).sum(2, dtype=torch.float64), z > 0
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What one concept's mask should minimise; weights make errors relative to the original."""
+    """What the masks of a channel should minimise; weights make errors relative to the original."""
 
     images: Images
-    target: Tensor  # (N,), the response wanted: the original's on own images, else none
+    target: Tensor  # (K, N), the responses wanted: the original's on own images, else none
     weight: Tensor  # (N,)
-    pooled: Tensor  # (N, J), taps summed over positions
-    pooled_target: Tensor  # (N,), of pooled @ mask
-    pooled_weight: Tensor  # (N,)
-    prior: Tensor  # (J,)
+    pooled: Gram  # (J, J), weighted second moments of the taps summed over positions
+    pooled_linear: Tensor  # (K, J)
+    prior: Tensor  # (K, J)
     ridge: float
 
-    def value(self, mask: Tensor) -> float:
-        """Squared errors, rectified and pooled, and the penalty."""
-        rectified, _ = self.images.rectified(mask)
-        errors = self.weight * (rectified - self.target) ** 2
-        pooled_errors = self.pooled_weight * (self.pooled @ mask - self.pooled_target) ** 2
-        penalty = self.ridge * (mask - self.prior).square().sum()
-        return float(errors.sum() + pooled_errors.sum() + penalty)
+    def values(self, masks: Tensor) -> Tensor:
+        """Squared errors, rectified and pooled, and the penalty; (K,), up to a constant."""
+        rectified, _ = self.images.rectified(masks)
+        errors = (self.weight * (rectified - self.target) ** 2).sum(1)
+        pooled = masks * (self.pooled.times(masks) - 2 * self.pooled_linear)
+        return errors + (pooled + self.ridge * (masks - self.prior) ** 2).sum(1)
 
-    def improve(self, mask: Tensor) -> Tensor:
-        """Solve the problem with the positive positions held, and go there as far as it pays."""
-        _, positive = self.images.rectified(mask)
-        active = torch.einsum("njp,np->nj", self.images.taps, positive.to(self.images.taps))
-        wanted = self.target - self.images.bias * positive.sum(1)
-        hessian, linear = torch.diag(torch.full_like(mask, self.ridge)), self.ridge * self.prior
-        for inputs, weight, target in (
-            (active.double(), self.weight, wanted),
-            (self.pooled, self.pooled_weight, self.pooled_target),
-        ):
-            hessian = hessian + (inputs * weight[:, None]).T @ inputs
-            linear = linear + inputs.T @ (weight * target)
-        step = solve_box(hessian[None], linear[None], mask[None])[0] - mask
-        before = self.value(mask)
+    def improve(self, masks: Tensor) -> Tensor:
+        """Solve the problems with the positive positions held, and go there as far as it pays."""
+        _, positive = self.images.rectified(masks)
+        active = torch.einsum("njp,knp->knj", self.images.taps, positive.to(self.images.taps))
+        wanted = self.target - self.images.bias * positive.sum(2)  # (K, N)
+        held = []
+        for k, mask in enumerate(masks):
+            rows = active[k].double()
+            gram = add([Rows(rows * self.weight.sqrt()[:, None]), self.pooled], [1, 1])
+            linear = (self.weight * wanted[k]) @ rows + self.pooled_linear[k]
+            linear = linear + self.ridge * self.prior[k]
+            held.append(solve_box(gram, self.ridge, linear[None], mask[None])[0])
+        return self._go(masks, torch.stack(held) - masks)
+
+    def _go(self, masks: Tensor, step: Tensor) -> Tensor:
+        """Halve each mask's step until it is better; stay if it never is."""
+        before = self.values(masks)
         for _ in range(_HALVINGS):
-            if self.value(mask + step) < before:
-                return mask + step
-            step = step / 2
-        return mask
+            worse = ~(self.values(masks + step) < before)
+            if not worse.any():
+                return masks + step
+            step = torch.where(worse[:, None], step / 2, step)
+        return masks + step.masked_fill(worse[:, None], 0)
 
 
-def refine(images: Images, start: Tensor, prior: Tensor, penalty: float) -> Tensor:
+def refine(
+    images: Images,
+    start: Tensor,
+    prior: Tensor,
+    penalty: float,
+    background: Term | None = None,
+) -> Tensor:
     """Refine the masks of one channel.
 
     Args:
@@ -94,39 +104,41 @@ def refine(images: Images, start: Tensor, prior: Tensor, penalty: float) -> Tens
         start: (K, J), masks to begin with, float64.
         prior: (K, J), what the penalty pulls to.
         penalty: in units of the mean curvature.
+        background: what is asked of images of no concept.
 
     Returns:
         (K, J), whose objectives are at most those of `start`.
     """
-    original, _ = images.rectified(torch.ones(start.shape[1]))
+    own = torch.arange(len(start))[:, None] == images.concept  # (K, N)
+    original = images.rectified(torch.ones(1, start.shape[1]))[0][0]
     pooled = images.taps.sum(2, dtype=torch.float64)
     constant = images.bias * images.taps.shape[2]
     pooled_original = pooled.sum(1) + constant
     weight = _relative_weights(original, images.concept)
     pooled_weight = POOLED_WEIGHT * _relative_weights(pooled_original, images.concept)
-    curvature = (weight + pooled_weight) @ pooled.square().mean(1)
-    refined = []
-    for k in range(len(start)):
-        own = (images.concept == k).double()
-        objective = Objective(
-            images=images,
-            target=own * original,
-            weight=weight,
-            pooled=pooled,
-            pooled_target=own * pooled_original - constant,
-            pooled_weight=pooled_weight,
-            prior=prior[k],
-            ridge=penalty * float(curvature),
-        )
-        mask = start[k]
-        for _ in range(_MAX_STEPS):
-            better = objective.improve(mask)
-            moved = float((better - mask).abs().max())
-            mask = better
-            if moved < _SMALLEST_STEP:
-                break
-        refined.append(mask)
-    return torch.stack(refined)
+    ridge = penalty * float((weight + pooled_weight) @ pooled.square().mean(1))
+    pooled_rows = pooled * pooled_weight.sqrt()[:, None]
+    pooled_linear = (pooled_weight * (own * pooled_original - constant)) @ pooled
+    if background is not None:
+        pooled_rows = torch.cat([pooled_rows, POOLED_WEIGHT**0.5 * background.rows])
+        pooled_linear = pooled_linear + POOLED_WEIGHT * background.linear
+    objective = Objective(
+        images=images,
+        target=own * original,
+        weight=weight,
+        pooled=Rows(pooled_rows),
+        pooled_linear=pooled_linear,
+        prior=prior,
+        ridge=max(ridge, torch.finfo(torch.float64).tiny),  # a channel that never answers
+    )
+    masks = start
+    for _ in range(_MAX_STEPS):
+        better = objective.improve(masks)
+        moved = float((better - masks).abs().max())
+        masks = better
+        if moved < _SMALLEST_STEP:
+            break
+    return masks
 
 
 def refine_fits(
@@ -139,51 +151,40 @@ def refine_fits(
         concepts: per channel.
         fits: per channel, from `fit_least_squares`.
     """
-    refined = {}
-    for part in _portions(scan, concepts):
-        maps = _sample_maps(scan, {c for o in part for group in concepts[o] for c in group})
-        for channel in part:
-            images = _images(scan, channel, concepts[channel], maps)
-            fit = fits[channel]
-            masks = refine(images, fit.masks, fit.prior, fit.penalty)
-            refined[channel] = replace(fit, masks=masks)
+    refined, sample = {}, sample_images(scan)
+    for channel, images in _read_images(scan, concepts):
+        fit, groups = fits[channel], concepts[channel]
+        background = background_of(scan, sample, channel, groups)
+        term = background_term(background, augmented_row(scan, channel), len(groups))
+        masks = refine(images, fit.masks, fit.prior, fit.penalty, term)
+        refined[channel] = replace(fit, masks=masks)
     return refined
 
 
-def _portions(scan: Scan, concepts: Mapping[int, Sequence[Concept]]) -> Iterator[list[int]]:
-    """Channels whose classes' sampled input maps fit into memory together."""
-    first = next(records.input_map for records in scan.shards() if len(records))
-    assert first is not None
-    at_once = max(1, _BYTES_AT_ONCE // (first[0].nbytes * _N_IMAGES))  # classes
-    portion: list[int] = []
-    classes: set[int] = set()
-    for channel, groups in concepts.items():
-        own = {c for group in groups for c in group}
-        if portion and len(classes | own) > at_once:
-            yield portion
-            portion, classes = [], set()
-        portion.append(channel)
-        classes |= own
-    yield portion
+def _read_images(
+    scan: Scan, concepts: Mapping[int, Sequence[Concept]]
+) -> Iterator[tuple[int, Images]]:
+    """Give what each channel's taps see of its concepts, as many images of each class."""
+    sample = next(records.input_map for records in scan.shards() if len(records))
+    assert sample is not None
+    needs = {
+        o: {number for concept in groups for number in concept} for o, groups in concepts.items()
+    }
+    for portion in portions(needs, lambda _: sample[0].nbytes * _N_IMAGES, _BYTES_AT_ONCE):
+        numbers = {number for channel in portion for number in needs[channel]}
+        maps = first_images(scan, numbers, _N_IMAGES, _input_maps)
+        for channel in portion:
+            yield channel, _images(scan, channel, concepts[channel], maps)
 
 
-def _sample_maps(scan: Scan, classes: set[int]) -> dict[int, Tensor]:
-    """The first input maps of each class, (n, C_in, positions ...)."""
-    kept: dict[int, list[Tensor]] = {label: [] for label in sorted(classes)}
-    counts = dict.fromkeys(classes, 0)
-    for records in scan.shards():
-        assert records.input_map is not None
-        for label, parts in kept.items():
-            chosen = belongs(scan, records, label).nonzero()[: _N_IMAGES - counts[label], 0]
-            parts.append(records.input_map[chosen])
-            counts[label] += len(chosen)
-    return {label: torch.cat(parts) for label, parts in kept.items()}
+def _input_maps(records: Records, places: Tensor) -> Tensor:
+    assert records.input_map is not None
+    return records.input_map[places]
 
 
 def _images(
     scan: Scan, channel: int, groups: Sequence[Concept], maps: Mapping[int, Tensor]
 ) -> Images:
-    """Put together what a channel's taps see of its concepts, as many images of each class."""
     inputs = [
         torch.cat([maps[c][: max(1, _N_IMAGES // len(concept))] for c in concept])
         for concept in groups

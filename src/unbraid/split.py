@@ -15,6 +15,7 @@ from unbraid.clusters import numbers_seen
 from unbraid.errors import UsageError
 from unbraid.findings import Findings
 from unbraid.least_squares import fit_least_squares
+from unbraid.penalty import choose_penalty
 from unbraid.published import choose_rho, published_masks
 from unbraid.records import Scan
 from unbraid.rectified import refine_fits
@@ -29,6 +30,7 @@ def split(
     *,
     method: Method = "least_squares",
     rho: float | None = None,
+    start: Split | None = None,
 ) -> Split:
     """Divide the incoming weights of every polysemantic channel among its concepts.
 
@@ -41,13 +43,15 @@ def split(
             more relevant for another by a factor 1 / rho.
         rho: for the published method, one value in (0, 1] for all channels; by default its
             criterion chooses one per channel.
+        start: for least squares, an earlier split of this layer, whose masks to begin with where
+            it divides a channel among as many concepts; that saves time and changes no answer.
 
     Returns:
         A Split for `unbraid.apply` and `unbraid.evaluate`.
 
     Raises:
         UsageError: nothing was found, rho is out of range, misplaced or cannot be chosen from this
-            scan, or the scan lacks images of a concept.
+            scan, the scan lacks images of a concept, or `start` is of another layer.
 
     Source:
         METHOD.md sections 3 and 5; `published.published_masks` for more than two concepts.
@@ -56,6 +60,8 @@ def split(
         raise UsageError(f"There is no method {method!r}; use {' or '.join(get_args(Method))}.")
     if rho is not None and method != "published":
         raise UsageError("rho belongs to the published method; pass method='published' with it.")
+    if start is not None and method != "least_squares":
+        raise UsageError("start belongs to least squares; leave it out for the published method.")
     check_rho(rho)
     if method == "published" and rho is None and not scan.positions:
         raise UsageError(
@@ -64,8 +70,10 @@ def split(
         )
     _check_fit(scan, found)
     scan = replace(scan, clusters=found.clusters)
-    choose = _published if method == "published" else _least_squares
-    chosen = choose(scan, found, rho)
+    if method == "published":
+        chosen = _published(scan, found, rho)
+    else:
+        chosen = _least_squares(scan, found, _begin(scan, found, start))
     channels = tuple(
         ChannelSplit(
             channel=o,
@@ -131,8 +139,25 @@ def _published(scan: Scan, found: Findings, rho: float | None) -> Chosen:
     return {o: (published_masks(arvs[o], rhos[o], taps), {"rho": rhos[o]}) for o in arvs}
 
 
-def _least_squares(scan: Scan, found: Findings, _: float | None) -> Chosen:
-    fits = fit_least_squares(scan, found.concepts)
+def _begin(scan: Scan, found: Findings, start: Split | None) -> dict[int, Tensor]:
+    """Masks of an earlier split, of the channels that it divides among as many concepts."""
+    if start is None:
+        return {}
+    if (start.layer.name, start.layer.n_taps) != (scan.layer.name, scan.layer.n_taps):
+        raise UsageError(
+            f"start is a split of layer {start.layer.name!r}, the scan of {scan.layer.name!r}; "
+            "pass an earlier split of the same layer, or none."
+        )
+    return {
+        part.channel: part.masks
+        for part in start.channels
+        if len(part.concepts) == len(found.concepts.get(part.channel, ()))
+    }
+
+
+def _least_squares(scan: Scan, found: Findings, start: dict[int, Tensor]) -> Chosen:
+    penalty = choose_penalty(scan, found.concepts)
+    fits = fit_least_squares(scan, found.concepts, penalty, start)
     if scan.positions:
         fits = refine_fits(scan, found.concepts, fits)
     return {
