@@ -31,7 +31,7 @@ from unbraid.clustering import Cluster
 from unbraid.errors import DataError, LayerError, ModelError, RunError, UsageError
 from unbraid.evaluation import read_ablation
 from unbraid.replay import replaying
-from unbraid.surgery import SplitLayer
+from unbraid.split_layer import SplitLayer
 
 CHANNELS = {1: [[0], [1]], 0: [[2, 0], [3]], 3: [[3], [1], [0, 2]]}
 
@@ -276,10 +276,10 @@ def test_gates_that_are_moved_count_as_one_and_stay_moved(case):
     changed = unbraid.apply(case.network, case.split)
     expected = unbraid.ablate(changed, case.images)
     with changed.gate("layer", 1, 0, 0.3), changed.gate("layer", 0, 1, -2.0):
-        moved = list(changed.layer.gates)
+        moved = list(changed.layer.moves)
         logits = changed(case.images.images)
         assert unbraid.ablate(changed, case.images) == expected
-        assert changed.layer.gates == moved
+        assert changed.layer.moves == moved
         assert torch.equal(changed(case.images.images), logits)
 
 
@@ -626,17 +626,11 @@ class NeverRuns(Body):
 
 @pytest.mark.parametrize(("kind", "n_times"), [(RunsTwice, 2), (NeverRuns, 0)])
 def test_a_layer_that_does_not_run_once_is_refused(kind, n_times, tmp_path):
-    split = make_split(Body(), tmp_path)
-    network = kind()
-    changed = unbraid.apply(network, replace(split, weights=unbraid_hash(network)))
+    body, network = Body(), kind()
+    network.load_state_dict(body.state_dict())
+    changed = unbraid.apply(network, make_split(body, tmp_path))
     with pytest.raises(LayerError, match=f"runs {n_times} times"):
         unbraid.ablate(changed, SyntheticImages(3))
-
-
-def unbraid_hash(network: nn.Module) -> str:
-    from unbraid.weights import hash_weights
-
-    return hash_weights(network)
 
 
 # --- nothing is left behind -----------------------------------------------------------------------
@@ -645,14 +639,14 @@ def unbraid_hash(network: nn.Module) -> str:
 def everything(network: nn.Module) -> dict[str, Any]:
     return {
         **snapshot(network),
-        "gates": list(network.layer.gates),
+        "moves": list(network.layer.moves),
         "own": {name: dict(module.__dict__) for name, module in network.named_modules()},
     }
 
 
 def assert_left_alone(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert_untouched(before, after)
-    assert after["gates"] == before["gates"]
+    assert after["moves"] == before["moves"]
     assert {k: sorted(v) for k, v in after["own"].items()} == {
         k: sorted(v) for k, v in before["own"].items()
     }
@@ -718,7 +712,7 @@ def test_the_check_sees_what_is_left_behind(tmp_path):
     changed.gate("layer", 1, 0, 0.5)
     with pytest.raises(AssertionError):
         assert_left_alone(before, everything(changed))
-    changed.layer.gates.clear()
+    changed.layer.moves.clear()
     assert_left_alone(before, everything(changed))
     changed.stem.forward = changed.stem.forward
     with pytest.raises(AssertionError):

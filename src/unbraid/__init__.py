@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from unbraid.split import split as split
     from unbraid.splits import Split as Split
     from unbraid.surgery import apply as apply
+    from unbraid.surgery import clamp as clamp
     from unbraid.surgery import gate as gate
+    from unbraid.surgery import load_split as load_split
 
 __version__ = _version("unbraid")
 
@@ -49,6 +51,8 @@ _HOME = {
     "Split": "splits",
     "apply": "surgery",
     "gate": "surgery",
+    "clamp": "surgery",
+    "load_split": "surgery",
     "with_logits": "networks",
     "compare_outputs": "output",
     "ablate": "ablate",

@@ -25,7 +25,7 @@ from unbraid.progress import image_progress
 from unbraid.records import Scan
 from unbraid.relevance import undisturbed
 from unbraid.replay import Replay, replaying
-from unbraid.surgery import SplitLayer
+from unbraid.split_layer import SplitLayer
 from unbraid.tally import Tally, members_by_place
 
 
@@ -45,7 +45,7 @@ def ablate(
     Lost is the logit of an image's own label, and top-1 accuracy, beside the network with nothing
     off. A concept channel is off when its gate is 0; a whole channel is off when its
     pre-activation is 0. The network is used in eval mode, on the device that it is on, and left
-    exactly as it was; gates that are moved count as 1 while this measures.
+    exactly as it was; gates and clamps do not count while this measures.
 
     What lies before the split layer runs once a batch, what lies behind it once for everything
     switched off, so the time goes with the number of channels.
@@ -154,12 +154,12 @@ def _members(
 
 @contextmanager
 def _all_on(layer: SplitLayer) -> Iterator[None]:
-    """Move all gates back to 1 for a while."""
-    moved, layer.gates = layer.gates, []
+    """Take back all moves for a while."""
+    moves, layer.moves = layer.moves, []
     try:
         yield
     finally:
-        layer.gates = moved
+        layer.moves = moves
 
 
 def _run_batch(

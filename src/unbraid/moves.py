@@ -1,0 +1,127 @@
+"""Moves of concept channels: gates that scale them, clamps that bound them; each can be taken back.
+
+Shapes: N images, R concept channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from unbraid.errors import UsageError
+
+
+class Movable(Protocol):
+    """A layer whose concept channels can be moved."""
+
+    moves: list[Move]  # in force, in the order in which they were made
+
+
+class Move:
+    """A concept channel that was moved; `remove()` or leaving its `with` block moves it back."""
+
+    def __init__(self, layer: Movable, row: int) -> None:
+        """Move one row of a layer."""
+        self.row = row
+        self._layer = layer  # not its list, in whose place exporters put another
+        layer.moves.append(self)
+
+    def remove(self) -> None:
+        """Take this move back; moves of the same concept channel still in force stay so."""
+        if self in self._layer.moves:
+            self._layer.moves.remove(self)
+
+    def __enter__(self) -> Self:
+        """Use the move as a context."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Move the concept channel back, also after an exception."""
+        self.remove()
+
+
+class Gate(Move):
+    """Scales a concept channel, by one value for all images or by one for each."""
+
+    def __init__(self, layer: Movable, row: int, value: float | Tensor) -> None:
+        """Move the gate of one row.
+
+        Raises:
+            UsageError: the value is neither a number nor one number per image.
+        """
+        if isinstance(value, Tensor):
+            if value.dim() > 1:
+                raise UsageError(
+                    f"A gate takes a number, or a tensor (N,) of one per image, not one of shape "
+                    f"{tuple(value.shape)}."
+                )
+        else:
+            value = float(value)
+            if value != value:
+                raise UsageError("A gate cannot be NaN; give a number, such as 0 for off.")
+        self.value = value
+        super().__init__(layer, row)
+
+
+class Clamp(Move):
+    """Bounds what a concept channel answers, position by position."""
+
+    def __init__(self, layer: Movable, row: int, low: float, high: float) -> None:
+        """Bound one row.
+
+        Raises:
+            UsageError: low is not below or at high.
+        """
+        self.low, self.high = float(low), float(high)
+        if not self.low <= self.high:  # so that NaN does not pass
+            raise UsageError(f"A clamp needs low <= high, not low={low:g} and high={high:g}.")
+        super().__init__(layer, row)
+
+
+def make_moves(concepts: Tensor, moves: Sequence[Move], channels_last: bool) -> Tensor:
+    """Do to the concept channels what the moves say; of one channel, the latest counts.
+
+    Args:
+        concepts: (N, R, positions ...), or with R last.
+        moves: in the order in which they were made.
+        channels_last: whether R is last.
+
+    Raises:
+        UsageError: a gate holds values for another number of images.
+    """
+    n_images = concepts.shape[0]  # not len(), which an exporter would take for a constant
+    n_rows = concepts.shape[-1 if channels_last else 1]
+    ones = [1] * (concepts.dim() - 2)
+    latest = {move.row: move for move in moves}.values()
+    gates = [move for move in latest if isinstance(move, Gate)]
+    clamps = [move for move in latest if isinstance(move, Clamp)]
+    if gates:
+        apart = any(isinstance(gate.value, Tensor) and gate.value.dim() for gate in gates)
+        scale = concepts.new_ones(n_images if apart else 1, n_rows)
+        for gate in gates:
+            if isinstance(gate.value, Tensor) and gate.value.shape not in ((), (n_images,)):
+                raise UsageError(
+                    f"A gate holds values for {len(gate.value)} images and the layer runs on "
+                    f"{n_images}; give one value for each, or one number for all."
+                )
+            scale[:, gate.row] = torch.as_tensor(gate.value).to(scale)
+        shape = (-1, *ones, n_rows) if channels_last else (-1, n_rows, *ones)
+        concepts = concepts * scale.view(shape)
+    if clamps:
+        low = concepts.new_full((n_rows,), -torch.inf)
+        high = concepts.new_full((n_rows,), torch.inf)
+        for clamp in clamps:
+            low[clamp.row], high[clamp.row] = clamp.low, clamp.high
+        if not channels_last:
+            low, high = low.view(-1, *ones), high.view(-1, *ones)
+        concepts = concepts.clamp(low, high)
+    return concepts
