@@ -169,10 +169,12 @@ def _probed(module: nn.Module, declared: LayerSpec) -> LayerSpec | str:
         weight, bias, pads = _applied(module)
     except Exception as error:  # of a module of anyone's own
         return f"it cannot be run by itself ({_first_line(error)})"
-    none = tuple((0, 0) for _ in declared.kernel)
-    candidates = [declared, replace(declared, padding=none, pad_mode=SAME)]
-    if pads is not None:
-        candidates.append(replace(declared, padding=pads, pad_mode="zeros"))
+    candidates = [declared]
+    if not declared.channels_last:
+        none = tuple((0, 0) for _ in declared.kernel)
+        candidates.append(replace(declared, padding=none, pad_mode=SAME))
+        if pads is not None:
+            candidates.append(replace(declared, padding=pads, pad_mode="zeros"))
     shape = (declared.n_out, declared.n_taps)
     if weight.flatten(1).shape == shape:
         bias = weight.new_zeros(len(weight)) if bias is None else bias

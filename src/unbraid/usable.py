@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unbraid.batch import run_network
 from unbraid.describe import splittable_layers
+from unbraid.errors import ModelError
 from unbraid.layers import LayerSpec
 from unbraid.networks import unwrap
 from unbraid.relevance import cut_at, gradients_at, undisturbed
@@ -29,6 +30,22 @@ def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
     """
     model = unwrap(model)
     specs = splittable_layers(model)
+    with undisturbed(model), torch.no_grad():
+        run_network(model, images)  # if this fails, it is not for a gradient
+    try:
+        return _reaching(model, specs, images)
+    except (RuntimeError, ModelError):  # what is written in place leaves no whole graph
+        return [spec for spec in specs if _reaches(model, spec, images)]
+
+
+def _reaches(model: nn.Module, spec: LayerSpec, images: Tensor) -> bool:
+    try:
+        return bool(_reaching(model, [spec], images))
+    except (RuntimeError, ModelError):
+        return False
+
+
+def _reaching(model: nn.Module, specs: list[LayerSpec], images: Tensor) -> list[LayerSpec]:
     with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
         stack.enter_context(undisturbed(model))
         cuts = [

@@ -22,13 +22,17 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def refuse_broken_weights(model: nn.Module) -> None:
-    """Raise if any weight is NaN or infinite.
+    """Raise if any weight is NaN or infinite; bounds that it keeps may be infinite.
 
     Raises:
         ModelError: names the first such tensor.
     """
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not tensor.is_floating_point():
+            continue
+        counts = name in weights or name.rsplit(".", 1)[-1].startswith("running_")
+        if tensor.isnan().any() or (counts and tensor.isinf().any()):
             raise ModelError(
                 f"The network's {name!r} holds NaN or infinite numbers; load sound weights."
             )

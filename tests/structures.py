@@ -1,0 +1,244 @@
+"""Tiny networks of every way in which a layer can be built in, and what is true of them.
+
+As in networks.py the layer under test is called "layer", and numbers are float64.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
+
+import oracle
+from networks import IMAGE_SIZE, N_CLASSES, OverwritesInput, SyntheticImages
+
+
+class Around(nn.Module):
+    """A stem, a body with the layer, and a head on what is averaged over positions."""
+
+    def __init__(self, layer: nn.Module | None = None, n_logits: int = N_CLASSES) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.layer = nn.Conv2d(6, 6, 3, padding=1) if layer is None else layer
+        self.head = nn.Linear(6, n_logits)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.layer(x).relu_()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.body(self.stem(x)).flatten(2).mean(2))
+
+
+class Concatenates(Around):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, N_CLASSES)
+
+    def body(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.layer(x)], 1).relu_()
+
+
+class DropsPaths(Around):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = StochasticDepth(0.5, "row")
+
+    def body(self, x: Tensor) -> Tensor:
+        return (x + self.drop(self.layer(x))).relu()
+
+
+class RunsAgain(Around):
+    """The second run is behind the first."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x).relu_()).relu_()
+
+
+class RunsOnTwoSizes(Around):
+    """Both runs lead to the head, one on a smaller map."""
+
+    def body(self, x: Tensor) -> Tensor:
+        small = self.layer(F.avg_pool2d(x, 2)).relu_()
+        return self.layer(x).relu_() + small.mean((2, 3), keepdim=True)
+
+
+class Frames(Around):
+    """Cuts each image into halves and lays them into the batch."""
+
+    def body(self, x: Tensor) -> Tensor:
+        halves = x.unflatten(3, (2, 3)).movedim(3, 1)  # (N, 2, C, H, 3)
+        return self.layer(halves.flatten(0, 1)).relu_().unflatten(0, (-1, 2)).sum(1)
+
+
+class Tokens(Around):
+    """A block of a transformer, on tokens in the shape that `shape` gives them."""
+
+    def __init__(self, shape: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(nn.Linear(6, 10))
+        self.shape, self.norm, self.back = shape, nn.LayerNorm(6), nn.Linear(10, 6)
+
+    def body(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).mT
+        mixed = tokens + F.scaled_dot_product_attention(tokens, tokens, tokens)
+        mlp = self.back(F.gelu(self.layer(self.shape(self.norm(mixed)))))
+        return (mixed + mlp.reshape(mixed.shape)).mT
+
+
+class Checkpointed(Around):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def body(self, x: Tensor) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            return (self.layer(x).sigmoid() * 2).sin()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return checkpoint(block, x, use_reentrant=self.reentrant)
+
+
+class Standardised(nn.Conv2d):
+    """Standardises its weights on its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        std, mean = torch.std_mean(self.weight, (1, 2, 3), keepdim=True)
+        return self._conv_forward(x, (self.weight - mean) / std, self.bias)
+
+
+def _standardised(layer: nn.Module) -> Tensor:
+    rows = [(row - row.mean()) / row.std() for row in layer.weight]
+    return torch.stack(rows)
+
+
+def _old_norm(layer: nn.Module) -> Tensor:
+    rows = [
+        g * v / v.square().sum().sqrt() for g, v in zip(layer.weight_g, layer.weight_v, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def _new_norm(layer: nn.Module) -> Tensor:
+    made = layer.parametrizations.weight
+    rows = [
+        g * v / v.square().sum().sqrt() for g, v in zip(made.original0, made.original1, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def _new_spectral(layer: nn.Module) -> Tensor:
+    made = layer.parametrizations.weight
+    u, v = made[0]._u, made[0]._v
+    return made.original / (u @ made.original.flatten(1) @ v)
+
+
+def _old_spectral(layer: nn.Module) -> Tensor:
+    original = layer.weight_orig
+    return original / (layer.weight_u @ original.flatten(1) @ layer.weight_v)
+
+
+def _normed(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the older ways are deprecated, and in use
+        return Around(norm(nn.Conv2d(6, 6, 3, padding=1)))
+
+
+@dataclass
+class Structured:
+    """A network, and what to make of its output."""
+
+    build: Callable[[], nn.Module]
+    weight: Callable[[nn.Module], Tensor] | None = None  # how the layer computes its weights
+    once: bool = True  # the layer runs once on each image, on a whole
+    differentiable: bool = True  # torch can take gradients by the image
+
+
+STRUCTURES: dict[str, Structured] = {
+    "plain": Structured(Around),
+    "in place": Structured(OverwritesInput, differentiable=False),
+    "concatenated": Structured(Concatenates),
+    "dropped paths": Structured(DropsPaths),
+    "runs again": Structured(RunsAgain, once=False),
+    "two sizes": Structured(RunsOnTwoSizes, once=False),
+    "frames": Structured(Frames, once=False),
+    "tokens": Structured(lambda: Tokens(lambda x: x)),
+    "windows": Structured(lambda: Tokens(lambda x: x.reshape(len(x) * 6, 7, 6))),
+    "flat tokens": Structured(lambda: Tokens(lambda x: x.flatten(0, 1))),
+    "grid of windows": Structured(lambda: Tokens(lambda x: x.reshape(len(x), 2, 3, 7, 6))),
+    "checkpointed": Structured(lambda: Checkpointed(False)),
+    "checkpointed, reentrant": Structured(lambda: Checkpointed(True), differentiable=False),
+    "standardised": Structured(lambda: Around(Standardised(6, 6, 3)), _standardised),
+    "weight norm": Structured(lambda: _normed(parametrizations.weight_norm), _new_norm),
+    "old weight norm": Structured(lambda: _normed(nn.utils.weight_norm), _old_norm),
+    "spectral norm": Structured(lambda: _normed(parametrizations.spectral_norm), _new_spectral),
+    "old spectral norm": Structured(lambda: _normed(nn.utils.spectral_norm), _old_spectral),
+}
+
+
+def build(kind: str) -> nn.Module:
+    """A network of a kind with random weights, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return STRUCTURES[kind].build().double().eval()
+
+
+# --- the truth, image by image --------------------------------------------------------------------
+
+
+@dataclass
+class Traced:
+    """What is true of one image: sums over the layer's runs and the parts of the image."""
+
+    pooled: Tensor  # (G, J)
+    relevance: Tensor  # (C_out,)
+    n_positions: int
+
+
+def trace(kind: str, image: Tensor, label: int) -> Traced:
+    """Run a network of a kind on one image, with nothing cut, and add up what the layer did."""
+    network = build(kind)
+    layer = bare_layer(kind, network)
+    calls = []
+
+    def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        calls.append((args[0].detach().clone(), output))
+        return output.clone()
+
+    handle = network.layer.register_forward_hook(keep)
+    if isinstance(network, Checkpointed):
+        network.body = lambda x: (network.layer(x).sigmoid() * 2).sin()
+    logit = network(image[None])[0, label]
+    handle.remove()
+    gradients = torch.autograd.grad(logit, [z for _, z in calls])
+    pooled, relevance, n_positions = 0.0, 0.0, 0
+    for (x, z), gradient in zip(calls, gradients, strict=True):
+        for part, own, slope in zip(x, z.detach(), gradient, strict=True):
+            pooled = pooled + oracle.pooled_input(layer, part)
+            relevance = relevance + oracle._by_channel(layer, own * slope).sum(1)
+            n_positions += oracle._by_channel(layer, own).shape[1]
+    return Traced(pooled, relevance, n_positions)
+
+
+def bare_layer(kind: str, network: nn.Module) -> nn.Module:
+    """The layer with its computed weights written down."""
+    made = STRUCTURES[kind].weight
+    if made is None:
+        return network.layer
+    old = network.layer
+    layer = nn.Conv2d(6, 6, 3, padding=old.padding).double().eval()
+    with torch.no_grad():
+        layer.weight.copy_(made(old))
+        layer.bias.copy_(old.bias)
+    return layer
+
+
+def images(n_images: int = 8) -> SyntheticImages:
+    return SyntheticImages(n_images, size=IMAGE_SIZE)
