@@ -13,6 +13,7 @@ from torch import Tensor
 import unbraid
 from networks import SyntheticImages, build
 from unbraid import box
+from unbraid.background import sample_images
 from unbraid.box import kkt_residual, solve_box
 from unbraid.describe import describe
 from unbraid.errors import UsageError
@@ -158,7 +159,7 @@ def slow_objective(scan, channel: int, concepts, masks: Tensor) -> list[float]:
 
 def test_the_problem_is_that_of_the_method_page(case):
     scan, found = case
-    fits = fit_least_squares(scan, found.concepts, 0.1)
+    fits = fit_least_squares(scan, found.concepts, 0.1, sample_images(scan))
     records = next(scan.shards())
     for channel, concepts in found.concepts.items():
         group = scan.layer.group_of(channel)
@@ -177,7 +178,7 @@ def test_the_problem_is_that_of_the_method_page(case):
 
 def test_it_does_better_than_any_rho_on_what_it_minimises(case):
     scan, found = case
-    fits = fit_least_squares(scan, found.concepts, PENALTIES[0])
+    fits = fit_least_squares(scan, found.concepts, PENALTIES[0], sample_images(scan))
     for rho in (0.3, 0.7, 1.0):
         published = unbraid.split(scan, found, method="published", rho=rho)
         for part in published.channels:
@@ -188,13 +189,13 @@ def test_it_does_better_than_any_rho_on_what_it_minimises(case):
 
 def test_a_stiff_penalty_gives_the_prior(case):
     scan, found = case
-    for fit in fit_least_squares(scan, found.concepts, 1e9).values():
+    for fit in fit_least_squares(scan, found.concepts, 1e9, sample_images(scan)).values():
         torch.testing.assert_close(fit.masks, fit.prior, rtol=0, atol=1e-6)
 
 
 def test_refining_never_makes_the_rectified_objective_worse(case):
     scan, found = case
-    fits = fit_least_squares(scan, found.concepts, 0.01)
+    fits = fit_least_squares(scan, found.concepts, 0.01, sample_images(scan))
     for channel, images in _read_images(scan, found.concepts):
         fit = fits[channel]
         refined = refine(images, fit.masks, fit.prior, fit.penalty)

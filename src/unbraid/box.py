@@ -13,11 +13,8 @@ sets; Mehrotra 1992, SIAM Journal on Optimization 2(4), interior points.
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from unbraid.gram import Gram
 
@@ -45,12 +42,11 @@ def solve_box(
     >>> solve_box(Whole(torch.eye(2).double()), 1.0, linear, start)
     tensor([[0.3000, 1.0000]], dtype=torch.float64)
     """
-    rough, answers = gram.rough(), []
+    answers = []
     for c, m in zip(linear, start.clamp(0, 1), strict=True):
-        # Rounding may make the rough problem indefinite; it is a start, and the start is another.
-        with suppress(LinAlgError):
-            m = _switch_bounds(rough, ridge, c.float(), m.float()).to(m)
-        m = _switch_bounds(gram, ridge, c, m)
+        m = _switch_bounds(gram, ridge, c, m, exact=False)
+        if kkt_residual(gram, ridge, c, m) > tolerance:
+            m = _switch_bounds(gram, ridge, c, m)
         if kkt_residual(gram, ridge, c, m) > tolerance:
             m = _switch_bounds(gram, ridge, c, _interior_point(gram, ridge, c))
         answers.append(m)
@@ -76,7 +72,9 @@ def kkt_residual(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tensor:
     return (m - (m - gradient / scale).clamp(0, 1)).abs().amax(-1)
 
 
-def _switch_bounds(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tensor:
+def _switch_bounds(
+    gram: Gram, ridge: float, linear: Tensor, m: Tensor, exact: bool = True
+) -> Tensor:
     """Guess which unknowns lie at which bound, solve for the others, and guess again from that.
 
     Returns:
@@ -90,7 +88,7 @@ def _switch_bounds(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tenso
         m = (bound > 0).to(m)
         free = (bound == 0).nonzero()[:, 0]
         pull = linear - gram.times(m) - ridge * m
-        m[free] = gram.solve(pull[free], ridge, free)
+        m[free] = gram.solve(pull[free], ridge, free, exact)
         pull = linear - gram.times(m) - ridge * m
         # Who is pulled off a bound becomes free first, however strongly it is pulled.
         guess = torch.where(bound * pull >= 0, bound, 0)

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbraid.background import Term, background_of, background_term, sample_images
+from unbraid.background import Term, background_of, background_term
 from unbraid.box import kkt_residual, solve_box
 from unbraid.findings import Concept
 from unbraid.gram import Gram, Rows, add, leading, scale
 from unbraid.moments import ConceptMoment, concept_moment, read_moments
-from unbraid.records import Scan
+from unbraid.records import Records, Scan
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def fit_least_squares(
     scan: Scan,
     concepts: Mapping[int, Sequence[Concept]],
     penalty: float,
+    sample: Records,
     start: Mapping[int, Tensor] | None = None,
 ) -> dict[int, Fit]:
     """Fit the masks of all channels.
@@ -73,12 +74,13 @@ def fit_least_squares(
         scan: of the training images.
         concepts: per channel.
         penalty: lambda, in units of the mean curvature of the problem.
+        sample: of all training images, from `sample_images`.
         start: per channel, masks (K, J) to begin with; the answer does not depend on them.
 
     Returns:
         One Fit per channel.
     """
-    fits, sample = {}, sample_images(scan)
+    fits = {}
     for channels, moments in read_moments(scan, concepts):
         for channel in channels:
             group = scan.layer.group_of(channel)
@@ -132,12 +134,14 @@ def pose(row: Tensor, moments: Sequence[ConceptMoment], background: Term | None 
     return problem if background is None else problem.plus(background)
 
 
-def solve(problem: Problem, penalty: float, start: Tensor | None = None) -> Fit:
+def solve(
+    problem: Problem, penalty: float, start: Tensor | None = None, tolerance: float = 1e-9
+) -> Fit:
     """Solve the problems of one channel, from the prior or a nearby answer."""
     ridge = penalty * float(problem.gram.diagonal().mean())
     ridge = max(ridge, torch.finfo(torch.float64).tiny)  # a channel that never answers
     linear = problem.linear + ridge * problem.prior
     begin = problem.prior if start is None else start.to(problem.prior)
-    masks = solve_box(problem.gram, ridge, linear, begin)
+    masks = solve_box(problem.gram, ridge, linear, begin, tolerance)
     residual = kkt_residual(problem.gram, ridge, linear, masks).max()
     return Fit(masks, problem.prior, penalty, float(residual))

@@ -14,16 +14,18 @@ from torch import Tensor
 from unbraid.findings import Concept
 from unbraid.gather import first_images, portions
 from unbraid.gram import Rows
-from unbraid.least_squares import augmented_row, pose, solve
+from unbraid.least_squares import Problem, augmented_row, pose, solve
 from unbraid.moments import ConceptMoment, augmented_inputs
 from unbraid.records import Records, Scan
 
 PENALTIES = tuple(10.0**e for e in (-2, -1.5, -1, -0.5, 0, 0.5, 1))
 _DEFAULT_PENALTY = 1.0  # where there are too few images to choose one: close to the prior
 _N_CHANNELS = 8
+_N_CONCEPTS = 4  # of each channel, whose masks are fitted
 _N_IMAGES = 200  # of each class or cluster
 _N_FOLDS = 5
 _BYTES_AT_ONCE = 1 << 30  # of inputs
+_TOLERANCE = 1e-4  # of masks, far below the noise of what is compared
 
 
 def choose_penalty(scan: Scan, concepts: Mapping[int, Sequence[Concept]]) -> float:
@@ -104,14 +106,17 @@ def _held_out_losses(row: Tensor, inputs: Sequence[Tensor], ids: Sequence[Tensor
         out = [own == fold for own in folds]
         if not all(part.any() and not part.all() for part in out):
             continue  # groups that concepts share can leave a fold without images of one
-        fitted = pose(row, [_moment(x[~part]) for x, part in zip(inputs, out, strict=True)])
-        judged = pose(row, [_moment(x[part]) for x, part in zip(inputs, out, strict=True)])
+        fitted = _pose(row, [x[~part] for x, part in zip(inputs, out, strict=True)])
+        judged = _pose(row, [x[part] for x, part in zip(inputs, out, strict=True)])
         start = None
         for place in reversed(range(len(PENALTIES))):  # from stiff to loose, each from the last
-            start = solve(fitted, PENALTIES[place], start).masks
+            start = solve(fitted, PENALTIES[place], start, _TOLERANCE).masks
             losses[place] += judged.loss(start).mean()
     return losses
 
 
-def _moment(inputs: Tensor) -> ConceptMoment:
-    return ConceptMoment([Rows(inputs)], len(inputs))
+def _pose(row: Tensor, inputs: Sequence[Tensor]) -> Problem:
+    """The problems of a channel's first concepts, from the inputs of all of them, (n, J + 1)."""
+    whole = pose(row, [ConceptMoment([Rows(x)], len(x)) for x in inputs])
+    some = slice(_N_CONCEPTS)
+    return Problem(whole.gram, whole.linear[some], whole.prior[some], whole.constant[some])

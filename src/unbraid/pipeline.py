@@ -135,7 +135,7 @@ def run(
         maps.append(_scan_positions(model, layer, dataset, out / f"positions-{name}", kept))
     train_maps, val_maps = maps
     say("Splitting and checking the outputs.")
-    divided = split(train_maps, found)
+    divided = split(train_maps, found, everything=train_scan)
     divided.save(out / "split.safetensors")
     baseline = split(train_maps, found, method="published", rho=thresholds.rho)
     baseline.save(out / "split-published.safetensors")

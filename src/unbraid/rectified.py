@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unbraid.background import Term, background_of, background_term, sample_images
+from unbraid.background import Term, background_of, background_term
 from unbraid.box import solve_box
 from unbraid.findings import Concept
 from unbraid.gather import first_images, portions
@@ -142,7 +142,10 @@ def refine(
 
 
 def refine_fits(
-    scan: Scan, concepts: Mapping[int, Sequence[Concept]], fits: Mapping[int, Fit]
+    scan: Scan,
+    concepts: Mapping[int, Sequence[Concept]],
+    fits: Mapping[int, Fit],
+    sample: Records,
 ) -> dict[int, Fit]:
     """Refine the masks of all channels, as many at a time as memory holds input maps for.
 
@@ -150,8 +153,9 @@ def refine_fits(
         scan: of the training images, with positions.
         concepts: per channel.
         fits: per channel, from `fit_least_squares`.
+        sample: of all training images, from `sample_images`.
     """
-    refined, sample = {}, sample_images(scan)
+    refined = {}
     for channel, images in _read_images(scan, concepts):
         fit, groups = fits[channel], concepts[channel]
         background = background_of(scan, sample, channel, groups)

@@ -11,13 +11,14 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from unbraid.arvs import averaged_relevance, class_sums, concept_mean
+from unbraid.background import sample_images
 from unbraid.clusters import numbers_seen
 from unbraid.errors import UsageError
 from unbraid.findings import Findings
 from unbraid.least_squares import fit_least_squares
 from unbraid.penalty import choose_penalty
 from unbraid.published import choose_rho, published_masks
-from unbraid.records import Scan
+from unbraid.records import Records, Scan
 from unbraid.rectified import refine_fits
 from unbraid.splits import ChannelSplit, Split
 
@@ -31,6 +32,7 @@ def split(
     method: Method = "least_squares",
     rho: float | None = None,
     start: Split | None = None,
+    everything: Scan | None = None,
 ) -> Split:
     """Divide the incoming weights of every polysemantic channel among its concepts.
 
@@ -45,6 +47,8 @@ def split(
             criterion chooses one per channel.
         start: for least squares, an earlier split of this layer, whose masks to begin with where
             it divides a channel among as many concepts; that saves time and changes no answer.
+        everything: for least squares, a scan of all training images, where `scan` is of some; of
+            those that belong to no concept a sample plays a part too.
 
     Returns:
         A Split for `unbraid.apply` and `unbraid.evaluate`.
@@ -73,7 +77,10 @@ def split(
     if method == "published":
         chosen = _published(scan, found, rho)
     else:
-        chosen = _least_squares(scan, found, _begin(scan, found, start))
+        if everything is not None:
+            _check_fit(everything, found)
+        sample = sample_images(everything or scan)
+        chosen = _least_squares(scan, found, sample, _begin(scan, found, start))
     channels = tuple(
         ChannelSplit(
             channel=o,
@@ -155,11 +162,13 @@ def _begin(scan: Scan, found: Findings, start: Split | None) -> dict[int, Tensor
     }
 
 
-def _least_squares(scan: Scan, found: Findings, start: dict[int, Tensor]) -> Chosen:
+def _least_squares(
+    scan: Scan, found: Findings, sample: Records, start: dict[int, Tensor]
+) -> Chosen:
     penalty = choose_penalty(scan, found.concepts)
-    fits = fit_least_squares(scan, found.concepts, penalty, start)
+    fits = fit_least_squares(scan, found.concepts, penalty, sample, start)
     if scan.positions:
-        fits = refine_fits(scan, found.concepts, fits)
+        fits = refine_fits(scan, found.concepts, fits, sample)
     return {
         o: (fit.masks, {"lambda": fit.penalty, "kkt_residual": fit.kkt_residual})
         for o, fit in fits.items()
