@@ -80,7 +80,7 @@ def setting_of(name: str, data: Path, cache: Path) -> Setting:
         images = load_images("train"), load_images("test")
         return Setting(name, load_network(), LAYER, *images, published, 250)
     pictures, labels = read_split(data, "train")
-    model = load_or_train(name, cache, normalise(pictures), torch.from_numpy(labels).long())
+    model = load_or_train(name, cache, normalise(pictures), torch.from_numpy(labels.copy()).long())
     chosen = first_of_each_class(labels, N_TRAIN)
     train = DemoImages(pictures[chosen], labels[chosen])
     pictures, labels = read_split(data, "test")
@@ -199,8 +199,12 @@ def main() -> None:
                 print(separation[-1], flush=True)
             truth += truth_rows(setting, scans, Path(folder) / name)
             print("\n".join(truth), flush=True)
-    print("\n| network | layer | channels (concepts) | published, pooled | least squares | factor ")
-    print("| published, rectified | least squares | factor | worse by more than noise |")
+    figures = "published, {0} | least squares, {0} | factor"
+    print(
+        "\n| network | layer | channels (concepts) | "
+        f"{figures.format('pooled')} | {figures.format('rectified')} | worse by more than noise |"
+    )
+    print("|" + " --- |" * 10)
     print("\n".join(separation))
     print("\n| network | truth test | result |\n| --- | --- | --- |")
     print("\n".join(truth))

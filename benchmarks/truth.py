@@ -1,4 +1,4 @@
-"""Truth tests of METHOD.md section 7 on a network's Scan: nulls, shuffled labels, planted channels."""
+"""Truth tests of METHOD.md section 7 on a Scan: nulls, shuffled labels, planted channels."""
 
 from __future__ import annotations
 
