@@ -45,6 +45,45 @@ def preprocess(picture):
 """
 
 
+MIXED = """
+import torch
+from torch import nn
+
+from own import preprocess
+
+
+class Pads(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 0, 1, 0)))
+
+
+class Scales(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6)
+        self.pads = Pads(6, 6, 2)
+        self.scales = Scales(6, 6, 1)
+        self.unused = nn.Linear(6, 6)
+        self.aside = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.scales(self.pads(self.depthwise(self.stem(x)).relu_()).relu_()).flatten(2).mean(2)
+        return {"features": self.aside(x), "scores": self.head(x)}
+
+
+def build():
+    torch.manual_seed(0)
+    return Mixed(), preprocess
+"""
+
+
 def draw(label: int, seed: int) -> Image.Image:
     """A picture of stripes whose direction and colour tell the class."""
     noise = np.random.default_rng(seed).integers(0, 60, (16, 16, 3))
@@ -332,6 +371,31 @@ class TestLayers:
         code, out, _ = call("layers", "own.py:build")
         assert code == 0
         assert [line.split()[0] for line in out.splitlines()[1:]] == ["0", "2", "6"]
+
+    def test_it_lists_exactly_what_scan_takes(self, home: Path, call) -> None:
+        (home / "mixed.py").write_text(MIXED)
+        network = ("mixed.py:build", "--output", "scores")
+        code, out, _ = call("layers", *network)
+        assert code == 0
+        listed = [line.split()[0] for line in out.splitlines()[1:]]
+        assert listed == ["stem", "pads", "head"]
+        scan = ("--data", "data/val", "--out")
+        for layer in ("stem", "depthwise", "pads", "scales", "unused", "aside", "head"):
+            options = ("--model", "mixed.py:build", "--output", "scores", "--layer", layer)
+            code, _, err = call("scan", *options, *scan, f"runs/mixed-{layer}")
+            assert code == (0 if layer in listed else 2), err
+            assert "Traceback" not in err
+
+    def test_an_output_that_is_not_there_is_told(self, home: Path, call) -> None:
+        (home / "mixed.py").write_text(MIXED)
+        for arguments, told in (
+            (("layers", "mixed.py:build"), "--output"),
+            (("layers", "mixed.py:build", "--output", "1"), "has no 1"),
+            (("layers", "mixed.py:build", "--output", "logits"), "has no 'logits'"),
+        ):
+            code, _, err = call(*arguments)
+            assert code == 1
+            assert told in " ".join(err.split())
 
 
 class TestReproduce:
