@@ -229,6 +229,35 @@ def test_a_layer_that_is_more_than_its_weights_is_refused(module, reason):
         describe("it", module)
 
 
+class Counts(nn.Conv2d):
+    """Keeps how often it ran, as quantisation's observers do."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 8, 3)
+        self.register_buffer("n_runs", torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n_runs = torch.cat([self.n_runs, torch.ones(1)])
+        return super().forward(nn.functional.pad(x, (1, 1)))
+
+
+def test_looking_into_a_layer_leaves_no_trace_in_it():
+    layer = Counts()
+    layer.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
+    before = snapshot(layer)
+    assert describe("layer", layer).padding == ((0, 0), (1, 1))
+    assert_untouched(before, snapshot(layer))
+
+
+def test_a_network_in_another_memory_format_gives_the_same_records(tmp_path):
+    for name, memory_format in (("1", torch.contiguous_format), ("2", torch.channels_last)):
+        network = build("plain").to(memory_format=memory_format)
+        unbraid.scan(network, "layer", images(), tmp_path / name)
+    one, other = (next(unbraid.open_scan(tmp_path / name).shards()) for name in ("1", "2"))
+    assert_close(one.pooled, other.pooled)
+    assert_close(one.share_value, other.share_value)
+
+
 def test_a_forward_of_the_modules_own_is_looked_into():
     module = nn.Linear(6, 8)
     module.forward = lambda x: 3 * nn.Linear.forward(module, x)

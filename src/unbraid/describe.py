@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from unbraid.errors import LayerError, nearest
 from unbraid.layers import SAME, LayerSpec, channels_first, respond
-from unbraid.networks import unwrapped_name
+from unbraid.networks import copy_network, unwrapped_name
 from unbraid.relevance import undisturbed
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -188,16 +188,17 @@ def _probed(module: nn.Module, declared: LayerSpec) -> LayerSpec | str:
 
 
 def _probe(module: nn.Module, spec: LayerSpec, more: int) -> tuple[Tensor, Tensor]:
-    """Run a module, without hooks, on a small random input; return the input and the output."""
-    like = next(module.parameters())
+    """Run a copy of a module, without hooks, on a small random input; return input and output."""
+    alone = copy_network(module).eval()  # since running may leave traces, as observers do
+    like = next(alone.parameters())
     sizes: tuple[int, ...] = ()
     if not spec.channels_last:  # a little larger than the kernel reaches, on both sides
         reaches = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
         sizes = tuple(2 * reach + 5 + more for reach in reaches)
     generator = torch.Generator().manual_seed(more)
     x = torch.randn(2, spec.n_in, *sizes, generator=generator).to(like)
-    with undisturbed(module), torch.no_grad():
-        return x, module.forward(x)
+    with torch.no_grad():
+        return x, alone.forward(x)
 
 
 def _meets(spec: LayerSpec, x: Tensor, z: Tensor, rows: Tensor, bias: Tensor) -> bool:

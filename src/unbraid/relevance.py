@@ -83,7 +83,7 @@ def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kep
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             if cut.recording:
-                cut.inputs.append(keep((args[0] if args else named["input"]).detach()))
+                cut.inputs.append(keep((args[0] if args else next(iter(named.values()))).detach()))
                 cut.outputs.append(output)
             return output.clone()
 
