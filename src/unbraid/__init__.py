@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unbraid.ablate import ablate as ablate
     from unbraid.ablation import Ablation as Ablation
+    from unbraid.circuit import Circuit as Circuit
+    from unbraid.circuit import circuit as circuit
     from unbraid.encoders import Penultimate as Penultimate
     from unbraid.errors import UnbraidError as UnbraidError
     from unbraid.evaluate import evaluate as evaluate
@@ -52,6 +54,8 @@ _HOME = {
     "apply": "surgery",
     "gate": "surgery",
     "clamp": "surgery",
+    "circuit": "circuit",
+    "Circuit": "circuit",
     "load_split": "surgery",
     "with_logits": "networks",
     "compare_outputs": "output",
