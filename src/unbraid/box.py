@@ -44,9 +44,7 @@ def solve_box(
     """
     answers = []
     for c, m in zip(linear, start.clamp(0, 1), strict=True):
-        m = _switch_bounds(gram, ridge, c, m, exact=False)
-        if kkt_residual(gram, ridge, c, m) > tolerance:
-            m = _switch_bounds(gram, ridge, c, m)
+        m = _switch_bounds(gram, ridge, c, m)
         if kkt_residual(gram, ridge, c, m) > tolerance:
             m = _switch_bounds(gram, ridge, c, _interior_point(gram, ridge, c))
         answers.append(m)
@@ -72,9 +70,7 @@ def kkt_residual(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tensor:
     return (m - (m - gradient / scale).clamp(0, 1)).abs().amax(-1)
 
 
-def _switch_bounds(
-    gram: Gram, ridge: float, linear: Tensor, m: Tensor, exact: bool = True
-) -> Tensor:
+def _switch_bounds(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tensor:
     """Guess which unknowns lie at which bound, solve for the others, and guess again from that.
 
     Returns:
@@ -85,20 +81,31 @@ def _switch_bounds(
     bound = (wish > 1).to(m) - (wish < 0).to(m)  # 1 for the upper, -1 for the lower, 0 for neither
     fewest, patience = len(m) + 1, _PATIENCE
     while patience:
-        m = (bound > 0).to(m)
+        held = (bound > 0).to(m)
         free = (bound == 0).nonzero()[:, 0]
-        pull = linear - gram.times(m) - ridge * m
-        m[free] = gram.solve(pull[free], ridge, free, exact)
-        pull = linear - gram.times(m) - ridge * m
-        # Who is pulled off a bound becomes free first, however strongly it is pulled.
-        guess = torch.where(bound * pull >= 0, bound, 0)
-        guess[free] = ((m > 1).to(m) - (m < 0).to(m))[free]
-        n_wrong = int((guess != bound).sum())
-        if n_wrong == 0:
+        pull = (linear - gram.times(held) - ridge * held)[free]
+        system = gram.system(ridge, free)
+        for solve in (system.nearly, system.exactly):
+            m = held.index_copy(0, free, solve(pull))
+            guess = _guess(bound, free, m, linear - gram.times(m) - ridge * m)
+            n_wrong = int((guess != bound).sum())
+            if n_wrong:  # an exact answer to a wrong guess is not worth its time
+                break
+        else:
             break
         patience = _PATIENCE if n_wrong < fewest else patience - 1
         fewest, bound = min(fewest, n_wrong), guess
     return m.clamp(0, 1)
+
+
+def _guess(bound: Tensor, free: Tensor, m: Tensor, pull: Tensor) -> Tensor:
+    """Put the free unknowns that went beyond a bound at it, and free those that are pulled off.
+
+    An unknown that is pulled off a bound becomes free first, however strongly it is pulled.
+    """
+    guess = torch.where(bound * pull >= 0, bound, 0)
+    guess[free] = ((m > 1).to(m) - (m < 0).to(m))[free]
+    return guess
 
 
 def _interior_point(gram: Gram, ridge: float, linear: Tensor) -> Tensor:
@@ -117,12 +124,12 @@ def _interior_point(gram: Gram, ridge: float, linear: Tensor) -> Tensor:
         force = (sign * multiplier).sum(0)
         if gap < 1e-13 * scale and (rest + force).abs().amax() < 1e-10 * scale:
             break
-        weight = ridge + (multiplier / slack).sum(0)
+        system = gram.system(ridge + (multiplier / slack).sum(0), every)
         # The products of slack and multiplier to aim at: none, as at the answer; then, corrected
         # for what that step leaves out, those of a point on the path as far on as it would lead.
         aim = torch.zeros_like(slack)
         for _ in ("predict", "correct"):
-            change = gram.solve(rest + (sign * aim / slack).sum(0), weight, every)
+            change = system.exactly(rest + (sign * aim / slack).sum(0))
             turn = (aim - multiplier * sign * change) / slack - multiplier
             size = _longest_step(torch.cat([slack, multiplier]), torch.cat([sign * change, turn]))
             ahead = ((slack + size * sign * change) * (multiplier + size * turn)).mean()

@@ -38,31 +38,46 @@ class Whole:
         """The matrix in float32, in which solving is several times as fast."""
         return self.matrix.float()
 
-    def solve(self, x: Tensor, ridge: float | Tensor, free: Tensor, exact: bool = True) -> Tensor:
-        """Solve (matrix + ridge) y = x in some unknowns alone.
+    def system(self, ridge: float | Tensor, free: Tensor) -> WholeSystem:
+        """Prepare to solve (matrix + ridge) y = x in some unknowns alone.
 
         Args:
-            x: (unknowns,).
             ridge: added to the diagonal; one number, or (unknowns,).
             free: (unknowns,), which they are.
-            exact: or as float32 has it, in a fraction of the time.
         """
-        system = _part(self.rough, free)
-        system.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(system)
-        if not failed:
-            y = torch.cholesky_solve(x.float()[:, None], factor)[:, 0].to(x)
-            for _ in range(_REFINEMENTS if exact else 0):
-                spread = x.new_zeros(len(self.matrix)).index_copy(0, free, y)
-                rest = x - self.times(spread)[free] - ridge * y
-                if rest.norm() <= _SMALLEST_REST * x.norm():
-                    return y
-                y = y + torch.cholesky_solve(rest.float()[:, None], factor)[:, 0]
-            if not exact:
+        part = _part(self.rough, free)
+        part.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(part)
+        return WholeSystem(self, ridge, free, None if failed else factor)
+
+
+@dataclass(frozen=True)
+class WholeSystem:
+    """(matrix + ridge) y = x in some of the unknowns."""
+
+    whole: Whole
+    ridge: float | Tensor
+    free: Tensor
+    factor: Tensor | None  # of the matrix in float32, unless rounding makes it indefinite
+
+    def nearly(self, x: Tensor) -> Tensor:
+        """Solve as well as float32 can, in a fraction of the time."""
+        if self.factor is None:
+            return self.exactly(x)
+        return torch.cholesky_solve(x.float()[:, None], self.factor)[:, 0].to(x)
+
+    def exactly(self, x: Tensor) -> Tensor:
+        """Solve, refining what float32 gives; in float64 throughout where that does not help."""
+        y, rest = torch.zeros_like(x), x
+        for _ in range(_REFINEMENTS if self.factor is not None else 0):
+            y = y + self.nearly(rest)
+            spread = x.new_zeros(len(self.whole.matrix)).index_copy(0, self.free, y)
+            rest = x - self.whole.times(spread)[self.free] - self.ridge * y
+            if rest.norm() <= _SMALLEST_REST * x.norm():
                 return y
-        system = _part(self.matrix, free)
-        system.diagonal().add_(ridge)
-        return torch.cholesky_solve(x[:, None], torch.linalg.cholesky(system))[:, 0]
+        part = _part(self.whole.matrix, self.free)
+        part.diagonal().add_(self.ridge)
+        return torch.cholesky_solve(x[:, None], torch.linalg.cholesky(part))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -79,17 +94,31 @@ class Rows:
         """Return the diagonal, (J,)."""
         return self.rows.square().sum(0)
 
-    def solve(self, x: Tensor, ridge: float | Tensor, free: Tensor, exact: bool = True) -> Tensor:
-        """Solve (matrix + ridge) y = x in some unknowns alone, by Woodbury's identity.
-
-        Systems of few rows are small, so the answer is always exact.
-        """
+    def system(self, ridge: float | Tensor, free: Tensor) -> RowsSystem:
+        """Prepare to solve (matrix + ridge) y = x in some unknowns alone."""
         rows = self.rows.index_select(1, free)
         scaled = rows / ridge
-        system = scaled @ rows.T
-        system.diagonal().add_(1)
-        factor = torch.linalg.cholesky(system)
-        return x / ridge - torch.cholesky_solve((scaled @ x)[:, None], factor)[:, 0] @ scaled
+        part = scaled @ rows.T
+        part.diagonal().add_(1)
+        return RowsSystem(scaled, ridge, torch.linalg.cholesky(part))
+
+
+@dataclass(frozen=True)
+class RowsSystem:
+    """(rows^T rows + ridge) y = x in some of the unknowns, by Woodbury's identity."""
+
+    scaled: Tensor  # (R, unknowns), rows / ridge
+    ridge: float | Tensor
+    factor: Tensor  # (R, R), of 1 + scaled rows^T
+
+    def nearly(self, x: Tensor) -> Tensor:
+        """Solve; systems of few rows are small, so exactly."""
+        return self.exactly(x)
+
+    def exactly(self, x: Tensor) -> Tensor:
+        """Solve."""
+        inner = torch.cholesky_solve((self.scaled @ x)[:, None], self.factor)[:, 0]
+        return x / self.ridge - inner @ self.scaled
 
 
 def _part(matrix: Tensor, chosen: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ from unbraid.background import Term, background_of, background_term
 from unbraid.box import kkt_residual, solve_box
 from unbraid.findings import Concept
 from unbraid.gram import Gram, Rows, add, leading, scale
-from unbraid.moments import ConceptMoment, concept_moment, read_moments
+from unbraid.moments import ConceptMoment, Moments, concept_moment, read_moments
 from unbraid.records import Records, Scan
+from unbraid.threads import side_by_side
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,18 @@ def fit_least_squares(
     Returns:
         One Fit per channel.
     """
-    fits = {}
+    fits: dict[int, Fit] = {}
     for channels, moments in read_moments(scan, concepts):
-        for channel in channels:
+
+        def fit(channel: int, moments: Moments = moments) -> Fit:
+            own, row = concepts[channel], augmented_row(scan, channel)
+            background = background_of(scan, sample, channel, own)
+            term = background_term(background, row, len(own))
             group = scan.layer.group_of(channel)
-            by_concept = [concept_moment(moments, group, c) for c in concepts[channel]]
-            row = augmented_row(scan, channel)
-            background = background_of(scan, sample, channel, concepts[channel])
-            term = background_term(background, row, len(concepts[channel]))
-            problem = pose(row, by_concept, term)
-            fits[channel] = solve(problem, penalty, (start or {}).get(channel))
+            problem = pose(row, [concept_moment(moments, group, c) for c in own], term)
+            return solve(problem, penalty, (start or {}).get(channel))
+
+        fits.update(zip(channels, side_by_side(fit, channels), strict=True))
     return fits
 
 
@@ -134,14 +137,12 @@ def pose(row: Tensor, moments: Sequence[ConceptMoment], background: Term | None 
     return problem if background is None else problem.plus(background)
 
 
-def solve(
-    problem: Problem, penalty: float, start: Tensor | None = None, tolerance: float = 1e-9
-) -> Fit:
+def solve(problem: Problem, penalty: float, start: Tensor | None = None) -> Fit:
     """Solve the problems of one channel, from the prior or a nearby answer."""
     ridge = penalty * float(problem.gram.diagonal().mean())
     ridge = max(ridge, torch.finfo(torch.float64).tiny)  # a channel that never answers
     linear = problem.linear + ridge * problem.prior
     begin = problem.prior if start is None else start.to(problem.prior)
-    masks = solve_box(problem.gram, ridge, linear, begin, tolerance)
+    masks = solve_box(problem.gram, ridge, linear, begin)
     residual = kkt_residual(problem.gram, ridge, linear, masks).max()
     return Fit(masks, problem.prior, penalty, float(residual))

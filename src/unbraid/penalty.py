@@ -17,6 +17,7 @@ from unbraid.gram import Rows
 from unbraid.least_squares import Problem, augmented_row, pose, solve
 from unbraid.moments import ConceptMoment, augmented_inputs
 from unbraid.records import Records, Scan
+from unbraid.threads import side_by_side
 
 PENALTIES = tuple(10.0**e for e in (-2, -1.5, -1, -0.5, 0, 0.5, 1))
 _DEFAULT_PENALTY = 1.0  # where there are too few images to choose one: close to the prior
@@ -25,7 +26,6 @@ _N_CONCEPTS = 4  # of each channel, whose masks are fitted
 _N_IMAGES = 200  # of each class or cluster
 _N_FOLDS = 5
 _BYTES_AT_ONCE = 1 << 30  # of inputs
-_TOLERANCE = 1e-4  # of masks, far below the noise of what is compared
 
 
 def choose_penalty(scan: Scan, concepts: Mapping[int, Sequence[Concept]]) -> float:
@@ -42,15 +42,18 @@ def choose_penalty(scan: Scan, concepts: Mapping[int, Sequence[Concept]]) -> flo
         numbers = {number for channel in portion for number in needs[channel]}
         inputs = first_images(scan, numbers, _N_IMAGES, augmented_inputs)
         ids = first_images(scan, numbers, _N_IMAGES, _group_ids)
-        for channel in portion:
-            total += _held_out_losses(
+
+        def losses(
+            channel: int, inputs: dict[int, Tensor] = inputs, ids: dict[int, Tensor] = ids
+        ) -> Tensor:
+            own, group = concepts[channel], scan.layer.group_of(channel)
+            return _held_out_losses(
                 augmented_row(scan, channel),
-                [
-                    torch.cat([inputs[number][:, scan.layer.group_of(channel)] for number in c])
-                    for c in concepts[channel]
-                ],
-                [torch.cat([ids[number] for number in c]) for c in concepts[channel]],
+                [torch.cat([inputs[number][:, group] for number in concept]) for concept in own],
+                [torch.cat([ids[number] for number in concept]) for concept in own],
             )
+
+        total += torch.stack(side_by_side(losses, portion)).sum(0)
     return PENALTIES[int(total.argmin())] if total.any() else _DEFAULT_PENALTY
 
 
@@ -110,7 +113,7 @@ def _held_out_losses(row: Tensor, inputs: Sequence[Tensor], ids: Sequence[Tensor
         judged = _pose(row, [x[part] for x, part in zip(inputs, out, strict=True)])
         start = None
         for place in reversed(range(len(PENALTIES))):  # from stiff to loose, each from the last
-            start = solve(fitted, PENALTIES[place], start, _TOLERANCE).masks
+            start = solve(fitted, PENALTIES[place], start).masks
             losses[place] += judged.loss(start).mean()
     return losses
 

@@ -23,6 +23,7 @@ from unbraid.gram import Gram, Rows, add
 from unbraid.layers import tap_inputs
 from unbraid.least_squares import Fit, augmented_row
 from unbraid.records import Records, Scan
+from unbraid.threads import side_by_side
 
 POOLED_WEIGHT = 0.3  # docs/splitting.md tells what other weights gave
 _N_IMAGES = 100  # of each concept, spread over its classes
@@ -155,20 +156,25 @@ def refine_fits(
         fits: per channel, from `fit_least_squares`.
         sample: of all training images, from `sample_images`.
     """
-    refined = {}
-    for channel, images in _read_images(scan, concepts):
-        fit, groups = fits[channel], concepts[channel]
-        background = background_of(scan, sample, channel, groups)
-        term = background_term(background, augmented_row(scan, channel), len(groups))
-        masks = refine(images, fit.masks, fit.prior, fit.penalty, term)
-        refined[channel] = replace(fit, masks=masks)
+    refined: dict[int, Fit] = {}
+    for channels, maps in _read_maps(scan, concepts):
+
+        def improve(channel: int, maps: dict[int, Tensor] = maps) -> Fit:
+            fit, own = fits[channel], concepts[channel]
+            background = background_of(scan, sample, channel, own)
+            term = background_term(background, augmented_row(scan, channel), len(own))
+            images = _images(scan, channel, own, maps)
+            masks = refine(images, fit.masks, fit.prior, fit.penalty, term)
+            return replace(fit, masks=masks)
+
+        refined.update(zip(channels, side_by_side(improve, channels), strict=True))
     return refined
 
 
-def _read_images(
+def _read_maps(
     scan: Scan, concepts: Mapping[int, Sequence[Concept]]
-) -> Iterator[tuple[int, Images]]:
-    """Give what each channel's taps see of its concepts, as many images of each class."""
+) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
+    """Give channels, and input maps of the first images of each of their classes or clusters."""
     sample = next(records.input_map for records in scan.shards() if len(records))
     assert sample is not None
     needs = {
@@ -176,9 +182,7 @@ def _read_images(
     }
     for portion in portions(needs, lambda _: sample[0].nbytes * _N_IMAGES, _BYTES_AT_ONCE):
         numbers = {number for channel in portion for number in needs[channel]}
-        maps = first_images(scan, numbers, _N_IMAGES, _input_maps)
-        for channel in portion:
-            yield channel, _images(scan, channel, concepts[channel], maps)
+        yield portion, first_images(scan, numbers, _N_IMAGES, _input_maps)
 
 
 def _input_maps(records: Records, places: Tensor) -> Tensor:
@@ -189,6 +193,7 @@ def _input_maps(records: Records, places: Tensor) -> Tensor:
 def _images(
     scan: Scan, channel: int, groups: Sequence[Concept], maps: Mapping[int, Tensor]
 ) -> Images:
+    """What a channel's taps see of its concepts, in about as many images of each class."""
     inputs = [
         torch.cat([maps[c][: max(1, _N_IMAGES // len(concept))] for c in concept])
         for concept in groups
