@@ -113,7 +113,7 @@ def randomise(model: nn.Module) -> None:
 
 def smallest_size(model: nn.Module) -> int:
     """Find the smallest images that a network takes."""
-    error: Exception | None = None
+    error = None
     for size in SIZES:
         try:
             with torch.no_grad():
@@ -121,6 +121,8 @@ def smallest_size(model: nn.Module) -> int:
             return size
         except Exception as caught:
             error = caught
+            if isinstance(error, TimeoutError):
+                raise
     raise RuntimeError(f"runs on images of no size ({_one_line(error)})")
 
 
@@ -244,23 +246,19 @@ def stop_after(seconds: int) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Write what was found as Markdown."""
-    lines = [
-        "| family | network | image | layer | kind | scan | equal | gradient | plain |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ("family", "network", "image", "layer", "kind", *CHECKS, "reason")
+    lines = [head, ("---",) * len(head)]
     for row in sorted(rows, key=lambda row: (row["library"], row["family"])):
-        start = f"| {row['library']} {row['family']} | {row.get('model', '')} "
-        start += f"| {row.get('size', '')} "
+        start = (f"{row['library']} {row['family']}", row.get("model", ""), row.get("size", ""))
         if "error" in row:
-            lines.append(f"{start}| {row['error']} | | | | | |")
+            lines.append((*start, *[""] * 6, row["error"]))
         for tried in row.get("tried", []):
             marks = [{True: "yes", False: "**no**"}.get(tried.get(check), "") for check in CHECKS]
             if tried.get("off", 0) > 1e-5:
                 marks[-1] += f" ({tried['off']:.1g} and {tried['own']:.1g})"
-            why = f": {tried['error']}" if "error" in tried else ""
-            cells = " | ".join([f"`{tried['layer']}`{why}", tried["kind"], *marks])
-            lines.append(f"{start}| {cells} |")
-    return "\n".join(lines) + "\n"
+            why = tried.get("error", "")
+            lines.append((*start, f"`{tried['layer']}`", tried["kind"], *marks, why))
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def _one_line(error: Exception | None) -> str:
