@@ -18,7 +18,7 @@ from unbraid.box import kkt_residual, solve_box
 from unbraid.describe import describe
 from unbraid.errors import UsageError
 from unbraid.evaluate import separation_error
-from unbraid.gram import Rows, Whole, add, leading, scale
+from unbraid.gram import Rows, System, Whole, add, leading, scale
 from unbraid.layers import channels_first, pooled_input, tap_inputs
 from unbraid.least_squares import augmented_row, fit_least_squares, pose
 from unbraid.moments import ConceptMoment, augment
@@ -135,7 +135,7 @@ def test_both_forms_of_a_gram_say_the_same():
         scaled = leading(scale(gram, row), 50)
         torch.testing.assert_close(scaled.times(x[:, :50]), x[:, :50] @ matrix)
         torch.testing.assert_close(scaled.diagonal(), matrix.diagonal())
-        system = scaled.system(0.7, free)
+        system = System(scaled, 0.7, free)
         torch.testing.assert_close(system.exactly(x[0, :5]), expected)
         torch.testing.assert_close(system.nearly(x[0, :5]), expected, rtol=1e-3, atol=1e-3)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unbraid.gram import Gram
+from unbraid.gram import Gram, System
 
 _PATIENCE = 5  # guesses without progress; four to ten guesses in all are usual
 _MAX_STEPS = 100  # to the interior point; ten to thirty are usual
@@ -46,7 +46,9 @@ def solve_box(
     for c, m in zip(linear, start.clamp(0, 1), strict=True):
         m = _switch_bounds(gram, ridge, c, m)
         if kkt_residual(gram, ridge, c, m) > tolerance:
-            m = _switch_bounds(gram, ridge, c, _interior_point(gram, ridge, c))
+            inner = _interior_point(gram, ridge, c)
+            near = torch.stack([inner, _switch_bounds(gram, ridge, c, inner)])
+            m = near[kkt_residual(gram, ridge, c, near).argmin()]
         answers.append(m)
     return torch.stack(answers)
 
@@ -79,23 +81,38 @@ def _switch_bounds(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tenso
     pull = linear - gram.times(m) - ridge * m
     wish = m + pull / (gram.diagonal() + ridge)
     bound = (wish > 1).to(m) - (wish < 0).to(m)  # 1 for the upper, -1 for the lower, 0 for neither
-    fewest, patience = len(m) + 1, _PATIENCE
+    for exact in (False, True):  # exact answers to wrong guesses only where rough ones lead nowhere
+        bound, m, settled = _go_round(gram, ridge, linear, bound, m, exact)
+        if settled:
+            break
+    return m.clamp(0, 1)
+
+
+def _go_round(
+    gram: Gram, ridge: float, linear: Tensor, bound: Tensor, m: Tensor, exact: bool
+) -> tuple[Tensor, Tensor, bool]:
+    """Guess until a guess is confirmed by an exact answer, or while ever fewer are wrong.
+
+    Returns:
+        The last guess, the answer to the one before, and whether they are the same.
+    """
+    fewest, patience = len(bound) + 1, _PATIENCE
     while patience:
-        held = (bound > 0).to(m)
+        held = (bound > 0).to(linear)
         free = (bound == 0).nonzero()[:, 0]
+        system = System(gram, ridge, free)
         pull = (linear - gram.times(held) - ridge * held)[free]
-        system = gram.system(ridge, free)
-        for solve in (system.nearly, system.exactly):
+        for solve in (system.exactly,) if exact else (system.nearly, system.exactly):
             m = held.index_copy(0, free, solve(pull))
             guess = _guess(bound, free, m, linear - gram.times(m) - ridge * m)
             n_wrong = int((guess != bound).sum())
-            if n_wrong:  # an exact answer to a wrong guess is not worth its time
+            if n_wrong:
                 break
         else:
-            break
+            return bound, m, True
         patience = _PATIENCE if n_wrong < fewest else patience - 1
         fewest, bound = min(fewest, n_wrong), guess
-    return m.clamp(0, 1)
+    return bound, m, False
 
 
 def _guess(bound: Tensor, free: Tensor, m: Tensor, pull: Tensor) -> Tensor:
@@ -124,7 +141,7 @@ def _interior_point(gram: Gram, ridge: float, linear: Tensor) -> Tensor:
         force = (sign * multiplier).sum(0)
         if gap < 1e-13 * scale and (rest + force).abs().amax() < 1e-10 * scale:
             break
-        system = gram.system(ridge + (multiplier / slack).sum(0), every)
+        system = System(gram, ridge + (multiplier / slack).sum(0), every)
         # The products of slack and multiplier to aim at: none, as at the answer; then, corrected
         # for what that step leaves out, those of a point on the path as far on as it would lead.
         aim = torch.zeros_like(slack)

@@ -6,12 +6,17 @@ image, say the same in less memory and are quicker to solve with. Shapes: J taps
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+Ridge = float | Tensor
+Solver = Callable[[Tensor], Tensor]
 
 _REFINEMENTS = 8  # of an answer from float32; three or four are usual
 _SMALLEST_REST = 1e-11  # of a system's right-hand side
@@ -35,49 +40,25 @@ class Whole:
 
     @cached_property
     def rough(self) -> Tensor:
-        """The matrix in float32, in which solving is several times as fast."""
+        """The matrix in float32."""
         return self.matrix.float()
 
-    def system(self, ridge: float | Tensor, free: Tensor) -> WholeSystem:
+    def solver(self, ridge: Ridge, free: Tensor, dtype: torch.dtype) -> Solver:
         """Prepare to solve (matrix + ridge) y = x in some unknowns alone.
 
         Args:
             ridge: added to the diagonal; one number, or (unknowns,).
             free: (unknowns,), which they are.
+            dtype: to compute in; float32 is several times as fast.
+
+        Raises:
+            LinAlgError: rounding made the system indefinite.
         """
-        part = _part(self.rough, free)
+        matrix = self.matrix if dtype == torch.float64 else self.rough
+        part = matrix.index_select(0, free).index_select(1, free)  # quicker than by two lists
         part.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(part)
-        return WholeSystem(self, ridge, free, None if failed else factor)
-
-
-@dataclass(frozen=True)
-class WholeSystem:
-    """(matrix + ridge) y = x in some of the unknowns."""
-
-    whole: Whole
-    ridge: float | Tensor
-    free: Tensor
-    factor: Tensor | None  # of the matrix in float32, unless rounding makes it indefinite
-
-    def nearly(self, x: Tensor) -> Tensor:
-        """Solve as well as float32 can, in a fraction of the time."""
-        if self.factor is None:
-            return self.exactly(x)
-        return torch.cholesky_solve(x.float()[:, None], self.factor)[:, 0].to(x)
-
-    def exactly(self, x: Tensor) -> Tensor:
-        """Solve, refining what float32 gives; in float64 throughout where that does not help."""
-        y, rest = torch.zeros_like(x), x
-        for _ in range(_REFINEMENTS if self.factor is not None else 0):
-            y = y + self.nearly(rest)
-            spread = x.new_zeros(len(self.whole.matrix)).index_copy(0, self.free, y)
-            rest = x - self.whole.times(spread)[self.free] - self.ridge * y
-            if rest.norm() <= _SMALLEST_REST * x.norm():
-                return y
-        part = _part(self.whole.matrix, self.free)
-        part.diagonal().add_(self.ridge)
-        return torch.cholesky_solve(x[:, None], torch.linalg.cholesky(part))[:, 0]
+        factor = torch.linalg.cholesky(part)
+        return lambda x: torch.cholesky_solve(x[:, None], factor)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -92,41 +73,70 @@ class Rows:
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, (J,)."""
+        return self.squares
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """The diagonal, (J,)."""
         return self.rows.square().sum(0)
 
-    def system(self, ridge: float | Tensor, free: Tensor) -> RowsSystem:
-        """Prepare to solve (matrix + ridge) y = x in some unknowns alone."""
-        rows = self.rows.index_select(1, free)
-        scaled = rows / ridge
+    @cached_property
+    def rough(self) -> Tensor:
+        """The rows in float32."""
+        return self.rows.float()
+
+    def solver(self, ridge: Ridge, free: Tensor, dtype: torch.dtype) -> Solver:
+        """Prepare the same as `Whole.solver`, by Woodbury's identity.
+
+        Raises:
+            LinAlgError: rounding made the system indefinite.
+        """
+        rows = (self.rows if dtype == torch.float64 else self.rough).index_select(1, free)
+        weight = ridge.to(dtype) if isinstance(ridge, Tensor) else ridge
+        scaled = rows / weight
         part = scaled @ rows.T
         part.diagonal().add_(1)
-        return RowsSystem(scaled, ridge, torch.linalg.cholesky(part))
+        factor = torch.linalg.cholesky(part)
 
+        def solve(x: Tensor) -> Tensor:
+            return x / weight - torch.cholesky_solve((scaled @ x)[:, None], factor)[:, 0] @ scaled
 
-@dataclass(frozen=True)
-class RowsSystem:
-    """(rows^T rows + ridge) y = x in some of the unknowns, by Woodbury's identity."""
-
-    scaled: Tensor  # (R, unknowns), rows / ridge
-    ridge: float | Tensor
-    factor: Tensor  # (R, R), of 1 + scaled rows^T
-
-    def nearly(self, x: Tensor) -> Tensor:
-        """Solve; systems of few rows are small, so exactly."""
-        return self.exactly(x)
-
-    def exactly(self, x: Tensor) -> Tensor:
-        """Solve."""
-        inner = torch.cholesky_solve((self.scaled @ x)[:, None], self.factor)[:, 0]
-        return x / self.ridge - inner @ self.scaled
-
-
-def _part(matrix: Tensor, chosen: Tensor) -> Tensor:
-    """Choose rows and columns; quicker than indexing by two lists."""
-    return matrix.index_select(0, chosen).index_select(1, chosen)
+        return solve
 
 
 Gram = Whole | Rows
+
+
+class System:
+    """(gram + ridge) y = x in some of the unknowns."""
+
+    def __init__(self, gram: Gram, ridge: Ridge, free: Tensor) -> None:
+        """Prepare to solve it for several x.
+
+        Args:
+            gram: (J, J), float64.
+            ridge: added to the diagonal; one number, or (unknowns,).
+            free: (unknowns,), which they are.
+        """
+        self.gram, self.ridge, self.free = gram, ridge, free
+        self.rough: Solver | None = None
+        with suppress(LinAlgError):
+            self.rough = gram.solver(ridge, free, torch.float32)
+
+    def nearly(self, x: Tensor) -> Tensor:
+        """Solve as well as float32 can, in a fraction of the time; x is (unknowns,)."""
+        return self.exactly(x) if self.rough is None else self.rough(x.float()).to(x)
+
+    def exactly(self, x: Tensor) -> Tensor:
+        """Solve, refining what float32 gives; in float64 throughout where that does not help."""
+        y, rest = torch.zeros_like(x), x
+        for _ in range(_REFINEMENTS if self.rough is not None else 0):
+            y = y + self.nearly(rest)
+            spread = x.new_zeros(len(self.gram.diagonal())).index_copy(0, self.free, y)
+            rest = x - self.gram.times(spread)[self.free] - self.ridge * y
+            if rest.norm() <= _SMALLEST_REST * x.norm():
+                return y
+        return self.gram.solver(self.ridge, self.free, torch.float64)(x)
 
 
 def add(parts: Sequence[Gram], weights: Sequence[float]) -> Gram:
