@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from unbraid.surgery import clamp as clamp
     from unbraid.surgery import gate as gate
     from unbraid.surgery import load_split as load_split
+    from unbraid.visualize.features import Features as Features
 
 __version__ = _version("unbraid")
 
@@ -67,6 +68,7 @@ _HOME = {
     "evaluate": "evaluate",
     "Evaluation": "evaluation",
     "report": "report",
+    "Features": "visualize.features",
     "UnbraidError": "errors",
 }
 

@@ -1,0 +1,143 @@
+"""What `visualize` returns: images made to excite channels, kept as PNG files and one JSON file."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unbraid.errors import RunError
+from unbraid.files import write_whole
+
+SCHEMA = 1
+MAX_SIDE = 4096  # pixels; a larger picture in a folder is none of ours
+_MAX_INDEX = 64 * 2**20  # bytes of features.json
+_INDEX = "features.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Feature:
+    """An image made to excite a channel, or one of its concept channels."""
+
+    channel: int
+    concept: int | None  # None: the whole channel
+    place: int  # among the images made for the same (concept) channel, best first
+    picture: Image.Image  # RGBA; opaque where the objective drew on the image most
+    # Mean pre-activation over positions when the network sees the image (without transparency):
+    # of the whole channel, then of each of its concept channels.
+    responses: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """Its file's name without the ending, such as 1660, 1660.0 or 1660.0_1."""
+        concept = "" if self.concept is None else f".{self.concept}"
+        return f"{self.channel}{concept}" + (f"_{self.place}" if self.place else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Feature visualisations of one layer's channels."""
+
+    layer: str
+    features: tuple[Feature, ...]
+    settings: dict[str, Any] = field(default_factory=dict)  # how they were made
+    left_out: int = 0  # split channels without images, for want of time
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The channels that there are images of, in order."""
+        return tuple(sorted({feature.channel for feature in self.features}))
+
+    def of(self, channel: int, concept: int | None = None) -> tuple[Feature, ...]:
+        """Return the images of a channel, or of one of its concept channels; perhaps none."""
+        return tuple(f for f in self.features if (f.channel, f.concept) == (channel, concept))
+
+    def image(self, channel: int, concept: int | None = None) -> Image.Image:
+        """Return the best picture, RGBA, of a channel or one of its concept channels.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for feature in self.of(channel, concept):
+            return feature.picture
+        what = f"channel {channel}" + ("" if concept is None else f", concept {concept}")
+        raise KeyError(f"there is no visualisation of {what}")
+
+    def save(self, folder: str | Path) -> None:
+        """Write `CHANNEL.png`, `CHANNEL.CONCEPT.png` and so on, and `features.json`.
+
+        Raises:
+            RunError: the disk is full or may not be written.
+        """
+        folder = Path(folder)
+        for feature in self.features:
+            content = io.BytesIO()
+            feature.picture.save(content, "PNG", optimize=True)
+            write_whole(folder / f"{feature.name}.png", content.getvalue())
+        about = {
+            "schema": SCHEMA,
+            "layer": self.layer,
+            "settings": self.settings,
+            "left_out": self.left_out,
+            "features": [
+                {
+                    "channel": f.channel,
+                    "concept": f.concept,
+                    "place": f.place,
+                    "responses": f.responses,
+                }
+                for f in self.features
+            ],
+        }
+        write_whole(folder / _INDEX, (json.dumps(about, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Features:
+        """Read what `save` wrote.
+
+        Raises:
+            RunError: a file is missing, damaged or not one that `save` writes.
+        """
+        folder = Path(folder)
+        try:
+            index = folder / _INDEX
+            if index.stat().st_size > _MAX_INDEX:
+                raise ValueError(f"{_INDEX} is too large")
+            about = json.loads(index.read_text(encoding="utf-8"))
+            if about["schema"] != SCHEMA:
+                raise ValueError(f"schema {about['schema']}, this version reads {SCHEMA}")
+            return cls(
+                layer=str(about["layer"]),
+                features=tuple(_read(folder, entry) for entry in about["features"]),
+                settings=dict(about["settings"]),
+                left_out=_number(about["left_out"]),
+            )
+        except (OSError, KeyError, ValueError, TypeError, SyntaxError) as error:
+            raise RunError(
+                f"{folder} holds no feature visualisations that can be read ({error}); make them "
+                "anew."
+            ) from None
+
+
+def _read(folder: Path, entry: dict[str, Any]) -> Feature:
+    channel, place = _number(entry["channel"]), _number(entry["place"])
+    concept = None if entry["concept"] is None else _number(entry["concept"])
+    responses: Sequence[float] = entry["responses"]
+    feature = Feature(channel, concept, place, Image.new("RGBA", (1, 1)), ())
+    # By number, never by a name that the file gives: that might lead anywhere.
+    with Image.open(folder / f"{feature.name}.png", formats=("PNG",)) as file:
+        if max(file.size) > MAX_SIDE:
+            raise ValueError(f"{feature.name}.png has {file.size[0]} x {file.size[1]} pixels")
+        picture = file.convert("RGBA")
+    return Feature(channel, concept, place, picture, tuple(float(r) for r in responses))
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count or number of a channel")
+    return value
