@@ -749,9 +749,9 @@ def test_a_network_without_concept_channels_is_refused(form, case):
         unbraid.ablate(network, case.images)
 
 
-def test_a_network_with_two_split_layers_is_refused(case):
+def test_of_two_split_layers_one_must_be_named(case):
     both = nn.ModuleList([unbraid.apply(case.network, case.split) for _ in range(2)])
-    with pytest.raises(UsageError, match="2 split layers"):
+    with pytest.raises(UsageError, match=r"Several .* name one of '0.layer', '1.layer'"):
         unbraid.ablate(both, case.images)
 
 

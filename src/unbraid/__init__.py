@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from unbraid.ablation import Ablation as Ablation
     from unbraid.circuit import Circuit as Circuit
     from unbraid.circuit import circuit as circuit
+    from unbraid.circuit_from import circuit_from as circuit_from
     from unbraid.encoders import Penultimate as Penultimate
     from unbraid.errors import UnbraidError as UnbraidError
     from unbraid.evaluate import evaluate as evaluate
@@ -57,6 +58,7 @@ _HOME = {
     "clamp": "surgery",
     "circuit": "circuit",
     "Circuit": "circuit",
+    "circuit_from": "circuit_from",
     "load_split": "surgery",
     "with_logits": "networks",
     "compare_outputs": "output",

@@ -6,7 +6,7 @@ channel off and each of its concept channels off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -33,6 +33,7 @@ def ablate(
     model2: nn.Module,
     dataset: Dataset[Any],
     *,
+    layer: str | None = None,
     channels: Sequence[int] | None = None,
     scan: Scan | None = None,
     batch_size: int = 64,
@@ -53,7 +54,8 @@ def ablate(
     Args:
         model2: a split network, from `unbraid.apply` in the exact form.
         dataset: map-style, of (image tensor, label).
-        channels: the split channels to switch off; by default all.
+        layer: name of the split layer, needed where several are split.
+        channels: its split channels to switch off; by default all.
         scan: of the same images, which tells those of concepts that are clusters of images;
             concepts that are classes need none.
         batch_size: images per forward pass.
@@ -62,8 +64,8 @@ def ablate(
         progress: show a progress bar on standard error.
 
     Raises:
-        UsageError: the network has no concept channels, or lacks a channel; or the scan is
-            missing or of other images or another layer.
+        UsageError: the network has no concept channels, or lacks the layer or a channel; or the
+            scan is missing or of other images or another layer.
         DataError: an image cannot be read, or its label names no output.
         ModelError: the network computes NaN or infinite numbers, or cannot run.
         LayerError: the split layer does not run exactly once.
@@ -72,8 +74,9 @@ def ablate(
         METHOD.md section 6, causal effect.
     """
     model2 = unwrap(model2)
-    layer = _split_layer(model2)
-    chosen = _chosen(layer, channels)
+    split_layers = _split_layers(model2)
+    measured = _layer_of(split_layers, layer)
+    chosen = _chosen(measured, channels)
     check_loading(batch_size, workers)
     n_images = size_of(dataset)
     loader = DataLoader(
@@ -83,40 +86,45 @@ def ablate(
         collate_fn=list,
         generator=torch.Generator(),  # so that the caller's random numbers stay where they were
     )
-    members = _members(layer, chosen, scan, n_images)
+    members = _members(measured, chosen, scan, n_images)
     tally: Tally | None = None
     with (
         undisturbed(model2),
         torch.inference_mode(False),  # where torch would not count what is written into
         torch.no_grad(),
-        _all_on(layer),
-        replaying(model2, layer) as replay,
+        _all_on(split_layers.values()),
+        replaying(model2, measured) as replay,
         image_progress("Switching channels off", n_images, show=progress) as advance,
     ):
         for items in loader:
             advance(len(items))
             good, _ = sort_out(items, skip_broken)
             if good:
-                index, label, logit, hit, n_outputs = _run_batch(replay, layer, chosen, good)
+                index, label, logit, hit, n_outputs = _run_batch(replay, measured, chosen, good)
                 tally = tally or Tally(chosen, n_outputs, members)
                 tally.add(index, label, logit, hit)
     if tally is None:
         raise DataError("No image could be read, so there is nothing to switch channels off for.")
-    return tally.result(layer.spec.name, class_names_of(dataset))
+    return tally.result(measured.spec.name, class_names_of(dataset))
 
 
-def _split_layer(model2: nn.Module) -> SplitLayer:
-    layers = [module for module in model2.modules() if isinstance(module, SplitLayer)]
+def _split_layers(model2: nn.Module) -> dict[str, SplitLayer]:
+    layers = {name: m for name, m in model2.named_modules() if isinstance(m, SplitLayer)}
     if not layers:
         raise UsageError(
             "The network has no concept channels to switch off; pass one from unbraid.apply in its "
             "exact form."
         )
-    if len(layers) > 1:
-        raise UsageError(
-            f"The network has {len(layers)} split layers; pass one in which one layer is split."
-        )
-    return layers[0]
+    return layers
+
+
+def _layer_of(layers: dict[str, SplitLayer], name: str | None) -> SplitLayer:
+    if name is None and len(layers) == 1:
+        return next(iter(layers.values()))
+    if name is None or name not in layers:
+        problem = "Several layers are split" if name is None else f"Layer {name!r} is not split"
+        raise UsageError(f"{problem}; name one of {', '.join(map(repr, layers))} in layer.")
+    return layers[name]
 
 
 def _chosen(layer: SplitLayer, channels: Sequence[int] | None) -> dict[int, tuple[Concept, ...]]:
@@ -153,13 +161,16 @@ def _members(
 
 
 @contextmanager
-def _all_on(layer: SplitLayer) -> Iterator[None]:
+def _all_on(layers: Iterable[SplitLayer]) -> Iterator[None]:
     """Take back all moves for a while."""
-    moves, layer.moves = layer.moves, []
+    before = [(layer, layer.moves) for layer in layers]
     try:
+        for layer, _ in before:
+            layer.moves = []
         yield
     finally:
-        layer.moves = moves
+        for layer, moves in before:
+            layer.moves = moves
 
 
 def _run_batch(

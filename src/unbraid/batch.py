@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,42 +16,106 @@ from unbraid.errors import DataError, LayerError, ModelError, UnbraidError
 from unbraid.layers import LayerSpec, channels_first, pooled_input
 from unbraid.networks import as_logits
 from unbraid.records import Records, no_records
-from unbraid.relevance import cut_at, gradients_at, output_relevance, shares
+from unbraid.relevance import Cut, cut_at, gradients_at, output_relevance, shares
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer to keep records of."""
+
+    module: nn.Module
+    spec: LayerSpec
 
 
 def scan_batch(
     model: nn.Module,
-    module: nn.Module,
-    spec: LayerSpec,
+    layers: Sequence[Place],
     items: Sequence[GoodItem],
+    *,
     min_share: float,
     positions: bool,
-    check: bool,
     predicted: bool,
-) -> Records:
-    """Run the network on some images and keep their records."""
+    check: bool,
+) -> list[Records]:
+    """Run the network on some images once and keep their records, layer by layer.
+
+    Args:
+        model: gives logits.
+        layers: of it.
+        items: the images.
+        min_share: the smallest share kept.
+        positions: also keep input maps.
+        predicted: take each image for what the network takes it for, not for its label.
+        check: make sure that the layers compute what is thought, image by image.
+    """
     if not items:
-        return no_records(spec, positions)
-    device = next(module.parameters()).device
+        return [no_records(layer.spec, positions) for layer in layers]
+    device = next(layers[0].module.parameters()).device
     index = torch.tensor([item[0] for item in items])
     images = stack_images([item[1] for item in items], index).to(device)
-
-    def keep(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = channels_first(spec, x)
-        return pooled_input(spec, x), x.cpu().clone() if positions else None
-
-    with cut_at(module, keep) as cut:
+    with ExitStack() as stack:
+        cuts = [
+            stack.enter_context(cut_at(layer.module, partial(_keep, layer.spec, positions)))
+            for layer in layers
+        ]
         logits = run_network(model, images)
-        cut.recording = False
-        if not cut.outputs:
-            raise LayerError(f"Layer {spec.name!r} does not run when the network does.")
+        for layer, cut in zip(layers, cuts, strict=True):
+            cut.recording = False
+            if not cut.outputs:
+                raise LayerError(f"Layer {layer.spec.name!r} does not run when the network does.")
         prediction = logits.argmax(1).cpu()
         label = prediction if predicted else torch.tensor([item[2] for item in items])
         check_labels(label, index, logits)
+        calls = [cut.outputs for cut in cuts]
         if check:
-            _check_apart(spec, cut.outputs, logits)
-        relevance = output_relevance(cut.outputs, logits, label.to(device))
-    n_images = len(items)
+            _check_apart(layers, calls, logits)
+        own = logits.gather(1, label.to(device)[:, None]).sum()
+        gradients = _gradients_of_each(calls, own)
+    refuse_broken_values(logits, index)
+    images_of = Images(index, label, prediction)
+    return [
+        _records_of(layer, cut, gradient, images_of, min_share, positions, check)
+        for layer, cut, gradient in zip(layers, cuts, gradients, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is recorded of a batch's images, whatever the layer; (N,) each."""
+
+    index: Tensor
+    label: Tensor
+    prediction: Tensor
+
+
+Kept = tuple[Tensor, Tensor | None]  # of a layer's input: pooled (N, G, J), and the map
+
+
+def _keep(spec: LayerSpec, positions: bool, x: Tensor) -> Kept:
+    x = channels_first(spec, x)
+    return pooled_input(spec, x), x.cpu().clone() if positions else None
+
+
+def _gradients_of_each(
+    calls: Sequence[Sequence[Tensor]], value: Tensor
+) -> list[list[Tensor | None]]:
+    """Gradients of a number by every layer's outputs, in one go back through the network."""
+    flat = iter(gradients_at([output for outputs in calls for output in outputs], value))
+    return [[next(flat) for _ in outputs] for outputs in calls]
+
+
+def _records_of(
+    layer: Place,
+    cut: Cut[Kept],
+    gradients: Sequence[Tensor | None],
+    images: Images,
+    min_share: float,
+    positions: bool,
+    check: bool,
+) -> Records:
+    """Make the records of one layer from what passed through it and the gradients there."""
+    spec, n_images = layer.spec, len(images.index)
+    relevance = output_relevance(spec.name, cut.outputs, gradients)
     pooled = sum_calls(n_images, [call[0] for call in cut.inputs])
     z = [channels_first(spec, output.detach()).flatten(2) for output in cut.outputs]
     summed = sum_calls(
@@ -56,20 +123,20 @@ def scan_batch(
         [channels_first(spec, r).flatten(2).sum(2, dtype=pooled.dtype) for r in relevance],
     )
     n_positions = sum(len(call) // n_images * call.shape[2] for call in z)
-    for values in (pooled, logits, summed):
-        refuse_broken_values(values, index)
+    for values in (pooled, summed):
+        refuse_broken_values(values, images.index)
     if check:
-        _check_linear(spec, module, pooled, z, n_positions)
+        _check_linear(spec, layer.module, pooled, z, n_positions)
     input_map = _input_map(spec, n_images, [call[1] for call in cut.inputs]) if positions else None
     share = shares(summed)
     kept = share >= min_share
     return Records(
-        index=index,
-        label=label,
-        prediction=prediction,
-        n_positions=torch.full_like(index, n_positions),
+        index=images.index,
+        label=images.label,
+        prediction=images.prediction,
+        n_positions=torch.full_like(images.index, n_positions),
         pooled=pooled.cpu(),
-        share_start=torch.cat([index.new_zeros(1), kept.sum(1).cumsum(0).cpu()]),
+        share_start=torch.cat([images.index.new_zeros(1), kept.sum(1).cumsum(0).cpu()]),
         share_channel=kept.nonzero()[:, 1].to(torch.int32).cpu(),
         share_value=share[kept].cpu(),
         broken=torch.zeros(0, dtype=torch.int64),
@@ -181,22 +248,26 @@ def _input_map(spec: LayerSpec, n_images: int, calls: Sequence[Tensor | None]) -
     return parts.movedim(1, 2).flatten(2, 3) if len(first) != n_images else first
 
 
-def _check_apart(spec: LayerSpec, outputs: Sequence[Tensor], logits: Tensor) -> None:
-    """Raise if what the layer puts out is not, image by image, the images' own.
+def _check_apart(
+    layers: Sequence[Place], calls: Sequence[Sequence[Tensor]], logits: Tensor
+) -> None:
+    """Raise if what a layer puts out is not, image by image, the images' own.
 
     A network may cut images into windows or frames, and those of an image must lie together, in
     the order of the images.
     """
     n_images = len(logits)
-    own = gradients_at(outputs, logits[0].sum())
-    for output, gradient in zip(outputs, own, strict=True):
-        n_parts, rest = divmod(len(output), n_images)
-        others = gradient[n_parts:] if gradient is not None else output.new_zeros(0)
-        if rest or (others.abs() > 0).any():
-            raise LayerError(
-                f"Layer {spec.name!r} puts out {tuple(output.shape)} for {n_images} images, where "
-                "what belongs to one image does not lie together; use batch_size=1."
-            )
+    own = _gradients_of_each(calls, logits[0].sum())
+    for layer, outputs, gradients in zip(layers, calls, own, strict=True):
+        for output, gradient in zip(outputs, gradients, strict=True):
+            n_parts, rest = divmod(len(output), n_images)
+            others = gradient[n_parts:] if gradient is not None else output.new_zeros(0)
+            if rest or (others.abs() > 0).any():
+                raise LayerError(
+                    f"Layer {layer.spec.name!r} puts out {tuple(output.shape)} for {n_images} "
+                    "images, where what belongs to one image does not lie together; use "
+                    "batch_size=1."
+                )
 
 
 def _check_linear(

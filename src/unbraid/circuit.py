@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from unbraid.arvs import class_sums, concept_mean
 from unbraid.errors import UsageError
@@ -12,16 +15,25 @@ from unbraid.findings import Concept
 from unbraid.records import Scan
 from unbraid.relevance import input_relevance, shares
 from unbraid.splits import ChannelSplit, Split
+from unbraid.tables import align
+
+Part = int | Literal["residual"]  # of a split channel: a concept, or what is subtracted
 
 
 @dataclass(frozen=True)
 class Source:
-    """An input channel of the layer that feeds a concept channel."""
+    """A channel that feeds a concept channel."""
 
-    channel: int  # of the layer's input
+    channel: int  # of the layer's input, or of an earlier layer
     relevance: float  # for the concept channel, mean over the concept's images
     share: float  # of the sum of positive relevances for the concept channel; 0 without any
     kept: float  # part of its relevance for the whole channel that the concept channel keeps
+    part: Part | None = None  # of the source, if it was split itself
+
+    @property
+    def name(self) -> str:
+        """The channel, or "7.0" for concept 0 of channel 7, "7.residual" for its residual."""
+        return str(self.channel) if self.part is None else f"{self.channel}.{self.part}"
 
 
 @dataclass(frozen=True)
@@ -34,15 +46,15 @@ class Circuit:
     classes: Concept
     name: str  # of the concept, by its classes
     sources: tuple[Source, ...]
+    before: str = ""  # the layer that the sources belong to; empty for the layer's own input
 
     def __str__(self) -> str:
         """Show the sources as a table."""
-        lines = [
-            f"{self.layer}, concept {self.concept} of channel {self.channel} ({self.name})",
-            "  source    share   kept",
-        ]
-        lines += [f"  {s.channel:6d}  {s.share:6.1%} {s.kept:6.1%}" for s in self.sources]
-        return "\n".join(lines)
+        title = f"{self.layer}, concept {self.concept} of channel {self.channel} ({self.name})"
+        head = f"source in {self.before}" if self.before else "source"
+        rows = [(head, "share", "kept")]
+        rows += [(s.name, f"{s.share:.1%}", f"{s.kept:.1%}") for s in self.sources]
+        return f"{title}\n{align(rows)}"
 
 
 def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -> Circuit:
@@ -66,9 +78,7 @@ def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -
     Source:
         METHOD.md section 2.
     """
-    part = _find(split, channel, concept)
-    if n < 1:
-        raise UsageError(f"n is {n}; ask for one source or more.")
+    part = find_concept(split, channel, concept, n)
     if scan.manifest.weights != split.weights or scan.layer != split.layer:
         raise UsageError(
             "The scan is of another network or layer than the split; pass one of the network and "
@@ -87,18 +97,39 @@ def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -
     pooled = concept_mean(sums, tuple(there))[group]  # (J,)
     rows = torch.stack([part.rows[concept], part.weight]).double()
     own, whole = input_relevance(rows, pooled, spec.taps_per_input)  # (C_in / G,) each
-    share = shares(own[None])[0]
-    strongest = own.abs().argsort(descending=True, stable=True)[:n].tolist()
     first = group * spec.n_in_per_group
-    sources = tuple(
-        Source(first + i, float(own[i]), float(share[i]), float(own[i] / whole[i]))
-        for i in strongest
+    names: list[tuple[int, Part | None]] = [(first + i, None) for i in range(len(own))]
+    return Circuit(spec.name, channel, concept, classes, name, strongest(names, own, whole, n))
+
+
+def strongest(
+    names: Sequence[tuple[int, Part | None]], own: Tensor, whole: Tensor, n: int
+) -> tuple[Source, ...]:
+    """Choose the strongest sources, those without relevance left out.
+
+    Args:
+        names: channel and part of S sources.
+        own: (S,), relevance for the concept channel.
+        whole: (S,), relevance for the whole channel.
+        n: how many to give.
+    """
+    share = shares(own[None])[0]
+    order = own.abs().argsort(descending=True, stable=True)[:n].tolist()
+    return tuple(
+        Source(names[i][0], float(own[i]), float(share[i]), float(own[i] / whole[i]), names[i][1])
+        for i in order
         if own[i] != 0
     )
-    return Circuit(spec.name, channel, concept, classes, name, sources)
 
 
-def _find(split: Split, channel: int, concept: int) -> ChannelSplit:
+def find_concept(split: Split, channel: int, concept: int, n: int) -> ChannelSplit:
+    """Find the division that a concept channel belongs to.
+
+    Raises:
+        UsageError: there is no such concept channel, or n, of sources to give, is not positive.
+    """
+    if n < 1:
+        raise UsageError(f"n is {n}; ask for one source or more.")
     parts = {part.channel: part for part in split.channels}
     if channel not in parts or concept not in range(len(parts[channel].concepts)):
         known = [f"{part.channel} (0 to {len(part.concepts) - 1})" for part in split.channels]

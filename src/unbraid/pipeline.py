@@ -27,7 +27,7 @@ from unbraid.measure_semantics import measure_semantics
 from unbraid.output import compare_outputs
 from unbraid.records import Scan, hash_places, read_manifest
 from unbraid.report import report
-from unbraid.scan import MIN_SHARE, Labels, scan
+from unbraid.scan import MIN_SHARE, Labels, scan_into
 from unbraid.semantics import Semantics
 from unbraid.sensitivity import sensitivity
 from unbraid.settings import Loading, Thresholds, read_settings, remove_results
@@ -92,8 +92,8 @@ def run(
     embedding = Penultimate(model) if encoder is None else load_encoder(encoder, device=device)
     before = read_settings(out)
     options = {**vars(loading), "progress": True, "source": source, "labels": labels}
-    train_scan = scan(model, layer, train, out / "scan-train", **options)
-    val_scan = scan(model, layer, val, out / "scan-val", **options)
+    train_scan = scan_into(model, {layer: out / "scan-train"}, train, **options)[layer]
+    val_scan = scan_into(model, {layer: out / "scan-val"}, val, **options)[layer]
     shown = as_labelled(val, val_scan)
     # Only now is it sure that the folder is this network's and these images'.
     if before is not None and before != json.loads(json.dumps(settings)):
@@ -178,7 +178,7 @@ def _scan_positions(
     wanted = (None if classes is None else tuple(classes), hash_places(indices))
     if before is not None and (before.classes, before.indices) != wanted:
         shutil.rmtree(folder)
-    return scan(model, layer, dataset, folder, **options)
+    return scan_into(model, {layer: folder}, dataset, **options)[layer]
 
 
 def _clearest(found: Findings) -> list[int]:

@@ -243,6 +243,12 @@ def open_scan(path: str | Path) -> Scan:
     folder = Path(path)
     manifest = read_manifest(folder)
     if manifest is None:
+        inside = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
+        if inside:
+            raise RunError(
+                f"{folder} holds scans of several layers: {', '.join(inside)}; open one of these "
+                "folders."
+            )
         raise RunError(f"{folder} holds no scan; make one with `unbraid scan`.")
     missing = [k for k in range(manifest.n_shards) if not shard_path(folder, k).exists()]
     if missing:

@@ -113,13 +113,15 @@ def _no_reentrant_checkpoints() -> Iterator[None]:
         CheckpointFunction.apply = before
 
 
-def output_relevance(outputs: Sequence[Tensor], logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """Gradient x activation of a layer's outputs for each image's own class, before pooling.
+def output_relevance(
+    name: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Gradient x activation of a layer's outputs, before pooling.
 
     Args:
-        outputs: the layer's output at each call, in the graph, any shape.
-        logits: (N, T), computed from them.
-        labels: (N,), class indices.
+        name: of the layer.
+        outputs: the layer's output at each call, any shape.
+        gradients: of the summed logits of the images' own classes, by these outputs.
 
     Returns:
         The shapes of `outputs`, in units of the logit; float32 or wider.
@@ -127,11 +129,10 @@ def output_relevance(outputs: Sequence[Tensor], logits: Tensor, labels: Tensor) 
     Raises:
         LayerError: no output reaches the logits.
     """
-    gradients = gradients_at(outputs, logits.gather(1, labels[:, None]).sum())
     if all(gradient is None for gradient in gradients):
         raise LayerError(
-            "The layer's output does not reach the logits (a side branch, or a forward pass under "
-            "no_grad); choose a layer on the way to the output."
+            f"The output of layer {name!r} does not reach the logits (a side branch, or a forward "
+            "pass under no_grad); choose a layer on the way to the output."
         )
 
     def product(output: Tensor, gradient: Tensor | None) -> Tensor:

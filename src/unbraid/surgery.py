@@ -7,6 +7,7 @@ to it bit for bit; `plain_layer` is made of standard modules alone, for exporter
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,11 @@ from unbraid.weights import hash_weights
 Form = Literal["exact", "plain"]
 
 
-def apply(model: nn.Module, split: Split, form: Form = "exact") -> nn.Module:
+def apply(
+    model: nn.Module,
+    split: Split | Sequence[Split] | Mapping[str, Split],
+    form: Form = "exact",
+) -> nn.Module:
     """Return a copy of a network in which the split channels are made of concept channels.
 
     In the exact form (the default) outputs are the original's to the last bit, while gradients and
@@ -43,20 +48,44 @@ def apply(model: nn.Module, split: Split, form: Form = "exact") -> nn.Module:
 
     Args:
         model: the network that the split was made for; it is not changed.
-        split: from `unbraid.split` or `Split.load`.
+        split: from `unbraid.split` or `Split.load`; or several, of different layers, all made for
+            this network as it is before any is applied.
         form: "exact" or "plain".
 
     Raises:
         ModelError: the network's weights are not those that the split was made for.
         LayerError: the network lacks the layer.
         RunError: the split holds other weights of the layer than the network.
-        UsageError: there is no such form.
+        UsageError: there is no such form, or there is no split or two of one layer.
     """
     if form not in ("exact", "plain"):
         raise UsageError(f"There is no form {form!r}; use 'exact' or 'plain'.")
     model = unwrap(model)
-    name, original = resolve_layer(model, split.layer.name)
-    if hash_weights(model) != split.weights:
+    splits = [split] if isinstance(split, Split) else _as_list(split)
+    names = [one.layer.name for one in splits]
+    if not names or len(set(names)) < len(names):
+        raise UsageError("Pass one split or more, each of another layer.")
+    weights = hash_weights(model)
+    for one in splits:
+        _check_fit(model, weights, one)
+    changed = copy_network(model)
+    for one in splits:
+        _replace(changed, one, form)
+    if form == "exact":
+        for method in (gate, clamp):
+            if not hasattr(changed, method.__name__):  # a name that a network may use itself
+                setattr(changed, method.__name__, partial(method, changed))
+    return changed
+
+
+def _as_list(splits: Sequence[Split] | Mapping[str, Split]) -> list[Split]:
+    return list(splits.values() if isinstance(splits, Mapping) else splits)
+
+
+def _check_fit(model: nn.Module, weights: str, split: Split) -> None:
+    """Raise unless a split was made for this network, whose weights have this hash."""
+    _, original = resolve_layer(model, split.layer.name)
+    if weights != split.weights:
         raise ModelError(
             "The split was made for a network with other weights; load the weights it was made "
             "for, or scan and split this network."
@@ -69,22 +98,20 @@ def apply(model: nn.Module, split: Split, form: Form = "exact") -> nn.Module:
                 f"The split's weights of channel {part.channel} are not the network's although it "
                 "was made for it, so its file is damaged; get or make it anew."
             )
-    changed = copy_network(model)
-    original = changed.get_submodule(name)
+
+
+def _replace(model: nn.Module, split: Split, form: Form) -> None:
+    """Put a split layer in the place of the original."""
+    name, original = resolve_layer(model, split.layer.name)
     build = SplitLayer if form == "exact" else plain_layer
     new = build(original, describe(name, original), split.channels)
     if isinstance(new, SplitLayer):
         new.clusters = split.clusters
     new.train(original.training)
-    for module in list(changed.modules()):  # a module may be known under several names
+    for module in list(model.modules()):  # a module may be known under several names
         for key, child in module._modules.items():
             if child is original and module is not new:
                 module._modules[key] = new
-    if form == "exact":
-        for method in (gate, clamp):
-            if not hasattr(changed, method.__name__):  # a name that a network may use itself
-                setattr(changed, method.__name__, partial(method, changed))
-    return changed
 
 
 def load_split(model: nn.Module, path: str | Path) -> nn.Module:

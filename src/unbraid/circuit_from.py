@@ -1,0 +1,199 @@
+"""Where a concept channel gets its relevance from among the channels of an earlier split layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from unbraid.batch import run_network, stack_images
+from unbraid.circuit import Circuit, Part, find_concept, strongest
+from unbraid.clusters import concerned
+from unbraid.data import Readable, check_loading, fingerprint, labels_of, sort_out
+from unbraid.describe import resolve_layer
+from unbraid.errors import LayerError, ModelError, UsageError
+from unbraid.layers import LayerSpec, channels_first, respond
+from unbraid.networks import unwrap
+from unbraid.progress import image_progress
+from unbraid.records import Scan
+from unbraid.relevance import cut_at, gradients_at, undisturbed
+from unbraid.splits import Split
+from unbraid.weights import hash_weights
+
+
+def circuit_from(
+    before: Split,
+    split: Split,
+    scan: Scan,
+    model: nn.Module,
+    dataset: Dataset[Any],
+    channel: int,
+    concept: int,
+    n: int = 10,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: bool = False,
+) -> Circuit:
+    """Say which channels of an earlier layer feed a concept channel, concept by concept.
+
+    As `unbraid.circuit`, but sources are the channels of a layer before, and of those that were
+    split the concept channels, and the residual channels with a minus. Relevance is gradient x
+    activation there, of the concept channel's summed pre-activation; that of a split channel's
+    parts adds up to the whole's. It runs the network on the concept's images once.
+
+    Args:
+        before: the split of the earlier layer.
+        split: the split that the concept channel belongs to.
+        scan: of images that hold the concept, of the layer that `split` divides.
+        model: the network that both were made for, before they are applied.
+        dataset: that was scanned.
+        channel: a channel that `split` divides.
+        concept: 0 to K - 1.
+        n: how many sources to give; those without any relevance are left out.
+        batch_size: images per forward pass.
+        workers: processes that load images.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        UsageError: there is no such concept channel, n is not positive, or the scan is of another
+            network, layer or data set or has no image of the concept.
+        ModelError: the splits were made for another network.
+        LayerError: the earlier layer does not feed the later one.
+        DataError: an image cannot be read.
+
+    Source:
+        METHOD.md section 2.
+    """
+    part = find_concept(split, channel, concept, n)
+    check_loading(batch_size, workers)
+    model = unwrap(model)
+    if {before.weights, split.weights} != {hash_weights(model)}:
+        raise ModelError(
+            "The splits were made for a network with other weights; pass the one they were made "
+            "for, before they are applied."
+        )
+    if scan.manifest.weights != split.weights or scan.layer != split.layer:
+        raise UsageError(
+            "The scan is of another network or layer than the split; pass one of the network and "
+            "layer that were split."
+        )
+    if scan.manifest.data != fingerprint(dataset, labels_of(dataset)):
+        raise UsageError("The data set is not the one that was scanned; pass that one.")
+    classes = part.concepts[concept]
+    name = split.name(classes)
+    places = concerned(replace(scan, clusters=split.clusters), classes)
+    if not places:
+        raise UsageError(
+            f"The scan has no image of {name}, concept {concept} of channel {channel}; pass a scan "
+            "of images that hold it."
+        )
+    loader = DataLoader(
+        Readable(dataset),
+        batch_sampler=[places[i : i + batch_size] for i in range(0, len(places), batch_size)],
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # so that the caller's random numbers stay where they were
+    )
+    rows = torch.stack([part.rows[concept], part.weight])
+    found = torch.zeros(2, len(_names(before)), dtype=torch.float64)
+    with (
+        undisturbed(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        image_progress("Following the circuit", len(places), show=progress) as advance,
+    ):
+        for items in loader:
+            good, _ = sort_out(items, skip_broken=False)
+            index = torch.tensor([item[0] for item in good])
+            images = stack_images([item[1] for item in good], index)
+            found += _relevance(model, before, split.layer, channel, rows, images)
+            advance(len(items))
+    own, whole = found / len(places)
+    sources = strongest(_names(before), own, whole, n)
+    return Circuit(split.layer.name, channel, concept, classes, name, sources, before.layer.name)
+
+
+def _names(before: Split) -> list[tuple[int, Part | None]]:
+    """Sources by channel and part: every channel whole, then the parts of those split.
+
+    The whole of a split channel is nothing beside its parts, so its place stays empty.
+    """
+    names: list[tuple[int, Part | None]] = [(o, None) for o in range(before.layer.n_out)]
+    for part in before.channels:
+        names += [(part.channel, k) for k in range(len(part.concepts))]
+        names.append((part.channel, "residual"))
+    return names
+
+
+def _relevance(
+    model: nn.Module, before: Split, spec: LayerSpec, channel: int, rows: Tensor, images: Tensor
+) -> Tensor:
+    """Relevance of the sources for two rows of the later layer, summed over images, (2, S)."""
+    _, source = resolve_layer(model, before.layer.name)
+    _, target = resolve_layer(model, spec.name)
+    device = next(source.parameters()).device
+    with (
+        cut_at(source, torch.Tensor.clone) as cut,
+        _summed_responses(target, spec, channel, rows) as sums,
+    ):
+        run_network(model, images.to(device))
+        cut.recording = False
+        if not sums or not any(one.requires_grad for one in sums):
+            raise LayerError(
+                f"Layer {before.layer.name!r} does not feed layer {spec.name!r}; pass the split of "
+                "a layer before it."
+            )
+        summed = torch.stack(sums).sum(0)  # (2,)
+        by_row = [gradients_at(cut.outputs, value) for value in summed]
+    return torch.stack([_of_sources(before, cut.inputs, cut.outputs, g) for g in by_row])
+
+
+@contextmanager
+def _summed_responses(
+    layer: nn.Module, spec: LayerSpec, channel: int, rows: Tensor
+) -> Iterator[list[Tensor]]:
+    """Collect, call by call, what rows in a channel's place respond, summed over everything."""
+    sums: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = channels_first(spec, args[0] if args else next(iter(named.values())))
+        z = respond(spec, x, rows.to(x), rows.new_zeros(2).to(x), [channel] * 2)
+        wide = torch.promote_types(z.dtype, torch.float32)
+        sums.append(z.transpose(0, 1).flatten(1).sum(1, dtype=wide))
+
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield sums
+    finally:
+        handle.remove()
+
+
+def _of_sources(
+    before: Split,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+) -> Tensor:
+    """Gradient x activation of every source, summed over calls, images and positions, (S,)."""
+    spec = before.layer
+    total = torch.zeros(len(_names(before)), dtype=torch.float64)
+    for x, output, gradient in zip(inputs, outputs, gradients, strict=True):
+        if gradient is None:
+            continue
+        slope = channels_first(spec, gradient).double().cpu()
+        z = channels_first(spec, output.detach()).double().cpu()
+        whole = (slope * z).transpose(0, 1).flatten(1).sum(1)  # (C_out,)
+        parts = []
+        for part in before.channels:
+            maps = part.response_maps(spec, channels_first(spec, x).cpu())[:, 1:]
+            own = (slope[:, part.channel, None] * maps).transpose(0, 1).flatten(1).sum(1)  # (K,)
+            parts += [own, (whole[part.channel] - own.sum())[None]]
+        whole[[part.channel for part in before.channels]] = 0
+        total += torch.cat([whole, *parts])
+    return total
