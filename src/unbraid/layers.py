@@ -83,6 +83,11 @@ class LayerSpec:
         return cls(**{**values, **fixed, "padding": padding})
 
 
+def widen(x: Tensor) -> Tensor:
+    """Bring numbers to float32 if they are of half precision, so that sums of them keep theirs."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def channels_first(spec: LayerSpec, x: Tensor) -> Tensor:
     """Bring a layer's input or output to (N, channels, positions ...)."""
     if not spec.channels_last:
@@ -106,7 +111,7 @@ def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
     Source:
         METHOD.md sections 2 and 4; equals the gradient of the summed output by the weights.
     """
-    pooled = x.to(torch.promote_types(x.dtype, torch.float32))
+    pooled = widen(x)
     for dim, size in enumerate(x.shape[2:]):
         counts = _tap_counts(spec, dim, size).to(pooled)  # (kernel, size)
         # The dimension just summed goes last, so that after all of them the taps stand in order.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unbraid.clusters import concept_of
 from unbraid.findings import Concept
-from unbraid.layers import respond
+from unbraid.layers import respond, widen
 from unbraid.records import Records, Scan
 
 RHOS = tuple(k / 20 for k in range(1, 21))
@@ -106,9 +106,9 @@ def _responses(scan: Scan, records: Records, chosen: Tensor, channel: int, rows:
     assert records.input_map is not None
     z = respond(
         scan.layer,
-        records.input_map[chosen],
-        rows,
-        scan.bias[channel].expand(len(rows)),
+        widen(records.input_map[chosen]),
+        widen(rows),
+        widen(scan.bias[channel]).expand(len(rows)),
         [channel] * len(rows),
     )
     summed = z.clamp(min=0).flatten(2).sum(2, dtype=torch.float64)

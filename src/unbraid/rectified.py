@@ -20,7 +20,7 @@ from unbraid.box import solve_box
 from unbraid.findings import Concept
 from unbraid.gather import first_images, portions
 from unbraid.gram import Gram, Rows, add
-from unbraid.layers import tap_inputs
+from unbraid.layers import tap_inputs, widen
 from unbraid.least_squares import Fit, augmented_row
 from unbraid.records import Records, Scan
 from unbraid.threads import side_by_side
@@ -198,7 +198,8 @@ def _images(
         torch.cat([maps[c][: max(1, _N_IMAGES // len(concept))] for c in concept])
         for concept in groups
     ]
-    taps = tap_inputs(scan.layer, torch.cat(inputs), scan.layer.group_of(channel))
+    wide = widen(torch.cat(inputs))
+    taps = tap_inputs(scan.layer, wide, scan.layer.group_of(channel))
     concept = torch.arange(len(inputs)).repeat_interleave(torch.tensor([len(x) for x in inputs]))
     return Images(taps * scan.weight[channel][:, None], float(scan.bias[channel]), concept)
 
