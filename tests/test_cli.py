@@ -212,6 +212,37 @@ class TestRun:
         assert "report.html" in out
         assert page.read_bytes() == before
 
+    def test_several_layers_share_a_pass_and_each_has_its_run(
+        self, ran: subprocess.CompletedProcess[str], home: Path, call
+    ) -> None:
+        network = (*NETWORK[:4], "--layer", "0", "--layer", "[24]")
+        images = ("--data", "data", "--out", "runs/several")
+        code, out, err = call("run", *network, *images, *LOOSE)
+        assert code == 0, err
+        folders = [path.name for path in (home / "runs/several").iterdir()]
+        assert sorted(folders) == ["0", "2"]
+        assert err.count("Scanning 0, 2 ") == 2  # training and validation images
+        assert "With all layers split, largest logit difference 0;" in out
+        assert out.count("Report: ") == 2
+        for name in ("findings.csv", "split.safetensors"):
+            alone = (home / "runs/a" / name).read_bytes()
+            assert (home / "runs/several/2" / name).read_bytes() == alone
+        code, out, _ = call("report", "runs/several/2")
+        assert code == 0
+
+    def test_a_pattern_that_fits_one_layer_still_has_a_folder_for_it(
+        self, ran: subprocess.CompletedProcess[str], home: Path, call
+    ) -> None:
+        network = (*NETWORK[:4], "--layer", "2*")
+        code, out, err = call("scan", *network, "--data", "data/train", "--out", "steps/pattern")
+        assert code == 0, err
+        assert "Scanned 60 images" in out
+        assert (home / "steps/pattern/2/manifest.json").exists()
+        code, _, err = call("find", "steps/pattern")
+        assert code == 1
+        assert "scans of several layers: 2;" in err
+        assert_one_sentence(err)
+
     def test_step_by_step_gives_the_same(
         self, ran: subprocess.CompletedProcess[str], home: Path, call
     ) -> None:

@@ -84,12 +84,9 @@ def run(
             network's own penultimate layer.
         labels: "predicted" for images without labels, or to take them for what the network does.
     """
-    check_thresholds(thresholds.tau, thresholds.p, thresholds.gamma, MIN_SHARE)
-    check_rho(thresholds.rho)
+    embedding = prepare(model, thresholds, encoder)
     settings: dict[str, Any] = {"title": title, "thresholds": vars(thresholds)}
     settings |= {"source": source, "encoder": encoder, "labels": labels}
-    device = str(next(model.parameters()).device)
-    embedding = Penultimate(model) if encoder is None else load_encoder(encoder, device=device)
     before = read_settings(out)
     options = {**vars(loading), "progress": True, "source": source, "labels": labels}
     train_scan = scan_into(model, {layer: out / "scan-train"}, train, **options)[layer]
@@ -167,6 +164,15 @@ def run(
         title=title,
     )
     return Run(found, evaluation, page, broken)
+
+
+def prepare(model: nn.Module, thresholds: Thresholds, encoder: str | None) -> Encoder:
+    """Tell what is wrong with a run before anything is scanned; get its encoder."""
+    check_thresholds(thresholds.tau, thresholds.p, thresholds.gamma, MIN_SHARE)
+    check_rho(thresholds.rho)
+    if encoder is None:
+        return Penultimate(model)
+    return load_encoder(encoder, device=str(next(model.parameters()).device))
 
 
 def _scan_positions(

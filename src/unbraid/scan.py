@@ -128,7 +128,7 @@ def scan(
         METHOD.md sections 2 and 4.
     """
     model = unwrap(model)
-    one = isinstance(layer, nn.Module) or (isinstance(layer, str) and not _is_pattern(layer))
+    one = isinstance(layer, nn.Module) or (isinstance(layer, str) and not is_pattern(layer))
     asked = [layer] if isinstance(layer, (str, nn.Module)) else list(layer)
     names = layer_names(model, asked)
     out = Path(out)
@@ -159,7 +159,7 @@ def layer_names(model: nn.Module, asked: Sequence[LayerName]) -> list[str]:
     """
     names: dict[str, None] = {}
     for layer in asked:
-        if isinstance(layer, str) and _is_pattern(layer):
+        if isinstance(layer, str) and is_pattern(layer):
             fitting = [s.name for s in splittable_layers(model) if fnmatchcase(s.name, layer)]
             if not fitting:
                 raise LayerError(
@@ -178,7 +178,8 @@ def layer_folder(out: Path, name: str) -> Path:
     return out / quote(name, safe="")
 
 
-def _is_pattern(name: str) -> bool:
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for all layers of such names."""
     return any(sign in name for sign in "*?[")
 
 

@@ -15,7 +15,7 @@ from unbraid.cli.options import (
     EncoderName,
     Gamma,
     Labels,
-    Layer,
+    Layers,
     Model,
     Out,
     Output,
@@ -26,7 +26,7 @@ from unbraid.cli.options import (
     Weights,
     Workers,
 )
-from unbraid.cli.output import out_console, say, show_run
+from unbraid.cli.output import out_console, say, show_run, show_runs
 from unbraid.tables import align
 
 
@@ -59,7 +59,7 @@ def demo(*, out: Out) -> None:
 def run(
     *,
     model: Model,
-    layer: Layer,
+    layer: Layers,
     data: Annotated[
         Path, Parameter(help="Folder with train/ and val/, of images in class folders or not.")
     ],
@@ -80,17 +80,18 @@ def run(
 ) -> None:
     """Do everything: scan, find, split, check the outputs, evaluate and report.
 
+    Several layers are scanned in one pass, and each has its results in a folder of its name.
     Started again, it goes on where it stopped; with other thresholds it does not scan again what
     it has.
     """
-    from unbraid.pipeline import run as run_pipeline
+    from unbraid.run_layers import run_layers
     from unbraid.settings import Loading, Thresholds
 
     loaded = load(model, weights, device, output)
-    say(f"Network {model}, layer {layer}.")
+    say(f"Network {model}, layer {', '.join(layer)}.")
     train = open_images(loaded, data / "train")
     source = {**loaded.source, "data": str(data.resolve()), "class_folders": labelled(train)}
-    result = run_pipeline(
+    done = run_layers(
         loaded.model,
         layer,
         train,
@@ -100,11 +101,11 @@ def run(
         loading=Loading(batch_size, workers, skip_broken),
         source=source,
         say=say,
-        title=f"{model} · {layer}",
+        title=model,
         encoder=encoder,
         labels=labels if labelled(train) else "predicted",
     )
-    show_run(result)
+    show_runs(done)
 
 
 def report(run: Annotated[Path, Parameter(help="Folder of a finished run.")]) -> None:

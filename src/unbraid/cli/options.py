@@ -38,7 +38,14 @@ Output = Annotated[
     str | None,
     Parameter(help="Key or index of the logits, if the network puts out more than those."),
 ]
-Layer = Annotated[str, Parameter(help="Name of the layer, as `unbraid layers` lists them.")]
+Layers = Annotated[
+    list[str],
+    Parameter(
+        help="Name of a layer, as `unbraid layers` lists them, or a pattern such as 'layer4.*'; "
+        "may be given more than once.",
+        negative="",
+    ),
+]
 EncoderName = Annotated[
     str | None,
     Parameter(help="timm:NAME, to tell how alike images are; by default the network itself."),

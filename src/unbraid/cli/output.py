@@ -9,7 +9,9 @@ from rich.console import Console
 from unbraid.tables import count
 
 if TYPE_CHECKING:
+    from unbraid.output import OutputComparison
     from unbraid.pipeline import Run
+    from unbraid.run_layers import LayerRuns
 
 out_console = Console(highlight=False, soft_wrap=True, markup=False)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -43,10 +45,24 @@ def show_run(result: Run) -> None:
                 if value is not None
             )
             out_console.print(f"{method.replace('_', ' ')}: mean {figures}")
-        output = result.evaluation.output
-        assert output is not None
-        text = f"Largest logit difference {output.max_abs_logit_diff:g}"
-        if output.top1_before is not None and output.top1_after is not None:
-            text += f"; accuracy {output.top1_before:.2%} before, {output.top1_after:.2%} after"
-        out_console.print(f"{text}.")
+        assert result.evaluation.output is not None
+        _show_comparison("Largest logit difference", result.evaluation.output)
     out_console.print(f"Report: {result.report}")
+
+
+def show_runs(done: LayerRuns) -> None:
+    """End a run over one or several layers."""
+    for name, result in done.runs.items():
+        if len(done.runs) > 1:
+            out_console.print(f"\n{name}")
+        show_run(result)
+    if done.output is not None:
+        out_console.print()
+        _show_comparison("With all layers split, largest logit difference", done.output)
+
+
+def _show_comparison(words: str, output: OutputComparison) -> None:
+    text = f"{words} {output.max_abs_logit_diff:g}"
+    if output.top1_before is not None and output.top1_after is not None:
+        text += f"; accuracy {output.top1_before:.2%} before, {output.top1_after:.2%} after"
+    out_console.print(f"{text}.")

@@ -14,7 +14,7 @@ from unbraid.cli.options import (
     Device,
     Gamma,
     Labels,
-    Layer,
+    Layers,
     Method,
     Model,
     Out,
@@ -53,7 +53,7 @@ def layers(model: Model, *, weights: Weights = "random", output: Output = None) 
 def scan(
     *,
     model: Model,
-    layer: Layer,
+    layer: Layers,
     data: Annotated[Path, Parameter(help="Folder of images, in class folders or not.")],
     out: Out,
     weights: Weights = None,
@@ -71,14 +71,17 @@ def scan(
     skip_broken: SkipBroken = False,
     device: Device = None,
 ) -> None:
-    """Run a network over images once and keep a small record of each."""
+    """Run a network over images once and keep a small record of each.
+
+    Several layers are scanned in one pass, each into a folder of its name.
+    """
     import unbraid
 
     loaded = load(model, weights, device, output)
     folder = open_images(loaded, data)
     made = unbraid.scan(
         loaded.model,
-        layer,
+        layer[0] if len(layer) == 1 else layer,
         folder,
         out,
         labels=labels if labelled(folder) else "predicted",
@@ -91,8 +94,9 @@ def scan(
         progress=True,
         source={**loaded.source, "data": str(data.resolve())},
     )
-    say_broken([folder.samples[index][0] for index in made.broken()])
-    n_scanned = made.manifest.n_images - len(made.broken())
+    one = made if isinstance(made, unbraid.Scan) else next(iter(made.values()))
+    say_broken([folder.samples[index][0] for index in one.broken()])
+    n_scanned = one.manifest.n_images - len(one.broken())
     out_console.print(f"Scanned {count(n_scanned, 'image')} into {out}")
 
 
