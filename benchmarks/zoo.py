@@ -4,8 +4,8 @@
 
 Of each family the smallest network, with random weights and random norm statistics, on the smallest
 images that it takes. Of each network the last and a middle layer that can be split: scan, three
-concepts in three channels, outputs with `==`, gradients in float64, the plain form. What is in the
-cache is not run again.
+concepts in three channels, outputs with `==`, gradients in float64, the plain form. Each family has
+a process of its own, which may take long or much memory. What is in the cache is not run again.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import multiprocessing
 import re
-import signal
+import resource
 import tempfile
 import time
 import traceback
@@ -29,9 +30,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import unbraid
+from unbraid.describe import bias_of, weight_rows
+from unbraid.findings import Concept
 from unbraid.layers import LayerSpec
 from unbraid.splits import ChannelSplit, Split
 from unbraid.usable import usable_layers
+from unbraid.weights import hash_weights
+from zoo_table import CLOSE, page, table
 
 SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 384, 448, 512)
 CONCEPTS = [[0], [1], [2]]
@@ -46,19 +51,18 @@ MORE = {  # whose layers pad and standardise on their own
     "resnetv2, standardised": "resnetv2_50x1_bit",
     "vision_transformer_hybrid, standardised": "vit_tiny_r_s16_p8_224",
 }
-CHECKS = ("scan", "equal", "gradient", "plain")
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
     """Random pictures of three classes."""
 
-    def __init__(self, size: int, n_images: int, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, n_images: int) -> None:
         """Draw them, each class around a pattern of its own."""
         generator = torch.Generator().manual_seed(size)
         patterns = torch.randn(3, 3, size, size, generator=generator)
         own = torch.randn(n_images, 3, size, size, generator=generator)
         self.targets = [n % 3 for n in range(n_images)]
-        self.images = (patterns[self.targets] + own).to(dtype)
+        self.images = patterns[self.targets] + own
 
     def __len__(self) -> int:
         """Count the images."""
@@ -121,8 +125,6 @@ def smallest_size(model: nn.Module) -> int:
             return size
         except Exception as caught:
             error = caught
-            if isinstance(error, TimeoutError):
-                raise
     raise RuntimeError(f"runs on images of no size ({_one_line(error)})")
 
 
@@ -137,49 +139,50 @@ def two_layers(specs: list[LayerSpec], n_classes: int) -> list[LayerSpec]:
 
 def try_layer(model: nn.Module, spec: LayerSpec, size: int) -> dict[str, Any]:
     """Scan and split one layer; say for each check whether it holds, or why not."""
-    concepts = {channel: CONCEPTS for channel in {0, spec.n_out // 2, spec.n_out - 1}}
+    wanted = {channel: CONCEPTS for channel in {0, spec.n_out // 2, spec.n_out - 1}}
     row: dict[str, Any] = {"layer": spec.name, "kind": spec.kind}
 
-    def split_of(model: nn.Module, dtype: torch.dtype) -> Split:
-        with tempfile.TemporaryDirectory() as folder:
-            scan = unbraid.scan(model, spec.name, Pictures(size, 6, dtype), folder, batch_size=3)
-            return random_split(scan, unbraid.find(scan, channels=concepts))
-
-    images = Pictures(size, 2, torch.float32).images
+    images = Pictures(size, 2).images
     try:
-        split = split_of(model, torch.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            dataset = Pictures(size, 6)
+            scan = unbraid.scan(model, spec.name, dataset, folder, batch_size=3)
+            concepts = unbraid.find(scan, channels=wanted).concepts
         row["scan"] = True
+        split = random_split(model, spec, concepts)
         row["equal"] = outputs_equal(model, unbraid.apply(model, split), images)
-        plain = unbraid.apply(model, split, form="plain")
-        row["off"] = relative_error(model, images, plain, images)
-        # Random weights may amplify any rounding; then the network itself is the yardstick.
-        row["own"] = relative_error(model, images, model, images * (1 + 2**-22))
-        row["plain"] = row["off"] <= max(1e-5, row["own"])
-        double = copy.deepcopy(model).double()
-        changed = unbraid.apply(double, split_of(double, torch.float64))
-        row["gradient"] = gradients_equal(double, changed, images.double())
+        single = run(model, spec.name, images)
+        plain = run(unbraid.apply(model, split, form="plain"), spec.name, images)
+        double, exact = copy.deepcopy(model).double(), images.double()
+        split = random_split(double, spec, concepts)
+        row["gradient"] = gradients_equal(double, unbraid.apply(double, split), exact)
+        wide = run(double, spec.name, exact)
+        wide_plain = run(unbraid.apply(double, split, form="plain"), spec.name, exact)
+        row["layer_off"], row["off"] = map(relative_error, single, plain)
+        row["layer_off64"], row["off64"] = map(relative_error, wide, wide_plain)
+        row["own"] = relative_error(wide[1], single[1])
+        # Random weights may amplify rounding, until float32 itself gives other logits than float64.
+        off = row["off64"] if row["own"] > CLOSE else row["off"]
+        row["plain"] = row["layer_off"] <= CLOSE and row["layer_off64"] <= 1e-12 and off <= CLOSE
     except Exception as error:
         row["error"] = _one_line(error)
         row["where"] = traceback.format_exc()[-1500:]
-        if isinstance(error, TimeoutError):
-            stop_after(60)  # the other layer may be quicker
     return row
 
 
-def random_split(scan: unbraid.Scan, found: unbraid.Findings) -> Split:
+def random_split(
+    model: nn.Module, spec: LayerSpec, concepts: dict[int, tuple[Concept, ...]]
+) -> Split:
     """Divide weights at random: what is equal must be so however they are divided."""
+    layer = model.get_submodule(spec.name)
+    weight, bias = weight_rows(layer), bias_of(layer)
     parts = tuple(
         ChannelSplit(
-            channel,
-            concepts,
-            torch.rand(len(concepts), scan.layer.n_taps).to(scan.weight),
-            scan.weight[channel],
-            float(scan.bias[channel]),
-            {},
+            o, own, torch.rand(len(own), spec.n_taps).to(weight), weight[o], float(bias[o]), {}
         )
-        for channel, concepts in found.concepts.items()
+        for o, own in concepts.items()
     )
-    return Split(scan.layer, scan.manifest.weights, "random", {}, scan.class_names, parts)
+    return Split(spec, hash_weights(model), "random", {}, (), parts)
 
 
 def outputs_equal(model: nn.Module, changed: nn.Module, images: Tensor) -> bool:
@@ -189,10 +192,19 @@ def outputs_equal(model: nn.Module, changed: nn.Module, images: Tensor) -> bool:
     return same and torch.equal(model(images), changed(images))
 
 
-def relative_error(one: nn.Module, x1: Tensor, two: nn.Module, x2: Tensor) -> float:
-    """Largest difference of a logit, by the largest logit."""
+def run(model: nn.Module, layer: str, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Output of the layer, the first time that it runs, and logits."""
+    seen: list[Tensor] = []
+    module = model.get_submodule(layer)
+    handle = module.register_forward_hook(lambda _module, _args, z: seen.append(z.clone()))
     with torch.no_grad():
-        before, after = one(x1), two(x2)
+        logits = model(images)
+    handle.remove()
+    return seen[0], logits
+
+
+def relative_error(before: Tensor, after: Tensor) -> float:
+    """Largest difference, by the largest value."""
     return float((before - after).abs().max() / before.abs().max())
 
 
@@ -217,7 +229,7 @@ def try_family(library: str, family: str, names: list[str]) -> dict[str, Any]:
         model = build(library, row["model"])
         randomise(model)
         row["size"] = smallest_size(model)
-        images = Pictures(row["size"], 1, torch.float32).images
+        images = Pictures(row["size"], 1).images
         with torch.no_grad():
             n_classes = model(images).shape[-1]
         specs = usable_layers(model, images)
@@ -231,34 +243,28 @@ def try_family(library: str, family: str, names: list[str]) -> dict[str, Any]:
     return row
 
 
-def stop_after(seconds: int) -> None:
-    """Raise TimeoutError in the main thread after some time; 0 for never."""
+def in_a_process(library: str, family: str, names: list[str], seconds: int) -> dict[str, Any]:
+    """Try a family in a process of its own, for so long; add its time and its peak of memory."""
+    receive, send = multiprocessing.Pipe(duplex=False)
 
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"not done in {seconds} s")
+    def work() -> None:
+        row = try_family(library, family, names)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        send.send({**row, "peak": round(peak, 1)})
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-
-
-# --- the table ------------------------------------------------------------------------------------
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Write what was found as Markdown."""
-    head = ("family", "network", "image", "layer", "kind", *CHECKS, "reason")
-    lines = [head, ("---",) * len(head)]
-    for row in sorted(rows, key=lambda row: (row["library"], row["family"])):
-        start = (f"{row['library']} {row['family']}", row.get("model", ""), row.get("size", ""))
-        if "error" in row:
-            lines.append((*start, *[""] * 6, row["error"]))
-        for tried in row.get("tried", []):
-            marks = [{True: "yes", False: "**no**"}.get(tried.get(check), "") for check in CHECKS]
-            if tried.get("off", 0) > 1e-5:
-                marks[-1] += f" ({tried['off']:.1g} and {tried['own']:.1g})"
-            why = tried.get("error", "")
-            lines.append((*start, f"`{tried['layer']}`", tried["kind"], *marks, why))
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    start = time.perf_counter()
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    send.close()  # this side's; so that the end of the process is the end of what can be received
+    try:
+        row = receive.recv() if receive.poll(seconds) else None
+        error = f"not done in {seconds} s"
+    except EOFError:
+        row, error = None, "the process was killed, perhaps for its memory"
+    process.kill()
+    process.join()
+    row = row or {"library": library, "family": family, "error": error}
+    return {**row, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def _one_line(error: Exception | None) -> str:
@@ -271,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, required=True, help="JSON lines, one per family")
     parser.add_argument("--out", type=Path, help="Markdown file for the table")
-    parser.add_argument("--seconds", type=int, default=180, help="limit for one family")
+    parser.add_argument("--seconds", type=int, default=600, help="limit for one family")
     parser.add_argument("--only", nargs="*", help="families to run, whatever the cache holds")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -282,16 +288,12 @@ def main() -> None:
             key = (library, family)
             if family not in options.only if options.only else key in rows:
                 continue
-            start = time.perf_counter()
-            stop_after(options.seconds)
-            rows[key] = try_family(library, family, names)
-            stop_after(0)
-            rows[key]["seconds"] = round(time.perf_counter() - start, 1)
+            rows[key] = in_a_process(library, family, names, options.seconds)
             with options.cache.open("a") as file:
                 file.write(json.dumps(rows[key]) + "\n")
             print(table([rows[key]]).split("\n", 2)[2], rows[key]["seconds"], "s", flush=True)
     if options.out is not None:
-        options.out.write_text(table(list(rows.values())))
+        options.out.write_text(page(list(rows.values())))
 
 
 if __name__ == "__main__":
