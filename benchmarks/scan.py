@@ -2,8 +2,8 @@
 
     python benchmarks/scan.py
 
-ResNet-50 with random weights, layer4.2.conv3, random images. The three run in turn, round by round,
-over the same images, so that a drift of the machine's speed hits all; the ratios are taken within a
+ResNet-50 with random weights, layer4.2.conv3, also with two earlier layers, random images. All run
+in turn, round by round, over the same images, so that a drift of the machine's speed hits all; the ratios are taken within a
 round and the median is reported, of wall time and of processor time, which neighbours disturb
 less. Peak memory is measured in a process of its own for each.
 """
@@ -28,6 +28,7 @@ from machine import describe_machine
 from published import published_image_step
 
 LAYER = "layer4.2.conv3"
+LAYERS = ["layer4.0.conv3", "layer4.1.conv3", LAYER]
 BATCH = 32
 
 
@@ -66,6 +67,11 @@ def scan(model: nn.Module, images: RandomImages, folder: Path) -> None:
     unbraid.scan(model, LAYER, images, folder / "scan", batch_size=BATCH)
 
 
+def three_layers(model: nn.Module, images: RandomImages, folder: Path) -> None:
+    """The same for three layers at once."""
+    unbraid.scan(model, LAYERS, images, folder / "scan", batch_size=BATCH)
+
+
 def published(model: nn.Module, images: RandomImages, _: Path) -> None:
     """The published step: the graph goes all the way down to the image."""
     layer = model.get_submodule(LAYER)
@@ -73,7 +79,7 @@ def published(model: nn.Module, images: RandomImages, _: Path) -> None:
         published_image_step(model, layer, batch, labels)
 
 
-WAYS = {"bare": bare, "scan": scan, "published": published}
+WAYS = {"bare": bare, "scan": scan, "three layers": three_layers, "published": published}
 
 
 def seconds(way: str, model: nn.Module, images: RandomImages) -> tuple[float, float, int]:
