@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import oracle
 import unbraid
-from checks import assert_same_outputs
+from checks import assert_same_files, assert_same_outputs
 from networks import KINDS, PooledFeatures, SyntheticImages, build, layer_input, stack
 
 HALF = [torch.float16, torch.bfloat16]
@@ -215,3 +215,44 @@ def test_fits_with_positions_are_those_of_the_same_numbers_in_single(dtype, meth
         assert half.info.get("rho") == single.info.get("rho")
         difference = (half.masks.double() - single.masks.double()).abs().max()
         assert float(difference) <= torch.finfo(dtype).eps
+
+
+# --- autocast -------------------------------------------------------------------------------------
+
+
+class Autocasts(nn.Module):
+    """Switches autocast on for itself."""
+
+    def __init__(self, network: nn.Sequential) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def layer(self) -> nn.Module:
+        return self.network.layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.network(x)
+
+
+@pytest.mark.parametrize("kind", ["3x3", "stride", "groups", "pooled features", "tokens"])
+def test_a_network_that_autocasts_is_scanned_with_sums_of_single(kind, tmp_path):
+    network, dataset = Autocasts(build(kind, torch.float32)), pictures(height=60)
+    scan = unbraid.scan(network, "network.layer", dataset, tmp_path)
+    (records,) = scan.shards()
+    pooled, shares = wide_sums(network, dataset)
+    assert_summed_in_single(records.pooled, pooled)
+    assert_summed_in_single(recorded_shares(records, shares), shares)
+    split = unbraid.split(scan, unbraid.find(scan, channels=CONCEPTS))
+    assert_same_outputs(network, unbraid.apply(network, split), dataset.images)
+
+
+@pytest.mark.parametrize("kind", ["3x3", "pads by size", "pooled features", "tokens"])
+def test_autocast_around_a_scan_changes_nothing(kind, tmp_path):
+    network, dataset = build(kind, torch.float32), pictures()
+    unbraid.scan(network, "layer", dataset, tmp_path / "1", positions=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        unbraid.scan(network, "layer", dataset, tmp_path / "2", positions=True)
+        assert torch.is_autocast_enabled("cpu")
+    assert_same_files(tmp_path / "1", tmp_path / "2")

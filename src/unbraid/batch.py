@@ -285,7 +285,9 @@ def _check_linear(
     wide = [call.to(pooled.dtype) for call in z]
     actual = sum_calls(n_images, [call.sum(2) for call in wide])
     scale = sum_calls(n_images, [call.abs().sum(2) for call in wide]).max()
-    tolerance = torch.finfo(weight.dtype).eps ** 0.5  # rounding is far below, errors above
+    # Rounding is far below, errors above; under autocast the layer's output is the coarser.
+    coarsest = max(torch.finfo(values.dtype).eps for values in (weight, *z))
+    tolerance = coarsest**0.5
     if (actual - expected).abs().max() > tolerance * scale + 1e-12:
         raise LayerError(
             f"Layer {spec.name!r} ({spec.kind}) does not compute what its weights say, perhaps "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -34,7 +34,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the network in eval mode without parameter gradients; put everything back afterwards.
 
     With no parameter asking for a gradient, autograd records nothing until the cut layer. Parts
-    that are compiled run as they are written, since compiled code may pass hooks by.
+    that are compiled run as they are written, since compiled code may pass hooks by. Autocast
+    around it is switched off, as it would reach into what is computed of the network as well.
     """
     training = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -42,7 +43,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         model.eval()
         for parameter in wanted:
             parameter.requires_grad_(False)
-        with _uncompiled():
+        with _uncompiled(), without_autocast():
             yield
     finally:
         for module, mode in training.items():
@@ -57,6 +58,16 @@ def _uncompiled() -> AbstractContextManager[Any]:
         return nullcontext()
     eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return eager
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the numbers' own format, also where a network has switched autocast on."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextmanager
@@ -79,7 +90,7 @@ def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kep
     def hook(
         _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
     ) -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad(), without_autocast():
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             if cut.recording:
