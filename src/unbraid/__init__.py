@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from unbraid.surgery import clamp as clamp
     from unbraid.surgery import gate as gate
     from unbraid.surgery import load_split as load_split
+    from unbraid.visualize import visualize as visualize
     from unbraid.visualize.features import Features as Features
 
 __version__ = _version("unbraid")
@@ -70,6 +71,7 @@ _HOME = {
     "evaluate": "evaluate",
     "Evaluation": "evaluation",
     "report": "report",
+    "visualize": "visualize",
     "Features": "visualize.features",
     "UnbraidError": "errors",
 }
