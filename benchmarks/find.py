@@ -20,7 +20,8 @@ import unbraid
 from machine import describe_machine
 from unbraid.files import write_tensors, write_whole
 from unbraid.layers import LayerSpec
-from unbraid.records import Manifest, Records, write_shard
+from unbraid.manifest import Manifest
+from unbraid.records import Records, write_shard
 from unbraid.thresholds import choose_tau
 
 N_CHANNELS, N_INPUTS, N_CLASSES, N_IMAGES, N_USED, SHARD = 2048, 512, 1000, 20_480, 30, 1024

@@ -22,7 +22,8 @@ from unbraid.chance import N_REPLICATES
 from unbraid.demo.network import LAYER, load_images, load_network
 from unbraid.files import write_tensors, write_whole
 from unbraid.layers import LayerSpec
-from unbraid.records import Manifest, Records, Scan, open_scan, write_shard
+from unbraid.manifest import Manifest
+from unbraid.records import Records, Scan, open_scan, write_shard
 
 N_PAIRS, N_TAPS, N_DRAWS = 400, 64, 6
 TAILS = torch.tensor([0.025, 0.975])

@@ -3,9 +3,9 @@
     python benchmarks/scan.py
 
 ResNet-50 with random weights, layer4.2.conv3, also with two earlier layers, random images. All run
-in turn, round by round, over the same images, so that a drift of the machine's speed hits all; the ratios are taken within a
-round and the median is reported, of wall time and of processor time, which neighbours disturb
-less. Peak memory is measured in a process of its own for each.
+in turn, round by round, over the same images, so that a drift of the machine's speed hits all; the
+ratios are taken within a round and the median is reported, of wall time and of processor time,
+which neighbours disturb less. Peak memory is measured in a process of its own for each.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def main() -> None:
             elapsed, cpu, written = seconds(way, model, images)
             times[way].append(elapsed)
             cpu_times[way].append(cpu)
-            n_bytes = max(n_bytes, written)
+            n_bytes = written if way == "scan" else n_bytes
         line = ", ".join(f"{way} {taken[-1]:.2f} s" for way, taken in times.items())
         print(f"round {number + 1}: {line}", flush=True)
     print(f"\nMachine: {describe_machine()}")

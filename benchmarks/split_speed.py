@@ -25,7 +25,8 @@ from machine import describe_machine
 from unbraid.files import write_tensors, write_whole
 from unbraid.findings import Concept, Findings
 from unbraid.layers import LayerSpec
-from unbraid.records import Manifest, Records, Scan, write_shard
+from unbraid.manifest import Manifest
+from unbraid.records import Records, Scan, write_shard
 
 N_OUT, N_IN, N_CLASSES, SHARD = 2048, 512, 1000, 1000
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from unbraid.files import write_tensors, write_whole
 from unbraid.layers import LayerSpec
-from unbraid.records import Manifest, Records, Scan, join_records, open_scan, write_shard
+from unbraid.manifest import Manifest
+from unbraid.records import Records, Scan, join_records, open_scan, write_shard
 
 
 def write_scan(

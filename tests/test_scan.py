@@ -699,4 +699,5 @@ def test_files_are_synced_before_they_get_their_name(tmp_path, monkeypatch):
         Path, "replace", lambda self, to: (order.append("name"), replace(self, to))[1]
     )
     unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path)
-    assert order == ["sync", "name"] * 3  # layer, manifest, one shard
+    # Layer, manifest, one shard: the content, the rename, and the folder that holds the name.
+    assert order == ["sync", "name", "sync"] * 3

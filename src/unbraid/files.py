@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unbraid.errors import RunError, UsageError
 
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
-    whole = {k: v.contiguous() for k, v in tensors.items()}
-    write_whole(path, safetensors.torch.save(whole, metadata))
+_ABOUT = "unbraid"  # the metadata entry of a safetensors file
+_CHECKSUMS = "crc32"
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file and its metadata.
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write a safetensors file, whole or not at all, with a checksum of every tensor.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        about: what is to be known of them, in JSON.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    about = {**about, _CHECKSUMS: {name: _checksum(tensor) for name, tensor in whole.items()}}
+    # One entry alone, since safetensors writes several in any order.
+    write_whole(path, safetensors.torch.save(whole, {_ABOUT: json.dumps(about)}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a safetensors file, and what is to be known of it.
 
     Raises:
         RunError: the file is missing or damaged.
     """
-    with _opened(path) as file:
+    with _opened(path) as (file, about):
         names = file.keys()
-        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        return {name: _read(file, about, name) for name in names}, about
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
@@ -39,17 +53,31 @@ def read_tensor(path: Path, name: str) -> Tensor:
     Raises:
         RunError: the file is missing or damaged, or has no such tensor.
     """
-    with _opened(path) as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
+    with _opened(path) as (file, about):
+        return _read(file, about, name)
+
+
+def _read(file: Any, about: dict[str, Any], name: str) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    checksums = about.get(_CHECKSUMS)  # older files have none
+    if checksums is not None and checksums[name] != _checksum(tensor):
+        raise ValueError(f"{name!r} is not what was written")
+    return tensor
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
         with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError) as error:
+            about = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
+            if not isinstance(about, dict):
+                raise ValueError("its description is none")
+            yield file, about
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{path} cannot be read ({error}); start again the command that makes it, without the "
             "file if it is there."
@@ -71,6 +99,7 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_names(path.parent)
     except (FileExistsError, NotADirectoryError):
         in_the_way = next((p for p in path.parents if p.is_file()), path.parent)
         raise UsageError(f"{in_the_way} is a file, not a folder; name another folder.") from None
@@ -83,3 +112,14 @@ def write_whole(path: Path, content: bytes) -> None:
                 "room and start the same command again."
             ) from None
         raise RunError(f"{path} cannot be written ({error.strerror}).") from None
+
+
+def _sync_names(folder: Path) -> None:
+    """Make sure that a rename outlives a loss of power, where the system can be asked to."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -27,6 +27,7 @@ from unbraid.folders import (
     label_folders,
 )
 from unbraid.networks import as_logits
+from unbraid.team import local_rank
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -72,7 +73,8 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
         weights: a file (safetensors, or a torch file without code), a torchvision weights name
             such as IMAGENET1K_V1, or "random". By default the best that torchvision or timm
             offers; a function's network is left as the function made it.
-        device: for the network; by default an accelerator if there is one.
+        device: for the network; by default an accelerator if there is one, and with torchrun
+            one of its own for each process.
 
     Raises:
         UsageError: no such model or weights; the nearest names are told.
@@ -97,7 +99,7 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     if file is not None:
         load_weights(model, file)
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
     try:
         model = model.to(device).eval()
     except RuntimeError as error:

@@ -23,9 +23,10 @@ from unbraid.evaluation import Evaluation
 from unbraid.files import write_whole
 from unbraid.find import find
 from unbraid.findings import Findings
+from unbraid.manifest import hash_places, read_manifest
 from unbraid.measure_semantics import measure_semantics
 from unbraid.output import compare_outputs
-from unbraid.records import Scan, hash_places, read_manifest
+from unbraid.records import Scan
 from unbraid.report import report
 from unbraid.scan import MIN_SHARE, Labels, scan_into
 from unbraid.semantics import Semantics

@@ -6,12 +6,9 @@ whole or not at all: it is written under a temporary name, synced and renamed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,85 +17,7 @@ from unbraid.clustering import Clusters
 from unbraid.errors import DataError, RunError
 from unbraid.files import read_tensor, read_tensors, write_tensors
 from unbraid.layers import LayerSpec
-
-SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a Scan was made of; two scans with the same identity hold the same records."""
-
-    weights: str  # hash of the network's weights
-    layer: LayerSpec
-    data: str  # fingerprint of the images and labels
-    n_images: int  # images concerned, broken ones included
-    class_names: tuple[str, ...]
-    preprocessing: str
-    dtype: str  # of the network's weights
-    min_share: float  # the smallest share kept
-    classes: tuple[int, ...] | None  # only images of these classes; None for all
-    positions: bool  # whether the layer's input map is kept too
-    shard_size: int
-    batch_size: int
-    skip_broken: bool
-    source: dict[str, Any]  # how the command line found network and images, for later commands
-    versions: dict[str, str]
-    labels: str = "given"  # or "predicted": each image counts as what the network takes it for
-    output: str = ""  # which part of the network's output logits were taken from
-    indices: str = ""  # hash of the places in the data set, where only some were scanned
-    schema: int = SCHEMA
-
-    # What must agree before a scan goes on in a folder, in words for people.
-    _identity = {  # noqa: RUF012
-        "weights": "the network's weights",
-        "layer": "the layer",
-        "data": "the images or labels",
-        "preprocessing": "the preprocessing",
-        "dtype": "the number format",
-        "min_share": "the smallest share kept",
-        "classes": "the classes",
-        "labels": "whether labels are given or predicted",
-        "output": "which part of the output is the logits",
-        "indices": "the places in the data set",
-        "positions": "whether positions are kept",
-        "shard_size": "the shard size",
-    }
-
-    @property
-    def n_shards(self) -> int:
-        """Shards that a complete Scan has."""
-        return -(-self.n_images // self.shard_size)
-
-    def differences(self, other: Manifest) -> list[str]:
-        """Name, in words, what makes two scans different things."""
-        return [
-            words
-            for key, words in self._identity.items()
-            if getattr(self, key) != getattr(other, key)
-        ]
-
-    def to_json(self) -> str:
-        """Return the text of manifest.json."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        """Read the text of manifest.json.
-
-        Raises:
-            ValueError, KeyError, TypeError: the text is not a manifest.
-        """
-        values = json.loads(text)
-        if values["schema"] != SCHEMA:
-            raise ValueError(f"schema {values['schema']}, this version reads {SCHEMA}")
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown entries {sorted(unknown)}")
-        values["layer"] = LayerSpec.from_dict(values["layer"])
-        values["class_names"] = tuple(values["class_names"])
-        if values["classes"] is not None:
-            values["classes"] = tuple(values["classes"])
-        return cls(**values)
+from unbraid.manifest import Manifest, read_manifest
 
 
 @dataclass
@@ -162,7 +81,17 @@ class Scan:
     def shards(self) -> Iterator[Records]:
         """Read the records shard by shard, so that memory does not grow with their number."""
         for shard in range(self.manifest.n_shards):
-            yield read_shard(self.path, shard)
+            yield self._shard(shard)
+
+    def _shard(self, shard: int) -> Records:
+        records = read_shard(self.path, shard)
+        n_images = len(records) + len(records.broken)
+        if n_images != self.manifest.images_in(shard):
+            raise RunError(
+                f"{shard_path(self.path, shard)} holds {n_images} images of "
+                f"{self.manifest.images_in(shard)}; delete it and start the scan again."
+            )
+        return records
 
     def broken(self) -> list[int]:
         """Places in the data set of images that could not be read and were left out."""
@@ -176,13 +105,6 @@ class Scan:
         """Read one tensor of every shard, and nothing else."""
         for shard in range(self.manifest.n_shards):
             yield read_tensor(shard_path(self.path, shard), name)
-
-
-def hash_places(places: Sequence[int] | None) -> str:
-    """Identify some places in a data set, in order; empty for all of it."""
-    return (
-        "" if places is None else hashlib.sha256(torch.tensor(places).numpy().tobytes()).hexdigest()
-    )
 
 
 def no_records(spec: LayerSpec, positions: bool) -> Records:
@@ -258,21 +180,6 @@ def open_scan(path: str | Path) -> Scan:
         )
     layer = read_tensors(folder / "layer.safetensors")[0]
     return Scan(folder, manifest, layer["weight"], layer["bias"])
-
-
-def read_manifest(folder: Path) -> Manifest | None:
-    """Read a folder's manifest, None where there is none.
-
-    Raises:
-        RunError: the file is not a manifest that this version can read.
-    """
-    path = folder / "manifest.json"
-    try:
-        return Manifest.from_json(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise RunError(f"{path} is not a manifest that can be read ({error}); scan anew.") from None
 
 
 def shard_path(folder: Path, shard: int) -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 from urllib.parse import quote
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -22,9 +24,11 @@ from unbraid.data import (
 )
 from unbraid.describe import describe, resolve_layer, splittable_layers, weight_rows
 from unbraid.errors import DataError, LayerError, UsageError
+from unbraid.manifest import Manifest, hash_places, read_manifest
 from unbraid.networks import picked_by, unwrap
-from unbraid.records import Manifest, Scan, hash_places, open_scan
+from unbraid.records import Scan, open_scan
 from unbraid.scan_pass import Target, claim, library_versions, scan_shards
+from unbraid.team import team as gather_team
 from unbraid.weights import hash_weights, refuse_broken_weights
 
 Labels = Literal["given", "predicted"]
@@ -46,6 +50,7 @@ class Options(TypedDict, total=False):
     skip_broken: bool
     progress: bool
     source: dict[str, Any] | None
+    threads: int | None
 
 
 @overload
@@ -84,12 +89,13 @@ def scan(
     skip_broken: bool = False,
     progress: bool = False,
     source: dict[str, Any] | None = None,
+    threads: int | None = None,
 ) -> Scan | dict[str, Scan]:
     """Run a network over images once and keep one small record per image.
 
     Started again with the same arguments it goes on where it stopped; a finished shard is not
-    computed again. The network is used in eval mode, on the device that it is on, and left exactly
-    as it was.
+    computed again. Processes that torchrun starts share the work (docs/scale.md). The network is
+    used in eval mode, on the device that it is on, and left exactly as it was.
 
     Args:
         model: gives logits (N, T) for a batch of images, or (N,) or (N, 1) to tell two classes
@@ -112,6 +118,9 @@ def scan(
         skip_broken: leave out images that cannot be read instead of stopping at the first.
         progress: show a progress bar on standard error.
         source: how to find network and images again, kept in the manifest for later commands.
+        threads: to compute with, of each process; by default torch's setting, or that of the scan
+            which goes on. Records are the same to the last bit with the same number, batch size
+            and kind of device, whoever computed them.
 
     Returns:
         The finished Scan; for a list or pattern, a dictionary of Scans by the layers' names.
@@ -146,6 +155,7 @@ def scan(
         skip_broken=skip_broken,
         progress=progress,
         source=source,
+        threads=threads,
     )
     return scans[names[0]] if one else scans
 
@@ -198,11 +208,14 @@ def scan_into(
     skip_broken: bool = False,
     progress: bool = False,
     source: dict[str, Any] | None = None,
+    threads: int | None = None,
 ) -> dict[str, Scan]:
     """Scan several layers in one pass, each into a folder of its own; the rest is as in `scan`."""
     if not 0 < min_share < 1:
         raise UsageError(f"min_share is {min_share}; it must lie between 0 and 1.")
     check_loading(batch_size, workers)
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; it must be 1 or more.")
     model = unwrap(model)
     modules = {name: resolve_layer(model, name)[1] for name in folders}
     specs = {name: describe(name, module) for name, module in modules.items()}
@@ -212,6 +225,7 @@ def scan_into(
     _check_labels_known(given, labels)
     places = _concerned(given, classes, indices)
     weights, data = hash_weights(model), fingerprint(dataset, given)
+    threads = threads or _threads_before(folders.values())
     targets = []
     for name, folder in folders.items():
         manifest = Manifest(
@@ -233,16 +247,24 @@ def scan_into(
             labels=labels,
             indices=hash_places(None if indices is None else places),
             output=picked_by(model),
+            threads=threads,
         )
         targets.append(Target(modules[name], manifest, folder))
-    for target in targets:
-        claim(target)
-    scan_shards(model, targets, dataset, given, places, workers=workers, progress=progress)
+    team = gather_team()
+    team.lead(partial(claim, targets))
+    options: dict[str, Any] = {"team": team, "workers": workers, "progress": progress}
+    scan_shards(model, targets, dataset, given, places, **options)
     finished = {name: open_scan(folder) for name, folder in folders.items()}
     for done in finished.values():
         if len(done.broken()) == len(places):
             raise DataError(f"None of the {len(places)} images could be read; mend the data set.")
     return finished
+
+
+def _threads_before(folders: Iterable[Path]) -> int:
+    """The number of threads of a scan that goes on, else torch's setting."""
+    before = filter(None, map(read_manifest, folders))
+    return next((manifest.threads for manifest in before), torch.get_num_threads())
 
 
 def _check_labels_known(given: Sequence[int], labels: Labels) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +20,11 @@ from unbraid.data import GoodItem, Readable, groups_of, sort_out
 from unbraid.describe import bias_of, weight_rows
 from unbraid.errors import DataError, RunError
 from unbraid.files import write_tensors, write_whole
+from unbraid.manifest import Manifest, read_manifest
 from unbraid.progress import image_progress
-from unbraid.records import Manifest, join_records, read_manifest, shard_path, write_shard
+from unbraid.records import Records, join_records, shard_path, write_shard
 from unbraid.relevance import undisturbed
+from unbraid.team import Team
 
 
 @dataclass(frozen=True)
@@ -50,36 +54,54 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def claim(target: Target) -> None:
-    """Make the folder this scan's, or check that it is; without a shard, it is nobody's yet.
+def claim(targets: Sequence[Target]) -> None:
+    """Make folders this scan's, or check that they are; without a shard, a folder is nobody's yet.
 
     Raises:
-        RunError: it holds another scan.
+        RunError: one holds another scan.
     """
-    folder, manifest = target.folder, target.manifest
+    for target in targets:
+        _refuse_stranger(target)
+    for target in targets:
+        folder, manifest = target.folder, target.manifest
+        for ours in ("shard-*.safetensors", "layer.safetensors", "manifest.json"):
+            for leftover in folder.glob(f"{ours}.*.tmp"):  # of a scan that was killed while writing
+                leftover.unlink()
+        before = read_manifest(folder)
+        there = (folder / "layer.safetensors").exists()
+        if before is None or manifest.differences(before) or not there:
+            weight, bias = weight_rows(target.module), bias_of(target.module)
+            write_tensors(folder / "layer.safetensors", {"weight": weight, "bias": bias}, {})
+            write_whole(folder / "manifest.json", manifest.to_json().encode())
+
+
+def _refuse_stranger(target: Target) -> None:
+    folder = target.folder
     before = read_manifest(folder)
-    shards = list(folder.glob("shard-*.safetensors"))
-    if before is None and shards:
+    if next(folder.glob("shard-*.safetensors"), None) is None:
+        return
+    if before is None:
         raise RunError(
             f"{folder} holds shards of an unknown scan, its manifest is gone; name another folder, "
             "or delete this one."
         )
-    differences = manifest.differences(before) if before is not None else []
-    if shards and differences:
+    differences = target.manifest.differences(before)
+    if differences:
         raise RunError(
             f"{folder} holds a scan of something else: {', '.join(differences)} differ. Name "
             "another folder, or delete this one."
         )
-    for ours in ("shard-*.safetensors", "layer.safetensors", "manifest.json"):
-        for leftover in folder.glob(f"{ours}.*.tmp"):  # of a scan that was killed while writing
-            leftover.unlink()
-    if before is None or differences or not (folder / "layer.safetensors").exists():
-        layer = {
-            "weight": weight_rows(target.module).cpu(),
-            "bias": bias_of(target.module).cpu(),
-        }
-        write_tensors(folder / "layer.safetensors", layer, {})
-        write_whole(folder / "manifest.json", manifest.to_json().encode())
+
+
+@contextmanager
+def threads_fixed(n: int) -> Iterator[None]:
+    """Compute with a number of threads, since sums round otherwise with more; 0 for any."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def scan_shards(
@@ -89,6 +111,7 @@ def scan_shards(
     given: Sequence[int],
     places: Sequence[int],
     *,
+    team: Team,
     workers: int,
     progress: bool,
 ) -> None:
@@ -100,63 +123,105 @@ def scan_shards(
         dataset: the images.
         given: their labels.
         places: in the data set, of the images to scan.
+        team: those who do it together, shard by shard.
         workers: processes that load images.
         progress: show a progress bar.
     """
     same = targets[0].manifest  # for every layer
-    size, batch_size = same.shard_size, same.batch_size
-    lacking = {k: [t for t in targets if t.lacks(k)] for k in range(same.n_shards)}
-    batches = {
-        k: [
-            list(places[i : i + batch_size])
-            for i in range(k * size, min((k + 1) * size, len(places)), batch_size)
-        ]
-        for k in lacking
-        if lacking[k]
-    }  # a batch never crosses a shard
+    work = _Work(targets, places, team)
     groups = groups_of(dataset)
     loader = DataLoader(
         Readable(dataset),
-        batch_sampler=[batch for part in batches.values() for batch in part],
+        batch_sampler=work,
         num_workers=workers,
         collate_fn=list,
         generator=torch.Generator(),  # so that the caller's random numbers stay where they were
     )
-    loaded = iter(loader)
-    n_done = len(places) - sum(len(batch) for part in batches.values() for batch in part)
     title = f"Scanning {', '.join(t.manifest.layer.name for t in targets)}"
+    n_done = len(places) - sum(len(work.places_of(k)) for k in work.lacking())
     with (
-        image_progress(title, len(places), n_done, show=progress) as advance,
+        image_progress(title, len(places), n_done, show=progress and team.first) as advance,
         undisturbed(model),
+        threads_fixed(same.threads),
         torch.inference_mode(False),  # whatever mode the caller is in
         torch.enable_grad(),
     ):
-        for k, part in batches.items():
-            done = []
-            n_good = 0
-            for _ in part:
-                items = next(loaded)
-                good, broken = sort_out(items, same.skip_broken)
-                _check_labels_agree(good, given)
-                records = scan_batch(
-                    model,
-                    [t.place for t in lacking[k]],
-                    good,
-                    min_share=same.min_share,
-                    positions=same.positions,
-                    predicted=same.labels == "predicted",
-                    check=n_good == 0,  # once a shard is enough, and costs next to nothing
-                )
-                for one in records:
-                    one.broken = torch.tensor(broken, dtype=torch.int64)
-                done.append(records)
-                n_good += len(good)
-                advance(len(items))
-            for target, parts in zip(lacking[k], zip(*done, strict=True), strict=True):
-                joined = join_records(parts)
-                if groups is not None:
-                    joined.group = torch.tensor([groups[i] for i in joined.index.tolist()])
-                write_shard(target.folder, k, joined)
+        done: list[list[Records]] = []
+        n_good = 0
+        for items in loader:
+            shard = work.begun[0]
+            good, broken = sort_out(items, same.skip_broken)
+            _check_labels_agree(good, given)
+            records = scan_batch(
+                model,
+                [t.place for t in shard.targets],
+                good,
+                min_share=same.min_share,
+                positions=same.positions,
+                predicted=same.labels == "predicted",
+                check=n_good == 0,  # once a shard is enough, and costs next to nothing
+            )
+            for one in records:
+                one.broken = torch.tensor(broken, dtype=torch.int64)
+            done.append(records)
+            n_good += len(good)
+            advance(team.count(len(items)))
+            if len(done) == shard.n_batches:
+                _write(shard, done, groups)
+                work.begun.popleft()
+                done, n_good = [], 0
+        team.finish()
+        advance(team.count(0))
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard being made, and the layers that lack it."""
+
+    number: int
+    targets: list[Target]
+    n_batches: int
+
+
+class _Work:
+    """The batches of the shards that this process claims, one shard after the other.
+
+    Shards are claimed as the loader asks for more, with workers somewhat ahead of the network.
+    """
+
+    def __init__(self, targets: Sequence[Target], places: Sequence[int], team: Team) -> None:
+        self.begun: deque[_Shard] = deque()
+        self._targets, self._places, self._team = targets, places, team
+        self._same = targets[0].manifest
+
+    def lacking(self) -> list[int]:
+        """Shards that some layer lacks."""
+        return [k for k in range(self._same.n_shards) if any(t.lacks(k) for t in self._targets)]
+
+    def places_of(self, shard: int) -> Sequence[int]:
+        size = self._same.shard_size
+        return self._places[shard * size : (shard + 1) * size]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = self._same.batch_size
+        for number in self._team.claims(self._same.n_shards):
+            targets = [target for target in self._targets if target.lacks(number)]
+            if not targets:
+                continue
+            places = self.places_of(number)
+            # A batch never crosses a shard, so that a record does not depend on who made it.
+            batches = [list(places[i : i + size]) for i in range(0, len(places), size)]
+            self.begun.append(_Shard(number, targets, len(batches)))
+            yield from batches
+
+
+def _write(shard: _Shard, done: Sequence[Sequence[Records]], groups: list[int] | None) -> None:
+    """Write a shard of every layer that lacks it, from the records of its batches."""
+    for target, parts in zip(shard.targets, zip(*done, strict=True), strict=True):
+        joined = join_records(parts)
+        if groups is not None:
+            joined.group = torch.tensor([groups[i] for i in joined.index.tolist()])
+        write_shard(target.folder, shard.number, joined)
 
 
 def _check_labels_agree(items: Sequence[GoodItem], labels: Sequence[int]) -> None:

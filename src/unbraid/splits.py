@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,7 +128,7 @@ class Split:
                 for number, c in self.clusters.items()
             },
         }
-        write_tensors(Path(path), tensors, {"unbraid": json.dumps(about)})
+        write_tensors(Path(path), tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> Split:
@@ -138,9 +137,8 @@ class Split:
         Raises:
             RunError: the file is missing, damaged or not a split.
         """
-        tensors, metadata = read_tensors(Path(path))
+        tensors, about = read_tensors(Path(path))
         try:
-            about = json.loads(metadata["unbraid"])
             if about["schema"] != SCHEMA:
                 raise ValueError(f"schema {about['schema']}, this version reads {SCHEMA}")
             spec = LayerSpec.from_dict(about["layer"])

@@ -6,6 +6,7 @@ torch is imported inside the commands, so that help is instant.
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from collections.abc import Callable
 
@@ -37,11 +38,20 @@ for place, command in enumerate(_COMMANDS):
     app.command(command, sort_key=place)
 
 
+class Terminated(KeyboardInterrupt):
+    """Asked to end by SIGTERM, which ends as cleanly as ctrl-C."""
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    raise Terminated
+
+
 def main() -> None:
     """Run the command line: exit code 2 for a wrong call, 1 for a failure, no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of any script, on a terminal of any kind
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(
             sys.argv[1:], exit_on_error=False, print_error=True, result_action="return_value"
@@ -54,7 +64,7 @@ def main() -> None:
     except OSError as error:  # a path that may not be read, is too long, and so on
         err_console.print(f"unbraid: {error}; name another path.", style="bold red")
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         err_console.print("\nStopped; start the same command again and it goes on where it was.")
-        sys.exit(130)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
     sys.exit(code or 0)

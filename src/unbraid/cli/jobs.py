@@ -84,9 +84,16 @@ def run(
     Started again, it goes on where it stopped; with other thresholds it does not scan again what
     it has.
     """
+    from unbraid.errors import UsageError
     from unbraid.run_layers import run_layers
     from unbraid.settings import Loading, Thresholds
+    from unbraid.team import n_ranks
 
+    if n_ranks() > 1:
+        raise UsageError(
+            "Several processes can share a scan only; use torchrun with `unbraid scan` into "
+            "OUT/scan-train and OUT/scan-val, then start `unbraid run` alone, which goes on there."
+        )
     loaded = load(model, weights, device, output)
     say(f"Network {model}, layer {', '.join(layer)}.")
     train = open_images(loaded, data / "train")

@@ -53,6 +53,9 @@ EncoderName = Annotated[
 Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an accelerator if there.")]
 BatchSize = Annotated[int, Parameter(help="Images per forward pass.")]
 Workers = Annotated[int, Parameter(help="Processes that load images.")]
+Threads = Annotated[
+    int | None, Parameter(help="Threads to compute with; the same number gives the same bits.")
+]
 SkipBroken = Annotated[
     bool, Parameter(help="Leave out images that cannot be read, and list them.", negative="")
 ]

@@ -24,6 +24,7 @@ from unbraid.cli.options import (
     ScanPath,
     SkipBroken,
     Tau,
+    Threads,
     Weights,
     Workers,
 )
@@ -69,13 +70,16 @@ def scan(
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     skip_broken: SkipBroken = False,
+    threads: Threads = None,
     device: Device = None,
 ) -> None:
     """Run a network over images once and keep a small record of each.
 
-    Several layers are scanned in one pass, each into a folder of its name.
+    Several layers are scanned in one pass, each into a folder of its name. Started by torchrun,
+    all its processes share the work: `torchrun --nproc-per-node 8 -m unbraid scan ...`.
     """
     import unbraid
+    from unbraid.team import is_first
 
     loaded = load(model, weights, device, output)
     folder = open_images(loaded, data)
@@ -93,7 +97,10 @@ def scan(
         skip_broken=skip_broken,
         progress=True,
         source={**loaded.source, "data": str(data.resolve())},
+        threads=threads,
     )
+    if not is_first():
+        return
     one = made if isinstance(made, unbraid.Scan) else next(iter(made.values()))
     say_broken([folder.samples[index][0] for index in one.broken()])
     n_scanned = one.manifest.n_images - len(one.broken())

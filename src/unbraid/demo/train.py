@@ -170,7 +170,7 @@ def make(folder: Path, seed: int) -> None:
     }
     network = train(*tensors["train"], seed=seed)
     print(f"test accuracy {accuracy(network, *tensors['test']):.2%}")
-    write_tensors(WEIGHTS, network.state_dict(), {"seed": str(seed)})
+    write_tensors(WEIGHTS, network.state_dict(), {"seed": seed})
     write_whole(IMAGES, pack(splits))
     print(f"wrote {WEIGHTS} and {IMAGES}")
 
