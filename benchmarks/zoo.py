@@ -4,8 +4,9 @@
 
 Of each family the smallest network, with random weights and random norm statistics, on the smallest
 images that it takes. Of each network the last and a middle layer that can be split: scan, three
-concepts in three channels, outputs with `==`, gradients in float64, the plain form. Each family has
-a process of its own, which may take long or much memory. What is in the cache is not run again.
+concepts in three channels, outputs with `==`, gradients in float64, the plain form. Then all of its
+layers at once: one scan, each split, outputs and gradients. Each family has a process of its own,
+which may take long or much memory. What is in the cache is not run again.
 """
 
 from __future__ import annotations
@@ -14,127 +15,34 @@ import argparse
 import copy
 import json
 import multiprocessing
-import re
 import resource
 import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import unbraid
-from unbraid.describe import bias_of, weight_rows
-from unbraid.findings import Concept
+from unbraid.describe import bias_of, describe, weight_rows
 from unbraid.layers import LayerSpec
 from unbraid.splits import ChannelSplit, Split
 from unbraid.usable import usable_layers
 from unbraid.weights import hash_weights
+from zoo_networks import Pictures, build, families, one_line, randomise, size_of, smallest_size
 from zoo_table import CLOSE, page, table
 
-SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 384, 448, 512)
 CONCEPTS = [[0], [1], [2]]
-SIZE_WORDS = (
-    *("zepto", "atto", "femto", "pico", "nano", "xxt", "xxs", "xt", "ti", "tiny", "t", "xs"),
-    *("mini", "micro", "small", "lite", "s", "m", "medium", "base", "b", "l", "large", "h", "xl"),
-    *("huge", "giant", "gigantic", "enormous", "so"),
-)  # smallest first
-MORE = {  # whose layers pad and standardise on their own
-    "efficientnet, TensorFlow's": "tf_efficientnet_lite0",
-    "nfnet, DeepMind's": "dm_nfnet_f0",
-    "resnetv2, standardised": "resnetv2_50x1_bit",
-    "vision_transformer_hybrid, standardised": "vit_tiny_r_s16_p8_224",
-}
-
-
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """Random pictures of three classes."""
-
-    def __init__(self, size: int, n_images: int) -> None:
-        """Draw them, each class around a pattern of its own."""
-        generator = torch.Generator().manual_seed(size)
-        patterns = torch.randn(3, 3, size, size, generator=generator)
-        own = torch.randn(n_images, 3, size, size, generator=generator)
-        self.targets = [n % 3 for n in range(n_images)]
-        self.images = patterns[self.targets] + own
-
-    def __len__(self) -> int:
-        """Count the images."""
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return one image with its label."""
-        return self.images[index], self.targets[index]
-
-
-# --- which networks -------------------------------------------------------------------------------
-
-
-def families(library: str) -> dict[str, list[str]]:
-    """Names of networks by the file that they are written in."""
-    if library == "timm":
-        by_module = {home: timm.list_models(module=home) for home in timm.list_modules()}
-        return by_module | {family: [name] for family, name in MORE.items()}
-    found: dict[str, list[str]] = {}
-    for name in torchvision.models.list_models(module=torchvision.models):
-        home = torchvision.models.get_model_builder(name).__module__.rsplit(".", 1)[-1]
-        found.setdefault(home, []).append(name)
-    return found
-
-
-def size_of(name: str) -> tuple[int, int, int]:
-    """What a network's name says of its size: the largest word for a size, and its number."""
-    parts = [part.rstrip("0123456789") for part in name.split("_")[1:]]
-    ranks = [SIZE_WORDS.index(p) for p in parts if p in SIZE_WORDS] or [SIZE_WORDS.index("s")]
-    return max(ranks), int((re.findall(r"[0-9]+", name) or ["0"])[0]), len(name)
-
-
-def build(library: str, name: str) -> nn.Module:
-    """Build a network with random weights."""
-    if library == "timm":
-        return timm.create_model(name, pretrained=False).eval()
-    return torchvision.models.get_model(name, weights=None).eval()
-
-
-def randomise(model: nn.Module) -> None:
-    """Give norms something to do, and whatever is constant at the start some variety."""
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.uniform_(-0.2, 0.2)
-        if name.endswith("running_var"):
-            buffer.uniform_(0.5, 1.5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
-                parameter.add_(0.1 * torch.randn_like(parameter))
-
-
-def smallest_size(model: nn.Module) -> int:
-    """Find the smallest images that a network takes."""
-    error = None
-    for size in SIZES:
-        try:
-            with torch.no_grad():
-                model(torch.zeros(1, 3, size, size))
-            return size
-        except Exception as caught:
-            error = caught
-    raise RuntimeError(f"runs on images of no size ({_one_line(error)})")
 
 
 def two_layers(specs: list[LayerSpec], n_classes: int) -> list[LayerSpec]:
     """The last layer that can be split, and a middle one; the classifier left out."""
     inner = [spec for spec in specs if spec.n_out != n_classes] or specs
     return list({spec.name: spec for spec in (inner[len(inner) // 2], inner[-1])}.values())
-
-
-# --- what is tried --------------------------------------------------------------------------------
 
 
 def try_layer(model: nn.Module, spec: LayerSpec, size: int) -> dict[str, Any]:
@@ -149,12 +57,12 @@ def try_layer(model: nn.Module, spec: LayerSpec, size: int) -> dict[str, Any]:
             scan = unbraid.scan(model, spec.name, dataset, folder, batch_size=3)
             concepts = unbraid.find(scan, channels=wanted).concepts
         row["scan"] = True
-        split = random_split(model, spec, concepts)
+        (split,) = random_splits(model, {spec.name: concepts})
         row["equal"] = outputs_equal(model, unbraid.apply(model, split), images)
         single = run(model, spec.name, images)
         plain = run(unbraid.apply(model, split, form="plain"), spec.name, images)
         double, exact = copy.deepcopy(model).double(), images.double()
-        split = random_split(double, spec, concepts)
+        (split,) = random_splits(double, {spec.name: concepts})
         row["gradient"] = gradients_equal(double, unbraid.apply(double, split), exact)
         wide = run(double, spec.name, exact)
         wide_plain = run(unbraid.apply(double, split, form="plain"), spec.name, exact)
@@ -165,24 +73,47 @@ def try_layer(model: nn.Module, spec: LayerSpec, size: int) -> dict[str, Any]:
         off = row["off64"] if row["own"] > CLOSE else row["off"]
         row["plain"] = row["layer_off"] <= CLOSE and row["layer_off64"] <= 1e-12 and off <= CLOSE
     except Exception as error:
-        row["error"] = _one_line(error)
+        row["error"] = one_line(error)
         row["where"] = traceback.format_exc()[-1500:]
     return row
 
 
-def random_split(
-    model: nn.Module, spec: LayerSpec, concepts: dict[int, tuple[Concept, ...]]
-) -> Split:
+def try_all(model: nn.Module, specs: list[LayerSpec], size: int) -> dict[str, Any]:
+    """Scan all layers in one pass, and split the first and the last channel of each."""
+    row: dict[str, Any] = {"layer": f"all {len(specs)} at once", "kind": ""}
+    images = Pictures(size, 2).images
+    concepts = {spec.name: {o: CONCEPTS for o in (0, spec.n_out - 1)} for spec in specs}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            dataset = Pictures(size, 4)
+            scans = unbraid.scan(model, [*concepts], dataset, folder, batch_size=2)
+            row["scan"] = [scan.layer.name for scan in scans.values()] == [*concepts]
+        splits = random_splits(model, concepts)
+        row["equal"] = outputs_equal(model, unbraid.apply(model, splits), images)
+        double = copy.deepcopy(model).double()
+        splits = random_splits(double, concepts)
+        row["gradient"] = gradients_equal(double, unbraid.apply(double, splits), images.double())
+    except Exception as error:
+        row["error"] = one_line(error)
+        row["where"] = traceback.format_exc()[-1500:]
+    return row
+
+
+def random_splits(
+    model: nn.Module, concepts: Mapping[str, Mapping[int, Sequence[Sequence[int]]]]
+) -> list[Split]:
     """Divide weights at random: what is equal must be so however they are divided."""
-    layer = model.get_submodule(spec.name)
-    weight, bias = weight_rows(layer), bias_of(layer)
-    parts = tuple(
-        ChannelSplit(
-            o, own, torch.rand(len(own), spec.n_taps).to(weight), weight[o], float(bias[o]), {}
+    hashed, splits = hash_weights(model), []
+    for name, channels in concepts.items():
+        layer = model.get_submodule(name)
+        weight, bias = weight_rows(layer), bias_of(layer)
+        masks = {o: torch.rand(len(own), weight.shape[1]).to(weight) for o, own in channels.items()}
+        parts = tuple(
+            ChannelSplit(o, own, masks[o], weight[o], float(bias[o]), {})
+            for o, own in channels.items()
         )
-        for o, own in concepts.items()
-    )
-    return Split(spec, hash_weights(model), "random", {}, (), parts)
+        splits.append(Split(describe(name, layer), hashed, "random", {}, (), parts))
+    return splits
 
 
 def outputs_equal(model: nn.Module, changed: nn.Module, images: Tensor) -> bool:
@@ -237,8 +168,9 @@ def try_family(library: str, family: str, names: list[str]) -> dict[str, Any]:
         row["tried"] = [
             try_layer(model, spec, row["size"]) for spec in two_layers(specs, n_classes)
         ]
+        row["all"] = try_all(model, specs, row["size"])
     except Exception as error:
-        row["error"] = _one_line(error)
+        row["error"] = one_line(error)
         row["where"] = traceback.format_exc()[-1500:]
     return row
 
@@ -265,11 +197,6 @@ def in_a_process(library: str, family: str, names: list[str], seconds: int) -> d
     process.join()
     row = row or {"library": library, "family": family, "error": error}
     return {**row, "seconds": round(time.perf_counter() - start, 1)}
-
-
-def _one_line(error: Exception | None) -> str:
-    text = str(error).splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else ''}".replace("|", "/")
 
 
 def main() -> None:

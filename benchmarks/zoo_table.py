@@ -10,6 +10,7 @@ import torchvision
 from machine import describe_machine
 
 CHECKS = ("scan", "equal", "gradient", "plain")
+CHECKS_OF_ALL = ("scan", "equal", "gradient")  # of all layers of a network at once
 CLOSE = 1e-5  # what the plain form in float32 is held to
 
 
@@ -27,11 +28,12 @@ def summary(rows: list[dict[str, Any]]) -> str:
     """Count what was tried and what holds."""
     tried = [layer for row in rows for layer in row.get("tried", [])]
     failing = [f"{row['library']} {row['family']}" for row in rows if not passed(row)]
+    n_all = sum(row.get("n_layers", 0) for row in rows)
     amplified = [layer for layer in tried if layer.get("plain") and layer["off"] > CLOSE]
     most = max(rows, key=lambda row: row.get("peak", 0))
     return (
-        f"{len(rows)} families, {len(tried)} layers. All checks hold in "
-        f"{len(rows) - len(failing)} families{', not in ' if failing else ''}"
+        f"{len(rows)} families, {len(tried)} layers one by one, {n_all} at once. All checks hold "
+        f"in {len(rows) - len(failing)} families{', not in ' if failing else ''}"
         f"{', '.join(failing)}; in {len(amplified)} layers the plain form is judged in float64. "
         f"Most memory: {most['peak']} GiB ({most['model']})."
     )
@@ -39,8 +41,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def passed(row: dict[str, Any]) -> bool:
     """Whether every check of every layer that was tried holds."""
-    tried = row.get("tried", [])
-    return bool(tried) and all(layer.get(check) is True for layer in tried for check in CHECKS)
+    tried, together = row.get("tried", []), row.get("all", {})
+    holds = [layer.get(check) is True for layer in tried for check in CHECKS]
+    return bool(tried) and all(holds + [together.get(check) is True for check in CHECKS_OF_ALL])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -51,10 +54,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         start = (f"{row['library']} {row['family']}", row.get("model", ""), row.get("size", ""))
         if "error" in row:
             lines.append((*start, *[""] * 6, row["error"]))
-        for tried in row.get("tried", []):
+        for tried in [*row.get("tried", []), *([row["all"]] if "all" in row else [])]:
             marks = [{True: "yes", False: "**no**"}.get(tried.get(check), "") for check in CHECKS]
             remark = tried.get("error", _amplified(tried))
-            lines.append((*start, f"`{tried['layer']}`", tried["kind"], *marks, remark))
+            layer = f"`{tried['layer']}`" if tried["kind"] else tried["layer"]
+            lines.append((*start, layer, tried["kind"], *marks, remark))
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
