@@ -212,6 +212,22 @@ class TestRun:
         assert "report.html" in out
         assert page.read_bytes() == before
 
+    def test_what_it_left_is_checked_and_repaired(
+        self, ran: subprocess.CompletedProcess[str], home: Path, call
+    ) -> None:
+        shutil.copytree(home / "runs/a", home / "runs/checked")
+        code, out, _ = call("check", "runs/checked")
+        assert (code, out) == (0, "16 files sound.\n")
+        split = home / "runs/checked/split.safetensors"
+        split.write_bytes(split.read_bytes()[:-8])
+        code, out, _ = call("check", "runs/checked")
+        assert code == 1
+        assert "15 files sound." in out
+        assert "split.safetensors" in out
+        code, _, err = call("check", "data")
+        assert code == 1
+        assert_one_sentence(err)
+
     def test_several_layers_share_a_pass_and_each_has_its_run(
         self, ran: subprocess.CompletedProcess[str], home: Path, call
     ) -> None:

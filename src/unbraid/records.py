@@ -81,17 +81,7 @@ class Scan:
     def shards(self) -> Iterator[Records]:
         """Read the records shard by shard, so that memory does not grow with their number."""
         for shard in range(self.manifest.n_shards):
-            yield self._shard(shard)
-
-    def _shard(self, shard: int) -> Records:
-        records = read_shard(self.path, shard)
-        n_images = len(records) + len(records.broken)
-        if n_images != self.manifest.images_in(shard):
-            raise RunError(
-                f"{shard_path(self.path, shard)} holds {n_images} images of "
-                f"{self.manifest.images_in(shard)}; delete it and start the scan again."
-            )
-        return records
+            yield sound_shard(self.path, self.manifest, shard)
 
     def broken(self) -> list[int]:
         """Places in the data set of images that could not be read and were left out."""
@@ -204,3 +194,47 @@ def read_shard(folder: Path, shard: int) -> Records:
         return Records(**read_tensors(path)[0])
     except TypeError:
         raise RunError(f"{path} is not a shard; delete it and start the scan again.") from None
+
+
+def sound_shard(folder: Path, manifest: Manifest, shard: int) -> Records:
+    """Read one shard, and make sure that it holds what a shard of this scan must.
+
+    Raises:
+        RunError: the file is missing or damaged, lacks images or holds impossible records.
+    """
+    records = read_shard(folder, shard)
+    fault = _fault(records, manifest, shard)
+    if fault:
+        raise RunError(f"{shard_path(folder, shard)} {fault}; delete it and start the scan again.")
+    return records
+
+
+def _fault(records: Records, manifest: Manifest, shard: int) -> str | None:
+    """What is wrong with a shard's records, None if nothing is."""
+    spec, n = manifest.layer, records.index.numel()
+    shapes = {
+        "index": (n,),
+        "label": (n,),
+        "prediction": (n,),
+        "n_positions": (n,),
+        "pooled": (n, spec.groups, spec.n_taps),
+        "share_start": (n + 1,),
+        "share_channel": (records.share_value.numel(),),
+        "share_value": (records.share_value.numel(),),
+        "broken": (records.broken.numel(),),
+    }
+    for name, shape in shapes.items():
+        if getattr(records, name).shape != shape:
+            return f"holds a {name!r} of a wrong shape"
+    n_images = n + len(records.broken)
+    if n_images != manifest.images_in(shard):
+        return f"holds {n_images} images of {manifest.images_in(shard)}"
+    start, channel = records.share_start, records.share_channel
+    ends = int(start[0]), int(start[-1])
+    if ends != (0, len(channel)) or (start.diff() < 0).any():
+        return "holds shares of no image"
+    if ((channel < 0) | (channel >= spec.n_out)).any():
+        return "holds shares of channels that the layer has not"
+    if (records.index.diff() <= 0).any() or (records.label < 0).any():
+        return "holds images out of order or without a label"
+    return None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from cyclopts import App, CycloptsError
 
-from unbraid.cli import jobs, steps
+from unbraid.cli import figures, jobs, steps
 from unbraid.cli.output import err_console
 from unbraid.errors import UnbraidError
 
@@ -32,6 +32,8 @@ _COMMANDS: tuple[Callable[..., int | None], ...] = (
     steps.split,
     steps.evaluate,
     jobs.report,
+    figures.figure,
+    jobs.check,
     jobs.reproduce,
 )
 for place, command in enumerate(_COMMANDS):

@@ -13,6 +13,7 @@ from unbraid.cli.options import (
     Concepts,
     Device,
     EncoderName,
+    Features,
     Gamma,
     Labels,
     Layers,
@@ -30,7 +31,7 @@ from unbraid.cli.output import out_console, say, show_run, show_runs
 from unbraid.tables import align
 
 
-def demo(*, out: Out) -> None:
+def demo(*, out: Out, features: Features = True) -> None:
     """Split a small network on Fashion-MNIST, offline, in under a minute.
 
     Everything comes with the package: the network, trained on all of Fashion-MNIST, and a sample
@@ -52,6 +53,7 @@ def demo(*, out: Out) -> None:
         source={"demo": True},
         say=say,
         title="Demo: a small network on Fashion-MNIST",
+        features=features,
     )
     show_run(result)
 
@@ -73,6 +75,7 @@ def run(
     labels: Labels = "given",
     rho: Rho = None,
     encoder: EncoderName = None,
+    features: Features = True,
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     skip_broken: SkipBroken = False,
@@ -111,6 +114,7 @@ def run(
         title=model,
         encoder=encoder,
         labels=labels if labelled(train) else "predicted",
+        features=features,
     )
     show_runs(done)
 
@@ -120,6 +124,20 @@ def report(run: Annotated[Path, Parameter(help="Folder of a finished run.")]) ->
     from unbraid.again import report_again
 
     out_console.print(f"Report: {report_again(run)}")
+
+
+def check(
+    run: Annotated[Path, Parameter(help="Folder of a run or of a scan.")],
+) -> int:
+    """Verify what a run or scan left, and set damaged files aside so that they are made anew.
+
+    Exit code 0 if everything is whole, else 1.
+    """
+    from unbraid.check import check as check_folder
+
+    found = check_folder(run)
+    out_console.print(str(found))
+    return 0 if found.whole else 1
 
 
 def reproduce(

@@ -59,5 +59,8 @@ Threads = Annotated[
 SkipBroken = Annotated[
     bool, Parameter(help="Leave out images that cannot be read, and list them.", negative="")
 ]
+Features = Annotated[
+    bool, Parameter(help="Make images that excite each split channel and concept channel.")
+]
 Out = Annotated[Path, Parameter(help="Where to write.")]
 ScanPath = Annotated[Path, Parameter(help="Folder of a finished scan.")]

@@ -1,0 +1,77 @@
+"""A scan in a process of its own, to be killed: `python scanning.py FOLDER [how to die]`.
+
+It says `ready PID` before it begins. Five shards of two layers; a batch takes a few milliseconds,
+so that a kill at random finds it anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import unbraid
+
+LAYERS = ["1", "3"]
+N_IMAGES = 4 * 128 + 40  # with positions a shard holds 128
+
+
+class Slow(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.003)
+        return x.relu()
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    def __init__(self) -> None:
+        self.targets = [n % 3 for n in range(N_IMAGES)]
+
+    def __len__(self) -> int:
+        return N_IMAGES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        return torch.randn(3, 8, 8, generator=generator), index % 3
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    return nn.Sequential(Slow(), nn.Conv2d(3, 6, 3), Slow(), nn.Conv2d(6, 6, 1), *head)
+
+
+def die_at(moment: str) -> None:
+    """Arrange for the end: `rename 3` just before the third file gets its name, `named 3` after."""
+    kind, number = moment.split()
+    replace, calls = Path.replace, []
+
+    def replace_and_die(self: Path, target: Path) -> Path:
+        calls.append(target)
+        last = len(calls) == int(number)
+        if last and kind == "rename":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replaced = replace(self, target)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replaced
+
+    Path.replace = replace_and_die  # type: ignore[method-assign]
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    if len(sys.argv) > 2 and os.environ.get("RANK", "0") == "0":
+        die_at(sys.argv[2])
+    print(f"ready {os.getpid()}", flush=True)
+    options = {"positions": True, "batch_size": 16, "threads": 1}
+    unbraid.scan(network(), LAYERS, Images(), out, **options)
+
+
+if __name__ == "__main__":
+    main()

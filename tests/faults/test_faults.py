@@ -1,0 +1,213 @@
+"""Whatever happens to a scan, the next start makes of it what an undisturbed one would be."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+SCANNING = Path(__file__).with_name("scanning.py")
+N_FILES = 2 * (2 + 5)  # layer, manifest and shards of two layers
+TORCHRUN = ("-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d")
+
+
+def command(folder: Path, n_ranks: int = 1, moment: str = "") -> list[str]:
+    many = () if n_ranks == 1 else (*TORCHRUN, "--nproc-per-node", str(n_ranks))
+    return [sys.executable, *many, str(SCANNING), str(folder), *([moment] if moment else [])]
+
+
+def start(folder: Path, n_ranks: int = 1, moment: str = "") -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command(folder, n_ranks, moment), env=env, **pipes)
+
+
+def finish(folder: Path, n_ranks: int = 1) -> None:
+    done = start(folder, n_ranks)
+    output, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, output
+
+
+def ready(process: subprocess.Popen[str]) -> int:
+    """Wait until a rank begins; its process id."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("ready"):
+            return int(line.split()[1])
+    raise AssertionError("it did not begin")
+
+
+def assert_same(folder: Path, undisturbed: Path) -> None:
+    """The same files, byte for byte, and nothing else."""
+
+    def files(root: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+    ours, theirs = files(folder), files(undisturbed)
+    assert sorted(ours) == sorted(theirs)
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(folder)
+    assert len([p for p in folder.rglob("*") if p.is_file()]) == N_FILES
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seconds(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """How long a scan takes once it has begun."""
+    process = start(tmp_path_factory.mktemp("timed"))
+    ready(process)
+    begun = time.perf_counter()
+    process.communicate(timeout=300)
+    return time.perf_counter() - begun
+
+
+def kill_at_random(folder: Path, n_ranks: int, seed: int, seconds: float) -> None:
+    process = start(folder, n_ranks)
+    victim = ready(process)
+    time.sleep(random.Random(seed).uniform(0, seconds))
+    with suppress(ProcessLookupError):  # where it was quicker
+        os.kill(victim, signal.SIGKILL)
+    process.communicate(timeout=300)
+
+
+def test_a_changed_byte_and_a_missing_file_are_told(undisturbed: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(undisturbed, tmp_path / "copy"))
+    assert_same(copy, undisturbed)
+    shard = copy / "1" / "shard-000002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(AssertionError):
+        assert_same(copy, undisturbed)
+    shard.unlink()
+    with pytest.raises(AssertionError):
+        assert_same(copy, undisturbed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_it_goes_on(
+    seed: int, undisturbed: Path, seconds: float, tmp_path: Path
+) -> None:
+    kill_at_random(tmp_path, 1, seed, seconds)
+    finish(tmp_path)
+    assert_same(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("moment", ["rename 1", "named 3", "rename 7", "named 9"])
+def test_killed_around_a_rename_it_goes_on(moment: str, undisturbed: Path, tmp_path: Path) -> None:
+    killed = start(tmp_path, moment=moment)
+    killed.communicate(timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    n_named = int(moment.split()[1]) - moment.startswith("rename")
+    kept = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".tmp"]
+    assert len(kept) == n_named
+    finish(tmp_path)
+    assert_same(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_many_processes_leave_the_same_bytes(
+    n_ranks: int, undisturbed: Path, tmp_path: Path
+) -> None:
+    finish(tmp_path, n_ranks)
+    assert_same(tmp_path, undisturbed)
+
+
+def test_a_rank_that_dies_loses_no_finished_shard(undisturbed: Path, tmp_path: Path) -> None:
+    killed = start(tmp_path, 2, moment="named 7")  # rank 0, with a shard of its own named
+    output, _ = killed.communicate(timeout=300)
+    assert killed.returncode != 0, output
+    kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("shard-*.safetensors")}
+    assert kept
+    finish(tmp_path)  # with another number of ranks
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    assert_same(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_line_with_a_line_that_says_how_to_go_on(
+    sign: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data" / "a"
+    folder.mkdir(parents=True)
+    from PIL import Image
+
+    for n in range(400):
+        Image.new("RGB", (8, 8), (n % 256, 0, 0)).save(folder / f"{n}.png")
+    (tmp_path / "slow.py").write_text(
+        "import sys, torchvision\n"
+        f"sys.path.insert(0, {str(SCANNING.parent)!r})\n"
+        "from scanning import network\n"
+        "def build():\n"
+        "    return network(), torchvision.transforms.ToTensor()\n"
+    )
+    arguments = ["scan", "--model", "slow.py:build", "--layer", "3", "--data", "data"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "unbraid", *arguments, "--out", "out", "--batch-size", "1"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "out" / "manifest.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(sign)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "start the same command again and it goes on" in err
+    assert "Traceback" not in err
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def _full_disk(folder: Path, kilobytes: int) -> bool:
+    """Mount a small disk of its own, where that is allowed."""
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+    return (
+        shutil.which("mount") is not None
+        and not subprocess.run(["mount", *options], capture_output=True, check=False).returncode
+    )
+
+
+def test_a_full_disk_loses_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    size = sum(p.stat().st_size for p in undisturbed.rglob("*"))
+    if not _full_disk(disk, size // 2 // 1024):
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        stopped = start(disk / "scan")
+        output, _ = stopped.communicate(timeout=300)
+        assert stopped.returncode != 0
+        assert "The disk is full" in output
+        assert not list(disk.rglob("*.tmp"))
+        kept = shutil.copytree(disk / "scan", tmp_path / "scan")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert list(kept.rglob("shard-*.safetensors"))
+    finish(kept)
+    assert_same(kept, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 200))
+def test_killed_at_random_a_hundred_times(
+    seed: int, undisturbed: Path, seconds: float, tmp_path: Path
+) -> None:
+    n_ranks = 1 + seed % 3
+    kill_at_random(tmp_path, n_ranks, seed, seconds)
+    finish(tmp_path, 1 + (seed // 3) % 3)
+    assert_same(tmp_path, undisturbed)
