@@ -37,6 +37,7 @@ from unbraid.splits import Split
 from unbraid.surgery import apply
 from unbraid.tables import count
 from unbraid.thresholds import check_thresholds
+from unbraid.visualize.run import visualize_run
 
 Say = Callable[[str], None]
 
@@ -67,6 +68,7 @@ def run(
     title: str,
     encoder: str | None = None,
     labels: Labels = "given",
+    features: bool = True,
 ) -> Run:
     """Do everything for one layer; started again, finished scans are not repeated.
 
@@ -84,6 +86,7 @@ def run(
         encoder: of images, for semantic measures, as `load_encoder` takes it; by default the
             network's own penultimate layer.
         labels: "predicted" for images without labels, or to take them for what the network does.
+        features: make feature visualisations of the split channels.
     """
     embedding = prepare(model, thresholds, encoder)
     settings: dict[str, Any] = {"title": title, "thresholds": vars(thresholds)}
@@ -139,7 +142,8 @@ def run(
     baseline.save(out / "split-published.safetensors")
     model2 = apply(model, divided)
     output = compare_outputs(model, model2, val, tolerance=0.0, progress=True, **vars(loading))
-    ablated = _clearest(found)
+    by_cosine = _by_cosine(found)
+    ablated = by_cosine[:MAX_ABLATED]
     if len(ablated) < len(found.concepts):
         say(f"Switching off only the {len(ablated)} channels with the lowest cosines.")
     members = val_scan if found.clusters else None
@@ -153,6 +157,8 @@ def run(
         semantics=_semantics(divided, val_scan, shown, embedding, loading, say),
     )
     evaluation.save(out / "evaluation.json")
+    if features:
+        visualize_run(model2, layer, train, by_cosine, out, say)
     report(
         page,
         scan=val_scan,
@@ -188,10 +194,10 @@ def _scan_positions(
     return scan_into(model, {layer: folder}, dataset, **options)[layer]
 
 
-def _clearest(found: Findings) -> list[int]:
-    """The channels whose causal effect is measured, lowest cosine first."""
+def _by_cosine(found: Findings) -> list[int]:
+    """The channels, lowest cosine first, as time may not be enough for all."""
     by_cosine = dict.fromkeys(pair.channel for pair in found.pairs)
-    return list(by_cosine | dict.fromkeys(found.channels))[:MAX_ABLATED]
+    return list(by_cosine | dict.fromkeys(found.channels))
 
 
 def _semantics(

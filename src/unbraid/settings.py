@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,4 @@ def remove_results(out: Path) -> None:
     """Remove the results of a run with other settings, so that a folder never mixes two."""
     for name in _RESULTS:
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "features", ignore_errors=True)

@@ -44,6 +44,7 @@ class Features:
     """Feature visualisations of one layer's channels."""
 
     layer: str
+    weights: str  # hash of the network, concept channels and all, that they were made with
     features: tuple[Feature, ...]
     settings: dict[str, Any] = field(default_factory=dict)  # how they were made
     left_out: int = 0  # split channels without images, for want of time
@@ -82,6 +83,7 @@ class Features:
         about = {
             "schema": SCHEMA,
             "layer": self.layer,
+            "weights": self.weights,
             "settings": self.settings,
             "left_out": self.left_out,
             "features": [
@@ -113,6 +115,7 @@ class Features:
                 raise ValueError(f"schema {about['schema']}, this version reads {SCHEMA}")
             return cls(
                 layer=str(about["layer"]),
+                weights=str(about["weights"]),
                 features=tuple(_read(folder, entry) for entry in about["features"]),
                 settings=dict(about["settings"]),
                 left_out=_number(about["left_out"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,10 +21,13 @@ from unbraid.visualize.canvas import blank_canvas, shake
 from unbraid.visualize.features import Feature, Features
 from unbraid.visualize.pixels import Pixels
 from unbraid.visualize.responses import Score, Target, Watched, targets_of, watch
+from unbraid.weights import hash_weights
 
 _RATE = 0.1  # of Adam, in units of the coefficients' spread
 _RATE_OF_PHASES = 0.2  # radians
-_MAX_PIXELS = 8 * 224 * 224  # side by side, which keeps memory within bounds
+# Pixels side by side: few keep memory, and the time to the next look at the clock, within bounds;
+# accelerators ask for more.
+_PIXELS, _PIXELS_OF_ACCELERATORS = 3 * 224 * 224, 32 * 224 * 224
 _FULL = 0.5  # quantile of the accumulated gradients from which on a picture is opaque
 
 
@@ -60,8 +64,10 @@ def make_features(
     """Make images for channels and their concept channels; see `unbraid.visualize`."""
     watched = watch(unwrap(model), layer)
     targets = targets_of(watched, channels)
-    pixels = _on(next(watched.layer.parameters()).device, pixels)
-    most = max(1, _MAX_PIXELS // (pixels.size[0] * pixels.size[1]))
+    device = next(watched.layer.parameters()).device
+    pixels = _on(device, pixels)
+    at_once = _PIXELS if device.type == "cpu" else _PIXELS_OF_ACCELERATORS
+    most = max(1, at_once // math.prod(pixels.size))
     features: list[Feature] = []
     begun = time.monotonic()
     done = 0
@@ -86,7 +92,13 @@ def make_features(
                 features += [replace(f, place=place) for place, (_, f) in enumerate(best)]
             done += len(block)
     settings = {**asdict(recipe), "size": list(pixels.size)}
-    return Features(watched.spec.name, tuple(features), settings, len(targets) - done)
+    return Features(
+        layer=watched.spec.name,
+        weights=hash_weights(watched.model),
+        features=tuple(features),
+        settings=settings,
+        left_out=len(targets) - done,
+    )
 
 
 def _blocks(targets: dict[int, list[Target]], n: int, most: int) -> list[list[int]]:

@@ -143,6 +143,9 @@ class Score(nn.Module):
 def _keep(
     kept: list[Tensor], spec: LayerSpec, n_images: int, _: nn.Module, __: Any, output: Tensor
 ) -> None:
-    """Keep (N, channels, positions); parts of an image, such as windows, are more positions."""
-    maps = channels_first(spec, output).flatten(2).unflatten(0, (n_images, -1))
+    """Keep (N, channels, positions); parts of an image, such as windows, are more positions.
+
+    Of a copy, since the next module may write into the output.
+    """
+    maps = channels_first(spec, output.clone()).flatten(2).unflatten(0, (n_images, -1))
     kept.append(maps.movedim(1, 2).flatten(2))
