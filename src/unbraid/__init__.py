@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from unbraid.errors import UnbraidError as UnbraidError
     from unbraid.evaluate import evaluate as evaluate
     from unbraid.evaluation import Evaluation as Evaluation
+    from unbraid.figures import density_figure as density_figure
+    from unbraid.figures import save_figure as save_figure
+    from unbraid.figures import teaser_figure as teaser_figure
     from unbraid.find import find as find
     from unbraid.findings import Findings as Findings
     from unbraid.measure_semantics import measure_semantics as measure_semantics
@@ -71,6 +74,9 @@ _HOME = {
     "evaluate": "evaluate",
     "Evaluation": "evaluation",
     "report": "report",
+    "teaser_figure": "figures",
+    "density_figure": "figures",
+    "save_figure": "figures",
     "visualize": "visualize",
     "Features": "visualize.features",
     "UnbraidError": "errors",

@@ -57,12 +57,12 @@ def report_again(out: Path) -> Path:
         sensitivity=counted,
         split=divided,
         evaluation=evaluation,
-        dataset=as_labelled(_validation_images(source, val_scan), val_scan),
+        dataset=as_labelled(validation_images(source, val_scan), val_scan),
         title=title,
     )
 
 
-def _validation_images(source: dict[str, Any], scan: Scan) -> Dataset[Any]:
+def validation_images(source: dict[str, Any], scan: Scan) -> Dataset[Any]:
     """Open a run's validation images again, for looking at.
 
     Raises:

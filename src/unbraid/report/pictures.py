@@ -71,15 +71,15 @@ def _label_of(dataset: Dataset[Any], index: int) -> int | None:
 
 def _picture(dataset: Dataset[Any], index: int) -> Picture | None:
     try:
-        return _encode(_open(dataset, index))
+        return _encode(open_picture(dataset, index))
     except Exception:  # whatever a data set raises, one image is not worth the page
         return None
 
 
-def _open(dataset: Dataset[Any], index: int) -> Image.Image:
+def open_picture(dataset: Dataset[Any], index: int) -> Image.Image:
     """Get a picture as it was before the transform where the data set can give it."""
     if isinstance(dataset, Subset):
-        return _open(dataset.dataset, int(dataset.indices[index]))
+        return open_picture(dataset.dataset, int(dataset.indices[index]))
     if hasattr(dataset, "picture"):
         picture = dataset.picture(index)
         assert isinstance(picture, Image.Image)
