@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Subset
 
 import unbraid
@@ -701,3 +701,79 @@ def test_files_are_synced_before_they_get_their_name(tmp_path, monkeypatch):
     unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path)
     # Layer, manifest, one shard: the content, the rename, and the folder that holds the name.
     assert order == ["sync", "name", "sync"] * 3
+
+
+class NeedsRoom(nn.Module):
+    """Has room for so many images, in the pass or in the gradient."""
+
+    def __init__(self, network: nn.Module, room: int, behind: bool) -> None:
+        super().__init__()
+        self.network, self.room, self.behind = network, room, behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.room and not self.behind:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        z = self.network(x)
+        if z.requires_grad and len(x) > self.room:
+            z.register_hook(self._fail)
+        return z
+
+    def _fail(self, _: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(behind, tmp_path):
+    dataset = SyntheticImages(11)
+    network = NeedsRoom(build("1x1"), 3, behind)
+    with pytest.warns(UserWarning, match="going on with 2 images at a time"):
+        scan = unbraid.scan(network, "network.layer", dataset, tmp_path, batch_size=7)
+    assert_records(list(scan.shards()), truth_of(build("1x1"), dataset), 0.005, range(11))
+
+
+def test_a_device_without_room_for_one_image_is_told(tmp_path):
+    network = NeedsRoom(build("1x1"), 0, False)
+    warned = pytest.warns(UserWarning, match="out of memory")
+    with warned, pytest.raises(ModelError, match="not even one image"):
+        unbraid.scan(network, "network.layer", SyntheticImages(4), tmp_path)
+
+
+def test_under_autocast_the_network_runs_in_bfloat16_and_sums_are_of_float32(tmp_path):
+    images = SyntheticImages(8)
+    images.images = images.images.float()
+    network = build("1x1", dtype=torch.float32)
+    (plain,) = unbraid.scan(network, "layer", images, tmp_path / "plain").shards()
+    scan = unbraid.scan(network, "layer", images, tmp_path / "autocast", autocast=True)
+    (records,) = scan.shards()
+    assert records.pooled.dtype == torch.float32
+    assert not torch.equal(records.pooled, plain.pooled)
+    torch.testing.assert_close(records.pooled, plain.pooled, rtol=0.02, atol=0.02)
+    with pytest.raises(RunError, match="whether it runs in bfloat16 differ"):
+        unbraid.scan(network, "layer", images, tmp_path / "autocast")
+
+
+def test_threads_are_fixed_for_the_scan_and_given_back(tmp_path):
+    seen = []
+
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = build("1x1")
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.get_num_threads())
+            return self.network(x)
+
+    before = torch.get_num_threads()
+    images = SyntheticImages(4)
+    scan = unbraid.scan(Watching(), "network.layer", images, tmp_path, threads=3)
+    assert seen == [3]
+    assert torch.get_num_threads() == before
+    assert scan.manifest.threads == 3
+    (tmp_path / "shard-000000.safetensors").unlink()
+    unbraid.scan(Watching(), "network.layer", images, tmp_path)  # goes on with as many
+    assert seen == [3, 3]
+    with pytest.raises(RunError, match="the number of threads differ"):
+        unbraid.scan(Watching(), "network.layer", images, tmp_path, threads=2)
+    with pytest.raises(UsageError, match="threads is 0"):
+        unbraid.scan(Watching(), "network.layer", images, tmp_path, threads=0)

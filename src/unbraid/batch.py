@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unbraid.data import GoodItem
 from unbraid.describe import bias_of, weight_rows
-from unbraid.errors import DataError, LayerError, ModelError, UnbraidError
+from unbraid.errors import DataError, LayerError, ModelError, OutOfMemory, UnbraidError
 from unbraid.layers import LayerSpec, channels_first, pooled_input
 from unbraid.networks import as_logits
 from unbraid.records import Records, no_records
@@ -35,6 +35,7 @@ def scan_batch(
     min_share: float,
     positions: bool,
     predicted: bool,
+    autocast: bool,
     check: bool,
 ) -> list[Records]:
     """Run the network on some images once and keep their records, layer by layer.
@@ -46,6 +47,7 @@ def scan_batch(
         min_share: the smallest share kept.
         positions: also keep input maps.
         predicted: take each image for what the network takes it for, not for its label.
+        autocast: run the network in bfloat16 where torch sees fit.
         check: make sure that the layers compute what is thought, image by image.
     """
     if not items:
@@ -58,7 +60,8 @@ def scan_batch(
             stack.enter_context(cut_at(layer.module, partial(_keep, layer.spec, positions)))
             for layer in layers
         ]
-        logits = run_network(model, images)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            logits = run_network(model, images)
         for layer, cut in zip(layers, cuts, strict=True):
             cut.recording = False
             if not cut.outputs:
@@ -173,7 +176,7 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
         raise
     except Exception as error:  # of a network of anyone's own
         if isinstance(error, torch.OutOfMemoryError):
-            raise ModelError("The device is out of memory; lower batch_size.") from None
+            raise OutOfMemory("The device is out of memory; lower batch_size.") from None
         raise ModelError(
             f"The network cannot run on images of shape {tuple(images.shape[1:])} "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); check size "

@@ -28,6 +28,10 @@ class ModelError(UnbraidError):
     """The network cannot be built, loaded or run."""
 
 
+class OutOfMemory(ModelError):
+    """The device's memory holds no batch of this size."""
+
+
 class DataError(UnbraidError):
     """The images cannot be found, read or understood."""
 

@@ -39,6 +39,7 @@ class Manifest:
     labels: str = "given"  # or "predicted": each image counts as what the network takes it for
     output: str = ""  # which part of the network's output logits were taken from
     indices: str = ""  # hash of the places in the data set, where only some were scanned
+    autocast: bool = False  # whether the network ran in bfloat16 where torch sees fit
     threads: int = 0  # of each process, since convolutions round otherwise with more; 0: not known
     schema: int = SCHEMA
 
@@ -55,6 +56,7 @@ class Manifest:
         "output": "which part of the output is the logits",
         "indices": "the places in the data set",
         "positions": "whether positions are kept",
+        "autocast": "whether it runs in bfloat16",
         "threads": "the number of threads",
         "shard_size": "the shard size",
     }

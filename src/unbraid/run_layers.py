@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
+from unbraid.layer_names import is_pattern, layer_folder, layer_names
 from unbraid.output import OutputComparison, compare_outputs
 from unbraid.pipeline import Run, prepare, run
-from unbraid.scan import is_pattern, layer_folder, layer_names, scan_into
+from unbraid.scan import scan_into
 from unbraid.splits import Split
 from unbraid.surgery import apply
 

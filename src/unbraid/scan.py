@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args, overload
-from urllib.parse import quote
 
 import torch
 from torch import nn
@@ -22,8 +20,9 @@ from unbraid.data import (
     preprocessing_of,
     size_of,
 )
-from unbraid.describe import describe, resolve_layer, splittable_layers, weight_rows
-from unbraid.errors import DataError, LayerError, UsageError
+from unbraid.describe import describe, resolve_layer, weight_rows
+from unbraid.errors import DataError, UsageError
+from unbraid.layer_names import LayerName, is_pattern, layer_folder, layer_names
 from unbraid.manifest import Manifest, hash_places, read_manifest
 from unbraid.networks import picked_by, unwrap
 from unbraid.records import Scan, open_scan
@@ -32,7 +31,6 @@ from unbraid.team import team as gather_team
 from unbraid.weights import hash_weights, refuse_broken_weights
 
 Labels = Literal["given", "predicted"]
-LayerName = str | nn.Module
 
 MIN_SHARE = 0.005  # with shares adding up to one, at most 200 an image; a few dozen in practice
 
@@ -51,6 +49,7 @@ class Options(TypedDict, total=False):
     progress: bool
     source: dict[str, Any] | None
     threads: int | None
+    autocast: bool
 
 
 @overload
@@ -90,6 +89,7 @@ def scan(
     progress: bool = False,
     source: dict[str, Any] | None = None,
     threads: int | None = None,
+    autocast: bool = False,
 ) -> Scan | dict[str, Scan]:
     """Run a network over images once and keep one small record per image.
 
@@ -113,7 +113,7 @@ def scan(
         positions: also keep the layer's input maps, which the published rho criterion and the
             rectified measures need.
         min_share: the smallest share kept; thresholds below it need a new scan.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; halved as long as the device's memory is too small.
         workers: processes that load images, 0 for none.
         skip_broken: leave out images that cannot be read instead of stopping at the first.
         progress: show a progress bar on standard error.
@@ -121,6 +121,8 @@ def scan(
         threads: to compute with, of each process; by default torch's setting, or that of the scan
             which goes on. Records are the same to the last bit with the same number, batch size
             and kind of device, whoever computed them.
+        autocast: run the network in bfloat16 where torch sees fit, which is faster where the device
+            has it; sums are of float32 all the same.
 
     Returns:
         The finished Scan; for a list or pattern, a dictionary of Scans by the layers' names.
@@ -156,41 +158,9 @@ def scan(
         progress=progress,
         source=source,
         threads=threads,
+        autocast=autocast,
     )
     return scans[names[0]] if one else scans
-
-
-def layer_names(model: nn.Module, asked: Sequence[LayerName]) -> list[str]:
-    """Names of layers and of those that fit patterns, each once, in the order asked for.
-
-    Raises:
-        LayerError: there is no such layer, or none fits a pattern.
-        UsageError: none is asked for.
-    """
-    names: dict[str, None] = {}
-    for layer in asked:
-        if isinstance(layer, str) and is_pattern(layer):
-            fitting = [s.name for s in splittable_layers(model) if fnmatchcase(s.name, layer)]
-            if not fitting:
-                raise LayerError(
-                    f"No layer that can be split fits {layer!r}; `unbraid layers` lists them."
-                )
-            names |= dict.fromkeys(fitting)
-        else:
-            names[resolve_layer(model, layer)[0]] = None
-    if not names:
-        raise UsageError("No layer is named; name one or more.")
-    return list(names)
-
-
-def layer_folder(out: Path, name: str) -> Path:
-    """Return the folder of one of several layers, whatever characters its name has."""
-    return out / quote(name, safe="")
-
-
-def is_pattern(name: str) -> bool:
-    """Whether a name stands for all layers of such names."""
-    return any(sign in name for sign in "*?[")
 
 
 def scan_into(
@@ -209,6 +179,7 @@ def scan_into(
     progress: bool = False,
     source: dict[str, Any] | None = None,
     threads: int | None = None,
+    autocast: bool = False,
 ) -> dict[str, Scan]:
     """Scan several layers in one pass, each into a folder of its own; the rest is as in `scan`."""
     if not 0 < min_share < 1:
@@ -248,6 +219,7 @@ def scan_into(
             indices=hash_places(None if indices is None else places),
             output=picked_by(model),
             threads=threads,
+            autocast=autocast,
         )
         targets.append(Target(modules[name], manifest, folder))
     team = gather_team()

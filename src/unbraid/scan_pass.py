@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from unbraid.batch import Place, scan_batch
 from unbraid.data import GoodItem, Readable, groups_of, sort_out
 from unbraid.describe import bias_of, weight_rows
-from unbraid.errors import DataError, RunError
+from unbraid.errors import DataError, OutOfMemory, RunError
 from unbraid.files import write_tensors, write_whole
 from unbraid.manifest import Manifest, read_manifest
 from unbraid.progress import image_progress
@@ -135,6 +137,7 @@ def scan_shards(
         batch_sampler=work,
         num_workers=workers,
         collate_fn=list,
+        pin_memory=next(targets[0].module.parameters()).is_cuda,
         generator=torch.Generator(),  # so that the caller's random numbers stay where they were
     )
     title = f"Scanning {', '.join(t.manifest.layer.name for t in targets)}"
@@ -146,32 +149,69 @@ def scan_shards(
         torch.inference_mode(False),  # whatever mode the caller is in
         torch.enable_grad(),
     ):
-        done: list[list[Records]] = []
-        n_good = 0
+        at_once = same.batch_size
+        done: list[list[Records]] = []  # of the shard so far
+        n_loaded = 0
         for items in loader:
             shard = work.begun[0]
             good, broken = sort_out(items, same.skip_broken)
             _check_labels_agree(good, given)
-            records = scan_batch(
+            run = partial(
+                scan_batch,
                 model,
                 [t.place for t in shard.targets],
-                good,
                 min_share=same.min_share,
                 positions=same.positions,
                 predicted=same.labels == "predicted",
-                check=n_good == 0,  # once a shard is enough, and costs next to nothing
+                autocast=same.autocast,
+                # Once a shard is enough, and costs next to nothing.
+                check=not any(len(records[0]) for records in done),
             )
-            for one in records:
+            parts, at_once = in_portions(run, good, at_once)
+            for one in parts[0]:
                 one.broken = torch.tensor(broken, dtype=torch.int64)
-            done.append(records)
-            n_good += len(good)
+            done += parts
+            n_loaded += 1
             advance(team.count(len(items)))
-            if len(done) == shard.n_batches:
+            if n_loaded == shard.n_batches:
                 _write(shard, done, groups)
                 work.begun.popleft()
-                done, n_good = [], 0
+                done, n_loaded = [], 0
         team.finish()
         advance(team.count(0))
+
+
+def in_portions(
+    run: Callable[[Sequence[GoodItem]], list[Records]], items: Sequence[GoodItem], at_once: int
+) -> tuple[list[list[Records]], int]:
+    """Run images as many at a time as the device's memory holds.
+
+    Args:
+        run: from images to their records, layer by layer.
+        items: the images.
+        at_once: how many to try first; halved as long as memory is too small.
+
+    Returns:
+        The records of each portion, at least one, and how many images fitted at once.
+
+    Raises:
+        OutOfMemory: there is no room for a single image.
+    """
+    done: list[list[Records]] = []
+    start = 0
+    while start < len(items) or not done:
+        try:
+            done.append(run(items[start : start + at_once]))
+            start += at_once
+        except (OutOfMemory, torch.OutOfMemoryError):
+            if at_once == 1:
+                raise OutOfMemory("The device's memory holds not even one image.") from None
+            at_once = (at_once + 1) // 2
+            warnings.warn(
+                f"The device is out of memory; going on with {at_once} images at a time.",
+                stacklevel=2,
+            )
+    return done, at_once
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,9 @@ EncoderName = Annotated[
 Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an accelerator if there.")]
 BatchSize = Annotated[int, Parameter(help="Images per forward pass.")]
 Workers = Annotated[int, Parameter(help="Processes that load images.")]
+Autocast = Annotated[
+    bool, Parameter(help="Run the network in bfloat16 where torch sees fit.", negative="")
+]
 Threads = Annotated[
     int | None, Parameter(help="Threads to compute with; the same number gives the same bits.")
 ]

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from unbraid.cli.inputs import labelled, load, open_images
 from unbraid.cli.options import (
+    Autocast,
     BatchSize,
     Concepts,
     Device,
@@ -71,6 +72,7 @@ def scan(
     workers: Workers = 0,
     skip_broken: SkipBroken = False,
     threads: Threads = None,
+    autocast: Autocast = False,
     device: Device = None,
 ) -> None:
     """Run a network over images once and keep a small record of each.
@@ -98,6 +100,7 @@ def scan(
         progress=True,
         source={**loaded.source, "data": str(data.resolve())},
         threads=threads,
+        autocast=autocast,
     )
     if not is_first():
         return
