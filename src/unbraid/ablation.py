@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from unbraid.findings import Concept
+from unbraid.notebook import Shown, html_table
 from unbraid.tables import align
 
 
@@ -68,7 +69,7 @@ class ChannelAblation:
 
 
 @dataclass(frozen=True)
-class Ablation:
+class Ablation(Shown):
     """Causal effect of the concept channels of one layer; METHOD.md section 6."""
 
     layer: str
@@ -117,6 +118,12 @@ class Ablation:
 
     def __str__(self) -> str:
         """Show the drops in target logit and own accuracy as a table, a row per concept channel."""
+        return align(self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), title=f"Channels of {self.layer} switched off", n_heads=2)
+
+    def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [
             ("", "", "own classes", "", "", "", "other concepts", "", "", "all others"),
             ("channel", "concept", *("logit", "whole", "part", "top-1"), *_HEAD, "logit"),
@@ -134,7 +141,7 @@ class Ablation:
                         *_figures(concept.rest.logit),
                     )
                 )
-        return align(rows)
+        return rows
 
 
 _HEAD = ("logit", "whole", "part")

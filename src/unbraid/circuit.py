@@ -12,6 +12,7 @@ from torch import Tensor
 from unbraid.arvs import class_sums, concept_mean
 from unbraid.errors import UsageError
 from unbraid.findings import Concept
+from unbraid.notebook import Shown, html_table
 from unbraid.records import Scan
 from unbraid.relevance import input_relevance, shares
 from unbraid.splits import ChannelSplit, Split
@@ -37,7 +38,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Circuit:
+class Circuit(Shown):
     """A concept channel and its strongest sources, strongest first."""
 
     layer: str
@@ -50,11 +51,20 @@ class Circuit:
 
     def __str__(self) -> str:
         """Show the sources as a table."""
-        title = f"{self.layer}, concept {self.concept} of channel {self.channel} ({self.name})"
+        return f"{self._title}\n{align(self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), title=self._title)
+
+    @property
+    def _title(self) -> str:
+        return f"{self.layer}, concept {self.concept} of channel {self.channel} ({self.name})"
+
+    def _rows(self) -> list[tuple[str, ...]]:
         head = f"source in {self.before}" if self.before else "source"
-        rows = [(head, "share", "kept")]
+        rows: list[tuple[str, ...]] = [(head, "share", "kept")]
         rows += [(s.name, f"{s.share:.1%}", f"{s.kept:.1%}") for s in self.sources]
-        return f"{title}\n{align(rows)}"
+        return rows
 
 
 def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -> Circuit:

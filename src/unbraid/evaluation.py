@@ -14,6 +14,7 @@ from unbraid.ablation import Ablation
 from unbraid.errors import RunError
 from unbraid.files import write_whole
 from unbraid.findings import Concept
+from unbraid.notebook import Shown, html_table
 from unbraid.output import OutputComparison
 from unbraid.semantics import ChannelSemantics, Semantics
 from unbraid.tables import align
@@ -67,7 +68,7 @@ class Responses:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Shown):
     """Measures of all split channels, and of the network's output."""
 
     method: str
@@ -115,6 +116,12 @@ class Evaluation:
 
     def __str__(self) -> str:
         """Show the measures as a table, a row per concept channel."""
+        return align(self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), title=f"{self.method} split of {self.layer}")
+
+    def _rows(self) -> list[tuple[str, ...]]:
         head = ("channel", "concept", "retention", "leakage", "mimic", "silence", "auroc", "error")
         rows: list[tuple[str, ...]] = [head]
         for channel in self.channels:
@@ -134,7 +141,7 @@ class Evaluation:
                         "" if k else f"{channel.separation_error:.3f}",
                     )
                 )
-        return align(rows)
+        return rows
 
 
 def read_output(path: Path) -> OutputComparison | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from unbraid.clustering import Cluster, Clusters
 from unbraid.files import write_whole
+from unbraid.notebook import Shown, html_lines, html_table
 from unbraid.tables import align, count, csv_text, data_frame
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Findings:
+class Findings(Shown):
     """The polysemantic channels of a layer.
 
     `concepts` divides the classes that use a channel into groups; `pairs` is the published list,
@@ -105,13 +106,28 @@ class Findings:
 
     def __str__(self) -> str:
         """Show the pairs as a table, or say what comes nearest to a finding."""
-        n_channels = count(len(self.concepts), "polysemantic channel")
-        head = f"{count(len(self.pairs), 'pair')} of {self.kind} in {n_channels} ({self._asked})"
         note = f"\nNote: {self.note}" if self.note else ""
         if not self.pairs:
-            return f"{head}. {self.hint}".rstrip() + note
-        table = self._cluster_table() if self.kind == "clusters" else self._class_table()
-        return f"{head}\n{table}{note}"
+            return f"{self._head}. {self.hint}".rstrip() + note
+        rows, legend = self._table
+        return f"{self._head}\n{align(rows)}\n{legend}{note}"
+
+    def _repr_html_(self) -> str:
+        if not self.pairs:
+            return html_lines(str(self))
+        rows, legend = self._table
+        note = f"\nNote: {self.note}" if self.note else ""
+        return html_table(rows, title=self._head, note=legend + note)
+
+    @property
+    def _head(self) -> str:
+        n_channels = count(len(self.concepts), "polysemantic channel")
+        return f"{count(len(self.pairs), 'pair')} of {self.kind} in {n_channels} ({self._asked})"
+
+    @property
+    def _table(self) -> tuple[list[tuple[str, ...]], str]:
+        """The rows, their head first, and what its words mean."""
+        return self._cluster_table() if self.kind == "clusters" else self._class_table()
 
     @property
     def _asked(self) -> str:
@@ -119,8 +135,10 @@ class Findings:
         of_classes = f"tau {self.tau_in_words}, p {self.p:g}, " if self.kind == "classes" else ""
         return f"{of_classes}gamma {self.gamma:g}"
 
-    def _cluster_table(self) -> str:
-        rows = [("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")]
+    def _cluster_table(self) -> tuple[list[tuple[str, ...]], str]:
+        rows: list[tuple[str, ...]] = [
+            ("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")
+        ]
         rows += [
             (
                 str(pair.channel),
@@ -137,11 +155,13 @@ class Findings:
                 f"\nMean agreement with what classes make of them: {sum(known) / len(known):.3f} "
                 "(adjusted Rand index: 1 the same, 0 chance)."
             )
-        return f"{align(rows)}\n{legend}"
+        return rows, legend
 
-    def _class_table(self) -> str:
+    def _class_table(self) -> tuple[list[tuple[str, ...]], str]:
         side = ("used in", "halves")
-        rows = [("channel", "cosine", "interval", "class 1", *side, "class 2", *side)]
+        rows: list[tuple[str, ...]] = [
+            ("channel", "cosine", "interval", "class 1", *side, "class 2", *side)
+        ]
         rows += [
             (
                 str(pair.channel),
@@ -158,7 +178,7 @@ class Findings:
             "of the same classes the cosine could lie on the other side of gamma."
         )
         legend = _LEGEND + (mark if n_uncertain else "")
-        return f"{align(rows)}\n{legend}"
+        return rows, legend
 
     @property
     def known_agreement(self) -> list[float]:

@@ -14,6 +14,8 @@ from unbraid.errors import RunError
 from unbraid.files import read_tensors, write_tensors
 from unbraid.findings import Concept
 from unbraid.layers import LayerSpec, respond
+from unbraid.notebook import Shown, html_table
+from unbraid.tables import align, count
 
 SCHEMA = 1
 
@@ -74,7 +76,7 @@ class ChannelSplit:
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
+class Split(Shown):
     """Concept channels for one layer of one network."""
 
     layer: LayerSpec
@@ -100,6 +102,27 @@ class Split:
         """Name a concept by its classes."""
         known = self.class_names
         return ", ".join(known[c] if c < len(known) and known[c] else str(c) for c in concept)
+
+    def __str__(self) -> str:
+        """Show the concept channels as a table."""
+        return f"{self._title}\n{align(self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), title=self._title)
+
+    @property
+    def _title(self) -> str:
+        return f"{self.method} split of {count(len(self.channels), 'channel')} of {self.layer.name}"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """One row per concept channel: how much of the original's absolute weight it keeps."""
+        rows: list[tuple[str, ...]] = [("channel", "concept", "classes", "weight kept")]
+        for part in self.channels:
+            whole = float(part.weight.abs().sum())
+            for k, concept in enumerate(part.concepts):
+                kept = float(part.rows[k].abs().sum()) / (whole or 1.0)
+                rows.append((str(part.channel), str(k), self.name(concept), f"{kept:.0%}"))
+        return rows
 
     def save(self, path: str | Path) -> None:
         """Write the split to one safetensors file; `docs/format.md` specifies it.
