@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -188,7 +190,7 @@ def sections(text: str) -> dict[str, Element]:
 
 
 def assert_harmless(text: str) -> None:
-    """Nothing on the page runs, and nothing comes from anywhere else."""
+    """Nothing runs but the page's own script, and nothing comes from anywhere else."""
     root = read(text)
     policies = [
         e.attributes["content"]
@@ -197,10 +199,17 @@ def assert_harmless(text: str) -> None:
     ]
     assert len(policies) == 1
     assert "default-src 'none'" in policies[0]
-    assert "script-src 'none'" in policies[0]
+    for kind in ("script", "style"):
+        elements = root.all(kind)
+        assert len(elements) == 1
+        assert elements[0].attributes == {}
+        content = "".join(map(str, elements[0].children))
+        digest = hashlib.sha256(content.encode()).digest()
+        hashed = f"'sha256-{base64.b64encode(digest).decode()}'"
+        assert f"{kind}-src {hashed};" in policies[0]
     for element in root.walk():
         assert element.tag not in (
-            *("script", "link", "iframe", "object", "embed", "base", "form", "audio", "video"),
+            *("link", "iframe", "object", "embed", "base", "form", "audio", "video"),
             *("use", "image", "foreignobject", "animate", "set"),
         ), element.tag
         if element.tag == "style":
@@ -210,7 +219,8 @@ def assert_harmless(text: str) -> None:
             assert not key.startswith("on"), key
             assert key not in ("style", "srcset", "action", "background", "poster"), key
             if key == "src":
-                assert re.fullmatch(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", value), value
+                picture = r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]+"
+                assert re.fullmatch(picture, value), value
             if key.endswith("href"):
                 assert value.startswith("#"), value
             assert not re.search(r"https?:|//|url\(", value.split("base64,")[0]), value
@@ -254,6 +264,12 @@ def test_checker_sees_harm(page: str, harm: str) -> None:
 def test_checker_misses_no_policy(page: str) -> None:
     with pytest.raises(AssertionError):
         assert_harmless(page.replace("default-src 'none'", "default-src *"))
+
+
+@pytest.mark.parametrize("kind", ["script", "style"])
+def test_checker_sees_a_changed_script_or_style(page: str, kind: str) -> None:
+    with pytest.raises(AssertionError):
+        assert_harmless(page.replace(f"</{kind}>", f" </{kind}>"))
 
 
 def test_hostile_names_show_as_text(page: str) -> None:

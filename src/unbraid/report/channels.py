@@ -18,7 +18,7 @@ from unbraid.evaluation import ChannelEvaluation
 from unbraid.findings import Findings
 from unbraid.records import Scan
 from unbraid.relevance import input_relevance
-from unbraid.report.text import first_few, letter
+from unbraid.report.text import bounded, first_few, letter
 from unbraid.splits import ChannelSplit
 from unbraid.visualize.reference import ReferenceImages, TopImages
 
@@ -129,7 +129,7 @@ class ChannelView:
 def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[ConceptView, ...]:
     """Give a channel's concepts letters and colours."""
     return tuple(
-        ConceptView(letter(k), k % N_TONES, tuple(found.name(label) for label in classes))
+        ConceptView(letter(k), k % N_TONES, tuple(bounded(found.name(label)) for label in classes))
         for k, classes in enumerate(concepts)
     )
 
@@ -145,7 +145,13 @@ def reference_rows(
         return ReferenceRow(
             concept,
             tuple(
-                Shot(index, label, found.name(label), activation, views[k] if k >= 0 else None)
+                Shot(
+                    index,
+                    label,
+                    bounded(found.name(label)),
+                    activation,
+                    views[k] if k >= 0 else None,
+                )
                 for index, label, activation, k in zip(*(c.tolist() for c in columns), strict=True)
             ),
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from unbraid.ablation import Ablation, ChannelAblation, ConceptAblation
 from unbraid.report.channels import ConceptView
+from unbraid.report.text import bounded
 
 N_OTHERS = 12  # classes of no concept that are listed
 
@@ -43,7 +44,7 @@ def effects(ablation: Ablation, channel: ChannelAblation, views: Sequence[Concep
     }
     everyone = [
         ClassEffect(
-            name=output.name,
+            name=bounded(output.name),
             concept=owner.get(output.label),
             n_images=output.n_images,
             losses=tuple((run.logit[n], run.accuracy[n]) for run in runs),

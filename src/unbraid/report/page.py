@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from unbraid.report.view import Page, build_page
 from unbraid.tables import count
 
 _HERE = Path(__file__).parent
+_TEMPLATES = _HERE / "templates"
 
 
 def render(material: Material, *, dataset: Dataset[Any] | None, title: str | None) -> str:
@@ -32,7 +35,7 @@ def fill_template(page: Page, images: dict[int, Picture | None] | None) -> str:
         images: pictures by place in the data set; None for a page without pictures.
     """
     environment = Environment(
-        loader=FileSystemLoader(_HERE),
+        loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -40,6 +43,7 @@ def fill_template(page: Page, images: dict[int, Picture | None] | None) -> str:
     )
     environment.filters |= {
         "number": text.number,
+        "value": text.value,
         "significant": text.significant,
         "percent": text.percent,
         "isolate": text.isolate,
@@ -50,9 +54,26 @@ def fill_template(page: Page, images: dict[int, Picture | None] | None) -> str:
         "draw_map": maps.draw,
         "absent": text.ABSENT,
     }
-    style = Markup((_HERE / "style.css").read_text(encoding="utf-8"))
-    template = environment.get_template("page.html.j2")
-    return template.render(page=page, images=images, style=style)
+    style, script = _inline("style.css"), _inline("script.js")
+    return environment.get_template("page.html.j2").render(
+        page=page,
+        images=images,
+        style=style,
+        script=script,
+        style_hash=_hash_of(style),
+        script_hash=_hash_of(script),
+    )
+
+
+def _inline(name: str) -> Markup:
+    """Read what stands in the page itself."""
+    return Markup((_HERE / name).read_text(encoding="utf-8"))
+
+
+def _hash_of(content: str) -> str:
+    """Name a style or script in a Content-Security-Policy, so that no other one is let in."""
+    digest = hashlib.sha256(content.encode("utf-8")).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def _pictures_of(page: Page, dataset: Dataset[Any]) -> dict[int, Picture | None]:

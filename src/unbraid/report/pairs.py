@@ -7,6 +7,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 from unbraid.findings import Findings, Pair
+from unbraid.report.text import bounded
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def pair_rows(found: Findings, shown: Set[int]) -> tuple[PairRow, ...]:
     return tuple(
         PairRow(
             channel=pair.channel,
-            names=(found.name(pair.class1), found.name(pair.class2)),
+            names=(bounded(found.name(pair.class1)), bounded(found.name(pair.class2))),
             cosine=pair.cosine,
             chance=chance(found, pair),
             uses=(pair.use1, pair.use2),

@@ -9,8 +9,10 @@ from unbraid.evaluation import Evaluation
 from unbraid.layers import LayerSpec
 from unbraid.records import Scan
 from unbraid.report.material import Material
-from unbraid.report.text import ABSENT, number, percent, significant
+from unbraid.report.text import ABSENT, number, percent, shorten, significant
 from unbraid.tables import count
+
+_LONGEST = 2000  # characters of a setting, such as a preprocessing with many steps
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def settings(material: Material) -> tuple[tuple[str, str], ...]:
             rows[f"{name} data fingerprint"] = one.manifest.data
     rows["preprocessing"] = manifest.preprocessing or "unknown"
     rows["versions"] = ", ".join(f"{k} {v}" for k, v in manifest.versions.items())
-    return tuple(rows.items())
+    return tuple((key, shorten(value, _LONGEST)) for key, value in rows.items())
 
 
 def _images(scan: Scan, broken: list[int]) -> str:

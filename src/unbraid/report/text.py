@@ -6,6 +6,7 @@ import math
 import string
 from collections.abc import Sequence
 
+LONGEST = 200  # characters of a name or path; longer ones are anything but names
 ABSENT = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 
@@ -47,6 +48,15 @@ def significant(value: float, digits: int = 3) -> str:
     return text.replace("-", MINUS)
 
 
+def value(figure: float | None) -> str:
+    """Write a figure for sorting by; nothing if it is absent.
+
+    >>> value(0.5), value(None), value(math.nan)
+    ('0.5', '', '')
+    """
+    return "" if figure is None or not math.isfinite(figure) else f"{figure:.9g}"
+
+
 def percent(value: float | None, digits: int = 0) -> str:
     """Write a fraction as a percentage, rounding towards 100 only what is 1.
 
@@ -78,6 +88,15 @@ def shorten(text: str, limit: int) -> str:
     ('digital clock', 'digital …')
     """
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def bounded(name: str) -> str:
+    """Cut a name that nobody would read to the end; it may have any number of characters.
+
+    >>> len(bounded(100_000 * "x")), bounded("clock")
+    (200, 'clock')
+    """
+    return shorten(name, LONGEST)
 
 
 def isolate(name: str) -> str:

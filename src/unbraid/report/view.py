@@ -24,12 +24,15 @@ from unbraid.report.maps import Map, maps
 from unbraid.report.material import Material
 from unbraid.report.pairs import Chance, PairRow, chance, pair_rows
 from unbraid.report.summary import Fact, facts, output_figures, plain, settings
+from unbraid.report.text import bounded, isolate, shorten
 from unbraid.splits import ChannelSplit
 from unbraid.tables import count
 from unbraid.visualize.reference import reference_images
 
 N_IMAGES = 8  # reference images of a channel
 MAX_CHANNELS = 100  # channels shown in full
+_MAX_NOTE = 2000  # characters
+_MAX_WORDS = 4000  # characters of names that a channel is found by
 MAX_ROWS = 300  # rows of reference images in all: they are most of the file
 
 
@@ -45,6 +48,12 @@ class ChannelRow:
     error: float | None
     rectified: float | None
     shown: bool  # whether it has a section
+
+    @property
+    def words(self) -> str:
+        """What it is found by, besides its number: the names of its concepts."""
+        names = (isolate(name) for concept in self.concepts for name in concept.names)
+        return shorten(" ".join(names), _MAX_WORDS)
 
 
 @dataclass(frozen=True)
@@ -90,9 +99,9 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
             f"cosines of {len(parts):,} are shown in full; the list below names all."
         )
     return Page(
-        title=title or _title(scan.layer.name),
+        title=bounded(title or _title(scan.layer.name)),
         layer=scan.layer,
-        hint=found.hint,
+        hint=shorten(found.hint, _MAX_NOTE),
         facts=facts(material),
         kind=found.kind,
         predicted=scan.manifest.labels == "predicted",
@@ -104,7 +113,7 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
         pairs=pair_rows(found, numbers),
         n_uncertain=sum(map(found.uncertain, found.pairs)),
         channels=sections,
-        notes=(*_notes(material, has_images), *notes),
+        notes=tuple(shorten(note, _MAX_NOTE) for note in (*_notes(material, has_images), *notes)),
         settings=settings(material),
         table_tau=f"{material.evaluation.tau:g}" if material.evaluation else "",
         n_images=scan.manifest.n_images - len(material.broken),

@@ -1,0 +1,145 @@
+"use strict";
+// Sorting, searching and the keyboard. The page is complete without: what needs this is hidden.
+(() => {
+  const tools = document.getElementById("tools");
+  if (!tools) return; // nothing was found
+  const search = document.getElementById("search");
+  const count = document.getElementById("count");
+  const heading = document.getElementById("channels");
+  const details = document.getElementById("details"); // absent without a split
+  const table = document.querySelector("table.overview");
+  const rows = [...table.tBodies[0].rows];
+  const sectionOf = (channel) => document.getElementById(`channel-${channel}`);
+  const sections = () => (details ? [...details.children] : []).filter((s) => !s.hidden);
+
+  // --- search ---
+  const matches = (row, terms) => {
+    const { channel, names } = row.dataset;
+    return terms.every((t) => channel.startsWith(t) || names.toLowerCase().includes(t));
+  };
+  const filter = () => {
+    const terms = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const found = new Set(rows.filter((r) => matches(r, terms)).map((r) => r.dataset.channel));
+    for (const row of document.querySelectorAll("tr[data-channel]")) {
+      row.hidden = !found.has(row.dataset.channel);
+    }
+    for (const row of rows) {
+      const section = sectionOf(row.dataset.channel);
+      if (section) section.hidden = row.hidden;
+    }
+    count.textContent = terms.length
+      ? `${found.size} of ${rows.length}`
+      : `${rows.length} channel${rows.length === 1 ? "" : "s"}`;
+  };
+  const clear = () => {
+    search.value = "";
+    filter();
+  };
+
+  // --- sort ---
+  const figureOf = (cell) => (cell.dataset.value === "" ? NaN : Number(cell.dataset.value));
+  const compare = (a, b, sign) => {
+    if (!("value" in a.dataset)) {
+      return sign * a.textContent.trim().localeCompare(b.textContent.trim(), undefined, { numeric: true });
+    }
+    const [x, y] = [figureOf(a), figureOf(b)];
+    if (isNaN(x) || isNaN(y)) return isNaN(x) - isNaN(y); // what is not known comes last, always
+    return sign * (x - y);
+  };
+  const sort = (head, column) => {
+    const owner = head.closest("table");
+    const down = head.getAttribute("aria-sort") === "ascending";
+    for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const body = owner.tBodies[0];
+    const sorted = [...body.rows].sort((a, b) => compare(a.cells[column], b.cells[column], down ? -1 : 1));
+    body.append(...sorted);
+    if (owner === table && details) {
+      details.append(...sorted.map((row) => sectionOf(row.dataset.channel)).filter(Boolean));
+    }
+  };
+  for (const head of document.querySelectorAll("table.sortable thead th")) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    button.addEventListener("click", () => sort(head, head.cellIndex));
+    head.append(button);
+  }
+
+  // --- from channel to channel ---
+  const open = () => {
+    const channel = /^#channel-(\d+)$/.exec(location.hash)?.[1];
+    if (channel === undefined) return;
+    const row = rows.find((r) => r.dataset.channel === channel);
+    if (row?.hidden) clear();
+    const target = sectionOf(channel) ?? row; // one that is only listed has no section
+    if (!target) return;
+    target.tabIndex = -1;
+    target.focus({ preventScroll: true });
+    target.scrollIntoView();
+  };
+  const here = (shown) => {
+    const focused = shown.findIndex((s) => s.contains(document.activeElement));
+    if (focused >= 0) {
+      const box = shown[focused].getBoundingClientRect();
+      if (box.bottom > 0 && box.top < innerHeight) return focused;
+    }
+    const edge = tools.getBoundingClientRect().bottom + 24;
+    return shown.findLastIndex((s) => s.getBoundingClientRect().top <= edge);
+  };
+  const step = (by) => {
+    const shown = sections();
+    const next = shown[Math.max(0, Math.min(shown.length - 1, here(shown) + by))];
+    if (!next) return;
+    if (location.hash === `#${next.id}`) open();
+    else location.replace(`#${next.id}`);
+  };
+  document.getElementById("previous").addEventListener("click", () => step(-1));
+  document.getElementById("next").addEventListener("click", () => step(1));
+
+  // --- keyboard ---
+  const escape = () => {
+    if (search.value) return clear();
+    heading.tabIndex = -1;
+    heading.focus({ preventScroll: true });
+    heading.scrollIntoView();
+  };
+  const keys = {
+    "/": () => search.focus(),
+    j: () => step(1),
+    k: () => step(-1),
+    ArrowRight: () => step(1),
+    ArrowLeft: () => step(-1),
+    Escape: escape,
+  };
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const arrow = event.key.startsWith("Arrow");
+    if (event.target === search) {
+      if (event.key === "Enter" && sections().length) location.hash = `#${sections()[0].id}`;
+      if (event.key !== "Escape") return;
+    } else if (arrow && event.target.closest(".scroll, input")) {
+      return; // they scroll a wide table, or choose
+    }
+    const act = keys[event.key];
+    if (!act) return;
+    event.preventDefault();
+    act();
+  });
+
+  // --- print: nothing folded ---
+  let folded = [];
+  addEventListener("beforeprint", () => {
+    folded = [...document.querySelectorAll("details:not([open])")];
+    for (const part of folded) part.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const part of folded) part.open = false;
+  });
+
+  search.addEventListener("input", filter);
+  addEventListener("hashchange", open);
+  tools.hidden = false;
+  filter();
+  open();
+})();

@@ -1,0 +1,63 @@
+"""A real browser for the tests of the report, where the machine has one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+@dataclass
+class Log:
+    """What a page did that it should not do."""
+
+    said: list[str] = field(default_factory=list)  # on the console, or by an error
+    asked: list[str] = field(default_factory=list)  # of any network
+
+    @property
+    def silent(self) -> bool:
+        return not self.said and not self.asked
+
+
+@contextmanager
+def launch() -> Iterator[Any]:
+    """Start the browser, or skip the tests that need it."""
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        pytest.skip(f"no browser is installed ({', '.join(NAMES)})")
+    # Chromium refuses its sandbox to root, as containers have it; the pages are our own.
+    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=flags)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def load(context: Any, file: Path, anchor: str = "") -> tuple[Any, Log]:
+    """Open a file, and note whatever it says on the console or asks of a network."""
+    page, log = context.new_page(), Log()
+    page.on("console", lambda message: log.said.append(message.text))
+    page.on("pageerror", lambda error: log.said.append(str(error)))
+
+    def watch(route: Any) -> None:
+        url = route.request.url
+        if url.startswith(file.as_uri()):
+            route.continue_()
+        else:
+            log.asked.append(url)
+            route.abort()
+
+    page.route("**/*", watch)
+    page.goto(file.as_uri() + anchor)
+    return page, log
