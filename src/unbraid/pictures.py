@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unbraid.errors import DataError
 
@@ -18,15 +19,26 @@ def read_picture(path: str | Path) -> Image.Image:
     Raises:
         DataError: it is truncated, enormous or no image; the message names the file.
     """
+    return decode_picture(path, str(path))
+
+
+def decode_picture(file: str | Path | BinaryIO, name: str) -> Image.Image:
+    """Read an image as it is meant to be seen from a file, open or not.
+
+    Raises:
+        DataError: it is truncated, enormous or no image; the message gives the name.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error stays on
-            with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(file)
+            with Image.open(file) as opened:
+                picture = ImageOps.exif_transpose(opened)
                 if picture.mode.startswith("I"):  # 16-bit grey: convert() would clip, not scale
                     picture = picture.point(lambda v: v / 256).convert("L")
                 elif picture.mode == "P":  # a palette may carry transparency
                     picture = picture.convert("RGBA")
                 return picture.convert("RGB")
+    except UnidentifiedImageError:  # an OSError whose text is about the file, not the image
+        raise DataError(f"Image {name} cannot be read (it is of no known kind).") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"Image {path} cannot be read ({error}).") from None
+        raise DataError(f"Image {name} cannot be read ({error}).") from None
