@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from unbraid.batch import run_network, stack_images
 from unbraid.circuit import Circuit, Part, find_concept, strongest
 from unbraid.clusters import concerned
-from unbraid.data import Readable, check_loading, fingerprint, labels_of, sort_out
+from unbraid.data import Readable, check_loading, labels_of, sort_out
 from unbraid.describe import resolve_layer
 from unbraid.errors import LayerError, ModelError, UsageError
+from unbraid.identity import fingerprint
 from unbraid.layers import LayerSpec, channels_first, respond
 from unbraid.networks import unwrap
 from unbraid.progress import image_progress

@@ -1,14 +1,10 @@
-"""Images: labels and identity of any data set, broken images."""
+"""Images: labels and names of any data set, broken images."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
@@ -110,9 +106,13 @@ def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
 
 
 def name_of(dataset: Dataset[Any], index: int) -> str:
-    """Name an image for people: its file, or its place in a data set that has no files."""
-    samples = getattr(dataset, "samples", None)
-    return str(samples[index][0]) if samples is not None else f"image {index}"
+    """Name an image for people: its file or id, or its place in a data set that has neither."""
+    if isinstance(dataset, Subset):
+        return name_of(dataset.dataset, int(dataset.indices[index]))
+    samples, ids = getattr(dataset, "samples", None), getattr(dataset, "ids", None)
+    if samples is not None:
+        return str(samples[index][0])
+    return str(ids[index]) if ids is not None else f"image {index}"
 
 
 def preprocessing_of(dataset: Dataset[Any]) -> str:
@@ -122,34 +122,6 @@ def preprocessing_of(dataset: Dataset[Any]) -> str:
     text = repr(transform) if transform is not None else ""
     # A default repr holds a memory address, which differs from run to run.
     return text if " at 0x" not in text else getattr(transform, "__qualname__", "custom")
-
-
-def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
-    """Hash what identifies a data set: labels, groups, and files' names and sizes or else images.
-
-    A folder is known by the relative path and size of every file. Of any other data set, sixteen
-    evenly spaced images are read.
-    """
-    digest = hashlib.sha256(torch.tensor(labels).numpy().tobytes())
-    groups = groups_of(dataset)
-    if groups is not None:
-        digest.update(torch.tensor(groups).numpy().tobytes())
-    samples = getattr(dataset, "samples", None)
-    root = getattr(dataset, "root", None)
-    if samples is not None and root is not None:
-        for path, _ in samples:
-            size = Path(path).stat().st_size if Path(path).exists() else -1
-            name = os.path.relpath(path, root)
-            digest.update(os.fsencode(name) + f"\0{size}\0".encode())
-    else:
-        step = max(1, len(labels) // 16)
-        for index in range(0, len(labels), step):
-            try:
-                image = torch.as_tensor(dataset[index][0])
-            except Exception:  # a broken image is the scan's to report, with its rules
-                continue
-            digest.update(image.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Relabelled(Dataset[tuple[Any, int]]):

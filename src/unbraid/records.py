@@ -16,6 +16,7 @@ from torch import Tensor
 from unbraid.clustering import Clusters
 from unbraid.errors import DataError, RunError
 from unbraid.files import read_tensor, read_tensors, write_tensors
+from unbraid.identity import fit_ids, unpack_ids
 from unbraid.layers import LayerSpec
 from unbraid.manifest import Manifest, read_manifest
 
@@ -35,10 +36,19 @@ class Records:
     broken: Tensor  # (B,), places in the data set of images that could not be read
     input_map: Tensor | None = None  # (N, C_in, positions ...), only with positions=True
     group: Tensor | None = None  # (N,), which images belong together, if the data set knows
+    id_start: Tensor | None = None  # (N + 1,), image n has the id id_bytes[id_start[n]:...[n + 1]]
+    id_bytes: Tensor | None = None  # of all ids in a row, if the data set has any
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.index)
+
+    @property
+    def ids(self) -> list[str] | None:
+        """What names each image for good, whatever its place; None if the data set has no ids."""
+        if self.id_start is None or self.id_bytes is None:
+            return None
+        return unpack_ids(self.id_start, self.id_bytes)
 
     @property
     def share_image(self) -> Tensor:
@@ -237,4 +247,6 @@ def _fault(records: Records, manifest: Manifest, shard: int) -> str | None:
         return "holds shares of channels that the layer has not"
     if (records.index.diff() <= 0).any() or (records.label < 0).any():
         return "holds images out of order or without a label"
+    if not fit_ids(n, records.id_start, records.id_bytes):
+        return "holds ids of other images"
     return None

@@ -15,13 +15,13 @@ from unbraid.data import (
     UNLABELLED,
     check_loading,
     class_names_of,
-    fingerprint,
     labels_of,
     preprocessing_of,
     size_of,
 )
 from unbraid.describe import describe, resolve_layer, weight_rows
 from unbraid.errors import DataError, UsageError
+from unbraid.identity import fingerprint
 from unbraid.layer_names import LayerName, is_pattern, layer_folder, layer_names
 from unbraid.manifest import Manifest, hash_places, read_manifest
 from unbraid.networks import picked_by, unwrap
@@ -105,6 +105,7 @@ def scan(
             alone or in a list, stands for all layers of such names that can be split.
         dataset: map-style, of (image tensor, label). Its `groups`, one id for each image, may say
             which belong together, such as crops of one photograph; none is then judged by another.
+            Its `ids`, a text for each, name images for good, whatever their order (docs/data.md).
         out: folder for the records; of several layers, each has a folder of its name in it.
         labels: "predicted" takes each image for what the network takes it for, whatever the data
             set's label, so data sets without labels will do (any number stands for a label).

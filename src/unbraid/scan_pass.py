@@ -22,6 +22,7 @@ from unbraid.data import GoodItem, Readable, groups_of, sort_out
 from unbraid.describe import bias_of, weight_rows
 from unbraid.errors import DataError, OutOfMemory, RunError
 from unbraid.files import write_tensors, write_whole
+from unbraid.identity import ids_of, pack_ids
 from unbraid.manifest import Manifest, read_manifest
 from unbraid.progress import image_progress
 from unbraid.records import Records, join_records, shard_path, write_shard
@@ -131,7 +132,7 @@ def scan_shards(
     """
     same = targets[0].manifest  # for every layer
     work = _Work(targets, places, team)
-    groups = groups_of(dataset)
+    groups, ids = groups_of(dataset), ids_of(dataset)
     loader = DataLoader(
         Readable(dataset),
         batch_sampler=work,
@@ -174,7 +175,7 @@ def scan_shards(
             n_loaded += 1
             advance(team.count(len(items)))
             if n_loaded == shard.n_batches:
-                _write(shard, done, groups)
+                _write(shard, done, groups, ids)
                 work.begun.popleft()
                 done, n_loaded = [], 0
         team.finish()
@@ -255,12 +256,19 @@ class _Work:
             yield from batches
 
 
-def _write(shard: _Shard, done: Sequence[Sequence[Records]], groups: list[int] | None) -> None:
+def _write(
+    shard: _Shard,
+    done: Sequence[Sequence[Records]],
+    groups: list[int] | None,
+    ids: list[str] | None,
+) -> None:
     """Write a shard of every layer that lacks it, from the records of its batches."""
     for target, parts in zip(shard.targets, zip(*done, strict=True), strict=True):
         joined = join_records(parts)
         if groups is not None:
             joined.group = torch.tensor([groups[i] for i in joined.index.tolist()])
+        if ids is not None:
+            joined.id_start, joined.id_bytes = pack_ids([ids[i] for i in joined.index.tolist()])
         write_shard(target.folder, shard.number, joined)
 
 

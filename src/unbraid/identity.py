@@ -1,0 +1,163 @@
+"""What identifies images: their ids, and the fingerprint of a whole data set."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from unbraid.data import groups_of, size_of
+from unbraid.errors import DataError
+
+
+def ids_of(dataset: Dataset[Any]) -> list[str] | None:
+    """Return what names each image for good, whatever its place: its path, or its key in a shard.
+
+    Looks for `ids`, texts or numbers, or for `samples` below `root` (the habit of torchvision's
+    folders), through Subsets; None where a data set says nothing, or takes an image twice.
+
+    Raises:
+        DataError: the data set's `ids` are more or fewer than its images, name two by the same id,
+            or are neither texts nor numbers.
+    """
+    if isinstance(dataset, Subset):
+        inner = ids_of(dataset.dataset)
+        return None if inner is None else _distinct([inner[i] for i in dataset.indices])
+    kept: Any = getattr(dataset, "ids", None)
+    kept = kept.tolist() if hasattr(kept, "tolist") else kept
+    if isinstance(kept, Sequence) and not isinstance(kept, str):
+        return _checked(kept, size_of(dataset))
+    samples = _files_of(dataset)
+    if samples is None:
+        return None
+    return _distinct([path.replace(os.sep, "/") for path in _below(_root_of(dataset), samples)])
+
+
+def _checked(ids: Sequence[Any], size: int) -> list[str]:
+    if len(ids) != size:
+        raise DataError(
+            f"The data set's ids name {len(ids)} images of {size}; give one id for each image."
+        )
+    wrong = next((one for one in ids if not isinstance(one, (str, int))), None)
+    if wrong is not None:
+        raise DataError(f"An id is a {type(wrong).__name__}; give texts or numbers as ids.")
+    seen: set[str] = set()
+    for one in map(str, ids):
+        if one in seen:
+            raise DataError(f"Two images have the id {one!r}; give each image one of its own.")
+        seen.add(one)
+    return [str(one) for one in ids]
+
+
+def _distinct(ids: list[str]) -> list[str] | None:
+    return ids if len(set(ids)) == len(ids) else None
+
+
+def _files_of(dataset: Dataset[Any]) -> list[str] | None:
+    """The image files of a folder, None for data sets of another kind."""
+    samples = getattr(dataset, "samples", None)
+    if samples is None or _root_of(dataset) is None:
+        return None
+    return [str(sample[0]) for sample in samples]
+
+
+def _root_of(dataset: Dataset[Any]) -> Any:
+    return getattr(dataset, "root", None)
+
+
+def _below(root: Any, paths: list[str]) -> list[str]:
+    prefix = os.path.join(root, "")
+    return [
+        path[len(prefix) :] if path.startswith(prefix) else os.path.relpath(path, root)
+        for path in paths
+    ]
+
+
+def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
+    """Hash what identifies a data set: labels, groups, and the images' ids and sizes.
+
+    Sizes, in bytes, are those of a folder's files, or the data set's own `sizes`. Where there are
+    no ids or no sizes, sixteen evenly spaced images are read.
+    """
+    digest = hashlib.sha256(torch.tensor(labels).numpy().tobytes())
+    groups = groups_of(dataset)
+    if groups is not None:
+        digest.update(torch.tensor(groups).numpy().tobytes())
+    ids, sizes = ids_of(dataset), _sizes_of(dataset)
+    for k, one in enumerate(ids or ()):
+        size = "" if sizes is None else sizes[k]
+        digest.update(_encode(one) + f"\0{size}\0".encode())
+    if ids is None or sizes is None:
+        step = max(1, len(labels) // 16)
+        for index in range(0, len(labels), step):
+            try:
+                image = torch.as_tensor(dataset[index][0])
+            except Exception:  # a broken image is the scan's to report, with its rules
+                continue
+            digest.update(image.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sizes_of(dataset: Dataset[Any]) -> list[int] | None:
+    """How large the images are where they lie, in bytes; -1 for a file that is gone."""
+    if isinstance(dataset, Subset):
+        inner = _sizes_of(dataset.dataset)
+        return None if inner is None else [inner[i] for i in dataset.indices]
+    sizes = getattr(dataset, "sizes", None)
+    if isinstance(sizes, Sequence):
+        return list(sizes)
+    files = _files_of(dataset)
+    if files is None:
+        return None
+    return [Path(file).stat().st_size if Path(file).exists() else -1 for file in files]
+
+
+def pack_ids(ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Write ids as tensors.
+
+    Returns:
+        (N + 1,) int64, where each begins and the last ends, and (bytes,) uint8, all in a row.
+
+    >>> pack_ids(["a/1", "b"])
+    (tensor([0, 3, 4]), tensor([97, 47, 49, 98], dtype=torch.uint8))
+    """
+    encoded = [_encode(one) for one in ids]
+    starts = torch.tensor([0, *map(len, encoded)]).cumsum(0)
+    return starts, torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy())
+
+
+def unpack_ids(starts: Tensor, content: Tensor) -> list[str]:
+    """Read ids from tensors.
+
+    >>> unpack_ids(*pack_ids(["a/1.png", "", "é"]))
+    ['a/1.png', '', 'é']
+    """
+    text = content.numpy().tobytes()
+    return [text[i:j].decode("utf-8", "surrogateescape") for i, j in pairwise(starts.tolist())]
+
+
+def fit_ids(n_images: int, starts: Tensor | None, content: Tensor | None) -> bool:
+    """Whether tensors read from a file are the ids of so many images, or there are none."""
+    if starts is None or content is None:
+        return starts is content
+    return (
+        starts.dtype == torch.int64
+        and content.dtype == torch.uint8
+        and starts.shape == (n_images + 1,)
+        and content.shape == (int(starts[-1]),)
+        and int(starts[0]) == 0
+        and not bool((starts.diff() < 0).any())
+    )
+
+
+def _encode(one: str) -> bytes:
+    # A file's name may hold bytes that are no text; Python keeps them as surrogates.
+    return one.encode("utf-8", "surrogateescape")
