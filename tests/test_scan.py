@@ -213,6 +213,15 @@ def test_records_of_many_shards_are_in_order_and_whole(finished, long_truth):
     assert_records(shards, long_truth, 0.005, range(2 * SHARD + 9))
 
 
+def test_a_batch_does_not_cross_a_shard(finished, long_truth, tmp_path):
+    network = CountingNetwork(build("1x1"))
+    scan = long_scan(network, tmp_path / "scan", batch_size=50)  # 128 is no multiple
+    assert network.n_images == 2 * SHARD + 9
+    shards = list(scan.shards())
+    assert [len(records) for records in shards] == [SHARD, SHARD, 9]
+    assert_records(shards, long_truth, 0.005, range(2 * SHARD + 9))
+
+
 def test_a_finished_scan_runs_the_network_on_nothing(finished, folder):
     network = CountingNetwork(build("1x1"))
     long_scan(network, folder)
