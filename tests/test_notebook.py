@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 
 from unbraid import Ablation, Circuit, Evaluation, Findings, Split
 from unbraid.ablation import ChannelAblation, ClassDrops, ClassOutput, ConceptAblation, Drop
@@ -222,18 +223,8 @@ def test_an_ablation_shows_every_drop_under_two_heads() -> None:
     assert len(read(made._repr_html_()).heads) == 2
 
 
-class Page:
-    """Stands for IPython's printer."""
-
-    def __init__(self) -> None:
-        self.words = ""
-
-    def text(self, text: str, /) -> None:
-        self.words += text
-
-
-def test_in_plain_text_a_result_is_its_table_too() -> None:
+def test_ipython_shows_the_table_in_html_and_in_plain_text() -> None:
+    formatter = InteractiveShell.instance().display_formatter
     for result in (findings(), split()):
-        page = Page()
-        result._repr_pretty_(page, False)
-        assert page.words == str(result)
+        formats, _ = formatter.format(result)
+        assert formats == {"text/plain": str(result), "text/html": result._repr_html_()}

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Protocol
+from typing import Any
 
 _MAX_ROWS = 60
 _MAX_CELL = 300  # characters
 
 
-class Printer(Protocol):
-    """What IPython hands over to be printed on."""
-
-    def text(self, text: str, /) -> None:
-        """Print a text."""
-
-
 class Shown:
     """A result that notebooks and IPython show as its table, not as what it is made of."""
 
-    def _repr_pretty_(self, printer: Printer, _cycle: bool) -> None:
-        printer.text(str(self))
+    def _repr_html_(self) -> str:
+        raise NotImplementedError
+
+    def _repr_mimebundle_(self, **_asked: Any) -> dict[str, str]:
+        # Not _repr_pretty_, to which IPython prefers the __repr__ of a dataclass.
+        return {"text/plain": str(self), "text/html": self._repr_html_()}
 
 
 def html_table(
