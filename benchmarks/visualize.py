@@ -172,7 +172,7 @@ def sheet(features: unbraid.Features, path: Path) -> None:
             small = picture.convert("RGB").resize((side, side), how)
             page.paste(small, (4 + column * (side + 4), 4 + row * (side + 4)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path, optimize=True)
+    page.quantize(256).save(path, optimize=True)
 
 
 def main() -> None:

@@ -199,7 +199,22 @@ class TestRun:
         assert "0 pairs" in out
         assert not (home / "runs/b/split.safetensors").exists()
         assert not (home / "runs/b/evaluation.json").exists()
+        assert (home / "runs/a/features/features.json").exists()
+        assert not (home / "runs/b/features").exists()
         assert (home / "runs/b/report.html").exists()
+
+    def test_feature_visualisations_can_be_left_out(
+        self, ran: subprocess.CompletedProcess[str], home: Path, call
+    ) -> None:
+        assert "Visualising channels and concept channels." in ran.stdout + ran.stderr
+        shutil.copytree(home / "runs/a", home / "runs/blind")
+        shutil.rmtree(home / "runs/blind/features")
+        code, out, err = call(
+            "run", *NETWORK, "--data", "data", "--out", "runs/blind", *LOOSE, "--no-features"
+        )
+        assert code == 0
+        assert "Visualising" not in out + err
+        assert not (home / "runs/blind/features").exists()
 
     def test_the_report_is_written_again(
         self, ran: subprocess.CompletedProcess[str], home: Path, call

@@ -84,6 +84,19 @@ def test_what_the_demo_shows_is_there_also_in_unseen_images(
         assert there[pair.channel, pair.class1, pair.class2] == pytest.approx(pair.cosine, abs=0.05)
 
 
+def test_the_demo_visualises_every_split_channel(
+    ran: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    out, _ = ran
+    features = unbraid.Features.load(out / "features")
+    split = unbraid.Split.load(out / "split.safetensors")
+    assert features.channels == tuple(sorted(part.channel for part in split.channels))
+    assert features.left_out == 0
+    for part in split.channels:
+        for concept in (None, *range(len(part.concepts))):
+            assert features.image(part.channel, concept).size == (28, 28)
+
+
 @pytest.fixture
 def idx_folder(tmp_path: Path) -> Path:
     """A folder of IDX files like Fashion-MNIST's, one packed, with a few images of noise."""
