@@ -103,6 +103,25 @@ def test_a_usable_layer_is_listed(kind):
     assert "layer" in [spec.name for spec in usable_layers(build(kind), images(2).images)]
 
 
+class AddsCodes(Around):
+    """Adds codes of positions, computed by a layer of their own from positions alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Linear(2, 6)
+
+    def body(self, x: Tensor) -> Tensor:
+        places = torch.cartesian_prod(torch.arange(7.0), torch.arange(6.0)).to(x)
+        return self.layer(x + self.codes(input=places).T.reshape(6, 7, 6)).relu_()
+
+
+@pytest.mark.parametrize("n_images", [1, 2])
+def test_a_layer_that_sees_no_image_is_not_listed(n_images):
+    network = AddsCodes().double().eval()
+    for x in (images(n_images).images, torch.zeros(n_images, 3, 7, 6)):
+        assert [spec.name for spec in usable_layers(network, x)] == ["stem", "layer", "head"]
+
+
 # --- several runs, parts of images ----------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from unbraid.relevance import cut_at, gradients_at, undisturbed
 
 
 def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
-    """List the layers that can be split, run on these images, and reach the logits.
+    """List the layers that can be split, see these images, and reach the logits.
 
     Args:
         model: as `unbraid.scan` takes it.
@@ -31,11 +32,39 @@ def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
     model = unwrap(model)
     specs = splittable_layers(model)
     with undisturbed(model), torch.no_grad():
-        run_network(model, images)  # if this fails, it is not for a gradient
+        specs = _seeing(model, specs, images)  # if this fails, it is not for a gradient
     try:
         return _reaching(model, specs, images)
     except (RuntimeError, ModelError):  # what is written in place leaves no whole graph
         return [spec for spec in specs if _reaches(model, spec, images)]
+
+
+def _seeing(model: nn.Module, specs: list[LayerSpec], images: Tensor) -> list[LayerSpec]:
+    """Leave out layers that meet the same whatever the image, such as for codes of positions."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
+    met, met_too = _inputs(model, specs, images), _inputs(model, specs, noise)
+    return [spec for spec in specs if not _same(met[spec.name], met_too[spec.name])]
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(torch.equal(*pair) for pair in pairs)
+
+
+def _inputs(model: nn.Module, specs: list[LayerSpec], images: Tensor) -> dict[str, list[Tensor]]:
+    """What each layer meets, run by run."""
+    met: dict[str, list[Tensor]] = {spec.name: [] for spec in specs}
+
+    def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        met[name].append((args[0] if args else next(iter(named.values()))).clone())
+
+    with ExitStack() as stack:
+        for name in met:
+            module = model.get_submodule(name)
+            hook = module.register_forward_pre_hook(partial(keep, name), with_kwargs=True)
+            stack.callback(hook.remove)
+        run_network(model, images)
+    return met
 
 
 def _reaches(model: nn.Module, spec: LayerSpec, images: Tensor) -> bool:
