@@ -127,7 +127,7 @@ def _find(split: Split, channel: int) -> ChannelSplit:
 
 def _grid(values: np.ndarray) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
-    margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    margin = 0.12 * (high - low) or 0.12 * abs(high) or 1.0  # room for the kernels
     return np.linspace(low - margin, high + margin, _N_GRID)
 
 
