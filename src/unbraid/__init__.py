@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from unbraid.evaluation import Evaluation as Evaluation
     from unbraid.figures import density_figure as density_figure
     from unbraid.figures import save_figure as save_figure
+    from unbraid.figures import source_figure as source_figure
     from unbraid.figures import teaser_figure as teaser_figure
     from unbraid.find import find as find
     from unbraid.findings import Findings as Findings
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from unbraid.semantics import Semantics as Semantics
     from unbraid.sensitivity import Sensitivity as Sensitivity
     from unbraid.sensitivity import sensitivity as sensitivity
+    from unbraid.sources import open_images as open_images
+    from unbraid.sources.hugging import from_hugging_face as from_hugging_face
     from unbraid.split import split as split
     from unbraid.splits import Split as Split
     from unbraid.surgery import apply as apply
@@ -49,6 +52,8 @@ __version__ = _version("unbraid")
 
 _HOME = {
     "scan": "scan",
+    "open_images": "sources",
+    "from_hugging_face": "sources.hugging",
     "open_scan": "records",
     "Scan": "records",
     "find": "find",
@@ -76,6 +81,7 @@ _HOME = {
     "report": "report",
     "teaser_figure": "figures",
     "density_figure": "figures",
+    "source_figure": "figures",
     "save_figure": "figures",
     "visualize": "visualize",
     "Features": "visualize.features",

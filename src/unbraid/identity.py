@@ -38,7 +38,8 @@ def ids_of(dataset: Dataset[Any]) -> list[str] | None:
     samples = _files_of(dataset)
     if samples is None:
         return None
-    return _distinct([path.replace(os.sep, "/") for path in _below(_root_of(dataset), samples)])
+    root = os.fspath(_root_of(dataset))
+    return _distinct([seen_from(root, path) for path in samples])
 
 
 def _checked(ids: Sequence[Any], size: int) -> list[str]:
@@ -73,12 +74,15 @@ def _root_of(dataset: Dataset[Any]) -> Any:
     return getattr(dataset, "root", None)
 
 
-def _below(root: Any, paths: list[str]) -> list[str]:
-    prefix = os.path.join(root, "")
-    return [
-        path[len(prefix) :] if path.startswith(prefix) else os.path.relpath(path, root)
-        for path in paths
-    ]
+def seen_from(root: str, path: str) -> str:
+    """Name a file as seen from a folder, with slashes on every system.
+
+    >>> seen_from("/data/train", "/data/train/cat/1.png"), seen_from("/data/train", "/data/2.png")
+    ('cat/1.png', '../2.png')
+    """
+    prefix = os.path.join(root, "")  # most files lie below, where relpath takes much longer
+    one = path[len(prefix) :] if path.startswith(prefix) else os.path.relpath(path, root)
+    return one.replace(os.sep, "/")
 
 
 def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:

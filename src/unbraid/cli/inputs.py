@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unbraid.cli.output import err_console
 
 if TYPE_CHECKING:
-    from unbraid.folders import Folder
     from unbraid.models import LoadedModel
+    from unbraid.sources import Images
 
 
 def load(
@@ -27,27 +26,11 @@ def load(
     return replace(loaded, model=picked, source={**loaded.source, "output": output})
 
 
-def open_images(loaded: LoadedModel, root: Path) -> Folder:
-    """Open a folder of images, with or without class folders, with a network's preprocessing."""
-    from unbraid.models import open_folder
+def open_images(loaded: LoadedModel, source: str) -> Images:
+    """Open images from any source, with a network's preprocessing and labels."""
+    from unbraid.images import images_for
 
-    folder, warning = open_folder(loaded, root)
+    images, warning = images_for(loaded, source)
     if warning:
         err_console.print(f"Note: {warning}", style="yellow")
-    return folder
-
-
-def labelled(images: Folder) -> bool:
-    """Say whether images come with labels."""
-    from unbraid.folders import UnlabelledFolder
-
-    return not isinstance(images, UnlabelledFolder)
-
-
-def open_like(images: Folder, root: Path) -> Folder:
-    """Open another folder of the same kind, with the same labels."""
-    from unbraid.folders import ImageFolder, UnlabelledFolder
-
-    if isinstance(images, UnlabelledFolder):
-        return UnlabelledFolder(root, images.transform, images.classes)
-    return ImageFolder(root, images.transform, images.labels, images.classes)
+    return images

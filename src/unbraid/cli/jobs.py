@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from unbraid.cli.inputs import labelled, load, open_images, open_like
+from unbraid.cli.inputs import load, open_images
 from unbraid.cli.options import (
     BatchSize,
     Concepts,
@@ -63,7 +63,11 @@ def run(
     model: Model,
     layer: Layers,
     data: Annotated[
-        Path, Parameter(help="Folder with train/ and val/, of images in class folders or not.")
+        str,
+        Parameter(
+            help="Folder with train and val, each a folder of images, in class folders or not, a "
+            "list (train.csv, train.parquet) or a shard (train.tar); or hf:FOLDER, saved likewise."
+        ),
     ],
     out: Out,
     weights: Weights = None,
@@ -88,8 +92,10 @@ def run(
     it has.
     """
     from unbraid.errors import UsageError
+    from unbraid.images import images_like, labelled
     from unbraid.run_layers import run_layers
     from unbraid.settings import Loading, Thresholds
+    from unbraid.sources import absolute, part_of
     from unbraid.team import n_ranks
 
     if n_ranks() > 1:
@@ -99,13 +105,13 @@ def run(
         )
     loaded = load(model, weights, device, output)
     say(f"Network {model}, layer {', '.join(layer)}.")
-    train = open_images(loaded, data / "train")
-    source = {**loaded.source, "data": str(data.resolve()), "class_folders": labelled(train)}
+    train = open_images(loaded, part_of(data, "train"))
+    source = {**loaded.source, "data": absolute(data), "class_folders": labelled(train)}
     done = run_layers(
         loaded.model,
         layer,
         train,
-        open_like(train, data / "val"),
+        images_like(train, part_of(data, "val")),
         out,
         thresholds=Thresholds(tau, p, gamma, rho, concepts),
         loading=Loading(batch_size, workers, skip_broken),
@@ -160,7 +166,7 @@ def reproduce(
     made = unbraid.scan(
         loaded.model,
         LAYER,
-        open_images(loaded, imagenet / "train"),
+        open_images(loaded, str(imagenet / "train")),
         out / "scan-train",
         batch_size=batch_size,
         workers=workers,

@@ -65,5 +65,12 @@ SkipBroken = Annotated[
 Features = Annotated[
     bool, Parameter(help="Make images that excite each split channel and concept channel.")
 ]
+Data = Annotated[
+    str,
+    Parameter(
+        help="Folder of images, in class folders or not; list of them (CSV, Parquet); shards "
+        "(FILE.tar, a folder of such, train-{000..012}.tar, a URL); hf:FOLDER."
+    ),
+]
 Out = Annotated[Path, Parameter(help="Where to write.")]
 ScanPath = Annotated[Path, Parameter(help="Folder of a finished scan.")]

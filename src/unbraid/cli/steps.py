@@ -7,11 +7,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from unbraid.cli.inputs import labelled, load, open_images
+from unbraid.cli.inputs import load, open_images
 from unbraid.cli.options import (
     Autocast,
     BatchSize,
     Concepts,
+    Data,
     Device,
     Gamma,
     Labels,
@@ -56,7 +57,7 @@ def scan(
     *,
     model: Model,
     layer: Layers,
-    data: Annotated[Path, Parameter(help="Folder of images, in class folders or not.")],
+    data: Data,
     out: Out,
     weights: Weights = None,
     output: Output = None,
@@ -81,6 +82,9 @@ def scan(
     all its processes share the work: `torchrun --nproc-per-node 8 -m unbraid scan ...`.
     """
     import unbraid
+    from unbraid.data import name_of
+    from unbraid.images import labelled
+    from unbraid.sources import absolute
     from unbraid.team import is_first
 
     loaded = load(model, weights, device, output)
@@ -98,14 +102,14 @@ def scan(
         workers=workers,
         skip_broken=skip_broken,
         progress=True,
-        source={**loaded.source, "data": str(data.resolve())},
+        source={**loaded.source, "data": absolute(data)},
         threads=threads,
         autocast=autocast,
     )
     if not is_first():
         return
     one = made if isinstance(made, unbraid.Scan) else next(iter(made.values()))
-    say_broken([folder.samples[index][0] for index in one.broken()])
+    say_broken([name_of(folder, index) for index in one.broken()])
     n_scanned = one.manifest.n_images - len(one.broken())
     out_console.print(f"Scanned {count(n_scanned, 'image')} into {out}")
 

@@ -1,0 +1,159 @@
+"""Data sets of the library `datasets` by Hugging Face."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from unbraid.data import UNLABELLED
+from unbraid.errors import DataError, UsageError
+from unbraid.pictures import decode_picture, read_picture
+from unbraid.sources.listing import ListedImages, Listing, Transform, by_class
+
+if TYPE_CHECKING:
+    import datasets
+
+_ROWS = 1000  # looked at in one go
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Reads images out of a data set's rows by place."""
+
+    dataset: Any  # of one column, whose images are not decoded
+    column: str
+    ids: list[str]
+
+    def __call__(self, index: int) -> Image.Image:
+        """Read one image."""
+        file = self.dataset[index][self.column]
+        if file is None:
+            raise DataError(f"Image {self.ids[index]} cannot be read (its row is empty).")
+        if file["bytes"] is not None:
+            return decode_picture(io.BytesIO(file["bytes"]), self.ids[index])
+        return read_picture(file["path"])
+
+
+def from_hugging_face(
+    dataset: datasets.Dataset,
+    image: str = "image",
+    label: str | None = "label",
+    transform: Transform | None = None,
+) -> ListedImages:
+    """Make a data set for `unbraid.scan` of one of the library `datasets`.
+
+    Args:
+        dataset: with a length, so one split of it, not streamed.
+        image: column of the images.
+        label: column of the labels, numbers or names; None for images without.
+        transform: from an RGB picture to a tensor; None hands on the picture.
+
+    Returns:
+        Its images. Their ids are the paths that the image column tells, or, where it tells none or
+        one twice, the data set's fingerprint and the row.
+
+    Raises:
+        UsageError: it is no such data set, or `datasets` is not installed.
+        DataError: a column is missing or holds something else.
+    """
+    return ListedImages(list_rows(dataset, image, label, "The data set"), transform)
+
+
+def list_saved(folder: str) -> Listing:
+    """List the images of a data set that was saved to disk, or of a folder of Parquet files.
+
+    Raises:
+        UsageError: `datasets` is not installed.
+        DataError: there is none, or it cannot be read, or has no columns `image` and `label`.
+    """
+    library = _library()
+    files = sorted(map(str, Path(folder).glob("*.parquet")))
+    try:
+        read = library.Dataset.from_parquet if files else library.load_from_disk
+        dataset = read(files or folder)
+    except Exception as error:  # the library's, arrow's and the system's
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{folder} is no data set that `save_to_disk` saved ({reason}); name its folder."
+        ) from None
+    return list_rows(dataset, "image", "label", folder)
+
+
+def list_rows(dataset: Any, image: str, label: str | None, source: str) -> Listing:
+    """List the images of a data set's rows; arguments as in `from_hugging_face`."""
+    library = _library()
+    if isinstance(dataset, dict):
+        raise UsageError(f"{source} has several splits; take one of {', '.join(dataset)}.")
+    if not isinstance(dataset, library.Dataset):
+        raise UsageError(
+            f"{source} is a {type(dataset).__name__}; pass a datasets.Dataset, which has a length."
+        )
+    for column in (image, *([] if label is None else [label])):
+        if column not in dataset.column_names:
+            raise DataError(
+                f"{source} has no column {column!r} but {', '.join(dataset.column_names)}; open it "
+                "in Python with from_hugging_face(dataset, image=..., label=...)."
+            )
+    try:
+        encoded = dataset.with_format(None).select_columns([image])
+        encoded = encoded.cast_column(image, library.Image(decode=False))
+        paths, sizes = _files(encoded, image)
+    except Exception as error:  # of arrow, in many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"Column {image!r} of {source} holds no images ({reason}).") from None
+    ids = [f"{dataset._fingerprint}/{row}" for row in range(len(dataset))]
+    if all(paths) and len(set(paths)) == len(paths):
+        ids = [str(path).replace("\\", "/") for path in paths]
+    classes, class_of = _classes(dataset, label, source)
+    return Listing(source, ids, Rows(encoded, image, ids), classes, class_of, sizes=sizes)
+
+
+def _files(encoded: Any, column: str) -> tuple[list[str | None], list[int]]:
+    """The path that each row tells, and the bytes that it holds, without decoding any."""
+    import pyarrow.compute
+
+    paths: list[str | None] = []
+    sizes: list[int] = []
+    for batch in encoded.with_format("arrow").iter(_ROWS):
+        content = batch[column]
+        paths += pyarrow.compute.struct_field(content, "path").to_pylist()
+        lengths = pyarrow.compute.binary_length(pyarrow.compute.struct_field(content, "bytes"))
+        sizes += [size or 0 for size in lengths.to_pylist()]
+    return paths, sizes
+
+
+def _classes(dataset: Any, column: str | None, source: str) -> tuple[list[str], list[int]]:
+    if column is None:
+        return [], [UNLABELLED] * len(dataset)
+    values = dataset.with_format(None)[column][:]
+    if set(values) <= {UNLABELLED, None}:  # the habit of test splits
+        return [], [UNLABELLED] * len(values)
+    names = getattr(dataset.features[column], "names", None)
+    numbers = all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
+    if names is not None and numbers:
+        return list(names), values
+    if not numbers and not all(isinstance(value, str) for value in values):
+        raise DataError(
+            f"Column {column!r} of {source} holds something else than classes; give numbers from 0 "
+            "on, or names."
+        )
+    return by_class(_texts(values), source)
+
+
+def _texts(values: Sequence[Any]) -> list[str]:
+    return [str(value) for value in values]
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            "Data sets of Hugging Face need the library datasets; pip install 'unbraid[datasets]'."
+        ) from None
+    return datasets

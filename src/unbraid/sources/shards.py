@@ -1,0 +1,203 @@
+"""WebDataset shards: images and labels in tar files, found once by their headers, read in place."""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import re
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from unbraid.data import UNLABELLED
+from unbraid.errors import DataError, UsageError
+from unbraid.pictures import EXTENSIONS, decode_picture
+from unbraid.sources.listing import Listing, by_class
+from unbraid.sources.remote import fetch, is_url
+from unbraid.sources.tar import Member, members
+
+_LARGEST = 1 << 30  # bytes of an image
+_LARGEST_LABEL = 1 << 20  # bytes of a label or what else is told of an image
+_MOST_SHARDS = 1_000_000
+_RANGE = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
+
+
+@dataclass(frozen=True)
+class Members:
+    """Reads images out of tar files by place.
+
+    A file is opened for each image, which costs microseconds, so that worker processes share no
+    handle, and thousands of shards are no thousands of handles.
+    """
+
+    shards: list[str]
+    ids: list[str]
+    shard: array[int] = field(default_factory=lambda: array("q"))
+    offset: array[int] = field(default_factory=lambda: array("q"))
+    size: array[int] = field(default_factory=lambda: array("q"))
+
+    def __call__(self, index: int) -> Image.Image:
+        """Read one image."""
+        try:
+            content = _content(self.shards[self.shard[index]], self.offset[index], self.size[index])
+        except OSError as error:
+            raise DataError(f"Image {self.ids[index]} cannot be read ({error}).") from None
+        return decode_picture(io.BytesIO(content), self.ids[index])
+
+
+def list_shards(where: str) -> Listing:
+    """List the images of tar files, in the convention of WebDataset.
+
+    The members of an image share a name up to its first dot, the key; it has one image, and its
+    label as a number in `.cls`, or as "label" in `.json`, or none. Its id is SHARD.tar/KEY.
+
+    Args:
+        where: a tar file, a folder of such, a pattern with `*` or with a range such as
+            `{000..012}`, or a URL.
+
+    Raises:
+        DataError: there are no shards, one is damaged, or an image has two files or no label.
+        UsageError: it is a URL, and webdataset is not installed.
+    """
+    shards = shard_files(where)
+    names = [Path(shard).name for shard in shards]
+    double = [name for name, n in Counter(names).items() if n > 1]
+    if double:
+        raise DataError(f"{where} has two shards called {double[0]}; give each its own name.")
+    reader = Members(shards, [])
+    labels: list[str | None] = []
+    for k, (shard, name) in enumerate(zip(shards, names, strict=True)):
+        for key, files in _samples(shard).items():
+            image = files["image"]
+            reader.ids.append(f"{name}/{key}")
+            reader.shard.append(k)
+            reader.offset.append(image.offset)
+            reader.size.append(image.size)
+            labels.append(_label(shard, key, files))
+    classes, class_of = _classes(labels, reader.ids, where)
+    return Listing(where, reader.ids, reader, classes, class_of, sizes=list(reader.size))
+
+
+def shard_files(where: str) -> list[str]:
+    """Find the tar files that a name, folder, pattern or URL stands for.
+
+    Raises:
+        DataError: there are none.
+    """
+    if is_url(where):
+        return [str(fetch(url)) for url in expand(where)]
+    if Path(where).is_dir():
+        found = sorted(str(path) for path in Path(where).glob("*.tar"))
+    elif Path(where).exists():
+        found = [where]
+    else:
+        found = [
+            path
+            for one in expand(where)
+            for path in (sorted(glob.glob(one)) if glob.has_magic(one) else [one])
+        ]
+    missing = next((path for path in found if not Path(path).is_file()), None)
+    if missing is not None or not found:
+        raise DataError(f"There is no shard {missing or where}; name tar files that are there.")
+    return found
+
+
+def expand(pattern: str) -> list[str]:
+    """Write out ranges in braces.
+
+    Raises:
+        UsageError: they stand for too many names.
+
+    >>> expand("train-{08..10}.tar")
+    ['train-08.tar', 'train-09.tar', 'train-10.tar']
+    """
+    found = _RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    if int(last) - int(first) >= _MOST_SHARDS:
+        raise UsageError(f"{pattern} stands for more than {_MOST_SHARDS} shards; name fewer.")
+    before, behind = pattern[: found.start()], expand(pattern[found.end() :])
+    numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
+    return [f"{before}{number}{rest}" for number in numbers for rest in behind]
+
+
+def _samples(shard: str) -> dict[str, dict[str, Member]]:
+    """The members of every image of a shard by key, and by what they are: image, cls or json."""
+    samples: dict[str, dict[str, Member]] = {}
+    for member in members(shard):
+        folder, slash, name = member.name.rpartition("/")
+        base, dot, ending = name.partition(".")
+        ending = ending.lower()
+        kind = "image" if f".{ending}" in EXTENSIONS else ending
+        if not base or not dot or kind not in ("image", "cls", "json") or member.folder:
+            continue
+        key = f"{folder}{slash}{base}"
+        _refuse_odd(shard, member, _LARGEST if kind == "image" else _LARGEST_LABEL)
+        if samples.setdefault(key, {}).setdefault(kind, member) is not member:
+            raise DataError(f"{shard} has two files {kind!r} for {key}; keep one of them.")
+    lonely = [key for key, files in samples.items() if "cls" in files and "image" not in files]
+    if lonely:
+        raise DataError(
+            f"{shard} has a label but no image for {lonely[0]} ({', '.join(EXTENSIONS)}); mend it."
+        )
+    return {key: files for key, files in samples.items() if "image" in files}
+
+
+def _refuse_odd(shard: str, member: Member, largest: int) -> None:
+    if not member.regular:
+        raise DataError(f"{member.name} in {shard} is no regular file; write the shard anew.")
+    if member.size > largest:
+        raise DataError(
+            f"{member.name} in {shard} has {member.size} bytes, more than {largest}; remove it."
+        )
+
+
+def _label(shard: str, key: str, files: dict[str, Member]) -> str | None:
+    """What an image is labelled with, None where nothing is said."""
+    member = files.get("cls") or files.get("json")
+    if member is None:
+        return None
+    try:
+        text = _content(shard, member.offset, member.size).decode("utf-8").strip()
+        if "cls" in files:
+            return str(_number(text))
+        told = json.loads(text)
+        label = told.get("label") if isinstance(told, dict) else None
+        return label if isinstance(label, str) or label is None else str(_number(label))
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(
+            f"The label of {key} in {shard} cannot be read ({error}); write a class's number."
+        ) from None
+
+
+def _number(label: object) -> int:
+    if isinstance(label, str) and label.isdecimal() and len(label) < 10:
+        return int(label)
+    if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
+        return label
+    raise ValueError(f"it is {str(label)[:40]!r}")
+
+
+def _classes(labels: list[str | None], ids: list[str], where: str) -> tuple[list[str], list[int]]:
+    given = [label for label in labels if label is not None]
+    if not given:
+        return [], [UNLABELLED] * len(labels)
+    if len(given) < len(labels):
+        raise DataError(
+            f"{ids[labels.index(None)]} has no label, but others have; label all images or none."
+        )
+    return by_class(given, where)
+
+
+def _content(path: str, offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        content = file.read(size)
+    if len(content) < size:
+        raise OSError("its shard is cut off")
+    return content

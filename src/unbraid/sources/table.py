@@ -1,0 +1,175 @@
+"""Lists of images in a file: CSV or Parquet, with columns `path`, `label` and perhaps `group`."""
+
+from __future__ import annotations
+
+import csv
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from PIL import Image
+
+from unbraid.errors import DataError, UsageError
+from unbraid.identity import seen_from
+from unbraid.pictures import read_picture
+from unbraid.sources.listing import Listing, by_class
+
+CSV = (".csv", ".tsv")
+PARQUET = (".parquet",)
+_NEEDED, _OPTIONAL = ("path", "label"), "group"
+_DELIMITERS = ",;\t|"
+_LONGEST_LINE = 1 << 20  # characters
+
+Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its cells by column
+
+
+@dataclass(frozen=True)
+class Files:
+    """Reads image files by place."""
+
+    paths: list[str]
+
+    def __call__(self, index: int) -> Image.Image:
+        """Read one image."""
+        return read_picture(self.paths[index])
+
+
+def list_table(path: Path) -> Listing:
+    """List the images that a CSV or Parquet file names.
+
+    The path of an image is relative to the file's folder; its id is that path. The label is an
+    output's number or a class's name.
+
+    Raises:
+        DataError: the file is missing or damaged, lacks a column or a cell, names an image twice,
+            or names files that are not there.
+        UsageError: it is Parquet, and pyarrow is not installed.
+    """
+    root = os.path.abspath(path.parent)
+    paths: dict[str, str] = {}  # by id
+    labels: list[str] = []
+    groups: list[str] = []
+    for where, cells in (_csv_rows if path.suffix.lower() in CSV else _parquet_rows)(path):
+        name = _text(cells["path"], "path", where)
+        one = seen_from(root, os.path.normpath(os.path.join(root, name)))
+        if one in paths:
+            raise DataError(f"{where} names {name} a second time; name each image once.")
+        paths[one] = os.path.join(root, name)
+        labels.append(_label(cells["label"], where))
+        if _OPTIONAL in cells:
+            group = cells[_OPTIONAL]
+            groups.append(_text(str(group) if isinstance(group, int) else group, _OPTIONAL, where))
+    classes, class_of = by_class(labels, str(path))
+    files = list(paths.values())
+    return Listing(
+        source=str(path),
+        ids=list(paths),
+        read=Files(files),
+        classes=classes,
+        class_of=class_of,
+        groups=groups or None,
+        sizes=_sizes(files, path),
+    )
+
+
+def _text(cell: Any, column: str, where: str) -> str:
+    if not isinstance(cell, str) or not cell or "\0" in cell:
+        raise DataError(f"{where} has no text under {column!r}; fill the cell or remove the row.")
+    return cell
+
+
+def _label(cell: Any, where: str) -> str:
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        cell = str(cell)
+    if not isinstance(cell, str) or not cell.strip() or cell.strip().startswith("-"):
+        raise DataError(
+            f"{where} has the label {cell!r}; give the number of an output or the name of a class."
+        )
+    return cell.strip()
+
+
+def _sizes(files: list[str], table: Path) -> list[int]:
+    """How large the files are, in bytes."""
+    sizes, missing = [], []
+    for file in files:
+        with suppress(OSError, ValueError):  # not there, or no name that a file can have
+            found = os.stat(file)
+            if stat.S_ISREG(found.st_mode):
+                sizes.append(found.st_size)
+                continue
+        missing.append(file)
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(files)} files that {table} names are not there, the first is "
+            f"{missing[0]!r}; paths are relative to the list's folder."
+        )
+    return sizes
+
+
+def _check_columns(names: list[str], path: Path) -> list[str]:
+    """The columns to read."""
+    missing = [name for name in _NEEDED if name not in names]
+    wanted = [*_NEEDED, _OPTIONAL]
+    double = next((name for name in wanted if names.count(name) > 1), None)
+    if missing or double:
+        fault = f"no column {missing[0]!r}" if missing else f"two columns {double!r}"
+        raise DataError(
+            f"{path} has {fault}; its first row must name the columns path, label and, if images "
+            "belong together, group."
+        )
+    return [name for name in wanted if name in names]
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = _lines(file, path)
+            header = next(lines, "")
+            delimiter = max(_DELIMITERS, key=header.count)
+            names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+            columns = {name: names.index(name) for name in _check_columns(names, path)}
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            for cells in reader:
+                where = f"Line {reader.line_num + 1} of {path}"
+                if not cells:
+                    continue
+                if len(cells) != len(names):
+                    raise DataError(
+                        f"{where} has {len(cells)} cells for {len(names)} columns; put cells that "
+                        f"hold {delimiter!r} in quotes."
+                    )
+                yield where, {name: cells[k] for name, k in columns.items()}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is no list that can be read ({error}); write UTF-8 CSV.") from None
+
+
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    while line := file.readline(_LONGEST_LINE):
+        if len(line) == _LONGEST_LINE:
+            raise DataError(f"{path} has a line without an end; write a row for each image.")
+        yield line
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UsageError(
+            f"{path} needs pyarrow to be read; pip install 'unbraid[parquet]', or write CSV."
+        ) from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = _check_columns(file.schema_arrow.names, path)
+            n = 0
+            for batch in file.iter_batches(columns=columns):
+                for cells in batch.to_pylist():
+                    n += 1
+                    yield f"Row {n} of {path}", cells
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is no list that can be read ({reason}); write it anew.") from None

@@ -1,0 +1,107 @@
+"""Members of tar files, found by their headers; nothing is ever extracted."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from unbraid.errors import DataError
+
+_BLOCK = 512
+_LONGEST = 1 << 20  # bytes of a header that says more than fits into a block
+_SPARSE = b"GNU.sparse"  # with holes, so not read in one go
+_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_WITHOUT_CONTENT = (
+    tarfile.LNKTYPE,
+    tarfile.SYMTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+    tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member of a tar file, and where its content lies."""
+
+    name: str
+    regular: bool
+    folder: bool
+    offset: int
+    size: int
+
+
+def members(path: str) -> Iterator[Member]:
+    """List a tar file by its headers, and make sure that it is whole.
+
+    Python's own TarFile is not asked: it takes a damaged header for the end, and with negative
+    sizes it goes round in circles.
+
+    Raises:
+        DataError: it is missing, cut off, damaged or compressed.
+    """
+    try:
+        with open(path, "rb") as file:
+            yield from _members(file)
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise DataError(
+            f"{path} is no sound, uncompressed tar file ({error}); write or fetch it again."
+        ) from None
+
+
+def _members(file: BinaryIO) -> Iterator[Member]:
+    end, offset = file.seek(0, os.SEEK_END), 0
+    more: dict[str, str] = {}  # what headers said of the member to come
+    while True:
+        file.seek(offset)
+        block = file.read(_BLOCK)
+        if block == bytes(_BLOCK):
+            return
+        if len(block) < _BLOCK:
+            raise ValueError("it has no end")
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        content = offset + _BLOCK
+        size = 0 if header.type in _WITHOUT_CONTENT else int(more.get("size", header.size))
+        if not 0 <= size <= end - content:
+            raise ValueError("a member reaches beyond its end")
+        offset = content - (-size // _BLOCK) * _BLOCK
+        if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+            if size > _LONGEST:
+                raise ValueError("a header is too long")
+            text = file.read(size)
+            if header.type == tarfile.GNUTYPE_LONGNAME:
+                more["path"] = text.split(b"\0")[0].decode("utf-8", "surrogateescape")
+            else:
+                more |= _said(text)
+        elif header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+            yield Member(
+                name=more.get("path", header.name).removeprefix("./"),
+                regular=header.type in _REGULAR and "sparse" not in more,
+                folder=header.type == tarfile.DIRTYPE,
+                offset=content,
+                size=size,
+            )
+            more = {}
+
+
+def _said(text: bytes) -> dict[str, str]:
+    """Read what a pax header says of path, size and holes.
+
+    It is of records `LENGTH KEY=VALUE` and a line's end, LENGTH that of the whole record.
+    """
+    said = {}
+    while text.strip(b"\0"):
+        length, _, _ = text.partition(b" ")
+        record, text = text[: int(length)], text[int(length) :]
+        if int(length) <= len(length) or not record.endswith(b"\n"):
+            raise ValueError("a header is damaged")
+        key, _, value = record[len(length) + 1 : -1].partition(b"=")
+        if key.startswith(_SPARSE):
+            said["sparse"] = ""
+        elif key in (b"path", b"size"):
+            said[key.decode()] = value.decode("utf-8", "surrogateescape")
+    return said
