@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import json
@@ -24,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import unbraid
-from oracle import channel_map, layer_io
+from oracle import channel_input_relevance, channel_map, layer_io
 from unbraid import Features, Scan, Split, UnbraidError, cli, figures
 from unbraid.errors import DataError, RunError, UsageError
 from unbraid.figures.paper import COLOURS
@@ -62,6 +63,26 @@ class Run:
                         z = channel_map(layer, channel, row, x).tolist()
                         out[r][k].append(math.fsum(z))
         return out
+
+    def relevances(self, channel: int) -> list[tuple[list[float], list[float]]]:
+        """Per concept, each input's mean relevance for the original and the concept channel."""
+        part, found = self.split[channel], []
+        for k, classes in enumerate(part.concepts):
+            changed = copy.deepcopy(self.network[2])
+            with torch.no_grad():
+                changed.weight[channel] = part.rows[k].view_as(changed.weight[channel])
+            sums, n_images = [[0.0] * 8, [0.0] * 8], 0
+            for image, label in self.images:  # type: ignore[attr-defined]
+                if label not in classes:
+                    continue
+                n_images += 1
+                x, _, _ = layer_io(self.network, "2", image)
+                for total, layer in zip(sums, (self.network[2], changed), strict=True):
+                    for i, value in enumerate(channel_input_relevance(layer, x)[channel].tolist()):
+                        total[i] += value
+            original, kept = ([value / n_images for value in total] for total in sums)
+            found.append((original, kept))
+        return found
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -128,7 +149,7 @@ def tiles(figure: Figure) -> list[list[Axes]]:
     return [list(row) for _, row in itertools.groupby(found, height)]
 
 
-def words(figure: Figure) -> list[str]:
+def words_of(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.texts]
 
 
@@ -167,6 +188,22 @@ def assert_densities(figure: Figure, values: list[list[list[float]]]) -> None:
             (mean,), _, colour = drawn[f"mean {LETTERS[k]}"]
             assert mean == pytest.approx(math.fsum(concept) / len(concept), rel=1e-9)
             assert colour == COLOURS[k]
+
+
+def assert_sources(figure: Figure, truth: list[tuple[list[float], list[float]]], n: int) -> None:
+    """One panel per concept, its bars the relevances of the strongest inputs, taken in turns."""
+    orders = [sorted(range(8), key=lambda i: -abs(original[i])) for original, _ in truth]
+    turns = [order[place] for place in range(8) for order in orders]
+    chosen = [i for place, i in enumerate(turns) if i not in turns[:place]][:n]
+    inputs = [int(words) for words in words_of(figure) if words.isdigit()]
+    assert sorted(inputs) == sorted(chosen)
+    assert len(figure.axes) == len(truth)
+    for axes, relevances, name in zip(figure.axes, truth, LETTERS[: len(truth)], strict=True):
+        assert name in words_of(figure)
+        for bars, values in zip(axes.containers, relevances, strict=True):
+            assert [bar.get_width() for bar in bars] == pytest.approx([values[i] for i in inputs])
+            low, high = axes.get_xlim()
+            assert all(low <= values[i] <= high for i in inputs)
 
 
 def assert_tiles(figure: Figure, run: Run, channel: int, n: int, skip: int = 0) -> None:
@@ -237,6 +274,27 @@ def test_the_density_checker_notices_what_is_wrong(run: Run) -> None:
 
 
 @pytest.mark.parametrize("channel", CONCEPTS)
+def test_source_bars_are_relevances(run: Run, channel: int) -> None:
+    truth = run.relevances(channel)
+    for n in (3, 8):
+        assert_sources(unbraid.source_figure(run.split, run.scan, channel, n=n), truth, n)
+
+
+def test_the_source_checker_notices_what_is_wrong(run: Run) -> None:
+    truth = run.relevances(4)
+    for corrupt in (
+        lambda figure: figure.axes[0].patches[2].set_width(9.0),
+        lambda figure: figure.axes[1].patches[9].set_width(9.0),
+        lambda figure: figure.axes[1].remove(),
+        lambda figure: next(t for t in figure.texts if t.get_text().isdigit()).set_text("77"),
+    ):
+        figure = unbraid.source_figure(run.split, run.scan, 4, n=5)
+        corrupt(figure)
+        with pytest.raises(AssertionError):
+            assert_sources(figure, truth, 5)
+
+
+@pytest.mark.parametrize("channel", CONCEPTS)
 def test_rows_hold_the_reference_images(run: Run, channel: int) -> None:
     figure = unbraid.teaser_figure(run.split, run.scan, channel, dataset=run.images, n=4)
     assert_tiles(figure, run, channel, 4)
@@ -289,15 +347,16 @@ def test_an_image_that_is_gone_is_crossed_out(run: Run) -> None:
 
 def test_titles_name_channel_and_concepts_and_stay_within_the_figure(run: Run) -> None:
     figure = unbraid.density_figure(run.split, run.scan, 4)
-    said = words(figure)
+    said = words_of(figure)
     assert "Original channel 4" in said
     assert [f"Concept channel {name}" in said for name in LETTERS] == [True, True, False]
     assert "  $x_1$" in said
     assert "  <b>&, drawkcab" in said  # without the mark that turns writing around
     wide = unbraid.teaser_figure(run.split, run.scan, 1, dataset=run.images)
     narrow = unbraid.density_figure(run.split, run.scan, 1, width=2.0)
-    for figure in (wide, narrow):
-        assert any(text.endswith("…") and "www" in text for text in words(figure))
+    sources = unbraid.source_figure(run.split, run.scan, 1)
+    for figure in (wide, narrow, sources):
+        assert any(text.endswith("…") and "www" in text for text in words_of(figure))
         figure.canvas.draw()
         for text in figure.texts:
             box = text.get_window_extent()
@@ -401,6 +460,10 @@ def test_a_mistake_is_one_sentence(run: Run, tmp_path: Path) -> None:
         (lambda: unbraid.teaser_figure(split, scan, 4, dataset=run.images, n=40), "too many"),
         (lambda: unbraid.teaser_figure(split, scan, 4, dataset=too_short), "not the one"),
         (lambda: unbraid.teaser_figure(split, scan, 4, features=elsewhere), "of layer 7"),
+        (lambda: unbraid.source_figure(split, scan, 3), "Channel 3 was not split"),
+        (lambda: unbraid.source_figure(split, scan, 4, n=0), "n is 0"),
+        (lambda: unbraid.source_figure(foreign, scan, 4), "another network or layer"),
+        (lambda: unbraid.source_figure(split, scan, 1, width=2.0), "3 concepts, too many"),
         (lambda: unbraid.save_figure(figure, tmp_path / "a.docx"), "ends in none of .pdf"),
         (lambda: unbraid.save_figure(figure, tmp_path / "a"), "ends in none of .pdf"),
     ):
@@ -409,11 +472,18 @@ def test_a_mistake_is_one_sentence(run: Run, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_concept_without_images_is_named(run: Run, tmp_path: Path) -> None:
+    one = unbraid.scan(run.network, "2", run.images, tmp_path / "scan", min_share=1e-6, classes=[0])
+    for draw in (unbraid.teaser_figure, unbraid.density_figure, unbraid.source_figure):
+        with pytest.raises(UsageError, match="The scan has no image of <b>&"):
+            draw(run.split, one, 4)
+
+
 def test_without_matplotlib_a_sentence_says_what_to_install(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for draw in (unbraid.teaser_figure, unbraid.density_figure):
+    for draw in (unbraid.teaser_figure, unbraid.density_figure, unbraid.source_figure):
         with pytest.raises(UnbraidError, match=r"pip install 'unbraid\[figures\]'"):
             draw(run.split, run.scan, 4)
 
@@ -431,14 +501,15 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
 def test_the_command_draws_what_the_functions_do(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for kind in ("teaser", "densities"):
+    for kind in ("teaser", "densities", "sources"):
         arguments = (run.folder, "--channel", 4, "--out", tmp_path / f"{kind}.svg", "--kind", kind)
         assert command(monkeypatch, *arguments) == 0
     assert command(monkeypatch, run.folder, "--channel", 4, "--out", tmp_path / "plain.svg") == 0
     teaser = unbraid.teaser_figure(run.split, run.scan, 4, dataset=run.images)
     unbraid.save_figure(teaser, tmp_path / "t.svg")
     unbraid.save_figure(unbraid.density_figure(run.split, run.scan, 4), tmp_path / "d.svg")
-    for one, other in (("teaser", "t"), ("plain", "t"), ("densities", "d")):
+    unbraid.save_figure(unbraid.source_figure(run.split, run.scan, 4), tmp_path / "s.svg")
+    for one, other in (("teaser", "t"), ("plain", "t"), ("densities", "d"), ("sources", "s")):
         pair = [(tmp_path / f"{name}.svg").read_bytes() for name in (one, other)]
         assert pair[0] == pair[1]
 

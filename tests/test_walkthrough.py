@@ -76,7 +76,7 @@ def test_the_notebook_says_what_it_says_when_run_anew(
 def test_its_outputs_hold_tables_and_a_picture(kept: NotebookNode, fresh: NotebookNode) -> None:
     for notebook in (kept, fresh):
         assert texts(notebook).count("with text/html") == 4
-        assert texts(notebook).count("with image/png") == 1
+        assert texts(notebook).count("with image/png") == 2
 
 
 def test_it_is_of_no_machine_and_small(kept: NotebookNode, fresh: NotebookNode) -> None:

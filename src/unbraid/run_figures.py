@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from unbraid.again import validation_images
 from unbraid.errors import RunError
-from unbraid.figures import density_figure, teaser_figure
+from unbraid.figures import density_figure, source_figure, teaser_figure
 from unbraid.pipeline import as_labelled
 from unbraid.records import open_scan
 from unbraid.settings import read_settings
@@ -17,7 +17,7 @@ from unbraid.visualize.run import read_run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FigureKind = Literal["teaser", "densities"]
+FigureKind = Literal["teaser", "densities", "sources"]
 
 
 def figure_of_run(out: Path, channel: int, kind: FigureKind = "teaser") -> Figure:
@@ -27,7 +27,8 @@ def figure_of_run(out: Path, channel: int, kind: FigureKind = "teaser") -> Figur
         out: the run's folder.
         channel: one that the run split.
         kind: "teaser" as `unbraid.teaser_figure` draws it, with feature visualisations where the
-            run made them; "densities" as `unbraid.density_figure` does.
+            run made them; "densities" and "sources" as `unbraid.density_figure` and
+            `unbraid.source_figure` do.
 
     Raises:
         RunError: the folder holds no finished run, or the run split no channel.
@@ -44,5 +45,7 @@ def figure_of_run(out: Path, channel: int, kind: FigureKind = "teaser") -> Figur
     split, scan = Split.load(divided), open_scan(out / "scan-val")
     if kind == "densities":
         return density_figure(split, scan, channel)
+    if kind == "sources":
+        return source_figure(split, scan, channel)
     images = as_labelled(validation_images(settings["source"], scan), scan)
     return teaser_figure(split, scan, channel, dataset=images, features=read_run(out))

@@ -16,8 +16,8 @@ def figure(
     channel: Annotated[int, Parameter(help="A channel that the run split.")],
     out: Annotated[Path, Parameter(help="File to write: .pdf, .png or .svg.")],
     kind: Annotated[
-        Literal["teaser", "densities"],
-        Parameter(help="The channel in pictures and densities, or densities alone."),
+        Literal["teaser", "densities", "sources"],
+        Parameter(help="Pictures and densities, densities alone, or what feeds the concepts."),
     ] = "teaser",
 ) -> None:
     """Draw one channel of a finished run as a figure for a paper."""

@@ -96,6 +96,39 @@ def density_figure(split: Split, scan: Scan, channel: int, *, width: float = 3.2
     return draw_densities(gather(split, scan, channel), width)
 
 
+def source_figure(
+    split: Split, scan: Scan, channel: int, *, n: int = 12, width: float = 3.25
+) -> Figure:
+    """Show which input channels feed a channel, and which of them each concept channel keeps.
+
+    A panel for each concept, its bars the relevance of the same n input channels: pale for the
+    original channel (the ARV), narrow and solid for the concept's own channel. Concepts name their
+    strongest input channel in turns, and each stands with the concept to which it matters most.
+
+    Args:
+        split: from `unbraid.split`.
+        scan: of images that hold the concepts.
+        channel: a split channel.
+        n: input channels.
+        width: of the figure, in inches; 3.25 is a column of many a paper.
+
+    Returns:
+        A matplotlib Figure; `savefig` embeds fonts and writes the same bytes each time.
+
+    Raises:
+        UsageError: the channel was not split, n or the width is too small, or the scan is of
+            something else or has no image of a concept.
+        UnbraidError: matplotlib is not installed.
+
+    Source:
+        METHOD.md section 2.
+    """
+    _require_matplotlib()
+    from unbraid.figures.sources import draw_sources, gather_sources
+
+    return draw_sources(gather_sources(split, scan, channel, n), width)
+
+
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure by unbraid as PDF, PNG or SVG, whole or not at all.
 

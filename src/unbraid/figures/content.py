@@ -76,12 +76,8 @@ def gather(
     n: int = 1,
 ) -> Content:
     """Work out what figures show of a channel; arguments as in `unbraid.teaser_figure`."""
-    part = _find(split, channel)
-    if scan.manifest.weights != split.weights or scan.layer != split.layer:
-        raise UsageError(
-            "The scan is of another network or layer than the split; pass one of the network and "
-            "layer that were split."
-        )
+    part = find_part(split, channel)
+    refuse_other_scan(split, scan)
     if features is not None and features.layer != split.layer.name:
         raise UsageError(
             f"The visualisations are of layer {features.layer}, the split is of {split.layer.name};"
@@ -114,7 +110,17 @@ def gather(
     )
 
 
-def _find(split: Split, channel: int) -> ChannelSplit:
+def refuse_other_scan(split: Split, scan: Scan) -> None:
+    """Raise unless a scan is of the network and layer that were split."""
+    if scan.manifest.weights != split.weights or scan.layer != split.layer:
+        raise UsageError(
+            "The scan is of another network or layer than the split; pass one of the network and "
+            "layer that were split."
+        )
+
+
+def find_part(split: Split, channel: int) -> ChannelSplit:
+    """Return the division of a channel, or raise and name those that there are."""
     try:
         return split[channel]
     except KeyError:
