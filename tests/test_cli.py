@@ -539,7 +539,7 @@ class TestMistakes:
             draw(0, 1).save(home / "many" / name / "a.png")
         code, _, err = call("scan", *NETWORK, "--data", "many", "--out", "mistake")
         assert code == 1
-        assert "4 class folders but the network has 3 outputs" in err
+        assert "4 classes but the network has 3 outputs" in err
 
     def test_a_broken_image_is_named_or_skipped_and_listed(self, home: Path, call) -> None:
         shutil.copytree(home / "data/train", home / "broken")
@@ -685,6 +685,40 @@ class TestLabels:
         code, _, err = call(*run)
         assert code == 1
         assert "class folder 'dog'" in err
+
+
+class TestSources:
+    def test_a_run_of_lists_is_that_of_class_folders(
+        self, ran: subprocess.CompletedProcess[str], home: Path, call
+    ) -> None:
+        (home / "listed").mkdir()
+        for part in ("train", "val"):
+            paths = sorted((home / "data" / part).glob("*/*"))
+            rows = [f"../data/{part}/{path.parent.name}/{path.name}" for path in paths]
+            lines = [f"{row},{path.parent.name}" for row, path in zip(rows, paths, strict=True)]
+            (home / f"listed/{part}.csv").write_text("\n".join(["path,label", *lines]))
+        run = ("run", *NETWORK, "--data", "listed", "--out", "runs/listed", *LOOSE)
+        code, _, err = call(*run)
+        assert code == 0, err
+        for name in ("findings.csv", "evaluation.json"):
+            assert (home / "runs/listed" / name).read_bytes() == (
+                home / "runs/a" / name
+            ).read_bytes()
+        page = (home / "runs/listed/report.html").read_bytes()
+        lines = (home / "listed/val.csv").read_text().splitlines()
+        (home / "listed/val.csv").write_text("\n".join([lines[0], *lines[:0:-1]]))
+        assert call("report", "runs/listed")[0] == 0
+        assert (home / "runs/listed/report.html").read_bytes() == page  # found again by id
+
+    def test_a_source_that_is_wrong_leaves_nothing_behind(self, home: Path, call) -> None:
+        (home / "wrong.csv").write_text("path,label\ndata/val/ant/none.png,ant\n")
+        (home / "wrong.tar").write_bytes(b"no tar")
+        for data in ("wrong.csv", "wrong.tar", "wrong-{0..9}.tar", "hf:wrong", "pipe:touch ran"):
+            code, _, err = call("scan", *NETWORK, "--data", data, "--out", "mistake")
+            assert code in (1, 2)
+            assert_one_sentence(err)
+        assert not (home / "mistake").exists()
+        assert not (home / "ran").exists()
 
 
 class TestOddInput:

@@ -47,9 +47,9 @@ def _checked(ids: Sequence[Any], size: int) -> list[str]:
         raise DataError(
             f"The data set's ids name {len(ids)} images of {size}; give one id for each image."
         )
-    wrong = next((one for one in ids if not isinstance(one, (str, int))), None)
-    if wrong is not None:
-        raise DataError(f"An id is a {type(wrong).__name__}; give texts or numbers as ids.")
+    wrong = [one for one in ids if not isinstance(one, (str, int))]
+    if wrong:
+        raise DataError(f"An id is a {type(wrong[0]).__name__}; give texts or numbers as ids.")
     seen: set[str] = set()
     for one in map(str, ids):
         if one in seen:

@@ -79,7 +79,7 @@ def _members(file: BinaryIO) -> Iterator[Member]:
                 more |= _said(text)
         elif header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
             yield Member(
-                name=more.get("path", header.name).removeprefix("./"),
+                name=(more.get("path") or header.name).removeprefix("./"),
                 regular=header.type in _REGULAR and "sparse" not in more,
                 folder=header.type == tarfile.DIRTYPE,
                 offset=content,
@@ -96,8 +96,9 @@ def _said(text: bytes) -> dict[str, str]:
     said = {}
     while text.strip(b"\0"):
         length, _, _ = text.partition(b" ")
-        record, text = text[: int(length)], text[int(length) :]
-        if int(length) <= len(length) or not record.endswith(b"\n"):
+        end = int(length)
+        record, text = text[:end], text[end:]
+        if len(record) != end or end <= len(length) or not record.endswith(b"\n"):
             raise ValueError("a header is damaged")
         key, _, value = record[len(length) + 1 : -1].partition(b"=")
         if key.startswith(_SPARSE):
