@@ -461,6 +461,23 @@ def test_a_network_that_fails_or_answers_with_nan_is_told(one_pair):
         unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), **QUICK)
 
 
+class OneWay(torch.autograd.Function):
+    """An operation that nobody wrote a gradient for."""
+
+    @staticmethod
+    def forward(_context: object, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_network_without_gradients_is_told():
+    class Forwards(Colours):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(OneWay.apply(x))
+
+    with pytest.raises(ModelError, match="no gradient of its image"):
+        unbraid.visualize(Forwards(), "layer", Uniform(), [0])
+
+
 def test_images_without_colours_or_of_no_shape_are_told(one_pair):
     flat = Uniform()
     flat.images[:] = 0.5

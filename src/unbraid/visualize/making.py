@@ -137,7 +137,7 @@ def _optimise(
                 "gradient; choose another layer."
             )
         optimiser.zero_grad()
-        (-scores.sum()).backward()
+        _differentiate(-scores.sum())
         optimiser.step()
         assert images.grad is not None
         drawn_on += images.grad.abs().sum(1)
@@ -160,6 +160,16 @@ def _optimise(
         answers = tuple(float(mean) for mean in means)
         made.append((float(scores[n]), Feature(channel, concept, 0, picture, answers)))
     return made
+
+
+def _differentiate(loss: Tensor) -> None:
+    try:
+        loss.backward()
+    except RuntimeError as error:  # of a network of anyone's own; also for want of memory
+        raise ModelError(
+            f"The network gives no gradient of its image ({str(error).splitlines()[0]}); choose "
+            "another layer, or a smaller size if memory is short."
+        ) from error
 
 
 def _as_input(watched: Watched, pixels: Pixels, images: Tensor) -> Tensor:
