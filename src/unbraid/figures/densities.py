@@ -106,15 +106,11 @@ def draw_curves(axes: Axes, content: Content, row: Row, *, last: bool) -> None:
             label=f"mean {name}",
         )
         peaks.append(float(grid[curve.heights.argmax()]))
-    gap = 0.11 * (high - low) / _inches(axes)
+    inches = axes.get_window_extent().width / axes.figure.dpi
+    gap = 0.11 * (high - low) / inches
     for k, x in enumerate(spread(peaks, gap, low + gap / 2, high - gap / 2)):
         style = {"fontsize": SMALL, "weight": "bold", "color": colour(k)}
         axes.text(x, 1.06, content.letters[k], ha="center", va="bottom", **style)  # type: ignore[arg-type]
-
-
-def _inches(axes: Axes) -> float:
-    figure = axes.figure
-    return float(axes.get_position().width * figure.get_figure(root=True).get_size_inches()[0])
 
 
 def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
