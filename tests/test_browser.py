@@ -289,7 +289,8 @@ def test_without_script_all_is_there(browser: Any, file: Path) -> None:
     )
     page, _ = load(with_script, file)
     bare, _ = load(without, file)
-    assert not bare.locator("#tools").is_visible()
+    assert not bare.locator("#search").is_visible()
+    assert page.locator("#search").is_visible()
     articles = bare.locator("article")
     assert articles.count() == page.locator("article").count() > 1
     assert all(articles.nth(n).is_visible() for n in range(articles.count()))

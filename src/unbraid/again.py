@@ -17,7 +17,9 @@ from unbraid.records import Scan, open_scan
 from unbraid.report import report
 from unbraid.sensitivity import sensitivity
 from unbraid.settings import Thresholds, read_settings
+from unbraid.sight import Sight
 from unbraid.splits import Split
+from unbraid.visualize.run import read_run
 
 
 def report_again(out: Path) -> Path:
@@ -33,7 +35,7 @@ def report_again(out: Path) -> Path:
     source, title = settings["source"], settings["title"]
     train_scan, val_scan = open_scan(out / "scan-train"), open_scan(out / "scan-val")
     found = seen_in(val_scan, find(train_scan, **thresholds.of_find))
-    counted = divided = evaluation = None
+    counted = divided = evaluation = val_maps = features = None
     if thresholds.concepts == "classes":
         counted = sensitivity(train_scan, found=found)
     if found.concepts:
@@ -41,6 +43,7 @@ def report_again(out: Path) -> Path:
         measured = out / "evaluation.json"
         baseline = Split.load(out / "split-published.safetensors")
         val_maps = open_scan(out / "positions-val")
+        features = read_run(out)
         evaluation = evaluate(
             divided,
             val_maps,
@@ -57,13 +60,22 @@ def report_again(out: Path) -> Path:
         sensitivity=counted,
         split=divided,
         evaluation=evaluation,
-        dataset=as_labelled(validation_images(source, val_scan), val_scan),
+        maps=val_maps,
+        features=features,
+        dataset=as_labelled(validation_images(source, val_scan, settings.get("sight")), val_scan),
         title=title,
     )
 
 
-def validation_images(source: dict[str, Any], scan: Scan) -> Dataset[Any]:
+def validation_images(
+    source: dict[str, Any], scan: Scan, sight: dict[str, Any] | None = None
+) -> Dataset[Any]:
     """Open a run's validation images again, for looking at.
+
+    Args:
+        source: how the run found its images.
+        scan: of them.
+        sight: the part of a picture that the network saw, from `Sight.to_dict`; None if unknown.
 
     Raises:
         DataError: they are gone; a new page would lack the pictures that the old one has.
@@ -73,6 +85,7 @@ def validation_images(source: dict[str, Any], scan: Scan) -> Dataset[Any]:
 
         return load_images("test")
     root = Path(source["data"]) / "val"
+    seen = None if sight is None else Sight(**sight)
     if source.get("class_folders", True):
-        return ImageFolder(root, class_names=scan.class_names)
-    return UnlabelledFolder(root, class_names=scan.class_names)
+        return ImageFolder(root, seen, class_names=scan.class_names)
+    return UnlabelledFolder(root, seen, class_names=scan.class_names)

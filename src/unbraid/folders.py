@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from unbraid.data import UNLABELLED
@@ -32,7 +31,7 @@ class ImageFolder(Dataset[tuple[Any, int]]):
     def __init__(
         self,
         root: str | Path,
-        transform: Callable[[Image.Image], Tensor] | None = None,
+        transform: Callable[[Image.Image], Any] | None = None,
         labels: dict[str, int] | None = None,
         class_names: Sequence[str] = (),
     ) -> None:
@@ -93,7 +92,7 @@ class UnlabelledFolder(Dataset[tuple[Any, int]]):
     def __init__(
         self,
         root: str | Path,
-        transform: Callable[[Image.Image], Tensor] | None = None,
+        transform: Callable[[Image.Image], Any] | None = None,
         class_names: Sequence[str] = (),
     ) -> None:
         """List the images; none is read yet."""

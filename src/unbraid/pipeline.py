@@ -32,6 +32,7 @@ from unbraid.scan import MIN_SHARE, Labels, scan_into
 from unbraid.semantics import Semantics
 from unbraid.sensitivity import sensitivity
 from unbraid.settings import Loading, Thresholds, read_settings, remove_results
+from unbraid.sight import sight_of
 from unbraid.split import check_rho, split
 from unbraid.splits import Split
 from unbraid.surgery import apply
@@ -90,7 +91,9 @@ def run(
     """
     embedding = prepare(model, thresholds, encoder)
     settings: dict[str, Any] = {"title": title, "thresholds": vars(thresholds)}
+    sight = sight_of(val)  # a report that is written again knows no preprocessing
     settings |= {"source": source, "encoder": encoder, "labels": labels}
+    settings |= {"sight": sight and sight.to_dict()}
     before = read_settings(out)
     options = {**vars(loading), "progress": True, "source": source, "labels": labels}
     train_scan = scan_into(model, {layer: out / "scan-train"}, train, **options)[layer]
@@ -157,8 +160,7 @@ def run(
         semantics=_semantics(divided, val_scan, shown, embedding, loading, say),
     )
     evaluation.save(out / "evaluation.json")
-    if features:
-        visualize_run(model2, layer, train, by_cosine, out, say)
+    made = visualize_run(model2, layer, train, by_cosine, out, say) if features else None
     report(
         page,
         scan=val_scan,
@@ -167,6 +169,8 @@ def run(
         sensitivity=counted,
         split=divided,
         evaluation=evaluation,
+        maps=val_maps,
+        features=made,
         dataset=shown,
         title=title,
     )

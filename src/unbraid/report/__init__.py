@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from unbraid.records import Scan
     from unbraid.sensitivity import Sensitivity
     from unbraid.splits import Split
+    from unbraid.visualize.features import Features
 
 
 def report(
@@ -24,13 +25,16 @@ def report(
     evaluation: Evaluation | None = None,
     train_scan: Scan | None = None,
     sensitivity: Sensitivity | None = None,
+    maps: Scan | None = None,
+    features: Features | None = None,
     dataset: Dataset[Any] | None = None,
     title: str | None = None,
 ) -> Path:
     """Write one HTML file that shows what was found, how it was split and how well.
 
-    The file holds all it needs, pictures included, and asks nothing of any network. What an
-    argument left out would have contributed is left out, and the page says so.
+    The file has at most 10 MB: of many channels it shows fewer and smaller pictures, or not all
+    channels in full, and says so. It holds all it needs, pictures included, and asks nothing of any
+    network. What an argument left out would have contributed is left out, and the page says so.
 
     Args:
         path: the file to write; a folder that is missing is made.
@@ -40,23 +44,29 @@ def report(
         evaluation: the split's measures on validation images.
         train_scan: of the training images, for the input channels that feed each concept.
         sensitivity: what other thresholds would find.
-        dataset: the images that `scan` was made of, for their pictures.
+        maps: of the same images as `scan`, or some of them, with positions: for where in its
+            reference images a channel answers. Not needed if `scan` itself has positions.
+        features: images made to excite the channels, from `unbraid.visualize`.
+        dataset: the images that `scan` was made of, for their pictures; where it has ids, their
+            order may have changed.
         title: the page's heading; by default it names the layer.
 
     Returns:
         The path of the file.
 
     Raises:
-        UsageError: scans, split, evaluation and data set do not belong together.
+        UsageError: scans, split, evaluation, features and data set do not belong together.
         RunError: the file cannot be written, or a scan is damaged.
     """
+    from unbraid.as_scanned import as_scanned
     from unbraid.files import write_whole
     from unbraid.report.material import Material
     from unbraid.report.page import render  # jinja2, only when a page is made
 
-    material = Material(scan, found, split, evaluation, train_scan, sensitivity)
+    material = Material(scan, found, split, evaluation, train_scan, sensitivity, features, maps)
     material.refuse_strangers()
-    page = render(material, dataset=dataset, title=title)
+    images = None if dataset is None else as_scanned(dataset, scan)
+    page = render(material, dataset=images, title=title)
     # A folder's name may hold bytes that are no text; they are spelt out, not fatal.
     write_whole(Path(path), page.encode("utf-8", "backslashreplace"))
     return Path(path)

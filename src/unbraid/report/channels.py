@@ -25,11 +25,14 @@ from unbraid.visualize.reference import ReferenceImages, TopImages
 if TYPE_CHECKING:
     from unbraid.evaluation import Responses
     from unbraid.report.effects import Effects
+    from unbraid.report.intervals import ChannelIntervals
+    from unbraid.report.masks import Masks
+    from unbraid.report.spread import Ridges, Scatter
     from unbraid.semantics import ChannelSemantics
 
 N_TONES = 8  # colours in the style sheet
 N_SOURCES = 12  # input channels in the bars
-_N_GRID = 161  # points of a density curve
+_N_GRID = 121  # points of a density curve
 _MAX_VALUES = 2000  # images that a density is estimated from; more would not change the curve
 
 
@@ -120,8 +123,12 @@ class ChannelView:
     cosine: float | None  # the lowest of any two of its classes
     rows: tuple[ReferenceRow, ...]
     measures: ChannelEvaluation | None
+    intervals: ChannelIntervals | None  # of the measures
     densities: Densities | None
+    ridges: Ridges | None
+    scatter: Scatter | None
     bars: Bars | None
+    masks: Masks
     effects: Effects | None  # of switching it off
     semantics: ChannelSemantics | None
 
@@ -167,7 +174,7 @@ def densities(views: Sequence[ConceptView], answers: Responses) -> Densities:
         [values[concept == k] for k in range(len(views))]
         for values in (column.double().numpy() for column in columns)
     ]
-    grid = _grid(np.concatenate([values for panel in panels for values in panel]))
+    grid = even_grid(np.concatenate([values for panel in panels for values in panel]), _N_GRID)
     return Densities(
         grid,
         tuple(
@@ -183,10 +190,11 @@ def densities(views: Sequence[ConceptView], answers: Responses) -> Densities:
     )
 
 
-def _grid(values: np.ndarray) -> np.ndarray:
+def even_grid(values: np.ndarray, n: int) -> np.ndarray:
+    """Lay n evenly spaced points over all values, and a little beyond."""
     low, high = float(values.min()), float(values.max())
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return np.linspace(low - margin, high + margin, _N_GRID)
+    return np.linspace(low - margin, high + margin, n)
 
 
 def density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:

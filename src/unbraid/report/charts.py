@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from unbraid.report.channels import Bars, ConceptView, Curve, Densities, Source
-from unbraid.report.svg import WIDTH, line, rect, svg, text, units
+from unbraid.report.svg import WIDTH, line, path, rect, svg, text, units
 from unbraid.report.text import MINUS, isolate, shorten, significant
 
 _SIDE = 10.0  # free at both sides of a density
@@ -53,7 +53,7 @@ def densities(data: Densities) -> Markup:
     bottom = (len(data.panels) - 1) * _PANEL + _BASE
     parts += [
         text("tick", place(mark), bottom + 19, label, "middle")
-        for mark, label in zip(marks, _tick_labels(marks), strict=True)
+        for mark, label in zip(marks, tick_labels(marks), strict=True)
     ]
     parts.append(text("label", WIDTH / 2, bottom + 36, "summed pre-activation", "middle"))
     title = "Densities of the summed pre-activation of the original and the concept channels"
@@ -82,7 +82,8 @@ def ticks(low: float, high: float) -> list[float]:
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _tick_labels(marks: Sequence[float]) -> list[str]:
+def tick_labels(marks: Sequence[float]) -> list[str]:
+    """Write the values of an axis, all with as many digits as its step needs."""
     step = marks[1] - marks[0] if len(marks) > 1 else 1.0
     if not marks or max(abs(mark) for mark in marks) >= 1e5 or step < 1e-4:
         return [significant(mark, 4) for mark in marks]
@@ -116,11 +117,9 @@ def _curve(curve: Curve, xs: Sequence[float], top: float) -> Markup:
     visible = np.flatnonzero(heights > 0.004)
     first, last = max(0, visible[0] - 1), min(len(xs) - 1, visible[-1] + 1)
     base = top + _BASE
-    points = [
-        f"{units(xs[i])},{units(base - _PEAK * float(heights[i]))}" for i in range(first, last + 1)
-    ]
-    path = f"M{units(xs[first])},{units(base)}L{' '.join(points)}L{units(xs[last])},{units(base)}"
-    return Markup('<path class="curve k{}" d="{}"/>').format(curve.concept.tone, path)
+    inner = [(xs[i], base - _PEAK * float(heights[i])) for i in range(first, last + 1)]
+    line = path([(xs[first], base), *inner, (xs[last], base)])
+    return Markup('<path class="curve k{}" d="{}"/>').format(curve.concept.tone, line)
 
 
 def _mean(curve: Curve, x: float, top: float) -> Markup:

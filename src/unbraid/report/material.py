@@ -13,6 +13,7 @@ from unbraid.records import Scan
 from unbraid.semantics import ChannelSemantics
 from unbraid.sensitivity import Sensitivity
 from unbraid.splits import ChannelSplit, Split
+from unbraid.visualize.features import Features
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,15 @@ class Material:
     evaluation: Evaluation | None
     train_scan: Scan | None
     sensitivity: Sensitivity | None = None
+    features: Features | None = None
+    maps: Scan | None = None
+
+    @property
+    def positions(self) -> Scan | None:
+        """The validation images scanned with positions, if they were."""
+        if self.maps is None and self.scan.positions:
+            return self.scan
+        return self.maps
 
     @cached_property
     def broken(self) -> list[int]:
@@ -88,6 +98,8 @@ class Material:
         there = {}
         if self.train_scan is not None:
             there["training scan"] = (self.train_scan.manifest.weights, self.train_scan.layer)
+        if self.maps is not None:
+            there["scan with positions"] = (self.maps.manifest.weights, self.maps.layer)
         if self.split is not None:
             there["split"] = (self.split.weights, self.split.layer)
         for name, identity in there.items():
@@ -101,6 +113,17 @@ class Material:
             raise UsageError(
                 "The sensitivity is of another network or layer than the validation scan; pass "
                 "those of one run."
+            )
+        if self.features is not None and self.features.layer != here[1].name:
+            raise UsageError(
+                "The feature visualisations are of another layer than the validation scan; pass "
+                "those of one run."
+            )
+        if self.maps is not None and (
+            not self.maps.positions or self.maps.manifest.data != self.scan.manifest.data
+        ):
+            raise UsageError(
+                "`maps` is no scan with positions of the same images as `scan`; pass one, or none."
             )
         if self.evaluation is not None:
             measured = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +13,51 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from torch.utils.data import Dataset
 
-from unbraid.report import charts, maps, text
+from unbraid.report import charts, maps, masks, spread_charts, text
+from unbraid.report.gallery import LARGEST, Gallery, Pictures
 from unbraid.report.material import Material
-from unbraid.report.pictures import Picture, pictures, refuse_other_images
-from unbraid.report.view import Page, build_page
+from unbraid.report.pictures import Look
+from unbraid.report.shrink import with_fewer_channels, with_fewer_images
+from unbraid.report.view import N_IMAGES, Page, build_page
 from unbraid.tables import count
 
+LIMIT = 10_000_000  # bytes of the file
+# The room that pictures are given, generous first; the first with which the page fits is taken.
+LOOKS = (
+    Look(N_IMAGES, LARGEST, 75),
+    Look(N_IMAGES, 72, 55),
+    Look(N_IMAGES, 64, 40),
+    Look(5, 64, 40),
+    Look(3, 56, 35),
+)
 _HERE = Path(__file__).parent
 _TEMPLATES = _HERE / "templates"
 
 
 def render(material: Material, *, dataset: Dataset[Any] | None, title: str | None) -> str:
-    """Return the page; arguments as in `unbraid.report`."""
+    """Return the page, of at most `LIMIT` bytes; arguments as in `unbraid.report`."""
     page = build_page(material, has_images=dataset is not None, title=title)
-    return fill_template(page, None if dataset is None else _pictures_of(page, dataset))
+    gallery = Gallery(page, material, dataset)
+    environment = _environment()
+    text = ""
+    for look, n in _attempts(len(page.channels)):
+        smaller = with_fewer_images(page, look.n_images, N_IMAGES)
+        text = _fill(environment, with_fewer_channels(smaller, n), gallery.hang(look))
+        if len(text.encode("utf-8", "backslashreplace")) <= LIMIT:
+            break
+    return text
 
 
-def fill_template(page: Page, images: dict[int, Picture | None] | None) -> str:
-    """Put a page's data into the template.
+def _attempts(n: int) -> Iterator[tuple[Look, int]]:
+    """Room for pictures and number of channels, ever less."""
+    yield from ((look, n) for look in LOOKS)
+    while n > 1:
+        n //= 2
+        yield LOOKS[-1], n
 
-    Args:
-        page: what to show.
-        images: pictures by place in the data set; None for a page without pictures.
-    """
+
+def _environment() -> Environment:
+    """Prepare the template, and to draw each chart once, however often the page is filled."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -48,16 +72,25 @@ def fill_template(page: Page, images: dict[int, Picture | None] | None) -> str:
         "percent": text.percent,
         "isolate": text.isolate,
     }
-    environment.globals |= {
-        "count": count,
-        "draw": charts,
+    charts_by_name: dict[str, Callable[..., Markup]] = {
+        "draw_densities": charts.densities,
+        "draw_bars": charts.bars,
+        "draw_ridges": spread_charts.ridges,
+        "draw_scatter": spread_charts.scatter,
+        "draw_masks": masks.draw_masks,
         "draw_map": maps.draw,
-        "absent": text.ABSENT,
     }
+    environment.globals |= {name: cache(draw) for name, draw in charts_by_name.items()}
+    environment.globals |= {"count": count, "absent": text.ABSENT}
+    return environment
+
+
+def _fill(environment: Environment, page: Page, pictures: Pictures) -> str:
+    """Put a page's data into the template."""
     style, script = _inline("style.css"), _inline("script.js")
     return environment.get_template("page.html.j2").render(
         page=page,
-        images=images,
+        pictures=pictures,
         style=style,
         script=script,
         style_hash=_hash_of(style),
@@ -74,9 +107,3 @@ def _hash_of(content: str) -> str:
     """Name a style or script in a Content-Security-Policy, so that no other one is let in."""
     digest = hashlib.sha256(content.encode("utf-8")).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
-
-
-def _pictures_of(page: Page, dataset: Dataset[Any]) -> dict[int, Picture | None]:
-    shots = [shot for section in page.channels for row in section.rows for shot in row.shots]
-    refuse_other_images(dataset, {shot.index: shot.label for shot in shots})
-    return pictures(dataset, dict.fromkeys(shot.index for shot in shots))

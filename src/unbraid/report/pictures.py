@@ -11,14 +11,26 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import Dataset, Subset
 
 from unbraid.data import size_of
 from unbraid.errors import UsageError
+from unbraid.sight import Sight, sight_of
 
-SIDE = 96  # pixels at most
 _SMALL = 48  # from this size down, enlarging should show the pixels as they are
 _N_CHECKED = 16
+_DARKEST = 0.72  # opacity of a veil over places that count for nothing
+_MAX_POSITIONS = 16  # of a veil, each way: it is shown smoothed anyway
+
+
+@dataclass(frozen=True)
+class Look:
+    """How much room pictures are given."""
+
+    n_images: int  # reference images of a channel
+    side: int  # pixels at most
+    quality: int  # 0 to 100
 
 
 @dataclass(frozen=True)
@@ -29,9 +41,27 @@ class Picture:
     small: bool
 
 
-def pictures(dataset: Dataset[Any], indices: Iterable[int]) -> dict[int, Picture | None]:
-    """Make a small picture of every image asked for; None for one that cannot be read."""
-    return {index: _picture(dataset, index) for index in indices}
+class Album:
+    """A data set's images, read once and kept small; None stands for one that cannot be read.
+
+    Args:
+        dataset: of (image, label).
+        indices: which of its images.
+        side: pixels at most.
+    """
+
+    def __init__(self, dataset: Dataset[Any], indices: Iterable[int], side: int) -> None:
+        """Read the images."""
+        sight = sight_of(dataset)
+        self.as_seen = sight is not None  # whether positions of a layer's map can be shown
+        self.images = {index: _thumbnail(dataset, index, sight, side) for index in indices}
+
+    def pictures(self, look: Look) -> dict[int, Picture | None]:
+        """Encode them all."""
+        return {
+            index: None if image is None else encode(image, look.side, look.quality)
+            for index, image in self.images.items()
+        }
 
 
 def refuse_other_images(dataset: Dataset[Any], labels: Mapping[int, int]) -> None:
@@ -69,11 +99,18 @@ def _label_of(dataset: Dataset[Any], index: int) -> int | None:
         return None
 
 
-def _picture(dataset: Dataset[Any], index: int) -> Picture | None:
+def _thumbnail(
+    dataset: Dataset[Any], index: int, sight: Sight | None, side: int
+) -> Image.Image | None:
     try:
-        return _encode(open_picture(dataset, index))
+        picture = open_picture(dataset, index)
+        picture = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+        if sight is not None:
+            picture = sight(picture)
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     except Exception:  # whatever a data set raises, one image is not worth the page
         return None
+    return picture
 
 
 def open_picture(dataset: Dataset[Any], index: int) -> Image.Image:
@@ -110,16 +147,33 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values)
 
 
-def _encode(picture: Image.Image) -> Picture:
-    picture = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+def encode(picture: Image.Image, side: int, quality: int) -> Picture:
+    """Make a picture small enough for the page; a tiny one keeps every pixel."""
     small = max(picture.size) <= _SMALL
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    picture = picture.copy()
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     content = io.BytesIO()
     if small:
         picture.save(content, "PNG", optimize=True)
     else:
-        picture.save(content, "JPEG", quality=75, optimize=True)
-    kind = "png" if small else "jpeg"
-    return Picture(
-        f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}", small
-    )
+        picture.save(content, "WEBP", quality=quality)
+    return Picture(_data_uri("png" if small else "webp", content), small)
+
+
+def veil(shade: Tensor) -> str:
+    """Make a picture that hides places of shade 0 and leaves those of shade 1 as they are.
+
+    Args:
+        shade: (h, w), 0 to 1.
+    """
+    height, width = (min(side, _MAX_POSITIONS) for side in shade.shape)
+    shade = adaptive_avg_pool2d(shade[None].float(), (height, width))[0]
+    opacity = (255 * _DARKEST * (1 - shade)).round().to(torch.uint8).numpy()
+    black = Image.new("L", (width, height))
+    content = io.BytesIO()
+    Image.merge("LA", (black, Image.fromarray(opacity))).save(content, "PNG", optimize=True)
+    return _data_uri("png", content)
+
+
+def _data_uri(kind: str, content: io.BytesIO) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"

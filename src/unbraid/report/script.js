@@ -139,7 +139,7 @@
 
   search.addEventListener("input", filter);
   addEventListener("hashchange", open);
-  tools.hidden = false;
+  for (const part of tools.querySelectorAll(".scripted")) part.hidden = false;
   filter();
   open();
 })();

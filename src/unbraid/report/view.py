@@ -20,14 +20,17 @@ from unbraid.report.channels import (
     reference_rows,
 )
 from unbraid.report.effects import effects
+from unbraid.report.intervals import intervals
 from unbraid.report.maps import Map, maps
+from unbraid.report.masks import masks
 from unbraid.report.material import Material
 from unbraid.report.pairs import Chance, PairRow, chance, pair_rows
+from unbraid.report.spread import by_class, ridges, scatter
 from unbraid.report.summary import Fact, facts, output_figures, plain, settings
 from unbraid.report.text import bounded, isolate, shorten
 from unbraid.splits import ChannelSplit
 from unbraid.tables import count
-from unbraid.visualize.reference import reference_images
+from unbraid.visualize.reference import ALIKE, reference_images
 
 N_IMAGES = 8  # reference images of a channel
 MAX_CHANNELS = 100  # channels shown in full
@@ -93,11 +96,6 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
     shown = _within_limits(parts)
     numbers = {part.channel for part in shown}
     sections, notes = _sections(material, shown)
-    if len(shown) < len(parts):
-        notes.append(
-            f"To keep the file small, only the {count(len(shown), 'channel')} with the lowest "
-            f"cosines of {len(parts):,} are shown in full; the list below names all."
-        )
     return Page(
         title=bounded(title or _title(scan.layer.name)),
         layer=scan.layer,
@@ -146,7 +144,7 @@ def _sections(
     notes = []
     scan, found, train_scan = material.scan, material.found, material.train_scan
     part_split = replace(material.split, channels=tuple(shown))
-    top = reference_images(scan, part_split, n=N_IMAGES)
+    top = reference_images(scan, part_split, n=N_IMAGES, alike=ALIKE)
     answers: dict[int, Responses] = {}
     try:
         evaluation = material.evaluation
@@ -162,6 +160,7 @@ def _sections(
     for part in shown:
         views = concept_views(found, part.concepts)
         answer = answers.get(part.channel)
+        groups = by_class(answer) if answer else []
         sections.append(
             ChannelView(
                 number=part.channel,
@@ -170,8 +169,12 @@ def _sections(
                 cosine=material.lowest.get(part.channel),
                 rows=reference_rows(found, part, top[part.channel]),
                 measures=measures.get(part.channel),
+                intervals=intervals(answer) if answer else None,
                 densities=densities(views, answer) if answer else None,
+                ridges=ridges(found, views, answer, groups) if answer else None,
+                scatter=scatter(found, views, answer, groups) if answer else None,
                 bars=bars(views, part, train_scan, sums) if train_scan and sums else None,
+                masks=masks(views, part, scan.layer.taps_per_input),
                 effects=effects(ablation, ablated[part.channel], views)
                 if ablation and part.channel in ablated
                 else None,
@@ -222,6 +225,14 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         notes.append("Input channels are left out: no training scan was given.")
     if not has_images:
         notes.append("Pictures are left out: no data set was given.")
+    features = material.features
+    if features is None:
+        notes.append("Feature visualisations are left out: none were given.")
+    elif features.left_out:
+        images = count(features.left_out, "channel")
+        notes.append(f"Feature visualisations of {images} are left out, for want of time.")
+    if material.positions is None:
+        notes.append("Where channels answer is left out: no scan with positions was given.")
     return notes
 
 

@@ -12,6 +12,9 @@ from unbraid.errors import UsageError
 from unbraid.records import Scan
 from unbraid.splits import Split
 
+ALIKE = 0.998  # cosine of two images' pooled inputs; docs/report.md tells why
+_POOL = 4  # images among which to look for those that differ, for each that is shown
+
 
 @dataclass(frozen=True, eq=False)
 class TopImages:
@@ -31,15 +34,20 @@ class ReferenceImages:
     concepts: tuple[TopImages, ...]
 
 
-def reference_images(scan: Scan, split: Split, *, n: int = 8) -> dict[int, ReferenceImages]:
+def reference_images(
+    scan: Scan, split: Split, *, n: int = 8, alike: float | None = None
+) -> dict[int, ReferenceImages]:
     """Find the images that excite every split channel and its concept channels most.
 
-    Reads the records once, shard by shard, and keeps the best n of each channel.
+    Reads the records shard by shard and keeps the best n of each channel.
 
     Args:
         scan: of the images to choose from, from the network that was split.
         split: whose channels to look at.
         n: images per channel; fewer are given where the scan holds fewer.
+        alike: leave out an image whose pooled inputs have a cosine above this with those of a
+            stronger one that is given, or that belongs to the same group of images; fewer than n
+            are given where the 4 n strongest hold fewer that differ. None gives all.
 
     Returns:
         By channel. Of equally exciting images the earlier one comes first.
@@ -55,6 +63,20 @@ def reference_images(scan: Scan, split: Split, *, n: int = 8) -> dict[int, Refer
             "network and layer that were split."
         )
     scan = replace(scan, clusters=split.clusters)
+    if alike is None:
+        return _rank(scan, split, n)
+    ranked = _rank(scan, split, _POOL * n)
+    looks = _looks(scan, ranked)
+    return {
+        channel: ReferenceImages(
+            _different(images.original, looks, n, alike),
+            tuple(_different(concept, looks, n, alike) for concept in images.concepts),
+        )
+        for channel, images in ranked.items()
+    }
+
+
+def _rank(scan: Scan, split: Split, n: int) -> dict[int, ReferenceImages]:
     best: dict[int, list[TopImages]] = {}
     for records in scan.shards():
         for part in split.channels:
@@ -73,6 +95,49 @@ def reference_images(scan: Scan, split: Split, *, n: int = 8) -> dict[int, Refer
     }
 
 
+@dataclass(frozen=True, eq=False)
+class _Looks:
+    """How the layer sees some images."""
+
+    place: dict[int, int]  # rows by place in the data set
+    direction: Tensor  # (M, G J), pooled inputs of length 1
+    group: Tensor | None  # (M,), which images belong together
+
+
+def _looks(scan: Scan, ranked: dict[int, ReferenceImages]) -> _Looks:
+    """Look up how the layer sees the images that were ranked; each is kept once."""
+    wanted = torch.cat(
+        [top.index for images in ranked.values() for top in (images.original, *images.concepts)]
+    ).unique()
+    found = []
+    for records in scan.shards():
+        here = torch.isin(records.index, wanted)
+        group = None if records.group is None else records.group[here]
+        found.append((records.index[here], records.pooled[here].flatten(1).float(), group))
+    indices, pooled, groups = zip(*found, strict=True)
+    known = [group for group in groups if group is not None]
+    return _Looks(
+        {index: n for n, index in enumerate(torch.cat(indices).tolist())},
+        torch.nn.functional.normalize(torch.cat(pooled), dim=1),
+        torch.cat(known) if known else None,
+    )
+
+
+def _different(images: TopImages, looks: _Looks, n: int, alike: float) -> TopImages:
+    """Choose the n strongest images none of which repeats a stronger one."""
+    rows = torch.tensor([looks.place[index] for index in images.index.tolist()])
+    cosine = looks.direction[rows] @ looks.direction[rows].T
+    repeats = cosine > alike
+    if looks.group is not None:
+        group = looks.group[rows]
+        repeats |= group[:, None] == group
+    chosen: list[int] = []
+    for place in range(len(rows)):
+        if len(chosen) < n and not repeats[place, chosen].any():
+            chosen.append(place)
+    return _take(images, torch.tensor(chosen, dtype=torch.int64))
+
+
 def _join(known: TopImages, fresh: TopImages) -> TopImages:
     return TopImages(
         torch.cat([known.index, fresh.index]),
@@ -84,6 +149,9 @@ def _join(known: TopImages, fresh: TopImages) -> TopImages:
 
 def _strongest(images: TopImages, n: int) -> TopImages:
     # A stable sort, not topk: which of two equal images is shown must not depend on the shards.
-    order = images.activation.sort(descending=True, stable=True).indices[:n]
+    return _take(images, images.activation.sort(descending=True, stable=True).indices[:n])
+
+
+def _take(images: TopImages, order: Tensor) -> TopImages:
     columns = (images.index, images.label, images.concept, images.activation)
     return TopImages(*(column[order] for column in columns))
