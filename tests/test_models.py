@@ -15,8 +15,10 @@ from torch import nn
 
 from unbraid.errors import DataError, ModelError, UsageError
 from unbraid.folders import ImageFolder, label_folders
-from unbraid.models import import_torchvision, load_model, load_weights, open_folder
+from unbraid.images import images_for
+from unbraid.models import import_torchvision, load_model
 from unbraid.pictures import read_picture
+from unbraid.states import load_weights
 
 OWN = """
 import numpy as np
@@ -175,7 +177,7 @@ class TestFolders:
 
     def test_folders_are_matched_to_outputs_by_name(self, own: Path, pictures: Path) -> None:
         loaded = load_model(f"{own}:build", device="cpu")
-        images, warning = open_folder(loaded, pictures)
+        images, warning = images_for(loaded, str(pictures))
         assert images.targets == [0, 1]
         assert warning == ""
 
@@ -188,11 +190,11 @@ class TestFolders:
 
     def test_a_guess_is_told(self, pictures: Path) -> None:
         loaded = load_model("torchvision:resnet18", "random", "cpu")
-        _, warning = open_folder(loaded, pictures)
-        assert "sorted order" in warning
+        _, warning = images_for(loaded, str(pictures))
+        assert "taken in order" in warning
 
     def test_more_folders_than_outputs(self) -> None:
-        with pytest.raises(DataError, match="3 class folders but the network has 2 outputs"):
+        with pytest.raises(DataError, match="3 classes but the network has 2 outputs"):
             label_folders(["a", "b", "c"], [], 2)
 
     def test_no_folder_no_classes_no_images(self, pictures: Path) -> None:

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from checks import assert_close
 from networks import SyntheticImages
 from test_surgery import Pair, Splits
+from unbraid import strict
 from unbraid.errors import DataError, RunError, UsageError
-from unbraid.visualize import features as features_module
 from unbraid.visualize import making
 from unbraid.visualize import run as step
 from unbraid.visualize.canvas import Canvas, blank_canvas, shake
@@ -303,7 +303,7 @@ def test_damaged_features_are_told(tmp_path, how):
 
 def test_an_index_of_any_size_is_not_read(tmp_path, monkeypatch):
     some_features().save(tmp_path)
-    monkeypatch.setattr(features_module, "_MAX_INDEX", 100)
+    monkeypatch.setattr(strict, "MAX_BYTES", 100)
     with pytest.raises(RunError, match="too large"):
         Features.load(tmp_path)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from unbraid.findings import Concept
 from unbraid.notebook import Shown, html_table
+from unbraid.strict import build
 from unbraid.tables import align
 
 
@@ -90,31 +90,15 @@ class Ablation(Shown):
         """Build an Ablation from what `to_dict` gave, also after a way through JSON.
 
         Raises:
-            KeyError: an entry is missing.
-            TypeError: an entry is of another kind.
+            ValueError: an entry is missing or of another kind, or classes are not all there.
         """
-        return cls(
-            layer=content["layer"],
-            classes=tuple(ClassOutput(**entry) for entry in content["classes"]),
-            channels=tuple(
-                ChannelAblation(
-                    channel=entry["channel"],
-                    whole=_class_drops(entry["whole"]),
-                    concepts=tuple(
-                        ConceptAblation(
-                            classes=tuple(concept["classes"]),
-                            name=concept["name"],
-                            own=_drop(concept["own"]),
-                            others=_drop(concept["others"]),
-                            rest=_drop(concept["rest"]),
-                            by_class=_class_drops(concept["by_class"]),
-                        )
-                        for concept in entry["concepts"]
-                    ),
-                )
-                for entry in content["channels"]
-            ),
-        )
+        ablation = build(cls, _without_parts(content), null_figures=True)
+        drops = [channel.whole for channel in ablation.channels]
+        drops += [concept.by_class for channel in ablation.channels for concept in channel.concepts]
+        n_classes = len(ablation.classes)
+        if any((len(drop.logit), len(drop.accuracy)) != (n_classes,) * 2 for drop in drops):
+            raise ValueError("losses by class are not one for each class")
+        return ablation
 
     def __str__(self) -> str:
         """Show the drops in target logit and own accuracy as a table, a row per concept channel."""
@@ -155,15 +139,10 @@ def _points(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.1%}"
 
 
-def _drop(entry: dict[str, Any]) -> Drop:
-    figures = {key: _number(value) for key, value in entry.items() if key != "part"}
-    return Drop(**{**figures, "n_images": entry["n_images"]})
-
-
-def _class_drops(entry: dict[str, Sequence[float | None]]) -> ClassDrops:
-    return ClassDrops(tuple(map(_number, entry["logit"])), tuple(map(_number, entry["accuracy"])))
-
-
-def _number(value: float | None) -> float:
-    """JSON has no NaN."""
-    return math.nan if value is None else float(value)
+def _without_parts(content: Any) -> Any:
+    """Leave out what `Drop.part` computes anew."""
+    if isinstance(content, dict):
+        return {key: _without_parts(item) for key, item in content.items() if key != "part"}
+    if isinstance(content, (list, tuple)):
+        return [_without_parts(item) for item in content]
+    return content

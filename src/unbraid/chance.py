@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from unbraid.arvs import ClassSums, cosines_of
-from unbraid.files import read_tensor
 from unbraid.findings import Pair
-from unbraid.records import Scan, shard_path
+from unbraid.records import Scan, sound_tensors
 from unbraid.relevance import input_relevance
 
 N_REPLICATES = 200  # drawn anew, they would move an end by about a tenth of half the interval
@@ -254,13 +253,14 @@ def _images(scan: Scan, classes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tenso
         their pooled inputs (N, G * J).
     """
     for shard in range(scan.manifest.n_shards):
-        path = shard_path(scan.path, shard)
-        label = read_tensor(path, "label")
+        own = partial(sound_tensors, scan.path, scan.manifest, shard)
+        label = own(["label"])["label"]
         order = label.argsort(stable=True)
         chosen = order[torch.isin(label[order], classes)]
         if len(chosen):  # else the pooled inputs need not be read
-            index, pooled = (read_tensor(path, name)[chosen] for name in ("index", "pooled"))
-            yield torch.searchsorted(classes, label[chosen]), index, pooled.flatten(1)
+            more = own(["index", "pooled"])
+            index, pooled = more["index"][chosen], more["pooled"][chosen].flatten(1)
+            yield torch.searchsorted(classes, label[chosen]), index, pooled
 
 
 def _arvs(scan: Scan, case: _Case, means: Tensor) -> Tensor:

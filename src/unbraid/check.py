@@ -9,9 +9,8 @@ from pathlib import Path
 
 from unbraid.errors import RunError, UnbraidError
 from unbraid.evaluation import read_output
-from unbraid.files import read_tensors
 from unbraid.manifest import read_manifest
-from unbraid.records import shard_path, sound_shard
+from unbraid.records import shard_path, shards_there, sound_layer, sound_shard
 from unbraid.settings import read_settings
 from unbraid.splits import Split
 from unbraid.tables import count
@@ -97,11 +96,12 @@ def _check_scan(folder: Path, found: Checkup) -> None:
         return
     found.n_sound += 1
     layer = folder / "layer.safetensors"
-    _check_file(layer, found, partial(read_tensors, layer))
-    missing = [k for k in range(manifest.n_shards) if not shard_path(folder, k).exists()]
-    if missing:
-        found.missing.append(f"{count(len(missing), 'shard')} of {manifest.n_shards} in {folder}")
-    for shard in range(manifest.n_shards):
+    _check_file(layer, found, partial(sound_layer, folder, manifest))
+    there = shards_there(folder, manifest)
+    n_missing = manifest.n_shards - len(there)
+    if n_missing:
+        found.missing.append(f"{count(n_missing, 'shard')} of {manifest.n_shards} in {folder}")
+    for shard in there:
         read = partial(sound_shard, folder, manifest, shard)
         _check_file(shard_path(folder, shard), found, read)
 

@@ -17,6 +17,7 @@ from unbraid.findings import Concept
 from unbraid.notebook import Shown, html_table
 from unbraid.output import OutputComparison
 from unbraid.semantics import ChannelSemantics, Semantics
+from unbraid.strict import build, read_json
 from unbraid.tables import align
 
 
@@ -151,8 +152,8 @@ def read_output(path: Path) -> OutputComparison | None:
         RunError: the file is missing or damaged.
     """
     try:
-        output = json.loads(path.read_text(encoding="utf-8"))["output"]
-        return None if output is None else OutputComparison(**output)
+        output = read_json(path)["output"]
+        return None if output is None else build(OutputComparison, output)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} cannot be read ({error}); start the run again.") from None
 
@@ -164,7 +165,7 @@ def read_ablation(path: Path) -> Ablation | None:
         RunError: the file is missing or damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content.get("ablation") is None:
             return None
         channels = [entry["ablation"] for entry in content["channels"]]
@@ -181,9 +182,9 @@ def read_semantics(path: Path) -> Semantics | None:
         RunError: the file is missing or damaged.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["channels"]
+        entries = read_json(path)["channels"]
         known = {
-            entry["channel"]: ChannelSemantics.from_dict(entry["semantics"])
+            int(entry["channel"]): ChannelSemantics.from_dict(entry["semantics"])
             for entry in entries
             if entry.get("semantics") is not None
         }

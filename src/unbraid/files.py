@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unbraid.errors import RunError, UsageError
+from unbraid.strict import parse_json
 
 _ABOUT = "unbraid"  # the metadata entry of a safetensors file
 _CHECKSUMS = "crc32"
@@ -47,14 +48,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {name: _read(file, about, name) for name in names}, about
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
-    """Read one tensor of a safetensors file, and no more of the file than that.
+def read_some(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Read some tensors of a safetensors file, and no more of the file than those.
 
     Raises:
-        RunError: the file is missing or damaged, or has no such tensor.
+        RunError: the file is missing or damaged, or lacks one of them.
     """
     with _opened(path) as (file, about):
-        return _read(file, about, name)
+        return {name: _read(file, about, name) for name in names}
 
 
 def _read(file: Any, about: dict[str, Any], name: str) -> Tensor:
@@ -72,8 +73,10 @@ def _checksum(tensor: Tensor) -> int:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")  # opening a pipe might never end
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
+            about = parse_json((file.metadata() or {}).get(_ABOUT, "{}"))
             if not isinstance(about, dict):
                 raise ValueError("its description is none")
             yield file, about

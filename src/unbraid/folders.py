@@ -121,29 +121,28 @@ class UnlabelledFolder(Dataset[tuple[Any, int]]):
         return read_picture(self.samples[index][0])
 
 
-Folder = ImageFolder | UnlabelledFolder
-
-
 def holds_classes(root: Path) -> bool:
     """Say whether a folder has class folders, rather than images of its own.
 
     Raises:
         DataError: there is no such folder.
     """
-    if not root.is_dir():
-        raise DataError(f"There is no folder {root}; name one that holds images.")
-    return not any(p.suffix.lower() in EXTENSIONS and p.is_file() for p in root.iterdir())
+    return not any(p.suffix.lower() in EXTENSIONS and p.is_file() for p in _inside(root, "images"))
 
 
 def class_folders(root: Path) -> list[str]:
     """List the class folders of a folder, sorted.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or one is a link to what holds it.
     """
-    if not root.is_dir():
-        raise DataError(f"There is no folder {root}; name one that holds a folder per class.")
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    inside = _inside(root, "a folder per class")
+    found = [path for path in inside if path.is_dir() and not path.name.startswith(".")]
+    here = root.resolve()
+    for path in found:
+        if path.is_symlink() and path.resolve() in (here, *here.parents):
+            raise DataError(f"Class folder {path} is a link to a folder around it; remove it.")
+    names = sorted(path.name for path in found)
     if not names:
         raise DataError(
             f"{root} has no class folders; put the images of each class into a folder of its own."
@@ -154,13 +153,13 @@ def class_folders(root: Path) -> list[str]:
 def label_folders(
     folders: Sequence[str], outputs: Sequence[str], n_outputs: int
 ) -> tuple[dict[str, int], bool]:
-    """Decide which output of a network each class folder stands for.
+    """Decide which output of a network each class folder, or other class, stands for.
 
     In this order: folders named by output number; by output name; by WordNet id as in ImageNet
-    (the list comes with timm); else as many folders as outputs, or fewer, in sorted order.
+    (the list comes with timm); else as many folders as outputs, or fewer, in their order.
 
     Args:
-        folders: their names, sorted.
+        folders: their names, in their order, which is sorted for folders.
         outputs: names of the network's outputs, empty where unknown.
         n_outputs: how many outputs there are.
 
@@ -179,8 +178,8 @@ def label_folders(
     """
     if len(folders) > n_outputs:
         raise DataError(
-            f"There are {len(folders)} class folders but the network has {n_outputs} outputs; "
-            "remove the folders that it does not know."
+            f"There are {len(folders)} classes but the network has {n_outputs} outputs; remove "
+            "those that it does not know."
         )
     if all(name.isdecimal() and int(name) < n_outputs for name in folders):
         return {name: int(name) for name in folders}, False
@@ -202,11 +201,22 @@ def _imagenet_ids() -> list[str]:
         from timm.data import ImageNetInfo
     except ImportError:
         raise DataError(
-            "Folders named by WordNet id need timm's list of them; pip install 'unbraid[timm]', or "
-            "name the folders by output number."
+            "Classes named by WordNet id need timm's list of them; pip install 'unbraid[timm]', or "
+            "name them by output number."
         ) from None
     return list(ImageNetInfo("imagenet-1k").label_names())
 
 
+def _inside(root: Path, what: str) -> Iterator[Path]:
+    """Go through a folder that should hold something."""
+    try:
+        if not root.is_dir():
+            raise DataError(f"There is no folder {root}; name one that holds {what}.")
+        yield from root.iterdir()
+    except OSError as error:
+        raise DataError(f"Folder {root} cannot be read ({error.strerror}); name another.") from None
+
+
 def _pictures_below(folder: Path) -> Iterator[Path]:
+    """Go through the images; links to folders are not followed, so none leads round in circles."""
     return (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unbraid.strict import build, in_range
+
 SAME = "same"  # a padding mode: zeros, as many as the input's size asks for, as in TensorFlow
 
 _PAD_MODES = {
@@ -26,6 +28,7 @@ _PAD_MODES = {
     "circular": "circular",
 }
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_MOST = 2**24  # channels, or any other number of a layer
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,39 @@ class LayerSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerSpec:
-        """Build a LayerSpec from what `to_dict` gave, also after a way through JSON."""
-        fixed = {k: tuple(values[k]) for k in ("kernel", "stride", "dilation")}
-        padding = tuple((int(a), int(b)) for a, b in values["padding"])
-        return cls(**{**values, **fixed, "padding": padding})
+        """Build a LayerSpec from what `to_dict` gave, after a way through JSON.
+
+        Raises:
+            ValueError: it is not a layer, or one that cannot be.
+        """
+        spec = build(cls, values)
+        spec.check()
+        return spec
+
+    def check(self) -> None:
+        """Raise unless there can be such a layer.
+
+        Raises:
+            ValueError: there cannot.
+        """
+        dims = len(self.kernel)
+        if dims not in _CONVOLVE or not (
+            dims == len(self.stride) == len(self.padding) == len(self.dilation)
+        ):
+            raise ValueError("kernel, stride, padding and dilation are not of one to three numbers")
+        for name in ("kernel", "stride", "dilation"):
+            for number in getattr(self, name):
+                in_range(name, number, 1, _MOST)
+        for number in (n for pair in self.padding for n in pair):
+            in_range("padding", number, -_MOST, _MOST)
+        for name in ("n_out", "n_in", "groups"):
+            in_range(name, getattr(self, name), 1, _MOST)
+        if self.n_in % self.groups or self.n_out % self.groups:
+            raise ValueError("the channels cannot be divided among the groups")
+        if self.pad_mode not in _PAD_MODES:
+            raise ValueError("pad_mode is none that is known")
+        if self.channels_last and self.kernel != (1,):
+            raise ValueError("a fully connected layer has kernel 1")
 
 
 def widen(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,13 @@ import torch
 
 from unbraid.errors import RunError
 from unbraid.layers import LayerSpec
+from unbraid.strict import build, check_schema, in_range, parse_json, read_json
 
 SCHEMA = 1
+MAX_CLASSES = 2**20
+_MOST_SUMS = 2**29  # numbers that a sum per class may hold, so that a label cannot take all memory
+_MOST_IMAGES = 2**48
+_MOST_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ class Manifest:
         """Images that a shard holds, broken ones included."""
         return min(self.shard_size, self.n_images - shard * self.shard_size)
 
+    @property
+    def most_classes(self) -> int:
+        """Classes that sums of shares and pooled inputs per class have room for."""
+        return most_classes(self.layer)
+
     def differences(self, other: Manifest) -> list[str]:
         """Name, in words, what makes two scans different things."""
         return [
@@ -87,19 +97,29 @@ class Manifest:
         """Read the text of manifest.json.
 
         Raises:
-            ValueError, KeyError, TypeError: the text is not a manifest.
+            ValueError: the text is not a manifest, or holds numbers that no scan has.
         """
-        values = json.loads(text)
-        if values["schema"] != SCHEMA:
-            raise ValueError(f"schema {values['schema']}, this version reads {SCHEMA}")
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown entries {sorted(unknown)}")
-        values["layer"] = LayerSpec.from_dict(values["layer"])
-        values["class_names"] = tuple(values["class_names"])
-        if values["classes"] is not None:
-            values["classes"] = tuple(values["classes"])
-        return cls(**values)
+        return cls.from_dict(parse_json(text))
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Manifest:
+        """Build a Manifest from parsed JSON.
+
+        Raises:
+            ValueError: it is not a manifest, or holds numbers that no scan has.
+        """
+        check_schema(values, SCHEMA)
+        manifest = build(cls, values)
+        manifest.layer.check()
+        in_range("n_images", manifest.n_images, 0, _MOST_IMAGES)
+        in_range("shard_size", manifest.shard_size, 1, _MOST_IMAGES)
+        in_range("batch_size", manifest.batch_size, 1, _MOST_IMAGES)
+        in_range("min_share", manifest.min_share, 0, 1)
+        in_range("threads", manifest.threads, 0, _MOST_THREADS)
+        in_range("the number of class_names", len(manifest.class_names), 0, manifest.most_classes)
+        for label in manifest.classes or ():
+            in_range("a label in classes", label, 0, MAX_CLASSES - 1)
+        return manifest
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -110,11 +130,16 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / "manifest.json"
     try:
-        return Manifest.from_json(path.read_text(encoding="utf-8"))
+        return Manifest.from_dict(read_json(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise RunError(f"{path} is not a manifest that can be read ({error}); scan anew.") from None
+
+
+def most_classes(layer: LayerSpec) -> int:
+    """Say how many classes sums of a layer's shares and pooled inputs per class have room for."""
+    return min(MAX_CLASSES, _MOST_SUMS // (layer.n_out + layer.groups * layer.n_taps))
 
 
 def hash_places(places: Sequence[int] | None) -> str:

@@ -236,8 +236,8 @@ def _refuse_other_images(scan: Scan, dataset: Dataset[Any]) -> None:
     """Raise if the data set cannot be the one that was scanned."""
     labels = labels_of(dataset)
     given = scan.manifest.labels == "given"
-    for indices, recorded in zip(scan.columns("index"), scan.columns("label"), strict=True):
-        for index, label in zip(indices.tolist(), recorded.tolist(), strict=True):
+    for own in scan.tensors("index", "label"):
+        for index, label in zip(own["index"].tolist(), own["label"].tolist(), strict=True):
             if index >= len(labels) or (given and labels[index] != label):
                 raise UsageError(
                     "The data set is not the one that was scanned (its labels or number of images "

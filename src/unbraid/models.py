@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import pickle
 import sys
 import urllib.error
 from collections.abc import Callable
@@ -12,21 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from unbraid.errors import ModelError, UsageError, nearest
-from unbraid.folders import (
-    Folder,
-    ImageFolder,
-    UnlabelledFolder,
-    class_folders,
-    holds_classes,
-    label_folders,
-)
 from unbraid.networks import as_logits
+from unbraid.states import load_weights
 from unbraid.team import local_rank
 
 Transform = Callable[[Image.Image], Tensor]
@@ -106,64 +97,6 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
         raise UsageError(f"Device {device!r} cannot be used ({_first_line(error)}).") from None
     source = {"model": spec, "weights": weights}
     return LoadedModel(model, transform, tuple(names), source)
-
-
-def open_folder(loaded: LoadedModel, root: Path) -> tuple[Folder, str]:
-    """Open a folder of images with a network's preprocessing and labels.
-
-    Returns:
-        The images, and a warning if they have no classes, since they lie in the folder itself, or
-        if it had to be guessed which output each class folder stands for.
-
-    Raises:
-        DataError: the folder holds no images, or more classes than outputs.
-    """
-    if not holds_classes(root):
-        warning = f"{root} holds images without class folders; the network's predictions are taken."
-        return UnlabelledFolder(root, loaded.transform, loaded.class_names), warning
-    folders = class_folders(root)
-    n_outputs = loaded.n_outputs()
-    labels, guessed = label_folders(folders, loaded.class_names, n_outputs)
-    warning = (
-        f"{root} has {len(folders)} class folders for {n_outputs} outputs; taken in sorted order "
-        "as the first outputs. Name the folders by output number or name if that is wrong."
-    )
-    images = ImageFolder(root, loaded.transform, labels, loaded.class_names)
-    return images, warning if guessed else ""
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict from a safetensors or torch file; code in it is never run.
-
-    Raises:
-        ModelError: the file is missing, holds code, or does not fit the network.
-    """
-    state: object
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ModelError(
-            f"{path} holds Python code or objects, which are never loaded; save the state dict "
-            "alone, best as safetensors."
-        ) from None
-    except Exception as error:  # a damaged file fails in any way
-        raise ModelError(
-            f"Weights {path} cannot be read ({_first_line(error)}); give a sound file."
-        ) from None
-    for wrapper in ("state_dict", "model"):  # the habit of training scripts
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ModelError(f"{path} holds no state dict; save `model.state_dict()`.")
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise ModelError(f"Weights {path} do not fit the network: {reasons[:300]}") from None
 
 
 def import_torchvision() -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -10,6 +11,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unbraid.errors import DataError
 
+# Pillow knows more kinds, one of which hands the file to a program of its own (PostScript).
+_KINDS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+_LONGEST = 200  # times its width may a picture be high: resizing keeps that, and its memory
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -19,6 +23,8 @@ def read_picture(path: str | Path) -> Image.Image:
     Raises:
         DataError: it is truncated, enormous or no image; the message names the file.
     """
+    if not os.path.isfile(path):  # opening a pipe might never end
+        raise DataError(f"Image {path} cannot be read (there is no such file).")
     return decode_picture(path, str(path))
 
 
@@ -31,7 +37,9 @@ def decode_picture(file: str | Path | BinaryIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error stays on
-            with Image.open(file) as opened:
+            with Image.open(file, formats=_KINDS) as opened:
+                if max(opened.size) > _LONGEST * min(opened.size):
+                    raise ValueError(f"its sides are {opened.size[0]} and {opened.size[1]} pixels")
                 picture = ImageOps.exif_transpose(opened)
                 if picture.mode.startswith("I"):  # 16-bit grey: convert() would clip, not scale
                     picture = picture.point(lambda v: v / 256).convert("L")
@@ -40,5 +48,5 @@ def decode_picture(file: str | Path | BinaryIO, name: str) -> Image.Image:
                 return picture.convert("RGB")
     except UnidentifiedImageError:  # an OSError whose text is about the file, not the image
         raise DataError(f"Image {name} cannot be read (it is of no known kind).") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file fails in any way
         raise DataError(f"Image {name} cannot be read ({error}).") from None

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from unbraid.clustering import Clusters
 from unbraid.errors import DataError, RunError
-from unbraid.files import read_tensor, read_tensors, write_tensors
+from unbraid.files import read_some, read_tensors, write_tensors
 from unbraid.identity import fit_ids, unpack_ids
 from unbraid.layers import LayerSpec
 from unbraid.manifest import Manifest, read_manifest
+from unbraid.soundness import layer_fault, records_fault
 
 
 @dataclass
@@ -103,8 +104,12 @@ class Scan:
 
     def columns(self, name: str) -> Iterator[Tensor]:
         """Read one tensor of every shard, and nothing else."""
+        return (tensors[name] for tensors in self.tensors(name))
+
+    def tensors(self, *names: str) -> Iterator[dict[str, Tensor]]:
+        """Read some tensors of every shard, and nothing else."""
         for shard in range(self.manifest.n_shards):
-            yield read_tensor(shard_path(self.path, shard), name)
+            yield sound_tensors(self.path, self.manifest, shard, names)
 
 
 def no_records(spec: LayerSpec, positions: bool) -> Records:
@@ -172,14 +177,37 @@ def open_scan(path: str | Path) -> Scan:
                 "folders."
             )
         raise RunError(f"{folder} holds no scan; make one with `unbraid scan`.")
-    missing = [k for k in range(manifest.n_shards) if not shard_path(folder, k).exists()]
-    if missing:
+    n_missing = manifest.n_shards - len(shards_there(folder, manifest))
+    if n_missing:
         raise RunError(
-            f"The scan in {folder} is not finished ({len(missing)} of {manifest.n_shards} shards "
+            f"The scan in {folder} is not finished ({n_missing} of {manifest.n_shards} shards "
             "are missing); start the same scan again and it goes on."
         )
-    layer = read_tensors(folder / "layer.safetensors")[0]
+    layer = sound_layer(folder, manifest)
     return Scan(folder, manifest, layer["weight"], layer["bias"])
+
+
+def sound_layer(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """Read the layer's weights, and make sure that they are this layer's.
+
+    Raises:
+        RunError: the file is missing or damaged, or of another layer.
+    """
+    path = folder / "layer.safetensors"
+    layer = read_tensors(path)[0]
+    fault = layer_fault(manifest.layer, layer)
+    if fault:
+        raise RunError(f"{path} {fault}; delete it and start the scan again.")
+    return layer
+
+
+def shards_there(folder: Path, manifest: Manifest) -> list[int]:
+    """List a scan's shards that are there, in order, however many a manifest claims."""
+    names = {path.name for path in folder.glob("shard-*.safetensors")}
+    digits = (name.removeprefix("shard-").removesuffix(".safetensors") for name in names)
+    numbers = (int(own) for own in digits if own.isdecimal())
+    there = (n for n in numbers if n < manifest.n_shards and shard_path(folder, n).name in names)
+    return sorted(there)
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -213,40 +241,40 @@ def sound_shard(folder: Path, manifest: Manifest, shard: int) -> Records:
         RunError: the file is missing or damaged, lacks images or holds impossible records.
     """
     records = read_shard(folder, shard)
-    fault = _fault(records, manifest, shard)
+    tensors = {k: v for k, v in vars(records).items() if v is not None}
+    fault = _misses(tensors, manifest) or _fault(tensors, manifest, shard)
     if fault:
         raise RunError(f"{shard_path(folder, shard)} {fault}; delete it and start the scan again.")
     return records
 
 
-def _fault(records: Records, manifest: Manifest, shard: int) -> str | None:
+def sound_tensors(
+    folder: Path, manifest: Manifest, shard: int, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Read some tensors of a shard, and make sure that they are what they must be.
+
+    Raises:
+        RunError: the file is missing or damaged, or they are impossible.
+    """
+    path = shard_path(folder, shard)
+    tensors = read_some(path, names)
+    fault = _fault(tensors, manifest, shard)
+    if fault:
+        raise RunError(f"{path} {fault}; delete it and start the scan again.")
+    return tensors
+
+
+def _misses(tensors: dict[str, Tensor], manifest: Manifest) -> str | None:
+    there = tensors.get("input_map") is not None
+    return None if there == manifest.positions else "holds input maps where none are, or none"
+
+
+def _fault(tensors: dict[str, Tensor], manifest: Manifest, shard: int) -> str | None:
     """What is wrong with a shard's records, None if nothing is."""
-    spec, n = manifest.layer, records.index.numel()
-    shapes = {
-        "index": (n,),
-        "label": (n,),
-        "prediction": (n,),
-        "n_positions": (n,),
-        "pooled": (n, spec.groups, spec.n_taps),
-        "share_start": (n + 1,),
-        "share_channel": (records.share_value.numel(),),
-        "share_value": (records.share_value.numel(),),
-        "broken": (records.broken.numel(),),
-    }
-    for name, shape in shapes.items():
-        if getattr(records, name).shape != shape:
-            return f"holds a {name!r} of a wrong shape"
-    n_images = n + len(records.broken)
-    if n_images != manifest.images_in(shard):
-        return f"holds {n_images} images of {manifest.images_in(shard)}"
-    start, channel = records.share_start, records.share_channel
-    ends = int(start[0]), int(start[-1])
-    if ends != (0, len(channel)) or (start.diff() < 0).any():
-        return "holds shares of no image"
-    if ((channel < 0) | (channel >= spec.n_out)).any():
-        return "holds shares of channels that the layer has not"
-    if (records.index.diff() <= 0).any() or (records.label < 0).any():
-        return "holds images out of order or without a label"
-    if not fit_ids(n, records.id_start, records.id_bytes):
-        return "holds ids of other images"
-    return None
+    judged = {name: tensor for name, tensor in tensors.items() if not name.startswith("id_")}
+    fault = records_fault(manifest, shard, judged)
+    if fault is None and "index" in tensors:
+        ids = tensors.get("id_start"), tensors.get("id_bytes")
+        if not fit_ids(len(tensors["index"]), *ids):
+            return "holds ids of other images"
+    return fault

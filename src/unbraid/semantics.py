@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from unbraid.strict import build
 from unbraid.tables import align
 
 
@@ -36,21 +36,12 @@ class ChannelSemantics:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ChannelSemantics:
-        """Read what evaluation.json holds."""
+        """Read what evaluation.json holds.
 
-        def known(figure: float | None) -> float:
-            return math.nan if figure is None else figure
-
-        def likeness(figures: dict[str, float | None]) -> Likeness:
-            return Likeness(**{name: known(figure) for name, figure in figures.items()})
-
-        read = {
-            "original": likeness(values["original"]),
-            "concepts": tuple(map(likeness, values["concepts"])),
-            "within": known(values["within"]),
-            "between": known(values["between"]),
-        }
-        return cls(**{**values, **read})
+        Raises:
+            ValueError: an entry is missing or of another kind.
+        """
+        return build(cls, values, null_figures=True)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from unbraid.errors import RunError
 from unbraid.findings import ConceptKind
+from unbraid.strict import build, read_json
 from unbraid.thresholds import Tau
 
 # Results, in the order of writing; the scans they were made from are kept apart.
@@ -57,9 +57,13 @@ def read_settings(out: Path) -> dict[str, Any] | None:
     """
     path = out / "settings.json"
     try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        Thresholds(**settings["thresholds"])
-        settings["source"], settings["title"]
+        settings: dict[str, Any] = read_json(path)
+        build(Thresholds, settings["thresholds"])
+        source, title = settings["source"], settings["title"]
+        if not isinstance(title, str) or not isinstance(source, dict):
+            raise ValueError("title and source are not what they should be")
+        if not isinstance(source.get("data", ""), str):
+            raise ValueError("the folder of the data is no text")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

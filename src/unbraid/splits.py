@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,10 @@ from unbraid.errors import RunError
 from unbraid.files import read_tensors, write_tensors
 from unbraid.findings import Concept
 from unbraid.layers import LayerSpec, respond
+from unbraid.manifest import MAX_CLASSES, most_classes
 from unbraid.notebook import Shown, html_table
+from unbraid.soundness import sound_figures
+from unbraid.strict import build, check_schema, in_range
 from unbraid.tables import align, count
 
 SCHEMA = 1
@@ -162,41 +168,111 @@ class Split(Shown):
         """
         tensors, about = read_tensors(Path(path))
         try:
-            if about["schema"] != SCHEMA:
-                raise ValueError(f"schema {about['schema']}, this version reads {SCHEMA}")
-            spec = LayerSpec.from_dict(about["layer"])
-            channels = tuple(
-                ChannelSplit(
-                    channel=entry["channel"],
-                    concepts=tuple(tuple(concept) for concept in entry["concepts"]),
-                    masks=tensors[f"masks.{entry['channel']}"],
-                    weight=tensors["weight"][n],
-                    bias=float(tensors["bias"][n]),
-                    info=entry["info"],
-                )
-                for n, entry in enumerate(about["channels"])
-            )
-            _check_shapes(spec, channels)
-            clusters = {
-                int(number): Cluster(**entry, centres=tensors[f"centres.{entry['channel']}"])
-                for number, entry in about.get("clusters", {}).items()
-            }
-            return cls(
-                layer=spec,
-                weights=about["weights"],
-                method=about["method"],
-                settings=about["settings"],
-                class_names=tuple(about["class_names"]),
-                channels=channels,
-                clusters=clusters,
-            )
-        except (KeyError, ValueError, TypeError, IndexError) as error:
+            check_schema(about, SCHEMA)
+            return _put_together(build(_About, about), tensors)
+        except (KeyError, ValueError) as error:
             raise RunError(f"{path} is not a split that can be read ({error}).") from None
 
 
-def _check_shapes(spec: LayerSpec, channels: tuple[ChannelSplit, ...]) -> None:
-    for part in channels:
-        masks, row = (len(part.concepts), spec.n_taps), (spec.n_taps,)
-        there = part.channel in range(spec.n_out)
-        if not there or part.masks.shape != masks or part.weight.shape != row:
-            raise ValueError(f"channel {part.channel} does not fit its layer")
+@dataclass(frozen=True)
+class _Entry:
+    """What the file's description says of a channel."""
+
+    channel: int
+    concepts: tuple[Concept, ...]
+    info: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _ClusterEntry:
+    """And of a cluster."""
+
+    channel: int
+    place: int
+    least: float
+
+
+@dataclass(frozen=True)
+class _About:
+    """The file's description; docs/format.md specifies it."""
+
+    schema: int
+    layer: LayerSpec
+    weights: str
+    method: str
+    settings: dict[str, float]
+    class_names: tuple[str, ...]
+    channels: tuple[_Entry, ...]
+    clusters: dict[str, _ClusterEntry] = field(default_factory=dict)
+    crc32: dict[str, int] = field(default_factory=dict)
+
+
+def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
+    """Make a Split of a file's description and tensors.
+
+    Raises:
+        ValueError: it names what cannot be, or tensors do not fit it.
+        KeyError: a tensor is missing.
+    """
+    spec = about.layer
+    spec.check()
+    for name, tensor in tensors.items():
+        if not sound_figures(tensor):
+            raise ValueError(f"{reprlib.repr(name)} is not of finite numbers")
+    shapes = ((len(about.channels), spec.n_taps), (len(about.channels),))
+    if (tensors["weight"].shape, tensors["bias"].shape) != shapes:
+        raise ValueError("weight and bias do not fit the layer")
+    if len({entry.channel for entry in about.channels}) < len(about.channels):
+        raise ValueError("a channel stands there twice")
+    in_range("the number of class_names", len(about.class_names), 0, most_classes(spec))
+    in_range("tau", about.settings.get("tau", math.inf), 0, 1)
+    return Split(
+        layer=spec,
+        weights=about.weights,
+        method=about.method,
+        settings=about.settings,
+        class_names=about.class_names,
+        channels=tuple(
+            _channel(spec, entry, tensors, tensors["weight"][n], tensors["bias"][n])
+            for n, entry in enumerate(about.channels)
+        ),
+        clusters={
+            _number(number, about.class_names): _cluster(spec, entry, tensors)
+            for number, entry in about.clusters.items()
+        },
+    )
+
+
+def _channel(
+    spec: LayerSpec, entry: _Entry, tensors: dict[str, Tensor], weight: Tensor, bias: Tensor
+) -> ChannelSplit:
+    in_range("a channel", entry.channel, 0, spec.n_out - 1)
+    numbers = [number for concept in entry.concepts for number in concept]
+    if len(entry.concepts) < 2 or not all(entry.concepts) or len(set(numbers)) < len(numbers):
+        raise ValueError(f"the concepts of channel {entry.channel} are not two or more groups")
+    for number in numbers:
+        in_range("a class", number, 0, MAX_CLASSES - 1)
+    masks = tensors[f"masks.{entry.channel}"]
+    if masks.shape != (len(entry.concepts), spec.n_taps) or masks.min() < 0 or masks.max() > 1:
+        raise ValueError(f"the masks of channel {entry.channel} do not fit its layer")
+    return ChannelSplit(entry.channel, entry.concepts, masks, weight, float(bias), entry.info)
+
+
+def _cluster(spec: LayerSpec, entry: _ClusterEntry, tensors: dict[str, Tensor]) -> Cluster:
+    in_range("a cluster's channel", entry.channel, 0, spec.n_out - 1)
+    centres = tensors[f"centres.{entry.channel}"]
+    if centres.dim() != 2 or centres.shape[1] != spec.n_in_per_group:
+        raise ValueError(f"the centres of channel {entry.channel} do not fit its layer")
+    in_range("a cluster's place", entry.place, 0, len(centres) - 1)
+    return Cluster(entry.channel, entry.place, centres, entry.least)
+
+
+def _number(text: str, names: Sequence[str]) -> int:
+    """Read a cluster's number, a key of a JSON object; clusters are named like classes.
+
+    >>> _number("1", ["clock", "cluster 1"])
+    1
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) < 8 and int(text) < len(names)):
+        raise ValueError(f"{reprlib.repr(text)} is no cluster's number")
+    return int(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,11 @@ from unbraid.errors import UnbraidError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_MAX_CELL = 300  # characters of a cell in plain text
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_BREAKS = ("\t", "\r", "\n")  # after which some spreadsheets begin anew
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # noqa: RUF001
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
@@ -21,13 +27,25 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     channel  cosine
     12       0.333
     """
-    flat = [[" ".join(cell.split()) for cell in row] for row in rows]
+    flat = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*flat, strict=True)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in flat
     )
     return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    r"""Make a text fit for a line on a terminal: no control characters, and an end.
+
+    >>> one_line("digital\n clock \x1b[31m"), len(one_line("x" * 1_000_000))
+    ('digital clock �[31m', 300)
+    """
+    line = " ".join(text[: 4 * _MAX_CELL].split())
+    line = line if len(line) <= _MAX_CELL else line[: _MAX_CELL - 1] + "…"
+    # What sets a colour or turns the writing direction would also act on what stands behind.
+    return "".join("�" if unicodedata.category(c) == "Cc" or c in _TURNS else c for c in line)
 
 
 def count(n: int, one: str, many: str = "") -> str:
@@ -42,10 +60,17 @@ def count(n: int, one: str, many: str = "") -> str:
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Write a table in CSV, numbers to the last digit, nan as an empty cell.
 
+    A text that a spreadsheet would take for a formula gets an apostrophe in front, which keeps it
+    a text there.
+
     >>> print(csv_text(("class", "cosine"), [("clock, digital", 1 / 3), ("b", math.nan)]), end="")
     class,cosine
     "clock, digital",0.3333333333333333
     b,
+    >>> print(csv_text(("class",), [("=HYPERLINK(1)",), (-1.5,)]), end="")
+    class
+    '=HYPERLINK(1)
+    -1.5
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -55,6 +80,8 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> Any:
+    if isinstance(value, str) and (value[:1] in _BREAKS or value.lstrip().startswith(_FORMULA)):
+        return f"'{value}"
     return "" if isinstance(value, float) and math.isnan(value) else value
 
 

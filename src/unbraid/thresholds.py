@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from decimal import ROUND_FLOOR, Decimal
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from unbraid.arvs import class_cosines, class_sums, shared_channels, uses
+from unbraid.arvs import ClassSums, class_cosines, class_sums, shared_channels, uses
 from unbraid.errors import UsageError
 from unbraid.records import Scan
 
@@ -17,6 +18,7 @@ Tau = float | Literal["auto"]
 
 # How these were chosen, and what other rules gave: docs/thresholds.md.
 N_MATTER = 10  # channels that matter in a typical image, if tau is chosen
+_COUNTS_AT_ONCE = 1 << 28  # of images, per tau, class and channel
 _ONE_IN = 4  # and no more than this part of a narrow layer: about half of its positive shares
 
 
@@ -63,8 +65,10 @@ def choose_tau(scan: Scan) -> tuple[float, str]:
     """
     n_matter = min(N_MATTER, math.ceil(scan.layer.n_out / _ONE_IN))
     least = scan.manifest.min_share
-    columns = zip(*map(scan.columns, ("label", "share_start", "share_value")), strict=True)
-    parts = [(label, _nth_share(start, value, n_matter)) for label, start, value in columns]
+    parts = [
+        (own["label"], _nth_share(own["share_start"], own["share_value"], n_matter))
+        for own in scan.tensors("label", "share_start", "share_value")
+    ]
     labels, shares = (torch.cat(part) for part in zip(*parts, strict=True))
     by_class = shares[labels.argsort(stable=True)].split(
         labels.unique(return_counts=True)[1].tolist()
@@ -120,9 +124,8 @@ def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:
     tried = [float(f"{tau * 0.9**k:.3g}") for k in range(1, 60)]
     taus = [tau, *(t for t in tried if least < t < tau), *([least] if least < tau else [])]
     nearest = (float("inf"), 0.0, 0)
-    sums = class_sums(scan, taus)
     lowest: dict[int, tuple[list[int], float]] = {}  # cosine of some classes, by channel
-    for lower, users in zip(taus, uses(sums, p), strict=True):
+    for sums, lower, users in _users(scan, taus, p):
         for channel, classes in shared_channels(users):
             if channel not in lowest or lowest[channel][0] != classes:
                 cosines = class_cosines(scan, sums, channel, classes)
@@ -140,3 +143,19 @@ def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:
         f"Nearest: at tau {-negative_tau:.15g} channel {channel} has a cosine of "
         f"{math.ceil(cosine * 1000) / 1000:.3f}, which gamma would have to exceed."
     )
+
+
+def _users(
+    scan: Scan, taus: Sequence[float], p: float
+) -> Iterator[tuple[ClassSums, float, Tensor]]:
+    """Give for each tau which class uses which channel, (T, C_out), with the sums it is of.
+
+    The Scan is read once for as many taus as memory holds counts of.
+    """
+    n_classes = max(len(scan.class_names), max(scan.labels_seen(), default=0) + 1)
+    at_once = max(1, _COUNTS_AT_ONCE // (n_classes * scan.layer.n_out))
+    for first in range(0, len(taus), at_once):
+        portion = taus[first : first + at_once]
+        sums = class_sums(scan, portion)
+        for tau, users in zip(portion, uses(sums, p), strict=True):
+            yield sums, tau, users

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from unbraid.tables import count
+from unbraid.tables import count, one_line
 
 if TYPE_CHECKING:
     from unbraid.output import OutputComparison
@@ -27,7 +27,7 @@ def say_broken(names: list[str]) -> None:
     if names:
         say(f"Left out {count(len(names), 'image')} that could not be read:")
     for name in names:
-        say(f"  {name}")
+        say(f"  {one_line(name)}")
 
 
 def show_run(result: Run) -> None:

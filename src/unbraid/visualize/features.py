@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,10 @@ from PIL import Image
 
 from unbraid.errors import RunError
 from unbraid.files import write_whole
+from unbraid.strict import check_schema, read_json
 
 SCHEMA = 1
 MAX_SIDE = 4096  # pixels; a larger picture in a folder is none of ours
-_MAX_INDEX = 64 * 2**20  # bytes of features.json
 _INDEX = "features.json"
 
 
@@ -108,11 +109,8 @@ class Features:
         folder = Path(folder)
         try:
             index = folder / _INDEX
-            if index.stat().st_size > _MAX_INDEX:
-                raise ValueError(f"{_INDEX} is too large")
-            about = json.loads(index.read_text(encoding="utf-8"))
-            if about["schema"] != SCHEMA:
-                raise ValueError(f"schema {about['schema']}, this version reads {SCHEMA}")
+            about = read_json(index)
+            check_schema(about, SCHEMA)
             return cls(
                 layer=str(about["layer"]),
                 weights=str(about["weights"]),
@@ -120,7 +118,7 @@ class Features:
                 settings=dict(about["settings"]),
                 left_out=_number(about["left_out"]),
             )
-        except (OSError, KeyError, ValueError, TypeError, SyntaxError) as error:
+        except Exception as error:  # a damaged picture fails in any way
             raise RunError(
                 f"{folder} holds no feature visualisations that can be read ({error}); make them "
                 "anew."
@@ -142,5 +140,5 @@ def _read(folder: Path, entry: dict[str, Any]) -> Feature:
 
 def _number(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no count or number of a channel")
+        raise ValueError(f"{reprlib.repr(value)} is no count or number of a channel")
     return value
