@@ -7,17 +7,18 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from unbraid.as_scanned import as_scanned
 from unbraid.errors import RunError
 from unbraid.evaluate import evaluate
 from unbraid.evaluation import read_ablation, read_output, read_semantics
 from unbraid.find import find
-from unbraid.folders import ImageFolder, UnlabelledFolder
 from unbraid.pipeline import as_labelled, seen_in
 from unbraid.records import Scan, open_scan
 from unbraid.report import report
 from unbraid.sensitivity import sensitivity
 from unbraid.settings import Thresholds, read_settings
 from unbraid.sight import Sight
+from unbraid.sources import open_images, part_of
 from unbraid.splits import Split
 from unbraid.visualize.run import read_run
 
@@ -84,8 +85,7 @@ def validation_images(
         from unbraid.demo.network import load_images
 
         return load_images("test")
-    root = Path(source["data"]) / "val"
     seen = None if sight is None else Sight(**sight)
-    if source.get("class_folders", True):
-        return ImageFolder(root, seen, class_names=scan.class_names)
-    return UnlabelledFolder(root, seen, class_names=scan.class_names)
+    labels: dict[str, int] | None = None if source.get("class_folders", True) else {}
+    images = open_images(part_of(source["data"], "val"), seen, labels, scan.class_names)
+    return as_scanned(images, scan)
