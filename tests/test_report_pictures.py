@@ -199,7 +199,7 @@ def test_veils_lie_over_their_pictures(run: Run, tmp_path: Path) -> None:  # noq
     rows = sections(page)[f"channel-{part.channel}"].all("ol", "shots")
     for k, row in zip((None, *range(len(part.concepts))), rows, strict=True):
         for frame in row.all("span", "frame"):
-            index = int(re.findall(r"\d+$", frame.all("img")[0].attributes["alt"])[0])
+            index = int(re.findall(r"\d+", frame.all("img")[0].attributes["alt"])[-1])
             spot = Spot(part.channel, k, index)
             where = find_where(run.scan, [part], {spot})[spot]
             assert where.source is not None

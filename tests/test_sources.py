@@ -451,6 +451,7 @@ def test_a_report_shows_the_same_pictures_whatever_the_order(folder, tmp_path):
 
     turned = Picked(images, [*range(7, -1, -1)])
     assert page(images) == page(turned)
+    assert b'title="\xe2\x81\xa8ant/3.png\xe2\x81\xa9"' in page(images)  # images go by their ids
     turned.ids = [f"{k}" for k in range(8)]  # of other names, so by place: other pictures
     turned.targets = images.targets
     turned.places = [1, 2, 3, 4, 0, 6, 7, 5]

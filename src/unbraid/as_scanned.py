@@ -62,15 +62,9 @@ def as_scanned(dataset: Dataset[Any], scan: Scan) -> Dataset[Any]:
         The data set itself where scan or data set have no ids, no id is known, or all are where
         they were; else its images at the places of the scan.
     """
-    known = ids_of(dataset)
+    known, scanned = ids_of(dataset), scan.ids()
     if known is None:
         return dataset
-    scanned: dict[int, str] = {}
-    for records in scan.shards():
-        ids = records.ids
-        if ids is None:
-            return dataset
-        scanned.update(zip(records.index.tolist(), ids, strict=True))
     now = {one: place for place, one in enumerate(known)}
     places = {index: now[one] for index, one in scanned.items() if one in now}
     unmoved = len(places) == len(scanned) and all(i == place for i, place in places.items())

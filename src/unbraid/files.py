@@ -58,6 +58,16 @@ def read_some(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: _read(file, about, name) for name in names}
 
 
+def names_in(path: Path) -> set[str]:
+    """Name the tensors of a safetensors file.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    with _opened(path) as (file, _):
+        return set(file.keys())
+
+
 def _read(file: Any, about: dict[str, Any], name: str) -> Tensor:
     tensor: Tensor = file.get_tensor(name)
     checksums = about.get(_CHECKSUMS)  # older files have none

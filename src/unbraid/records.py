@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unbraid.clustering import Clusters
 from unbraid.errors import DataError, RunError
-from unbraid.files import read_some, read_tensors, write_tensors
+from unbraid.files import names_in, read_some, read_tensors, write_tensors
 from unbraid.identity import fit_ids, unpack_ids
 from unbraid.layers import LayerSpec
 from unbraid.manifest import Manifest, read_manifest
@@ -101,6 +101,17 @@ class Scan:
     def labels_seen(self) -> set[int]:
         """Classes that have an image."""
         return {int(label) for column in self.columns("label") for label in column.unique()}
+
+    def ids(self) -> dict[int, str]:
+        """What names each image for good, by place; empty where the data set had no ids."""
+        ids: dict[int, str] = {}
+        for shard in range(self.manifest.n_shards):
+            if "id_start" not in names_in(shard_path(self.path, shard)):
+                return {}
+            own = sound_tensors(self.path, self.manifest, shard, ("index", "id_start", "id_bytes"))
+            names = unpack_ids(own["id_start"], own["id_bytes"])
+            ids.update(zip(own["index"].tolist(), names, strict=True))
+        return ids
 
     def columns(self, name: str) -> Iterator[Tensor]:
         """Read one tensor of every shard, and nothing else."""

@@ -6,7 +6,7 @@ Nothing here reads an image or writes markup. Shapes: K concepts, J taps.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,7 @@ class Shot:
     index: int  # place in the data set
     label: int
     name: str  # of its class
+    image: str  # what the image itself is called
     activation: float
     concept: ConceptView | None  # that it, or its class, belongs to
 
@@ -142,9 +143,9 @@ def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[C
 
 
 def reference_rows(
-    found: Findings, part: ChannelSplit, top: ReferenceImages
+    found: Findings, part: ChannelSplit, top: ReferenceImages, ids: Mapping[int, str]
 ) -> tuple[ReferenceRow, ...]:
-    """Describe the reference images of a channel and its concept channels."""
+    """Describe the reference images of a channel and its concept channels, named by their ids."""
     views = concept_views(found, part.concepts)
 
     def row(concept: ConceptView | None, images: TopImages) -> ReferenceRow:
@@ -156,6 +157,7 @@ def reference_rows(
                     index,
                     label,
                     bounded(found.name(label)),
+                    bounded(ids.get(index, f"image {index}")),
                     activation,
                     views[k] if k >= 0 else None,
                 )

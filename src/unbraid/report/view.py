@@ -144,7 +144,7 @@ def _sections(
     notes = []
     scan, found, train_scan = material.scan, material.found, material.train_scan
     part_split = replace(material.split, channels=tuple(shown))
-    top = reference_images(scan, part_split, n=N_IMAGES, alike=ALIKE)
+    top, ids = reference_images(scan, part_split, n=N_IMAGES, alike=ALIKE), scan.ids()
     answers: dict[int, Responses] = {}
     try:
         evaluation = material.evaluation
@@ -167,7 +167,7 @@ def _sections(
                 concepts=views,
                 info={key: plain(value) for key, value in part.info.items()},
                 cosine=material.lowest.get(part.channel),
-                rows=reference_rows(found, part, top[part.channel]),
+                rows=reference_rows(found, part, top[part.channel], ids),
                 measures=measures.get(part.channel),
                 intervals=intervals(answer) if answer else None,
                 densities=densities(views, answer) if answer else None,
