@@ -144,8 +144,7 @@ def gradients_equal(model: nn.Module, changed: nn.Module, images: Tensor) -> boo
     found = []
     for network in (model, changed):
         x = images.clone().requires_grad_()
-        network(x)[:, :5].sum().backward()
-        found.append(x.grad)
+        found += torch.autograd.grad(network(x)[:, :5].sum(), x)
     scale = float(found[0].abs().max())
     return scale > 0 and float((found[0] - found[1]).abs().max()) <= 1e-9 * scale
 

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 384, 448, 512)
+SIZES = (64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 384, 448, 512)
 SIZE_WORDS = (
     *("zepto", "atto", "femto", "pico", "nano", "xxt", "xxs", "xt", "ti", "tiny", "t", "xs"),
     *("mini", "micro", "small", "lite", "s", "m", "medium", "base", "b", "l", "large", "h", "xl"),

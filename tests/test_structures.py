@@ -202,6 +202,30 @@ def test_describing_a_layer_in_training_mode_changes_nothing(kind):
     assert_untouched(before, snapshot(network))
 
 
+class KeepsComputed(Around):
+    """Keeps what it computed from its weights, as some attention keeps its biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def body(self, x: Tensor) -> Tensor:
+        if "bias" not in self.kept:
+            self.kept["bias"] = [2 * self.stem.bias[:, None, None]]
+        return super().body(x + self.kept["bias"][0])
+
+
+def test_a_network_that_keeps_what_it_computed_is_split(tmp_path):
+    network, x = KeepsComputed().double().eval(), images().images
+    split = split_network(network, tmp_path)
+    network.kept.clear()
+    expected = network(x)  # in a graph, which is kept
+    changed = unbraid.apply(network, split)
+    assert_bit_equal(changed(x), expected)
+    changed.kept["bias"][0].data.zero_()
+    assert_bit_equal(network(x), expected)  # nothing is shared
+
+
 class Scales(nn.Conv2d):
     """Scales its output."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,14 +39,26 @@ def unwrapped_name(name: str) -> str:
 
 
 def copy_network(model: nn.Module) -> nn.Module:
-    """Copy a network, also one that keeps weights which it computed from others."""
+    """Copy a network, also one that keeps what it computed from its weights."""
     computed = {
         id(value): value.detach().clone()
         for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
+        for value in _tensors(vars(module))
+        if not value.is_leaf
     }
     return copy.deepcopy(model, computed)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in containers inside of one another."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
 
 
 def with_logits(model: nn.Module, pick: Pick) -> nn.Module:
