@@ -85,6 +85,8 @@ def validation_images(
         from unbraid.demo.network import load_images
 
         return load_images("test")
+    if "data" not in source:
+        raise RunError("The run does not say where its images are; make it anew.")
     seen = None if sight is None else Sight(**sight)
     labels: dict[str, int] | None = None if source.get("class_folders", True) else {}
     images = open_images(part_of(source["data"], "val"), seen, labels, scan.class_names)

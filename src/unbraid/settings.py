@@ -9,7 +9,8 @@ from typing import Any
 
 from unbraid.errors import RunError
 from unbraid.findings import ConceptKind
-from unbraid.strict import build, read_json
+from unbraid.sight import Sight
+from unbraid.strict import build, in_range, read_json
 from unbraid.thresholds import Tau
 
 # Results, in the order of writing; the scans they were made from are kept apart.
@@ -64,6 +65,9 @@ def read_settings(out: Path) -> dict[str, Any] | None:
             raise ValueError("title and source are not what they should be")
         if not isinstance(source.get("data", ""), str):
             raise ValueError("the folder of the data is no text")
+        if settings.get("sight") is not None:
+            for size in vars(build(Sight, settings["sight"])).values():
+                in_range("a size in sight", 1.0 if size is None else size, 1e-6, 1e6)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

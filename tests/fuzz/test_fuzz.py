@@ -64,6 +64,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
     folder = tmp_path_factory.mktemp("seeds")
     network = build("uneven")  # padded, so that lies about padding matter
     images = SyntheticImages(9)
+    images.ids = [f"folder/{k}.png" for k in range(9)]
     scan = unbraid.scan(network, "layer", images, folder / "scan", positions=True)
     split = unbraid.split(scan, unbraid.find(scan, channels=OWN), method="published", rho=0.7)
     split.save(folder / "split.safetensors")

@@ -1,0 +1,416 @@
+"""Files that mean harm: refused in one sentence, before they cost anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import unbraid
+from handmade import write_scan
+from unbraid.arvs import class_sums
+from unbraid.check import check
+from unbraid.errors import DataError, ModelError, RunError
+from unbraid.files import read_some, read_tensors, write_tensors
+from unbraid.findings import Findings, Pair
+from unbraid.folders import ImageFolder, UnlabelledFolder
+from unbraid.manifest import MAX_CLASSES, read_manifest
+from unbraid.pictures import read_picture
+from unbraid.records import Scan, shard_path
+from unbraid.settings import read_settings
+from unbraid.splits import Split
+from unbraid.states import load_weights
+from unbraid.strict import parse_json
+from unbraid.tables import csv_text, one_line
+from unbraid.thresholds import nearest_finding
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Scan:
+    shares = torch.full((21, 3), 1 / 3, dtype=torch.float64)
+    return write_scan(tmp_path / "scan", shares=shares, labels=[n % 3 for n in range(21)])
+
+
+# --- manifests ------------------------------------------------------------------------------------
+
+
+def lie(scan: Scan, **entries: Any) -> Path:
+    path = scan.path / "manifest.json"
+    content = json.loads(path.read_text())
+    layer = {key: entries.pop(key) for key in list(entries) if key in content["layer"]}
+    path.write_text(json.dumps({**content, **entries, "layer": {**content["layer"], **layer}}))
+    return scan.path
+
+
+def test_a_claim_of_a_billion_shards_costs_nothing(scan: Scan) -> None:
+    folder = lie(scan, n_images=10**12, shard_size=1000)
+    with pytest.raises(RunError, match="999999997 of 1000000000 shards"):
+        unbraid.open_scan(folder)
+    assert check(folder).missing == [f"999,999,997 shards of 1000000000 in {folder}"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"shard_size": 0}, "shard_size is 0"),
+        ({"shard_size": True}, "shard_size is True, not a whole number"),
+        ({"n_images": 2.5}, "n_images is 2.5, not a whole number"),
+        ({"n_images": -1}, "n_images is -1"),
+        ({"threads": 10**9}, "threads is 1000000000"),
+        ({"min_share": "a"}, "min_share is 'a', not a number"),
+        ({"class_names": "abc"}, "class_names is 'abc', not a list"),
+        ({"class_names": [1]}, "class_names is 1, not text"),
+        ({"class_names": [""] * (MAX_CLASSES + 1)}, "number of class_names is 1048577"),
+        ({"strange": 1}, "unknown entries"),
+        ({"groups": 0}, "groups is 0"),
+        ({"groups": 2}, "cannot be divided among the groups"),
+        ({"kernel": [1] * 9}, "not of one to three numbers"),
+        ({"stride": [0]}, "stride is 0"),
+        ({"pad_mode": "x" * 10**6}, "pad_mode is none that is known"),
+        ({"n_out": 10**30}, "n_out is 1000000000000"),
+        ({"schema": [[]] * 1000}, r"schema \[\[\], \[\]"),
+    ],
+)
+def test_numbers_that_no_scan_has_are_refused(
+    entries: dict[str, Any], message: str, scan: Scan
+) -> None:
+    with pytest.raises(RunError, match=message) as caught:
+        unbraid.open_scan(lie(scan, **entries))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_manifest_that_lacks_an_entry_says_which(scan: Scan) -> None:
+    path = scan.path / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["n_images"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(RunError, match="lacks 'n_images'"):
+        read_manifest(scan.path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000 + "]" * 100_000,
+        '{"a":' * 5000 + "1" + "}" * 5000,
+        "[" + "[]," * 2**20 + "1]",
+        "1" * 10_000,
+        '"' + "x" * (64 * 2**20) + '"',
+    ],
+    ids=["deep list", "deep object", "many parts", "long number", "long text"],
+)
+def test_json_that_would_take_the_machine_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"deep|large|digits"):
+        parse_json(text)
+
+
+def test_a_pipe_is_not_waited_for(scan: Scan, tmp_path: Path) -> None:
+    for path in (scan.path / "manifest.json", scan.path / "layer.safetensors"):
+        path.unlink()
+        os.mkfifo(path)
+    with pytest.raises(RunError, match="it is no file"):
+        unbraid.open_scan(scan.path)
+    with pytest.raises(RunError, match="it is no file"):
+        read_tensors(scan.path / "layer.safetensors")
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match="no such file"):
+        read_picture(tmp_path / "a.png")
+
+
+def test_text_that_cannot_be_written_is_made_writable(scan: Scan, tmp_path: Path) -> None:
+    path = scan.path / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "class_names": ["\ud800", "b", "c"]}))
+    opened = unbraid.open_scan(scan.path)
+    assert opened.class_names == ("?", "b", "c")
+    unbraid.find(opened, channels={0: [[0], [1]]}).to_csv(tmp_path / "findings.csv")
+    assert "?" in (tmp_path / "findings.csv").read_text()
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+def forge(path: Path, **changes: Callable[[Tensor], Tensor]) -> None:
+    """Other tensors, with checksums that fit."""
+    tensors, _ = read_tensors(path)
+    write_tensors(path, {**tensors, **{k: make(tensors[k]) for k, make in changes.items()}}, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("label", lambda x: x + 2**62, "'label' with numbers that cannot be"),
+        ("label", lambda x: x.double(), "'label' that is no list of whole numbers"),
+        ("prediction", lambda x: x + 2**40, "'prediction' with numbers that cannot be"),
+        ("n_positions", lambda x: x * 0, "'n_positions' with numbers that cannot be"),
+        ("pooled", lambda x: x * float("nan"), "'pooled' that is not of finite numbers"),
+        ("pooled", lambda x: x.long(), "'pooled' that is not of finite numbers"),
+        ("pooled", lambda x: x.new_zeros(2**40, 0), "'pooled' of a wrong shape"),
+        ("share_value", lambda x: x + 5, "'share_value' with numbers that cannot be"),
+        ("share_start", lambda x: x[:0], "holds shares of no image"),
+        ("index", lambda x: x - 100, "'index' with numbers that cannot be"),
+        ("broken", lambda x: x.new_zeros(10**6), "'broken' of a wrong shape"),
+    ],
+)
+def test_records_that_cannot_be_are_refused(
+    name: str, change: Callable[[Tensor], Tensor], message: str, scan: Scan
+) -> None:
+    forge(shard_path(scan.path, 1), **{name: change})
+    with pytest.raises(RunError, match=message):
+        list(scan.shards())
+    if name in ("label", "prediction", "share_start"):
+        with pytest.raises(RunError, match="shard-000001"):
+            list(scan.columns(name))
+
+
+def test_tensors_read_alone_are_checked_one_beside_the_other(scan: Scan) -> None:
+    forge(shard_path(scan.path, 0), share_value=lambda x: x[:-1])
+    with pytest.raises(RunError, match="shares of no image"):
+        unbraid.find(scan, tau="auto")
+
+
+def test_weights_of_another_shape_are_refused(scan: Scan) -> None:
+    forge(scan.path / "layer.safetensors", weight=lambda x: x[:, :1])
+    with pytest.raises(RunError, match="no 'weight' of the layer's shape"):
+        unbraid.open_scan(scan.path)
+    assert "layer.safetensors" in check(scan.path).damaged[0]
+
+
+def test_a_header_that_lies_is_refused(scan: Scan) -> None:
+    path = scan.path / "layer.safetensors"
+    content = path.read_bytes()
+    for told in (2**63, 2**40, 0):
+        path.write_bytes(struct.pack("<Q", told) + content[8:])
+        with pytest.raises(RunError, match="cannot be read"):
+            read_tensors(path)
+    text = content[8:].replace(b'"shape":[3,2]', b'"shape":[9,2]')
+    path.write_bytes(content[:8] + text)
+    with pytest.raises(RunError, match="cannot be read"):
+        read_some(path, ["weight"])
+
+
+def test_one_label_does_not_take_all_memory(scan: Scan) -> None:
+    """Sums by class have a row for every number up to the largest label."""
+    wide = replace(scan.manifest, layer=replace(scan.layer, n_in=2**20))
+    assert wide.most_classes * (wide.layer.n_taps + wide.layer.n_out) <= 2**29
+    forge(shard_path(scan.path, 0), label=lambda x: x + scan.manifest.most_classes - 2)
+    with pytest.raises(RunError, match="'label'"):
+        class_sums(scan, [0.03])
+
+
+def test_counts_for_many_thresholds_are_made_in_portions(
+    scan: Scan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = nearest_finding(scan, 0.5, 0.75, -1.0)
+    monkeypatch.setattr("unbraid.thresholds._COUNTS_AT_ONCE", 2 * 3 * 3)
+    asked: list[int] = []
+
+    def counted(scan: Scan, taus: list[float]) -> Any:
+        asked.append(len(taus))
+        return class_sums(scan, taus)
+
+    monkeypatch.setattr("unbraid.thresholds.class_sums", counted)
+    assert nearest_finding(scan, 0.5, 0.75, -1.0) == whole
+    assert max(asked) == 2
+    assert len(asked) > 2
+
+
+def test_a_split_that_cannot_be_is_refused(scan: Scan, tmp_path: Path) -> None:
+    found = unbraid.find(scan, channels={0: [[0], [1]]})
+    path = tmp_path / "split.safetensors"
+    split = unbraid.split(scan, found, method="published", rho=0.7)
+    split.save(path)
+    tensors, about = read_tensors(path)
+    lies: dict[str, Any] = {
+        "layer": {**about["layer"], "n_out": 0},
+        "settings": {},
+        "channels": [{"channel": 0, "concepts": [[0], [10**12]], "info": {}}],
+        "clusters": {"9" * 5000: {"channel": 0, "place": 0, "least": 0.0}},
+        "class_names": 7,
+    }
+    for name, value in lies.items():
+        write_tensors(path, tensors, {**about, name: value})
+        with pytest.raises(RunError, match="is not a split that can be read") as caught:
+            Split.load(path)
+        assert len(str(caught.value)) < 500
+    write_tensors(path, {**tensors, "masks.0": tensors["masks.0"] + 2}, about)
+    with pytest.raises(RunError, match="masks of channel 0"):
+        Split.load(path)
+    write_tensors(path, tensors, about)
+    assert Split.load(path).channels[0].masks.equal(split.channels[0].masks)
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("was here",)
+
+
+def test_code_in_weights_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": Evil()}, "evil.pt")
+    with pytest.raises(ModelError, match="never loaded"):
+        load_weights(nn.Linear(2, 2), Path("evil.pt"))
+    assert not Path("was here").exists()
+
+
+def test_packed_weights_are_not_unpacked(tmp_path: Path) -> None:
+    plain, packed = tmp_path / "plain.pt", tmp_path / "packed.pt"
+    torch.save({"weight": torch.zeros(1000, 1000)}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w") as target:
+        for member in source.infolist():
+            target.writestr(member.filename, source.read(member), zipfile.ZIP_DEFLATED)
+    assert packed.stat().st_size < 10_000
+    with pytest.raises(ModelError, match="claims to hold more than it is large"):
+        load_weights(nn.Linear(1000, 1000, bias=False), packed)
+    load_weights(nn.Linear(1000, 1000, bias=False), plain)
+
+
+def test_weights_by_number_are_no_state_dict(tmp_path: Path) -> None:
+    torch.save({1: torch.zeros(2)}, tmp_path / "numbers.pt")
+    with pytest.raises(ModelError, match="holds no state dict"):
+        load_weights(nn.Linear(2, 2), tmp_path / "numbers.pt")
+
+
+# --- pictures and folders -------------------------------------------------------------------------
+
+
+def png(width: int, height: int, rows: bytes) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (png(40_000, 40_000, zlib.compress(b"")), "decompression bomb"),
+        (png(2**31 - 1, 1, zlib.compress(b"")), "cannot be read"),
+        (png(10**6, 1, zlib.compress(bytes(10**6 + 1))), "sides are 1000000 and 1 pixels"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known kind"),
+    ],
+    ids=["bomb", "overflow", "strip", "program"],
+)
+def test_pictures_that_would_grow_or_run_are_refused(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_picture(path)
+
+
+def test_a_strip_that_is_not_too_long_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(200, 1, zlib.compress(bytes(201))))
+    assert read_picture(tmp_path / "a.png").size == (200, 1)
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "1.png")
+    return tmp_path / "data"
+
+
+def test_links_in_circles_are_not_followed(classes: Path) -> None:
+    (classes / "a" / "up").symlink_to(classes)
+    (classes / "a" / "2.png").symlink_to("2.png")
+    (classes / "c").symlink_to("c")
+    assert [path for path, _ in ImageFolder(classes).samples] == [
+        str(classes / name / "1.png") for name in ("a", "b")
+    ]
+    assert len(UnlabelledFolder(classes).samples) == 2
+
+
+@pytest.mark.parametrize("to", [".", ".."])
+def test_a_class_that_is_a_link_to_what_holds_it_is_refused(to: str, classes: Path) -> None:
+    (classes / "c").symlink_to(to)
+    with pytest.raises(DataError, match="a link to a folder around it"):
+        ImageFolder(classes)
+
+
+def test_a_class_that_is_a_link_to_elsewhere_is_fine(classes: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "1.png")
+    (classes / "c").symlink_to(tmp_path / "elsewhere")
+    assert ImageFolder(classes).targets == [0, 1, 2]
+
+
+def test_a_path_that_is_too_long_is_an_error_of_ours() -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        ImageFolder("x" * 5000)
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r", " =", "＝", "＠"])  # noqa: RUF001
+def test_spreadsheets_are_given_no_formula(start: str) -> None:
+    cell = f"{start}cmd|' /C calc'!A0"
+    text = csv_text(("name", "figure"), [(cell, -1.5), ("clock-face", 2)])
+    assert f"'{cell}" in text.replace('"', "")
+    assert ",-1.5\n" in text
+    assert "\nclock-face,2\n" in text
+
+
+def assert_short_cells(table: str, most: int) -> None:
+    assert max(len(cell.strip()) for line in table.splitlines() for cell in line.split("  ")) <= most
+
+
+def test_names_of_a_million_characters_do_not_fill_the_screen() -> None:
+    names = ("x" * 1_000_000, "\x1b]0;title\x07\u202e" + "y" * 1_000_000)
+    pair = Pair(0, 0, 1, 0.1, 0.9, 0.9, 0.0, 0.2)
+    found = Findings(0.03, 0.75, 0.5, (pair,), {0: ((0,), (1,))}, names, "", "layer", "0")
+    text = str(found)
+    assert_short_cells(text, 300)
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
+def test_a_long_cell_is_noticed() -> None:
+    with pytest.raises(AssertionError):
+        assert_short_cells("a  " + "x" * 301, 300)
+
+
+def test_a_short_line_stays_as_it_is() -> None:
+    assert one_line("Ankle boot, 日本語, é") == "Ankle boot, 日本語, é"
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"title": 1, "thresholds": {}, "source": {}},
+        {"title": "", "thresholds": {"tau": "rule"}, "source": {}},
+        {"title": "", "thresholds": {"tau": [1]}, "source": {}},
+        {"title": "", "thresholds": {"concepts": "x"}, "source": {}},
+        {"title": "", "thresholds": {}, "source": {"data": 5}},
+        {"title": "", "thresholds": {}, "source": {}, "sight": {"width": -1}},
+        {"title": "", "thresholds": {}, "source": {}, "sight": "all"},
+        [],
+    ],
+)
+def test_settings_of_other_types_are_refused(settings: Any, tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(RunError, match="not that of a run"):
+        read_settings(tmp_path)
