@@ -14,6 +14,7 @@ from unbraid.data import UNLABELLED
 from unbraid.errors import DataError, UsageError
 from unbraid.pictures import decode_picture, read_picture
 from unbraid.sources.listing import ListedImages, Listing, Transform, by_class
+from unbraid.tables import one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -31,11 +32,11 @@ class Rows:
 
     def __call__(self, index: int) -> Image.Image:
         """Read one image."""
-        file = self.dataset[index][self.column]
+        file, name = self.dataset[index][self.column], one_line(self.ids[index])
         if file is None:
-            raise DataError(f"Image {self.ids[index]} cannot be read (its row is empty).")
+            raise DataError(f"Image {name} cannot be read (its row is empty).")
         if file["bytes"] is not None:
-            return decode_picture(io.BytesIO(file["bytes"]), self.ids[index])
+            return decode_picture(io.BytesIO(file["bytes"]), name)
         return read_picture(file["path"])
 
 
@@ -77,7 +78,7 @@ def list_saved(folder: str) -> Listing:
         read = library.Dataset.from_parquet if files else library.load_from_disk
         dataset = read(files or folder)
     except Exception as error:  # the library's, arrow's and the system's
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(str(error)) or type(error).__name__
         raise DataError(
             f"{folder} is no data set that `save_to_disk` saved ({reason}); name its folder."
         ) from None
@@ -104,7 +105,7 @@ def list_rows(dataset: Any, image: str, label: str | None, source: str) -> Listi
         encoded = encoded.cast_column(image, library.Image(decode=False))
         paths, sizes = _files(encoded, image)
     except Exception as error:  # of arrow, in many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(str(error)) or type(error).__name__
         raise DataError(f"Column {image!r} of {source} holds no images ({reason}).") from None
     ids = [f"{dataset._fingerprint}/{row}" for row in range(len(dataset))]
     if all(paths) and len(set(paths)) == len(paths):

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from unbraid.errors import DataError, UsageError
+from unbraid.tables import one_line
 
 
 def is_url(where: str) -> bool:
@@ -54,10 +55,11 @@ def fetch(url: str) -> Path:
     except Exception as error:  # each kind of URL fails in its own way
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        status = re.search(r"exit \d+", str(error))  # else the message is a whole command
+        status = re.search(r"exit \d+", str(error))  # the rest of it would be a whole command
+        reason = status.group() if status else one_line(str(error))
         raise DataError(
-            f"{url} cannot be fetched ({status.group() if status else error}); check the URL, or "
-            "fetch it yourself and name the file."
+            f"{url} cannot be fetched ({reason}); check the URL, or fetch it yourself and name the "
+            "file."
         ) from None
     return path
 

@@ -19,6 +19,7 @@ from unbraid.pictures import EXTENSIONS, decode_picture
 from unbraid.sources.listing import Listing, by_class
 from unbraid.sources.remote import fetch, is_url
 from unbraid.sources.tar import Member, members
+from unbraid.tables import one_line
 
 _LARGEST = 1 << 30  # bytes of an image
 _LARGEST_LABEL = 1 << 20  # bytes of a label or what else is told of an image
@@ -42,11 +43,12 @@ class Members:
 
     def __call__(self, index: int) -> Image.Image:
         """Read one image."""
+        name = one_line(self.ids[index])
         try:
             content = _content(self.shards[self.shard[index]], self.offset[index], self.size[index])
         except OSError as error:
-            raise DataError(f"Image {self.ids[index]} cannot be read ({error}).") from None
-        return decode_picture(io.BytesIO(content), self.ids[index])
+            raise DataError(f"Image {name} cannot be read ({error}).") from None
+        return decode_picture(io.BytesIO(content), name)
 
 
 def list_shards(where: str) -> Listing:
@@ -139,21 +141,27 @@ def _samples(shard: str) -> dict[str, dict[str, Member]]:
         key = f"{folder}{slash}{base}"
         _refuse_odd(shard, member, _LARGEST if kind == "image" else _LARGEST_LABEL)
         if samples.setdefault(key, {}).setdefault(kind, member) is not member:
-            raise DataError(f"{shard} has two files {kind!r} for {key}; keep one of them.")
+            raise DataError(
+                f"{shard} has two files {kind!r} for {one_line(key)}; keep one of them."
+            )
     lonely = [key for key, files in samples.items() if "cls" in files and "image" not in files]
     if lonely:
         raise DataError(
-            f"{shard} has a label but no image for {lonely[0]} ({', '.join(EXTENSIONS)}); mend it."
+            f"{shard} has a label but no image for {one_line(lonely[0])} "
+            f"({', '.join(EXTENSIONS)}); mend it."
         )
     return {key: files for key, files in samples.items() if "image" in files}
 
 
 def _refuse_odd(shard: str, member: Member, largest: int) -> None:
     if not member.regular:
-        raise DataError(f"{member.name} in {shard} is no regular file; write the shard anew.")
+        raise DataError(
+            f"{one_line(member.name)} in {shard} is no regular file; write the shard anew."
+        )
     if member.size > largest:
         raise DataError(
-            f"{member.name} in {shard} has {member.size} bytes, more than {largest}; remove it."
+            f"{one_line(member.name)} in {shard} has {member.size} bytes, more than {largest}; "
+            "remove it."
         )
 
 
@@ -171,7 +179,8 @@ def _label(shard: str, key: str, files: dict[str, Member]) -> str | None:
         return label if isinstance(label, str) or label is None else str(_number(label))
     except (ValueError, OSError, RecursionError) as error:
         raise DataError(
-            f"The label of {key} in {shard} cannot be read ({error}); write a class's number."
+            f"The label of {one_line(key)} in {shard} cannot be read ({error}); write a class's "
+            "number."
         ) from None
 
 
@@ -189,7 +198,8 @@ def _classes(labels: list[str | None], ids: list[str], where: str) -> tuple[list
         return [], [UNLABELLED] * len(labels)
     if len(given) < len(labels):
         raise DataError(
-            f"{ids[labels.index(None)]} has no label, but others have; label all images or none."
+            f"{one_line(ids[labels.index(None)])} has no label, but others have; label all images "
+            "or none."
         )
     return by_class(given, where)
 

@@ -17,6 +17,7 @@ from unbraid.errors import DataError, UsageError
 from unbraid.identity import seen_from
 from unbraid.pictures import read_picture
 from unbraid.sources.listing import Listing, by_class
+from unbraid.tables import one_line
 
 CSV = (".csv", ".tsv")
 PARQUET = (".parquet",)
@@ -57,7 +58,7 @@ def list_table(path: Path) -> Listing:
         name = _text(cells["path"], "path", where)
         one = seen_from(root, os.path.normpath(os.path.join(root, name)))
         if one in paths:
-            raise DataError(f"{where} names {name} a second time; name each image once.")
+            raise DataError(f"{where} names {one_line(name)} a second time; name each image once.")
         paths[one] = os.path.join(root, name)
         labels.append(_label(cells["label"], where))
         if _OPTIONAL in cells:
@@ -87,7 +88,8 @@ def _label(cell: Any, where: str) -> str:
         cell = str(cell)
     if not isinstance(cell, str) or not cell.strip() or cell.strip().startswith("-"):
         raise DataError(
-            f"{where} has the label {cell!r}; give the number of an output or the name of a class."
+            f"{where} has the label {one_line(repr(cell))}; give an output's number or a class's "
+            "name."
         )
     return cell.strip()
 
@@ -105,7 +107,7 @@ def _sizes(files: list[str], table: Path) -> list[int]:
     if missing:
         raise DataError(
             f"{len(missing)} of {len(files)} files that {table} names are not there, the first is "
-            f"{missing[0]!r}; paths are relative to the list's folder."
+            f"{one_line(missing[0])!r}; paths are relative to the list's folder."
         )
     return sizes
 
@@ -171,5 +173,5 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                     n += 1
                     yield f"Row {n} of {path}", cells
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(str(error)) or type(error).__name__
         raise DataError(f"{path} is no list that can be read ({reason}); write it anew.") from None

@@ -1,0 +1,149 @@
+"""Lists, shards and saved data sets are sound, and can be read, or are refused in one sentence.
+
+An image that cannot be read is told when it is read, which is one sentence too.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import Phase
+from hypothesis import strategies as st
+from PIL import Image
+
+from fuzz.mutations import HOSTILE, damaged
+from fuzz.test_fuzz import EXAMPLES, MANY, Escaped, fuzz, needs_proc, sound_or_refused
+from unbraid.identity import fingerprint, ids_of
+from unbraid.sources import Images, open_images, shards, table
+
+LIST = "path,label,group\n0.png,ant,a\n1.png,bee,a\n2.png,ant,b\n"
+CELLS = (
+    "0.png",
+    "1.png",
+    "../0.png",
+    "ant",
+    "0",
+    "-1",
+    '"',
+    ",",
+    ";",
+    "\n",
+    "\r",
+    "\ufeff",
+    "path",
+)
+WORDS = st.sampled_from((*CELLS, *map(str, HOSTILE)))
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import pyarrow
+    from pyarrow import parquet
+
+    folder = tmp_path_factory.mktemp("sound")
+    for k in range(3):
+        noise = np.random.default_rng(k).integers(0, 255, (6, 5, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(folder / f"{k}.png")
+    (folder / "list.csv").write_text(LIST)
+    columns = {"path": [f"{k}.png" for k in range(3)], "label": ["ant", "bee", "ant"]}
+    parquet.write_table(pyarrow.table(columns), folder / "list.parquet")
+    for kind, name in ((tarfile.GNU_FORMAT, "gnu.tar"), (tarfile.PAX_FORMAT, "pax.tar")):
+        with tarfile.open(folder / name, "w", format=kind) as tar:
+            for k in range(3):
+                image = (folder / f"{k}.png").read_bytes()
+                told = b'{"label": "ant"}' if k else b'{"label": 1}'
+                for ending, content in (("png", image), ("json", told)):
+                    member = tarfile.TarInfo(f"{'folder/' * 20 * (k == 2)}é{k}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def read_all(source: Path) -> None:
+    images = open_images(source)
+    assert len(fingerprint(images, images.targets)) == 64
+    assert len(set(ids_of(images) or ())) == len(images) > 0
+    for k in range(len(images)):
+        sound_or_refused(partial(read_one, images, k))
+
+
+def read_one(images: Images, k: int) -> None:
+    picture, label = images[k]
+    assert (picture.mode, images.targets[k]) == ("RGB", label)
+
+
+def use_list(data: st.DataObject, sound: Path, folder: Path) -> None:
+    content = data.draw(
+        st.one_of(
+            damaged(LIST.encode()),
+            st.lists(WORDS, max_size=8).map(
+                lambda words: (LIST + ",".join(words)).encode("utf-8", "surrogatepass")
+            ),
+        )
+    )
+    (sound / "other.csv").write_bytes(content)
+    sound_or_refused(lambda: read_all(sound / "other.csv"))
+
+
+def use_parquet(data: st.DataObject, sound: Path, folder: Path) -> None:
+    (sound / "other.parquet").write_bytes(data.draw(damaged((sound / "list.parquet").read_bytes())))
+    sound_or_refused(lambda: read_all(sound / "other.parquet"))
+
+
+def use_tar(data: st.DataObject, sound: Path, folder: Path) -> None:
+    content = (sound / data.draw(st.sampled_from(("gnu.tar", "pax.tar")))).read_bytes()
+    changed = bytearray(data.draw(st.one_of(damaged(content), st.just(content))))
+    for start in data.draw(st.lists(st.integers(0, len(content) // 512 - 1), max_size=2)):
+        block = bytearray(data.draw(damaged(content[start * 512 : start * 512 + 512]))[:512])
+        block += bytes(512 - len(block))
+        block[148:156] = b"%06o\0 " % (sum(block[:148]) + 256 + sum(block[156:]))  # a lie that fits
+        changed[start * 512 : start * 512 + 512] = block
+    (sound / "other.tar").write_bytes(changed)
+    sound_or_refused(lambda: read_all(sound / "other.tar"))
+
+
+READERS = {"list": use_list, "parquet": use_parquet, "tar": use_tar}
+pytestmark = [needs_proc, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_source_is_sound_or_refused(reader: str, sound: Path, tmp_path: Path) -> None:
+    fuzz(READERS[reader], sound, tmp_path, 2 * EXAMPLES)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS)
+def test_of_many_sources_each_is_sound_or_refused(reader: str, sound: Path, tmp_path: Path) -> None:
+    fuzz(READERS[reader], sound, tmp_path, -(-MANY // len(READERS)))  # type: ignore[arg-type]
+
+
+def test_sources_that_are_sound_are_read(sound: Path) -> None:
+    for name in ("list.csv", "list.parquet", "gnu.tar", "pax.tar"):
+        images = open_images(sound / name)
+        assert len(images) == 3
+        read_all(sound / name)
+        assert images[0][0].size == (5, 6)
+
+
+class Nothing(Exception):
+    """Stands for an error that is no longer caught."""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "instead", "reader"),
+    [
+        (table, "UnicodeDecodeError", Nothing, "list"),
+        (shards, "decode_picture", lambda file, _: Image.open(file).convert("RGB"), "tar"),
+    ],
+)
+def test_a_check_of_sources_left_out_is_noticed(
+    module, name, instead, reader, sound, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(module, name, instead, raising=False)
+    with pytest.raises(Escaped):
+        fuzz(READERS[reader], sound, tmp_path, 2000, (Phase.generate,))
