@@ -258,6 +258,28 @@ def test_nothing_is_wider_than_the_screen(browser: Any, file: Path, width: int) 
     context.close()
 
 
+def test_pictures_are_shown_whole_or_where(context: Any, file: Path) -> None:
+    page, log = load(context, file)
+    seen = {}
+    for look in ("whole", "answer", "source"):
+        page.click(f"label[for=look-{look}]")
+        seen[look] = [
+            page.locator(f".veil.{kind}").first.is_visible() for kind in ("answer", "source")
+        ]
+    assert seen == {"whole": [False, False], "answer": [True, False], "source": [False, True]}
+    page.focus("#look-source")
+    page.keyboard.press("ArrowLeft")  # chooses, and does not leave for another channel
+    assert page.is_checked("#look-answer")
+    assert focused(page) == "look-answer"
+    frame, image, veil = (
+        page.locator(selector).first.bounding_box()
+        for selector in (".frame", ".frame img", ".veil.answer")
+    )
+    assert image == veil
+    assert frame["width"] == image["width"]
+    assert log.silent
+
+
 def test_hostile_names_show_as_text(context: Any, file: Path) -> None:
     page, log = load(context, file)
     text = page.evaluate("document.body.textContent")
