@@ -27,8 +27,18 @@ from unbraid.thresholds import choose_tau
 N_CHANNELS, N_INPUTS, N_CLASSES, N_IMAGES, N_USED, SHARD = 2048, 512, 1000, 20_480, 30, 1024
 
 
-def write_scan(folder: Path) -> None:
-    """Write a scan whose classes have causes of their own."""
+def write_scan(
+    folder: Path, n_images: int = N_IMAGES, n_used: int = N_USED, in_order: bool = False
+) -> None:
+    """Write a scan whose classes have causes of their own.
+
+    Args:
+        folder: for it.
+        n_images: images, as many of each class.
+        n_used: channels that a class uses.
+        in_order: whether images are sorted by class, as in folders.
+    """
+    generator = torch.Generator().manual_seed(1)
     one, none = (1, 1), ((0, 0), (0, 0))
     layer = LayerSpec(
         "layer", "Conv2d", N_CHANNELS, N_INPUTS, one, one, none, one, 1, "zeros", False
@@ -37,7 +47,7 @@ def write_scan(folder: Path) -> None:
         weights="synthetic",
         layer=layer,
         data="synthetic",
-        n_images=N_IMAGES,
+        n_images=n_images,
         class_names=tuple(map(str, range(N_CLASSES))),
         preprocessing="",
         dtype="float32",
@@ -50,24 +60,28 @@ def write_scan(folder: Path) -> None:
         source={},
         versions={},
     )
-    weight = torch.randn(N_CHANNELS, N_INPUTS)
+    # Causes and uses are the same for every scan written, images are not.
+    weight = torch.randn(N_CHANNELS, N_INPUTS, generator=generator)
     write_tensors(
         folder / "layer.safetensors", {"weight": weight, "bias": torch.zeros(N_CHANNELS)}, {}
     )
-    causes = torch.rand(N_CLASSES, 1, N_INPUTS)
-    used = torch.stack([torch.randperm(N_CHANNELS)[:N_USED].sort().values for _ in causes])
+    causes = torch.rand(N_CLASSES, 1, N_INPUTS, generator=generator)
+    used = torch.stack(
+        [torch.randperm(N_CHANNELS, generator=generator)[:n_used].sort().values for _ in causes]
+    )
     for shard in range(manifest.n_shards):
-        index = torch.arange(shard * SHARD, (shard + 1) * SHARD)
-        label = index % N_CLASSES
+        size = manifest.images_in(shard)
+        index = torch.arange(shard * SHARD, shard * SHARD + size)
+        label = index * N_CLASSES // n_images if in_order else index % N_CLASSES
         records = Records(
             index=index,
             label=label,
             prediction=label.clone(),
             n_positions=torch.full_like(index, 49),
-            pooled=causes[label] * (0.75 + 0.5 * torch.rand(SHARD, 1, N_INPUTS)),
-            share_start=torch.arange(SHARD + 1) * N_USED,
+            pooled=causes[label] * (0.75 + 0.5 * torch.rand(size, 1, N_INPUTS)),
+            share_start=torch.arange(size + 1) * n_used,
             share_channel=used[label].flatten().int(),
-            share_value=torch.linspace(1.68, 0.32, N_USED).div(N_USED).repeat(SHARD),
+            share_value=torch.linspace(1.68, 0.32, n_used).div(n_used).repeat(size),
             broken=torch.zeros(0, dtype=torch.int64),
         )
         write_shard(folder, shard, records)
