@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from unbraid.tables import one_line
 if TYPE_CHECKING:
     import datasets
 
-_ROWS = 1000  # looked at in one go
+_ROWS = 100  # looked at in one go
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class Rows:
     def __call__(self, index: int) -> Image.Image:
         """Read one image."""
         file, name = self.dataset[index][self.column], one_line(self.ids[index])
-        if file is None:
-            raise DataError(f"Image {name} cannot be read (its row is empty).")
-        if file["bytes"] is not None:
-            return decode_picture(io.BytesIO(file["bytes"]), name)
-        return read_picture(file["path"])
+        content, path = (file or {}).get("bytes"), (file or {}).get("path")
+        if content is not None:
+            return decode_picture(io.BytesIO(content), name)
+        if path is None or not os.path.isfile(path):  # a pipe would never end
+            raise DataError(f"Image {name} cannot be read (its row holds none, nor a file's path).")
+        return read_picture(path)
 
 
 def from_hugging_face(
