@@ -372,7 +372,8 @@ def test_spreadsheets_are_given_no_formula(start: str) -> None:
 
 
 def assert_short_cells(table: str, most: int) -> None:
-    assert max(len(cell.strip()) for line in table.splitlines() for cell in line.split("  ")) <= most
+    cells = [cell.strip() for line in table.splitlines() for cell in line.split("  ")]
+    assert max(map(len, cells)) <= most
 
 
 def test_names_of_a_million_characters_do_not_fill_the_screen() -> None:

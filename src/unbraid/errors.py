@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 300  # characters of what another library says
+
 
 class UnbraidError(Exception):
     """Base of all errors that unbraid raises on purpose; `exit_code` is the command line's."""
@@ -42,6 +44,15 @@ class RunError(UnbraidError):
 
 class OutputChangedError(UnbraidError):
     """A split network computes something else than the original."""
+
+
+def brief(error: BaseException) -> str:
+    r"""Say what an error of another library says, in one line that has an end.
+
+    >>> brief(ValueError("a\nb" + "x" * 1_000_000))[:5], brief(ValueError())
+    ('a bxx', 'ValueError')
+    """
+    return " ".join(str(error)[:_LONGEST].split()) or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

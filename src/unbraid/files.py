@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from unbraid.errors import RunError, UsageError
+from unbraid.errors import RunError, UsageError, brief
 from unbraid.strict import parse_json
 
 _ABOUT = "unbraid"  # the metadata entry of a safetensors file
@@ -92,8 +92,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             yield file, about
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{path} cannot be read ({error}); start again the command that makes it, without the "
-            "file if it is there."
+            f"{path} cannot be read ({brief(error)}); start again the command that makes it, "
+            "without the file if it is there."
         ) from None
 
 

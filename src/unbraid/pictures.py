@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from unbraid.errors import DataError
+from unbraid.errors import DataError, brief
 
 # Pillow knows more kinds, one of which hands the file to a program of its own (PostScript).
 _KINDS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
@@ -49,4 +49,4 @@ def decode_picture(file: str | Path | BinaryIO, name: str) -> Image.Image:
     except UnidentifiedImageError:  # an OSError whose text is about the file, not the image
         raise DataError(f"Image {name} cannot be read (it is of no known kind).") from None
     except Exception as error:  # a damaged file fails in any way
-        raise DataError(f"Image {name} cannot be read ({error}).") from None
+        raise DataError(f"Image {name} cannot be read ({brief(error)}).") from None

@@ -40,6 +40,8 @@ def column_fault(manifest: Manifest, shard: int, name: str, column: Tensor) -> s
     if name in ("pooled", "share_value", "input_map"):
         if not sound_figures(column):
             return f"holds a {name!r} that is not of finite numbers"
+        if name == "pooled" and column.dtype != _wide(manifest.dtype):
+            return "holds a 'pooled' of another type than the network's"
         least, most = (0.0, _MOST_SHARE) if name == "share_value" else (-_LARGEST, _LARGEST)
     else:
         whole = torch.int32 if name == "share_channel" else torch.int64
@@ -123,6 +125,11 @@ def _map_fault(spec: LayerSpec, n: int, input_map: Tensor) -> str | None:
     if padded > _PADDED_TIMES * input_map.numel() + _PADDED_FREE:
         return "holds an 'input_map' that the layer's padding makes too large"
     return None
+
+
+def _wide(dtype: str) -> torch.dtype:
+    """What pooled inputs of a network of a type are kept in."""
+    return torch.float64 if dtype == "float64" else torch.float32
 
 
 def sound_figures(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from unbraid.errors import ModelError
+from unbraid.errors import ModelError, brief
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -33,7 +33,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ) from None
     except Exception as error:  # a damaged file fails in any way
         raise ModelError(
-            f"Weights {path} cannot be read ({_reason(error)}); give a sound file."
+            f"Weights {path} cannot be read ({brief(error)}); give a sound file."
         ) from None
     for wrapper in ("state_dict", "model"):  # the habit of training scripts
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -56,7 +56,3 @@ def _refuse_packed(path: Path) -> None:
         with zipfile.ZipFile(path) as file:
             if sum(member.file_size for member in file.infolist()) > path.stat().st_size:
                 raise ValueError("it claims to hold more than it is large")
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import shutil
-import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pyarrow import parquet
 
 import unbraid
-from fuzz.mutations import damaged, edited, tampered, tampered_json
+from fuzz.mutations import damaged, tampered, tampered_json
 from networks import SyntheticImages, build
 from unbraid import files, layers, manifest, pictures, records, splits, states, strict
 from unbraid.ablate import ablate
@@ -92,15 +89,6 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
     noise = np.random.default_rng(0).integers(0, 255, (24, 16, 3), np.uint8)
     for kind in KINDS:
         Image.fromarray(noise).save(folder / f"picture.{kind}")
-    rows = [{"path": "picture.png", "label": "cat", "group": 1}]
-    (folder / "list.csv").write_text("path,label,group\npicture.png,cat,1\n")
-    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "list.parquet")
-    with tarfile.open(folder / "shard.tar", "w") as tar:
-        for key in ("a", "b"):
-            tar.add(folder / "picture.png", f"train/{key}.png")
-            label = tarfile.TarInfo(f"train/{key}.cls")
-            label.size = 1
-            tar.addfile(label, io.BytesIO(b"7"))
     layer = torch.nn.Linear(3, 2)
     torch.save(layer.state_dict(), folder / "weights.pt")
     torch.save(layer.state_dict(), folder / "old.pt", _use_new_zipfile_serialization=False)
@@ -213,38 +201,6 @@ def use_weights(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
     sound_or_refused(lambda: load_weights(torch.nn.Linear(3, 2), path))
 
 
-def use_list(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
-    sound = seeds.folder / data.draw(st.sampled_from(("list.csv", "list.parquet")))
-    if sound.suffix == ".csv" and data.draw(st.booleans()):
-        rows = [line.split(",") for line in sound.read_text().splitlines()]
-        edited_rows = data.draw(edited(rows))
-        lines = edited_rows if isinstance(edited_rows, list) else [edited_rows]
-        content = "\n".join(
-            ",".join(map(str, line)) if isinstance(line, list) else str(line) for line in lines
-        ).encode("utf-8", "surrogatepass")
-    else:
-        content = data.draw(damaged(sound.read_bytes()))
-    beside = folder / sound.name
-    beside.write_bytes(content)
-    if not (folder / "picture.png").exists():
-        shutil.copy(seeds.folder / "picture.png", folder)
-    sound_or_refused(lambda: look_at(unbraid.open_images(beside)))
-
-
-def use_shard(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
-    path = folder / "shard.tar"
-    path.write_bytes(data.draw(damaged((seeds.folder / path.name).read_bytes())))
-    sound_or_refused(lambda: look_at(unbraid.open_images(path)))
-
-
-def look_at(images: Any) -> None:
-    assert len(images.classes) < 10**7
-    for index in range(min(len(images), 5)):
-        image, label = images[index]
-        assert image.mode == "RGB"
-        assert label < 10**7
-
-
 Use = Callable[[st.DataObject, Seeds, Path], None]
 READERS: dict[str, Use] = {
     "scan": use_scan,
@@ -255,8 +211,6 @@ READERS: dict[str, Use] = {
     "features": use_features,
     "picture": use_picture,
     "weights": use_weights,
-    "list": use_list,
-    "shard": use_shard,
 }
 
 
@@ -341,8 +295,6 @@ def test_what_is_sound_is_read(seeds: Seeds, tmp_path: Path) -> None:
         assert read_picture(seeds.folder / f"picture.{kind}").size == (16, 24)
     for name in ("weights.pt", "old.pt", "weights.safetensors"):
         load_weights(torch.nn.Linear(3, 2), seeds.folder / name)
-    for name in ("list.csv", "list.parquet", "shard.tar"):
-        look_at(unbraid.open_images(seeds.folder / name))
     assert zipfile.is_zipfile(seeds.folder / "weights.pt")
 
 

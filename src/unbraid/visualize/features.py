@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from unbraid.errors import RunError
+from unbraid.errors import RunError, brief
 from unbraid.files import write_whole
 from unbraid.strict import check_schema, read_json
 
@@ -120,8 +120,8 @@ class Features:
             )
         except Exception as error:  # a damaged picture fails in any way
             raise RunError(
-                f"{folder} holds no feature visualisations that can be read ({error}); make them "
-                "anew."
+                f"{folder} holds no feature visualisations that can be read ({brief(error)}); make "
+                "them anew."
             ) from None
 
 
