@@ -245,6 +245,7 @@ def test_light_and_dark(browser: Any, file: Path) -> None:
 def test_nothing_is_wider_than_the_screen(browser: Any, file: Path, width: int) -> None:
     context = browser.new_context(viewport={"width": width, "height": 740}, has_touch=width < 500)
     page, log = load(context, file)
+    lay_out(page)
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
     too_wide = page.evaluate(
         """() => [...document.querySelectorAll('body *')].filter(e =>
@@ -258,8 +259,16 @@ def test_nothing_is_wider_than_the_screen(browser: Any, file: Path, width: int) 
     context.close()
 
 
+def lay_out(page: Any) -> None:
+    """Have all laid out, also what is off the screen."""
+    page.evaluate(
+        "document.querySelectorAll('article').forEach(a => {a.style.contentVisibility = 'visible'})"
+    )
+
+
 def test_pictures_are_shown_whole_or_where(context: Any, file: Path) -> None:
     page, log = load(context, file)
+    lay_out(page)
     seen = {}
     for look in ("whole", "answer", "source"):
         page.click(f"label[for=look-{look}]")
