@@ -37,12 +37,12 @@ _TEMPLATES = _HERE / "templates"
 def render(material: Material, *, dataset: Dataset[Any] | None, title: str | None) -> str:
     """Return the page, of at most `LIMIT` bytes; arguments as in `unbraid.report`."""
     page = build_page(material, has_images=dataset is not None, title=title)
-    gallery = Gallery(page, material, dataset)
+    hang = cache(Gallery(page, material, dataset).hang)
     environment = _environment()
     text = ""
     for look, n in _attempts(len(page.channels)):
         smaller = with_fewer_images(page, look.n_images, N_IMAGES)
-        text = _fill(environment, with_fewer_channels(smaller, n), gallery.hang(look))
+        text = _fill(environment, with_fewer_channels(smaller, n), hang(look))
         if len(text.encode("utf-8", "backslashreplace")) <= LIMIT:
             break
     return text
