@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import unbraid
 from handmade import write_scan
+from networks import SyntheticImages, build
 from unbraid.arvs import class_sums
 from unbraid.check import check
-from unbraid.errors import DataError, ModelError, RunError
+from unbraid.errors import DataError, ModelError, RunError, UsageError
 from unbraid.files import read_some, read_tensors, write_tensors
 from unbraid.findings import Findings, Pair
 from unbraid.folders import ImageFolder, UnlabelledFolder
@@ -203,10 +204,37 @@ def test_a_header_that_lies_is_refused(scan: Scan) -> None:
 def test_one_label_does_not_take_all_memory(scan: Scan) -> None:
     """Sums by class have a row for every number up to the largest label."""
     wide = replace(scan.manifest, layer=replace(scan.layer, n_in=2**20))
-    assert wide.most_classes * (wide.layer.n_taps + wide.layer.n_out) <= 2**29
+    assert wide.most_classes * (wide.layer.n_taps + wide.layer.n_out) <= 2**30
     forge(shard_path(scan.path, 0), label=lambda x: x + scan.manifest.most_classes - 2)
     with pytest.raises(RunError, match="'label'"):
         class_sums(scan, [0.03])
+
+
+def test_a_scan_that_would_be_refused_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unbraid.manifest._MOST_SUMS", 2 * (8 + 6))  # of 4 classes
+    with pytest.raises(UsageError, match="number of class_names is 4, not 0 to 2"):
+        unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path / "scan")
+    assert not (tmp_path / "scan").exists()
+
+
+def test_groups_are_whole_numbers_even_of_a_shard_without_an_image(tmp_path: Path) -> None:
+    scan = unbraid.scan(
+        build("1x1"), "layer", GroupedImages(130), tmp_path, skip_broken=True, positions=True
+    )
+    assert [shard.group.tolist() for shard in scan.shards()] == [[0], []]
+
+
+class GroupedImages(SyntheticImages):
+    """The first image is sound, and the only one."""
+
+    groups = ("a",) * 130
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index:
+            raise ValueError("broken")
+        return super().__getitem__(index)
 
 
 def test_counts_for_many_thresholds_are_made_in_portions(

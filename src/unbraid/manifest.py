@@ -17,7 +17,7 @@ from unbraid.strict import build, check_schema, in_range, parse_json, read_json
 
 SCHEMA = 1
 MAX_CLASSES = 2**20
-_MOST_SUMS = 2**29  # numbers that a sum per class may hold, so that a label cannot take all memory
+_MOST_SUMS = 2**30  # numbers that a sum per class may hold, so that a label cannot take all memory
 _MOST_IMAGES = 2**48
 _MOST_THREADS = 4096
 
@@ -101,6 +101,22 @@ class Manifest:
         """
         return cls.from_dict(parse_json(text))
 
+    def check(self) -> None:
+        """Raise unless there can be such a scan, and room for what is computed of it.
+
+        Raises:
+            ValueError: there cannot.
+        """
+        self.layer.check()
+        in_range("n_images", self.n_images, 0, _MOST_IMAGES)
+        in_range("shard_size", self.shard_size, 1, _MOST_IMAGES)
+        in_range("batch_size", self.batch_size, 1, _MOST_IMAGES)
+        in_range("min_share", self.min_share, 0, 1)
+        in_range("threads", self.threads, 0, _MOST_THREADS)
+        in_range("the number of class_names", len(self.class_names), 0, self.most_classes)
+        for label in self.classes or ():
+            in_range("a label in classes", label, 0, MAX_CLASSES - 1)
+
     @classmethod
     def from_dict(cls, values: Any) -> Manifest:
         """Build a Manifest from parsed JSON.
@@ -110,15 +126,7 @@ class Manifest:
         """
         check_schema(values, SCHEMA)
         manifest = build(cls, values)
-        manifest.layer.check()
-        in_range("n_images", manifest.n_images, 0, _MOST_IMAGES)
-        in_range("shard_size", manifest.shard_size, 1, _MOST_IMAGES)
-        in_range("batch_size", manifest.batch_size, 1, _MOST_IMAGES)
-        in_range("min_share", manifest.min_share, 0, 1)
-        in_range("threads", manifest.threads, 0, _MOST_THREADS)
-        in_range("the number of class_names", len(manifest.class_names), 0, manifest.most_classes)
-        for label in manifest.classes or ():
-            in_range("a label in classes", label, 0, MAX_CLASSES - 1)
+        manifest.check()
         return manifest
 
 

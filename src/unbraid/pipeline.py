@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -261,8 +260,7 @@ def as_labelled(images: Dataset[Any], scan: Scan) -> Dataset[Any]:
     """Images with the labels that a scan took them for: predicted ones in place of given ones."""
     if scan.manifest.labels == "given":
         return images
-    places, labels = (
-        chain.from_iterable(column.tolist() for column in scan.columns(name))
-        for name in ("index", "label")
-    )
-    return Relabelled(images, dict(zip(places, labels, strict=True)))
+    labels: dict[int, int] = {}
+    for own in scan.tensors("index", "label"):
+        labels.update(zip(own["index"].tolist(), own["label"].tolist(), strict=True))
+    return Relabelled(images, labels)

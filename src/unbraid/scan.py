@@ -222,6 +222,7 @@ def scan_into(
             threads=threads,
             autocast=autocast,
         )
+        _refuse_impossible(manifest)
         targets.append(Target(modules[name], manifest, folder))
     team = gather_team()
     team.lead(partial(claim, targets))
@@ -232,6 +233,17 @@ def scan_into(
         if len(done.broken()) == len(places):
             raise DataError(f"None of the {len(places)} images could be read; mend the data set.")
     return finished
+
+
+def _refuse_impossible(manifest: Manifest) -> None:
+    """Raise where the scan, once finished, would be refused on reading."""
+    try:
+        manifest.check()
+    except ValueError as error:
+        raise UsageError(
+            f"A scan of layer {manifest.layer.name!r} would be too large to work with ({error}); "
+            "scan a smaller layer, or images of fewer classes."
+        ) from None
 
 
 def _threads_before(folders: Iterable[Path]) -> int:

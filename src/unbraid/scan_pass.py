@@ -266,7 +266,8 @@ def _write(
     for target, parts in zip(shard.targets, zip(*done, strict=True), strict=True):
         joined = join_records(parts)
         if groups is not None:
-            joined.group = torch.tensor([groups[i] for i in joined.index.tolist()])
+            own = [groups[i] for i in joined.index.tolist()]
+            joined.group = torch.tensor(own, dtype=torch.int64)
         if ids is not None:
             joined.id_start, joined.id_bytes = pack_ids([ids[i] for i in joined.index.tolist()])
         write_shard(target.folder, shard.number, joined)

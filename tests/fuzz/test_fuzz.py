@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import os
-import resource
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -40,6 +39,8 @@ from unbraid.settings import read_settings
 from unbraid.splits import Split
 from unbraid.states import load_weights
 from unbraid.visualize.features import Feature, Features
+
+resource = pytest.importorskip("resource")  # of Unix
 
 EXAMPLES = 60  # of each reader
 MANY = int(os.environ.get("UNBRAID_FUZZ", "100000"))  # of all readers, by hand
