@@ -17,6 +17,7 @@ from checks import assert_bit_equal, assert_close, assert_same_outputs
 from networks import KINDS, SyntheticImages, build
 from test_surgery import TWO, Pair, Splits, images, make_split, output_gradient
 from unbraid.errors import LayerError, ModelError, RunError
+from unbraid.files import read_tensors, write_tensors
 from unbraid.splits import Split
 
 SINGLE = torch.float32
@@ -404,14 +405,10 @@ def test_a_split_file_is_put_into_the_network_in_one_line(one_pair, tmp_path):
 
 
 def _rewrite(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
+    """Change a file, with checksums that fit."""
+    tensors, about = read_tensors(path)
     change(tensors)
-    save_file(tensors, path, metadata)
+    write_tensors(path, tensors, about)
 
 
 @pytest.mark.parametrize(
