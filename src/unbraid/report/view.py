@@ -228,9 +228,12 @@ def _notes(material: Material, has_images: bool) -> list[str]:
     features = material.features
     if features is None:
         notes.append("Feature visualisations are left out: none were given.")
-    elif features.left_out:
-        images = count(features.left_out, "channel")
-        notes.append(f"Feature visualisations of {images} are left out, for want of time.")
+    else:
+        missing = {part.channel for part in material.parts} - set(features.channels)
+        if missing:
+            why = "for want of time" if features.left_out else "none were given"
+            images = count(len(missing), "channel")
+            notes.append(f"Feature visualisations of {images} are left out: {why}.")
     if material.positions is None:
         notes.append("Where channels answer is left out: no scan with positions was given.")
     return notes
