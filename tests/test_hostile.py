@@ -223,16 +223,20 @@ def test_groups_are_whole_numbers_even_of_a_shard_without_an_image(tmp_path: Pat
     scan = unbraid.scan(
         build("1x1"), "layer", GroupedImages(130), tmp_path, skip_broken=True, positions=True
     )
-    assert [shard.group.tolist() for shard in scan.shards()] == [[0], []]
+    assert [shard.group.tolist() for shard in scan.shards()] == [[0] * 8, []]
+    found = unbraid.find(scan, channels={0: [[0], [1]]})
+    for method in ("published", "least_squares"):
+        unbraid.evaluate(unbraid.split(scan, found, method=method), scan)
+    assert unbraid.find(scan, tau="auto", concepts="clusters").note == ""
 
 
 class GroupedImages(SyntheticImages):
-    """The first image is sound, and the only one."""
+    """The first eight images are sound."""
 
     groups = ("a",) * 130
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if index:
+        if index >= 8:
             raise ValueError("broken")
         return super().__getitem__(index)
 

@@ -40,7 +40,8 @@ def column_fault(manifest: Manifest, shard: int, name: str, column: Tensor) -> s
     if name in ("pooled", "share_value", "input_map"):
         if not sound_figures(column):
             return f"holds a {name!r} that is not of finite numbers"
-        if name == "pooled" and column.dtype != _wide(manifest.dtype):
+        # A shard of broken images alone says nothing of types.
+        if name == "pooled" and len(column) and column.dtype != _wide(manifest.dtype):
             return "holds a 'pooled' of another type than the network's"
         least, most = (0.0, _MOST_SHARE) if name == "share_value" else (-_LARGEST, _LARGEST)
     else:
