@@ -20,10 +20,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.data import Subset
+from torch import Tensor
+from torch.utils.data import Dataset
 
 import unbraid
 from machine import describe_machine
@@ -38,17 +38,26 @@ _TIMES = """() => {
 }"""
 
 
-class Crops(Subset[Any]):
-    """Some of the crops, named by their photographs."""
+class Crops(Dataset[tuple[Tensor, int]]):
+    """Some of the crops, with photographs for classes."""
 
-    def __init__(self, images: Photographs, indices: range) -> None:
+    def __init__(self, images: Photographs, places: range) -> None:
         """Choose some."""
-        super().__init__(images, indices)
-        self.targets = [images.targets[n] for n in indices]
-        names = [Path(name).stem.rstrip("_left") for name in (*PHOTOGRAPHS, "china", "flower")]
+        self.images, self.places = images, places
+        self.targets = [images.targets[place] for place in places]
         self.classes = [""] * 1000
-        for label, name in zip(dict.fromkeys(images.targets), names, strict=True):
-            self.classes[label] = name
+        names = [Path(name).stem.removesuffix("_left") for name in PHOTOGRAPHS]
+        labels = dict.fromkeys(images.targets)
+        for label, name in zip(labels, [*names, "china", "flower"], strict=True):
+            self.classes[label] = name.replace("_", " ")
+
+    def __len__(self) -> int:
+        """Count the crops."""
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return one crop with its label."""
+        return self.images.images[self.places[index]], self.targets[index]
 
 
 def lite0() -> tuple[torch.nn.Module, Crops, Crops]:
