@@ -18,7 +18,7 @@ Tau = float | Literal["auto"]
 
 # How these were chosen, and what other rules gave: docs/thresholds.md.
 N_MATTER = 10  # channels that matter in a typical image, if tau is chosen
-_COUNTS_AT_ONCE = 1 << 28  # of images, per tau, class and channel
+_COUNTS_AT_ONCE = 1 << 26  # of images, per tau, class and channel
 _ONE_IN = 4  # and no more than this part of a narrow layer: about half of its positive shares
 
 
