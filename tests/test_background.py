@@ -9,6 +9,7 @@ from torch import Tensor
 import unbraid
 from checks import Truth, assert_close, truth_of
 from networks import SyntheticImages, build
+from unbraid import background
 from unbraid.background import WEIGHT, Term, background_of, background_term, sample_images
 from unbraid.errors import UsageError
 from unbraid.least_squares import augmented_row
@@ -84,6 +85,12 @@ def test_a_sample_is_spread_over_all_shards(tmp_path):
     scan = unbraid.scan(build("3x3"), "layer", images, tmp_path, batch_size=64, positions=True)
     assert scan.manifest.n_shards > 4
     assert sample_images(scan).index.tolist() == list(range(0, 1300, 3))
+
+
+def test_a_sample_may_pass_over_whole_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(background, "_N_IMAGES", 3)
+    scan = unbraid.scan(build("3x3"), "layer", SyntheticImages(600), tmp_path, positions=True)
+    assert sample_images(scan).index.tolist() == [0, 200, 400]  # of shards of 128
 
 
 def test_a_scan_of_everything_stands_for_the_rest(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -99,7 +100,8 @@ def test_a_changed_record_is_told(network, tmp_path):
 
 def test_the_network_sees_every_image_once(network, tmp_path):
     counting = CountingNetwork(network)
-    unbraid.scan(counting, "*blocks.*", IMAGES, tmp_path / "all", batch_size=4)
+    names = ["network.blocks.0", "network.blocks.1"]
+    unbraid.scan(counting, names, IMAGES, tmp_path / "all", batch_size=4)
     assert counting.n_images == len(IMAGES)
 
 
@@ -380,3 +382,112 @@ def test_what_no_circuit_leads_through_is_refused(network, splits, tmp_path):
     changed = unbraid.apply(network, first)
     with pytest.raises(ModelError, match="before they are applied"):
         unbraid.circuit_from(first, later, scan, changed, IMAGES, 1, 0)
+
+
+# --- names, windows, outputs ----------------------------------------------------------------------
+
+
+def test_a_pattern_leaves_out_what_cannot_be_scanned(network, tmp_path):
+    scans = unbraid.scan(network, "*", IMAGES, tmp_path / "all")
+    assert list(scans) == ["first", "blocks.0", "blocks.1", "head"]  # not "unused"
+
+
+def test_a_pattern_is_tried_on_an_image_that_can_be_read(network, tmp_path):
+    class Broken(SyntheticImages):
+        def __getitem__(self, index):
+            if index == 0:
+                raise OSError("broken")
+            return super().__getitem__(index)
+
+    scans = unbraid.scan(network, "blocks.*", Broken(6), tmp_path / "all", skip_broken=True)
+    assert list(scans) == ["blocks.0", "blocks.1"]
+
+
+def test_a_name_with_brackets_is_a_name(tmp_path):
+    network = nn.Sequential()
+    network.add_module("conv[0]", nn.Conv2d(3, 4, 1))
+    network.add_module("rest", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    scan = unbraid.scan(network.double(), "conv[0]", SyntheticImages(4), tmp_path)
+    assert scan.layer.name == "conv[0]"
+
+
+def test_wrapped_networks_take_patterns_and_names_with_and_without_the_prefix(
+    network, splits, tmp_path
+):
+    wrapped = nn.DataParallel(network)
+    assert list(unbraid.scan(wrapped, "module.blocks.*", IMAGES, tmp_path / "a")) == [
+        "blocks.0",
+        "blocks.1",
+    ]
+    changed = unbraid.apply(network, splits)
+    for name in ("first", "module.first"):
+        with unbraid.gate(nn.DataParallel(changed), name, 1, 0, 0.0):
+            assert not torch.equal(changed(IMAGES.images), network(IMAGES.images))
+
+
+def test_a_module_goes_by_any_of_its_names(tmp_path):
+    network = structures.Around().double().eval()
+    network.again = network.layer
+    scan = unbraid.scan(network, "again", IMAGES, tmp_path)
+    assert scan.layer.name == "layer"
+    changed = unbraid.apply(network, unbraid.split(scan, unbraid.find(scan, channels=CONCEPTS)))
+    with changed.gate("again", 1, 0, 0.0):
+        assert not torch.equal(changed(IMAGES.images), network(IMAGES.images))
+
+
+def test_a_network_without_concept_channels_says_so(network):
+    with pytest.raises(UsageError, match=r"has no concept channels; pass one"):
+        unbraid.gate(network, "first", 1, 0, 0.0)
+
+
+def test_a_gate_per_image_reaches_all_windows_of_the_image(tmp_path):
+    network = structures.build("windows")
+    images = structures.images()
+    scan = unbraid.scan(network, "layer", images, tmp_path)
+    changed = unbraid.apply(network, unbraid.split(scan, unbraid.find(scan, channels=CONCEPTS)))
+    whole = network(images.images)
+    values = torch.ones(len(images), dtype=whole.dtype)
+    values[3] = 0
+    with changed.gate("layer", 1, 0, values):
+        some = changed(images.images)
+    with changed.gate("layer", 1, 0, 0.0):
+        none = changed(images.images)
+    others = [n for n in range(len(images)) if n != 3]
+    torch.testing.assert_close(some[others], whole[others])
+    torch.testing.assert_close(some[3], none[3])
+    assert not torch.allclose(some[3], whole[3])
+    with changed.gate("layer", 1, 0, values[:5]), pytest.raises(UsageError, match="5 images"):
+        changed(images.images)
+
+
+class Named(NamedTuple):
+    scores: Tensor
+    aux: Tensor
+
+
+def test_logits_are_picked_out_of_a_named_tuple_and_a_wrong_function_is_not_hidden(network):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor) -> Named:
+            return Named(self.network(x), x)
+
+    x = IMAGES.images
+    assert torch.equal(unbraid.with_logits(Two(), "scores")(x), network(x))
+    with pytest.raises(ModelError, match="has no 'shape' to take logits from"):
+        unbraid.with_logits(network, "shape")(x)
+    with pytest.raises(TypeError, match="NoneType"):
+        unbraid.with_logits(Two(), lambda output: output.scores + None)(x)
+
+
+def test_a_place_without_a_gradient_is_told_in_a_sentence(tmp_path):
+    class WritesInPlace(structures.Around):
+        def body(self, x: Tensor) -> Tensor:
+            y = self.layer(x).exp()
+            y += 1
+            return y
+
+    with pytest.raises(ModelError, match=r"no gradient at the layer .* choose a layer behind"):
+        unbraid.scan(WritesInPlace().double(), "layer", IMAGES, tmp_path)

@@ -37,7 +37,8 @@ def sample_images(scan: Scan) -> Records:
     step = max(1, sum(sizes) // _N_IMAGES)
     parts, start = [], 0
     for records in scan.shards():
-        places = torch.arange(-start % step, len(records), step)
+        first = min(-start % step, len(records))  # a shard may hold none
+        places = torch.arange(first, len(records), step)
         parts.append(_choose(records, places))
         start += len(records)
     return join_records(parts)

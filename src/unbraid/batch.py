@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from unbraid.data import GoodItem
 from unbraid.describe import bias_of, weight_rows
-from unbraid.errors import DataError, LayerError, ModelError, OutOfMemory, UnbraidError
+from unbraid.errors import (
+    DataError,
+    LayerError,
+    ModelError,
+    OutOfMemory,
+    UnbraidError,
+    brief,
+)
 from unbraid.layers import LayerSpec, channels_first, pooled_input
 from unbraid.networks import as_logits
 from unbraid.records import Records, no_records
@@ -103,7 +110,15 @@ def _gradients_of_each(
     calls: Sequence[Sequence[Tensor]], value: Tensor
 ) -> list[list[Tensor | None]]:
     """Gradients of a number by every layer's outputs, in one go back through the network."""
-    flat = iter(gradients_at([output for outputs in calls for output in outputs], value))
+    try:
+        flat = iter(gradients_at([output for outputs in calls for output in outputs], value))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # what is written in place behind a layer may leave no gradient
+        raise ModelError(
+            f"The network gives no gradient at the layer ({brief(error)}); choose a layer behind "
+            "that place, one at a time."
+        ) from None
     return [[next(flat) for _ in outputs] for outputs in calls]
 
 

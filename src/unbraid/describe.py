@@ -36,13 +36,15 @@ def resolve_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Mod
         LayerError: the network has no such layer; the nearest names are told.
     """
     modules = dict(model.named_modules())
+    if isinstance(layer, str) and layer not in modules:
+        layer = unwrapped_name(layer)
+        # One module may have several names; it goes by the first.
+        layer = dict(model.named_modules(remove_duplicate=False)).get(layer, layer)
     if isinstance(layer, nn.Module):
         for name, module in modules.items():
             if module is layer:
                 return name, module
         raise LayerError("The given module is not part of the network; pass one of its modules.")
-    if layer not in modules:
-        layer = unwrapped_name(layer)
     if layer not in modules or not layer:
         splittable = [name for name, module in modules.items() if why_not(module) is None]
         hint = nearest(layer, splittable)

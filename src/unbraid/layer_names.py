@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import quote
 
 from torch import nn
 
-from unbraid.describe import resolve_layer, splittable_layers
+from unbraid.describe import resolve_layer
 from unbraid.errors import LayerError, UsageError
+from unbraid.layers import LayerSpec
+from unbraid.networks import unwrapped_name
 
 LayerName = str | nn.Module
 
 
-def layer_names(model: nn.Module, asked: Sequence[LayerName]) -> list[str]:
+def layer_names(
+    model: nn.Module, asked: Sequence[LayerName], usable: Callable[[], list[LayerSpec]]
+) -> list[str]:
     """Names of layers and of those that fit patterns, each once, in the order asked for.
+
+    Args:
+        model: whose layers they are.
+        asked: names, modules or patterns.
+        usable: tells the layers that can be scanned; asked only if there is a pattern.
 
     Raises:
         LayerError: there is no such layer, or none fits a pattern.
@@ -24,8 +33,9 @@ def layer_names(model: nn.Module, asked: Sequence[LayerName]) -> list[str]:
     """
     names: dict[str, None] = {}
     for layer in asked:
-        if isinstance(layer, str) and is_pattern(layer):
-            fitting = [s.name for s in splittable_layers(model) if fnmatchcase(s.name, layer)]
+        if is_pattern(model, layer):
+            pattern = unwrapped_name(str(layer))
+            fitting = [spec.name for spec in usable() if fnmatchcase(spec.name, pattern)]
             if not fitting:
                 raise LayerError(
                     f"No layer that can be split fits {layer!r}; `unbraid layers` lists them."
@@ -43,6 +53,8 @@ def layer_folder(out: Path, name: str) -> Path:
     return out / quote(name, safe="")
 
 
-def is_pattern(name: str) -> bool:
-    """Whether a name stands for all layers of such names."""
-    return any(sign in name for sign in "*?[")
+def is_pattern(model: nn.Module, layer: LayerName) -> bool:
+    """Whether a name stands for all layers of such names; a name that is there is none."""
+    if isinstance(layer, nn.Module) or not any(sign in layer for sign in "*?["):
+        return False
+    return layer not in dict(model.named_modules(remove_duplicate=False))

@@ -108,12 +108,7 @@ def make_moves(concepts: Tensor, moves: Sequence[Move], channels_last: bool) -> 
         apart = any(isinstance(gate.value, Tensor) and gate.value.dim() for gate in gates)
         scale = concepts.new_ones(n_images if apart else 1, n_rows)
         for gate in gates:
-            if isinstance(gate.value, Tensor) and gate.value.shape not in ((), (n_images,)):
-                raise UsageError(
-                    f"A gate holds values for {len(gate.value)} images and the layer runs on "
-                    f"{n_images}; give one value for each, or one number for all."
-                )
-            scale[:, gate.row] = torch.as_tensor(gate.value).to(scale)
+            scale[:, gate.row] = _by_image(gate.value, n_images).to(scale)
         shape = (-1, *ones, n_rows) if channels_last else (-1, n_rows, *ones)
         concepts = concepts * scale.view(shape)
     if clamps:
@@ -125,3 +120,16 @@ def make_moves(concepts: Tensor, moves: Sequence[Move], channels_last: bool) -> 
             low, high = low.view(-1, *ones), high.view(-1, *ones)
         concepts = concepts.clamp(low, high)
     return concepts
+
+
+def _by_image(value: float | Tensor, n_images: int) -> Tensor:
+    """A gate's value for each of what a layer runs on: images, or so many parts of each."""
+    values = torch.as_tensor(value)
+    if values.shape in ((), (n_images,)):
+        return values
+    if not len(values) or n_images % len(values):
+        raise UsageError(
+            f"A gate holds values for {len(values)} images and the layer runs on {n_images}; give "
+            "one value for each image, or one number for all."
+        )
+    return values.repeat_interleave(n_images // len(values))  # parts of an image lie together

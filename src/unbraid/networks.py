@@ -99,11 +99,15 @@ class _Picking:
         return str(getattr(self.pick, "__qualname__", self.pick))
 
     def __call__(self, _model: nn.Module, _args: Any, output: Any) -> Tensor:
+        if callable(self.pick):
+            return self.pick(output)
         try:
-            if isinstance(self.pick, str):
-                part = output[self.pick] if self.pick in _keys(output) else vars(output)[self.pick]
+            if isinstance(self.pick, int) or self.pick in _keys(output):
+                part = output[self.pick]
+            elif isinstance(output, Tensor):
+                raise KeyError(self.pick)  # what a tensor can do is not a part of it
             else:
-                part = output[self.pick] if isinstance(self.pick, int) else self.pick(output)
+                part = getattr(output, self.pick)
         except (KeyError, IndexError, TypeError, AttributeError):
             raise ModelError(
                 f"The network's output has no {self.pick!r} to take logits from; it is "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from unbraid.pipeline import Run, prepare, run
 from unbraid.scan import scan_into
 from unbraid.splits import Split
 from unbraid.surgery import apply
+from unbraid.usable import usable_in
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ def run_layers(
         title: of the reports, to which the layer's name is added.
         options: the others of `pipeline.run`.
     """
-    names = layer_names(model, layers)
-    if len(layers) == 1 and not is_pattern(layers[0]):
+    names = layer_names(model, layers, partial(usable_in, model, train))
+    if len(layers) == 1 and not is_pattern(model, layers[0]):
         (name,) = names
         alone = run(model, name, train, val, out, title=f"{title} · {name}", **options)
         return LayerRuns({name: alone}, None)

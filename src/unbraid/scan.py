@@ -28,6 +28,7 @@ from unbraid.networks import picked_by, unwrap
 from unbraid.records import Scan, open_scan
 from unbraid.scan_pass import Target, claim, library_versions, scan_shards
 from unbraid.team import team as gather_team
+from unbraid.usable import usable_in
 from unbraid.weights import hash_weights, refuse_broken_weights
 
 Labels = Literal["given", "predicted"]
@@ -102,7 +103,7 @@ def scan(
             apart; `unbraid.with_logits` picks them out of a larger output.
         layer: a convolution or fully connected layer, by `named_modules()` name or itself. Several
             layers, as a list, are scanned in the same pass; a pattern such as "layer4.*.conv3",
-            alone or in a list, stands for all layers of such names that can be split.
+            alone or in a list, stands for all layers of such names that can be scanned.
         dataset: map-style, of (image tensor, label). Its `groups`, one id for each image, may say
             which belong together, such as crops of one photograph; none is then judged by another.
             Its `ids`, a text for each, name images for good, whatever their order (docs/data.md).
@@ -140,9 +141,9 @@ def scan(
         METHOD.md sections 2 and 4.
     """
     model = unwrap(model)
-    one = isinstance(layer, nn.Module) or (isinstance(layer, str) and not is_pattern(layer))
     asked = [layer] if isinstance(layer, (str, nn.Module)) else list(layer)
-    names = layer_names(model, asked)
+    one = isinstance(layer, (str, nn.Module)) and not is_pattern(model, layer)
+    names = layer_names(model, asked, partial(usable_in, model, dataset))
     out = Path(out)
     scans = scan_into(
         model,

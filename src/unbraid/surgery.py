@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from unbraid.describe import describe, resolve_layer, weight_rows
 from unbraid.errors import ModelError, RunError, UsageError
 from unbraid.moves import Clamp, Gate
-from unbraid.networks import copy_network, unwrap
+from unbraid.networks import copy_network, unwrap, unwrapped_name
 from unbraid.plain import plain_layer
 from unbraid.split_layer import SplitLayer
 from unbraid.splits import Split
@@ -88,7 +88,8 @@ def _check_fit(model: nn.Module, weights: str, split: Split) -> None:
     if weights != split.weights:
         raise ModelError(
             "The split was made for a network with other weights; load the weights it was made "
-            "for, or scan and split this network."
+            "for, before any split is applied or the number format is changed, or scan and split "
+            "this network."
         )
     rows = weight_rows(original)
     for part in split.channels:
@@ -188,10 +189,18 @@ def _find_row(
     model: nn.Module, layer: str | nn.Module, channel: int, concept: int
 ) -> tuple[SplitLayer, int]:
     """A split layer and the row of one of its concept channels."""
-    module = dict(model.named_modules()).get(layer) if isinstance(layer, str) else layer
+    model = unwrap(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    module = modules.get(unwrapped_name(layer)) if isinstance(layer, str) else layer
     if not isinstance(module, SplitLayer):
-        known = [name for name, m in model.named_modules() if isinstance(m, SplitLayer)]
-        raise UsageError(f"Layer {layer!r} has no concept channels; {', '.join(known)} has.")
+        known = [name for name, m in modules.items() if isinstance(m, SplitLayer)]
+        if not known:
+            raise UsageError(
+                "The network has no concept channels; pass one from unbraid.apply in its exact "
+                "form."
+            )
+        given = repr(layer) if isinstance(layer, str) else f"of type {type(layer).__name__}"
+        raise UsageError(f"Layer {given} has no concept channels; name one of {', '.join(known)}.")
     name = f"{channel}.{concept}"
     if name not in module.names:
         raise UsageError(

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from unbraid.batch import run_network
+from unbraid.data import Readable, size_of
 from unbraid.describe import splittable_layers
-from unbraid.errors import ModelError
+from unbraid.errors import DataError, ModelError
 from unbraid.layers import LayerSpec
 from unbraid.networks import unwrap
 from unbraid.relevance import cut_at, gradients_at, undisturbed
+
+_N_TRIED = 20  # images, in search of one that can be read
 
 
 def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
@@ -65,6 +70,22 @@ def _inputs(model: nn.Module, specs: list[LayerSpec], images: Tensor) -> dict[st
             stack.callback(hook.remove)
         run_network(model, images)
     return met
+
+
+def usable_in(model: nn.Module, dataset: Dataset[Any]) -> list[LayerSpec]:
+    """List the layers that can be scanned, by the first image of a data set that can be read.
+
+    Raises:
+        DataError: none of the first images can be read.
+        ModelError: the network cannot run on it, or gives no logits.
+    """
+    readable = Readable(dataset)
+    items = (readable[n] for n in range(min(_N_TRIED, size_of(dataset))))
+    good = next((item for item in items if len(item) == 3), None)
+    if good is None:
+        raise DataError("None of the first images can be read; mend the data set.")
+    device = next(model.parameters()).device
+    return usable_layers(model, good[1][None].to(device))
 
 
 def _reaches(model: nn.Module, spec: LayerSpec, images: Tensor) -> bool:
