@@ -440,7 +440,7 @@ def test_a_network_without_concept_channels_says_so(network):
         unbraid.gate(network, "first", 1, 0, 0.0)
 
 
-def test_a_gate_per_image_reaches_all_windows_of_the_image(tmp_path):
+def test_a_gate_takes_a_value_for_each_window_of_an_image(tmp_path):
     network = structures.build("windows")
     images = structures.images()
     scan = unbraid.scan(network, "layer", images, tmp_path)
@@ -448,7 +448,8 @@ def test_a_gate_per_image_reaches_all_windows_of_the_image(tmp_path):
     whole = network(images.images)
     values = torch.ones(len(images), dtype=whole.dtype)
     values[3] = 0
-    with changed.gate("layer", 1, 0, values):
+    n_windows = 6  # of an image
+    with changed.gate("layer", 1, 0, values.repeat_interleave(n_windows)):
         some = changed(images.images)
     with changed.gate("layer", 1, 0, 0.0):
         none = changed(images.images)
@@ -456,7 +457,8 @@ def test_a_gate_per_image_reaches_all_windows_of_the_image(tmp_path):
     torch.testing.assert_close(some[others], whole[others])
     torch.testing.assert_close(some[3], none[3])
     assert not torch.allclose(some[3], whole[3])
-    with changed.gate("layer", 1, 0, values[:5]), pytest.raises(UsageError, match="5 images"):
+    wrong = pytest.raises(UsageError, match="8 images and the layer runs on 48, windows")
+    with changed.gate("layer", 1, 0, values), wrong:
         changed(images.images)
 
 

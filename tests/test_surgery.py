@@ -351,7 +351,7 @@ def test_gates_may_be_removed_in_any_order(one_pair):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("head", 1, 0), "Layer 'head' has no concept channels; layer has"),
+        (("head", 1, 0), "Layer 'head' has no concept channels; name one of layer"),
         (("layr", 1, 0), "Layer 'layr' has no concept channels"),
         (("layer", 2, 0), "has no concept 0 of channel 2; it has"),
         (("layer", 1, 2), "has no concept 2 of channel 1"),

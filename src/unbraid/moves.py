@@ -123,13 +123,11 @@ def make_moves(concepts: Tensor, moves: Sequence[Move], channels_last: bool) -> 
 
 
 def _by_image(value: float | Tensor, n_images: int) -> Tensor:
-    """A gate's value for each of what a layer runs on: images, or so many parts of each."""
+    """A gate's value for each of what a layer runs on: images, or parts of them."""
     values = torch.as_tensor(value)
-    if values.shape in ((), (n_images,)):
-        return values
-    if not len(values) or n_images % len(values):
+    if values.shape not in ((), (n_images,)):
         raise UsageError(
-            f"A gate holds values for {len(values)} images and the layer runs on {n_images}; give "
-            "one value for each image, or one number for all."
+            f"A gate holds values for {len(values)} images and the layer runs on {n_images}, "
+            "windows of images perhaps; give one value for each, or one number for all."
         )
-    return values.repeat_interleave(n_images // len(values))  # parts of an image lie together
+    return values

@@ -99,21 +99,24 @@ class _Picking:
         return str(getattr(self.pick, "__qualname__", self.pick))
 
     def __call__(self, _model: nn.Module, _args: Any, output: Any) -> Tensor:
-        if callable(self.pick):
-            return self.pick(output)
+        lacking: tuple[type[Exception], ...] = (KeyError, IndexError)
+        if not callable(self.pick):  # whose other errors are its own
+            lacking += (TypeError, AttributeError)
         try:
-            if isinstance(self.pick, int) or self.pick in _keys(output):
+            if callable(self.pick):
+                part = self.pick(output)
+            elif isinstance(self.pick, int) or self.pick in _keys(output):
                 part = output[self.pick]
             elif isinstance(output, Tensor):
                 raise KeyError(self.pick)  # what a tensor can do is not a part of it
             else:
                 part = getattr(output, self.pick)
-        except (KeyError, IndexError, TypeError, AttributeError):
+        except lacking:
             raise ModelError(
                 f"The network's output has no {self.pick!r} to take logits from; it is "
                 f"{_describe(output)}."
             ) from None
-        return part  # type: ignore[no-any-return]
+        return part
 
 
 def as_logits(output: Any) -> Tensor:

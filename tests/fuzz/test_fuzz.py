@@ -306,7 +306,6 @@ CHECKS: dict[str, tuple[Any, str, Any, str]] = {
     "numbers of a layer": (layers.LayerSpec, "check", lambda _: None, "manifest"),
     "types of a manifest": (manifest, "build", lambda kind, values: kind(**values), "manifest"),
     "types of a split": (splits, "build", lambda kind, values: kind(**values), "split"),
-    "numbers of a split": (splits, "in_range", lambda *_: None, "split"),
     "depth of JSON": (strict, "RecursionError", ZeroDivisionError, "settings"),
     "errors of pictures": (pictures, "Exception", ZeroDivisionError, "picture"),
     "errors of weights": (states, "Exception", ZeroDivisionError, "weights"),

@@ -87,12 +87,14 @@
     const edge = tools.getBoundingClientRect().bottom + 24;
     return shown.findLastIndex((s) => s.getBoundingClientRect().top <= edge);
   };
+  const go = (section) => {
+    if (location.hash === `#${section.id}`) open(); // no change of the address tells of it
+    else location.replace(`#${section.id}`);
+  };
   const step = (by) => {
     const shown = sections();
     const next = shown[Math.max(0, Math.min(shown.length - 1, here(shown) + by))];
-    if (!next) return;
-    if (location.hash === `#${next.id}`) open();
-    else location.replace(`#${next.id}`);
+    if (next) go(next);
   };
   document.getElementById("previous").addEventListener("click", () => step(-1));
   document.getElementById("next").addEventListener("click", () => step(1));
@@ -116,7 +118,7 @@
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const arrow = event.key.startsWith("Arrow");
     if (event.target === search) {
-      if (event.key === "Enter" && sections().length) location.hash = `#${sections()[0].id}`;
+      if (event.key === "Enter" && sections().length) go(sections()[0]);
       if (event.key !== "Escape") return;
     } else if (arrow && event.target.closest(".scroll, input")) {
       return; // they scroll a wide table, or choose

@@ -19,7 +19,7 @@ from unbraid.report.text import bounded
 if TYPE_CHECKING:
     from unbraid.evaluation import Responses
 
-N_CLASSES = 12  # classes with a a ridge of their own
+N_CLASSES = 12  # classes with a ridge of their own
 N_POINTS = 240  # of a scatter plot; spread evenly over each class's images
 N_SHADES = 3  # of a concept's colour
 _N_AXES = 3  # concepts of which every two are set against each other

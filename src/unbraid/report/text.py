@@ -9,6 +9,8 @@ from collections.abc import Sequence
 LONGEST = 200  # characters of a name or path; longer ones are anything but names
 ABSENT = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
+# Marks in a name that would end what keeps its writing direction in, or take its end for theirs.
+_ISOLATES = dict.fromkeys(range(0x2066, 0x206A), "\N{REPLACEMENT CHARACTER}")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -91,17 +93,20 @@ def shorten(text: str, limit: int) -> str:
 
 
 def bounded(name: str) -> str:
-    """Cut a name that nobody would read to the end; it may have any number of characters.
+    r"""Cut a name that nobody would read to the end; it may have any number of characters.
 
     >>> len(bounded(100_000 * "x")), bounded("clock")
     (200, 'clock')
+    >>> bounded("clo\u2069ck")
+    'clo\ufffdck'
     """
-    return shorten(name, LONGEST)
+    return shorten(name, LONGEST).translate(_ISOLATES)
 
 
 def isolate(name: str) -> str:
     """Keep a name's writing direction from spreading, where no element can: in plain text."""
-    return f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE}"
+    inner = name.translate(_ISOLATES)
+    return f"\N{FIRST STRONG ISOLATE}{inner}\N{POP DIRECTIONAL ISOLATE}"
 
 
 def first_few(names: Sequence[str], limit: int = 3) -> tuple[Sequence[str], str]:
