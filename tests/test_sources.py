@@ -253,7 +253,7 @@ SOURCES = {
 @pytest.fixture(autouse=True)
 def _caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs unbraid[datasets]")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
 
 
@@ -657,7 +657,7 @@ def test_a_pipe_in_a_list_is_not_waited_for(folder):
     ],
 )
 def test_what_is_wrong_with_a_parquet_list_is_told(folder, columns, told):
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs unbraid[parquet]")
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table(columns), folder / "list.parquet")

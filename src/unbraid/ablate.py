@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from unbraid.ablation import Ablation
-from unbraid.batch import check_labels, refuse_broken_values, stack_images
 from unbraid.data import GoodItem, Readable, check_loading, class_names_of, size_of, sort_out
 from unbraid.errors import DataError, UsageError
 from unbraid.findings import Concept
@@ -25,6 +24,7 @@ from unbraid.progress import image_progress
 from unbraid.records import Scan
 from unbraid.relevance import undisturbed
 from unbraid.replay import Replay, replaying
+from unbraid.running import check_labels, refuse_broken_values, stack_images
 from unbraid.split_layer import SplitLayer
 from unbraid.tally import Tally, members_by_place
 

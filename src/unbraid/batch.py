@@ -12,18 +12,11 @@ from torch import Tensor, nn
 
 from unbraid.data import GoodItem
 from unbraid.describe import bias_of, weight_rows
-from unbraid.errors import (
-    DataError,
-    LayerError,
-    ModelError,
-    OutOfMemory,
-    UnbraidError,
-    brief,
-)
+from unbraid.errors import LayerError, ModelError, brief
 from unbraid.layers import LayerSpec, channels_first, pooled_input
-from unbraid.networks import as_logits
 from unbraid.records import Records, no_records
 from unbraid.relevance import Cut, cut_at, gradients_at, output_relevance, shares
+from unbraid.running import check_labels, refuse_broken_values, run_network, stack_images
 
 
 @dataclass(frozen=True)
@@ -160,84 +153,6 @@ def _records_of(
         broken=torch.zeros(0, dtype=torch.int64),
         input_map=input_map,
     )
-
-
-def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Make a batch of images; `index` says where they are in the data set.
-
-    Raises:
-        DataError: they differ in size.
-    """
-    for image, place in zip(images, index.tolist(), strict=True):
-        if image.shape != images[0].shape:
-            raise DataError(
-                f"Image {place} is {tuple(image.shape)} where image {int(index[0])} is "
-                f"{tuple(images[0].shape)}; bring all to one size in the data set's transform."
-            )
-    return torch.stack(list(images))
-
-
-def run_network(model: nn.Module, images: Tensor) -> Tensor:
-    """Compute logits, (N, T).
-
-    Images are brought to the number format of the network's weights.
-
-    Raises:
-        ModelError: the network cannot run on such images, or gives something else.
-    """
-    try:
-        output = model(images.to(_number_format(model, images)))
-    except UnbraidError:
-        raise
-    except Exception as error:  # of a network of anyone's own
-        if isinstance(error, torch.OutOfMemoryError):
-            raise OutOfMemory("The device is out of memory; lower batch_size.") from None
-        raise ModelError(
-            f"The network cannot run on images of shape {tuple(images.shape[1:])} "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); check size "
-            "and channels of the images."
-        ) from error
-    logits = as_logits(output)
-    if len(logits) != len(images):
-        raise ModelError(
-            f"The network gives {len(logits)} rows of logits for {len(images)} images; wrap it so "
-            "that it gives one for each."
-        )
-    return logits
-
-
-def _number_format(model: nn.Module, images: Tensor) -> torch.dtype:
-    """That of the first weights, which meet the images; theirs where either is no fraction."""
-    formats = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
-    return next(formats, images.dtype) if images.is_floating_point() else images.dtype
-
-
-def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:
-    """Raise if a label names no output of the network; `index` says whose it is.
-
-    Raises:
-        DataError: one does.
-    """
-    wrong = (label < 0) | (label >= logits.shape[1])
-    if wrong.any():
-        raise DataError(
-            f"Image {int(index[wrong][0])} has label {int(label[wrong][0])}, but the network has "
-            f"{logits.shape[1]} outputs; labels must name outputs."
-        )
-
-
-def refuse_broken_values(values: Tensor, index: Tensor) -> None:
-    """Raise if what was computed of an image is not finite, N first in `values`.
-
-    Raises:
-        ModelError: names the image.
-    """
-    wrong = ~values.flatten(1).isfinite().all(1).cpu()
-    if wrong.any():
-        raise ModelError(
-            f"Image {int(index[wrong][0])} drives the network to NaN or infinite values or "
-            "gradients; check the image, its preprocessing and the weights."
-        )
 
 
 def sum_calls(n_images: int, calls: Sequence[Tensor]) -> Tensor:

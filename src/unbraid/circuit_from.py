@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from unbraid.batch import run_network, stack_images
 from unbraid.circuit import Circuit, Part, find_concept, strongest
 from unbraid.clusters import concerned
 from unbraid.data import Readable, check_loading, labels_of, sort_out
@@ -23,6 +22,7 @@ from unbraid.networks import unwrap
 from unbraid.progress import image_progress
 from unbraid.records import Scan
 from unbraid.relevance import cut_at, gradients_at, undisturbed
+from unbraid.running import run_network, stack_images
 from unbraid.splits import Split
 from unbraid.weights import hash_weights
 

@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from unbraid.batch import stack_images
 from unbraid.data import GoodItem, Readable, check_loading, size_of, sort_out
 from unbraid.encoders import Encoder, TimmEncoder
 from unbraid.errors import ModelError
 from unbraid.models import Transform
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
+from unbraid.running import stack_images
 
 Encode = Callable[[Sequence[GoodItem]], Tensor]  # from N images to embeddings, (N, D)
 

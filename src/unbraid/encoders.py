@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from unbraid.batch import run_network
 from unbraid.errors import ModelError, UsageError
 from unbraid.models import RANDOM, Transform, load_timm
+from unbraid.running import run_network
 
 Encoder = Callable[[Tensor], Tensor]
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from unbraid.batch import run_network, stack_images
 from unbraid.data import UNLABELLED, Readable, check_loading, size_of, sort_out
 from unbraid.errors import DataError, OutputChangedError
 from unbraid.networks import unwrap
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
+from unbraid.running import run_network, stack_images
 
 
 @dataclass(frozen=True)

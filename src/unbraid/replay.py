@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unbraid.batch import run_network
 from unbraid.errors import LayerError, ModelError
+from unbraid.running import run_network
 
 
 class Replay:

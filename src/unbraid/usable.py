@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from unbraid.batch import run_network
 from unbraid.data import Readable, size_of
 from unbraid.describe import splittable_layers
 from unbraid.errors import DataError, ModelError
 from unbraid.layers import LayerSpec
 from unbraid.networks import unwrap
 from unbraid.relevance import cut_at, gradients_at, undisturbed
+from unbraid.running import run_network
 
 _N_TRIED = 20  # images, in search of one that can be read
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unbraid.batch import stack_images
 from unbraid.data import Readable, size_of, sort_out
 from unbraid.errors import DataError, UsageError
+from unbraid.running import stack_images
 from unbraid.visualize.features import MAX_SIDE
 
 N_SAMPLED = 128  # images

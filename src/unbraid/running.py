@@ -1,0 +1,89 @@
+"""A network run on a stack of images: what goes in, what must come out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.errors import DataError, ModelError, OutOfMemory, UnbraidError
+from unbraid.networks import as_logits
+
+
+def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Make a batch of images; `index` says where they are in the data set.
+
+    Raises:
+        DataError: they differ in size.
+    """
+    for image, place in zip(images, index.tolist(), strict=True):
+        if image.shape != images[0].shape:
+            raise DataError(
+                f"Image {place} is {tuple(image.shape)} where image {int(index[0])} is "
+                f"{tuple(images[0].shape)}; bring all to one size in the data set's transform."
+            )
+    return torch.stack(list(images))
+
+
+def run_network(model: nn.Module, images: Tensor) -> Tensor:
+    """Compute logits, (N, T).
+
+    Images are brought to the number format of the network's weights.
+
+    Raises:
+        ModelError: the network cannot run on such images, or gives something else.
+    """
+    try:
+        output = model(images.to(_number_format(model, images)))
+    except UnbraidError:
+        raise
+    except Exception as error:  # of a network of anyone's own
+        if isinstance(error, torch.OutOfMemoryError):
+            raise OutOfMemory("The device is out of memory; lower batch_size.") from None
+        raise ModelError(
+            f"The network cannot run on images of shape {tuple(images.shape[1:])} "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); check size "
+            "and channels of the images."
+        ) from error
+    logits = as_logits(output)
+    if len(logits) != len(images):
+        raise ModelError(
+            f"The network gives {len(logits)} rows of logits for {len(images)} images; wrap it so "
+            "that it gives one for each."
+        )
+    return logits
+
+
+def _number_format(model: nn.Module, images: Tensor) -> torch.dtype:
+    """That of the first weights, which meet the images; theirs where either is no fraction."""
+    formats = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    return next(formats, images.dtype) if images.is_floating_point() else images.dtype
+
+
+def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:
+    """Raise if a label names no output of the network; `index` says whose it is.
+
+    Raises:
+        DataError: one does.
+    """
+    wrong = (label < 0) | (label >= logits.shape[1])
+    if wrong.any():
+        raise DataError(
+            f"Image {int(index[wrong][0])} has label {int(label[wrong][0])}, but the network has "
+            f"{logits.shape[1]} outputs; labels must name outputs."
+        )
+
+
+def refuse_broken_values(values: Tensor, index: Tensor) -> None:
+    """Raise if what was computed of an image is not finite, N first in `values`.
+
+    Raises:
+        ModelError: names the image.
+    """
+    wrong = ~values.flatten(1).isfinite().all(1).cpu()
+    if wrong.any():
+        raise ModelError(
+            f"Image {int(index[wrong][0])} drives the network to NaN or infinite values or "
+            "gradients; check the image, its preprocessing and the weights."
+        )
