@@ -1,109 +1,237 @@
-"""What the documents say is run: marked blocks, and what they print."""
+"""What the documents say in Python is run, every block of it, and prints what they show.
+
+A page's blocks are run in one namespace, one after the other. What a page takes for granted, such
+as `model`, is listed here, and stands for the demo's network and images.
+"""
 
 from __future__ import annotations
 
 import re
-import shlex
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 import torch
-from cyclopts import CycloptsError
+from torch import nn
 
-from unbraid import cli
-from unbraid.demo.network import LAYER, load_images, load_network
+import unbraid
+from documents import PAGES, ROOT, blocks, spans
+from unbraid.demo.network import CLASSES, LAYER, load_images, load_network
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(
-    r"<!-- run -->\n```python\n(?P<code>.*?)```\n(?:<!-- prints -->\n```text\n(?P<text>.*?)```)?",
-    re.DOTALL,
-)
+Names = dict[str, Any]
 
-
-def run(text: str) -> None:
-    """Run a document's marked blocks one after the other; what is printed must be as shown."""
-    names: dict[str, object] = {}
-    for block in BLOCK.finditer(text):
-        out = StringIO()
-        with redirect_stdout(out):
-            exec(block["code"], names)
-        if block["text"] is not None:
-            assert out.getvalue() == block["text"]
-
-
-def documents() -> list[Path]:
-    return [page for page in PAGES if "<!-- run -->" in page.read_text()]
+# Names of the pages' ResNet-50, and what stands in for them.
+STAND_INS = {"layer4.2.conv3": LAYER, "1660": "0"}
+TAKEN = {
+    "README.md": ("model", "train_set", "val_set", "images"),
+    "data.md": ("preprocess",),
+    "figures.md": ("unbraid", "split", "val_scan", "val_set", "features"),
+    "networks.md": ("unbraid", "network"),
+    "steering.md": (
+        *("unbraid", "model2", "layer", "channel", "concept"),
+        *("values", "images", "split", "scan"),
+    ),
+    "tools.md": ("unbraid", "torch", "model", "model2", "split", "images", "labels"),
+}
+N_IMAGES = 8  # in `images`
 
 
-@pytest.mark.parametrize("page", documents(), ids=lambda page: page.name)
-def test_what_a_document_shows_is_what_happens(page, tmp_path, monkeypatch):
+def run(text: str, names: Names) -> str:
+    """Run all of a page's Python; what a block prints must be as shown. All that was printed."""
+    printed = ""
+    for block in blocks(text):
+        if block.language == "python":
+            code = block.code
+            for name, stand_in in STAND_INS.items():
+                code = code.replace(name, stand_in)
+            with redirect_stdout(StringIO()) as out:
+                exec(code, names)
+            if block.prints is not None:
+                assert out.getvalue() == block.prints
+            printed += out.getvalue()
+    return printed
+
+
+class Scores(nn.Module):
+    """A network that puts out more than its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = load_network()
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"scores": self.inner(images), "images": images}
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Names:
+    """Everything that a page may take for granted."""
+    folder = tmp_path_factory.mktemp("known")
+    model, train, test = load_network(), load_images("train"), load_images("test")
+    scan = unbraid.scan(model, LAYER, train, folder / "train", batch_size=250)
+    split = unbraid.split(scan, unbraid.find(scan))
+    model2 = unbraid.apply(model, split)
+    images = torch.stack([train[n][0] for n in range(N_IMAGES)])
+    return {
+        **{"unbraid": unbraid, "torch": torch, "model": model, "model2": model2},
+        **{"train_set": train, "val_set": test, "scan": scan, "split": split},
+        **{"images": images, "labels": torch.tensor(train.targets[:N_IMAGES])},
+        **{"layer": LAYER, "channel": 0, "concept": 1, "values": torch.zeros(N_IMAGES)},
+        "val_scan": unbraid.scan(model, LAYER, test, folder / "val", batch_size=250),
+        "features": unbraid.visualize(model2, LAYER, train, [0], steps=8),
+        "network": Scores().eval(),
+        "preprocess": lambda picture: torch.tensor(picture.size),
+    }
+
+
+def few_rows(name: str, *, split: str) -> datasets.Dataset:
+    """Stand in for the download of a data set."""
+    assert (name, split) == ("food101", "train")
+    test = load_images("test")
+    columns = {"image": [test.picture(n) for n in range(6)], "label": test.targets[:6]}
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+
+
+# --- what is there when a page has been run -------------------------------------------------------
+
+
+def check_readme(names: Names, printed: str, _folder: Path) -> None:
+    assert "max_abs_logit_diff=0.0" in printed
+    assert "concept 0 of channel 0" in printed
+    assert names["logits"].shape == (N_IMAGES, 10)
+    assert not torch.equal(names["logits"], names["model"](names["images"]))
+
+
+def check_data(names: Names, _printed: str, _folder: Path) -> None:
+    images = names["images"]
+    assert (len(images), images.classes) == (6, list(CLASSES))
+    assert images[0][0].tolist() == [28, 28]
+    assert [images[n][1] for n in range(6)] == load_images("test").targets[:6]
+
+
+def check_figures(names: Names, _printed: str, folder: Path) -> None:
+    assert (folder / "densities.pdf").read_bytes().startswith(b"%PDF")
+
+
+def check_networks(names: Names, _printed: str, _folder: Path) -> None:
+    images = torch.zeros(2, 1, 28, 28)
+    assert torch.equal(names["network"](images), load_network()(images))
+
+
+def check_steering(names: Names, printed: str, _folder: Path) -> None:
+    assert names["logits"].shape == (N_IMAGES, 10)
+    assert "concept 1 of channel 0" in printed
+    assert torch.equal(names["model2"](names["images"]), load_network()(names["images"]))
+
+
+def check_tools(names: Names, _printed: str, folder: Path) -> None:
+    assert (folder / "split.onnx").stat().st_size > 0
+    for name in ("values", "relevance"):
+        assert names[name].shape[0] == N_IMAGES
+        assert names[name].abs().max() > 0
+    with names["composite"].context(names["plain"]) as explained:
+        assert torch.equal(explained(names["images"]), names["plain"](names["images"]))
+    assert names["model2"].get_submodule(LAYER).names
+    assert torch.equal(names["model2"](names["images"]), names["model"](names["images"]))
+
+
+CHECKS: dict[str, Callable[[Names, str, Path], None]] = {
+    "README.md": check_readme,
+    "data.md": check_data,
+    "figures.md": check_figures,
+    "networks.md": check_networks,
+    "steering.md": check_steering,
+    "tools.md": check_tools,
+}
+
+
+def with_python() -> list[Path]:
+    return [page for page in PAGES if "```python" in page.read_text()]
+
+
+@pytest.mark.filterwarnings("ignore::Warning")  # the exporter's and zennit's, of what will change
+@pytest.mark.parametrize("page", with_python(), ids=lambda page: page.name)
+def test_a_documents_python_runs_and_prints_what_is_shown(page, known, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = page.read_text()
-    assert len(BLOCK.findall(text)) == text.count("<!-- run -->")
-    assert text.count("<!-- prints -->") == len([m for m in BLOCK.finditer(text) if m["text"]])
-    run(text)
+    monkeypatch.setattr(datasets, "load_dataset", few_rows)
+    known["split"].save("split.safetensors")
+    names = {name: known[name] for name in TAKEN.get(page.name, ())}
+    printed = run(page.read_text(), names)
+    if page.name in CHECKS:
+        CHECKS[page.name](names, printed, tmp_path)
+
+
+def test_what_a_page_takes_for_granted_is_used_there_and_checked():
+    assert TAKEN.keys() == CHECKS.keys()
+    for page, names in TAKEN.items():
+        (path,) = (p for p in PAGES if p.name == page)
+        code = "".join(block.code for block in blocks(path.read_text()))
+        assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
 
 
 def test_a_document_that_shows_something_else_is_told():
     with pytest.raises(AssertionError):
-        run("<!-- run -->\n```python\nprint(1)\n```\n<!-- prints -->\n```text\n2\n```\n")
+        run("```python\nprint(1)\n```\n<!-- prints -->\n```text\n2\n```\n", {})
 
 
-def commands(text: str) -> list[list[str]]:
-    """The calls of unbraid in a text's shell blocks, as words."""
-    calls = []
-    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            for part in line.split("&&"):
-                words = shlex.split(part, comments=True)
-                if "unbraid" in words and words[0] != "pip":
-                    calls.append(words[words.index("unbraid") + 1 :])
-    return calls
+def test_a_block_is_run_whether_marked_or_not():
+    with pytest.raises(NameError):
+        run("Words.\n\n```python\nx = 1\n```\n\n```python\nprint(x, nobody_made_this)\n```\n", {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_are_such_as_the_command_line_takes(page):
-    for words in commands(page.read_text()):
-        cli.app.parse_args(words, exit_on_error=False, print_error=False)
+def test_every_block_is_of_a_kind_that_is_looked_at(page):
+    blocks(page.read_text())
 
 
-def test_a_command_that_the_command_line_does_not_take_is_told():
-    (words,) = commands("```sh\npip install . && unbraid demo --onto DIR\n```")
-    with pytest.raises(CycloptsError):
-        cli.app.parse_args(words, exit_on_error=False, print_error=False)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```py\nprint(1)\n```\n",
+        "```\nprint(1)\n```\n",
+        "- so:\n  ```python\n  print(1)\n  ```\n",
+        "~~~python\nprint(1)\n~~~\n",
+        "```python\nprint(1)\n",
+        "```python\nprint(1)\n```\n\n<!-- prints -->\n```text\n1\n```\n",
+    ],
+)
+def test_a_block_that_would_be_passed_over_is_told(text):
+    with pytest.raises(AssertionError):
+        blocks(text)
 
 
-def test_the_readmes_commands_are_there_to_be_tested():
-    assert [words[0] for words in commands((ROOT / "README.md").read_text())] == [
-        "demo",
-        "layers",
-        "run",
-    ]
-
-
-def test_the_readmes_lines_of_python_run(tmp_path, monkeypatch):
-    """On the demo's network, whose names stand in for those of ResNet-50."""
-    monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    train = load_images("train")
-    names = {
-        "model": load_network(),
-        "train_set": train,
-        "val_set": load_images("test"),
-        "images": torch.stack([train[n][0] for n in range(8)]),
-    }
-    out = StringIO()
-    with redirect_stdout(out):
-        exec(code.replace("layer4.2.conv3", LAYER).replace("1660", "0"), names)
-    assert "max_abs_logit_diff=0.0" in out.getvalue()
-    assert "concept 0 of channel 0" in out.getvalue()
-    assert names["logits"].shape == (8, 10)
+# --- what else they say ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_documents_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) + re.findall(r'src="([^":]+)"', text)
+    for link in links:
         assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_of_the_repository_that_documents_name_are_there(page):
+    for span in spans(page.read_text()):
+        if re.match(r"(\.ci|benchmarks|docs|examples|src|tests)/[\w./-]*$", span):
+            assert (ROOT / span).exists(), span
+
+
+def test_every_page_is_reached_from_the_readme():
+    linked = {page.name for page in PAGES if f"](docs/{page.name})" in PAGES[0].read_text()}
+    by_pages = "".join(page.read_text() for page in PAGES if page.name in linked)
+    for page in PAGES[1:]:
+        assert page.name in linked or f"]({page.name})" in by_pages, page.name
+
+
+def test_the_readme_stays_short():
+    """Two screens of 1280 x 1000, as GitHub shows it, held about 70 lines and 600 words."""
+    text = PAGES[0].read_text()
+    assert len(text.splitlines()) <= 70
+    assert len(text.split()) <= 600

@@ -1,0 +1,86 @@
+"""What README and the docs hold: blocks of code, code in the text, commands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LANGUAGES = ("python", "sh", "text")  # what a block may be: run, run, and shown
+
+# Programs that a command in the text may begin with; those that no test runs are noticed.
+PROGRAMS = (
+    *("unbraid", "python", "python3", "pip", "pip3", "pytest", "torchrun", "ruff", "mypy"),
+    *("lint-imports", "uv", "conda", "apt", "apt-get", "git", "make", "docker", "bash", "sh"),
+    *("curl", "wget", "cd", "export", "cp", "mv", "rm", "tar"),
+)
+
+_FENCE = re.compile(
+    r"^```(?P<language>\w*)\n(?P<code>.*?)^```\n"
+    r"(?:<!-- prints -->\n```text\n(?P<prints>.*?)^```$)?",
+    re.MULTILINE | re.DOTALL,
+)
+_SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code, and what the page says that it prints (None: nothing is said)."""
+
+    language: str
+    code: str
+    prints: str | None
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, its words as a shell would have them; `inline` where it stands in the text."""
+
+    text: str
+    inline: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def blocks(text: str) -> list[Block]:
+    """List a page's blocks, and make sure that none is missed.
+
+    Raises:
+        AssertionError: a fence that is not closed, is indented or has no known language, or a
+            mark of what is printed that follows no block.
+    """
+    text = text.rstrip("\n") + "\n"
+    found = [Block(m["language"], m["code"], m["prints"]) for m in _FENCE.finditer(text)]
+    printing = sum(block.prints is not None for block in found)
+    assert text.count("```") + text.count("~~~") == 2 * (len(found) + printing)
+    assert text.count("<!-- prints -->") == printing
+    assert {block.language for block in found} <= {*LANGUAGES}
+    return found
+
+
+def spans(text: str) -> list[str]:
+    """List the pieces of code that stand in the text itself."""
+    return _SPAN.findall(_FENCE.sub("", text.rstrip("\n") + "\n"))
+
+
+def commands(text: str) -> list[Command]:
+    """List every command of a page, those of its text and options alone included, each once."""
+    found = []
+    for block in blocks(text):
+        if block.language == "sh":
+            for line in block.code.replace("\\\n", " ").splitlines():
+                for part in re.split(r"&&|\|\||[;|]", line):
+                    found.append(Command(_words(part)))
+    for span in spans(text):
+        first, *more = span.split()
+        if (first in PROGRAMS and more) or span.startswith("--"):
+            found.append(Command(_words(span), inline=True))
+    return [command for command in dict.fromkeys(found) if command.text]
+
+
+def _words(line: str) -> str:
+    return shlex.join(shlex.split(line, comments=True))
