@@ -162,9 +162,8 @@ def test_a_scan_of_before_labels_could_be_predicted_can_be_opened(tmp_path):
 @pytest.mark.parametrize("positions", [False, True])
 def test_only_images_at_the_chosen_places_are_scanned(indices, positions, tmp_path):
     network, dataset = CountingNetwork(build("3x3")), SyntheticImages(11)
-    scan = unbraid.scan(
-        network, "network.layer", dataset, tmp_path, indices=indices, positions=positions
-    )
+    options = {"indices": indices, "positions": positions, "batch_size": 4}
+    scan = unbraid.scan(network, "network.layer", dataset, tmp_path, **options)
     chosen = sorted({int(n) for n in indices})
     assert network.n_images == len(chosen)
     truth = truth_of(network, dataset, "network.layer")

@@ -89,7 +89,8 @@ def test_a_scan_knows_the_layers_weights_and_the_class_names(tmp_path):
 
 def test_only_images_of_the_chosen_classes_are_scanned(tmp_path):
     network, dataset = CountingNetwork(build("3x3")), SyntheticImages(11)
-    scan = unbraid.scan(network, "network.layer", dataset, tmp_path, classes=[3, 1])
+    options = {"classes": [3, 1], "batch_size": 4}
+    scan = unbraid.scan(network, "network.layer", dataset, tmp_path, **options)
     chosen = [n for n, label in enumerate(dataset.targets) if label in (1, 3)]
     assert network.n_images == len(chosen)
     assert_records(list(scan.shards()), truth_of(network, dataset, "network.layer"), 0.005, chosen)
@@ -185,7 +186,8 @@ def long_scan(network: nn.Module, out: Path, **settings: Any) -> unbraid.Scan:
     """Three shards, the last of 9 images."""
     dataset = settings.pop("dataset", SyntheticImages(2 * SHARD + 9))
     layer = settings.pop("layer", "network.layer")
-    return unbraid.scan(network, layer, dataset, out, **{"positions": True, **settings})
+    settings = {"positions": True, "batch_size": 64, **settings}
+    return unbraid.scan(network, layer, dataset, out, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -521,9 +523,9 @@ def test_positions_of_images_of_different_sizes_are_refused(tmp_path):
     ("wrap", "kind"),
     [
         pytest.param(
-            lambda logits: {"out": logits}, r"a dict \('out': a tensor \(4, 4\)\)", id="dict"
+            lambda logits: {"out": logits}, r"a dict \('out': a tensor \(1, 4\)\)", id="dict"
         ),
-        pytest.param(lambda logits: logits[:, :, None], r"a tensor \(4, 4, 1\)", id="map"),
+        pytest.param(lambda logits: logits[:, :, None], r"a tensor \(1, 4, 1\)", id="map"),
         pytest.param(lambda logits: (logits, None), r"a tuple \(.*\)", id="tuple"),
     ],
 )
@@ -740,11 +742,11 @@ def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(behind, tmp_pa
     assert_records(list(scan.shards()), truth_of(build("1x1"), dataset), 0.005, range(11))
 
 
-def test_a_device_without_room_for_one_image_is_told(tmp_path):
-    network = NeedsRoom(build("1x1"), 0, False)
-    warned = pytest.warns(UserWarning, match="out of memory")
-    with warned, pytest.raises(ModelError, match="not even one image"):
-        unbraid.scan(network, "network.layer", SyntheticImages(4), tmp_path)
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_a_device_without_room_for_one_image_is_told(batch_size, tmp_path):
+    network, images = NeedsRoom(build("1x1"), 0, False), SyntheticImages(4)
+    with pytest.raises(ModelError, match="not even one image"):
+        unbraid.scan(network, "network.layer", images, tmp_path, batch_size=batch_size)
 
 
 def test_under_autocast_the_network_runs_in_bfloat16_and_sums_are_of_float32(tmp_path):
@@ -775,7 +777,7 @@ def test_threads_are_fixed_for_the_scan_and_given_back(tmp_path):
 
     before = torch.get_num_threads()
     images = SyntheticImages(4)
-    scan = unbraid.scan(Watching(), "network.layer", images, tmp_path, threads=3)
+    scan = unbraid.scan(Watching(), "network.layer", images, tmp_path, threads=3, batch_size=4)
     assert seen == [3]
     assert torch.get_num_threads() == before
     assert scan.manifest.threads == 3

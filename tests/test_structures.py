@@ -407,7 +407,7 @@ def relevance_of_first_logit(network: nn.Module, image: Tensor) -> Tensor:
 
 
 def test_rows_of_logits_that_are_not_one_an_image_are_refused(tmp_path):
-    with pytest.raises(ModelError, match="8 rows of logits for 4 images"):
+    with pytest.raises(ModelError, match="2 rows of logits for 1 images"):
         unbraid.scan(putting_out(lambda z: torch.cat([z, z])), "layer", images(4), tmp_path)
 
 

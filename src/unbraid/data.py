@@ -12,6 +12,8 @@ from unbraid.errors import DataError, UsageError
 
 UNLABELLED = -1  # in place of a label, where a data set has none
 
+_N_TRIED = 20  # images, in search of one that can be read
+
 
 def labels_of(dataset: Dataset[Any]) -> list[int]:
     """Return all labels of a data set, without reading images where it keeps a list of them.
@@ -87,13 +89,13 @@ def size_of(dataset: Dataset[Any]) -> int:
     return size
 
 
-def check_loading(batch_size: int, workers: int) -> None:
+def check_loading(batch_size: int | None, workers: int) -> None:
     """Refuse numbers that no images can be loaded by.
 
     Raises:
         UsageError: one is out of range.
     """
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it must be 1 or more.")
     if workers < 0:
         raise UsageError(f"workers is {workers}; it must be 0 or more.")
@@ -192,3 +194,10 @@ class Readable(Dataset[GoodItem | BrokenItem]):
             kind = type(image).__name__
             return index, f"Image {index} is a {kind}, not a tensor; give the data set a transform."
         return index, image, int(label)
+
+
+def first_readable(dataset: Dataset[Any], places: Sequence[int]) -> Tensor | None:
+    """Return the first image of these that can be read, None if the first ones cannot."""
+    readable = Readable(dataset)
+    items = (readable[place] for place in places[:_N_TRIED])
+    return next((item[1] for item in items if len(item) == 3), None)

@@ -97,6 +97,7 @@ def run(
     options = {**vars(loading), "progress": True, "source": source, "labels": labels}
     train_scan = scan_into(model, {layer: out / "scan-train"}, train, **options)[layer]
     val_scan = scan_into(model, {layer: out / "scan-val"}, val, **options)[layer]
+    loading = replace(loading, batch_size=train_scan.manifest.batch_size)
     shown = as_labelled(val, val_scan)
     # Only now is it sure that the folder is this network's and these images'.
     if before is not None and before != json.loads(json.dumps(settings)):
@@ -207,7 +208,7 @@ def _semantics(
     divided: Split, scan: Scan, images: Dataset[Any], encoder: Encoder, loading: Loading, say: Say
 ) -> Semantics | None:
     """Measure semantics; None where they were to be told by features that a network has not."""
-    workload = {"batch_size": loading.batch_size, "workers": loading.workers}
+    workload: dict[str, Any] = {"batch_size": loading.batch_size, "workers": loading.workers}
     try:
         return measure_semantics(divided, scan, images, encoder, progress=True, **workload)
     except ModelError as error:

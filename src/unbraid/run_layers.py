@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,11 @@ def run_layers(
     prepare(model, options["thresholds"], options["encoder"])
     folders = {name: layer_folder(out, name) for name in names}
     scan_options = {name: options[name] for name in ("source", "labels")}
-    loading = vars(options["loading"])
+    loading = options["loading"]
     for kind, images in (("train", train), ("val", val)):
         places = {name: folder / f"scan-{kind}" for name, folder in folders.items()}
-        scan_into(model, places, images, progress=True, **scan_options, **loading)
+        scans = scan_into(model, places, images, progress=True, **scan_options, **vars(loading))
+        loading = replace(loading, batch_size=scans[names[0]].manifest.batch_size)
     runs = {}
     for name, folder in folders.items():
         options["say"](f"Layer {name}.")
@@ -71,5 +72,5 @@ def run_layers(
         return LayerRuns(runs, None)
     options["say"]("Checking the outputs with all layers split.")
     changed = apply(model, [Split.load(folders[name] / "split.safetensors") for name in divided])
-    output = compare_outputs(model, changed, val, tolerance=0.0, progress=True, **loading)
+    output = compare_outputs(model, changed, val, tolerance=0.0, progress=True, **vars(loading))
     return LayerRuns(runs, output)

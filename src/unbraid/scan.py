@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args, overload
@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from unbraid.batch_size import batch_size_for
 from unbraid.data import (
     UNLABELLED,
     check_loading,
     class_names_of,
+    first_readable,
     labels_of,
     preprocessing_of,
     size_of,
@@ -44,7 +46,7 @@ class Options(TypedDict, total=False):
     indices: Sequence[int] | None
     positions: bool
     min_share: float
-    batch_size: int
+    batch_size: int | None
     workers: int
     skip_broken: bool
     progress: bool
@@ -84,7 +86,7 @@ def scan(
     indices: Sequence[int] | None = None,
     positions: bool = False,
     min_share: float = MIN_SHARE,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     workers: int = 0,
     skip_broken: bool = False,
     progress: bool = False,
@@ -115,7 +117,9 @@ def scan(
         positions: also keep the layer's input maps, which the published rho criterion and the
             rectified measures need.
         min_share: the smallest share kept; thresholds below it need a new scan.
-        batch_size: images per forward pass; halved as long as the device's memory is too small.
+        batch_size: images per forward pass; by default that of the scan which goes on, else what
+            2 GiB, or a quarter of an accelerator's memory, are sure to hold, at most 64 or 256.
+            Halved as long as the device's memory is too small.
         workers: processes that load images, 0 for none.
         skip_broken: leave out images that cannot be read instead of stopping at the first.
         progress: show a progress bar on standard error.
@@ -175,7 +179,7 @@ def scan_into(
     indices: Sequence[int] | None = None,
     positions: bool = False,
     min_share: float = MIN_SHARE,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     workers: int = 0,
     skip_broken: bool = False,
     progress: bool = False,
@@ -198,7 +202,14 @@ def scan_into(
     _check_labels_known(given, labels)
     places = _concerned(given, classes, indices)
     weights, data = hash_weights(model), fingerprint(dataset, given)
-    threads = threads or _threads_before(folders.values())
+    begun = next(filter(None, map(read_manifest, folders.values())), None)  # a scan that goes on
+    if threads is None:
+        threads = begun.threads if begun else torch.get_num_threads()
+    if batch_size is None and begun:
+        batch_size = begun.batch_size
+    elif batch_size is None:
+        image = first_readable(dataset, places)
+        batch_size = batch_size_for(model, list(modules.values()), image)
     targets = []
     for name, folder in folders.items():
         manifest = Manifest(
@@ -245,12 +256,6 @@ def _refuse_impossible(manifest: Manifest) -> None:
             f"A scan of layer {manifest.layer.name!r} would be too large to work with ({error}); "
             "scan a smaller layer, or images of fewer classes."
         ) from None
-
-
-def _threads_before(folders: Iterable[Path]) -> int:
-    """The number of threads of a scan that goes on, else torch's setting."""
-    before = filter(None, map(read_manifest, folders))
-    return next((manifest.threads for manifest in before), torch.get_num_threads())
 
 
 def _check_labels_known(given: Sequence[int], labels: Labels) -> None:

@@ -45,7 +45,7 @@ class Thresholds:
 class Loading:
     """How images go through the network."""
 
-    batch_size: int = 64
+    batch_size: int | None = None  # None: as many as memory holds
     workers: int = 0
     skip_broken: bool = False
 

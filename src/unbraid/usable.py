@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from unbraid.data import Readable, size_of
+from unbraid.data import first_readable, size_of
 from unbraid.describe import splittable_layers
 from unbraid.errors import DataError, ModelError
 from unbraid.layers import LayerSpec
 from unbraid.networks import unwrap
 from unbraid.relevance import cut_at, gradients_at, undisturbed
 from unbraid.running import run_network
-
-_N_TRIED = 20  # images, in search of one that can be read
 
 
 def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
@@ -79,13 +77,10 @@ def usable_in(model: nn.Module, dataset: Dataset[Any]) -> list[LayerSpec]:
         DataError: none of the first images can be read.
         ModelError: the network cannot run on it, or gives no logits.
     """
-    readable = Readable(dataset)
-    items = (readable[n] for n in range(min(_N_TRIED, size_of(dataset))))
-    good = next((item for item in items if len(item) == 3), None)
-    if good is None:
+    image = first_readable(dataset, range(size_of(dataset)))
+    if image is None:
         raise DataError("None of the first images can be read; mend the data set.")
-    device = next(model.parameters()).device
-    return usable_layers(model, good[1][None].to(device))
+    return usable_layers(model, image[None].to(next(model.parameters()).device))
 
 
 def _reaches(model: nn.Module, spec: LayerSpec, images: Tensor) -> bool:

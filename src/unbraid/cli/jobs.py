@@ -80,7 +80,7 @@ def run(
     rho: Rho = None,
     encoder: EncoderName = None,
     features: Features = True,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     workers: Workers = 0,
     skip_broken: SkipBroken = False,
     device: Device = None,
@@ -151,7 +151,7 @@ def reproduce(
     imagenet: Annotated[Path, Parameter(help="ImageNet folder with train/ of class folders.")],
     out: Out,
     weights: Weights = "IMAGENET1K_V1",
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     workers: Workers = 0,
     device: Device = None,
 ) -> int:

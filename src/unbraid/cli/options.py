@@ -51,7 +51,9 @@ EncoderName = Annotated[
     Parameter(help="timm:NAME, to tell how alike images are; by default the network itself."),
 ]
 Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an accelerator if there.")]
-BatchSize = Annotated[int, Parameter(help="Images per forward pass.")]
+BatchSize = Annotated[
+    int | None, Parameter(help="Images per forward pass; by default what memory surely holds.")
+]
 Workers = Annotated[int, Parameter(help="Processes that load images.")]
 Autocast = Annotated[
     bool, Parameter(help="Run the network in bfloat16 where torch sees fit.", negative="")

@@ -69,7 +69,7 @@ def scan(
         list[int] | None, Parameter(help="Only images of these classes.", consume_multiple=True)
     ] = None,
     min_share: Annotated[float, Parameter(help="Smallest share kept.")] = 0.005,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     workers: Workers = 0,
     skip_broken: SkipBroken = False,
     threads: Threads = None,

@@ -1,0 +1,78 @@
+"""How many images to run at a time: as many as a fixed amount of memory is sure to hold.
+
+Nothing is timed and nothing tried out, so that the same scan gets the same batches, and with them
+the same bits, every time and in every process. Where it is still too much a batch is halved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.errors import OutOfMemory
+from unbraid.relevance import undisturbed
+from unbraid.running import run_network
+
+_MEMORY = 2**31  # bytes; of an accelerator a quarter of what it has
+_MOST = 64  # more brings a processor nothing
+_MOST_ON_ACCELERATOR = 256
+_AT_ONCE = 3  # times what goes into and comes out of a module: room for what runs beside it
+
+
+def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor | None) -> int:
+    """Find how many images a scan may run at a time.
+
+    Args:
+        model: gives logits.
+        layers: of it, that are scanned.
+        image: one of the images, (C, H, W), that tells how large they are; None if unknown.
+
+    Returns:
+        A power of two, from 1 to 64, or to 256 on an accelerator.
+
+    Raises:
+        ModelError: the network cannot run on such images.
+    """
+    if image is None:
+        return _MOST
+    device = next(model.parameters()).device
+    memory, most = _MEMORY, _MOST
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory // 4
+    if device.type != "cpu":
+        most = _MOST_ON_ACCELERATOR
+    try:
+        room = memory // bytes_of_one(model, layers, image.to(device))
+    except (OutOfMemory, torch.OutOfMemoryError):
+        return 1  # which is tried again, and told
+    return min(most, 1 << max(room, 1).bit_length() - 1)
+
+
+def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> int:
+    """How much memory a scan takes for one image: at its widest, and kept for the gradient."""
+    widest = kept = 0
+    behind = False  # the first of the layers, where gradients begin
+
+    def count(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        nonlocal widest, kept, behind
+        behind = behind or module in layers
+        widest = max(widest, _bytes(given) + _bytes(output))
+        kept += behind * _bytes(output)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if next(module.children(), None) is None:
+                stack.callback(module.register_forward_hook(count).remove)
+        with undisturbed(model), torch.no_grad():
+            run_network(model, image[None])
+    return _AT_ONCE * max(widest, image.nbytes) + kept
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(_bytes, value)) if isinstance(value, (tuple, list)) else 0
