@@ -9,6 +9,7 @@ gamma 0.5 nothing is found; with 0.9 nearly all is, and every pair gets its inte
 
 from __future__ import annotations
 
+import argparse
 import resource
 import tempfile
 import time
@@ -96,6 +97,7 @@ def print_peak() -> None:
 
 def main() -> None:
     """Measure and print."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         write_scan(Path(name))

@@ -9,6 +9,7 @@ training images, the cosines of all 500 taken as the truth. Every kind works on 
 
 from __future__ import annotations
 
+import argparse
 import math
 import tempfile
 from pathlib import Path
@@ -135,6 +136,7 @@ def sampled(scan: Scan, images: Tensor, n: int) -> list[str]:
 
 def main() -> None:
     """Count and print two tables."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.manual_seed(0)
     print("| cosine | images | noise | percentile | basic | unbraid | width |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

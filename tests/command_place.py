@@ -1,0 +1,170 @@
+"""A folder in which the commands of the documents run, as they stand but for their placeholders.
+
+Weights that would be downloaded are random ones, put where torch keeps what it has downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision import models
+
+from documents import Command
+from unbraid import cli
+from unbraid.demo.network import CLASSES, load_images
+
+# What a command holds in place of something of the reader's own.
+PLACEHOLDERS = {
+    "demo --out DIR": "demo --out demo-run",
+    "DIR": "photos",
+    "imagenet/train": "photos/train",
+    "RUN": "demo-run",
+    "FOLDER": "demo-run",
+    "SCAN": "demo-run/scan-train",
+    "MODEL": "clothes.py:build",
+    "N": "2",
+    "torchrun --nproc-per-node 8": "torchrun --standalone --nproc-per-node 2",  # two cores
+}
+
+# What the text leaves out of a command, or the command to which it names an option.
+_SCAN = "unbraid scan --model clothes.py:build --layer mix --data clothes/train --out scans"
+_RUN = "unbraid run --model clothes.py:build --layer mix --data clothes --out"
+LEFT_OUT = {
+    "unbraid run --layer look.8 --layer mix": "--model clothes.py:build --data clothes --out two",
+    "--concepts clusters": f"{_RUN} clusters",
+    "--labels predicted": f"{_SCAN}/predicted",
+    "--workers N": f"{_SCAN}/workers",
+    "--autocast": f"{_SCAN}/autocast",
+    "--no-features": f"{_RUN} plain",
+    "--output scores": "unbraid layers clothes.py:build_scores",
+    "--layer 'layer4.*.conv3'": (
+        "unbraid scan --model torchvision:resnet50 --weights random --data photos/val --out pattern"
+    ),
+}
+
+EXIT_CODES = {"reproduce": 1}  # with random weights nothing agrees with the published list
+SAYS = {
+    "demo": "Report: ",
+    "run": "Report: ",
+    "layers": " Conv2d ",
+    "scan": "Scanned ",
+    "sensitivity": "gamma",
+    "report": "Report: ",
+    "check": " sound.",
+    "reproduce": "0 of 20 pairs agree.",
+}
+
+OWN = '''
+"""The demo's network as anyone's own."""
+import numpy as np
+from torch import nn
+from unbraid.demo.network import CLASSES, load_network, normalise
+
+class Scores(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = load_network()
+
+    def forward(self, images):
+        return {"images": images, "scores": self.inner(images)}
+
+def preprocess(picture):
+    return normalise(np.asarray(picture.convert("L").resize((28, 28))))
+
+def build():
+    return load_network(), preprocess, CLASSES
+
+def build_scores():
+    return Scores(), preprocess, CLASSES
+'''
+
+
+class Place:
+    """A folder with what the commands ask for; what was run there is not run again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.done: dict[str, tuple[int, str]] = {}
+        (folder / "clothes.py").write_text(OWN)
+        for split, part, n in (("train", "train", 20), ("test", "val", 10)):
+            self.draw("clothes", split, part, len(CLASSES), n)
+            self.draw("photos", split, part, 2, n // 5)
+        hub = folder / "torch/hub/checkpoints"
+        hub.mkdir(parents=True)
+        torch.save(models.resnet50().state_dict(), hub / "random")
+        for weights in models.ResNet50_Weights:
+            os.link(hub / "random", hub / Path(weights.url).name)
+
+    def draw(self, name: str, split: str, part: str, n_classes: int, n: int) -> None:
+        """Make class folders of the first images of the first classes."""
+        images = load_images(split)
+        for label, kind in enumerate(CLASSES[:n_classes]):
+            inside = self.folder / name / part / kind
+            inside.mkdir(parents=True)
+            for k in [k for k, other in enumerate(images.targets) if other == label][:n]:
+                images.picture(k).save(inside / f"{k}.png")
+
+    def run(self, command: Command) -> None:
+        """Run a command with its placeholders filled in, and look at what it leaves.
+
+        Raises:
+            AssertionError: it fails, or does not leave or say what it should.
+        """
+        text = filled_in(command.text)
+        if "demo-run" in text and not text.startswith("unbraid demo"):
+            self.run(Command("unbraid demo --out demo-run"))
+        words = shlex.split(text)
+        if text not in self.done:
+            self.done[text] = self.call(words)
+        code, said = self.done[text]
+        name = words[words.index("unbraid") + 1]
+        assert code == EXIT_CODES.get(name, 0), said
+        assert SAYS.get(name, "") in said
+        if "--out" in words:
+            out = self.folder / words[words.index("--out") + 1]
+            made = list(out.rglob("*")) if out.is_dir() else [out]
+            assert any(file.is_file() and file.stat().st_size for file in made)
+            if name in ("demo", "run"):
+                several = words.count("--layer") > 1
+                assert len(list(out.glob("*/report.html" if several else "report.html"))) >= 1
+
+    def call(self, words: list[str]) -> tuple[int, str]:
+        """Run one command: exit code, and all that it said."""
+        hub = {"TORCH_HOME": str(self.folder / "torch")}
+        if words[0] == "torchrun":
+            call = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+            done = subprocess.run(
+                call,
+                **{"cwd": self.folder, "env": os.environ | hub},
+                **{"capture_output": True, "text": True, "check": False},
+            )
+            return done.returncode, done.stdout + done.stderr
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setattr(sys, "argv", words)
+            patch.setenv("TORCH_HOME", hub["TORCH_HOME"])
+            with (
+                redirect_stdout(StringIO()) as said,
+                redirect_stderr(said),
+                pytest.raises(SystemExit) as stopped,
+            ):
+                cli.main()
+        return int(stopped.value.code or 0), said.getvalue()
+
+
+def filled_in(text: str) -> str:
+    """Add what the text leaves out, and put something in every placeholder's place."""
+    rest = LEFT_OUT.get(text, "")
+    text = f"{rest} {text}" if text.startswith("--") else f"{text} {rest}".strip()
+    for name, something in PLACEHOLDERS.items():
+        text = re.sub(rf"(?<!\S){re.escape(name)}(?!\S)", something, text)
+    return text
