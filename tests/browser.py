@@ -61,3 +61,10 @@ def load(context: Any, file: Path, anchor: str = "") -> tuple[Any, Log]:
     page.route("**/*", watch)
     page.goto(file.as_uri() + anchor)
     return page, log
+
+
+def lay_out(page: Any) -> None:
+    """Have all laid out, also what is off the screen."""
+    page.evaluate(
+        "document.querySelectorAll('article').forEach(a => {a.style.contentVisibility = 'visible'})"
+    )

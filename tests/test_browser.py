@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from browser import launch, load
+from browser import launch, lay_out, load
+from pages import LONG, hostile
 from test_report import QUOTES, SCRIPT, Run, run  # noqa: F401  # a fixture
-from unbraid.findings import Pair
 from unbraid.report.text import ABSENT
-
-LONG = "long" * 25_000
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +31,7 @@ def context(browser: Any) -> Iterator[Any]:
 def file(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """A report with one channel that is only listed, without figures."""
     path = tmp_path_factory.mktemp("browser") / "a <b> & 'c'" / "report.html"
-    concepts = {**run.found.concepts, 77: ((0,), (1,))}
-    nowhere = Pair(77, 0, 1, math.nan, 0.9, 0.9, math.nan, math.nan, math.nan, math.nan)
-    names = (*run.found.class_names[:3], LONG)
-    found = replace(
-        run.found, concepts=concepts, pairs=(*run.found.pairs, nowhere), class_names=names
-    )
-    run.report(path, found=found)
+    hostile(run, path)
     return path
 
 
@@ -211,36 +201,6 @@ def test_keyboard(context: Any, file: Path) -> None:
     assert log.silent
 
 
-def contrast(page: Any, selector: str) -> float:
-    """Contrast of an element's text with the page's ground, as WCAG defines it."""
-    text, ground = page.evaluate(
-        "s => [document.querySelector(s), document.body].map((e, n) => getComputedStyle(e)"
-        "[n ? 'backgroundColor' : 'color'].match(/[0-9.]+/g).slice(0, 3).map(Number))",
-        selector,
-    )
-
-    def luminance(colour: list[float]) -> float:
-        parts = [c / 255 for c in colour]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted((luminance(text), luminance(ground)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def test_light_and_dark(browser: Any, file: Path) -> None:
-    grounds = []
-    for scheme in ("light", "dark"):
-        context = browser.new_context(color_scheme=scheme)
-        page, log = load(context, file)
-        grounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-        for selector in ("h1", ".lead", ".hint", "figcaption", "td", ".chart text"):
-            assert contrast(page, selector) > 4.5, (scheme, selector)
-        assert log.silent
-        context.close()
-    assert grounds[0] != grounds[1]
-
-
 @pytest.mark.parametrize("width", [360, 768, 1600])
 def test_nothing_is_wider_than_the_screen(browser: Any, file: Path, width: int) -> None:
     context = browser.new_context(viewport={"width": width, "height": 740}, has_touch=width < 500)
@@ -259,16 +219,10 @@ def test_nothing_is_wider_than_the_screen(browser: Any, file: Path, width: int) 
     context.close()
 
 
-def lay_out(page: Any) -> None:
-    """Have all laid out, also what is off the screen."""
-    page.evaluate(
-        "document.querySelectorAll('article').forEach(a => {a.style.contentVisibility = 'visible'})"
-    )
-
-
 def test_pictures_are_shown_whole_or_where(context: Any, file: Path) -> None:
     page, log = load(context, file)
     lay_out(page)
+    assert page.is_checked("#look-whole")
     seen = {}
     for look in ("whole", "answer", "source"):
         page.click(f"label[for=look-{look}]")

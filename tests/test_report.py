@@ -29,7 +29,8 @@ from unbraid.errors import UsageError
 from unbraid.evaluation import Responses
 from unbraid.findings import Pair
 from unbraid.report import charts, effects, view
-from unbraid.report.channels import concept_views, densities, density
+from unbraid.report.channels import concept_views, densities
+from unbraid.report.density import density
 from unbraid.report.pictures import Album, Look, to_picture
 from unbraid.report.text import ABSENT, number, percent, significant
 from unbraid.semantics import Likeness
@@ -778,6 +779,6 @@ def test_any_data_can_be_drawn(values: list[float], run: Run) -> None:
     views = concept_views(run.found, [[0], [1]])
     concept = torch.tensor([0, 1, 1, 1])
     answers = Responses(concept, concept, z, z, torch.stack([z, 0 * z], 1), z, None)
-    drawn = charts.densities(densities(views, answers))
+    drawn = charts.densities(densities(views, answers), 7)
     assert len(read(drawn).all("path", "curve")) == 6
     assert not re.search(r"\b(nan|inf)\b", drawn)

@@ -18,7 +18,8 @@ from unbraid.evaluate import auroc, mimic_error, separation_error, silence_error
 from unbraid.evaluation import Responses
 from unbraid.report import charts, spread, spread_charts
 from unbraid.report import intervals as bootstrap
-from unbraid.report.channels import concept_views, densities, density
+from unbraid.report.channels import concept_views, densities
+from unbraid.report.density import density
 from unbraid.report.intervals import intervals, resampled
 from unbraid.report.masks import draw_masks, masks
 from unbraid.report.spread import N_POINTS, Scatter, by_class, ridges, scatter
@@ -82,7 +83,7 @@ def test_ridges_are_scipys_densities(run: Run, views: Any, answers: Responses) -
                 continue  # drawn wider, so that it can be seen
             expected = gaussian_kde(values)(data.grid)
             np.testing.assert_allclose(heights, expected / expected.max(), atol=1e-12)
-    drawn = read(spread_charts.ridges(data))
+    drawn = read(spread_charts.ridges(data, 7))
     assert len(drawn.all("path", "outline")) == len(groups)
     assert len(drawn.all("path", "curve")) == len(groups) * len(views)
     texts = " ".join(text.text for text in drawn.all("text"))
@@ -130,7 +131,7 @@ def assert_scatter(drawn: Element, data: Scatter, answers: Responses) -> None:
 def test_points_lie_where_responses_are(run: Run, views: Any, answers: Responses) -> None:  # noqa: F811
     data = scatter(run.found, views, answers, by_class(answers))
     assert sum(len(cloud.points) for cloud in data.clouds) <= N_POINTS + len(data.clouds)
-    assert_scatter(read(spread_charts.scatter(data)), data, answers)
+    assert_scatter(read(spread_charts.scatter(data, 7)), data, answers)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_the_checker_sees_misplaced_points(
 ) -> None:
     data = scatter(run.found, views, answers, by_class(answers))
     with pytest.raises((AssertionError, ValueError)):
-        assert_scatter(read(spread_charts.scatter(data)), harm(data), answers)
+        assert_scatter(read(spread_charts.scatter(data, 7)), harm(data), answers)
 
 
 @pytest.mark.parametrize("values", [[0.0] * 4, [7.0] * 4, [1e-30, 0, 0, 0], [-1e12, 0, 1, 1e12]])
@@ -162,8 +163,8 @@ def test_any_responses_can_be_drawn(values: list[float], run: Run) -> None:  # n
     answers = Responses(concept, concept, z, z, torch.stack([z, -z, 0 * z, z], 1), z, None)
     groups = by_class(answers)
     for drawn in (
-        spread_charts.scatter(scatter(run.found, views, answers, groups)),
-        spread_charts.ridges(ridges(run.found, views, answers, groups)),
+        spread_charts.scatter(scatter(run.found, views, answers, groups), 7),
+        spread_charts.ridges(ridges(run.found, views, answers, groups), 7),
     ):
         read(drawn)
         assert not re.search(r"\b(nan|inf)\b", drawn)
@@ -191,7 +192,7 @@ def test_masks_are_drawn_as_they_are(run: Run, views: Any) -> None:  # noqa: F81
     # Tenths of the chart's height, so that rounding does not matter.
     tenths = torch.randint(11, (*part.masks.shape[:1], 8), generator=torch.Generator())
     part = replace(part, masks=(tenths / 10).repeat_interleave(9, dim=1))
-    drawn = read(draw_masks(masks(views, part, 9)))
+    drawn = read(draw_masks(masks(views, part, 9), 7))
     assert_masks(drawn, part, 9)
     with pytest.raises(AssertionError):
         assert_masks(drawn, replace(part, masks=1 - part.masks), 9)
@@ -200,12 +201,10 @@ def test_masks_are_drawn_as_they_are(run: Run, views: Any) -> None:  # noqa: F81
 def test_many_input_channels_are_averaged(run: Run, views: Any) -> None:  # noqa: F811
     part = run.split.channels[0]
     wide = replace(part, masks=torch.rand(len(part.masks), 1000))
-    drawn = draw_masks(masks(views, wide, 1))
+    drawn = draw_masks(masks(views, wide, 1), 7)
     assert drawn.count("V") == len(part.masks) * 221
-    average = ", ".join(
-        f"{'ABCD'[k]} {float(m):.0%}" for k, m in enumerate(wide.masks.double().mean(1))
-    )
-    assert average in drawn
+    averages = re.findall(r"\) (\d+%)", read(drawn).all("svg")[0].attributes["aria-label"])
+    assert averages == [f"{float(m):.0%}" for m in wide.masks.double().mean(1)]
 
 
 # --- intervals ------------------------------------------------------------------------------------
@@ -311,7 +310,7 @@ def test_intervals_stand_below_their_measures(run: Run, tmp_path: Path) -> None:
 def test_density_charts_still_follow_their_curves(run: Run, views: Any, answers: Responses) -> None:  # noqa: F811
 
     data = densities(views, answers)
-    curves = read(charts.densities(data)).all("path", "curve")
+    curves = read(charts.densities(data, 7)).all("path", "curve")
     flat = [curve for _, panel in data.panels for curve in panel]
     for element, curve in zip(curves, flat, strict=True):
         ys = [y for _, y in points_of(element.attributes["d"])]

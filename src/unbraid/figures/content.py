@@ -13,10 +13,10 @@ from PIL import Image, ImageOps
 
 from unbraid.errors import UsageError
 from unbraid.evaluate import gather_responses
-from unbraid.report.channels import density
+from unbraid.report.density import density, shared_grid
 from unbraid.report.pictures import open_picture, refuse_other_images
 from unbraid.report.text import letter
-from unbraid.visualize.reference import TopImages, reference_images
+from unbraid.visualize.reference import ALIKE, TopImages, reference_images
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -89,7 +89,7 @@ def gather(
     numbers = range(len(part.concepts))
     columns = [answers.original, *answers.concepts.T]
     values = [[z.double().numpy()[concept == k] for k in numbers] for z in columns]
-    grid = _grid(np.concatenate([v for per_concept in values for v in per_concept]))
+    grid = shared_grid([v for per_concept in values for v in per_concept], _N_GRID)
     shots: tuple[tuple[Shot, ...], ...] = ((),) * len(columns)
     if dataset is not None:
         shots = _shots(split, scan, channel, dataset, n)
@@ -131,17 +131,11 @@ def find_part(split: Split, channel: int) -> ChannelSplit:
         ) from None
 
 
-def _grid(values: np.ndarray) -> np.ndarray:
-    low, high = float(values.min()), float(values.max())
-    margin = 0.12 * (high - low) or 0.12 * abs(high) or 1.0  # room for the kernels
-    return np.linspace(low - margin, high + margin, _N_GRID)
-
-
 def _shots(
     split: Split, scan: Scan, channel: int, dataset: Dataset[Any], n: int
 ) -> tuple[tuple[Shot, ...], ...]:
     """Read the reference images of the original and of each concept channel."""
-    top = reference_images(scan, split, n=n)[channel]
+    top = reference_images(scan, split, n=n, alike=ALIKE)[channel]
     rows = (top.original, *top.concepts)
     labels = {
         index: label

@@ -21,8 +21,8 @@ from unbraid.errors import UsageError
 
 # The report's colours on white, told apart by colour-blind people too; a test compares the two.
 COLOURS = (
-    *("#0072b2", "#d55e00", "#00845f", "#b0508e"),
-    *("#8a6f00", "#2b8cc4", "#7b5a45", "#5b5fc7"),
+    *("#0072b2", "#bd4f00", "#00845f", "#b0508e"),
+    *("#8a6f00", "#33475b", "#7b5a45", "#5b5fc7"),
 )
 BLACK, SOFT, PALE = "#1c1d20", "#5d6068", "#e2e0db"
 

@@ -18,6 +18,7 @@ from unbraid.evaluation import ChannelEvaluation
 from unbraid.findings import Findings
 from unbraid.records import Scan
 from unbraid.relevance import input_relevance
+from unbraid.report.density import density, shared_grid
 from unbraid.report.text import bounded, first_few, letter
 from unbraid.splits import ChannelSplit
 from unbraid.visualize.reference import ReferenceImages, TopImages
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 N_TONES = 8  # colours in the style sheet
 N_SOURCES = 12  # input channels in the bars
 _N_GRID = 121  # points of a density curve
-_MAX_VALUES = 2000  # images that a density is estimated from; more would not change the curve
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,11 @@ class ChannelView:
     effects: Effects | None  # of switching it off
     semantics: ChannelSemantics | None
 
+    @property
+    def has_strangers(self) -> bool:
+        """Whether some reference image belongs to no concept."""
+        return any(shot.concept is None for row in self.rows for shot in row.shots)
+
 
 def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[ConceptView, ...]:
     """Give a channel's concepts letters and colours."""
@@ -176,7 +181,7 @@ def densities(views: Sequence[ConceptView], answers: Responses) -> Densities:
         [values[concept == k] for k in range(len(views))]
         for values in (column.double().numpy() for column in columns)
     ]
-    grid = even_grid(np.concatenate([values for panel in panels for values in panel]), _N_GRID)
+    grid = shared_grid([values for panel in panels for values in panel], _N_GRID)
     return Densities(
         grid,
         tuple(
@@ -190,36 +195,6 @@ def densities(views: Sequence[ConceptView], answers: Responses) -> Densities:
             for title, panel in zip([None, *views], panels, strict=True)
         ),
     )
-
-
-def even_grid(values: np.ndarray, n: int) -> np.ndarray:
-    """Lay n evenly spaced points over all values, and a little beyond."""
-    low, high = float(values.min()), float(values.max())
-    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return np.linspace(low - margin, high + margin, n)
-
-
-def density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Estimate a density by a Gaussian kernel of Scott's width, scaled to a peak of 1.
-
-    The kernel is never narrower than a step of the grid, where it would slip through between two
-    points; so a single value, or many equal ones, become a spike.
-
-    Args:
-        values: (N,), N at least 1.
-        grid: evenly spaced points.
-
-    Returns:
-        The shape of `grid`.
-
-    >>> density(np.array([2.0, 2.0]), np.linspace(0, 4, 5)).round(2).tolist()
-    [0.14, 0.61, 1.0, 0.61, 0.14]
-    """
-    values = values[:: max(1, len(values) // _MAX_VALUES)]
-    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    width = max(spread * len(values) ** -0.2, float(grid[1] - grid[0]))
-    heights = np.exp(-0.5 * ((grid[:, None] - values) / width) ** 2).sum(1)
-    return np.asarray(heights / heights.max())
 
 
 def bars(
@@ -246,7 +221,7 @@ def bars(
         tuple(views),
         tuple(
             Source(first + i, tuple(arvs[:, i].tolist()), tuple(kept[:, i].tolist()))
-            for i in strongest_sources(arvs, max(4, min(N_SOURCES, 60 // len(arvs))))
+            for i in strongest_sources(arvs, max(4, min(N_SOURCES, 24 // len(arvs))))
         ),
     )
 

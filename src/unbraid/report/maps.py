@@ -106,7 +106,7 @@ def _tile(tile: Tile, x: float, y: float) -> Markup:
         ),
     ]
     if cell.n_pairs:
-        parts.append(text("value small", middle, y + 27, _short(cell.n_pairs), "middle"))
+        parts.append(text("value", middle, y + 27, _short(cell.n_pairs), "middle"))
     words = f"tau {cell.tau:g}, p {cell.p:g}, gamma {cell.gamma:g}: {tile.words}"
     return Markup("<g><title>{}</title>{}</g>").format(words, Markup("").join(parts))
 

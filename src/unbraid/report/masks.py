@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from unbraid.report.alt import of_masks
 from unbraid.report.channels import ConceptView
 from unbraid.report.svg import WIDTH, line, svg, text, units
 from unbraid.splits import ChannelSplit
 from unbraid.tables import count
 
 _MAX_STEPS = 220  # of a chart, each two units wide
-_LEFT, _ROW, _HEIGHT, _TOP = 22.0, 42.0, 30.0, 6.0
+_LEFT, _ROW, _HEIGHT, _TOP = 34.0, 46.0, 30.0, 26.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +34,11 @@ def masks(views: Sequence[ConceptView], part: ChannelSplit, taps_per_input: int)
     return Masks(tuple(views), kept, order)
 
 
-def draw_masks(data: Masks) -> Markup:
+def draw_masks(data: Masks, channel: int) -> Markup:
     """Draw a row of steps per concept, as high as what it keeps; all in one order."""
     kept = _in_steps(data.kept[:, data.order])
     wide = (WIDTH - _LEFT) / kept.shape[1]
-    parts = []
+    parts = [text("tick", 0, 13, "part of the weights kept")]
     for k, (concept, row) in enumerate(zip(data.concepts, kept, strict=True)):
         base = _TOP + k * _ROW + _HEIGHT
         path = [f"M{units(_LEFT)},{units(base)}"]
@@ -48,19 +49,14 @@ def draw_masks(data: Masks) -> Markup:
             line("grid", _LEFT, base - _HEIGHT, WIDTH, base - _HEIGHT),
             Markup('<path class="kept k{}" d="{}"/>').format(concept.tone, "".join(path)),
             line("axis", _LEFT, base, WIDTH, base),
-            text("tick small", _LEFT - 4, base - _HEIGHT + 4, "1", "end"),
-            text("tick small", _LEFT - 4, base + 3, "0", "end"),
-            text(f"letter k{concept.tone}", 0, base - _HEIGHT / 2 + 4, concept.letter),
+            text("tick", _LEFT - 4, base - _HEIGHT + 5, "1", "end"),
+            text("tick", _LEFT - 4, base + 5, "0", "end"),
+            text(f"letter k{concept.tone}", 0, base - _HEIGHT / 2 + 6, concept.letter),
         ]
     bottom = _TOP + (len(kept) - 1) * _ROW + _HEIGHT
     words = f"{count(data.kept.shape[1], 'input channel')}, by who keeps most"
-    parts.append(text("label", (_LEFT + WIDTH) / 2, bottom + 18, words, "middle"))
-    shares = ", ".join(
-        f"{concept.letter} {float(row.mean()):.0%}"
-        for concept, row in zip(data.concepts, data.kept, strict=True)
-    )
-    title = f"How much of the input channels each concept channel keeps, on average {shares}"
-    return svg(title, bottom + 24, parts)
+    parts.append(text("label", (_LEFT + WIDTH) / 2, bottom + 23, words, "middle"))
+    return svg(of_masks(data, channel), bottom + 30, parts)
 
 
 def _in_steps(kept: np.ndarray) -> np.ndarray:

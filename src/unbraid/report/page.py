@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from torch.utils.data import Dataset
 
-from unbraid.report import charts, maps, masks, spread_charts, text
+from unbraid.report import bars, charts, maps, masks, spread_charts, text
 from unbraid.report.gallery import LARGEST, Gallery, Pictures
 from unbraid.report.material import Material
 from unbraid.report.pictures import Look
@@ -71,10 +71,11 @@ def _environment() -> Environment:
         "significant": text.significant,
         "percent": text.percent,
         "isolate": text.isolate,
+        "bounded": text.bounded,
     }
     charts_by_name: dict[str, Callable[..., Markup]] = {
         "draw_densities": charts.densities,
-        "draw_bars": charts.bars,
+        "draw_bars": bars.draw_bars,
         "draw_ridges": spread_charts.ridges,
         "draw_scatter": spread_charts.scatter,
         "draw_masks": masks.draw_masks,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from unbraid.findings import Findings
-from unbraid.report.channels import ConceptView, density, even_grid
+from unbraid.report.channels import ConceptView
+from unbraid.report.density import density, shared_grid
 from unbraid.report.text import bounded
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Ridge:
     name: str
     concept: ConceptView
     n_images: int
+    means: tuple[float, ...]  # of the original channel, then the concept channels, (1 + K,)
     original: np.ndarray  # heights over the grid, peak 1
     concepts: tuple[np.ndarray, ...]  # (K,)
 
@@ -80,19 +82,20 @@ def ridges(
         answers: to the images of the concepts.
         groups: from `by_class`.
     """
-    original = answers.original.double().numpy()
-    concepts = answers.concepts.double().numpy()
-    grid = even_grid(np.concatenate([original, concepts.ravel()]), _N_GRID)
-    rows = []
+    columns = [z.double().numpy() for z in (answers.original, *answers.concepts.T)]
     shown = _few_of_each(answers, groups, max(1, N_CLASSES // len(views)))
+    grid = shared_grid([z[images] for images in shown for z in columns], _N_GRID)
+    rows = []
     for images in shown:
+        original, *concepts = (density(z[images], grid) for z in columns)
         rows.append(
             Ridge(
                 name=_name(found, answers, images),
                 concept=views[int(answers.concept[images[0]])],
                 n_images=len(images),
-                original=density(original[images], grid),
-                concepts=tuple(density(column[images], grid) for column in concepts.T),
+                means=tuple(float(z[images].mean()) for z in columns),
+                original=original,
+                concepts=tuple(concepts),
             )
         )
     return Ridges(tuple(views), grid, tuple(rows), len(groups) - len(shown))
@@ -117,9 +120,11 @@ def scatter(
             )
         )
         shades[k] += 1
-    shown = even_grid(np.concatenate([cloud.points.ravel() for cloud in clouds]), 2)
+    shown = np.concatenate([cloud.points.ravel() for cloud in clouds])
+    low, high = float(shown.min()), float(shown.max())
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     axes = tuple(combinations(range(min(len(views), _N_AXES)), 2))
-    return Scatter(axes, tuple(views), tuple(clouds), *shown.tolist())
+    return Scatter(axes, tuple(views), tuple(clouds), low - margin, high + margin)
 
 
 def by_class(answers: Responses) -> list[np.ndarray]:

@@ -7,32 +7,36 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from markupsafe import Markup
 
-from unbraid.report.charts import tick_labels, ticks
+from unbraid.report.alt import of_ridges, of_scatter
+from unbraid.report.charts import axis
+from unbraid.report.room import NARROW, ems, name_in
 from unbraid.report.spread import Cloud, Ridges, Scatter
 from unbraid.report.svg import WIDTH, line, path, svg, text, units
-from unbraid.report.text import isolate, shorten
+from unbraid.report.text import isolate
 
 Place = Callable[[float], float]
 
-_NAMES = 118.0  # room for the names of classes
+_LETTER = 20.0  # room for the letters of concepts
+_NAMES = 150.0  # and for the names of classes, at most
 _PEAK, _TOP = 30.0, 34.0
-_HIGHEST_ROW, _ROWS_HEIGHT = 36.0, 230.0  # few classes have more room each
-_GAP = 34.0  # between scatter plots, and left of the first
-_LARGEST = 300.0  # side of a scatter plot
+_HIGHEST_ROW, _LOWEST_ROW, _ROWS_HEIGHT = 36.0, 21.0, 230.0  # few classes have more room each
+_PLOT = 300.0  # width of a scatter plot
+_PLOT_FONT = 15.0  # the largest in it
 _VISIBLE = 0.01  # of a curve's peak
 
 
-def ridges(data: Ridges) -> Markup:
+def ridges(data: Ridges, channel: int) -> Markup:
     """Draw a row per class: the original as a line, each concept channel as an area."""
     low, high = float(data.grid[0]), float(data.grid[-1])
-    right = WIDTH - 8
+    names = min(_NAMES, NARROW * max(ems(row.name) for row in data.rows))
+    left, right = _LETTER + names + 10, WIDTH - 8
 
     def place(value: float) -> float:
-        return _NAMES + (value - low) / (high - low) * (right - _NAMES)
+        return left + (value - low) / (high - low) * (right - left)
 
     xs = [place(value) for value in data.grid.tolist()]
-    marks = ticks(low, high)
-    pitch = min(_HIGHEST_ROW, _ROWS_HEIGHT / len(data.rows))
+    marks, labels = axis(low, high, right - left, NARROW)
+    pitch = max(_LOWEST_ROW, min(_HIGHEST_ROW, _ROWS_HEIGHT / len(data.rows)))
     bottom = _TOP + (len(data.rows) - 1) * pitch
     parts = [
         line("grid" if mark else "zero", place(mark), _TOP - _PEAK, place(mark), bottom)
@@ -42,10 +46,8 @@ def ridges(data: Ridges) -> Markup:
         base = _TOP + n * pitch
         parts += [
             text(f"letter k{row.concept.tone}", 0, base, row.concept.letter),
-            Markup('<text class="name" x="16" y="{}">{}<title>{}</title></text>').format(
-                units(base), isolate(shorten(row.name, 17)), isolate(row.name)
-            ),
-            line("grid", _NAMES, base, right, base),
+            _class_name(row.name, base, names),
+            line("grid", left, base, right, base),
             *(
                 _area(f"curve k{concept.tone}", heights, xs, base)
                 for concept, heights in zip(data.concepts, row.concepts, strict=True)
@@ -53,30 +55,38 @@ def ridges(data: Ridges) -> Markup:
             _area("outline", row.original, xs, base),
         ]
     parts += [
-        text("tick", place(mark), bottom + 18, label, "middle")
-        for mark, label in zip(marks, tick_labels(marks), strict=True)
+        text("tick", place(mark), bottom + 19, label, "middle")
+        for mark, label in zip(marks, labels, strict=True)
     ]
-    middle = (_NAMES + right) / 2
-    parts.append(text("label", middle, bottom + 34, "summed pre-activation", "middle"))
-    title = "How the original and the concept channels answer to the images of each class"
-    return svg(title, bottom + 40, parts)
+    middle = (left + right) / 2
+    parts.append(text("label", middle, bottom + 39, "summed pre-activation", "middle"))
+    return svg(of_ridges(data, channel), bottom + 46, parts)
 
 
-def scatter(data: Scatter) -> Markup:
-    """Draw concept channels against each other, a point per image."""
-    n = len(data.axes)
-    side = min(_LARGEST, (WIDTH - n * _GAP) / n)
-    parts = [part for k in range(n) for part in _plot(data, k, _GAP + k * (side + _GAP), side)]
-    title = "Summed pre-activation of concept channels against each other, a point per image"
-    return svg(title, side + 44, parts)
+def _class_name(name: str, base: float, room: float) -> Markup:
+    """Write a class's name within its room, whatever it is made of: what is beyond is cut off."""
+    return Markup(
+        '<svg x="{}" y="{}" width="{}" height="22"><text x="0" y="16">{}<title>{}</title></text>'
+        "</svg>"
+    ).format(
+        units(_LETTER), units(base - 16), units(room + 4), name_in([name], room), isolate(name)
+    )
 
 
-def _plot(data: Scatter, k: int, left: float, side: float) -> list[Markup]:
-    across, up = data.axes[k]
-    top = 6.0
+def scatter(data: Scatter, channel: int) -> Markup:
+    """Draw concept channels against each other, a point per image; a picture for every two."""
+    return Markup("").join(
+        svg(of_scatter(data, across, up, channel), *_plot(data, across, up), _PLOT)
+        for across, up in data.axes
+    )
+
+
+def _plot(data: Scatter, across: int, up: int) -> tuple[float, list[Markup]]:
+    """Return a plot's height and parts."""
+    marks, labels = axis(data.low, data.high, 0.7 * _PLOT, _PLOT_FONT)
+    left = 2.0 * _PLOT_FONT + _PLOT_FONT * max(map(ems, labels), default=0.0)
+    top, side = 8.0, _PLOT - left - 10
     scale = side / (data.high - data.low)
-    marks = ticks(data.low, data.high)
-    labels = tick_labels(marks)
 
     def x_of(value: float) -> float:
         return left + (value - data.low) * scale
@@ -90,26 +100,20 @@ def _plot(data: Scatter, k: int, left: float, side: float) -> list[Markup]:
         parts += [
             line(kind, x_of(mark), top, x_of(mark), top + side),
             line(kind, left, y_of(mark), left + side, y_of(mark)),
-            text("tick small", x_of(mark), top + side + 13, label, "middle"),
-            text("tick small", left - 4, y_of(mark) + 3, label, "end"),
+            text("tick", x_of(mark), top + side + 18, label, "middle"),
+            text("tick", left - 5, y_of(mark) + 5, label, "end"),
         ]
     parts += [_points(cloud, x_of, y_of, across, up) for cloud in data.clouds]
-    first, second = data.concepts[across], data.concepts[up]
+    below = f"translate({units(left + side / 2)} {units(top + side + 39)})"
+    beside = f"translate({units(_PLOT_FONT)} {units(top + side / 2)}) rotate(-90)"
     parts += [
         Markup(
-            '<text class="label" x="{}" y="{}" text-anchor="middle"><tspan class="letter k{}">{}'
-            '</tspan> across, <tspan class="letter k{}">{}</tspan> up{}</text>'
-        ).format(
-            units(left + side / 2),
-            units(top + side + 30),
-            first.tone,
-            first.letter,
-            second.tone,
-            second.letter,
-            ": summed pre-activation" if len(data.axes) < 3 else "",
-        )
+            '<text class="label" transform="{}" text-anchor="middle"><tspan class="letter k{}">{}'
+            "</tspan>: summed pre-activation</text>"
+        ).format(place, data.concepts[k].tone, data.concepts[k].letter)
+        for place, k in ((below, across), (beside, up))
     ]
-    return parts
+    return top + side + 46, parts
 
 
 def _points(cloud: Cloud, x_of: Place, y_of: Place, across: int, up: int) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from unbraid.evaluation import Evaluation
 from unbraid.layers import LayerSpec
 from unbraid.records import Scan
 from unbraid.report.material import Material
-from unbraid.report.text import ABSENT, number, percent, shorten, significant
+from unbraid.report.text import ABSENT, bounded, number, percent, significant
 from unbraid.tables import count
 
 _LONGEST = 2000  # characters of a setting, such as a preprocessing with many steps
@@ -28,7 +29,7 @@ def facts(material: Material) -> tuple[Fact, ...]:
     """Choose the figures at the top: what was found, what was made of it, how well."""
     scan, found = material.scan, material.found
     split, evaluation = material.split, material.evaluation
-    n_channels = f"of {count(scan.layer.n_out, 'channel')}"
+    n_channels = f"of {count(scan.layer.n_out, 'channel')}{_at_thresholds(material)}"
     facts = [
         Fact(
             f"{len(found.concepts):,}", "chosen" if material.chosen else "polysemantic", n_channels
@@ -43,7 +44,9 @@ def facts(material: Material) -> tuple[Fact, ...]:
     facts.append(Fact(f"{len(found.pairs):,}", f"pairs of {found.kind}", note))
     if split is not None:
         n_concepts = sum(len(part.concepts) for part in split.channels)
-        facts.append(Fact(f"{n_concepts:,}", "concept channels", f"method: {split.method}"))
+        facts.append(
+            Fact(f"{n_concepts:,}", "concept channels", f"method: {bounded(split.method)}")
+        )
     if evaluation is None:
         return tuple(facts)
     output = output_figures(evaluation)
@@ -56,9 +59,19 @@ def facts(material: Material) -> tuple[Fact, ...]:
     note = "ideal 0; halving a channel gives 0.5"
     if evaluation.baseline is not None:
         before = evaluation.baseline.summary[evaluation.baseline.method]["separation_error"]
-        note = f"{evaluation.baseline.method} rule: {number(before)}; ideal 0"
+        note = f"{bounded(evaluation.baseline.method)} rule: {number(before)}; ideal 0"
     facts.append(Fact(number(errors["separation_error"]), "mean separation error", note))
     return tuple(facts)
+
+
+def _at_thresholds(material: Material) -> str:
+    """Name what decided; concepts that the user named took no threshold."""
+    found = material.found
+    if material.chosen:
+        return ""
+    if found.kind == "clusters":
+        return f" at gamma {found.gamma:g}"
+    return f" at tau {found.tau_in_words}, p {found.p:g}, gamma {found.gamma:g}"
 
 
 def output_figures(evaluation: Evaluation | None) -> dict[str, str] | None:
@@ -101,7 +114,7 @@ def settings(material: Material) -> tuple[tuple[str, str], ...]:
             rows[f"{name} data fingerprint"] = one.manifest.data
     rows["preprocessing"] = manifest.preprocessing or "unknown"
     rows["versions"] = ", ".join(f"{k} {v}" for k, v in manifest.versions.items())
-    return tuple((key, shorten(value, _LONGEST)) for key, value in rows.items())
+    return tuple((key, bounded(value, _LONGEST)) for key, value in rows.items())
 
 
 def _images(scan: Scan, broken: list[int]) -> str:
@@ -125,6 +138,10 @@ def _describe(layer: LayerSpec) -> str:
     return f"{shape}, kernel {kernel}{groups}"
 
 
-def plain(value: Any) -> str:
-    """Write a setting's value."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def how_divided(info: Mapping[str, Any]) -> dict[str, str]:
+    """Tell how a channel's masks were chosen, without what only says that the solver is done."""
+    return {
+        bounded(key): bounded(f"{value:.4g}" if isinstance(value, float) else str(value))
+        for key, value in info.items()
+        if key != "kkt_residual"
+    }

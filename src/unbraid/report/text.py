@@ -92,7 +92,7 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def bounded(name: str) -> str:
+def bounded(name: str, limit: int = LONGEST) -> str:
     r"""Cut a name that nobody would read to the end; it may have any number of characters.
 
     >>> len(bounded(100_000 * "x")), bounded("clock")
@@ -100,7 +100,7 @@ def bounded(name: str) -> str:
     >>> bounded("clo\u2069ck")
     'clo\ufffdck'
     """
-    return shorten(name, LONGEST).translate(_ISOLATES)
+    return shorten(name, limit).translate(_ISOLATES)
 
 
 def isolate(name: str) -> str:

@@ -26,7 +26,7 @@ from unbraid.report.masks import masks
 from unbraid.report.material import Material
 from unbraid.report.pairs import Chance, PairRow, chance, pair_rows
 from unbraid.report.spread import by_class, ridges, scatter
-from unbraid.report.summary import Fact, facts, output_figures, plain, settings
+from unbraid.report.summary import Fact, facts, how_divided, output_figures, settings
 from unbraid.report.text import bounded, isolate, shorten
 from unbraid.splits import ChannelSplit
 from unbraid.tables import count
@@ -99,7 +99,7 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
     return Page(
         title=bounded(title or _title(scan.layer.name)),
         layer=scan.layer,
-        hint=shorten(found.hint, _MAX_NOTE),
+        hint=bounded(found.hint, _MAX_NOTE),
         facts=facts(material),
         kind=found.kind,
         predicted=scan.manifest.labels == "predicted",
@@ -111,7 +111,7 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
         pairs=pair_rows(found, numbers),
         n_uncertain=sum(map(found.uncertain, found.pairs)),
         channels=sections,
-        notes=tuple(shorten(note, _MAX_NOTE) for note in (*_notes(material, has_images), *notes)),
+        notes=tuple(bounded(note, _MAX_NOTE) for note in (*_notes(material, has_images), *notes)),
         settings=settings(material),
         table_tau=f"{material.evaluation.tau:g}" if material.evaluation else "",
         n_images=scan.manifest.n_images - len(material.broken),
@@ -165,7 +165,7 @@ def _sections(
             ChannelView(
                 number=part.channel,
                 concepts=views,
-                info={key: plain(value) for key, value in part.info.items()},
+                info=how_divided(part.info),
                 cosine=material.lowest.get(part.channel),
                 rows=reference_rows(found, part, top[part.channel], ids),
                 measures=measures.get(part.channel),
