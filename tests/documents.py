@@ -51,7 +51,7 @@ def blocks(text: str) -> list[Block]:
 
     Raises:
         AssertionError: a fence that is not closed, is indented or has no known language, or a
-            mark of what is printed that follows no block.
+            mark of what is printed that follows no block; or a command is in a block of text.
     """
     text = text.rstrip("\n") + "\n"
     found = [Block(m["language"], m["code"], m["prints"]) for m in _FENCE.finditer(text)]
@@ -59,6 +59,11 @@ def blocks(text: str) -> list[Block]:
     assert text.count("```") + text.count("~~~") == 2 * (len(found) + printing)
     assert text.count("<!-- prints -->") == printing
     assert {block.language for block in found} <= {*LANGUAGES}
+    shown = [block.code for block in found if block.language == "text"]
+    shown += re.findall(r"^ {4,}[^ ].*$", _FENCE.sub("", text), re.MULTILINE)
+    for line in "\n".join(shown).splitlines():
+        first, *more = line.strip(" $").split() or [""]
+        assert not (first in PROGRAMS and more), line
     return found
 
 

@@ -198,6 +198,8 @@ def test_every_block_is_of_a_kind_that_is_looked_at(page):
         "~~~python\nprint(1)\n~~~\n",
         "```python\nprint(1)\n",
         "```python\nprint(1)\n```\n\n<!-- prints -->\n```text\n1\n```\n",
+        "```text\n$ unbraid demo --out x\n```\n",
+        "Start\n\n    unbraid demo --out x\n\nfirst.\n",
     ],
 )
 def test_a_block_that_would_be_passed_over_is_told(text):
