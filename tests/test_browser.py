@@ -268,6 +268,20 @@ def test_print_folds_nothing_and_hides_the_tools(context: Any, file: Path) -> No
     assert log.silent
 
 
+def test_no_table_is_wider_than_paper(browser: Any, file: Path) -> None:
+    context = browser.new_context(viewport={"width": 680, "height": 960})  # A4 without margins
+    page, log = load(context, file)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    widest = """() => Math.max(...[...document.querySelectorAll('table')]
+        .map(t => t.getBoundingClientRect().right))"""
+    assert page.evaluate(widest) <= 681
+    page.evaluate("document.querySelector('.effects td').style.paddingLeft = '700px'")
+    assert page.evaluate(widest) > 681
+    assert log.silent
+    context.close()
+
+
 def test_without_script_all_is_there(browser: Any, file: Path) -> None:
     with_script, without = (
         browser.new_context(java_script_enabled=enabled) for enabled in (True, False)
