@@ -23,6 +23,7 @@ from networks import SyntheticImages, build
 from unbraid.arvs import class_sums
 from unbraid.check import check
 from unbraid.errors import DataError, ModelError, RunError, UsageError
+from unbraid.evaluation import read_semantics
 from unbraid.files import read_some, read_tensors, write_tensors
 from unbraid.findings import Findings, Pair
 from unbraid.folders import ImageFolder, UnlabelledFolder
@@ -447,3 +448,23 @@ def test_settings_of_other_types_are_refused(settings: Any, tmp_path: Path) -> N
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(RunError, match="not that of a run"):
         read_settings(tmp_path)
+
+
+# --- evaluations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channel", ["Infinity", "1e400", "NaN", "1.5", "true", '"7"', "1" * 5000])
+def test_a_channel_of_no_whole_number_is_refused(channel: str, tmp_path: Path) -> None:
+    likeness = '{"monosemanticity": 0.5, "clarity": null}'
+    semantics = (
+        '{"encoder": "it", "n_images": 9, "n_top": 2, "positions": false, "crops": false, '
+        f'"original": {likeness}, "concepts": [], "within": null, "between": 1.0}}'
+    )
+    path = tmp_path / "evaluation.json"
+    path.write_text(f'{{"channels": [{{"channel": 7, "semantics": {semantics}}}]}}')
+    known = read_semantics(path)
+    assert known is not None
+    assert known.channels[7].n_images == 9
+    path.write_text(path.read_text().replace('"channel": 7', f'"channel": {channel}'))
+    with pytest.raises(RunError, match="cannot be read"):
+        read_semantics(path)

@@ -184,7 +184,7 @@ def read_semantics(path: Path) -> Semantics | None:
     try:
         entries = read_json(path)["channels"]
         known = {
-            int(entry["channel"]): ChannelSemantics.from_dict(entry["semantics"])
+            build(int, entry["channel"]): ChannelSemantics.from_dict(entry["semantics"])
             for entry in entries
             if entry.get("semantics") is not None
         }
