@@ -12,6 +12,7 @@ from unbraid.errors import DataError
 
 _BLOCK = 512
 _LONGEST = 1 << 20  # bytes of a header that says more than fits into a block
+_LENGTH = 20  # characters that the length of a record and a space may take
 _SPARSE = b"GNU.sparse"  # with holes, so not read in one go
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _WITHOUT_CONTENT = (
@@ -93,16 +94,17 @@ def _said(text: bytes) -> dict[str, str]:
 
     It is of records `LENGTH KEY=VALUE` and a line's end, LENGTH that of the whole record.
     """
-    said = {}
-    while text.strip(b"\0"):
-        length, _, _ = text.partition(b" ")
-        end = int(length)
-        record, text = text[:end], text[end:]
-        if len(record) != end or end <= len(length) or not record.endswith(b"\n"):
+    said: dict[str, str] = {}
+    at, stop = 0, len(text.rstrip(b"\0"))
+    while at < stop:  # by place: to cut off what was read would copy the rest for every record
+        length, space, _ = text[at : at + _LENGTH].partition(b" ")
+        begin, end = at + len(length) + 1, at + int(length)
+        if not (space and begin < end <= len(text) and text[end - 1 : end] == b"\n"):
             raise ValueError("a header is damaged")
-        key, _, value = record[len(length) + 1 : -1].partition(b"=")
+        key, _, value = text[begin : end - 1].partition(b"=")
         if key.startswith(_SPARSE):
             said["sparse"] = ""
         elif key in (b"path", b"size"):
             said[key.decode()] = value.decode("utf-8", "surrogateescape")
+        at = end
     return said
