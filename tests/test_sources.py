@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
 import tarfile
 import threading
@@ -662,6 +663,42 @@ def test_what_is_wrong_with_a_parquet_list_is_told(folder, columns, told):
 
     parquet.write_table(pyarrow.table(columns), folder / "list.parquet")
     with pytest.raises(DataError, match=told):
+        open_images(folder / "list.parquet")
+
+
+@pytest.mark.parametrize(
+    "kind", ["date32[day]", "timestamp[us]", "duration[s]", "decimal128(9, 0)", "list<", "binary"]
+)
+def test_parquet_of_dates_and_the_like_is_refused(kind, folder):
+    """Python's own dates end long before those of Parquet."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs unbraid[parquet]")
+    from pyarrow import parquet
+
+    late = pyarrow.array([2**31 - 1], pyarrow.int32())
+    labels = {
+        "date32[day]": late.cast(pyarrow.date32()),
+        "timestamp[us]": pyarrow.array([2**62], pyarrow.timestamp("us")),
+        "duration[s]": pyarrow.array([2**62], pyarrow.duration("s")),
+        "decimal128(9, 0)": pyarrow.array([1], pyarrow.decimal128(9, 0)),
+        "list<": pyarrow.array([[1]]),
+        "binary": pyarrow.array([b"ant"]),
+    }
+    table = pyarrow.table({"path": ["ant/0.png"], "label": labels[kind]})
+    parquet.write_table(table, folder / "list.parquet")
+    with pytest.raises(DataError, match=f"holds {re.escape(kind)}.* under 'label'"):
+        open_images(folder / "list.parquet")
+
+
+def test_a_long_text_in_every_row_of_parquet_is_refused_before_it_is_written_out(folder):
+    """Stored once, 8 MB would be half a terabyte."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs unbraid[parquet]")
+    from pyarrow import parquet
+
+    texts = pyarrow.array(["x" * (8 << 20)])
+    places = pyarrow.array([0] * 60_000, pyarrow.int32())
+    columns = {"path": pyarrow.DictionaryArray.from_arrays(places, texts), "label": places}
+    parquet.write_table(pyarrow.table(columns), folder / "list.parquet", store_schema=False)
+    with pytest.raises(DataError, match="a cell of 8388608 bytes"):
         open_images(folder / "list.parquet")
 
 

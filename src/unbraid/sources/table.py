@@ -24,6 +24,8 @@ PARQUET = (".parquet",)
 _NEEDED, _OPTIONAL = ("path", "label"), "group"
 _DELIMITERS = ",;\t|"
 _LONGEST_LINE = 1 << 20  # characters
+_LONGEST_CELL = 1 << 14  # bytes of a cell in Parquet
+_ROWS = 1 << 12  # of Parquet read in one go
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its cells by column
 
@@ -165,13 +167,53 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             f"{path} needs pyarrow to be read; pip install 'unbraid[parquet]', or write CSV."
         ) from None
     try:
-        with parquet.ParquetFile(path) as file:
-            columns = _check_columns(file.schema_arrow.names, path)
+        schema = parquet.read_schema(path)
+        columns = _check_columns(schema.names, path)
+        texts = [name for name in columns if _is_text(schema.field(name).type, name, path)]
+        # As dictionaries, since a long text that stands in the file once may be in all its rows.
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
             n = 0
-            for batch in file.iter_batches(columns=columns):
-                for cells in batch.to_pylist():
+            for batch in file.iter_batches(columns=columns, batch_size=_ROWS):
+                for cells in _written_out(batch, path).to_pylist():
                     n += 1
                     yield f"Row {n} of {path}", cells
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         reason = one_line(str(error)) or type(error).__name__
         raise DataError(f"{path} is no list that can be read ({reason}); write it anew.") from None
+
+
+def _is_text(kind: Any, column: str, path: Path) -> bool:
+    """Whether a column of Parquet holds texts; no Python object can hold some dates and the like.
+
+    Raises:
+        DataError: it holds neither texts nor numbers.
+    """
+    from pyarrow import types
+
+    inner = kind.value_type if types.is_dictionary(kind) else kind
+    if types.is_string(inner) or types.is_large_string(inner):
+        return True
+    if types.is_null(inner) or (types.is_primitive(inner) and not types.is_temporal(inner)):
+        return False
+    raise DataError(
+        f"{path} holds {one_line(str(kind))} under {column!r}; write texts, or numbers as labels "
+        "and groups."
+    )
+
+
+def _written_out(batch: Any, path: Path) -> Any:
+    """A batch with texts in place of dictionaries, unless they would be too long."""
+    import pyarrow
+    from pyarrow import compute, types
+
+    columns = []
+    for column in batch.columns:
+        coded = types.is_dictionary(column.type)
+        if coded and not types.is_primitive(column.type.value_type):
+            longest = compute.max(compute.binary_length(column.dictionary)).as_py()
+            if (longest or 0) > _LONGEST_CELL:
+                raise DataError(
+                    f"{path} has a cell of {longest} bytes, more than {_LONGEST_CELL}; mend it."
+                )
+        columns.append(column.dictionary_decode() if coded else column)
+    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
