@@ -44,6 +44,7 @@ LEFT_OUT = {
     "--labels predicted": f"{_SCAN}/predicted",
     "--workers N": f"{_SCAN}/workers",
     "--autocast": f"{_SCAN}/autocast",
+    "--channels-last": f"{_SCAN}/channels-last",
     "--no-features": f"{_RUN} plain",
     "--output scores": "unbraid layers clothes.py:build_scores",
     "--layer 'layer4.*.conv3'": (

@@ -8,6 +8,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from networks import (
 )
 from unbraid import records as records_module
 from unbraid.errors import DataError, LayerError, ModelError, RunError, UsageError
+from unbraid.relevance import kept_channels_last
 
 SHARD = 128  # images in a shard with positions
 
@@ -761,6 +763,32 @@ def test_under_autocast_the_network_runs_in_bfloat16_and_sums_are_of_float32(tmp
     torch.testing.assert_close(records.pooled, plain.pooled, rtol=0.02, atol=0.02)
     with pytest.raises(RunError, match="whether it runs in bfloat16 differ"):
         unbraid.scan(network, "layer", images, tmp_path / "autocast")
+
+
+def test_channels_last_is_as_if_the_network_were_and_the_network_is_left_as_it_was(tmp_path):
+    images = SyntheticImages(8)
+    network, so_already = build("3x3"), build("3x3").to(memory_format=torch.channels_last)
+    before = [(weight.data_ptr(), weight.stride()) for weight in network.parameters()]
+    scan = unbraid.scan(network, "layer", images, tmp_path / "told", channels_last=True)
+    assert [(weight.data_ptr(), weight.stride()) for weight in network.parameters()] == before
+    unbraid.scan(so_already, "layer", images, tmp_path / "already")
+    shards = [tmp_path / name / "shard-000000.safetensors" for name in ("told", "already")]
+    assert shards[0].read_bytes() == shards[1].read_bytes()
+    assert_records(list(scan.shards()), truth_of(build("3x3"), images), 0.005, range(8))
+    with pytest.raises(RunError, match="whether it runs channels last differ"):
+        unbraid.scan(network, "layer", images, tmp_path / "told")
+
+
+def test_while_it_is_kept_channels_last_it_is_and_not_after_an_error():
+    network = build("3x3")
+
+    def is_so() -> bool:
+        return network.layer.weight.is_contiguous(memory_format=torch.channels_last)
+
+    with suppress(KeyError), kept_channels_last(network):
+        assert is_so()
+        raise KeyError
+    assert not is_so()
 
 
 def test_threads_are_fixed_for_the_scan_and_given_back(tmp_path):

@@ -6,7 +6,7 @@ import platform
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from unbraid.identity import ids_of, pack_ids
 from unbraid.manifest import Manifest, read_manifest
 from unbraid.progress import image_progress
 from unbraid.records import Records, join_records, shard_path, write_shard
-from unbraid.relevance import undisturbed
+from unbraid.relevance import kept_channels_last, undisturbed
 from unbraid.team import Team
 
 
@@ -146,6 +146,7 @@ def scan_shards(
     with (
         image_progress(title, len(places), n_done, show=progress and team.first) as advance,
         undisturbed(model),
+        kept_channels_last(model) if same.channels_last else nullcontext(),
         threads_fixed(same.threads),
         torch.inference_mode(False),  # whatever mode the caller is in
         torch.enable_grad(),

@@ -58,6 +58,9 @@ Workers = Annotated[int, Parameter(help="Processes that load images.")]
 Autocast = Annotated[
     bool, Parameter(help="Run the network in bfloat16 where torch sees fit.", negative="")
 ]
+ChannelsLast = Annotated[
+    bool, Parameter(help="Keep convolutions channels last: faster on most devices.", negative="")
+]
 Threads = Annotated[
     int | None, Parameter(help="Threads to compute with; the same number gives the same bits.")
 ]

@@ -11,6 +11,7 @@ from unbraid.cli.inputs import load, open_images
 from unbraid.cli.options import (
     Autocast,
     BatchSize,
+    ChannelsLast,
     Concepts,
     Data,
     Device,
@@ -74,6 +75,7 @@ def scan(
     skip_broken: SkipBroken = False,
     threads: Threads = None,
     autocast: Autocast = False,
+    channels_last: ChannelsLast = False,
     device: Device = None,
 ) -> None:
     """Run a network over images once and keep a small record of each.
@@ -105,6 +107,7 @@ def scan(
         source={**loaded.source, "data": absolute(data)},
         threads=threads,
         autocast=autocast,
+        channels_last=channels_last,
     )
     if not is_first():
         return
