@@ -118,7 +118,7 @@ def test_killed_around_a_rename_it_goes_on(moment: str, undisturbed: Path, tmp_p
     assert_same(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("n_ranks", [2, 3])
+@pytest.mark.parametrize("n_ranks", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_many_processes_leave_the_same_bytes(
     n_ranks: int, undisturbed: Path, tmp_path: Path
 ) -> None:
