@@ -702,6 +702,19 @@ def test_a_long_text_in_every_row_of_parquet_is_refused_before_it_is_written_out
         open_images(folder / "list.parquet")
 
 
+def test_a_saved_data_set_whose_images_end_before_they_begin_is_refused(folder):
+    from_saved(folder)
+    (path,) = (folder.parent / "saved").glob("*.arrow")
+    content = path.read_bytes()
+    ends = np.cumsum([0, *((folder / image).stat().st_size for image, *_ in listed(folder))])
+    sound = ends.astype("<i4").tobytes()
+    ends[3] += 2000
+    assert content.count(sound) == 1
+    path.write_bytes(content.replace(sound, ends.astype("<i4").tobytes()))
+    with pytest.raises(DataError, match="saved is damaged"):
+        open_images(f"hf:{folder.parent / 'saved'}")
+
+
 def test_a_parquet_file_that_is_junk(folder):
     (folder / "list.parquet").write_bytes(b"PAR1" + b"\xff" * 100 + b"PAR1")
     with pytest.raises(DataError, match="no list that can be read"):

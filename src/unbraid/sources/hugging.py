@@ -102,6 +102,7 @@ def list_rows(dataset: Any, image: str, label: str | None, source: str) -> Listi
                 f"{source} has no column {column!r} but {', '.join(dataset.column_names)}; open it "
                 "in Python with from_hugging_face(dataset, image=..., label=...)."
             )
+    _make_sure(dataset.select_columns([image] if label is None else [image, label]), source)
     try:
         encoded = dataset.with_format(None).select_columns([image])
         encoded = encoded.cast_column(image, library.Image(decode=False))
@@ -114,6 +115,15 @@ def list_rows(dataset: Any, image: str, label: str | None, source: str) -> Listi
         ids = [str(path).replace("\\", "/") for path in paths]
     classes, class_of = _classes(dataset, label, source)
     return Listing(source, ids, Rows(encoded, image, ids), classes, class_of, sizes=sizes)
+
+
+def _make_sure(dataset: Any, source: str) -> None:
+    """Refuse columns that point beyond their file, which arrow itself only finds when asked."""
+    try:
+        dataset.data.validate(full=True)
+    except Exception as error:  # of arrow, in many kinds
+        reason = one_line(str(error)) or type(error).__name__
+        raise DataError(f"{source} is damaged ({reason}); save or fetch it again.") from None
 
 
 def _files(encoded: Any, column: str) -> tuple[list[str | None], list[int]]:
