@@ -2,19 +2,22 @@
 
     python benchmarks/loading.py [--workers 1] [--network resnet18] [--profile]
 
-JPEG pictures of 256 x 256 pixels are drawn and kept in a folder; both ways read them with the same
-data set, the same preprocessing, batch size and number of workers, in turn, round by round. The
-ratio of images per second is taken within a round; its median is reported.
+JPEG pictures of 500 x 375 pixels and about 110 kB, as ImageNet's are on average, are drawn and kept
+in a folder. Reading alone, plain inference and a scan take turns, round by round, with the same
+data set, preprocessing, batch size and number of workers. Ratios of images per second are taken
+within a round and their medians reported, of wall time and of processor time, workers included.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import os
 import pstats
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,7 @@ from unbraid.models import imagenet_transform
 
 LAYERS = {"resnet18": "layer4.1.conv2", "resnet50": "layer4.2.conv3"}
 BATCH = 32
+GRAIN = 25  # of 255; with it files are as large as those of ImageNet
 
 
 def draw_pictures(folder: Path, n_images: int) -> None:
@@ -38,11 +42,17 @@ def draw_pictures(folder: Path, n_images: int) -> None:
     random = np.random.default_rng(0)
     for n in range(n_images):
         coarse = random.integers(0, 255, (9, 9, 3), dtype=np.uint8)
-        smooth = np.asarray(Image.fromarray(coarse).resize((256, 256), Image.Resampling.BICUBIC))
-        grain = random.normal(0, 12, smooth.shape)
+        smooth = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC))
+        grain = random.normal(0, GRAIN, smooth.shape)
         path = folder / str(n % 10) / f"{n}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def reading(images: ImageFolder, workers: int) -> None:
+    """Read and preprocess, and nothing else."""
+    for _ in DataLoader(images, batch_size=BATCH, num_workers=workers):
+        pass
 
 
 def plain(model: nn.Module, images: ImageFolder, workers: int) -> None:
@@ -56,6 +66,14 @@ def scan(model: nn.Module, images: ImageFolder, workers: int, layer: str) -> Non
     """A whole scan."""
     with tempfile.TemporaryDirectory() as out:
         unbraid.scan(model, layer, images, out, batch_size=BATCH, workers=workers)
+
+
+def seconds(way: Callable[[], None]) -> tuple[float, float]:
+    """Time one way once: wall time, and processor time, with that of workers."""
+    start, before = time.perf_counter(), os.times()
+    way()
+    elapsed, after = time.perf_counter() - start, os.times()
+    return elapsed, sum(after[:4]) - sum(before[:4])
 
 
 def main() -> None:
@@ -78,24 +96,36 @@ def main() -> None:
                 scan(model, images, options.workers, layer)
             pstats.Stats(profile).sort_stats("tottime").print_stats(18)
             return
-        ratios, rates = [], []
+        mean = sum(path.stat().st_size for path in Path(folder).rglob("*.jpg")) / options.images
+        ways = {
+            "reading": lambda: reading(images, options.workers),
+            "plain inference": lambda: plain(model, images, options.workers),
+            "scan": lambda: scan(model, images, options.workers, layer),
+        }
+        for way in ways.values():  # warm up
+            way()
+        taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
         for number in range(options.rounds):
-            ways = {
-                "plain": lambda: plain(model, images, options.workers),
-                "scan": lambda: scan(model, images, options.workers, layer),
-            }
-            taken = {}
-            for way in sorted(ways, reverse=number % 2 == 1):
-                start = time.perf_counter()
-                ways[way]()
-                taken[way] = time.perf_counter() - start
-            ratios.append(taken["plain"] / taken["scan"])
-            rates.append(options.images / taken["scan"])
-            print(f"round {number + 1}: {taken}, ratio {ratios[-1]:.3f}", flush=True)
+            for way in ways if number % 2 == 0 else reversed(ways):
+                taken[way].append(seconds(ways[way]))
+            line = ", ".join(f"{way} {times[-1][0]:.2f} s" for way, times in taken.items())
+            print(f"round {number + 1}: {line}", flush=True)
     print(f"\nMachine: {describe_machine()}")
-    spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-    print(f"{options.network}, {options.images} JPEG files, {options.workers} workers:")
-    print(f"scan {statistics.median(rates):.1f} images/s, {spread} of plain inference's")
+    print(f"{options.network}, {options.images} JPEG files of {mean / 1e3:.0f} kB, ", end="")
+    print(f"{options.workers} workers, {options.rounds} rounds\n")
+    print("| way | images/s | speed to plain's, wall | speed to plain's, processor |")
+    print("| --- | --- | --- | --- |")
+    base = taken["plain inference"]
+    for way, times in taken.items():
+        rate = options.images / statistics.median(wall for wall, _ in times)
+        speeds = [
+            [b[kind] / t[kind] for t, b in zip(times, base, strict=True)] for kind in range(2)
+        ]
+        cells = " | ".join(
+            f"{statistics.median(speed):.3f} ({min(speed):.3f} to {max(speed):.3f})"
+            for speed in speeds
+        )
+        print(f"| {way} | {rate:.1f} | {cells} |")
 
 
 if __name__ == "__main__":
