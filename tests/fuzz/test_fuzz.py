@@ -26,7 +26,17 @@ from PIL import Image
 import unbraid
 from fuzz.mutations import damaged, tampered, tampered_json
 from networks import SyntheticImages, build
-from unbraid import files, layers, manifest, pictures, records, splits, states, strict
+from unbraid import (
+    files,
+    layers,
+    manifest,
+    pictures,
+    records,
+    semantics,
+    splits,
+    states,
+    strict,
+)
 from unbraid.ablate import ablate
 from unbraid.check import check
 from unbraid.errors import UnbraidError
@@ -38,6 +48,7 @@ from unbraid.semantics import ChannelSemantics, Likeness, Semantics
 from unbraid.settings import read_settings
 from unbraid.splits import Split
 from unbraid.states import load_weights
+from unbraid.visualize import features
 from unbraid.visualize.features import Feature, Features
 
 resource = pytest.importorskip("resource")  # of Unix
@@ -110,6 +121,7 @@ def use_scan(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
     sound_or_refused(
         lambda: [unbraid.open_scan(own).broken(), unbraid.open_scan(own).labels_seen()]
     )
+    sound_or_refused(lambda: unbraid.open_scan(own).ids())
     sound_or_refused(lambda: str(unbraid.find(unbraid.open_scan(own), tau="auto")))
     sound_or_refused(lambda: str(unbraid.find(unbraid.open_scan(own), concepts="clusters")))
     sound_or_refused(lambda: work(unbraid.open_scan(own), own))
@@ -306,6 +318,8 @@ CHECKS: dict[str, tuple[Any, str, Any, str]] = {
     "numbers of a layer": (layers.LayerSpec, "check", lambda _: None, "manifest"),
     "types of a manifest": (manifest, "build", lambda kind, values: kind(**values), "manifest"),
     "types of a split": (splits, "build", lambda kind, values: kind(**values), "split"),
+    "types of meanings": (semantics, "build", lambda kind, v, **_: kind(**v), "evaluation"),
+    "errors of features": (features, "Exception", ZeroDivisionError, "features"),
     "depth of JSON": (strict, "RecursionError", ZeroDivisionError, "settings"),
     "errors of pictures": (pictures, "Exception", ZeroDivisionError, "picture"),
     "errors of weights": (states, "Exception", ZeroDivisionError, "weights"),

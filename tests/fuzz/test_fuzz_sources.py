@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fuzz.mutations import HOSTILE, damaged
-from fuzz.test_fuzz import EXAMPLES, MANY, Escaped, fuzz, needs_proc, sound_or_refused
+from fuzz.test_fuzz import EXAMPLES, MANY, Escaped, fresh, fuzz, needs_proc, sound_or_refused
 from unbraid.identity import fingerprint, ids_of
-from unbraid.sources import Images, open_images, shards, table
+from unbraid.sources import Images, hugging, open_images, shards, table
 
 LIST = "path,label,group\n0.png,ant,a\n1.png,bee,a\n2.png,ant,b\n"
 CELLS = (
@@ -42,6 +42,7 @@ WORDS = st.sampled_from((*CELLS, *map(str, HOSTILE)))
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import datasets
     import pyarrow
     from pyarrow import parquet
 
@@ -52,6 +53,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "list.csv").write_text(LIST)
     columns = {"path": [f"{k}.png" for k in range(3)], "label": ["ant", "bee", "ant"]}
     parquet.write_table(pyarrow.table(columns), folder / "list.parquet")
+    pictures = [{"bytes": (folder / f"{k}.png").read_bytes(), "path": None} for k in range(3)]
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": columns["label"]})
+    rows.cast_column("image", datasets.Image()).save_to_disk(folder / "saved")
     for kind, name in ((tarfile.GNU_FORMAT, "gnu.tar"), (tarfile.PAX_FORMAT, "pax.tar")):
         with tarfile.open(folder / name, "w", format=kind) as tar:
             for k in range(3):
@@ -64,7 +68,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read_all(source: Path) -> None:
+def read_all(source: str | Path) -> None:
     images = open_images(source)
     assert len(fingerprint(images, images.targets)) == 64
     assert len(set(ids_of(images) or ())) == len(images) > 0
@@ -90,9 +94,50 @@ def use_list(data: st.DataObject, sound: Path, folder: Path) -> None:
     sound_or_refused(lambda: read_all(sound / "other.csv"))
 
 
+@st.composite
+def odd_parquet(draw: st.DrawFn) -> bytes:
+    """Parquet that is whole, with a column or two of any type and any numbers."""
+    import pyarrow
+    from pyarrow import parquet
+
+    names = ["0.png", "1.png", "2.png"]
+    columns = {"path": pyarrow.array(names), "label": pyarrow.array(["ant", "bee", "ant"])}
+    wide = [pyarrow.date64(), pyarrow.float64(), pyarrow.uint64(), pyarrow.time64("us")]
+    wide += [make(unit) for make in (pyarrow.timestamp, pyarrow.duration) for unit in ("ms", "us")]
+    for _ in range(draw(st.integers(1, 2))):
+        number = draw(st.sampled_from((0, 1, 2**31, 2**62, 2**63 - 1, -1, -(2**63))))
+        array = pyarrow.array([number] * 3, pyarrow.int64())
+        kind = draw(st.sampled_from(("wide", "wide", "text", "list", "struct", "null", "bytes")))
+        if kind == "wide":
+            array = array.view(draw(st.sampled_from(wide)))
+        elif kind == "text":
+            array = pyarrow.array(draw(st.lists(st.sampled_from(CELLS), min_size=3, max_size=3)))
+            array = array.dictionary_encode() if draw(st.booleans()) else array
+        elif kind in ("list", "struct"):
+            array = pyarrow.array([[number] if kind == "list" else {"path": number}] * 3)
+        elif kind == "null":
+            array = pyarrow.nulls(3)
+        else:
+            array = pyarrow.array([bytes([k, 255 - k]) for k in range(3)])
+            array = array.view(pyarrow.string()) if draw(st.booleans()) else array
+        columns[draw(st.sampled_from(("path", "label", "label", "group")))] = array
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue()
+
+
 def use_parquet(data: st.DataObject, sound: Path, folder: Path) -> None:
-    (sound / "other.parquet").write_bytes(data.draw(damaged((sound / "list.parquet").read_bytes())))
+    content = (sound / "list.parquet").read_bytes()
+    content = data.draw(st.one_of(damaged(content), odd_parquet()))
+    (sound / "other.parquet").write_bytes(content)
     sound_or_refused(lambda: read_all(sound / "other.parquet"))
+
+
+def use_saved(data: st.DataObject, sound: Path, folder: Path) -> None:
+    own = fresh(sound / "other", sound / "saved")
+    path = own / data.draw(st.sampled_from(sorted(path.name for path in own.iterdir())))
+    path.write_bytes(data.draw(damaged(path.read_bytes())))
+    sound_or_refused(lambda: read_all(f"hf:{own}"))
 
 
 def use_tar(data: st.DataObject, sound: Path, folder: Path) -> None:
@@ -107,7 +152,7 @@ def use_tar(data: st.DataObject, sound: Path, folder: Path) -> None:
     sound_or_refused(lambda: read_all(sound / "other.tar"))
 
 
-READERS = {"list": use_list, "parquet": use_parquet, "tar": use_tar}
+READERS = {"list": use_list, "parquet": use_parquet, "saved": use_saved, "tar": use_tar}
 pytestmark = [needs_proc, pytest.mark.filterwarnings("ignore")]
 
 
@@ -123,10 +168,11 @@ def test_of_many_sources_each_is_sound_or_refused(reader: str, sound: Path, tmp_
 
 
 def test_sources_that_are_sound_are_read(sound: Path) -> None:
-    for name in ("list.csv", "list.parquet", "gnu.tar", "pax.tar"):
-        images = open_images(sound / name)
+    for name in ("list.csv", "list.parquet", "gnu.tar", "pax.tar", "saved"):
+        source = f"hf:{sound / name}" if name == "saved" else sound / name
+        images = open_images(source)
         assert len(images) == 3
-        read_all(sound / name)
+        read_all(source)
         assert images[0][0].size == (5, 6)
 
 
@@ -138,6 +184,8 @@ class Nothing(Exception):
     ("module", "name", "instead", "reader"),
     [
         (table, "UnicodeDecodeError", Nothing, "list"),
+        (table, "_is_text", lambda *_: False, "parquet"),
+        (hugging, "Exception", Nothing, "saved"),
         (shards, "decode_picture", lambda file, _: Image.open(file).convert("RGB"), "tar"),
     ],
 )
