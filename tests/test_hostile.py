@@ -158,6 +158,8 @@ def forge(path: Path, **changes: Callable[[Tensor], Tensor]) -> None:
         ("n_positions", lambda x: x * 0, "'n_positions' with numbers that cannot be"),
         ("pooled", lambda x: x * float("nan"), "'pooled' that is not of finite numbers"),
         ("pooled", lambda x: x.long(), "'pooled' that is not of finite numbers"),
+        ("pooled", lambda x: x.sum(), "'pooled' of a wrong shape"),
+        ("pooled", lambda x: x.half(), "'pooled' of another type than the network's"),
         ("pooled", lambda x: x.new_zeros(2**40, 0), "'pooled' of a wrong shape"),
         ("share_value", lambda x: x + 5, "'share_value' with numbers that cannot be"),
         ("share_start", lambda x: x[:0], "holds shares of no image"),
@@ -180,6 +182,21 @@ def test_tensors_read_alone_are_checked_one_beside_the_other(scan: Scan) -> None
     forge(shard_path(scan.path, 0), share_value=lambda x: x[:-1])
     with pytest.raises(RunError, match="shares of no image"):
         unbraid.find(scan, tau="auto")
+
+
+def test_maps_and_weights_of_another_type_are_refused(tmp_path: Path) -> None:
+    """No convolution takes numbers of two types."""
+    scan = unbraid.scan(build("uneven"), "layer", SyntheticImages(9), tmp_path, positions=True)
+    assert scan.manifest.dtype == "float64"
+    path = shard_path(scan.path, 0)
+    sound = path.read_bytes()
+    forge(path, input_map=lambda x: x.half())
+    with pytest.raises(RunError, match="'input_map' of another type than the network's"):
+        unbraid.split(scan, unbraid.find(scan, channels={0: [[0], [1, 2]]}), method="published")
+    path.write_bytes(sound)
+    forge(scan.path / "layer.safetensors", weight=lambda x: x.float(), bias=lambda x: x.float())
+    with pytest.raises(RunError, match="weights of another type than the network's"):
+        unbraid.open_scan(scan.path)
 
 
 def test_weights_of_another_shape_are_refused(scan: Scan) -> None:

@@ -206,7 +206,7 @@ def sound_layer(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """
     path = folder / "layer.safetensors"
     layer = read_tensors(path)[0]
-    fault = layer_fault(manifest.layer, layer)
+    fault = layer_fault(manifest, layer)
     if fault:
         raise RunError(f"{path} {fault}; delete it and start the scan again.")
     return layer

@@ -22,16 +22,19 @@ _POSITIONS = 2**53  # the last whole number of which float64 knows both neighbou
 _PADDED_TIMES, _PADDED_FREE = 16, 2**26
 
 
-def layer_fault(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> str | None:
+def layer_fault(manifest: Manifest, tensors: Mapping[str, Tensor]) -> str | None:
     """Judge layer.safetensors: weight (C_out, J) and bias (C_out,)."""
+    spec = manifest.layer
     shapes = {"weight": (spec.n_out, spec.n_taps), "bias": (spec.n_out,)}
     for name, shape in shapes.items():
         if name not in tensors or tensors[name].shape != shape:
             return f"holds no {name!r} of the layer's shape"
         if not sound_figures(tensors[name]):
             return f"holds a {name!r} that is not of finite numbers"
-    same = tensors["weight"].dtype == tensors["bias"].dtype
-    return None if same else "holds weights and biases of different types"
+    if tensors["weight"].dtype != tensors["bias"].dtype:
+        return "holds weights and biases of different types"
+    same = _widened(tensors["weight"]) == _wide(manifest.dtype)
+    return None if same else "holds weights of another type than the network's"
 
 
 def column_fault(manifest: Manifest, shard: int, name: str, column: Tensor) -> str | None:
@@ -41,8 +44,9 @@ def column_fault(manifest: Manifest, shard: int, name: str, column: Tensor) -> s
         if not sound_figures(column):
             return f"holds a {name!r} that is not of finite numbers"
         # A shard of broken images alone says nothing of types.
-        if name == "pooled" and len(column) and column.dtype != _wide(manifest.dtype):
-            return "holds a 'pooled' of another type than the network's"
+        kind = column.dtype if name == "pooled" else _widened(column)
+        if name != "share_value" and column.numel() and kind != _wide(manifest.dtype):
+            return f"holds a {name!r} of another type than the network's"
         least, most = (0.0, _MOST_SHARE) if name == "share_value" else (-_LARGEST, _LARGEST)
     else:
         whole = torch.int32 if name == "share_channel" else torch.int64
@@ -131,6 +135,11 @@ def _map_fault(spec: LayerSpec, n: int, input_map: Tensor) -> str | None:
 def _wide(dtype: str) -> torch.dtype:
     """What pooled inputs of a network of a type are kept in."""
     return torch.float64 if dtype == "float64" else torch.float32
+
+
+def _widened(tensor: Tensor) -> torch.dtype:
+    """What numbers of a tensor are computed with."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def sound_figures(tensor: Tensor) -> bool:
