@@ -121,6 +121,7 @@ def test_what_is_missing_and_what_a_kill_left_is_told(run: Path, whole: Path) ->
     (folder / "shard-000000.safetensors").unlink()
     leftover = folder / "shard-000000.safetensors.7.tmp"
     leftover.write_bytes(b"half")
+    (folder / "somebody's.tmp").mkdir()
     found = check(run)
     assert found.missing == [f"1 shard of 3 in {folder}"]
     assert "Start the command that made the folder again" in str(found)

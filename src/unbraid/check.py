@@ -85,7 +85,8 @@ def _holds_scan(folder: Path) -> bool:
 
 def _check_scan(folder: Path, found: Checkup) -> None:
     for leftover in folder.glob("*.tmp"):
-        leftover.unlink()
+        if leftover.is_file():
+            leftover.unlink()
     try:
         manifest = read_manifest(folder)
     except RunError as error:

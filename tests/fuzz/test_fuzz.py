@@ -311,6 +311,11 @@ def test_what_is_sound_is_read(seeds: Seeds, tmp_path: Path) -> None:
     assert zipfile.is_zipfile(seeds.folder / "weights.pt")
 
 
+def test_memory_beyond_the_bound_is_noticed() -> None:
+    with bounded_memory(), pytest.raises(Escaped, match="MemoryError"):
+        sound_or_refused(lambda: bytearray(2 * MEMORY))
+
+
 # Each check, and what it protects: without it, something else than UnbraidError comes out.
 CHECKS: dict[str, tuple[Any, str, Any, str]] = {
     "records": (records, "records_fault", lambda *_: None, "scan"),
