@@ -39,12 +39,13 @@ _TIMES = """() => {
 
 
 class Crops(Dataset[tuple[Tensor, int]]):
-    """Some of the crops, with photographs for classes."""
+    """Some of the crops, with photographs for classes, and for groups of images."""
 
     def __init__(self, images: Photographs, places: range) -> None:
         """Choose some."""
         self.images, self.places = images, places
         self.targets = [images.targets[place] for place in places]
+        self.groups: list[int] | None = self.targets  # of each photograph only one crop is shown
         self.classes = [""] * 1000
         names = [Path(name).stem.removesuffix("_left") for name in PHOTOGRAPHS]
         labels = dict.fromkeys(images.targets)

@@ -32,7 +32,7 @@ from unbraid.figures.paper import COLOURS
 from unbraid.folders import ImageFolder
 from unbraid.run_figures import figure_of_run
 from unbraid.visualize.features import Feature
-from unbraid.visualize.reference import reference_images
+from unbraid.visualize.reference import ALIKE, reference_images
 
 NAMES = ("$x_1$", "<b>&", "\u202edrawkcab\n", "w" * 5000)
 CONCEPTS = {4: [[0], [1, 2]], 1: [[0, 1], [2], [3]]}
@@ -208,7 +208,7 @@ def assert_sources(figure: Figure, truth: list[tuple[list[float], list[float]]],
 
 def assert_tiles(figure: Figure, run: Run, channel: int, n: int, skip: int = 0) -> None:
     """Each row holds the middle of its reference images, framed by what they belong to."""
-    top = reference_images(run.scan, run.split, n=n)[channel]
+    top = reference_images(run.scan, run.split, n=n, alike=ALIKE)[channel]
     rows = tiles(figure)
     assert len(rows) == 1 + len(top.concepts)
     for row, images in zip(rows, (top.original, *top.concepts), strict=True):
@@ -336,7 +336,7 @@ def test_visualisations_stand_first_where_every_row_has_one(run: Run) -> None:
 
 
 def test_an_image_that_is_gone_is_crossed_out(run: Run) -> None:
-    top = reference_images(run.scan, run.split, n=3)[4].original.index.tolist()
+    top = reference_images(run.scan, run.split, n=3, alike=ALIKE)[4].original.index.tolist()
     images = ImageFolder(run.folder / "data/val", to_tensor, class_names=NAMES)
     path, label = images.samples[top[1]]
     images.samples[top[1]] = (path + ".gone", label)

@@ -24,7 +24,6 @@ from unbraid.report import page as page_module
 from unbraid.report.pictures import Album, Look, encode, veil
 from unbraid.report.where import Spot, Where, find_where
 from unbraid.visualize.features import Feature, Features
-from unbraid.visualize.reference import ALIKE, TopImages, reference_images
 
 # --- where a channel answers, and where its input comes from --------------------------------------
 
@@ -94,62 +93,6 @@ def test_a_veil_hides_what_does_not_count() -> None:
     assert image.size == (3, 2)
     np.testing.assert_allclose(opacity, 0.72 * (1 - shade.numpy()), atol=0.003)
     assert len(veil(torch.rand(200, 300))) < 2500
-
-
-# --- reference images that differ -----------------------------------------------------------------
-
-
-class Repeats(Dataset[tuple[Tensor, int]]):
-    """Blobs, each followed by two near-copies; perhaps known to belong together."""
-
-    def __init__(self, noise: float, grouped: bool) -> None:
-        inner = Blobs(41, 3)
-        keep = [n for n in range(41) if n != BROKEN]
-        jitter = torch.randn(len(keep), 3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-        self.x = (inner.x[keep][:, None] + noise * jitter).flatten(0, 1)
-        self.targets = [inner.targets[n] for n in keep for _ in range(3)]
-        self.classes = inner.classes
-        if grouped:
-            self.groups = [n for n in range(len(keep)) for _ in range(3)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.x[index], self.targets[index]
-
-
-def assert_different(images: TopImages, everything: TopImages, pooled: Tensor, n: int) -> None:
-    """The first n of all that are not too much like one chosen before, one by one."""
-    chosen: list[int] = []
-    for index in everything.index.tolist():
-        cosines = [float(F.cosine_similarity(pooled[index], pooled[c], dim=0)) for c in chosen]
-        if len(chosen) < n and all(cosine <= ALIKE for cosine in cosines):
-            chosen.append(index)
-    assert images.index.tolist() == chosen
-
-
-def test_no_image_repeats_a_stronger_one(run: Run, tmp_path: Path) -> None:  # noqa: F811
-    scan = unbraid.scan(run.network, "2", Repeats(0.01, grouped=False), tmp_path / "s")
-    pooled = torch.cat([records.pooled.flatten(1) for records in scan.shards()]).double()
-    ranked = reference_images(scan, run.split, n=24)
-    repeated = 0
-    for channel, top in reference_images(scan, run.split, n=6, alike=ALIKE).items():
-        all_of_it = (ranked[channel].original, *ranked[channel].concepts)
-        for images, everything in zip((top.original, *top.concepts), all_of_it, strict=True):
-            assert_different(images, everything, pooled, 6)
-            assert len({index // 3 for index in images.index.tolist()}) == len(images.index)
-            repeated += len({index // 3 for index in everything.index[:6].tolist()}) < 6
-            with pytest.raises(AssertionError):  # what is merely strongest is not different
-                assert_different(everything, everything, pooled, 6)
-    assert repeated, "the fixture must have repeated images among the strongest"
-
-
-def test_images_of_one_group_count_once(run: Run, tmp_path: Path) -> None:  # noqa: F811
-    scan = unbraid.scan(run.network, "2", Repeats(0.5, grouped=True), tmp_path / "s")
-    for top in reference_images(scan, run.split, n=6, alike=1.1).values():
-        for images in (top.original, *top.concepts):
-            assert len({index // 3 for index in images.index.tolist()}) == len(images.index) == 6
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,9 @@ from unbraid.errors import UsageError
 from unbraid.records import Scan
 from unbraid.splits import Split
 
-ALIKE = 0.998  # cosine of two images' pooled inputs; docs/report.md tells why
+# Cosines of two images' pooled inputs, less their mean over the scan; docs/report.md tells why.
+ALIKE, COPY = 0.95, 0.99
+_STEPS = 5  # from the one to the other
 _POOL = 4  # images among which to look for those that differ, for each that is shown
 
 
@@ -24,6 +27,7 @@ class TopImages:
     label: Tensor  # (n,)
     concept: Tensor  # (n,), of the split channel that it belongs to, -1 for none
     activation: Tensor  # (n,), pooled pre-activation, float64
+    group: Tensor | None = None  # (n,), of images of which only the strongest was to be kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +49,11 @@ def reference_images(
         scan: of the images to choose from, from the network that was split.
         split: whose channels to look at.
         n: images per channel; fewer are given where the scan holds fewer.
-        alike: leave out an image whose pooled inputs have a cosine above this with those of a
-            stronger one that is given, or that belongs to the same group of images; fewer than n
-            are given where the 4 n strongest hold fewer that differ. None gives all.
+        alike: leave out what a stronger one shows already: all images of its group but the
+            strongest, where the data set groups them, and those among the 4 n strongest whose
+            pooled inputs, less their mean over the scan, have a cosine above this with its own.
+            Where fewer than n are left, the cosine may be higher, as little as gives n, up to
+            0.99; if that is not enough, fewer are given. None leaves out nothing.
 
     Returns:
         By channel. Of equally exciting images the earlier one comes first.
@@ -64,8 +70,8 @@ def reference_images(
         )
     scan = replace(scan, clusters=split.clusters)
     if alike is None:
-        return _rank(scan, split, n)
-    ranked = _rank(scan, split, _POOL * n)
+        return _rank(scan, split, n, by_group=False)
+    ranked = _rank(scan, split, _POOL * n, by_group=True)
     looks = _looks(scan, ranked)
     return {
         channel: ReferenceImages(
@@ -76,15 +82,17 @@ def reference_images(
     }
 
 
-def _rank(scan: Scan, split: Split, n: int) -> dict[int, ReferenceImages]:
+def _rank(scan: Scan, split: Split, n: int, by_group: bool) -> dict[int, ReferenceImages]:
     best: dict[int, list[TopImages]] = {}
     for records in scan.shards():
+        group = records.group if by_group else None
         for part in split.channels:
             pooled = records.pooled[:, scan.layer.group_of(part.channel)]
             original_and_concepts = part.pooled_responses(pooled, records.n_positions)[:, :-1].T
             concept = concept_of(scan, records, part.concepts)
             fresh = [
-                TopImages(records.index, records.label, concept, z) for z in original_and_concepts
+                TopImages(records.index, records.label, concept, z, group)
+                for z in original_and_concepts
             ]
             known = best.get(part.channel)
             joined = fresh if known is None else list(map(_join, known, fresh))
@@ -100,8 +108,7 @@ class _Looks:
     """How the layer sees some images."""
 
     place: dict[int, int]  # rows by place in the data set
-    direction: Tensor  # (M, G J), pooled inputs of length 1
-    group: Tensor | None  # (M,), which images belong together
+    direction: Tensor  # (M, G J), pooled inputs less those of a mean image, of length 1
 
 
 def _looks(scan: Scan, ranked: dict[int, ReferenceImages]) -> _Looks:
@@ -109,17 +116,18 @@ def _looks(scan: Scan, ranked: dict[int, ReferenceImages]) -> _Looks:
     wanted = torch.cat(
         [top.index for images in ranked.values() for top in (images.original, *images.concepts)]
     ).unique()
-    found = []
+    indices, pooled = [], []
+    total, n_images = torch.zeros((), dtype=torch.float64), 0
     for records in scan.shards():
-        here = torch.isin(records.index, wanted)
-        group = None if records.group is None else records.group[here]
-        found.append((records.index[here], records.pooled[here].flatten(1).float(), group))
-    indices, pooled, groups = zip(*found, strict=True)
-    known = [group for group in groups if group is not None]
+        inputs, here = records.pooled.flatten(1), torch.isin(records.index, wanted)
+        indices.append(records.index[here])
+        pooled.append(inputs[here].float())
+        total = total + inputs.sum(0, dtype=torch.float64)
+        n_images += len(records)
+    centred = torch.cat(pooled) - (total / n_images).float()
     return _Looks(
         {index: n for n, index in enumerate(torch.cat(indices).tolist())},
-        torch.nn.functional.normalize(torch.cat(pooled), dim=1),
-        torch.cat(known) if known else None,
+        torch.nn.functional.normalize(centred, dim=1),
     )
 
 
@@ -127,31 +135,50 @@ def _different(images: TopImages, looks: _Looks, n: int, alike: float) -> TopIma
     """Choose the n strongest images none of which repeats a stronger one."""
     rows = torch.tensor([looks.place[index] for index in images.index.tolist()])
     cosine = looks.direction[rows] @ looks.direction[rows].T
-    repeats = cosine > alike
-    if looks.group is not None:
-        group = looks.group[rows]
-        repeats |= group[:, None] == group
     chosen: list[int] = []
-    for place in range(len(rows)):
-        if len(chosen) < n and not repeats[place, chosen].any():
-            chosen.append(place)
+    for limit in np.linspace(alike, max(alike, COPY), _STEPS):
+        chosen = _apart(cosine, n, float(limit))
+        if len(chosen) == n:
+            break
     return _take(images, torch.tensor(chosen, dtype=torch.int64))
 
 
+def _apart(cosine: Tensor, n: int, limit: float) -> list[int]:
+    """Choose the first n, no two of which have a cosine above a limit."""
+    repeats = cosine > limit
+    chosen: list[int] = []
+    for place in range(len(cosine)):
+        if len(chosen) < n and not repeats[place, chosen].any():
+            chosen.append(place)
+    return chosen
+
+
 def _join(known: TopImages, fresh: TopImages) -> TopImages:
+    groups = [images.group for images in (known, fresh) if images.group is not None]
     return TopImages(
         torch.cat([known.index, fresh.index]),
         torch.cat([known.label, fresh.label]),
         torch.cat([known.concept, fresh.concept]),
         torch.cat([known.activation, fresh.activation]),
+        torch.cat(groups) if groups else None,
     )
 
 
 def _strongest(images: TopImages, n: int) -> TopImages:
+    """Take the n strongest images, of each group only one."""
     # A stable sort, not topk: which of two equal images is shown must not depend on the shards.
-    return _take(images, images.activation.sort(descending=True, stable=True).indices[:n])
+    order = images.activation.sort(descending=True, stable=True).indices
+    if images.group is not None:
+        first = np.unique(images.group[order].numpy(), return_index=True)[1]
+        order = order[torch.from_numpy(np.sort(first))]
+    return _take(images, order[:n])
 
 
 def _take(images: TopImages, order: Tensor) -> TopImages:
-    columns = (images.index, images.label, images.concept, images.activation)
-    return TopImages(*(column[order] for column in columns))
+    return TopImages(
+        images.index[order],
+        images.label[order],
+        images.concept[order],
+        images.activation[order],
+        None if images.group is None else images.group[order],
+    )
