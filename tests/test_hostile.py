@@ -29,7 +29,7 @@ from unbraid.findings import Findings, Pair
 from unbraid.folders import ImageFolder, UnlabelledFolder
 from unbraid.manifest import MAX_CLASSES, read_manifest
 from unbraid.pictures import read_picture
-from unbraid.records import Scan, shard_path
+from unbraid.records import Scan, no_records, shard_path, write_shard
 from unbraid.settings import read_settings
 from unbraid.splits import Split
 from unbraid.states import load_weights
@@ -69,6 +69,7 @@ def test_a_claim_of_a_billion_shards_costs_nothing(scan: Scan) -> None:
         ({"shard_size": True}, "shard_size is True, not a whole number"),
         ({"n_images": 2.5}, "n_images is 2.5, not a whole number"),
         ({"n_images": -1}, "n_images is -1"),
+        ({"n_images": 0}, "n_images is 0"),
         ({"threads": 10**9}, "threads is 1000000000"),
         ({"min_share": "a"}, "min_share is 'a', not a number"),
         ({"class_names": "abc"}, "class_names is 'abc', not a list"),
@@ -257,6 +258,17 @@ class GroupedImages(SyntheticImages):
         if index >= 8:
             raise ValueError("broken")
         return super().__getitem__(index)
+
+
+def test_no_tau_is_chosen_by_a_scan_without_an_image(tmp_path: Path) -> None:
+    scan = unbraid.scan(build("1x1"), "layer", SyntheticImages(9), tmp_path)
+    records = replace(no_records(scan.layer, positions=False), broken=torch.arange(9))
+    write_shard(scan.path, 0, records)
+    opened = unbraid.open_scan(scan.path)
+    assert opened.broken() == list(range(9))
+    assert unbraid.find(opened).pairs == ()
+    with pytest.raises(DataError, match="holds no image to choose tau by"):
+        unbraid.find(opened, tau="auto")
 
 
 def test_counts_for_many_thresholds_are_made_in_portions(

@@ -110,7 +110,7 @@ class Manifest:
             ValueError: there cannot.
         """
         self.layer.check()
-        in_range("n_images", self.n_images, 0, _MOST_IMAGES)
+        in_range("n_images", self.n_images, 1, _MOST_IMAGES)
         in_range("shard_size", self.shard_size, 1, _MOST_IMAGES)
         in_range("batch_size", self.batch_size, 1, _MOST_IMAGES)
         in_range("min_share", self.min_share, 0, 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unbraid.arvs import ClassSums, class_cosines, class_sums, shared_channels, uses
-from unbraid.errors import UsageError
+from unbraid.errors import DataError, UsageError
 from unbraid.records import Scan
 
 Tau = float | Literal["auto"]
@@ -60,6 +60,9 @@ def choose_tau(scan: Scan) -> tuple[float, str]:
         tau, and a sentence for the user where the scan kept too few shares to follow the rule:
         tau is then the smallest share kept.
 
+    Raises:
+        DataError: none of the images could be read.
+
     Source:
         docs/thresholds.md.
     """
@@ -70,6 +73,8 @@ def choose_tau(scan: Scan) -> tuple[float, str]:
         for own in scan.tensors("label", "share_start", "share_value")
     ]
     labels, shares = (torch.cat(part) for part in zip(*parts, strict=True))
+    if not len(labels):
+        raise DataError(f"The scan in {scan.path} holds no image to choose tau by; scan anew.")
     by_class = shares[labels.argsort(stable=True)].split(
         labels.unique(return_counts=True)[1].tolist()
     )
