@@ -200,6 +200,13 @@ def test_maps_and_weights_of_another_type_are_refused(tmp_path: Path) -> None:
         unbraid.open_scan(scan.path)
 
 
+def test_maps_of_zeros_beside_other_pooled_inputs_are_divided_all_the_same(tmp_path: Path) -> None:
+    scan = unbraid.scan(build("uneven"), "layer", SyntheticImages(9), tmp_path, positions=True)
+    forge(shard_path(scan.path, 0), input_map=torch.zeros_like)
+    split = unbraid.split(scan, unbraid.find(scan, channels={0: [[0], [1, 2]]}))
+    assert split.channels[0].masks.isfinite().all()
+
+
 def test_weights_of_another_shape_are_refused(scan: Scan) -> None:
     forge(scan.path / "layer.safetensors", weight=lambda x: x[:, :1])
     with pytest.raises(RunError, match="no 'weight' of the layer's shape"):

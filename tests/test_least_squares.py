@@ -120,6 +120,16 @@ def test_a_problem_that_rounding_makes_indefinite_is_solved():
     assert_optimal(gram, 1e-4, linear, answer)
 
 
+@pytest.mark.parametrize("form", ["rows", "whole"])
+def test_hardly_any_ridge_is_enough(form):
+    """As where all inputs of the concepts are zero, and only the background says anything."""
+    inputs = torch.randn(3, 36, generator=torch.Generator().manual_seed(0)).double()
+    gram = Rows(inputs) if form == "rows" else Whole(inputs.T @ inputs)
+    linear = 3 * torch.ones(2, 36).double()
+    answer = solve_box(gram, torch.finfo(torch.float64).tiny, linear, torch.zeros_like(linear))
+    assert kkt_residual(gram, 0.0, linear, answer).max() < 1e-8
+
+
 def test_both_forms_of_a_gram_say_the_same():
     parts = [torch.randn(n, 60, dtype=torch.float64) for n in (4, 6)]
     weights, row, x = [0.3, 2.0], torch.randn(60).double(), torch.randn(3, 60).double()

@@ -20,6 +20,7 @@ from unbraid.gram import Gram, System
 
 _PATIENCE = 5  # guesses without progress; four to ten guesses in all are usual
 _MAX_STEPS = 100  # to the interior point; ten to thirty are usual
+_LEAST_RIDGE = 1e-12  # of the whole curvature: with less, rounding makes the systems indefinite
 
 
 def solve_box(
@@ -29,7 +30,7 @@ def solve_box(
 
     Args:
         gram: the curvature, (J, J), positive semidefinite; float64, as all that follows.
-        ridge: added to its diagonal, above zero unless the gram is positive definite.
+        ridge: added to its diagonal, or a trillionth of the diagonal's sum if that is more.
         linear: (K, J).
         start: (K, J), where to begin; the answer does not depend on it, the time does.
         tolerance: largest KKT residual of an answer.
@@ -42,6 +43,7 @@ def solve_box(
     >>> solve_box(Whole(torch.eye(2).double()), 1.0, linear, start)
     tensor([[0.3000, 1.0000]], dtype=torch.float64)
     """
+    ridge = max(ridge, _LEAST_RIDGE * float(gram.diagonal().sum()))
     answers = []
     for c, m in zip(linear, start.clamp(0, 1), strict=True):
         m = _switch_bounds(gram, ridge, c, m)
