@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 import unbraid
 from machine import describe_machine
-from visualize import PHOTOGRAPHS, Photographs
+from visualize import Photographs
 
 N_LOADS = 7
 SECONDS = 150.0  # for feature visualisations
@@ -46,11 +46,7 @@ class Crops(Dataset[tuple[Tensor, int]]):
         self.images, self.places = images, places
         self.targets = [images.targets[place] for place in places]
         self.groups: list[int] | None = self.targets  # of each photograph only one crop is shown
-        self.classes = [""] * 1000
-        names = [Path(name).stem.removesuffix("_left") for name in PHOTOGRAPHS]
-        labels = dict.fromkeys(images.targets)
-        for label, name in zip(labels, [*names, "china", "flower"], strict=True):
-            self.classes[label] = name.replace("_", " ")
+        self.classes = images.classes
 
     def __len__(self) -> int:
         """Count the crops."""

