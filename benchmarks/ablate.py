@@ -6,6 +6,7 @@ ResNet-50 with random weights, random images, 10 channels of two concepts each, 
 switch off: in a late layer, and in one with a third of the network behind it. A gate is moved for
 one concept only, and its time is scaled, since each takes a full pass. Processor time, which
 neighbours on the machine disturb less.
+Needs nothing but unbraid.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Of the rows of eight reference images of every split channel and concept channel
 were not split by: pairs of pictures that look the same, judged without the network, by the
 correlation of their thumbnails (grey, 16 pixels a side, the best of a few shifts and of both ways
 around). Then copies planted on purpose: how many the layer sees more alike than the two limits.
-`lite0` needs what `benchmarks/visualize.py` says; its crops are shown with and without a word on
-which photograph each is of. Prints Markdown.
+The crops of `lite0` are shown with and without a word on which photograph each is of. The demo
+needs nothing but unbraid, `lite0` what `benchmarks/visualize.py` says. Prints Markdown.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 A synthetic scan: 2048 channels, 512 inputs, 1000 classes, 20 images of each; every class uses 30
 channels, so that every channel is shared by about 15 classes. Records are read from disk. With
 gamma 0.5 nothing is found; with 0.9 nearly all is, and every pair gets its interval.
+Needs nothing but unbraid.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ ResNet-50 with random weights, layer4.2.conv3, random images in memory. All ways
 by round; ratios to plain inference in float32 are taken within a round, and their medians reported,
 of wall time and of processor time. Compiling happens before the first round and its seconds are
 told apart. A scan never runs compiled code, since it cuts the graph at a layer.
+Needs nothing but unbraid.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Each measurement runs in a process of its own, which tells its seconds, wall and
 most memory it held. The ImageNet-sized Scan is synthetic, as large as ResNet-50's last bottleneck
 would leave: 512 inputs, 2048 channels, 1000 classes with causes of their own, in the order of
 ImageNet's folders. It takes 3 GB in DIR and is made where it is not there yet.
+Needs nothing but unbraid.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 First on drawn images: pairs of classes whose causes have a known cosine, 64 taps, each image's taps
 multiplied by skewed noise. Then on real ones: few of the 500 images of each class of the demo's
 training images, the cosines of all 500 taken as the truth. Every kind works on the same images.
+Needs nothing but unbraid.
 """
 
 from __future__ import annotations

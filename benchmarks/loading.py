@@ -6,6 +6,7 @@ JPEG pictures of 500 x 375 pixels and about 110 kB, as ImageNet's are on average
 in a folder. Reading alone, plain inference and a scan take turns, round by round, with the same
 data set, preprocessing, batch size and number of workers. Ratios of images per second are taken
 within a round and their medians reported, of wall time and of processor time, workers included.
+Needs nothing but unbraid.
 """
 
 from __future__ import annotations

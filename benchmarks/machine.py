@@ -1,4 +1,7 @@
-"""Name the machine that a figure was measured on, without naming its owner."""
+"""Name the machine that a figure was measured on, without naming its owner.
+
+Needs nothing but unbraid.
+"""
 
 from __future__ import annotations
 

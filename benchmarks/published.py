@@ -6,6 +6,7 @@ batch and channel, one pass through the network per rho. A cost left open there 
 
 Datasets are map-style, of (image, int label), with a list `targets`; a label is also the index of
 its logit. Layers are `nn.Conv2d` or `nn.Linear`. Models are in eval mode.
+Needs nothing but unbraid.
 """
 
 import copy

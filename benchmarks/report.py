@@ -4,10 +4,12 @@
     python benchmarks/report.py --pages lite0 hundred    # EfficientNet-Lite0, ImageNet weights
     python benchmarks/report.py --keep FOLDER            # also leave the pages there
 
-`lite0` is a whole run over crops of photographs (see `benchmarks/visualize.py`, which says what to
-install), half of them to find and fit, half to measure. `hundred` is its first 100 channels, each
-split between the two photographs that drive it most, told apart or not. Needs Playwright and
-Chromium. Prints Markdown.
+`lite0` is a whole run over crops of photographs, half of them to find and fit, half to measure,
+with ablation, semantic measures and visualisations of all its channels. `hundred` is its first 100
+channels, each split between the two photographs that drive it most, told apart or not, with
+visualisations of few steps. All need `pip install playwright` and Chromium (`playwright install
+chromium`, or one that is installed); `lite0` and `hundred` also what `benchmarks/visualize.py`
+says. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from machine import describe_machine
 from visualize import Photographs
 
 N_LOADS = 7
-SECONDS = 150.0  # for feature visualisations
+QUICK = {"steps": 16, "size": (112, 112)}  # visualisations of a hundred channels
 _TIMES = """() => {
     const page = performance.getEntriesByType('navigation')[0];
     const paint = performance.getEntriesByName('first-contentful-paint')[0];
@@ -97,7 +99,7 @@ def lite0_page(folder: Path) -> Path:
         semantics=unbraid.measure_semantics(split, scans[1], val, unbraid.Penultimate(model)),
     )
     by_cosine = list(dict.fromkeys(pair.channel for pair in found.pairs))
-    features = unbraid.visualize(split_model, "_conv_head", train, by_cosine, seconds=SECONDS)
+    features = unbraid.visualize(split_model, "_conv_head", train, by_cosine)
     return unbraid.report(
         folder / "report.html",
         scan=scans[1],
@@ -133,6 +135,7 @@ def hundred_page(folder: Path) -> Path:
         split=split,
         evaluation=unbraid.evaluate(split, scan),
         train_scan=scan,
+        features=unbraid.visualize(unbraid.apply(model, split), "_conv_head", train, **QUICK),
         dataset=train,
         title="A hundred channels of EfficientNet-Lite0",
     )

