@@ -19,7 +19,7 @@ from networks import SyntheticImages
 from test_surgery import Pair, Splits
 from unbraid import strict
 from unbraid.errors import DataError, RunError, UsageError
-from unbraid.visualize import making
+from unbraid.visualize import features, making
 from unbraid.visualize import run as step
 from unbraid.visualize.canvas import Canvas, blank_canvas, shake
 from unbraid.visualize.features import Feature, Features
@@ -298,6 +298,25 @@ def test_damaged_features_are_told(tmp_path, how):
     some_features().save(tmp_path)
     damaged(tmp_path, how)
     with pytest.raises(RunError, match="make them anew"):
+        Features.load(tmp_path)
+
+
+def test_a_picture_that_stands_there_twice_is_told(tmp_path):
+    some_features().save(tmp_path)
+    index = tmp_path / "features.json"
+    about = json.loads(index.read_text())
+    index.write_text(json.dumps({**about, "features": 2 * about["features"]}))
+    with pytest.raises(RunError, match="stands there twice"):
+        Features.load(tmp_path)
+
+
+def test_more_pixels_than_memory_should_hold_are_told_before_any_is_read(tmp_path, monkeypatch):
+    some_features().save(tmp_path)
+    monkeypatch.setattr(features, "MAX_PIXELS", 4 * 42)
+    Features.load(tmp_path)
+    monkeypatch.setattr(features, "MAX_PIXELS", 4 * 42 - 1)
+    monkeypatch.setattr(Image.Image, "convert", None)
+    with pytest.raises(RunError, match="have 168 pixels"):
         Features.load(tmp_path)
 
 

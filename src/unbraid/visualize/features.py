@@ -6,7 +6,7 @@ import io
 import json
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from unbraid.strict import check_schema, read_json
 
 SCHEMA = 1
 MAX_SIDE = 4096  # pixels; a larger picture in a folder is none of ours
+MAX_PIXELS = 2**28  # of all pictures together, 1 GiB of memory
 _INDEX = "features.json"
 
 
@@ -111,6 +112,7 @@ class Features:
             index = folder / _INDEX
             about = read_json(index)
             check_schema(about, SCHEMA)
+            _refuse_too_many(folder, about["features"])
             return cls(
                 layer=str(about["layer"]),
                 weights=str(about["weights"]),
@@ -125,17 +127,40 @@ class Features:
             ) from None
 
 
+def _refuse_too_many(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Raise before any picture takes memory, if there are too many, or one stands there twice."""
+    names = [_of(entry).name for entry in entries]
+    if len(set(names)) < len(names):
+        raise ValueError("a picture stands there twice")
+    n_pixels = 0
+    for name in names:
+        with _opened(folder, name) as file:
+            n_pixels += file.width * file.height
+    if n_pixels > MAX_PIXELS:
+        raise ValueError(f"its pictures have {n_pixels} pixels")
+
+
 def _read(folder: Path, entry: dict[str, Any]) -> Feature:
+    feature = _of(entry)
+    with _opened(folder, feature.name) as file:
+        return replace(feature, picture=file.convert("RGBA"))
+
+
+def _of(entry: dict[str, Any]) -> Feature:
+    """What an entry tells; its picture is still to be read."""
     channel, place = _number(entry["channel"]), _number(entry["place"])
     concept = None if entry["concept"] is None else _number(entry["concept"])
-    responses: Sequence[float] = entry["responses"]
-    feature = Feature(channel, concept, place, Image.new("RGBA", (1, 1)), ())
+    responses = tuple(float(response) for response in entry["responses"])
+    return Feature(channel, concept, place, Image.new("RGBA", (1, 1)), responses)
+
+
+def _opened(folder: Path, name: str) -> Image.Image:
     # By number, never by a name that the file gives: that might lead anywhere.
-    with Image.open(folder / f"{feature.name}.png", formats=("PNG",)) as file:
-        if max(file.size) > MAX_SIDE:
-            raise ValueError(f"{feature.name}.png has {file.size[0]} x {file.size[1]} pixels")
-        picture = file.convert("RGBA")
-    return Feature(channel, concept, place, picture, tuple(float(r) for r in responses))
+    file = Image.open(folder / f"{name}.png", formats=("PNG",))
+    if max(file.size) > MAX_SIDE:
+        file.close()
+        raise ValueError(f"{name}.png has {file.size[0]} x {file.size[1]} pixels")
+    return file
 
 
 def _number(value: Any) -> int:
