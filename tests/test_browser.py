@@ -243,6 +243,50 @@ def test_pictures_are_shown_whole_or_where(context: Any, file: Path) -> None:
     assert log.silent
 
 
+TOP = "id => Math.round(document.getElementById(id).getBoundingClientRect().top)"
+
+
+def moves(page: Any, article: str) -> list[int]:
+    """How far each control of the bar moves an article that was scrolled to."""
+    page.evaluate("id => { location.hash = '#channels'; location.hash = `#${id}` }", article)
+    page.wait_for_function("id => document.activeElement.id === id", arg=article)
+    tops = []
+    for act in (
+        lambda: page.click("label[for=look-answer]"),
+        lambda: page.click("label[for=look-whole]"),
+        lambda: page.keyboard.press("ArrowRight"),
+        lambda: page.keyboard.press("/"),
+        lambda: page.mouse.wheel(0, 300),
+        lambda: page.click("label[for=look-whole]"),
+    ):
+        page.wait_for_timeout(100)  # what is off the screen is laid out as it comes near
+        before = page.evaluate(TOP, article)
+        act()
+        page.wait_for_timeout(100)
+        tops.append(page.evaluate(TOP, article) - before)
+    return tops
+
+
+@pytest.mark.parametrize("size", [(1280, 800), (700, 900), (360, 740)])
+def test_the_bar_does_not_move_the_page(browser: Any, file: Path, size: tuple[int, int]) -> None:
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]})
+    page, log = load(context, file)
+    for channel in channels(page, "article")[:2]:
+        moved = moves(page, f"channel-{channel}")
+        assert moved[4] == -300  # a wheel is seen to move it
+        assert moved[:4] == [0, 0, 0, 0]
+        assert moved[5] == 0
+        below = page.evaluate(
+            "() => document.getElementById('tools').getBoundingClientRect().bottom"
+        )
+        page.evaluate("id => document.getElementById(id).scrollIntoView()", f"channel-{channel}")
+        assert page.evaluate(TOP, f"channel-{channel}") >= below - 1
+    page.evaluate("document.documentElement.style.scrollPaddingTop = '6.5rem'")
+    assert moves(page, f"channel-{channel}")[:4] != [0, 0, 0, 0]
+    assert log.silent
+    context.close()
+
+
 def test_hostile_names_show_as_text(context: Any, file: Path) -> None:
     page, log = load(context, file)
     text = page.evaluate("document.body.textContent")

@@ -9,6 +9,10 @@
   const details = document.getElementById("details"); // absent without a split
   const table = document.querySelector("table.overview");
   const rows = [...table.tBodies[0].rows];
+  // The bar has more lines on a narrow screen; what is scrolled to comes to lie below it.
+  new ResizeObserver(() => {
+    document.documentElement.style.setProperty("--bar", `${tools.offsetHeight + 12}px`);
+  }).observe(tools);
   const sectionOf = (channel) => document.getElementById(`channel-${channel}`);
   const sections = () => (details ? [...details.children] : []).filter((s) => !s.hidden);
 
