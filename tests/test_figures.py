@@ -379,11 +379,6 @@ def test_sizes_are_as_asked(run: Run) -> None:
     )
 
 
-def test_colours_are_the_reports() -> None:
-    style = (Path(unbraid.__file__).parent / "report" / "style.css").read_text()
-    assert tuple(re.findall(r"--c\d: (#\w{6})", style)[: len(COLOURS)]) == COLOURS
-
-
 # --- files ----------------------------------------------------------------------------------------
 
 
