@@ -83,12 +83,12 @@ def test_a_tar_file_that_is_cut_off_anywhere_is_told(tmp_path):
     whole = write(tmp_path / "a.tar", *samples(6), kind=tarfile.PAX_FORMAT).read_bytes()
     end = max(k for k in range(0, len(whole), 512) if any(whole[k : k + 512])) + 512
     draw = random.Random(0)
-    cuts = [*range(0, end + 1, 512), *(draw.randrange(end + 512) for _ in range(50))]
+    cuts = [*range(0, end + 1024, 512), *(draw.randrange(end + 512) for _ in range(50))]
     for cut in cuts:
         (tmp_path / "cut.tar").write_bytes(whole[:cut])
         with pytest.raises(DataError, match=r"cut\.tar is no sound, uncompressed tar file \("):
             list(members(str(tmp_path / "cut.tar")))
-    (tmp_path / "cut.tar").write_bytes(whole[: end + 512])  # with the block that ends it
+    (tmp_path / "cut.tar").write_bytes(whole[: end + 1024])  # with the blocks that end it
     assert len(list(members(str(tmp_path / "cut.tar")))) == 12
 
 
@@ -103,6 +103,38 @@ def test_a_damaged_header_is_no_end(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match="no sound"):
             list(members(str(path)))
+
+
+def test_zeros_in_place_of_members_are_no_end(tmp_path):
+    path = write(tmp_path / "a.tar", *samples(60))
+    whole = path.read_bytes()
+    starts = [member.offset - 512 for member in members(str(path))]
+    for start in starts[1:]:
+        for n_zeros in (512, 1024, 4096):
+            lost = whole[:start] + bytes(n_zeros) + whole[start + n_zeros :]
+            path.write_bytes(lost)
+            if any(lost[start:]):
+                with pytest.raises(DataError, match="no sound"):
+                    list(members(str(path)))
+    middle = next(start for start in starts if start > len(whole) // 2)
+    path.write_bytes(whole[:middle] + bytes(len(whole) - middle))
+    with pytest.raises(DataError, match="bytes are zeros, where members may have been"):
+        list(members(str(path)))
+    path.write_bytes(whole + whole)
+    with pytest.raises(DataError, match="content follows the zeros at byte"):
+        list(members(str(path)))
+
+
+@pytest.mark.parametrize("record", [512, 1024, 10_240, 32_768, 1 << 20])
+def test_a_tar_file_may_be_padded_to_records_of_any_usual_size(record, tmp_path):
+    path = write(tmp_path / "a.tar", *samples(4))
+    last = list(members(str(path)))[-1]
+    content = path.read_bytes()[: last.offset + 512] + bytes(1024)
+    path.write_bytes(content + bytes(-len(content) % record))
+    assert len(list(members(str(path)))) == 8
+    path.write_bytes(content + bytes(-len(content) % record + 4 * max(record, 10_240)))
+    with pytest.raises(DataError, match="bytes are zeros"):
+        list(members(str(path)))
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])

@@ -12,6 +12,8 @@ from unbraid.errors import DataError
 
 _BLOCK = 512
 _LONGEST = 1 << 20  # bytes of a header that says more than fits into a block
+_PADDED = 10_240  # bytes that tar pads a file to a multiple of, unless told otherwise
+_MOST_PADDED = 1 << 20  # at most, and then a power of two
 _LENGTH = 20  # characters that the length of a record and a space may take
 _SPARSE = b"GNU.sparse"  # with holes, so not read in one go
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -61,6 +63,7 @@ def _members(file: BinaryIO) -> Iterator[Member]:
         file.seek(offset)
         block = file.read(_BLOCK)
         if block == bytes(_BLOCK):
+            _make_sure_of_end(file, offset, end)
             return
         if len(block) < _BLOCK:
             raise ValueError("it has no end")
@@ -87,6 +90,24 @@ def _members(file: BinaryIO) -> Iterator[Member]:
                 size=size,
             )
             more = {}
+
+
+def _make_sure_of_end(file: BinaryIO, offset: int, end: int) -> None:
+    """Refuse zeros that are no end, but what is left where something was lost.
+
+    A tar file ends with two blocks of zeros, and more of them up to a multiple of a record. More
+    than that, or something behind it, is taken for members that are gone, never for an end.
+    """
+    n_zeros = end - offset
+    file.seek(offset)
+    rest = file.read(_MOST_PADDED + 2 * _BLOCK)
+    if rest.strip(b"\0"):
+        raise ValueError(f"content follows the zeros at byte {offset}, which should be its end")
+    if n_zeros < 2 * _BLOCK:
+        raise ValueError("it has no end")
+    largest = min(end & -end, _MOST_PADDED)  # power of two that divides its length
+    if n_zeros >= max(largest, _PADDED) + 2 * _BLOCK:
+        raise ValueError(f"its last {n_zeros} bytes are zeros, where members may have been")
 
 
 def _said(text: bytes) -> dict[str, str]:
