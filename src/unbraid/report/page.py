@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 from unbraid.report import bars, charts, maps, masks, spread_charts, text
 from unbraid.report.gallery import LARGEST, Gallery, Pictures
 from unbraid.report.material import Material
+from unbraid.report.pairs import MAX_LISTED
 from unbraid.report.pictures import Look
-from unbraid.report.shrink import with_fewer_channels, with_fewer_images
+from unbraid.report.shrink import with_fewer_channels, with_fewer_images, with_fewer_lines
 from unbraid.report.view import N_IMAGES, Page, build_page
 from unbraid.tables import count
 
@@ -30,6 +31,7 @@ LOOKS = (
     Look(5, 64, 40),
     Look(3, 56, 35),
 )
+_FEW = 200  # lines of a list
 _HERE = Path(__file__).parent
 _TEMPLATES = _HERE / "templates"
 
@@ -40,20 +42,29 @@ def render(material: Material, *, dataset: Dataset[Any] | None, title: str | Non
     hang = cache(Gallery(page, material, dataset).hang)
     environment = _environment()
     text = ""
-    for look, n in _attempts(len(page.channels)):
+    for look, n, n_lines in _attempts(len(page.channels)):
         smaller = with_fewer_images(page, look.n_images, N_IMAGES)
-        text = _fill(environment, with_fewer_channels(smaller, n), hang(look))
+        smaller = with_fewer_lines(with_fewer_channels(smaller, n), n_lines)
+        text = _fill(environment, smaller, hang(look))
         if len(text.encode("utf-8", "backslashreplace")) <= LIMIT:
             break
     return text
 
 
-def _attempts(n: int) -> Iterator[tuple[Look, int]]:
-    """Room for pictures and number of channels, ever less."""
-    yield from ((look, n) for look in LOOKS)
-    while n > 1:
+def _attempts(n: int) -> Iterator[tuple[Look, int, int]]:
+    """Room for pictures, number of channels in full and lines of a list, ever less.
+
+    The last has one line and no channel in full; all else on the page is bounded.
+    """
+    yield from ((look, n, MAX_LISTED) for look in LOOKS)
+    yield LOOKS[-1], n, _FEW
+    while n > 0:
         n //= 2
-        yield LOOKS[-1], n
+        yield LOOKS[-1], n, _FEW
+    n_lines = _FEW
+    while n_lines > 1:
+        n_lines //= 2
+        yield LOOKS[-1], 0, n_lines
 
 
 def _environment() -> Environment:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from unbraid.findings import Findings, Pair
 from unbraid.report.text import bounded
 
+MAX_LISTED = 1000  # lines of each list; a real layer can have a hundred thousand pairs
+
 
 @dataclass(frozen=True)
 class Chance:
@@ -42,7 +44,7 @@ def chance(found: Findings, pair: Pair | None) -> Chance | None:
 
 
 def pair_rows(found: Findings, shown: Set[int]) -> tuple[PairRow, ...]:
-    """List the pairs, lowest cosine first.
+    """List the pairs with the lowest cosines, `MAX_LISTED` at most, lowest first.
 
     Args:
         found: what they were found by.
@@ -58,5 +60,9 @@ def pair_rows(found: Findings, shown: Set[int]) -> tuple[PairRow, ...]:
             halves=(pair.half1, pair.half2),
             shown=pair.channel in shown,
         )
-        for pair in found.pairs
+        for pair in sorted(found.pairs, key=_last_if_unknown)[:MAX_LISTED]
     )
+
+
+def _last_if_unknown(pair: Pair) -> float:
+    return math.inf if math.isnan(pair.cosine) else pair.cosine

@@ -24,7 +24,7 @@ from unbraid.report.intervals import intervals
 from unbraid.report.maps import Map, maps
 from unbraid.report.masks import masks
 from unbraid.report.material import Material
-from unbraid.report.pairs import Chance, PairRow, chance, pair_rows
+from unbraid.report.pairs import MAX_LISTED, Chance, PairRow, chance, pair_rows
 from unbraid.report.spread import by_class, ridges, scatter
 from unbraid.report.summary import Fact, facts, how_divided, output_figures, settings
 from unbraid.report.text import bounded, isolate, shorten
@@ -36,6 +36,8 @@ N_IMAGES = 8  # reference images of a channel
 MAX_CHANNELS = 100  # channels shown in full
 _MAX_NOTE = 2000  # characters
 _MAX_WORDS = 4000  # characters of names that a channel is found by
+_MAX_CHIPS = 26  # concepts of a channel in the list
+_MAX_CELLS = 2000  # of the maps of thresholds
 MAX_ROWS = 300  # rows of reference images in all: they are most of the file
 
 
@@ -44,7 +46,8 @@ class ChannelRow:
     """One line of the list of channels."""
 
     number: int
-    concepts: tuple[ConceptView, ...]
+    concepts: tuple[ConceptView, ...]  # the first of them
+    n_more: int  # concepts
     cosine: float | None  # the lowest of any two of its classes
     chance: Chance | None  # how sure that one is
     agreement: float | None  # of clusters with classes
@@ -70,18 +73,24 @@ class Page:
     kind: ConceptKind  # what concepts are made of
     predicted: bool  # whether labels are the network's
     chosen: bool  # whether the user named the concepts
+    n_found: int  # channels
     n_divided: int
     n_concepts: int
     output: dict[str, str] | None
-    overview: tuple[ChannelRow, ...]
-    pairs: tuple[PairRow, ...]
-    n_uncertain: int  # of the pairs
+    overview: tuple[ChannelRow, ...]  # of so many channels as a list has lines at most
+    n_pairs: int  # in all
+    pairs: tuple[PairRow, ...]  # as many as a list has lines at most
     channels: tuple[ChannelView, ...]
     notes: tuple[str, ...]  # what is left out and why, and what to beware of
     settings: tuple[tuple[str, str], ...]
     table_tau: str  # smallest share for an image to count in the published table
     n_images: int  # that reference images are chosen from
     maps: tuple[Map, ...]  # of what other thresholds find
+
+    @property
+    def n_uncertain(self) -> int:
+        """How many of the pairs listed are uncertain."""
+        return sum(pair.chance is not None and pair.chance.uncertain for pair in self.pairs)
 
 
 def build_page(material: Material, *, has_images: bool, title: str | None) -> Page:
@@ -104,19 +113,24 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
         kind=found.kind,
         predicted=scan.manifest.labels == "predicted",
         chosen=material.chosen,
+        n_found=len(found.concepts.keys() | {part.channel for part in parts}),
         n_divided=len(parts),
         n_concepts=sum(len(part.concepts) for part in parts),
         output=output_figures(material.evaluation),
         overview=_channel_rows(material, numbers),
+        n_pairs=len(found.pairs),
         pairs=pair_rows(found, numbers),
-        n_uncertain=sum(map(found.uncertain, found.pairs)),
         channels=sections,
         notes=tuple(bounded(note, _MAX_NOTE) for note in (*_notes(material, has_images), *notes)),
         settings=settings(material),
         table_tau=f"{material.evaluation.tau:g}" if material.evaluation else "",
         n_images=scan.manifest.n_images - len(material.broken),
-        maps=maps(material),
+        maps=() if _too_many_thresholds(material) else maps(material),
     )
+
+
+def _too_many_thresholds(material: Material) -> bool:
+    return material.sensitivity is not None and len(material.sensitivity.cells) > _MAX_CELLS
 
 
 def _title(layer: str) -> str:
@@ -197,6 +211,8 @@ def _notes(material: Material, has_images: bool) -> list[str]:
     if material.broken:
         images = count(len(material.broken), "validation image")
         notes.append(f"{images} could not be read; all figures are without.")
+    if _too_many_thresholds(material):
+        notes.append("Other thresholds are left out: there are too many choices for a page.")
     if train_scan is not None and train_scan.manifest.data == material.scan.manifest.data:
         notes.append(
             "Training and validation images are the same, so the measures flatter the split."
@@ -241,13 +257,17 @@ def _notes(material: Material, has_images: bool) -> list[str]:
 
 def _channel_rows(material: Material, shown: set[int]) -> tuple[ChannelRow, ...]:
     concepts = {**material.found.concepts, **{p.channel: p.concepts for p in material.parts}}
+    measures = material.measures
+    # What has a section is listed in any case.
+    first = sorted(concepts, key=lambda channel: (channel not in shown, *material.rank(channel)))
     rows = []
-    for channel in sorted(concepts, key=material.rank):
-        known = material.measures.get(channel)
+    for channel in sorted(first[:MAX_LISTED], key=material.rank):
+        known = measures.get(channel)
         rows.append(
             ChannelRow(
                 number=channel,
-                concepts=concept_views(material.found, concepts[channel]),
+                concepts=concept_views(material.found, concepts[channel][:_MAX_CHIPS]),
+                n_more=max(0, len(concepts[channel]) - _MAX_CHIPS),
                 cosine=material.lowest.get(channel),
                 chance=chance(material.found, material.clearest.get(channel)),
                 agreement=material.found.agreement.get(channel),
