@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import unbraid
 from networks import SyntheticImages, build
+from test_files import leave
 from test_surgery import make_split
 from unbraid.check import check
 from unbraid.errors import RunError
@@ -119,13 +120,14 @@ def test_a_damaged_shard_is_set_aside_and_made_anew(damage: str, run: Path, whol
 def test_what_is_missing_and_what_a_kill_left_is_told(run: Path, whole: Path) -> None:
     folder = run / "scan-train"
     (folder / "shard-000000.safetensors").unlink()
-    leftover = folder / "shard-000000.safetensors.7.tmp"
-    leftover.write_bytes(b"half")
-    (folder / "somebody's.tmp").mkdir()
+    leftover = leave(folder / "shard-000000.safetensors")
+    mine = folder / "mine.tmp"
+    mine.touch()
     found = check(run)
     assert found.missing == [f"1 shard of 3 in {folder}"]
     assert "Start the command that made the folder again" in str(found)
     assert not leftover.exists()
+    assert mine.exists()
 
 
 def test_a_damaged_layer_is_made_anew(run: Path, whole: Path) -> None:

@@ -291,8 +291,7 @@ def test_a_scan_killed_while_writing_is_completed_by_the_next(
         patch.setattr(Path, "replace", stop_at(write, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             long_scan(CountingNetwork(build("1x1")), out)
-    (half_written,) = out.glob("*.tmp")
-    half_written.rename(out / "shard-000000.safetensors.1.tmp")  # as another process leaves it
+    assert len(list(out.glob("*.tmp"))) == 1
     long_scan(CountingNetwork(build("1x1")), out)
     assert_same_files(out, finished)
 

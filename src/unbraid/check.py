@@ -14,6 +14,7 @@ from unbraid.records import shard_path, shards_there, sound_layer, sound_shard
 from unbraid.settings import read_settings
 from unbraid.splits import Split
 from unbraid.tables import count
+from unbraid.temporary import remove_leftovers
 
 ASIDE = ".damaged"  # added to a damaged file's name
 
@@ -84,9 +85,7 @@ def _holds_scan(folder: Path) -> bool:
 
 
 def _check_scan(folder: Path, found: Checkup) -> None:
-    for leftover in folder.glob("*.tmp"):
-        if leftover.is_file():
-            leftover.unlink()
+    remove_leftovers(folder)
     try:
         manifest = read_manifest(folder)
     except RunError as error:

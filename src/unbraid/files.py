@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unbraid.errors import RunError, UsageError, brief
 from unbraid.strict import parse_json
+from unbraid.temporary import temporary_for
 
 _ABOUT = "unbraid"  # the metadata entry of a safetensors file
 _CHECKSUMS = "crc32"
@@ -104,21 +105,20 @@ def write_whole(path: Path, content: bytes) -> None:
         RunError: the disk is full or may not be written.
         UsageError: the folder is in fact a file.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with temporary_for(path) as (temporary, file):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            if os.name != "posix":
+                file.close()  # Windows renames nothing that is open
+            temporary.replace(path)
         _sync_names(path.parent)
     except (FileExistsError, NotADirectoryError):
         in_the_way = next((p for p in path.parents if p.is_file()), path.parent)
         raise UsageError(f"{in_the_way} is a file, not a folder; name another folder.") from None
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
                 f"The disk is full, {path.name} was not written; what is finished is kept: make "
@@ -134,5 +134,8 @@ def _sync_names(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # some file systems, of networks and in user space, cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
