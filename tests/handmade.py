@@ -12,7 +12,8 @@ from torch import Tensor
 from unbraid.files import write_tensors, write_whole
 from unbraid.layers import LayerSpec
 from unbraid.manifest import Manifest
-from unbraid.records import Records, Scan, join_records, open_scan, write_shard
+from unbraid.records import Records, Scan, open_scan, write_shard
+from unbraid.shard_parts import join_records
 
 
 def write_scan(

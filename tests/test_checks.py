@@ -170,6 +170,11 @@ def same_files(world: World) -> Arguments:
 
 
 @sound
+def same_tensors(world: World) -> Arguments:
+    return same_files(world)
+
+
+@sound
 def untouched(world: World) -> Arguments:
     network = copy.deepcopy(world.network)
     network(SyntheticImages(2).images).sum().backward()
@@ -539,6 +544,19 @@ def _a_file_more(a: Arguments) -> None:
 @corruption(checks.assert_same_files)
 def _a_file_less(a: Arguments) -> None:
     (a["folder1"] / "manifest.json").unlink()
+
+
+@corruption(checks.assert_same_tensors)
+def _a_last_bit(a: Arguments) -> None:
+    path = a["folder2"] / "shard-000000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@corruption(checks.assert_same_tensors)
+def _a_shard_less(a: Arguments) -> None:
+    (a["folder1"] / "shard-000000.safetensors").unlink()
 
 
 @corruption(checks.assert_untouched)

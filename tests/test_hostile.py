@@ -29,8 +29,9 @@ from unbraid.findings import Findings, Pair
 from unbraid.folders import ImageFolder, UnlabelledFolder
 from unbraid.manifest import MAX_CLASSES, read_manifest
 from unbraid.pictures import read_picture
-from unbraid.records import Scan, no_records, shard_path, write_shard
+from unbraid.records import Scan, shard_path, write_shard
 from unbraid.settings import read_settings
+from unbraid.shard_parts import no_records
 from unbraid.splits import Split
 from unbraid.states import load_weights
 from unbraid.strict import parse_json

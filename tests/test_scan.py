@@ -24,6 +24,7 @@ from checks import (
     assert_input_maps,
     assert_records,
     assert_same_files,
+    assert_same_tensors,
     assert_untouched,
     snapshot,
     truth_of,
@@ -326,13 +327,58 @@ def test_a_damaged_shard_is_named_and_can_be_made_again(finished, folder):
     assert_same_files(folder, finished)
 
 
+def test_another_scans_shard_and_a_shard_under_another_number_are_told(finished, tmp_path):
+    own, other = tmp_path / "own", tmp_path / "other"
+    shutil.copytree(finished, own)
+    long_scan(CountingNetwork(build("1x1", seed=1)), other)
+    names = ["shard-000000.safetensors", "shard-000001.safetensors"]
+    assert len(list(unbraid.open_scan(own).shards())) == 3
+    shutil.copy(other / names[0], own / names[0])
+    for read in (lambda s: list(s.shards()), lambda s: s.labels_seen(), lambda s: s.broken()):
+        with pytest.raises(RunError, match=r"000000\.safetensors is of another scan; delete it"):
+            read(unbraid.open_scan(own))
+    shutil.copy(finished / names[0], own / names[0])
+    shutil.copy(finished / names[0], own / names[1])
+    for read in (lambda s: list(s.shards()), lambda s: s.labels_seen(), lambda s: s.broken()):
+        with pytest.raises(RunError, match=r"000001\.safetensors is another shard; delete it"):
+            read(unbraid.open_scan(own))
+
+
+def test_old_shards_that_say_nothing_are_told_by_the_places_of_their_images(finished, tmp_path):
+    folder = tmp_path / "scan"
+    shutil.copytree(finished, folder)
+    for shard in range(3):
+        records_module.write_shard(folder, shard, records_module.read_shard(finished, shard))
+    assert sum(len(records) for records in unbraid.open_scan(folder).shards()) == 2 * SHARD + 9
+    records_module.write_shard(folder, 1, records_module.read_shard(finished, 0))
+    with pytest.raises(RunError, match="holds images of another shard"):
+        list(unbraid.open_scan(folder).shards())
+
+
+def test_a_folder_that_another_scan_takes_before_the_first_shard_is_not_written_to(tmp_path):
+    class Thief(SyntheticImages):
+        """While its first images are read, another scan starts in the folder."""
+
+        def __getitem__(self, index: int):
+            if (tmp_path / "manifest.json").exists() and not stolen:
+                stolen.append(None)
+                long_scan(CountingNetwork(build("1x1", seed=1)), tmp_path)
+            return super().__getitem__(index)
+
+    stolen: list[None] = []
+    with pytest.raises(RunError, match="was taken by another scan meanwhile"):
+        long_scan(CountingNetwork(build("1x1")), tmp_path, dataset=Thief(2 * SHARD + 9))
+    fresh = long_scan(CountingNetwork(build("1x1", seed=1)), tmp_path)
+    assert sum(len(records) for records in fresh.shards()) == 2 * SHARD + 9
+
+
 def test_shards_are_read_one_at_a_time_and_let_go(finished, monkeypatch):
     read = records_module.read_shard
     calls: list[int] = []
 
-    def counted(folder, shard):
+    def counted(folder, shard, manifest):
         calls.append(shard)
-        return read(folder, shard)
+        return read(folder, shard, manifest)
 
     monkeypatch.setattr(records_module, "read_shard", counted)
     shards = unbraid.open_scan(finished).shards()
@@ -771,8 +817,7 @@ def test_channels_last_is_as_if_the_network_were_and_the_network_is_left_as_it_w
     scan = unbraid.scan(network, "layer", images, tmp_path / "told", channels_last=True)
     assert [(weight.data_ptr(), weight.stride()) for weight in network.parameters()] == before
     unbraid.scan(so_already, "layer", images, tmp_path / "already")
-    shards = [tmp_path / name / "shard-000000.safetensors" for name in ("told", "already")]
-    assert shards[0].read_bytes() == shards[1].read_bytes()
+    assert_same_tensors(tmp_path / "told", tmp_path / "already")
     assert_records(list(scan.shards()), truth_of(build("3x3"), images), 0.005, range(8))
     with pytest.raises(RunError, match="whether it runs channels last differ"):
         unbraid.scan(network, "layer", images, tmp_path / "told")

@@ -16,7 +16,8 @@ from torch import Tensor
 from unbraid.clusters import concept_of
 from unbraid.findings import Concept
 from unbraid.moments import augment
-from unbraid.records import Records, Scan, join_records
+from unbraid.records import Records, Scan
+from unbraid.shard_parts import join_records
 
 WEIGHT = 0.1  # beside 1 for each concept; docs/splitting.md tells what other weights gave
 _N_IMAGES = 400  # of the whole scan, spread evenly

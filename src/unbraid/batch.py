@@ -14,9 +14,10 @@ from unbraid.data import GoodItem
 from unbraid.describe import bias_of, weight_rows
 from unbraid.errors import LayerError, ModelError, brief
 from unbraid.layers import LayerSpec, channels_first, pooled_input
-from unbraid.records import Records, no_records
+from unbraid.records import Records
 from unbraid.relevance import Cut, cut_at, gradients_at, output_relevance, shares
 from unbraid.running import check_labels, refuse_broken_values, run_network, stack_images
+from unbraid.shard_parts import no_records
 
 
 @dataclass(frozen=True)

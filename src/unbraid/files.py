@@ -49,14 +49,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {name: _read(file, about, name) for name in names}, about
 
 
-def read_some(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Read some tensors of a safetensors file, and no more of the file than those.
+def read_some(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read some tensors of a safetensors file and what is to be known of them, and no more of it.
 
     Raises:
         RunError: the file is missing or damaged, or lacks one of them.
     """
     with _opened(path) as (file, about):
-        return {name: _read(file, about, name) for name in names}
+        return {name: _read(file, about, name) for name in names}, about
 
 
 def names_in(path: Path) -> set[str]:

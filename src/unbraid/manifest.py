@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,17 @@ class Manifest:
             for key, words in self._identity.items()
             if getattr(self, key) != getattr(other, key)
         ]
+
+    @property
+    def scan_id(self) -> str:
+        """What tells this scan's shards from those of any other scan."""
+        whole = asdict(self)
+        own = {key: whole[key] for key in (*self._identity, "n_images")}
+        # What is as it was before there was a choice leaves no trace, so that old shards stay.
+        for known in fields(self):
+            if known.name in own and own[known.name] == known.default:
+                del own[known.name]
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:32]
 
     def to_json(self) -> str:
         """Return the text of manifest.json."""

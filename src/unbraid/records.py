@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unbraid.clustering import Clusters
-from unbraid.errors import DataError, RunError
+from unbraid.errors import RunError
 from unbraid.files import names_in, read_some, read_tensors, write_tensors
 from unbraid.identity import fit_ids, unpack_ids
 from unbraid.layers import LayerSpec
@@ -123,55 +124,6 @@ class Scan:
             yield sound_tensors(self.path, self.manifest, shard, names)
 
 
-def no_records(spec: LayerSpec, positions: bool) -> Records:
-    """Records of no image: what remains of a batch in which every image was broken."""
-    none = torch.zeros(0, dtype=torch.int64)
-    return Records(
-        index=none,
-        label=none,
-        prediction=none,
-        n_positions=none,
-        pooled=torch.zeros(0, spec.groups, spec.n_taps),
-        share_start=torch.zeros(1, dtype=torch.int64),
-        share_channel=none.to(torch.int32),
-        share_value=torch.zeros(0),
-        broken=none,
-        input_map=torch.zeros(0, spec.n_in, *(0 for _ in spec.kernel)) if positions else None,
-    )
-
-
-def join_records(parts: Sequence[Records]) -> Records:
-    """Put the records of a shard's batches into one."""
-    some = [part for part in parts if len(part)] or list(parts[:1])
-    starts = [0]
-    for part in some:
-        starts += (part.share_start[1:] + starts[-1]).tolist()
-    maps = [part.input_map for part in some if part.input_map is not None]
-
-    def cat(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in some])
-
-    try:
-        input_map = torch.cat(maps) if maps else None
-    except RuntimeError:
-        raise DataError(
-            "Images of different sizes give input maps of different sizes, which positions=True "
-            "cannot keep; bring all to one size in the data set's transform."
-        ) from None
-    return Records(
-        index=cat("index"),
-        label=cat("label"),
-        prediction=cat("prediction"),
-        n_positions=cat("n_positions"),
-        pooled=cat("pooled"),
-        share_start=torch.tensor(starts),
-        share_channel=cat("share_channel"),
-        share_value=cat("share_value"),
-        broken=torch.cat([part.broken for part in parts]),
-        input_map=input_map,
-    )
-
-
 def open_scan(path: str | Path) -> Scan:
     """Open a finished scan.
 
@@ -226,21 +178,26 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:06d}.safetensors"
 
 
-def write_shard(folder: Path, shard: int, records: Records) -> None:
-    """Write one shard."""
+def write_shard(
+    folder: Path, shard: int, records: Records, manifest: Manifest | None = None
+) -> None:
+    """Write one shard, with what ties it to its scan: the manifest's identity and its number."""
     tensors = {k: v for k, v in vars(records).items() if v is not None}
-    write_tensors(shard_path(folder, shard), tensors, {})
+    about = {"scan": manifest.scan_id, "shard": shard} if manifest else {}
+    write_tensors(shard_path(folder, shard), tensors, about)
 
 
-def read_shard(folder: Path, shard: int) -> Records:
-    """Read one shard.
+def read_shard(folder: Path, shard: int, manifest: Manifest | None = None) -> Records:
+    """Read one shard, of a certain scan if its manifest is given.
 
     Raises:
-        RunError: the file is missing or damaged.
+        RunError: the file is missing or damaged, or it is another scan's or another shard.
     """
     path = shard_path(folder, shard)
+    tensors, about = read_tensors(path)
+    _refuse_stranger(path, about, manifest, shard)
     try:
-        return Records(**read_tensors(path)[0])
+        return Records(**tensors)
     except TypeError:
         raise RunError(f"{path} is not a shard; delete it and start the scan again.") from None
 
@@ -251,7 +208,7 @@ def sound_shard(folder: Path, manifest: Manifest, shard: int) -> Records:
     Raises:
         RunError: the file is missing or damaged, lacks images or holds impossible records.
     """
-    records = read_shard(folder, shard)
+    records = read_shard(folder, shard, manifest)
     tensors = {k: v for k, v in vars(records).items() if v is not None}
     fault = _misses(tensors, manifest) or _fault(tensors, manifest, shard)
     if fault:
@@ -268,11 +225,23 @@ def sound_tensors(
         RunError: the file is missing or damaged, or they are impossible.
     """
     path = shard_path(folder, shard)
-    tensors = read_some(path, names)
+    tensors, about = read_some(path, names)
+    _refuse_stranger(path, about, manifest, shard)
     fault = _fault(tensors, manifest, shard)
     if fault:
         raise RunError(f"{path} {fault}; delete it and start the scan again.")
     return tensors
+
+
+def _refuse_stranger(
+    path: Path, about: dict[str, Any], manifest: Manifest | None, shard: int
+) -> None:
+    """Raise if a shard says that it is another one's; older shards say nothing."""
+    if manifest is None or "scan" not in about:
+        return
+    if (about["scan"], about.get("shard")) != (manifest.scan_id, shard):
+        other = "of another scan" if about["scan"] != manifest.scan_id else "another shard"
+        raise RunError(f"{path} is {other}; delete it and start the scan again.")
 
 
 def _misses(tensors: dict[str, Tensor], manifest: Manifest) -> str | None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from unbraid.batch_size import batch_size_for
+from unbraid.claims import Target, claim_together
 from unbraid.data import (
     UNLABELLED,
     check_loading,
@@ -28,7 +29,7 @@ from unbraid.layer_names import LayerName, is_pattern, layer_folder, layer_names
 from unbraid.manifest import Manifest, hash_places, read_manifest
 from unbraid.networks import picked_by, unwrap
 from unbraid.records import Scan, open_scan
-from unbraid.scan_pass import Target, claim, library_versions, scan_shards
+from unbraid.scan_pass import library_versions, scan_shards
 from unbraid.team import team as gather_team
 from unbraid.usable import usable_in
 from unbraid.weights import hash_weights, refuse_broken_weights
@@ -204,7 +205,7 @@ def scan_into(
     specs = {name: describe(name, module) for name, module in modules.items()}
     refuse_broken_weights(model)
     size_of(dataset)
-    given = labels_of(dataset)
+    given = labels_of(dataset, needed=labels != "predicted" or classes is not None)
     _check_labels_known(given, labels)
     places = _concerned(given, classes, indices)
     weights, data = hash_weights(model), fingerprint(dataset, given)
@@ -244,7 +245,7 @@ def scan_into(
         _refuse_impossible(manifest)
         targets.append(Target(modules[name], manifest, folder))
     team = gather_team()
-    team.lead(partial(claim, targets))
+    claim_together(targets, team)
     options: dict[str, Any] = {"team": team, "workers": workers, "progress": progress}
     scan_shards(model, targets, dataset, given, places, **options)
     finished = {name: open_scan(folder) for name, folder in folders.items()}

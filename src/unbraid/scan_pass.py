@@ -1,4 +1,4 @@
-"""The pass itself: claim the folders, run the network shard by shard, write the records."""
+"""The pass itself: run the network shard by shard, write the records."""
 
 from __future__ import annotations
 
@@ -10,42 +10,22 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from unbraid.batch import Place, scan_batch
+from unbraid.batch import scan_batch
+from unbraid.claims import Target, refuse_taken
 from unbraid.data import GoodItem, Readable, groups_of, sort_out
-from unbraid.describe import bias_of, weight_rows
-from unbraid.errors import DataError, OutOfMemory, RunError
-from unbraid.files import write_tensors, write_whole
+from unbraid.errors import DataError, OutOfMemory
 from unbraid.identity import ids_of, pack_ids
-from unbraid.manifest import Manifest, read_manifest
 from unbraid.progress import image_progress
-from unbraid.records import Records, join_records, shard_path, write_shard
+from unbraid.records import Records, write_shard
 from unbraid.relevance import kept_channels_last, undisturbed
+from unbraid.shard_parts import join_records
 from unbraid.team import Team
-
-
-@dataclass(frozen=True)
-class Target:
-    """A layer to scan, and the folder for its records."""
-
-    module: nn.Module
-    manifest: Manifest
-    folder: Path
-
-    @property
-    def place(self) -> Place:
-        """Where to look in the network."""
-        return Place(self.module, self.manifest.layer)
-
-    def lacks(self, shard: int) -> bool:
-        """Whether a shard is still to be made."""
-        return not shard_path(self.folder, shard).exists()
 
 
 def library_versions() -> dict[str, str]:
@@ -55,45 +35,6 @@ def library_versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-
-
-def claim(targets: Sequence[Target]) -> None:
-    """Make folders this scan's, or check that they are; without a shard, a folder is nobody's yet.
-
-    Raises:
-        RunError: one holds another scan.
-    """
-    for target in targets:
-        _refuse_stranger(target)
-    for target in targets:
-        folder, manifest = target.folder, target.manifest
-        for ours in ("shard-*.safetensors", "layer.safetensors", "manifest.json"):
-            for leftover in folder.glob(f"{ours}.*.tmp"):  # of a scan that was killed while writing
-                leftover.unlink()
-        before = read_manifest(folder)
-        there = (folder / "layer.safetensors").exists()
-        if before is None or manifest.differences(before) or not there:
-            weight, bias = weight_rows(target.module), bias_of(target.module)
-            write_tensors(folder / "layer.safetensors", {"weight": weight, "bias": bias}, {})
-            write_whole(folder / "manifest.json", manifest.to_json().encode())
-
-
-def _refuse_stranger(target: Target) -> None:
-    folder = target.folder
-    before = read_manifest(folder)
-    if next(folder.glob("shard-*.safetensors"), None) is None:
-        return
-    if before is None:
-        raise RunError(
-            f"{folder} holds shards of an unknown scan, its manifest is gone; name another folder, "
-            "or delete this one."
-        )
-    differences = target.manifest.differences(before)
-    if differences:
-        raise RunError(
-            f"{folder} holds a scan of something else: {', '.join(differences)} differ. Name "
-            "another folder, or delete this one."
-        )
 
 
 @contextmanager
@@ -157,7 +98,8 @@ def scan_shards(
         for items in loader:
             shard = work.begun[0]
             good, broken = sort_out(items, same.skip_broken)
-            _check_labels_agree(good, given)
+            if same.labels == "given":
+                _check_labels_agree(good, given)
             run = partial(
                 scan_batch,
                 model,
@@ -179,6 +121,7 @@ def scan_shards(
                 _write(shard, done, groups, ids)
                 work.begun.popleft()
                 done, n_loaded = [], 0
+                at_once = same.batch_size  # so that a shard does not depend on the one before
         team.finish()
         advance(team.count(0))
 
@@ -271,7 +214,8 @@ def _write(
             joined.group = torch.tensor(own, dtype=torch.int64)
         if ids is not None:
             joined.id_start, joined.id_bytes = pack_ids([ids[i] for i in joined.index.tolist()])
-        write_shard(target.folder, shard.number, joined)
+        refuse_taken(target)
+        write_shard(target.folder, shard.number, joined, target.manifest)
 
 
 def _check_labels_agree(items: Sequence[GoodItem], labels: Sequence[int]) -> None:

@@ -97,6 +97,8 @@ def _misfit(manifest: Manifest, shard: int, tensors: Mapping[str, Tensor]) -> st
             (tensors[name].diff() <= 0).any() for name in ("index", "broken") if name in tensors
         ):
             return "holds images out of order"
+        if _elsewhere(manifest, shard, tensors):
+            return "holds images of another shard"
     start = tensors.get("share_start")
     if start is not None:
         ends = (int(start[-1]),)
@@ -110,6 +112,16 @@ def _misfit(manifest: Manifest, shard: int, tensors: Mapping[str, Tensor]) -> st
     if pooled is not None and there and pooled.shape != (n, spec.groups, spec.n_taps):
         return "holds a 'pooled' of a wrong shape"
     return None if input_map is None else _map_fault(spec, n, input_map)
+
+
+def _elsewhere(manifest: Manifest, shard: int, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether images lie elsewhere in the data set than this shard's, where all were scanned."""
+    if manifest.classes is not None or manifest.indices:
+        return False
+    first = shard * manifest.shard_size
+    last = first + manifest.images_in(shard)
+    columns = (tensors[name] for name in ("index", "broken") if name in tensors)
+    return any(bool(((c < first) | (c >= last)).any()) for c in columns)
 
 
 def _map_fault(spec: LayerSpec, n: int, input_map: Tensor) -> str | None:

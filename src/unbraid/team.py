@@ -25,8 +25,8 @@ class Team(Protocol):
 
     first: bool  # whether this process speaks and prepares for all
 
-    def lead(self, prepare: Callable[[], None]) -> None:
-        """Let the first prepare; the others wait for it."""
+    def lead(self, prepare: Callable[[], None], work: str) -> str:
+        """Let the first prepare; the others wait for it. Return the first's text for the work."""
 
     def claims(self, n_pieces: int) -> Iterator[int]:
         """Hand out the pieces of the work, each to one of the team."""
@@ -43,9 +43,10 @@ class Alone:
 
     first = True
 
-    def lead(self, prepare: Callable[[], None]) -> None:
+    def lead(self, prepare: Callable[[], None], work: str) -> str:
         """Prepare."""
         prepare()
+        return work
 
     def claims(self, n_pieces: int) -> Iterator[int]:
         """Hand out all pieces."""
@@ -68,12 +69,13 @@ class Ranks:
         self._store, self._rank, self._size = store, rank, size
         self._counted = 0
 
-    def lead(self, prepare: Callable[[], None]) -> None:
-        """Let rank 0 prepare; the others wait for it."""
+    def lead(self, prepare: Callable[[], None], work: str) -> str:
+        """Let rank 0 prepare; the others wait for it. Return rank 0's text for the work."""
         if self.first:
             prepare()
-            self._store.set("prepared", "")
+            self._store.set("prepared", work)
         self._wait_for(["prepared"])
+        return bytes(self._store.get("prepared")).decode()
 
     def claims(self, n_pieces: int) -> Iterator[int]:
         """Hand out the pieces one by one, each to whoever asks next."""
@@ -104,7 +106,9 @@ def team() -> Team:
     if n_ranks() == 1:
         return Alone()
     store, rank, size = _joined()
-    return Ranks(PrefixStore(f"unbraid {next(_works)}", store), rank, size)
+    # The store outlives processes that torchrun starts anew, and what they claimed does not count.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Ranks(PrefixStore(f"unbraid {attempt} {next(_works)}", store), rank, size)
 
 
 def n_ranks() -> int:

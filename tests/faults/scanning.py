@@ -66,7 +66,8 @@ def die_at(moment: str) -> None:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    if len(sys.argv) > 2 and os.environ.get("RANK", "0") == "0":
+    first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if len(sys.argv) > 2 and os.environ.get("RANK", "0") == "0" and first_start:
         die_at(sys.argv[2])
     print(f"ready {os.getpid()}", flush=True)
     options = {"positions": True, "batch_size": 16, "threads": 1}

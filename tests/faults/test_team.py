@@ -1,0 +1,75 @@
+"""Processes that scan together: what they must agree on, and that torchrun may start them anew."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch.distributed import HashStore
+
+from faults.test_faults import SCANNING, TORCHRUN, assert_same, undisturbed
+from networks import SyntheticImages, build
+from unbraid import claims, team
+from unbraid.claims import Target, claim_together
+from unbraid.errors import RunError
+from unbraid.scan import scan
+from unbraid.team import Alone, Ranks
+
+__all__ = ["undisturbed"]
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Target:
+    network = build("1x1")
+    made = scan(network, "layer", SyntheticImages(4), tmp_path / "made")
+    return Target(network.get_submodule("layer"), made.manifest, tmp_path / "scan")
+
+
+def test_ranks_that_would_scan_another_network_are_told_and_touch_nothing(target: Target) -> None:
+    store = HashStore()
+    claim_together([target], Ranks(store, 0, 2))
+    claimed = {path: path.read_bytes() for path in target.folder.iterdir()}
+    claim_together([target], Ranks(store, 1, 2))  # the same work
+    other = replace(target, manifest=replace(target.manifest, weights="of another seed"))
+    with pytest.raises(RunError, match="the network's weights of this one and the first differ"):
+        claim_together([other], Ranks(store, 1, 2))
+    with pytest.raises(RunError, match="the number of layers"):
+        claim_together([target, target], Ranks(store, 1, 2))
+    assert {path: path.read_bytes() for path in target.folder.iterdir()} == claimed
+
+
+def test_alone_there_is_nobody_to_differ_from(target: Target) -> None:
+    claim_together([target], Alone())
+    claims.refuse_taken(target)
+    other = replace(target, manifest=replace(target.manifest, weights="of another seed"))
+    with pytest.raises(RunError, match="taken by another scan"):
+        claims.refuse_taken(other)
+
+
+def test_what_was_claimed_before_a_restart_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    monkeypatch.setattr(team, "_joined", lambda: (store, 0, 1))
+    monkeypatch.setattr(team, "n_ranks", lambda: 2)
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        monkeypatch.setattr(team, "_works", iter([0]))  # as in a process that has just begun
+        assert list(team.team().claims(3)) == [0, 1, 2]
+
+
+def test_torchrun_may_start_a_dead_rank_anew(undisturbed: Path, tmp_path: Path) -> None:
+    command = [*TORCHRUN, "--max-restarts", "1", "--nproc-per-node", "2", str(SCANNING)]
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path), "named 7"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ready") == 4
+    assert_same(tmp_path, undisturbed)
