@@ -128,7 +128,7 @@ def test_a_pipe_is_not_waited_for(scan: Scan, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="it is no file"):
         read_tensors(scan.path / "layer.safetensors")
     os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="no regular file"):
         read_picture(tmp_path / "a.png")
 
 

@@ -84,7 +84,9 @@ def circuit_from(
             "The scan is of another network or layer than the split; pass one of the network and "
             "layer that were split."
         )
-    if scan.manifest.data != fingerprint(dataset, labels_of(dataset)):
+    told = scan.manifest
+    needed = told.labels == "given" or told.classes is not None
+    if told.data != fingerprint(dataset, labels_of(dataset, needed)):
         raise UsageError("The data set is not the one that was scanned; pass that one.")
     classes = part.concepts[concept]
     name = split.name(classes)

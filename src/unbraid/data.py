@@ -8,24 +8,46 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from unbraid.errors import DataError, UsageError
+from unbraid.errors import DataError, OutOfReach, UsageError, brief, out_of_reach
 
 UNLABELLED = -1  # in place of a label, where a data set has none
 
 _N_TRIED = 20  # images, in search of one that can be read
 
 
-def labels_of(dataset: Dataset[Any]) -> list[int]:
+def labels_of(dataset: Dataset[Any], needed: bool = True) -> list[int]:
     """Return all labels of a data set, without reading images where it keeps a list of them.
 
-    Looks for `targets` or `labels` (the habit of torchvision's data sets) through Subsets.
+    Looks for `targets` or `labels` (the habit of torchvision's data sets) through Subsets. Without
+    a list every image is read, and those that are broken count as unlabelled; unless labels are
+    not needed, when all count as such.
 
     Raises:
-        DataError: a label is no number.
+        DataError: a label is no number, there are more or fewer than images, or no image can be
+            read.
     """
+    listed = _listed_labels(dataset)
+    if listed is not None:
+        return listed
+    if not needed:
+        return [UNLABELLED] * size_of(dataset)
+    labels: list[int] = []
+    broken: list[str] = []
+    for index in range(size_of(dataset)):
+        try:
+            labels.append(_number(_read(dataset, index)[1], index))
+        except _Broken as error:
+            broken.append(str(error))
+            labels.append(UNLABELLED)
+    if len(broken) == len(labels):
+        raise DataError(f"No image can be read: {broken[0]}")
+    return labels
+
+
+def _listed_labels(dataset: Dataset[Any]) -> list[int] | None:
     if isinstance(dataset, Subset):
-        inner = labels_of(dataset.dataset)
-        return [inner[i] for i in dataset.indices]
+        inner = _listed_labels(dataset.dataset)
+        return None if inner is None else [inner[i] for i in dataset.indices]
     for name in ("targets", "labels", "_labels"):
         kept = getattr(dataset, name, None)
         if kept is not None and hasattr(
@@ -33,8 +55,13 @@ def labels_of(dataset: Dataset[Any]) -> list[int]:
         ):  # going through a tensor would make a tensor of every label
             kept = kept.tolist()
         if isinstance(kept, Sequence):
+            if len(kept) != size_of(dataset):
+                raise DataError(
+                    f"The data set's {name} are {len(kept)} for {size_of(dataset)} images; give "
+                    "one label for each image."
+                )
             return [_number(label, i) for i, label in enumerate(kept)]
-    return [_number(dataset[i][1], i) for i in range(size_of(dataset))]
+    return None
 
 
 def groups_of(dataset: Dataset[Any]) -> list[int] | None:
@@ -44,7 +71,7 @@ def groups_of(dataset: Dataset[Any]) -> list[int] | None:
     says nothing.
 
     Raises:
-        DataError: there are more or fewer ids than images.
+        DataError: there are more or fewer ids than images, or one cannot be told from others.
     """
     if isinstance(dataset, Subset):
         inner = groups_of(dataset.dataset)
@@ -59,7 +86,12 @@ def groups_of(dataset: Dataset[Any]) -> list[int] | None:
             "each image."
         )
     numbers: dict[Any, int] = {}
-    return [numbers.setdefault(own, len(numbers)) for own in ids]
+    try:
+        return [numbers.setdefault(own, len(numbers)) for own in ids]
+    except TypeError as error:
+        raise DataError(
+            f"The data set's groups cannot be compared ({brief(error)}); give texts or numbers."
+        ) from None
 
 
 def _number(label: Any, index: int) -> int:
@@ -149,29 +181,58 @@ class Relabelled(Dataset[tuple[Any, int]]):
         return getattr(self.dataset, name)
 
 
+class _Broken(DataError):
+    """An image cannot be read, and will not be another time."""
+
+
+def _read(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
+    """Read an image and its label.
+
+    Raises:
+        OutOfReach: not the image is at fault.
+        _Broken: the image is.
+    """
+    try:
+        image, label = dataset[index]
+    except OutOfReach:
+        raise
+    except DataError as error:
+        raise _Broken(str(error)) from None
+    except Exception as error:
+        name = f"Image {index} of the data set"
+        away = out_of_reach(name, error)
+        raise (away or _Broken(f"{name} cannot be read ({error}).")) from None
+    return image, label
+
+
 GoodItem = tuple[int, Tensor, int]  # index, image, label
 BrokenItem = tuple[int, str]  # index, what went wrong
+FailedItem = tuple[str]  # what went wrong, not with the image
+Item = GoodItem | BrokenItem | FailedItem
 
 
-def sort_out(
-    items: Sequence[GoodItem | BrokenItem], skip_broken: bool
-) -> tuple[list[GoodItem], list[int]]:
+def sort_out(items: Sequence[Item], skip_broken: bool) -> tuple[list[GoodItem], list[int]]:
     """Part the items of a Readable into images and the indices of broken ones.
 
     Raises:
-        DataError: an image is broken, and broken ones are not to be skipped.
+        DataError: an image is broken, and broken ones are not to be skipped; or images cannot be
+            reached, or a label is no number.
     """
     good = [item for item in items if len(item) == 3]
     broken = [item for item in items if len(item) == 2]
+    failed = [item for item in items if len(item) == 1]
+    if failed:
+        raise DataError(failed[0][0])
     if broken and not skip_broken:
         raise DataError(f"{broken[0][1]} Mend or remove it, or leave it out with skip_broken.")
     return good, [item[0] for item in broken]
 
 
-class Readable(Dataset[GoodItem | BrokenItem]):
+class Readable(Dataset[Item]):
     """A data set whose items carry their index, and whose failures are items, not exceptions.
 
-    So a broken image in a worker process neither kills it nor loses its place.
+    So a broken image in a worker process neither kills it nor loses its place. What is not the
+    image's own fault is an item of another kind, lest sound images be left out for good.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
@@ -182,22 +243,29 @@ class Readable(Dataset[GoodItem | BrokenItem]):
         """Number of images."""
         return size_of(self.dataset)
 
-    def __getitem__(self, index: int) -> GoodItem | BrokenItem:
-        """Return (index, image, label), or (index, what went wrong)."""
+    def __getitem__(self, index: int) -> Item:
+        """Return (index, image, label), or (index, what went wrong), or (what went wrong,)."""
         try:
-            image, label = self.dataset[index]
-        except DataError as error:
+            image, label = _read(self.dataset, index)
+            if isinstance(image, Tensor):
+                return index, image, _number(label, index)
+        except _Broken as error:
             return index, str(error)
-        except Exception as error:
-            return index, f"Image {index} of the data set cannot be read ({error})."
-        if not isinstance(image, Tensor):
-            kind = type(image).__name__
-            return index, f"Image {index} is a {kind}, not a tensor; give the data set a transform."
-        return index, image, int(label)
+        except DataError as error:
+            return (str(error),)
+        kind = type(image).__name__
+        return index, f"Image {index} is a {kind}, not a tensor; give the data set a transform."
 
 
 def first_readable(dataset: Dataset[Any], places: Sequence[int]) -> Tensor | None:
-    """Return the first image of these that can be read, None if the first ones cannot."""
+    """Return the first image of these that can be read, None if the first ones cannot.
+
+    Raises:
+        DataError: images cannot be reached, or a label is no number.
+    """
     readable = Readable(dataset)
-    items = (readable[place] for place in places[:_N_TRIED])
-    return next((item[1] for item in items if len(item) == 3), None)
+    for place in places[:_N_TRIED]:
+        good, _ = sort_out([readable[place]], skip_broken=True)
+        if good:
+            return good[0][1]
+    return None

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 _LONGEST = 300  # characters of what another library says
+_GONE = (errno.ENOENT, errno.ENOTDIR)
+# The last is what a seek by a number out of a damaged file gives.
+_OF_FILE = (*_GONE, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 class UnbraidError(Exception):
@@ -38,8 +43,16 @@ class DataError(UnbraidError):
     """The images cannot be found, read or understood."""
 
 
+class OutOfReach(DataError):
+    """Images cannot be read for now, for a reason of the system's; they may well be sound."""
+
+
 class RunError(UnbraidError):
     """A folder or file of unbraid's own is incomplete, damaged or belongs to something else."""
+
+
+class UnreadableError(RunError):
+    """A file cannot be read now, or not by this version; that says nothing of what it holds."""
 
 
 class OutputChangedError(UnbraidError):
@@ -53,6 +66,42 @@ def brief(error: BaseException) -> str:
     ('a bxx', 'ValueError')
     """
     return " ".join(str(error)[:_LONGEST].split()) or type(error).__name__
+
+
+def out_of_reach(what: str, error: BaseException) -> OutOfReach | None:
+    """Tell an error of the system from one of the image being read; None for the latter.
+
+    Of the system are no memory, and any errno that says nothing of the file itself: too many open
+    files, a disk that fails, a server that is away, no permission. A missing file counts as broken
+    as long as its folder (that of what it links to) is there and holds others; else what is gone is
+    probably the disk.
+
+    >>> str(out_of_reach("Image a", OSError(24, "Too many open files")))[:46]
+    'Image a cannot be reached (Too many open files'
+    >>> out_of_reach("Image a", OSError("truncated")) is None
+    True
+    """
+    reason = None
+    if isinstance(error, MemoryError):
+        reason = "memory is full"
+    elif isinstance(error, OSError) and error.errno is not None:
+        if error.errno not in _OF_FILE:
+            reason = error.strerror or brief(error)
+        elif error.errno in _GONE and isinstance(error.filename, (str, bytes, os.PathLike)):
+            folder = os.path.dirname(os.path.realpath(error.filename))
+            if not _holds_something(folder):
+                reason = f"folder {os.fsdecode(folder)} is gone or empty"
+    if reason is None:
+        return None
+    return OutOfReach(f"{what} cannot be reached ({reason}); mend that and start again.")
+
+
+def _holds_something(folder: str | bytes) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(True for _ in entries)
+    except OSError:
+        return False
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

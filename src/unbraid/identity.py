@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from unbraid.data import groups_of, size_of
-from unbraid.errors import DataError
+from unbraid.errors import DataError, OutOfReach, out_of_reach
 
 
 def ids_of(dataset: Dataset[Any]) -> list[str] | None:
@@ -25,8 +24,8 @@ def ids_of(dataset: Dataset[Any]) -> list[str] | None:
     folders), through Subsets; None where a data set says nothing, or takes an image twice.
 
     Raises:
-        DataError: the data set's `ids` are more or fewer than its images, name two by the same id,
-            or are neither texts nor numbers.
+        DataError: the data set's `ids` or `samples` are more or fewer than its images, ids name two
+            by the same, or are neither texts nor numbers, or texts that cannot be written.
     """
     if isinstance(dataset, Subset):
         inner = ids_of(dataset.dataset)
@@ -38,15 +37,13 @@ def ids_of(dataset: Dataset[Any]) -> list[str] | None:
     samples = _files_of(dataset)
     if samples is None:
         return None
+    _refuse_other_number("samples", len(samples), size_of(dataset))
     root = os.fspath(_root_of(dataset))
     return _distinct([seen_from(root, path) for path in samples])
 
 
 def _checked(ids: Sequence[Any], size: int) -> list[str]:
-    if len(ids) != size:
-        raise DataError(
-            f"The data set's ids name {len(ids)} images of {size}; give one id for each image."
-        )
+    _refuse_other_number("ids", len(ids), size)
     wrong = [one for one in ids if not isinstance(one, (str, int))]
     if wrong:
         raise DataError(f"An id is a {type(wrong[0]).__name__}; give texts or numbers as ids.")
@@ -54,8 +51,19 @@ def _checked(ids: Sequence[Any], size: int) -> list[str]:
     for one in map(str, ids):
         if one in seen:
             raise DataError(f"Two images have the id {one!r}; give each image one of its own.")
+        try:
+            _encode(one)
+        except UnicodeEncodeError:
+            raise DataError(f"The id {one!r} cannot be written as UTF-8; give another.") from None
         seen.add(one)
     return [str(one) for one in ids]
+
+
+def _refuse_other_number(name: str, n: int, size: int) -> None:
+    if n != size:
+        raise DataError(
+            f"The data set's {name} name {n} images of {size}; give one for each image."
+        )
 
 
 def _distinct(ids: list[str]) -> list[str] | None:
@@ -90,6 +98,10 @@ def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
 
     Sizes, in bytes, are those of a folder's files, or the data set's own `sizes`. Where there are
     no ids or no sizes, sixteen evenly spaced images are read.
+
+    Raises:
+        DataError: ids, groups or sizes are more or fewer than the images, or these cannot be
+            reached.
     """
     digest = hashlib.sha256(torch.tensor(labels).numpy().tobytes())
     groups = groups_of(dataset)
@@ -104,7 +116,11 @@ def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
         for index in range(0, len(labels), step):
             try:
                 image = torch.as_tensor(dataset[index][0])
-            except Exception:  # a broken image is the scan's to report, with its rules
+            except OutOfReach:
+                raise
+            except Exception as error:  # a broken image is the scan's to report, with its rules
+                if away := out_of_reach(f"Image {index} of the data set", error):
+                    raise away from None
                 continue
             digest.update(image.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -115,13 +131,22 @@ def _sizes_of(dataset: Dataset[Any]) -> list[int] | None:
     if isinstance(dataset, Subset):
         inner = _sizes_of(dataset.dataset)
         return None if inner is None else [inner[i] for i in dataset.indices]
-    sizes = getattr(dataset, "sizes", None)
+    sizes: Any = getattr(dataset, "sizes", None)
+    sizes = sizes.tolist() if hasattr(sizes, "tolist") else sizes
     if isinstance(sizes, Sequence):
+        _refuse_other_number("sizes", len(sizes), size_of(dataset))
         return list(sizes)
     files = _files_of(dataset)
-    if files is None:
-        return None
-    return [Path(file).stat().st_size if Path(file).exists() else -1 for file in files]
+    return None if files is None else [_size_of_file(file) for file in files]
+
+
+def _size_of_file(file: str) -> int:
+    try:
+        return os.stat(file).st_size
+    except (OSError, ValueError) as error:  # the latter for what can be no file's name
+        if away := out_of_reach(f"Image {file}", error):
+            raise away from None
+        return -1
 
 
 def pack_ids(ids: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -234,8 +234,8 @@ def _indices(top: dict[int, ReferenceImages]) -> set[int]:
 
 def _refuse_other_images(scan: Scan, dataset: Dataset[Any]) -> None:
     """Raise if the data set cannot be the one that was scanned."""
-    labels = labels_of(dataset)
     given = scan.manifest.labels == "given"
+    labels = labels_of(dataset, needed=given)
     for own in scan.tensors("index", "label"):
         for index, label in zip(own["index"].tolist(), own["label"].tolist(), strict=True):
             if index >= len(labels) or (given and labels[index] != label):
