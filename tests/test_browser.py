@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -243,50 +244,6 @@ def test_pictures_are_shown_whole_or_where(context: Any, file: Path) -> None:
     assert log.silent
 
 
-TOP = "id => Math.round(document.getElementById(id).getBoundingClientRect().top)"
-
-
-def moves(page: Any, article: str) -> list[int]:
-    """How far each control of the bar moves an article that was scrolled to."""
-    page.evaluate("id => { location.hash = '#channels'; location.hash = `#${id}` }", article)
-    page.wait_for_function("id => document.activeElement.id === id", arg=article)
-    tops = []
-    for act in (
-        lambda: page.click("label[for=look-answer]"),
-        lambda: page.click("label[for=look-whole]"),
-        lambda: page.keyboard.press("ArrowRight"),
-        lambda: page.keyboard.press("/"),
-        lambda: page.mouse.wheel(0, 300),
-        lambda: page.click("label[for=look-whole]"),
-    ):
-        page.wait_for_timeout(100)  # what is off the screen is laid out as it comes near
-        before = page.evaluate(TOP, article)
-        act()
-        page.wait_for_timeout(100)
-        tops.append(page.evaluate(TOP, article) - before)
-    return tops
-
-
-@pytest.mark.parametrize("size", [(1280, 800), (700, 900), (360, 740)])
-def test_the_bar_does_not_move_the_page(browser: Any, file: Path, size: tuple[int, int]) -> None:
-    context = browser.new_context(viewport={"width": size[0], "height": size[1]})
-    page, log = load(context, file)
-    for channel in channels(page, "article")[:2]:
-        moved = moves(page, f"channel-{channel}")
-        assert moved[4] == -300  # a wheel is seen to move it
-        assert moved[:4] == [0, 0, 0, 0]
-        assert moved[5] == 0
-        below = page.evaluate(
-            "() => document.getElementById('tools').getBoundingClientRect().bottom"
-        )
-        page.evaluate("id => document.getElementById(id).scrollIntoView()", f"channel-{channel}")
-        assert page.evaluate(TOP, f"channel-{channel}") >= below - 1
-    page.evaluate("document.documentElement.style.scrollPaddingTop = '6.5rem'")
-    assert moves(page, f"channel-{channel}")[:4] != [0, 0, 0, 0]
-    assert log.silent
-    context.close()
-
-
 def test_hostile_names_show_as_text(context: Any, file: Path) -> None:
     page, log = load(context, file)
     text = page.evaluate("document.body.textContent")
@@ -302,13 +259,32 @@ def test_print_folds_nothing_and_hides_the_tools(context: Any, file: Path) -> No
     page, log = load(context, file)
     assert page.locator("details[open]").count() == 0
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.locator("details:not([open])").count() == 0
+    assert page.locator("details:not([open], .aside)").count() == 0
+    assert page.locator("details.aside[open]").count() == 0
     page.emulate_media(media="print")
     assert not page.locator("#tools").is_visible()
+    assert not page.locator("details.aside summary").first.is_visible()
     assert page.locator(".words dt").first.is_visible()
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details[open]").count() == 0
-    assert len(page.pdf()) > 10_000
+    assert log.silent
+
+
+def sheets(page: Any) -> int:
+    """Pages of paper, as counted in a PDF file."""
+    return len(re.findall(rb"/Type\s*/Page\b", page.pdf()))
+
+
+def test_every_channel_has_its_paper(context: Any, file: Path) -> None:
+    page, log = load(context, file)
+    everything, n = sheets(page), page.locator("article").count()
+    page.evaluate("document.querySelectorAll('article').forEach(a => a.replaceChildren('short'))")
+    assert everything >= sheets(page) >= n  # each but the first begins a new one
+    short = sheets(page)
+    page.evaluate("document.querySelector('article').remove()")
+    assert sheets(page) == short - 1
+    page.evaluate("document.querySelectorAll('article').forEach(a => a.remove())")
+    assert sheets(page) <= short - (n - 2)
     assert log.silent
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +19,7 @@ from unbraid.findings import Findings
 from unbraid.records import Scan
 from unbraid.relevance import input_relevance
 from unbraid.report.density import density, shared_grid
+from unbraid.report.firsts import N_FIRSTS, First
 from unbraid.report.text import bounded, first_few, letter
 from unbraid.splits import ChannelSplit
 from unbraid.visualize.reference import ReferenceImages, TopImages
@@ -65,6 +66,7 @@ class Shot:
     image: str  # what the image itself is called
     activation: float
     concept: ConceptView | None  # that it, or its class, belongs to
+    rank: int | None = None  # among all images, of one that is not shown for its strength
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,22 @@ class ReferenceRow:
     """The images that excite one channel most."""
 
     concept: ConceptView | None  # None for the original channel
-    shots: tuple[Shot, ...]
+    shots: tuple[Shot, ...]  # strongest first
+    # The first image of each concept that has none among them, in place of the weakest.
+    firsts: tuple[Shot, ...] = ()
+    n_images: int = 0  # that ranks are among
+
+    @property
+    def all(self) -> tuple[Shot, ...]:
+        """Every image shown."""
+        return (*self.shots, *self.firsts)
+
+    def with_fewer(self, n: int) -> ReferenceRow:
+        """Keep n images: of the strongest what the first ones of other concepts leave, or one."""
+        n_strongest = max(1, n - len(self.firsts))
+        return replace(
+            self, shots=self.shots[:n_strongest], firsts=self.firsts[: max(0, n - n_strongest)]
+        )
 
     @property
     def tally(self) -> list[tuple[ConceptView | None, int]]:
@@ -136,7 +153,7 @@ class ChannelView:
     @property
     def has_strangers(self) -> bool:
         """Whether some reference image belongs to no concept."""
-        return any(shot.concept is None for row in self.rows for shot in row.shots)
+        return any(shot.concept is None for row in self.rows for shot in row.all)
 
 
 def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[ConceptView, ...]:
@@ -148,9 +165,23 @@ def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[C
 
 
 def reference_rows(
-    found: Findings, part: ChannelSplit, top: ReferenceImages, ids: Mapping[int, str]
+    found: Findings,
+    part: ChannelSplit,
+    top: ReferenceImages,
+    ids: Mapping[int, str],
+    firsts: Mapping[int, First],
+    n_images: int,
 ) -> tuple[ReferenceRow, ...]:
-    """Describe the reference images of a channel and its concept channels, named by their ids."""
+    """Describe the reference images of a channel and its concept channels.
+
+    Args:
+        found: names the classes.
+        part: the channel.
+        top: its reference images.
+        ids: what images are called, by place in the data set.
+        firsts: the original's first image of each concept without one among the strongest.
+        n_images: that they were chosen from.
+    """
     views = concept_views(found, part.concepts)
 
     def row(concept: ConceptView | None, images: TopImages) -> ReferenceRow:
@@ -170,7 +201,23 @@ def reference_rows(
             ),
         )
 
-    return (row(None, top.original), *map(row, views, top.concepts))
+    first = [
+        Shot(
+            one.index,
+            one.label,
+            bounded(found.name(one.label)),
+            bounded(ids.get(one.index, f"image {one.index}")),
+            one.activation,
+            views[k],
+            one.rank,
+        )
+        for k, one in sorted(firsts.items(), key=lambda item: item[1].rank)[:N_FIRSTS]
+    ]
+    original = row(None, top.original)
+    if first:
+        kept = original.shots[: max(1, len(original.shots) - len(first))]
+        original = ReferenceRow(None, kept, tuple(first), n_images)
+    return (original, *map(row, views, top.concepts))
 
 
 def densities(views: Sequence[ConceptView], answers: Responses) -> Densities:

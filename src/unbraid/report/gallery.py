@@ -32,6 +32,7 @@ class Pictures:
     shots: dict[int, Picture | None] | None  # by place in the data set; None: none at all
     veils: dict[Spot, Veil]
     features: dict[tuple[int, int | None], Picture]  # by channel, and concept or None
+    responses: dict[tuple[int, int | None], tuple[float, ...]]  # of concept channels, to each
 
     def veil(self, channel: int, row: int, index: int) -> Veil | None:
         """The veil over an image in a channel's row; row 0 is the original's."""
@@ -40,6 +41,10 @@ class Pictures:
     def feature(self, channel: int, row: int) -> Picture | None:
         """The feature visualisation of a channel's row."""
         return self.features.get((channel, row - 1 if row else None))
+
+    def excites(self, channel: int, row: int) -> tuple[float, ...]:
+        """What a row's feature visualisation excites: each concept channel, per position."""
+        return self.responses.get((channel, row - 1 if row else None), ())
 
     @property
     def has_sources(self) -> bool:
@@ -65,7 +70,7 @@ class Gallery:
             Spot(section.number, row - 1 if row else None, shot.index): shot.label
             for section in page.channels
             for row, images in enumerate(section.rows)
-            for shot in images.shots
+            for shot in images.all
         }
         self.album: Album | None = None
         self.features = material.features
@@ -88,7 +93,12 @@ class Gallery:
             None if self.album is None else self.album.pictures(look),
             self.veils,
             {} if self.features is None else self._features(self.features, look),
+            self._responses(),
         )
+
+    def _responses(self) -> dict[tuple[int, int | None], tuple[float, ...]]:
+        features = () if self.features is None else self.features.features
+        return {(f.channel, f.concept): f.responses[1:] for f in reversed(features)}
 
     def _features(self, features: Features, look: Look) -> dict[tuple[int, int | None], Picture]:
         side = round(_FEATURE * look.side)

@@ -36,6 +36,13 @@ class ChannelIntervals:
 
     concepts: tuple[ConceptIntervals, ...]
     separation_error: Interval
+    means: tuple[Interval, ...]  # of the original's response to each concept's images
+
+    def is_told(self, measure: str, k: int) -> bool:
+        """Whether what a measure of concept k divides by is told from 0."""
+        zero = [low <= 0 <= high for low, high in self.means]
+        divided_by_mean = {"retention": [zero[k]], "leakage": [*zero[:k], *zero[k + 1 :]]}
+        return not any(divided_by_mean.get(measure, []))
 
 
 def intervals(answers: Responses, seed: int = 0) -> ChannelIntervals | None:
@@ -60,13 +67,16 @@ def intervals(answers: Responses, seed: int = 0) -> ChannelIntervals | None:
     rng = np.random.default_rng(seed)
     at_once = max(1, _MAX_CELLS // len(concept))
     drawn: list[np.ndarray] = []
+    means: list[np.ndarray] = []
     while (missing := N_RESAMPLES - sum(map(len, drawn))) > 0:
         counts = np.zeros((min(missing, at_once), len(concept)))
         for images in members:
             counts[:, images] = _draw(rng, len(counts), len(images))
         drawn.append(resampled(counts, z, new, members))
+        means.append(np.stack([counts[:, own] @ z[own] / len(own) for own in members], axis=1))
     values = np.concatenate(drawn)  # (B, K, 5)
     edges = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)  # (2, K, 5)
+    of_means = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     errors = _separation(values, len(members))
     low, high = np.quantile(errors, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return ChannelIntervals(
@@ -75,6 +85,7 @@ def intervals(answers: Responses, seed: int = 0) -> ChannelIntervals | None:
             for k in range(len(members))
         ),
         (low, high),
+        tuple((low, high) for low, high in of_means.T.tolist()),
     )
 
 

@@ -80,6 +80,7 @@ def _environment() -> Environment:
         "number": text.number,
         "value": text.value,
         "significant": text.significant,
+        "ordinal": text.ordinal,
         "percent": text.percent,
         "isolate": text.isolate,
         "bounded": text.bounded,

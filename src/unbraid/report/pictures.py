@@ -20,7 +20,8 @@ from unbraid.sight import Sight, sight_of
 
 _SMALL = 48  # from this size down, enlarging should show the pixels as they are
 _N_CHECKED = 16
-_DARKEST = 0.72  # opacity of a veil over places that count for nothing
+_DENSEST = 0.72  # opacity of a veil over places that count for nothing
+_GREY = 128  # of a veil: black would not be seen on a dark picture
 _MAX_POSITIONS = 16  # of a veil, each way: it is shown smoothed anyway
 
 
@@ -168,10 +169,10 @@ def veil(shade: Tensor) -> str:
     """
     height, width = (min(side, _MAX_POSITIONS) for side in shade.shape)
     shade = adaptive_avg_pool2d(shade[None].float(), (height, width))[0]
-    opacity = (255 * _DARKEST * (1 - shade)).round().to(torch.uint8).numpy()
-    black = Image.new("L", (width, height))
+    opacity = (255 * _DENSEST * (1 - shade)).round().to(torch.uint8).numpy()
+    grey = Image.new("L", (width, height), _GREY)
     content = io.BytesIO()
-    Image.merge("LA", (black, Image.fromarray(opacity))).save(content, "PNG", optimize=True)
+    Image.merge("LA", (grey, Image.fromarray(opacity))).save(content, "PNG", optimize=True)
     return _data_uri("png", content)
 
 

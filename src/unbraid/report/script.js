@@ -19,10 +19,32 @@
   // --- search ---
   const matches = (row, terms) => {
     const { channel, names } = row.dataset;
-    return terms.every((t) => channel.startsWith(t) || names.toLowerCase().includes(t));
+    return terms.every((t) => channel.startsWith(t.replace(/^#/, "")) || names.toLowerCase().includes(t));
+  };
+  // A number's own channel stands above those that begin with it; the order comes back after.
+  let order = null;
+  const put = (sorted) => {
+    table.tBodies[0].append(...sorted);
+    if (details) details.append(...sorted.map((r) => sectionOf(r.dataset.channel)).filter(Boolean));
+  };
+  const exactFirst = (terms) => {
+    if (order) put(order);
+    order = null;
+    const number = terms.length === 1 && terms[0].replace(/^#/, "");
+    const exact = rows.find((r) => r.dataset.channel === number);
+    if (!exact) return;
+    order = [...table.tBodies[0].rows];
+    put([exact, ...order.filter((r) => r !== exact)]);
+  };
+  const toList = () => {
+    const { top, bottom } = table.parentElement.getBoundingClientRect(); // which may scroll itself
+    const edge = tools.getBoundingClientRect().bottom;
+    if (bottom < edge + 24 || top > innerHeight) heading.scrollIntoView();
   };
   const filter = () => {
-    const terms = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    // "Channel 7" and "#7" are as good as "7".
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const terms = words.filter((t) => !/^(#|channels?)$/.test(t));
     const found = new Set(rows.filter((r) => matches(r, terms)).map((r) => r.dataset.channel));
     for (const row of document.querySelectorAll("tr[data-channel]")) {
       row.hidden = !found.has(row.dataset.channel);
@@ -31,8 +53,10 @@
       const section = sectionOf(row.dataset.channel);
       if (section) section.hidden = row.hidden;
     }
-    count.textContent = terms.length
-      ? `${found.size} of ${rows.length}`
+    exactFirst(terms);
+    count.textContent = terms.length && !found.size
+      ? "No channel matches; Esc clears"
+      : terms.length ? `${found.size} of ${rows.length}`
       : `${rows.length} channel${rows.length === 1 ? "" : "s"}`;
   };
   const clear = () => {
@@ -57,10 +81,9 @@
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
     const body = owner.tBodies[0];
     const sorted = [...body.rows].sort((a, b) => compare(a.cells[column], b.cells[column], down ? -1 : 1));
-    body.append(...sorted);
-    if (owner === table && details) {
-      details.append(...sorted.map((row) => sectionOf(row.dataset.channel)).filter(Boolean));
-    }
+    if (owner !== table) return body.append(...sorted);
+    order = null; // the new one counts from now on
+    put(sorted);
   };
   for (const head of document.querySelectorAll("table.sortable thead th")) {
     const button = document.createElement("button");
@@ -121,6 +144,7 @@
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const arrow = event.key.startsWith("Arrow");
+    if (arrow && event.shiftKey) return; // it selects text
     if (event.target === search) {
       if (event.key === "Enter" && sections().length) go(sections()[0]);
       if (event.key !== "Escape") return;
@@ -133,17 +157,20 @@
     act();
   });
 
-  // --- print: nothing folded ---
+  // --- print: nothing folded but what only says the same once more, or in more detail ---
   let folded = [];
   addEventListener("beforeprint", () => {
-    folded = [...document.querySelectorAll("details:not([open])")];
+    folded = [...document.querySelectorAll("details:not([open], .aside)")];
     for (const part of folded) part.open = true;
   });
   addEventListener("afterprint", () => {
     for (const part of folded) part.open = false;
   });
 
-  search.addEventListener("input", filter);
+  search.addEventListener("input", () => {
+    filter();
+    toList();
+  });
   addEventListener("hashchange", open);
   for (const part of tools.querySelectorAll(".scripted")) part.hidden = false;
   filter();

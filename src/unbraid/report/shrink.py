@@ -28,7 +28,7 @@ def with_fewer_images(page: Page, n: int, usual: int) -> Page:
         channels=tuple(
             replace(
                 section,
-                rows=tuple(replace(row, shots=row.shots[:n]) for row in section.rows),
+                rows=tuple(row.with_fewer(n) for row in section.rows),
             )
             for section in page.channels
         ),
@@ -57,7 +57,7 @@ def with_fewer_channels(page: Page, n: int) -> Page:
 
 
 def with_fewer_lines(page: Page, n: int = MAX_LISTED) -> Page:
-    """Keep the first n lines of the list of channels and of that of pairs, and say what is left out.
+    """Keep the first n lines of the lists of channels and of pairs, and say what is left out.
 
     Channels shown in full stay in the list.
     """

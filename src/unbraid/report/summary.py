@@ -30,11 +30,9 @@ def facts(material: Material) -> tuple[Fact, ...]:
     scan, found = material.scan, material.found
     split, evaluation = material.split, material.evaluation
     n_channels = f"of {count(scan.layer.n_out, 'channel')}{_at_thresholds(material)}"
-    facts = [
-        Fact(
-            f"{len(found.concepts):,}", "chosen" if material.chosen else "polysemantic", n_channels
-        )
-    ]
+    what = "chosen channel" if material.chosen else "polysemantic channel"
+    what += "" if len(found.concepts) == 1 else "s"
+    facts = [Fact(f"{len(found.concepts):,}", what, n_channels)]
     if not found.concepts:
         return tuple(facts)
     note = f"lowest cosine {number(min(material.lowest.values(), default=None))}"
@@ -45,7 +43,7 @@ def facts(material: Material) -> tuple[Fact, ...]:
     if split is not None:
         n_concepts = sum(len(part.concepts) for part in split.channels)
         facts.append(
-            Fact(f"{n_concepts:,}", "concept channels", f"method: {bounded(split.method)}")
+            Fact(f"{n_concepts:,}", "concept channels", f"method: {_in_words(split.method)}")
         )
     if evaluation is None:
         return tuple(facts)
@@ -59,9 +57,13 @@ def facts(material: Material) -> tuple[Fact, ...]:
     note = "ideal 0; halving a channel gives 0.5"
     if evaluation.baseline is not None:
         before = evaluation.baseline.summary[evaluation.baseline.method]["separation_error"]
-        note = f"{bounded(evaluation.baseline.method)} rule: {number(before)}; ideal 0"
+        note = f"{_in_words(evaluation.baseline.method)} rule: {number(before)}; ideal 0"
     facts.append(Fact(number(errors["separation_error"]), "mean separation error", note))
     return tuple(facts)
+
+
+def _in_words(method: str) -> str:
+    return bounded(method.replace("_", " "))
 
 
 def _at_thresholds(material: Material) -> str:

@@ -73,6 +73,16 @@ def percent(value: float | None, digits: int = 0) -> str:
     return f"{text}%".replace("-", MINUS)
 
 
+def ordinal(n: int) -> str:
+    """Write a rank.
+
+    >>> [ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 112, 1143)]
+    ['1st', '2nd', '3rd', '4th', '11th', '12th', '13th', '21st', '112th', '1,143rd']
+    """
+    teen = n % 100 in (11, 12, 13)
+    return f"{n:,}{'th' if teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"
+
+
 def letter(k: int) -> str:
     """Short name of the k-th concept of a channel.
 

@@ -20,6 +20,7 @@ from unbraid.report.channels import (
     reference_rows,
 )
 from unbraid.report.effects import effects
+from unbraid.report.firsts import first_images, missing
 from unbraid.report.intervals import intervals
 from unbraid.report.maps import Map, maps
 from unbraid.report.masks import masks
@@ -159,6 +160,9 @@ def _sections(
     scan, found, train_scan = material.scan, material.found, material.train_scan
     part_split = replace(material.split, channels=tuple(shown))
     top, ids = reference_images(scan, part_split, n=N_IMAGES, alike=ALIKE), scan.ids()
+    absent = {part.channel: missing(top[part.channel], len(part.concepts)) for part in shown}
+    firsts = first_images(scan, part_split, {c: gone for c, gone in absent.items() if gone})
+    n_images = scan.manifest.n_images - len(material.broken)
     answers: dict[int, Responses] = {}
     try:
         evaluation = material.evaluation
@@ -181,7 +185,14 @@ def _sections(
                 concepts=views,
                 info=how_divided(part.info),
                 cosine=material.lowest.get(part.channel),
-                rows=reference_rows(found, part, top[part.channel], ids),
+                rows=reference_rows(
+                    found,
+                    part,
+                    top[part.channel],
+                    ids,
+                    {k: first for (channel, k), first in firsts.items() if channel == part.channel},
+                    n_images,
+                ),
                 measures=measures.get(part.channel),
                 intervals=intervals(answer) if answer else None,
                 densities=densities(views, answer) if answer else None,
