@@ -232,12 +232,12 @@ class TestRun:
     ) -> None:
         shutil.copytree(home / "runs/a", home / "runs/checked")
         code, out, _ = call("check", "runs/checked")
-        assert (code, out) == (0, "16 files sound.\n")
+        assert (code, out) == (0, "19 files sound.\n")
         split = home / "runs/checked/split.safetensors"
         split.write_bytes(split.read_bytes()[:-8])
         code, out, _ = call("check", "runs/checked")
         assert code == 1
-        assert "15 files sound." in out
+        assert "18 files sound." in out
         assert "split.safetensors" in out
         code, _, err = call("check", "data")
         assert code == 1

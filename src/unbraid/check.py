@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import csv
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from unbraid.errors import RunError, UnbraidError
-from unbraid.evaluation import read_output
+from unbraid.errors import RunError, UnbraidError, UnreadableError, brief
+from unbraid.evaluation import read_ablation, read_channels, read_output, read_semantics
+from unbraid.findings import COLUMNS as FINDINGS
 from unbraid.manifest import read_manifest
 from unbraid.records import shard_path, shards_there, sound_layer, sound_shard
+from unbraid.sensitivity import COLUMNS as SENSITIVITY
 from unbraid.settings import read_settings
 from unbraid.splits import Split
 from unbraid.tables import count
 from unbraid.temporary import remove_leftovers
+from unbraid.visualize.features import Features
 
 ASIDE = ".damaged"  # added to a damaged file's name
+_TEXTS = ("name1", "name2", "uncertain")  # columns that are not of numbers
+_IF_FOUND = ("split.safetensors", "split-published.safetensors", "evaluation.json")
 
 
 @dataclass
@@ -25,19 +32,21 @@ class Checkup:
 
     n_sound: int = 0  # files
     damaged: list[str] = field(default_factory=list)  # files set aside, and what is wrong
-    missing: list[str] = field(default_factory=list)  # what a scan lacks
+    missing: list[str] = field(default_factory=list)  # what a scan or run lacks
+    unreadable: list[str] = field(default_factory=list)  # what could not be looked at, left alone
     lost: list[str] = field(default_factory=list)  # what cannot be repaired
 
     @property
     def whole(self) -> bool:
         """Whether nothing was wrong."""
-        return not (self.damaged or self.missing or self.lost)
+        return not (self.damaged or self.missing or self.unreadable or self.lost)
 
     def __str__(self) -> str:
         """Say what was found, and what to do."""
         lines = [f"{count(self.n_sound, 'file')} sound."]
         lines += [f"Set aside as *{ASIDE}: {text}" for text in self.damaged]
         lines += [f"Missing: {text}" for text in self.missing]
+        lines += [f"Not read, and left as it is: {text}" for text in self.unreadable]
         lines += [f"Cannot be repaired: {text}" for text in self.lost]
         if self.damaged or self.missing:
             lines.append("Start the command that made the folder again; it makes what is missing.")
@@ -45,10 +54,13 @@ class Checkup:
 
 
 def check(folder: str | Path) -> Checkup:
-    """Read everything that scans and runs left in a folder, and repair what can be repaired.
+    """Read what scans and runs left in a folder, and repair what can be repaired.
 
-    Every shard's checksums and number of images are verified. A damaged file is renamed, so that
-    the next start of the same command makes it anew; what a killed process left half-written goes.
+    Every tensor's checksum, every shard's records, and the form of all JSON, CSV and PNG files are
+    verified; of a report.html only that it is there. What proves damaged is renamed, so that the
+    next start of the same command makes it anew; what cannot be read, for want of permission or
+    because another version wrote it, is told and left. What a killed process left half-written
+    goes.
 
     Args:
         folder: of a scan, of a run, or of several of either.
@@ -61,9 +73,10 @@ def check(folder: str | Path) -> Checkup:
     """
     folder = Path(folder)
     found = Checkup()
-    scans = [path for path in _folders(folder) if _holds_scan(path)]
-    runs = [path for path in _folders(folder) if (path / "settings.json").exists()]
-    if not scans and not runs:
+    there = list(_folders(folder, found))
+    scans = [path for path in there if _holds_scan(path)]
+    runs = [path for path in there if (path / "settings.json").exists()]
+    if not (scans or runs or found.unreadable):
         raise RunError(f"{folder} holds no scan and no run; name a folder that does.")
     for path in scans:
         _check_scan(path, found)
@@ -72,11 +85,19 @@ def check(folder: str | Path) -> Checkup:
     return found
 
 
-def _folders(folder: Path) -> Iterator[Path]:
+def _folders(folder: Path, found: Checkup, depth: int = 2) -> Iterator[Path]:
     """The folder, and those in it down to the scans of a run over several layers."""
+    try:
+        inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        found.unreadable.append(f"{folder} cannot be read ({_reason(error)}).")
+        return
     yield folder
-    for pattern in ("*/", "*/*/"):
-        yield from (path for path in sorted(folder.glob(pattern)) if path.is_dir())
+    if depth:
+        for path in inside:
+            yield from _folders(path, found, depth - 1)
 
 
 def _holds_scan(folder: Path) -> bool:
@@ -88,6 +109,9 @@ def _check_scan(folder: Path, found: Checkup) -> None:
     remove_leftovers(folder)
     try:
         manifest = read_manifest(folder)
+    except UnreadableError as error:
+        found.unreadable.append(str(error))
+        return
     except RunError as error:
         found.lost.append(str(error))
         return
@@ -96,7 +120,7 @@ def _check_scan(folder: Path, found: Checkup) -> None:
         return
     found.n_sound += 1
     layer = folder / "layer.safetensors"
-    _check_file(layer, found, partial(sound_layer, folder, manifest))
+    _check_file(layer, found, partial(sound_layer, folder, manifest), needed=True)
     there = shards_there(folder, manifest)
     n_missing = manifest.n_shards - len(there)
     if n_missing:
@@ -107,21 +131,107 @@ def _check_scan(folder: Path, found: Checkup) -> None:
 
 
 def _check_run(folder: Path, found: Checkup) -> None:
-    _check_file(folder / "settings.json", found, partial(read_settings, folder))
-    for name in ("split.safetensors", "split-published.safetensors"):
-        _check_file(folder / name, found, partial(Split.load, folder / name))
-    evaluation = folder / "evaluation.json"
-    _check_file(evaluation, found, partial(read_output, evaluation))
+    for inside in (folder, folder / "features"):
+        remove_leftovers(inside)
+    for name in ("scan-train", "scan-val"):
+        if not _holds_scan(folder / name):
+            found.missing.append(f"the scan in {folder / name}")
+    read: dict[str, Callable[[Path], object]] = {
+        "settings.json": lambda _: read_settings(folder),
+        "findings.csv": partial(_read_table, columns=FINDINGS),
+        "sensitivity.csv": partial(_read_table, columns=SENSITIVITY),
+        "split.safetensors": Split.load,
+        "split-published.safetensors": Split.load,
+        "evaluation.json": _read_evaluation,
+    }
+    needed = ["settings.json", "findings.csv"]
+    if _has_rows(folder / "findings.csv"):
+        needed += _IF_FOUND
+    for name, reader in read.items():
+        _check_file(folder / name, found, partial(reader, folder / name), needed=name in needed)
+    features = folder / "features" / "features.json"
+    _check_file(features, found, partial(Features.load, features.parent))
+    if not (folder / "report.html").exists():
+        found.missing.append(str(folder / "report.html"))
 
 
-def _check_file(path: Path, found: Checkup, read: Callable[[], object]) -> None:
-    """Read a file if it is there, and set it aside if it cannot be read."""
-    if not path.exists():
-        return
+def _read_evaluation(path: Path) -> None:
+    for reader in (read_channels, read_output, read_ablation, read_semantics):
+        reader(path)
+
+
+def _has_rows(path: Path) -> bool:
+    """Whether a table has rows below its head, as far as it can be read."""
     try:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            return sum(1 for _ in islice(file, 2)) == 2
+    except OSError:
+        return False
+
+
+def _read_table(path: Path, columns: Sequence[str]) -> None:
+    """Read a table of ours, of numbers but for some columns of text.
+
+    Raises:
+        UnreadableError: it has other columns than this version's.
+        RunError: it is damaged.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            head = next(rows, [])
+            for row in rows:
+                for name, cell in zip(head, row, strict=True):
+                    if cell and name not in _TEXTS:
+                        float(cell)
+    except (ValueError, csv.Error) as error:
+        raise RunError(f"{path} cannot be read ({brief(error)}); start the run again.") from None
+    if not head:
+        raise RunError(f"{path} is empty; start the run again.")
+    if tuple(head) != tuple(columns):
+        raise UnreadableError(f"{path} has other columns than those of this version.")
+
+
+def _check_file(
+    path: Path, found: Checkup, read: Callable[[], object], *, needed: bool = False
+) -> None:
+    """Read a file if it is there, and set it aside if it proves damaged."""
+    try:
+        _read_through(path)
         read()
+    except FileNotFoundError:
+        if needed:
+            found.missing.append(str(path))
+    except OSError as error:
+        found.unreadable.append(f"{path} cannot be read ({_reason(error)}).")
+    except RunError as error:
+        if isinstance(error, UnreadableError):
+            found.unreadable.append(str(error))
+        else:
+            _set_aside(path, str(error), found)
     except UnbraidError as error:
-        path.replace(path.with_name(path.name + ASIDE))
-        found.damaged.append(str(error))
+        found.unreadable.append(str(error))
     else:
         found.n_sound += 1
+
+
+def _read_through(path: Path) -> None:
+    """Raise OSError if a disk fails, which kills those that map the file into memory."""
+    if path.exists() and not path.is_file():
+        return  # a reader tells; a pipe might never end
+    with path.open("rb") as file:
+        while file.read(2**20):
+            pass
+
+
+def _set_aside(path: Path, damage: str, found: Checkup) -> None:
+    try:
+        path.replace(path.with_name(path.name + ASIDE))
+    except OSError as error:
+        found.lost.append(f"{damage} It could not be set aside ({_reason(error)}).")
+    else:
+        found.damaged.append(damage)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or brief(error)

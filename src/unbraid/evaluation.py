@@ -17,7 +17,7 @@ from unbraid.findings import Concept
 from unbraid.notebook import Shown, html_table
 from unbraid.output import OutputComparison
 from unbraid.semantics import ChannelSemantics, Semantics
-from unbraid.strict import build, read_json
+from unbraid.strict import build, read_json, unread
 from unbraid.tables import align
 
 
@@ -53,6 +53,9 @@ class ChannelEvaluation:
     concepts: tuple[ConceptEvaluation, ...]
     separation_error: float
     separation_error_rectified: float | None  # None without positions
+
+
+_MEASURES = tuple(ChannelEvaluation.__dataclass_fields__)  # an entry has more beside them
 
 
 @dataclass
@@ -155,7 +158,7 @@ def read_output(path: Path) -> OutputComparison | None:
         output = read_json(path)["output"]
         return None if output is None else build(OutputComparison, output)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({error}); start the run again.") from None
+        raise _unread(path, error) from None
 
 
 def read_ablation(path: Path) -> Ablation | None:
@@ -172,7 +175,7 @@ def read_ablation(path: Path) -> Ablation | None:
         known = [entry for entry in channels if entry is not None]
         return Ablation.from_dict({**content["ablation"], "channels": known})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} cannot be read ({error}); start the run again.") from None
+        raise _unread(path, error) from None
 
 
 def read_semantics(path: Path) -> Semantics | None:
@@ -190,7 +193,25 @@ def read_semantics(path: Path) -> Semantics | None:
         }
         return Semantics(known) if known else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} cannot be read ({error}); start the run again.") from None
+        raise _unread(path, error) from None
+
+
+def read_channels(path: Path) -> list[ChannelEvaluation]:
+    """Read the measures of all channels from evaluation.json.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        entries = read_json(path)["channels"]
+        own = [{name: entry[name] for name in _MEASURES} for entry in entries]
+        return [build(ChannelEvaluation, entry, null_figures=True) for entry in own]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unread(path, error) from None
+
+
+def _unread(path: Path, error: Exception) -> RunError:
+    return unread(error, f"{path} cannot be read ({error}); start the run again.")
 
 
 def _mean(values: list[float | None]) -> float | None:

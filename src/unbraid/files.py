@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from unbraid.errors import RunError, UsageError, brief
+from unbraid.errors import RunError, UnreadableError, UsageError, brief
 from unbraid.strict import parse_json
 from unbraid.temporary import temporary_for
 
@@ -86,15 +86,20 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is no file")  # opening a pipe might never end
-        with safe_open(path, framework="pt") as file:
+        # safetensors calls a file missing whatever the system said.
+        with path.open("rb"), safe_open(path, framework="pt") as file:
             about = parse_json((file.metadata() or {}).get(_ABOUT, "{}"))
             if not isinstance(about, dict):
                 raise ValueError("its description is none")
             yield file, about
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{path} cannot be read ({brief(error)}); start again the command that makes it, "
             "without the file if it is there."
+        ) from None
+    except (OSError, RuntimeError, MemoryError) as error:  # torch makes the first into the second
+        raise UnreadableError(
+            f"{path} cannot be read ({brief(error)}), sound or not; mend that and start again."
         ) from None
 
 

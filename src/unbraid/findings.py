@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Concept = tuple[int, ...]  # the classes, or clusters, that share one cause
 ConceptKind = Literal["classes", "clusters"]
 
-_COLUMNS = (
+COLUMNS = (
     *("channel", "class1", "class2", "cosine", "use1", "use2", "name1", "name2"),
     *("low", "high", "half1", "half2", "uncertain"),
 )
@@ -213,7 +213,7 @@ class Findings(Shown):
 
         What is not known is left empty.
         """
-        write_whole(Path(path), csv_text(_COLUMNS, self.rows()).encode())
+        write_whole(Path(path), csv_text(COLUMNS, self.rows()).encode())
 
     def to_pandas(self) -> pd.DataFrame:
         """Return the pairs as a DataFrame with the columns of the CSV file.
@@ -221,7 +221,7 @@ class Findings(Shown):
         Raises:
             UnbraidError: pandas is not installed.
         """
-        return data_frame(_COLUMNS, self.rows())
+        return data_frame(COLUMNS, self.rows())
 
 
 def _interval(pair: Pair) -> str:

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from unbraid.errors import RunError
 from unbraid.layers import LayerSpec
-from unbraid.strict import build, check_schema, in_range, parse_json, read_json
+from unbraid.strict import build, check_schema, in_range, parse_json, read_json, unread
 
 SCHEMA = 1
 MAX_CLASSES = 2**20
@@ -155,7 +154,8 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError) as error:
-        raise RunError(f"{path} is not a manifest that can be read ({error}); scan anew.") from None
+        text = f"{path} is not a manifest that can be read ({error}); scan anew."
+        raise unread(error, text) from None
 
 
 def most_classes(layer: LayerSpec) -> int:

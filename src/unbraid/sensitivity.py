@@ -46,7 +46,7 @@ class Cell:
     n_pairs: int
 
 
-_COLUMNS = tuple(Cell.__dataclass_fields__)
+COLUMNS = tuple(Cell.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Sensitivity:
 
     def to_csv(self, path: str | Path) -> None:
         """Write one line per choice: tau, p, gamma, n_channels, n_pairs."""
-        write_whole(Path(path), csv_text(_COLUMNS, self.rows()).encode())
+        write_whole(Path(path), csv_text(COLUMNS, self.rows()).encode())
 
     def to_pandas(self) -> pd.DataFrame:
         """Return the choices as a DataFrame with the columns of the CSV file.
@@ -105,7 +105,7 @@ class Sensitivity:
         Raises:
             UnbraidError: pandas is not installed.
         """
-        return data_frame(_COLUMNS, self.rows())
+        return data_frame(COLUMNS, self.rows())
 
 
 def sensitivity(

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unbraid.errors import RunError
 from unbraid.findings import ConceptKind
 from unbraid.sight import Sight
-from unbraid.strict import build, in_range, read_json
+from unbraid.strict import build, in_range, read_json, unread
 from unbraid.thresholds import Tau
 
 # Results, in the order of writing; the scans they were made from are kept apart.
@@ -71,7 +70,8 @@ def read_settings(out: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is not that of a run ({error!r}); name another folder.") from None
+        text = f"{path} is not that of a run ({error!r}); name another folder."
+        raise unread(error, text) from None
     return settings
 
 

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from unbraid.clustering import Cluster, Clusters
-from unbraid.errors import RunError
 from unbraid.files import read_tensors, write_tensors
 from unbraid.findings import Concept
 from unbraid.layers import LayerSpec, respond
 from unbraid.manifest import MAX_CLASSES, most_classes
 from unbraid.notebook import Shown, html_table
 from unbraid.soundness import sound_figures
-from unbraid.strict import build, check_schema, in_range
+from unbraid.strict import build, check_schema, in_range, unread
 from unbraid.tables import align, count
 
 SCHEMA = 1
@@ -171,7 +170,8 @@ class Split(Shown):
             check_schema(about, SCHEMA)
             return _put_together(build(_About, about), tensors)
         except (KeyError, ValueError) as error:
-            raise RunError(f"{path} is not a split that can be read ({error}).") from None
+            text = f"{path} is not a split that can be read ({error})."
+            raise unread(error, text) from None
 
 
 @dataclass(frozen=True)

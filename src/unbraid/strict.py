@@ -15,12 +15,30 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from unbraid.errors import RunError, UnreadableError
+
 T = TypeVar("T")
 
 MAX_BYTES = 64 * 2**20  # of JSON in one file
 _MAX_PARTS = 2**20  # objects and lists in it; an empty one takes many times its two characters
 _MAX_DEPTH = 32
 _MAX_WHOLE = 2**63  # what a tensor of whole numbers holds
+
+
+class SchemaError(ValueError):
+    """A file is of another version's schema."""
+
+
+def unread(error: Exception, text: str) -> RunError:
+    """Say in our own words what came up on reading a file.
+
+    Returns:
+        UnreadableError where the file may be sound all the same, RunError where it is not.
+    """
+    # An OSError without a number is how libraries call content that they cannot make out.
+    of_the_system = isinstance(error, OSError) and error.errno is not None
+    kind = UnreadableError if of_the_system or isinstance(error, SchemaError) else RunError
+    return kind(text)
 
 
 def read_json(path: Path) -> Any:
@@ -72,13 +90,15 @@ def check_schema(values: Any, schema: int) -> None:
     """Raise unless values are an object of a schema.
 
     Raises:
-        ValueError: they are not.
+        SchemaError: they are of another one.
+        ValueError: they are of none.
     """
     if not isinstance(values, dict):
         raise ValueError("it is no JSON object")
-    if values.get("schema") != schema:
-        found = reprlib.repr(values.get("schema"))
-        raise ValueError(f"schema {found}, this version reads {schema}")
+    found = values.get("schema")
+    if found != schema:
+        kind = SchemaError if type(found) is int else ValueError
+        raise kind(f"schema {reprlib.repr(found)}, this version reads {schema}")
 
 
 def in_range(name: str, value: float, least: float, most: float) -> None:

@@ -137,6 +137,8 @@ def check(
 ) -> int:
     """Verify what a run or scan left, and set damaged files aside so that they are made anew.
 
+    Checksums and records of scans and splits are verified, the form of tables, figures and
+    visualisations, and of the report that it is there; what cannot be read is told and left.
     Exit code 0 if everything is whole, else 1.
     """
     from unbraid.check import check as check_folder

@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from unbraid.errors import RunError, brief
+from unbraid.errors import brief
 from unbraid.files import write_whole
-from unbraid.strict import check_schema, read_json
+from unbraid.strict import check_schema, read_json, unread
 
 SCHEMA = 1
 MAX_SIDE = 4096  # pixels; a larger picture in a folder is none of ours
@@ -121,10 +121,11 @@ class Features:
                 left_out=_number(about["left_out"]),
             )
         except Exception as error:  # a damaged picture fails in any way
-            raise RunError(
+            text = (
                 f"{folder} holds no feature visualisations that can be read ({brief(error)}); make "
                 "them anew."
-            ) from None
+            )
+            raise unread(error, text) from None
 
 
 def _refuse_too_many(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
