@@ -15,10 +15,10 @@ from documents import ROOT
 
 
 def check_requirements(words: list[str]) -> None:
-    """`pip install` of this project, with extras that it has."""
+    """`pip install` of the clone, with extras that it has; an index may not have the name."""
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for word in words[2:]:
-        match = re.fullmatch(rf"-e|(?:\.|{known['name']})(?:\[(\w+)\])?", word)
+        match = re.fullmatch(r"-e|\.(?:\[(\w+)\])?", word)
         assert match, word
         assert match[1] is None or match[1] in known["optional-dependencies"], word
 

@@ -13,11 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import unbraid
+from alike import assert_alike
 from unbraid.demo import network as demo
 from unbraid.demo import train
 from unbraid.errors import DataError, UsageError
+from unbraid.figures import densities
+from unbraid.run_figures import figure_of_run
 
 
 def test_the_package_stays_small() -> None:
@@ -95,6 +99,39 @@ def test_the_demo_visualises_every_split_channel(
     for part in split.channels:
         for concept in (None, *range(len(part.concepts))):
             assert features.image(part.channel, concept).size == (28, 28)
+
+
+KINDS = {"figure-demo.png": "teaser", "sources-demo.png": "sources"}
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_documents_show_what_the_demo_draws(
+    name: str,
+    ran: tuple[Path, subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And not what it drew in another colour, of another channel or with other images."""
+
+    def draw(channel: int = 0) -> Path:
+        unbraid.save_figure(figure_of_run(ran[0], channel, KINDS[name]), tmp_path / name)  # type: ignore[arg-type]
+        return tmp_path / name
+
+    assert_alike(draw(), IMAGES / name)
+    with pytest.raises(AssertionError):
+        assert_alike(draw(1), IMAGES / name)
+    if name == "figure-demo.png":
+        with Image.open(draw()) as picture:
+            changed = picture.copy()
+        side = picture.width // 13
+        changed.paste(changed.crop((side, 0, 2 * side, picture.height)), (2 * side, 0))
+        changed.save(tmp_path / "changed.png")
+        with pytest.raises(AssertionError):
+            assert_alike(tmp_path / "changed.png", IMAGES / name)
+    monkeypatch.setattr(densities, "COLOURS", ("#0072b2", "#d55e00"))
+    with pytest.raises(AssertionError):
+        assert_alike(draw(), IMAGES / name)
 
 
 @pytest.fixture

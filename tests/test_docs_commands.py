@@ -165,8 +165,8 @@ def test_a_name_that_is_not_there_is_told(text):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("pip install 'unbraid[onyx]'", AssertionError),
-        ("pip install unbrade", AssertionError),
+        ("pip install '.[onyx]'", AssertionError),
+        ("pip install 'unbraid[onnx]'", AssertionError),
         ("pytest -m slowly", AssertionError),
         ("pytest tests/fault", AssertionError),
         ("python benchmarks/scan.py --round 3 --color", SystemExit),

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import tarfile
 import threading
@@ -254,7 +255,7 @@ SOURCES = {
 @pytest.fixture(autouse=True)
 def _caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    datasets = pytest.importorskip("datasets", reason="needs unbraid[datasets]")
+    datasets = pytest.importorskip("datasets", reason="needs .[datasets]")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
 
 
@@ -316,6 +317,24 @@ def test_class_labels_of_hugging_face_keep_their_order(folder):
     images = unbraid.from_hugging_face(rows)
     assert labels_of(images) == [2] * 3 + [0] * 5
     assert images.classes == ["z", "m", "a"]
+
+
+def test_rows_of_parquet_are_known_by_file_and_row_wherever_it_lies(folder, tmp_path):
+    import datasets
+
+    nameless = [{"bytes": (folder / path).read_bytes(), "path": None} for path in by_path(folder)]
+    rows = rows_of(folder, image=(nameless, datasets.Image()))
+    (tmp_path / "here").mkdir()
+    rows.select(range(5)).to_parquet(tmp_path / "here/a.parquet")
+    rows.select(range(5, 8)).to_parquet(tmp_path / "here/b.PARQUET")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    os.utime(tmp_path / "there/a.parquet", (1, 1))
+    for place in ("here", "there"):
+        images = open_images(f"hf:{tmp_path / place}")
+        names = [f"a.parquet/{k}" for k in range(5)] + [f"b.PARQUET/{k}" for k in range(3)]
+        assert ids_of(images) == names
+        for k, path in enumerate(by_path(folder)):
+            assert images.picture(k).tobytes() == Image.open(folder / path).tobytes()
 
 
 def test_rows_without_paths_are_known_by_fingerprint_and_row(folder):
@@ -557,11 +576,38 @@ def test_class_folders_beside_tar_files_are_class_folders(folder):
     assert isinstance(open_images(folder), ImageFolder)
 
 
+def test_no_tar_file_of_a_folder_is_passed_over(folder):
+    shards = write_shards(folder, (3, 5))
+    shards[1].rename(shards[1].with_suffix(".TAR"))
+    assert len(open_images(shards[0].parent)) == 8
+    assert part_of(str(shards[0].parent), "train-001") == str(shards[1].with_suffix(".TAR"))
+    for ending in ("tar.gz", "TAR.ZST", "tgz"):
+        packed = shards[0].with_name(f"more.{ending}")
+        packed.touch()
+        with pytest.raises(DataError, match=rf"more\.{ending} is compressed; unpack it"):
+            open_images(shards[0].parent)
+        packed.unlink()
+    for path in shards[0].parent.iterdir():
+        path.unlink()
+    (shards[0].parent / "all.tar.gz").touch()
+    with pytest.raises(DataError, match="is compressed"):
+        open_images(shards[0].parent)
+
+
+def test_pictures_of_other_kinds_in_a_shard_are_told(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "1.png", b"x")
+        add(tar, "2.HEIC", b"x")
+    with pytest.raises(DataError, match=r"2\.HEIC in .* is a picture of a kind that is not read"):
+        open_images(tmp_path / "a.tar")
+
+
 def test_ranges_are_written_out():
     assert expand("a{8..10}b{0..1}") == ["a8b0", "a8b1", "a9b0", "a9b1", "a10b0", "a10b1"]
     assert expand("{x}.tar") == ["{x}.tar"]
-    with pytest.raises(UsageError, match="more than"):
-        expand("{0..99999999999}")
+    for many in ("{0..99999999999}", "{0..999999}-{0..999999}.tar", "{1..1000}{1..1000}{1..2}"):
+        with pytest.raises(UsageError, match="more than"):
+            expand(many)
 
 
 @pytest.fixture
@@ -658,7 +704,7 @@ def test_a_pipe_in_a_list_is_not_waited_for(folder):
     ],
 )
 def test_what_is_wrong_with_a_parquet_list_is_told(folder, columns, told):
-    pyarrow = pytest.importorskip("pyarrow", reason="needs unbraid[parquet]")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs .[parquet]")
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table(columns), folder / "list.parquet")
@@ -671,7 +717,7 @@ def test_what_is_wrong_with_a_parquet_list_is_told(folder, columns, told):
 )
 def test_parquet_of_dates_and_the_like_is_refused(kind, folder):
     """Python's own dates end long before those of Parquet."""
-    pyarrow = pytest.importorskip("pyarrow", reason="needs unbraid[parquet]")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs .[parquet]")
     from pyarrow import parquet
 
     late = pyarrow.array([2**31 - 1], pyarrow.int32())
@@ -691,7 +737,7 @@ def test_parquet_of_dates_and_the_like_is_refused(kind, folder):
 
 def test_a_long_text_in_every_row_of_parquet_is_refused_before_it_is_written_out(folder):
     """Stored once, 8 MB would be half a terabyte."""
-    pyarrow = pytest.importorskip("pyarrow", reason="needs unbraid[parquet]")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs .[parquet]")
     from pyarrow import parquet
 
     texts = pyarrow.array(["x" * (8 << 20)])
@@ -722,16 +768,16 @@ def test_a_parquet_file_that_is_junk(folder):
 
 
 @pytest.mark.parametrize(
-    ("module", "source", "extra"),
+    ("module", "source"),
     [
-        ("pyarrow", "list.parquet", "parquet"),
-        ("datasets", "hf:saved", "datasets"),
-        ("webdataset", "http://127.0.0.1:9/a.tar", "webdataset"),
+        ("pyarrow", "list.parquet"),
+        ("datasets", "hf:saved"),
+        ("webdataset", "http://127.0.0.1:9/a.tar"),
     ],
 )
-def test_a_library_that_is_not_installed_is_told(module, source, extra, monkeypatch):
+def test_a_library_that_is_not_installed_is_told(module, source, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError, match=rf"pip install 'unbraid\[{extra}\]'"):
+    with pytest.raises(UsageError, match=f"pip install {module}"):
         open_images(source)
 
 
@@ -790,8 +836,8 @@ def test_broken_images_are_named_by_id(folder, tmp_path):
     files = [{"bytes": None, "path": str(folder / name)} for name in ("gone.png", "pipe.png")]
     rows = rows_of(folder, image=([*files, None, *files, *files, None], datasets.Image()))
     images = unbraid.from_hugging_face(rows)
-    for k in range(3):
-        with pytest.raises(DataError, match="nor a file's path"):
+    for k, told in enumerate(("no such file", "no regular file", "nor a file's path")):
+        with pytest.raises(DataError, match=told):
             images[k]
     shard = folder.parent / "shards/train-000.tar"
     images = from_tar(folder)

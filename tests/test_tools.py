@@ -84,8 +84,8 @@ def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def in_onnx(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    onnxruntime = pytest.importorskip("onnxruntime", reason="needs unbraid[onnx]")
-    pytest.importorskip("onnxscript", reason="needs unbraid[onnx]")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs .[onnx]")
+    pytest.importorskip("onnxscript", reason="needs .[onnx]")
     file = io.BytesIO()
     any_number = ({0: torch.export.Dim("n_images")},)
     program = torch.onnx.export(

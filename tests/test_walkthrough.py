@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import io
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from execute import WALKTHROUGH, execute, read
 from nbformat import NotebookNode
+from PIL import Image, ImageOps
+
+from alike import assert_alike, open_white
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
@@ -23,6 +29,19 @@ def texts(notebook: NotebookNode) -> list[str]:
             said.append(output.get("text", data.get("text/plain", "")))
             said += [f"with {kind}" for kind in sorted(data)]
     return said
+
+
+def pictures(notebook: NotebookNode) -> list[bytes]:
+    """The pictures among the notebook's outputs, in order."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    found = [output.get("data", {}).get("image/png") for output in outputs]
+    return [base64.b64decode(content) for content in found if content is not None]
+
+
+def assert_shows_the_same(notebook: NotebookNode, other: NotebookNode) -> None:
+    """As many pictures, each like the other's."""
+    for one, two in zip(pictures(notebook), pictures(other), strict=True):
+        assert_alike(one, two)
 
 
 def assert_says_the_same(notebook: NotebookNode, other: NotebookNode) -> None:
@@ -71,6 +90,7 @@ def test_the_notebook_says_what_it_says_when_run_anew(
     kept: NotebookNode, fresh: NotebookNode
 ) -> None:
     assert_says_the_same(kept, fresh)
+    assert_shows_the_same(kept, fresh)
 
 
 def test_its_outputs_hold_tables_and_a_picture(kept: NotebookNode, fresh: NotebookNode) -> None:
@@ -113,3 +133,34 @@ def test_the_checkers_notice_other_figures_words_paths_and_times(kept: NotebookN
     for corrupted in (placed, timed):
         with pytest.raises(AssertionError):
             assert_of_no_machine(corrupted)
+
+
+def flipped(picture: Image.Image) -> Image.Image:
+    return ImageOps.mirror(picture)
+
+
+def recoloured(picture: Image.Image) -> Image.Image:
+    """The second concept's orange as another one."""
+    picture = picture.copy()
+    for x in range(picture.width):
+        for y in range(picture.height):
+            if picture.getpixel((x, y)) == (0xBD, 0x4F, 0x00):
+                picture.putpixel((x, y), (0xD5, 0x5E, 0x00))
+    return picture
+
+
+@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("corrupt", [flipped, recoloured])
+def test_the_checker_notices_other_pictures(
+    kept: NotebookNode, n: int, corrupt: Callable[[Image.Image], Image.Image]
+) -> None:
+    other, content = copy.deepcopy(kept), io.BytesIO()
+    corrupt(open_white(pictures(kept)[n])).save(content, "PNG")
+    outputs = [output for cell in other.cells for output in cell.get("outputs", [])]
+    shown = [output.data for output in outputs if "image/png" in output.get("data", {})][n]
+    shown["image/png"] = base64.b64encode(content.getvalue()).decode()
+    with pytest.raises(AssertionError):
+        assert_shows_the_same(kept, other)
+    del shown["image/png"]
+    with pytest.raises((AssertionError, ValueError)):
+        assert_shows_the_same(kept, other)

@@ -201,7 +201,7 @@ def _imagenet_ids() -> list[str]:
         from timm.data import ImageNetInfo
     except ImportError:
         raise DataError(
-            "Classes named by WordNet id need timm's list of them; pip install 'unbraid[timm]', or "
+            "Classes named by WordNet id need timm's list of them; pip install timm, or "
             "name them by output number."
         ) from None
     return list(ImageNetInfo("imagenet-1k").label_names())

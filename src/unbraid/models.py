@@ -174,7 +174,7 @@ def load_timm(
     try:
         import timm
     except ImportError:
-        raise UsageError("timm is not installed; pip install 'unbraid[timm]'.") from None
+        raise UsageError("timm is not installed; pip install timm.") from None
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         raise UsageError(f"timm has no model {name!r}.{nearest(name, timm.list_models())}")

@@ -94,5 +94,5 @@ def data_frame(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> pd.Data
     try:
         import pandas as pd
     except ImportError:
-        raise UnbraidError("pandas is not installed; pip install 'unbraid[pandas]'.") from None
+        raise UnbraidError("pandas is not installed; pip install pandas.") from None
     return pd.DataFrame(list(rows), columns=list(columns))

@@ -1,6 +1,6 @@
 """Figures for papers: a split channel in one picture, sized for a column, drawn by matplotlib.
 
-matplotlib is imported when a figure is made: `pip install 'unbraid[figures]'`.
+matplotlib is imported when a figure is made: `pip install matplotlib`.
 """
 
 from __future__ import annotations
@@ -163,4 +163,4 @@ def _require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UnbraidError("matplotlib is not installed; pip install 'unbraid[figures]'.") from None
+        raise UnbraidError("matplotlib is not installed; pip install matplotlib.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -51,8 +52,11 @@ def draw_teaser(content: Content, width: float) -> Figure:
             if with_feature:
                 _tile(figure, _MARGIN, bottom, side, row.feature, colour(row.concept))
             for k, shot in enumerate(row.shots):
-                frame = colour(shot.concept) if shot.concept >= 0 else PALE
-                _tile(figure, first + k * (side + _NEXT), bottom, side, shot.picture, frame)
+                known = shot.concept >= 0
+                frame = colour(shot.concept) if known else PALE
+                tile = _tile(figure, first + k * (side + _NEXT), bottom, side, shot.picture, frame)
+                if known:
+                    _mark(tile, content.letters[shot.concept], frame)
             axes = axes_at(figure, left, bottom, chart, side)
             draw_curves(axes, content, row, last=row is content.rows[-1])
             top = bottom - _GAP
@@ -72,7 +76,7 @@ def _side(n_tiles: int, room: float) -> float:
 
 def _tile(
     figure: Figure, left: float, bottom: float, side: float, picture: Image.Image | None, frame: str
-) -> None:
+) -> Axes:
     """Draw a picture in a frame; one that could not be read is crossed out."""
     axes = axes_at(figure, left, bottom, side, side)
     axes.set_xticks([])
@@ -85,3 +89,21 @@ def _tile(
         axes.imshow(np.asarray(picture))
     for spine in axes.spines.values():
         spine.set(visible=True, color=frame, linewidth=1.4)
+    return axes
+
+
+def _mark(axes: Axes, letter: str, ground: str) -> None:
+    """Say in a tile's corner which concept it belongs to, as the frame does by colour."""
+    axes.annotate(
+        letter,
+        (0, 1),
+        (1.6, -1.6),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="left",
+        va="top",
+        fontsize=SMALL,
+        weight="bold",
+        color="white",
+        bbox={"boxstyle": "square,pad=0.15", "facecolor": ground, "edgecolor": "none"},
+    )

@@ -167,6 +167,6 @@ def _library() -> Any:
         import datasets
     except ImportError:
         raise UsageError(
-            "Data sets of Hugging Face need the library datasets; pip install 'unbraid[datasets]'."
+            "Data sets of Hugging Face need the library datasets; pip install datasets."
         ) from None
     return datasets

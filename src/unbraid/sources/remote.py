@@ -38,7 +38,7 @@ def fetch(url: str) -> Path:
         from webdataset import gopen
     except ImportError:
         raise UsageError(
-            "Shards behind a URL need the library webdataset; pip install 'unbraid[webdataset]'."
+            "Shards behind a URL need the library webdataset; pip install webdataset."
         ) from None
     path = _cache() / hashlib.sha256(url.encode()).hexdigest()[:16] / Path(urlsplit(url).path).name
     if path.exists():

@@ -164,7 +164,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         from pyarrow import parquet
     except ImportError:
         raise UsageError(
-            f"{path} needs pyarrow to be read; pip install 'unbraid[parquet]', or write CSV."
+            f"{path} needs pyarrow to be read; pip install pyarrow, or write CSV."
         ) from None
     try:
         schema = parquet.read_schema(path)
