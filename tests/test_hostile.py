@@ -7,6 +7,7 @@ import os
 import struct
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -349,6 +350,120 @@ def test_packed_weights_are_not_unpacked(tmp_path: Path) -> None:
     load_weights(nn.Linear(1000, 1000, bias=False), plain)
 
 
+class Large:
+    """So large that nobody notices it in time, of few bytes, and no code for torch."""
+
+    def __init__(self, make: Any, *arguments: Any) -> None:
+        self.made = make, arguments
+
+    def __reduce__(self) -> Any:
+        return self.made
+
+
+LARGE: dict[str, Any] = {
+    "bytes": Large(bytearray, 2**40),
+    "a dictionary copied": [Large(OrderedDict, [("a", 1)])] * 2,
+    "a tensor by its size": Large(torch.Tensor, 10**12),
+    "a shape": torch.Size([1]),
+    "a tuple for a key": {((1,),): 1},
+}
+
+
+@pytest.mark.parametrize("format", ["zip", "old"])
+@pytest.mark.parametrize("kind", LARGE)
+def test_weights_that_take_memory_are_refused_before_they_do(
+    kind: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.pt"
+    state = {"weight": torch.zeros(2, 2), "large": LARGE[kind]}
+    torch.save(state, path, _use_new_zipfile_serialization=format == "zip")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it came to torch"))
+    with pytest.raises(ModelError, match="never loaded"):
+        load_weights(nn.Linear(2, 2), path)
+
+
+def rewrite(path: Path, old: bytes, new: bytes) -> None:
+    """Change the description in a torch file, of either format."""
+    if not zipfile.is_zipfile(path):
+        content = path.read_bytes()
+        assert content.count(old) == 1
+        path.write_bytes(content.replace(old, new))
+        return
+    with zipfile.ZipFile(path) as source:
+        members = {member: source.read(member) for member in source.infolist()}
+    with zipfile.ZipFile(path, "w") as target:
+        for member, content in members.items():
+            main = member.filename.endswith("/data.pkl")
+            assert not main or content.count(old) == 1
+            target.writestr(member.filename, content.replace(old, new) if main else content)
+
+
+TALL = b"K\x07K\x0b\x86"  # (7, 11), in a pickle
+
+
+@pytest.mark.parametrize("format", ["zip", "old"])
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"cpuq\x06KM", b"cpuq\x06J\xff\xff\xff\x7f", "claims to hold more"),
+        (b"cpuq\x06KM", b"cpuq\x06J\xff\xff\xff\xff", "no name or no size"),
+        (TALL, b"K\x07J\xff\xff\xff\x7f\x86", "larger than its storage"),
+        (TALL, b"K\x07K\x0c\x86", "larger than its storage"),
+        (TALL, b"K\x07J\xff\xff\xff\xff\x86", "no counts"),
+        (TALL, b"K\x07K\x0bK\x01\x87", "too many dimensions"),
+        (TALL, b"K\x07q\xffq\xff", "cannot be read|never loaded"),
+    ],
+)
+def test_sizes_that_lie_are_refused_before_torch_takes_memory(
+    format: str,
+    old: bytes,
+    new: bytes,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "lies.pt"
+    network = nn.Linear(11, 7, bias=False)
+    state = {"weight": network.weight.detach()}
+    torch.save(state, path, _use_new_zipfile_serialization=format == "zip")
+    load_weights(network, path)
+    if old != TALL:  # where the name of the storage is put differs from file to file
+        content = path.read_bytes()
+        at = content.index(b"cpuq") + 4
+        old, new = old[:4] + content[at : at + 1] + b"KM", new[:4] + content[at : at + 1] + new[5:]
+    rewrite(path, old, new)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it came to torch"))
+    with pytest.raises(ModelError, match=message):
+        load_weights(network, path)
+
+
+def test_a_second_description_is_not_read_instead_of_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "two.pt"
+    torch.save({"weight": torch.zeros(2, 2)}, path)
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("two/DATA.PKL", b"")
+    with pytest.raises(ModelError, match="two files of one name"):
+        load_weights(nn.Linear(2, 2), path)
+
+
+@pytest.mark.parametrize("format", ["zip", "old"])
+def test_weights_of_every_usual_form_are_read(format: str, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(torch.bfloat16)
+    checkpoint = {
+        "state_dict": OrderedDict(network.state_dict()),
+        "optimizer": torch.optim.Adam(network.parameters()).state_dict(),
+        "parameter": nn.Parameter(torch.zeros(2, 3).t()),
+        "epoch": 10**12,
+        "dtype": torch.float16,
+        "history": [0.5, None, True, {"a": ()}],
+    }
+    path = tmp_path / "usual.pt"
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=format == "zip")
+    empty = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(torch.bfloat16)
+    load_weights(empty, path)
+    assert empty[0].weight.equal(network[0].weight)
+
+
 def test_weights_by_number_are_no_state_dict(tmp_path: Path) -> None:
     torch.save({1: torch.zeros(2)}, tmp_path / "numbers.pt")
     with pytest.raises(ModelError, match="holds no state dict"):
@@ -403,11 +518,15 @@ def classes(tmp_path: Path) -> Path:
 def test_links_in_circles_are_not_followed(classes: Path) -> None:
     (classes / "a" / "up").symlink_to(classes)
     (classes / "a" / "2.png").symlink_to("2.png")
+    images = ImageFolder(classes)
+    names = ("a/1.png", "a/2.png", "b/1.png")
+    assert [path for path, _ in images.samples] == [str(classes / name) for name in names]
+    with pytest.raises(DataError, match=r"a/2\.png cannot be read"):
+        images[1]
+    assert len(UnlabelledFolder(classes).samples) == 3
     (classes / "c").symlink_to("c")
-    assert [path for path, _ in ImageFolder(classes).samples] == [
-        str(classes / name / "1.png") for name in ("a", "b")
-    ]
-    assert len(UnlabelledFolder(classes).samples) == 2
+    with pytest.raises(DataError, match="/c is a link to what is not there"):
+        ImageFolder(classes)
 
 
 @pytest.mark.parametrize("to", [".", ".."])

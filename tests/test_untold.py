@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 import threading
 import zlib
@@ -19,7 +20,7 @@ import unbraid
 from networks import SyntheticImages, build
 from unbraid.data import UNLABELLED, groups_of, labels_of
 from unbraid.errors import DataError, OutOfReach
-from unbraid.folders import UnlabelledFolder
+from unbraid.folders import ImageFolder, UnlabelledFolder
 from unbraid.identity import fingerprint, ids_of
 from unbraid.pictures import decode_picture, read_picture
 
@@ -250,6 +251,84 @@ def test_sizes_of_files_are_not_made_up_where_they_cannot_be_looked_at(pictures,
     monkeypatch.setattr("unbraid.identity.os.stat", fail)
     with pytest.raises(OutOfReach, match="Stale file handle"):
         fingerprint(images, images.targets)
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def test_a_dangling_link_to_an_image_is_a_broken_image(pictures):
+    (pictures / "b").symlink_to("a")
+    (pictures / "a/x.PNG").symlink_to("gone.png")
+    for images in (ImageFolder(pictures), UnlabelledFolder(pictures / "a")):
+        place = [path for path, _ in images.samples].index(str(pictures / "a/x.PNG"))
+        with pytest.raises(DataError, match=r"x\.PNG cannot be read \(there is no such file\)"):
+            images[place]
+    assert len(ImageFolder(pictures)) == 10
+
+
+@pytest.mark.parametrize("link", ["b", "a/more"])
+def test_a_dangling_link_that_may_be_a_folder_is_refused(link, pictures):
+    (pictures / link).symlink_to("/no/such/folder")
+    with pytest.raises(DataError, match=rf"{link} is a link to what is not there; mend or remove"):
+        unbraid.open_images(pictures)
+
+
+def test_the_lock_of_an_editor_is_no_fault(pictures):
+    (pictures / "a/.#notes").symlink_to("someone@host.123")
+    (pictures / ".#notes").symlink_to("someone@host.123")
+    assert len(unbraid.open_images(pictures)) == 4
+
+
+def test_a_link_to_a_folder_elsewhere_is_told(pictures, tmp_path):
+    (tmp_path / "more").mkdir()
+    (pictures / "a/more").symlink_to(tmp_path / "more")
+    (pictures / "a/up").symlink_to(pictures)
+    with pytest.warns(UserWarning, match=r"^1 links to folders are not followed.*a/more; put"):
+        assert len(unbraid.open_images(pictures)) == 4
+
+
+@pytest.mark.parametrize("where", ["", "a", "a/b"])
+def test_a_folder_that_cannot_be_read_is_not_passed_over(where, pictures, monkeypatch):
+    (pictures / "a/b").mkdir()
+    (pictures / "a/0.png").rename(pictures / "a/b/0.png")
+    listed = {name: getattr(os, name) for name in ("scandir", "listdir")}
+
+    def refusing(name: str) -> Callable[..., Any]:
+        def call(path: Any) -> Any:
+            if Path(path) == pictures / where:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return listed[name](path)
+
+        return call
+
+    for name in listed:
+        monkeypatch.setattr(os, name, refusing(name))
+    with pytest.raises(DataError, match=rf"Folder {pictures / where} cannot be read \(Permission"):
+        unbraid.open_images(pictures)
+
+
+def test_every_kind_of_picture_that_is_read_is_listed_and_no_other_passed_over(pictures):
+    kinds = {
+        "GIF": ("gif", "GIF"),
+        "JPEG": ("jpg", "jpeg", "jfif", "JPG"),
+        "PPM": ("ppm", "pgm", "pbm", "pnm"),
+        "TIFF": ("tif", "tiff"),
+        "WEBP": ("webp",),
+        "BMP": ("bmp",),
+    }
+    for kind, endings in kinds.items():
+        for ending in endings:
+            Image.new("RGB", (4, 4)).save(pictures / f"a/of {ending}.{ending}", kind)
+    images = unbraid.open_images(pictures)
+    assert len(images) == 4 + sum(map(len, kinds.values()))
+    assert all(images.picture(k).mode == "RGB" for k in range(len(images)))
+    (pictures / "a/notes.txt").touch()
+    assert len(unbraid.open_images(pictures)) == len(images)
+    for path in (pictures / "a/b.heic", pictures / "c.AVIF"):
+        path.touch()
+        with pytest.raises(DataError, match=rf"{path.name} is a picture of a kind that is not"):
+            unbraid.open_images(pictures)
+        path.unlink()
 
 
 # --- switches of Pillow's that a program may have turned ------------------------------------------

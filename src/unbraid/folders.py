@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from torch.utils.data import Dataset
 
 from unbraid.data import UNLABELLED
 from unbraid.errors import DataError
-from unbraid.pictures import EXTENSIONS, read_picture
+from unbraid.pictures import EXTENSIONS, UNREAD, read_picture
 
 
 class ImageFolder(Dataset[tuple[Any, int]]):
@@ -25,7 +28,8 @@ class ImageFolder(Dataset[tuple[Any, int]]):
         class_names: names by label; by default those of the folders.
 
     Raises:
-        DataError: the folder is missing, has no class folder, or a class has no image.
+        DataError: the folder is missing, has no class folder, or a class has no image; or a folder
+            or image below cannot be listed.
     """
 
     def __init__(
@@ -48,13 +52,13 @@ class ImageFolder(Dataset[tuple[Any, int]]):
             )
         self.samples: list[tuple[str, int]] = []
         for name in folders:
-            paths = sorted(_pictures_below(self.root / name))
+            paths = _pictures_below(self.root / name)
             if not paths:
                 raise DataError(
                     f"Class folder {self.root / name} holds no image ({', '.join(EXTENSIONS)}); "
                     "fill it or remove it."
                 )
-            self.samples += [(str(path), numbers[name]) for path in paths]
+            self.samples += [(path, numbers[name]) for path in paths]
         self.labels = numbers
         self.targets = [label for _, label in self.samples]
         self.classes = list(class_names)
@@ -86,7 +90,8 @@ class UnlabelledFolder(Dataset[tuple[Any, int]]):
         class_names: names of the network's outputs, for what it predicts.
 
     Raises:
-        DataError: the folder is missing or holds no image.
+        DataError: the folder is missing or holds no image, or a folder or image below cannot be
+            listed.
     """
 
     def __init__(
@@ -98,12 +103,12 @@ class UnlabelledFolder(Dataset[tuple[Any, int]]):
         """List the images; none is read yet."""
         self.root = Path(root)
         self.transform = transform
-        paths = sorted(_pictures_below(self.root))
+        paths = _pictures_below(self.root)
         if not paths:
             raise DataError(
                 f"{self.root} holds no image ({', '.join(EXTENSIONS)}); name a folder that does."
             )
-        self.samples = [(str(path), UNLABELLED) for path in paths]
+        self.samples = [(path, UNLABELLED) for path in paths]
         self.targets = [UNLABELLED] * len(paths)
         self.classes = list(class_names)
 
@@ -127,20 +132,21 @@ def holds_classes(root: Path) -> bool:
     Raises:
         DataError: there is no such folder.
     """
-    return not any(p.suffix.lower() in EXTENSIONS and p.is_file() for p in _inside(root, "images"))
+    return not any(_is_picture(path) and not path.is_dir() for path in inside(root, "images"))
 
 
 def class_folders(root: Path) -> list[str]:
     """List the class folders of a folder, sorted.
 
     Raises:
-        DataError: there are none, or one is a link to what holds it.
+        DataError: there are none, or one is a link to what holds it, or to nothing.
     """
-    inside = _inside(root, "a folder per class")
-    found = [path for path in inside if path.is_dir() and not path.name.startswith(".")]
-    here = root.resolve()
+    shown = [p for p in inside(root, "a folder per class") if not p.name.startswith(".")]
+    found = [path for path in shown if path.is_dir()]
+    for path in shown:
+        _refuse_link_to_nothing(path)
     for path in found:
-        if path.is_symlink() and path.resolve() in (here, *here.parents):
+        if path.is_symlink() and _is_around(path):
             raise DataError(f"Class folder {path} is a link to a folder around it; remove it.")
     names = sorted(path.name for path in found)
     if not names:
@@ -207,16 +213,81 @@ def _imagenet_ids() -> list[str]:
     return list(ImageNetInfo("imagenet-1k").label_names())
 
 
-def _inside(root: Path, what: str) -> Iterator[Path]:
-    """Go through a folder that should hold something."""
-    try:
+def inside(root: Path, what: str) -> list[Path]:
+    """List a folder that should hold something.
+
+    Raises:
+        DataError: it is missing or cannot be read.
+    """
+    with _listing_told(root):
         if not root.is_dir():
             raise DataError(f"There is no folder {root}; name one that holds {what}.")
-        yield from root.iterdir()
+        found = list(root.iterdir())
+        for path in found[:1]:
+            path.lstat()  # which fails where a folder may be listed but not looked into
+        return found
+
+
+@contextmanager
+def _listing_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise DataError(f"Folder {root} cannot be read ({error.strerror}); name another.") from None
+        where, reason = error.filename or folder, error.strerror or error
+        raise DataError(f"Folder {where} cannot be read ({reason}); mend that.") from None
 
 
-def _pictures_below(folder: Path) -> Iterator[Path]:
-    """Go through the images; links to folders are not followed, so none leads round in circles."""
-    return (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+def _is_picture(path: Path) -> bool:
+    """Whether a name says so; a link to nothing and a pipe are told later, as broken images."""
+    return path.suffix.lower() in (*EXTENSIONS, *UNREAD)
+
+
+def _refuse_link_to_nothing(path: Path) -> None:
+    if path.is_symlink() and not os.path.exists(path):
+        raise DataError(f"{path} is a link to what is not there; mend or remove it.")
+
+
+def _is_around(link: Path) -> bool:
+    """Whether a link leads to a folder that the link itself is in."""
+    here = link.parent.resolve()
+    return link.resolve() in (here, *here.parents)
+
+
+def _pictures_below(folder: Path) -> list[str]:
+    """List the images, sorted folder by folder.
+
+    Links to folders are not followed, so none leads round in circles; those to elsewhere are told.
+
+    Raises:
+        DataError: a folder cannot be read, a link leads nowhere, or pictures are of another kind.
+    """
+    found: list[str] = []
+    elsewhere: list[Path] = []
+    with _listing_told(folder):
+        for where, folders, files in os.walk(folder, onerror=_fail):
+            here = Path(where)
+            links = [here / name for name in folders if os.path.islink(os.path.join(where, name))]
+            elsewhere += [link for link in links if not _is_around(link)]
+            for name in files:
+                path = here / name
+                if _is_picture(path):
+                    _refuse_unread(path)
+                    found.append(str(path))
+                elif not name.startswith("."):  # editors keep links to nothing, as locks
+                    _refuse_link_to_nothing(path)
+    if elsewhere:
+        warnings.warn(
+            f"{len(elsewhere)} links to folders are not followed, the first is {elsewhere[0]}; put "
+            "the images' own folders in their place if they are wanted.",
+            stacklevel=4,
+        )
+    return sorted(found, key=lambda path: path.split(os.sep))
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+def _refuse_unread(path: Path) -> None:
+    if path.suffix.lower() in UNREAD:
+        raise DataError(f"{path} is a picture of a kind that is not read; convert or remove it.")

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unbraid.errors import DataError
-from unbraid.folders import ImageFolder, UnlabelledFolder, holds_classes
-from unbraid.pictures import EXTENSIONS
+from unbraid.folders import ImageFolder, UnlabelledFolder, holds_classes, inside
+from unbraid.pictures import EXTENSIONS, UNREAD
 from unbraid.sources.hugging import list_saved
 from unbraid.sources.listing import ListedImages, Listing, Transform
 from unbraid.sources.remote import is_url
-from unbraid.sources.shards import list_shards
+from unbraid.sources.shards import SHARD, is_compressed, list_shards
 from unbraid.sources.table import CSV, PARQUET, list_table
 
 SAVED = "hf:"
-SHARD = ".tar"
 _FILES = (*CSV, *PARQUET, SHARD)
 
 Images = ImageFolder | UnlabelledFolder | ListedImages
@@ -99,7 +98,8 @@ def part_of(where: str, part: str) -> str:
     if saved:  # whose habit it is to say validation
         names = [part, "validation"] if part == "val" else [part]
         return SAVED + str(next((root / n for n in names if (root / n).is_dir()), root / part))
-    files = [path for ending in _FILES if (path := root / f"{part}{ending}").is_file()]
+    found = sorted(root.iterdir()) if root.is_dir() else []
+    files = [p for p in found if p.stem == part and p.suffix.lower() in _FILES and p.is_file()]
     if len(files) > 1:
         raise DataError(f"{root} holds both {files[0].name} and {files[1].name}; keep one there.")
     return str(files[0] if files else root / part)  # a list of a folder's images stands beside it
@@ -114,6 +114,6 @@ def absolute(where: str) -> str:
 
 def _holds_only_shards(folder: Path) -> bool:
     """Whether a folder holds tar files, and neither folders nor images."""
-    inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    images = any(path.is_dir() or path.suffix.lower() in EXTENSIONS for path in inside)
-    return not images and any(path.suffix.lower() == SHARD for path in inside)
+    shown = [path for path in inside(folder, "images") if not path.name.startswith(".")]
+    images = any(p.is_dir() or p.suffix.lower() in (*EXTENSIONS, *UNREAD) for p in shown)
+    return not images and any(p.suffix.lower() == SHARD or is_compressed(p) for p in shown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ class Rows:
         content, path = (file or {}).get("bytes"), (file or {}).get("path")
         if content is not None:
             return decode_picture(io.BytesIO(content), name)
-        if path is None or not os.path.isfile(path):  # a pipe would never end
+        if path is None:
             raise DataError(f"Image {name} cannot be read (its row holds none, nor a file's path).")
         return read_picture(path)
 
@@ -75,20 +74,37 @@ def list_saved(folder: str) -> Listing:
         DataError: there is none, or it cannot be read, or has no columns `image` and `label`.
     """
     library = _library()
-    files = sorted(map(str, Path(folder).glob("*.parquet")))
+    files: list[Path] = []
+    rows: list[str] = []
     try:
+        if Path(folder).is_dir():
+            files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() == ".parquet")
         read = library.Dataset.from_parquet if files else library.load_from_disk
-        dataset = read(files or folder)
+        dataset = read([str(file) for file in files] or folder)
+        for file in files:  # their fingerprint would be of where they lie and how old they are
+            rows += [f"{file.name}/{row}" for row in range(_n_rows(file))]
     except Exception as error:  # the library's, arrow's and the system's
         reason = one_line(str(error)) or type(error).__name__
         raise DataError(
             f"{folder} is no data set that `save_to_disk` saved ({reason}); name its folder."
         ) from None
-    return list_rows(dataset, "image", "label", folder)
+    return list_rows(dataset, "image", "label", folder, rows)
 
 
-def list_rows(dataset: Any, image: str, label: str | None, source: str) -> Listing:
-    """List the images of a data set's rows; arguments as in `from_hugging_face`."""
+def _n_rows(file: Path) -> int:
+    from pyarrow import parquet
+
+    n: int = parquet.read_metadata(file).num_rows
+    return n
+
+
+def list_rows(
+    dataset: Any, image: str, label: str | None, source: str, rows: Sequence[str] = ()
+) -> Listing:
+    """List the images of a data set's rows; arguments as in `from_hugging_face`.
+
+    `rows` are ids for images whose paths are none; by default, fingerprint and row.
+    """
     library = _library()
     if isinstance(dataset, dict):
         raise UsageError(f"{source} has several splits; take one of {', '.join(dataset)}.")
@@ -110,7 +126,7 @@ def list_rows(dataset: Any, image: str, label: str | None, source: str) -> Listi
     except Exception as error:  # of arrow, in many kinds
         reason = one_line(str(error)) or type(error).__name__
         raise DataError(f"Column {image!r} of {source} holds no images ({reason}).") from None
-    ids = [f"{dataset._fingerprint}/{row}" for row in range(len(dataset))]
+    ids = list(rows) or [f"{dataset._fingerprint}/{row}" for row in range(len(dataset))]
     if all(paths) and len(set(paths)) == len(paths):
         ids = [str(path).replace("\\", "/") for path in paths]
     classes, class_of = _classes(dataset, label, source)

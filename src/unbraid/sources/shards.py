@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import json
+import math
 import re
 from array import array
 from collections import Counter
@@ -14,13 +15,16 @@ from pathlib import Path
 from PIL import Image
 
 from unbraid.data import UNLABELLED
-from unbraid.errors import DataError, UsageError
-from unbraid.pictures import EXTENSIONS, decode_picture
+from unbraid.errors import DataError, OutOfReach, UsageError
+from unbraid.folders import inside
+from unbraid.pictures import EXTENSIONS, UNREAD, decode_picture
 from unbraid.sources.listing import Listing, by_class
 from unbraid.sources.remote import fetch, is_url
 from unbraid.sources.tar import Member, members
 from unbraid.tables import one_line
 
+SHARD = ".tar"
+_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _LARGEST = 1 << 30  # bytes of an image
 _LARGEST_LABEL = 1 << 20  # bytes of a label or what else is told of an image
 _MOST_SHARDS = 1_000_000
@@ -47,7 +51,9 @@ class Members:
         try:
             content = _content(self.shards[self.shard[index]], self.offset[index], self.size[index])
         except OSError as error:
-            raise DataError(f"Image {name} cannot be read ({error}).") from None
+            raise OutOfReach(
+                f"Image {name} cannot be read ({error}); bring its shard back and start again."
+            ) from None
         return decode_picture(io.BytesIO(content), name)
 
 
@@ -88,12 +94,12 @@ def shard_files(where: str) -> list[str]:
     """Find the tar files that a name, folder, pattern or URL stands for.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or a folder has compressed ones.
     """
     if is_url(where):
         return [str(fetch(url)) for url in expand(where)]
     if Path(where).is_dir():
-        found = sorted(str(path) for path in Path(where).glob("*.tar"))
+        found = _shards_in(Path(where))
     elif Path(where).exists():
         found = [where]
     else:
@@ -108,6 +114,19 @@ def shard_files(where: str) -> list[str]:
     return found
 
 
+def is_compressed(path: Path) -> bool:
+    """Say whether a name is that of a compressed tar file."""
+    return _COMPRESSED.search(path.name) is not None
+
+
+def _shards_in(folder: Path) -> list[str]:
+    shown = sorted(p for p in inside(folder, "tar files") if not p.name.startswith("."))
+    packed = next(filter(is_compressed, shown), None)
+    if packed is not None:
+        raise DataError(f"{packed} is compressed; unpack it to a tar file, or move it elsewhere.")
+    return [str(path) for path in shown if path.suffix.lower() == SHARD]
+
+
 def expand(pattern: str) -> list[str]:
     """Write out ranges in braces.
 
@@ -120,9 +139,10 @@ def expand(pattern: str) -> list[str]:
     found = _RANGE.search(pattern)
     if found is None:
         return [pattern]
-    first, last = found.groups()
-    if int(last) - int(first) >= _MOST_SHARDS:
+    lengths = [max(0, int(last) - int(first) + 1) for first, last in _RANGE.findall(pattern)]
+    if math.prod(lengths) > _MOST_SHARDS:
         raise UsageError(f"{pattern} stands for more than {_MOST_SHARDS} shards; name fewer.")
+    first, last = found.groups()
     before, behind = pattern[: found.start()], expand(pattern[found.end() :])
     numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
     return [f"{before}{number}{rest}" for number in numbers for rest in behind]
@@ -136,6 +156,11 @@ def _samples(shard: str) -> dict[str, dict[str, Member]]:
         base, dot, ending = name.partition(".")
         ending = ending.lower()
         kind = "image" if f".{ending}" in EXTENSIONS else ending
+        if f".{ending}" in UNREAD and base:
+            raise DataError(
+                f"{one_line(member.name)} in {shard} is a picture of a kind that is not read; "
+                "convert or remove it."
+            )
         if not base or not dot or kind not in ("image", "cls", "json") or member.folder:
             continue
         key = f"{folder}{slash}{base}"
