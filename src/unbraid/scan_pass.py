@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, Sampler
 
 from unbraid.batch import scan_batch
 from unbraid.claims import Target, refuse_taken
-from unbraid.data import GoodItem, Readable, groups_of, sort_out
+from unbraid.data import GoodItem, groups_of, sort_out
 from unbraid.errors import DataError, OutOfMemory
 from unbraid.identity import ids_of, pack_ids
+from unbraid.loading import deaths_told, load
 from unbraid.progress import image_progress
 from unbraid.records import Records, write_shard
 from unbraid.relevance import kept_channels_last, undisturbed
@@ -74,18 +75,13 @@ def scan_shards(
     same = targets[0].manifest  # for every layer
     work = _Work(targets, places, team)
     groups, ids = groups_of(dataset), ids_of(dataset)
-    loader = DataLoader(
-        Readable(dataset),
-        batch_sampler=work,
-        num_workers=workers,
-        collate_fn=list,
-        pin_memory=next(targets[0].module.parameters()).is_cuda,
-        generator=torch.Generator(),  # so that the caller's random numbers stay where they were
-    )
+    pinned = next(targets[0].module.parameters()).is_cuda
+    batches = load(dataset, work, workers=workers, pinned=pinned)
     title = f"Scanning {', '.join(t.manifest.layer.name for t in targets)}"
     n_done = len(places) - sum(len(work.places_of(k)) for k in work.lacking())
     with (
         image_progress(title, len(places), n_done, show=progress and team.first) as advance,
+        deaths_told(),
         undisturbed(model),
         kept_channels_last(model) if same.channels_last else nullcontext(),
         threads_fixed(same.threads),
@@ -95,7 +91,7 @@ def scan_shards(
         at_once = same.batch_size
         done: list[list[Records]] = []  # of the shard so far
         n_loaded = 0
-        for items in loader:
+        for items in batches:
             shard = work.begun[0]
             good, broken = sort_out(items, same.skip_broken)
             if same.labels == "given":
@@ -168,7 +164,7 @@ class _Shard:
     n_batches: int
 
 
-class _Work:
+class _Work(Sampler[list[int]]):
     """The batches of the shards that this process claims, one shard after the other.
 
     Shards are claimed as the loader asks for more, with workers somewhat ahead of the network.
