@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
 from pathlib import Path
 
 import safetensors.torch
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.errors import ModelError, brief
+from unbraid.pickles import refuse_harm
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -24,7 +24,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
-            _refuse_packed(path)
+            refuse_harm(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ModelError(
@@ -48,11 +48,3 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except RuntimeError as error:
         reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise ModelError(f"Weights {path} do not fit the network: {reasons[:300]}") from None
-
-
-def _refuse_packed(path: Path) -> None:
-    """Raise ValueError if a torch file, which is never packed, would grow when it is read."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            if sum(member.file_size for member in file.infolist()) > path.stat().st_size:
-                raise ValueError("it claims to hold more than it is large")
