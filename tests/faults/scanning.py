@@ -1,7 +1,7 @@
 """A scan in a process of its own, to be killed: `python scanning.py FOLDER [how to die]`.
 
-It says `ready PID` before it begins. Five shards of two layers; a batch takes a few milliseconds,
-so that a kill at random finds it anywhere.
+It says `ready RANK PID` before it begins. Five shards of two layers; a batch takes a few
+milliseconds, so that a kill at random finds it anywhere.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ def die_at(moment: str) -> None:
 def main() -> None:
     out = Path(sys.argv[1])
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if len(sys.argv) > 2 and os.environ.get("RANK", "0") == "0" and first_start:
+    rank = os.environ.get("RANK", "0")
+    if len(sys.argv) > 2 and rank == "0" and first_start:
         die_at(sys.argv[2])
-    print(f"ready {os.getpid()}", flush=True)
+    os.write(1, f"ready {rank} {os.getpid()}\n".encode())  # at once, as other ranks write too
     options = {"positions": True, "batch_size": 16, "threads": 1}
     unbraid.scan(network(), LAYERS, Images(), out, **options)
 

@@ -36,13 +36,23 @@ def finish(folder: Path, n_ranks: int = 1) -> None:
     assert done.returncode == 0, output
 
 
-def ready(process: subprocess.Popen[str]) -> int:
-    """Wait until a rank begins; its process id."""
+def ready(process: subprocess.Popen[str], n_ranks: int = 1) -> dict[int, int]:
+    """Wait until all ranks begin; their process ids."""
     assert process.stdout is not None
+    begun: dict[int, int] = {}
     for line in process.stdout:
         if line.startswith("ready"):
-            return int(line.split()[1])
+            rank, pid = map(int, line.split()[1:])
+            begun[rank] = pid
+        if len(begun) == n_ranks:
+            return begun
     raise AssertionError("it did not begin")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether all files of a scan have their names."""
+    there = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".tmp"]
+    return len(there) == N_FILES
 
 
 def assert_same(folder: Path, undisturbed: Path) -> None:
@@ -75,35 +85,51 @@ def seconds(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> floa
 
 
 def kill_at_random(folder: Path, n_ranks: int, seed: int, seconds: float) -> None:
-    process = start(folder, n_ranks)
-    victim = ready(process)
-    time.sleep(random.Random(seed).uniform(0, seconds))
-    with suppress(ProcessLookupError):  # where it was quicker
-        os.kill(victim, signal.SIGKILL)
-    process.communicate(timeout=300)
+    """Kill one of the ranks while the scan is on; where it ended before, try again and sooner."""
+    draw = random.Random(seed)
+    victim, latest = draw.randrange(n_ranks), seconds / n_ranks
+    while True:
+        process = start(folder, n_ranks)
+        pids = ready(process, n_ranks)
+        time.sleep(draw.uniform(0, latest))
+        with suppress(ProcessLookupError):
+            os.kill(pids[victim], signal.SIGKILL)
+        output, _ = process.communicate(timeout=300)
+        died = process.returncode == -signal.SIGKILL if n_ranks == 1 else "(SIGKILL)" in output
+        if died and not is_finished(folder):
+            return
+        assert died or process.returncode == 0, output
+        shutil.rmtree(folder, ignore_errors=True)
+        latest /= 2
 
 
 def test_a_changed_byte_and_a_missing_file_are_told(undisturbed: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(undisturbed, tmp_path / "copy"))
     assert_same(copy, undisturbed)
+    assert is_finished(copy)
     shard = copy / "1" / "shard-000002.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(bytes(content))
     with pytest.raises(AssertionError):
         assert_same(copy, undisturbed)
-    shard.unlink()
+    shard.rename(f"{shard}.1.tmp")
+    assert not is_finished(copy)
     with pytest.raises(AssertionError):
         assert_same(copy, undisturbed)
 
 
-@pytest.mark.parametrize("seed", range(4))
+def kill_and_go_on(seed: int, undisturbed: Path, seconds: float, folder: Path) -> None:
+    kill_at_random(folder, 1 + seed % 3, seed, seconds)
+    finish(folder, 1 + (seed // 3) % 3)
+    assert_same(folder, undisturbed)
+
+
+@pytest.mark.parametrize("seed", range(10))
 def test_killed_at_random_it_goes_on(
     seed: int, undisturbed: Path, seconds: float, tmp_path: Path
 ) -> None:
-    kill_at_random(tmp_path, 1, seed, seconds)
-    finish(tmp_path)
-    assert_same(tmp_path, undisturbed)
+    kill_and_go_on(seed, undisturbed, seconds, tmp_path / "scan")
 
 
 @pytest.mark.parametrize("moment", ["rename 1", "named 3", "rename 7", "named 9"])
@@ -124,6 +150,14 @@ def test_many_processes_leave_the_same_bytes(
 ) -> None:
     finish(tmp_path, n_ranks)
     assert_same(tmp_path, undisturbed)
+
+
+def test_two_equal_starts_at_once_leave_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
+    both = [start(tmp_path / "scan"), start(tmp_path / "scan")]
+    for process in both:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    assert_same(tmp_path / "scan", undisturbed)
 
 
 def test_a_rank_that_dies_loses_no_finished_shard(undisturbed: Path, tmp_path: Path) -> None:
@@ -183,17 +217,18 @@ def _full_disk(folder: Path, kilobytes: int) -> bool:
     )
 
 
-def test_a_full_disk_loses_nothing(undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_a_full_disk_loses_nothing(n_ranks: int, undisturbed: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     size = sum(p.stat().st_size for p in undisturbed.rglob("*"))
     if not _full_disk(disk, size // 2 // 1024):
         pytest.skip("a small disk cannot be mounted here")
     try:
-        stopped = start(disk / "scan")
+        stopped = start(disk / "scan", n_ranks)
         output, _ = stopped.communicate(timeout=300)
         assert stopped.returncode != 0
         assert "The disk is full" in output
-        assert not list(disk.rglob("*.tmp"))
+        assert n_ranks > 1 or not list(disk.rglob("*.tmp"))  # the other rank is ended anywhere
         kept = shutil.copytree(disk / "scan", tmp_path / "scan")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -207,7 +242,4 @@ def test_a_full_disk_loses_nothing(undisturbed: Path, tmp_path: Path) -> None:
 def test_killed_at_random_a_hundred_times(
     seed: int, undisturbed: Path, seconds: float, tmp_path: Path
 ) -> None:
-    n_ranks = 1 + seed % 3
-    kill_at_random(tmp_path, n_ranks, seed, seconds)
-    finish(tmp_path, 1 + (seed // 3) % 3)
-    assert_same(tmp_path, undisturbed)
+    kill_and_go_on(seed, undisturbed, seconds, tmp_path / "scan")
