@@ -78,6 +78,9 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
     images = SyntheticImages(9)
     images.ids = [f"folder/{k}.png" for k in range(9)]
     scan = unbraid.scan(network, "layer", images, folder / "scan", positions=True)
+    # Shards that do not say whose they are, as any manifest that is lied about would disown them.
+    nameless = Path(shutil.copytree(scan.path, folder / "nameless"))
+    records.write_shard(nameless, 0, records.read_shard(scan.path, 0))
     split = unbraid.split(scan, unbraid.find(scan, channels=OWN), method="published", rho=0.7)
     split.save(folder / "split.safetensors")
     model2 = unbraid.apply(network, split)
@@ -130,7 +133,7 @@ def use_scan(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
 
 
 def use_manifest(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
-    own = fresh(folder / "scan", seeds.folder / "scan")
+    own = fresh(folder / "scan", seeds.folder / "nameless")
     path = own / "manifest.json"
     path.write_bytes(data.draw(tampered_json(path)))
     sound_or_refused(lambda: list(unbraid.open_scan(own).shards()))
