@@ -44,6 +44,8 @@ from unbraid.clusters import (
 )
 from unbraid.errors import UsageError
 from unbraid.findings import Pair
+from unbraid.records import write_shard
+from unbraid.shard_parts import no_records
 from unbraid.visualize.reference import TopImages, reference_images
 
 FIRST = 10  # a number behind all classes
@@ -648,6 +650,9 @@ def test_channels_that_answer_the_same_to_all_images(bias, weight, tmp_path):
 
 def test_a_scan_without_an_image_has_no_clusters(tmp_path):
     """What is left where a scan found every image broken."""
-    scan = write_scan(tmp_path, shares=torch.zeros(0, 3), labels=[])
+    scan = write_scan(tmp_path, shares=torch.full((4, 3), 0.3), labels=[0, 1, 2, 0])
+    broken = replace(no_records(scan.layer, positions=False), broken=torch.arange(4))
+    write_shard(tmp_path, 0, broken)
+    assert scan.broken() == [0, 1, 2, 3]
     assert list(top_images(scan)) == []
     assert not unbraid.find(scan, concepts="clusters").concepts
