@@ -171,7 +171,7 @@ def measure(features: unbraid.Features, watched: Watched, usual: tuple[Tensor, T
     mean = [sum(values) / len(values) for values in (own, other, least_of_whole)]
     return (
         f"{mean[0]:.1f} (least {min(own):.1f}) | {mean[1]:.1f} (most {max(other):.1f}) | "
-        f"{right} of {len(own)} | {mean[2]:.1f}"
+        f"{right} of {len(own)} | {mean[2]:.1f} (least {min(least_of_whole):.1f})"
     )
 
 
