@@ -283,7 +283,7 @@ def test_the_page_says_what_to_know_of_the_tau_chosen(tmp_path):
     found = unbraid.find(scan, tau="auto")
     assert found.note
     page = write_page(tmp_path / "page.html", scan, found)
-    assert f"<li>{found.note}</li>" in page
+    assert f"<li><bdi>{found.note}</bdi></li>" in page
     assert "<dd><bdi>0.2 (auto)</bdi></dd>" in page
 
 
