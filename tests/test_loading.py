@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, get_worker_info
 import unbraid
 from checks import assert_same_files
 from networks import SyntheticImages, build
-from unbraid.errors import RunError
-from unbraid.loading import deaths_told, load
+from unbraid.errors import DataError, RunError
+from unbraid.loading import as_batch, deaths_told, load
 
 
 class Mixed(Dataset):
@@ -55,6 +55,28 @@ def test_a_batch_takes_a_file_and_not_one_for_each_image(tmp_path: Path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert_same_files(tmp_path / "alone", tmp_path / "two")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_lies_in_a_row_makes_a_batch_without_a_copy(workers):
+    (items,) = load(SyntheticImages(9), [[3, 1, 4, 0, 5]], workers=workers, pinned=False)
+    images = [item[1] for item in items]
+    for some in (images, images[2:], images[1:3], images[:1]):
+        batch = as_batch(some, torch.arange(len(some)))
+        assert torch.equal(batch, torch.stack(some))
+        assert batch.data_ptr() == some[0].data_ptr()
+
+
+def test_what_does_not_lie_in_a_row_is_copied_into_one():
+    (items,) = load(SyntheticImages(9), [[0, 1, 2, 3]], workers=0, pinned=False)
+    one, two, three, _ = (item[1] for item in items)
+    for some in ([one, three], [two, one], [one, one], [one, two.clone()], [one.clone()]):
+        batch = as_batch(some, torch.arange(len(some)))
+        assert torch.equal(batch, torch.stack(some))
+        assert batch.data_ptr() != some[0].data_ptr()
+    (mixed,) = load(Mixed(), [[4, 5]], workers=0, pinned=False)
+    with pytest.raises(DataError, match=r"Image 5 is \(1, 3, 2\) where image 4 is \(1, 2, 2\)"):
+        as_batch([item[1] for item in mixed], torch.tensor([4, 5]))
 
 
 class Deadly(SyntheticImages):

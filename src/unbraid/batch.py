@@ -14,9 +14,10 @@ from unbraid.data import GoodItem
 from unbraid.describe import bias_of, weight_rows
 from unbraid.errors import LayerError, ModelError, brief
 from unbraid.layers import LayerSpec, channels_first, pooled_input
+from unbraid.loading import as_batch
 from unbraid.records import Records
 from unbraid.relevance import Cut, cut_at, gradients_at, output_relevance, shares
-from unbraid.running import check_labels, refuse_broken_values, run_network, stack_images
+from unbraid.running import check_labels, refuse_broken_values, run_network
 from unbraid.shard_parts import no_records
 
 
@@ -55,7 +56,7 @@ def scan_batch(
         return [no_records(layer.spec, positions) for layer in layers]
     device = next(layers[0].module.parameters()).device
     index = torch.tensor([item[0] for item in items])
-    images = stack_images([item[1] for item in items], index).to(device)
+    images = as_batch([item[1] for item in items], index).to(device, non_blocking=True)
     with ExitStack() as stack:
         cuts = [
             stack.enter_context(cut_at(layer.module, partial(_keep, layer.spec, positions)))
