@@ -79,6 +79,19 @@ def test_what_does_not_lie_in_a_row_is_copied_into_one():
         as_batch([item[1] for item in mixed], torch.tensor([4, 5]))
 
 
+def test_images_of_the_data_set_itself_are_never_handed_to_the_network(tmp_path: Path):
+    """Which may write into what it is given."""
+    images, kept = SyntheticImages(8), SyntheticImages(8)
+    assert images[0][0]._base is images.images
+    changing = torch.nn.Sequential(torch.nn.ReLU(inplace=True), build("1x1"))
+    unbraid.scan(changing, "1.layer", images, tmp_path, batch_size=4)
+    assert torch.equal(images.images, kept.images)
+    images.images = [images.images[0], *images.images[1:, :, 1:]]
+    (mixed,) = load(images, [[0, 1, 2]], workers=0, pinned=False)
+    own = as_batch([item[1] for item in mixed[1:]], torch.arange(2))
+    assert own.data_ptr() != images.images[1].data_ptr()
+
+
 class Deadly(SyntheticImages):
     def __getitem__(self, index: int):
         if index == 7 and get_worker_info() is not None:

@@ -92,7 +92,8 @@ def _pack(items: Sequence[Item]) -> Packed:
     one_size = len({(image.shape, image.dtype) for image in images}) == 1
     known = [(item[0], item[2]) if len(item) == 3 else item for item in items]
     are_good = [len(item) == 3 for item in items]
-    return known, are_good, torch.stack(images) if one_size else images
+    # Copies, lest images that are part of one tensor of the data set's be taken for a batch.
+    return known, are_good, torch.stack(images) if one_size else [i.clone() for i in images]
 
 
 def _unpack(known: list[Any], are_good: list[bool], images: Tensor | list[Tensor]) -> list[Item]:
