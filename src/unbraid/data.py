@@ -121,18 +121,6 @@ def size_of(dataset: Dataset[Any]) -> int:
     return size
 
 
-def check_loading(batch_size: int | None, workers: int) -> None:
-    """Refuse numbers that no images can be loaded by.
-
-    Raises:
-        UsageError: one is out of range.
-    """
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}; it must be 1 or more.")
-    if workers < 0:
-        raise UsageError(f"workers is {workers}; it must be 0 or more.")
-
-
 def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
     """Return the names of a data set's classes by label, empty where it has none."""
     inner = dataset.dataset if isinstance(dataset, Subset) else dataset
@@ -201,7 +189,7 @@ def _read(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
     except Exception as error:
         name = f"Image {index} of the data set"
         away = out_of_reach(name, error)
-        raise (away or _Broken(f"{name} cannot be read ({error}).")) from None
+        raise (away or _Broken(f"{name} cannot be read ({brief(error)}).")) from None
     return image, label
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import errno
-import os
 from collections.abc import Iterable
 
+from unbraid.causes import causes, failing, gone_with_folder
+
 _LONGEST = 300  # characters of what another library says
-_GONE = (errno.ENOENT, errno.ENOTDIR)
-# The last is what a seek by a number out of a damaged file gives.
-_OF_FILE = (*_GONE, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 class UnbraidError(Exception):
@@ -72,36 +69,24 @@ def out_of_reach(what: str, error: BaseException) -> OutOfReach | None:
     """Tell an error of the system from one of the image being read; None for the latter.
 
     Of the system are no memory, and any errno that says nothing of the file itself: too many open
-    files, a disk that fails, a server that is away, no permission. A missing file counts as broken
-    as long as its folder (that of what it links to) is there and holds others; else what is gone is
-    probably the disk.
+    files, a disk that fails, a server that is away, no permission. So is what a server refuses,
+    unless it says that there is no such thing. A missing file counts as broken as long as its
+    folder (that of what it links to) is there and holds others; else what is gone is probably the
+    disk. All this also where other libraries wrap it in errors of their own.
 
     >>> str(out_of_reach("Image a", OSError(24, "Too many open files")))[:46]
     'Image a cannot be reached (Too many open files'
     >>> out_of_reach("Image a", OSError("truncated")) is None
     True
     """
-    reason = None
-    if isinstance(error, MemoryError):
-        reason = "memory is full"
-    elif isinstance(error, OSError) and error.errno is not None:
-        if error.errno not in _OF_FILE:
-            reason = error.strerror or brief(error)
-        elif error.errno in _GONE and isinstance(error.filename, (str, bytes, os.PathLike)):
-            folder = os.path.dirname(os.path.realpath(error.filename))
-            if not _holds_something(folder):
-                reason = f"folder {os.fsdecode(folder)} is gone or empty"
-    if reason is None:
-        return None
-    return OutOfReach(f"{what} cannot be reached ({reason}); mend that and start again.")
-
-
-def _holds_something(folder: str | bytes) -> bool:
-    try:
-        with os.scandir(folder) as entries:
-            return any(True for _ in entries)
-    except OSError:
-        return False
+    for one, same in causes(error, end=UnbraidError):
+        if isinstance(one, OutOfReach):
+            return one
+        reason = failing(one) or (gone_with_folder(one) if same else None)
+        if reason is not None:
+            reason = reason[:_LONGEST].rstrip(".")
+            return OutOfReach(f"{what} cannot be reached ({reason}); mend that and start again.")
+    return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
