@@ -149,7 +149,7 @@ def _reshaped(draw: Draw, tensor: Tensor) -> Tensor:
     if kind == "more":
         return tensor[..., None].contiguous()
     if kind == "scalar":
-        return tensor.flatten()[:1].sum() if tensor.dtype != torch.bool else tensor.any()
+        return tensor.flatten()[0].clone() if tensor.numel() else tensor.new_zeros(())
     if kind == "none":
         return tensor[:0] if tensor.dim() else tensor.reshape(1)[:0]
     if kind == "hollow":  # no number in it, and yet longer than memory
