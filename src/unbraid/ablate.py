@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from unbraid.ablation import Ablation
-from unbraid.data import GoodItem, Readable, check_loading, class_names_of, size_of, sort_out
+from unbraid.data import GoodItem, Readable, class_names_of, size_of, sort_out
 from unbraid.errors import DataError, UsageError
 from unbraid.findings import Concept
+from unbraid.given import loading, whole_numbers
 from unbraid.networks import unwrap
 from unbraid.progress import image_progress
 from unbraid.records import Scan
@@ -77,7 +78,7 @@ def ablate(
     split_layers = _split_layers(model2)
     measured = _layer_of(split_layers, layer)
     chosen = _chosen(measured, channels)
-    check_loading(batch_size, workers)
+    batch_size, workers = loading(batch_size, workers)
     n_images = size_of(dataset)
     loader = DataLoader(
         Readable(dataset),
@@ -131,14 +132,15 @@ def _chosen(layer: SplitLayer, channels: Sequence[int] | None) -> dict[int, tupl
     """Concepts of the channels asked for."""
     if channels is None:
         return layer.divided
-    unknown = [channel for channel in channels if channel not in layer.divided]
-    if unknown or not channels:
+    wanted = whole_numbers("channels", channels)
+    unknown = [channel for channel in wanted if channel not in layer.divided]
+    if unknown or not wanted:
         known = [str(channel) for channel in layer.divided]
         raise UsageError(
             f"channels {'is empty' if not unknown else f'names {unknown[0]}, which is not split'}; "
             f"the split channels are {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}."
         )
-    return {channel: layer.divided[channel] for channel in dict.fromkeys(channels)}
+    return {channel: layer.divided[channel] for channel in dict.fromkeys(wanted)}
 
 
 def _members(

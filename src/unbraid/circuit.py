@@ -12,6 +12,7 @@ from torch import Tensor
 from unbraid.arvs import class_sums, concept_mean
 from unbraid.errors import UsageError
 from unbraid.findings import Concept
+from unbraid.given import whole_number
 from unbraid.notebook import Shown, html_table
 from unbraid.records import Scan
 from unbraid.relevance import input_relevance, shares
@@ -88,7 +89,9 @@ def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -
     Source:
         METHOD.md section 2.
     """
-    part = find_concept(split, channel, concept, n)
+    channel, concept = whole_number("channel", channel), whole_number("concept", concept)
+    n = whole_number("n", n, 1)
+    part = find_concept(split, channel, concept)
     if scan.manifest.weights != split.weights or scan.layer != split.layer:
         raise UsageError(
             "The scan is of another network or layer than the split; pass one of the network and "
@@ -132,14 +135,12 @@ def strongest(
     )
 
 
-def find_concept(split: Split, channel: int, concept: int, n: int) -> ChannelSplit:
+def find_concept(split: Split, channel: int, concept: int) -> ChannelSplit:
     """Find the division that a concept channel belongs to.
 
     Raises:
-        UsageError: there is no such concept channel, or n, of sources to give, is not positive.
+        UsageError: there is no such concept channel.
     """
-    if n < 1:
-        raise UsageError(f"n is {n}; ask for one source or more.")
     parts = {part.channel: part for part in split.channels}
     if channel not in parts or concept not in range(len(parts[channel].concepts)):
         known = [f"{part.channel} (0 to {len(part.concepts) - 1})" for part in split.channels]

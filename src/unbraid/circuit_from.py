@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from unbraid.circuit import Circuit, Part, find_concept, strongest
 from unbraid.clusters import concerned
-from unbraid.data import Readable, check_loading, labels_of, sort_out
+from unbraid.data import Readable, labels_of, sort_out
 from unbraid.describe import resolve_layer
 from unbraid.errors import LayerError, ModelError, UsageError
+from unbraid.given import loading, whole_number
 from unbraid.identity import fingerprint
 from unbraid.layers import LayerSpec, channels_first, respond
 from unbraid.networks import unwrap
@@ -71,8 +72,10 @@ def circuit_from(
     Source:
         METHOD.md section 2.
     """
-    part = find_concept(split, channel, concept, n)
-    check_loading(batch_size, workers)
+    channel, concept = whole_number("channel", channel), whole_number("concept", concept)
+    n = whole_number("n", n, 1)
+    part = find_concept(split, channel, concept)
+    batch_size, workers = loading(batch_size, workers)
     model = unwrap(model)
     if {before.weights, split.weights} != {hash_weights(model)}:
         raise ModelError(

@@ -35,6 +35,8 @@ def resolve_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Mod
     Raises:
         LayerError: the network has no such layer; the nearest names are told.
     """
+    if not isinstance(layer, (str, nn.Module)):
+        raise LayerError(f"{layer!r} is no layer; give a layer's name, or the module itself.")
     modules = dict(model.named_modules())
     if isinstance(layer, str) and layer not in modules:
         layer = unwrapped_name(layer)

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from unbraid.data import GoodItem, Readable, check_loading, size_of, sort_out
+from unbraid.data import GoodItem, Readable, size_of, sort_out
 from unbraid.encoders import Encoder, TimmEncoder
 from unbraid.errors import ModelError
+from unbraid.given import loading
 from unbraid.models import Transform
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
@@ -50,7 +51,7 @@ def embed(
         DataError: an image cannot be read, or images differ in size.
         UsageError: the data set is empty, or batch_size or workers is out of range.
     """
-    check_loading(batch_size, workers)
+    batch_size, workers = loading(batch_size, workers)
     n = size_of(dataset)
     batches = in_batches(range(n), batch_size)
     parts = []

@@ -16,6 +16,7 @@ from unbraid.ablation import Ablation
 from unbraid.clusters import concept_of
 from unbraid.errors import UsageError
 from unbraid.evaluation import ChannelEvaluation, ConceptEvaluation, Evaluation, Ratio, Responses
+from unbraid.given import real_number
 from unbraid.output import OutputComparison
 from unbraid.records import Records, Scan
 from unbraid.semantics import Semantics
@@ -47,9 +48,9 @@ def evaluate(
         semantics: from `unbraid.measure_semantics`, likewise.
 
     Raises:
-        UsageError: the scan is of another network or layer, or has no image of a concept; or the
-            baseline splits other channels or concepts, or has the same method; or the ablation or
-            the semantics are of another split.
+        UsageError: tau is out of range; or the scan is of another network or layer, or has no image
+            of a concept; or the baseline splits other channels or concepts, or has the same method;
+            or the ablation or the semantics are of another split.
     """
     if baseline is not None:
         _check_baseline(split, baseline)
@@ -62,18 +63,19 @@ def evaluate(
             "The scan is of another network or layer than the split; scan validation images with "
             "the network and layer that were split."
         )
-    tau = split.settings["tau"] if tau is None else tau
+    tau = float(split.settings["tau"]) if tau is None else real_number("tau", tau)
+    if not 0 <= tau <= 1:
+        raise UsageError(f"tau is {tau:g}; a share must lie between 0 and 1.")
     scan = replace(scan, clusters=split.clusters)
     gathered = gather_responses(split, scan)
     channels = tuple(
-        _evaluate_channel(split, part, gathered[part.channel], float(tau))
-        for part in split.channels
+        _evaluate_channel(split, part, gathered[part.channel], tau) for part in split.channels
     )
     return Evaluation(
         method=split.method,
         layer=split.layer.name,
         channels=channels,
-        tau=float(tau),
+        tau=tau,
         responses=gathered,
         output=output,
         ablation=ablation,

@@ -14,6 +14,7 @@ from unbraid.ablation import Ablation
 from unbraid.errors import RunError
 from unbraid.files import write_whole
 from unbraid.findings import Concept
+from unbraid.given import as_path
 from unbraid.notebook import Shown, html_table
 from unbraid.output import OutputComparison
 from unbraid.semantics import ChannelSemantics, Semantics
@@ -116,7 +117,7 @@ class Evaluation(Shown):
     def save(self, path: str | Path) -> None:
         """Write evaluation.json."""
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-        write_whole(Path(path), (text + "\n").encode())
+        write_whole(as_path("path", path), (text + "\n").encode())
 
     def __str__(self) -> str:
         """Show the measures as a table, a row per concept channel."""

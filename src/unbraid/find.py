@@ -22,6 +22,7 @@ from unbraid.arvs import (
 from unbraid.chance import with_chance
 from unbraid.errors import UsageError
 from unbraid.findings import Concept, ConceptKind, Findings, Found, Pair
+from unbraid.given import whole_number, whole_numbers
 from unbraid.records import Scan
 from unbraid.thresholds import Tau, check_thresholds, choose_tau, nearest_finding
 from unbraid.unlabelled import search_clusters
@@ -67,7 +68,7 @@ def find(
     Source:
         Hesse et al. 2025, arXiv:2504.12939; METHOD.md sections 3 and 5.
     """
-    check_thresholds(tau, p, gamma, scan.manifest.min_share)
+    tau, p, gamma = check_thresholds(tau, p, gamma, scan.manifest.min_share)
     if concepts not in get_args(ConceptKind):
         raise UsageError(f"concepts is {concepts!r}; use 'classes' or 'clusters'.")
     note = ""
@@ -117,8 +118,14 @@ def _search_classes(scan: Scan, sums: ClassSums, p: float, gamma: float) -> Foun
 
 
 def _own(scan: Scan, sums: ClassSums, channels: Mapping[int, Sequence[Sequence[int]]]) -> Found:
+    if not isinstance(channels, Mapping):
+        raise UsageError(
+            f"channels is a {type(channels).__name__}; give groups of classes per channel, for "
+            "example {1660: [[530], [938]]}."
+        )
     found = Found()
-    for channel, groups in channels.items():
+    for given, groups in channels.items():
+        channel = whole_number("a channel in channels", given)
         found.concepts[channel] = _own_concepts(scan, sums, channel, groups)
         found.pairs += _own_pairs(scan, sums, channel, found.concepts[channel])
     found.pairs = with_chance(scan, sums, found.pairs)
@@ -161,14 +168,14 @@ def _own_concepts(
     scan: Scan, sums: ClassSums, channel: int, groups: Sequence[Sequence[int]]
 ) -> tuple[Concept, ...]:
     """Check concepts that the user names."""
-    if not isinstance(channel, int) or not 0 <= channel < scan.layer.n_out:
+    if not 0 <= channel < scan.layer.n_out:
         raise UsageError(
-            f"channels names channel {channel!r}, but layer {scan.layer.name!r} has channels 0 to "
+            f"channels names channel {channel}, but layer {scan.layer.name!r} has channels 0 to "
             f"{scan.layer.n_out - 1}."
         )
     try:
-        concepts = tuple(tuple(int(c) for c in group) for group in groups)
-    except (TypeError, ValueError):
+        concepts = tuple(tuple(whole_numbers("a concept", group)) for group in groups)
+    except (TypeError, UsageError):
         concepts = ()
     classes = [c for concept in concepts for c in concept]
     if len(concepts) < 2 or not all(concepts) or len(set(classes)) < len(classes):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from unbraid.clustering import Cluster, Clusters
 from unbraid.files import write_whole
+from unbraid.given import as_path
 from unbraid.notebook import Shown, html_lines, html_table
 from unbraid.tables import align, count, csv_text, data_frame
 
@@ -213,7 +214,7 @@ class Findings(Shown):
 
         What is not known is left empty.
         """
-        write_whole(Path(path), csv_text(COLUMNS, self.rows()).encode())
+        write_whole(as_path("path", path), csv_text(COLUMNS, self.rows()).encode())
 
     def to_pandas(self) -> pd.DataFrame:
         """Return the pairs as a DataFrame with the columns of the CSV file.

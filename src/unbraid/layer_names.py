@@ -55,6 +55,6 @@ def layer_folder(out: Path, name: str) -> Path:
 
 def is_pattern(model: nn.Module, layer: LayerName) -> bool:
     """Whether a name stands for all layers of such names; a name that is there is none."""
-    if isinstance(layer, nn.Module) or not any(sign in layer for sign in "*?["):
+    if not isinstance(layer, str) or not any(sign in layer for sign in "*?["):
         return False
     return layer not in dict(model.named_modules(remove_duplicate=False))

@@ -18,7 +18,7 @@ SCHEMA = 1
 MAX_CLASSES = 2**20
 _MOST_SUMS = 2**30  # numbers that a sum per class may hold, so that a label cannot take all memory
 _MOST_IMAGES = 2**48
-_MOST_THREADS = 4096
+MAX_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Manifest:
         in_range("shard_size", self.shard_size, 1, _MOST_IMAGES)
         in_range("batch_size", self.batch_size, 1, _MOST_IMAGES)
         in_range("min_share", self.min_share, 0, 1)
-        in_range("threads", self.threads, 0, _MOST_THREADS)
+        in_range("threads", self.threads, 0, MAX_THREADS)
         in_range("the number of class_names", len(self.class_names), 0, self.most_classes)
         for label in self.classes or ():
             in_range("a label in classes", label, 0, MAX_CLASSES - 1)

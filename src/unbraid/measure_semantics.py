@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from unbraid.crops import Box, Crops, answering_box
-from unbraid.data import GoodItem, check_loading, labels_of
+from unbraid.data import GoodItem, labels_of
 from unbraid.embed import Encode, in_batches, load_batches, ready
 from unbraid.encoders import Encoder, load_encoder, name_of_encoder
 from unbraid.errors import UsageError
+from unbraid.given import loading, whole_number
 from unbraid.monosemanticity import Moments, add_images, clarity, pure_distances, score
 from unbraid.progress import image_progress
 from unbraid.records import Records, Scan
@@ -92,9 +93,8 @@ def measure_semantics(
     Source:
         METHOD.md section 6, which names the papers.
     """
-    if n_top < 2:
-        raise UsageError(f"n_top is {n_top}; ask for 2 images or more, to compare them.")
-    check_loading(batch_size, workers)
+    n_top = whole_number("n_top", n_top, 2)  # to be compared with one another
+    batch_size, workers = loading(batch_size, workers)
     top = reference_images(scan, split, n=n_top)
     _refuse_other_images(scan, dataset)
     if isinstance(encoder, str):

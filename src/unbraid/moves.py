@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unbraid.errors import UsageError
+from unbraid.given import real_number
 
 
 class Movable(Protocol):
@@ -65,7 +66,7 @@ class Gate(Move):
                     f"{tuple(value.shape)}."
                 )
         else:
-            value = float(value)
+            value = real_number("The value of a gate", value)
             if value != value:
                 raise UsageError("A gate cannot be NaN; give a number, such as 0 for off.")
         self.value = value
@@ -81,7 +82,7 @@ class Clamp(Move):
         Raises:
             UsageError: low is not below or at high.
         """
-        self.low, self.high = float(low), float(high)
+        self.low, self.high = real_number("low", low), real_number("high", high)
         if not self.low <= self.high:  # so that NaN does not pass
             raise UsageError(f"A clamp needs low <= high, not low={low:g} and high={high:g}.")
         super().__init__(layer, row)

@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unbraid.errors import ModelError
+from unbraid.errors import ModelError, UsageError
 
 Pick = str | int | Callable[[Any], Tensor]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network inside of torch.compile, DataParallel and DistributedDataParallel."""
+    """Return the network inside of torch.compile, DataParallel and DistributedDataParallel.
+
+    Raises:
+        UsageError: it is no network.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"The network is a {type(model).__name__}; pass a torch.nn.Module.")
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if "_orig_mod" in model._modules:

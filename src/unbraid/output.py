@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from unbraid.data import UNLABELLED, Readable, check_loading, size_of, sort_out
-from unbraid.errors import DataError, OutputChangedError
+from unbraid.data import UNLABELLED, Readable, size_of, sort_out
+from unbraid.errors import DataError, OutputChangedError, UsageError
+from unbraid.given import loading, real_number
 from unbraid.networks import unwrap
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
@@ -54,9 +55,12 @@ def compare_outputs(
     Raises:
         OutputChangedError: a logit differs by more than the tolerance, or is not a number.
         DataError: an image cannot be read.
-        UsageError: batch_size or workers is out of range.
+        UsageError: tolerance, batch_size or workers is out of range.
     """
-    check_loading(batch_size, workers)
+    batch_size, workers = loading(batch_size, workers)
+    tolerance = real_number("tolerance", tolerance)
+    if not tolerance >= 0:
+        raise UsageError(f"tolerance is {tolerance:g}; it must be 0 or more.")
     n_images = size_of(dataset)
     model, model2 = unwrap(model), unwrap(model2)
     device = next(model.parameters()).device

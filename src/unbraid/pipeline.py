@@ -27,7 +27,8 @@ from unbraid.measure_semantics import measure_semantics
 from unbraid.output import compare_outputs
 from unbraid.records import Scan
 from unbraid.report import report
-from unbraid.scan import MIN_SHARE, Labels, scan_into
+from unbraid.scan import scan_into
+from unbraid.scan_options import MIN_SHARE, Labels
 from unbraid.semantics import Semantics
 from unbraid.sensitivity import sensitivity
 from unbraid.settings import Loading, Thresholds, read_settings, remove_results

@@ -17,6 +17,7 @@ from torch import Tensor
 from unbraid.clustering import Clusters
 from unbraid.errors import RunError
 from unbraid.files import names_in, read_some, read_tensors, write_tensors
+from unbraid.given import as_path
 from unbraid.identity import fit_ids, unpack_ids
 from unbraid.layers import LayerSpec
 from unbraid.manifest import Manifest, read_manifest
@@ -130,7 +131,7 @@ def open_scan(path: str | Path) -> Scan:
     Raises:
         RunError: there is no scan, it is damaged, or it was not finished.
     """
-    folder = Path(path)
+    folder = as_path("path", path)
     manifest = read_manifest(folder)
     if manifest is None:
         inside = sorted(path.parent.name for path in folder.glob("*/manifest.json"))

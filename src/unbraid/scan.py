@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args, overload
+from typing import Any, Unpack, overload
 
 import torch
 from torch import nn
@@ -13,48 +13,20 @@ from torch.utils.data import Dataset
 
 from unbraid.batch_size import batch_size_for
 from unbraid.claims import Target, claim_together
-from unbraid.data import (
-    UNLABELLED,
-    check_loading,
-    class_names_of,
-    first_readable,
-    labels_of,
-    preprocessing_of,
-    size_of,
-)
+from unbraid.data import class_names_of, first_readable, labels_of, preprocessing_of, size_of
 from unbraid.describe import describe, resolve_layer, weight_rows
-from unbraid.errors import DataError, UsageError
+from unbraid.errors import DataError
+from unbraid.given import as_path
 from unbraid.identity import fingerprint
 from unbraid.layer_names import LayerName, is_pattern, layer_folder, layer_names
 from unbraid.manifest import Manifest, hash_places, read_manifest
 from unbraid.networks import picked_by, unwrap
 from unbraid.records import Scan, open_scan
+from unbraid.scan_options import MIN_SHARE, Labels, Options, places_of, refuse_impossible, settle
 from unbraid.scan_pass import library_versions, scan_shards
 from unbraid.team import team as gather_team
 from unbraid.usable import usable_in
 from unbraid.weights import hash_weights, refuse_broken_weights
-
-Labels = Literal["given", "predicted"]
-
-MIN_SHARE = 0.005  # with shares adding up to one, at most 200 an image; a few dozen in practice
-
-
-class Options(TypedDict, total=False):
-    """The options of `scan`, which tells what they mean."""
-
-    labels: Labels
-    classes: Sequence[int] | None
-    indices: Sequence[int] | None
-    positions: bool
-    min_share: float
-    batch_size: int | None
-    workers: int
-    skip_broken: bool
-    progress: bool
-    source: dict[str, Any] | None
-    threads: int | None
-    autocast: bool
-    channels_last: bool
 
 
 @overload
@@ -144,16 +116,18 @@ def scan(
         DataError: an image cannot be read, or labels do not fit the network.
         ModelError: the network holds or computes NaN or infinite numbers, or cannot run.
         RunError: the folder belongs to another network, layer or data set, or the disk is full.
-        UsageError: an argument is out of range.
+        UsageError: an argument is out of range or of another type.
 
     Source:
         METHOD.md sections 2 and 4.
     """
     model = unwrap(model)
-    asked = [layer] if isinstance(layer, (str, nn.Module)) else list(layer)
-    one = isinstance(layer, (str, nn.Module)) and not is_pattern(model, layer)
+    out = as_path("out", out)
+    if isinstance(layer, (str, nn.Module)) or not isinstance(layer, Iterable):
+        asked, one = [layer], not is_pattern(model, layer)
+    else:
+        asked, one = list(layer), False
     names = layer_names(model, asked, partial(usable_in, model, dataset))
-    out = Path(out)
     scans = scan_into(
         model,
         {name: out if one else layer_folder(out, name) for name in names},
@@ -179,37 +153,20 @@ def scan_into(
     model: nn.Module,
     folders: Mapping[str, Path],
     dataset: Dataset[Any],
-    *,
-    labels: Labels = "given",
-    classes: Sequence[int] | None = None,
-    indices: Sequence[int] | None = None,
-    positions: bool = False,
-    min_share: float = MIN_SHARE,
-    batch_size: int | None = None,
-    workers: int = 0,
-    skip_broken: bool = False,
-    progress: bool = False,
-    source: dict[str, Any] | None = None,
-    threads: int | None = None,
-    autocast: bool = False,
-    channels_last: bool = False,
+    **options: Unpack[Options],
 ) -> dict[str, Scan]:
     """Scan several layers in one pass, each into a folder of its own; the rest is as in `scan`."""
-    if not 0 < min_share < 1:
-        raise UsageError(f"min_share is {min_share}; it must lie between 0 and 1.")
-    check_loading(batch_size, workers)
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; it must be 1 or more.")
+    asked = settle(**options)
     model = unwrap(model)
     modules = {name: resolve_layer(model, name)[1] for name in folders}
     specs = {name: describe(name, module) for name, module in modules.items()}
     refuse_broken_weights(model)
     size_of(dataset)
-    given = labels_of(dataset, needed=labels != "predicted" or classes is not None)
-    _check_labels_known(given, labels)
-    places = _concerned(given, classes, indices)
+    given = labels_of(dataset, needed=asked.labels == "given" or asked.classes is not None)
+    places = places_of(asked, given)
     weights, data = hash_weights(model), fingerprint(dataset, given)
     begun = next(filter(None, map(read_manifest, folders.values())), None)  # a scan that goes on
+    threads, batch_size = asked.threads, asked.batch_size
     if threads is None:
         threads = begun.threads if begun else torch.get_num_threads()
     if batch_size is None and begun:
@@ -227,71 +184,30 @@ def scan_into(
             class_names=class_names_of(dataset),
             preprocessing=preprocessing_of(dataset),
             dtype=str(weight_rows(modules[name]).dtype).removeprefix("torch."),
-            min_share=min_share,
-            classes=None if classes is None else tuple(sorted(set(classes))),
-            positions=positions,
-            shard_size=128 if positions else 1024,  # input maps are large, pooled inputs are not
+            min_share=asked.min_share,
+            classes=asked.classes,
+            positions=asked.positions,
+            # Input maps are large, pooled inputs are not.
+            shard_size=128 if asked.positions else 1024,
             batch_size=batch_size,
-            skip_broken=skip_broken,
-            source=source or {},
+            skip_broken=asked.skip_broken,
+            source=asked.source,
             versions=library_versions(),
-            labels=labels,
-            indices=hash_places(None if indices is None else places),
+            labels=asked.labels,
+            indices=hash_places(asked.indices),
             output=picked_by(model),
             threads=threads,
-            autocast=autocast,
-            channels_last=channels_last,
+            autocast=asked.autocast,
+            channels_last=asked.channels_last,
         )
-        _refuse_impossible(manifest)
+        refuse_impossible(manifest)
         targets.append(Target(modules[name], manifest, folder))
     team = gather_team()
     claim_together(targets, team)
-    options: dict[str, Any] = {"team": team, "workers": workers, "progress": progress}
-    scan_shards(model, targets, dataset, given, places, **options)
+    work: dict[str, Any] = {"team": team, "workers": asked.workers, "progress": asked.progress}
+    scan_shards(model, targets, dataset, given, places, **work)
     finished = {name: open_scan(folder) for name, folder in folders.items()}
     for done in finished.values():
         if len(done.broken()) == len(places):
             raise DataError(f"None of the {len(places)} images could be read; mend the data set.")
     return finished
-
-
-def _refuse_impossible(manifest: Manifest) -> None:
-    """Raise where the scan, once finished, would be refused on reading."""
-    try:
-        manifest.check()
-    except ValueError as error:
-        raise UsageError(
-            f"A scan of layer {manifest.layer.name!r} would be too large to work with ({error}); "
-            "scan a smaller layer, or images of fewer classes."
-        ) from None
-
-
-def _check_labels_known(given: Sequence[int], labels: Labels) -> None:
-    if labels not in get_args(Labels):
-        raise UsageError(f"labels is {labels!r}; use {' or '.join(map(repr, get_args(Labels)))}.")
-    if labels == "given" and set(given) == {UNLABELLED}:
-        raise UsageError("The data set has no labels; pass labels='predicted'.")
-
-
-def _concerned(
-    labels: Sequence[int], classes: Sequence[int] | None, indices: Sequence[int] | None
-) -> list[int]:
-    """Places in the data set of the images to scan, in order."""
-    if indices is not None:
-        if classes is not None:
-            raise UsageError("classes and indices both say what to scan; pass one of them.")
-        places = sorted({int(index) for index in indices})
-        if not places or places[0] < 0 or places[-1] >= len(labels):
-            raise UsageError(
-                f"indices must name places in the data set, 0 to {len(labels) - 1}, one or more."
-            )
-        return places
-    if classes is None:
-        return list(range(len(labels)))
-    wanted = set(classes)
-    empty = wanted - set(labels)
-    if not wanted:
-        raise UsageError("classes is empty; name the classes to scan, or None for all.")
-    if empty:
-        raise UsageError(f"classes names {sorted(empty)}, of which the data set has no image.")
-    return [index for index, label in enumerate(labels) if label in wanted]

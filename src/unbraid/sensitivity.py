@@ -18,6 +18,7 @@ from torch import Tensor
 from unbraid.arvs import ClassSums, class_cosines, class_sums, shared_channels, uses
 from unbraid.errors import UsageError
 from unbraid.files import write_whole
+from unbraid.given import as_path, real_numbers
 from unbraid.records import Scan
 from unbraid.tables import align, count, csv_text, data_frame
 from unbraid.thresholds import check_thresholds
@@ -97,7 +98,7 @@ class Sensitivity:
 
     def to_csv(self, path: str | Path) -> None:
         """Write one line per choice: tau, p, gamma, n_channels, n_pairs."""
-        write_whole(Path(path), csv_text(COLUMNS, self.rows()).encode())
+        write_whole(as_path("path", path), csv_text(COLUMNS, self.rows()).encode())
 
     def to_pandas(self) -> pd.DataFrame:
         """Return the choices as a DataFrame with the columns of the CSV file.
@@ -172,10 +173,7 @@ def _grid(
     """
     if given is None:
         given = [*default, *([] if own is None else [own])]
-    try:
-        values = sorted({float(value) for value in given})
-    except (TypeError, ValueError):
-        raise UsageError(f"{name} is {given!r}; give a list of numbers.") from None
+    values = sorted(set(real_numbers(name, given)))
     if not values:
         raise UsageError(f"{name} is empty; give a value or more, or None for the default grid.")
     return tuple(values)

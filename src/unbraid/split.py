@@ -15,6 +15,7 @@ from unbraid.background import sample_images
 from unbraid.clusters import numbers_seen
 from unbraid.errors import UsageError
 from unbraid.findings import Findings
+from unbraid.given import real_number
 from unbraid.least_squares import fit_least_squares
 from unbraid.penalty import choose_penalty
 from unbraid.published import choose_rho, published_masks
@@ -66,7 +67,7 @@ def split(
         raise UsageError("rho belongs to the published method; pass method='published' with it.")
     if start is not None and method != "least_squares":
         raise UsageError("start belongs to least squares; leave it out for the published method.")
-    check_rho(rho)
+    rho = check_rho(rho)
     if method == "published" and rho is None and not scan.positions:
         raise UsageError(
             "The published criterion for rho needs positions: scan the training images again with "
@@ -103,14 +104,18 @@ def split(
     )
 
 
-def check_rho(rho: float | None) -> None:
-    """Raise unless rho is to be chosen or is in range.
+def check_rho(rho: float | None) -> float | None:
+    """Return rho in a plain type, None if it is to be chosen.
 
     Raises:
-        UsageError: it is not.
+        UsageError: it is no number or out of range.
     """
-    if rho is not None and not 0 < rho <= 1:
+    if rho is None:
+        return None
+    rho = real_number("rho", rho)
+    if not 0 < rho <= 1:
         raise UsageError(f"rho is {rho:g}; it must lie above 0 and not above 1.")
+    return rho
 
 
 Chosen = dict[int, tuple[Tensor, dict[str, Any]]]  # per channel, masks and how they were chosen

@@ -15,6 +15,7 @@ from torch import Tensor
 from unbraid.clustering import Cluster, Clusters
 from unbraid.files import read_tensors, write_tensors
 from unbraid.findings import Concept
+from unbraid.given import as_path
 from unbraid.layers import LayerSpec, respond
 from unbraid.manifest import MAX_CLASSES, most_classes
 from unbraid.notebook import Shown, html_table
@@ -156,7 +157,7 @@ class Split(Shown):
                 for number, c in self.clusters.items()
             },
         }
-        write_tensors(Path(path), tensors, about)
+        write_tensors(as_path("path", path), tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> Split:
@@ -165,7 +166,7 @@ class Split(Shown):
         Raises:
             RunError: the file is missing, damaged or not a split.
         """
-        tensors, about = read_tensors(Path(path))
+        tensors, about = read_tensors(as_path("path", path))
         try:
             check_schema(about, SCHEMA)
             return _put_together(build(_About, about), tensors)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from unbraid.describe import describe, resolve_layer, weight_rows
 from unbraid.errors import ModelError, RunError, UsageError
+from unbraid.given import whole_number
 from unbraid.moves import Clamp, Gate
 from unbraid.networks import copy_network, unwrap, unwrapped_name
 from unbraid.plain import plain_layer
@@ -201,7 +202,7 @@ def _find_row(
             )
         given = repr(layer) if isinstance(layer, str) else f"of type {type(layer).__name__}"
         raise UsageError(f"Layer {given} has no concept channels; name one of {', '.join(known)}.")
-    name = f"{channel}.{concept}"
+    name = f"{whole_number('channel', channel)}.{whole_number('concept', concept)}"
     if name not in module.names:
         raise UsageError(
             f"Layer {layer!r} has no concept {concept} of channel {channel}; it has "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unbraid.arvs import ClassSums, class_cosines, class_sums, shared_channels, uses
 from unbraid.errors import DataError, UsageError
+from unbraid.given import real_number
 from unbraid.records import Scan
 
 Tau = float | Literal["auto"]
@@ -22,8 +23,13 @@ _COUNTS_AT_ONCE = 1 << 26  # of images, per tau, class and channel
 _ONE_IN = 4  # and no more than this part of a narrow layer: about half of its positive shares
 
 
-def check_thresholds(tau: Tau, p: float, gamma: float, min_share: float) -> None:
-    """Raise unless thresholds are in range and not below the smallest share kept.
+def check_thresholds(
+    tau: Tau, p: float, gamma: float, min_share: float
+) -> tuple[Tau, float, float]:
+    """Make sure that thresholds are numbers, in range and not below the smallest share kept.
+
+    Returns:
+        tau, p and gamma, in plain types.
 
     Raises:
         UsageError: says which is not.
@@ -31,18 +37,21 @@ def check_thresholds(tau: Tau, p: float, gamma: float, min_share: float) -> None
     if isinstance(tau, str):
         if tau != "auto":
             raise UsageError(f"tau is {tau!r}; give a share such as 0.03, or 'auto'.")
-        tau = min_share  # what is chosen is never out of range
-    if not 0 < tau <= 1:
-        raise UsageError(f"tau is {tau:g}; a share must lie above 0 and not above 1.")
-    if tau < min_share:
-        raise UsageError(
-            f"tau is {tau:g}, but the scan keeps no share below {min_share:.15g}; raise tau or "
-            "scan anew with a smaller min_share."
-        )
+    else:
+        tau = real_number("tau", tau)
+        if not 0 < tau <= 1:
+            raise UsageError(f"tau is {tau:g}; a share must lie above 0 and not above 1.")
+        if tau < min_share:
+            raise UsageError(
+                f"tau is {tau:g}, but the scan keeps no share below {min_share:.15g}; raise tau or "
+                "scan anew with a smaller min_share."
+            )
+    p, gamma = real_number("p", p), real_number("gamma", gamma)
     if not 0 < p <= 1:
         raise UsageError(f"p is {p:g}; a fraction of images must lie above 0 and not above 1.")
     if not -1 <= gamma <= 1:
         raise UsageError(f"gamma is {gamma:g}; a cosine must lie between -1 and 1.")
+    return tau, p, gamma
 
 
 def choose_tau(scan: Scan) -> tuple[float, str]:

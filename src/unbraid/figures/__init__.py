@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbraid.errors import UnbraidError, UsageError
+from unbraid.given import as_path, real_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +62,7 @@ def teaser_figure(
     from unbraid.figures.teaser import draw_teaser
 
     content = gather(split, scan, channel, dataset=dataset, features=features, n=n)
-    return draw_teaser(content, width)
+    return draw_teaser(content, real_number("width", width))
 
 
 def density_figure(split: Split, scan: Scan, channel: int, *, width: float = 3.25) -> Figure:
@@ -93,7 +94,7 @@ def density_figure(split: Split, scan: Scan, channel: int, *, width: float = 3.2
     from unbraid.figures.content import gather
     from unbraid.figures.densities import draw_densities
 
-    return draw_densities(gather(split, scan, channel), width)
+    return draw_densities(gather(split, scan, channel), real_number("width", width))
 
 
 def source_figure(
@@ -126,7 +127,7 @@ def source_figure(
     _require_matplotlib()
     from unbraid.figures.sources import draw_sources, gather_sources
 
-    return draw_sources(gather_sources(split, scan, channel, n), width)
+    return draw_sources(gather_sources(split, scan, channel, n), real_number("width", width))
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -155,7 +156,7 @@ def check_suffix(path: str | Path) -> None:
         ...
     unbraid.errors.UsageError: figure.doc ends in none of .pdf, .png, .svg; name a file that does.
     """
-    if Path(path).suffix.lower() not in SUFFIXES:
+    if as_path("path", path).suffix.lower() not in SUFFIXES:
         raise UsageError(f"{path} ends in none of {', '.join(SUFFIXES)}; name a file that does.")
 
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from unbraid.errors import UsageError
 from unbraid.evaluate import gather_responses
+from unbraid.given import whole_number
 from unbraid.report.density import density, shared_grid
 from unbraid.report.pictures import open_picture, refuse_other_images
 from unbraid.report.text import letter
@@ -121,6 +122,7 @@ def refuse_other_scan(split: Split, scan: Scan) -> None:
 
 def find_part(split: Split, channel: int) -> ChannelSplit:
     """Return the division of a channel, or raise and name those that there are."""
+    channel = whole_number("channel", channel)
     try:
         return split[channel]
     except KeyError:

@@ -16,6 +16,7 @@ from unbraid.errors import UsageError
 from unbraid.figures.content import find_part, printable, refuse_other_scan
 from unbraid.figures.densities import colour
 from unbraid.figures.paper import BLACK, SIZE, SMALL, axes_at, blank, own_style, write, write_title
+from unbraid.given import whole_number
 from unbraid.relevance import input_relevance
 from unbraid.report.channels import strongest_sources
 from unbraid.report.charts import ticks
@@ -47,8 +48,7 @@ class Sources:
 
 def gather_sources(split: Split, scan: Scan, channel: int, n: int) -> Sources:
     """Find the strongest input channels; arguments as in `unbraid.source_figure`."""
-    if n < 1:
-        raise UsageError(f"n is {n}; ask for one input channel or more.")
+    n = whole_number("n", n, 1)
     part = find_part(split, channel)
     refuse_other_scan(split, scan)
     sums = class_sums(replace(scan, clusters=split.clusters), ())

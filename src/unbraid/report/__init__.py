@@ -60,13 +60,15 @@ def report(
     """
     from unbraid.as_scanned import as_scanned
     from unbraid.files import write_whole
+    from unbraid.given import as_path
     from unbraid.report.material import Material
     from unbraid.report.page import render  # jinja2, only when a page is made
 
+    file = as_path("path", path)
     material = Material(scan, found, split, evaluation, train_scan, sensitivity, features, maps)
     material.refuse_strangers()
     images = None if dataset is None else as_scanned(dataset, scan)
     page = render(material, dataset=images, title=title)
     # A folder's name may hold bytes that are no text; they are spelt out, not fatal.
-    write_whole(Path(path), page.encode("utf-8", "backslashreplace"))
-    return Path(path)
+    write_whole(file, page.encode("utf-8", "backslashreplace"))
+    return file

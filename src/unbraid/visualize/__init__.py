@@ -70,9 +70,18 @@ def visualize(
         decorrelated colours, transformations); Fel et al. 2023, arXiv:2306.06805 (fixed spectrum,
         transparency).
     """
+    from unbraid.given import flag, real_number, whole_number
     from unbraid.visualize.making import Recipe, make_features
     from unbraid.visualize.pixels import pixels_of
 
-    recipe = Recipe(n, steps, objective, spectrum, seed)
+    recipe = Recipe(
+        whole_number("n", n, 1),
+        whole_number("steps", steps, 1),
+        objective,
+        flag("spectrum", spectrum),
+        whole_number("seed", seed),
+    )
+    if seconds is not None:
+        seconds = real_number("seconds", seconds)
     pixels = pixels_of(dataset, size)
     return make_features(model, layer, pixels, channels, recipe, seconds, progress)

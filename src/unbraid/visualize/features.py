@@ -14,6 +14,7 @@ from PIL import Image
 
 from unbraid.errors import brief
 from unbraid.files import write_whole
+from unbraid.given import as_path
 from unbraid.strict import check_schema, read_json, unread
 
 SCHEMA = 1
@@ -77,7 +78,7 @@ class Features:
         Raises:
             RunError: the disk is full or may not be written.
         """
-        folder = Path(folder)
+        folder = as_path("folder", folder)
         for feature in self.features:
             content = io.BytesIO()
             feature.picture.save(content, "PNG", optimize=True)
@@ -107,7 +108,7 @@ class Features:
         Raises:
             RunError: a file is missing, damaged or not one that `save` writes.
         """
-        folder = Path(folder)
+        folder = as_path("folder", folder)
         try:
             index = folder / _INDEX
             about = read_json(index)

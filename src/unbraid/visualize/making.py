@@ -43,9 +43,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what no image can be made by."""
-        for name in ("n", "steps"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         if self.objective not in ("contrast", "plain"):
             raise UsageError(
                 f"There is no objective {self.objective!r}; use 'contrast' or 'plain'."

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from unbraid.data import Readable, size_of, sort_out
 from unbraid.errors import DataError, UsageError
+from unbraid.given import whole_numbers
 from unbraid.running import stack_images
 from unbraid.visualize.features import MAX_SIDE
 
@@ -45,8 +46,8 @@ def pixels_of(dataset: Dataset[Any], size: tuple[int, int] | None = None) -> Pix
         UsageError: the size is out of range.
         DataError: none can be read, they differ in size, or all are of one colour.
     """
-    if size is not None and not all(1 < side <= MAX_SIDE for side in size):
-        raise UsageError(f"size is {size}; height and width must be 2 to {MAX_SIDE} pixels.")
+    if size is not None:
+        size = _checked(size)
     images = _sample(dataset)
     if size is not None:
         images = F.interpolate(images, size, mode="bilinear", antialias=True)
@@ -66,6 +67,14 @@ def pixels_of(dataset: Dataset[Any], size: tuple[int, int] | None = None) -> Pix
     magnitude = torch.fft.rfft2(plain, norm="ortho").abs().mean(0)
     height, width = images.shape[2:]
     return Pixels(low, high, mean, colours, magnitude, (height, width))
+
+
+def _checked(size: tuple[int, int]) -> tuple[int, int]:
+    """A height and width, in plain types."""
+    sides = whole_numbers("size", size)
+    if len(sides) != 2 or not all(1 < side <= MAX_SIDE for side in sides):
+        raise UsageError(f"size is {size}; give height and width, 2 to {MAX_SIDE} pixels each.")
+    return sides[0], sides[1]
 
 
 def _sample(dataset: Dataset[Any]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unbraid.clusters import concept_of
 from unbraid.errors import UsageError
+from unbraid.given import whole_number
 from unbraid.records import Scan
 from unbraid.splits import Split
 
@@ -61,8 +62,7 @@ def reference_images(
     Raises:
         UsageError: n is below 1, or the scan is of another network or layer.
     """
-    if n < 1:
-        raise UsageError(f"n is {n}; ask for 1 reference image or more.")
+    n = whole_number("n", n, 1)
     if scan.manifest.weights != split.weights or scan.layer != split.layer:
         raise UsageError(
             "The scan is of another network or layer than the split; scan the images with the "

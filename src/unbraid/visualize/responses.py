@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unbraid.describe import describe, resolve_layer
 from unbraid.errors import LayerError, ModelError, UsageError
+from unbraid.given import whole_numbers
 from unbraid.layers import LayerSpec, channels_first
 from unbraid.split_layer import SplitLayer
 
@@ -91,6 +92,7 @@ def targets_of(watched: Watched, channels: Sequence[int] | None) -> dict[int, li
     """
     if channels is None:
         channels = sorted({channel for channel, _ in watched.rows})
+    channels = whole_numbers("channels", channels)
     n_out = watched.spec.n_out
     unknown = [channel for channel in channels if channel not in range(n_out)]
     if unknown:
