@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import http.server
 import io
@@ -30,7 +31,7 @@ from checks import assert_same_files
 from networks import SyntheticImages, build
 from unbraid.as_scanned import as_scanned
 from unbraid.data import UNLABELLED, groups_of, labels_of, name_of
-from unbraid.errors import DataError, RunError, UsageError
+from unbraid.errors import DataError, OutOfReach, RunError, UsageError
 from unbraid.folders import ImageFolder
 from unbraid.identity import fingerprint, ids_of
 from unbraid.images import images_for, images_like, labelled
@@ -682,6 +683,57 @@ def test_what_is_wrong_with_a_list_is_told(folder, content, told):
     assert "\n" not in str(error.value)
 
 
+def fail_at(monkeypatch: pytest.MonkeyPatch, ending: str, number: int) -> None:
+    """Let the system fail to look at a file."""
+    look = os.stat
+
+    def stat(path: Any, *rest: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith(ending):
+            raise OSError(number, os.strerror(number), str(path))
+        return look(path, *rest, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_files_of_a_list_that_cannot_be_looked_at_are_not_called_missing(
+    number, folder, monkeypatch
+):
+    (folder / "list.csv").write_text(GOOD + "gone.png,ant\nant/1.png,ant\n")
+    fail_at(monkeypatch, "ant/1.png", number)
+    told = rf"ant/1\.png, which .*list\.csv names, cannot be reached \({os.strerror(number)}\);"
+    with pytest.raises(OutOfReach, match=told):
+        open_images(folder / "list.csv")
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG])
+def test_files_of_a_list_that_are_missing_are_not_called_out_of_reach(number, folder, monkeypatch):
+    (folder / "list.csv").write_text(GOOD + "gone/gone.png,ant\nant/1.png,ant\n")
+    fail_at(monkeypatch, "ant/1.png", number)
+    with pytest.raises(DataError, match=r"2 of 3 files .* are not there, the first is") as error:
+        open_images(folder / "list.csv")
+    assert not isinstance(error.value, OutOfReach)
+
+
+@pytest.mark.parametrize("source", ["list.csv", "list.parquet", "shards.tar"])
+def test_a_source_that_cannot_be_looked_at_is_not_called_missing(source, folder, monkeypatch):
+    from_parquet(folder)
+    from_csv(folder)
+    write_shards(folder, (8,))[0].rename(folder / "shards.tar")
+    assert len(open_images(folder / source)) == 8
+    fail_at(monkeypatch, source, errno.EACCES)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EACCES, "Permission denied", source)
+
+    monkeypatch.setattr("pathlib.Path.open", fail)
+    monkeypatch.setattr("pyarrow.parquet.read_schema", fail)
+    with pytest.raises(
+        OutOfReach, match=rf"{source} cannot be reached \(Permission denied\); mend"
+    ):
+        open_images(folder / source)
+
+
 def test_a_pipe_in_a_list_is_not_waited_for(folder):
     os.mkfifo(folder / "pipe.png")
     (folder / "list.csv").write_text(GOOD + "pipe.png,ant\n")
@@ -842,7 +894,7 @@ def test_broken_images_are_named_by_id(folder, tmp_path):
     shard = folder.parent / "shards/train-000.tar"
     images = from_tar(folder)
     shard.write_bytes(shard.read_bytes()[:1024])
-    with pytest.raises(DataError, match="its shard is cut off"):
+    with pytest.raises(DataError, match=r"train-000\.tar was changed since it was listed; start"):
         images[7]
     shard.unlink()
     with pytest.raises(DataError, match=r"Image train-000\.tar/bee/2 cannot be read"):

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
+import os
 import random
 import struct
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from unbraid.errors import DataError
-from unbraid.sources.shards import list_shards
-from unbraid.sources.tar import members
+import unbraid
+from networks import build
+from unbraid.errors import DataError, OutOfReach
+from unbraid.sources import open_images
+from unbraid.sources.shards import Members, list_shards
+from unbraid.sources.tar import members, read_content, stamp_of
 
 LONG = "folder/" * 30 + "name.png"
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -271,3 +279,140 @@ def test_shards_of_one_name_are_told(tmp_path):
         write(tmp_path / name / "s.tar", *samples(1))
     with pytest.raises(DataError, match=r"two shards called s\.tar"):
         list_shards(f"{tmp_path}/*/s.tar")
+
+
+# --- changed since it was listed ------------------------------------------------------------------
+
+
+def bitmap(k: int) -> bytes:
+    """One colour; all are of one size, so that one may lie where another one did."""
+    file = io.BytesIO()
+    Image.new("RGB", (6, 7), (k, k, k)).save(file, "BMP")
+    return file.getvalue()
+
+
+def write_pictures(path: Path, order: list[int]) -> Path:
+    """Shards whose pictures have their number for a colour, in another order in each."""
+    return write(path, *((f"{k}.bmp", bitmap(k)) for k in order))
+
+
+def to_tensor(picture: Image.Image) -> Any:
+    return torch.from_numpy(np.array(picture)).movedim(-1, 0).double()
+
+
+def assert_own_pictures(images: Any) -> None:
+    """Each id has the picture of that colour."""
+    for k, one in enumerate(images.ids):
+        colour = int(one.partition("/")[2])
+        assert images.picture(k).getpixel((0, 0)) == (colour,) * 3, one
+
+
+def rewritten(path: Path) -> None:
+    """In place, of the same size."""
+    before = path.stat()
+    path.write_bytes(write_pictures(path.with_suffix(".new"), [3, 2, 1, 0]).read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert path.stat().st_size == before.st_size
+
+
+def replaced(path: Path) -> None:
+    """By another file of the same size and time."""
+    before = path.stat()
+    new = write_pictures(path.with_suffix(".new"), [3, 2, 1, 0])
+    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+    new.replace(path)
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1024])
+
+
+def grown(path: Path) -> None:
+    before = path.stat()
+    with path.open("ab") as file:
+        file.write(bytes(512))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CHANGES = (rewritten, replaced, cut_off, grown)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_shard_that_was_changed_since_it_was_listed_is_not_read(change, workers, tmp_path):
+    path = write_pictures(tmp_path / "a.tar", [0, 1, 2, 3])
+    images = open_images(path, to_tensor)
+    assert_own_pictures(images)
+    change(path)
+    with pytest.raises(
+        OutOfReach, match=r"^\S*a\.tar was changed since it was listed; start again"
+    ):
+        images[1]
+    options = {"labels": "predicted", "skip_broken": True, "workers": workers}
+    with pytest.raises(DataError, match=r"a\.tar was changed since it was listed; start again\.$"):
+        unbraid.scan(build("3x3"), "layer", images, tmp_path / "scan", **options)
+    assert not list((tmp_path / "scan").glob("shard-*"))
+    if change in (rewritten, replaced):
+        assert_own_pictures(open_images(path))
+
+
+@pytest.mark.parametrize("change", [rewritten, replaced])
+def test_what_a_changed_shard_would_give_if_it_was_taken_for_the_old_one_is_noticed(
+    change, tmp_path
+):
+    path = write_pictures(tmp_path / "a.tar", [0, 1, 2, 3])
+    images = open_images(path)
+    change(path)
+    reader: Members = images._read
+    reader.stamps[0] = stamp_of(path.stat())
+    with pytest.raises(AssertionError, match=r"a\.tar/0"):
+        assert_own_pictures(images)
+
+
+def test_a_shard_that_is_changed_while_it_is_listed_is_told(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.tar", *samples(3))
+
+    def listed(name: str) -> Any:
+        yield from members(name)
+        os.utime(name, ns=(0, 0))
+
+    list_shards(str(path))
+    monkeypatch.setattr("unbraid.sources.shards.members", listed)
+    with pytest.raises(OutOfReach, match="was changed since it was listed"):
+        list_shards(str(path))
+
+
+def test_a_shard_that_is_changed_while_it_is_read_is_told(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.tar", ("a.png", b"old"))
+    (member,) = members(str(path))
+    place = (str(path), stamp_of(path.stat()), member.offset, member.size)
+    assert read_content(*place) == b"old"
+    look = os.fstat
+
+    def changed(handle: int) -> os.stat_result:
+        os.utime(path, ns=(0, 0))
+        return look(handle)
+
+    monkeypatch.setattr(os, "fstat", changed)
+    with pytest.raises(OutOfReach, match="was changed since it was listed"):
+        read_content(*place)
+
+
+def test_a_member_that_ends_before_its_end_is_told(tmp_path):
+    path = write(tmp_path / "a.tar", ("a.png", b"old"))
+    size = path.stat().st_size
+    with pytest.raises(OSError, match="cut off"):
+        read_content(str(path), stamp_of(path.stat()), 512, size)
+
+
+def test_a_tar_file_that_the_system_fails_to_give_is_not_called_damaged(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.tar", *samples(3))
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("unbraid.sources.tar.open", fail, raising=False)
+    with pytest.raises(OutOfReach, match=r"a\.tar cannot be reached \(Input/output error\); mend"):
+        list_shards(str(path))

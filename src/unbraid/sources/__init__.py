@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,13 +58,14 @@ def list_images(where: str) -> Listing | Path:
     path = Path(where)
     if where.startswith(SAVED):
         return list_saved(where.removeprefix(SAVED))
-    if path.suffix.lower() in (*CSV, *PARQUET) and not path.is_dir() and not is_url(where):
+    is_folder = os.path.isdir(where)  # which fails in no way; who opens it tells what is wrong
+    if path.suffix.lower() in (*CSV, *PARQUET) and not is_folder and not is_url(where):
         return list_table(path)
-    if path.is_dir() and not _holds_only_shards(path):
+    if is_folder and not _holds_only_shards(path):
         return path
-    if path.is_dir() or path.suffix.lower() == SHARD or is_url(where):
+    if is_folder or path.suffix.lower() == SHARD or is_url(where):
         return list_shards(where)
-    if path.exists():
+    if os.path.exists(where):
         raise DataError(f"{where} is no source of images; name a folder or {', '.join(_FILES)}.")
     return path
 
@@ -115,5 +117,5 @@ def absolute(where: str) -> str:
 def _holds_only_shards(folder: Path) -> bool:
     """Whether a folder holds tar files, and neither folders nor images."""
     shown = [path for path in inside(folder, "images") if not path.name.startswith(".")]
-    images = any(p.is_dir() or p.suffix.lower() in (*EXTENSIONS, *UNREAD) for p in shown)
+    images = any(os.path.isdir(p) or p.suffix.lower() in (*EXTENSIONS, *UNREAD) for p in shown)
     return not images and any(p.suffix.lower() == SHARD or is_compressed(p) for p in shown)

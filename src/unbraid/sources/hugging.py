@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from unbraid.data import UNLABELLED
-from unbraid.errors import DataError, UsageError
+from unbraid.errors import DataError, UsageError, out_of_reach
 from unbraid.pictures import decode_picture, read_picture
 from unbraid.sources.listing import ListedImages, Listing, Transform, by_class
 from unbraid.tables import one_line
@@ -71,6 +71,7 @@ def list_saved(folder: str) -> Listing:
 
     Raises:
         UsageError: `datasets` is not installed.
+        OutOfReach: the system fails to give it.
         DataError: there is none, or it cannot be read, or has no columns `image` and `label`.
     """
     library = _library()
@@ -85,7 +86,7 @@ def list_saved(folder: str) -> Listing:
             rows += [f"{file.name}/{row}" for row in range(_n_rows(file))]
     except Exception as error:  # the library's, arrow's and the system's
         reason = one_line(str(error)) or type(error).__name__
-        raise DataError(
+        raise out_of_reach(f"Data set {folder}", error) or DataError(
             f"{folder} is no data set that `save_to_disk` saved ({reason}); name its folder."
         ) from None
     return list_rows(dataset, "image", "label", folder, rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +11,9 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
+from unbraid.causes import is_of_file
 from unbraid.data import UNLABELLED
-from unbraid.errors import DataError
+from unbraid.errors import DataError, out_of_reach
 from unbraid.folders import label_folders
 
 Transform = Callable[[Image.Image], Any]
@@ -75,6 +78,22 @@ class ListedImages(Dataset[tuple[Any, int]]):
     def picture(self, index: int) -> Image.Image:
         """Read one image as an RGB picture, before the transform."""
         return self._read(index)
+
+
+def look_at(file: str, what: str) -> os.stat_result | None:
+    """Look for a file that something names; None where there is none, or no regular one.
+
+    Raises:
+        OutOfReach: the system fails to say; the message calls the file `what`.
+    """
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError) as error:  # the latter for what can be no file's name
+        away = None if is_of_file(error) else out_of_reach(what, error)
+        if away is not None:
+            raise away from None
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
 
 
 def _own_labels(classes: Sequence[str]) -> dict[str, int]:

@@ -6,6 +6,7 @@ import glob
 import io
 import json
 import math
+import os
 import re
 from array import array
 from collections import Counter
@@ -15,12 +16,12 @@ from pathlib import Path
 from PIL import Image
 
 from unbraid.data import UNLABELLED
-from unbraid.errors import DataError, OutOfReach, UsageError
+from unbraid.errors import DataError, OutOfReach, UsageError, out_of_reach
 from unbraid.folders import inside
 from unbraid.pictures import EXTENSIONS, UNREAD, decode_picture
-from unbraid.sources.listing import Listing, by_class
+from unbraid.sources.listing import Listing, by_class, look_at
 from unbraid.sources.remote import fetch, is_url
-from unbraid.sources.tar import Member, members
+from unbraid.sources.tar import Member, Stamp, members, read_content, stamp_of
 from unbraid.tables import one_line
 
 SHARD = ".tar"
@@ -40,16 +41,19 @@ class Members:
     """
 
     shards: list[str]
-    ids: list[str]
+    stamps: list[Stamp]  # of each shard, by which it is known again
+    ids: list[str] = field(default_factory=list)
     shard: array[int] = field(default_factory=lambda: array("q"))
     offset: array[int] = field(default_factory=lambda: array("q"))
     size: array[int] = field(default_factory=lambda: array("q"))
 
     def __call__(self, index: int) -> Image.Image:
         """Read one image."""
-        name = one_line(self.ids[index])
+        name, k = one_line(self.ids[index]), self.shard[index]
         try:
-            content = _content(self.shards[self.shard[index]], self.offset[index], self.size[index])
+            content = read_content(
+                self.shards[k], self.stamps[k], self.offset[index], self.size[index]
+            )
         except OSError as error:
             raise OutOfReach(
                 f"Image {name} cannot be read ({error}); bring its shard back and start again."
@@ -68,6 +72,7 @@ def list_shards(where: str) -> Listing:
             `{000..012}`, or a URL.
 
     Raises:
+        OutOfReach: the system fails to give a shard, or one is changed meanwhile.
         DataError: there are no shards, one is damaged, or an image has two files or no label.
         UsageError: it is a URL, and webdataset is not installed.
     """
@@ -76,7 +81,7 @@ def list_shards(where: str) -> Listing:
     double = [name for name, n in Counter(names).items() if n > 1]
     if double:
         raise DataError(f"{where} has two shards called {double[0]}; give each its own name.")
-    reader = Members(shards, [])
+    reader = Members(shards, [_stamp(shard) for shard in shards])
     labels: list[str | None] = []
     for k, (shard, name) in enumerate(zip(shards, names, strict=True)):
         for key, files in _samples(shard).items():
@@ -85,22 +90,22 @@ def list_shards(where: str) -> Listing:
             reader.shard.append(k)
             reader.offset.append(image.offset)
             reader.size.append(image.size)
-            labels.append(_label(shard, key, files))
+            labels.append(_label(shard, reader.stamps[k], key, files))
     classes, class_of = _classes(labels, reader.ids, where)
     return Listing(where, reader.ids, reader, classes, class_of, sizes=list(reader.size))
 
 
 def shard_files(where: str) -> list[str]:
-    """Find the tar files that a name, folder, pattern or URL stands for.
+    """Find the tar files that a name, folder, pattern or URL stands for, there or not.
 
     Raises:
         DataError: there are none, or a folder has compressed ones.
     """
     if is_url(where):
         return [str(fetch(url)) for url in expand(where)]
-    if Path(where).is_dir():
+    if os.path.isdir(where):
         found = _shards_in(Path(where))
-    elif Path(where).exists():
+    elif os.path.exists(where):
         found = [where]
     else:
         found = [
@@ -108,10 +113,16 @@ def shard_files(where: str) -> list[str]:
             for one in expand(where)
             for path in (sorted(glob.glob(one)) if glob.has_magic(one) else [one])
         ]
-    missing = next((path for path in found if not Path(path).is_file()), None)
-    if missing is not None or not found:
-        raise DataError(f"There is no shard {missing or where}; name tar files that are there.")
+    if not found:
+        raise DataError(f"There is no shard {where}; name tar files that are there.")
     return found
+
+
+def _stamp(shard: str) -> Stamp:
+    found = look_at(shard, f"Shard {shard}")
+    if found is None:
+        raise DataError(f"There is no shard {shard}; name tar files that are there.")
+    return stamp_of(found)
 
 
 def is_compressed(path: Path) -> bool:
@@ -190,22 +201,23 @@ def _refuse_odd(shard: str, member: Member, largest: int) -> None:
         )
 
 
-def _label(shard: str, key: str, files: dict[str, Member]) -> str | None:
+def _label(shard: str, stamp: Stamp, key: str, files: dict[str, Member]) -> str | None:
     """What an image is labelled with, None where nothing is said."""
     member = files.get("cls") or files.get("json")
     if member is None:
         return None
     try:
-        text = _content(shard, member.offset, member.size).decode("utf-8").strip()
+        content = read_content(shard, stamp, member.offset, member.size)
+        text = content.decode("utf-8").strip()
         if "cls" in files:
             return str(_number(text))
         told = json.loads(text)
         label = told.get("label") if isinstance(told, dict) else None
         return label if isinstance(label, str) or label is None else str(_number(label))
     except (ValueError, OSError, RecursionError) as error:
-        raise DataError(
-            f"The label of {one_line(key)} in {shard} cannot be read ({error}); write a class's "
-            "number."
+        what = f"The label of {one_line(key)} in {shard}"
+        raise out_of_reach(what, error) or DataError(
+            f"{what} cannot be read ({error}); write a class's number."
         ) from None
 
 
@@ -227,12 +239,3 @@ def _classes(labels: list[str | None], ids: list[str], where: str) -> tuple[list
             "or none."
         )
     return by_class(given, where)
-
-
-def _content(path: str, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        content = file.read(size)
-    if len(content) < size:
-        raise OSError("its shard is cut off")
-    return content

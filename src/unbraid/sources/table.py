@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import csv
 import os
-import stat
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from PIL import Image
 
-from unbraid.errors import DataError, UsageError
+from unbraid.errors import DataError, UsageError, out_of_reach
 from unbraid.identity import seen_from
 from unbraid.pictures import read_picture
-from unbraid.sources.listing import Listing, by_class
+from unbraid.sources.listing import Listing, by_class, look_at
 from unbraid.tables import one_line
 
 CSV = (".csv", ".tsv")
@@ -48,6 +46,7 @@ def list_table(path: Path) -> Listing:
     output's number or a class's name.
 
     Raises:
+        OutOfReach: the system fails to give the list, or to look at a file that it names.
         DataError: the file is missing or damaged, lacks a column or a cell, names an image twice,
             or names files that are not there.
         UsageError: it is Parquet, and pyarrow is not installed.
@@ -100,12 +99,11 @@ def _sizes(files: list[str], table: Path) -> list[int]:
     """How large the files are, in bytes."""
     sizes, missing = [], []
     for file in files:
-        with suppress(OSError, ValueError):  # not there, or no name that a file can have
-            found = os.stat(file)
-            if stat.S_ISREG(found.st_mode):
-                sizes.append(found.st_size)
-                continue
-        missing.append(file)
+        found = look_at(file, f"Image {one_line(file)}, which {table} names,")
+        if found is None:
+            missing.append(file)
+        else:
+            sizes.append(found.st_size)
     if missing:
         raise DataError(
             f"{len(missing)} of {len(files)} files that {table} names are not there, the first is "
@@ -148,7 +146,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                     )
                 yield where, {name: cells[k] for name, k in columns.items()}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is no list that can be read ({error}); write UTF-8 CSV.") from None
+        raise out_of_reach(f"List {path}", error) or DataError(
+            f"{path} is no list that can be read ({error}); write UTF-8 CSV."
+        ) from None
 
 
 def _lines(file: TextIO, path: Path) -> Iterator[str]:
@@ -179,7 +179,11 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                     yield f"Row {n} of {path}", cells
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         reason = one_line(str(error)) or type(error).__name__
-        raise DataError(f"{path} is no list that can be read ({reason}); write it anew.") from None
+        # A damaged file may ask for any memory, which says nothing of the system.
+        away = out_of_reach(f"List {path}", error) if isinstance(error, OSError) else None
+        raise away or DataError(
+            f"{path} is no list that can be read ({reason}); write it anew."
+        ) from None
 
 
 def _is_text(kind: Any, column: str, path: Path) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from unbraid.errors import DataError
+from unbraid.errors import DataError, OutOfReach, out_of_reach
 
 _BLOCK = 512
 _LONGEST = 1 << 20  # bytes of a header that says more than fits into a block
@@ -26,6 +26,8 @@ _WITHOUT_CONTENT = (
     tarfile.FIFOTYPE,
 )
 
+Stamp = tuple[int, int, int]  # which file it is, its bytes, and when it was last written, in ns
+
 
 @dataclass(frozen=True)
 class Member:
@@ -38,6 +40,35 @@ class Member:
     size: int
 
 
+def stamp_of(found: os.stat_result) -> Stamp:
+    """What changes when a file is written anew or another one put in its place."""
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def read_content(path: str, stamp: Stamp, offset: int, size: int) -> bytes:
+    """Read what a member holds.
+
+    Args:
+        path: the tar file.
+        stamp: the file's own, from before its members were listed.
+        offset: where the content begins, in bytes.
+        size: of the content, in bytes.
+
+    Raises:
+        OutOfReach: the file is not the one that was listed; another member may lie there now.
+        OSError: it is gone, or cannot be read.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        content = file.read(size)
+        now = stamp_of(os.fstat(file.fileno()))  # last, as it may be written while it is read
+    if now != stamp:
+        raise OutOfReach(f"{path} was changed since it was listed; start again.")
+    if len(content) < size:
+        raise OSError("its shard is cut off")
+    return content
+
+
 def members(path: str) -> Iterator[Member]:
     """List a tar file by its headers, and make sure that it is whole.
 
@@ -45,13 +76,14 @@ def members(path: str) -> Iterator[Member]:
     sizes it goes round in circles.
 
     Raises:
+        OutOfReach: the system fails to give it.
         DataError: it is missing, cut off, damaged or compressed.
     """
     try:
         with open(path, "rb") as file:
             yield from _members(file)
     except (OSError, ValueError, tarfile.TarError) as error:
-        raise DataError(
+        raise out_of_reach(f"Tar file {path}", error) or DataError(
             f"{path} is no sound, uncompressed tar file ({error}); write or fetch it again."
         ) from None
 
