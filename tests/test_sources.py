@@ -734,6 +734,23 @@ def test_a_source_that_cannot_be_looked_at_is_not_called_missing(source, folder,
         open_images(folder / source)
 
 
+def test_folders_and_caches_that_cannot_be_looked_into_are_told(folder, tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/unbraid").touch()  # a file, where a folder is needed
+    with pytest.raises(DataError, match=r"cannot be fetched \(.*Not a directory"):
+        open_images("http://127.0.0.1:9/a.tar")
+    fail_at(monkeypatch, "a.tar", errno.EACCES)
+    with pytest.raises(DataError, match=r"cannot be fetched \(.*Not a directory"):
+        open_images("http://127.0.0.1:9/a.tar")
+
+    def fail(path: Path) -> Any:
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(DataError, match=r"images cannot be read \(Permission denied\); mend that"):
+        part_of(str(folder), "train")
+
+
 def test_a_pipe_in_a_list_is_not_waited_for(folder):
     os.mkfifo(folder / "pipe.png")
     (folder / "list.csv").write_text(GOOD + "pipe.png,ant\n")

@@ -93,15 +93,16 @@ def part_of(where: str, part: str) -> str:
         part: "train" or "val".
 
     Raises:
-        DataError: there are several files for one part.
+        DataError: there are several files for one part, or the folder cannot be read.
     """
     saved = where.startswith(SAVED)
     root = Path(where.removeprefix(SAVED))
     if saved:  # whose habit it is to say validation
         names = [part, "validation"] if part == "val" else [part]
-        return SAVED + str(next((root / n for n in names if (root / n).is_dir()), root / part))
-    found = sorted(root.iterdir()) if root.is_dir() else []
-    files = [p for p in found if p.stem == part and p.suffix.lower() in _FILES and p.is_file()]
+        return SAVED + str(next((root / n for n in names if os.path.isdir(root / n)), root / part))
+    found = sorted(inside(root, "images")) if os.path.isdir(root) else []
+    named = [p for p in found if p.stem == part and p.suffix.lower() in _FILES]
+    files = [path for path in named if os.path.isfile(path)]
     if len(files) > 1:
         raise DataError(f"{root} holds both {files[0].name} and {files[1].name}; keep one there.")
     return str(files[0] if files else root / part)  # a list of a folder's images stands beside it

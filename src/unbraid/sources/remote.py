@@ -41,7 +41,7 @@ def fetch(url: str) -> Path:
             "Shards behind a URL need the library webdataset; pip install webdataset."
         ) from None
     path = _cache() / hashlib.sha256(url.encode()).hexdigest()[:16] / Path(urlsplit(url).path).name
-    if path.exists():
+    if os.path.exists(path):  # whatever is wrong with the cache is told below
         return path
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
