@@ -45,8 +45,8 @@ def ways_of(model: nn.Module, images: RandomImages) -> dict[str, Callable[[], No
     """Every way, ready to run."""
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     # Each in a copy of its own, so that what is compiled for one is not taken for another.
-    compiled, compiled_last = (
-        torch.compile(copy.deepcopy(m), dynamic=False) for m in (model, last)
+    compiled, compiled_last, compiled_bfloat16 = (
+        torch.compile(copy.deepcopy(m), dynamic=False) for m in (model, last, last)
     )
     return {
         "inference": lambda: infer(model, images),
@@ -55,6 +55,9 @@ def ways_of(model: nn.Module, images: RandomImages) -> dict[str, Callable[[], No
         "inference, bfloat16, channels last": lambda: infer(last, images, autocast=True),
         "inference, compiled": lambda: infer(compiled, images),
         "inference, compiled, channels last": lambda: infer(compiled_last, images),
+        "inference, compiled, bfloat16, channels last": lambda: infer(
+            compiled_bfloat16, images, autocast=True
+        ),
         "scan": lambda: scan(model, images),
         "scan, channels last": lambda: scan(model, images, channels_last=True),
         "scan, bfloat16": lambda: scan(model, images, autocast=True),

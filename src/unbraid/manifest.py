@@ -45,6 +45,7 @@ class Manifest:
     indices: str = ""  # hash of the places in the data set, where only some were scanned
     autocast: bool = False  # whether the network ran in bfloat16 where torch sees fit
     channels_last: bool = False  # whether weights of convolutions were kept so meanwhile
+    compiled: bool = False  # whether full batches ran compiled
     threads: int = 0  # of each process, since convolutions round otherwise with more; 0: not known
     schema: int = SCHEMA
 
@@ -63,6 +64,7 @@ class Manifest:
         "positions": "whether positions are kept",
         "autocast": "whether it runs in bfloat16",
         "channels_last": "whether it runs channels last",
+        "compiled": "whether it runs compiled",
         "threads": "the number of threads",
         "shard_size": "the shard size",
     }

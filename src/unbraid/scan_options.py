@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
     threads: int | None
     autocast: bool
     channels_last: bool
+    compiled: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class Asked:
     threads: int | None
     autocast: bool
     channels_last: bool
+    compiled: bool
 
 
 def settle(
@@ -70,6 +72,7 @@ def settle(
     threads: int | None = None,
     autocast: bool = False,
     channels_last: bool = False,
+    compiled: bool = False,
 ) -> Asked:
     """Check options, all by themselves, and bring them to plain types.
 
@@ -97,6 +100,7 @@ def settle(
         threads=None if threads is None else whole_number("threads", threads, 1, MAX_THREADS),
         autocast=flag("autocast", autocast),
         channels_last=flag("channels_last", channels_last),
+        compiled=flag("compiled", compiled),
     )
 
 

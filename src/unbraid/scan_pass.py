@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 
 from unbraid.batch import scan_batch
 from unbraid.claims import Target, refuse_taken
+from unbraid.compiling import compiled
 from unbraid.data import GoodItem, groups_of, sort_out
 from unbraid.errors import DataError, OutOfMemory
 from unbraid.identity import ids_of, pack_ids
@@ -87,6 +88,7 @@ def scan_shards(
         threads_fixed(same.threads),
         torch.inference_mode(False),  # whatever mode the caller is in
         torch.enable_grad(),
+        compiled(model, same.batch_size) if same.compiled else nullcontext(model) as network,
     ):
         at_once = same.batch_size
         done: list[list[Records]] = []  # of the shard so far
@@ -98,7 +100,7 @@ def scan_shards(
                 _check_labels_agree(good, given)
             run = partial(
                 scan_batch,
-                model,
+                network,
                 [t.place for t in shard.targets],
                 min_share=same.min_share,
                 positions=same.positions,

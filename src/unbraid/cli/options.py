@@ -61,6 +61,9 @@ Autocast = Annotated[
 ChannelsLast = Annotated[
     bool, Parameter(help="Keep convolutions channels last: faster on most devices.", negative="")
 ]
+Compiled = Annotated[
+    bool, Parameter(help="Let torch compile the network: faster once it has.", negative="")
+]
 Threads = Annotated[
     int | None, Parameter(help="Threads to compute with; the same number gives the same bits.")
 ]

@@ -12,6 +12,7 @@ from unbraid.cli.options import (
     Autocast,
     BatchSize,
     ChannelsLast,
+    Compiled,
     Concepts,
     Data,
     Device,
@@ -76,6 +77,7 @@ def scan(
     threads: Threads = None,
     autocast: Autocast = False,
     channels_last: ChannelsLast = False,
+    compiled: Compiled = False,
     device: Device = None,
 ) -> None:
     """Run a network over images once and keep a small record of each.
@@ -108,6 +110,7 @@ def scan(
         threads=threads,
         autocast=autocast,
         channels_last=channels_last,
+        compiled=compiled,
     )
     if not is_first():
         return
