@@ -86,7 +86,43 @@ def test_a_data_set_that_lacks_some_labels_is_told_which(tmp_path):
         unbraid.scan(build("3x3"), "layer", dataset, tmp_path)
 
 
-@pytest.mark.parametrize("label", [None, "cat", torch.tensor([0, 1])])
+@pytest.mark.parametrize("label", [4, UNLABELLED])
+@pytest.mark.parametrize("part", [False, True])
+def test_a_listed_label_that_is_no_output_is_told_with_the_first_batch(label, part, tmp_path):
+    network, dataset = CountingNetwork(build("3x3")), SyntheticImages(300)
+    dataset.targets[298] = dataset.targets[299] = label
+    if part:
+        dataset = Subset(dataset, range(1, 300))
+    options = {"positions": True, "batch_size": 4}  # a shard is of 128 images
+    place = 297 if part else 298
+    with pytest.raises(
+        DataError, match=f"^Image {place} has label {label}, but the network has 4 "
+    ):
+        unbraid.scan(network, "network.layer", dataset, tmp_path, **options)
+    assert network.n_images == 4
+    assert not list(tmp_path.glob("shard-*"))
+    assert not network._forward_hooks
+
+
+def test_a_label_that_is_no_output_of_an_image_that_is_not_scanned_is_no_concern(tmp_path):
+    dataset = SyntheticImages(9)
+    dataset.targets[8] = 99
+    scan = unbraid.scan(build("3x3"), "layer", dataset, tmp_path, indices=range(8))
+    assert scan.labels_seen() == {0, 1, 2, 3}
+
+
+def test_a_missing_label_of_a_broken_image_without_a_list_is_no_concern(tmp_path):
+    class Torn(Unlabelled):
+        def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+            if index == 5:
+                raise OSError("torn")
+            return self.inner[index]
+
+    scan = unbraid.scan(build("3x3"), "layer", Torn(9), tmp_path, batch_size=2, skip_broken=True)
+    assert scan.broken() == [5]
+
+
+@pytest.mark.parametrize("label", [None, "cat", torch.tensor([0, 1]), 0.5, float("inf"), 2**70])
 def test_a_label_that_is_no_number_is_told(label, tmp_path):
     for labels in ("given", "predicted"):
         with pytest.raises(DataError, match=rf"image 0 is a {type(label).__name__}, not a class's"):

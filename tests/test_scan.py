@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -616,6 +619,78 @@ def test_arguments_out_of_range_are_refused(settings, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         unbraid.scan(build("3x3"), "layer", **arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"batch_size": 2.5}, "batch_size is 2.5; give a whole number, 1 or more."),
+        ({"batch_size": True}, "batch_size is True; give a whole number, 1 or more."),
+        ({"batch_size": "8"}, "batch_size is '8'; give a whole number, 1 or more."),
+        ({"batch_size": math.nan}, "batch_size is nan; give a whole number, 1 or more."),
+        ({"batch_size": 2**70}, f"batch_size is {2**70}; give a whole number, 1 or more."),
+        ({"workers": None}, "workers is None; give a whole number from 0 to 4096."),
+        ({"workers": 1.5}, "workers is 1.5; give a whole number from 0 to 4096."),
+        ({"workers": -1}, "workers is -1; give a whole number from 0 to 4096."),
+        ({"workers": 10**9}, "workers is 1000000000; give a whole number from 0 to 4096."),
+        ({"threads": 1.5}, "threads is 1.5; give a whole number from 1 to 4096."),
+        ({"threads": "2"}, "threads is '2'; give a whole number from 1 to 4096."),
+        ({"threads": 0}, "threads is 0; give a whole number from 1 to 4096."),
+        ({"min_share": "x"}, "min_share is 'x'; give a number."),
+        ({"min_share": None}, "min_share is None; give a number."),
+        ({"indices": 3}, "indices is 3; give a list of whole numbers."),
+        ({"indices": "12"}, "indices is '12'; give a list of whole numbers."),
+        ({"indices": ["a"]}, "indices holds 'a'; give a list of whole numbers."),
+        ({"indices": [1.5]}, "indices holds 1.5; give a list of whole numbers."),
+        ({"indices": torch.tensor([1.0])}, "indices holds 1.0; give a list of whole numbers."),
+        ({"indices": np.array([False, True])}, "indices holds False; give a list of whole"),
+        ({"classes": [0.0]}, "classes holds 0.0; give a list of whole numbers."),
+        ({"classes": ["a"]}, "classes holds 'a'; give a list of whole numbers."),
+        ({"classes": "ab"}, "classes is 'ab'; give a list of whole numbers."),
+        ({"classes": [True]}, "classes holds True; give a list of whole numbers."),
+        ({"positions": "no"}, "positions is 'no'; give True or False."),
+        ({"skip_broken": 1}, "skip_broken is 1; give True or False."),
+        ({"source": "ab"}, "source is a str; give a dictionary, or None."),
+        ({"source": {"a": object()}}, "source cannot be written as JSON (Object of type object is"),
+        ({"source": {"a": math.nan}}, "source cannot be written as JSON (Out of range float"),
+        ({"out": None}, "out is None; give a path."),
+        ({"model": "resnet50"}, "The network is a str; pass a torch.nn.Module."),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_wrong_type_are_told_in_a_sentence(settings, sentence, tmp_path):
+    arguments = {"model": build("3x3"), "dataset": SyntheticImages(4), "out": tmp_path, **settings}
+    with pytest.raises(UsageError, match=f"^{re.escape(sentence)}"):
+        unbraid.scan(layer="layer", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_source_that_is_too_deep_for_the_manifests_reader_is_refused(tmp_path):
+    source = {}
+    for _ in range(32):
+        source = {"a": source}
+    with pytest.raises(UsageError, match="nested too deeply"):
+        unbraid.scan(build("3x3"), "layer", SyntheticImages(4), tmp_path, source=source)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layer", [3, None, [3], [None]], ids=str)
+def test_what_is_no_layer_is_told(layer, tmp_path):
+    with pytest.raises(LayerError, match=r"^(3|None) is no layer; give a layer's name, or the mod"):
+        unbraid.scan(build("3x3"), layer, SyntheticImages(4), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "number", [np.int64, np.uint8, torch.tensor], ids=["int64", "uint8", "0-d"]
+)
+def test_numbers_of_other_libraries_are_numbers(number, tmp_path):
+    plain = {"batch_size": 3, "workers": 0, "threads": 1, "classes": [1, 0]}
+    given = {"batch_size": number(3), "workers": number(0), "threads": number(1)}
+    given |= {"classes": [number(1), number(0)], "positions": np.bool_(False)}
+    for name, options in (("plain", plain), ("given", given)):
+        unbraid.scan(build("3x3"), "layer", SyntheticImages(9), tmp_path / name, **options)
+    assert_same_files(tmp_path / "plain", tmp_path / "given")
 
 
 def test_a_data_set_that_is_a_stream_is_refused(tmp_path):

@@ -19,7 +19,7 @@ from unbraid.ablation import Ablation
 from unbraid.data import GoodItem, Readable, class_names_of, size_of, sort_out
 from unbraid.errors import DataError, UsageError
 from unbraid.findings import Concept
-from unbraid.given import loading, whole_numbers
+from unbraid.given import as_kind, flag, loading, whole_numbers
 from unbraid.networks import unwrap
 from unbraid.progress import image_progress
 from unbraid.records import Scan
@@ -79,6 +79,7 @@ def ablate(
     measured = _layer_of(split_layers, layer)
     chosen = _chosen(measured, channels)
     batch_size, workers = loading(batch_size, workers)
+    skip_broken = flag("skip_broken", skip_broken)
     n_images = size_of(dataset)
     loader = DataLoader(
         Readable(dataset),
@@ -154,6 +155,7 @@ def _members(
                 "scan=, a scan of the same images."
             )
         return None
+    as_kind("scan", scan, Scan)
     if scan.layer != layer.spec or scan.manifest.n_images != n_images:
         raise UsageError(
             "The scan is of other images or another layer than are switched off; pass one of all "

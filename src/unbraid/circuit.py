@@ -12,7 +12,7 @@ from torch import Tensor
 from unbraid.arvs import class_sums, concept_mean
 from unbraid.errors import UsageError
 from unbraid.findings import Concept
-from unbraid.given import whole_number
+from unbraid.given import as_kind, whole_number
 from unbraid.notebook import Shown, html_table
 from unbraid.records import Scan
 from unbraid.relevance import input_relevance, shares
@@ -89,6 +89,8 @@ def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -
     Source:
         METHOD.md section 2.
     """
+    as_kind("split", split, Split)
+    as_kind("scan", scan, Scan)
     channel, concept = whole_number("channel", channel), whole_number("concept", concept)
     n = whole_number("n", n, 1)
     part = find_concept(split, channel, concept)

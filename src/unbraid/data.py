@@ -26,7 +26,7 @@ def labels_of(dataset: Dataset[Any], needed: bool = True) -> list[int]:
         DataError: a label is no number, there are more or fewer than images, or no image can be
             read.
     """
-    listed = _listed_labels(dataset)
+    listed = listed_labels(dataset)
     if listed is not None:
         return listed
     if not needed:
@@ -44,9 +44,14 @@ def labels_of(dataset: Dataset[Any], needed: bool = True) -> list[int]:
     return labels
 
 
-def _listed_labels(dataset: Dataset[Any]) -> list[int] | None:
+def listed_labels(dataset: Dataset[Any]) -> list[int] | None:
+    """Return the labels that a data set keeps a list of, None where it keeps none.
+
+    Raises:
+        DataError: a label is no number, or there are more or fewer than images.
+    """
     if isinstance(dataset, Subset):
-        inner = _listed_labels(dataset.dataset)
+        inner = listed_labels(dataset.dataset)
         return None if inner is None else [inner[i] for i in dataset.indices]
     for name in ("targets", "labels", "_labels"):
         kept = getattr(dataset, name, None)
@@ -96,8 +101,11 @@ def groups_of(dataset: Dataset[Any]) -> list[int] | None:
 
 def _number(label: Any, index: int) -> int:
     try:
-        return int(label)
-    except (TypeError, ValueError, RuntimeError):
+        number = int(label)
+        if abs(number) < 2**63 and (isinstance(label, str) or number == label):
+            return number
+        raise ValueError("a fraction, or too large")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise DataError(
             f"The label of image {index} is a {type(label).__name__}, not a class's number; give "
             f"{UNLABELLED} for images without a label, and scan with labels='predicted'."

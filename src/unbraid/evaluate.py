@@ -16,7 +16,7 @@ from unbraid.ablation import Ablation
 from unbraid.clusters import concept_of
 from unbraid.errors import UsageError
 from unbraid.evaluation import ChannelEvaluation, ConceptEvaluation, Evaluation, Ratio, Responses
-from unbraid.given import real_number
+from unbraid.given import as_kind, real_number
 from unbraid.output import OutputComparison
 from unbraid.records import Records, Scan
 from unbraid.semantics import Semantics
@@ -52,8 +52,10 @@ def evaluate(
             of a concept; or the baseline splits other channels or concepts, or has the same method;
             or the ablation or the semantics are of another split.
     """
+    as_kind("split", split, Split)
+    as_kind("scan", scan, Scan)
     if baseline is not None:
-        _check_baseline(split, baseline)
+        _check_baseline(split, as_kind("baseline", baseline, Split))
     if ablation is not None:
         _check_ablation(split, ablation)
     if semantics is not None:

@@ -22,7 +22,7 @@ from unbraid.arvs import (
 from unbraid.chance import with_chance
 from unbraid.errors import UsageError
 from unbraid.findings import Concept, ConceptKind, Findings, Found, Pair
-from unbraid.given import whole_number, whole_numbers
+from unbraid.given import as_kind, whole_number, whole_numbers
 from unbraid.records import Scan
 from unbraid.thresholds import Tau, check_thresholds, choose_tau, nearest_finding
 from unbraid.unlabelled import search_clusters
@@ -68,6 +68,7 @@ def find(
     Source:
         Hesse et al. 2025, arXiv:2504.12939; METHOD.md sections 3 and 5.
     """
+    as_kind("scan", scan, Scan)
     tau, p, gamma = check_thresholds(tau, p, gamma, scan.manifest.min_share)
     if concepts not in get_args(ConceptKind):
         raise UsageError(f"concepts is {concepts!r}; use 'classes' or 'clusters'.")

@@ -12,9 +12,11 @@ import os
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from unbraid.errors import UsageError
+
+T = TypeVar("T")
 
 _MOST = 2**63 - 1  # what a tensor of whole numbers holds
 MAX_WORKERS = 4096  # what no machine has, so a slip of the pen
@@ -115,6 +117,19 @@ def as_path(name: str, value: Any) -> Path:
         return Path(os.fsdecode(value))
     except TypeError:
         raise UsageError(f"{name} is {_shown(value)}; give a path.") from None
+
+
+def as_kind(name: str, value: Any, kind: type[T]) -> T:
+    """Return an object of a type of unbraid's own, rather than its file or several of them.
+
+    >>> as_kind("scan", "runs/train", Path)
+    Traceback (most recent call last):
+    ...
+    unbraid.errors.UsageError: scan is 'runs/train'; give one object of type Path.
+    """
+    if not isinstance(value, kind):
+        raise UsageError(f"{name} is {_shown(value)}; give one object of type {kind.__name__}.")
+    return value
 
 
 def loading(batch_size: Any, workers: Any) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from unbraid.data import UNLABELLED, Readable, size_of, sort_out
 from unbraid.errors import DataError, OutputChangedError, UsageError
-from unbraid.given import loading, real_number
+from unbraid.given import flag, loading, real_number
 from unbraid.networks import unwrap
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
@@ -58,6 +58,7 @@ def compare_outputs(
         UsageError: tolerance, batch_size or workers is out of range.
     """
     batch_size, workers = loading(batch_size, workers)
+    skip_broken = flag("skip_broken", skip_broken)
     tolerance = real_number("tolerance", tolerance)
     if not tolerance >= 0:
         raise UsageError(f"tolerance is {tolerance:g}; it must be 0 or more.")

@@ -19,13 +19,15 @@ from torch.utils.data import Dataset, Sampler
 from unbraid.batch import scan_batch
 from unbraid.claims import Target, refuse_taken
 from unbraid.compiling import compiled
-from unbraid.data import GoodItem, groups_of, sort_out
+from unbraid.data import GoodItem, groups_of, listed_labels, sort_out
 from unbraid.errors import DataError, OutOfMemory
 from unbraid.identity import ids_of, pack_ids
 from unbraid.loading import deaths_told, load
+from unbraid.networks import as_logits
 from unbraid.progress import image_progress
 from unbraid.records import Records, write_shard
 from unbraid.relevance import kept_channels_last, undisturbed
+from unbraid.running import check_labels
 from unbraid.shard_parts import join_records
 from unbraid.team import Team
 
@@ -89,6 +91,7 @@ def scan_shards(
         torch.inference_mode(False),  # whatever mode the caller is in
         torch.enable_grad(),
         compiled(model, same.batch_size) if same.compiled else nullcontext(model) as network,
+        _labels_checked(network, _known(dataset, places, same.labels)),
     ):
         at_once = same.batch_size
         done: list[list[Records]] = []  # of the shard so far
@@ -214,6 +217,32 @@ def _write(
             joined.id_start, joined.id_bytes = pack_ids([ids[i] for i in joined.index.tolist()])
         refuse_taken(target)
         write_shard(target.folder, shard.number, joined, target.manifest)
+
+
+def _known(dataset: Dataset[Any], places: Sequence[int], labels: str) -> dict[int, int]:
+    """Labels of images by place, where they are to be taken as a list gives them."""
+    listed = listed_labels(dataset) if labels == "given" else None
+    return {} if listed is None else {place: listed[place] for place in places}
+
+
+@contextmanager
+def _labels_checked(model: nn.Module, labels: dict[int, int]) -> Iterator[None]:
+    """Check labels of all images as soon as the network tells how many outputs it has.
+
+    Otherwise a wrong one would be told when its batch comes, perhaps after days.
+    """
+
+    def hook(_model: nn.Module, _args: Any, output: Any) -> None:
+        handle.remove()
+        if labels:
+            numbers = torch.tensor(list(labels.values())), torch.tensor(list(labels))
+            check_labels(*numbers, as_logits(output))
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _check_labels_agree(items: Sequence[GoodItem], labels: Sequence[int]) -> None:

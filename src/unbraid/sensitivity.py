@@ -18,7 +18,7 @@ from torch import Tensor
 from unbraid.arvs import ClassSums, class_cosines, class_sums, shared_channels, uses
 from unbraid.errors import UsageError
 from unbraid.files import write_whole
-from unbraid.given import as_path, real_numbers
+from unbraid.given import as_kind, as_path, real_numbers
 from unbraid.records import Scan
 from unbraid.tables import align, count, csv_text, data_frame
 from unbraid.thresholds import check_thresholds
@@ -141,7 +141,7 @@ def sensitivity(
     Source:
         METHOD.md section 3.
     """
-    least = scan.manifest.min_share
+    least = as_kind("scan", scan, Scan).manifest.min_share
     own = (None, None, None) if found is None else (found.tau, found.p, found.gamma)
     taus = _grid("taus", taus, [max(tau, least) for tau in TAUS], own[0])
     ps = _grid("ps", ps, PS, own[1])

@@ -15,7 +15,7 @@ from unbraid.background import sample_images
 from unbraid.clusters import numbers_seen
 from unbraid.errors import UsageError
 from unbraid.findings import Findings
-from unbraid.given import real_number
+from unbraid.given import as_kind, real_number
 from unbraid.least_squares import fit_least_squares
 from unbraid.penalty import choose_penalty
 from unbraid.published import choose_rho, published_masks
@@ -61,6 +61,8 @@ def split(
     Source:
         METHOD.md sections 3 and 5; `published.published_masks` for more than two concepts.
     """
+    as_kind("scan", scan, Scan)
+    as_kind("found", found, Findings)
     if method not in get_args(Method):
         raise UsageError(f"There is no method {method!r}; use {' or '.join(get_args(Method))}.")
     if rho is not None and method != "published":
@@ -79,7 +81,7 @@ def split(
         chosen = _published(scan, found, rho)
     else:
         if everything is not None:
-            _check_fit(everything, found)
+            _check_fit(as_kind("everything", everything, Scan), found)
         sample = sample_images(everything or scan)
         chosen = _least_squares(scan, found, sample, _begin(scan, found, start))
     channels = tuple(
@@ -155,6 +157,7 @@ def _begin(scan: Scan, found: Findings, start: Split | None) -> dict[int, Tensor
     """Masks of an earlier split, of the channels that it divides among as many concepts."""
     if start is None:
         return {}
+    as_kind("start", start, Split)
     if (start.layer.name, start.layer.n_taps) != (scan.layer.name, scan.layer.n_taps):
         raise UsageError(
             f"start is a split of layer {start.layer.name!r}, the scan of {scan.layer.name!r}; "

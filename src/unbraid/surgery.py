@@ -7,7 +7,7 @@ to it bit for bit; `plain_layer` is made of standard modules alone, for exporter
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from unbraid.describe import describe, resolve_layer, weight_rows
 from unbraid.errors import ModelError, RunError, UsageError
-from unbraid.given import whole_number
+from unbraid.given import as_kind, whole_number
 from unbraid.moves import Clamp, Gate
 from unbraid.networks import copy_network, unwrap, unwrapped_name
 from unbraid.plain import plain_layer
@@ -62,7 +62,7 @@ def apply(
     if form not in ("exact", "plain"):
         raise UsageError(f"There is no form {form!r}; use 'exact' or 'plain'.")
     model = unwrap(model)
-    splits = [split] if isinstance(split, Split) else _as_list(split)
+    splits = _as_list(split)
     names = [one.layer.name for one in splits]
     if not names or len(set(names)) < len(names):
         raise UsageError("Pass one split or more, each of another layer.")
@@ -79,8 +79,12 @@ def apply(
     return changed
 
 
-def _as_list(splits: Sequence[Split] | Mapping[str, Split]) -> list[Split]:
-    return list(splits.values() if isinstance(splits, Mapping) else splits)
+def _as_list(split: Split | Sequence[Split] | Mapping[str, Split]) -> list[Split]:
+    if isinstance(split, Mapping):
+        split = list(split.values())
+    if isinstance(split, (Split, str)) or not isinstance(split, Iterable):
+        return [as_kind("split", split, Split)]
+    return [as_kind("split", one, Split) for one in split]
 
 
 def _check_fit(model: nn.Module, weights: str, split: Split) -> None:

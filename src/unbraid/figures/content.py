@@ -78,6 +78,7 @@ def gather(
 ) -> Content:
     """Work out what figures show of a channel; arguments as in `unbraid.teaser_figure`."""
     part = find_part(split, channel)
+    channel = part.channel  # a plain number
     refuse_other_scan(split, scan)
     if features is not None and features.layer != split.layer.name:
         raise UsageError(

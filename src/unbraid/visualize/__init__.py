@@ -70,6 +70,7 @@ def visualize(
         decorrelated colours, transformations); Fel et al. 2023, arXiv:2306.06805 (fixed spectrum,
         transparency).
     """
+    from unbraid.errors import UsageError
     from unbraid.given import flag, real_number, whole_number
     from unbraid.visualize.making import Recipe, make_features
     from unbraid.visualize.pixels import pixels_of
@@ -83,5 +84,7 @@ def visualize(
     )
     if seconds is not None:
         seconds = real_number("seconds", seconds)
+        if not seconds >= 0:
+            raise UsageError(f"seconds is {seconds:g}; it must be 0 or more.")
     pixels = pixels_of(dataset, size)
     return make_features(model, layer, pixels, channels, recipe, seconds, progress)
