@@ -31,7 +31,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     found = unbraid.find(scan, channels={1: [[0], [1]], 2: [[2], [3]]})
     split = unbraid.split(scan, found)
     return SimpleNamespace(
-        network=network, scan=scan, found=found, split=split, model2=unbraid.apply(network, split)
+        network=network,
+        scan=scan,
+        found=found,
+        split=split,
+        model2=unbraid.apply(network, split),
+        page=tmp_path_factory.mktemp("report") / "report.html",
     )
 
 
@@ -53,7 +58,13 @@ CALLS: dict[str, Callable[..., Any]] = {
         m.network, m.model2, IMAGES, **given
     ),
     "measure_semantics": lambda m, **given: unbraid.measure_semantics(
-        m.split, m.scan, IMAGES, unbraid.Penultimate(m.network), **given
+        **{
+            "split": m.split,
+            "scan": m.scan,
+            "dataset": IMAGES,
+            "encoder": unbraid.Penultimate(m.network),
+            **given,
+        }
     ),
     "visualize": lambda m, **given: unbraid.visualize(
         m.model2, "layer", IMAGES, **{"channels": [1], "steps": 1, **given}
@@ -75,7 +86,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     ),
     "open_scan": lambda _, **given: unbraid.open_scan(**given),
     "load_split": lambda m, **given: unbraid.load_split(m.network, **given),
-    "report": lambda m, **given: unbraid.report(scan=m.scan, found=m.found, **given),
+    "report": lambda m, **given: unbraid.report(
+        **{"path": m.page, "scan": m.scan, "found": m.found, **given}
+    ),
 }
 
 
@@ -153,12 +166,16 @@ CALLS: dict[str, Callable[..., Any]] = {
         ("open_scan", "path", None, "path is None; give a path."),
         ("load_split", "path", 3, "path is 3; give a path."),
         ("report", "path", None, "path is None; give a path."),
+        ("report", "scan", "runs/val", "scan is 'runs/val'; give one object of type Scan."),
+        ("report", "found", None, "found is None; give one object of type Findings."),
+        ("measure_semantics", "scan", "runs/val", "scan is 'runs/val'; give one object of type"),
     ],
 )
 def test_a_wrong_type_is_told_in_a_sentence(function, argument, value, sentence, made):
     with pytest.raises(UsageError, match=f"^{re.escape(sentence)}") as caught:
         CALLS[function](made, **{argument: value})
     assert "\n" not in str(caught.value)
+    assert not made.page.exists()
 
 
 @pytest.mark.parametrize(

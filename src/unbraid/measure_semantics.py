@@ -19,7 +19,7 @@ from unbraid.data import GoodItem, labels_of
 from unbraid.embed import Encode, in_batches, load_batches, ready
 from unbraid.encoders import Encoder, load_encoder, name_of_encoder
 from unbraid.errors import UsageError
-from unbraid.given import loading, whole_number
+from unbraid.given import as_kind, loading, whole_number
 from unbraid.monosemanticity import Moments, add_images, clarity, pure_distances, score
 from unbraid.progress import image_progress
 from unbraid.records import Records, Scan
@@ -93,6 +93,8 @@ def measure_semantics(
     Source:
         METHOD.md section 6, which names the papers.
     """
+    as_kind("split", split, Split)
+    as_kind("scan", scan, Scan)
     n_top = whole_number("n_top", n_top, 2)  # to be compared with one another
     batch_size, workers = loading(batch_size, workers)
     top = reference_images(scan, split, n=n_top)

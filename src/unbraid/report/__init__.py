@@ -60,11 +60,15 @@ def report(
     """
     from unbraid.as_scanned import as_scanned
     from unbraid.files import write_whole
-    from unbraid.given import as_path
+    from unbraid.findings import Findings
+    from unbraid.given import as_kind, as_path
+    from unbraid.records import Scan
     from unbraid.report.material import Material
     from unbraid.report.page import render  # jinja2, only when a page is made
 
     file = as_path("path", path)
+    as_kind("scan", scan, Scan)
+    as_kind("found", found, Findings)
     material = Material(scan, found, split, evaluation, train_scan, sensitivity, features, maps)
     material.refuse_strangers()
     images = None if dataset is None else as_scanned(dataset, scan)
