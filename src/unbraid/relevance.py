@@ -68,19 +68,10 @@ def kept_channels_last(model: nn.Module) -> Iterator[None]:
 
 def _uncompiled() -> AbstractContextManager[Any]:
     """Run compiled parts as they are written, if torch's compiler was ever loaded."""
-    if not _compiler_loaded():
+    if "torch._dynamo" not in sys.modules:
         return nullcontext()
     eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return eager
-
-
-def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep torch's compiler, if it was ever loaded, out of a function."""
-    return torch.compiler.disable(function) if _compiler_loaded() else function
-
-
-def _compiler_loaded() -> bool:
-    return "torch._dynamo" in sys.modules  # which takes seconds
 
 
 @contextmanager
@@ -121,7 +112,7 @@ def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kep
                 cut.outputs.append(output)
             return output.clone()
 
-    handle = layer.register_forward_hook(_as_written(hook), with_kwargs=True)
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
     try:
         with _no_reentrant_checkpoints():
             yield cut

@@ -6,7 +6,7 @@ import platform
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -80,6 +80,9 @@ def scan_shards(
     groups, ids = groups_of(dataset), ids_of(dataset)
     pinned = next(targets[0].module.parameters()).is_cuda
     batches = load(dataset, work, workers=workers, pinned=pinned)
+    ready: AbstractContextManager[nn.Module] = nullcontext(model)
+    if same.compiled:
+        ready = compiled(model, [t.module for t in targets], same.batch_size)
     title = f"Scanning {', '.join(t.manifest.layer.name for t in targets)}"
     n_done = len(places) - sum(len(work.places_of(k)) for k in work.lacking())
     with (
@@ -90,8 +93,8 @@ def scan_shards(
         threads_fixed(same.threads),
         torch.inference_mode(False),  # whatever mode the caller is in
         torch.enable_grad(),
-        compiled(model, same.batch_size) if same.compiled else nullcontext(model) as network,
-        _labels_checked(network, _known(dataset, places, same.labels)),
+        ready as network,
+        _labels_checked(network, dataset, places) if same.labels == "given" else nullcontext(),
     ):
         at_once = same.batch_size
         done: list[list[Records]] = []  # of the shard so far
@@ -219,24 +222,21 @@ def _write(
         write_shard(target.folder, shard.number, joined, target.manifest)
 
 
-def _known(dataset: Dataset[Any], places: Sequence[int], labels: str) -> dict[int, int]:
-    """Labels of images by place, where they are to be taken as a list gives them."""
-    listed = listed_labels(dataset) if labels == "given" else None
-    return {} if listed is None else {place: listed[place] for place in places}
-
-
 @contextmanager
-def _labels_checked(model: nn.Module, labels: dict[int, int]) -> Iterator[None]:
-    """Check labels of all images as soon as the network tells how many outputs it has.
+def _labels_checked(
+    model: nn.Module, dataset: Dataset[Any], places: Sequence[int]
+) -> Iterator[None]:
+    """Check all labels that a list gives as soon as the network tells how many outputs it has.
 
     Otherwise a wrong one would be told when its batch comes, perhaps after days.
     """
 
     def hook(_model: nn.Module, _args: Any, output: Any) -> None:
         handle.remove()
-        if labels:
-            numbers = torch.tensor(list(labels.values())), torch.tensor(list(labels))
-            check_labels(*numbers, as_logits(output))
+        listed = listed_labels(dataset)
+        if listed is not None:
+            index = torch.tensor(places)
+            check_labels(torch.tensor(listed)[index], index, as_logits(output))
 
     handle = model.register_forward_hook(hook)
     try:
