@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,10 @@ from unbraid.records import Records, write_shard
 from unbraid.relevance import kept_channels_last, undisturbed
 from unbraid.running import check_labels
 from unbraid.shard_parts import join_records
-from unbraid.team import Team
+from unbraid.team import Team, n_ranks
+
+_PATIENCE = 60.0  # seconds; NFS shows a folder anew after half of that
+_PAUSE = 0.5
 
 
 def library_versions() -> dict[str, str]:
@@ -127,7 +131,22 @@ def scan_shards(
                 done, n_loaded = [], 0
                 at_once = same.batch_size  # so that a shard does not depend on the one before
         team.finish()
+        if n_ranks() > 1:
+            await_shards(targets, _PATIENCE)
         advance(team.count(0))
+
+
+def await_shards(targets: Sequence[Target], seconds: float) -> None:
+    """Wait for shards that others wrote, which a network file system may show late, but not longer.
+
+    What is then still not there, the reader tells.
+    """
+    until = time.monotonic() + seconds
+    missing = [(target, k) for target in targets for k in range(target.manifest.n_shards)]
+    while missing := [(target, k) for target, k in missing if target.lacks(k)]:
+        if time.monotonic() > until:
+            return
+        time.sleep(_PAUSE)
 
 
 def in_portions(

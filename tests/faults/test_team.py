@@ -13,7 +13,7 @@ from torch.distributed import HashStore
 
 from faults.test_faults import SCANNING, TORCHRUN, assert_same, undisturbed
 from networks import SyntheticImages, build
-from unbraid import claims, team
+from unbraid import claims, scan_pass, team
 from unbraid.claims import Target, claim_together
 from unbraid.errors import RunError
 from unbraid.scan import scan
@@ -58,6 +58,18 @@ def test_what_was_claimed_before_a_restart_does_not_count(monkeypatch: pytest.Mo
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         monkeypatch.setattr(team, "_works", iter([0]))  # as in a process that has just begun
         assert list(team.team().claims(3)) == [0, 1, 2]
+
+
+def test_what_a_file_system_shows_late_is_waited_for_and_what_never_comes_is_not(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[bool] = []
+    monkeypatch.setattr(scan_pass, "_PAUSE", 0.0)
+    monkeypatch.setattr(Target, "lacks", lambda _, __: looks.append(len(looks) < 4) or looks[-1])
+    scan_pass.await_shards([target], 60.0)
+    assert looks == [True] * 4 + [False]
+    monkeypatch.setattr(Target, "lacks", lambda _, __: True)
+    scan_pass.await_shards([target], 0.05)
 
 
 def test_torchrun_may_start_a_dead_rank_anew(undisturbed: Path, tmp_path: Path) -> None:
