@@ -16,7 +16,8 @@ import pytest
 
 SCANNING = Path(__file__).with_name("scanning.py")
 N_FILES = 2 * (2 + 5)  # layer, manifest and shards of two layers
-TORCHRUN = ("-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d")
+# With a meeting point of its own, as other tests may be running on the machine.
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 
 def command(folder: Path, n_ranks: int = 1, moment: str = "") -> list[str]:
