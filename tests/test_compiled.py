@@ -72,7 +72,7 @@ def test_records_are_the_truth_and_the_network_is_left_as_it_was(tmp_path):
     assert scan.manifest.compiled
     after = {name: (w.data_ptr(), w.requires_grad) for name, w in network.named_parameters()}
     assert after == before
-    assert all(module._compiled_call_impl is None for module in network.modules())
+    assert not any("_compiled_call_impl" in vars(module) for module in network.modules())
     with pytest.raises(RunError, match="whether it runs compiled differ"):
         unbraid.scan(network, "1.layer", images, tmp_path)
 
@@ -144,6 +144,37 @@ def test_a_label_that_is_no_output_is_told_with_the_first_batch(no_compiling, tm
         unbraid.scan(of_blocks(3), "2.layer", images, tmp_path, **options)
 
 
+class ScriptedPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        inside = nn.Sequential(nn.Conv2d(3, 3, 1, dtype=torch.float64), nn.ReLU())
+        self.scripted = torch.jit.script(inside)
+        self.blocks = nn.ModuleDict({"a": Block(0), "b": Block(1)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks["b"](self.blocks["a"](self.scripted(x))).mean((2, 3))
+
+
+class DenseBlock(nn.ModuleDict):
+    """As torchvision's dense blocks are: a dictionary of parts that runs as a whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.values():
+            x = part(x)
+        return x
+
+
+def test_scripted_parts_run_as_they_are_and_dictionaries_of_parts_one_by_one(tmp_path):
+    network = ScriptedPart().eval()
+    assert list(compiling._parts(network, {network.blocks["b"].layer})) == [network.blocks["a"]]
+    whole = nn.Sequential(DenseBlock({"a": Block(0), "b": Block(1)}))
+    assert list(compiling._parts(whole, set())) == [whole[0]]
+    images = SyntheticImages(6, n_classes=3)
+    options = {"batch_size": 7, "compiled": True}  # no batch is full
+    scan = unbraid.scan(network, "blocks.b.layer", images, tmp_path, **options)
+    assert scan.manifest.compiled
+
+
 def test_parts_that_torch_compile_made_are_told(tmp_path):
     network = of_blocks(3)
     network[0] = torch.compile(network[0], backend="eager")
@@ -164,9 +195,13 @@ def test_what_compiles_itself_is_compiled_for_the_scan_and_as_before_afterwards(
     assert network[2]._compiled_call_impl is own
 
 
-def test_what_cannot_be_compiled_is_told_in_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ModelError, match=r"cannot be compiled here .*without compiling\.$"):
+@pytest.mark.parametrize("suppressed", [False, True])
+def test_what_cannot_be_compiled_is_told_in_a_sentence(suppressed, tmp_path):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        torch._dynamo.config.patch(suppress_errors=suppressed),
+        pytest.raises(ModelError, match=r"cannot be compiled here \(.*\); scan it without compil"),
+    ):
         unbraid.scan(
             of_blocks(2), "1.layer", SyntheticImages(4), tmp_path, batch_size=2, compiled=True
         )

@@ -19,6 +19,7 @@ from urllib.error import HTTPError, URLError
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, UnidentifiedImageError
 
 import unbraid
@@ -131,6 +132,22 @@ def by_three(error: Exception) -> None:
         raise Reasoned("too often") from None
 
 
+class Stored(Exception):
+    """As botocore tells what a store answered."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__("An error occurred (SlowDown)")
+        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+class Coded(Exception):
+    """As google.api_core does."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__("no answer")
+        self.code = http.HTTPStatus(status)
+
+
 WAYS = (by_cause, by_context, by_hidden_context, by_argument, by_reason, by_group, by_three)
 OF_SYSTEM = (
     OSError(errno.EIO, "it fails"),
@@ -151,6 +168,12 @@ OF_SYSTEM = (
     MemoryError(),
     RuntimeError("read_file, read_write_file.cpp:78, [Errno 5] Input/output error: 'a.png'"),
     Exception(f"/data/lmdb: {os.strerror(errno.EMFILE)}"),
+    RuntimeError(f"unable to open file </torch_1_2>: {os.strerror(errno.EMFILE)} (24)"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("can't start new thread"),
+    Stored(503),
+    Coded(503),
     OutOfReach("Image a cannot be reached (it fails)."),
 )
 OF_IMAGE = (
@@ -169,6 +192,10 @@ OF_IMAGE = (
     Refused(404),
     Refused(200),
     Answered(410),
+    Stored(404),
+    Coded(404),
+    OSError(-2, "decoder error -2"),
+    OSError(99999, "no such number"),
     RuntimeError("read_file, read_write_file.cpp:78, [Errno 2] No such file or directory: 'a'"),
     Exception(f"/data/lmdb: {os.strerror(errno.EISDIR)}"),
     DataError("Image a cannot be read (truncated)."),
@@ -208,6 +235,11 @@ def test_a_server_that_is_away_stops_a_scan_that_skips_broken_images(way, worker
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_errors_made_of_a_damaged_image_are_skipped(way, tmp_path):
     assert scanned(lambda: way(OSError("truncated")), tmp_path).broken() == [5, 6, 7, 8]
+
+
+def test_a_real_lack_of_memory_is_told_from_a_broken_image():
+    for lacking in (lambda: torch.empty(2**48), lambda: np.empty(2**48)):
+        assert "memory is full" in str(judged(lacking))
 
 
 def test_what_was_handled_before_an_image_was_read_is_no_cause(tmp_path):

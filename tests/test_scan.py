@@ -837,28 +837,42 @@ def test_files_are_synced_before_they_get_their_name(tmp_path, monkeypatch):
 
 
 class NeedsRoom(nn.Module):
-    """Has room for so many images, in the pass or in the gradient."""
+    """Has room for so many images, in the pass or in the gradient, and writes into what it gets."""
 
-    def __init__(self, network: nn.Module, room: int, behind: bool) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        room: int,
+        behind: bool,
+        error: Callable[[], Any] = lambda: _raise(torch.OutOfMemoryError("CUDA out of memory.")),
+    ) -> None:
         super().__init__()
-        self.network, self.room, self.behind = network, room, behind
+        self.network, self.room, self.behind, self.error = network, room, behind, error
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) > self.room and not self.behind:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            x.zero_()
+            self.error()
         z = self.network(x)
         if z.requires_grad and len(x) > self.room:
             z.register_hook(self._fail)
         return z
 
     def _fail(self, _: Tensor) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        self.error()
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 @pytest.mark.parametrize("behind", [False, True])
-def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(behind, tmp_path):
+@pytest.mark.parametrize("real", [False, True])
+def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(real, behind, tmp_path):
     dataset = SyntheticImages(11)
-    network = NeedsRoom(build("1x1"), 3, behind)
+    # More than any machine has, of the processor's own allocator.
+    errors = {"error": lambda: torch.empty(2**48)} if real else {}
+    network = NeedsRoom(build("1x1"), 3, behind, **errors)
     with pytest.warns(UserWarning, match="going on with 2 images at a time"):
         scan = unbraid.scan(network, "network.layer", dataset, tmp_path, batch_size=7)
     assert_records(list(scan.shards()), truth_of(build("1x1"), dataset), 0.005, range(11))

@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from unbraid.causes import memory_full
 from unbraid.data import GoodItem
 from unbraid.describe import bias_of, weight_rows
-from unbraid.errors import LayerError, ModelError, brief
+from unbraid.errors import LayerError, ModelError, OutOfMemory, brief
 from unbraid.layers import LayerSpec, channels_first, pooled_input
 from unbraid.loading import as_batch
 from unbraid.records import Records
@@ -56,7 +57,9 @@ def scan_batch(
         return [no_records(layer.spec, positions) for layer in layers]
     device = next(layers[0].module.parameters()).device
     index = torch.tensor([item[0] for item in items])
-    images = as_batch([item[1] for item in items], index).to(device, non_blocking=True)
+    images = as_batch([item[1] for item in items], index)
+    # A copy in any case, as a network may write into it, and then have to begin anew.
+    images = images.to(device, non_blocking=True, copy=True)
     with ExitStack() as stack:
         cuts = [
             stack.enter_context(cut_at(layer.module, partial(_keep, layer.spec, positions)))
@@ -107,9 +110,9 @@ def _gradients_of_each(
     """Gradients of a number by every layer's outputs, in one go back through the network."""
     try:
         flat = iter(gradients_at([output for outputs in calls for output in outputs], value))
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # what is written in place behind a layer may leave no gradient
+        if memory_full(error):
+            raise OutOfMemory("The device is out of memory; lower batch_size.") from None
         raise ModelError(
             f"The network gives no gradient at the layer ({brief(error)}); choose a layer behind "
             "that place, one at a time."

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unbraid.causes import memory_full
 from unbraid.errors import OutOfMemory
 from unbraid.relevance import undisturbed
 from unbraid.running import run_network
@@ -47,7 +48,9 @@ def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor 
         most = _MOST_ON_ACCELERATOR
     try:
         room = memory // bytes_of_one(model, layers, image.to(device))
-    except (OutOfMemory, torch.OutOfMemoryError):
+    except Exception as error:
+        if not (isinstance(error, OutOfMemory) or memory_full(error)):
+            raise
         return 1  # which is tried again, and told
     return min(most, 1 << max(room, 1).bit_length() - 1)
 

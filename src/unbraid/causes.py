@@ -15,12 +15,16 @@ _GONE = (errno.ENOENT, errno.ENOTDIR)
 # The last is what a seek by a number out of a damaged file gives.
 _OF_FILE = (*_GONE, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 _WORDS = {os.strerror(number): number for number in errno.errorcode}
+# What no picture says of itself, so it may stand anywhere in a text.
+_SHORT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO, errno.ESTALE)
+_SHORT = tuple(os.strerror(number) for number in _SHORT_OF)
+# As torch's allocators, Python's threads and C say it, mostly in a RuntimeError.
+_MEMORY_FULL = ("allocate memory", "out of memory", "start new thread")
 # Those of names have numbers of their own, which on some systems are those of other errors.
 _OF_NAMES = (socket.gaierror, socket.herror)
 _OF_SYSTEM = (ConnectionError, TimeoutError, PermissionError, *_OF_NAMES)
 # By name, as their libraries need not be there, and to import one takes a file and memory.
 _URL_ERROR = "urllib.error.URLError"
-_HTTP_ERROR = "urllib.error.HTTPError"
 _OF_NETWORK = {
     "ssl.SSLError",  # whose numbers are not the system's
     "http.client.HTTPException",
@@ -89,7 +93,7 @@ def failing(error: BaseException) -> str | None:
 
     Files that are gone are left to `gone_with_folder`.
     """
-    if isinstance(error, MemoryError):
+    if memory_full(error):
         return "memory is full"
     if not _is_of_system(error):
         return None
@@ -97,9 +101,21 @@ def failing(error: BaseException) -> str | None:
     return " ".join(str(told or error).split()) or type(error).__name__
 
 
+def memory_full(error: BaseException) -> bool:
+    """Whether memory, of the machine or of an accelerator, was too small.
+
+    >>> memory_full(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ..."))
+    True
+    """
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, (RuntimeError, OSError)) and any(words in text for words in _MEMORY_FULL)
+    )
+
+
 def _is_of_system(error: BaseException) -> bool:
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
-    status = _status(error, kinds)
+    status = _status(error)
     if status is not None:
         return status not in _NOT_FOUND
     if isinstance(error, _OF_SYSTEM) or kinds & _OF_NETWORK:
@@ -115,16 +131,19 @@ def _number(error: object) -> int | None:
     """The system's number of an error; any two arguments make one, also those that are none."""
     if not isinstance(error, OSError) or isinstance(error, _OF_NAMES):
         return None
-    return error.errno if isinstance(error.errno, int) else None
+    return error.errno if error.errno in errno.errorcode else None
 
 
-def _status(error: BaseException, kinds: set[str]) -> int | None:
+def _status(error: BaseException) -> int | None:
     """The status by which a server refused what was asked of it, by the habits of libraries."""
     own = vars(error)
+    answer = own.get("response")
+    about = answer.get("ResponseMetadata") if isinstance(answer, dict) else None
     told = (
-        own.get("code") if _HTTP_ERROR in kinds else None,
+        getattr(error, "code", None),
         own.get("status"),
-        getattr(own.get("response"), "status_code", None),
+        getattr(answer, "status_code", None),
+        about.get("HTTPStatusCode") if isinstance(about, dict) else None,
     )
     return next((n for n in told if isinstance(n, int) and 300 <= n < 600), None)
 
@@ -132,7 +151,10 @@ def _status(error: BaseException, kinds: set[str]) -> int | None:
 def _number_in(text: str) -> int | None:
     """The system's number in what a library of C or C++ says: `[Errno 5]`, or words at its end."""
     found = _NUMBER.search(text)
-    return int(found.group(1)) if found else _WORDS.get(text.rpartition(": ")[2])
+    if found and int(found.group(1)) in errno.errorcode:
+        return int(found.group(1))
+    short = (_WORDS[words] for words in _SHORT if words in text)
+    return next(short, _WORDS.get(text.rpartition(": ")[2]))
 
 
 def gone_with_folder(error: BaseException) -> str | None:

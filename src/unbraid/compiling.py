@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unbraid.errors import ModelError, brief
+from unbraid.errors import ModelError
 
 # Parts of a kind share their code, and each kind and size of input is compiled for itself; torch
 # would give up after eight, quietly, and which eight would depend on who came first.
-_LIMITS: dict[str, Any] = {
+_SETTINGS: dict[str, Any] = {
     "recompile_limit": 2**16,
     "accumulated_recompile_limit": 2**16,
     "fail_on_recompile_limit_hit": True,
+    "suppress_errors": False,  # else what cannot be compiled would quietly run as written
 }
 
 
@@ -46,8 +47,14 @@ class Compiled(nn.Module):
                 return self.model(images)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ModelError(
-                f"The network cannot be compiled here ({brief(error)}); scan it without compiling."
+                f"The network cannot be compiled here ({_first_line(error)}); scan it without "
+                "compiling."
             ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    """What a compiler's error says before it explains itself."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 @contextmanager
@@ -73,7 +80,7 @@ def compiled(model: nn.Module, layers: Sequence[nn.Module], batch_size: int) -> 
             raise ModelError(
                 f"The network's {name!r} is compiled already; pass the network as it was before."
             )
-    before = {module: module._compiled_call_impl for module in model.modules()}
+    before = {module: vars(module).get("_compiled_call_impl") for module in model.modules()}
     reset()
     try:
         for module in before:
@@ -81,20 +88,22 @@ def compiled(model: nn.Module, layers: Sequence[nn.Module], batch_size: int) -> 
         for part in _parts(model, set(layers)):
             part.compile(dynamic=False)
         # Gradients are asked for more than once, so what they need is not to be written over.
-        with dynamo.patch(**_LIMITS), functorch.patch(donated_buffer=False):
+        with dynamo.patch(**_SETTINGS), functorch.patch(donated_buffer=False):
             yield Compiled(model, batch_size)
     finally:
         for module, own in before.items():
-            module._compiled_call_impl = own
+            vars(module).pop("_compiled_call_impl", None)
+            if own is not None:
+                module._compiled_call_impl = own
         reset()
 
 
 def _parts(module: nn.Module, layers: set[nn.Module]) -> Iterator[nn.Module]:
     """The largest parts of a network that are made of others and hold none of the layers."""
     for child in module.children():
-        if next(child.children(), None) is None:
+        if next(child.children(), None) is None or isinstance(child, torch.jit.ScriptModule):
             continue
-        called = not isinstance(child, (nn.ModuleList, nn.ModuleDict))
+        called = type(child).forward is not nn.Module.forward  # as that of a list of modules is
         if called and layers.isdisjoint(child.modules()):
             yield child
         else:

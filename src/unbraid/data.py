@@ -54,10 +54,8 @@ def listed_labels(dataset: Dataset[Any]) -> list[int] | None:
         inner = listed_labels(dataset.dataset)
         return None if inner is None else [inner[i] for i in dataset.indices]
     for name in ("targets", "labels", "_labels"):
-        kept = getattr(dataset, name, None)
-        if kept is not None and hasattr(
-            kept, "tolist"
-        ):  # going through a tensor would make a tensor of every label
+        kept: Any = getattr(dataset, name, None)
+        if hasattr(kept, "tolist"):  # going through a tensor would make one of every label
             kept = kept.tolist()
         if isinstance(kept, Sequence):
             if len(kept) != size_of(dataset):
@@ -188,16 +186,20 @@ def _read(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
         OutOfReach: not the image is at fault.
         _Broken: the image is.
     """
+    name = f"Image {index} of the data set"
     try:
-        image, label = dataset[index]
+        item = dataset[index]
     except OutOfReach:
         raise
     except DataError as error:
         raise _Broken(str(error)) from None
     except Exception as error:
-        name = f"Image {index} of the data set"
         away = out_of_reach(name, error)
         raise (away or _Broken(f"{name} cannot be read ({brief(error)}).")) from None
+    try:
+        image, label = item
+    except (TypeError, ValueError):
+        raise _Broken(f"{name} is a {type(item).__name__}, not an image and its label.") from None
     return image, label
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from unbraid.causes import memory_full
 from unbraid.data import GoodItem, Readable, size_of, sort_out
 from unbraid.encoders import Encoder, TimmEncoder
 from unbraid.errors import ModelError
@@ -170,7 +171,7 @@ def _call(encoder: Encoder, images: Tensor) -> Tensor:
     except ModelError:
         raise
     except Exception as error:  # of an encoder of anyone's own
-        if isinstance(error, torch.OutOfMemoryError):
+        if memory_full(error):
             raise ModelError("The device is out of memory; lower batch_size.") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(

@@ -114,9 +114,12 @@ def as_path(name: str, value: Any) -> Path:
     unbraid.errors.UsageError: out is None; give a path.
     """
     try:
-        return Path(os.fsdecode(value))
+        path = os.fsdecode(value)
     except TypeError:
-        raise UsageError(f"{name} is {_shown(value)}; give a path.") from None
+        path = ""
+    if not path or "\0" in path:
+        raise UsageError(f"{name} is {_shown(value)}; give a path.")
+    return Path(path)
 
 
 def as_kind(name: str, value: Any, kind: type[T]) -> T:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from unbraid.causes import memory_full
 from unbraid.errors import DataError, ModelError, OutOfMemory, UnbraidError
 from unbraid.networks import as_logits
 
@@ -39,7 +40,7 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
     except UnbraidError:
         raise
     except Exception as error:  # of a network of anyone's own
-        if isinstance(error, torch.OutOfMemoryError):
+        if memory_full(error):
             raise OutOfMemory("The device is out of memory; lower batch_size.") from None
         raise ModelError(
             f"The network cannot run on images of shape {tuple(images.shape[1:])} "

@@ -195,7 +195,7 @@ def scan_into(
             shard_size=128 if asked.positions else 1024,
             batch_size=batch_size,
             skip_broken=asked.skip_broken,
-            source=asked.source,
+            source=asked.source or {},
             versions=library_versions(),
             labels=asked.labels,
             indices=hash_places(asked.indices),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypedDict, Unpack, cast, get_args
 
 from unbraid.data import UNLABELLED
 from unbraid.errors import UsageError, brief
@@ -41,66 +41,53 @@ class Options(TypedDict, total=False):
 class Asked:
     """The options of a scan in plain types, which a manifest can hold."""
 
-    labels: Labels
-    classes: tuple[int, ...] | None  # in order, each once, as are the following
-    indices: tuple[int, ...] | None
-    positions: bool
-    min_share: float
-    batch_size: int | None
-    workers: int
-    skip_broken: bool
-    progress: bool
-    source: dict[str, Any]
-    threads: int | None
-    autocast: bool
-    channels_last: bool
-    compiled: bool
+    labels: Labels = "given"
+    classes: tuple[int, ...] | None = None  # in order, each once, as are the following
+    indices: tuple[int, ...] | None = None
+    positions: bool = False
+    min_share: float = MIN_SHARE
+    batch_size: int | None = None
+    workers: int = 0
+    skip_broken: bool = False
+    progress: bool = False
+    source: dict[str, Any] | None = None
+    threads: int | None = None
+    autocast: bool = False
+    channels_last: bool = False
+    compiled: bool = False
 
 
-def settle(
-    *,
-    labels: Labels = "given",
-    classes: Sequence[int] | None = None,
-    indices: Sequence[int] | None = None,
-    positions: bool = False,
-    min_share: float = MIN_SHARE,
-    batch_size: int | None = None,
-    workers: int = 0,
-    skip_broken: bool = False,
-    progress: bool = False,
-    source: dict[str, Any] | None = None,
-    threads: int | None = None,
-    autocast: bool = False,
-    channels_last: bool = False,
-    compiled: bool = False,
-) -> Asked:
+_FLAGS = ("positions", "skip_broken", "progress", "autocast", "channels_last", "compiled")
+
+
+def settle(**options: Unpack[Options]) -> Asked:
     """Check options, all by themselves, and bring them to plain types.
 
     Raises:
         UsageError: one is out of range or of another type, or two exclude each other.
     """
-    if labels not in get_args(Labels):
-        raise UsageError(f"labels is {labels!r}; use {' or '.join(map(repr, get_args(Labels)))}.")
-    min_share = real_number("min_share", min_share)
+    asked = Asked(**cast(dict[str, Any], options))  # as it was given
+    classes, indices = asked.classes, asked.indices
+    batch_size, threads = asked.batch_size, asked.threads
+    if asked.labels not in get_args(Labels):
+        known = " or ".join(map(repr, get_args(Labels)))
+        raise UsageError(f"labels is {asked.labels!r}; use {known}.")
+    min_share = real_number("min_share", asked.min_share)
     if not 0 < min_share < 1:
         raise UsageError(f"min_share is {min_share}; it must lie between 0 and 1.")
     if classes is not None and indices is not None:
         raise UsageError("classes and indices both say what to scan; pass one of them.")
-    return Asked(
-        labels=labels,
+    flags: dict[str, Any] = {name: flag(name, getattr(asked, name)) for name in _FLAGS}
+    return replace(
+        asked,
         classes=None if classes is None else _in_order(whole_numbers("classes", classes)),
         indices=None if indices is None else _in_order(whole_numbers("indices", indices)),
-        positions=flag("positions", positions),
         min_share=min_share,
         batch_size=None if batch_size is None else whole_number("batch_size", batch_size, 1),
-        workers=whole_number("workers", workers, 0, MAX_WORKERS),
-        skip_broken=flag("skip_broken", skip_broken),
-        progress=flag("progress", progress),
-        source=_as_json(source),
+        workers=whole_number("workers", asked.workers, 0, MAX_WORKERS),
+        source=_as_json(asked.source),
         threads=None if threads is None else whole_number("threads", threads, 1, MAX_THREADS),
-        autocast=flag("autocast", autocast),
-        channels_last=flag("channels_last", channels_last),
-        compiled=flag("compiled", compiled),
+        **flags,
     )
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 
 from unbraid.batch import scan_batch
+from unbraid.causes import memory_full
 from unbraid.claims import Target, refuse_taken
 from unbraid.compiling import compiled
 from unbraid.data import GoodItem, groups_of, listed_labels, sort_out
@@ -171,7 +172,9 @@ def in_portions(
         try:
             done.append(run(items[start : start + at_once]))
             start += at_once
-        except (OutOfMemory, torch.OutOfMemoryError):
+        except Exception as error:
+            if not (isinstance(error, OutOfMemory) or memory_full(error)):
+                raise
             if at_once == 1:
                 raise OutOfMemory("The device's memory holds not even one image.") from None
             at_once = (at_once + 1) // 2
