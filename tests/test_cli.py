@@ -923,3 +923,13 @@ class TestWithoutLabels:
         assert code == 2
         assert "classes names [0]" in err
         assert_one_sentence(err)
+
+
+@pytest.mark.parametrize("empty", [["--out", ""], ["--out="]])
+def test_an_empty_argument_is_told_and_not_taken_for_the_folder_at_hand(empty, home, call):
+    before = sorted(home.iterdir())
+    code, _, err = call("scan", *NETWORK, "--data", "data", *empty)
+    assert code == 2
+    assert_one_sentence(err)
+    assert "--out is empty" in err
+    assert sorted(home.iterdir()) == before

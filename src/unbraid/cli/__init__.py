@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from cyclopts import App, CycloptsError
 
@@ -48,12 +49,27 @@ def _terminate(_signal: int, _frame: object) -> None:
     raise Terminated
 
 
+def _empty(arguments: Sequence[str]) -> str | None:
+    """Name what has no value, which as a path would be the folder at hand; None if all have one."""
+    for before, given in pairwise(arguments):
+        if not given:
+            return before
+        if given.startswith("--") and given.endswith("="):
+            return given[:-1]
+    return None
+
+
 def main() -> None:
     """Run the command line: exit code 2 for a wrong call, 1 for a failure, no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of any script, on a terminal of any kind
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
+    empty = _empty(sys.argv)
+    if empty is not None:
+        text = f"unbraid: {empty} is empty, perhaps a variable without a value; give it one."
+        err_console.print(text, style="bold red")
+        sys.exit(2)
     try:
         code = app(
             sys.argv[1:], exit_on_error=False, print_error=True, result_action="return_value"
