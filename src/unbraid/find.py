@@ -5,6 +5,7 @@ Shapes: C_out channels, T classes, G groups, J taps; see METHOD.md sections 2 an
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
@@ -19,6 +20,7 @@ from unbraid.arvs import (
     shared_channels,
     uses,
 )
+from unbraid.before_scan import scanned_accuracy
 from unbraid.chance import with_chance
 from unbraid.errors import UsageError
 from unbraid.findings import Concept, ConceptKind, Findings, Found, Pair
@@ -72,6 +74,10 @@ def find(
     tau, p, gamma = check_thresholds(tau, p, gamma, scan.manifest.min_share)
     if concepts not in get_args(ConceptKind):
         raise UsageError(f"concepts is {concepts!r}; use 'classes' or 'clusters'.")
+    # A network that is mostly wrong uses its channels for nothing that labels tell.
+    accuracy = scanned_accuracy(scan) if concepts == "classes" else None
+    if accuracy is not None and accuracy.warning:
+        warnings.warn(accuracy.warning, stacklevel=2)
     note = ""
     auto = tau == "auto"
     if tau == "auto":

@@ -23,6 +23,10 @@ from unbraid.team import local_rank
 Transform = Callable[[Image.Image], Tensor]
 
 RANDOM = "random"
+_ASSUMED = (
+    "{spec} returns no preprocessing, so ImageNet's usual one is assumed (shorter side 256, the "
+    "central 224 pixels, its mean and deviation); return (network, preprocessing) for another."
+)
 _HINT = "give --weights FILE, or --weights random to try without"
 
 
@@ -34,6 +38,7 @@ class LoadedModel:
     transform: Transform
     class_names: tuple[str, ...]  # of the outputs; empty where unknown
     source: dict[str, Any]  # what `load_model` needs to load it again
+    note: str = ""  # what was assumed, for people
 
     def n_outputs(self) -> int:
         """Run the network on a blank picture and count the logits.
@@ -72,6 +77,7 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
         ModelError: the weights cannot be had, do not fit, or hold code.
     """
     kind, _, name = spec.partition(":")
+    note = ""
     file = Path(weights) if weights is not None and _is_file(weights) else None
     named = None if file else weights
     if kind == "torchvision":
@@ -82,7 +88,9 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     elif ".py:" in spec:
         if named not in (None, RANDOM):
             raise UsageError(f"There is no weights file {named}; --weights names a file here.")
-        model, transform, names = _own(*spec.rsplit(":", 1))
+        model, own_transform, names = _own(*spec.rsplit(":", 1))
+        transform = own_transform or imagenet_transform()
+        note = "" if own_transform else _ASSUMED.format(spec=spec)
     else:
         raise UsageError(
             f"{spec!r} names no model; write torchvision:NAME, timm:NAME or FILE.py:FUNCTION."
@@ -96,7 +104,7 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     except RuntimeError as error:
         raise UsageError(f"Device {device!r} cannot be used ({_first_line(error)}).") from None
     source = {"model": spec, "weights": weights}
-    return LoadedModel(model, transform, tuple(names), source)
+    return LoadedModel(model, transform, tuple(names), source, note)
 
 
 def import_torchvision() -> ModuleType:
@@ -187,7 +195,7 @@ def load_timm(
     return model, timm.data.create_transform(**config, is_training=False)
 
 
-def _own(path: str, function: str) -> tuple[nn.Module, Transform, list[str]]:
+def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[str]]:
     file = Path(path).resolve()
     if not file.is_file():
         raise UsageError(f"There is no file {path}; --model FILE.py:FUNCTION names one.")
@@ -219,7 +227,7 @@ def _own(path: str, function: str) -> tuple[nn.Module, Transform, list[str]]:
             f"{path}:{function} must return a network, (network, preprocessing) or (network, "
             f"preprocessing, output names), not {type(made).__name__}."
         )
-    transform = parts[1] if len(parts) > 1 else imagenet_transform()
+    transform = parts[1] if len(parts) > 1 else None
     return parts[0], transform, list(parts[2]) if len(parts) > 2 else []
 
 

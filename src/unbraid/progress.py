@@ -1,4 +1,4 @@
-"""A progress bar with images per second and time left, on standard error."""
+"""A progress bar with images per second and time left, and what is said beside it."""
 
 from __future__ import annotations
 
@@ -42,3 +42,8 @@ def image_progress(
     with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
         task = bar.add_task(title, total=total, completed=done)
         yield lambda n: bar.advance(task, n)
+
+
+def say(text: str) -> None:
+    """Tell of a step on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from unbraid.batch_size import batch_size_for
+from unbraid.before_scan import describe_fit, sampled_accuracy, scanned_accuracy
 from unbraid.claims import Target, claim_together
 from unbraid.data import class_names_of, first_readable, labels_of, preprocessing_of, size_of
 from unbraid.describe import describe, resolve_layer, weight_rows
@@ -21,6 +23,7 @@ from unbraid.identity import fingerprint
 from unbraid.layer_names import LayerName, is_pattern, layer_folder, layer_names
 from unbraid.manifest import Manifest, hash_places, read_manifest
 from unbraid.networks import picked_by, unwrap
+from unbraid.progress import say
 from unbraid.records import Scan, open_scan
 from unbraid.scan_options import MIN_SHARE, Labels, Options, places_of, refuse_impossible, settle
 from unbraid.scan_pass import library_versions, scan_shards
@@ -209,6 +212,8 @@ def scan_into(
         targets.append(Target(modules[name], manifest, folder))
     team = gather_team()
     claim_together(targets, team)
+    if asked.labels == "given" and team.first:
+        _tell_fit(model, targets, dataset, places, aloud=asked.progress)
     work: dict[str, Any] = {"team": team, "workers": asked.workers, "progress": asked.progress}
     scan_shards(model, targets, dataset, given, places, **work)
     finished = {name: open_scan(folder) for name, folder in folders.items()}
@@ -216,3 +221,25 @@ def scan_into(
         if len(done.broken()) == len(places):
             raise DataError(f"None of the {len(places)} images could be read; mend the data set.")
     return finished
+
+
+def _tell_fit(
+    model: nn.Module,
+    targets: Sequence[Target],
+    dataset: Dataset[Any],
+    places: Sequence[int],
+    *,
+    aloud: bool,
+) -> None:
+    """Say how often the network is right before the work begins, or of all images if it is done."""
+    same = targets[0].manifest
+    if any(target.lacks(k) for target in targets for k in range(same.n_shards)):
+        accuracy = sampled_accuracy(model, dataset, places, same.batch_size)
+    else:
+        accuracy = scanned_accuracy(open_scan(targets[0].folder))
+    if accuracy is None:
+        return
+    if aloud:
+        say(describe_fit(accuracy, same.preprocessing))
+    if accuracy.warning:
+        warnings.warn(accuracy.warning, stacklevel=4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -59,12 +60,18 @@ def _empty(arguments: Sequence[str]) -> str | None:
     return None
 
 
+def _show_warning(message: Warning | str, *_about: object, **_more: object) -> None:
+    """Show what the library warns of, without the line of code that it came from."""
+    err_console.print(f"Warning: {message}", style="yellow")
+
+
 def main() -> None:
     """Run the command line: exit code 2 for a wrong call, 1 for a failure, no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of any script, on a terminal of any kind
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.showwarning = _show_warning
     empty = _empty(sys.argv)
     if empty is not None:
         text = f"unbraid: {empty} is empty, perhaps a variable without a value; give it one."

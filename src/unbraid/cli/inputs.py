@@ -20,6 +20,8 @@ def load(
     from unbraid.networks import with_logits
 
     loaded = load_model(model, weights, device)
+    if loaded.note:
+        err_console.print(f"Note: {loaded.note}", style="yellow")
     if output is None:
         return loaded
     picked = with_logits(loaded.model, int(output) if output.isdigit() else output)

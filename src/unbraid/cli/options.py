@@ -28,7 +28,12 @@ Method = Annotated[
     Literal["least_squares", "published"], Parameter(help="How to divide the weights.")
 ]
 Model = Annotated[
-    str, Parameter(help="torchvision:NAME, timm:NAME or FILE.py:FUNCTION (it returns the network).")
+    str,
+    Parameter(
+        help="torchvision:NAME, timm:NAME or FILE.py:FUNCTION, which returns the network, "
+        "(network, preprocessing) or (network, preprocessing, output names); without "
+        "preprocessing ImageNet's usual one is assumed."
+    ),
 ]
 Weights = Annotated[
     str | None,

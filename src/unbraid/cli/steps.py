@@ -32,7 +32,7 @@ from unbraid.cli.options import (
     Weights,
     Workers,
 )
-from unbraid.cli.output import out_console, say_broken
+from unbraid.cli.output import out_console, say, say_broken
 from unbraid.tables import align, count
 
 
@@ -131,8 +131,13 @@ def find(
 ) -> None:
     """Find the polysemantic channels in a scan of training images."""
     import unbraid
+    from unbraid.before_scan import describe_fit, scanned_accuracy
 
-    found = unbraid.find(unbraid.open_scan(scan), tau=tau, p=p, gamma=gamma, concepts=concepts)
+    opened = unbraid.open_scan(scan)
+    accuracy = scanned_accuracy(opened)
+    if accuracy is not None:
+        say(describe_fit(accuracy, opened.manifest.preprocessing))
+    found = unbraid.find(opened, tau=tau, p=p, gamma=gamma, concepts=concepts)
     if out is not None:
         found.to_csv(out)
     out_console.print(str(found))

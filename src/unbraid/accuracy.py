@@ -1,0 +1,167 @@
+"""Accuracy by given labels, and whether it tells that labels or preprocessing do not fit a network.
+
+N images, T outputs of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import binom
+
+Whole = NDArray[np.int64]
+
+_LEVEL = 1e-3  # of significance
+_TIMES = 3  # as often must another reading be right, on the images that it reads otherwise
+_MOST_CLASSES = 2048  # for which classes are matched to outputs: the table is that size squared
+_ABOUT = 0.9  # of an accuracy is about as good
+_N_SHOWN = 3  # classes, as examples
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often a network's top class is the given label, and what that says."""
+
+    n_images: int
+    n_right: int
+    chance: float  # accuracy if predictions had nothing to do with labels
+    above_chance: bool  # or too few images to tell
+    reading: str = ""  # another reading of the labels that fits much better, in words
+    n_right_read: int = 0  # images that are right by it
+    n_read: int = 0  # images that it was tried on
+
+    def __str__(self) -> str:
+        """Say the accuracy in a few words."""
+        return (
+            f"top-1 accuracy by the given labels {self.n_right / self.n_images:.1%} of "
+            f"{self.n_images:,} images (chance {self.chance:.1%})"
+        )
+
+    @property
+    def warning(self) -> str:
+        """What is probably wrong, in a sentence; empty if nothing is."""
+        if self.reading:
+            return (
+                "The labels do not fit this network: "
+                f"{self}, but {self.n_right_read / self.n_read:.1%} if {self.reading}; "
+                "name the classes by output number or name."
+            )
+        if self.above_chance:
+            return ""
+        return (
+            f"The labels or the preprocessing do not fit this network: {self}, which is not above "
+            "chance; check both before you trust what follows."
+        )
+
+
+def accuracy_of(labels: Whole, predictions: Whole, n_outputs: int) -> Accuracy | None:
+    """Judge predictions by given labels.
+
+    Chance is what the same predictions would get on the same labels in another order; of images of
+    a single class, one of the outputs. "Above" is a one-sided binomial test at 1e-3. Another
+    reading of the labels is told if it is right significantly more often (McNemar's exact test at
+    1e-3, divided by the number of readings) and at least three times as often on the images that it
+    reads otherwise; one that is learned is tried on images that it was not learned from.
+
+    Args:
+        labels: (N,), negative for images without one, which do not count.
+        predictions: (N,), the network's top classes.
+        n_outputs: T.
+
+    Returns:
+        None if no image has a label.
+    """
+    known = labels >= 0
+    labels, predictions = labels[known], predictions[known]
+    n = len(labels)
+    if n == 0:
+        return None
+    n_right = int((labels == predictions).sum())
+    chance = _chance(labels, predictions, n_outputs)
+    told = _is_above(n_right, n, chance) or not _is_above(n, n, _chance(labels, labels, n_outputs))
+    tried = [
+        *_usual(labels, predictions, n_outputs),
+        *_learned(labels, predictions, n_outputs),
+    ]
+    fitting = [
+        Accuracy(n, n_right, chance, told, words, int((read == got).sum()), len(read))
+        for words, read, given, got in tried
+        if _fits_better(read, given, got, _LEVEL / len(tried))
+    ]
+    if fitting:  # of those that fit about as well, the first says most
+        most = max(one.n_right_read / one.n_read for one in fitting)
+        return next(one for one in fitting if one.n_right_read / one.n_read > _ABOUT * most)
+    return Accuracy(n, n_right, chance, told)
+
+
+def _chance(labels: Whole, predictions: Whole, n_outputs: int) -> float:
+    if labels.min() == labels.max():
+        return 1 / n_outputs
+    size = max(int(labels.max()), int(predictions.max())) + 1
+    counts = [
+        np.bincount(numbers, minlength=size) / len(numbers) for numbers in (labels, predictions)
+    ]
+    return float(counts[0] @ counts[1])
+
+
+def _is_above(n_right: int, n: int, chance: float) -> bool:
+    return bool(binom.sf(n_right - 1, n, chance) < _LEVEL)
+
+
+Tried = tuple[str, Whole, Whole, Whole]  # in words; labels so read, and given; predictions
+
+
+def _usual(labels: Whole, predictions: Whole, n_outputs: int) -> Iterator[Tried]:
+    """Readings that come of usual mistakes; a label that one has no output for is read as -1."""
+    known = np.arange(max(n_outputs, int(labels.max()) + 1), dtype=np.int64)
+    in_text_order = np.array(sorted(range(n_outputs), key=str), dtype=np.int64)
+    readings = {
+        "classes were counted from 1": known - 1,
+        "output 0 stood for no class": known + 1,
+        "classes stood in reverse order": n_outputs - 1 - known,
+        "numbers had been sorted as text": np.argsort(in_text_order),
+        "numbers had not been sorted as text": in_text_order,
+    }
+    for words, outputs in readings.items():
+        whole = np.full(len(known), -1, dtype=np.int64)
+        whole[: len(outputs)] = outputs
+        yield words, whole[labels], labels, predictions
+
+
+def _learned(labels: Whole, predictions: Whole, n_outputs: int) -> Iterator[Tried]:
+    """The reading that suits half of the images best, to be tried on the other half."""
+    size = max(n_outputs, int(labels.max()) + 1, int(predictions.max()) + 1)
+    if size > _MOST_CLASSES or labels.min() == labels.max():
+        return
+    outputs = np.arange(size, dtype=np.int64)
+    seen, matched = _match(labels[::2], predictions[::2])
+    outputs[seen] = matched
+    moved = [k for k in seen.tolist() if outputs[k] != k]
+    if moved:
+        examples = ", ".join(f"label {k} stood for output {outputs[k]}" for k in moved[:_N_SHOWN])
+        words = examples + (" and so on" if len(moved) > _N_SHOWN else "")
+        yield words, outputs[labels[1::2]], labels[1::2], predictions[1::2]
+
+
+def _match(labels: Whole, predictions: Whole) -> tuple[Whole, Whole]:
+    """Classes, and an output for each of its own, such that most predictions are right."""
+    seen, rows = np.unique(labels, return_inverse=True)
+    outputs, columns = np.unique(np.concatenate([predictions, seen]), return_inverse=True)
+    counts = np.zeros((len(seen), len(outputs)))
+    np.add.at(counts, (rows, columns[: len(rows)]), 1)
+    counts[np.arange(len(seen)), columns[len(rows) :]] += 0.5  # in doubt a label is what it is
+    chosen, best = linear_sum_assignment(counts, maximize=True)
+    return seen[chosen].astype(np.int64), outputs[best].astype(np.int64)
+
+
+def _fits_better(read: Whole, given: Whole, predictions: Whole, level: float) -> bool:
+    moved = read != given
+    better = int((read == predictions)[moved].sum())
+    worse = int((given == predictions)[moved].sum())
+    if better < _TIMES * worse:
+        return False
+    return bool(better and binom.sf(better - 1, better + worse, 0.5) < level)
