@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 import unbraid
 from unbraid.before_scan import sampled_accuracy, scanned_accuracy
@@ -65,7 +65,7 @@ def test_scan_and_find_tell_labels_that_stand_for_other_outputs(
     found = told(lambda: unbraid.find(unbraid.open_scan(tmp_path)))
     for said in (scanned, found):
         assert len(said) == 1
-        assert said[0].startswith("The labels ")
+        assert "labels or preprocessing do not fit this network" in said[0]
     assert words in found[0]  # from all images
 
 
@@ -76,18 +76,27 @@ def test_scan_and_find_tell_preprocessing_that_leaves_chance(tmp_path: Path) -> 
         lambda: unbraid.find(unbraid.open_scan(tmp_path)),
     ):
         (said,) = told(call)
-        assert said.startswith("The labels or the preprocessing do not fit this network")
+        assert "labels or preprocessing do not fit this network" in said
+        assert "not above chance" in said
 
 
 def test_scan_says_accuracy_and_preprocessing_before_it_begins_and_when_it_is_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for n in (32, 256):  # a sample first, all of a finished scan
-        unbraid.scan(load_network(), LAYER, Demo(), tmp_path, progress=True)
+    many = ConcatDataset([load_images("test")] * 2)
+    for n in ("256", f"{len(many):,}"):  # a sample first; all of a finished scan
+        unbraid.scan(load_network(), LAYER, many, tmp_path, progress=True, batch_size=250)
         said = capsys.readouterr().err
         assert f"of {n} images (chance 1" in said
-        assert "%); preprocessing: 'Normal()'." in said
-        assert said.index("Top-1 accuracy") < said.index("Scanning")
+        assert "%); preprocessing: " in said
+        assert (said.index("Top-1 accuracy") < said.index("Scanning")) == (n == "256")
+
+
+def test_scan_says_accuracy_of_few_images_when_it_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unbraid.scan(load_network(), LAYER, Demo(), tmp_path, progress=True)
+    assert "of 256 images (chance 10." in capsys.readouterr().err
 
 
 def test_scan_says_nothing_of_labels_that_it_does_not_take(

@@ -19,6 +19,7 @@ _LEVEL = 1e-3  # of significance
 _TIMES = 3  # as often must another reading be right, on the images that it reads otherwise
 _MOST_CLASSES = 2048  # for which classes are matched to outputs: the table is that size squared
 _ABOUT = 0.9  # of an accuracy is about as good
+_MISFIT = "It seems that labels or preprocessing do not fit this network"
 _N_SHOWN = 3  # classes, as examples
 
 
@@ -46,15 +47,14 @@ class Accuracy:
         """What is probably wrong, in a sentence; empty if nothing is."""
         if self.reading:
             return (
-                "The labels do not fit this network: "
-                f"{self}, but {self.n_right_read / self.n_read:.1%} if {self.reading}; "
+                f"{_MISFIT}: {self}, but {self.n_right_read / self.n_read:.1%} if {self.reading}; "
                 "name the classes by output number or name."
             )
         if self.above_chance:
             return ""
         return (
-            f"The labels or the preprocessing do not fit this network: {self}, which is not above "
-            "chance; check both before you trust what follows."
+            f"{_MISFIT}: {self}, which is not above chance; check both before you trust what "
+            "follows."
         )
 
 

@@ -1,4 +1,4 @@
-"""What is said before a scan: how often the network is right, and on which preprocessing."""
+"""What a scan says of the network: how often it is right, and on which preprocessing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from unbraid.relevance import undisturbed
 from unbraid.running import run_network, stack_images
 from unbraid.tables import one_line
 
-_PART = 16  # one image in so many is looked at,
-_FEWEST, _MOST = 32, 256  # but no fewer and no more than these
+LONG = 1024  # images, from which on a scan is long enough to look at some of them first
+_PART, _MOST = 16, 256  # one in so many, but no more than these
 _AT_ONCE = 32
 
 
@@ -45,7 +45,7 @@ def sampled_accuracy(
     Returns:
         None if nothing can be said; what is wrong with images, labels or network, the scan tells.
     """
-    n = min(len(places), max(_FEWEST, min(_MOST, len(places) // _PART)))
+    n = min(len(places) // _PART, _MOST)
     # Drawn rather than evenly spaced, as classes may take turns; the same ones every time.
     chosen = sorted(random.Random(0).sample(places, n))
     readable, size = Readable(dataset), min(at_once, _AT_ONCE)

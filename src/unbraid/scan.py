@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from unbraid.accuracy import Accuracy
 from unbraid.batch_size import batch_size_for
-from unbraid.before_scan import describe_fit, sampled_accuracy, scanned_accuracy
+from unbraid.before_scan import LONG, describe_fit, sampled_accuracy, scanned_accuracy
 from unbraid.claims import Target, claim_together
 from unbraid.data import class_names_of, first_readable, labels_of, preprocessing_of, size_of
 from unbraid.describe import describe, resolve_layer, weight_rows
@@ -212,34 +213,29 @@ def scan_into(
         targets.append(Target(modules[name], manifest, folder))
     team = gather_team()
     claim_together(targets, team)
-    if asked.labels == "given" and team.first:
-        _tell_fit(model, targets, dataset, places, aloud=asked.progress)
+    tell = partial(_tell_fit, preprocessing=targets[0].manifest.preprocessing, aloud=asked.progress)
+    part = asked.classes is not None or asked.indices is not None
+    # Input maps of a part are asked for after a scan of all, which has told.
+    tells = asked.labels == "given" and team.first and not (asked.positions and part)
+    at_start = tells and not begun and len(places) >= LONG
+    if at_start:
+        tell(sampled_accuracy(model, dataset, places, batch_size))
     work: dict[str, Any] = {"team": team, "workers": asked.workers, "progress": asked.progress}
     scan_shards(model, targets, dataset, given, places, **work)
     finished = {name: open_scan(folder) for name, folder in folders.items()}
     for done in finished.values():
         if len(done.broken()) == len(places):
             raise DataError(f"None of the {len(places)} images could be read; mend the data set.")
+    if tells and not at_start:
+        tell(scanned_accuracy(next(iter(finished.values()))))
     return finished
 
 
-def _tell_fit(
-    model: nn.Module,
-    targets: Sequence[Target],
-    dataset: Dataset[Any],
-    places: Sequence[int],
-    *,
-    aloud: bool,
-) -> None:
-    """Say how often the network is right before the work begins, or of all images if it is done."""
-    same = targets[0].manifest
-    if any(target.lacks(k) for target in targets for k in range(same.n_shards)):
-        accuracy = sampled_accuracy(model, dataset, places, same.batch_size)
-    else:
-        accuracy = scanned_accuracy(open_scan(targets[0].folder))
+def _tell_fit(accuracy: Accuracy | None, preprocessing: str, *, aloud: bool) -> None:
+    """Say how often the network is right, and warn where it does not fit labels or images."""
     if accuracy is None:
         return
     if aloud:
-        say(describe_fit(accuracy, same.preprocessing))
+        say(describe_fit(accuracy, preprocessing))
     if accuracy.warning:
         warnings.warn(accuracy.warning, stacklevel=4)
