@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import urllib.error
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unbraid.errors import ModelError, UsageError, nearest
+from unbraid.imagenet import output_names
+from unbraid.names import Names
 from unbraid.networks import as_logits
 from unbraid.states import load_weights
 from unbraid.team import local_rank
@@ -34,6 +36,7 @@ class LoadedModel:
     transform: Transform
     class_names: tuple[str, ...]  # of the outputs; empty where unknown
     source: dict[str, Any]  # what `load_model` needs to load it again
+    names: Names = field(default_factory=Names)  # given for outputs or classes, to be read
 
     def n_outputs(self) -> int:
         """Run the network on a blank picture and count the logits.
@@ -78,7 +81,7 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
         model, transform, names = _torchvision(name, RANDOM if file else named)
     elif kind == "timm":
         model, transform = load_timm(name, RANDOM if file else named)
-        names = []
+        names = list(output_names(model))
     elif ".py:" in spec:
         if named not in (None, RANDOM):
             raise UsageError(f"There is no weights file {named}; --weights names a file here.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unbraid.cli.output import err_console
@@ -13,13 +14,19 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: str, weights: str | None, device: str | None, output: str | None = None
+    model: str,
+    weights: str | None,
+    device: str | None,
+    output: str | None = None,
+    names: Path | None = None,
 ) -> LoadedModel:
-    """Load a network, and pick the logits out of what it puts out."""
+    """Load a network, and pick the logits out of what it puts out; read names of classes."""
     from unbraid.models import load_model
+    from unbraid.names import Names, read_names
     from unbraid.networks import with_logits
 
-    loaded = load_model(model, weights, device)
+    given = Names() if names is None else read_names(names)
+    loaded = replace(load_model(model, weights, device), names=given)
     if output is None:
         return loaded
     picked = with_logits(loaded.model, int(output) if output.isdigit() else output)
