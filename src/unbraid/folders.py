@@ -141,6 +141,8 @@ def strays(root: Path) -> list[str]:
     own = _own_pictures(root)
     if not own:
         return []
+    for name in own:
+        _refuse_unread(root / name)
     held = sum(_count_pictures(path) for path in shown_in(root, "images") if path.is_dir())
     if 0 < held <= len(own):
         raise DataError(

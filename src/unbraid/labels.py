@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import math
-import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 
 from unbraid.errors import DataError, nearest
 from unbraid.imagenet import N_IMAGENET, are_imagenet_names, imagenet_classes
+from unbraid.spelling import (
+    counted,
+    english_name,
+    is_numeric,
+    look_up,
+    meanings,
+    normal_form,
+    number_in,
+    same_class,
+    wordnet_id,
+    written_alike,
+)
 from unbraid.tables import count, one_line
 
 BY_NUMBER = "the classes' names are numbers of outputs"
 BY_NAME = "the classes' names are names of outputs"
 BY_ID = "the classes' names are WordNet ids of ImageNet"
-IN_ORDER = "the classes in sorted order are the first outputs"
-GUESSED = "the classes in sorted order are the first outputs, a guess"
+IN_ORDER = "the classes in order are the first outputs"
+GUESSED = "the classes in order are the first outputs, a guess"
 AS_GIVEN = "labels as given"
 
 HIGHEST = 1_000_000  # of a class's number; names are kept for all below
-_LONGEST = 255  # characters of a class's name, as of a folder's
+_QUOTED = 60  # characters of a name in a message
 _SHOWN = 3  # outputs in a message
-_NUMBER = re.compile(r"(\d+)(\.0*)?")  # the latter is what pandas writes of whole numbers
-_WORDNET = re.compile(r"(n\d{8})(?:[-_ ]+(.*))?", re.IGNORECASE)
-_PASSED_OVER = re.compile(r"[\s_\-'’/]")  # noqa: RUF001
 
 
 @dataclass(frozen=True)
@@ -44,69 +50,6 @@ class Reading:
     how: str  # they were found, in words
     note: str = ""  # what was guessed
     outputs: Outputs = field(default_factory=Outputs)
-
-
-def number_in(name: str) -> int | None:
-    """Return the number of an output that a name is, None where it is none.
-
-    >>> number_in("010"), number_in("2.0"), number_in("2.5"), number_in("-1"), number_in("cat")
-    (10, 2, None, None, None)
-    """
-    found = _NUMBER.fullmatch(name.strip()) if len(name) <= _LONGEST else None
-    return int(found[1]) if found else None
-
-
-def output_number(value: object) -> int | None:
-    """Return the number of an output that a value of a table is, None where it is none.
-
-    >>> output_number(3), output_number(3.0), output_number(3.5), output_number(True)
-    (3, 3, None, None)
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
-        return None
-    whole = math.isfinite(value) and value >= 0 and value == int(value)
-    return int(value) if whole else None
-
-
-def normal_form(name: str) -> str:
-    """Return what is equal for names that differ by case, blanks, `_`, `-` or Unicode form only.
-
-    >>> normal_form("Great_White Shark"), normal_form("010"), normal_form("-1"), normal_form("_")
-    ('greatwhiteshark', '10', '-1', '_')
-    """
-    if (number := number_in(name)) is not None:
-        return str(number)
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).strip()
-    if _is_numeric(name):
-        return folded
-    return _PASSED_OVER.sub("", folded) or folded
-
-
-def wordnet_id(name: str) -> str | None:
-    """Return the WordNet id that a class's name is or begins with.
-
-    >>> wordnet_id("n01440764"), wordnet_id("n01440764_tench"), wordnet_id("n014407640")
-    ('n01440764', 'n01440764', None)
-    """
-    found = _WORDNET.fullmatch(name)
-    return found[1].lower() if found else None
-
-
-def english_name(name: str) -> str:
-    """Return what to call a class: of a WordNet id, its name, if ImageNet-1k has it.
-
-    >>> english_name("n01440764"), english_name("n00000001-thing"), english_name("cat")
-    ('tench', 'thing', 'cat')
-    """
-    found = _WORDNET.fullmatch(name)
-    if found is None:
-        return name
-    return imagenet_classes().get(found[1].lower()) or found[2] or name
-
-
-def same_class(name: str) -> str:
-    """Return what is equal for all names of one class."""
-    return wordnet_id(name) or normal_form(name)
 
 
 def read_classes(
@@ -144,11 +87,11 @@ def read_classes(
             return reading
     if any(named.get(name) for name in seen):
         return _by_name(named, seen, outputs, where, distinct)
-    if all(map(_is_numeric, seen)):
+    if all(map(is_numeric, seen)):
         odd = next(name for name in seen if numbers[name] is None)
         raise DataError(
-            f"{where} has the class {odd!r}, which is no number of an output; give whole numbers "
-            "from 0 on, or names."
+            f"{where} has the class {_quote(odd)}, which is no number of an output; give whole "
+            "numbers from 0 on, or names."
         )
     return _in_order(classes, seen, outputs, where)
 
@@ -167,8 +110,8 @@ def _by_number(
             places = named.get(name)
             if places and own[name] not in places:
                 raise DataError(
-                    f"{where} has the class {name!r}, which is output {own[name]} by number but "
-                    f"output {places[0]} by name; rename the classes or the outputs so that only "
+                    f"{where} has the class {_quote(name)}, which is output {own[name]} by number "
+                    f"but output {places[0]} by name; rename the classes or the outputs so that only "
                     "one fits."
                 )
         if highest >= HIGHEST:
@@ -215,7 +158,7 @@ def _match(classes: Sequence[str], outputs: Sequence[str]) -> dict[str, list[int
             parts.setdefault(normal_form(part), []).append(place)
     found: dict[str, list[int]] = {}
     for name in classes:
-        wordings = [name, *_meanings(name)]
+        wordings = [name, *meanings(name)]
         tried = [exact.get(unicodedata.normalize("NFC", one)) for one in wordings]
         tried += [whole.get(normal_form(one)) for one in wordings]
         tried += [parts.get(normal_form(one)) for one in wordings]
@@ -229,15 +172,6 @@ def fit_any(classes: Sequence[str], outputs: Sequence[str]) -> bool:
     return any(_match(classes, outputs).values())
 
 
-def _meanings(name: str) -> list[str]:
-    """What else than its name a class may be called among outputs: behind or for a WordNet id."""
-    found = _WORDNET.fullmatch(name)
-    if found is None:
-        return []
-    known = imagenet_classes().get(found[1].lower())
-    return [one for one in (found[1].lower(), found[2], known) if one]
-
-
 def _by_name(
     named: Mapping[str, list[int]],
     seen: Sequence[str],
@@ -249,9 +183,9 @@ def _by_name(
     if lost is not None:
         n_lost = sum(not named[name] for name in seen)
         raise DataError(
-            f"{where} has the class {lost!r}, which is no output's name, as are {n_lost} of its "
-            f"{count(len(seen), 'class', 'classes')}; rename or remove it."
-            f"{nearest(lost, outputs.names)}"
+            f"{where} has the class {_quote(lost)}, which is no output's name, while "
+            f"{len(seen) - n_lost} of its {count(len(seen), 'class', 'classes')} are; rename or "
+            f"remove it.{nearest(lost, outputs.names)}"
         )
     labels = {name: places[0] for name, places in named.items() if places}
     if distinct:
@@ -260,15 +194,18 @@ def _by_name(
             other = first.setdefault(labels[name], name)
             if other != name:
                 raise DataError(
-                    f"{where} has the classes {other!r} and {name!r}, which both mean the output "
-                    f"{outputs.names[labels[name]]!r}; join or rename them."
+                    f"{where} has the classes {_quote(other)} and {_quote(name)}, which both mean "
+                    f"the output {outputs.names[labels[name]]!r}; join or rename them."
                 )
     several = [name for name in seen if len(named[name]) > 1]
     note = ""
     if several:
         name, places = several[0], ", ".join(map(str, named[several[0]][:_SHOWN]))
         more = f", and so on for {len(several) - 1} more" if len(several) > 1 else ""
-        note = f"The class {name!r} of {where} fits the outputs {places}; the first is taken{more}."
+        note = (
+            f"The class {_quote(name)} of {where} fits the outputs {places}; the first is taken"
+            f"{more}."
+        )
     return Reading(labels, BY_NAME, note, outputs)
 
 
@@ -300,18 +237,19 @@ def _in_order(classes: Sequence[str], seen: Sequence[str], outputs: Outputs, whe
             f"{where} has classes with numbers for names and others; taken in order as outputs 0 "
             f"to {most - 1}. Name all by number, or none, if that is wrong."
         )
+    elif list(seen) == sorted(seen) != sorted(seen, key=counted):
+        later = next(a for a, b in zip(seen, sorted(seen, key=counted), strict=True) if a != b)
+        notes.append(
+            f"{where} has classes with numbers in their names, taken in order as texts, such as "
+            f"{_quote(later)} as output {labels[later]}; name the classes by output number if that "
+            "is wrong."
+        )
     alike = _first_twins(seen, same_class)
     if alike:
-        notes.append(f"{where} has the classes {alike[0]!r} and {alike[1]!r}, taken for two.")
+        notes.append(
+            f"{where} has the classes {_quote(alike[0])} and {_quote(alike[1])}, taken for two."
+        )
     return Reading(labels, GUESSED if notes else IN_ORDER, " ".join(notes), outputs)
-
-
-def written_alike(name: str) -> str:
-    """Return what is equal for names that are one text or number, or begin with one WordNet id."""
-    number = number_in(name)
-    if number is not None:
-        return str(number)
-    return wordnet_id(name) or unicodedata.normalize("NFC", name)
 
 
 def refuse_twins(folders: Iterable[str], where: str) -> None:
@@ -337,18 +275,6 @@ def _first_twins(names: Iterable[str], form: Callable[[str], str]) -> tuple[str,
     return None
 
 
-def look_up(classes: Sequence[str], labels: Mapping[str, int]) -> dict[str, int | None]:
-    """Find the labels of classes by their names, in whatever form; None for strangers."""
-    forms: dict[str, set[int]] = {}
-    for name, label in labels.items():
-        forms.setdefault(same_class(name), set()).add(label)
-    found: dict[str, int | None] = {}
-    for name in classes:
-        alike = forms.get(same_class(name), set())
-        found[name] = labels[name] if name in labels else min(alike) if len(alike) == 1 else None
-    return found
-
-
 def as_given(
     classes: Sequence[str],
     labels: Mapping[str, int],
@@ -369,8 +295,8 @@ def as_given(
     if lost:
         kind = "class folder" if distinct else "class"
         raise DataError(
-            f"{where} has a {kind} {lost[0]!r} that the training images have not; remove it, or "
-            "add the class there."
+            f"{where} has a {kind} {_quote(lost[0])} that the training images have not; remove it, "
+            "or add the class there."
         )
     known = {name: label for name, label in found.items() if label is not None}
     return Reading({**labels, **known}, AS_GIVEN)
@@ -396,15 +322,8 @@ def reading_of(
     return read_classes(classes, Outputs(), where, distinct=distinct, used=used)
 
 
-def _is_numeric(name: str) -> bool:
-    """Whether a name is any kind of number, of an output or not."""
-    for read in (float, lambda text: int(text, 0)):
-        try:
-            read(name.strip())
-        except ValueError:
-            continue
-        return True
-    return False
+def _quote(name: str) -> str:
+    return repr(name if len(name) <= _QUOTED else f"{name[: _QUOTED - 1]}…")
 
 
 def show_names(reading: Reading, given: Mapping[str, str], seen: Iterable[str]) -> list[str]:

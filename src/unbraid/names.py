@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.errors import DataError, UnbraidError
-from unbraid.labels import look_up, number_in, same_class, wordnet_id
+from unbraid.spelling import look_up, number_in, same_class, wordnet_id
 from unbraid.tables import one_line
 
 _LARGEST = 1 << 24  # bytes of a file

@@ -13,10 +13,10 @@ from PIL import Image
 
 from unbraid.data import UNLABELLED
 from unbraid.errors import DataError, UsageError, out_of_reach
-from unbraid.labels import output_number
 from unbraid.pictures import decode_picture, read_picture
 from unbraid.sources.listing import ListedImages, Listing, Transform, by_class, read_listing
 from unbraid.sources.outputs import GivenOutputs, outputs_of
+from unbraid.spelling import output_number
 from unbraid.tables import one_line
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from unbraid.labels import (
     HIGHEST,
     Outputs,
     Reading,
-    number_in,
     read_classes,
     reading_of,
     show_names,
 )
+from unbraid.spelling import number_in
 
 Transform = Callable[[Image.Image], Any]
 

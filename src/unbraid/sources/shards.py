@@ -18,11 +18,11 @@ from PIL import Image
 from unbraid.data import UNLABELLED
 from unbraid.errors import DataError, OutOfReach, UsageError, out_of_reach
 from unbraid.folders import is_hidden, shown_in
-from unbraid.labels import number_in, output_number
 from unbraid.pictures import EXTENSIONS, UNREAD, decode_picture
 from unbraid.sources.listing import Listing, by_class, look_at
 from unbraid.sources.remote import fetch, is_url
 from unbraid.sources.tar import Member, Stamp, members, read_content, stamp_of
+from unbraid.spelling import number_in, output_number
 from unbraid.tables import one_line
 
 SHARD = ".tar"
@@ -225,7 +225,10 @@ def _label(shard: str, stamp: Stamp, key: str, files: dict[str, Member]) -> str 
 
 
 def _number(label: object) -> int:
-    number = number_in(label) if isinstance(label, str) else output_number(label)
+    if isinstance(label, str) and label.isdecimal():
+        number = number_in(label)
+    else:
+        number = output_number(label)
     if number is not None:
         return number
     raise ValueError(f"it is {str(label)[:40]!r}")

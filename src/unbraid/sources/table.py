@@ -16,9 +16,9 @@ from PIL import Image
 
 from unbraid.errors import DataError, UsageError, out_of_reach
 from unbraid.identity import seen_from
-from unbraid.labels import output_number
 from unbraid.pictures import read_picture
 from unbraid.sources.listing import Listing, by_class, look_at
+from unbraid.spelling import output_number
 from unbraid.tables import one_line
 
 CSV = (".csv", ".tsv")
@@ -94,7 +94,10 @@ def _text(cell: Any, column: str, where: str) -> str:
 
 def _label(cell: Any, where: str) -> str:
     number = output_number(cell)
-    cell = cell if number is None else str(number)
+    if number is not None:
+        cell = str(number)
+    elif isinstance(cell, int) and not isinstance(cell, bool):
+        cell = str(cell)  # negative, to be told
     if not isinstance(cell, str) or not cell.strip() or cell.strip().startswith("-"):
         raise DataError(
             f"{where} has the label {one_line(repr(cell))}; give an output's number or a class's "
