@@ -111,7 +111,7 @@ def _by_number(
             if places and own[name] not in places:
                 raise DataError(
                     f"{where} has the class {_quote(name)}, which is output {own[name]} by number "
-                    f"but output {places[0]} by name; rename the classes or the outputs so that only "
+                    f"but output {places[0]} by name; rename classes or outputs so that only "
                     "one fits."
                 )
         if highest >= HIGHEST:

@@ -126,7 +126,7 @@ def _name(value: Any) -> str:
 def _from_table(text: str) -> list[tuple[str, str]]:
     lines = text.splitlines()
     header = next((line for line in lines if line.strip()), "")
-    delimiter = max(",;\t|", key=header.count)
+    delimiter = "\t" if "\t" in header else max(",;|", key=header.count)
     rows = [row for row in csv.reader(lines, delimiter=delimiter, strict=True) if any(row)]
     titles = [title.strip().lower() for title in rows[0]] if rows else []
     key, name = 0, 1
