@@ -65,6 +65,8 @@ def read(
         (["jack_o_lantern"], IMAGENET, 1000, [607], BY_NAME),
         (["Tinca_tinca", "goldfish"], ["goldfish", "tench, Tinca tinca"], 2, [1, 0], BY_NAME),
         (["tench, Tinca tinca"], ["goldfish", "tench"], 2, [1], BY_NAME),
+        (["tench"], ["n15075141", "n01440764"], 2, [1], BY_NAME),
+        (["n01440764"], ["n15075141 toilet tissue", "n01440764 tench, Tinca"], 2, [1], BY_NAME),
         ([NFD, "tea"], ["tea", NFC], 2, [1, 0], BY_NAME),
         (["ﬁsh", "STRASSE"], ["straße", "fish"], 2, [1, 0], BY_NAME),
         (["n01440764", "n15075141_tissue"], ["toilet tissue", "tench"], 2, [1, 0], BY_NAME),
@@ -366,6 +368,7 @@ def test_a_listed_path_is_found_in_any_unicode_form(written, tmp_path):
         ({"outputs": "dog"}, "outputs is 'dog'; give the names"),
         ({"outputs": []}, r"outputs is \[\]; give the names"),
         ({"outputs": [1, 2]}, r"outputs is \[1, 2\]; give the names"),
+        ({"outputs": {"ant", "bee"}}, "outputs is {'"),
         ({"outputs": 2.5}, "outputs is 2.5; give the names"),
         ({"outputs": Network(2)}, "give transform too, or outputs as a number"),
         ({"outputs": 2, "labels": {"ant": 0, "bee": 1}}, "labels and outputs both say"),
@@ -386,10 +389,41 @@ def test_a_network_that_is_asked_for_its_outputs_is_left_as_it_was(tmp_path):
     assert unbraid.open_images(source, to_tensor, outputs=network).targets == [0, 0, 1, 1]
     assert [module.training for module in network] == [True, False, True]
     assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(DataError, match=r"cannot be counted \(.*not a tensor"):
+        unbraid.open_images(source, lambda picture: picture, outputs=network)
     for path in source.rglob("*.png"):
         path.write_bytes(b"torn")
     with pytest.raises(DataError, match="None of the first images can be read"):
         unbraid.open_images(source, to_tensor, outputs=network)
+
+
+def test_images_without_labels_take_the_names_of_outputs(tmp_path):
+    source = write_folders(tmp_path / "data", ["."])
+    assert unbraid.open_images(source, outputs=["ant", "bee"]).classes == ["ant", "bee"]
+    rows = as_rows(write_folders(tmp_path / "rows", ["a"]), ["a"])
+    images = unbraid.from_hugging_face(rows, label=None, outputs=["ant", "bee"])
+    assert (images.classes, set(images.targets)) == (["ant", "bee"], {UNLABELLED})
+
+
+def test_classes_without_images_do_not_matter(tmp_path):
+    import datasets
+
+    rows = as_rows(write_folders(tmp_path / "data", ["0", "1"]), ["0", "1"])
+    for names, labels in (
+        (["1", "0", "99999999"], [1, 0]),
+        (["dog", "cat", "wolf"], [0, 1]),
+        (["n01440764", "n15075141", "n00000001"], [0, 1]),
+    ):
+        feature = datasets.ClassLabel(names=names)
+        images = unbraid.from_hugging_face(
+            datasets.Dataset.from_dict(
+                {"image": rows["image"], "label": [0, 0, 1, 1]},
+                features=datasets.Features({"image": datasets.Image(), "label": feature}),
+            ),
+            outputs=["dog", "cat"] if "dog" in names else 2,
+        )
+        assert images.targets == [label for label in labels for _ in range(2)]
+        assert len(images.classes) == 2
 
 
 def test_outputs_with_more_or_fewer_names_are_refused(tmp_path):

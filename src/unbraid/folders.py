@@ -129,18 +129,16 @@ def holds_classes(root: Path) -> bool:
     Raises:
         DataError: there is no such folder, or it has as many images of its own as in folders.
     """
-    return not _own_pictures(root) or bool(strays(root))
+    own = _own_pictures(root)
+    return not own or bool(_strays(root, own))
 
 
-def strays(root: Path) -> list[str]:
+def _strays(root: Path, own: list[str]) -> list[str]:
     """List the images that lie beside class folders, so belong to no class.
 
     Raises:
         DataError: they are as many as those in the folders, so it is not plain what is meant.
     """
-    own = _own_pictures(root)
-    if not own:
-        return []
     for name in own:
         _refuse_unread(root / name)
     held = sum(_count_pictures(path) for path in shown_in(root, "images") if path.is_dir())
@@ -154,7 +152,7 @@ def strays(root: Path) -> list[str]:
 
 def stray_note(root: Path) -> str:
     """Tell of images beside class folders, which are left out; empty where there are none."""
-    found = strays(root)
+    found = _strays(root, _own_pictures(root))
     if not found:
         return ""
     names = ", ".join(map(one_line, found[:3])) + (", ..." if len(found) > 3 else "")

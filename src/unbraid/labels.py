@@ -116,7 +116,9 @@ def _by_number(
                 )
         if highest >= HIGHEST:
             raise DataError(f"{where} has a class of number {highest}; number classes from 0 on.")
-        return Reading(own, BY_NUMBER, outputs=outputs)
+        most = HIGHEST if n is None else n  # of classes without images too
+        known = {name: number for name, number in own.items() if number < most}
+        return Reading(known, BY_NUMBER, outputs=outputs)
     if all(named.get(name) for name in seen):
         return _by_name(named, seen, outputs, where, False)
     from_one = " Count from 0, not from 1." if min(numbers) == 1 and highest == n else ""
@@ -154,7 +156,7 @@ def _match(classes: Sequence[str], outputs: Sequence[str]) -> dict[str, list[int
             continue
         exact.setdefault(unicodedata.normalize("NFC", name), []).append(place)
         whole.setdefault(normal_form(name), []).append(place)
-        for part in name.split(","):
+        for part in [*name.split(","), *meanings(name)]:
             parts.setdefault(normal_form(part), []).append(place)
     found: dict[str, list[int]] = {}
     for name in classes:
@@ -249,6 +251,7 @@ def _in_order(classes: Sequence[str], seen: Sequence[str], outputs: Outputs, whe
         notes.append(
             f"{where} has the classes {_quote(alike[0])} and {_quote(alike[1])}, taken for two."
         )
+    labels = {name: label for name, label in labels.items() if n is None or label < n}
     return Reading(labels, GUESSED if notes else IN_ORDER, " ".join(notes), outputs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -223,7 +223,17 @@ def _own(path: str, function: str) -> tuple[nn.Module, Transform, list[str]]:
             f"preprocessing, output names), not {type(made).__name__}."
         )
     transform = parts[1] if len(parts) > 1 else imagenet_transform()
-    return parts[0], transform, list(parts[2]) if len(parts) > 2 else []
+    return parts[0], transform, _own_names(parts[2], path) if len(parts) > 2 else []
+
+
+def _own_names(names: Any, path: str) -> list[str]:
+    if isinstance(names, Mapping) and set(names) == set(range(len(names))):
+        names = [names[place] for place in range(len(names))]
+    if isinstance(names, (str, Mapping, Set)) or not isinstance(names, Iterable):
+        raise UsageError(
+            f"{path} gives a {type(names).__name__} for output names; give a list of texts."
+        )
+    return [str(name) for name in names]
 
 
 def _download(build: Callable[[], nn.Module], what: str, hint: str = _HINT) -> nn.Module:

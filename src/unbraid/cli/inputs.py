@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +40,26 @@ def open_images(loaded: LoadedModel, source: str) -> Images:
     """Open images from any source, with a network's preprocessing and labels."""
     from unbraid.images import images_for
 
-    images, warning = images_for(loaded, source)
-    if warning:
-        err_console.print(f"Note: {warning}", style="yellow")
+    with _noted():
+        images, warning = images_for(loaded, source)
+        if warning:
+            warnings.warn(warning, stacklevel=1)
     return images
+
+
+def open_like(images: Images, source: str) -> Images:
+    """Open other images with the same preprocessing and labels."""
+    from unbraid.images import images_like
+
+    with _noted():
+        return images_like(images, source)
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    """Print warnings of images that are opened as notes."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for one in told:
+        err_console.print(f"Note: {one.message}", style="yellow")

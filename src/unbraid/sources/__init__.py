@@ -66,13 +66,15 @@ def open_images(
     if labels is not None and outputs is not None:
         raise UsageError("labels and outputs both say what classes stand for; give one of them.")
     listed = list_images(str(source))
+    images = partial(open_listed, listed, transform, {}, class_names)
     if labels == {} or (labels is None and not has_labels(listed)):
-        return open_listed(listed, transform, {}, class_names)
+        named = class_names or outputs_of(outputs, images).names
+        return open_listed(listed, transform, {}, named)
     note = note_of(listed)
     if labels is not None:
         opened = open_listed(listed, transform, labels, class_names)
     else:
-        known = outputs_of(outputs, partial(open_listed, listed, transform, {}, ()))
+        known = outputs_of(outputs, images)
         reading = read_labels(listed, known)
         note = f"{note} {reading.note}".strip()
         opened = open_listed(listed, transform, reading, class_names)

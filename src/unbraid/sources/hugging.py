@@ -73,7 +73,8 @@ def from_hugging_face(
     reading = read_listing(listed, known)
     if reading.note:
         warnings.warn(reading.note, stacklevel=2)
-    return ListedImages(listed, transform, reading)
+    names = () if listed.classes else known.names
+    return ListedImages(listed, transform, reading, names)
 
 
 def list_saved(folder: str) -> Listing:

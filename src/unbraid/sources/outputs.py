@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unbraid.data import first_readable
+from unbraid.data import Readable, first_readable
 from unbraid.errors import DataError, ModelError, UsageError, brief
 from unbraid.imagenet import output_names
 from unbraid.labels import Outputs
@@ -35,7 +35,7 @@ def outputs_of(given: GivenOutputs | None, images: Callable[[], Any]) -> Outputs
     if isinstance(given, nn.Module):
         names, n = output_names(unwrap(given)), _count(given, _first(images()))
         return Outputs(names if len(names) == n else (), n)
-    if not isinstance(given, (str, dict)) and isinstance(given, Iterable):
+    if isinstance(given, Iterable) and not isinstance(given, (str, dict, Set)):
         names = tuple(given)
         if names and all(isinstance(name, str) for name in names):
             return Outputs(names, len(names))
@@ -57,10 +57,15 @@ def _first(images: Any) -> Tensor:
     image = first_readable(images, range(len(images)))
     if image is None:
         raise DataError(
-            "None of the first images can be read, so the network's outputs cannot be counted; "
-            "mend them, or give outputs as a number."
+            "None of the first images can be read, so the network's outputs cannot be counted "
+            f"({_reason(images)}); mend them, or give outputs as a number."
         )
     return image
+
+
+def _reason(images: Any) -> str:
+    *_, reason = Readable(images)[0]
+    return str(reason).rstrip(".")
 
 
 def _index(given: Any) -> int:
