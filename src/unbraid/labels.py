@@ -121,10 +121,9 @@ def _by_number(
         return Reading(known, BY_NUMBER, outputs=outputs)
     if all(named.get(name) for name in seen):
         return _by_name(named, seen, outputs, where, False)
-    from_one = " Count from 0, not from 1." if min(numbers) == 1 and highest == n else ""
     raise DataError(
         f"{where} has a class of number {highest}, but the network's outputs go from 0 to "
-        f"{n - 1}; number classes as outputs.{from_one}"
+        f"{n - 1}; number classes as outputs, so count from 0."
     )
 
 

@@ -6,13 +6,13 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 
 from unbraid.imagenet import imagenet_classes
 
 _LONGEST = 255  # characters of a class's name, as of a folder's
 _NUMBER = re.compile(r"(\d+)(\.0*)?")  # the latter is what pandas writes of whole numbers
 _WORDNET = re.compile(r"(n\d{8})(?:[-_ ]+(.*))?", re.IGNORECASE)
+_MISSING = {"none", "null", "na", "n/a", "<na>"}
 _PASSED_OVER = re.compile(r"[\s_\-'’/]")  # noqa: RUF001
 
 
@@ -32,7 +32,7 @@ def output_number(value: object) -> int | None:
     >>> output_number(3), output_number(3.0), output_number(3.5), output_number(True)
     (3, 3, None, None)
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     whole = math.isfinite(value) and value >= 0 and value == int(value)
     return int(value) if whole else None
@@ -88,7 +88,13 @@ def written_alike(name: str) -> str:
 
 
 def is_numeric(name: str) -> bool:
-    """Whether a name is any kind of number, of an output or not."""
+    """Say whether a name is any kind of number, of an output or not, or stands for a missing one.
+
+    >>> is_numeric("-1.5"), is_numeric("0x10"), is_numeric("nan"), is_numeric("None")
+    (True, True, True, True)
+    """
+    if name.strip().casefold() in _MISSING:
+        return True
     for read in (float, lambda text: int(text, 0)):
         try:
             read(name.strip())

@@ -38,7 +38,7 @@ def outputs_of(given: GivenOutputs | None, images: Callable[[], Any]) -> Outputs
     if isinstance(given, Iterable) and not isinstance(given, (str, dict, Set)):
         names = tuple(given)
         if names and all(isinstance(name, str) for name in names):
-            return Outputs(names, len(names))
+            return Outputs(tuple(map(str, names)), len(names))
     n = _index(given)
     if n < 1:
         raise UsageError(
