@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
@@ -76,6 +78,7 @@ def test_read_names_takes_what_is_usual(name, content, by_output, by_class, tmp_
         ("a.json", 3),
         ("a.json", [1, 2]),
         ("a.json", {"0": {"name": "Ant"}}),
+        ("a.json", '["\\ud800"]'),
         ("a.txt", "\n"),
         ("a.txt", "Ant\n\nBee\n"),
     ],
@@ -89,6 +92,32 @@ def test_a_file_that_holds_no_names_is_told(name, content, tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="cannot be read"):
         read_names(path)
+
+
+@given(
+    st.sampled_from([".csv", ".json", ".txt", ".tsv"]),
+    st.one_of(
+        st.binary(max_size=60),
+        st.text("01n,;\"'\n\t[]{}: é-.", max_size=40).map(str.encode),
+        st.recursive(
+            st.none() | st.integers() | st.text(max_size=5),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+            ),
+        ).map(lambda told: json.dumps(told).encode()),
+    ),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_file_holds_names_or_is_told(tmp_path_factory, ending, content):
+    path = tmp_path_factory.getbasetemp() / f"names{ending}"
+    path.write_bytes(content)
+    try:
+        names = read_names(path)
+    except DataError:
+        return
+    assert names.by_output or names.by_class
+    assert all(text.strip() for text in (*names.by_output.values(), *names.by_class.values()))
 
 
 def named(tmp_path: Path, content: Any, model: LoadedModel, file: str = "a.json") -> LoadedModel:

@@ -70,6 +70,8 @@ def read(
         ([NFD, "tea"], ["tea", NFC], 2, [1, 0], BY_NAME),
         (["ﬁsh", "STRASSE"], ["straße", "fish"], 2, [1, 0], BY_NAME),
         (["n01440764", "n15075141_tissue"], ["toilet tissue", "tench"], 2, [1, 0], BY_NAME),
+        (["n02012849_crane"], ["crane", "crane bird"], 2, [1], BY_NAME),
+        (["tench"], ["n01440764 tench, Tench"], 1, [0], BY_NAME),
         (["n00000001-dog", "n00000002-cat"], ["cat", "dog"], 2, [1, 0], BY_NAME),
         (["n15075141", "n01440764"], ["n15075141", "n01440764"], 2, [0, 1], BY_NAME),
         (["n01440764", "n15075141"], (), 1000, [0, 999], BY_ID),
@@ -470,6 +472,15 @@ def test_images_beside_class_folders_are_told_and_left_out(tmp_path):
     for opener in (unbraid.open_images, lambda where: images_for(loaded(3), str(where))):
         with pytest.raises(DataError, match="6 images of its own and 6 in folders, so it is not"):
             opener(source)
+
+
+def test_an_image_beside_tar_files_is_told(tmp_path):
+    source = write_folders(tmp_path / "data", ["a", "b"])
+    (tmp_path / "shards").mkdir()
+    Path(as_tar(source, ["a", "b"])).rename(tmp_path / "shards/all.tar")
+    (source / "a/0.png").rename(tmp_path / "shards/cover.png")
+    with pytest.raises(DataError, match=r"both tar files, such as all\.tar, and .* cover\.png"):
+        unbraid.open_images(tmp_path / "shards")
 
 
 def test_images_beside_folders_without_any_are_unlabelled(tmp_path):

@@ -104,7 +104,7 @@ def _by_number(
     where: str,
 ) -> Reading:
     numbers = [own[name] for name in seen]
-    highest, n = max(numbers), outputs.n
+    highest, n = max(numbers, default=-1), outputs.n
     if n is None or highest < n:
         for name in seen:
             places = named.get(name)
@@ -157,15 +157,20 @@ def _match(classes: Sequence[str], outputs: Sequence[str]) -> dict[str, list[int
         whole.setdefault(normal_form(name), []).append(place)
         for part in [*name.split(","), *meanings(name)]:
             parts.setdefault(normal_form(part), []).append(place)
-    found: dict[str, list[int]] = {}
-    for name in classes:
-        wordings = [name, *meanings(name)]
-        tried = [exact.get(unicodedata.normalize("NFC", one)) for one in wordings]
-        tried += [whole.get(normal_form(one)) for one in wordings]
-        tried += [parts.get(normal_form(one)) for one in wordings]
-        tried += [parts.get(normal_form(one)) for one in name.split(",") if one.strip()]
-        found[name] = next(filter(None, tried), [])
-    return found
+
+    def places(wording: str) -> list[int]:
+        own = normal_form(wording)
+        text = unicodedata.normalize("NFC", wording)
+        return exact.get(text) or whole.get(own) or list(dict.fromkeys(parts.get(own, [])))
+
+    return {
+        name: next(filter(None, map(places, [name, *meanings(name), *_synonyms(name)])), [])
+        for name in classes
+    }
+
+
+def _synonyms(name: str) -> list[str]:
+    return [one for one in name.split(",") if one.strip()] if "," in name else []
 
 
 def fit_any(classes: Sequence[str], outputs: Sequence[str]) -> bool:

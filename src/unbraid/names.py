@@ -154,6 +154,7 @@ def _sorted_out(pairs: Iterable[tuple[str, str]]) -> Names:
     names = Names()
     forms: dict[str, str] = {}
     for key, name in pairs:
+        (key + name).encode()  # which fails for what is no text, as JSON can hold
         if not key or not name.strip():
             raise ValueError(f"{key!r} is named {name!r}")
         if forms.setdefault(same_class(key), name) != name:

@@ -131,4 +131,4 @@ def meanings(name: str) -> list[str]:
     if found is None:
         return []
     known = imagenet_classes().get(found[1].lower())
-    return [one for one in (found[1].lower(), found[2], known) if one]
+    return [one for one in (found[1].lower(), known, found[2]) if one]

@@ -26,6 +26,7 @@ from unbraid.sources.outputs import GivenOutputs, outputs_of
 from unbraid.sources.remote import is_url
 from unbraid.sources.shards import SHARD, is_compressed, list_shards
 from unbraid.sources.table import CSV, PARQUET, list_table
+from unbraid.tables import one_line
 
 SAVED = "hf:"
 _FILES = (*CSV, *PARQUET, SHARD)
@@ -183,5 +184,13 @@ def absolute(where: str) -> str:
 def _holds_only_shards(folder: Path) -> bool:
     """Whether a folder holds tar files, and neither folders nor images."""
     shown = shown_in(folder, "images")
-    images = any(os.path.isdir(p) or p.suffix.lower() in (*EXTENSIONS, *UNREAD) for p in shown)
-    return not images and any(p.suffix.lower() == SHARD or is_compressed(p) for p in shown)
+    shards = [p for p in shown if p.suffix.lower() == SHARD or is_compressed(p)]
+    if not shards or any(os.path.isdir(path) for path in shown):
+        return False
+    image = next((p for p in shown if p.suffix.lower() in (*EXTENSIONS, *UNREAD)), None)
+    if image is not None:
+        raise DataError(
+            f"{folder} holds both tar files, such as {one_line(shards[0].name)}, and images, such "
+            f"as {one_line(image.name)}; move one or the other elsewhere."
+        )
+    return True
