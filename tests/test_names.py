@@ -18,10 +18,10 @@ import unbraid
 from networks import SyntheticImages, build
 from test_reading import IMAGENET, loaded, write_folders
 from unbraid.again import validation_images
-from unbraid.errors import DataError
+from unbraid.errors import DataError, UsageError
 from unbraid.images import images_for
 from unbraid.labels import AS_GIVEN, Reading, show_names
-from unbraid.models import LoadedModel
+from unbraid.models import LoadedModel, load_model
 from unbraid.names import read_names
 
 INDEX = {"0": ["n02012849", "crane"], "1": ["n03126707", "crane"], "2": ["n01440764", "tench"]}
@@ -211,3 +211,17 @@ def test_a_report_finds_its_images_again_whatever_they_are_called(classes, names
 
 def to_large_tensor(_: Image.Image) -> Tensor:
     return torch.zeros(3, 7, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [('("a", "b")', ("a", "b")), ('{1: "b", 0: "a"}', ("a", "b")), ("range(2)", ("0", "1"))],
+)
+def test_output_names_of_a_function_are_taken_in_order(names, taken, tmp_path):
+    path = tmp_path / "net.py"
+    path.write_text(f"import torch\ndef net(): return torch.nn.Identity(), None, {names}\n")
+    assert load_model(f"{path}:net", device="cpu").class_names == taken
+    for wrong in ('"ab"', '{"a": 0}', '{"a", "b"}', "3"):
+        path.write_text(f"import torch\ndef net(): return torch.nn.Identity(), None, {wrong}\n")
+        with pytest.raises(UsageError, match="for output names; give a list of texts"):
+            load_model(f"{path}:net", device="cpu")
