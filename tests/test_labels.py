@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +303,13 @@ def test_a_folder_without_classes_has_all_images_below_it_in_order(folder):
 
 
 def test_images_in_a_folder_itself_are_no_classes(folder):
-    assert not holds_classes(folder)
+    with pytest.raises(DataError, match=r"2 images of its own and 1 in folders, so it is not pl"):
+        holds_classes(folder)
+    Image.new("RGB", (8, 6)).save(folder / "deep/own.png")
+    shutil.rmtree(folder / "deep/er")
+    assert not holds_classes(folder / "deep")
+    (folder / "deep/er").mkdir()
+    (folder / "deep/own.png").rename(folder / "deep/er/c.png")
     assert holds_classes(folder / "deep")
     assert ImageFolder(folder / "deep").classes == ["er"]
     assert holds_classes(folder.parent)

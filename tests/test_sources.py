@@ -35,10 +35,11 @@ from unbraid.errors import DataError, OutOfReach, RunError, UsageError
 from unbraid.folders import ImageFolder
 from unbraid.identity import fingerprint, ids_of
 from unbraid.images import images_for, images_like, labelled
+from unbraid.labels import Outputs
 from unbraid.models import LoadedModel
 from unbraid.records import Scan
 from unbraid.sources import absolute, list_images, open_images, part_of
-from unbraid.sources.listing import Listing, label_classes
+from unbraid.sources.listing import Listing, read_listing
 from unbraid.sources.shards import expand
 
 CLASSES = ("ant", "bee")
@@ -517,9 +518,9 @@ def from_and_name(folder: Path) -> Path:
 
 
 def test_numbers_from_one_on_are_not_taken_for_names_in_order():
-    listing = Listing("it", [], lambda _: Image.new("RGB", (1, 1)), ["1", "2", "10"], [])
+    listing = Listing("it", [], lambda _: Image.new("RGB", (1, 1)), ["1", "2", "10"], [0, 1, 2])
     with pytest.raises(DataError, match="number 10"):
-        label_classes(listing, [], 3)
+        read_listing(listing, Outputs((), 3))
 
 
 def test_validation_images_get_the_labels_of_training(folder):
@@ -762,7 +763,7 @@ def test_a_pipe_in_a_list_is_not_waited_for(folder):
     ("columns", "told"),
     [
         ({"path": ["ant/0.png"]}, "no column 'label'"),
-        ({"path": ["ant/0.png"], "label": [0.0]}, "Row 1 .* has the label 0.0"),
+        ({"path": ["ant/0.png"], "label": [0.5]}, "Row 1 .* has the label 0.5"),
         ({"path": ["ant/0.png"], "label": [True]}, "has the label True"),
         ({"path": ["ant/0.png", None], "label": [0, 0]}, "Row 2 .* has no text under 'path'"),
         ({"path": ["ant/0.png"], "label": [None]}, "has the label None"),

@@ -8,17 +8,26 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from unbraid.as_scanned import as_scanned
-from unbraid.errors import RunError
+from unbraid.errors import DataError, RunError
 from unbraid.evaluate import evaluate
 from unbraid.evaluation import read_ablation, read_output, read_semantics
 from unbraid.find import find
+from unbraid.labels import Outputs
 from unbraid.pipeline import as_labelled, seen_in
 from unbraid.records import Scan, open_scan
 from unbraid.report import report
 from unbraid.sensitivity import sensitivity
 from unbraid.settings import Thresholds, read_settings
 from unbraid.sight import Sight
-from unbraid.sources import open_images, part_of
+from unbraid.sources import (
+    classes_of,
+    has_labels,
+    list_images,
+    open_listed,
+    part_of,
+    read_labels,
+)
+from unbraid.sources.listing import Listing
 from unbraid.splits import Split
 from unbraid.visualize.run import read_run
 
@@ -88,6 +97,16 @@ def validation_images(
     if "data" not in source:
         raise RunError("The run does not say where its images are; make it anew.")
     seen = None if sight is None else Sight(**sight)
-    labels: dict[str, int] | None = None if source.get("class_folders", True) else {}
-    images = open_images(part_of(source["data"], "val"), seen, labels, scan.class_names)
-    return as_scanned(images, scan)
+    listed = list_images(part_of(source["data"], "val"))
+    labels = _labels(listed, scan) if source.get("class_folders", True) else {}
+    return as_scanned(open_listed(listed, seen, labels, scan.class_names), scan)
+
+
+def _labels(listed: Listing | Path, scan: Scan) -> dict[str, int]:
+    """Tell classes apart as the scan did; without the network their numbers may be others."""
+    if not has_labels(listed):
+        return {}
+    try:
+        return read_labels(listed, Outputs(scan.class_names, len(scan.class_names))).labels
+    except DataError:  # other names were given for them
+        return {name: place for place, name in enumerate(classes_of(listed))}

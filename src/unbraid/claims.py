@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +55,9 @@ def claim(targets: Sequence[Target]) -> None:
             weight, bias = weight_rows(target.module), bias_of(target.module)
             write_tensors(folder / "layer.safetensors", {"weight": weight, "bias": bias}, {})
             write_whole(folder / "manifest.json", manifest.to_json().encode())
+        elif manifest.class_names and manifest.class_names != before.class_names:
+            renamed = replace(before, class_names=manifest.class_names)  # for people, not records
+            write_whole(folder / "manifest.json", renamed.to_json().encode())
 
 
 def _refuse_stranger(target: Target) -> None:

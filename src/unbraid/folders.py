@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,41 +14,41 @@ from torch.utils.data import Dataset
 
 from unbraid.data import UNLABELLED
 from unbraid.errors import DataError
+from unbraid.labels import Outputs, Reading, read_classes, reading_of, show_names
 from unbraid.pictures import EXTENSIONS, UNREAD, read_picture
+from unbraid.tables import count, one_line
+
+NO_LABELS = "there are no labels"
+# Folders that systems, file servers and archives leave beside what is in them.
+_OF_PROGRAMS = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
 
 
 class ImageFolder(Dataset[tuple[Any, int]]):
-    """Images in one folder per class, labelled by the sorted names of these folders.
+    """Images in one folder per class, labelled by the names of these folders.
 
     Args:
         root: the folder that holds the class folders.
         transform: from an RGB picture to a tensor; None hands on the picture.
-        labels: label of each class folder; by default their sorted order.
+        labels: label of each class folder, or a reading of them; by default `read_classes` decides.
         class_names: names by label; by default those of the folders.
 
     Raises:
-        DataError: the folder is missing, has no class folder, or a class has no image; or a folder
-            or image below cannot be listed.
+        DataError: the folder is missing, has no class folder, or a class has no image or no label;
+            or a folder or image below cannot be listed.
     """
 
     def __init__(
         self,
         root: str | Path,
         transform: Callable[[Image.Image], Any] | None = None,
-        labels: dict[str, int] | None = None,
+        labels: dict[str, int] | Reading | None = None,
         class_names: Sequence[str] = (),
     ) -> None:
         """List the images; none is read yet."""
         self.root = Path(root)
         self.transform = transform
         folders = class_folders(self.root)
-        numbers = labels or {name: label for label, name in enumerate(folders)}
-        unknown = sorted(set(folders) - set(numbers))
-        if unknown:
-            raise DataError(
-                f"{self.root} has a class folder {unknown[0]!r} that the training images have not; "
-                "remove it, or add the class there."
-            )
+        reading = reading_of(labels, folders, str(self.root), distinct=True)
         self.samples: list[tuple[str, int]] = []
         for name in folders:
             paths = _pictures_below(self.root / name)
@@ -58,14 +57,10 @@ class ImageFolder(Dataset[tuple[Any, int]]):
                     f"Class folder {self.root / name} holds no image ({', '.join(EXTENSIONS)}); "
                     "fill it or remove it."
                 )
-            self.samples += [(path, numbers[name]) for path in paths]
-        self.labels = numbers
+            self.samples += [(path, reading.labels[name]) for path in paths]
+        self.labels, self.reading = reading.labels, reading.how
         self.targets = [label for _, label in self.samples]
-        self.classes = list(class_names)
-        if not self.classes:
-            self.classes = [""] * (max(numbers.values()) + 1)
-            for name, label in numbers.items():
-                self.classes[label] = name
+        self.classes = list(class_names) or show_names(reading, {}, folders)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -108,6 +103,8 @@ class UnlabelledFolder(Dataset[tuple[Any, int]]):
             raise DataError(
                 f"{self.root} holds no image ({', '.join(EXTENSIONS)}); name a folder that does."
             )
+        self.labels: dict[str, int] = {}
+        self.reading = NO_LABELS
         self.samples = [(path, UNLABELLED) for path in paths]
         self.targets = [UNLABELLED] * len(paths)
         self.classes = list(class_names)
@@ -130,9 +127,68 @@ def holds_classes(root: Path) -> bool:
     """Say whether a folder has class folders, rather than images of its own.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: there is no such folder, or it has as many images of its own as in folders.
     """
-    return not any(_is_picture(path) and not path.is_dir() for path in inside(root, "images"))
+    own = _own_pictures(root)
+    return not own or bool(_strays(root, own))
+
+
+def _strays(root: Path, own: list[str]) -> list[str]:
+    """List the images that lie beside class folders, so belong to no class.
+
+    Raises:
+        DataError: they are as many as those in the folders, so it is not plain what is meant.
+    """
+    for name in own:
+        _refuse_unread(root / name)
+    held = sum(_count_pictures(path) for path in shown_in(root, "images") if path.is_dir())
+    if 0 < held <= len(own):
+        raise DataError(
+            f"{root} has {count(len(own), 'image')} of its own and {held:,} in folders, so it is "
+            "not plain whether the folders are classes; move one or the other elsewhere."
+        )
+    return own if held else []
+
+
+def stray_note(root: Path) -> str:
+    """Tell of images beside class folders, which are left out; empty where there are none."""
+    found = _strays(root, _own_pictures(root))
+    if not found:
+        return ""
+    names = ", ".join(map(one_line, found[:3])) + (", ..." if len(found) > 3 else "")
+    return (
+        f"{count(len(found), 'image')} beside the class folders of {root} left out, as of no class "
+        f"({names})."
+    )
+
+
+def _own_pictures(root: Path) -> list[str]:
+    """Images that lie in a folder itself."""
+    found = [path for path in shown_in(root, "images") if _is_picture(path) and not path.is_dir()]
+    return sorted(path.name for path in found)
+
+
+def _count_pictures(folder: Path) -> int:
+    n = 0
+    with _listing_told(folder):
+        for _, folders, files in os.walk(folder, onerror=_fail):
+            folders[:] = [name for name in folders if not is_hidden(name)]
+            n += sum(_is_picture(Path(name)) for name in files if not is_hidden(name))
+    return n
+
+
+def is_hidden(name: str) -> bool:
+    """Say whether a file or folder is a program's own, not the user's.
+
+    >>> is_hidden(".ipynb_checkpoints"), is_hidden("._a.png"), is_hidden("a.png")
+    (True, True, False)
+    """
+    return name.startswith(".") or name in _OF_PROGRAMS
+
+
+def shown_in(root: Path, what: str) -> list[Path]:
+    """List what is in a folder but hidden things, as `inside` does."""
+    return [path for path in inside(root, what) if not is_hidden(path.name)]
 
 
 def class_folders(root: Path) -> list[str]:
@@ -141,7 +197,7 @@ def class_folders(root: Path) -> list[str]:
     Raises:
         DataError: there are none, or one is a link to what holds it, or to nothing.
     """
-    shown = [p for p in inside(root, "a folder per class") if not p.name.startswith(".")]
+    shown = shown_in(root, "a folder per class")
     found = [path for path in shown if path.is_dir()]
     for path in shown:
         _refuse_link_to_nothing(path)
@@ -158,59 +214,30 @@ def class_folders(root: Path) -> list[str]:
 
 def label_folders(
     folders: Sequence[str], outputs: Sequence[str], n_outputs: int
-) -> tuple[dict[str, int], bool]:
-    """Decide which output of a network each class folder, or other class, stands for.
-
-    In this order: folders named by output number; by output name; by WordNet id as in ImageNet
-    (the list comes with timm); else as many folders as outputs, or fewer, in their order.
+) -> tuple[dict[str, int], str]:
+    """Decide which output of a network each class folder stands for, as `read_classes` does.
 
     Args:
-        folders: their names, in their order, which is sorted for folders.
+        folders: their names, sorted.
         outputs: names of the network's outputs, empty where unknown.
         n_outputs: how many outputs there are.
 
     Returns:
-        The output of each folder, and whether it had to be guessed (fewer folders than outputs).
+        The output of each folder, and what had to be guessed; empty if nothing was.
 
     Raises:
-        DataError: there are more folders than outputs, or WordNet ids cannot be looked up.
+        DataError: names contradict each other or the outputs, or there are too many.
 
     >>> label_folders(["530", "938"], [], 1000)
-    ({'530': 530, '938': 938}, False)
-    >>> label_folders(["cat", "dog"], ["dog", "cat"], 2)
-    ({'cat': 1, 'dog': 0}, False)
-    >>> label_folders(["cat", "dog"], [], 1000)
-    ({'cat': 0, 'dog': 1}, True)
+    ({'530': 530, '938': 938}, '')
+    >>> label_folders(["Cat", "dog"], ["dog", "cat"], 2)
+    ({'Cat': 1, 'dog': 0}, '')
+    >>> label_folders(["cat", "dog"], [], 1000)[0]
+    {'cat': 0, 'dog': 1}
     """
-    if len(folders) > n_outputs:
-        raise DataError(
-            f"There are {len(folders)} classes but the network has {n_outputs} outputs; remove "
-            "those that it does not know."
-        )
-    if all(name.isdecimal() and int(name) < n_outputs for name in folders):
-        return {name: int(name) for name in folders}, False
-    if outputs and set(folders) <= set(outputs):
-        return {name: list(outputs).index(name) for name in folders}, False
-    wordnet_ids = all(re.fullmatch(r"n\d{8}", name) for name in folders)
-    if wordnet_ids and n_outputs == 1000 and len(folders) < 1000:
-        ids = _imagenet_ids()
-        unknown = sorted(set(folders) - set(ids))
-        if unknown:
-            raise DataError(f"{unknown[0]} is no class of ImageNet-1k; remove or rename it.")
-        return {name: ids.index(name) for name in folders}, False
-    in_order = {name: label for label, name in enumerate(folders)}
-    return in_order, len(folders) < n_outputs
-
-
-def _imagenet_ids() -> list[str]:
-    try:
-        from timm.data import ImageNetInfo
-    except ImportError:
-        raise DataError(
-            "Classes named by WordNet id need timm's list of them; pip install timm, or "
-            "name them by output number."
-        ) from None
-    return list(ImageNetInfo("imagenet-1k").label_names())
+    known = Outputs(tuple(outputs), n_outputs)
+    reading = read_classes(folders, known, "The data set", distinct=True)
+    return reading.labels, reading.note
 
 
 def inside(root: Path, what: str) -> list[Path]:
@@ -266,14 +293,17 @@ def _pictures_below(folder: Path) -> list[str]:
     with _listing_told(folder):
         for where, folders, files in os.walk(folder, onerror=_fail):
             here = Path(where)
+            folders[:] = [name for name in folders if not is_hidden(name)]
             links = [here / name for name in folders if os.path.islink(os.path.join(where, name))]
             elsewhere += [link for link in links if not _is_around(link)]
             for name in files:
+                if is_hidden(name):  # editors keep links to nothing, as locks
+                    continue
                 path = here / name
                 if _is_picture(path):
                     _refuse_unread(path)
                     found.append(str(path))
-                elif not name.startswith("."):  # editors keep links to nothing, as locks
+                else:
                     _refuse_link_to_nothing(path)
     if elsewhere:
         warnings.warn(

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from unbraid.data import UNLABELLED
-from unbraid.folders import class_folders, holds_classes, label_folders
+from unbraid.errors import ModelError
+from unbraid.labels import GUESSED, Outputs, fit_any, show_names
 from unbraid.models import LoadedModel
-from unbraid.sources import Images, list_images, open_images, open_listed
-from unbraid.sources.listing import label_classes
+from unbraid.sources import (
+    Images,
+    classes_of,
+    has_labels,
+    list_images,
+    note_of,
+    open_listed,
+    read_labels,
+)
+from unbraid.sources.listing import Listing
 
 
 def images_for(loaded: LoadedModel, where: str) -> tuple[Images, str]:
@@ -19,35 +30,50 @@ def images_for(loaded: LoadedModel, where: str) -> tuple[Images, str]:
         where: a source as `unbraid.open_images` takes it.
 
     Returns:
-        The images, and a warning if they have no labels, or if it had to be guessed which output
-        each class stands for.
+        The images, and a warning if they have no labels, if some lie beside class folders, or if
+        it had to be guessed which output each class stands for.
 
     Raises:
-        DataError: there are no images, or more classes than outputs.
+        DataError: there are no images, or names contradict each other or the outputs.
+        ModelError: the network cannot run, or its outputs have more or fewer names.
         UsageError: a library that the source needs is not installed.
     """
     listed = list_images(where)
-    outputs, transform = loaded.class_names, loaded.transform
-    if holds_classes(listed) if isinstance(listed, Path) else listed.classes:
-        n_outputs = loaded.n_outputs()
-        if isinstance(listed, Path):
-            labels, guessed = label_folders(class_folders(listed), outputs, n_outputs)
-        else:
-            labels, guessed = label_classes(listed, outputs, n_outputs)
-        warning = (
-            f"{where} has {len(labels)} classes for {n_outputs} outputs; taken in order as the "
-            "first outputs. Name the classes by output number or name if that is wrong."
-        )
-        return open_listed(listed, transform, labels, outputs), warning if guessed else ""
+    if has_labels(listed):
+        return _labelled(loaded, listed)
+    given = loaded.names.of_outputs(loaded.n_outputs()) if loaded.names.by_output else ()
     what = "class folders" if isinstance(listed, Path) else "labels"
     warning = f"{where} holds images without {what}; the network's predictions are taken."
-    return open_listed(listed, transform, {}, outputs), warning
+    return open_listed(listed, loaded.transform, {}, given or loaded.class_names), warning
+
+
+def _labelled(loaded: LoadedModel, listed: Listing | Path) -> tuple[Images, str]:
+    n_outputs, own, classes = loaded.n_outputs(), loaded.class_names, classes_of(listed)
+    given = loaded.names.of_outputs(n_outputs)
+    if own and len(own) != n_outputs:
+        if not given:
+            raise ModelError(
+                f"The network has {n_outputs} outputs but {len(own)} names for them; give a name "
+                "for each, for instance with --names."
+            )
+        own = ()
+    # Classes may be called as the network calls its outputs, or as the names that are given.
+    fitting = next((names for names in (own, given) if fit_any(classes, names)), own or given)
+    reading = read_labels(listed, Outputs(fitting, n_outputs))
+    guessed = reading.how == GUESSED
+    others = loaded.names.of_classes({c: reading.labels[c] for c in classes}, guessed)
+    shown = replace(reading, outputs=Outputs(given or own, n_outputs))
+    names = show_names(shown, others, classes)
+    note = f"{note_of(listed)} {reading.note}".strip()
+    return open_listed(listed, loaded.transform, reading, names), note
 
 
 def images_like(images: Images, where: str) -> Images:
     """Open other images with the same preprocessing and labels."""
-    labels = getattr(images, "labels", {})
-    return open_images(where, images.transform, labels, images.classes)
+    listed = list_images(where)
+    if images.labels and (note := note_of(listed)):
+        warnings.warn(note, stacklevel=2)
+    return open_listed(listed, images.transform, images.labels, images.classes)
 
 
 def labelled(images: Images) -> bool:

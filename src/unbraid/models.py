@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 import urllib.error
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unbraid.errors import ModelError, UsageError, nearest
+from unbraid.imagenet import output_names
+from unbraid.names import Names
 from unbraid.networks import as_logits
 from unbraid.states import load_weights
 from unbraid.team import local_rank
@@ -39,6 +41,7 @@ class LoadedModel:
     class_names: tuple[str, ...]  # of the outputs; empty where unknown
     source: dict[str, Any]  # what `load_model` needs to load it again
     note: str = ""  # what was assumed, for people
+    names: Names = field(default_factory=Names)  # given for outputs or classes, to be read
 
     def n_outputs(self) -> int:
         """Run the network on a blank picture and count the logits.
@@ -84,7 +87,7 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
         model, transform, names = _torchvision(name, RANDOM if file else named)
     elif kind == "timm":
         model, transform = load_timm(name, RANDOM if file else named)
-        names = []
+        names = list(output_names(model))
     elif ".py:" in spec:
         if named not in (None, RANDOM):
             raise UsageError(f"There is no weights file {named}; --weights names a file here.")
@@ -228,7 +231,17 @@ def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[st
             f"preprocessing, output names), not {type(made).__name__}."
         )
     transform = parts[1] if len(parts) > 1 else None
-    return parts[0], transform, list(parts[2]) if len(parts) > 2 else []
+    return parts[0], transform, _own_names(parts[2], path) if len(parts) > 2 else []
+
+
+def _own_names(names: Any, path: str) -> list[str]:
+    if isinstance(names, Mapping) and set(names) == set(range(len(names))):
+        names = [names[place] for place in range(len(names))]
+    if isinstance(names, (str, Mapping, Set)) or not isinstance(names, Iterable):
+        raise UsageError(
+            f"{path} gives a {type(names).__name__} for output names; give a list of texts."
+        )
+    return [str(name) for name in names]
 
 
 def _download(build: Callable[[], nn.Module], what: str, hint: str = _HINT) -> nn.Module:

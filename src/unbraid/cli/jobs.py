@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from unbraid.cli.inputs import load, open_images
+from unbraid.cli.inputs import load, open_images, open_like
 from unbraid.cli.options import (
     BatchSize,
     Concepts,
@@ -18,6 +18,7 @@ from unbraid.cli.options import (
     Labels,
     Layers,
     Model,
+    Names,
     Out,
     Output,
     P,
@@ -84,6 +85,7 @@ def run(
     workers: Workers = 0,
     skip_broken: SkipBroken = False,
     device: Device = None,
+    names: Names = None,
 ) -> None:
     """Do everything: scan, find, split, check the outputs, evaluate and report.
 
@@ -92,7 +94,7 @@ def run(
     it has.
     """
     from unbraid.errors import UsageError
-    from unbraid.images import images_like, labelled
+    from unbraid.images import labelled
     from unbraid.run_layers import run_layers
     from unbraid.settings import Loading, Thresholds
     from unbraid.sources import absolute, part_of
@@ -103,7 +105,7 @@ def run(
             "Several processes can share a scan only; use torchrun with `unbraid scan` into "
             "OUT/scan-train and OUT/scan-val, then start `unbraid run` alone, which goes on there."
         )
-    loaded = load(model, weights, device, output)
+    loaded = load(model, weights, device, output, names)
     say(f"Network {model}, layer {', '.join(layer)}.")
     train = open_images(loaded, part_of(data, "train"))
     source = {**loaded.source, "data": absolute(data), "class_folders": labelled(train)}
@@ -111,7 +113,7 @@ def run(
         loaded.model,
         layer,
         train,
-        images_like(train, part_of(data, "val")),
+        open_like(train, part_of(data, "val")),
         out,
         thresholds=Thresholds(tau, p, gamma, rho, concepts),
         loading=Loading(batch_size, workers, skip_broken),
@@ -156,6 +158,7 @@ def reproduce(
     batch_size: BatchSize = None,
     workers: Workers = 0,
     device: Device = None,
+    names: Names = None,
 ) -> int:
     """Run the published ResNet-50 setting and compare with the published list, pair by pair.
 
@@ -164,7 +167,7 @@ def reproduce(
     import unbraid
     from unbraid.reproduce import LAYER, MODEL, match_pairs, published_pairs
 
-    loaded = load(MODEL, weights, device)
+    loaded = load(MODEL, weights, device, names=names)
     made = unbraid.scan(
         loaded.model,
         LAYER,

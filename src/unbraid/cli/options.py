@@ -85,5 +85,12 @@ Data = Annotated[
         "(FILE.tar, a folder of such, train-{000..012}.tar, a URL); hf:FOLDER."
     ),
 ]
+Names = Annotated[
+    Path | None,
+    Parameter(
+        help="File of names for classes: CSV (folder, WordNet id or output's number; name), JSON, "
+        "or a line for each output."
+    ),
+]
 Out = Annotated[Path, Parameter(help="Where to write.")]
 ScanPath = Annotated[Path, Parameter(help="Folder of a finished scan.")]

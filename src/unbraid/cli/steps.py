@@ -21,6 +21,7 @@ from unbraid.cli.options import (
     Layers,
     Method,
     Model,
+    Names,
     Out,
     Output,
     P,
@@ -79,6 +80,7 @@ def scan(
     channels_last: ChannelsLast = False,
     compiled: Compiled = False,
     device: Device = None,
+    names: Names = None,
 ) -> None:
     """Run a network over images once and keep a small record of each.
 
@@ -91,7 +93,7 @@ def scan(
     from unbraid.sources import absolute
     from unbraid.team import is_first
 
-    loaded = load(model, weights, device, output)
+    loaded = load(model, weights, device, output, names)
     folder = open_images(loaded, data)
     made = unbraid.scan(
         loaded.model,

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from unbraid.errors import DataError
-from unbraid.folders import ImageFolder, UnlabelledFolder, holds_classes, inside
+from unbraid.errors import DataError, UsageError
+from unbraid.folders import (
+    ImageFolder,
+    UnlabelledFolder,
+    class_folders,
+    holds_classes,
+    inside,
+    shown_in,
+    stray_note,
+)
+from unbraid.labels import Outputs, Reading, read_classes
 from unbraid.pictures import EXTENSIONS, UNREAD
 from unbraid.sources.hugging import list_saved
-from unbraid.sources.listing import ListedImages, Listing, Transform
+from unbraid.sources.listing import ListedImages, Listing, Transform, read_listing
+from unbraid.sources.outputs import GivenOutputs, outputs_of
 from unbraid.sources.remote import is_url
 from unbraid.sources.shards import SHARD, is_compressed, list_shards
 from unbraid.sources.table import CSV, PARQUET, list_table
+from unbraid.tables import one_line
 
 SAVED = "hf:"
 _FILES = (*CSV, *PARQUET, SHARD)
@@ -26,6 +39,7 @@ def open_images(
     transform: Transform | None = None,
     labels: dict[str, int] | None = None,
     class_names: Sequence[str] = (),
+    outputs: GivenOutputs | None = None,
 ) -> Images:
     """Open images, wherever they are; `docs/data.md` says what they may look like.
 
@@ -33,19 +47,71 @@ def open_images(
         source: a folder, of class folders or not; a CSV or Parquet list; tar files (one, a folder
             of them, a pattern or a URL); `hf:FOLDER`, a data set saved by `datasets`.
         transform: from an RGB picture to a tensor; None hands on the picture.
-        labels: label of each class; by default its number where all classes of a list or shard
-            have numbers for names, else its place among the sorted names; none to leave images
-            unlabelled.
-        class_names: names by label; by default those of the classes.
+        labels: label of each class; by default, what `outputs` says; with none at all, images
+            count as unlabelled.
+        class_names: names by label; by default those of the outputs or classes.
+        outputs: the names of a network's outputs, their number, or the network, which is then run
+            on one image; classes are matched with them. By default a class is its number where all
+            have numbers for names, else its place among the sorted names.
 
     Returns:
-        A data set of (image, label) for `unbraid.scan`.
+        A data set of (image, label) for `unbraid.scan`. Its `reading` says how labels were found;
+        a warning tells what was guessed.
 
     Raises:
-        DataError: there are no images, the source is damaged, or a class has no label.
-        UsageError: a library that it needs is not installed.
+        DataError: there are no images, the source is damaged, a class has no label, or names
+            contradict each other.
+        ModelError: the network cannot be run.
+        UsageError: a library that it needs is not installed, or `outputs` is something else.
     """
-    return open_listed(list_images(str(source)), transform, labels, class_names)
+    if labels is not None and outputs is not None:
+        raise UsageError("labels and outputs both say what classes stand for; give one of them.")
+    listed = list_images(str(source))
+    images = partial(open_listed, listed, transform, {}, class_names)
+    if labels == {} or (labels is None and not has_labels(listed)):
+        named = class_names or outputs_of(outputs, images).names
+        return open_listed(listed, transform, {}, named)
+    note = note_of(listed)
+    if labels is not None:
+        opened = open_listed(listed, transform, labels, class_names)
+    else:
+        known = outputs_of(outputs, images)
+        reading = read_labels(listed, known)
+        note = f"{note} {reading.note}".strip()
+        opened = open_listed(listed, transform, reading, class_names)
+    if note:
+        warnings.warn(note, stacklevel=2)
+    return opened
+
+
+def has_labels(listed: Listing | Path) -> bool:
+    """Say whether what `list_images` gave has classes.
+
+    Raises:
+        DataError: a folder is missing, or it is not plain whether its folders are classes.
+    """
+    return holds_classes(listed) if isinstance(listed, Path) else bool(listed.classes)
+
+
+def note_of(listed: Listing | Path) -> str:
+    """Tell what is left out of a source, empty if nothing is."""
+    return stray_note(listed) if isinstance(listed, Path) else ""
+
+
+def classes_of(listed: Listing | Path) -> list[str]:
+    """List the classes that have images."""
+    return class_folders(listed) if isinstance(listed, Path) else listed.used
+
+
+def read_labels(listed: Listing | Path, outputs: Outputs) -> Reading:
+    """Decide which output each class of a source stands for.
+
+    Raises:
+        DataError: names contradict each other or the outputs, or there are too many.
+    """
+    if isinstance(listed, Path):
+        return read_classes(class_folders(listed), outputs, str(listed), distinct=True)
+    return read_listing(listed, outputs)
 
 
 def list_images(where: str) -> Listing | Path:
@@ -73,13 +139,13 @@ def list_images(where: str) -> Listing | Path:
 def open_listed(
     listed: Listing | Path,
     transform: Transform | None,
-    labels: dict[str, int] | None,
+    labels: dict[str, int] | Reading,
     class_names: Sequence[str],
 ) -> Images:
     """Open what `list_images` gave; other arguments as in `open_images`."""
     if isinstance(listed, Listing):
         return ListedImages(listed, transform, labels, class_names)
-    if labels == {} or (labels is None and not holds_classes(listed)):
+    if labels == {}:
         return UnlabelledFolder(listed, transform, class_names)
     return ImageFolder(listed, transform, labels, class_names)
 
@@ -117,6 +183,14 @@ def absolute(where: str) -> str:
 
 def _holds_only_shards(folder: Path) -> bool:
     """Whether a folder holds tar files, and neither folders nor images."""
-    shown = [path for path in inside(folder, "images") if not path.name.startswith(".")]
-    images = any(os.path.isdir(p) or p.suffix.lower() in (*EXTENSIONS, *UNREAD) for p in shown)
-    return not images and any(p.suffix.lower() == SHARD or is_compressed(p) for p in shown)
+    shown = shown_in(folder, "images")
+    shards = [p for p in shown if p.suffix.lower() == SHARD or is_compressed(p)]
+    if not shards or any(os.path.isdir(path) for path in shown):
+        return False
+    image = next((p for p in shown if p.suffix.lower() in (*EXTENSIONS, *UNREAD)), None)
+    if image is not None:
+        raise DataError(
+            f"{folder} holds both tar files, such as {one_line(shards[0].name)}, and images, such "
+            f"as {one_line(image.name)}; move one or the other elsewhere."
+        )
+    return True

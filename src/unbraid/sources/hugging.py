@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from PIL import Image
 from unbraid.data import UNLABELLED
 from unbraid.errors import DataError, UsageError, out_of_reach
 from unbraid.pictures import decode_picture, read_picture
-from unbraid.sources.listing import ListedImages, Listing, Transform, by_class
+from unbraid.sources.listing import ListedImages, Listing, Transform, by_class, read_listing
+from unbraid.sources.outputs import GivenOutputs, outputs_of
+from unbraid.spelling import output_number
 from unbraid.tables import one_line
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ def from_hugging_face(
     image: str = "image",
     label: str | None = "label",
     transform: Transform | None = None,
+    outputs: GivenOutputs | None = None,
 ) -> ListedImages:
     """Make a data set for `unbraid.scan` of one of the library `datasets`.
 
@@ -54,6 +58,7 @@ def from_hugging_face(
         image: column of the images.
         label: column of the labels, numbers or names; None for images without.
         transform: from an RGB picture to a tensor; None hands on the picture.
+        outputs: what classes are matched with, as in `open_images`.
 
     Returns:
         Its images. Their ids are the paths that the image column tells, or, where it tells none or
@@ -61,9 +66,15 @@ def from_hugging_face(
 
     Raises:
         UsageError: it is no such data set, or `datasets` is not installed.
-        DataError: a column is missing or holds something else.
+        DataError: a column is missing or holds something else, or names contradict each other.
     """
-    return ListedImages(list_rows(dataset, image, label, "The data set"), transform)
+    listed = list_rows(dataset, image, label, "The data set")
+    known = outputs_of(outputs, lambda: ListedImages(listed, transform, {}))
+    reading = read_listing(listed, known)
+    if reading.note:
+        warnings.warn(reading.note, stacklevel=2)
+    names = () if listed.classes else known.names
+    return ListedImages(listed, transform, reading, names)
 
 
 def list_saved(folder: str) -> Listing:
@@ -164,19 +175,16 @@ def _classes(dataset: Any, column: str | None, source: str) -> tuple[list[str], 
     if set(values) <= {UNLABELLED, None}:  # the habit of test splits
         return [], [UNLABELLED] * len(values)
     names = getattr(dataset.features[column], "names", None)
-    numbers = all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
-    if names is not None and numbers:
+    if names is not None and all(isinstance(v, int) and 0 <= v < len(names) for v in values):
         return list(names), values
-    if not numbers and not all(isinstance(value, str) for value in values):
+    numbers = [output_number(value) for value in values]
+    if not all(isinstance(value, str) for value in values) and None in numbers:
         raise DataError(
             f"Column {column!r} of {source} holds something else than classes; give numbers from 0 "
             "on, or names."
         )
-    return by_class(_texts(values), source)
-
-
-def _texts(values: Sequence[Any]) -> list[str]:
-    return [str(value) for value in values]
+    texts = zip(numbers, values, strict=True)
+    return by_class([str(v if n is None else n) for n, v in texts], source)
 
 
 def _library() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,20 @@ from torch.utils.data import Dataset
 from unbraid.causes import is_of_file
 from unbraid.data import UNLABELLED
 from unbraid.errors import DataError, out_of_reach
-from unbraid.folders import label_folders
+from unbraid.folders import NO_LABELS
+from unbraid.labels import (
+    HIGHEST,
+    Outputs,
+    Reading,
+    read_classes,
+    reading_of,
+    show_names,
+)
+from unbraid.spelling import number_in
 
 Transform = Callable[[Image.Image], Any]
 
 _LONGEST = 255  # characters of a class's name, as of a folder's
-_HIGHEST = 1_000_000  # of a class's number; names are kept for all below
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,11 @@ class Listing:
     groups: list[str] | None = None  # (N,), which images belong together
     sizes: list[int] | None = None  # (N,), bytes
 
+    @property
+    def used(self) -> list[str]:
+        """The classes that have images."""
+        return [self.classes[k] for k in sorted(set(self.class_of)) if k != UNLABELLED]
+
 
 class ListedImages(Dataset[tuple[Any, int]]):
     """Images of a listing.
@@ -41,8 +55,8 @@ class ListedImages(Dataset[tuple[Any, int]]):
     Args:
         listing: of a source.
         transform: from an RGB picture to a tensor; None hands on the picture.
-        labels: label of each class; by default its own number where all classes are numbers, else
-            its place. With none at all, images count as unlabelled.
+        labels: label of each class, or a reading of them; by default `read_classes` decides. With
+            none at all, images count as unlabelled.
         class_names: names by label; by default those of the classes.
 
     Raises:
@@ -53,15 +67,16 @@ class ListedImages(Dataset[tuple[Any, int]]):
         self,
         listing: Listing,
         transform: Transform | None = None,
-        labels: dict[str, int] | None = None,
+        labels: dict[str, int] | Reading | None = None,
         class_names: Sequence[str] = (),
     ) -> None:
         """Label the images; none is read yet."""
         if not listing.ids:
             raise DataError(f"{listing.source} holds no image; name a source that does.")
-        self.labels = _own_labels(listing.classes) if labels is None else labels
+        reading = _read(listing, labels)
+        self.labels, self.reading = reading.labels, reading.how
         self.targets = _targets(listing, self.labels)
-        self.classes = list(class_names) or names_by_label(self.labels)
+        self.classes = list(class_names) or show_names(reading, {}, listing.used)
         self.ids, self.sizes, self.groups = listing.ids, listing.sizes, listing.groups
         self.transform = transform
         self._read = listing.read
@@ -96,40 +111,34 @@ def look_at(file: str, what: str) -> os.stat_result | None:
     return found if stat.S_ISREG(found.st_mode) else None
 
 
-def _own_labels(classes: Sequence[str]) -> dict[str, int]:
-    if all(name.isdecimal() for name in classes):
-        return {name: int(name) for name in classes}
-    return {name: label for label, name in enumerate(classes)}
+def read_listing(listing: Listing, outputs: Outputs) -> Reading:
+    """Decide which output each class stands for.
+
+    Raises:
+        DataError: names contradict each other or the outputs, or there are too many.
+    """
+    if not listing.classes:
+        return Reading({}, NO_LABELS)
+    return read_classes(listing.classes, outputs, listing.source, used=listing.used)
+
+
+def _read(listing: Listing, labels: dict[str, int] | Reading | None) -> Reading:
+    if labels == {} or not listing.classes:
+        return Reading({}, NO_LABELS)
+    return reading_of(labels, listing.classes, listing.source, used=listing.used)
 
 
 def _targets(listing: Listing, labels: dict[str, int]) -> list[int]:
-    if not labels or not listing.classes:
+    if not labels:
         return [UNLABELLED] * len(listing.ids)
     known = [labels.get(name, UNLABELLED) for name in listing.classes]
-    targets = [known[k] for k in listing.class_of]
-    if UNLABELLED in targets:
-        name = listing.classes[listing.class_of[targets.index(UNLABELLED)]]
-        raise DataError(
-            f"{listing.source} has a class {name!r} that the training images have not; remove it, "
-            "or add the class there."
-        )
-    return targets
-
-
-def names_by_label(labels: dict[str, int]) -> list[str]:
-    """List names of classes by label, empty where a label is that of no class.
-
-    >>> names_by_label({"dog": 2, "cat": 0})
-    ['cat', '', 'dog']
-    """
-    names = [""] * (max(labels.values(), default=-1) + 1)
-    for name, label in labels.items():
-        names[label] = name
-    return names
+    return [known[k] for k in listing.class_of]
 
 
 def by_class(labels: Sequence[str], source: str) -> tuple[list[str], list[int]]:
     """Sort images into classes by what they are labelled with.
+
+    Numbers are one class however they are written, and so are names in any Unicode form.
 
     Returns:
         The classes, sorted, numbers as such; and the place among them of each label.
@@ -139,6 +148,8 @@ def by_class(labels: Sequence[str], source: str) -> tuple[list[str], list[int]]:
 
     >>> by_class(["10", "9", "10"], "it")
     (['9', '10'], [1, 0, 1])
+    >>> by_class(["2.0", "1.0", "2"], "it")
+    (['1', '2'], [1, 0, 1])
     """
     distinct = set(labels)
     for label in distinct:
@@ -147,37 +158,15 @@ def by_class(labels: Sequence[str], source: str) -> tuple[list[str], list[int]]:
                 f"{source} has a label of {len(label)} characters; name classes with 1 to "
                 f"{_LONGEST}."
             )
-    numbered = all(label.isdecimal() for label in distinct)
-    if numbered and max(map(int, distinct), default=0) >= _HIGHEST:
-        raise DataError(
-            f"{source} has a class of number {max(map(int, distinct))}; number classes from 0 on."
-        )
-    classes = sorted(distinct, key=lambda label: (int(label), label) if numbered else (0, label))
-    place = {label: k for k, label in enumerate(classes)}
-    return classes, [place[label] for label in labels]
-
-
-def label_classes(
-    listing: Listing, outputs: Sequence[str], n_outputs: int
-) -> tuple[dict[str, int], bool]:
-    """Decide which output of a network each class stands for, by the rules of class folders.
-
-    Args:
-        listing: of images with labels.
-        outputs: names of the network's outputs, empty where unknown.
-        n_outputs: how many outputs there are.
-
-    Returns:
-        The output of each class, and whether it had to be guessed.
-
-    Raises:
-        DataError: a class's number is none of an output, or `label_folders` finds no answer.
-    """
-    if all(name.isdecimal() for name in listing.classes):
-        highest = max(map(int, listing.classes), default=0)
-        if highest >= n_outputs:
-            raise DataError(
-                f"{listing.source} has a class of number {highest}, but the network's outputs go "
-                f"from 0 to {n_outputs - 1}; number classes as outputs."
-            )
-    return label_folders(listing.classes, outputs, n_outputs)
+    numbers = {label: number_in(label) for label in distinct}
+    if None in numbers.values():
+        own = {label: unicodedata.normalize("NFC", label) for label in distinct}
+        classes = sorted(set(own.values()))
+    else:
+        highest = max((n for n in numbers.values() if n is not None), default=0)
+        if highest >= HIGHEST:
+            raise DataError(f"{source} has a class of number {highest}; number classes from 0 on.")
+        own = {label: str(n) for label, n in numbers.items()}
+        classes = sorted(set(own.values()), key=int)
+    place = {name: k for k, name in enumerate(classes)}
+    return classes, [place[own[label]] for label in labels]

@@ -17,11 +17,12 @@ from PIL import Image
 
 from unbraid.data import UNLABELLED
 from unbraid.errors import DataError, OutOfReach, UsageError, out_of_reach
-from unbraid.folders import inside
+from unbraid.folders import is_hidden, shown_in
 from unbraid.pictures import EXTENSIONS, UNREAD, decode_picture
 from unbraid.sources.listing import Listing, by_class, look_at
 from unbraid.sources.remote import fetch, is_url
 from unbraid.sources.tar import Member, Stamp, members, read_content, stamp_of
+from unbraid.spelling import number_in, output_number
 from unbraid.tables import one_line
 
 SHARD = ".tar"
@@ -131,7 +132,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def _shards_in(folder: Path) -> list[str]:
-    shown = sorted(p for p in inside(folder, "tar files") if not p.name.startswith("."))
+    shown = sorted(shown_in(folder, "tar files"))
     packed = next(filter(is_compressed, shown), None)
     if packed is not None:
         raise DataError(f"{packed} is compressed; unpack it to a tar file, or move it elsewhere.")
@@ -172,6 +173,8 @@ def _samples(shard: str) -> dict[str, dict[str, Member]]:
                 f"{one_line(member.name)} in {shard} is a picture of a kind that is not read; "
                 "convert or remove it."
             )
+        if any(is_hidden(part) for part in folder.split("/") if part not in (".", "..")):
+            continue
         if not base or not dot or kind not in ("image", "cls", "json") or member.folder:
             continue
         key = f"{folder}{slash}{base}"
@@ -222,10 +225,12 @@ def _label(shard: str, stamp: Stamp, key: str, files: dict[str, Member]) -> str 
 
 
 def _number(label: object) -> int:
-    if isinstance(label, str) and label.isdecimal() and len(label) < 10:
-        return int(label)
-    if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
-        return label
+    if isinstance(label, str) and label.isdecimal():
+        number = number_in(label)
+    else:
+        number = output_number(label)
+    if number is not None:
+        return number
     raise ValueError(f"it is {str(label)[:40]!r}")
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +18,7 @@ from unbraid.errors import DataError, UsageError, out_of_reach
 from unbraid.identity import seen_from
 from unbraid.pictures import read_picture
 from unbraid.sources.listing import Listing, by_class, look_at
+from unbraid.spelling import output_number
 from unbraid.tables import one_line
 
 CSV = (".csv", ".tsv")
@@ -66,15 +70,19 @@ def list_table(path: Path) -> Listing:
             group = cells[_OPTIONAL]
             groups.append(_text(str(group) if isinstance(group, int) else group, _OPTIONAL, where))
     classes, class_of = by_class(labels, str(path))
-    files = list(paths.values())
+    files, sizes = _found(list(paths.values()), path)
+    ids = [seen_from(root, os.path.normpath(file)) for file in files]
+    twice = next((one for one, n in Counter(ids).items() if n > 1), None)
+    if twice is not None:
+        raise DataError(f"{path} names {one_line(twice)} a second time; name each image once.")
     return Listing(
         source=str(path),
-        ids=list(paths),
+        ids=ids,
         read=Files(files),
         classes=classes,
         class_of=class_of,
         groups=groups or None,
-        sizes=_sizes(files, path),
+        sizes=sizes,
     )
 
 
@@ -85,8 +93,11 @@ def _text(cell: Any, column: str, where: str) -> str:
 
 
 def _label(cell: Any, where: str) -> str:
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        cell = str(cell)
+    number = output_number(cell)
+    if number is not None:
+        cell = str(number)
+    elif isinstance(cell, int) and not isinstance(cell, bool):
+        cell = str(cell)  # negative, to be told
     if not isinstance(cell, str) or not cell.strip() or cell.strip().startswith("-"):
         raise DataError(
             f"{where} has the label {one_line(repr(cell))}; give an output's number or a class's "
@@ -95,21 +106,41 @@ def _label(cell: Any, where: str) -> str:
     return cell.strip()
 
 
-def _sizes(files: list[str], table: Path) -> list[int]:
-    """How large the files are, in bytes."""
-    sizes, missing = [], []
-    for file in files:
-        found = look_at(file, f"Image {one_line(file)}, which {table} names,")
+def _found(files: list[str], table: Path) -> tuple[list[str], list[int]]:
+    """Find the files, as their names are written on disk, and how large they are, in bytes."""
+    there: list[str] = []
+    sizes: list[int] = []
+    missing: list[str] = []
+    for named in files:
+        what = f"Image {one_line(named)}, which {table} names,"
+        file, found = named, look_at(named, what)
+        if found is None and not named.isascii():
+            file = _in_other_form(named)
+            found = look_at(file, what)
         if found is None:
-            missing.append(file)
+            missing.append(named)
         else:
+            there.append(file)
             sizes.append(found.st_size)
     if missing:
         raise DataError(
             f"{len(missing)} of {len(files)} files that {table} names are not there, the first is "
             f"{one_line(missing[0])!r}; paths are relative to the list's folder."
         )
-    return sizes
+    return there, sizes
+
+
+def _in_other_form(file: str) -> str:
+    """Name a file as it is on disk, where 'é' may be one character or two."""
+    folder, name = os.path.split(file)
+    if not name or os.path.lexists(file):
+        return file
+    folder = _in_other_form(folder)
+    with suppress(OSError):
+        own = unicodedata.normalize("NFC", name)
+        alike = (one for one in os.listdir(folder) if unicodedata.normalize("NFC", one) == own)
+        name = next(alike, name)
+    return os.path.join(folder, name)
 
 
 def _check_columns(names: list[str], path: Path) -> list[str]:
