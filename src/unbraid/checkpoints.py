@@ -20,7 +20,7 @@ _COPIES = {"ema", "teacher", "swa", "averaged", "average", "avg", "shadow", "mom
 _EXTRA_STATE = "_extra_state"  # which modules store as they like
 _MOST_TENSORS = 2**17
 _MOST_PARTS = 64
-_DEEPEST = 32
+_LONGEST = 500  # characters of a key
 
 Name = tuple[str, ...]
 
@@ -73,20 +73,26 @@ def find_tensors(content: Any) -> Content:
     queue: deque[tuple[Name, Any]] = deque([((), content)])
     while queue:
         around, holder = queue.popleft()
-        pairs = holder.items() if isinstance(holder, Mapping) else enumerate(holder)
-        for key, value in pairs if isinstance(holder, (Mapping, list, tuple)) else ():
-            name = (*around, *str(key).split("."))
+        for key, value in _parts(holder):
             objects = objects or isinstance(value, Unmade)
+            name = (*around, *str(key).split("."))
+            if len(name) > _MOST_PARTS or len(str(key)) > _LONGEST:
+                continue
             if isinstance(value, (View, Tensor)) or name[-1] == _EXTRA_STATE:
-                if isinstance(key, str) and len(name) <= _MOST_PARTS and len(key) <= 500:
+                if isinstance(key, str):
                     tensors.append(Found(name, id(holder), value))
             elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
                 seen.add(id(value))
-                if len(around) < _DEEPEST:
-                    queue.append((name, value))
+                queue.append((name, value))
         if len(tensors) > _MOST_TENSORS:
             raise ValueError("it holds too many tensors")
     return Content(tensors, objects)
+
+
+def _parts(holder: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(holder, Mapping):
+        return holder.items()
+    return enumerate(holder) if isinstance(holder, (list, tuple)) else ()
 
 
 def candidates(tensors: Sequence[Found], own: Iterable[str]) -> list[Candidate]:

@@ -128,6 +128,7 @@ def read_torch_file(path: Path) -> TorchFile:
 
 def _look_through_zip(file: BinaryIO, size: int) -> tuple[Any, dict[str, _Place]]:
     with zipfile.ZipFile(file) as archive:
+        _refuse_programs(archive.namelist())
         members = archive.infolist()
         if sum(member.file_size for member in members) > size:
             raise ValueError("it claims to hold more than it is large")
@@ -150,6 +151,13 @@ def _look_through_zip(file: BinaryIO, size: int) -> tuple[Any, dict[str, _Place]
             key: _place(file, archive.getinfo(f"{folder}/data/{key}")) for key in reading.storages
         }
     return content, places
+
+
+def _refuse_programs(names: list[str]) -> None:
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise pickle.UnpicklingError("TorchScript is a program")
+    if not any(name.endswith("/data.pkl") for name in names):
+        raise ValueError("torch.save has not written it; an exported program or arrays are no use")
 
 
 def _refuse_big_endian(little: bool) -> None:
@@ -184,10 +192,10 @@ def _content(file: BinaryIO, place: _Place, size: int) -> bytearray:
 def _look_through_stream(file: BinaryIO, size: int) -> tuple[Any, dict[str, _Place]]:
     """The format before zip files: pickles in a row, then the storages' bytes."""
     pickles = io.BytesIO(file.read(_MOST))
-    magic, _, system = (_Reading(lambda _: 0).run(pickles) for _ in range(3))
-    if magic != _MAGIC or not isinstance(system, dict):
+    if _Reading(lambda _: 0).run(pickles) != _MAGIC:
         raise ValueError("torch.save has not written it")
-    _refuse_big_endian(system.get("little_endian") is True)
+    _, system = (_Reading(lambda _: 0).run(pickles) for _ in range(2))
+    _refuse_big_endian(isinstance(system, dict) and system.get("little_endian") is True)
     weights = _Reading(lambda _: size)
     content = weights.run(pickles)
     if sum(storage.size for storage in weights.storages.values()) > size:

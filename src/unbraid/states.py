@@ -39,8 +39,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         ModelError: the file is missing, holds code, or does not fit the network.
     """
-    content, read = _open(path)
-    found = find_tensors(content)
+    content, found, read = _open(path)
     if not found.tensors:
         keys = f" (its keys are {_keys(content)})" if _keys(content) else ""
         if found.objects:
@@ -63,27 +62,30 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(state)
     except Exception as error:  # also of a network of anyone's own
-        others = [name for name in misshapen(completed(chosen, model), own)]
+        others = misshapen(completed(chosen, model), own)
         raise _misfit(path, content, found, chosen, values, own, others, error) from None
     _tell_of_others(path, chosen, found)
 
 
-def _open(path: Path) -> tuple[Any, Callable[[View], Tensor]]:
-    """Read what a file holds, by what it is and not by its name."""
+def _open(path: Path) -> tuple[Any, Content, Callable[[View], Tensor]]:
+    """Read what a file holds, by what it is and not by its name, and find the tensors in it."""
     try:
         if path.is_dir():
             raise ValueError("it is a folder; name the file in it")
+        if not path.exists():
+            raise ValueError("there is no such file")
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(64)
         if not head:
             raise ValueError("it is empty")
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
-            return safetensors.torch.load_file(path), _no_view
+            tensors = safetensors.torch.load_file(path)
+            return tensors, find_tensors(tensors), _no_view
         if head.isascii() and head.decode().replace("\n", " ").isprintable() and head[:2] != b"PK":
             raise ValueError("it is a text, such as a list of parts or what Git LFS puts in place")
         torch_file = read_torch_file(path)
-        return torch_file.content, torch_file.tensor
+        return torch_file.content, find_tensors(torch_file.content), torch_file.tensor
     except pickle.UnpicklingError:
         raise ModelError(
             f"{path} holds {_NEVER}; save the state dict alone, best as safetensors."
@@ -185,20 +187,26 @@ def _misfit(
         )
     reasons = []
     if missing:
-        reasons.append(f"{len(missing)} of its {len(own)} tensors are missing ({_listed(missing)})")
+        reasons.append(f"the file lacks {len(missing)} of {len(own)} tensors ({_listed(missing)})")
     if extra:
-        reasons.append(f"{len(extra)} are not in it ({_listed(extra)})")
+        reasons.append(f"the network has no place for {len(extra)} ({_listed(extra)})")
     if shapes:
         reasons.append(f"{len(shapes)} have another shape ({_listed(shapes)})")
     if missing and found.objects:
-        reasons.append(f"the file also holds {_NEVER}")
+        reasons.append(f"it also holds {_NEVER}")
+    if missing and _keys(content):
+        reasons.append(f"its keys are {_keys(content)}")
     if missing and not chosen.taken:
-        first = (f"{_cut(one.text)} {tuple(one.value.shape)}" for one in found.tensors[:_N_NAMED])
-        reasons.append(f"the file's keys are {_keys(content)}, its first tensors {_listed(first)}")
+        first = (f"{_cut(one.text)} {_shape(one.value)}" for one in found.tensors[:_N_NAMED])
+        reasons.append(f"its first tensors are {_listed(first)}")
     return ModelError(
         f"Weights {path} do not fit the network: {'; '.join(reasons) or brief(error)}; give "
         "--model FILE.py:FUNCTION, where FUNCTION builds the network that they are of."
     )
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, (View, Tensor)) else ""
 
 
 def _keys(content: Any) -> str:
