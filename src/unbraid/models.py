@@ -46,6 +46,8 @@ class LoadedModel:
             device = next(self.model.parameters()).device
             with torch.no_grad():
                 return as_logits(self.model(image[None].to(device))).shape[1]
+        except ModelError:  # which says what is wrong with its output
+            raise
         except Exception as error:  # of a network of anyone's own
             raise ModelError(
                 "The network cannot run on what its preprocessing makes of a picture "

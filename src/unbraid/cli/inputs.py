@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ def load(
     loaded = load_model(model, weights, device)
     if output is None:
         return loaded
-    picked = with_logits(loaded.model, int(output) if output.isdigit() else output)
+    is_number = re.fullmatch(r"[+-]?\d+", output, re.ASCII)
+    picked = with_logits(loaded.model, int(output) if is_number else output)
     return replace(loaded, model=picked, source={**loaded.source, "output": output})
 
 
