@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import dataclasses
 import enum
 import json
@@ -75,6 +76,7 @@ LOADS = {
     "a compiled part": {name.replace("c1.", "c1._orig_mod."): t for name, t in STATE.items()},
     "FSDP": {FSDP + name.replace("fc.", f"{FSDP}fc."): t for name, t in STATE.items()},
     "checkpointed": {n.replace("c1", "c1._checkpoint_wrapped_module"): t for n, t in STATE.items()},
+    "a part in DataParallel": {n.replace("c1", "c1.module"): t for n, t in STATE.items()},
     "any attribute": {"state_dict": under("my_own_net.")},
     "deep": {"state": {"trainer": {"model": under("a.b.c.")}}},
     "in a list": [1, {"weights": STATE}],
@@ -361,6 +363,23 @@ def test_load_weights_of_a_larger_network_of_the_same_names_is_refused(tmp_path:
     path = saved(tmp_path, {"state_dict": under("module.", larger.state_dict())})
     with pytest.raises(ModelError, match=r"no place for 4 \(2.weight, 2.bias, 3.weight, and 1 mo"):
         load_weights(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), path)
+
+
+def test_load_weights_of_a_network_that_has_names_of_wrappers_loads(tmp_path: Path) -> None:
+    """Without the wrapper's name, two of its tensors would have the same."""
+    parts = {"fc": nn.Linear(2, 2), "module": nn.ModuleDict({"fc": nn.Linear(2, 2)})}
+    model, again = nn.ModuleDict(parts), nn.ModuleDict(copy.deepcopy(parts))
+    state = {name: tensor + k for k, (name, tensor) in enumerate(model.state_dict().items())}
+    load_weights(again, saved(tmp_path, {"state_dict": under("net.", state)}))
+    assert_is(again.state_dict(), state)
+    load_weights(nn.DataParallel(model), saved(tmp_path, under("module.", state)))
+    assert_is(model.state_dict(), state)
+
+
+def test_load_weights_of_very_many_sets_comes_to_an_end(tmp_path: Path) -> None:
+    many = {f"{k}.{name}": torch.ones(1) for k in range(3000) for name in ("weight", "bias")}
+    with pytest.raises(ModelError, match="2 have another shape"):
+        load_weights(nn.Linear(2, 2), saved(tmp_path, many))
 
 
 def test_dictionaries_in_circles_and_many_tensors_come_to_an_end(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,14 @@ from torch.nn.parameter import is_lazy
 from unbraid.pickles import Unmade, View
 
 # By which torch.compile, DataParallel, FSDP and checkpointing name the network inside.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS: Set[str] = frozenset(
+    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+)
 # In names of what is kept beside the weights that were trained.
 _COPIES = {"ema", "teacher", "swa", "averaged", "average", "avg", "shadow", "momentum", "target"}
 _EXTRA_STATE = "_extra_state"  # which modules store as they like
 _MOST_TENSORS = 2**17
+_MOST_SETS = 100
 _MOST_PARTS = 64
 _LONGEST = 500  # characters of a key
 
@@ -102,12 +105,16 @@ def candidates(tensors: Sequence[Found], own: Iterable[str]) -> list[Candidate]:
         tensors: of a checkpoint.
         own: names in the network's state dict. Names of wrappers in either do not matter.
     """
-    wanted = _by_bare_name(own)
+    names = [tuple(name.split(".")) for name in own]
+    wrappers = _WRAPPERS
+    if len({_without(wrappers, name) for name in names}) < len(names):
+        wrappers = frozenset()  # as the network itself uses such names to tell tensors apart
+    wanted = {_without(wrappers, name): ".".join(name) for name in names}
     taken: dict[Name, dict[str, Found]] = {}
     for found in tensors:
         bare: Name = ()
         for at in range(len(found.name) - 1, -1, -1):
-            if found.name[at] in _WRAPPERS:
+            if found.name[at] in wrappers:
                 continue
             bare = (found.name[at], *bare)
             if bare in wanted:
@@ -116,15 +123,19 @@ def candidates(tensors: Sequence[Found], own: Iterable[str]) -> list[Candidate]:
         most, _ = Counter(found.holder for found in tensors).most_common(1)[0]
         inside = [found.name for found in tensors if found.holder == most]
         taken[_common(inside)] = {}
-    made = [
-        Candidate(prefix, values, _extra(tensors, prefix, values))
-        for prefix, values in taken.items()
-    ]
-    return sorted(made, key=lambda candidate: -len(candidate.taken))
+    largest = sorted(taken.items(), key=lambda item: -len(item[1]))[:_MOST_SETS]
+    made = []
+    for prefix, values in largest:
+        extra = {
+            ".".join(_without(wrappers, found.name[len(prefix) :])): found
+            for found in _behind(prefix, tensors, values)
+        }
+        made.append(Candidate(prefix, values, extra))
+    return made
 
 
-def _by_bare_name(own: Iterable[str]) -> dict[Name, str]:
-    return {tuple(part for part in name.split(".") if part not in _WRAPPERS): name for name in own}
+def _without(wrappers: Set[str], name: Name) -> Name:
+    return tuple(part for part in name if part not in wrappers)
 
 
 def _common(names: Sequence[Name]) -> Name:
@@ -134,17 +145,14 @@ def _common(names: Sequence[Name]) -> Name:
     return low[: min(n, len(low) - 1)]
 
 
-def _extra(tensors: Sequence[Found], prefix: Name, taken: Mapping[str, Found]) -> dict[str, Found]:
+def _behind(prefix: Name, tensors: Sequence[Found], taken: Mapping[str, Found]) -> Iterator[Found]:
     """What lies behind the prefix too, in the same dictionaries."""
     holders = {found.holder for found in taken.values()}
     used = {id(found) for found in taken.values()}
-    return {
-        ".".join(part for part in found.name[len(prefix) :] if part not in _WRAPPERS): found
-        for found in tensors
-        if id(found) not in used
-        and found.name[: len(prefix)] == prefix
-        and (found.holder in holders or not taken)
-    }
+    for found in tensors:
+        beside = found.holder in holders or not taken
+        if beside and found.name[: len(prefix)] == prefix and id(found) not in used:
+            yield found
 
 
 def completed(candidate: Candidate, model: nn.Module) -> dict[str, Any]:

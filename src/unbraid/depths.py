@@ -134,9 +134,10 @@ def _depth_of_tiff(opened: TiffImagePlugin.TiffImageFile) -> Depth:
         return Depth(fault=f"{_tags_in_words(tags)}, plane by plane")
     if 8 < bits < 16:
         return Depth(bits, told=True, white_is_zero=white_is_zero)
-    largest = max(_numbers(tags.get(_MAX_SAMPLE_VALUE, 65535)))
-    if bits == 16 and 255 <= largest < 65535 and largest & (largest + 1) == 0:
-        return Depth(largest.bit_length(), told=True, white_is_zero=white_is_zero)
+    if bits == 16:
+        largest = max(_numbers(tags.get(_MAX_SAMPLE_VALUE, 65535)))
+        if 255 <= largest < 65535 and largest & (largest + 1) == 0:
+            return Depth(largest.bit_length(), told=True, white_is_zero=white_is_zero)
     return Depth(bits, white_is_zero=white_is_zero)
 
 
