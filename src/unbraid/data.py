@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from unbraid.errors import DataError, OutOfReach, UsageError, brief, out_of_reach
+from unbraid.errors import DataError, OutOfReach, UnfitPicture, UsageError, brief, out_of_reach
 
 UNLABELLED = -1  # in place of a label, where a data set has none
 
@@ -183,13 +183,13 @@ def _read(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
     """Read an image and its label.
 
     Raises:
-        OutOfReach: not the image is at fault.
+        OutOfReach, UnfitPicture: not this one image is at fault.
         _Broken: the image is.
     """
     name = f"Image {index} of the data set"
     try:
         item = dataset[index]
-    except OutOfReach:
+    except (OutOfReach, UnfitPicture):
         raise
     except DataError as error:
         raise _Broken(str(error)) from None

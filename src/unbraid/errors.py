@@ -44,6 +44,10 @@ class OutOfReach(DataError):
     """Images cannot be read for now, for a reason of the system's; they may well be sound."""
 
 
+class UnfitPicture(DataError):
+    """A picture is sound, but of numbers that are not read; others of its kind are not either."""
+
+
 class RunError(UnbraidError):
     """A folder or file of unbraid's own is incomplete, damaged or belongs to something else."""
 

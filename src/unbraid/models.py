@@ -54,6 +54,8 @@ class LoadedModel:
             device = next(self.model.parameters()).device
             with torch.no_grad():
                 return as_logits(self.model(image[None].to(device))).shape[1]
+        except ModelError:  # which says what is wrong with its output
+            raise
         except Exception as error:  # of a network of anyone's own
             raise ModelError(
                 "The network cannot run on what its preprocessing makes of a picture "
@@ -69,7 +71,7 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
         spec: `torchvision:NAME`, `timm:NAME`, or `FILE.py:FUNCTION`, a function without arguments
             that returns the network, or (network, preprocessing), or also the output names as
             third. Preprocessing takes an RGB PIL picture; by default it is ImageNet's.
-        weights: a file (safetensors, or a torch file without code), a torchvision weights name
+        weights: a file (safetensors, or a torch one; no code in it is run), a torchvision name
             such as IMAGENET1K_V1, or "random". By default the best that torchvision or timm
             offers; a function's network is left as the function made it.
         device: for the network; by default an accelerator if there is one, and with torchrun

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,8 @@ def with_logits(model: nn.Module, pick: Pick) -> nn.Module:
 
     Args:
         model: a network whose output holds logits, (N, T), among other things.
-        pick: key or attribute name, index, or a function from the output to the logits.
+        pick: key or attribute name, index (from the end if negative), several of these with dots
+            between, or a function from the output to the logits.
 
     >>> class Two(nn.Linear):
     ...     def forward(self, x):
@@ -109,20 +111,42 @@ class _Picking:
         if not callable(self.pick):  # whose other errors are its own
             lacking += (TypeError, AttributeError)
         try:
-            if callable(self.pick):
-                part = self.pick(output)
-            elif isinstance(self.pick, int) or self.pick in _keys(output):
-                part = output[self.pick]
-            elif isinstance(output, Tensor):
-                raise KeyError(self.pick)  # what a tensor can do is not a part of it
-            else:
-                part = getattr(output, self.pick)
+            part: Tensor = self.pick(output) if callable(self.pick) else _part_of(output, self.pick)
         except lacking:
             raise ModelError(
                 f"The network's output has no {self.pick!r} to take logits from; it is "
-                f"{_describe(output)}."
+                f"{_describe(output)}; {_advice(output)}."
             ) from None
+        if not callable(self.pick) and not _is_logits(_called_logits(part)):
+            raise ModelError(
+                f"Part {self.pick!r} of the network's output is {_describe(part)}, not logits of "
+                f"shape (images, classes); {_advice(output)}."
+            )
         return part
+
+
+def _part_of(output: Any, pick: str | int) -> Any:
+    """Take a part by its key, index or attribute, or by several with dots between.
+
+    Raises:
+        KeyError, IndexError, TypeError, AttributeError: there is none.
+    """
+    if isinstance(output, Tensor):  # what it can do, or one image's row, is not a part of it
+        raise KeyError(pick)
+    keys = _keys(output)
+    number = int(pick) if re.fullmatch(r"[+-]?\d+", str(pick), re.ASCII) else None
+    for key in (pick, str(pick), number):
+        if key is not None and key in keys:
+            return output[key]
+    if number is not None:
+        return output[number]
+    first, dot, rest = str(pick).partition(".")
+    if dot:
+        return _part_of(_part_of(output, first), rest)
+    part = getattr(output, first)
+    if callable(part):  # a method, such as a dictionary's
+        raise AttributeError(first)
+    return part
 
 
 def as_logits(output: Any) -> Tensor:
@@ -134,20 +158,59 @@ def as_logits(output: Any) -> Tensor:
     Raises:
         ModelError: there are no logits, or it is not plain which they are.
     """
-    logits = output
-    if "logits" in _keys(output):
-        logits = output["logits"]
-    elif not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
-        logits = output.logits
-    if not isinstance(logits, Tensor) or logits.dim() not in (1, 2):
+    logits = _called_logits(output)
+    if not _is_logits(logits):
         raise ModelError(
             f"The network's output is {_describe(output)}, not logits of shape (images, classes); "
-            "say where they are with --output, or unbraid.with_logits."
+            f"{_advice(output)}."
         )
     if logits.dim() == 1 or logits.shape[1] == 1:
         logits = logits.reshape(-1, 1)
         return torch.cat([-logits, logits], 1)
     return logits
+
+
+def _called_logits(output: Any) -> Any:
+    """What is called "logits" in an output, else all of it."""
+    if "logits" in _keys(output):
+        return output["logits"]
+    if not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    return output
+
+
+def _is_logits(output: Any) -> TypeGuard[Tensor]:
+    return isinstance(output, Tensor) and output.dim() in (1, 2)
+
+
+def _advice(output: Any) -> str:
+    """Say how to take logits out of an output: only what can be done."""
+    places = [(place, part) for place, part in _parts(output) if _is_logits(part)]
+    if _is_logits(output):
+        return "it is logits itself, so leave --output out"
+    if not places:
+        return (
+            "no part of it is, so compute them in FILE.py:FUNCTION or by a function that "
+            "unbraid.with_logits takes"
+        )
+    choices = " or ".join(f"--output {place} {tuple(part.shape)}" for place, part in places[:5])
+    return f"say where they are: {choices}, or in Python by unbraid.with_logits"
+
+
+def _parts(output: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """All that `_part_of` can take out of an output, by name."""
+    if isinstance(output, Tensor) or depth == 0:
+        return
+    if isinstance(output, Mapping):
+        pairs = [(str(key), value) for key, value in output.items()]
+    elif isinstance(output, (tuple, list)):
+        pairs = [(str(place), value) for place, value in enumerate(output)]
+    else:
+        pairs = list(getattr(output, "__dict__", {}).items())
+    for name, value in pairs:
+        yield name, value
+        for inner, part in _parts(value, depth - 1):
+            yield f"{name}.{inner}", part
 
 
 def _keys(output: Any) -> tuple[Any, ...]:

@@ -7,13 +7,14 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from unbraid.errors import DataError, brief, out_of_reach
+from unbraid.depths import SAVE, UnfitNumbers, depth_of, mend_byte_order, to_eight_bits, unread_kind
+from unbraid.errors import DataError, UnfitPicture, brief, out_of_reach
 
 # Pillow knows more kinds, one of which hands the file to a program of its own (PostScript).
 _KINDS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
@@ -31,6 +32,7 @@ def read_picture(path: str | Path) -> Image.Image:
 
     Raises:
         OutOfReach: the system fails to give it, though it may be sound.
+        UnfitPicture: it is sound, but which of its numbers is white is not known.
         DataError: it is missing, truncated, enormous or no image; the message names the file.
     """
     try:
@@ -48,6 +50,7 @@ def decode_picture(file: str | Path | BinaryIO, name: str) -> Image.Image:
 
     Raises:
         OutOfReach: the system fails to give it, though it may be sound.
+        UnfitPicture: it is sound, but which of its numbers is white is not known.
         DataError: it is truncated, enormous or no image; the message gives the name.
     """
     try:
@@ -58,17 +61,35 @@ def decode_picture(file: str | Path | BinaryIO, name: str) -> Image.Image:
                     raise ValueError(f"it has {opened.width * opened.height} pixels")
                 if max(opened.size) > _LONGEST * min(opened.size):
                     raise ValueError(f"its sides are {opened.size[0]} and {opened.size[1]} pixels")
-                picture = ImageOps.exif_transpose(opened)
-                if picture.mode.startswith("I"):  # 16-bit grey: convert() would clip, not scale
-                    picture = picture.point(lambda v: v / 256).convert("L")
-                elif picture.mode == "P":  # a palette may carry transparency
+                depth = depth_of(opened)
+                mend_byte_order(opened)
+                picture = to_eight_bits(
+                    ImageOps.exif_transpose(opened),
+                    depth,
+                    lambda: Image.open(file, formats=_KINDS),
+                )
+                if picture.mode == "P":  # a palette may carry transparency
                     picture = picture.convert("RGBA")
                 return picture.convert("RGB")
+    except UnfitNumbers as error:
+        raise UnfitPicture(f"Image {name} {error}.") from None
     except UnidentifiedImageError:  # an OSError whose text is about the file, not the image
+        _refuse_unread_kind(file, name)
         raise DataError(f"Image {name} cannot be read (it is of no known kind).") from None
     except Exception as error:  # a damaged file fails in any way
         away = out_of_reach(f"Image {name}", error)
         raise away or DataError(f"Image {name} cannot be read ({brief(error)}).") from None
+
+
+def _refuse_unread_kind(file: str | Path | BinaryIO, name: str) -> None:
+    try:
+        with open(file, "rb") if isinstance(file, (str, Path)) else nullcontext(file) as stream:
+            stream.seek(0)
+            kind = unread_kind(stream)
+    except OSError:
+        return
+    if kind:
+        raise UnfitPicture(f"Image {name} {kind}, which are not read; {SAVE}.")
 
 
 _inside_lock = threading.Lock()

@@ -62,7 +62,7 @@ def _empty(arguments: Sequence[str]) -> str | None:
 
 def _show_warning(message: Warning | str, *_about: object, **_more: object) -> None:
     """Show what the library warns of, without the line of code that it came from."""
-    err_console.print(f"Warning: {message}", style="yellow")
+    err_console.print(f"Note: {message}", style="yellow")
 
 
 def main() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +32,8 @@ def load(
         err_console.print(f"Note: {loaded.note}", style="yellow")
     if output is None:
         return loaded
-    picked = with_logits(loaded.model, int(output) if output.isdigit() else output)
+    is_number = re.fullmatch(r"[+-]?\d+", output, re.ASCII)
+    picked = with_logits(loaded.model, int(output) if is_number else output)
     return replace(loaded, model=picked, source={**loaded.source, "output": output})
 
 
@@ -42,26 +41,7 @@ def open_images(loaded: LoadedModel, source: str) -> Images:
     """Open images from any source, with a network's preprocessing and labels."""
     from unbraid.images import images_for
 
-    with _noted():
-        images, warning = images_for(loaded, source)
-        if warning:
-            warnings.warn(warning, stacklevel=1)
+    images, note = images_for(loaded, source)
+    if note:
+        err_console.print(f"Note: {note}", style="yellow")
     return images
-
-
-def open_like(images: Images, source: str) -> Images:
-    """Open other images with the same preprocessing and labels."""
-    from unbraid.images import images_like
-
-    with _noted():
-        return images_like(images, source)
-
-
-@contextmanager
-def _noted() -> Iterator[None]:
-    """Print warnings of images that are opened as notes."""
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for one in told:
-        err_console.print(f"Note: {one.message}", style="yellow")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from unbraid.cli.inputs import load, open_images, open_like
+from unbraid.cli.inputs import load, open_images
 from unbraid.cli.options import (
     BatchSize,
     Concepts,
@@ -94,7 +94,7 @@ def run(
     it has.
     """
     from unbraid.errors import UsageError
-    from unbraid.images import labelled
+    from unbraid.images import images_like, labelled
     from unbraid.run_layers import run_layers
     from unbraid.settings import Loading, Thresholds
     from unbraid.sources import absolute, part_of
@@ -113,7 +113,7 @@ def run(
         loaded.model,
         layer,
         train,
-        open_like(train, part_of(data, "val")),
+        images_like(train, part_of(data, "val")),
         out,
         thresholds=Thresholds(tau, p, gamma, rho, concepts),
         loading=Loading(batch_size, workers, skip_broken),

@@ -41,7 +41,7 @@ Weights = Annotated[
 ]
 Output = Annotated[
     str | None,
-    Parameter(help="Key or index of the logits, if the network puts out more than those."),
+    Parameter(help="Key or index of the logits, if the network puts out more (-1: last)."),
 ]
 Layers = Annotated[
     list[str],
