@@ -12,9 +12,10 @@ from unbraid.errors import RunError
 from unbraid.evaluate import evaluate
 from unbraid.evaluation import read_ablation, read_output, read_semantics
 from unbraid.find import find
-from unbraid.pipeline import as_labelled, seen_in
+from unbraid.pipeline import as_labelled, concerned_in, seen_in
 from unbraid.records import Scan, open_scan
 from unbraid.report import report
+from unbraid.run_folders import home_of, positions_folder
 from unbraid.sensitivity import sensitivity
 from unbraid.settings import Thresholds, read_settings
 from unbraid.sight import Sight
@@ -34,7 +35,8 @@ def report_again(out: Path) -> Path:
         raise RunError(f"{out} holds no finished run; make one with `unbraid run`.")
     thresholds = Thresholds(**settings["thresholds"])
     source, title = settings["source"], settings["title"]
-    train_scan, val_scan = open_scan(out / "scan-train"), open_scan(out / "scan-val")
+    home = home_of(out)
+    train_scan, val_scan = open_scan(home / "scan-train"), open_scan(home / "scan-val")
     found = seen_in(val_scan, find(train_scan, **thresholds.of_find))
     counted = divided = evaluation = val_maps = features = None
     if thresholds.concepts == "classes":
@@ -43,7 +45,8 @@ def report_again(out: Path) -> Path:
         divided = Split.load(out / "split.safetensors")
         measured = out / "evaluation.json"
         baseline = Split.load(out / "split-published.safetensors")
-        val_maps = open_scan(out / "positions-val")
+        which = concerned_in(val_scan, found)
+        val_maps = open_scan(positions_folder(out, "val", val_scan, **which))
         features = read_run(out)
         evaluation = evaluate(
             divided,

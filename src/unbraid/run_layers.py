@@ -55,8 +55,8 @@ def run_layers(
         (name,) = names
         alone = run(model, name, train, val, out, title=f"{title} · {name}", **options)
         return LayerRuns({name: alone}, None)
-    prepare(model, options["thresholds"], options["encoder"])
     folders = {name: layer_folder(out, name) for name in names}
+    prepare(model, options["thresholds"], options["encoder"], list(folders.values()))
     scan_options = {name: options[name] for name in ("source", "labels")}
     loading = options["loading"]
     for kind, images in (("train", train), ("val", val)):
@@ -71,6 +71,7 @@ def run_layers(
     if not divided:
         return LayerRuns(runs, None)
     options["say"]("Checking the outputs with all layers split.")
-    changed = apply(model, [Split.load(folders[name] / "split.safetensors") for name in divided])
+    results = [runs[name].report.parent for name in divided]
+    changed = apply(model, [Split.load(folder / "split.safetensors") for folder in results])
     output = compare_outputs(model, changed, val, tolerance=0.0, progress=True, **vars(loading))
     return LayerRuns(runs, output)
