@@ -86,7 +86,7 @@ def check(folder: str | Path) -> Checkup:
         _check_scan(path, found)
     for path in runs:
         _check_run(path, found)
-    found.holds = describe_scans(scans) + describe_runs(runs)
+    found.holds = describe_runs(runs) + describe_scans(scans)
     return found
 
 

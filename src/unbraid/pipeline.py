@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from unbraid.ablate import ablate
 from unbraid.clusters import concerned, numbers_seen
-from unbraid.data import Relabelled, class_names_of, listed_labels, name_of
+from unbraid.data import UNLABELLED, Relabelled, class_names_of, listed_labels, name_of
 from unbraid.encoders import Encoder, Penultimate, load_encoder
 from unbraid.errors import ModelError
 from unbraid.evaluate import evaluate
@@ -25,10 +25,12 @@ from unbraid.records import Scan
 from unbraid.report import report
 from unbraid.run_folders import (
     home_of,
+    is_same,
     positions_folder,
     refuse_strange,
     replace_results,
     take_folder,
+    tell_folder,
 )
 from unbraid.scan import scan_into
 from unbraid.scan_options import MIN_SHARE, Labels
@@ -99,8 +101,9 @@ def run(
     home = home_of(out)
     options = {**vars(loading), "progress": True, "source": source, "labels": labels}
     tell_unseen(train, val, labels, say)
-    train_scan = scan_into(model, {layer: home / "scan-train"}, train, **options)[layer]
+    # The smaller one first: what is wrong with its images is then told before the long one.
     val_scan = scan_into(model, {layer: home / "scan-val"}, val, **options)[layer]
+    train_scan = scan_into(model, {layer: home / "scan-train"}, train, **options)[layer]
     found = seen_in(val_scan, find(train_scan, **thresholds.of_find))
     settings: dict[str, Any] = {"title": title, "thresholds": vars(thresholds)}
     sight = sight_of(val)  # a report that is written again knows no preprocessing
@@ -108,9 +111,11 @@ def run(
     settings |= {"sight": sight and sight.to_dict()}
     settings |= {"scans": [train_scan.manifest.scan_id, val_scan.manifest.scan_id]}
     # Only now is it sure that the folder is this network's and these images'.
-    folder, told = take_folder(out, settings, found, overwrite=overwrite)
-    if told:
-        say(told)
+    folder = take_folder(out, settings, found)
+    elsewhere = not is_same(folder, out)
+    replaces = overwrite and elsewhere
+    if elsewhere:
+        say(tell_folder(out, folder, replaces=replaces))
     job = _Job(
         model=model,
         train=train,
@@ -129,7 +134,7 @@ def run(
         say=say,
     )
     done = _finish(job)
-    if overwrite and told:
+    if replaces:
         replace_results(out, folder)
         return replace(done, report=out / done.report.name)
     return done
@@ -238,7 +243,7 @@ def tell_unseen(train: Dataset[Any], val: Dataset[Any], labels: Labels, say: Say
     known = [None if labels == "predicted" else listed_labels(images) for images in (train, val)]
     if known[0] is None or known[1] is None:
         return  # they will be known only when all images were read
-    missing = sorted(set(known[0]) - set(known[1]))
+    missing = sorted(set(known[0]) - set(known[1]) - {UNLABELLED})
     if missing:
         names = class_names_of(train)
         told = [names[label] if label < len(names) else str(label) for label in missing[:5]]

@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from unbraid.errors import RunError
+from unbraid.errors import RunError, UsageError
 from unbraid.files import write_new, write_whole
 from unbraid.findings import COLUMNS, Findings
 from unbraid.manifest import Manifest, hash_places, read_manifest
@@ -36,6 +37,11 @@ _RESULTS = (
     "report.html",
 )
 _SLOW = ("split.safetensors", "evaluation.json", FEATURES)  # what took time to make
+_OWN = {  # files by what else lies in their folder
+    SETTINGS: (SETTINGS, *_RESULTS),
+    "manifest.json": ("manifest.json", "layer.safetensors", "shard-*.safetensors"),
+    "features.json": ("features.json", "*.png"),
+}
 _NUMBERED = re.compile(r"settings-([2-9]|[1-9]\d+)")
 
 
@@ -73,9 +79,7 @@ def refuse_strange(out: Path) -> None:
         read_settings(folder)
 
 
-def take_folder(
-    out: Path, settings: dict[str, Any], found: Findings, *, overwrite: bool = False
-) -> tuple[Path, str]:
+def take_folder(out: Path, settings: dict[str, Any], found: Findings) -> Path:
     """Find the folder for a run's results, and write its settings there before anything else.
 
     A folder is taken for good by whoever writes `settings.json` there first, so two runs that start
@@ -85,39 +89,69 @@ def take_folder(
         out: the folder that was asked for.
         settings: of the run.
         found: what it found; tells whether results without settings are this run's.
-        overwrite: results in `out` are to be replaced later, so only what is there is told.
-
-    Returns:
-        The folder, and what is to be told of it; empty if nothing is.
     """
-    home = home_of(out)
     text = (json.dumps(settings, indent=2) + "\n").encode()
     while True:
-        folder = _folder_for(home, settings, found)
+        folder = _folder_for(out, settings, found)
         if write_new(folder / SETTINGS, text):
-            break
+            return folder
         before = read_settings(folder)
         if before is not None and same_settings(before, settings):
             if before != json.loads(text):  # such as where the images now are
                 write_whole(folder / SETTINGS, text)
-            break
-    if os.path.abspath(folder) == os.path.abspath(out):
-        return folder, ""
-    first = read_settings(out)
-    told = f"{out} holds {'results' if first is None else 'a run with ' + tell_settings(first)}"
-    if overwrite:
-        return folder, f"{told}; they make room when this one, in {folder}, is finished."
-    return folder, f"{told}; this one goes into {folder}."
+            return folder
 
 
-def _folder_for(home: Path, settings: dict[str, Any], found: Findings) -> Path:
+def _folder_for(out: Path, settings: dict[str, Any], found: Findings) -> Path:
     """Return the folder that holds a run with these settings, else the first that holds none."""
-    for folder in results_in(home):
+    home = home_of(out)
+    for folder in (out, *results_in(home)):
         before = read_settings(folder)
         if before is not None and same_settings(before, settings):
             return folder
-    free = (folder for folder in _all_in(home) if _is_free(folder, found))
-    return next(free)
+    return next(folder for folder in chain([out], _all_in(home)) if _is_free(folder, found))
+
+
+def tell_folder(out: Path, folder: Path, *, replaces: bool) -> str:
+    """Say why results go into another folder than the one asked for.
+
+    Args:
+        out: the one asked for.
+        folder: where they go.
+        replaces: whether they are then put in the place of those in `out`.
+    """
+    if not holds_results(out):
+        here = f"{folder} holds a run with these settings, which goes on there"
+        return f"{here}, and then into {out}." if replaces else f"{here}."
+    before = read_settings(out)
+    what = f"a run with {tell_settings(before)}" if before else "results whose settings are gone"
+    if replaces:
+        return f"{out} holds {what}; this one, in {folder}, takes its place when it is finished."
+    return f"{out} holds {what}; this one goes into {folder}."
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths name one folder."""
+    return os.path.abspath(one) == os.path.abspath(other)
+
+
+def holds_results(folder: Path) -> bool:
+    """Whether a run has begun to write its results into a folder."""
+    return any(os.path.lexists(folder / name) for name in (SETTINGS, *_SLOW))
+
+
+def refuse_result(file: Path | None) -> None:
+    """Raise if a file to be written is part of a run or scan, which a single step must not change.
+
+    Raises:
+        UsageError: it is.
+    """
+    if file is None or not file.exists():
+        return
+    for mark, patterns in _OWN.items():
+        own = any(fnmatchcase(file.name, pattern) for pattern in patterns)
+        if own and (file.parent / mark).exists():
+            raise UsageError(f"{file} belongs to what lies in {file.parent}; name another file.")
 
 
 def _all_in(home: Path) -> Iterator[Path]:

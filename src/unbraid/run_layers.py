@@ -59,7 +59,7 @@ def run_layers(
     prepare(model, options["thresholds"], options["encoder"], list(folders.values()))
     scan_options = {name: options[name] for name in ("source", "labels")}
     loading = options["loading"]
-    for kind, images in (("train", train), ("val", val)):
+    for kind, images in (("val", val), ("train", train)):  # the small one first, as in `run`
         places = {name: folder / f"scan-{kind}" for name, folder in folders.items()}
         scans = scan_into(model, places, images, progress=True, **scan_options, **vars(loading))
         loading = replace(loading, batch_size=scans[names[0]].manifest.batch_size)

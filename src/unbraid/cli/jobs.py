@@ -168,6 +168,7 @@ def reproduce(
     """
     import unbraid
     from unbraid.reproduce import LAYER, MODEL, match_pairs, published_pairs
+    from unbraid.run_folders import holds_results
 
     loaded = load(MODEL, weights, device)
     made = unbraid.scan(
@@ -180,7 +181,9 @@ def reproduce(
         progress=True,
     )
     found = unbraid.find(made, tau=0.03, p=0.75, gamma=0.5)
-    found.to_csv(out / "findings.csv")
+    # Those of a run in the same folder, with thresholds of its own, stay.
+    table = "reproduced.csv" if holds_results(out) else "findings.csv"
+    found.to_csv(out / table)
     matches = match_pairs(found.pairs, published_pairs())
     rows: list[tuple[str, ...]] = [("channel", "class 1", "class 2", "published", "found", "")]
     for match in matches:
