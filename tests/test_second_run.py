@@ -103,6 +103,37 @@ def test_run_other_settings_get_a_folder_of_their_own(
     assert check(out).whole
 
 
+def test_run_out_of_other_settings_by_name(out: Path) -> None:
+    inside = run(out, STRICT).report.parent
+    assert run(inside, STRICT).report.parent == inside
+    assert run(inside, NOTHING).report.parent == out / "settings-3"
+    free = run(out / "settings-7", Thresholds(0.02, 0.5, 0.99))
+    assert free.report.parent == out / "settings-7"
+    assert run(out / "settings-9").report.parent == out  # where these settings are
+    assert sorted(p.name for p in out.glob("**/scan-*")) == ["scan-train", "scan-val"]
+
+
+class FewerClasses(SyntheticImages):
+    """Validation images of three of four classes."""
+
+    def __init__(self) -> None:
+        super().__init__(24, seed=24)
+        keep = [n for n, label in enumerate(self.targets) if label != 0]
+        self.targets = [self.targets[n] for n in keep]
+        self.images = self.images[keep]
+
+
+def test_run_classes_without_validation_images_are_told_first_and_left_out(tmp_path: Path) -> None:
+    said: list[str] = []
+    done = run(tmp_path / "run", val=FewerClasses(), say=said.append)
+    assert "have none of 1 class (class 0); channels that one of them uses" in said[0]
+    whole = run(tmp_path / "whole")
+    assert 0 < len(done.found.concepts) < len(whole.found.concepts)
+    assert "left out, as the validation images have none" in done.found.note
+    assert "left out, as the validation images" in done.report.read_text()
+    assert check(tmp_path / "run").whole
+
+
 @pytest.mark.parametrize("same", [{"title": "y"}, {"source": {"data": "moved"}}, {}])
 def test_run_what_changes_no_result_makes_no_folder(same: dict[str, Any], out: Path) -> None:
     before = content(out)
@@ -298,9 +329,11 @@ def test_take_folder_a_gap_is_filled_and_a_later_folder_found(tmp_path: Path) ->
     assert take_folder(tmp_path, of(0.04), FOUND) == tmp_path / "settings-2"
 
 
-def test_take_folder_a_link_that_leads_nowhere_is_left(tmp_path: Path) -> None:
+def test_take_folder_a_link_that_leads_nowhere_and_a_file_are_left(tmp_path: Path) -> None:
     (tmp_path / "settings.json").symlink_to(tmp_path / "gone")
-    assert take_folder(tmp_path, SETTINGS, FOUND) == tmp_path / "settings-2"
+    (tmp_path / "settings-2").write_text("mine")
+    assert take_folder(tmp_path, SETTINGS, FOUND) == tmp_path / "settings-3"
+    assert (tmp_path / "settings-2").read_text() == "mine"
 
 
 @pytest.mark.parametrize("place", [".", "settings-2"])
@@ -392,6 +425,15 @@ def test_report_and_figure_of_every_run_in_a_folder(name: str, family: Path) -> 
     channel = unbraid.Split.load(folder / "split.safetensors").channels[0].channel
     assert figure_of_run(folder, channel, "densities").axes
     assert check(folder).whole
+
+
+def test_report_without_positions_says_what_makes_them(family: Path) -> None:
+    page = (family / "report.html").read_bytes()
+    shutil.rmtree(family / "positions-val")
+    with pytest.raises(RunError, match=r"positions-val is gone.*start the run again"):
+        report_again(family)
+    assert (family / "report.html").read_bytes() == page
+    assert report_again(family / "settings-2")  # has its own
 
 
 def test_check_lists_what_a_folder_holds(family: Path) -> None:

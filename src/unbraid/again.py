@@ -45,8 +45,10 @@ def report_again(out: Path) -> Path:
         divided = Split.load(out / "split.safetensors")
         measured = out / "evaluation.json"
         baseline = Split.load(out / "split-published.safetensors")
-        which = concerned_in(val_scan, found)
-        val_maps = open_scan(positions_folder(out, "val", val_scan, **which))
+        maps = positions_folder(out, "val", val_scan, **concerned_in(val_scan, found))
+        if not maps.exists():
+            raise RunError(f"{maps} is gone, which the page shows; start the run again.")
+        val_maps = open_scan(maps)
         features = read_run(out)
         evaluation = evaluate(
             divided,

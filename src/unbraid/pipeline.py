@@ -99,6 +99,7 @@ def run(
     """
     embedding = prepare(model, thresholds, encoder, [out])
     home = home_of(out)
+    sight = sight_of(val)  # a report that is written again knows no preprocessing
     options = {**vars(loading), "progress": True, "source": source, "labels": labels}
     tell_unseen(train, val, labels, say)
     # The smaller one first: what is wrong with its images is then told before the long one.
@@ -106,7 +107,6 @@ def run(
     train_scan = scan_into(model, {layer: home / "scan-train"}, train, **options)[layer]
     found = seen_in(val_scan, find(train_scan, **thresholds.of_find))
     settings: dict[str, Any] = {"title": title, "thresholds": vars(thresholds)}
-    sight = sight_of(val)  # a report that is written again knows no preprocessing
     settings |= {"source": source, "encoder": encoder, "labels": labels}
     settings |= {"sight": sight and sight.to_dict()}
     settings |= {"scans": [train_scan.manifest.scan_id, val_scan.manifest.scan_id]}

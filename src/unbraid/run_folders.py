@@ -24,6 +24,7 @@ from unbraid.manifest import Manifest, hash_places, read_manifest
 from unbraid.records import Scan
 from unbraid.settings import read_settings, same_settings, tell_settings
 from unbraid.tables import csv_text
+from unbraid.temporary import remove_leftovers
 
 SCANS = ("scan-train", "scan-val")
 SETTINGS = "settings.json"
@@ -93,6 +94,7 @@ def take_folder(out: Path, settings: dict[str, Any], found: Findings) -> Path:
     text = (json.dumps(settings, indent=2) + "\n").encode()
     while True:
         folder = _folder_for(out, settings, found)
+        remove_leftovers(folder)
         if write_new(folder / SETTINGS, text):
             return folder
         before = read_settings(folder)
@@ -162,7 +164,7 @@ def _all_in(home: Path) -> Iterator[Path]:
 
 def _is_free(folder: Path, found: Findings) -> bool:
     """Whether no results would be lost; those whose settings are gone are told by the findings."""
-    if os.path.lexists(folder / SETTINGS):
+    if os.path.lexists(folder / SETTINGS) or (folder.exists() and not folder.is_dir()):
         return False
     if not any((folder / name).exists() for name in _SLOW):
         return True
