@@ -19,7 +19,7 @@ from networks import SyntheticImages
 from unbraid import files, pipeline
 from unbraid.again import report_again
 from unbraid.check import check
-from unbraid.errors import RunError, UsageError
+from unbraid.errors import ModelError, RunError, UsageError
 from unbraid.files import set_aside, write_new
 from unbraid.findings import Findings
 from unbraid.run_figures import figure_of_run
@@ -345,6 +345,23 @@ def test_run_settings_of_no_run_are_told_before_anything_is_scanned(
     with pytest.raises(RunError, match="not that of a run"):
         run(tmp_path)
     assert sorted(content(tmp_path)) == [str(Path(place, "settings.json"))]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "told"),
+    [
+        (lambda x: x.flatten(1)[:, :0], "not one embedding each"),
+        (lambda x: x.flatten(1) / 0, "NaN or infinite"),
+        (lambda x: x @ x, "cannot run on images"),
+    ],
+)
+def test_run_an_encoder_that_fails_is_told_before_anything_is_scanned(
+    encoder: Callable[[Any], Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "load_encoder", lambda *_, **__: encoder)
+    with pytest.raises(ModelError, match=told):
+        run(tmp_path / "run", encoder="timm:any")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from torch.utils.data import Dataset
 
 from unbraid.ablate import ablate
 from unbraid.clusters import concerned, numbers_seen
-from unbraid.data import UNLABELLED, Relabelled, class_names_of, listed_labels, name_of
+from unbraid.data import UNLABELLED, Relabelled, class_names_of, listed_labels, name_of, size_of
+from unbraid.embed import load_batches, ready
 from unbraid.encoders import Encoder, Penultimate, load_encoder
-from unbraid.errors import ModelError
+from unbraid.errors import DataError, ModelError
 from unbraid.evaluate import evaluate
 from unbraid.evaluation import Evaluation
 from unbraid.find import find
@@ -47,6 +49,7 @@ from unbraid.visualize.run import visualize_run
 
 Say = Callable[[str], None]
 
+_N_TRIED = 20  # images, in search of one that can be read
 MAX_ABLATED = 32  # channels; each takes a pass from the layer on per concept, and one for the whole
 
 
@@ -98,6 +101,8 @@ def run(
         overwrite: put the results, when they are finished, in the place of those in `out`.
     """
     embedding = prepare(model, thresholds, encoder, [out])
+    if encoder is not None:
+        try_encoder(embedding, val)
     home = home_of(out)
     sight = sight_of(val)  # a report that is written again knows no preprocessing
     options = {**vars(loading), "progress": True, "source": source, "labels": labels}
@@ -236,6 +241,19 @@ def prepare(
     if encoder is None:
         return Penultimate(model)
     return load_encoder(encoder, device=str(next(model.parameters()).device))
+
+
+def try_encoder(encoder: Encoder, images: Dataset[Any]) -> None:
+    """Embed one image, so that an encoder that cannot is told before anything is scanned.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    with ready(encoder) as encode:
+        for place in range(min(_N_TRIED, size_of(images))):
+            with suppress(DataError):  # a scan tells of broken images, or leaves them out
+                encode(next(load_batches(encoder, images, [[place]], 0)))
+                return
 
 
 def tell_unseen(train: Dataset[Any], val: Dataset[Any], labels: Labels, say: Say) -> None:

@@ -42,7 +42,9 @@ def figure_of_run(out: Path, channel: int, kind: FigureKind = "teaser") -> Figur
         raise RunError(f"{out} holds no finished run; make one with `unbraid run`.")
     divided = out / "split.safetensors"
     if not divided.exists():
-        raise RunError(f"{out} holds no split, so there is nothing to draw; see its report.html.")
+        finished = (out / "report.html").exists()
+        rest = "see its report.html" if finished else "start the run again to finish it"
+        raise RunError(f"{out} holds no split, so there is nothing to draw; {rest}.")
     split, scan = Split.load(divided), open_scan(home_of(out) / "scan-val")
     if kind == "densities":
         return density_figure(split, scan, channel)

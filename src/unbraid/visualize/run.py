@@ -14,7 +14,7 @@ from unbraid.errors import RunError, UnbraidError
 from unbraid.files import set_aside
 from unbraid.tables import count
 from unbraid.visualize import visualize
-from unbraid.visualize.features import Features
+from unbraid.visualize.features import INDEX, Features
 from unbraid.weights import hash_weights
 
 SECONDS = 120.0  # after which no more channels are begun
@@ -49,7 +49,7 @@ def visualize_run(
         before = read_run(out)
         if before is not None and before.weights == hash_weights(model):
             return before
-    if (out / _FOLDER).exists():
+    if (out / _FOLDER / INDEX).exists():  # else nobody finished them
         set_aside(out / _FOLDER, ".replaced")
     if not make:
         return None
