@@ -24,6 +24,7 @@ from unbraid.files import set_aside, write_new
 from unbraid.findings import Findings
 from unbraid.run_figures import figure_of_run
 from unbraid.run_folders import home_of, is_numbered, take_folder
+from unbraid.run_layers import run_layers
 from unbraid.settings import Loading, Thresholds, same_settings, tell_settings
 
 LOOSE = Thresholds(0.01, 0.5, 0.99)
@@ -125,7 +126,12 @@ class FewerClasses(SyntheticImages):
 
 def test_run_classes_without_validation_images_are_told_first_and_left_out(tmp_path: Path) -> None:
     said: list[str] = []
-    done = run(tmp_path / "run", val=FewerClasses(), say=said.append)
+    options = {"thresholds": LOOSE, "loading": Loading(batch_size=16), "source": {}}
+    several = run_layers(
+        *(network(), ["2"], SyntheticImages(48, seed=48), FewerClasses(), tmp_path / "run"),
+        **{"title": "x", "features": False, "say": said.append, **options},
+    )
+    done = several.runs["2"]
     assert "have none of 1 class (class 0); channels that one of them uses" in said[0]
     whole = run(tmp_path / "whole")
     assert 0 < len(done.found.concepts) < len(whole.found.concepts)

@@ -100,13 +100,10 @@ def run(
         features: make feature visualisations of the split channels.
         overwrite: put the results, when they are finished, in the place of those in `out`.
     """
-    embedding = prepare(model, thresholds, encoder, [out])
-    if encoder is not None:
-        try_encoder(embedding, val)
+    embedding = prepare(model, thresholds, encoder, [out], val)
     home = home_of(out)
     sight = sight_of(val)  # a report that is written again knows no preprocessing
     options = {**vars(loading), "progress": True, "source": source, "labels": labels}
-    tell_unseen(train, val, labels, say)
     # The smaller one first: what is wrong with its images is then told before the long one.
     val_scan = scan_into(model, {layer: home / "scan-val"}, val, **options)[layer]
     train_scan = scan_into(model, {layer: home / "scan-train"}, train, **options)[layer]
@@ -224,7 +221,11 @@ def _measure(
 
 
 def prepare(
-    model: nn.Module, thresholds: Thresholds, encoder: str | None, folders: Sequence[Path]
+    model: nn.Module,
+    thresholds: Thresholds,
+    encoder: str | None,
+    folders: Sequence[Path],
+    val: Dataset[Any],
 ) -> Encoder:
     """Tell what is wrong with a run before anything is scanned; get its encoder.
 
@@ -233,6 +234,7 @@ def prepare(
         thresholds: of the run.
         encoder: of images, None for the network's own features.
         folders: of the run, one for each layer.
+        val: images that are to be embedded.
     """
     check_thresholds(thresholds.tau, thresholds.p, thresholds.gamma, MIN_SHARE)
     check_rho(thresholds.rho)
@@ -240,10 +242,12 @@ def prepare(
         refuse_strange(folder)
     if encoder is None:
         return Penultimate(model)
-    return load_encoder(encoder, device=str(next(model.parameters()).device))
+    loaded = load_encoder(encoder, device=str(next(model.parameters()).device))
+    _try_encoder(loaded, val)
+    return loaded
 
 
-def try_encoder(encoder: Encoder, images: Dataset[Any]) -> None:
+def _try_encoder(encoder: Encoder, images: Dataset[Any]) -> None:
     """Embed one image, so that an encoder that cannot is told before anything is scanned.
 
     Raises:
