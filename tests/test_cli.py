@@ -189,19 +189,61 @@ class TestRun:
         assert [(home / "runs/a" / name).stat().st_mtime_ns for name in watched] == before
         assert (home / "runs/a/evaluation.json").read_bytes() == evaluation
 
-    def test_other_thresholds_need_no_new_scan_and_leave_nothing_stale(
+    def test_other_thresholds_need_no_new_scan_and_leave_the_first_run_as_it_was(
         self, ran: subprocess.CompletedProcess[str], home: Path, call
     ) -> None:
         shutil.copytree(home / "runs/a", home / "runs/b")
+        before = {p: p.read_bytes() for p in (home / "runs/b").rglob("*") if p.is_file()}
         strict = ("--tau", "0.9", "--p", "1", "--gamma", "-1")
-        code, out, _ = call("run", *NETWORK, "--data", "data", "--out", "runs/b", *strict)
+        code, out, err = call("run", *NETWORK, "--data", "data", "--out", "runs/b", *strict)
         assert code == 0
         assert "0 pairs" in out
-        assert not (home / "runs/b/split.safetensors").exists()
-        assert not (home / "runs/b/evaluation.json").exists()
-        assert (home / "runs/a/features/features.json").exists()
-        assert not (home / "runs/b/features").exists()
-        assert (home / "runs/b/report.html").exists()
+        told = "runs/b holds a run with tau 0.02, p 0.5, gamma 0.95; this one goes into "
+        assert f"{told}runs/b/settings-2." in err
+        assert "runs/b/settings-2/report.html" in out
+        after = {p: p.read_bytes() for p in (home / "runs/b").rglob("*") if p.is_file()}
+        assert {p: after[p] for p in before} == before
+        new = {str(p.relative_to(home / "runs/b")) for p in set(after) - set(before)}
+        names = ("settings.json", "findings.csv", "sensitivity.csv", "report.html")
+        assert new == {f"settings-2/{name}" for name in names}
+
+    def test_results_are_overwritten_only_when_asked(
+        self, ran: subprocess.CompletedProcess[str], home: Path, call
+    ) -> None:
+        shutil.copytree(home / "runs/a", home / "runs/over")
+        run = ("run", *NETWORK, "--data", "data", "--out", "runs/over", "--overwrite")
+        scans = {p: p.stat().st_mtime_ns for p in (home / "runs/over").glob("scan-*/*")}
+        before = (home / "runs/over/findings.csv").read_bytes()
+        code, _, err = call(*run, "--tau", "1.03")  # a slip
+        assert (code, (home / "runs/over/findings.csv").read_bytes()) == (2, before)
+        code, out, err = call(*run, "--tau", "0.9", "--p", "1", "--gamma", "-1")
+        assert code == 0, err
+        assert "takes its place when it is finished" in err
+        assert "Report: runs/over/report.html" in out
+        assert {p: p.stat().st_mtime_ns for p in (home / "runs/over").glob("scan-*/*")} == scans
+        left = {p.name for p in (home / "runs/over").iterdir()}
+        kept = {"scan-train", "scan-val", "positions-train", "positions-val"}
+        results = {"settings.json", "findings.csv", "sensitivity.csv", "report.html"}
+        assert left == kept | results
+        assert json.loads((home / "runs/over/settings.json").read_text())["thresholds"]["p"] == 1
+
+    @pytest.mark.parametrize(
+        "step",
+        [
+            ("find", "runs/a/scan-train", "--out", "runs/a/findings.csv"),
+            ("split", "runs/a/scan-train", "--out", "runs/a/split.safetensors"),
+            ("split", "runs/a/scan-train", "--out", "runs/a/scan-val/shard-000000.safetensors"),
+            ("evaluate", "x", "runs/a/scan-val", "--out", "runs/a/evaluation.json"),
+            ("sensitivity", "runs/a/scan-train", "--out", "runs/a/scan-val/manifest.json"),
+        ],
+    )
+    def test_a_step_writes_into_no_run(self, ran, home: Path, call, step) -> None:
+        before = (home / step[-1]).read_bytes()
+        code, _, err = call(*step)
+        assert code == 2
+        assert "name another file" in err
+        assert_one_sentence(err)
+        assert (home / step[-1]).read_bytes() == before
 
     def test_feature_visualisations_can_be_left_out(
         self, ran: subprocess.CompletedProcess[str], home: Path, call
@@ -232,7 +274,14 @@ class TestRun:
     ) -> None:
         shutil.copytree(home / "runs/a", home / "runs/checked")
         code, out, _ = call("check", "runs/checked")
-        assert (code, out) == (0, "19 files sound.\n")
+        assert code == 0
+        listed = out.splitlines()
+        found = len((home / "runs/a/findings.csv").read_text().splitlines()) - 1
+        assert listed[0].startswith("runs/checked: a run with tau 0.02, p 0.5, gamma 0.95; ")
+        assert f"; {found} pair" in listed[0]
+        assert listed[0].endswith("; split, evaluation, features, report.")
+        assert "runs/checked/scan-train: a scan of layer 2, 60 images, finished." in listed
+        assert listed[-1] == "19 files sound."
         split = home / "runs/checked/split.safetensors"
         split.write_bytes(split.read_bytes()[:-8])
         code, out, _ = call("check", "runs/checked")
@@ -312,13 +361,13 @@ class TestThresholds:
         )
         assert found.auto
         assert f"(tau {found.tau:g} (auto), p 0.5, gamma 0.95)" in out
-        settings = json.loads((home / "runs/auto/settings.json").read_text())
+        settings = json.loads((home / "runs/auto/settings-2/settings.json").read_text())
         assert settings["thresholds"]["tau"] == "auto"
-        page = home / "runs/auto/report.html"
+        page = home / "runs/auto/settings-2/report.html"
         before = page.read_bytes()
         assert f"{found.tau:g} (auto)" in before.decode()
         page.unlink()
-        assert call("report", "runs/auto")[0] == 0
+        assert call("report", "runs/auto/settings-2")[0] == 0
         assert page.read_bytes() == before
         code, out, _ = call("find", "runs/auto/scan-train", *auto)
         assert (code, "(auto)" in out) == (0, True)
@@ -353,12 +402,12 @@ class TestThresholds:
         shutil.copytree(home / "runs/a", home / "runs/clusters")
         again = ("run", *NETWORK, "--data", "data", "--out", "runs/clusters", *LOOSE)
         assert call(*again, "--concepts", "clusters")[0] == 0
-        assert not (home / "runs/clusters/sensitivity.csv").exists()
-        page = home / "runs/clusters/report.html"
+        assert not (home / "runs/clusters/settings-2/sensitivity.csv").exists()
+        page = home / "runs/clusters/settings-2/report.html"
         before = page.read_text()
         assert "Other thresholds" not in before
         assert "Other thresholds" in (home / "runs/a/report.html").read_text()
-        assert call("report", "runs/clusters")[0] == 0
+        assert call("report", "runs/clusters/settings-2")[0] == 0
         assert page.read_text() == before
 
     @pytest.mark.parametrize(
@@ -405,13 +454,14 @@ class TestEncoder:
         arguments = ("--data", "data", "--out", "runs/timm", "--encoder", "timm:test_resnet")
         code, _, err = call("run", *NETWORK, *arguments, *LOOSE)
         assert code == 0, err
-        evaluation = json.loads((home / "runs/timm/evaluation.json").read_text())
+        evaluation = json.loads((home / "runs/timm/settings-2/evaluation.json").read_text())
+        assert not list((home / "runs/timm/settings-2").glob("positions-*"))  # the first run's
         names = {channel["semantics"]["encoder"] for channel in evaluation["channels"]}
         assert names == {"timm:test_resnet"}
-        page = home / "runs/timm/report.html"
+        page = home / "runs/timm/settings-2/report.html"
         before = page.read_bytes()
         page.unlink()
-        assert call("report", "runs/timm")[0] == 0
+        assert call("report", "runs/timm/settings-2")[0] == 0
         assert page.read_bytes() == before
 
     def test_a_network_without_features_does_without(self, ran, home: Path, call) -> None:

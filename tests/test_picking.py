@@ -148,4 +148,4 @@ def test_layers_without_logits_names_the_output_to_give(
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert "say where they are: --output 1 (1, 4)" in said
-    assert "preprocessing" not in said
+    assert "run on what its preprocessing makes" not in said

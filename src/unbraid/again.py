@@ -13,9 +13,10 @@ from unbraid.evaluate import evaluate
 from unbraid.evaluation import read_ablation, read_output, read_semantics
 from unbraid.find import find
 from unbraid.labels import Outputs
-from unbraid.pipeline import as_labelled, seen_in
+from unbraid.pipeline import as_labelled, concerned_in, seen_in
 from unbraid.records import Scan, open_scan
 from unbraid.report import report
+from unbraid.run_folders import home_of, positions_folder
 from unbraid.sensitivity import sensitivity
 from unbraid.settings import Thresholds, read_settings
 from unbraid.sight import Sight
@@ -43,7 +44,8 @@ def report_again(out: Path) -> Path:
         raise RunError(f"{out} holds no finished run; make one with `unbraid run`.")
     thresholds = Thresholds(**settings["thresholds"])
     source, title = settings["source"], settings["title"]
-    train_scan, val_scan = open_scan(out / "scan-train"), open_scan(out / "scan-val")
+    home = home_of(out)
+    train_scan, val_scan = open_scan(home / "scan-train"), open_scan(home / "scan-val")
     found = seen_in(val_scan, find(train_scan, **thresholds.of_find))
     counted = divided = evaluation = val_maps = features = None
     if thresholds.concepts == "classes":
@@ -52,7 +54,10 @@ def report_again(out: Path) -> Path:
         divided = Split.load(out / "split.safetensors")
         measured = out / "evaluation.json"
         baseline = Split.load(out / "split-published.safetensors")
-        val_maps = open_scan(out / "positions-val")
+        maps = positions_folder(out, "val", val_scan, **concerned_in(val_scan, found))
+        if not maps.exists():
+            raise RunError(f"{maps} is gone, which the page shows; start the run again.")
+        val_maps = open_scan(maps)
         features = read_run(out)
         evaluation = evaluate(
             divided,

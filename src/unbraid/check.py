@@ -11,9 +11,12 @@ from pathlib import Path
 
 from unbraid.errors import RunError, UnbraidError, UnreadableError, brief
 from unbraid.evaluation import read_ablation, read_channels, read_output, read_semantics
+from unbraid.files import set_aside
 from unbraid.findings import COLUMNS as FINDINGS
+from unbraid.inventory import describe_runs, describe_scans
 from unbraid.manifest import read_manifest
 from unbraid.records import shard_path, shards_there, sound_layer, sound_shard
+from unbraid.run_folders import SCANS, SETTINGS, home_of, is_numbered
 from unbraid.sensitivity import COLUMNS as SENSITIVITY
 from unbraid.settings import read_settings
 from unbraid.splits import Split
@@ -35,6 +38,7 @@ class Checkup:
     missing: list[str] = field(default_factory=list)  # what a scan or run lacks
     unreadable: list[str] = field(default_factory=list)  # what could not be looked at, left alone
     lost: list[str] = field(default_factory=list)  # what cannot be repaired
+    holds: list[str] = field(default_factory=list)  # each scan and run, and how far it has come
 
     @property
     def whole(self) -> bool:
@@ -54,7 +58,7 @@ class Checkup:
 
 
 def check(folder: str | Path) -> Checkup:
-    """Read what scans and runs left in a folder, and repair what can be repaired.
+    """Say what scans and runs left in a folder, and repair what can be repaired.
 
     Every tensor's checksum, every shard's records, and the form of all JSON, CSV and PNG files are
     verified; of a report.html only that it is there. What proves damaged is renamed, so that the
@@ -75,18 +79,19 @@ def check(folder: str | Path) -> Checkup:
     found = Checkup()
     there = list(_folders(folder, found))
     scans = [path for path in there if _holds_scan(path)]
-    runs = [path for path in there if (path / "settings.json").exists()]
+    runs = [path for path in there if _holds_run(path)]
     if not (scans or runs or found.unreadable):
         raise RunError(f"{folder} holds no scan and no run; name a folder that does.")
     for path in scans:
         _check_scan(path, found)
     for path in runs:
         _check_run(path, found)
+    found.holds = describe_runs(runs) + describe_scans(scans)
     return found
 
 
-def _folders(folder: Path, found: Checkup, depth: int = 2) -> Iterator[Path]:
-    """The folder, and those in it down to the scans of a run over several layers."""
+def _folders(folder: Path, found: Checkup, depth: int = 3) -> Iterator[Path]:
+    """The folder, and those in it down to the scans of several runs over several layers."""
     try:
         inside = sorted(path for path in folder.iterdir() if path.is_dir())
     except FileNotFoundError:
@@ -97,12 +102,17 @@ def _folders(folder: Path, found: Checkup, depth: int = 2) -> Iterator[Path]:
     yield folder
     if depth:
         for path in inside:
-            yield from _folders(path, found, depth - 1)
+            between = is_numbered(path) and not is_numbered(folder)  # other settings of one run
+            yield from _folders(path, found, depth if between else depth - 1)
 
 
 def _holds_scan(folder: Path) -> bool:
     names = ("manifest.json", "shard-*.safetensors")
     return any(next(folder.glob(name), None) for name in names)
+
+
+def _holds_run(folder: Path) -> bool:
+    return any(next(folder.glob(name), None) for name in (SETTINGS, f"{SETTINGS}*{ASIDE}"))
 
 
 def _check_scan(folder: Path, found: Checkup) -> None:
@@ -133,9 +143,11 @@ def _check_scan(folder: Path, found: Checkup) -> None:
 def _check_run(folder: Path, found: Checkup) -> None:
     for inside in (folder, folder / "features"):
         remove_leftovers(inside)
-    for name in ("scan-train", "scan-val"):
-        if not _holds_scan(folder / name):
-            found.missing.append(f"the scan in {folder / name}")
+    home = home_of(folder)
+    for name in SCANS:
+        text = f"the scan in {home / name}"
+        if not _holds_scan(home / name) and text not in found.missing:
+            found.missing.append(text)
     read: dict[str, Callable[[Path], object]] = {
         "settings.json": lambda _: read_settings(folder),
         "findings.csv": partial(_read_table, columns=FINDINGS),
@@ -226,7 +238,7 @@ def _read_through(path: Path) -> None:
 
 def _set_aside(path: Path, damage: str, found: Checkup) -> None:
     try:
-        path.replace(path.with_name(path.name + ASIDE))
+        set_aside(path, ASIDE)
     except OSError as error:
         found.lost.append(f"{damage} It could not be set aside ({_reason(error)}).")
     else:

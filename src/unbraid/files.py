@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,41 @@ def write_whole(path: Path, content: bytes) -> None:
         RunError: the disk is full or may not be written.
         UsageError: the folder is in fact a file.
     """
+    _write(path, content, lambda temporary: temporary.replace(path))
+
+
+def write_new(path: Path, content: bytes) -> bool:
+    """Write a file as `write_whole` does, unless it is there, whoever else is about to write it.
+
+    Returns:
+        Whether it was written.
+
+    Raises:
+        RunError: the disk is full or may not be written.
+        UsageError: the folder is in fact a file.
+    """
+    if os.path.lexists(path):
+        return False
+    written: list[bool] = []
+    _write(path, content, lambda temporary: written.append(_name_first(temporary, path)))
+    return written[0]
+
+
+def _name_first(temporary: Path, path: Path) -> bool:
+    """Give a file its name unless that is taken; whether it was not."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        temporary.replace(path)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _write(path: Path, content: bytes, name: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_for(path) as (temporary, file):
@@ -118,7 +154,7 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
             if os.name != "posix":
                 file.close()  # Windows renames nothing that is open
-            temporary.replace(path)
+            name(temporary)
         _sync_names(path.parent)
     except (FileExistsError, NotADirectoryError):
         in_the_way = next((p for p in path.parents if p.is_file()), path.parent)
@@ -130,6 +166,20 @@ def write_whole(path: Path, content: bytes) -> None:
                 "room and start the same command again."
             ) from None
         raise RunError(f"{path} cannot be written ({error.strerror}).") from None
+
+
+def set_aside(path: Path, mark: str) -> Path:
+    """Rename a file or folder by an ending, with a number before it where that is taken.
+
+    Returns:
+        Its new path.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    names = chain([path.name], (f"{path.name}.{number}" for number in count(2)))
+    aside = next(p for p in (path.with_name(name + mark) for name in names) if not p.exists())
+    return path.replace(aside)
 
 
 def _sync_names(folder: Path) -> None:

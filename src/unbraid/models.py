@@ -40,8 +40,8 @@ class LoadedModel:
     transform: Transform
     class_names: tuple[str, ...]  # of the outputs; empty where unknown
     source: dict[str, Any]  # what `load_model` needs to load it again
-    note: str = ""  # what was assumed, for people
     names: Names = field(default_factory=Names)  # given for outputs or classes, to be read
+    note: str = ""  # what was assumed, for people
 
     def n_outputs(self) -> int:
         """Run the network on a blank picture and count the logits.
@@ -109,7 +109,7 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     except RuntimeError as error:
         raise UsageError(f"Device {device!r} cannot be used ({_first_line(error)}).") from None
     source = {"model": spec, "weights": weights}
-    return LoadedModel(model, transform, tuple(names), source, note)
+    return LoadedModel(model, transform, tuple(names), source, note=note)
 
 
 def import_torchvision() -> ModuleType:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,32 @@ from torch.utils.data import Dataset
 
 from unbraid.ablate import ablate
 from unbraid.clusters import concerned, numbers_seen
-from unbraid.data import Relabelled, name_of
+from unbraid.data import UNLABELLED, Relabelled, class_names_of, listed_labels, name_of, size_of
+from unbraid.embed import load_batches, ready
 from unbraid.encoders import Encoder, Penultimate, load_encoder
 from unbraid.errors import DataError, ModelError
 from unbraid.evaluate import evaluate
 from unbraid.evaluation import Evaluation
-from unbraid.files import write_whole
 from unbraid.find import find
 from unbraid.findings import Findings
-from unbraid.manifest import hash_places, read_manifest
 from unbraid.measure_semantics import measure_semantics
 from unbraid.output import compare_outputs
 from unbraid.records import Scan
 from unbraid.report import report
+from unbraid.run_folders import (
+    home_of,
+    is_same,
+    positions_folder,
+    refuse_strange,
+    replace_results,
+    take_folder,
+    tell_folder,
+)
 from unbraid.scan import scan_into
 from unbraid.scan_options import MIN_SHARE, Labels
 from unbraid.semantics import Semantics
 from unbraid.sensitivity import sensitivity
-from unbraid.settings import Loading, Thresholds, read_settings, remove_results
+from unbraid.settings import Loading, Thresholds
 from unbraid.sight import sight_of
 from unbraid.split import check_rho, split
 from unbraid.splits import Split
@@ -42,6 +49,7 @@ from unbraid.visualize.run import visualize_run
 
 Say = Callable[[str], None]
 
+_N_TRIED = 20  # images, in search of one that can be read
 MAX_ABLATED = 32  # channels; each takes a pass from the layer on per concept, and one for the whole
 
 
@@ -70,6 +78,7 @@ def run(
     encoder: str | None = None,
     labels: Labels = "given",
     features: bool = True,
+    overwrite: bool = False,
 ) -> Run:
     """Do everything for one layer; started again, finished scans are not repeated.
 
@@ -78,7 +87,8 @@ def run(
         layer: a `named_modules()` name.
         train: images to find and split with.
         val: images to evaluate on.
-        out: the run's folder.
+        out: the run's folder. Where it holds a run with other settings, results go into
+            `settings-2` in it, and so on; scans are shared.
         thresholds: when a channel counts as polysemantic.
         loading: how images go through the network.
         source: how to find network and images again.
@@ -88,115 +98,199 @@ def run(
             network's own penultimate layer.
         labels: "predicted" for images without labels, or to take them for what the network does.
         features: make feature visualisations of the split channels.
+        overwrite: put the results, when they are finished, in the place of those in `out`.
     """
-    embedding = prepare(model, thresholds, encoder)
-    settings: dict[str, Any] = {"title": title, "thresholds": vars(thresholds)}
+    embedding = prepare(model, thresholds, encoder, [out], val)
+    home = home_of(out)
     sight = sight_of(val)  # a report that is written again knows no preprocessing
+    options = {**vars(loading), "progress": True, "source": source, "labels": labels}
+    # The smaller one first: what is wrong with its images is then told before the long one.
+    val_scan = scan_into(model, {layer: home / "scan-val"}, val, **options)[layer]
+    train_scan = scan_into(model, {layer: home / "scan-train"}, train, **options)[layer]
+    found = seen_in(val_scan, find(train_scan, **thresholds.of_find))
+    settings: dict[str, Any] = {"title": title, "thresholds": vars(thresholds)}
     settings |= {"source": source, "encoder": encoder, "labels": labels}
     settings |= {"sight": sight and sight.to_dict()}
-    before = read_settings(out)
-    options = {**vars(loading), "progress": True, "source": source, "labels": labels}
-    train_scan = scan_into(model, {layer: out / "scan-train"}, train, **options)[layer]
-    val_scan = scan_into(model, {layer: out / "scan-val"}, val, **options)[layer]
-    loading = replace(loading, batch_size=train_scan.manifest.batch_size)
-    shown = as_labelled(val, val_scan)
+    settings |= {"scans": [train_scan.manifest.scan_id, val_scan.manifest.scan_id]}
     # Only now is it sure that the folder is this network's and these images'.
-    if before is not None and before != json.loads(json.dumps(settings)):
-        remove_results(out)
-    found = find(train_scan, **thresholds.of_find)
-    by_place = labels == "predicted" or thresholds.concepts == "clusters"
-    if by_place:
-        found = seen_in(val_scan, found)
-    found.to_csv(out / "findings.csv")
+    folder = take_folder(out, settings, found)
+    elsewhere = not is_same(folder, out)
+    replaces = overwrite and elsewhere
+    if elsewhere:
+        say(tell_folder(out, folder, replaces=replaces))
+    job = _Job(
+        model=model,
+        train=train,
+        val=val,
+        shown=as_labelled(val, val_scan),
+        train_scan=train_scan,
+        val_scan=val_scan,
+        found=found,
+        folder=folder,
+        thresholds=thresholds,
+        loading=replace(loading, batch_size=train_scan.manifest.batch_size),
+        options=options,
+        embedding=embedding,
+        title=title,
+        features=features,
+        say=say,
+    )
+    done = _finish(job)
+    if replaces:
+        replace_results(out, folder)
+        return replace(done, report=out / done.report.name)
+    return done
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is left to do when the scans are there."""
+
+    model: nn.Module
+    train: Dataset[Any]
+    val: Dataset[Any]
+    shown: Dataset[Any]  # val, labelled as it was scanned
+    train_scan: Scan
+    val_scan: Scan
+    found: Findings
+    folder: Path  # for the results
+    thresholds: Thresholds
+    loading: Loading
+    options: dict[str, Any]  # of scans
+    embedding: Encoder
+    title: str
+    features: bool
+    say: Say
+
+
+def _finish(job: _Job) -> Run:
+    """Write findings; split, check, measure and show what was found."""
+    found, folder = job.found, job.folder
+    found.to_csv(folder / "findings.csv")
     counted = None
-    if thresholds.concepts == "classes":  # clusters ask neither tau nor p
-        counted = sensitivity(train_scan, found=found)
-        counted.to_csv(out / "sensitivity.csv")
-    broken = [name_of(train, index) for index in train_scan.broken()]
-    broken += [name_of(val, index) for index in val_scan.broken()]
-    write_whole(out / "settings.json", (json.dumps(settings, indent=2) + "\n").encode())
-    page = out / "report.html"
+    if job.thresholds.concepts == "classes":  # clusters ask neither tau nor p
+        counted = sensitivity(job.train_scan, found=found)
+        counted.to_csv(folder / "sensitivity.csv")
+    broken = [name_of(job.train, index) for index in job.train_scan.broken()]
+    broken += [name_of(job.val, index) for index in job.val_scan.broken()]
+    page = folder / "report.html"
+    shown: dict[str, Any] = {"scan": job.val_scan, "train_scan": job.train_scan, "found": found}
+    shown |= {"sensitivity": counted, "dataset": job.shown, "title": job.title}
     if not found.concepts:
-        report(
-            page,
-            scan=val_scan,
-            train_scan=train_scan,
-            found=found,
-            sensitivity=counted,
-            dataset=shown,
-            title=title,
-        )
+        report(page, **shown)
         return Run(found, None, page, broken)
-    if not by_place:
-        _refuse_unseen(val_scan, found)
     pairs, channels = count(len(found), "pair"), count(len(found.concepts), "channel")
-    say(f"Found {pairs} in {channels}; scanning their images again, with positions.")
-    maps = []
-    for name, dataset, seen in (("train", train, train_scan), ("val", val, val_scan)):
-        which: dict[str, Any] = {"classes": found.classes}
-        if by_place:
-            which = {"indices": concerned(replace(seen, clusters=found.clusters), found.classes)}
-        kept = {**options, **which, "positions": True}
-        maps.append(_scan_positions(model, layer, dataset, out / f"positions-{name}", kept))
-    train_maps, val_maps = maps
-    say("Splitting and checking the outputs.")
-    divided = split(train_maps, found, everything=train_scan)
-    divided.save(out / "split.safetensors")
-    baseline = split(train_maps, found, method="published", rho=thresholds.rho)
-    baseline.save(out / "split-published.safetensors")
-    model2 = apply(model, divided)
-    output = compare_outputs(model, model2, val, tolerance=0.0, progress=True, **vars(loading))
-    by_cosine = _by_cosine(found)
-    ablated = by_cosine[:MAX_ABLATED]
+    job.say(f"Found {pairs} in {channels}; scanning their images again, with positions.")
+    train_maps = _scan_positions(job, "train", job.train, job.train_scan)
+    val_maps = _scan_positions(job, "val", job.val, job.val_scan)
+    job.say("Splitting and checking the outputs.")
+    divided = split(train_maps, found, everything=job.train_scan)
+    divided.save(folder / "split.safetensors")
+    baseline = split(train_maps, found, method="published", rho=job.thresholds.rho)
+    baseline.save(folder / "split-published.safetensors")
+    model2 = apply(job.model, divided)
+    evaluation = _measure(job, model2, divided, baseline, val_maps)
+    evaluation.save(folder / "evaluation.json")
+    made = visualize_run(
+        *(model2, found.layer, job.train, _by_cosine(found), folder, job.say), make=job.features
+    )
+    shown |= {"split": divided, "evaluation": evaluation, "maps": val_maps, "features": made}
+    report(page, **shown)
+    return Run(found, evaluation, page, broken)
+
+
+def _measure(
+    job: _Job, model2: nn.Module, divided: Split, baseline: Split, val_maps: Scan
+) -> Evaluation:
+    """Compare outputs, switch concept channels off, and take all measures of a split."""
+    found, loading = job.found, vars(job.loading)
+    output = compare_outputs(job.model, model2, job.val, tolerance=0.0, progress=True, **loading)
+    ablated = _by_cosine(found)[:MAX_ABLATED]
     if len(ablated) < len(found.concepts):
-        say(f"Switching off only the {len(ablated)} channels with the lowest cosines.")
-    members = val_scan if found.clusters else None
-    ablation = ablate(model2, shown, channels=ablated, scan=members, progress=True, **vars(loading))
-    evaluation = evaluate(
+        job.say(f"Switching off only the {len(ablated)} channels with the lowest cosines.")
+    members = job.val_scan if found.clusters else None
+    ablation = ablate(model2, job.shown, channels=ablated, scan=members, progress=True, **loading)
+    return evaluate(
         divided,
         val_maps,
         baseline=baseline,
         output=output,
         ablation=ablation,
-        semantics=_semantics(divided, val_scan, shown, embedding, loading, say),
+        semantics=_semantics(job, divided),
     )
-    evaluation.save(out / "evaluation.json")
-    made = visualize_run(model2, layer, train, by_cosine, out, say) if features else None
-    report(
-        page,
-        scan=val_scan,
-        train_scan=train_scan,
-        found=found,
-        sensitivity=counted,
-        split=divided,
-        evaluation=evaluation,
-        maps=val_maps,
-        features=made,
-        dataset=shown,
-        title=title,
-    )
-    return Run(found, evaluation, page, broken)
 
 
-def prepare(model: nn.Module, thresholds: Thresholds, encoder: str | None) -> Encoder:
-    """Tell what is wrong with a run before anything is scanned; get its encoder."""
+def prepare(
+    model: nn.Module,
+    thresholds: Thresholds,
+    encoder: str | None,
+    folders: Sequence[Path],
+    val: Dataset[Any],
+) -> Encoder:
+    """Tell what is wrong with a run before anything is scanned; get its encoder.
+
+    Args:
+        model: the network.
+        thresholds: of the run.
+        encoder: of images, None for the network's own features.
+        folders: of the run, one for each layer.
+        val: images that are to be embedded.
+    """
     check_thresholds(thresholds.tau, thresholds.p, thresholds.gamma, MIN_SHARE)
     check_rho(thresholds.rho)
+    for folder in folders:
+        refuse_strange(folder)
     if encoder is None:
         return Penultimate(model)
-    return load_encoder(encoder, device=str(next(model.parameters()).device))
+    loaded = load_encoder(encoder, device=str(next(model.parameters()).device))
+    _try_encoder(loaded, val)
+    return loaded
 
 
-def _scan_positions(
-    model: nn.Module, layer: str, dataset: Dataset[Any], folder: Path, options: dict[str, Any]
-) -> Scan:
-    """Scan with positions; input maps of other images, from other thresholds, make room."""
-    before = read_manifest(folder)
-    classes, indices = options.get("classes"), options.get("indices")
-    wanted = (None if classes is None else tuple(classes), hash_places(indices))
-    if before is not None and (before.classes, before.indices) != wanted:
-        shutil.rmtree(folder)
-    return scan_into(model, {layer: folder}, dataset, **options)[layer]
+def _try_encoder(encoder: Encoder, images: Dataset[Any]) -> None:
+    """Embed one image, so that an encoder that cannot is told before anything is scanned.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    with ready(encoder) as encode:
+        for place in range(min(_N_TRIED, size_of(images))):
+            with suppress(DataError):  # a scan tells of broken images, or leaves them out
+                encode(next(load_batches(encoder, images, [[place]], 0)))
+                return
+
+
+def tell_unseen(train: Dataset[Any], val: Dataset[Any], labels: Labels, say: Say) -> None:
+    """Tell of classes without validation images, as their channels will be left out."""
+    known = [None if labels == "predicted" else listed_labels(images) for images in (train, val)]
+    if known[0] is None or known[1] is None:
+        return  # they will be known only when all images were read
+    missing = sorted(set(known[0]) - set(known[1]) - {UNLABELLED})
+    if missing:
+        names = class_names_of(train)
+        told = [names[label] if label < len(names) else str(label) for label in missing[:5]]
+        more = ", ..." if len(missing) > len(told) else ""
+        say(
+            f"The validation images have none of {count(len(missing), 'class', 'classes')} "
+            f"({', '.join(told)}{more}); channels that one of them uses may be left out."
+        )
+
+
+def _scan_positions(job: _Job, kind: str, images: Dataset[Any], scan: Scan) -> Scan:
+    """Scan the images of what was found with positions, unless a run in the folder has."""
+    which = concerned_in(scan, job.found)
+    folder = positions_folder(job.folder, kind, scan, **which)
+    options = {**job.options, **which, "positions": True}
+    name = scan.layer.name
+    return scan_into(job.model, {name: folder}, images, **options)[name]
+
+
+def concerned_in(scan: Scan, found: Findings) -> dict[str, Any]:
+    """Say which images of a scan with positions are needed, as `unbraid.scan` takes it."""
+    if scan.manifest.labels == "predicted" or found.clusters:
+        return {"indices": concerned(replace(scan, clusters=found.clusters), found.classes)}
+    seen = scan.labels_seen()
+    return {"classes": [label for label in found.classes if label in seen]}
 
 
 def _by_cosine(found: Findings) -> list[int]:
@@ -205,37 +299,23 @@ def _by_cosine(found: Findings) -> list[int]:
     return list(by_cosine | dict.fromkeys(found.channels))
 
 
-def _semantics(
-    divided: Split, scan: Scan, images: Dataset[Any], encoder: Encoder, loading: Loading, say: Say
-) -> Semantics | None:
+def _semantics(job: _Job, divided: Split) -> Semantics | None:
     """Measure semantics; None where they were to be told by features that a network has not."""
+    loading, encoder = job.loading, job.embedding
     workload: dict[str, Any] = {"batch_size": loading.batch_size, "workers": loading.workers}
     try:
-        return measure_semantics(divided, scan, images, encoder, progress=True, **workload)
+        return measure_semantics(
+            divided, job.val_scan, job.shown, encoder, progress=True, **workload
+        )
     except ModelError as error:
         if not isinstance(encoder, Penultimate):
             raise
-        say(f"Semantic measures are left out: {error}")
+        job.say(f"Semantic measures are left out: {error}")
         return None
 
 
-def _refuse_unseen(val_scan: Scan, found: Findings) -> None:
-    """Every class that uses a polysemantic channel must have validation images."""
-    seen = val_scan.labels_seen()
-    missing = [found.name(label) for label in found.classes if label not in seen]
-    if missing:
-        raise DataError(
-            f"The validation images have none of class {', '.join(missing[:5])}, which uses a "
-            "polysemantic channel; add some."
-        )
-
-
 def seen_in(val_scan: Scan, found: Findings) -> Findings:
-    """Leave out channels of which a concept has no validation image, and note how many.
-
-    What clusters and predicted classes hold of other images is not the user's to decide, so a lack
-    is no error, unlike one of the user's own classes.
-    """
+    """Leave out channels of which a concept has no validation image, and note how many."""
     seen = numbers_seen(replace(val_scan, clusters=found.clusters), found.classes)
     concepts = {
         channel: groups

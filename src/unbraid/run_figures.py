@@ -10,6 +10,7 @@ from unbraid.errors import RunError
 from unbraid.figures import density_figure, source_figure, teaser_figure
 from unbraid.pipeline import as_labelled
 from unbraid.records import open_scan
+from unbraid.run_folders import home_of
 from unbraid.settings import read_settings
 from unbraid.splits import Split
 from unbraid.visualize.run import read_run
@@ -41,8 +42,10 @@ def figure_of_run(out: Path, channel: int, kind: FigureKind = "teaser") -> Figur
         raise RunError(f"{out} holds no finished run; make one with `unbraid run`.")
     divided = out / "split.safetensors"
     if not divided.exists():
-        raise RunError(f"{out} holds no split, so there is nothing to draw; see its report.html.")
-    split, scan = Split.load(divided), open_scan(out / "scan-val")
+        finished = (out / "report.html").exists()
+        rest = "see its report.html" if finished else "start the run again to finish it"
+        raise RunError(f"{out} holds no split, so there is nothing to draw; {rest}.")
+    split, scan = Split.load(divided), open_scan(home_of(out) / "scan-val")
     if kind == "densities":
         return density_figure(split, scan, channel)
     if kind == "sources":

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from unbraid.layer_names import is_pattern, layer_folder, layer_names
 from unbraid.output import OutputComparison, compare_outputs
-from unbraid.pipeline import Run, prepare, run
+from unbraid.pipeline import Run, prepare, run, tell_unseen
 from unbraid.scan import scan_into
 from unbraid.splits import Split
 from unbraid.surgery import apply
@@ -50,16 +50,17 @@ def run_layers(
         title: of the reports, to which the layer's name is added.
         options: the others of `pipeline.run`.
     """
+    tell_unseen(train, val, options.get("labels", "given"), options["say"])
     names = layer_names(model, layers, partial(usable_in, model, train))
     if len(layers) == 1 and not is_pattern(model, layers[0]):
         (name,) = names
         alone = run(model, name, train, val, out, title=f"{title} · {name}", **options)
         return LayerRuns({name: alone}, None)
-    prepare(model, options["thresholds"], options["encoder"])
     folders = {name: layer_folder(out, name) for name in names}
+    prepare(model, options["thresholds"], options["encoder"], list(folders.values()), val)
     scan_options = {name: options[name] for name in ("source", "labels")}
     loading = options["loading"]
-    for kind, images in (("train", train), ("val", val)):
+    for kind, images in (("val", val), ("train", train)):  # the small one first, as in `run`
         places = {name: folder / f"scan-{kind}" for name, folder in folders.items()}
         scans = scan_into(model, places, images, progress=True, **scan_options, **vars(loading))
         loading = replace(loading, batch_size=scans[names[0]].manifest.batch_size)
@@ -71,6 +72,7 @@ def run_layers(
     if not divided:
         return LayerRuns(runs, None)
     options["say"]("Checking the outputs with all layers split.")
-    changed = apply(model, [Split.load(folders[name] / "split.safetensors") for name in divided])
+    results = [runs[name].report.parent for name in divided]
+    changed = apply(model, [Split.load(folder / "split.safetensors") for folder in results])
     output = compare_outputs(model, changed, val, tolerance=0.0, progress=True, **vars(loading))
     return LayerRuns(runs, output)

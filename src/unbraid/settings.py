@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,6 @@ from unbraid.findings import ConceptKind
 from unbraid.sight import Sight
 from unbraid.strict import build, in_range, read_json, unread
 from unbraid.thresholds import Tau
-
-# Results, in the order of writing; the scans they were made from are kept apart.
-_RESULTS = (
-    "settings.json",
-    "findings.csv",
-    "sensitivity.csv",
-    "split.safetensors",
-    "split-published.safetensors",
-    "evaluation.json",
-    "report.html",
-)
 
 
 @dataclass(frozen=True)
@@ -75,8 +63,35 @@ def read_settings(out: Path) -> dict[str, Any] | None:
     return settings
 
 
-def remove_results(out: Path) -> None:
-    """Remove the results of a run with other settings, so that a folder never mixes two."""
-    for name in _RESULTS:
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "features", ignore_errors=True)
+def same_settings(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs come to the same results, as far as their settings tell.
+
+    Title, source and sight say how a page looks and where images are, and change no result. Runs of
+    older versions do not name their scans.
+    """
+    scans = [settings.get("scans") for settings in (one, other)]
+    if None not in scans and scans[0] != scans[1]:
+        return False
+    return _deciding(one) == _deciding(other)
+
+
+def _deciding(settings: dict[str, Any]) -> tuple[Thresholds, str | None, str]:
+    thresholds = Thresholds(**settings["thresholds"])
+    return thresholds, settings.get("encoder"), settings.get("labels", "given")
+
+
+def tell_settings(settings: dict[str, Any]) -> str:
+    """Name a run's settings, for people.
+
+    >>> tell_settings({"thresholds": {"rho": 0.5, "concepts": "clusters"}, "encoder": "timm:x"})
+    'tau 0.03, p 0.75, gamma 0.5, rho 0.5, concepts clusters, encoder timm:x'
+    """
+    thresholds, encoder, labels = _deciding(settings)
+    told = {name: value for name, value in vars(thresholds).items() if value is not None}
+    told |= {"labels": labels, "encoder": encoder}
+    usual = {"concepts": "classes", "labels": "given", "encoder": None}
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in told.items()
+        if name not in usual or value != usual[name]
+    )

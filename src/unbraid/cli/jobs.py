@@ -21,6 +21,7 @@ from unbraid.cli.options import (
     Names,
     Out,
     Output,
+    Overwrite,
     P,
     Rho,
     SkipBroken,
@@ -29,7 +30,7 @@ from unbraid.cli.options import (
     Workers,
 )
 from unbraid.cli.output import out_console, say, show_run, show_runs
-from unbraid.tables import align
+from unbraid.tables import align, one_line
 
 
 def demo(*, out: Out, features: Features = True) -> None:
@@ -81,6 +82,7 @@ def run(
     rho: Rho = None,
     encoder: EncoderName = None,
     features: Features = True,
+    overwrite: Overwrite = False,
     batch_size: BatchSize = None,
     workers: Workers = 0,
     skip_broken: SkipBroken = False,
@@ -90,8 +92,8 @@ def run(
     """Do everything: scan, find, split, check the outputs, evaluate and report.
 
     Several layers are scanned in one pass, and each has its results in a folder of its name.
-    Started again, it goes on where it stopped; with other thresholds it does not scan again what
-    it has.
+    Started again, it goes on where it stopped. With other settings, such as thresholds, its results
+    go into OUT/settings-2 and so on, beside those that are there; scans are shared.
     """
     from unbraid.errors import UsageError
     from unbraid.images import images_like, labelled
@@ -123,6 +125,7 @@ def run(
         encoder=encoder,
         labels=labels if labelled(train) else "predicted",
         features=features,
+        overwrite=overwrite,
     )
     show_runs(done)
 
@@ -137,7 +140,7 @@ def report(run: Annotated[Path, Parameter(help="Folder of a finished run.")]) ->
 def check(
     run: Annotated[Path, Parameter(help="Folder of a run or of a scan.")],
 ) -> int:
-    """Verify what a run or scan left, and set damaged files aside so that they are made anew.
+    """List what a folder holds, and set damaged files aside so that they are made anew.
 
     Checksums and records of scans and splits are verified, the form of tables, figures and
     visualisations, and of the report that it is there; what cannot be read is told and left.
@@ -146,6 +149,8 @@ def check(
     from unbraid.check import check as check_folder
 
     found = check_folder(run)
+    for line in found.holds:
+        out_console.print(one_line(line))
     out_console.print(str(found))
     return 0 if found.whole else 1
 
@@ -166,6 +171,7 @@ def reproduce(
     """
     import unbraid
     from unbraid.reproduce import LAYER, MODEL, match_pairs, published_pairs
+    from unbraid.run_folders import holds_results
 
     loaded = load(MODEL, weights, device, names=names)
     made = unbraid.scan(
@@ -178,7 +184,9 @@ def reproduce(
         progress=True,
     )
     found = unbraid.find(made, tau=0.03, p=0.75, gamma=0.5)
-    found.to_csv(out / "findings.csv")
+    # Those of a run in the same folder, with thresholds of its own, stay.
+    table = "reproduced.csv" if holds_results(out) else "findings.csv"
+    found.to_csv(out / table)
     matches = match_pairs(found.pairs, published_pairs())
     rows: list[tuple[str, ...]] = [("channel", "class 1", "class 2", "published", "found", "")]
     for match in matches:

@@ -78,6 +78,13 @@ SkipBroken = Annotated[
 Features = Annotated[
     bool, Parameter(help="Make images that excite each split channel and concept channel.")
 ]
+Overwrite = Annotated[
+    bool,
+    Parameter(
+        help="Put the results, once finished, in the place of a run with other settings in OUT.",
+        negative="",
+    ),
+]
 Data = Annotated[
     str,
     Parameter(

@@ -129,12 +129,14 @@ def find(
     p: P = 0.75,
     gamma: Gamma = 0.5,
     concepts: Concepts = "classes",
-    out: Annotated[Path | None, Parameter(help="CSV file to write.")] = None,
+    out: Annotated[Path | None, Parameter(help="CSV file to write or replace.")] = None,
 ) -> None:
     """Find the polysemantic channels in a scan of training images."""
     import unbraid
     from unbraid.before_scan import describe_fit, scanned_accuracy
+    from unbraid.run_folders import refuse_result
 
+    refuse_result(out)
     opened = unbraid.open_scan(scan)
     accuracy = scanned_accuracy(opened)
     if accuracy is not None:
@@ -155,11 +157,13 @@ def sensitivity(
         list[float] | None, Parameter(help="Fractions of images.", consume_multiple=True)
     ] = None,
     gammas: Annotated[list[float] | None, Parameter(help="Cosines.", consume_multiple=True)] = None,
-    out: Annotated[Path | None, Parameter(help="CSV file to write.")] = None,
+    out: Annotated[Path | None, Parameter(help="CSV file to write or replace.")] = None,
 ) -> None:
     """Count the polysemantic channels for every combination of thresholds, in seconds."""
     import unbraid
+    from unbraid.run_folders import refuse_result
 
+    refuse_result(out)
     counted = unbraid.sensitivity(unbraid.open_scan(scan), taus, ps, gammas)
     if out is not None:
         counted.to_csv(out)
@@ -179,7 +183,9 @@ def split(
 ) -> None:
     """Find and split the polysemantic channels in a scan, best one with positions."""
     import unbraid
+    from unbraid.run_folders import refuse_result
 
+    refuse_result(out)
     opened = unbraid.open_scan(scan)
     found = unbraid.find(opened, tau=tau, p=p, gamma=gamma, concepts=concepts)
     divided = unbraid.split(opened, found, method=method, rho=rho)
@@ -191,11 +197,13 @@ def evaluate(
     split: Annotated[Path, Parameter(help="Split file.")],
     scan: Annotated[Path, Parameter(help="Folder of a scan of validation images.")],
     *,
-    out: Annotated[Path | None, Parameter(help="JSON file to write.")] = None,
+    out: Annotated[Path | None, Parameter(help="JSON file to write or replace.")] = None,
 ) -> None:
     """Measure how well a split's concept channels separate their concepts."""
     import unbraid
+    from unbraid.run_folders import refuse_result
 
+    refuse_result(out)
     result = unbraid.evaluate(unbraid.Split.load(split), unbraid.open_scan(scan))
     if out is not None:
         result.save(out)

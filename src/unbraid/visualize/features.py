@@ -20,7 +20,7 @@ from unbraid.strict import check_schema, read_json, unread
 SCHEMA = 1
 MAX_SIDE = 4096  # pixels; a larger picture in a folder is none of ours
 MAX_PIXELS = 2**28  # of all pictures together, 1 GiB of memory
-_INDEX = "features.json"
+INDEX = "features.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ class Features:
                 for f in self.features
             ],
         }
-        write_whole(folder / _INDEX, (json.dumps(about, indent=1) + "\n").encode())
+        write_whole(folder / INDEX, (json.dumps(about, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> Features:
@@ -110,7 +110,7 @@ class Features:
         """
         folder = as_path("folder", folder)
         try:
-            index = folder / _INDEX
+            index = folder / INDEX
             about = read_json(index)
             check_schema(about, SCHEMA)
             _refuse_too_many(folder, about["features"])

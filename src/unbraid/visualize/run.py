@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,9 +11,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from unbraid.errors import RunError, UnbraidError
+from unbraid.files import set_aside
 from unbraid.tables import count
 from unbraid.visualize import visualize
-from unbraid.visualize.features import Features
+from unbraid.visualize.features import INDEX, Features
 from unbraid.weights import hash_weights
 
 SECONDS = 120.0  # after which no more channels are begun
@@ -28,6 +28,8 @@ def visualize_run(
     channels: Sequence[int],
     out: Path,
     say: Callable[[str], None],
+    *,
+    make: bool = True,
 ) -> Features | None:
     """Visualise a run's split channels, unless that is done; write them to its folder.
 
@@ -38,15 +40,19 @@ def visualize_run(
         channels: the split ones, the most telling first, as time may not be enough for all.
         out: the run's folder.
         say: told of each step, and of what is left out.
+        make: make them, instead of only returning those that are there.
 
     Returns:
         The visualisations; None where the network or its images do not allow any.
     """
-    with suppress(RunError):  # damaged ones are made anew
+    with suppress(RunError):  # those that cannot be read are made anew
         before = read_run(out)
         if before is not None and before.weights == hash_weights(model):
             return before
-    shutil.rmtree(out / _FOLDER, ignore_errors=True)
+    if (out / _FOLDER / INDEX).exists():  # else nobody finished them
+        set_aside(out / _FOLDER, ".replaced")
+    if not make:
+        return None
     say("Visualising channels and concept channels.")
     try:
         made = visualize(model, layer, images, channels, seconds=SECONDS, progress=True)
