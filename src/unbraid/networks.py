@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unbraid.copying import copy_with_functions
 from unbraid.errors import ModelError, UsageError
 
 Pick = str | int | Callable[[Any], Tensor]
@@ -45,14 +46,17 @@ def unwrapped_name(name: str) -> str:
 
 
 def copy_network(model: nn.Module) -> nn.Module:
-    """Copy a network, also one that keeps what it computed from its weights."""
+    """Copy a network, also one that keeps what it computed from its weights.
+
+    Everything in the copy, functions too, leads to the copy's own parts.
+    """
     computed = {
         id(value): value.detach().clone()
         for module in model.modules()
         for value in _tensors(vars(module))
         if not value.is_leaf
     }
-    return copy.deepcopy(model, computed)
+    return copy_with_functions(model, computed)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
