@@ -7,6 +7,7 @@ cannot be copied at all, such as a lock or an open file, is shared instead of st
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import functools
@@ -20,10 +21,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-_NOTHING_INSIDE = (
-    (type, str, bytes, int, float, complex, types.NoneType, Tensor, logging.Logger)
-    + (types.ModuleType, types.CodeType, types.FrameType, types.TracebackType)
-    + (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+_NOTHING_INSIDE: tuple[type, ...] = (
+    *(type, str, bytes, int, float, complex, types.NoneType, Tensor, logging.Logger),
+    *(types.ModuleType, types.CodeType, types.FrameType, types.TracebackType),
+    *(types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType),
 )
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
 _CACHED: type = type(functools.lru_cache(lambda: None))
@@ -73,12 +74,13 @@ class Reach:
 
 def _referent(x: object) -> object | None:
     """What a weak reference refers to."""
+    found: object | None = None
     if type(x) in _PROXIES:
-        try:
-            return x.__init__.__self__  # type: ignore[misc]
-        except (ReferenceError, AttributeError):
-            return None
-    return x() if issubclass(type(x), weakref.ref) else None  # type: ignore[operator]
+        with contextlib.suppress(ReferenceError, AttributeError):
+            found = x.__init__.__self__  # type: ignore[misc]
+    elif issubclass(type(x), weakref.ref):
+        found = x()  # type: ignore[operator]
+    return found
 
 
 def copy_with_functions(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

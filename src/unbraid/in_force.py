@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from unbraid.copying import Reach
-from unbraid.errors import ModelError
+from unbraid.errors import ModelError, OutOfMemory
 from unbraid.split_layer import SplitLayer
 
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
@@ -38,21 +38,31 @@ def _is_split(module: nn.Module) -> bool:
 
 @contextmanager
 def in_force(model2: nn.Module) -> Iterator[None]:
-    """Raise at the end if the network ran and one of its split layers never did.
+    """Raise at the end if the network ran, or began to, and one of its split layers never did.
 
     Raises:
         ModelError: that is so.
     """
     layers = split_layers(model2)
     ran: Counter[str] = Counter()
+
+    def refuse() -> None:
+        never = [name for name in layers if not ran[name]]
+        if ran[""] and never:
+            raise ModelError(never_ran(never[0])) from None
+
     with ExitStack() as stack:
         for name, module in {**layers, "": model2}.items() if layers else ():
             hook = module.register_forward_pre_hook(partial(_count, ran, name))
             stack.callback(hook.remove)
-        yield
-    never = [name for name in layers if not ran[name]]
-    if ran[""] and never:
-        raise ModelError(never_ran(never[0]))
+        try:
+            yield
+        except OutOfMemory:
+            raise
+        except ModelError:  # as where a layer's weights are asked of two layers
+            refuse()
+            raise
+    refuse()
 
 
 def _count(ran: Counter[str], name: str, _module: nn.Module, _args: tuple[Any, ...]) -> None:

@@ -68,7 +68,8 @@ class SplitLayer(nn.Module):
         concepts, changed = _pass(self.concepts, new.narrow(dim, 0, n_concepts))
         residuals, changed_too = _pass(self.residuals, new.narrow(dim, n_concepts, n_residuals))
         if self.moves:
-            concepts = make_moves(concepts, self.moves, self.spec.channels_last)
+            n_behind = 0 if self.spec.channels_last else len(self.spec.kernel)
+            concepts = make_moves(concepts, self.moves, n_concepts, n_behind)
         correction = (-z.index_select(dim, self.channels) - residuals).index_add(
             dim, self.owners, concepts
         )

@@ -59,7 +59,8 @@ def apply(
         form: "exact" or "plain".
 
     Raises:
-        ModelError: the network's weights are not those that the split was made for.
+        ModelError: the network's weights are not those that the split was made for; or its code
+            would run its own layer past the split one.
         LayerError: the network lacks the layer.
         RunError: the split holds other weights of the layer than the network.
         UsageError: there is no such form, or there is no split or two of one layer.
