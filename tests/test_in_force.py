@@ -449,10 +449,10 @@ def test_a_split_that_never_runs_is_told(past, tmp_path):
             lambda changed=changed: unbraid.compare_outputs(network, changed, SyntheticImages(5)),
             lambda: check_in_force(network, "layer", images(1)),
         ):
-            with pytest.raises(ModelError, match=r"'layer' is not in force: .* never runs it"):
+            with pytest.raises(ModelError, match=r"never runs layer 'layer' .* not in force"):
                 call()
         if form == "exact":
-            with pytest.raises(ModelError, match="'layer' is not in force"):
+            with pytest.raises(LayerError, match=r"runs 0 times .* not in force"):
                 unbraid.ablate(changed, SyntheticImages(5))
 
 

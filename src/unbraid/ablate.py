@@ -68,9 +68,8 @@ def ablate(
         UsageError: the network has no concept channels, or lacks the layer or a channel; or the
             scan is missing or of other images or another layer.
         DataError: an image cannot be read, or its label names no output.
-        ModelError: the network computes NaN or infinite numbers, cannot run, or never runs the
-            split layer.
-        LayerError: the split layer runs more than once.
+        ModelError: the network computes NaN or infinite numbers, or cannot run.
+        LayerError: the split layer does not run exactly once.
 
     Source:
         METHOD.md section 6, causal effect.

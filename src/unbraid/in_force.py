@@ -22,6 +22,11 @@ from unbraid.copying import Reach
 from unbraid.errors import ModelError, OutOfMemory
 from unbraid.split_layer import SplitLayer
 
+NOT_IN_FORCE = (
+    "its split is not in force; let the network's code run the layer as a module that self leads "
+    "to, not by a global variable, its forward or its weights"
+)
+
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 _HARMLESS = ("STORE_ATTR", "DELETE_ATTR", "IS_OP", "COMPARE_OP", "CONTAINS_OP")
 
@@ -49,7 +54,9 @@ def in_force(model2: nn.Module) -> Iterator[None]:
     def refuse() -> None:
         never = [name for name in layers if not ran[name]]
         if ran[""] and never:
-            raise ModelError(never_ran(never[0])) from None
+            raise ModelError(
+                f"The network never runs layer {never[0]!r} on these images, so {NOT_IN_FORCE}."
+            ) from None
 
     with ExitStack() as stack:
         for name, module in {**layers, "": model2}.items() if layers else ():
@@ -67,15 +74,6 @@ def in_force(model2: nn.Module) -> Iterator[None]:
 
 def _count(ran: Counter[str], name: str, _module: nn.Module, _args: tuple[Any, ...]) -> None:
     ran[name] += 1
-
-
-def never_ran(name: str) -> str:
-    """Say that a split is not in force."""
-    return (
-        f"The split of layer {name!r} is not in force: the network never runs it on these images; "
-        "let the network's code run the layer as a module that self leads to, not by a global "
-        "variable, its forward or its weights."
-    )
 
 
 def refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str]) -> None:

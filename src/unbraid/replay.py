@@ -18,16 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.errors import LayerError, ModelError
-from unbraid.in_force import never_ran
+from unbraid.in_force import NOT_IN_FORCE
 from unbraid.running import run_network
 
 
 class Replay:
     """A network whose layer can be given other outputs; made by `replaying`."""
 
-    def __init__(self, model: nn.Module, name: str) -> None:
-        """Keep nothing yet; `name` is the layer's."""
-        self._name = name
+    def __init__(self, model: nn.Module) -> None:
+        """Keep nothing yet."""
         self.shortened = False  # whether passes after the first leave out what lies before
         self._model = model
         self._kept: defaultdict[nn.Module, list[_Kept | None]] = defaultdict(list)  # call by call
@@ -48,14 +47,14 @@ class Replay:
             The logits, (N, T), and the layer's output.
 
         Raises:
-            LayerError: the layer runs more than once.
-            ModelError: the network cannot run on such images, or never runs the layer.
+            LayerError: the layer does not run exactly once.
+            ModelError: the network cannot run on such images.
         """
         self._kept.clear()
         self._given = self._output = None
         logits = self._run(images)
         if self._n_reached == 0:
-            raise ModelError(never_ran(self._name))
+            raise LayerError(f"The layer runs 0 times in a forward pass, so {NOT_IN_FORCE}.")
         if self._n_reached != 1 or self._output is None:
             raise LayerError(
                 f"The layer runs {self._n_reached} times in a forward pass, so its output is not "
@@ -174,7 +173,7 @@ def replaying(model: nn.Module, layer: nn.Module) -> Iterator[Replay]:
         model: gives the same logits for the same images, so in eval mode.
         layer: one of its modules, which gives one tensor.
     """
-    replay = Replay(model, next(name for name, m in model.named_modules() if m is layer))
+    replay = Replay(model)
     inside = set(layer.modules())
     forwards: dict[nn.Module, Callable[..., Any]] = {layer: replay._at_layer(layer.forward)}
     for module in model.modules():
