@@ -540,26 +540,72 @@ def test_apply_takes_a_global_variable_that_runs_nothing(hook, tmp_path, monkeyp
     check_in_force(network, "layer", images(1))
 
 
-def test_a_copy_whose_part_copies_its_functions_itself_is_told(tmp_path):
-    network = Plain()
-    layer = network.layer
+class CopiesItself(nn.Module):
+    """Takes the functions that it holds for constants when it is copied."""
 
-    class Around(nn.Module):
-        def __deepcopy__(self, memo: Any) -> Any:
-            twin = Around()
-            memo[id(self)] = twin
-            twin.run = copy.deepcopy(self.run)  # a constant for deepcopy
-            return twin
+    def __deepcopy__(self, memo: Any) -> Any:
+        twin = CopiesItself()
+        memo[id(self)] = twin
+        twin.run = copy.deepcopy(self.run)
+        return twin
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.run(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
 
-    network.around = Around()
+
+def _held_by_a_part(network: Plain) -> None:
+    network.around, layer = CopiesItself(), network.layer
     network.around.run = lambda x: layer(x)
     network.middle = types.MethodType(lambda self, x: self.around(x), network)
+
+
+def _held_by_its_class(network: Plain) -> None:
+    layer = network.layer
+
+    class Stays(Plain):
+        def middle(self, x: Tensor) -> Tensor:
+            return layer(x)
+
+    network.__class__ = Stays
+
+
+@pytest.mark.parametrize("hold", [_held_by_a_part, _held_by_its_class])
+def test_apply_refuses_a_function_that_still_runs_the_original(hold, tmp_path):
+    network = Plain()
+    hold(network)
     split = make_split(network, tmp_path)
-    with pytest.raises(ModelError, match="<lambda>' still leads to the original network"):
+    with pytest.raises(ModelError, match=f"{hold.__name__}.* still leads to the original network"):
         unbraid.apply(network, split)
+
+
+def test_copy_network_copies_what_a_traced_network_holds():
+    network = torch.fx.symbolic_trace(Plain())
+    layer = network.layer
+    network.stem.register_forward_hook(lambda _m, _args, z: z + 0 * layer.weight.sum())
+    twin = copy_network(network)
+    with torch.no_grad():
+        layer.weight.fill_(torch.nan)
+    assert twin(images()).isfinite().all()
+    assert network(images()).isnan().all()
+
+
+def test_copy_network_copies_containers_that_hold_themselves():
+    network = Plain()
+    network.own = [{"numbers": [1]}]
+    network.own[0]["again"] = network.own
+    twin = copy_network(network)
+    assert twin.own[0]["again"] is twin.own
+    assert twin.own is not network.own
+
+
+def test_copy_network_keeps_which_weights_want_gradients():
+    network = Plain()
+    network.scripted = torch.jit.script(nn.Linear(2, 3))
+    network.stem.requires_grad_(False)
+    twin = copy_network(network)
+    for one, other in zip(network.parameters(), twin.parameters(), strict=True):
+        assert other.is_leaf
+        assert other.requires_grad == one.requires_grad
 
 
 # --- tried before anything is begun ---------------------------------------------------------------

@@ -141,10 +141,19 @@ class Copier:
             return _BUILDERS[kind](self, x)
         # That of a parametrized module does what is done here, but by copy.deepcopy.
         if hasattr(kind, "__deepcopy__") and not (isinstance(x, nn.Module) and is_parametrized(x)):
+            if isinstance(x, nn.Module):
+                self._copy_ahead(x)
             made = self._tried(lambda: kind.__deepcopy__(x, self._memo))
             if made is not _MISSING and made is not x:  # which would lead to the original
                 return made
         return self._rebuilt(x)
+
+    def _copy_ahead(self, x: nn.Module) -> None:
+        """Copy what a module holds before it does so itself, by copy.deepcopy with this memo."""
+        back = Reach([x])
+        for value in vars(x).values():
+            if not back.leads(value):
+                self.copy(value)
 
     def _rebuilt(self, x: Any) -> Any:
         """Copy an object by what it says of itself for pickling, else attribute by attribute."""

@@ -93,18 +93,16 @@ def refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str])
         holders = {prefix for other in names for prefix in _prefixes(other)}
         reach = Reach(modules[holder] for holder in holders)
         way = reach.path(copied)
+        reached = list(reach.apart.values())
+        for method in _methods(reached) if way is None else ():
+            way = way or reach.path(method)
         if way is not None:
             raise ModelError(_refusal(name, f"{_holder(way)} still leads to the original network"))
-        for function in _functions(list(reach.apart.values())):
+        for function in _functions(reached):
             variable = _global_way(function, reach)
             if variable is not None:
-                raise ModelError(
-                    _refusal(
-                        name,
-                        f"{function.__qualname__!r} uses the global variable {variable!r}, which "
-                        "stays the original's",
-                    )
-                )
+                why = f"{function.__qualname__!r} uses the global variable {variable!r}"
+                raise ModelError(_refusal(name, f"{why}, which stays the original's"))
 
 
 def _prefixes(name: str) -> list[str]:
@@ -129,11 +127,21 @@ def _holder(way: Sequence[object]) -> str:
     return "the network"
 
 
+def _kinds(reached: Sequence[object]) -> list[type]:
+    return list(dict.fromkeys(type(one) for one in reached if issubclass(type(one), nn.Module)))
+
+
+def _methods(reached: Sequence[object]) -> list[object]:
+    """Methods of modules' classes that hold variables, which are not copied with the network."""
+    bases = dict.fromkeys(base for kind in _kinds(reached) for base in kind.__mro__)
+    methods = [method for base in bases for method in vars(base).values()]
+    return [one for one in methods if isinstance(one, types.FunctionType) and one.__closure__]
+
+
 def _functions(reached: Sequence[object]) -> list[types.FunctionType]:
     """Functions that a network holds, and the forward functions of its modules."""
-    kinds = dict.fromkeys(type(one) for one in reached if issubclass(type(one), nn.Module))
-    found: list[Any] = [one for one in reached if type(one) is types.FunctionType]
-    found += [inspect.getattr_static(kind, "forward") for kind in kinds]
+    found = [one for one in reached if type(one) is types.FunctionType]
+    found += [inspect.getattr_static(kind, "forward") for kind in _kinds(reached)]
     return [one for one in dict.fromkeys(found) if type(one) is types.FunctionType]
 
 
