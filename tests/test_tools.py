@@ -159,6 +159,43 @@ def test_a_hook_that_was_there_before_exporting_counts(tool, one_pair):
     assert_near(tool(one_pair.changed)(single()), moved)
 
 
+def followed(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    return torch.fx.symbolic_trace(network)
+
+
+@quiet
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"pads by size"}))
+def test_the_exact_form_is_traced_by_torch_fx(kind, split_of):
+    pair = SinglePair(kind, split_of(kind, TWO, SINGLE))
+    elsewhere = followed(pair.changed)
+    for n_images in (5, 3):
+        assert_bit_equal(elsewhere(single(n_images)), pair.network(single(n_images)))
+    for move in (
+        lambda: pair.changed.gate("layer", 1, 0, 0.3),
+        lambda: pair.changed.clamp("layer", 3, 1, low=9.0),
+    ):
+        with move():
+            moved, elsewhere = pair.changed(single()), followed(pair.changed)
+        assert not torch.equal(moved, pair.network(single()))
+        assert_bit_equal(elsewhere(single()), moved)
+    assert_near(followed(pair.plain)(single()).detach(), pair.network(single()).detach())
+
+
+@pytest.mark.parametrize("kind", SOME_KINDS)
+def test_torchvision_extracts_concept_channels(kind, split_of):
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    pair = SinglePair(kind, split_of(kind, TWO, SINGLE))
+    seen: list[Tensor] = []
+    handle = pair.changed.layer.concepts.register_forward_hook(lambda _m, _a, z: seen.append(z))
+    pair.changed(single())
+    handle.remove()
+    extracted = create_feature_extractor(pair.changed, ["layer.concepts", "head"])(single())
+    assert_bit_equal(extracted["layer.concepts"], seen[0])
+    assert_bit_equal(extracted["head"], pair.network(single()))
+    assert seen[0].abs().max() > 0
+
+
 def test_the_plain_form_names_its_rows(pair):
     layer, names = pair.plain.layer, pair.plain.layer.names
     assert len(names) == len(layer.wide.weight)

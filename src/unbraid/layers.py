@@ -189,7 +189,9 @@ def tap_inputs(spec: LayerSpec, x: Tensor, group: int) -> Tensor:
 
 def pad_input(spec: LayerSpec, x: Tensor) -> Tensor:
     """Pad an input, (N, channels, positions ...), as the layer does."""
-    pairs = [spec.pads(dim, size) for dim, size in enumerate(x.shape[2:])]
+    pairs = list(spec.padding)
+    if spec.pad_mode == SAME:  # else no size is asked for, which a tracer does not know
+        pairs = [spec.pads(dim, size) for dim, size in enumerate(x.shape[2:])]
     pads = [p for pair in reversed(pairs) for p in pair]
     return F.pad(x, pads, mode=_PAD_MODES[spec.pad_mode]) if any(pads) else x
 
@@ -210,7 +212,7 @@ def respond(
         (N, R, positions ...), channels first.
     """
     x = pad_input(spec, x)
-    kernels = rows.reshape(len(rows), spec.n_in_per_group, *spec.kernel)
+    kernels = rows.reshape(-1, spec.n_in_per_group, *spec.kernel)
     convolve = _CONVOLVE[len(spec.kernel)]
 
     def run(part: Tensor, chosen: list[int] | slice) -> Tensor:

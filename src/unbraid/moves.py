@@ -88,38 +88,44 @@ class Clamp(Move):
         super().__init__(layer, row)
 
 
-def make_moves(concepts: Tensor, moves: Sequence[Move], channels_last: bool) -> Tensor:
+def make_moves(concepts: Tensor, moves: Sequence[Move], n_rows: int, n_behind: int) -> Tensor:
     """Do to the concept channels what the moves say; of one channel, the latest counts.
+
+    Nothing is written in place and no size is asked for that can be known otherwise, so that
+    tracers can follow.
 
     Args:
         concepts: (N, R, positions ...), or with R last.
         moves: in the order in which they were made.
-        channels_last: whether R is last.
+        n_rows: R.
+        n_behind: dimensions behind R.
 
     Raises:
         UsageError: a gate holds values for another number of images.
     """
     n_images = concepts.shape[0]  # not len(), which an exporter would take for a constant
-    n_rows = concepts.shape[-1 if channels_last else 1]
-    ones = [1] * (concepts.dim() - 2)
+    behind = [1] * n_behind
     latest = {move.row: move for move in moves}.values()
     gates = [move for move in latest if isinstance(move, Gate)]
     clamps = [move for move in latest if isinstance(move, Clamp)]
     if gates:
         apart = any(isinstance(gate.value, Tensor) and gate.value.dim() for gate in gates)
-        scale = concepts.new_ones(n_images if apart else 1, n_rows)
+        n_scales = n_images if apart else 1
+        scale = concepts.new_ones(n_scales, n_rows)
         for gate in gates:
-            scale[:, gate.row] = _by_image(gate.value, n_images).to(scale)
-        shape = (-1, *ones, n_rows) if channels_last else (-1, n_rows, *ones)
-        concepts = concepts * scale.view(shape)
+            value = _by_image(gate.value, n_images).to(scale).expand(n_scales)
+            scale = torch.select_scatter(scale, value, 1, gate.row)
+        between = [1] * (concepts.dim() - 2) if apart and not behind else []
+        concepts = concepts * scale.view(-1, *between, n_rows, *behind)
     if clamps:
-        low = concepts.new_full((n_rows,), -torch.inf)
-        high = concepts.new_full((n_rows,), torch.inf)
+        low, high = [-torch.inf] * n_rows, [torch.inf] * n_rows
         for clamp in clamps:
             low[clamp.row], high[clamp.row] = clamp.low, clamp.high
-        if not channels_last:
-            low, high = low.view(-1, *ones), high.view(-1, *ones)
-        concepts = concepts.clamp(low, high)
+        bounds = (
+            torch.tensor(bound, dtype=torch.float64).to(concepts).view(-1, *behind)
+            for bound in (low, high)
+        )
+        concepts = concepts.clamp(*bounds)
     return concepts
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from unbraid.copying import copy_with_functions
 from unbraid.errors import ModelError, UsageError
 
 Pick = str | int | Callable[[Any], Tensor]
@@ -46,26 +47,32 @@ def unwrapped_name(name: str) -> str:
 
 
 def copy_network(model: nn.Module) -> nn.Module:
-    """Copy a network, also one that keeps what it computed from its weights."""
+    """Copy a network, also one that keeps what it computed from its weights.
+
+    Everything in the copy, functions too, leads to the copy's own parts.
+    """
     computed = {
         id(value): value.detach().clone()
         for module in model.modules()
-        for value in _tensors(vars(module))
+        for value in _tensors(vars(module), set())
         if not value.is_leaf
     }
-    return copy.deepcopy(model, computed)
+    with torch.no_grad():  # else the weights of a TorchScript part would be computed from its own
+        copied = copy_with_functions(model, computed)
+    for old, new in zip(model.parameters(), copied.parameters(), strict=True):
+        if old.requires_grad != new.requires_grad:
+            new.requires_grad_(old.requires_grad)
+    return copied
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in containers inside of one another."""
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """All tensors in containers inside of one another, which may hold themselves."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
+    elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+        seen.add(id(value))
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part, seen)
 
 
 def with_logits(model: nn.Module, pick: Pick) -> nn.Module:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from unbraid.data import UNLABELLED, Readable, size_of, sort_out
 from unbraid.errors import DataError, OutputChangedError, UsageError
 from unbraid.given import flag, loading, real_number
+from unbraid.in_force import in_force
 from unbraid.networks import unwrap
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
@@ -54,6 +55,7 @@ def compare_outputs(
 
     Raises:
         OutputChangedError: a logit differs by more than the tolerance, or is not a number.
+        ModelError: the network never runs a split layer of `model2`.
         DataError: an image cannot be read.
         UsageError: tolerance, batch_size or workers is out of range.
     """
@@ -75,6 +77,7 @@ def compare_outputs(
     with (
         undisturbed(model),
         undisturbed(model2),
+        in_force(model2),
         torch.no_grad(),
         image_progress("Comparing outputs", n_images, show=progress) as advance,
     ):

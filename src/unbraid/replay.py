@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.errors import LayerError, ModelError
+from unbraid.in_force import NOT_IN_FORCE
 from unbraid.running import run_network
 
 
@@ -52,6 +53,8 @@ class Replay:
         self._kept.clear()
         self._given = self._output = None
         logits = self._run(images)
+        if self._n_reached == 0:
+            raise LayerError(f"The layer runs 0 times in a forward pass, so {NOT_IN_FORCE}.")
         if self._n_reached != 1 or self._output is None:
             raise LayerError(
                 f"The layer runs {self._n_reached} times in a forward pass, so its output is not "

@@ -51,8 +51,8 @@ class SplitLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "original":
-                raise
+            if name == "original" or name.startswith("__"):
+                raise  # how to be copied, say, is not the original's to answer
             return getattr(self.original, name)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -68,7 +68,8 @@ class SplitLayer(nn.Module):
         concepts, changed = _pass(self.concepts, new.narrow(dim, 0, n_concepts))
         residuals, changed_too = _pass(self.residuals, new.narrow(dim, n_concepts, n_residuals))
         if self.moves:
-            concepts = make_moves(concepts, self.moves, self.spec.channels_last)
+            n_behind = 0 if self.spec.channels_last else len(self.spec.kernel)
+            concepts = make_moves(concepts, self.moves, n_concepts, n_behind)
         correction = (-z.index_select(dim, self.channels) - residuals).index_add(
             dim, self.owners, concepts
         )
@@ -96,10 +97,11 @@ class SplitLayer(nn.Module):
 
 def _pass(point: nn.Module, values: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Send values through a hook point; say, where something may change them, whether it did."""
-    if not _hooked(point):
-        return values, []
-    before = values.detach().clone()  # a hook may write into them
+    hooked = _hooked(point)
+    before = values.detach().clone() if hooked else values  # a hook may write into them
     after: Tensor = point(values)
+    if not hooked:
+        return after, []
     same = (before == after) | (before.isnan() & after.isnan())
     return after, [~same.all()]
 

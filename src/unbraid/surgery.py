@@ -15,14 +15,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from unbraid.describe import describe, resolve_layer, weight_rows
-from unbraid.errors import ModelError, RunError, UsageError
+from unbraid.becoming import become, double, rebind
+from unbraid.describe import bias_of, describe, resolve_layer, weight_rows
+from unbraid.errors import ModelError, OutputChangedError, RunError, UsageError
 from unbraid.given import as_kind, whole_number
+from unbraid.in_force import in_force, refuse_ways_past
+from unbraid.layers import LayerSpec
 from unbraid.moves import Clamp, Gate
 from unbraid.networks import copy_network, unwrap, unwrapped_name
 from unbraid.plain import plain_layer
+from unbraid.relevance import undisturbed
+from unbraid.running import run_network
 from unbraid.split_layer import SplitLayer
-from unbraid.splits import Split
+from unbraid.splits import ChannelSplit, Split
 from unbraid.weights import hash_weights
 
 Form = Literal["exact", "plain"]
@@ -54,7 +59,8 @@ def apply(
         form: "exact" or "plain".
 
     Raises:
-        ModelError: the network's weights are not those that the split was made for.
+        ModelError: the network's weights are not those that the split was made for; or its code
+            would run its own layer past the split one.
         LayerError: the network lacks the layer.
         RunError: the split holds other weights of the layer than the network.
         UsageError: there is no such form, or there is no split or two of one layer.
@@ -69,9 +75,7 @@ def apply(
     weights = hash_weights(model)
     for one in splits:
         _check_fit(model, weights, one)
-    changed = copy_network(model)
-    for one in splits:
-        _replace(changed, one, form)
+    changed = _split_copy(model, splits, form)
     if form == "exact":
         for method in (gate, clamp):
             if not hasattr(changed, method.__name__):  # a name that a network may use itself
@@ -106,18 +110,87 @@ def _check_fit(model: nn.Module, weights: str, split: Split) -> None:
             )
 
 
+def _split_copy(model: nn.Module, splits: Sequence[Split], form: Form) -> nn.Module:
+    """Copy a network and split layers of the copy.
+
+    Raises:
+        ModelError: the copy would run the network's own layers past the split ones.
+    """
+    changed = copy_network(model)
+    for one in splits:
+        _replace(changed, one, form)
+    refuse_ways_past(model, changed, [resolve_layer(model, s.layer.name)[0] for s in splits])
+    return changed
+
+
 def _replace(model: nn.Module, split: Split, form: Form) -> None:
-    """Put a split layer in the place of the original."""
-    name, original = resolve_layer(model, split.layer.name)
+    """Make a layer its split form, for everything that leads to it."""
+    name, layer = resolve_layer(model, split.layer.name)
     build = SplitLayer if form == "exact" else plain_layer
-    new = build(original, describe(name, original), split.channels)
+    inner = double(layer, SplitLayer if form == "exact" else nn.Sequential)
+    new = build(layer if inner is None else inner, describe(name, layer), split.channels)
     if isinstance(new, SplitLayer):
         new.clusters = split.clusters
-    new.train(original.training)
+    new.train(layer.training)
+    if inner is not None:
+        become(layer, new)
+        rebind(inner, layer)
+        return
     for module in list(model.modules()):  # a module may be known under several names
         for key, child in module._modules.items():
-            if child is original and module is not new:
+            if child is layer and module is not new:
                 module._modules[key] = new
+
+
+def check_in_force(model: nn.Module, layer: str | nn.Module, images: Tensor) -> None:
+    """Try on some images whether a split of a layer would be in force; one will do.
+
+    Costs a pass through the network and one through a copy of it, so that what stands in the way is
+    told before anything long is begun.
+
+    Args:
+        model: the network; it is left as it is.
+        layer: the layer that is to be split.
+        images: (N, C, H, W), on the network's device.
+
+    Raises:
+        ModelError: a split would not be in force, or the network cannot run.
+        LayerError: there is no such layer, or it cannot be split.
+        OutputChangedError: the network computes something else with the layer split.
+    """
+    model = unwrap(model)
+    name, module = resolve_layer(model, layer)
+    changed = _split_copy(model, [_trial_split(describe(name, module), module)], "exact")
+    with undisturbed(model), undisturbed(changed), torch.no_grad():
+        before = run_network(model, images)
+        with in_force(changed):
+            after = run_network(changed, images)
+        same = _equal(before, after) or not _equal(before, run_network(model, images))
+    if not same:  # though the network gives the same whenever it runs
+        raise OutputChangedError(
+            f"With layer {name!r} split the network computes something else, so its code depends "
+            "on what the layer is; let it only run the layer, or choose another."
+        )
+
+
+def _trial_split(spec: LayerSpec, layer: nn.Module) -> Split:
+    """Two concept channels of a layer's first channel, each with every other weight."""
+    weight = weight_rows(layer)[0]
+    even = (torch.arange(len(weight), device=weight.device) % 2).to(weight)
+    part = ChannelSplit(
+        channel=0,
+        concepts=((0,), (1,)),
+        masks=torch.stack([even, 1 - even]),
+        weight=weight,
+        bias=float(bias_of(layer)[0]),
+        info={},
+    )
+    return Split(spec, weights="", method="", settings={}, class_names=(), channels=(part,))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether numbers are the same, NaN too."""
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def load_split(model: nn.Module, path: str | Path) -> nn.Module:
