@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.distributed import DistError
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from unbraid.data import Item, Readable
-from unbraid.errors import RunError, brief
+from unbraid.errors import RunError, UsageError, brief
 from unbraid.running import stack_images
 
 # Index and label of each good image, and other items; which are good; the images, in one piece if
@@ -21,7 +23,11 @@ Packed: TypeAlias = tuple[list[Any], list[bool], Tensor | list[Tensor]]
 
 
 def load(
-    dataset: Dataset[Any], batches: Sampler[list[int]], *, workers: int, pinned: bool
+    dataset: Dataset[Any],
+    batches: Iterable[Sequence[int]],
+    *,
+    workers: int,
+    pinned: bool = False,
 ) -> Iterator[list[Item]]:
     """Read batches of images, in order.
 
@@ -30,16 +36,54 @@ def load(
         batches: places in the data set, batch by batch.
         workers: processes that read; 0 for none.
         pinned: put images where an accelerator fetches them fastest.
+
+    Raises:
+        UsageError: the data set cannot be sent to worker processes.
+        RunError: these cannot be started, or die.
     """
     loader = DataLoader(
         Readable(dataset),
-        batch_sampler=batches,
+        batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_pack,
         pin_memory=pinned,
         generator=torch.Generator(),  # so that the caller's random numbers stay where they were
     )
-    return (_unpack(*packed) for packed in loader)
+    return _opened(_started(loader))
+
+
+def in_order(n_images: int, batch_size: int) -> list[range]:
+    """Batches of all images of a data set.
+
+    >>> in_order(5, 2)
+    [range(0, 2), range(2, 4), range(4, 5)]
+    """
+    return [range(i, min(i + batch_size, n_images)) for i in range(0, n_images, batch_size)]
+
+
+def _started(loader: DataLoader[Item]) -> Iterator[Packed | _Sealed]:
+    try:
+        return iter(loader)
+    except OSError as error:
+        raise RunError(
+            f"Worker processes cannot be started ({brief(error)}); use fewer workers, or 0."
+        ) from None
+    except (pickle.PicklingError, AttributeError, TypeError, AssertionError) as error:
+        if loader.num_workers == 0:
+            raise
+        raise UsageError(
+            f"The data set cannot be sent to worker processes ({brief(error)}); define its class "
+            "and its functions at the top of a module, or use workers=0."
+        ) from None
+
+
+def _opened(batches: Iterator[Packed | _Sealed]) -> Iterator[list[Item]]:
+    while True:
+        with deaths_told():
+            packed = next(batches, None)
+        if packed is None:
+            return
+        yield _unpack(*(packed.open() if isinstance(packed, _Sealed) else packed))
 
 
 def as_batch(images: Sequence[Tensor], index: Tensor) -> Tensor:
@@ -86,14 +130,52 @@ def deaths_told() -> Iterator[None]:
         ) from None
 
 
-def _pack(items: Sequence[Item]) -> Packed:
+class _Sealed:
+    """What a worker process read, as bytes.
+
+    They are made where what goes wrong can be told. A queue pickles what it sends in a thread of
+    its own, whose errors nobody sees: whoever waits at the other end would wait for ever.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def open(self) -> Packed:
+        try:
+            packed: Packed = pickle.loads(self.content)
+        except Exception as error:  # such as too many open files
+            return _not_handed_over(error)
+        return packed
+
+    def pin_memory(self) -> Packed:
+        known, are_good, images = self.open()
+        if isinstance(images, Tensor):
+            return known, are_good, images.pin_memory()
+        return known, are_good, [image.pin_memory() for image in images]
+
+
+def _pack(items: Sequence[Item]) -> Packed | _Sealed:
     """Put images into one piece, which crosses between processes as one file, not as many."""
     images = [item[1] for item in items if len(item) == 3]
     one_size = len({(image.shape, image.dtype) for image in images}) == 1
     known = [(item[0], item[2]) if len(item) == 3 else item for item in items]
     are_good = [len(item) == 3 for item in items]
-    # Copies, lest images that are part of one tensor of the data set's be taken for a batch.
-    return known, are_good, torch.stack(images) if one_size else [i.clone() for i in images]
+    # Copies, so that images that are part of one tensor of the data set's do not pass for a batch.
+    packed = known, are_good, torch.stack(images) if one_size else [i.clone() for i in images]
+    if get_worker_info() is None:
+        return packed
+    try:
+        return _Sealed(bytes(ForkingPickler.dumps(packed)))
+    except Exception as error:  # such as no memory that processes may share
+        return _not_handed_over(error)
+
+
+def _not_handed_over(error: Exception) -> Packed:
+    reason = (
+        f"A process that loads images cannot hand them over ({brief(error)}); start the same "
+        "command again with fewer workers, or 0."
+    )
+    return [(reason,)], [False], []
 
 
 def _unpack(known: list[Any], are_good: list[bool], images: Tensor | list[Tensor]) -> list[Item]:
