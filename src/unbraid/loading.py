@@ -78,12 +78,17 @@ def _started(loader: DataLoader[Item]) -> Iterator[Packed | _Sealed]:
 
 
 def _opened(batches: Iterator[Packed | _Sealed]) -> Iterator[list[Item]]:
-    while True:
-        with deaths_told():
-            packed = next(batches, None)
-        if packed is None:
-            return
-        yield _unpack(*(packed.open() if isinstance(packed, _Sealed) else packed))
+    try:
+        while True:
+            with deaths_told():
+                packed = next(batches, None)
+            if packed is None:
+                return
+            yield _unpack(*(packed.open() if isinstance(packed, _Sealed) else packed))
+    finally:  # else torch tells of a death again, wherever the program is by then
+        end = getattr(batches, "_shutdown_workers", None)
+        if end is not None:
+            end()
 
 
 def as_batch(images: Sequence[Tensor], index: Tensor) -> Tensor:
