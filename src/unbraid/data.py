@@ -169,6 +169,12 @@ def _number(label: Any, index: int) -> int:
             return number
         raise ValueError("a fraction, or too large")
     except Exception:  # of types of anyone's own
+        shape = tuple(getattr(label, "shape", ()))
+        if shape:
+            raise DataError(
+                f"The label of image {index} is a {type(label).__name__} of shape {shape}, not a "
+                "class's number; let the data set give one image at a time, and one number for it."
+            ) from None
         raise DataError(
             f"The label of image {index} is a {type(label).__name__}, not a class's number; give "
             f"{UNLABELLED} for images without a label, and scan with labels='predicted'."
@@ -326,26 +332,31 @@ def plain(image: Tensor, index: int) -> Tensor:
     Raises:
         DataError: it has no content, or is no plain array of real numbers.
     """
-    what = ""
-    if image.device.type == "meta":
-        what = "has no content (device meta)"
-    elif image.is_nested or image.layout != torch.strided:
-        what = "is a sparse or nested tensor"
-    elif image.is_complex() or image.is_quantized:
-        what = f"holds numbers of type {str(image.dtype).removeprefix('torch.')}"
-    try:
-        with torch.no_grad():
-            found = image if what else torch.as_tensor(image.as_subclass(Tensor)).detach().cpu()
-        found = found if what else found.resolve_conj().resolve_neg()
-    except Exception as error:  # of a type of anyone's own
-        what = (
-            f"is a {type(image).__name__} that cannot be brought to the processor ({brief(error)})"
-        )
+    what, found = _not_plain(image), image
+    if not what:
+        try:
+            with torch.no_grad():
+                found = image.as_subclass(Tensor).detach().cpu().resolve_conj().resolve_neg()
+                found = found.clone() if found.is_inference() else found
+        except Exception as error:  # of a type of anyone's own
+            what = f"is a {type(image).__name__} that stays one ({brief(error)})"
+        if type(found) is not Tensor:
+            what = what or f"is a {type(image).__name__} that stays one"
     if what:
         raise DataError(
             f"Image {index} {what}; let the data set give plain tensors of real numbers."
         )
     return found
+
+
+def _not_plain(image: Tensor) -> str:
+    if image.device.type == "meta":
+        return "has no content (device meta)"
+    if image.is_nested or image.layout != torch.strided:
+        return "is a sparse or nested tensor"
+    if image.is_complex() or image.is_quantized:
+        return f"holds numbers of type {str(image.dtype).removeprefix('torch.')}"
+    return ""
 
 
 GoodItem = tuple[int, Tensor, int]  # index, image, label
@@ -398,8 +409,10 @@ class Readable(Dataset[Item]):
             return (str(error),)
         except Exception as error:  # of an error that does not let itself be looked at
             return index, f"Image {index} cannot be read ({type(error).__name__})."
-        kind = type(image).__name__
-        return (f"Image {index} is a {kind}, not a tensor; give the data set a transform.",)
+        kind, remedy = type(image).__name__, "give the data set a transform"
+        if not isinstance(image, (Image.Image, np.ndarray)):
+            remedy = "let the data set give (image, label)"
+        return (f"Image {index} is a {kind}, not a tensor; {remedy}.",)
 
 
 def first_readable(dataset: Dataset[Any], places: Sequence[int]) -> Tensor | None:
