@@ -227,12 +227,11 @@ def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
 
 def name_of(dataset: Dataset[Any], index: int) -> str:
     """Name an image for people: its file or id, or its place in a data set that has neither."""
-    for name in ("samples", "ids"):
-        held = holder_of(dataset, index, name)
-        if held is not None:
-            kept = getattr(held[0], name)[held[1]]
-            return str(kept[0] if name == "samples" else kept)
-    return f"image {index}"
+    held = holder_of(dataset, index, "samples", "ids")
+    if held is None:
+        return f"image {index}"
+    samples, ids = own(held[0], "samples")[1], own(held[0], "ids")[1]
+    return str(ids[held[1]] if samples is None else samples[held[1]][0])
 
 
 def picture_of(dataset: Dataset[Any], index: int) -> Image.Image | None:

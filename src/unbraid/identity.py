@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from unbraid.data import gathered, groups_of, plain, size_of
 from unbraid.errors import DataError, OutOfReach, out_of_reach
-from unbraid.nested import drawing_alike, may_change_images, own, spaced
+from unbraid.nested import any_changes_images, drawing_alike, own, spaced
 
 
 def ids_of(dataset: Dataset[Any]) -> list[str] | None:
@@ -122,7 +122,7 @@ def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
     for k, one in enumerate(ids or ()):
         size = "" if sizes is None else sizes[k]
         digest.update(_encode(one) + f"\0{size}\0".encode())
-    if ids is None or sizes is None or may_change_images(dataset):
+    if ids is None or sizes is None or any_changes_images(dataset):
         with_images, same = digest.copy(), True
         for index in spaced(len(labels)):
             content = _content(dataset, index)

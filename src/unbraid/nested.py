@@ -76,14 +76,14 @@ def step_into(dataset: Dataset[Any], index: int) -> tuple[Dataset[Any], int] | N
     return None
 
 
-def holder_of(dataset: Dataset[Any], index: int, name: str) -> tuple[Any, int] | None:
-    """Find the outermost data set that keeps something for an image, and the image's place in it.
+def holder_of(dataset: Dataset[Any], index: int, *names: str) -> tuple[Any, int] | None:
+    """Find the outermost data set that keeps one of some things for an image, and its place there.
 
     None where none does, as far as is known.
     """
     here: tuple[Dataset[Any], int] | None = (dataset, index)
     while here is not None:
-        if own(here[0], name)[1] is not None:
+        if any(own(here[0], name)[1] is not None for name in names):
             return here
         here = step_into(*here)
     return None
@@ -96,13 +96,16 @@ def all_hold(dataset: Dataset[Any], name: str) -> bool:
     return is_known(dataset) and all(all_hold(part, name) for part in inner_of(dataset))
 
 
-def may_change_images(dataset: Dataset[Any]) -> bool:
-    """Whether images are read by code of anyone's own around a data set."""
-    inner = inner_of(dataset)
-    kinds = (Subset, ConcatDataset)
-    reads = [kind.__getitem__ for kind in kinds if isinstance(dataset, kind)]
+def changes_images(dataset: Dataset[Any]) -> bool:
+    """Whether code of anyone's own reads images out of another data set, and may change them."""
+    reads = [kind.__getitem__ for kind in (Subset, ConcatDataset) if isinstance(dataset, kind)]
     as_they_are = isinstance(dataset, Around) or type(dataset).__getitem__ in reads
-    return bool(inner) and (not as_they_are or any(map(may_change_images, inner)))
+    return bool(inner_of(dataset)) and not as_they_are
+
+
+def any_changes_images(dataset: Dataset[Any]) -> bool:
+    """Whether it does so in a data set or in one inside of it."""
+    return changes_images(dataset) or any(map(any_changes_images, inner_of(dataset)))
 
 
 def hands_labels_on(dataset: Dataset[Any]) -> bool:

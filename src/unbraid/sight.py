@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unbraid.nested import inner_of, is_known, may_change_images, own
+from unbraid.nested import all_hold, changes_images, inner_of, is_known, own
 
 _SIDES = (256, 512)  # of the pictures shown, upright and lying
 _TOLERANCE = 0.02  # of a side
@@ -67,8 +67,8 @@ def sight_of(dataset: Dataset[Any]) -> Sight | None:
     holder: Any = dataset
     if kept is None and is_known(dataset):
         inner = [sight_of(part) for part in inner_of(dataset)]
-        same = inner.count(inner[0]) == len(inner) and not may_change_images(dataset)
-        return inner[0] if same else None
+        unlike = changes_images(dataset) and all_hold(dataset, "picture")
+        return inner[0] if inner.count(inner[0]) == len(inner) and not unlike else None
     if kept is None:
         return Sight()  # what is shown is what the network is given
     transform = getattr(dataset, "transform", None)
