@@ -70,7 +70,9 @@ class Objective:
         """Solve the problems with the positive positions held, and go there as far as it pays."""
         _, positive = self.images.rectified(masks)
         active = torch.einsum("njp,knp->knj", self.images.taps, positive.to(self.images.taps))
-        wanted = self.target - self.images.bias * positive.sum(2)  # (K, N)
+        # Of a type, since a number times whole numbers is of torch's default one.
+        n_positive = positive.sum(2, dtype=torch.float32)
+        wanted = self.target - self.images.bias * n_positive  # (K, N)
         held = []
         for k, mask in enumerate(masks):
             rows = active[k].double()
