@@ -17,6 +17,8 @@ from unbraid.data import Item, Readable
 from unbraid.errors import RunError, UsageError, brief
 from unbraid.running import stack_images
 
+_AGAIN = "start the same command again and it goes on"
+
 # Index and label of each good image, and other items; which are good; the images, in one piece if
 # they are of one size.
 Packed: TypeAlias = tuple[list[Any], list[bool], Tensor | list[Tensor]]
@@ -84,7 +86,9 @@ def _opened(batches: Iterator[Packed | _Sealed]) -> Iterator[list[Item]]:
                 packed = next(batches, None)
             if packed is None:
                 return
-            yield _unpack(*(packed.open() if isinstance(packed, _Sealed) else packed))
+            if isinstance(packed, _Sealed):
+                packed = packed.open()
+            yield _unpack(*packed)
     finally:  # else torch tells of a death again, wherever the program is by then
         end = getattr(batches, "_shutdown_workers", None)
         if end is not None:
@@ -125,18 +129,14 @@ def deaths_told() -> Iterator[None]:
     Raises:
         RunError: one died, of those that load images or of the team.
     """
-    again = "start the same command again and it goes on"
     try:
         yield
     except DistError as error:
-        raise RunError(f"The other processes are gone ({brief(error)}); {again}.") from None
+        raise RunError(f"The other processes are gone ({brief(error)}); {_AGAIN}.") from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise RunError(
-            f"A process that loads images died ({brief(error)}), perhaps for want of memory; "
-            f"{again}, if need be with fewer workers."
-        ) from None
+        raise RunError(_died(error)) from None
 
 
 class _Sealed:
@@ -152,12 +152,17 @@ class _Sealed:
     def open(self) -> Packed:
         try:
             packed: Packed = pickle.loads(self.content)
+        except (ConnectionError, EOFError) as error:  # of the process that keeps them
+            raise RunError(_died(error)) from None
         except Exception as error:  # such as too many open files
-            return _not_handed_over(error)
+            raise RunError(_not_handed_over(error)) from None
         return packed
 
     def pin_memory(self) -> Packed:
-        known, are_good, images = self.open()
+        try:
+            known, are_good, images = self.open()
+        except RunError as error:  # a thread pins, whose errors come with their traceback
+            return _failed(str(error))
         if isinstance(images, Tensor):
             return known, are_good, images.pin_memory()
         return known, are_good, [image.pin_memory() for image in images]
@@ -176,15 +181,25 @@ def _pack(items: Sequence[Item]) -> Packed | _Sealed:
     try:
         return _Sealed(bytes(ForkingPickler.dumps(packed)))
     except Exception as error:  # such as no memory that processes may share
-        return _not_handed_over(error)
+        return _failed(_not_handed_over(error))
 
 
-def _not_handed_over(error: Exception) -> Packed:
-    reason = (
+def _failed(reason: str) -> Packed:
+    return [(reason,)], [False], []
+
+
+def _not_handed_over(error: Exception) -> str:
+    return (
         f"A process that loads images cannot hand them over ({brief(error)}); start the same "
         "command again with fewer workers, or 0."
     )
-    return [(reason,)], [False], []
+
+
+def _died(error: BaseException) -> str:
+    return (
+        f"A process that loads images died ({brief(error)}), perhaps for want of memory; {_AGAIN}, "
+        "if need be with fewer workers."
+    )
 
 
 def _unpack(known: list[Any], are_good: list[bool], images: Tensor | list[Tensor]) -> list[Item]:
