@@ -17,6 +17,7 @@ from unbraid.data import Item, Readable
 from unbraid.errors import RunError, UsageError, brief
 from unbraid.running import stack_images
 
+_OF_WORKER = "DataLoader worker"  # as torch tells of one's death, wherever the program is
 _AGAIN = "start the same command again and it goes on"
 
 # Index and label of each good image, and other items; which are good; the images, in one piece if
@@ -134,7 +135,7 @@ def deaths_told() -> Iterator[None]:
     except DistError as error:
         raise RunError(f"The other processes are gone ({brief(error)}); {_AGAIN}.") from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if _OF_WORKER not in str(error):
             raise
         raise RunError(_died(error)) from None
 
@@ -152,10 +153,9 @@ class _Sealed:
     def open(self) -> Packed:
         try:
             packed: Packed = pickle.loads(self.content)
-        except (ConnectionError, EOFError) as error:  # of the process that keeps them
-            raise RunError(_died(error)) from None
-        except Exception as error:  # such as too many open files
-            raise RunError(_not_handed_over(error)) from None
+        except Exception as error:
+            gone = isinstance(error, (ConnectionError, EOFError)) or _OF_WORKER in str(error)
+            raise RunError(_died(error) if gone else _not_handed_over(error)) from None
         return packed
 
     def pin_memory(self) -> Packed:
