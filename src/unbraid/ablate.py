@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from unbraid.ablation import Ablation
-from unbraid.data import GoodItem, Readable, class_names_of, size_of, sort_out
+from unbraid.data import GoodItem, class_names_of, size_of, sort_out
 from unbraid.errors import DataError, UsageError
 from unbraid.findings import Concept
 from unbraid.given import as_kind, flag, loading, whole_numbers
+from unbraid.loading import in_order, load
 from unbraid.networks import unwrap
 from unbraid.progress import image_progress
 from unbraid.records import Scan
@@ -81,13 +82,7 @@ def ablate(
     batch_size, workers = loading(batch_size, workers)
     skip_broken = flag("skip_broken", skip_broken)
     n_images = size_of(dataset)
-    loader = DataLoader(
-        Readable(dataset),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # so that the caller's random numbers stay where they were
-    )
+    names = class_names_of(dataset)
     members = _members(measured, chosen, scan, n_images)
     tally: Tally | None = None
     with (
@@ -98,7 +93,7 @@ def ablate(
         replaying(model2, measured) as replay,
         image_progress("Switching channels off", n_images, show=progress) as advance,
     ):
-        for items in loader:
+        for items in load(dataset, in_order(n_images, batch_size), workers=workers):
             advance(len(items))
             good, _ = sort_out(items, skip_broken)
             if good:
@@ -107,7 +102,7 @@ def ablate(
                 tally.add(index, label, logit, hit)
     if tally is None:
         raise DataError("No image could be read, so there is nothing to switch channels off for.")
-    return tally.result(measured.spec.name, class_names_of(dataset))
+    return tally.result(measured.spec.name, names)
 
 
 def _split_layers(model2: nn.Module) -> dict[str, SplitLayer]:
@@ -184,8 +179,8 @@ def _run_batch(
     items: Sequence[GoodItem],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Places and labels (N,), target logits (R, N), whether these are the top ones (R, N), T."""
-    index = torch.tensor([item[0] for item in items])
-    label = torch.tensor([item[2] for item in items])
+    index = torch.tensor([item[0] for item in items], dtype=torch.int64)
+    label = torch.tensor([item[2] for item in items], dtype=torch.int64)
     images = stack_images([item[1] for item in items], index).to(layer.rows.device)
     responses: list[Tensor] = []
     handle = layer.concepts.register_forward_hook(

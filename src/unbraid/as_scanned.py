@@ -10,10 +10,11 @@ from torch.utils.data import Dataset
 from unbraid.data import UNLABELLED, labels_of
 from unbraid.errors import DataError
 from unbraid.identity import ids_of
+from unbraid.nested import Around
 from unbraid.records import Scan
 
 
-class AsScanned(Dataset[tuple[Any, int]]):
+class AsScanned(Around):
     """A data set in another order; all else is the data set's own.
 
     Args:
@@ -39,7 +40,7 @@ class AsScanned(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Return the image that was scanned at a place, and its label."""
-        image, label = self.dataset[self._place_of(index)]
+        image, label = self.dataset[self.source(index)]
         return image, label
 
     def __getattr__(self, name: str) -> Any:
@@ -47,9 +48,10 @@ class AsScanned(Dataset[tuple[Any, int]]):
         if name == "dataset":  # not yet there, as in a copy being made
             raise AttributeError(name)
         kept = getattr(self.dataset, name)
-        return (lambda index: kept(self._place_of(index))) if name == "picture" else kept
+        return (lambda index: kept(self.source(index))) if name == "picture" else kept
 
-    def _place_of(self, index: int) -> int:
+    def source(self, index: int) -> int:
+        """Return the place in the data set of the image that was scanned at a place."""
         if index not in self.places:
             raise DataError(f"Image {self.ids[index]} is gone; bring it back, or scan anew.")
         return self.places[index]

@@ -39,7 +39,7 @@ def sample_images(scan: Scan) -> Records:
     parts, start = [], 0
     for records in scan.shards():
         first = min(-start % step, len(records))  # a shard may hold none
-        places = torch.arange(first, len(records), step)
+        places = torch.arange(first, len(records), step, dtype=torch.int64)
         parts.append(_choose(records, places))
         start += len(records)
     return join_records(parts)

@@ -56,7 +56,7 @@ def scan_batch(
     if not items:
         return [no_records(layer.spec, positions) for layer in layers]
     device = next(layers[0].module.parameters()).device
-    index = torch.tensor([item[0] for item in items])
+    index = torch.tensor([item[0] for item in items], dtype=torch.int64)
     images = as_batch([item[1] for item in items], index)
     # A copy in any case, as a network may write into it, and then have to begin anew.
     images = images.to(device, non_blocking=True, copy=True)
@@ -72,7 +72,11 @@ def scan_batch(
             if not cut.outputs:
                 raise LayerError(f"Layer {layer.spec.name!r} does not run when the network does.")
         prediction = logits.argmax(1).cpu()
-        label = prediction if predicted else torch.tensor([item[2] for item in items])
+        label = (
+            prediction
+            if predicted
+            else torch.tensor([item[2] for item in items], dtype=torch.int64)
+        )
         check_labels(label, index, logits)
         calls = [cut.outputs for cut in cuts]
         if check:

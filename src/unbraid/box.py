@@ -134,7 +134,7 @@ def _interior_point(gram: Gram, ridge: float, linear: Tensor) -> Tensor:
     """
     scale = gram.diagonal().amax() + ridge
     sign = linear.new_tensor([[1.0], [-1.0]])
-    every = torch.arange(len(linear))
+    every = torch.arange(len(linear), dtype=torch.int64)
     m = torch.full_like(linear, 0.5)
     slack, multiplier = m.expand(2, -1), scale.expand(2, len(m))
     for _ in range(_MAX_STEPS):

@@ -69,7 +69,9 @@ def with_chance(scan: Scan, sums: ClassSums, pairs: Sequence[Pair]) -> list[Pair
     """
     if not pairs:
         return []
-    classes = torch.tensor([[p.class1 for p in pairs], [p.class2 for p in pairs]]).unique()
+    classes = torch.tensor(
+        [[p.class1 for p in pairs], [p.class2 for p in pairs]], dtype=torch.int64
+    ).unique()
     cases = _cases(pairs, classes)
     n_images = sums.n_images[classes]
     means = (sums.pooled[classes] / n_images[:, None, None]).to(_dtype(scan))
@@ -103,7 +105,7 @@ def uniforms(index: Tensor, first: int, n: int) -> Tensor:
     >>> uniforms(torch.tensor([7]), 0, 2)[:, 1:].equal(uniforms(torch.tensor([3, 7]), 1, 1)[1:])
     True
     """
-    counter = index[:, None] * _PER_IMAGE + torch.arange(first, first + n)
+    counter = index[:, None] * _PER_IMAGE + torch.arange(first, first + n, dtype=torch.int64)
     z = counter.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -117,7 +119,9 @@ def _cases(pairs: Sequence[Pair], classes: Tensor) -> list[_Case]:
         by_channel.setdefault(pair.channel, []).append(pair)
     cases = []
     for channel, own in by_channel.items():
-        labels = torch.tensor([[pair.class1 for pair in own], [pair.class2 for pair in own]])
+        labels = torch.tensor(
+            [[pair.class1 for pair in own], [pair.class2 for pair in own]], dtype=torch.int64
+        )
         chosen, sides = labels.unique(return_inverse=True)
         cases.append(_Case(channel, own, torch.searchsorted(classes, chosen), sides))
     return cases

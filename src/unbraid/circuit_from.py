@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from unbraid.circuit import Circuit, Part, find_concept, strongest
 from unbraid.clusters import concerned
-from unbraid.data import Readable, labels_of, sort_out
+from unbraid.data import labels_of, sort_out
 from unbraid.describe import resolve_layer
 from unbraid.errors import LayerError, ModelError, UsageError
 from unbraid.given import loading, whole_number
 from unbraid.identity import fingerprint
 from unbraid.layers import LayerSpec, channels_first, respond
+from unbraid.loading import load
 from unbraid.networks import unwrap
 from unbraid.progress import image_progress
 from unbraid.records import Scan
@@ -99,13 +100,7 @@ def circuit_from(
             f"The scan has no image of {name}, concept {concept} of channel {channel}; pass a scan "
             "of images that hold it."
         )
-    loader = DataLoader(
-        Readable(dataset),
-        batch_sampler=[places[i : i + batch_size] for i in range(0, len(places), batch_size)],
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # so that the caller's random numbers stay where they were
-    )
+    batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
     rows = torch.stack([part.rows[concept], part.weight])
     found = torch.zeros(2, len(_names(before)), dtype=torch.float64)
     with (
@@ -114,9 +109,9 @@ def circuit_from(
         torch.enable_grad(),
         image_progress("Following the circuit", len(places), show=progress) as advance,
     ):
-        for items in loader:
+        for items in load(dataset, batches, workers=workers):
             good, _ = sort_out(items, skip_broken=False)
-            index = torch.tensor([item[0] for item in good])
+            index = torch.tensor([item[0] for item in good], dtype=torch.int64)
             images = stack_images([item[1] for item in good], index)
             found += _relevance(model, before, split.layer, channel, rows, images)
             advance(len(items))

@@ -56,7 +56,9 @@ def find_clusters(points: Tensor) -> tuple[Tensor, Tensor]:
     """
     # Shuffled, since halves that are tested must not follow an order of classes in the data set.
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
-    parts = [order[part] for part in _divide(points[order], torch.arange(len(points)))]
+    parts = [
+        order[part] for part in _divide(points[order], torch.arange(len(points), dtype=torch.int64))
+    ]
     centres = F.normalize(torch.stack([points[part].mean(0) for part in parts]), dim=1)
     nearest = (points @ centres.T).argmax(1)
     for _ in range(_MAX_STEPS):
@@ -111,8 +113,9 @@ def two_means(points: Tensor) -> Tensor:
     sides = centred @ _principal_directions(centred) > 0  # (N, S)
     for _ in range(_MAX_STEPS):
         n_one, sums, lengths = _parts(centred, sides)
+        one = n_one.float()  # whole numbers would be divided in torch's default type
         # Nearer to the one centre, sums / n_one, than to the other, -sums / (N - n_one).
-        before, sides = sides, centred @ sums > lengths * (1 / n_one - 1 / (n_points - n_one)) / 2
+        before, sides = sides, centred @ sums > lengths * (1 / one - 1 / (n_points - one)) / 2
         if sides.equal(before):
             break
     n_one, _, lengths = _parts(centred, sides)
@@ -129,7 +132,9 @@ def _parts(centred: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _principal_directions(centred: Tensor) -> Tensor:
     """Find about the directions in which points vary most, (D, S), strongest first."""
     generator = torch.Generator().manual_seed(0)  # anything that is orthogonal to none of them
-    directions = torch.randn(centred.shape[1], _N_STARTS, generator=generator).to(centred.dtype)
+    directions = torch.randn(
+        centred.shape[1], _N_STARTS, generator=generator, dtype=torch.float32
+    ).to(centred.dtype)
     for _ in range(_N_TURNS):
         directions = torch.linalg.qr(centred.T @ (centred @ directions))[0]
     return directions

@@ -89,7 +89,7 @@ def mean_responses(
     scan: Scan, pooled: Tensor, n_positions: Tensor, channels: Sequence[int]
 ) -> Tensor:
     """Mean pre-activations of some channels, (N, channels), from pooled inputs (N, G, J)."""
-    group = torch.tensor([scan.layer.group_of(o) for o in channels])
+    group = torch.tensor([scan.layer.group_of(o) for o in channels], dtype=torch.int64)
     rows, bias = scan.weight[list(channels)].double(), scan.bias[list(channels)].double()
     summed = torch.empty(len(pooled), len(rows), dtype=torch.float64)
     for g in group.unique().tolist():
@@ -152,7 +152,9 @@ def _strongest(scan: Scan, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
     total, n_images = torch.zeros(len(channels), dtype=torch.float64), 0
     for records in scan.shards():
         new = mean_responses(scan, records.pooled, records.n_positions, channels)
-        place = torch.arange(n_images, n_images + len(new))[:, None].expand_as(new)
+        place = torch.arange(n_images, n_images + len(new), dtype=torch.int64)[:, None].expand_as(
+            new
+        )
         total += new.sum(0)
         n_images += len(new)
         values, places = torch.cat([values, new]), torch.cat([places, place])
@@ -175,7 +177,7 @@ def _gather(
     pooled: dict[int, list[Tensor]] = {o: [] for o in chosen}
     start = 0
     for records in scan.shards():
-        bounds = torch.tensor([start, start + len(records)])
+        bounds = torch.tensor([start, start + len(records)], dtype=torch.int64)
         for o, places in chosen.items():
             low, high = torch.searchsorted(places, bounds).tolist()
             here = places[low:high] - start

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset
 
 from unbraid.errors import DataError, OutOfReach, UnfitPicture, UsageError, brief, out_of_reach
+from unbraid.nested import (
+    Around,
+    hands_labels_on,
+    holder_of,
+    inner_of,
+    is_known,
+    own,
+    step_into,
+)
+
+One = TypeVar("One")
 
 UNLABELLED = -1  # in place of a label, where a data set has none
 
+_OF_LABELS = ("targets", "labels", "_labels")
 _N_TRIED = 20  # images, in search of one that can be read
+_N_KEYS = 12  # of a dictionary, that a message names
 
 
 def labels_of(dataset: Dataset[Any], needed: bool = True) -> list[int]:
     """Return all labels of a data set, without reading images where it keeps a list of them.
 
-    Looks for `targets` or `labels` (the habit of torchvision's data sets) through Subsets. Without
-    a list every image is read, and those that are broken count as unlabelled; unless labels are
-    not needed, when all count as such.
+    Looks for `targets` or `labels` (the habit of torchvision's data sets), also in data sets
+    inside others. Without a list every image is read, and those that are broken count as
+    unlabelled; unless labels are not needed, when all count as such.
 
     Raises:
         DataError: a label is no number, there are more or fewer than images, or no image can be
@@ -50,11 +66,8 @@ def listed_labels(dataset: Dataset[Any]) -> list[int] | None:
     Raises:
         DataError: a label is no number, or there are more or fewer than images.
     """
-    if isinstance(dataset, Subset):
-        inner = listed_labels(dataset.dataset)
-        return None if inner is None else [inner[i] for i in dataset.indices]
-    for name in ("targets", "labels", "_labels"):
-        kept: Any = getattr(dataset, name, None)
+    for name in _OF_LABELS:
+        kept = own(dataset, name)[1]
         if hasattr(kept, "tolist"):  # going through a tensor would make one of every label
             kept = kept.tolist()
         if isinstance(kept, Sequence):
@@ -64,22 +77,67 @@ def listed_labels(dataset: Dataset[Any]) -> list[int] | None:
                     "one label for each image."
                 )
             return [_number(label, i) for i, label in enumerate(kept)]
-    return None
+    return gathered(dataset, listed_labels, *_OF_LABELS)
+
+
+def gathered(
+    dataset: Dataset[Any], listed: Callable[[Dataset[Any]], list[One] | None], *names: str
+) -> list[One] | None:
+    """Gather what is listed for each image from the data sets inside of one, in its own order.
+
+    Args:
+        dataset: of which it is known what it hands on; None for any other.
+        listed: what a data set lists, None where it lists nothing.
+        names: what the list is kept as; a data set that keeps one, even None, says all itself.
+    """
+    if not is_known(dataset) or any(own(dataset, name)[0] for name in names):
+        return None
+    inner = inner_of(dataset)
+    lists = [listed(part) for part in inner]
+    if any(one is None for one in lists):
+        return None
+    by_part = {id(part): one or [] for part, one in zip(inner, lists, strict=True)}
+    found = []
+    for index in range(size_of(dataset)):
+        step = step_into(dataset, index)
+        assert step is not None
+        found.append(by_part[id(step[0])][step[1]])
+    return found
 
 
 def groups_of(dataset: Dataset[Any]) -> list[int] | None:
     """Return which images belong together, such as crops of one photograph, as numbers.
 
-    Looks for `groups`, one id of any kind for each image, through Subsets; None where a data set
-    says nothing.
+    Looks for `groups`, one id of any kind for each image, through data sets around others; None
+    where a data set says nothing. In parts of a ConcatDataset equal texts are one group; numbers
+    are each part's own.
 
     Raises:
         DataError: there are more or fewer ids than images, or one cannot be told from others.
     """
-    if isinstance(dataset, Subset):
-        inner = groups_of(dataset.dataset)
-        return None if inner is None else [inner[i] for i in dataset.indices]
-    kept = getattr(dataset, "groups", None)
+    has_own, _ = own(dataset, "groups")
+    if isinstance(dataset, ConcatDataset) and not has_own:
+        return _numbered(_group_keys(dataset))
+    if is_known(dataset) and not has_own:
+        return gathered(dataset, groups_of, "groups")
+    return _numbered(_group_keys(dataset))
+
+
+def _group_keys(dataset: Dataset[Any]) -> list[Any] | None:
+    """Group of each image as the data set names it."""
+    has_own, kept = own(dataset, "groups")
+    if not has_own and isinstance(dataset, ConcatDataset):
+        parts = [_group_keys(part) for part in dataset.datasets]
+        if all(part is None for part in parts):
+            return None
+        sizes = map(size_of, dataset.datasets)
+        return [
+            key if isinstance(key, str) else (k, key)
+            for k, (part, size) in enumerate(zip(parts, sizes, strict=True))
+            for key in (part if part is not None else [("alone", i) for i in range(size)])
+        ]
+    if not has_own:
+        return gathered(dataset, _group_keys, "groups")
     if kept is None:
         return None
     ids = kept.tolist() if hasattr(kept, "tolist") else list(kept)
@@ -88,6 +146,12 @@ def groups_of(dataset: Dataset[Any]) -> list[int] | None:
             f"The data set's groups name {len(ids)} images of {size_of(dataset)}; give one id for "
             "each image."
         )
+    return ids
+
+
+def _numbered(ids: list[Any] | None) -> list[int] | None:
+    if ids is None:
+        return None
     numbers: dict[Any, int] = {}
     try:
         return [numbers.setdefault(own, len(numbers)) for own in ids]
@@ -99,11 +163,18 @@ def groups_of(dataset: Dataset[Any]) -> list[int] | None:
 
 def _number(label: Any, index: int) -> int:
     try:
+        label = label.detach() if isinstance(label, Tensor) else label
         number = int(label)
         if abs(number) < 2**63 and (isinstance(label, str) or number == label):
             return number
         raise ValueError("a fraction, or too large")
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+    except Exception:  # of types of anyone's own
+        shape = tuple(getattr(label, "shape", ()))
+        if shape:
+            raise DataError(
+                f"The label of image {index} is a {type(label).__name__} of shape {shape}, not a "
+                "class's number; let the data set give one image at a time, and one number for it."
+            ) from None
         raise DataError(
             f"The label of image {index} is a {type(label).__name__}, not a class's number; give "
             f"{UNLABELLED} for images without a label, and scan with labels='predicted'."
@@ -128,31 +199,52 @@ def size_of(dataset: Dataset[Any]) -> int:
 
 
 def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
-    """Return the names of a data set's classes by label, empty where it has none."""
-    inner = dataset.dataset if isinstance(dataset, Subset) else dataset
-    return tuple(str(name) for name in getattr(inner, "classes", ()))
+    """Return the names of a data set's classes by label, empty where it has none.
+
+    Those of a data set inside another count if its labels are handed on.
+
+    Raises:
+        DataError: parts of a ConcatDataset name a label differently.
+    """
+    kept = own(dataset, "classes")[1]
+    if kept is not None:
+        return tuple(str(name) for name in kept)
+    inner = inner_of(dataset)
+    if not inner or not (is_known(dataset) or hands_labels_on(dataset)):
+        return ()
+    names: list[str] = []
+    for part in map(class_names_of, inner):
+        for label, name in enumerate(part):
+            before = names[label] if label < len(names) else ""
+            if before and name and before != name:
+                raise DataError(
+                    f"Parts of the data set name label {label} {before!r} and {name!r}; give "
+                    "classes of one name one label in all of them, and others another."
+                )
+            names[label : label + 1] = [before or name]
+    return tuple(names)
 
 
 def name_of(dataset: Dataset[Any], index: int) -> str:
     """Name an image for people: its file or id, or its place in a data set that has neither."""
-    if isinstance(dataset, Subset):
-        return name_of(dataset.dataset, int(dataset.indices[index]))
-    samples, ids = getattr(dataset, "samples", None), getattr(dataset, "ids", None)
-    if samples is not None:
-        return str(samples[index][0])
-    return str(ids[index]) if ids is not None else f"image {index}"
+    held = holder_of(dataset, index, "samples", "ids")
+    if held is None:
+        return f"image {index}"
+    samples, ids = own(held[0], "samples")[1], own(held[0], "ids")[1]
+    return str(ids[held[1]] if samples is None else samples[held[1]][0])
 
 
-def preprocessing_of(dataset: Dataset[Any]) -> str:
-    """Describe a data set's transform, as far as it tells."""
-    inner = dataset.dataset if isinstance(dataset, Subset) else dataset
-    transform = getattr(inner, "transform", None)
-    text = repr(transform) if transform is not None else ""
-    # A default repr holds a memory address, which differs from run to run.
-    return text if " at 0x" not in text else getattr(transform, "__qualname__", "custom")
+def picture_of(dataset: Dataset[Any], index: int) -> Image.Image | None:
+    """Return an image as it was before any transform, None where the data set has no `picture`."""
+    held = holder_of(dataset, index, "picture")
+    if held is None:
+        return None
+    picture = held[0].picture(held[1])
+    assert isinstance(picture, Image.Image)
+    return picture
 
 
-class Relabelled(Dataset[tuple[Any, int]]):
+class Relabelled(Around):
     """A data set with other labels; all else is the data set's own."""
 
     def __init__(self, dataset: Dataset[Any], labels: Mapping[int, int]) -> None:
@@ -185,6 +277,7 @@ def _read(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
     Raises:
         OutOfReach, UnfitPicture: not this one image is at fault.
         _Broken: the image is.
+        DataError: the data set gives something else.
     """
     name = f"Image {index} of the data set"
     try:
@@ -194,13 +287,75 @@ def _read(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
     except DataError as error:
         raise _Broken(str(error)) from None
     except Exception as error:
+        if "re-initialize CUDA in forked subprocess" in brief(error):
+            raise DataError(
+                f"{name} needs the accelerator, which worker processes cannot use; give images on "
+                "the processor, or scan with workers=0."
+            ) from None
         away = out_of_reach(name, error)
         raise (away or _Broken(f"{name} cannot be read ({brief(error)}).")) from None
-    try:
-        image, label = item
-    except (TypeError, ValueError):
-        raise _Broken(f"{name} is a {type(item).__name__}, not an image and its label.") from None
+    if item is None:
+        raise _Broken(f"{name} is None, not an image and its label.")
+    image, label = _pair(item, index)
+    if image is None:
+        raise _Broken(f"{name} is None, with a label.")
     return image, label
+
+
+def _pair(item: Any, index: int) -> tuple[Any, Any]:
+    """Take an image and its label out of an item.
+
+    Raises:
+        DataError: it is something else, so the data set is at fault.
+    """
+    is_row = hasattr(item, "__len__") and hasattr(item, "__getitem__")
+    is_row = is_row and not isinstance(item, (Mapping, str, bytes, Tensor, np.ndarray))
+    if is_row and len(item) == 2:
+        return item[0], item[1]
+    remedy = "let its __getitem__ return (image, label)"
+    what = f"a {type(item).__name__} of {len(item)}" if is_row else f"a {type(item).__name__}"
+    if isinstance(item, Mapping):
+        keys = ", ".join(repr(key) for key in list(item)[:_N_KEYS])
+        what = f"a dictionary with the keys {keys}" if keys else "an empty dictionary"
+        remedy += ", or pass rows of Hugging Face's through unbraid.from_hugging_face"
+    raise DataError(
+        f"The data set gives {what} for image {index}, not an image and its label; {remedy}."
+    )
+
+
+def plain(image: Tensor, index: int) -> Tensor:
+    """Bring an image to the processor, as numbers alone: no gradient, no type of its own.
+
+    Anything else may not cross between processes, or not be kept.
+
+    Raises:
+        DataError: it has no content, or is no plain array of real numbers.
+    """
+    what, found = _not_plain(image), image
+    if not what:
+        try:
+            with torch.no_grad():
+                found = image.as_subclass(Tensor).detach().cpu().resolve_conj().resolve_neg()
+                found = found.clone() if found.is_inference() else found
+        except Exception as error:  # of a type of anyone's own
+            what = f"is a {type(image).__name__} that stays one ({brief(error)})"
+        if type(found) is not Tensor:
+            what = what or f"is a {type(image).__name__} that stays one"
+    if what:
+        raise DataError(
+            f"Image {index} {what}; let the data set give plain tensors of real numbers."
+        )
+    return found
+
+
+def _not_plain(image: Tensor) -> str:
+    if image.device.type == "meta":
+        return "has no content (device meta)"
+    if image.is_nested or image.layout != torch.strided:
+        return "is a sparse or nested tensor"
+    if image.is_complex() or image.is_quantized:
+        return f"holds numbers of type {str(image.dtype).removeprefix('torch.')}"
+    return ""
 
 
 GoodItem = tuple[int, Tensor, int]  # index, image, label
@@ -230,7 +385,7 @@ class Readable(Dataset[Item]):
     """A data set whose items carry their index, and whose failures are items, not exceptions.
 
     So a broken image in a worker process neither kills it nor loses its place. What is not the
-    image's own fault is an item of another kind, lest sound images be left out for good.
+    image's own fault is an item of another kind, so that a good image is not dropped for good.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
@@ -246,13 +401,17 @@ class Readable(Dataset[Item]):
         try:
             image, label = _read(self.dataset, index)
             if isinstance(image, Tensor):
-                return index, image, _number(label, index)
+                return index, plain(image, index), _number(label, index)
         except _Broken as error:
             return index, str(error)
         except DataError as error:
             return (str(error),)
-        kind = type(image).__name__
-        return index, f"Image {index} is a {kind}, not a tensor; give the data set a transform."
+        except Exception as error:  # of an error that does not let itself be looked at
+            return index, f"Image {index} cannot be read ({type(error).__name__})."
+        kind, remedy = type(image).__name__, "give the data set a transform"
+        if not isinstance(image, (Image.Image, np.ndarray)):
+            remedy = "let the data set give (image, label)"
+        return (f"Image {index} is a {kind}, not a tensor; {remedy}.",)
 
 
 def first_readable(dataset: Dataset[Any], places: Sequence[int]) -> Tensor | None:

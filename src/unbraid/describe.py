@@ -200,7 +200,7 @@ def _probe(module: nn.Module, spec: LayerSpec, more: int) -> tuple[Tensor, Tenso
         reaches = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
         sizes = tuple(2 * reach + 5 + more for reach in reaches)
     generator = torch.Generator().manual_seed(more)
-    x = torch.randn(2, spec.n_in, *sizes, generator=generator).to(like)
+    x = torch.randn(2, spec.n_in, *sizes, generator=generator, dtype=torch.float32).to(like)
     with torch.no_grad():
         return x, alone.forward(x)
 

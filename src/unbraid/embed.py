@@ -7,16 +7,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 from unbraid.causes import memory_full
-from unbraid.data import GoodItem, Readable, size_of, sort_out
+from unbraid.data import GoodItem, picture_of, size_of, sort_out
 from unbraid.encoders import Encoder, TimmEncoder
 from unbraid.errors import ModelError
 from unbraid.given import loading
+from unbraid.loading import load
 from unbraid.models import Transform
+from unbraid.nested import all_hold
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
 from unbraid.running import stack_images
@@ -86,7 +87,7 @@ def ready(encoder: Encoder) -> Iterator[Encode]:
 
     def encode(items: Sequence[GoodItem]) -> Tensor:
         nonlocal n_dimensions
-        index = torch.tensor([item[0] for item in items])
+        index = torch.tensor([item[0] for item in items], dtype=torch.int64)
         images = stack_images([item[1] for item in items], index)
         embeddings = _call(encoder, images if device is None else images.to(device))
         if embeddings.dim() != 2 or len(embeddings) != len(images) or not embeddings.shape[1]:
@@ -125,16 +126,9 @@ def load_batches(
     Raises:
         DataError: an image cannot be read.
     """
-    if isinstance(encoder, TimmEncoder) and _offers_pictures(dataset):
+    if isinstance(encoder, TimmEncoder) and all_hold(dataset, "picture"):
         dataset = _Pictures(dataset, encoder.transform)
-    loader = DataLoader(
-        Readable(dataset),
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # so that the caller's random numbers stay where they were
-    )
-    for items in loader:
+    for items in load(dataset, batches, workers=workers):
         yield sort_out(items, skip_broken=False)[0]
 
 
@@ -148,20 +142,9 @@ class _Pictures(Dataset[tuple[Tensor, int]]):
         return size_of(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(_picture(self.dataset, index).convert("RGB")), -1
-
-
-def _offers_pictures(dataset: Dataset[Any]) -> bool:
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return hasattr(dataset, "picture")
-
-
-def _picture(dataset: Any, index: int) -> Image.Image:
-    while isinstance(dataset, Subset):
-        dataset, index = dataset.dataset, int(dataset.indices[index])
-    picture: Image.Image = dataset.picture(index)
-    return picture
+        picture = picture_of(self.dataset, index)
+        assert picture is not None
+        return self.transform(picture.convert("RGB")), -1
 
 
 def _call(encoder: Encoder, images: Tensor) -> Tensor:

@@ -66,7 +66,11 @@ def brief(error: BaseException) -> str:
     >>> brief(ValueError("a\nb" + "x" * 1_000_000))[:5], brief(ValueError())
     ('a bxx', 'ValueError')
     """
-    return " ".join(str(error)[:_LONGEST].split()) or type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # of a type of anyone's own
+        text = ""
+    return " ".join(text[:_LONGEST].split()) or type(error).__name__
 
 
 def out_of_reach(what: str, error: BaseException) -> OutOfReach | None:

@@ -166,7 +166,7 @@ def _own_pairs(
     """All pairs of classes from different concepts."""
     numbered = sorted((label, k) for k, concept in enumerate(concepts) for label in concept)
     classes = [label for label, _ in numbered]
-    of = torch.tensor([k for _, k in numbered])
+    of = torch.tensor([k for _, k in numbered], dtype=torch.int64)
     cosines = class_cosines(scan, sums, channel, classes)
     return _pairs(sums, channel, classes, cosines, of[:, None] != of)
 

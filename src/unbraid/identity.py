@@ -11,35 +11,45 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset
 
-from unbraid.data import groups_of, size_of
+from unbraid.data import gathered, groups_of, plain, size_of
 from unbraid.errors import DataError, OutOfReach, out_of_reach
+from unbraid.nested import any_changes_images, drawing_alike, own, spaced
 
 
 def ids_of(dataset: Dataset[Any]) -> list[str] | None:
     """Return what names each image for good, whatever its place: its path, or its key in a shard.
 
     Looks for `ids`, texts or numbers, or for `samples` below `root` (the habit of torchvision's
-    folders), through Subsets; None where a data set says nothing, or takes an image twice.
+    folders), also in data sets inside others; None where a data set says nothing, or takes an image
+    twice. Where parts of a ConcatDataset name images alike, the part's number comes first.
 
     Raises:
         DataError: the data set's `ids` or `samples` are more or fewer than its images, ids name two
             by the same, or are neither texts nor numbers, or texts that cannot be written.
     """
-    if isinstance(dataset, Subset):
-        inner = ids_of(dataset.dataset)
-        return None if inner is None else _distinct([inner[i] for i in dataset.indices])
-    kept: Any = getattr(dataset, "ids", None)
+    kept: Any = own(dataset, "ids")[1]
     kept = kept.tolist() if hasattr(kept, "tolist") else kept
     if isinstance(kept, Sequence) and not isinstance(kept, str):
         return _checked(kept, size_of(dataset))
     samples = _files_of(dataset)
     if samples is None:
-        return None
+        return _ids_inside(dataset)
     _refuse_other_number("samples", len(samples), size_of(dataset))
     root = os.fspath(_root_of(dataset))
     return _distinct([seen_from(root, path) for path in samples])
+
+
+def _ids_inside(dataset: Dataset[Any]) -> list[str] | None:
+    inside = gathered(dataset, ids_of, "ids", "samples")
+    if inside is None or not isinstance(dataset, ConcatDataset):
+        return inside and _distinct(inside)
+    if _distinct(inside):
+        return inside
+    sizes = [size_of(part) for part in dataset.datasets]
+    parts = [k for k, size in enumerate(sizes) for _ in range(size)]
+    return [f"{part}/{one}" for part, one in zip(parts, inside, strict=True)]
 
 
 def _checked(ids: Sequence[Any], size: int) -> list[str]:
@@ -72,14 +82,14 @@ def _distinct(ids: list[str]) -> list[str] | None:
 
 def _files_of(dataset: Dataset[Any]) -> list[str] | None:
     """The image files of a folder, None for data sets of another kind."""
-    samples = getattr(dataset, "samples", None)
+    samples = own(dataset, "samples")[1]
     if samples is None or _root_of(dataset) is None:
         return None
     return [str(sample[0]) for sample in samples]
 
 
 def _root_of(dataset: Dataset[Any]) -> Any:
-    return getattr(dataset, "root", None)
+    return own(dataset, "root")[1]
 
 
 def seen_from(root: str, path: str) -> str:
@@ -97,47 +107,58 @@ def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
     """Hash what identifies a data set: labels, groups, and the images' ids and sizes.
 
     Sizes, in bytes, are those of a folder's files, or the data set's own `sizes`. Where there are
-    no ids or no sizes, sixteen evenly spaced images are read.
+    no ids or no sizes, or code of anyone's own reads images out of another data set, sixteen evenly
+    spaced images are read. They do not count if they differ each time.
 
     Raises:
         DataError: ids, groups or sizes are more or fewer than the images, or these cannot be
-            reached.
+            reached or have no content.
     """
-    digest = hashlib.sha256(torch.tensor(labels).numpy().tobytes())
+    digest = hashlib.sha256(torch.tensor(labels, dtype=torch.int64).numpy().tobytes())
     groups = groups_of(dataset)
     if groups is not None:
-        digest.update(torch.tensor(groups).numpy().tobytes())
+        digest.update(torch.tensor(groups, dtype=torch.int64).numpy().tobytes())
     ids, sizes = ids_of(dataset), _sizes_of(dataset)
     for k, one in enumerate(ids or ()):
         size = "" if sizes is None else sizes[k]
         digest.update(_encode(one) + f"\0{size}\0".encode())
-    if ids is None or sizes is None:
-        step = max(1, len(labels) // 16)
-        for index in range(0, len(labels), step):
-            try:
-                image = torch.as_tensor(dataset[index][0])
-            except OutOfReach:
-                raise
-            except Exception as error:  # a broken image is the scan's to report, with its rules
-                if away := out_of_reach(f"Image {index} of the data set", error):
-                    raise away from None
-                continue
-            digest.update(image.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    if ids is None or sizes is None or any_changes_images(dataset):
+        with_images, same = digest.copy(), True
+        for index in spaced(len(labels)):
+            content = _content(dataset, index)
+            with_images.update(content)
+            same = same and content == _content(dataset, index)
+        digest = with_images if same else digest
     return digest.hexdigest()
+
+
+def _content(dataset: Dataset[Any], index: int) -> bytes:
+    """Numbers of an image; none of a broken one, which is the scan's to report, with its rules."""
+    try:
+        with drawing_alike():
+            image = dataset[index][0]
+    except OutOfReach:
+        raise
+    except Exception as error:
+        if away := out_of_reach(f"Image {index} of the data set", error):
+            raise away from None
+        return b""
+    if not isinstance(image, Tensor):
+        return b""
+    return plain(image, index).contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _sizes_of(dataset: Dataset[Any]) -> list[int] | None:
     """How large the images are where they lie, in bytes; -1 for a file that is gone."""
-    if isinstance(dataset, Subset):
-        inner = _sizes_of(dataset.dataset)
-        return None if inner is None else [inner[i] for i in dataset.indices]
-    sizes: Any = getattr(dataset, "sizes", None)
+    sizes: Any = own(dataset, "sizes")[1]
     sizes = sizes.tolist() if hasattr(sizes, "tolist") else sizes
     if isinstance(sizes, Sequence):
         _refuse_other_number("sizes", len(sizes), size_of(dataset))
         return list(sizes)
     files = _files_of(dataset)
-    return None if files is None else [_size_of_file(file) for file in files]
+    if files is None:
+        return gathered(dataset, _sizes_of, "sizes", "samples")
+    return [_size_of_file(file) for file in files]
 
 
 def _size_of_file(file: str) -> int:
@@ -159,7 +180,7 @@ def pack_ids(ids: Sequence[str]) -> tuple[Tensor, Tensor]:
     (tensor([0, 3, 4]), tensor([97, 47, 49, 98], dtype=torch.uint8))
     """
     encoded = [_encode(one) for one in ids]
-    starts = torch.tensor([0, *map(len, encoded)]).cumsum(0)
+    starts = torch.tensor([0, *map(len, encoded)], dtype=torch.int64).cumsum(0)
     return starts, torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy())
 
 

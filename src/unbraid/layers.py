@@ -153,14 +153,16 @@ def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
 
 def _tap_counts(spec: LayerSpec, dim: int, size: int) -> Tensor:
     """Count how often each kernel offset meets each input along one dimension, (kernel, size)."""
-    line = torch.arange(1.0, size + 1)[None, None]  # 0 is left for padding with zeros
+    line = torch.arange(1, size + 1, dtype=torch.float64)[
+        None, None
+    ]  # 0 is left for padding with zeros
     met = F.pad(line, spec.pads(dim, size), mode=_PAD_MODES[spec.pad_mode])[0, 0].long()
     reach = spec.dilation[dim] * (spec.kernel[dim] - 1)
-    firsts = torch.arange(0, len(met) - reach, spec.stride[dim])
-    offsets = spec.dilation[dim] * torch.arange(spec.kernel[dim])
+    firsts = torch.arange(0, len(met) - reach, spec.stride[dim], dtype=torch.int64)
+    offsets = spec.dilation[dim] * torch.arange(spec.kernel[dim], dtype=torch.int64)
     inputs = met[offsets[:, None] + firsts]  # (kernel, output positions)
-    counts = torch.zeros(spec.kernel[dim], size + 1)
-    counts.scatter_add_(1, inputs, torch.ones(inputs.shape))
+    counts = torch.zeros(spec.kernel[dim], size + 1, dtype=torch.float32)
+    counts.scatter_add_(1, inputs, torch.ones_like(inputs, dtype=torch.float32))
     return counts[:, 1:]
 
 

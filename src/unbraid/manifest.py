@@ -168,5 +168,7 @@ def most_classes(layer: LayerSpec) -> int:
 def hash_places(places: Sequence[int] | None) -> str:
     """Identify some places in a data set, in order; empty for all of it."""
     return (
-        "" if places is None else hashlib.sha256(torch.tensor(places).numpy().tobytes()).hexdigest()
+        ""
+        if places is None
+        else hashlib.sha256(torch.tensor(places, dtype=torch.int64).numpy().tobytes()).hexdigest()
     )

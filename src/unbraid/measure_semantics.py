@@ -209,7 +209,7 @@ def _describe(
         for index in images.index.tolist()
     ]
     embeddings = torch.stack([crops.get(place, whole[place.index]) for place in places])
-    owners = torch.tensor([place.concept for place in places])
+    owners = torch.tensor([place.concept for place in places], dtype=torch.int64)
     within, between = pure_distances(embeddings, owners)
     return ChannelSemantics(
         encoder=name_of_encoder(source.encoder),

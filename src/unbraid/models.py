@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 import urllib.error
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -157,7 +158,8 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, Transform, 
     if name not in known:
         raise UsageError(f"torchvision has no classifier {name!r}.{nearest(name, known)}")
     if weights == RANDOM:
-        return models.get_model(name, weights=None), imagenet_transform(), []
+        with _in_single():
+            return models.get_model(name, weights=None), imagenet_transform(), []
     choices = models.get_model_weights(name)
     if weights is not None and weights not in choices.__members__:
         raise UsageError(
@@ -165,7 +167,8 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, Transform, 
             "'random', or the path of a file."
         )
     chosen = choices[weights or "DEFAULT"]
-    model = _download(lambda: models.get_model(name, weights=chosen), chosen.url)
+    with _in_single():
+        model = _download(lambda: models.get_model(name, weights=chosen), chosen.url)
     return model, chosen.transforms(), chosen.meta["categories"]
 
 
@@ -193,11 +196,49 @@ def load_timm(
         raise UsageError(f"timm has no model {name!r}.{nearest(name, timm.list_models())}")
     if weights not in (None, RANDOM):
         raise UsageError(f"There is no weights file {weights}; timm's own tag goes into the name.")
-    model = _download(
-        lambda: timm.create_model(name, pretrained=weights is None), f"timm:{name}", hint
-    )
-    config = timm.data.resolve_model_data_config(model)
-    return model, timm.data.create_transform(**config, is_training=False)
+    with _in_single():
+        model = _download(
+            lambda: timm.create_model(name, pretrained=weights is None), f"timm:{name}", hint
+        )
+        config = timm.data.resolve_model_data_config(model)
+        transform = timm.data.create_transform(**config, is_training=False)
+    from torchvision.transforms import ToTensor
+
+    steps = transform.transforms
+    steps[:] = [_ToSingle(step) if isinstance(step, ToTensor) else step for step in steps]
+    return model, transform
+
+
+@contextmanager
+def _in_single() -> Iterator[None]:
+    """Have libraries make numbers of single precision, whatever torch's default type is.
+
+    Only what a library makes by itself goes in here; code of anyone's own keeps its default.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _ToSingle:
+    """torchvision's ToTensor, which otherwise makes numbers of torch's default type."""
+
+    def __init__(self, step: Callable[[Any], Tensor]) -> None:
+        self._step = step
+
+    def __call__(self, picture: Any) -> Tensor:
+        if not isinstance(picture, Image.Image) or picture.mode not in ("RGB", "L"):
+            return self._step(picture)
+        from torchvision.transforms.functional import pil_to_tensor
+
+        values: Tensor = pil_to_tensor(picture)
+        return values.contiguous().to(torch.float32).div(255)
+
+    def __repr__(self) -> str:
+        return repr(self._step)
 
 
 def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[str]]:

@@ -131,7 +131,7 @@ def make_moves(concepts: Tensor, moves: Sequence[Move], n_rows: int, n_behind: i
 
 def _by_image(value: float | Tensor, n_images: int) -> Tensor:
     """A gate's value for each of what a layer runs on: images, or parts of them."""
-    values = torch.as_tensor(value)
+    values = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     if values.shape not in ((), (n_images,)):
         raise UsageError(
             f"A gate holds values for {len(values)} images and the layer runs on {n_images}, "

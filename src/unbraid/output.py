@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from unbraid.data import UNLABELLED, Readable, size_of, sort_out
+from unbraid.data import UNLABELLED, size_of, sort_out
 from unbraid.errors import DataError, OutputChangedError, UsageError
 from unbraid.given import flag, loading, real_number
 from unbraid.in_force import in_force
+from unbraid.loading import in_order, load
 from unbraid.networks import unwrap
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
@@ -67,12 +68,6 @@ def compare_outputs(
     n_images = size_of(dataset)
     model, model2 = unwrap(model), unwrap(model2)
     device = next(model.parameters()).device
-    loader = DataLoader(
-        Readable(dataset),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=list,
-    )
     worst, seen, labelled, agree, before, after = 0.0, 0, 0, 0, 0, 0
     with (
         undisturbed(model),
@@ -81,14 +76,14 @@ def compare_outputs(
         torch.no_grad(),
         image_progress("Comparing outputs", n_images, show=progress) as advance,
     ):
-        for items in loader:
+        for items in load(dataset, in_order(n_images, batch_size), workers=workers):
             advance(len(items))
             good, _ = sort_out(items, skip_broken)
             if not good:
                 continue
-            index = torch.tensor([item[0] for item in good])
+            index = torch.tensor([item[0] for item in good], dtype=torch.int64)
             images = stack_images([item[1] for item in good], index).to(device)
-            labels = torch.tensor([item[2] for item in good], device=device)
+            labels = torch.tensor([item[2] for item in good], dtype=torch.int64, device=device)
             logits, logits2 = run_network(model, images), run_network(model2, images)
             difference = float((logits - logits2).abs().max())
             worst = difference if math.isnan(difference) else max(worst, difference)

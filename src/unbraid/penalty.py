@@ -85,7 +85,7 @@ def deal(ids: Sequence[Tensor], n_folds: int) -> list[Tensor]:
             if group not in fold_of:
                 fold_of[group] = filled.index(min(filled))
                 filled[fold_of[group]] += sizes[group]
-        dealt.append(torch.tensor([fold_of[group] for group in own.tolist()]))
+        dealt.append(torch.tensor([fold_of[group] for group in own.tolist()], dtype=torch.int64))
     return dealt
 
 

@@ -67,7 +67,10 @@ def choose_rho(
         arvs: per channel, one vector per concept.
     """
     counts = {o: [0] * len(groups) for o, groups in concepts.items()}
-    sums = {o: torch.zeros(len(groups), len(RHOS)).double() for o, groups in concepts.items()}
+    sums = {
+        o: torch.zeros(len(groups), len(RHOS), dtype=torch.float64)
+        for o, groups in concepts.items()
+    }
     rows = {o: _rows_of_all_rhos(scan, o, arvs[o]) for o in concepts}
     for records in scan.shards():
         for o, groups in concepts.items():
@@ -82,7 +85,7 @@ def choose_rho(
                 counts[o][k] += int(chosen.sum())
     chosen_rhos = {}
     for o, count in counts.items():
-        criterion = (sums[o] / torch.tensor(count)[:, None]).sum(0)
+        criterion = (sums[o] / torch.tensor(count, dtype=torch.int64)[:, None]).sum(0)
         # Equal rows are equally good, whatever the rounding made of them.
         criterion = criterion[_first_with_equal_rows(rows[o])]
         chosen_rhos[o] = RHOS[int(criterion.argmax())]

@@ -56,7 +56,9 @@ class Records:
     @property
     def share_image(self) -> Tensor:
         """(S,), which of the N images each share belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self)), self.share_start.diff())
+        return torch.repeat_interleave(
+            torch.arange(len(self), dtype=torch.int64), self.share_start.diff()
+        )
 
     def share_of(self, channel: int) -> Tensor:
         """(N,), the share of one channel in every image, zero where it was too small to keep."""

@@ -70,7 +70,9 @@ class Objective:
         """Solve the problems with the positive positions held, and go there as far as it pays."""
         _, positive = self.images.rectified(masks)
         active = torch.einsum("njp,knp->knj", self.images.taps, positive.to(self.images.taps))
-        wanted = self.target - self.images.bias * positive.sum(2)  # (K, N)
+        # Of a type, since a number times whole numbers is of torch's default one.
+        n_positive = positive.sum(2, dtype=torch.float32)
+        wanted = self.target - self.images.bias * n_positive  # (K, N)
         held = []
         for k, mask in enumerate(masks):
             rows = active[k].double()
@@ -110,8 +112,8 @@ def refine(
     Returns:
         (K, J), whose objectives are at most those of `start`.
     """
-    own = torch.arange(len(start))[:, None] == images.concept  # (K, N)
-    original = images.rectified(torch.ones(1, start.shape[1]))[0][0]
+    own = torch.arange(len(start), dtype=torch.int64)[:, None] == images.concept  # (K, N)
+    original = images.rectified(torch.ones(1, start.shape[1], dtype=torch.float32))[0][0]
     pooled = images.taps.sum(2, dtype=torch.float64)
     constant = images.bias * images.taps.shape[2]
     pooled_original = pooled.sum(1) + constant
@@ -200,7 +202,8 @@ def _images(
     ]
     wide = widen(torch.cat(inputs))
     taps = tap_inputs(scan.layer, wide, scan.layer.group_of(channel))
-    concept = torch.arange(len(inputs)).repeat_interleave(torch.tensor([len(x) for x in inputs]))
+    n_images = torch.tensor([len(x) for x in inputs], dtype=torch.int64)
+    concept = torch.arange(len(inputs), dtype=torch.int64).repeat_interleave(n_images)
     return Images(taps * scan.weight[channel][:, None], float(scan.bias[channel]), concept)
 
 

@@ -16,7 +16,7 @@ from unbraid.accuracy import Accuracy
 from unbraid.batch_size import batch_size_for
 from unbraid.before_scan import LONG, describe_fit, sampled_accuracy, scanned_accuracy
 from unbraid.claims import Target, claim_together
-from unbraid.data import class_names_of, first_readable, labels_of, preprocessing_of, size_of
+from unbraid.data import class_names_of, first_readable, labels_of, size_of
 from unbraid.describe import describe, resolve_layer, weight_rows
 from unbraid.errors import DataError
 from unbraid.given import as_path
@@ -24,6 +24,7 @@ from unbraid.identity import fingerprint
 from unbraid.layer_names import LayerName, is_pattern, layer_folder, layer_names
 from unbraid.manifest import Manifest, hash_places, read_manifest
 from unbraid.networks import picked_by, unwrap
+from unbraid.preprocessing import as_recorded, preprocessing_of
 from unbraid.progress import say
 from unbraid.records import Scan, open_scan
 from unbraid.scan_options import MIN_SHARE, Labels, Options, places_of, refuse_impossible, settle
@@ -177,11 +178,20 @@ def scan_into(
     threads, batch_size = asked.threads, asked.batch_size
     if threads is None:
         threads = begun.threads if begun else torch.get_num_threads()
+    # So that a data set of something else is told before anything is written.
+    image = first_readable(dataset, places) if begun is None else None
     if batch_size is None and begun:
         batch_size = begun.batch_size
     elif batch_size is None:
-        image = first_readable(dataset, places)
         batch_size = batch_size_for(model, list(modules.values()), image)
+    names, preprocessing = class_names_of(dataset), preprocessing_of(dataset)
+    if begun and as_recorded(preprocessing, begun.preprocessing):
+        warnings.warn(
+            "The scan was begun by a version that did not see changes of a transform's own code; "
+            "make sure that it is still the same.",
+            stacklevel=2,
+        )
+        preprocessing = begun.preprocessing
     targets = []
     for name, folder in folders.items():
         manifest = Manifest(
@@ -189,8 +199,8 @@ def scan_into(
             layer=specs[name],
             data=data,
             n_images=len(places),
-            class_names=class_names_of(dataset),
-            preprocessing=preprocessing_of(dataset),
+            class_names=names,
+            preprocessing=preprocessing,
             dtype=str(weight_rows(modules[name]).dtype).removeprefix("torch."),
             min_share=asked.min_share,
             classes=asked.classes,

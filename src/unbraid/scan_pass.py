@@ -257,8 +257,8 @@ def _labels_checked(
         handle.remove()
         listed = listed_labels(dataset)
         if listed is not None:
-            index = torch.tensor(places)
-            check_labels(torch.tensor(listed)[index], index, as_logits(output))
+            index = torch.tensor(places, dtype=torch.int64)
+            check_labels(torch.tensor(listed, dtype=torch.int64)[index], index, as_logits(output))
 
     handle = model.register_forward_hook(hook)
     try:

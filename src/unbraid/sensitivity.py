@@ -219,7 +219,7 @@ def _pairs_below(
     for gamma in gammas:
         if ((cosines - gamma).abs() < _ROUNDING).triu(1).any():
             # A product of other matrices may round otherwise, so ask exactly as `find` does.
-            chosen = [torch.tensor(classes)[own].tolist() for own in users]
+            chosen = [torch.tensor(classes, dtype=torch.int64)[own].tolist() for own in users]
             blocks = [class_cosines(scan, sums, channel, own) for own in chosen]
             columns.append(torch.stack([(block < gamma).triu(1).sum() for block in blocks]))
         else:

@@ -20,12 +20,14 @@ def no_records(spec: LayerSpec, positions: bool) -> Records:
         label=none,
         prediction=none,
         n_positions=none,
-        pooled=torch.zeros(0, spec.groups, spec.n_taps),
+        pooled=torch.zeros(0, spec.groups, spec.n_taps, dtype=torch.float32),
         share_start=torch.zeros(1, dtype=torch.int64),
         share_channel=none.to(torch.int32),
-        share_value=torch.zeros(0),
+        share_value=torch.zeros(0, dtype=torch.float32),
         broken=none,
-        input_map=torch.zeros(0, spec.n_in, *(0 for _ in spec.kernel)) if positions else None,
+        input_map=torch.zeros(0, spec.n_in, *(0 for _ in spec.kernel), dtype=torch.float32)
+        if positions
+        else None,
     )
 
 
@@ -53,7 +55,7 @@ def join_records(parts: Sequence[Records]) -> Records:
         prediction=cat("prediction"),
         n_positions=cat("n_positions"),
         pooled=cat("pooled"),
-        share_start=torch.tensor(starts),
+        share_start=torch.tensor(starts, dtype=torch.int64),
         share_channel=cat("share_channel"),
         share_value=cat("share_value"),
         broken=torch.cat([part.broken for part in parts]),

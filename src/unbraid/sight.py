@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import Dataset, Subset
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from unbraid.nested import all_hold, changes_images, inner_of, is_known, own
 
 _SIDES = (256, 512)  # of the pictures shown, upright and lying
 _TOLERANCE = 0.02  # of a side
@@ -61,9 +63,13 @@ def sight_of(dataset: Dataset[Any]) -> Sight | None:
         None where it cannot be said: the transform is random, turns or warps, or there is none
         and tensor and picture differ in size.
     """
-    if isinstance(dataset, Subset):
-        return sight_of(dataset.dataset)
-    if not hasattr(dataset, "picture"):
+    kept = own(dataset, "picture")[1]
+    holder: Any = dataset
+    if kept is None and is_known(dataset):
+        inner = [sight_of(part) for part in inner_of(dataset)]
+        unlike = changes_images(dataset) and all_hold(dataset, "picture")
+        return inner[0] if inner.count(inner[0]) == len(inner) and not unlike else None
+    if kept is None:
         return Sight()  # what is shown is what the network is given
     transform = getattr(dataset, "transform", None)
     if isinstance(transform, Sight):
@@ -71,8 +77,8 @@ def sight_of(dataset: Dataset[Any]) -> Sight | None:
     if transform is not None:
         return measure_sight(transform)
     try:
-        height, width = torch.as_tensor(dataset[0][0]).shape[-2:]
-        return Sight() if dataset.picture(0).size == (width, height) else None
+        height, width = np.shape(dataset[0][0])[-2:]
+        return Sight() if holder.picture(0).size == (width, height) else None
     except Exception:  # broken, or no tensor: nothing can be said
         return None
 
@@ -139,5 +145,5 @@ def _values(transform: Transform, brightness: np.ndarray) -> np.ndarray:
     made = transform(grey)
     if isinstance(made, Image.Image):
         return np.asarray(made.convert("L"), dtype=np.float64)
-    values = torch.as_tensor(made).double().numpy()
+    values = made.double().numpy() if isinstance(made, Tensor) else np.asarray(made, np.float64)
     return values.mean(0) if values.ndim == 3 else values

@@ -43,7 +43,9 @@ class SplitLayer(nn.Module):
         owners = [n for n, p in enumerate(parts) for _ in p.concepts]  # of concepts, among parts
         self._row_channels = [parts[n].channel for n in owners] + [p.channel for p in parts]
         for name, values in (("channels", [p.channel for p in parts]), ("owners", owners)):
-            self.register_buffer(name, torch.tensor(values, device=like.device), persistent=False)
+            self.register_buffer(
+                name, torch.tensor(values, dtype=torch.int64, device=like.device), persistent=False
+            )
         self.register_buffer("made", self._rows_and_bias(), persistent=False)
 
     def __getattr__(self, name: str) -> Any:

@@ -16,7 +16,7 @@ from unbraid.clustering import Cluster, Clusters
 from unbraid.files import read_tensors, write_tensors
 from unbraid.findings import Concept
 from unbraid.given import as_path
-from unbraid.layers import LayerSpec, respond
+from unbraid.layers import LayerSpec, respond, widen
 from unbraid.manifest import MAX_CLASSES, most_classes
 from unbraid.notebook import Shown, html_table
 from unbraid.soundness import sound_figures
@@ -58,7 +58,8 @@ class ChannelSplit:
             (N, K + 2), float64: the original channel, the concept channels, the residual channel.
         """
         rows = torch.cat([self.weight[None], self.rows, self.residual_row[None]]).double()
-        bias = torch.tensor([self.bias] * (len(rows) - 1) + [self.residual_bias]).double()
+        biases = [self.bias] * (len(rows) - 1) + [self.residual_bias]
+        bias = torch.tensor(biases, dtype=widen(self.weight).dtype).double()
         return pooled.double() @ rows.T + n_positions[:, None] * bias
 
     def response_maps(self, layer: LayerSpec, input_map: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class ChannelSplit:
             (N, K + 1, positions ...), float64: the original channel, the concept channels.
         """
         rows = torch.cat([self.weight[None], self.rows]).double()
-        bias = torch.full((len(rows),), self.bias).double()
+        bias = torch.full((len(rows),), self.bias, dtype=torch.float64)
         return respond(layer, input_map.double(), rows, bias, [self.channel] * len(rows))
 
     @property

@@ -40,7 +40,7 @@ def members_by_label(concepts: Sequence[Concept], labels: Tensor) -> Tensor:
     """
     concept = torch.full_like(labels, len(concepts))
     for k, classes in enumerate(concepts):
-        concept[torch.isin(labels, torch.tensor(classes))] = k
+        concept[torch.isin(labels, torch.tensor(classes, dtype=torch.int64))] = k
     return concept
 
 
@@ -57,7 +57,9 @@ def members_by_place(
     Returns:
         By channel, (n_images,) as of `members_by_label`, in the order of the data set.
     """
-    found = {o: torch.full((n_images,), len(groups)) for o, groups in concepts.items()}
+    found = {
+        o: torch.full((n_images,), len(groups), dtype=torch.int64) for o, groups in concepts.items()
+    }
     for records in scan.shards():
         for channel, groups in concepts.items():
             concept = concept_of(scan, records, groups)

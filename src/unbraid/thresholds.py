@@ -99,7 +99,7 @@ def choose_tau(scan: Scan) -> tuple[float, str]:
 
 def _nth_share(start: Tensor, value: Tensor, n: int) -> Tensor:
     """(N,), the n-th largest share of each image, zero where fewer were kept; see `Records`."""
-    image = torch.repeat_interleave(torch.arange(len(start) - 1), start.diff())
+    image = torch.repeat_interleave(torch.arange(len(start) - 1, dtype=torch.int64), start.diff())
     order = value.argsort(descending=True)
     order = order[image[order].argsort(stable=True)]  # by image, largest share first
     place = start[:-1] + n - 1

@@ -61,7 +61,10 @@ def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
     >>> adjusted_rand_index([0, 0, 1, 1], [5, 5, 3, 3])
     1.0
     """
-    places = [torch.tensor(labels).unique(return_inverse=True)[1] for labels in (one, other)]
+    places = [
+        torch.tensor(labels, dtype=torch.int64).unique(return_inverse=True)[1]
+        for labels in (one, other)
+    ]
     n_rows, n_columns = (int(place.max()) + 1 for place in places)
     table = (places[0] * n_columns + places[1]).bincount(minlength=n_rows * n_columns).double()
     table = table.view(n_rows, n_columns)

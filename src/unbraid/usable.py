@@ -44,7 +44,9 @@ def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
 
 def _seeing(model: nn.Module, specs: list[LayerSpec], images: Tensor) -> list[LayerSpec]:
     """Leave out layers that meet the same whatever the image, such as for codes of positions."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
+    noise = torch.randn(
+        images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    ).to(images)
     met, met_too = _inputs(model, specs, images), _inputs(model, specs, noise)
     return [spec for spec in specs if not _same(met[spec.name], met_too[spec.name])]
 

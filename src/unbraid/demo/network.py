@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,11 +59,11 @@ class DemoNet(nn.Module):
             nn.MaxPool2d(2),  # 14 to 7 pixels
             *_convolve(32, 96),
         )
-        self.mix = nn.Conv2d(96, 24, kernel_size=1)
+        self.mix = nn.Conv2d(96, 24, kernel_size=1, dtype=torch.float32)
         self.relu = nn.ReLU()
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
-        self.classify = nn.Linear(24, len(CLASSES))
+        self.classify = nn.Linear(24, len(CLASSES), dtype=torch.float32)
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images.
@@ -79,8 +80,9 @@ class DemoNet(nn.Module):
 
 
 def _convolve(n_in: int, n_out: int) -> tuple[nn.Module, ...]:
-    convolution = nn.Conv2d(n_in, n_out, kernel_size=3, padding=1, bias=False)
-    return convolution, nn.BatchNorm2d(n_out), nn.ReLU()
+    kind: dict[str, Any] = {"dtype": torch.float32}
+    convolution = nn.Conv2d(n_in, n_out, kernel_size=3, padding=1, bias=False, **kind)
+    return convolution, nn.BatchNorm2d(n_out, **kind), nn.ReLU()
 
 
 class DemoImages(Dataset[tuple[Tensor, int]]):

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
-from unbraid.data import size_of
+from unbraid.data import picture_of, plain, size_of
 from unbraid.errors import UsageError
 from unbraid.sight import Sight, sight_of
 
@@ -116,14 +116,11 @@ def _thumbnail(
 
 def open_picture(dataset: Dataset[Any], index: int) -> Image.Image:
     """Get a picture as it was before the transform where the data set can give it."""
-    if isinstance(dataset, Subset):
-        return open_picture(dataset.dataset, int(dataset.indices[index]))
-    if hasattr(dataset, "picture"):
-        picture = dataset.picture(index)
-        assert isinstance(picture, Image.Image)
+    picture = picture_of(dataset, index)
+    if picture is not None:
         return picture
     image = dataset[index][0]
-    return image if isinstance(image, Image.Image) else to_picture(torch.as_tensor(image))
+    return image if isinstance(image, Image.Image) else to_picture(plain(image, index))
 
 
 def to_picture(image: Tensor) -> Image.Image:

@@ -67,7 +67,7 @@ def _of_image(
     layer: LayerSpec, part: ChannelSplit, image: Tensor, spots: Sequence[Spot]
 ) -> dict[Spot, Where]:
     rows = torch.stack([_row(part, spot.concept) for spot in spots])
-    bias = torch.full((len(rows),), part.bias).double()
+    bias = torch.full((len(rows),), part.bias, dtype=torch.float64)
     answers = respond(layer, image[None], rows, bias, [part.channel] * len(rows))[0]
     sources: Iterator[Tensor | None] = iter([None] * len(rows))
     if layer.taps_per_input > 1 or answers.shape[1:] != image.shape[1:]:

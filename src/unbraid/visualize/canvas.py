@@ -74,9 +74,13 @@ def blank_canvas(pixels: Pixels, seeds: list[int], fixed_spectrum: bool) -> Canv
     shape = pixels.magnitude.shape
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if fixed_spectrum:
-        numbers = [2 * math.pi * torch.rand(shape, generator=g) for g in generators]
+        numbers = [
+            2 * math.pi * torch.rand(shape, generator=g, dtype=torch.float32) for g in generators
+        ]
     else:
-        numbers = [_START * torch.randn((*shape, 2), generator=g) for g in generators]
+        numbers = [
+            _START * torch.randn((*shape, 2), generator=g, dtype=torch.float32) for g in generators
+        ]
     return Canvas(torch.stack(numbers).to(pixels.low.device).requires_grad_(), pixels)
 
 
@@ -90,7 +94,9 @@ def shake(images: Tensor, generator: torch.Generator) -> Tensor:
         generator: on the CPU.
     """
     height, width = images.shape[2:]
-    angle, zoom, right, down = (2 * torch.rand(4, generator=generator) - 1).tolist()
+    angle, zoom, right, down = (
+        2 * torch.rand(4, generator=generator, dtype=torch.float32) - 1
+    ).tolist()
     scale, angle = 1 + _ZOOM * zoom, math.radians(_TURN * angle)
     sine, cosine = scale * math.sin(angle), scale * math.cos(angle)
     stretch = height / width  # the grid's coordinates run from -1 to 1 on either side
@@ -98,19 +104,23 @@ def shake(images: Tensor, generator: torch.Generator) -> Tensor:
         [
             [cosine, -sine * stretch, 2 * _SHIFT * right],
             [sine / stretch, cosine, 2 * _SHIFT * down],
-        ]
+        ],
+        dtype=torch.float32,
     ).to(images)
     grid = F.affine_grid(affine[None], [1, 1, height, width], align_corners=False)
     moved = F.grid_sample(
         images, grid.expand(len(images), -1, -1, -1), padding_mode="reflection", align_corners=False
     )
-    noise = torch.randn(images.shape[1:], generator=generator).to(images)
+    noise = torch.randn(images.shape[1:], generator=generator, dtype=torch.float32).to(images)
     return moved + _NOISE * noise
 
 
 def _amplitudes(height: int, width: int) -> Tensor:
     """How strong each frequency is for coefficients alike, (H, W // 2 + 1), of mean square 1."""
-    down, right = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+    down, right = (
+        torch.fft.fftfreq(height, dtype=torch.float32)[:, None],
+        torch.fft.rfftfreq(width, dtype=torch.float32)[None],
+    )
     frequency = (down.square() + right.square()).sqrt().clamp(min=1 / max(height, width))
     amplitude = frequency.pow(-_DECAY)
     normal: Tensor = amplitude / amplitude.square().mean().sqrt()

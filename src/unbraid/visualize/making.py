@@ -123,7 +123,7 @@ def _optimise(
     optimiser = torch.optim.Adam([canvas.numbers], lr=rate)
     generator = torch.Generator().manual_seed(recipe.seed)
     score = Score(watched, targets, recipe.objective == "contrast").to(device)
-    drawn_on = torch.zeros(len(wanted), *pixels.size, device=device)
+    drawn_on = torch.zeros(len(wanted), *pixels.size, dtype=torch.float32, device=device)
     for _ in range(recipe.steps):
         images = canvas.images()
         images.retain_grad()

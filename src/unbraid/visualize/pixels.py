@@ -80,11 +80,18 @@ def _checked(size: tuple[int, int]) -> tuple[int, int]:
 def _sample(dataset: Dataset[Any]) -> Tensor:
     """Read some images, (N, C, H, W), float32; those that cannot be read are left out."""
     size, readable = size_of(dataset), Readable(dataset)
-    places = torch.linspace(0, size - 1, min(size, N_SAMPLED)).round().long().tolist()
+    places = (
+        torch.linspace(0, size - 1, min(size, N_SAMPLED), dtype=torch.float32)
+        .round()
+        .long()
+        .tolist()
+    )
     good, broken = sort_out([readable[place] for place in places], skip_broken=True)
     if not good:
         raise DataError(f"None of {len(broken)} images could be read; mend the data set.")
-    images = stack_images([item[1] for item in good], torch.tensor([item[0] for item in good]))
+    images = stack_images(
+        [item[1] for item in good], torch.tensor([item[0] for item in good], dtype=torch.int64)
+    )
     if images.dim() != 4 or min(images.shape[2:]) < 2:
         raise DataError(
             f"The data set gives tensors of shape {tuple(images.shape[1:])}; images must be "

@@ -133,7 +133,7 @@ def _looks(scan: Scan, ranked: dict[int, ReferenceImages]) -> _Looks:
 
 def _different(images: TopImages, looks: _Looks, n: int, alike: float) -> TopImages:
     """Choose the n strongest images none of which repeats a stronger one."""
-    rows = torch.tensor([looks.place[index] for index in images.index.tolist()])
+    rows = torch.tensor([looks.place[index] for index in images.index.tolist()], dtype=torch.int64)
     cosine = looks.direction[rows] @ looks.direction[rows].T
     chosen: list[int] = []
     for limit in np.linspace(alike, max(alike, COPY), _STEPS):

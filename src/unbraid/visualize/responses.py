@@ -118,8 +118,11 @@ class Score(nn.Module):
         """Prepare who wants what, as matrices of zeros and ones."""
         super().__init__()
         n_images, n_rows = len(targets), len(watched.rows)
-        whole = torch.zeros(n_images, watched.spec.n_out)
-        own, others = torch.zeros(n_images, n_rows), torch.zeros(n_images, n_rows)
+        whole = torch.zeros(n_images, watched.spec.n_out, dtype=torch.float32)
+        own, others = (
+            torch.zeros(n_images, n_rows, dtype=torch.float32),
+            torch.zeros(n_images, n_rows, dtype=torch.float32),
+        )
         for image, (channel, concept) in enumerate(targets):
             if concept is None:
                 whole[image, channel] = 1
