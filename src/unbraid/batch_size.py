@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unbraid.causes import memory_full
 from unbraid.errors import OutOfMemory
+from unbraid.networks import device_of
 from unbraid.relevance import undisturbed
 from unbraid.running import run_network
 
@@ -40,7 +41,7 @@ def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor 
     """
     if image is None:
         return _MOST
-    device = next(model.parameters()).device
+    device = device_of(model)
     memory, most = _MEMORY, _MOST
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory // 4
@@ -68,7 +69,8 @@ def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -
 
     with ExitStack() as stack:
         for module in model.modules():
-            if next(module.children(), None) is None:
+            scripted = isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+            if next(module.children(), None) is None and not scripted:
                 stack.callback(module.register_forward_hook(count).remove)
         with undisturbed(model), torch.no_grad():
             run_network(model, image[None])

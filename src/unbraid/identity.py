@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from unbraid.data import groups_of, size_of
-from unbraid.errors import DataError, OutOfReach, out_of_reach
+from unbraid.errors import DataError, out_of_reach
 
 
 def ids_of(dataset: Dataset[Any]) -> list[str] | None:
@@ -116,13 +116,20 @@ def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
         for index in range(0, len(labels), step):
             try:
                 image = torch.as_tensor(dataset[index][0])
-            except OutOfReach:
+                if image.is_meta:
+                    raise DataError(
+                        f"Image {index} is on the meta device, so holds no numbers; give images "
+                        "with values."
+                    )
+            except DataError:
                 raise
             except Exception as error:  # a broken image is the scan's to report, with its rules
                 if away := out_of_reach(f"Image {index} of the data set", error):
                     raise away from None
                 continue
-            digest.update(image.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
     return digest.hexdigest()
 
 

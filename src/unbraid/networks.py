@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from unbraid.doors import in_plain_modes
 from unbraid.errors import ModelError, UsageError
 
 Pick = str | int | Callable[[Any], Tensor]
@@ -44,29 +47,48 @@ def unwrapped_name(name: str) -> str:
     return name
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device that a network, or a part of one, is on."""
+    return next((tensor.device for tensor in _loaded(module)), torch.device("cpu"))
+
+
+def number_format(model: nn.Module, images: Tensor) -> torch.dtype:
+    """That of the first weights, which meet the images; theirs where either is no fraction."""
+    formats = (weight.dtype for weight in _loaded(model) if weight.is_floating_point())
+    return next(formats, images.dtype) if images.is_floating_point() else images.dtype
+
+
+def _loaded(module: nn.Module) -> Iterator[Tensor]:
+    """Weights that hold numbers, then buffers: none that are yet to be made or on no device."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        if not is_lazy(tensor) and not tensor.is_meta:
+            yield tensor
+
+
 def copy_network(model: nn.Module) -> nn.Module:
     """Copy a network, also one that keeps what it computed from its weights."""
     computed = {
         id(value): value.detach().clone()
         for module in model.modules()
-        for value in _tensors(vars(module))
+        for value in tensors_in(vars(module))
         if not value.is_leaf
     }
     return copy.deepcopy(model, computed)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in containers inside of one another."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from _tensors(part)
+            yield from tensors_in(part)
     elif isinstance(value, (list, tuple)):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
+@in_plain_modes
 def with_logits(model: nn.Module, pick: Pick) -> nn.Module:
     """Return a network that puts out a part of what the given one does: the logits.
 
@@ -125,11 +147,16 @@ class _Picking:
         return part
 
 
-def as_logits(output: Any) -> Tensor:
+def as_logits(output: Any, n_images: int | None = None) -> Tensor:
     """Bring a network's output to logits (N, T).
 
-    What is called "logits" in it is taken. A single logit z, (N,) or (N, 1), tells two classes
-    apart; it becomes the two logits -z and z.
+    What is called "logits" in it is taken, and the one tensor of a list. A single logit z, (N,) or
+    (N, 1), tells two classes apart; it becomes the two logits -z and z. Of one image alone a
+    network may leave N out: (T,), or () for a single logit.
+
+    Args:
+        output: what the network puts out.
+        n_images: N, where it is known.
 
     Raises:
         ModelError: there are no logits, or it is not plain which they are.
@@ -139,6 +166,10 @@ def as_logits(output: Any) -> Tensor:
         logits = output["logits"]
     elif not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
         logits = output.logits
+    elif isinstance(output, (list, tuple)) and len(output) == 1:
+        logits = output[0]
+    if isinstance(logits, Tensor) and n_images == 1 and logits.dim() < 2:
+        logits = logits.reshape(1, -1)
     if not isinstance(logits, Tensor) or logits.dim() not in (1, 2):
         raise ModelError(
             f"The network's output is {_describe(output)}, not logits of shape (images, classes); "

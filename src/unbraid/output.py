@@ -11,12 +11,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from unbraid.data import UNLABELLED, Readable, size_of, sort_out
+from unbraid.doors import in_plain_modes
 from unbraid.errors import DataError, OutputChangedError, UsageError
+from unbraid.first_look import refuse_unsteady
 from unbraid.given import flag, loading, real_number
-from unbraid.networks import unwrap
+from unbraid.networks import device_of, unwrap
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
-from unbraid.running import run_network, stack_images
+from unbraid.running import refuse_broken_values, run_network, stack_images
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class OutputComparison:
     top1_after: float | None
 
 
+@in_plain_modes
 def compare_outputs(
     model: nn.Module,
     model2: nn.Module,
@@ -54,6 +57,7 @@ def compare_outputs(
 
     Raises:
         OutputChangedError: a logit differs by more than the tolerance, or is not a number.
+        ModelError: the original itself gives other logits each time, or NaN or infinite ones.
         DataError: an image cannot be read.
         UsageError: tolerance, batch_size or workers is out of range.
     """
@@ -64,12 +68,13 @@ def compare_outputs(
         raise UsageError(f"tolerance is {tolerance:g}; it must be 0 or more.")
     n_images = size_of(dataset)
     model, model2 = unwrap(model), unwrap(model2)
-    device = next(model.parameters()).device
+    device = device_of(model)
     loader = DataLoader(
         Readable(dataset),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=list,
+        generator=torch.Generator(),  # so that the caller's random numbers stay where they were
     )
     worst, seen, labelled, agree, before, after = 0.0, 0, 0, 0, 0, 0
     with (
@@ -90,6 +95,8 @@ def compare_outputs(
             difference = float((logits - logits2).abs().max())
             worst = difference if math.isnan(difference) else max(worst, difference)
             if not worst <= tolerance:  # a NaN is no pass
+                refuse_broken_values(logits, index)
+                refuse_unsteady(model, images, tolerance)
                 raise OutputChangedError(
                     f"The split network's logits differ from the original's by {worst:.3g}, more "
                     f"than the tolerance {tolerance:g}; do not use it, or raise the tolerance."

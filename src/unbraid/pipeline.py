@@ -24,6 +24,7 @@ from unbraid.find import find
 from unbraid.findings import Findings
 from unbraid.manifest import hash_places, read_manifest
 from unbraid.measure_semantics import measure_semantics
+from unbraid.networks import device_of
 from unbraid.output import compare_outputs
 from unbraid.records import Scan
 from unbraid.report import report
@@ -184,7 +185,7 @@ def prepare(model: nn.Module, thresholds: Thresholds, encoder: str | None) -> En
     check_rho(thresholds.rho)
     if encoder is None:
         return Penultimate(model)
-    return load_encoder(encoder, device=str(next(model.parameters()).device))
+    return load_encoder(encoder, device=str(device_of(model)))
 
 
 def _scan_positions(

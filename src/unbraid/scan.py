@@ -15,6 +15,7 @@ from unbraid.batch_size import batch_size_for
 from unbraid.claims import Target, claim_together
 from unbraid.data import class_names_of, first_readable, labels_of, preprocessing_of, size_of
 from unbraid.describe import describe, resolve_layer, weight_rows
+from unbraid.doors import in_plain_modes
 from unbraid.errors import DataError
 from unbraid.given import as_path
 from unbraid.identity import fingerprint
@@ -49,6 +50,7 @@ def scan(
 ) -> dict[str, Scan]: ...
 
 
+@in_plain_modes
 def scan(
     model: nn.Module,
     layer: LayerName | Sequence[LayerName],

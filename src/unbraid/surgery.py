@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.describe import describe, resolve_layer, weight_rows
+from unbraid.doors import in_plain_modes
 from unbraid.errors import ModelError, RunError, UsageError
 from unbraid.given import as_kind, whole_number
 from unbraid.moves import Clamp, Gate
@@ -28,6 +29,7 @@ from unbraid.weights import hash_weights
 Form = Literal["exact", "plain"]
 
 
+@in_plain_modes
 def apply(
     model: nn.Module,
     split: Split | Sequence[Split] | Mapping[str, Split],
@@ -120,6 +122,7 @@ def _replace(model: nn.Module, split: Split, form: Form) -> None:
                 module._modules[key] = new
 
 
+@in_plain_modes
 def load_split(model: nn.Module, path: str | Path) -> nn.Module:
     """Put the split of a file into the network that it was made for.
 
@@ -137,6 +140,7 @@ def load_split(model: nn.Module, path: str | Path) -> nn.Module:
     return apply(model, Split.load(path))
 
 
+@in_plain_modes
 def gate(
     model: nn.Module, layer: str | nn.Module, channel: int, concept: int, value: float | Tensor
 ) -> Gate:
@@ -161,6 +165,7 @@ def gate(
     return Gate(*_find_row(model, layer, channel, concept), value)
 
 
+@in_plain_modes
 def clamp(
     model: nn.Module,
     layer: str | nn.Module,
