@@ -157,7 +157,7 @@ def gradient_stop(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) ->
         left = [value for value in tensors_in(output) if value.is_floating_point()]
         # What has no derivative may still say that its output asks for a gradient.
         alive = [value.sum() for value in left if value.requires_grad]
-        if came and left and (not alive or gradients_at(came, sum(alive)) == [None] * len(came)):
+        if came and left and all(gradients_at(came, one) == [None] * len(came) for one in alive):
             stops.append(module)
 
     # For all modules, as those that are scripted take no hook of their own.

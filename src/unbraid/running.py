@@ -43,6 +43,16 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
     except Exception as error:  # of a network of anyone's own
         if memory_full(error):
             raise OutOfMemory("The device is out of memory; lower batch_size.") from None
+        if "meta" in str(error) and (lacking := _without_numbers(model)):
+            raise ModelError(
+                f"The network's {lacking!r} is on the meta device, so holds no numbers; load the "
+                "weights first."
+            ) from None
+        if "more than 1 value per channel" in str(error):
+            raise ModelError(
+                "The network normalises by the statistics of its batch, also in eval mode, and one "
+                "image has none; let its norms use running statistics."
+            ) from error
         raise ModelError(
             f"The network cannot run on images of shape {tuple(images.shape[1:])} "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); check size "
@@ -57,6 +67,10 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
             "that it gives one for each."
         )
     return logits
+
+
+def _without_numbers(model: nn.Module) -> str | None:
+    return next((name for name, weight in model.named_parameters() if weight.is_meta), None)
 
 
 def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:

@@ -82,7 +82,8 @@ def usable_in(model: nn.Module, dataset: Dataset[Any]) -> list[LayerSpec]:
     image = first_readable(dataset, range(size_of(dataset)))
     if image is None:
         raise DataError("None of the first images can be read; mend the data set.")
-    return usable_layers(model, image[None].to(device_of(model)))
+    # Of two, as some networks lose the dimension of a single one, or take no single one.
+    return usable_layers(model, torch.stack([image] * 2).to(device_of(model)))
 
 
 def _reaches(model: nn.Module, spec: LayerSpec, images: Tensor) -> bool:
