@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from unbraid.as_found import restored, same_random
 from unbraid.errors import LayerError, ModelError, OutOfMemory, brief
 from unbraid.layers import LayerSpec
+from unbraid.networks import is_quantised
 from unbraid.running import run_network
 
 _MOST = 8  # images to look at
@@ -226,6 +227,8 @@ def _rounding(model: nn.Module, logits: Tensor) -> float:
     weights = (p for p in model.parameters() if not is_lazy(p) and p.is_floating_point())
     formats = {logits.dtype, *(weight.dtype for weight in weights)}
     coarsest: float = max(torch.finfo(one).eps for one in formats)
+    if any(map(is_quantised, model.modules())):  # with a scale that it may take from the batch
+        coarsest = max(coarsest, 2**-7)
     return math.sqrt(coarsest)
 
 

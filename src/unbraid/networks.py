@@ -73,7 +73,17 @@ def copy_network(model: nn.Module) -> nn.Module:
         for value in tensors_in(vars(module))
         if not value.is_leaf
     }
-    return copy.deepcopy(model, computed)
+    with torch.no_grad():  # as copies of scripted parts would else be computed from the originals
+        copied = copy.deepcopy(model, computed)
+    for own, other in zip(model.parameters(), copied.parameters(), strict=True):
+        if other.requires_grad != own.requires_grad:
+            other.requires_grad_(own.requires_grad)
+    return copied
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a part computes with a few whole numbers, which has no gradient."""
+    return ".quantized" in type(module).__module__
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from unbraid.as_found import restored, same_random, without_autocast, without_inference
 from unbraid.errors import LayerError
-from unbraid.networks import tensors_in
+from unbraid.networks import is_quantised, tensors_in
 
 Kept = TypeVar("Kept")
 
@@ -169,15 +169,11 @@ def gradient_stop(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) ->
         handle.remove()
     names = {module: name for name, module in model.named_modules() if name}
     found = [module for module in stops if module in names]
-    found.sort(key=lambda module: not _quantised(module))  # the surest first
+    found.sort(key=lambda module: not is_quantised(module))  # the surest first
     if not found:
         return ""
-    how = ", as it is quantised" if _quantised(found[0]) else ""
+    how = ", as it is quantised" if is_quantised(found[0]) else ""
     return f"{names[found[0]]!r} ({type(found[0]).__name__}) lets no gradient through{how}"
-
-
-def _quantised(module: nn.Module) -> bool:
-    return ".quantized" in type(module).__module__
 
 
 def output_relevance(
