@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,9 @@ def hash_weights(model: nn.Module) -> str:
     for name, value in sorted(_state(model).items(), key=lambda item: item[0]):
         name = name.replace("_orig_mod.", "")  # a compiled part is the same network
         digest.update(f"{name}\0".encode())
-        for piece in _pieces(value, ()):
-            digest.update(piece)
+        with _told(name, value):
+            for piece in _pieces(value, ()):
+                digest.update(piece)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             for piece in _pieces(_constants(module), ()):
@@ -53,6 +55,18 @@ def _state(model: nn.Module) -> Mapping[str, Any]:
     except Exception as error:  # of a network of anyone's own
         raise ModelError(
             f"The network cannot tell its state ({brief(error)}); mend its state_dict."
+        ) from error
+
+
+@contextmanager
+def _told(name: str, value: Any) -> Iterator[None]:
+    """Say which part of the state cannot be read, as there are tensors of anyone's own kind."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"The network's {name!r} is a {type(value).__name__}, whose numbers cannot be read "
+            f"({brief(error)}); give it as an ordinary tensor."
         ) from error
 
 
@@ -81,7 +95,7 @@ def _pieces(value: Any, inside: tuple[int, ...]) -> Iterator[bytes]:
         yield f"{type(value).__name__}\0{len(content)}\0".encode() + content
         return
     kind = type(value)
-    yield f"{kind.__module__}.{kind.__qualname__}\0".encode()
+    yield f"{kind.__qualname__}\0".encode()
     if id(value) in inside:
         return
     inside = (*inside, id(value))
@@ -165,8 +179,12 @@ def refuse_broken_weights(model: nn.Module) -> None:
         if value.is_quantized or not (value.is_floating_point() or value.is_complex()):
             continue
         counts = name in weights or name.rsplit(".", 1)[-1].startswith("running_")
-        for numbers in _numbers(value.detach()):
-            if numbers.isnan().any() or (counts and numbers.isinf().any()):
-                raise ModelError(
-                    f"The network's {name!r} holds NaN or infinite numbers; load sound weights."
-                )
+        with _told(name, value):
+            broken = any(
+                bool(numbers.isnan().any() or (counts and numbers.isinf().any()))
+                for numbers in _numbers(value.detach())
+            )
+        if broken:
+            raise ModelError(
+                f"The network's {name!r} holds NaN or infinite numbers; load sound weights."
+            )
