@@ -63,7 +63,7 @@ class Wrapped(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
-            return Wrapped(args[0].inner)
+            return type(args[0])(args[0].inner)
         raise NotImplementedError
 
 
