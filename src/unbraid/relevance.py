@@ -52,7 +52,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             model.eval()
             for parameter in wanted:
                 parameter.requires_grad_(False)
-            with _uncompiled(), without_autocast():
+            with uncompiled(), without_autocast():
                 yield
         finally:
             for parameter, flag in wanted.items():
@@ -77,7 +77,7 @@ def kept_channels_last(model: nn.Module) -> Iterator[None]:
             parameter.data = data
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
+def uncompiled() -> AbstractContextManager[Any]:
     """Run compiled parts as they are written, if torch's compiler was ever loaded."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()

@@ -29,7 +29,7 @@ from unbraid.loading import as_batch, deaths_told, load
 from unbraid.networks import as_logits, device_of
 from unbraid.progress import image_progress
 from unbraid.records import Records, write_shard
-from unbraid.relevance import kept_channels_last, undisturbed
+from unbraid.relevance import kept_channels_last, uncompiled, undisturbed
 from unbraid.running import check_labels
 from unbraid.shard_parts import join_records
 from unbraid.team import Team, n_ranks
@@ -244,7 +244,7 @@ def _look(
     index = torch.tensor([item[0] for item in good])
     images = as_batch([item[1] for item in good], index)
     layers = [(target.manifest.layer, target.module) for target in targets]
-    with suppress(OutOfMemory):  # which the scan can deal with
+    with suppress(OutOfMemory), uncompiled():  # memory is a thing that the scan can deal with
         look_first(model, images.to(device_of(model)), layers, n_fewest)
 
 
