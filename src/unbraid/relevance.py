@@ -154,7 +154,7 @@ def gradient_stop(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) ->
 
     def look(module: nn.Module, args: Any, output: Any) -> None:
         came = [value for value in tensors_in(args) if value.requires_grad]
-        left = [value for value in tensors_in(output) if value.is_floating_point()]
+        left = list(tensors_in(output))
         # What has no derivative may still say that its output asks for a gradient.
         alive = [value.sum() for value in left if value.requires_grad]
         if came and left and all(gradients_at(came, one) == [None] * len(came) for one in alive):
