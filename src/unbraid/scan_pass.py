@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -100,7 +100,7 @@ def scan_shards(
         torch.inference_mode(False),  # whatever mode the caller is in
         torch.enable_grad(),
         ready as network,
-        _labels_checked(network, dataset, places) if same.labels == "given" else nullcontext(),
+        ExitStack() as stack,
     ):
         at_once = same.batch_size
         done: list[list[Records]] = []  # of the shard so far
@@ -115,6 +115,8 @@ def scan_shards(
             if good and not looked:
                 _look(model, targets, good, n_fewest)
                 looked = True
+                if same.labels == "given":
+                    stack.enter_context(_labels_checked(network, dataset, places))
             run = partial(
                 scan_batch,
                 network,
