@@ -81,15 +81,20 @@ class Frames(Around):
 class Tokens(Around):
     """A block of a transformer, on tokens in the shape that `shape` gives them."""
 
-    def __init__(self, shape: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        shape: Callable[[Tensor], Tensor],
+        unshape: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
         super().__init__(nn.Linear(6, 10))
         self.shape, self.norm, self.back = shape, nn.LayerNorm(6), nn.Linear(10, 6)
+        self.unshape = unshape
 
     def body(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).mT
         mixed = tokens + F.scaled_dot_product_attention(tokens, tokens, tokens)
         mlp = self.back(F.gelu(self.layer(self.shape(self.norm(mixed)))))
-        return (mixed + mlp.reshape(mixed.shape)).mT
+        return (mixed + self.unshape(mlp).reshape(mixed.shape)).mT
 
 
 class Checkpointed(Around):

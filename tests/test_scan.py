@@ -939,12 +939,13 @@ def test_threads_are_fixed_for_the_scan_and_given_back(tmp_path):
     before = torch.get_num_threads()
     images = SyntheticImages(4)
     scan = unbraid.scan(Watching(), "network.layer", images, tmp_path, threads=3, batch_size=4)
-    assert seen == [3]
+    assert set(seen) == {3}
     assert torch.get_num_threads() == before
     assert scan.manifest.threads == 3
     (tmp_path / "shard-000000.safetensors").unlink()
+    seen.clear()
     unbraid.scan(Watching(), "network.layer", images, tmp_path)  # goes on with as many
-    assert seen == [3, 3]
+    assert set(seen) == {3}
     with pytest.raises(RunError, match="the number of threads differ"):
         unbraid.scan(Watching(), "network.layer", images, tmp_path, threads=2)
     with pytest.raises(UsageError, match="threads is 0"):

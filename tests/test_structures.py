@@ -165,7 +165,7 @@ def test_images_that_lie_mixed_in_the_batch_are_refused(tmp_path):
 
 
 def test_tokens_that_come_before_images_are_refused(tmp_path):
-    network = Tokens(lambda x: x.transpose(0, 1)).double().eval()
+    network = Tokens(lambda x: x.transpose(0, 1), lambda x: x.transpose(0, 1)).double().eval()
     with pytest.raises(LayerError, match=r"\(42, 4, 10\) for 4 images"):
         unbraid.scan(network, "layer", images(4), tmp_path)
 

@@ -6,6 +6,7 @@ The public names are imported when first used, so that `import unbraid` is insta
 from __future__ import annotations
 
 import importlib
+import random
 import sys
 from importlib.metadata import version as _version
 from types import ModuleType
@@ -95,7 +96,9 @@ def __getattr__(name: str) -> Any:
     """Import a public name's module when the name is first used."""
     if name not in _HOME:
         raise AttributeError(f"module 'unbraid' has no attribute {name!r}")
+    state = random.getstate()  # which some libraries move when they are imported
     value = getattr(importlib.import_module(f"unbraid.{_HOME[name]}"), name)
+    random.setstate(state)
     setattr(sys.modules[__name__], name, value)
     return value
 

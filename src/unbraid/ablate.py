@@ -17,8 +17,10 @@ from torch.utils.data import Dataset
 
 from unbraid.ablation import Ablation
 from unbraid.data import GoodItem, class_names_of, size_of, sort_out
+from unbraid.doors import in_plain_modes
 from unbraid.errors import DataError, UsageError
 from unbraid.findings import Concept
+from unbraid.first_look import refuse_unsteady
 from unbraid.given import as_kind, flag, loading, whole_numbers
 from unbraid.loading import in_order, load
 from unbraid.networks import unwrap
@@ -31,6 +33,7 @@ from unbraid.split_layer import SplitLayer
 from unbraid.tally import Tally, members_by_place
 
 
+@in_plain_modes
 def ablate(
     model2: nn.Module,
     dataset: Dataset[Any],
@@ -97,6 +100,8 @@ def ablate(
             advance(len(items))
             good, _ = sort_out(items, skip_broken)
             if good:
+                if tally is None:
+                    refuse_unsteady(model2, _images_of(good).to(measured.rows.device))
                 index, label, logit, hit, n_outputs = _run_batch(replay, measured, chosen, good)
                 tally = tally or Tally(chosen, n_outputs, members)
                 tally.add(index, label, logit, hit)
@@ -181,7 +186,7 @@ def _run_batch(
     """Places and labels (N,), target logits (R, N), whether these are the top ones (R, N), T."""
     index = torch.tensor([item[0] for item in items], dtype=torch.int64)
     label = torch.tensor([item[2] for item in items], dtype=torch.int64)
-    images = stack_images([item[1] for item in items], index).to(layer.rows.device)
+    images = _images_of(items).to(layer.rows.device)
     responses: list[Tensor] = []
     handle = layer.concepts.register_forward_hook(
         lambda _module, _args, output: responses.append(output.clone())
@@ -204,6 +209,10 @@ def _run_batch(
         take(replay.again(images, changed))
     logit, hit = torch.stack(targets).cpu(), torch.stack(hits).double().cpu()
     return index, label, logit, hit, logits.shape[1]
+
+
+def _images_of(items: Sequence[GoodItem]) -> Tensor:
+    return stack_images([item[1] for item in items], torch.tensor([item[0] for item in items]))
 
 
 def _switched_off(

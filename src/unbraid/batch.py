@@ -16,8 +16,9 @@ from unbraid.describe import bias_of, weight_rows
 from unbraid.errors import LayerError, ModelError, OutOfMemory, brief
 from unbraid.layers import LayerSpec, channels_first, pooled_input
 from unbraid.loading import as_batch
+from unbraid.networks import device_of
 from unbraid.records import Records
-from unbraid.relevance import Cut, cut_at, gradients_at, output_relevance, shares
+from unbraid.relevance import Cut, cut_at, gradient_stop, gradients_at, output_relevance, shares
 from unbraid.running import check_labels, refuse_broken_values, run_network
 from unbraid.shard_parts import no_records
 
@@ -55,7 +56,7 @@ def scan_batch(
     """
     if not items:
         return [no_records(layer.spec, positions) for layer in layers]
-    device = next(layers[0].module.parameters()).device
+    device = device_of(layers[0].module)
     index = torch.tensor([item[0] for item in items], dtype=torch.int64)
     images = as_batch([item[1] for item in items], index)
     # A copy in any case, as a network may write into it, and then have to begin anew.
@@ -83,6 +84,10 @@ def scan_batch(
             _check_apart(layers, calls, logits)
         own = logits.gather(1, label.to(device)[:, None]).sum()
         gradients = _gradients_of_each(calls, own)
+    for layer, of_calls in zip(layers, gradients, strict=True):
+        if all(gradient is None for gradient in of_calls):
+            stop = gradient_stop(model, layer.module, partial(run_network, model, images))
+            output_relevance(layer.spec.name, [], [], stop)
     refuse_broken_values(logits, index)
     images_of = Images(index, label, prediction)
     return [

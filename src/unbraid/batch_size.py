@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.causes import memory_full
-from unbraid.errors import OutOfMemory
+from unbraid.errors import ModelError, OutOfMemory
+from unbraid.networks import device_of
 from unbraid.relevance import undisturbed
 from unbraid.running import run_network
 
@@ -40,14 +41,14 @@ def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor 
     """
     if image is None:
         return _MOST
-    device = next(model.parameters()).device
+    device = device_of(model)
     memory, most = _MEMORY, _MOST
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory // 4
     if device.type != "cpu":
         most = _MOST_ON_ACCELERATOR
     try:
-        room = memory // bytes_of_one(model, layers, image.to(device))
+        room = memory // _bytes_of_any(model, layers, image.to(device))
     except Exception as error:
         if not (isinstance(error, OutOfMemory) or memory_full(error)):
             raise
@@ -55,8 +56,21 @@ def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor 
     return min(most, 1 << max(room, 1).bit_length() - 1)
 
 
-def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> int:
-    """How much memory a scan takes for one image: at its widest, and kept for the gradient."""
+def _bytes_of_any(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> int:
+    """As `bytes_of_one`, also for a network that runs on two images or more but not on one."""
+    try:
+        return bytes_of_one(model, layers, image)
+    except OutOfMemory:
+        raise
+    except ModelError as error:
+        try:
+            return bytes_of_one(model, layers, image, n=2) // 2
+        except ModelError:
+            raise error from None
+
+
+def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor, n: int = 1) -> int:
+    """How much memory a scan takes for n images: at its widest, and kept for the gradient."""
     widest = kept = 0
     behind = False  # the first of the layers, where gradients begin
 
@@ -68,11 +82,12 @@ def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -
 
     with ExitStack() as stack:
         for module in model.modules():
-            if next(module.children(), None) is None:
+            scripted = isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+            if next(module.children(), None) is None and not scripted:
                 stack.callback(module.register_forward_hook(count).remove)
         with undisturbed(model), torch.no_grad():
-            run_network(model, image[None])
-    return _AT_ONCE * max(widest, image.nbytes) + kept
+            run_network(model, torch.stack([image] * n))
+    return _AT_ONCE * max(widest, n * image.nbytes) + kept
 
 
 def _bytes(value: Any) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unbraid.arvs import class_sums, concept_mean
+from unbraid.doors import in_plain_modes
 from unbraid.errors import UsageError
 from unbraid.findings import Concept
 from unbraid.given import as_kind, whole_number
@@ -68,6 +69,7 @@ class Circuit(Shown):
         return rows
 
 
+@in_plain_modes
 def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -> Circuit:
     """Say which input channels feed a concept channel most, on images of its concept.
 

@@ -15,12 +15,13 @@ from unbraid.circuit import Circuit, Part, find_concept, strongest
 from unbraid.clusters import concerned
 from unbraid.data import labels_of, sort_out
 from unbraid.describe import resolve_layer
+from unbraid.doors import in_plain_modes
 from unbraid.errors import LayerError, ModelError, UsageError
 from unbraid.given import loading, whole_number
 from unbraid.identity import fingerprint
 from unbraid.layers import LayerSpec, channels_first, respond
 from unbraid.loading import load
-from unbraid.networks import unwrap
+from unbraid.networks import device_of, unwrap
 from unbraid.progress import image_progress
 from unbraid.records import Scan
 from unbraid.relevance import cut_at, gradients_at, undisturbed
@@ -29,6 +30,7 @@ from unbraid.splits import Split
 from unbraid.weights import hash_weights
 
 
+@in_plain_modes
 def circuit_from(
     before: Split,
     split: Split,
@@ -138,7 +140,7 @@ def _relevance(
     """Relevance of the sources for two rows of the later layer, summed over images, (2, S)."""
     _, source = resolve_layer(model, before.layer.name)
     _, target = resolve_layer(model, spec.name)
-    device = next(source.parameters()).device
+    device = device_of(source)
     with (
         cut_at(source, torch.Tensor.clone) as cut,
         _summed_responses(target, spec, channel, rows) as sums,

@@ -12,12 +12,14 @@ from torch.utils.data import Dataset
 
 from unbraid.causes import memory_full
 from unbraid.data import GoodItem, picture_of, size_of, sort_out
+from unbraid.doors import in_plain_modes
 from unbraid.encoders import Encoder, TimmEncoder
 from unbraid.errors import ModelError
 from unbraid.given import loading
 from unbraid.loading import load
 from unbraid.models import Transform
 from unbraid.nested import all_hold
+from unbraid.networks import device_of
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
 from unbraid.running import stack_images
@@ -25,6 +27,7 @@ from unbraid.running import stack_images
 Encode = Callable[[Sequence[GoodItem]], Tensor]  # from N images to embeddings, (N, D)
 
 
+@in_plain_modes
 def embed(
     encoder: Encoder,
     dataset: Dataset[Any],
@@ -113,8 +116,8 @@ def ready(encoder: Encoder) -> Iterator[Encode]:
         device = None
         if isinstance(module, nn.Module):
             stack.enter_context(undisturbed(module))
-            parameter = next(module.parameters(), None)
-            device = None if parameter is None else parameter.device
+            if next(module.parameters(), None) is not None:
+                device = device_of(module)
         yield encode
 
 

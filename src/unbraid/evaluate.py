@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unbraid.ablation import Ablation
 from unbraid.clusters import concept_of
+from unbraid.doors import in_plain_modes
 from unbraid.errors import UsageError
 from unbraid.evaluation import ChannelEvaluation, ConceptEvaluation, Evaluation, Ratio, Responses
 from unbraid.given import as_kind, real_number
@@ -23,6 +24,7 @@ from unbraid.semantics import Semantics
 from unbraid.splits import ChannelSplit, Split
 
 
+@in_plain_modes
 def evaluate(
     split: Split,
     scan: Scan,

@@ -22,6 +22,7 @@ from unbraid.arvs import (
 )
 from unbraid.before_scan import scanned_accuracy
 from unbraid.chance import with_chance
+from unbraid.doors import in_plain_modes
 from unbraid.errors import UsageError
 from unbraid.findings import Concept, ConceptKind, Findings, Found, Pair
 from unbraid.given import as_kind, whole_number, whole_numbers
@@ -30,6 +31,7 @@ from unbraid.thresholds import Tau, check_thresholds, choose_tau, nearest_findin
 from unbraid.unlabelled import search_clusters
 
 
+@in_plain_modes
 def find(
     scan: Scan,
     *,

@@ -110,9 +110,11 @@ def as_batch(images: Sequence[Tensor], index: Tensor) -> Tensor:
     """
     first = images[0]
     whole, size = first._base, first.nbytes
+    # What lies in a row may be a part of something else, such as a whole data set in one tensor.
     if (
         whole is None
         or whole.shape[1:] != first.shape
+        or not whole.is_contiguous()
         or any(
             image._base is not whole or image.data_ptr() != first.data_ptr() + k * size
             for k, image in enumerate(images)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from unbraid.crops import Box, Crops, answering_box
 from unbraid.data import GoodItem, labels_of
+from unbraid.doors import in_plain_modes
 from unbraid.embed import Encode, in_batches, load_batches, ready
 from unbraid.encoders import Encoder, load_encoder, name_of_encoder
 from unbraid.errors import UsageError
@@ -51,6 +52,7 @@ class _Source:
     workers: int
 
 
+@in_plain_modes
 def measure_semantics(
     split: Split,
     scan: Scan,

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from unbraid.errors import ModelError, UsageError, nearest
 from unbraid.imagenet import output_names
 from unbraid.names import Names
-from unbraid.networks import as_logits
+from unbraid.networks import as_logits, device_of, number_format
+from unbraid.relevance import undisturbed
 from unbraid.states import load_weights
 from unbraid.team import local_rank
 
@@ -52,9 +53,9 @@ class LoadedModel:
         """
         try:
             image = self.transform(Image.new("RGB", (256, 256)))
-            device = next(self.model.parameters()).device
-            with torch.no_grad():
-                return as_logits(self.model(image[None].to(device))).shape[1]
+            image = image[None].to(device_of(self.model), number_format(self.model, image))
+            with undisturbed(self.model), torch.no_grad():
+                return as_logits(self.model(image), n_images=1).shape[1]
         except ModelError:  # which says what is wrong with its output
             raise
         except Exception as error:  # of a network of anyone's own

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from unbraid.copying import copy_with_functions
+from unbraid.doors import in_plain_modes
 from unbraid.errors import ModelError, UsageError
 
 Pick = str | int | Callable[[Any], Tensor]
@@ -46,6 +49,24 @@ def unwrapped_name(name: str) -> str:
     return name
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device that a network, or a part of one, is on."""
+    return next((tensor.device for tensor in _loaded(module)), torch.device("cpu"))
+
+
+def number_format(model: nn.Module, images: Tensor) -> torch.dtype:
+    """That of the first weights, which meet the images; theirs where either is no fraction."""
+    formats = (weight.dtype for weight in _loaded(model) if weight.is_floating_point())
+    return next(formats, images.dtype) if images.is_floating_point() else images.dtype
+
+
+def _loaded(module: nn.Module) -> Iterator[Tensor]:
+    """Weights that hold numbers, then buffers: none that are yet to be made or on no device."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        if not is_lazy(tensor) and not tensor.is_meta:
+            yield tensor
+
+
 def copy_network(model: nn.Module) -> nn.Module:
     """Copy a network, also one that keeps what it computed from its weights.
 
@@ -54,10 +75,10 @@ def copy_network(model: nn.Module) -> nn.Module:
     computed = {
         id(value): value.detach().clone()
         for module in model.modules()
-        for value in _tensors(vars(module), set())
+        for value in tensors_in(vars(module))
         if not value.is_leaf
     }
-    with torch.no_grad():  # else the weights of a TorchScript part would be computed from its own
+    with torch.no_grad():  # as copies of scripted parts would else be computed from the originals
         copied = copy_with_functions(model, computed)
     for old, new in zip(model.parameters(), copied.parameters(), strict=True):
         if old.requires_grad != new.requires_grad:
@@ -65,16 +86,23 @@ def copy_network(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a part computes with a few whole numbers, which has no gradient."""
+    return ".quantized" in type(module).__module__
+
+
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """All tensors in containers inside of one another, which may hold themselves."""
+    seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
         seen.add(id(value))
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part, seen)
+            yield from tensors_in(part, seen)
 
 
+@in_plain_modes
 def with_logits(model: nn.Module, pick: Pick) -> nn.Module:
     """Return a network that puts out a part of what the given one does: the logits.
 
@@ -156,16 +184,23 @@ def _part_of(output: Any, pick: str | int) -> Any:
     return part
 
 
-def as_logits(output: Any) -> Tensor:
+def as_logits(output: Any, n_images: int | None = None) -> Tensor:
     """Bring a network's output to logits (N, T).
 
-    What is called "logits" in it is taken. A single logit z, (N,) or (N, 1), tells two classes
-    apart; it becomes the two logits -z and z.
+    What is called "logits" in it is taken, and the one tensor of a list. A single logit z, (N,) or
+    (N, 1), tells two classes apart; it becomes the two logits -z and z. Of one image alone a
+    network may leave N out: (T,), or () for a single logit.
+
+    Args:
+        output: what the network puts out.
+        n_images: N, where it is known.
 
     Raises:
         ModelError: there are no logits, or it is not plain which they are.
     """
     logits = _called_logits(output)
+    if isinstance(logits, Tensor) and n_images == 1 and logits.dim() < 2:
+        logits = logits.reshape(1, -1)
     if not _is_logits(logits):
         raise ModelError(
             f"The network's output is {_describe(output)}, not logits of shape (images, classes); "
@@ -178,11 +213,13 @@ def as_logits(output: Any) -> Tensor:
 
 
 def _called_logits(output: Any) -> Any:
-    """What is called "logits" in an output, else all of it."""
+    """What is called "logits" in an output, or the one tensor of a list, else all of it."""
     if "logits" in _keys(output):
         return output["logits"]
     if not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
         return output.logits
+    if isinstance(output, (list, tuple)) and len(output) == 1:
+        return output[0]
     return output
 
 

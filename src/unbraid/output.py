@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from unbraid.data import UNLABELLED, size_of, sort_out
+from unbraid.doors import in_plain_modes
 from unbraid.errors import DataError, OutputChangedError, UsageError
+from unbraid.first_look import refuse_unsteady
 from unbraid.given import flag, loading, real_number
 from unbraid.in_force import in_force
 from unbraid.loading import in_order, load
-from unbraid.networks import unwrap
+from unbraid.networks import device_of, unwrap
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
 from unbraid.running import run_network, stack_images
@@ -31,6 +33,7 @@ class OutputComparison:
     top1_after: float | None
 
 
+@in_plain_modes
 def compare_outputs(
     model: nn.Module,
     model2: nn.Module,
@@ -56,7 +59,8 @@ def compare_outputs(
 
     Raises:
         OutputChangedError: a logit differs by more than the tolerance, or is not a number.
-        ModelError: the network never runs a split layer of `model2`.
+        ModelError: the original itself gives other logits each time, or the network never runs a
+            split layer of `model2`.
         DataError: an image cannot be read.
         UsageError: tolerance, batch_size or workers is out of range.
     """
@@ -67,7 +71,7 @@ def compare_outputs(
         raise UsageError(f"tolerance is {tolerance:g}; it must be 0 or more.")
     n_images = size_of(dataset)
     model, model2 = unwrap(model), unwrap(model2)
-    device = next(model.parameters()).device
+    device = device_of(model)
     worst, seen, labelled, agree, before, after = 0.0, 0, 0, 0, 0, 0
     with (
         undisturbed(model),
@@ -88,6 +92,8 @@ def compare_outputs(
             difference = float((logits - logits2).abs().max())
             worst = difference if math.isnan(difference) else max(worst, difference)
             if not worst <= tolerance:  # a NaN is no pass
+                _refuse_broken_original(logits, index)
+                refuse_unsteady(model, images, tolerance)
                 raise OutputChangedError(
                     f"The split network's logits differ from the original's by {worst:.3g}, more "
                     f"than the tolerance {tolerance:g}; do not use it, or raise the tolerance."
@@ -101,3 +107,13 @@ def compare_outputs(
         raise DataError("No image could be read, so there is nothing to compare outputs on.")
     accuracies = (before / labelled, after / labelled) if labelled else (None, None)
     return OutputComparison(worst, agree / seen, *accuracies)
+
+
+def _refuse_broken_original(logits: Tensor, index: Tensor) -> None:
+    """Raise if it is the original that gives no numbers, so that the split is not blamed for it."""
+    wrong = ~logits.isfinite().all(1).cpu()
+    if wrong.any():
+        raise OutputChangedError(
+            f"The original network's own logits of image {int(index[wrong][0])} are nan or "
+            "infinite, so nothing can be compared with them; check the image and the weights."
+        )

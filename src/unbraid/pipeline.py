@@ -22,6 +22,7 @@ from unbraid.evaluation import Evaluation
 from unbraid.find import find
 from unbraid.findings import Findings
 from unbraid.measure_semantics import measure_semantics
+from unbraid.networks import device_of
 from unbraid.output import compare_outputs
 from unbraid.records import Scan
 from unbraid.report import report
@@ -242,7 +243,7 @@ def prepare(
         refuse_strange(folder)
     if encoder is None:
         return Penultimate(model)
-    loaded = load_encoder(encoder, device=str(next(model.parameters()).device))
+    loaded = load_encoder(encoder, device=str(device_of(model)))
     _try_encoder(loaded, val)
     return loaded
 

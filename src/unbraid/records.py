@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unbraid.clustering import Clusters
+from unbraid.doors import in_plain_modes
 from unbraid.errors import RunError
 from unbraid.files import names_in, read_some, read_tensors, write_tensors
 from unbraid.given import as_path
@@ -127,6 +128,7 @@ class Scan:
             yield sound_tensors(self.path, self.manifest, shard, names)
 
 
+@in_plain_modes
 def open_scan(path: str | Path) -> Scan:
     """Open a finished scan.
 

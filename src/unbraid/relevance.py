@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import CheckpointFunction
 
+from unbraid.as_found import restored, same_random, without_autocast, without_inference
 from unbraid.errors import LayerError
+from unbraid.networks import is_quantised, tensors_in
 
 Kept = TypeVar("Kept")
 
@@ -36,26 +39,34 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     With no parameter asking for a gradient, autograd records nothing until the cut layer. Parts
     that are compiled run as they are written, since compiled code may pass hooks by. Autocast
     around it is switched off, as it would reach into what is computed of the network as well.
+    What the network changes of itself or draws at random while it runs is put back too.
     """
-    training = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval()
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        with _uncompiled(), without_autocast():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
+    with without_inference(), restored(model), same_random():
+        # What was computed from weights, as in copies of scripted parts, cannot be told not to.
+        wanted = {
+            parameter: parameter.requires_grad
+            for parameter in model.parameters()
+            if parameter.is_leaf and not is_lazy(parameter)
+        }
+        try:
+            model.eval()
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            with uncompiled(), without_autocast():
+                yield
+        finally:
+            for parameter, flag in wanted.items():
+                parameter.requires_grad_(flag)
+
+
+def _is_map(parameter: Tensor) -> bool:
+    return not is_lazy(parameter) and parameter.dim() == 4 and parameter.layout == torch.strided
 
 
 @contextmanager
 def kept_channels_last(model: nn.Module) -> Iterator[None]:
     """Keep the weights of 2-D convolutions channels last; put the very same memory back."""
-    maps = [parameter for parameter in model.parameters() if parameter.dim() == 4]
+    maps = [parameter for parameter in model.parameters() if _is_map(parameter)]
     before = [parameter.data for parameter in maps]
     try:
         for parameter in maps:
@@ -66,22 +77,12 @@ def kept_channels_last(model: nn.Module) -> Iterator[None]:
             parameter.data = data
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
+def uncompiled() -> AbstractContextManager[Any]:
     """Run compiled parts as they are written, if torch's compiler was ever loaded."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return eager
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """Compute in the numbers' own format, also where a network has switched autocast on."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda", "mps", "xpu"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 @contextmanager
@@ -138,8 +139,45 @@ def _no_reentrant_checkpoints() -> Iterator[None]:
         CheckpointFunction.apply = before
 
 
+def gradient_stop(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) -> str:
+    """Find the part behind a layer that lets no gradient through, and say what it is.
+
+    Args:
+        model: the network.
+        layer: of it.
+        run: runs the network.
+
+    Returns:
+        The part's name and kind in words; empty if there is no such part.
+    """
+    stops: list[nn.Module] = []
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        came = [value for value in tensors_in(args) if value.requires_grad]
+        left = list(tensors_in(output))
+        # What has no derivative may still say that its output asks for a gradient.
+        alive = [value.sum() for value in left if value.requires_grad]
+        if came and left and all(gradients_at(came, one) == [None] * len(came) for one in alive):
+            stops.append(module)
+
+    # For all modules, as those that are scripted take no hook of their own.
+    handle = nn.modules.module.register_module_forward_hook(look)
+    try:
+        with cut_at(layer, lambda _: None):
+            run()
+    finally:
+        handle.remove()
+    names = {module: name for name, module in model.named_modules() if name}
+    found = [module for module in stops if module in names]
+    found.sort(key=lambda module: not is_quantised(module))  # the surest first
+    if not found:
+        return ""
+    how = ", as it is quantised" if is_quantised(found[0]) else ""
+    return f"{names[found[0]]!r} ({type(found[0]).__name__}) lets no gradient through{how}"
+
+
 def output_relevance(
-    name: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    name: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], stop: str = ""
 ) -> list[Tensor]:
     """Gradient x activation of a layer's outputs, before pooling.
 
@@ -147,6 +185,7 @@ def output_relevance(
         name: of the layer.
         outputs: the layer's output at each call, any shape.
         gradients: of the summed logits of the images' own classes, by these outputs.
+        stop: what is known of why there are none.
 
     Returns:
         The shapes of `outputs`, in units of the logit; float32 or wider.
@@ -156,8 +195,9 @@ def output_relevance(
     """
     if all(gradient is None for gradient in gradients):
         raise LayerError(
-            f"The output of layer {name!r} does not reach the logits (a side branch, or a forward "
-            "pass under no_grad); choose a layer on the way to the output."
+            f"The output of layer {name!r} does not reach the logits "
+            f"({stop or 'a side branch, or a forward pass that detaches or is under no_grad'}); "
+            "choose a layer on the way to the output."
         )
 
     def product(output: Tensor, gradient: Tensor | None) -> Tensor:
@@ -167,11 +207,11 @@ def output_relevance(
     return [product(*pair) for pair in zip(outputs, gradients, strict=True)]
 
 
-def gradients_at(outputs: Sequence[Tensor], value: Tensor) -> Sequence[Tensor | None]:
+def gradients_at(outputs: Sequence[Tensor], value: Tensor) -> list[Tensor | None]:
     """Gradients of a number by a layer's outputs, None where it does not depend on one."""
     if not value.requires_grad:
         return [None] * len(outputs)
-    return torch.autograd.grad(value, outputs, allow_unused=True, retain_graph=True)
+    return list(torch.autograd.grad(value, outputs, allow_unused=True, retain_graph=True))
 
 
 def shares(relevance: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unbraid.causes import memory_full
 from unbraid.errors import DataError, ModelError, OutOfMemory, UnbraidError
-from unbraid.networks import as_logits
+from unbraid.networks import as_logits, number_format
 
 
 def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
@@ -30,24 +30,37 @@ def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
 def run_network(model: nn.Module, images: Tensor) -> Tensor:
     """Compute logits, (N, T).
 
-    Images are brought to the number format of the network's weights.
+    The network gets a copy of the images, since it may write into it, in the number format of its
+    weights.
 
     Raises:
         ModelError: the network cannot run on such images, or gives something else.
     """
     try:
-        output = model(images.to(_number_format(model, images)))
+        output = model(images.to(number_format(model, images), copy=True))
     except UnbraidError:
         raise
     except Exception as error:  # of a network of anyone's own
         if memory_full(error):
             raise OutOfMemory("The device is out of memory; lower batch_size.") from None
+        if "meta" in str(error) and (lacking := _without_numbers(model)):
+            raise ModelError(
+                f"The network's {lacking!r} is on the meta device, so holds no numbers; load the "
+                "weights first."
+            ) from None
+        if "more than 1 value per channel" in str(error):
+            raise ModelError(
+                "The network normalises by the statistics of its batch, also in eval mode, and one "
+                "image has none; let its norms use running statistics."
+            ) from error
         raise ModelError(
             f"The network cannot run on images of shape {tuple(images.shape[1:])} "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); check size "
             "and channels of the images."
         ) from error
-    logits = as_logits(output)
+    logits = as_logits(output, len(images))
+    if logits.is_meta:
+        raise ModelError("The network's weights are on the meta device; load weights first.")
     if len(logits) != len(images):
         raise ModelError(
             f"The network gives {len(logits)} rows of logits for {len(images)} images; wrap it so "
@@ -56,10 +69,8 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def _number_format(model: nn.Module, images: Tensor) -> torch.dtype:
-    """That of the first weights, which meet the images; theirs where either is no fraction."""
-    formats = (weight.dtype for weight in model.parameters() if weight.is_floating_point())
-    return next(formats, images.dtype) if images.is_floating_point() else images.dtype
+def _without_numbers(model: nn.Module) -> str | None:
+    return next((name for name, weight in model.named_parameters() if weight.is_meta), None)
 
 
 def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:

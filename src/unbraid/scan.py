@@ -18,6 +18,7 @@ from unbraid.before_scan import LONG, describe_fit, sampled_accuracy, scanned_ac
 from unbraid.claims import Target, claim_together
 from unbraid.data import class_names_of, first_readable, labels_of, size_of
 from unbraid.describe import describe, resolve_layer, weight_rows
+from unbraid.doors import in_plain_modes
 from unbraid.errors import DataError
 from unbraid.given import as_path
 from unbraid.identity import fingerprint
@@ -54,6 +55,7 @@ def scan(
 ) -> dict[str, Scan]: ...
 
 
+@in_plain_modes
 def scan(
     model: nn.Module,
     layer: LayerName | Sequence[LayerName],

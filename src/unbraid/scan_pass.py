@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -23,12 +23,13 @@ from unbraid.claims import Target, refuse_taken
 from unbraid.compiling import compiled
 from unbraid.data import GoodItem, groups_of, listed_labels, sort_out
 from unbraid.errors import DataError, OutOfMemory
+from unbraid.first_look import look_first
 from unbraid.identity import ids_of, pack_ids
-from unbraid.loading import deaths_told, load
-from unbraid.networks import as_logits
+from unbraid.loading import as_batch, deaths_told, load
+from unbraid.networks import as_logits, device_of
 from unbraid.progress import image_progress
 from unbraid.records import Records, write_shard
-from unbraid.relevance import kept_channels_last, undisturbed
+from unbraid.relevance import kept_channels_last, uncompiled, undisturbed
 from unbraid.running import check_labels
 from unbraid.shard_parts import join_records
 from unbraid.team import Team, n_ranks
@@ -83,7 +84,7 @@ def scan_shards(
     same = targets[0].manifest  # for every layer
     work = _Work(targets, places, team)
     groups, ids = groups_of(dataset), ids_of(dataset)
-    pinned = next(targets[0].module.parameters()).is_cuda
+    pinned = device_of(model).type == "cuda"
     batches = load(dataset, work, workers=workers, pinned=pinned)
     ready: AbstractContextManager[nn.Module] = nullcontext(model)
     if same.compiled:
@@ -99,16 +100,23 @@ def scan_shards(
         torch.inference_mode(False),  # whatever mode the caller is in
         torch.enable_grad(),
         ready as network,
-        _labels_checked(network, dataset, places) if same.labels == "given" else nullcontext(),
+        ExitStack() as stack,
     ):
         at_once = same.batch_size
         done: list[list[Records]] = []  # of the shard so far
         n_loaded = 0
+        n_fewest = work.fewest()
+        looked = False
         for items in batches:
             shard = work.begun[0]
             good, broken = sort_out(items, same.skip_broken)
             if same.labels == "given":
                 _check_labels_agree(good, given)
+            if good and not looked:
+                _look(model, targets, good, n_fewest)
+                looked = True
+                if same.labels == "given":
+                    stack.enter_context(_labels_checked(network, dataset, places))
             run = partial(
                 scan_batch,
                 network,
@@ -209,6 +217,11 @@ class _Work(Sampler[list[int]]):
         """Shards that some layer lacks."""
         return [k for k in range(self._same.n_shards) if any(t.lacks(k) for t in self._targets)]
 
+    def fewest(self) -> int:
+        """How many images the smallest batch holds, of shards that some layer lacks."""
+        sizes = [len(self.places_of(k)) for k in self.lacking()]
+        return min(((size - 1) % self._same.batch_size + 1 for size in sizes), default=1)
+
     def places_of(self, shard: int) -> Sequence[int]:
         size = self._same.shard_size
         return self._places[shard * size : (shard + 1) * size]
@@ -224,6 +237,17 @@ class _Work(Sampler[list[int]]):
             batches = [list(places[i : i + size]) for i in range(0, len(places), size)]
             self.begun.append(_Shard(number, targets, len(batches)))
             yield from batches
+
+
+def _look(
+    model: nn.Module, targets: Sequence[Target], good: Sequence[GoodItem], n_fewest: int
+) -> None:
+    """Look at what the network computes of the first images, before the work begins."""
+    index = torch.tensor([item[0] for item in good])
+    images = as_batch([item[1] for item in good], index)
+    layers = [(target.manifest.layer, target.module) for target in targets]
+    with suppress(OutOfMemory), uncompiled():  # memory is a thing that the scan can deal with
+        look_first(model, images.to(device_of(model)), layers, n_fewest)
 
 
 def _write(
@@ -253,12 +277,13 @@ def _labels_checked(
     Otherwise a wrong one would be told when its batch comes, perhaps after days.
     """
 
-    def hook(_model: nn.Module, _args: Any, output: Any) -> None:
+    def hook(_model: nn.Module, args: Any, output: Any) -> None:
         handle.remove()
         listed = listed_labels(dataset)
         if listed is not None:
             index = torch.tensor(places, dtype=torch.int64)
-            check_labels(torch.tensor(listed, dtype=torch.int64)[index], index, as_logits(output))
+            labels = torch.tensor(listed, dtype=torch.int64)[index]
+            check_labels(labels, index, as_logits(output, len(args[0])))
 
     handle = model.register_forward_hook(hook)
     try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unbraid.arvs import ClassSums, class_cosines, class_sums, shared_channels, uses
+from unbraid.doors import in_plain_modes
 from unbraid.errors import UsageError
 from unbraid.files import write_whole
 from unbraid.given import as_kind, as_path, real_numbers
@@ -109,6 +110,7 @@ class Sensitivity:
         return data_frame(COLUMNS, self.rows())
 
 
+@in_plain_modes
 def sensitivity(
     scan: Scan,
     taus: Sequence[float] | None = None,

@@ -13,6 +13,7 @@ from torch import Tensor
 from unbraid.arvs import averaged_relevance, class_sums, concept_mean
 from unbraid.background import sample_images
 from unbraid.clusters import numbers_seen
+from unbraid.doors import in_plain_modes
 from unbraid.errors import UsageError
 from unbraid.findings import Findings
 from unbraid.given import as_kind, real_number
@@ -26,6 +27,7 @@ from unbraid.splits import ChannelSplit, Split
 Method = Literal["least_squares", "published"]
 
 
+@in_plain_modes
 def split(
     scan: Scan,
     found: Findings,

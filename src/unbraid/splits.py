@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unbraid.clustering import Cluster, Clusters
+from unbraid.doors import in_plain_modes
 from unbraid.files import read_tensors, write_tensors
 from unbraid.findings import Concept
 from unbraid.given import as_path
@@ -131,6 +132,7 @@ class Split(Shown):
                 rows.append((str(part.channel), str(k), self.name(concept), f"{kept:.0%}"))
         return rows
 
+    @in_plain_modes
     def save(self, path: str | Path) -> None:
         """Write the split to one safetensors file; `docs/format.md` specifies it.
 
@@ -161,6 +163,7 @@ class Split(Shown):
         write_tensors(as_path("path", path), tensors, about)
 
     @classmethod
+    @in_plain_modes
     def load(cls, path: str | Path) -> Split:
         """Read a split from its file.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from unbraid.becoming import become, double, rebind
 from unbraid.describe import bias_of, describe, resolve_layer, weight_rows
+from unbraid.doors import in_plain_modes
 from unbraid.errors import ModelError, OutputChangedError, RunError, UsageError
 from unbraid.given import as_kind, whole_number
 from unbraid.in_force import in_force, refuse_ways_past
@@ -33,6 +34,7 @@ from unbraid.weights import hash_weights
 Form = Literal["exact", "plain"]
 
 
+@in_plain_modes
 def apply(
     model: nn.Module,
     split: Split | Sequence[Split] | Mapping[str, Split],
@@ -142,6 +144,7 @@ def _replace(model: nn.Module, split: Split, form: Form) -> None:
                 module._modules[key] = new
 
 
+@in_plain_modes
 def check_in_force(model: nn.Module, layer: str | nn.Module, images: Tensor) -> None:
     """Try on some images whether a split of a layer would be in force; one will do.
 
@@ -193,6 +196,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
+@in_plain_modes
 def load_split(model: nn.Module, path: str | Path) -> nn.Module:
     """Put the split of a file into the network that it was made for.
 
@@ -210,6 +214,7 @@ def load_split(model: nn.Module, path: str | Path) -> nn.Module:
     return apply(model, Split.load(path))
 
 
+@in_plain_modes
 def gate(
     model: nn.Module, layer: str | nn.Module, channel: int, concept: int, value: float | Tensor
 ) -> Gate:
@@ -234,6 +239,7 @@ def gate(
     return Gate(*_find_row(model, layer, channel, concept), value)
 
 
+@in_plain_modes
 def clamp(
     model: nn.Module,
     layer: str | nn.Module,

@@ -12,13 +12,15 @@ from torch.utils.data import Dataset
 
 from unbraid.data import first_readable, size_of
 from unbraid.describe import splittable_layers
+from unbraid.doors import in_plain_modes
 from unbraid.errors import DataError, ModelError
 from unbraid.layers import LayerSpec
-from unbraid.networks import unwrap
+from unbraid.networks import device_of, unwrap
 from unbraid.relevance import cut_at, gradients_at, undisturbed
 from unbraid.running import run_network
 
 
+@in_plain_modes
 def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
     """List the layers that can be split, see these images, and reach the logits.
 
@@ -82,7 +84,8 @@ def usable_in(model: nn.Module, dataset: Dataset[Any]) -> list[LayerSpec]:
     image = first_readable(dataset, range(size_of(dataset)))
     if image is None:
         raise DataError("None of the first images can be read; mend the data set.")
-    return usable_layers(model, image[None].to(next(model.parameters()).device))
+    # Of two, as some networks lose the dimension of a single one, or take no single one.
+    return usable_layers(model, torch.stack([image] * 2).to(device_of(model)))
 
 
 def _reaches(model: nn.Module, spec: LayerSpec, images: Tensor) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unbraid.doors import in_plain_modes
 from unbraid.errors import UnbraidError, UsageError
 from unbraid.given import as_path, real_number
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".pdf", ".png", ".svg")
 
 
+@in_plain_modes
 def teaser_figure(
     split: Split,
     scan: Scan,
@@ -65,6 +67,7 @@ def teaser_figure(
     return draw_teaser(content, real_number("width", width))
 
 
+@in_plain_modes
 def density_figure(split: Split, scan: Scan, channel: int, *, width: float = 3.25) -> Figure:
     """Show how a channel, and each of its concept channels, answers to each concept's images.
 
@@ -97,6 +100,7 @@ def density_figure(split: Split, scan: Scan, channel: int, *, width: float = 3.2
     return draw_densities(gather(split, scan, channel), real_number("width", width))
 
 
+@in_plain_modes
 def source_figure(
     split: Split, scan: Scan, channel: int, *, n: int = 12, width: float = 3.25
 ) -> Figure:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unbraid.doors import in_plain_modes
+
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from unbraid.visualize.features import Features
 
 
+@in_plain_modes
 def report(
     path: str | Path,
     *,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from unbraid.doors import in_plain_modes
+
 if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import Dataset
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 STEPS = 128  # of the optimiser; docs/visualisation.md shows what fewer and more make
 
 
+@in_plain_modes
 def visualize(
     model: nn.Module,
     layer: str | nn.Module,

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unbraid.errors import LayerError, ModelError, UsageError
-from unbraid.networks import unwrap
+from unbraid.networks import device_of, unwrap
 from unbraid.progress import image_progress
 from unbraid.relevance import undisturbed
 from unbraid.visualize.canvas import blank_canvas, shake
@@ -61,7 +61,7 @@ def make_features(
     """Make images for channels and their concept channels; see `unbraid.visualize`."""
     watched = watch(unwrap(model), layer)
     targets = targets_of(watched, channels)
-    device = next(watched.layer.parameters()).device
+    device = device_of(watched.layer)
     pixels = _on(device, pixels)
     at_once = _PIXELS if device.type == "cpu" else _PIXELS_OF_ACCELERATORS
     most = max(1, at_once // math.prod(pixels.size))

@@ -1,0 +1,187 @@
+"""Leave things as found: torch's modes, the caller's random numbers, a network's state."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from unbraid.errors import ModelError
+
+_PLAIN = (bool, int, float, complex, str, type(None))
+
+
+@contextmanager
+def plain_modes() -> Iterator[None]:
+    """Leave torch's modes, and put all random numbers back to where they were."""
+    with without_inference(), torch.enable_grad(), without_autocast(), same_random():
+        yield
+
+
+def without_inference() -> AbstractContextManager[Any]:
+    """Leave inference mode, if it is on."""
+    on = torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if on else nullcontext()
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the numbers' own format, also where a network has switched autocast on."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def same_random() -> Iterator[None]:
+    """Put all random numbers back to where they were: torch's, numpy's and Python's own."""
+    puts: list[Callable[[], Any]] = [
+        functools.partial(torch.set_rng_state, torch.get_rng_state()),
+        functools.partial(np.random.set_state, np.random.get_state()),
+        functools.partial(random.setstate, random.getstate()),
+    ]
+    for backend in (torch.cuda, torch.xpu):
+        if backend.is_initialized():
+            state = backend.get_rng_state_all()
+            puts.append(functools.partial(backend.set_rng_state_all, state))
+    if torch.backends.mps.is_available():
+        puts.append(functools.partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    try:
+        yield
+    finally:
+        for put in puts:
+            put()
+
+
+@contextmanager
+def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
+    """Put back what a network keeps of itself: flags, buffers, and tensors beside them.
+
+    In place of weights that were made in inference mode there are ordinary ones meanwhile.
+
+    Args:
+        model: the network.
+        wholly: put back plain attributes too, such as counters; where they are a part of the state
+            that a module saves, they are in any case.
+
+    Raises:
+        ModelError: the network makes weights of its own when it runs.
+    """
+    with ExitStack() as stack:
+        modules = list(model.modules())
+        stack.enter_context(_ordinary(modules))
+        for module in modules:
+            if any(is_lazy(p) for p in module.parameters(recurse=False)):
+                stack.callback(module.register_forward_pre_hook(_refuse_lazy, prepend=True).remove)
+        kept = [_Kept(module, wholly) for module in modules]
+        try:
+            yield
+        finally:
+            grown = [module for module in kept if module.put_back()]
+        if grown:
+            raise _not_there_yet(grown[0].module)
+
+
+def _refuse_lazy(module: nn.Module, _args: Any) -> None:
+    raise _not_there_yet(module)
+
+
+def _not_there_yet(module: nn.Module) -> ModelError:
+    return ModelError(
+        f"The network makes weights (in a {type(module).__name__}) when it first runs; run it once "
+        "on an image before."
+    )
+
+
+class _Kept:
+    """What a module holds, its own children left out."""
+
+    def __init__(self, module: nn.Module, wholly: bool) -> None:
+        self.module = module
+        self.training = getattr(module, "training", None)
+        self.scripted = isinstance(module, torch.jit.ScriptModule)
+        own = {} if self.scripted else vars(module)
+        wholly = wholly or type(module).get_extra_state is not nn.Module.get_extra_state
+        self.plain = {n: value for n, value in own.items() if wholly and type(value) in _PLAIN}
+        self.tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        self.buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
+        self.weights = [set(own.get(name, ())) for name in ("_parameters", "_modules")]
+        # None stands for a buffer that is not there.
+        self.registered = {} if self.scripted else dict(module._buffers)
+        held = [*self.buffers.values(), *self.tensors.values()]
+        self.values = [(tensor, tensor.detach().clone()) for tensor in held if _has_values(tensor)]
+
+    def put_back(self) -> bool:
+        """Put everything back; say whether the module holds weights that it did not hold before."""
+        module = self.module
+        if self.training is not None and module.training != self.training:
+            module.training = self.training
+        for tensor, value in self.values:
+            _put(tensor, value)
+        if self.scripted:
+            return False
+        own = vars(module)
+        grown = False
+        for name, before in zip(("_parameters", "_modules"), self.weights, strict=True):
+            for new in set(own[name]) - before:
+                grown = True
+                del own[name][new]
+        if _differ(own["_buffers"], self.registered):
+            own["_buffers"].clear()
+            own["_buffers"].update(self.registered)
+        for name, value in (*self.plain.items(), *self.tensors.items()):
+            if own.get(name, own) is not value:
+                own[name] = value
+        return grown
+
+
+def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return list(one) != list(other) or any(one[name] is not other[name] for name in one)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers in a row, which can be copied and compared."""
+    return not is_lazy(tensor) and not tensor.is_meta and tensor.layout == torch.strided
+
+
+def _put(tensor: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        if tensor.shape != value.shape or tensor.dtype != value.dtype:
+            tensor.data = value
+        elif not torch.equal(tensor, value):
+            tensor.copy_(value)
+
+
+def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
+    own = vars(module)
+    yield from (own["_parameters"], own["_buffers"], own)
+
+
+@contextmanager
+def _ordinary(modules: list[nn.Module]) -> Iterator[None]:
+    """Put copies in place of tensors of inference mode; put the very same tensors back."""
+    copies: dict[int, Tensor] = {}
+    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for module in modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            for held in _holders(module):
+                for name, value in held.items():
+                    if isinstance(value, Tensor) and not is_lazy(value) and value.is_inference():
+                        swapped.append((held, name, value))
+                        held[name] = copies.setdefault(id(value), copy.deepcopy(value))
+        yield
+    finally:
+        for held, name, value in swapped:
+            held[name] = value
