@@ -189,7 +189,7 @@ def _input_map(spec: LayerSpec, n_images: int, calls: Sequence[Tensor | None]) -
     if len(calls) > 1 or (len(first) != n_images and not spec.channels_last):
         raise LayerError(
             f"Layer {spec.name!r} runs more than once on each image, so there is no one input map "
-            "to keep; scan without positions."
+            "to keep; choose another layer, or scan without positions."
         )
     parts = first.unflatten(0, (n_images, -1))  # (N, parts, C_in, ...)
     return parts.movedim(1, 2).flatten(2, 3) if len(first) != n_images else first

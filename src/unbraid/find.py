@@ -79,7 +79,7 @@ def find(
     # A network that is mostly wrong uses its channels for nothing that labels tell.
     accuracy = scanned_accuracy(scan) if concepts == "classes" else None
     if accuracy is not None and accuracy.warning:
-        warnings.warn(accuracy.warning, stacklevel=2)
+        warnings.warn(accuracy.warning, stacklevel=3)
     note = ""
     auto = tau == "auto"
     if tau == "auto":

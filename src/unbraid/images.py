@@ -6,7 +6,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from unbraid.data import UNLABELLED
+from unbraid.data import UNLABELLED, first_readable
 from unbraid.errors import ModelError
 from unbraid.labels import GUESSED, Outputs, fit_any, show_names
 from unbraid.models import LoadedModel
@@ -41,14 +41,14 @@ def images_for(loaded: LoadedModel, where: str) -> tuple[Images, str]:
     listed = list_images(where)
     if has_labels(listed):
         return _labelled(loaded, listed)
-    given = loaded.names.of_outputs(loaded.n_outputs()) if loaded.names.by_output else ()
+    given = loaded.names.of_outputs(_n_outputs(loaded, listed)) if loaded.names.by_output else ()
     what = "class folders" if isinstance(listed, Path) else "labels"
     warning = f"{where} holds images without {what}; the network's predictions are taken."
     return open_listed(listed, loaded.transform, {}, given or loaded.class_names), warning
 
 
 def _labelled(loaded: LoadedModel, listed: Listing | Path) -> tuple[Images, str]:
-    n_outputs, own, classes = loaded.n_outputs(), loaded.class_names, classes_of(listed)
+    n_outputs, own, classes = _n_outputs(loaded, listed), loaded.class_names, classes_of(listed)
     given = loaded.names.of_outputs(n_outputs)
     if own and len(own) != n_outputs:
         if not given:
@@ -66,6 +66,12 @@ def _labelled(loaded: LoadedModel, listed: Listing | Path) -> tuple[Images, str]
     names = show_names(shown, others, classes)
     note = f"{note_of(listed)} {reading.note}".strip()
     return open_listed(listed, loaded.transform, reading, names), note
+
+
+def _n_outputs(loaded: LoadedModel, listed: Listing | Path) -> int:
+    """Count the network's outputs on the first image, of the size that it is made for."""
+    images = open_listed(listed, loaded.transform, {}, ())
+    return loaded.n_outputs(first_readable(images, range(len(images))))
 
 
 def images_like(images: Images, where: str) -> Images:

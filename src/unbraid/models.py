@@ -16,11 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unbraid.errors import ModelError, UsageError, nearest
+from unbraid.errors import ModelError, UsageError, brief, nearest
 from unbraid.imagenet import output_names
 from unbraid.names import Names
-from unbraid.networks import as_logits, device_of, number_format
-from unbraid.relevance import undisturbed
+from unbraid.running import count_outputs
 from unbraid.states import load_weights
 from unbraid.team import local_rank
 
@@ -45,25 +44,32 @@ class LoadedModel:
     names: Names = field(default_factory=Names)  # given for outputs or classes, to be read
     note: str = ""  # what was assumed, for people
 
-    def n_outputs(self) -> int:
-        """Run the network on a blank picture and count the logits.
+    def n_outputs(self, image: Tensor | None = None) -> int:
+        """Run the network on an image and count the logits.
+
+        Args:
+            image: (C, H, W), as its preprocessing makes them; by default that of a blank picture.
 
         Raises:
             ModelError: it cannot run on what its preprocessing makes.
         """
         try:
-            image = self.transform(Image.new("RGB", (256, 256)))
-            image = image[None].to(device_of(self.model), number_format(self.model, image))
-            with undisturbed(self.model), torch.no_grad():
-                return as_logits(self.model(image), n_images=1).shape[1]
-        except ModelError:  # which says what is wrong with its output
-            raise
-        except Exception as error:  # of a network of anyone's own
-            raise ModelError(
-                "The network cannot run on what its preprocessing makes of a picture "
-                f"({_first_line(error)}); "
-                "let FILE.py:FUNCTION return (network, preprocessing) that fit each other."
-            ) from error
+            if image is None:
+                image = self.transform(Image.new("RGB", (256, 256)))
+            return count_outputs(self.model, image)
+        except ModelError as error:
+            if error.__cause__ is None:  # which says what is wrong with its output
+                raise
+            raise _unfit(error.__cause__) from error
+        except Exception as error:  # of preprocessing of anyone's own
+            raise _unfit(error) from error
+
+
+def _unfit(error: BaseException) -> ModelError:
+    return ModelError(
+        f"The network cannot run on what its preprocessing makes of a picture ({brief(error)}); "
+        "let FILE.py:FUNCTION return (network, preprocessing) that fit each other."
+    )
 
 
 def load_model(spec: str, weights: str | None = None, device: str | None = None) -> LoadedModel:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from unbraid.ablate import ablate
+from unbraid.batch import Place, scan_batch
 from unbraid.clusters import concerned, numbers_seen
-from unbraid.data import UNLABELLED, Relabelled, class_names_of, listed_labels, name_of, size_of
+from unbraid.data import (
+    UNLABELLED,
+    Relabelled,
+    class_names_of,
+    first_readable,
+    listed_labels,
+    name_of,
+    size_of,
+)
+from unbraid.describe import describe, resolve_layer
 from unbraid.embed import load_batches, ready
 from unbraid.encoders import Encoder, Penultimate, load_encoder
 from unbraid.errors import DataError, ModelError
@@ -22,9 +33,10 @@ from unbraid.evaluation import Evaluation
 from unbraid.find import find
 from unbraid.findings import Findings
 from unbraid.measure_semantics import measure_semantics
-from unbraid.networks import device_of
+from unbraid.networks import device_of, unwrap
 from unbraid.output import compare_outputs
 from unbraid.records import Scan
+from unbraid.relevance import undisturbed
 from unbraid.report import report
 from unbraid.run_folders import (
     home_of,
@@ -43,13 +55,16 @@ from unbraid.settings import Loading, Thresholds
 from unbraid.sight import sight_of
 from unbraid.split import check_rho, split
 from unbraid.splits import Split
-from unbraid.surgery import apply
+from unbraid.surgery import apply, check_in_force
 from unbraid.tables import count
 from unbraid.thresholds import check_thresholds
 from unbraid.visualize.run import visualize_run
 
 Say = Callable[[str], None]
 
+# As a run will scan the images of what it finds, whatever their labels.
+_TRIED: dict[str, Any] = {"min_share": MIN_SHARE, "positions": True, "predicted": True}
+_TRIED |= {"autocast": False, "check": True}
 _N_TRIED = 20  # images, in search of one that can be read
 MAX_ABLATED = 32  # channels; each takes a pass from the layer on per concept, and one for the whole
 
@@ -101,7 +116,7 @@ def run(
         features: make feature visualisations of the split channels.
         overwrite: put the results, when they are finished, in the place of those in `out`.
     """
-    embedding = prepare(model, thresholds, encoder, [out], val)
+    embedding = prepare(model, {layer: out}, train, val, thresholds, encoder)
     home = home_of(out)
     sight = sight_of(val)  # a report that is written again knows no preprocessing
     options = {**vars(loading), "progress": True, "source": source, "labels": labels}
@@ -223,29 +238,50 @@ def _measure(
 
 def prepare(
     model: nn.Module,
+    folders: Mapping[str, Path],
+    train: Dataset[Any],
+    val: Dataset[Any],
     thresholds: Thresholds,
     encoder: str | None,
-    folders: Sequence[Path],
-    val: Dataset[Any],
 ) -> Encoder:
     """Tell what is wrong with a run before anything is scanned; get its encoder.
 
     Args:
         model: the network.
+        folders: of the run, by layer.
+        train: images that the network is tried on.
+        val: images that are to be embedded.
         thresholds: of the run.
         encoder: of images, None for the network's own features.
-        folders: of the run, one for each layer.
-        val: images that are to be embedded.
     """
     check_thresholds(thresholds.tau, thresholds.p, thresholds.gamma, MIN_SHARE)
     check_rho(thresholds.rho)
-    for folder in folders:
+    for folder in folders.values():
         refuse_strange(folder)
+    _try_layers(unwrap(model), list(folders), train)
     if encoder is None:
         return Penultimate(model)
     loaded = load_encoder(encoder, device=str(device_of(model)))
     _try_encoder(loaded, val)
     return loaded
+
+
+def _try_layers(model: nn.Module, layers: Sequence[str], images: Dataset[Any]) -> None:
+    """Run the network on one image, and see that each layer can be scanned, split and switched off.
+
+    What else may be wrong with images, the scans tell at their beginning.
+    """
+    image = first_readable(images, range(size_of(images)))
+    if image is None:
+        return
+    twice = [(0, image, 0), (1, image, 0)]  # as some networks run on no single image
+    images_here = torch.stack([image, image]).to(device_of(model))
+    for layer in layers:
+        name, module = resolve_layer(model, layer)
+        place = Place(module, describe(name, module))
+        with undisturbed(model), torch.enable_grad():
+            scan_batch(model, [place], twice, **_TRIED)
+        check_in_force(model, layer, images_here)
 
 
 def _try_encoder(encoder: Encoder, images: Dataset[Any]) -> None:

@@ -57,7 +57,7 @@ def run_layers(
         alone = run(model, name, train, val, out, title=f"{title} · {name}", **options)
         return LayerRuns({name: alone}, None)
     folders = {name: layer_folder(out, name) for name in names}
-    prepare(model, options["thresholds"], options["encoder"], list(folders.values()), val)
+    prepare(model, folders, train, val, options["thresholds"], options["encoder"])
     scan_options = {name: options[name] for name in ("source", "labels")}
     loading = options["loading"]
     for kind, images in (("val", val), ("train", train)):  # the small one first, as in `run`

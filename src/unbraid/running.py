@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from unbraid.causes import memory_full
 from unbraid.errors import DataError, ModelError, OutOfMemory, UnbraidError
-from unbraid.networks import as_logits, number_format
+from unbraid.networks import as_logits, device_of, number_format
+from unbraid.relevance import undisturbed
 
 
 def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
@@ -67,6 +68,16 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
             "that it gives one for each."
         )
     return logits
+
+
+def count_outputs(model: nn.Module, image: Tensor) -> int:
+    """Run a network on one image, (C, H, W), and count its logits, T.
+
+    Raises:
+        ModelError: it cannot run on it.
+    """
+    with undisturbed(model), torch.no_grad():
+        return run_network(model, image[None].to(device_of(model))).shape[1]
 
 
 def _without_numbers(model: nn.Module) -> str | None:

@@ -250,4 +250,4 @@ def _tell_fit(accuracy: Accuracy | None, preprocessing: str, *, aloud: bool) -> 
     if aloud:
         say(describe_fit(accuracy, preprocessing))
     if accuracy.warning:
-        warnings.warn(accuracy.warning, stacklevel=4)
+        warnings.warn(accuracy.warning, stacklevel=5)

@@ -60,9 +60,16 @@ def _empty(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _show_warning(message: Warning | str, *_about: object, **_more: object) -> None:
-    """Show what the library warns of, without the line of code that it came from."""
-    err_console.print(f"Note: {message}", style="yellow")
+def _notes() -> Callable[..., None]:
+    """Show what the library warns of, each thing once, without the line of code it came from."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_about: object, **_more: object) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            err_console.print(f"Note: {message}", style="yellow")
+
+    return show
 
 
 def main() -> None:
@@ -71,7 +78,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # names of any script, on a terminal of any kind
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _notes()
     empty = _empty(sys.argv)
     if empty is not None:
         text = f"unbraid: {empty} is empty, perhaps a variable without a value; give it one."

@@ -6,14 +6,14 @@ import operator
 from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from unbraid.data import Readable, first_readable
 from unbraid.errors import DataError, ModelError, UsageError, brief
 from unbraid.imagenet import output_names
 from unbraid.labels import Outputs
-from unbraid.networks import as_logits, unwrap
+from unbraid.networks import unwrap
+from unbraid.running import count_outputs
 
 GivenOutputs = Sequence[str] | int | nn.Module
 
@@ -76,16 +76,10 @@ def _index(given: Any) -> int:
 
 
 def _count(model: nn.Module, image: Tensor) -> int:
-    modes = {module: module.training for module in model.modules()}
-    parameter = next(model.parameters(), image)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return as_logits(model.eval()(image[None].to(parameter.device))).shape[1]
+        return count_outputs(model, image)
     except Exception as error:  # of a network of anyone's own
         raise ModelError(
             f"The network cannot run on the first image ({brief(error)}), so its outputs cannot be "
             "counted; give the transform that it needs, or outputs as a number."
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
