@@ -212,7 +212,8 @@ def _run_batch(
 
 
 def _images_of(items: Sequence[GoodItem]) -> Tensor:
-    return stack_images([item[1] for item in items], torch.tensor([item[0] for item in items]))
+    index = torch.tensor([item[0] for item in items], dtype=torch.int64)
+    return stack_images([item[1] for item in items], index)
 
 
 def _switched_off(
