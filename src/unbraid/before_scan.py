@@ -59,7 +59,7 @@ def sampled_accuracy(
                 items = [readable[place] for place in chosen[start : start + size]]
                 good, _ = sort_out(items, skip_broken=True)
                 if good:
-                    index = torch.tensor([item[0] for item in good])
+                    index = torch.tensor([item[0] for item in good], dtype=torch.int64)
                     images = stack_images([item[1] for item in good], index).to(device)
                     logits = run_network(model, images)
                     labels += [item[2] for item in good]

@@ -172,9 +172,9 @@ def _number(label: Any, index: int) -> int:
         shape = tuple(getattr(label, "shape", ()))
         if shape:
             raise DataError(
-                f"The label of image {index} is a {type(label).__name__}, not a class's number (its "
-                f"shape is {shape}); let the data set give one image at a time, and one number for "
-                "it."
+                f"The label of image {index} is a {type(label).__name__}, not a class's number (but "
+                f"of shape {shape}), so let the data set give one image at a time, and one number "
+                "for it."
             ) from None
         raise DataError(
             f"The label of image {index} is a {type(label).__name__}, not a class's number; give "
