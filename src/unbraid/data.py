@@ -170,14 +170,14 @@ def _number(label: Any, index: int) -> int:
         raise ValueError("a fraction, or too large")
     except Exception:  # of types of anyone's own
         shape = tuple(getattr(label, "shape", ()))
+        kind = type(label).__name__
         if shape:
             raise DataError(
-                f"The label of image {index} is a {type(label).__name__}, not a class's number (but "
-                f"of shape {shape}), so let the data set give one image at a time, and one number "
-                "for it."
+                f"The label of image {index} is a {kind}, not a class's number (but of shape "
+                f"{shape}), so let the data set give one image at a time, and one number for it."
             ) from None
         raise DataError(
-            f"The label of image {index} is a {type(label).__name__}, not a class's number; give "
+            f"The label of image {index} is a {kind}, not a class's number; give "
             f"{UNLABELLED} for images without a label, and scan with labels='predicted'."
         ) from None
 

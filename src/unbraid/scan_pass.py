@@ -243,7 +243,7 @@ def _look(
     model: nn.Module, targets: Sequence[Target], good: Sequence[GoodItem], n_fewest: int
 ) -> None:
     """Look at what the network computes of the first images, before the work begins."""
-    index = torch.tensor([item[0] for item in good])
+    index = torch.tensor([item[0] for item in good], dtype=torch.int64)
     images = as_batch([item[1] for item in good], index)
     layers = [(target.manifest.layer, target.module) for target in targets]
     with suppress(OutOfMemory), uncompiled():  # memory is a thing that the scan can deal with

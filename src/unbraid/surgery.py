@@ -179,7 +179,7 @@ def check_in_force(model: nn.Module, layer: str | nn.Module, images: Tensor) -> 
 def _trial_split(spec: LayerSpec, layer: nn.Module) -> Split:
     """Two concept channels of a layer's first channel, each with every other weight."""
     weight = weight_rows(layer)[0]
-    even = (torch.arange(len(weight), device=weight.device) % 2).to(weight)
+    even = (torch.arange(len(weight), dtype=torch.int64, device=weight.device) % 2).to(weight)
     part = ChannelSplit(
         channel=0,
         concepts=((0,), (1,)),
