@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from unbraid.accuracy import Accuracy, accuracy_of
 from unbraid.data import Readable, sort_out
 from unbraid.errors import UnbraidError
+from unbraid.networks import device_of
 from unbraid.records import Scan
 from unbraid.relevance import undisturbed
 from unbraid.running import run_network, stack_images
@@ -53,7 +54,7 @@ def sampled_accuracy(
     predictions: list[int] = []
     n_outputs = 0
     try:
-        device = next(model.parameters()).device
+        device = device_of(model)
         with undisturbed(model), torch.no_grad():
             for start in range(0, n, size):
                 items = [readable[place] for place in chosen[start : start + size]]
