@@ -527,3 +527,28 @@ def test_hidden_files_and_those_of_programs_are_passed_over(name, tmp_path):
     (tmp_path / "all.tar").rename(shards / "all.tar")
     if "a" not in [part for part in Path(name).parts[:1]]:
         assert len(unbraid.open_images(shards)) == 4
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (
+            ["Ant", "ant", "bee"],
+            r"3 classes .* 2 outputs; join those of one name, such as 'Ant' an",
+        ),
+        (
+            ["ant", "bee", "cow"],
+            r"remove those that it does not know \(of 'ant', 'bee', 'cow'\)\.$",
+        ),
+    ],
+)
+def test_read_classes_says_which_are_too_many(classes, words):
+    with pytest.raises(DataError, match=words):
+        read_classes(classes, Outputs((), 2), "It")
+
+
+def test_read_classes_notes_parts_of_a_data_set():
+    assert (
+        "look like parts of a data set" in read_classes(["train", "val"], Outputs((), 2), "It").note
+    )
+    assert read_classes(["plane", "train"], Outputs((), 2), "It").note == ""

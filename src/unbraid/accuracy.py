@@ -78,9 +78,10 @@ def accuracy_of(
 
     Chance is what the same predictions would get on the same labels in another order; of images of
     a single class, one of the outputs. "Above" is a one-sided binomial test at 1e-3, or one that
-    tries other orders, which sees more where classes are uneven or few of many. Another reading of the labels is told if it is right significantly more often (McNemar's exact test at
-    1e-3, divided by the number of readings) and at least three times as often on the images that it
-    reads otherwise; one that is learned is tried on images that it was not learned from.
+    tries other orders, which sees more where classes are uneven or few of many. Another reading of
+    the labels is told if it is right significantly more often (McNemar's exact test at 1e-3,
+    divided by the number of readings) and at least three times as often on the images that it reads
+    otherwise; one that is learned is tried on images that it was not learned from.
 
     Args:
         labels: (N,), negative for images without one, which do not count.

@@ -222,13 +222,12 @@ def _in_order(classes: Sequence[str], seen: Sequence[str], outputs: Outputs, whe
     most = 1 + max((labels[name] for name in seen), default=-1)
     alike = _first_twins(seen, same_class)
     if n is not None and most > n:
-        shown = ", ".join(map(_quote, seen[:_MOST_SHOWN])) + (", ..." if seen[_MOST_SHOWN:] else "")
-        advice = f"join {_quote(alike[0])} and {_quote(alike[1])}" if alike else (
-            "remove those that it does not know"
-        )
+        some = ", ".join(map(_quote, seen[:_MOST_SHOWN])) + (", ..." if seen[_MOST_SHOWN:] else "")
+        advice = f"remove those that it does not know (of {some})"
+        if alike:
+            advice = f"join those of one name, such as {_quote(alike[0])} and {_quote(alike[1])}"
         raise DataError(
-            f"{where} has {most} classes but the network has {count(n, 'output')} ({shown}); "
-            f"{advice}."
+            f"{where} has {most} classes but the network has {count(n, 'output')}; {advice}."
         )
     notes = []
     if len(seen) > 1 and {name.casefold() for name in seen} <= _PARTS:

@@ -115,7 +115,9 @@ def _from_objects(told: Any) -> list[tuple[str, str]]:
     if not isinstance(told, dict):
         raise ValueError("it is neither a list nor a dictionary")
     if told and all(isinstance(v, int) and not isinstance(v, bool) for v in told.values()):
-        return [(str(number), str(name)) for name, number in told.items()]  # names and their outputs
+        return [
+            (str(number), str(name)) for name, number in told.items()
+        ]  # names and their outputs
     pairs = [(str(key), _name(value)) for key, value in told.items()]
     # {"0": ["n01440764", "tench"]} names an output, and the class of this id.
     ids = [(v[0], v[1]) for v in told.values() if _is_pair(v) and wordnet_id(v[0])]
@@ -188,9 +190,9 @@ def _unnumbered(lines: list[str]) -> list[str]:
     for form in (_NUMBER_BEFORE, _NUMBER_BEHIND):
         found = [form.fullmatch(line) for line in lines]
         numbers = [int(one["number"]) for one in found if one]
-        if len(numbers) == len(lines) > 1 and numbers[0] in (0, 1):
-            if numbers == list(range(numbers[0], numbers[0] + len(lines))):
-                return [one["name"] for one in found if one]
+        first = numbers[0] if numbers else -1
+        if len(lines) > 1 and first in (0, 1) and numbers == [*range(first, first + len(lines))]:
+            return [one["name"] for one in found if one]
     return lines
 
 
@@ -198,9 +200,8 @@ def _sorted_out(pairs: Iterable[tuple[str, str]]) -> Names:
     names = Names()
     forms: dict[str, str] = {}
     pairs = list(pairs)
-    if not any(number_in(key) is not None for key, _ in pairs):
-        if all(number_in(name) is not None for _, name in pairs):
-            pairs = [(name, key) for key, name in pairs]  # names and their outputs
+    if all(number_in(key) is None and number_in(name) is not None for key, name in pairs):
+        pairs = [(name, key) for key, name in pairs]  # names and their outputs
     for key, name in pairs:
         (key + name).encode()  # which fails for what is no text, as JSON can hold
         if not key or not name.strip():
