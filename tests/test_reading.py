@@ -552,3 +552,18 @@ def test_read_classes_notes_parts_of_a_data_set():
         "look like parts of a data set" in read_classes(["train", "val"], Outputs((), 2), "It").note
     )
     assert read_classes(["plane", "train"], Outputs((), 2), "It").note == ""
+
+
+def test_class_folders_that_are_links_are_followed_where_outputs_are_counted(tmp_path):
+    write_folders(tmp_path / "data", ["ant", "bee"])
+    (tmp_path / "linked").mkdir()
+    for name in ("ant", "bee"):
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "data" / name)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, dtype=torch.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = unbraid.open_images(tmp_path / "linked", to_tensor, outputs=network)
+    assert images.targets == [0, 0, 1, 1]
+    for way in (str(tmp_path / "linked"), str(tmp_path / "data")):
+        opened, note = images_for(LoadedModel(network, to_tensor, (), {}), way)
+        assert (opened.targets, note) == ([0, 0, 1, 1], "")

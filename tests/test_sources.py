@@ -923,7 +923,7 @@ def test_broken_images_are_named_by_id(folder, tmp_path):
     ("cell", "advice"),
     [
         ("ant/a", "add the ending .png to the names"),
-        ("ant\\a.png", r"write paths with / in place of \\"),
+        ("ant\\a.png", "write paths with / in place of \\"),
         ("ant/a.png ", "remove the blanks around paths"),
         ("https://a.org/ant/a.png", "give paths of files on this machine"),
         ("ant/b.png", "paths are relative to the list's folder"),
