@@ -416,6 +416,6 @@ def test_load_weights_of_numbers_that_are_no_real_ones_is_refused(
     network = nn.Linear(2, 2, dtype=torch.float32)
     before = network.weight.detach().clone()
     torch.save({"weight": torch.ones(2, 2, dtype=kind), "bias": before[0]}, tmp_path / "a.pt")
-    with pytest.raises(ModelError, match="holds weight as .*, which are no real weights"):
+    with pytest.raises(ModelError, match=r"holds weight as .*, which are no real weights"):
         load_weights(network, tmp_path / "a.pt")
     assert torch.equal(network.weight, before)

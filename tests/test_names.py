@@ -85,6 +85,9 @@ def test_read_names_takes_what_is_usual(name, content, by_output, by_class, tmp_
     ("name", "content"),
     [
         ("a.txt", "{'Ant', open('x')}"),
+        ("a.txt", "{[1]: 'Ant'}"),
+        ("a.txt", "[" * 100_000),
+        ("a.txt", "['\\d', 1]"),
         ("a.txt", '{"id": 0}\n{"id": 1}\n'),
         ("a.csv", ""),
         ("a.csv", "Ant\nBee\n"),
