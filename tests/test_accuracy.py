@@ -107,3 +107,30 @@ def test_accuracy_of_any_true_order_is_never_called_a_misreading() -> None:
 def test_accuracy_leaves_out_images_without_a_label() -> None:
     assert accuracy_of(np.array([-1, -1]), np.array([0, 1]), 2) is None
     assert judge([-1, 0, 1], [0, 0, 0], 2).n_images == 2
+
+
+def test_accuracy_of_uneven_or_few_of_many_classes_is_seen_to_be_above_chance() -> None:
+    rare = np.array([1] * 4 + [0] * 296)
+    found = judge(rare, np.array([1] * 4 + [0] * 290 + [1] * 6), 2)  # 98 %, where chance is 95 %
+    assert found.warning == ""
+    two_of_many = np.array([5] * 15 + [9] * 15)
+    predictions = np.where(np.arange(30) % 2 == 0, two_of_many, np.arange(30) + 100)
+    assert judge(two_of_many, predictions, 1000).warning == ""
+    turned = np.where(np.arange(30) % 4 == 0, 14 - two_of_many, predictions)
+    assert "not above chance" in judge(two_of_many, turned, 1000).warning
+
+
+def test_accuracy_that_may_be_chance_is_told_as_doubt() -> None:
+    labels = np.arange(16) % 2
+    found = judge(labels, np.where(np.arange(16) < 3, 1 - labels, labels), 2)
+    assert not found.above_chance
+    assert found.warning.startswith("Perhaps labels or preprocessing do not fit this network, or")
+    assert "81.2% of 16 images (chance 50.0%)" in found.warning
+
+
+def test_accuracy_calls_exchanged_classes_by_name() -> None:
+    labels = np.arange(300) % 5
+    predictions = np.array([0, 1, 2, 4, 3])[labels]
+    found = accuracy_of(labels, predictions, 5, ["ant", "bee", "cat", "d\nog", "4"])
+    assert found is not None
+    assert found.reading == "label 3 stood for output 4 (class d og), label 4 stood for output 3"

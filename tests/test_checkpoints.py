@@ -407,3 +407,15 @@ def test_a_wrong_set_of_weights_would_be_noticed(
     monkeypatch.setattr("unbraid.pickles.TorchFile.tensor", swapped)
     with pytest.raises(AssertionError):
         assert_is(loaded(saved(tmp_path, STATE)))
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64, torch.bool])
+def test_load_weights_of_numbers_that_are_no_real_ones_is_refused(
+    kind: torch.dtype, tmp_path: Path
+) -> None:
+    network = nn.Linear(2, 2, dtype=torch.float32)
+    before = network.weight.detach().clone()
+    torch.save({"weight": torch.ones(2, 2, dtype=kind), "bias": before[0]}, tmp_path / "a.pt")
+    with pytest.raises(ModelError, match=r"holds weight as .*, which are no real weights"):
+        load_weights(network, tmp_path / "a.pt")
+    assert torch.equal(network.weight, before)

@@ -49,6 +49,25 @@ def file_of(tmp_path: Path, name: str, content: Any) -> Path:
         ("a.json", ["Ant", "Bee"], {0: "Ant", 1: "Bee"}, {}),
         ("a.json", {"ant": "Ant", "3": "Bee"}, {3: "Bee"}, {"ant": "Ant"}),
         ("a.json", {"Ant": 1, "Bee": 0}, {1: "Ant", 0: "Bee"}, {}),
+        ("a.json", {"Ant": "1", "Bee": "0"}, {1: "Ant", 0: "Bee"}, {}),
+        ("a.json", {"id2label": {"0": "Ant"}, "label2id": {"Ant": 0}}, {0: "Ant"}, {}),
+        ("a.csv", "idx,label\n0,Ant\n1,Bee\n", {0: "Ant", 1: "Bee"}, {}),
+        ("a.csv", "label,id\nAnt,0\nBee,1\n", {0: "Ant", 1: "Bee"}, {}),
+        ("a.csv", "class_id,class_name\n0,Ant\n", {0: "Ant"}, {}),
+        ("a.txt", "0 Ant\n1 Bee\n", {0: "Ant", 1: "Bee"}, {}),
+        ("a.txt", "1: Ant\n2: Bee\n", {0: "Ant", 1: "Bee"}, {}),
+        ("a.txt", "0,Ant\n1,Bee, or wasp\n", {0: "Ant", 1: "Bee, or wasp"}, {}),
+        ("a.txt", "/a/abbey 0\n/b/bar 1\n", {0: "/a/abbey", 1: "/b/bar"}, {}),
+        ("a.txt", "7 up\n8 up\n", {0: "7 up", 1: "8 up"}, {}),
+        ("a.txt", "Boeing 707\nBoeing 717\n", {0: "Boeing 707", 1: "Boeing 717"}, {}),
+        ("a.txt", "{0: 'Ant, red',\n 1: \"Bee's\"}", {0: "Ant, red", 1: "Bee's"}, {}),
+        ("a.txt", "['Ant',\n 'Bee',\n]", {0: "Ant", 1: "Bee"}, {}),
+        (
+            "a.txt",
+            "n00000001 1 ant\nn00000002 2 bee\n",
+            {},
+            {"n00000001": "ant", "n00000002": "bee"},
+        ),
         (
             "a.json",
             {"2": ["n01440764", "tench"]},
@@ -65,6 +84,11 @@ def test_read_names_takes_what_is_usual(name, content, by_output, by_class, tmp_
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        ("a.txt", "{'Ant', open('x')}"),
+        ("a.txt", "{[1]: 'Ant'}"),
+        ("a.txt", "[" * 100_000),
+        ("a.txt", "['\\d', 1]"),
+        ("a.txt", '{"id": 0}\n{"id": 1}\n'),
         ("a.csv", ""),
         ("a.csv", "Ant\nBee\n"),
         ("a.csv", "folder,name\nant\n"),
@@ -225,3 +249,10 @@ def test_output_names_of_a_function_are_taken_in_order(names, taken, tmp_path):
         path.write_text(f"import torch\ndef net(): return torch.nn.Identity(), None, {wrong}\n")
         with pytest.raises(UsageError, match="for output names; give a list of texts"):
             load_model(f"{path}:net", device="cpu")
+
+
+def test_names_that_count_outputs_from_1_are_told(tmp_path):
+    names = read_names(file_of(tmp_path, "a.json", {"1": "Ant", "2": "Bee"}))
+    assert names.of_outputs(3) == ()
+    with pytest.raises(DataError, match=r"counts outputs from 1; count from 0\.$"):
+        names.of_outputs(2)

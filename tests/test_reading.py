@@ -527,3 +527,43 @@ def test_hidden_files_and_those_of_programs_are_passed_over(name, tmp_path):
     (tmp_path / "all.tar").rename(shards / "all.tar")
     if "a" not in [part for part in Path(name).parts[:1]]:
         assert len(unbraid.open_images(shards)) == 4
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (
+            ["Ant", "ant", "bee"],
+            r"3 classes .* 2 outputs; join those of one name, such as 'Ant' an",
+        ),
+        (
+            ["ant", "bee", "cow"],
+            r"remove those that it does not know \(of 'ant', 'bee', 'cow'\)\.$",
+        ),
+    ],
+)
+def test_read_classes_says_which_are_too_many(classes, words):
+    with pytest.raises(DataError, match=words):
+        read_classes(classes, Outputs((), 2), "It")
+
+
+def test_read_classes_notes_parts_of_a_data_set():
+    assert (
+        "look like parts of a data set" in read_classes(["train", "val"], Outputs((), 2), "It").note
+    )
+    assert read_classes(["plane", "train"], Outputs((), 2), "It").note == ""
+
+
+def test_class_folders_that_are_links_are_followed_where_outputs_are_counted(tmp_path):
+    write_folders(tmp_path / "data", ["ant", "bee"])
+    (tmp_path / "linked").mkdir()
+    for name in ("ant", "bee"):
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "data" / name)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, dtype=torch.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = unbraid.open_images(tmp_path / "linked", to_tensor, outputs=network)
+    assert images.targets == [0, 0, 1, 1]
+    for way in (str(tmp_path / "linked"), str(tmp_path / "data")):
+        opened, note = images_for(LoadedModel(network, to_tensor, (), {}), way)
+        assert (opened.targets, note) == ([0, 0, 1, 1], "")

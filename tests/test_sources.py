@@ -917,3 +917,21 @@ def test_broken_images_are_named_by_id(folder, tmp_path):
     shard.unlink()
     with pytest.raises(DataError, match=r"Image train-000\.tar/bee/2 cannot be read"):
         images[7]
+
+
+@pytest.mark.parametrize(
+    ("cell", "advice"),
+    [
+        ("ant/a", "add the ending .png to the names"),
+        ("ant\\a.png", "write paths with / in place of \\"),
+        ("ant/a.png ", "remove the blanks around paths"),
+        ("https://a.org/ant/a.png", "give paths of files on this machine"),
+        ("ant/b.png", "paths are relative to the list's folder"),
+    ],
+)
+def test_a_list_of_files_that_are_not_there_says_what_to_do(cell, advice, tmp_path):
+    (tmp_path / "ant").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "ant" / "a.png")
+    (tmp_path / "list.csv").write_text(f"path,label\n{cell},ant\n")
+    with pytest.raises(DataError, match=re.escape(f"; {advice}.")):
+        unbraid.open_images(tmp_path / "list.csv")

@@ -5,7 +5,7 @@ N images, T outputs of the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +13,20 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import binom
 
+from unbraid.tables import one_line
+
 Whole = NDArray[np.int64]
 
 _LEVEL = 1e-3  # of significance
+_DOUBT = 0.2  # below which it is not likely by chance either
+_ORDERS, _MOST_ORDERED = 4000, 20_000  # orders of predictions tried, for so many images at most
 _TIMES = 3  # as often must another reading be right, on the images that it reads otherwise
 _MOST_CLASSES = 2048  # for which classes are matched to outputs: the table is that size squared
 _ABOUT = 0.9  # of an accuracy is about as good
 _MISFIT = "It seems that labels or preprocessing do not fit this network"
+_UNTOLD = (
+    "Perhaps labels or preprocessing do not fit this network, or there are too few images to tell"
+)
 _N_SHOWN = 3  # classes, as examples
 
 
@@ -34,6 +41,7 @@ class Accuracy:
     reading: str = ""  # another reading of the labels that fits much better, in words
     n_right_read: int = 0  # images that are right by it
     n_read: int = 0  # images that it was tried on
+    in_doubt: bool = False  # not above chance at the level, but not likely by chance either
 
     def __str__(self) -> str:
         """Say the accuracy in a few words."""
@@ -52,25 +60,34 @@ class Accuracy:
             )
         if self.above_chance:
             return ""
+        if self.in_doubt:
+            return (
+                f"{_UNTOLD}: {self}, which is not above chance beyond doubt; scan more images, or "
+                "check both."
+            )
         return (
             f"{_MISFIT}: {self}, which is not above chance; check both before you trust what "
             "follows."
         )
 
 
-def accuracy_of(labels: Whole, predictions: Whole, n_outputs: int) -> Accuracy | None:
+def accuracy_of(
+    labels: Whole, predictions: Whole, n_outputs: int, names: Sequence[str] = ()
+) -> Accuracy | None:
     """Judge predictions by given labels.
 
     Chance is what the same predictions would get on the same labels in another order; of images of
-    a single class, one of the outputs. "Above" is a one-sided binomial test at 1e-3. Another
-    reading of the labels is told if it is right significantly more often (McNemar's exact test at
-    1e-3, divided by the number of readings) and at least three times as often on the images that it
-    reads otherwise; one that is learned is tried on images that it was not learned from.
+    a single class, one of the outputs. "Above" is a one-sided binomial test at 1e-3, or one that
+    tries other orders, which sees more where classes are uneven or few of many. Another reading of
+    the labels is told if it is right significantly more often (McNemar's exact test at 1e-3,
+    divided by the number of readings) and at least three times as often on the images that it reads
+    otherwise; one that is learned is tried on images that it was not learned from.
 
     Args:
         labels: (N,), negative for images without one, which do not count.
         predictions: (N,), the network's top classes.
         n_outputs: T.
+        names: of classes by label, as far as known.
 
     Returns:
         None if no image has a label.
@@ -82,10 +99,11 @@ def accuracy_of(labels: Whole, predictions: Whole, n_outputs: int) -> Accuracy |
         return None
     n_right = int((labels == predictions).sum())
     chance = _chance(labels, predictions, n_outputs)
-    told = _is_above(n_right, n, chance) or not _is_above(n, n, _chance(labels, labels, n_outputs))
+    p_value = _p_value(labels, predictions, chance)
+    told = p_value < _LEVEL or not _tail(n, n, _chance(labels, labels, n_outputs)) < _LEVEL
     tried = [
         *_usual(labels, predictions, n_outputs),
-        *_learned(labels, predictions, n_outputs),
+        *_learned(labels, predictions, n_outputs, names),
     ]
     fitting = [
         Accuracy(n, n_right, chance, told, words, int((read == got).sum()), len(read))
@@ -95,7 +113,7 @@ def accuracy_of(labels: Whole, predictions: Whole, n_outputs: int) -> Accuracy |
     if fitting:  # of those that fit about as well, the first says most
         most = max(one.n_right_read / one.n_read for one in fitting)
         return next(one for one in fitting if one.n_right_read / one.n_read > _ABOUT * most)
-    return Accuracy(n, n_right, chance, told)
+    return Accuracy(n, n_right, chance, told, in_doubt=not told and p_value < _DOUBT)
 
 
 def _chance(labels: Whole, predictions: Whole, n_outputs: int) -> float:
@@ -108,8 +126,23 @@ def _chance(labels: Whole, predictions: Whole, n_outputs: int) -> float:
     return float(counts[0] @ counts[1])
 
 
-def _is_above(n_right: int, n: int, chance: float) -> bool:
-    return bool(binom.sf(n_right - 1, n, chance) < _LEVEL)
+def _p_value(labels: Whole, predictions: Whole, chance: float) -> float:
+    """How likely so many are right by chance: by the more telling of two tests."""
+    n, n_right = len(labels), int((labels == predictions).sum())
+    p_value = _tail(n_right, n, chance)
+    alone = labels.min() == labels.max()  # whose order says nothing
+    if p_value < _LEVEL or alone or n > _MOST_ORDERED or n_right <= chance * n:
+        return p_value
+    random, often = np.random.default_rng(0), 0
+    for tried in range(1, _ORDERS + 1):
+        often += int((labels == random.permutation(predictions)).sum()) >= n_right
+        if often >= _LEVEL * _ORDERS:
+            return min(p_value, often / tried)
+    return min(p_value, often / _ORDERS)
+
+
+def _tail(n_right: int, n: int, chance: float) -> float:
+    return float(binom.sf(n_right - 1, n, chance))
 
 
 Tried = tuple[str, Whole, Whole, Whole]  # in words; labels so read, and given; predictions
@@ -132,7 +165,9 @@ def _usual(labels: Whole, predictions: Whole, n_outputs: int) -> Iterator[Tried]
         yield words, whole[labels], labels, predictions
 
 
-def _learned(labels: Whole, predictions: Whole, n_outputs: int) -> Iterator[Tried]:
+def _learned(
+    labels: Whole, predictions: Whole, n_outputs: int, names: Sequence[str]
+) -> Iterator[Tried]:
     """The reading that suits half of the images best, to be tried on the other half."""
     size = max(n_outputs, int(labels.max()) + 1, int(predictions.max()) + 1)
     if size > _MOST_CLASSES or labels.min() == labels.max():
@@ -142,9 +177,17 @@ def _learned(labels: Whole, predictions: Whole, n_outputs: int) -> Iterator[Trie
     outputs[seen] = matched
     moved = [k for k in seen.tolist() if outputs[k] != k]
     if moved:
-        examples = ", ".join(f"label {k} stood for output {outputs[k]}" for k in moved[:_N_SHOWN])
+        examples = ", ".join(
+            f"label {k} stood for output {outputs[k]}{_class_of(k, names)}"
+            for k in moved[:_N_SHOWN]
+        )
         words = examples + (" and so on" if len(moved) > _N_SHOWN else "")
         yield words, outputs[labels[1::2]], labels[1::2], predictions[1::2]
+
+
+def _class_of(label: int, names: Sequence[str]) -> str:
+    name = one_line(names[label]) if label < len(names) else ""
+    return f" (class {name})" if name and name != str(label) else ""
 
 
 def _match(labels: Whole, predictions: Whole) -> tuple[Whole, Whole]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from unbraid.accuracy import Accuracy, accuracy_of
-from unbraid.data import Readable, sort_out
+from unbraid.data import Readable, class_names_of, sort_out
 from unbraid.errors import UnbraidError
 from unbraid.networks import device_of
 from unbraid.records import Scan
@@ -68,7 +68,10 @@ def sampled_accuracy(
                     n_outputs = logits.shape[1]
     except UnbraidError:
         return None
-    return accuracy_of(np.array(labels), np.array(predictions), n_outputs) if n_outputs else None
+    if not n_outputs:
+        return None
+    names = class_names_of(dataset)
+    return accuracy_of(np.array(labels), np.array(predictions), n_outputs, names)
 
 
 def scanned_accuracy(scan: Scan) -> Accuracy | None:
@@ -81,4 +84,4 @@ def scanned_accuracy(scan: Scan) -> Accuracy | None:
     ]
     labels, predictions = (np.concatenate(own) for own in zip(*columns, strict=True))
     n_outputs = max(len(scan.class_names), int(predictions.max(initial=0)) + 1)
-    return accuracy_of(labels, predictions, n_outputs)
+    return accuracy_of(labels, predictions, n_outputs, scan.class_names)

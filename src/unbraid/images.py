@@ -17,6 +17,7 @@ from unbraid.sources import (
     list_images,
     note_of,
     open_listed,
+    open_unread,
     read_labels,
 )
 from unbraid.sources.listing import Listing
@@ -70,7 +71,7 @@ def _labelled(loaded: LoadedModel, listed: Listing | Path) -> tuple[Images, str]
 
 def _n_outputs(loaded: LoadedModel, listed: Listing | Path) -> int:
     """Count the network's outputs on the first image, of the size that it is made for."""
-    images = open_listed(listed, loaded.transform, {}, ())
+    images = open_unread(listed, loaded.transform)
     return loaded.n_outputs(first_readable(images, range(len(images))))
 
 

@@ -32,6 +32,8 @@ AS_GIVEN = "labels as given"
 HIGHEST = 1_000_000  # of a class's number; names are kept for all below
 _QUOTED = 60  # characters of a name in a message
 _SHOWN = 3  # outputs in a message
+_MOST_SHOWN = 6  # classes in a message
+_PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
 @dataclass(frozen=True)
@@ -218,12 +220,21 @@ def _by_name(
 def _in_order(classes: Sequence[str], seen: Sequence[str], outputs: Outputs, where: str) -> Reading:
     labels, n = {name: label for label, name in enumerate(classes)}, outputs.n
     most = 1 + max((labels[name] for name in seen), default=-1)
+    alike = _first_twins(seen, same_class)
     if n is not None and most > n:
+        some = ", ".join(map(_quote, seen[:_MOST_SHOWN])) + (", ..." if seen[_MOST_SHOWN:] else "")
+        advice = f"remove those that it does not know (of {some})"
+        if alike:
+            advice = f"join those of one name, such as {_quote(alike[0])} and {_quote(alike[1])}"
         raise DataError(
-            f"{where} has {most} classes but the network has {n} outputs; remove those that it "
-            "does not know."
+            f"{where} has {most} classes but the network has {count(n, 'output')}; {advice}."
         )
     notes = []
+    if len(seen) > 1 and {name.casefold() for name in seen} <= _PARTS:
+        notes.append(
+            f"{where} has the classes {_quote(seen[0])} and {_quote(seen[1])}, which look like "
+            "parts of a data set; name one of these folders to take the classes in it."
+        )
     ids = {wordnet_id(name) for name in seen}
     if n is not None and (outputs.names or most < n):
         unknown = ", none by an output's name" if outputs.names else ""
@@ -250,7 +261,6 @@ def _in_order(classes: Sequence[str], seen: Sequence[str], outputs: Outputs, whe
             f"{_quote(later)} as output {labels[later]}; name the classes by output number if that "
             "is wrong."
         )
-    alike = _first_twins(seen, same_class)
     if alike:
         notes.append(
             f"{where} has the classes {_quote(alike[0])} and {_quote(alike[1])}, taken for two."

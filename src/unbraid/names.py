@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
+import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +18,8 @@ from unbraid.tables import one_line
 
 _LARGEST = 1 << 24  # bytes of a file
 _HIGHEST = 1_000_000  # of an output's number
+_NUMBER_BEFORE = re.compile(r"(?P<number>\d{1,6})[\s,;:|]\s*(?P<name>\S.*)", re.ASCII)
+_NUMBER_BEHIND = re.compile(r"(?P<name>.*\S)[\s,;:|]\s*(?P<number>\d{1,6})", re.ASCII)
 _KEYS = {"id", "wnid", "synset", "folder", "class", "number", "label", "index", "output", "key"}
 
 
@@ -34,6 +39,8 @@ class Names:
             DataError: they are names of more outputs, or fewer lines.
         """
         n_named = max(self.by_output, default=-1) + 1
+        if n_named == n_outputs + 1 and 0 not in self.by_output:
+            raise DataError(f"{self.file} counts outputs from 1; count from 0.")
         if n_named > n_outputs or (self.in_lines and n_named < n_outputs):
             raise DataError(
                 f"{self.file} names outputs 0 to {n_named - 1}, but the network's go from 0 to "
@@ -98,14 +105,21 @@ def read_names(path: Path) -> Names:
 
 
 def _from_json(text: str) -> list[tuple[str, str]]:
-    told = json.loads(text)
+    return _from_objects(json.loads(text))
+
+
+def _from_objects(told: Any) -> list[tuple[str, str]]:
+    if isinstance(told, dict) and isinstance(told.get("id2label"), dict):
+        told = told["id2label"]  # of a model's configuration
     if isinstance(told, list):
         return [(str(k), _name(value)) for k, value in enumerate(told)]
     if not isinstance(told, dict):
         raise ValueError("it is neither a list nor a dictionary")
     if told and all(isinstance(v, int) and not isinstance(v, bool) for v in told.values()):
-        return [(str(number), name) for name, number in told.items()]  # names and their outputs
-    pairs = [(key, _name(value)) for key, value in told.items()]
+        return [
+            (str(number), str(name)) for name, number in told.items()
+        ]  # names and their outputs
+    pairs = [(str(key), _name(value)) for key, value in told.items()]
     # {"0": ["n01440764", "tench"]} names an output, and the class of this id.
     ids = [(v[0], v[1]) for v in told.values() if _is_pair(v) and wordnet_id(v[0])]
     return pairs + ids
@@ -136,23 +150,61 @@ def _from_table(text: str) -> list[tuple[str, str]]:
         if key == name:  # a class's name may be what is named
             key = next((k for k in range(len(titles)) if k != name), 0)
         rows = rows[1:]
+    elif number_in("".join(titles[:1])) is None and _numbered(rows[1:]):
+        rows = rows[1:]  # a header in other words
     short = next((row for row in rows if len(row) <= max(key, name)), None)
     if short is not None or not titles[1:]:
         raise ValueError(f"the row {','.join(short or titles)!r} has not two columns")
     return [(row[key].strip(), row[name].strip()) for row in rows]
 
 
+def _numbered(rows: list[list[str]]) -> bool:
+    return bool(rows) and all(number_in(row[0]) is not None for row in rows)
+
+
 def _from_lines(text: str) -> list[tuple[str, str]]:
+    if text.lstrip().startswith(("{", "[")):
+        return _from_objects(_python(text))
     lines = [line.strip() for line in text.strip().splitlines()]
     words = [line.split(maxsplit=1) for line in lines]
     if all(len(word) == 2 and wordnet_id(word[0].rstrip(",:")) for word in words):
-        return [(word[0].rstrip(",:"), word[1]) for word in words]  # n01440764 tench, Tinca tinca
-    return [(str(k), line) for k, line in enumerate(lines)]
+        ids = [word[0].rstrip(",:") for word in words]
+        names = _unnumbered([word[1] for word in words])  # n01440764 449 tench
+        return list(zip(ids, names, strict=True))  # n01440764 tench, Tinca tinca
+    return [(str(k), line) for k, line in enumerate(_unnumbered(lines))]
+
+
+def _python(text: str) -> Any:
+    """Read what Python or JSON writes of a list or dictionary."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in texts
+            return ast.literal_eval(text.strip())
+    except (SyntaxError, TypeError, MemoryError):
+        raise ValueError("it begins as a list or dictionary does, but is none") from None
+
+
+def _unnumbered(lines: list[str]) -> list[str]:
+    """Take off the numbers of lines, before or behind them, where all are numbered in order."""
+    for form in (_NUMBER_BEFORE, _NUMBER_BEHIND):
+        found = [form.fullmatch(line) for line in lines]
+        numbers = [int(one["number"]) for one in found if one]
+        first = numbers[0] if numbers else -1
+        if len(lines) > 1 and first in (0, 1) and numbers == [*range(first, first + len(lines))]:
+            return [one["name"] for one in found if one]
+    return lines
 
 
 def _sorted_out(pairs: Iterable[tuple[str, str]]) -> Names:
     names = Names()
     forms: dict[str, str] = {}
+    pairs = list(pairs)
+    if all(number_in(key) is None and number_in(name) is not None for key, name in pairs):
+        pairs = [(name, key) for key, name in pairs]  # names and their outputs
     for key, name in pairs:
         (key + name).encode()  # which fails for what is no text, as JSON can hold
         if not key or not name.strip():

@@ -59,6 +59,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise ModelError(f"{path} holds {_NEVER}, in the weights; save them as tensors.") from None
     except (OSError, ValueError) as error:
         raise _unread(path, error) from None
+    _refuse_other_numbers(path, state, model)
     try:
         model.load_state_dict(state)
     except Exception as error:  # also of a network of anyone's own
@@ -143,6 +144,22 @@ def _made(value: Any, read: Callable[[View], Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_made(part, read) for part in value)
     return value
+
+
+def _refuse_other_numbers(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse whole or complex numbers for real weights, of which torch would cut parts off."""
+    for name, own in model.named_parameters():
+        value = state.get(name)
+        if (
+            isinstance(value, Tensor)
+            and own.dtype.is_floating_point
+            and not value.dtype.is_floating_point
+        ):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{path} holds {_cut(name)} as {kind}, which are no real weights; save them as "
+                "floating-point numbers, dequantised if need be."
+            )
 
 
 def _tell_of_others(path: Path, chosen: Candidate, found: Content) -> None:

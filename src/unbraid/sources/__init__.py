@@ -67,7 +67,7 @@ def open_images(
     if labels is not None and outputs is not None:
         raise UsageError("labels and outputs both say what classes stand for; give one of them.")
     listed = list_images(str(source))
-    images = partial(open_listed, listed, transform, {}, class_names)
+    images = partial(open_unread, listed, transform)
     if labels == {} or (labels is None and not has_labels(listed)):
         named = class_names or outputs_of(outputs, images).names
         return open_listed(listed, transform, {}, named)
@@ -148,6 +148,13 @@ def open_listed(
     if labels == {}:
         return UnlabelledFolder(listed, transform, class_names)
     return ImageFolder(listed, transform, labels, class_names)
+
+
+def open_unread(listed: Listing | Path, transform: Transform | None) -> Images:
+    """Open images whose classes are not read yet, as a network's outputs are to be counted."""
+    if isinstance(listed, Path) and has_labels(listed):  # links that stand for classes are followed
+        return ImageFolder(listed, transform, dict.fromkeys(class_folders(listed), 0))
+    return open_listed(listed, transform, {}, ())
 
 
 def part_of(where: str, part: str) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from unbraid.errors import DataError, UsageError, out_of_reach
 from unbraid.identity import seen_from
-from unbraid.pictures import read_picture
+from unbraid.pictures import EXTENSIONS, read_picture
 from unbraid.sources.listing import Listing, by_class, look_at
 from unbraid.spelling import output_number
 from unbraid.tables import one_line
@@ -125,9 +125,23 @@ def _found(files: list[str], table: Path) -> tuple[list[str], list[int]]:
     if missing:
         raise DataError(
             f"{len(missing)} of {len(files)} files that {table} names are not there, the first is "
-            f"{one_line(missing[0])!r}; paths are relative to the list's folder."
+            f"{one_line(missing[0])!r}; {_advice(missing[0])}."
         )
     return there, sizes
+
+
+def _advice(missing: str) -> str:
+    """Say what to do about the path of a file that is not there, by what is there."""
+    if "://" in missing:
+        return "give paths of files on this machine"
+    if os.path.isfile(missing.strip()):
+        return "remove the blanks around paths"
+    if os.path.isfile(missing.replace("\\", "/")):
+        return "write paths with / in place of \\"
+    ending = next((one for one in EXTENSIONS if os.path.isfile(missing + one)), None)
+    if ending:
+        return f"add the ending {ending} to the names"
+    return "paths are relative to the list's folder"
 
 
 def _in_other_form(file: str) -> str:
