@@ -121,7 +121,9 @@ def run(
     sight = sight_of(val)  # a report that is written again knows no preprocessing
     options = {**vars(loading), "progress": True, "source": source, "labels": labels}
     # The smaller one first: what is wrong with its images is then told before the long one.
+    say("Validation images:")
     val_scan = scan_into(model, {layer: home / "scan-val"}, val, **options)[layer]
+    say("Training images:")
     train_scan = scan_into(model, {layer: home / "scan-train"}, train, **options)[layer]
     found = seen_in(val_scan, find(train_scan, **thresholds.of_find))
     settings: dict[str, Any] = {"title": title, "thresholds": vars(thresholds)}

@@ -60,7 +60,9 @@ def run_layers(
     prepare(model, folders, train, val, options["thresholds"], options["encoder"])
     scan_options = {name: options[name] for name in ("source", "labels")}
     loading = options["loading"]
-    for kind, images in (("val", val), ("train", train)):  # the small one first, as in `run`
+    # The small one first, as in `run`.
+    for kind, what, images in (("val", "Validation", val), ("train", "Training", train)):
+        options["say"](f"{what} images:")
         places = {name: folder / f"scan-{kind}" for name, folder in folders.items()}
         scans = scan_into(model, places, images, progress=True, **scan_options, **vars(loading))
         loading = replace(loading, batch_size=scans[names[0]].manifest.batch_size)
