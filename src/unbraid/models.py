@@ -124,7 +124,8 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
 def _moved(model: nn.Module, device: str) -> nn.Module:
     """Move a network; what is on the meta device stays, and whether it is used shows in a run."""
     if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
-        return model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        return model
     return model.to(device)
 
 
