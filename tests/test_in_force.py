@@ -10,6 +10,7 @@ import tempfile
 import threading
 import types
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,12 @@ import unbraid
 from checks import assert_bit_equal, assert_close, assert_same_outputs, assert_untouched, snapshot
 from networks import N_CLASSES, SyntheticImages
 from test_surgery import images, make_split
+from unbraid.copying import Reach
 from unbraid.errors import LayerError, ModelError, OutputChangedError, UnbraidError
 from unbraid.networks import copy_network, unwrap
 from unbraid.surgery import check_in_force
 
+PAIR = {0: [[0], [1]]}
 WAYS: dict[str, Callable[[], nn.Module]] = {}
 
 
@@ -529,7 +532,14 @@ def _asks_for_another_part(_module: nn.Module, _args: Any, output: Tensor) -> No
         raise RuntimeError
 
 
-@pytest.mark.parametrize("hook", [_keeps, _asks, _asks_for_another_part])
+def _asks_whether_there_is_one(_module: nn.Module, _args: Any, _output: Tensor) -> None:
+    if GLOBAL is None or not GLOBAL:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    "hook", [_keeps, _asks, _asks_for_another_part, _asks_whether_there_is_one]
+)
 def test_apply_takes_a_global_variable_that_runs_nothing(hook, tmp_path, monkeypatch):
     network = Plain().eval()
     network.layer.register_forward_hook(hook)
@@ -645,3 +655,48 @@ def test_check_in_force_leaves_a_random_network_to_others():
         lambda self, x: self.layer(x) + torch.rand(1, dtype=x.dtype), network
     )
     check_in_force(network, "layer", images(1))
+
+
+class Trainer:
+    """Leads to the network, and to much else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.log = [{"step": [n]} for n in range(300)]
+        self.model = model
+        self.images = [[n] for n in range(300)]
+
+
+class Counting(Reach):
+    """Counts how often it looks into an object."""
+
+    def __init__(self, targets: Any) -> None:
+        super().__init__(targets)
+        self.looks: Counter[int] = Counter()
+
+    def inside(self, x: object) -> Any:
+        self.looks[id(x)] += 1
+        return super().inside(x)
+
+
+def test_reach_looks_into_each_object_once_whoever_asks():
+    network = Plain()
+    network.trainer = trainer = Trainer(network)
+    reach = Counting(network.modules())
+    asked = [trainer, vars(trainer), trainer.log, *trainer.log, trainer.images, *trainer.images]
+    assert [reach.leads(one) for one in asked] == [True, True] + [False] * 602
+    way = reach.path(trainer)
+    assert (way[0], way[-1]) == (trainer, network)
+    assert reach.path(trainer.log) is None
+    assert set(reach.looks.values()) == {1}
+    assert {id(one) for one in asked} <= set(reach.looks)
+
+
+def test_gate_finds_layers_of_a_network_that_has_a_part_named_as_a_wrapper(tmp_path):
+    network = nn.Module()
+    network.module = Plain().eval()
+    network.forward = network.module.__call__
+    scan = unbraid.scan(network, "module.l*", SyntheticImages(8), tmp_path / "scan")
+    split = unbraid.split(scan["module.layer"], unbraid.find(scan["module.layer"], channels=PAIR))
+    changed = unbraid.apply(network, split)
+    with unbraid.gate(changed, "module.layer", 0, 0, 0.0):
+        assert not torch.equal(changed(images(1)), network(images(1)))

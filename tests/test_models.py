@@ -91,6 +91,17 @@ class TestLoadModel:
         with pytest.raises(UsageError, match="Device 'nonsense'"):
             load_model(f"{own}:build", device="nonsense")
 
+    def test_a_part_on_the_meta_device_stays_there(self, tmp_path: Path) -> None:
+        file = tmp_path / "parts.py"
+        file.write_text(
+            "from torch import nn\n"
+            "def build():\n"
+            "    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))\n"
+            "    network[0].unused = nn.Linear(3, 3, device='meta')\n"
+            "    return network\n"
+        )
+        assert load_model(f"{file}:build", device="cpu").model[0].unused.weight.is_meta
+
     def test_no_network_connection_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: object, **__: object) -> None:
             raise OSError("no route")

@@ -55,6 +55,14 @@ class Begins(Small):
         return self.head(self.features(self.change(self, x)))
 
 
+class Mapped(Small):
+    """Runs its layer image by image."""
+
+    def features(self, x: Tensor) -> Tensor:
+        each = torch.vmap(lambda one: self.layer(one[None])[0])
+        return each(self.stem(x).relu()).relu().mean((2, 3))
+
+
 class AlwaysTraining(nn.BatchNorm1d):
     def train(self, mode: bool = True) -> AlwaysTraining:
         return super().train(True)
@@ -73,6 +81,23 @@ def _remembered(net: Any, x: Tensor) -> Tensor:
 def _counted(net: Any, x: Tensor) -> Tensor:
     net.n += 1
     return x * (1 + net.n)
+
+
+def _cached(net: Any, x: Tensor) -> Tensor:
+    """As a transformer keeps keys: of the same images again they change nothing."""
+    before, net.last = net.last, x.detach()
+    return x if before is None or before.shape != x.shape else (x + before) / 2
+
+
+def _banked(net: Any, x: Tensor) -> Tensor:
+    net.bank.append(x.detach().mean(0))
+    return x - len(net.bank) * net.bank[0]
+
+
+def _logged(net: Any, x: Tensor) -> Tensor:
+    net.log.append(x.mean().item())
+    net.kept["x"] = x
+    return x
 
 
 def _attended(_: Any, x: Tensor) -> Tensor:
@@ -103,6 +128,12 @@ def _built(net: Any, x: Tensor) -> Tensor:
     if not hasattr(net, "late"):
         net.late = nn.Linear(8, 8)
     return net.late(x)
+
+
+def stem_without_numbers() -> nn.Module:
+    network = Small()
+    network.stem.to("meta")
+    return network
 
 
 def quantised() -> nn.Module:
@@ -151,6 +182,8 @@ FOLLOWING: Makers = {
     "counter": lambda: Small(lambda net, x: x * net.n.add_(1), n=torch.ones(())),
     "attribute": lambda: Small(_remembered, last=None),
     "number": lambda: Small(_counted, n=0),
+    "cache": lambda: Small(_cached, last=None),
+    "list": lambda: Small(_banked, bank=[]),
 }
 MIXING: Makers = {
     "norm": lambda: Small(
@@ -162,6 +195,7 @@ MIXING: Makers = {
     "mean": lambda: Small(lambda _, x: x - x.mean(0)),
     "neighbours": lambda: Small(lambda _, x: x + 0.3 * x.roll(1, 0)),
     "softmax": lambda: Ends(lambda _, x: x.softmax(0)),
+    "range": lambda: Begins(lambda _, x: (x - x.min()) / (x.max() - x.min())),
     "sum so far": lambda: Small(lambda _, x: x.cumsum(0)),
 }
 SOUND: Makers = {
@@ -171,6 +205,7 @@ SOUND: Makers = {
     "list": lambda: Ends(lambda _, x: [x]),
     "squeezed": lambda: Small(lambda _, x: x.squeeze()),
     "squeezed logits": lambda: Ends(lambda _, x: x.squeeze()),
+    "logs": lambda: Small(_logged, log=[], kept={}),
     "writes": lambda: Begins(lambda _, x: x.sub_(0.5).mul_(2)),
     "lazy": lambda: Small(unused=nn.LazyLinear(3)),
     "meta": lambda: Small(unused=nn.Linear(3, 3, device="meta")),
@@ -188,6 +223,8 @@ TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Small(lambda net, x: net.late(x), late=nn.Linear(8, 8, device="meta")),
         r"'late.weight' is on the meta device",
     ),
+    "meta stem": (stem_without_numbers, "A Conv2d of the network is on the meta device"),
+    "mapped": (Mapped, r"inside of torch\.vmap"),
     "lazy": (lambda: Small(lambda net, x: net.late(x), late=nn.LazyLinear(8)), "run it once"),
     "built": (lambda: Small(_built), "run it once"),
 }

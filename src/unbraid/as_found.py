@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -17,6 +18,8 @@ from torch.nn.parameter import is_lazy
 from unbraid.errors import ModelError
 
 _PLAIN = (bool, int, float, complex, str, type(None))
+_GROWING = (list, dict, set, deque, OrderedDict)
+_OF_ALL = frozenset(vars(nn.Module()))  # attributes
 
 
 @contextmanager
@@ -71,8 +74,8 @@ def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
 
     Args:
         model: the network.
-        wholly: put back plain attributes too, such as counters; where they are a part of the state
-            that a module saves, they are in any case.
+        wholly: put back plain attributes too, such as counters, and what lists and dictionaries
+            hold; where they are a part of the state that a module saves, they are in any case.
 
     Raises:
         ModelError: the network makes weights of its own when it runs.
@@ -83,6 +86,8 @@ def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
         for module in modules:
             if any(is_lazy(p) for p in module.parameters(recurse=False)):
                 stack.callback(module.register_forward_pre_hook(_refuse_lazy, prepend=True).remove)
+            if _lacks_numbers(module):
+                stack.callback(module.register_forward_hook(_refuse_meta).remove)
         kept = [_Kept(module, wholly) for module in modules]
         try:
             yield
@@ -94,6 +99,24 @@ def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
 
 def _refuse_lazy(module: nn.Module, _args: Any) -> None:
     raise _not_there_yet(module)
+
+
+def _lacks_numbers(module: nn.Module) -> bool:
+    """Whether one of torch's own layers has weights on the meta device, where there are none.
+
+    Not if it has a `forward` of its own, which may fetch them.
+    """
+    own = type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
+    return own and any(p.is_meta for p in module.parameters(recurse=False))
+
+
+def _refuse_meta(module: nn.Module, _args: Any, _output: Any) -> None:
+    """What such a layer makes of images is what happens to lie in memory."""
+    if _lacks_numbers(module):
+        raise ModelError(
+            f"A {type(module).__name__} of the network is on the meta device, so holds no numbers; "
+            "load the weights first."
+        )
 
 
 def _not_there_yet(module: nn.Module) -> ModelError:
@@ -113,6 +136,11 @@ class _Kept:
         own = {} if self.scripted else vars(module)
         wholly = wholly or type(module).get_extra_state is not nn.Module.get_extra_state
         self.plain = {n: value for n, value in own.items() if wholly and type(value) in _PLAIN}
+        self.growing = [
+            (name, value, copy.copy(value))
+            for name, value in own.items()
+            if wholly and type(value) in _GROWING and name not in _OF_ALL
+        ]
         self.tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
         self.buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
         self.weights = [set(own.get(name, ())) for name in ("_parameters", "_modules")]
@@ -142,6 +170,10 @@ class _Kept:
         for name, value in (*self.plain.items(), *self.tensors.items()):
             if own.get(name, own) is not value:
                 own[name] = value
+        for name, value, content in self.growing:
+            own[name] = value
+            value.clear()
+            (value.extend if isinstance(value, (list, deque)) else value.update)(content)
         return grown
 
 

@@ -11,11 +11,11 @@ import contextlib
 import copy
 import copyreg
 import functools
-import gc
 import logging
 import types
 import weakref
 from collections.abc import Callable, Iterable
+from gc import get_referents, is_tracked
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,30 +37,56 @@ class Reach:
     def __init__(self, targets: Iterable[object]) -> None:
         """Look for these."""
         self._targets = {id(target): target for target in targets}
-        self.apart: dict[int, object] = {}  # what is known to lead to none; kept, so ids stay
+        # Both are kept, so that ids stay: what leads to none, and the next on a way to one.
+        self.apart: dict[int, object] = {}
+        self._next: dict[int, tuple[object, object]] = {}
 
     def leads(self, x: object) -> bool:
         """Whether x is one of the targets or leads to one."""
-        return self.path(x) is not None
+        if id(x) not in self._targets and id(x) not in self.apart and id(x) not in self._next:
+            self._explore(x)
+        return id(x) not in self.apart
 
     def path(self, x: object) -> list[object] | None:
         """The objects on a way from x to a target, both with it; None if there is no way."""
-        before: dict[int, tuple[object, object]] = {}  # an object, and the one that leads to it
-        stack = [(x, _MISSING)]
+        if not self.leads(x):
+            return None
+        way = [x]
+        while id(way[-1]) not in self._targets:
+            way.append(self._next[id(way[-1])][1])
+        return way
+
+    def _explore(self, x: object) -> None:
+        """Find out of x, and of all that it leads to, whether it leads to a target.
+
+        Each object is met once, whoever asks, as there may be millions of them.
+        """
+        met = {id(x): x}
+        holders: dict[int, list[object]] = {}
+        arrived: list[object] = []
+        stack = [] if issubclass(type(x), _NOTHING_INSIDE) else [x]
         while stack:
-            one, holder = stack.pop()
-            if id(one) in self._targets:
-                way = [one]
-                while holder is not _MISSING:
-                    way.append(holder)
-                    holder = before[id(holder)][1]
-                return way[::-1]
-            if id(one) in before or id(one) in self.apart or issubclass(type(one), _NOTHING_INSIDE):
-                continue
-            before[id(one)] = one, holder
-            stack.extend((part, one) for part in self.inside(one))
-        self.apart |= {key: one for key, (one, _) in before.items()}
-        return None
+            one = stack.pop()
+            for part in self.inside(one):
+                key = id(part)
+                if key in self.apart or not is_tracked(part):
+                    continue
+                if key in self._targets or key in self._next:
+                    if key not in holders:
+                        arrived.append(part)
+                elif issubclass(type(part), _NOTHING_INSIDE):
+                    continue
+                elif key not in met:
+                    met[key] = part
+                    stack.append(part)
+                holders.setdefault(key, []).append(one)
+        while arrived:
+            part = arrived.pop()
+            for holder in holders.get(id(part), ()):
+                if id(holder) not in self._next:
+                    self._next[id(holder)] = holder, part
+                    arrived.append(holder)
+        self.apart |= {key: one for key, one in met.items() if key not in self._next}
 
     def inside(self, x: object) -> Iterable[object]:
         """What an object leads to at once."""
@@ -69,7 +95,7 @@ class Reach:
         referent = _referent(x)
         if referent is not None:  # held by another; only the network's own parts are copied
             return [referent] if id(referent) in self._targets else []
-        return gc.get_referents(x)
+        return get_referents(x)
 
 
 def _referent(x: object) -> object | None:

@@ -28,7 +28,8 @@ NOT_IN_FORCE = (
 )
 
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
-_HARMLESS = ("STORE_ATTR", "DELETE_ATTR", "IS_OP", "COMPARE_OP", "CONTAINS_OP")
+_COMPARES = ("IS_OP", "COMPARE_OP", "CONTAINS_OP", "TO_BOOL", "POP_JUMP")  # and begin so
+_HARMLESS = ("STORE_ATTR", "DELETE_ATTR", *_COMPARES)
 
 
 def split_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -189,7 +190,7 @@ def _uses(value: object, attributes: Sequence[str], use: str, reach: Reach) -> b
             return False  # asks for its mode or parameters
         value = getattr(value, name, None)
     runs = (nn.Module, dict, list, tuple, types.FunctionType, types.MethodType, partial)
-    if not isinstance(value, runs) or use in _HARMLESS:
+    if not isinstance(value, runs) or use.startswith(_HARMLESS):
         return False
     if isinstance(value, types.MethodType) and not isinstance(value.__self__, nn.Module):
         return False

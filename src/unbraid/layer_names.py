@@ -34,8 +34,11 @@ def layer_names(
     names: dict[str, None] = {}
     for layer in asked:
         if is_pattern(model, layer):
-            pattern = unwrapped_name(str(layer))
-            fitting = [spec.name for spec in usable() if fnmatchcase(spec.name, pattern)]
+            known = [spec.name for spec in usable()]
+            # A network may have a part of a wrapper's name itself.
+            patterns = (str(layer), unwrapped_name(str(layer)))
+            fits = ([name for name in known if fnmatchcase(name, one)] for one in patterns)
+            fitting = next(filter(None, fits), [])
             if not fitting:
                 raise LayerError(
                     f"No layer that can be split fits {layer!r}; `unbraid layers` lists them."

@@ -8,6 +8,7 @@ import urllib.error
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -113,11 +114,19 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     if device is None:
         device = f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
     try:
-        model = model.to(device).eval()
+        model = _moved(model, device).eval()
     except RuntimeError as error:
         raise UsageError(f"Device {device!r} cannot be used ({_first_line(error)}).") from None
     source = {"model": spec, "weights": weights}
     return LoadedModel(model, transform, tuple(names), source, note=note)
+
+
+def _moved(model: nn.Module, device: str) -> nn.Module:
+    """Move a network; what is on the meta device stays, and whether it is used shows in a run."""
+    if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        return model
+    return model.to(device)
 
 
 def import_torchvision() -> ModuleType:

@@ -54,10 +54,19 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
                 "The network normalises by the statistics of its batch, also in eval mode, and one "
                 "image has none; let its norms use running statistics."
             ) from error
+        if "functorch transform" in str(error):
+            raise ModelError(
+                "The network runs the layer inside of torch.vmap or another of torch.func's "
+                "transforms, where it cannot be looked into; let it run the layer on all images at "
+                "once, or choose a layer outside."
+            ) from error
+        advice = "check size and channels of the images"
+        if not images.is_floating_point():
+            kind = str(images.dtype).removeprefix("torch.")
+            advice += f", and that the network takes {kind} where a transform usually makes floats"
         raise ModelError(
             f"The network cannot run on images of shape {tuple(images.shape[1:])} "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); check size "
-            "and channels of the images."
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); {advice}."
         ) from error
     logits = as_logits(output, len(images))
     if logits.is_meta:

@@ -275,7 +275,9 @@ def _find_row(
     """A split layer and the row of one of its concept channels."""
     model = unwrap(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    module = modules.get(unwrapped_name(layer)) if isinstance(layer, str) else layer
+    module: object = layer
+    if isinstance(layer, str):
+        module = modules.get(layer) or modules.get(unwrapped_name(layer))
     if not isinstance(module, SplitLayer):
         known = [name for name, m in modules.items() if isinstance(m, SplitLayer)]
         if not known:
