@@ -184,8 +184,9 @@ def _number(label: Any, index: int) -> int:
         shape = tuple(getattr(label, "shape", ()))
         if shape:
             raise DataError(
-                f"The label of image {index} is a {type(label).__name__} of shape {shape}, not a "
-                "class's number; let the data set give one image at a time, and one number for it."
+                f"The label of image {index} is a {type(label).__name__}, not a class's number; "
+                f"it is of shape {shape}, so let the data set give one image at a time, and one "
+                "number for it."
             ) from None
         raise DataError(
             f"The label of image {index} is a {type(label).__name__}, not a class's number; give "
