@@ -227,6 +227,60 @@ def test_names_that_contradict_each_other_are_refused(folder, tmp_path):
     )
 
 
+class Kept(Wrapped):
+    """Keeps what it read."""
+
+    def __init__(self, subset: Any, by: int = 1) -> None:
+        super().__init__(subset)
+        self.cache: dict[int, Any] = {}
+        self.by = by
+
+    def __getitem__(self, index: int) -> Any:
+        if index not in self.cache:
+            image, label = self.subset[index]
+            self.cache[index] = image, label // self.by
+        return self.cache[index]
+
+
+@pytest.mark.parametrize(("by", "names"), [(1, NAMES), (2, ())])
+def test_names_are_seen_through_what_keeps_images_however_often_it_was_read(by, names, folder):
+    kept = Kept(listed(folder, False), by)
+    assert [class_names_of(kept) for _ in range(3)] == [names] * 3
+    _ = [kept[k] for k in range(len(kept))]
+    assert class_names_of(Subset(kept, range(9))) == names
+
+
+def test_a_part_without_images_is_passed_over(folder, second):
+    some, none = listed(folder, False), Subset(listed(second, False), [])
+    both = ConcatDataset([none, some, none])
+    assert (labels_of(both), class_names_of(both)) == (some.targets, NAMES)
+    assert ids_of(both) == ids_of(some)
+    some.groups = [0] * 12 + [1] * 12
+    assert groups_of(both) == some.groups
+    assert preprocessing_of(both) == preprocessing_of(some)
+
+
+class OfTable(Wrapped):
+    """Keeps what it makes labels of, as in many notebooks."""
+
+    def __init__(self, subset: Any, labels: Any) -> None:
+        super().__init__(subset)
+        self.labels = labels
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array(NAMES).repeat(6),
+        np.eye(4, dtype=np.float32).repeat(6, 0),
+        [name for name in NAMES for _ in range(6)],
+    ],
+)
+def test_labels_are_read_where_only_what_makes_them_is_listed(labels, folder):
+    dataset = OfTable(listed(folder, False), labels)
+    assert labels_of(dataset) == labels_of(Subset(dataset, range(24))) == dataset.subset.targets
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_groups_of_parts_are_joined_by_text_and_told_apart_by_number(inside):
     parts = [SyntheticImages(3), SyntheticImages(3), SyntheticImages(2)]

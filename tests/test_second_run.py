@@ -459,6 +459,12 @@ def test_report_without_positions_says_what_makes_them(family: Path) -> None:
     assert report_again(family / "settings-2")  # has its own
 
 
+def test_report_of_an_unfinished_run_says_so(family: Path) -> None:
+    (family / "evaluation.json").unlink()
+    with pytest.raises(RunError, match="holds an unfinished run; start it again"):
+        report_again(family)
+
+
 def test_check_lists_what_a_folder_holds(family: Path) -> None:
     found = len((family / "findings.csv").read_text().splitlines()) - 1
     holds = check(family).holds

@@ -51,6 +51,8 @@ def report_again(out: Path) -> Path:
     if thresholds.concepts == "classes":
         counted = sensitivity(train_scan, found=found)
     if found.concepts:
+        if not (out / "evaluation.json").exists():
+            raise RunError(f"{out} holds an unfinished run; start it again, it goes on there.")
         divided = Split.load(out / "split.safetensors")
         measured = out / "evaluation.json"
         baseline = Split.load(out / "split-published.safetensors")

@@ -63,6 +63,8 @@ def labels_of(dataset: Dataset[Any], needed: bool = True) -> list[int]:
 def listed_labels(dataset: Dataset[Any]) -> list[int] | None:
     """Return the labels that a data set keeps a list of, None where it keeps none.
 
+    Texts, or a row for each class, are what it makes labels of.
+
     Raises:
         DataError: a label is no number, or there are more or fewer than images.
     """
@@ -76,8 +78,17 @@ def listed_labels(dataset: Dataset[Any]) -> list[int] | None:
                     f"The data set's {name} are {len(kept)} for {size_of(dataset)} images; give "
                     "one label for each image."
                 )
+            if kept and _is_raw(kept[0]):
+                return None
             return [_number(label, i) for i, label in enumerate(kept)]
     return gathered(dataset, listed_labels, *_OF_LABELS)
+
+
+def _is_raw(label: Any) -> bool:
+    """Whether a data set makes a label of this: a text that is no number, or a row of numbers."""
+    if isinstance(label, str):
+        return not label.strip().lstrip("+-").isdecimal()
+    return isinstance(label, (list, tuple))
 
 
 def gathered(
@@ -127,10 +138,11 @@ def _group_keys(dataset: Dataset[Any]) -> list[Any] | None:
     """Group of each image as the data set names it."""
     has_own, kept = own(dataset, "groups")
     if not has_own and isinstance(dataset, ConcatDataset):
-        parts = [_group_keys(part) for part in dataset.datasets]
+        inner = inner_of(dataset)
+        parts = list(map(_group_keys, inner))
         if all(part is None for part in parts):
             return None
-        sizes = map(size_of, dataset.datasets)
+        sizes = map(size_of, inner)
         return [
             key if isinstance(key, str) else (k, key)
             for k, (part, size) in enumerate(zip(parts, sizes, strict=True))
@@ -173,8 +185,8 @@ def _number(label: Any, index: int) -> int:
         kind = type(label).__name__
         if shape:
             raise DataError(
-                f"The label of image {index} is a {kind}, not a class's number (but of shape "
-                f"{shape}), so let the data set give one image at a time, and one number for it."
+                f"The label of image {index} is a {kind}, not a class's number; it is of shape "
+                f"{shape}, so let the data set give one image at a time, and one number for it."
             ) from None
         raise DataError(
             f"The label of image {index} is a {kind}, not a class's number; give "

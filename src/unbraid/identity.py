@@ -47,7 +47,7 @@ def _ids_inside(dataset: Dataset[Any]) -> list[str] | None:
         return inside and _distinct(inside)
     if _distinct(inside):
         return inside
-    sizes = [size_of(part) for part in dataset.datasets]
+    sizes = [len(part) for part in dataset.datasets]  # type: ignore[arg-type]
     parts = [k for k, size in enumerate(sizes) for _ in range(size)]
     return [f"{part}/{one}" for part, one in zip(parts, inside, strict=True)]
 
