@@ -700,3 +700,21 @@ def test_gate_finds_layers_of_a_network_that_has_a_part_named_as_a_wrapper(tmp_p
     changed = unbraid.apply(network, split)
     with unbraid.gate(changed, "module.layer", 0, 0, 0.0):
         assert not torch.equal(changed(images(1)), network(images(1)))
+
+
+@pytest.mark.parametrize("name", ["layer", "layer._orig_mod"])
+def test_a_layer_compiled_by_itself_goes_by_its_name_with_or_without_the_wrapper(name, tmp_path):
+    network = Plain().eval()
+    whole = copy.deepcopy(network)
+    network.layer = torch.compile(network.layer, backend="eager")
+    split = make_split(network, tmp_path / "compiled", PAIR, name)
+    changed = unbraid.apply(network, split)
+    x = images()
+    with torch.no_grad(), changed.gate("layer", 0, 0, 0.0):
+        off = changed(x)
+    assert_same_outputs(network, changed, x)
+    assert (off - network(x)).abs().max() > 0
+    # A network is the same whether it is compiled or not, and so are its splits.
+    for there, made in ((whole, split), (network, make_split(whole, tmp_path / "whole", PAIR))):
+        with torch.no_grad(), unbraid.gate(unbraid.apply(there, made), "layer", 0, 0, 0.0):
+            pass

@@ -250,6 +250,14 @@ def test_names_are_seen_through_what_keeps_images_however_often_it_was_read(by, 
     assert class_names_of(Subset(kept, range(9))) == names
 
 
+def test_labels_that_torchvision_changes_are_those_of_the_images(folder, tmp_path):
+    outputs = [207, 3, 3, 4]  # of classes by place: two of them mean one output
+    dataset = ImageFolder(folder, transform(False), target_transform=lambda k: outputs[k])
+    assert labels_of(dataset) == [dataset[k][1] for k in range(len(dataset))]
+    names = class_names_of(Subset(dataset, [0, 23]))
+    assert (len(names), names[207], names[3], names[4]) == (208, NAMES[0], "", NAMES[3])
+
+
 def test_a_part_without_images_is_passed_over(folder, second):
     some, none = listed(folder, False), Subset(listed(second, False), [])
     both = ConcatDataset([none, some, none])

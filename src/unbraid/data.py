@@ -78,10 +78,20 @@ def listed_labels(dataset: Dataset[Any]) -> list[int] | None:
                     f"The data set's {name} are {len(kept)} for {size_of(dataset)} images; give "
                     "one label for each image."
                 )
-            if kept and _is_raw(kept[0]):
+            change = _target_transform(dataset)
+            if kept and change is None and _is_raw(kept[0]):
                 return None
-            return [_number(label, i) for i, label in enumerate(kept)]
+            return [_number(change(one) if change else one, i) for i, one in enumerate(kept)]
     return gathered(dataset, listed_labels, *_OF_LABELS)
+
+
+def _target_transform(dataset: Dataset[Any]) -> Callable[[Any], Any] | None:
+    """What one of torchvision's data sets makes of the labels that it keeps."""
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(dataset).__mro__}
+    if "torchvision.datasets.vision.VisionDataset" not in kinds:
+        return None
+    change: Callable[[Any], Any] | None = getattr(dataset, "target_transform", None)
+    return change
 
 
 def _is_raw(label: Any) -> bool:
@@ -221,7 +231,7 @@ def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
     """
     kept = own(dataset, "classes")[1]
     if kept is not None:
-        return tuple(str(name) for name in kept)
+        return _by_label([str(name) for name in kept], _target_transform(dataset))
     inner = inner_of(dataset)
     if not inner or not (is_known(dataset) or hands_labels_on(dataset)):
         return ()
@@ -236,6 +246,20 @@ def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
                 )
             names[label : label + 1] = [before or name]
     return tuple(names)
+
+
+def _by_label(names: Sequence[str], change: Callable[[Any], Any] | None) -> tuple[str, ...]:
+    """Names by label, where labels are changed on the way; empty for one of several classes."""
+    if change is None:
+        return tuple(names)
+    shown: dict[int, str] = {}
+    for place, name in enumerate(names):
+        try:
+            label = _number(change(place), place)
+        except Exception:  # of anyone's own, made for labels that have images
+            continue
+        shown[label] = "" if label in shown else name
+    return tuple(shown.get(label, "") for label in range(max(shown, default=-1) + 1))
 
 
 def name_of(dataset: Dataset[Any], index: int) -> str:
@@ -390,7 +414,9 @@ def sort_out(items: Sequence[Item], skip_broken: bool) -> tuple[list[GoodItem], 
     if failed:
         raise DataError(failed[0][0])
     if broken and not skip_broken:
-        raise DataError(f"{broken[0][1]} Mend or remove it, or leave it out with skip_broken.")
+        raise DataError(
+            f"{broken[0][1]} Mend or remove it, or leave it out with skip_broken (--skip-broken)."
+        )
     return good, [item[0] for item in broken]
 
 

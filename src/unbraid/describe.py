@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from unbraid.errors import LayerError, nearest
 from unbraid.layers import SAME, LayerSpec, channels_first, respond
-from unbraid.networks import copy_network, unwrapped_name
+from unbraid.networks import copy_network, unwrap, unwrapped_name
 from unbraid.relevance import undisturbed
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -32,6 +32,9 @@ _FUNCTIONS: set[Callable[..., Any]] = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 def resolve_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
     """Find a layer by its `named_modules()` name, or the name of a given module.
 
+    A layer that is compiled, or lies in a compiled part, goes by its name with or without the
+    wrapper's.
+
     Raises:
         LayerError: the network has no such layer; the nearest names are told.
     """
@@ -41,19 +44,26 @@ def resolve_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Mod
     if isinstance(layer, str) and layer not in modules:
         layer = unwrapped_name(layer)
         # One module may have several names; it goes by the first.
-        layer = dict(model.named_modules(remove_duplicate=False)).get(layer, layer)
+        known = dict(model.named_modules(remove_duplicate=False))
+        alike = {_without_wrappers(name): module for name, module in known.items()}
+        layer = known.get(layer, alike.get(_without_wrappers(layer), layer))
+    if isinstance(layer, str) and layer:
+        layer = modules.get(layer, layer)
     if isinstance(layer, nn.Module):
+        layer = unwrap(layer)
         for name, module in modules.items():
             if module is layer:
                 return name, module
         raise LayerError("The given module is not part of the network; pass one of its modules.")
-    if layer not in modules or not layer:
-        splittable = [name for name, module in modules.items() if why_not(module) is None]
-        hint = nearest(layer, splittable)
-        raise LayerError(
-            f"The network has no layer {layer!r}.{hint} `unbraid layers` lists what can be split."
-        )
-    return layer, modules[layer]
+    splittable = [name for name, module in modules.items() if why_not(module) is None]
+    raise LayerError(
+        f"The network has no layer {layer!r}.{nearest(layer, splittable)} `unbraid layers` lists "
+        "what can be split."
+    )
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def why_not(module: nn.Module) -> str | None:

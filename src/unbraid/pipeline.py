@@ -32,6 +32,7 @@ from unbraid.evaluate import evaluate
 from unbraid.evaluation import Evaluation
 from unbraid.find import find
 from unbraid.findings import Findings
+from unbraid.first_look import look_first
 from unbraid.measure_semantics import measure_semantics
 from unbraid.networks import device_of, unwrap
 from unbraid.output import compare_outputs
@@ -282,6 +283,7 @@ def _try_layers(model: nn.Module, layers: Sequence[str], images: Dataset[Any]) -
         name, module = resolve_layer(model, layer)
         place = Place(module, describe(name, module))
         with undisturbed(model), torch.enable_grad():
+            look_first(model, images_here, [(place.spec, module)])
             scan_batch(model, [place], twice, **_TRIED)
         check_in_force(model, layer, images_here)
 

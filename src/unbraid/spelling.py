@@ -11,6 +11,7 @@ from unbraid.imagenet import imagenet_classes
 
 _LONGEST = 255  # characters of a class's name, as of a folder's
 _NUMBER = re.compile(r"(\d+)(\.0*)?")  # the latter is what pandas writes of whole numbers
+_NUMBERED = re.compile(r"\d+[-_. ]+([^\W\d].*)")  # as 01_cat
 _WORDNET = re.compile(r"(n\d{8})(?:[-_ ]+(.*))?", re.IGNORECASE)
 _MISSING = {"none", "null", "na", "n/a", "<na>"}
 _PASSED_OVER = re.compile(r"[\s_\-'’/]")  # noqa: RUF001
@@ -126,9 +127,16 @@ def look_up(classes: Sequence[str], labels: Mapping[str, int]) -> dict[str, int 
 
 
 def meanings(name: str) -> list[str]:
-    """What else than its name a class may be called among outputs: behind or for a WordNet id."""
+    """What else than its name a class may be called among outputs.
+
+    What stands behind a number or WordNet id, or what the id stands for.
+
+    >>> meanings("001.Black_footed_Albatross"), meanings("n01440764"), meanings("cat")
+    (['Black_footed_Albatross'], ['n01440764', 'tench'], [])
+    """
     found = _WORDNET.fullmatch(name)
     if found is None:
-        return []
+        behind = _NUMBERED.fullmatch(name)
+        return [behind[1]] if behind else []
     known = imagenet_classes().get(found[1].lower())
     return [one for one in (found[1].lower(), known, found[2]) if one]

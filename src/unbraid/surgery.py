@@ -277,7 +277,9 @@ def _find_row(
     modules = dict(model.named_modules(remove_duplicate=False))
     module: object = layer
     if isinstance(layer, str):
-        module = modules.get(layer) or modules.get(unwrapped_name(layer))
+        module = modules.get(layer, modules.get(unwrapped_name(layer)))
+    if isinstance(module, nn.Module):
+        module = unwrap(module)  # of a layer compiled by itself
     if not isinstance(module, SplitLayer):
         known = [name for name, m in modules.items() if isinstance(m, SplitLayer)]
         if not known:
