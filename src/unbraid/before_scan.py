@@ -27,7 +27,7 @@ _AT_ONCE = 32
 
 def describe_fit(accuracy: Accuracy, preprocessing: str) -> str:
     """Say the accuracy and the preprocessing that it was got with, in a sentence."""
-    words = one_line(preprocessing) or "the data set's own, which it does not tell"
+    words = one_line(preprocessing) or "not told by the data set"
     text = f"{accuracy}; preprocessing: {words}."
     return text[0].upper() + text[1:]
 
