@@ -1,4 +1,7 @@
-"""No number depends on torch's default type: whatever makes a tensor says the tensor's own."""
+"""No number depends on torch's default type: whatever makes a tensor says the tensor's own.
+
+Nor on its default device, which only code of the caller's own sees.
+"""
 
 from __future__ import annotations
 
@@ -149,9 +152,9 @@ def of_scans(network: nn.Module, images: Any, out: Path) -> dict[str, Any]:
     return found_files | {name: fingerprint_of(value) for name, value in made.items()}
 
 
-def of_demo(out: Path) -> dict[str, Any]:
+def of_demo(out: Path, network: nn.Module | None = None) -> dict[str, Any]:
     """What takes an image network: features, clusters, circuits through it, figures."""
-    network, images = load_network(), Subset(load_images("train"), range(0, 2400, 8))
+    network, images = network or load_network(), Subset(load_images("train"), range(0, 2400, 8))
     scan = unbraid.scan(network, "mix", images, out / "scan", batch_size=50, threads=1)
     clusters = unbraid.find(scan, concepts="clusters")
     split = unbraid.split(scan, unbraid.find(scan, channels={0: [[0], [1, 2]]}))
@@ -202,6 +205,54 @@ def test_what_is_made_of_the_demo_depends_on_no_default_type(tmp_path):
     for other in TYPES:
         with default_type(other):
             assert differing(expected, of_demo(tmp_path / str(other))) == []
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[None]:
+    """Numbers are made without content unless told otherwise; stands for an accelerator."""
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), NETWORKS)
+def test_what_is_scanned_split_and_measured_depends_on_no_default_device(
+    kind, dtype, tmp_path, request
+):
+    network, images = build(kind, dtype), SyntheticImages(12, dtype=torch.float32)
+    expected = of_scans(network, images, tmp_path / "usual")
+    request.getfixturevalue("elsewhere")
+    assert differing(expected, of_scans(network, images, tmp_path / "elsewhere")) == []
+    assert torch.get_default_device().type == "meta"
+
+
+def test_what_is_made_of_the_demo_depends_on_no_default_device(tmp_path, request):
+    expected, network = of_demo(tmp_path / "usual"), load_network()
+    request.getfixturevalue("elsewhere")
+    assert differing(expected, of_demo(tmp_path / "elsewhere", network)) == []
+
+
+def test_code_of_the_caller_keeps_the_caller_s_default_device(tmp_path, elsewhere):
+    met: list[str] = []
+
+    class Noting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            met.append(torch.empty(1).device.type)
+            return x
+
+    class NotingImages(SyntheticImages):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            met.append(torch.empty(1).device.type)
+            return super().__getitem__(index)
+
+    with torch.device("cpu"):
+        network = nn.Sequential(Noting(), build("3x3", torch.float32))
+        images = NotingImages(8, dtype=torch.float32)
+    unbraid.scan(network, "1.layer", images, tmp_path)
+    assert met
+    assert set(met) == {"meta"}
 
 
 def test_tokens_beyond_half_precision_are_counted_right_under_any_default_type():

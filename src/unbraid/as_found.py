@@ -8,6 +8,7 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,32 @@ _OF_ALL = frozenset(vars(nn.Module()))  # attributes
 
 @contextmanager
 def plain_modes() -> Iterator[None]:
-    """Leave torch's modes, and put all random numbers back to where they were."""
-    with without_inference(), torch.enable_grad(), without_autocast(), same_random():
+    """Leave torch's modes and default device; put all random numbers back to where they were."""
+    with without_inference(), torch.enable_grad(), without_autocast(), own_device(), same_random():
         yield
+
+
+_callers: ContextVar[torch.device | None] = ContextVar("_callers", default=None)
+
+
+@contextmanager
+def own_device() -> Iterator[None]:
+    """Make numbers of ours on the processor, whatever default device the caller has set."""
+    default = torch.get_default_device()
+    if default.type == "cpu":
+        yield
+        return
+    before = _callers.set(default)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        _callers.reset(before)
+
+
+def callers_device() -> AbstractContextManager[Any]:
+    """Let a caller's own code, such as a network's, make numbers on the caller's default device."""
+    return _callers.get() or nullcontext()
 
 
 def without_inference() -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
+from unbraid.as_found import callers_device
 from unbraid.errors import DataError, OutOfReach, UnfitPicture, UsageError, brief, out_of_reach
 from unbraid.nested import (
     Around,
@@ -318,7 +319,8 @@ def _read(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
     """
     name = f"Image {index} of the data set"
     try:
-        item = dataset[index]
+        with callers_device():
+            item = dataset[index]
     except (OutOfReach, UnfitPicture):
         raise
     except DataError as error:

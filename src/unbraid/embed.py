@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from unbraid.as_found import callers_device
 from unbraid.causes import memory_full
 from unbraid.data import GoodItem, picture_of, size_of, sort_out
 from unbraid.doors import in_plain_modes
@@ -153,7 +154,8 @@ class _Pictures(Dataset[tuple[Tensor, int]]):
 def _call(encoder: Encoder, images: Tensor) -> Tensor:
     """Call an encoder, telling in a sentence what goes wrong inside it."""
     try:
-        embeddings = encoder(images)
+        with callers_device():
+            embeddings = encoder(images)
     except ModelError:
         raise
     except Exception as error:  # of an encoder of anyone's own

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
+from unbraid.as_found import callers_device
 from unbraid.data import gathered, groups_of, plain, size_of
 from unbraid.errors import DataError, OutOfReach, out_of_reach
 from unbraid.nested import any_changes_images, drawing_alike, own, spaced
@@ -135,7 +136,7 @@ def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
 def _content(dataset: Dataset[Any], index: int) -> bytes:
     """Numbers of an image; none of a broken one, which is the scan's to report, with its rules."""
     try:
-        with drawing_alike():
+        with drawing_alike(), callers_device():
             image = dataset[index][0]
     except OutOfReach:
         raise

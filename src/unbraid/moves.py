@@ -122,7 +122,7 @@ def make_moves(concepts: Tensor, moves: Sequence[Move], n_rows: int, n_behind: i
         for clamp in clamps:
             low[clamp.row], high[clamp.row] = clamp.low, clamp.high
         bounds = (
-            torch.tensor(bound, dtype=torch.float64).to(concepts).view(-1, *behind)
+            torch.tensor(bound, dtype=torch.float64, device="cpu").to(concepts).view(-1, *behind)
             for bound in (low, high)
         )
         concepts = concepts.clamp(*bounds)
@@ -131,7 +131,9 @@ def make_moves(concepts: Tensor, moves: Sequence[Move], n_rows: int, n_behind: i
 
 def _by_image(value: float | Tensor, n_images: int) -> Tensor:
     """A gate's value for each of what a layer runs on: images, or parts of them."""
-    values = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    values = value
+    if not isinstance(values, Tensor):
+        values = torch.tensor(value, dtype=torch.float64, device="cpu")  # whatever the default is
     if values.shape not in ((), (n_images,)):
         raise UsageError(
             f"A gate holds values for {len(values)} images and the layer runs on {n_images}, "

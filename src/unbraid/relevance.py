@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import CheckpointFunction
 
-from unbraid.as_found import restored, same_random, without_autocast, without_inference
+from unbraid.as_found import (
+    own_device,
+    restored,
+    same_random,
+    without_autocast,
+    without_inference,
+)
 from unbraid.errors import LayerError
 from unbraid.networks import is_quantised, tensors_in
 
@@ -105,7 +111,7 @@ def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kep
     def hook(
         _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
     ) -> Tensor:
-        with torch.enable_grad(), without_autocast():
+        with torch.enable_grad(), without_autocast(), own_device():
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             if cut.recording:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from unbraid.as_found import callers_device
 from unbraid.causes import memory_full
 from unbraid.errors import DataError, ModelError, OutOfMemory, UnbraidError
 from unbraid.networks import as_logits, device_of, number_format
@@ -38,7 +39,8 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
         ModelError: the network cannot run on such images, or gives something else.
     """
     try:
-        output = model(images.to(number_format(model, images), copy=True))
+        with callers_device():
+            output = model(images.to(number_format(model, images), copy=True))
     except UnbraidError:
         raise
     except Exception as error:  # of a network of anyone's own

@@ -276,14 +276,16 @@ def _labels_checked(
 
     Otherwise a wrong one would be told when its batch comes, perhaps after days.
     """
+    listed = listed_labels(dataset)
+    if listed is None:
+        yield
+        return
+    index = torch.tensor(places, dtype=torch.int64)
+    labels = torch.tensor(listed, dtype=torch.int64)[index]
 
     def hook(_model: nn.Module, args: Any, output: Any) -> None:
         handle.remove()
-        listed = listed_labels(dataset)
-        if listed is not None:
-            index = torch.tensor(places, dtype=torch.int64)
-            labels = torch.tensor(listed, dtype=torch.int64)[index]
-            check_labels(labels, index, as_logits(output, len(args[0])))
+        check_labels(labels, index, as_logits(output, len(args[0])))
 
     handle = model.register_forward_hook(hook)
     try:

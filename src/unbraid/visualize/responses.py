@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unbraid.as_found import callers_device
 from unbraid.describe import describe, resolve_layer
 from unbraid.errors import LayerError, ModelError, UsageError
 from unbraid.given import whole_numbers
@@ -58,7 +59,8 @@ class Watched:
                 hook = partial(_keep, kept, self.spec, len(images))
                 hooks.callback(module.register_forward_hook(hook).remove)
             try:
-                self.model(images)
+                with callers_device():
+                    self.model(images)
             except Exception as error:  # of a network of anyone's own
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ModelError(
