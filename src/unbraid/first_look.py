@@ -25,7 +25,7 @@ from unbraid.layers import LayerSpec
 from unbraid.networks import is_quantised
 from unbraid.running import run_network
 
-_MOST = 8  # images to look at
+_MOST = 4  # images to look at
 _REPEATS = 8  # of a network that draws random numbers, which it may use now and then
 # Of a largest logit; one image alone is computed by other kernels, perhaps in half precision.
 _ALONE = 0.05
