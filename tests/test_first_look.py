@@ -158,8 +158,10 @@ def test_compare_outputs_names_image_that_makes_the_original_nan():
 def test_look_first_takes_rounding_for_what_it_is():
     # Much is made of little, as in networks without training.
     network = Ends(lambda _, x: (1e7 * x).sin()).eval()
-    with undisturbed(network):
-        look_first(network, images(16).images)
+    x = images(16).images
+    with undisturbed(network), torch.no_grad():
+        assert (network(x * (1 + 1e-6)) - network(x)).abs().max() > 0.1
+        look_first(network, x)
 
 
 def _calls(folder: Any) -> Iterator[tuple[str, Any]]:
@@ -275,5 +277,6 @@ def test_calls_under_deterministic_algorithms_work(tmp_path):
     torch.use_deterministic_algorithms(True)
     try:
         through_all(Small(), tmp_path)
+        assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
