@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import unbraid
 from machine import describe_machine
-from unbraid.describe import describe, weight_rows
-from unbraid.splits import ChannelSplit, Split
-from unbraid.weights import hash_weights
+from unbraid.networks.layers import describe, weight_rows
+from unbraid.networks.weights import hash_weights
+from unbraid.splitting.splits import ChannelSplit, Split
 
 LAYERS = ("layer4.2.conv3", "layer3.2.conv2")
 BATCH = 32

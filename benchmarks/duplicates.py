@@ -27,9 +27,15 @@ from torch.utils.data import Dataset
 import unbraid
 from report import Crops, lite0
 from unbraid.demo.network import LAYER, load_images, load_network
-from unbraid.records import Scan
-from unbraid.splits import Split
-from unbraid.visualize.reference import ALIKE, COPY, ReferenceImages, TopImages, reference_images
+from unbraid.measuring.reference_images import (
+    ALIKE,
+    COPY,
+    ReferenceImages,
+    TopImages,
+    reference_images,
+)
+from unbraid.scanning.records import Scan
+from unbraid.splitting.splits import Split
 
 SIDE, REACH = 16, 2  # pixels of a thumbnail, and of its shifts
 N_COPIED = 200  # images

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
+from unbraid.base.files import read_tensors, write_tensors
 from unbraid.demo.train import BATCH_SIZE, DROPOUT, LEARNING_RATE, WEIGHT_DECAY
-from unbraid.files import read_tensors, write_tensors
 
 EPOCHS = 5
 LAYER = "mix"  # of every network

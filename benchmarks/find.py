@@ -20,11 +20,11 @@ import torch
 
 import unbraid
 from machine import describe_machine
-from unbraid.files import write_tensors, write_whole
-from unbraid.layers import LayerSpec
-from unbraid.manifest import Manifest
-from unbraid.records import Records, write_shard
-from unbraid.thresholds import choose_tau
+from unbraid.base.files import write_tensors, write_whole
+from unbraid.finding.thresholds import choose_tau
+from unbraid.networks.spec import LayerSpec
+from unbraid.scanning.manifest import Manifest
+from unbraid.scanning.records import Records, write_shard
 
 N_CHANNELS, N_INPUTS, N_CLASSES, N_IMAGES, N_USED, SHARD = 2048, 512, 1000, 20_480, 30, 1024
 

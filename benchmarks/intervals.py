@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 import unbraid
-from unbraid.arvs import class_cosines, class_sums, cosines_of
-from unbraid.chance import N_REPLICATES
+from unbraid.base.files import write_tensors, write_whole
 from unbraid.demo.network import LAYER, load_images, load_network
-from unbraid.files import write_tensors, write_whole
-from unbraid.layers import LayerSpec
-from unbraid.manifest import Manifest
-from unbraid.records import Records, Scan, open_scan, write_shard
+from unbraid.finding.arv import class_cosines, class_sums, cosines_of
+from unbraid.finding.cosine_intervals import N_REPLICATES
+from unbraid.networks.spec import LayerSpec
+from unbraid.scanning.manifest import Manifest
+from unbraid.scanning.records import Records, Scan, open_scan, write_shard
 
 N_PAIRS, N_TAPS, N_DRAWS = 400, 64, 6
 TAILS = torch.tensor([0.025, 0.975])

@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 
 import unbraid
 from machine import describe_machine
-from unbraid.folders import ImageFolder
-from unbraid.models import imagenet_transform
+from unbraid.images.folders import ImageFolder
+from unbraid.networks.models import imagenet_transform
 
 LAYERS = {"resnet18": "layer4.1.conv2", "resnet50": "layer4.2.conv3"}
 BATCH = 32

@@ -29,7 +29,7 @@ from published import PublishedResult
 from published import run as run_published
 from unbraid.demo.network import LAYER, load_images, load_network
 from unbraid.demo.train import DEBIAN_FOLDER, read_split
-from unbraid.findings import Findings
+from unbraid.finding.findings import Findings
 
 # T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, boot: jersey, swimming
 # trunks, sweatshirt, gown, trench coat, sandal, bow tie, running shoe, mailbag, cowboy boot.

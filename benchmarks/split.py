@@ -31,10 +31,10 @@ from pipeline import lite0_setting
 from truth import halves_told_apart, planted, shuffled_findings
 from unbraid.demo.network import DemoImages, load_images, load_network, normalise
 from unbraid.demo.train import DEBIAN_FOLDER, first_of_each_class, read_split
-from unbraid.evaluate import separation_error
-from unbraid.evaluation import Evaluation, Responses
-from unbraid.findings import Findings
-from unbraid.records import Scan
+from unbraid.finding.findings import Findings
+from unbraid.measuring.evaluate import separation_error
+from unbraid.measuring.results import Evaluation, Responses
+from unbraid.scanning.records import Scan
 
 N_TRAIN, N_TEST = 500, 250  # images of each class of Fashion-MNIST
 N_DRAWS = 200  # of test images, for the noise of a channel's errors

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 import unbraid
 from machine import describe_machine
-from unbraid.describe import describe, weight_rows
-from unbraid.split_layer import SplitLayer
-from unbraid.splits import ChannelSplit, Split
-from unbraid.weights import hash_weights
+from unbraid.networks.layers import describe, weight_rows
+from unbraid.networks.weights import hash_weights
+from unbraid.splitting.splits import ChannelSplit, Split
+from unbraid.surgery.split_layer import SplitLayer
 
 LAYER = "layer4.2.conv3"
 COUNTS = (1, 80, 580)

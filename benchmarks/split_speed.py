@@ -23,11 +23,11 @@ import torch
 
 import unbraid
 from machine import describe_machine
-from unbraid.files import write_tensors, write_whole
-from unbraid.findings import Concept, Findings
-from unbraid.layers import LayerSpec
-from unbraid.manifest import Manifest
-from unbraid.records import Records, Scan, write_shard
+from unbraid.base.files import write_tensors, write_whole
+from unbraid.finding.findings import Concept, Findings
+from unbraid.networks.spec import LayerSpec
+from unbraid.scanning.manifest import Manifest
+from unbraid.scanning.records import Records, Scan, write_shard
 
 N_OUT, N_IN, N_CLASSES, SHARD = 2048, 512, 1000, 1000
 

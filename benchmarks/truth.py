@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import unbraid
-from unbraid.manifest import read_manifest
-from unbraid.records import Records, Scan, write_shard
+from unbraid.scanning.manifest import read_manifest
+from unbraid.scanning.records import Records, Scan, write_shard
 
 N_PLANTED = 10  # channels planted per number of concepts
 N_TRIED = 20000  # sets of channels looked at for those with the most different jobs

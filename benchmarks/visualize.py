@@ -34,8 +34,7 @@ from torch.utils.data import Dataset, Subset
 import unbraid
 from machine import describe_machine
 from unbraid.demo.network import LAYER, load_images, load_network
-from unbraid.visualize import STEPS
-from unbraid.visualize.responses import Watched, watch
+from unbraid.visualizing.visualize import STEPS, Watched, watch
 
 N_MEASURED = 200  # images of the data set that tell what a concept channel's responses are like
 N_CROPS = 24  # of each photograph

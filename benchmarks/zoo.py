@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 import unbraid
-from unbraid.describe import bias_of, describe, weight_rows
-from unbraid.layers import LayerSpec
-from unbraid.splits import ChannelSplit, Split
-from unbraid.usable import usable_layers
-from unbraid.weights import hash_weights
+from unbraid.networks.layers import bias_of, describe, weight_rows
+from unbraid.networks.spec import LayerSpec
+from unbraid.networks.weights import hash_weights
+from unbraid.scanning.scan import usable_layers
+from unbraid.splitting.splits import ChannelSplit, Split
 from zoo_networks import Pictures, build, families, one_line, randomise, size_of, smallest_size
 from zoo_table import CLOSE, page, table
 

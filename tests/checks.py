@@ -21,10 +21,10 @@ from torch.utils.data import Dataset
 
 import oracle
 from unbraid import Evaluation, Findings, Scan, Sensitivity, Split, find
-from unbraid.evaluation import ConceptEvaluation, Ratio
-from unbraid.findings import Concept, Pair
-from unbraid.records import Records
-from unbraid.splits import ChannelSplit
+from unbraid.finding.findings import Concept, Pair
+from unbraid.measuring.results import ConceptEvaluation, Ratio
+from unbraid.scanning.records import Records
+from unbraid.splitting.splits import ChannelSplit
 
 # --- the truth, by the oracle ---------------------------------------------------------------------
 

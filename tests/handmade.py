@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unbraid.files import write_tensors, write_whole
-from unbraid.layers import LayerSpec
-from unbraid.manifest import Manifest
-from unbraid.records import Records, Scan, open_scan, write_shard
-from unbraid.shard_parts import join_records
+from unbraid.base.files import write_tensors, write_whole
+from unbraid.networks.spec import LayerSpec
+from unbraid.scanning.manifest import Manifest
+from unbraid.scanning.records import Records, Scan, join_records, open_scan, write_shard
 
 
 def write_scan(

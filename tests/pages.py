@@ -8,7 +8,7 @@ from pathlib import Path
 
 import unbraid
 from test_report import Run
-from unbraid.findings import Pair
+from unbraid.finding.findings import Pair
 
 LONG = "long" * 25_000
 NAMES = (

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 import oracle
-from networks import IMAGE_SIZE, N_CLASSES, OverwritesInput, SyntheticImages
+from tiny_networks import IMAGE_SIZE, N_CLASSES, OverwritesInput, SyntheticImages
 
 
 class Around(nn.Module):

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 import checks
 import unbraid
 from checks import Truth
-from networks import SyntheticImages, build, layer_input
-from unbraid.arvs import averaged_relevance, class_sums, concept_mean, uses
-from unbraid.clustering import Cluster
-from unbraid.describe import bias_of, describe, weight_rows
-from unbraid.layers import pooled_input, respond
-from unbraid.relevance import input_relevance
-from unbraid.splits import ChannelSplit
+from tiny_networks import SyntheticImages, build, layer_input
+from unbraid.finding.arv import averaged_relevance, class_sums, concept_mean, uses
+from unbraid.networks.layers import bias_of, describe, weight_rows
+from unbraid.networks.relevance import input_relevance
+from unbraid.networks.spec import pooled_input, respond
+from unbraid.scanning.records import Cluster
+from unbraid.splitting.splits import ChannelSplit
 
 TAU, P = 0.1, 0.5
 Arguments = dict[str, Any]

@@ -20,7 +20,7 @@ from torch import nn
 
 import unbraid
 from unbraid import cli
-from unbraid.encoders import TimmEncoder, load_encoder
+from unbraid.measuring.encoders import TimmEncoder, load_encoder
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -449,7 +449,7 @@ class TestEncoder:
             torch.manual_seed(0)
             return load_encoder(spec, pretrained=False, device=device)
 
-        monkeypatch.setattr("unbraid.pipeline.load_encoder", at_random)
+        monkeypatch.setattr("unbraid.running.run.load_encoder", at_random)
         shutil.copytree(home / "runs/a", home / "runs/timm")
         arguments = ("--data", "data", "--out", "runs/timm", "--encoder", "timm:test_resnet")
         code, _, err = call("run", *NETWORK, *arguments, *LOOSE)

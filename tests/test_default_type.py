@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 import unbraid
-from networks import SyntheticImages, build
+from tiny_networks import SyntheticImages, build
 from unbraid.demo.network import load_images, load_network
-from unbraid.describe import describe
-from unbraid.layers import pooled_input
-from unbraid.models import load_model
-from unbraid.usable import usable_layers
-from unbraid.weights import hash_weights
+from unbraid.networks.layers import describe
+from unbraid.networks.models import load_model
+from unbraid.networks.spec import pooled_input
+from unbraid.networks.weights import hash_weights
+from unbraid.scanning.scan import usable_layers
 
 SOURCE = Path(unbraid.__file__).parent
 TYPES = [torch.float64, torch.bfloat16, torch.float16]

@@ -17,10 +17,10 @@ from torch import Tensor
 import fashion
 import unbraid
 from truth import halves_told_apart, shuffled_findings
-from unbraid.clusters import cluster_images, top_images
 from unbraid.demo.network import load_images, load_network, normalise
-from unbraid.records import Scan
-from unbraid.unlabelled import adjusted_rand_index
+from unbraid.finding.clusters import cluster_images, top_images
+from unbraid.finding.find import adjusted_rand_index
+from unbraid.scanning.records import Scan
 
 N_SETS = 6  # of planted channels, for each number of them
 

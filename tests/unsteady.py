@@ -15,7 +15,7 @@ import torch.ao.quantization
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks import N_CLASSES
+from tiny_networks import N_CLASSES
 
 
 class Small(nn.Module):

@@ -12,12 +12,14 @@ import pytest
 from torch.distributed import HashStore
 
 from faults.test_faults import SCANNING, TORCHRUN, assert_same, undisturbed
-from networks import SyntheticImages, build
-from unbraid import claims, scan_pass, team
-from unbraid.claims import Target, claim_together
-from unbraid.errors import RunError
-from unbraid.scan import scan
-from unbraid.team import Alone, Ranks
+from tiny_networks import SyntheticImages, build
+from unbraid.base.errors import RunError
+from unbraid.scanning import shards as claims
+from unbraid.scanning import shards as scan_pass
+from unbraid.scanning import team
+from unbraid.scanning.scan import scan
+from unbraid.scanning.shards import Target, claim_together
+from unbraid.scanning.team import Alone, Ranks
 
 __all__ = ["undisturbed"]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from unbraid.files import write_tensors
+from unbraid.base.files import write_tensors
 
 DEEP = "@deep@"  # stands for a value that cannot be written otherwise
 NUMBERS = (

@@ -25,31 +25,35 @@ from PIL import Image
 
 import unbraid
 from fuzz.mutations import damaged, tampered, tampered_json
-from networks import SyntheticImages, build
-from unbraid import (
-    files,
-    layers,
-    manifest,
-    pictures,
-    records,
-    semantics,
-    splits,
-    states,
-    strict,
+from tiny_networks import SyntheticImages, build
+from unbraid.base import files
+from unbraid.base import schema as strict
+from unbraid.base.errors import UnbraidError
+from unbraid.images import pictures
+from unbraid.images.pictures import read_picture
+from unbraid.measuring import results as semantics
+from unbraid.measuring.ablate import ablate
+from unbraid.measuring.compare import OutputComparison
+from unbraid.measuring.results import (
+    ChannelSemantics,
+    Evaluation,
+    Likeness,
+    Semantics,
+    read_ablation,
+    read_output,
+    read_semantics,
 )
-from unbraid.ablate import ablate
-from unbraid.check import check
-from unbraid.errors import UnbraidError
-from unbraid.evaluation import Evaluation, read_ablation, read_output, read_semantics
-from unbraid.output import OutputComparison
-from unbraid.pictures import read_picture
-from unbraid.records import Scan
-from unbraid.semantics import ChannelSemantics, Likeness, Semantics
-from unbraid.settings import read_settings
-from unbraid.splits import Split
-from unbraid.states import load_weights
-from unbraid.visualize import features
-from unbraid.visualize.features import Feature, Features
+from unbraid.networks import spec as layers
+from unbraid.networks import weights as states
+from unbraid.networks.weights import load_weights
+from unbraid.running.check import check
+from unbraid.running.folders import read_settings
+from unbraid.scanning import manifest, records
+from unbraid.scanning.records import Scan
+from unbraid.splitting import splits
+from unbraid.splitting.splits import Split
+from unbraid.visualizing.features import Feature, Features
+from unbraid.visualizing.visualize import features
 
 resource = pytest.importorskip("resource")  # of Unix
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 from fuzz.mutations import HOSTILE, damaged
 from fuzz.test_fuzz import EXAMPLES, MANY, Escaped, fresh, fuzz, needs_proc, sound_or_refused
-from unbraid.identity import fingerprint, ids_of
-from unbraid.sources import Images, hugging, open_images, shards, table
+from unbraid.images.identity import fingerprint, ids_of
+from unbraid.images.open import Images, hugging, open_images, shards, table
 
 LIST = "path,label,group\n0.png,ant,a\n1.png,bee,a\n2.png,ant,b\n"
 CELLS = (

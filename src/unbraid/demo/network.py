@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from unbraid.errors import UsageError
-from unbraid.files import read_tensors
+from unbraid.base.errors import UsageError
+from unbraid.base.files import read_tensors
 
 Pictures = npt.NDArray[np.uint8]
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent
 WEIGHTS = DATA / "network.safetensors"
 IMAGES = DATA / "images.npz"
 

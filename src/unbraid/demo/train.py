@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
+from unbraid.base.errors import DataError, UnbraidError
+from unbraid.base.files import write_tensors, write_whole
 from unbraid.demo.network import IMAGES, SPLITS, WEIGHTS, DemoNet, Pictures, normalise
-from unbraid.errors import DataError, UnbraidError
-from unbraid.files import write_tensors, write_whole
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 PREFIXES = {"train": "train", "test": "t10k"}

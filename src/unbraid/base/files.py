@@ -1,0 +1,282 @@
+"""Files that appear whole or not at all: temporary name, sync, rename."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from unbraid.base.errors import RunError, UnreadableError, UsageError, brief
+from unbraid.base.schema import parse_json
+
+# Temporary files, which a living writer keeps locked so that nobody takes them for leftovers.
+
+
+if sys.platform != "win32":
+    import fcntl
+
+_HOST = re.sub(r"[^\w-]", "-", socket.gethostname())[:32] or "-"
+_OURS = re.compile(r".+\.(?P<host>[\w-]+)\.\d+\.[0-9a-f]{8}\.tmp")
+_LONG = 3600.0  # seconds; no file of ours takes so long to write
+
+
+@contextmanager
+def temporary_for(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """Open a new file beside another, locked until it is closed and deleted if an error comes up.
+
+    Args:
+        path: the file that it is to become.
+
+    Yields:
+        Its path and the file, open for writing.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    while True:
+        own = f"{_HOST}.{os.getpid()}.{secrets.token_hex(4)}"
+        temporary = path.with_name(f"{path.name}.{own}.tmp")
+        file = temporary.open("xb")
+        # Before it was locked, it looked like a leftover to anybody who cleaned up.
+        if _lock(file) is not False and temporary.exists():
+            break
+        file.close()
+    try:
+        with file:
+            yield temporary, file
+    except Exception:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of writers that live no more, and leave everything else alone.
+
+    A writer holds a lock. Where files cannot be locked, or it ran on another machine, whose locks
+    may not be seen here, only files that nobody wrote to for an hour are leftovers.
+    """
+    for path in folder.glob("*.tmp"):
+        ours = _OURS.fullmatch(path.name)
+        if ours and path.is_file():
+            with suppress(OSError):  # somebody else's, or gone already
+                _remove_leftover(path, ours["host"])
+
+
+def _remove_leftover(path: Path, host: str) -> None:
+    with path.open("r+b") as file:
+        lock = _lock(file)
+        old = time.time() - os.fstat(file.fileno()).st_mtime > _LONG
+        dead = lock is not False and (old or (lock is True and host == _HOST))
+        if dead:
+            with suppress(PermissionError):  # of Windows, which deletes nothing that is open
+                path.unlink(missing_ok=True)  # while it is ours, before a writer can lock it
+    if dead:
+        path.unlink(missing_ok=True)
+
+
+def _lock(file: BinaryIO) -> bool | None:
+    """Lock an open file: whether it could be, None where files cannot be locked at all."""
+    if sys.platform == "win32":
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+# Files that appear whole or not at all: temporary name, sync, rename.
+
+
+_ABOUT = "unbraid"  # the metadata entry of a safetensors file
+_CHECKSUMS = "crc32"
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write a safetensors file, whole or not at all, with a checksum of every tensor.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        about: what is to be known of them, in JSON.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    about = {**about, _CHECKSUMS: {name: _checksum(tensor) for name, tensor in whole.items()}}
+    # One entry alone, since safetensors writes several in any order.
+    write_whole(path, safetensors.torch.save(whole, {_ABOUT: json.dumps(about)}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a safetensors file, and what is to be known of it.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    with _opened(path) as (file, about):
+        names = file.keys()
+        return {name: _read(file, about, name) for name in names}, about
+
+
+def read_some(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read some tensors of a safetensors file and what is to be known of them, and no more of it.
+
+    Raises:
+        RunError: the file is missing or damaged, or lacks one of them.
+    """
+    with _opened(path) as (file, about):
+        return {name: _read(file, about, name) for name in names}, about
+
+
+def names_in(path: Path) -> set[str]:
+    """Name the tensors of a safetensors file.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    with _opened(path) as (file, _):
+        return set(file.keys())
+
+
+def _read(file: Any, about: dict[str, Any], name: str) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    checksums = about.get(_CHECKSUMS)  # older files have none
+    if checksums is not None and checksums[name] != _checksum(tensor):
+        raise ValueError(f"{name!r} is not what was written")
+    return tensor
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")  # opening a pipe might never end
+        # safetensors calls a file missing whatever the system said.
+        with path.open("rb"), safe_open(path, framework="pt") as file:
+            about = parse_json((file.metadata() or {}).get(_ABOUT, "{}"))
+            if not isinstance(about, dict):
+                raise ValueError("its description is none")
+            yield file, about
+    except (SafetensorError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} cannot be read ({brief(error)}); start again the command that makes it, "
+            "without the file if it is there."
+        ) from None
+    except (OSError, RuntimeError, MemoryError) as error:  # torch makes the first into the second
+        raise UnreadableError(
+            f"{path} cannot be read ({brief(error)}), sound or not; mend that and start again."
+        ) from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync it and rename it.
+
+    Raises:
+        RunError: the disk is full or may not be written.
+        UsageError: the folder is in fact a file.
+    """
+    _write(path, content, lambda temporary: temporary.replace(path))
+
+
+def write_new(path: Path, content: bytes) -> bool:
+    """Write a file as `write_whole` does, unless it is there, whoever else is about to write it.
+
+    Returns:
+        Whether it was written.
+
+    Raises:
+        RunError: the disk is full or may not be written.
+        UsageError: the folder is in fact a file.
+    """
+    if os.path.lexists(path):
+        return False
+    written: list[bool] = []
+    _write(path, content, lambda temporary: written.append(_name_first(temporary, path)))
+    return written[0]
+
+
+def _name_first(temporary: Path, path: Path) -> bool:
+    """Give a file its name unless that is taken; whether it was not."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        temporary.replace(path)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _write(path: Path, content: bytes, name: Callable[[Path], object]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_for(path) as (temporary, file):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            if os.name != "posix":
+                file.close()  # Windows renames nothing that is open
+            name(temporary)
+        _sync_names(path.parent)
+    except (FileExistsError, NotADirectoryError):
+        in_the_way = next((p for p in path.parents if p.is_file()), path.parent)
+        raise UsageError(f"{in_the_way} is a file, not a folder; name another folder.") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"The disk is full, {path.name} was not written; what is finished is kept: make "
+                "room and start the same command again."
+            ) from None
+        raise RunError(f"{path} cannot be written ({error.strerror}).") from None
+
+
+def set_aside(path: Path, mark: str) -> Path:
+    """Rename a file or folder by an ending, with a number before it where that is taken.
+
+    Returns:
+        Its new path.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    names = chain([path.name], (f"{path.name}.{number}" for number in count(2)))
+    aside = next(p for p in (path.with_name(name + mark) for name in names) if not p.exists())
+    return path.replace(aside)
+
+
+def _sync_names(folder: Path) -> None:
+    """Make sure that a rename outlives a loss of power, where the system can be asked to."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some file systems, of networks and in user space, cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)

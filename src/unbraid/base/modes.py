@@ -1,0 +1,269 @@
+"""The doors of the package: what every public function does with the modes that it is called in."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from unbraid.base.errors import ModelError
+
+# Leave things as found: torch's modes, the caller's random numbers, a network's state.
+
+
+_PLAIN = (bool, int, float, complex, str, type(None))
+_GROWING = (list, dict, set, deque, OrderedDict)
+_OF_ALL = frozenset(vars(nn.Module()))  # attributes
+
+
+@contextmanager
+def plain_modes() -> Iterator[None]:
+    """Leave torch's modes and default device; put all random numbers back to where they were."""
+    with without_inference(), torch.enable_grad(), without_autocast(), own_device(), same_random():
+        yield
+
+
+_callers: ContextVar[torch.device | None] = ContextVar("_callers", default=None)
+
+
+@contextmanager
+def own_device() -> Iterator[None]:
+    """Make numbers of ours on the processor, whatever default device the caller has set."""
+    default = torch.get_default_device()
+    if default.type == "cpu":
+        yield
+        return
+    before = _callers.set(default)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        _callers.reset(before)
+
+
+def callers_device() -> AbstractContextManager[Any]:
+    """Let a caller's own code, such as a network's, make numbers on the caller's default device."""
+    return _callers.get() or nullcontext()
+
+
+def without_inference() -> AbstractContextManager[Any]:
+    """Leave inference mode, if it is on."""
+    on = torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if on else nullcontext()
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the numbers' own format, also where a network has switched autocast on."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def same_random() -> Iterator[None]:
+    """Put all random numbers back to where they were: torch's, numpy's and Python's own."""
+    puts: list[Callable[[], Any]] = [
+        functools.partial(torch.set_rng_state, torch.get_rng_state()),
+        functools.partial(np.random.set_state, np.random.get_state()),
+        functools.partial(random.setstate, random.getstate()),
+    ]
+    for backend in (torch.cuda, torch.xpu):
+        if backend.is_initialized():
+            state = backend.get_rng_state_all()
+            puts.append(functools.partial(backend.set_rng_state_all, state))
+    if torch.backends.mps.is_available():
+        puts.append(functools.partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    try:
+        yield
+    finally:
+        for put in puts:
+            put()
+
+
+@contextmanager
+def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
+    """Put back what a network keeps of itself: flags, buffers, and tensors beside them.
+
+    In place of weights that were made in inference mode there are ordinary ones meanwhile.
+
+    Args:
+        model: the network.
+        wholly: put back plain attributes too, such as counters, and what lists and dictionaries
+            hold; where they are a part of the state that a module saves, they are in any case.
+
+    Raises:
+        ModelError: the network makes weights of its own when it runs.
+    """
+    with ExitStack() as stack:
+        modules = list(model.modules())
+        stack.enter_context(_ordinary(modules))
+        for module in modules:
+            if any(is_lazy(p) for p in module.parameters(recurse=False)):
+                stack.callback(module.register_forward_pre_hook(_refuse_lazy, prepend=True).remove)
+            if _lacks_numbers(module):
+                stack.callback(module.register_forward_hook(_refuse_meta).remove)
+        kept = [_Kept(module, wholly) for module in modules]
+        try:
+            yield
+        finally:
+            grown = [module for module in kept if module.put_back()]
+        if grown:
+            raise _not_there_yet(grown[0].module)
+
+
+def _refuse_lazy(module: nn.Module, _args: Any) -> None:
+    raise _not_there_yet(module)
+
+
+def _lacks_numbers(module: nn.Module) -> bool:
+    """Whether one of torch's own layers has weights on the meta device, where there are none.
+
+    Not if it has a `forward` of its own, which may fetch them.
+    """
+    own = type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
+    return own and any(p.is_meta for p in module.parameters(recurse=False))
+
+
+def _refuse_meta(module: nn.Module, _args: Any, _output: Any) -> None:
+    """What such a layer makes of images is what happens to lie in memory."""
+    if _lacks_numbers(module):
+        raise ModelError(
+            f"A {type(module).__name__} of the network is on the meta device, so holds no numbers; "
+            "load the weights first."
+        )
+
+
+def _not_there_yet(module: nn.Module) -> ModelError:
+    return ModelError(
+        f"The network makes weights (in a {type(module).__name__}) when it first runs; run it once "
+        "on an image before."
+    )
+
+
+class _Kept:
+    """What a module holds, its own children left out."""
+
+    def __init__(self, module: nn.Module, wholly: bool) -> None:
+        self.module = module
+        self.training = getattr(module, "training", None)
+        self.scripted = isinstance(module, torch.jit.ScriptModule)
+        own = {} if self.scripted else vars(module)
+        wholly = wholly or type(module).get_extra_state is not nn.Module.get_extra_state
+        self.plain = {n: value for n, value in own.items() if wholly and type(value) in _PLAIN}
+        self.growing = [
+            (name, value, copy.copy(value))
+            for name, value in own.items()
+            if wholly and type(value) in _GROWING and name not in _OF_ALL
+        ]
+        self.tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        self.buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
+        self.weights = [set(own.get(name, ())) for name in ("_parameters", "_modules")]
+        # None stands for a buffer that is not there.
+        self.registered = {} if self.scripted else dict(module._buffers)
+        held = [*self.buffers.values(), *self.tensors.values()]
+        self.values = [(tensor, tensor.detach().clone()) for tensor in held if _has_values(tensor)]
+
+    def put_back(self) -> bool:
+        """Put everything back; say whether the module holds weights that it did not hold before."""
+        module = self.module
+        if self.training is not None and module.training != self.training:
+            module.training = self.training
+        for tensor, value in self.values:
+            _put(tensor, value)
+        if self.scripted:
+            return False
+        own = vars(module)
+        grown = False
+        for name, before in zip(("_parameters", "_modules"), self.weights, strict=True):
+            for new in set(own[name]) - before:
+                grown = True
+                del own[name][new]
+        if _differ(own["_buffers"], self.registered):
+            own["_buffers"].clear()
+            own["_buffers"].update(self.registered)
+        for name, value in (*self.plain.items(), *self.tensors.items()):
+            if own.get(name, own) is not value:
+                own[name] = value
+        for name, value, content in self.growing:
+            own[name] = value
+            value.clear()
+            (value.extend if isinstance(value, (list, deque)) else value.update)(content)
+        return grown
+
+
+def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return list(one) != list(other) or any(one[name] is not other[name] for name in one)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers in a row, which can be copied and compared."""
+    return not is_lazy(tensor) and not tensor.is_meta and tensor.layout == torch.strided
+
+
+def _put(tensor: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        if tensor.shape != value.shape or tensor.dtype != value.dtype:
+            tensor.data = value
+        elif not torch.equal(tensor, value):
+            tensor.copy_(value)
+
+
+def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
+    own = vars(module)
+    yield from (own["_parameters"], own["_buffers"], own)
+
+
+@contextmanager
+def _ordinary(modules: list[nn.Module]) -> Iterator[None]:
+    """Put copies in place of tensors of inference mode; put the very same tensors back."""
+    copies: dict[int, Tensor] = {}
+    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for module in modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            for held in _holders(module):
+                for name, value in held.items():
+                    if isinstance(value, Tensor) and not is_lazy(value) and value.is_inference():
+                        swapped.append((held, name, value))
+                        held[name] = copies.setdefault(id(value), copy.deepcopy(value))
+        yield
+    finally:
+        for held, name, value in swapped:
+            held[name] = value
+
+
+# The doors of the package: what every public function does with the modes that it is called in.
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_plain_modes(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a public function as if it were called outside of any of torch's modes.
+
+    Inference mode, no_grad and autocast around it do not reach what it computes, and the caller's
+    random numbers go on where they were.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **named: P.kwargs) -> R:
+
+        with plain_modes():
+            return function(*args, **named)
+
+    return run

@@ -1,0 +1,1 @@
+"""Find polysemantic channels in a Scan."""

@@ -1,0 +1,233 @@
+"""What `find` returns: polysemantic channels, their pairs of classes and their concepts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from unbraid.base.arguments import as_path
+from unbraid.base.files import write_whole
+from unbraid.base.tables import Shown, align, count, csv_text, data_frame, html_lines, html_table
+from unbraid.scanning.records import Cluster, Clusters
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+Concept = tuple[int, ...]  # the classes, or clusters, that share one cause
+ConceptKind = Literal["classes", "clusters"]
+
+COLUMNS = (
+    *("channel", "class1", "class2", "cosine", "use1", "use2", "name1", "name2"),
+    *("low", "high", "half1", "half2", "uncertain"),
+)
+_LEGEND = (
+    "interval: where, with 95 % confidence, the cosine lies that unlimited images would give; "
+    "halves: cosine between two halves of the images of one class (- for a single image)."
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two classes that use one channel for different reasons; or two clusters of images."""
+
+    channel: int
+    class1: int
+    class2: int
+    cosine: float  # of their averaged relevance vectors
+    # Fraction of the images of class1 in which the channel matters; of a cluster, its part of the
+    # channel's top images.
+    use1: float
+    use2: float
+    # How sure the cosine is; nan for a class of a single image, and for clusters of images.
+    low: float = math.nan  # 95 % interval of the cosine that unlimited images would give
+    high: float = math.nan
+    half1: float = math.nan  # cosine between two random halves of the images of class1
+    half2: float = math.nan
+
+
+@dataclass
+class Found:
+    """What a search gathers, a channel after the other."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    concepts: dict[int, tuple[Concept, ...]] = field(default_factory=dict)
+    clusters: dict[int, Cluster] = field(default_factory=dict)  # by number
+    names: dict[int, str] = field(default_factory=dict)  # of clusters
+    agreement: dict[int, float] = field(default_factory=dict)  # per channel
+    hint: str = ""  # if nothing was found, what comes nearest
+
+
+@dataclass(frozen=True)
+class Findings(Shown):
+    """The polysemantic channels of a layer.
+
+    `concepts` divides the classes that use a channel into groups; `pairs` is the published list,
+    lowest cosine first.
+    """
+
+    tau: float
+    p: float
+    gamma: float
+    pairs: tuple[Pair, ...]
+    concepts: dict[int, tuple[Concept, ...]]
+    class_names: tuple[str, ...]
+    hint: str  # if nothing was found, which thresholds come nearest
+    layer: str  # that the channels belong to
+    weights: str  # hash of the network's weights
+    clusters: Clusters = field(default_factory=dict)  # by number, where they stand for classes
+    # Per channel, adjusted Rand index of clusters' concepts and classes' concepts; see docs.
+    agreement: Mapping[int, float] = field(default_factory=dict)
+    kind: ConceptKind = "classes"  # what concepts are made of
+    auto: bool = False  # whether tau was chosen by rule
+    note: str = ""  # what to know of the tau chosen
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The polysemantic channels, in order."""
+        return tuple(sorted(self.concepts))
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """All classes of all concepts: those that a scan with positions needs."""
+        every = {c for groups in self.concepts.values() for group in groups for c in group}
+        return tuple(sorted(every))
+
+    @property
+    def tau_in_words(self) -> str:
+        """Tau as people read it, and whether it was chosen for them."""
+        return f"{self.tau:g} (auto)" if self.auto else f"{self.tau:g}"
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.pairs)
+
+    def __str__(self) -> str:
+        """Show the pairs as a table, or say what comes nearest to a finding."""
+        note = f"\nNote: {self.note}" if self.note else ""
+        if not self.pairs:
+            return f"{self._head}. {self.hint}".rstrip() + note
+        rows, legend = self._table
+        return f"{self._head}\n{align(rows)}\n{legend}{note}"
+
+    def _repr_html_(self) -> str:
+        if not self.pairs:
+            return html_lines(str(self))
+        rows, legend = self._table
+        note = f"\nNote: {self.note}" if self.note else ""
+        return html_table(rows, title=self._head, note=legend + note)
+
+    @property
+    def _head(self) -> str:
+        n_channels = count(len(self.concepts), "polysemantic channel")
+        return f"{count(len(self.pairs), 'pair')} of {self.kind} in {n_channels} ({self._asked})"
+
+    @property
+    def _table(self) -> tuple[list[tuple[str, ...]], str]:
+        """The rows, their head first, and what its words mean."""
+        return self._cluster_table() if self.kind == "clusters" else self._class_table()
+
+    @property
+    def _asked(self) -> str:
+        """The thresholds that play a part."""
+        of_classes = f"tau {self.tau_in_words}, p {self.p:g}, " if self.kind == "classes" else ""
+        return f"{of_classes}gamma {self.gamma:g}"
+
+    def _cluster_table(self) -> tuple[list[tuple[str, ...]], str]:
+        rows: list[tuple[str, ...]] = [
+            ("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")
+        ]
+        rows += [
+            (
+                str(pair.channel),
+                f"{pair.cosine:.4f}",
+                *(self.name(pair.class1), f"{pair.use1:.0%}"),
+                *(self.name(pair.class2), f"{pair.use2:.0%}"),
+            )
+            for pair in self.pairs
+        ]
+        legend = "top images: the cluster's part of the images that the channel answers to most."
+        known = self.known_agreement
+        if known:
+            legend += (
+                f"\nMean agreement with what classes make of them: {sum(known) / len(known):.3f} "
+                "(adjusted Rand index: 1 the same, 0 chance)."
+            )
+        return rows, legend
+
+    def _class_table(self) -> tuple[list[tuple[str, ...]], str]:
+        side = ("used in", "halves")
+        rows: list[tuple[str, ...]] = [
+            ("channel", "cosine", "interval", "class 1", *side, "class 2", *side)
+        ]
+        rows += [
+            (
+                str(pair.channel),
+                f"{pair.cosine:.4f}",
+                _interval(pair) + (" *" if self.uncertain(pair) else ""),
+                *(self.name(pair.class1), f"{pair.use1:.0%}", _figure(pair.half1)),
+                *(self.name(pair.class2), f"{pair.use2:.0%}", _figure(pair.half2)),
+            )
+            for pair in self.pairs
+        ]
+        n_uncertain = sum(map(self.uncertain, self.pairs))
+        mark = (
+            f"\n* {n_uncertain} of {count(len(self.pairs), 'pair')} uncertain: with other images "
+            "of the same classes the cosine could lie on the other side of gamma."
+        )
+        legend = _LEGEND + (mark if n_uncertain else "")
+        return rows, legend
+
+    @property
+    def known_agreement(self) -> list[float]:
+        """Agreement of clusters with classes, of the channels where it could be measured."""
+        return [a for o, a in self.agreement.items() if o in self.concepts and not math.isnan(a)]
+
+    def name(self, label: int) -> str:
+        """Return the name of a class, or its number where it has none."""
+        known = label < len(self.class_names) and self.class_names[label]
+        return self.class_names[label] if known else str(label)
+
+    def uncertain(self, pair: Pair) -> bool:
+        """Whether chance could have put a pair's cosine on its side of gamma.
+
+        So it is if the interval is not wholly on that side, or unknown. Clusters of images have
+        been tested in their own way.
+        """
+        if pair.class1 in self.clusters:
+            return False
+        sure = pair.high < self.gamma if pair.cosine < self.gamma else pair.low >= self.gamma
+        return not sure
+
+    def rows(self) -> Iterator[tuple[int | float | str, ...]]:
+        """Give one row per pair, in the order of the CSV columns."""
+        for pair in self.pairs:
+            figures = tuple(vars(pair).values())
+            names = (self.name(pair.class1), self.name(pair.class2))
+            yield (*figures[:6], *names, *figures[6:], self.uncertain(pair))
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the pairs, one a row; docs/format.md names the columns.
+
+        What is not known is left empty.
+        """
+        write_whole(as_path("path", path), csv_text(COLUMNS, self.rows()).encode())
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return the pairs as a DataFrame with the columns of the CSV file.
+
+        Raises:
+            UnbraidError: pandas is not installed.
+        """
+        return data_frame(COLUMNS, self.rows())
+
+
+def _interval(pair: Pair) -> str:
+    return "-" if math.isnan(pair.low) else f"{pair.low:.3f} to {pair.high:.3f}"
+
+
+def _figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"

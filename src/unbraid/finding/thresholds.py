@@ -1,0 +1,398 @@
+"""How many polysemantic channels and pairs of classes each choice of thresholds finds.
+
+Shapes: C_out channels, T classes, c of them sharing a channel, S settings of tau and p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from decimal import ROUND_FLOOR, Decimal
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from unbraid.base.arguments import as_kind, as_path, real_number, real_numbers
+from unbraid.base.errors import DataError, UsageError
+from unbraid.base.files import write_whole
+from unbraid.base.modes import in_plain_modes
+from unbraid.base.tables import align, count, csv_text, data_frame
+from unbraid.finding.arv import ClassSums, class_cosines, class_sums, shared_channels, uses
+from unbraid.scanning.records import Scan
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from unbraid.finding.findings import Findings
+
+
+# Thresholds: which are in range, a tau that fits the layer, what comes nearest to a finding.
+
+
+Tau = float | Literal["auto"]
+
+# How these were chosen, and what other rules gave: docs/thresholds.md.
+N_MATTER = 10  # channels that matter in a typical image, if tau is chosen
+_COUNTS_AT_ONCE = 1 << 26  # of images, per tau, class and channel
+_ONE_IN = 4  # and no more than this part of a narrow layer: about half of its positive shares
+
+
+def check_thresholds(
+    tau: Tau, p: float, gamma: float, min_share: float
+) -> tuple[Tau, float, float]:
+    """Make sure that thresholds are numbers, in range and not below the smallest share kept.
+
+    Returns:
+        tau, p and gamma, in plain types.
+
+    Raises:
+        UsageError: says which is not.
+    """
+    if isinstance(tau, str):
+        if tau != "auto":
+            raise UsageError(f"tau is {tau!r}; give a share such as 0.03, or 'auto'.")
+    else:
+        tau = real_number("tau", tau)
+        if not 0 < tau <= 1:
+            raise UsageError(f"tau is {tau:g}; a share must lie above 0 and not above 1.")
+        if tau < min_share:
+            raise UsageError(
+                f"tau is {tau:g}, but the scan keeps no share below {min_share:.15g}; raise tau or "
+                "scan anew with a smaller min_share."
+            )
+    p, gamma = real_number("p", p), real_number("gamma", gamma)
+    if not 0 < p <= 1:
+        raise UsageError(f"p is {p:g}; a fraction of images must lie above 0 and not above 1.")
+    if not -1 <= gamma <= 1:
+        raise UsageError(f"gamma is {gamma:g}; a cosine must lie between -1 and 1.")
+    return tau, p, gamma
+
+
+def choose_tau(scan: Scan) -> tuple[float, str]:
+    """Choose the share at which ten channels matter in a typical image.
+
+    That is the largest share which, in at least half of the classes, at least half of the images
+    have ten channels of: half of the classes, so that neither their number nor their sizes weigh.
+    In a layer of fewer than forty channels it is a quarter of them, rounded up, in place of ten.
+    Rounded down to three digits, so that the number as it is printed finds the same.
+
+    Args:
+        scan: of the training images; only labels and shares are read.
+
+    Returns:
+        tau, and a sentence for the user where the scan kept too few shares to follow the rule:
+        tau is then the smallest share kept.
+
+    Raises:
+        DataError: none of the images could be read.
+
+    Source:
+        docs/thresholds.md.
+    """
+    n_matter = min(N_MATTER, math.ceil(scan.layer.n_out / _ONE_IN))
+    least = scan.manifest.min_share
+    parts = [
+        (own["label"], _nth_share(own["share_start"], own["share_value"], n_matter))
+        for own in scan.tensors("label", "share_start", "share_value")
+    ]
+    labels, shares = (torch.cat(part) for part in zip(*parts, strict=True))
+    if not len(labels):
+        raise DataError(f"The scan in {scan.path} holds no image to choose tau by; scan anew.")
+    by_class = shares[labels.argsort(stable=True)].split(
+        labels.unique(return_counts=True)[1].tolist()
+    )
+    typical = _reached_by_half(torch.stack([_reached_by_half(own) for own in by_class]))
+    if typical > 0:
+        return max(_round_down(float(typical)), least), ""
+    return least, (
+        f"The tau chosen is the smallest share that the scan kept, {least:g}: fewer than "
+        f"{n_matter} channels of a typical image reach it; scan with a smaller min_share to go "
+        "lower."
+    )
+
+
+def _nth_share(start: Tensor, value: Tensor, n: int) -> Tensor:
+    """(N,), the n-th largest share of each image, zero where fewer were kept; see `Records`."""
+    image = torch.repeat_interleave(torch.arange(len(start) - 1, dtype=torch.int64), start.diff())
+    order = value.argsort(descending=True)
+    order = order[image[order].argsort(stable=True)]  # by image, largest share first
+    place = start[:-1] + n - 1
+    enough = place < start[1:]
+    shares = value.new_zeros(len(place))
+    shares[enough] = value[order[place[enough]]]
+    return shares
+
+
+def _reached_by_half(values: Tensor) -> Tensor:
+    """Find the largest number that at least half of the values reach.
+
+    >>> _reached_by_half(torch.tensor([0.1, 0.4, 0.3])), _reached_by_half(torch.tensor([0.1, 0.4]))
+    (tensor(0.3000), tensor(0.4000))
+    """
+    return values.sort(descending=True).values[(len(values) - 1) // 2]
+
+
+def _round_down(value: float, digits: int = 3) -> float:
+    """Cut a number behind its leading digits.
+
+    >>> _round_down(0.012399), _round_down(0.03), _round_down(1.0)
+    (0.0123, 0.03, 1.0)
+    """
+    exact = Decimal(repr(value))
+    last = Decimal(1).scaleb(exact.adjusted() - digits + 1)
+    return float(exact.quantize(last, ROUND_FLOOR))
+
+
+def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:
+    """Say which thresholds come nearest to finding something: lower tau first, then gamma.
+
+    Every number in the hint is one that was tried, as it is printed, so following it works.
+    """
+    least = scan.manifest.min_share
+    tried = [float(f"{tau * 0.9**k:.3g}") for k in range(1, 60)]
+    taus = [tau, *(t for t in tried if least < t < tau), *([least] if least < tau else [])]
+    nearest = (float("inf"), 0.0, 0)
+    lowest: dict[int, tuple[list[int], float]] = {}  # cosine of some classes, by channel
+    for sums, lower, users in _users(scan, taus, p):
+        for channel, classes in shared_channels(users):
+            if channel not in lowest or lowest[channel][0] != classes:
+                cosines = class_cosines(scan, sums, channel, classes)
+                lowest[channel] = classes, float(cosines.min())
+                nearest = min(nearest, (lowest[channel][1], -lower, channel))
+        if nearest[0] < gamma:
+            return f"Nearest: tau {lower:.15g} finds channel {nearest[2]}."
+    if nearest[0] > 1:
+        return (
+            f"No two classes use the same channel at any tau down to {least:.15g}; lower p, or "
+            "scan with a smaller min_share."
+        )
+    cosine, negative_tau, channel = nearest
+    return (
+        f"Nearest: at tau {-negative_tau:.15g} channel {channel} has a cosine of "
+        f"{math.ceil(cosine * 1000) / 1000:.3f}, which gamma would have to exceed."
+    )
+
+
+def _users(
+    scan: Scan, taus: Sequence[float], p: float
+) -> Iterator[tuple[ClassSums, float, Tensor]]:
+    """Give for each tau which class uses which channel, (T, C_out), with the sums it is of.
+
+    The Scan is read once for as many taus as memory holds counts of.
+    """
+    n_classes = max(len(scan.class_names), max(scan.labels_seen(), default=0) + 1)
+    at_once = max(1, _COUNTS_AT_ONCE // (n_classes * scan.layer.n_out))
+    for first in range(0, len(taus), at_once):
+        portion = taus[first : first + at_once]
+        sums = class_sums(scan, portion)
+        for tau, users in zip(portion, uses(sums, p), strict=True):
+            yield sums, tau, users
+
+
+# How many polysemantic channels and pairs of classes each choice of thresholds finds.
+
+
+# The published thresholds, and on either side what other networks have needed.
+TAUS = (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1)
+PS = (0.5, 0.75, 0.9)
+GAMMAS = (0.3, 0.4, 0.5, 0.6, 0.7)
+
+_ROUNDING = 1e-9  # far above that of a cosine, far below what tells two cosines apart
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one choice of thresholds finds."""
+
+    tau: float
+    p: float
+    gamma: float
+    n_channels: int
+    n_pairs: int
+
+
+COLUMNS = tuple(Cell.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How many channels and pairs `find` gives for every combination of thresholds."""
+
+    layer: str
+    weights: str  # hash of the network's weights
+    n_out: int  # channels of the layer
+    taus: tuple[float, ...]
+    ps: tuple[float, ...]
+    gammas: tuple[float, ...]
+    cells: tuple[Cell, ...]  # tau by tau, then p, then gamma
+
+    def at(self, tau: float, p: float, gamma: float) -> Cell:
+        """Return what one choice of the grid's thresholds finds.
+
+        Raises:
+            KeyError: it is not in the grid.
+        """
+        return self._by_choice[tau, p, gamma]
+
+    @cached_property
+    def _by_choice(self) -> dict[tuple[float, float, float], Cell]:
+        return {(cell.tau, cell.p, cell.gamma): cell for cell in self.cells}
+
+    def __str__(self) -> str:
+        """Show a table per p, taus down and gammas across: channels and, in brackets, pairs."""
+        head = (
+            f"Polysemantic channels, and pairs of classes in brackets, of the "
+            f"{count(self.n_out, 'channel')} of layer {self.layer}"
+        )
+        return "\n\n".join([head, *map(self._table, self.ps)])
+
+    def _table(self, p: float) -> str:
+        rows = [(f"p {p:g}", *(f"gamma {gamma:g}" for gamma in self.gammas))]
+        for tau in self.taus:
+            cells = [self.at(tau, p, gamma) for gamma in self.gammas]
+            rows.append(
+                (f"tau {tau:g}", *(f"{cell.n_channels:,} ({cell.n_pairs:,})" for cell in cells))
+            )
+        return align(rows)
+
+    def rows(self) -> Iterator[tuple[float | int, ...]]:
+        """Give one row per choice, in the order of the CSV columns."""
+        for cell in self.cells:
+            yield tuple(vars(cell).values())
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one line per choice: tau, p, gamma, n_channels, n_pairs."""
+        write_whole(as_path("path", path), csv_text(COLUMNS, self.rows()).encode())
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return the choices as a DataFrame with the columns of the CSV file.
+
+        Raises:
+            UnbraidError: pandas is not installed.
+        """
+        return data_frame(COLUMNS, self.rows())
+
+
+@in_plain_modes
+def sensitivity(
+    scan: Scan,
+    taus: Sequence[float] | None = None,
+    ps: Sequence[float] | None = None,
+    gammas: Sequence[float] | None = None,
+    *,
+    found: Findings | None = None,
+) -> Sensitivity:
+    """Count what `find` would find for every combination of thresholds, in one reading of the Scan.
+
+    The default grid holds tau 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05 and 0.1, the smallest
+    share that the scan kept in place of those below it; p 0.5, 0.75 and 0.9; gamma 0.3 to 0.7 in
+    steps of 0.1. Memory grows with the number of taus, by 16 MB each for 1000 classes and 2048
+    channels.
+
+    Args:
+        scan: of the training images.
+        taus: smallest shares that matter.
+        ps: fractions of a class's images.
+        gammas: cosines below which two classes have different reasons.
+        found: findings whose thresholds a default grid is to contain too.
+
+    Returns:
+        The counts; those of a choice are exactly the numbers of channels and pairs of `find`.
+
+    Raises:
+        UsageError: a grid is empty, or a threshold is out of range or below the smallest share
+            that the scan kept.
+
+    Source:
+        METHOD.md section 3.
+    """
+    least = as_kind("scan", scan, Scan).manifest.min_share
+    own = (None, None, None) if found is None else (found.tau, found.p, found.gamma)
+    taus = _grid("taus", taus, [max(tau, least) for tau in TAUS], own[0])
+    ps = _grid("ps", ps, PS, own[1])
+    gammas = _grid("gammas", gammas, GAMMAS, own[2])
+    for tau, p, gamma in product(taus, ps, gammas):
+        check_thresholds(tau, p, gamma, least)
+    counts = _count(scan, taus, ps, gammas).flatten(0, 1).tolist()
+    choices = product(taus, ps, gammas)
+    return Sensitivity(
+        layer=scan.layer.name,
+        weights=scan.manifest.weights,
+        n_out=scan.layer.n_out,
+        taus=taus,
+        ps=ps,
+        gammas=gammas,
+        cells=tuple(
+            Cell(*choice, *numbers) for choice, numbers in zip(choices, counts, strict=True)
+        ),
+    )
+
+
+def _grid(
+    name: str, given: Sequence[float] | None, default: Iterable[float], own: float | None
+) -> tuple[float, ...]:
+    """Sort the values of one threshold.
+
+    Raises:
+        UsageError: there is none, or one is no number.
+    """
+    if given is None:
+        given = [*default, *([] if own is None else [own])]
+    values = sorted(set(real_numbers(name, given)))
+    if not values:
+        raise UsageError(f"{name} is empty; give a value or more, or None for the default grid.")
+    return tuple(values)
+
+
+def _count(
+    scan: Scan, taus: Sequence[float], ps: Sequence[float], gammas: Sequence[float]
+) -> Tensor:
+    """Count channels and pairs, (S, gammas, 2); all thresholds in rising order."""
+    sums = class_sums(scan, taus)
+    counts = torch.zeros(len(taus) * len(ps), len(gammas), 2, dtype=torch.int64)
+    # Who uses a channel at higher thresholds uses it at the lowest too.
+    (most,) = uses(replace(sums, n_matters=sums.n_matters[:1]), ps[0])
+    for channel, classes in shared_channels(most):
+        use = sums.n_matters[:, classes, channel] / sums.n_images[classes].double()  # (taus, c)
+        users = (use[:, None] >= torch.tensor(ps, dtype=torch.float64)[:, None]).flatten(0, 1)
+        n_pairs = _pairs_below(scan, sums, channel, classes, users, gammas)
+        counts[..., 0] += n_pairs > 0
+        counts[..., 1] += n_pairs
+    return counts
+
+
+def _pairs_below(
+    scan: Scan,
+    sums: ClassSums,
+    channel: int,
+    classes: Sequence[int],
+    users: Tensor,
+    gammas: Sequence[float],
+) -> Tensor:
+    """Count the pairs of users of a channel that have different reasons, (S, gammas).
+
+    Args:
+        scan: whose layer it is.
+        sums: of all classes.
+        channel: an output channel.
+        classes: c classes.
+        users: (S, c), which of them use the channel.
+        gammas: cosines.
+    """
+    cosines = class_cosines(scan, sums, channel, classes)
+    columns = []
+    for gamma in gammas:
+        if ((cosines - gamma).abs() < _ROUNDING).triu(1).any():
+            # A product of other matrices may round otherwise, so ask exactly as `find` does.
+            chosen = [torch.tensor(classes, dtype=torch.int64)[own].tolist() for own in users]
+            blocks = [class_cosines(scan, sums, channel, own) for own in chosen]
+            columns.append(torch.stack([(block < gamma).triu(1).sum() for block in blocks]))
+        else:
+            below, by = (cosines < gamma).triu(1).double(), users.double()
+            columns.append(((by @ below) * by).sum(1).long())
+    return torch.stack(columns, 1)

@@ -1,0 +1,1 @@
+"""Images from any source, with labels in the order of the outputs."""

@@ -1,0 +1,1 @@
+"""Measures of what a split does: separation, outputs, switching off, semantics, circuits."""

@@ -1,0 +1,311 @@
+"""Run an image encoder over a data set, and check what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from unbraid.base.arguments import loading
+from unbraid.base.errors import ModelError, UsageError, memory_full
+from unbraid.base.modes import callers_device, in_plain_modes
+from unbraid.base.progress import image_progress
+from unbraid.images.batches import load
+from unbraid.images.dataset import GoodItem, all_hold, picture_of, size_of, sort_out
+from unbraid.networks.copying import device_of
+from unbraid.networks.models import RANDOM, Transform, load_timm
+from unbraid.networks.outputs import run_network, stack_images
+from unbraid.networks.relevance import undisturbed
+
+# Image encoders: any callable, a network of timm's, or the analysed network's own last features.
+
+
+Encoder = Callable[[Tensor], Tensor]
+
+
+class Penultimate(nn.Module):
+    """A network's own features: what enters the layer whose output is the logits.
+
+    That layer is looked for among the fully connected layers and 1x1 convolutions: the last one
+    called whose output equals the logits. Its input is averaged over positions if it has any.
+
+    This is the network's own view of the images, perhaps with the analysed channel in it; another
+    network is the more independent judge.
+
+    Args:
+        model: gives logits (N, T) for a batch of images; it stays as it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Keep the network."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute embeddings, (N, D).
+
+        Raises:
+            ModelError: no layer gives the logits, or the network cannot run.
+        """
+        calls: list[tuple[Tensor, Tensor]] = []
+
+        def keep(
+            _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+        ) -> None:
+            # One number a channel, as logits are; so what is kept is small.
+            if output.dim() > 1 and output[0].numel() == output.shape[1]:
+                x = (args[0] if args else named["input"]).detach()
+                # What follows may overwrite either.
+                calls.append((x.flatten(2).mean(2) if x.dim() > 2 else x.clone(), output.clone()))
+
+        with ExitStack() as hooks:
+            for module in self.model.modules():
+                if _may_classify(module):
+                    handle = module.register_forward_hook(keep, with_kwargs=True)
+                    hooks.callback(handle.remove)
+            logits = run_network(self.model, images)
+        for features, output in reversed(calls):
+            if torch.equal(output.flatten(1).to(logits), logits):
+                return features
+        raise ModelError(
+            "No fully connected layer or 1x1 convolution of the network gives its logits, so it "
+            "has no penultimate layer to embed images with; pass another encoder, such as "
+            "timm:NAME."
+        )
+
+    def __str__(self) -> str:
+        """Name the encoder, for people."""
+        return "the network's own penultimate layer"
+
+
+def _may_classify(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return set(module.kernel_size) == {1}
+    return isinstance(module, nn.Linear)
+
+
+class TimmEncoder(nn.Module):
+    """A network of timm's without its classifier, and with its own preprocessing.
+
+    Where the data set offers `picture(index)`, pictures go through the preprocessing. Images of
+    another kind are taken as they are, only brought to the network's size and number of channels.
+
+    Args:
+        network: gives pooled features (N, D).
+        transform: from a picture to what the network takes.
+        size: (C, H, W) that the network takes.
+        name: as timm knows it.
+    """
+
+    def __init__(
+        self, network: nn.Module, transform: Transform, size: torch.Size, name: str
+    ) -> None:
+        """Keep network and preprocessing."""
+        super().__init__()
+        self.network, self.transform, self.size, self.name = network, transform, size, name
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute embeddings, (N, D)."""
+        if images.shape[1] != self.size[0]:  # grey, or of many bands
+            images = images.mean(1, keepdim=True).expand(-1, self.size[0], -1, -1)
+        if images.shape[2:] != self.size[1:]:
+            images = F.interpolate(images, self.size[1:], mode="bilinear", antialias=True)
+        embeddings: Tensor = self.network(images)
+        return embeddings
+
+    def __str__(self) -> str:
+        """Name the encoder, for people."""
+        return f"timm:{self.name}"
+
+
+def load_encoder(spec: str, *, pretrained: bool = True, device: str | None = None) -> TimmEncoder:
+    """Load an image encoder by its name.
+
+    Args:
+        spec: `timm:NAME`, the name perhaps with a tag of its weights behind a dot.
+        pretrained: False for random weights.
+        device: for the network; by default an accelerator if there is one.
+
+    Raises:
+        UsageError: no such encoder, or timm is not installed.
+        ModelError: the weights cannot be had.
+    """
+    kind, _, name = spec.partition(":")
+    if kind != "timm":
+        raise UsageError(
+            f"{spec!r} names no encoder; write timm:NAME, or pass a function from images to "
+            "embeddings."
+        )
+    hint = "connect to the internet once, or use the network's own penultimate layer"
+    network: Any
+    network, transform = load_timm(name, None if pretrained else RANDOM, hint)
+    network.reset_classifier(0)  # pooled features remain
+    size = transform(Image.new("RGB", (64, 64))).shape
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TimmEncoder(network.to(device).eval(), transform, size, name)
+
+
+def name_of_encoder(encoder: Encoder) -> str:
+    """Name an encoder for people."""
+    if isinstance(encoder, (Penultimate, TimmEncoder)):
+        return str(encoder)
+    return getattr(encoder, "__qualname__", type(encoder).__name__)
+
+
+# Run an image encoder over a data set, and check what it gives.
+
+
+Encode = Callable[[Sequence[GoodItem]], Tensor]  # from N images to embeddings, (N, D)
+
+
+@in_plain_modes
+def embed(
+    encoder: Encoder,
+    dataset: Dataset[Any],
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """Embed every image of a data set.
+
+    A module is used in eval mode, on the device that it is on, and left exactly as it was; so is
+    the module that a method such as `clip.encode_image` belongs to.
+
+    Args:
+        encoder: from images (N, C, H, W) to embeddings (N, D).
+        dataset: map-style, of (image tensor, label).
+        batch_size: images per call.
+        workers: processes that load images.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        (N, D), in the order of the data set, in the encoder's own unit and number format.
+
+    Raises:
+        ModelError: the encoder fails, or gives something else than finite embeddings.
+        DataError: an image cannot be read, or images differ in size.
+        UsageError: the data set is empty, or batch_size or workers is out of range.
+    """
+    batch_size, workers = loading(batch_size, workers)
+    n = size_of(dataset)
+    batches = in_batches(range(n), batch_size)
+    parts = []
+    with (
+        ready(encoder) as encode,
+        image_progress("Embedding images", n, show=progress) as advance,
+    ):
+        for items in load_batches(encoder, dataset, batches, workers):
+            parts.append(encode(items))
+            advance(len(items))
+    return torch.cat(parts)
+
+
+def in_batches(indices: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Part indices into batches.
+
+    >>> in_batches([3, 1, 4], 2)
+    [[3, 1], [4]]
+    """
+    return [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+
+
+@contextmanager
+def ready(encoder: Encoder) -> Iterator[Encode]:
+    """Prepare an encoder, put it back afterwards; hands out a function from items to embeddings.
+
+    That function checks what the encoder gives, and brings it to the CPU.
+    """
+    module = encoder if isinstance(encoder, nn.Module) else getattr(encoder, "__self__", None)
+    n_dimensions: int | None = None
+
+    def encode(items: Sequence[GoodItem]) -> Tensor:
+        nonlocal n_dimensions
+        index = torch.tensor([item[0] for item in items], dtype=torch.int64)
+        images = stack_images([item[1] for item in items], index)
+        embeddings = _call(encoder, images if device is None else images.to(device))
+        if embeddings.dim() != 2 or len(embeddings) != len(images) or not embeddings.shape[1]:
+            raise ModelError(
+                f"The encoder gives {tuple(embeddings.shape)} for {len(images)} images, not one "
+                "embedding each, (images, dimensions); wrap it so that it does."
+            )
+        n_dimensions = n_dimensions or embeddings.shape[1]
+        if embeddings.shape[1] != n_dimensions:
+            raise ModelError(
+                f"The encoder gives embeddings of {embeddings.shape[1]} dimensions from image "
+                f"{int(index[0])} on, but of {n_dimensions} before; it must give as many for all."
+            )
+        wrong = ~embeddings.isfinite().all(1).cpu()
+        if wrong.any():
+            raise ModelError(
+                f"The encoder gives NaN or infinite numbers for image {int(index[wrong][0])}; check"
+                " the image, its preprocessing and the encoder's weights."
+            )
+        return embeddings.detach().cpu()
+
+    with ExitStack() as stack, torch.no_grad():
+        device = None
+        if isinstance(module, nn.Module):
+            stack.enter_context(undisturbed(module))
+            if next(module.parameters(), None) is not None:
+                device = device_of(module)
+        yield encode
+
+
+def load_batches(
+    encoder: Encoder, dataset: Dataset[Any], batches: list[list[int]], workers: int
+) -> Iterator[list[GoodItem]]:
+    """Read a data set's images batch by batch, in the encoder's own preprocessing if it has one.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    if isinstance(encoder, TimmEncoder) and all_hold(dataset, "picture"):
+        dataset = _Pictures(dataset, encoder.transform)
+    for items in load(dataset, batches, workers=workers):
+        yield sort_out(items, skip_broken=False)[0]
+
+
+class _Pictures(Dataset[tuple[Tensor, int]]):
+    """A data set's pictures in another preprocessing; labels are of no concern here."""
+
+    def __init__(self, dataset: Dataset[Any], transform: Transform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return size_of(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        picture = picture_of(self.dataset, index)
+        assert picture is not None
+        return self.transform(picture.convert("RGB")), -1
+
+
+def _call(encoder: Encoder, images: Tensor) -> Tensor:
+    """Call an encoder, telling in a sentence what goes wrong inside it."""
+    try:
+        with callers_device():
+            embeddings = encoder(images)
+    except ModelError:
+        raise
+    except Exception as error:  # of an encoder of anyone's own
+        if memory_full(error):
+            raise ModelError("The device is out of memory; lower batch_size.") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"The encoder cannot run on images of shape {tuple(images.shape[1:])} ({reason}); "
+            "check size and channels of the images, and the encoder."
+        ) from error
+    if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
+        raise ModelError(
+            f"The encoder gives {type(embeddings).__name__}, not a tensor of floating point "
+            "numbers (images, dimensions); wrap it so that it does."
+        )
+    return embeddings

@@ -1,0 +1,424 @@
+"""Names for classes from a file: CSV, JSON, or a line for each output."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import math
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from unbraid.base.errors import DataError, UnbraidError
+from unbraid.base.tables import one_line
+
+# ImageNet-1k's classes: their WordNet ids and names, in the order of networks' outputs.
+
+
+N_IMAGENET = 1000
+
+
+@cache
+def imagenet_classes() -> dict[str, str]:
+    """Return the names of the classes by WordNet id.
+
+    >>> len(imagenet_classes()), next(iter(imagenet_classes().items()))
+    (1000, ('n01440764', 'tench'))
+    """
+    text = files("unbraid").joinpath("networks", "imagenet.csv").read_text(encoding="utf-8")
+    return {row["id"]: row["name"] for row in csv.DictReader(text.splitlines())}
+
+
+def are_imagenet_names(names: Sequence[str]) -> bool:
+    """Say whether outputs are named as ImageNet's classes, in their order, ids or words.
+
+    >>> are_imagenet_names(list(imagenet_classes().values())), are_imagenet_names(["cat"] * 1000)
+    (True, False)
+    """
+    known = imagenet_classes()
+    if len(names) != len(known):
+        return False
+    same = sum(
+        name[:9] == one or _first_word(name) == _first_word(word)
+        for name, (one, word) in zip(names, known.items(), strict=True)
+    )
+    return same > N_IMAGENET // 2  # lists of them differ in some words
+
+
+def _first_word(name: str) -> str:
+    return "".join(name.split(",")[0].replace("_", " ").replace("-", " ").split()).casefold()
+
+
+def output_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a network's outputs where it is one of timm's, which knows them.
+
+    Its `label_names`, or else those of ImageNet-1k for a network made for that.
+    """
+    config = getattr(model, "pretrained_cfg", None)
+    n = getattr(model, "num_classes", None)
+    if not isinstance(config, Mapping):
+        return ()
+    names = config.get("label_names")
+    if isinstance(names, Sequence) and len(names) == n:
+        return tuple(map(str, names))
+    if n == N_IMAGENET == config.get("num_classes"):
+        return tuple(imagenet_classes().values())
+    return ()
+
+
+# How names of classes are written: numbers, WordNet ids, and words in any form.
+
+
+_LONGEST = 255  # characters of a class's name, as of a folder's
+_NUMBER = re.compile(r"(\d+)(\.0*)?")  # the latter is what pandas writes of whole numbers
+_NUMBERED = re.compile(r"\d+[-_. ]+([^\W\d].*)")  # as 01_cat
+_WORDNET = re.compile(r"(n\d{8})(?:[-_ ]+(.*))?", re.IGNORECASE)
+_MISSING = {"none", "null", "na", "n/a", "<na>"}
+_PASSED_OVER = re.compile(r"[\s_\-'’/]")  # noqa: RUF001
+
+
+def number_in(name: str) -> int | None:
+    """Return the number of an output that a name is, None where it is none.
+
+    >>> number_in("010"), number_in("2.0"), number_in("2.5"), number_in("-1"), number_in("cat")
+    (10, 2, None, None, None)
+    """
+    found = _NUMBER.fullmatch(name.strip()) if len(name) <= _LONGEST else None
+    return int(found[1]) if found else None
+
+
+def output_number(value: object) -> int | None:
+    """Return the number of an output that a value of a table is, None where it is none.
+
+    >>> output_number(3), output_number(3.0), output_number(3.5), output_number(True)
+    (3, 3, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    whole = math.isfinite(value) and value >= 0 and value == int(value)
+    return int(value) if whole else None
+
+
+def normal_form(name: str) -> str:
+    """Return what is equal for names that differ by case, blanks, `_`, `-` or Unicode form only.
+
+    >>> normal_form("Great_White Shark"), normal_form("010"), normal_form("-1"), normal_form("_")
+    ('greatwhiteshark', '10', '-1', '_')
+    """
+    if (number := number_in(name)) is not None:
+        return str(number)
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).strip()
+    if is_numeric(name):
+        return folded
+    return _PASSED_OVER.sub("", folded) or folded
+
+
+def wordnet_id(name: str) -> str | None:
+    """Return the WordNet id that a class's name is or begins with.
+
+    >>> wordnet_id("n01440764"), wordnet_id("n01440764_tench"), wordnet_id("n014407640")
+    ('n01440764', 'n01440764', None)
+    """
+    found = _WORDNET.fullmatch(name)
+    return found[1].lower() if found else None
+
+
+def english_name(name: str) -> str:
+    """Return what to call a class: of a WordNet id, its name, if ImageNet-1k has it.
+
+    >>> english_name("n01440764"), english_name("n00000001-thing"), english_name("cat")
+    ('tench', 'thing', 'cat')
+    """
+    found = _WORDNET.fullmatch(name)
+    if found is None:
+        return name
+    return imagenet_classes().get(found[1].lower()) or found[2] or name
+
+
+def same_class(name: str) -> str:
+    """Return what is equal for all names of one class."""
+    return wordnet_id(name) or normal_form(name)
+
+
+def written_alike(name: str) -> str:
+    """Return what is equal for names that are one text or number, or begin with one WordNet id."""
+    number = number_in(name)
+    if number is not None:
+        return str(number)
+    return wordnet_id(name) or unicodedata.normalize("NFC", name)
+
+
+def is_numeric(name: str) -> bool:
+    """Say whether a name is any kind of number, of an output or not, or stands for a missing one.
+
+    >>> is_numeric("-1.5"), is_numeric("0x10"), is_numeric("nan"), is_numeric("None")
+    (True, True, True, True)
+    """
+    if name.strip().casefold() in _MISSING:
+        return True
+    for read in (float, lambda text: int(text, 0)):
+        try:
+            read(name.strip())
+        except ValueError:
+            continue
+        return True
+    return False
+
+
+def counted(name: str) -> list[tuple[int, str]]:
+    """Sort numbers in names by what they count: class2 before class10."""
+    return [
+        (int(part), "") if part.isdecimal() else (0, part)
+        for part in re.split(r"(\d{1,18})", name)
+        if part
+    ]
+
+
+def look_up(classes: Sequence[str], labels: Mapping[str, int]) -> dict[str, int | None]:
+    """Find the labels of classes by their names, in whatever form; None for strangers."""
+    forms: dict[str, set[int]] = {}
+    for name, label in labels.items():
+        forms.setdefault(same_class(name), set()).add(label)
+    found: dict[str, int | None] = {}
+    for name in classes:
+        alike = forms.get(same_class(name), set())
+        found[name] = labels[name] if name in labels else min(alike) if len(alike) == 1 else None
+    return found
+
+
+def meanings(name: str) -> list[str]:
+    """What else than its name a class may be called among outputs.
+
+    What stands behind a number or WordNet id, or what the id stands for.
+
+    >>> meanings("001.Black_footed_Albatross"), meanings("n01440764"), meanings("cat")
+    (['Black_footed_Albatross'], ['n01440764', 'tench'], [])
+    """
+    found = _WORDNET.fullmatch(name)
+    if found is None:
+        behind = _NUMBERED.fullmatch(name)
+        return [behind[1]] if behind else []
+    known = imagenet_classes().get(found[1].lower())
+    return [one for one in (found[1].lower(), known, found[2]) if one]
+
+
+# Names for classes from a file: CSV, JSON, or a line for each output.
+
+
+_LARGEST = 1 << 24  # bytes of a file
+_HIGHEST = 1_000_000  # of an output's number
+_NUMBER_BEFORE = re.compile(r"(?P<number>\d{1,6})[\s,;:|]\s*(?P<name>\S.*)", re.ASCII)
+_NUMBER_BEHIND = re.compile(r"(?P<name>.*\S)[\s,;:|]\s*(?P<number>\d{1,6})", re.ASCII)
+_KEYS = {"id", "wnid", "synset", "folder", "class", "number", "label", "index", "output", "key"}
+
+
+@dataclass(frozen=True)
+class Names:
+    """What to call outputs and classes."""
+
+    by_output: dict[int, str] = field(default_factory=dict)
+    by_class: dict[str, str] = field(default_factory=dict)
+    file: str = ""  # they were read from
+    in_lines: bool = False  # a line for each output, without saying which
+
+    def of_outputs(self, n_outputs: int) -> tuple[str, ...]:
+        """Return the names of all outputs; empty where not all are named.
+
+        Raises:
+            DataError: they are names of more outputs, or fewer lines.
+        """
+        n_named = max(self.by_output, default=-1) + 1
+        if n_named == n_outputs + 1 and 0 not in self.by_output:
+            raise DataError(f"{self.file} counts outputs from 1; count from 0.")
+        if n_named > n_outputs or (self.in_lines and n_named < n_outputs):
+            raise DataError(
+                f"{self.file} names outputs 0 to {n_named - 1}, but the network's go from 0 to "
+                f"{n_outputs - 1}; give names for this network."
+            )
+        if len(self.by_output) < n_outputs:
+            return ()
+        return tuple(self.by_output[k] for k in range(n_outputs))
+
+    def of_classes(self, labels: Mapping[str, int], guessed: bool) -> dict[str, str]:
+        """Return the names of a data set's classes, as far as there are any.
+
+        Args:
+            labels: of the classes.
+            guessed: whether that is a guess; then a class is not called as its output.
+
+        Raises:
+            DataError: there are names, but none is of one of these classes.
+        """
+        places = look_up(list(labels), {key: k for k, key in enumerate(self.by_class)})
+        own = list(self.by_class.values())
+        found = {c: own[k] for c, k in places.items() if k is not None}
+        if not guessed:
+            of_output = {c: self.by_output[k] for c, k in labels.items() if k in self.by_output}
+            found = of_output | found
+        if not found and self.by_class:
+            raise DataError(
+                f"{self.file} has no name for any class, such as {next(iter(labels))!r}; give "
+                "names for these."
+            )
+        return found
+
+
+def read_names(path: Path) -> Names:
+    """Read names of classes or outputs.
+
+    Args:
+        path: a CSV or TSV file of two columns, what is named (a folder, class, WordNet id or
+            output's number) and the name; JSON, a list or a dictionary of the same; or a text
+            with a line for each output.
+
+    Raises:
+        DataError: it is none of these, or names one thing twice.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST} bytes")
+        text = content.decode("utf-8-sig")
+        read = _READ.get(path.suffix.lower(), _from_lines)
+        names = _sorted_out(read(text))
+        in_lines = not names.by_class and (read is _from_lines or text.lstrip().startswith("["))
+        return replace(names, file=str(path), in_lines=in_lines)
+    except UnbraidError:
+        raise
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise DataError(
+            f"Names {path} cannot be read ({one_line(str(error))}); give a CSV file with columns "
+            "for what is named and its name, JSON, or a text with a line for each output."
+        ) from None
+
+
+def _from_json(text: str) -> list[tuple[str, str]]:
+    return _from_objects(json.loads(text))
+
+
+def _from_objects(told: Any) -> list[tuple[str, str]]:
+    if isinstance(told, dict) and isinstance(told.get("id2label"), dict):
+        told = told["id2label"]  # of a model's configuration
+    if isinstance(told, list):
+        return [(str(k), _name(value)) for k, value in enumerate(told)]
+    if not isinstance(told, dict):
+        raise ValueError("it is neither a list nor a dictionary")
+    if told and all(isinstance(v, int) and not isinstance(v, bool) for v in told.values()):
+        return [
+            (str(number), str(name)) for name, number in told.items()
+        ]  # names and their outputs
+    pairs = [(str(key), _name(value)) for key, value in told.items()]
+    # {"0": ["n01440764", "tench"]} names an output, and the class of this id.
+    ids = [(v[0], v[1]) for v in told.values() if _is_pair(v) and wordnet_id(v[0])]
+    return pairs + ids
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
+
+
+def _name(value: Any) -> str:
+    if _is_pair(value):
+        return str(value[1])
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]!r} is no name")
+    return value
+
+
+def _from_table(text: str) -> list[tuple[str, str]]:
+    lines = text.splitlines()
+    header = next((line for line in lines if line.strip()), "")
+    delimiter = "\t" if "\t" in header else max(",;|", key=header.count)
+    rows = [row for row in csv.reader(lines, delimiter=delimiter, strict=True) if any(row)]
+    titles = [title.strip().lower() for title in rows[0]] if rows else []
+    key, name = 0, 1
+    if "name" in titles or _KEYS & set(titles):
+        key = next((k for k, title in enumerate(titles) if title in _KEYS), 0)
+        name = titles.index("name") if "name" in titles else 1 - min(key, 1)
+        if key == name:  # a class's name may be what is named
+            key = next((k for k in range(len(titles)) if k != name), 0)
+        rows = rows[1:]
+    elif number_in("".join(titles[:1])) is None and _numbered(rows[1:]):
+        rows = rows[1:]  # a header in other words
+    short = next((row for row in rows if len(row) <= max(key, name)), None)
+    if short is not None or not titles[1:]:
+        raise ValueError(f"the row {','.join(short or titles)!r} has not two columns")
+    return [(row[key].strip(), row[name].strip()) for row in rows]
+
+
+def _numbered(rows: list[list[str]]) -> bool:
+    return bool(rows) and all(number_in(row[0]) is not None for row in rows)
+
+
+def _from_lines(text: str) -> list[tuple[str, str]]:
+    if text.lstrip().startswith(("{", "[")):
+        return _from_objects(_python(text))
+    lines = [line.strip() for line in text.strip().splitlines()]
+    words = [line.split(maxsplit=1) for line in lines]
+    if all(len(word) == 2 and wordnet_id(word[0].rstrip(",:")) for word in words):
+        ids = [word[0].rstrip(",:") for word in words]
+        names = _unnumbered([word[1] for word in words])  # n01440764 449 tench
+        return list(zip(ids, names, strict=True))  # n01440764 tench, Tinca tinca
+    return [(str(k), line) for k, line in enumerate(_unnumbered(lines))]
+
+
+def _python(text: str) -> Any:
+    """Read what Python or JSON writes of a list or dictionary."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in texts
+            return ast.literal_eval(text.strip())
+    except (SyntaxError, TypeError, MemoryError):
+        raise ValueError("it begins as a list or dictionary does, but is none") from None
+
+
+def _unnumbered(lines: list[str]) -> list[str]:
+    """Take off the numbers of lines, before or behind them, where all are numbered in order."""
+    for form in (_NUMBER_BEFORE, _NUMBER_BEHIND):
+        found = [form.fullmatch(line) for line in lines]
+        numbers = [int(one["number"]) for one in found if one]
+        first = numbers[0] if numbers else -1
+        if len(lines) > 1 and first in (0, 1) and numbers == [*range(first, first + len(lines))]:
+            return [one["name"] for one in found if one]
+    return lines
+
+
+def _sorted_out(pairs: Iterable[tuple[str, str]]) -> Names:
+    names = Names()
+    forms: dict[str, str] = {}
+    pairs = list(pairs)
+    if all(number_in(key) is None and number_in(name) is not None for key, name in pairs):
+        pairs = [(name, key) for key, name in pairs]  # names and their outputs
+    for key, name in pairs:
+        (key + name).encode()  # which fails for what is no text, as JSON can hold
+        if not key or not name.strip():
+            raise ValueError(f"{key!r} is named {name!r}")
+        if forms.setdefault(same_class(key), name) != name:
+            raise ValueError(f"{key!r} has two names")
+        number = number_in(key)
+        if number is None:
+            names.by_class[key] = name.strip()
+        elif number < _HIGHEST:
+            names.by_output[number] = name.strip()
+        else:
+            raise ValueError(f"there is no output {number}")
+    if not forms:
+        raise ValueError("it is empty")
+    return names
+
+
+_READ = {".json": _from_json, ".csv": _from_table, ".tsv": _from_table}

@@ -1,0 +1,325 @@
+"""From a model's name to the network, its preprocessing and the names of its outputs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import urllib.error
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from unbraid.base.errors import ModelError, UsageError, brief, nearest
+from unbraid.networks.class_names import Names, output_names
+from unbraid.networks.outputs import count_outputs
+from unbraid.networks.weights import load_weights
+
+# Processes that scan together, as `torchrun` starts them, on one machine or many.
+
+
+def local_rank() -> int:
+    """This process's number on its machine, 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+# From a model's name to the network, its preprocessing and the names of its outputs.
+
+
+Transform = Callable[[Image.Image], Tensor]
+
+RANDOM = "random"
+_ASSUMED = (
+    "{spec} returns no preprocessing, so ImageNet's usual one is assumed (shorter side 256, the "
+    "central 224 pixels, its mean and deviation); return (network, preprocessing) for another."
+)
+_HINT = "give --weights FILE, or --weights random to try without"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network with what is needed to feed it pictures."""
+
+    model: nn.Module
+    transform: Transform
+    class_names: tuple[str, ...]  # of the outputs; empty where unknown
+    source: dict[str, Any]  # what `load_model` needs to load it again
+    names: Names = field(default_factory=Names)  # given for outputs or classes, to be read
+    note: str = ""  # what was assumed, for people
+
+    def n_outputs(self, image: Tensor | None = None) -> int:
+        """Run the network on an image and count the logits.
+
+        Args:
+            image: (C, H, W), as its preprocessing makes them; by default that of a blank picture.
+
+        Raises:
+            ModelError: it cannot run on what its preprocessing makes.
+        """
+        try:
+            if image is None:
+                image = self.transform(Image.new("RGB", (256, 256)))
+            return count_outputs(self.model, image)
+        except ModelError as error:
+            if error.__cause__ is None:  # which says what is wrong with its output
+                raise
+            raise _unfit(error.__cause__) from error
+        except Exception as error:  # of preprocessing of anyone's own
+            raise _unfit(error) from error
+
+
+def _unfit(error: BaseException) -> ModelError:
+    return ModelError(
+        f"The network cannot run on what its preprocessing makes of a picture ({brief(error)}); "
+        "let FILE.py:FUNCTION return (network, preprocessing) that fit each other."
+    )
+
+
+def load_model(spec: str, weights: str | None = None, device: str | None = None) -> LoadedModel:
+    """Load a network, in eval mode.
+
+    Args:
+        spec: `torchvision:NAME`, `timm:NAME`, or `FILE.py:FUNCTION`, a function without arguments
+            that returns the network, or (network, preprocessing), or also the output names as
+            third. Preprocessing takes an RGB PIL picture; by default it is ImageNet's.
+        weights: a file (safetensors, or a torch one; no code in it is run), a torchvision name
+            such as IMAGENET1K_V1, or "random". By default the best that torchvision or timm
+            offers; a function's network is left as the function made it.
+        device: for the network; by default an accelerator if there is one, and with torchrun
+            one of its own for each process.
+
+    Raises:
+        UsageError: no such model or weights; the nearest names are told.
+        ModelError: the weights cannot be had, do not fit, or hold code.
+    """
+    kind, _, name = spec.partition(":")
+    note = ""
+    file = Path(weights) if weights is not None and _is_file(weights) else None
+    named = None if file else weights
+    if kind == "torchvision":
+        model, transform, names = _torchvision(name, RANDOM if file else named)
+    elif kind == "timm":
+        model, transform = load_timm(name, RANDOM if file else named)
+        names = list(output_names(model))
+    elif ".py:" in spec:
+        if named not in (None, RANDOM):
+            raise UsageError(f"There is no weights file {named}; --weights names a file here.")
+        model, own_transform, names = _own(*spec.rsplit(":", 1))
+        transform = own_transform or imagenet_transform()
+        note = "" if own_transform else _ASSUMED.format(spec=spec)
+    else:
+        raise UsageError(
+            f"{spec!r} names no model; write torchvision:NAME, timm:NAME or FILE.py:FUNCTION."
+        )
+    if file is not None:
+        load_weights(model, file)
+    if device is None:
+        device = f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
+    try:
+        model = _moved(model, device).eval()
+    except RuntimeError as error:
+        raise UsageError(f"Device {device!r} cannot be used ({_first_line(error)}).") from None
+    source = {"model": spec, "weights": weights}
+    return LoadedModel(model, transform, tuple(names), source, note=note)
+
+
+def _moved(model: nn.Module, device: str) -> nn.Module:
+    """Move a network; what is on the meta device stays, and whether it is used shows in a run."""
+    if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        return model
+    return model.to(device)
+
+
+def import_torchvision() -> ModuleType:
+    """Import torchvision, explaining the one way in which it commonly breaks.
+
+    Raises:
+        ModelError: torchvision was built for another torch.
+    """
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        raise ModelError(
+            "torchvision was built for another torch (often a CPU-only torch beside the default "
+            "torchvision); install both together: pip install --force-reinstall torch torchvision."
+        ) from None
+    return torchvision  # type: ignore[no-any-return]
+
+
+def imagenet_transform() -> Transform:
+    """Resize to 256, cut the central 224, normalise: what ImageNet networks commonly expect."""
+    import_torchvision()
+    from torchvision.transforms import v2
+
+    return v2.Compose(  # type: ignore[no-any-return]
+        [
+            v2.PILToTensor(),
+            v2.Resize(256, antialias=True),
+            v2.CenterCrop(224),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+
+
+def _is_file(weights: str) -> bool:
+    known = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}
+    return Path(weights).suffix in known or Path(weights).is_file()
+
+
+def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, Transform, list[str]]:
+    models = import_torchvision().models
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UsageError(f"torchvision has no classifier {name!r}.{nearest(name, known)}")
+    if weights == RANDOM:
+        with _in_single():
+            return models.get_model(name, weights=None), imagenet_transform(), []
+    choices = models.get_model_weights(name)
+    if weights is not None and weights not in choices.__members__:
+        raise UsageError(
+            f"{name} has no weights {weights!r}; there are {', '.join(choices.__members__)}, "
+            "'random', or the path of a file."
+        )
+    chosen = choices[weights or "DEFAULT"]
+    with _in_single():
+        model = _download(lambda: models.get_model(name, weights=chosen), chosen.url)
+    return model, chosen.transforms(), chosen.meta["categories"]
+
+
+def load_timm(
+    name: str, weights: str | None = None, hint: str = _HINT
+) -> tuple[nn.Module, Transform]:
+    """Load one of timm's networks, and its own preprocessing.
+
+    Args:
+        name: of the network, perhaps with a tag of its weights behind a dot.
+        weights: "random" for random ones.
+        hint: what to do if the weights cannot be had.
+
+    Raises:
+        UsageError: timm is not installed or has no such network.
+        ModelError: the weights cannot be had.
+    """
+    import_torchvision()  # timm imports it too, so breaks with it
+    try:
+        import timm
+    except ImportError:
+        raise UsageError("timm is not installed; pip install timm.") from None
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        raise UsageError(f"timm has no model {name!r}.{nearest(name, timm.list_models())}")
+    if weights not in (None, RANDOM):
+        raise UsageError(f"There is no weights file {weights}; timm's own tag goes into the name.")
+    with _in_single():
+        model = _download(
+            lambda: timm.create_model(name, pretrained=weights is None), f"timm:{name}", hint
+        )
+        config = timm.data.resolve_model_data_config(model)
+        transform = timm.data.create_transform(**config, is_training=False)
+    from torchvision.transforms import ToTensor
+
+    steps = transform.transforms
+    steps[:] = [_ToSingle(step) if isinstance(step, ToTensor) else step for step in steps]
+    return model, transform
+
+
+@contextmanager
+def _in_single() -> Iterator[None]:
+    """Have libraries make numbers of single precision, whatever torch's default type is.
+
+    Only what a library makes by itself goes in here; code of anyone's own keeps its default.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _ToSingle:
+    """torchvision's ToTensor, which otherwise makes numbers of torch's default type."""
+
+    def __init__(self, step: Callable[[Any], Tensor]) -> None:
+        self._step = step
+
+    def __call__(self, picture: Any) -> Tensor:
+        if not isinstance(picture, Image.Image) or picture.mode not in ("RGB", "L"):
+            return self._step(picture)
+        from torchvision.transforms.functional import pil_to_tensor
+
+        values: Tensor = pil_to_tensor(picture)
+        return values.contiguous().to(torch.float32).div(255)
+
+    def __repr__(self) -> str:
+        return repr(self._step)
+
+
+def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[str]]:
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise UsageError(f"There is no file {path}; --model FILE.py:FUNCTION names one.")
+    found = importlib.util.spec_from_file_location(file.stem, file)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    # As if it were a script: it may import its neighbours, and its classes can be looked up.
+    sys.path.insert(0, str(file.parent))
+    sys.modules[file.stem] = module
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"{path} cannot be run ({type(error).__name__}: {error}).") from error
+    build = getattr(module, function, None)
+    if not callable(build):
+        hint = nearest(function, vars(module))
+        raise UsageError(f"{path} has no function {function!r}.{hint}")
+    try:
+        made = build()
+    except Exception as error:
+        raise UsageError(
+            f"{path}:{function} fails ({type(error).__name__}: {error}); it is called without "
+            "arguments."
+        ) from error
+    parts = made if isinstance(made, tuple) else (made,)
+    if not isinstance(parts[0], nn.Module) or len(parts) > 3:
+        raise UsageError(
+            f"{path}:{function} must return a network, (network, preprocessing) or (network, "
+            f"preprocessing, output names), not {type(made).__name__}."
+        )
+    transform = parts[1] if len(parts) > 1 else None
+    return parts[0], transform, _own_names(parts[2], path) if len(parts) > 2 else []
+
+
+def _own_names(names: Any, path: str) -> list[str]:
+    if isinstance(names, Mapping) and set(names) == set(range(len(names))):
+        names = [names[place] for place in range(len(names))]
+    if isinstance(names, (str, Mapping, Set)) or not isinstance(names, Iterable):
+        raise UsageError(
+            f"{path} gives a {type(names).__name__} for output names; give a list of texts."
+        )
+    return [str(name) for name in names]
+
+
+def _download(build: Callable[[], nn.Module], what: str, hint: str = _HINT) -> nn.Module:
+    try:
+        return build()
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        reason = _first_line(error).rstrip(".")
+        raise ModelError(f"The weights {what} cannot be had ({reason}); {hint}.") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,312 @@
+"""A network run on a stack of images: what goes in, what must come out."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.base.errors import (
+    DataError,
+    ModelError,
+    OutOfMemory,
+    UnbraidError,
+    memory_full,
+)
+from unbraid.base.modes import callers_device, in_plain_modes
+from unbraid.networks.copying import device_of, number_format, unwrap
+from unbraid.networks.relevance import undisturbed
+
+# Networks as they come: inside wrappers, and with logits somewhere in what they put out.
+
+
+Pick = str | int | Callable[[Any], Tensor]
+
+
+@in_plain_modes
+def with_logits(model: nn.Module, pick: Pick) -> nn.Module:
+    """Return a network that puts out a part of what the given one does: the logits.
+
+    It shares layers, names of layers and weights with the given one, which is not changed.
+
+    Args:
+        model: a network whose output holds logits, (N, T), among other things.
+        pick: key or attribute name, index (from the end if negative), several of these with dots
+            between, or a function from the output to the logits.
+
+    >>> class Two(nn.Linear):
+    ...     def forward(self, x):
+    ...         return {"features": x, "scores": super().forward(x)}
+    >>> with_logits(Two(3, 5), "scores")(torch.zeros(2, 3)).shape
+    torch.Size([2, 5])
+    """
+    picked = copy.copy(unwrap(model))
+    # Of its own, where a shallow copy would share: hooks must not come to be the other's.
+    for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        setattr(picked, name, copy.copy(getattr(picked, name)))
+    picked.register_forward_hook(_Picking(pick))
+    return picked
+
+
+def picked_by(model: nn.Module) -> str:
+    """Say which part of the output `with_logits` picks, empty where it was not used."""
+    return " ".join(str(h) for h in model._forward_hooks.values() if isinstance(h, _Picking))
+
+
+class _Picking:
+    """A hook that lets a part of a network's output through."""
+
+    def __init__(self, pick: Pick) -> None:
+        self.pick = pick
+
+    def __str__(self) -> str:
+        return str(getattr(self.pick, "__qualname__", self.pick))
+
+    def __call__(self, _model: nn.Module, _args: Any, output: Any) -> Tensor:
+        lacking: tuple[type[Exception], ...] = (KeyError, IndexError)
+        if not callable(self.pick):  # whose other errors are its own
+            lacking += (TypeError, AttributeError)
+        try:
+            part: Tensor = self.pick(output) if callable(self.pick) else _part_of(output, self.pick)
+        except lacking:
+            raise ModelError(
+                f"The network's output has no {self.pick!r} to take logits from; it is "
+                f"{_describe(output)}; {_advice(output)}."
+            ) from None
+        if not callable(self.pick) and not _is_logits(_called_logits(part)):
+            raise ModelError(
+                f"Part {self.pick!r} of the network's output is {_describe(part)}, not logits of "
+                f"shape (images, classes); {_advice(output)}."
+            )
+        return part
+
+
+def _part_of(output: Any, pick: str | int) -> Any:
+    """Take a part by its key, index or attribute, or by several with dots between.
+
+    Raises:
+        KeyError, IndexError, TypeError, AttributeError: there is none.
+    """
+    if isinstance(output, Tensor):  # what it can do, or one image's row, is not a part of it
+        raise KeyError(pick)
+    keys = _keys(output)
+    number = int(pick) if re.fullmatch(r"[+-]?\d+", str(pick), re.ASCII) else None
+    for key in (pick, str(pick), number):
+        if key is not None and key in keys:
+            return output[key]
+    if number is not None:
+        return output[number]
+    first, dot, rest = str(pick).partition(".")
+    if dot:
+        return _part_of(_part_of(output, first), rest)
+    part = getattr(output, first)
+    if callable(part):  # a method, such as a dictionary's
+        raise AttributeError(first)
+    return part
+
+
+def as_logits(output: Any, n_images: int | None = None) -> Tensor:
+    """Bring a network's output to logits (N, T).
+
+    What is called "logits" in it is taken, and the one tensor of a list. A single logit z, (N,) or
+    (N, 1), tells two classes apart; it becomes the two logits -z and z. Of one image alone a
+    network may leave N out: (T,), or () for a single logit.
+
+    Args:
+        output: what the network puts out.
+        n_images: N, where it is known.
+
+    Raises:
+        ModelError: there are no logits, or it is not plain which they are.
+    """
+    logits = _called_logits(output)
+    if isinstance(logits, Tensor) and n_images == 1 and logits.dim() < 2:
+        logits = logits.reshape(1, -1)
+    if not _is_logits(logits):
+        raise ModelError(
+            f"The network's output is {_describe(output)}, not logits of shape (images, classes); "
+            f"{_advice(output)}."
+        )
+    if logits.dim() == 1 or logits.shape[1] == 1:
+        logits = logits.reshape(-1, 1)
+        return torch.cat([-logits, logits], 1)
+    return logits
+
+
+def _called_logits(output: Any) -> Any:
+    """What is called "logits" in an output, or the one tensor of a list, else all of it."""
+    if "logits" in _keys(output):
+        return output["logits"]
+    if not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    if isinstance(output, (list, tuple)) and len(output) == 1:
+        return output[0]
+    return output
+
+
+def _is_logits(output: Any) -> TypeGuard[Tensor]:
+    return isinstance(output, Tensor) and output.dim() in (1, 2)
+
+
+def _advice(output: Any) -> str:
+    """Say how to take logits out of an output: only what can be done."""
+    places = [(place, part) for place, part in _parts(output) if _is_logits(part)]
+    if _is_logits(output):
+        return "it is logits itself, so leave --output out"
+    if not places:
+        return (
+            "no part of it is, so compute them in FILE.py:FUNCTION or by a function that "
+            "unbraid.with_logits takes"
+        )
+    choices = " or ".join(f"--output {place} {tuple(part.shape)}" for place, part in places[:5])
+    return f"say where they are: {choices}, or in Python by unbraid.with_logits"
+
+
+def _parts(output: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """All that `_part_of` can take out of an output, by name."""
+    if isinstance(output, Tensor) or depth == 0:
+        return
+    if isinstance(output, Mapping):
+        pairs = [(str(key), value) for key, value in output.items()]
+    elif isinstance(output, (tuple, list)):
+        pairs = [(str(place), value) for place, value in enumerate(output)]
+    else:
+        pairs = list(getattr(output, "__dict__", {}).items())
+    for name, value in pairs:
+        yield name, value
+        for inner, part in _parts(value, depth - 1):
+            yield f"{name}.{inner}", part
+
+
+def _keys(output: Any) -> tuple[Any, ...]:
+    return tuple(output) if isinstance(output, Mapping) else ()
+
+
+def _describe(output: Any) -> str:
+    """Tell what a network puts out, in a few words."""
+    if isinstance(output, Tensor):
+        return f"a tensor {tuple(output.shape)}"
+    kind = type(output).__name__
+    if isinstance(output, Mapping):
+        parts = [f"{key!r}: {_describe(value)}" for key, value in output.items()]
+    elif isinstance(output, (tuple, list)):
+        parts = [_describe(value) for value in output]
+    else:
+        parts = []
+    return f"a {kind} ({', '.join(parts[:5])})" if parts else f"a {kind}"
+
+
+# A network run on a stack of images: what goes in, what must come out.
+
+
+def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Make a batch of images; `index` says where they are in the data set.
+
+    Raises:
+        DataError: they differ in size.
+    """
+    for image, place in zip(images, index.tolist(), strict=True):
+        if image.shape != images[0].shape:
+            raise DataError(
+                f"Image {place} is {tuple(image.shape)} where image {int(index[0])} is "
+                f"{tuple(images[0].shape)}; bring all to one size in the data set's transform."
+            )
+    return torch.stack(list(images))
+
+
+def run_network(model: nn.Module, images: Tensor) -> Tensor:
+    """Compute logits, (N, T).
+
+    The network gets a copy of the images, since it may write into it, in the number format of its
+    weights.
+
+    Raises:
+        ModelError: the network cannot run on such images, or gives something else.
+    """
+    try:
+        with callers_device():
+            output = model(images.to(number_format(model, images), copy=True))
+    except UnbraidError:
+        raise
+    except Exception as error:  # of a network of anyone's own
+        if memory_full(error):
+            raise OutOfMemory("The device is out of memory; lower batch_size.") from None
+        if "meta" in str(error) and (lacking := _without_numbers(model)):
+            raise ModelError(
+                f"The network's {lacking!r} is on the meta device, so holds no numbers; load the "
+                "weights first."
+            ) from None
+        if "more than 1 value per channel" in str(error):
+            raise ModelError(
+                "The network normalises by the statistics of its batch, also in eval mode, and one "
+                "image has none; let its norms use running statistics."
+            ) from error
+        if "functorch transform" in str(error):
+            raise ModelError(
+                "The network runs the layer inside of torch.vmap or another of torch.func's "
+                "transforms, where it cannot be looked into; let it run the layer on all images at "
+                "once, or choose a layer outside."
+            ) from error
+        advice = "check size and channels of the images"
+        if not images.is_floating_point():
+            kind = str(images.dtype).removeprefix("torch.")
+            advice += f", and that the network takes {kind} where a transform usually makes floats"
+        raise ModelError(
+            f"The network cannot run on images of shape {tuple(images.shape[1:])} "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); {advice}."
+        ) from error
+    logits = as_logits(output, len(images))
+    if logits.is_meta:
+        raise ModelError("The network's weights are on the meta device; load weights first.")
+    if len(logits) != len(images):
+        raise ModelError(
+            f"The network gives {len(logits)} rows of logits for {len(images)} images; wrap it so "
+            "that it gives one for each."
+        )
+    return logits
+
+
+def count_outputs(model: nn.Module, image: Tensor) -> int:
+    """Run a network on one image, (C, H, W), and count its logits, T.
+
+    Raises:
+        ModelError: it cannot run on it.
+    """
+    with undisturbed(model), torch.no_grad():
+        return run_network(model, image[None].to(device_of(model))).shape[1]
+
+
+def _without_numbers(model: nn.Module) -> str | None:
+    return next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+
+
+def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:
+    """Raise if a label names no output of the network; `index` says whose it is.
+
+    Raises:
+        DataError: one does.
+    """
+    wrong = (label < 0) | (label >= logits.shape[1])
+    if wrong.any():
+        raise DataError(
+            f"Image {int(index[wrong][0])} has label {int(label[wrong][0])}, but the network has "
+            f"{logits.shape[1]} outputs; labels must name outputs."
+        )
+
+
+def refuse_broken_values(values: Tensor, index: Tensor) -> None:
+    """Raise if what was computed of an image is not finite, N first in `values`.
+
+    Raises:
+        ModelError: names the image.
+    """
+    wrong = ~values.flatten(1).isfinite().all(1).cpu()
+    if wrong.any():
+        raise ModelError(
+            f"Image {int(index[wrong][0])} drives the network to NaN or infinite values or "
+            "gradients; check the image, its preprocessing and the weights."
+        )

@@ -1,0 +1,255 @@
+"""A first look at what a network computes: what would spoil everything that is made of it.
+
+A network must give the same logits whenever it sees an image: not others each time, not others
+after other images, and not others beside other images. This is seen on a few images before work
+of hours begins. Shapes: N images, T outputs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from unbraid.base.errors import LayerError, ModelError, OutOfMemory, brief
+from unbraid.base.modes import restored, same_random
+from unbraid.networks.copying import is_quantised
+from unbraid.networks.outputs import run_network
+from unbraid.networks.spec import LayerSpec
+
+_MOST = 4  # images to look at
+_REPEATS = 8  # of a network that draws random numbers, which it may use now and then
+# Of a largest logit; one image alone is computed by other kernels, perhaps in half precision.
+_ALONE = 0.05
+
+
+def look_first(
+    model: nn.Module,
+    images: Tensor,
+    layers: Sequence[tuple[LayerSpec, nn.Module]] = (),
+    n_fewest: int = 1,
+) -> None:
+    """Raise if a network cannot be scanned, though it runs.
+
+    Args:
+        model: undisturbed.
+        images: (N, C, H, W), a batch, on the network's device.
+        layers: of it, that are scanned.
+        n_fewest: of the batches to come, how many images the smallest holds.
+
+    Raises:
+        ModelError: logits of an image are random, or depend on images before it or beside it, or
+            the network cannot run on as few images.
+        LayerError: a layer meets a single image without its batch dimension.
+    """
+    with same_random():
+        few = _few(model, images.detach())
+        logits = refuse_unsteady(model, few)
+        # Both ways, as what is taken of a batch, such as its largest value, may be of either half.
+        for half in range(min(2, len(few))):
+            beside = few.clone()
+            beside[1 - half :: 2] = few[half]
+            if _differ(logits[half::2], _run(model, beside)[half::2], _rounding(model, logits)):
+                raise _depends_on_others()
+        if n_fewest < len(images):
+            _look_at_fewer(model, few, logits, layers, n_fewest)
+
+
+def _run(model: nn.Module, images: Tensor) -> Tensor:
+    """Compute logits, and leave no trace of it."""
+    with restored(model, wholly=True):
+        return run_network(model, images).detach()
+
+
+def _few(model: nn.Module, images: Tensor) -> Tensor:
+    """Some images, or all if the network cannot run on fewer."""
+    if len(images) > _MOST:
+        try:
+            _run(model, images[:_MOST])
+        except OutOfMemory:
+            raise
+        except ModelError:
+            return images
+    return images[:_MOST]
+
+
+def _look_at_fewer(
+    model: nn.Module,
+    images: Tensor,
+    logits: Tensor,
+    layers: Sequence[tuple[LayerSpec, nn.Module]],
+    n_fewest: int,
+) -> None:
+    """Raise if the network does not run on as few images, or gives a single one other logits."""
+    try:
+        with ExitStack() as stack:
+            for spec, module in layers if n_fewest == 1 else ():
+                hook = partial(_refuse_lone, spec)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            alone = _run(model, images[:1])
+    except OutOfMemory:
+        raise
+    except ModelError as error:
+        if n_fewest > 1:
+            if n_fewest < len(images):
+                _run_on(model, images[:n_fewest])
+            return
+        raise _too_few(1, error) from None
+    allowed = max(_ALONE, _rounding(model, logits))
+    if _differ(logits[:1], alone, allowed, logits):
+        # Unless it makes much of little, as networks without training may.
+        almost = _run(model, images * (1 + 4 * torch.finfo(images.dtype).eps))
+        if not _differ(logits[:1], almost[:1], allowed / 100, logits):
+            raise _depends_on_others()
+
+
+def _run_on(model: nn.Module, images: Tensor) -> None:
+    try:
+        _run(model, images)
+    except OutOfMemory:
+        raise
+    except ModelError as error:
+        raise _too_few(len(images), error) from None
+
+
+def _too_few(n: int, error: ModelError) -> ModelError:
+    what = "one image" if n == 1 else f"{n} images"
+    reason = brief(error.__cause__ or error)
+    return ModelError(
+        f"The network runs on more images at once but not on {what} ({reason}), and the "
+        f"last batch holds {n}; choose a batch_size that leaves no such rest, or wrap the network "
+        "so that it runs on any number."
+    )
+
+
+def _refuse_lone(
+    spec: LayerSpec, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    x = args[0] if args else next(iter(named.values()))
+    if not spec.channels_last and x.dim() == len(spec.kernel) + 1:
+        raise LayerError(
+            f"Layer {spec.name!r} meets a single image as {tuple(x.shape)}, without its batch "
+            "dimension; let the network keep it, by flatten(1) in place of squeeze() for example."
+        )
+
+
+def refuse_unsteady(model: nn.Module, images: Tensor, tolerance: float | None = None) -> Tensor:
+    """Raise if a network gives other logits when it sees the same images again.
+
+    Args:
+        model: undisturbed.
+        images: (N, C, H, W), on its device.
+        tolerance: the largest difference that passes; by default rounding.
+
+    Returns:
+        The logits, (N, T).
+
+    Raises:
+        ModelError: they are random, or depend on what the network ran on before.
+    """
+    with same_random():
+        at = _random_state()
+        with restored(model, wholly=True):
+            before = _kept(model)
+            first = run_network(model, images).detach()
+            draws = _random_state() != at
+            changed = _changed(before, _kept(model))
+        same = partial(_same, first, tolerance)
+        with restored(model, wholly=True):
+            others = (images.flip(-1) / 2).to(images.dtype)
+            run_network(model, others)  # of which it may keep something
+            steady = same(run_network(model, images).detach())
+        # One that draws random numbers may use them now and then.
+        for _ in range(_REPEATS if draws else int(not steady)):
+            if not same(_run(model, images)):
+                raise ModelError(
+                    "The network gives other outputs each time it runs on the same images, also in "
+                    "eval mode; switch off what is random in it, such as a functional dropout "
+                    "without training=self.training."
+                )
+        if not steady:
+            what = f" ({changed[0]!r} changes)" if changed else ""
+            raise ModelError(
+                f"The network's outputs depend on the images that it ran on before{what}; let it "
+                "keep nothing of them in eval mode."
+            )
+    return first
+
+
+def _same(one: Tensor, tolerance: float | None, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    if tolerance is None:
+        return not _differ(one, other, 16 * torch.finfo(one.dtype).eps)
+    return bool(((one - other).abs().nan_to_num() <= tolerance).all())
+
+
+def _kept(model: nn.Module) -> dict[str, Tensor]:
+    """What a network keeps besides weights, as it is now."""
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        own = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)
+        tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        for name, value in (*tensors.items(), *module.named_buffers(recurse=False)):
+            if not is_lazy(value) and not value.is_meta and value.layout == torch.strided:
+                found[f"{prefix}.{name}" if prefix else name] = value.detach().clone()
+    return found
+
+
+def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    return [
+        name
+        for name, value in after.items()
+        if name not in before
+        or value.shape != before[name].shape
+        or not torch.equal(value, before[name])
+    ]
+
+
+def _random_state() -> tuple[bytes, ...]:
+    """Where the random numbers are that a network may draw."""
+    own: Any = np.random.get_state()
+    states = [torch.get_rng_state().numpy().tobytes(), repr(random.getstate()).encode()]
+    states.append(own[1].tobytes() + repr(own[2:]).encode())
+    if torch.cuda.is_initialized():
+        states += [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
+    return tuple(states)
+
+
+def _rounding(model: nn.Module, logits: Tensor) -> float:
+    """How far logits may differ by rounding, in units of the largest: generously."""
+    weights = (p for p in model.parameters() if not is_lazy(p) and p.is_floating_point())
+    formats = {logits.dtype, *(weight.dtype for weight in weights)}
+    coarsest: float = max(torch.finfo(one).eps for one in formats)
+    if any(map(is_quantised, model.modules())):  # with a scale that it may take from the batch
+        coarsest = max(coarsest, 2**-7)
+    return math.sqrt(coarsest)
+
+
+def _differ(one: Tensor, other: Tensor, tolerance: float, among: Tensor | None = None) -> bool:
+    """Whether logits differ by more than a part of the largest `among` them; NaN do not count."""
+    if one.shape != other.shape:
+        return True
+    finite = one.isfinite().all(1) & other.isfinite().all(1)
+    scale = one if among is None else among
+    scale = scale[scale.isfinite()].abs()
+    largest = float(scale.max()) if len(scale) else 0.0
+    gap = (one - other)[finite].abs()
+    return bool(gap.numel()) and float(gap.max()) > tolerance * largest + 1e-12
+
+
+def _depends_on_others() -> ModelError:
+    return ModelError(
+        "The network's outputs for an image depend on the other images of its batch (normalised by "
+        "the batch's own statistics perhaps); let it treat each image by itself in eval mode, or "
+        "use batch_size=1."
+    )

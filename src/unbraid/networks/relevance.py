@@ -1,0 +1,257 @@
+"""Gradient x activation at a layer, with the graph cut there.
+
+Shapes: N images, C_out channels, T classes, G groups, J taps; see METHOD.md section 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.checkpoint import CheckpointFunction
+
+from unbraid.base.errors import LayerError
+from unbraid.base.modes import (
+    own_device,
+    restored,
+    same_random,
+    without_autocast,
+    without_inference,
+)
+from unbraid.networks.copying import is_quantised, tensors_in
+
+Kept = TypeVar("Kept")
+
+
+@dataclass
+class Cut(Generic[Kept]):
+    """What passed through a layer in a forward pass, call by call."""
+
+    inputs: list[Kept] = field(default_factory=list)  # what was kept of each input
+    outputs: list[Tensor] = field(default_factory=list)  # the first is a leaf: the graph's start
+    recording: bool = True  # False once the pass is over: a checkpointed block computes again
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put the network in eval mode without parameter gradients; put everything back afterwards.
+
+    With no parameter asking for a gradient, autograd records nothing until the cut layer. Parts
+    that are compiled run as they are written, since compiled code may pass hooks by. Autocast
+    around it is switched off, as it would reach into what is computed of the network as well.
+    What the network changes of itself or draws at random while it runs is put back too.
+    """
+    with without_inference(), restored(model), same_random():
+        # What was computed from weights, as in copies of scripted parts, cannot be told not to.
+        wanted = {
+            parameter: parameter.requires_grad
+            for parameter in model.parameters()
+            if parameter.is_leaf and not is_lazy(parameter)
+        }
+        try:
+            model.eval()
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            with uncompiled(), without_autocast():
+                yield
+        finally:
+            for parameter, flag in wanted.items():
+                parameter.requires_grad_(flag)
+
+
+def _is_map(parameter: Tensor) -> bool:
+    return not is_lazy(parameter) and parameter.dim() == 4 and parameter.layout == torch.strided
+
+
+@contextmanager
+def kept_channels_last(model: nn.Module) -> Iterator[None]:
+    """Keep the weights of 2-D convolutions channels last; put the very same memory back."""
+    maps = [parameter for parameter in model.parameters() if _is_map(parameter)]
+    before = [parameter.data for parameter in maps]
+    try:
+        for parameter in maps:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for parameter, data in zip(maps, before, strict=True):
+            parameter.data = data
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled parts as they are written, if torch's compiler was ever loaded."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
+
+
+@contextmanager
+def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kept]]:
+    """Record a layer's input and output, and make its output the start of the graph.
+
+    In-place operations behind the layer must not reach what is recorded. So `keep` takes what it
+    wants of the input at once, and what follows gets a copy of the output, not the leaf itself.
+    A layer that runs again behind itself stays in the graph that its first run began.
+
+    Gradients are to be taken inside the block, since a checkpointed block runs the layer once more
+    for them.
+
+    Args:
+        layer: the layer.
+        keep: from the layer's input to what to keep of it.
+    """
+    cut: Cut[Kept] = Cut()
+
+    def hook(
+        _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> Tensor:
+        with torch.enable_grad(), without_autocast(), own_device():
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            if cut.recording:
+                cut.inputs.append(keep((args[0] if args else next(iter(named.values()))).detach()))
+                cut.outputs.append(output)
+            return output.clone()
+
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    try:
+        with _no_reentrant_checkpoints():
+            yield cut
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _no_reentrant_checkpoints() -> Iterator[None]:
+    """Let torch's older kind of checkpointed block compute as any other block.
+
+    It computes without a graph and builds one of its own later, which no cut inside survives.
+    """
+
+    def run(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+    before = CheckpointFunction.apply
+    CheckpointFunction.apply = staticmethod(run)
+    try:
+        yield
+    finally:
+        CheckpointFunction.apply = before
+
+
+def gradient_stop(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) -> str:
+    """Find the part behind a layer that lets no gradient through, and say what it is.
+
+    Args:
+        model: the network.
+        layer: of it.
+        run: runs the network.
+
+    Returns:
+        The part's name and kind in words; empty if there is no such part.
+    """
+    stops: list[nn.Module] = []
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        came = [value for value in tensors_in(args) if value.requires_grad]
+        left = list(tensors_in(output))
+        # What has no derivative may still say that its output asks for a gradient.
+        alive = [value.sum() for value in left if value.requires_grad]
+        if came and left and all(gradients_at(came, one) == [None] * len(came) for one in alive):
+            stops.append(module)
+
+    # For all modules, as those that are scripted take no hook of their own.
+    handle = nn.modules.module.register_module_forward_hook(look)
+    try:
+        with cut_at(layer, lambda _: None):
+            run()
+    finally:
+        handle.remove()
+    names = {module: name for name, module in model.named_modules() if name}
+    found = [module for module in stops if module in names]
+    found.sort(key=lambda module: not is_quantised(module))  # the surest first
+    if not found:
+        return ""
+    how = ", as it is quantised" if is_quantised(found[0]) else ""
+    return f"{names[found[0]]!r} ({type(found[0]).__name__}) lets no gradient through{how}"
+
+
+def output_relevance(
+    name: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], stop: str = ""
+) -> list[Tensor]:
+    """Gradient x activation of a layer's outputs, before pooling.
+
+    Args:
+        name: of the layer.
+        outputs: the layer's output at each call, any shape.
+        gradients: of the summed logits of the images' own classes, by these outputs.
+        stop: what is known of why there are none.
+
+    Returns:
+        The shapes of `outputs`, in units of the logit; float32 or wider.
+
+    Raises:
+        LayerError: no output reaches the logits.
+    """
+    if all(gradient is None for gradient in gradients):
+        raise LayerError(
+            f"The output of layer {name!r} does not reach the logits "
+            f"({stop or 'a side branch, or a forward pass that detaches or is under no_grad'}); "
+            "choose a layer on the way to the output."
+        )
+
+    def product(output: Tensor, gradient: Tensor | None) -> Tensor:
+        wide = output.detach().to(torch.promote_types(output.dtype, torch.float32))
+        return torch.zeros_like(wide) if gradient is None else wide * gradient
+
+    return [product(*pair) for pair in zip(outputs, gradients, strict=True)]
+
+
+def gradients_at(outputs: Sequence[Tensor], value: Tensor) -> list[Tensor | None]:
+    """Gradients of a number by a layer's outputs, None where it does not depend on one."""
+    if not value.requires_grad:
+        return [None] * len(outputs)
+    return list(torch.autograd.grad(value, outputs, allow_unused=True, retain_graph=True))
+
+
+def shares(relevance: Tensor) -> Tensor:
+    """Divide each channel's relevance by the sum of the positive ones of its image.
+
+    Args:
+        relevance: (N, C_out).
+
+    Returns:
+        (N, C_out); zero throughout for an image without positive relevance.
+
+    >>> shares(torch.tensor([[3.0, -1.0, 1.0], [0.0, -1.0, 0.0]]))
+    tensor([[ 0.7500, -0.2500,  0.2500],
+            [ 0.0000,  0.0000,  0.0000]])
+    """
+    total = relevance.clamp(min=0).sum(1, keepdim=True)
+    return torch.where(total > 0, relevance / total, torch.zeros_like(relevance))
+
+
+def input_relevance(weight: Tensor, pooled: Tensor, taps_per_input: int) -> Tensor:
+    """How much each input channel contributed to channels' summed pre-activations.
+
+    Linear in `pooled`, so a mean of pooled inputs gives an averaged relevance vector (ARV).
+
+    Args:
+        weight: (..., J), rows of the layer.
+        pooled: (..., J), pooled inputs of their groups, broadcast against the rows.
+        taps_per_input: kernel offsets of one input channel.
+
+    Returns:
+        (..., J / taps_per_input), in units of the summed pre-activation, without bias.
+
+    Source:
+        METHOD.md section 2; Hesse et al. 2025, arXiv:2504.12939.
+    """
+    by_input: Tensor = (weight * pooled).unflatten(-1, (-1, taps_per_input))
+    return by_input.sum(-1)

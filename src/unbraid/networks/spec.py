@@ -1,0 +1,238 @@
+"""Layers that are linear in their weights: their rows, their pooled inputs, new rows beside them.
+
+Every such layer is seen here as a convolution: a fully connected layer is one with kernel 1 whose
+positions are its tokens. Shapes: N images, C_out and C_in channels, G groups, J = C_in / G * kernel
+taps of one channel, P output positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unbraid.base.schema import build, in_range
+
+SAME = "same"  # a padding mode: zeros, as many as the input's size asks for, as in TensorFlow
+
+_PAD_MODES = {
+    "zeros": "constant",
+    SAME: "constant",
+    "reflect": "reflect",
+    "replicate": "replicate",
+    "circular": "circular",
+}
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_MOST = 2**24  # channels, or any other number of a layer
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """All that is needed to run new rows on a layer's input without the layer."""
+
+    name: str
+    kind: str  # the class name, for people
+    n_out: int
+    n_in: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]  # before and after, per spatial dimension; unless SAME
+    dilation: tuple[int, ...]
+    groups: int
+    pad_mode: str
+    channels_last: bool  # True for fully connected layers: (N, tokens, features)
+
+    @property
+    def n_in_per_group(self) -> int:
+        """Input channels that one output channel sees."""
+        return self.n_in // self.groups
+
+    @property
+    def taps_per_input(self) -> int:
+        """Kernel offsets of one input channel."""
+        return math.prod(self.kernel)
+
+    @property
+    def n_taps(self) -> int:
+        """Weights of one output channel, J."""
+        return self.n_in_per_group * self.taps_per_input
+
+    def group_of(self, channel: int) -> int:
+        """Return the group that an output channel belongs to."""
+        return channel // (self.n_out // self.groups)
+
+    def pads(self, dim: int, size: int) -> tuple[int, int]:
+        """Return the padding before and after one dimension of an input of a size."""
+        if self.pad_mode != SAME:
+            return self.padding[dim]
+        reach, stride = self.dilation[dim] * (self.kernel[dim] - 1), self.stride[dim]
+        total = max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
+        return total // 2, total - total // 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready description."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerSpec:
+        """Build a LayerSpec from what `to_dict` gave, after a way through JSON.
+
+        Raises:
+            ValueError: it is not a layer, or one that cannot be.
+        """
+        spec = build(cls, values)
+        spec.check()
+        return spec
+
+    def check(self) -> None:
+        """Raise unless there can be such a layer.
+
+        Raises:
+            ValueError: there cannot.
+        """
+        dims = len(self.kernel)
+        if dims not in _CONVOLVE or not (
+            dims == len(self.stride) == len(self.padding) == len(self.dilation)
+        ):
+            raise ValueError("kernel, stride, padding and dilation are not of one to three numbers")
+        for name in ("kernel", "stride", "dilation"):
+            for number in getattr(self, name):
+                in_range(name, number, 1, _MOST)
+        for number in (n for pair in self.padding for n in pair):
+            in_range("padding", number, -_MOST, _MOST)
+        for name in ("n_out", "n_in", "groups"):
+            in_range(name, getattr(self, name), 1, _MOST)
+        if self.n_in % self.groups or self.n_out % self.groups:
+            raise ValueError("the channels cannot be divided among the groups")
+        if self.pad_mode not in _PAD_MODES:
+            raise ValueError("pad_mode is none that is known")
+        if self.channels_last and self.kernel != (1,):
+            raise ValueError("a fully connected layer has kernel 1")
+
+
+def widen(x: Tensor) -> Tensor:
+    """Bring numbers to float32 if they are of half precision, so that sums of them keep theirs."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def channels_first(spec: LayerSpec, x: Tensor) -> Tensor:
+    """Bring a layer's input or output to (N, channels, positions ...)."""
+    if not spec.channels_last:
+        return x
+    if x.dim() == 1:  # of a single image, whose N was left out
+        x = x[None]
+    return x.flatten(1, -2).movedim(-1, 1) if x.dim() > 2 else x.unsqueeze(-1)
+
+
+def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
+    """Sum, for every tap, the inputs that it meets over all output positions.
+
+    A window sum separates over the spatial dimensions, and padding of any mode only says which
+    input a tap meets; so one small matrix of counts per dimension does it all.
+
+    Args:
+        spec: the layer.
+        x: (N, C_in, positions ...), the layer's input, channels first.
+
+    Returns:
+        (N, G, J), in units of the layer's input; float32 or wider.
+
+    Source:
+        METHOD.md sections 2 and 4; equals the gradient of the summed output by the weights.
+    """
+    pooled = widen(x)
+    for dim, size in enumerate(x.shape[2:]):
+        counts = _tap_counts(spec, dim, size).to(pooled)  # (kernel, size)
+        # The dimension just summed goes last, so that after all of them the taps stand in order.
+        pooled = torch.tensordot(pooled, counts, dims=([2], [1]))
+    return pooled.reshape(len(x), spec.groups, spec.n_taps)
+
+
+def _tap_counts(spec: LayerSpec, dim: int, size: int) -> Tensor:
+    """Count how often each kernel offset meets each input along one dimension, (kernel, size)."""
+    line = torch.arange(1, size + 1, dtype=torch.float64)[
+        None, None
+    ]  # 0 is left for padding with zeros
+    met = F.pad(line, spec.pads(dim, size), mode=_PAD_MODES[spec.pad_mode])[0, 0].long()
+    reach = spec.dilation[dim] * (spec.kernel[dim] - 1)
+    firsts = torch.arange(0, len(met) - reach, spec.stride[dim], dtype=torch.int64)
+    offsets = spec.dilation[dim] * torch.arange(spec.kernel[dim], dtype=torch.int64)
+    inputs = met[offsets[:, None] + firsts]  # (kernel, output positions)
+    counts = torch.zeros(spec.kernel[dim], size + 1, dtype=torch.float32)
+    counts.scatter_add_(1, inputs, torch.ones_like(inputs, dtype=torch.float32))
+    return counts[:, 1:]
+
+
+def tap_inputs(spec: LayerSpec, x: Tensor, group: int) -> Tensor:
+    """What each tap of a group's channels meets at each output position.
+
+    Args:
+        spec: the layer.
+        x: (N, C_in, positions ...), the layer's input, channels first.
+        group: which group of the layer.
+
+    Returns:
+        (N, J, P); its sum over positions is the pooled input.
+    """
+    first = group * spec.n_in_per_group
+    x = pad_input(spec, x[:, first : first + spec.n_in_per_group])
+    n_dims = len(spec.kernel)
+    steps = tuple(slice(None, None, step) for step in spec.dilation)
+    for dim in range(n_dims):
+        reach = spec.dilation[dim] * (spec.kernel[dim] - 1) + 1
+        x = x.unfold(2 + dim, reach, spec.stride[dim])  # windows go last
+    x = x[(slice(None),) * (2 + n_dims) + steps]
+    windows = range(2 + n_dims, 2 + 2 * n_dims)
+    return x.permute(0, 1, *windows, *range(2, 2 + n_dims)).reshape(len(x), spec.n_taps, -1)
+
+
+def pad_input(spec: LayerSpec, x: Tensor) -> Tensor:
+    """Pad an input, (N, channels, positions ...), as the layer does."""
+    pairs = list(spec.padding)
+    if spec.pad_mode == SAME:  # else no size is asked for, which a tracer does not know
+        pairs = [spec.pads(dim, size) for dim, size in enumerate(x.shape[2:])]
+    pads = [p for pair in reversed(pairs) for p in pair]
+    return F.pad(x, pads, mode=_PAD_MODES[spec.pad_mode]) if any(pads) else x
+
+
+def respond(
+    spec: LayerSpec, x: Tensor, rows: Tensor, bias: Tensor, channels: Sequence[int]
+) -> Tensor:
+    """Run new rows on a layer's input, each in the group of the channel it was made from.
+
+    Args:
+        spec: the layer.
+        x: (N, C_in, positions ...), the layer's input, channels first.
+        rows: (R, J), new rows.
+        bias: (R,), their biases.
+        channels: the output channel that each of the R rows was made from.
+
+    Returns:
+        (N, R, positions ...), channels first.
+    """
+    x = pad_input(spec, x)
+    kernels = rows.reshape(-1, spec.n_in_per_group, *spec.kernel)
+    convolve = _CONVOLVE[len(spec.kernel)]
+
+    def run(part: Tensor, chosen: list[int] | slice) -> Tensor:
+        out: Tensor = convolve(
+            part, kernels[chosen], bias[chosen], stride=spec.stride, dilation=spec.dilation
+        )
+        return out
+
+    if spec.groups == 1:
+        return run(x, slice(None))
+    members: dict[int, list[int]] = {}
+    for row, channel in enumerate(channels):
+        members.setdefault(spec.group_of(channel), []).append(row)
+    parts = []
+    for group, chosen in members.items():
+        first = group * spec.n_in_per_group
+        parts.append(run(x[:, first : first + spec.n_in_per_group], chosen))
+    order = [row for chosen in members.values() for row in chosen]
+    return torch.cat(parts, 1)[:, sorted(range(len(order)), key=order.__getitem__)]

@@ -1,0 +1,74 @@
+"""Compare findings with the published ones, pair by pair."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+
+from unbraid.base.errors import RunError
+from unbraid.finding.findings import Pair
+
+MODEL = "torchvision:resnet50"
+WEIGHTS = "IMAGENET1K_V1"
+LAYER = "layer4.2.conv3"
+TOLERANCE = 2e-3  # published cosines are reproducible to about 1e-3, and have four digits
+REFERENCE = "resnet50_layer4.2.conv3_tau0.03.csv"
+
+Key = tuple[int, int, int]  # channel and the two classes
+
+
+@dataclass(frozen=True)
+class Match:
+    """One pair, published, found, or both."""
+
+    key: Key
+    published: float | None
+    found: float | None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both have it, with the same cosine."""
+        if self.published is None or self.found is None:
+            return False
+        return abs(self.published - self.found) <= TOLERANCE
+
+
+def published_pairs() -> dict[Key, float]:
+    """Read the published list that comes with the package: cosine by channel and classes."""
+    text = files("unbraid").joinpath("running", REFERENCE).read_text(encoding="utf-8")
+    return read_pairs(text.splitlines())
+
+
+def read_pairs(lines: Iterable[str]) -> dict[Key, float]:
+    """Read a list of pairs in CSV: channel, class1, class2, cosine.
+
+    Raises:
+        RunError: it is no such list.
+    """
+    try:
+        return {
+            _key(int(row["channel"]), int(row["class1"]), int(row["class2"])): float(row["cosine"])
+            for row in csv.DictReader(lines)
+        }
+    except (KeyError, ValueError, TypeError):
+        raise RunError(
+            "The reference is not a CSV list with channel,class1,class2,cosine."
+        ) from None
+
+
+def match_pairs(found: Iterable[Pair], published: dict[Key, float]) -> list[Match]:
+    """Put found and published pairs side by side, in the order of channels.
+
+    Found pairs with a negative cosine count only if they were published too: the published script
+    dropped them.
+    """
+    cosines = {_key(pair.channel, pair.class1, pair.class2): pair.cosine for pair in found}
+    kept = {key: cosine for key, cosine in cosines.items() if cosine >= 0 or key in published}
+    keys = sorted(kept.keys() | published.keys())
+    return [Match(key, published.get(key), kept.get(key)) for key in keys]
+
+
+def _key(channel: int, class1: int, class2: int) -> Key:
+    return channel, min(class1, class2), max(class1, class2)

@@ -1,0 +1,292 @@
+"""What a scan says of the network: how often it is right, and on which preprocessing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import binom
+from torch import nn
+from torch.utils.data import Dataset
+
+from unbraid.base.errors import UnbraidError
+from unbraid.base.tables import one_line
+from unbraid.images.dataset import Readable, class_names_of, sort_out
+from unbraid.networks.copying import device_of
+from unbraid.networks.outputs import run_network, stack_images
+from unbraid.networks.relevance import undisturbed
+from unbraid.scanning.records import Scan
+
+# Accuracy by given labels, and whether it tells that labels or preprocessing do not fit a
+# network.
+
+
+Whole = NDArray[np.int64]
+
+_LEVEL = 1e-3  # of significance
+_DOUBT = 0.2  # below which it is not likely by chance either
+_ORDERS, _MOST_ORDERED = 4000, 20_000  # orders of predictions tried, for so many images at most
+_TIMES = 3  # as often must another reading be right, on the images that it reads otherwise
+_MOST_CLASSES = 2048  # for which classes are matched to outputs: the table is that size squared
+_ABOUT = 0.9  # of an accuracy is about as good
+_MISFIT = "It seems that labels or preprocessing do not fit this network"
+_UNTOLD = (
+    "Perhaps labels or preprocessing do not fit this network, or there are too few images to tell"
+)
+_N_SHOWN = 3  # classes, as examples
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often a network's top class is the given label, and what that says."""
+
+    n_images: int
+    n_right: int
+    chance: float  # accuracy if predictions had nothing to do with labels
+    above_chance: bool  # or too few images to tell
+    reading: str = ""  # another reading of the labels that fits much better, in words
+    n_right_read: int = 0  # images that are right by it
+    n_read: int = 0  # images that it was tried on
+    in_doubt: bool = False  # not above chance at the level, but not likely by chance either
+
+    def __str__(self) -> str:
+        """Say the accuracy in a few words."""
+        return (
+            f"top-1 accuracy by the given labels {self.n_right / self.n_images:.1%} of "
+            f"{self.n_images:,} images (chance {self.chance:.1%})"
+        )
+
+    @property
+    def warning(self) -> str:
+        """What is probably wrong, in a sentence; empty if nothing is."""
+        if self.reading:
+            return (
+                f"{_MISFIT}: {self}, but {self.n_right_read / self.n_read:.1%} if {self.reading}; "
+                "name the classes by output number or name."
+            )
+        if self.above_chance:
+            return ""
+        if self.in_doubt:
+            return (
+                f"{_UNTOLD}: {self}, which is not above chance beyond doubt; scan more images, or "
+                "check both."
+            )
+        return (
+            f"{_MISFIT}: {self}, which is not above chance; check both before you trust what "
+            "follows."
+        )
+
+
+def accuracy_of(
+    labels: Whole, predictions: Whole, n_outputs: int, names: Sequence[str] = ()
+) -> Accuracy | None:
+    """Judge predictions by given labels.
+
+    Chance is what the same predictions would get on the same labels in another order; of images of
+    a single class, one of the outputs. "Above" is a one-sided binomial test at 1e-3, or one that
+    tries other orders, which sees more where classes are uneven or few of many. Another reading of
+    the labels is told if it is right significantly more often (McNemar's exact test at 1e-3,
+    divided by the number of readings) and at least three times as often on the images that it reads
+    otherwise; one that is learned is tried on images that it was not learned from.
+
+    Args:
+        labels: (N,), negative for images without one, which do not count.
+        predictions: (N,), the network's top classes.
+        n_outputs: T.
+        names: of classes by label, as far as known.
+
+    Returns:
+        None if no image has a label.
+    """
+    known = labels >= 0
+    labels, predictions = labels[known], predictions[known]
+    n = len(labels)
+    if n == 0:
+        return None
+    n_right = int((labels == predictions).sum())
+    chance = _chance(labels, predictions, n_outputs)
+    p_value = _p_value(labels, predictions, chance)
+    told = p_value < _LEVEL or not _tail(n, n, _chance(labels, labels, n_outputs)) < _LEVEL
+    tried = [
+        *_usual(labels, predictions, n_outputs),
+        *_learned(labels, predictions, n_outputs, names),
+    ]
+    fitting = [
+        Accuracy(n, n_right, chance, told, words, int((read == got).sum()), len(read))
+        for words, read, given, got in tried
+        if _fits_better(read, given, got, _LEVEL / len(tried))
+    ]
+    if fitting:  # of those that fit about as well, the first says most
+        most = max(one.n_right_read / one.n_read for one in fitting)
+        return next(one for one in fitting if one.n_right_read / one.n_read > _ABOUT * most)
+    return Accuracy(n, n_right, chance, told, in_doubt=not told and p_value < _DOUBT)
+
+
+def _chance(labels: Whole, predictions: Whole, n_outputs: int) -> float:
+    if labels.min() == labels.max():
+        return 1 / n_outputs
+    size = max(int(labels.max()), int(predictions.max())) + 1
+    counts = [
+        np.bincount(numbers, minlength=size) / len(numbers) for numbers in (labels, predictions)
+    ]
+    return float(counts[0] @ counts[1])
+
+
+def _p_value(labels: Whole, predictions: Whole, chance: float) -> float:
+    """How likely so many are right by chance: by the more telling of two tests."""
+    n, n_right = len(labels), int((labels == predictions).sum())
+    p_value = _tail(n_right, n, chance)
+    alone = labels.min() == labels.max()  # whose order says nothing
+    if p_value < _LEVEL or alone or n > _MOST_ORDERED or n_right <= chance * n:
+        return p_value
+    random, often = np.random.default_rng(0), 0
+    for tried in range(1, _ORDERS + 1):
+        often += int((labels == random.permutation(predictions)).sum()) >= n_right
+        if often >= _LEVEL * _ORDERS:
+            return min(p_value, often / tried)
+    return min(p_value, often / _ORDERS)
+
+
+def _tail(n_right: int, n: int, chance: float) -> float:
+    return float(binom.sf(n_right - 1, n, chance))
+
+
+Tried = tuple[str, Whole, Whole, Whole]  # in words; labels so read, and given; predictions
+
+
+def _usual(labels: Whole, predictions: Whole, n_outputs: int) -> Iterator[Tried]:
+    """Readings that come of usual mistakes; a label that one has no output for is read as -1."""
+    known = np.arange(max(n_outputs, int(labels.max()) + 1), dtype=np.int64)
+    in_text_order = np.array(sorted(range(n_outputs), key=str), dtype=np.int64)
+    readings = {
+        "classes were counted from 1": known - 1,
+        "output 0 stood for no class": known + 1,
+        "classes stood in reverse order": n_outputs - 1 - known,
+        "numbers had been sorted as text": np.argsort(in_text_order),
+        "numbers had not been sorted as text": in_text_order,
+    }
+    for words, outputs in readings.items():
+        whole = np.full(len(known), -1, dtype=np.int64)
+        whole[: len(outputs)] = outputs
+        yield words, whole[labels], labels, predictions
+
+
+def _learned(
+    labels: Whole, predictions: Whole, n_outputs: int, names: Sequence[str]
+) -> Iterator[Tried]:
+    """The reading that suits half of the images best, to be tried on the other half."""
+    size = max(n_outputs, int(labels.max()) + 1, int(predictions.max()) + 1)
+    if size > _MOST_CLASSES or labels.min() == labels.max():
+        return
+    outputs = np.arange(size, dtype=np.int64)
+    seen, matched = _match(labels[::2], predictions[::2])
+    outputs[seen] = matched
+    moved = [k for k in seen.tolist() if outputs[k] != k]
+    if moved:
+        examples = ", ".join(
+            f"label {k} stood for output {outputs[k]}{_class_of(k, names)}"
+            for k in moved[:_N_SHOWN]
+        )
+        words = examples + (" and so on" if len(moved) > _N_SHOWN else "")
+        yield words, outputs[labels[1::2]], labels[1::2], predictions[1::2]
+
+
+def _class_of(label: int, names: Sequence[str]) -> str:
+    name = one_line(names[label]) if label < len(names) else ""
+    return f" (class {name})" if name and name != str(label) else ""
+
+
+def _match(labels: Whole, predictions: Whole) -> tuple[Whole, Whole]:
+    """Classes, and an output for each of its own, such that most predictions are right."""
+    seen, rows = np.unique(labels, return_inverse=True)
+    outputs, columns = np.unique(np.concatenate([predictions, seen]), return_inverse=True)
+    counts = np.zeros((len(seen), len(outputs)))
+    np.add.at(counts, (rows, columns[: len(rows)]), 1)
+    counts[np.arange(len(seen)), columns[len(rows) :]] += 0.5  # in doubt a label is what it is
+    chosen, best = linear_sum_assignment(counts, maximize=True)
+    return seen[chosen].astype(np.int64), outputs[best].astype(np.int64)
+
+
+def _fits_better(read: Whole, given: Whole, predictions: Whole, level: float) -> bool:
+    moved = read != given
+    better = int((read == predictions)[moved].sum())
+    worse = int((given == predictions)[moved].sum())
+    if better < _TIMES * worse:
+        return False
+    return bool(better and binom.sf(better - 1, better + worse, 0.5) < level)
+
+
+# What a scan says of the network: how often it is right, and on which preprocessing.
+
+
+LONG = 1024  # images, from which on a scan is long enough to look at some of them first
+_PART, _MOST = 16, 256  # one in so many, but no more than these
+_AT_ONCE = 32
+
+
+def describe_fit(accuracy: Accuracy, preprocessing: str) -> str:
+    """Say the accuracy and the preprocessing that it was got with, in a sentence."""
+    words = one_line(preprocessing) or "not told by the data set"
+    text = f"{accuracy}; preprocessing: {words}."
+    return text[0].upper() + text[1:]
+
+
+def sampled_accuracy(
+    model: nn.Module, dataset: Dataset[Any], places: Sequence[int], at_once: int
+) -> Accuracy | None:
+    """Look at some images drawn from all, as those of a class often stand together.
+
+    Args:
+        model: gives logits.
+        dataset: of (image, label).
+        places: in the data set, of the images to scan.
+        at_once: how many images go through the network at once, at most.
+
+    Returns:
+        None if nothing can be said; what is wrong with images, labels or network, the scan tells.
+    """
+    n = min(len(places) // _PART, _MOST)
+    # Drawn rather than evenly spaced, as classes may take turns; the same ones every time.
+    chosen = sorted(random.Random(0).sample(places, n))
+    readable, size = Readable(dataset), min(at_once, _AT_ONCE)
+    labels: list[int] = []
+    predictions: list[int] = []
+    n_outputs = 0
+    try:
+        device = device_of(model)
+        with undisturbed(model), torch.no_grad():
+            for start in range(0, n, size):
+                items = [readable[place] for place in chosen[start : start + size]]
+                good, _ = sort_out(items, skip_broken=True)
+                if good:
+                    index = torch.tensor([item[0] for item in good], dtype=torch.int64)
+                    images = stack_images([item[1] for item in good], index).to(device)
+                    logits = run_network(model, images)
+                    labels += [item[2] for item in good]
+                    predictions += logits.argmax(1).tolist()
+                    n_outputs = logits.shape[1]
+    except UnbraidError:
+        return None
+    if not n_outputs:
+        return None
+    names = class_names_of(dataset)
+    return accuracy_of(np.array(labels), np.array(predictions), n_outputs, names)
+
+
+def scanned_accuracy(scan: Scan) -> Accuracy | None:
+    """Judge all images of a scan by their given labels; None if it took predicted ones."""
+    if scan.manifest.labels != "given":
+        return None
+    columns = [
+        (own["label"].numpy(), own["prediction"].numpy())
+        for own in scan.tensors("label", "prediction")
+    ]
+    labels, predictions = (np.concatenate(own) for own in zip(*columns, strict=True))
+    n_outputs = max(len(scan.class_names), int(predictions.max(initial=0)) + 1)
+    return accuracy_of(labels, predictions, n_outputs, scan.class_names)

@@ -1,0 +1,331 @@
+"""One batch through the network: what is recorded of it, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.base.errors import LayerError, ModelError, OutOfMemory, brief, memory_full
+from unbraid.images.batches import as_batch
+from unbraid.images.dataset import GoodItem
+from unbraid.networks.copying import device_of
+from unbraid.networks.layers import bias_of, weight_rows
+from unbraid.networks.outputs import check_labels, refuse_broken_values, run_network
+from unbraid.networks.relevance import (
+    Cut,
+    cut_at,
+    gradient_stop,
+    gradients_at,
+    output_relevance,
+    shares,
+    undisturbed,
+)
+from unbraid.networks.spec import LayerSpec, channels_first, pooled_input
+from unbraid.scanning.records import Records, no_records
+
+# How many images to run at a time: as many as a fixed amount of memory is sure to hold.
+
+
+_MEMORY = 2**31  # bytes; of an accelerator a quarter of what it has
+_MOST = 64  # more brings a processor nothing
+_MOST_ON_ACCELERATOR = 256
+_AT_ONCE = 3  # times what goes into and comes out of a module: room for what runs beside it
+
+
+def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor | None) -> int:
+    """Find how many images a scan may run at a time.
+
+    Args:
+        model: gives logits.
+        layers: of it, that are scanned.
+        image: one of the images, (C, H, W), that tells how large they are; None if unknown.
+
+    Returns:
+        A power of two, from 1 to 64, or to 256 on an accelerator.
+
+    Raises:
+        ModelError: the network cannot run on such images.
+    """
+    if image is None:
+        return _MOST
+    device = device_of(model)
+    memory, most = _MEMORY, _MOST
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory // 4
+    if device.type != "cpu":
+        most = _MOST_ON_ACCELERATOR
+    try:
+        room = memory // _bytes_of_any(model, layers, image.to(device))
+    except Exception as error:
+        if not (isinstance(error, OutOfMemory) or memory_full(error)):
+            raise
+        return 1  # which is tried again, and told
+    return min(most, 1 << max(room, 1).bit_length() - 1)
+
+
+def _bytes_of_any(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> int:
+    """As `bytes_of_one`, also for a network that runs on two images or more but not on one."""
+    try:
+        return bytes_of_one(model, layers, image)
+    except OutOfMemory:
+        raise
+    except ModelError as error:
+        try:
+            return bytes_of_one(model, layers, image, n=2) // 2
+        except ModelError:
+            raise error from None
+
+
+def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor, n: int = 1) -> int:
+    """How much memory a scan takes for n images: at its widest, and kept for the gradient."""
+    widest = kept = 0
+    behind = False  # the first of the layers, where gradients begin
+
+    def count(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        nonlocal widest, kept, behind
+        behind = behind or module in layers
+        widest = max(widest, _bytes(given) + _bytes(output))
+        kept += behind * _bytes(output)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            scripted = isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+            if next(module.children(), None) is None and not scripted:
+                stack.callback(module.register_forward_hook(count).remove)
+        with undisturbed(model), torch.no_grad():
+            run_network(model, torch.stack([image] * n))
+    return _AT_ONCE * max(widest, n * image.nbytes) + kept
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(_bytes, value)) if isinstance(value, (tuple, list)) else 0
+
+
+# One batch through the network: what is recorded of it, and what is refused.
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer to keep records of."""
+
+    module: nn.Module
+    spec: LayerSpec
+
+
+def scan_batch(
+    model: nn.Module,
+    layers: Sequence[Place],
+    items: Sequence[GoodItem],
+    *,
+    min_share: float,
+    positions: bool,
+    predicted: bool,
+    autocast: bool,
+    check: bool,
+) -> list[Records]:
+    """Run the network on some images once and keep their records, layer by layer.
+
+    Args:
+        model: gives logits.
+        layers: of it.
+        items: the images.
+        min_share: the smallest share kept.
+        positions: also keep input maps.
+        predicted: take each image for what the network takes it for, not for its label.
+        autocast: run the network in bfloat16 where torch sees fit.
+        check: make sure that the layers compute what is thought, image by image.
+    """
+    if not items:
+        return [no_records(layer.spec, positions) for layer in layers]
+    device = device_of(layers[0].module)
+    index = torch.tensor([item[0] for item in items], dtype=torch.int64)
+    images = as_batch([item[1] for item in items], index)
+    # A copy in any case, as a network may write into it, and then have to begin anew.
+    images = images.to(device, non_blocking=True, copy=True)
+    with ExitStack() as stack:
+        cuts = [
+            stack.enter_context(cut_at(layer.module, partial(_keep, layer.spec, positions)))
+            for layer in layers
+        ]
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            logits = run_network(model, images)
+        for layer, cut in zip(layers, cuts, strict=True):
+            cut.recording = False
+            if not cut.outputs:
+                raise LayerError(f"Layer {layer.spec.name!r} does not run when the network does.")
+        prediction = logits.argmax(1).cpu()
+        label = (
+            prediction
+            if predicted
+            else torch.tensor([item[2] for item in items], dtype=torch.int64)
+        )
+        check_labels(label, index, logits)
+        calls = [cut.outputs for cut in cuts]
+        if check:
+            _check_apart(layers, calls, logits)
+        own = logits.gather(1, label.to(device)[:, None]).sum()
+        gradients = _gradients_of_each(calls, own)
+    for layer, of_calls in zip(layers, gradients, strict=True):
+        if all(gradient is None for gradient in of_calls):
+            stop = gradient_stop(model, layer.module, partial(run_network, model, images))
+            output_relevance(layer.spec.name, [], [], stop)
+    refuse_broken_values(logits, index)
+    images_of = Images(index, label, prediction)
+    return [
+        _records_of(layer, cut, gradient, images_of, min_share, positions, check)
+        for layer, cut, gradient in zip(layers, cuts, gradients, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is recorded of a batch's images, whatever the layer; (N,) each."""
+
+    index: Tensor
+    label: Tensor
+    prediction: Tensor
+
+
+Kept = tuple[Tensor, Tensor | None]  # of a layer's input: pooled (N, G, J), and the map
+
+
+def _keep(spec: LayerSpec, positions: bool, x: Tensor) -> Kept:
+    x = channels_first(spec, x)
+    return pooled_input(spec, x), x.cpu().clone() if positions else None
+
+
+def _gradients_of_each(
+    calls: Sequence[Sequence[Tensor]], value: Tensor
+) -> list[list[Tensor | None]]:
+    """Gradients of a number by every layer's outputs, in one go back through the network."""
+    try:
+        flat = iter(gradients_at([output for outputs in calls for output in outputs], value))
+    except RuntimeError as error:  # what is written in place behind a layer may leave no gradient
+        if memory_full(error):
+            raise OutOfMemory("The device is out of memory; lower batch_size.") from None
+        raise ModelError(
+            f"The network gives no gradient at the layer ({brief(error)}); choose a layer behind "
+            "that place, one at a time."
+        ) from None
+    return [[next(flat) for _ in outputs] for outputs in calls]
+
+
+def _records_of(
+    layer: Place,
+    cut: Cut[Kept],
+    gradients: Sequence[Tensor | None],
+    images: Images,
+    min_share: float,
+    positions: bool,
+    check: bool,
+) -> Records:
+    """Make the records of one layer from what passed through it and the gradients there."""
+    spec, n_images = layer.spec, len(images.index)
+    relevance = output_relevance(spec.name, cut.outputs, gradients)
+    pooled = sum_calls(n_images, [call[0] for call in cut.inputs])
+    z = [channels_first(spec, output.detach()).flatten(2) for output in cut.outputs]
+    summed = sum_calls(
+        n_images,
+        [channels_first(spec, r).flatten(2).sum(2, dtype=pooled.dtype) for r in relevance],
+    )
+    n_positions = sum(len(call) // n_images * call.shape[2] for call in z)
+    for values in (pooled, summed):
+        refuse_broken_values(values, images.index)
+    if check:
+        _check_linear(spec, layer.module, pooled, z, n_positions)
+    input_map = _input_map(spec, n_images, [call[1] for call in cut.inputs]) if positions else None
+    share = shares(summed)
+    kept = share >= min_share
+    return Records(
+        index=images.index,
+        label=images.label,
+        prediction=images.prediction,
+        n_positions=torch.full_like(images.index, n_positions),
+        pooled=pooled.cpu(),
+        share_start=torch.cat([images.index.new_zeros(1), kept.sum(1).cumsum(0).cpu()]),
+        share_channel=kept.nonzero()[:, 1].to(torch.int32).cpu(),
+        share_value=share[kept].cpu(),
+        broken=torch.zeros(0, dtype=torch.int64),
+        input_map=input_map,
+    )
+
+
+def sum_calls(n_images: int, calls: Sequence[Tensor]) -> Tensor:
+    """Sum over the calls of a layer, and over the parts into which each image was cut.
+
+    Args:
+        n_images: N.
+        calls: (N * parts, ...) each; parts such as windows or frames, those of an image together.
+
+    Returns:
+        (N, ...).
+    """
+    return torch.stack([call.unflatten(0, (n_images, -1)).sum(1) for call in calls]).sum(0)
+
+
+def _input_map(spec: LayerSpec, n_images: int, calls: Sequence[Tensor | None]) -> Tensor:
+    """The layer's input of each image, (N, C_in, positions ...); parts are positions if tokens."""
+    first = calls[0]
+    assert first is not None
+    if len(calls) > 1 or (len(first) != n_images and not spec.channels_last):
+        raise LayerError(
+            f"Layer {spec.name!r} runs more than once on each image, so there is no one input map "
+            "to keep; choose another layer, or scan without positions."
+        )
+    parts = first.unflatten(0, (n_images, -1))  # (N, parts, C_in, ...)
+    return parts.movedim(1, 2).flatten(2, 3) if len(first) != n_images else first
+
+
+def _check_apart(
+    layers: Sequence[Place], calls: Sequence[Sequence[Tensor]], logits: Tensor
+) -> None:
+    """Raise if what a layer puts out is not, image by image, the images' own.
+
+    A network may cut images into windows or frames, and those of an image must lie together, in
+    the order of the images.
+    """
+    n_images = len(logits)
+    own = _gradients_of_each(calls, logits[0].sum())
+    for layer, outputs, gradients in zip(layers, calls, own, strict=True):
+        for output, gradient in zip(outputs, gradients, strict=True):
+            n_parts, rest = divmod(len(output), n_images)
+            others = gradient[n_parts:] if gradient is not None else output.new_zeros(0)
+            if rest or (others.abs() > 0).any():
+                raise LayerError(
+                    f"Layer {layer.spec.name!r} puts out {tuple(output.shape)} for {n_images} "
+                    "images, where what belongs to one image does not lie together; use "
+                    "batch_size=1."
+                )
+
+
+def _check_linear(
+    spec: LayerSpec, module: nn.Module, pooled: Tensor, z: Sequence[Tensor], n_positions: int
+) -> None:
+    """Raise if the layer does not compute what its weights and settings say.
+
+    A hook may change its output; all that follows would then be quietly wrong.
+    """
+    n_images = len(pooled)
+    weight = weight_rows(module)
+    rows = weight.to(pooled.dtype).unflatten(0, (spec.groups, -1))
+    expected = torch.einsum("ngj,goj->ngo", pooled, rows).flatten(1)
+    expected += n_positions * bias_of(module).to(pooled.dtype)
+    wide = [call.to(pooled.dtype) for call in z]
+    actual = sum_calls(n_images, [call.sum(2) for call in wide])
+    scale = sum_calls(n_images, [call.abs().sum(2) for call in wide]).max()
+    # Rounding is far below, errors above; under autocast the layer's output is the coarser.
+    coarsest = max(torch.finfo(values.dtype).eps for values in (weight, *z))
+    tolerance = coarsest**0.5
+    if (actual - expected).abs().max() > tolerance * scale + 1e-12:
+        raise LayerError(
+            f"Layer {spec.name!r} ({spec.kind}) does not compute what its weights say, perhaps "
+            "because a hook changes its output; it cannot be split."
+        )

@@ -1,0 +1,174 @@
+"""What a Scan was made of: manifest.json, which `docs/format.md` specifies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unbraid.base.schema import build, check_schema, in_range, parse_json, read_json, unread
+from unbraid.networks.spec import LayerSpec
+
+SCHEMA = 1
+MAX_CLASSES = 2**20
+_MOST_SUMS = 2**30  # numbers that a sum per class may hold, so that a label cannot take all memory
+_MOST_IMAGES = 2**48
+MAX_THREADS = 4096
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a Scan was made of; two scans with the same identity hold the same records."""
+
+    weights: str  # hash of the network's weights
+    layer: LayerSpec
+    data: str  # fingerprint of the images and labels
+    n_images: int  # images concerned, broken ones included
+    class_names: tuple[str, ...]
+    preprocessing: str
+    dtype: str  # of the network's weights
+    min_share: float  # the smallest share kept
+    classes: tuple[int, ...] | None  # only images of these classes; None for all
+    positions: bool  # whether the layer's input map is kept too
+    shard_size: int
+    batch_size: int
+    skip_broken: bool
+    source: dict[str, Any]  # how the command line found network and images, for later commands
+    versions: dict[str, str]
+    labels: str = "given"  # or "predicted": each image counts as what the network takes it for
+    output: str = ""  # which part of the network's output logits were taken from
+    indices: str = ""  # hash of the places in the data set, where only some were scanned
+    autocast: bool = False  # whether the network ran in bfloat16 where torch sees fit
+    channels_last: bool = False  # whether weights of convolutions were kept so meanwhile
+    compiled: bool = False  # whether full batches ran compiled
+    threads: int = 0  # of each process, since convolutions round otherwise with more; 0: not known
+    schema: int = SCHEMA
+
+    # What must agree before a scan goes on in a folder, in words for people.
+    _identity = {  # noqa: RUF012
+        "weights": "the network's weights",
+        "layer": "the layer",
+        "data": "the images or labels",
+        "preprocessing": "the preprocessing",
+        "dtype": "the number format",
+        "min_share": "the smallest share kept",
+        "classes": "the classes",
+        "labels": "whether labels are given or predicted",
+        "output": "which part of the output is the logits",
+        "indices": "the places in the data set",
+        "positions": "whether positions are kept",
+        "autocast": "whether it runs in bfloat16",
+        "channels_last": "whether it runs channels last",
+        "compiled": "whether it runs compiled",
+        "threads": "the number of threads",
+        "shard_size": "the shard size",
+    }
+
+    @property
+    def n_shards(self) -> int:
+        """Shards that a complete Scan has."""
+        return -(-self.n_images // self.shard_size)
+
+    def images_in(self, shard: int) -> int:
+        """Images that a shard holds, broken ones included."""
+        return min(self.shard_size, self.n_images - shard * self.shard_size)
+
+    @property
+    def most_classes(self) -> int:
+        """Classes that sums of shares and pooled inputs per class have room for."""
+        return most_classes(self.layer)
+
+    def differences(self, other: Manifest) -> list[str]:
+        """Name, in words, what makes two scans different things."""
+        return [
+            words
+            for key, words in self._identity.items()
+            if getattr(self, key) != getattr(other, key)
+        ]
+
+    @property
+    def scan_id(self) -> str:
+        """What tells this scan's shards from those of any other scan."""
+        whole = asdict(self)
+        own = {key: whole[key] for key in (*self._identity, "n_images")}
+        # What is as it was before there was a choice leaves no trace, so that old shards stay.
+        for known in fields(self):
+            if known.name in own and own[known.name] == known.default:
+                del own[known.name]
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:32]
+
+    def to_json(self) -> str:
+        """Return the text of manifest.json."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read the text of manifest.json.
+
+        Raises:
+            ValueError: the text is not a manifest, or holds numbers that no scan has.
+        """
+        return cls.from_dict(parse_json(text))
+
+    def check(self) -> None:
+        """Raise unless there can be such a scan, and room for what is computed of it.
+
+        Raises:
+            ValueError: there cannot.
+        """
+        self.layer.check()
+        in_range("n_images", self.n_images, 1, _MOST_IMAGES)
+        in_range("shard_size", self.shard_size, 1, _MOST_IMAGES)
+        in_range("batch_size", self.batch_size, 1, _MOST_IMAGES)
+        in_range("min_share", self.min_share, 0, 1)
+        in_range("threads", self.threads, 0, MAX_THREADS)
+        in_range("the number of class_names", len(self.class_names), 0, self.most_classes)
+        for label in self.classes or ():
+            in_range("a label in classes", label, 0, MAX_CLASSES - 1)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Manifest:
+        """Build a Manifest from parsed JSON.
+
+        Raises:
+            ValueError: it is not a manifest, or holds numbers that no scan has.
+        """
+        check_schema(values, SCHEMA)
+        manifest = build(cls, values)
+        manifest.check()
+        return manifest
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Read a folder's manifest, None where there is none.
+
+    Raises:
+        RunError: the file is not a manifest that this version can read.
+    """
+    path = folder / "manifest.json"
+    try:
+        return Manifest.from_dict(read_json(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, OSError) as error:
+        text = f"{path} is not a manifest that can be read ({error}); scan anew."
+        raise unread(error, text) from None
+
+
+def most_classes(layer: LayerSpec) -> int:
+    """Say how many classes sums of a layer's shares and pooled inputs per class have room for."""
+    return min(MAX_CLASSES, _MOST_SUMS // (layer.n_out + layer.groups * layer.n_taps))
+
+
+def hash_places(places: Sequence[int] | None) -> str:
+    """Identify some places in a data set, in order; empty for all of it."""
+    return (
+        ""
+        if places is None
+        else hashlib.sha256(torch.tensor(places, dtype=torch.int64).numpy().tobytes()).hexdigest()
+    )

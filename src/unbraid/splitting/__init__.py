@@ -1,0 +1,1 @@
+"""Divide a channel's weights among its concepts."""

@@ -1,0 +1,211 @@
+"""Refine masks on rectified responses with positions, which pooled inputs hide.
+
+Behind a ReLU only the positive part of a channel counts: d_k[n] = sum over positions of
+max(z_k[n, p], 0). Where z_k is positive, d_k is linear in the mask; so with these positions held
+the problem is again box-constrained least squares, solved and repeated (Gauss-Newton) while it gets
+better. The pooled objective stays in with a smaller weight, so that neither error is bought with
+the other. Shapes: N images, J taps, K concepts, P positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from unbraid.finding.findings import Concept
+from unbraid.finding.membership import first_images, portions
+from unbraid.networks.spec import tap_inputs, widen
+from unbraid.scanning.records import Records, Scan
+from unbraid.splitting.box_solver import Gram, Rows, add, side_by_side, solve_box
+from unbraid.splitting.least_squares import Fit, Term, augmented_row, background_of, background_term
+
+POOLED_WEIGHT = 0.3  # docs/splitting.md tells what other weights gave
+_N_IMAGES = 100  # of each concept, spread over its classes
+_MAX_STEPS = 12
+_SMALLEST_STEP = 1e-3  # of a mask
+_HALVINGS = 10
+_BYTES_AT_ONCE = 1 << 30  # of input maps held in memory
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a channel's taps contribute in images of its concepts."""
+
+    taps: Tensor  # (N, J, P), input times weight
+    bias: float
+    concept: Tensor  # (N,)
+
+    def rectified(self, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Responses of masked channels, (K, N) float64, and where they are positive, (K, N, P)."""
+        z = torch.einsum("njp,kj->knp", self.taps, masks.to(self.taps)) + self.bias
+        return z.clamp(min=0).sum(2, dtype=torch.float64), z > 0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the masks of a channel should minimise; weights make errors relative to the original."""
+
+    images: Images
+    target: Tensor  # (K, N), the responses wanted: the original's on own images, else none
+    weight: Tensor  # (N,)
+    pooled: Gram  # (J, J), weighted second moments of the taps summed over positions
+    pooled_linear: Tensor  # (K, J)
+    prior: Tensor  # (K, J)
+    ridge: float
+
+    def values(self, masks: Tensor) -> Tensor:
+        """Squared errors, rectified and pooled, and the penalty; (K,), up to a constant."""
+        rectified, _ = self.images.rectified(masks)
+        errors = (self.weight * (rectified - self.target) ** 2).sum(1)
+        pooled = masks * (self.pooled.times(masks) - 2 * self.pooled_linear)
+        return errors + (pooled + self.ridge * (masks - self.prior) ** 2).sum(1)
+
+    def improve(self, masks: Tensor) -> Tensor:
+        """Solve the problems with the positive positions held, and go there as far as it pays."""
+        _, positive = self.images.rectified(masks)
+        active = torch.einsum("njp,knp->knj", self.images.taps, positive.to(self.images.taps))
+        # Of a type, since a number times whole numbers is of torch's default one.
+        n_positive = positive.sum(2, dtype=torch.float32)
+        wanted = self.target - self.images.bias * n_positive  # (K, N)
+        held = []
+        for k, mask in enumerate(masks):
+            rows = active[k].double()
+            gram = add([Rows(rows * self.weight.sqrt()[:, None]), self.pooled], [1, 1])
+            linear = (self.weight * wanted[k]) @ rows + self.pooled_linear[k]
+            linear = linear + self.ridge * self.prior[k]
+            held.append(solve_box(gram, self.ridge, linear[None], mask[None])[0])
+        return self._go(masks, torch.stack(held) - masks)
+
+    def _go(self, masks: Tensor, step: Tensor) -> Tensor:
+        """Halve each mask's step until it is better; stay if it never is."""
+        before = self.values(masks)
+        for _ in range(_HALVINGS):
+            worse = ~(self.values(masks + step) < before)
+            if not worse.any():
+                return masks + step
+            step = torch.where(worse[:, None], step / 2, step)
+        return masks + step.masked_fill(worse[:, None], 0)
+
+
+def refine(
+    images: Images,
+    start: Tensor,
+    prior: Tensor,
+    penalty: float,
+    background: Term | None = None,
+) -> Tensor:
+    """Refine the masks of one channel.
+
+    Args:
+        images: of all concepts.
+        start: (K, J), masks to begin with, float64.
+        prior: (K, J), what the penalty pulls to.
+        penalty: in units of the mean curvature.
+        background: what is asked of images of no concept.
+
+    Returns:
+        (K, J), whose objectives are at most those of `start`.
+    """
+    own = torch.arange(len(start), dtype=torch.int64)[:, None] == images.concept  # (K, N)
+    original = images.rectified(torch.ones(1, start.shape[1], dtype=torch.float32))[0][0]
+    pooled = images.taps.sum(2, dtype=torch.float64)
+    constant = images.bias * images.taps.shape[2]
+    pooled_original = pooled.sum(1) + constant
+    weight = _relative_weights(original, images.concept)
+    pooled_weight = POOLED_WEIGHT * _relative_weights(pooled_original, images.concept)
+    ridge = penalty * float((weight + pooled_weight) @ pooled.square().mean(1))
+    pooled_rows = pooled * pooled_weight.sqrt()[:, None]
+    pooled_linear = (pooled_weight * (own * pooled_original - constant)) @ pooled
+    if background is not None:
+        pooled_rows = torch.cat([pooled_rows, POOLED_WEIGHT**0.5 * background.rows])
+        pooled_linear = pooled_linear + POOLED_WEIGHT * background.linear
+    objective = Objective(
+        images=images,
+        target=own * original,
+        weight=weight,
+        pooled=Rows(pooled_rows),
+        pooled_linear=pooled_linear,
+        prior=prior,
+        ridge=max(ridge, torch.finfo(torch.float64).tiny),  # a channel that never answers
+    )
+    masks = start
+    for _ in range(_MAX_STEPS):
+        better = objective.improve(masks)
+        moved = float((better - masks).abs().max())
+        masks = better
+        if moved < _SMALLEST_STEP:
+            break
+    return masks
+
+
+def refine_fits(
+    scan: Scan,
+    concepts: Mapping[int, Sequence[Concept]],
+    fits: Mapping[int, Fit],
+    sample: Records,
+) -> dict[int, Fit]:
+    """Refine the masks of all channels, as many at a time as memory holds input maps for.
+
+    Args:
+        scan: of the training images, with positions.
+        concepts: per channel.
+        fits: per channel, from `fit_least_squares`.
+        sample: of all training images, from `sample_images`.
+    """
+    refined: dict[int, Fit] = {}
+    for channels, maps in _read_maps(scan, concepts):
+
+        def improve(channel: int, maps: dict[int, Tensor] = maps) -> Fit:
+            fit, own = fits[channel], concepts[channel]
+            background = background_of(scan, sample, channel, own)
+            term = background_term(background, augmented_row(scan, channel), len(own))
+            images = _images(scan, channel, own, maps)
+            masks = refine(images, fit.masks, fit.prior, fit.penalty, term)
+            return replace(fit, masks=masks)
+
+        refined.update(zip(channels, side_by_side(improve, channels), strict=True))
+    return refined
+
+
+def _read_maps(
+    scan: Scan, concepts: Mapping[int, Sequence[Concept]]
+) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
+    """Give channels, and input maps of the first images of each of their classes or clusters."""
+    sample = next(records.input_map for records in scan.shards() if len(records))
+    assert sample is not None
+    needs = {
+        o: {number for concept in groups for number in concept} for o, groups in concepts.items()
+    }
+    for portion in portions(needs, lambda _: sample[0].nbytes * _N_IMAGES, _BYTES_AT_ONCE):
+        numbers = {number for channel in portion for number in needs[channel]}
+        yield portion, first_images(scan, numbers, _N_IMAGES, _input_maps)
+
+
+def _input_maps(records: Records, places: Tensor) -> Tensor:
+    assert records.input_map is not None
+    return records.input_map[places]
+
+
+def _images(
+    scan: Scan, channel: int, groups: Sequence[Concept], maps: Mapping[int, Tensor]
+) -> Images:
+    """What a channel's taps see of its concepts, in about as many images of each class."""
+    inputs = [
+        torch.cat([maps[c][: max(1, _N_IMAGES // len(concept))] for c in concept])
+        for concept in groups
+    ]
+    wide = widen(torch.cat(inputs))
+    taps = tap_inputs(scan.layer, wide, scan.layer.group_of(channel))
+    n_images = torch.tensor([len(x) for x in inputs], dtype=torch.int64)
+    concept = torch.arange(len(inputs), dtype=torch.int64).repeat_interleave(n_images)
+    return Images(taps * scan.weight[channel][:, None], float(scan.bias[channel]), concept)
+
+
+def _relative_weights(response: Tensor, concept: Tensor) -> Tensor:
+    """1 / (N_k Z_k^2) for each image of concept k, so that errors are relative; (N,)."""
+    power = torch.zeros(int(concept.max()) + 1, dtype=torch.float64)
+    power.index_add_(0, concept, response.square())  # N_k Z_k^2
+    return 1 / power.clamp(min=torch.finfo(torch.float32).tiny)[concept]

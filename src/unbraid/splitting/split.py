@@ -1,0 +1,183 @@
+"""Choose new rows for polysemantic channels: one concept channel per concept.
+
+Shapes: K concepts, J taps; see METHOD.md sections 3 to 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from unbraid.base.arguments import as_kind, real_number
+from unbraid.base.errors import UsageError
+from unbraid.base.modes import in_plain_modes
+from unbraid.finding.arv import averaged_relevance, class_sums, concept_mean
+from unbraid.finding.findings import Findings
+from unbraid.finding.membership import numbers_seen
+from unbraid.scanning.records import Records, Scan
+from unbraid.splitting.least_squares import choose_penalty, fit_least_squares, sample_images
+from unbraid.splitting.published import choose_rho, published_masks
+from unbraid.splitting.rectified import refine_fits
+from unbraid.splitting.splits import ChannelSplit, Split
+
+Method = Literal["least_squares", "published"]
+
+
+@in_plain_modes
+def split(
+    scan: Scan,
+    found: Findings,
+    *,
+    method: Method = "least_squares",
+    rho: float | None = None,
+    start: Split | None = None,
+    everything: Scan | None = None,
+) -> Split:
+    """Divide the incoming weights of every polysemantic channel among its concepts.
+
+    Args:
+        scan: of the training images. With `positions=True` (of `found.classes` is enough) least
+            squares fits rectified responses too, and the published method can choose rho.
+        found: channels and their concepts.
+        method: "least_squares" fits, for each concept, how much of each tap to keep. "published"
+            is the rule of Hesse et al. 2025: an input channel is taken from concept k if it is
+            more relevant for another by a factor 1 / rho.
+        rho: for the published method, one value in (0, 1] for all channels; by default its
+            criterion chooses one per channel.
+        start: for least squares, an earlier split of this layer, whose masks to begin with where
+            it divides a channel among as many concepts; that saves time and changes no answer.
+        everything: for least squares, a scan of all training images, where `scan` is of some; of
+            those that belong to no concept a sample plays a part too.
+
+    Returns:
+        A Split for `unbraid.apply` and `unbraid.evaluate`.
+
+    Raises:
+        UsageError: nothing was found, rho is out of range, misplaced or cannot be chosen from this
+            scan, the scan lacks images of a concept, or `start` is of another layer.
+
+    Source:
+        METHOD.md sections 3 and 5; `published.published_masks` for more than two concepts.
+    """
+    as_kind("scan", scan, Scan)
+    as_kind("found", found, Findings)
+    if method not in get_args(Method):
+        raise UsageError(f"There is no method {method!r}; use {' or '.join(get_args(Method))}.")
+    if rho is not None and method != "published":
+        raise UsageError("rho belongs to the published method; pass method='published' with it.")
+    if start is not None and method != "least_squares":
+        raise UsageError("start belongs to least squares; leave it out for the published method.")
+    rho = check_rho(rho)
+    if method == "published" and rho is None and not scan.positions:
+        raise UsageError(
+            "The published criterion for rho needs positions: scan the training images again with "
+            "positions=True, classes=found.classes and pass that scan, or give rho=0.7."
+        )
+    _check_fit(scan, found)
+    scan = replace(scan, clusters=found.clusters)
+    if method == "published":
+        chosen = _published(scan, found, rho)
+    else:
+        if everything is not None:
+            _check_fit(as_kind("everything", everything, Scan), found)
+        sample = sample_images(everything or scan)
+        chosen = _least_squares(scan, found, sample, _begin(scan, found, start))
+    channels = tuple(
+        ChannelSplit(
+            channel=o,
+            concepts=found.concepts[o],
+            masks=masks.to(scan.weight.dtype),
+            weight=scan.weight[o],
+            bias=float(scan.bias[o]),
+            info=info,
+        )
+        for o, (masks, info) in sorted(chosen.items())
+    )
+    return Split(
+        layer=scan.layer,
+        weights=scan.manifest.weights,
+        method=method,
+        settings={"tau": found.tau, "p": found.p, "gamma": found.gamma},
+        class_names=found.class_names,
+        clusters=found.clusters,
+        channels=channels,
+    )
+
+
+def check_rho(rho: float | None) -> float | None:
+    """Return rho in a plain type, None if it is to be chosen.
+
+    Raises:
+        UsageError: it is no number or out of range.
+    """
+    if rho is None:
+        return None
+    rho = real_number("rho", rho)
+    if not 0 < rho <= 1:
+        raise UsageError(f"rho is {rho:g}; it must lie above 0 and not above 1.")
+    return rho
+
+
+Chosen = dict[int, tuple[Tensor, dict[str, Any]]]  # per channel, masks and how they were chosen
+
+
+def _check_fit(scan: Scan, found: Findings) -> None:
+    """Raise unless something was found, in a scan such as this one."""
+    if not found.concepts:
+        raise UsageError(f"There is nothing to split: no channel was found. {found.hint}".strip())
+    if (found.weights, found.layer) != (scan.manifest.weights, scan.layer.name):
+        raise UsageError(
+            f"The channels were found in layer {found.layer!r} of a network that this scan, of "
+            f"layer {scan.layer.name!r}, is not of; pass a scan of the same network and layer."
+        )
+    seen = numbers_seen(replace(scan, clusters=found.clusters), found.classes)
+    for label in found.classes:
+        if label not in seen:
+            name = found.name(label) if label in found.clusters else f"class {found.name(label)}"
+            raise UsageError(
+                f"The scan has no image of {name}, which a concept names; pass the scan that the "
+                "findings were made from."
+            )
+
+
+def _published(scan: Scan, found: Findings, rho: float | None) -> Chosen:
+    sums = class_sums(scan, [])
+    arvs = {
+        o: [averaged_relevance(scan, o, concept_mean(sums, concept)) for concept in concepts]
+        for o, concepts in found.concepts.items()
+    }
+    rhos = dict.fromkeys(arvs, rho) if rho is not None else choose_rho(scan, found.concepts, arvs)
+    taps = scan.layer.taps_per_input
+    return {o: (published_masks(arvs[o], rhos[o], taps), {"rho": rhos[o]}) for o in arvs}
+
+
+def _begin(scan: Scan, found: Findings, start: Split | None) -> dict[int, Tensor]:
+    """Masks of an earlier split, of the channels that it divides among as many concepts."""
+    if start is None:
+        return {}
+    as_kind("start", start, Split)
+    if (start.layer.name, start.layer.n_taps) != (scan.layer.name, scan.layer.n_taps):
+        raise UsageError(
+            f"start is a split of layer {start.layer.name!r}, the scan of {scan.layer.name!r}; "
+            "pass an earlier split of the same layer, or none."
+        )
+    return {
+        part.channel: part.masks
+        for part in start.channels
+        if len(part.concepts) == len(found.concepts.get(part.channel, ()))
+    }
+
+
+def _least_squares(
+    scan: Scan, found: Findings, sample: Records, start: dict[int, Tensor]
+) -> Chosen:
+    penalty = choose_penalty(scan, found.concepts)
+    fits = fit_least_squares(scan, found.concepts, penalty, sample, start)
+    if scan.positions:
+        fits = refine_fits(scan, found.concepts, fits, sample)
+    return {
+        o: (fit.masks, {"lambda": fit.penalty, "kkt_residual": fit.kkt_residual})
+        for o, fit in fits.items()
+    }

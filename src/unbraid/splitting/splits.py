@@ -1,0 +1,281 @@
+"""What `split` returns: new rows per channel, kept in one safetensors file."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbraid.base.arguments import as_path
+from unbraid.base.files import read_tensors, write_tensors
+from unbraid.base.modes import in_plain_modes
+from unbraid.base.schema import build, check_schema, in_range, unread
+from unbraid.base.tables import Shown, align, count, html_table
+from unbraid.finding.findings import Concept
+from unbraid.networks.spec import LayerSpec, respond, widen
+from unbraid.scanning.manifest import MAX_CLASSES, most_classes
+from unbraid.scanning.records import Cluster, Clusters, sound_figures
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelSplit:
+    """One channel's division among its concepts."""
+
+    channel: int
+    concepts: tuple[Concept, ...]
+    masks: Tensor  # (K, J), in [0, 1]: how much of each tap a concept channel keeps
+    weight: Tensor  # (J,), the original row
+    bias: float  # stands in every row
+    info: dict[str, Any]  # how the masks were chosen
+
+    @property
+    def rows(self) -> Tensor:
+        """(K, J), the concept channels' weights."""
+        return self.masks * self.weight
+
+    @property
+    def residual_row(self) -> Tensor:
+        """(J,), what is subtracted so that the concept channels add up to the original."""
+        return self.rows.sum(0) - self.weight
+
+    def pooled_responses(self, pooled: Tensor, n_positions: Tensor) -> Tensor:
+        """Compute pooled pre-activations from pooled inputs alone.
+
+        Args:
+            pooled: (N, J), of the channel's group.
+            n_positions: (N,), output positions summed over.
+
+        Returns:
+            (N, K + 2), float64: the original channel, the concept channels, the residual channel.
+        """
+        rows = torch.cat([self.weight[None], self.rows, self.residual_row[None]]).double()
+        biases = [self.bias] * (len(rows) - 1) + [self.residual_bias]
+        bias = torch.tensor(biases, dtype=widen(self.weight).dtype).double()
+        return pooled.double() @ rows.T + n_positions[:, None] * bias
+
+    def response_maps(self, layer: LayerSpec, input_map: Tensor) -> Tensor:
+        """Compute pre-activations position by position.
+
+        Args:
+            layer: the layer that was split.
+            input_map: (N, C_in, positions ...), its input.
+
+        Returns:
+            (N, K + 1, positions ...), float64: the original channel, the concept channels.
+        """
+        rows = torch.cat([self.weight[None], self.rows]).double()
+        bias = torch.full((len(rows),), self.bias, dtype=torch.float64)
+        return respond(layer, input_map.double(), rows, bias, [self.channel] * len(rows))
+
+    @property
+    def residual_bias(self) -> float:
+        """(K - 1) times the bias, since it stands in every row."""
+        return (len(self.concepts) - 1) * self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Split(Shown):
+    """Concept channels for one layer of one network."""
+
+    layer: LayerSpec
+    weights: str  # hash of the network that it was made for
+    method: str
+    settings: dict[str, Any]
+    class_names: tuple[str, ...]
+    channels: tuple[ChannelSplit, ...]
+    clusters: Clusters = field(default_factory=dict)  # by number, where they stand for classes
+
+    def __getitem__(self, channel: int) -> ChannelSplit:
+        """Return the division of one channel.
+
+        Raises:
+            KeyError: the channel was not split.
+        """
+        for part in self.channels:
+            if part.channel == channel:
+                return part
+        raise KeyError(f"channel {channel} was not split")
+
+    def name(self, concept: Concept) -> str:
+        """Name a concept by its classes."""
+        known = self.class_names
+        return ", ".join(known[c] if c < len(known) and known[c] else str(c) for c in concept)
+
+    def __str__(self) -> str:
+        """Show the concept channels as a table."""
+        return f"{self._title}\n{align(self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), title=self._title)
+
+    @property
+    def _title(self) -> str:
+        return f"{self.method} split of {count(len(self.channels), 'channel')} of {self.layer.name}"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """One row per concept channel: how much of the original's absolute weight it keeps."""
+        rows: list[tuple[str, ...]] = [("channel", "concept", "classes", "weight kept")]
+        for part in self.channels:
+            whole = float(part.weight.abs().sum())
+            for k, concept in enumerate(part.concepts):
+                kept = float(part.rows[k].abs().sum()) / (whole or 1.0)
+                rows.append((str(part.channel), str(k), self.name(concept), f"{kept:.0%}"))
+        return rows
+
+    @in_plain_modes
+    def save(self, path: str | Path) -> None:
+        """Write the split to one safetensors file; `docs/format.md` specifies it.
+
+        Raises:
+            RunError: the disk is full or may not be written.
+        """
+        tensors = {f"masks.{part.channel}": part.masks for part in self.channels}
+        tensors["weight"] = torch.stack([part.weight for part in self.channels])
+        tensors["bias"] = torch.tensor([part.bias for part in self.channels], dtype=torch.float64)
+        for cluster in self.clusters.values():  # of one channel they share their centres
+            tensors[f"centres.{cluster.channel}"] = cluster.centres
+        about = {
+            "schema": SCHEMA,
+            "layer": self.layer.to_dict(),
+            "weights": self.weights,
+            "method": self.method,
+            "settings": self.settings,
+            "class_names": self.class_names,
+            "channels": [
+                {"channel": part.channel, "concepts": part.concepts, "info": part.info}
+                for part in self.channels
+            ],
+            "clusters": {
+                number: {"channel": c.channel, "place": c.place, "least": c.least}
+                for number, c in self.clusters.items()
+            },
+        }
+        write_tensors(as_path("path", path), tensors, about)
+
+    @classmethod
+    @in_plain_modes
+    def load(cls, path: str | Path) -> Split:
+        """Read a split from its file.
+
+        Raises:
+            RunError: the file is missing, damaged or not a split.
+        """
+        tensors, about = read_tensors(as_path("path", path))
+        try:
+            check_schema(about, SCHEMA)
+            return _put_together(build(_About, about), tensors)
+        except (KeyError, ValueError) as error:
+            text = f"{path} is not a split that can be read ({error})."
+            raise unread(error, text) from None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What the file's description says of a channel."""
+
+    channel: int
+    concepts: tuple[Concept, ...]
+    info: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _ClusterEntry:
+    """And of a cluster."""
+
+    channel: int
+    place: int
+    least: float
+
+
+@dataclass(frozen=True)
+class _About:
+    """The file's description; docs/format.md specifies it."""
+
+    schema: int
+    layer: LayerSpec
+    weights: str
+    method: str
+    settings: dict[str, float]
+    class_names: tuple[str, ...]
+    channels: tuple[_Entry, ...]
+    clusters: dict[str, _ClusterEntry] = field(default_factory=dict)
+    crc32: dict[str, int] = field(default_factory=dict)
+
+
+def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
+    """Make a Split of a file's description and tensors.
+
+    Raises:
+        ValueError: it names what cannot be, or tensors do not fit it.
+        KeyError: a tensor is missing.
+    """
+    spec = about.layer
+    spec.check()
+    for name, tensor in tensors.items():
+        if not sound_figures(tensor):
+            raise ValueError(f"{reprlib.repr(name)} is not of finite numbers")
+    shapes = ((len(about.channels), spec.n_taps), (len(about.channels),))
+    if (tensors["weight"].shape, tensors["bias"].shape) != shapes:
+        raise ValueError("weight and bias do not fit the layer")
+    if len({entry.channel for entry in about.channels}) < len(about.channels):
+        raise ValueError("a channel stands there twice")
+    in_range("the number of class_names", len(about.class_names), 0, most_classes(spec))
+    in_range("tau", about.settings.get("tau", math.inf), 0, 1)
+    return Split(
+        layer=spec,
+        weights=about.weights,
+        method=about.method,
+        settings=about.settings,
+        class_names=about.class_names,
+        channels=tuple(
+            _channel(spec, entry, tensors, tensors["weight"][n], tensors["bias"][n])
+            for n, entry in enumerate(about.channels)
+        ),
+        clusters={
+            _number(number, about.class_names): _cluster(spec, entry, tensors)
+            for number, entry in about.clusters.items()
+        },
+    )
+
+
+def _channel(
+    spec: LayerSpec, entry: _Entry, tensors: dict[str, Tensor], weight: Tensor, bias: Tensor
+) -> ChannelSplit:
+    in_range("a channel", entry.channel, 0, spec.n_out - 1)
+    numbers = [number for concept in entry.concepts for number in concept]
+    if len(entry.concepts) < 2 or not all(entry.concepts) or len(set(numbers)) < len(numbers):
+        raise ValueError(f"the concepts of channel {entry.channel} are not two or more groups")
+    for number in numbers:
+        in_range("a class", number, 0, MAX_CLASSES - 1)
+    masks = tensors[f"masks.{entry.channel}"]
+    if masks.shape != (len(entry.concepts), spec.n_taps) or masks.min() < 0 or masks.max() > 1:
+        raise ValueError(f"the masks of channel {entry.channel} do not fit its layer")
+    return ChannelSplit(entry.channel, entry.concepts, masks, weight, float(bias), entry.info)
+
+
+def _cluster(spec: LayerSpec, entry: _ClusterEntry, tensors: dict[str, Tensor]) -> Cluster:
+    in_range("a cluster's channel", entry.channel, 0, spec.n_out - 1)
+    centres = tensors[f"centres.{entry.channel}"]
+    if centres.dim() != 2 or centres.shape[1] != spec.n_in_per_group:
+        raise ValueError(f"the centres of channel {entry.channel} do not fit its layer")
+    in_range("a cluster's place", entry.place, 0, len(centres) - 1)
+    return Cluster(entry.channel, entry.place, centres, entry.least)
+
+
+def _number(text: str, names: Sequence[str]) -> int:
+    """Read a cluster's number, a key of a JSON object; clusters are named like classes.
+
+    >>> _number("1", ["clock", "cluster 1"])
+    1
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) < 8 and int(text) < len(names)):
+        raise ValueError(f"{reprlib.repr(text)} is no cluster's number")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Images made to excite a channel."""

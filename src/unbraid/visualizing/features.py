@@ -1,0 +1,171 @@
+"""What `visualize` returns: images made to excite channels, kept as PNG files and one JSON file."""
+
+from __future__ import annotations
+
+import io
+import json
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unbraid.base.arguments import as_path
+from unbraid.base.errors import brief
+from unbraid.base.files import write_whole
+from unbraid.base.schema import check_schema, read_json, unread
+
+SCHEMA = 1
+MAX_SIDE = 4096  # pixels; a larger picture in a folder is none of ours
+MAX_PIXELS = 2**28  # of all pictures together, 1 GiB of memory
+INDEX = "features.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Feature:
+    """An image made to excite a channel, or one of its concept channels."""
+
+    channel: int
+    concept: int | None  # None: the whole channel
+    place: int  # among the images made for the same (concept) channel, best first
+    picture: Image.Image  # RGBA; opaque where the objective drew on the image most
+    # Mean pre-activation over positions when the network sees the image (without transparency):
+    # of the whole channel, then of each of its concept channels.
+    responses: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """Its file's name without the ending, such as 1660, 1660.0 or 1660.0_1."""
+        concept = "" if self.concept is None else f".{self.concept}"
+        return f"{self.channel}{concept}" + (f"_{self.place}" if self.place else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Feature visualisations of one layer's channels."""
+
+    layer: str
+    weights: str  # hash of the network, concept channels and all, that they were made with
+    features: tuple[Feature, ...]
+    settings: dict[str, Any] = field(default_factory=dict)  # how they were made
+    left_out: int = 0  # split channels without images, for want of time
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The channels that there are images of, in order."""
+        return tuple(sorted({feature.channel for feature in self.features}))
+
+    def of(self, channel: int, concept: int | None = None) -> tuple[Feature, ...]:
+        """Return the images of a channel, or of one of its concept channels; perhaps none."""
+        return tuple(f for f in self.features if (f.channel, f.concept) == (channel, concept))
+
+    def image(self, channel: int, concept: int | None = None) -> Image.Image:
+        """Return the best picture, RGBA, of a channel or one of its concept channels.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for feature in self.of(channel, concept):
+            return feature.picture
+        what = f"channel {channel}" + ("" if concept is None else f", concept {concept}")
+        raise KeyError(f"there is no visualisation of {what}")
+
+    def save(self, folder: str | Path) -> None:
+        """Write `CHANNEL.png`, `CHANNEL.CONCEPT.png` and so on, and `features.json`.
+
+        Raises:
+            RunError: the disk is full or may not be written.
+        """
+        folder = as_path("folder", folder)
+        for feature in self.features:
+            content = io.BytesIO()
+            feature.picture.save(content, "PNG", optimize=True)
+            write_whole(folder / f"{feature.name}.png", content.getvalue())
+        about = {
+            "schema": SCHEMA,
+            "layer": self.layer,
+            "weights": self.weights,
+            "settings": self.settings,
+            "left_out": self.left_out,
+            "features": [
+                {
+                    "channel": f.channel,
+                    "concept": f.concept,
+                    "place": f.place,
+                    "responses": f.responses,
+                }
+                for f in self.features
+            ],
+        }
+        write_whole(folder / INDEX, (json.dumps(about, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Features:
+        """Read what `save` wrote.
+
+        Raises:
+            RunError: a file is missing, damaged or not one that `save` writes.
+        """
+        folder = as_path("folder", folder)
+        try:
+            index = folder / INDEX
+            about = read_json(index)
+            check_schema(about, SCHEMA)
+            _refuse_too_many(folder, about["features"])
+            return cls(
+                layer=str(about["layer"]),
+                weights=str(about["weights"]),
+                features=tuple(_read(folder, entry) for entry in about["features"]),
+                settings=dict(about["settings"]),
+                left_out=_number(about["left_out"]),
+            )
+        except Exception as error:  # a damaged picture fails in any way
+            text = (
+                f"{folder} holds no feature visualisations that can be read ({brief(error)}); make "
+                "them anew."
+            )
+            raise unread(error, text) from None
+
+
+def _refuse_too_many(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Raise before any picture takes memory, if there are too many, or one stands there twice."""
+    names = [_of(entry).name for entry in entries]
+    if len(set(names)) < len(names):
+        raise ValueError("a picture stands there twice")
+    n_pixels = 0
+    for name in names:
+        with _opened(folder, name) as file:
+            n_pixels += file.width * file.height
+    if n_pixels > MAX_PIXELS:
+        raise ValueError(f"its pictures have {n_pixels} pixels")
+
+
+def _read(folder: Path, entry: dict[str, Any]) -> Feature:
+    feature = _of(entry)
+    with _opened(folder, feature.name) as file:
+        return replace(feature, picture=file.convert("RGBA"))
+
+
+def _of(entry: dict[str, Any]) -> Feature:
+    """What an entry tells; its picture is still to be read."""
+    channel, place = _number(entry["channel"]), _number(entry["place"])
+    concept = None if entry["concept"] is None else _number(entry["concept"])
+    responses = tuple(float(response) for response in entry["responses"])
+    return Feature(channel, concept, place, Image.new("RGBA", (1, 1)), responses)
+
+
+def _opened(folder: Path, name: str) -> Image.Image:
+    # By number, never by a name that the file gives: that might lead anywhere.
+    file = Image.open(folder / f"{name}.png", formats=("PNG",))
+    if max(file.size) > MAX_SIDE:
+        file.close()
+        raise ValueError(f"{name}.png has {file.size[0]} x {file.size[1]} pixels")
+    return file
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{reprlib.repr(value)} is no count or number of a channel")
+    return value

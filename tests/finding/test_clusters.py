@@ -1,0 +1,352 @@
+"""Clusters of points: known groups come back, one group stays whole, figures are the oracle's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cluster_oracle as oracle
+from unbraid.finding.clusters import chance_of_one, find_clusters, two_means
+from unbraid.finding.find import adjusted_rand_index
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(n: int, d: int, seed: int) -> Tensor:
+    return torch.randn(n, d, generator=generator(seed), dtype=torch.float64)
+
+
+def groups_of(
+    sizes: Sequence[int], *, d: int = 32, noise: float = 0.5, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Points of length one around orthogonal centres, shuffled, and the group of each.
+
+    noise: length of what is added to a centre, of length one.
+    """
+    truth = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    truth = truth[torch.randperm(len(truth), generator=generator(seed))]
+    centres = torch.linalg.qr(normal(d, len(sizes), seed + 1))[0].T
+    points = centres[truth] + noise / math.sqrt(d) * normal(len(truth), d, seed + 2)
+    return F.normalize(points, dim=1), truth
+
+
+def assert_clusters(found: tuple[Tensor, Tensor], points: Tensor) -> None:
+    """Every point belongs to the nearest centre, and every centre is that of its points."""
+    nearest, centres = found
+    assert nearest.shape == (len(points),)
+    assert sorted(set(nearest.tolist())) == list(range(len(centres)))
+    for n, point in enumerate(points):
+        nearness = [float(point @ centre) for centre in centres]
+        assert nearness[int(nearest[n])] >= max(nearness) - 1e-12
+    for k, centre in enumerate(centres):
+        total = sum(point for n, point in enumerate(points) if nearest[n] == k)
+        torch.testing.assert_close(centre, total / total.norm())
+
+
+def assert_partition(nearest: Tensor, truth: Tensor, least: float = 1.0) -> None:
+    """Two partitions of the same points agree, whatever the names of their parts."""
+    assert oracle.adjusted_rand_index(nearest.tolist(), truth.tolist()) >= least
+
+
+# --- known groups ---------------------------------------------------------------------------------
+
+SIZES = [
+    (100, 100),
+    (300, 30),
+    (100, 100, 100),
+    (200, 100, 30),
+    (60, 60, 60, 60, 60),
+    (150, 100, 60, 40, 20),
+]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("noise", [0.1, 0.6])
+def test_separated_groups_come_back(sizes, noise, seed):
+    points, truth = groups_of(sizes, noise=noise, seed=10 * seed)
+    found = find_clusters(points)
+    assert len(found[1]) == len(sizes)
+    assert_partition(found[0], truth)
+    assert_clusters(found, points)
+
+
+@pytest.mark.parametrize("noise", [0.9, 1.1])
+def test_groups_in_much_noise_come_back_nearly_whole(noise):
+    """Noise as long as the centres themselves: two points of a group have a cosine of about 0.5."""
+    scores = []
+    for seed in range(10):
+        points, truth = groups_of((150, 100, 80), noise=noise, seed=10 * seed)
+        scores.append(oracle.adjusted_rand_index(find_clusters(points)[0].tolist(), truth.tolist()))
+    assert sorted(scores)[1] >= 0.95
+
+
+def test_groups_of_points_without_noise_come_back():
+    points = torch.eye(5).double().repeat_interleave(torch.tensor([8, 9, 10, 20, 40]), 0)
+    nearest, centres = find_clusters(points)
+    assert_partition(nearest, points.argmax(1))
+    assert len(centres) == 5
+
+
+@pytest.mark.parametrize("period", [2, 3, 4])
+def test_an_order_in_which_groups_take_turns_hides_none(period):
+    """As in a data set that goes round its classes: halves by place would part the groups."""
+    points, truth = groups_of([80] * period, seed=3)
+    turns = truth.argsort(stable=True).view(period, 80).T.flatten()
+    assert truth[turns][: 2 * period].tolist() == 2 * list(range(period))
+    assert_partition(find_clusters(points[turns])[0], truth[turns])
+
+
+def test_the_order_of_points_does_not_matter_to_separated_groups():
+    points, truth = groups_of((100, 60, 40))
+    for seed in range(5):
+        order = torch.randperm(200, generator=generator(seed))
+        assert_partition(find_clusters(points[order])[0], truth[order])
+
+
+def test_the_same_points_give_the_same_clusters_to_the_bit():
+    points, _ = groups_of((50, 40, 30), noise=1.0)
+    state = torch.get_rng_state()
+    first, second = find_clusters(points), find_clusters(points.clone())
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_check_of_clusters_sees_what_is_wrong():
+    points, _ = groups_of((40, 30))
+    nearest, centres = find_clusters(points)
+    assert_clusters((nearest, centres), points)
+    wrong = nearest.clone()
+    wrong[0] = 1 - wrong[0]
+    for corrupted in (
+        (wrong, centres),
+        (nearest, centres.flip(0)),
+        (nearest, torch.cat([centres, centres[:1]])),
+        (nearest, F.normalize(centres + 0.01, dim=1)),
+        (nearest[1:], centres),
+    ):
+        with pytest.raises(AssertionError):
+            assert_clusters(corrupted, points)
+    with pytest.raises(AssertionError):
+        assert_partition(wrong, nearest)
+
+
+# --- one group stays whole ------------------------------------------------------------------------
+
+
+def gamma(shape: float, n: int, d: int, seed: int) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.distributions.Gamma(torch.tensor(shape).double(), 1.0).sample((n, d))
+
+
+def student(freedom: float, n: int, d: int, seed: int) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.distributions.StudentT(torch.tensor(freedom).double()).sample((n, d))
+
+
+def arc(degrees: float, n: int, seed: int) -> Tensor:
+    angle = math.radians(degrees) * (torch.rand(n, generator=generator(seed)).double() - 0.5)
+    return torch.stack([angle.cos(), angle.sin(), 0 * angle], 1)
+
+
+def part_of_a_mixture(n: int, seed: int) -> Tensor:
+    """Sparse, skewed and correlated: positive mixtures of three kinds of input."""
+    kinds = normal(3, 64, 7).abs()
+    return (normal(n, 3, seed).exp() @ kinds) * gamma(2.0, n, 64, seed)
+
+
+NULLS: dict[str, Callable[[int, int], Tensor]] = {
+    "normal around a centre": lambda n, seed: torch.eye(8)[0] + 0.2 * normal(n, 8, seed),
+    "normal, 512 dimensions": lambda n, seed: torch.eye(512)[0] + normal(n, 512, seed) / 22,
+    "normal, longer in some": lambda n, seed: (
+        3 * torch.eye(64)[0] + normal(n, 64, seed) / torch.arange(1, 65)
+    ),
+    "all directions": lambda n, seed: normal(n, 64, seed),
+    "rectified": lambda n, seed: (normal(n, 64, seed) + 0.3).clamp(min=0),
+    "few rectified": lambda n, seed: (normal(n, 6, seed) + 0.5).clamp(min=0) + 1e-3,
+    "sparse": lambda n, seed: gamma(0.1, n, 512, seed),
+    "skewed": lambda n, seed: (1.5 * normal(n, 512, seed)).exp(),
+    "heavy tails, 512 dimensions": lambda n, seed: 5 + student(2.0, n, 512, seed),
+    "heavy tails around nothing": lambda n, seed: student(1.5, n, 512, seed),
+    "noise of any length": lambda n, seed: (
+        torch.eye(32)[0] + normal(n, 32, seed) * normal(n, 1, seed).abs()
+    ),
+    "mixtures": part_of_a_mixture,
+    "an arc of 60 degrees": lambda n, seed: arc(60, n, seed),
+    "an arc of 90 degrees": lambda n, seed: arc(90, n, seed),
+}
+
+
+def n_divided(null: Callable[[int, int], Tensor], n_points: int, n_draws: int) -> int:
+    """How many draws of a null come out as more than one cluster."""
+    draws = (F.normalize(null(n_points, 1000 + seed).double(), dim=1) for seed in range(n_draws))
+    return sum(len(find_clusters(points)[1]) > 1 for points in draws)
+
+
+@pytest.mark.parametrize("n_points", [60, 250])
+@pytest.mark.parametrize("null", NULLS.values(), ids=NULLS.keys())
+def test_one_group_stays_whole_in_95_of_100_draws(null, n_points):
+    n_draws = 40
+    assert n_divided(null, n_points, n_draws) <= 0.05 * n_draws
+
+
+def test_counting_divided_draws_can_find_some():
+    def two(n: int, seed: int) -> Tensor:
+        return groups_of((n // 2, n // 2), seed=seed)[0]
+
+    assert n_divided(two, 60, 5) == 5
+
+
+def test_two_random_halves_of_a_group_are_one():
+    one = F.normalize(gamma(0.5, 300, 40, 5) + 0.2, dim=1)
+    order = torch.randperm(300, generator=generator(1))
+    for half in (order[:150], order[150:], order):
+        assert len(find_clusters(one[half])[1]) == 1
+
+
+# --- odd input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_points", [1, 2, 3, 8, 15, 16, 17, 100])
+@pytest.mark.parametrize("length", [0.0, 1.0])
+def test_points_that_do_not_differ_are_one_cluster(n_points, length):
+    direction = F.normalize(normal(1, 7, 3), dim=1)
+    nearest, centres = find_clusters(length * direction.repeat(n_points, 1))
+    assert nearest.tolist() == [0] * n_points
+    torch.testing.assert_close(centres, length * direction)
+
+
+@pytest.mark.parametrize("n_points", range(1, 16))
+def test_too_few_points_to_test_are_one_cluster(n_points):
+    points = torch.eye(2).double()[torch.arange(n_points) % 2]
+    nearest, centres = find_clusters(points)
+    assert nearest.tolist() == [0] * n_points
+    assert len(centres) == 1
+
+
+def test_no_points_are_no_cluster():
+    nearest, centres = find_clusters(torch.zeros(0, 5).double())
+    assert nearest.shape == (0,)
+    assert centres.shape == (0, 5)
+
+
+@pytest.mark.parametrize("n_few", [1, 3, 7])
+def test_a_group_of_fewer_than_eight_is_left_with_the_nearest(n_few):
+    points = torch.eye(3).double().repeat_interleave(torch.tensor([40, 40, n_few]), 0)
+    nearest, centres = find_clusters(points)
+    assert len(centres) == 2
+    assert_partition(nearest[:80], points.argmax(1)[:80])
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_points_of_few_dimensions_are_divided(d):
+    start = torch.ones(1, d).double()
+    signs = torch.where(torch.arange(60) % 2 == 0, 1.0, -1.0).double()
+    points = F.normalize(signs[:, None] * start, dim=1)
+    assert_partition(find_clusters(points)[0], (signs > 0).long())
+
+
+# --- the cut --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("sizes", [(5, 5), (8, 3), (4, 4, 3)], ids=str)
+def test_the_cut_is_the_best_of_all(sizes, seed):
+    points, _ = groups_of(sizes, d=6, noise=0.3, seed=10 * seed)
+    cuts = two_means(points), oracle.best_cut(points)
+    found, best = (oracle.scatter(points, cut.tolist()) for cut in cuts)
+    assert found == pytest.approx(best, rel=1e-9)
+
+
+def test_the_best_cut_is_better_than_any_other():
+    points, _ = groups_of((4, 3), d=4)
+    best = oracle.best_cut(points)
+    for n in range(7):
+        other = best.clone()
+        other[n] = ~other[n]
+        assert oracle.scatter(points, other.tolist()) > oracle.scatter(points, best.tolist())
+
+
+@pytest.mark.parametrize("n_points", [2, 3, 50])
+def test_equal_points_are_not_cut(n_points):
+    side = two_means(normal(1, 9, 4).repeat(n_points, 1))
+    assert side.all() or not side.any()
+
+
+def test_of_several_cuts_the_best_is_taken():
+    """Five equal groups have many cuts that stand, some of which run through a group."""
+    for seed in range(20):
+        points, truth = groups_of([30] * 5, noise=0.6, seed=10 * seed)
+        side = two_means(points)
+        for k in range(5):
+            assert side[truth == k].all() or not side[truth == k].any()
+
+
+# --- the test of a cut ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("noise", [0.2, 0.4, 0.6])
+def test_chance_is_the_oracles_for_few_points(noise, seed):
+    points, _ = groups_of((9, 9), d=5, noise=noise, seed=10 * seed)
+    expected = oracle.chance_of_one(points, oracle.best_cut)
+    assert chance_of_one(points) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(100,), (150, 100), (90, 9), (101, 100, 60)], ids=str)
+@pytest.mark.parametrize("noise", [0.5, 2.0, 4.0])
+def test_chance_is_the_oracles_for_many_points(sizes, noise):
+    points, _ = groups_of(sizes, noise=noise)
+    expected = oracle.chance_of_one(points, two_means)
+    assert chance_of_one(points) == pytest.approx(expected, rel=1e-9)
+
+
+def test_chance_has_values_of_all_sizes():
+    """So that agreement with the oracle says something."""
+    values = [
+        chance_of_one(groups_of((100, 100), noise=noise, seed=4)[0]) for noise in (0.5, 2.0, 3.0)
+    ]
+    assert values[0] < 1e-6 < values[1] < 0.5 < values[2] <= 1
+
+
+def test_chance_without_a_cut_or_a_point_to_count_is_one():
+    assert chance_of_one(normal(1, 4, 0).repeat(20, 1)) == 1.0
+    ends = torch.tensor([-1.0, 1.0]).repeat_interleave(8)
+    far = torch.stack([ends.repeat_interleave(2), 100 * torch.ones(32)], 1).double()
+    far[1::2, 0] *= 3  # every other point lies beyond both ends
+    assert chance_of_one(far) == oracle.chance_of_one(far, two_means)
+
+
+# --- agreement of partitions ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_agreement_is_that_of_pair_counting(seed):
+    n_things = 2 + 3 * seed
+    one, other = (
+        torch.randint(1 + seed % 4 + k, (n_things,), generator=generator(seed + 100 * k)).tolist()
+        for k in range(2)
+    )
+    whole, single = [0] * n_things, [*range(n_things)]
+    for first, second in ((one, other), (one, one), (one, whole), (one, single)):
+        expected = oracle.adjusted_rand_index(first, second)
+        assert adjusted_rand_index(first, second) == pytest.approx(expected, abs=1e-12)
+        assert adjusted_rand_index(second, first) == pytest.approx(expected, abs=1e-12)
+
+
+def test_agreement_is_one_for_equal_partitions_and_about_zero_by_chance():
+    names = torch.randint(4, (2000,), generator=generator(0))
+    assert adjusted_rand_index(names.tolist(), (7 - 2 * names).tolist()) == 1.0
+    shuffled = names[torch.randperm(2000, generator=generator(1))]
+    assert abs(adjusted_rand_index(names.tolist(), shuffled.tolist())) < 0.01
+    assert adjusted_rand_index([3], [9]) == 1.0

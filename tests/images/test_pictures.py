@@ -1,0 +1,285 @@
+"""Pictures of more than 8 bits a sample: read right, or refused in words; never black or white."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+import unbraid
+from tiny_networks import build
+from unbraid.base.errors import DataError, UnfitPicture
+from unbraid.images import pictures as depths
+from unbraid.images.pictures import decode_picture, unread_kind
+
+RAMP = np.linspace(0, 1, 64)[None].repeat(4, 0)
+COLOURS = np.stack([RAMP, RAMP[:, ::-1], RAMP], -1)
+KINDS = {"u": 1, "i": 2, "f": 3, "c": 6}
+BACKWARDS = {"<": ">", ">": "<"}
+
+
+def tiff(
+    values: Any, dtype: str, photometric: int = 1, deflate: bool = False, **tags: Any
+) -> bytes:
+    """A TIFF of one strip, in the byte order that the type says."""
+    order = dtype[0]
+    values = np.asarray(values).astype(dtype)
+    height, width, n = (*values.shape, 1)[:3]
+    planes = tags.pop("planes", 1)
+    content = (values if planes == 1 else values.transpose(2, 0, 1)).tobytes()
+    content = zlib.compress(content) if deflate else content
+    bits = 8 * values.dtype.itemsize
+    entries: dict[int, tuple[int, ...]] = {
+        **{256: (width,), 257: (height,), 258: (bits,) * n, 259: (8 if deflate else 1,)},
+        **{262: (photometric,), 277: (n,), 278: (height,), 284: (planes,)},
+        339: (KINDS[values.dtype.kind],) * n,
+        **{int(name[3:]): tuple(np.atleast_1d(value)) for name, value in tags.items()},
+    }
+    n_strips = 1 if planes == 1 else n
+    size = len(content) // n_strips
+    entries[273] = tuple(8 + size * k for k in range(n_strips))
+    entries[279] = (size,) * len(entries[273])
+    at = 8 + len(content)
+    directory, after = b"", b""
+    end = at + 2 + 12 * len(entries) + 4
+    for tag, numbers in sorted(entries.items()):
+        packed = struct.pack(f"{order}{len(numbers)}I", *numbers)
+        if len(packed) > 4:
+            value = struct.pack(f"{order}I", end + len(after))
+            after += packed
+        else:
+            value = packed
+        directory += struct.pack(f"{order}HHI", tag, 4, len(numbers)) + value
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, at)
+    n_entries = struct.pack(f"{order}H", len(entries))
+    return head + content + n_entries + directory + bytes(4) + after
+
+
+def png(values: Any, colours: int) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + crc
+
+    rows = np.asarray(values).astype(">u2")
+    head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, colours, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body + chunk(b"IEND", b"")
+
+
+def pnm(values: Any, maximum: int, plain: bool = False) -> bytes:
+    values = np.asarray(values).astype(">u2" if maximum > 255 else "u1")
+    letter = (5 if values.ndim == 2 else 6) - 3 * plain
+    head = f"P{letter}\n{values.shape[1]} {values.shape[0]}\n{maximum}\n".encode()
+    return head + (" ".join(map(str, values.ravel())).encode() if plain else values.tobytes())
+
+
+def with_alpha(values: Any) -> Any:
+    values = values if np.ndim(values) == 3 else np.asarray(values)[..., None]
+    return np.concatenate([values, np.full_like(values[..., :1], 65535)], -1)
+
+
+def read(content: bytes) -> Any:
+    return np.asarray(decode_picture(io.BytesIO(content), "it")).astype(int)
+
+
+U16 = 65535
+READ = {
+    **{f"grey {order}u2": tiff(RAMP * U16, f"{order}u2") for order in "<>"},
+    **{f"packed grey {order}u2": tiff(RAMP * U16, f"{order}u2", deflate=True) for order in "<>"},
+    **{f"{order}f4": tiff(RAMP, f"{order}f4") for order in "<>"},
+    **{f"packed {order}f4": tiff(RAMP, f"{order}f4", deflate=True) for order in "<>"},
+    **{f"colours {order}u2": tiff(COLOURS * U16, f"{order}u2", 2) for order in "<>"},
+    "white is zero": tiff(U16 - RAMP * U16, "<u2", 0),
+    "packed white is zero": tiff(U16 - RAMP * U16, "<u2", 0, deflate=True),
+    "floats, white is zero": tiff(1 - RAMP, "<f4", 0),
+    "says 10 bits": tiff(RAMP * 1023, "<u2", tag281=1023),
+    "says 12 bits, white is zero": tiff(4095 - RAMP * 4095, "<u2", 0, tag281=4095),
+    "png": png(RAMP * U16, 0),
+    "png, colours": png(COLOURS * U16, 2),
+    "png, alpha": png(with_alpha(RAMP * U16), 4),
+    "png, colours and alpha": png(with_alpha(COLOURS * U16), 6),
+    **{f"pgm, {m}": pnm(RAMP * m, m) for m in (255, 1023, 4095, 16383, U16)},
+    **{f"ppm, {m}": pnm(COLOURS * m, m) for m in (255, 1023, 4095, 16383, U16)},
+    "plain pgm": pnm(RAMP * 4095, 4095, plain=True),
+    "plain ppm": pnm(COLOURS * U16, U16, plain=True),
+    "pfm": b"Pf\n64 4\n-1.0\n" + RAMP.astype("<f4").tobytes(),
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_decode_picture_of_many_bits_goes_from_black_to_white(kind: str) -> None:
+    values = read(READ[kind])
+    expected = (COLOURS if "colours" in kind or "ppm" in kind else RAMP[..., None]) * 255
+    assert np.abs(values - expected).max() <= 1.01
+    assert values.min() == 0
+    assert values.max() == 255
+
+
+def test_decode_picture_of_16_bits_keeps_the_high_byte() -> None:
+    every = np.arange(65536).reshape(256, 256)
+    for content in (tiff(every, "<u2"), tiff(every, ">u2"), png(every, 0), pnm(every, U16)):
+        assert (read(content)[..., 0] == every >> 8).all()
+
+
+EMPTY = np.zeros((4, 5))
+ONE_COLOUR: dict[str, Callable[[float], bytes]] = {
+    "<u2": lambda white: tiff(EMPTY + white * U16, "<u2"),
+    ">u2": lambda white: tiff(EMPTY + white * U16, ">u2"),
+    "f4": lambda white: tiff(EMPTY + white, "<f4"),
+    "png": lambda white: png(EMPTY + white * U16, 0),
+    "png, colours": lambda white: png(np.zeros((4, 5, 3)) + white * U16, 2),
+    "png, alpha": lambda white: png(with_alpha(EMPTY + white * U16), 4),
+    "png, colours and alpha": lambda white: png(with_alpha(np.zeros((4, 5, 3)) + white * U16), 6),
+    "colours <u2": lambda white: tiff(np.zeros((4, 5, 3)) + white * U16, "<u2", 2),
+    "packed colours >u2": lambda w: tiff(np.zeros((4, 5, 3)) + w * U16, ">u2", 2, deflate=True),
+    "pgm": lambda white: pnm(EMPTY + white * U16, U16),
+    "ppm": lambda white: pnm(np.zeros((4, 5, 3)) + white * U16, U16),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_COLOUR)
+@pytest.mark.parametrize("white", [0.0, 0.5, 1.0])
+def test_decode_picture_of_one_colour_is_that_colour(kind: str, white: float) -> None:
+    assert np.abs(read(ONE_COLOUR[kind](white)) - 255 * white).max() <= 1
+
+
+def dark(content: Callable[[float], bytes]) -> dict[int, bytes]:
+    return {bits: content(2**bits - 1) for bits in (8, 10, 12, 14)}
+
+
+DARK = {
+    "<u2": dark(lambda m: tiff(RAMP * m, "<u2")),
+    ">u2": dark(lambda m: tiff(RAMP * m, ">u2")),
+    "white is zero": dark(lambda m: tiff(RAMP * m, "<u2", 0)),
+    "colours <u2": dark(lambda m: tiff(COLOURS * m, "<u2", 2)),
+    "colours >u2": dark(lambda m: tiff(COLOURS * m, ">u2", 2)),
+    "packed colours": dark(lambda m: tiff(COLOURS * m, ">u2", 2, deflate=True)),
+    "png": dark(lambda m: png(RAMP * m, 0)),
+    "png, colours": dark(lambda m: png(COLOURS * m, 2)),
+    "png, alpha": dark(lambda m: png(with_alpha(RAMP * m), 4)),
+    "png, colours and alpha": dark(lambda m: png(with_alpha(COLOURS * m), 6)),
+    "pgm": dark(lambda m: pnm(RAMP * m, U16)),
+    "ppm": dark(lambda m: pnm(COLOURS * m, U16)),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+@pytest.mark.parametrize("kind", DARK)
+def test_decode_picture_of_fewer_bits_than_16_is_refused_with_what_to_do(
+    kind: str, bits: int
+) -> None:
+    with pytest.raises(UnfitPicture) as caught:
+        read(DARK[kind][bits])
+    assert str(caught.value) == (
+        f"Image it holds 16-bit values below {2**bits}, so it is dark, or of {bits} bits; save "
+        "the pictures with 8 bits, black 0 and white 255, and start again (or multiply all by "
+        f"{2 ** (16 - bits)}, if {2**bits - 1} is white)."
+    )
+
+
+def jpeg_of_12_bits() -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "JPEG")
+    content = bytearray(file.getvalue())
+    at = content.index(b"\xff\xc0")
+    content[at + 1], content[at + 4] = 0xC1, 12
+    return bytes(content)
+
+
+UNFIT = {
+    "floats to 255": (tiff(RAMP * 255, "<f4"), "floating-point numbers from 0 to 255, of which"),
+    "floats from -1": (tiff(RAMP * 2 - 1, ">f4"), "floating-point numbers from -1 to 1, of which"),
+    "dark floats": (tiff(RAMP / 16, "<f4"), "floating-point numbers of up to 0.0625, so it is"),
+    "nan": (tiff(np.where(RAMP > 0.5, np.nan, RAMP), "<f4"), "that are not finite"),
+    "infinity": (tiff(np.where(RAMP > 0.5, np.inf, RAMP), "<f4"), "that are not finite"),
+    "f2": (tiff(RAMP, "<f2"), "floating-point numbers of 16 bits"),
+    "f8": (tiff(RAMP, ">f8"), "floating-point numbers of 64 bits"),
+    "i1": (tiff(RAMP * 127, "<i1"), "signed numbers of 8 bits"),
+    "<i2": (tiff(RAMP * 999 - 500, "<i2"), "signed numbers of 16 bits"),
+    ">i2": (tiff(RAMP * 32767, ">i2"), "signed numbers of 16 bits"),
+    "<i4": (tiff(RAMP * U16, "<i4"), "signed numbers of 32 bits"),
+    ">u4": (tiff(RAMP * U16, ">u4"), "whole numbers of 32 bits"),
+    "<u4": (tiff(RAMP * U16, "<u4"), "whole numbers of 32 bits"),
+    "c8": (tiff(RAMP, "<c8"), "complex numbers of 64 bits"),
+    "colours of floats": (tiff(COLOURS, "<f4", 2), "numbers of 32 bits in 3 channels"),
+    "two channels": (tiff(COLOURS[..., :2] * U16, "<u2"), "numbers of 16 bits in 2 channels"),
+    "planes": (tiff(COLOURS * U16, "<u2", 2, planes=2), "16 bits in 3 channels, plane by plane"),
+    ">u2, white is zero": (tiff(RAMP * U16, ">u2", 0), r"numbers of 16 bits \(WhiteIsZero\)"),
+    "more than it says": (tiff(RAMP * U16, "<u2", tag281=4095), "but says 12 bits"),
+    "jpeg": (jpeg_of_12_bits(), "is a JPEG of values of other than 8 bits"),
+    "pfm to 255": (
+        b"Pf\n64 4\n-1.0\n" + (RAMP * 255).astype("<f4").tobytes(),
+        "floating-point numbers from 0 to 255",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_decode_picture_of_other_numbers_is_refused_in_words(kind: str) -> None:
+    content, message = UNFIT[kind]
+    with pytest.raises(UnfitPicture, match=rf"^Image it .*{message}.* and start again") as caught:
+        read(content)
+    assert "\n" not in str(caught.value)
+
+
+def test_decode_picture_of_8_bits_in_a_palette_of_16_is_refused() -> None:
+    whole, low = (
+        tiff(RAMP * 255, "<u1", 3, tag320=[times * k for _ in range(3) for k in range(256)])
+        for times in (257, 1)
+    )
+    assert np.abs(read(whole) - RAMP[..., None] * 255).max() <= 1
+    with pytest.raises(UnfitPicture, match="palette of nearly black colours"):
+        read(low)
+
+
+def test_decode_picture_that_is_cut_off_is_broken_not_unfit() -> None:
+    for content in (tiff(RAMP * U16, "<u2")[:300], png(RAMP * U16, 0)[:90], b"no picture"):
+        with pytest.raises(DataError, match="cannot be read") as caught:
+            read(content)
+        assert not isinstance(caught.value, UnfitPicture)
+        assert unread_kind(io.BytesIO(content)) == ""
+
+
+TRANSFORM = v2.Compose([v2.Resize((6, 6)), v2.PILToTensor(), v2.ToDtype(torch.float64, scale=True)])
+
+
+@pytest.mark.parametrize("source", ["folder", "tar"])
+def test_a_scan_stops_at_a_picture_that_is_unfit_though_broken_ones_are_skipped(
+    source: str, tmp_path: Path
+) -> None:
+    sound, unfit = tiff(RAMP * U16, ">u2"), tiff(RAMP * 4095, "<u2")
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        for name, content in {"0": sound, "1": b"broken", "2": sound, "3": unfit}.items():
+            (tmp_path / "data" / "a" / f"{name}.tif").write_bytes(content)
+            for ending, part in (("tif", content), ("cls", b"0")):
+                member = tarfile.TarInfo(f"{name}.{ending}")
+                member.size = len(part)
+                tar.addfile(member, io.BytesIO(part))
+    where = tmp_path / ("data" if source == "folder" else "data.tar")
+
+    def scan(out: str, indices: list[int]) -> unbraid.Scan:
+        images = unbraid.open_images(str(where), TRANSFORM)
+        return unbraid.scan(
+            build("3x3"), "layer", images, tmp_path / out, indices=indices, skip_broken=True
+        )
+
+    assert scan("sound", [0, 1, 2]).broken() == [1]
+    with pytest.raises(DataError, match=r"3(\.tif)? holds 16-bit values below 4096"):
+        scan("unfit", [0, 1, 2, 3])
+
+
+def test_a_check_of_dark_pictures_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depths, "_refuse_dark", lambda _: None)
+    for kind in DARK:
+        assert read(DARK[kind][12]).max() < 255 or "zero" in kind

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+import unbraid
+from tiny_networks import SyntheticImages
+from unbraid.base.errors import LayerError, ModelError, OutputChangedError, UnbraidError
+from unbraid.networks.models import LoadedModel
+from unbraid.networks.preflight import look_first
+from unbraid.networks.relevance import undisturbed
+from unsteady import FOLLOWING, MIXING, RANDOM, SOUND, TOLD, Ends, Small, of_inference_mode
+
+
+def images(n: int = 17) -> SyntheticImages:
+    return SyntheticImages(n, dtype=torch.float32)
+
+
+def scan(network: nn.Module, folder: Any, **options: Any) -> unbraid.Scan:
+    return unbraid.scan(network, "layer", images(), folder, batch_size=16, **options)
+
+
+def state(network: nn.Module) -> list[Any]:
+    """All that a call must leave as it was, tensors as themselves, where they are and as bytes."""
+    found: list[Any] = [torch.get_rng_state().tolist(), random.getstate(), np.random.rand]
+    found.append(np.random.get_state()[1].tolist())
+    for module in network.modules():
+        found += [module.training, len(module._forward_hooks), len(module._forward_pre_hooks)]
+        if not isinstance(module, torch.jit.ScriptModule):
+            found += [list(module._parameters), list(module._buffers), list(module._modules)]
+    for tensor in (*network.parameters(), *network.buffers()):
+        found += [tensor.requires_grad, tensor.grad is None]
+        if not is_lazy(tensor):
+            found.append(tensor.is_inference())
+            if not tensor.is_meta and tensor.layout == torch.strided:
+                found += [id(tensor), tensor.data_ptr(), tensor.tolist()]
+    return found
+
+
+def through_all(network: nn.Module, folder: Any) -> None:
+    seen = scan(network, folder, positions=True)
+    split = unbraid.split(seen, unbraid.find(seen, channels={0: [[0], [1]], 3: [[2], [3]]}))
+    changed = unbraid.apply(network, split)
+    assert unbraid.compare_outputs(network, changed, images(), tolerance=0).top1_agreement == 1
+    unbraid.ablate(changed, images())
+    unbraid.visualize(changed, "layer", images(), steps=2, n=1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", SOUND)
+def test_scan_of_sound_network_works_and_leaves_it_as_it_was(name, tmp_path):
+    network = SOUND[name]().train()
+    before = state(network)
+    through_all(network, tmp_path)
+    assert state(network) == before
+
+
+@pytest.mark.parametrize(
+    ("makers", "name", "sentence"),
+    [
+        *((RANDOM, name, "gives other outputs each time it runs") for name in RANDOM),
+        *((FOLLOWING, name, "depend on the images that it ran on before") for name in FOLLOWING),
+        *((MIXING, name, "depend on the other images of its batch") for name in MIXING),
+    ],
+)
+def test_scan_of_unsteady_network_is_refused(makers, name, sentence, tmp_path):
+    network = makers[name]()
+    before = state(network)
+    with pytest.raises(ModelError, match=sentence):
+        scan(network, tmp_path)
+    assert state(network) == before
+    assert not list(tmp_path.glob("shard-*"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", TOLD)
+def test_scan_of_network_that_cannot_be_scanned_says_why(name, tmp_path):
+    make, sentence = TOLD[name]
+    network = make()
+    before = state(network)
+    with pytest.raises(UnbraidError, match=sentence):
+        scan(network, tmp_path)
+    assert state(network) == before
+
+
+def test_scan_names_buffer_that_follows_the_images(tmp_path):
+    with pytest.raises(ModelError, match="'mean' changes"):
+        scan(FOLLOWING["buffer"](), tmp_path)
+
+
+def test_scan_of_single_image_without_batch_dimension_is_refused(tmp_path):
+    class Loses(Small):
+        def features(self, x: Tensor) -> Tensor:
+            return self.layer(self.stem(x).relu().squeeze(0)).relu().mean((-2, -1))
+
+    with pytest.raises(LayerError, match="meets a single image as"):
+        scan(Loses(), tmp_path)
+
+
+def test_scan_of_one_image_network_takes_batches_of_one(tmp_path):
+    network = MIXING["mean"]()
+    assert len(unbraid.scan(network, "layer", images(3), tmp_path, batch_size=1).labels_seen()) == 3
+
+
+def test_scan_of_fixed_batch_size_takes_full_batches(tmp_path):
+    def four(_: Any, x: Tensor) -> Tensor:
+        return x.view(16, 4)
+
+    network = Ends(four)
+    done = unbraid.scan(network, "layer", images(32), tmp_path, batch_size=16)
+    assert done.manifest.n_images == 32
+
+
+def test_scan_of_squeezed_head_has_the_records_of_the_whole_one(tmp_path):
+    for name, network in (("whole", Small()), ("squeezed", SOUND["squeezed"]())):
+        unbraid.scan(network, "head", images(17), tmp_path / name, batch_size=16)
+    one, other = (next(unbraid.open_scan(tmp_path / n).shards()) for n in ("whole", "squeezed"))
+    assert torch.equal(one.pooled, other.pooled)
+    assert torch.equal(one.share_value, other.share_value)
+
+
+@pytest.mark.parametrize("name", ["squeezed", "squeezed logits", "inference"])
+def test_n_outputs_of_squeezed_head_counts_all(name):
+    loaded = LoadedModel(SOUND[name]().eval(), lambda _: torch.zeros(3, 7, 6), (), {})
+    assert loaded.n_outputs() == 4
+
+
+@pytest.mark.parametrize("name", ["dropout", "noise", "generator", "numpy", "gumbel"])
+def test_compare_outputs_of_random_network_does_not_blame_the_split(name, tmp_path):
+    network, sound = RANDOM[name](), Small()
+    with pytest.raises(ModelError, match="gives other outputs each time"):
+        unbraid.compare_outputs(network, sound, images(), tolerance=0)
+
+
+def test_compare_outputs_still_blames_another_network():
+    other = Small()
+    with torch.no_grad():
+        other.head.bias.add_(1)
+    with pytest.raises(unbraid.UnbraidError, match="differ from the original's by 1"):
+        unbraid.compare_outputs(Small(), other, images())
+
+
+def test_compare_outputs_names_image_that_makes_the_original_nan():
+    broken = Ends(lambda _, x: torch.where(x.argmax(1, keepdim=True) >= 0, x / 0 * 0, x))
+    with pytest.raises(
+        OutputChangedError, match="original network's own logits of image 0 are nan"
+    ):
+        unbraid.compare_outputs(broken, Small(), images())
+
+
+def test_look_first_takes_rounding_for_what_it_is():
+    # Much is made of little, as in networks without training.
+    network = Ends(lambda _, x: (1e7 * x).sin()).eval()
+    x = images(16).images
+    with undisturbed(network), torch.no_grad():
+        assert (network(x * (1 + 1e-6)) - network(x)).abs().max() > 0.1
+        look_first(network, x)
+
+
+def _calls(folder: Any) -> Iterator[tuple[str, Any]]:
+    network, data = Small(), images()
+    other = lambda name: folder / name  # noqa: E731
+    first = unbraid.scan(network, "layer", data, other("first"), positions=True)
+    stem = unbraid.scan(network, "stem", data, other("stem"), positions=True)
+    chosen = {0: [[0], [1]], 3: [[2], [3]]}
+    found = unbraid.find(first, channels=chosen)
+    split = unbraid.split(first, found)
+    before = unbraid.split(stem, unbraid.find(stem, channels=chosen))
+    changed = unbraid.apply(network, split)
+    split.save(other("split.safetensors"))
+    yield "scan", lambda: unbraid.scan(network, "layer", data, other("scan"))
+    yield "pattern", lambda: unbraid.scan(network, "*", data, other("pattern"))
+    yield "find", lambda: unbraid.find(first, tau=0.01, p=0.5, gamma=0.99)
+    yield "sensitivity", lambda: unbraid.sensitivity(first)
+    yield "split", lambda: unbraid.split(first, found)
+    yield "published", lambda: unbraid.split(first, found, method="published")
+    yield "apply", lambda: unbraid.apply(network, split)
+    yield "plain", lambda: unbraid.apply(network, split, form="plain")
+    yield "save", lambda: split.save(other("again.safetensors"))
+    yield "load", lambda: unbraid.Split.load(other("split.safetensors"))
+    yield "load_split", lambda: unbraid.load_split(network, other("split.safetensors"))
+    yield "compare", lambda: unbraid.compare_outputs(network, changed, data, tolerance=0)
+    yield "ablate", lambda: unbraid.ablate(changed, data)
+    yield "visualize", lambda: unbraid.visualize(changed, "layer", data, steps=2, n=1)
+    yield "semantics", lambda: unbraid.measure_semantics(split, first, data, encoder=network)
+    yield "evaluate", lambda: unbraid.evaluate(split, first)
+    yield "circuit", lambda: unbraid.circuit(split, first, 0, 0)
+    yield "from", lambda: unbraid.circuit_from(before, split, first, network, data, 0, 0)
+    yield (
+        "report",
+        lambda: unbraid.report(
+            other("page.html"),
+            scan=first,
+            found=found,
+            split=split,
+            evaluation=unbraid.evaluate(split, first),
+            dataset=data,
+        ),
+    )
+    yield "with_logits", lambda: unbraid.with_logits(network, lambda out: out)(data.images)
+
+    def gated() -> None:
+        with unbraid.gate(changed, "layer", 0, 0, 0.5), unbraid.clamp(changed, "layer", 3, 0, 0):
+            changed(data.images)
+
+    yield "gate", gated
+
+
+MODES = {
+    "plain": lambda: torch.enable_grad(),
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_public_calls_in_any_mode_move_no_random_numbers(mode, tmp_path):
+    for name, call in _calls(tmp_path):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        with MODES[mode]():
+            call()
+            assert torch.is_inference_mode_enabled() == (mode == "inference"), name
+        assert torch.equal(torch.get_rng_state(), before[0]), name
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:], name
+
+
+def test_scan_around_autocast_and_inference_has_the_same_records(tmp_path):
+    for mode, around in MODES.items():
+        with around():
+            scan(Small(), tmp_path / mode)
+    kept = [next(unbraid.open_scan(tmp_path / mode).shards()) for mode in MODES]
+    assert all(torch.equal(one.pooled, kept[0].pooled) for one in kept)
+
+
+def test_scan_takes_images_of_inference_mode(tmp_path):
+    with torch.inference_mode():
+        held = images()
+        held.images = held.images.clone()
+    unbraid.scan(Small(), "layer", held, tmp_path / "held", batch_size=16)
+    scan(Small(), tmp_path / "plain")
+    one, other = (next(unbraid.open_scan(tmp_path / n).shards()) for n in ("held", "plain"))
+    assert torch.equal(one.pooled, other.pooled)
+
+
+def test_apply_to_network_of_inference_mode_gives_ordinary_weights(tmp_path):
+    network = of_inference_mode()
+    seen = scan(network, tmp_path)
+    with torch.inference_mode():
+        split = unbraid.split(seen, unbraid.find(seen, channels={0: [[0], [1]]}))
+        changed = unbraid.apply(network, split)
+    assert not any(t.is_inference() for t in (*changed.parameters(), *changed.buffers()))
+    changed(images().images).sum().backward()
+
+
+def test_call_that_raises_leaves_the_network_as_it_was(tmp_path):
+    def fails(net: Any, x: Tensor) -> Tensor:
+        net.mean.add_(1)
+        raise RuntimeError("no")
+
+    network = Small(fails, mean=torch.zeros(8)).train()
+    before = state(network)
+    with pytest.raises(ModelError, match=r"\(no\)"):
+        scan(network, tmp_path)
+    assert state(network) == before
+
+
+def test_calls_under_deterministic_algorithms_work(tmp_path):
+    torch.use_deterministic_algorithms(True)
+    try:
+        through_all(Small(), tmp_path)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.ao.quantization
+from torch import Tensor, nn
+
+from unbraid.base.errors import ModelError
+from unbraid.networks.weights import hash_weights, refuse_broken_weights
+
+
+class Extra(nn.Linear):
+    """Keeps anything beside its weights."""
+
+    def __init__(self, extra: Any) -> None:
+        torch.manual_seed(0)
+        super().__init__(2, 3)
+        self.extra = extra
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+class Thing:
+    """Of a kind that nobody knows how to write."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.itself, self.do = number, self, lambda: number
+
+
+class Wrapped(Tensor):
+    """A tensor that says how it is made of others."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, *_: Any) -> Wrapped:
+        return Wrapped(inner["inner"])
+
+    def __repr__(self) -> str:
+        return "Wrapped"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return type(args[0])(args[0].inner)
+        raise NotImplementedError
+
+
+def quantised(add: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    inner = nn.Linear(4, 4)
+    with torch.no_grad():
+        inner.weight[0, 0] += add
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(inner).eval(), {nn.Linear})
+
+
+def static(add: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    network = nn.Sequential(torch.ao.quantization.QuantStub(), nn.Conv2d(2, 3, 1)).eval()
+    with torch.no_grad():
+        network[1].weight[0, 0] += add
+    network.qconfig = torch.ao.quantization.get_default_qconfig("fbgemm")
+    ready = torch.ao.quantization.prepare(network)
+    ready(torch.ones(1, 2, 4, 4))
+    return torch.ao.quantization.convert(ready)
+
+
+def scripted(add: float = 0.0, *, freeze: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        network[0].weight[0, 0] += add
+    made = torch.jit.script(network)
+    return nn.Sequential(torch.jit.freeze(made) if freeze else made)
+
+
+def holding(tensor: Tensor) -> nn.Module:
+    module = nn.Module()
+    module.register_buffer("held", tensor)
+    return module
+
+
+PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
+    "quantised": (quantised, lambda: quantised(0.5)),
+    "static": (static, lambda: static(0.5)),
+    "scripted": (scripted, lambda: scripted(0.5)),
+    "frozen": (lambda: scripted(freeze=True), lambda: scripted(0.5, freeze=True)),
+    "meta": (lambda: nn.Linear(2, 2, device="meta"), lambda: nn.Linear(3, 2, device="meta")),
+    "lazy": (lambda: nn.LazyLinear(3), lambda: nn.LazyLinear(3, dtype=torch.float64)),
+    "sparse": (
+        lambda: holding(torch.eye(2).to_sparse()),
+        lambda: holding(-torch.eye(2).to_sparse()),
+    ),
+    "csr": (
+        lambda: holding(torch.eye(2).to_sparse_csr()),
+        lambda: holding((2 * torch.eye(2)).to_sparse_csr()),
+    ),
+    "complex": (
+        lambda: holding(torch.tensor([1 + 2j]).conj()),
+        lambda: holding(torch.tensor([1 + 2j])),
+    ),
+    "wrapped": (
+        lambda: holding(Wrapped(torch.ones(2))),
+        lambda: holding(Wrapped(torch.zeros(2))),
+    ),
+    "extra number": (lambda: Extra(1), lambda: Extra(2)),
+    "extra none": (lambda: Extra(None), lambda: Extra("None")),
+    "extra nested": (
+        lambda: Extra({"a": [1, (2.5, b"x")]}),
+        lambda: Extra({"a": [1, (2.5, b"y")]}),
+    ),
+    "extra set": (lambda: Extra({"b", "a"}), lambda: Extra({"b", "c"})),
+    "extra array": (lambda: Extra(np.arange(3)), lambda: Extra(np.arange(1, 4))),
+    "extra bytes": (lambda: Extra(io.BytesIO(b"a")), lambda: Extra(io.BytesIO(b"b"))),
+    "extra dtype": (lambda: Extra(torch.int8), lambda: Extra(torch.int16)),
+    "extra thing": (lambda: Extra(Thing(1)), lambda: Extra(Thing(2))),
+    "extra tensor": (lambda: Extra(torch.ones(2)), lambda: Extra(torch.zeros(2))),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PAIRS)
+def test_hash_weights_of_any_state_is_the_same_for_the_same_alone(name):
+    make, other = PAIRS[name]
+    hashed = hash_weights(make())
+    assert hashed == hash_weights(make())
+    assert hashed != hash_weights(other())
+    refuse_broken_weights(make())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hash_weights_is_the_same_in_another_process():
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "from test_weights import PAIRS, hash_weights\n"
+        "print(*(hash_weights(make()) for make, _ in PAIRS.values()))"
+    )
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], **options)
+    assert ran.stdout.split() == [hash_weights(make()) for make, _ in PAIRS.values()]
+
+
+def test_hash_weights_of_ordinary_network_is_that_of_its_tensors():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)).half()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    assert hash_weights(network) == digest.hexdigest()
+
+
+def test_hash_weights_of_network_that_cannot_tell_its_state_is_told():
+    class Refuses(nn.Linear):
+        def get_extra_state(self) -> Any:
+            raise RuntimeError("not now")
+
+    with pytest.raises(ModelError, match=r"cannot tell its state \(not now\)"):
+        hash_weights(Refuses(1, 1))
+
+
+def test_hash_weights_of_tensor_that_cannot_be_read_is_told():
+    class Closed(Wrapped):
+        __tensor_flatten__ = None
+
+    with pytest.raises(ModelError, match="'held' is a Closed, whose numbers cannot be read"):
+        hash_weights(holding(Closed(torch.ones(2))))
+
+
+@pytest.mark.parametrize("make", [Tensor.to_sparse, Tensor.to_sparse_csr, Tensor.clone])
+def test_refuse_broken_weights_sees_into_sparse_ones(make):
+    with pytest.raises(ModelError, match="'held' holds NaN"):
+        refuse_broken_weights(holding(make(torch.tensor([[0.0, torch.nan]]))))

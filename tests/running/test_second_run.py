@@ -1,0 +1,546 @@
+"""A second run destroys nothing of the first, whatever its settings and however it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import unbraid
+from tiny_networks import SyntheticImages
+from unbraid.base import files
+from unbraid.base.errors import ModelError, RunError, UsageError
+from unbraid.base.files import set_aside, write_new
+from unbraid.finding.findings import Findings
+from unbraid.running import run as pipeline
+from unbraid.running.check import check
+from unbraid.running.folders import (
+    Loading,
+    Thresholds,
+    home_of,
+    is_numbered,
+    same_settings,
+    take_folder,
+    tell_settings,
+)
+from unbraid.running.run import figure_of_run, report_again, run_layers
+
+LOOSE = Thresholds(0.01, 0.5, 0.99)
+STRICT = Thresholds(0.2, 0.5, 0.99)  # leaves one class out
+NOTHING = Thresholds(0.9, 1.0, -1.0)
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 10, 1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 4)),
+    ).double()
+
+
+def run(out: Path, thresholds: Thresholds = LOOSE, seed: int = 0, **options: Any) -> pipeline.Run:
+    train, val = (SyntheticImages(n, seed=n) for n in (48, 24))
+    usual = {"source": {}, "title": "x", "features": False, "say": lambda _: None}
+    options = {"thresholds": thresholds, "loading": Loading(batch_size=16), **usual, **options}
+    val = options.pop("val", val)
+    return pipeline.run(network(seed), "2", train, val, out, **options)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first") / "run"
+    assert len(run(folder).found) > len(run(folder.with_name("strict"), STRICT).found) > 0
+    return folder
+
+
+@pytest.fixture
+def out(first: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(first, tmp_path / "run"))
+
+
+def assert_kept(out: Path, before: dict[str, bytes]) -> None:
+    after = content(out)
+    assert [name for name in before if after.get(name) != before[name]] == []
+
+
+OTHERS: dict[str, tuple[Thresholds, dict[str, Any]]] = {
+    "tau": (Thresholds(0.02, 0.5, 0.99), {}),
+    "tau that fits": (Thresholds("auto", 0.5, 0.99), {}),
+    "p": (Thresholds(0.01, 0.75, 0.99), {}),
+    "gamma": (Thresholds(0.01, 0.5, 0.9), {}),
+    "rho": (Thresholds(0.01, 0.5, 0.99, 0.5), {}),
+    "clusters": (Thresholds(0.01, 0.5, 0.99, None, "clusters"), {}),
+    "nothing found": (NOTHING, {}),
+    "encoder": (LOOSE, {"encoder": "timm:any"}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_run_other_settings_get_a_folder_of_their_own(
+    name: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "load_encoder", lambda *_, **__: lambda x: x.flatten(1))
+    before, said = content(out), []
+    thresholds, options = OTHERS[name]
+    done = run(out, thresholds, say=said.append, **options)
+    assert done.report == out / "settings-2/report.html"
+    told = f"{out} holds a run with tau 0.01, p 0.5, gamma 0.99; this one goes into "
+    assert f"{told}{out / 'settings-2'}." in said
+    assert_kept(out, before)
+    own = {path.name for path in (out / "settings-2").glob("positions-*")}
+    shares = done.found.classes in ((), (0, 1, 2, 3))  # of which the first run has positions
+    assert own == (set() if shares else {"positions-train", "positions-val"})
+    after = content(out)
+    assert run(out, thresholds, **options).report == done.report  # again: it goes on there
+    assert content(out) == after
+    assert run(out).report == out / "report.html"
+    assert_kept(out, after)
+    assert check(out).whole
+
+
+def test_run_out_of_other_settings_by_name(out: Path) -> None:
+    inside = run(out, STRICT).report.parent
+    assert run(inside, STRICT).report.parent == inside
+    assert run(inside, NOTHING).report.parent == out / "settings-3"
+    free = run(out / "settings-7", Thresholds(0.02, 0.5, 0.99))
+    assert free.report.parent == out / "settings-7"
+    assert run(out / "settings-9").report.parent == out  # where these settings are
+    assert sorted(p.name for p in out.glob("**/scan-*")) == ["scan-train", "scan-val"]
+
+
+class FewerClasses(SyntheticImages):
+    """Validation images of three of four classes."""
+
+    def __init__(self) -> None:
+        super().__init__(24, seed=24)
+        keep = [n for n, label in enumerate(self.targets) if label != 0]
+        self.targets = [self.targets[n] for n in keep]
+        self.images = self.images[keep]
+
+
+def test_run_classes_without_validation_images_are_told_first_and_left_out(tmp_path: Path) -> None:
+    said: list[str] = []
+    options = {"thresholds": LOOSE, "loading": Loading(batch_size=16), "source": {}}
+    several = run_layers(
+        *(network(), ["2"], SyntheticImages(48, seed=48), FewerClasses(), tmp_path / "run"),
+        **{"title": "x", "features": False, "say": said.append, **options},
+    )
+    done = several.runs["2"]
+    assert "have none of 1 class (class 0); channels that one of them uses" in said[0]
+    whole = run(tmp_path / "whole")
+    assert 0 < len(done.found.concepts) < len(whole.found.concepts)
+    assert "left out, as the validation images have none" in done.found.note
+    assert "left out, as the validation images" in done.report.read_text()
+    assert check(tmp_path / "run").whole
+
+
+@pytest.mark.parametrize("same", [{"title": "y"}, {"source": {"data": "moved"}}, {}])
+def test_run_what_changes_no_result_makes_no_folder(same: dict[str, Any], out: Path) -> None:
+    before = content(out)
+    assert run(out, **same).report == out / "report.html"
+    assert not (out / "settings-2").exists()
+    own = ("settings.json", "report.html")
+    assert {k: v for k, v in content(out).items() if k not in own} == {
+        k: v for k, v in before.items() if k not in own
+    }
+    for name, value in same.items():
+        assert json.loads((out / "settings.json").read_text())[name] == value
+
+
+def test_run_other_settings_scan_only_what_is_not_there(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    scan_into = pipeline.scan_into
+
+    def spy(model: Any, folders: dict[str, Path], *args: Any, **kwargs: Any) -> Any:
+        there = (path for path in folders.values() if not (path / "manifest.json").exists())
+        begun.extend(str(path.relative_to(out)) for path in there)
+        return scan_into(model, folders, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "scan_into", spy)
+    run(out, Thresholds(0.01, 0.5, 0.99, 0.5))
+    assert begun == []
+    run(out, STRICT)
+    assert begun == ["settings-3/positions-train", "settings-3/positions-val"]
+    run(out, replace(STRICT, rho=0.5))
+    assert len(begun) == 2
+    assert not list((out / "settings-4").glob("positions-*"))
+    shutil.rmtree(out / "settings-3/positions-val")  # may be deleted to save room
+    run(out, replace(STRICT, rho=0.5))
+    assert begun[2:] == ["settings-4/positions-val"]
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+def kill_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Die just before the file of this number gets its name."""
+    calls: list[Path] = []
+    write = files._write
+
+    def write_or_die(path: Path, content: bytes, name: Callable[[Path], object]) -> None:
+        calls.append(path)
+        if len(calls) == number:
+            raise Killed(path.name)
+        write(path, content, name)
+
+    monkeypatch.setattr(files, "_write", write_or_die)
+
+
+def die_until_done(
+    start: Callable[[], pipeline.Run], check_between: Callable[[], None]
+) -> tuple[pipeline.Run, int]:
+    """Start again and again, each start killed one file later than the one before."""
+    for number in range(1, 100):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(number, patch)
+            try:
+                return start(), number
+            except Killed:
+                check_between()
+    raise AssertionError("it never came to an end")
+
+
+@pytest.mark.parametrize("thresholds", [STRICT, NOTHING])
+def test_run_killed_at_any_file_loses_nothing_of_the_first(
+    thresholds: Thresholds, out: Path, first: Path
+) -> None:
+    before = content(out)
+    done, n_kills = die_until_done(lambda: run(out, thresholds), lambda: assert_kept(out, before))
+    assert n_kills >= 4  # settings, findings, sensitivity, report
+    assert_kept(out, before)
+    whole = run(out.with_name("undisturbed"), thresholds)
+    assert done.report.parent == out / "settings-2"
+    own = {k: v for k, v in content(done.report.parent).items() if k != "settings.json"}
+    theirs = content(whole.report.parent)
+    assert own == {k: v for k, v in theirs.items() if k in own}
+    assert not [p for p in out.iterdir() if is_numbered(p) and p.name != "settings-2"]
+
+
+def test_run_killed_while_replacing_is_finished_by_the_next(out: Path) -> None:
+    positions = {k: v for k, v in content(out).items() if k.startswith(("scan", "positions"))}
+    undisturbed = run(out.with_name("undisturbed"), STRICT).report.parent
+    renamed = Path.rename
+    for number in range(1, 20):
+        calls: list[Path] = []
+
+        def rename_or_die(self: Path, target: Path, calls: list[Path] = calls) -> Path:
+            calls.append(target)
+            if len(calls) == number:  # noqa: B023
+                raise Killed
+            return renamed(self, target)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "rename", rename_or_die)
+            try:
+                run(out, STRICT, overwrite=True)
+                break
+            except Killed:
+                assert_kept(out, positions)
+    assert number > 4
+    assert_kept(out, positions)
+    assert [p.name for p in out.iterdir() if is_numbered(p)] == []
+    for name in ("findings.csv", "split.safetensors", "evaluation.json", "report.html"):
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert check(out).whole
+
+
+def test_run_that_fails_with_overwrite_leaves_what_is_there(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(out)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RunError("The network has gone.")
+
+    monkeypatch.setattr(pipeline, "ablate", fail)
+    for overwrite in (True, False):
+        with pytest.raises(RunError):
+            run(out, STRICT, overwrite=overwrite)
+        assert_kept(out, before)
+    with pytest.raises(UsageError):
+        run(out, Thresholds(tau=3.0), overwrite=True)
+    with pytest.raises(RunError, match="weights"):
+        run(out, STRICT, seed=1, overwrite=True)
+    assert_kept(out, before)
+
+
+def test_run_a_start_killed_before_its_settings_leaves_the_folder_free(tmp_path: Path) -> None:
+    class Fails(SyntheticImages):
+        def __getitem__(self, index: int) -> Any:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "run", val=Fails(24))
+    assert run(tmp_path / "run", STRICT).report == tmp_path / "run/report.html"
+    assert run(tmp_path / "run").report == tmp_path / "run/settings-2/report.html"
+
+
+def test_run_scans_made_anew_of_another_network_leave_the_results(out: Path) -> None:
+    for kind in ("train", "val"):
+        shutil.rmtree(out / f"scan-{kind}")
+    before = content(out)
+    assert run(out, seed=1).report == out / "settings-2/report.html"
+    assert_kept(out, before)
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+SETTINGS: dict[str, Any] = {"thresholds": {}, "source": {}, "title": ""}
+FOUND = Findings(0.03, 0.75, 0.5, (), {}, (), "", "2", "")
+
+
+def of(tau: float) -> dict[str, Any]:
+    return {**SETTINGS, "thresholds": {"tau": tau}}
+
+
+def test_take_folder_of_many_at_once_gives_each_its_own(tmp_path: Path) -> None:
+    taus = [0.01 * n for n in range(1, 25)]
+    with ThreadPoolExecutor(len(taus)) as pool:
+        taken = list(pool.map(lambda tau: take_folder(tmp_path, of(tau), FOUND), taus))
+    assert len(set(taken)) == len(taus)
+    assert [take_folder(tmp_path, of(tau), FOUND) for tau in taus] == taken
+    for tau, folder in zip(taus, taken, strict=True):
+        assert json.loads((folder / "settings.json").read_text()) == of(tau)
+
+
+def test_take_folder_results_without_settings_stay_unless_they_are_the_same(
+    out: Path, first: Path
+) -> None:
+    (out / "settings.json").rename(out / "settings.json.damaged")
+    before = content(out)
+    assert run(out, STRICT).report.parent == out / "settings-2"
+    assert_kept(out, before)
+    assert run(out).report.parent == out  # the same: it only lacked its settings
+    assert {p.name for p in out.iterdir()} >= {"settings.json", "settings.json.damaged"}
+
+
+def test_take_folder_a_gap_is_filled_and_a_later_folder_found(tmp_path: Path) -> None:
+    for tau in (0.01, 0.02, 0.03):
+        last = take_folder(tmp_path, of(tau), FOUND)
+    shutil.rmtree(tmp_path / "settings-2")
+    assert take_folder(tmp_path, of(0.03), FOUND) == last == tmp_path / "settings-3"
+    assert take_folder(tmp_path, of(0.04), FOUND) == tmp_path / "settings-2"
+
+
+def test_take_folder_a_link_that_leads_nowhere_and_a_file_are_left(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").symlink_to(tmp_path / "gone")
+    (tmp_path / "settings-2").write_text("mine")
+    assert take_folder(tmp_path, SETTINGS, FOUND) == tmp_path / "settings-3"
+    assert (tmp_path / "settings-2").read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", [".", "settings-2"])
+def test_run_settings_of_no_run_are_told_before_anything_is_scanned(
+    place: str, tmp_path: Path
+) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "settings.json").write_text("{}")
+    with pytest.raises(RunError, match="not that of a run"):
+        run(tmp_path)
+    assert sorted(content(tmp_path)) == [str(Path(place, "settings.json"))]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "told"),
+    [
+        (lambda x: x.flatten(1)[:, :0], "not one embedding each"),
+        (lambda x: x.flatten(1) / 0, "NaN or infinite"),
+        (lambda x: x @ x, "cannot run on images"),
+    ],
+)
+def test_run_an_encoder_that_fails_is_told_before_anything_is_scanned(
+    encoder: Callable[[Any], Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "load_encoder", lambda *_, **__: encoder)
+    with pytest.raises(ModelError, match=told):
+        run(tmp_path / "run", encoder="timm:any")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "numbered"),
+    [("settings-2", True), ("settings-10", True)]
+    + [(f"settings-{n}", False) for n in ("1", "0", "02", "x", "")]
+    + [("settings", False), ("my-settings-2", False)],
+)
+def test_is_numbered_by_name(name: str, numbered: bool) -> None:
+    assert is_numbered(Path("run") / name) is numbered
+
+
+def test_home_of_a_folder_however_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = tmp_path / "settings-2"
+    inside.mkdir()
+    assert home_of(inside) == inside  # nothing else there
+    (tmp_path / "scan-val").mkdir()
+    assert home_of(inside) == tmp_path
+    monkeypatch.chdir(inside)
+    assert home_of(Path(".")) == tmp_path
+    (inside / "scan-val").mkdir()
+    assert home_of(inside) == inside
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ({"title": "y", "source": {"data": "x"}, "sight": None}, True),
+        ({"encoder": None, "labels": "given", "scans": ["a", "b"]}, True),
+        ({"thresholds": {"tau": 0.03, "p": 0.75}}, True),
+        ({"thresholds": {"tau": 0.05}}, False),
+        ({"thresholds": {"concepts": "clusters"}}, False),
+        ({"encoder": "timm:x"}, False),
+        ({"labels": "predicted"}, False),
+    ],
+)
+def test_same_settings_by_what_decides_on_results(other: dict[str, Any], same: bool) -> None:
+    assert same_settings(SETTINGS, {**SETTINGS, **other}) is same
+
+
+def test_same_settings_not_of_other_scans() -> None:
+    scans = [{**SETTINGS, "scans": ids} for ids in (["a", "b"], ["a", "c"])]
+    assert not same_settings(*scans)
+
+
+def test_tell_settings_names_what_is_unusual() -> None:
+    usual = "tau 0.03, p 0.75, gamma 0.5"
+    assert tell_settings(SETTINGS) == usual
+    odd = {**SETTINGS, "labels": "predicted", "encoder": "timm:x"}
+    assert tell_settings(odd) == f"{usual}, labels predicted, encoder timm:x"
+
+
+# --- what reads a run -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def family(out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with positions of its own, and one that shares the first run's."""
+    images: Sequence[Any] = SyntheticImages(24, seed=24)
+    monkeypatch.setattr("unbraid.running.run.validation_images", lambda *_: images)
+    monkeypatch.setattr("unbraid.running.run.validation_images", lambda *_: images)
+    run(out, STRICT)
+    run(out, Thresholds(0.01, 0.5, 0.99, 0.5))
+    return out
+
+
+@pytest.mark.parametrize("name", [".", "settings-2", "settings-3"])
+def test_report_and_figure_of_every_run_in_a_folder(name: str, family: Path) -> None:
+    folder = family / name
+    page = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    (missing,) = check(family).missing
+    assert missing == str(folder / "report.html")
+    assert report_again(folder) == folder / "report.html"
+    assert (folder / "report.html").read_bytes() == page
+    channel = unbraid.Split.load(folder / "split.safetensors").channels[0].channel
+    assert figure_of_run(folder, channel, "densities").axes
+    assert check(folder).whole
+
+
+def test_report_without_positions_says_what_makes_them(family: Path) -> None:
+    page = (family / "report.html").read_bytes()
+    shutil.rmtree(family / "positions-val")
+    with pytest.raises(RunError, match=r"positions-val is gone.*start the run again"):
+        report_again(family)
+    assert (family / "report.html").read_bytes() == page
+    assert report_again(family / "settings-2")  # has its own
+
+
+def test_report_of_an_unfinished_run_says_so(family: Path) -> None:
+    (family / "evaluation.json").unlink()
+    with pytest.raises(RunError, match="holds an unfinished run; start it again"):
+        report_again(family)
+
+
+def test_check_lists_what_a_folder_holds(family: Path) -> None:
+    found = len((family / "findings.csv").read_text().splitlines()) - 1
+    holds = check(family).holds
+    run_lines = [line for line in holds if ": a run " in line]
+    assert len(run_lines) == 3
+    usual = "tau 0.01, p 0.5, gamma 0.99"
+    assert run_lines[0].startswith(f"{family}: a run with {usual}; {found} pairs in ")
+    strict = "tau 0.2, p 0.5, gamma 0.99; 2 pairs in 1 channel; "
+    assert run_lines[1].startswith(f"{family / 'settings-2'}: a run with {strict}")
+    assert f"a run with {usual}, rho 0.5; {found} pairs in " in run_lines[2]
+    assert all(line.endswith("; split, evaluation, report.") for line in run_lines)
+    assert f"{family / 'scan-train'}: a scan of layer 2, 48 images, finished." in holds
+    own = family / "settings-2/positions-val"
+    assert any(line.startswith(f"{own}: a scan of layer 2, ") for line in holds)
+    assert ", with positions, finished." in " ".join(holds)
+
+
+def test_check_lists_what_is_not_whole(family: Path) -> None:
+    (family / "scan-val/shard-000000.safetensors").unlink()
+    (family / "settings-2/settings.json").write_text("{")
+    (family / "findings.csv").unlink()
+    found = check(family)
+    told = " ".join(found.holds)
+    assert "24 images, 0 of 1 shard there." in told
+    assert f"{family / 'settings-2'}: a run with unknown settings; " in told
+    assert "; findings not there; split" in told
+    assert (len(found.damaged), len(found.missing)) == (1, 2)
+    shutil.rmtree(family / "scan-val")
+    again = check(family)
+    text = f"the scan in {family / 'scan-val'}"
+    assert again.missing.count(text) == 1  # once, though three runs lack it
+    assert str(family / "settings-2/settings.json") in again.missing
+
+
+def test_check_sets_aside_beside_what_was_set_aside_before(out: Path) -> None:
+    split = out / "split.safetensors"
+    kept = []
+    for n in range(3):
+        kept.append(b"junk %d" % n)
+        split.write_bytes(kept[-1])
+        assert len(check(out).damaged) == 1
+    assert sorted(p.read_bytes() for p in out.glob("split.safetensors*.damaged")) == kept
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_set_aside_never_takes_a_name_that_is_taken(tmp_path: Path) -> None:
+    for n in range(3):
+        (tmp_path / "a").write_text(str(n))
+        assert set_aside(tmp_path / "a", ".old").read_text() == str(n)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.2.old", "a.3.old", "a.old"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_write_new_writes_only_where_nothing_is(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("no hard links here")
+
+    if not links:
+        monkeypatch.setattr(files.os, "link", refuse)
+    assert write_new(tmp_path / "a/b", b"one")
+    assert not write_new(tmp_path / "a/b", b"two")
+    assert content(tmp_path) == {"a/b": b"one"}
+
+
+def test_scan_with_positions_into_one_without_is_refused(out: Path) -> None:
+    before = content(out)
+    with pytest.raises(RunError, match="whether positions are kept"):
+        unbraid.scan(network(), "2", SyntheticImages(24, seed=24), out / "scan-val", positions=True)
+    assert content(out) == before

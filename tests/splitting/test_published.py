@@ -1,0 +1,244 @@
+"""The published rule: which taps a concept channel keeps, and which rho is chosen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import unbraid
+from checks import (
+    Truth,
+    assert_adds_up,
+    assert_bit_equal,
+    assert_close,
+    assert_extended_masks,
+    assert_published_rho,
+    assert_published_rows,
+    truth_of,
+)
+from tiny_networks import SyntheticImages, build
+from unbraid.base.errors import UsageError
+from unbraid.finding.findings import Findings
+from unbraid.scanning.records import Scan
+from unbraid.splitting.published import RHOS, published_masks
+
+# In all of these an in-place ReLU or a smooth activation comes behind; two have no bias.
+KINDS = ["1x1", "no bias", "3x3", "uneven", "stride", "same", "groups", "tokens"]
+OWN = {1: [[0], [1]], 5: [[2, 0], [3]], 6: [[3, 1], [0, 2]]}
+
+
+@dataclass
+class Case:
+    network: nn.Module
+    scan: Scan
+    found: Findings
+    truth: Truth
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request, tmp_path_factory) -> Case:
+    network, dataset = build(request.param), SyntheticImages(14)
+    out = tmp_path_factory.mktemp("scan")
+    scan = unbraid.scan(network, "layer", dataset, out, positions=True, batch_size=5)
+    found = unbraid.find(scan, channels=OWN)
+    return Case(network, scan, found, truth_of(network, dataset))
+
+
+@pytest.fixture(scope="module")
+def one_case(tmp_path_factory) -> Case:
+    network, dataset = build("3x3"), SyntheticImages(14)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path_factory.mktemp("one"), positions=True)
+    return Case(network, scan, unbraid.find(scan, channels=OWN), truth_of(network, dataset))
+
+
+# --- against the oracle ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rho", [0.05, 0.5, 0.7, 1.0])
+def test_rows_are_those_of_the_published_rule(case, rho):
+    split = unbraid.split(case.scan, case.found, method="published", rho=rho)
+    assert [part.channel for part in split.channels] == [1, 5, 6]
+    for part in split.channels:
+        assert part.concepts == case.found.concepts[part.channel]
+        assert part.info["rho"] == rho
+        assert_published_rows(part, rho, case.truth)
+        assert_adds_up(part)
+
+
+def test_the_rule_divides_some_taps_and_shares_others(case):
+    parts = [p for rho in (0.3, 0.9) for p in parts_of(case.scan, case.found, rho=rho).values()]
+    kept = torch.cat([part.masks.sum(0) for part in parts])
+    assert set(kept.tolist()) == {1.0, 2.0}  # no tap is lost, some belong to one, some to both
+
+
+def test_rho_is_the_one_that_the_published_criterion_chooses(case):
+    split = unbraid.split(case.scan, case.found, method="published")
+    for part in split.channels:
+        assert_published_rho(part, case.truth)
+        assert_published_rows(part, part.info["rho"], case.truth)
+
+
+def test_channels_get_rhos_of_their_own(one_case):
+    split = unbraid.split(one_case.scan, one_case.found, method="published")
+    assert len({part.info["rho"] for part in split.channels}) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["1x1", "3x3", "groups", "tokens"])
+def test_the_lowest_of_equally_good_rhos_is_chosen(kind, dtype, tmp_path):
+    network, dataset = build(kind, dtype), SyntheticImages(14, dtype=dtype)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, positions=True)
+    channels = {o: [[0, 1], [2, 3]] for o in range(scan.layer.n_out)}
+    found = unbraid.find(scan, channels=channels)
+    chosen = parts_of(scan, found)
+    for lower in RHOS[:-1]:
+        for o, part in parts_of(scan, found, rho=lower).items():
+            if lower < chosen[o].info["rho"]:  # with the same masks it would have been as good
+                assert not torch.equal(part.masks, chosen[o].masks), (o, lower, chosen[o].info)
+
+
+def parts_of(scan: Scan, found: Findings, **settings) -> dict:
+    split = unbraid.split(scan, found, method="published", **settings)
+    return {part.channel: part for part in split.channels}
+
+
+def test_a_given_rho_needs_no_positions(one_case, tmp_path):
+    pooled_only = unbraid.scan(one_case.network, "layer", SyntheticImages(14), tmp_path)
+    without = parts_of(pooled_only, one_case.found, rho=0.7)
+    for o, part in parts_of(one_case.scan, one_case.found, rho=0.7).items():
+        assert_bit_equal(without[o].rows, part.rows)
+
+
+def test_a_scan_of_the_concepts_classes_is_enough(one_case, tmp_path):
+    found = unbraid.find(one_case.scan, channels={1: [[0], [3]]})
+    scan = unbraid.scan(
+        one_case.network,
+        "layer",
+        SyntheticImages(14),
+        tmp_path,
+        classes=found.classes,
+        positions=True,
+    )
+    (whole,) = parts_of(one_case.scan, found).values()
+    (part,) = parts_of(scan, found).values()
+    assert part.info == whole.info
+    assert_bit_equal(part.rows, whole.rows)
+
+
+def test_rows_come_in_the_number_format_of_the_network(tmp_path):
+    network, dataset = build("3x3", torch.float32), SyntheticImages(8, dtype=torch.float32)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path)
+    part = parts_of(scan, unbraid.find(scan, channels=OWN), rho=0.7)[1]
+    assert part.rows.dtype == part.residual_row.dtype == torch.float32
+    assert_bit_equal(part.weight, network.layer.weight[1].flatten())
+
+
+# --- more than two concepts -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_concepts", [2, 3, 4, 6])
+@pytest.mark.parametrize("rho", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("taps", [1, 9])
+def test_masks_of_any_number_of_concepts_keep_what_no_other_concept_owns(n_concepts, rho, taps):
+    arvs = random_arvs(n_concepts)
+    assert_extended_masks(published_masks(arvs, rho, taps), arvs, rho, taps)
+
+
+def random_arvs(n_concepts: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(n_concepts)
+    return list(torch.randn(n_concepts, 40, generator=generator, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rho", [0.3, 1.0])
+def test_a_concept_without_a_claim_leaves_the_masks_of_two_as_published(rho):
+    v1, v2 = random_arvs(2)
+    nothing = torch.full_like(v1, -1e9)
+    three = published_masks([v1, v2, nothing], rho, 2)
+    assert torch.equal(three[:2], published_masks([v1, v2], rho, 2))
+
+
+def test_two_concepts_swapped_swap_their_masks_where_relevance_is_positive():
+    v1, v2 = (arv.abs() for arv in random_arvs(2))
+    masks = published_masks([v1, v2], 0.7, 1)
+    assert torch.equal(published_masks([v2, v1], 0.7, 1), masks.flip(0))
+
+
+def test_the_first_concept_has_the_first_claim_where_relevance_is_negative():
+    v1, v2 = torch.tensor([-1.0]), torch.tensor([-1.1])  # 0.5 * v > the other, both ways
+    assert published_masks([v1, v2], 0.5, 1).tolist() == [[1.0], [0.0]]
+    assert published_masks([v2, v1], 0.5, 1).tolist() == [[1.0], [0.0]]
+
+
+def test_three_concepts_add_up_to_the_channel(case):
+    channels = {o: [[0], [1, 3], [2]] for o in (0, 3)}
+    split = unbraid.split(case.scan, unbraid.find(case.scan, channels=channels), method="published")
+    for part in split.channels:
+        assert part.rows.shape == (3, case.scan.layer.n_taps)
+        assert part.info["rho"] in RHOS
+        assert_adds_up(part)
+        arvs = [case.truth.arv(concept, part.channel) for concept in part.concepts]
+        taps = case.scan.layer.taps_per_input
+        assert_extended_masks(part.masks, arvs, part.info["rho"], taps)
+        assert_close(part.residual_bias, 2 * part.bias)
+
+
+# --- what a split knows ---------------------------------------------------------------------------
+
+
+def test_a_split_says_what_it_was_made_of(one_case):
+    found = unbraid.find(one_case.scan, tau=0.04, p=0.6, gamma=0.3, channels=OWN)
+    split = unbraid.split(one_case.scan, found, method="published", rho=0.7)
+    assert split.method == "published"
+    assert split.settings == {"tau": 0.04, "p": 0.6, "gamma": 0.3}
+    assert split.weights == one_case.scan.manifest.weights
+    assert split.layer == one_case.scan.layer
+    assert split[5].channel == 5
+    assert split.name((2, 0)) == "class 2, class 0"
+    assert split.name((9,)) == "9"
+    with pytest.raises(KeyError, match="channel 7 was not split"):
+        split[7]
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rho", [0.0, -0.5, 1.05, math.nan])
+def test_a_rho_out_of_range_is_refused(one_case, rho):
+    with pytest.raises(UsageError, match=f"rho is {rho:g}; it must lie above 0"):
+        unbraid.split(one_case.scan, one_case.found, method="published", rho=rho)
+
+
+def test_an_unknown_method_is_refused(one_case):
+    with pytest.raises(UsageError, match="no method 'magic'"):
+        unbraid.split(one_case.scan, one_case.found, method="magic")
+
+
+def test_no_finding_cannot_be_split_and_the_hint_is_told(one_case):
+    nothing = unbraid.find(one_case.scan, gamma=-1.0)
+    assert nothing.hint
+    with pytest.raises(UsageError, match="nothing to split") as caught:
+        unbraid.split(one_case.scan, nothing, method="published", rho=0.7)
+    assert nothing.hint in str(caught.value)
+
+
+def test_a_rho_cannot_be_chosen_without_positions(one_case, tmp_path):
+    pooled_only = unbraid.scan(one_case.network, "layer", SyntheticImages(14), tmp_path)
+    with pytest.raises(UsageError, match=r"needs positions: .*positions=True.* or give rho"):
+        unbraid.split(pooled_only, one_case.found, method="published")
+
+
+def test_a_scan_without_a_concepts_class_is_refused(one_case, tmp_path):
+    scan = unbraid.scan(one_case.network, "layer", SyntheticImages(14), tmp_path, classes=[0, 1, 2])
+    with pytest.raises(UsageError, match="no image of class class 3"):
+        unbraid.split(scan, one_case.found, method="published", rho=0.7)
+
+
+def test_a_scan_of_a_layer_without_the_found_channels_is_refused(one_case, tmp_path):
+    narrow = unbraid.scan(one_case.network, "head", SyntheticImages(14), tmp_path)
+    assert narrow.layer.n_out < 6
+    with pytest.raises(UsageError, match="channel"):
+        unbraid.split(narrow, one_case.found, method="published", rho=0.7)
