@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from unbraid.finding.findings import Findings as Findings
     from unbraid.finding.thresholds import Sensitivity as Sensitivity
     from unbraid.finding.thresholds import sensitivity as sensitivity
-    from unbraid.images.hugging_face import from_hugging_face as from_hugging_face
+    from unbraid.images.open import from_hugging_face as from_hugging_face
     from unbraid.images.open import open_images as open_images
     from unbraid.measuring.ablate import ablate as ablate
     from unbraid.measuring.circuit import Circuit as Circuit
@@ -53,7 +53,7 @@ __version__ = _version("unbraid")
 _HOME = {
     "scan": "scanning.scan",
     "open_images": "images.open",
-    "from_hugging_face": "images.hugging_face",
+    "from_hugging_face": "images.open",
     "open_scan": "scanning.records",
     "Scan": "scanning.records",
     "find": "finding.find",
