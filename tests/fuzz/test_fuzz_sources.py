@@ -188,7 +188,7 @@ class Nothing(Exception):
     ("module", "name", "instead", "reader"),
     [
         (table, "UnicodeDecodeError", Nothing, "list"),
-        (table, "_is_text", lambda *_: False, "parquet"),
+        (table, "ValueError", Nothing, "parquet"),
         (hugging, "Exception", Nothing, "saved"),
         (shards, "decode_picture", lambda file, _: Image.open(file).convert("RGB"), "tar"),
     ],

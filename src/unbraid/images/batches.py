@@ -136,8 +136,9 @@ class _Sealed:
             items, images = self.open()
         except RunError as error:  # a thread pins, whose errors come with their traceback
             return _Packed([failed(-1, DataError(str(error)))], [])
-        one_size = isinstance(images, Tensor)
-        return _Packed(items, images.pin_memory() if one_size else [i.pin_memory() for i in images])
+        if isinstance(images, Tensor):
+            return _Packed(items, images.pin_memory())
+        return _Packed(items, [image.pin_memory() for image in images])
 
 
 def _pack(items: Sequence[Loaded]) -> _Packed | _Sealed:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from unbraid.base.errors import DataError, UsageError, out_of_reach
+from unbraid.base.errors import DataError, UsageError, brief, out_of_reach
 from unbraid.base.tables import one_line
 from unbraid.images.listing import Files, Listing, label_text, look_at, make_listing, seen_from
 from unbraid.images.pictures import EXTENSIONS
@@ -162,8 +162,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                     yield f"Row {n} of {path}", cells
     # The last two for dates that Python cannot hold, and damaged files that ask for any memory.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        reason = one_line(str(error)) or type(error).__name__
         away = out_of_reach(f"List {path}", error) if isinstance(error, OSError) else None
         raise away or DataError(
-            f"{path} is no list that can be read ({reason}); write it anew."
+            f"{path} is no list that can be read ({brief(error)}); write it anew."
         ) from None

@@ -215,12 +215,12 @@ def labels_of(dataset: Dataset[Any], needed: bool = True) -> list[int]:
     labels = [UNLABELLED] * size_of(dataset)
     if not needed:
         return labels
-    broken: list[BrokenImage] = []
+    broken: list[str] = []
     for index in range(len(labels)):
         try:
             labels[index] = to_label(read_pair(dataset, index)[1], index)
         except BrokenImage as error:
-            broken.append(error)
+            broken.append(str(error))
     if len(broken) == len(labels):
         raise DataError(f"No image can be read: {broken[0]}")
     return labels
@@ -339,7 +339,8 @@ def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
     """
     kept = own(dataset, "classes")[1]
     if kept is not None:
-        return _by_label([str(name) for name in kept], _target_transform(dataset))
+        change = _target_transform(dataset)
+        return _by_label([*map(str, kept)], change) if change else tuple(map(str, kept))
     inner = inner_of(dataset)
     if not inner or not (is_known(dataset) or _hands_labels_on(dataset, inner)):
         return ()
@@ -356,10 +357,8 @@ def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _by_label(names: Sequence[str], change: Callable[[Any], Any] | None) -> tuple[str, ...]:
+def _by_label(names: Sequence[str], change: Callable[[Any], Any]) -> tuple[str, ...]:
     """Names by label, where labels are changed on the way; empty for one of several classes."""
-    if change is None:
-        return tuple(names)
     shown: dict[int, str] = {}
     for index, name in enumerate(names):
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from unbraid.base.errors import DataError, UsageError, out_of_reach
+from unbraid.base.errors import DataError, UsageError, brief, out_of_reach
 from unbraid.base.tables import one_line
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.listing import Listing, make_listing
@@ -47,21 +47,15 @@ def list_saved(folder: str) -> Listing:
         files = [path for path in inside if path.suffix.lower() == ".parquet"]
         read = library.Dataset.from_parquet if files else library.load_from_disk
         dataset = read([str(file) for file in files] or folder)
-        for file in files:  # their fingerprint would be of where they lie and how old they are
-            rows += [f"{file.name}/{row}" for row in range(_n_rows(file))]
+        if files:  # whose fingerprint would be of where they lie and how old they are
+            from pyarrow.parquet import read_metadata
+
+            rows = [f"{f.name}/{k}" for f in files for k in range(read_metadata(f).num_rows)]
     except Exception as error:  # the library's, arrow's and the system's
         raise out_of_reach(f"Data set {folder}", error) or DataError(
-            f"{folder} is no data set that `save_to_disk` saved ({_reason(error)}); name its "
-            "folder."
+            f"{folder} is no data set that `save_to_disk` saved ({brief(error)}); name its folder."
         ) from None
     return list_rows(dataset, "image", "label", folder, rows)
-
-
-def _n_rows(file: Path) -> int:
-    from pyarrow import parquet
-
-    n: int = parquet.read_metadata(file).num_rows
-    return n
 
 
 def list_rows(
@@ -85,17 +79,13 @@ def list_rows(
     try:  # columns that point beyond their file, which arrow itself only finds when asked
         dataset.select_columns(columns).data.validate(full=True)
     except Exception as error:  # of arrow, in many kinds
-        raise DataError(
-            f"{source} is damaged ({_reason(error)}); save or fetch it again."
-        ) from None
+        raise DataError(f"{source} is damaged ({brief(error)}); save or fetch it again.") from None
     try:
         encoded = dataset.with_format(None).select_columns([image])
         encoded = encoded.cast_column(image, library.Image(decode=False))
         paths, sizes = _files(encoded, image)
     except Exception as error:  # of arrow, in many kinds
-        raise DataError(
-            f"Column {image!r} of {source} holds no images ({_reason(error)})."
-        ) from None
+        raise DataError(f"Column {image!r} of {source} holds no images ({brief(error)}).") from None
     ids = list(rows) or [f"{dataset._fingerprint}/{row}" for row in range(len(dataset))]
     if all(paths) and len(set(paths)) == len(paths):
         ids = [str(path).replace("\\", "/") for path in paths]
@@ -127,10 +117,6 @@ def _files(encoded: Any, column: str) -> tuple[list[str | None], list[int]]:
         content = pyarrow.compute.struct_field(batch[column], "bytes")
         sizes += [size or 0 for size in pyarrow.compute.binary_length(content).to_pylist()]
     return paths, sizes
-
-
-def _reason(error: Exception) -> str:
-    return one_line(str(error)) or type(error).__name__
 
 
 def _library() -> Any:

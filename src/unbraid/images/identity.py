@@ -50,7 +50,7 @@ def ids_of(dataset: Dataset[Any]) -> list[str] | None:
         return _distinct([seen_from(root, path) for path in files])
     inside = gathered(dataset, ids_of, "ids", "samples")
     if inside is None or _distinct(inside) or not isinstance(dataset, ConcatDataset):
-        return inside and _distinct(inside)
+        return _distinct(inside)
     parts = [k for k, part in enumerate(dataset.datasets) for _ in range(len(part))]  # type: ignore[arg-type]
     return [f"{part}/{one}" for part, one in zip(parts, inside, strict=True)]
 
@@ -70,8 +70,8 @@ def _checked(ids: Sequence[Any]) -> list[str]:
     return [str(one) for one in ids]
 
 
-def _distinct(ids: list[str]) -> list[str] | None:
-    return ids if len(set(ids)) == len(ids) else None
+def _distinct(ids: list[str] | None) -> list[str] | None:
+    return ids if ids is not None and len(set(ids)) == len(ids) else None
 
 
 def _files_of(dataset: Dataset[Any]) -> list[str] | None:

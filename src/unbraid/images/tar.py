@@ -51,7 +51,7 @@ class Members:
     """
 
     shards: list[str]
-    stamps: list[Stamp]  # of each shard, by which it is known again
+    stamps: list[Stamp] = field(default_factory=list)  # of each, by which it is known again
     ids: list[str] = field(default_factory=list)
     shard: array[int] = field(default_factory=lambda: array("q"))
     offset: array[int] = field(default_factory=lambda: array("q"))
@@ -82,7 +82,12 @@ def list_shards(where: str) -> Listing:
     double = next((name for name, n in Counter(names).items() if n > 1), None)
     if double is not None:
         raise DataError(f"{where} has two shards called {double}; give each its own name.")
-    reader = Members(shards, [_stamp(shard) for shard in shards])
+    reader = Members(shards)
+    for shard in shards:
+        found = look_at(shard, f"Shard {shard}")
+        if found is None:
+            raise DataError(f"There is no shard {shard}; name tar files that are there.")
+        reader.stamps.append(stamp_of(found))
     labels: list[str | None] = []
     for k, (shard, name) in enumerate(zip(shards, names, strict=True)):
         for key, files in _samples(shard).items():
@@ -108,15 +113,19 @@ def _samples(shard: str) -> dict[str, dict[str, _Content]]:
         folder, slash, name = member.name.rpartition("/")
         base, _, ending = name.partition(".")
         kind = "image" if f".{ending.lower()}" in EXTENSIONS else ending.lower()
+        what = f"{one_line(member.name)} in {shard}"
         if f".{kind}" in UNREAD and base:
             raise DataError(
-                f"{one_line(member.name)} in {shard} is a picture of a kind that is not read; "
-                "convert or remove it."
+                f"{what} is a picture of a kind that is not read; convert or remove it."
             )
         hidden = any(is_hidden(part) for part in folder.split("/") if part not in (".", ".."))
         if hidden or not base or kind not in ("image", "cls", "json") or member.isdir():
             continue
-        _refuse_odd(shard, member, _LARGEST if kind == "image" else _LARGEST_LABEL)
+        if not member.isreg() or member.issparse():
+            raise DataError(f"{what} is no regular file; write the shard anew.")
+        largest = _LARGEST if kind == "image" else _LARGEST_LABEL
+        if member.size > largest:
+            raise DataError(f"{what} has {member.size} bytes, more than {largest}; remove it.")
         key = f"{folder}{slash}{base}"
         files = samples.setdefault(key, {})
         if kind in files:
@@ -131,14 +140,6 @@ def _samples(shard: str) -> dict[str, dict[str, _Content]]:
             f"({', '.join(EXTENSIONS)}); mend it."
         )
     return {key: files for key, files in samples.items() if "image" in files}
-
-
-def _refuse_odd(shard: str, member: tarfile.TarInfo, largest: int) -> None:
-    what = f"{one_line(member.name)} in {shard}"
-    if not member.isreg() or member.issparse():
-        raise DataError(f"{what} is no regular file; write the shard anew.")
-    if member.size > largest:
-        raise DataError(f"{what} has {member.size} bytes, more than {largest}; remove it.")
 
 
 def _label(shard: str, stamp: Stamp, key: str, files: dict[str, _Content]) -> str | None:
@@ -236,13 +237,6 @@ def read_content(path: str, stamp: Stamp, offset: int, size: int) -> bytes:
 def stamp_of(found: os.stat_result) -> Stamp:
     """What changes when a file is written anew or another one put in its place."""
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _stamp(shard: str) -> Stamp:
-    found = look_at(shard, f"Shard {shard}")
-    if found is None:
-        raise DataError(f"There is no shard {shard}; name tar files that are there.")
-    return stamp_of(found)
 
 
 # --- where shards are -----------------------------------------------------------------------------
