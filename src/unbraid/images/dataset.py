@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -513,7 +512,6 @@ def _read(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
         DataError: the data set gives something else.
     """
     name = f"Image {index} of the data set"
-    before = sys.exception()
     try:
         with callers_device():
             item = dataset[index]
@@ -527,7 +525,7 @@ def _read(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
                 f"{name} needs the accelerator, which worker processes cannot use; give images on "
                 "the processor, or scan with workers=0."
             ) from None
-        away = out_of_reach(name, error, before)
+        away = out_of_reach(name, error)
         raise (away or _Broken(f"{name} cannot be read ({brief(error)}).")) from None
     if item is None:
         raise _Broken(f"{name} is None, not an image and its label.")
