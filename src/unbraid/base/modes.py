@@ -1,4 +1,4 @@
-"""The doors of the package: what every public function does with the modes that it is called in."""
+"""Leave things as found: torch's modes, the caller's random numbers, a network's state."""
 
 from __future__ import annotations
 
@@ -18,22 +18,50 @@ from torch.nn.parameter import is_lazy
 
 from unbraid.base.errors import ModelError
 
-# Leave things as found: torch's modes, the caller's random numbers, a network's state.
-
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _PLAIN = (bool, int, float, complex, str, type(None))
 _GROWING = (list, dict, set, deque, OrderedDict)
 _OF_ALL = frozenset(vars(nn.Module()))  # attributes
+_callers: ContextVar[torch.device | None] = ContextVar("_callers", default=None)
+
+
+def in_plain_modes(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a public function as if it were called outside of any of torch's modes.
+
+    Inference mode, no_grad, autocast and a default device around it do not reach what it computes,
+    and the caller's random numbers go on where they were.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **named: P.kwargs) -> R:
+        with (
+            without_inference(),
+            torch.enable_grad(),
+            without_autocast(),
+            own_device(),
+            same_random(),
+        ):
+            return function(*args, **named)
+
+    return run
+
+
+def without_inference() -> AbstractContextManager[Any]:
+    """Leave inference mode, if it is on."""
+    on = torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if on else nullcontext()
 
 
 @contextmanager
-def plain_modes() -> Iterator[None]:
-    """Leave torch's modes and default device; put all random numbers back to where they were."""
-    with without_inference(), torch.enable_grad(), without_autocast(), own_device(), same_random():
+def without_autocast() -> Iterator[None]:
+    """Compute in the numbers' own format, also where a network has switched autocast on."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield
-
-
-_callers: ContextVar[torch.device | None] = ContextVar("_callers", default=None)
 
 
 @contextmanager
@@ -56,41 +84,24 @@ def callers_device() -> AbstractContextManager[Any]:
     return _callers.get() or nullcontext()
 
 
-def without_inference() -> AbstractContextManager[Any]:
-    """Leave inference mode, if it is on."""
-    on = torch.is_inference_mode_enabled()
-    return torch.inference_mode(False) if on else nullcontext()
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """Compute in the numbers' own format, also where a network has switched autocast on."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda", "mps", "xpu"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
 @contextmanager
 def same_random() -> Iterator[None]:
     """Put all random numbers back to where they were: torch's, numpy's and Python's own."""
-    puts: list[Callable[[], Any]] = [
-        functools.partial(torch.set_rng_state, torch.get_rng_state()),
-        functools.partial(np.random.set_state, np.random.get_state()),
-        functools.partial(random.setstate, random.getstate()),
+    states: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (np.random.set_state, np.random.get_state()),
+        (random.setstate, random.getstate()),
     ]
     for backend in (torch.cuda, torch.xpu):
         if backend.is_initialized():
-            state = backend.get_rng_state_all()
-            puts.append(functools.partial(backend.set_rng_state_all, state))
+            states.append((backend.set_rng_state_all, backend.get_rng_state_all()))
     if torch.backends.mps.is_available():
-        puts.append(functools.partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
     try:
         yield
     finally:
-        for put in puts:
-            put()
+        for put, state in states:
+            put(state)
 
 
 @contextmanager
@@ -107,9 +118,8 @@ def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
     Raises:
         ModelError: the network makes weights of its own when it runs.
     """
-    with ExitStack() as stack:
-        modules = list(model.modules())
-        stack.enter_context(_ordinary(modules))
+    modules = list(model.modules())
+    with _ordinary(modules), ExitStack() as stack:
         for module in modules:
             if any(is_lazy(p) for p in module.parameters(recurse=False)):
                 stack.callback(module.register_forward_pre_hook(_refuse_lazy, prepend=True).remove)
@@ -119,13 +129,16 @@ def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            grown = [module for module in kept if module.put_back()]
-        if grown:
-            raise _not_there_yet(grown[0].module)
+            grown = [one.module for one in kept if one.put_back()]
+        for module in grown:
+            _refuse_lazy(module, None)
 
 
 def _refuse_lazy(module: nn.Module, _args: Any) -> None:
-    raise _not_there_yet(module)
+    raise ModelError(
+        f"The network makes weights (in a {type(module).__name__}) when it first runs; run it once "
+        "on an image before."
+    )
 
 
 def _lacks_numbers(module: nn.Module) -> bool:
@@ -146,13 +159,6 @@ def _refuse_meta(module: nn.Module, _args: Any, _output: Any) -> None:
         )
 
 
-def _not_there_yet(module: nn.Module) -> ModelError:
-    return ModelError(
-        f"The network makes weights (in a {type(module).__name__}) when it first runs; run it once "
-        "on an image before."
-    )
-
-
 class _Kept:
     """What a module holds, its own children left out."""
 
@@ -162,50 +168,50 @@ class _Kept:
         self.scripted = isinstance(module, torch.jit.ScriptModule)
         own = {} if self.scripted else vars(module)
         wholly = wholly or type(module).get_extra_state is not nn.Module.get_extra_state
-        self.plain = {n: value for n, value in own.items() if wholly and type(value) in _PLAIN}
+        self.attributes = {
+            name: value
+            for name, value in own.items()
+            if isinstance(value, Tensor) or (wholly and type(value) in _PLAIN)
+        }
         self.growing = [
             (name, value, copy.copy(value))
             for name, value in own.items()
             if wholly and type(value) in _GROWING and name not in _OF_ALL
         ]
-        self.tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-        self.buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
-        self.weights = [set(own.get(name, ())) for name in ("_parameters", "_modules")]
-        # None stands for a buffer that is not there.
-        self.registered = {} if self.scripted else dict(module._buffers)
-        held = [*self.buffers.values(), *self.tensors.values()]
+        self.weights = {name: set(own.get(name, ())) for name in ("_parameters", "_modules")}
+        self.buffers = dict(own.get("_buffers", ()))  # None stands for one that is not there
+        named = module.named_buffers(recurse=False, remove_duplicate=False)
+        held = [tensor for _, tensor in named]
+        held += [value for value in self.attributes.values() if isinstance(value, Tensor)]
         self.values = [(tensor, tensor.detach().clone()) for tensor in held if _has_values(tensor)]
 
     def put_back(self) -> bool:
         """Put everything back; say whether the module holds weights that it did not hold before."""
-        module = self.module
-        if self.training is not None and module.training != self.training:
-            module.training = self.training
+        if self.training is not None and self.module.training != self.training:
+            self.module.training = self.training
         for tensor, value in self.values:
             _put(tensor, value)
         if self.scripted:
             return False
-        own = vars(module)
-        grown = False
-        for name, before in zip(("_parameters", "_modules"), self.weights, strict=True):
-            for new in set(own[name]) - before:
-                grown = True
-                del own[name][new]
-        if _differ(own["_buffers"], self.registered):
+        own = vars(self.module)
+        grown = [(name, new) for name, old in self.weights.items() for new in set(own[name]) - old]
+        for name, new in grown:
+            del own[name][new]
+        if _identities(own["_buffers"]) != _identities(self.buffers):
             own["_buffers"].clear()
-            own["_buffers"].update(self.registered)
-        for name, value in (*self.plain.items(), *self.tensors.items()):
+            own["_buffers"].update(self.buffers)
+        for name, value in self.attributes.items():
             if own.get(name, own) is not value:
                 own[name] = value
         for name, value, content in self.growing:
             own[name] = value
             value.clear()
             (value.extend if isinstance(value, (list, deque)) else value.update)(content)
-        return grown
+        return bool(grown)
 
 
-def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return list(one) != list(other) or any(one[name] is not other[name] for name in one)
+def _identities(values: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(name, id(value)) for name, value in values.items()]
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -221,11 +227,6 @@ def _put(tensor: Tensor, value: Tensor) -> None:
             tensor.copy_(value)
 
 
-def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
-    own = vars(module)
-    yield from (own["_parameters"], own["_buffers"], own)
-
-
 @contextmanager
 def _ordinary(modules: list[nn.Module]) -> Iterator[None]:
     """Put copies in place of tensors of inference mode; put the very same tensors back."""
@@ -235,7 +236,8 @@ def _ordinary(modules: list[nn.Module]) -> Iterator[None]:
         for module in modules:
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            for held in _holders(module):
+            own = vars(module)
+            for held in (own["_parameters"], own["_buffers"], own):
                 for name, value in held.items():
                     if isinstance(value, Tensor) and not is_lazy(value) and value.is_inference():
                         swapped.append((held, name, value))
@@ -244,26 +246,3 @@ def _ordinary(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for held, name, value in swapped:
             held[name] = value
-
-
-# The doors of the package: what every public function does with the modes that it is called in.
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def in_plain_modes(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a public function as if it were called outside of any of torch's modes.
-
-    Inference mode, no_grad and autocast around it do not reach what it computes, and the caller's
-    random numbers go on where they were.
-    """
-
-    @functools.wraps(function)
-    def run(*args: P.args, **named: P.kwargs) -> R:
-
-        with plain_modes():
-            return function(*args, **named)
-
-    return run

@@ -136,7 +136,7 @@ def _checked(kind: Any, value: Any, null_figures: bool) -> Any:
     if origin in (Union, types.UnionType) and value is not None:
         for one in inner:
             value = _checked(one, value, null_figures)
-    elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = _hints(kind)
         unknown = value.keys() - {field.name for field in dataclasses.fields(kind)}
         if unknown:
