@@ -24,19 +24,14 @@ MAX_WORKERS = 4096  # what no machine has, so a slip of the pen
 def whole_number(name: str, value: Any, least: int | None = None, most: int = _MOST) -> int:
     """Return a whole number.
 
-    >>> whole_number("n", 3, 1)
-    3
     >>> whole_number("n", 2.5, 1)
     Traceback (most recent call last):
     ...
     unbraid.base.errors.UsageError: n is 2.5; give a whole number, 1 or more.
     """
-    number = _as_whole(value)
-    if number is None or not (-_MOST if least is None else least) <= number <= most:
-        bounds = "" if least is None else f", {least} or more"
-        bounds = bounds if most == _MOST else f" from {least} to {most}"
-        _refuse(f"{name} is", value, f"a whole number{bounds}")
-    return number
+    bounds = "" if least is None else f", {least} or more"
+    bounds = bounds if most == _MOST else f" from {least} to {most}"
+    return _whole(f"{name} is", value, f"a whole number{bounds}", least, most)
 
 
 def whole_numbers(name: str, values: Any) -> list[int]:
@@ -45,13 +40,8 @@ def whole_numbers(name: str, values: Any) -> list[int]:
     >>> whole_numbers("classes", {3}), whole_numbers("classes", range(2))
     ([3], [0, 1])
     """
-    numbers = []
-    for value in _members(name, values, "whole numbers"):
-        number = _as_whole(value)
-        if number is None or not -_MOST <= number <= _MOST:
-            _refuse(f"{name} holds", value, "a list of whole numbers")
-        numbers.append(number)
-    return numbers
+    members = _members(name, values, "whole numbers")
+    return [_whole(f"{name} holds", value, "a list of whole numbers") for value in members]
 
 
 def real_number(name: str, value: Any) -> float:
@@ -62,19 +52,13 @@ def real_number(name: str, value: Any) -> float:
     ...
     unbraid.base.errors.UsageError: p is '0.75'; give a number.
     """
-    number = _as_real(value)
-    return _refuse(f"{name} is", value, "a number") if number is None else number
+    return _real(f"{name} is", value, "a number")
 
 
 def real_numbers(name: str, values: Any) -> list[float]:
     """Return numbers, as a list."""
-    numbers = []
-    for value in _members(name, values, "numbers"):
-        number = _as_real(value)
-        if number is None:
-            _refuse(f"{name} holds", value, "a list of numbers")
-        numbers.append(number)
-    return numbers
+    members = _members(name, values, "numbers")
+    return [_real(f"{name} holds", value, "a list of numbers") for value in members]
 
 
 def flag(name: str, value: Any) -> bool:
@@ -122,20 +106,23 @@ def _members(name: str, values: Any, kind: str) -> list[Any]:
     return list(values)
 
 
-def _as_whole(value: Any) -> int | None:
+def _whole(what: str, value: Any, instead: str, least: int | None = None, most: int = _MOST) -> int:
     try:
-        return None if _is_bool(value) else operator.index(value)
+        number = operator.index(value)
     except (TypeError, ValueError, RuntimeError):
-        return None
+        _refuse(what, value, instead)
+    if _is_bool(value) or not (-_MOST if least is None else least) <= number <= most:
+        _refuse(what, value, instead)
+    return number
 
 
-def _as_real(value: Any) -> float | None:
+def _real(what: str, value: Any, instead: str) -> float:
     if isinstance(value, (str, bytes)) or _is_bool(value) or getattr(value, "ndim", 0) != 0:
-        return None
+        _refuse(what, value, instead)
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None
+        _refuse(what, value, instead)
 
 
 def _is_bool(value: Any) -> bool:

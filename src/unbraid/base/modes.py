@@ -22,7 +22,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _PLAIN = (bool, int, float, complex, str, type(None))
-_GROWING = (list, dict, set, deque, OrderedDict)
+_LISTS = (list, deque)
+_CONTAINERS = (*_LISTS, dict, set, OrderedDict)
+_MISSING = object()
 _OF_ALL = frozenset(vars(nn.Module()))  # attributes
 _callers: ContextVar[torch.device | None] = ContextVar("_callers", default=None)
 
@@ -36,13 +38,8 @@ def in_plain_modes(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **named: P.kwargs) -> R:
-        with (
-            without_inference(),
-            torch.enable_grad(),
-            without_autocast(),
-            own_device(),
-            same_random(),
-        ):
+        device, numbers = own_device(), same_random()
+        with without_inference(), torch.enable_grad(), without_autocast(), device, numbers:
             return function(*args, **named)
 
     return run
@@ -116,7 +113,7 @@ def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
             hold; where they are a part of the state that a module saves, they are in any case.
 
     Raises:
-        ModelError: the network makes weights of its own when it runs.
+        ModelError: the network makes weights of its own when it runs, or has none.
     """
     modules = list(model.modules())
     with _ordinary(modules), ExitStack() as stack:
@@ -131,26 +128,17 @@ def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
         finally:
             grown = [one.module for one in kept if one.put_back()]
         for module in grown:
-            _refuse_lazy(module, None)
+            _refuse_lazy(module)
 
 
-def _refuse_lazy(module: nn.Module, _args: Any) -> None:
+def _refuse_lazy(module: nn.Module, *_: Any) -> None:
     raise ModelError(
         f"The network makes weights (in a {type(module).__name__}) when it first runs; run it once "
         "on an image before."
     )
 
 
-def _lacks_numbers(module: nn.Module) -> bool:
-    """Whether one of torch's own layers has weights on the meta device, where there are none.
-
-    Not if it has a `forward` of its own, which may fetch them.
-    """
-    own = type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
-    return own and any(p.is_meta for p in module.parameters(recurse=False))
-
-
-def _refuse_meta(module: nn.Module, _args: Any, _output: Any) -> None:
+def _refuse_meta(module: nn.Module, *_: Any) -> None:
     """What such a layer makes of images is what happens to lie in memory."""
     if _lacks_numbers(module):
         raise ModelError(
@@ -159,31 +147,37 @@ def _refuse_meta(module: nn.Module, _args: Any, _output: Any) -> None:
         )
 
 
+def _lacks_numbers(module: nn.Module) -> bool:
+    """Whether a layer of torch's has weights on the meta device, and no `forward` to fetch them."""
+    own = type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
+    return own and any(p.is_meta for p in module.parameters(recurse=False))
+
+
 class _Kept:
     """What a module holds, its own children left out."""
 
     def __init__(self, module: nn.Module, wholly: bool) -> None:
         self.module = module
         self.training = getattr(module, "training", None)
-        self.scripted = isinstance(module, torch.jit.ScriptModule)
-        own = {} if self.scripted else vars(module)
+        own = self.own = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)
         wholly = wholly or type(module).get_extra_state is not nn.Module.get_extra_state
+        kinds = (*_PLAIN, *_CONTAINERS) if wholly else ()
         self.attributes = {
             name: value
             for name, value in own.items()
-            if isinstance(value, Tensor) or (wholly and type(value) in _PLAIN)
+            if isinstance(value, Tensor) or (type(value) in kinds and name not in _OF_ALL)
         }
-        self.growing = [
-            (name, value, copy.copy(value))
-            for name, value in own.items()
-            if wholly and type(value) in _GROWING and name not in _OF_ALL
-        ]
-        self.weights = {name: set(own.get(name, ())) for name in ("_parameters", "_modules")}
-        self.buffers = dict(own.get("_buffers", ()))  # None stands for one that is not there
-        named = module.named_buffers(recurse=False, remove_duplicate=False)
-        held = [tensor for _, tensor in named]
-        held += [value for value in self.attributes.values() if isinstance(value, Tensor)]
-        self.values = [(tensor, tensor.detach().clone()) for tensor in held if _has_values(tensor)]
+        held = [value for value in self.attributes.values() if type(value) in _CONTAINERS]
+        held += [own[name] for name in ("_parameters", "_modules", "_buffers") if name in own]
+        self.contents = [(container, copy.copy(container)) for container in held]
+        tensors = [tensor for _, tensor in module.named_buffers("", False, False)]
+        tensors += [value for value in self.attributes.values() if isinstance(value, Tensor)]
+        self.values = [(t, t.detach().clone()) for t in tensors if _has_values(t)]
+        self.names = self._names()
+
+    def _names(self) -> set[str]:
+        """Of weights and parts."""
+        return {*self.own.get("_parameters", ()), *self.own.get("_modules", ())}
 
     def put_back(self) -> bool:
         """Put everything back; say whether the module holds weights that it did not hold before."""
@@ -191,27 +185,19 @@ class _Kept:
             self.module.training = self.training
         for tensor, value in self.values:
             _put(tensor, value)
-        if self.scripted:
-            return False
-        own = vars(self.module)
-        grown = [(name, new) for name, old in self.weights.items() for new in set(own[name]) - old]
-        for name, new in grown:
-            del own[name][new]
-        if _identities(own["_buffers"]) != _identities(self.buffers):
-            own["_buffers"].clear()
-            own["_buffers"].update(self.buffers)
+        grown = bool(self._names() - self.names)
         for name, value in self.attributes.items():
-            if own.get(name, own) is not value:
-                own[name] = value
-        for name, value, content in self.growing:
-            own[name] = value
-            value.clear()
-            (value.extend if isinstance(value, (list, deque)) else value.update)(content)
-        return bool(grown)
+            if self.own.get(name, _MISSING) is not value:
+                self.own[name] = value
+        for container, content in self.contents:
+            if not (isinstance(content, dict) and _same(container, content)):
+                container.clear()
+                (container.extend if isinstance(content, _LISTS) else container.update)(content)
+        return grown
 
 
-def _identities(values: dict[str, Any]) -> list[tuple[str, int]]:
-    return [(name, id(value)) for name, value in values.items()]
+def _same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    return list(one) == list(other) and all(one[name] is other[name] for name in one)
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -232,16 +218,13 @@ def _ordinary(modules: list[nn.Module]) -> Iterator[None]:
     """Put copies in place of tensors of inference mode; put the very same tensors back."""
     copies: dict[int, Tensor] = {}
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []
+    owns = [vars(module) for module in modules if not isinstance(module, torch.jit.ScriptModule)]
     try:
-        for module in modules:
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            own = vars(module)
-            for held in (own["_parameters"], own["_buffers"], own):
-                for name, value in held.items():
-                    if isinstance(value, Tensor) and not is_lazy(value) and value.is_inference():
-                        swapped.append((held, name, value))
-                        held[name] = copies.setdefault(id(value), copy.deepcopy(value))
+        for held in (part for own in owns for part in (own["_parameters"], own["_buffers"], own)):
+            for name, value in held.items():
+                if isinstance(value, Tensor) and not is_lazy(value) and value.is_inference():
+                    swapped.append((held, name, value))
+                    held[name] = copies.setdefault(id(value), copy.deepcopy(value))
         yield
     finally:
         for held, name, value in swapped:

@@ -159,11 +159,9 @@ def clamp(
 ) -> Clamp:
     """Bound a concept channel of a split network; a split network has this as its method.
 
-    Of several moves of a concept channel, gates or clamps, the latest counts until it is removed.
-
     Args:
         model: from `apply` in the exact form.
-        layer: the split layer, by name or itself.
+        layer: as for `gate`, and so are `channel` and `concept`.
         channel: a split channel.
         concept: 0 to K - 1.
         low: lower bound at every position, in units of the pre-activation.
