@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_files import leave
 from test_apply import make_split
+from test_files import leave
 
 import unbraid
 from tiny_networks import SyntheticImages, build
