@@ -23,7 +23,7 @@ import unbraid
 from handmade import write_scan
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import DataError, ModelError, RunError, UsageError
-from unbraid.base.files import read_some, read_tensors, write_tensors
+from unbraid.base.files import read_tensors, write_tensors
 from unbraid.base.schema import parse_json
 from unbraid.base.tables import csv_text, one_line
 from unbraid.finding.arv import class_sums
@@ -68,14 +68,14 @@ def test_a_claim_of_a_billion_shards_costs_nothing(scan: Scan) -> None:
     ("entries", "message"),
     [
         ({"shard_size": 0}, "shard_size is 0"),
-        ({"shard_size": True}, "shard_size is True, not a whole number"),
-        ({"n_images": 2.5}, "n_images is 2.5, not a whole number"),
+        ({"shard_size": True}, r"Expected `int`, got `bool` - at `\$.shard_size`"),
+        ({"n_images": 2.5}, r"Expected `int`, got `float` - at `\$.n_images`"),
         ({"n_images": -1}, "n_images is -1"),
         ({"n_images": 0}, "n_images is 0"),
         ({"threads": 10**9}, "threads is 1000000000"),
-        ({"min_share": "a"}, "min_share is 'a', not a number"),
-        ({"class_names": "abc"}, "class_names is 'abc', not a list"),
-        ({"class_names": [1]}, "class_names is 1, not text"),
+        ({"min_share": "a"}, r"Expected `float`, got `str` - at `\$.min_share`"),
+        ({"class_names": "abc"}, r"Expected `array`, got `str` - at `\$.class_names`"),
+        ({"class_names": [1]}, r"Expected `str`, got `int` - at `\$.class_names"),
         ({"class_names": [""] * (MAX_CLASSES + 1)}, "number of class_names is 1048577"),
         ({"strange": 1}, "unknown entries"),
         ({"groups": 0}, "groups is 0"),
@@ -83,7 +83,7 @@ def test_a_claim_of_a_billion_shards_costs_nothing(scan: Scan) -> None:
         ({"kernel": [1] * 9}, "not of one to three numbers"),
         ({"stride": [0]}, "stride is 0"),
         ({"pad_mode": "x" * 10**6}, "pad_mode is none that is known"),
-        ({"n_out": 10**30}, "n_out is 1000000000000"),
+        ({"n_out": 10**30}, "does not fit into 64 bits"),
         ({"schema": [[]] * 1000}, r"schema \[\[\], \[\]"),
     ],
 )
@@ -100,7 +100,7 @@ def test_a_manifest_that_lacks_an_entry_says_which(scan: Scan) -> None:
     content = json.loads(path.read_text())
     del content["n_images"]
     path.write_text(json.dumps(content))
-    with pytest.raises(RunError, match="lacks 'n_images'"):
+    with pytest.raises(RunError, match="missing required field `n_images`"):
         read_manifest(scan.path)
 
 
@@ -116,7 +116,7 @@ def test_a_manifest_that_lacks_an_entry_says_which(scan: Scan) -> None:
     ids=["deep list", "deep object", "many parts", "long number", "long text"],
 )
 def test_json_that_would_take_the_machine_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"deep|large|digits"):
+    with pytest.raises(ValueError, match=r"deep|large|out of range"):
         parse_json(text)
 
 
@@ -226,7 +226,7 @@ def test_a_header_that_lies_is_refused(scan: Scan) -> None:
     text = content[8:].replace(b'"shape":[3,2]', b'"shape":[9,2]')
     path.write_bytes(content[:8] + text)
     with pytest.raises(RunError, match="cannot be read"):
-        read_some(path, ["weight"])
+        read_tensors(path, ["weight"])
 
 
 def test_one_label_does_not_take_all_memory(scan: Scan) -> None:

@@ -6,6 +6,7 @@ one image: memory that is full, a server that is away, a data set that gives som
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -93,6 +94,7 @@ def first_readable(dataset: Dataset[Any], indices: Sequence[int]) -> Tensor | No
 def read_pair(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
     """Read an image and its label, of any type; raises a BrokenImage or another DataError."""
     name = f"Image {index} of the data set"
+    before = sys.exception()  # what is being handled by now is no cause of what comes
     try:
         with callers_device():
             item = dataset[index]
@@ -107,7 +109,7 @@ def read_pair(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
                 "the processor, or scan with workers=0."
             ) from None
         broken = BrokenImage(f"{name} cannot be read ({brief(error)}).")
-        raise (out_of_reach(name, error) or broken) from None
+        raise (out_of_reach(name, error, before) or broken) from None
     if item is None:
         raise BrokenImage(f"{name} is None, not an image and its label.")
     _refuse_other(item, index)
