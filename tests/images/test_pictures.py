@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import tarfile
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torchvision.transforms import v2
 
 import unbraid
 from tiny_networks import build
 from unbraid.base.errors import DataError, UnfitPicture
 from unbraid.images import pictures as depths
-from unbraid.images.pictures import decode_picture, unread_kind
+from unbraid.images.pictures import decode_picture, read_picture, unread_kind
 
 RAMP = np.linspace(0, 1, 64)[None].repeat(4, 0)
 COLOURS = np.stack([RAMP, RAMP[:, ::-1], RAMP], -1)
@@ -65,11 +66,12 @@ def tiff(
     return head + content + n_entries + directory + bytes(4) + after
 
 
-def png(values: Any, colours: int) -> bytes:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        crc = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + crc
+def chunk(kind: bytes, content: bytes) -> bytes:
+    crc = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + crc
 
+
+def png(values: Any, colours: int) -> bytes:
     rows = np.asarray(values).astype(">u2")
     head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, colours, 0, 0, 0)
     body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
@@ -117,7 +119,7 @@ READ = {
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_decode_picture_of_many_bits_goes_from_black_to_white(kind: str) -> None:
+def test_decode_picture_of_many_bits_goes_from_black_to_white(kind):
     values = read(READ[kind])
     expected = (COLOURS if "colours" in kind or "ppm" in kind else RAMP[..., None]) * 255
     assert np.abs(values - expected).max() <= 1.01
@@ -125,7 +127,7 @@ def test_decode_picture_of_many_bits_goes_from_black_to_white(kind: str) -> None
     assert values.max() == 255
 
 
-def test_decode_picture_of_16_bits_keeps_the_high_byte() -> None:
+def test_decode_picture_of_16_bits_keeps_the_high_byte():
     every = np.arange(65536).reshape(256, 256)
     for content in (tiff(every, "<u2"), tiff(every, ">u2"), png(every, 0), pnm(every, U16)):
         assert (read(content)[..., 0] == every >> 8).all()
@@ -149,7 +151,7 @@ ONE_COLOUR: dict[str, Callable[[float], bytes]] = {
 
 @pytest.mark.parametrize("kind", ONE_COLOUR)
 @pytest.mark.parametrize("white", [0.0, 0.5, 1.0])
-def test_decode_picture_of_one_colour_is_that_colour(kind: str, white: float) -> None:
+def test_decode_picture_of_one_colour_is_that_colour(kind, white):
     assert np.abs(read(ONE_COLOUR[kind](white)) - 255 * white).max() <= 1
 
 
@@ -175,9 +177,7 @@ DARK = {
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14])
 @pytest.mark.parametrize("kind", DARK)
-def test_decode_picture_of_fewer_bits_than_16_is_refused_with_what_to_do(
-    kind: str, bits: int
-) -> None:
+def test_decode_picture_of_fewer_bits_than_16_is_refused_with_what_to_do(kind, bits):
     with pytest.raises(UnfitPicture) as caught:
         read(DARK[kind][bits])
     assert str(caught.value) == (
@@ -225,14 +225,14 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("kind", UNFIT)
-def test_decode_picture_of_other_numbers_is_refused_in_words(kind: str) -> None:
+def test_decode_picture_of_other_numbers_is_refused_in_words(kind):
     content, message = UNFIT[kind]
     with pytest.raises(UnfitPicture, match=rf"^Image it .*{message}.* and start again") as caught:
         read(content)
     assert "\n" not in str(caught.value)
 
 
-def test_decode_picture_of_8_bits_in_a_palette_of_16_is_refused() -> None:
+def test_decode_picture_of_8_bits_in_a_palette_of_16_is_refused():
     whole, low = (
         tiff(RAMP * 255, "<u1", 3, tag320=[times * k for _ in range(3) for k in range(256)])
         for times in (257, 1)
@@ -242,7 +242,7 @@ def test_decode_picture_of_8_bits_in_a_palette_of_16_is_refused() -> None:
         read(low)
 
 
-def test_decode_picture_that_is_cut_off_is_broken_not_unfit() -> None:
+def test_decode_picture_that_is_cut_off_is_broken_not_unfit():
     for content in (tiff(RAMP * U16, "<u2")[:300], png(RAMP * U16, 0)[:90], b"no picture"):
         with pytest.raises(DataError, match="cannot be read") as caught:
             read(content)
@@ -254,9 +254,7 @@ TRANSFORM = v2.Compose([v2.Resize((6, 6)), v2.PILToTensor(), v2.ToDtype(torch.fl
 
 
 @pytest.mark.parametrize("source", ["folder", "tar"])
-def test_a_scan_stops_at_a_picture_that_is_unfit_though_broken_ones_are_skipped(
-    source: str, tmp_path: Path
-) -> None:
+def test_a_scan_stops_at_a_picture_that_is_unfit_though_broken_ones_are_skipped(source, tmp_path):
     sound, unfit = tiff(RAMP * U16, ">u2"), tiff(RAMP * 4095, "<u2")
     (tmp_path / "data" / "a").mkdir(parents=True)
     with tarfile.open(tmp_path / "data.tar", "w") as tar:
@@ -279,7 +277,59 @@ def test_a_scan_stops_at_a_picture_that_is_unfit_though_broken_ones_are_skipped(
         scan("unfit", [0, 1, 2, 3])
 
 
-def test_a_check_of_dark_pictures_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_of_dark_pictures_left_out_is_noticed(monkeypatch):
     monkeypatch.setattr(depths, "_refuse_dark", lambda _: None)
     for kind in DARK:
         assert read(DARK[kind][12]).max() < 255 or "zero" in kind
+
+
+# --- switches of Pillow's that a program may have turned ------------------------------------------
+
+
+def test_enormous_pictures_are_refused_whatever_pillow_was_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+
+    head = struct.pack(">IIBBBBB", 20_000, 10_000, 8, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(10_001))
+    content = chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    with pytest.raises(DataError, match=r"cannot be read \(it has 200000000 pixels\)"):
+        read_picture(tmp_path / "a.png")
+
+
+@pytest.fixture
+def cut_off(tmp_path: Path) -> Path:
+    Image.effect_noise((200, 200), 50).convert("RGB").save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[: len(content) // 3])
+    return tmp_path / "a.jpg"
+
+
+@pytest.mark.parametrize("switch", [False, True])
+def test_a_picture_that_is_cut_off_is_refused_whatever_pillow_was_told(
+    switch, cut_off, monkeypatch
+):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", switch)
+    with pytest.raises(DataError, match="truncated"):
+        read_picture(cut_off)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is switch
+
+
+def test_threads_leave_the_switch_as_it_was(cut_off, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    told: list[str] = []
+
+    def read() -> None:
+        for _ in range(30):
+            try:
+                decode_picture(cut_off, "it")
+            except DataError as error:
+                told.append(str(error))
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(told) == 120
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True

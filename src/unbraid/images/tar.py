@@ -163,7 +163,8 @@ def _label(shard: str, stamp: Stamp, key: str, files: dict[str, _Content]) -> st
         return str(number)
     except (ValueError, OSError, RecursionError) as error:
         what = f"The label of {one_line(key)} in {shard}"
-        raise out_of_reach(what, error) or DataError(
+        away = out_of_reach(what, error) if isinstance(error, OSError) else None
+        raise away or DataError(
             f"{what} cannot be read ({error}); write a class's number."
         ) from None
 
@@ -197,7 +198,8 @@ def members(path: str) -> Iterator[tarfile.TarInfo]:
                 file.n_left = _LONGEST
             _refuse_no_end(file, tar.offset)  # as tarfile takes a damaged header for the end
     except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
-        raise out_of_reach(f"Tar file {path}", error) or DataError(
+        away = out_of_reach(f"Tar file {path}", error) if isinstance(error, OSError) else None
+        raise away or DataError(
             f"{path} is no sound, uncompressed tar file ({error}); write or fetch it again."
         ) from None
 
