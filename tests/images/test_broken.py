@@ -31,7 +31,6 @@ from unbraid.images.batches import as_batch, load
 from unbraid.images.broken import UNLABELLED, sort_out
 from unbraid.images.dataset import labels_of
 from unbraid.images.identity import fingerprint
-from unbraid.images.pictures import read_picture
 
 # --- images and rows of every kind ----------------------------------------------------------------
 
@@ -446,58 +445,3 @@ def test_fingerprint_is_not_made_of_what_could_be_reached():
     dataset.ids = None
     with pytest.raises(OutOfReach, match="Too many open files"):
         fingerprint(dataset, dataset.targets)
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    (tmp_path / "data/a").mkdir(parents=True)
-    for k in range(4):
-        Image.effect_noise((6, 7), 50).convert("RGB").save(tmp_path / f"data/a/{k}.png")
-    return tmp_path / "data"
-
-
-def test_read_picture_a_missing_file_is_broken_but_a_folder_that_is_gone_out_of_reach(pictures):
-    path = pictures / "a/2.png"
-    path.unlink()
-    with pytest.raises(DataError, match=r"2\.png cannot be read \(there is no such file\)") as told:
-        read_picture(path)
-    assert not isinstance(told.value, OutOfReach)
-    for other in (pictures / "a").iterdir():
-        other.unlink()
-    with pytest.raises(OutOfReach, match=r"folder .*data/a is gone or empty"):
-        read_picture(path)
-    path.symlink_to("/no/such/folder/4.png")
-    with pytest.raises(OutOfReach, match=r"a/2\.png .*folder /no/such/folder is gone"):
-        read_picture(path)
-    path.unlink()
-    (pictures / "a").rmdir()
-    with pytest.raises(OutOfReach, match=r"folder .*data/a is gone or empty"):
-        read_picture(path)
-
-
-@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
-@pytest.mark.parametrize("call", ["os.stat", "PIL.Image.open"])
-def test_read_picture_calls_no_file_missing_that_cannot_be_looked_at(
-    call, number, pictures, monkeypatch
-):
-    def fail(path: Any, *_: Any, **__: Any) -> Any:
-        raise OSError(number, "it fails", str(path))
-
-    path = pictures / "a/1.png"
-    monkeypatch.setattr(call, fail)
-    with pytest.raises(OutOfReach, match=r"^Image .*1\.png cannot be reached \(it fails\)"):
-        read_picture(path)
-
-
-def test_fingerprint_makes_up_no_sizes_of_files_that_cannot_be_looked_at(pictures, monkeypatch):
-    images = unbraid.open_images(pictures)
-
-    def fail(path: Any, *_: Any, **__: Any) -> Any:
-        raise OSError(errno.ESTALE, "Stale file handle", str(path))
-
-    monkeypatch.setattr(os, "stat", fail)
-    with pytest.raises(OutOfReach, match="Stale file handle"):
-        fingerprint(images, images.targets)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import struct
 import tarfile
 import threading
@@ -19,8 +21,9 @@ from torchvision.transforms import v2
 
 import unbraid
 from tiny_networks import build
-from unbraid.base.errors import DataError, UnfitPicture
+from unbraid.base.errors import DataError, OutOfReach, UnfitPicture
 from unbraid.images import pictures as depths
+from unbraid.images.identity import fingerprint
 from unbraid.images.pictures import decode_picture, read_picture, unread_kind
 
 RAMP = np.linspace(0, 1, 64)[None].repeat(4, 0)
@@ -196,25 +199,26 @@ def jpeg_of_12_bits() -> bytes:
     return bytes(content)
 
 
+UNUSUAL = "is a TIFF of numbers or channels of an unusual kind, which are not read"
 UNFIT = {
     "floats to 255": (tiff(RAMP * 255, "<f4"), "floating-point numbers from 0 to 255, of which"),
     "floats from -1": (tiff(RAMP * 2 - 1, ">f4"), "floating-point numbers from -1 to 1, of which"),
     "dark floats": (tiff(RAMP / 16, "<f4"), "floating-point numbers of up to 0.0625, so it is"),
     "nan": (tiff(np.where(RAMP > 0.5, np.nan, RAMP), "<f4"), "that are not finite"),
     "infinity": (tiff(np.where(RAMP > 0.5, np.inf, RAMP), "<f4"), "that are not finite"),
-    "f2": (tiff(RAMP, "<f2"), "floating-point numbers of 16 bits"),
-    "f8": (tiff(RAMP, ">f8"), "floating-point numbers of 64 bits"),
+    "f2": (tiff(RAMP, "<f2"), UNUSUAL),
+    "f8": (tiff(RAMP, ">f8"), UNUSUAL),
     "i1": (tiff(RAMP * 127, "<i1"), "signed numbers of 8 bits"),
     "<i2": (tiff(RAMP * 999 - 500, "<i2"), "signed numbers of 16 bits"),
     ">i2": (tiff(RAMP * 32767, ">i2"), "signed numbers of 16 bits"),
     "<i4": (tiff(RAMP * U16, "<i4"), "signed numbers of 32 bits"),
-    ">u4": (tiff(RAMP * U16, ">u4"), "whole numbers of 32 bits"),
+    ">u4": (tiff(RAMP * U16, ">u4"), UNUSUAL),
     "<u4": (tiff(RAMP * U16, "<u4"), "whole numbers of 32 bits"),
-    "c8": (tiff(RAMP, "<c8"), "complex numbers of 64 bits"),
-    "colours of floats": (tiff(COLOURS, "<f4", 2), "numbers of 32 bits in 3 channels"),
-    "two channels": (tiff(COLOURS[..., :2] * U16, "<u2"), "numbers of 16 bits in 2 channels"),
+    "c8": (tiff(RAMP, "<c8"), UNUSUAL),
+    "colours of floats": (tiff(COLOURS, "<f4", 2), UNUSUAL),
+    "two channels": (tiff(COLOURS[..., :2] * U16, "<u2"), UNUSUAL),
     "planes": (tiff(COLOURS * U16, "<u2", 2, planes=2), "16 bits in 3 channels, plane by plane"),
-    ">u2, white is zero": (tiff(RAMP * U16, ">u2", 0), r"numbers of 16 bits \(WhiteIsZero\)"),
+    ">u2, white is zero": (tiff(RAMP * U16, ">u2", 0), UNUSUAL),
     "more than it says": (tiff(RAMP * U16, "<u2", tag281=4095), "but says 12 bits"),
     "jpeg": (jpeg_of_12_bits(), "is a JPEG of values of other than 8 bits"),
     "pfm to 255": (
@@ -333,3 +337,58 @@ def test_threads_leave_the_switch_as_it_was(cut_off, monkeypatch):
         thread.join()
     assert len(told) == 120
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+# --- files that cannot be read --------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    (tmp_path / "data/a").mkdir(parents=True)
+    for k in range(4):
+        Image.effect_noise((6, 7), 50).convert("RGB").save(tmp_path / f"data/a/{k}.png")
+    return tmp_path / "data"
+
+
+def test_read_picture_a_missing_file_is_broken_but_a_folder_that_is_gone_out_of_reach(pictures):
+    path = pictures / "a/2.png"
+    path.unlink()
+    with pytest.raises(DataError, match=r"2\.png cannot be read \(there is no such file\)") as told:
+        read_picture(path)
+    assert not isinstance(told.value, OutOfReach)
+    for other in (pictures / "a").iterdir():
+        other.unlink()
+    with pytest.raises(OutOfReach, match=r"folder .*data/a is gone or empty"):
+        read_picture(path)
+    path.symlink_to("/no/such/folder/4.png")
+    with pytest.raises(OutOfReach, match=r"a/2\.png .*folder /no/such/folder is gone"):
+        read_picture(path)
+    path.unlink()
+    (pictures / "a").rmdir()
+    with pytest.raises(OutOfReach, match=r"folder .*data/a is gone or empty"):
+        read_picture(path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("call", ["os.stat", "PIL.Image.open"])
+def test_read_picture_calls_no_file_missing_that_cannot_be_looked_at(
+    call, number, pictures, monkeypatch
+):
+    def fail(path: Any, *_: Any, **__: Any) -> Any:
+        raise OSError(number, "it fails", str(path))
+
+    path = pictures / "a/1.png"
+    monkeypatch.setattr(call, fail)
+    with pytest.raises(OutOfReach, match=r"^Image .*1\.png cannot be reached \(it fails\)"):
+        read_picture(path)
+
+
+def test_fingerprint_makes_up_no_sizes_of_files_that_cannot_be_looked_at(pictures, monkeypatch):
+    images = unbraid.open_images(pictures)
+
+    def fail(path: Any, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(OutOfReach, match="Stale file handle"):
+        fingerprint(images, images.targets)

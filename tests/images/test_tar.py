@@ -274,9 +274,7 @@ def test_members_of_a_shard_that_was_changed_are_not_read(change, workers, tmp_p
     images = open_images(path, to_tensor)
     assert_own_pictures(images)
     change(path)
-    with pytest.raises(
-        OutOfReach, match=r"^\S*a\.tar was changed since it was listed; st"
-    ):
+    with pytest.raises(OutOfReach, match=r"^\S*a\.tar was changed since it was listed; st"):
         images[1]
     options = {"labels": "predicted", "skip_broken": True, "workers": workers}
     with pytest.raises(DataError, match=r"a\.tar was changed since it was listed; start again\.$"):

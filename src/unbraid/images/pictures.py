@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, TiffTags, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from unbraid.base.errors import DataError, UnfitPicture, brief, out_of_reach
 
@@ -65,6 +65,7 @@ def decode_picture(file: str | Path | BinaryIO, name: str) -> Image.Image:
     try:
         with _SWITCH, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error stays on
+            # Else what is cut off is filled up, where a program has turned this on.
             before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
             try:
                 return _decoded(file)
@@ -126,7 +127,7 @@ def unread_kind(file: BinaryIO) -> str:
                 if "-bit layers" in str(error):
                     return "is a JPEG of values of other than 8 bits"
                 if "unknown pixel mode" in str(error):
-                    return _tiff_in_words(file)
+                    return "is a TIFF of numbers or channels of an unusual kind"
     return ""
 
 
@@ -197,19 +198,6 @@ def _tags_in_words(tags: Any) -> str:
     samples = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, len(bits))
     several = f" in {samples} channels" if samples != 1 else ""
     return f"holds {_NUMBERS.get(formats[0], 'numbers')} of {bits[0]} bits{several}"
-
-
-def _tiff_in_words(file: BinaryIO) -> str:
-    file.seek(0)
-    head = file.read(8)
-    if head[2] == 43 or head[3] == 43:  # BigTIFF
-        head += file.read(8)
-    tags = TiffImagePlugin.ImageFileDirectory_v2(head)
-    file.seek(tags.next)
-    tags.load(file)
-    names = TiffTags.lookup(_PHOTOMETRIC).enum
-    name = next((k for k, value in names.items() if value == tags.get(_PHOTOMETRIC)), "unknown")
-    return f"{_tags_in_words(tags)} ({name})"
 
 
 def _to_eight_bits(
