@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import errno
-import functools
-import http.server
 import pickle
-import shutil
 import sys
 import tarfile
-import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +21,6 @@ from sources import (
     as_parquet,
     as_rows,
     as_tar,
-    by_key,
     fail_at,
     opened,
     rows,
@@ -43,7 +37,6 @@ from tiny_networks import build
 from unbraid.base.errors import DataError, ModelError, OutOfReach, UsageError
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import groups_of, labels_of, name_of
-from unbraid.images.identity import ids_of
 from unbraid.images.labels import GUESSED
 from unbraid.images.open import (
     absolute,
@@ -54,7 +47,6 @@ from unbraid.images.open import (
     open_images,
     part_of,
 )
-from unbraid.images.tar import expand
 from unbraid.networks.class_names import imagenet_classes
 from unbraid.networks.models import LoadedModel
 from unbraid.scanning.records import Scan
@@ -340,45 +332,6 @@ def test_list_images_no_tar_file_of_a_folder_is_passed_over(folder):
         open_images(shards)
     tarfile.open(folder / "leftover.tar", "w").close()
     assert open_images(folder).classes == ["ant", "bee"]  # class folders, in spite of a tar file
-
-
-def test_expand_writes_ranges_out():
-    assert expand("a{8..10}b{0..1}") == ["a8b0", "a8b1", "a9b0", "a9b1", "a10b0", "a10b1"]
-    assert expand("{x}.tar") == ["{x}.tar"]
-    for many in ("{0..99999999999}", "{0..999999}-{0..999999}.tar", "{1..1000}{1..1000}{1..2}"):
-        with pytest.raises(UsageError, match="more than"):
-            expand(many)
-
-
-@pytest.fixture
-def address(folder: Path) -> Iterator[str]:
-    """A server of two shards on this machine."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    handler = functools.partial(Quiet, directory=str(write_shards(folder, MEMBERS, 3, 5)))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_fetch_shards_behind_a_url_once(address, folder, tmp_path):
-    url = address + "/train-{000..001}.tar"
-    images = open_images(url, to_tensor)
-    assert ids_of(images) == by_key(3, 5)(folder, MEMBERS)
-    for k, path in enumerate(PATHS):
-        assert images.picture(k).tobytes() == Image.open(folder / path).tobytes()
-    kept = sorted((tmp_path / "cache").rglob("*.tar"), key=lambda path: path.name)
-    assert [path.name for path in kept] == ["train-000.tar", "train-001.tar"]
-    shutil.rmtree(folder.parent / "shards")  # from now on, nothing can be fetched
-    assert ids_of(open_images(url)) == ids_of(images)
-    with pytest.raises(DataError, match=r"train-009\.tar cannot be fetched \(exit 22\)"):
-        open_images(address + "/train-009.tar")
-    assert not list((tmp_path / "cache").rglob("*.tmp"))
-    assert set((tmp_path / "cache").rglob("*.tar")) == set(kept)
 
 
 def test_folders_and_caches_that_cannot_be_looked_into_are_told(folder, tmp_path, monkeypatch):

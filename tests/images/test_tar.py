@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import errno
+import functools
 import gzip
+import http.server
 import io
 import os
 import random
+import shutil
 import struct
 import tarfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from sources import to_tensor
+from sources import MEMBERS, by_key, rows, to_tensor, write_shards
 
 import unbraid
 from tiny_networks import build
-from unbraid.base.errors import DataError, OutOfReach
+from unbraid.base.errors import DataError, OutOfReach, UsageError
+from unbraid.images.identity import ids_of
 from unbraid.images.open import open_images
-from unbraid.images.tar import list_shards, members, read_content, stamp_of
+from unbraid.images.tar import expand, list_shards, members, read_content, stamp_of
 
 LONG = "folder/" * 30 + "name.png"
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -316,3 +322,46 @@ def test_members_that_the_system_fails_to_give_are_not_called_damaged(tmp_path, 
     monkeypatch.setattr("unbraid.images.tar._Headers.read", fail)
     with pytest.raises(OutOfReach, match=r"a\.tar cannot be reached \(Input/output error\); mend"):
         list_shards(str(path))
+
+
+# --- where shards are -----------------------------------------------------------------------------
+
+
+def test_expand_writes_ranges_out():
+    assert expand("a{8..10}b{0..1}") == ["a8b0", "a8b1", "a9b0", "a9b1", "a10b0", "a10b1"]
+    assert expand("{x}.tar") == ["{x}.tar"]
+    for many in ("{0..99999999999}", "{0..999999}-{0..999999}.tar", "{1..1000}{1..1000}{1..2}"):
+        with pytest.raises(UsageError, match="more than"):
+            expand(many)
+
+
+@pytest.fixture
+def address(folder: Path) -> Iterator[str]:
+    """A server of two shards on this machine."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(write_shards(folder, MEMBERS, 3, 5)))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("_caches")
+def test_fetch_shards_behind_a_url_once(address, folder, tmp_path):
+    url = address + "/train-{000..001}.tar"
+    images = open_images(url, to_tensor)
+    assert ids_of(images) == by_key(3, 5)(folder, MEMBERS)
+    for k, path in enumerate(path for path, *_ in rows(MEMBERS)):
+        assert images.picture(k).tobytes() == Image.open(folder / path).tobytes()
+    kept = sorted((tmp_path / "cache").rglob("*.tar"), key=lambda path: path.name)
+    assert [path.name for path in kept] == ["train-000.tar", "train-001.tar"]
+    shutil.rmtree(folder.parent / "shards")  # from now on, nothing can be fetched
+    assert ids_of(open_images(url)) == ids_of(images)
+    with pytest.raises(DataError, match=r"train-009\.tar cannot be fetched \(exit 22\)"):
+        open_images(address + "/train-009.tar")
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    assert set((tmp_path / "cache").rglob("*.tar")) == set(kept)

@@ -157,15 +157,11 @@ def to_label(label: Any, index: int) -> int:
             return number
     except Exception:  # of types of anyone's own
         pass
-    remedy = f"give {UNLABELLED} for images without a label, and scan with labels='predicted'"
     shape = tuple(getattr(label, "shape", ()))
-    if shape:
-        remedy = (
-            f"it is of shape {shape}, so let the data set give one image at a time, and one number "
-            "for it"
-        )
+    kind = f"{type(label).__name__} of shape {shape}" if shape else type(label).__name__
     raise DataError(
-        f"The label of image {index} is a {type(label).__name__}, not a class's number; {remedy}."
+        f"The label of image {index} is a {kind}, not a class's number; give one image and one "
+        f"number at a time, {UNLABELLED} where none is known (and scan with labels='predicted')."
     )
 
 

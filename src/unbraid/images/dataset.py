@@ -28,10 +28,7 @@ _OF_LABELS = ("targets", "labels", "_labels")
 
 
 class Around(Dataset[tuple[Any, int]]):
-    """A data set around another, `dataset`, that tells where in it an image lies.
-
-    What it does not have itself, such as `classes`, is the other's.
-    """
+    """A data set around another, `dataset`, which gives what this one does not have itself."""
 
     dataset: Any
 
@@ -137,10 +134,7 @@ def step_into(dataset: Dataset[Any], index: int) -> tuple[Dataset[Any], int] | N
 
 
 def holder_of(dataset: Dataset[Any], index: int, *names: str) -> tuple[Any, int] | None:
-    """Find the outermost data set that keeps one of some things for an image, and its index there.
-
-    None where none does, as far as is known.
-    """
+    """Find the outermost data set that keeps one of these for an image, and its index there."""
     here: tuple[Dataset[Any], int] | None = (dataset, index)
     while here is not None:
         if any(own(here[0], name)[1] is not None for name in names):

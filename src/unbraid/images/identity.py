@@ -247,7 +247,10 @@ def _text_of(transform: Any) -> str:
 
 
 def _hidden(value: Any, is_own: bool, seen: dict[int, Any]) -> Iterator[str]:
-    """What the text of a transform does not tell, part by part."""
+    """What the text of a transform does not tell, part by part.
+
+    Parts of anyone's own code (`is_own`) have texts that may tell nothing; `seen` is by id.
+    """
     if isinstance(value, _PLAIN):
         if is_own or (isinstance(value, torch.dtype) and value not in _USUAL):
             yield repr(value)

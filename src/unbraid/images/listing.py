@@ -64,17 +64,10 @@ class Listing:
 
 
 class ListedImages(Dataset[tuple[Any, int]]):
-    """Images of a listing.
+    """Images of a listing, as a data set of (image, label).
 
-    Args:
-        listing: of a source.
-        transform: from an RGB picture to a tensor; None hands on the picture.
-        labels: label of each class, or a reading of them; by default `read_classes` decides. With
-            none at all, images count as unlabelled.
-        class_names: names by label; by default those of the classes.
-
-    Raises:
-        DataError: there is no image, or a class has no label.
+    It keeps `targets`, `ids`, and, where known, `groups` and `sizes` in bytes, each (N,);
+    `classes`, names by label; `labels` by class, and how they were found, `reading`.
     """
 
     def __init__(

@@ -116,12 +116,7 @@ def _open(
 
 
 def _settle(outputs: GivenOutputs | None, images: Callable[[], ListedImages]) -> Outputs:
-    """Settle what a caller says of a network's outputs.
-
-    Args:
-        outputs: their names, their number, or the network.
-        images: gives the images; a network is run on the first one to count its outputs.
-    """
+    """Settle what a caller says of a network's outputs; a network itself is run on an image."""
     if outputs is None:
         return Outputs()
     if isinstance(outputs, nn.Module):
@@ -168,18 +163,9 @@ def _count(network: nn.Module, images: ListedImages) -> int:
 def images_for(loaded: LoadedModel, where: str) -> tuple[ListedImages, str]:
     """Open images with a network's preprocessing and labels.
 
-    Args:
-        loaded: the network.
-        where: a source as `unbraid.open_images` takes it.
-
     Returns:
         The images, and a warning if they have no labels, if some lie beside class folders, or if
         it had to be guessed which output each class stands for.
-
-    Raises:
-        DataError: there are no images, or names contradict each other or the outputs.
-        ModelError: the network cannot run, or its outputs have more or fewer names.
-        UsageError: a library that the source needs is not installed.
     """
     listing = list_images(where)
     unread = ListedImages(listing, loaded.transform, {})
@@ -226,16 +212,7 @@ def labelled(images: ListedImages) -> bool:
 
 
 def list_images(where: str, with_classes: bool = True) -> Listing:
-    """List a source's images.
-
-    Args:
-        where: as `open_images` takes it.
-        with_classes: whether folders in a folder may be classes.
-
-    Raises:
-        DataError: there is no such source, or it is damaged.
-        UsageError: a library that it needs is not installed.
-    """
+    """List the images of a source as `open_images` takes it; folders in a folder may be classes."""
     path = Path(where)
     if where.startswith(SAVED):
         return list_saved(where.removeprefix(SAVED))
@@ -268,15 +245,9 @@ def _holds_shards(folder: Path) -> bool:
 
 
 def part_of(where: str, part: str) -> str:
-    """Find the training or validation images of a run's data.
+    """Find the part "train" or "val" of a run's data.
 
-    Args:
-        where: a folder that holds train and val, each as one file, called train.csv,
-            train.parquet, train.tar and so on, or else as a folder; or `hf:FOLDER`, likewise.
-        part: "train" or "val".
-
-    Raises:
-        DataError: there are several files for one part, or the folder cannot be read.
+    It is one file, called train.csv, train.parquet, train.tar and so on, or else a folder.
     """
     root = Path(where.removeprefix(SAVED))
     if where.startswith(SAVED):  # whose habit it is to say validation

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -46,8 +45,7 @@ Stamp = tuple[int, int, int]  # which file it is, its bytes, and when it was las
 class Members:
     """Reads images out of tar files by index.
 
-    A file is opened for each image, which costs microseconds, so that worker processes share no
-    handle, and thousands of shards are no thousands of handles.
+    A file is opened for each image, so that worker processes share no handle.
     """
 
     shards: list[str]
@@ -74,8 +72,8 @@ class Members:
 def list_shards(where: str) -> Listing:
     """List the images of tar files, in the convention of WebDataset.
 
-    The members of an image share a name up to its first dot, the key; it has one image, and its
-    label as a number in `.cls`, or as "label" in `.json`, or none. Its id is SHARD.tar/KEY.
+    The members of an image share a name up to its first dot, the key; its label is a number in
+    `.cls`, or "label" in `.json`, or there is none. Its id is SHARD.tar/KEY.
     """
     shards = _shard_files(where)
     names = [Path(shard).name for shard in shards]
@@ -93,22 +91,19 @@ def list_shards(where: str) -> Listing:
         for key, files in _samples(shard).items():
             reader.ids.append(f"{name}/{key}")
             reader.shard.append(k)
-            reader.offset.append(files["image"].offset)
-            reader.size.append(files["image"].size)
+            offset, size = files["image"]
+            reader.offset.append(offset)
+            reader.size.append(size)
             labels.append(_label(shard, reader.stamps[k], key, files))
     return make_listing(where, reader.ids, reader, labels, sizes=list(reader.size))
 
 
-class _Content(NamedTuple):
-    """Where in a tar file a member's content lies, in bytes."""
-
-    offset: int
-    size: int
+Place = tuple[int, int]  # where a member's content lies, and its size, in bytes
 
 
-def _samples(shard: str) -> dict[str, dict[str, _Content]]:
+def _samples(shard: str) -> dict[str, dict[str, Place]]:
     """The members of every image of a shard by key, and by what they are: image, cls or json."""
-    samples: dict[str, dict[str, _Content]] = {}
+    samples: dict[str, dict[str, Place]] = {}
     for member in members(shard):
         folder, slash, name = member.name.rpartition("/")
         base, _, ending = name.partition(".")
@@ -132,7 +127,7 @@ def _samples(shard: str) -> dict[str, dict[str, _Content]]:
             raise DataError(
                 f"{shard} has two files {kind!r} for {one_line(key)}; keep one of them."
             )
-        files[kind] = _Content(member.offset_data, member.size)
+        files[kind] = (member.offset_data, member.size)
     lonely = [key for key, files in samples.items() if "cls" in files and "image" not in files]
     if lonely:
         raise DataError(
@@ -142,7 +137,7 @@ def _samples(shard: str) -> dict[str, dict[str, _Content]]:
     return {key: files for key, files in samples.items() if "image" in files}
 
 
-def _label(shard: str, stamp: Stamp, key: str, files: dict[str, _Content]) -> str | None:
+def _label(shard: str, stamp: Stamp, key: str, files: dict[str, Place]) -> str | None:
     """What an image is labelled with, None where nothing is said."""
     member = files.get("cls") or files.get("json")
     if member is None:
