@@ -98,23 +98,41 @@ def read(content: bytes) -> Any:
 
 
 U16 = 65535
+GREY: dict[str, Callable[[Any], bytes]] = {  # from 16-bit values, (height, width)
+    "grey <u2": lambda v: tiff(v, "<u2"),
+    "grey >u2": lambda v: tiff(v, ">u2"),
+    "packed grey <u2": lambda v: tiff(v, "<u2", deflate=True),
+    "packed grey >u2": lambda v: tiff(v, ">u2", deflate=True),
+    "png": lambda v: png(v, 0),
+    "png, alpha": lambda v: png(with_alpha(v), 4),
+    "pgm": lambda v: pnm(v, U16),
+}
+COLOURED: dict[str, Callable[[Any], bytes]] = {  # (height, width, 3)
+    "colours <u2": lambda v: tiff(v, "<u2", 2),
+    "colours >u2": lambda v: tiff(v, ">u2", 2),
+    "packed colours >u2": lambda v: tiff(v, ">u2", 2, deflate=True),
+    "png, colours": lambda v: png(v, 2),
+    "png, colours and alpha": lambda v: png(with_alpha(v), 6),
+    "ppm": lambda v: pnm(v, U16),
+}
+FORMS = {**GREY, **COLOURED}
+
+
+def ramp(kind: str) -> Any:
+    return COLOURS if kind in COLOURED or "ppm" in kind else RAMP
+
+
 READ = {
-    **{f"grey {order}u2": tiff(RAMP * U16, f"{order}u2") for order in "<>"},
-    **{f"packed grey {order}u2": tiff(RAMP * U16, f"{order}u2", deflate=True) for order in "<>"},
+    **{kind: FORMS[kind](ramp(kind) * U16) for kind in FORMS},
     **{f"{order}f4": tiff(RAMP, f"{order}f4") for order in "<>"},
     **{f"packed {order}f4": tiff(RAMP, f"{order}f4", deflate=True) for order in "<>"},
-    **{f"colours {order}u2": tiff(COLOURS * U16, f"{order}u2", 2) for order in "<>"},
     "white is zero": tiff(U16 - RAMP * U16, "<u2", 0),
     "packed white is zero": tiff(U16 - RAMP * U16, "<u2", 0, deflate=True),
     "floats, white is zero": tiff(1 - RAMP, "<f4", 0),
     "says 10 bits": tiff(RAMP * 1023, "<u2", tag281=1023),
     "says 12 bits, white is zero": tiff(4095 - RAMP * 4095, "<u2", 0, tag281=4095),
-    "png": png(RAMP * U16, 0),
-    "png, colours": png(COLOURS * U16, 2),
-    "png, alpha": png(with_alpha(RAMP * U16), 4),
-    "png, colours and alpha": png(with_alpha(COLOURS * U16), 6),
-    **{f"pgm, {m}": pnm(RAMP * m, m) for m in (255, 1023, 4095, 16383, U16)},
-    **{f"ppm, {m}": pnm(COLOURS * m, m) for m in (255, 1023, 4095, 16383, U16)},
+    **{f"pgm, {m}": pnm(RAMP * m, m) for m in (255, 1023, 4095, 16383)},
+    **{f"ppm, {m}": pnm(COLOURS * m, m) for m in (255, 1023, 4095, 16383)},
     "plain pgm": pnm(RAMP * 4095, 4095, plain=True),
     "plain ppm": pnm(COLOURS * U16, U16, plain=True),
     "pfm": b"Pf\n64 4\n-1.0\n" + RAMP.astype("<f4").tobytes(),
@@ -123,66 +141,34 @@ READ = {
 
 @pytest.mark.parametrize("kind", READ)
 def test_decode_picture_of_many_bits_goes_from_black_to_white(kind):
-    values = read(READ[kind])
-    expected = (COLOURS if "colours" in kind or "ppm" in kind else RAMP[..., None]) * 255
+    values, expected = read(READ[kind]), ramp(kind) * 255
+    expected = expected if expected.ndim == 3 else expected[..., None]
     assert np.abs(values - expected).max() <= 1.01
-    assert values.min() == 0
-    assert values.max() == 255
+    assert (values.min(), values.max()) == (0, 255)
 
 
 def test_decode_picture_of_16_bits_keeps_the_high_byte():
     every = np.arange(65536).reshape(256, 256)
-    for content in (tiff(every, "<u2"), tiff(every, ">u2"), png(every, 0), pnm(every, U16)):
-        assert (read(content)[..., 0] == every >> 8).all()
+    for kind in ("grey <u2", "grey >u2", "png", "pgm"):
+        assert (read(GREY[kind](every))[..., 0] == every >> 8).all()
 
 
-EMPTY = np.zeros((4, 5))
-ONE_COLOUR: dict[str, Callable[[float], bytes]] = {
-    "<u2": lambda white: tiff(EMPTY + white * U16, "<u2"),
-    ">u2": lambda white: tiff(EMPTY + white * U16, ">u2"),
-    "f4": lambda white: tiff(EMPTY + white, "<f4"),
-    "png": lambda white: png(EMPTY + white * U16, 0),
-    "png, colours": lambda white: png(np.zeros((4, 5, 3)) + white * U16, 2),
-    "png, alpha": lambda white: png(with_alpha(EMPTY + white * U16), 4),
-    "png, colours and alpha": lambda white: png(with_alpha(np.zeros((4, 5, 3)) + white * U16), 6),
-    "colours <u2": lambda white: tiff(np.zeros((4, 5, 3)) + white * U16, "<u2", 2),
-    "packed colours >u2": lambda w: tiff(np.zeros((4, 5, 3)) + w * U16, ">u2", 2, deflate=True),
-    "pgm": lambda white: pnm(EMPTY + white * U16, U16),
-    "ppm": lambda white: pnm(np.zeros((4, 5, 3)) + white * U16, U16),
-}
-
-
-@pytest.mark.parametrize("kind", ONE_COLOUR)
+@pytest.mark.parametrize("kind", [*FORMS, "f4"])
 @pytest.mark.parametrize("white", [0.0, 0.5, 1.0])
 def test_decode_picture_of_one_colour_is_that_colour(kind, white):
-    assert np.abs(read(ONE_COLOUR[kind](white)) - 255 * white).max() <= 1
+    values = np.zeros_like(ramp(kind)) + white
+    content = tiff(values, "<f4") if kind == "f4" else FORMS[kind](values * U16)
+    assert np.abs(read(content) - 255 * white).max() <= 1
 
 
-def dark(content: Callable[[float], bytes]) -> dict[int, bytes]:
-    return {bits: content(2**bits - 1) for bits in (8, 10, 12, 14)}
-
-
-DARK = {
-    "<u2": dark(lambda m: tiff(RAMP * m, "<u2")),
-    ">u2": dark(lambda m: tiff(RAMP * m, ">u2")),
-    "white is zero": dark(lambda m: tiff(RAMP * m, "<u2", 0)),
-    "colours <u2": dark(lambda m: tiff(COLOURS * m, "<u2", 2)),
-    "colours >u2": dark(lambda m: tiff(COLOURS * m, ">u2", 2)),
-    "packed colours": dark(lambda m: tiff(COLOURS * m, ">u2", 2, deflate=True)),
-    "png": dark(lambda m: png(RAMP * m, 0)),
-    "png, colours": dark(lambda m: png(COLOURS * m, 2)),
-    "png, alpha": dark(lambda m: png(with_alpha(RAMP * m), 4)),
-    "png, colours and alpha": dark(lambda m: png(with_alpha(COLOURS * m), 6)),
-    "pgm": dark(lambda m: pnm(RAMP * m, U16)),
-    "ppm": dark(lambda m: pnm(COLOURS * m, U16)),
-}
+DARK = {**FORMS, "white is zero": lambda v: tiff(v, "<u2", 0)}
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14])
 @pytest.mark.parametrize("kind", DARK)
 def test_decode_picture_of_fewer_bits_than_16_is_refused_with_what_to_do(kind, bits):
     with pytest.raises(UnfitPicture) as caught:
-        read(DARK[kind][bits])
+        read(DARK[kind](ramp(kind) * (2**bits - 1)))
     assert str(caught.value) == (
         f"Image it holds 16-bit values below {2**bits}, so it is dark, or of {bits} bits; save "
         "the pictures with 8 bits, black 0 and white 255, and start again (or multiply all by "
@@ -284,7 +270,7 @@ def test_a_scan_stops_at_a_picture_that_is_unfit_though_broken_ones_are_skipped(
 def test_a_check_of_dark_pictures_left_out_is_noticed(monkeypatch):
     monkeypatch.setattr(depths, "_refuse_dark", lambda _: None)
     for kind in DARK:
-        assert read(DARK[kind][12]).max() < 255 or "zero" in kind
+        assert read(DARK[kind](ramp(kind) * 4095)).max() < 255 or "zero" in kind
 
 
 # --- switches of Pillow's that a program may have turned ------------------------------------------
