@@ -6,7 +6,7 @@ import copy
 import inspect
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -110,7 +110,7 @@ def own_list(dataset: Dataset[Any], name: str) -> list[Any] | None:
     kept = own(dataset, name)[1]
     if hasattr(kept, "tolist"):  # going through a tensor would make one of every value
         kept = kept.tolist()
-    if not isinstance(kept, Collection) or isinstance(kept, (str, Mapping, Set)):
+    if not isinstance(kept, Sequence) or isinstance(kept, str):
         return None
     if len(kept) != size_of(dataset):
         raise DataError(
@@ -290,8 +290,12 @@ def groups_of(dataset: Dataset[Any]) -> list[int] | None:
 
 def _group_keys(dataset: Dataset[Any]) -> list[Any] | None:
     """The group of each image as the data set names it."""
-    if own(dataset, "groups")[0]:
-        return own_list(dataset, "groups")
+    is_own, kept = own(dataset, "groups")
+    if is_own:
+        keys = own_list(dataset, "groups")
+        if keys is None and kept is not None:
+            raise DataError(f"The data set's groups are a {type(kept).__name__}; give a list.")
+        return keys
     if not isinstance(dataset, ConcatDataset):
         return gathered(dataset, _group_keys, "groups")
     parts = [(part, _group_keys(part)) for part in inner_of(dataset)]
