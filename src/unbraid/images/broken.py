@@ -149,10 +149,11 @@ def to_label(label: Any, index: int) -> int:
     except Exception:  # of types of anyone's own
         pass
     shape = tuple(getattr(label, "shape", ()))
-    kind = f"{type(label).__name__} of shape {shape}" if shape else type(label).__name__
+    of_shape = f"it is of shape {shape}; " if shape else ""
     raise DataError(
-        f"The label of image {index} is a {kind}, not a class's number; give one image and one "
-        f"number at a time, {UNLABELLED} where none is known (and scan with labels='predicted')."
+        f"The label of image {index} is a {type(label).__name__}, not a class's number; {of_shape}"
+        f"give one image and one number at a time, {UNLABELLED} where none is known (and scan with "
+        "labels='predicted')."
     )
 
 
