@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -22,10 +21,8 @@ from checks import (
 )
 from structures import STRUCTURES, Around, Tokens, build, images, trace
 from tiny_networks import SyntheticImages
-from tiny_networks import build as build_simple
 from unbraid.base.errors import LayerError, ModelError, RunError
 from unbraid.networks.layers import describe, splittable_layers, why_not
-from unbraid.networks.outputs import as_logits
 from unbraid.networks.spec import tap_inputs
 from unbraid.networks.weights import hash_weights
 from unbraid.scanning.records import Records
@@ -329,21 +326,6 @@ def test_logits_are_picked_out_the_same_everywhere(part, tmp_path):
     assert not isinstance(network(images().images), Tensor)  # the given one is as it was
 
 
-def test_what_is_called_logits_is_taken_unasked(tmp_path):
-    for wrap in (lambda z: {"loss": None, "logits": z}, lambda z: Output(z, -z)):
-        network = putting_out(wrap)
-        assert_bit_equal(
-            as_logits(network(images().images)), putting_out(lambda z: z)(images().images)
-        )
-
-
-@pytest.mark.parametrize("pick", ["nothing", 7, lambda output: output["nothing"]])
-def test_a_part_that_is_not_there_is_told(pick, tmp_path):
-    network = unbraid.with_logits(putting_out(lambda z: {"a": z, "b": (z, z)}), pick)
-    with pytest.raises(ModelError, match=r"has no .* to take logits from; it is a dict \('a'"):
-        unbraid.scan(network, "layer", images(4), tmp_path)
-
-
 def test_a_scan_with_other_logits_is_another_scan(tmp_path):
     network = putting_out(lambda z: (z, -z))
     unbraid.scan(unbraid.with_logits(network, 0), "layer", images(4), tmp_path)
@@ -413,20 +395,3 @@ def test_a_network_with_a_compiled_part_is_scanned(tmp_path):
     assert scan.manifest.weights == plain.manifest.weights
     for one, other in zip(scan.columns("share_value"), plain.columns("share_value"), strict=True):
         assert_bit_equal(one, other)
-
-
-# --- number formats -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_network_of_half_precision_takes_images_of_single(dtype, tmp_path):
-    network = build_simple("3x3", torch.float32)
-    exact = unbraid.scan(network, "layer", SyntheticImages(8, dtype=torch.float32), tmp_path / "1")
-    network = network.to(dtype)
-    scan = unbraid.scan(network, "layer", SyntheticImages(8, dtype=torch.float32), tmp_path / "2")
-    (expected,), (records,) = exact.shards(), scan.shards()
-    assert records.pooled.dtype == records.share_value.dtype == torch.float32
-    tolerance = 20 * torch.finfo(dtype).eps
-    difference = (records.pooled - expected.pooled).abs().max()
-    assert difference <= tolerance * expected.pooled.abs().max()
-    assert not math.isnan(float(difference))

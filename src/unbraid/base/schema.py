@@ -32,11 +32,7 @@ class SchemaError(ValueError):
 
 
 def unread(error: Exception, text: str) -> RunError:
-    """Make an error of ours from what came up on reading a file.
-
-    Returns:
-        UnreadableError where the file may be sound all the same, RunError where it is not.
-    """
+    """Make an UnreadableError where a file may be sound all the same, a RunError where not."""
     # An OSError without a number is how libraries call content that they cannot make out.
     of_the_system = isinstance(error, OSError) and error.errno is not None
     kind = UnreadableError if of_the_system or isinstance(error, SchemaError) else RunError
@@ -58,10 +54,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON that is not too large.
-
-    Raises:
-        ValueError: it is no JSON, or larger or deeper than any of ours.
+    """Parse JSON; raises ValueError where it is none, or larger or deeper than any of ours.
 
     >>> parse_json("[" * 100 + "]" * 100)
     Traceback (most recent call last):
@@ -84,12 +77,7 @@ def parse_json(text: str) -> Any:
 
 
 def check_schema(values: Any, schema: int) -> None:
-    """Raise unless values are an object of a schema.
-
-    Raises:
-        SchemaError: they are of another one.
-        ValueError: they are of none.
-    """
+    """Raise SchemaError if values are an object of another schema, ValueError if of none."""
     if not isinstance(values, dict):
         raise ValueError("it is no JSON object")
     found = values.get("schema")
@@ -123,11 +111,7 @@ def build(kind: type[T], value: Any, *, null_figures: bool = False) -> T:
 
 
 def _checked(kind: Any, value: Any, null_figures: bool) -> Any:
-    """Parsed JSON with NaN for null figures; msgspec checks the rest.
-
-    Raises:
-        ValueError: an entry is unknown, or a whole number does not fit into 64 bits.
-    """
+    """Parsed JSON with NaN for null figures; refuses unknown entries and too large numbers."""
     origin, inner = get_origin(kind), get_args(kind)
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError(f"{reprlib.repr(value)} does not fit into 64 bits")

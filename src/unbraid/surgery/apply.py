@@ -130,11 +130,7 @@ def _check_fit(model: nn.Module, weights: str, split: Split) -> None:
 
 
 def _split_copy(model: nn.Module, splits: Sequence[Split], form: Form) -> nn.Module:
-    """Copy a network and split layers of the copy.
-
-    Raises:
-        ModelError: the copy would run the network's own layers past the split ones.
-    """
+    """Copy a network and split layers of the copy, which must not run the network's own."""
     changed = copy_network(model)
     for one in splits:
         _replace(changed, one, form)
@@ -163,33 +159,20 @@ def _replace(model: nn.Module, split: Split, form: Form) -> None:
 
 @in_plain_modes
 def load_split(model: nn.Module, path: str | Path) -> nn.Module:
-    """Put the split of a file into the network that it was made for.
-
-    The same as `unbraid.apply(model, unbraid.Split.load(path))`.
-
-    Args:
-        model: the network that the split was made for; it is not changed.
-        path: a file from `Split.save`.
+    """Put the split of a file from `Split.save` into the network that it was made for.
 
     Raises:
         RunError: the file is missing, damaged or not a split.
-        ModelError: the network's weights are not those that the split was made for.
-        LayerError: the network lacks the layer.
+        ModelError, LayerError: as for `apply`.
     """
     return apply(model, Split.load(path))
 
 
 @in_plain_modes
 def check_in_force(model: nn.Module, layer: str | nn.Module, images: Tensor) -> None:
-    """Try on some images whether a split of a layer would be in force; one will do.
+    """Try on some images, (N, C, H, W), whether a split of a layer would be in force.
 
-    Costs a pass through the network and one through a copy of it, so that what stands in the way is
-    told before anything long is begun.
-
-    Args:
-        model: the network; it is left as it is.
-        layer: the layer that is to be split.
-        images: (N, C, H, W), on the network's device.
+    One image will do. Costs a pass through the network and one through a copy of it.
 
     Raises:
         ModelError: a split would not be in force, or the network cannot run.
@@ -215,14 +198,8 @@ def _trial_split(spec: LayerSpec, layer: nn.Module) -> Split:
     """Two concept channels of a layer's first channel, each with every other weight."""
     weight = weight_rows(layer)[0]
     even = (torch.arange(len(weight), dtype=torch.int64, device=weight.device) % 2).to(weight)
-    part = ChannelSplit(
-        channel=0,
-        concepts=((0,), (1,)),
-        masks=torch.stack([even, 1 - even]),
-        weight=weight,
-        bias=float(bias_of(layer)[0]),
-        info={},
-    )
+    masks, bias = torch.stack([even, 1 - even]), float(bias_of(layer)[0])
+    part = ChannelSplit(0, ((0,), (1,)), masks, weight, bias, info={})
     return Split(spec, weights="", method="", settings={}, class_names=(), channels=(part,))
 
 
@@ -273,16 +250,7 @@ def _note(ran: set[str], name: str, _module: nn.Module, _args: tuple[Any, ...]) 
 
 
 def refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str]) -> None:
-    """Raise if a copy of a network is seen to run layers of the network itself.
-
-    Args:
-        model: the network.
-        copied: its copy.
-        layers: the names of those that are split in the copy.
-
-    Raises:
-        ModelError: it is.
-    """
+    """Raise ModelError if a copy, with these layers split, is seen to run the network's own."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in layers:
         names = [other for other, module in modules.items() if module is modules[name]]
