@@ -120,17 +120,17 @@ def test_a_changed_byte_and_a_missing_file_are_told(undisturbed: Path, tmp_path:
         assert_same(copy, undisturbed)
 
 
-def kill_and_go_on(seed: int, undisturbed: Path, seconds: float, folder: Path) -> None:
-    kill_at_random(folder, 1 + seed % 3, seed, seconds)
-    finish(folder, 1 + (seed // 3) % 3)
-    assert_same(folder, undisturbed)
+SEEDS = [*range(5), *(pytest.param(n, marks=pytest.mark.slow) for n in range(5, 110))]
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_killed_at_random_it_goes_on(
     seed: int, undisturbed: Path, seconds: float, tmp_path: Path
 ) -> None:
-    kill_and_go_on(seed, undisturbed, seconds, tmp_path / "scan")
+    folder = tmp_path / "scan"
+    kill_at_random(folder, 1 + seed % 3, seed, seconds)
+    finish(folder, 1 + (seed // 3) % 3)
+    assert_same(folder, undisturbed)
 
 
 @pytest.mark.parametrize("moment", ["rename 1", "named 3", "rename 7", "named 9"])
@@ -236,11 +236,3 @@ def test_a_full_disk_loses_nothing(n_ranks: int, undisturbed: Path, tmp_path: Pa
     assert list(kept.rglob("shard-*.safetensors"))
     finish(kept)
     assert_same(kept, undisturbed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 200))
-def test_killed_at_random_a_hundred_times(
-    seed: int, undisturbed: Path, seconds: float, tmp_path: Path
-) -> None:
-    kill_and_go_on(seed, undisturbed, seconds, tmp_path / "scan")

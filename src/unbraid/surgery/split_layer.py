@@ -161,7 +161,7 @@ def clamp(
 
     Args:
         model: from `apply` in the exact form.
-        layer: as for `gate`, and so are `channel` and `concept`.
+        layer: the split layer, by name or itself.
         channel: a split channel.
         concept: 0 to K - 1.
         low: lower bound at every position, in units of the pre-activation.
