@@ -58,7 +58,7 @@ def lie(scan: Scan, **entries: Any) -> Path:
     return scan.path
 
 
-def test_a_claim_of_a_billion_shards_costs_nothing(scan: Scan) -> None:
+def test_a_claim_of_a_billion_shards_costs_nothing(scan):
     folder = lie(scan, n_images=10**12, shard_size=1000)
     with pytest.raises(RunError, match="999999997 of 1000000000 shards"):
         unbraid.open_scan(folder)
@@ -89,9 +89,7 @@ def test_a_claim_of_a_billion_shards_costs_nothing(scan: Scan) -> None:
         ({"schema": [[]] * 1000}, r"schema \[\[\], \[\]"),
     ],
 )
-def test_numbers_that_no_scan_has_are_refused(
-    entries: dict[str, Any], message: str, scan: Scan
-) -> None:
+def test_numbers_that_no_scan_has_are_refused(entries, message, scan):
     with pytest.raises(RunError, match=message) as caught:
         unbraid.open_scan(lie(scan, **entries))
     assert len(str(caught.value)) < 500
@@ -108,12 +106,12 @@ def test_numbers_that_no_scan_has_are_refused(
     ],
     ids=["deep list", "deep object", "many parts", "long number", "long text"],
 )
-def test_json_that_would_take_the_machine_is_refused(text: str) -> None:
+def test_json_that_would_take_the_machine_is_refused(text):
     with pytest.raises(ValueError, match=r"deep|large|digits"):
         parse_json(text)
 
 
-def test_a_pipe_is_not_waited_for(scan: Scan, tmp_path: Path) -> None:
+def test_a_pipe_is_not_waited_for(scan, tmp_path):
     for path in (scan.path / "manifest.json", scan.path / "layer.safetensors"):
         path.unlink()
         os.mkfifo(path)
@@ -126,7 +124,7 @@ def test_a_pipe_is_not_waited_for(scan: Scan, tmp_path: Path) -> None:
         read_picture(tmp_path / "a.png")
 
 
-def test_text_that_cannot_be_written_is_made_writable(scan: Scan, tmp_path: Path) -> None:
+def test_text_that_cannot_be_written_is_made_writable(scan, tmp_path):
     path = scan.path / "manifest.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "class_names": ["\ud800", "b", "c"]}))
@@ -164,9 +162,7 @@ def forge(path: Path, **changes: Callable[[Tensor], Tensor]) -> None:
         ("broken", lambda x: x.new_zeros(10**6), "'broken' of a wrong shape"),
     ],
 )
-def test_records_that_cannot_be_are_refused(
-    name: str, change: Callable[[Tensor], Tensor], message: str, scan: Scan
-) -> None:
+def test_records_that_cannot_be_are_refused(name, change, message, scan):
     forge(shard_path(scan.path, 1), **{name: change})
     with pytest.raises(RunError, match=message):
         list(scan.shards())
@@ -178,7 +174,7 @@ def test_records_that_cannot_be_are_refused(
             unbraid.find(scan, tau="auto")
 
 
-def test_maps_of_another_type_or_of_zeros_are_refused_or_divided(tmp_path: Path) -> None:
+def test_maps_of_another_type_or_of_zeros_are_refused_or_divided(tmp_path):
     """No convolution takes numbers of two types."""
     scan = unbraid.scan(build("uneven"), "layer", SyntheticImages(9), tmp_path, positions=True)
     assert scan.manifest.dtype == "float64"
@@ -199,16 +195,14 @@ def test_maps_of_another_type_or_of_zeros_are_refused_or_divided(tmp_path: Path)
         ({name: lambda x: x.half() for name in ("weight", "bias")}, "weights of another type"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(
-    changes: dict[str, Any], message: str, scan: Scan
-) -> None:
+def test_weights_that_do_not_fit_are_refused(changes, message, scan):
     forge(scan.path / "layer.safetensors", **changes)
     with pytest.raises(RunError, match=message):
         unbraid.open_scan(scan.path)
     assert "layer.safetensors" in check(scan.path).damaged[0]
 
 
-def test_a_header_that_lies_is_refused(scan: Scan) -> None:
+def test_a_header_that_lies_is_refused(scan):
     path = scan.path / "layer.safetensors"
     content = path.read_bytes()
     for told in (2**63, 2**40, 0):
@@ -221,7 +215,7 @@ def test_a_header_that_lies_is_refused(scan: Scan) -> None:
         read_tensors(path, ["weight"])
 
 
-def test_one_label_does_not_take_all_memory(scan: Scan) -> None:
+def test_one_label_does_not_take_all_memory(scan):
     """Sums by class have a row for every number up to the largest label."""
     wide = replace(scan.manifest, layer=replace(scan.layer, n_in=2**20))
     assert wide.most_classes * (wide.layer.n_taps + wide.layer.n_out) <= 2**30
@@ -230,16 +224,14 @@ def test_one_label_does_not_take_all_memory(scan: Scan) -> None:
         class_sums(scan, [0.03])
 
 
-def test_a_scan_that_would_be_refused_is_not_begun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_scan_that_would_be_refused_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr("unbraid.scanning.manifest._MOST_SUMS", 2 * (8 + 6))  # of 4 classes
     with pytest.raises(UsageError, match="number of class_names is 4, not 0 to 2"):
         unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path / "scan")
     assert not (tmp_path / "scan").exists()
 
 
-def test_groups_are_whole_numbers_even_of_a_shard_without_an_image(tmp_path: Path) -> None:
+def test_groups_are_whole_numbers_even_of_a_shard_without_an_image(tmp_path):
     scan = unbraid.scan(
         build("1x1"), "layer", GroupedImages(130), tmp_path, skip_broken=True, positions=True
     )
@@ -261,7 +253,7 @@ class GroupedImages(SyntheticImages):
         return super().__getitem__(index)
 
 
-def test_no_tau_is_chosen_by_a_scan_without_an_image(tmp_path: Path) -> None:
+def test_no_tau_is_chosen_by_a_scan_without_an_image(tmp_path):
     scan = unbraid.scan(build("1x1"), "layer", SyntheticImages(9), tmp_path)
     records = replace(no_records(scan.layer, positions=False), broken=torch.arange(9))
     write_shard(scan.path, 0, records)
@@ -272,9 +264,7 @@ def test_no_tau_is_chosen_by_a_scan_without_an_image(tmp_path: Path) -> None:
         unbraid.find(opened, tau="auto")
 
 
-def test_counts_for_many_thresholds_are_made_in_portions(
-    scan: Scan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counts_for_many_thresholds_are_made_in_portions(scan, monkeypatch):
     whole = nearest_finding(scan, 0.5, 0.75, -1.0)
     monkeypatch.setattr("unbraid.finding.thresholds._COUNTS_AT_ONCE", 2 * 3 * 3)
     asked: list[int] = []
@@ -289,7 +279,7 @@ def test_counts_for_many_thresholds_are_made_in_portions(
     assert len(asked) > 2
 
 
-def test_a_split_that_cannot_be_is_refused(scan: Scan, tmp_path: Path) -> None:
+def test_a_split_that_cannot_be_is_refused(scan, tmp_path):
     found = unbraid.find(scan, channels={0: [[0], [1]]})
     path = tmp_path / "split.safetensors"
     split = unbraid.split(scan, found, method="published", rho=0.7)
@@ -337,9 +327,7 @@ def png(width: int, height: int, rows: bytes) -> bytes:
     ],
     ids=["bomb", "overflow", "strip", "program"],
 )
-def test_pictures_that_would_grow_or_run_are_refused(
-    content: bytes, message: str, tmp_path: Path
-) -> None:
+def test_pictures_that_would_grow_or_run_are_refused(content, message, tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
@@ -356,7 +344,7 @@ def classes(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_links_in_circles_are_not_followed(classes: Path) -> None:
+def test_links_in_circles_are_not_followed(classes):
     (classes / "a" / "up").symlink_to(classes)
     (classes / "a" / "2.png").symlink_to("2.png")
     images = ImageFolder(classes)
@@ -374,9 +362,7 @@ def test_links_in_circles_are_not_followed(classes: Path) -> None:
     ("to", "message"),
     [(".", "a link to a folder around it"), ("..", "a link to a folder around it"), (None, "")],
 )
-def test_a_class_may_link_to_elsewhere_but_not_to_what_holds_it(
-    to: str | None, message: str, classes: Path, tmp_path: Path
-) -> None:
+def test_a_class_may_link_to_elsewhere_but_not_to_what_holds_it(to, message, classes, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "1.png")
     (classes / "c").symlink_to(to or tmp_path / "elsewhere")
@@ -387,7 +373,7 @@ def test_a_class_may_link_to_elsewhere_but_not_to_what_holds_it(
         ImageFolder(classes)
 
 
-def test_a_path_that_is_too_long_is_an_error_of_ours() -> None:
+def test_a_path_that_is_too_long_is_an_error_of_ours():
     with pytest.raises(DataError, match="cannot be read"):
         ImageFolder("x" * 5000)
 
@@ -396,7 +382,7 @@ def test_a_path_that_is_too_long_is_an_error_of_ours() -> None:
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r", " =", "＝", "＠"])  # noqa: RUF001
-def test_spreadsheets_are_given_no_formula(start: str) -> None:
+def test_spreadsheets_are_given_no_formula(start):
     cell = f"{start}cmd|' /C calc'!A0"
     text = csv_text(("name", "figure"), [(cell, -1.5), ("clock-face", 2)])
     assert f"'{cell}" in text.replace('"', "")
@@ -409,7 +395,7 @@ def assert_short_cells(table: str, most: int) -> None:
     assert max(map(len, cells)) <= most
 
 
-def test_names_of_a_million_characters_do_not_fill_the_screen() -> None:
+def test_names_of_a_million_characters_do_not_fill_the_screen():
     names = ("x" * 1_000_000, "\x1b]0;title\x07\u202e" + "y" * 1_000_000)
     pair = Pair(0, 0, 1, 0.1, 0.9, 0.9, 0.0, 0.2)
     found = Findings(0.03, 0.75, 0.5, (pair,), {0: ((0,), (1,))}, names, "", "layer", "0")
@@ -438,7 +424,7 @@ def test_names_of_a_million_characters_do_not_fill_the_screen() -> None:
         [],
     ],
 )
-def test_settings_of_other_types_are_refused(settings: Any, tmp_path: Path) -> None:
+def test_settings_of_other_types_are_refused(settings, tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(RunError, match="not that of a run"):
         read_settings(tmp_path)
@@ -448,7 +434,7 @@ def test_settings_of_other_types_are_refused(settings: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("channel", ["Infinity", "1e400", "NaN", "1.5", "true", '"7"', "1" * 5000])
-def test_a_channel_of_no_whole_number_is_refused(channel: str, tmp_path: Path) -> None:
+def test_a_channel_of_no_whole_number_is_refused(channel, tmp_path):
     likeness = '{"monosemanticity": 0.5, "clarity": null}'
     semantics = (
         '{"encoder": "it", "n_images": 9, "n_top": 2, "positions": false, "crops": false, '

@@ -58,7 +58,7 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> No
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_what_is_not_near_is_told() -> None:
+def test_what_is_not_near_is_told():
     with pytest.raises(AssertionError):
         assert_near(torch.tensor([1.0, 1.0001]), torch.ones(2))
 

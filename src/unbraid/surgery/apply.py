@@ -12,9 +12,9 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import accumulate, takewhile
+from itertools import accumulate, chain, takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -208,20 +208,10 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def split_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a network that are split, in either form."""
-    return {name: module for name, module in model.named_modules() if _is_split(module)}
-
-
-def _is_split(module: nn.Module) -> bool:
-    plain = isinstance(module, nn.Sequential) and "names" in vars(module)
-    return isinstance(module, SplitLayer) or (plain and {"wide", "merge"} <= set(module._modules))
-
-
 @contextmanager
 def in_force(model2: nn.Module) -> Iterator[None]:
     """Raise ModelError at the end if the network ran, but one of its split layers never did."""
-    layers = split_layers(model2)
+    layers = {name: module for name, module in model2.named_modules() if _is_split(module)}
     ran: set[str] = set()
 
     def refuse() -> None:
@@ -233,8 +223,8 @@ def in_force(model2: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         for name, module in {**layers, "": model2}.items() if layers else ():
-            note = partial(_note, ran, name)
-            stack.callback(module.register_forward_pre_hook(note).remove)
+            hook = module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
+            stack.callback(hook.remove)
         try:
             yield
         except OutOfMemory:
@@ -245,8 +235,10 @@ def in_force(model2: nn.Module) -> Iterator[None]:
     refuse()
 
 
-def _note(ran: set[str], name: str, _module: nn.Module, _args: tuple[Any, ...]) -> None:
-    ran.add(name)
+def _is_split(module: nn.Module) -> bool:
+    """Whether a module is a split layer, in either form."""
+    plain = isinstance(module, nn.Sequential) and "names" in vars(module)
+    return isinstance(module, SplitLayer) or (plain and {"wide", "merge"} <= set(module._modules))
 
 
 def refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str]) -> None:
@@ -255,11 +247,8 @@ def refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str])
     for name in layers:
         names = [other for other, module in modules.items() if module is modules[name]]
         # The network, what in it holds the layer, and the layer.
-        holders = {
-            "",
-            *(p for other in names for p in accumulate(other.split("."), "{}.{}".format)),
-        }
-        reach = Reach(modules[holder] for holder in holders)
+        paths = (accumulate(other.split("."), "{}.{}".format) for other in names)
+        reach = Reach(modules[holder] for holder in {"", *chain.from_iterable(paths)})
         why = _way_past(copied, reach)
         if why:
             raise ModelError(
