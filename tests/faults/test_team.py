@@ -31,7 +31,7 @@ def target(tmp_path: Path) -> Target:
     return Target(network.get_submodule("layer"), made.manifest, tmp_path / "scan")
 
 
-def test_ranks_that_would_scan_another_network_are_told_and_touch_nothing(target: Target) -> None:
+def test_ranks_that_would_scan_another_network_are_told_and_touch_nothing(target):
     store = HashStore()
     claim_together([target], Ranks(store, 0, 2))
     claimed = {path: path.read_bytes() for path in target.folder.iterdir()}
@@ -44,7 +44,7 @@ def test_ranks_that_would_scan_another_network_are_told_and_touch_nothing(target
     assert {path: path.read_bytes() for path in target.folder.iterdir()} == claimed
 
 
-def test_alone_there_is_nobody_to_differ_from(target: Target) -> None:
+def test_alone_there_is_nobody_to_differ_from(target):
     claim_together([target], Alone())
     claims.refuse_taken(target)
     other = replace(target, manifest=replace(target.manifest, weights="of another seed"))
@@ -52,7 +52,7 @@ def test_alone_there_is_nobody_to_differ_from(target: Target) -> None:
         claims.refuse_taken(other)
 
 
-def test_what_was_claimed_before_a_restart_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_claimed_before_a_restart_does_not_count(monkeypatch):
     store = HashStore()
     monkeypatch.setattr(team, "_joined", lambda: (store, 0, 1))
     monkeypatch.setattr(team, "n_ranks", lambda: 2)
@@ -63,8 +63,8 @@ def test_what_was_claimed_before_a_restart_does_not_count(monkeypatch: pytest.Mo
 
 
 def test_what_a_file_system_shows_late_is_waited_for_and_what_never_comes_is_not(
-    target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    target, monkeypatch
+):
     looks: list[bool] = []
     monkeypatch.setattr(scan_pass, "_PAUSE", 0.0)
     monkeypatch.setattr(Target, "lacks", lambda _, __: looks.append(len(looks) < 4) or looks[-1])
@@ -74,7 +74,7 @@ def test_what_a_file_system_shows_late_is_waited_for_and_what_never_comes_is_not
     scan_pass.await_shards([target], 0.05)
 
 
-def test_torchrun_may_start_a_dead_rank_anew(undisturbed: Path, tmp_path: Path) -> None:
+def test_torchrun_may_start_a_dead_rank_anew(undisturbed, tmp_path):
     command = [*TORCHRUN, "--max-restarts", "1", "--nproc-per-node", "2", str(SCANNING)]
     done = subprocess.run(
         [sys.executable, *command, str(tmp_path), "named 7"],

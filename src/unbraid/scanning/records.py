@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from unbraid.base.arguments import as_path
 from unbraid.base.errors import DataError, RunError
-from unbraid.base.files import names_in, read_some, read_tensors, write_tensors
+from unbraid.base.files import names_in, read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
 from unbraid.images.dataset import UNLABELLED, Around, labels_of
 from unbraid.images.identity import fit_ids, ids_of, unpack_ids
@@ -451,7 +451,7 @@ def sound_tensors(
         RunError: the file is missing or damaged, or they are impossible.
     """
     path = shard_path(folder, shard)
-    tensors, about = read_some(path, names)
+    tensors, about = read_tensors(path, names)
     _refuse_stranger(path, about, manifest, shard)
     fault = _fault(tensors, manifest, shard)
     if fault:
