@@ -32,7 +32,7 @@ from unbraid.finding.thresholds import nearest_finding
 from unbraid.images.folders import ImageFolder, UnlabelledFolder
 from unbraid.images.pictures import read_picture
 from unbraid.measuring.results import read_semantics
-from unbraid.networks.weights import load_weights
+from unbraid.networks.checkpoints import load_weights
 from unbraid.running.check import check
 from unbraid.running.folders import read_settings
 from unbraid.scanning.manifest import MAX_CLASSES, read_manifest

@@ -18,7 +18,7 @@ from unbraid.images.folders import ImageFolder, label_folders
 from unbraid.images.open import images_for
 from unbraid.images.pictures import read_picture
 from unbraid.networks.models import import_torchvision, load_model
-from unbraid.networks.weights import load_weights
+from unbraid.networks.checkpoints import load_weights
 
 OWN = """
 import numpy as np

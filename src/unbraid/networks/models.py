@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unbraid.base.errors import ModelError, UsageError, brief, nearest
+from unbraid.networks.checkpoints import load_weights
 from unbraid.networks.class_names import Names, output_names
 from unbraid.networks.outputs import count_outputs
-from unbraid.networks.weights import load_weights
 
 # Processes that scan together, as `torchrun` starts them, on one machine or many.
 
