@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,47 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_labels import IMAGENET, loaded, write_folders
-from torch import Tensor
+from torch import Tensor, nn
 
 import unbraid
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import DataError, UsageError
 from unbraid.images.labels import AS_GIVEN, Reading, show_names
 from unbraid.images.open import images_for
-from unbraid.networks.class_names import read_names
+from unbraid.networks.class_names import imagenet_classes, read_names
 from unbraid.networks.models import LoadedModel, load_model
 from unbraid.running.run import validation_images
 
 INDEX = {"0": ["n02012849", "crane"], "1": ["n03126707", "crane"], "2": ["n01440764", "tench"]}
 IDS = [pair[0] for pair in INDEX.values()]
+
+
+IMAGENET = tuple(imagenet_classes().values())
+
+
+class Network(nn.Module):
+    def __init__(self, n_outputs: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(n_outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((1, 2, 3))[:, None] + self.bias
+
+
+def loaded(n_outputs: int, names: Sequence[str] = ()) -> LoadedModel:
+    return LoadedModel(Network(n_outputs).eval(), to_small_tensor, tuple(names), {})
+
+
+def to_small_tensor(_: Image.Image) -> Tensor:
+    return torch.zeros(3, 4, 4)
+
+
+def write_folders(root: Path, classes: Sequence[str]) -> Path:
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for n in range(2):
+            Image.new("RGB", (4, 4), (k, n, 0)).save(root / name / f"{n}.png")
+    return root
 
 
 def file_of(tmp_path: Path, name: str, content: Any) -> Path:
