@@ -1,4 +1,9 @@
-"""Which layers are meant, by name, by pattern or as modules; and their folders."""
+"""From a module to the layer that it is: whether it is linear in its weights, and with which.
+
+A layer is what it computes. A subclass that runs torch's own code is taken at its word; any other
+is run on a small probe and taken if some padding of its input, convolved with the weights that
+reach torch's functions, gives its output.
+"""
 
 from __future__ import annotations
 
@@ -17,46 +22,44 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from unbraid.base.errors import LayerError, UsageError, nearest
+from unbraid.base.errors import LayerError, UsageError, brief, nearest
 from unbraid.networks.copying import copy_network, unwrap, unwrapped_name
 from unbraid.networks.relevance import undisturbed
 from unbraid.networks.spec import SAME, LayerSpec, channels_first, respond
 
-# From a module to the layer that it is: what it computes, with which weights and bias.
-
+LayerName = str | nn.Module
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FUNCTIONS: set[Callable[..., Any]] = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 
+# Which layers are meant
 
-def resolve_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
+
+def resolve_layer(model: nn.Module, layer: LayerName) -> tuple[str, nn.Module]:
     """Find a layer by its `named_modules()` name, or the name of a given module.
 
     A layer that is compiled, or lies in a compiled part, goes by its name with or without the
-    wrapper's.
+    wrapper's. A module with several names goes by the first.
 
     Raises:
         LayerError: the network has no such layer; the nearest names are told.
     """
     if not isinstance(layer, (str, nn.Module)):
         raise LayerError(f"{layer!r} is no layer; give a layer's name, or the module itself.")
-    modules = dict(model.named_modules())
-    if isinstance(layer, str) and layer not in modules:
-        layer = unwrapped_name(layer)
-        # One module may have several names; it goes by the first.
+    names = {module: name for name, module in model.named_modules()}
+    if isinstance(layer, str) and layer:
         known = dict(model.named_modules(remove_duplicate=False))
         alike = {_without_wrappers(name): module for name, module in known.items()}
-        layer = known.get(layer, alike.get(_without_wrappers(layer), layer))
-    if isinstance(layer, str) and layer:
-        layer = modules.get(layer, layer)
+        bare = unwrapped_name(layer)
+        found = known.get(layer) or known.get(bare) or alike.get(_without_wrappers(bare))
+        layer = found or bare
     if isinstance(layer, nn.Module):
-        layer = unwrap(layer)
-        for name, module in modules.items():
-            if module is layer:
-                return name, module
+        module = unwrap(layer)
+        if module in names:
+            return names[module], module
         raise LayerError("The given module is not part of the network; pass one of its modules.")
-    splittable = [name for name, module in modules.items() if why_not(module) is None]
+    splittable = [name for module, name in names.items() if why_not(module) is None]
     raise LayerError(
         f"The network has no layer {layer!r}.{nearest(layer, splittable)} `unbraid layers` lists "
         "what can be split."
@@ -65,6 +68,55 @@ def resolve_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Mod
 
 def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def layer_names(
+    model: nn.Module, asked: Sequence[LayerName], usable: Callable[[], list[LayerSpec]]
+) -> list[str]:
+    """Names of layers and of those that fit patterns, each once, in the order asked for.
+
+    Args:
+        model: whose layers they are.
+        asked: names, modules or patterns.
+        usable: tells the layers that can be scanned; asked only if there is a pattern.
+
+    Raises:
+        LayerError: there is no such layer, or none fits a pattern.
+        UsageError: none is asked for.
+    """
+    names: dict[str, None] = {}
+    for layer in asked:
+        if is_pattern(model, layer):
+            known = [spec.name for spec in usable()]
+            # A network may have a part of a wrapper's name itself.
+            patterns = (str(layer), unwrapped_name(str(layer)))
+            fits = ([name for name in known if fnmatchcase(name, one)] for one in patterns)
+            fitting = next(filter(None, fits), [])
+            if not fitting:
+                raise LayerError(
+                    f"No layer that can be split fits {layer!r}; `unbraid layers` lists them."
+                )
+            names |= dict.fromkeys(fitting)
+        else:
+            names[resolve_layer(model, layer)[0]] = None
+    if not names:
+        raise UsageError("No layer is named; name one or more.")
+    return list(names)
+
+
+def layer_folder(out: Path, name: str) -> Path:
+    """Return the folder of one of several layers, whatever characters its name has."""
+    return out / quote(name, safe="")
+
+
+def is_pattern(model: nn.Module, layer: LayerName) -> bool:
+    """Whether a name stands for all layers of such names; a name that is there is none."""
+    if not isinstance(layer, str) or not any(sign in layer for sign in "*?["):
+        return False
+    return layer not in dict(model.named_modules(remove_duplicate=False))
+
+
+# What a module computes
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -139,19 +191,9 @@ def _examine(module: nn.Module) -> LayerSpec | str:
 def _declared(module: nn.Module) -> LayerSpec:
     kind = type(module).__name__
     if isinstance(module, nn.Linear):
-        return LayerSpec(
-            name="",
-            kind=kind,
-            n_out=module.out_features,
-            n_in=module.in_features,
-            kernel=(1,),
-            stride=(1,),
-            padding=((0, 0),),
-            dilation=(1,),
-            groups=1,
-            pad_mode="zeros",
-            channels_last=True,
-        )
+        one, none = (1,), ((0, 0),)
+        n_out, n_in = module.out_features, module.in_features
+        return LayerSpec("", kind, n_out, n_in, one, one, none, one, 1, "zeros", channels_last=True)
     assert isinstance(module, _CONVOLUTIONS)
     return LayerSpec(
         name="",
@@ -183,19 +225,18 @@ def _probed(module: nn.Module, declared: LayerSpec) -> LayerSpec | str:
         probes = [_probe(module, declared, more) for more in (0, 1)]
         weight, bias, pads = _applied(module)
     except Exception as error:  # of a module of anyone's own
-        return f"it cannot be run by itself ({_first_line(error)})"
+        return f"it cannot be run by itself ({brief(error)})"
     candidates = [declared]
     if not declared.channels_last:
         none = tuple((0, 0) for _ in declared.kernel)
         candidates.append(replace(declared, padding=none, pad_mode=SAME))
         if pads is not None:
             candidates.append(replace(declared, padding=pads, pad_mode="zeros"))
-    shape = (declared.n_out, declared.n_taps)
-    if weight.flatten(1).shape == shape:
-        bias = weight.new_zeros(len(weight)) if bias is None else bias
-        for spec in candidates:
-            if all(_meets(spec, x, z, weight.flatten(1), bias) for x, z in probes):
-                return spec
+    rows = weight.flatten(1)
+    bias = rows.new_zeros(len(rows)) if bias is None else bias
+    for spec in candidates if rows.shape == (declared.n_out, declared.n_taps) else ():
+        if all(_meets(spec, x, z, rows, bias) for x, z in probes):
+            return spec
     return (
         "it does not compute what weights of its own say, perhaps because it pads or scales in a "
         "way of its own"
@@ -206,10 +247,9 @@ def _probe(module: nn.Module, spec: LayerSpec, more: int) -> tuple[Tensor, Tenso
     """Run a copy of a module, without hooks, on a small random input; return input and output."""
     alone = copy_network(module).eval()  # since running may leave traces, as observers do
     like = next(alone.parameters())
-    sizes: tuple[int, ...] = ()
-    if not spec.channels_last:  # a little larger than the kernel reaches, on both sides
-        reaches = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
-        sizes = tuple(2 * reach + 5 + more for reach in reaches)
+    # A little larger than the kernel reaches, on both sides.
+    reaches = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
+    sizes = [] if spec.channels_last else [2 * reach + 5 + more for reach in reaches]
     generator = torch.Generator().manual_seed(more)
     x = torch.randn(2, spec.n_in, *sizes, generator=generator, dtype=torch.float32).to(like)
     with torch.no_grad():
@@ -230,7 +270,7 @@ def _meets(spec: LayerSpec, x: Tensor, z: Tensor, rows: Tensor, bias: Tensor) ->
 
 
 class _Watch(TorchFunctionMode):
-    """Sees what is handed to convolutions and matrix products."""
+    """Keeps what is handed to convolutions and matrix products, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -286,59 +326,3 @@ def _pads(x: Tensor, call: dict[str, Any]) -> tuple[tuple[int, int], ...] | None
     totals = [m - n for m, n in zip(met.shape[2:], x.shape[2:], strict=True)]
     pairs = zip(before, totals, own * n_dims if len(own) == 1 else own, strict=True)
     return tuple((b + p, total - b + p) for b, total, p in pairs)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-# Which layers are meant, by name, by pattern or as modules; and their folders.
-
-
-LayerName = str | nn.Module
-
-
-def layer_names(
-    model: nn.Module, asked: Sequence[LayerName], usable: Callable[[], list[LayerSpec]]
-) -> list[str]:
-    """Names of layers and of those that fit patterns, each once, in the order asked for.
-
-    Args:
-        model: whose layers they are.
-        asked: names, modules or patterns.
-        usable: tells the layers that can be scanned; asked only if there is a pattern.
-
-    Raises:
-        LayerError: there is no such layer, or none fits a pattern.
-        UsageError: none is asked for.
-    """
-    names: dict[str, None] = {}
-    for layer in asked:
-        if is_pattern(model, layer):
-            known = [spec.name for spec in usable()]
-            # A network may have a part of a wrapper's name itself.
-            patterns = (str(layer), unwrapped_name(str(layer)))
-            fits = ([name for name in known if fnmatchcase(name, one)] for one in patterns)
-            fitting = next(filter(None, fits), [])
-            if not fitting:
-                raise LayerError(
-                    f"No layer that can be split fits {layer!r}; `unbraid layers` lists them."
-                )
-            names |= dict.fromkeys(fitting)
-        else:
-            names[resolve_layer(model, layer)[0]] = None
-    if not names:
-        raise UsageError("No layer is named; name one or more.")
-    return list(names)
-
-
-def layer_folder(out: Path, name: str) -> Path:
-    """Return the folder of one of several layers, whatever characters its name has."""
-    return out / quote(name, safe="")
-
-
-def is_pattern(model: nn.Module, layer: LayerName) -> bool:
-    """Whether a name stands for all layers of such names; a name that is there is none."""
-    if not isinstance(layer, str) or not any(sign in layer for sign in "*?["):
-        return False
-    return layer not in dict(model.named_modules(remove_duplicate=False))
