@@ -52,8 +52,7 @@ def resolve_layer(model: nn.Module, layer: LayerName) -> tuple[str, nn.Module]:
         known = dict(model.named_modules(remove_duplicate=False))
         alike = {_without_wrappers(name): module for name, module in known.items()}
         bare = unwrapped_name(layer)
-        found = known.get(layer) or known.get(bare) or alike.get(_without_wrappers(bare))
-        layer = found or bare
+        layer = known.get(layer, known.get(bare, alike.get(_without_wrappers(bare), bare)))
     if isinstance(layer, nn.Module):
         module = unwrap(layer)
         if module in names:
