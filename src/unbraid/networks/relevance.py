@@ -42,10 +42,9 @@ class Cut(Generic[Kept]):
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the network in eval mode without parameter gradients; put everything back afterwards.
 
-    With no parameter asking for a gradient, autograd records nothing until the cut layer. Parts
-    that are compiled run as they are written, since compiled code may pass hooks by. Autocast
-    around it is switched off, as it would reach into what is computed of the network as well.
-    What the network changes of itself or draws at random while it runs is put back too.
+    With no parameter asking for a gradient, autograd records nothing until the cut layer. Compiled
+    parts run as they are written, since compiled code may pass hooks by; autocast is off. What the
+    network changes of itself or draws at random is put back too.
     """
     with without_inference(), restored(model), same_random():
         # What was computed from weights, as in copies of scripted parts, cannot be told not to.
@@ -65,14 +64,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(flag)
 
 
-def _is_map(parameter: Tensor) -> bool:
-    return not is_lazy(parameter) and parameter.dim() == 4 and parameter.layout == torch.strided
-
-
 @contextmanager
 def kept_channels_last(model: nn.Module) -> Iterator[None]:
     """Keep the weights of 2-D convolutions channels last; put the very same memory back."""
-    maps = [parameter for parameter in model.parameters() if _is_map(parameter)]
+    dense = [p for p in model.parameters() if not is_lazy(p) and p.layout == torch.strided]
+    maps = [parameter for parameter in dense if parameter.dim() == 4]
     before = [parameter.data for parameter in maps]
     try:
         for parameter in maps:
@@ -87,8 +83,7 @@ def uncompiled() -> AbstractContextManager[Any]:
     """Run compiled parts as they are written, if torch's compiler was ever loaded."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
-    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return eager
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -99,12 +94,8 @@ def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kep
     wants of the input at once, and what follows gets a copy of the output, not the leaf itself.
     A layer that runs again behind itself stays in the graph that its first run began.
 
-    Gradients are to be taken inside the block, since a checkpointed block runs the layer once more
-    for them.
-
-    Args:
-        layer: the layer.
-        keep: from the layer's input to what to keep of it.
+    Gradients are to be taken inside the `with` block, since a checkpointed part of the network runs
+    the layer once more for them.
     """
     cut: Cut[Kept] = Cut()
 
@@ -146,12 +137,7 @@ def _no_reentrant_checkpoints() -> Iterator[None]:
 
 
 def gradient_stop(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) -> str:
-    """Find the part behind a layer that lets no gradient through, and say what it is.
-
-    Args:
-        model: the network.
-        layer: of it.
-        run: runs the network.
+    """Run a network to find the part behind a layer that lets no gradient through.
 
     Returns:
         The part's name and kind in words; empty if there is no such part.
