@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
-import zipfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import unbraid
 from handmade import write_scan
 from tiny_networks import SyntheticImages, build
-from unbraid.base.errors import DataError, ModelError, RunError, UsageError
+from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.base.files import read_some, read_tensors, write_tensors
 from unbraid.base.schema import parse_json
 from unbraid.base.tables import csv_text, one_line
@@ -32,7 +29,6 @@ from unbraid.finding.thresholds import nearest_finding
 from unbraid.images.folders import ImageFolder, UnlabelledFolder
 from unbraid.images.pictures import read_picture
 from unbraid.measuring.results import read_semantics
-from unbraid.networks.checkpoints import load_weights
 from unbraid.running.check import check
 from unbraid.running.folders import read_settings
 from unbraid.scanning.manifest import MAX_CLASSES, read_manifest
@@ -320,151 +316,6 @@ def test_a_split_that_cannot_be_is_refused(scan: Scan, tmp_path: Path) -> None:
         Split.load(path)
     write_tensors(path, tensors, about)
     assert Split.load(path).channels[0].masks.equal(split.channels[0].masks)
-
-
-# --- weights --------------------------------------------------------------------------------------
-
-
-class Evil:
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, ("was here",)
-
-
-def test_code_in_weights_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"weight": Evil()}, "evil.pt")
-    with pytest.raises(ModelError, match="never loaded"):
-        load_weights(nn.Linear(2, 2), Path("evil.pt"))
-    assert not Path("was here").exists()
-
-
-def test_packed_weights_are_not_unpacked(tmp_path: Path) -> None:
-    plain, packed = tmp_path / "plain.pt", tmp_path / "packed.pt"
-    torch.save({"weight": torch.zeros(1000, 1000)}, plain)
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w") as target:
-        for member in source.infolist():
-            target.writestr(member.filename, source.read(member), zipfile.ZIP_DEFLATED)
-    assert packed.stat().st_size < 10_000
-    with pytest.raises(ModelError, match="claims to hold more than it is large"):
-        load_weights(nn.Linear(1000, 1000, bias=False), packed)
-    load_weights(nn.Linear(1000, 1000, bias=False), plain)
-
-
-class Large:
-    """So large that nobody notices it in time, of few bytes, and no code for torch."""
-
-    def __init__(self, make: Any, *arguments: Any) -> None:
-        self.made = make, arguments
-
-    def __reduce__(self) -> Any:
-        return self.made
-
-
-LARGE: dict[str, Any] = {
-    "bytes": Large(bytearray, 2**40),
-    "a dictionary copied": [Large(OrderedDict, [("a", 1)])] * 2,
-    "a tensor by its size": Large(torch.Tensor, 10**12),
-    "a shape": torch.Size([1]),
-    "a tuple for a key": {((1,),): 1},
-}
-
-
-@pytest.mark.parametrize("format", ["zip", "old"])
-@pytest.mark.parametrize("kind", LARGE)
-def test_weights_that_take_memory_are_refused_before_they_do(
-    kind: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "large.pt"
-    state = {"weight": torch.zeros(2, 2), "large": LARGE[kind]}
-    torch.save(state, path, _use_new_zipfile_serialization=format == "zip")
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it came to torch"))
-    with pytest.raises(ModelError, match="never loaded"):
-        load_weights(nn.Linear(2, 2), path)
-
-
-def rewrite(path: Path, old: bytes, new: Callable[[re.Match[bytes]], bytes]) -> None:
-    """Change what fits a pattern in the description in a torch file, of either format."""
-    if not zipfile.is_zipfile(path):
-        content = path.read_bytes()
-        assert len(re.findall(old, content, re.DOTALL)) == 1
-        path.write_bytes(re.sub(old, new, content, flags=re.DOTALL))
-        return
-    with zipfile.ZipFile(path) as source:
-        members = {member: source.read(member) for member in source.infolist()}
-    with zipfile.ZipFile(path, "w") as target:
-        for member, content in members.items():
-            main = member.filename.endswith("/data.pkl")
-            assert not main or len(re.findall(old, content, re.DOTALL)) == 1
-            changed = re.sub(old, new, content, flags=re.DOTALL)
-            target.writestr(member.filename, changed if main else content)
-
-
-TALL = b"K\x07K\x0b\x86"  # (7, 11), in a pickle
-NUMEL = b"(?<=cpuq.)KM"  # 77, behind a storage's device
-
-
-@pytest.mark.parametrize("format", ["zip", "old"])
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        (NUMEL, b"J\xff\xff\xff\x7f", "claims to hold more"),
-        (NUMEL, b"J\xff\xff\xff\xff", "no name or no size"),
-        (TALL, b"K\x07J\xff\xff\xff\x7f\x86", "larger than its storage"),
-        (TALL, b"K\x07K\x0c\x86", "larger than its storage"),
-        (TALL, b"K\x07J\xff\xff\xff\xff\x86", "no counts"),
-        (TALL, b"K\x07K\x0bK\x01\x87", "too many dimensions"),
-    ],
-)
-def test_sizes_that_lie_are_refused_before_torch_takes_memory(
-    format: str,
-    old: bytes,
-    new: bytes,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    path = tmp_path / "lies.pt"
-    network = nn.Linear(11, 7, bias=False)
-    state = {"weight": network.weight.detach()}
-    torch.save(state, path, _use_new_zipfile_serialization=format == "zip")
-    load_weights(network, path)
-    rewrite(path, old, lambda _: new)
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it came to torch"))
-    with pytest.raises(ModelError, match=message):
-        load_weights(network, path)
-
-
-def test_a_second_description_is_not_read_instead_of_the_first(tmp_path: Path) -> None:
-    path = tmp_path / "two.pt"
-    torch.save({"weight": torch.zeros(2, 2)}, path)
-    with zipfile.ZipFile(path, "a") as file:
-        file.writestr("two/DATA.PKL", b"")
-    with pytest.raises(ModelError, match="two files of one name"):
-        load_weights(nn.Linear(2, 2), path)
-
-
-@pytest.mark.parametrize("format", ["zip", "old"])
-def test_weights_of_every_usual_form_are_read(format: str, tmp_path: Path) -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(torch.bfloat16)
-    checkpoint = {
-        "state_dict": OrderedDict(network.state_dict()),
-        "optimizer": torch.optim.Adam(network.parameters()).state_dict(),
-        "parameter": nn.Parameter(torch.zeros(2, 3).t()),
-        "epoch": 10**12,
-        "dtype": torch.float16,
-        "history": [0.5, None, True, {"a": ()}],
-    }
-    path = tmp_path / "usual.pt"
-    torch.save(checkpoint, path, _use_new_zipfile_serialization=format == "zip")
-    empty = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(torch.bfloat16)
-    load_weights(empty, path)
-    assert empty[0].weight.equal(network[0].weight)
-
-
-def test_weights_by_number_are_no_state_dict(tmp_path: Path) -> None:
-    torch.save({1: torch.zeros(2)}, tmp_path / "numbers.pt")
-    with pytest.raises(ModelError, match="holds no state dict"):
-        load_weights(nn.Linear(2, 2), tmp_path / "numbers.pt")
 
 
 # --- pictures and folders -------------------------------------------------------------------------

@@ -102,6 +102,7 @@ def neighbours() -> dict[str, Any]:
         "keys": {(1, (2,)): 3, None: 4, b"a": 5},
         "range": (range(3), slice(1), ..., int, print),
         "text": "é" * 300,
+        "parameter": nn.Parameter(torch.zeros(2, 3).t()),
     }
 
 
@@ -366,6 +367,7 @@ SAID: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (saving([1, 2]), "holds no state dict"),
     "one tensor": (saving(torch.ones(3)), "holds no state dict"),
     "unnamed tensors": (saving([torch.ones(3)]), "holds no state dict"),
+    "numbered tensors": (saving({1: torch.ones(3)}), "holds no state dict"),
     "two encoders": (saving(BOTH), SEVERAL),
     "two in a list": (saving([STATE, OTHER]), SEVERAL),
     "two averages": (saving({"ema": STATE, "swa": OTHER}), SEVERAL),
