@@ -28,6 +28,7 @@ from unbraid.networks.relevance import undisturbed
 from unbraid.networks.spec import SAME, LayerSpec, channels_first, respond
 
 LayerName = str | nn.Module
+Pads = tuple[tuple[int, int], ...]  # before and after, per dimension
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -74,10 +75,7 @@ def layer_names(
 ) -> list[str]:
     """Names of layers and of those that fit patterns, each once, in the order asked for.
 
-    Args:
-        model: whose layers they are.
-        asked: names, modules or patterns.
-        usable: tells the layers that can be scanned; asked only if there is a pattern.
+    `usable` tells the layers that can be scanned; it is asked only if there is a pattern.
 
     Raises:
         LayerError: there is no such layer, or none fits a pattern.
@@ -131,12 +129,7 @@ def splittable_layers(model: nn.Module) -> list[LayerSpec]:
 
 
 def describe(name: str, module: nn.Module) -> LayerSpec:
-    """Describe a layer that is linear in its weights.
-
-    Raises:
-        LayerError: the module is of another kind, has a single input channel, or computes
-            something else than a convolution with its weights.
-    """
+    """Describe a layer that is linear in its weights; LayerError says why a module is none."""
     found = _examine(module)
     if isinstance(found, str):
         raise LayerError(
@@ -153,11 +146,10 @@ def weight_rows(module: nn.Module) -> Tensor:
 
 def bias_of(module: nn.Module) -> Tensor:
     """Return the bias, (C_out,); zeros where the layer has none."""
-    weight, bias = _applied(module)[:2]
-    return weight.new_zeros(weight.shape[0]) if bias is None else bias
+    return _applied(module)[1]
 
 
-def padding_pairs(module: nn.Module) -> tuple[tuple[int, int], ...]:
+def padding_pairs(module: nn.Module) -> Pads:
     """Return the padding that a convolution declares, before and after, per dimension."""
     assert isinstance(module, _CONVOLUTIONS)
     if module.padding == "valid":
@@ -232,7 +224,6 @@ def _probed(module: nn.Module, declared: LayerSpec) -> LayerSpec | str:
         if pads is not None:
             candidates.append(replace(declared, padding=pads, pad_mode="zeros"))
     rows = weight.flatten(1)
-    bias = rows.new_zeros(len(rows)) if bias is None else bias
     for spec in candidates if rows.shape == (declared.n_out, declared.n_taps) else ():
         if all(_meets(spec, x, z, rows, bias) for x, z in probes):
             return spec
@@ -285,32 +276,27 @@ class _Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _applied(module: nn.Module) -> tuple[Tensor, Tensor | None, tuple[tuple[int, int], ...] | None]:
-    """Weight, bias and padding with zeros that a layer applies; None for unknown padding.
-
-    In eval mode, since some compute their weights otherwise while training.
-
-    Raises:
-        LayerError: the module runs none or several convolutions.
-    """
-    with undisturbed(module), torch.no_grad():
+def _applied(module: nn.Module) -> tuple[Tensor, Tensor, Pads | None]:
+    """Weight, bias and padding with zeros that a layer applies; None for unknown padding."""
+    with undisturbed(module), torch.no_grad():  # as some compute their weights by the mode
         for hook in module._forward_pre_hooks.values():  # torch's older way to compute weights
             if isinstance(hook, (WeightNorm, SpectralNorm)):
                 hook(module, ())
         if _computes_as_torch(module):
-            weight, bias = module.weight, module.bias
-            assert isinstance(weight, Tensor)
-            return weight.detach(), bias.detach() if isinstance(bias, Tensor) else None, None
-        with _Watch() as watch:
-            x, _ = _probe(module, _declared(module), 0)
-    if len(watch.seen) != 1:
-        raise LayerError(f"it runs {len(watch.seen)} convolutions or matrix products")
-    call = watch.seen[0]
-    bias = call.get("bias")
-    return call["weight"].detach(), None if bias is None else bias.detach(), _pads(x, call)
+            call: dict[str, Any] = {"weight": module.weight, "bias": module.bias}
+            pads = None
+        else:
+            with _Watch() as watch:
+                x, _ = _probe(module, _declared(module), 0)
+            if len(watch.seen) != 1:
+                raise LayerError(f"it runs {len(watch.seen)} convolutions or matrix products")
+            call = watch.seen[0]
+            pads = _pads(x, call)
+    weight, bias = call["weight"].detach(), call.get("bias")
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach(), pads
 
 
-def _pads(x: Tensor, call: dict[str, Any]) -> tuple[tuple[int, int], ...] | None:
+def _pads(x: Tensor, call: dict[str, Any]) -> Pads | None:
     """Where an input lies in what reaches the convolution, padded with zeros: before and after."""
     met, own = call["input"], call.get("padding", 0)
     if isinstance(own, str) or met.dim() != x.dim():

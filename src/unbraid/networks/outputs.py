@@ -99,12 +99,8 @@ def as_logits(output: Any, n_images: int | None = None) -> Tensor:
     """Bring a network's output to logits (N, T).
 
     What is called "logits" in it is taken, and the one tensor of a list. A single logit z, (N,) or
-    (N, 1), tells two classes apart; it becomes the two logits -z and z. Of one image alone a
-    network may leave N out: (T,), or () for a single logit.
-
-    Args:
-        output: what the network puts out.
-        n_images: N, where it is known.
+    (N, 1), tells two classes apart; it becomes the two logits -z and z. Of one image alone (where
+    `n_images` is 1) a network may leave N out: (T,), or () for a single logit.
 
     Raises:
         ModelError: there are no logits, or it is not plain which they are.
@@ -182,11 +178,7 @@ def _describe(output: Any) -> str:
 
 
 def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Make a batch of images; `index` says where they are in the data set.
-
-    Raises:
-        DataError: they differ in size.
-    """
+    """Make a batch of images of one size; `index` says where they are in the data set."""
     for image, place in zip(images, index.tolist(), strict=True):
         if image.shape != images[0].shape:
             raise DataError(
@@ -199,8 +191,7 @@ def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
 def run_network(model: nn.Module, images: Tensor) -> Tensor:
     """Compute logits, (N, T).
 
-    The network gets a copy of the images, since it may write into it, in the number format of its
-    weights.
+    The network gets a copy of the images, as it may write into it, in its weights' number format.
 
     Raises:
         ModelError: the network cannot run on such images, or gives something else.
@@ -260,21 +251,13 @@ def _why(error: Exception, images: Tensor) -> str:
 
 
 def count_outputs(model: nn.Module, image: Tensor) -> int:
-    """Run a network on one image, (C, H, W), and count its logits, T.
-
-    Raises:
-        ModelError: it cannot run on it.
-    """
+    """Run a network on one image, (C, H, W), and count its logits, T."""
     with undisturbed(model), torch.no_grad():
         return run_network(model, image[None].to(device_of(model))).shape[1]
 
 
 def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:
-    """Raise if a label names no output of the network; `index` says whose it is.
-
-    Raises:
-        DataError: one does.
-    """
+    """Raise DataError if a label names no output of the network; `index` says whose it is."""
     wrong = (label < 0) | (label >= logits.shape[1])
     if wrong.any():
         raise DataError(
@@ -284,11 +267,7 @@ def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:
 
 
 def refuse_broken_values(values: Tensor, index: Tensor) -> None:
-    """Raise if what was computed of an image is not finite, N first in `values`.
-
-    Raises:
-        ModelError: names the image.
-    """
+    """Raise ModelError if what was computed of an image is not finite, N first in `values`."""
     wrong = ~values.flatten(1).isfinite().all(1).cpu()
     if wrong.any():
         raise ModelError(

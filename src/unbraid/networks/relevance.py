@@ -90,12 +90,9 @@ def uncompiled() -> AbstractContextManager[Any]:
 def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kept]]:
     """Record a layer's input and output, and make its output the start of the graph.
 
-    In-place operations behind the layer must not reach what is recorded. So `keep` takes what it
-    wants of the input at once, and what follows gets a copy of the output, not the leaf itself.
-    A layer that runs again behind itself stays in the graph that its first run began.
-
-    Gradients are to be taken inside the `with` block, since a checkpointed part of the network runs
-    the layer once more for them.
+    In-place operations behind the layer must not reach what is recorded: `keep` takes what it wants
+    of the input at once, and what follows gets a copy of the output. Gradients are to be taken
+    inside the `with` block, since a checkpointed part runs the layer once more for them.
     """
     cut: Cut[Kept] = Cut()
 
@@ -103,7 +100,7 @@ def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kep
         _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
     ) -> Tensor:
         with torch.enable_grad(), without_autocast(), own_device():
-            if not output.requires_grad:
+            if not output.requires_grad:  # else it runs again, behind its first run
                 output = output.detach().requires_grad_()
             if cut.recording:
                 cut.inputs.append(keep((args[0] if args else next(iter(named.values()))).detach()))
@@ -120,16 +117,9 @@ def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kep
 
 @contextmanager
 def _no_reentrant_checkpoints() -> Iterator[None]:
-    """Let torch's older kind of checkpointed block compute as any other block.
-
-    It computes without a graph and builds one of its own later, which no cut inside survives.
-    """
-
-    def run(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
+    """Let torch's older kind of checkpointed block compute as any other, not by its own graph."""
     before = CheckpointFunction.apply
-    CheckpointFunction.apply = staticmethod(run)
+    CheckpointFunction.apply = staticmethod(lambda function, _preserve, *args: function(*args))
     try:
         yield
     finally:
@@ -171,16 +161,10 @@ def gradient_stop(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) ->
 def output_relevance(
     name: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], stop: str = ""
 ) -> list[Tensor]:
-    """Gradient x activation of a layer's outputs, before pooling.
+    """Gradient x activation of a layer's outputs at each call, in units of the logit.
 
-    Args:
-        name: of the layer.
-        outputs: the layer's output at each call, any shape.
-        gradients: of the summed logits of the images' own classes, by these outputs.
-        stop: what is known of why there are none.
-
-    Returns:
-        The shapes of `outputs`, in units of the logit; float32 or wider.
+    The gradients are of the summed logits of the images' own classes; `stop` says what is known of
+    why there are none.
 
     Raises:
         LayerError: no output reaches the logits.
@@ -207,13 +191,9 @@ def gradients_at(outputs: Sequence[Tensor], value: Tensor) -> list[Tensor | None
 
 
 def shares(relevance: Tensor) -> Tensor:
-    """Divide each channel's relevance by the sum of the positive ones of its image.
+    """Divide channels' relevance, (N, C_out), by the sum of the positive ones of each image.
 
-    Args:
-        relevance: (N, C_out).
-
-    Returns:
-        (N, C_out); zero throughout for an image without positive relevance.
+    An image without positive relevance has no share.
 
     >>> shares(torch.tensor([[3.0, -1.0, 1.0], [0.0, -1.0, 0.0]]))
     tensor([[ 0.7500, -0.2500,  0.2500],

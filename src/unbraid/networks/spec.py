@@ -72,26 +72,18 @@ class LayerSpec:
         return total // 2, total - total // 2
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready description."""
+        """Return what JSON can hold."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerSpec:
-        """Build a LayerSpec from what `to_dict` gave, after a way through JSON.
-
-        Raises:
-            ValueError: it is not a layer, or one that cannot be.
-        """
+        """Build one from what `to_dict` gave, after JSON; ValueError if there can be none."""
         spec = build(cls, values)
         spec.check()
         return spec
 
     def check(self) -> None:
-        """Raise unless there can be such a layer.
-
-        Raises:
-            ValueError: there cannot.
-        """
+        """Raise ValueError unless there can be such a layer."""
         sizes = {"kernel": self.kernel, "stride": self.stride, "dilation": self.dilation}
         counts = {"n_out": (self.n_out,), "n_in": (self.n_in,), "groups": (self.groups,)}
         if len(self.kernel) not in _CONVOLVE or any(
@@ -126,10 +118,11 @@ def channels_first(spec: LayerSpec, x: Tensor) -> Tensor:
 
 
 def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
-    """Sum, for every tap, the inputs that it meets over all output positions.
+    """Sum what each tap meets over all output positions; METHOD.md sections 2 and 4.
 
-    A window sum separates over the spatial dimensions, and padding of any mode only says which
-    input a tap meets; so one small matrix of counts per dimension does it all.
+    It equals the gradient of the summed output by the weights. A window sum separates over the
+    spatial dimensions, and padding of any mode only says which input a tap meets; so one small
+    matrix of counts per dimension does it all.
 
     Args:
         spec: the layer.
@@ -137,9 +130,6 @@ def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
 
     Returns:
         (N, G, J), in units of the input; float32 or wider.
-
-    Source:
-        METHOD.md sections 2 and 4; equals the gradient of the summed output by the weights.
     """
     pooled = widen(x)
     for dim, size in enumerate(x.shape[2:]):
@@ -195,8 +185,8 @@ def respond(
     Args:
         spec: the layer.
         x: (N, C_in, positions ...), its input, channels first.
-        rows: (R, J), new rows.
-        bias: (R,), their biases.
+        rows: (R, J).
+        bias: (R,).
         channels: the output channel that each of the R rows was made from.
 
     Returns:
