@@ -387,7 +387,7 @@ SAID: dict[str, tuple[Callable[[Path], object], str]] = {
         writing(json.dumps({"weight_map": {"a": "b"}}, indent=1).encode()),
         "it is a text, such as a list of parts",
     ),
-    "pointer": (writing(b"version https://git-lfs.github.com/spec/v1\nsize 3\n"), "Git LFS puts"),
+    "pointer": (writing(b"version https://git-lfs.github.com/spec/v1\nsize 3\n"), "Git LFS left"),
     "empty": (writing(b""), "it is empty"),
     "folder": (lambda path: path.mkdir(), "it is a folder; name the file in it"),
     "missing file": (lambda _: None, "there is no such file"),

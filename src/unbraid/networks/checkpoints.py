@@ -147,41 +147,29 @@ class _List(list[Any]):
 
 
 def _read(path: Path) -> Any:
-    """Read a file by what it is, whatever its name.
-
-    Raises:
-        ModelError: it cannot be read, or only by running code.
-    """
+    """Read a file by what it is, whatever its name; ModelError if that is impossible or unsafe."""
     try:
         if path.is_dir():
             raise ValueError("it is a folder; name the file in it")
         if not path.exists():
             raise ValueError("there is no such file")
         size = path.stat().st_size
+        if size == 0:
+            raise ValueError("it is empty")
         with path.open("rb") as file:
             head = file.read(64)
-            if not head:
-                raise ValueError("it is empty")
             if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
                 return safetensors.torch.load_file(path)
-            if (
-                head[:2] != b"PK"
-                and head.isascii()
-                and head.decode().replace("\n", "").isprintable()
-            ):
-                raise ValueError(
-                    "it is a text, such as a list of parts or what Git LFS puts in place"
-                )
             if head.startswith(_ZIP):
                 _check_zip(file, size)
                 named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            elif head.isascii() and head.replace(b"\n", b"").decode().isprintable():
+                raise ValueError("it is a text, such as a list of parts or what Git LFS left")
             else:
                 named = _classes_in_stream(file)
-            stand_ins: list[Any] = [
-                (_List if name.startswith(_LISTS) else _Object, name) for name in named
-            ]
+            stand_ins = [(_List if name.startswith(_LISTS) else _Object, name) for name in named]
             file.seek(0)
-            with torch.serialization.safe_globals(stand_ins):
+            with torch.serialization.safe_globals([Counter, *stand_ins]):
                 return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ModelError(
@@ -200,9 +188,7 @@ def _check_zip(file: BinaryIO, size: int) -> None:
         if any(member.filename.endswith("/constants.pkl") for member in members):
             raise pickle.UnpicklingError("TorchScript is a program")
         if not any(member.filename.endswith("/data.pkl") for member in members):
-            raise ValueError(
-                "torch.save has not written it; an exported program or arrays are no use"
-            )
+            raise ValueError("torch.save has not written it; a program or arrays are no use")
         for member in members:
             if member.CRC:  # which torch may leave out
                 archive.read(member)
@@ -259,11 +245,9 @@ def _is_object(value: Any) -> bool:
 
 
 def _candidates(tensors: Sequence[_Found], own: Iterable[str]) -> list[_Candidate]:
-    """Find sets of tensors that may be a network's, the one that has most of its names first.
+    """Find sets of a file's tensors that may be a network's, that with most of its names first.
 
-    Args:
-        tensors: of a file.
-        own: names in the network's state dict. Names of wrappers in either do not matter.
+    `own` are the names in the network's state dict. Names of wrappers in either do not matter.
     """
     names = [tuple(name.split(".")) for name in own]
     wrappers = _WRAPPERS
@@ -310,11 +294,7 @@ def _common(names: Sequence[Name]) -> Name:
 
 
 def _choose(found: Sequence[_Candidate], own: Mapping[str, Any], path: Path) -> _Candidate:
-    """Take the only set of tensors that fits, or else the trained one beside averages of it.
-
-    Raises:
-        ModelError: it is not plain which of several is meant.
-    """
+    """Take the only set of tensors that fits, or else the trained one beside averages of it."""
     fitting: list[_Candidate] = []
     for candidate in found:
         values = _completed(candidate, own)
@@ -352,8 +332,7 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def _completed(candidate: _Candidate, own: Mapping[str, Any]) -> dict[str, Any]:
     """Give the values for a network's names, with those that files may lack.
 
-    Those are counts of batches, which older torch did not have, and of tensors that the network
-    has under several names all but one.
+    These are counts of batches, as from older torch, and all but one name of tied tensors.
     """
     values = dict(candidate.taken)
     first = {id(own[name]): name for name in values if isinstance(own[name], Tensor)}
