@@ -102,11 +102,6 @@ def copy_network(model: nn.Module) -> nn.Module:
     return copied
 
 
-def is_quantised(module: nn.Module) -> bool:
-    """Whether a part computes with a few whole numbers, which has no gradient."""
-    return ".quantized" in type(module).__module__
-
-
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """All tensors in containers inside of one another, which may hold themselves."""
     seen = set() if seen is None else seen

@@ -21,8 +21,8 @@ from torch.nn.parameter import is_lazy
 
 from unbraid.base.errors import LayerError, ModelError, OutOfMemory, brief
 from unbraid.base.modes import restored, same_random
-from unbraid.networks.copying import is_quantised
 from unbraid.networks.outputs import run_network
+from unbraid.networks.relevance import is_quantised
 from unbraid.networks.spec import LayerSpec
 
 _MOST = 4  # images to look at

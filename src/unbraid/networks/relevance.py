@@ -24,7 +24,7 @@ from unbraid.base.modes import (
     without_autocast,
     without_inference,
 )
-from unbraid.networks.copying import is_quantised, tensors_in
+from unbraid.networks.copying import tensors_in
 
 Kept = TypeVar("Kept")
 
@@ -124,6 +124,11 @@ def _no_reentrant_checkpoints() -> Iterator[None]:
         yield
     finally:
         CheckpointFunction.apply = before
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a part computes with a few whole numbers, which has no gradient."""
+    return ".quantized" in type(module).__module__
 
 
 def gradient_stop(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) -> str:
