@@ -34,6 +34,7 @@ _WRAPPERS: Set[str] = frozenset(
 )
 # In names of what is kept beside the weights that were trained.
 _COPIES = {"ema", "teacher", "swa", "averaged", "average", "avg", "shadow", "momentum", "target"}
+_HOLDERS = (Mapping, list, tuple)
 _MOST_TENSORS = 2**17
 _MOST_SETS = 100
 _MOST_PARTS = 64  # of a name
@@ -82,16 +83,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         ModelError: the file is missing, holds code, or does not fit the network.
     """
-    content = _read(path)
-    tensors, has_objects = [], False
-    for found in _walk(content):
-        has_objects |= _is_object(found.value)
-        is_tensor = isinstance(found.value, Tensor) and found.name
-        if is_tensor or found.name[-1:] == ("_extra_state",):
-            tensors.append(found)
-        if len(tensors) > _MOST_TENSORS:
-            raise _unreadable(path, ValueError("it holds too many tensors"))
-    keys = _listed(map(str, content), _N_KEYS) if isinstance(content, Mapping) else ""
+    tensors, keys, has_objects = _read(path)
     if not tensors:
         shown = f" (its keys are {keys})" if keys else ""
         if has_objects:
@@ -146,37 +138,57 @@ class _List(list[Any]):
         pass
 
 
-def _read(path: Path) -> Any:
-    """Read a file by what it is, whatever its name; ModelError if that is impossible or unsafe."""
+def _read(path: Path) -> tuple[list[_Found], str, bool]:
+    """Read a file by what it is, whatever its name.
+
+    Returns:
+        Its tensors, its own keys in a few words, and whether it holds objects that are not made.
+    """
     try:
-        if path.is_dir():
-            raise ValueError("it is a folder; name the file in it")
-        if not path.exists():
-            raise ValueError("there is no such file")
-        size = path.stat().st_size
-        if size == 0:
-            raise ValueError("it is empty")
-        with path.open("rb") as file:
-            head = file.read(64)
-            if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
-                return safetensors.torch.load_file(path)
-            if head.startswith(_ZIP):
-                _check_zip(file, size)
-                named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-            elif head.isascii() and head.replace(b"\n", b"").decode().isprintable():
-                raise ValueError("it is a text, such as a list of parts or what Git LFS left")
-            else:
-                named = _classes_in_stream(file)
-            stand_ins = [(_List if name.startswith(_LISTS) else _Object, name) for name in named]
-            file.seek(0)
-            with torch.serialization.safe_globals([Counter, *stand_ins]):
-                return torch.load(file, map_location="cpu", weights_only=True)
+        content = _load(path)
+        tensors, has_objects = [], False
+        for found in _walk(content):
+            has_objects |= _is_object(found.value)
+            is_tensor = isinstance(found.value, Tensor) and found.name
+            if is_tensor or found.name[-1:] == ("_extra_state",):
+                tensors.append(found)
+            if len(tensors) > _MOST_TENSORS:
+                raise ValueError("it holds too many tensors")
+        keys = map(str, content) if isinstance(content, Mapping) else ()
+        return tensors, _listed(keys, _N_KEYS), has_objects
     except pickle.UnpicklingError:
         raise ModelError(
             f"{path} holds {_NEVER}; save the state dict alone, best as safetensors."
         ) from None
     except Exception as error:  # a damaged file fails in any way
-        raise _unreadable(path, error) from None
+        raise ModelError(
+            f"Weights {path} cannot be read ({brief(error)}); give a sound file."
+        ) from None
+
+
+def _load(path: Path) -> Any:
+    if path.is_dir():
+        raise ValueError("it is a folder; name the file in it")
+    if not path.exists():
+        raise ValueError("there is no such file")
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError("it is empty")
+    with path.open("rb") as file:
+        head = file.read(64)
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+            return safetensors.torch.load_file(path)
+        if head.startswith(_ZIP):
+            _check_zip(file, size)
+            named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        elif head.isascii() and head.replace(b"\n", b"").decode().isprintable():
+            raise ValueError("it is a text, such as a list of parts or what Git LFS left")
+        else:
+            named = _classes_in_stream(file)
+        stand_ins = [(_List if name.startswith(_LISTS) else _Object, name) for name in named]
+        file.seek(0)
+        with torch.serialization.safe_globals([Counter, *stand_ins]):
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _check_zip(file: BinaryIO, size: int) -> None:
@@ -211,10 +223,6 @@ def _classes_in_stream(file: BinaryIO) -> list[str]:
     return named
 
 
-def _unreadable(path: Path, error: Exception) -> ModelError:
-    return ModelError(f"Weights {path} cannot be read ({brief(error)}); give a sound file.")
-
-
 # Choosing
 
 
@@ -224,19 +232,20 @@ def _walk(content: Any) -> Iterator[_Found]:
     A tensor that only has a number is left out.
     """
     seen: set[int] = set()  # as a few bytes may name one dictionary again and again
-    queue = deque([_Found((), 0, content)])
+    yield _Found((), 0, content)
+    queue: deque[tuple[Name, Any]] = deque([((), content)])
     while queue:
-        found = queue.popleft()
-        yield found
-        holder = found.value
-        if not isinstance(holder, (Mapping, list, tuple)) or id(holder) in seen:
+        around, holder = queue.popleft()
+        if not isinstance(holder, _HOLDERS) or id(holder) in seen:
             continue
         seen.add(id(holder))
         for key, value in holder.items() if isinstance(holder, Mapping) else enumerate(holder):
-            name = (*found.name, *str(key).split("."))
+            name = (*around, *str(key).split("."))
             named = isinstance(key, str) or not isinstance(value, Tensor)
             if named and len(name) <= _MOST_PARTS and len(str(key)) <= _LONGEST:
-                queue.append(_Found(name, id(holder), value))
+                yield _Found(name, id(holder), value)
+                if isinstance(value, _HOLDERS):
+                    queue.append((name, value))
 
 
 def _is_object(value: Any) -> bool:
