@@ -59,14 +59,10 @@ def are_imagenet_names(names: Sequence[str]) -> bool:
     if len(names) != len(known):
         return False
     same = sum(
-        name[:9] == one or _first_word(name) == _first_word(word)
+        name[:9] == one or normal_form(name.split(",")[0]) == normal_form(word.split(",")[0])
         for name, (one, word) in zip(names, known.items(), strict=True)
     )
     return same > N_IMAGENET // 2  # lists of them differ in some words
-
-
-def _first_word(name: str) -> str:
-    return "".join(name.split(",")[0].replace("_", " ").replace("-", " ").split()).casefold()
 
 
 def output_names(model: nn.Module) -> tuple[str, ...]:
