@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from torch import nn
 
 from unbraid.base.errors import ModelError
 from unbraid.networks.checkpoints import load_weights
+
+resource = pytest.importorskip("resource")  # of Unix
 
 PLAIN = (11, 7)  # inputs and outputs
 TALL = b"K\x07K\x0b\x86"  # (7, 11), in a pickle

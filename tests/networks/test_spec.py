@@ -86,6 +86,7 @@ def test_resolve_layer_finds_a_layer_by_name_and_by_itself():
         ("lay.er", r"no layer 'lay.er'.* Did you mean layer\?"),
         ("norms", r"no layer 'norms'\. `unbraid layers` lists"),  # near to what cannot be split
         ("", "no layer ''"),
+        ("module.", "no layer ''"),
         (build("1x1").layer, "not part of the network"),
         (3, "3 is no layer"),
     ],

@@ -51,6 +51,7 @@ def resolve_layer(model: nn.Module, layer: LayerName) -> tuple[str, nn.Module]:
     names = {module: name for name, module in model.named_modules()}
     if isinstance(layer, str) and layer:
         known = dict(model.named_modules(remove_duplicate=False))
+        del known[""]  # the network itself
         alike = {_without_wrappers(name): module for name, module in known.items()}
         bare = unwrapped_name(layer)
         layer = known.get(layer, known.get(bare, alike.get(_without_wrappers(bare), bare)))
