@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unbraid.images.open import Images
+    from unbraid.images.listing import ListedImages
     from unbraid.networks.models import LoadedModel
 
 
@@ -65,7 +65,7 @@ def load(
     return replace(loaded, model=picked, source={**loaded.source, "output": output})
 
 
-def open_images(loaded: LoadedModel, source: str) -> Images:
+def open_images(loaded: LoadedModel, source: str) -> ListedImages:
     """Open images from any source, with a network's preprocessing and labels."""
     from unbraid.images.open import images_for
 

@@ -17,7 +17,9 @@ from torch.utils.data import Dataset
 
 from unbraid.base.errors import UnbraidError
 from unbraid.base.tables import one_line
-from unbraid.images.dataset import Readable, class_names_of, sort_out
+from unbraid.images.batches import load
+from unbraid.images.broken import sort_out
+from unbraid.images.dataset import class_names_of
 from unbraid.networks.copying import device_of
 from unbraid.networks.outputs import run_network, stack_images
 from unbraid.networks.relevance import undisturbed
@@ -254,15 +256,15 @@ def sampled_accuracy(
     n = min(len(places) // _PART, _MOST)
     # Drawn rather than evenly spaced, as classes may take turns; the same ones every time.
     chosen = sorted(random.Random(0).sample(places, n))
-    readable, size = Readable(dataset), min(at_once, _AT_ONCE)
+    size = min(at_once, _AT_ONCE)
+    batches = [chosen[start : start + size] for start in range(0, n, size)]
     labels: list[int] = []
     predictions: list[int] = []
     n_outputs = 0
     try:
         device = device_of(model)
         with undisturbed(model), torch.no_grad():
-            for start in range(0, n, size):
-                items = [readable[place] for place in chosen[start : start + size]]
+            for items in load(dataset, batches, workers=0):
                 good, _ = sort_out(items, skip_broken=True)
                 if good:
                     index = torch.tensor([item[0] for item in good], dtype=torch.int64)

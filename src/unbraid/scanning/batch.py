@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unbraid.base.errors import LayerError, ModelError, OutOfMemory, brief, memory_full
 from unbraid.images.batches import as_batch
-from unbraid.images.dataset import GoodItem
+from unbraid.images.broken import Loaded
 from unbraid.networks.copying import device_of
 from unbraid.networks.layers import bias_of, weight_rows
 from unbraid.networks.outputs import check_labels, refuse_broken_values, run_network
@@ -123,7 +123,7 @@ class Place:
 def scan_batch(
     model: nn.Module,
     layers: Sequence[Place],
-    items: Sequence[GoodItem],
+    items: Sequence[Loaded],
     *,
     min_share: float,
     positions: bool,

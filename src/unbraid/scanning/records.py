@@ -15,7 +15,8 @@ from unbraid.base.arguments import as_path
 from unbraid.base.errors import DataError, RunError
 from unbraid.base.files import names_in, read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
-from unbraid.images.dataset import UNLABELLED, Around, labels_of
+from unbraid.images.broken import UNLABELLED
+from unbraid.images.dataset import Around, labels_of
 from unbraid.images.identity import fit_ids, ids_of, unpack_ids
 from unbraid.networks.spec import LayerSpec
 from unbraid.scanning.manifest import MAX_CLASSES, Manifest, read_manifest

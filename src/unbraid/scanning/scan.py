@@ -27,7 +27,8 @@ from unbraid.base.errors import DataError, ModelError, UsageError, brief
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.progress import say
 from unbraid.base.schema import parse_json
-from unbraid.images.dataset import UNLABELLED, class_names_of, first_readable, labels_of, size_of
+from unbraid.images.broken import UNLABELLED, first_readable
+from unbraid.images.dataset import class_names_of, labels_of, size_of
 from unbraid.images.identity import as_recorded, fingerprint, preprocessing_of
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.layers import (

@@ -23,7 +23,8 @@ from unbraid.base.errors import DataError, OutOfMemory, RunError, memory_full
 from unbraid.base.files import remove_leftovers, write_tensors, write_whole
 from unbraid.base.progress import image_progress
 from unbraid.images.batches import as_batch, deaths_told, load
-from unbraid.images.dataset import GoodItem, groups_of, listed_labels, sort_out
+from unbraid.images.broken import Loaded, sort_out
+from unbraid.images.dataset import groups_of, listed_labels
 from unbraid.images.identity import ids_of, pack_ids
 from unbraid.networks.copying import device_of
 from unbraid.networks.layers import bias_of, weight_rows
@@ -258,7 +259,7 @@ def await_shards(targets: Sequence[Target], seconds: float) -> None:
 
 
 def in_portions(
-    run: Callable[[Sequence[GoodItem]], list[Records]], items: Sequence[GoodItem], at_once: int
+    run: Callable[[Sequence[Loaded]], list[Records]], items: Sequence[Loaded], at_once: int
 ) -> tuple[list[list[Records]], int]:
     """Run images as many at a time as the device's memory holds.
 
@@ -339,7 +340,7 @@ class _Work(Sampler[list[int]]):
 
 
 def _look(
-    model: nn.Module, targets: Sequence[Target], good: Sequence[GoodItem], n_fewest: int
+    model: nn.Module, targets: Sequence[Target], good: Sequence[Loaded], n_fewest: int
 ) -> None:
     """Look at what the network computes of the first images, before the work begins."""
     index = torch.tensor([item[0] for item in good], dtype=torch.int64)
@@ -393,11 +394,11 @@ def _labels_checked(
         handle.remove()
 
 
-def _check_labels_agree(items: Sequence[GoodItem], labels: Sequence[int]) -> None:
+def _check_labels_agree(items: Sequence[Loaded], labels: Sequence[int]) -> None:
     """Raise if an image comes with another label than the data set's list has for it."""
-    for index, _, label in items:
-        if label != labels[index]:
+    for item in items:
+        if item.label != labels[item.index]:
             raise DataError(
-                f"Image {index} comes with label {label}, but the data set lists {labels[index]} "
-                "for it; make the two agree."
+                f"Image {item.index} comes with label {item.label}, but the data set lists "
+                f"{labels[item.index]} for it; make the two agree."
             )
