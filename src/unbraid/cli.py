@@ -137,9 +137,6 @@ Autocast = Annotated[
 ChannelsLast = Annotated[
     bool, Parameter(help="Keep convolutions channels last: faster on most devices.", negative="")
 ]
-Compiled = Annotated[
-    bool, Parameter(help="Let torch compile the network: faster once it has.", negative="")
-]
 Threads = Annotated[
     int | None, Parameter(help="Threads to compute with; the same number gives the same bits.")
 ]
@@ -300,7 +297,6 @@ def scan(
     threads: Threads = None,
     autocast: Autocast = False,
     channels_last: ChannelsLast = False,
-    compiled: Compiled = False,
     device: Device = None,
     names: Names = None,
 ) -> None:
@@ -333,7 +329,6 @@ def scan(
         threads=threads,
         autocast=autocast,
         channels_last=channels_last,
-        compiled=compiled,
     )
     if not is_first():
         return

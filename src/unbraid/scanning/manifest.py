@@ -45,7 +45,7 @@ class Manifest:
     indices: str = ""  # hash of the places in the data set, where only some were scanned
     autocast: bool = False  # whether the network ran in bfloat16 where torch sees fit
     channels_last: bool = False  # whether weights of convolutions were kept so meanwhile
-    compiled: bool = False  # whether full batches ran compiled
+    compiled: bool = False  # whether full batches ran compiled, which earlier versions could
     threads: int = 0  # of each process, since convolutions round otherwise with more; 0: not known
     schema: int = SCHEMA
 

@@ -81,7 +81,6 @@ class Options(TypedDict, total=False):
     threads: int | None
     autocast: bool
     channels_last: bool
-    compiled: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +100,9 @@ class Asked:
     threads: int | None = None
     autocast: bool = False
     channels_last: bool = False
-    compiled: bool = False
 
 
-_FLAGS = ("positions", "skip_broken", "progress", "autocast", "channels_last", "compiled")
+_FLAGS = ("positions", "skip_broken", "progress", "autocast", "channels_last")
 
 
 def settle(**options: Unpack[Options]) -> Asked:
@@ -245,7 +243,6 @@ def scan(
     threads: int | None = None,
     autocast: bool = False,
     channels_last: bool = False,
-    compiled: bool = False,
 ) -> Scan | dict[str, Scan]:
     """Run a network over images once and keep one small record per image.
 
@@ -284,8 +281,6 @@ def scan(
             has it; sums are of float32 all the same.
         channels_last: keep the weights of 2-D convolutions channels last meanwhile, which is
             faster on most devices; a network that is so already needs no telling.
-        compiled: let torch compile the network for full batches, which takes seconds to minutes
-            before the first and makes long scans faster; rounding differs a little.
 
     Returns:
         The finished Scan; for a list or pattern, a dictionary of Scans by the layers' names.
@@ -325,7 +320,6 @@ def scan(
         threads=threads,
         autocast=autocast,
         channels_last=channels_last,
-        compiled=compiled,
     )
     return scans[names[0]] if one else scans
 
@@ -389,7 +383,6 @@ def scan_into(
             threads=threads,
             autocast=asked.autocast,
             channels_last=asked.channels_last,
-            compiled=asked.compiled,
         )
         refuse_impossible(manifest)
         targets.append(Target(modules[name], manifest, folder))

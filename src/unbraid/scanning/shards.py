@@ -8,7 +8,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -25,7 +25,6 @@ from unbraid.base.progress import image_progress
 from unbraid.images.batches import as_batch, deaths_told, load
 from unbraid.images.dataset import GoodItem, groups_of, listed_labels, sort_out
 from unbraid.images.identity import ids_of, pack_ids
-from unbraid.networks.compiling import compiled
 from unbraid.networks.copying import device_of
 from unbraid.networks.layers import bias_of, weight_rows
 from unbraid.networks.outputs import as_logits, check_labels
@@ -190,9 +189,6 @@ def scan_shards(
     groups, ids = groups_of(dataset), ids_of(dataset)
     pinned = device_of(model).type == "cuda"
     batches = load(dataset, work, workers=workers, pinned=pinned)
-    ready: AbstractContextManager[nn.Module] = nullcontext(model)
-    if same.compiled:
-        ready = compiled(model, [t.module for t in targets], same.batch_size)
     title = f"Scanning {', '.join(t.manifest.layer.name for t in targets)}"
     n_done = len(places) - sum(len(work.places_of(k)) for k in work.lacking())
     with (
@@ -203,7 +199,6 @@ def scan_shards(
         threads_fixed(same.threads),
         torch.inference_mode(False),  # whatever mode the caller is in
         torch.enable_grad(),
-        ready as network,
         ExitStack() as stack,
     ):
         at_once = same.batch_size
@@ -220,10 +215,10 @@ def scan_shards(
                 _look(model, targets, good, n_fewest)
                 looked = True
                 if same.labels == "given":
-                    stack.enter_context(_labels_checked(network, dataset, places))
+                    stack.enter_context(_labels_checked(model, dataset, places))
             run = partial(
                 scan_batch,
-                network,
+                model,
                 [t.place for t in shard.targets],
                 min_share=same.min_share,
                 positions=same.positions,
