@@ -308,7 +308,7 @@ def scan(
     import unbraid
     from unbraid.images.dataset import name_of
     from unbraid.images.open import absolute, labelled
-    from unbraid.scanning.team import is_first
+    from unbraid.scanning.shards import is_first
 
     loaded = load(model, weights, device, output, names)
     folder = open_images(loaded, data)
@@ -495,7 +495,7 @@ def run(
     from unbraid.images.open import absolute, images_like, labelled, part_of
     from unbraid.running.folders import Loading, Thresholds
     from unbraid.running.run import run_layers
-    from unbraid.scanning.team import n_ranks
+    from unbraid.scanning.shards import n_ranks
 
     if n_ranks() > 1:
         raise UsageError(
