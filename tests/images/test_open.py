@@ -30,7 +30,14 @@ import unbraid
 from checks import assert_same_files
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import DataError, OutOfReach, RunError, UsageError
-from unbraid.images.dataset import UNLABELLED, groups_of, labels_of, name_of
+from unbraid.images.dataset import (
+    UNLABELLED,
+    class_names_of,
+    groups_of,
+    labels_of,
+    name_of,
+    picture_of,
+)
 from unbraid.images.folders import ImageFolder
 from unbraid.images.identity import fingerprint, ids_of
 from unbraid.images.labels import Outputs
@@ -454,12 +461,12 @@ def test_images_are_found_again_by_id_where_their_order_changed(folder, tmp_path
     for k in (0, 1, 3, 5, 6, 7):
         assert torch.equal(moved[k][0], images[k][0])
         assert moved[k][1] == images.targets[k] == labels_of(moved)[k]
-        assert moved.picture(k).tobytes() == images.picture(k).tobytes()
-    for read in (moved.__getitem__, moved.picture):
+        assert picture_of(moved, k).tobytes() == images.picture(k).tobytes()
+    for read in (moved.__getitem__, lambda index: picture_of(moved, index)):
         with pytest.raises(DataError, match=r"Image ant/2\.png is gone"):
             read(2)
     assert name_of(moved, 4) == "ant/4.png"
-    assert moved.classes == list(CLASSES)
+    assert class_names_of(moved) == CLASSES
     assert labels_of(moved)[4] == UNLABELLED
     strangers = from_tar(folder)
     assert as_scanned(strangers, scan) is strangers  # no id is known: places must do
