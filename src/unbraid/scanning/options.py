@@ -19,51 +19,53 @@ from unbraid.base.schema import parse_json
 MIN_SHARE = 0.005  # with shares adding up to one, at most 200 an image; a few dozen in practice
 MAX_THREADS = 4096
 
-# Those that other commands have too; help is the command line's, `unbraid.scan` says more.
 Labels = Literal["given", "predicted"]
-LabelsOption = Annotated[
-    Labels,
-    Parameter(help="What each image counts as: its folder's class, or what the network says."),
-]
-BatchSize = Annotated[
-    int | None, Parameter(help="Images per forward pass; by default what memory surely holds.")
-]
-Workers = Annotated[int, Parameter(help="Processes that load images.")]
-SkipBroken = Annotated[
-    bool, Parameter(help="Leave out images that cannot be read, and list them.", negative="")
-]
+
+# The command line takes these apart into options, and its help from the docstrings, which
+# `unbraid.scan` says more fully.
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class ScanOptions:
-    """What `unbraid.scan` and `unbraid scan` can be asked for."""
+class Loading:
+    """How images go through a network.
 
-    labels: LabelsOption = "given"
-    classes: Annotated[
-        Sequence[int] | None, Parameter(help="Only images of these classes.", consume_multiple=True)
-    ] = None
+    Args:
+        batch_size: Images per forward pass; by default what memory surely holds.
+        workers: Processes that load images.
+        skip_broken: Leave out images that cannot be read, and list them.
+    """
+
+    batch_size: int | None = None
+    workers: int = 0
+    skip_broken: bool = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ScanOptions(Loading):
+    """What `unbraid.scan` and `unbraid scan` can be asked for.
+
+    Args:
+        labels: What each image counts as: its folder's class, or what the network says.
+        classes: Only images of these classes.
+        positions: Also keep the layer's input maps (large).
+        min_share: Smallest share kept.
+        threads: Threads to compute with; the same number gives the same bits.
+        autocast: Run the network in bfloat16 where torch sees fit.
+        channels_last: Keep convolutions channels last: faster on most devices.
+    """
+
+    labels: Labels = "given"
+    classes: Annotated[Sequence[int] | None, Parameter(consume_multiple=True)] = None
     indices: Annotated[Sequence[int] | None, Parameter(parse=False)] = None
-    positions: Annotated[
-        bool, Parameter(help="Also keep the layer's input maps (large).", negative="")
-    ] = False
-    min_share: Annotated[float, Parameter(help="Smallest share kept.")] = MIN_SHARE
-    batch_size: BatchSize = None
-    workers: Workers = 0
-    skip_broken: SkipBroken = False
+    positions: bool = False
+    min_share: float = MIN_SHARE
     progress: Annotated[bool, Parameter(parse=False)] = False
     source: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None
-    threads: Annotated[
-        int | None,
-        Parameter(help="Threads to compute with; the same number gives the same bits."),
-    ] = None
-    autocast: Annotated[
-        bool, Parameter(help="Run the network in bfloat16 where torch sees fit.", negative="")
-    ] = False
-    channels_last: Annotated[
-        bool,
-        Parameter(help="Keep convolutions channels last: faster on most devices.", negative=""),
-    ] = False
+    threads: int | None = None
+    autocast: bool = False
+    channels_last: bool = False
 
     def checked(self) -> ScanOptions:
         """Bring the options to plain types, as a manifest holds them; lists are put in order.
@@ -104,7 +106,7 @@ class ScanOptions:
 
 
 class Options(TypedDict, total=False):
-    """The same for type checkers, which know no keyword arguments by a dataclass."""
+    """The same in the order of the signature, for type checkers, which read no dataclass there."""
 
     labels: Labels
     classes: Sequence[int] | None

@@ -46,11 +46,11 @@ from unbraid.scanning.shards import Target, claim_together, join_team, library_v
 
 def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Show a scan's options in a signature, by name and default, in place of `**options`."""
-    signature, hints = inspect.signature(function), get_type_hints(Options)
+    signature, usual = inspect.signature(function), ScanOptions()
     *named, _ = signature.parameters.values()
-    for own in fields(ScanOptions):
-        kind, hint = inspect.Parameter.KEYWORD_ONLY, hints[own.name]
-        named.append(inspect.Parameter(own.name, kind, default=own.default, annotation=hint))
+    for name, hint in get_type_hints(Options).items():
+        kind, default = inspect.Parameter.KEYWORD_ONLY, getattr(usual, name)
+        named.append(inspect.Parameter(name, kind, default=default, annotation=hint))
     function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
     return function
 
