@@ -53,7 +53,8 @@ from unbraid.images.open import (
 )
 from unbraid.images.tar import expand
 from unbraid.networks.models import LoadedModel
-from unbraid.scanning.records import Scan, as_scanned
+from unbraid.scanning.records import Scan
+from unbraid.scanning.scan import as_scanned
 
 CLASSES = ("ant", "bee")
 MEMBERS = {"ant": 5, "bee": 3}  # images

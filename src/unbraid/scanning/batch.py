@@ -34,19 +34,11 @@ _MOST = 64  # more brings a processor nothing
 _MOST_ON_ACCELERATOR = 256
 _AT_ONCE = 3  # times what goes into and comes out of a module: room for what runs beside it
 
-# How many images to run at a time: as many as a fixed amount of memory is sure to hold.
-
 
 def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor | None) -> int:
-    """Find how many images a scan may run at a time.
+    """Find how many images (C, H, W) as large as this one a scan may run at a time.
 
-    Args:
-        model: gives logits.
-        layers: of it, that are scanned.
-        image: one of the images, (C, H, W), that tells how large they are; None if unknown.
-
-    Returns:
-        A power of two, from 1 to 64, or to 256 on an accelerator.
+    A power of two, from 1 to 64, or to 256 on an accelerator; the most if there is no image.
 
     Raises:
         ModelError: the network cannot run on such images.
@@ -67,7 +59,7 @@ def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor 
 
 
 def _bytes_of_any(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> int:
-    """As `bytes_of_one`, also for a network that runs on two images or more but not on one."""
+    """The same where the network runs on two images or more but not on one."""
     try:
         return bytes_of_one(model, layers, image)
     except OutOfMemory:
@@ -101,9 +93,6 @@ def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor, n
     return _AT_ONCE * max(widest, n * image.nbytes) + kept
 
 
-# One batch through the network: what is recorded of it, and what is refused.
-
-
 @dataclass(frozen=True)
 class Place:
     """A layer to keep records of."""
@@ -128,15 +117,8 @@ def scan_batch(
 ) -> list[Records]:
     """Run the network on some images once and keep their records, layer by layer.
 
-    Args:
-        model: gives logits.
-        layers: of it.
-        items: the images.
-        min_share: the smallest share kept.
-        positions: also keep input maps.
-        predicted: take each image for what the network takes it for, not for its label.
-        autocast: run the network in bfloat16 where torch sees fit.
-        check: make sure that the layers compute what is thought, image by image.
+    Options are those of a scan. With `check` it is made sure that the layers compute what is
+    thought, image by image.
     """
     if not items:
         return [no_records(layer.spec, positions) for layer in layers]

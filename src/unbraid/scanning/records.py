@@ -10,14 +10,12 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from unbraid.base.arguments import as_path
 from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.base.files import names_in, read_some, read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
-from unbraid.images.dataset import UNLABELLED, Around, labels_of
-from unbraid.images.identity import ids_of, unpack_ids
+from unbraid.images.identity import unpack_ids
 from unbraid.networks.spec import LayerSpec
 from unbraid.scanning.manifest import MAX_CLASSES, Manifest, read_manifest
 
@@ -461,55 +459,3 @@ def _stranger(about: dict[str, Any], manifest: Manifest, shard: int) -> str | No
 def _refuse(path: Path, fault: str | None) -> None:
     if fault:
         raise RunError(f"{path} {fault}; delete it and start the scan again.")
-
-
-class AsScanned(Around):
-    """A data set in the order in which it was scanned.
-
-    Args:
-        dataset: of (image, label).
-        now: where in it the images are, by the index that they had.
-        ids: by that index too.
-    """
-
-    samples = root = sizes = groups = None  # the data set's are in its own order
-
-    def __init__(
-        self, dataset: Dataset[Any], now: Mapping[int, int], ids: Mapping[int, str]
-    ) -> None:
-        """Look up the labels; no image is read."""
-        self.dataset, self.now = dataset, now
-        labels, indices = labels_of(dataset), range(max(ids) + 1)
-        self.targets = [labels[now[i]] if i in now else UNLABELLED for i in indices]
-        self.ids = [ids.get(i, f"image {i}") for i in indices]
-
-    def __len__(self) -> int:
-        """Number of images, broken ones included."""
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Return the image that had an index, and its label."""
-        image, label = self.dataset[self.source(index)]
-        return image, label
-
-    def source(self, index: int) -> int:
-        """Return where in the data set the image is that had an index."""
-        if index not in self.now:
-            raise DataError(f"Image {self.ids[index]} is gone; bring it back, or scan anew.")
-        return self.now[index]
-
-
-def as_scanned(dataset: Dataset[Any], scan: Scan) -> Dataset[Any]:
-    """Find the images of a scan again by their ids.
-
-    Returns:
-        The data set itself where scan or data set have no ids, no id is known, or all are where
-        they were; else its images under the indices of the scan.
-    """
-    known, scanned = ids_of(dataset), scan.ids()
-    if known is None:
-        return dataset
-    by_id = {one: index for index, one in enumerate(known)}
-    now = {index: by_id[one] for index, one in scanned.items() if one in by_id}
-    unmoved = len(now) == len(scanned) and all(i == j for i, j in now.items())
-    return dataset if unmoved or not now else AsScanned(dataset, now, scanned)

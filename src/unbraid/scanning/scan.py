@@ -19,8 +19,15 @@ from unbraid.base.arguments import as_path
 from unbraid.base.errors import DataError, ModelError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.progress import say
-from unbraid.images.dataset import UNLABELLED, class_names_of, first_readable, labels_of, size_of
-from unbraid.images.identity import as_recorded, fingerprint, preprocessing_of
+from unbraid.images.dataset import (
+    UNLABELLED,
+    Around,
+    class_names_of,
+    first_readable,
+    labels_of,
+    size_of,
+)
+from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.layers import (
     LayerName,
@@ -187,12 +194,7 @@ def scan_into(
 
 
 def _indices(options: ScanOptions, labels: Sequence[int]) -> list[int]:
-    """Indices in the data set of the images to scan, in order.
-
-    Raises:
-        UsageError: there is no such index or no image of such a class, or labels are to be taken as
-            given where there are none.
-    """
+    """Indices in the data set of the images to scan, in order."""
     if options.labels == "given" and set(labels) == {UNLABELLED}:
         raise UsageError("The data set has no labels; pass labels='predicted'.")
     if options.indices is not None:
@@ -284,14 +286,7 @@ def _tell_fit(accuracy: Any, common: dict[str, Any], options: ScanOptions) -> No
 
 @in_plain_modes
 def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
-    """List the layers that can be split, see these images, and reach the logits.
-
-    Args:
-        model: as `unbraid.scan` takes it.
-        images: (N, C, H, W), on the network's device; one will do.
-
-    Returns:
-        The layers in the network's order.
+    """List the layers, in order, that can be split, see images (N, C, H, W) and reach the logits.
 
     Raises:
         ModelError: the network cannot run on such images, or gives no logits.
@@ -308,12 +303,7 @@ def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
 
 
 def usable_in(model: nn.Module, dataset: Dataset[Any]) -> list[LayerSpec]:
-    """List the layers that can be scanned, by the first image of a data set that can be read.
-
-    Raises:
-        DataError: none of the first images can be read.
-        ModelError: the network cannot run on it, or gives no logits.
-    """
+    """The same by the first image of a data set that can be read."""
     image = first_readable(dataset, range(size_of(dataset)))
     if image is None:
         raise DataError("None of the first images can be read; mend the data set.")
@@ -364,3 +354,58 @@ def _reaching(model: nn.Module, specs: list[LayerSpec], images: Tensor) -> list[
         alone = [_reaching(model, [spec], images) for spec in specs] if len(specs) > 1 else []
         return [spec for found in alone for spec in found]
     return [spec for spec, reaches in zip(specs, reached, strict=True) if reaches]
+
+
+# The images of a scan, found again.
+
+
+class AsScanned(Around):
+    """A data set in the order in which it was scanned.
+
+    Args:
+        dataset: of (image, label).
+        now: where in it the images are, by the index that they had.
+        ids: by that index too.
+    """
+
+    samples = root = sizes = groups = None  # the data set's are in its own order
+
+    def __init__(
+        self, dataset: Dataset[Any], now: Mapping[int, int], ids: Mapping[int, str]
+    ) -> None:
+        """Look up the labels; no image is read."""
+        self.dataset, self.now = dataset, now
+        labels, indices = labels_of(dataset), range(max(ids) + 1)
+        self.targets = [labels[now[i]] if i in now else UNLABELLED for i in indices]
+        self.ids = [ids.get(i, f"image {i}") for i in indices]
+
+    def __len__(self) -> int:
+        """Number of images, broken ones included."""
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return the image that had an index, and its label."""
+        image, label = self.dataset[self.source(index)]
+        return image, label
+
+    def source(self, index: int) -> int:
+        """Return where in the data set the image is that had an index."""
+        if index not in self.now:
+            raise DataError(f"Image {self.ids[index]} is gone; bring it back, or scan anew.")
+        return self.now[index]
+
+
+def as_scanned(dataset: Dataset[Any], scan: Scan) -> Dataset[Any]:
+    """Find the images of a scan again by their ids.
+
+    Returns:
+        The data set itself where scan or data set have no ids, no id is known, or all are where
+        they were; else its images under the indices of the scan.
+    """
+    known, scanned = ids_of(dataset), scan.ids()
+    if known is None:
+        return dataset
+    by_id = {one: index for index, one in enumerate(known)}
+    now = {index: by_id[one] for index, one in scanned.items() if one in by_id}
+    unmoved = len(now) == len(scanned) and all(i == j for i, j in now.items())
+    return dataset if unmoved or not now else AsScanned(dataset, now, scanned)

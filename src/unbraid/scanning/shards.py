@@ -274,16 +274,9 @@ def scan_shards(
 ) -> None:
     """Make the shards that are not there yet, of all layers in one pass.
 
-    Args:
-        model: gives logits.
-        targets: layers of it; they differ in layer and folder alone.
-        dataset: the images.
-        labels: of all of them.
-        indices: in the data set, of the images to scan.
-        team: those who do it together, shard by shard.
-        options: of the scan.
+    Labels are those of all images, indices in the data set those of the images to scan.
     """
-    same = targets[0].manifest
+    same = targets[0].manifest  # but for the layer
     work = _Work(targets, indices, team)
     groups, ids = groups_of(dataset), ids_of(dataset)
     pinned = device_of(model).type == "cuda"
@@ -337,10 +330,7 @@ def scan_shards(
 
 
 def await_shards(targets: Sequence[Target], seconds: float) -> None:
-    """Wait for shards that others wrote, which a network file system may show late, but not longer.
-
-    What is then still not there, the reader tells.
-    """
+    """Wait a while for shards of others, which a network file system may show late."""
     until = time.monotonic() + seconds
     missing = [(target, k) for target in targets for k in range(target.manifest.n_shards)]
     while missing := [(target, k) for target, k in missing if target.lacks(k)]:
@@ -352,18 +342,10 @@ def await_shards(targets: Sequence[Target], seconds: float) -> None:
 def _in_portions(
     run: Callable[[Sequence[GoodItem]], list[Records]], items: Sequence[GoodItem], at_once: int
 ) -> tuple[list[list[Records]], int]:
-    """Run images as many at a time as the device's memory holds.
-
-    Args:
-        run: from images to their records, layer by layer.
-        items: the images.
-        at_once: how many to try first; halved as long as memory is too small.
+    """Run images as many at a time as the device's memory holds, halved as long as it is too small.
 
     Returns:
         The records of each portion, at least one, and how many images fitted at once.
-
-    Raises:
-        OutOfMemory: there is no room for a single image.
     """
     done: list[list[Records]] = []
     start = 0
