@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unbraid.base.arguments import as_path
-from unbraid.base.errors import DataError, RunError, UsageError
+from unbraid.base.errors import DataError, RunError
 from unbraid.base.files import names_in, read_some, read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
 from unbraid.images.identity import unpack_ids
@@ -310,14 +310,6 @@ class Scan:
     def positions(self) -> bool:
         """Whether the records hold the layer's input maps."""
         return self.manifest.positions
-
-    def require(self, split: Any) -> None:
-        """Raise UsageError unless the scan is of the network and layer of a Split."""
-        if (self.manifest.weights, self.layer) != (split.weights, split.layer):
-            raise UsageError(
-                "The scan is of another network or layer than the split; pass one of the network "
-                "and layer that were split."
-            )
 
     def shards(self) -> Iterator[Records]:
         """Read the records shard by shard, so that memory does not grow with their number."""
