@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 import unbraid
 from unbraid.base.errors import DataError, ModelError, UsageError
-from unbraid.images.dataset import UNLABELLED
-from unbraid.images.folders import label_folders
+from unbraid.images.broken import UNLABELLED
 from unbraid.images.labels import (
     BY_ID,
     BY_NAME,
     BY_NUMBER,
     GUESSED,
     IN_ORDER,
+    Classes,
     Outputs,
     read_classes,
 )
@@ -54,7 +54,7 @@ def read(
     classes: Sequence[str], names: Sequence[str] = (), n: int | None = None, **how: Any
 ) -> Any:
     outputs = Outputs(tuple(names), n or len(names) or None)
-    return read_classes(classes, outputs, "The list", **how)
+    return read_classes(Classes(classes, "The list", classes, **how), outputs)
 
 
 @pytest.mark.parametrize(
@@ -165,11 +165,6 @@ def test_read_classes_refuses_what_contradicts_itself(classes, names, n, fault):
 def test_two_folders_of_one_class_are_refused(folders, names, fault):
     with pytest.raises(DataError, match=fault):
         read(folders, names, distinct=True)
-
-
-def test_label_folders_gives_labels_and_what_was_guessed():
-    assert label_folders(["Cat", "Dog"], ["dog", "cat"], 2) == ({"Cat": 1, "Dog": 0}, "")
-    assert "taken in order" in label_folders(["Cat", "Dog"], [], 3)[1]
 
 
 # --- the same images from every source ------------------------------------------------------------
@@ -552,14 +547,12 @@ def test_hidden_files_and_those_of_programs_are_passed_over(name, tmp_path):
 )
 def test_read_classes_says_which_are_too_many(classes, words):
     with pytest.raises(DataError, match=words):
-        read_classes(classes, Outputs((), 2), "It")
+        read_classes(Classes(classes, "It", classes), Outputs((), 2))
 
 
 def test_read_classes_notes_parts_of_a_data_set():
-    assert (
-        "look like parts of a data set" in read_classes(["train", "val"], Outputs((), 2), "It").note
-    )
-    assert read_classes(["plane", "train"], Outputs((), 2), "It").note == ""
+    assert "look like parts of a data set" in read(["train", "val"], n=2).note
+    assert read(["plane", "train"], n=2).note == ""
 
 
 def test_class_folders_that_are_links_are_followed_where_outputs_are_counted(tmp_path):

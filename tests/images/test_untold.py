@@ -19,9 +19,10 @@ from torch.utils.data import Dataset, Subset
 import unbraid
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import DataError, OutOfReach
-from unbraid.images.dataset import UNLABELLED, groups_of, labels_of
-from unbraid.images.folders import ImageFolder, UnlabelledFolder
+from unbraid.images.broken import UNLABELLED
+from unbraid.images.dataset import groups_of, labels_of
 from unbraid.images.identity import fingerprint, ids_of
+from unbraid.images.open import open_images as ImageFolder
 from unbraid.images.pictures import decode_picture, read_picture
 
 
@@ -53,9 +54,9 @@ class Ten(SyntheticImages):
         ({"targets": [0] * 13}, "targets are 13 for 10 images"),
         ({"targets": torch.zeros(9)}, "targets are 9 for 10 images"),
         ({"targets": None, "labels": [0] * 3}, "labels are 3 for 10 images"),
-        ({"ids": [*range(10)], "sizes": [1] * 4}, "sizes name 4 images of 10"),
-        ({"ids": [*range(10)], "sizes": torch.ones(11)}, "sizes name 11 images of 10"),
-        ({"root": "/", "samples": [("/a", 0)]}, "samples name 1 images of 10"),
+        ({"ids": [*range(10)], "sizes": [1] * 4}, "sizes are 4 for 10 images"),
+        ({"ids": [*range(10)], "sizes": torch.ones(11)}, "sizes are 11 for 10 images"),
+        ({"root": "/", "samples": [("/a", 0)]}, "samples are 1 for 10 images"),
         ({"groups": [[1]] * 10}, r"groups cannot be compared \(unhashable"),
         ({"ids": [f"\ud800{k}" for k in range(10)]}, "cannot be written as UTF-8"),
     ],
@@ -243,7 +244,7 @@ def test_no_file_is_called_missing_that_cannot_be_looked_at(call, number, pictur
 
 
 def test_sizes_of_files_are_not_made_up_where_they_cannot_be_looked_at(pictures, monkeypatch):
-    images = UnlabelledFolder(pictures)
+    images = ImageFolder(pictures, labels={})
 
     def fail(path: Any, *_: Any, **__: Any) -> Any:
         raise OSError(errno.ESTALE, "Stale file handle", str(path))
@@ -259,7 +260,7 @@ def test_sizes_of_files_are_not_made_up_where_they_cannot_be_looked_at(pictures,
 def test_a_dangling_link_to_an_image_is_a_broken_image(pictures):
     (pictures / "b").symlink_to("a")
     (pictures / "a/x.PNG").symlink_to("gone.png")
-    for images in (ImageFolder(pictures), UnlabelledFolder(pictures / "a")):
+    for images in (ImageFolder(pictures), ImageFolder(pictures / "a")):
         place = [path for path, _ in images.samples].index(str(pictures / "a/x.PNG"))
         with pytest.raises(DataError, match=r"x\.PNG cannot be read \(there is no such file\)"):
             images[place]

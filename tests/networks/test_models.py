@@ -14,8 +14,7 @@ from PIL import Image
 from torch import nn
 
 from unbraid.base.errors import DataError, ModelError, UsageError
-from unbraid.images.folders import ImageFolder, label_folders
-from unbraid.images.open import images_for
+from unbraid.images.open import images_for, open_images
 from unbraid.images.pictures import read_picture
 from unbraid.networks.models import import_torchvision, load_model
 from unbraid.networks.weights import load_weights
@@ -182,7 +181,7 @@ class TestWeights:
 
 class TestFolders:
     def test_labels_follow_the_sorted_folders(self, pictures: Path) -> None:
-        images = ImageFolder(pictures)
+        images = open_images(pictures)
         assert images.targets == [0, 1]
         assert images.classes == ["cat", "dog"]
 
@@ -192,30 +191,17 @@ class TestFolders:
         assert images.targets == [0, 1]
         assert warning == ""
 
-    def test_wordnet_ids_are_looked_up(self) -> None:
-        labels, guessed = label_folders(["n01440764", "n15075141"], [], 1000)
-        assert labels == {"n01440764": 0, "n15075141": 999}
-        assert not guessed
-        with pytest.raises(DataError, match="n00000001"):
-            label_folders(["n00000001"], [], 1000)
-
     def test_a_guess_is_told(self, pictures: Path) -> None:
         loaded = load_model("torchvision:resnet18", "random", "cpu")
         _, warning = images_for(loaded, str(pictures))
         assert "taken in order" in warning
 
-    def test_more_folders_than_outputs(self) -> None:
-        with pytest.raises(DataError, match="3 classes but the network has 2 outputs"):
-            label_folders(["a", "b", "c"], [], 2)
-
     def test_no_folder_no_classes_no_images(self, pictures: Path) -> None:
         with pytest.raises(DataError, match="no folder"):
-            ImageFolder(pictures / "nowhere")
-        with pytest.raises(DataError, match="no class folders"):
-            ImageFolder(pictures / "cat")
+            open_images(pictures / "nowhere")
         (pictures / "empty").mkdir()
         with pytest.raises(DataError, match=r"empty holds no image"):
-            ImageFolder(pictures)
+            open_images(pictures)
 
 
 class TestPictures:

@@ -17,8 +17,10 @@ import unbraid
 from checks import assert_input_maps, assert_records, assert_same_tensors, truth_of
 from tiny_networks import CountingNetwork, SyntheticImages, build
 from unbraid.base.errors import DataError, RunError, UsageError
-from unbraid.images.dataset import UNLABELLED, Relabelled, labels_of
-from unbraid.images.folders import ImageFolder, UnlabelledFolder, holds_classes
+from unbraid.images.broken import UNLABELLED
+from unbraid.images.dataset import Relabelled, labels_of
+from unbraid.images.listing import list_folder
+from unbraid.images.open import open_images
 from unbraid.running.run import as_labelled
 
 
@@ -290,7 +292,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_without_classes_has_all_images_below_it_in_order(folder):
-    images = UnlabelledFolder(folder, class_names=("ant", "bee"))
+    images = open_images(folder, labels={}, class_names=("ant", "bee"))
     names = [str(Path(path).relative_to(folder)) for path, _ in images.samples]
     assert names == ["a.jpg", "b.png", "deep/er/c.webp"]
     assert len(images) == 3
@@ -299,27 +301,26 @@ def test_a_folder_without_classes_has_all_images_below_it_in_order(folder):
     picture, label = images[1]
     assert (picture.size, label) == ((8, 6), UNLABELLED)
     assert images.picture(2).mode == "RGB"
-    assert UnlabelledFolder(folder, lambda _: torch.zeros(2))[0][0].shape == (2,)
+    assert open_images(folder, lambda _: torch.zeros(2), labels={})[0][0].shape == (2,)
 
 
 def test_images_in_a_folder_itself_are_no_classes(folder):
     with pytest.raises(DataError, match=r"2 images of its own and 1 in folders, so it is not pl"):
-        holds_classes(folder)
+        list_folder(folder)
     Image.new("RGB", (8, 6)).save(folder / "deep/own.png")
     shutil.rmtree(folder / "deep/er")
-    assert not holds_classes(folder / "deep")
+    assert not list_folder(folder / "deep").classes
     (folder / "deep/er").mkdir()
     (folder / "deep/own.png").rename(folder / "deep/er/c.png")
-    assert holds_classes(folder / "deep")
-    assert ImageFolder(folder / "deep").classes == ["er"]
-    assert holds_classes(folder.parent)
+    assert list_folder(folder / "deep").classes
+    assert open_images(folder / "deep").classes == ["er"]
 
 
 def test_a_folder_without_images_or_none_at_all_is_told(tmp_path):
     with pytest.raises(DataError, match=r"holds no image \(.*\.png.*\); name a folder that does\."):
-        UnlabelledFolder(tmp_path)
+        open_images(tmp_path, labels={})
     with pytest.raises(DataError, match="There is no folder"):
-        holds_classes(tmp_path / "nowhere")
+        list_folder(tmp_path / "nowhere")
 
 
 def test_scans_of_folders_with_other_files_differ(folder, tmp_path):
@@ -327,9 +328,9 @@ def test_scans_of_folders_with_other_files_differ(folder, tmp_path):
         return torch.full((3, 7, 6), picture.getpixel((0, 0))[0] / 255.0).double()
 
     network = build("3x3")
-    images = UnlabelledFolder(folder, to_tensor)
+    images = open_images(folder, to_tensor, labels={})
     unbraid.scan(network, "layer", images, tmp_path / "scan", labels="predicted")
     (folder / "a.jpg").rename(folder / "z.jpg")
-    images = UnlabelledFolder(folder, to_tensor)
+    images = open_images(folder, to_tensor, labels={})
     with pytest.raises(RunError, match="the images or labels"):
         unbraid.scan(network, "layer", images, tmp_path / "scan", labels="predicted")

@@ -13,7 +13,7 @@ from rich.console import Console
 from unbraid.base.tables import count, one_line
 
 if TYPE_CHECKING:
-    from unbraid.images.open import Images
+    from unbraid.images.listing import ListedImages
     from unbraid.measuring.compare import OutputComparison
     from unbraid.networks.models import LoadedModel
     from unbraid.running.run import Run
@@ -122,7 +122,7 @@ def load(network: Network) -> LoadedModel:
     return replace(loaded, model=picked, source={**loaded.source, "output": output})
 
 
-def open_images(loaded: LoadedModel, source: str) -> Images:
+def open_images(loaded: LoadedModel, source: str) -> ListedImages:
     """Open images from any source, with a network's preprocessing and labels."""
     from unbraid.images.open import images_for
 

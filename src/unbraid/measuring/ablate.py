@@ -26,7 +26,8 @@ from unbraid.base.progress import image_progress
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import concept_of
 from unbraid.images.batches import in_order, load
-from unbraid.images.dataset import GoodItem, class_names_of, size_of, sort_out
+from unbraid.images.broken import Loaded, sort_out
+from unbraid.images.dataset import class_names_of, size_of
 from unbraid.measuring.results import (
     Ablation,
     ChannelAblation,
@@ -534,7 +535,7 @@ def _run_batch(
     replay: Replay,
     layer: SplitLayer,
     chosen: dict[int, tuple[Concept, ...]],
-    items: Sequence[GoodItem],
+    items: Sequence[Loaded],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Places and labels (N,), target logits (R, N), whether these are the top ones (R, N), T."""
     index = torch.tensor([item[0] for item in items], dtype=torch.int64)
@@ -564,7 +565,7 @@ def _run_batch(
     return index, label, logit, hit, logits.shape[1]
 
 
-def _images_of(items: Sequence[GoodItem]) -> Tensor:
+def _images_of(items: Sequence[Loaded]) -> Tensor:
     index = torch.tensor([item[0] for item in items], dtype=torch.int64)
     return stack_images([item[1] for item in items], index)
 

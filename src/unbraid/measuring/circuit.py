@@ -20,7 +20,8 @@ from unbraid.finding.arv import class_sums, concept_mean
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import concerned
 from unbraid.images.batches import load
-from unbraid.images.dataset import labels_of, sort_out
+from unbraid.images.broken import sort_out
+from unbraid.images.dataset import labels_of
 from unbraid.images.identity import fingerprint
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.layers import resolve_layer

@@ -17,7 +17,8 @@ from unbraid.base.errors import ModelError, UsageError, memory_full
 from unbraid.base.modes import callers_device, in_plain_modes
 from unbraid.base.progress import image_progress
 from unbraid.images.batches import load
-from unbraid.images.dataset import GoodItem, all_hold, picture_of, size_of, sort_out
+from unbraid.images.broken import Loaded, sort_out
+from unbraid.images.dataset import all_hold, picture_of, size_of
 from unbraid.networks.copying import device_of
 from unbraid.networks.models import RANDOM, Transform, load_timm
 from unbraid.networks.outputs import run_network, stack_images
@@ -162,7 +163,7 @@ def name_of_encoder(encoder: Encoder) -> str:
 # Run an image encoder over a data set, and check what it gives.
 
 
-Encode = Callable[[Sequence[GoodItem]], Tensor]  # from N images to embeddings, (N, D)
+Encode = Callable[[Sequence[Loaded]], Tensor]  # from N images to embeddings, (N, D)
 
 
 @in_plain_modes
@@ -226,7 +227,7 @@ def ready(encoder: Encoder) -> Iterator[Encode]:
     module = encoder if isinstance(encoder, nn.Module) else getattr(encoder, "__self__", None)
     n_dimensions: int | None = None
 
-    def encode(items: Sequence[GoodItem]) -> Tensor:
+    def encode(items: Sequence[Loaded]) -> Tensor:
         nonlocal n_dimensions
         index = torch.tensor([item[0] for item in items], dtype=torch.int64)
         images = stack_images([item[1] for item in items], index)
@@ -261,7 +262,7 @@ def ready(encoder: Encoder) -> Iterator[Encode]:
 
 def load_batches(
     encoder: Encoder, dataset: Dataset[Any], batches: list[list[int]], workers: int
-) -> Iterator[list[GoodItem]]:
+) -> Iterator[list[Loaded]]:
     """Read a data set's images batch by batch, in the encoder's own preprocessing if it has one.
 
     Raises:

@@ -19,7 +19,8 @@ from unbraid.base.arguments import as_kind, loading, whole_number
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.progress import image_progress
-from unbraid.images.dataset import GoodItem, labels_of
+from unbraid.images.broken import Loaded
+from unbraid.images.dataset import labels_of
 from unbraid.measuring.encoders import (
     Encode,
     Encoder,
@@ -423,7 +424,7 @@ def _embed_images(
     return sums, kept
 
 
-def _read(source: _Source) -> Iterator[tuple[Records, Iterator[list[GoodItem]]]]:
+def _read(source: _Source) -> Iterator[tuple[Records, Iterator[list[Loaded]]]]:
     """Records and images, shard by shard, so that memory does not grow with their number."""
     shards = [index.tolist() for index in source.scan.columns("index")]
     batches = [in_batches(shard, source.batch_size) for shard in shards]

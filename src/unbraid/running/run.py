@@ -20,25 +20,11 @@ from unbraid.finding.find import find
 from unbraid.finding.findings import Findings
 from unbraid.finding.membership import concerned, numbers_seen
 from unbraid.finding.thresholds import check_thresholds, sensitivity
-from unbraid.images.dataset import (
-    UNLABELLED,
-    Relabelled,
-    class_names_of,
-    first_readable,
-    listed_labels,
-    name_of,
-    size_of,
-)
-from unbraid.images.labels import Outputs
-from unbraid.images.listing import Listing
-from unbraid.images.open import (
-    classes_of,
-    has_labels,
-    list_images,
-    open_listed,
-    part_of,
-    read_labels,
-)
+from unbraid.images.broken import UNLABELLED, Loaded, first_readable
+from unbraid.images.dataset import Relabelled, class_names_of, listed_labels, name_of, size_of
+from unbraid.images.labels import Outputs, read_classes
+from unbraid.images.listing import ListedImages, Listing
+from unbraid.images.open import list_images, part_of
 from unbraid.measuring.ablate import ablate
 from unbraid.measuring.compare import OutputComparison, compare_outputs
 from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_encoder, ready
@@ -365,7 +351,7 @@ def _try_layers(model: nn.Module, layers: Sequence[str], images: Dataset[Any]) -
     image = first_readable(images, range(size_of(images)))
     if image is None:
         return
-    twice = [(0, image, 0), (1, image, 0)]  # as some networks run on no single image
+    twice = [Loaded(0, image, 0), Loaded(1, image, 0)]  # as some networks run on no single image
     images_here = torch.stack([image, image]).to(device_of(model))
     for layer in layers:
         name, module = resolve_layer(model, layer)
@@ -614,19 +600,20 @@ def validation_images(
     if "data" not in source:
         raise RunError("The run does not say where its images are; make it anew.")
     seen = None if sight is None else Sight(**sight)
-    listed = list_images(part_of(source["data"], "val"))
-    labels = _labels(listed, scan) if source.get("class_folders", True) else {}
-    return as_scanned(open_listed(listed, seen, labels, scan.class_names), scan)
+    with_classes = source.get("class_folders", True)
+    listing = list_images(part_of(source["data"], "val"), with_classes)
+    labels = _labels(listing, scan) if with_classes else {}
+    return as_scanned(ListedImages(listing, seen, labels, scan.class_names), scan)
 
 
-def _labels(listed: Listing | Path, scan: Scan) -> dict[str, int]:
+def _labels(listing: Listing, scan: Scan) -> dict[str, int]:
     """Tell classes apart as the scan did; without the network their numbers may be others."""
-    if not has_labels(listed):
+    if not listing.classes:
         return {}
     try:
-        return read_labels(listed, Outputs(scan.class_names, len(scan.class_names))).labels
+        return read_classes(listing.known, Outputs(scan.class_names, len(scan.class_names))).labels
     except DataError:  # other names were given for them
-        return {name: place for place, name in enumerate(classes_of(listed))}
+        return {name: place for place, name in enumerate(listing.known.seen)}
 
 
 # Figures of a finished run, made from its folder without the network.

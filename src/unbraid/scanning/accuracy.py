@@ -17,7 +17,9 @@ from torch.utils.data import Dataset
 
 from unbraid.base.errors import UnbraidError
 from unbraid.base.tables import one_line
-from unbraid.images.dataset import Readable, class_names_of, sort_out
+from unbraid.images.batches import load
+from unbraid.images.broken import sort_out
+from unbraid.images.dataset import class_names_of
 from unbraid.networks.copying import device_of
 from unbraid.networks.outputs import run_network, stack_images
 from unbraid.networks.relevance import undisturbed
@@ -230,20 +232,20 @@ def sampled_accuracy(
     # Drawn rather than evenly spaced, as classes may take turns; the same ones every time.
     n = min(len(indices) // _PART, _MOST)
     chosen = sorted(random.Random(0).sample(indices, n))
-    readable, size = Readable(dataset), min(at_once, _AT_ONCE)
+    size = min(at_once, _AT_ONCE)
+    batches = [chosen[start : start + size] for start in range(0, n, size)]
     labels: list[int] = []
     predictions: list[int] = []
     n_outputs = 0
     try:
         with undisturbed(model), torch.no_grad():
-            for start in range(0, n, size):
-                items = [readable[index] for index in chosen[start : start + size]]
+            for items in load(dataset, batches, workers=0):
                 good, _ = sort_out(items, skip_broken=True)
                 if good:
-                    index = torch.tensor([item[0] for item in good], dtype=torch.int64)
-                    images = stack_images([item[1] for item in good], index)
+                    index = torch.tensor([item.index for item in good], dtype=torch.int64)
+                    images = stack_images([item.image for item in good], index)
                     logits = run_network(model, images.to(device_of(model)))
-                    labels += [item[2] for item in good]
+                    labels += [item.label for item in good]
                     predictions += logits.argmax(1).tolist()
                     n_outputs = logits.shape[1]
     except UnbraidError:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unbraid.base.errors import LayerError, ModelError, OutOfMemory, brief, memory_full
 from unbraid.images.batches import as_batch
-from unbraid.images.dataset import GoodItem
+from unbraid.images.broken import Loaded
 from unbraid.networks.copying import device_of, tensors_in
 from unbraid.networks.layers import bias_of, weight_rows
 from unbraid.networks.outputs import check_labels, refuse_broken_values, run_network
@@ -107,7 +107,7 @@ Kept = tuple[Tensor, Tensor | None]  # of a layer's input: pooled (N, G, J), and
 def scan_batch(
     model: nn.Module,
     layers: Sequence[Place],
-    items: Sequence[GoodItem],
+    items: Sequence[Loaded],
     *,
     min_share: float,
     positions: bool,
@@ -123,8 +123,8 @@ def scan_batch(
     if not items:
         return [no_records(layer.spec, positions) for layer in layers]
     device = device_of(layers[0].module)
-    index = torch.tensor([item[0] for item in items], dtype=torch.int64)
-    images = as_batch([item[1] for item in items], index)
+    index = torch.tensor([item.index for item in items], dtype=torch.int64)
+    images = as_batch([item.image for item in items], index)
     # A copy in any case, as a network may write into it, and then have to begin anew.
     images = images.to(device, non_blocking=True, copy=True)
     with ExitStack() as stack:
@@ -140,7 +140,7 @@ def scan_batch(
                 raise LayerError(f"Layer {layer.spec.name!r} does not run when the network does.")
         label = prediction = logits.argmax(1).cpu()
         if not predicted:
-            label = torch.tensor([item[2] for item in items], dtype=torch.int64)
+            label = torch.tensor([item.label for item in items], dtype=torch.int64)
         check_labels(label, index, logits)
         calls = [cut.outputs for cut in cuts]
         if check:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unbraid.base.arguments import as_path
 from unbraid.base.errors import DataError, RunError
-from unbraid.base.files import names_in, read_some, read_tensors, write_tensors
+from unbraid.base.files import names_in, read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
 from unbraid.images.identity import unpack_ids
 from unbraid.networks.spec import LayerSpec
@@ -435,7 +435,7 @@ def sound_tensors(
         RunError: the file is missing or damaged, or they are impossible.
     """
     path = shard_path(folder, shard)
-    tensors, about = read_some(path, names)
+    tensors, about = read_tensors(path, names)
     fault = _stranger(about, manifest, shard) or records_fault(manifest, shard, tensors)
     _refuse(path, fault)
     return tensors

@@ -19,14 +19,8 @@ from unbraid.base.arguments import as_path
 from unbraid.base.errors import DataError, ModelError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.progress import say
-from unbraid.images.dataset import (
-    UNLABELLED,
-    Around,
-    class_names_of,
-    first_readable,
-    labels_of,
-    size_of,
-)
+from unbraid.images.broken import UNLABELLED, first_readable
+from unbraid.images.dataset import Around, class_names_of, labels_of, size_of
 from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.layers import (

@@ -29,7 +29,8 @@ from unbraid.base.errors import DataError, OutOfMemory, RunError, memory_full
 from unbraid.base.files import remove_leftovers, write_tensors, write_whole
 from unbraid.base.progress import image_progress
 from unbraid.images.batches import as_batch, deaths_told, load
-from unbraid.images.dataset import GoodItem, groups_of, listed_labels, sort_out
+from unbraid.images.broken import Loaded, sort_out
+from unbraid.images.dataset import groups_of, listed_labels
 from unbraid.images.identity import ids_of, pack_ids
 from unbraid.networks.copying import device_of
 from unbraid.networks.layers import bias_of, weight_rows
@@ -340,7 +341,7 @@ def await_shards(targets: Sequence[Target], seconds: float) -> None:
 
 
 def _in_portions(
-    run: Callable[[Sequence[GoodItem]], list[Records]], items: Sequence[GoodItem], at_once: int
+    run: Callable[[Sequence[Loaded]], list[Records]], items: Sequence[Loaded], at_once: int
 ) -> tuple[list[list[Records]], int]:
     """Run images as many at a time as the device's memory holds, halved as long as it is too small.
 
@@ -369,7 +370,7 @@ def _in_portions(
 def _look(
     model: nn.Module,
     targets: Sequence[Target],
-    good: Sequence[GoodItem],
+    good: Sequence[Loaded],
     n_fewest: int,
     listed: Sequence[int] | None,
     indices: Sequence[int],
@@ -379,8 +380,8 @@ def _look(
     All labels that a list gives are checked as soon as it is known how many outputs there are;
     otherwise a wrong one would be told when its batch comes, perhaps after days.
     """
-    index = torch.tensor([item[0] for item in good], dtype=torch.int64)
-    images = as_batch([item[1] for item in good], index)
+    index = torch.tensor([item.index for item in good], dtype=torch.int64)
+    images = as_batch([item.image for item in good], index)
     layers = [(target.manifest.layer, target.module) for target in targets]
     with suppress(OutOfMemory):  # memory is a thing that the scan can deal with
         logits = look_first(model, images.to(device_of(model)), layers, n_fewest)
@@ -389,13 +390,13 @@ def _look(
             check_labels(torch.tensor(listed, dtype=torch.int64)[index], index, logits)
 
 
-def _check_labels_agree(items: Sequence[GoodItem], labels: Sequence[int]) -> None:
+def _check_labels_agree(items: Sequence[Loaded], labels: Sequence[int]) -> None:
     """Raise if an image comes with another label than the data set's list has for it."""
-    for index, _, label in items:
-        if label != labels[index]:
+    for item in items:
+        if item.label != labels[item.index]:
             raise DataError(
-                f"Image {index} comes with label {label}, but the data set lists {labels[index]} "
-                "for it; make the two agree."
+                f"Image {item.index} comes with label {item.label}, but the data set lists "
+                f"{labels[item.index]} for it; make the two agree."
             )
 
 

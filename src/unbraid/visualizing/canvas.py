@@ -13,7 +13,9 @@ from torch.utils.data import Dataset
 
 from unbraid.base.arguments import whole_numbers
 from unbraid.base.errors import DataError, UsageError
-from unbraid.images.dataset import Readable, size_of, sort_out
+from unbraid.images.batches import load
+from unbraid.images.broken import sort_out
+from unbraid.images.dataset import size_of
 from unbraid.networks.outputs import stack_images
 from unbraid.visualizing.features import MAX_SIDE
 
@@ -83,14 +85,14 @@ def _checked(size: tuple[int, int]) -> tuple[int, int]:
 
 def _sample(dataset: Dataset[Any]) -> Tensor:
     """Read some images, (N, C, H, W), float32; those that cannot be read are left out."""
-    size, readable = size_of(dataset), Readable(dataset)
+    size = size_of(dataset)
     places = (
         torch.linspace(0, size - 1, min(size, N_SAMPLED), dtype=torch.float32)
         .round()
         .long()
         .tolist()
     )
-    good, broken = sort_out([readable[place] for place in places], skip_broken=True)
+    good, broken = sort_out(next(load(dataset, [places], workers=0)), skip_broken=True)
     if not good:
         raise DataError(f"None of {len(broken)} images could be read; mend the data set.")
     images = stack_images(
