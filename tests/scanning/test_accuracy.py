@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 import unbraid
 from unbraid.demo.network import LAYER, DemoImages, load_images, load_network
+from unbraid.networks.models import load_model
 from unbraid.scanning.accuracy import (
     Accuracy,
     accuracy_of,
@@ -264,3 +265,18 @@ def test_sampled_accuracy_leaves_what_is_wrong_to_the_scan() -> None:
     found = sampled_accuracy(load_network(), half(), range(1, 256), 32)
     assert found is not None
     assert 0 < found.n_images < len(data)
+
+
+@pytest.mark.parametrize(
+    ("returned", "assumed"),
+    [("net", True), ("(net, lambda picture: None)", False), ("(net, len, ['a'])", False)],
+)
+def test_load_model_says_where_preprocessing_is_assumed(
+    tmp_path: Path, returned: str, assumed: bool
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(
+        f"import torch\ndef build():\n    net = torch.nn.Linear(2, 2)\n    return {returned}\n"
+    )
+    note = load_model(f"{file}:build").note
+    assert ("ImageNet's usual one is assumed" in note) == assumed
