@@ -58,8 +58,9 @@ from unbraid.running.folders import (
     tell_folder,
 )
 from unbraid.scanning.batch import Place, scan_batch
-from unbraid.scanning.records import Scan, as_scanned, open_scan
-from unbraid.scanning.scan import MIN_SHARE, Labels, scan_into, usable_in
+from unbraid.scanning.options import MIN_SHARE, Labels
+from unbraid.scanning.records import Scan, open_scan
+from unbraid.scanning.scan import as_scanned, scan_into, usable_in
 from unbraid.splitting.split import check_rho, split
 from unbraid.splitting.splits import Split
 from unbraid.surgery.apply import apply, check_in_force
