@@ -17,7 +17,6 @@ from unbraid import Findings, Scan
 from unbraid.demo import network as demo
 from unbraid.finding.arv import class_cosines, class_sums
 from unbraid.finding.find import adjusted_rand_index
-from unbraid.finding.membership import concept_of
 from unbraid.splitting.splits import ChannelSplit
 
 GAMMA = 0.5
@@ -56,8 +55,8 @@ def mean_answers(scan: Scan) -> Tensor:
 
 
 def concepts_at(scan: Scan, found: Findings, channel: int) -> list[int]:
-    scan = replace(scan, clusters=found.clusters)
-    parts = [concept_of(scan, records, found.concepts[channel]) for records in scan.shards()]
+    members = found.members_in(scan)
+    parts = [members.concept_of(records, found.concepts[channel]) for records in scan.shards()]
     return torch.cat(parts).tolist()
 
 
@@ -70,12 +69,11 @@ def test_clusters_agree_with_what_classes_make_of_the_same_images(found):
 
 
 def test_clusters_are_there_in_unseen_images_too(found, unseen):
-    scan = replace(unseen, clusters=found.clusters)
-    sums = class_sums(scan, [])
+    sums = class_sums(unseen, [], found.clusters)
     assert all(sums.n_images[number] >= 10 for number in found.clusters)
     for channel in found.channels:
         numbers = [n for n, cluster in found.clusters.items() if cluster.channel == channel]
-        cosines = class_cosines(scan, sums, channel, numbers)
+        cosines = class_cosines(unseen, sums, channel, numbers)
         for pair in found.pairs:
             if pair.channel == channel:
                 again = cosines[numbers.index(pair.class1), numbers.index(pair.class2)]

@@ -20,7 +20,8 @@ from unbraid.finding import cosine_intervals as chance
 from unbraid.finding.arv import class_sums
 from unbraid.finding.cosine_intervals import uniforms, with_chance
 from unbraid.finding.findings import Findings, Pair
-from unbraid.scanning.records import Cluster, Scan, read_shard, write_shard
+from unbraid.finding.membership import Cluster
+from unbraid.scanning.records import Scan, read_shard, write_shard
 
 FIGURES = ("low", "high", "half1", "half2")
 

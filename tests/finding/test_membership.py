@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -31,13 +32,13 @@ from handmade import CAUSES, Planted, plant, reshard, write_scan
 from tiny_networks import SyntheticImages, build
 from unbraid import Findings, Scan, Split
 from unbraid.base.errors import UsageError
-from unbraid.finding import membership as clusters
+from unbraid.finding import clusters
 from unbraid.finding.arv import class_sums
 from unbraid.finding.clusters import DescribedImages, cluster_images, top_images
 from unbraid.finding.findings import Pair
-from unbraid.finding.membership import belongs, concept_of, concerned, mean_responses, numbers_seen
+from unbraid.finding.membership import Cluster, Clusters, Members, mean_responses
 from unbraid.measuring.reference_images import TopImages, reference_images
-from unbraid.scanning.records import Cluster, no_records, write_shard
+from unbraid.scanning.records import no_records, write_shard
 
 FIRST = 10  # a number behind all classes
 
@@ -131,18 +132,20 @@ def members(case: Case, found: dict[int, Cluster]) -> dict[int, list[int]]:
     return {number: own[cluster.place] for number, cluster in found.items()}
 
 
-def assert_members(scan: Scan, expected: dict[int, list[int]]) -> None:
+def assert_members(
+    scan: Scan, expected: dict[int, list[int]], found: Clusters = MappingProxyType({})
+) -> None:
     """The images of each number, however they are asked for, are these."""
-    shards = list(scan.shards())
+    members, shards = Members(scan, found), list(scan.shards())
     for number, images in expected.items():
-        own = [records.index[belongs(scan, records, number)].tolist() for records in shards]
+        own = [records.index[members.of(records, number)].tolist() for records in shards]
         assert list(itertools.chain(*own)) == images
-        assert concerned(scan, [number]) == images
-        assert (number in numbers_seen(scan, expected)) == bool(images)
-    assert concerned(scan, expected) == sorted(set(itertools.chain(*expected.values())))
+        assert members.indices([number]) == images
+    assert members.count(expected) == {number: len(own) for number, own in expected.items()}
+    assert members.indices(expected) == sorted(set(itertools.chain(*expected.values())))
     groups = [tuple(expected)[:1], tuple(expected)[1:]]
-    found = torch.cat([concept_of(scan, records, groups) for records in shards]).tolist()
-    for n, concept in enumerate(found):
+    concepts = torch.cat([members.concept_of(records, groups) for records in shards]).tolist()
+    for n, concept in enumerate(concepts):
         wanted = [k for k, group in enumerate(groups) if any(n in expected[m] for m in group)]
         assert concept == (wanted[0] if wanted else -1)
 
@@ -154,40 +157,36 @@ def test_images_belong_to_the_cluster_of_the_nearest_centre(channel, shard_size,
     expected = members(case, found)
     assert sum(map(len, expected.values())) == 20
     assert min(map(len, expected.values())) > 0
-    scan = replace(reshard(case.scan, tmp_path, shard_size), clusters=found)
-    assert_members(scan, expected)
+    assert_members(reshard(case.scan, tmp_path, shard_size), expected, found)
 
 
 def test_classes_are_asked_for_as_clusters_are(case):
     expected = {c: [n for n, t in enumerate(case.truth.labels) if t == c] for c in range(4)}
     assert_members(case.scan, expected)
-    scan = replace(case.scan, clusters=by_hand(case, 1))
-    assert_members(scan, expected)
+    assert_members(case.scan, expected, by_hand(case, 1))
 
 
-def test_a_cluster_or_class_without_an_image_is_not_seen(case):
+def test_a_cluster_or_class_without_an_image_has_none(case):
     found = by_hand(case, 1)
     far = {number: replace(cluster, least=1e9) for number, cluster in found.items()}
-    assert_members(replace(case.scan, clusters=far), {number: [] for number in far})
-    assert numbers_seen(replace(case.scan, clusters=far), [FIRST, 0]) == {0, 1, 2, 3}
+    assert_members(case.scan, {number: [] for number in (*far, 4)}, far)
 
 
 def test_the_check_of_members_sees_what_is_wrong(case):
     found = by_hand(case, 0)
     expected = members(case, found)
-    scan = replace(case.scan, clusters=found)
-    assert_members(scan, expected)
+    assert_members(case.scan, expected, found)
     for number, images in expected.items():
         for wrong in (images[1:], sorted({*images, *range(30)} - {images[0]}), []):
             with pytest.raises(AssertionError):
-                assert_members(scan, {**expected, number: wrong})
+                assert_members(case.scan, {**expected, number: wrong}, found)
 
 
 def test_an_image_without_relevance_belongs_to_no_cluster(tmp_path):
     pooled = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]]).double()
     scan = write_scan(tmp_path, shares=torch.ones(3, 1), labels=[0, 0, 0], pooled=pooled)
     found = {5 + k: Cluster(0, k, torch.eye(2).double(), -1.0) for k in range(2)}
-    assert_members(replace(scan, clusters=found), {5: [1], 6: [2]})
+    assert_members(scan, {5: [1], 6: [2]}, found)
 
 
 def test_mean_responses_are_the_layers_output(case):
@@ -197,12 +196,12 @@ def test_mean_responses_are_the_layers_output(case):
     assert_close(found, torch.tensor([case.answers(o) for o in channels], dtype=torch.float64).T)
 
 
-def assert_read_again(scan: Scan, channel: int, images: Sequence[int], number: Tensor) -> None:
+def assert_read_again(scan: Scan, made: Clusters, images: Sequence[int], number: Tensor) -> None:
     """The images that a channel's clusters were made of belong to them, and no others do."""
-    expected: dict[int, list[int]] = {n: [] for n in scan.clusters}
+    expected: dict[int, list[int]] = {n: [] for n in made}
     for place, own in zip(images, number.tolist(), strict=True):
         expected[own].append(place)
-    assert_members(scan, expected)
+    assert_members(scan, expected, made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -218,7 +217,7 @@ def test_the_images_that_made_clusters_belong_to_them_in_batches_of_any_size(kin
         relevance = list(torch.ones(40, 1))  # no image of these is without
         places, _ = cluster_oracle.top_images(answers[:, channel].tolist(), relevance)
         for one in (scan, again):
-            assert_read_again(replace(one, clusters=made), channel, places, number)
+            assert_read_again(one, made, places, number)
 
 
 # --- what follows of clusters: split, network, measures -------------------------------------------
@@ -255,8 +254,8 @@ def divided(case) -> Divided:
 
 
 def test_sums_of_clusters_are_those_of_their_images(divided, tmp_path):
-    scan = replace(reshard(divided.case.scan, tmp_path, 7), clusters=divided.found.clusters)
-    sums = class_sums(scan, [0.1])
+    scan = reshard(divided.case.scan, tmp_path, 7)
+    sums = class_sums(scan, [0.1], divided.found.clusters)
     for number in [*divided.found.clusters, 0, 1, 2, 3]:
         truth = divided.truth if number >= FIRST else divided.case.truth
         images = truth.images((number,))
@@ -267,8 +266,7 @@ def test_sums_of_clusters_are_those_of_their_images(divided, tmp_path):
 @pytest.mark.parametrize("method", ["least_squares", "published"])
 def test_a_split_of_clusters_has_the_oracles_measures(method, divided, tmp_path):
     case, found = divided.case, divided.found
-    scan = replace(case.scan, clusters=found.clusters)
-    images = concerned(scan, found.classes)
+    images = found.members_in(case.scan).indices(found.classes)
     settings = {"indices": images, "positions": True, "batch_size": 5}
     maps = unbraid.scan(case.network, "layer", case.images, tmp_path / "maps", **settings)
     assert maps.manifest.n_images == len(images)
@@ -324,8 +322,8 @@ def found(planted) -> Findings:
 
 def concepts_of(scan: Scan, found: Findings, channel: int) -> list[int]:
     """Which concept of a channel each image belongs to, -1 for none."""
-    scan = replace(scan, clusters=found.clusters)
-    parts = [concept_of(scan, records, found.concepts[channel]) for records in scan.shards()]
+    members = found.members_in(scan)
+    parts = [members.concept_of(records, found.concepts[channel]) for records in scan.shards()]
     return torch.cat(parts).tolist()
 
 
@@ -386,8 +384,7 @@ def test_pairs_are_clusters_of_two_concepts_with_their_cosine_and_size(planted, 
     pooled = torch.cat([records.pooled[:, 0] for records in planted.scan.shards()])
     by_number: dict[int, list[int]] = {}
     for number in found.clusters:
-        scan = replace(planted.scan, clusters=found.clusters)
-        by_number[number] = concerned(scan, [number])
+        by_number[number] = found.members_in(planted.scan).indices([number])
     assert len(found.pairs) >= 1 + 3
     for channel, groups in found.concepts.items():
         relevance = pooled * planted.scan.weight[channel]
@@ -503,7 +500,7 @@ def test_clusters_are_named_by_up_to_three_classes_that_a_fifth_of_their_images_
     named = unbraid.find(scan, concepts="clusters")
     n_names = set()
     for number, cluster in named.clusters.items():
-        own = [labels[n] for n in concerned(replace(scan, clusters=named.clusters), [number])]
+        own = [labels[n] for n in named.members_in(scan).indices([number])]
         counts = {c: own.count(c) for c in set(own) if own.count(c) >= 0.2 * len(own)}
         start, brackets = named.name(number).split(" (")
         words = brackets.rstrip(")").split(", ")

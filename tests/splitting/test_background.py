@@ -10,6 +10,7 @@ import unbraid
 from checks import Truth, assert_close, truth_of
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import UsageError
+from unbraid.finding.membership import Members
 from unbraid.scanning.records import Scan
 from unbraid.splitting import least_squares as background
 from unbraid.splitting.least_squares import (
@@ -52,7 +53,7 @@ def assert_term(term: Term, truth: Truth, channel: int, weight: Tensor) -> None:
 
 
 def term_of(scan: Scan, channel: int) -> Term:
-    background = background_of(scan, sample_images(scan), channel, CONCEPTS)
+    background = background_of(Members(scan), sample_images(scan), channel, CONCEPTS)
     term = background_term(background, augmented_row(scan, channel), 2)
     assert term is not None
     return term
@@ -78,11 +79,11 @@ def test_a_wrong_term_is_noticed(case):
 
 def test_without_other_images_or_answers_nothing_is_asked(case):
     scan, _ = case
-    every = background_of(scan, sample_images(scan), 0, ((0, 1), (2, 3)))
+    every = background_of(Members(scan), sample_images(scan), 0, ((0, 1), (2, 3)))
     assert len(every) == 0
     assert background_term(every, augmented_row(scan, 0), 2) is None
     silent = torch.zeros_like(augmented_row(scan, 0))
-    some = background_of(scan, sample_images(scan), 0, CONCEPTS)
+    some = background_of(Members(scan), sample_images(scan), 0, CONCEPTS)
     assert background_term(some, silent, 2) is None
 
 

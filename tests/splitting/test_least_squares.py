@@ -13,6 +13,7 @@ from torch import Tensor
 import unbraid
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import UsageError
+from unbraid.finding.membership import Members
 from unbraid.measuring.evaluate import separation_error
 from unbraid.networks.layers import describe
 from unbraid.networks.spec import channels_first, pooled_input, tap_inputs
@@ -185,7 +186,7 @@ def slow_objective(scan, channel: int, concepts, masks: Tensor) -> list[float]:
 
 def test_the_problem_is_that_of_the_method_page(case):
     scan, found = case
-    fits = fit_least_squares(scan, found.concepts, 0.1, sample_images(scan))
+    fits = fit_least_squares(Members(scan), found.concepts, 0.1, sample_images(scan))
     records = next(scan.shards())
     for channel, concepts in found.concepts.items():
         group = scan.layer.group_of(channel)
@@ -204,7 +205,7 @@ def test_the_problem_is_that_of_the_method_page(case):
 
 def test_it_does_better_than_any_rho_on_what_it_minimises(case):
     scan, found = case
-    fits = fit_least_squares(scan, found.concepts, PENALTIES[0], sample_images(scan))
+    fits = fit_least_squares(Members(scan), found.concepts, PENALTIES[0], sample_images(scan))
     for rho in (0.3, 0.7, 1.0):
         published = unbraid.split(scan, found, method="published", rho=rho)
         for part in published.channels:
@@ -215,14 +216,14 @@ def test_it_does_better_than_any_rho_on_what_it_minimises(case):
 
 def test_a_stiff_penalty_gives_the_prior(case):
     scan, found = case
-    for fit in fit_least_squares(scan, found.concepts, 1e9, sample_images(scan)).values():
+    for fit in fit_least_squares(Members(scan), found.concepts, 1e9, sample_images(scan)).values():
         torch.testing.assert_close(fit.masks, fit.prior, rtol=0, atol=1e-6)
 
 
 def test_refining_never_makes_the_rectified_objective_worse(case):
     scan, found = case
-    fits = fit_least_squares(scan, found.concepts, 0.01, sample_images(scan))
-    (channels, maps), *more = _read_maps(scan, found.concepts)
+    fits = fit_least_squares(Members(scan), found.concepts, 0.01, sample_images(scan))
+    (channels, maps), *more = _read_maps(Members(scan), found.concepts)
     assert not more
     for channel in channels:
         images, fit = _images(scan, channel, found.concepts[channel], maps), fits[channel]
@@ -251,9 +252,9 @@ def test_tap_inputs_add_up_to_the_pooled_input():
 
 def test_the_penalty_is_one_of_those_tried_and_steady(case):
     scan, found = case
-    chosen = choose_penalty(scan, found.concepts)
+    chosen = choose_penalty(Members(scan), found.concepts)
     assert chosen in PENALTIES
-    assert choose_penalty(scan, found.concepts) == chosen
+    assert choose_penalty(Members(scan), found.concepts) == chosen
 
 
 def test_one_image_a_concept_and_silent_channels_are_no_trouble(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import belongs
+from unbraid.finding.membership import Clusters, Members
 from unbraid.networks.relevance import input_relevance
 from unbraid.scanning.records import Scan
 
@@ -29,10 +30,12 @@ class ClassSums:
     n_matters: Tensor  # (tau, T, C_out), images of the class in which the channel matters
 
 
-def class_sums(scan: Scan, taus: Sequence[float]) -> ClassSums:
-    """Read a Scan once and sum its records by class, and by cluster where it has clusters."""
-    spec = scan.layer
-    n_classes = max(len(scan.class_names), *(number + 1 for number in scan.clusters), 0)
+def class_sums(
+    scan: Scan, taus: Sequence[float], clusters: Clusters = MappingProxyType({})
+) -> ClassSums:
+    """Read a Scan once and sum its records by class, and by cluster."""
+    spec, members = scan.layer, Members(scan, clusters)
+    n_classes = max(len(scan.class_names), *(number + 1 for number in clusters), 0)
     n_images = torch.zeros(n_classes, dtype=torch.int64)
     pooled = torch.zeros(n_classes, spec.groups, spec.n_taps, dtype=torch.float64)
     matters = torch.zeros(len(taus), n_classes * spec.n_out, dtype=torch.int64)
@@ -50,10 +53,10 @@ def class_sums(scan: Scan, taus: Sequence[float]) -> ClassSums:
         for k, tau in enumerate(taus):
             chosen = place[records.share_value >= tau]
             matters[k].index_add_(0, chosen, torch.ones_like(chosen))
-        for number in scan.clusters:
-            members = belongs(scan, records, number)
-            n_images[number] += int(members.sum())
-            pooled[number] += records.pooled[members].double().sum(0)
+        for number in clusters:
+            own = members.of(records, number)
+            n_images[number] += int(own.sum())
+            pooled[number] += records.pooled[own].double().sum(0)
     return ClassSums(n_images, pooled, matters.unflatten(1, (n_classes, spec.n_out)))
 
 

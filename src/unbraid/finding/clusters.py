@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from scipy.stats import binom
 from torch import Tensor
 
-from unbraid.finding.membership import mean_responses, relevance_for_channel
-from unbraid.scanning.records import Cluster, Scan
+from unbraid.finding.membership import Cluster, mean_responses, relevance_for_channel
+from unbraid.scanning.records import Scan
 
 # Clusters of images that play the part of classes where concepts are sought without labels.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,6 @@ from unbraid.images.dataset import UNLABELLED, Around, labels_of
 from unbraid.images.identity import fit_ids, ids_of, unpack_ids
 from unbraid.networks.spec import LayerSpec
 from unbraid.scanning.manifest import MAX_CLASSES, Manifest, read_manifest
-
-# Divide points into clusters, as many as a null model of one cluster does not explain.
-
-
-@dataclass(frozen=True, eq=False)
-class Cluster:
-    """Images in which a channel answers for one cause."""
-
-    channel: int
-    place: int  # among the clusters of the channel
-    centres: Tensor  # (K, C), of all clusters of the channel, in relevance, of length one
-    least: float  # smallest answer of an image, mean pre-activation
-
-
-Clusters = Mapping[int, Cluster]  # by number
-
 
 # What tensors from disk must be like before anything is computed of them.
 
@@ -298,7 +282,6 @@ class Scan:
     manifest: Manifest
     weight: Tensor  # (C_out, J)
     bias: Tensor  # (C_out,)
-    clusters: Clusters = field(default_factory=dict)  # that numbers behind the classes stand for
 
     @property
     def layer(self) -> LayerSpec:

@@ -6,14 +6,15 @@ channel then has the steadiness of all. Shapes: n images, G groups, J taps, K co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import concept_of, count_images, first_images, members, portions
+from unbraid.finding.membership import Members
 from unbraid.scanning.records import Records, Scan, join_records
 from unbraid.splitting.box_solver import (
     MOST_ROWS,
@@ -34,6 +35,7 @@ from unbraid.splitting.box_solver import (
 _BYTES_AT_ONCE = 3 << 30  # of moments; all classes of ImageNet fit in at 512 inputs
 _ROWS_AT_ONCE = 64  # images of a class whose outer products are added up together
 
+K = TypeVar("K")
 Key = tuple[int, int]  # group of the layer, class or cluster
 
 
@@ -74,15 +76,41 @@ def augmented_inputs(records: Records, places: Tensor) -> Tensor:
     return augment(records.pooled[places], records.n_positions[places])
 
 
+def portions(
+    needs: Mapping[int, set[K]], n_bytes: Callable[[K], int], at_once: int
+) -> Iterator[list[int]]:
+    """Part channels into portions whose needs fit into memory together; each has one at least.
+
+    Args:
+        needs: of each channel.
+        n_bytes: of one need, which channels share.
+        at_once: bytes that may be held.
+
+    >>> list(portions({7: {1, 2}, 8: {2}, 9: {3}}, lambda need: 10, 20))
+    [[7, 8], [9]]
+    """
+    portion: list[int] = []
+    held: set[K] = set()
+    for channel, own in needs.items():
+        if portion and sum(map(n_bytes, held | own)) > at_once:
+            yield portion
+            portion, held = [], set()
+        portion.append(channel)
+        held |= own
+    if portion:
+        yield portion
+
+
 def read_moments(
-    scan: Scan, concepts: Mapping[int, Sequence[Concept]]
+    members: Members, concepts: Mapping[int, Sequence[Concept]]
 ) -> Iterator[tuple[list[int], Moments]]:
     """Give the moments that channels need, as many channels at a time as memory holds.
 
     A class is kept as its inputs, instead of their moment, if all its channels' concepts have so
     few images that these are quicker.
     """
-    counts = count_images(scan, {c for groups in concepts.values() for g in groups for c in g})
+    scan = members.scan
+    counts = members.count({c for groups in concepts.values() for g in groups for c in g})
     n_taps = scan.layer.n_taps
     needs: dict[int, set[Key]] = {}
     whole: set[Key] = set()
@@ -97,18 +125,18 @@ def read_moments(
 
     for portion in portions(needs, n_bytes, _BYTES_AT_ONCE):
         keys = {key for channel in portion for key in needs[channel]}
-        yield portion, Moments(counts, second_moments(scan, keys, whole))
+        yield portion, Moments(counts, second_moments(members, keys, whole))
 
 
-def second_moments(scan: Scan, keys: Iterable[Key], whole: set[Key]) -> dict[Key, Gram]:
+def second_moments(members: Members, keys: Iterable[Key], whole: set[Key]) -> dict[Key, Gram]:
     """Read a Scan once and sum the outer products of augmented pooled inputs.
 
     Args:
-        scan: of images of all classes and clusters in `keys`.
+        members: of a scan of images of all classes and clusters in `keys`.
         keys: which groups and classes or clusters.
         whole: those to be kept as matrices; of the others the inputs are kept.
     """
-    size = scan.layer.n_taps + 1
+    size = members.scan.layer.n_taps + 1
     groups_of: dict[int, list[int]] = {}
     for group, number in sorted(keys):
         groups_of.setdefault(number, []).append(group)
@@ -122,8 +150,8 @@ def second_moments(scan: Scan, keys: Iterable[Key], whole: set[Key]) -> dict[Key
             sums[key].addmm_(rows.T, rows)
             inputs[key].clear()
 
-    for records in scan.shards():
-        for number, places in members(scan, records, groups_of):
+    for records in members.scan.shards():
+        for number, places in members.places(records, groups_of):
             for group in groups_of[number]:
                 pooled = records.pooled[places, group]
                 inputs[group, number].append(augment(pooled, records.n_positions[places]))
@@ -163,10 +191,12 @@ def sample_images(scan: Scan) -> Records:
     return join_records(parts)
 
 
-def background_of(scan: Scan, sample: Records, channel: int, concepts: Sequence[Concept]) -> Tensor:
+def background_of(
+    members: Members, sample: Records, channel: int, concepts: Sequence[Concept]
+) -> Tensor:
     """Augmented pooled inputs of the sampled images that belong to no concept, (N, J + 1)."""
-    outside = concept_of(scan, sample, concepts) < 0
-    pooled = sample.pooled[outside, scan.layer.group_of(channel)]
+    outside = members.concept_of(sample, concepts) < 0
+    pooled = sample.pooled[outside, members.scan.layer.group_of(channel)]
     return augment(pooled, sample.n_positions[outside])
 
 
@@ -248,7 +278,7 @@ class Problem:
 
 
 def fit_least_squares(
-    scan: Scan,
+    members: Members,
     concepts: Mapping[int, Sequence[Concept]],
     penalty: float,
     sample: Records,
@@ -257,7 +287,7 @@ def fit_least_squares(
     """Fit the masks of all channels.
 
     Args:
-        scan: of the training images.
+        members: of a scan of the training images.
         concepts: per channel.
         penalty: lambda, in units of the mean curvature of the problem.
         sample: of all training images, from `sample_images`.
@@ -266,12 +296,13 @@ def fit_least_squares(
     Returns:
         One Fit per channel.
     """
+    scan = members.scan
     fits: dict[int, Fit] = {}
-    for channels, moments in read_moments(scan, concepts):
+    for channels, moments in read_moments(members, concepts):
 
         def fit(channel: int, moments: Moments = moments) -> Fit:
             own, row = concepts[channel], augmented_row(scan, channel)
-            background = background_of(scan, sample, channel, own)
+            background = background_of(members, sample, channel, own)
             term = background_term(background, row, len(own))
             group = scan.layer.group_of(channel)
             problem = pose(row, [concept_moment(moments, group, c) for c in own], term)
@@ -345,20 +376,20 @@ _N_FOLDS = 5
 _PENALTY_BYTES_AT_ONCE = 1 << 30  # of inputs
 
 
-def choose_penalty(scan: Scan, concepts: Mapping[int, Sequence[Concept]]) -> float:
+def choose_penalty(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> float:
     """Choose lambda, in units of the mean curvature.
 
     Images that the data set groups are held out together.
     """
-    every = sorted(concepts)
+    scan, every = members.scan, sorted(concepts)
     sampled = every[:: -(-len(every) // _N_CHANNELS)]
     needs = {o: {number for concept in concepts[o] for number in concept} for o in sampled}
     bytes_each = _N_PENALTY_IMAGES * scan.layer.groups * (scan.layer.n_taps + 1) * 8
     total = torch.zeros(len(PENALTIES), dtype=torch.float64)
     for portion in portions(needs, lambda _: bytes_each, _PENALTY_BYTES_AT_ONCE):
         numbers = {number for channel in portion for number in needs[channel]}
-        inputs = first_images(scan, numbers, _N_PENALTY_IMAGES, augmented_inputs)
-        ids = first_images(scan, numbers, _N_PENALTY_IMAGES, _group_ids)
+        inputs = members.first(numbers, _N_PENALTY_IMAGES, augmented_inputs)
+        ids = members.first(numbers, _N_PENALTY_IMAGES, _group_ids)
 
         def losses(
             channel: int, inputs: dict[int, Tensor] = inputs, ids: dict[int, Tensor] = ids

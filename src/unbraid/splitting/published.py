@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import concept_of
+from unbraid.finding.membership import Members
 from unbraid.networks.spec import respond, widen
 from unbraid.scanning.records import Records, Scan
 
@@ -53,7 +53,9 @@ def published_masks(arvs: Sequence[Tensor], rho: float, taps_per_input: int) -> 
 
 
 def choose_rho(
-    scan: Scan, concepts: Mapping[int, Sequence[Concept]], arvs: Mapping[int, Sequence[Tensor]]
+    members: Members,
+    concepts: Mapping[int, Sequence[Concept]],
+    arvs: Mapping[int, Sequence[Tensor]],
 ) -> dict[int, float]:
     """Choose rho per channel by the published criterion, in one reading of the Scan.
 
@@ -62,10 +64,11 @@ def choose_rho(
     lowest rho wins a tie.
 
     Args:
-        scan: with positions, of at least the concepts' images.
+        members: of a scan with positions, of at least the concepts' images.
         concepts: per channel.
         arvs: per channel, one vector per concept.
     """
+    scan = members.scan
     counts = {o: [0] * len(groups) for o, groups in concepts.items()}
     sums = {
         o: torch.zeros(len(groups), len(RHOS), dtype=torch.float64)
@@ -74,7 +77,7 @@ def choose_rho(
     rows = {o: _rows_of_all_rhos(scan, o, arvs[o]) for o in concepts}
     for records in scan.shards():
         for o, groups in concepts.items():
-            concept = concept_of(scan, records, groups)
+            concept = members.concept_of(records, groups)
             for k in range(len(groups)):
                 chosen = concept == k
                 if not chosen.any():

@@ -16,11 +16,18 @@ import torch
 from torch import Tensor
 
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import first_images, portions
+from unbraid.finding.membership import Members
 from unbraid.networks.spec import tap_inputs, widen
 from unbraid.scanning.records import Records, Scan
 from unbraid.splitting.box_solver import Gram, Rows, add, side_by_side, solve_box
-from unbraid.splitting.least_squares import Fit, Term, augmented_row, background_of, background_term
+from unbraid.splitting.least_squares import (
+    Fit,
+    Term,
+    augmented_row,
+    background_of,
+    background_term,
+    portions,
+)
 
 POOLED_WEIGHT = 0.3  # docs/splitting.md tells what other weights gave
 _N_IMAGES = 100  # of each concept, spread over its classes
@@ -142,7 +149,7 @@ def refine(
 
 
 def refine_fits(
-    scan: Scan,
+    members: Members,
     concepts: Mapping[int, Sequence[Concept]],
     fits: Mapping[int, Fit],
     sample: Records,
@@ -150,17 +157,18 @@ def refine_fits(
     """Refine the masks of all channels, as many at a time as memory holds input maps for.
 
     Args:
-        scan: of the training images, with positions.
+        members: of a scan of the training images, with positions.
         concepts: per channel.
         fits: per channel, from `fit_least_squares`.
         sample: of all training images, from `sample_images`.
     """
+    scan = members.scan
     refined: dict[int, Fit] = {}
-    for channels, maps in _read_maps(scan, concepts):
+    for channels, maps in _read_maps(members, concepts):
 
         def improve(channel: int, maps: dict[int, Tensor] = maps) -> Fit:
             fit, own = fits[channel], concepts[channel]
-            background = background_of(scan, sample, channel, own)
+            background = background_of(members, sample, channel, own)
             term = background_term(background, augmented_row(scan, channel), len(own))
             images = _images(scan, channel, own, maps)
             masks = refine(images, fit.masks, fit.prior, fit.penalty, term)
@@ -171,17 +179,17 @@ def refine_fits(
 
 
 def _read_maps(
-    scan: Scan, concepts: Mapping[int, Sequence[Concept]]
+    members: Members, concepts: Mapping[int, Sequence[Concept]]
 ) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
     """Give channels, and input maps of the first images of each of their classes or clusters."""
-    sample = next(records.input_map for records in scan.shards() if len(records))
+    sample = next(records.input_map for records in members.scan.shards() if len(records))
     assert sample is not None
     needs = {
         o: {number for concept in groups for number in concept} for o, groups in concepts.items()
     }
     for portion in portions(needs, lambda _: sample[0].nbytes * _N_IMAGES, _BYTES_AT_ONCE):
         numbers = {number for channel in portion for number in needs[channel]}
-        yield portion, first_images(scan, numbers, _N_IMAGES, _input_maps)
+        yield portion, members.first(numbers, _N_IMAGES, _input_maps)
 
 
 def _input_maps(records: Records, places: Tensor) -> Tensor:

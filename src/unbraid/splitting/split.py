@@ -5,7 +5,6 @@ Shapes: K concepts, J taps; see METHOD.md sections 3 to 5.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.finding.arv import averaged_relevance, class_sums, concept_mean
 from unbraid.finding.findings import Findings
-from unbraid.finding.membership import numbers_seen
+from unbraid.finding.membership import Members
 from unbraid.scanning.records import Records, Scan
 from unbraid.splitting.least_squares import choose_penalty, fit_least_squares, sample_images
 from unbraid.splitting.published import choose_rho, published_masks
@@ -76,14 +75,14 @@ def split(
             "positions=True, classes=found.classes and pass that scan, or give rho=0.7."
         )
     _check_fit(scan, found)
-    scan = replace(scan, clusters=found.clusters)
+    members = found.members_in(scan)
     if method == "published":
-        chosen = _published(scan, found, rho)
+        chosen = _published(members, found, rho)
     else:
         if everything is not None:
             _check_fit(as_kind("everything", everything, Scan), found)
         sample = sample_images(everything or scan)
-        chosen = _least_squares(scan, found, sample, _begin(scan, found, start))
+        chosen = _least_squares(members, found, sample, _begin(scan, found, start))
     channels = tuple(
         ChannelSplit(
             channel=o,
@@ -132,9 +131,9 @@ def _check_fit(scan: Scan, found: Findings) -> None:
             f"The channels were found in layer {found.layer!r} of a network that this scan, of "
             f"layer {scan.layer.name!r}, is not of; pass a scan of the same network and layer."
         )
-    seen = numbers_seen(replace(scan, clusters=found.clusters), found.classes)
+    counts = found.members_in(scan).count(found.classes)
     for label in found.classes:
-        if label not in seen:
+        if not counts[label]:
             name = found.name(label) if label in found.clusters else f"class {found.name(label)}"
             raise UsageError(
                 f"The scan has no image of {name}, which a concept names; pass the scan that the "
@@ -142,13 +141,16 @@ def _check_fit(scan: Scan, found: Findings) -> None:
             )
 
 
-def _published(scan: Scan, found: Findings, rho: float | None) -> Chosen:
-    sums = class_sums(scan, [])
+def _published(members: Members, found: Findings, rho: float | None) -> Chosen:
+    scan = members.scan
+    sums = class_sums(scan, [], found.clusters)
     arvs = {
         o: [averaged_relevance(scan, o, concept_mean(sums, concept)) for concept in concepts]
         for o, concepts in found.concepts.items()
     }
-    rhos = dict.fromkeys(arvs, rho) if rho is not None else choose_rho(scan, found.concepts, arvs)
+    rhos = (
+        dict.fromkeys(arvs, rho) if rho is not None else choose_rho(members, found.concepts, arvs)
+    )
     taps = scan.layer.taps_per_input
     return {o: (published_masks(arvs[o], rhos[o], taps), {"rho": rhos[o]}) for o in arvs}
 
@@ -171,12 +173,12 @@ def _begin(scan: Scan, found: Findings, start: Split | None) -> dict[int, Tensor
 
 
 def _least_squares(
-    scan: Scan, found: Findings, sample: Records, start: dict[int, Tensor]
+    members: Members, found: Findings, sample: Records, start: dict[int, Tensor]
 ) -> Chosen:
-    penalty = choose_penalty(scan, found.concepts)
-    fits = fit_least_squares(scan, found.concepts, penalty, sample, start)
-    if scan.positions:
-        fits = refine_fits(scan, found.concepts, fits, sample)
+    penalty = choose_penalty(members, found.concepts)
+    fits = fit_least_squares(members, found.concepts, penalty, sample, start)
+    if members.scan.positions:
+        fits = refine_fits(members, found.concepts, fits, sample)
     return {
         o: (fit.masks, {"lambda": fit.penalty, "kkt_residual": fit.kkt_residual})
         for o, fit in fits.items()

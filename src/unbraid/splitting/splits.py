@@ -18,9 +18,10 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.base.schema import build, check_schema, in_range, unread
 from unbraid.base.tables import Shown, align, count, html_table
 from unbraid.finding.findings import Concept
+from unbraid.finding.membership import Cluster, Clusters, Members
 from unbraid.networks.spec import LayerSpec, respond, widen
 from unbraid.scanning.manifest import MAX_CLASSES, most_classes
-from unbraid.scanning.records import Cluster, Clusters, sound_figures
+from unbraid.scanning.records import Scan, sound_figures
 
 SCHEMA = 1
 
@@ -103,6 +104,10 @@ class Split(Shown):
             if part.channel == channel:
                 return part
         raise KeyError(f"channel {channel} was not split")
+
+    def members_in(self, scan: Scan) -> Members:
+        """Say which images of a scan of this layer belong to which class or cluster."""
+        return Members(scan, self.clusters)
 
     def name(self, concept: Concept) -> str:
         """Name a concept by its classes."""

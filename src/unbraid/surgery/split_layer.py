@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unbraid.finding.membership import Clusters
 from unbraid.networks.layers import weight_rows
 from unbraid.networks.spec import LayerSpec, respond
-from unbraid.scanning.records import Clusters
 from unbraid.splitting.splits import ChannelSplit
 from unbraid.surgery.gates import Move, make_moves
 
