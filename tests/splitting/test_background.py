@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,11 +16,9 @@ from unbraid.finding.membership import Members
 from unbraid.scanning.records import Scan
 from unbraid.splitting import least_squares as background
 from unbraid.splitting.least_squares import (
-    WEIGHT,
+    BACKGROUND_WEIGHT,
     Term,
-    augmented_row,
-    background_of,
-    background_term,
+    background_terms,
     sample_images,
 )
 
@@ -41,7 +41,7 @@ def expected(truth: Truth, channel: int, mask: Tensor, weight: Tensor) -> float:
         if label not in (0, 2):
             error += float(masked[n] - responses[n] / 2) ** 2
             power += float(responses[n]) ** 2
-    return WEIGHT * error / power
+    return BACKGROUND_WEIGHT * error / power
 
 
 def assert_term(term: Term, truth: Truth, channel: int, weight: Tensor) -> None:
@@ -53,9 +53,7 @@ def assert_term(term: Term, truth: Truth, channel: int, weight: Tensor) -> None:
 
 
 def term_of(scan: Scan, channel: int) -> Term:
-    background = background_of(Members(scan), sample_images(scan), channel, CONCEPTS)
-    term = background_term(background, augmented_row(scan, channel), 2)
-    assert term is not None
+    (term,) = background_terms(Members(scan), sample_images(scan), channel, CONCEPTS)
     return term
 
 
@@ -79,12 +77,10 @@ def test_a_wrong_term_is_noticed(case):
 
 def test_without_other_images_or_answers_nothing_is_asked(case):
     scan, _ = case
-    every = background_of(Members(scan), sample_images(scan), 0, ((0, 1), (2, 3)))
-    assert len(every) == 0
-    assert background_term(every, augmented_row(scan, 0), 2) is None
-    silent = torch.zeros_like(augmented_row(scan, 0))
-    some = background_of(Members(scan), sample_images(scan), 0, CONCEPTS)
-    assert background_term(some, silent, 2) is None
+    sample = sample_images(scan)
+    assert background_terms(Members(scan), sample, 0, ((0, 1), (2, 3))) == []
+    silent = replace(scan, weight=0 * scan.weight, bias=0 * scan.bias)
+    assert background_terms(Members(silent), sample, 0, CONCEPTS) == []
 
 
 def test_a_sample_is_spread_over_all_shards(tmp_path):

@@ -24,13 +24,11 @@ from unbraid.splitting.box_solver import (
     Whole,
     add,
     kkt_residual,
-    leading,
-    scale,
     solve_box,
 )
 from unbraid.splitting.least_squares import (
     PENALTIES,
-    ConceptMoment,
+    Moment,
     augment,
     augmented_row,
     choose_penalty,
@@ -38,7 +36,7 @@ from unbraid.splitting.least_squares import (
     pose,
     sample_images,
 )
-from unbraid.splitting.rectified import _images, _read_maps, refine
+from unbraid.splitting.rectified import images_of, input_maps, pose_rectified, refine
 
 OWN = {1: [[0], [1]], 4: [[0, 1], [2], [3]]}
 
@@ -157,9 +155,9 @@ def test_both_forms_of_a_gram_say_the_same():
     free = torch.tensor([0, 3, 4, 20, 49])
     expected = torch.linalg.solve(matrix[free][:, free] + 0.7 * torch.eye(5).double(), x[0, :5])
     for gram in (few, many):
-        scaled = leading(scale(gram, row), 50)
+        scaled = gram.weighted(row[:50])
         torch.testing.assert_close(scaled.times(x[:, :50]), x[:, :50] @ matrix)
-        torch.testing.assert_close(scaled.diagonal(), matrix.diagonal())
+        torch.testing.assert_close(scaled.diagonal, matrix.diagonal())
         system = System(scaled, 0.7, free)
         torch.testing.assert_close(system.exactly(x[0, :5]), expected)
         torch.testing.assert_close(system.nearly(x[0, :5]), expected, rtol=1e-3, atol=1e-3)
@@ -194,7 +192,7 @@ def test_the_problem_is_that_of_the_method_page(case):
         for concept in concepts:
             chosen = torch.isin(records.label, torch.tensor(concept))
             inputs = augment(records.pooled[chosen, group], records.n_positions[chosen])
-            moments.append(ConceptMoment([Rows(inputs)], len(inputs)))
+            moments.append(Moment([Rows(inputs)], len(inputs)))
         problem = pose(augmented_row(scan, channel), moments)
         for masks in (fits[channel].masks, problem.prior, torch.rand_like(problem.prior)):
             slow = slow_objective(scan, channel, concepts, masks)
@@ -223,11 +221,10 @@ def test_a_stiff_penalty_gives_the_prior(case):
 def test_refining_never_makes_the_rectified_objective_worse(case):
     scan, found = case
     fits = fit_least_squares(Members(scan), found.concepts, 0.01, sample_images(scan))
-    (channels, maps), *more = _read_maps(Members(scan), found.concepts)
-    assert not more
-    for channel in channels:
-        images, fit = _images(scan, channel, found.concepts[channel], maps), fits[channel]
-        refined = refine(images, fit.masks, fit.prior, fit.penalty)
+    maps = found.members_in(scan).first(found.classes, 100, input_maps)
+    for channel, fit in fits.items():
+        images = images_of(scan, channel, found.concepts[channel], maps)
+        refined = refine(pose_rectified(images, fit.prior, fit.penalty), fit.masks)
         assert ((refined >= 0) & (refined <= 1)).all()
         errors = [rectified_error(images, masks) for masks in (fit.masks, refined)]
         assert errors[1] <= errors[0] + 0.02

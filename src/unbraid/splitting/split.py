@@ -1,7 +1,4 @@
-"""Choose new rows for polysemantic channels: one concept channel per concept.
-
-Shapes: K concepts, J taps; see METHOD.md sections 3 to 5.
-"""
+"""Choose new rows for polysemantic channels: one concept channel per concept."""
 
 from __future__ import annotations
 
@@ -15,13 +12,14 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.finding.arv import averaged_relevance, class_sums, concept_mean
 from unbraid.finding.findings import Findings
 from unbraid.finding.membership import Members
-from unbraid.scanning.records import Records, Scan
+from unbraid.scanning.records import Scan
 from unbraid.splitting.least_squares import choose_penalty, fit_least_squares, sample_images
 from unbraid.splitting.published import choose_rho, published_masks
 from unbraid.splitting.rectified import refine_fits
 from unbraid.splitting.splits import ChannelSplit, Split
 
 Method = Literal["least_squares", "published"]
+_Chosen = dict[int, tuple[Tensor, dict[str, Any]]]  # per channel, masks and how they were chosen
 
 
 @in_plain_modes
@@ -81,19 +79,7 @@ def split(
     else:
         if everything is not None:
             _check_fit(as_kind("everything", everything, Scan), found)
-        sample = sample_images(everything or scan)
-        chosen = _least_squares(members, found, sample, _begin(scan, found, start))
-    channels = tuple(
-        ChannelSplit(
-            channel=o,
-            concepts=found.concepts[o],
-            masks=masks.to(scan.weight.dtype),
-            weight=scan.weight[o],
-            bias=float(scan.bias[o]),
-            info=info,
-        )
-        for o, (masks, info) in sorted(chosen.items())
-    )
+        chosen = _least_squares(members, found, everything or scan, _begin(scan, found, start))
     return Split(
         layer=scan.layer,
         weights=scan.manifest.weights,
@@ -101,7 +87,17 @@ def split(
         settings={"tau": found.tau, "p": found.p, "gamma": found.gamma},
         class_names=found.class_names,
         clusters=found.clusters,
-        channels=channels,
+        channels=tuple(
+            ChannelSplit(
+                channel=o,
+                concepts=found.concepts[o],
+                masks=masks.to(scan.weight.dtype),
+                weight=scan.weight[o],
+                bias=float(scan.bias[o]),
+                info=info,
+            )
+            for o, (masks, info) in sorted(chosen.items())
+        ),
     )
 
 
@@ -119,9 +115,6 @@ def check_rho(rho: float | None) -> float | None:
     return rho
 
 
-Chosen = dict[int, tuple[Tensor, dict[str, Any]]]  # per channel, masks and how they were chosen
-
-
 def _check_fit(scan: Scan, found: Findings) -> None:
     """Raise unless something was found, in a scan such as this one."""
     if not found.concepts:
@@ -132,25 +125,23 @@ def _check_fit(scan: Scan, found: Findings) -> None:
             f"layer {scan.layer.name!r}, is not of; pass a scan of the same network and layer."
         )
     counts = found.members_in(scan).count(found.classes)
-    for label in found.classes:
-        if not counts[label]:
-            name = found.name(label) if label in found.clusters else f"class {found.name(label)}"
+    for number in found.classes:
+        if not counts[number]:
+            name = f"{'' if number in found.clusters else 'class '}{found.name(number)}"
             raise UsageError(
                 f"The scan has no image of {name}, which a concept names; pass the scan that the "
                 "findings were made from."
             )
 
 
-def _published(members: Members, found: Findings, rho: float | None) -> Chosen:
+def _published(members: Members, found: Findings, rho: float | None) -> _Chosen:
     scan = members.scan
     sums = class_sums(scan, [], found.clusters)
     arvs = {
         o: [averaged_relevance(scan, o, concept_mean(sums, concept)) for concept in concepts]
         for o, concepts in found.concepts.items()
     }
-    rhos = (
-        dict.fromkeys(arvs, rho) if rho is not None else choose_rho(members, found.concepts, arvs)
-    )
+    rhos = choose_rho(members, found.concepts, arvs) if rho is None else dict.fromkeys(arvs, rho)
     taps = scan.layer.taps_per_input
     return {o: (published_masks(arvs[o], rhos[o], taps), {"rho": rhos[o]}) for o in arvs}
 
@@ -173,8 +164,9 @@ def _begin(scan: Scan, found: Findings, start: Split | None) -> dict[int, Tensor
 
 
 def _least_squares(
-    members: Members, found: Findings, sample: Records, start: dict[int, Tensor]
-) -> Chosen:
+    members: Members, found: Findings, everything: Scan, start: dict[int, Tensor]
+) -> _Chosen:
+    sample = sample_images(everything)
     penalty = choose_penalty(members, found.concepts)
     fits = fit_least_squares(members, found.concepts, penalty, sample, start)
     if members.scan.positions:
