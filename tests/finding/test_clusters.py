@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cluster_oracle as oracle
-from unbraid.finding.clusters import chance_of_one, find_clusters, two_means
-from unbraid.finding.find import adjusted_rand_index
+from unbraid.finding.clusters import adjusted_rand_index, chance_of_one, find_clusters, two_means
 
 
 def generator(seed: int) -> torch.Generator:

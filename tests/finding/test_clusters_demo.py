@@ -16,7 +16,7 @@ from checks import assert_bit_equal
 from unbraid import Findings, Scan
 from unbraid.demo import network as demo
 from unbraid.finding.arv import class_cosines, class_sums
-from unbraid.finding.find import adjusted_rand_index
+from unbraid.finding.clusters import adjusted_rand_index
 from unbraid.splitting.splits import ChannelSplit
 
 GAMMA = 0.5
