@@ -1,11 +1,10 @@
 """Concepts without labels: the images that a channel responds to most, clustered by what fed it.
 
 A set is cut in two where the cut is real, and its parts again. Two-means finds a cut in anything,
-so the cut is tested on points that it was not made from: they are projected on the line between
-the two centres. If they come from one cluster, however shaped, as long as its density along the
-line has a single peak, then the density half-way is at least the smaller of the densities at the
-two centres. The null model is rejected where significantly fewer points lie half-way. Shapes: N
-points, D dimensions, K clusters, S starts.
+so it is tested on other points, projected on the line between the two centres. Those of one
+cluster, however shaped, are at least as dense half-way as at the rarer of the two centres, as long
+as their density along the line has a single peak. This null model is rejected where significantly
+fewer lie half-way. Shapes: N points, D dimensions, K clusters, S starts.
 """
 
 from __future__ import annotations
@@ -158,17 +157,15 @@ def top_images(scan: Scan) -> Iterator[tuple[int, DescribedImages]]:
     at_once = max(1, _BYTES_AT_ONCE // bytes_each)
     for first in range(0, len(channels), at_once):
         strong = {o: values[:, o].isfinite() for o in channels[first : first + at_once]}
-        labels, pooled = _gather(
-            scan, {o: places[own, o].sort().values for o, own in strong.items()}
-        )
-        for o, own in strong.items():
-            relevance = relevance_for_channel(scan, pooled[o], o)
+        chosen = {o: places[own, o].sort().values for o, own in strong.items()}
+        for o, (labels, pooled) in _gather(scan, chosen).items():
+            relevance = relevance_for_channel(scan, pooled, o)
             some = relevance.norm(dim=1) > 0
-            responses = values[own, o]
+            responses = values[strong[o], o]
             # A little less, since the same response may be rounded otherwise in another batch.
             rounding = torch.finfo(scan.weight.dtype).eps ** 0.5 * responses.abs().max()
             least = float(responses.min() - rounding)
-            yield o, DescribedImages(labels[o][some], relevance[some], least)
+            yield o, DescribedImages(labels[some], relevance[some], least)
 
 
 def _strongest(scan: Scan, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -197,25 +194,20 @@ def _strongest(scan: Scan, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
     return values.masked_fill(weak, -torch.inf), places
 
 
-def _gather(
-    scan: Scan, chosen: Mapping[int, Tensor]
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def _gather(scan: Scan, chosen: Mapping[int, Tensor]) -> dict[int, tuple[Tensor, ...]]:
     """Labels (n,) and pooled inputs (n, J) of each channel's chosen places, which are sorted."""
-    labels: dict[int, list[Tensor]] = {o: [] for o in chosen}
-    pooled: dict[int, list[Tensor]] = {o: [] for o in chosen}
+    parts: dict[int, list[tuple[Tensor, Tensor]]] = {o: [] for o in chosen}
     start = 0
     for records in scan.shards():
         bounds = torch.tensor([start, start + len(records)], dtype=torch.int64)
         for o, places in chosen.items():
             low, high = torch.searchsorted(places, bounds).tolist()
             here = places[low:high] - start
-            labels[o].append(records.label[here])
-            pooled[o].append(records.pooled[here, scan.layer.group_of(o)])
+            pooled = records.pooled[here, scan.layer.group_of(o)]
+            parts[o].append((records.label[here], pooled))
         start += len(records)
-    return (
-        {o: torch.cat(parts) for o, parts in labels.items()},
-        {o: torch.cat(parts) for o, parts in pooled.items()},
-    )
+    columns = {o: zip(*own, strict=True) for o, own in parts.items()}
+    return {o: tuple(map(torch.cat, own)) for o, own in columns.items()}
 
 
 # Clusters of points

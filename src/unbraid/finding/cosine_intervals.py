@@ -43,29 +43,18 @@ class _Case:
 def with_chance(scan: Scan, sums: ClassSums, pairs: Sequence[Pair]) -> list[Pair]:
     """Give pairs of classes the interval of their cosine and the yardsticks of both classes.
 
-    The interval is where, with 95 % confidence, the cosine lies that unlimited images would give.
-    Replicates of the ARVs come from the Bayesian bootstrap: every image gets an exponential weight,
-    so that no class is ever empty, and a replicate's distance from the ARV is stretched by
-    sqrt((n + 1) / (n - 1)), n images, to have the variance of a mean. Noise makes ARVs longer and
-    so pulls their cosine towards zero, in the replicates once more than in the ARVs; by how much
-    follows from the replicates' variance. The interval lies between quantiles of the replicates'
-    cosines with this pull undone, so a cosine that noise has made low can lie below its own
-    interval. Where noise alone makes an ARV as long as it is, the interval is -1 to 1.
-
-    The yardstick of a class is the cosine between the ARVs of two random halves of its images,
-    mean over 10 halvings: what one and the same cause looks like in half as many images.
-
-    Args:
-        scan: of the training images.
-        sums: of all its classes.
-        pairs: of classes that have images.
+    The interval is where, with 95 % confidence, the cosine lies that unlimited images would give:
+    between quantiles of the cosines of Bayesian bootstrap replicates, with undone what noise pulls
+    them towards zero. So a cosine that noise has made low can lie below its own interval. Where
+    noise alone makes an ARV as long as it is, the interval is -1 to 1. The yardstick of a class is
+    the cosine between the ARVs of two random halves of its images, mean over 10 halvings.
 
     Returns:
         The pairs, those of a channel together; nan for classes of a single image.
 
     Source:
-        Rubin 1981, Annals of Statistics 9, for the weights; Spearman 1904, American Journal of
-        Psychology 15, for the pull of noise; docs/chance.md for why no plainer interval.
+        docs/chance.md; Rubin 1981, Annals of Statistics 9, for the weights; Spearman 1904, American
+        Journal of Psychology 15, for the pull of noise.
     """
     if not pairs:
         return []
@@ -91,21 +80,13 @@ def with_chance(scan: Scan, sums: ClassSums, pairs: Sequence[Pair]) -> list[Pair
 
 
 def uniforms(index: Tensor, first: int, n: int) -> Tensor:
-    """Random numbers of images, the same whenever and wherever they are asked for.
+    """Draw n numbers in (0, 1] per image, (N, n), from the image's `first` number on.
 
-    Args:
-        index: (N,), of images in the data set.
-        first: of an image's numbers, which to start at.
-        n: how many.
-
-    Returns:
-        (N, n), float64, in (0, 1].
+    They depend on the images' indices in the data set, (N,), alone.
 
     Source:
         SplitMix64 at a counter: Steele, Lea and Flood 2014, OOPSLA; Stafford's mix 13.
 
-    >>> uniforms(torch.tensor([7]), 0, 2).equal(uniforms(torch.tensor([3, 7]), 1, 1)[1:])
-    False
     >>> uniforms(torch.tensor([7]), 0, 2)[:, 1:].equal(uniforms(torch.tensor([3, 7]), 1, 1)[1:])
     True
     """
@@ -131,6 +112,7 @@ def _intervals(
     n_images = sums.n_images[classes]
     means = (sums.pooled[classes] / n_images[:, None, None]).to(_dtype(scan))  # (T, G, J)
     n = n_images.to(means.dtype)
+    # n exponential weights give (n - 1) / (n + 1) of the variance that a mean has.
     stretch = ((n + 1) / (n - 1).clamp(min=1)).sqrt()[:, None, None, None]
     cosines = [means.new_empty(len(case.pairs), N_REPLICATES) for case in cases]
     squares = [torch.zeros(len(case.classes), dtype=torch.float64) for case in cases]
@@ -166,14 +148,10 @@ def _exponentials(first: int, n: int, _: Tensor, index: Tensor) -> Tensor:
 
 
 def _pull(length: Tensor, noise: Tensor) -> Tensor:
-    """By how much noise pulls cosines of replicates below those of vectors without noise.
+    """By what factor, squared, noise pulls replicates' cosines below those without noise, (c,).
 
-    Args:
-        length: (c,), squared length of the ARVs, which contains the noise once.
-        noise: (c,), variance of their replicates around their mean, which contain it twice.
-
-    Returns:
-        (c,), the square of the factor; infinite where there is nothing but noise.
+    The squared length of ARVs holds the noise once, their replicates' twice. Noise is the variance
+    of replicates around their mean; the factor is infinite where there is nothing else.
 
     >>> _pull(torch.tensor([8.0, 8.0, 0.0]), torch.tensor([2.0, 8.0, 0.0]))
     tensor([1.6667,    inf, 1.0000])

@@ -92,12 +92,9 @@ class Members:
     def first(
         self, numbers: Iterable[int], n: int, take: Callable[[Records, Tensor], Tensor]
     ) -> dict[int, Tensor]:
-        """Take something, (images, ...), of the first n images of each number.
+        """Take something, (images, ...), of the first n images of each number, which all have some.
 
-        Args:
-            numbers: of classes or clusters that all have images.
-            n: images of each, at most.
-            take: what to take, from records and places in them.
+        `take` gets records and places in them.
         """
         parts: dict[int, list[Tensor]] = {number: [] for number in sorted(set(numbers))}
         missing = dict.fromkeys(parts, n)

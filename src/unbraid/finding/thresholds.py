@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_FLOOR, Decimal
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -75,10 +74,9 @@ def check_thresholds(
 def choose_tau(scan: Scan) -> tuple[float, str]:
     """Choose the share at which ten channels matter in a typical image (docs/thresholds.md).
 
-    That is the largest share which, in at least half of the classes, at least half of the images
-    have ten channels of: half of the classes, so that neither their number nor their sizes weigh.
-    In a layer of fewer than forty channels it is a quarter of them, rounded up, in place of ten.
-    Rounded down to three digits, so that the number as it is printed finds the same.
+    That is the largest share which at least half of the images of at least half of the classes
+    have ten channels of, rounded down to three digits, so that the number as printed finds the
+    same. In a layer of fewer than forty channels it is a quarter of them in place of ten.
 
     Returns:
         tau, and a sentence for the user where the scan kept too few shares to follow the rule:
@@ -173,10 +171,7 @@ def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:
 def _users(
     scan: Scan, taus: Sequence[float], p: float
 ) -> Iterator[tuple[ClassSums, float, Tensor]]:
-    """Give for each tau which class uses which channel, (T, C_out), with the sums it is of.
-
-    The scan is read once for as many taus as memory holds counts of.
-    """
+    """Say for each tau which class uses which channel, (T, C_out), with as few readings as fit."""
     n_classes = max(len(scan.class_names), max(scan.labels_seen(), default=0) + 1)
     at_once = max(1, _COUNTS_AT_ONCE // (n_classes * scan.layer.n_out))
     for first in range(0, len(taus), at_once):
@@ -218,11 +213,10 @@ class Sensitivity:
         Raises:
             KeyError: it is not in the grid.
         """
-        return self._by_choice[tau, p, gamma]
-
-    @cached_property
-    def _by_choice(self) -> dict[tuple[float, float, float], Cell]:
-        return {(cell.tau, cell.p, cell.gamma): cell for cell in self.cells}
+        for cell in self.cells:
+            if (cell.tau, cell.p, cell.gamma) == (tau, p, gamma):
+                return cell
+        raise KeyError(f"tau {tau:g}, p {p:g}, gamma {gamma:g} is not in the grid")
 
     def __str__(self) -> str:
         """Show a table per p, taus down and gammas across: channels and, in brackets, pairs."""

@@ -209,8 +209,7 @@ def kkt_residual(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tensor:
 def _switch_bounds(box: _Box, m: Tensor) -> Tensor:
     """Guess which unknowns lie at which bound, solve for the others, and guess again from that.
 
-    Returns:
-        (J,), the answer, unless it took too many guesses in which ever as many were wrong.
+    The answer, (J,), is wrong if it took too many guesses in which ever as many were wrong.
     """
     wish = m + box.pull(m) / (box.gram.diagonal + box.ridge)
     bound = _beyond(wish)
@@ -227,10 +226,10 @@ def _beyond(m: Tensor) -> Tensor:
 
 
 def _go_round(box: _Box, bound: Tensor, m: Tensor, exact: bool) -> tuple[Tensor, Tensor, bool]:
-    """Guess until a guess is confirmed by an exact answer, or while ever fewer are wrong.
+    """Guess until an exact answer confirms the guess, or while ever fewer unknowns are wrong.
 
     Returns:
-        The last guess, the answer to the one before, and whether they are the same.
+        The last guess, the answer to the one before, and whether they agree.
     """
     fewest, patience = len(bound) + 1, _PATIENCE
     while patience:

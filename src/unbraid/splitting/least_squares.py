@@ -46,14 +46,10 @@ def by_portion(
     work: Callable[[Material, int], Answer],
     at_once: int = 1 << 30,
 ) -> dict[int, Answer]:
-    """Do the work of all channels, side by side, as many at a time as memory holds the needs of.
+    """Do the work of all channels, as many at a time as memory holds the needs of.
 
-    Args:
-        needs: of each channel; channels may share them.
-        n_bytes: of one need.
-        read: the needs of a portion of channels.
-        work: what to do with these for one channel, on one processor.
-        at_once: bytes that may be held.
+    What a portion of channels needs, which they may share, is read once. Then each channel's work
+    is done on one processor, side by side.
 
     >>> by_portion({7: {1, 2}, 8: {2}, 9: {3}}, lambda need: 10, sorted, lambda own, o: own, 20)
     {7: [1, 2], 8: [1, 2], 9: [3]}
@@ -121,22 +117,22 @@ def second_moments(members: Members, keys: Iterable[Key], whole: set[Key]) -> di
     inputs: dict[Key, list[Tensor]] = {key: [] for key in keys}
     sums = {key: torch.zeros(size, size, dtype=torch.float64) for key in keys if key in whole}
 
-    def add_up(key: Key, least: int) -> None:
-        """Few images at a time, a matrix is hardly read for so little to add."""
-        if sum(map(len, inputs[key])) >= least:
-            rows = torch.cat(inputs[key])
-            sums[key].addmm_(rows.T, rows)
-            inputs[key].clear()
+    def add_up(key: Key) -> None:
+        rows = torch.cat(inputs[key])
+        sums[key].addmm_(rows.T, rows)
+        inputs[key].clear()
 
     for records in members.scan.shards():
         for number, places in members.places(records, groups_of):
-            for group in groups_of[number]:
-                pooled = records.pooled[places, group]
-                inputs[group, number].append(augment(pooled, records.n_positions[places]))
-                if (group, number) in whole:
-                    add_up((group, number), _ROWS_AT_ONCE)
+            for key in ((group, number) for group in groups_of[number]):
+                pooled = records.pooled[places, key[0]]
+                inputs[key].append(augment(pooled, records.n_positions[places]))
+                # To add a few rows takes as long as many, since the whole matrix is read for them.
+                if key in sums and sum(map(len, inputs[key])) >= _ROWS_AT_ONCE:
+                    add_up(key)
     for key in sums:
-        add_up(key, 1)
+        if inputs[key]:
+            add_up(key)
     return {key: Whole(sums[key]) if key in sums else Rows(torch.cat(inputs[key])) for key in keys}
 
 
@@ -266,9 +262,6 @@ def fit_least_squares(
 ) -> dict[int, Fit]:
     """Fit the masks of all channels.
 
-    A class is kept as its inputs, instead of their moment, if all its channels' concepts have so
-    few images that these are quicker.
-
     Args:
         members: of a scan of the training images.
         concepts: per channel.
@@ -280,7 +273,7 @@ def fit_least_squares(
     numbers = numbers_of(concepts)
     counts = members.count({number for own in numbers.values() for number in own})
     needs = {o: {(layer.group_of(o), number) for number in own} for o, own in numbers.items()}
-    whole: set[Key] = set()
+    whole: set[Key] = set()  # moments; of a class in small concepts alone inputs are quicker
     for channel, own in numbers.items():
         if sum(counts[number] for number in own) * MOST_ROWS > layer.n_taps:
             whole |= needs[channel]
@@ -310,8 +303,8 @@ def fit_least_squares(
 def choose_penalty(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> float:
     """Choose lambda, in units of the mean curvature, one for the layer.
 
-    A sample of the channels, and of the images of their classes, is enough for one number; every
-    channel then has the steadiness of all. Images that the data set groups are held out together.
+    A sample of the channels, and of the images of their classes, is enough for one number. Images
+    that the data set groups are held out together.
     """
     scan, every = members.scan, sorted(concepts)
     sampled = every[:: -(-len(every) // _N_CHANNELS)]
@@ -347,10 +340,7 @@ def _group_ids(records: Records, places: Tensor) -> Tensor:
 def _held_out_losses(row: Tensor, inputs: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:
     """Losses of one channel on images held out, summed over folds, (PENALTIES,).
 
-    Args:
-        row: (J + 1,), weights and bias.
-        inputs: of each concept, (n, J + 1).
-        ids: of each concept, (n,), groups of images.
+    The row is (J + 1,); of each concept there are inputs (n, J + 1) and groups of images (n,).
     """
     losses = torch.zeros(len(PENALTIES), dtype=torch.float64)
     n_folds = min(_N_FOLDS, *(len(own.unique()) for own in ids))
@@ -378,14 +368,8 @@ def _pose_first(row: Tensor, inputs: Sequence[Tensor]) -> Problem:
 def deal(ids: Sequence[Tensor], n_folds: int) -> list[Tensor]:
     """Deal images to folds, concept by concept, no group to two of them.
 
-    A group that is new goes to the fold with the fewest images of the concept.
-
-    Args:
-        ids: of each concept, (n,), the group that each image belongs to.
-        n_folds: how many folds there are.
-
-    Returns:
-        Of each concept, (n,), the fold of each image.
+    A group that is new goes to the fold with the fewest images of the concept. Of each concept,
+    ids (n,) say the group of each image, the answer (n,) its fold.
 
     >>> deal([torch.tensor([5, 5, 6, 7]), torch.tensor([6, 8])], 2)
     [tensor([0, 0, 1, 1]), tensor([1, 0])]

@@ -58,12 +58,7 @@ def choose_rho(
 
     The criterion is the sum over concepts of the mean, over the concept's images, of its own
     response divided by the others', with responses d_k = sum over positions of max(z_k, 0). The
-    lowest rho wins a tie.
-
-    Args:
-        members: of a scan with positions, of at least the concepts' images.
-        concepts: per channel.
-        arvs: per channel, one vector per concept.
+    lowest rho wins a tie. The scan has positions; there is one ARV per channel and concept.
     """
     scan = members.scan
     n_images = {o: torch.zeros(len(own), 1, dtype=torch.int64) for o, own in concepts.items()}

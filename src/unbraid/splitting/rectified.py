@@ -88,13 +88,9 @@ class Objective:
 def pose_rectified(
     images: Images, prior: Tensor, penalty: float, terms: Sequence[Term] = ()
 ) -> Objective:
-    """Write down what the masks of a channel should minimise.
+    """Write down what the masks of a channel should minimise, terms as in the pooled problem.
 
-    Args:
-        images: of all concepts.
-        prior: (K, J), what the penalty pulls to.
-        penalty: in units of the mean curvature.
-        terms: what else is asked, as of the pooled problem.
+    The penalty pulls to the prior, (K, J), and is in units of the mean curvature.
     """
     n_concepts, n_taps = prior.shape
     own = torch.arange(n_concepts, dtype=torch.int64)[:, None] == images.concept  # (K, N)
@@ -143,14 +139,7 @@ def refine_fits(
     fits: Mapping[int, Fit],
     sample: Records,
 ) -> dict[int, Fit]:
-    """Refine the masks of all channels.
-
-    Args:
-        members: of a scan of the training images, with positions.
-        concepts: per channel.
-        fits: per channel, from `fit_least_squares`.
-        sample: of all training images, from `sample_images`.
-    """
+    """Refine the masks of all channels, from `fit_least_squares`, on a scan with positions."""
     maps = next(records.input_map for records in members.scan.shards() if len(records))
     assert maps is not None
     bytes_each = maps[0].nbytes * N_IMAGES
