@@ -54,7 +54,7 @@ def assert_partition(nearest: Tensor, truth: Tensor, least: float = 1.0) -> None
     assert oracle.adjusted_rand_index(nearest.tolist(), truth.tolist()) >= least
 
 
-# --- known groups ---------------------------------------------------------------------------------
+# Known groups.
 
 SIZES = [
     (100, 100),
@@ -138,7 +138,7 @@ def test_the_check_of_clusters_sees_what_is_wrong():
         assert_partition(wrong, nearest)
 
 
-# --- one group stays whole ------------------------------------------------------------------------
+# One group stays whole.
 
 
 def gamma(shape: float, n: int, d: int, seed: int) -> Tensor:
@@ -213,7 +213,7 @@ def test_two_random_halves_of_a_group_are_one():
         assert len(find_clusters(one[half])[1]) == 1
 
 
-# --- odd input ------------------------------------------------------------------------------------
+# Odd input.
 
 
 @pytest.mark.parametrize("n_points", [1, 2, 3, 8, 15, 16, 17, 100])
@@ -255,7 +255,7 @@ def test_points_of_few_dimensions_are_divided(d):
     assert_partition(find_clusters(points)[0], (signs > 0).long())
 
 
-# --- the cut --------------------------------------------------------------------------------------
+# The cut.
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -291,7 +291,7 @@ def test_of_several_cuts_the_best_is_taken():
             assert side[truth == k].all() or not side[truth == k].any()
 
 
-# --- the test of a cut ----------------------------------------------------------------------------
+# The test of a cut.
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -326,7 +326,7 @@ def test_chance_without_a_cut_or_a_point_to_count_is_one():
     assert chance_of_one(far) == oracle.chance_of_one(far, two_means)
 
 
-# --- agreement of partitions ----------------------------------------------------------------------
+# Agreement of partitions.
 
 
 @pytest.mark.parametrize("seed", range(20))

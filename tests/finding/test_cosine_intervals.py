@@ -20,13 +20,12 @@ from unbraid.finding import cosine_intervals as chance
 from unbraid.finding.arv import class_sums
 from unbraid.finding.cosine_intervals import uniforms, with_chance
 from unbraid.finding.findings import Findings, Pair
-from unbraid.finding.membership import Cluster
 from unbraid.scanning.records import Scan, read_shard, write_shard
 
 FIGURES = ("low", "high", "half1", "half2")
 
 
-# --- slowly ---------------------------------------------------------------------------------------
+# Slowly.
 
 
 def slow_uniform(index: int, number: int) -> float:
@@ -168,7 +167,7 @@ def test_random_numbers_are_even_and_unrelated():
         assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.007
 
 
-# --- whatever way records are divided -------------------------------------------------------------
+# Whatever way records are divided.
 
 N_IMAGES, N_CLASSES = 60, 5
 
@@ -248,7 +247,7 @@ def test_without_pairs_nothing_is_read(tmp_path):
     assert with_chance(scan, sums, []) == []
 
 
-# --- few images, no noise, nothing but noise ------------------------------------------------------
+# Few images, no noise, nothing but noise.
 
 
 def two_classes(folder: Path, one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]):
@@ -298,7 +297,7 @@ def test_where_there_is_more_than_noise_something_is_known(tmp_path):
     assert pair.low > 0.5
 
 
-# --- how often an interval holds the truth --------------------------------------------------------
+# How often an interval holds the truth.
 
 N_TRIALS, N_TAPS = 200, 24
 
@@ -373,28 +372,3 @@ def test_cosines_that_are_truly_low_are_mostly_sure(tmp_path):
     found = trials(tmp_path, 0.2, 20, 1.0, 0.5)
     low = [pair for pair in found.pairs if pair.cosine < 0.5]
     assert sum(not found.uncertain(pair) for pair in low) >= 0.9 * len(low)
-
-
-# --- what counts as uncertain ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("cosine", "low", "high", "uncertain"),
-    [
-        (0.4, 0.3, 0.49, False),
-        (0.4, 0.3, 0.5, True),
-        (0.4, 0.55, 0.9, True),  # what noise has made low
-        (0.4, math.nan, math.nan, True),
-        (0.7, 0.5, 0.9, False),
-        (0.7, 0.49, 0.9, True),
-        (0.7, 0.2, 0.4, True),
-    ],
-)
-def test_a_pair_is_uncertain_unless_its_interval_lies_on_its_side_of_gamma(
-    cosine, low, high, uncertain
-):
-    pair = Pair(3, 0, 1, cosine, 1.0, 1.0, low, high)
-    found = Findings(0.03, 0.75, 0.5, (pair,), {3: ((0,), (1,))}, (), "", "layer", "0" * 64)
-    assert found.uncertain(pair) is uncertain
-    cluster = Cluster(3, 0, torch.eye(2), 0.0)
-    assert not replace(found, clusters={0: cluster, 1: cluster}).uncertain(pair)
