@@ -155,17 +155,23 @@ def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:
                 lowest[channel] = classes, float(cosines.min())
                 nearest = min(nearest, (lowest[channel][1], -lower, channel))
         if nearest[0] < gamma:
-            return f"Nearest: tau {lower:.15g} finds channel {nearest[2]}."
+            return f"Nearest: tau {_exact(lower)} finds channel {nearest[2]}."
     if nearest[0] > 1:
         return (
-            f"No two classes use the same channel at any tau down to {least:.15g}; lower p, or "
+            f"No two classes use the same channel at any tau down to {_exact(least)}; lower p, or "
             "scan with a smaller min_share."
         )
     cosine, negative_tau, channel = nearest
     return (
-        f"Nearest: at tau {-negative_tau:.15g} channel {channel} has a cosine of "
+        f"Nearest: at tau {_exact(-negative_tau)} channel {channel} has a cosine of "
         f"{math.ceil(cosine * 1000) / 1000:.3f}, which gamma would have to exceed."
     )
+
+
+def _exact(tau: float) -> str:
+    """Print a tau in few digits where these are enough to read it back."""
+    short = f"{tau:.15g}"
+    return short if float(short) == tau else repr(tau)
 
 
 def _users(
