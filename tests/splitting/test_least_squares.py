@@ -36,7 +36,7 @@ from unbraid.splitting.least_squares import (
     pose,
     sample_images,
 )
-from unbraid.splitting.rectified import images_of, input_maps, pose_rectified, refine
+from unbraid.splitting.rectified import images_of, pose_rectified, refine
 
 OWN = {1: [[0], [1]], 4: [[0, 1], [2], [3]]}
 
@@ -221,7 +221,7 @@ def test_a_stiff_penalty_gives_the_prior(case):
 def test_refining_never_makes_the_rectified_objective_worse(case):
     scan, found = case
     fits = fit_least_squares(Members(scan), found.concepts, 0.01, sample_images(scan))
-    maps = found.members_in(scan).first(found.classes, 100, input_maps)
+    maps = found.members_in(scan).first(found.classes, 100, ["input_map"])
     for channel, fit in fits.items():
         images = images_of(scan, channel, found.concepts[channel], maps)
         refined = refine(pose_rectified(images, fit.prior, fit.penalty), fit.masks)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -90,22 +90,27 @@ class Members:
         return counts
 
     def first(
-        self, numbers: Iterable[int], n: int, take: Callable[[Records, Tensor], Tensor]
-    ) -> dict[int, Tensor]:
-        """Take something, (images, ...), of the first n images of each number, which all have some.
-
-        `take` gets records and places in them.
-        """
-        parts: dict[int, list[Tensor]] = {number: [] for number in sorted(set(numbers))}
+        self, numbers: Iterable[int], n: int, names: Sequence[str]
+    ) -> dict[int, dict[str, Tensor]]:
+        """Take columns of the records, as far as they have them, of the first n images of each."""
+        parts: dict[int, list[dict[str, Tensor]]] = {number: [] for number in sorted(set(numbers))}
         missing = dict.fromkeys(parts, n)
         for records in self.scan.shards():
+            columns = {name: getattr(records, name) for name in names}
             for number, places in self.places(records, missing):
-                parts[number].append(take(records, places[: missing[number]]))
-                missing[number] -= len(parts[number][-1])
+                some = places[: missing[number]]
+                taken = {
+                    name: column[some] for name, column in columns.items() if column is not None
+                }
+                parts[number].append(taken)
+                missing[number] -= len(some)
             missing = {number: left for number, left in missing.items() if left}
             if not missing:
                 break
-        return {number: torch.cat(taken) for number, taken in parts.items()}
+        return {
+            number: {name: torch.cat([part[name] for part in own]) for name in own[0]}
+            for number, own in parts.items()
+        }
 
 
 def mean_responses(

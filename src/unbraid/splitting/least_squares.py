@@ -311,30 +311,22 @@ def choose_penalty(members: Members, concepts: Mapping[int, Sequence[Concept]]) 
     needs = numbers_of({o: concepts[o] for o in sampled})
     bytes_each = _N_IMAGES * scan.layer.groups * (scan.layer.n_taps + 1) * 8
 
-    def read(numbers: set[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        inputs = members.first(numbers, _N_IMAGES, _augmented_inputs)
-        return inputs, members.first(numbers, _N_IMAGES, _group_ids)
+    def read(numbers: set[int]) -> dict[int, dict[str, Tensor]]:
+        return members.first(numbers, _N_IMAGES, ("index", "group", "pooled", "n_positions"))
 
-    def losses(read: tuple[dict[int, Tensor], dict[int, Tensor]], channel: int) -> Tensor:
-        (inputs, ids), group = read, scan.layer.group_of(channel)
-        return _held_out_losses(
-            augmented_row(scan, channel),
-            [torch.cat([inputs[n][:, group] for n in concept]) for concept in concepts[channel]],
-            [torch.cat([ids[n] for n in concept]) for concept in concepts[channel]],
-        )
+    def losses(columns: dict[int, dict[str, Tensor]], channel: int) -> Tensor:
+        inputs, ids = [], []
+        for concept in concepts[channel]:
+            own = [columns[number] for number in concept]
+            pooled = torch.cat([part["pooled"][:, scan.layer.group_of(channel)] for part in own])
+            inputs.append(augment(pooled, torch.cat([part["n_positions"] for part in own])))
+            # Where the data set knows of no groups, each image is one of its own.
+            ids.append(torch.cat([part.get("group", part["index"]) for part in own]))
+        return _held_out_losses(augmented_row(scan, channel), inputs, ids)
 
     by_channel = by_portion(needs, lambda _: bytes_each, read, losses)
     total = torch.stack(list(by_channel.values())).sum(0)
     return PENALTIES[int(total.argmin())] if total.any() else _DEFAULT_PENALTY
-
-
-def _augmented_inputs(records: Records, places: Tensor) -> Tensor:
-    return augment(records.pooled[places], records.n_positions[places])
-
-
-def _group_ids(records: Records, places: Tensor) -> Tensor:
-    """The group of some images; where the data set knows of none, each is one of its own."""
-    return (records.index if records.group is None else records.group)[places]
 
 
 def _held_out_losses(row: Tensor, inputs: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:

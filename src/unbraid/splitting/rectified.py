@@ -144,31 +144,28 @@ def refine_fits(
     assert maps is not None
     bytes_each = maps[0].nbytes * N_IMAGES
 
-    def improve(maps: dict[int, Tensor], channel: int) -> Fit:
+    def improve(maps: dict[int, dict[str, Tensor]], channel: int) -> Fit:
         fit, own = fits[channel], concepts[channel]
         images = images_of(members.scan, channel, own, maps)
         terms = background_terms(members, sample, channel, own)
         objective = pose_rectified(images, fit.prior, fit.penalty, terms)
         return replace(fit, masks=refine(objective, fit.masks))
 
-    def read(numbers: set[int]) -> dict[int, Tensor]:
-        return members.first(numbers, N_IMAGES, input_maps)
+    def read(numbers: set[int]) -> dict[int, dict[str, Tensor]]:
+        return members.first(numbers, N_IMAGES, ("input_map",))
 
     return by_portion(numbers_of(concepts), lambda _: bytes_each, read, improve)
 
 
-def input_maps(records: Records, places: Tensor) -> Tensor:
-    """Input maps of some images, (images, C_in, positions ...)."""
-    assert records.input_map is not None
-    return records.input_map[places]
-
-
 def images_of(
-    scan: Scan, channel: int, concepts: Sequence[Concept], maps: Mapping[int, Tensor]
+    scan: Scan,
+    channel: int,
+    concepts: Sequence[Concept],
+    maps: Mapping[int, Mapping[str, Tensor]],
 ) -> Images:
     """What a channel's taps see of its concepts, in about as many images of each class."""
     inputs = [
-        torch.cat([maps[number][: max(1, N_IMAGES // len(concept))] for number in concept])
+        torch.cat([maps[n]["input_map"][: max(1, N_IMAGES // len(concept))] for n in concept])
         for concept in concepts
     ]
     taps = tap_inputs(scan.layer, widen(torch.cat(inputs)), scan.layer.group_of(channel))
