@@ -258,7 +258,7 @@ def _interior_point(box: _Box) -> Tensor:
     Slack and multiplier of the lower bound and of the upper one stand in the two rows of (2, J).
     """
     scale = box.gram.diagonal.amax() + box.ridge
-    sign = box.linear.new_tensor([[1.0], [-1.0]])
+    sign = torch.tensor([[1.0], [-1.0]], dtype=box.linear.dtype)
     every = torch.arange(len(box.linear), dtype=torch.int64)
     m = torch.full_like(box.linear, 0.5)
     slack, multiplier = m.expand(2, -1), scale.expand(2, len(m))
