@@ -112,18 +112,6 @@ def test_an_early_layer_with_larger_kernels(home):
     split = unbraid.split(train, found)
     result = unbraid.evaluate(split, unseen)
     assert result.summary["least_squares"]["separation_error"] < 0.3
-    page = unbraid.report(
-        home / "early.html",
-        scan=unseen,
-        train_scan=train,
-        found=found,
-        split=split,
-        evaluation=result,
-        dataset=demo.load_images("test"),
-    )
-    text = page.read_text()
-    for channel in found.channels:
-        assert f'id="channel-{channel}"' in text
 
 
 # Two channels added into one.

@@ -74,12 +74,6 @@ def test_the_check_of_causes_sees_what_is_wrong(planted, found):
             assert_causes_found(planted.scan, cause, wrong)
 
 
-@pytest.mark.parametrize("shard_size", [1, 50, 1000])
-def test_findings_do_not_depend_on_shards(shard_size, planted, found, tmp_path):
-    again = unbraid.find(plant(tmp_path, shard_size=shard_size).scan, concepts="clusters")
-    assert_same_findings(again, found, 1e-9)
-
-
 def assert_same_findings(one: Findings, other: Findings, tolerance: float = 0.0) -> None:
     """Pairs, concepts and clusters are the same."""
     assert one.concepts == other.concepts
@@ -129,7 +123,10 @@ def test_a_lower_gamma_finds_less(planted, found):
     assert lowest.kind == "clusters"
 
 
-def test_tau_and_p_play_no_part(planted, found):
+def test_shards_tau_and_p_play_no_part(planted, found, tmp_path):
+    for shard_size in (5, 1000):
+        scan = plant(tmp_path / str(shard_size), shard_size=shard_size).scan
+        assert_same_findings(unbraid.find(scan, concepts="clusters"), found, 1e-9)
     for thresholds in ({"tau": 0.9, "p": 1.0}, {"tau": "auto", "p": 0.01}):
         other = unbraid.find(planted.scan, concepts="clusters", **thresholds)
         assert_same_findings(other, found)
@@ -139,13 +136,9 @@ def test_tau_and_p_play_no_part(planted, found):
 # Labels play no part.
 
 
-def shuffled_labels(planted: Planted) -> list[int]:
-    order = torch.randperm(len(planted.cause), generator=torch.Generator().manual_seed(3))
-    return (torch.tensor(planted.cause) % 4)[order].tolist()
-
-
 def test_labels_change_names_and_agreement_only(planted, found, tmp_path):
-    labels = shuffled_labels(planted)
+    order = torch.randperm(len(planted.cause), generator=torch.Generator().manual_seed(3))
+    labels = (torch.tensor(planted.cause) % 4)[order].tolist()
     other = unbraid.find(plant(tmp_path, labels=labels).scan, concepts="clusters")
     assert_same_findings(other, found)
     assert other.class_names != found.class_names

