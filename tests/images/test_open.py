@@ -36,7 +36,7 @@ from checks import assert_same_files
 from tiny_networks import build
 from unbraid.base.errors import DataError, ModelError, OutOfReach, UsageError
 from unbraid.images.broken import UNLABELLED
-from unbraid.images.dataset import class_names_of, groups_of, labels_of, name_of, picture_of
+from unbraid.images.dataset import groups_of, labels_of, name_of
 from unbraid.images.labels import GUESSED
 from unbraid.images.open import (
     absolute,
@@ -50,7 +50,6 @@ from unbraid.images.open import (
 from unbraid.networks.class_names import imagenet_classes
 from unbraid.networks.models import LoadedModel
 from unbraid.scanning.records import Scan
-from unbraid.scanning.scan import as_scanned
 
 IMAGENET = tuple(imagenet_classes().values())
 
@@ -190,105 +189,6 @@ def test_images_for_classes_stand_for_outputs_by_one_rule(folder):
     path = str(as_csv(folder, MEMBERS))
     images, note = images_for(loaded(4, "bee", "cat", "ant", "dog"), path)
     assert (labels_of(images), note) == ([2] * 5 + [0] * 3, "")
-def test_damaged_ids_in_a_scan_are_told(folder, tmp_path):
-    from unbraid.scanning.records import read_shard, write_shard
-
-    scan = scanned(from_csv(folder), tmp_path / "scan")
-    records = read_shard(scan.path, 0)
-    for damage in (
-        {"id_start": records.id_start[1:]},
-        {"id_start": records.id_start.flip(0)},
-        {"id_start": records.id_start + 1},
-        {"id_bytes": records.id_bytes[:-1]},
-        {"id_bytes": None},
-    ):
-        damaged = read_shard(scan.path, 0)
-        vars(damaged).update(damage)
-        write_shard(tmp_path / "scan", 0, damaged)
-        with pytest.raises(RunError, match="holds"):
-            list(scan.shards())
-        write_shard(tmp_path / "scan", 0, records)
-        assert next(scan.shards()).ids == by_path(folder)
-
-
-class Picked(Dataset[Any]):
-    """Some of a source's images, in another order."""
-
-    def __init__(self, inner: Any, places: list[int]) -> None:
-        self.inner, self.places = inner, places
-        self.ids = [inner.ids[k] for k in places]
-        self.targets = [inner.targets[k] for k in places]
-        self.classes = inner.classes
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.inner[self.places[index]]
-
-    def picture(self, index: int) -> Image.Image:
-        return self.inner.picture(self.places[index])
-
-
-def test_images_are_found_again_by_id_where_their_order_changed(folder, tmp_path):
-    images = from_csv(folder)
-    scan = scanned(images, tmp_path / "scan")
-    assert as_scanned(images, scan) is images
-    moved = as_scanned(Picked(images, [7, 3, 5, 0, 1, 6]), scan)  # 2 and 4 are gone
-    assert len(moved) == 8
-    for k in (0, 1, 3, 5, 6, 7):
-        assert torch.equal(moved[k][0], images[k][0])
-        assert moved[k][1] == images.targets[k] == labels_of(moved)[k]
-        assert picture_of(moved, k).tobytes() == images.picture(k).tobytes()
-    for read in (moved.__getitem__, lambda index: picture_of(moved, index)):
-        with pytest.raises(DataError, match=r"Image ant/2\.png is gone"):
-            read(2)
-    assert name_of(moved, 4) == "ant/4.png"
-    assert class_names_of(moved) == CLASSES
-    assert labels_of(moved)[4] == UNLABELLED
-    strangers = from_tar(folder)
-    assert as_scanned(strangers, scan) is strangers  # no id is known: places must do
-
-
-def test_a_report_shows_the_same_pictures_whatever_the_order(folder, tmp_path):
-    images = from_csv(folder)
-    scan = scanned(images, tmp_path / "scan", positions=True)
-    found = unbraid.find(scan, channels={1: [[0], [1]]})
-    split = unbraid.split(scan, found)
-
-    def page(dataset: Any) -> bytes:
-        path = tmp_path / "report.html"
-        return unbraid.report(
-            path, scan=scan, found=found, split=split, dataset=dataset
-        ).read_bytes()
-
-    turned = Picked(images, [*range(7, -1, -1)])
-    assert page(images) == page(turned)
-    assert b'title="\xe2\x81\xa8ant/3.png\xe2\x81\xa9"' in page(images)  # images go by their ids
-    turned.ids = [f"{k}" for k in range(8)]  # of other names, so by place: other pictures
-    turned.targets = images.targets
-    turned.places = [1, 2, 3, 4, 0, 6, 7, 5]
-    assert page(images) != page(turned)
-
-
-# --- labels ---------------------------------------------------------------------------------------
-
-
-def loaded(*names: str, n_outputs: int = 4) -> LoadedModel:
-    class Network(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bias = nn.Parameter(torch.zeros(n_outputs))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.bias.expand(len(x), n_outputs)
-
-    return LoadedModel(Network(), to_tensor, names, {})
-
-
-def test_classes_stand_for_outputs_by_the_rules_of_class_folders(folder):
-    images, warning = images_for(loaded("bee", "cat", "ant", "dog"), str(from_and_name(folder)))
-    assert (labels_of(images), warning) == ([2] * 5 + [0] * 3, "")
     assert images.classes == ["bee", "cat", "ant", "dog"]
     assert "taken in order" in images_for(loaded(), path)[1]
     for text, told in (

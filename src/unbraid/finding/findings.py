@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from unbraid.base.arguments import as_path
 from unbraid.base.files import write_whole
 from unbraid.base.tables import Shown, align, count, csv_text, data_frame, html_lines, html_table
-from unbraid.scanning.records import Cluster, Clusters
+from unbraid.finding.membership import Cluster, Clusters, Members
+from unbraid.scanning.records import Scan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,6 +101,10 @@ class Findings(Shown):
     def tau_in_words(self) -> str:
         """Tau as people read it, and whether it was chosen for them."""
         return f"{self.tau:g} (auto)" if self.auto else f"{self.tau:g}"
+
+    def members_in(self, scan: Scan) -> Members:
+        """Say which images of a scan of this layer belong to which class or cluster."""
+        return Members(scan, self.clusters)
 
     def __len__(self) -> int:
         """Number of pairs."""

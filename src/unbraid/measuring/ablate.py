@@ -12,7 +12,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from unbraid.base.errors import DataError, LayerError, ModelError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.progress import image_progress
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import concept_of
+from unbraid.finding.membership import Members
 from unbraid.images.batches import in_order, load
 from unbraid.images.broken import Loaded, sort_out
 from unbraid.images.dataset import class_names_of, size_of
@@ -241,13 +240,13 @@ def members_by_label(concepts: Sequence[Concept], labels: Tensor) -> Tensor:
 
 
 def members_by_place(
-    concepts: dict[int, tuple[Concept, ...]], scan: Scan, n_images: int
+    concepts: dict[int, tuple[Concept, ...]], members: Members, n_images: int
 ) -> dict[int, Tensor]:
     """Say the same of all images of a data set, for concepts of clusters too.
 
     Args:
         concepts: of each channel, groups of classes or of clusters.
-        scan: of the data set, with its clusters.
+        members: of a scan of the data set.
         n_images: of the data set.
 
     Returns:
@@ -256,9 +255,9 @@ def members_by_place(
     found = {
         o: torch.full((n_images,), len(groups), dtype=torch.int64) for o, groups in concepts.items()
     }
-    for records in scan.shards():
+    for records in members.scan.shards():
         for channel, groups in concepts.items():
-            concept = concept_of(scan, records, groups)
+            concept = members.concept_of(records, groups)
             found[channel][records.index] = torch.where(concept < 0, len(groups), concept)
     return found
 
@@ -515,7 +514,7 @@ def _members(
             "The scan is of other images or another layer than are switched off; pass one of all "
             "these images and the split layer."
         )
-    return members_by_place(chosen, replace(scan, clusters=layer.clusters), n_images)
+    return members_by_place(chosen, Members(scan, layer.clusters), n_images)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,6 @@ from unbraid.base.progress import image_progress
 from unbraid.base.tables import Shown, align, html_table
 from unbraid.finding.arv import class_sums, concept_mean
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import concerned
 from unbraid.images.batches import load
 from unbraid.images.broken import sort_out
 from unbraid.images.dataset import labels_of
@@ -117,7 +116,7 @@ def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -
             "layer that were split."
         )
     classes, name = part.concepts[concept], split.name(part.concepts[concept])
-    sums = class_sums(replace(scan, clusters=split.clusters), ())
+    sums = class_sums(scan, (), split.clusters)
     there = [number for number in classes if number < len(sums.n_images)]
     if not there or not sums.n_images[there].sum():
         raise UsageError(
@@ -239,7 +238,7 @@ def circuit_from(
         raise UsageError("The data set is not the one that was scanned; pass that one.")
     classes = part.concepts[concept]
     name = split.name(classes)
-    places = concerned(replace(scan, clusters=split.clusters), classes)
+    places = split.members_in(scan).indices(classes)
     if not places:
         raise UsageError(
             f"The scan has no image of {name}, concept {concept} of channel {channel}; pass a scan "

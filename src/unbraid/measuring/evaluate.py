@@ -6,7 +6,7 @@ Shapes: B resamples, N_k images of concept k, K concepts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from unbraid.base.arguments import as_kind, real_number
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
-from unbraid.finding.membership import concept_of
+from unbraid.finding.membership import Members
 from unbraid.measuring.compare import OutputComparison
 from unbraid.measuring.results import (
     Ablation,
@@ -79,7 +79,6 @@ def evaluate(
     tau = float(split.settings["tau"]) if tau is None else real_number("tau", tau)
     if not 0 <= tau <= 1:
         raise UsageError(f"tau is {tau:g}; a share must lie between 0 and 1.")
-    scan = replace(scan, clusters=split.clusters)
     gathered = gather_responses(split, scan)
     channels = tuple(
         _evaluate_channel(split, part, gathered[part.channel], tau) for part in split.channels
@@ -129,9 +128,10 @@ def _check_semantics(split: Split, semantics: Semantics) -> None:
 def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
     """Read a Scan once and compute all responses to the images of each channel's concepts."""
     parts: dict[int, list[Responses]] = {part.channel: [] for part in split.channels}
+    members = split.members_in(scan)
     for records in scan.shards():
         for part in split.channels:
-            answer = _respond(scan, records, part)
+            answer = _respond(members, records, part)
             if answer is not None:
                 parts[part.channel].append(answer)
     for part in split.channels:
@@ -145,9 +145,9 @@ def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
     return {o: _join(answers) for o, answers in parts.items()}
 
 
-def _respond(scan: Scan, records: Records, part: ChannelSplit) -> Responses | None:
+def _respond(members: Members, records: Records, part: ChannelSplit) -> Responses | None:
     """Responses to one shard's images of a channel's concepts, None if it has none."""
-    concept = concept_of(scan, records, part.concepts)
+    scan, concept = members.scan, members.concept_of(records, part.concepts)
     chosen = concept >= 0
     if not chosen.any():
         return None

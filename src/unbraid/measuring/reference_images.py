@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from unbraid.base.arguments import whole_number
 from unbraid.base.errors import UsageError
-from unbraid.finding.membership import concept_of
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import Split
 
@@ -68,7 +67,6 @@ def reference_images(
             "The scan is of another network or layer than the split; scan the images with the "
             "network and layer that were split."
         )
-    scan = replace(scan, clusters=split.clusters)
     if alike is None:
         return _rank(scan, split, n, by_group=False)
     ranked = _rank(scan, split, _POOL * n, by_group=True)
@@ -84,12 +82,13 @@ def reference_images(
 
 def _rank(scan: Scan, split: Split, n: int, by_group: bool) -> dict[int, ReferenceImages]:
     best: dict[int, list[TopImages]] = {}
+    members = split.members_in(scan)
     for records in scan.shards():
         group = records.group if by_group else None
         for part in split.channels:
             pooled = records.pooled[:, scan.layer.group_of(part.channel)]
             original_and_concepts = part.pooled_responses(pooled, records.n_positions)[:, :-1].T
-            concept = concept_of(scan, records, part.concepts)
+            concept = members.concept_of(records, part.concepts)
             fresh = [
                 TopImages(records.index, records.label, concept, z, group)
                 for z in original_and_concepts

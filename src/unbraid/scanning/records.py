@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -25,19 +25,6 @@ _LAST_INDEX = 2**62  # more images than any data set has
 _POSITIONS = 2**53  # the last whole number of which float64 knows both neighbours
 # Padding may make an input map so many times larger, or as many numbers larger in any case.
 _PADDED_TIMES, _PADDED_FREE = 16, 2**26
-
-
-@dataclass(frozen=True, eq=False)
-class Cluster:
-    """Images in which a channel answers for one cause."""
-
-    channel: int
-    place: int  # among the clusters of the channel
-    centres: Tensor  # (K, C), of all clusters of the channel, in relevance, of length one
-    least: float  # smallest answer of an image, mean pre-activation
-
-
-Clusters = Mapping[int, Cluster]  # by number
 
 
 # The table of a record's fields: all that is made of records or asked of them follows from it.
@@ -294,7 +281,6 @@ class Scan:
     manifest: Manifest
     weight: Tensor  # (C_out, J)
     bias: Tensor  # (C_out,)
-    clusters: Clusters = field(default_factory=dict)  # that numbers behind the classes stand for
 
     @property
     def layer(self) -> LayerSpec:
