@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_surgery import THREE, Pair, Splits, concept_maps, images, layer_output
+from test_apply import THREE, Pair, Splits, concept_maps, images, layer_output
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 

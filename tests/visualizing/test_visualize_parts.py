@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_surgery import Pair, Splits
+from test_apply import Pair, Splits
 from torch import Tensor
 from torch.utils.data import Dataset
 

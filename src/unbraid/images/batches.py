@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.distributed import DistError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from unbraid.base.errors import RunError, UsageError, brief
-from unbraid.images.dataset import Item, Readable
+from unbraid.images.dataset import Item, Readable, sort_out
 from unbraid.networks.outputs import stack_images
 
 _OF_WORKER = "DataLoader worker"  # as torch tells of one's death, wherever the program is
@@ -53,6 +53,43 @@ def load(
         generator=torch.Generator(),  # so that the caller's random numbers stay where they were
     )
     return _opened(_started(loader))
+
+
+class Batch(NamedTuple):
+    """Images of a data set."""
+
+    index: Tensor  # (N,), of each image in the data set
+    images: Tensor  # (N, C, H, W)
+    labels: Tensor  # (N,)
+
+
+def read_images(
+    dataset: Dataset[Any],
+    batches: Iterable[Sequence[int]],
+    *,
+    workers: int,
+    skip_broken: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Iterator[Batch]:
+    """Read batches of images, in order; a batch without any good image is left out.
+
+    Args:
+        dataset: of (image, label).
+        batches: indices, batch by batch.
+        workers: processes that read; 0 for none.
+        skip_broken: leave out images that cannot be read.
+        advance: told how many images were read or left out.
+
+    Raises:
+        DataError: an image cannot be read, or images differ in size.
+    """
+    for items in load(dataset, batches, workers=workers):
+        good, _ = sort_out(items, skip_broken)
+        if good:
+            indices, images, labels = zip(*good, strict=True)
+            index = torch.tensor(indices, dtype=torch.int64)
+            yield Batch(index, stack_images(images, index), torch.tensor(labels, dtype=torch.int64))
+        advance(len(items))
 
 
 def in_order(n_images: int, batch_size: int) -> list[range]:
