@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from unbraid.networks.outputs import stack_images
 
 _OF_WORKER = "DataLoader worker"  # as torch tells of one's death, wherever the program is
 _AGAIN = "start the same command again and it goes on"
+
+# Of N images: index (N,) in the data set, images (N, C, H, W), labels (N,).
+Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 # Index and label of each good image, and other items; which are good; the images, in one piece if
 # they are of one size.
@@ -55,14 +58,6 @@ def load(
     return _opened(_started(loader))
 
 
-class Batch(NamedTuple):
-    """Images of a data set."""
-
-    index: Tensor  # (N,), of each image in the data set
-    images: Tensor  # (N, C, H, W)
-    labels: Tensor  # (N,)
-
-
 def read_images(
     dataset: Dataset[Any],
     batches: Iterable[Sequence[int]],
@@ -88,17 +83,17 @@ def read_images(
         if good:
             indices, images, labels = zip(*good, strict=True)
             index = torch.tensor(indices, dtype=torch.int64)
-            yield Batch(index, stack_images(images, index), torch.tensor(labels, dtype=torch.int64))
+            yield index, stack_images(images, index), torch.tensor(labels, dtype=torch.int64)
         advance(len(items))
 
 
-def in_order(n_images: int, batch_size: int) -> list[range]:
-    """Batches of all images of a data set.
+def in_batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """Part indices into batches.
 
-    >>> in_order(5, 2)
-    [range(0, 2), range(2, 4), range(4, 5)]
+    >>> in_batches([3, 1, 4], 2), in_batches(range(3), 2)
+    ([[3, 1], [4]], [range(0, 2), range(2, 3)])
     """
-    return [range(i, min(i + batch_size, n_images)) for i in range(0, n_images, batch_size)]
+    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
 
 
 def _started(loader: DataLoader[Item]) -> Iterator[Packed | _Sealed]:
