@@ -420,15 +420,15 @@ class Replay:
                 kept = self._kept[self._place]
                 if kept.module is module:
                     self._place += 1
-                    return kept.hand_out()
+                    if kept.has_copy:
+                        return kept.hand_out()
             self._within = True
             try:
                 output = compute(*args, **named)
             finally:
                 self._within = False
             if self._given is None and not self._n_reached:
-                with suppress(Exception):  # of anyone's own kind, which cannot be copied
-                    self._kept.append(_Kept(module, output))
+                self._kept.append(_Kept(module, output))
             return output
 
         return forward
@@ -443,8 +443,10 @@ class _Kept:
 
     def __init__(self, module: nn.Module, output: Any) -> None:
         self.module = module
-        self.lent = False
-        self._value = copy.deepcopy(output)
+        self.has_copy, self.lent = False, False
+        with suppress(Exception):  # an output of anyone's own kind, which cannot be copied
+            self._value = copy.deepcopy(output)
+            self.has_copy = True
         self._handed_out: Any = None
         self._version = 0  # torch counts how often a tensor was written into
 
