@@ -165,17 +165,21 @@ def _concepts_of(layer: SplitLayer, channels: Sequence[int] | None) -> Concepts:
 def _members(
     layer: SplitLayer, concepts: Concepts, scan: Scan | None, n_images: int
 ) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """Make a function that says which concept of a channel images belong to, K for none.
-
-    Its arguments are the channel, and the images' indices and labels, (N,).
-    """
+    """Make a function of a channel, indices and labels (N,): which concept (N,), K for none."""
     if scan is None and layer.clusters:
         raise UsageError(
             "Concepts of the split are clusters of images, which labels do not tell; pass scan=, a "
             "scan of the same images."
         )
     if scan is None:
-        return lambda channel, _, labels: _by_label(concepts[channel], labels)
+
+        def by_label(channel: int, _: Tensor, labels: Tensor) -> Tensor:
+            concept = torch.full_like(labels, len(concepts[channel]))
+            for k, classes in enumerate(concepts[channel]):
+                concept[torch.isin(labels, torch.tensor(classes, dtype=torch.int64))] = k
+            return concept
+
+        return by_label
     as_kind("scan", scan, Scan)
     if scan.layer != layer.spec or scan.manifest.n_images != n_images:
         raise UsageError(
@@ -189,13 +193,6 @@ def _members(
             concept = concept_of(scan, records, groups)
             members[channel][records.index] = torch.where(concept < 0, len(groups), concept)
     return lambda channel, index, _: members[channel][index]
-
-
-def _by_label(concepts: Sequence[Concept], labels: Tensor) -> Tensor:
-    concept = torch.full_like(labels, len(concepts))
-    for k, classes in enumerate(concepts):
-        concept[torch.isin(labels, torch.tensor(classes, dtype=torch.int64))] = k
-    return concept
 
 
 @contextmanager
@@ -221,11 +218,8 @@ def _run_batch(
 ) -> tuple[int, dict[int, Tensor]]:
     """T, and by channel (2, R, N): logits of the own labels, and 1 where these are the top ones."""
     responses: list[Tensor] = []
-    handle = layer.concepts.register_forward_hook(lambda *args: responses.append(args[-1].clone()))
-    try:
+    with layer.concepts.register_forward_hook(lambda *args: responses.append(args[-1].clone())):
         logits, output = replay.first(images)
-    finally:
-        handle.remove()
     check_labels(labels, index, logits)
     own = labels.to(logits.device)
 
@@ -237,14 +231,13 @@ def _run_batch(
     outcomes, intact = {}, outcome(logits)
     dim = -1 if layer.spec.channels_last else 1
     for channel, groups in concepts.items():
+        whole = output.select(dim, channel)
+        rows = [layer.names.index(f"{channel}.{k}") for k in range(len(groups))]
         runs = [intact]
-        for k in (None, *range(len(groups))):
+        rests = (whole - responses[0].select(dim, row) for row in rows)
+        for rest in (torch.zeros_like(whole), *rests):
             changed = output.clone()
-            if k is None:
-                changed.select(dim, channel).zero_()
-            else:
-                response = responses[0].select(dim, layer.names.index(f"{channel}.{k}"))
-                changed.select(dim, channel).sub_(response)
+            changed.select(dim, channel).copy_(rest)
             runs.append(outcome(replay.again(images, changed)))
         outcomes[channel] = torch.stack(runs, 1).cpu()
     return logits.shape[1], outcomes
@@ -264,13 +257,7 @@ class AblationSums:
         self._sums = torch.zeros(2, 2 + len(concepts), n_groups, dtype=torch.float64)
 
     def add(self, labels: Tensor, concept: Tensor, outcomes: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            labels: (N,).
-            concept: (N,), which one each image belongs to, K for none.
-            outcomes: (2, R, N), logits of the labels, and 1 where they are the largest.
-        """
+        """Add a batch, of outcomes (2, R, N); concept (N,) is K for images of none."""
         for group in (labels, self._n_classes + concept):
             self._n_images.index_add_(0, group, torch.ones(len(group), dtype=torch.float64))
             self._sums.index_add_(2, group, outcomes)
@@ -343,18 +330,14 @@ class Replay:
         self._within = False  # inside a module whose output will be kept
 
     def first(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the network on a batch as it is.
+        """Run the network on a batch as it is; return the logits and the layer's output.
 
         A network may pass values past its modules, in place or by way of attributes. So whether a
         shortened pass computes the same logits, to the last bit, is tried at once; if it does not,
         later passes run in full.
 
-        Returns:
-            The logits, (N, T), and the layer's output.
-
         Raises:
             LayerError: the layer does not run exactly once.
-            ModelError: the network cannot run on such images.
         """
         self._kept.clear()
         self._given = self._output = None
@@ -377,12 +360,7 @@ class Replay:
         return logits, self._output
 
     def again(self, images: Tensor, output: Tensor) -> Tensor:
-        """Run the network on the images of `first` with another output of the layer.
-
-        Args:
-            images: the same.
-            output: of the layer's shape; what follows may write into it.
-        """
+        """Run the network on the images of `first` with another output of the layer."""
         self._given = output
         logits = self._run(images)
         # This pass is sound, the next would not be.
@@ -435,10 +413,9 @@ class Replay:
 
 
 class _Kept:
-    """A module's output in the first pass.
+    """A module's output in the first pass, handed out as a copy, since it may be written into.
 
-    It is handed out as a copy, since what follows may write into it. Once nothing did, that copy
-    is lent every time, which spares later passes the copying.
+    Once nothing wrote into a copy, that one is lent every time, which spares the copying.
     """
 
     def __init__(self, module: nn.Module, output: Any) -> None:
@@ -469,12 +446,7 @@ class _Kept:
 
 @contextmanager
 def replaying(model: nn.Module, layer: nn.Module) -> Iterator[Replay]:
-    """Make it possible to replay a network from a layer on; put everything back afterwards.
-
-    Args:
-        model: gives the same logits for the same images, so in eval mode.
-        layer: one of its modules, which gives one tensor.
-    """
+    """Make it possible to replay a network, in eval mode, from a layer on; put all back."""
     replay = Replay(model)
     inside = set(layer.modules())
     forwards: dict[nn.Module, Callable[..., Any]] = {layer: replay.at_layer(layer.forward)}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,7 +24,14 @@ from unbraid.images.identity import fingerprint
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.layers import resolve_layer
 from unbraid.networks.outputs import run_network
-from unbraid.networks.relevance import cut_at, gradients_at, input_relevance, shares, undisturbed
+from unbraid.networks.relevance import (
+    Cut,
+    cut_at,
+    gradients_at,
+    input_relevance,
+    shares,
+    undisturbed,
+)
 from unbraid.networks.spec import LayerSpec, channels_first, respond
 from unbraid.networks.weights import hash_weights
 from unbraid.scanning.records import Scan
@@ -65,13 +71,9 @@ class Circuit(Tabular):
     def table(self) -> Table:
         """Show the sources."""
         head = f"source in {self.before}" if self.before else "source"
-        return Table(
-            [
-                (head, "share", "kept"),
-                *((s.name, f"{s.share:.1%}", f"{s.kept:.1%}") for s in self.sources),
-            ],
-            f"{self.layer}, concept {self.concept} of channel {self.channel} ({self.name})",
-        )
+        rows = [(s.name, f"{s.share:.1%}", f"{s.kept:.1%}") for s in self.sources]
+        title = f"{self.layer}, concept {self.concept} of channel {self.channel} ({self.name})"
+        return Table([(head, "share", "kept"), *rows], title)
 
 
 @in_plain_modes
@@ -100,9 +102,8 @@ def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -
     as_kind("scan", scan, Scan)
     part, concept, n = _check(split, channel, concept, n)
     split.require(scan)
-    classes = part.concepts[concept]
     sums = class_sums(replace(scan, clusters=split.clusters), ())
-    seen = tuple(number for number in classes if number < len(sums.n_images))
+    seen = tuple(number for number in part.concepts[concept] if number < len(sums.n_images))
     if not sums.n_images[list(seen)].sum():
         raise _no_image(split, part.channel, concept)
     spec = split.layer
@@ -112,8 +113,7 @@ def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -
     own, whole = input_relevance(rows, pooled, spec.taps_per_input)  # (C_in / G,) each
     first = group * spec.n_in_per_group
     names: list[tuple[int, Part | None]] = [(first + i, None) for i in range(len(own))]
-    sources = _strongest(names, own, whole, n)
-    return Circuit(spec.name, part.channel, concept, classes, split.name(classes), sources)
+    return _circuit(split, part, concept, names, own, whole, n)
 
 
 @in_plain_modes
@@ -174,11 +174,12 @@ def circuit_from(
     needed = made.labels == "given" or made.classes is not None
     if made.data != fingerprint(dataset, labels_of(dataset, needed)):
         raise UsageError("The data set is not the one that was scanned; pass that one.")
-    classes = part.concepts[concept]
-    indices = concerned(replace(scan, clusters=split.clusters), classes)
+    indices = concerned(replace(scan, clusters=split.clusters), part.concepts[concept])
     if not indices:
         raise _no_image(split, part.channel, concept)
-    names = _names(before)
+    names: list[tuple[int, Part | None]] = [(o, None) for o in range(before.layer.n_out)]
+    for one in before.channels:
+        names += [(one.channel, k) for k in (*range(len(one.concepts)), "residual")]
     rows = torch.stack([part.rows[concept], part.weight])
     found = torch.zeros(2, len(names), dtype=torch.float64)
     with (
@@ -191,19 +192,11 @@ def circuit_from(
         for _, images, _ in read_images(dataset, batches, workers=workers, advance=advance):
             found += _relevance(model, before, split.layer, part.channel, rows, images)
     own, whole = found / len(indices)
-    sources = _strongest(names, own, whole, n)
-    return Circuit(
-        *(split.layer.name, part.channel, concept, classes),
-        *(split.name(classes), sources, before.layer.name),
-    )
+    return _circuit(split, part, concept, names, own, whole, n, before.layer.name)
 
 
 def _check(split: Split, channel: int, concept: int, n: int) -> tuple[ChannelSplit, int, int]:
-    """Find the division that a concept channel belongs to; return it and plain numbers.
-
-    Raises:
-        UsageError: there is no such concept channel, or n is not positive.
-    """
+    """Find the division that a concept channel belongs to; return it and plain numbers."""
     channel, concept = whole_number("channel", channel), whole_number("concept", concept)
     n = whole_number("n", n, 1)
     parts = {part.channel: part for part in split.channels}
@@ -223,36 +216,27 @@ def _no_image(split: Split, channel: int, concept: int) -> UsageError:
     )
 
 
-def _strongest(
-    names: Sequence[tuple[int, Part | None]], own: Tensor, whole: Tensor, n: int
-) -> tuple[Source, ...]:
-    """Choose the n strongest of S sources, those without relevance left out.
-
-    Args:
-        names: channel and part of the sources.
-        own: (S,), relevance for the concept channel.
-        whole: (S,), relevance for the whole channel.
-        n: how many to give.
-    """
+def _circuit(
+    split: Split,
+    part: ChannelSplit,
+    concept: int,
+    names: Sequence[tuple[int, Part | None]],
+    own: Tensor,
+    whole: Tensor,
+    n: int,
+    before: str = "",
+) -> Circuit:
+    """Choose the n strongest of S sources by their relevance for the concept channel, own (S,)."""
     share = shares(own[None])[0]
     order = own.abs().argsort(descending=True, stable=True)[:n].tolist()
-    return tuple(
+    sources = tuple(
         Source(names[i][0], float(own[i]), float(share[i]), float(own[i] / whole[i]), names[i][1])
         for i in order
         if own[i] != 0
     )
-
-
-def _names(before: Split) -> list[tuple[int, Part | None]]:
-    """Sources by channel and part: every channel whole, then the parts of those split.
-
-    The whole of a split channel is nothing beside its parts, so its relevance stays 0.
-    """
-    names: list[tuple[int, Part | None]] = [(o, None) for o in range(before.layer.n_out)]
-    for part in before.channels:
-        names += [(part.channel, k) for k in range(len(part.concepts))]
-        names.append((part.channel, "residual"))
-    return names
+    classes = part.concepts[concept]
+    name, layer = split.name(classes), split.layer.name
+    return Circuit(layer, part.channel, concept, classes, name, sources, before)
 
 
 def _relevance(
@@ -261,9 +245,17 @@ def _relevance(
     """Relevance of the sources for two rows of the later layer, summed over images, (2, S)."""
     _, source = resolve_layer(model, before.layer.name)
     _, target = resolve_layer(model, spec.name)
+    sums: list[Tensor] = []  # of what the rows respond in the channel's place, call by call
+
+    def respond_too(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = channels_first(spec, args[0] if args else next(iter(named.values())))
+        z = respond(spec, x, rows.to(x), rows.new_zeros(2).to(x), [channel] * 2)
+        wide = torch.promote_types(z.dtype, torch.float32)
+        sums.append(z.transpose(0, 1).flatten(1).sum(1, dtype=wide))
+
     with (
         cut_at(source, torch.Tensor.clone) as cut,
-        _summed_responses(target, spec, channel, rows) as sums,
+        target.register_forward_pre_hook(respond_too, with_kwargs=True),
     ):
         run_network(model, images.to(device_of(source)))
         cut.recording = False
@@ -273,39 +265,15 @@ def _relevance(
                 "a layer before it."
             )
         by_row = [gradients_at(cut.outputs, value) for value in torch.stack(sums).sum(0)]
-    return torch.stack([_of_sources(before, cut.inputs, cut.outputs, g) for g in by_row])
+    return torch.stack([_of_sources(before, cut, gradients) for gradients in by_row])
 
 
-@contextmanager
-def _summed_responses(
-    layer: nn.Module, spec: LayerSpec, channel: int, rows: Tensor
-) -> Iterator[list[Tensor]]:
-    """Collect, call by call, what rows in a channel's place respond, summed over everything."""
-    sums: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        x = channels_first(spec, args[0] if args else next(iter(named.values())))
-        z = respond(spec, x, rows.to(x), rows.new_zeros(2).to(x), [channel] * 2)
-        wide = torch.promote_types(z.dtype, torch.float32)
-        sums.append(z.transpose(0, 1).flatten(1).sum(1, dtype=wide))
-
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield sums
-    finally:
-        handle.remove()
-
-
-def _of_sources(
-    before: Split,
-    inputs: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-) -> Tensor:
+def _of_sources(before: Split, cut: Cut[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
     """Gradient x activation of every source, summed over calls, images and positions, (S,)."""
     spec = before.layer
-    total = torch.zeros(len(_names(before)), dtype=torch.float64)
-    for x, output, gradient in zip(inputs, outputs, gradients, strict=True):
+    n_parts = sum(len(part.concepts) + 1 for part in before.channels)
+    total = torch.zeros(spec.n_out + n_parts, dtype=torch.float64)
+    for x, output, gradient in zip(cut.inputs, cut.outputs, gradients, strict=True):
         if gradient is None:
             continue
         slope = channels_first(spec, gradient).double().cpu()
@@ -316,6 +284,6 @@ def _of_sources(
             maps = part.response_maps(spec, channels_first(spec, x).cpu())[:, 1:]
             own = (slope[:, part.channel, None] * maps).transpose(0, 1).flatten(1).sum(1)  # (K,)
             parts += [own, (whole[part.channel] - own.sum())[None]]
-        whole[[part.channel for part in before.channels]] = 0
+        whole[[part.channel for part in before.channels]] = 0  # its parts stand for it
         total += torch.cat([whole, *parts])
     return total

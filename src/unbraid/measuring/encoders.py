@@ -217,16 +217,16 @@ def _call(encoder: Encoder, images: Tensor) -> Tensor:
 
 
 def load_batches(
-    encoder: Encoder, dataset: Dataset[Any], batches: Sequence[Sequence[int]], workers: int
+    encoder: Encoder,
+    dataset: Dataset[Any],
+    batches: Sequence[Sequence[int]],
+    workers: int,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Batch]:
-    """Read a data set's images batch by batch, in the encoder's own preprocessing if it has one.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
+    """Read images as `read_images` does, in the encoder's own preprocessing if it has one."""
     if isinstance(encoder, TimmEncoder) and all_hold(dataset, "picture"):
         dataset = _Pictures(dataset, encoder.transform)
-    return read_images(dataset, batches, workers=workers)
+    return read_images(dataset, batches, workers=workers, advance=advance)
 
 
 class _Pictures(Dataset[tuple[Tensor, int]]):

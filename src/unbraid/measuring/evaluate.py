@@ -1,6 +1,7 @@
 """Measure how well concept channels separate concepts, and how sure these measures are.
 
-Shapes: N images of a channel's concepts, K concepts, B resamples.
+Shapes: N images of a channel's concepts, K concepts, B resamples. z (N,) is the original channel's
+pooled pre-activation, new (N, K) the concept channels', concept (N,) which one an image belongs to.
 """
 
 from __future__ import annotations
@@ -195,12 +196,7 @@ def _evaluate_channel(
 
 
 def mimic_error(z: Tensor, z_k: Tensor, own: Tensor) -> float:
-    """Relative error of a concept channel as a copy of the original on its own images.
-
-    Args:
-        z: (N,), the original channel's pooled pre-activation.
-        z_k: (N,), the concept channel's.
-        own: (N,), true for the images of the concept.
+    """Relative error of a concept channel z_k (N,) as a copy of z (N,) on its own images (N,).
 
     >>> z = torch.tensor([1.0, 3.0])
     >>> mimic_error(z, z / 2, torch.tensor([True, True]))
@@ -210,14 +206,7 @@ def mimic_error(z: Tensor, z_k: Tensor, own: Tensor) -> float:
 
 
 def silence_errors(z: Tensor, new: Tensor, concept: Tensor, k: int) -> list[float]:
-    """Relative size of concept channel k's response to each other concept's images.
-
-    Args:
-        z: (N,), the original channel.
-        new: (N, K), the concept channels.
-        concept: (N,), which concept each image belongs to.
-        k: the concept channel.
-    """
+    """Relative size of concept channel k's response to each other concept's images."""
     others = _others(concept, new, k)
     return [float(_rms(new[other, k]) / _rms(z[other])) for other in others]
 
@@ -352,12 +341,12 @@ def _draw(rng: np.random.Generator, n_resamples: int, n: int) -> np.ndarray:
 def resampled(
     counts: np.ndarray, z: np.ndarray, new: np.ndarray, members: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Compute the measures with images counted several times or not at all.
+    """Compute the measures with images counted several times or not at all, counts (B, N).
 
     Args:
-        counts: (B, N), how often each image counts.
-        z: (N,), the original channel's pooled pre-activation.
-        new: (N, K), the concept channels'.
+        counts: how often each image counts.
+        z: of the original channel.
+        new: of the concept channels.
         members: which of the N images each concept has.
 
     Returns:

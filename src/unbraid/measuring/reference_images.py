@@ -118,11 +118,9 @@ def _strongest(top: TopImages, n: int) -> TopImages:
 
 
 def _directions(scan: Scan, ranked: dict[int, list[TopImages]]) -> tuple[dict[int, int], Tensor]:
-    """Look up how the layer sees the images that were ranked.
+    """How the layer sees the images that were ranked: the row of each, and the rows.
 
-    Returns:
-        The row of each image by its index, and (rows, G J): pooled inputs less their mean over the
-        scan, at length 1.
+    Rows (M, G J) are pooled inputs less their mean over the scan, at length 1.
     """
     wanted = torch.cat([top.index for tops in ranked.values() for top in tops]).unique()
     indices, pooled = [], []
@@ -139,12 +137,9 @@ def _directions(scan: Scan, ranked: dict[int, list[TopImages]]) -> tuple[dict[in
 
 
 def _different(cosine: Tensor, n: int, alike: float) -> Tensor:
-    """Choose the first n images none of which repeats an earlier one.
+    """Choose the first n images, of cosines (m, m), none of which repeats an earlier one.
 
-    Args:
-        cosine: (m, m), of the images, strongest first.
-        n: how many.
-        alike: the cosine above which one repeats another, raised where that leaves too few.
+    Those above `alike` repeat one another; the limit rises where that leaves too few.
     """
     chosen: list[int] = []
     for limit in np.linspace(alike, max(alike, COPY), _STEPS):

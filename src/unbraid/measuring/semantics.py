@@ -20,10 +20,9 @@ from unbraid.base.arguments import as_kind, loading, whole_number
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.progress import image_progress
-from unbraid.images.batches import Batch, in_batches
+from unbraid.images.batches import in_batches
 from unbraid.images.dataset import labels_of
 from unbraid.measuring.encoders import (
-    Encode,
     Encoder,
     load_batches,
     load_encoder,
@@ -39,20 +38,7 @@ N_TOP = 20
 _PART = 0.5  # of the largest response; positions below it are not cut out
 _ROUNDING = 1e-12  # relative; what double precision may make of equal numbers
 
-Top = dict[int, ReferenceImages]
 Place = tuple[int, int, int]  # of a top image: channel, concept, index in the data set
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where images come from and how they are embedded."""
-
-    scan: Scan
-    dataset: Dataset[Any]
-    n_images: int  # that could be read
-    encoder: Encoder
-    batch_size: int
-    workers: int
 
 
 @in_plain_modes
@@ -106,20 +92,43 @@ def measure_semantics(
     _refuse_other_images(scan, dataset)
     if isinstance(encoder, str):
         encoder = load_encoder(encoder)
+    boxes = _boxes(scan, split, top)
+    crops = Crops(dataset, [(index, box) for (_, _, index), box in boxes.items()])
     n_images = scan.manifest.n_images - len(scan.broken())
-    source = _Source(scan, dataset, n_images, encoder, batch_size, workers)
-    with ready(encoder) as encode:
-        scores, whole = _embed_images(source, split, encode, top, progress)
-        crops = _embed_crops(source, split, encode, top)
-    by_channel = scores.split([1 + len(part.concepts) for part in split.channels])
-    return Semantics(
-        {
-            part.channel: _describe(
-                source, part.channel, top[part.channel], own.tolist(), whole, crops
-            )
-            for part, own in zip(split.channels, by_channel, strict=True)
-        }
-    )
+    batches = [b for own in scan.columns("index") for b in in_batches(own.tolist(), batch_size)]
+    batches_of_crops = in_batches(range(len(crops)), batch_size)
+    with (
+        ready(encoder) as encode,
+        image_progress("Embedding images", n_images, show=progress) as advance,
+    ):
+        loaded = load_batches(encoder, dataset, batches, workers, advance)
+        rows = (row for batch in loaded for row in encode(batch))
+        scores, whole = _embed(scan, split, top, rows)
+        loaded = load_batches(encoder, crops, batches_of_crops, workers)
+        rows = (row for batch in loaded for row in encode(batch))
+        cut = dict(zip(boxes, rows, strict=True))
+    channels: dict[int, ChannelSemantics] = {}
+    for channel, own in top.items():
+        tops = (own.original, *own.concepts)
+        likes = [
+            Likeness(scores.pop(0), clarity(torch.stack([whole[n] for n in one.index.tolist()])))
+            for one in tops
+        ]
+        places = [(channel, k, n) for k, one in enumerate(own.concepts) for n in one.index.tolist()]
+        embeddings = torch.stack([cut.get(place, whole[place[2]]) for place in places])
+        within, between = pure_distances(embeddings, torch.tensor([k for _, k, _ in places]))
+        channels[channel] = ChannelSemantics(
+            encoder=name_of_encoder(encoder),
+            n_images=n_images,
+            n_top=len(own.original.index),
+            positions=scan.positions,
+            crops=bool(cut),
+            original=likes[0],
+            concepts=tuple(likes[1:]),
+            within=within,
+            between=between,
+        )
+    return Semantics(channels)
 
 
 def _refuse_other_images(scan: Scan, dataset: Dataset[Any]) -> None:
@@ -135,38 +144,26 @@ def _refuse_other_images(scan: Scan, dataset: Dataset[Any]) -> None:
                 )
 
 
-def _embed_images(
-    source: _Source, split: Split, encode: Encode, top: Top, progress: bool
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Embed all images once: monosemanticity scores (C,), and embeddings of top images by index."""
+def _embed(
+    scan: Scan, split: Split, top: dict[int, ReferenceImages], rows: Iterator[Tensor]
+) -> tuple[list[float], dict[int, Tensor]]:
+    """Monosemanticity scores of all channels in order, and embeddings of top images by index.
+
+    Shard by shard, so that memory does not grow with the number of images.
+    """
     tops = [one for own in top.values() for one in (own.original, *own.concepts)]
     wanted = {index for one in tops for index in one.index.tolist()}
     sums = MonosemanticitySums()
     kept: dict[int, Tensor] = {}
-    with image_progress("Embedding images", source.n_images, show=progress) as advance:
-        for records, batches in _read(source):
-            parts = []
-            for batch in batches:
-                parts.append(encode(batch))
-                advance(len(batch[0]))
-            embeddings = torch.cat(parts)
-            responses = [_responses(source.scan, records, part) for part in split.channels]
+    for records in scan.shards():
+        if len(records):  # else every image of the shard was broken
+            embeddings = torch.stack(list(islice(rows, len(records))))
+            responses = [_responses(scan, records, part) for part in split.channels]
             sums.add(torch.cat(responses, dim=1), embeddings)
-            rows = zip(records.index.tolist(), embeddings, strict=True)
-            # A row alone would keep the whole shard's in memory.
-            kept |= {index: row.clone() for index, row in rows if index in wanted}
-    return sums.scores(), kept
-
-
-def _read(source: _Source) -> Iterator[tuple[Records, Iterator[Batch]]]:
-    """Records and images, shard by shard, so that memory does not grow with their number."""
-    shards = [index.tolist() for index in source.scan.columns("index")]
-    batches = [in_batches(shard, source.batch_size) for shard in shards]
-    in_a_row = [batch for part in batches for batch in part]
-    loaded = load_batches(source.encoder, source.dataset, in_a_row, source.workers)
-    for records, part in zip(source.scan.shards(), batches, strict=True):
-        if part:  # else every image of the shard was broken
-            yield records, islice(loaded, len(part))
+            for index, row in zip(records.index.tolist(), embeddings, strict=True):
+                if index in wanted:
+                    kept[index] = row.clone()  # which alone would keep the whole shard's in memory
+    return sums.scores().tolist(), kept
 
 
 def _responses(scan: Scan, records: Records, part: ChannelSplit) -> Tensor:
@@ -177,17 +174,8 @@ def _responses(scan: Scan, records: Records, part: ChannelSplit) -> Tensor:
     return part.pooled_responses(pooled, records.n_positions)[:, :-1].clamp(min=0)
 
 
-def _embed_crops(source: _Source, split: Split, encode: Encode, top: Top) -> dict[Place, Tensor]:
-    """Embed where concept channels answer in their top images; empty if that is not known."""
-    boxes = _boxes(source.scan, split, top)
-    crops = Crops(source.dataset, [(index, box) for (_, _, index), box in boxes.items()])
-    batches = in_batches(range(len(crops)), source.batch_size)
-    loaded = load_batches(source.encoder, crops, batches, source.workers)
-    embeddings = [row for batch in loaded for row in encode(batch)]
-    return dict(zip(boxes, embeddings, strict=True))
-
-
-def _boxes(scan: Scan, split: Split, top: Top) -> dict[Place, Box]:
+def _boxes(scan: Scan, split: Split, top: dict[int, ReferenceImages]) -> dict[Place, Box]:
+    """Where concept channels answer in their top images; empty if that is not known."""
     boxes: dict[Place, Box] = {}
     if not scan.positions or len(scan.layer.kernel) != 2:
         return boxes
@@ -201,35 +189,6 @@ def _boxes(scan: Scan, split: Split, top: Top) -> dict[Place, Box]:
                     for index, response in zip(records.index[here].tolist(), maps, strict=True):
                         boxes[part.channel, k, index] = answering_box(response)
     return boxes
-
-
-def _describe(
-    source: _Source,
-    channel: int,
-    top: ReferenceImages,
-    scores: list[float],
-    whole: dict[int, Tensor],
-    crops: dict[Place, Tensor],
-) -> ChannelSemantics:
-    """Put one channel's measures together."""
-    original, *concepts = (
-        Likeness(score, clarity(torch.stack([whole[index] for index in images.index.tolist()])))
-        for score, images in zip(scores, (top.original, *top.concepts), strict=True)
-    )
-    places = [(channel, k, n) for k, own in enumerate(top.concepts) for n in own.index.tolist()]
-    embeddings = torch.stack([crops.get(place, whole[place[2]]) for place in places])
-    within, between = pure_distances(embeddings, torch.tensor([k for _, k, _ in places]))
-    return ChannelSemantics(
-        encoder=name_of_encoder(source.encoder),
-        n_images=source.n_images,
-        n_top=len(top.original.index),
-        positions=source.scan.positions,
-        crops=bool(crops),
-        original=original,
-        concepts=tuple(concepts),
-        within=within,
-        between=between,
-    )
 
 
 class MonosemanticitySums:
@@ -249,12 +208,7 @@ class MonosemanticitySums:
         self._shift: Tensor | None = None  # of activations, so that large ones lose no digits
 
     def add(self, activations: Tensor, embeddings: Tensor) -> None:
-        """Add images.
-
-        Args:
-            activations: (N, C).
-            embeddings: (N, D), of the same images.
-        """
+        """Add images, of activations (N, C) and embeddings (N, D)."""
         activations, embeddings = activations.double(), embeddings.double()
         if self._shift is None:
             self._shift = activations[0]
@@ -293,13 +247,7 @@ class MonosemanticitySums:
 
 
 def clarity(embeddings: Tensor) -> float:
-    """How alike the images are that excite a channel most: their mean pairwise cosine.
-
-    Args:
-        embeddings: (N, D), of a channel's top images.
-
-    Returns:
-        At most 1; NaN for less than two images.
+    """Mean pairwise cosine of the images (N, D) that excite a channel most; NaN for less than two.
 
     Source:
         Dreyer et al. 2025 (SemanticLens), arXiv:2501.05398.
@@ -313,15 +261,9 @@ def clarity(embeddings: Tensor) -> float:
 
 
 def pure_distances(embeddings: Tensor, concept: Tensor) -> tuple[float, float]:
-    """Mean Euclidean distance of embeddings within concepts and between them.
+    """Mean Euclidean distance of embeddings (N, D) within concepts (N,), and between them.
 
-    Args:
-        embeddings: (N, D), of crops of reference images, in the encoder's own unit.
-        concept: (N,), the concept that each was chosen for.
-
-    Returns:
-        The mean over all pairs of the same concept, and over all pairs of different ones; NaN
-        where there is no such pair.
+    NaN where there is no such pair.
 
     Source:
         Dreyer et al. 2024 (PURE), arXiv:2404.06453.
@@ -356,15 +298,10 @@ WHOLE = Box(0.0, 1.0, 0.0, 1.0)
 
 
 def answering_box(response: Tensor) -> Box:
-    """Box in the positions that answer at least half as much as the strongest one.
+    """Box in the positions (h, w) that answer at least half as much as the strongest one.
 
-    A position draws on its surroundings too, so the box has a margin of one position.
-
-    Args:
-        response: (h, w), a channel's pre-activation over the image.
-
-    Returns:
-        The whole image where no position answers with more than zero.
+    A position draws on its surroundings too, so the box has a margin of one position. It is the
+    whole image where no position answers with more than zero.
 
     >>> response = torch.zeros(8, 8)
     >>> response[3:5, 0] = 1.0

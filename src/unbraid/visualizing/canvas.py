@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,20 +40,16 @@ class Pixels:
 
     def to(self, device: torch.device) -> Pixels:
         """Return the same on another device."""
-        low, high, mean, colours, magnitude, size = vars(self).values()
-        tensors = (one.to(device) for one in (low, high, mean, colours, magnitude))
-        return Pixels(*tensors, size)
+        values = vars(self).items()
+        moved: dict[str, Any] = {n: v.to(device) for n, v in values if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def pixels_of(dataset: Dataset[Any], size: tuple[int, int] | None = None) -> Pixels:
-    """Measure what the images of a data set are like, from an evenly spaced sample.
+    """Measure what a data set's images are like, from an evenly spaced sample.
 
     The range is that of the sample's pixels, channel by channel, so no preprocessing needs to be
-    known, and an image within it is one that the data set might hold.
-
-    Args:
-        dataset: of (image (C, H, W), label).
-        size: (height, width) to bring the images to; by default they stay as they are.
+    known. The images are brought to `size`, height and width, if it is given.
 
     Raises:
         UsageError: the size is out of range.
@@ -129,10 +125,7 @@ class Canvas:
         return (mean + _mix(self.pixels.colours, painted)).clamp(0, 1)
 
     def _phases(self) -> Tensor:
-        """Phases that real images have: where f and -f are both listed, their sum is zero.
-
-        Otherwise the inverse transform would take the mean of both, of another magnitude.
-        """
+        """Phases that real images have: where f and -f are both listed, their sum is zero."""
         width = self.pixels.size[1]
         twice = torch.zeros(self.numbers.shape[-1], dtype=torch.bool, device=self.numbers.device)
         twice[[0, -1] if width % 2 == 0 else [0]] = True
@@ -141,21 +134,13 @@ class Canvas:
 
 
 def blank_canvas(pixels: Pixels, seeds: list[int], fixed_spectrum: bool) -> Canvas:
-    """Fill a canvas with noise, by its seed for each image.
-
-    Args:
-        pixels: what images are like; the canvas is made on its device.
-        seeds: of the images.
-        fixed_spectrum: only phases may change.
-    """
-    shape, numbers = pixels.magnitude.shape, []
-    for seed in seeds:
-        drawn: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)}
-        drawn["dtype"] = torch.float32
-        if fixed_spectrum:
-            numbers.append(2 * math.pi * torch.rand(shape, **drawn))
-        else:
-            numbers.append(_START * torch.randn((*shape, 2), **drawn))
+    """Fill a canvas with noise, by its seed for each image; of a fixed spectrum only phases."""
+    shape, f32 = pixels.magnitude.shape, torch.float32
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if fixed_spectrum:
+        numbers = [2 * math.pi * torch.rand(shape, generator=g, dtype=f32) for g in generators]
+    else:
+        numbers = [_START * torch.randn((*shape, 2), generator=g, dtype=f32) for g in generators]
     return Canvas(torch.stack(numbers).to(pixels.low.device).requires_grad_(), pixels)
 
 
@@ -163,10 +148,6 @@ def shake(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift, turn, zoom and add noise at random, all images alike.
 
     Alike, so that an image does not depend on which others it is optimised beside.
-
-    Args:
-        images: (N, C, H, W), on a scale from 0 to 1.
-        generator: on the CPU.
     """
     height, width = images.shape[2:]
     drawn = 2 * torch.rand(4, generator=generator, dtype=torch.float32) - 1

@@ -177,12 +177,7 @@ class Watched:
         return sorted(k for o, k in self.rows if o == channel and k is not None)
 
     def respond(self, images: Tensor) -> Responses:
-        """Show images, (N, C, H, W), to the network.
-
-        Raises:
-            LayerError: the layer does not run.
-            ModelError: the network fails on them.
-        """
+        """Show images, (N, C, H, W), to the network."""
         whole: list[Tensor] = []
         concepts: list[Tensor] = []
         with ExitStack() as hooks:
@@ -214,11 +209,7 @@ class Watched:
 
 
 def watch(model: nn.Module, layer: str | nn.Module) -> Watched:
-    """Find a layer, split or not, in a network.
-
-    Raises:
-        LayerError: there is none, or it has no channels.
-    """
+    """Find a layer, split or not, in a network."""
     name, module = resolve_layer(model, layer)
     if not isinstance(module, SplitLayer):
         return Watched(model, module, describe(name, module), {})
@@ -310,12 +301,9 @@ def _optimise(
 
 
 class Score:
-    """How well each image of a batch does what it is made for.
+    """How well each image of a batch does what it is made for, its target.
 
-    Args:
-        watched: network and layer.
-        targets: what each image is made for.
-        contrast: images of concept channels are to leave the others of their channel silent.
+    With contrast, images of concept channels are to leave the others of their channel silent.
     """
 
     def __init__(self, watched: Watched, targets: Sequence[Target], contrast: bool) -> None:
