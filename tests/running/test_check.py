@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_apply import make_split
 from test_files import leave
-from test_surgery import make_split
 
 import unbraid
 from tiny_networks import SyntheticImages, build
