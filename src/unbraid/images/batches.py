@@ -81,9 +81,9 @@ def read_images(
     for items in load(dataset, batches, workers=workers):
         good, _ = sort_out(items, skip_broken)
         if good:
-            indices, images, labels = zip(*good, strict=True)
-            index = torch.tensor(indices, dtype=torch.int64)
-            yield index, stack_images(images, index), torch.tensor(labels, dtype=torch.int64)
+            index = torch.tensor([item[0] for item in good], dtype=torch.int64)
+            labels = torch.tensor([item[2] for item in good], dtype=torch.int64)
+            yield index, stack_images([item[1] for item in good], index), labels
         advance(len(items))
 
 
