@@ -1,7 +1,7 @@
 """Feature visualisation in an ImageNet network of colour pictures: what the images excite.
 
-Within a minute: four of the 41 channels found, pictures of 128 x 128 pixels where the network is
-meant for 224, half of the usual steps. What whole runs reach stands in docs/visualisation.md.
+Within half a minute: three of the 41 channels found, pictures of 128 x 128 pixels, half of the
+usual steps. What whole runs reach stands in docs/visualisation.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unbraid.splitting.splits import ChannelSplit, Split
 from unbraid.visualizing.features import Features
 
 LAYER = "_conv_head"
-N_CHANNELS, STEPS = 4, 64
+N_CHANNELS, STEPS = 3, 64
 
 
 class Enlarged(Dataset[tuple[Tensor, int]]):

@@ -24,7 +24,7 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.base.progress import image_progress
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import concept_of
-from unbraid.images.batches import in_batches, read_images
+from unbraid.images.batches import Batch, in_batches, read_images
 from unbraid.images.dataset import class_names_of, size_of
 from unbraid.measuring.results import (
     Ablation,
@@ -64,9 +64,6 @@ def ablate(
     off. A concept channel is off when its gate is 0; a whole channel is off when its
     pre-activation is 0. The network is used in eval mode, on the device that it is on, and left
     exactly as it was; gates and clamps do not count while this measures.
-
-    What lies before the split layer runs once a batch, what lies behind it once for everything
-    switched off, so the time goes with the number of channels.
 
     Args:
         model2: a split network, from `unbraid.apply` in the exact form.
@@ -109,13 +106,13 @@ def ablate(
         image_progress("Switching channels off", n_images, show=progress) as advance,
     ):
         batches = in_batches(range(n_images), batch_size)
-        for index, images, labels in read_images(
+        for batch in read_images(
             dataset, batches, workers=workers, skip_broken=skip_broken, advance=advance
         ):
-            images = images.to(measured.rows.device)
+            index, images, labels = batch
             if not sums:
-                refuse_unsteady(model2, images)
-            n_outputs, outcomes = _run_batch(replay, measured, concepts, index, images, labels)
+                refuse_unsteady(model2, images.to(measured.rows.device))
+            n_outputs, outcomes = _run_batch(replay, measured, concepts, batch)
             for channel, outcome in outcomes.items():
                 if channel not in sums:
                     sums[channel] = AblationSums(concepts[channel], n_outputs)
@@ -209,14 +206,11 @@ def _all_on(layers: Iterable[SplitLayer]) -> Iterator[None]:
 
 
 def _run_batch(
-    replay: Replay,
-    layer: SplitLayer,
-    concepts: Concepts,
-    index: Tensor,
-    images: Tensor,
-    labels: Tensor,
+    replay: Replay, layer: SplitLayer, concepts: Concepts, batch: Batch
 ) -> tuple[int, dict[int, Tensor]]:
     """T, and by channel (2, R, N): logits of the own labels, and 1 where these are the top ones."""
+    index, images, labels = batch
+    images = images.to(layer.rows.device)
     responses: list[Tensor] = []
     with layer.concepts.register_forward_hook(lambda *args: responses.append(args[-1].clone())):
         logits, output = replay.first(images)
@@ -231,9 +225,8 @@ def _run_batch(
     outcomes, intact = {}, outcome(logits)
     dim = -1 if layer.spec.channels_last else 1
     for channel, groups in concepts.items():
-        whole = output.select(dim, channel)
-        rows = [layer.names.index(f"{channel}.{k}") for k in range(len(groups))]
-        runs = [intact]
+        runs, whole = [intact], output.select(dim, channel)
+        rows = (layer.names.index(f"{channel}.{k}") for k in range(len(groups)))
         rests = (whole - responses[0].select(dim, row) for row in rows)
         for rest in (torch.zeros_like(whole), *rests):
             changed = output.clone()
@@ -340,8 +333,8 @@ class Replay:
             LayerError: the layer does not run exactly once.
         """
         self._kept.clear()
-        self._given = self._output = None
-        logits = self._run(images)
+        self._output = None
+        logits = self.again(images, None)
         if self._output is None:
             raise LayerError(f"The layer runs 0 times in a forward pass, so {NOT_IN_FORCE}.")
         if self._n_reached > 1:
@@ -359,23 +352,17 @@ class Replay:
             kept.lend_if_untouched()
         return logits, self._output
 
-    def again(self, images: Tensor, output: Tensor) -> Tensor:
+    def again(self, images: Tensor, output: Tensor | None) -> Tensor:
         """Run the network on the images of `first` with another output of the layer."""
-        self._given = output
-        logits = self._run(images)
+        self._given, self._within = output, False
+        self._place = self._n_reached = 0
+        logits = run_network(self._model, images)
         # This pass is sound, the next would not be.
         spoilt = any(kept.lent and not kept.untouched for kept in self._kept)
         self.shortened = self.shortened and not spoilt
         return logits
 
-    def _run(self, images: Tensor) -> Tensor:
-        self._place = self._n_reached = 0
-        self._within = False
-        return run_network(self._model, images)
-
-    def at_layer(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return the layer's `forward`: it puts out what it was given."""
-
+    def _at_layer(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(compute)
         def forward(*args: Any, **named: Any) -> Tensor:
             self._n_reached += 1
@@ -387,9 +374,7 @@ class Replay:
 
         return forward
 
-    def before_layer(self, module: nn.Module, compute: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the `forward` of another module: it hands out again what it computed first."""
-
+    def _before_layer(self, module: nn.Module, compute: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(compute)
         def forward(*args: Any, **named: Any) -> Any:
             if self._n_reached or self._within:
@@ -449,10 +434,10 @@ def replaying(model: nn.Module, layer: nn.Module) -> Iterator[Replay]:
     """Make it possible to replay a network, in eval mode, from a layer on; put all back."""
     replay = Replay(model)
     inside = set(layer.modules())
-    forwards: dict[nn.Module, Callable[..., Any]] = {layer: replay.at_layer(layer.forward)}
+    forwards: dict[nn.Module, Callable[..., Any]] = {layer: replay._at_layer(layer.forward)}
     for module in model.modules():
         if module not in inside and not any(part is layer for part in module.modules()):
-            forwards[module] = replay.before_layer(module, module.forward)
+            forwards[module] = replay._before_layer(module, module.forward)
     # A hook cannot leave out a module's computation; a `forward` of the instance's own can.
     own = {module: module.__dict__.get("forward") for module in forwards}
     try:
@@ -461,7 +446,6 @@ def replaying(model: nn.Module, layer: nn.Module) -> Iterator[Replay]:
         yield replay
     finally:
         for module, before in own.items():
-            if before is None:
-                del module.__dict__["forward"]
-            else:
+            del module.__dict__["forward"]
+            if before is not None:
                 module.__dict__["forward"] = before
