@@ -148,19 +148,15 @@ def test_all_drops_are_the_oracles(kind, tmp_path):
     assert_ablation(case.ablate(batch_size=4), case)
 
 
-def test_something_is_lost_and_gained_in_these_tests(case):
+def test_images_of_no_concept_are_the_rest_and_something_is_lost_and_gained(case):
     """Else the oracle would be right of anything."""
-    drops = [c.own for channel in case.ablate().channels for c in channel.concepts]
+    result = case.ablate()
+    assert_ablation(result, case)
+    assert {c.rest.n_images for c in result.channels[0].concepts} != {0}
+    drops = [c.own for channel in result.channels for c in channel.concepts]
     assert max(drop.logit for drop in drops) > 0.01
     assert min(drop.logit for drop in drops) < -0.001
     assert any(drop.accuracy != 0 for drop in drops) or any(d.whole_accuracy for d in drops)
-
-
-def test_images_of_no_concept_are_the_rest(tmp_path):
-    case = make_case(build("groups"), tmp_path)
-    result = case.ablate()
-    assert {c.rest.n_images for c in result.channels[0].concepts} != {0}
-    assert_ablation(result, case)
 
 
 def nudged(values: Any) -> Any:
@@ -335,18 +331,15 @@ def test_a_scan_tells_the_images_of_classes_as_labels_do(case, clustered):
     assert case.ablate(scan=clustered.scan) == case.ablate()
 
 
-def test_clusters_without_a_scan_are_refused(clustered):
+def test_scans_that_do_not_fit_are_refused(clustered, tmp_path):
+    case = clustered.case
+    fewer = unbraid.scan(case.network, "layer", SyntheticImages(5), tmp_path / "fewer")
+    stem = unbraid.scan(case.network, "stem", case.images, tmp_path / "stem")
     with pytest.raises(UsageError, match="clusters of images"):
-        clustered.case.ablate()
-
-
-def test_a_scan_of_other_images_or_another_layer_is_refused(clustered, tmp_path):
-    network = clustered.case.network
-    fewer = unbraid.scan(network, "layer", SyntheticImages(5), tmp_path / "fewer")
-    stem = unbraid.scan(network, "stem", clustered.case.images, tmp_path / "stem")
+        case.ablate()
     for scan in (fewer, stem):
         with pytest.raises(UsageError, match="other images or another layer"):
-            clustered.case.ablate(scan=scan)
+            case.ablate(scan=scan)
 
 
 # --- networks of every kind of code ---------------------------------------------------------------
@@ -521,11 +514,6 @@ def test_networks_of_any_code_are_ablated_rightly(kind, tmp_path):
     assert_ablation(case.ablate(batch_size=1), case)
 
 
-def test_a_layer_that_is_handed_its_input_by_keyword(tmp_path):
-    case = make_case(CallsByKeyword(build("1x1")), tmp_path)
-    assert_ablation(case.ablate(), case)
-
-
 class Encoder(nn.Module):
     """torch's own transformer, which in eval mode reads the weights of its layers past them."""
 
@@ -540,8 +528,10 @@ class Encoder(nn.Module):
         return self.head(self.blocks(self.patches(x).flatten(2).mT).mean(1))
 
 
-def test_torchs_own_transformer(tmp_path):
-    case = make_case(Encoder().double().eval(), tmp_path, "blocks.layers.1.linear1")
+def test_a_layer_by_keyword_and_torchs_own_transformer(tmp_path):
+    case = make_case(CallsByKeyword(build("1x1")), tmp_path / "a")
+    assert_ablation(case.ablate(), case)
+    case = make_case(Encoder().double().eval(), tmp_path / "b", "blocks.layers.1.linear1")
     # Of its paths, the oracle's is the other one: it differs from the split network's in rounding.
     assert_ablation(case.ablate(), case)
 
@@ -706,20 +696,15 @@ def test_the_network_is_left_as_it_was(name, tmp_path):
 
 
 def test_broken_images_are_left_out_when_asked(case):
-    result = unbraid.ablate(
-        unbraid.apply(case.network, case.split), WithBroken(11, seed=5), skip_broken=True
-    )
+    result = replace(case, images=WithBroken(11, seed=5)).ablate(skip_broken=True)
     rest = SyntheticImages(11, seed=5)
     keep = [n for n in range(11) if n != 3]
     rest.images, rest.targets = rest.images[keep], [rest.targets[n] for n in keep]
     assert_ablation(result, replace(case, images=rest))
-
-
-def test_nothing_but_broken_images_is_no_ablation(case):
-    dataset = WithBroken(2)
-    dataset.broken = (0, 1)
+    nothing = WithBroken(2)
+    nothing.broken = (0, 1)
     with pytest.raises(DataError, match="No image could be read"):
-        replace(case, images=dataset).ablate(skip_broken=True, batch_size=1)
+        replace(case, images=nothing).ablate(skip_broken=True, batch_size=1)
 
 
 def test_networks_and_arguments_that_do_not_fit_are_refused(case):
@@ -773,15 +758,6 @@ def test_an_evaluation_keeps_it_and_it_can_be_read_back(few, channels, case, val
                 assert values[name]["part"] == (None if math.isnan(part) else part)
 
 
-def test_without_it_there_is_none(case, val_scan, tmp_path):
-    result = unbraid.evaluate(case.split, val_scan)
-    result.save(tmp_path / "evaluation.json")
-    assert read_ablation(tmp_path / "evaluation.json") is None
-    content = json.loads((tmp_path / "evaluation.json").read_text())
-    assert content["ablation"] is None
-    assert {entry["ablation"] for entry in content["channels"]} == {None}
-
-
 def test_an_ablation_of_another_split_is_refused(case, val_scan):
     ablation = case.ablate()
     first, *rest = ablation.channels
@@ -820,15 +796,3 @@ def test_a_damaged_or_missing_file_is_named(case, val_scan, tmp_path):
     path.unlink()
     with pytest.raises(RunError, match=r"evaluation\.json cannot be read"):
         read_ablation(path)
-
-
-def test_it_prints_a_row_per_concept_channel(case):
-    result = case.ablate()
-    _, head, *rows = str(result).splitlines()
-    assert head.split()[:6] == ["channel", "concept", "logit", "whole", "part", "top-1"]
-    assert len(rows) == sum(len(channel.concepts) for channel in result.channels)
-    first = result.channels[0]
-    assert rows[0].startswith(f"{first.channel} ")
-    assert f"{first.concepts[0].own.logit:.3f}" in rows[0]
-    assert f"{first.concepts[0].others.part:.3f}" in rows[0]
-    assert first.concepts[1].name in rows[1]

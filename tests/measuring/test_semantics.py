@@ -410,34 +410,31 @@ def test_it_does_not_matter_how_images_are_divided_among_shards(sizes):
     assert_scores(scores_of(a, e, sizes), a, e)
 
 
-@pytest.mark.parametrize("constant", [0.0, 3.0, -1e8, 0.1])
-def test_a_channel_that_never_changes_has_no_score(constant):
-    a, e = some_images()
-    a[:, 1] = constant
-    scores = scores_of(a, e)
-    assert scores.isnan().tolist() == [False, True, False, False]
-    assert_scores(scores, a, e)
+def without_pairs() -> dict[str, Tensor]:
+    """Activations of one channel in which no two images share anything."""
+    rounded = torch.full((50, 1), 0.1, dtype=torch.float64)
+    rounded[::2] = torch.nextafter(rounded[0], 2 * rounded[0])
+    one_differs = rounded.clone()
+    one_differs[4] = 7.0
+    alone = torch.zeros(50, 1, dtype=torch.float64)
+    alone[11] = 1.3
+    return {
+        **{f"always {x}": torch.full_like(alone, x) for x in (0.0, 3.0, -1e8, 0.1)},
+        **{f"one above {x}": alone + x for x in (0.0, 0.7, -300.0)},
+        "rounding": rounded,
+        "rounding but in one image": one_differs,
+        "one image": alone[:1],
+    }
 
 
-@pytest.mark.parametrize("others", [0.1, 7.0])
-def test_rounding_is_not_taken_for_a_change(others):
-    a = torch.full((9, 1), 0.1, dtype=torch.float64)
-    a[::2] = torch.nextafter(a[0], 2 * a[0])
-    a[4] = others  # at 7 the only one that differs by more than rounding
-    assert scores_of(a, some_images(9)[1]).isnan()
-
-
-@pytest.mark.parametrize("offset", [0.0, 0.7, -300.0])
-def test_an_image_that_is_alone_above_the_lowest_has_no_pair(offset):
-    a, e = torch.zeros(50, 1, dtype=torch.float64), some_images(50)[1]
-    a[11] = 1.3
-    assert scores_of(a + offset, e).isnan()
-
-
-def test_one_image_or_none_with_a_direction_has_no_score():
-    a, e = some_images()
-    assert scores_of(a[:1], e[:1]).isnan().all()
-    assert scores_of(a, torch.zeros_like(e)).isnan().all()
+@pytest.mark.parametrize("a", without_pairs().values(), ids=without_pairs())
+def test_scores_of_channels_without_a_pair_of_images_are_nan(a):
+    e = some_images(len(a))[1]
+    assert scores_of(a, e).isnan().all()
+    some = some_images(len(a))[0]
+    if len(a) > 1:
+        assert scores_of(torch.cat([some, a], 1), e).isnan().tolist() == [False] * 4 + [True]
+    assert scores_of(some, torch.zeros_like(e)).isnan().all()
 
 
 def test_neither_the_unit_of_activations_nor_that_of_embeddings_matters():
@@ -480,60 +477,38 @@ def test_clarity_is_that_of_the_double_loop(n):
     e = some_images(n)[1]
     assert_clarity(clarity(e), e)
     assert_clarity(clarity(e.float()), e.float())
-
-
-def test_clarity_leaves_out_images_without_a_direction():
-    e = some_images(6)[1]
-    e[2] = 0
-    assert_clarity(clarity(e), e)
-    assert_close(clarity(e), clarity(e[[0, 1, 3, 4, 5]]))
-
-
-def test_clarity_of_less_than_two_images_is_not_known():
-    e = some_images(1)[1]
-    assert math.isnan(clarity(e))
-    assert math.isnan(clarity(torch.cat([e, torch.zeros_like(e)])))
-    assert math.isnan(clarity(e[:0]))
-
-
-def test_the_check_of_clarity_fails_on_other_images():
-    e = some_images(6)[1]
-    for wrong in (e[:5], e.clamp(min=0), -e + 1):
+    with_zero = torch.cat([e, torch.zeros_like(e[:1])])  # which has no direction
+    assert_clarity(clarity(with_zero), with_zero)
+    assert_close(clarity(with_zero), clarity(e))
+    for wrong in (e[:-1], e.clamp(min=0), -e + 1):
         with pytest.raises(AssertionError):
             assert_clarity(clarity(e), wrong)
 
 
+def test_clarity_of_less_than_two_images_is_not_known():
+    e = some_images(1)[1]
+    for few in (e, torch.cat([e, torch.zeros_like(e)]), e[:0]):
+        assert math.isnan(clarity(few))
+
+
 @pytest.mark.parametrize("concept", [[0, 0, 1, 1, 0, 2], [0, 1, 2, 3, 4, 5], [1] * 6])
 def test_distances_are_those_of_the_double_loop(concept):
-    e = some_images(6)[1]
+    e, concept = some_images(6)[1], torch.tensor(concept)
     for embeddings in (e, e.float()):
-        distances = pure_distances(embeddings, torch.tensor(concept))
-        assert_distances(distances, embeddings, torch.tensor(concept))
-
-
-def test_distances_without_a_pair_are_not_known():
-    e = some_images(3)[1]
-    within, between = pure_distances(e, torch.tensor([0, 1, 2]))
-    assert math.isnan(within)
-    assert between > 0
-    within, between = pure_distances(e, torch.tensor([1, 1, 1]))
-    assert within > 0
-    assert math.isnan(between)
+        assert_distances(pure_distances(embeddings, concept), embeddings, concept)
+    within, between = pure_distances(e, concept)
+    assert math.isnan(within) == (len(concept.unique()) == 6)
+    assert math.isnan(between) == (len(concept.unique()) == 1)
+    for wrong in ((between, within), (within + 1e-7, between + 1e-7), (within, 0.0)):
+        with pytest.raises(AssertionError):
+            assert_distances(wrong, e, concept)
+    with pytest.raises(AssertionError):
+        assert_distances((within, between), e.roll(1, 1) * 2, concept)
 
 
 def test_the_same_image_in_two_concepts_has_no_distance():
     e = some_images(40)[1][[0] * 40]  # more than cdist would take without rounding
     assert pure_distances(e, torch.arange(40) % 2) == (0.0, 0.0)
-
-
-def test_the_check_of_distances_fails_on_other_images():
-    e, concept = some_images(6)[1], torch.tensor([0, 0, 1, 1, 0, 2])
-    within, between = pure_distances(e, concept)
-    for wrong in ((between, within), (within + 1e-7, between), (within, math.nan)):
-        with pytest.raises(AssertionError):
-            assert_distances(wrong, e, concept)
-    with pytest.raises(AssertionError):
-        assert_distances((within, between), e, concept.roll(1))
 
 
 # --- crops ----------------------------------------------------------------------------------------

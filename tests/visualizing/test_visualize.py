@@ -239,11 +239,12 @@ def test_responses_are_the_oracles_in_layers_of_every_kind(kind, split_of):
         responses = watched.respond(images())
     for channel, concept in ((1, 0), (1, 1), (0, 0), (3, 1)):
         expected = concept_maps(pair, channel, concept, images())
-        assert_close(responses.concepts[:, watched.rows[channel, concept]], expected)
+        assert_close(responses[:, watched.rows[channel, concept]], expected)
     whole = layer_output(pair.network, images())
     if isinstance(pair.network.layer, nn.Linear):
         whole = whole.movedim(-1, 1)
-    assert_close(responses.whole, whole.reshape(responses.whole.shape))
+    found = responses[:, : pair.split.layer.n_out]
+    assert_close(found, whole.reshape(found.shape))
 
 
 def test_responses_over_several_calls_and_windows_count_all_positions():
@@ -260,7 +261,7 @@ def test_responses_over_several_calls_and_windows_count_all_positions():
 
     network, x = Windows().double(), torch.randn(3, 3, 4, 4, dtype=torch.float64)
     with torch.no_grad():
-        found = watch(network, "layer").respond(x).whole.mean(-1)
+        found = watch(network, "layer").respond(x).mean(-1)
         expected = network.layer(1.5 * x.flatten(2).mean(2))
     assert_close(found, expected)
 
@@ -274,14 +275,11 @@ def test_scores_are_what_a_loop_says(contrast, split_of):
         responses = watched.respond(images())
         found = Score(watched, targets, contrast)(responses)
     for n, (channel, concept) in enumerate(targets):
-        if concept is None:
-            expected = float(responses.whole[n, channel].mean())
-        else:
-            expected = float(responses.concepts[n, watched.rows[channel, concept]].mean())
-            for other in range(3 if channel == 2 else 2):
-                z = responses.concepts[n, watched.rows[channel, other]]
-                if contrast and other != concept:
-                    expected -= sum(max(float(v), 0.0) for v in z) / len(z)
+        expected = float(responses[n, watched.rows[channel, concept]].mean())
+        for other in range(3 if channel == 2 else 2) if contrast and concept is not None else ():
+            z = responses[n, watched.rows[channel, other]]
+            if other != concept:
+                expected -= sum(max(float(v), 0.0) for v in z) / len(z)
         assert_close(float(found[n]), expected, tolerance=1e-5)
 
 
@@ -301,7 +299,7 @@ def test_the_next_module_does_not_write_into_responses(one_pair):
     assert one_pair.network.behind.inplace
     with torch.no_grad():
         responses = watch(one_pair.changed, "layer").respond(images())
-    assert float(responses.whole.min()) < 0
+    assert float(responses[:, : one_pair.split.layer.n_out].min()) < 0
 
 
 # --- reproducible, and nothing left behind --------------------------------------------------------
@@ -428,30 +426,13 @@ def test_arguments_out_of_range_are_told(one_pair, wrong, message):
         visualize(one_pair.changed, **wrong)
 
 
-def test_layers_that_cannot_be_visualised_are_told(one_pair):
-    with pytest.raises(LayerError, match="no layer 'lair'"):
-        unbraid.visualize(one_pair.changed, "lair", SyntheticImages(8))
+class Unused(nn.Module):
+    def __init__(self, detach: bool) -> None:
+        super().__init__()
+        self.layer, self.detach = nn.Conv2d(3, 2, 1), detach
 
-    class Unused(nn.Module):
-        def __init__(self, detach: bool) -> None:
-            super().__init__()
-            self.layer, self.detach = nn.Conv2d(3, 2, 1), detach
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x.detach()).mean((2, 3)) if self.detach else x.mean((2, 3))
-
-    with pytest.raises(LayerError, match="does not run"):
-        unbraid.visualize(Unused(False), "layer", Uniform(), [0])
-    with pytest.raises(LayerError, match="gradient"):
-        unbraid.visualize(Unused(True), "layer", Uniform(), [0])
-
-
-def test_a_network_that_fails_or_answers_with_nan_is_told(one_pair):
-    with pytest.raises(ModelError, match=r"cannot run on images of shape \(2, 7, 6\)"):
-        unbraid.visualize(one_pair.changed, "layer", Uniform((2, 7, 6)))
-    one_pair.changed.stem.weight.data[0] = float("nan")
-    with pytest.raises(ModelError, match="NaN"):
-        visualize(one_pair.changed)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.detach()).mean((2, 3)) if self.detach else x.mean((2, 3))
 
 
 class OneWay(torch.autograd.Function):
@@ -462,19 +443,36 @@ class OneWay(torch.autograd.Function):
         return 2 * x
 
 
-def test_a_network_without_gradients_is_told():
-    class Forwards(Colours):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(OneWay.apply(x))
-
-    with pytest.raises(ModelError, match="no gradient of its image"):
-        unbraid.visualize(Forwards(), "layer", Uniform(), [0])
+class Forwards(Colours):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(OneWay.apply(x))
 
 
-def test_images_without_colours_or_of_no_shape_are_told(one_pair):
-    flat = Uniform()
-    flat.images[:] = 0.5
-    with pytest.raises(DataError, match="one colour"):
-        unbraid.visualize(one_pair.changed, "layer", flat)
-    with pytest.raises(DataError, match="channels, height, width"):
-        unbraid.visualize(one_pair.changed, "layer", Uniform((3, 12)))
+def with_nan() -> Colours:
+    network = Colours()
+    network.layer.weight.data[0] = float("nan")
+    return network
+
+
+def flat() -> Uniform:
+    images = Uniform()
+    images.images[:] = 0.5
+    return images
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "images", "error", "message"),
+    [
+        (Colours(), "lair", Uniform(), LayerError, "no layer 'lair'"),
+        (Unused(False), "layer", Uniform(), LayerError, "does not run"),
+        (Unused(True), "layer", Uniform(), LayerError, "gradient"),
+        (Forwards(), "layer", Uniform(), ModelError, "no gradient of its image"),
+        (with_nan(), "layer", Uniform(), ModelError, "NaN"),
+        (Colours(), "layer", Uniform((2, 7, 6)), ModelError, r"run on images of shape \(2, 7, 6\)"),
+        (Colours(), "layer", flat(), DataError, "one colour"),
+        (Colours(), "layer", Uniform((3, 12)), DataError, "channels, height, width"),
+    ],
+)
+def test_what_cannot_be_visualised_is_told(network, layer, images, error, message):
+    with pytest.raises(error, match=message):
+        unbraid.visualize(network, layer, images, [0])

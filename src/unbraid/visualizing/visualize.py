@@ -156,45 +156,34 @@ def visualize(
 
 
 @dataclass(frozen=True, eq=False)
-class Responses:
-    """Pre-activations that images bring about, P positions."""
-
-    whole: Tensor  # (N, C_out, P)
-    concepts: Tensor | None  # (N, R, P), in the order of the layer's names; None if not split
-
-
-@dataclass(frozen=True, eq=False)
 class Watched:
     """A network and the layer in it that is watched."""
 
     model: nn.Module
     layer: nn.Module
     spec: LayerSpec
-    rows: dict[Target, int]  # where each concept channel stands
+    rows: dict[Target, int]  # where each channel and each concept channel stands in responses
 
     def concepts_of(self, channel: int) -> list[int]:
         """Concepts of a channel, in order; none if it is not split."""
         return sorted(k for o, k in self.rows if o == channel and k is not None)
 
-    def respond(self, images: Tensor) -> Responses:
-        """Show images, (N, C, H, W), to the network."""
-        whole: list[Tensor] = []
-        concepts: list[Tensor] = []
+    def respond(self, images: Tensor) -> Tensor:
+        """Show images to the network; return pre-activations, (N, rows, P positions)."""
+        kept: dict[nn.Module, list[Tensor]] = {self.layer: []}
+        if isinstance(self.layer, SplitLayer):
+            kept[self.layer.concepts] = []
+
+        def keep(module: nn.Module, _: Any, output: Tensor) -> None:
+            # Of a copy, since the next module may write into the output. Parts of an image, such
+            # as windows, are more positions.
+            maps = channels_first(self.spec, output.clone()).flatten(2)
+            by_image = maps.unflatten(0, (len(images), -1))
+            kept[module].append(by_image.movedim(1, 2).flatten(2))
+
         with ExitStack() as hooks:
-
-            def keep(module: nn.Module, kept: list[Tensor]) -> None:
-                def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-                    # Of a copy, since the next module may write into the output. Parts of an
-                    # image, such as windows, are more positions.
-                    maps = channels_first(self.spec, output.clone()).flatten(2)
-                    by_image = maps.unflatten(0, (len(images), -1))
-                    kept.append(by_image.movedim(1, 2).flatten(2))
-
-                hooks.callback(module.register_forward_hook(hook).remove)
-
-            keep(self.layer, whole)
-            if isinstance(self.layer, SplitLayer):
-                keep(self.layer.concepts, concepts)
+            for module in kept:
+                hooks.enter_context(module.register_forward_hook(keep))
             try:
                 with callers_device():
                     self.model(images)
@@ -203,25 +192,30 @@ class Watched:
                     f"The network cannot run on images of shape {tuple(images.shape[1:])} "
                     f"({brief(error)}); pass images, and a size, that it takes."
                 ) from error
-        if not whole:
+        if not kept[self.layer]:
             raise LayerError(f"Layer {self.spec.name!r} does not run when the network does.")
-        return Responses(torch.cat(whole, -1), torch.cat(concepts, -1) if concepts else None)
+        return torch.cat([torch.cat(maps, -1) for maps in kept.values()], 1)
 
 
 def watch(model: nn.Module, layer: str | nn.Module) -> Watched:
     """Find a layer, split or not, in a network."""
     name, module = resolve_layer(model, layer)
-    if not isinstance(module, SplitLayer):
-        return Watched(model, module, describe(name, module), {})
-    pairs = [row.split(".") for row in module.names]
-    rows: dict[Target, int] = {(int(o), int(k)): row for row, (o, k) in enumerate(pairs)}
-    return Watched(model, module, module.spec, rows)
+    names: list[str] = []  # of concept channels
+    if isinstance(module, SplitLayer):
+        spec, names = module.spec, module.names
+    else:
+        spec = describe(name, module)
+    targets: list[Target] = [(o, None) for o in range(spec.n_out)]
+    for own in names:
+        channel, concept = own.split(".")
+        targets.append((int(channel), int(concept)))
+    return Watched(model, module, spec, {target: row for row, target in enumerate(targets)})
 
 
 def _targets_of(watched: Watched, channels: Sequence[int] | None) -> dict[int, list[Target]]:
     """List by channel what to visualise: the whole channel, then each concept channel."""
     if channels is None:
-        channels = sorted({channel for channel, _ in watched.rows})
+        channels = sorted({channel for channel, k in watched.rows if k is not None})
     channels = whole_numbers("channels", channels)
     n_out = watched.spec.n_out
     unknown = [channel for channel in channels if channel not in range(n_out)]
@@ -290,13 +284,11 @@ def _optimise(
         )
     made = []
     for image, (channel, concept) in enumerate(targets):
-        means = [responses.whole[image, channel].float().mean()]
-        if responses.concepts is not None:
-            rows = [watched.rows[channel, k] for k in watched.concepts_of(channel)]
-            means += list(responses.concepts[image, rows].float().mean(-1))
+        names = (None, *watched.concepts_of(channel))
+        rows = [watched.rows[channel, k] for k in names]
+        means = tuple(responses[image, rows].float().mean(-1).tolist())
         picture = _picture(images[image], _opacity(drawn_on[image]))
-        feature = Feature(channel, concept, 0, picture, tuple(float(mean) for mean in means))
-        made.append((float(scores[image]), feature))
+        made.append((float(scores[image]), Feature(channel, concept, 0, picture, means)))
     return made
 
 
@@ -308,26 +300,22 @@ class Score:
 
     def __init__(self, watched: Watched, targets: Sequence[Target], contrast: bool) -> None:
         """Prepare what counts for which image, as matrices of zeros and ones."""
-        n_images, n_rows = len(targets), len(watched.rows)
-        place: dict[str, Any] = {"dtype": torch.float32, "device": device_of(watched.layer)}
-        self._whole = torch.zeros(n_images, watched.spec.n_out, **place)
-        self._own, self._others = torch.zeros(2, n_images, n_rows, **place)
+        shape, device = (len(targets), len(watched.rows)), device_of(watched.layer)
+        self._own, self._others = (
+            torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2)
+        )
         for image, (channel, concept) in enumerate(targets):
-            if concept is None:
-                self._whole[image, channel] = 1
-                continue
-            siblings = [watched.rows[channel, k] for k in watched.concepts_of(channel)]
-            self._others[image, siblings] = float(contrast)
+            if concept is not None and contrast:
+                siblings = [watched.rows[channel, k] for k in watched.concepts_of(channel)]
+                self._others[image, siblings] = 1
             row = watched.rows[channel, concept]
             self._own[image, row], self._others[image, row] = 1, 0
 
-    def __call__(self, responses: Responses) -> Tensor:
+    def __call__(self, responses: Tensor) -> Tensor:
         """Compute scores, (N,), in units of the mean pre-activation."""
-        score = (responses.whole.float().mean(-1) * self._whole).sum(1)
-        if responses.concepts is not None:
-            z = responses.concepts.float()
-            score = score + (z.mean(-1) * self._own).sum(1)
-            score = score - (z.clamp(min=0).mean(-1) * self._others).sum(1)
+        z = responses.float()
+        own, others = z.mean(-1) * self._own, z.clamp(min=0).mean(-1) * self._others
+        score: Tensor = own.sum(1) - others.sum(1)
         return score
 
 
