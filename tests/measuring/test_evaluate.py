@@ -207,6 +207,14 @@ def test_scans_that_do_not_fit_are_refused(one_case, tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             unbraid.evaluate(one_case.split, scan)
+    fewer = replace(one_case.split, channels=one_case.split.channels[1:], method="other")
+    for options, message in (
+        ({"tau": 1.5}, r"tau is 1\.5; a share must lie between 0 and 1"),
+        ({"baseline": one_case.split}, "baseline must divide the same .* by another method"),
+        ({"baseline": fewer}, "baseline must divide the same channels"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            unbraid.evaluate(one_case.split, one_case.scan, **options)
 
 
 def test_a_concept_of_two_classes_needs_images_of_one(one_case, tmp_path):

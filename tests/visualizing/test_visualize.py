@@ -418,6 +418,7 @@ def test_time_is_kept_and_what_is_left_out_is_told(one_pair, monkeypatch):
         ({"channels": [8]}, "no channel 8"),
         ({"channels": [-1]}, "no channel -1"),
         ({"size": (0, 5)}, "size is"),
+        ({"seconds": -1.0}, "seconds is -1"),
         ({"size": (5000, 5000)}, "size is"),
     ],
 )

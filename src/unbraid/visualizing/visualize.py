@@ -122,6 +122,7 @@ def visualize(
     watched = watch(unwrap(model), layer)
     targets = _targets_of(watched, channels)
     device = device_of(watched.layer)
+    pixels = pixels.to(device)
     at_once = _PIXELS if device.type == "cpu" else _PIXELS_OF_ACCELERATORS
     most = max(1, at_once // math.prod(pixels.size))
     n_images = recipe.n * sum(map(len, targets.values()))
@@ -140,7 +141,7 @@ def visualize(
             made: list[tuple[float, Feature]] = []
             for start in range(0, len(wanted), most):
                 part = wanted[start : start + most]
-                made += _optimise(watched, pixels.to(device), part, recipe)
+                made += _optimise(watched, pixels, part, recipe)
                 advance(len(part))
             for start in range(0, len(wanted), recipe.n):
                 best = sorted(made[start : start + recipe.n], key=lambda m: m[0], reverse=True)
