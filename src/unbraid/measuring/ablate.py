@@ -237,9 +237,9 @@ def _run_batch(
 
 
 class AblationSums:
-    """Logits and hits of one channel's runs, summed over the images of each group.
+    """Logits and hits of a channel's runs, summed by class, by concept, and over all other images.
 
-    Groups are the T classes, then the K concepts, then all images of no concept.
+    The groups stand in this order: T classes, K concepts, one for images of no concept.
     """
 
     def __init__(self, concepts: tuple[Concept, ...], n_classes: int) -> None:
@@ -307,8 +307,7 @@ class AblationSums:
 class Replay:
     """A network whose layer can be given other outputs; made by `replaying`.
 
-    The outputs of the modules that run before the layer are kept and handed out again in later
-    passes, so that these leave out what lies before.
+    What modules before the layer put out is kept and handed out again in later passes.
     """
 
     def __init__(self, model: nn.Module) -> None:
