@@ -60,10 +60,9 @@ def ablate(
 ) -> Ablation:
     """Switch off each concept channel, and each whole channel, and measure what is lost.
 
-    Lost is the logit of an image's own label, and top-1 accuracy, beside the network with nothing
-    off. A concept channel is off when its gate is 0; a whole channel is off when its
-    pre-activation is 0. The network is used in eval mode, on the device that it is on, and left
-    exactly as it was; gates and clamps do not count while this measures.
+    Lost is the logit of an image's own label, and top-1 accuracy. A concept channel is off when
+    its gate is 0; a whole channel is off when its pre-activation is 0. The network is used in eval
+    mode, on its device, and left exactly as it was; gates and clamps do not count meanwhile.
 
     Args:
         model2: a split network, from `unbraid.apply` in the exact form.
@@ -184,7 +183,9 @@ def _members(
             "these images and the split layer."
         )
     scan = replace(scan, clusters=layer.clusters)
-    members = {o: torch.full((n_images,), len(groups)) for o, groups in concepts.items()}
+    members = {
+        o: torch.full((n_images,), len(groups), dtype=torch.int64) for o, groups in concepts.items()
+    }
     for records in scan.shards():
         for channel, groups in concepts.items():
             concept = concept_of(scan, records, groups)

@@ -116,7 +116,8 @@ def measure_semantics(
         ]
         places = [(channel, k, n) for k, one in enumerate(own.concepts) for n in one.index.tolist()]
         embeddings = torch.stack([cut.get(place, whole[place[2]]) for place in places])
-        within, between = pure_distances(embeddings, torch.tensor([k for _, k, _ in places]))
+        owners = torch.tensor([k for _, k, _ in places], dtype=torch.int64)
+        within, between = pure_distances(embeddings, owners)
         channels[channel] = ChannelSemantics(
             encoder=name_of_encoder(encoder),
             n_images=n_images,
