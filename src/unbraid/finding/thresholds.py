@@ -10,23 +10,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_FLOOR, Decimal
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from unbraid.base.arguments import as_kind, as_path, real_number, real_numbers
+from unbraid.base.arguments import as_kind, real_number, real_numbers
 from unbraid.base.errors import DataError, UsageError
-from unbraid.base.files import write_whole
 from unbraid.base.modes import in_plain_modes
-from unbraid.base.tables import align, count, csv_text, data_frame
+from unbraid.base.tables import Exported, align, count
 from unbraid.finding.arv import ClassSums, class_cosines, class_sums, shared_channels, uses
 from unbraid.scanning.records import Scan
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from unbraid.finding.findings import Findings
 
 Tau = float | Literal["auto"]
@@ -202,7 +198,7 @@ COLUMNS = tuple(Cell.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Exported):
     """How many channels and pairs `find` gives for every combination of thresholds."""
 
     layer: str
@@ -212,6 +208,8 @@ class Sensitivity:
     ps: tuple[float, ...]
     gammas: tuple[float, ...]
     cells: tuple[Cell, ...]  # tau by tau, then p, then gamma
+
+    columns = COLUMNS
 
     def at(self, tau: float, p: float, gamma: float) -> Cell:
         """Return what one choice of the grid's thresholds finds.
@@ -244,18 +242,6 @@ class Sensitivity:
         """Give one row per choice, in the order of the CSV columns."""
         for cell in self.cells:
             yield tuple(vars(cell).values())
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write one line per choice: tau, p, gamma, n_channels, n_pairs."""
-        write_whole(as_path("path", path), csv_text(COLUMNS, self.rows()).encode())
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Return the choices as a DataFrame with the columns of the CSV file.
-
-        Raises:
-            UnbraidError: pandas is not installed.
-        """
-        return data_frame(COLUMNS, self.rows())
 
 
 @in_plain_modes

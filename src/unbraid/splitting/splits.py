@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from unbraid.base.arguments import as_path
+from unbraid.base.errors import UsageError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.schema import build, check_schema, in_range, unread
-from unbraid.base.tables import Shown, align, count, html_table
+from unbraid.base.tables import Table, Tabular, count
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Cluster, Clusters, Members
 from unbraid.networks.spec import LayerSpec, respond, widen
@@ -74,7 +75,7 @@ class ChannelSplit:
 
 
 @dataclass(frozen=True, eq=False)
-class Split(Shown):
+class Split(Tabular):
     """Concept channels for one layer of one network."""
 
     layer: LayerSpec
@@ -100,31 +101,33 @@ class Split(Shown):
         """Say which images of a scan of this layer belong to which class or cluster."""
         return Members(scan, self.clusters)
 
+    def require(self, scan: Scan) -> None:
+        """Refuse a scan of another network or layer.
+
+        Raises:
+            UsageError: it is of another.
+        """
+        if scan.manifest.weights != self.weights or scan.layer != self.layer:
+            raise UsageError(
+                "The scan is of another network or layer than the split; scan the images with the "
+                "network and layer that were split."
+            )
+
     def name(self, concept: Concept) -> str:
         """Name a concept by its classes."""
         known = self.class_names
         return ", ".join(known[c] if c < len(known) and known[c] else str(c) for c in concept)
 
-    def __str__(self) -> str:
-        """Show the concept channels as a table."""
-        return f"{self._title}\n{align(self._rows())}"
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows(), title=self._title)
-
-    @property
-    def _title(self) -> str:
-        return f"{self.method} split of {count(len(self.channels), 'channel')} of {self.layer.name}"
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        """One row per concept channel: how much of the original's absolute weight it keeps."""
+    def table(self) -> Table:
+        """Show of each concept channel how much of the original's absolute weight it keeps."""
         rows: list[tuple[str, ...]] = [("channel", "concept", "classes", "weight kept")]
         for part in self.channels:
             whole = float(part.weight.abs().sum())
             for k, concept in enumerate(part.concepts):
                 kept = float(part.rows[k].abs().sum()) / (whole or 1.0)
                 rows.append((str(part.channel), str(k), self.name(concept), f"{kept:.0%}"))
-        return rows
+        n_channels = count(len(self.channels), "channel")
+        return Table(rows, f"{self.method} split of {n_channels} of {self.layer.name}")
 
     @in_plain_modes
     def save(self, path: str | Path) -> None:
