@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from unbraid.base.errors import UsageError
 from unbraid.finding.arv import ClassSums, averaged_relevance, concept_mean
 from unbraid.finding.membership import concept_of
 from unbraid.measuring.reference_images import ReferenceImages, TopImages
@@ -393,17 +394,21 @@ def scatter(classes: Sequence[ClassImages], responses: Responses) -> Scatter:
 # --- input channels -------------------------------------------------------------------------------
 
 
-def bars(part: ChannelSplit, scan: Scan, sums: ClassSums, n: int | None = None) -> Bars | None:
+def bars(
+    split: Split, part: ChannelSplit, scan: Scan, sums: ClassSums, n: int | None = None
+) -> Bars:
     """Find the n input channels that matter most to a channel's concepts; None for as many as fit.
 
-    Returns:
-        By the concept that they serve most, strongest first; None if the scan, which the sums are
-        of, has no image of a concept.
+    Raises:
+        UsageError: the scan, which the sums are of, has no image of a concept.
     """
     n_images = dict(enumerate(sums.n_images.tolist()))
-    there = [tuple(c for c in concept if n_images.get(c)) for concept in part.concepts]
-    if not all(there):
-        return None
+    there = [tuple(label for label in c if n_images.get(label)) for c in part.concepts]
+    for classes, known in zip(part.concepts, there, strict=True):
+        if not known:
+            raise UsageError(
+                f"The scan has no image of {split.name(classes)}; scan images of all concepts."
+            )
     group = scan.layer.group_of(part.channel)
     means = torch.stack([concept_mean(sums, concept) for concept in there])  # (K, G, J)
     relevance = averaged_relevance(scan, part.channel, means).numpy()

@@ -306,73 +306,50 @@ def draw_scatter(data: Scatter, concepts: Concepts, channel: int) -> Markup:
 
 
 def draw_bars(data: Bars, concepts: Concepts, channel: int) -> Markup:
-    """Draw the strongest input channels: two concepts mirrored, more of them below each other."""
-    words = [[significant(value, 2) for value in row] for row in data.relevance.tolist()]
-    numbers = NARROW * max(map(ems, ["input", *map(str, data.inputs)]))
-    top, middle = 26.0, WIDTH / 2
-    starts: Sequence[float]
-    signs: Sequence[int]
-    below: Sequence[float]
-    if len(concepts) == 2:
-        half, height, pitch, gap = numbers / 2 + 4, 15.0, 20.0, 0.0
-        starts, signs, below = (middle - half, middle + half), (-1, 1), (0.0, 0.0)
-        number_at, anchor, longest = middle, "middle", middle - half - 8
-    else:
-        n, height, gap = len(concepts), 13.0, 8.0
-        pitch = 16 * n + gap
-        starts, signs, below = (numbers + 8,) * n, (1,) * n, tuple(16.0 * k for k in range(n))
-        number_at, anchor, longest = numbers + 2, "end", WIDTH - numbers - 16
-        words = [[f"{c.letter} {w}" for w in row] for c, row in zip(concepts, words, strict=True)]
-    bottom = top + len(data.inputs) * pitch - gap
-    parts = [
-        text("tick", number_at, 14, "input", anchor),
-        *(line("axis", x, top - 2, x, bottom) for x in sorted(set(starts))),
-        text("label", middle, bottom + 20, f"relevance, in {_UNIT}", "middle"),
+    """Draw, below each other, how relevant the strongest input channels are for each concept."""
+    top, pitch, height, gap = 22.0, 16.0, 13.0, 8.0
+    left = NARROW * max(map(ems, ["input", *map(str, data.inputs)])) + 8
+    words = [
+        [f"{concept.letter} {significant(value, 2)}" for value in row]
+        for concept, row in zip(concepts, data.relevance.tolist(), strict=True)
     ]
-    longest -= NARROW * max(ems(word) for row in words for word in row)
+    longest = WIDTH - left - 8 - NARROW * max(ems(word) for row in words for word in row)
     largest = float(np.abs([data.relevance, data.kept]).max(initial=0.0))
     scale = longest / largest if largest else 0.0
+    parts, y = [text("tick", left - 6, 14, "input", "end")], top
     for n, number in enumerate(data.inputs):
-        y = top + n * pitch
-        parts.append(
-            text("source", number_at, y + (below[-1] + height) / 2 + 5, str(number), anchor)
-        )
+        middle = y + len(concepts) * pitch / 2 + 4
+        parts.append(text("source", left - 6, middle, str(number), "end"))
         for k, concept in enumerate(concepts):
             full, kept = float(data.relevance[k, n]), float(data.kept[k, n])
-            box = (starts[k], y + below[k], signs[k] * scale, height)
-            end = starts[k] + signs[k] * (abs(full) * scale + 5)
-            side = "start" if signs[k] > 0 else "end"
-            parts += [
-                _bar(concept, number, full, kept, box),
-                text("value", end, y + below[k] + height / 2 + 5, words[k][n], side),
+            told = (
+                f"input channel {number}, concept {concept.letter}: {significant(full)} in the "
+                f"original channel, {significant(kept)} in concept channel {concept.letter}"
+            )
+            bar = [
+                _bar(f"{kind} k{concept.tone}", left, y, value * scale, height)
+                for kind, value in (("full", full), ("kept", kept))
+                if value
             ]
-    if len(concepts) == 2:
-        for concept, start, sign in zip(concepts, starts, signs, strict=True):
-            width = starts[0] - NARROW * (ems(concept.letter) + 0.5)
-            words_above = Markup("{} {}").format(_letter(concept), name_in(concept.names, width))
-            side = "start" if sign > 0 else "end"
-            parts.append(text("title", start + 4 * sign, 14, words_above, side))
-    return svg(describe_bars(data, concepts, channel), bottom + 28, parts)
+            parts += [
+                Markup("<g><title>{}</title>{}</g>").format(told, Markup("").join(bar)),
+                text("value", left + abs(full) * scale + 5, y + 11.5, words[k][n]),
+            ]
+            y += pitch
+        y += gap
+    parts += [
+        line("axis", left, top - 2, left, y - gap),
+        text("label", left, y - gap + 20, f"relevance, in {_UNIT}"),
+    ]
+    return svg(describe_bars(data, concepts, channel), y - gap + 28, parts)
 
 
-def _bar(
-    concept: ConceptView, number: int, full: float, kept: float, box: tuple[float, ...]
-) -> Markup:
-    """Draw an input channel's relevance pale and, over it, what the concept channel keeps."""
-    start, y, scale, height = box
-    words = (
-        f"input channel {number}, concept {concept.letter}: {significant(full)} in the "
-        f"original channel, {significant(kept)} in concept channel {concept.letter}"
+def _bar(kind: str, x: float, y: float, length: float, height: float) -> Markup:
+    """Draw a bar; a hollow one if its length is below zero."""
+    kind = kind if length > 0 else f"{kind} against"
+    return Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"/>').format(
+        kind, *map(units, (x, y, abs(length), height))
     )
-    rects = []
-    for kind, value in (("full", full), ("kept", kept)):
-        end = start + abs(value) * scale
-        kind = f"{kind} k{concept.tone}{' against' if value < 0 else ''}"
-        if end != start:
-            place = map(units, (min(start, end), y, abs(end - start), height))
-            rect = '<rect class="{}" x="{}" y="{}" width="{}" height="{}"/>'
-            rects.append(Markup(rect).format(kind, *place))
-    return Markup("<g><title>{}</title>{}</g>").format(words, Markup("").join(rects))
 
 
 def draw_masks(kept: np.ndarray, concepts: Concepts, channel: int) -> Markup:

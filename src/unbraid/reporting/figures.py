@@ -146,12 +146,8 @@ def source_figure(
 
     n = whole_number("n", n, 1)
     part = _find_part(split, scan, channel)
-    data = bars(part, scan, class_sums(replace(scan, clusters=split.clusters), ()), n)
-    if data is None:
-        raise UsageError(
-            f"The scan has no image of a concept of channel {part.channel}; scan images of all "
-            "concepts."
-        )
+    sums = class_sums(replace(scan, clusters=split.clusters), ())
+    data = bars(split, part, scan, sums, n)
     names = _names(split, part)
     return draw_sources(data, _letters(part), names, real_number("width", width))
 

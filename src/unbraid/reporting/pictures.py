@@ -29,7 +29,7 @@ from unbraid.splitting.splits import ChannelSplit
 
 # Rows of reference images on a page, and what their pictures then are: pixels of a side at most,
 # and quality, 0 to 100.
-_SIZES = ((100, 96, 75), (200, 72, 55), (10**9, 64, 40))
+_SIZES = ((100, 96, 75), (200, 72, 55), (10**9, 56, 40))
 _FEATURE = 1.5  # how much larger a feature visualisation is than a reference image
 _SMALL = 48  # from this size down, enlarging should show the pixels as they are
 _N_CHECKED = 16

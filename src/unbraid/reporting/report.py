@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 
 # Bytes of the file that the sections of channels and each of the two lists may have. All else on
 # the page is bounded, so it has less than 10 MB.
-SECTIONS, LIST = 7_000_000, 1_000_000
+SECTIONS, LIST = 7_600_000, 800_000
 _HERE = Path(__file__).parent
 _FILTERS = ("number", "value", "significant", "ordinal", "percent", "isolate", "bounded")
 _CHARTS = ("draw_densities", "draw_bars", "draw_ridges", "draw_scatter", "draw_masks")

@@ -173,9 +173,12 @@ def _channels(
         channel, views = part.channel, concept_views(found, part.concepts)
         known = responses.get(channel)
         classes = by_class(found, views, known) if known else []
-        sources = bars(part, train_scan, sums) if train_scan and sums else None
-        if sources is None:
-            bare.append(str(channel))
+        sources = None
+        if train_scan and sums:
+            try:
+                sources = bars(split, part, train_scan, sums)
+            except UsageError:
+                bare.append(str(channel))
         first = {k: one for (c, k), one in firsts.items() if c == channel}
         off, lowest = material.ablated.get(channel), material.lowest.get(channel)
         masks = part.masks.double().view(len(views), -1, scan.layer.taps_per_input)
@@ -197,7 +200,7 @@ def _channels(
                 semantics=semantics.channels.get(channel) if semantics else None,
             )
         )
-    if train_scan and bare:
+    if bare:
         notes.append(
             f"The input channels of channel {', '.join(bare)} are left out: the training scan has "
             "no image of a concept."
