@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_report import BROKEN, Blobs, Run, run  # noqa: F401
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 import unbraid
+from pages import BROKEN, Blobs, Run, make_run
 from unbraid.demo.network import LAYER, load_images, load_network
 from unbraid.measuring.reference_images import ALIKE, ReferenceImages, TopImages, reference_images
 from unbraid.splitting.splits import Split
 
 LIMITS = (0.95, 0.96, 0.97, 0.98, 0.99)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_run(tmp_path_factory.mktemp("run"))
 
 
 class Repeats(Dataset[tuple[Tensor, int]]):
@@ -78,7 +83,7 @@ def assert_different(images: TopImages, strongest: TopImages, centred: Tensor, n
     assert images.label.tolist() == strongest.label[kept].tolist()
 
 
-def test_no_image_repeats_a_stronger_one(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_no_image_repeats_a_stronger_one(run: Run, tmp_path: Path) -> None:
     dataset = Repeats(0.01, grouped=False)
     scan = unbraid.scan(run.network, "2", dataset, tmp_path / "s")
     pooled = torch.cat([records.pooled.flatten(1) for records in scan.shards()]).double()
@@ -96,7 +101,7 @@ def test_no_image_repeats_a_stronger_one(run: Run, tmp_path: Path) -> None:  # n
 
 @pytest.mark.parametrize("noise", [0.1, 0.15, 0.2, 0.3])
 def test_where_too_few_differ_more_alike_ones_are_given(
-    run: Run,  # noqa: F811
+    run: Run,
     tmp_path: Path,
     noise: float,
 ) -> None:
@@ -111,7 +116,7 @@ def test_where_too_few_differ_more_alike_ones_are_given(
             assert_different(images, of_all, centred, n)
 
 
-def test_of_copies_alone_few_are_given(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_of_copies_alone_few_are_given(run: Run, tmp_path: Path) -> None:
     """Four images, each 30 times: a row holds each once, not eight."""
     dataset = Repeats(0.0, grouped=False)
     dataset.x, dataset.targets = dataset.x[:12].repeat(10, 1, 1, 1), dataset.targets[:12] * 10
@@ -192,7 +197,7 @@ def test_planted_copies_are_left_out(demo_split: Split, tmp_path: Path, change: 
 # --- images that belong together ------------------------------------------------------------------
 
 
-def test_of_a_group_only_the_strongest_is_given(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_of_a_group_only_the_strongest_is_given(run: Run, tmp_path: Path) -> None:
     dataset = Repeats(0.5, grouped=True)
     scan = unbraid.scan(run.network, "2", dataset, tmp_path / "s", positions=True)
     assert scan.manifest.n_shards > 1
@@ -207,7 +212,7 @@ def test_of_a_group_only_the_strongest_is_given(run: Run, tmp_path: Path) -> Non
         assert images.group is None  # who asks for all gets all
 
 
-def test_one_large_group_leaves_room_for_others(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_one_large_group_leaves_room_for_others(run: Run, tmp_path: Path) -> None:
     """However many images it has among the strongest, it is one."""
     dataset = Repeats(0.5, grouped=True)
     dataset.groups = ["the same" if target else n for n, target in enumerate(dataset.targets)]
