@@ -461,7 +461,7 @@ def test_too_many_channels_and_thresholds_are_left_out(
 ) -> None:
     counted = unbraid.sensitivity(run.train_scan, found=run.found)
     assert read(run.report(tmp_path / "a.html", sensitivity=counted)).all("div", "maps")
-    monkeypatch.setattr(view, "MAX_CHANNELS", 1)
+    monkeypatch.setattr(view, "MAX_ROWS", 1)
     monkeypatch.setattr(view, "_MAX_CELLS", len(counted.cells) - 1)
     page = run.report(tmp_path / "r.html", sensitivity=counted)
     assert_harmless(page)

@@ -74,14 +74,14 @@ class ReferenceRow:
     """The images that excite the original channel or a concept channel most."""
 
     k: int | None  # None for the original channel
-    shots: tuple[Shot, ...]  # strongest first
-    # The first image of each concept that has none among them, in place of the weakest.
-    firsts: tuple[Shot, ...] = ()
+    # Strongest first; the original's end with the first image of each concept that has none among
+    # them, in place of the weakest.
+    shots: tuple[Shot, ...]
 
     @property
     def counts(self) -> list[tuple[ConceptView | None, int]]:
-        """Number of images of each concept, most frequent first; None stands for no concept."""
-        return Counter(shot.concept for shot in self.shots).most_common()
+        """Number of the strongest of each concept, most frequent first; None is no concept."""
+        return Counter(shot.concept for shot in self.shots if not shot.rank).most_common()
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,11 +175,6 @@ class ChannelView:
     effects: Effects | None  # of switching it off
     semantics: ChannelSemantics | None
 
-    @property
-    def shots(self) -> tuple[Shot, ...]:
-        """All images shown."""
-        return tuple(shot for row in self.rows for shot in (*row.shots, *row.firsts))
-
 
 def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[ConceptView, ...]:
     """Give a channel's concepts letters and colours."""
@@ -221,12 +216,10 @@ def first_images(
                 if int(concept[best]) == k and (not known or float(z[best]) > known.activation):
                     index, label = int(records.index[best]), int(records.label[best])
                     first[channel, k] = First(index, label, float(z[best]), 0)
-    return {
-        (channel, k): replace(
-            one, rank=1 + sum(int((z > one.activation).sum()) for z in everything[channel])
-        )
-        for (channel, k), one in first.items()
-    }
+    for (channel, k), one in first.items():
+        before = sum(int((z > one.activation).sum()) for z in everything[channel])
+        first[channel, k] = replace(one, rank=1 + before)
+    return first
 
 
 def missing_concepts(top: ReferenceImages) -> frozenset[int]:
@@ -248,12 +241,12 @@ def reference_rows(
     ids: Mapping[int, str],
     firsts: Mapping[int, First],
 ) -> tuple[ReferenceRow, ...]:
-    """Describe the reference images of a channel and its concept channels.
+    """Describe a channel's reference images.
 
     Args:
         found: names the classes.
         views: of the concepts.
-        top: the reference images.
+        top: the images of the channel and its concept channels.
         ids: what images are called, by index.
         firsts: from `first_images`, of the concepts without one among the original's strongest.
     """
@@ -266,14 +259,11 @@ def reference_rows(
         columns = (images.index, images.label, images.activation, images.concept)
         return tuple(shot(*values) for values in zip(*(c.tolist() for c in columns), strict=True))
 
-    at_end = sorted(firsts.items(), key=lambda item: item[1].rank)[:N_FIRSTS]
-    strongest = shots(top.original)
-    original = ReferenceRow(
-        None,
-        strongest[: max(1, len(strongest) - len(at_end))],
-        tuple(shot(one.index, one.label, one.activation, k, one.rank) for k, one in at_end),
-    )
-    return (original, *(ReferenceRow(k, shots(images)) for k, images in enumerate(top.concepts)))
+    in_order = sorted(firsts.items(), key=lambda item: item[1].rank)[:N_FIRSTS]
+    at_end = [shot(one.index, one.label, one.activation, k, one.rank) for k, one in in_order]
+    strongest = shots(top.original)[: max(1, len(top.original.index) - len(at_end))]
+    concepts = (ReferenceRow(k, shots(images)) for k, images in enumerate(top.concepts))
+    return (ReferenceRow(None, (*strongest, *at_end)), *concepts)
 
 
 # --- densities ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ matplotlib is imported when a figure is made: `pip install matplotlib`.
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,8 +67,8 @@ def teaser_figure(
         A matplotlib Figure; `savefig` embeds fonts and writes the same bytes each time.
 
     Raises:
-        UsageError: the channel was not split, n or width is too small, or the scan, the
-            data set or the visualisations are of something else.
+        UsageError: the channel was not split, n or width is too small, the scan has no image of a
+            concept, or scan, data set or visualisations are of something else.
         UnbraidError: matplotlib is not installed.
 
     Source:
@@ -89,19 +90,7 @@ def density_figure(split: Split, scan: Scan, channel: int, *, width: float = 3.2
     width. Each curve is scaled to its own peak, or a silenced concept's would dwarf all others. A
     triangle marks the mean.
 
-    Args:
-        split: from `unbraid.split`.
-        scan: of images that hold the concepts, best validation images.
-        channel: a split channel.
-        width: of the figure, in inches; 3.25 is a column of many a paper.
-
-    Returns:
-        A matplotlib Figure; `savefig` embeds fonts and writes the same bytes each time.
-
-    Raises:
-        UsageError: the channel was not split, the width is too small, or the scan is of something
-            else or has no image of a concept.
-        UnbraidError: matplotlib is not installed.
+    Arguments, result and errors are as of `teaser_figure`; 3.25 inches is a column of many a paper.
 
     Source:
         METHOD.md section 3, step 5: densities of the published results.
@@ -123,20 +112,8 @@ def source_figure(
     original channel (the ARV), narrow and solid for the concept's own channel. Concepts name their
     strongest input channel in turns, and each stands with the concept to which it matters most.
 
-    Args:
-        split: from `unbraid.split`.
-        scan: of images that hold the concepts.
-        channel: a split channel.
-        n: input channels.
-        width: of the figure, in inches; 3.25 is a column of many a paper.
-
-    Returns:
-        A matplotlib Figure; `savefig` embeds fonts and writes the same bytes each time.
-
-    Raises:
-        UsageError: the channel was not split, n or the width is too small, or the scan is of
-            something else or has no image of a concept.
-        UnbraidError: matplotlib is not installed.
+    Arguments, result and errors are as of `teaser_figure`, but n counts input channels; 3.25 inches
+    is a column of many a paper.
 
     Source:
         METHOD.md section 2.
@@ -148,8 +125,7 @@ def source_figure(
     part = _find_part(split, scan, channel)
     sums = class_sums(replace(scan, clusters=split.clusters), ())
     data = bars(split, part, scan, sums, n)
-    names = _names(split, part)
-    return draw_sources(data, _letters(part), names, real_number("width", width))
+    return draw_sources(data, *_titles(split, part), real_number("width", width))
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -210,9 +186,8 @@ def _gather(
     rows = (None, *range(len(part.concepts)))
     responses = gather_responses(split, replace(scan, clusters=split.clusters))[part.channel]
     return Content(
-        channel=part.channel,
-        letters=_letters(part),
-        names=_names(split, part),
+        part.channel,
+        *_titles(split, part),
         curves=densities(responses, _N_GRID),
         shots=((),) * len(rows) if dataset is None else _shots(split, scan, dataset, n),
         features=tuple(_feature(features, part.channel, k) for k in rows),
@@ -238,12 +213,10 @@ def _find_part(split: Split, scan: Scan, channel: int) -> ChannelSplit:
     return part
 
 
-def _letters(part: ChannelSplit) -> tuple[str, ...]:
-    return tuple(map(letter, range(len(part.concepts))))
-
-
-def _names(split: Split, part: ChannelSplit) -> tuple[str, ...]:
-    return tuple(printable(split.name(classes)) for classes in part.concepts)
+def _titles(split: Split, part: ChannelSplit) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Letters and names of a channel's concepts."""
+    letters = tuple(map(letter, range(len(part.concepts))))
+    return letters, tuple(printable(split.name(classes)) for classes in part.concepts)
 
 
 def _shots(
@@ -256,31 +229,21 @@ def _shots(
     for images in rows:
         labels |= zip(images.index.tolist(), images.label.tolist(), strict=True)
     refuse_other_images(dataset, labels)
-    pictures = {index: _read(dataset, index) for index in labels}
-    return tuple(
-        tuple(
-            (concept, pictures[index])
-            for index, concept in zip(images.index.tolist(), images.concept.tolist(), strict=True)
-        )
-        for images in rows
-    )
-
-
-def _read(dataset: Dataset[Any], index: int) -> Image.Image | None:
-    try:
-        return _square(open_picture(dataset, index))
-    except Exception:  # whatever a data set raises, one image is not worth the figure
-        return None
+    pictures: dict[int, Image.Image | None] = dict.fromkeys(labels)
+    for index in labels:
+        with suppress(Exception):  # whatever a data set raises, one image is not worth the figure
+            pictures[index] = _square(open_picture(dataset, index))
+    pairs = [zip(i.concept.tolist(), i.index.tolist(), strict=True) for i in rows]
+    return tuple(tuple((concept, pictures[index]) for concept, index in row) for row in pairs)
 
 
 def _feature(features: Features | None, channel: int, concept: int | None) -> Image.Image | None:
-    """Get a visualisation as it looks on white paper."""
+    """Get a visualisation as it looks on white paper; not every channel has one."""
     made = features.of(channel, concept) if features is not None else ()
-    if not made:  # not every channel was visualised
+    if not made:
         return None
-    picture = made[0].picture
-    paper = Image.new("RGBA", picture.size, "white")
-    return _square(Image.alpha_composite(paper, picture))
+    paper = Image.new("RGBA", made[0].picture.size, "white")
+    return _square(Image.alpha_composite(paper, made[0].picture))
 
 
 def _square(picture: Image.Image) -> Image.Image:

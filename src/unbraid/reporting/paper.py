@@ -106,13 +106,9 @@ class PaperFigure(Figure):
         def length() -> float:
             return float(text.get_window_extent().width / self.dpi)
 
-        if width is not None and length() > width:
-            short, long = 0, len(words)  # characters that fit, and that do not
-            while long - short > 1:
-                middle = (short + long) // 2
-                text.set_text(words[:middle].rstrip(" ,") + "…")
-                short, long = (middle, long) if length() <= width else (short, middle)
-            text.set_text(words[:short].rstrip(" ,") + "…")
+        while width is not None and words and length() > width:
+            words = words[:-1]
+            text.set_text(words.rstrip(" ,") + "…")
         return x + length()
 
     def write_small(self, x: float, y: float, words: str, side: str = "left", **style: Any) -> None:

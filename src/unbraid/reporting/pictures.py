@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +107,7 @@ def take_pictures(
         Spot(channel.number, row.k, shot.index): shot.label
         for channel in channels
         for row in channel.rows
-        for shot in (*row.shots, *row.firsts)
+        for shot in row.shots
     }
     refuse_other_images(dataset, {spot.index: label for spot, label in spots.items()})
     maps, as_seen = material.positions, False
@@ -123,10 +124,11 @@ def take_pictures(
                 "Where channels answer is left out: the data set prepares its images otherwise "
                 "than the scan's, so it cannot show what the network saw."
             )
-    pictures.shots = {
-        index: _read(dataset, index, bool(pictures.veils), side, quality)
-        for index in dict.fromkeys(spot.index for spot in spots)
-    }
+    pictures.shots = dict.fromkeys(spot.index for spot in spots)
+    for index in pictures.shots:
+        with suppress(Exception):  # whatever a data set raises, one image is not worth the page
+            image = open_picture(dataset, index, as_seen=bool(pictures.veils))
+            pictures.shots[index] = encode(image, side, quality)
     return pictures
 
 
@@ -157,15 +159,6 @@ def refuse_other_images(dataset: Dataset[Any], labels: Mapping[int, int]) -> Non
             "The data set is not the one that was scanned (its labels differ); pass the data set "
             "that the validation scan was made of."
         )
-
-
-def _read(
-    dataset: Dataset[Any], index: int, as_seen: bool, side: int, quality: int
-) -> Picture | None:
-    try:
-        return encode(open_picture(dataset, index, as_seen=as_seen), side, quality)
-    except Exception:  # whatever a data set raises, one image is not worth the page
-        return None
 
 
 def open_picture(dataset: Dataset[Any], index: int, *, as_seen: bool = False) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from unbraid.base.errors import UsageError
@@ -35,7 +36,7 @@ from unbraid.reporting.words import ABSENT, bounded, isolate, number, percent, s
 from unbraid.splitting.splits import ChannelSplit
 
 N_IMAGES = 8  # reference images of a channel
-MAX_CHANNELS, MAX_ROWS = 100, 300  # channels shown in full, and their rows of reference images
+MAX_ROWS = 300  # of reference images; with two concepts or more, at most 100 channels
 MAX_LISTED = 1000  # lines of each list; a real layer can have a hundred thousand pairs
 _MAX_CELLS = 2000  # choices of thresholds
 _MAX_TEXT = 2000  # characters of a note or a setting, such as a preprocessing with many steps
@@ -136,12 +137,8 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
 
 
 def _within_limits(parts: Sequence[ChannelSplit]) -> list[ChannelSplit]:
-    n_rows = 0
-    for n, part in enumerate(parts[:MAX_CHANNELS]):
-        n_rows += 1 + len(part.concepts)
-        if n and n_rows > MAX_ROWS:
-            return list(parts[:n])
-    return list(parts[:MAX_CHANNELS])
+    n_rows = accumulate(1 + len(part.concepts) for part in parts)
+    return [p for p, n in zip(parts, n_rows, strict=True) if n <= MAX_ROWS or p is parts[0]]
 
 
 def _last_if_unknown(pair: Pair) -> float:
@@ -321,25 +318,25 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         return notes
     if material.split is None:
         return [*notes, "Details of the channels are left out: no split was given."]
-    if evaluation is None:
-        notes.append("Measures and the output check are left out: no evaluation was given.")
-    else:
-        if evaluation.output is None:
-            notes.append("The output check is left out: the evaluation compared no outputs.")
-        if any(channel.separation_error_rectified is None for channel in evaluation.channels):
-            notes.append("Rectified errors are left out: they need a scan with positions.")
-        if evaluation.ablation is None:
-            notes.append("Nothing was switched off: the evaluation holds no ablation.")
-        elif len(material.ablated) < len(material.parts):
-            notes.append(
-                f"Only {len(material.ablated):,} of {count(len(material.parts), 'channel')} were "
-                "switched off, those with the lowest cosines unless chosen otherwise."
-            )
-        if evaluation.semantics is None:
-            notes.append("Semantic measures are left out: the evaluation holds none.")
+    n, n_off, known = len(material.parts), len(material.ablated), evaluation
     missing = {part.channel for part in material.parts} - set(features.channels if features else ())
     why = "for want of time" if features and features.left_out else "none were given"
     left_out = {
+        "Measures and the output check are left out: no evaluation was given.": not known,
+        "The output check is left out: the evaluation compared no outputs.": (
+            known and known.output is None
+        ),
+        "Rectified errors are left out: they need a scan with positions.": (
+            known and any(c.separation_error_rectified is None for c in known.channels)
+        ),
+        "Nothing was switched off: the evaluation holds no ablation.": (
+            known and known.ablation is None
+        ),
+        f"Only {n_off:,} of {count(n, 'channel')} were switched off, those with the lowest cosines "
+        "unless chosen otherwise.": known and known.ablation and n_off < n,
+        "Semantic measures are left out: the evaluation holds none.": (
+            known and known.semantics is None
+        ),
         "Input channels are left out: no training scan was given.": train_scan is None,
         "Pictures are left out: no data set was given.": not has_images,
         "Feature visualisations are left out: none were given.": features is None,
