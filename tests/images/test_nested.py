@@ -30,6 +30,7 @@ from unbraid.images.dataset import (
 )
 from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of
 from unbraid.networks.models import imagenet_transform
+from unbraid.reporting.pictures import Sight, sight_of
 from unbraid.scanning.records import AsScanned
 
 NAMES = ("ant", "bee", "cat", "dog")
@@ -316,6 +317,7 @@ def test_our_own_wrappers_are_seen_through(folder):
     for dataset in (images, relabelled, moved):
         assert class_names_of(dataset) == NAMES
         assert preprocessing_of(dataset) == repr(transform(False))
+        assert sight_of(dataset) == Sight()
     assert picture_of(moved, 0).tobytes() == picture_of(images, 5).tobytes()
     assert (name_of(moved, 1), name_of(moved, 2)) == ("ant/4.png", "gone")
 

@@ -11,20 +11,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from torchvision.transforms import v2
+from torchvision.transforms._presets import ImageClassification
 
 import unbraid
 from pages import BROKEN, Blobs, Run, assert_harmless, notes, read, sections, shots
+from unbraid.networks.models import imagenet_transform
 from unbraid.reporting.pictures import (
+    Sight,
     Spot,
     Where,
+    declared_sight,
     encode,
     find_where,
     open_picture,
+    sight_of,
     to_picture,
     veil,
 )
@@ -58,14 +65,84 @@ def test_encode_makes_a_large_picture_small() -> None:
     assert not made.small
 
 
-def test_open_picture_is_from_before_the_transform_or_as_the_network_sees_it() -> None:
+def test_open_picture_is_from_before_the_transform() -> None:
     class Files(Blobs):
         def picture(self, index: int) -> Image.Image:
             return Image.new("RGB", (640, 480), (index, 0, 0))
 
-    images = Subset(Files(20, 0), [3, 4])
-    assert open_picture(images, 1).getpixel((0, 0)) == (4, 0, 0)
-    assert open_picture(images, 1, as_seen=True).size == (8, 8)
+    assert open_picture(Subset(Files(20, 0), [3, 4]), 1).getpixel((0, 0)) == (4, 0, 0)
+    assert open_picture(Subset(Blobs(20, 0), [3, 4]), 1).size == (8, 8)
+
+
+# --- which part of a picture a network sees -------------------------------------------------------
+
+TENSOR, FLOAT = v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)
+TIMM = {"input_size": (3, 40, 40), "mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_pct": 0.8}
+DECLARED = {
+    "a square in the middle": v2.Compose([TENSOR, v2.Resize(64), v2.CenterCrop(40), FLOAT]),
+    "a wide part": v2.Compose([TENSOR, v2.Resize(100), v2.CenterCrop((60, 90)), FLOAT]),
+    "squeezed": v2.Compose([TENSOR, v2.Resize((48, 96)), v2.CenterCrop((48, 96)), FLOAT]),
+    "as it is": v2.Compose([TENSOR, FLOAT]),
+    "smaller": v2.Compose([TENSOR, v2.Resize(50), FLOAT]),
+    "torchvision's": ImageClassification(
+        crop_size=40, resize_size=50, mean=(0.0,) * 3, std=(1.0,) * 3
+    ),
+    "timm's": timm.data.create_transform(**TIMM, interpolation="bilinear"),
+}
+UNKNOWN = {
+    "random": v2.Compose([TENSOR, v2.RandomResizedCrop(64)]),
+    "turned": v2.Compose([TENSOR, v2.RandomRotation((30, 30))]),
+    "cut twice": v2.Compose([v2.CenterCrop(90), TENSOR, v2.Resize(64), v2.CenterCrop(40)]),
+    "cut, however large": v2.CenterCrop(90),
+    "padded": v2.Compose([v2.Resize(50), v2.CenterCrop(64)]),
+    "of one's own": lambda picture: picture.crop((0, 0, 100, 100)),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+@pytest.mark.parametrize("size", [(320, 200), (210, 300), (256, 256)])
+def test_declared_sight_is_what_the_transform_shows(name: str, size: tuple[int, int]) -> None:
+    x, y = np.meshgrid(*((np.arange(n) + 0.5) / n for n in size))  # pixels tell where they are
+    picture = Image.fromarray((255 * np.stack([x, y, 0 * x], 2)).round().astype(np.uint8))
+    sight = declared_sight(DECLARED[name])
+    assert sight is not None
+    assert Sight(**sight.to_dict()) == sight
+    values = DECLARED[name](picture).movedim(0, -1).numpy()
+    height, width = values.shape[:2]
+    seen = sight(picture)
+    assert seen.width / seen.height == pytest.approx(width / height, rel=0.03)
+    mine = np.asarray(seen.resize((width, height)), dtype=np.float64) / 255
+    assert np.abs(values - mine)[2:-2, 2:-2].max() < 0.03
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_declared_sight_of_anything_else_is_none(name: str) -> None:
+    assert declared_sight(UNKNOWN[name]) is None
+
+
+class Folder(Dataset[Any]):
+    def __init__(self, transform: Any, size: tuple[int, int] = (8, 8)) -> None:
+        self.transform, self.size = transform, size
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.zeros(3, 8, 8), 0
+
+    def picture(self, index: int) -> Image.Image:
+        return Image.new("RGB", self.size)
+
+
+def test_sight_of_data_sets() -> None:
+    assert sight_of(Blobs(8, 0)) == Sight()  # what is shown is what the network is given
+    assert sight_of(Folder(None)) == Sight()
+    assert sight_of(Folder(None, size=(9, 8))) is None
+    known = Sight(0.875, 0.875, 1.0)
+    assert sight_of(Subset(Folder(known), [1])) == known
+    assert sight_of(Folder(imagenet_transform())) == known
+    both = ConcatDataset([Folder(imagenet_transform()), Folder(v2.Resize(9))])
+    assert sight_of(both) is None
 
 
 # --- where a channel responds, and where its input comes from -------------------------------------
@@ -199,11 +276,6 @@ class Photographs(Dataset[tuple[Tensor, int]]):
         return Image.fromarray((255 * self.x[index]).byte().movedim(0, -1).numpy())
 
 
-def middle(picture: Image.Image) -> Tensor:
-    pixels = torch.from_numpy(np.array(picture.crop((16, 0, 144, 128)))).movedim(-1, 0).float()
-    return F.avg_pool2d(pixels / 255, 8) - 0.5
-
-
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A report's arguments, with 100 split channels."""
@@ -212,7 +284,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         *(nn.Conv2d(3, 100, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
         *(nn.Flatten(), nn.Linear(100, 4)),
     )
-    images = Photographs(240, middle)
+    images = Photographs(240, v2.Compose([TENSOR, FLOAT, v2.Resize(16), v2.CenterCrop(16)]))
     scan = unbraid.scan(network, "0", images, tmp_path_factory.mktemp("many"), positions=True)
     found = unbraid.find(scan, channels={o: [[0, 1], [2, 3]] for o in range(100)})
     split = unbraid.split(scan, found, method="published", rho=0.5)
@@ -242,18 +314,17 @@ def test_a_hundred_channels_fit_into_ten_megabytes(many: dict[str, Any], tmp_pat
         assert len(shots(row)) == len(row.all("li")) == 8
 
 
-def test_pictures_are_whole_unless_veils_show_where_in_the_networks_input(
+def test_pictures_are_cut_and_have_veils_only_if_the_transform_says_how(
     many: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Without the scan's preprocessing there are no veils, and it is said."""
-    few = {k: many[k] for k in ("scan", "train_scan", "dataset")}
+    few = {k: many[k] for k in ("scan", "train_scan")}
     few["found"] = replace(many["found"], concepts={0: many["found"].concepts[0]}, pairs=())
     few["split"] = replace(many["split"], channels=many["split"].channels[:1])
-    for dataset, size in ((few["dataset"], (16, 16)), (Photographs(240), (96, 77))):
-        file = unbraid.report(tmp_path / "r.html", **{**few, "dataset": dataset})
+    for dataset, size in ((many["dataset"], (96, 96)), (Photographs(240), (96, 77))):
+        file = unbraid.report(tmp_path / "r.html", **few, dataset=dataset)
         page = file.read_text(encoding="utf-8")
         images = [image for row in read(page).all("ol", "shots") for image in shots(row)]
         assert {image_in(image.attributes["src"]).size for image in images} == {size}
-        veils, as_seen = read(page).all("img", "veil"), size == (16, 16)
-        assert bool(veils) == as_seen
-        assert ("prepares its images otherwise" in notes(page)) != as_seen
+        known = size == (96, 96)
+        assert bool(read(page).all("img", "veil")) == known
+        assert ("does not say which part" in notes(page)) != known

@@ -1,7 +1,6 @@
 """The page's pictures, small enough to stand in the page itself: reference images, veils, features.
 
-A picture is shown whole. Where it is known which places of it a channel responds to, the network's
-own input is shown in its stead, as the veils that lie over it are maps of that.
+A picture is cut as the transform says that it cuts; only where that is known can veils lie over it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import UsageError
-from unbraid.images.dataset import picture_of, plain, size_of
-from unbraid.images.identity import as_recorded, preprocessing_of
+from unbraid.images.dataset import holder_of, picture_of, plain, size_of
+from unbraid.images.identity import preprocessing_of
 from unbraid.networks.spec import LayerSpec, respond
 from unbraid.reporting.channel import ChannelView
 from unbraid.reporting.material import Material
@@ -34,6 +33,11 @@ _SIZES = ((100, 96, 75), (200, 72, 55), (10**9, 56, 40))
 _FEATURE = 1.5  # how much larger a feature visualisation is than a reference image
 _SMALL = 48  # from this size down, enlarging should show the pixels as they are
 _N_CHECKED = 16
+# Steps of transforms, of torchvision and timm, that show all of a picture.
+_KEEPS_ALL = (
+    *("PILToTensor", "ToTensor", "ToImage", "MaybeToTensor", "MaybePILToTensor", "ToPureTensor"),
+    *("ToDtype", "ConvertImageDtype", "Normalize", "Grayscale", "RGB"),
+)
 _DENSEST = 0.72  # opacity of a veil over places that count for nothing
 _GREY = 128  # of a veil: black would not be seen on a dark picture
 _MAX_POSITIONS = 16  # of a veil, each way: it is shown smoothed anyway
@@ -110,25 +114,22 @@ def take_pictures(
         for shot in row.shots
     }
     refuse_other_images(dataset, {spot.index: label for spot, label in spots.items()})
-    maps, as_seen = material.positions, False
-    if maps is not None:
-        now, before = preprocessing_of(dataset), maps.manifest.preprocessing
-        as_seen = now == before or as_recorded(now, before)
-        for spot, where in find_where(maps, material.parts, set(spots) if as_seen else ()).items():
+    maps, sight = material.positions, sight_of(dataset)
+    if maps is not None and sight is None:
+        pictures.note = (
+            "Where channels answer is left out: the data set's transform does not say which part "
+            "of a picture the network sees."
+        )
+    elif maps is not None:
+        for spot, where in find_where(maps, material.parts, spots).items():
             source = None if where.source is None else veil(where.source)
-            pictures.veils[spot.channel, spot.concept, spot.index] = Veil(
-                veil(where.answer), source
-            )
-        if not as_seen:
-            pictures.note = (
-                "Where channels answer is left out: the data set prepares its images otherwise "
-                "than the scan's, so it cannot show what the network saw."
-            )
+            place = (spot.channel, spot.concept, spot.index)
+            pictures.veils[place] = Veil(veil(where.answer), source)
     pictures.shots = dict.fromkeys(spot.index for spot in spots)
     for index in pictures.shots:
         with suppress(Exception):  # whatever a data set raises, one image is not worth the page
-            image = open_picture(dataset, index, as_seen=bool(pictures.veils))
-            pictures.shots[index] = encode(image, side, quality)
+            image = open_picture(dataset, index)
+            pictures.shots[index] = encode(sight(image) if sight else image, side, quality)
     return pictures
 
 
@@ -161,9 +162,9 @@ def refuse_other_images(dataset: Dataset[Any], labels: Mapping[int, int]) -> Non
         )
 
 
-def open_picture(dataset: Dataset[Any], index: int, *, as_seen: bool = False) -> Image.Image:
-    """Get a picture as the network sees it, or else before the transform where there is one."""
-    picture = None if as_seen else picture_of(dataset, index)
+def open_picture(dataset: Dataset[Any], index: int) -> Image.Image:
+    """Get a picture as it was before the transform where the data set can give it."""
+    picture = picture_of(dataset, index)
     image = dataset[index][0] if picture is None else picture
     image = image if isinstance(image, Image.Image) else to_picture(plain(image, index))
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
@@ -223,6 +224,82 @@ def veil(shade: Tensor) -> str:
 
 def _data_uri(kind: str, content: io.BytesIO) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+# --- which part of a picture a network sees -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sight:
+    """The part of a picture that a network sees, in the middle of it."""
+
+    width: float | None = None  # in units of the shorter side; None: all of it
+    height: float | None = None
+    ratio: float | None = None  # of what it is then stretched to, width to height; None: as it is
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        """Cut out what the network sees, stretched as it sees it."""
+        wide, high = (
+            whole if part is None else min(part * min(picture.size), whole)
+            for part, whole in zip((self.width, self.height), picture.size, strict=True)
+        )
+        left, top = (picture.width - wide) / 2, (picture.height - high) / 2
+        seen = picture.crop((round(left), round(top), round(left + wide), round(top + high)))
+        if self.ratio is None:
+            return seen
+        if self.ratio >= 1:
+            return seen.resize((seen.width, max(1, round(seen.width / self.ratio))))
+        return seen.resize((max(1, round(seen.height * self.ratio)), seen.height))
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return what `Sight(**values)` takes, ready for JSON."""
+        return asdict(self)
+
+
+def sight_of(dataset: Dataset[Any]) -> Sight | None:
+    """Say which part of its pictures a data set hands on to a network; None if it is not said."""
+    held = holder_of(dataset, 0, "picture")
+    if held is None:
+        return Sight()  # what is shown is what the network is given
+    holder = held[0]
+    if preprocessing_of(dataset) != preprocessing_of(
+        holder
+    ):  # something around it, or parts differ
+        return None
+    transform = getattr(holder, "transform", None)
+    if transform is not None:
+        return transform if isinstance(transform, Sight) else declared_sight(transform)
+    with suppress(Exception):  # broken, or no tensor: nothing can be said
+        height, width = holder[0][0].shape[-2:]
+        return Sight() if holder.picture(0).size == (width, height) else None
+    return None
+
+
+def declared_sight(transform: Any) -> Sight | None:
+    """Read from a transform's steps which part of a picture it hands on; None for unknown steps.
+
+    >>> from torchvision.transforms import v2
+    >>> declared_sight(v2.Compose([v2.PILToTensor(), v2.Resize(256), v2.CenterCrop(224)]))
+    Sight(width=0.875, height=0.875, ratio=1.0)
+    >>> declared_sight(v2.Resize((224, 224))), declared_sight(v2.RandomCrop(224))
+    (Sight(width=None, height=None, ratio=1.0), None)
+    """
+    sizes: dict[str, list[int]] = {}
+    for step in getattr(transform, "transforms", [transform]):
+        kind = type(step).__name__
+        if kind == "ImageClassification":  # what torchvision's weights come with
+            sizes = {"Resize": step.resize_size, "CenterCrop": step.crop_size}
+        elif kind in ("Resize", "CenterCrop") and "CenterCrop" not in sizes and kind not in sizes:
+            sizes[kind] = [step.size] if isinstance(step.size, int) else list(step.size)
+        elif kind not in _KEEPS_ALL:
+            return None
+    resize, crop = sizes.get("Resize", []), sizes.get("CenterCrop", [])
+    if not crop:
+        return Sight(ratio=resize[1] / resize[0] if len(resize) == 2 else None)
+    height, width = crop[0], crop[-1]
+    if len(resize) != 1 or max(crop) > resize[0]:  # a part that depends on the picture, or padding
+        return Sight(ratio=width / height) if resize == crop else None
+    return Sight(width / resize[0], height / resize[0], width / height)
 
 
 # --- where in its reference images a channel responds, and where its input comes from -------------

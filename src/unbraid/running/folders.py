@@ -19,10 +19,11 @@ from typing import Any
 
 from unbraid.base.errors import RunError, UsageError
 from unbraid.base.files import remove_leftovers, write_new, write_whole
-from unbraid.base.schema import build, read_json, unread
+from unbraid.base.schema import build, in_range, read_json, unread
 from unbraid.base.tables import csv_text
 from unbraid.finding.findings import COLUMNS, ConceptKind, Findings
 from unbraid.finding.thresholds import Tau
+from unbraid.reporting.pictures import Sight
 from unbraid.scanning.manifest import Manifest, hash_places, read_manifest
 from unbraid.scanning.records import Scan
 
@@ -69,6 +70,9 @@ def read_settings(out: Path) -> dict[str, Any] | None:
             raise ValueError("title and source are not what they should be")
         if not isinstance(source.get("data", ""), str):
             raise ValueError("the folder of the data is no text")
+        if settings.get("sight") is not None:
+            for size in vars(build(Sight, settings["sight"])).values():
+                in_range("a size in sight", 1.0 if size is None else size, 1e-6, 1e6)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -80,8 +84,8 @@ def read_settings(out: Path) -> dict[str, Any] | None:
 def same_settings(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two runs come to the same results, as far as their settings tell.
 
-    Title and source say how a page looks and where images are, and change no result. Runs of older
-    versions do not name their scans, and some say how a page cuts its pictures.
+    Title, source and sight say how a page looks and where images are, and change no result. Runs of
+    older versions do not name their scans.
     """
     scans = [settings.get("scans") for settings in (one, other)]
     if None not in scans and scans[0] != scans[1]:

@@ -57,6 +57,7 @@ from unbraid.networks.preflight import look_first
 from unbraid.networks.relevance import undisturbed
 from unbraid.networks.weights import hash_weights
 from unbraid.reporting.figures import density_figure, source_figure, teaser_figure
+from unbraid.reporting.pictures import Sight, sight_of
 from unbraid.reporting.report import report
 from unbraid.running.folders import (
     Loading,
@@ -205,6 +206,7 @@ def run(
     """
     embedding = prepare(model, {layer: out}, train, val, thresholds, encoder)
     home = home_of(out)
+    sight = sight_of(val)  # a report that is written again knows no preprocessing
     options = {**vars(loading), "progress": True, "source": source, "labels": labels}
     # The smaller one first: what is wrong with its images is then told before the long one.
     say("Validation images:")
@@ -214,6 +216,7 @@ def run(
     found = seen_in(val_scan, find(train_scan, **thresholds.of_find))
     settings: dict[str, Any] = {"title": title, "thresholds": vars(thresholds)}
     settings |= {"source": source, "encoder": encoder, "labels": labels}
+    settings |= {"sight": sight and sight.to_dict()}
     settings |= {"scans": [train_scan.manifest.scan_id, val_scan.manifest.scan_id]}
     # Only now is it sure that the folder is this network's and these images'.
     folder = take_folder(out, settings, found)
@@ -585,17 +588,20 @@ def report_again(out: Path) -> Path:
         evaluation=evaluation,
         maps=val_maps,
         features=features,
-        dataset=as_labelled(validation_images(source, val_scan), val_scan),
+        dataset=as_labelled(validation_images(source, val_scan, settings.get("sight")), val_scan),
         title=title,
     )
 
 
-def validation_images(source: dict[str, Any], scan: Scan) -> Dataset[Any]:
+def validation_images(
+    source: dict[str, Any], scan: Scan, sight: dict[str, Any] | None = None
+) -> Dataset[Any]:
     """Open a run's validation images again, for looking at.
 
     Args:
         source: how the run found its images.
         scan: of them.
+        sight: the part of a picture that the network saw, from `Sight.to_dict`; None if unknown.
 
     Raises:
         DataError: they are gone; a new page would lack the pictures that the old one has.
@@ -606,9 +612,10 @@ def validation_images(source: dict[str, Any], scan: Scan) -> Dataset[Any]:
         return load_images("test")
     if "data" not in source:
         raise RunError("The run does not say where its images are; make it anew.")
+    seen = None if sight is None else Sight(**sight)
     listed = list_images(part_of(source["data"], "val"))
     labels = _labels(listed, scan) if source.get("class_folders", True) else {}
-    return as_scanned(open_listed(listed, None, labels, scan.class_names), scan)
+    return as_scanned(open_listed(listed, seen, labels, scan.class_names), scan)
 
 
 def _labels(listed: Listing | Path, scan: Scan) -> dict[str, int]:
