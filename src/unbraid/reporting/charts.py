@@ -108,13 +108,7 @@ def tick_labels(marks: Sequence[float]) -> list[str]:
 
 
 def axis(low: float, high: float, length: float, font: float) -> tuple[list[float], list[str]]:
-    """Choose round values, and write them, as many as fit beside each other.
-
-    Args:
-        low: where the axis begins.
-        high: where it ends.
-        length: of the axis in units of the chart.
-        font: the size of its figures in the same units.
+    """Choose round values, and write them, as many as fit an axis of a length in a font's size.
 
     >>> axis(-3, 21, 200, 16)
     ([0.0, 5.0, 10.0, 15.0, 20.0], ['0', '5', '10', '15', '20'])

@@ -148,7 +148,7 @@ def check_suffix(path: str | Path) -> None:
     >>> check_suffix("figure.doc")
     Traceback (most recent call last):
         ...
-    unbraid.errors.UsageError: figure.doc ends in none of .pdf, .png, .svg; name a file that does.
+    unbraid.base.errors.UsageError: figure.doc ends in none of .pdf, .png, .svg; name a file that does.
     """
     if as_path("path", path).suffix.lower() not in SUFFIXES:
         raise UsageError(f"{path} ends in none of {', '.join(SUFFIXES)}; name a file that does.")

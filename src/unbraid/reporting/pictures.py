@@ -136,15 +136,8 @@ def take_pictures(
 def refuse_other_images(dataset: Dataset[Any], labels: Mapping[int, int]) -> None:
     """Raise if the data set is not the one scanned, for its pictures would illustrate nothing.
 
-    The classes may go by other numbers now, as when a folder is opened without the network; but
-    images of one class must still be of one class.
-
-    Args:
-        dataset: of (image, label).
-        labels: recorded labels by index; the first few are compared.
-
-    Raises:
-        UsageError: it is too short, or its labels are not the recorded ones.
+    It must be long enough, and the first few labels be those recorded, by index. Classes may go by
+    other numbers now, as when a folder is opened without the network.
     """
     differs = bool(labels) and max(labels) >= size_of(dataset)
     if not differs:
@@ -171,14 +164,9 @@ def open_picture(dataset: Dataset[Any], index: int) -> Image.Image:
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """Make a picture of an image tensor, its values stretched to the full range.
+    """Make a picture of an image tensor, (C, H, W) or (H, W), stretched to the full range.
 
-    Args:
-        image: (C, H, W) or (H, W); three channels are taken for red, green and blue, of any other
-            number the mean is shown.
-
-    Raises:
-        ValueError: it has another shape.
+    Three channels are taken for red, green and blue; of any other number the mean is shown.
     """
     image = image.detach().cpu().float().nan_to_num()
     image = image[None] if image.dim() == 2 else image
@@ -208,11 +196,7 @@ def encode(
 
 
 def veil(shade: Tensor) -> str:
-    """Make a picture that hides places of shade 0 and leaves those of shade 1 as they are.
-
-    Args:
-        shade: (h, w), 0 to 1.
-    """
+    """Make a picture that hides places of shade (h, w) 0 and leaves those of 1 as they are."""
     height, width = (min(side, _MAX_POSITIONS) for side in shade.shape)
     shade = adaptive_avg_pool2d(shade[None].float(), (height, width))[0]
     opacity = (255 * _DENSEST * (1 - shade)).round().to(torch.uint8).numpy()
@@ -316,33 +300,25 @@ class Where:
 def find_where(
     maps: Scan, parts: Sequence[ChannelSplit], spots: Iterable[Spot]
 ) -> dict[Spot, Where]:
-    """Compute where channels respond and what feeds them.
+    """Compute where channels respond and what feeds them, in the images that `maps` holds.
 
-    Args:
-        maps: a scan with positions; of images that it does not hold nothing is known.
-        parts: the split channels.
-        spots: which channels to look at in which images.
-
-    Returns:
-        Nothing for a layer whose positions are not those of a picture.
+    Nothing is known without positions, or of a layer whose positions are not those of a picture.
     """
-    layer = maps.layer
-    if not maps.positions or len(layer.kernel) != 2:
+    if not maps.positions or len(maps.layer.kernel) != 2:
         return {}
-    wanted: dict[tuple[int, int], list[Spot]] = {}
+    by_channel = {part.channel: part for part in parts}
+    wanted: dict[int, dict[int, list[Spot]]] = {}
     for spot in spots:
-        wanted.setdefault((spot.channel, spot.index), []).append(spot)
+        if spot.channel in by_channel:
+            wanted.setdefault(spot.index, {}).setdefault(spot.channel, []).append(spot)
     known: dict[Spot, Where] = {}
     for records in maps.shards() if wanted else ():
         assert records.input_map is not None
         for place, index in enumerate(records.index.tolist()):
-            for part in parts:
-                here = wanted.get((part.channel, index), [])
-                if not here:
-                    continue
-                image = records.input_map[place].double()
+            for channel, here in wanted.get(index, {}).items():
+                part, image = by_channel[channel], records.input_map[place].double()
                 rows = [part.weight if s.concept is None else part.rows[s.concept] for s in here]
-                found = _of_image(layer, part, image, torch.stack(rows).double())
+                found = _of_image(maps.layer, part, image, torch.stack(rows).double())
                 known |= zip(here, found, strict=True)
     return known
 
@@ -357,17 +333,10 @@ def _of_image(layer: LayerSpec, part: ChannelSplit, image: Tensor, rows: Tensor)
 
 
 def source_maps(layer: LayerSpec, channel: int, image: Tensor, rows: Tensor) -> Tensor:
-    """Compute, position by position, how much of a summed pre-activation comes in there.
+    """Compute how much of each row's (R, J) summed pre-activation comes in where, (R, H, W).
 
-    Args:
-        layer: that the rows belong to.
-        channel: that they were made from.
-        image: (C_in, H, W), the layer's input, float64.
-        rows: (R, J), float64.
-
-    Returns:
-        (R, H, W), input times gradient of the summed pre-activation, summed over input channels;
-        over all positions it adds up to the summed pre-activation without the bias.
+    It is the layer's input (C_in, H, W) times gradient, summed over input channels; over all
+    positions it adds up to the summed pre-activation without the bias.
 
     Source:
         METHOD.md section 2, before the sum over positions.

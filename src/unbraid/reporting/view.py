@@ -15,7 +15,7 @@ from unbraid.finding.findings import Findings, Pair
 from unbraid.finding.thresholds import Cell, Sensitivity
 from unbraid.measuring.evaluate import gather_responses, intervals
 from unbraid.measuring.reference_images import ALIKE, reference_images
-from unbraid.measuring.results import Responses
+from unbraid.measuring.results import ChannelEvaluation, Responses
 from unbraid.networks.spec import LayerSpec
 from unbraid.reporting.channel import (
     ChannelView,
@@ -62,8 +62,7 @@ class ChannelRow:
     n_more: int  # concepts
     lowest: Pair | None  # the pair with the lowest cosine
     agreement: float | None  # of clusters with classes
-    error: float | None
-    rectified: float | None
+    measures: ChannelEvaluation | None
 
     @property
     def words(self) -> str:
@@ -98,13 +97,7 @@ class Page:
 
 
 def build_page(material: Material, *, has_images: bool, title: str | None) -> Page:
-    """Work out what the page shows.
-
-    Args:
-        material: what the report is made from.
-        has_images: whether there will be pictures.
-        title: the page's heading; None for one that names the layer.
-    """
+    """Work out what the page shows; without a title, its heading names the layer."""
     scan, found, parts = material.scan, material.found, material.parts
     shown = _within_limits(parts)
     channels, notes = _channels(material, shown)
@@ -220,21 +213,17 @@ def _overview(material: Material, shown: Sequence[ChannelSplit]) -> tuple[Channe
     concepts = {**found.concepts, **{part.channel: part.concepts for part in material.parts}}
     in_full = {part.channel for part in shown}
     first = sorted(concepts, key=lambda channel: (channel not in in_full, material.rank(channel)))
-    rows = []
-    for channel in sorted(first[:MAX_LISTED], key=material.rank):
-        known = material.measures.get(channel)
-        rows.append(
-            ChannelRow(
-                number=channel,
-                concepts=concept_views(found, concepts[channel][:_MAX_CHIPS]),
-                n_more=max(0, len(concepts[channel]) - _MAX_CHIPS),
-                lowest=material.lowest.get(channel),
-                agreement=found.agreement.get(channel),
-                error=known.separation_error if known else None,
-                rectified=known.separation_error_rectified if known else None,
-            )
+    return tuple(
+        ChannelRow(
+            number=channel,
+            concepts=concept_views(found, concepts[channel][:_MAX_CHIPS]),
+            n_more=max(0, len(concepts[channel]) - _MAX_CHIPS),
+            lowest=material.lowest.get(channel),
+            agreement=found.agreement.get(channel),
+            measures=material.measures.get(channel),
         )
-    return tuple(rows)
+        for channel in sorted(first[:MAX_LISTED], key=material.rank)
+    )
 
 
 def shade_of(counted: Sensitivity, cell: Cell) -> int:
