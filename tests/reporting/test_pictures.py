@@ -154,7 +154,7 @@ def assert_where(known: dict[Spot, Where], run: Run) -> None:
     for spot, where in known.items():
         part = run.split[spot.channel]
         row = part.weight if spot.concept is None else part.rows[spot.concept]
-        x = run.network[:2](run.images.x[[spot.index]]).detach().double().requires_grad_()
+        x = run.network[:2](run.images.x[[spot.image]]).detach().double().requires_grad_()
         kernel = row.double().view(1, *layer.weight.shape[1:])
         z = F.conv2d(x, kernel, None, stride=2, padding=1)
         (gradient,) = torch.autograd.grad(z.sum(), x)

@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -43,13 +43,12 @@ _GREY = 128  # of a veil: black would not be seen on a dark picture
 _MAX_POSITIONS = 16  # of a veil, each way: it is shown smoothed anyway
 
 
-@dataclass(frozen=True)
-class Spot:
+class Spot(NamedTuple):
     """One image as a channel's reference image."""
 
     channel: int
     concept: int | None  # whose concept channel; None for the original
-    index: int
+    image: int  # its index
 
 
 @dataclass(frozen=True)
@@ -61,29 +60,20 @@ class Picture:
     responses: tuple[float, ...] = ()  # of a feature visualisation: of each concept channel
 
 
-@dataclass(frozen=True)
-class Veil:
-    """What is laid over a picture to show where, as images."""
-
-    answer: str
-    source: str | None
-
-
 @dataclass
 class Pictures:
     """All pictures, ready for the template."""
 
     shots: dict[int, Picture | None] | None = None  # by index; None: none at all, or not readable
-    veils: dict[tuple[int, int | None, int], Veil] = field(
-        default_factory=dict
-    )  # by channel, concept, index
+    # Where a channel responds, and where its input comes from.
+    veils: dict[Spot, tuple[str, str | None]] = field(default_factory=dict)
     features: dict[tuple[int, int | None], Picture] = field(default_factory=dict)
     note: str = ""  # why there are no veils
 
     @property
     def has_sources(self) -> bool:
         """Whether any veil tells where input comes from."""
-        return any(veil.source for veil in self.veils.values())
+        return any(source for _, source in self.veils.values())
 
 
 def take_pictures(
@@ -113,7 +103,7 @@ def take_pictures(
         for row in channel.rows
         for shot in row.shots
     }
-    refuse_other_images(dataset, {spot.index: label for spot, label in spots.items()})
+    refuse_other_images(dataset, {spot.image: label for spot, label in spots.items()})
     maps, sight = material.positions, sight_of(dataset)
     if maps is not None and sight is None:
         pictures.note = (
@@ -123,9 +113,8 @@ def take_pictures(
     elif maps is not None:
         for spot, where in find_where(maps, material.parts, spots).items():
             source = None if where.source is None else veil(where.source)
-            place = (spot.channel, spot.concept, spot.index)
-            pictures.veils[place] = Veil(veil(where.answer), source)
-    pictures.shots = dict.fromkeys(spot.index for spot in spots)
+            pictures.veils[spot] = veil(where.answer), source
+    pictures.shots = dict.fromkeys(spot.image for spot in spots)
     for index in pictures.shots:
         with suppress(Exception):  # whatever a data set raises, one image is not worth the page
             image = open_picture(dataset, index)
@@ -310,7 +299,7 @@ def find_where(
     wanted: dict[int, dict[int, list[Spot]]] = {}
     for spot in spots:
         if spot.channel in by_channel:
-            wanted.setdefault(spot.index, {}).setdefault(spot.channel, []).append(spot)
+            wanted.setdefault(spot.image, {}).setdefault(spot.channel, []).append(spot)
     known: dict[Spot, Where] = {}
     for records in maps.shards() if wanted else ():
         assert records.input_map is not None

@@ -45,15 +45,6 @@ _MAX_CHIPS = 26  # concepts of a channel in the list
 
 
 @dataclass(frozen=True)
-class Fact:
-    """One figure at the top of the page."""
-
-    value: str
-    label: str
-    note: str
-
-
-@dataclass(frozen=True)
 class ChannelRow:
     """One line of the list of channels."""
 
@@ -79,7 +70,7 @@ class Page:
     layer: LayerSpec
     found: Findings
     hint: str  # what comes nearest, if nothing was found
-    facts: tuple[Fact, ...]
+    facts: tuple[tuple[str, str, str], ...]  # at the top: figure, what it is, a note
     predicted: bool  # whether labels are the network's
     chosen: bool  # whether the user named the concepts
     n_found: int  # channels
@@ -235,7 +226,7 @@ def shade_of(counted: Sensitivity, cell: Cell) -> int:
 # --- figures at the top, notes and settings, in words ---------------------------------------------
 
 
-def _facts(material: Material) -> tuple[Fact, ...]:
+def _facts(material: Material) -> tuple[tuple[str, str, str], ...]:
     """Choose the figures at the top: what was found, what was made of it, how well."""
     found, split, evaluation = material.found, material.split, material.evaluation
     thresholds = f" at tau {found.tau_in_words}, p {found.p:g}, gamma {found.gamma:g}"
@@ -246,7 +237,7 @@ def _facts(material: Material) -> tuple[Fact, ...]:
     n, n_out = len(found.concepts), material.scan.layer.n_out
     what = "chosen channel" if material.chosen else "polysemantic channel"
     what += "" if n == 1 else "s"
-    facts = [Fact(f"{n:,}", what, f"of {count(n_out, 'channel')}{thresholds}")]
+    facts = [(f"{n:,}", what, f"of {count(n_out, 'channel')}{thresholds}")]
     if not found.concepts:
         return tuple(facts)
     note = (
@@ -254,24 +245,24 @@ def _facts(material: Material) -> tuple[Fact, ...]:
     )
     if agreement := found.known_agreement:
         note += f"; agreement with classes {number(sum(agreement) / len(agreement))}"
-    facts.append(Fact(f"{len(found.pairs):,}", f"pairs of {found.kind}", note))
+    facts.append((f"{len(found.pairs):,}", f"pairs of {found.kind}", note))
     if split is not None:
         n_concepts = sum(len(part.concepts) for part in split.channels)
         note = f"method: {_method(split.method)}"
-        facts.append(Fact(f"{n_concepts:,}", "concept channels", note))
+        facts.append((f"{n_concepts:,}", "concept channels", note))
     if evaluation is None:
         return tuple(facts)
     if output := _output(material):
         note = f"top-1 {output['before']} before, {output['after']} after"
         if output["before"] == ABSENT:
             note = f"same first choice in {output['agreement']} of the images"
-        facts.append(Fact(output["difference"], "largest logit difference", note))
+        facts.append((output["difference"], "largest logit difference", note))
     note, baseline = "ideal 0; halving a channel gives 0.5", evaluation.baseline
     if baseline is not None:
         before = baseline.summary[baseline.method]["separation_error"]
         note = f"{_method(baseline.method)} rule: {number(before)}; ideal 0"
     error = evaluation.summary[evaluation.method]["separation_error"]
-    facts.append(Fact(number(error), "mean separation error", note))
+    facts.append((number(error), "mean separation error", note))
     return tuple(facts)
 
 
