@@ -15,11 +15,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_files import leave
-from test_surgery import make_split
 
 import unbraid
 from tiny_networks import SyntheticImages, build
+from unbraid.base import files
 from unbraid.base.errors import RunError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.base.tables import csv_text
@@ -47,18 +46,18 @@ def run(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def content(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.endswith(".damaged")}
 
 
 def test_a_whole_scan_is_whole(run: Path) -> None:
     for folder in (run, run / "scan-train", run.parent):
-        before = files(run / "scan-train")
+        before = content(run / "scan-train")
         found = check(folder)
         assert found.whole
         assert found.n_sound == len(before) == 2 + 3
         assert str(found) == "5 files sound."
-        assert files(run / "scan-train") == before
+        assert content(run / "scan-train") == before
 
 
 def flip(path: Path) -> None:
@@ -122,14 +121,15 @@ def test_a_damaged_shard_is_set_aside_and_made_anew(damage: str, run: Path, whol
     assert not shard.exists()
     assert shard.with_name(f"{shard.name}.damaged").exists()
     scan(folder)
-    assert files(folder) == files(whole / "scan-train")
+    assert content(folder) == content(whole / "scan-train")
     assert check(run).whole
 
 
 def test_what_is_missing_and_what_a_kill_left_is_told(run: Path, whole: Path) -> None:
     folder = run / "scan-train"
     (folder / "shard-000000.safetensors").unlink()
-    leftover = leave(folder / "shard-000000.safetensors")
+    leftover = folder / f"shard-000000.safetensors.{files._HOST}.1.0123abcd.tmp"
+    leftover.touch()
     mine = folder / "mine.tmp"
     mine.touch()
     found = check(run)
@@ -146,7 +146,7 @@ def test_a_damaged_layer_is_made_anew(run: Path, whole: Path) -> None:
         unbraid.open_scan(folder)
     assert len(check(run).damaged) == 1
     scan(folder)
-    assert files(folder) == files(whole / "scan-train")
+    assert content(folder) == content(whole / "scan-train")
 
 
 def test_a_damaged_manifest_cannot_be_repaired_and_is_left(run: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_missing_layer_is_told_and_made_anew(run: Path, whole: Path) -> None:
     assert found.missing == [str(folder / "layer.safetensors")]
     assert not found.whole
     scan(folder)
-    assert files(folder) == files(whole / "scan-train")
+    assert content(folder) == content(whole / "scan-train")
 
 
 # --- what cannot be read is no damage -------------------------------------------------------------
@@ -195,7 +195,7 @@ def failing(number: int, name: str, after: int) -> Callable[..., Any]:
 def test_what_cannot_be_read_is_told_and_left(
     name: str, number: int, after: int, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = files(run / "scan-train")
+    before = content(run / "scan-train")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", failing(number, name, after))
         found = check(run)
@@ -204,7 +204,7 @@ def test_what_cannot_be_read_is_told_and_left(
     assert os.strerror(number) in found.unreadable[0]
     assert [found.damaged, found.missing, found.lost, found.whole] == [[], [], [], False]
     assert "Not read, and left as it is" in str(found)
-    assert files(run / "scan-train") == before
+    assert content(run / "scan-train") == before
     assert not list(run.rglob("*.damaged"))
 
 
@@ -266,7 +266,9 @@ def results(run: Path) -> Path:
     pair = (0, 0, 1, 0.25, 0.9, 0.8, "clock, digital", "=b", 0.1, float("nan"), 0.9, 0.9, True)
     (run / "findings.csv").write_text(csv_text(FINDINGS, [pair]))
     (run / "sensitivity.csv").write_text(csv_text(SENSITIVITY, [(0.03, 0.75, 0.5, 1, 1)]))
-    divided = make_split(build("1x1"), run.parent / "train")
+    trained = unbraid.open_scan(run / "scan-train")
+    found = unbraid.find(trained, channels={0: [[0], [1]]})
+    divided = unbraid.split(trained, found, method="published", rho=0.7)
     for name in ("split", "split-published"):
         divided.save(run / f"{name}.safetensors")
     measures = {"retention": 1.0, "leakage": None, "mimic_error": 0.1, "silence_error": 0.0}

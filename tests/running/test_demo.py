@@ -21,7 +21,7 @@ from unbraid.base.errors import DataError, UsageError
 from unbraid.demo import network as demo
 from unbraid.demo import train
 from unbraid.reporting.figures import densities
-from unbraid.running.run import figure_of_run
+from unbraid.running.run import Run
 
 
 def test_the_package_stays_small() -> None:
@@ -115,7 +115,7 @@ def test_the_documents_show_what_the_demo_draws(
     """And not what it drew in another colour, of another channel or with other images."""
 
     def draw(channel: int = 0) -> Path:
-        unbraid.save_figure(figure_of_run(ran[0], channel, KINDS[name]), tmp_path / name)  # type: ignore[arg-type]
+        unbraid.save_figure(Run(ran[0]).figure(channel, KINDS[name]), tmp_path / name)  # type: ignore[arg-type]
         return tmp_path / name
 
     assert_alike(draw(), IMAGES / name)

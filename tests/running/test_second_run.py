@@ -25,13 +25,11 @@ from unbraid.running.check import check
 from unbraid.running.folders import (
     Loading,
     Thresholds,
-    home_of,
+    home_of, read_settings,
     is_numbered,
-    same_settings,
-    take_folder,
-    tell_settings,
+    Settings, take_folder,
 )
-from unbraid.running.run import figure_of_run, report_again, run_layers
+from unbraid.running.run import Run, run_layers
 
 LOOSE = Thresholds(0.01, 0.5, 0.99)
 STRICT = Thresholds(0.2, 0.5, 0.99)  # leaves one class out
@@ -95,7 +93,7 @@ def test_run_other_settings_get_a_folder_of_their_own(
     before, said = content(out), []
     thresholds, options = OTHERS[name]
     done = run(out, thresholds, say=said.append, **options)
-    assert done.report == out / "settings-2/report.html"
+    assert done.page == out / "settings-2/report.html"
     told = f"{out} holds a run with tau 0.01, p 0.5, gamma 0.99; this one goes into "
     assert f"{told}{out / 'settings-2'}." in said
     assert_kept(out, before)
@@ -103,20 +101,20 @@ def test_run_other_settings_get_a_folder_of_their_own(
     shares = done.found.classes in ((), (0, 1, 2, 3))  # of which the first run has positions
     assert own == (set() if shares else {"positions-train", "positions-val"})
     after = content(out)
-    assert run(out, thresholds, **options).report == done.report  # again: it goes on there
+    assert run(out, thresholds, **options).page == done.page  # again: it goes on there
     assert content(out) == after
-    assert run(out).report == out / "report.html"
+    assert run(out).page == out / "report.html"
     assert_kept(out, after)
     assert check(out).whole
 
 
 def test_run_out_of_other_settings_by_name(out: Path) -> None:
-    inside = run(out, STRICT).report.parent
-    assert run(inside, STRICT).report.parent == inside
-    assert run(inside, NOTHING).report.parent == out / "settings-3"
+    inside = run(out, STRICT).folder
+    assert run(inside, STRICT).folder == inside
+    assert run(inside, NOTHING).folder == out / "settings-3"
     free = run(out / "settings-7", Thresholds(0.02, 0.5, 0.99))
-    assert free.report.parent == out / "settings-7"
-    assert run(out / "settings-9").report.parent == out  # where these settings are
+    assert free.folder == out / "settings-7"
+    assert run(out / "settings-9").folder == out  # where these settings are
     assert sorted(p.name for p in out.glob("**/scan-*")) == ["scan-train", "scan-val"]
 
 
@@ -142,14 +140,14 @@ def test_run_classes_without_validation_images_are_told_first_and_left_out(tmp_p
     whole = run(tmp_path / "whole")
     assert 0 < len(done.found.concepts) < len(whole.found.concepts)
     assert "left out, as the validation images have none" in done.found.note
-    assert "left out, as the validation images" in done.report.read_text()
+    assert "left out, as the validation images" in done.page.read_text()
     assert check(tmp_path / "run").whole
 
 
 @pytest.mark.parametrize("same", [{"title": "y"}, {"source": {"data": "moved"}}, {}])
 def test_run_what_changes_no_result_makes_no_folder(same: dict[str, Any], out: Path) -> None:
     before = content(out)
-    assert run(out, **same).report == out / "report.html"
+    assert run(out, **same).page == out / "report.html"
     assert not (out / "settings-2").exists()
     own = ("settings.json", "report.html")
     assert {k: v for k, v in content(out).items() if k not in own} == {
@@ -227,16 +225,16 @@ def test_run_killed_at_any_file_loses_nothing_of_the_first(
     assert n_kills >= 4  # settings, findings, sensitivity, report
     assert_kept(out, before)
     whole = run(out.with_name("undisturbed"), thresholds)
-    assert done.report.parent == out / "settings-2"
-    own = {k: v for k, v in content(done.report.parent).items() if k != "settings.json"}
-    theirs = content(whole.report.parent)
+    assert done.folder == out / "settings-2"
+    own = {k: v for k, v in content(done.folder).items() if k != "settings.json"}
+    theirs = content(whole.folder)
     assert own == {k: v for k, v in theirs.items() if k in own}
     assert not [p for p in out.iterdir() if is_numbered(p) and p.name != "settings-2"]
 
 
 def test_run_killed_while_replacing_is_finished_by_the_next(out: Path) -> None:
     positions = {k: v for k, v in content(out).items() if k.startswith(("scan", "positions"))}
-    undisturbed = run(out.with_name("undisturbed"), STRICT).report.parent
+    undisturbed = run(out.with_name("undisturbed"), STRICT).folder
     renamed = Path.rename
     for number in range(1, 20):
         calls: list[Path] = []
@@ -289,27 +287,27 @@ def test_run_a_start_killed_before_its_settings_leaves_the_folder_free(tmp_path:
 
     with pytest.raises(Killed):
         run(tmp_path / "run", val=Fails(24))
-    assert run(tmp_path / "run", STRICT).report == tmp_path / "run/report.html"
-    assert run(tmp_path / "run").report == tmp_path / "run/settings-2/report.html"
+    assert run(tmp_path / "run", STRICT).page == tmp_path / "run/report.html"
+    assert run(tmp_path / "run").page == tmp_path / "run/settings-2/report.html"
 
 
 def test_run_scans_made_anew_of_another_network_leave_the_results(out: Path) -> None:
     for kind in ("train", "val"):
         shutil.rmtree(out / f"scan-{kind}")
     before = content(out)
-    assert run(out, seed=1).report == out / "settings-2/report.html"
+    assert run(out, seed=1).page == out / "settings-2/report.html"
     assert_kept(out, before)
 
 
 # --- folders --------------------------------------------------------------------------------------
 
 
-SETTINGS: dict[str, Any] = {"thresholds": {}, "source": {}, "title": ""}
+SETTINGS = Settings("", Thresholds(), {})
 FOUND = Findings(0.03, 0.75, 0.5, (), {}, (), "", "2", "")
 
 
-def of(tau: float) -> dict[str, Any]:
-    return {**SETTINGS, "thresholds": {"tau": tau}}
+def of(tau: float) -> Settings:
+    return replace(SETTINGS, thresholds=Thresholds(tau))
 
 
 def test_take_folder_of_many_at_once_gives_each_its_own(tmp_path: Path) -> None:
@@ -319,7 +317,7 @@ def test_take_folder_of_many_at_once_gives_each_its_own(tmp_path: Path) -> None:
     assert len(set(taken)) == len(taus)
     assert [take_folder(tmp_path, of(tau), FOUND) for tau in taus] == taken
     for tau, folder in zip(taus, taken, strict=True):
-        assert json.loads((folder / "settings.json").read_text()) == of(tau)
+        assert read_settings(folder) == of(tau)
 
 
 def test_take_folder_results_without_settings_stay_unless_they_are_the_same(
@@ -327,9 +325,9 @@ def test_take_folder_results_without_settings_stay_unless_they_are_the_same(
 ) -> None:
     (out / "settings.json").rename(out / "settings.json.damaged")
     before = content(out)
-    assert run(out, STRICT).report.parent == out / "settings-2"
+    assert run(out, STRICT).folder == out / "settings-2"
     assert_kept(out, before)
-    assert run(out).report.parent == out  # the same: it only lacked its settings
+    assert run(out).folder == out  # the same: it only lacked its settings
     assert {p.name for p in out.iterdir()} >= {"settings.json", "settings.json.damaged"}
 
 
@@ -403,29 +401,28 @@ def test_home_of_a_folder_however_it_is_named(
 @pytest.mark.parametrize(
     ("other", "same"),
     [
-        ({"title": "y", "source": {"data": "x"}, "sight": None}, True),
-        ({"encoder": None, "labels": "given", "scans": ["a", "b"]}, True),
-        ({"thresholds": {"tau": 0.03, "p": 0.75}}, True),
-        ({"thresholds": {"tau": 0.05}}, False),
-        ({"thresholds": {"concepts": "clusters"}}, False),
+        ({"title": "y", "source": {"data": "x"}}, True),
+        ({"scans": ("a", "b")}, True),
+        ({"thresholds": Thresholds(tau=0.05)}, False),
+        ({"thresholds": Thresholds(concepts="clusters")}, False),
         ({"encoder": "timm:x"}, False),
         ({"labels": "predicted"}, False),
     ],
 )
-def test_same_settings_by_what_decides_on_results(other: dict[str, Any], same: bool) -> None:
-    assert same_settings(SETTINGS, {**SETTINGS, **other}) is same
+def test_same_results_by_what_decides_on_results(other: dict[str, Any], same: bool) -> None:
+    assert SETTINGS.same_results(replace(SETTINGS, **other)) is same
 
 
-def test_same_settings_not_of_other_scans() -> None:
-    scans = [{**SETTINGS, "scans": ids} for ids in (["a", "b"], ["a", "c"])]
-    assert not same_settings(*scans)
+def test_same_results_not_of_other_scans() -> None:
+    one, other = (replace(SETTINGS, scans=ids) for ids in (("a", "b"), ("a", "c")))
+    assert not one.same_results(other)
 
 
-def test_tell_settings_names_what_is_unusual() -> None:
+def test_settings_in_words_name_what_is_unusual() -> None:
     usual = "tau 0.03, p 0.75, gamma 0.5"
-    assert tell_settings(SETTINGS) == usual
-    odd = {**SETTINGS, "labels": "predicted", "encoder": "timm:x"}
-    assert tell_settings(odd) == f"{usual}, labels predicted, encoder timm:x"
+    assert str(SETTINGS) == usual
+    odd = replace(SETTINGS, labels="predicted", encoder="timm:x")
+    assert str(odd) == f"{usual}, labels predicted, encoder timm:x"
 
 
 # --- what reads a run -----------------------------------------------------------------------------
@@ -449,10 +446,10 @@ def test_report_and_figure_of_every_run_in_a_folder(name: str, family: Path) -> 
     (folder / "report.html").unlink()
     (missing,) = check(family).missing
     assert missing == str(folder / "report.html")
-    assert report_again(folder) == folder / "report.html"
+    assert Run(folder).report() == folder / "report.html"
     assert (folder / "report.html").read_bytes() == page
     channel = unbraid.Split.load(folder / "split.safetensors").channels[0].channel
-    assert figure_of_run(folder, channel, "densities").axes
+    assert Run(folder).figure(channel, "densities").axes
     assert check(folder).whole
 
 
@@ -460,15 +457,15 @@ def test_report_without_positions_says_what_makes_them(family: Path) -> None:
     page = (family / "report.html").read_bytes()
     shutil.rmtree(family / "positions-val")
     with pytest.raises(RunError, match=r"positions-val is gone.*start the run again"):
-        report_again(family)
+        Run(family).report()
     assert (family / "report.html").read_bytes() == page
-    assert report_again(family / "settings-2")  # has its own
+    assert Run(family / "settings-2").report()  # has its own
 
 
 def test_report_of_an_unfinished_run_says_so(family: Path) -> None:
     (family / "evaluation.json").unlink()
     with pytest.raises(RunError, match="holds an unfinished run; start it again"):
-        report_again(family)
+        Run(family).report()
 
 
 def test_check_lists_what_a_folder_holds(family: Path) -> None:
