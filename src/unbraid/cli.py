@@ -211,7 +211,7 @@ def show_run(result: Run) -> None:
             out_console.print(f"{method.replace('_', ' ')}: mean {figures}")
         assert result.evaluation.output is not None
         _show_comparison("Largest logit difference", result.evaluation.output)
-    out_console.print(f"Report: {result.report}")
+    out_console.print(f"Report: {result.page}")
 
 
 def show_runs(done: LayerRuns) -> None:
@@ -248,11 +248,11 @@ def figure(
     """Draw one channel of a finished run as a figure for a paper."""
     from unbraid.reporting.figures import check_suffix, save_figure
     from unbraid.running.folders import refuse_result
-    from unbraid.running.run import figure_of_run
+    from unbraid.running.run import Run
 
     check_suffix(out)
     refuse_result(out)
-    save_figure(figure_of_run(run, channel, kind), out)
+    save_figure(Run(run).figure(channel, kind), out)
     out_console.print(f"Figure: {out}")
 
 
@@ -532,9 +532,9 @@ def run(
 
 def report(run: Annotated[Path, Parameter(help="Folder of a finished run.")]) -> None:
     """Write a run's report again, for instance after an update of unbraid."""
-    from unbraid.running.run import report_again
+    from unbraid.running.run import Run
 
-    out_console.print(f"Report: {report_again(run)}")
+    out_console.print(f"Report: {Run(run).report()}")
 
 
 def check(
