@@ -592,8 +592,8 @@ def test_a_short_line_stays_as_it_is() -> None:
         {"title": "", "thresholds": {"tau": [1]}, "source": {}},
         {"title": "", "thresholds": {"concepts": "x"}, "source": {}},
         {"title": "", "thresholds": {}, "source": {"data": 5}},
-        {"title": "", "thresholds": {}, "source": {}, "sight": {"width": -1}},
-        {"title": "", "thresholds": {}, "source": {}, "sight": "all"},
+        {"title": "", "thresholds": {}, "source": {}, "scans": ["a", 1]},
+        {"title": "", "thresholds": {}, "source": {}, "encoder": 3},
         [],
     ],
 )
