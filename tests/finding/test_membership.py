@@ -31,7 +31,7 @@ from handmade import CAUSES, Planted, plant, reshard, write_scan
 from tiny_networks import SyntheticImages, build
 from unbraid import Findings, Scan, Split
 from unbraid.base.errors import UsageError
-from unbraid.finding import membership as clusters
+from unbraid.finding import clusters
 from unbraid.finding.arv import class_sums
 from unbraid.finding.clusters import DescribedImages, cluster_images, top_images
 from unbraid.finding.findings import Pair

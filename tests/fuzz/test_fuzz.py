@@ -31,7 +31,7 @@ from unbraid.base import schema as strict
 from unbraid.base.errors import UnbraidError
 from unbraid.images import pictures
 from unbraid.images.pictures import read_picture
-from unbraid.measuring import results as semantics
+from unbraid.measuring import results
 from unbraid.measuring.ablate import ablate
 from unbraid.measuring.compare import OutputComparison
 from unbraid.measuring.results import (
@@ -52,8 +52,8 @@ from unbraid.scanning import manifest, records
 from unbraid.scanning.records import Scan
 from unbraid.splitting import splits
 from unbraid.splitting.splits import Split
+from unbraid.visualizing import features
 from unbraid.visualizing.features import Feature, Features
-from unbraid.visualizing.visualize import features
 
 resource = pytest.importorskip("resource")  # of Unix
 
@@ -324,13 +324,19 @@ def test_memory_beyond_the_bound_is_noticed() -> None:
 
 
 # Each check, and what it protects: without it, something else than UnbraidError comes out.
+def without_types_of_meanings(kind: Any, values: Any, **options: Any) -> Any:
+    """Build semantic measures of whatever is there, all else as it should be."""
+    return kind(**values) if kind is ChannelSemantics else BUILD(kind, values, **options)
+
+
+BUILD = strict.build
 CHECKS: dict[str, tuple[Any, str, Any, str]] = {
     "records": (records, "records_fault", lambda *_: None, "scan"),
     "weights of a layer": (records, "layer_fault", lambda *_: None, "scan"),
     "numbers of a layer": (layers.LayerSpec, "check", lambda _: None, "manifest"),
     "types of a manifest": (manifest, "build", lambda kind, values: kind(**values), "manifest"),
     "types of a split": (splits, "build", lambda kind, values: kind(**values), "split"),
-    "types of meanings": (semantics, "build", lambda kind, v, **_: kind(**v), "evaluation"),
+    "types of meanings": (results, "build", without_types_of_meanings, "evaluation"),
     "errors of features": (features, "Exception", ZeroDivisionError, "features"),
     "depth of JSON": (strict, "RecursionError", ZeroDivisionError, "settings"),
     "errors of pictures": (pictures, "Exception", ZeroDivisionError, "picture"),

@@ -18,8 +18,11 @@ from PIL import Image
 
 from fuzz.mutations import HOSTILE, damaged
 from fuzz.test_fuzz import EXAMPLES, MANY, Escaped, fresh, fuzz, needs_proc, sound_or_refused
+from unbraid.images import csv_lists as table
+from unbraid.images import hugging_face as hugging
+from unbraid.images import tar as shards
 from unbraid.images.identity import fingerprint, ids_of
-from unbraid.images.open import Images, hugging, open_images, shards, table
+from unbraid.images.open import Images, open_images
 
 LIST = "path,label,group\n0.png,ant,a\n1.png,bee,a\n2.png,ant,b\n"
 CELLS = (

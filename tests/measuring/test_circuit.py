@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_surgery import TWO, make_split
+from test_apply import TWO, make_split
 from torch import Tensor, nn
 
 import unbraid

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_reading import IMAGENET, loaded, write_folders
+from test_labels import IMAGENET, loaded, write_folders
 from torch import Tensor
 
 import unbraid

@@ -152,12 +152,12 @@ def test_hash_weights_of_any_state_is_the_same_for_the_same_alone(name):
 @pytest.mark.filterwarnings("ignore")
 def test_hash_weights_is_the_same_in_another_process():
     code = (
-        "import warnings; warnings.simplefilter('ignore')\n"
+        "import sys, warnings; warnings.simplefilter('ignore'); sys.path.append('..')\n"
         "from test_weights import PAIRS, hash_weights\n"
         "print(*(hash_weights(make()) for make, _ in PAIRS.values()))"
     )
     options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
-    ran = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], **options)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, **options)
     assert ran.stdout.split() == [hash_weights(make()) for make, _ in PAIRS.values()]
 
 

@@ -436,7 +436,7 @@ def test_notebooks_show_a_picture_and_pyplot_is_left_alone(run: Run) -> None:
     figure = unbraid.density_figure(run.split, run.scan, 4)
     with Image.open(io.BytesIO(figure._repr_png_())) as picture:
         assert 400 < picture.width < 800
-    code = "import sys, unbraid.figures.teaser; print('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, unbraid.reporting.figures; print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -27,9 +27,10 @@ from unbraid.base.errors import UsageError
 from unbraid.finding.findings import Pair
 from unbraid.measuring.reference_images import ALIKE, reference_images
 from unbraid.measuring.results import Drop, Likeness, Responses
+from unbraid.reporting import channel as effects
+from unbraid.reporting import charts, view
 from unbraid.reporting.channel import concept_views, densities, density
 from unbraid.reporting.pictures import Album, Look, to_picture
-from unbraid.reporting.report import charts, effects, view
 from unbraid.reporting.words import ABSENT, number, percent, significant
 from unbraid.scanning.records import Cluster
 

@@ -14,6 +14,7 @@ import torch
 from scipy.stats import gaussian_kde
 from test_report import Element, Run, own_text, read, run, sections  # noqa: F401
 
+from unbraid.measuring import evaluate as bootstrap
 from unbraid.measuring.evaluate import (
     auroc,
     intervals,
@@ -23,6 +24,9 @@ from unbraid.measuring.evaluate import (
     silence_errors,
 )
 from unbraid.measuring.results import Responses
+from unbraid.reporting import channel as spread
+from unbraid.reporting import charts
+from unbraid.reporting import charts as spread_charts
 from unbraid.reporting.channel import (
     N_POINTS,
     Scatter,
@@ -35,8 +39,6 @@ from unbraid.reporting.channel import (
     scatter,
 )
 from unbraid.reporting.charts import draw_masks, path
-from unbraid.reporting.report import charts, spread, spread_charts
-from unbraid.reporting.report import intervals as bootstrap
 from unbraid.reporting.words import number
 from unbraid.splitting.splits import ChannelSplit
 

@@ -20,8 +20,8 @@ from torch.utils.data import Dataset, Subset
 
 import unbraid
 from unbraid.base.errors import UsageError
+from unbraid.reporting import report as page_module
 from unbraid.reporting.pictures import Album, Look, Spot, Where, encode, find_where, veil
-from unbraid.reporting.report import page as page_module
 from unbraid.visualizing.features import Feature, Features
 
 # --- where a channel answers, and where its input comes from --------------------------------------

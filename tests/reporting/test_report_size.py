@@ -11,8 +11,9 @@ from test_report import Run, assert_harmless, read, run  # noqa: F401  # a fixtu
 
 import unbraid
 from pages import LONG
-from unbraid.reporting.report import page as page_module
-from unbraid.reporting.report import pairs, view
+from unbraid.reporting import report as page_module
+from unbraid.reporting import view
+from unbraid.reporting import view as pairs
 from unbraid.reporting.words import number
 
 LIMIT = 10_000_000

@@ -13,6 +13,8 @@ from test_report import Element, Run, assert_harmless, read, run, sections  # no
 
 import unbraid
 from unbraid.measuring.results import Responses
+from unbraid.reporting import channel as channels
+from unbraid.reporting import channel as spread
 from unbraid.reporting.channel import (
     by_class,
     concept_views,
@@ -22,7 +24,6 @@ from unbraid.reporting.channel import (
     shared_grid,
 )
 from unbraid.reporting.figures import gather
-from unbraid.reporting.report import channels, spread
 from unbraid.reporting.words import isolate, significant
 
 # --- densities ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from alike import assert_alike
 from unbraid.base.errors import DataError, UsageError
 from unbraid.demo import network as demo
 from unbraid.demo import train
-from unbraid.reporting.figures import densities
+from unbraid.reporting import figures as densities
 from unbraid.running.run import Run
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import steering
 import torch
-from test_surgery import Pair, Splits, concept_maps, dimension, images, layer_output, make_split
+from test_apply import Pair, Splits, concept_maps, dimension, images, layer_output, make_split
 from torch import Tensor, nn
 
 import unbraid

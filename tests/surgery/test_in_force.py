@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_surgery import images, make_split
+from test_apply import images, make_split
 from torch import Tensor, nn
 
 import unbraid

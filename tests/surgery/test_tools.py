@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_surgery import TWO, Pair, Splits, images, make_split, output_gradient
+from test_apply import TWO, Pair, Splits, images, make_split, output_gradient
 from torch import Tensor, nn
 
 import unbraid

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_surgery import THREE, Pair, Splits, concept_maps, images, layer_output
+from test_apply import THREE, Pair, Splits, concept_maps, images, layer_output
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -18,8 +18,9 @@ from tiny_networks import KINDS, SyntheticImages, build
 from unbraid.base.errors import DataError, LayerError, ModelError, UsageError
 from unbraid.demo.network import LAYER, load_images, load_network
 from unbraid.splitting.splits import Split
+from unbraid.visualizing import visualize as making
 from unbraid.visualizing.features import Features
-from unbraid.visualizing.visualize import Score, making, watch
+from unbraid.visualizing.visualize import Score, watch
 
 QUICK = {"steps": 3}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_surgery import Pair, Splits
+from test_apply import Pair, Splits
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,10 +19,11 @@ from checks import assert_close
 from tiny_networks import SyntheticImages
 from unbraid.base import schema as strict
 from unbraid.base.errors import DataError, RunError, UsageError
+from unbraid.running import run as step
+from unbraid.visualizing import features
+from unbraid.visualizing import visualize as making
 from unbraid.visualizing.canvas import Canvas, Pixels, blank_canvas, pixels_of, shake
 from unbraid.visualizing.features import Feature, Features
-from unbraid.visualizing.visualize import features, making
-from unbraid.visualizing.visualize import run as step
 
 SIZES = [(6, 5), (5, 6), (4, 4), (7, 3)]
 

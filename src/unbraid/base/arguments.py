@@ -30,7 +30,7 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int = _M
     >>> whole_number("n", 2.5, 1)
     Traceback (most recent call last):
     ...
-    unbraid.errors.UsageError: n is 2.5; give a whole number, 1 or more.
+    unbraid.base.errors.UsageError: n is 2.5; give a whole number, 1 or more.
     """
     number = _as_whole(value)
     if number is None or not (-_MOST if least is None else least) <= number <= most:
@@ -50,7 +50,7 @@ def whole_numbers(name: str, values: Any) -> list[int]:
     >>> whole_numbers("classes", [0.0])
     Traceback (most recent call last):
     ...
-    unbraid.errors.UsageError: classes holds 0.0; give a list of whole numbers.
+    unbraid.base.errors.UsageError: classes holds 0.0; give a list of whole numbers.
     """
     numbers = []
     for value in _listed(name, values, "whole numbers"):
@@ -69,7 +69,7 @@ def real_number(name: str, value: Any) -> float:
     >>> real_number("p", "0.75")
     Traceback (most recent call last):
     ...
-    unbraid.errors.UsageError: p is '0.75'; give a number.
+    unbraid.base.errors.UsageError: p is '0.75'; give a number.
     """
     number = _as_real(value)
     if number is None:
@@ -98,7 +98,7 @@ def flag(name: str, value: Any) -> bool:
     >>> flag("positions", "no")
     Traceback (most recent call last):
     ...
-    unbraid.errors.UsageError: positions is 'no'; give True or False.
+    unbraid.base.errors.UsageError: positions is 'no'; give True or False.
     """
     if not _is_bool(value):
         raise UsageError(f"{name} is {_shown(value)}; give True or False.")
@@ -111,7 +111,7 @@ def as_path(name: str, value: Any) -> Path:
     >>> as_path("out", None)
     Traceback (most recent call last):
     ...
-    unbraid.errors.UsageError: out is None; give a path.
+    unbraid.base.errors.UsageError: out is None; give a path.
     """
     try:
         path = os.fsdecode(value)
@@ -128,7 +128,7 @@ def as_kind(name: str, value: Any, kind: type[T]) -> T:
     >>> as_kind("scan", "runs/train", Path)
     Traceback (most recent call last):
     ...
-    unbraid.errors.UsageError: scan is 'runs/train'; give one object of type Path.
+    unbraid.base.errors.UsageError: scan is 'runs/train'; give one object of type Path.
     """
     if not isinstance(value, kind):
         raise UsageError(f"{name} is {_shown(value)}; give one object of type {kind.__name__}.")

@@ -817,10 +817,10 @@ def check_suffix(path: str | Path) -> None:
     """Raise unless a file name says which of the formats to write.
 
     >>> check_suffix("figure.pdf")
-    >>> check_suffix("figure.doc")
+    >>> check_suffix("f.doc")
     Traceback (most recent call last):
         ...
-    unbraid.errors.UsageError: figure.doc ends in none of .pdf, .png, .svg; name a file that does.
+    unbraid.base.errors.UsageError: f.doc ends in none of .pdf, .png, .svg; name a file that does.
     """
     if as_path("path", path).suffix.lower() not in SUFFIXES:
         raise UsageError(f"{path} ends in none of {', '.join(SUFFIXES)}; name a file that does.")

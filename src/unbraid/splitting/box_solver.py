@@ -225,7 +225,7 @@ def solve_box(
     Returns:
         (K, J), in [0, 1].
 
-    >>> from unbraid.gram import Whole
+    >>> from unbraid.splitting.box_solver import Whole
     >>> linear, start = torch.tensor([[0.6, 4.0]]).double(), torch.zeros(1, 2).double()
     >>> solve_box(Whole(torch.eye(2).double()), 1.0, linear, start)
     tensor([[0.3000, 1.0000]], dtype=torch.float64)
