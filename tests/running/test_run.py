@@ -1,11 +1,10 @@
-"""A second run destroys nothing of the first, whatever its settings and however it ends."""
+"""A run makes each result once; a second one destroys nothing of the first, however it ends."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,16 @@ import unbraid
 from tiny_networks import SyntheticImages
 from unbraid.base import files
 from unbraid.base.errors import ModelError, RunError, UsageError
-from unbraid.base.files import set_aside, write_new
-from unbraid.finding.findings import Findings
-from unbraid.running import run as pipeline
+from unbraid.running import run as running
 from unbraid.running.check import check
-from unbraid.running.folders import (
-    Loading,
-    Thresholds,
-    home_of, read_settings,
-    is_numbered,
-    Settings, take_folder,
-)
+from unbraid.running.folders import Loading, Thresholds, is_numbered, read_settings
 from unbraid.running.run import Run, run_layers
 
 LOOSE = Thresholds(0.01, 0.5, 0.99)
 STRICT = Thresholds(0.2, 0.5, 0.99)  # leaves one class out
 NOTHING = Thresholds(0.9, 1.0, -1.0)
+USUAL: dict[str, Any] = {"source": {}, "title": "x", "features": False, "say": lambda _: None}
+USUAL |= {"thresholds": LOOSE, "loading": Loading(batch_size=16)}
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -44,16 +37,19 @@ def network(seed: int = 0) -> nn.Module:
     ).double()
 
 
-def run(out: Path, thresholds: Thresholds = LOOSE, seed: int = 0, **options: Any) -> pipeline.Run:
-    train, val = (SyntheticImages(n, seed=n) for n in (48, 24))
-    usual = {"source": {}, "title": "x", "features": False, "say": lambda _: None}
-    options = {"thresholds": thresholds, "loading": Loading(batch_size=16), **usual, **options}
-    val = options.pop("val", val)
-    return pipeline.run(network(seed), "2", train, val, out, **options)
+def run(out: Path, thresholds: Thresholds = LOOSE, seed: int = 0, **options: Any) -> Run:
+    options = {**USUAL, "thresholds": thresholds, **options}
+    val = options.pop("val", SyntheticImages(24, seed=24))
+    return running.run(network(seed), "2", SyntheticImages(48, seed=48), val, out, **options)
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_kept(out: Path, before: dict[str, bytes]) -> None:
+    after = content(out)
+    assert [name for name in before if after.get(name) != before[name]] == []
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +62,6 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def out(first: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(first, tmp_path / "run"))
-
-
-def assert_kept(out: Path, before: dict[str, bytes]) -> None:
-    after = content(out)
-    assert [name for name in before if after.get(name) != before[name]] == []
 
 
 OTHERS: dict[str, tuple[Thresholds, dict[str, Any]]] = {
@@ -86,10 +77,10 @@ OTHERS: dict[str, tuple[Thresholds, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_run_other_settings_get_a_folder_of_their_own(
+def test_run_with_other_settings_gets_a_folder_of_its_own(
     name: str, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "load_encoder", lambda *_, **__: lambda x: x.flatten(1))
+    monkeypatch.setattr(running, "load_encoder", lambda *_, **__: lambda x: x.flatten(1))
     before, said = content(out), []
     thresholds, options = OTHERS[name]
     done = run(out, thresholds, say=said.append, **options)
@@ -108,7 +99,7 @@ def test_run_other_settings_get_a_folder_of_their_own(
     assert check(out).whole
 
 
-def test_run_out_of_other_settings_by_name(out: Path) -> None:
+def test_run_into_a_folder_of_other_settings_by_name(out: Path) -> None:
     inside = run(out, STRICT).folder
     assert run(inside, STRICT).folder == inside
     assert run(inside, NOTHING).folder == out / "settings-3"
@@ -118,57 +109,28 @@ def test_run_out_of_other_settings_by_name(out: Path) -> None:
     assert sorted(p.name for p in out.glob("**/scan-*")) == ["scan-train", "scan-val"]
 
 
-class FewerClasses(SyntheticImages):
-    """Validation images of three of four classes."""
-
-    def __init__(self) -> None:
-        super().__init__(24, seed=24)
-        keep = [n for n, label in enumerate(self.targets) if label != 0]
-        self.targets = [self.targets[n] for n in keep]
-        self.images = self.images[keep]
-
-
-def test_run_classes_without_validation_images_are_told_first_and_left_out(tmp_path: Path) -> None:
-    said: list[str] = []
-    options = {"thresholds": LOOSE, "loading": Loading(batch_size=16), "source": {}}
-    several = run_layers(
-        *(network(), ["2"], SyntheticImages(48, seed=48), FewerClasses(), tmp_path / "run"),
-        **{"title": "x", "features": False, "say": said.append, **options},
-    )
-    done = several.runs["2"]
-    assert "have none of 1 class (class 0); channels that one of them uses" in said[0]
-    whole = run(tmp_path / "whole")
-    assert 0 < len(done.found.concepts) < len(whole.found.concepts)
-    assert "left out, as the validation images have none" in done.found.note
-    assert "left out, as the validation images" in done.page.read_text()
-    assert check(tmp_path / "run").whole
-
-
 @pytest.mark.parametrize("same", [{"title": "y"}, {"source": {"data": "moved"}}, {}])
-def test_run_what_changes_no_result_makes_no_folder(same: dict[str, Any], out: Path) -> None:
+def test_run_with_what_changes_no_result_makes_no_folder(same: dict[str, Any], out: Path) -> None:
     before = content(out)
     assert run(out, **same).page == out / "report.html"
-    assert not (out / "settings-2").exists()
-    own = ("settings.json", "report.html")
-    assert {k: v for k, v in content(out).items() if k not in own} == {
-        k: v for k, v in before.items() if k not in own
-    }
-    for name, value in same.items():
-        assert json.loads((out / "settings.json").read_text())[name] == value
+    changed = {name for name, now in content(out).items() if now != before.get(name)}
+    assert changed <= {"settings.json", "report.html"}
+    settings = json.loads((out / "settings.json").read_text())
+    assert {name: settings[name] for name in same} == same
 
 
-def test_run_other_settings_scan_only_what_is_not_there(
+def test_run_with_other_settings_scans_only_what_is_not_there(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[str] = []
-    scan_into = pipeline.scan_into
+    scan_into = running.scan_into
 
     def spy(model: Any, folders: dict[str, Path], *args: Any, **kwargs: Any) -> Any:
         there = (path for path in folders.values() if not (path / "manifest.json").exists())
         begun.extend(str(path.relative_to(out)) for path in there)
         return scan_into(model, folders, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "scan_into", spy)
+    monkeypatch.setattr(running, "scan_into", spy)
     run(out, Thresholds(0.01, 0.5, 0.99, 0.5))
     assert begun == []
     run(out, STRICT)
@@ -181,34 +143,70 @@ def test_run_other_settings_scan_only_what_is_not_there(
     assert begun[2:] == ["settings-4/positions-val"]
 
 
-# --- killed ---------------------------------------------------------------------------------------
+def test_run_layers_leaves_what_a_run_of_each_does(out: Path) -> None:
+    data = (SyntheticImages(48, seed=48), SyntheticImages(24, seed=24))
+    both = out.with_name("both")
+    done = run_layers(network(), ["0", "2"], *data, both, **USUAL)
+    assert done.output is not None
+    assert done.output.max_abs_logit_diff == 0
+    alone = content(out)
+    for name, now in content(both / "2").items():
+        if not name.startswith(("settings", "report")) and not name.endswith("manifest.json"):
+            assert now == alone[name], name
+    assert [read_settings(both / layer).title for layer in "02"] == ["x · 0", "x · 2"]
+    assert check(both).whole
+
+
+class FewerClasses(SyntheticImages):
+    """Validation images of three of four classes."""
+
+    def __init__(self) -> None:
+        super().__init__(24, seed=24)
+        keep = [n for n, label in enumerate(self.targets) if label != 0]
+        self.targets = [self.targets[n] for n in keep]
+        self.images = self.images[keep]
+
+
+def test_run_layers_tells_classes_without_validation_images_first(tmp_path: Path) -> None:
+    said: list[str] = []
+    data = (SyntheticImages(48, seed=48), FewerClasses(), tmp_path / "run")
+    done = run_layers(network(), ["2"], *data, **{**USUAL, "say": said.append}).runs["2"]
+    assert "have none of 1 class (class 0); channels that one of them uses" in said[0]
+    whole = run(tmp_path / "whole")
+    assert 0 < len(done.found.concepts) < len(whole.found.concepts)
+    assert "left out, as the validation images have none" in done.found.note
+    assert "left out, as the validation images" in done.page.read_text()
+    assert check(tmp_path / "run").whole
+
+
+# --- killed, and failing --------------------------------------------------------------------------
 
 
 class Killed(BaseException):
     """Nothing catches it, as nothing catches a kill."""
 
 
-def kill_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Die just before the file of this number gets its name."""
-    calls: list[Path] = []
-    write = files._write
+def kill_at(number: int, monkeypatch: pytest.MonkeyPatch, holder: Any, name: str) -> None:
+    """Die at this call of a function."""
+    calls: list[Any] = []
+    function = getattr(holder, name)
 
-    def write_or_die(path: Path, content: bytes, name: Callable[[Path], object]) -> None:
-        calls.append(path)
+    def call_or_die(*args: Any) -> Any:
+        calls.append(args)
         if len(calls) == number:
-            raise Killed(path.name)
-        write(path, content, name)
+            raise Killed
+        return function(*args)
 
-    monkeypatch.setattr(files, "_write", write_or_die)
+    monkeypatch.setattr(holder, name, call_or_die)
 
 
 def die_until_done(
-    start: Callable[[], pipeline.Run], check_between: Callable[[], None]
-) -> tuple[pipeline.Run, int]:
-    """Start again and again, each start killed one file later than the one before."""
+    start: Callable[[], Run], check_between: Callable[[], None], holder: Any, name: str
+) -> tuple[Run, int]:
+    """Start again and again, each start killed one call later than the one before."""
     for number in range(1, 100):
         with pytest.MonkeyPatch.context() as patch:
-            kill_at(number, patch)
+            kill_at(number, patch, holder, name)
             try:
                 return start(), number
             except Killed:
@@ -217,11 +215,13 @@ def die_until_done(
 
 
 @pytest.mark.parametrize("thresholds", [STRICT, NOTHING])
-def test_run_killed_at_any_file_loses_nothing_of_the_first(
-    thresholds: Thresholds, out: Path, first: Path
+def test_run_killed_before_any_file_loses_nothing_of_the_first(
+    thresholds: Thresholds, out: Path
 ) -> None:
     before = content(out)
-    done, n_kills = die_until_done(lambda: run(out, thresholds), lambda: assert_kept(out, before))
+    done, n_kills = die_until_done(
+        lambda: run(out, thresholds), lambda: assert_kept(out, before), files, "_write"
+    )
     assert n_kills >= 4  # settings, findings, sensitivity, report
     assert_kept(out, before)
     whole = run(out.with_name("undisturbed"), thresholds)
@@ -235,24 +235,13 @@ def test_run_killed_at_any_file_loses_nothing_of_the_first(
 def test_run_killed_while_replacing_is_finished_by_the_next(out: Path) -> None:
     positions = {k: v for k, v in content(out).items() if k.startswith(("scan", "positions"))}
     undisturbed = run(out.with_name("undisturbed"), STRICT).folder
-    renamed = Path.rename
-    for number in range(1, 20):
-        calls: list[Path] = []
-
-        def rename_or_die(self: Path, target: Path, calls: list[Path] = calls) -> Path:
-            calls.append(target)
-            if len(calls) == number:  # noqa: B023
-                raise Killed
-            return renamed(self, target)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Path, "rename", rename_or_die)
-            try:
-                run(out, STRICT, overwrite=True)
-                break
-            except Killed:
-                assert_kept(out, positions)
-    assert number > 4
+    _, n_kills = die_until_done(
+        lambda: run(out, STRICT, overwrite=True),
+        lambda: assert_kept(out, positions),
+        Path,
+        "rename",
+    )
+    assert n_kills > 4
     assert_kept(out, positions)
     assert [p.name for p in out.iterdir() if is_numbered(p)] == []
     for name in ("findings.csv", "split.safetensors", "evaluation.json", "report.html"):
@@ -268,7 +257,7 @@ def test_run_that_fails_with_overwrite_leaves_what_is_there(
     def fail(*_: Any, **__: Any) -> None:
         raise RunError("The network has gone.")
 
-    monkeypatch.setattr(pipeline, "ablate", fail)
+    monkeypatch.setattr(running, "ablate", fail)
     for overwrite in (True, False):
         with pytest.raises(RunError):
             run(out, STRICT, overwrite=overwrite)
@@ -280,7 +269,7 @@ def test_run_that_fails_with_overwrite_leaves_what_is_there(
     assert_kept(out, before)
 
 
-def test_run_a_start_killed_before_its_settings_leaves_the_folder_free(tmp_path: Path) -> None:
+def test_run_killed_before_its_settings_leaves_the_folder_free(tmp_path: Path) -> None:
     class Fails(SyntheticImages):
         def __getitem__(self, index: int) -> Any:
             raise Killed
@@ -291,7 +280,7 @@ def test_run_a_start_killed_before_its_settings_leaves_the_folder_free(tmp_path:
     assert run(tmp_path / "run").page == tmp_path / "run/settings-2/report.html"
 
 
-def test_run_scans_made_anew_of_another_network_leave_the_results(out: Path) -> None:
+def test_run_on_scans_made_anew_of_another_network_leaves_the_results(out: Path) -> None:
     for kind in ("train", "val"):
         shutil.rmtree(out / f"scan-{kind}")
     before = content(out)
@@ -299,30 +288,7 @@ def test_run_scans_made_anew_of_another_network_leave_the_results(out: Path) -> 
     assert_kept(out, before)
 
 
-# --- folders --------------------------------------------------------------------------------------
-
-
-SETTINGS = Settings("", Thresholds(), {})
-FOUND = Findings(0.03, 0.75, 0.5, (), {}, (), "", "2", "")
-
-
-def of(tau: float) -> Settings:
-    return replace(SETTINGS, thresholds=Thresholds(tau))
-
-
-def test_take_folder_of_many_at_once_gives_each_its_own(tmp_path: Path) -> None:
-    taus = [0.01 * n for n in range(1, 25)]
-    with ThreadPoolExecutor(len(taus)) as pool:
-        taken = list(pool.map(lambda tau: take_folder(tmp_path, of(tau), FOUND), taus))
-    assert len(set(taken)) == len(taus)
-    assert [take_folder(tmp_path, of(tau), FOUND) for tau in taus] == taken
-    for tau, folder in zip(taus, taken, strict=True):
-        assert read_settings(folder) == of(tau)
-
-
-def test_take_folder_results_without_settings_stay_unless_they_are_the_same(
-    out: Path, first: Path
-) -> None:
+def test_run_on_results_without_settings_keeps_them_unless_they_are_the_same(out: Path) -> None:
     (out / "settings.json").rename(out / "settings.json.damaged")
     before = content(out)
     assert run(out, STRICT).folder == out / "settings-2"
@@ -331,23 +297,8 @@ def test_take_folder_results_without_settings_stay_unless_they_are_the_same(
     assert {p.name for p in out.iterdir()} >= {"settings.json", "settings.json.damaged"}
 
 
-def test_take_folder_a_gap_is_filled_and_a_later_folder_found(tmp_path: Path) -> None:
-    for tau in (0.01, 0.02, 0.03):
-        last = take_folder(tmp_path, of(tau), FOUND)
-    shutil.rmtree(tmp_path / "settings-2")
-    assert take_folder(tmp_path, of(0.03), FOUND) == last == tmp_path / "settings-3"
-    assert take_folder(tmp_path, of(0.04), FOUND) == tmp_path / "settings-2"
-
-
-def test_take_folder_a_link_that_leads_nowhere_and_a_file_are_left(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").symlink_to(tmp_path / "gone")
-    (tmp_path / "settings-2").write_text("mine")
-    assert take_folder(tmp_path, SETTINGS, FOUND) == tmp_path / "settings-3"
-    assert (tmp_path / "settings-2").read_text() == "mine"
-
-
 @pytest.mark.parametrize("place", [".", "settings-2"])
-def test_run_settings_of_no_run_are_told_before_anything_is_scanned(
+def test_run_tells_settings_of_no_run_before_anything_is_scanned(
     place: str, tmp_path: Path
 ) -> None:
     (tmp_path / place).mkdir(exist_ok=True)
@@ -365,78 +316,39 @@ def test_run_settings_of_no_run_are_told_before_anything_is_scanned(
         (lambda x: x @ x, "cannot run on images"),
     ],
 )
-def test_run_an_encoder_that_fails_is_told_before_anything_is_scanned(
+def test_run_tells_an_encoder_that_fails_before_anything_is_scanned(
     encoder: Callable[[Any], Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "load_encoder", lambda *_, **__: encoder)
+    monkeypatch.setattr(running, "load_encoder", lambda *_, **__: encoder)
     with pytest.raises(ModelError, match=told):
         run(tmp_path / "run", encoder="timm:any")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "numbered"),
-    [("settings-2", True), ("settings-10", True)]
-    + [(f"settings-{n}", False) for n in ("1", "0", "02", "x", "")]
-    + [("settings", False), ("my-settings-2", False)],
-)
-def test_is_numbered_by_name(name: str, numbered: bool) -> None:
-    assert is_numbered(Path("run") / name) is numbered
+def test_scan_with_positions_into_one_without_is_refused(out: Path) -> None:
+    before = content(out)
+    with pytest.raises(RunError, match="whether positions are kept"):
+        unbraid.scan(network(), "2", SyntheticImages(24, seed=24), out / "scan-val", positions=True)
+    assert content(out) == before
 
 
-def test_home_of_a_folder_however_it_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inside = tmp_path / "settings-2"
-    inside.mkdir()
-    assert home_of(inside) == inside  # nothing else there
-    (tmp_path / "scan-val").mkdir()
-    assert home_of(inside) == tmp_path
-    monkeypatch.chdir(inside)
-    assert home_of(Path(".")) == tmp_path
-    (inside / "scan-val").mkdir()
-    assert home_of(inside) == inside
+# --- read again -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("other", "same"),
-    [
-        ({"title": "y", "source": {"data": "x"}}, True),
-        ({"scans": ("a", "b")}, True),
-        ({"thresholds": Thresholds(tau=0.05)}, False),
-        ({"thresholds": Thresholds(concepts="clusters")}, False),
-        ({"encoder": "timm:x"}, False),
-        ({"labels": "predicted"}, False),
-    ],
-)
-def test_same_results_by_what_decides_on_results(other: dict[str, Any], same: bool) -> None:
-    assert SETTINGS.same_results(replace(SETTINGS, **other)) is same
-
-
-def test_same_results_not_of_other_scans() -> None:
-    one, other = (replace(SETTINGS, scans=ids) for ids in (("a", "b"), ("a", "c")))
-    assert not one.same_results(other)
-
-
-def test_settings_in_words_name_what_is_unusual() -> None:
-    usual = "tau 0.03, p 0.75, gamma 0.5"
-    assert str(SETTINGS) == usual
-    odd = replace(SETTINGS, labels="predicted", encoder="timm:x")
-    assert str(odd) == f"{usual}, labels predicted, encoder timm:x"
-
-
-# --- what reads a run -----------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def made(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with positions of its own, and one that shares the first run's."""
+    folder = Path(shutil.copytree(first, tmp_path_factory.mktemp("family") / "run"))
+    run(folder, STRICT)
+    run(folder, Thresholds(0.01, 0.5, 0.99, 0.5))
+    return folder
 
 
 @pytest.fixture
-def family(out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run with positions of its own, and one that shares the first run's."""
-    images: Sequence[Any] = SyntheticImages(24, seed=24)
-    monkeypatch.setattr("unbraid.running.run.validation_images", lambda *_: images)
-    monkeypatch.setattr("unbraid.running.run.validation_images", lambda *_: images)
-    run(out, STRICT)
-    run(out, Thresholds(0.01, 0.5, 0.99, 0.5))
-    return out
+def family(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    images = SyntheticImages(24, seed=24)
+    monkeypatch.setattr(running, "validation_images", lambda *_: images)
+    return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", [".", "settings-2", "settings-3"])
@@ -500,44 +412,3 @@ def test_check_lists_what_is_not_whole(family: Path) -> None:
     text = f"the scan in {family / 'scan-val'}"
     assert again.missing.count(text) == 1  # once, though three runs lack it
     assert str(family / "settings-2/settings.json") in again.missing
-
-
-def test_check_sets_aside_beside_what_was_set_aside_before(out: Path) -> None:
-    split = out / "split.safetensors"
-    kept = []
-    for n in range(3):
-        kept.append(b"junk %d" % n)
-        split.write_bytes(kept[-1])
-        assert len(check(out).damaged) == 1
-    assert sorted(p.read_bytes() for p in out.glob("split.safetensors*.damaged")) == kept
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def test_set_aside_never_takes_a_name_that_is_taken(tmp_path: Path) -> None:
-    for n in range(3):
-        (tmp_path / "a").write_text(str(n))
-        assert set_aside(tmp_path / "a", ".old").read_text() == str(n)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.2.old", "a.3.old", "a.old"]
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_write_new_writes_only_where_nothing_is(
-    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError("no hard links here")
-
-    if not links:
-        monkeypatch.setattr(files.os, "link", refuse)
-    assert write_new(tmp_path / "a/b", b"one")
-    assert not write_new(tmp_path / "a/b", b"two")
-    assert content(tmp_path) == {"a/b": b"one"}
-
-
-def test_scan_with_positions_into_one_without_is_refused(out: Path) -> None:
-    before = content(out)
-    with pytest.raises(RunError, match="whether positions are kept"):
-        unbraid.scan(network(), "2", SyntheticImages(24, seed=24), out / "scan-val", positions=True)
-    assert content(out) == before
