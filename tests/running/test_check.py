@@ -50,7 +50,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.endswith(".damaged")}
 
 
-def test_a_whole_scan_is_whole(run: Path) -> None:
+def test_check_of_a_whole_scan_finds_nothing(run: Path) -> None:
     for folder in (run, run / "scan-train", run.parent):
         before = content(run / "scan-train")
         found = check(folder)
@@ -72,43 +72,39 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def shorten(path: Path) -> None:
-    """Lose an image from every tensor, with checksums that fit."""
-    tensors, about = read_tensors(path)
-    shorter = {
-        name: tensor[:-1] if tensor.shape[0] in (128, 129) else tensor
-        for name, tensor in tensors.items()
-    }
-    write_tensors(path, shorter, {k: v for k, v in about.items() if k != "crc32"})
-
-
-def strange(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+def strange(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
     """Impossible records, with checksums that fit."""
 
     def damage(path: Path) -> None:
         tensors, _ = read_tensors(path)
-        write_tensors(path, {**tensors, name: change(tensors[name])}, {})
+        write_tensors(path, {name: change(name, own) for name, own in tensors.items()}, {})
 
     return damage
+
+
+def one(changed: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return strange(lambda name, own: change(own) if name == changed else own)
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "a bit": flip,
     "its end": cut,
-    "an image": shorten,
+    "an image": strange(lambda _, x: x[:-1] if x.shape[0] in (128, 129) else x),
     "everything": lambda path: path.write_bytes(b""),
-    "channels": strange("share_channel", lambda x: x + 100),
-    "negative channels": strange("share_channel", lambda x: x - 100),
-    "starts": strange("share_start", lambda x: x.flip(0)),
-    "order": strange("index", lambda x: x.flip(0)),
-    "labels": strange("label", lambda x: x - 5),
-    "shape": strange("pooled", lambda x: x[..., :-1]),
+    "channels": one("share_channel", lambda x: x + 100),
+    "negative channels": one("share_channel", lambda x: x - 100),
+    "starts": one("share_start", lambda x: x.flip(0)),
+    "order": one("index", lambda x: x.flip(0)),
+    "labels": one("label", lambda x: x - 5),
+    "shape": one("pooled", lambda x: x[..., :-1]),
     "a tensor of another name": lambda path: save_file({"strange": torch.zeros(3)}, path),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_shard_is_set_aside_and_made_anew(damage: str, run: Path, whole: Path) -> None:
+def test_check_of_a_damaged_shard_sets_it_aside_to_be_made_anew(
+    damage: str, run: Path, whole: Path
+) -> None:
     folder = run / "scan-train"
     shard = folder / "shard-000001.safetensors"
     DAMAGES[damage](shard)
@@ -125,7 +121,7 @@ def test_a_damaged_shard_is_set_aside_and_made_anew(damage: str, run: Path, whol
     assert check(run).whole
 
 
-def test_what_is_missing_and_what_a_kill_left_is_told(run: Path, whole: Path) -> None:
+def test_check_tells_what_is_missing_and_removes_what_a_kill_left(run: Path, whole: Path) -> None:
     folder = run / "scan-train"
     (folder / "shard-000000.safetensors").unlink()
     leftover = folder / f"shard-000000.safetensors.{files._HOST}.1.0123abcd.tmp"
@@ -139,17 +135,24 @@ def test_what_is_missing_and_what_a_kill_left_is_told(run: Path, whole: Path) ->
     assert mine.exists()
 
 
-def test_a_damaged_layer_is_made_anew(run: Path, whole: Path) -> None:
+@pytest.mark.parametrize("act", [flip, Path.unlink])
+def test_check_of_a_layer_that_is_damaged_or_gone_has_it_made_anew(
+    act: Callable[[Path], None], run: Path, whole: Path
+) -> None:
     folder = run / "scan-train"
-    flip(folder / "layer.safetensors")
-    with pytest.raises(RunError, match="is not what was written"):
+    act(folder / "layer.safetensors")
+    with pytest.raises(RunError, match=r"is not what was written|cannot be read"):
         unbraid.open_scan(folder)
-    assert len(check(run).damaged) == 1
+    found = check(run)
+    assert not found.whole
+    told = found.damaged or found.missing
+    assert len(told) == 1
+    assert str(folder / "layer.safetensors") in told[0]
     scan(folder)
     assert content(folder) == content(whole / "scan-train")
 
 
-def test_a_damaged_manifest_cannot_be_repaired_and_is_left(run: Path) -> None:
+def test_check_of_a_damaged_manifest_leaves_it(run: Path) -> None:
     manifest = run / "scan-train" / "manifest.json"
     manifest.write_text("{")
     found = check(run)
@@ -158,16 +161,6 @@ def test_a_damaged_manifest_cannot_be_repaired_and_is_left(run: Path) -> None:
     assert manifest.read_text() == "{"
     manifest.unlink()
     assert "without a manifest" in check(run).lost[0]
-
-
-def test_a_missing_layer_is_told_and_made_anew(run: Path, whole: Path) -> None:
-    folder = run / "scan-train"
-    (folder / "layer.safetensors").unlink()
-    found = check(run)
-    assert found.missing == [str(folder / "layer.safetensors")]
-    assert not found.whole
-    scan(folder)
-    assert content(folder) == content(whole / "scan-train")
 
 
 # --- what cannot be read is no damage -------------------------------------------------------------
@@ -192,7 +185,7 @@ def failing(number: int, name: str, after: int) -> Callable[..., Any]:
     ("name", "after"),
     [("shard-000001", 0), ("shard-000001", 1), ("layer", 0), ("layer", 1), ("manifest", 0)],
 )
-def test_what_cannot_be_read_is_told_and_left(
+def test_check_of_what_cannot_be_read_tells_and_leaves_it(
     name: str, number: int, after: int, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content(run / "scan-train")
@@ -208,7 +201,9 @@ def test_what_cannot_be_read_is_told_and_left(
     assert not list(run.rglob("*.damaged"))
 
 
-def test_what_torch_cannot_map_is_left(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_of_what_torch_cannot_map_leaves_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def too_many(*_: Any, **__: Any) -> Any:
         raise RuntimeError("unable to open file in read-only mode: Too many open files (24)")
 
@@ -218,7 +213,9 @@ def test_what_torch_cannot_map_is_left(run: Path, monkeypatch: pytest.MonkeyPatc
     assert not found.damaged
 
 
-def test_a_folder_that_cannot_be_read_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_of_a_folder_that_cannot_be_read_tells(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     listed = Path.iterdir
 
     def list_or_fail(self: Path) -> Any:
@@ -231,13 +228,15 @@ def test_a_folder_that_cannot_be_read_is_told(run: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("schema", "told"), [(2, "unreadable"), ("two", "lost")])
-def test_a_manifest_of_another_version_is_left(schema: Any, told: str, run: Path) -> None:
+def test_check_of_a_manifest_of_another_version_leaves_it(
+    schema: Any, told: str, run: Path
+) -> None:
     manifest = run / "scan-train" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema": schema}))
     assert "this version reads 1" in getattr(check(run), told)[0]
 
 
-def test_damage_that_cannot_be_set_aside_is_told(
+def test_check_of_damage_that_cannot_be_set_aside_tells(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = run / "scan-train" / "shard-000001.safetensors"
@@ -257,12 +256,18 @@ def test_damage_that_cannot_be_set_aside_is_told(
 # --- runs -----------------------------------------------------------------------------------------
 
 
+EVALUATION = """{"output": null, "ablation": null, "summary": {}, "channels": [{
+    "layer": "layer", "channel": 0, "semantics": null, "ablation": null,
+    "separation_error": 0.1, "separation_error_rectified": null, "concepts": [{
+        "classes": [0], "name": "a", "n_images": 3, "auroc": 1, "ratios": [],
+        "retention": 1.0, "leakage": null, "mimic_error": 0.1, "silence_error": 0.0}]}]}"""
+
+
 @pytest.fixture
 def results(run: Path) -> Path:
     """Every file of a run."""
     shutil.copytree(run / "scan-train", run / "scan-val")
-    settings = {"thresholds": {}, "source": {}, "title": ""}
-    (run / "settings.json").write_text(json.dumps(settings))
+    (run / "settings.json").write_text('{"thresholds": {}, "source": {}, "title": ""}')
     pair = (0, 0, 1, 0.25, 0.9, 0.8, "clock, digital", "=b", 0.1, float("nan"), 0.9, 0.9, True)
     (run / "findings.csv").write_text(csv_text(FINDINGS, [pair]))
     (run / "sensitivity.csv").write_text(csv_text(SENSITIVITY, [(0.03, 0.75, 0.5, 1, 1)]))
@@ -271,13 +276,7 @@ def results(run: Path) -> Path:
     divided = unbraid.split(trained, found, method="published", rho=0.7)
     for name in ("split", "split-published"):
         divided.save(run / f"{name}.safetensors")
-    measures = {"retention": 1.0, "leakage": None, "mimic_error": 0.1, "silence_error": 0.0}
-    concept = {"classes": [0], "name": "a", "n_images": 3, "auroc": 1, "ratios": [], **measures}
-    errors = {"separation_error": 0.1, "separation_error_rectified": None}
-    channel = {"layer": "layer", "channel": 0, "concepts": [concept], **errors}
-    evaluation = {"output": None, "ablation": None, "summary": {}}
-    channel |= {"semantics": None, "ablation": None}
-    (run / "evaluation.json").write_text(json.dumps({**evaluation, "channels": [channel]}))
+    (run / "evaluation.json").write_text(EVALUATION)
     picture = Feature(0, None, 0, Image.new("RGBA", (64, 64), (255, 0, 0, 255)), (1.0,))
     Features("layer", "0", (picture,)).save(run / "features")
     (run / "report.html").write_text("<html></html>")
@@ -311,14 +310,14 @@ RESULTS: dict[str, tuple[str, Callable[[Path], None]]] = {
 }
 
 
-def test_a_whole_run_is_whole(results: Path) -> None:
+def test_check_of_a_whole_run_finds_nothing(results: Path) -> None:
     found = check(results)
     assert str(found) == f"{2 * 5 + 7} files sound."
     assert found.whole
 
 
 @pytest.mark.parametrize("damage", RESULTS)
-def test_damaged_results_are_set_aside(damage: str, results: Path) -> None:
+def test_check_of_damaged_results_sets_them_aside(damage: str, results: Path) -> None:
     name, act = RESULTS[damage]
     act(results / name)
     found = check(results)
@@ -327,7 +326,7 @@ def test_damaged_results_are_set_aside(damage: str, results: Path) -> None:
     assert [p.relative_to(results) for p in results.rglob("*.damaged")] == [Path(f"{name}.damaged")]
 
 
-def test_a_damaged_picture_sets_the_list_of_pictures_aside(results: Path) -> None:
+def test_check_of_a_damaged_picture_sets_their_list_aside(results: Path) -> None:
     cut(results / "features" / "0.png")
     assert "no feature visualisations that can be read" in check(results).damaged[0]
     assert (results / "features" / "features.json.damaged").exists()
@@ -340,14 +339,14 @@ def test_a_damaged_picture_sets_the_list_of_pictures_aside(results: Path) -> Non
         *("split-published.safetensors", "evaluation.json", "report.html"),
     ],
 )
-def test_what_a_run_lacks_is_told(name: str, results: Path) -> None:
+def test_check_tells_what_a_run_lacks(name: str, results: Path) -> None:
     path = results / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     (missing,) = check(results).missing
     assert missing.endswith(str(path))
 
 
-def test_a_run_that_found_nothing_lacks_nothing(results: Path) -> None:
+def test_check_of_a_run_that_found_nothing_lacks_nothing(results: Path) -> None:
     (results / "findings.csv").write_text(csv_text(FINDINGS, []))
     for name in ("split.safetensors", "split-published.safetensors", "evaluation.json"):
         (results / name).unlink()
@@ -362,7 +361,7 @@ def test_a_run_that_found_nothing_lacks_nothing(results: Path) -> None:
         ("split.safetensors", lambda path: write_tensors(path, {}, {"schema": 2})),
     ],
 )
-def test_results_of_another_version_are_left(
+def test_check_of_results_of_another_version_leaves_them(
     name: str, act: Callable[[Path], None], results: Path
 ) -> None:
     act(results / name)
@@ -372,6 +371,16 @@ def test_results_of_another_version_are_left(
     assert [found.damaged, found.missing, found.lost] == [[], [], []]
 
 
-def test_a_folder_without_either_is_refused(tmp_path: Path) -> None:
+def test_check_of_a_folder_without_either_refuses_it(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no scan and no run"):
         check(tmp_path)
+
+
+def test_check_sets_aside_beside_what_was_set_aside_before(results: Path) -> None:
+    split = results / "split.safetensors"
+    kept = []
+    for n in range(3):
+        kept.append(b"junk %d" % n)
+        split.write_bytes(kept[-1])
+        assert len(check(results).damaged) == 1
+    assert sorted(p.read_bytes() for p in results.glob("split.safetensors*.damaged")) == kept

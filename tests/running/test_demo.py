@@ -24,11 +24,6 @@ from unbraid.reporting import figures as densities
 from unbraid.running.run import Run
 
 
-def test_the_package_stays_small() -> None:
-    assert demo.WEIGHTS.stat().st_size < 300_000
-    assert demo.WEIGHTS.stat().st_size + demo.IMAGES.stat().st_size < 4_000_000
-
-
 @pytest.mark.parametrize(("split", "least"), [("train", 300), ("test", 200)])
 def test_every_class_has_as_many_images(split: str, least: int) -> None:
     images = demo.load_images(split)
@@ -55,16 +50,17 @@ def test_the_network_knows_its_classes() -> None:
     assert (predicted == torch.tensor(images.targets)).double().mean() > 0.9
 
 
+Ran = tuple[Path, subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     out = tmp_path_factory.mktemp("demo") / "run"
     command = [sys.executable, "-m", "unbraid", "demo", "--out", str(out)]
     return out, subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_demo_ends_with_a_table_and_the_report(
-    ran: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
+def test_the_demo_ends_with_a_table_and_the_report(ran: Ran) -> None:
     out, done = ran
     assert done.returncode == 0, done.stderr
     assert "images/s" in done.stderr  # progress
@@ -76,9 +72,7 @@ def test_the_demo_ends_with_a_table_and_the_report(
     assert evaluation["output"]["top1_before"] == evaluation["output"]["top1_after"] > 0.9
 
 
-def test_what_the_demo_shows_is_there_also_in_unseen_images(
-    ran: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
+def test_what_the_demo_shows_is_there_also_in_unseen_images(ran: Ran) -> None:
     out, _ = ran
     found = unbraid.find(unbraid.open_scan(out / "scan-train"))
     unseen = unbraid.find(unbraid.open_scan(out / "scan-val"), channels=found.concepts)
@@ -88,9 +82,7 @@ def test_what_the_demo_shows_is_there_also_in_unseen_images(
         assert there[pair.channel, pair.class1, pair.class2] == pytest.approx(pair.cosine, abs=0.05)
 
 
-def test_the_demo_visualises_every_split_channel(
-    ran: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
+def test_the_demo_visualises_every_split_channel(ran: Ran) -> None:
     out, _ = ran
     features = unbraid.Features.load(out / "features")
     split = unbraid.Split.load(out / "split.safetensors")
@@ -107,10 +99,7 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_documents_show_what_the_demo_draws(
-    name: str,
-    ran: tuple[Path, subprocess.CompletedProcess[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not what it drew in another colour, of another channel or with other images."""
 
