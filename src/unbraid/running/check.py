@@ -96,10 +96,9 @@ class Checkup:
     def _set_aside(self, path: Path, damage: str) -> None:
         try:
             set_aside(path, ASIDE)
+            self.damaged.append(damage)
         except OSError as error:
             self.lost.append(f"{damage} It could not be set aside ({_reason(error)}).")
-        else:
-            self.damaged.append(damage)
 
 
 def check(folder: str | Path) -> Checkup:
@@ -166,8 +165,8 @@ def _check_scan(folder: Path, found: Checkup) -> str:
     found.look(folder / "layer.safetensors", layer, needed=True)
     n_shards, there = manifest.n_shards, shards_there(folder, manifest)
     if len(there) < n_shards:
-        n_missing = count(n_shards - len(there), "shard")
-        found.missing.append(f"{n_missing} of {n_shards} in {folder}")
+        text = f"{count(n_shards - len(there), 'shard')} of {n_shards} in {folder}"
+        found.missing.append(text)
     for shard in there:
         found.look(shard_path(folder, shard), partial(sound_shard, folder, manifest, shard))
     images = count(manifest.n_images, "image")
