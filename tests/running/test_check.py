@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import unbraid
 from tiny_networks import SyntheticImages, build
-from unbraid.base import files
+from unbraid.base import files as temporary
 from unbraid.base.errors import RunError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.base.tables import csv_text
@@ -121,46 +121,51 @@ def test_check_of_a_damaged_shard_sets_it_aside_to_be_made_anew(
     assert check(run).whole
 
 
-def test_check_tells_what_is_missing_and_removes_what_a_kill_left(run: Path, whole: Path) -> None:
+def schema(value: Any) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "schema": value}))
+
+    return write
+
+
+FAULTS: dict[str, tuple[str, Callable[[Path], object], str, str]] = {  # what is told, and as what
+    "shard gone": ("shard-000000.safetensors", Path.unlink, "missing", "1 shard of 3 in "),
+    "layer gone": ("layer.safetensors", Path.unlink, "missing", "layer.safetensors"),
+    "layer damaged": ("layer.safetensors", flip, "damaged", "layer.safetensors"),
+    "manifest gone": ("manifest.json", Path.unlink, "lost", "without a manifest"),
+    "manifest damaged": ("manifest.json", cut, "lost", "manifest.json"),
+    "of another version": ("manifest.json", schema(2), "unreadable", "this version reads 1"),
+    "of no version": ("manifest.json", schema("two"), "lost", "this version reads 1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_of_a_faulty_scan_tells_and_has_it_made_anew_if_it_can_be(
+    fault: str, run: Path, whole: Path
+) -> None:
+    name, act, kind, told = FAULTS[fault]
     folder = run / "scan-train"
-    (folder / "shard-000000.safetensors").unlink()
-    leftover = folder / f"shard-000000.safetensors.{files._HOST}.1.0123abcd.tmp"
-    leftover.touch()
+    act(folder / name)
+    before = content(folder)
+    leftover = folder / f"shard-000000.safetensors.{temporary._HOST}.1.0123abcd.tmp"
     mine = folder / "mine.tmp"
+    leftover.touch()
     mine.touch()
     found = check(run)
-    assert found.missing == [f"1 shard of 3 in {folder}"]
-    assert "Start the command that made the folder again" in str(found)
-    assert not leftover.exists()
-    assert mine.exists()
-
-
-@pytest.mark.parametrize("act", [flip, Path.unlink])
-def test_check_of_a_layer_that_is_damaged_or_gone_has_it_made_anew(
-    act: Callable[[Path], None], run: Path, whole: Path
-) -> None:
-    folder = run / "scan-train"
-    act(folder / "layer.safetensors")
-    with pytest.raises(RunError, match=r"is not what was written|cannot be read"):
-        unbraid.open_scan(folder)
-    found = check(run)
+    assert (leftover.exists(), mine.exists()) == (False, True)
+    mine.unlink()
+    assert [k for k in ("damaged", "missing", "unreadable", "lost") if getattr(found, k)] == [kind]
+    (text,) = getattr(found, kind)
+    assert told in text
     assert not found.whole
-    told = found.damaged or found.missing
-    assert len(told) == 1
-    assert str(folder / "layer.safetensors") in told[0]
-    scan(folder)
-    assert content(folder) == content(whole / "scan-train")
-
-
-def test_check_of_a_damaged_manifest_leaves_it(run: Path) -> None:
-    manifest = run / "scan-train" / "manifest.json"
-    manifest.write_text("{")
-    found = check(run)
-    assert len(found.lost) == 1
-    assert "Cannot be repaired" in str(found)
-    assert manifest.read_text() == "{"
-    manifest.unlink()
-    assert "without a manifest" in check(run).lost[0]
+    again = "Start the command that made the folder again"
+    if kind in ("damaged", "missing"):
+        assert again in str(found)
+        scan(folder)
+        assert content(folder) == content(whole / "scan-train")
+    else:
+        assert again not in str(found)
+        assert content(folder) == before
 
 
 # --- what cannot be read is no damage -------------------------------------------------------------
@@ -227,15 +232,6 @@ def test_check_of_a_folder_that_cannot_be_read_tells(
     assert "scan-train cannot be read (Permission denied)" in check(run).unreadable[0]
 
 
-@pytest.mark.parametrize(("schema", "told"), [(2, "unreadable"), ("two", "lost")])
-def test_check_of_a_manifest_of_another_version_leaves_it(
-    schema: Any, told: str, run: Path
-) -> None:
-    manifest = run / "scan-train" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema": schema}))
-    assert "this version reads 1" in getattr(check(run), told)[0]
-
-
 def test_check_of_damage_that_cannot_be_set_aside_tells(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,21 +288,30 @@ def change(old: str, new: str) -> Callable[[Path], None]:
     return write
 
 
-RESULTS: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "settings": ("settings.json", cut),
-    "row of findings": ("findings.csv", change("0.25", "a quarter")),
-    "end of findings": ("findings.csv", change(",0.9,0.9,True\n", "")),
-    "no findings": ("findings.csv", lambda path: path.write_bytes(b"")),
-    "bytes of findings": ("findings.csv", lambda path: path.write_bytes(b"\xff\xfe\n")),
-    "sensitivity": ("sensitivity.csv", change("0.75", "0,75")),
-    "split": ("split.safetensors", cut),
-    "published": ("split-published.safetensors", flip),
-    "end of evaluation": ("evaluation.json", cut),
-    "output": ("evaluation.json", change('"output": null', '"output": {"strange": 1}')),
-    "measures": ("evaluation.json", change('"auroc": 1', '"auroc": "good"')),
-    "ablation": ("evaluation.json", change('"summary": {}, ', '"summary": {}, "ablation": 7, ')),
-    "semantics": ("evaluation.json", change('"semantics": null', '"semantics": 7')),
-    "features": ("features/features.json", cut),
+RESULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "settings": ("settings.json", cut, "damaged"),
+    "row of findings": ("findings.csv", change("0.25", "a quarter"), "damaged"),
+    "end of findings": ("findings.csv", change(",0.9,0.9,True\n", ""), "damaged"),
+    "no findings": ("findings.csv", lambda path: path.write_bytes(b""), "damaged"),
+    "bytes of findings": ("findings.csv", lambda path: path.write_bytes(b"\xff\xfe\n"), "damaged"),
+    "columns": ("findings.csv", change("channel,", "number,"), "unreadable"),
+    "sensitivity": ("sensitivity.csv", change("0.75", "0,75"), "damaged"),
+    "split": ("split.safetensors", cut, "damaged"),
+    "new split": ("split.safetensors", lambda p: write_tensors(p, {}, {"schema": 2}), "unreadable"),
+    "published": ("split-published.safetensors", flip, "damaged"),
+    "end of evaluation": ("evaluation.json", cut, "damaged"),
+    "output": ("evaluation.json", change('"output": null', '"output": {"x": 1}'), "damaged"),
+    "measures": ("evaluation.json", change('"auroc": 1', '"auroc": "good"'), "damaged"),
+    "ablation": ("evaluation.json", change('"summary"', '"ablation": 7, "summary"'), "damaged"),
+    "semantics": ("evaluation.json", change('"semantics": null', '"semantics": 7'), "damaged"),
+    "features": ("features/features.json", cut, "damaged"),
+    "new features": ("features/features.json", schema(2), "unreadable"),
+    "scan gone": ("scan-train", shutil.rmtree, "missing"),
+    "findings gone": ("findings.csv", Path.unlink, "missing"),
+    "split gone": ("split.safetensors", Path.unlink, "missing"),
+    "published gone": ("split-published.safetensors", Path.unlink, "missing"),
+    "evaluation gone": ("evaluation.json", Path.unlink, "missing"),
+    "report gone": ("report.html", Path.unlink, "missing"),
 }
 
 
@@ -316,14 +321,18 @@ def test_check_of_a_whole_run_finds_nothing(results: Path) -> None:
     assert found.whole
 
 
-@pytest.mark.parametrize("damage", RESULTS)
-def test_check_of_damaged_results_sets_them_aside(damage: str, results: Path) -> None:
-    name, act = RESULTS[damage]
+@pytest.mark.parametrize("fault", RESULTS)
+def test_check_of_a_faulty_run_tells_and_sets_damaged_files_aside(
+    fault: str, results: Path
+) -> None:
+    name, act, kind = RESULTS[fault]
     act(results / name)
     found = check(results)
-    assert len(found.damaged) == 1
-    assert [found.lost, found.unreadable, found.missing] == [[], [], []]
-    assert [p.relative_to(results) for p in results.rglob("*.damaged")] == [Path(f"{name}.damaged")]
+    assert [k for k in ("damaged", "missing", "unreadable", "lost") if getattr(found, k)] == [kind]
+    (text,) = getattr(found, kind)
+    assert str(results / name).removesuffix("/features.json") in text
+    aside = [str(path.relative_to(results)) for path in results.rglob("*.damaged")]
+    assert aside == ([f"{name}.damaged"] if kind == "damaged" else [])
 
 
 def test_check_of_a_damaged_picture_sets_their_list_aside(results: Path) -> None:
@@ -332,43 +341,11 @@ def test_check_of_a_damaged_picture_sets_their_list_aside(results: Path) -> None
     assert (results / "features" / "features.json.damaged").exists()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("scan-train", "scan-val", "findings.csv", "split.safetensors"),
-        *("split-published.safetensors", "evaluation.json", "report.html"),
-    ],
-)
-def test_check_tells_what_a_run_lacks(name: str, results: Path) -> None:
-    path = results / name
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (missing,) = check(results).missing
-    assert missing.endswith(str(path))
-
-
 def test_check_of_a_run_that_found_nothing_lacks_nothing(results: Path) -> None:
     (results / "findings.csv").write_text(csv_text(FINDINGS, []))
     for name in ("split.safetensors", "split-published.safetensors", "evaluation.json"):
         (results / name).unlink()
     assert check(results).whole
-
-
-@pytest.mark.parametrize(
-    ("name", "act"),
-    [
-        ("findings.csv", change("channel,", "number,")),
-        ("features/features.json", change('"schema": 1', '"schema": 2')),
-        ("split.safetensors", lambda path: write_tensors(path, {}, {"schema": 2})),
-    ],
-)
-def test_check_of_results_of_another_version_leaves_them(
-    name: str, act: Callable[[Path], None], results: Path
-) -> None:
-    act(results / name)
-    found = check(results)
-    assert len(found.unreadable) == 1
-    assert "this version" in found.unreadable[0]
-    assert [found.damaged, found.missing, found.lost] == [[], [], []]
 
 
 def test_check_of_a_folder_without_either_refuses_it(tmp_path: Path) -> None:
