@@ -25,29 +25,21 @@ from unbraid.running.run import Run
 
 
 @pytest.mark.parametrize(("split", "least"), [("train", 300), ("test", 200)])
-def test_every_class_has_as_many_images(split: str, least: int) -> None:
+def test_load_images_of_each_class_as_many_that_the_network_knows(split: str, least: int) -> None:
     images = demo.load_images(split)
     counts = collections.Counter(images.targets)
     assert set(counts) == set(range(10))
     assert len(set(counts.values())) == 1
     assert min(counts.values()) >= least
-    image, label = images[3]
-    assert image.shape == (1, 28, 28)
-    assert label == images.targets[3]
+    assert images[3][1] == images.targets[3]
     assert images.picture(3).size == (28, 28)
-
-
-def test_an_unknown_split_is_told() -> None:
-    with pytest.raises(UsageError, match="train, test"):
-        demo.load_images("val")
-
-
-def test_the_network_knows_its_classes() -> None:
-    images = demo.load_images("test")
-    pictures = torch.stack([images[i][0] for i in range(len(images))])
+    pictures = torch.stack([images[i][0] for i in range(0, len(images), 5)])
+    assert pictures.shape[1:] == (1, 28, 28)
     with torch.no_grad():
         predicted = demo.load_network()(pictures).argmax(1)
-    assert (predicted == torch.tensor(images.targets)).double().mean() > 0.9
+    assert (predicted == torch.tensor(images.targets[::5])).double().mean() > 0.9
+    with pytest.raises(UsageError, match="train, test"):
+        demo.load_images("val")
 
 
 Ran = tuple[Path, subprocess.CompletedProcess[str]]
