@@ -20,7 +20,7 @@ import unbraid
 from handmade import write_scan
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import DataError, RunError, UsageError
-from unbraid.base.files import read_some, read_tensors, write_tensors
+from unbraid.base.files import read_tensors, write_tensors
 from unbraid.base.schema import parse_json
 from unbraid.base.tables import csv_text, one_line
 from unbraid.finding.arv import class_sums

@@ -14,7 +14,8 @@ from torch import nn
 
 import unbraid
 from unbraid.base.errors import ModelError
-from unbraid.cli import load, main
+from unbraid.cli import main
+from unbraid.cli.shared import Network, load
 from unbraid.networks.outputs import as_logits
 
 LOGITS = torch.arange(20.0).reshape(5, 4)
@@ -123,7 +124,7 @@ def own(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("output", ["1", "-1", "+1"])
 def test_load_with_output_as_a_number_takes_that_part(output: str, own: str) -> None:
-    assert load(own, None, "cpu", output).n_outputs() == 4
+    assert load(Network(model=own, device="cpu", output=output)).n_outputs() == 4
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ def look_first(
     images: Tensor,
     layers: Sequence[tuple[LayerSpec, nn.Module]] = (),
     n_fewest: int = 1,
-) -> None:
-    """Raise if a network cannot be scanned, though it runs.
+) -> Tensor:
+    """Raise if a network cannot be scanned, though it runs; return logits of some images.
 
     Args:
         model: undisturbed.
@@ -64,6 +64,7 @@ def look_first(
                 raise _depends_on_others()
         if n_fewest < len(images):
             _look_at_fewer(model, few, logits, layers, n_fewest)
+    return logits
 
 
 def _run(model: nn.Module, images: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from unbraid.base.files import set_aside
 from unbraid.base.tables import count
 from unbraid.finding.find import find
 from unbraid.finding.findings import Findings
-from unbraid.finding.membership import concerned, numbers_seen
 from unbraid.finding.thresholds import check_thresholds, sensitivity
 from unbraid.images.broken import UNLABELLED, Loaded, first_readable
 from unbraid.images.dataset import Relabelled, class_names_of, listed_labels, name_of, size_of
@@ -58,8 +57,9 @@ from unbraid.running.folders import (
     tell_folder,
 )
 from unbraid.scanning.batch import Place, scan_batch
-from unbraid.scanning.records import Scan, as_scanned, open_scan
-from unbraid.scanning.scan import MIN_SHARE, Labels, scan_into, usable_in
+from unbraid.scanning.options import MIN_SHARE, Labels
+from unbraid.scanning.records import Scan, open_scan
+from unbraid.scanning.scan import as_scanned, scan_into, usable_in
 from unbraid.splitting.split import check_rho, split
 from unbraid.splitting.splits import Split
 from unbraid.surgery.apply import apply, check_in_force
@@ -402,7 +402,7 @@ def _scan_positions(job: _Job, kind: str, images: Dataset[Any], scan: Scan) -> S
 def concerned_in(scan: Scan, found: Findings) -> dict[str, Any]:
     """Say which images of a scan with positions are needed, as `unbraid.scan` takes it."""
     if scan.manifest.labels == "predicted" or found.clusters:
-        return {"indices": concerned(replace(scan, clusters=found.clusters), found.classes)}
+        return {"indices": found.members_in(scan).indices(found.classes)}
     seen = scan.labels_seen()
     return {"classes": [label for label in found.classes if label in seen]}
 
@@ -430,11 +430,11 @@ def _semantics(job: _Job, divided: Split) -> Semantics | None:
 
 def seen_in(val_scan: Scan, found: Findings) -> Findings:
     """Leave out channels of which a concept has no validation image, and note how many."""
-    seen = numbers_seen(replace(val_scan, clusters=found.clusters), found.classes)
+    counts = found.members_in(val_scan).count(found.classes)
     concepts = {
         channel: groups
         for channel, groups in found.concepts.items()
-        if all(seen.intersection(group) for group in groups)
+        if all(any(counts[number] for number in group) for group in groups)
     }
     n_left_out = len(found.concepts) - len(concepts)
     if n_left_out == 0:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from test_report import BROKEN, Blobs, Run, run  # noqa: F401
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 import unbraid
@@ -20,23 +20,41 @@ LIMITS = (0.95, 0.96, 0.97, 0.98, 0.99)
 
 
 class Repeats(Dataset[tuple[Tensor, int]]):
-    """Blobs, each followed by two near-copies; perhaps known to belong together."""
+    """Fifty images of four classes, each followed by two near-copies; perhaps known as groups."""
 
-    def __init__(self, noise: float, grouped: bool) -> None:
-        inner = Blobs(51, 3)  # one of them broken
-        keep = [n for n in range(51) if n != BROKEN]
-        jitter = torch.randn(len(keep), 3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-        self.x = (inner.x[keep][:, None] + noise * jitter).flatten(0, 1)
-        self.targets = [inner.targets[n] for n in keep for _ in range(3)]
-        self.classes = inner.classes
+    def __init__(self, noise: float, grouped: bool = False) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.targets = [n % 4 for n in range(50) for _ in range(3)]
+        bases = torch.randn(4, 3, 8, 8, generator=generator)[[n % 4 for n in range(50)]]
+        images = bases + 0.7 * torch.randn(50, 3, 8, 8, generator=generator)
+        jitter = torch.randn(50, 3, 3, 8, 8, generator=generator)
+        self.x = (images[:, None] + noise * jitter).flatten(0, 1)
         if grouped:
-            self.groups = [f"photograph {n}" for n in range(len(keep)) for _ in range(3)]
+            self.groups = [f"photograph {n}" for n in range(50) for _ in range(3)]
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.x[index], self.targets[index]
+
+
+@dataclass
+class Run:
+    network: nn.Module
+    split: Split
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1)),
+        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+    )
+    scan = unbraid.scan(network, "2", Repeats(0.5), tmp_path_factory.mktemp("run"))
+    found = unbraid.find(scan, channels={1: [[0], [1]], 4: [[2, 0], [3], [1]]})
+    return Run(network, unbraid.split(scan, found))
 
 
 def rows_of(top: ReferenceImages) -> tuple[TopImages, ...]:
@@ -78,11 +96,14 @@ def assert_different(images: TopImages, strongest: TopImages, centred: Tensor, n
     assert images.label.tolist() == strongest.label[kept].tolist()
 
 
-def test_no_image_repeats_a_stronger_one(run: Run, tmp_path: Path) -> None:  # noqa: F811
-    dataset = Repeats(0.01, grouped=False)
-    scan = unbraid.scan(run.network, "2", dataset, tmp_path / "s")
+def centred_inputs(scan: unbraid.Scan) -> Tensor:
     pooled = torch.cat([records.pooled.flatten(1) for records in scan.shards()]).double()
-    centred = pooled - sum(pooled) / len(pooled)
+    return pooled - sum(pooled) / len(pooled)
+
+
+def test_no_image_repeats_a_stronger_one(run: Run, tmp_path: Path) -> None:
+    scan = unbraid.scan(run.network, "2", Repeats(0.01), tmp_path / "s")
+    centred = centred_inputs(scan)
     strongest = reference_images(scan, run.split, n=24)
     repeated = 0
     for images, of_all in row_pairs(reference_images(scan, run.split, n=6, alike=ALIKE), strongest):
@@ -96,14 +117,11 @@ def test_no_image_repeats_a_stronger_one(run: Run, tmp_path: Path) -> None:  # n
 
 @pytest.mark.parametrize("noise", [0.1, 0.15, 0.2, 0.3])
 def test_where_too_few_differ_more_alike_ones_are_given(
-    run: Run,  # noqa: F811
-    tmp_path: Path,
-    noise: float,
+    run: Run, tmp_path: Path, noise: float
 ) -> None:
-    dataset = Subset(Repeats(noise, grouped=False), range(24))  # eight, each three times
+    dataset = Subset(Repeats(noise), range(24))  # eight, each three times
     scan = unbraid.scan(run.network, "2", dataset, tmp_path / "s")
-    pooled = torch.cat([records.pooled.flatten(1) for records in scan.shards()]).double()
-    centred = pooled - pooled.mean(0)
+    centred = centred_inputs(scan)
     for n in range(6, 24):
         strongest = reference_images(scan, run.split, n=4 * n)
         found = reference_images(scan, run.split, n=n, alike=ALIKE)
@@ -111,9 +129,9 @@ def test_where_too_few_differ_more_alike_ones_are_given(
             assert_different(images, of_all, centred, n)
 
 
-def test_of_copies_alone_few_are_given(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_of_copies_alone_few_are_given(run: Run, tmp_path: Path) -> None:
     """Four images, each 30 times: a row holds each once, not eight."""
-    dataset = Repeats(0.0, grouped=False)
+    dataset = Repeats(0.0)
     dataset.x, dataset.targets = dataset.x[:12].repeat(10, 1, 1, 1), dataset.targets[:12] * 10
     scan = unbraid.scan(run.network, "2", dataset, tmp_path / "s")
     for top in reference_images(scan, run.split, n=8, alike=ALIKE).values():
@@ -143,13 +161,10 @@ class Copied(Dataset[tuple[Tensor, int]]):
         return self.images[index], self.targets[index]
 
 
-def noisy(images: Tensor) -> Tensor:
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    return images + 0.01 * noise
-
-
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
-    "noise": noisy,
+    "noise": lambda images: (
+        images + 0.01 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    ),
     "brightness": lambda images: 1.1 * images,
     "shift": lambda images: images.roll(1, -1),
 }
@@ -162,18 +177,14 @@ def demo_split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     return unbraid.split(scan, unbraid.find(scan))
 
 
-def part_shown_twice(found: dict[int, ReferenceImages]) -> float:
-    """How many of the images given are a copy of another in the same row."""
+def assert_few_twice(found: dict[int, ReferenceImages]) -> None:
+    """Hardly an image that is given is a copy of another in the same row."""
     shown = twice = 0
     for top in found.values():
         for images in rows_of(top):
             pairs = [index // 2 for index in images.index.tolist()]
             shown, twice = shown + len(pairs), twice + len(pairs) - len(set(pairs))
-    return twice / shown
-
-
-def assert_few_twice(found: dict[int, ReferenceImages]) -> None:
-    assert part_shown_twice(found) <= 0.05
+    assert twice / shown <= 0.05
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -192,7 +203,7 @@ def test_planted_copies_are_left_out(demo_split: Split, tmp_path: Path, change: 
 # --- images that belong together ------------------------------------------------------------------
 
 
-def test_of_a_group_only_the_strongest_is_given(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_of_a_group_only_the_strongest_is_given(run: Run, tmp_path: Path) -> None:
     dataset = Repeats(0.5, grouped=True)
     scan = unbraid.scan(run.network, "2", dataset, tmp_path / "s", positions=True)
     assert scan.manifest.n_shards > 1
@@ -207,7 +218,7 @@ def test_of_a_group_only_the_strongest_is_given(run: Run, tmp_path: Path) -> Non
         assert images.group is None  # who asks for all gets all
 
 
-def test_one_large_group_leaves_room_for_others(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_one_large_group_leaves_room_for_others(run: Run, tmp_path: Path) -> None:
     """However many images it has among the strongest, it is one."""
     dataset = Repeats(0.5, grouped=True)
     dataset.groups = ["the same" if target else n for n, target in enumerate(dataset.targets)]
