@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from unbraid.images.folders import ImageFolder
 
 from unbraid.base.errors import DataError
 from unbraid.images.pictures import read_picture
