@@ -161,17 +161,17 @@ pytestmark = [needs_proc, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_source_is_sound_or_refused(reader: str, sound: Path, tmp_path: Path) -> None:
+def test_a_source_is_sound_or_refused(reader, sound, tmp_path):
     fuzz(READERS[reader], sound, tmp_path, 2 * EXAMPLES)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
-def test_of_many_sources_each_is_sound_or_refused(reader: str, sound: Path, tmp_path: Path) -> None:
+def test_of_many_sources_each_is_sound_or_refused(reader, sound, tmp_path):
     fuzz(READERS[reader], sound, tmp_path, -(-MANY // len(READERS)))  # type: ignore[arg-type]
 
 
-def test_sources_that_are_sound_are_read(sound: Path) -> None:
+def test_sources_that_are_sound_are_read(sound):
     for name in ("list.csv", "list.parquet", "gnu.tar", "pax.tar", "saved"):
         source = f"hf:{sound / name}" if name == "saved" else sound / name
         images = open_images(source)
@@ -195,7 +195,7 @@ class Nothing(Exception):
 )
 def test_a_check_of_sources_left_out_is_noticed(
     module, name, instead, reader, sound, tmp_path, monkeypatch
-) -> None:
+):
     monkeypatch.setattr(module, name, instead, raising=False)
     with pytest.raises(Escaped):
         fuzz(READERS[reader], sound, tmp_path, 2000, (Phase.generate,))

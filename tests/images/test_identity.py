@@ -25,7 +25,8 @@ from unbraid.images.dataset import labels_of, name_of
 from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of
 from unbraid.images.open import open_images
 from unbraid.networks.models import imagenet_transform
-from unbraid.scanning.records import Scan, as_scanned
+from unbraid.scanning.records import Scan
+from unbraid.scanning.scan import as_scanned
 
 PATHS = [path for path, *_ in rows(MEMBERS)]
 TO_FLOAT = v2.ToDtype(torch.float32, scale=True)

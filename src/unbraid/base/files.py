@@ -36,13 +36,7 @@ _LONG = 3600.0  # seconds; no file of ours takes so long to write
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Write a safetensors file, whole or not at all, with a checksum of every tensor.
-
-    Args:
-        path: of the file.
-        tensors: by name.
-        about: what is to be known of them, in JSON.
-    """
+    """Write a safetensors file, whole or not at all: tensors, their checksums, and JSON on them."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = {**about, _CHECKSUMS: {name: _checksum(tensor) for name, tensor in whole.items()}}
     # One entry alone, since safetensors writes several in any order.
@@ -67,11 +61,7 @@ def read_tensors(
 
 
 def names_in(path: Path) -> set[str]:
-    """Name the tensors of a safetensors file.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
+    """Name the tensors of a safetensors file; raises as `read_tensors` does."""
     with _opened(path) as (file, _):
         return set(file.keys())
 
@@ -117,10 +107,6 @@ def write_new(path: Path, content: bytes) -> bool:
 
     Returns:
         Whether it was written.
-
-    Raises:
-        RunError: the disk is full or may not be written.
-        UsageError: the folder is in fact a file.
     """
     taken = os.path.lexists(path)
 
@@ -182,9 +168,6 @@ def set_aside(path: Path, mark: str) -> Path:
 
     Returns:
         Its new path.
-
-    Raises:
-        OSError: it cannot be renamed.
     """
     names = chain([path.name], (f"{path.name}.{number}" for number in count(2)))
     aside = next(p for p in (path.with_name(name + mark) for name in names) if not p.exists())
@@ -193,12 +176,9 @@ def set_aside(path: Path, mark: str) -> Path:
 
 @contextmanager
 def temporary_for(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Open a new file beside another, locked until it is closed and deleted after an error.
+    """Open a new file beside another, and delete it after an error.
 
-    The lock tells others that its writer lives. Yields its path and the file, open for writing.
-
-    Raises:
-        OSError: it cannot be made.
+    Its lock tells others that the writer lives. Yields its path and the file, open for writing.
     """
     while True:
         own = f"{_HOST}.{os.getpid()}.{secrets.token_hex(4)}"

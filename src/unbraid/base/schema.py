@@ -6,6 +6,7 @@ Everything here raises ValueError, which the readers turn into one sentence on t
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import reprlib
@@ -32,11 +33,7 @@ class SchemaError(ValueError):
 
 
 def unread(error: Exception, text: str) -> RunError:
-    """Make an error of ours from what came up on reading a file.
-
-    Returns:
-        UnreadableError where the file may be sound all the same, RunError where it is not.
-    """
+    """Make an UnreadableError where a file may be sound all the same, a RunError where not."""
     # An OSError without a number is how libraries call content that they cannot make out.
     of_the_system = isinstance(error, OSError) and error.errno is not None
     kind = UnreadableError if of_the_system or isinstance(error, SchemaError) else RunError
@@ -58,10 +55,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON that is not too large.
-
-    Raises:
-        ValueError: it is no JSON, or larger or deeper than any of ours.
+    """Parse JSON; raises ValueError where it is none, or larger or deeper than any of ours.
 
     >>> parse_json("[" * 100 + "]" * 100)
     Traceback (most recent call last):
@@ -71,7 +65,7 @@ def parse_json(text: str) -> Any:
     if len(text) > MAX_BYTES or text.count("[") + text.count("{") > _MAX_PARTS:
         raise ValueError("it is too large")
     try:
-        value = msgspec.json.decode(_ESCAPES.sub(lambda found: found[1] or "?", text))
+        value = json.loads(_ESCAPES.sub(lambda found: found[1] or "?", text))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level: list[Any] = [[value]]
@@ -84,12 +78,7 @@ def parse_json(text: str) -> Any:
 
 
 def check_schema(values: Any, schema: int) -> None:
-    """Raise unless values are an object of a schema.
-
-    Raises:
-        SchemaError: they are of another one.
-        ValueError: they are of none.
-    """
+    """Raise SchemaError if values are an object of another schema, ValueError if of none."""
     if not isinstance(values, dict):
         raise ValueError("it is no JSON object")
     found = values.get("schema")
@@ -113,8 +102,8 @@ def build(kind: type[T], value: Any, *, null_figures: bool = False) -> T:
         null_figures: whether null stands for a figure that is not known, NaN.
 
     Raises:
-        ValueError: an entry is missing, unknown or of another type than its field, or a whole
-            number does not fit into 64 bits.
+        ValueError: an entry is missing, unknown or of another type than its field, a whole number
+            does not fit into 64 bits, or another number is not finite.
     """
     try:
         return msgspec.convert(_checked(kind, value, null_figures), kind)
@@ -123,14 +112,14 @@ def build(kind: type[T], value: Any, *, null_figures: bool = False) -> T:
 
 
 def _checked(kind: Any, value: Any, null_figures: bool) -> Any:
-    """Parsed JSON with NaN for null figures; msgspec checks the rest.
-
-    Raises:
-        ValueError: an entry is unknown, or a whole number does not fit into 64 bits.
-    """
+    """Parsed JSON with NaN for null figures; refuses unknown entries and numbers too large."""
     origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError(f"{reprlib.repr(value)} does not fit into 64 bits")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number")
     if value is None and kind is float and null_figures:
         return math.nan
     if origin in (Union, types.UnionType) and value is not None:

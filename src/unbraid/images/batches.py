@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -15,11 +15,14 @@ from torch.distributed import DistError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from unbraid.base.errors import DataError, RunError, UsageError, brief
-from unbraid.images.broken import NO_IMAGE, Loaded, Readable, failed
+from unbraid.images.broken import NO_IMAGE, Loaded, Readable, failed, sort_out
 from unbraid.networks.outputs import stack_images
 
 _OF_WORKER = "DataLoader worker"  # as torch tells of one's death, wherever the program is
 _AGAIN = "start the same command again and it goes on"
+
+# Of N images: index (N,) in the data set, images (N, C, H, W), labels (N,).
+Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def load(
@@ -62,13 +65,42 @@ def load(
     return _unpacked(started)
 
 
-def in_order(n_images: int, batch_size: int) -> list[range]:
-    """Batches of all images of a data set.
+def read_images(
+    dataset: Dataset[Any],
+    batches: Iterable[Sequence[int]],
+    *,
+    workers: int,
+    skip_broken: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Iterator[Batch]:
+    """Read batches of images, in order; a batch without any good image is left out.
 
-    >>> in_order(5, 2)
-    [range(0, 2), range(2, 4), range(4, 5)]
+    Args:
+        dataset: of (image, label).
+        batches: indices, batch by batch.
+        workers: processes that read; 0 for none.
+        skip_broken: leave out images that cannot be read.
+        advance: told how many images were read or left out.
+
+    Raises:
+        DataError: an image cannot be read, or images differ in size.
     """
-    return [range(i, min(i + batch_size, n_images)) for i in range(0, n_images, batch_size)]
+    for items in load(dataset, batches, workers=workers):
+        good, _ = sort_out(items, skip_broken)
+        if good:
+            index = torch.tensor([item.index for item in good], dtype=torch.int64)
+            labels = torch.tensor([item.label for item in good], dtype=torch.int64)
+            yield index, stack_images([item.image for item in good], index), labels
+        advance(len(items))
+
+
+def in_batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """Part indices into batches.
+
+    >>> in_batches([3, 1, 4], 2), in_batches(range(3), 2)
+    ([[3, 1], [4]], [range(0, 2), range(2, 3)])
+    """
+    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
 
 
 def as_batch(images: Sequence[Tensor], index: Tensor) -> Tensor:

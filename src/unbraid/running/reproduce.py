@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from unbraid.base.errors import RunError
+from unbraid.base.tables import align
 from unbraid.finding.findings import Pair
 
 MODEL = "torchvision:resnet50"
@@ -38,24 +38,11 @@ class Match:
 def published_pairs() -> dict[Key, float]:
     """Read the published list that comes with the package: cosine by channel and classes."""
     text = files("unbraid").joinpath("running", REFERENCE).read_text(encoding="utf-8")
-    return read_pairs(text.splitlines())
-
-
-def read_pairs(lines: Iterable[str]) -> dict[Key, float]:
-    """Read a list of pairs in CSV: channel, class1, class2, cosine.
-
-    Raises:
-        RunError: it is no such list.
-    """
-    try:
-        return {
-            _key(int(row["channel"]), int(row["class1"]), int(row["class2"])): float(row["cosine"])
-            for row in csv.DictReader(lines)
-        }
-    except (KeyError, ValueError, TypeError):
-        raise RunError(
-            "The reference is not a CSV list with channel,class1,class2,cosine."
-        ) from None
+    rows = csv.DictReader(text.splitlines())
+    return {
+        _key(int(row["channel"]), int(row["class1"]), int(row["class2"])): float(row["cosine"])
+        for row in rows
+    }
 
 
 def match_pairs(found: Iterable[Pair], published: dict[Key, float]) -> list[Match]:
@@ -72,3 +59,14 @@ def match_pairs(found: Iterable[Pair], published: dict[Key, float]) -> list[Matc
 
 def _key(channel: int, class1: int, class2: int) -> Key:
     return channel, min(class1, class2), max(class1, class2)
+
+
+def show_matches(matches: Sequence[Match]) -> str:
+    """Lay out the pairs in a table, and count those that agree."""
+    rows: list[tuple[str, ...]] = [("channel", "class 1", "class 2", "published", "found", "")]
+    for match in matches:
+        cosines = ["-" if c is None else f"{c:.4f}" for c in (match.published, match.found)]
+        verdict = "agrees" if match.agrees else "differs"
+        rows.append((*map(str, match.key), *cosines, verdict))
+    n_agree = sum(match.agrees for match in matches)
+    return f"{align(rows)}\n{n_agree} of {len(matches)} pairs agree."

@@ -12,9 +12,9 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import accumulate, takewhile
+from itertools import accumulate, chain, takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -130,11 +130,7 @@ def _check_fit(model: nn.Module, weights: str, split: Split) -> None:
 
 
 def _split_copy(model: nn.Module, splits: Sequence[Split], form: Form) -> nn.Module:
-    """Copy a network and split layers of the copy.
-
-    Raises:
-        ModelError: the copy would run the network's own layers past the split ones.
-    """
+    """Copy a network and split layers of the copy, which must not run the network's own."""
     changed = copy_network(model)
     for one in splits:
         _replace(changed, one, form)
@@ -163,33 +159,20 @@ def _replace(model: nn.Module, split: Split, form: Form) -> None:
 
 @in_plain_modes
 def load_split(model: nn.Module, path: str | Path) -> nn.Module:
-    """Put the split of a file into the network that it was made for.
-
-    The same as `unbraid.apply(model, unbraid.Split.load(path))`.
-
-    Args:
-        model: the network that the split was made for; it is not changed.
-        path: a file from `Split.save`.
+    """Put the split of a file from `Split.save` into the network that it was made for.
 
     Raises:
         RunError: the file is missing, damaged or not a split.
-        ModelError: the network's weights are not those that the split was made for.
-        LayerError: the network lacks the layer.
+        ModelError, LayerError: as for `apply`.
     """
     return apply(model, Split.load(path))
 
 
 @in_plain_modes
 def check_in_force(model: nn.Module, layer: str | nn.Module, images: Tensor) -> None:
-    """Try on some images whether a split of a layer would be in force; one will do.
+    """Try on some images, (N, C, H, W), whether a split of a layer would be in force.
 
-    Costs a pass through the network and one through a copy of it, so that what stands in the way is
-    told before anything long is begun.
-
-    Args:
-        model: the network; it is left as it is.
-        layer: the layer that is to be split.
-        images: (N, C, H, W), on the network's device.
+    One image will do. Costs a pass through the network and one through a copy of it.
 
     Raises:
         ModelError: a split would not be in force, or the network cannot run.
@@ -215,14 +198,8 @@ def _trial_split(spec: LayerSpec, layer: nn.Module) -> Split:
     """Two concept channels of a layer's first channel, each with every other weight."""
     weight = weight_rows(layer)[0]
     even = (torch.arange(len(weight), dtype=torch.int64, device=weight.device) % 2).to(weight)
-    part = ChannelSplit(
-        channel=0,
-        concepts=((0,), (1,)),
-        masks=torch.stack([even, 1 - even]),
-        weight=weight,
-        bias=float(bias_of(layer)[0]),
-        info={},
-    )
+    masks, bias = torch.stack([even, 1 - even]), float(bias_of(layer)[0])
+    part = ChannelSplit(0, ((0,), (1,)), masks, weight, bias, info={})
     return Split(spec, weights="", method="", settings={}, class_names=(), channels=(part,))
 
 
@@ -231,20 +208,10 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def split_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a network that are split, in either form."""
-    return {name: module for name, module in model.named_modules() if _is_split(module)}
-
-
-def _is_split(module: nn.Module) -> bool:
-    plain = isinstance(module, nn.Sequential) and "names" in vars(module)
-    return isinstance(module, SplitLayer) or (plain and {"wide", "merge"} <= set(module._modules))
-
-
 @contextmanager
 def in_force(model2: nn.Module) -> Iterator[None]:
     """Raise ModelError at the end if the network ran, but one of its split layers never did."""
-    layers = split_layers(model2)
+    layers = {name: module for name, module in model2.named_modules() if _is_split(module)}
     ran: set[str] = set()
 
     def refuse() -> None:
@@ -256,8 +223,8 @@ def in_force(model2: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         for name, module in {**layers, "": model2}.items() if layers else ():
-            note = partial(_note, ran, name)
-            stack.callback(module.register_forward_pre_hook(note).remove)
+            hook = module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
+            stack.callback(hook.remove)
         try:
             yield
         except OutOfMemory:
@@ -268,30 +235,20 @@ def in_force(model2: nn.Module) -> Iterator[None]:
     refuse()
 
 
-def _note(ran: set[str], name: str, _module: nn.Module, _args: tuple[Any, ...]) -> None:
-    ran.add(name)
+def _is_split(module: nn.Module) -> bool:
+    """Whether a module is a split layer, in either form."""
+    plain = isinstance(module, nn.Sequential) and "names" in vars(module)
+    return isinstance(module, SplitLayer) or (plain and {"wide", "merge"} <= set(module._modules))
 
 
 def refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str]) -> None:
-    """Raise if a copy of a network is seen to run layers of the network itself.
-
-    Args:
-        model: the network.
-        copied: its copy.
-        layers: the names of those that are split in the copy.
-
-    Raises:
-        ModelError: it is.
-    """
+    """Raise ModelError if a copy, with these layers split, is seen to run the network's own."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in layers:
         names = [other for other, module in modules.items() if module is modules[name]]
         # The network, what in it holds the layer, and the layer.
-        holders = {
-            "",
-            *(p for other in names for p in accumulate(other.split("."), "{}.{}".format)),
-        }
-        reach = Reach(modules[holder] for holder in holders)
+        paths = (accumulate(other.split("."), "{}.{}".format) for other in names)
+        reach = Reach(modules[holder] for holder in {"", *chain.from_iterable(paths)})
         why = _way_past(copied, reach)
         if why:
             raise ModelError(

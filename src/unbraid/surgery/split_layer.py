@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from unbraid.base.arguments import real_number, whole_number
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
+from unbraid.finding.membership import Clusters
 from unbraid.networks.copying import unwrap, unwrapped_name
 from unbraid.networks.layers import weight_rows
 from unbraid.networks.spec import LayerSpec, respond
-from unbraid.scanning.records import Clusters
 from unbraid.splitting.splits import ChannelSplit
 
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
@@ -161,7 +161,7 @@ def clamp(
 
     Args:
         model: from `apply` in the exact form.
-        layer: as for `gate`, and so are `channel` and `concept`.
+        layer: the split layer, by name or itself.
         channel: a split channel.
         concept: 0 to K - 1.
         low: lower bound at every position, in units of the pre-activation.
@@ -232,11 +232,7 @@ class Gate(Move):
     """Scales a concept channel, by one value for all images or by one for each."""
 
     def __init__(self, layer: SplitLayer, row: int, value: float | Tensor) -> None:
-        """Move the gate of one row.
-
-        Raises:
-            UsageError: the value is neither a number nor one number per image.
-        """
+        """Move the gate of one row by a number, or by one per image, (N,)."""
         if not isinstance(value, Tensor):
             value = real_number("The value of a gate", value)
             if value != value:
@@ -254,11 +250,7 @@ class Clamp(Move):
     """Bounds a concept channel's response, position by position."""
 
     def __init__(self, layer: SplitLayer, row: int, low: float, high: float) -> None:
-        """Bound one row.
-
-        Raises:
-            UsageError: low is not below or at high.
-        """
+        """Bound one row."""
         self.low, self.high = real_number("low", low), real_number("high", high)
         if not self.low <= self.high:  # so that NaN does not pass
             raise UsageError(f"A clamp needs low <= high, not low={low:g} and high={high:g}.")
@@ -269,16 +261,7 @@ def make_moves(concepts: Tensor, moves: Sequence[Move], n_rows: int, n_behind: i
     """Do to the concept channels what the moves say; of one channel, the latest counts.
 
     Nothing is written in place and no size is asked for that can be known otherwise, so that
-    tracers can follow.
-
-    Args:
-        concepts: (N, R, positions ...), or with R last.
-        moves: in the order in which they were made.
-        n_rows: R.
-        n_behind: dimensions behind R.
-
-    Raises:
-        UsageError: a gate holds values for another number of images.
+    tracers can follow. `concepts` are (N, R, positions ...), with `n_behind` dimensions behind R.
     """
     n_images = concepts.shape[0]  # not len(), which an exporter would take for a constant
     behind = [1] * n_behind
