@@ -167,15 +167,11 @@ def gathered(
 
 
 def changes_images(dataset: Dataset[Any]) -> bool:
-    """Whether code of anyone's own reads images out of another data set, and may change them."""
+    """Whether code of anyone's own reads images out of a data set inside, and may change them."""
     reads = [kind.__getitem__ for kind in (Subset, ConcatDataset) if isinstance(dataset, kind)]
     as_they_are = isinstance(dataset, Around) or type(dataset).__getitem__ in reads
-    return bool(inner_of(dataset)) and not as_they_are
-
-
-def any_changes_images(dataset: Dataset[Any]) -> bool:
-    """Whether it does so in a data set or in one inside of it."""
-    return changes_images(dataset) or any(map(any_changes_images, inner_of(dataset)))
+    inner = inner_of(dataset)
+    return bool(inner) and (not as_they_are or any(map(changes_images, inner)))
 
 
 def spaced(size: int) -> range:
