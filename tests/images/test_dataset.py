@@ -27,7 +27,7 @@ from unbraid.images.dataset import (
 )
 from unbraid.images.identity import fingerprint, ids_of, preprocessing_of
 from unbraid.reporting.pictures import Sight, sight_of
-from unbraid.scanning.records import AsScanned
+from unbraid.scanning.scan import AsScanned
 
 NAMES = ("ant", "bee", "cat", "dog")
 TO_FLOAT = v2.ToDtype(torch.float32, scale=True)
