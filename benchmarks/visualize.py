@@ -146,11 +146,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def usual_responses(watched: Watched, images: Dataset[Any]) -> tuple[Tensor, Tensor]:
-    """Mean and spread over images of each concept channel's mean pre-activation, (R,) each."""
+    """Mean and spread over images of each row's mean pre-activation, (rows,) each."""
     places = torch.linspace(0, len(images) - 1, N_MEASURED).long().tolist()
     some = torch.stack([image for image, _ in Subset(images, places)])
     with torch.no_grad():
-        means = torch.cat([watched.respond(batch).concepts.mean(-1) for batch in some.split(20)])
+        means = torch.cat([watched.respond(batch).mean(-1) for batch in some.split(20)])
     return means.mean(0), means.std(0)
 
 

@@ -23,10 +23,10 @@ import unbraid
 from checks import Truth
 from tiny_networks import SyntheticImages, build, layer_input
 from unbraid.finding.arv import averaged_relevance, class_sums, concept_mean, uses
+from unbraid.finding.membership import Cluster
 from unbraid.networks.layers import bias_of, describe, weight_rows
 from unbraid.networks.relevance import input_relevance
 from unbraid.networks.spec import pooled_input, respond
-from unbraid.scanning.records import Cluster
 from unbraid.splitting.splits import ChannelSplit
 
 TAU, P = 0.1, 0.5

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.finding.findings import Findings as Findings
     from unbraid.finding.thresholds import Sensitivity as Sensitivity
     from unbraid.finding.thresholds import sensitivity as sensitivity
-    from unbraid.images.hugging_face import from_hugging_face as from_hugging_face
+    from unbraid.images.open import from_hugging_face as from_hugging_face
     from unbraid.images.open import open_images as open_images
     from unbraid.measuring.ablate import ablate as ablate
     from unbraid.measuring.circuit import Circuit as Circuit
@@ -54,8 +54,7 @@ _NAMES = {
     "finding.find": "find",
     "finding.findings": "Findings",
     "finding.thresholds": "Sensitivity sensitivity",
-    "images.hugging_face": "from_hugging_face",
-    "images.open": "open_images",
+    "images.open": "from_hugging_face open_images",
     "measuring.ablate": "ablate",
     "measuring.circuit": "Circuit circuit circuit_from",
     "measuring.compare": "compare_outputs",

@@ -25,7 +25,7 @@ from unbraid.base.tables import csv_text, one_line
 from unbraid.finding.arv import class_sums
 from unbraid.finding.findings import Findings, Pair
 from unbraid.finding.thresholds import nearest_finding
-from unbraid.images.folders import ImageFolder, UnlabelledFolder
+from unbraid.images.open import open_images
 from unbraid.images.pictures import read_picture
 from unbraid.measuring.results import read_semantics
 from unbraid.running.check import check
@@ -330,15 +330,15 @@ def classes(tmp_path: Path) -> Path:
 def test_links_in_circles_are_not_followed(classes):
     (classes / "a" / "up").symlink_to(classes)
     (classes / "a" / "2.png").symlink_to("2.png")
-    images = ImageFolder(classes)
+    images = open_images(classes)
     names = ("a/1.png", "a/2.png", "b/1.png")
     assert [path for path, _ in images.samples] == [str(classes / name) for name in names]
     with pytest.raises(DataError, match=r"a/2\.png cannot be read"):
         images[1]
-    assert len(UnlabelledFolder(classes).samples) == 3
+    assert len(open_images(classes, labels={}).samples) == 3
     (classes / "c").symlink_to("c")
     with pytest.raises(DataError, match="/c is a link to what is not there"):
-        ImageFolder(classes)
+        open_images(classes)
 
 
 @pytest.mark.parametrize(
@@ -350,15 +350,15 @@ def test_a_class_may_link_to_elsewhere_but_not_to_what_holds_it(to, message, cla
     Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "1.png")
     (classes / "c").symlink_to(to or tmp_path / "elsewhere")
     if to is None:
-        assert ImageFolder(classes).targets == [0, 1, 2]
+        assert open_images(classes).targets == [0, 1, 2]
         return
     with pytest.raises(DataError, match=message):
-        ImageFolder(classes)
+        open_images(classes)
 
 
 def test_a_path_that_is_too_long_is_an_error_of_ours():
     with pytest.raises(DataError, match="cannot be read"):
-        ImageFolder("x" * 5000)
+        open_images("x" * 5000)
 
 
 # --- what is written ------------------------------------------------------------------------------

@@ -12,17 +12,20 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 
 from unbraid import Ablation, Circuit, Evaluation, Findings, Split
-from unbraid.base.tables import html_table, one_line
+from unbraid.base.tables import Table, one_line
 from unbraid.finding.findings import Pair
 from unbraid.measuring.circuit import Source
 from unbraid.measuring.results import (
     ChannelAblation,
     ChannelEvaluation,
+    ChannelSemantics,
     ClassDrops,
     ClassOutput,
     ConceptAblation,
     ConceptEvaluation,
     Drop,
+    Likeness,
+    Semantics,
 )
 from unbraid.networks.spec import LayerSpec
 from unbraid.splitting.splits import ChannelSplit
@@ -151,7 +154,7 @@ def test_long_tables_are_cut_and_say_by_how_much() -> None:
     rows = read(found._repr_html_()).rows
     assert rows[:-1] == [[as_shown(c) for c in r] for r in expected_findings(found)[:60]]
     assert rows[-1] == ["and 940 more"]
-    assert len(html_table([("a",), *[("1",)] * 60]).split("<td")) - 1 == 60  # not a row too early
+    assert Table([("a",), *[("1",)] * 60]).html().count("<td") == 60  # not a row too early
 
 
 def test_nothing_found_is_said_in_words() -> None:
@@ -175,20 +178,12 @@ def concept(name: str, value: float) -> ConceptEvaluation:
     return ConceptEvaluation((0,), name, 7, value, value + 1, value + 2, value + 3, value + 4, ())
 
 
-def test_an_evaluation_shows_every_measure() -> None:
+def evaluation() -> Evaluation:
     channels = (
         ChannelEvaluation("mix", 4, (concept(SCRIPT, 0.1), concept(QUOTES, 0.2)), 0.25, None),
         ChannelEvaluation("mix", 9, (concept(REVERSED, 0.3), concept("b", 0.4)), math.nan, None),
     )
-    result = Evaluation("published", "mix", channels, 0.03, {})
-    expected = [
-        ["4", SCRIPT, "0.100", "1.100", "2.100", "3.100", "4.100", "0.250"],
-        ["", QUOTES, "0.200", "1.200", "2.200", "3.200", "4.200", ""],
-        ["9", REVERSED, "0.300", "1.300", "2.300", "3.300", "4.300", "nan"],
-        ["", "b", "0.400", "1.400", "2.400", "3.400", "4.400", ""],
-    ]
-    assert_table(result._repr_html_(), expected)
-    assert "published split of mix" in read(result._repr_html_()).around
+    return Evaluation("published", "mix", channels, 0.03, {})
 
 
 def split() -> Split:
@@ -201,37 +196,76 @@ def split() -> Split:
     return Split(spec, "", "least_squares", {}, NAMES, (part, silent))
 
 
-def test_a_split_shows_what_part_of_the_weight_each_concept_channel_keeps() -> None:
-    # Of |1| + |-2| + |4| + |1| = 8 the first keeps 1 + 2, the second 2 + 2.
-    expected = [
-        ["5", "0", SCRIPT, "38%"],
-        ["5", "1", f"{QUOTES}, {REVERSED}", "50%"],
-        ["6", "0", SCRIPT, "0%"],
-        ["6", "1", f"{QUOTES}, {REVERSED}", "0%"],
-    ]
-    assert_table(split()._repr_html_(), expected)
-    assert all(one_line(cell) in str(split()) for row in expected for cell in row)
-
-
-def test_a_circuit_shows_its_sources() -> None:
+def circuit() -> Circuit:
     sources = (Source(3, 2.0, 0.5, 0.9), Source(1, -1.0, 0.0, 0.25))
-    made = Circuit("mix", 5, 1, (0,), SCRIPT, sources)
-    assert_table(made._repr_html_(), [["3", "50.0%", "90.0%"], ["1", "0.0%", "25.0%"]])
-    assert SCRIPT in read(made._repr_html_()).around
+    return Circuit("mix", 5, 1, (0,), SCRIPT, sources)
 
 
-def test_an_ablation_shows_every_drop_under_two_heads() -> None:
+def ablation() -> Ablation:
     own, others, rest = (Drop(4, x, x / 10, 2 * x, x / 5) for x in (1.0, 0.5, 0.25))
     drops = ClassDrops((0.0,), (0.0,))
     channel = ChannelAblation(5, drops, (ConceptAblation((0,), SCRIPT, own, others, rest, drops),))
-    made = Ablation("mix", (ClassOutput(0, SCRIPT, 4, 1.0, 1.0),), (channel,))
-    figures = ["1.000", "2.000", "0.500", "10.0%", "0.500", "1.000", "0.500", "0.250"]
-    assert_table(made._repr_html_(), [["5", SCRIPT, *figures]])
-    assert len(read(made._repr_html_()).heads) == 2
+    return Ablation("mix", (ClassOutput(0, SCRIPT, 4, 1.0, 1.0),), (channel,))
 
 
-def test_ipython_shows_the_table_in_html_and_in_plain_text() -> None:
-    formatter = InteractiveShell.instance().display_formatter
-    for result in (findings(), split()):
-        formats, _ = formatter.format(result)
-        assert formats == {"text/plain": str(result), "text/html": result._repr_html_()}
+def semantics() -> Semantics:
+    likes = Likeness(0.1, 0.2), (Likeness(0.3, 0.4), Likeness(0.5, math.nan))
+    return Semantics({5: ChannelSemantics("pixels", 9, 3, True, True, *likes, 0.25, 0.75)})
+
+
+RESULTS = {
+    "evaluation": (
+        evaluation(),
+        "published split of mix",
+        [
+            ["4", SCRIPT, "0.100", "1.100", "2.100", "3.100", "4.100", "0.250"],
+            ["", QUOTES, "0.200", "1.200", "2.200", "3.200", "4.200", ""],
+            ["9", REVERSED, "0.300", "1.300", "2.300", "3.300", "4.300", "nan"],
+            ["", "b", "0.400", "1.400", "2.400", "3.400", "4.400", ""],
+        ],
+    ),
+    "split": (  # of |1| + |-2| + |4| + |1| = 8 the first keeps 1 + 2, the second 2 + 2
+        split(),
+        "least_squares split of 2 channels of mix",
+        [
+            ["5", "0", SCRIPT, "38%"],
+            ["5", "1", f"{QUOTES}, {REVERSED}", "50%"],
+            ["6", "0", SCRIPT, "0%"],
+            ["6", "1", f"{QUOTES}, {REVERSED}", "0%"],
+        ],
+    ),
+    "circuit": (
+        circuit(),
+        f"mix, concept 1 of channel 5 ({SCRIPT})",
+        [["3", "50.0%", "90.0%"], ["1", "0.0%", "25.0%"]],
+    ),
+    "ablation": (
+        ablation(),
+        "Channels of mix switched off",
+        [["5", SCRIPT, "1.000", "2.000", "0.500", "10.0%", "0.500", "1.000", "0.500", "0.250"]],
+    ),
+    "semantics": (
+        semantics(),
+        "How alike the images are",
+        [
+            ["5", "original", "0.100", "0.200", "0.250", "0.750"],
+            ["", "concept 0", "0.300", "0.400", "", ""],
+            ["", "concept 1", "0.500", "nan", "", ""],
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("result", "around", "rows"), RESULTS.values(), ids=RESULTS)
+def test_html_of_a_result_has_every_figure(result, around, rows) -> None:
+    shown = read(result._repr_html_())
+    assert_table(result._repr_html_(), rows)
+    assert around in shown.around
+    assert len(shown.heads) == (2 if isinstance(result, Ablation) else 1)
+    assert all(one_line(cell) in str(result) for row in rows for cell in row)
+
+
+@pytest.mark.parametrize("result", [findings(), split(), semantics()])
+def test_ipython_shows_the_table_in_html_and_in_plain_text(result) -> None:
+    formats, _ = InteractiveShell.instance().display_formatter.format(result)
+    assert formats == {"text/plain": str(result), "text/html": result._repr_html_()}

@@ -43,9 +43,9 @@ from unbraid.measuring.results import (
     read_output,
     read_semantics,
 )
+from unbraid.networks import checkpoints as states
 from unbraid.networks import spec as layers
-from unbraid.networks import weights as states
-from unbraid.networks.weights import load_weights
+from unbraid.networks.checkpoints import load_weights
 from unbraid.running.check import check
 from unbraid.running.folders import read_settings
 from unbraid.scanning import manifest, records

@@ -22,7 +22,8 @@ from unbraid.images import csv_lists as table
 from unbraid.images import hugging_face as hugging
 from unbraid.images import tar as shards
 from unbraid.images.identity import fingerprint, ids_of
-from unbraid.images.open import Images, open_images
+from unbraid.images.listing import ListedImages
+from unbraid.images.open import open_images
 
 LIST = "path,label,group\n0.png,ant,a\n1.png,bee,a\n2.png,ant,b\n"
 CELLS = (
@@ -79,7 +80,7 @@ def read_all(source: str | Path) -> None:
         sound_or_refused(partial(read_one, images, k))
 
 
-def read_one(images: Images, k: int) -> None:
+def read_one(images: ListedImages, k: int) -> None:
     picture, label = images[k]
     assert (picture.mode, images.targets[k]) == ("RGB", label)
 
@@ -187,7 +188,7 @@ class Nothing(Exception):
     ("module", "name", "instead", "reader"),
     [
         (table, "UnicodeDecodeError", Nothing, "list"),
-        (table, "_is_text", lambda *_: False, "parquet"),
+        (table, "ValueError", Nothing, "parquet"),
         (hugging, "Exception", Nothing, "saved"),
         (shards, "decode_picture", lambda file, _: Image.open(file).convert("RGB"), "tar"),
     ],

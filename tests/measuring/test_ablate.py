@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from unbraid.base.errors import DataError, LayerError, ModelError, RunError, Usa
 from unbraid.measuring.ablate import replaying
 from unbraid.measuring.results import Drop, read_ablation
 from unbraid.scanning.records import Cluster
-from unbraid.surgery.split_layer import SplitLayer
 
 CHANNELS = {1: [[0], [1]], 0: [[2, 0], [3]], 3: [[3], [1], [0, 2]]}
 
@@ -148,80 +148,74 @@ def test_all_drops_are_the_oracles(kind, tmp_path):
     assert_ablation(case.ablate(batch_size=4), case)
 
 
-def test_something_is_lost_and_gained_in_these_tests(case):
+def test_images_of_no_concept_are_the_rest_and_something_is_lost_and_gained(case):
     """Else the oracle would be right of anything."""
-    drops = [c.own for channel in case.ablate().channels for c in channel.concepts]
+    result = case.ablate()
+    assert_ablation(result, case)
+    assert {c.rest.n_images for c in result.channels[0].concepts} != {0}
+    drops = [c.own for channel in result.channels for c in channel.concepts]
     assert max(drop.logit for drop in drops) > 0.01
     assert min(drop.logit for drop in drops) < -0.001
     assert any(drop.accuracy != 0 for drop in drops) or any(d.whole_accuracy for d in drops)
 
 
-def test_images_of_no_concept_are_the_rest(tmp_path):
-    case = make_case(build("groups"), tmp_path)
-    result = case.ablate()
-    assert {c.rest.n_images for c in result.channels[0].concepts} != {0}
-    assert_ablation(result, case)
+def nudged(values: Any) -> Any:
+    """One figure of several, or the only one, a little larger."""
+    return (*values[:-1], values[-1] + 1e-3) if isinstance(values, tuple) else values + 1e-3
 
 
-def corruptions() -> dict[str, Callable[[Ablation], Ablation]]:
-    """One wrong figure each."""
-    wrong: dict[str, Callable[[Ablation], Ablation]] = {}
+def corrupted(result: Ablation, *path: str) -> Ablation:
+    """One wrong figure, in the first channel, concept or class that a path leads to."""
 
-    def of_concept(change: Callable[[Any], Any]) -> Callable[[Ablation], Ablation]:
-        def corrupt(result: Ablation) -> Ablation:
-            first, *rest = result.channels
-            concepts = (change(first.concepts[0]), *first.concepts[1:])
-            return replace(result, channels=(replace(first, concepts=concepts), *rest))
+    def change(part: Any, name: str, *rest: str) -> Any:
+        value = getattr(part, name)
+        if not rest:
+            return replace(part, **{name: nudged(value)})
+        if isinstance(value, tuple):
+            return replace(part, **{name: (change(value[0], *rest), *value[1:])})
+        return replace(part, **{name: change(value, *rest)})
 
-        return corrupt
-
-    for group, figure in itertools.product(
-        ("own", "others", "rest"), (f.name for f in fields(Drop))
-    ):
-
-        def nudge(concept: Any, group: str = group, figure: str = figure) -> Any:
-            drop = getattr(concept, group)
-            changed = replace(drop, **{figure: getattr(drop, figure) + 1e-3})
-            return replace(concept, **{group: changed})
-
-        wrong[f"{group} {figure}"] = of_concept(nudge)
-    for figure in ("logit", "accuracy"):
-
-        def nudge_class(concept: Any, figure: str = figure) -> Any:
-            values = getattr(concept.by_class, figure)
-            changed = replace(concept.by_class, **{figure: (*values[:-1], values[-1] + 1e-3)})
-            return replace(concept, by_class=changed)
-
-        def nudge_whole(result: Ablation, figure: str = figure) -> Ablation:
-            first, *rest = result.channels
-            values = getattr(first.whole, figure)
-            changed = replace(first.whole, **{figure: (values[0] + 1e-3, *values[1:])})
-            return replace(result, channels=(replace(first, whole=changed), *rest))
-
-        def nudge_intact(result: Ablation, figure: str = figure) -> Ablation:
-            first, *rest = result.classes
-            changed = replace(first, **{figure: getattr(first, figure) + 1e-3})
-            return replace(result, classes=(changed, *rest))
-
-        wrong[f"by class {figure}"] = of_concept(nudge_class)
-        wrong[f"whole {figure}"], wrong[f"intact {figure}"] = nudge_whole, nudge_intact
-    wrong["name"] = of_concept(lambda concept: replace(concept, name="other"))
-    wrong["concepts swapped"] = lambda result: replace(
-        result,
-        channels=tuple(replace(c, concepts=c.concepts[::-1]) for c in result.channels),
-    )
-    wrong["own and others swapped"] = of_concept(
-        lambda concept: replace(concept, own=concept.others, others=concept.own)
-    )
-    wrong["a channel less"] = lambda result: replace(result, channels=result.channels[1:])
-    wrong["a class less"] = lambda result: replace(result, classes=result.classes[1:])
-    return wrong
+    return change(result, *path)
 
 
-@pytest.mark.parametrize("corrupt", corruptions().values(), ids=corruptions())
-def test_the_check_sees_a_wrong_figure(corrupt, case):
-    with pytest.raises((AssertionError, ValueError)):
-        assert_ablation(corrupt(case.ablate()), case)
+CONCEPT = ("channels", "concepts")
+PATHS = [
+    *((*CONCEPT, *pair) for pair in product(("own", "others", "rest"), Drop.__annotations__)),
+    *((*CONCEPT, "by_class", figure) for figure in ("logit", "accuracy")),
+    *(("channels", "whole", figure) for figure in ("logit", "accuracy")),
+    *(("classes", figure) for figure in ("logit", "accuracy")),
+]
+
+
+def swapped(result: Ablation) -> Ablation:
+    channels = tuple(replace(c, concepts=c.concepts[::-1]) for c in result.channels)
+    return replace(result, channels=channels)
+
+
+def first_changed(result: Ablation, **fields: Callable[[Any], Any]) -> Ablation:
+    first, *rest = result.channels
+    concept = first.concepts[0]
+    changed = replace(concept, **{name: make(concept) for name, make in fields.items()})
+    channel = replace(first, concepts=(changed, *first.concepts[1:]))
+    return replace(result, channels=(channel, *rest))
+
+
+CORRUPTIONS: list[Callable[[Ablation], Ablation]] = [
+    *(partial(lambda path, result: corrupted(result, *path), path) for path in PATHS),
+    swapped,
+    lambda result: first_changed(result, name=lambda _: "other"),
+    lambda result: first_changed(result, own=lambda c: c.others, others=lambda c: c.own),
+    lambda result: replace(result, channels=result.channels[1:]),
+    lambda result: replace(result, classes=result.classes[1:]),
+]
+
+
+def test_the_check_sees_a_wrong_figure(case):
+    sound = case.ablate()
+    assert_ablation(sound, case)
+    for corrupt in CORRUPTIONS:
+        with pytest.raises((AssertionError, ValueError)):
+            assert_ablation(corrupt(sound), case)
 
 
 # --- by gates, and in other ways the same ---------------------------------------------------------
@@ -247,21 +241,13 @@ def test_batches_of_all_sizes_give_the_same(batch_size, case):
 
 def test_networks_of_single_precision_are_close_to_the_oracle(tmp_path):
     network = build("3x3", torch.float32)
-    split = make_split(network, tmp_path)
-    images = SyntheticImages(11, seed=5, dtype=torch.float32)
-    result = unbraid.ablate(unbraid.apply(network, split), images)
-    exact = Case(network, split, "layer", images)
-    logits = oracle.ablated_logits(network, "layer", images[0][0], 1, split[1].rows[0])
-    before = copy.deepcopy(network).double()(images[0][0].double()[None])[0]
-    one = SyntheticImages(1, seed=5, dtype=torch.float32)
-    one.images, one.targets = images.images[:1], images.targets[:1]
-    single = replace(exact, images=one).ablate(channels=[1]).channels[0].concepts[0]
-    assert_close(single.own.logit, before[0] - logits[0], 1e-5)
-    assert [c.channel for c in result.channels] == list(split_channels(split))
-
-
-def split_channels(split: Split) -> list[int]:
-    return [part.channel for part in split.channels]
+    image = SyntheticImages(1, seed=5, dtype=torch.float32)
+    case = Case(network, make_split(network, tmp_path), "layer", image)
+    single = case.ablate(channels=[1]).channels[0].concepts[0]
+    logits = oracle.ablated_logits(network, "layer", image[0][0], 1, case.split[1].rows[0])
+    before = copy.deepcopy(network).double()(image[0][0].double()[None])[0]
+    lost = (before - logits)[image[0][1]]
+    assert_close(single.own.logit, lost, 1e-5)
 
 
 def test_only_the_channels_asked_for_are_switched_off_in_that_order(case):
@@ -345,18 +331,15 @@ def test_a_scan_tells_the_images_of_classes_as_labels_do(case, clustered):
     assert case.ablate(scan=clustered.scan) == case.ablate()
 
 
-def test_clusters_without_a_scan_are_refused(clustered):
+def test_scans_that_do_not_fit_are_refused(clustered, tmp_path):
+    case = clustered.case
+    fewer = unbraid.scan(case.network, "layer", SyntheticImages(5), tmp_path / "fewer")
+    stem = unbraid.scan(case.network, "stem", case.images, tmp_path / "stem")
     with pytest.raises(UsageError, match="clusters of images"):
-        clustered.case.ablate()
-
-
-def test_a_scan_of_other_images_or_another_layer_is_refused(clustered, tmp_path):
-    network = clustered.case.network
-    fewer = unbraid.scan(network, "layer", SyntheticImages(5), tmp_path / "fewer")
-    stem = unbraid.scan(network, "stem", clustered.case.images, tmp_path / "stem")
+        case.ablate()
     for scan in (fewer, stem):
         with pytest.raises(UsageError, match="other images or another layer"):
-            clustered.case.ablate(scan=scan)
+            case.ablate(scan=scan)
 
 
 # --- networks of every kind of code ---------------------------------------------------------------
@@ -531,11 +514,6 @@ def test_networks_of_any_code_are_ablated_rightly(kind, tmp_path):
     assert_ablation(case.ablate(batch_size=1), case)
 
 
-def test_a_layer_that_is_handed_its_input_by_keyword(tmp_path):
-    case = make_case(CallsByKeyword(build("1x1")), tmp_path)
-    assert_ablation(case.ablate(), case)
-
-
 class Encoder(nn.Module):
     """torch's own transformer, which in eval mode reads the weights of its layers past them."""
 
@@ -550,8 +528,10 @@ class Encoder(nn.Module):
         return self.head(self.blocks(self.patches(x).flatten(2).mT).mean(1))
 
 
-def test_torchs_own_transformer(tmp_path):
-    case = make_case(Encoder().double().eval(), tmp_path, "blocks.layers.1.linear1")
+def test_a_layer_by_keyword_and_torchs_own_transformer(tmp_path):
+    case = make_case(CallsByKeyword(build("1x1")), tmp_path / "a")
+    assert_ablation(case.ablate(), case)
+    case = make_case(Encoder().double().eval(), tmp_path / "b", "blocks.layers.1.linear1")
     # Of its paths, the oracle's is the other one: it differs from the split network's in rounding.
     assert_ablation(case.ablate(), case)
 
@@ -702,79 +682,50 @@ def test_the_network_is_left_as_it_was(name, tmp_path):
         with pytest.raises(kind, match=message):
             unbraid.ablate(changed, make(), batch_size=2)
     assert_left_alone(before, everything(changed))
-
-
-def test_the_check_sees_what_is_left_behind(tmp_path):
-    network = build("1x1")
-    changed = unbraid.apply(network, make_split(network, tmp_path))
-    before = everything(changed)
-    changed.gate("layer", 1, 0, 0.5)
-    with pytest.raises(AssertionError):
-        assert_left_alone(before, everything(changed))
-    changed.layer.moves.clear()
-    assert_left_alone(before, everything(changed))
-    changed.stem.forward = changed.stem.forward
-    with pytest.raises(AssertionError):
-        assert_left_alone(before, everything(changed))
+    for disturb in (
+        lambda: changed.gate("layer", 1, 0, 0.5),
+        lambda: vars(changed.stem).update(forward=changed.stem.forward),
+    ):
+        disturb()
+        with pytest.raises(AssertionError):
+            assert_left_alone(before, everything(changed))
+        changed.layer.moves[:] = before["moves"]
 
 
 # --- bad input ------------------------------------------------------------------------------------
 
 
 def test_broken_images_are_left_out_when_asked(case):
-    result = unbraid.ablate(
-        unbraid.apply(case.network, case.split), WithBroken(11, seed=5), skip_broken=True
-    )
+    result = replace(case, images=WithBroken(11, seed=5)).ablate(skip_broken=True)
     rest = SyntheticImages(11, seed=5)
     keep = [n for n in range(11) if n != 3]
     rest.images, rest.targets = rest.images[keep], [rest.targets[n] for n in keep]
     assert_ablation(result, replace(case, images=rest))
-
-
-def test_nothing_but_broken_images_is_no_ablation(case):
-    dataset = WithBroken(2)
-    dataset.broken = (0, 1)
+    nothing = WithBroken(2)
+    nothing.broken = (0, 1)
     with pytest.raises(DataError, match="No image could be read"):
-        unbraid.ablate(
-            unbraid.apply(case.network, case.split), dataset, skip_broken=True, batch_size=1
-        )
+        replace(case, images=nothing).ablate(skip_broken=True, batch_size=1)
 
 
-@pytest.mark.parametrize("form", ["original", "plain"])
-def test_a_network_without_concept_channels_is_refused(form, case):
+def test_networks_and_arguments_that_do_not_fit_are_refused(case):
     plain = unbraid.apply(case.network, case.split, form="plain")
-    network = case.network if form == "original" else plain
-    with pytest.raises(UsageError, match="no concept channels"):
-        unbraid.ablate(network, case.images)
-
-
-def test_of_two_split_layers_one_must_be_named(case):
     both = nn.ModuleList([unbraid.apply(case.network, case.split) for _ in range(2)])
-    with pytest.raises(UsageError, match=r"Several .* name one of '0.layer', '1.layer'"):
-        unbraid.ablate(both, case.images)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"channels": [1, 5]}, r"names 5, which is not split; the split channels are 0, 1, 3"),
-        ({"channels": []}, "channels is empty"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"workers": -1}, "workers is -1"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(options, message, case):
-    with pytest.raises(UsageError, match=message):
-        case.ablate(**options)
+    changed = unbraid.apply(case.network, case.split)
+    for network, options, message in (
+        (case.network, {}, "no concept channels"),
+        (plain, {}, "no concept channels"),
+        (both, {}, r"Several .* name one of '0.layer', '1.layer'"),
+        (both, {"layer": "1.stem"}, r"'1.stem' is not split; name one of '0.layer', '1.layer'"),
+        (changed, {"channels": [1, 5]}, "names 5, which is not split; .* are 0, 1, 3"),
+        (changed, {"channels": []}, "channels is empty"),
+        (changed, {"batch_size": 0}, "batch_size is 0"),
+        (changed, {"workers": -1}, "workers is -1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            unbraid.ablate(network, case.images, **options)
 
 
 # --- printed, kept and read back ------------------------------------------------------------------
-
-
-def with_two_images(case: Case) -> Ablation:
-    """An ablation in which some groups have no image: only classes 0 and 1 are there."""
-    few = SyntheticImages(2, seed=5)
-    return replace(case, images=few).ablate()
 
 
 @pytest.fixture(scope="module")
@@ -782,19 +733,18 @@ def val_scan(case, tmp_path_factory) -> unbraid.Scan:
     return unbraid.scan(case.network, "layer", case.images, tmp_path_factory.mktemp("val"))
 
 
-def same(one: Ablation, other: Ablation) -> bool:
-    return repr(one) == repr(other)  # in which NaN is like NaN
-
-
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("channels", [None, [3]])
 def test_an_evaluation_keeps_it_and_it_can_be_read_back(few, channels, case, val_scan, tmp_path):
-    ablation = with_two_images(case) if few else case.ablate(channels=channels)
+    # Of two images, only of classes 0 and 1, some groups have none.
+    images = SyntheticImages(2, seed=5) if few else case.images
+    ablation = replace(case, images=images).ablate(channels=channels)
+    assert "nan" not in str(ablation)
     result = unbraid.evaluate(case.split, val_scan, ablation=ablation)
     assert result.ablation is ablation
     result.save(tmp_path / "evaluation.json")
     read = read_ablation(tmp_path / "evaluation.json")
-    assert same(read, ablation)
+    assert repr(read) == repr(ablation)  # in which NaN is like NaN
     content = json.loads((tmp_path / "evaluation.json").read_text())
     for entry in content["channels"]:
         measured = {channel.channel: channel for channel in ablation.channels}
@@ -808,84 +758,41 @@ def test_an_evaluation_keeps_it_and_it_can_be_read_back(few, channels, case, val
                 assert values[name]["part"] == (None if math.isnan(part) else part)
 
 
-def test_without_it_there_is_none(case, val_scan, tmp_path):
-    result = unbraid.evaluate(case.split, val_scan)
-    result.save(tmp_path / "evaluation.json")
-    assert read_ablation(tmp_path / "evaluation.json") is None
-    content = json.loads((tmp_path / "evaluation.json").read_text())
-    assert content["ablation"] is None
-    assert {entry["ablation"] for entry in content["channels"]} == {None}
+def test_an_ablation_of_another_split_is_refused(case, val_scan):
+    ablation = case.ablate()
+    first, *rest = ablation.channels
+    for other in (
+        replace(ablation, channels=(replace(first, channel=7), *rest)),
+        replace(ablation, channels=(replace(first, concepts=first.concepts[:-1]), *rest)),
+        replace(ablation, layer="stem"),
+    ):
+        with pytest.raises(UsageError, match="ablation is of another split"):
+            unbraid.evaluate(case.split, val_scan, ablation=other)
 
 
-def _other_channel(ablation: Ablation) -> Ablation:
-    first = replace(ablation.channels[0], channel=7)
-    return replace(ablation, channels=(first, *ablation.channels[1:]))
+def first_of(content: dict[str, Any]) -> dict[str, Any]:
+    return content["channels"][0]["ablation"]
 
 
-def _other_concepts(ablation: Ablation) -> Ablation:
-    first = ablation.channels[0]
-    fewer = replace(first, concepts=first.concepts[:-1])
-    return replace(ablation, channels=(fewer, *ablation.channels[1:]))
+DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no own": lambda content: first_of(content)["concepts"][0].pop("own"),
+    "text": lambda content: first_of(content)["whole"].update(logit=["much"]),
+    "unknown": lambda content: content["ablation"]["classes"][0].update(colour=1),
+    "a class less": lambda content: content["ablation"]["classes"].pop(),
+    "a list": lambda content: content["channels"][0].update(ablation=[1]),
+}
 
 
-@pytest.mark.parametrize(
-    "change", [_other_channel, _other_concepts, lambda ablation: replace(ablation, layer="stem")]
-)
-def test_an_ablation_of_another_split_is_refused(change, case, val_scan):
-    with pytest.raises(UsageError, match="ablation is of another split"):
-        unbraid.evaluate(case.split, val_scan, ablation=change(case.ablate()))
-
-
-def _drop_own(content: dict[str, Any]) -> None:
-    del content["channels"][0]["ablation"]["concepts"][0]["own"]
-
-
-def _text_for_figure(content: dict[str, Any]) -> None:
-    content["channels"][0]["ablation"]["whole"]["logit"] = ["much"]
-
-
-def _unknown_entry(content: dict[str, Any]) -> None:
-    content["ablation"]["classes"][0]["colour"] = 1
-
-
-def _list_for_entry(content: dict[str, Any]) -> None:
-    content["channels"][0]["ablation"] = [1]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [_drop_own, _text_for_figure, _unknown_entry, _list_for_entry],
-    ids=lambda f: f.__name__,
-)
-def test_a_damaged_file_is_named(damage, case, val_scan, tmp_path):
+def test_a_damaged_or_missing_file_is_named(case, val_scan, tmp_path):
     path = tmp_path / "evaluation.json"
     unbraid.evaluate(case.split, val_scan, ablation=case.ablate()).save(path)
-    content = json.loads(path.read_text())
-    damage(content)
-    path.write_text(json.dumps(content))
+    sound = path.read_text()
+    for damage in DAMAGES.values():
+        content = json.loads(sound)
+        damage(content)
+        path.write_text(json.dumps(content))
+        with pytest.raises(RunError, match=r"evaluation\.json cannot be read"):
+            read_ablation(path)
+    path.unlink()
     with pytest.raises(RunError, match=r"evaluation\.json cannot be read"):
         read_ablation(path)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(RunError, match=r"evaluation\.json cannot be read"):
-        read_ablation(tmp_path / "evaluation.json")
-
-
-def test_it_prints_a_row_per_concept_channel(case):
-    result = case.ablate()
-    _, head, *rows = str(result).splitlines()
-    assert head.split()[:6] == ["channel", "concept", "logit", "whole", "part", "top-1"]
-    assert len(rows) == sum(len(channel.concepts) for channel in result.channels)
-    first = result.channels[0]
-    assert rows[0].startswith(f"{first.channel} ")
-    assert f"{first.concepts[0].own.logit:.3f}" in rows[0]
-    assert f"{first.concepts[0].others.part:.3f}" in rows[0]
-    assert first.concepts[1].name in rows[1]
-    assert "nan" not in str(with_two_images(case))
-
-
-def test_a_split_layer_knows_its_concepts(case):
-    changed = unbraid.apply(case.network, case.split)
-    assert isinstance(changed.layer, SplitLayer)
-    assert changed.layer.divided == {part.channel: part.concepts for part in case.split.channels}

@@ -85,13 +85,14 @@ def test_sources_are_those_that_loops_find(case):
             assert_circuit(found, case, channel, concept)
 
 
-@pytest.mark.parametrize("field", ["channel", "relevance", "share", "kept"])
-def test_a_wrong_source_is_told(one, field):
+def test_a_wrong_source_is_told(one):
     found = unbraid.circuit(one.split, one.scan, 1, 0)
     first = found.sources[0]
-    wrong = replace(first, **{field: type(getattr(first, field))(getattr(first, field) * 1.01 + 1)})
-    with pytest.raises(AssertionError):
-        assert_circuit(replace(found, sources=(wrong, *found.sources[1:])), one, 1, 0)
+    for field in ("channel", "relevance", "share", "kept"):
+        value = getattr(first, field)
+        wrong = replace(first, **{field: type(value)(value * 1.01 + 1)})
+        with pytest.raises(AssertionError):
+            assert_circuit(replace(found, sources=(wrong, *found.sources[1:])), one, 1, 0)
 
 
 def test_no_more_sources_than_asked_for_are_given(one):
@@ -110,38 +111,17 @@ def test_a_source_of_which_nothing_is_kept_is_left_out(one):
     assert len(sources) == one.split.layer.n_in - 1
 
 
-def test_a_circuit_prints_as_a_table(one):
-    found = unbraid.circuit(one.split, one.scan, 1, 0, n=2)
-    lines = str(found).splitlines()
-    assert lines[0] == "layer, concept 0 of channel 1 (class 0)"
-    assert lines[1].split() == ["source", "share", "kept"]
-    assert len(lines) == 4
-    for line, source in zip(lines[2:], found.sources, strict=True):
-        assert line.split() == [str(source.channel), f"{source.share:.1%}", f"{source.kept:.1%}"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((2, 0), "no concept 0 of channel 2; its channels and their concepts are"),
-        ((1, 2), "no concept 2 of channel 1"),
-        ((1, -1), "no concept -1 of channel 1"),
-        ((1, 0, 0), "n is 0"),
-    ],
-)
-def test_what_is_not_there_is_refused(one, arguments, message):
-    with pytest.raises(UsageError, match=message):
-        unbraid.circuit(one.split, one.scan, *arguments)
-
-
-def test_a_scan_of_another_network_is_refused(one, tmp_path):
+def test_what_does_not_fit_is_refused(one, tmp_path):
     other = unbraid.scan(build("3x3", seed=1), "layer", IMAGES, tmp_path / "other")
-    with pytest.raises(UsageError, match="of another network or layer"):
-        unbraid.circuit(one.split, other, 1, 0)
-
-
-def test_a_scan_without_an_image_of_the_concept_is_refused(one, tmp_path):
     few = unbraid.scan(one.network, "layer", SyntheticImages(1), tmp_path / "few")
     assert unbraid.circuit(one.split, few, 1, 0).sources
-    with pytest.raises(UsageError, match="no image of class 1, concept 1 of channel 1"):
-        unbraid.circuit(one.split, few, 1, 1)
+    for scan, arguments, message in (
+        (one.scan, (2, 0), "no concept 0 of channel 2; its channels and their concepts are"),
+        (one.scan, (1, 2), "no concept 2 of channel 1"),
+        (one.scan, (1, -1), "no concept -1 of channel 1"),
+        (one.scan, (1, 0, 0), "n is 0"),
+        (other, (1, 0), "of another network or layer"),
+        (few, (1, 1), "no image of class 1, concept 1 of channel 1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            unbraid.circuit(one.split, scan, *arguments)

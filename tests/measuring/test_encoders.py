@@ -16,16 +16,26 @@ from torch.utils.data import Dataset, Subset
 from checks import assert_bit_equal, assert_close
 from tiny_networks import KINDS, N_CLASSES, PooledFeatures, SyntheticImages, build, stack
 from unbraid.base.errors import DataError, ModelError, UsageError
+from unbraid.images.batches import in_batches
 from unbraid.measuring.encoders import (
+    Encoder,
     Penultimate,
     TimmEncoder,
-    embed,
+    load_batches,
     load_encoder,
     name_of_encoder,
+    ready,
 )
 from unbraid.networks.models import load_model
 
 IMAGES = SyntheticImages(11)
+
+
+def embed(encoder: Encoder, dataset: Any, batch_size: int = 64) -> Tensor:
+    """Embeddings of all images, (N, D)."""
+    batches = in_batches(range(len(dataset)), batch_size)
+    with ready(encoder) as encode:
+        return torch.cat([encode(batch) for batch in load_batches(encoder, dataset, batches, 0)])
 
 
 def state_of(network: nn.Module) -> list[Any]:
@@ -70,15 +80,21 @@ def test_every_image_is_embedded_in_order(batch_size):
     assert_embeddings(embeddings, mean_colour, IMAGES)
 
 
-def test_images_may_be_loaded_in_other_processes():
-    assert_bit_equal(embed(mean_colour, IMAGES, workers=2), embed(mean_colour, IMAGES))
-
-
 def test_the_check_of_embeddings_fails_on_others():
     sound = embed(mean_colour, IMAGES)
     for wrong in (sound.roll(1, 0), sound[:-1], sound + 1e-7, sound[:, :2], sound * math.nan):
         with pytest.raises((AssertionError, ValueError)):
             assert_embeddings(wrong, mean_colour, IMAGES)
+
+
+class Clip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.Sequential(PooledFeatures(), nn.Dropout(0.5)).double()
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        return self.visual(images)
 
 
 def test_a_module_is_used_in_eval_mode_and_left_as_it_was():
@@ -87,26 +103,14 @@ def test_a_module_is_used_in_eval_mode_and_left_as_it_was():
     network.train()
     network.layer.eval()
     network.layer.weight.requires_grad_(False)
-    before = state_of(network)
-    assert_bit_equal(embed(network, IMAGES), expected)
-    assert_undisturbed(network, before)
-
-
-def test_so_is_the_module_that_a_method_belongs_to():
-    class Clip(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.visual = nn.Sequential(PooledFeatures(), nn.Dropout(0.5)).double()
-
-        def encode_image(self, images: Tensor) -> Tensor:
-            assert not torch.is_grad_enabled()
-            return self.visual(images)
-
-    clip = Clip()
-    before = state_of(clip)
-    assert clip.training
-    assert_close(embed(clip.encode_image, IMAGES), embed(mean_colour, IMAGES))
-    assert_undisturbed(clip, before)
+    clip = Clip()  # so is the module that a method belongs to
+    for module, encoder, embeddings in (
+        (network, network, expected),
+        (clip, clip.encode_image, embed(mean_colour, IMAGES)),
+    ):
+        before = state_of(module)
+        assert_close(embed(encoder, IMAGES), embeddings, 0 if module is network else 1e-9)
+        assert_undisturbed(module, before)
 
 
 def test_the_check_of_disturbance_fails_on_a_disturbed_network():
@@ -169,14 +173,7 @@ def test_what_is_no_embedding_is_told_in_a_sentence(wrong, told):
     assert_undisturbed(encoder, before)
 
 
-def test_bad_arguments_and_images_are_refused():
-    with pytest.raises(UsageError, match="batch_size is 0"):
-        embed(mean_colour, IMAGES, batch_size=0)
-    with pytest.raises(UsageError, match="workers is -1"):
-        embed(mean_colour, IMAGES, workers=-1)
-    with pytest.raises(UsageError, match="holds no image"):
-        embed(mean_colour, Subset(IMAGES, []))
-
+def test_a_broken_image_is_told():
     class Broken(SyntheticImages):
         def __getitem__(self, index: int) -> tuple[Tensor, int]:
             if index == 6:
@@ -185,12 +182,6 @@ def test_bad_arguments_and_images_are_refused():
 
     with pytest.raises(DataError, match=r"Image 6 .*truncated"):
         embed(mean_colour, Broken(11), batch_size=4)
-
-
-def test_the_random_numbers_of_the_caller_stay_where_they_were():
-    state = torch.random.get_rng_state()
-    embed(mean_colour, IMAGES)
-    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_an_encoder_that_asks_for_gradients_gets_none_into_the_embeddings():
@@ -236,20 +227,19 @@ class OnlyLogits(nn.Module):
         return self.behind(logits.flatten(1))
 
 
+def take_away(z: Tensor) -> Tensor:
+    """Logits that are no longer where the head put them."""
+    logits = z.clone()
+    z.zero_()
+    return logits
+
+
 @pytest.mark.parametrize("head", [nn.Linear(6, N_CLASSES), nn.Conv2d(6, N_CLASSES, 1)])
-@pytest.mark.parametrize("behind", [lambda z: z, lambda z: z.clone(), lambda z: z.float()])
+@pytest.mark.parametrize(
+    "behind", [lambda z: z, lambda z: z.clone(), lambda z: z.float(), take_away]
+)
 def test_the_classifier_is_found_by_its_output_not_by_its_place(head, behind):
     network = OnlyLogits(head, behind)
-    assert_embeddings(embed(Penultimate(network), IMAGES), network.features, IMAGES)
-
-
-def test_an_output_that_is_overwritten_is_remembered():
-    def take_away(z: Tensor) -> Tensor:
-        logits = z.clone()
-        z.zero_()
-        return logits
-
-    network = OnlyLogits(nn.Linear(6, N_CLASSES), take_away)
     assert_embeddings(embed(Penultimate(network), IMAGES), network.features, IMAGES)
 
 
@@ -279,21 +269,19 @@ def test_layers_may_be_used_on_what_is_no_batch():
         assert_close(network.head(embeddings), network(IMAGES.images))
 
 
-@pytest.mark.parametrize("behind", [lambda z: z.log_softmax(1), lambda z: 2 * z])
-def test_a_network_whose_logits_no_layer_gives_is_told_in_a_sentence(behind):
-    network = OnlyLogits(nn.Linear(6, N_CLASSES), behind).train()
-    before = state_of(network)
-    with pytest.raises(ModelError, match="no penultimate layer") as caught:
+@pytest.mark.parametrize(
+    ("network", "told"),
+    [
+        (OnlyLogits(nn.Linear(6, N_CLASSES), lambda z: z.log_softmax(1)), "no penultimate layer"),
+        (OnlyLogits(nn.Linear(6, N_CLASSES), lambda z: 2 * z), "no penultimate layer"),
+        (stack(("stem", nn.Linear(6, 4)), ("head", nn.Linear(5, 4))).double(), "cannot run on"),
+    ],
+)
+def test_a_network_without_a_penultimate_layer_is_told_and_left_as_it_was(network, told):
+    before = state_of(network.train())
+    with pytest.raises(ModelError, match=told) as caught:
         embed(Penultimate(network), IMAGES)
     assert "\n" not in str(caught.value)
-    assert_undisturbed(network, before)
-
-
-def test_a_network_that_fails_is_told_and_left_as_it_was():
-    network = stack(("stem", nn.Linear(6, 4)), ("head", nn.Linear(5, 4))).double()
-    before = state_of(network)
-    with pytest.raises(ModelError, match="cannot run on images"):
-        embed(Penultimate(network), IMAGES)
     assert_undisturbed(network, before)
 
 
@@ -361,18 +349,15 @@ def test_pictures_go_through_the_encoders_own_preprocessing(timm_encoder, mode):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_images_without_pictures_are_brought_to_its_size(timm_encoder, channels):
-    images = SyntheticImages(3, size=(channels, 20, 30), dtype=torch.float32)
+@pytest.mark.parametrize("size", [(20, 30), (176, 176)])
+def test_images_without_pictures_are_brought_to_its_size(timm_encoder, channels, size):
+    images = SyntheticImages(2, size=(channels, *size), dtype=torch.float32)
     fitted = images.images if channels == 3 else images.images.mean(1)[:, None].repeat(1, 3, 1, 1)
-    fitted = nn.functional.interpolate(fitted, (176, 176), mode="bilinear", antialias=True)
+    if size != (176, 176):
+        fitted = nn.functional.interpolate(fitted, (176, 176), mode="bilinear", antialias=True)
     with torch.no_grad():
         expected = timm_encoder.network(fitted)
     assert_close(embed(timm_encoder, images), expected, 1e-4)
-
-
-def test_images_of_its_size_are_taken_as_they_are(timm_encoder):
-    images = SyntheticImages(2, size=(3, 176, 176), dtype=torch.float32)
-    assert_embeddings(embed(timm_encoder, images, batch_size=1), timm_encoder.network, images)
 
 
 def test_an_encoder_of_ones_own_gets_the_images_not_the_pictures():
@@ -390,34 +375,21 @@ def test_a_picture_that_cannot_be_read_is_told(timm_encoder):
         embed(timm_encoder, Broken())
 
 
-@pytest.mark.parametrize(
-    ("spec", "told"),
-    [
-        ("timm:resnet17", "Did you mean .*resnet18"),
-        ("resnet18", "'resnet18' names no encoder; write timm:NAME"),
-        ("torchvision:resnet18", "names no encoder"),
-    ],
-)
-def test_unknown_encoders_are_told_in_a_sentence(spec, told):
-    with pytest.raises(UsageError, match=told):
-        load_encoder(spec)
-
-
-def test_without_timm_it_says_what_to_install(monkeypatch):
+def test_encoders_that_cannot_be_had_are_told_in_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for spec, error, told in (
+        ("timm:resnet17", UsageError, "Did you mean .*resnet18"),
+        ("resnet18", UsageError, "'resnet18' names no encoder; write timm:NAME"),
+        ("torchvision:resnet18", UsageError, "names no encoder"),
+        (NAME, ModelError, "resnet10t cannot be had .*penultimate"),
+    ):
+        with pytest.raises(error, match=told) as caught:
+            load_encoder(spec)
+        assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UsageError, match="pip install timm"):
         load_encoder(NAME)
-
-
-def test_without_a_connection_it_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match=r"resnet10t cannot be had .*penultimate") as caught:
-        load_encoder(NAME)
-    assert "\n" not in str(caught.value)
-
-
-# --- names ----------------------------------------------------------------------------------------
 
 
 def test_encoders_have_names(timm_encoder):

@@ -16,7 +16,6 @@ import unbraid
 from checks import Truth, assert_close, assert_evaluation, assert_published_table, truth_of
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import UsageError
-from unbraid.measuring.compare import OutputComparison
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import Split
 
@@ -137,26 +136,24 @@ def test_a_tau_that_no_image_reaches_leaves_the_table_empty(one_case):
 # --- what is known beforehand ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["no bias", "groups", "tokens"])
-def test_a_concept_channel_that_is_the_channel_mimics_it_and_is_not_silent(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "mask", "mimic", "silence"),
+    [
+        *((kind, 1.0, 0.0, 1.0) for kind in ("no bias", "groups", "tokens")),
+        ("no bias", 0.5, 0.5, 0.5),
+    ],
+)
+def test_copies_of_a_channel_have_a_separation_error_of_a_half(
+    kind, mask, mimic, silence, tmp_path
+):
+    """Whole copies mimic it and are not silent, halves do both by half."""
     case = make_case(kind, tmp_path)
-    result = unbraid.evaluate(with_masks(case.split, 1.0, 1.0), case.scan)
-    for channel in result.channels:
-        for concept in channel.concepts:
-            assert_close([concept.retention, concept.leakage], [1.0, 1.0])
-            assert_close([concept.mimic_error, concept.silence_error], [0.0, 1.0])
-        assert_close(channel.separation_error, 0.5)
-        assert_close(channel.separation_error_rectified, 0.5)
-
-
-def test_halving_a_channel_has_a_separation_error_of_a_half(tmp_path):
-    case = make_case("no bias", tmp_path)
-    result = unbraid.evaluate(with_masks(case.split, 0.5, 0.5), case.scan)
-    for channel in result.channels:
+    for channel in unbraid.evaluate(with_masks(case.split, mask, mask), case.scan).channels:
         assert_close(channel.separation_error, 0.5)
         assert_close(channel.separation_error_rectified, 0.5)
         for concept in channel.concepts:
-            assert_close([concept.mimic_error, concept.silence_error], [0.5, 0.5])
+            assert_close([concept.retention, concept.leakage], [mask, mask])
+            assert_close([concept.mimic_error, concept.silence_error], [mimic, silence])
 
 
 def test_of_three_concepts_each_error_counts_the_same(tmp_path):
@@ -200,22 +197,24 @@ def test_without_positions_all_but_the_rectified_measures_are_there(one_case, po
     assert result.to_dict()["channels"][0]["separation_error_rectified"] is None
 
 
-def test_a_scan_of_other_weights_is_refused(one_case, tmp_path):
-    scan = unbraid.scan(build("3x3", seed=1), "layer", SyntheticImages(8), tmp_path)
-    with pytest.raises(UsageError, match="another network or layer"):
-        unbraid.evaluate(one_case.split, scan)
-
-
-def test_a_scan_of_another_layer_is_refused(one_case, tmp_path):
-    scan = unbraid.scan(one_case.network, "stem", SyntheticImages(8), tmp_path)
-    with pytest.raises(UsageError, match="another network or layer"):
-        unbraid.evaluate(one_case.split, scan)
-
-
-def test_a_scan_without_images_of_a_concept_is_refused(one_case, tmp_path):
-    scan = unbraid.scan(one_case.network, "layer", SyntheticImages(12), tmp_path, classes=[0, 1, 2])
-    with pytest.raises(UsageError, match="no image of class 3, concept 1 of channel 5"):
-        unbraid.evaluate(one_case.split, scan)
+def test_scans_that_do_not_fit_are_refused(one_case, tmp_path):
+    network, images = one_case.network, SyntheticImages(12)
+    some = unbraid.scan(network, "layer", images, tmp_path / "some", classes=[0, 1, 2])
+    for scan, message in (
+        (unbraid.scan(build("3x3", seed=1), "layer", images, tmp_path / "a"), "another network"),
+        (unbraid.scan(network, "stem", images, tmp_path / "b"), "another network or layer"),
+        (some, "no image of class 3, concept 1 of channel 5"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            unbraid.evaluate(one_case.split, scan)
+    fewer = replace(one_case.split, channels=one_case.split.channels[1:], method="other")
+    for options, message in (
+        ({"tau": 1.5}, r"tau is 1\.5; a share must lie between 0 and 1"),
+        ({"baseline": one_case.split}, "baseline must divide the same .* by another method"),
+        ({"baseline": fewer}, "baseline must divide the same channels"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            unbraid.evaluate(one_case.split, one_case.scan, **options)
 
 
 def test_a_concept_of_two_classes_needs_images_of_one(one_case, tmp_path):
@@ -264,59 +263,35 @@ def test_the_summary_is_over_the_channels_that_could_be_measured(one_case):
 
 CONCEPT = {"classes", "retention", "leakage", "mimic_error", "silence_error", "auroc"}
 BESIDES = {"name", "n_images", "ratios"}  # of a concept, for the report and the published table
+ERRORS = {"separation_error", "separation_error_rectified"}
 
 
-def test_to_dict_has_the_keys_of_the_contract(one_case):
-    output = unbraid.compare_outputs(
-        one_case.network, unbraid.apply(one_case.network, one_case.split), SyntheticImages(8)
-    )
-    content = unbraid.evaluate(one_case.split, one_case.scan, output=output).to_dict()
-    assert set(content) == {"output", "channels", "summary", "ablation"}
-    assert set(content["output"]) == {
-        "max_abs_logit_diff",
-        "top1_agreement",
-        "top1_before",
-        "top1_after",
-    }
-    for channel in content["channels"]:
-        assert set(channel) == {
-            "layer",
-            "channel",
-            "concepts",
-            "separation_error",
-            "separation_error_rectified",
-            "ablation",
-            "semantics",
-        }
-        for concept in channel["concepts"]:
-            assert set(concept) == CONCEPT | BESIDES
-    assert set(content["summary"]) == {"published"}
-    assert set(content["summary"]["published"]) == {
-        "separation_error",
-        "separation_error_rectified",
-    }
-
-
-def test_to_dict_has_the_measures(one_case):
-    output = OutputComparison(0.0, 1.0, 0.75, 0.75)
+def test_to_dict_has_the_measures_under_the_keys_of_the_contract(one_case, tmp_path):
+    changed = unbraid.apply(one_case.network, one_case.split)
+    output = unbraid.compare_outputs(one_case.network, changed, SyntheticImages(8))
     result = unbraid.evaluate(one_case.split, one_case.scan, output=output)
     content = result.to_dict()
-    assert content["output"]["top1_before"] == 0.75
+    assert set(content) == {"output", "channels", "summary", "ablation"}
+    assert content["output"] == {
+        "max_abs_logit_diff": 0.0,
+        "top1_agreement": 1.0,
+        "top1_before": output.top1_before,
+        "top1_after": output.top1_after,
+    }
     assert content["summary"] == result.summary
+    assert set(content["summary"]["published"]) == ERRORS
     for entry, channel in zip(content["channels"], result.channels, strict=True):
+        assert set(entry) == {"layer", "channel", "concepts", *ERRORS, "ablation", "semantics"}
         assert entry["layer"] == channel.layer == "layer"
         assert entry["channel"] == channel.channel
         assert entry["separation_error"] == channel.separation_error
         for part, concept in zip(entry["concepts"], channel.concepts, strict=True):
+            assert set(part) == CONCEPT | BESIDES
             assert tuple(part["classes"]) == concept.classes
             for name in CONCEPT - {"classes"}:
                 assert part[name] == getattr(concept, name)
-
-
-def test_the_file_is_the_dictionary_in_json(one_case, tmp_path):
-    result = unbraid.evaluate(one_case.split, one_case.scan)
     result.save(tmp_path / "evaluation.json")
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == result.to_dict()
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(content))
 
 
 def test_json_has_null_for_what_is_no_number(one_case, tmp_path):
@@ -329,15 +304,3 @@ def test_json_has_null_for_what_is_no_number(one_case, tmp_path):
     assert channel["separation_error"] is None
     assert channel["concepts"][0]["leakage"] is None
     assert channel["concepts"][0]["auroc"] == first.concepts[0].auroc
-
-
-def test_an_evaluation_prints_a_row_per_concept_channel(one_case):
-    result = unbraid.evaluate(one_case.split, one_case.scan)
-    head, *rows = str(result).splitlines()
-    assert head.split() == [
-        "channel", "concept", "retention", "leakage", "mimic", "silence", "auroc", "error",
-    ]  # fmt: skip
-    assert len(rows) == sum(len(channel.concepts) for channel in result.channels)
-    assert rows[0].startswith("1 ")
-    assert rows[0].endswith(f"{result.channels[0].separation_error:.3f}")
-    assert "class 2, class 0" in rows[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,16 @@ from tiny_networks import SyntheticImages, build
 from unbraid import Scan, Semantics, Split
 from unbraid.base.errors import DataError, ModelError, RunError, UsageError
 from unbraid.measuring.results import Likeness, read_semantics
-from unbraid.measuring.semantics import WHOLE, Box, Crops, answering_box, cut_out
+from unbraid.measuring.semantics import (
+    WHOLE,
+    Box,
+    Crops,
+    MonosemanticitySums,
+    answering_box,
+    clarity,
+    cut_out,
+    pure_distances,
+)
 
 KINDS = ["1x1", "3x3", "uneven", "groups", "one dimension", "tokens", "pooled features"]
 OWN = {1: [[0], [1]], 5: [[2, 0], [3]], 6: [[3], [0, 1], [2]]}
@@ -212,16 +222,17 @@ class Coloured(SyntheticImages):
 def test_concept_channels_of_a_channel_of_two_things_are_of_one_thing_each(tmp_path):
     network, images = TwoThings(), Coloured()
     scan = unbraid.scan(network, "layer", images, tmp_path)
-    found = unbraid.find(scan, channels={0: [[0], [1]]})
-    split = unbraid.split(scan, found)
-    one = unbraid.measure_semantics(
-        split, scan, images, lambda x: x.mean((2, 3)), n_top=8
-    ).channels[0]
+    split = unbraid.split(scan, unbraid.find(scan, channels={0: [[0], [1]]}))
+    measured = unbraid.measure_semantics(split, scan, images, lambda x: x.mean((2, 3)), n_top=8)
+    one = measured.channels[0]
     assert one.original.monosemanticity == pytest.approx(9 / 19, abs=0.01)  # pairs of one colour
     for like in one.concepts:
         assert like.monosemanticity == pytest.approx(1, abs=1e-6)
         assert like.clarity == pytest.approx(1, abs=1e-6)
     assert one.within < 0.1 < 1.3 < one.between
+    own = unbraid.measure_semantics(split, scan, images, unbraid.Penultimate(network))
+    assert own.channels[0].encoder == "the network's own penultimate layer"
+    assert network.training
 
 
 def test_a_concept_channel_that_is_never_above_zero_has_no_score(one_case):
@@ -236,68 +247,39 @@ def test_a_concept_channel_that_is_never_above_zero_has_no_score(one_case):
         assert all(math.isfinite(like.clarity) for like in one.concepts)
 
 
-def test_the_networks_own_features_may_embed(tmp_path):
-    network, images = TwoThings(), Coloured()
-    scan = unbraid.scan(network, "layer", images, tmp_path)
-    split = unbraid.split(scan, unbraid.find(scan, channels={0: [[0], [1]]}))
-    result = unbraid.measure_semantics(split, scan, images, unbraid.Penultimate(network))
-    assert result.channels[0].encoder == "the network's own penultimate layer"
-    assert network.training
-    assert str(result).splitlines()[0].split() == [
-        *("channel", "monosemanticity", "clarity", "within", "between")
-    ]
-    assert len(str(result).splitlines()) == 4
+class Broken(SyntheticImages):
+    """Images of which those before a place cannot be read."""
+
+    def __init__(self, n_images: int, place: int) -> None:
+        super().__init__(n_images, seed=1)
+        self.place = place
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index < self.place:
+            raise OSError("truncated")
+        return super().__getitem__(index)
 
 
-def test_images_that_could_not_be_read_take_no_part(tmp_path):
-    class Broken(SyntheticImages):
-        broken = (0, 4, 9)
-
-        def __getitem__(self, index: int) -> tuple[Tensor, int]:
-            if index in self.broken:
-                raise OSError("truncated")
-            return super().__getitem__(index)
-
-    network, images = build("3x3"), Broken(14, seed=1)
-    folder = tmp_path / "scan"
-    scan = unbraid.scan(network, "layer", images, folder, positions=True, skip_broken=True)
-    split = unbraid.split(
-        scan, unbraid.find(scan, channels={1: [[0], [1]]}), method="published", rho=0.8
-    )
-    measured = unbraid.measure_semantics(split, scan, images, encode, n_top=N_TOP).channels[1]
-    kept = [n for n in range(14) if n not in Broken.broken]
-    whole = unbraid.scan(
-        network, "layer", Subset(SyntheticImages(14, seed=1), kept), tmp_path / "b", positions=True
-    )
-    expected = unbraid.measure_semantics(
-        split, whole, Subset(SyntheticImages(14, seed=1), kept), encode, n_top=N_TOP
-    ).channels[1]
-    assert measured.n_images == 11
-    assert measured == expected
-
-
-def test_a_shard_without_an_image_that_can_be_read_is_left_out(tmp_path):
-    class Broken(SyntheticImages):
-        def __getitem__(self, index: int) -> tuple[Tensor, int]:
-            if index < 130:
-                raise OSError("truncated")
-            return super().__getitem__(index)
-
-    case = make_case("1x1", tmp_path)
-    scan = unbraid.scan(
-        build("1x1"), "layer", Broken(150), tmp_path / "b", positions=True, skip_broken=True
-    )
-    assert [len(records) for records in scan.shards()] == [0, 20]
-    result = measure(case, scan=scan, dataset=Broken(150))
-    assert {one.n_images for one in result.channels.values()} == {20}
+@pytest.mark.parametrize(("n_images", "place"), [(14, 3), (150, 130)])
+def test_images_that_could_not_be_read_take_no_part(tmp_path, n_images, place):
+    """Not even where a whole shard has none that could."""
+    images, kept = Broken(n_images, place), range(place, n_images)
+    network, options = build("1x1"), {"positions": True, "skip_broken": True}
+    scan = unbraid.scan(network, "layer", images, tmp_path / "a", **options)
+    assert (len(next(iter(scan.shards()))) == 0) == (place > 128)
+    split = make_case("1x1", tmp_path).split
+    measured = unbraid.measure_semantics(split, scan, images, encode, n_top=N_TOP)
+    readable = Subset(images, kept)
+    whole = unbraid.scan(network, "layer", readable, tmp_path / "b", **options)
+    expected = unbraid.measure_semantics(split, whole, readable, encode, n_top=N_TOP)
+    assert {one.n_images for one in measured.channels.values()} == {n_images - place}
+    assert repr(measured) == repr(expected)
 
 
 def test_a_scan_of_some_classes_needs_only_their_images(tmp_path):
     case = make_case("1x1", tmp_path)
-    network = build("1x1")
-    some = unbraid.scan(network, "layer", case.images, tmp_path / "some", classes=[0, 2])
-    result = measure(case, scan=some)
-    assert {one.n_images for one in result.channels.values()} == {7}
+    some = unbraid.scan(build("1x1"), "layer", case.images, tmp_path / "some", classes=[0, 2])
+    assert {one.n_images for one in measure(case, scan=some).channels.values()} == {7}
 
 
 # --- kept with the measures -----------------------------------------------------------------------
@@ -326,21 +308,16 @@ def test_semantics_are_kept_in_evaluation_json_and_read_back(one_case, tmp_path)
     assert read.channels[1] == semantics.channels[1]
 
 
-def test_without_semantics_there_are_none_to_read(one_case, tmp_path):
+def test_a_file_without_semantics_has_none_and_a_damaged_one_is_told(one_case, tmp_path):
     path = tmp_path / "evaluation.json"
     unbraid.evaluate(one_case.split, one_case.scan).save(path)
     assert {entry["semantics"] for entry in json.loads(path.read_text())["channels"]} == {None}
     assert read_semantics(path) is None
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "{}", '{"channels": [{"channel": 1, "semantics": {"within": 1}}]}', "[]"]
-)
-def test_a_damaged_file_is_told(tmp_path, text):
-    path = tmp_path / "evaluation.json"
-    path.write_text(text)
-    with pytest.raises(RunError, match="start the run again"):
-        read_semantics(path)
+    damaged = '{"channels": [{"channel": 1, "semantics": {"within": 1}}]}'
+    for text in ("", "{", "{}", damaged, "[]"):
+        path.write_text(text)
+        with pytest.raises(RunError, match="start the run again"):
+            read_semantics(path)
 
 
 def test_some_channels_will_do_but_not_those_of_another_split(one_case):
@@ -368,6 +345,170 @@ def test_predicted_labels_need_not_be_the_data_sets(tmp_path):
     assert result.channels[1].n_images == 14
     with pytest.raises(UsageError, match="not the one that was scanned"):
         unbraid.measure_semantics(split, scan, SyntheticImages(13), encode)
+
+
+ACTIVATIONS = {
+    "any sign": lambda a: a,
+    "rectified": lambda a: a.clamp(min=0),
+    "sparse": lambda a: (a - 1.2).clamp(min=0),
+    "all negative": lambda a: a - 10,
+    "large and alike": lambda a: 1e6 + 1e-3 * a,
+    "an outlier": lambda a: a + 1e5 * (torch.arange(len(a)) == 3)[:, None],
+    "first is the outlier": lambda a: a - 1e5 * (torch.arange(len(a)) == 0)[:, None],
+    "single precision": lambda a: a.float(),
+}
+
+
+def some_images(n: int = 23, channels: int = 4, dimensions: int = 5) -> tuple[Tensor, Tensor]:
+    """Activations (N, C) and embeddings (N, D) that lean to one side, as real ones do."""
+    a = torch.randn(n, channels, dtype=torch.float64)
+    return a, torch.randn(n, dimensions, dtype=torch.float64) + 0.5
+
+
+def scores_of(activations: Tensor, embeddings: Tensor, sizes: Sequence[int] = ()) -> Tensor:
+    """Scores of images that come in parts of some sizes."""
+    sums = MonosemanticitySums()
+    sizes = sizes or [len(activations)]
+    for a, e in zip(activations.split(sizes), embeddings.split(sizes), strict=True):
+        sums.add(a, e)
+    return sums.scores()
+
+
+def assert_scores(scores: Tensor, activations: Tensor, embeddings: Tensor) -> None:
+    """Each channel's score is the double loop's."""
+    assert scores.shape == activations.shape[1:]
+    assert scores.dtype == torch.float64
+    for actual, activation in zip(scores, activations.T, strict=True):
+        assert_close(actual, oracle.monosemanticity(activation, embeddings))
+
+
+def assert_clarity(actual: float, embeddings: Tensor) -> None:
+    assert_close(actual, oracle.clarity(embeddings))
+
+
+def assert_distances(actual: tuple[float, float], embeddings: Tensor, concept: Tensor) -> None:
+    """Distances within and between, in this order."""
+    for one, expected in zip(actual, oracle.pure_distances(embeddings, concept), strict=True):
+        assert_close(one, expected)
+
+
+# --- monosemanticity, clarity and PURE's distances ------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_scores_in_one_pass_are_those_of_the_double_loop(kind):
+    a, e = some_images()
+    a = ACTIVATIONS[kind](a)
+    assert_scores(scores_of(a, e), a, e)
+
+
+@pytest.mark.parametrize("sizes", [[23], [1] * 23, [1, 22], [7, 3, 13]])
+def test_it_does_not_matter_how_images_are_divided_among_shards(sizes):
+    a, e = some_images()
+    assert_scores(scores_of(a, e, sizes), a, e)
+    e[[0, 7, 8, 9]] = 0  # without a direction, also all of a shard
+    assert_scores(scores_of(a, e, sizes), a, e)
+
+
+def without_pairs() -> dict[str, Tensor]:
+    """Activations of one channel in which no two images share anything."""
+    rounded = torch.full((50, 1), 0.1, dtype=torch.float64)
+    rounded[::2] = torch.nextafter(rounded[0], 2 * rounded[0])
+    one_differs = rounded.clone()
+    one_differs[4] = 7.0
+    alone = torch.zeros(50, 1, dtype=torch.float64)
+    alone[11] = 1.3
+    return {
+        **{f"always {x}": torch.full_like(alone, x) for x in (0.0, 3.0, -1e8, 0.1)},
+        **{f"one above {x}": alone + x for x in (0.0, 0.7, -300.0)},
+        "rounding": rounded,
+        "rounding but in one image": one_differs,
+        "one image": alone[:1],
+    }
+
+
+@pytest.mark.parametrize("a", without_pairs().values(), ids=without_pairs())
+def test_scores_of_channels_without_a_pair_of_images_are_nan(a):
+    e = some_images(len(a))[1]
+    assert scores_of(a, e).isnan().all()
+    some = some_images(len(a))[0]
+    if len(a) > 1:
+        assert scores_of(torch.cat([some, a], 1), e).isnan().tolist() == [False] * 4 + [True]
+    assert scores_of(some, torch.zeros_like(e)).isnan().all()
+
+
+def test_neither_the_unit_of_activations_nor_that_of_embeddings_matters():
+    a, e = some_images()
+    same = scores_of(7 * a - 3, e * torch.rand(23, 1).double().add(0.1))
+    assert_close(same, scores_of(a, e))
+
+
+def test_a_channel_of_one_thing_scores_one_and_of_two_things_half():
+    e = torch.eye(2).double().repeat_interleave(500, 0)  # two things, as unlike as can be
+    one, two = torch.zeros(1000).double(), torch.zeros(1000).double()
+    one[:400] = 1
+    two[:400] = two[500:900] = 1
+    assert_close(scores_of(torch.stack([one, two], 1), e)[0], 1.0)
+    assert_close(scores_of(torch.stack([one, two], 1), e)[1], 399 / 799)
+
+
+def test_the_check_of_scores_fails_on_other_images():
+    a, e = some_images()
+    scores = scores_of(a, e)
+    assert_scores(scores, a, e)
+    corrupted = [
+        (scores, a, e.roll(1, 0)),
+        (scores, a, e[:, :-1]),
+        (scores, a.roll(1, 1), e),
+        (scores, a[:-1], e[:-1]),
+        (scores, a.clamp(min=0), e),
+        (scores + 1e-7, a, e),
+        (scores.where(torch.arange(4) != 2, torch.nan), a, e),
+        (scores[:3], a, e),
+        (scores.float(), a, e),
+    ]
+    for wrong in corrupted:
+        with pytest.raises(AssertionError):
+            assert_scores(*wrong)
+
+
+@pytest.mark.parametrize("n", [2, 3, 20])
+def test_clarity_is_that_of_the_double_loop(n):
+    e = some_images(n)[1]
+    assert_clarity(clarity(e), e)
+    assert_clarity(clarity(e.float()), e.float())
+    with_zero = torch.cat([e, torch.zeros_like(e[:1])])  # which has no direction
+    assert_clarity(clarity(with_zero), with_zero)
+    assert_close(clarity(with_zero), clarity(e))
+    for wrong in (e[:-1], e.clamp(min=0), -e + 1):
+        with pytest.raises(AssertionError):
+            assert_clarity(clarity(e), wrong)
+
+
+def test_clarity_of_less_than_two_images_is_not_known():
+    e = some_images(1)[1]
+    for few in (e, torch.cat([e, torch.zeros_like(e)]), e[:0]):
+        assert math.isnan(clarity(few))
+
+
+@pytest.mark.parametrize("concept", [[0, 0, 1, 1, 0, 2], [0, 1, 2, 3, 4, 5], [1] * 6])
+def test_distances_are_those_of_the_double_loop(concept):
+    e, concept = some_images(6)[1], torch.tensor(concept)
+    for embeddings in (e, e.float()):
+        assert_distances(pure_distances(embeddings, concept), embeddings, concept)
+    within, between = pure_distances(e, concept)
+    assert math.isnan(within) == (len(concept.unique()) == 6)
+    assert math.isnan(between) == (len(concept.unique()) == 1)
+    for wrong in ((between, within), (within + 1e-7, between + 1e-7), (within, 0.0)):
+        with pytest.raises(AssertionError):
+            assert_distances(wrong, e, concept)
+    with pytest.raises(AssertionError):
+        assert_distances((within, between), e.roll(1, 1) * 2, concept)
+
+
+def test_the_same_image_in_two_concepts_has_no_distance():
+    e = some_images(40)[1][[0] * 40]  # more than cdist would take without rounding
+    assert pure_distances(e, torch.arange(40) % 2) == (0.0, 0.0)
 
 
 # --- crops ----------------------------------------------------------------------------------------

@@ -23,15 +23,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
+from unbraid.images.folders import ImageFolder
 
 import unbraid
 from oracle import channel_input_relevance, channel_map, layer_io
 from unbraid import Features, Scan, Split, UnbraidError, cli
 from unbraid.base.errors import DataError, RunError, UsageError
-from unbraid.images.folders import ImageFolder
 from unbraid.measuring.reference_images import ALIKE, reference_images
 from unbraid.reporting import figures
-from unbraid.reporting.figures import COLOURS
+from unbraid.reporting.paper import COLOURS
 from unbraid.running.run import figure_of_run
 from unbraid.visualizing.features import Feature
 
@@ -436,7 +436,7 @@ def test_notebooks_show_a_picture_and_pyplot_is_left_alone(run: Run) -> None:
     figure = unbraid.density_figure(run.split, run.scan, 4)
     with Image.open(io.BytesIO(figure._repr_png_())) as picture:
         assert 400 < picture.width < 800
-    code = "import sys, unbraid.reporting.figures; print('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, unbraid.reporting.paper; print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

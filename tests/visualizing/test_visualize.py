@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,14 @@ from unbraid.visualizing import visualize as making
 from unbraid.visualizing.features import Features
 from unbraid.visualizing.visualize import Score, watch
 
-QUICK = {"steps": 3}
+
+def visualize(
+    network: nn.Module, channels: Sequence[int] | None = None, **options: Any
+) -> Features:
+    """A few steps on small images."""
+    return unbraid.visualize(
+        network, "layer", SyntheticImages(8), channels, **{"steps": 3, **options}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,24 +119,20 @@ def test_the_image_of_a_concept_channel_excites_it_and_not_the_others(demo_featu
     assert_excites_its_own(demo_features, demo_split)
 
 
-def test_images_of_other_concepts_or_masks_of_others_would_be_told(demo_features, demo_split):
+def test_the_check_fails_on_other_concepts_other_masks_and_noise(demo_features, demo_split):
     turned = {f: {None: None, 0: 1, 1: 0}[f.concept] for f in demo_features.features}
-    swapped = replace(
-        demo_features, features=tuple(replace(f, concept=k) for f, k in turned.items())
-    )
-    with pytest.raises(AssertionError):
-        assert_excites_its_own(swapped, demo_split)
-    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
-    parts = [replace(p, masks=p.masks[:, order]) for p in demo_split.channels]
-    with pytest.raises(AssertionError):
-        assert_excites_its_own(demo_features, replace(demo_split, channels=tuple(parts)))
-
-
-def test_noise_would_be_told(demo_features, demo_split):
+    swapped = tuple(replace(f, concept=k) for f, k in turned.items())
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 28, 4), dtype=np.uint8))
-    features = tuple(replace(f, picture=noise) for f in demo_features.features)
-    with pytest.raises(AssertionError):
-        assert_excites_its_own(replace(demo_features, features=features), demo_split)
+    noisy = tuple(replace(f, picture=noise) for f in demo_features.features)
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    parts = tuple(replace(p, masks=p.masks[:, order]) for p in demo_split.channels)
+    for features, split in (
+        (replace(demo_features, features=swapped), demo_split),
+        (replace(demo_features, features=noisy), demo_split),
+        (demo_features, replace(demo_split, channels=parts)),
+    ):
+        with pytest.raises(AssertionError):
+            assert_excites_its_own(features, split)
 
 
 def test_the_whole_channels_image_excites_it_beyond_all_real_images(demo_features, demo_split):
@@ -165,10 +170,8 @@ def test_the_plain_objective_excites_others_too(demo_split, demo_features):
 
 @pytest.mark.parametrize("spectrum", [False, True])
 def test_more_steps_reach_more(one_pair, spectrum):
-    dataset = SyntheticImages(8)
     few, many = (
-        unbraid.visualize(one_pair.changed, "layer", dataset, [1], steps=steps, spectrum=spectrum)
-        for steps in (1, 60)
+        visualize(one_pair.changed, [1], steps=steps, spectrum=spectrum) for steps in (1, 60)
     )
     assert many.of(1)[0].responses[0] > few.of(1)[0].responses[0] + 0.1
 
@@ -236,11 +239,12 @@ def test_responses_are_the_oracles_in_layers_of_every_kind(kind, split_of):
         responses = watched.respond(images())
     for channel, concept in ((1, 0), (1, 1), (0, 0), (3, 1)):
         expected = concept_maps(pair, channel, concept, images())
-        assert_close(responses.concepts[:, watched.rows[channel, concept]], expected)
+        assert_close(responses[:, watched.rows[channel, concept]], expected)
     whole = layer_output(pair.network, images())
     if isinstance(pair.network.layer, nn.Linear):
         whole = whole.movedim(-1, 1)
-    assert_close(responses.whole, whole.reshape(responses.whole.shape))
+    found = responses[:, : pair.split.layer.n_out]
+    assert_close(found, whole.reshape(found.shape))
 
 
 def test_responses_over_several_calls_and_windows_count_all_positions():
@@ -257,7 +261,7 @@ def test_responses_over_several_calls_and_windows_count_all_positions():
 
     network, x = Windows().double(), torch.randn(3, 3, 4, 4, dtype=torch.float64)
     with torch.no_grad():
-        found = watch(network, "layer").respond(x).whole.mean(-1)
+        found = watch(network, "layer").respond(x).mean(-1)
         expected = network.layer(1.5 * x.flatten(2).mean(2))
     assert_close(found, expected)
 
@@ -271,14 +275,11 @@ def test_scores_are_what_a_loop_says(contrast, split_of):
         responses = watched.respond(images())
         found = Score(watched, targets, contrast)(responses)
     for n, (channel, concept) in enumerate(targets):
-        if concept is None:
-            expected = float(responses.whole[n, channel].mean())
-        else:
-            expected = float(responses.concepts[n, watched.rows[channel, concept]].mean())
-            for other in range(3 if channel == 2 else 2):
-                z = responses.concepts[n, watched.rows[channel, other]]
-                if contrast and other != concept:
-                    expected -= sum(max(float(v), 0.0) for v in z) / len(z)
+        expected = float(responses[n, watched.rows[channel, concept]].mean())
+        for other in range(3 if channel == 2 else 2) if contrast and concept is not None else ():
+            z = responses[n, watched.rows[channel, other]]
+            if other != concept:
+                expected -= sum(max(float(v), 0.0) for v in z) / len(z)
         assert_close(float(found[n]), expected, tolerance=1e-5)
 
 
@@ -298,7 +299,7 @@ def test_the_next_module_does_not_write_into_responses(one_pair):
     assert one_pair.network.behind.inplace
     with torch.no_grad():
         responses = watch(one_pair.changed, "layer").respond(images())
-    assert float(responses.whole.min()) < 0
+    assert float(responses[:, : one_pair.split.layer.n_out].min()) < 0
 
 
 # --- reproducible, and nothing left behind --------------------------------------------------------
@@ -307,9 +308,7 @@ def test_the_next_module_does_not_write_into_responses(one_pair):
 @pytest.mark.parametrize("spectrum", [False, True])
 def test_the_same_seed_gives_the_same_pictures(one_pair, spectrum):
     def make(seed: int) -> Features:
-        return unbraid.visualize(
-            *(one_pair.changed, "layer", SyntheticImages(8)), seed=seed, spectrum=spectrum, **QUICK
-        )
+        return visualize(one_pair.changed, seed=seed, spectrum=spectrum)
 
     first = make(1)
     torch.rand(3)
@@ -319,17 +318,17 @@ def test_the_same_seed_gives_the_same_pictures(one_pair, spectrum):
 
 
 def test_an_image_does_not_depend_on_the_others(one_pair, monkeypatch):
-    everything = unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), n=2, **QUICK)
-    some = unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), [3], n=2, **QUICK)
+    everything = visualize(one_pair.changed, n=2)
+    some = visualize(one_pair.changed, [3], n=2)
     only = replace(everything, features=tuple(f for f in everything.features if f.channel == 3))
     assert_same_pictures(some, only, levels=1)
     monkeypatch.setattr(making, "_PIXELS", 4 * 42)  # four images at once, of 7 x 6 pixels
-    portions = unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), n=2, **QUICK)
+    portions = visualize(one_pair.changed, n=2)
     assert_same_pictures(everything, portions, levels=1)
 
 
 def test_several_images_differ_and_the_best_comes_first(one_pair):
-    made = unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), [1], n=3, steps=20)
+    made = visualize(one_pair.changed, [1], n=3, steps=20)
     first, second, third = made.of(1)
     assert (first.place, second.place, third.place) == (0, 1, 2)
     assert first.responses[0] >= second.responses[0] >= third.responses[0]
@@ -337,37 +336,33 @@ def test_several_images_differ_and_the_best_comes_first(one_pair):
     assert len({f.picture.tobytes() for f in (first, second, third)}) == 3
 
 
-def test_torchs_own_random_numbers_are_left_alone(one_pair):
-    before = torch.get_rng_state()
-    unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), [1], n=2, **QUICK)
-    assert_bit_equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_the_network_is_left_as_it_was(one_pair, training):
     one_pair.changed.train(training)
     before = snapshot(one_pair.changed)
-    unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), [1], **QUICK)
+    state = torch.get_rng_state()
+    visualize(one_pair.changed, [1], n=2)
+    assert_bit_equal(torch.get_rng_state(), state)
     assert_untouched(before, snapshot(one_pair.changed))
     with pytest.raises(ModelError):
-        unbraid.visualize(one_pair.changed, "layer", Uniform((2, 7, 6)), [1], **QUICK)
+        unbraid.visualize(one_pair.changed, "layer", Uniform((2, 7, 6)), [1])
     assert_untouched(before, snapshot(one_pair.changed))
 
 
 def test_it_works_where_gradients_are_off(one_pair):
-    expected = unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), [1], **QUICK)
+    expected = visualize(one_pair.changed, [1])
     with torch.no_grad():
-        without = unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), [1], **QUICK)
+        without = visualize(one_pair.changed, [1])
     with torch.inference_mode():
-        inference = unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), [1], **QUICK)
+        inference = visualize(one_pair.changed, [1])
     assert_same_pictures(expected, without)
     assert_same_pictures(expected, inference)
 
 
 def test_a_gate_in_force_counts(one_pair):
     with one_pair.changed.gate("layer", 1, 0, 0.0):
-        made = unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), [1], **QUICK)
-    usual = unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), [1], **QUICK)
+        made = visualize(one_pair.changed, [1])
+    usual = visualize(one_pair.changed, [1])
     assert made.of(1)[0].responses[0] != usual.of(1)[0].responses[0]
 
 
@@ -377,7 +372,7 @@ def test_a_gate_in_force_counts(one_pair):
 @pytest.mark.parametrize("kind", ["groups", "tokens", "grid of tokens", "one dimension", "head"])
 def test_layers_of_every_kind_are_visualised(kind, split_of):
     pair = Pair(kind, split_of(kind))
-    made = unbraid.visualize(pair.changed, "layer", SyntheticImages(8), **QUICK)
+    made = visualize(pair.changed)
     assert made.channels == (0, 1, 3)
     assert [f.concept for f in made.features] == 3 * [None, 0, 1]
     assert all(len(f.responses) == 3 and f.picture.size == (6, 7) for f in made.features)
@@ -385,11 +380,11 @@ def test_layers_of_every_kind_are_visualised(kind, split_of):
 
 
 def test_a_network_that_was_not_split_has_whole_channels_only(one_pair):
-    made = unbraid.visualize(one_pair.network, "layer", SyntheticImages(8), [2, 5], **QUICK)
+    made = visualize(one_pair.network, [2, 5])
     assert [(f.channel, f.concept) for f in made.features] == [(2, None), (5, None)]
     assert all(len(f.responses) == 1 for f in made.features)
     with pytest.raises(UsageError, match="say which channels"):
-        unbraid.visualize(one_pair.network, "layer", SyntheticImages(8), **QUICK)
+        visualize(one_pair.network)
 
 
 def test_half_precision_networks_are_visualised(split_of):
@@ -397,24 +392,20 @@ def test_half_precision_networks_are_visualised(split_of):
     split = split_of("1x1", dtype=torch.float32)
     changed = unbraid.apply(network, split).bfloat16()
     dataset = SyntheticImages(8, dtype=torch.bfloat16)
-    assert unbraid.visualize(changed, "layer", dataset, [1], **QUICK).channels == (1,)
+    assert unbraid.visualize(changed, "layer", dataset, [1]).channels == (1,)
 
 
 def test_the_size_may_be_another(one_pair):
-    made = unbraid.visualize(
-        one_pair.changed, "layer", SyntheticImages(8), [1], size=(15, 11), **QUICK
-    )
+    made = visualize(one_pair.changed, [1], size=(15, 11))
     assert made.image(1).size == (11, 15)
     assert made.settings["size"] == [15, 11]
 
 
 def test_time_is_kept_and_what_is_left_out_is_told(one_pair, monkeypatch):
     monkeypatch.setattr(making, "_PIXELS", 3 * 42)  # a channel at once
-    made = unbraid.visualize(
-        one_pair.changed, "layer", SyntheticImages(8), [3, 0, 1], seconds=0.0, **QUICK
-    )
+    made = visualize(one_pair.changed, [3, 0, 1], seconds=0.0)
     assert (made.channels, made.left_out) == ((3,), 2)
-    made = unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), seconds=600.0, **QUICK)
+    made = visualize(one_pair.changed, seconds=600.0)
     assert (made.channels, made.left_out) == ((0, 1, 3), 0)
 
 
@@ -427,38 +418,22 @@ def test_time_is_kept_and_what_is_left_out_is_told(one_pair, monkeypatch):
         ({"channels": [8]}, "no channel 8"),
         ({"channels": [-1]}, "no channel -1"),
         ({"size": (0, 5)}, "size is"),
+        ({"seconds": -1.0}, "seconds is -1"),
         ({"size": (5000, 5000)}, "size is"),
     ],
 )
 def test_arguments_out_of_range_are_told(one_pair, wrong, message):
     with pytest.raises(UsageError, match=message):
-        unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), **wrong)
+        visualize(one_pair.changed, **wrong)
 
 
-def test_layers_that_cannot_be_visualised_are_told(one_pair):
-    with pytest.raises(LayerError, match="no layer 'lair'"):
-        unbraid.visualize(one_pair.changed, "lair", SyntheticImages(8))
+class Unused(nn.Module):
+    def __init__(self, detach: bool) -> None:
+        super().__init__()
+        self.layer, self.detach = nn.Conv2d(3, 2, 1), detach
 
-    class Unused(nn.Module):
-        def __init__(self, detach: bool) -> None:
-            super().__init__()
-            self.layer, self.detach = nn.Conv2d(3, 2, 1), detach
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x.detach()).mean((2, 3)) if self.detach else x.mean((2, 3))
-
-    with pytest.raises(LayerError, match="does not run"):
-        unbraid.visualize(Unused(False), "layer", Uniform(), [0])
-    with pytest.raises(LayerError, match="gradient"):
-        unbraid.visualize(Unused(True), "layer", Uniform(), [0])
-
-
-def test_a_network_that_fails_or_answers_with_nan_is_told(one_pair):
-    with pytest.raises(ModelError, match=r"cannot run on images of shape \(2, 7, 6\)"):
-        unbraid.visualize(one_pair.changed, "layer", Uniform((2, 7, 6)))
-    one_pair.changed.stem.weight.data[0] = float("nan")
-    with pytest.raises(ModelError, match="NaN"):
-        unbraid.visualize(one_pair.changed, "layer", SyntheticImages(8), **QUICK)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.detach()).mean((2, 3)) if self.detach else x.mean((2, 3))
 
 
 class OneWay(torch.autograd.Function):
@@ -469,19 +444,36 @@ class OneWay(torch.autograd.Function):
         return 2 * x
 
 
-def test_a_network_without_gradients_is_told():
-    class Forwards(Colours):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(OneWay.apply(x))
-
-    with pytest.raises(ModelError, match="no gradient of its image"):
-        unbraid.visualize(Forwards(), "layer", Uniform(), [0])
+class Forwards(Colours):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(OneWay.apply(x))
 
 
-def test_images_without_colours_or_of_no_shape_are_told(one_pair):
-    flat = Uniform()
-    flat.images[:] = 0.5
-    with pytest.raises(DataError, match="one colour"):
-        unbraid.visualize(one_pair.changed, "layer", flat)
-    with pytest.raises(DataError, match="channels, height, width"):
-        unbraid.visualize(one_pair.changed, "layer", Uniform((3, 12)))
+def with_nan() -> Colours:
+    network = Colours()
+    network.layer.weight.data[0] = float("nan")
+    return network
+
+
+def flat() -> Uniform:
+    images = Uniform()
+    images.images[:] = 0.5
+    return images
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "images", "error", "message"),
+    [
+        (Colours(), "lair", Uniform(), LayerError, "no layer 'lair'"),
+        (Unused(False), "layer", Uniform(), LayerError, "does not run"),
+        (Unused(True), "layer", Uniform(), LayerError, "gradient"),
+        (Forwards(), "layer", Uniform(), ModelError, "no gradient of its image"),
+        (with_nan(), "layer", Uniform(), ModelError, "NaN"),
+        (Colours(), "layer", Uniform((2, 7, 6)), ModelError, r"run on images of shape \(2, 7, 6\)"),
+        (Colours(), "layer", flat(), DataError, "one colour"),
+        (Colours(), "layer", Uniform((3, 12)), DataError, "channels, height, width"),
+    ],
+)
+def test_what_cannot_be_visualised_is_told(network, layer, images, error, message):
+    with pytest.raises(error, match=message):
+        unbraid.visualize(network, layer, images, [0])

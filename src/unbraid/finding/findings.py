@@ -5,17 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from unbraid.base.arguments import as_path
-from unbraid.base.files import write_whole
-from unbraid.base.tables import Shown, align, count, csv_text, data_frame, html_lines, html_table
-from unbraid.scanning.records import Cluster, Clusters
-
-if TYPE_CHECKING:
-    import pandas as pd
-
+from unbraid.base.tables import Exported, Table, Tabular, count
+from unbraid.finding.membership import Cluster, Clusters, Members
+from unbraid.scanning.records import Scan
 
 Concept = tuple[int, ...]  # the classes, or clusters, that share one cause
 ConceptKind = Literal["classes", "clusters"]
@@ -62,7 +56,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Findings(Shown):
+class Findings(Tabular, Exported):
     """The polysemantic channels of a layer.
 
     `concepts` divides the classes that use a channel into groups; `pairs` is the published list,
@@ -85,6 +79,8 @@ class Findings(Shown):
     auto: bool = False  # whether tau was chosen by rule
     note: str = ""  # what to know of the tau chosen
 
+    columns = COLUMNS
+
     @property
     def channels(self) -> tuple[int, ...]:
         """The polysemantic channels, in order."""
@@ -101,24 +97,21 @@ class Findings(Shown):
         """Tau as people read it, and whether it was chosen for them."""
         return f"{self.tau:g} (auto)" if self.auto else f"{self.tau:g}"
 
+    def members_in(self, scan: Scan) -> Members:
+        """Say which images of a scan of this layer belong to which class or cluster."""
+        return Members(scan, self.clusters)
+
     def __len__(self) -> int:
         """Number of pairs."""
         return len(self.pairs)
 
-    def __str__(self) -> str:
-        """Show the pairs as a table, or say what comes nearest to a finding."""
+    def table(self) -> Table:
+        """Show the pairs, or say what comes nearest to a finding."""
         note = f"\nNote: {self.note}" if self.note else ""
         if not self.pairs:
-            return f"{self._head}. {self.hint}".rstrip() + note
-        rows, legend = self._table
-        return f"{self._head}\n{align(rows)}\n{legend}{note}"
-
-    def _repr_html_(self) -> str:
-        if not self.pairs:
-            return html_lines(str(self))
-        rows, legend = self._table
-        note = f"\nNote: {self.note}" if self.note else ""
-        return html_table(rows, title=self._head, note=legend + note)
+            return Table((), note=f"{self._head}. {self.hint}".rstrip() + note)
+        rows, legend = self._cluster_rows() if self.kind == "clusters" else self._class_rows()
+        return Table(rows, self._head, legend + note)
 
     @property
     def _head(self) -> str:
@@ -126,17 +119,12 @@ class Findings(Shown):
         return f"{count(len(self.pairs), 'pair')} of {self.kind} in {n_channels} ({self._asked})"
 
     @property
-    def _table(self) -> tuple[list[tuple[str, ...]], str]:
-        """The rows, their head first, and what its words mean."""
-        return self._cluster_table() if self.kind == "clusters" else self._class_table()
-
-    @property
     def _asked(self) -> str:
         """The thresholds that play a part."""
         of_classes = f"tau {self.tau_in_words}, p {self.p:g}, " if self.kind == "classes" else ""
         return f"{of_classes}gamma {self.gamma:g}"
 
-    def _cluster_table(self) -> tuple[list[tuple[str, ...]], str]:
+    def _cluster_rows(self) -> tuple[list[tuple[str, ...]], str]:
         rows: list[tuple[str, ...]] = [
             ("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")
         ]
@@ -158,7 +146,7 @@ class Findings(Shown):
             )
         return rows, legend
 
-    def _class_table(self) -> tuple[list[tuple[str, ...]], str]:
+    def _class_rows(self) -> tuple[list[tuple[str, ...]], str]:
         side = ("used in", "halves")
         rows: list[tuple[str, ...]] = [
             ("channel", "cosine", "interval", "class 1", *side, "class 2", *side)
@@ -208,21 +196,6 @@ class Findings(Shown):
             figures = tuple(vars(pair).values())
             names = (self.name(pair.class1), self.name(pair.class2))
             yield (*figures[:6], *names, *figures[6:], self.uncertain(pair))
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write the pairs, one a row; docs/format.md names the columns.
-
-        What is not known is left empty.
-        """
-        write_whole(as_path("path", path), csv_text(COLUMNS, self.rows()).encode())
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Return the pairs as a DataFrame with the columns of the CSV file.
-
-        Raises:
-            UnbraidError: pandas is not installed.
-        """
-        return data_frame(COLUMNS, self.rows())
 
 
 def _interval(pair: Pair) -> str:

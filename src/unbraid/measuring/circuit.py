@@ -1,10 +1,9 @@
-"""Where a concept channel gets its relevance from among the channels of an earlier split layer."""
+"""Where a concept channel gets its relevance from: its layer's input, or an earlier split layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,24 +14,27 @@ from unbraid.base.arguments import as_kind, loading, whole_number
 from unbraid.base.errors import LayerError, ModelError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.progress import image_progress
-from unbraid.base.tables import Shown, align, html_table
+from unbraid.base.tables import Table, Tabular
 from unbraid.finding.arv import class_sums, concept_mean
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import concerned
-from unbraid.images.batches import load
-from unbraid.images.dataset import labels_of, sort_out
+from unbraid.images.batches import in_batches, read_images
+from unbraid.images.dataset import labels_of
 from unbraid.images.identity import fingerprint
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.layers import resolve_layer
-from unbraid.networks.outputs import run_network, stack_images
-from unbraid.networks.relevance import cut_at, gradients_at, input_relevance, shares, undisturbed
+from unbraid.networks.outputs import run_network
+from unbraid.networks.relevance import (
+    Cut,
+    cut_at,
+    gradients_at,
+    input_relevance,
+    shares,
+    undisturbed,
+)
 from unbraid.networks.spec import LayerSpec, channels_first, respond
 from unbraid.networks.weights import hash_weights
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit, Split
-
-# Where a concept channel gets its relevance from: the input channels that feed it.
-
 
 Part = int | Literal["residual"]  # of a split channel: a concept, or what is subtracted
 
@@ -54,7 +56,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Circuit(Shown):
+class Circuit(Tabular):
     """A concept channel and its strongest sources, strongest first."""
 
     layer: str
@@ -65,31 +67,21 @@ class Circuit(Shown):
     sources: tuple[Source, ...]
     before: str = ""  # the layer that the sources belong to; empty for the layer's own input
 
-    def __str__(self) -> str:
-        """Show the sources as a table."""
-        return f"{self._title}\n{align(self._rows())}"
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows(), title=self._title)
-
-    @property
-    def _title(self) -> str:
-        return f"{self.layer}, concept {self.concept} of channel {self.channel} ({self.name})"
-
-    def _rows(self) -> list[tuple[str, ...]]:
+    def table(self) -> Table:
+        """Show the sources."""
         head = f"source in {self.before}" if self.before else "source"
-        rows: list[tuple[str, ...]] = [(head, "share", "kept")]
-        rows += [(s.name, f"{s.share:.1%}", f"{s.kept:.1%}") for s in self.sources]
-        return rows
+        rows = [(s.name, f"{s.share:.1%}", f"{s.kept:.1%}") for s in self.sources]
+        title = f"{self.layer}, concept {self.concept} of channel {self.channel} ({self.name})"
+        return Table([(head, "share", "kept"), *rows], title)
 
 
 @in_plain_modes
 def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -> Circuit:
     """Say which input channels feed a concept channel most, on images of its concept.
 
-    Relevance of an input channel for the concept channel is input x gradient of the concept
-    channel's summed pre-activation, averaged over the images of the concept: what METHOD.md calls
-    the ARV, with the concept channel's row in place of the channel's.
+    Relevance of an input channel is input x gradient of the concept channel's summed
+    pre-activation, averaged over the images of the concept: the ARV, with the concept channel's
+    row in place of the channel's.
 
     Args:
         split: from `unbraid.split`.
@@ -103,73 +95,24 @@ def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -
             network or layer or has no image of the concept.
 
     Source:
-        METHOD.md section 2.
+        "One layer" in docs/method.md.
     """
     as_kind("split", split, Split)
     as_kind("scan", scan, Scan)
-    channel, concept = whole_number("channel", channel), whole_number("concept", concept)
-    n = whole_number("n", n, 1)
-    part = find_concept(split, channel, concept)
-    if scan.manifest.weights != split.weights or scan.layer != split.layer:
-        raise UsageError(
-            "The scan is of another network or layer than the split; pass one of the network and "
-            "layer that were split."
-        )
-    classes, name = part.concepts[concept], split.name(part.concepts[concept])
-    sums = class_sums(replace(scan, clusters=split.clusters), ())
-    there = [number for number in classes if number < len(sums.n_images)]
-    if not there or not sums.n_images[there].sum():
-        raise UsageError(
-            f"The scan has no image of {name}, concept {concept} of channel {channel}; pass a scan "
-            "of images that hold it."
-        )
+    part, concept, n = _check(split, channel, concept, n)
+    split.require(scan)
+    sums = class_sums(scan, (), split.clusters)
+    seen = tuple(number for number in part.concepts[concept] if number < len(sums.n_images))
+    if not sums.n_images[list(seen)].sum():
+        raise _no_image(split, part.channel, concept)
     spec = split.layer
-    group = spec.group_of(channel)
-    pooled = concept_mean(sums, tuple(there))[group]  # (J,)
+    group = spec.group_of(part.channel)
+    pooled = concept_mean(sums, seen)[group]  # (J,)
     rows = torch.stack([part.rows[concept], part.weight]).double()
     own, whole = input_relevance(rows, pooled, spec.taps_per_input)  # (C_in / G,) each
     first = group * spec.n_in_per_group
     names: list[tuple[int, Part | None]] = [(first + i, None) for i in range(len(own))]
-    return Circuit(spec.name, channel, concept, classes, name, strongest(names, own, whole, n))
-
-
-def strongest(
-    names: Sequence[tuple[int, Part | None]], own: Tensor, whole: Tensor, n: int
-) -> tuple[Source, ...]:
-    """Choose the strongest sources, those without relevance left out.
-
-    Args:
-        names: channel and part of S sources.
-        own: (S,), relevance for the concept channel.
-        whole: (S,), relevance for the whole channel.
-        n: how many to give.
-    """
-    share = shares(own[None])[0]
-    order = own.abs().argsort(descending=True, stable=True)[:n].tolist()
-    return tuple(
-        Source(names[i][0], float(own[i]), float(share[i]), float(own[i] / whole[i]), names[i][1])
-        for i in order
-        if own[i] != 0
-    )
-
-
-def find_concept(split: Split, channel: int, concept: int) -> ChannelSplit:
-    """Find the division that a concept channel belongs to.
-
-    Raises:
-        UsageError: there is no such concept channel.
-    """
-    parts = {part.channel: part for part in split.channels}
-    if channel not in parts or concept not in range(len(parts[channel].concepts)):
-        known = [f"{part.channel} (0 to {len(part.concepts) - 1})" for part in split.channels]
-        raise UsageError(
-            f"The split has no concept {concept} of channel {channel}; its channels and their "
-            f"concepts are {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}."
-        )
-    return parts[channel]
-
-
-# Where a concept channel gets its relevance from among the channels of an earlier split layer.
+    return _circuit(split, part, concept, names, own, whole, n)
 
 
 @in_plain_modes
@@ -215,11 +158,9 @@ def circuit_from(
         DataError: an image cannot be read.
 
     Source:
-        METHOD.md section 2.
+        "One layer" in docs/method.md.
     """
-    channel, concept = whole_number("channel", channel), whole_number("concept", concept)
-    n = whole_number("n", n, 1)
-    part = find_concept(split, channel, concept)
+    part, concept, n = _check(split, channel, concept, n)
     batch_size, workers = loading(batch_size, workers)
     model = unwrap(model)
     if {before.weights, split.weights} != {hash_weights(model)}:
@@ -227,53 +168,74 @@ def circuit_from(
             "The splits were made for a network with other weights; pass the one they were made "
             "for, before they are applied."
         )
-    if scan.manifest.weights != split.weights or scan.layer != split.layer:
-        raise UsageError(
-            "The scan is of another network or layer than the split; pass one of the network and "
-            "layer that were split."
-        )
-    told = scan.manifest
-    needed = told.labels == "given" or told.classes is not None
-    if told.data != fingerprint(dataset, labels_of(dataset, needed)):
+    split.require(scan)
+    made = scan.manifest
+    needed = made.labels == "given" or made.classes is not None
+    if made.data != fingerprint(dataset, labels_of(dataset, needed)):
         raise UsageError("The data set is not the one that was scanned; pass that one.")
-    classes = part.concepts[concept]
-    name = split.name(classes)
-    places = concerned(replace(scan, clusters=split.clusters), classes)
-    if not places:
-        raise UsageError(
-            f"The scan has no image of {name}, concept {concept} of channel {channel}; pass a scan "
-            "of images that hold it."
-        )
-    batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
+    indices = split.members_in(scan).indices(part.concepts[concept])
+    if not indices:
+        raise _no_image(split, part.channel, concept)
+    names: list[tuple[int, Part | None]] = [(o, None) for o in range(before.layer.n_out)]
+    for one in before.channels:
+        names += [(one.channel, k) for k in (*range(len(one.concepts)), "residual")]
     rows = torch.stack([part.rows[concept], part.weight])
-    found = torch.zeros(2, len(_names(before)), dtype=torch.float64)
+    found = torch.zeros(2, len(names), dtype=torch.float64)
     with (
         undisturbed(model),
         torch.inference_mode(False),
         torch.enable_grad(),
-        image_progress("Following the circuit", len(places), show=progress) as advance,
+        image_progress("Following the circuit", len(indices), show=progress) as advance,
     ):
-        for items in load(dataset, batches, workers=workers):
-            good, _ = sort_out(items, skip_broken=False)
-            index = torch.tensor([item[0] for item in good], dtype=torch.int64)
-            images = stack_images([item[1] for item in good], index)
-            found += _relevance(model, before, split.layer, channel, rows, images)
-            advance(len(items))
-    own, whole = found / len(places)
-    sources = strongest(_names(before), own, whole, n)
-    return Circuit(split.layer.name, channel, concept, classes, name, sources, before.layer.name)
+        batches = in_batches(indices, batch_size)
+        for _, images, _ in read_images(dataset, batches, workers=workers, advance=advance):
+            found += _relevance(model, before, split.layer, part.channel, rows, images)
+    own, whole = found / len(indices)
+    return _circuit(split, part, concept, names, own, whole, n, before.layer.name)
 
 
-def _names(before: Split) -> list[tuple[int, Part | None]]:
-    """Sources by channel and part: every channel whole, then the parts of those split.
+def _check(split: Split, channel: int, concept: int, n: int) -> tuple[ChannelSplit, int, int]:
+    """Find the division that a concept channel belongs to; return it and plain numbers."""
+    channel, concept = whole_number("channel", channel), whole_number("concept", concept)
+    n = whole_number("n", n, 1)
+    parts = {part.channel: part for part in split.channels}
+    if channel not in parts or concept not in range(len(parts[channel].concepts)):
+        known = [f"{part.channel} (0 to {len(part.concepts) - 1})" for part in split.channels]
+        raise UsageError(
+            f"The split has no concept {concept} of channel {channel}; its channels and their "
+            f"concepts are {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}."
+        )
+    return parts[channel], concept, n
 
-    The whole of a split channel is nothing beside its parts, so its place stays empty.
-    """
-    names: list[tuple[int, Part | None]] = [(o, None) for o in range(before.layer.n_out)]
-    for part in before.channels:
-        names += [(part.channel, k) for k in range(len(part.concepts))]
-        names.append((part.channel, "residual"))
-    return names
+
+def _no_image(split: Split, channel: int, concept: int) -> UsageError:
+    return UsageError(
+        f"The scan has no image of {split.name(split[channel].concepts[concept])}, concept "
+        f"{concept} of channel {channel}; pass a scan of images that hold it."
+    )
+
+
+def _circuit(
+    split: Split,
+    part: ChannelSplit,
+    concept: int,
+    names: Sequence[tuple[int, Part | None]],
+    own: Tensor,
+    whole: Tensor,
+    n: int,
+    before: str = "",
+) -> Circuit:
+    """Choose the n strongest of S sources by their relevance for the concept channel, own (S,)."""
+    share = shares(own[None])[0]
+    order = own.abs().argsort(descending=True, stable=True)[:n].tolist()
+    sources = tuple(
+        Source(names[i][0], float(own[i]), float(share[i]), float(own[i] / whole[i]), names[i][1])
+        for i in order
+        if own[i] != 0
+    )
+    classes = part.concepts[concept]
+    name, layer = split.name(classes), split.layer.name
+    return Circuit(layer, part.channel, concept, classes, name, sources, before)
 
 
 def _relevance(
@@ -282,53 +244,35 @@ def _relevance(
     """Relevance of the sources for two rows of the later layer, summed over images, (2, S)."""
     _, source = resolve_layer(model, before.layer.name)
     _, target = resolve_layer(model, spec.name)
-    device = device_of(source)
-    with (
-        cut_at(source, torch.Tensor.clone) as cut,
-        _summed_responses(target, spec, channel, rows) as sums,
-    ):
-        run_network(model, images.to(device))
-        cut.recording = False
-        if not sums or not any(one.requires_grad for one in sums):
-            raise LayerError(
-                f"Layer {before.layer.name!r} does not feed layer {spec.name!r}; pass the split of "
-                "a layer before it."
-            )
-        summed = torch.stack(sums).sum(0)  # (2,)
-        by_row = [gradients_at(cut.outputs, value) for value in summed]
-    return torch.stack([_of_sources(before, cut.inputs, cut.outputs, g) for g in by_row])
+    sums: list[Tensor] = []  # of what the rows respond in the channel's place, call by call
 
-
-@contextmanager
-def _summed_responses(
-    layer: nn.Module, spec: LayerSpec, channel: int, rows: Tensor
-) -> Iterator[list[Tensor]]:
-    """Collect, call by call, what rows in a channel's place respond, summed over everything."""
-    sums: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+    def respond_too(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         x = channels_first(spec, args[0] if args else next(iter(named.values())))
         z = respond(spec, x, rows.to(x), rows.new_zeros(2).to(x), [channel] * 2)
         wide = torch.promote_types(z.dtype, torch.float32)
         sums.append(z.transpose(0, 1).flatten(1).sum(1, dtype=wide))
 
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield sums
-    finally:
-        handle.remove()
+    with (
+        cut_at(source, torch.Tensor.clone) as cut,
+        target.register_forward_pre_hook(respond_too, with_kwargs=True),
+    ):
+        run_network(model, images.to(device_of(source)))
+        cut.recording = False
+        if not any(one.requires_grad for one in sums):
+            raise LayerError(
+                f"Layer {before.layer.name!r} does not feed layer {spec.name!r}; pass the split of "
+                "a layer before it."
+            )
+        by_row = [gradients_at(cut.outputs, value) for value in torch.stack(sums).sum(0)]
+    return torch.stack([_of_sources(before, cut, gradients) for gradients in by_row])
 
 
-def _of_sources(
-    before: Split,
-    inputs: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-) -> Tensor:
+def _of_sources(before: Split, cut: Cut[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
     """Gradient x activation of every source, summed over calls, images and positions, (S,)."""
     spec = before.layer
-    total = torch.zeros(len(_names(before)), dtype=torch.float64)
-    for x, output, gradient in zip(inputs, outputs, gradients, strict=True):
+    n_parts = sum(len(part.concepts) + 1 for part in before.channels)
+    total = torch.zeros(spec.n_out + n_parts, dtype=torch.float64)
+    for x, output, gradient in zip(cut.inputs, cut.outputs, gradients, strict=True):
         if gradient is None:
             continue
         slope = channels_first(spec, gradient).double().cpu()
@@ -339,6 +283,6 @@ def _of_sources(
             maps = part.response_maps(spec, channels_first(spec, x).cpu())[:, 1:]
             own = (slope[:, part.channel, None] * maps).transpose(0, 1).flatten(1).sum(1)  # (K,)
             parts += [own, (whole[part.channel] - own.sum())[None]]
-        whole[[part.channel for part in before.channels]] = 0
+        whole[[part.channel for part in before.channels]] = 0  # its parts stand for it
         total += torch.cat([whole, *parts])
     return total

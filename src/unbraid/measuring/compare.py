@@ -14,10 +14,11 @@ from unbraid.base.arguments import flag, loading, real_number
 from unbraid.base.errors import DataError, OutputChangedError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.progress import image_progress
-from unbraid.images.batches import in_order, load
-from unbraid.images.dataset import UNLABELLED, size_of, sort_out
+from unbraid.images.batches import in_batches, read_images
+from unbraid.images.broken import UNLABELLED
+from unbraid.images.dataset import size_of
 from unbraid.networks.copying import device_of, unwrap
-from unbraid.networks.outputs import run_network, stack_images
+from unbraid.networks.outputs import run_network
 from unbraid.networks.preflight import refuse_unsteady
 from unbraid.networks.relevance import undisturbed
 from unbraid.surgery.apply import in_force
@@ -72,7 +73,7 @@ def compare_outputs(
     n_images = size_of(dataset)
     model, model2 = unwrap(model), unwrap(model2)
     device = device_of(model)
-    worst, seen, labelled, agree, before, after = 0.0, 0, 0, 0, 0, 0
+    worst, n_read, n_labelled, n_same, n_before, n_after = 0.0, 0, 0, 0, 0, 0
     with (
         undisturbed(model),
         undisturbed(model2),
@@ -80,14 +81,11 @@ def compare_outputs(
         torch.no_grad(),
         image_progress("Comparing outputs", n_images, show=progress) as advance,
     ):
-        for items in load(dataset, in_order(n_images, batch_size), workers=workers):
-            advance(len(items))
-            good, _ = sort_out(items, skip_broken)
-            if not good:
-                continue
-            index = torch.tensor([item[0] for item in good], dtype=torch.int64)
-            images = stack_images([item[1] for item in good], index).to(device)
-            labels = torch.tensor([item[2] for item in good], dtype=torch.int64, device=device)
+        batches = in_batches(range(n_images), batch_size)
+        for index, images, labels in read_images(
+            dataset, batches, workers=workers, skip_broken=skip_broken, advance=advance
+        ):
+            images, labels = images.to(device), labels.to(device)
             logits, logits2 = run_network(model, images), run_network(model2, images)
             difference = float((logits - logits2).abs().max())
             worst = difference if math.isnan(difference) else max(worst, difference)
@@ -98,15 +96,16 @@ def compare_outputs(
                     f"The split network's logits differ from the original's by {worst:.3g}, more "
                     f"than the tolerance {tolerance:g}; do not use it, or raise the tolerance."
                 )
-            seen += len(good)
-            labelled += int((labels != UNLABELLED).sum())
-            agree += int((logits.argmax(1) == logits2.argmax(1)).sum())
-            before += int((logits.argmax(1) == labels).sum())
-            after += int((logits2.argmax(1) == labels).sum())
-    if seen == 0:
+            top, top2 = logits.argmax(1), logits2.argmax(1)
+            n_read += len(index)
+            n_labelled += int((labels != UNLABELLED).sum())
+            n_same += int((top == top2).sum())
+            n_before += int((top == labels).sum())
+            n_after += int((top2 == labels).sum())
+    if n_read == 0:
         raise DataError("No image could be read, so there is nothing to compare outputs on.")
-    accuracies = (before / labelled, after / labelled) if labelled else (None, None)
-    return OutputComparison(worst, agree / seen, *accuracies)
+    accuracies = (n_before / n_labelled, n_after / n_labelled) if n_labelled else (None, None)
+    return OutputComparison(worst, n_same / n_read, *accuracies)
 
 
 def _refuse_broken_original(logits: Tensor, index: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Run an image encoder over a data set, and check what it gives."""
+"""Image encoders: any callable, a network of timm's, or the analysed network's own features."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from unbraid.base.arguments import loading
-from unbraid.base.errors import ModelError, UsageError, memory_full
-from unbraid.base.modes import callers_device, in_plain_modes
-from unbraid.base.progress import image_progress
-from unbraid.images.batches import load
-from unbraid.images.dataset import GoodItem, all_hold, picture_of, size_of, sort_out
+from unbraid.base.errors import ModelError, UsageError, brief, memory_full
+from unbraid.base.modes import callers_device
+from unbraid.images.batches import Batch, read_images
+from unbraid.images.dataset import all_hold, picture_of, size_of
 from unbraid.networks.copying import device_of
 from unbraid.networks.models import RANDOM, Transform, load_timm
-from unbraid.networks.outputs import run_network, stack_images
+from unbraid.networks.outputs import run_network
 from unbraid.networks.relevance import undisturbed
 
-# Image encoders: any callable, a network of timm's, or the analysed network's own last features.
-
-
-Encoder = Callable[[Tensor], Tensor]
+Encoder = Callable[[Tensor], Tensor]  # from images (N, C, H, W) to embeddings (N, D)
+Encode = Callable[[Batch], Tensor]
 
 
 class Penultimate(nn.Module):
@@ -95,18 +91,12 @@ class TimmEncoder(nn.Module):
 
     Where the data set offers `picture(index)`, pictures go through the preprocessing. Images of
     another kind are taken as they are, only brought to the network's size and number of channels.
-
-    Args:
-        network: gives pooled features (N, D).
-        transform: from a picture to what the network takes.
-        size: (C, H, W) that the network takes.
-        name: as timm knows it.
     """
 
     def __init__(
         self, network: nn.Module, transform: Transform, size: torch.Size, name: str
     ) -> None:
-        """Keep network and preprocessing."""
+        """Keep network, preprocessing, the size (C, H, W) that the network takes, and its name."""
         super().__init__()
         self.network, self.transform, self.size, self.name = network, transform, size, name
 
@@ -147,8 +137,7 @@ def load_encoder(spec: str, *, pretrained: bool = True, device: str | None = Non
     network, transform = load_timm(name, None if pretrained else RANDOM, hint)
     network.reset_classifier(0)  # pooled features remain
     size = transform(Image.new("RGB", (64, 64))).shape
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return TimmEncoder(network.to(device).eval(), transform, size, name)
 
 
@@ -159,77 +148,23 @@ def name_of_encoder(encoder: Encoder) -> str:
     return getattr(encoder, "__qualname__", type(encoder).__name__)
 
 
-# Run an image encoder over a data set, and check what it gives.
-
-
-Encode = Callable[[Sequence[GoodItem]], Tensor]  # from N images to embeddings, (N, D)
-
-
-@in_plain_modes
-def embed(
-    encoder: Encoder,
-    dataset: Dataset[Any],
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    progress: bool = False,
-) -> Tensor:
-    """Embed every image of a data set.
+@contextmanager
+def ready(encoder: Encoder) -> Iterator[Encode]:
+    """Prepare an encoder, and put it back afterwards.
 
     A module is used in eval mode, on the device that it is on, and left exactly as it was; so is
     the module that a method such as `clip.encode_image` belongs to.
 
-    Args:
-        encoder: from images (N, C, H, W) to embeddings (N, D).
-        dataset: map-style, of (image tensor, label).
-        batch_size: images per call.
-        workers: processes that load images.
-        progress: show a progress bar on standard error.
-
     Returns:
-        (N, D), in the order of the data set, in the encoder's own unit and number format.
-
-    Raises:
-        ModelError: the encoder fails, or gives something else than finite embeddings.
-        DataError: an image cannot be read, or images differ in size.
-        UsageError: the data set is empty, or batch_size or workers is out of range.
-    """
-    batch_size, workers = loading(batch_size, workers)
-    n = size_of(dataset)
-    batches = in_batches(range(n), batch_size)
-    parts = []
-    with (
-        ready(encoder) as encode,
-        image_progress("Embedding images", n, show=progress) as advance,
-    ):
-        for items in load_batches(encoder, dataset, batches, workers):
-            parts.append(encode(items))
-            advance(len(items))
-    return torch.cat(parts)
-
-
-def in_batches(indices: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Part indices into batches.
-
-    >>> in_batches([3, 1, 4], 2)
-    [[3, 1], [4]]
-    """
-    return [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
-
-
-@contextmanager
-def ready(encoder: Encoder) -> Iterator[Encode]:
-    """Prepare an encoder, put it back afterwards; hands out a function from items to embeddings.
-
-    That function checks what the encoder gives, and brings it to the CPU.
+        A function from N images to embeddings, (N, D), on the CPU. It raises ModelError where the
+        encoder fails, or gives something else than finite embeddings.
     """
     module = encoder if isinstance(encoder, nn.Module) else getattr(encoder, "__self__", None)
     n_dimensions: int | None = None
 
-    def encode(items: Sequence[GoodItem]) -> Tensor:
+    def encode(batch: Batch) -> Tensor:
         nonlocal n_dimensions
-        index = torch.tensor([item[0] for item in items], dtype=torch.int64)
-        images = stack_images([item[1] for item in items], index)
+        index, images, _ = batch
         embeddings = _call(encoder, images if device is None else images.to(device))
         if embeddings.dim() != 2 or len(embeddings) != len(images) or not embeddings.shape[1]:
             raise ModelError(
@@ -259,18 +194,39 @@ def ready(encoder: Encoder) -> Iterator[Encode]:
         yield encode
 
 
-def load_batches(
-    encoder: Encoder, dataset: Dataset[Any], batches: list[list[int]], workers: int
-) -> Iterator[list[GoodItem]]:
-    """Read a data set's images batch by batch, in the encoder's own preprocessing if it has one.
+def _call(encoder: Encoder, images: Tensor) -> Tensor:
+    """Call an encoder, telling in a sentence what goes wrong inside it."""
+    try:
+        with callers_device():
+            embeddings = encoder(images)
+    except ModelError:
+        raise
+    except Exception as error:  # of an encoder of anyone's own
+        if memory_full(error):
+            raise ModelError("The device is out of memory; lower batch_size.") from None
+        raise ModelError(
+            f"The encoder cannot run on images of shape {tuple(images.shape[1:])} "
+            f"({brief(error)}); check size and channels of the images, and the encoder."
+        ) from error
+    if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
+        raise ModelError(
+            f"The encoder gives {type(embeddings).__name__}, not a tensor of floating point "
+            "numbers (images, dimensions); wrap it so that it does."
+        )
+    return embeddings
 
-    Raises:
-        DataError: an image cannot be read.
-    """
+
+def load_batches(
+    encoder: Encoder,
+    dataset: Dataset[Any],
+    batches: Sequence[Sequence[int]],
+    workers: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Iterator[Batch]:
+    """Read images as `read_images` does, in the encoder's own preprocessing if it has one."""
     if isinstance(encoder, TimmEncoder) and all_hold(dataset, "picture"):
         dataset = _Pictures(dataset, encoder.transform)
-    for items in load(dataset, batches, workers=workers):
-        yield sort_out(items, skip_broken=False)[0]
+    return read_images(dataset, batches, workers=workers, advance=advance)
 
 
 class _Pictures(Dataset[tuple[Tensor, int]]):
@@ -286,26 +242,3 @@ class _Pictures(Dataset[tuple[Tensor, int]]):
         picture = picture_of(self.dataset, index)
         assert picture is not None
         return self.transform(picture.convert("RGB")), -1
-
-
-def _call(encoder: Encoder, images: Tensor) -> Tensor:
-    """Call an encoder, telling in a sentence what goes wrong inside it."""
-    try:
-        with callers_device():
-            embeddings = encoder(images)
-    except ModelError:
-        raise
-    except Exception as error:  # of an encoder of anyone's own
-        if memory_full(error):
-            raise ModelError("The device is out of memory; lower batch_size.") from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"The encoder cannot run on images of shape {tuple(images.shape[1:])} ({reason}); "
-            "check size and channels of the images, and the encoder."
-        ) from error
-    if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
-        raise ModelError(
-            f"The encoder gives {type(embeddings).__name__}, not a tensor of floating point "
-            "numbers (images, dimensions); wrap it so that it does."
-        )
-    return embeddings

@@ -1,22 +1,24 @@
-"""How sure the measures are: bootstrap intervals over the images of each concept.
+"""Measure how well concept channels separate concepts, and how sure these measures are.
 
-Shapes: B resamples, N_k images of concept k, K concepts.
+Shapes: N images of a channel's concepts, K concepts, B resamples. z (N,) is the original channel's
+pooled pre-activation, new (N, K) the concept channels', concept (N,) which one an image belongs to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from unbraid.base.arguments import as_kind, real_number
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
-from unbraid.finding.membership import concept_of
+from unbraid.finding.membership import Members
+from unbraid.images.batches import in_batches
 from unbraid.measuring.compare import OutputComparison
 from unbraid.measuring.results import (
     Ablation,
@@ -30,8 +32,6 @@ from unbraid.measuring.results import (
 from unbraid.scanning.records import Records, Scan
 from unbraid.splitting.splits import ChannelSplit, Split
 
-# Measure how well concept channels separate concepts, on images not used to find or fit.
-
 
 @in_plain_modes
 def evaluate(
@@ -44,7 +44,7 @@ def evaluate(
     ablation: Ablation | None = None,
     semantics: Semantics | None = None,
 ) -> Evaluation:
-    """Compute the measures of METHOD.md section 6 for every split channel.
+    """Compute the measures of "Evaluate" in docs/method.md for every split channel.
 
     Args:
         split: whose concept channels to measure.
@@ -59,37 +59,28 @@ def evaluate(
         semantics: from `unbraid.measure_semantics`, likewise.
 
     Raises:
-        UsageError: tau is out of range; or the scan is of another network or layer, or has no image
-            of a concept; or the baseline splits other channels or concepts, or has the same method;
+        UsageError: tau is out of range; the scan is of another network or layer, or has no image
+            of a concept; the baseline splits other channels or concepts, or has the same method;
             or the ablation or the semantics are of another split.
     """
     as_kind("split", split, Split)
     as_kind("scan", scan, Scan)
     if baseline is not None:
-        _check_baseline(split, as_kind("baseline", baseline, Split))
-    if ablation is not None:
-        _check_ablation(split, ablation)
-    if semantics is not None:
-        _check_semantics(split, semantics)
-    if scan.manifest.weights != split.weights or scan.layer != split.layer:
-        raise UsageError(
-            "The scan is of another network or layer than the split; scan validation images with "
-            "the network and layer that were split."
-        )
+        as_kind("baseline", baseline, Split)
+    _refuse_other_results(split, baseline, ablation, semantics)
+    split.require(scan)
     tau = float(split.settings["tau"]) if tau is None else real_number("tau", tau)
     if not 0 <= tau <= 1:
         raise UsageError(f"tau is {tau:g}; a share must lie between 0 and 1.")
-    scan = replace(scan, clusters=split.clusters)
-    gathered = gather_responses(split, scan)
-    channels = tuple(
-        _evaluate_channel(split, part, gathered[part.channel], tau) for part in split.channels
-    )
+    responses = gather_responses(split, scan)
     return Evaluation(
         method=split.method,
         layer=split.layer.name,
-        channels=channels,
+        channels=tuple(
+            _evaluate_channel(split, part, responses[part.channel], tau) for part in split.channels
+        ),
         tau=tau,
-        responses=gathered,
+        responses=responses,
         output=output,
         ablation=ablation,
         semantics=semantics,
@@ -97,65 +88,63 @@ def evaluate(
     )
 
 
-def _check_baseline(split: Split, baseline: Split) -> None:
-    divided, other = ({c.channel: c.concepts for c in s.channels} for s in (split, baseline))
-    if divided != other or split.method == baseline.method:
-        raise UsageError(
-            "The baseline must divide the same channels among the same concepts by another method; "
-            "make both from the same findings."
-        )
-
-
-def _check_ablation(split: Split, ablation: Ablation) -> None:
-    divided = {part.channel: part.concepts for part in split.channels}
-    measured = {c.channel: tuple(k.classes for k in c.concepts) for c in ablation.channels}
-    if ablation.layer != split.layer.name or not measured.items() <= divided.items():
-        raise UsageError(
-            "The ablation is of another split (its layer, channels or concepts differ); pass "
-            "unbraid.ablate of the network that this split was applied to."
-        )
-
-
-def _check_semantics(split: Split, semantics: Semantics) -> None:
-    divided = {part.channel: len(part.concepts) for part in split.channels}
-    measured = {channel: len(one.concepts) for channel, one in semantics.channels.items()}
-    if not measured.items() <= divided.items():
-        raise UsageError(
-            "The semantics are of another split (its channels or concepts differ); pass "
-            "unbraid.measure_semantics of this split."
-        )
+def _refuse_other_results(
+    split: Split, baseline: Split | None, ablation: Ablation | None, semantics: Semantics | None
+) -> None:
+    concepts = {part.channel: part.concepts for part in split.channels}
+    if baseline is not None:
+        others = {part.channel: part.concepts for part in baseline.channels}
+        if concepts != others or split.method == baseline.method:
+            raise UsageError(
+                "The baseline must divide the same channels among the same concepts by another "
+                "method; make both from the same findings."
+            )
+    if ablation is not None:
+        ablated = {c.channel: tuple(k.classes for k in c.concepts) for c in ablation.channels}
+        if ablation.layer != split.layer.name or not ablated.items() <= concepts.items():
+            raise UsageError(
+                "The ablation is of another split (its layer, channels or concepts differ); pass "
+                "unbraid.ablate of the network that this split was applied to."
+            )
+    if semantics is not None:
+        numbers = {channel: len(groups) for channel, groups in concepts.items()}
+        measured = {channel: len(one.concepts) for channel, one in semantics.channels.items()}
+        if not measured.items() <= numbers.items():
+            raise UsageError(
+                "The semantics are of another split (its channels or concepts differ); pass "
+                "unbraid.measure_semantics of this split."
+            )
 
 
 def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
     """Read a Scan once and compute all responses to the images of each channel's concepts."""
     parts: dict[int, list[Responses]] = {part.channel: [] for part in split.channels}
+    members = split.members_in(scan)
     for records in scan.shards():
         for part in split.channels:
-            answer = _respond(scan, records, part)
-            if answer is not None:
-                parts[part.channel].append(answer)
+            responses = _respond(members, records, part)
+            if len(responses.concept):
+                parts[part.channel].append(responses)
     for part in split.channels:
-        there = {int(k) for answer in parts[part.channel] for k in answer.concept.unique()}
+        seen = {int(k) for responses in parts[part.channel] for k in responses.concept.unique()}
         for k, concept in enumerate(part.concepts):
-            if k not in there:
+            if k not in seen:
                 raise UsageError(
                     f"The scan has no image of {split.name(concept)}, concept {k} of channel "
                     f"{part.channel}; scan validation images of all concepts."
                 )
-    return {o: _join(answers) for o, answers in parts.items()}
+    return {channel: _join(responses) for channel, responses in parts.items()}
 
 
-def _respond(scan: Scan, records: Records, part: ChannelSplit) -> Responses | None:
-    """Responses to one shard's images of a channel's concepts, None if it has none."""
-    concept = concept_of(scan, records, part.concepts)
+def _respond(members: Members, records: Records, part: ChannelSplit) -> Responses:
+    """Responses to one shard's images of a channel's concepts."""
+    concept = members.concept_of(records, part.concepts)
     chosen = concept >= 0
-    if not chosen.any():
-        return None
-    pooled = records.pooled[chosen, scan.layer.group_of(part.channel)]
+    pooled = records.pooled[chosen, members.scan.layer.group_of(part.channel)]
     z = part.pooled_responses(pooled, records.n_positions[chosen])
     rectified = None
-    if records.input_map is not None:
-        maps = part.response_maps(scan.layer, records.input_map[chosen])
+    if records.input_map is not None and chosen.any():
+        maps = part.response_maps(members.scan.layer, records.input_map[chosen])
         rectified = maps.clamp(min=0).flatten(2).sum(2)
     return Responses(
         concept=concept[chosen],
@@ -168,45 +157,38 @@ def _respond(scan: Scan, records: Records, part: ChannelSplit) -> Responses | No
     )
 
 
-def _join(answers: Sequence[Responses]) -> Responses:
-    def cat(name: str) -> Tensor:
-        return torch.cat([getattr(answer, name) for answer in answers])
-
-    with_positions = answers[0].rectified is not None
-    return Responses(
-        concept=cat("concept"),
-        label=cat("label"),
-        share=cat("share"),
-        original=cat("original"),
-        concepts=cat("concepts"),
-        residual=cat("residual"),
-        rectified=cat("rectified") if with_positions else None,
-    )
+def _join(parts: Sequence[Responses]) -> Responses:
+    values = zip(*(vars(part).values() for part in parts), strict=True)
+    columns: list[Any] = [None if one[0] is None else torch.cat(one) for one in values]
+    return Responses(*columns)
 
 
 def _evaluate_channel(
-    split: Split, part: ChannelSplit, answers: Responses, tau: float
+    split: Split, part: ChannelSplit, responses: Responses, tau: float
 ) -> ChannelEvaluation:
-    z, new, concept = answers.original, answers.concepts, answers.concept
-    rectified = answers.rectified
-    counted = answers.share >= tau
-    return ChannelEvaluation(
-        layer=split.layer.name,
-        channel=part.channel,
-        concepts=tuple(
+    z, new, concept = responses.original, responses.concepts, responses.concept
+    rectified, counted = responses.rectified, responses.share >= tau
+    concepts = []
+    for k, classes in enumerate(part.concepts):
+        own = concept == k
+        leakages = [_mean_ratio(new[:, k], z, other) for other in _others(concept, new, k)]
+        concepts.append(
             ConceptEvaluation(
                 classes=classes,
                 name=split.name(classes),
-                n_images=int((concept == k).sum()),
-                retention=_mean_ratio(new[:, k], z, concept == k),
-                leakage=_leakage(z, new, concept, k),
-                mimic_error=mimic_error(z, new[:, k], concept == k),
+                n_images=int(own.sum()),
+                retention=_mean_ratio(new[:, k], z, own),
+                leakage=_mean(leakages),
+                mimic_error=mimic_error(z, new[:, k], own),
                 silence_error=_mean(silence_errors(z, new, concept, k)),
-                auroc=auroc(new[:, k], concept == k),
-                ratios=_ratios(answers, counted & (concept == k)),
+                auroc=auroc(new[:, k], own),
+                ratios=_ratios(responses, counted & own),
             )
-            for k, classes in enumerate(part.concepts)
-        ),
+        )
+    return ChannelEvaluation(
+        layer=split.layer.name,
+        channel=part.channel,
+        concepts=tuple(concepts),
         separation_error=separation_error(z, new, concept),
         separation_error_rectified=None
         if rectified is None
@@ -215,12 +197,7 @@ def _evaluate_channel(
 
 
 def mimic_error(z: Tensor, z_k: Tensor, own: Tensor) -> float:
-    """Relative error of a concept channel as a copy of the original on its own images.
-
-    Args:
-        z: (N,), the original channel's pooled pre-activation.
-        z_k: (N,), the concept channel's.
-        own: (N,), true for the images of the concept.
+    """Relative error of a concept channel z_k (N,) as a copy of z (N,) on its own images (N,).
 
     >>> z = torch.tensor([1.0, 3.0])
     >>> mimic_error(z, z / 2, torch.tensor([True, True]))
@@ -230,15 +207,8 @@ def mimic_error(z: Tensor, z_k: Tensor, own: Tensor) -> float:
 
 
 def silence_errors(z: Tensor, new: Tensor, concept: Tensor, k: int) -> list[float]:
-    """Relative size of concept channel k's response to each other concept's images.
-
-    Args:
-        z: (N,), the original channel.
-        new: (N, K), the concept channels.
-        concept: (N,), which concept each image belongs to.
-        k: the concept channel.
-    """
-    others = [concept == other for other in range(new.shape[1]) if other != k]
+    """Relative size of concept channel k's response to each other concept's images."""
+    others = _others(concept, new, k)
     return [float(_rms(new[other, k]) / _rms(z[other])) for other in others]
 
 
@@ -261,21 +231,18 @@ def auroc(score: Tensor, positive: Tensor) -> float:
     >>> auroc(torch.tensor([3.0, 2.0, 1.0, 2.0]), torch.tensor([True, True, False, False]))
     0.875
     """
-    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
-    ranks = torch.from_numpy(rankdata(score.numpy()))
-    wins = float(ranks[positive].sum()) - n_positive * (n_positive + 1) / 2
-    return wins / (n_positive * n_negative)
+    return float(_auroc(np.ones((1, len(score))), score.numpy(), positive.numpy())[0])
 
 
-def _leakage(z: Tensor, new: Tensor, concept: Tensor, k: int) -> float:
-    others = [concept == other for other in range(new.shape[1]) if other != k]
-    return _mean([_mean_ratio(new[:, k], z, other) for other in others])
+def _others(concept: Tensor, new: Tensor, k: int) -> list[Tensor]:
+    """Which images belong to each concept but k, (N,) each."""
+    return [concept == other for other in range(new.shape[1]) if other != k]
 
 
-def _ratios(answers: Responses, counted: Tensor) -> tuple[Ratio, ...]:
+def _ratios(responses: Responses, counted: Tensor) -> tuple[Ratio, ...]:
     """One row of the published table: each new channel's part of the original, image by image."""
-    original = answers.original[counted]
-    columns = [*answers.concepts[counted].T, answers.residual[counted]]
+    original = responses.original[counted]
+    columns = [*responses.concepts[counted].T, responses.residual[counted]]
     ratios = [column / original for column in columns]
     return tuple(Ratio(float(r.mean()), float(r.quantile(0.5))) for r in ratios if len(r))
 
@@ -292,8 +259,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-# How sure the measures are: bootstrap intervals over the images of each concept.
-
+# Bootstrap intervals: the same measures, with images counted several times or not at all.
 
 N_RESAMPLES = 200
 LEVEL = 0.95
@@ -328,48 +294,43 @@ class ChannelIntervals:
         return not any(divided_by_mean.get(measure, []))
 
 
-def intervals(answers: Responses, seed: int = 0) -> ChannelIntervals | None:
+def intervals(responses: Responses, seed: int = 0) -> ChannelIntervals | None:
     """Draw the images of each concept again and again, and see how the measures vary.
-
-    Args:
-        answers: of one channel and its concept channels.
-        seed: of the draws.
 
     Returns:
         Percentile intervals; None if a concept has a single image, which tells nothing of others.
 
     Source:
-        METHOD.md section 6 for the measures; Efron and Tibshirani 1993, chapter 13.
+        Efron and Tibshirani 1993, chapter 13.
     """
-    concept = answers.concept.numpy()
-    z = answers.original.double().numpy()
-    new = answers.concepts.double().numpy()
+    concept = responses.concept.numpy()
+    z = responses.original.double().numpy()
+    new = responses.concepts.double().numpy()
     members = [np.flatnonzero(concept == k) for k in range(new.shape[1])]
     if min(map(len, members)) < 2:
         return None
     rng = np.random.default_rng(seed)
-    at_once = max(1, _MAX_CELLS // len(concept))
-    drawn: list[np.ndarray] = []
-    means: list[np.ndarray] = []
-    while (missing := N_RESAMPLES - sum(map(len, drawn))) > 0:
-        counts = np.zeros((min(missing, at_once), len(concept)))
+    measures, means = [], []
+    for drawn in in_batches(range(N_RESAMPLES), max(1, _MAX_CELLS // len(concept))):
+        counts = np.zeros((len(drawn), len(concept)))
         for images in members:
-            counts[:, images] = _draw(rng, len(counts), len(images))
-        drawn.append(resampled(counts, z, new, members))
+            counts[:, images] = _draw(rng, len(drawn), len(images))
+        measures.append(resampled(counts, z, new, members))
         means.append(np.stack([counts[:, own] @ z[own] / len(own) for own in members], axis=1))
-    values = np.concatenate(drawn)  # (B, K, 5)
-    edges = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)  # (2, K, 5)
-    of_means = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    errors = _separation(values, len(members))
-    low, high = np.quantile(errors, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    values = np.concatenate(measures)  # (B, K, 5)
+    mimic, silence = values[:, :, 2], values[:, :, 3]
+    # A concept channel has a silence error for each other concept.
+    errors = (mimic + (len(members) - 1) * silence).mean(1) / len(members)
     return ChannelIntervals(
-        tuple(
-            ConceptIntervals(*((low, high) for low, high in edges[:, k].T.tolist()))
-            for k in range(len(members))
-        ),
-        (low, high),
-        tuple((low, high) for low, high in of_means.T.tolist()),
+        tuple(ConceptIntervals(*map(_interval, values[:, k].T)) for k in range(len(members))),
+        _interval(errors),
+        tuple(map(_interval, np.concatenate(means).T)),
     )
+
+
+def _interval(values: np.ndarray) -> Interval:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return low, high
 
 
 def _draw(rng: np.random.Generator, n_resamples: int, n: int) -> np.ndarray:
@@ -381,57 +342,44 @@ def _draw(rng: np.random.Generator, n_resamples: int, n: int) -> np.ndarray:
 def resampled(
     counts: np.ndarray, z: np.ndarray, new: np.ndarray, members: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Compute the measures with images counted several times or not at all.
+    """Compute the measures with images counted several times or not at all, counts (B, N).
 
     Args:
-        counts: (B, N), how often each image counts.
-        z: (N,), the original channel's pooled pre-activation.
-        new: (N, K), the concept channels'.
+        counts: how often each image counts.
+        z: of the original channel.
+        new: of the concept channels.
         members: which of the N images each concept has.
 
     Returns:
         (B, K, 5): retention, leakage, mimic error, silence error, AUROC.
     """
+
+    def ratio(above: np.ndarray, below: np.ndarray, images: np.ndarray) -> np.ndarray:
+        counted = counts[:, images]
+        with np.errstate(all="ignore"):  # a channel that answers nothing has no measures
+            return np.asarray((counted @ above[images]) / (counted @ below[images]))
+
     measures = []
     for k, own in enumerate(members):
         z_k = new[:, k]
         others = [images for other, images in enumerate(members) if other != k]
-        retention = _ratio(counts, z_k, z, own)
-        leakage = np.mean([_ratio(counts, z_k, z, images) for images in others], axis=0)
-        mimic = np.sqrt(_ratio(counts, (z_k - z) ** 2, z**2, own))
-        silence = np.mean(
-            [np.sqrt(_ratio(counts, z_k**2, z**2, images)) for images in others], axis=0
-        )
-        measures.append(
-            np.stack([retention, leakage, mimic, silence, _auroc(counts, z_k, own)], axis=1)
-        )
+        retention = ratio(z_k, z, own)
+        leakage = np.mean([ratio(z_k, z, images) for images in others], axis=0)
+        mimic = np.sqrt(ratio((z_k - z) ** 2, z**2, own))
+        silence = np.mean([np.sqrt(ratio(z_k**2, z**2, images)) for images in others], axis=0)
+        positive = np.isin(np.arange(len(z)), own)
+        aurocs = _auroc(counts, z_k, positive)
+        measures.append(np.stack([retention, leakage, mimic, silence, aurocs], axis=1))
     return np.stack(measures, axis=1)
 
 
-def _ratio(
-    counts: np.ndarray, above: np.ndarray, below: np.ndarray, images: np.ndarray
-) -> np.ndarray:
-    counted = counts[:, images]
-    with np.errstate(all="ignore"):  # a channel that answers nothing has no measures
-        return np.asarray((counted @ above[images]) / (counted @ below[images]))
-
-
-def _auroc(counts: np.ndarray, score: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The chance that an own image scores above another one, ties counted half, (B,)."""
+def _auroc(counts: np.ndarray, score: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Chance that a positive image scores above another one, ties counted half, (B,)."""
     values, place = np.unique(score, return_inverse=True)
     order = place.argsort(kind="stable")
     starts = np.searchsorted(place[order], np.arange(len(values)))
-    positive = np.zeros(len(score))
-    positive[own] = 1
     wins, others = (
-        np.add.reduceat((counts * part)[:, order], starts, axis=1)
-        for part in (positive, 1 - positive)
+        np.add.reduceat((counts * part)[:, order], starts, axis=1) for part in (positive, ~positive)
     )
     below = others.cumsum(1) - others / 2
     return np.asarray((wins * below).sum(1) / (wins.sum(1) * others.sum(1)))
-
-
-def _separation(values: np.ndarray, n_concepts: int) -> np.ndarray:
-    """Mean of all errors, (B,); a concept channel has a silence error for each other concept."""
-    mimic, silence = values[:, :, 2], values[:, :, 3]
-    return np.asarray((mimic + (n_concepts - 1) * silence).mean(1) / n_concepts)

@@ -1,9 +1,11 @@
-"""What `evaluate` returns: measures per channel and concept, for people and for JSON."""
+"""What the measures return: ablation, semantics, evaluation; printed, and kept in JSON."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from unbraid.base.arguments import as_path
-from unbraid.base.errors import RunError
 from unbraid.base.files import write_whole
 from unbraid.base.schema import build, read_json, unread
-from unbraid.base.tables import Shown, align, html_table
+from unbraid.base.tables import Table, Tabular
 from unbraid.finding.findings import Concept
 from unbraid.measuring.compare import OutputComparison
-
-# What `ablate` returns: what is lost when a concept channel or a whole channel is off.
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ class ChannelAblation:
 
 
 @dataclass(frozen=True)
-class Ablation(Shown):
-    """Causal effect of the concept channels of one layer; METHOD.md section 6."""
+class Ablation(Tabular):
+    """Causal effect of the concept channels of one layer; see "Evaluate" in docs/method.md."""
 
     layer: str
     classes: tuple[ClassOutput, ...]
@@ -109,43 +108,28 @@ class Ablation(Shown):
             raise ValueError("losses by class are not one for each class")
         return ablation
 
-    def __str__(self) -> str:
-        """Show the drops in target logit and own accuracy as a table, a row per concept channel."""
-        return align(self._rows())
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows(), title=f"Channels of {self.layer} switched off", n_heads=2)
-
-    def _rows(self) -> list[tuple[str, ...]]:
+    def table(self) -> Table:
+        """Show the drops in target logit and own accuracy, a row per concept channel."""
+        figures = ("logit", "whole", "part")
         rows: list[tuple[str, ...]] = [
             ("", "", "own classes", "", "", "", "other concepts", "", "", "all others"),
-            ("channel", "concept", *("logit", "whole", "part", "top-1"), *_HEAD, "logit"),
+            ("channel", "concept", *figures, "top-1", *figures, "logit"),
         ]
         for channel in self.channels:
             for k, concept in enumerate(channel.concepts):
                 own, others = concept.own, concept.others
-                rows.append(
-                    (
-                        "" if k else str(channel.channel),
-                        concept.name,
-                        *_figures(own.logit, own.whole_logit, own.part),
-                        _points(own.accuracy),
-                        *_figures(others.logit, others.whole_logit, others.part),
-                        *_figures(concept.rest.logit),
-                    )
-                )
-        return rows
+                cells = [
+                    *(_figure(value) for value in (own.logit, own.whole_logit, own.part)),
+                    _figure(own.accuracy, ".1%"),
+                    *(_figure(value) for value in (others.logit, others.whole_logit, others.part)),
+                    _figure(concept.rest.logit),
+                ]
+                rows.append(("" if k else str(channel.channel), concept.name, *cells))
+        return Table(rows, caption=f"Channels of {self.layer} switched off", n_heads=2)
 
 
-_HEAD = ("logit", "whole", "part")
-
-
-def _figures(*values: float) -> list[str]:
-    return ["-" if math.isnan(value) else f"{value:.3f}" for value in values]
-
-
-def _points(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1%}"
+def _figure(value: float, form: str = ".3f") -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def _without_parts(content: Any) -> Any:
@@ -157,12 +141,9 @@ def _without_parts(content: Any) -> Any:
     return content
 
 
-# What `measure_semantics` returns: how alike the images are that channels answer to.
-
-
 @dataclass(frozen=True)
 class Likeness:
-    """How alike the images are that one channel answers to; METHOD.md section 6 defines it."""
+    """How alike the images are that one channel answers to; see "Evaluate" in docs/method.md."""
 
     monosemanticity: float  # mean cosine of pairs of images, weighted by what it answers to both
     clarity: float  # mean cosine of pairs of its top images
@@ -178,49 +159,35 @@ class ChannelSemantics:
     encoder: str  # its name
     n_images: int
     n_top: int  # top images of each channel, for clarity and PURE's distances
-    positions: bool  # whether answers were rectified position by position
+    positions: bool  # whether responses were rectified position by position
     crops: bool  # whether distances are of the parts of images where concept channels answer
     original: Likeness
     concepts: tuple[Likeness, ...]
     within: float  # PURE's mean distance of top images of the same concept channel
     between: float  # and of different ones, both in the encoder's unit
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ChannelSemantics:
-        """Read what evaluation.json holds.
-
-        Raises:
-            ValueError: an entry is missing or of another kind.
-        """
-        return build(cls, values, null_figures=True)
-
 
 @dataclass(frozen=True)
-class Semantics:
+class Semantics(Tabular):
     """Semantic measures of all split channels, by channel."""
 
     channels: dict[int, ChannelSemantics]
 
-    def __str__(self) -> str:
-        """Show the measures as a table, a row per channel and concept channel."""
-        head = ("channel", "", "monosemanticity", "clarity", "within", "between")
-        rows: list[tuple[str, ...]] = [head]
+    def table(self) -> Table:
+        """Show the measures, a row per channel and concept channel."""
+        rows = [("channel", "", "monosemanticity", "clarity", "within", "between")]
         for channel, one in self.channels.items():
-            distances = (f"{one.within:.3f}", f"{one.between:.3f}")
-            for k, like in enumerate([one.original, *one.concepts]):
-                rows.append(
-                    (
-                        "" if k else str(channel),
-                        f"concept {k - 1}" if k else "original",
-                        f"{like.monosemanticity:.3f}",
-                        f"{like.clarity:.3f}",
-                        *(("", "") if k else distances),
-                    )
-                )
-        return align(rows)
+            whole = _likeness(one.original)
+            rows.append(
+                (str(channel), "original", *whole, f"{one.within:.3f}", f"{one.between:.3f}")
+            )
+            for k, like in enumerate(one.concepts):
+                rows.append(("", f"concept {k}", *_likeness(like), "", ""))
+        return Table(rows, caption="How alike the images are that channels answer to")
 
 
-# What `evaluate` returns: measures per channel and concept, for people and for JSON.
+def _likeness(like: Likeness) -> tuple[str, str]:
+    return f"{like.monosemanticity:.3f}", f"{like.clarity:.3f}"
 
 
 @dataclass(frozen=True)
@@ -233,7 +200,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class ConceptEvaluation:
-    """Measures of one concept channel; METHOD.md section 6 defines them."""
+    """Measures of one concept channel; "Evaluate" in docs/method.md defines them."""
 
     classes: Concept
     name: str
@@ -257,10 +224,7 @@ class ChannelEvaluation:
     separation_error_rectified: float | None  # None without positions
 
 
-_MEASURES = tuple(ChannelEvaluation.__dataclass_fields__)  # an entry has more beside them
-
-
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Responses:
     """What a channel and its concept channels answer to the images of its concepts."""
 
@@ -274,7 +238,7 @@ class Responses:
 
 
 @dataclass(frozen=True)
-class Evaluation(Shown):
+class Evaluation(Tabular):
     """Measures of all split channels, and of the network's output."""
 
     method: str
@@ -290,10 +254,9 @@ class Evaluation(Shown):
     @property
     def summary(self) -> dict[str, dict[str, float | None]]:
         """Per method, the mean errors over the channels."""
-        rectified = [channel.separation_error_rectified for channel in self.channels]
-        own: dict[str, float | None] = {
-            "separation_error": _mean([channel.separation_error for channel in self.channels]),
-            "separation_error_rectified": _mean(rectified),
+        own = {
+            name: _mean([getattr(channel, name) for channel in self.channels])
+            for name in ("separation_error", "separation_error_rectified")
         }
         return {self.method: own, **(self.baseline.summary if self.baseline else {})}
 
@@ -303,16 +266,15 @@ class Evaluation(Shown):
             "output": None if self.output is None else asdict(self.output),
             "channels": [asdict(channel) for channel in self.channels],
             "summary": self.summary,
-            "ablation": None,
+            "ablation": None if self.ablation is None else self.ablation.to_dict(),
         }
-        ablations: dict[int, dict[str, Any]] = {}
-        if self.ablation is not None:
-            content["ablation"] = self.ablation.to_dict()
-            ablations = {entry["channel"]: entry for entry in content["ablation"].pop("channels")}
+        ablated = [] if self.ablation is None else content["ablation"].pop("channels")
+        ablations = {entry["channel"]: entry for entry in ablated}
+        semantics = {} if self.semantics is None else self.semantics.channels
         for entry in content["channels"]:
             entry["ablation"] = ablations.get(entry["channel"])
-            known = self.semantics and self.semantics.channels.get(entry["channel"])
-            entry["semantics"] = asdict(known) if known else None
+            known = semantics.get(entry["channel"])
+            entry["semantics"] = None if known is None else asdict(known)
         return _finite(content)  # type: ignore[no-any-return]
 
     def save(self, path: str | Path) -> None:
@@ -320,100 +282,18 @@ class Evaluation(Shown):
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
         write_whole(as_path("path", path), (text + "\n").encode())
 
-    def __str__(self) -> str:
-        """Show the measures as a table, a row per concept channel."""
-        return align(self._rows())
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows(), title=f"{self.method} split of {self.layer}")
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        head = ("channel", "concept", "retention", "leakage", "mimic", "silence", "auroc", "error")
-        rows: list[tuple[str, ...]] = [head]
+    def table(self) -> Table:
+        """Show the measures, a row per concept channel."""
+        measures = ("retention", "leakage", "mimic_error", "silence_error", "auroc")
+        rows: list[tuple[str, ...]] = [
+            ("channel", "concept", "retention", "leakage", "mimic", "silence", "auroc", "error")
+        ]
         for channel in self.channels:
             for k, concept in enumerate(channel.concepts):
-                values = (
-                    concept.retention,
-                    concept.leakage,
-                    concept.mimic_error,
-                    concept.silence_error,
-                    concept.auroc,
-                )
-                rows.append(
-                    (
-                        "" if k else str(channel.channel),
-                        concept.name,
-                        *(f"{value:.3f}" for value in values),
-                        "" if k else f"{channel.separation_error:.3f}",
-                    )
-                )
-        return rows
-
-
-def read_output(path: Path) -> OutputComparison | None:
-    """Read the output figures from evaluation.json, None if they were not measured.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
-    try:
-        output = read_json(path)["output"]
-        return None if output is None else build(OutputComparison, output)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unread(path, error) from None
-
-
-def read_ablation(path: Path) -> Ablation | None:
-    """Read what was lost with channels off from evaluation.json, None if it was not measured.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
-    try:
-        content = read_json(path)
-        if content.get("ablation") is None:
-            return None
-        channels = [entry["ablation"] for entry in content["channels"]]
-        known = [entry for entry in channels if entry is not None]
-        return Ablation.from_dict({**content["ablation"], "channels": known})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unread(path, error) from None
-
-
-def read_semantics(path: Path) -> Semantics | None:
-    """Read semantic measures from evaluation.json, None if they were not measured.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
-    try:
-        entries = read_json(path)["channels"]
-        known = {
-            build(int, entry["channel"]): ChannelSemantics.from_dict(entry["semantics"])
-            for entry in entries
-            if entry.get("semantics") is not None
-        }
-        return Semantics(known) if known else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unread(path, error) from None
-
-
-def read_channels(path: Path) -> list[ChannelEvaluation]:
-    """Read the measures of all channels from evaluation.json.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
-    try:
-        entries = read_json(path)["channels"]
-        own = [{name: entry[name] for name in _MEASURES} for entry in entries]
-        return [build(ChannelEvaluation, entry, null_figures=True) for entry in own]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unread(path, error) from None
-
-
-def _unread(path: Path, error: Exception) -> RunError:
-    return unread(error, f"{path} cannot be read ({error}); start the run again.")
+                figures = [f"{getattr(concept, name):.3f}" for name in measures]
+                error = "" if k else f"{channel.separation_error:.3f}"
+                rows.append(("" if k else str(channel.channel), concept.name, *figures, error))
+        return Table(rows, caption=f"{self.method} split of {self.layer}")
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -430,3 +310,53 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
+
+
+# What evaluation.json holds, read back. All of these raise RunError where the file is missing or
+# damaged, and give None for what was not measured.
+
+
+def read_output(path: Path) -> OutputComparison | None:
+    """Read the output figures from evaluation.json."""
+    with _evaluation_json(path) as content:
+        output = content["output"]
+        return None if output is None else build(OutputComparison, output)
+
+
+def read_ablation(path: Path) -> Ablation | None:
+    """Read what was lost with channels off from evaluation.json."""
+    with _evaluation_json(path) as content:
+        if content.get("ablation") is None:
+            return None
+        channels = [entry["ablation"] for entry in content["channels"]]
+        known = [entry for entry in channels if entry is not None]
+        return Ablation.from_dict({**content["ablation"], "channels": known})
+
+
+def read_semantics(path: Path) -> Semantics | None:
+    """Read semantic measures from evaluation.json."""
+    with _evaluation_json(path) as content:
+        known = {
+            build(int, entry["channel"]): build(
+                ChannelSemantics, entry["semantics"], null_figures=True
+            )
+            for entry in content["channels"]
+            if entry.get("semantics") is not None
+        }
+        return Semantics(known) if known else None
+
+
+def read_channels(path: Path) -> list[ChannelEvaluation]:
+    """Read the measures of all channels from evaluation.json."""
+    measures = ChannelEvaluation.__dataclass_fields__  # an entry has more beside them
+    with _evaluation_json(path) as content:
+        entries = [{name: entry[name] for name in measures} for entry in content["channels"]]
+        return [build(ChannelEvaluation, entry, null_figures=True) for entry in entries]
+
+
+@contextmanager
+def _evaluation_json(path: Path) -> Iterator[Any]:
+    try:
+        yield read_json(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise unread(error, f"{path} cannot be read ({error}); start the run again.") from None

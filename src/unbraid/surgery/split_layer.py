@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from unbraid.base.arguments import real_number, whole_number
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
+from unbraid.finding.membership import Clusters
 from unbraid.networks.copying import unwrap, unwrapped_name
 from unbraid.networks.layers import weight_rows
 from unbraid.networks.spec import LayerSpec, respond
-from unbraid.scanning.records import Clusters
 from unbraid.splitting.splits import ChannelSplit
 
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,15 +13,18 @@ from torch.utils.data import Dataset
 
 from unbraid.base.arguments import whole_numbers
 from unbraid.base.errors import DataError, UsageError
-from unbraid.images.dataset import Readable, size_of, sort_out
-from unbraid.networks.outputs import stack_images
+from unbraid.images.batches import read_images
+from unbraid.images.dataset import size_of
 from unbraid.visualizing.features import MAX_SIDE
 
-# What a network's images are like: size, range, colours and spectrum, from a sample of them.
-
-
 N_SAMPLED = 128  # images
-_LEAST_VARIANCE = 1e-4  # of a direction of colour, lest grey pictures stored as RGB have none
+_LEAST_VARIANCE = 1e-4  # of a direction of colour; grey pictures stored as RGB would have none
+
+# Chosen by eye on the demo and EfficientNet-Lite0; docs/visualisation.md.
+_DECAY = 1.3  # amplitude falls with frequency to this power, a bit faster than photographs' (1)
+_CONTRAST = 2.0  # of the free spectrum's colours, before they are squeezed into the range
+_START = 0.1  # spread of the first coefficients
+_SHIFT, _TURN, _ZOOM, _NOISE = 0.06, 8.0, 0.1, 0.03  # parts of a side, degrees, part, of the range
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,26 +38,29 @@ class Pixels:
     magnitude: Tensor  # (C, H, W // 2 + 1), mean over images of |orthonormal rfft2|, uncorrelated
     size: tuple[int, int]  # height and width
 
+    def to(self, device: torch.device) -> Pixels:
+        """Return the same on another device."""
+        values = vars(self).items()
+        moved: dict[str, Any] = {n: v.to(device) for n, v in values if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
 
 def pixels_of(dataset: Dataset[Any], size: tuple[int, int] | None = None) -> Pixels:
-    """Measure what the images of a data set are like, from an evenly spaced sample.
+    """Measure what a data set's images are like, from an evenly spaced sample.
 
     The range is that of the sample's pixels, channel by channel, so no preprocessing needs to be
-    known, and an image within it is one that the data set might hold.
-
-    Args:
-        dataset: of (image (C, H, W), label).
-        size: (height, width) to bring the images to; by default they stay as they are.
+    known. The images are brought to `size`, height and width, if it is given.
 
     Raises:
         UsageError: the size is out of range.
         DataError: none can be read, they differ in size, or all are of one colour.
     """
-    if size is not None:
-        size = _checked(size)
+    sides = None if size is None else whole_numbers("size", size)
+    if sides is not None and not (len(sides) == 2 and all(1 < s <= MAX_SIDE for s in sides)):
+        raise UsageError(f"size is {size}; give height and width, 2 to {MAX_SIDE} pixels each.")
     images = _sample(dataset)
-    if size is not None:
-        images = F.interpolate(images, size, mode="bilinear", antialias=True)
+    if sides is not None:
+        images = F.interpolate(images, sides, mode="bilinear", antialias=True)
     low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
     spread = (high - low)[:, None, None]
     if not bool(spread.isfinite().all()) or not bool((spread > 0).any()):
@@ -73,46 +79,21 @@ def pixels_of(dataset: Dataset[Any], size: tuple[int, int] | None = None) -> Pix
     return Pixels(low, high, mean, colours, magnitude, (height, width))
 
 
-def _checked(size: tuple[int, int]) -> tuple[int, int]:
-    """A height and width, in plain types."""
-    sides = whole_numbers("size", size)
-    if len(sides) != 2 or not all(1 < side <= MAX_SIDE for side in sides):
-        raise UsageError(f"size is {size}; give height and width, 2 to {MAX_SIDE} pixels each.")
-    return sides[0], sides[1]
-
-
 def _sample(dataset: Dataset[Any]) -> Tensor:
     """Read some images, (N, C, H, W), float32; those that cannot be read are left out."""
-    size, readable = size_of(dataset), Readable(dataset)
-    places = (
-        torch.linspace(0, size - 1, min(size, N_SAMPLED), dtype=torch.float32)
-        .round()
-        .long()
-        .tolist()
-    )
-    good, broken = sort_out([readable[place] for place in places], skip_broken=True)
-    if not good:
-        raise DataError(f"None of {len(broken)} images could be read; mend the data set.")
-    images = stack_images(
-        [item[1] for item in good], torch.tensor([item[0] for item in good], dtype=torch.int64)
-    )
+    n_images = size_of(dataset)
+    n_sampled = min(n_images, N_SAMPLED)
+    places = torch.linspace(0, n_images - 1, n_sampled, dtype=torch.float32).round().long()
+    batches = read_images(dataset, [places.tolist()], workers=0, skip_broken=True)
+    images = next((images for _, images, _ in batches), None)
+    if images is None:
+        raise DataError(f"None of {n_sampled} images could be read; mend the data set.")
     if images.dim() != 4 or min(images.shape[2:]) < 2:
         raise DataError(
             f"The data set gives tensors of shape {tuple(images.shape[1:])}; images must be "
             "(channels, height, width)."
         )
     return images.float()
-
-
-# Images as optimisable numbers, and how they are shaken so that only robust patterns survive.
-
-
-# Chosen by eye on the demo and EfficientNet-Lite0; docs/visualisation.md.
-_DECAY = 1.3  # amplitude falls with frequency to this power, a bit faster than photographs' (1)
-_CONTRAST = 2.0  # of the free spectrum's colours, before they are squeezed into the range
-_START = 0.1  # spread of the first coefficients
-
-_SHIFT, _TURN, _ZOOM, _NOISE = 0.06, 8.0, 0.1, 0.03  # parts of a side, degrees, part, of the range
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,16 +105,12 @@ class Canvas:
 
     def images(self) -> Tensor:
         """Paint the images."""
-        if self.numbers.dim() == 5:
-            return self._free()
-        return self._of_fixed_spectrum()
+        return self._free() if self.numbers.dim() == 5 else self._of_fixed_spectrum()
 
     def _free(self) -> Tensor:
-        height, width = self.pixels.size
-        amplitude = _amplitudes(height, width).to(self.numbers)
-        painted = torch.fft.irfft2(
-            torch.view_as_complex(self.numbers) * amplitude, s=(height, width), norm="ortho"
-        )
+        amplitude = _amplitudes(*self.pixels.size).to(self.numbers)
+        spectrum = torch.view_as_complex(self.numbers) * amplitude
+        painted = torch.fft.irfft2(spectrum, s=self.pixels.size, norm="ortho")
         colours = self.pixels.colours / self.pixels.colours.norm(dim=0).max()
         return torch.sigmoid(_CONTRAST * _mix(colours, painted))
 
@@ -148,10 +125,7 @@ class Canvas:
         return (mean + _mix(self.pixels.colours, painted)).clamp(0, 1)
 
     def _phases(self) -> Tensor:
-        """Phases that real images have: where f and -f are both listed, their sum is zero.
-
-        Otherwise the inverse transform would take the mean of both, of another magnitude.
-        """
+        """Phases that real images have: where f and -f are both listed, their sum is zero."""
         width = self.pixels.size[1]
         twice = torch.zeros(self.numbers.shape[-1], dtype=torch.bool, device=self.numbers.device)
         twice[[0, -1] if width % 2 == 0 else [0]] = True
@@ -160,23 +134,13 @@ class Canvas:
 
 
 def blank_canvas(pixels: Pixels, seeds: list[int], fixed_spectrum: bool) -> Canvas:
-    """Fill a canvas with noise, by its seed for each image.
-
-    Args:
-        pixels: what images are like; the canvas is made on its device.
-        seeds: of the images.
-        fixed_spectrum: only phases may change.
-    """
-    shape = pixels.magnitude.shape
+    """Fill a canvas with noise, by its seed for each image; of a fixed spectrum only phases."""
+    shape, f32 = pixels.magnitude.shape, torch.float32
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if fixed_spectrum:
-        numbers = [
-            2 * math.pi * torch.rand(shape, generator=g, dtype=torch.float32) for g in generators
-        ]
+        numbers = [2 * math.pi * torch.rand(shape, generator=g, dtype=f32) for g in generators]
     else:
-        numbers = [
-            _START * torch.randn((*shape, 2), generator=g, dtype=torch.float32) for g in generators
-        ]
+        numbers = [_START * torch.randn((*shape, 2), generator=g, dtype=f32) for g in generators]
     return Canvas(torch.stack(numbers).to(pixels.low.device).requires_grad_(), pixels)
 
 
@@ -184,39 +148,29 @@ def shake(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift, turn, zoom and add noise at random, all images alike.
 
     Alike, so that an image does not depend on which others it is optimised beside.
-
-    Args:
-        images: (N, C, H, W), on a scale from 0 to 1.
-        generator: on the CPU.
     """
     height, width = images.shape[2:]
-    angle, zoom, right, down = (
-        2 * torch.rand(4, generator=generator, dtype=torch.float32) - 1
-    ).tolist()
-    scale, angle = 1 + _ZOOM * zoom, math.radians(_TURN * angle)
+    drawn = 2 * torch.rand(4, generator=generator, dtype=torch.float32) - 1
+    turn, zoom, right, down = drawn.tolist()
+    scale, angle = 1 + _ZOOM * zoom, math.radians(_TURN * turn)
     sine, cosine = scale * math.sin(angle), scale * math.cos(angle)
     stretch = height / width  # the grid's coordinates run from -1 to 1 on either side
-    affine = torch.tensor(
-        [
-            [cosine, -sine * stretch, 2 * _SHIFT * right],
-            [sine / stretch, cosine, 2 * _SHIFT * down],
-        ],
-        dtype=torch.float32,
-    ).to(images)
-    grid = F.affine_grid(affine[None], [1, 1, height, width], align_corners=False)
-    moved = F.grid_sample(
-        images, grid.expand(len(images), -1, -1, -1), padding_mode="reflection", align_corners=False
-    )
+    affine = [
+        [cosine, -sine * stretch, 2 * _SHIFT * right],
+        [sine / stretch, cosine, 2 * _SHIFT * down],
+    ]
+    theta = torch.tensor([affine], dtype=torch.float32).to(images)
+    grid = F.affine_grid(theta, [1, 1, height, width], align_corners=False)
+    grid = grid.expand(len(images), -1, -1, -1)
+    moved = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     noise = torch.randn(images.shape[1:], generator=generator, dtype=torch.float32).to(images)
     return moved + _NOISE * noise
 
 
 def _amplitudes(height: int, width: int) -> Tensor:
     """How strong each frequency is for coefficients alike, (H, W // 2 + 1), of mean square 1."""
-    down, right = (
-        torch.fft.fftfreq(height, dtype=torch.float32)[:, None],
-        torch.fft.rfftfreq(width, dtype=torch.float32)[None],
-    )
+    down = torch.fft.fftfreq(height, dtype=torch.float32)[:, None]
+    right = torch.fft.rfftfreq(width, dtype=torch.float32)
     frequency = (down.square() + right.square()).sqrt().clamp(min=1 / max(height, width))
     amplitude = frequency.pow(-_DECAY)
     normal: Tensor = amplitude / amplitude.square().mean().sqrt()

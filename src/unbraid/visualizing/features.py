@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import reprlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,7 @@ class Feature:
     @property
     def name(self) -> str:
         """Its file's name without the ending, such as 1660, 1660.0 or 1660.0_1."""
-        concept = "" if self.concept is None else f".{self.concept}"
-        return f"{self.channel}{concept}" + (f"_{self.place}" if self.place else "")
+        return _name(self.channel, self.concept, self.place)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,21 +82,14 @@ class Features:
             content = io.BytesIO()
             feature.picture.save(content, "PNG", optimize=True)
             write_whole(folder / f"{feature.name}.png", content.getvalue())
+        kept = ("channel", "concept", "place", "responses")
         about = {
             "schema": SCHEMA,
             "layer": self.layer,
             "weights": self.weights,
             "settings": self.settings,
             "left_out": self.left_out,
-            "features": [
-                {
-                    "channel": f.channel,
-                    "concept": f.concept,
-                    "place": f.place,
-                    "responses": f.responses,
-                }
-                for f in self.features
-            ],
+            "features": [{name: getattr(f, name) for name in kept} for f in self.features],
         }
         write_whole(folder / INDEX, (json.dumps(about, indent=1) + "\n").encode())
 
@@ -113,11 +105,10 @@ class Features:
             index = folder / INDEX
             about = read_json(index)
             check_schema(about, SCHEMA)
-            _refuse_too_many(folder, about["features"])
             return cls(
                 layer=str(about["layer"]),
                 weights=str(about["weights"]),
-                features=tuple(_read(folder, entry) for entry in about["features"]),
+                features=tuple(_read_features(folder, about["features"])),
                 settings=dict(about["settings"]),
                 left_out=_number(about["left_out"]),
             )
@@ -129,40 +120,43 @@ class Features:
             raise unread(error, text) from None
 
 
-def _refuse_too_many(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Raise before any picture takes memory, if there are too many, or one stands there twice."""
-    names = [_of(entry).name for entry in entries]
-    if len(set(names)) < len(names):
+def _read_features(folder: Path, entries: Sequence[dict[str, Any]]) -> Iterator[Feature]:
+    """Read the pictures, unless they are too many or one stands there twice."""
+    keys = [
+        (
+            _number(entry["channel"]),
+            None if entry["concept"] is None else _number(entry["concept"]),
+            _number(entry["place"]),
+        )
+        for entry in entries
+    ]
+    if len(set(keys)) < len(keys):
         raise ValueError("a picture stands there twice")
     n_pixels = 0
-    for name in names:
-        with _opened(folder, name) as file:
+    for key in keys:  # before any picture takes memory
+        with _opened(folder, *key) as file:
             n_pixels += file.width * file.height
     if n_pixels > MAX_PIXELS:
         raise ValueError(f"its pictures have {n_pixels} pixels")
+    for key, entry in zip(keys, entries, strict=True):
+        with _opened(folder, *key) as file:
+            responses = tuple(float(response) for response in entry["responses"])
+            yield Feature(*key, file.convert("RGBA"), responses)
 
 
-def _read(folder: Path, entry: dict[str, Any]) -> Feature:
-    feature = _of(entry)
-    with _opened(folder, feature.name) as file:
-        return replace(feature, picture=file.convert("RGBA"))
-
-
-def _of(entry: dict[str, Any]) -> Feature:
-    """What an entry tells; its picture is still to be read."""
-    channel, place = _number(entry["channel"]), _number(entry["place"])
-    concept = None if entry["concept"] is None else _number(entry["concept"])
-    responses = tuple(float(response) for response in entry["responses"])
-    return Feature(channel, concept, place, Image.new("RGBA", (1, 1)), responses)
-
-
-def _opened(folder: Path, name: str) -> Image.Image:
+def _opened(folder: Path, channel: int, concept: int | None, place: int) -> Image.Image:
     # By number, never by a name that the file gives: that might lead anywhere.
-    file = Image.open(folder / f"{name}.png", formats=("PNG",))
+    name = f"{_name(channel, concept, place)}.png"
+    file = Image.open(folder / name, formats=("PNG",))
     if max(file.size) > MAX_SIDE:
         file.close()
-        raise ValueError(f"{name}.png has {file.size[0]} x {file.size[1]} pixels")
+        raise ValueError(f"{name} has {file.size[0]} x {file.size[1]} pixels")
     return file
+
+
+def _name(channel: int, concept: int | None, place: int) -> str:
+    part = "" if concept is None else f".{concept}"
+    return f"{channel}{part}" + (f"_{place}" if place else "")
 
 
 def _number(value: Any) -> int:

@@ -1,4 +1,4 @@
-"""What a channel looks at, in images: feature visualisation, and reference images."""
+"""Feature visualisation: images optimised to excite channels, many side by side."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from unbraid.base.arguments import whole_numbers
-from unbraid.base.errors import LayerError, ModelError, UsageError
+from unbraid.base.arguments import flag, real_number, whole_number, whole_numbers
+from unbraid.base.errors import LayerError, ModelError, UsageError, brief
 from unbraid.base.modes import callers_device, in_plain_modes
 from unbraid.base.progress import image_progress
 from unbraid.networks.copying import device_of, unwrap
@@ -25,162 +25,10 @@ from unbraid.networks.relevance import undisturbed
 from unbraid.networks.spec import LayerSpec, channels_first
 from unbraid.networks.weights import hash_weights
 from unbraid.surgery.split_layer import SplitLayer
-from unbraid.visualizing.canvas import Pixels, blank_canvas, shake
+from unbraid.visualizing.canvas import Pixels, blank_canvas, pixels_of, shake
 from unbraid.visualizing.features import Feature, Features
 
-if TYPE_CHECKING:
-    from torch import nn
-    from torch.utils.data import Dataset
-
-    from unbraid.visualizing.features import Features
-
-
-# What an image excites: the pre-activations of whole channels and of concept channels.
-
-
-Target = tuple[int, int | None]  # a channel and a concept, None for the whole channel
-
-
-@dataclass(frozen=True, eq=False)
-class Responses:
-    """Pre-activations that images bring about, P positions."""
-
-    whole: Tensor  # (N, C_out, P)
-    concepts: Tensor | None  # (N, R, P), in the order of the layer's names; None if not split
-
-
-@dataclass(frozen=True, eq=False)
-class Watched:
-    """A network and the layer in it that is watched."""
-
-    model: nn.Module
-    layer: nn.Module
-    spec: LayerSpec
-    rows: dict[Target, int]  # where each concept channel stands
-
-    def concepts_of(self, channel: int) -> list[int]:
-        """Concepts of a channel, in order; none if it is not split."""
-        return sorted(k for o, k in self.rows if o == channel and k is not None)
-
-    def respond(self, images: Tensor) -> Responses:
-        """Show images, (N, C, H, W), to the network.
-
-        Raises:
-            LayerError: the layer does not run.
-            ModelError: the network fails on them.
-        """
-        whole: list[Tensor] = []
-        concepts: list[Tensor] = []
-        with ExitStack() as hooks:
-            points = [(self.layer, whole)]
-            if isinstance(self.layer, SplitLayer):
-                points.append((self.layer.concepts, concepts))
-            for module, kept in points:
-                hook = partial(_keep, kept, self.spec, len(images))
-                hooks.callback(module.register_forward_hook(hook).remove)
-            try:
-                with callers_device():
-                    self.model(images)
-            except Exception as error:  # of a network of anyone's own
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ModelError(
-                    f"The network cannot run on images of shape {tuple(images.shape[1:])} "
-                    f"({reason}); pass images, and a size, that it takes."
-                ) from error
-        if not whole:
-            raise LayerError(f"Layer {self.spec.name!r} does not run when the network does.")
-        return Responses(torch.cat(whole, -1), torch.cat(concepts, -1) if concepts else None)
-
-
-def watch(model: nn.Module, layer: str | nn.Module) -> Watched:
-    """Find a layer, split or not, in a network.
-
-    Raises:
-        LayerError: there is none, or it has no channels.
-    """
-    name, module = resolve_layer(model, layer)
-    if not isinstance(module, SplitLayer):
-        return Watched(model, module, describe(name, module), {})
-    pairs = [row.split(".") for row in module.names]
-    rows: dict[Target, int] = {(int(o), int(k)): row for row, (o, k) in enumerate(pairs)}
-    return Watched(model, module, module.spec, rows)
-
-
-def targets_of(watched: Watched, channels: Sequence[int] | None) -> dict[int, list[Target]]:
-    """List by channel what to visualise: the whole channel, then each concept channel.
-
-    Raises:
-        UsageError: a channel does not exist, or none is given where none was split.
-    """
-    if channels is None:
-        channels = sorted({channel for channel, _ in watched.rows})
-    channels = whole_numbers("channels", channels)
-    n_out = watched.spec.n_out
-    unknown = [channel for channel in channels if channel not in range(n_out)]
-    if unknown:
-        raise UsageError(
-            f"Layer {watched.spec.name!r} has no channel {unknown[0]}; give numbers from 0 to "
-            f"{n_out - 1}."
-        )
-    if not channels:
-        raise UsageError("No channel of this network was split; say which channels to visualise.")
-    return {o: [(o, None), *((o, k) for k in watched.concepts_of(o))] for o in channels}
-
-
-class Score(nn.Module):
-    """How well each image of a batch does what it is made for.
-
-    Args:
-        watched: network and layer.
-        targets: what each image is made for.
-        contrast: images of concept channels are to leave the others of their channel silent.
-    """
-
-    def __init__(self, watched: Watched, targets: Sequence[Target], contrast: bool) -> None:
-        """Prepare who wants what, as matrices of zeros and ones."""
-        super().__init__()
-        n_images, n_rows = len(targets), len(watched.rows)
-        whole = torch.zeros(n_images, watched.spec.n_out, dtype=torch.float32)
-        own, others = (
-            torch.zeros(n_images, n_rows, dtype=torch.float32),
-            torch.zeros(n_images, n_rows, dtype=torch.float32),
-        )
-        for image, (channel, concept) in enumerate(targets):
-            if concept is None:
-                whole[image, channel] = 1
-                continue
-            siblings = [watched.rows[channel, k] for k in watched.concepts_of(channel)]
-            others[image, siblings] = float(contrast)
-            row = watched.rows[channel, concept]
-            own[image, row], others[image, row] = 1, 0
-        for name, matrix in (("whole", whole), ("own", own), ("others", others)):
-            self.register_buffer(name, matrix)
-
-    def forward(self, responses: Responses) -> Tensor:
-        """Compute scores, (N,), in units of the mean pre-activation."""
-        wanted: dict[str, Any] = dict(self.named_buffers())
-        score: Tensor = (responses.whole.float().mean(-1) * wanted["whole"]).sum(1)
-        if responses.concepts is not None:
-            z = responses.concepts.float()
-            score = score + (z.mean(-1) * wanted["own"]).sum(1)
-            score = score - (z.clamp(min=0).mean(-1) * wanted["others"]).sum(1)
-        return score
-
-
-def _keep(
-    kept: list[Tensor], spec: LayerSpec, n_images: int, _: nn.Module, __: Any, output: Tensor
-) -> None:
-    """Keep (N, channels, positions); parts of an image, such as windows, are more positions.
-
-    Of a copy, since the next module may write into the output.
-    """
-    maps = channels_first(spec, output.clone()).flatten(2).unflatten(0, (n_images, -1))
-    kept.append(maps.movedim(1, 2).flatten(2))
-
-
-# Images optimised to excite channels: many side by side, each for its own.
-
-
+STEPS = 128  # of the optimiser; docs/visualisation.md shows what fewer and more make
 _RATE = 0.1  # of Adam, in units of the coefficients' spread
 _RATE_OF_PHASES = 0.2  # radians
 # Pixels side by side: few keep memory, and the time to the next look at the clock, within bounds;
@@ -188,180 +36,18 @@ _RATE_OF_PHASES = 0.2  # radians
 _PIXELS, _PIXELS_OF_ACCELERATORS = 3 * 224 * 224, 32 * 224 * 224
 _FULL = 0.5  # quantile of the accumulated gradients from which on a picture is opaque
 
+Target = tuple[int, int | None]  # a channel and a concept, None for the whole channel
+
 
 @dataclass(frozen=True)
-class Recipe:
-    """How images are made; the arguments of `unbraid.visualize`."""
+class _Recipe:
+    """How images are made."""
 
     n: int
     steps: int
     objective: Literal["contrast", "plain"]
     spectrum: bool
     seed: int
-
-    def __post_init__(self) -> None:
-        """Refuse what no image can be made by."""
-        if self.objective not in ("contrast", "plain"):
-            raise UsageError(
-                f"There is no objective {self.objective!r}; use 'contrast' or 'plain'."
-            )
-
-
-def make_features(
-    model: nn.Module,
-    layer: str | nn.Module,
-    pixels: Pixels,
-    channels: Sequence[int] | None,
-    recipe: Recipe,
-    seconds: float | None = None,
-    progress: bool = False,
-) -> Features:
-    """Make images for channels and their concept channels; see `unbraid.visualize`."""
-    watched = watch(unwrap(model), layer)
-    targets = targets_of(watched, channels)
-    device = device_of(watched.layer)
-    pixels = _on(device, pixels)
-    at_once = _PIXELS if device.type == "cpu" else _PIXELS_OF_ACCELERATORS
-    most = max(1, at_once // math.prod(pixels.size))
-    features: list[Feature] = []
-    begun = time.monotonic()
-    done = 0
-    n_images = recipe.n * sum(map(len, targets.values()))
-    with (
-        image_progress("Visualising", n_images, show=progress) as count,
-        undisturbed(watched.model),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        for block in _blocks(targets, recipe.n, most):
-            if done and seconds is not None and time.monotonic() - begun > seconds:
-                break
-            wanted = [(t, i) for o in block for t in targets[o] for i in range(recipe.n)]
-            made: list[tuple[float, Feature]] = []
-            for start in range(0, len(wanted), most):
-                part = wanted[start : start + most]
-                made += _optimise(watched, pixels, part, recipe)
-                count(len(part))
-            for start in range(0, len(wanted), recipe.n):
-                best = sorted(made[start : start + recipe.n], key=lambda m: m[0], reverse=True)
-                features += [replace(f, place=place) for place, (_, f) in enumerate(best)]
-            done += len(block)
-    settings = {**asdict(recipe), "size": list(pixels.size)}
-    return Features(
-        layer=watched.spec.name,
-        weights=hash_weights(watched.model),
-        features=tuple(features),
-        settings=settings,
-        left_out=len(targets) - done,
-    )
-
-
-def _blocks(targets: dict[int, list[Target]], n: int, most: int) -> list[list[int]]:
-    """Part channels into blocks of as many as fit side by side, at least one."""
-    blocks: list[list[int]] = []
-    room = 0
-    for channel, own in targets.items():
-        needed = n * len(own)
-        if needed > room:
-            blocks.append([])
-            room = most
-        blocks[-1].append(channel)
-        room -= needed
-    return blocks
-
-
-def _optimise(
-    watched: Watched, pixels: Pixels, wanted: Sequence[tuple[Target, int]], recipe: Recipe
-) -> list[tuple[float, Feature]]:
-    """Optimise images side by side and score them; Adam treats each number by itself."""
-    device = pixels.low.device
-    targets = [target for target, _ in wanted]
-    canvas = blank_canvas(pixels, [recipe.seed + i for _, i in wanted], recipe.spectrum)
-    rate = _RATE_OF_PHASES if recipe.spectrum else _RATE
-    optimiser = torch.optim.Adam([canvas.numbers], lr=rate)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    score = Score(watched, targets, recipe.objective == "contrast").to(device)
-    drawn_on = torch.zeros(len(wanted), *pixels.size, dtype=torch.float32, device=device)
-    for _ in range(recipe.steps):
-        images = canvas.images()
-        images.retain_grad()
-        scores = score(watched.respond(_as_input(watched, pixels, shake(images, generator))))
-        if not scores.requires_grad:
-            raise LayerError(
-                f"Layer {watched.spec.name!r} does not depend on the image in a way that has a "
-                "gradient; choose another layer."
-            )
-        optimiser.zero_grad()
-        _differentiate(-scores.sum())
-        optimiser.step()
-        assert images.grad is not None
-        drawn_on += images.grad.abs().sum(1)
-    with torch.no_grad():
-        images = canvas.images()
-        responses = watched.respond(_as_input(watched, pixels, images))
-        scores = score(responses)
-    if not bool(scores.isfinite().all()):
-        raise ModelError(
-            "The network answers with NaN or infinite numbers to images made for it; load sound "
-            "weights, or take fewer steps."
-        )
-    made = []
-    for n, (channel, concept) in enumerate(targets):
-        means = [responses.whole[n, channel].float().mean()]
-        if responses.concepts is not None:
-            rows = [watched.rows[channel, k] for k in watched.concepts_of(channel)]
-            means += list(responses.concepts[n, rows].float().mean(-1))
-        picture = _picture(images[n], _opacity(drawn_on[n]))
-        answers = tuple(float(mean) for mean in means)
-        made.append((float(scores[n]), Feature(channel, concept, 0, picture, answers)))
-    return made
-
-
-def _differentiate(loss: Tensor) -> None:
-    try:
-        loss.backward()
-    except RuntimeError as error:  # of a network of anyone's own; also for want of memory
-        raise ModelError(
-            f"The network gives no gradient of its image ({str(error).splitlines()[0]}); choose "
-            "another layer, or a smaller size if memory is short."
-        ) from error
-
-
-def _as_input(watched: Watched, pixels: Pixels, images: Tensor) -> Tensor:
-    """From a scale of 0 to 1 to what the network takes."""
-    low, high = pixels.low[:, None, None], pixels.high[:, None, None]
-    return (low + (high - low) * images).to(next(watched.layer.parameters()).dtype)
-
-
-def _opacity(drawn_on: Tensor) -> Tensor:
-    """From accumulated gradients (H, W) to opacity, 0 to 1, smoothed a little."""
-    reach = round(max(drawn_on.shape) / 64)
-    smooth = F.avg_pool2d(drawn_on[None, None], 2 * reach + 1, 1, reach, count_include_pad=False)[
-        0, 0
-    ]
-    full = smooth.flatten().quantile(_FULL)
-    return (smooth / full).clamp(0, 1) if full > 0 else torch.ones_like(smooth)
-
-
-def _picture(image: Tensor, opacity: Tensor) -> Image.Image:
-    """From (C, H, W) and (H, W), 0 to 1, to RGBA; colours other than three are shown as grey."""
-    if len(image) != 3:
-        image = image.mean(0, keepdim=True).expand(3, -1, -1)
-    values = (255 * torch.cat([image, opacity[None]])).round().to(torch.uint8)
-    return Image.fromarray(values.movedim(0, -1).cpu().numpy())
-
-
-def _on(device: torch.device, pixels: Pixels) -> Pixels:
-    moved: dict[str, Any] = {
-        name: value.to(device) for name, value in vars(pixels).items() if isinstance(value, Tensor)
-    }
-    return replace(pixels, **moved)
-
-
-# What a channel looks at, in images: feature visualisation, and reference images.
-
-
-STEPS = 128  # of the optimiser; docs/visualisation.md shows what fewer and more make
 
 
 @in_plain_modes
@@ -386,8 +72,7 @@ def visualize(
     concept channel k one for the mean of z_k, less that of max(z_l, 0) of every other concept
     channel l of the same channel (objective "contrast"). Images of one seed start from the same
     noise, are optimised side by side, and do not depend on one another. The network stays as it
-    was and computes in eval mode, with the gates and clamps that are in force; torch's own random
-    numbers are left alone.
+    was and computes in eval mode, with the gates and clamps that are in force.
 
     Args:
         model: from `unbraid.apply` in the exact form; of any other network only whole channels are
@@ -421,20 +106,238 @@ def visualize(
         decorrelated colours, transformations); Fel et al. 2023, arXiv:2306.06805 (fixed spectrum,
         transparency).
     """
-    from unbraid.base.arguments import flag, real_number, whole_number
-    from unbraid.base.errors import UsageError
-    from unbraid.visualizing.canvas import pixels_of
-
-    recipe = Recipe(
+    recipe = _Recipe(
         whole_number("n", n, 1),
         whole_number("steps", steps, 1),
         objective,
         flag("spectrum", spectrum),
         whole_number("seed", seed),
     )
-    if seconds is not None:
-        seconds = real_number("seconds", seconds)
-        if not seconds >= 0:
-            raise UsageError(f"seconds is {seconds:g}; it must be 0 or more.")
+    if objective not in ("contrast", "plain"):
+        raise UsageError(f"There is no objective {objective!r}; use 'contrast' or 'plain'.")
+    seconds = math.inf if seconds is None else real_number("seconds", seconds)
+    if not seconds >= 0:
+        raise UsageError(f"seconds is {seconds:g}; it must be 0 or more.")
     pixels = pixels_of(dataset, size)
-    return make_features(model, layer, pixels, channels, recipe, seconds, progress)
+    watched = watch(unwrap(model), layer)
+    targets = _targets_of(watched, channels)
+    device = device_of(watched.layer)
+    pixels = pixels.to(device)
+    at_once = _PIXELS if device.type == "cpu" else _PIXELS_OF_ACCELERATORS
+    most = max(1, at_once // math.prod(pixels.size))
+    n_images = recipe.n * sum(map(len, targets.values()))
+    features: list[Feature] = []
+    begun, n_done = time.monotonic(), 0
+    with (
+        image_progress("Visualising", n_images, show=progress) as advance,
+        undisturbed(watched.model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        for block in _blocks(targets, recipe.n, most):
+            if n_done and time.monotonic() - begun > seconds:
+                break
+            wanted = [(t, i) for o in block for t in targets[o] for i in range(recipe.n)]
+            made: list[tuple[float, Feature]] = []
+            for start in range(0, len(wanted), most):
+                part = wanted[start : start + most]
+                made += _optimise(watched, pixels, part, recipe)
+                advance(len(part))
+            for start in range(0, len(wanted), recipe.n):
+                best = sorted(made[start : start + recipe.n], key=lambda m: m[0], reverse=True)
+                features += [replace(f, place=place) for place, (_, f) in enumerate(best)]
+            n_done += len(block)
+    return Features(
+        layer=watched.spec.name,
+        weights=hash_weights(watched.model),
+        features=tuple(features),
+        settings={**asdict(recipe), "size": list(pixels.size)},
+        left_out=len(targets) - n_done,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """A network and the layer in it that is watched."""
+
+    model: nn.Module
+    layer: nn.Module
+    spec: LayerSpec
+    rows: dict[Target, int]  # where each channel and each concept channel stands in responses
+
+    def concepts_of(self, channel: int) -> list[int]:
+        """Concepts of a channel, in order; none if it is not split."""
+        return sorted(k for o, k in self.rows if o == channel and k is not None)
+
+    def respond(self, images: Tensor) -> Tensor:
+        """Show images to the network; return pre-activations, (N, rows, P positions)."""
+        kept: dict[nn.Module, list[Tensor]] = {self.layer: []}
+        if isinstance(self.layer, SplitLayer):
+            kept[self.layer.concepts] = []
+
+        def keep(module: nn.Module, _: Any, output: Tensor) -> None:
+            # Of a copy, since the next module may write into the output. Parts of an image, such
+            # as windows, are more positions.
+            maps = channels_first(self.spec, output.clone()).flatten(2)
+            by_image = maps.unflatten(0, (len(images), -1))
+            kept[module].append(by_image.movedim(1, 2).flatten(2))
+
+        with ExitStack() as hooks:
+            for module in kept:
+                hooks.enter_context(module.register_forward_hook(keep))
+            try:
+                with callers_device():
+                    self.model(images)
+            except Exception as error:  # of a network of anyone's own
+                raise ModelError(
+                    f"The network cannot run on images of shape {tuple(images.shape[1:])} "
+                    f"({brief(error)}); pass images, and a size, that it takes."
+                ) from error
+        if not kept[self.layer]:
+            raise LayerError(f"Layer {self.spec.name!r} does not run when the network does.")
+        return torch.cat([torch.cat(maps, -1) for maps in kept.values()], 1)
+
+
+def watch(model: nn.Module, layer: str | nn.Module) -> Watched:
+    """Find a layer, split or not, in a network."""
+    name, module = resolve_layer(model, layer)
+    names: list[str] = []  # of concept channels
+    if isinstance(module, SplitLayer):
+        spec, names = module.spec, module.names
+    else:
+        spec = describe(name, module)
+    targets: list[Target] = [(o, None) for o in range(spec.n_out)]
+    for own in names:
+        channel, concept = own.split(".")
+        targets.append((int(channel), int(concept)))
+    return Watched(model, module, spec, {target: row for row, target in enumerate(targets)})
+
+
+def _targets_of(watched: Watched, channels: Sequence[int] | None) -> dict[int, list[Target]]:
+    """List by channel what to visualise: the whole channel, then each concept channel."""
+    if channels is None:
+        channels = sorted({channel for channel, k in watched.rows if k is not None})
+    channels = whole_numbers("channels", channels)
+    n_out = watched.spec.n_out
+    unknown = [channel for channel in channels if channel not in range(n_out)]
+    if unknown:
+        raise UsageError(
+            f"Layer {watched.spec.name!r} has no channel {unknown[0]}; give numbers from 0 to "
+            f"{n_out - 1}."
+        )
+    if not channels:
+        raise UsageError("No channel of this network was split; say which channels to visualise.")
+    return {o: [(o, None), *((o, k) for k in watched.concepts_of(o))] for o in channels}
+
+
+def _blocks(targets: dict[int, list[Target]], n: int, most: int) -> list[list[int]]:
+    """Part channels into blocks of as many as fit side by side, at least one."""
+    blocks: list[list[int]] = []
+    n_free = 0
+    for channel, own in targets.items():
+        if n * len(own) > n_free:
+            blocks.append([])
+            n_free = most
+        blocks[-1].append(channel)
+        n_free -= n * len(own)
+    return blocks
+
+
+def _optimise(
+    watched: Watched, pixels: Pixels, wanted: Sequence[tuple[Target, int]], recipe: _Recipe
+) -> list[tuple[float, Feature]]:
+    """Optimise images side by side and score them; Adam treats each number by itself."""
+    targets = [target for target, _ in wanted]
+    canvas = blank_canvas(pixels, [recipe.seed + i for _, i in wanted], recipe.spectrum)
+    rate = _RATE_OF_PHASES if recipe.spectrum else _RATE
+    optimiser = torch.optim.Adam([canvas.numbers], lr=rate)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    score = Score(watched, targets, recipe.objective == "contrast")
+    drawn_on = pixels.low.new_zeros(len(wanted), *pixels.size)
+    for _ in range(recipe.steps):
+        images = canvas.images()
+        images.retain_grad()
+        scores = score(watched.respond(_as_input(watched, pixels, shake(images, generator))))
+        if not scores.requires_grad:
+            raise LayerError(
+                f"Layer {watched.spec.name!r} does not depend on the image in a way that has a "
+                "gradient; choose another layer."
+            )
+        optimiser.zero_grad()
+        try:
+            (-scores.sum()).backward()
+        except RuntimeError as error:  # of a network of anyone's own; also for want of memory
+            raise ModelError(
+                f"The network gives no gradient of its image ({brief(error)}); choose another "
+                "layer, or a smaller size if memory is short."
+            ) from error
+        optimiser.step()
+        assert images.grad is not None
+        drawn_on += images.grad.abs().sum(1)
+    with torch.no_grad():
+        images = canvas.images()
+        responses = watched.respond(_as_input(watched, pixels, images))
+        scores = score(responses)
+    if not bool(scores.isfinite().all()):
+        raise ModelError(
+            "The network answers with NaN or infinite numbers to images made for it; load sound "
+            "weights, or take fewer steps."
+        )
+    made = []
+    for image, (channel, concept) in enumerate(targets):
+        names = (None, *watched.concepts_of(channel))
+        rows = [watched.rows[channel, k] for k in names]
+        means = tuple(responses[image, rows].float().mean(-1).tolist())
+        picture = _picture(images[image], _opacity(drawn_on[image]))
+        made.append((float(scores[image]), Feature(channel, concept, 0, picture, means)))
+    return made
+
+
+class Score:
+    """How well each image of a batch does what it is made for, its target.
+
+    With contrast, images of concept channels are to leave the others of their channel silent.
+    """
+
+    def __init__(self, watched: Watched, targets: Sequence[Target], contrast: bool) -> None:
+        """Prepare what counts for which image, as matrices of zeros and ones."""
+        shape, device = (len(targets), len(watched.rows)), device_of(watched.layer)
+        self._own, self._others = (
+            torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2)
+        )
+        for image, (channel, concept) in enumerate(targets):
+            if concept is not None and contrast:
+                siblings = [watched.rows[channel, k] for k in watched.concepts_of(channel)]
+                self._others[image, siblings] = 1
+            row = watched.rows[channel, concept]
+            self._own[image, row], self._others[image, row] = 1, 0
+
+    def __call__(self, responses: Tensor) -> Tensor:
+        """Compute scores, (N,), in units of the mean pre-activation."""
+        z = responses.float()
+        own, others = z.mean(-1) * self._own, z.clamp(min=0).mean(-1) * self._others
+        score: Tensor = own.sum(1) - others.sum(1)
+        return score
+
+
+def _as_input(watched: Watched, pixels: Pixels, images: Tensor) -> Tensor:
+    """From a scale of 0 to 1 to what the network takes."""
+    low, high = pixels.low[:, None, None], pixels.high[:, None, None]
+    return (low + (high - low) * images).to(next(watched.layer.parameters()).dtype)
+
+
+def _opacity(drawn_on: Tensor) -> Tensor:
+    """From accumulated gradients (H, W) to opacity, 0 to 1, smoothed a little."""
+    reach = round(max(drawn_on.shape) / 64)
+    maps = drawn_on[None, None]
+    smooth = F.avg_pool2d(maps, 2 * reach + 1, 1, reach, count_include_pad=False)[0, 0]
+    full = smooth.flatten().quantile(_FULL)
+    return (smooth / full).clamp(0, 1) if full > 0 else torch.ones_like(smooth)
+
+
+def _picture(image: Tensor, opacity: Tensor) -> Image.Image:
+    """From (C, H, W) and (H, W), 0 to 1, to RGBA; colours other than three are shown as grey."""
+    if len(image) != 3:
+        image = image.mean(0, keepdim=True).expand(3, -1, -1)
+    values = (255 * torch.cat([image, opacity[None]])).round().to(torch.uint8)
+    return Image.fromarray(values.movedim(0, -1).cpu().numpy())
