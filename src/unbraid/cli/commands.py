@@ -191,8 +191,8 @@ def scan(
         progress=True,
         source={**loaded.source, "data": absolute(data)},
     )
-    layers = layer[0] if len(layer) == 1 else layer
-    made = unbraid.scan(loaded.model, layers, images, out, **vars(options))
+    asked = layer[0] if len(layer) == 1 else layer
+    made = unbraid.scan(loaded.model, asked, images, out, **vars(options))
     if not is_first():
         return
     one = made if isinstance(made, unbraid.Scan) else next(iter(made.values()))
