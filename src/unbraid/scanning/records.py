@@ -40,9 +40,6 @@ class Cluster:
 Clusters = Mapping[int, Cluster]  # by number
 
 
-# The table of a record's fields: all that is made of records or asked of them follows from it.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """What one tensor of the records is like."""
@@ -163,9 +160,6 @@ def join_records(parts: Sequence[Records]) -> Records:
     return Records(**joined)
 
 
-# What tensors from disk must be like before anything is computed of them.
-
-
 def records_fault(manifest: Manifest, shard: int, tensors: Mapping[str, Tensor]) -> str | None:
     """Judge tensors of a shard, each by itself and one beside the other.
 
@@ -281,9 +275,6 @@ def sound_figures(tensor: Tensor) -> bool:
         return True
     least, most = tensor.aminmax()  # NaN if any is
     return bool(least >= -_LARGEST) and bool(most <= _LARGEST)
-
-
-# A finished scan, opened; and its images where they lie now.
 
 
 @dataclass(frozen=True)
