@@ -1,6 +1,6 @@
 """Small networks of several shapes, trained on Fashion-MNIST, where one network is not enough.
 
-Trained as the demo's network is (`unbraid.demo.train`), for fewer epochs: accuracy is no matter.
+Trained as the demo's network is (`train_demo.py`), for fewer epochs: accuracy is no matter.
 Needs Fashion-MNIST as IDX files (Debian: `dataset-fashion-mnist`).
 """
 
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
+from train_demo import BATCH_SIZE, DROPOUT, LEARNING_RATE, WEIGHT_DECAY
 from unbraid.base.files import read_tensors, write_tensors
-from unbraid.demo.train import BATCH_SIZE, DROPOUT, LEARNING_RATE, WEIGHT_DECAY
 
 EPOCHS = 5
 LAYER = "mix"  # of every network

@@ -5,8 +5,7 @@
 ResNet-50 with random weights, layer4.2.conv3, random images in memory. All ways run in turn, round
 by round; ratios to plain inference in float32 are taken within a round, and their medians reported,
 of wall time and of processor time. Compiling happens before the first round and its seconds are
-told apart. A scan compiles anew each time, so what compiling does for scans is measured without
-it: a scan of seven batches less one of a single batch, compiled and not, in turn.
+told apart.
 Needs nothing but unbraid.
 """
 
@@ -68,35 +67,6 @@ def ways_of(model: nn.Module, images: RandomImages) -> dict[str, Callable[[], No
     }
 
 
-def timed(model: nn.Module, n_batches: int, **options: bool) -> tuple[float, float]:
-    """Scan so many batches; seconds of wall time and of the processor."""
-    images = RandomImages(n_batches * BATCH)
-    start, start_cpu = time.perf_counter(), time.process_time()
-    scan(model, images, **options)
-    return time.perf_counter() - start, time.process_time() - start_cpu
-
-
-def compare_compiled(rounds: int) -> None:
-    """Print what compiling does for scans, and what it takes where nothing is cached."""
-    model = network()
-    print("\n| scan | processor time to the same not compiled | compiling takes, s of wall time |")
-    print("| --- | --- | --- |")
-    for name, options in {
-        "float32": {},
-        "bfloat16, channels last": {"autocast": True, "channels_last": True},
-    }.items():
-        with torch._inductor.config.patch(force_disable_caches=True):
-            cold = timed(model, 1, compiled=True, **options)[0]
-        extra = cold - timed(model, 1, **options)[0]
-        timed(model, 1, compiled=True, **options)  # into the cache
-        taken: dict[bool, list[float]] = {True: [], False: []}
-        for number in range(rounds):
-            for compiled in (True, False) if number % 2 == 0 else (False, True):
-                many, one = (timed(model, n, compiled=compiled, **options)[1] for n in (7, 1))
-                taken[compiled].append(many - one)
-        print(f"| {name} | {spread(taken[True], taken[False])} | {extra:.1f} |", flush=True)
-
-
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -124,7 +94,6 @@ def main() -> None:
     for name, taken in wall.items():
         spreads = " | ".join(spread(t[name], t["inference"]) for t in (wall, cpu))
         print(f"| {name} | {options.images / statistics.median(taken):.1f} | {spreads} |")
-    compare_compiled(options.rounds)
 
 
 if __name__ == "__main__":

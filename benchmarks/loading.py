@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 
 import unbraid
 from machine import describe_machine
-from unbraid.images.folders import ImageFolder
+from unbraid.images.listing import ListedImages
+from unbraid.images.open import open_images
 from unbraid.networks.models import imagenet_transform
 
 LAYERS = {"resnet18": "layer4.1.conv2", "resnet50": "layer4.2.conv3"}
@@ -50,20 +51,20 @@ def draw_pictures(folder: Path, n_images: int) -> None:
         Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
-def reading(images: ImageFolder, workers: int) -> None:
+def reading(images: ListedImages, workers: int) -> None:
     """Read and preprocess, and nothing else."""
     for _ in DataLoader(images, batch_size=BATCH, num_workers=workers):
         pass
 
 
-def plain(model: nn.Module, images: ImageFolder, workers: int) -> None:
+def plain(model: nn.Module, images: ListedImages, workers: int) -> None:
     """Inference and nothing else."""
     with torch.inference_mode():
         for batch, _ in DataLoader(images, batch_size=BATCH, num_workers=workers):
             model(batch)
 
 
-def scan(model: nn.Module, images: ImageFolder, workers: int, layer: str) -> None:
+def scan(model: nn.Module, images: ListedImages, workers: int, layer: str) -> None:
     """A whole scan."""
     with tempfile.TemporaryDirectory() as out:
         unbraid.scan(model, layer, images, out, batch_size=BATCH, workers=workers)
@@ -91,7 +92,7 @@ def main() -> None:
     layer = LAYERS[options.network]
     with tempfile.TemporaryDirectory() as folder:
         draw_pictures(Path(folder), options.images)
-        images = ImageFolder(folder, imagenet_transform())
+        images = open_images(folder, imagenet_transform())
         if options.profile:
             with cProfile.Profile() as profile:
                 scan(model, images, options.workers, layer)

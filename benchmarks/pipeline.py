@@ -27,8 +27,8 @@ import unbraid
 from machine import describe_machine
 from published import PublishedResult
 from published import run as run_published
+from train_demo import DEBIAN_FOLDER, read_split
 from unbraid.demo.network import LAYER, load_images, load_network
-from unbraid.demo.train import DEBIAN_FOLDER, read_split
 from unbraid.finding.findings import Findings
 
 # T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, boot: jersey, swimming

@@ -28,9 +28,9 @@ import unbraid
 from fashion import KINDS, LAYER, load_or_train
 from machine import describe_machine
 from pipeline import lite0_setting
+from train_demo import DEBIAN_FOLDER, first_of_each_class, read_split
 from truth import halves_told_apart, planted, shuffled_findings
 from unbraid.demo.network import DemoImages, load_images, load_network, normalise
-from unbraid.demo.train import DEBIAN_FOLDER, first_of_each_class, read_split
 from unbraid.finding.findings import Findings
 from unbraid.measuring.evaluate import separation_error
 from unbraid.measuring.results import Evaluation, Responses

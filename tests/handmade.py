@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ def write_scan(
     bias: Tensor | None = None,
     min_share: float = 0.005,
     shard_size: int = 7,
+    class_names: Sequence[str] = (),
 ) -> Scan:
     """Write a fully connected layer's scan: shares (N, C_out), pooled (N, J), weight (C_out, J).
 
@@ -41,7 +43,7 @@ def write_scan(
         layer=LayerSpec("layer", "Linear", n_out, n_in, one, one, none, one, 1, "zeros", True),
         data="by hand",
         n_images=n_images,
-        class_names=(),
+        class_names=tuple(class_names),
         preprocessing="",
         dtype=str(pooled.dtype).removeprefix("torch."),
         min_share=min_share,
@@ -82,6 +84,23 @@ def random_shares(n_images: int, n_channels: int, seed: int = 0, spread: float =
     of_channel = torch.randn(n_channels, generator=generator, dtype=torch.float64)
     own = torch.randn(n_images, n_channels, generator=generator, dtype=torch.float64)
     return (spread * own + of_channel).softmax(1)
+
+
+def scan_of_causes(folder: Path, seed: int, n_causes: int = 5, **options: Any) -> Scan:
+    """Many classes, some alike, one without images, that share channels for many reasons."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 12, (90,), generator=generator)
+    labels[labels == 7] = 8
+    causes = torch.randn(n_causes, 6, generator=generator, dtype=torch.float64)
+    noise = 0.3 * torch.randn(90, 6, generator=generator, dtype=torch.float64)
+    return write_scan(
+        folder,
+        shares=random_shares(90, 20, seed),
+        labels=labels.tolist(),
+        pooled=causes[labels % n_causes] + noise,
+        weight=torch.randn(20, 6, generator=generator, dtype=torch.float64),
+        **options,
+    )
 
 
 def reshard(scan: Scan, folder: Path, shard_size: int) -> Scan:

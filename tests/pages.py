@@ -6,8 +6,9 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import unbraid
 from test_report import Run
+
+import unbraid
 from unbraid.finding.findings import Pair
 
 LONG = "long" * 25_000

@@ -120,34 +120,29 @@ class Standardised(nn.Conv2d):
 
 
 def _standardised(layer: nn.Module) -> Tensor:
-    rows = [(row - row.mean()) / row.std() for row in layer.weight]
-    return torch.stack(rows)
+    return torch.stack([(row - row.mean()) / row.std() for row in layer.weight])
+
+
+def _divided_rows(g: Tensor, v: Tensor) -> Tensor:
+    return torch.stack([a * b / b.square().sum().sqrt() for a, b in zip(g, v, strict=True)])
 
 
 def _old_norm(layer: nn.Module) -> Tensor:
-    rows = [
-        g * v / v.square().sum().sqrt() for g, v in zip(layer.weight_g, layer.weight_v, strict=True)
-    ]
-    return torch.stack(rows)
+    return _divided_rows(layer.weight_g, layer.weight_v)
 
 
 def _new_norm(layer: nn.Module) -> Tensor:
     made = layer.parametrizations.weight
-    rows = [
-        g * v / v.square().sum().sqrt() for g, v in zip(made.original0, made.original1, strict=True)
-    ]
-    return torch.stack(rows)
+    return _divided_rows(made.original0, made.original1)
 
 
 def _new_spectral(layer: nn.Module) -> Tensor:
     made = layer.parametrizations.weight
-    u, v = made[0]._u, made[0]._v
-    return made.original / (u @ made.original.flatten(1) @ v)
+    return made.original / (made[0]._u @ made.original.flatten(1) @ made[0]._v)
 
 
 def _old_spectral(layer: nn.Module) -> Tensor:
-    original = layer.weight_orig
-    return original / (layer.weight_u @ original.flatten(1) @ layer.weight_v)
+    return layer.weight_orig / (layer.weight_u @ layer.weight_orig.flatten(1) @ layer.weight_v)
 
 
 def _normed(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:

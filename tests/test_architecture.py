@@ -20,12 +20,12 @@ def lint_imports(configuration: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def test_imports_run_one_way() -> None:
+def test_imports_run_one_way():
     result = lint_imports(ROOT / "pyproject.toml")
     assert result.returncode == 0, result.stdout
 
 
-def test_the_import_contract_can_fail(tmp_path: Path) -> None:
+def test_the_import_contract_can_fail(tmp_path):
     text = (ROOT / "pyproject.toml").read_text()
     turned = text.replace('  "cli",\n', "").replace('  "base",\n', '  "base",\n  "cli",\n')
     assert turned != text
@@ -34,13 +34,13 @@ def test_the_import_contract_can_fail(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("statement", ["import unbraid", "import unbraid.cli"])
-def test_importing_does_not_import_torch(statement: str) -> None:
+def test_importing_does_not_import_torch(statement):
     code = f"import sys; {statement}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
-def test_every_public_name_is_there_and_is_no_module() -> None:
+def test_every_public_name_is_there_and_is_no_module():
     code = (
         "import json, types, unbraid, unbraid.cli, unbraid.running.run\n"
         "names = {n: getattr(unbraid, n) for n in unbraid.__all__}\n"
@@ -52,6 +52,6 @@ def test_every_public_name_is_there_and_is_no_module() -> None:
     assert contract | {"compare_outputs", "Split"} <= set(unbraid.__all__)
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nonsense"):
         unbraid.nonsense  # noqa: B018

@@ -18,8 +18,7 @@ import fashion
 import unbraid
 from truth import halves_told_apart, shuffled_findings
 from unbraid.demo.network import load_images, load_network, normalise
-from unbraid.finding.clusters import cluster_images, top_images
-from unbraid.finding.find import adjusted_rand_index
+from unbraid.finding.clusters import adjusted_rand_index, cluster_images, top_images
 from unbraid.scanning.records import Scan
 
 N_SETS = 6  # of planted channels, for each number of them

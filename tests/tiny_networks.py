@@ -101,15 +101,10 @@ def stack(*parts: tuple[str, nn.Module]) -> nn.Sequential:
 
 def around(layer: nn.Module, *behind: nn.Module) -> nn.Sequential:
     """A network around a convolution of 6 input channels; by default an in-place ReLU behind it."""
-    stem_kind, norm_kind = {
-        1: (nn.Conv1d, nn.BatchNorm1d),
-        2: (nn.Conv2d, nn.BatchNorm2d),
-        3: (nn.Conv3d, nn.BatchNorm3d),
-    }[layer.weight.dim() - 2]
-    reshape = {
-        1: nn.Flatten(2),
-        2: nn.Identity(),
-        3: nn.Unflatten(3, (3, IMAGE_SIZE[2] // 3)),
+    stem_kind, norm_kind, reshape = {
+        1: (nn.Conv1d, nn.BatchNorm1d, nn.Flatten(2)),
+        2: (nn.Conv2d, nn.BatchNorm2d, nn.Identity()),
+        3: (nn.Conv3d, nn.BatchNorm3d, nn.Unflatten(3, (3, IMAGE_SIZE[2] // 3))),
     }[layer.weight.dim() - 2]
     return stack(
         ("reshape", reshape),
@@ -176,6 +171,28 @@ class CallsByKeyword(nn.Module):
         return x
 
 
+class PadsSame(nn.Conv2d):
+    """Pads on its own, with as many zeros as the size of the input asks for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for k, size in enumerate(x.shape[2:]):
+            n_positions = -(-size // self.stride[k])
+            reach = (n_positions - 1) * self.stride[k] + self.dilation[k] * (
+                self.kernel_size[k] - 1
+            )
+            missing = max(reach + 1 - size, 0)
+            pads = [missing // 2, missing - missing // 2, *pads]
+        return super().forward(nn.functional.pad(x, pads))
+
+
+class PadsUnevenly(nn.Conv2d):
+    """Pads on its own, and once more as it was told to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (0, 2, 1, 0)))
+
+
 KINDS: dict[str, Callable[[], nn.Sequential]] = {
     "1x1": lambda: around(nn.Conv2d(6, 8, 1)),
     "3x3": lambda: around(nn.Conv2d(6, 8, 3)),
@@ -200,32 +217,6 @@ KINDS: dict[str, Callable[[], nn.Sequential]] = {
     "head": lambda: _linear_on_pooled(layer_is_head=True),
     "tokens": lambda: _linear_on_tokens(grid=False),
     "grid of tokens": lambda: _linear_on_tokens(grid=True),
-}
-
-
-class PadsSame(nn.Conv2d):
-    """Pads on its own, with as many zeros as the size of the input asks for."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        pads: list[int] = []
-        for size, kernel, stride, dilation in zip(
-            x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True
-        ):
-            n_positions = (size + stride - 1) // stride
-            missing = (n_positions - 1) * stride + dilation * (kernel - 1) + 1 - size
-            missing = max(missing, 0)
-            pads = [missing // 2, missing - missing // 2, *pads]
-        return super().forward(nn.functional.pad(x, pads))
-
-
-class PadsUnevenly(nn.Conv2d):
-    """Pads on its own, and once more as it was told to."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(nn.functional.pad(x, (0, 2, 1, 0)))
-
-
-KINDS |= {
     "pads by size": lambda: around(PadsSame(6, 8, (3, 5), stride=(2, 3), groups=2)),
     "pads unevenly": lambda: around(PadsUnevenly(6, 8, 3, stride=2, padding=(0, 1))),
 }

@@ -63,6 +63,13 @@ class Mapped(Small):
         return each(self.stem(x).relu()).relu().mean((2, 3))
 
 
+class Loses(Small):
+    """Loses the batch dimension of a single image."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.layer(self.stem(x).relu().squeeze(0)).relu().mean((-2, -1))
+
+
 class AlwaysTraining(nn.BatchNorm1d):
     def train(self, mode: bool = True) -> AlwaysTraining:
         return super().train(True)
@@ -122,6 +129,11 @@ def _drawn(_: Any, x: Tensor) -> Tensor:
 def _counted_aside(net: Any, x: Tensor) -> Tensor:
     net.n.add_(1)
     return x
+
+
+def _fails(net: Any, x: Tensor) -> Tensor:
+    net.mean.add_(1)
+    raise RuntimeError("no")
 
 
 def _built(net: Any, x: Tensor) -> Tensor:
@@ -227,4 +239,16 @@ TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "mapped": (Mapped, r"inside of torch\.vmap"),
     "lazy": (lambda: Small(lambda net, x: net.late(x), late=nn.LazyLinear(8)), "run it once"),
     "built": (lambda: Small(_built), "run it once"),
+    "lost dimension": (Loses, "meets a single image as"),
+    "buffer": (FOLLOWING["buffer"], "'mean' changes"),
+    "failing": (lambda: Small(_fails, mean=torch.zeros(8)), r"\(no\)"),
 }
+REFUSED = {
+    f"{kind} {name}": (make, sentence)
+    for kind, makers, sentence in (
+        ("random", RANDOM, "gives other outputs each time it runs"),
+        ("following", FOLLOWING, "depend on the images that it ran on before"),
+        ("mixing", MIXING, "depend on the other images of its batch"),
+    )
+    for name, make in makers.items()
+} | TOLD

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import importlib
 import random
-import sys
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.base.errors import UnbraidError as UnbraidError
     from unbraid.finding.find import find as find
     from unbraid.finding.findings import Findings as Findings
     from unbraid.finding.thresholds import Sensitivity as Sensitivity
     from unbraid.finding.thresholds import sensitivity as sensitivity
-    from unbraid.images.hugging_face import from_hugging_face as from_hugging_face
+    from unbraid.images.open import from_hugging_face as from_hugging_face
     from unbraid.images.open import open_images as open_images
     from unbraid.measuring.ablate import ablate as ablate
     from unbraid.measuring.circuit import Circuit as Circuit
@@ -42,51 +41,40 @@ if TYPE_CHECKING:
     from unbraid.splitting.split import split as split
     from unbraid.splitting.splits import Split as Split
     from unbraid.surgery.apply import apply as apply
-    from unbraid.surgery.apply import clamp as clamp
-    from unbraid.surgery.apply import gate as gate
     from unbraid.surgery.apply import load_split as load_split
+    from unbraid.surgery.split_layer import clamp as clamp
+    from unbraid.surgery.split_layer import gate as gate
     from unbraid.visualizing.features import Features as Features
     from unbraid.visualizing.visualize import visualize as visualize
 
 __version__ = _version("unbraid")
 
-_HOME = {
-    "scan": "scanning.scan",
-    "open_images": "images.open",
-    "from_hugging_face": "images.hugging_face",
-    "open_scan": "scanning.records",
-    "Scan": "scanning.records",
-    "find": "finding.find",
-    "Findings": "finding.findings",
-    "sensitivity": "finding.thresholds",
-    "Sensitivity": "finding.thresholds",
-    "split": "splitting.split",
-    "Split": "splitting.splits",
-    "apply": "surgery.apply",
-    "gate": "surgery.apply",
-    "clamp": "surgery.apply",
-    "circuit": "measuring.circuit",
-    "Circuit": "measuring.circuit",
-    "circuit_from": "measuring.circuit",
-    "load_split": "surgery.apply",
-    "with_logits": "networks.outputs",
-    "compare_outputs": "measuring.compare",
-    "ablate": "measuring.ablate",
-    "Ablation": "measuring.results",
-    "measure_semantics": "measuring.semantics",
-    "Penultimate": "measuring.encoders",
-    "Semantics": "measuring.results",
-    "evaluate": "measuring.evaluate",
-    "Evaluation": "measuring.results",
-    "report": "reporting.report",
-    "teaser_figure": "reporting.figures",
-    "density_figure": "reporting.figures",
-    "source_figure": "reporting.figures",
-    "save_figure": "reporting.figures",
-    "visualize": "visualizing.visualize",
-    "Features": "visualizing.features",
-    "UnbraidError": "base.errors",
+_NAMES = {
+    "base.errors": "UnbraidError",
+    "finding.find": "find",
+    "finding.findings": "Findings",
+    "finding.thresholds": "Sensitivity sensitivity",
+    "images.open": "from_hugging_face open_images",
+    "measuring.ablate": "ablate",
+    "measuring.circuit": "Circuit circuit circuit_from",
+    "measuring.compare": "compare_outputs",
+    "measuring.encoders": "Penultimate",
+    "measuring.evaluate": "evaluate",
+    "measuring.results": "Ablation Evaluation Semantics",
+    "measuring.semantics": "measure_semantics",
+    "networks.outputs": "with_logits",
+    "reporting.figures": "density_figure save_figure source_figure teaser_figure",
+    "reporting.report": "report",
+    "scanning.records": "Scan open_scan",
+    "scanning.scan": "scan",
+    "splitting.split": "split",
+    "splitting.splits": "Split",
+    "surgery.apply": "apply load_split",
+    "surgery.split_layer": "clamp gate",
+    "visualizing.features": "Features",
+    "visualizing.visualize": "visualize",
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted(_HOME)
 
@@ -96,10 +84,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'unbraid' has no attribute {name!r}")
     state = random.getstate()  # which some libraries move when they are imported
-    value = getattr(importlib.import_module(f"unbraid.{_HOME[name]}"), name)
+    globals()[name] = getattr(importlib.import_module(f"unbraid.{_HOME[name]}"), name)
     random.setstate(state)
-    setattr(sys.modules[__name__], name, value)
-    return value
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

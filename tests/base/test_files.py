@@ -39,9 +39,7 @@ def leave(path: Path, *, host: str = "", age: float = 0.0) -> Path:
     return left
 
 
-def test_the_temporary_file_of_a_living_writer_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_temporary_file_of_a_living_writer_is_left_alone(tmp_path, monkeypatch):
     seen: list[int] = []
 
     def clean(_: int) -> None:
@@ -55,9 +53,7 @@ def test_the_temporary_file_of_a_living_writer_is_left_alone(
     assert (tmp_path / "a").read_bytes() == b"whole"
 
 
-def test_a_file_taken_for_a_leftover_before_it_was_locked_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_taken_for_a_leftover_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
     lock, calls = temporary._lock, []
 
     def clean_and_lock(file: object) -> bool | None:
@@ -72,7 +68,7 @@ def test_a_file_taken_for_a_leftover_before_it_was_locked_is_made_again(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_leftovers_of_dead_writers_go_and_nothing_else(tmp_path: Path) -> None:
+def test_leftovers_of_dead_writers_go_and_nothing_else(tmp_path):
     leave(tmp_path / "dead")
     leave(tmp_path / "dead", host="elsewhere", age=4000)
     kept = [
@@ -89,9 +85,7 @@ def test_leftovers_of_dead_writers_go_and_nothing_else(tmp_path: Path) -> None:
     )
 
 
-def test_where_files_cannot_be_locked_only_old_ones_are_leftovers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_files_cannot_be_locked_only_old_ones_are_leftovers(tmp_path, monkeypatch):
     monkeypatch.setattr(temporary, "_lock", lambda _: None)
     leave(tmp_path / "old", age=4000)
     young = leave(tmp_path / "young", age=100)
@@ -102,17 +96,13 @@ def test_where_files_cannot_be_locked_only_old_ones_are_leftovers(
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
-def test_a_folder_that_cannot_be_synced_is_written_to_all_the_same(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_synced_is_written_to_all_the_same(number, tmp_path, monkeypatch):
     fail_on_folders(monkeypatch, number)
     write_whole(tmp_path / "a", b"whole")
     assert (tmp_path / "a").read_bytes() == b"whole"
 
 
-def test_a_folder_that_fails_to_be_synced_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_fails_to_be_synced_is_told(tmp_path, monkeypatch):
     fail_on_folders(monkeypatch, errno.EIO)
     with pytest.raises(RunError, match="cannot be written"):
         write_whole(tmp_path / "a", b"whole")

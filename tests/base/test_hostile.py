@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
-import zipfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,25 +14,24 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import unbraid
 from handmade import write_scan
 from tiny_networks import SyntheticImages, build
-from unbraid.base.errors import DataError, ModelError, RunError, UsageError
-from unbraid.base.files import read_some, read_tensors, write_tensors
+from unbraid.base.errors import DataError, RunError, UsageError
+from unbraid.base.files import read_tensors, write_tensors
 from unbraid.base.schema import parse_json
 from unbraid.base.tables import csv_text, one_line
 from unbraid.finding.arv import class_sums
 from unbraid.finding.findings import Findings, Pair
 from unbraid.finding.thresholds import nearest_finding
-from unbraid.images.folders import ImageFolder, UnlabelledFolder
+from unbraid.images.open import open_images
 from unbraid.images.pictures import read_picture
 from unbraid.measuring.results import read_semantics
-from unbraid.networks.weights import load_weights
 from unbraid.running.check import check
 from unbraid.running.folders import read_settings
-from unbraid.scanning.manifest import MAX_CLASSES, read_manifest
+from unbraid.scanning.manifest import MAX_CLASSES
 from unbraid.scanning.records import Scan, no_records, shard_path, write_shard
 from unbraid.splitting.splits import Split
 
@@ -49,15 +45,20 @@ def scan(tmp_path: Path) -> Scan:
 # --- manifests ------------------------------------------------------------------------------------
 
 
+GONE = object()
+
+
 def lie(scan: Scan, **entries: Any) -> Path:
+    """Give the manifest, or the layer in it, other entries, or leave some out."""
     path = scan.path / "manifest.json"
     content = json.loads(path.read_text())
     layer = {key: entries.pop(key) for key in list(entries) if key in content["layer"]}
-    path.write_text(json.dumps({**content, **entries, "layer": {**content["layer"], **layer}}))
+    content = {**content, **entries, "layer": {**content["layer"], **layer}}
+    path.write_text(json.dumps({key: v for key, v in content.items() if v is not GONE}))
     return scan.path
 
 
-def test_a_claim_of_a_billion_shards_costs_nothing(scan: Scan) -> None:
+def test_a_claim_of_a_billion_shards_costs_nothing(scan):
     folder = lie(scan, n_images=10**12, shard_size=1000)
     with pytest.raises(RunError, match="999999997 of 1000000000 shards"):
         unbraid.open_scan(folder)
@@ -68,14 +69,14 @@ def test_a_claim_of_a_billion_shards_costs_nothing(scan: Scan) -> None:
     ("entries", "message"),
     [
         ({"shard_size": 0}, "shard_size is 0"),
-        ({"shard_size": True}, "shard_size is True, not a whole number"),
-        ({"n_images": 2.5}, "n_images is 2.5, not a whole number"),
+        ({"shard_size": True}, r"Expected `int`, got `bool` - at `\$.shard_size`"),
+        ({"n_images": 2.5}, r"Expected `int`, got `float` - at `\$.n_images`"),
         ({"n_images": -1}, "n_images is -1"),
         ({"n_images": 0}, "n_images is 0"),
         ({"threads": 10**9}, "threads is 1000000000"),
-        ({"min_share": "a"}, "min_share is 'a', not a number"),
-        ({"class_names": "abc"}, "class_names is 'abc', not a list"),
-        ({"class_names": [1]}, "class_names is 1, not text"),
+        ({"min_share": "a"}, r"Expected `float`, got `str` - at `\$.min_share`"),
+        ({"class_names": "abc"}, r"Expected `array`, got `str` - at `\$.class_names`"),
+        ({"class_names": [1]}, r"Expected `str`, got `int` - at `\$.class_names"),
         ({"class_names": [""] * (MAX_CLASSES + 1)}, "number of class_names is 1048577"),
         ({"strange": 1}, "unknown entries"),
         ({"groups": 0}, "groups is 0"),
@@ -83,25 +84,15 @@ def test_a_claim_of_a_billion_shards_costs_nothing(scan: Scan) -> None:
         ({"kernel": [1] * 9}, "not of one to three numbers"),
         ({"stride": [0]}, "stride is 0"),
         ({"pad_mode": "x" * 10**6}, "pad_mode is none that is known"),
-        ({"n_out": 10**30}, "n_out is 1000000000000"),
+        ({"n_out": 10**30}, "does not fit into 64 bits"),
+        ({"n_images": GONE}, "missing required field `n_images`"),
         ({"schema": [[]] * 1000}, r"schema \[\[\], \[\]"),
     ],
 )
-def test_numbers_that_no_scan_has_are_refused(
-    entries: dict[str, Any], message: str, scan: Scan
-) -> None:
+def test_numbers_that_no_scan_has_are_refused(entries, message, scan):
     with pytest.raises(RunError, match=message) as caught:
         unbraid.open_scan(lie(scan, **entries))
     assert len(str(caught.value)) < 500
-
-
-def test_a_manifest_that_lacks_an_entry_says_which(scan: Scan) -> None:
-    path = scan.path / "manifest.json"
-    content = json.loads(path.read_text())
-    del content["n_images"]
-    path.write_text(json.dumps(content))
-    with pytest.raises(RunError, match="lacks 'n_images'"):
-        read_manifest(scan.path)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +106,12 @@ def test_a_manifest_that_lacks_an_entry_says_which(scan: Scan) -> None:
     ],
     ids=["deep list", "deep object", "many parts", "long number", "long text"],
 )
-def test_json_that_would_take_the_machine_is_refused(text: str) -> None:
+def test_json_that_would_take_the_machine_is_refused(text):
     with pytest.raises(ValueError, match=r"deep|large|digits"):
         parse_json(text)
 
 
-def test_a_pipe_is_not_waited_for(scan: Scan, tmp_path: Path) -> None:
+def test_a_pipe_is_not_waited_for(scan, tmp_path):
     for path in (scan.path / "manifest.json", scan.path / "layer.safetensors"):
         path.unlink()
         os.mkfifo(path)
@@ -133,7 +124,7 @@ def test_a_pipe_is_not_waited_for(scan: Scan, tmp_path: Path) -> None:
         read_picture(tmp_path / "a.png")
 
 
-def test_text_that_cannot_be_written_is_made_writable(scan: Scan, tmp_path: Path) -> None:
+def test_text_that_cannot_be_written_is_made_writable(scan, tmp_path):
     path = scan.path / "manifest.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "class_names": ["\ud800", "b", "c"]}))
@@ -165,58 +156,53 @@ def forge(path: Path, **changes: Callable[[Tensor], Tensor]) -> None:
         ("pooled", lambda x: x.half(), "'pooled' of another type than the network's"),
         ("pooled", lambda x: x.new_zeros(2**40, 0), "'pooled' of a wrong shape"),
         ("share_value", lambda x: x + 5, "'share_value' with numbers that cannot be"),
+        ("share_value", lambda x: x[:-1], "holds shares of no image"),
         ("share_start", lambda x: x[:0], "holds shares of no image"),
         ("index", lambda x: x - 100, "'index' with numbers that cannot be"),
         ("broken", lambda x: x.new_zeros(10**6), "'broken' of a wrong shape"),
     ],
 )
-def test_records_that_cannot_be_are_refused(
-    name: str, change: Callable[[Tensor], Tensor], message: str, scan: Scan
-) -> None:
+def test_records_that_cannot_be_are_refused(name, change, message, scan):
     forge(shard_path(scan.path, 1), **{name: change})
     with pytest.raises(RunError, match=message):
         list(scan.shards())
-    if name in ("label", "prediction", "share_start"):
+    if name in ("label", "prediction", "share_start"):  # which are checked when read alone too
         with pytest.raises(RunError, match="shard-000001"):
             list(scan.columns(name))
+    if name.startswith("share_"):
+        with pytest.raises(RunError, match="shard-000001"):
+            unbraid.find(scan, tau="auto")
 
 
-def test_tensors_read_alone_are_checked_one_beside_the_other(scan: Scan) -> None:
-    forge(shard_path(scan.path, 0), share_value=lambda x: x[:-1])
-    with pytest.raises(RunError, match="shares of no image"):
-        unbraid.find(scan, tau="auto")
-
-
-def test_maps_and_weights_of_another_type_are_refused(tmp_path: Path) -> None:
+def test_maps_of_another_type_or_of_zeros_are_refused_or_divided(tmp_path):
     """No convolution takes numbers of two types."""
     scan = unbraid.scan(build("uneven"), "layer", SyntheticImages(9), tmp_path, positions=True)
     assert scan.manifest.dtype == "float64"
-    path = shard_path(scan.path, 0)
+    path, found = shard_path(scan.path, 0), unbraid.find(scan, channels={0: [[0], [1, 2]]})
     sound = path.read_bytes()
     forge(path, input_map=lambda x: x.half())
     with pytest.raises(RunError, match="'input_map' of another type than the network's"):
-        unbraid.split(scan, unbraid.find(scan, channels={0: [[0], [1, 2]]}), method="published")
+        unbraid.split(scan, found, method="published")
     path.write_bytes(sound)
-    forge(scan.path / "layer.safetensors", weight=lambda x: x.float(), bias=lambda x: x.float())
-    with pytest.raises(RunError, match="weights of another type than the network's"):
-        unbraid.open_scan(scan.path)
+    forge(path, input_map=torch.zeros_like)
+    assert unbraid.split(scan, found).channels[0].masks.isfinite().all()
 
 
-def test_maps_of_zeros_beside_other_pooled_inputs_are_divided_all_the_same(tmp_path: Path) -> None:
-    scan = unbraid.scan(build("uneven"), "layer", SyntheticImages(9), tmp_path, positions=True)
-    forge(shard_path(scan.path, 0), input_map=torch.zeros_like)
-    split = unbraid.split(scan, unbraid.find(scan, channels={0: [[0], [1, 2]]}))
-    assert split.channels[0].masks.isfinite().all()
-
-
-def test_weights_of_another_shape_are_refused(scan: Scan) -> None:
-    forge(scan.path / "layer.safetensors", weight=lambda x: x[:, :1])
-    with pytest.raises(RunError, match="no 'weight' of the layer's shape"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": lambda x: x[:, :1]}, "no 'weight' of the layer's shape"),
+        ({name: lambda x: x.half() for name in ("weight", "bias")}, "weights of another type"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(changes, message, scan):
+    forge(scan.path / "layer.safetensors", **changes)
+    with pytest.raises(RunError, match=message):
         unbraid.open_scan(scan.path)
     assert "layer.safetensors" in check(scan.path).damaged[0]
 
 
-def test_a_header_that_lies_is_refused(scan: Scan) -> None:
+def test_a_header_that_lies_is_refused(scan):
     path = scan.path / "layer.safetensors"
     content = path.read_bytes()
     for told in (2**63, 2**40, 0):
@@ -226,10 +212,10 @@ def test_a_header_that_lies_is_refused(scan: Scan) -> None:
     text = content[8:].replace(b'"shape":[3,2]', b'"shape":[9,2]')
     path.write_bytes(content[:8] + text)
     with pytest.raises(RunError, match="cannot be read"):
-        read_some(path, ["weight"])
+        read_tensors(path, ["weight"])
 
 
-def test_one_label_does_not_take_all_memory(scan: Scan) -> None:
+def test_one_label_does_not_take_all_memory(scan):
     """Sums by class have a row for every number up to the largest label."""
     wide = replace(scan.manifest, layer=replace(scan.layer, n_in=2**20))
     assert wide.most_classes * (wide.layer.n_taps + wide.layer.n_out) <= 2**30
@@ -238,16 +224,14 @@ def test_one_label_does_not_take_all_memory(scan: Scan) -> None:
         class_sums(scan, [0.03])
 
 
-def test_a_scan_that_would_be_refused_is_not_begun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_scan_that_would_be_refused_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr("unbraid.scanning.manifest._MOST_SUMS", 2 * (8 + 6))  # of 4 classes
     with pytest.raises(UsageError, match="number of class_names is 4, not 0 to 2"):
         unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path / "scan")
     assert not (tmp_path / "scan").exists()
 
 
-def test_groups_are_whole_numbers_even_of_a_shard_without_an_image(tmp_path: Path) -> None:
+def test_groups_are_whole_numbers_even_of_a_shard_without_an_image(tmp_path):
     scan = unbraid.scan(
         build("1x1"), "layer", GroupedImages(130), tmp_path, skip_broken=True, positions=True
     )
@@ -269,7 +253,7 @@ class GroupedImages(SyntheticImages):
         return super().__getitem__(index)
 
 
-def test_no_tau_is_chosen_by_a_scan_without_an_image(tmp_path: Path) -> None:
+def test_no_tau_is_chosen_by_a_scan_without_an_image(tmp_path):
     scan = unbraid.scan(build("1x1"), "layer", SyntheticImages(9), tmp_path)
     records = replace(no_records(scan.layer, positions=False), broken=torch.arange(9))
     write_shard(scan.path, 0, records)
@@ -280,9 +264,7 @@ def test_no_tau_is_chosen_by_a_scan_without_an_image(tmp_path: Path) -> None:
         unbraid.find(opened, tau="auto")
 
 
-def test_counts_for_many_thresholds_are_made_in_portions(
-    scan: Scan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counts_for_many_thresholds_are_made_in_portions(scan, monkeypatch):
     whole = nearest_finding(scan, 0.5, 0.75, -1.0)
     monkeypatch.setattr("unbraid.finding.thresholds._COUNTS_AT_ONCE", 2 * 3 * 3)
     asked: list[int] = []
@@ -297,7 +279,7 @@ def test_counts_for_many_thresholds_are_made_in_portions(
     assert len(asked) > 2
 
 
-def test_a_split_that_cannot_be_is_refused(scan: Scan, tmp_path: Path) -> None:
+def test_a_split_that_cannot_be_is_refused(scan, tmp_path):
     found = unbraid.find(scan, channels={0: [[0], [1]]})
     path = tmp_path / "split.safetensors"
     split = unbraid.split(scan, found, method="published", rho=0.7)
@@ -320,151 +302,6 @@ def test_a_split_that_cannot_be_is_refused(scan: Scan, tmp_path: Path) -> None:
         Split.load(path)
     write_tensors(path, tensors, about)
     assert Split.load(path).channels[0].masks.equal(split.channels[0].masks)
-
-
-# --- weights --------------------------------------------------------------------------------------
-
-
-class Evil:
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, ("was here",)
-
-
-def test_code_in_weights_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"weight": Evil()}, "evil.pt")
-    with pytest.raises(ModelError, match="never loaded"):
-        load_weights(nn.Linear(2, 2), Path("evil.pt"))
-    assert not Path("was here").exists()
-
-
-def test_packed_weights_are_not_unpacked(tmp_path: Path) -> None:
-    plain, packed = tmp_path / "plain.pt", tmp_path / "packed.pt"
-    torch.save({"weight": torch.zeros(1000, 1000)}, plain)
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w") as target:
-        for member in source.infolist():
-            target.writestr(member.filename, source.read(member), zipfile.ZIP_DEFLATED)
-    assert packed.stat().st_size < 10_000
-    with pytest.raises(ModelError, match="claims to hold more than it is large"):
-        load_weights(nn.Linear(1000, 1000, bias=False), packed)
-    load_weights(nn.Linear(1000, 1000, bias=False), plain)
-
-
-class Large:
-    """So large that nobody notices it in time, of few bytes, and no code for torch."""
-
-    def __init__(self, make: Any, *arguments: Any) -> None:
-        self.made = make, arguments
-
-    def __reduce__(self) -> Any:
-        return self.made
-
-
-LARGE: dict[str, Any] = {
-    "bytes": Large(bytearray, 2**40),
-    "a dictionary copied": [Large(OrderedDict, [("a", 1)])] * 2,
-    "a tensor by its size": Large(torch.Tensor, 10**12),
-    "a shape": torch.Size([1]),
-    "a tuple for a key": {((1,),): 1},
-}
-
-
-@pytest.mark.parametrize("format", ["zip", "old"])
-@pytest.mark.parametrize("kind", LARGE)
-def test_weights_that_take_memory_are_refused_before_they_do(
-    kind: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "large.pt"
-    state = {"weight": torch.zeros(2, 2), "large": LARGE[kind]}
-    torch.save(state, path, _use_new_zipfile_serialization=format == "zip")
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it came to torch"))
-    with pytest.raises(ModelError, match="never loaded"):
-        load_weights(nn.Linear(2, 2), path)
-
-
-def rewrite(path: Path, old: bytes, new: Callable[[re.Match[bytes]], bytes]) -> None:
-    """Change what fits a pattern in the description in a torch file, of either format."""
-    if not zipfile.is_zipfile(path):
-        content = path.read_bytes()
-        assert len(re.findall(old, content, re.DOTALL)) == 1
-        path.write_bytes(re.sub(old, new, content, flags=re.DOTALL))
-        return
-    with zipfile.ZipFile(path) as source:
-        members = {member: source.read(member) for member in source.infolist()}
-    with zipfile.ZipFile(path, "w") as target:
-        for member, content in members.items():
-            main = member.filename.endswith("/data.pkl")
-            assert not main or len(re.findall(old, content, re.DOTALL)) == 1
-            changed = re.sub(old, new, content, flags=re.DOTALL)
-            target.writestr(member.filename, changed if main else content)
-
-
-TALL = b"K\x07K\x0b\x86"  # (7, 11), in a pickle
-NUMEL = b"(?<=cpuq.)KM"  # 77, behind a storage's device
-
-
-@pytest.mark.parametrize("format", ["zip", "old"])
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        (NUMEL, b"J\xff\xff\xff\x7f", "claims to hold more"),
-        (NUMEL, b"J\xff\xff\xff\xff", "no name or no size"),
-        (TALL, b"K\x07J\xff\xff\xff\x7f\x86", "larger than its storage"),
-        (TALL, b"K\x07K\x0c\x86", "larger than its storage"),
-        (TALL, b"K\x07J\xff\xff\xff\xff\x86", "no counts"),
-        (TALL, b"K\x07K\x0bK\x01\x87", "too many dimensions"),
-    ],
-)
-def test_sizes_that_lie_are_refused_before_torch_takes_memory(
-    format: str,
-    old: bytes,
-    new: bytes,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    path = tmp_path / "lies.pt"
-    network = nn.Linear(11, 7, bias=False)
-    state = {"weight": network.weight.detach()}
-    torch.save(state, path, _use_new_zipfile_serialization=format == "zip")
-    load_weights(network, path)
-    rewrite(path, old, lambda _: new)
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it came to torch"))
-    with pytest.raises(ModelError, match=message):
-        load_weights(network, path)
-
-
-def test_a_second_description_is_not_read_instead_of_the_first(tmp_path: Path) -> None:
-    path = tmp_path / "two.pt"
-    torch.save({"weight": torch.zeros(2, 2)}, path)
-    with zipfile.ZipFile(path, "a") as file:
-        file.writestr("two/DATA.PKL", b"")
-    with pytest.raises(ModelError, match="two files of one name"):
-        load_weights(nn.Linear(2, 2), path)
-
-
-@pytest.mark.parametrize("format", ["zip", "old"])
-def test_weights_of_every_usual_form_are_read(format: str, tmp_path: Path) -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(torch.bfloat16)
-    checkpoint = {
-        "state_dict": OrderedDict(network.state_dict()),
-        "optimizer": torch.optim.Adam(network.parameters()).state_dict(),
-        "parameter": nn.Parameter(torch.zeros(2, 3).t()),
-        "epoch": 10**12,
-        "dtype": torch.float16,
-        "history": [0.5, None, True, {"a": ()}],
-    }
-    path = tmp_path / "usual.pt"
-    torch.save(checkpoint, path, _use_new_zipfile_serialization=format == "zip")
-    empty = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(torch.bfloat16)
-    load_weights(empty, path)
-    assert empty[0].weight.equal(network[0].weight)
-
-
-def test_weights_by_number_are_no_state_dict(tmp_path: Path) -> None:
-    torch.save({1: torch.zeros(2)}, tmp_path / "numbers.pt")
-    with pytest.raises(ModelError, match="holds no state dict"):
-        load_weights(nn.Linear(2, 2), tmp_path / "numbers.pt")
 
 
 # --- pictures and folders -------------------------------------------------------------------------
@@ -490,18 +327,13 @@ def png(width: int, height: int, rows: bytes) -> bytes:
     ],
     ids=["bomb", "overflow", "strip", "program"],
 )
-def test_pictures_that_would_grow_or_run_are_refused(
-    content: bytes, message: str, tmp_path: Path
-) -> None:
+def test_pictures_that_would_grow_or_run_are_refused(content, message, tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_picture(path)
-
-
-def test_a_strip_that_is_not_too_long_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png(200, 1, zlib.compress(bytes(201))))
-    assert read_picture(tmp_path / "a.png").size == (200, 1)
+    path.write_bytes(png(200, 1, zlib.compress(bytes(201))))  # a strip that is not too long
+    assert read_picture(path).size == (200, 1)
 
 
 @pytest.fixture
@@ -512,44 +344,45 @@ def classes(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_links_in_circles_are_not_followed(classes: Path) -> None:
+def test_links_in_circles_are_not_followed(classes):
     (classes / "a" / "up").symlink_to(classes)
     (classes / "a" / "2.png").symlink_to("2.png")
-    images = ImageFolder(classes)
+    images = open_images(classes)
     names = ("a/1.png", "a/2.png", "b/1.png")
     assert [path for path, _ in images.samples] == [str(classes / name) for name in names]
     with pytest.raises(DataError, match=r"a/2\.png cannot be read"):
         images[1]
-    assert len(UnlabelledFolder(classes).samples) == 3
+    assert len(open_images(classes, labels={}).samples) == 3
     (classes / "c").symlink_to("c")
     with pytest.raises(DataError, match="/c is a link to what is not there"):
-        ImageFolder(classes)
+        open_images(classes)
 
 
-@pytest.mark.parametrize("to", [".", ".."])
-def test_a_class_that_is_a_link_to_what_holds_it_is_refused(to: str, classes: Path) -> None:
-    (classes / "c").symlink_to(to)
-    with pytest.raises(DataError, match="a link to a folder around it"):
-        ImageFolder(classes)
-
-
-def test_a_class_that_is_a_link_to_elsewhere_is_fine(classes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [(".", "a link to a folder around it"), ("..", "a link to a folder around it"), (None, "")],
+)
+def test_a_class_may_link_to_elsewhere_but_not_to_what_holds_it(to, message, classes, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "1.png")
-    (classes / "c").symlink_to(tmp_path / "elsewhere")
-    assert ImageFolder(classes).targets == [0, 1, 2]
+    (classes / "c").symlink_to(to or tmp_path / "elsewhere")
+    if to is None:
+        assert open_images(classes).targets == [0, 1, 2]
+        return
+    with pytest.raises(DataError, match=message):
+        open_images(classes)
 
 
-def test_a_path_that_is_too_long_is_an_error_of_ours() -> None:
+def test_a_path_that_is_too_long_is_an_error_of_ours():
     with pytest.raises(DataError, match="cannot be read"):
-        ImageFolder("x" * 5000)
+        open_images("x" * 5000)
 
 
 # --- what is written ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r", " =", "＝", "＠"])  # noqa: RUF001
-def test_spreadsheets_are_given_no_formula(start: str) -> None:
+def test_spreadsheets_are_given_no_formula(start):
     cell = f"{start}cmd|' /C calc'!A0"
     text = csv_text(("name", "figure"), [(cell, -1.5), ("clock-face", 2)])
     assert f"'{cell}" in text.replace('"', "")
@@ -562,7 +395,7 @@ def assert_short_cells(table: str, most: int) -> None:
     assert max(map(len, cells)) <= most
 
 
-def test_names_of_a_million_characters_do_not_fill_the_screen() -> None:
+def test_names_of_a_million_characters_do_not_fill_the_screen():
     names = ("x" * 1_000_000, "\x1b]0;title\x07\u202e" + "y" * 1_000_000)
     pair = Pair(0, 0, 1, 0.1, 0.9, 0.9, 0.0, 0.2)
     found = Findings(0.03, 0.75, 0.5, (pair,), {0: ((0,), (1,))}, names, "", "layer", "0")
@@ -570,14 +403,8 @@ def test_names_of_a_million_characters_do_not_fill_the_screen() -> None:
     assert_short_cells(text, 300)
     assert "\x1b" not in text
     assert "\u202e" not in text
-
-
-def test_a_long_cell_is_noticed() -> None:
     with pytest.raises(AssertionError):
         assert_short_cells("a  " + "x" * 301, 300)
-
-
-def test_a_short_line_stays_as_it_is() -> None:
     assert one_line("Ankle boot, 日本語, é") == "Ankle boot, 日本語, é"
 
 
@@ -597,7 +424,7 @@ def test_a_short_line_stays_as_it_is() -> None:
         [],
     ],
 )
-def test_settings_of_other_types_are_refused(settings: Any, tmp_path: Path) -> None:
+def test_settings_of_other_types_are_refused(settings, tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(RunError, match="not that of a run"):
         read_settings(tmp_path)
@@ -607,7 +434,7 @@ def test_settings_of_other_types_are_refused(settings: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("channel", ["Infinity", "1e400", "NaN", "1.5", "true", '"7"', "1" * 5000])
-def test_a_channel_of_no_whole_number_is_refused(channel: str, tmp_path: Path) -> None:
+def test_a_channel_of_no_whole_number_is_refused(channel, tmp_path):
     likeness = '{"monosemanticity": 0.5, "clarity": null}'
     semantics = (
         '{"encoder": "it", "n_images": 9, "n_top": 2, "positions": false, "crops": false, '

@@ -1,7 +1,5 @@
 """A scan in a process of its own, to be killed: `python scanning.py FOLDER [how to die]`.
 
-With `compiled` in place of how to die it lives, and runs compiled.
-
 It says `ready RANK PID` before it begins. Five shards of two layers; a batch takes a few
 milliseconds, so that a kill at random finds it anywhere.
 """
@@ -72,10 +70,10 @@ def main() -> None:
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     rank = os.environ.get("RANK", "0")
     how = sys.argv[2] if len(sys.argv) > 2 else ""
-    if how not in ("", "compiled") and rank == "0" and first_start:
+    if how and rank == "0" and first_start:
         die_at(how)
     os.write(1, f"ready {rank} {os.getpid()}\n".encode())  # at once, as other ranks write too
-    options = {"positions": True, "batch_size": 16, "threads": 1, "compiled": how == "compiled"}
+    options = {"positions": True, "batch_size": 16, "threads": 1}
     unbraid.scan(network(), LAYERS, Images(), out, **options)
 
 

@@ -104,7 +104,7 @@ def kill_at_random(folder: Path, n_ranks: int, seed: int, seconds: float) -> Non
         latest /= 2
 
 
-def test_a_changed_byte_and_a_missing_file_are_told(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_changed_byte_and_a_missing_file_are_told(undisturbed, tmp_path):
     copy = Path(shutil.copytree(undisturbed, tmp_path / "copy"))
     assert_same(copy, undisturbed)
     assert is_finished(copy)
@@ -120,21 +120,19 @@ def test_a_changed_byte_and_a_missing_file_are_told(undisturbed: Path, tmp_path:
         assert_same(copy, undisturbed)
 
 
-def kill_and_go_on(seed: int, undisturbed: Path, seconds: float, folder: Path) -> None:
+SEEDS = [*range(5), *(pytest.param(n, marks=pytest.mark.slow) for n in range(5, 110))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_killed_at_random_it_goes_on(seed, undisturbed, seconds, tmp_path):
+    folder = tmp_path / "scan"
     kill_at_random(folder, 1 + seed % 3, seed, seconds)
     finish(folder, 1 + (seed // 3) % 3)
     assert_same(folder, undisturbed)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_killed_at_random_it_goes_on(
-    seed: int, undisturbed: Path, seconds: float, tmp_path: Path
-) -> None:
-    kill_and_go_on(seed, undisturbed, seconds, tmp_path / "scan")
-
-
 @pytest.mark.parametrize("moment", ["rename 1", "named 3", "rename 7", "named 9"])
-def test_killed_around_a_rename_it_goes_on(moment: str, undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_around_a_rename_it_goes_on(moment, undisturbed, tmp_path):
     killed = start(tmp_path, moment=moment)
     killed.communicate(timeout=300)
     assert killed.returncode == -signal.SIGKILL
@@ -146,14 +144,12 @@ def test_killed_around_a_rename_it_goes_on(moment: str, undisturbed: Path, tmp_p
 
 
 @pytest.mark.parametrize("n_ranks", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
-def test_many_processes_leave_the_same_bytes(
-    n_ranks: int, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_many_processes_leave_the_same_bytes(n_ranks, undisturbed, tmp_path):
     finish(tmp_path, n_ranks)
     assert_same(tmp_path, undisturbed)
 
 
-def test_two_equal_starts_at_once_leave_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
+def test_two_equal_starts_at_once_leave_the_same_bytes(undisturbed, tmp_path):
     both = [start(tmp_path / "scan"), start(tmp_path / "scan")]
     for process in both:
         output, _ = process.communicate(timeout=300)
@@ -161,7 +157,7 @@ def test_two_equal_starts_at_once_leave_the_same_bytes(undisturbed: Path, tmp_pa
     assert_same(tmp_path / "scan", undisturbed)
 
 
-def test_a_rank_that_dies_loses_no_finished_shard(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_rank_that_dies_loses_no_finished_shard(undisturbed, tmp_path):
     killed = start(tmp_path, 2, moment="named 7")  # rank 0, with a shard of its own named
     output, _ = killed.communicate(timeout=300)
     assert killed.returncode != 0, output
@@ -173,9 +169,7 @@ def test_a_rank_that_dies_loses_no_finished_shard(undisturbed: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_command_line_with_a_line_that_says_how_to_go_on(
-    sign: signal.Signals, code: int, tmp_path: Path
-) -> None:
+def test_a_signal_ends_the_command_line_with_a_line_that_says_how_to_go_on(sign, code, tmp_path):
     folder = tmp_path / "data" / "a"
     folder.mkdir(parents=True)
     from PIL import Image
@@ -219,7 +213,7 @@ def _full_disk(folder: Path, kilobytes: int) -> bool:
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
-def test_a_full_disk_loses_nothing(n_ranks: int, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_full_disk_loses_nothing(n_ranks, undisturbed, tmp_path):
     disk = tmp_path / "disk"
     size = sum(p.stat().st_size for p in undisturbed.rglob("*"))
     if not _full_disk(disk, size // 2 // 1024):
@@ -236,11 +230,3 @@ def test_a_full_disk_loses_nothing(n_ranks: int, undisturbed: Path, tmp_path: Pa
     assert list(kept.rglob("shard-*.safetensors"))
     finish(kept)
     assert_same(kept, undisturbed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 200))
-def test_killed_at_random_a_hundred_times(
-    seed: int, undisturbed: Path, seconds: float, tmp_path: Path
-) -> None:
-    kill_and_go_on(seed, undisturbed, seconds, tmp_path / "scan")

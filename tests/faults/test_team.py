@@ -14,12 +14,9 @@ from torch.distributed import HashStore
 from faults.test_faults import SCANNING, TORCHRUN, assert_same, undisturbed
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import RunError
-from unbraid.scanning import shards as claims
-from unbraid.scanning import shards as scan_pass
-from unbraid.scanning import team
+from unbraid.scanning import shards
 from unbraid.scanning.scan import scan
-from unbraid.scanning.shards import Target, claim_together
-from unbraid.scanning.team import Alone, Ranks
+from unbraid.scanning.shards import Target, Team, claim_together
 
 __all__ = ["undisturbed"]
 
@@ -31,50 +28,50 @@ def target(tmp_path: Path) -> Target:
     return Target(network.get_submodule("layer"), made.manifest, tmp_path / "scan")
 
 
-def test_ranks_that_would_scan_another_network_are_told_and_touch_nothing(target: Target) -> None:
+def test_ranks_that_would_scan_another_network_are_told_and_touch_nothing(target):
     store = HashStore()
-    claim_together([target], Ranks(store, 0, 2))
+    claim_together([target], Team(store, 0, 2))
     claimed = {path: path.read_bytes() for path in target.folder.iterdir()}
-    claim_together([target], Ranks(store, 1, 2))  # the same work
+    claim_together([target], Team(store, 1, 2))  # the same work
     other = replace(target, manifest=replace(target.manifest, weights="of another seed"))
     with pytest.raises(RunError, match="the network's weights of this one and the first differ"):
-        claim_together([other], Ranks(store, 1, 2))
+        claim_together([other], Team(store, 1, 2))
     with pytest.raises(RunError, match="the number of layers"):
-        claim_together([target, target], Ranks(store, 1, 2))
+        claim_together([target, target], Team(store, 1, 2))
     assert {path: path.read_bytes() for path in target.folder.iterdir()} == claimed
 
 
 def test_alone_there_is_nobody_to_differ_from(target: Target) -> None:
-    claim_together([target], Alone())
-    claims.refuse_taken(target)
+    claim_together([target], Team(HashStore(), 0, 1))
+    shards.refuse_taken(target)
     other = replace(target, manifest=replace(target.manifest, weights="of another seed"))
     with pytest.raises(RunError, match="taken by another scan"):
-        claims.refuse_taken(other)
+        shards.refuse_taken(other)
 
 
-def test_what_was_claimed_before_a_restart_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_claimed_before_a_restart_does_not_count(monkeypatch):
     store = HashStore()
-    monkeypatch.setattr(team, "_joined", lambda: (store, 0, 1))
-    monkeypatch.setattr(team, "n_ranks", lambda: 2)
+    monkeypatch.setattr(shards, "_joined", lambda: (store, 0, 1))
+    monkeypatch.setattr(shards, "n_ranks", lambda: 2)
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        monkeypatch.setattr(team, "_works", iter([0]))  # as in a process that has just begun
-        assert list(team.team().claims(3)) == [0, 1, 2]
+        monkeypatch.setattr(shards, "_works", iter([0]))  # as in a process that has just begun
+        assert list(shards.join_team().claims(3)) == [0, 1, 2]
 
 
 def test_what_a_file_system_shows_late_is_waited_for_and_what_never_comes_is_not(
-    target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    target, monkeypatch
+):
     looks: list[bool] = []
-    monkeypatch.setattr(scan_pass, "_PAUSE", 0.0)
+    monkeypatch.setattr(shards, "_PAUSE", 0.0)
     monkeypatch.setattr(Target, "lacks", lambda _, __: looks.append(len(looks) < 4) or looks[-1])
-    scan_pass.await_shards([target], 60.0)
+    shards.await_shards([target], 60.0)
     assert looks == [True] * 4 + [False]
     monkeypatch.setattr(Target, "lacks", lambda _, __: True)
-    scan_pass.await_shards([target], 0.05)
+    shards.await_shards([target], 0.05)
 
 
-def test_torchrun_may_start_a_dead_rank_anew(undisturbed: Path, tmp_path: Path) -> None:
+def test_torchrun_may_start_a_dead_rank_anew(undisturbed, tmp_path):
     command = [*TORCHRUN, "--max-restarts", "1", "--nproc-per-node", "2", str(SCANNING)]
     done = subprocess.run(
         [sys.executable, *command, str(tmp_path), "named 7"],

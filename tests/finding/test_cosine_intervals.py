@@ -20,12 +20,12 @@ from unbraid.finding import cosine_intervals as chance
 from unbraid.finding.arv import class_sums
 from unbraid.finding.cosine_intervals import uniforms, with_chance
 from unbraid.finding.findings import Findings, Pair
-from unbraid.scanning.records import Cluster, Scan, read_shard, write_shard
+from unbraid.scanning.records import Scan, read_shard, write_shard
 
 FIGURES = ("low", "high", "half1", "half2")
 
 
-# --- slowly ---------------------------------------------------------------------------------------
+# Slowly.
 
 
 def slow_uniform(index: int, number: int) -> float:
@@ -167,7 +167,7 @@ def test_random_numbers_are_even_and_unrelated():
         assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.007
 
 
-# --- whatever way records are divided -------------------------------------------------------------
+# Whatever way records are divided.
 
 N_IMAGES, N_CLASSES = 60, 5
 
@@ -204,9 +204,23 @@ def usual(tmp_path_factory) -> Tensor:
     return figures(pairs_of(random_scan(tmp_path_factory.mktemp("usual"))))
 
 
-@pytest.mark.parametrize("shard_size", [1, 12, 100])
-def test_shards_of_any_size_give_the_same(shard_size, usual, tmp_path):
-    assert_close(figures(pairs_of(random_scan(tmp_path, shard_size=shard_size))), usual)
+@pytest.mark.parametrize(
+    ("options", "n_bytes", "tolerance"),
+    [
+        *(({"shard_size": size}, 1 << 30, 1e-9) for size in (1, 12, 100)),
+        ({"n_more": 9}, 1 << 30, 1e-9),
+        *(({"shard_size": 100}, n_bytes, 1e-9) for n_bytes in (1, 10_000)),
+        ({"dtype": torch.float32}, 1 << 30, 1e-4),
+    ],
+)
+def test_shards_other_classes_memory_and_precision_do_not_matter(
+    options, n_bytes, tolerance, usual, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(chance, "_BYTES_AT_ONCE", n_bytes)
+    scan = random_scan(tmp_path, **options)
+    pairs = pairs_of(scan)
+    assert_close(figures(pairs), usual, tolerance)
+    assert pairs_of(scan) == pairs
 
 
 def test_the_order_of_records_does_not_matter(usual, tmp_path):
@@ -219,26 +233,6 @@ def test_the_order_of_records_does_not_matter(usual, tmp_path):
     assert_close(figures(pairs_of(some)), usual)
 
 
-def test_images_of_other_classes_do_not_matter(usual, tmp_path):
-    assert_close(figures(pairs_of(random_scan(tmp_path, n_more=9))), usual)
-
-
-@pytest.mark.parametrize("n_bytes", [1, 10_000])
-def test_replicates_taken_in_portions_give_the_same(n_bytes, usual, tmp_path, monkeypatch):
-    monkeypatch.setattr(chance, "_BYTES_AT_ONCE", n_bytes)
-    assert_close(figures(pairs_of(random_scan(tmp_path, shard_size=100))), usual)
-
-
-def test_single_precision_is_enough(usual, tmp_path):
-    scan = random_scan(tmp_path, dtype=torch.float32)
-    assert_close(figures(pairs_of(scan)), usual, 1e-4)
-
-
-def test_it_is_the_same_every_time(tmp_path):
-    scan = random_scan(tmp_path)
-    assert pairs_of(scan) == pairs_of(scan)
-
-
 def test_without_pairs_nothing_is_read(tmp_path):
     scan = random_scan(tmp_path)
     sums = class_sums(scan, [])
@@ -247,7 +241,7 @@ def test_without_pairs_nothing_is_read(tmp_path):
     assert with_chance(scan, sums, []) == []
 
 
-# --- few images, no noise, nothing but noise ------------------------------------------------------
+# Few images, no noise, nothing but noise.
 
 
 def two_classes(folder: Path, one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]):
@@ -263,41 +257,39 @@ def two_classes(folder: Path, one: Sequence[Sequence[float]], other: Sequence[Se
 NOISY = [(1.0, 0.2), (0.8, -0.1), (1.1, 0.0), (0.9, 0.1)]
 
 
-def test_of_a_single_image_nothing_is_known(tmp_path):
-    pair = two_classes(tmp_path, [(0.1, 1.0)], NOISY)
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        # Of a single image nothing is known.
+        ([(0.1, 1.0)], NOISY, (math.nan, math.nan, math.nan, None)),
+        # Two images are each other's halves.
+        ([(0.0, 1.0), (0.6, 0.8)], NOISY, (None, None, 0.8, None)),
+        # Images without noise leave no doubt, nor do those that do not feed the channel at all.
+        ([(0.6, 0.8)] * 5, [(2.0, 0.0)] * 3, (0.6, 0.6, 1.0, 1.0)),
+        ([(0.0, 0.0)] * 4, [(0.0, 0.0)] * 3, (1.0, 1.0, 1.0, 1.0)),
+        # Where there may be nothing but noise, 1/7 of a squared unit, the cosine can be anything.
+        *(
+            ([(mean + 1, 0.01), (mean - 1, 0.01)] * 4, NOISY, (-1.0, 1.0, None, None))
+            for mean in (0.01, 0.2, 0.3)
+        ),
+    ],
+)
+def test_few_images_no_noise_and_nothing_but_noise(one, other, expected, tmp_path):
+    pair = two_classes(tmp_path, one, other)
     assert math.isfinite(pair.cosine)
-    assert [math.isnan(getattr(pair, name)) for name in FIGURES] == [True, True, True, False]
-    assert pair.half2 > 0.9
-
-
-def test_two_images_are_each_others_halves(tmp_path):
-    pair = two_classes(tmp_path, [(0.0, 1.0), (0.6, 0.8)], NOISY)
-    assert_close(pair.half1, 0.8)
-    assert -1 <= pair.low < pair.high <= 1
-
-
-def test_images_without_noise_leave_no_doubt(tmp_path):
-    pair = two_classes(tmp_path, [(0.6, 0.8)] * 5, [(2.0, 0.0)] * 3)
-    assert_close([pair.low, pair.high, pair.half1, pair.half2], [0.6, 0.6, 1.0, 1.0])
-
-
-def test_where_nothing_feeds_the_channel_cosines_are_one_without_doubt(tmp_path):
-    pair = two_classes(tmp_path, [(0.0, 0.0)] * 4, [(0.0, 0.0)] * 3)
-    assert [pair.cosine, *(getattr(pair, name) for name in FIGURES)] == [1.0] * 5
-
-
-@pytest.mark.parametrize("mean", [0.01, 0.2, 0.3])  # noise is 1/7 of a squared unit
-def test_where_there_may_be_nothing_but_noise_the_cosine_can_be_anything(mean, tmp_path):
-    pair = two_classes(tmp_path, [(mean + 1, 0.01), (mean - 1, 0.01)] * 4, NOISY)
-    assert (pair.low, pair.high) == (-1.0, 1.0)
+    assert not pair.low > pair.high
+    for name, value in zip(FIGURES, expected, strict=True):
+        if value is not None:
+            assert getattr(pair, name) == pytest.approx(value, abs=1e-9, nan_ok=True)
 
 
 def test_where_there_is_more_than_noise_something_is_known(tmp_path):
     pair = two_classes(tmp_path, [(2.0, 0.01), (0.0, 0.01)] * 4, NOISY)
     assert pair.low > 0.5
+    assert pair.half2 > 0.9
 
 
-# --- how often an interval holds the truth --------------------------------------------------------
+# How often an interval holds the truth.
 
 N_TRIALS, N_TAPS = 200, 24
 
@@ -372,28 +364,3 @@ def test_cosines_that_are_truly_low_are_mostly_sure(tmp_path):
     found = trials(tmp_path, 0.2, 20, 1.0, 0.5)
     low = [pair for pair in found.pairs if pair.cosine < 0.5]
     assert sum(not found.uncertain(pair) for pair in low) >= 0.9 * len(low)
-
-
-# --- what counts as uncertain ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("cosine", "low", "high", "uncertain"),
-    [
-        (0.4, 0.3, 0.49, False),
-        (0.4, 0.3, 0.5, True),
-        (0.4, 0.55, 0.9, True),  # what noise has made low
-        (0.4, math.nan, math.nan, True),
-        (0.7, 0.5, 0.9, False),
-        (0.7, 0.49, 0.9, True),
-        (0.7, 0.2, 0.4, True),
-    ],
-)
-def test_a_pair_is_uncertain_unless_its_interval_lies_on_its_side_of_gamma(
-    cosine, low, high, uncertain
-):
-    pair = Pair(3, 0, 1, cosine, 1.0, 1.0, low, high)
-    found = Findings(0.03, 0.75, 0.5, (pair,), {3: ((0,), (1,))}, (), "", "layer", "0" * 64)
-    assert found.uncertain(pair) is uncertain
-    cluster = Cluster(3, 0, torch.eye(2), 0.0)
-    assert not replace(found, clusters={0: cluster, 1: cluster}).uncertain(pair)

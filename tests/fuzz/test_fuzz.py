@@ -43,9 +43,9 @@ from unbraid.measuring.results import (
     read_output,
     read_semantics,
 )
+from unbraid.networks import checkpoints as states
 from unbraid.networks import spec as layers
-from unbraid.networks import weights as states
-from unbraid.networks.weights import load_weights
+from unbraid.networks.checkpoints import load_weights
 from unbraid.running.check import check
 from unbraid.running.folders import read_settings
 from unbraid.scanning import manifest, records
@@ -288,17 +288,17 @@ pytestmark = [needs_proc, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_read_is_sound_or_refused(reader: str, seeds: Seeds, tmp_path: Path) -> None:
+def test_what_is_read_is_sound_or_refused(reader, seeds, tmp_path):
     fuzz(READERS[reader], seeds, tmp_path, EXAMPLES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
-def test_of_many_inputs_each_is_sound_or_refused(reader: str, seeds: Seeds, tmp_path: Path) -> None:
+def test_of_many_inputs_each_is_sound_or_refused(reader, seeds, tmp_path):
     fuzz(READERS[reader], seeds, tmp_path, -(-MANY // len(READERS)))
 
 
-def test_what_is_sound_is_read(seeds: Seeds, tmp_path: Path) -> None:
+def test_what_is_sound_is_read(seeds, tmp_path):
     """Else refusing everything would pass."""
     scan = unbraid.open_scan(seeds.folder / "scan")
     assert sum(map(len, scan.shards())) == 9
@@ -318,7 +318,7 @@ def test_what_is_sound_is_read(seeds: Seeds, tmp_path: Path) -> None:
     assert zipfile.is_zipfile(seeds.folder / "weights.pt")
 
 
-def test_memory_beyond_the_bound_is_noticed() -> None:
+def test_memory_beyond_the_bound_is_noticed():
     with bounded_memory(), pytest.raises(Escaped, match="MemoryError"):
         sound_or_refused(lambda: bytearray(2 * MEMORY))
 
@@ -345,9 +345,7 @@ CHECKS: dict[str, tuple[Any, str, Any, str]] = {
 
 
 @pytest.mark.parametrize("check_left_out", CHECKS)
-def test_a_check_left_out_is_noticed(
-    check_left_out: str, seeds: Seeds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_check_left_out_is_noticed(check_left_out, seeds, tmp_path, monkeypatch):
     module, name, instead, reader = CHECKS[check_left_out]
     monkeypatch.setattr(module, name, instead, raising=False)
     with pytest.raises(Escaped):

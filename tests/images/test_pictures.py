@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import struct
 import tarfile
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torchvision.transforms import v2
 
 import unbraid
 from tiny_networks import build
-from unbraid.base.errors import DataError, UnfitPicture
+from unbraid.base.errors import DataError, OutOfReach, UnfitPicture
 from unbraid.images import pictures as depths
-from unbraid.images.pictures import decode_picture, unread_kind
+from unbraid.images.identity import fingerprint
+from unbraid.images.pictures import decode_picture, read_picture, unread_kind
 
 RAMP = np.linspace(0, 1, 64)[None].repeat(4, 0)
 COLOURS = np.stack([RAMP, RAMP[:, ::-1], RAMP], -1)
@@ -65,11 +69,12 @@ def tiff(
     return head + content + n_entries + directory + bytes(4) + after
 
 
-def png(values: Any, colours: int) -> bytes:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        crc = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + crc
+def chunk(kind: bytes, content: bytes) -> bytes:
+    crc = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + crc
 
+
+def png(values: Any, colours: int) -> bytes:
     rows = np.asarray(values).astype(">u2")
     head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, colours, 0, 0, 0)
     body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
@@ -93,23 +98,41 @@ def read(content: bytes) -> Any:
 
 
 U16 = 65535
+GREY: dict[str, Callable[[Any], bytes]] = {  # from 16-bit values, (height, width)
+    "grey <u2": lambda v: tiff(v, "<u2"),
+    "grey >u2": lambda v: tiff(v, ">u2"),
+    "packed grey <u2": lambda v: tiff(v, "<u2", deflate=True),
+    "packed grey >u2": lambda v: tiff(v, ">u2", deflate=True),
+    "png": lambda v: png(v, 0),
+    "png, alpha": lambda v: png(with_alpha(v), 4),
+    "pgm": lambda v: pnm(v, U16),
+}
+COLOURED: dict[str, Callable[[Any], bytes]] = {  # (height, width, 3)
+    "colours <u2": lambda v: tiff(v, "<u2", 2),
+    "colours >u2": lambda v: tiff(v, ">u2", 2),
+    "packed colours >u2": lambda v: tiff(v, ">u2", 2, deflate=True),
+    "png, colours": lambda v: png(v, 2),
+    "png, colours and alpha": lambda v: png(with_alpha(v), 6),
+    "ppm": lambda v: pnm(v, U16),
+}
+FORMS = {**GREY, **COLOURED}
+
+
+def ramp(kind: str) -> Any:
+    return COLOURS if kind in COLOURED or "ppm" in kind else RAMP
+
+
 READ = {
-    **{f"grey {order}u2": tiff(RAMP * U16, f"{order}u2") for order in "<>"},
-    **{f"packed grey {order}u2": tiff(RAMP * U16, f"{order}u2", deflate=True) for order in "<>"},
+    **{kind: FORMS[kind](ramp(kind) * U16) for kind in FORMS},
     **{f"{order}f4": tiff(RAMP, f"{order}f4") for order in "<>"},
     **{f"packed {order}f4": tiff(RAMP, f"{order}f4", deflate=True) for order in "<>"},
-    **{f"colours {order}u2": tiff(COLOURS * U16, f"{order}u2", 2) for order in "<>"},
     "white is zero": tiff(U16 - RAMP * U16, "<u2", 0),
     "packed white is zero": tiff(U16 - RAMP * U16, "<u2", 0, deflate=True),
     "floats, white is zero": tiff(1 - RAMP, "<f4", 0),
     "says 10 bits": tiff(RAMP * 1023, "<u2", tag281=1023),
     "says 12 bits, white is zero": tiff(4095 - RAMP * 4095, "<u2", 0, tag281=4095),
-    "png": png(RAMP * U16, 0),
-    "png, colours": png(COLOURS * U16, 2),
-    "png, alpha": png(with_alpha(RAMP * U16), 4),
-    "png, colours and alpha": png(with_alpha(COLOURS * U16), 6),
-    **{f"pgm, {m}": pnm(RAMP * m, m) for m in (255, 1023, 4095, 16383, U16)},
-    **{f"ppm, {m}": pnm(COLOURS * m, m) for m in (255, 1023, 4095, 16383, U16)},
+    **{f"pgm, {m}": pnm(RAMP * m, m) for m in (255, 1023, 4095, 16383)},
+    **{f"ppm, {m}": pnm(COLOURS * m, m) for m in (255, 1023, 4095, 16383)},
     "plain pgm": pnm(RAMP * 4095, 4095, plain=True),
     "plain ppm": pnm(COLOURS * U16, U16, plain=True),
     "pfm": b"Pf\n64 4\n-1.0\n" + RAMP.astype("<f4").tobytes(),
@@ -117,69 +140,35 @@ READ = {
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_decode_picture_of_many_bits_goes_from_black_to_white(kind: str) -> None:
-    values = read(READ[kind])
-    expected = (COLOURS if "colours" in kind or "ppm" in kind else RAMP[..., None]) * 255
+def test_decode_picture_of_many_bits_goes_from_black_to_white(kind):
+    values, expected = read(READ[kind]), ramp(kind) * 255
+    expected = expected if expected.ndim == 3 else expected[..., None]
     assert np.abs(values - expected).max() <= 1.01
-    assert values.min() == 0
-    assert values.max() == 255
+    assert (values.min(), values.max()) == (0, 255)
 
 
-def test_decode_picture_of_16_bits_keeps_the_high_byte() -> None:
+def test_decode_picture_of_16_bits_keeps_the_high_byte():
     every = np.arange(65536).reshape(256, 256)
-    for content in (tiff(every, "<u2"), tiff(every, ">u2"), png(every, 0), pnm(every, U16)):
-        assert (read(content)[..., 0] == every >> 8).all()
+    for kind in ("grey <u2", "grey >u2", "png", "pgm"):
+        assert (read(GREY[kind](every))[..., 0] == every >> 8).all()
 
 
-EMPTY = np.zeros((4, 5))
-ONE_COLOUR: dict[str, Callable[[float], bytes]] = {
-    "<u2": lambda white: tiff(EMPTY + white * U16, "<u2"),
-    ">u2": lambda white: tiff(EMPTY + white * U16, ">u2"),
-    "f4": lambda white: tiff(EMPTY + white, "<f4"),
-    "png": lambda white: png(EMPTY + white * U16, 0),
-    "png, colours": lambda white: png(np.zeros((4, 5, 3)) + white * U16, 2),
-    "png, alpha": lambda white: png(with_alpha(EMPTY + white * U16), 4),
-    "png, colours and alpha": lambda white: png(with_alpha(np.zeros((4, 5, 3)) + white * U16), 6),
-    "colours <u2": lambda white: tiff(np.zeros((4, 5, 3)) + white * U16, "<u2", 2),
-    "packed colours >u2": lambda w: tiff(np.zeros((4, 5, 3)) + w * U16, ">u2", 2, deflate=True),
-    "pgm": lambda white: pnm(EMPTY + white * U16, U16),
-    "ppm": lambda white: pnm(np.zeros((4, 5, 3)) + white * U16, U16),
-}
-
-
-@pytest.mark.parametrize("kind", ONE_COLOUR)
+@pytest.mark.parametrize("kind", [*FORMS, "f4"])
 @pytest.mark.parametrize("white", [0.0, 0.5, 1.0])
-def test_decode_picture_of_one_colour_is_that_colour(kind: str, white: float) -> None:
-    assert np.abs(read(ONE_COLOUR[kind](white)) - 255 * white).max() <= 1
+def test_decode_picture_of_one_colour_is_that_colour(kind, white):
+    values = np.zeros_like(ramp(kind)) + white
+    content = tiff(values, "<f4") if kind == "f4" else FORMS[kind](values * U16)
+    assert np.abs(read(content) - 255 * white).max() <= 1
 
 
-def dark(content: Callable[[float], bytes]) -> dict[int, bytes]:
-    return {bits: content(2**bits - 1) for bits in (8, 10, 12, 14)}
-
-
-DARK = {
-    "<u2": dark(lambda m: tiff(RAMP * m, "<u2")),
-    ">u2": dark(lambda m: tiff(RAMP * m, ">u2")),
-    "white is zero": dark(lambda m: tiff(RAMP * m, "<u2", 0)),
-    "colours <u2": dark(lambda m: tiff(COLOURS * m, "<u2", 2)),
-    "colours >u2": dark(lambda m: tiff(COLOURS * m, ">u2", 2)),
-    "packed colours": dark(lambda m: tiff(COLOURS * m, ">u2", 2, deflate=True)),
-    "png": dark(lambda m: png(RAMP * m, 0)),
-    "png, colours": dark(lambda m: png(COLOURS * m, 2)),
-    "png, alpha": dark(lambda m: png(with_alpha(RAMP * m), 4)),
-    "png, colours and alpha": dark(lambda m: png(with_alpha(COLOURS * m), 6)),
-    "pgm": dark(lambda m: pnm(RAMP * m, U16)),
-    "ppm": dark(lambda m: pnm(COLOURS * m, U16)),
-}
+DARK = {**FORMS, "white is zero": lambda v: tiff(v, "<u2", 0)}
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14])
 @pytest.mark.parametrize("kind", DARK)
-def test_decode_picture_of_fewer_bits_than_16_is_refused_with_what_to_do(
-    kind: str, bits: int
-) -> None:
+def test_decode_picture_of_fewer_bits_than_16_is_refused_with_what_to_do(kind, bits):
     with pytest.raises(UnfitPicture) as caught:
-        read(DARK[kind][bits])
+        read(DARK[kind](ramp(kind) * (2**bits - 1)))
     assert str(caught.value) == (
         f"Image it holds 16-bit values below {2**bits}, so it is dark, or of {bits} bits; save "
         "the pictures with 8 bits, black 0 and white 255, and start again (or multiply all by "
@@ -196,25 +185,26 @@ def jpeg_of_12_bits() -> bytes:
     return bytes(content)
 
 
+UNUSUAL = "is a TIFF of numbers or channels of an unusual kind, which are not read"
 UNFIT = {
     "floats to 255": (tiff(RAMP * 255, "<f4"), "floating-point numbers from 0 to 255, of which"),
     "floats from -1": (tiff(RAMP * 2 - 1, ">f4"), "floating-point numbers from -1 to 1, of which"),
     "dark floats": (tiff(RAMP / 16, "<f4"), "floating-point numbers of up to 0.0625, so it is"),
     "nan": (tiff(np.where(RAMP > 0.5, np.nan, RAMP), "<f4"), "that are not finite"),
     "infinity": (tiff(np.where(RAMP > 0.5, np.inf, RAMP), "<f4"), "that are not finite"),
-    "f2": (tiff(RAMP, "<f2"), "floating-point numbers of 16 bits"),
-    "f8": (tiff(RAMP, ">f8"), "floating-point numbers of 64 bits"),
+    "f2": (tiff(RAMP, "<f2"), UNUSUAL),
+    "f8": (tiff(RAMP, ">f8"), UNUSUAL),
     "i1": (tiff(RAMP * 127, "<i1"), "signed numbers of 8 bits"),
     "<i2": (tiff(RAMP * 999 - 500, "<i2"), "signed numbers of 16 bits"),
     ">i2": (tiff(RAMP * 32767, ">i2"), "signed numbers of 16 bits"),
     "<i4": (tiff(RAMP * U16, "<i4"), "signed numbers of 32 bits"),
-    ">u4": (tiff(RAMP * U16, ">u4"), "whole numbers of 32 bits"),
+    ">u4": (tiff(RAMP * U16, ">u4"), UNUSUAL),
     "<u4": (tiff(RAMP * U16, "<u4"), "whole numbers of 32 bits"),
-    "c8": (tiff(RAMP, "<c8"), "complex numbers of 64 bits"),
-    "colours of floats": (tiff(COLOURS, "<f4", 2), "numbers of 32 bits in 3 channels"),
-    "two channels": (tiff(COLOURS[..., :2] * U16, "<u2"), "numbers of 16 bits in 2 channels"),
+    "c8": (tiff(RAMP, "<c8"), UNUSUAL),
+    "colours of floats": (tiff(COLOURS, "<f4", 2), UNUSUAL),
+    "two channels": (tiff(COLOURS[..., :2] * U16, "<u2"), UNUSUAL),
     "planes": (tiff(COLOURS * U16, "<u2", 2, planes=2), "16 bits in 3 channels, plane by plane"),
-    ">u2, white is zero": (tiff(RAMP * U16, ">u2", 0), r"numbers of 16 bits \(WhiteIsZero\)"),
+    ">u2, white is zero": (tiff(RAMP * U16, ">u2", 0), UNUSUAL),
     "more than it says": (tiff(RAMP * U16, "<u2", tag281=4095), "but says 12 bits"),
     "jpeg": (jpeg_of_12_bits(), "is a JPEG of values of other than 8 bits"),
     "pfm to 255": (
@@ -225,14 +215,14 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("kind", UNFIT)
-def test_decode_picture_of_other_numbers_is_refused_in_words(kind: str) -> None:
+def test_decode_picture_of_other_numbers_is_refused_in_words(kind):
     content, message = UNFIT[kind]
     with pytest.raises(UnfitPicture, match=rf"^Image it .*{message}.* and start again") as caught:
         read(content)
     assert "\n" not in str(caught.value)
 
 
-def test_decode_picture_of_8_bits_in_a_palette_of_16_is_refused() -> None:
+def test_decode_picture_of_8_bits_in_a_palette_of_16_is_refused():
     whole, low = (
         tiff(RAMP * 255, "<u1", 3, tag320=[times * k for _ in range(3) for k in range(256)])
         for times in (257, 1)
@@ -242,7 +232,7 @@ def test_decode_picture_of_8_bits_in_a_palette_of_16_is_refused() -> None:
         read(low)
 
 
-def test_decode_picture_that_is_cut_off_is_broken_not_unfit() -> None:
+def test_decode_picture_that_is_cut_off_is_broken_not_unfit():
     for content in (tiff(RAMP * U16, "<u2")[:300], png(RAMP * U16, 0)[:90], b"no picture"):
         with pytest.raises(DataError, match="cannot be read") as caught:
             read(content)
@@ -254,9 +244,7 @@ TRANSFORM = v2.Compose([v2.Resize((6, 6)), v2.PILToTensor(), v2.ToDtype(torch.fl
 
 
 @pytest.mark.parametrize("source", ["folder", "tar"])
-def test_a_scan_stops_at_a_picture_that_is_unfit_though_broken_ones_are_skipped(
-    source: str, tmp_path: Path
-) -> None:
+def test_a_scan_stops_at_a_picture_that_is_unfit_though_broken_ones_are_skipped(source, tmp_path):
     sound, unfit = tiff(RAMP * U16, ">u2"), tiff(RAMP * 4095, "<u2")
     (tmp_path / "data" / "a").mkdir(parents=True)
     with tarfile.open(tmp_path / "data.tar", "w") as tar:
@@ -279,7 +267,114 @@ def test_a_scan_stops_at_a_picture_that_is_unfit_though_broken_ones_are_skipped(
         scan("unfit", [0, 1, 2, 3])
 
 
-def test_a_check_of_dark_pictures_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_of_dark_pictures_left_out_is_noticed(monkeypatch):
     monkeypatch.setattr(depths, "_refuse_dark", lambda _: None)
     for kind in DARK:
-        assert read(DARK[kind][12]).max() < 255 or "zero" in kind
+        assert read(DARK[kind](ramp(kind) * 4095)).max() < 255 or "zero" in kind
+
+
+# --- switches of Pillow's that a program may have turned ------------------------------------------
+
+
+def test_enormous_pictures_are_refused_whatever_pillow_was_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+
+    head = struct.pack(">IIBBBBB", 20_000, 10_000, 8, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(10_001))
+    content = chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    with pytest.raises(DataError, match=r"cannot be read \(it has 200000000 pixels\)"):
+        read_picture(tmp_path / "a.png")
+
+
+@pytest.fixture
+def cut_off(tmp_path: Path) -> Path:
+    Image.effect_noise((200, 200), 50).convert("RGB").save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[: len(content) // 3])
+    return tmp_path / "a.jpg"
+
+
+@pytest.mark.parametrize("switch", [False, True])
+def test_a_picture_that_is_cut_off_is_refused_whatever_pillow_was_told(
+    switch, cut_off, monkeypatch
+):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", switch)
+    with pytest.raises(DataError, match="truncated"):
+        read_picture(cut_off)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is switch
+
+
+def test_threads_leave_the_switch_as_it_was(cut_off, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    told: list[str] = []
+
+    def read() -> None:
+        for _ in range(30):
+            try:
+                decode_picture(cut_off, "it")
+            except DataError as error:
+                told.append(str(error))
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(told) == 120
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+# --- files that cannot be read --------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    (tmp_path / "data/a").mkdir(parents=True)
+    for k in range(4):
+        Image.effect_noise((6, 7), 50).convert("RGB").save(tmp_path / f"data/a/{k}.png")
+    return tmp_path / "data"
+
+
+def test_read_picture_a_missing_file_is_broken_but_a_folder_that_is_gone_out_of_reach(pictures):
+    path = pictures / "a/2.png"
+    path.unlink()
+    with pytest.raises(DataError, match=r"2\.png cannot be read \(there is no such file\)") as told:
+        read_picture(path)
+    assert not isinstance(told.value, OutOfReach)
+    for other in (pictures / "a").iterdir():
+        other.unlink()
+    with pytest.raises(OutOfReach, match=r"folder .*data/a is gone or empty"):
+        read_picture(path)
+    path.symlink_to("/no/such/folder/4.png")
+    with pytest.raises(OutOfReach, match=r"a/2\.png .*folder /no/such/folder is gone"):
+        read_picture(path)
+    path.unlink()
+    (pictures / "a").rmdir()
+    with pytest.raises(OutOfReach, match=r"folder .*data/a is gone or empty"):
+        read_picture(path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("call", ["os.stat", "PIL.Image.open"])
+def test_read_picture_calls_no_file_missing_that_cannot_be_looked_at(
+    call, number, pictures, monkeypatch
+):
+    def fail(path: Any, *_: Any, **__: Any) -> Any:
+        raise OSError(number, "it fails", str(path))
+
+    path = pictures / "a/1.png"
+    monkeypatch.setattr(call, fail)
+    with pytest.raises(OutOfReach, match=r"^Image .*1\.png cannot be reached \(it fails\)"):
+        read_picture(path)
+
+
+def test_fingerprint_makes_up_no_sizes_of_files_that_cannot_be_looked_at(pictures, monkeypatch):
+    images = unbraid.open_images(pictures)
+
+    def fail(path: Any, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(OutOfReach, match="Stale file handle"):
+        fingerprint(images, images.targets)

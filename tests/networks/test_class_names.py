@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_labels import IMAGENET, loaded, write_folders
-from torch import Tensor
+from torch import nn
 
 import unbraid
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import DataError, UsageError
 from unbraid.images.labels import AS_GIVEN, Reading, show_names
 from unbraid.images.open import images_for
-from unbraid.networks.class_names import read_names
+from unbraid.networks.class_names import imagenet_classes, read_names
 from unbraid.networks.models import LoadedModel, load_model
 from unbraid.running.run import validation_images
 
 INDEX = {"0": ["n02012849", "crane"], "1": ["n03126707", "crane"], "2": ["n01440764", "tench"]}
 IDS = [pair[0] for pair in INDEX.values()]
+
+
+IMAGENET = tuple(imagenet_classes().values())
+
+
+def loaded(n_outputs: int, names: Sequence[str] = ()) -> LoadedModel:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, n_outputs)).eval()
+    return LoadedModel(network, lambda _: torch.zeros(3, 4, 4), tuple(names), {})
+
+
+def write_folders(root: Path, classes: Sequence[str]) -> Path:
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for n in range(2):
+            Image.new("RGB", (4, 4), (k, n, 0)).save(root / name / f"{n}.png")
+    return root
 
 
 def file_of(tmp_path: Path, name: str, content: Any) -> Path:
@@ -62,18 +78,8 @@ def file_of(tmp_path: Path, name: str, content: Any) -> Path:
         ("a.txt", "Boeing 707\nBoeing 717\n", {0: "Boeing 707", 1: "Boeing 717"}, {}),
         ("a.txt", "{0: 'Ant, red',\n 1: \"Bee's\"}", {0: "Ant, red", 1: "Bee's"}, {}),
         ("a.txt", "['Ant',\n 'Bee',\n]", {0: "Ant", 1: "Bee"}, {}),
-        (
-            "a.txt",
-            "n00000001 1 ant\nn00000002 2 bee\n",
-            {},
-            {"n00000001": "ant", "n00000002": "bee"},
-        ),
-        (
-            "a.json",
-            {"2": ["n01440764", "tench"]},
-            {2: "tench"},
-            {"n01440764": "tench"},
-        ),
+        ("a.txt", "n00000001 1 a\nn00000002 2 b\n", {}, {"n00000001": "a", "n00000002": "b"}),
+        ("a.json", {"2": ["n01440764", "tench"]}, {2: "tench"}, {"n01440764": "tench"}),
     ],
 )
 def test_read_names_takes_what_is_usual(name, content, by_output, by_class, tmp_path):
@@ -194,15 +200,11 @@ def test_wordnet_ids_are_shown_with_their_names_and_equal_ones_apart(tmp_path):
     assert show_names(same, {"a": "b", "b": "b"}, ["a", "b"]) == ["b (a)", "b (1)"]
 
 
-class Named(SyntheticImages):
-    def __init__(self, *classes: str) -> None:
-        super().__init__(6)
-        self.classes = list(classes)
-
-
 def test_a_scan_that_is_there_takes_other_names_without_running_again(tmp_path):
     def scan(*classes: str) -> Any:
-        return unbraid.scan(build("1x1"), "layer", Named(*classes), tmp_path)
+        images = SyntheticImages(6)
+        images.classes = list(classes)
+        return unbraid.scan(build("1x1"), "layer", images, tmp_path)
 
     scan("a", "b", "c", "d")
     shards = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
@@ -222,7 +224,8 @@ def test_a_scan_that_is_there_takes_other_names_without_running_again(tmp_path):
 )
 def test_a_report_finds_its_images_again_whatever_they_are_called(classes, names, tmp_path):
     write_folders(tmp_path / "data/val", classes)
-    network = LoadedModel(build("3x3"), to_large_tensor, tuple(names), {})
+    blank = torch.zeros(3, 7, 6, dtype=torch.float64)
+    network = LoadedModel(build("3x3"), lambda _: blank, tuple(names), {})
     images, _ = images_for(network, str(tmp_path / "data/val"))
     scan = unbraid.scan(network.model, "layer", images, tmp_path / "scan")
     with warnings.catch_warnings():
@@ -231,10 +234,6 @@ def test_a_report_finds_its_images_again_whatever_they_are_called(classes, names
     assert again.classes == images.classes
     pairs = set(zip(again.targets, images.targets, strict=True))
     assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) == 2
-
-
-def to_large_tensor(_: Image.Image) -> Tensor:
-    return torch.zeros(3, 7, 6, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(

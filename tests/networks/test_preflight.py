@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 import unbraid
 from tiny_networks import SyntheticImages
-from unbraid.base.errors import LayerError, ModelError, OutputChangedError, UnbraidError
+from unbraid.base.errors import ModelError, OutputChangedError, UnbraidError
 from unbraid.networks.models import LoadedModel
 from unbraid.networks.preflight import look_first
 from unbraid.networks.relevance import undisturbed
-from unsteady import FOLLOWING, MIXING, RANDOM, SOUND, TOLD, Ends, Small, of_inference_mode
+from unsteady import MIXING, RANDOM, REFUSED, SOUND, Ends, Small, of_inference_mode
 
 
 def images(n: int = 17) -> SyntheticImages:
@@ -62,46 +62,17 @@ def test_scan_of_sound_network_works_and_leaves_it_as_it_was(name, tmp_path):
     assert state(network) == before
 
 
-@pytest.mark.parametrize(
-    ("makers", "name", "sentence"),
-    [
-        *((RANDOM, name, "gives other outputs each time it runs") for name in RANDOM),
-        *((FOLLOWING, name, "depend on the images that it ran on before") for name in FOLLOWING),
-        *((MIXING, name, "depend on the other images of its batch") for name in MIXING),
-    ],
-)
-def test_scan_of_unsteady_network_is_refused(makers, name, sentence, tmp_path):
-    network = makers[name]()
-    before = state(network)
-    with pytest.raises(ModelError, match=sentence):
-        scan(network, tmp_path)
-    assert state(network) == before
-    assert not list(tmp_path.glob("shard-*"))
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("name", REFUSED)
 def test_scan_of_network_that_cannot_be_scanned_says_why(name, tmp_path):
-    make, sentence = TOLD[name]
-    network = make()
+    make, sentence = REFUSED[name]
+    random.seed(0)  # from which some networks draw
+    network = make().train()
     before = state(network)
     with pytest.raises(UnbraidError, match=sentence):
         scan(network, tmp_path)
     assert state(network) == before
-
-
-def test_scan_names_buffer_that_follows_the_images(tmp_path):
-    with pytest.raises(ModelError, match="'mean' changes"):
-        scan(FOLLOWING["buffer"](), tmp_path)
-
-
-def test_scan_of_single_image_without_batch_dimension_is_refused(tmp_path):
-    class Loses(Small):
-        def features(self, x: Tensor) -> Tensor:
-            return self.layer(self.stem(x).relu().squeeze(0)).relu().mean((-2, -1))
-
-    with pytest.raises(LayerError, match="meets a single image as"):
-        scan(Loses(), tmp_path)
+    assert not list(tmp_path.glob("shard-*"))
 
 
 def test_scan_of_one_image_network_takes_batches_of_one(tmp_path):
@@ -110,10 +81,7 @@ def test_scan_of_one_image_network_takes_batches_of_one(tmp_path):
 
 
 def test_scan_of_fixed_batch_size_takes_full_batches(tmp_path):
-    def four(_: Any, x: Tensor) -> Tensor:
-        return x.view(16, 4)
-
-    network = Ends(four)
+    network = Ends(lambda _, x: x.view(16, 4))
     done = unbraid.scan(network, "layer", images(32), tmp_path, batch_size=16)
     assert done.manifest.n_images == 32
 
@@ -132,27 +100,32 @@ def test_n_outputs_of_squeezed_head_counts_all(name):
     assert loaded.n_outputs() == 4
 
 
-@pytest.mark.parametrize("name", ["dropout", "noise", "generator", "numpy", "gumbel"])
-def test_compare_outputs_of_random_network_does_not_blame_the_split(name, tmp_path):
-    network, sound = RANDOM[name](), Small()
-    with pytest.raises(ModelError, match="gives other outputs each time"):
-        unbraid.compare_outputs(network, sound, images(), tolerance=0)
-
-
-def test_compare_outputs_still_blames_another_network():
+def shifted() -> nn.Module:
     other = Small()
     with torch.no_grad():
         other.head.bias.add_(1)
-    with pytest.raises(unbraid.UnbraidError, match="differ from the original's by 1"):
-        unbraid.compare_outputs(Small(), other, images())
+    return other
 
 
-def test_compare_outputs_names_image_that_makes_the_original_nan():
-    broken = Ends(lambda _, x: torch.where(x.argmax(1, keepdim=True) >= 0, x / 0 * 0, x))
-    with pytest.raises(
-        OutputChangedError, match="original network's own logits of image 0 are nan"
-    ):
-        unbraid.compare_outputs(broken, Small(), images())
+def nan() -> nn.Module:
+    return Ends(lambda _, x: torch.where(x.argmax(1, keepdim=True) >= 0, x / 0 * 0, x))
+
+
+@pytest.mark.parametrize(
+    ("original", "other", "sentence"),
+    [
+        *(
+            (RANDOM[name], Small, "gives other outputs each time")
+            for name in RANDOM
+            if name not in ("python", "depth")
+        ),
+        (Small, shifted, "differ from the original's by 1"),
+        (nan, Small, "original network's own logits of image 0 are nan"),
+    ],
+)
+def test_compare_outputs_blames_the_right_network(original, other, sentence):
+    with pytest.raises((ModelError, OutputChangedError), match=sentence):
+        unbraid.compare_outputs(original(), other(), images(), tolerance=0)
 
 
 def test_look_first_takes_rounding_for_what_it_is():
@@ -233,22 +206,16 @@ def test_public_calls_in_any_mode_move_no_random_numbers(mode, tmp_path):
         assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:], name
 
 
-def test_scan_around_autocast_and_inference_has_the_same_records(tmp_path):
-    for mode, around in MODES.items():
-        with around():
-            scan(Small(), tmp_path / mode)
-    kept = [next(unbraid.open_scan(tmp_path / mode).shards()) for mode in MODES]
-    assert all(torch.equal(one.pooled, kept[0].pooled) for one in kept)
-
-
-def test_scan_takes_images_of_inference_mode(tmp_path):
+def test_scan_in_any_mode_and_of_images_of_any_has_the_same_records(tmp_path):
     with torch.inference_mode():
         held = images()
         held.images = held.images.clone()
     unbraid.scan(Small(), "layer", held, tmp_path / "held", batch_size=16)
-    scan(Small(), tmp_path / "plain")
-    one, other = (next(unbraid.open_scan(tmp_path / n).shards()) for n in ("held", "plain"))
-    assert torch.equal(one.pooled, other.pooled)
+    for mode, around in MODES.items():
+        with around():
+            scan(Small(), tmp_path / mode)
+    kept = [next(unbraid.open_scan(tmp_path / name).shards()) for name in ("held", *MODES)]
+    assert all(torch.equal(one.pooled, kept[0].pooled) for one in kept)
 
 
 def test_apply_to_network_of_inference_mode_gives_ordinary_weights(tmp_path):
@@ -259,18 +226,6 @@ def test_apply_to_network_of_inference_mode_gives_ordinary_weights(tmp_path):
         changed = unbraid.apply(network, split)
     assert not any(t.is_inference() for t in (*changed.parameters(), *changed.buffers()))
     changed(images().images).sum().backward()
-
-
-def test_call_that_raises_leaves_the_network_as_it_was(tmp_path):
-    def fails(net: Any, x: Tensor) -> Tensor:
-        net.mean.add_(1)
-        raise RuntimeError("no")
-
-    network = Small(fails, mean=torch.zeros(8)).train()
-    before = state(network)
-    with pytest.raises(ModelError, match=r"\(no\)"):
-        scan(network, tmp_path)
-    assert state(network) == before
 
 
 def test_calls_under_deterministic_algorithms_work(tmp_path):

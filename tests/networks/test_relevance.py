@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -68,7 +69,15 @@ def test_input_relevance_is_input_times_gradient_of_the_summed_channel(network):
     assert_input_relevance(found, truth_of(network, IMAGES))
 
 
-def test_what_is_cut_is_the_layers_input_and_output_before_the_in_place_activation():
+def test_cut_at_changes_no_logit_and_keeps_no_graph_in_front(network):
+    expected = network(IMAGES.images)
+    with undisturbed(network), cut_at(network.layer, torch.clone) as cut:
+        assert torch.equal(network(IMAGES.images), expected)
+    assert cut.outputs[0].is_leaf
+    assert not cut.inputs[0].requires_grad
+
+
+def test_cut_at_keeps_input_and_output_before_the_in_place_activation():
     network = build("3x3")
     x = layer_input(network, IMAGES.images)
     expected = network.layer(x).detach()
@@ -79,111 +88,57 @@ def test_what_is_cut_is_the_layers_input_and_output_before_the_in_place_activati
     assert torch.equal(cut.inputs[0], x)
 
 
-def test_the_cut_changes_no_logit(network):
-    expected = network(IMAGES.images)
-    with undisturbed(network), cut_at(network.layer, torch.clone):
-        assert torch.equal(network(IMAGES.images), expected)
-
-
-def test_no_graph_is_kept_in_front_of_the_layer():
-    network = build("3x3")
-    with undisturbed(network), cut_at(network.layer, torch.clone) as cut:
-        network(IMAGES.images)
-    assert cut.outputs[0].is_leaf
-    assert not cut.inputs[0].requires_grad
-
-
-def test_an_image_without_positive_relevance_has_no_share():
+def test_shares_of_an_image_without_positive_relevance_are_zero():
     assert torch.equal(shares(torch.tensor([[-1.0, 0.0, -2.0]])), torch.zeros(1, 3))
 
 
-# --- left as it was -------------------------------------------------------------------------------
+def raises(images: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("in the middle")
 
 
-def mixed_network() -> nn.Module:
-    """Modes and wanted gradients differ from module to module, a gradient and a hook are there."""
-    network = build("batch norm behind").train()
+@pytest.mark.parametrize("fault", [None, raises, lambda x: x[..., :0]])  # or images too small
+def test_undisturbed_leaves_a_network_as_it_was(fault):
+    network = build("batch norm behind").train()  # modes and wanted gradients differ by module
     network.stem_norm.eval()
     network.behind.eval()
     network.stem.weight.requires_grad_(False)
     network(IMAGES.images).sum().backward()
     network.layer.register_forward_hook(lambda *_: None)
-    return network
-
-
-def test_a_network_is_undisturbed_afterwards():
-    network = mixed_network()
     before = snapshot(network)
-    with undisturbed(network), cut_at(network.layer, torch.clone):
-        assert not any(module.training for module in network.modules())
-        assert not any(parameter.requires_grad for parameter in network.parameters())
-        network(IMAGES.images)
-    assert_untouched(before, snapshot(network))
 
-
-def test_a_network_is_undisturbed_after_an_exception():
-    network = mixed_network()
-    before = snapshot(network)
-    error = RuntimeError("in the middle")
-
-    def fail() -> None:
+    def use() -> None:
         with undisturbed(network), cut_at(network.layer, torch.clone):
+            assert not any(module.training for module in network.modules())
+            assert not any(parameter.requires_grad for parameter in network.parameters())
             network(IMAGES.images)
-            raise error
+            network(IMAGES.images if fault is None else fault(IMAGES.images))
 
-    with pytest.raises(RuntimeError, match="in the middle"):
-        fail()
+    with nullcontext() if fault is None else pytest.raises(RuntimeError):
+        use()
     assert_untouched(before, snapshot(network))
 
 
-def test_a_network_that_fails_midway_is_undisturbed():
-    network = mixed_network()
-    before = snapshot(network)
-    too_small = torch.zeros(1, 3, 0, 0, dtype=torch.float64)
-    with pytest.raises(RuntimeError), undisturbed(network), cut_at(network.layer, torch.clone):
-        network(too_small)
-    assert_untouched(before, snapshot(network))
+class Reaching(nn.Module):
+    """The layer's output is detached, thrown away, or another tensor alone has a graph."""
 
-
-# --- layers that have no relevance ----------------------------------------------------------------
-
-
-class SideBranch(nn.Module):
-    """The layer runs, but what it computes is thrown away, or detached."""
-
-    def __init__(self, detached: bool) -> None:
+    def __init__(self, way: str) -> None:
         super().__init__()
         parts = OrderedDict(pool=nn.Flatten(), head=nn.Linear(3 * 7 * 6, 4))
-        self.main, self.layer, self.detached = nn.Sequential(parts), nn.Conv2d(3, 4, 1), detached
-        self.double()
-
-    def forward(self, x):
-        side = self.layer(x).flatten(2).mean(2)
-        return self.main(x) + side.detach() if self.detached else self.main(x)
-
-
-@pytest.mark.parametrize("detached", [True, False])
-def test_a_layer_that_does_not_reach_the_logits_is_refused(detached):
-    with pytest.raises(LayerError, match="does not reach the logits"):
-        relevance_of(SideBranch(detached))
-
-
-class PartlyUsed(nn.Module):
-    """The logits have a graph, but not from the layer's cut output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 4)
+        self.main, self.layer, self.way = nn.Sequential(parts), nn.Conv2d(3, 4, 1), way
         self.double()
         self.free = torch.zeros(4, dtype=torch.float64, requires_grad=True)
 
     def forward(self, x):
-        return self.head(self.layer(x).detach().flatten(2).mean(2)) + self.free
+        side = self.layer(x).flatten(2).mean(2)
+        if self.way == "thrown away":
+            return self.main(x)
+        return self.main(x) + side.detach() + (self.free if self.way == "another graph" else 0)
 
 
-def test_a_graph_that_does_not_lead_back_to_the_layer_is_refused():
+@pytest.mark.parametrize("way", ["detached", "thrown away", "another graph"])
+def test_output_relevance_of_a_layer_that_does_not_reach_the_logits_is_refused(way):
     with pytest.raises(LayerError, match="does not reach the logits"):
-        relevance_of(PartlyUsed())
+        relevance_of(Reaching(way))
 
 
 def test_relevance_does_not_depend_on_the_other_images_of_the_batch():

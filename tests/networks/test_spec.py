@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -18,70 +19,51 @@ IMAGES = SyntheticImages(3)
 
 
 @pytest.fixture(params=KINDS)
-def network(request):
-    return build(request.param)
-
-
-def test_pooled_inputs_are_the_gradient_of_the_summed_output_by_the_weights(network):
+def case(request) -> tuple[Any, LayerSpec, torch.Tensor]:
+    """A network, its layer's description, and what reaches the layer."""
+    network = build(request.param)
     spec = describe("layer", network.layer)
-    x = channels_first(spec, layer_input(network, IMAGES.images))
-    assert_pooled_inputs(pooled_input(spec, x), truth_of(network, IMAGES))
+    return network, spec, channels_first(spec, layer_input(network, IMAGES.images))
 
 
-def test_rows_times_pooled_inputs_and_bias_give_the_summed_output(network):
-    spec = describe("layer", network.layer)
-    x = channels_first(spec, layer_input(network, IMAGES.images))
+def test_pooled_input_is_the_gradient_of_the_summed_output_by_the_weights(case):
+    network, spec, x = case
     truth = truth_of(network, IMAGES)
-    assert_rows_explain_output(
-        pooled_input(spec, x),
-        weight_rows(network.layer),
-        bias_of(network.layer),
-        [z.shape[1] for z in truth.z],
-        truth,
-    )
+    pooled = pooled_input(spec, x)
+    assert_pooled_inputs(pooled, truth)
+    rows, bias = weight_rows(network.layer), bias_of(network.layer)
+    assert_rows_explain_output(pooled, rows, bias, [z.shape[1] for z in truth.z], truth)
 
 
-def test_a_layers_own_rows_respond_as_the_layer(network):
-    spec = describe("layer", network.layer)
-    x = layer_input(network, IMAGES.images)
-    own = respond(
-        spec,
-        channels_first(spec, x),
-        weight_rows(network.layer),
-        bias_of(network.layer),
-        range(spec.n_out),
-    )
-    with torch.no_grad():
-        expected = channels_first(spec, network.layer(x))
-    torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_new_rows_in_any_order_respond_in_the_group_of_their_channel(network):
-    spec = describe("layer", network.layer)
-    x = channels_first(spec, layer_input(network, IMAGES.images))
-    last = spec.n_out - 1
-    channels = [last, 0, last, 1]  # shuffled and repeated
-    rows = torch.randn(4, spec.n_taps, generator=torch.Generator().manual_seed(1)).double()
-    bias = bias_of(network.layer)[channels]
-    new = respond(spec, x, rows, bias, channels)
-    assert_responses(new.flatten(2), channels, rows, truth_of(network, IMAGES))
-
-
-def test_pooled_inputs_of_half_precision_are_summed_in_single(network):
-    spec = describe("layer", network.layer)
-    x = channels_first(spec, layer_input(network, IMAGES.images))
+def test_pooled_input_of_half_precision_is_summed_in_single(case):
+    _, spec, x = case
     pooled = pooled_input(spec, x.half())
     assert pooled.dtype == torch.float32
     torch.testing.assert_close(pooled, pooled_input(spec, x.half().double()).float())
 
 
-def test_a_description_survives_json(network):
-    spec = describe("layer", network.layer)
+def test_respond_with_the_layers_own_rows_is_the_layer(case):
+    network, spec, x = case
+    rows, bias = weight_rows(network.layer), bias_of(network.layer)
+    with torch.no_grad():
+        expected = channels_first(spec, network.layer(layer_input(network, IMAGES.images)))
+    own = respond(spec, x, rows, bias, range(spec.n_out))
+    torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_respond_with_new_rows_in_any_order_is_in_the_group_of_their_channel(case):
+    network, spec, x = case
+    last = spec.n_out - 1
+    channels = [last, 0, last, 1]  # shuffled and repeated
+    rows = torch.randn(4, spec.n_taps, generator=torch.Generator().manual_seed(1)).double()
+    new = respond(spec, x, rows, bias_of(network.layer)[channels], channels)
+    assert_responses(new.flatten(2), channels, rows, truth_of(network, IMAGES))
+
+
+def test_describe_survives_json_and_counts_what_the_weights_hold(case):
+    network, spec, _ = case
+    assert why_not(network.layer) is None
     assert LayerSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-
-
-def test_a_description_counts_what_the_weights_hold(network):
-    spec = describe("layer", network.layer)
     assert (spec.n_out, spec.n_taps) == weight_rows(network.layer).shape
     assert spec.n_taps == spec.n_in_per_group * spec.taps_per_input
     groups = [spec.group_of(o) for o in range(spec.n_out)]
@@ -89,37 +71,30 @@ def test_a_description_counts_what_the_weights_hold(network):
     assert set(groups) == set(range(spec.groups))
 
 
-# --- finding a layer ------------------------------------------------------------------------------
-
-
-def test_a_layer_is_found_by_name_and_by_itself():
+def test_resolve_layer_finds_a_layer_by_name_and_by_itself():
     network = nn.Sequential(build("1x1"), nn.Identity())
     layer = network[0].layer
     assert resolve_layer(network, "0.layer") == ("0.layer", layer)
     assert resolve_layer(network, layer) == ("0.layer", layer)
 
 
-@pytest.mark.parametrize("name", ["layr", "Layer", "lay.er"])
-def test_an_unknown_name_gives_the_nearest_that_can_be_split(name):
-    with pytest.raises(LayerError, match=r"no layer '.*'.* Did you mean layer\?"):
-        resolve_layer(build("1x1"), name)
-
-
-def test_a_name_near_only_to_what_cannot_be_split_gets_no_suggestion():
-    with pytest.raises(LayerError) as caught:
-        resolve_layer(stack(("norm", nn.BatchNorm2d(4)), ("fc", nn.Linear(4, 2))), "norms")
-    assert "norm " not in str(caught.value)
-    assert "unbraid layers" in str(caught.value)
-
-
-def test_an_empty_name_is_no_layer():
-    with pytest.raises(LayerError, match="no layer ''"):
-        resolve_layer(build("1x1"), "")
-
-
-def test_a_module_of_another_network_is_refused():
-    with pytest.raises(LayerError, match="not part of the network"):
-        resolve_layer(build("1x1"), build("1x1").layer)
+@pytest.mark.parametrize(
+    ("layer", "sentence"),
+    [
+        ("layr", r"no layer 'layr'.* Did you mean layer\?"),
+        ("Layer", r"no layer 'Layer'.* Did you mean layer\?"),
+        ("lay.er", r"no layer 'lay.er'.* Did you mean layer\?"),
+        ("norms", r"no layer 'norms'\. `unbraid layers` lists"),  # near to what cannot be split
+        ("", "no layer ''"),
+        ("module.", "no layer ''"),
+        (build("1x1").layer, "not part of the network"),
+        (3, "3 is no layer"),
+    ],
+)
+def test_resolve_layer_of_what_is_none_says_what_there_is(layer, sentence):
+    network = stack(("norm", nn.BatchNorm2d(4)), ("layer", nn.Linear(4, 2)))
+    with pytest.raises(LayerError, match=sentence):
+        resolve_layer(network, layer)
 
 
 @pytest.mark.parametrize(
@@ -134,11 +109,7 @@ def test_a_module_of_another_network_is_refused():
         pytest.param(nn.Sequential(nn.Linear(6, 8)), "not a convolution", id="container"),
     ],
 )
-def test_what_cannot_be_split_is_refused_with_the_reason(module, reason):
+def test_describe_of_what_cannot_be_split_says_why(module, reason):
     assert reason in why_not(module)
     with pytest.raises(LayerError, match=rf"Layer 'it' \({type(module).__name__}\).*{reason}"):
         describe("it", module)
-
-
-def test_every_kind_can_be_split(network):
-    assert why_not(network.layer) is None

@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,19 @@ class Wrapped(Tensor):
         raise NotImplementedError
 
 
-def quantised(add: float = 0.0) -> nn.Module:
+def linear(add: float) -> nn.Module:
     torch.manual_seed(0)
     inner = nn.Linear(4, 4)
     with torch.no_grad():
         inner.weight[0, 0] += add
-    return torch.ao.quantization.quantize_dynamic(nn.Sequential(inner).eval(), {nn.Linear})
+    return nn.Sequential(inner).eval()
 
 
-def static(add: float = 0.0) -> nn.Module:
+def quantised(add: float) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(linear(add), {nn.Linear})
+
+
+def static(add: float) -> nn.Module:
     torch.manual_seed(0)
     network = nn.Sequential(torch.ao.quantization.QuantStub(), nn.Conv2d(2, 3, 1)).eval()
     with torch.no_grad():
@@ -86,56 +91,44 @@ def static(add: float = 0.0) -> nn.Module:
     return torch.ao.quantization.convert(ready)
 
 
-def scripted(add: float = 0.0, *, freeze: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(2, 2)).eval()
-    with torch.no_grad():
-        network[0].weight[0, 0] += add
-    made = torch.jit.script(network)
-    return nn.Sequential(torch.jit.freeze(made) if freeze else made)
-
-
 def holding(tensor: Tensor) -> nn.Module:
     module = nn.Module()
     module.register_buffer("held", tensor)
     return module
 
 
+MADE: dict[str, tuple[Callable[[Any], nn.Module], Any, Any]] = {  # with one thing, and another
+    "quantised": (quantised, 0.0, 0.5),
+    "static": (static, 0.0, 0.5),
+    "scripted": (lambda add: nn.Sequential(torch.jit.script(linear(add))), 0.0, 0.5),
+    "frozen": (
+        lambda add: nn.Sequential(torch.jit.freeze(torch.jit.script(linear(add)))),
+        0.0,
+        0.5,
+    ),
+    "meta": (lambda n: nn.Linear(n, 2, device="meta"), 2, 3),
+    "lazy": (lambda dtype: nn.LazyLinear(3, dtype=dtype), torch.float32, torch.float64),
+    "sparse": (lambda a: holding((a * torch.eye(2)).to_sparse()), 1, -1),
+    "csr": (lambda a: holding((a * torch.eye(2)).to_sparse_csr()), 1, 2),
+    "complex": (lambda turn: holding(turn(torch.tensor([1 + 2j]))), torch.conj, torch.clone),
+    "wrapped": (lambda a: holding(Wrapped(torch.full((2,), a))), 1.0, 0.0),
+}
+EXTRA: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "number": (lambda: 1, lambda: 2),
+    "none": (lambda: None, lambda: "None"),
+    "nested": (lambda: {"a": [1, (2.5, b"x")]}, lambda: {"a": [1, (2.5, b"y")]}),
+    "set": (lambda: {"b", "a"}, lambda: {"b", "c"}),
+    "array": (lambda: np.arange(3), lambda: np.arange(1, 4)),
+    "bytes": (lambda: io.BytesIO(b"a"), lambda: io.BytesIO(b"b")),
+    "dtype": (lambda: torch.int8, lambda: torch.int16),
+    "thing": (lambda: Thing(1), lambda: Thing(2)),
+    "tensor": (lambda: torch.ones(2), lambda: torch.zeros(2)),
+}
 PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
-    "quantised": (quantised, lambda: quantised(0.5)),
-    "static": (static, lambda: static(0.5)),
-    "scripted": (scripted, lambda: scripted(0.5)),
-    "frozen": (lambda: scripted(freeze=True), lambda: scripted(0.5, freeze=True)),
-    "meta": (lambda: nn.Linear(2, 2, device="meta"), lambda: nn.Linear(3, 2, device="meta")),
-    "lazy": (lambda: nn.LazyLinear(3), lambda: nn.LazyLinear(3, dtype=torch.float64)),
-    "sparse": (
-        lambda: holding(torch.eye(2).to_sparse()),
-        lambda: holding(-torch.eye(2).to_sparse()),
-    ),
-    "csr": (
-        lambda: holding(torch.eye(2).to_sparse_csr()),
-        lambda: holding((2 * torch.eye(2)).to_sparse_csr()),
-    ),
-    "complex": (
-        lambda: holding(torch.tensor([1 + 2j]).conj()),
-        lambda: holding(torch.tensor([1 + 2j])),
-    ),
-    "wrapped": (
-        lambda: holding(Wrapped(torch.ones(2))),
-        lambda: holding(Wrapped(torch.zeros(2))),
-    ),
-    "extra number": (lambda: Extra(1), lambda: Extra(2)),
-    "extra none": (lambda: Extra(None), lambda: Extra("None")),
-    "extra nested": (
-        lambda: Extra({"a": [1, (2.5, b"x")]}),
-        lambda: Extra({"a": [1, (2.5, b"y")]}),
-    ),
-    "extra set": (lambda: Extra({"b", "a"}), lambda: Extra({"b", "c"})),
-    "extra array": (lambda: Extra(np.arange(3)), lambda: Extra(np.arange(1, 4))),
-    "extra bytes": (lambda: Extra(io.BytesIO(b"a")), lambda: Extra(io.BytesIO(b"b"))),
-    "extra dtype": (lambda: Extra(torch.int8), lambda: Extra(torch.int16)),
-    "extra thing": (lambda: Extra(Thing(1)), lambda: Extra(Thing(2))),
-    "extra tensor": (lambda: Extra(torch.ones(2)), lambda: Extra(torch.zeros(2))),
+    name: (partial(make, one), partial(make, other)) for name, (make, one, other) in MADE.items()
+} | {
+    f"extra {name}": (lambda one=one: Extra(one()), lambda other=other: Extra(other()))
+    for name, (one, other) in EXTRA.items()
 }
 
 
@@ -171,21 +164,28 @@ def test_hash_weights_of_ordinary_network_is_that_of_its_tensors():
     assert hash_weights(network) == digest.hexdigest()
 
 
-def test_hash_weights_of_network_that_cannot_tell_its_state_is_told():
-    class Refuses(nn.Linear):
-        def get_extra_state(self) -> Any:
-            raise RuntimeError("not now")
-
-    with pytest.raises(ModelError, match=r"cannot tell its state \(not now\)"):
-        hash_weights(Refuses(1, 1))
+class Refuses(nn.Linear):
+    def get_extra_state(self) -> Any:
+        raise RuntimeError("not now")
 
 
-def test_hash_weights_of_tensor_that_cannot_be_read_is_told():
-    class Closed(Wrapped):
-        __tensor_flatten__ = None
+class Closed(Wrapped):
+    __tensor_flatten__ = None
 
-    with pytest.raises(ModelError, match="'held' is a Closed, whose numbers cannot be read"):
-        hash_weights(holding(Closed(torch.ones(2))))
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Refuses(1, 1), r"cannot tell its state \(not now\)"),
+        (
+            lambda: holding(Closed(torch.ones(2))),
+            "'held' is a Closed, whose numbers cannot be read",
+        ),
+    ],
+)
+def test_hash_weights_of_what_cannot_be_read_is_told(make, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        hash_weights(make())
 
 
 @pytest.mark.parametrize("make", [Tensor.to_sparse, Tensor.to_sparse_csr, Tensor.clone])

@@ -25,6 +25,7 @@ import unbraid
 from unbraid import Evaluation, Findings, Scan, Split
 from unbraid.base.errors import UsageError
 from unbraid.finding.findings import Pair
+from unbraid.finding.membership import Cluster
 from unbraid.measuring.reference_images import ALIKE, reference_images
 from unbraid.measuring.results import Drop, Likeness, Responses
 from unbraid.reporting import channel as effects
@@ -32,7 +33,6 @@ from unbraid.reporting import charts, view
 from unbraid.reporting.channel import concept_views, densities, density
 from unbraid.reporting.pictures import Album, Look, to_picture
 from unbraid.reporting.words import ABSENT, number, percent, significant
-from unbraid.scanning.records import Cluster
 
 SCRIPT, QUOTES, REVERSED = "<script>x</script>", "\"'><img src=x>&amp;", "\u202egnirts"
 NAMES = (SCRIPT, QUOTES, REVERSED, "digital clock, \udcff")  # the last as of a folder's bad name

@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+import train_demo as train
 import unbraid
 from alike import assert_alike
 from unbraid.base.errors import DataError, UsageError
 from unbraid.demo import network as demo
-from unbraid.demo import train
 from unbraid.reporting import figures as densities
 from unbraid.running.run import figure_of_run
 

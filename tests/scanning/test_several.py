@@ -482,14 +482,3 @@ def test_logits_are_picked_out_of_a_named_tuple_and_a_wrong_function_is_not_hidd
         unbraid.with_logits(network, "shape")(x)
     with pytest.raises(TypeError, match="NoneType"):
         unbraid.with_logits(Two(), lambda output: output.scores + None)(x)
-
-
-def test_a_place_without_a_gradient_is_told_in_a_sentence(tmp_path):
-    class WritesInPlace(structures.Around):
-        def body(self, x: Tensor) -> Tensor:
-            y = self.layer(x).exp()
-            y += 1
-            return y
-
-    with pytest.raises(ModelError, match=r"no gradient at the layer .* choose a layer behind"):
-        unbraid.scan(WritesInPlace().double(), "layer", IMAGES, tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import pytest
@@ -21,7 +20,6 @@ from checks import (
     truth_of,
 )
 from tiny_networks import SyntheticImages, build
-from unbraid.base.errors import UsageError
 from unbraid.finding.findings import Findings
 from unbraid.scanning.records import Scan
 from unbraid.splitting.published import RHOS, published_masks
@@ -55,7 +53,7 @@ def one_case(tmp_path_factory) -> Case:
     return Case(network, scan, unbraid.find(scan, channels=OWN), truth_of(network, dataset))
 
 
-# --- against the oracle ---------------------------------------------------------------------------
+# Against the oracle.
 
 
 @pytest.mark.parametrize("rho", [0.05, 0.5, 0.7, 1.0])
@@ -137,7 +135,7 @@ def test_rows_come_in_the_number_format_of_the_network(tmp_path):
     assert_bit_equal(part.weight, network.layer.weight[1].flatten())
 
 
-# --- more than two concepts -----------------------------------------------------------------------
+# More than two concepts.
 
 
 @pytest.mark.parametrize("n_concepts", [2, 3, 4, 6])
@@ -154,20 +152,13 @@ def random_arvs(n_concepts: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("rho", [0.3, 1.0])
-def test_a_concept_without_a_claim_leaves_the_masks_of_two_as_published(rho):
+def test_two_concepts_are_divided_as_published(rho):
     v1, v2 = random_arvs(2)
-    nothing = torch.full_like(v1, -1e9)
+    nothing = torch.full_like(v1, -1e9)  # a concept without a claim changes nothing
     three = published_masks([v1, v2, nothing], rho, 2)
     assert torch.equal(three[:2], published_masks([v1, v2], rho, 2))
-
-
-def test_two_concepts_swapped_swap_their_masks_where_relevance_is_positive():
-    v1, v2 = (arv.abs() for arv in random_arvs(2))
-    masks = published_masks([v1, v2], 0.7, 1)
-    assert torch.equal(published_masks([v2, v1], 0.7, 1), masks.flip(0))
-
-
-def test_the_first_concept_has_the_first_claim_where_relevance_is_negative():
+    swapped = published_masks([v2.abs(), v1.abs()], rho, 1)
+    assert torch.equal(swapped, published_masks([v1.abs(), v2.abs()], rho, 1).flip(0))
     v1, v2 = torch.tensor([-1.0]), torch.tensor([-1.1])  # 0.5 * v > the other, both ways
     assert published_masks([v1, v2], 0.5, 1).tolist() == [[1.0], [0.0]]
     assert published_masks([v2, v1], 0.5, 1).tolist() == [[1.0], [0.0]]
@@ -184,61 +175,3 @@ def test_three_concepts_add_up_to_the_channel(case):
         taps = case.scan.layer.taps_per_input
         assert_extended_masks(part.masks, arvs, part.info["rho"], taps)
         assert_close(part.residual_bias, 2 * part.bias)
-
-
-# --- what a split knows ---------------------------------------------------------------------------
-
-
-def test_a_split_says_what_it_was_made_of(one_case):
-    found = unbraid.find(one_case.scan, tau=0.04, p=0.6, gamma=0.3, channels=OWN)
-    split = unbraid.split(one_case.scan, found, method="published", rho=0.7)
-    assert split.method == "published"
-    assert split.settings == {"tau": 0.04, "p": 0.6, "gamma": 0.3}
-    assert split.weights == one_case.scan.manifest.weights
-    assert split.layer == one_case.scan.layer
-    assert split[5].channel == 5
-    assert split.name((2, 0)) == "class 2, class 0"
-    assert split.name((9,)) == "9"
-    with pytest.raises(KeyError, match="channel 7 was not split"):
-        split[7]
-
-
-# --- refused --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rho", [0.0, -0.5, 1.05, math.nan])
-def test_a_rho_out_of_range_is_refused(one_case, rho):
-    with pytest.raises(UsageError, match=f"rho is {rho:g}; it must lie above 0"):
-        unbraid.split(one_case.scan, one_case.found, method="published", rho=rho)
-
-
-def test_an_unknown_method_is_refused(one_case):
-    with pytest.raises(UsageError, match="no method 'magic'"):
-        unbraid.split(one_case.scan, one_case.found, method="magic")
-
-
-def test_no_finding_cannot_be_split_and_the_hint_is_told(one_case):
-    nothing = unbraid.find(one_case.scan, gamma=-1.0)
-    assert nothing.hint
-    with pytest.raises(UsageError, match="nothing to split") as caught:
-        unbraid.split(one_case.scan, nothing, method="published", rho=0.7)
-    assert nothing.hint in str(caught.value)
-
-
-def test_a_rho_cannot_be_chosen_without_positions(one_case, tmp_path):
-    pooled_only = unbraid.scan(one_case.network, "layer", SyntheticImages(14), tmp_path)
-    with pytest.raises(UsageError, match=r"needs positions: .*positions=True.* or give rho"):
-        unbraid.split(pooled_only, one_case.found, method="published")
-
-
-def test_a_scan_without_a_concepts_class_is_refused(one_case, tmp_path):
-    scan = unbraid.scan(one_case.network, "layer", SyntheticImages(14), tmp_path, classes=[0, 1, 2])
-    with pytest.raises(UsageError, match="no image of class class 3"):
-        unbraid.split(scan, one_case.found, method="published", rho=0.7)
-
-
-def test_a_scan_of_a_layer_without_the_found_channels_is_refused(one_case, tmp_path):
-    narrow = unbraid.scan(one_case.network, "head", SyntheticImages(14), tmp_path)
-    assert narrow.layer.n_out < 6
-    with pytest.raises(UsageError, match="channel"):
-        unbraid.split(narrow, one_case.found, method="published", rho=0.7)

@@ -116,15 +116,18 @@ def test_a_gate_for_another_number_of_images_is_refused_when_run(one_pair, n_val
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("move", "values", "message"),
     [
-        (torch.ones(5, 2), r"one per image, not one of shape \(5, 2\)"),
-        (float("nan"), "cannot be NaN"),
+        ("gate", (torch.ones(5, 2),), r"one per image, not one of shape \(5, 2\)"),
+        ("gate", (math.nan,), "cannot be NaN"),
+        ("clamp", (1.0, 0.0), "needs low <= high"),
+        ("clamp", (math.nan, 1.0), "needs low <= high"),
+        ("clamp", (0.0, math.nan), "needs low <= high"),
     ],
 )
-def test_a_gate_that_is_no_number_is_refused_and_leaves_no_trace(one_pair, value, message):
+def test_values_that_cannot_be_are_refused_and_leave_no_trace(one_pair, move, values, message):
     with pytest.raises(UsageError, match=message):
-        one_pair.changed.gate("layer", 1, 0, value)
+        getattr(one_pair.changed, move)("layer", 1, 0, *values)
     assert_same_outputs(one_pair.network, one_pair.changed, images())
 
 
@@ -149,19 +152,6 @@ def test_bounds_can_be_given_by_name_and_singly(one_pair):
         assert_moved(one_pair, 1, 0, before, z_k.clamp(max=0))
     with unbraid.clamp(one_pair.changed, one_pair.changed.layer, 1, 0, low=0.0):
         assert_moved(one_pair, 1, 0, before, z_k.clamp(min=0))
-
-
-@pytest.mark.parametrize("bounds", [(1.0, 0.0), (float("nan"), 1.0), (0.0, float("nan"))])
-def test_bounds_in_the_wrong_order_are_refused_and_leave_no_trace(one_pair, bounds):
-    with pytest.raises(UsageError, match="needs low <= high"):
-        one_pair.changed.clamp("layer", 1, 0, *bounds)
-    assert_same_outputs(one_pair.network, one_pair.changed, images())
-
-
-@pytest.mark.parametrize("arguments", [("head", 1, 0), ("layer", 2, 0), ("layer", 1, 2)])
-def test_a_concept_channel_that_does_not_exist_cannot_be_clamped(one_pair, arguments):
-    with pytest.raises(UsageError, match="has no concept"):
-        one_pair.changed.clamp(*arguments, high=0.0)
 
 
 # --- several moves, and back ----------------------------------------------------------------------

@@ -25,143 +25,45 @@ from torch import Tensor
 from unbraid.base.errors import RunError, UnreadableError, UsageError, brief
 from unbraid.base.schema import parse_json
 
-# Temporary files, which a living writer keeps locked so that nobody takes them for leftovers.
-
-
 if sys.platform != "win32":
     import fcntl
 
+_ABOUT = "unbraid"  # the metadata entry of a safetensors file
+_CHECKSUMS = "crc32"
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname())[:32] or "-"
 _OURS = re.compile(r".+\.(?P<host>[\w-]+)\.\d+\.[0-9a-f]{8}\.tmp")
 _LONG = 3600.0  # seconds; no file of ours takes so long to write
 
 
-@contextmanager
-def temporary_for(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Open a new file beside another, locked until it is closed and deleted if an error comes up.
-
-    Args:
-        path: the file that it is to become.
-
-    Yields:
-        Its path and the file, open for writing.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    while True:
-        own = f"{_HOST}.{os.getpid()}.{secrets.token_hex(4)}"
-        temporary = path.with_name(f"{path.name}.{own}.tmp")
-        file = temporary.open("xb")
-        # Before it was locked, it looked like a leftover to anybody who cleaned up.
-        if _lock(file) is not False and temporary.exists():
-            break
-        file.close()
-    try:
-        with file:
-            yield temporary, file
-    except Exception:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of writers that live no more, and leave everything else alone.
-
-    A writer holds a lock. Where files cannot be locked, or it ran on another machine, whose locks
-    may not be seen here, only files that nobody wrote to for an hour are leftovers.
-    """
-    for path in folder.glob("*.tmp"):
-        ours = _OURS.fullmatch(path.name)
-        if ours and path.is_file():
-            with suppress(OSError):  # somebody else's, or gone already
-                _remove_leftover(path, ours["host"])
-
-
-def _remove_leftover(path: Path, host: str) -> None:
-    with path.open("r+b") as file:
-        lock = _lock(file)
-        old = time.time() - os.fstat(file.fileno()).st_mtime > _LONG
-        dead = lock is not False and (old or (lock is True and host == _HOST))
-        if dead:
-            with suppress(PermissionError):  # of Windows, which deletes nothing that is open
-                path.unlink(missing_ok=True)  # while it is ours, before a writer can lock it
-    if dead:
-        path.unlink(missing_ok=True)
-
-
-def _lock(file: BinaryIO) -> bool | None:
-    """Lock an open file: whether it could be, None where files cannot be locked at all."""
-    if sys.platform == "win32":
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-# Files that appear whole or not at all: temporary name, sync, rename.
-
-
-_ABOUT = "unbraid"  # the metadata entry of a safetensors file
-_CHECKSUMS = "crc32"
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Write a safetensors file, whole or not at all, with a checksum of every tensor.
-
-    Args:
-        path: of the file.
-        tensors: by name.
-        about: what is to be known of them, in JSON.
-    """
+    """Write a safetensors file, whole or not at all: tensors, their checksums, and JSON on them."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = {**about, _CHECKSUMS: {name: _checksum(tensor) for name, tensor in whole.items()}}
     # One entry alone, since safetensors writes several in any order.
     write_whole(path, safetensors.torch.save(whole, {_ABOUT: json.dumps(about)}))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a safetensors file, and what is to be known of it.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
-    with _opened(path) as (file, about):
-        names = file.keys()
-        return {name: _read(file, about, name) for name in names}, about
-
-
-def read_some(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read some tensors of a safetensors file and what is to be known of them, and no more of it.
+def read_tensors(
+    path: Path, names: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors of a safetensors file, or some of them, and what is to be known of them.
 
     Raises:
         RunError: the file is missing or damaged, or lacks one of them.
     """
     with _opened(path) as (file, about):
-        return {name: _read(file, about, name) for name in names}, about
+        tensors = {n: file.get_tensor(n) for n in (file.keys() if names is None else names)}
+        checksums = about.get(_CHECKSUMS)  # older files have none
+        for name, tensor in tensors.items():
+            if checksums is not None and checksums[name] != _checksum(tensor):
+                raise ValueError(f"{name!r} is not what was written")
+        return tensors, about
 
 
 def names_in(path: Path) -> set[str]:
-    """Name the tensors of a safetensors file.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
+    """Name the tensors of a safetensors file; raises as `read_tensors` does."""
     with _opened(path) as (file, _):
         return set(file.keys())
-
-
-def _read(file: Any, about: dict[str, Any], name: str) -> Tensor:
-    tensor: Tensor = file.get_tensor(name)
-    checksums = about.get(_CHECKSUMS)  # older files have none
-    if checksums is not None and checksums[name] != _checksum(tensor):
-        raise ValueError(f"{name!r} is not what was written")
-    return tensor
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -205,33 +107,26 @@ def write_new(path: Path, content: bytes) -> bool:
 
     Returns:
         Whether it was written.
-
-    Raises:
-        RunError: the disk is full or may not be written.
-        UsageError: the folder is in fact a file.
     """
-    if os.path.lexists(path):
-        return False
-    written: list[bool] = []
-    _write(path, content, lambda temporary: written.append(_name_first(temporary, path)))
-    return written[0]
+    taken = os.path.lexists(path)
 
-
-def _name_first(temporary: Path, path: Path) -> bool:
-    """Give a file its name unless that is taken; whether it was not."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        temporary.replace(path)
-        return True
-    finally:
+    def name_first(temporary: Path) -> None:
+        nonlocal taken
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            taken = True
+        except OSError:  # a file system without hard links
+            temporary.replace(path)
         temporary.unlink(missing_ok=True)
-    return True
+
+    if not taken:
+        _write(path, content, name_first)
+    return not taken
 
 
 def _write(path: Path, content: bytes, name: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name, sync it and have it given its name."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_for(path) as (temporary, file):
@@ -254,20 +149,6 @@ def _write(path: Path, content: bytes, name: Callable[[Path], object]) -> None:
         raise RunError(f"{path} cannot be written ({error.strerror}).") from None
 
 
-def set_aside(path: Path, mark: str) -> Path:
-    """Rename a file or folder by an ending, with a number before it where that is taken.
-
-    Returns:
-        Its new path.
-
-    Raises:
-        OSError: it cannot be renamed.
-    """
-    names = chain([path.name], (f"{path.name}.{number}" for number in count(2)))
-    aside = next(p for p in (path.with_name(name + mark) for name in names) if not p.exists())
-    return path.replace(aside)
-
-
 def _sync_names(folder: Path) -> None:
     """Make sure that a rename outlives a loss of power, where the system can be asked to."""
     if os.name != "posix":
@@ -280,3 +161,75 @@ def _sync_names(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def set_aside(path: Path, mark: str) -> Path:
+    """Rename a file or folder by an ending, with a number before it where that is taken.
+
+    Returns:
+        Its new path.
+    """
+    names = chain([path.name], (f"{path.name}.{number}" for number in count(2)))
+    aside = next(p for p in (path.with_name(name + mark) for name in names) if not p.exists())
+    return path.replace(aside)
+
+
+@contextmanager
+def temporary_for(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """Open a new file beside another, and delete it after an error.
+
+    Its lock tells others that the writer lives. Yields its path and the file, open for writing.
+    """
+    while True:
+        own = f"{_HOST}.{os.getpid()}.{secrets.token_hex(4)}"
+        temporary = path.with_name(f"{path.name}.{own}.tmp")
+        file = temporary.open("xb")
+        # Before it was locked, it looked like a leftover to anybody who cleaned up.
+        if _lock(file) is not False and temporary.exists():
+            break
+        file.close()
+    try:
+        with file:
+            yield temporary, file
+    except Exception:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of writers that live no more, and leave everything else alone.
+
+    Where files cannot be locked, or the writer ran on another machine, whose locks may not be seen
+    here, only files that nobody wrote to for an hour are leftovers.
+    """
+    for path in folder.glob("*.tmp"):
+        ours = _OURS.fullmatch(path.name)
+        if ours and path.is_file():
+            with suppress(OSError):  # somebody else's, or gone already
+                _remove_leftover(path, ours["host"])
+
+
+def _remove_leftover(path: Path, host: str) -> None:
+    with path.open("r+b") as file:
+        lock = _lock(file)
+        old = time.time() - os.fstat(file.fileno()).st_mtime > _LONG
+        dead = lock is not False and (old or (lock is True and host == _HOST))
+        if dead:
+            with suppress(PermissionError):  # of Windows, which deletes nothing that is open
+                path.unlink(missing_ok=True)  # while it is ours, before a writer can lock it
+    if dead:
+        path.unlink(missing_ok=True)
+
+
+def _lock(file: BinaryIO) -> bool | None:
+    """Lock an open file: whether it could be, None where files cannot be locked at all."""
+    if sys.platform == "win32":
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

@@ -1,4 +1,4 @@
-"""The doors of the package: what every public function does with the modes that it is called in."""
+"""Leave things as found: torch's modes, the caller's random numbers, a network's state."""
 
 from __future__ import annotations
 
@@ -18,22 +18,47 @@ from torch.nn.parameter import is_lazy
 
 from unbraid.base.errors import ModelError
 
-# Leave things as found: torch's modes, the caller's random numbers, a network's state.
-
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _PLAIN = (bool, int, float, complex, str, type(None))
-_GROWING = (list, dict, set, deque, OrderedDict)
+_LISTS = (list, deque)
+_CONTAINERS = (*_LISTS, dict, set, OrderedDict)
+_MISSING = object()
 _OF_ALL = frozenset(vars(nn.Module()))  # attributes
+_callers: ContextVar[torch.device | None] = ContextVar("_callers", default=None)
+
+
+def in_plain_modes(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a public function as if it were called outside of any of torch's modes.
+
+    Inference mode, no_grad, autocast and a default device around it do not reach what it computes,
+    and the caller's random numbers go on where they were.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **named: P.kwargs) -> R:
+        device, numbers = own_device(), same_random()
+        with without_inference(), torch.enable_grad(), without_autocast(), device, numbers:
+            return function(*args, **named)
+
+    return run
+
+
+def without_inference() -> AbstractContextManager[Any]:
+    """Leave inference mode, if it is on."""
+    on = torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if on else nullcontext()
 
 
 @contextmanager
-def plain_modes() -> Iterator[None]:
-    """Leave torch's modes and default device; put all random numbers back to where they were."""
-    with without_inference(), torch.enable_grad(), without_autocast(), own_device(), same_random():
+def without_autocast() -> Iterator[None]:
+    """Compute in the numbers' own format, also where a network has switched autocast on."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield
-
-
-_callers: ContextVar[torch.device | None] = ContextVar("_callers", default=None)
 
 
 @contextmanager
@@ -56,41 +81,24 @@ def callers_device() -> AbstractContextManager[Any]:
     return _callers.get() or nullcontext()
 
 
-def without_inference() -> AbstractContextManager[Any]:
-    """Leave inference mode, if it is on."""
-    on = torch.is_inference_mode_enabled()
-    return torch.inference_mode(False) if on else nullcontext()
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """Compute in the numbers' own format, also where a network has switched autocast on."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda", "mps", "xpu"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
 @contextmanager
 def same_random() -> Iterator[None]:
     """Put all random numbers back to where they were: torch's, numpy's and Python's own."""
-    puts: list[Callable[[], Any]] = [
-        functools.partial(torch.set_rng_state, torch.get_rng_state()),
-        functools.partial(np.random.set_state, np.random.get_state()),
-        functools.partial(random.setstate, random.getstate()),
+    states: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (np.random.set_state, np.random.get_state()),
+        (random.setstate, random.getstate()),
     ]
     for backend in (torch.cuda, torch.xpu):
         if backend.is_initialized():
-            state = backend.get_rng_state_all()
-            puts.append(functools.partial(backend.set_rng_state_all, state))
+            states.append((backend.set_rng_state_all, backend.get_rng_state_all()))
     if torch.backends.mps.is_available():
-        puts.append(functools.partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
     try:
         yield
     finally:
-        for put in puts:
-            put()
+        for put, state in states:
+            put(state)
 
 
 @contextmanager
@@ -105,11 +113,10 @@ def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
             hold; where they are a part of the state that a module saves, they are in any case.
 
     Raises:
-        ModelError: the network makes weights of its own when it runs.
+        ModelError: the network makes weights of its own when it runs, or has none.
     """
-    with ExitStack() as stack:
-        modules = list(model.modules())
-        stack.enter_context(_ordinary(modules))
+    modules = list(model.modules())
+    with _ordinary(modules), ExitStack() as stack:
         for module in modules:
             if any(is_lazy(p) for p in module.parameters(recurse=False)):
                 stack.callback(module.register_forward_pre_hook(_refuse_lazy, prepend=True).remove)
@@ -119,25 +126,19 @@ def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            grown = [module for module in kept if module.put_back()]
-        if grown:
-            raise _not_there_yet(grown[0].module)
+            grown = [one.module for one in kept if one.put_back()]
+        for module in grown:
+            _refuse_lazy(module)
 
 
-def _refuse_lazy(module: nn.Module, _args: Any) -> None:
-    raise _not_there_yet(module)
+def _refuse_lazy(module: nn.Module, *_: Any) -> None:
+    raise ModelError(
+        f"The network makes weights (in a {type(module).__name__}) when it first runs; run it once "
+        "on an image before."
+    )
 
 
-def _lacks_numbers(module: nn.Module) -> bool:
-    """Whether one of torch's own layers has weights on the meta device, where there are none.
-
-    Not if it has a `forward` of its own, which may fetch them.
-    """
-    own = type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
-    return own and any(p.is_meta for p in module.parameters(recurse=False))
-
-
-def _refuse_meta(module: nn.Module, _args: Any, _output: Any) -> None:
+def _refuse_meta(module: nn.Module, *_: Any) -> None:
     """What such a layer makes of images is what happens to lie in memory."""
     if _lacks_numbers(module):
         raise ModelError(
@@ -146,11 +147,10 @@ def _refuse_meta(module: nn.Module, _args: Any, _output: Any) -> None:
         )
 
 
-def _not_there_yet(module: nn.Module) -> ModelError:
-    return ModelError(
-        f"The network makes weights (in a {type(module).__name__}) when it first runs; run it once "
-        "on an image before."
-    )
+def _lacks_numbers(module: nn.Module) -> bool:
+    """Whether a layer of torch's has weights on the meta device, and no `forward` to fetch them."""
+    own = type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
+    return own and any(p.is_meta for p in module.parameters(recurse=False))
 
 
 class _Kept:
@@ -159,53 +159,45 @@ class _Kept:
     def __init__(self, module: nn.Module, wholly: bool) -> None:
         self.module = module
         self.training = getattr(module, "training", None)
-        self.scripted = isinstance(module, torch.jit.ScriptModule)
-        own = {} if self.scripted else vars(module)
+        own = self.own = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)
         wholly = wholly or type(module).get_extra_state is not nn.Module.get_extra_state
-        self.plain = {n: value for n, value in own.items() if wholly and type(value) in _PLAIN}
-        self.growing = [
-            (name, value, copy.copy(value))
+        kinds = (*_PLAIN, *_CONTAINERS) if wholly else ()
+        self.attributes = {
+            name: value
             for name, value in own.items()
-            if wholly and type(value) in _GROWING and name not in _OF_ALL
-        ]
-        self.tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-        self.buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
-        self.weights = [set(own.get(name, ())) for name in ("_parameters", "_modules")]
-        # None stands for a buffer that is not there.
-        self.registered = {} if self.scripted else dict(module._buffers)
-        held = [*self.buffers.values(), *self.tensors.values()]
-        self.values = [(tensor, tensor.detach().clone()) for tensor in held if _has_values(tensor)]
+            if isinstance(value, Tensor) or (type(value) in kinds and name not in _OF_ALL)
+        }
+        held = [value for value in self.attributes.values() if type(value) in _CONTAINERS]
+        held += [own[name] for name in ("_parameters", "_modules", "_buffers") if name in own]
+        self.contents = [(container, copy.copy(container)) for container in held]
+        tensors = [tensor for _, tensor in module.named_buffers("", False, False)]
+        tensors += [value for value in self.attributes.values() if isinstance(value, Tensor)]
+        self.values = [(t, t.detach().clone()) for t in tensors if _has_values(t)]
+        self.names = self._names()
+
+    def _names(self) -> set[str]:
+        """Of weights and parts."""
+        return {*self.own.get("_parameters", ()), *self.own.get("_modules", ())}
 
     def put_back(self) -> bool:
         """Put everything back; say whether the module holds weights that it did not hold before."""
-        module = self.module
-        if self.training is not None and module.training != self.training:
-            module.training = self.training
+        if self.training is not None and self.module.training != self.training:
+            self.module.training = self.training
         for tensor, value in self.values:
             _put(tensor, value)
-        if self.scripted:
-            return False
-        own = vars(module)
-        grown = False
-        for name, before in zip(("_parameters", "_modules"), self.weights, strict=True):
-            for new in set(own[name]) - before:
-                grown = True
-                del own[name][new]
-        if _differ(own["_buffers"], self.registered):
-            own["_buffers"].clear()
-            own["_buffers"].update(self.registered)
-        for name, value in (*self.plain.items(), *self.tensors.items()):
-            if own.get(name, own) is not value:
-                own[name] = value
-        for name, value, content in self.growing:
-            own[name] = value
-            value.clear()
-            (value.extend if isinstance(value, (list, deque)) else value.update)(content)
+        grown = bool(self._names() - self.names)
+        for name, value in self.attributes.items():
+            if self.own.get(name, _MISSING) is not value:
+                self.own[name] = value
+        for container, content in self.contents:
+            if not (isinstance(content, dict) and _same(container, content)):
+                container.clear()
+                (container.extend if isinstance(content, _LISTS) else container.update)(content)
         return grown
 
 
-def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return list(one) != list(other) or any(one[name] is not other[name] for name in one)
+def _same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    return list(one) == list(other) and all(one[name] is other[name] for name in one)
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -221,49 +213,19 @@ def _put(tensor: Tensor, value: Tensor) -> None:
             tensor.copy_(value)
 
 
-def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
-    own = vars(module)
-    yield from (own["_parameters"], own["_buffers"], own)
-
-
 @contextmanager
 def _ordinary(modules: list[nn.Module]) -> Iterator[None]:
     """Put copies in place of tensors of inference mode; put the very same tensors back."""
     copies: dict[int, Tensor] = {}
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []
+    owns = [vars(module) for module in modules if not isinstance(module, torch.jit.ScriptModule)]
     try:
-        for module in modules:
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            for held in _holders(module):
-                for name, value in held.items():
-                    if isinstance(value, Tensor) and not is_lazy(value) and value.is_inference():
-                        swapped.append((held, name, value))
-                        held[name] = copies.setdefault(id(value), copy.deepcopy(value))
+        for held in (part for own in owns for part in (own["_parameters"], own["_buffers"], own)):
+            for name, value in held.items():
+                if isinstance(value, Tensor) and not is_lazy(value) and value.is_inference():
+                    swapped.append((held, name, value))
+                    held[name] = copies.setdefault(id(value), copy.deepcopy(value))
         yield
     finally:
         for held, name, value in swapped:
             held[name] = value
-
-
-# The doors of the package: what every public function does with the modes that it is called in.
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def in_plain_modes(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a public function as if it were called outside of any of torch's modes.
-
-    Inference mode, no_grad and autocast around it do not reach what it computes, and the caller's
-    random numbers go on where they were.
-    """
-
-    @functools.wraps(function)
-    def run(*args: P.args, **named: P.kwargs) -> R:
-
-        with plain_modes():
-            return function(*args, **named)
-
-    return run

@@ -1,7 +1,6 @@
 """Values from files that anyone may have written, checked before anything is made of them.
 
-JSON is bounded in size, parts and depth, then built into our own types or refused. Everything here
-raises ValueError, which the readers turn into one sentence on their file.
+Everything here raises ValueError, which the readers turn into one sentence on their file.
 """
 
 from __future__ import annotations
@@ -9,20 +8,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import reprlib
 import types
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from unbraid.base.errors import RunError, UnreadableError
+import msgspec
+
+from unbraid.base.errors import RunError, UnreadableError, brief
 
 T = TypeVar("T")
 
 MAX_BYTES = 64 * 2**20  # of JSON in one file
 _MAX_PARTS = 2**20  # objects and lists in it; an empty one takes many times its two characters
 _MAX_DEPTH = 32
-_MAX_WHOLE = 2**63  # what a tensor of whole numbers holds
+# An escaped backslash or pair of surrogates, which stays; or half a pair, which no file can hold.
+_ESCAPES = re.compile(r"(\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..)|\\u[dD][89a-fA-F]..")
 
 
 class SchemaError(ValueError):
@@ -30,11 +33,7 @@ class SchemaError(ValueError):
 
 
 def unread(error: Exception, text: str) -> RunError:
-    """Say in our own words what came up on reading a file.
-
-    Returns:
-        UnreadableError where the file may be sound all the same, RunError where it is not.
-    """
+    """Make an UnreadableError where a file may be sound all the same, a RunError where not."""
     # An OSError without a number is how libraries call content that they cannot make out.
     of_the_system = isinstance(error, OSError) and error.errno is not None
     kind = UnreadableError if of_the_system or isinstance(error, SchemaError) else RunError
@@ -56,10 +55,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON that is not too large.
-
-    Raises:
-        ValueError: it is no JSON, or larger or deeper than any of ours.
+    """Parse JSON; raises ValueError where it is none, or larger or deeper than any of ours.
 
     >>> parse_json("[" * 100 + "]" * 100)
     Traceback (most recent call last):
@@ -69,30 +65,20 @@ def parse_json(text: str) -> Any:
     if len(text) > MAX_BYTES or text.count("[") + text.count("{") > _MAX_PARTS:
         raise ValueError("it is too large")
     try:
-        value = json.loads(text)
+        value = json.loads(_ESCAPES.sub(lambda found: found[1] or "?", text))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        level = [child for part in level for child in _children(part)]
-        if not level:
-            return value
-    raise ValueError("it is nested too deeply")
-
-
-def _children(part: Any) -> list[Any]:
-    """The objects and lists that stand in an object or list."""
-    inside = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    return [child for child in inside if isinstance(child, (dict, list))]
+    level: list[Any] = [[value]]
+    for _ in range(_MAX_DEPTH + 1):
+        inside = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [item for items in inside for item in items if isinstance(item, (dict, list))]
+    if level:
+        raise ValueError("it is nested too deeply")
+    return value
 
 
 def check_schema(values: Any, schema: int) -> None:
-    """Raise unless values are an object of a schema.
-
-    Raises:
-        SchemaError: they are of another one.
-        ValueError: they are of none.
-    """
+    """Raise SchemaError if values are an object of another schema, ValueError if of none."""
     if not isinstance(values, dict):
         raise ValueError("it is no JSON object")
     found = values.get("schema")
@@ -102,11 +88,7 @@ def check_schema(values: Any, schema: int) -> None:
 
 
 def in_range(name: str, value: float, least: float, most: float) -> None:
-    """Raise unless a number lies between two others.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise ValueError unless a number lies between two others."""
     if not least <= value <= most:
         raise ValueError(f"{name} is {reprlib.repr(value)}, not {least} to {most}")
 
@@ -123,92 +105,41 @@ def build(kind: type[T], value: Any, *, null_figures: bool = False) -> T:
         ValueError: an entry is missing, unknown or of another type than its field, a whole number
             does not fit into 64 bits, or another number is not finite.
     """
-    return _Builder(null_figures).of(kind, value, "it")  # type: ignore[no-any-return]
+    try:
+        return msgspec.convert(_checked(kind, value, null_figures), kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(brief(error)) from None
+
+
+def _checked(kind: Any, value: Any, null_figures: bool) -> Any:
+    """Parsed JSON with NaN for null figures; refuses unknown entries and numbers too large."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{reprlib.repr(value)} does not fit into 64 bits")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number")
+    if value is None and kind is float and null_figures:
+        return math.nan
+    if origin in (Union, types.UnionType) and value is not None:
+        for one in inner:
+            value = _checked(one, value, null_figures)
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = _hints(kind)
+        unknown = value.keys() - {field.name for field in dataclasses.fields(kind)}
+        if unknown:
+            raise ValueError(f"it has unknown entries {reprlib.repr(sorted(unknown))}")
+        return {name: _checked(hints[name], item, null_figures) for name, item in value.items()}
+    elif origin is dict and isinstance(value, dict):
+        return {name: _checked(inner[1], item, null_figures) for name, item in value.items()}
+    elif origin is tuple and isinstance(value, list):
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+        if len(kinds) == len(value):
+            return [_checked(k, v, null_figures) for k, v in zip(kinds, value, strict=True)]
+    return value
 
 
 @cache
 def _hints(kind: type[Any]) -> dict[str, Any]:
     return get_type_hints(kind)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Builder:
-    null_figures: bool
-
-    def of(self, kind: Any, value: Any, name: str) -> Any:
-        """Make a value of a type out of parsed JSON."""
-        origin = get_origin(kind)
-        if kind is Any:
-            return value
-        if dataclasses.is_dataclass(kind):
-            return self._dataclass(kind, value, name)
-        if origin in (Union, types.UnionType):
-            return self._union(get_args(kind), value, name)
-        if origin is Literal and value in get_args(kind) and isinstance(value, str):
-            return value
-        if origin is tuple and isinstance(value, list):
-            return self._tuple(get_args(kind), value, name)
-        if origin is dict and isinstance(value, dict):
-            _, inner = get_args(kind)
-            return {key: self.of(inner, item, name) for key, item in value.items()}
-        if kind is float and self.null_figures and value is None:
-            return math.nan
-        if kind is float and type(value) in (int, float) and abs(value) < float("inf"):
-            return _as_float(value, name)
-        if kind is int and type(value) is int and abs(value) < _MAX_WHOLE:
-            return value
-        if kind is bool and type(value) is bool:
-            return value
-        if kind is str and isinstance(value, str):  # half of a pair could never be written out
-            return value.encode("utf-8", "replace").decode("utf-8")
-        raise ValueError(f"{name} is {reprlib.repr(value)}, not {_words(kind)}")
-
-    def _dataclass(self, kind: Any, value: Any, name: str) -> Any:
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} is {reprlib.repr(value)}, not a JSON object")
-        hints, known = _hints(kind), {field.name: field for field in dataclasses.fields(kind)}
-        unknown = value.keys() - known.keys()
-        if unknown:
-            raise ValueError(f"{name} has unknown entries {reprlib.repr(sorted(unknown))}")
-        for key, field in known.items():
-            needed = field.default is field.default_factory is dataclasses.MISSING
-            if needed and key not in value:
-                raise ValueError(f"{name} lacks {key!r}")
-        return kind(**{key: self.of(hints[key], item, key) for key, item in value.items()})
-
-    def _union(self, kinds: tuple[Any, ...], value: Any, name: str) -> Any:
-        if value is None and type(None) in kinds:
-            return None
-        some = [kind for kind in kinds if kind is not type(None)]
-        for kind in some[:-1]:
-            try:
-                return self.of(kind, value, name)
-            except ValueError:
-                continue
-        return self.of(some[-1], value, name)
-
-    def _tuple(self, kinds: tuple[Any, ...], value: list[Any], name: str) -> tuple[Any, ...]:
-        if kinds[-1] is Ellipsis:
-            return tuple(self.of(kinds[0], item, name) for item in value)
-        if len(kinds) != len(value):
-            raise ValueError(f"{name} has {len(value)} entries, not {len(kinds)}")
-        return tuple(self.of(k, item, name) for k, item in zip(kinds, value, strict=True))
-
-
-def _as_float(value: float, name: str) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} is {reprlib.repr(value)}, too large a number") from None
-
-
-def _words(kind: Any) -> str:
-    """Say what a type is, for people.
-
-    >>> _words(int), _words(tuple[int, ...]), _words(Literal["auto"])
-    ('a whole number', 'a list', "'auto'")
-    """
-    if get_origin(kind) is Literal:
-        return " or ".join(map(repr, get_args(kind)))
-    simple = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return simple.get(kind) or ("a list" if get_origin(kind) is tuple else "a JSON object")

@@ -1,6 +1,6 @@
 """The demo's network and images: small enough to ship, trained on Fashion-MNIST.
 
-`train.py` made both; `data/NOTICE.md` credits the images.
+`benchmarks/train_demo.py` made both; `NOTICE.md` credits the images.
 """
 
 from __future__ import annotations
@@ -26,31 +26,17 @@ IMAGES = DATA / "images.npz"
 
 LAYER = "mix"  # the 1x1 convolution whose channels the demo takes apart
 SPLITS = ("train", "test")
-CLASSES = (
-    "T-shirt",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+CLASSES: tuple[str, ...] = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat")
+CLASSES += ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 MEAN, SPREAD = 0.2860, 0.3530  # of the pixels of Fashion-MNIST's training images, on 0 to 1
 
 
 class DemoNet(nn.Module):
-    """Three 3x3 convolutions that look and a 1x1 convolution that mixes what they saw.
-
-    Args:
-        dropout: probability of dropping a pooled channel before the classifier, in training.
-    """
+    """Three 3x3 convolutions that look and a 1x1 convolution that mixes what they saw."""
 
     def __init__(self, dropout: float = 0.0) -> None:
-        """Set up the layers with random weights."""
+        """Set up the layers; `dropout` is the share of pooled channels dropped in training."""
         super().__init__()
         self.look = nn.Sequential(
             *_convolve(1, 16),
@@ -66,14 +52,7 @@ class DemoNet(nn.Module):
         self.classify = nn.Linear(24, len(CLASSES), dtype=torch.float32)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify images.
-
-        Args:
-            images: (N, 1, 28, 28), as `normalise` gives them.
-
-        Returns:
-            (N, 10), logits.
-        """
+        """Return logits, (N, 10), of images, (N, 1, 28, 28), as `normalise` gives them."""
         mixed = self.relu(self.mix(self.look(images)))  # (N, 24, 7, 7)
         logits: Tensor = self.classify(self.dropout(self.pool(mixed).flatten(1)))
         return logits
@@ -86,15 +65,10 @@ def _convolve(n_in: int, n_out: int) -> tuple[nn.Module, ...]:
 
 
 class DemoImages(Dataset[tuple[Tensor, int]]):
-    """Grey pictures with labels, held in memory.
-
-    Args:
-        pictures: (N, 28, 28), grey values 0 to 255.
-        labels: (N,), class indices 0 to 9.
-    """
+    """Grey pictures with labels, held in memory."""
 
     def __init__(self, pictures: Pictures, labels: Pictures) -> None:
-        """Keep the pictures and list their labels."""
+        """Keep pictures, (N, 28, 28), grey values 0 to 255, and class indices, (N,)."""
         self.pictures = pictures
         self.targets: list[int] = labels.tolist()
         self.classes = list(CLASSES)
@@ -113,10 +87,7 @@ class DemoImages(Dataset[tuple[Tensor, int]]):
 
 
 def normalise(pictures: Pictures) -> Tensor:
-    """Turn grey pictures into what the network takes.
-
-    Args:
-        pictures: (..., 28, 28), grey values 0 to 255.
+    """Turn grey pictures, (..., 28, 28), 0 to 255, into what the network takes.
 
     Returns:
         (..., 1, 28, 28), float32, of mean 0 and variance 1 over Fashion-MNIST.

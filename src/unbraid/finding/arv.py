@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -15,45 +16,41 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import belongs
+from unbraid.finding.membership import Clusters, Members
 from unbraid.networks.relevance import input_relevance
 from unbraid.scanning.records import Scan
 
 
 @dataclass(frozen=True)
 class ClassSums:
-    """What one reading of a Scan leaves of every class."""
+    """Sums of a scan's records by class and, but for `n_matters`, by cluster."""
 
     n_images: Tensor  # (T,)
     pooled: Tensor  # (T, G, J), summed over the images of the class, float64
     n_matters: Tensor  # (tau, T, C_out), images of the class in which the channel matters
 
 
-def class_sums(scan: Scan, taus: Sequence[float]) -> ClassSums:
-    """Read a Scan once and sum its records by class, and by cluster where it has clusters."""
-    spec = scan.layer
-    n_classes = max(len(scan.class_names), *(number + 1 for number in scan.clusters), 0)
+def class_sums(
+    scan: Scan, taus: Sequence[float], clusters: Clusters = MappingProxyType({})
+) -> ClassSums:
+    """Read a scan once and sum its records."""
+    spec, members = scan.layer, Members(scan, clusters)
+    numbers = scan.labels_seen() | set(clusters)  # a data set need not name its classes
+    n_classes = max(len(scan.class_names), *(number + 1 for number in numbers), 0)
     n_images = torch.zeros(n_classes, dtype=torch.int64)
     pooled = torch.zeros(n_classes, spec.groups, spec.n_taps, dtype=torch.float64)
     matters = torch.zeros(len(taus), n_classes * spec.n_out, dtype=torch.int64)
     for records in scan.shards():
-        n_new = int(records.label.max()) + 1 if len(records) else 0
-        if n_new > n_classes:  # a data set need not name its classes
-            more = n_new - n_classes
-            n_images = torch.cat([n_images, n_images.new_zeros(more)])
-            pooled = torch.cat([pooled, pooled.new_zeros(more, *pooled.shape[1:])])
-            matters = torch.cat([matters, matters.new_zeros(len(taus), more * spec.n_out)], 1)
-            n_classes = n_new
         n_images.index_add_(0, records.label, torch.ones_like(records.label))
         pooled.index_add_(0, records.label, records.pooled.double())
         place = records.label[records.share_image] * spec.n_out + records.share_channel
         for k, tau in enumerate(taus):
             chosen = place[records.share_value >= tau]
             matters[k].index_add_(0, chosen, torch.ones_like(chosen))
-        for number in scan.clusters:
-            members = belongs(scan, records, number)
-            n_images[number] += int(members.sum())
-            pooled[number] += records.pooled[members].double().sum(0)
+        for number in clusters:
+            own = members.of(records, number)
+            n_images[number] += int(own.sum())
+            pooled[number] += records.pooled[own].double().sum(0)
     return ClassSums(n_images, pooled, matters.unflatten(1, (n_classes, spec.n_out)))
 
 
@@ -63,6 +60,12 @@ def uses(sums: ClassSums, p: float) -> Tensor:
     return (fraction >= p) & (sums.n_images > 0)[:, None]
 
 
+def shared_channels(users: Tensor) -> Iterator[tuple[int, list[int]]]:
+    """Channels that two or more classes use, with these classes; users is (T, C_out)."""
+    for channel in (users.sum(0) >= 2).nonzero()[:, 0].tolist():
+        yield channel, users[:, channel].nonzero()[:, 0].tolist()
+
+
 def concept_mean(sums: ClassSums, concept: Concept) -> Tensor:
     """Mean pooled input over all images of a concept's classes, (G, J)."""
     chosen = list(concept)
@@ -70,20 +73,12 @@ def concept_mean(sums: ClassSums, concept: Concept) -> Tensor:
 
 
 def averaged_relevance(scan: Scan, channel: int, means: Tensor) -> Tensor:
-    """ARV: mean over images of each input channel's relevance for a channel.
+    """ARV: mean over images of each input channel's relevance for a channel (METHOD.md section 2).
 
-    The layer is linear, so it is enough to know the mean pooled input of the images.
-
-    Args:
-        scan: whose layer it is.
-        channel: an output channel.
-        means: (..., G, J), mean pooled inputs, of a class or of a concept.
+    The layer is linear, so the mean pooled input of the images is enough, (..., G, J).
 
     Returns:
         (..., C_in / G), float64, in units of the summed pre-activation.
-
-    Source:
-        METHOD.md section 2.
     """
     pooled = means[..., scan.layer.group_of(channel), :]
     return input_relevance(scan.weight[channel].double(), pooled, scan.layer.taps_per_input)
@@ -100,8 +95,7 @@ def cosines_of(arvs: Tensor) -> Tensor:
     """Cosines of ARVs (..., n, C), as (..., n, n); 1 where there is no relevance at all."""
     norms = arvs.norm(dim=-1)
     cosines: Tensor = arvs @ arvs.mT / (norms[..., None] * norms[..., None, :])
-    cosines = cosines.clamp(-1, 1)
-    return cosines.nan_to_num(1.0)  # no relevance at all tells nothing apart
+    return cosines.clamp(-1, 1).nan_to_num(1.0)  # no relevance at all tells nothing apart
 
 
 def group_classes(classes: Sequence[int], cosines: Tensor, gamma: float) -> tuple[Concept, ...]:
@@ -118,9 +112,3 @@ def group_classes(classes: Sequence[int], cosines: Tensor, gamma: float) -> tupl
     for label, number in zip(classes, numbers.tolist(), strict=True):
         groups.setdefault(number, []).append(label)
     return tuple(sorted(tuple(group) for group in groups.values()))
-
-
-def shared_channels(users: Tensor) -> Iterator[tuple[int, list[int]]]:
-    """Channels that two or more classes use, with these classes; users is (T, C_out)."""
-    for channel in (users.sum(0) >= 2).nonzero()[:, 0].tolist():
-        yield channel, users[:, channel].nonzero()[:, 0].tolist()

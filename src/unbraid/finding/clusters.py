@@ -1,49 +1,153 @@
-"""Divide points into clusters, as many as a null model of one cluster does not explain.
+"""Concepts without labels: the images that a channel responds to most, clustered by what fed it.
 
 A set is cut in two where the cut is real, and its parts again. Two-means finds a cut in anything,
-so the cut is tested on points that it was not made from: they are projected on the line between
-the two centres. If they come from one cluster, however shaped, as long as its density along the
-line has a single peak, then the density half-way is at least the smaller of the densities at the
-two centres. The null model is rejected where significantly fewer points lie half-way. Shapes: N
-points, D dimensions, K clusters, S starts.
+so it is tested on other points, projected on the line between the two centres. Those of one
+cluster, however shaped, are at least as dense half-way as at the rarer of the two centres, as long
+as their density along the line has a single peak. This null model is rejected where significantly
+fewer lie half-way. Shapes: N points, D dimensions, K clusters, S starts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from scipy.stats import binom
+from scipy.stats.contingency import crosstab
 from torch import Tensor
 
-from unbraid.finding.membership import mean_responses, relevance_for_channel
-from unbraid.scanning.records import Cluster, Scan
-
-# Clusters of images that play the part of classes where concepts are sought without labels.
-
+from unbraid.finding.arv import cosines_of, group_classes
+from unbraid.finding.findings import Concept, Found, Pair
+from unbraid.finding.membership import Cluster, mean_responses, relevance_for_channel
+from unbraid.scanning.records import Scan
 
 _N_TOP = 1000  # images of a channel
-_N_STRONGEST = 10  # that tell how strong an answer can be
-_LEAST_PART = 0.25  # of the way from the mean answer to the strongest
+_N_STRONGEST = 10  # that tell how strong a response can be
+_LEAST_PART = 0.25  # of the way from the mean response to the strongest
 _BYTES_AT_ONCE = 1 << 30  # of pooled inputs held in memory
+_ENOUGH = 8  # top images of a class, for it to be compared with clusters
+_NAMED = 0.2  # part of a cluster's images, for a class to be named
+_LEVEL = 0.01  # of the test of one cut; a divided set has had several
+_SMALLEST = 8  # points in a cluster: fewer cannot be tested
+_MAX_STEPS = 30
+_N_STARTS = 4  # of a cut; with several equal clusters one alone often ends within a cluster
+_N_TURNS = 10  # that bring the starts near the principal directions
+
+
+def search_clusters(scan: Scan, gamma: float) -> Found:
+    """Cluster the top images of every channel, and compare the clusters by their ARVs."""
+    found = Found()
+    first = _first_number(scan)
+    nearest = (1.0, -1)  # lowest cosine, and channel
+    for channel, top in top_images(scan):
+        clusters, number = cluster_images(top, channel, first)
+        if len(clusters) < 2:
+            continue
+        numbers = sorted(clusters)
+        cosines = _cosines(top, number, numbers)
+        nearest = min(nearest, (float(cosines.min()), channel))
+        if not (cosines < gamma).any():
+            continue
+        part = [float((number == n).double().mean()) for n in numbers]
+        for i, j in (cosines < gamma).triu(1).nonzero().tolist():
+            cosine = float(cosines[i, j])
+            found.pairs.append(Pair(channel, numbers[i], numbers[j], cosine, part[i], part[j]))
+        found.concepts[channel] = group_classes(numbers, cosines, gamma)
+        found.clusters |= clusters
+        for k, n in enumerate(numbers):
+            found.names[n] = f"cluster {k + 1}{_classes(scan, top.label[number == n])}"
+        found.agreement[channel] = _agreement(top, number, found.concepts[channel], gamma)
+        first += len(numbers)
+    least = math.ceil(nearest[0] * 1000) / 1000  # above the cosine as printed, it is found
+    if not found.pairs and least < 1:
+        found.hint = (
+            f"Nearest: channel {nearest[1]} has clusters with a cosine of {least:.3f}, which gamma "
+            "would have to exceed."
+        )
+    elif not found.pairs:
+        found.hint = "No channel's top images form clusters that differ."
+    return found
+
+
+def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
+    """Agreement of two partitions of the same things: 1 for equal ones, 0 on average by chance.
+
+    Source:
+        Hubert and Arabie 1985, Journal of Classification 2.
+
+    >>> adjusted_rand_index([0, 0, 1, 1], [5, 5, 3, 3])
+    1.0
+    """
+    table = crosstab(one, other).count
+    sizes = table, table.sum(1), table.sum(0), table.sum()
+    together, pairs1, pairs2, every = (float((n * (n - 1) / 2).sum()) for n in sizes)
+    expected = pairs1 * pairs2 / max(every, 1.0)
+    most = (pairs1 + pairs2) / 2
+    return 1.0 if most == expected else (together - expected) / (most - expected)
+
+
+def _first_number(scan: Scan) -> int:
+    """The first number that is no class."""
+    seen = scan.labels_seen() | {int(c) for column in scan.columns("prediction") for c in column}
+    return max(len(scan.class_names), max(seen, default=-1) + 1)
+
+
+def _cosines(top: DescribedImages, number: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Cosines of the ARVs of the top images with each number."""
+    return cosines_of(torch.stack([top.relevance[number == n].mean(0) for n in numbers]))
+
+
+def _classes(scan: Scan, labels: Tensor) -> str:
+    """Name the classes that a cluster mostly holds, in brackets."""
+    counts = labels.bincount()
+    known = scan.class_names
+    names = [
+        known[c] if c < len(known) and known[c] else str(c)
+        for c in counts.argsort(descending=True).tolist()[:3]
+        if counts[c] >= _NAMED * len(labels)
+    ]
+    return f" ({', '.join(names)})" if names else ""
+
+
+def _agreement(
+    top: DescribedImages, number: Tensor, concepts: Sequence[Concept], gamma: float
+) -> float:
+    """Compare concepts of clusters with those that classes make of the same images."""
+    labels = [int(c) for c in top.label.unique() if (top.label == c).sum() >= _ENOUGH]
+    if not labels:
+        return float("nan")
+    groups: Sequence[Concept] = [(labels[0],)]
+    if len(labels) > 1:
+        groups = group_classes(labels, _cosines(top, top.label, labels), gamma)
+    of_label = {c: k for k, group in enumerate(groups) for c in group}
+    of_number = {n: k for k, concept in enumerate(concepts) for n in concept}
+    known = torch.isin(top.label, torch.tensor(labels, dtype=torch.int64))
+    return adjusted_rand_index(
+        [of_label[c] for c in top.label[known].tolist()],
+        [of_number[n] for n in number[known].tolist()],
+    )
+
+
+# The images that a channel responds to most
 
 
 @dataclass(frozen=True, eq=False)
 class DescribedImages:
-    """The images that a channel answers to most, and what fed it there."""
+    """The images that a channel responds to most, and what fed it there."""
 
     label: Tensor  # (N,)
     relevance: Tensor  # (N, C), of the input channels for the channel; never all zero
-    least: float  # the smallest answer among them
+    least: float  # the smallest response among them
 
 
 def top_images(scan: Scan) -> Iterator[tuple[int, DescribedImages]]:
     """Gather the top images of every channel, as many channels at a time as memory holds.
 
-    At most 1000 images, and only those in which the channel answers with at least a quarter of
-    the way from its mean answer to its ten strongest.
+    At most 1000 images, and only those in which the channel responds with at least a quarter of
+    the way from its mean response to its ten strongest.
     """
     channels = list(range(scan.layer.n_out))
     values, places = _strongest(scan, channels)
@@ -52,36 +156,16 @@ def top_images(scan: Scan) -> Iterator[tuple[int, DescribedImages]]:
     bytes_each = scan.layer.n_taps * scan.weight.element_size() * len(values)
     at_once = max(1, _BYTES_AT_ONCE // bytes_each)
     for first in range(0, len(channels), at_once):
-        part = channels[first : first + at_once]
-        strong = {o: values[:, o].isfinite() for o in part}
-        chosen = {o: places[strong[o], o].sort().values for o in part}
-        labels, pooled = _gather(scan, chosen)
-        for o in part:
-            relevance = relevance_for_channel(scan, pooled[o], o)
+        strong = {o: values[:, o].isfinite() for o in channels[first : first + at_once]}
+        chosen = {o: places[own, o].sort().values for o, own in strong.items()}
+        for o, (labels, pooled) in _gather(scan, chosen).items():
+            relevance = relevance_for_channel(scan, pooled, o)
             some = relevance.norm(dim=1) > 0
-            answers = values[strong[o], o]
-            # A little less, since the same answer may be rounded otherwise in another batch.
-            rounding = torch.finfo(scan.weight.dtype).eps ** 0.5 * answers.abs().max()
-            least = float(answers.min() - rounding)
-            yield o, DescribedImages(labels[o][some], relevance[some], least)
-
-
-def cluster_images(
-    top: DescribedImages, channel: int, first: int
-) -> tuple[dict[int, Cluster], Tensor]:
-    """Cluster a channel's top images.
-
-    Args:
-        top: the images.
-        channel: whose they are.
-        first: number of the first cluster.
-
-    Returns:
-        The clusters by number, and the number of each image's cluster, (N,).
-    """
-    nearest, centres = find_clusters(F.normalize(top.relevance, dim=1))
-    clusters = {first + k: Cluster(channel, k, centres, top.least) for k in range(len(centres))}
-    return clusters, nearest + first
+            responses = values[strong[o], o]
+            # A little less, since the same response may be rounded otherwise in another batch.
+            rounding = torch.finfo(scan.weight.dtype).eps ** 0.5 * responses.abs().max()
+            least = float(responses.min() - rounding)
+            yield o, DescribedImages(labels[some], relevance[some], least)
 
 
 def _strongest(scan: Scan, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -94,61 +178,56 @@ def _strongest(scan: Scan, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
     total, n_images = torch.zeros(len(channels), dtype=torch.float64), 0
     for records in scan.shards():
         new = mean_responses(scan, records.pooled, records.n_positions, channels)
-        place = torch.arange(n_images, n_images + len(new), dtype=torch.int64)[:, None].expand_as(
-            new
-        )
+        place = torch.arange(n_images, n_images + len(new), dtype=torch.int64)
         total += new.sum(0)
         n_images += len(new)
-        values, places = torch.cat([values, new]), torch.cat([places, place])
+        values = torch.cat([values, new])
+        places = torch.cat([places, place[:, None].expand_as(new)])
         values, order = values.topk(min(_N_TOP, len(values)), dim=0)
         places = places.gather(0, order)
     if n_images == 0:
         return values, places
     mean, strongest = total / n_images, values[:_N_STRONGEST].mean(0)
     least = mean + _LEAST_PART * (strongest - mean)
-    # Rounding must not put the mean of equal answers above them all.
+    # Rounding must not put the mean of equal responses above them all.
     weak = values < least.minimum(values[0])
     return values.masked_fill(weak, -torch.inf), places
 
 
-def _gather(
-    scan: Scan, chosen: Mapping[int, Tensor]
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def _gather(scan: Scan, chosen: Mapping[int, Tensor]) -> dict[int, tuple[Tensor, ...]]:
     """Labels (n,) and pooled inputs (n, J) of each channel's chosen places, which are sorted."""
-    labels: dict[int, list[Tensor]] = {o: [] for o in chosen}
-    pooled: dict[int, list[Tensor]] = {o: [] for o in chosen}
+    parts: dict[int, list[tuple[Tensor, Tensor]]] = {o: [] for o in chosen}
     start = 0
     for records in scan.shards():
         bounds = torch.tensor([start, start + len(records)], dtype=torch.int64)
         for o, places in chosen.items():
             low, high = torch.searchsorted(places, bounds).tolist()
             here = places[low:high] - start
-            labels[o].append(records.label[here])
-            pooled[o].append(records.pooled[here, scan.layer.group_of(o)])
+            pooled = records.pooled[here, scan.layer.group_of(o)]
+            parts[o].append((records.label[here], pooled))
         start += len(records)
-    return (
-        {o: torch.cat(parts) for o, parts in labels.items()},
-        {o: torch.cat(parts) for o, parts in pooled.items()},
-    )
+    columns = {o: zip(*own, strict=True) for o, own in parts.items()}
+    return {o: tuple(map(torch.cat, own)) for o, own in columns.items()}
 
 
-# Divide points into clusters, as many as a null model of one cluster does not explain.
+# Clusters of points
 
 
-_LEVEL = 0.01  # of the test of one cut; a divided set has had several
-_SMALLEST = 8  # points in a cluster: fewer cannot be tested
-_MAX_STEPS = 30
-_N_STARTS = 4  # of a cut; with several equal clusters one alone often ends within a cluster
-_N_TURNS = 10  # that bring the starts near the principal directions
+def cluster_images(
+    top: DescribedImages, channel: int, first: int
+) -> tuple[dict[int, Cluster], Tensor]:
+    """Cluster a channel's top images.
+
+    Returns:
+        The clusters by number, from `first` on, and the number of each image's cluster, (N,).
+    """
+    nearest, centres = find_clusters(F.normalize(top.relevance, dim=1))
+    clusters = {first + k: Cluster(channel, k, centres, top.least) for k in range(len(centres))}
+    return clusters, nearest + first
 
 
 def find_clusters(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide unit vectors into clusters.
-
-    Deterministic: the same points in the same order give the same clusters.
-
-    Args:
-        points: (N, D), of length one.
+    """Divide unit vectors (N, D) into clusters; the same points give the same clusters.
 
     Returns:
         The cluster of each point, (N,), the one whose centre is nearest; and the centres, (K, D),
@@ -160,9 +239,7 @@ def find_clusters(points: Tensor) -> tuple[Tensor, Tensor]:
     """
     # Shuffled, since halves that are tested must not follow an order of classes in the data set.
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
-    parts = [
-        order[part] for part in _divide(points[order], torch.arange(len(points), dtype=torch.int64))
-    ]
+    parts = _divide(points, order)
     centres = F.normalize(torch.stack([points[part].mean(0) for part in parts]), dim=1)
     nearest = (points @ centres.T).argmax(1)
     for _ in range(_MAX_STEPS):
@@ -176,16 +253,21 @@ def find_clusters(points: Tensor) -> tuple[Tensor, Tensor]:
     return nearest, centres[used]
 
 
+def _divide(points: Tensor, members: Tensor) -> list[Tensor]:
+    """Cut a set for as long as the parts' unity can be rejected."""
+    if len(members) < 2 * _SMALLEST or chance_of_one(points[members]) >= _LEVEL:
+        return [members]
+    side = two_means(points[members])
+    if min(int(side.sum()), int((~side).sum())) < _SMALLEST:
+        return [members]
+    return [*_divide(points, members[side]), *_divide(points, members[~side])]
+
+
 def chance_of_one(points: Tensor) -> float:
     """Probability that so few points lie half-way if all come from one cluster.
 
-    Each half of the points is cut, and its cut is tested on the other half.
-
-    Args:
-        points: (N, D), in random order: the halves are every other point.
-
-    Source:
-        The exact binomial test of two windows' counts; METHOD.md section 5 asks for a null model.
+    Each half of the points (N, D), which stand in random order, is cut, and its cut is tested on
+    the other half, by the exact binomial test of two windows' counts.
     """
     halves = points[0::2], points[1::2]
     smaller = half_way = 0
@@ -202,13 +284,10 @@ def chance_of_one(points: Tensor) -> float:
 
 
 def two_means(points: Tensor) -> Tensor:
-    """Cut points in two where the squared distances to the parts' centres are least.
+    """Cut points (N, D) in two where the squared distances to the parts' centres are least.
 
     The best of several cuts, each improved from a start across a principal direction until it
     stands.
-
-    Args:
-        points: (N, D), N at least 2.
 
     Returns:
         (N,), true on one side; all alike if the points do not differ.
@@ -235,20 +314,9 @@ def _parts(centred: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _principal_directions(centred: Tensor) -> Tensor:
     """Find about the directions in which points vary most, (D, S), strongest first."""
+    size = centred.shape[1], _N_STARTS
     generator = torch.Generator().manual_seed(0)  # anything that is orthogonal to none of them
-    directions = torch.randn(
-        centred.shape[1], _N_STARTS, generator=generator, dtype=torch.float32
-    ).to(centred.dtype)
+    directions = torch.randn(size, generator=generator, dtype=torch.float32).to(centred.dtype)
     for _ in range(_N_TURNS):
         directions = torch.linalg.qr(centred.T @ (centred @ directions))[0]
     return directions
-
-
-def _divide(points: Tensor, members: Tensor) -> list[Tensor]:
-    """Cut a set for as long as the parts' unity can be rejected."""
-    if len(members) < 2 * _SMALLEST or chance_of_one(points[members]) >= _LEVEL:
-        return [members]
-    side = two_means(points[members])
-    if min(int(side.sum()), int((~side).sum())) < _SMALLEST:
-        return [members]
-    return [*_divide(points, members[side]), *_divide(points, members[~side])]

@@ -1,14 +1,10 @@
-"""Find polysemantic channels in a Scan: shares, ARVs, cosines, concepts.
-
-Shapes: C_out channels, T classes, G groups, J taps; see METHOD.md sections 2 and 3.
-"""
+"""Find polysemantic channels in a scan: shares, ARVs, cosines, concepts; METHOD.md section 3."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,135 +16,16 @@ from unbraid.finding.arv import (
     ClassSums,
     class_cosines,
     class_sums,
-    cosines_of,
     group_classes,
     shared_channels,
     uses,
 )
-from unbraid.finding.clusters import DescribedImages, cluster_images, top_images
+from unbraid.finding.clusters import search_clusters
 from unbraid.finding.cosine_intervals import with_chance
 from unbraid.finding.findings import Concept, ConceptKind, Findings, Found, Pair
 from unbraid.finding.thresholds import Tau, check_thresholds, choose_tau, nearest_finding
 from unbraid.scanning.accuracy import scanned_accuracy
 from unbraid.scanning.records import Scan
-
-# Search for polysemantic channels without labels: clusters of images in place of classes.
-
-
-_ENOUGH = 8  # top images of a class, for it to be compared with clusters
-_NAMED = 0.2  # part of a cluster's images, for a class to be named
-
-
-def search_clusters(scan: Scan, gamma: float) -> Found:
-    """Cluster the top images of every channel by what fed it, and compare the clusters.
-
-    Args:
-        scan: of the training images.
-        gamma: cosine of ARVs below which two clusters have different causes.
-    """
-    found = Found()
-    first = _first_number(scan)
-    nearest = (1.0, -1)  # lowest cosine, and channel
-    for channel, top in top_images(scan):
-        clusters, number = cluster_images(top, channel, first)
-        if len(clusters) < 2:
-            continue
-        numbers = sorted(clusters)
-        arvs = torch.stack([top.relevance[number == n].mean(0) for n in numbers])
-        cosines = cosines_of(arvs)
-        nearest = min(nearest, (float(cosines.min()), channel))
-        if not (cosines < gamma).any():
-            continue
-        part = {n: float((number == n).double().mean()) for n in numbers}
-        for i, j in (cosines < gamma).triu(1).nonzero().tolist():
-            s, t = numbers[i], numbers[j]
-            found.pairs.append(Pair(channel, s, t, float(cosines[i, j]), part[s], part[t]))
-        concepts = group_classes(numbers, cosines, gamma)
-        found.concepts[channel] = concepts
-        found.clusters |= clusters
-        for k, n in enumerate(numbers):
-            found.names[n] = f"cluster {k + 1}{_classes(scan, top.label[number == n])}"
-        found.agreement[channel] = _agreement(top, number, concepts, gamma)
-        first += len(numbers)
-    found.hint = "" if found.pairs else _hint(*nearest)
-    return found
-
-
-def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
-    """Agreement of two partitions of the same things: 1 for equal ones, 0 on average by chance.
-
-    Source:
-        Hubert and Arabie 1985, Journal of Classification 2.
-
-    >>> adjusted_rand_index([0, 0, 1, 1], [5, 5, 3, 3])
-    1.0
-    """
-    places = [
-        torch.tensor(labels, dtype=torch.int64).unique(return_inverse=True)[1]
-        for labels in (one, other)
-    ]
-    n_rows, n_columns = (int(place.max()) + 1 for place in places)
-    table = (places[0] * n_columns + places[1]).bincount(minlength=n_rows * n_columns).double()
-    table = table.view(n_rows, n_columns)
-    together = _pairs_within(table)
-    one_pairs, other_pairs = _pairs_within(table.sum(1)), _pairs_within(table.sum(0))
-    expected = one_pairs * other_pairs / max(_pairs_within(table.sum()), 1.0)
-    most = (one_pairs + other_pairs) / 2
-    return 1.0 if most == expected else (together - expected) / (most - expected)
-
-
-def _pairs_within(sizes: Tensor) -> float:
-    return float((sizes * (sizes - 1) / 2).sum())
-
-
-def _agreement(
-    top: DescribedImages, number: Tensor, concepts: Sequence[Concept], gamma: float
-) -> float:
-    """Compare concepts of clusters with those that classes make of the same images."""
-    labels = [int(c) for c in top.label.unique() if (top.label == c).sum() >= _ENOUGH]
-    if not labels:
-        return float("nan")
-    arvs = torch.stack([top.relevance[top.label == c].mean(0) for c in labels])
-    groups = group_classes(labels, cosines_of(arvs), gamma) if len(labels) > 1 else ((labels[0],),)
-    of_label = {c: k for k, group in enumerate(groups) for c in group}
-    of_number = {n: k for k, concept in enumerate(concepts) for n in concept}
-    both = [
-        (of_label[c], of_number[n])
-        for c, n in zip(top.label.tolist(), number.tolist(), strict=True)
-        if c in of_label
-    ]
-    return adjusted_rand_index(*zip(*both, strict=True))
-
-
-def _hint(cosine: float, channel: int) -> str:
-    least = math.ceil(cosine * 1000) / 1000  # above the cosine as printed, it is found
-    if least >= 1:
-        return "No channel's top images form clusters that differ."
-    return (
-        f"Nearest: channel {channel} has clusters with a cosine of {least:.3f}, which gamma would "
-        "have to exceed."
-    )
-
-
-def _first_number(scan: Scan) -> int:
-    """The first number that is no class."""
-    seen = scan.labels_seen() | {int(c) for column in scan.columns("prediction") for c in column}
-    return max(len(scan.class_names), max(seen, default=-1) + 1)
-
-
-def _classes(scan: Scan, labels: Tensor) -> str:
-    """Name the classes that a cluster mostly holds, in brackets."""
-    counts = labels.bincount()
-    known = scan.class_names
-    names = [
-        known[c] if c < len(known) and known[c] else str(c)
-        for c in counts.argsort(descending=True).tolist()[:3]
-        if counts[c] >= _NAMED * len(labels)
-    ]
-    return f" ({', '.join(names)})" if names else ""
-
-
-# Find polysemantic channels in a Scan: shares, ARVs, cosines, concepts.
 
 
 @in_plain_modes
@@ -196,33 +73,37 @@ def find(
     tau, p, gamma = check_thresholds(tau, p, gamma, scan.manifest.min_share)
     if concepts not in get_args(ConceptKind):
         raise UsageError(f"concepts is {concepts!r}; use 'classes' or 'clusters'.")
-    # A network that is mostly wrong uses its channels for nothing that labels tell.
-    accuracy = scanned_accuracy(scan) if concepts == "classes" else None
-    if accuracy is not None and accuracy.warning:
-        warnings.warn(accuracy.warning, stacklevel=3)
-    note = ""
-    auto = tau == "auto"
+    if concepts == "classes":
+        # A network that is mostly wrong uses its channels for nothing that labels tell.
+        accuracy = scanned_accuracy(scan)
+        if accuracy is not None and accuracy.warning:
+            warnings.warn(accuracy.warning, stacklevel=3)
+    auto, note = tau == "auto", ""
     if tau == "auto":
         tau, note = choose_tau(scan)
-    if channels is not None:
-        if concepts == "clusters":
+    if concepts == "clusters":
+        if channels is not None:
             raise UsageError(
                 "Pass your own concepts in channels, or concepts='clusters', not both."
             )
-        found = _own(scan, class_sums(scan, [tau]), channels)
-    elif concepts == "clusters":
         found = search_clusters(scan, gamma)
     else:
-        found = _search_classes(scan, class_sums(scan, [tau]), p, gamma)
-        if not found.pairs:
-            found.hint = nearest_finding(scan, tau, p, gamma)
+        sums = class_sums(scan, [tau])
+        if channels is None:
+            found = _search_classes(scan, sums, p, gamma)
+            if not found.pairs:
+                found.hint = nearest_finding(scan, tau, p, gamma)
+        else:
+            found = _own(scan, sums, channels)
+        found.pairs = with_chance(scan, sums, found.pairs)
+    class_names = dict(enumerate(scan.class_names)) | found.names  # behind classes, clusters
     return Findings(
         tau,
         p,
         gamma,
         pairs=tuple(sorted(found.pairs, key=lambda pair: (pair.cosine, pair.channel))),
         concepts=found.concepts,
-        class_names=_names(scan, found),
+        class_names=tuple(class_names.get(n, "") for n in range(max(class_names, default=-1) + 1)),
         hint=found.hint,
         layer=scan.layer.name,
         weights=scan.manifest.weights,
@@ -242,31 +123,26 @@ def _search_classes(scan: Scan, sums: ClassSums, p: float, gamma: float) -> Foun
         if different.any():
             found.pairs += _pairs(sums, channel, classes, cosines, different)
             found.concepts[channel] = group_classes(classes, cosines, gamma)
-    found.pairs = with_chance(scan, sums, found.pairs)
     return found
 
 
-def _own(scan: Scan, sums: ClassSums, channels: Mapping[int, Sequence[Sequence[int]]]) -> Found:
+def _own(scan: Scan, sums: ClassSums, channels: Any) -> Found:
+    """Compare all classes of different concepts that the user names."""
     if not isinstance(channels, Mapping):
         raise UsageError(
             f"channels is a {type(channels).__name__}; give groups of classes per channel, for "
             "example {1660: [[530], [938]]}."
         )
     found = Found()
-    for given, groups in channels.items():
-        channel = whole_number("a channel in channels", given)
-        found.concepts[channel] = _own_concepts(scan, sums, channel, groups)
-        found.pairs += _own_pairs(scan, sums, channel, found.concepts[channel])
-    found.pairs = with_chance(scan, sums, found.pairs)
+    for key, groups in channels.items():
+        channel = whole_number("a channel in channels", key)
+        concepts = found.concepts[channel] = _own_concepts(scan, sums, channel, groups)
+        concept_of = {c: k for k, concept in enumerate(concepts) for c in concept}
+        classes = sorted(concept_of)
+        of = torch.tensor([concept_of[c] for c in classes], dtype=torch.int64)
+        cosines = class_cosines(scan, sums, channel, classes)
+        found.pairs += _pairs(sums, channel, classes, cosines, of[:, None] != of)
     return found
-
-
-def _names(scan: Scan, found: Found) -> tuple[str, ...]:
-    """Names by number, of classes and behind them of clusters."""
-    names = [*scan.class_names, *[""] * (max(found.names, default=-1) + 1 - len(scan.class_names))]
-    for number, name in found.names.items():
-        names[number] = name
-    return tuple(names)
 
 
 def _pairs(
@@ -274,23 +150,11 @@ def _pairs(
 ) -> list[Pair]:
     """The wanted pairs of classes at a channel; cosines and wanted are (classes, classes)."""
     use = (sums.n_matters[0, :, channel] / sums.n_images.clamp(min=1).double()).tolist()
-    places = wanted.triu(1).nonzero().tolist()
-    return [
-        Pair(channel, s, t, float(cosines[i, j]), use[s], use[t])
-        for i, j in places
-        for s, t in [(classes[i], classes[j])]
-    ]
-
-
-def _own_pairs(
-    scan: Scan, sums: ClassSums, channel: int, concepts: Sequence[Concept]
-) -> list[Pair]:
-    """All pairs of classes from different concepts."""
-    numbered = sorted((label, k) for k, concept in enumerate(concepts) for label in concept)
-    classes = [label for label, _ in numbered]
-    of = torch.tensor([k for _, k in numbered], dtype=torch.int64)
-    cosines = class_cosines(scan, sums, channel, classes)
-    return _pairs(sums, channel, classes, cosines, of[:, None] != of)
+    pairs = []
+    for i, j in wanted.triu(1).nonzero().tolist():
+        s, t = classes[i], classes[j]
+        pairs.append(Pair(channel, s, t, float(cosines[i, j]), use[s], use[t]))
+    return pairs
 
 
 def _own_concepts(

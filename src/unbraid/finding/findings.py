@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from unbraid.base.tables import Exported, Table, Tabular, count
-from unbraid.scanning.records import Cluster, Clusters
+from unbraid.finding.membership import Cluster, Clusters, Members
+from unbraid.scanning.records import Scan
 
 Concept = tuple[int, ...]  # the classes, or clusters, that share one cause
 ConceptKind = Literal["classes", "clusters"]
@@ -95,6 +96,10 @@ class Findings(Tabular, Exported):
     def tau_in_words(self) -> str:
         """Tau as people read it, and whether it was chosen for them."""
         return f"{self.tau:g} (auto)" if self.auto else f"{self.tau:g}"
+
+    def members_in(self, scan: Scan) -> Members:
+        """Say which images of a scan of this layer belong to which class or cluster."""
+        return Members(scan, self.clusters)
 
     def __len__(self) -> int:
         """Number of pairs."""

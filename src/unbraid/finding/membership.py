@@ -1,12 +1,12 @@
-"""Gather what is needed of the images of some classes or clusters, as much as memory holds.
+"""Which images of a scan belong to which class or cluster, and so to which concept.
 
-Numbers are those of classes or clusters (`clusters.belongs`).
+`Findings.members_in` and `Split.members_in` answer this for any scan of their layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,57 +14,103 @@ from torch import Tensor
 from unbraid.networks.relevance import input_relevance
 from unbraid.scanning.records import Records, Scan
 
-# Clusters of images that play the part of classes where concepts are sought without labels.
+
+@dataclass(frozen=True, eq=False)
+class Cluster:
+    """Images in which a channel responds for one cause."""
+
+    channel: int
+    place: int  # among the clusters of the channel
+    centres: Tensor  # (K, C), of all clusters of the channel, in relevance, of length one
+    least: float  # smallest response of an image, mean pre-activation
 
 
-def belongs(scan: Scan, records: Records, number: int) -> Tensor:
-    """Say which images belong to a class or a cluster, (N,).
-
-    Args:
-        scan: that the records are of; numbers that its `clusters` do not name are classes.
-        records: of N images.
-        number: of a class, or of a cluster.
-    """
-    cluster = scan.clusters.get(number)
-    if cluster is None:
-        return records.label == number
-    answers = mean_responses(scan, records.pooled, records.n_positions, [cluster.channel])[:, 0]
-    member = answers >= cluster.least
-    pooled = records.pooled[member, scan.layer.group_of(cluster.channel)]
-    relevance = relevance_for_channel(scan, pooled, cluster.channel)
-    nearest = (relevance @ cluster.centres.double().T).argmax(1)
-    member[member.clone()] = (nearest == cluster.place) & (relevance.norm(dim=1) > 0)
-    return member
+Clusters = Mapping[int, Cluster]  # by number
 
 
-def concept_of(scan: Scan, records: Records, concepts: Sequence[Sequence[int]]) -> Tensor:
-    """Say which concept each image belongs to, (N,), -1 for none."""
-    concept = torch.full_like(records.label, -1)
-    for k, numbers in enumerate(concepts):
+@dataclass(frozen=True, eq=False)
+class Members:
+    """The images of a scan by class and cluster; numbers that `clusters` lacks are classes."""
+
+    scan: Scan
+    clusters: Clusters = field(default_factory=dict)
+
+    def of(self, records: Records, number: int) -> Tensor:
+        """Say which images of some records belong to a class or cluster, (N,)."""
+        cluster = self.clusters.get(number)
+        if cluster is None:
+            return records.label == number
+        channel = cluster.channel
+        response = mean_responses(self.scan, records.pooled, records.n_positions, [channel])
+        member = response[:, 0] >= cluster.least
+        pooled = records.pooled[member, self.scan.layer.group_of(channel)]
+        relevance = relevance_for_channel(self.scan, pooled, channel)
+        nearest = (relevance @ cluster.centres.double().T).argmax(1)
+        member[member.clone()] = (nearest == cluster.place) & (relevance.norm(dim=1) > 0)
+        return member
+
+    def concept_of(self, records: Records, concepts: Sequence[Sequence[int]]) -> Tensor:
+        """Say which concept each image of some records belongs to, (N,), -1 for none."""
+        concept = torch.full_like(records.label, -1)
+        for k, numbers in enumerate(concepts):
+            for number in numbers:
+                concept[self.of(records, number)] = k
+        return concept
+
+    def indices(self, numbers: Iterable[int]) -> list[int]:
+        """Give the indices in the data set of all images of some classes and clusters."""
+        wanted = [tuple(numbers)]
+        return [
+            index
+            for records in self.scan.shards()
+            for index in records.index[self.concept_of(records, wanted) == 0].tolist()
+        ]
+
+    def places(self, records: Records, numbers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+        """Give the images of each number that has some, as places in the records, in order."""
+        labels = set(records.label.tolist())
         for number in numbers:
-            concept[belongs(scan, records, number)] = k
-    return concept
+            if number in labels or number in self.clusters:
+                places = self.of(records, number).nonzero()[:, 0]
+                if len(places):
+                    yield number, places
 
+    def count(self, numbers: Iterable[int]) -> dict[int, int]:
+        """Count the images of each number; where all are classes, only labels are read."""
+        counts = dict.fromkeys(numbers, 0)
+        if counts.keys() & self.clusters.keys():
+            for records in self.scan.shards():
+                for number, places in self.places(records, counts):
+                    counts[number] += len(places)
+        else:
+            for labels in self.scan.columns("label"):
+                for label, n in zip(*labels.unique(return_counts=True), strict=True):
+                    if int(label) in counts:
+                        counts[int(label)] += int(n)
+        return counts
 
-def concerned(scan: Scan, numbers: Iterable[int]) -> list[int]:
-    """Places in the data set of the images of some classes and clusters."""
-    wanted = [tuple(numbers)]
-    return [
-        index
-        for records in scan.shards()
-        for index in records.index[concept_of(scan, records, wanted) == 0].tolist()
-    ]
-
-
-def numbers_seen(scan: Scan, numbers: Iterable[int]) -> set[int]:
-    """Say which classes and clusters have an image in a Scan."""
-    seen = scan.labels_seen()
-    known = {number for number in numbers if number in scan.clusters}
-    if not known:
-        return seen
-    for records in scan.shards():
-        seen |= {number for number in known - seen if belongs(scan, records, number).any()}
-    return seen
+    def first(
+        self, numbers: Iterable[int], n: int, names: Sequence[str]
+    ) -> dict[int, dict[str, Tensor]]:
+        """Take columns of the records, as far as they have them, of the first n images of each."""
+        parts: dict[int, list[dict[str, Tensor]]] = {number: [] for number in sorted(set(numbers))}
+        missing = dict.fromkeys(parts, n)
+        for records in self.scan.shards():
+            columns = {name: getattr(records, name) for name in names}
+            for number, places in self.places(records, missing):
+                some = places[: missing[number]]
+                taken = {
+                    name: column[some] for name, column in columns.items() if column is not None
+                }
+                parts[number].append(taken)
+                missing[number] -= len(some)
+            missing = {number: left for number, left in missing.items() if left}
+            if not missing:
+                break
+        return {
+            number: {name: torch.cat([part[name] for part in own]) for name in own[0]}
+            for number, own in parts.items()
+        }
 
 
 def mean_responses(
@@ -84,85 +130,3 @@ def relevance_for_channel(scan: Scan, pooled: Tensor, channel: int) -> Tensor:
     return input_relevance(
         scan.weight[channel].double(), pooled.double(), scan.layer.taps_per_input
     )
-
-
-# Gather what is needed of the images of some classes or clusters, as much as memory holds.
-
-
-K = TypeVar("K")
-
-
-def members(scan: Scan, records: Records, numbers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-    """Give the images of each number that has some, as places in the records, in order."""
-    here = set(records.label.tolist())
-    for number in numbers:
-        if number in here or number in scan.clusters:
-            places = belongs(scan, records, number).nonzero()[:, 0]
-            if len(places):
-                yield number, places
-
-
-def count_images(scan: Scan, numbers: Iterable[int]) -> dict[int, int]:
-    """Count the images of each number; where all are classes, only labels are read."""
-    counts = dict.fromkeys(numbers, 0)
-    if counts.keys() & scan.clusters.keys():
-        for records in scan.shards():
-            for number, places in members(scan, records, counts):
-                counts[number] += len(places)
-    else:
-        for labels in scan.columns("label"):
-            for label, n in zip(*labels.unique(return_counts=True), strict=True):
-                if int(label) in counts:
-                    counts[int(label)] += int(n)
-    return counts
-
-
-def first_images(
-    scan: Scan, numbers: Iterable[int], n: int, take: Callable[[Records, Tensor], Tensor]
-) -> dict[int, Tensor]:
-    """Take something of the first n images of each number.
-
-    Args:
-        scan: of images of all these numbers.
-        numbers: of classes or clusters.
-        n: images of each, at most.
-        take: from records and places in them, (images, ...).
-
-    Returns:
-        By number, (images, ...).
-    """
-    parts: dict[int, list[Tensor]] = {number: [] for number in sorted(set(numbers))}
-    missing = dict.fromkeys(parts, n)
-    for records in scan.shards():
-        for number, places in members(scan, records, missing):
-            parts[number].append(take(records, places[: missing[number]]))
-            missing[number] -= len(parts[number][-1])
-        missing = {number: left for number, left in missing.items() if left}
-        if not missing:
-            break
-    return {number: torch.cat(kept) for number, kept in parts.items()}
-
-
-def portions(
-    needs: Mapping[int, set[K]], n_bytes: Callable[[K], int], at_once: int
-) -> Iterator[list[int]]:
-    """Part channels into portions whose needs fit into memory together; each has one at least.
-
-    Args:
-        needs: of each channel.
-        n_bytes: of one need, which channels share.
-        at_once: bytes that may be held.
-
-    >>> list(portions({7: {1, 2}, 8: {2}, 9: {3}}, lambda need: 10, 20))
-    [[7, 8], [9]]
-    """
-    portion: list[int] = []
-    held: set[K] = set()
-    for channel, own in needs.items():
-        if portion and sum(map(n_bytes, held | own)) > at_once:
-            yield portion
-            portion, held = [], set()
-        portion.append(channel)
-        held |= own
-    if portion:
-        yield portion

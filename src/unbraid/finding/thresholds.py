@@ -1,4 +1,4 @@
-"""How many polysemantic channels and pairs of classes each choice of thresholds finds.
+"""Thresholds of `find`: their range, a tau that fits the layer, and what other choices would find.
 
 Shapes: C_out channels, T classes, c of them sharing a channel, S settings of tau and p.
 """
@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_FLOOR, Decimal
-from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -26,28 +25,27 @@ from unbraid.scanning.records import Scan
 if TYPE_CHECKING:
     from unbraid.finding.findings import Findings
 
-
-# Thresholds: which are in range, a tau that fits the layer, what comes nearest to a finding.
-
-
 Tau = float | Literal["auto"]
+
+# The published thresholds, and on either side what other networks have needed.
+TAUS = (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1)
+PS = (0.5, 0.75, 0.9)
+GAMMAS = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 # How these were chosen, and what other rules gave: docs/thresholds.md.
 N_MATTER = 10  # channels that matter in a typical image, if tau is chosen
-_COUNTS_AT_ONCE = 1 << 26  # of images, per tau, class and channel
 _ONE_IN = 4  # and no more than this part of a narrow layer: about half of its positive shares
+_COUNTS_AT_ONCE = 1 << 26  # of images, per tau, class and channel
+_ROUNDING = 1e-9  # far above that of a cosine, far below what tells two cosines apart
 
 
 def check_thresholds(
     tau: Tau, p: float, gamma: float, min_share: float
 ) -> tuple[Tau, float, float]:
-    """Make sure that thresholds are numbers, in range and not below the smallest share kept.
-
-    Returns:
-        tau, p and gamma, in plain types.
+    """Return tau, p and gamma in plain types.
 
     Raises:
-        UsageError: says which is not.
+        UsageError: one is no number, out of range or below the smallest share kept.
     """
     if isinstance(tau, str):
         if tau != "auto":
@@ -70,15 +68,11 @@ def check_thresholds(
 
 
 def choose_tau(scan: Scan) -> tuple[float, str]:
-    """Choose the share at which ten channels matter in a typical image.
+    """Choose the share at which ten channels matter in a typical image (docs/thresholds.md).
 
-    That is the largest share which, in at least half of the classes, at least half of the images
-    have ten channels of: half of the classes, so that neither their number nor their sizes weigh.
-    In a layer of fewer than forty channels it is a quarter of them, rounded up, in place of ten.
-    Rounded down to three digits, so that the number as it is printed finds the same.
-
-    Args:
-        scan: of the training images; only labels and shares are read.
+    That is the largest share which at least half of the images of at least half of the classes
+    have ten channels of, rounded down to three digits, so that the number as printed finds the
+    same. In a layer of fewer than forty channels it is a quarter of them in place of ten.
 
     Returns:
         tau, and a sentence for the user where the scan kept too few shares to follow the rule:
@@ -86,9 +80,6 @@ def choose_tau(scan: Scan) -> tuple[float, str]:
 
     Raises:
         DataError: none of the images could be read.
-
-    Source:
-        docs/thresholds.md.
     """
     n_matter = min(N_MATTER, math.ceil(scan.layer.n_out / _ONE_IN))
     least = scan.manifest.min_share
@@ -99,9 +90,8 @@ def choose_tau(scan: Scan) -> tuple[float, str]:
     labels, shares = (torch.cat(part) for part in zip(*parts, strict=True))
     if not len(labels):
         raise DataError(f"The scan in {scan.path} holds no image to choose tau by; scan anew.")
-    by_class = shares[labels.argsort(stable=True)].split(
-        labels.unique(return_counts=True)[1].tolist()
-    )
+    sizes = labels.unique(return_counts=True)[1].tolist()
+    by_class = shares[labels.argsort(stable=True)].split(sizes)
     typical = _reached_by_half(torch.stack([_reached_by_half(own) for own in by_class]))
     if typical > 0:
         return max(_round_down(float(typical)), least), ""
@@ -152,7 +142,7 @@ def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:
     least = scan.manifest.min_share
     tried = [float(f"{tau * 0.9**k:.3g}") for k in range(1, 60)]
     taus = [tau, *(t for t in tried if least < t < tau), *([least] if least < tau else [])]
-    nearest = (float("inf"), 0.0, 0)
+    nearest = (float("inf"), 0.0, 0)  # cosine, negative tau, channel
     lowest: dict[int, tuple[list[int], float]] = {}  # cosine of some classes, by channel
     for sums, lower, users in _users(scan, taus, p):
         for channel, classes in shared_channels(users):
@@ -161,26 +151,29 @@ def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:
                 lowest[channel] = classes, float(cosines.min())
                 nearest = min(nearest, (lowest[channel][1], -lower, channel))
         if nearest[0] < gamma:
-            return f"Nearest: tau {lower:.15g} finds channel {nearest[2]}."
+            return f"Nearest: tau {_exact(lower)} finds channel {nearest[2]}."
     if nearest[0] > 1:
         return (
-            f"No two classes use the same channel at any tau down to {least:.15g}; lower p, or "
+            f"No two classes use the same channel at any tau down to {_exact(least)}; lower p, or "
             "scan with a smaller min_share."
         )
     cosine, negative_tau, channel = nearest
     return (
-        f"Nearest: at tau {-negative_tau:.15g} channel {channel} has a cosine of "
+        f"Nearest: at tau {_exact(-negative_tau)} channel {channel} has a cosine of "
         f"{math.ceil(cosine * 1000) / 1000:.3f}, which gamma would have to exceed."
     )
+
+
+def _exact(tau: float) -> str:
+    """Print a tau in few digits where these are enough to read it back."""
+    short = f"{tau:.15g}"
+    return short if float(short) == tau else repr(tau)
 
 
 def _users(
     scan: Scan, taus: Sequence[float], p: float
 ) -> Iterator[tuple[ClassSums, float, Tensor]]:
-    """Give for each tau which class uses which channel, (T, C_out), with the sums it is of.
-
-    The Scan is read once for as many taus as memory holds counts of.
-    """
+    """Say for each tau which class uses which channel, (T, C_out), with as few readings as fit."""
     n_classes = max(len(scan.class_names), max(scan.labels_seen(), default=0) + 1)
     at_once = max(1, _COUNTS_AT_ONCE // (n_classes * scan.layer.n_out))
     for first in range(0, len(taus), at_once):
@@ -188,17 +181,6 @@ def _users(
         sums = class_sums(scan, portion)
         for tau, users in zip(portion, uses(sums, p), strict=True):
             yield sums, tau, users
-
-
-# How many polysemantic channels and pairs of classes each choice of thresholds finds.
-
-
-# The published thresholds, and on either side what other networks have needed.
-TAUS = (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1)
-PS = (0.5, 0.75, 0.9)
-GAMMAS = (0.3, 0.4, 0.5, 0.6, 0.7)
-
-_ROUNDING = 1e-9  # far above that of a cosine, far below what tells two cosines apart
 
 
 @dataclass(frozen=True)
@@ -235,11 +217,10 @@ class Sensitivity(Exported):
         Raises:
             KeyError: it is not in the grid.
         """
-        return self._by_choice[tau, p, gamma]
-
-    @cached_property
-    def _by_choice(self) -> dict[tuple[float, float, float], Cell]:
-        return {(cell.tau, cell.p, cell.gamma): cell for cell in self.cells}
+        for cell in self.cells:
+            if (cell.tau, cell.p, cell.gamma) == (tau, p, gamma):
+                return cell
+        raise KeyError(f"tau {tau:g}, p {p:g}, gamma {gamma:g} is not in the grid")
 
     def __str__(self) -> str:
         """Show a table per p, taus down and gammas across: channels and, in brackets, pairs."""
@@ -253,9 +234,8 @@ class Sensitivity(Exported):
         rows = [(f"p {p:g}", *(f"gamma {gamma:g}" for gamma in self.gammas))]
         for tau in self.taus:
             cells = [self.at(tau, p, gamma) for gamma in self.gammas]
-            rows.append(
-                (f"tau {tau:g}", *(f"{cell.n_channels:,} ({cell.n_pairs:,})" for cell in cells))
-            )
+            figures = (f"{cell.n_channels:,} ({cell.n_pairs:,})" for cell in cells)
+            rows.append((f"tau {tau:g}", *figures))
         return align(rows)
 
     def rows(self) -> Iterator[tuple[float | int, ...]]:
@@ -302,43 +282,9 @@ def sensitivity(
     taus = _grid("taus", taus, [max(tau, least) for tau in TAUS], own[0])
     ps = _grid("ps", ps, PS, own[1])
     gammas = _grid("gammas", gammas, GAMMAS, own[2])
-    for tau, p, gamma in product(taus, ps, gammas):
-        check_thresholds(tau, p, gamma, least)
-    counts = _count(scan, taus, ps, gammas).flatten(0, 1).tolist()
-    choices = product(taus, ps, gammas)
-    return Sensitivity(
-        layer=scan.layer.name,
-        weights=scan.manifest.weights,
-        n_out=scan.layer.n_out,
-        taus=taus,
-        ps=ps,
-        gammas=gammas,
-        cells=tuple(
-            Cell(*choice, *numbers) for choice, numbers in zip(choices, counts, strict=True)
-        ),
-    )
-
-
-def _grid(
-    name: str, given: Sequence[float] | None, default: Iterable[float], own: float | None
-) -> tuple[float, ...]:
-    """Sort the values of one threshold.
-
-    Raises:
-        UsageError: there is none, or one is no number.
-    """
-    if given is None:
-        given = [*default, *([] if own is None else [own])]
-    values = sorted(set(real_numbers(name, given)))
-    if not values:
-        raise UsageError(f"{name} is empty; give a value or more, or None for the default grid.")
-    return tuple(values)
-
-
-def _count(
-    scan: Scan, taus: Sequence[float], ps: Sequence[float], gammas: Sequence[float]
-) -> Tensor:
-    """Count channels and pairs, (S, gammas, 2); all thresholds in rising order."""
+    choices = list(product(taus, ps, gammas))
+    for choice in choices:
+        check_thresholds(*choice, least)
     sums = class_sums(scan, taus)
     counts = torch.zeros(len(taus) * len(ps), len(gammas), 2, dtype=torch.int64)
     # Who uses a channel at higher thresholds uses it at the lowest too.
@@ -347,9 +293,31 @@ def _count(
         use = sums.n_matters[:, classes, channel] / sums.n_images[classes].double()  # (taus, c)
         users = (use[:, None] >= torch.tensor(ps, dtype=torch.float64)[:, None]).flatten(0, 1)
         n_pairs = _pairs_below(scan, sums, channel, classes, users, gammas)
-        counts[..., 0] += n_pairs > 0
-        counts[..., 1] += n_pairs
-    return counts
+        counts += torch.stack([n_pairs > 0, n_pairs], 2)
+    return Sensitivity(
+        layer=scan.layer.name,
+        weights=scan.manifest.weights,
+        n_out=scan.layer.n_out,
+        taus=taus,
+        ps=ps,
+        gammas=gammas,
+        cells=tuple(
+            Cell(*choice, *numbers)
+            for choice, numbers in zip(choices, counts.view(-1, 2).tolist(), strict=True)
+        ),
+    )
+
+
+def _grid(
+    name: str, values: Sequence[float] | None, default: Iterable[float], own: float | None
+) -> tuple[float, ...]:
+    """Sort the values of one threshold."""
+    if values is None:
+        values = [*default, *([] if own is None else [own])]
+    grid = sorted(set(real_numbers(name, values)))
+    if not grid:
+        raise UsageError(f"{name} is empty; give a value or more, or None for the default grid.")
+    return tuple(grid)
 
 
 def _pairs_below(
@@ -362,13 +330,7 @@ def _pairs_below(
 ) -> Tensor:
     """Count the pairs of users of a channel that have different reasons, (S, gammas).
 
-    Args:
-        scan: whose layer it is.
-        sums: of all classes.
-        channel: an output channel.
-        classes: c classes.
-        users: (S, c), which of them use the channel.
-        gammas: cosines.
+    `users` (S, c) says which of the classes use the channel.
     """
     cosines = class_cosines(scan, sums, channel, classes)
     columns = []

@@ -1,20 +1,21 @@
-"""Batches of images, read by worker processes where there are any."""
+"""The one loop over images: batch by batch, read by worker processes where there are any."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.distributed import DistError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from unbraid.base.errors import RunError, UsageError, brief
-from unbraid.images.dataset import Item, Readable, sort_out
+from unbraid.base.errors import DataError, RunError, UsageError, brief
+from unbraid.images.broken import NO_IMAGE, Loaded, Readable, failed, sort_out
 from unbraid.networks.outputs import stack_images
 
 _OF_WORKER = "DataLoader worker"  # as torch tells of one's death, wherever the program is
@@ -23,10 +24,6 @@ _AGAIN = "start the same command again and it goes on"
 # Of N images: index (N,) in the data set, images (N, C, H, W), labels (N,).
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
-# Index and label of each good image, and other items; which are good; the images, in one piece if
-# they are of one size.
-Packed: TypeAlias = tuple[list[Any], list[bool], Tensor | list[Tensor]]
-
 
 def load(
     dataset: Dataset[Any],
@@ -34,14 +31,11 @@ def load(
     *,
     workers: int,
     pinned: bool = False,
-) -> Iterator[list[Item]]:
-    """Read batches of images, in order.
+) -> Iterator[list[Loaded]]:
+    """Read batches of images, in order, in so many processes; 0 for none.
 
-    Args:
-        dataset: of (image, label).
-        batches: places in the data set, batch by batch.
-        workers: processes that read; 0 for none.
-        pinned: put images where an accelerator fetches them fastest.
+    Pinned images lie where an accelerator fetches them fastest. The caller's random numbers stay
+    where they were.
 
     Raises:
         UsageError: the data set cannot be sent to worker processes.
@@ -53,9 +47,22 @@ def load(
         num_workers=workers,
         collate_fn=_pack,
         pin_memory=pinned,
-        generator=torch.Generator(),  # so that the caller's random numbers stay where they were
+        generator=torch.Generator(),  # so that the caller's is not used
     )
-    return _opened(_started(loader))
+    try:
+        started = iter(loader)
+    except OSError as error:
+        raise RunError(
+            f"Worker processes cannot be started ({brief(error)}); use fewer workers, or 0."
+        ) from None
+    except (pickle.PicklingError, AttributeError, TypeError, AssertionError) as error:
+        if workers == 0:
+            raise
+        raise UsageError(
+            f"The data set cannot be sent to worker processes ({brief(error)}); define its class "
+            "and its functions at the top of a module, or use workers=0."
+        ) from None
+    return _unpacked(started)
 
 
 def read_images(
@@ -68,12 +75,7 @@ def read_images(
 ) -> Iterator[Batch]:
     """Read batches of images, in order; a batch without any good image is left out.
 
-    Args:
-        dataset: of (image, label).
-        batches: indices, batch by batch.
-        workers: processes that read; 0 for none.
-        skip_broken: leave out images that cannot be read.
-        advance: told how many images were read or left out.
+    `advance` is told how many images were read or left out.
 
     Raises:
         DataError: an image cannot be read, or images differ in size.
@@ -81,9 +83,9 @@ def read_images(
     for items in load(dataset, batches, workers=workers):
         good, _ = sort_out(items, skip_broken)
         if good:
-            index = torch.tensor([item[0] for item in good], dtype=torch.int64)
-            labels = torch.tensor([item[2] for item in good], dtype=torch.int64)
-            yield index, stack_images([item[1] for item in good], index), labels
+            index = torch.tensor([item.index for item in good], dtype=torch.int64)
+            labels = torch.tensor([item.label for item in good], dtype=torch.int64)
+            yield index, stack_images([item.image for item in good], index), labels
         advance(len(items))
 
 
@@ -96,49 +98,10 @@ def in_batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
 
 
-def _started(loader: DataLoader[Item]) -> Iterator[Packed | _Sealed]:
-    try:
-        return iter(loader)
-    except OSError as error:
-        raise RunError(
-            f"Worker processes cannot be started ({brief(error)}); use fewer workers, or 0."
-        ) from None
-    except (pickle.PicklingError, AttributeError, TypeError, AssertionError) as error:
-        if loader.num_workers == 0:
-            raise
-        raise UsageError(
-            f"The data set cannot be sent to worker processes ({brief(error)}); define its class "
-            "and its functions at the top of a module, or use workers=0."
-        ) from None
-
-
-def _opened(batches: Iterator[Packed | _Sealed]) -> Iterator[list[Item]]:
-    try:
-        while True:
-            with deaths_told():
-                packed = next(batches, None)
-            if packed is None:
-                return
-            if isinstance(packed, _Sealed):
-                packed = packed.open()
-            yield _unpack(*packed)
-    finally:  # else torch tells of a death again, wherever the program is by then
-        end = getattr(batches, "_shutdown_workers", None)
-        if end is not None:
-            end()
-
-
 def as_batch(images: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Make a batch of images that `load` read, without copying them where they lie in a row.
+    """Make a batch of images that `load` read, or some of them, if they are of one size.
 
-    So they stay where an accelerator fetches them fastest.
-
-    Args:
-        images: of one batch, or some of it.
-        index: where they are in the data set.
-
-    Raises:
-        DataError: they differ in size.
+    They are not copied where they lie in a row, so that pinned ones stay so.
     """
     first = images[0]
     whole, size = first._base, first.nbytes
@@ -159,11 +122,7 @@ def as_batch(images: Sequence[Tensor], index: Tensor) -> Tensor:
 
 @contextmanager
 def deaths_told() -> Iterator[None]:
-    """Say in one sentence that a process died on which the work depends.
-
-    Raises:
-        RunError: one died, of those that load images or of the team.
-    """
+    """Tell in a RunError that a process died, of those that load images or of the team."""
     try:
         yield
     except DistError as error:
@@ -174,52 +133,72 @@ def deaths_told() -> Iterator[None]:
         raise RunError(_died(error)) from None
 
 
-class _Sealed:
-    """What a worker process read, as bytes.
+class _Packed(NamedTuple):
+    """A batch on its way: good images in one piece if they are of one size."""
 
-    They are made where what goes wrong can be told. A queue pickles what it sends in a thread of
-    its own, whose errors nobody sees: whoever waits at the other end would wait for ever.
+    items: list[Loaded]  # without their images
+    images: Tensor | list[Tensor]
+
+
+@dataclass
+class _Sealed:
+    """What a worker process read, as bytes, made where what goes wrong can be told.
+
+    A queue pickles what it sends in a thread of its own, whose errors nobody sees: whoever waits
+    at the other end would wait for ever.
     """
 
-    def __init__(self, content: bytes) -> None:
-        self.content = content
+    content: bytes
 
-    def open(self) -> Packed:
+    def open(self) -> _Packed:
         try:
-            packed: Packed = pickle.loads(self.content)
+            packed: _Packed = pickle.loads(self.content)
         except Exception as error:
             gone = isinstance(error, (ConnectionError, EOFError)) or _OF_WORKER in str(error)
             raise RunError(_died(error) if gone else _not_handed_over(error)) from None
         return packed
 
-    def pin_memory(self) -> Packed:
+    def pin_memory(self) -> _Packed:
         try:
-            known, are_good, images = self.open()
+            items, images = self.open()
         except RunError as error:  # a thread pins, whose errors come with their traceback
-            return _failed(str(error))
+            return _Packed([failed(-1, DataError(str(error)))], [])
         if isinstance(images, Tensor):
-            return known, are_good, images.pin_memory()
-        return known, are_good, [image.pin_memory() for image in images]
+            return _Packed(items, images.pin_memory())
+        return _Packed(items, [image.pin_memory() for image in images])
 
 
-def _pack(items: Sequence[Item]) -> Packed | _Sealed:
+def _pack(items: Sequence[Loaded]) -> _Packed | _Sealed:
     """Put images into one piece, which crosses between processes as one file, not as many."""
-    images = [item[1] for item in items if len(item) == 3]
-    one_size = len({(image.shape, image.dtype) for image in images}) == 1
-    known = [(item[0], item[2]) if len(item) == 3 else item for item in items]
-    are_good = [len(item) == 3 for item in items]
+    images = [item.image for item in items if item.fault is None]
     # Copies, so that images that are part of one tensor of the data set's do not pass for a batch.
-    packed = known, are_good, torch.stack(images) if one_size else [i.clone() for i in images]
+    one_size = len({(image.shape, image.dtype) for image in images}) == 1
+    together = torch.stack(images) if one_size else [image.clone() for image in images]
+    packed = _Packed([item._replace(image=NO_IMAGE) for item in items], together)
     if get_worker_info() is None:
         return packed
     try:
         return _Sealed(bytes(ForkingPickler.dumps(packed)))
     except Exception as error:  # such as no memory that processes may share
-        return _failed(_not_handed_over(error))
+        return _Packed([failed(-1, DataError(_not_handed_over(error)))], [])
 
 
-def _failed(reason: str) -> Packed:
-    return [(reason,)], [False], []
+def _unpacked(batches: Iterator[_Packed | _Sealed]) -> Iterator[list[Loaded]]:
+    try:
+        while True:
+            with deaths_told():
+                packed = next(batches, None)
+            if packed is None:
+                return
+            items, images = packed.open() if isinstance(packed, _Sealed) else packed
+            each = iter(images)
+            yield [
+                item._replace(image=next(each)) if item.fault is None else item for item in items
+            ]
+    finally:  # else torch tells of a death again, wherever the program is by then
+        end = getattr(batches, "_shutdown_workers", None)
+        if end is not None:
+            end()
 
 
 def _not_handed_over(error: Exception) -> str:
@@ -234,11 +213,3 @@ def _died(error: BaseException) -> str:
         f"A process that loads images died ({brief(error)}), perhaps for want of memory; {_AGAIN}, "
         "if need be with fewer workers."
     )
-
-
-def _unpack(known: list[Any], are_good: list[bool], images: Tensor | list[Tensor]) -> list[Item]:
-    each = iter(images)
-    return [
-        (item[0], next(each), item[1]) if good else item
-        for item, good in zip(known, are_good, strict=True)
-    ]

@@ -30,12 +30,15 @@ BY_ID = "the classes' names are WordNet ids of ImageNet"
 IN_ORDER = "the classes in order are the first outputs"
 GUESSED = "the classes in order are the first outputs, a guess"
 AS_GIVEN = "labels as given"
+NO_LABELS = "there are no labels"
 
 HIGHEST = 1_000_000  # of a class's number; names are kept for all below
 _QUOTED = 60  # characters of a name in a message
 _SHOWN = 3  # outputs in a message
 _MOST_SHOWN = 6  # classes in a message
 _PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+Matches = Mapping[str, list[int]]  # outputs that each class may mean, best first
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,16 @@ class Outputs:
 
     names: tuple[str, ...] = ()  # empty where unknown
     n: int | None = None  # None where unknown
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a data set."""
+
+    names: Sequence[str]  # in their order
+    source: str  # where they are, for messages
+    seen: Sequence[str]  # those that have images
+    distinct: bool = False  # whether two names must not stand for one class, as with folders
 
 
 @dataclass(frozen=True)
@@ -56,125 +69,115 @@ class Reading:
     outputs: Outputs = field(default_factory=Outputs)
 
 
-def read_classes(
-    classes: Sequence[str],
-    outputs: Outputs,
-    where: str,
-    *,
-    distinct: bool = False,
-    used: Iterable[str] | None = None,
-) -> Reading:
-    """Decide which output of a network each class stands for; `docs/data.md` has the rule.
+def reading_of(labels: Mapping[str, int] | Reading | None, classes: Classes) -> Reading:
+    """Settle labels that are given, read already, or to be read without a network."""
+    if isinstance(labels, Reading):
+        return labels
+    if labels is None:
+        return read_classes(classes, Outputs())
+    _refuse_twins(classes)
+    found = look_up(classes.names, labels)
+    lost = [name for name in classes.seen if found[name] is None]
+    if lost:
+        kind = "class folder" if classes.distinct else "class"
+        raise DataError(
+            f"{classes.source} has a {kind} {_quote(lost[0])} that the training images have not; "
+            "remove it, or add the class there."
+        )
+    known = {name: label for name, label in found.items() if label is not None}
+    return Reading({**labels, **known}, AS_GIVEN)
 
-    Args:
-        classes: their names, in their order.
-        outputs: what is known of the network's.
-        where: the classes are, for messages.
-        distinct: whether two names must not stand for one class, as with folders.
-        used: the classes that have images; by default all.
 
-    Raises:
-        DataError: names contradict each other or the outputs, or there are too many.
-    """
-    if distinct:
-        refuse_twins(classes, where)
-    kept = set(classes if used is None else used)
-    seen = [name for name in classes if name in kept] or list(classes)
-    numbers = {name: number_in(name) for name in classes}
-    named = _match(classes, outputs.names)
+def read_classes(classes: Classes, outputs: Outputs) -> Reading:
+    """Decide which output of a network each class stands for; `docs/data.md` has the rule."""
+    _refuse_twins(classes)
+    seen = list(classes.seen or classes.names)
+    classes = Classes(classes.names, classes.source, seen, classes.distinct)
+    numbers = {name: number_in(name) for name in classes.names}
+    matches = _match(classes.names, outputs.names)
     if all(numbers[name] is not None for name in seen):
         own = {name: n for name, n in numbers.items() if n is not None}
-        return _by_number(own, named, seen, outputs, where)
+        return _by_number(own, matches, classes, outputs)
     if all(map(wordnet_id, seen)):
-        reading = _by_id(classes, seen, outputs, where)
+        reading = _by_id(classes, outputs)
         if reading is not None:
             return reading
-    if any(named.get(name) for name in seen):
-        return _by_name(named, seen, outputs, where, distinct)
+    if any(matches.get(name) for name in seen):
+        return _by_name(matches, classes, outputs)
     if all(map(is_numeric, seen)):
         odd = next(name for name in seen if numbers[name] is None)
         raise DataError(
-            f"{where} has the class {_quote(odd)}, which is no number of an output; give whole "
-            "numbers from 0 on, or names."
+            f"{classes.source} has the class {_quote(odd)}, which is no number of an output; give "
+            "whole numbers from 0 on, or names."
         )
-    return _in_order(classes, seen, outputs, where)
+    return _in_order(classes, outputs)
 
 
 def _by_number(
-    own: dict[str, int],
-    named: Mapping[str, list[int]],
-    seen: Sequence[str],
-    outputs: Outputs,
-    where: str,
+    own: dict[str, int], matches: Matches, classes: Classes, outputs: Outputs
 ) -> Reading:
-    numbers = [own[name] for name in seen]
-    highest, n = max(numbers, default=-1), outputs.n
-    if n is None or highest < n:
-        for name in seen:
-            places = named.get(name)
-            if places and own[name] not in places:
-                raise DataError(
-                    f"{where} has the class {_quote(name)}, which is output {own[name]} by number "
-                    f"but output {places[0]} by name; rename classes or outputs so that only "
-                    "one fits."
-                )
-        if highest >= HIGHEST:
-            raise DataError(f"{where} has a class of number {highest}; number classes from 0 on.")
-        most = HIGHEST if n is None else n  # of classes without images too
-        known = {name: number for name, number in own.items() if number < most}
-        return Reading(known, BY_NUMBER, outputs=outputs)
-    if all(named.get(name) for name in seen):
-        return _by_name(named, seen, outputs, where, False)
-    raise DataError(
-        f"{where} has a class of number {highest}, but the network's outputs go from 0 to "
-        f"{n - 1}; number classes as outputs, so count from 0."
-    )
+    source, n = classes.source, outputs.n
+    highest = max((own[name] for name in classes.seen), default=-1)
+    if n is not None and highest >= n:
+        if all(matches.get(name) for name in classes.seen):
+            return _by_name(matches, classes, outputs)
+        raise DataError(
+            f"{source} has a class of number {highest}, but the network's outputs go from 0 to "
+            f"{n - 1}; number classes as outputs, so count from 0."
+        )
+    for name in classes.seen:
+        places = matches.get(name)
+        if places and own[name] not in places:
+            raise DataError(
+                f"{source} has the class {_quote(name)}, which is output {own[name]} by number "
+                f"but output {places[0]} by name; rename classes or outputs so that only one fits."
+            )
+    if highest >= HIGHEST:
+        raise DataError(f"{source} has a class of number {highest}; number classes from 0 on.")
+    most = HIGHEST if n is None else n  # of classes without images too
+    known = {name: number for name, number in own.items() if number < most}
+    return Reading(known, BY_NUMBER, outputs=outputs)
 
 
-def _by_id(
-    classes: Sequence[str], seen: Sequence[str], outputs: Outputs, where: str
-) -> Reading | None:
+def _by_id(classes: Classes, outputs: Outputs) -> Reading | None:
     """Look up WordNet ids; None where the outputs are not known to be those of ImageNet."""
     if outputs.n != N_IMAGENET or (outputs.names and not are_imagenet_names(outputs.names)):
         return None
-    place = {one: k for k, one in enumerate(imagenet_classes())}
-    labels = {name: place.get(wordnet_id(name) or "") for name in classes}
-    unknown = [name for name in seen if labels[name] is None]
-    if unknown and len(seen) >= N_IMAGENET and not outputs.names:
+    places = {one: k for k, one in enumerate(imagenet_classes())}
+    labels = {name: places.get(wordnet_id(name) or "") for name in classes.names}
+    unknown = [name for name in classes.seen if labels[name] is None]
+    if unknown and len(classes.seen) >= N_IMAGENET and not outputs.names:
         return None  # a thousand others
     if unknown:
         raise DataError(f"{unknown[0]} is no class of ImageNet-1k; remove or rename it.")
     return Reading({c: k for c, k in labels.items() if k is not None}, BY_ID, outputs=outputs)
 
 
-def _match(classes: Sequence[str], outputs: Sequence[str]) -> dict[str, list[int]]:
-    """Find the outputs that each class may mean, best first: none, one, or several alike."""
+def _match(classes: Sequence[str], outputs: Sequence[str]) -> Matches:
+    """Find the outputs that each class may mean: none, one, or several alike."""
     if not outputs:
         return {}
+    # Forms of a name, the most exact ones first.
     exact: dict[str, list[int]] = {}
     whole: dict[str, list[int]] = {}
     parts: dict[str, list[int]] = {}
     for place, name in enumerate(outputs):
-        if not name:
-            continue
-        exact.setdefault(unicodedata.normalize("NFC", name), []).append(place)
-        whole.setdefault(normal_form(name), []).append(place)
-        for part in [*name.split(","), *meanings(name)]:
-            parts.setdefault(normal_form(part), []).append(place)
+        if name:
+            exact.setdefault(unicodedata.normalize("NFC", name), []).append(place)
+            whole.setdefault(normal_form(name), []).append(place)
+            for part in [*name.split(","), *meanings(name)]:
+                parts.setdefault(normal_form(part), []).append(place)
 
     def places(wording: str) -> list[int]:
-        own = normal_form(wording)
-        text = unicodedata.normalize("NFC", wording)
+        own, text = normal_form(wording), unicodedata.normalize("NFC", wording)
         return exact.get(text) or whole.get(own) or list(dict.fromkeys(parts.get(own, [])))
 
-    return {
-        name: next(filter(None, map(places, [name, *meanings(name), *_synonyms(name)])), [])
-        for name in classes
-    }
-
-
-def _synonyms(name: str) -> list[str]:
-    return [one for one in name.split(",") if one.strip()] if "," in name else []
+    found: dict[str, list[int]] = {}
+    for name in classes:
+        synonyms = [one for one in name.split(",") if one.strip()] if "," in name else []
+        wordings = [name, *meanings(name), *synonyms]
+        found[name] = next(filter(None, map(places, wordings)), [])
+    return found
 
 
 def fit_any(classes: Sequence[str], outputs: Sequence[str]) -> bool:
@@ -182,163 +185,114 @@ def fit_any(classes: Sequence[str], outputs: Sequence[str]) -> bool:
     return any(_match(classes, outputs).values())
 
 
-def _by_name(
-    named: Mapping[str, list[int]],
-    seen: Sequence[str],
-    outputs: Outputs,
-    where: str,
-    distinct: bool,
-) -> Reading:
-    lost = next((name for name in seen if not named[name]), None)
-    if lost is not None:
-        n_lost = sum(not named[name] for name in seen)
+def _by_name(matches: Matches, classes: Classes, outputs: Outputs) -> Reading:
+    source, seen = classes.source, classes.seen
+    lost = [name for name in seen if not matches[name]]
+    if lost:
         raise DataError(
-            f"{where} has the class {_quote(lost)}, which is no output's name, while "
-            f"{len(seen) - n_lost} of its {count(len(seen), 'class', 'classes')} are; rename or "
-            f"remove it.{nearest(lost, outputs.names)}"
+            f"{source} has the class {_quote(lost[0])}, which is no output's name, while "
+            f"{len(seen) - len(lost)} of its {count(len(seen), 'class', 'classes')} are; rename or "
+            f"remove it.{nearest(lost[0], outputs.names)}"
         )
-    labels = {name: places[0] for name, places in named.items() if places}
-    if distinct:
-        first: dict[int, str] = {}
-        for name in seen:
-            other = first.setdefault(labels[name], name)
-            if other != name:
-                raise DataError(
-                    f"{where} has the classes {_quote(other)} and {_quote(name)}, which both mean "
-                    f"the output {outputs.names[labels[name]]!r}; join or rename them."
-                )
-    several = [name for name in seen if len(named[name]) > 1]
+    labels = {name: places[0] for name, places in matches.items() if places}
+    twins = _first_twins(seen, lambda name: labels[name])
+    if twins and classes.distinct:
+        raise DataError(
+            f"{source} has the classes {_quote(twins[0])} and {_quote(twins[1])}, which both mean "
+            f"the output {outputs.names[labels[twins[0]]]!r}; join or rename them."
+        )
+    several = [name for name in seen if len(matches[name]) > 1]
     note = ""
     if several:
-        name, places = several[0], ", ".join(map(str, named[several[0]][:_SHOWN]))
+        places = ", ".join(map(str, matches[several[0]][:_SHOWN]))
         more = f", and so on for {len(several) - 1} more" if len(several) > 1 else ""
         note = (
-            f"The class {_quote(name)} of {where} fits the outputs {places}; the first is taken"
-            f"{more}."
+            f"The class {_quote(several[0])} of {source} fits the outputs {places}; the first is "
+            f"taken{more}."
         )
     return Reading(labels, BY_NAME, note, outputs)
 
 
-def _in_order(classes: Sequence[str], seen: Sequence[str], outputs: Outputs, where: str) -> Reading:
-    labels, n = {name: label for label, name in enumerate(classes)}, outputs.n
-    most = 1 + max((labels[name] for name in seen), default=-1)
+def _in_order(classes: Classes, outputs: Outputs) -> Reading:
+    source, seen, n = classes.source, classes.seen, outputs.n
+    labels = {name: label for label, name in enumerate(classes.names)}
+    n_taken = 1 + max((labels[name] for name in seen), default=-1)
     alike = _first_twins(seen, same_class)
-    if n is not None and most > n:
+    if n is not None and n_taken > n:
         some = ", ".join(map(_quote, seen[:_MOST_SHOWN])) + (", ..." if seen[_MOST_SHOWN:] else "")
         advice = f"remove those that it does not know (of {some})"
         if alike:
             advice = f"join those of one name, such as {_quote(alike[0])} and {_quote(alike[1])}"
         raise DataError(
-            f"{where} has {most} classes but the network has {count(n, 'output')}; {advice}."
+            f"{source} has {n_taken} classes but the network has {count(n, 'output')}; {advice}."
         )
-    notes = []
-    if len(seen) > 1 and {name.casefold() for name in seen} <= _PARTS:
-        notes.append(
-            f"{where} has the classes {_quote(seen[0])} and {_quote(seen[1])}, which look like "
-            "parts of a data set; name one of these folders to take the classes in it."
-        )
-    ids = {wordnet_id(name) for name in seen}
-    if n is not None and (outputs.names or most < n):
-        unknown = ", none by an output's name" if outputs.names else ""
-        notes.append(
-            f"{where} has {count(len(seen), 'class', 'classes')} for {n} outputs{unknown}; taken "
-            "in order as the first outputs. Name the classes by output number or name if that is "
-            "wrong."
-        )
-    elif n is None and len(ids) < N_IMAGENET and ids <= imagenet_classes().keys():
-        notes.append(
-            f"{where} has {count(len(ids), 'WordNet id')} of ImageNet, taken in order as outputs 0 "
-            f"to {most - 1}; for a network with ImageNet's outputs give outputs={N_IMAGENET} or "
-            "the network."
-        )
-    elif any(number_in(name) is not None for name in seen):
-        notes.append(
-            f"{where} has classes with numbers for names and others; taken in order as outputs 0 "
-            f"to {most - 1}. Name all by number, or none, if that is wrong."
-        )
-    elif list(seen) == sorted(seen) != sorted(seen, key=counted):
-        later = next(a for a, b in zip(seen, sorted(seen, key=counted), strict=True) if a != b)
-        notes.append(
-            f"{where} has classes with numbers in their names, taken in order as texts, such as "
-            f"{_quote(later)} as output {labels[later]}; name the classes by output number if that "
-            "is wrong."
-        )
+    notes = _doubts(classes, labels, n_taken, outputs)
     if alike:
         notes.append(
-            f"{where} has the classes {_quote(alike[0])} and {_quote(alike[1])}, taken for two."
+            f"{source} has the classes {_quote(alike[0])} and {_quote(alike[1])}, taken for two."
         )
     labels = {name: label for name, label in labels.items() if n is None or label < n}
     return Reading(labels, GUESSED if notes else IN_ORDER, " ".join(notes), outputs)
 
 
-def refuse_twins(folders: Iterable[str], where: str) -> None:
-    """Refuse two folders that are called the same but for Unicode form or writing of a number.
+def _doubts(
+    classes: Classes, labels: Mapping[str, int], n_taken: int, outputs: Outputs
+) -> list[str]:
+    """Why classes taken in their order may be others."""
+    source, seen, n = classes.source, list(classes.seen), outputs.n
+    notes = []
+    if len(seen) > 1 and {name.casefold() for name in seen} <= _PARTS:
+        notes.append(
+            f"{source} has the classes {_quote(seen[0])} and {_quote(seen[1])}, which look like "
+            "parts of a data set; name one of these folders to take the classes in it."
+        )
+    ids = {wordnet_id(name) for name in seen}
+    by_count = sorted(seen, key=counted)
+    if n is not None and (outputs.names or n_taken < n):
+        unknown = ", none by an output's name" if outputs.names else ""
+        notes.append(
+            f"{source} has {count(len(seen), 'class', 'classes')} for {n} outputs{unknown}; taken "
+            "in order as the first outputs. Name the classes by output number or name if that is "
+            "wrong."
+        )
+    elif n is None and len(ids) < N_IMAGENET and ids <= imagenet_classes().keys():
+        notes.append(
+            f"{source} has {count(len(ids), 'WordNet id')} of ImageNet, taken in order as outputs "
+            f"0 to {n_taken - 1}; for a network with ImageNet's outputs give outputs={N_IMAGENET} "
+            "or the network."
+        )
+    elif any(number_in(name) is not None for name in seen):
+        notes.append(
+            f"{source} has classes with numbers for names and others; taken in order as outputs 0 "
+            f"to {n_taken - 1}. Name all by number, or none, if that is wrong."
+        )
+    elif seen == sorted(seen) != by_count:
+        later = next(a for a, b in zip(seen, by_count, strict=True) if a != b)
+        notes.append(
+            f"{source} has classes with numbers in their names, taken in order as texts, such as "
+            f"{_quote(later)} as output {labels[later]}; name the classes by output number if that "
+            "is wrong."
+        )
+    return notes
 
-    Raises:
-        DataError: there are such.
-    """
-    twins = _first_twins(folders, written_alike)
+
+def _refuse_twins(classes: Classes) -> None:
+    """Refuse two folders that are called the same but for Unicode form or writing of a number."""
+    twins = _first_twins(classes.names, written_alike) if classes.distinct else None
     if twins:
         raise DataError(
-            f"{where} has two folders for one class, {twins[0]!a} and {twins[1]!a}; join "
+            f"{classes.source} has two folders for one class, {twins[0]!a} and {twins[1]!a}; join "
             "or rename them."
         )
 
 
-def _first_twins(names: Iterable[str], form: Callable[[str], str]) -> tuple[str, str] | None:
-    first: dict[str, str] = {}
+def _first_twins(names: Iterable[str], form: Callable[[str], object]) -> tuple[str, str] | None:
+    first: dict[object, str] = {}
     for name in names:
         other = first.setdefault(form(name), name)
         if other != name:
             return other, name
     return None
-
-
-def as_given(
-    classes: Sequence[str],
-    labels: Mapping[str, int],
-    where: str,
-    *,
-    distinct: bool = False,
-    used: Iterable[str] | None = None,
-) -> Reading:
-    """Label classes as given, for instance as the training images are.
-
-    Raises:
-        DataError: a class has no label.
-    """
-    if distinct:
-        refuse_twins(classes, where)
-    found = look_up(classes, labels)
-    lost = [name for name in (classes if used is None else used) if found[name] is None]
-    if lost:
-        kind = "class folder" if distinct else "class"
-        raise DataError(
-            f"{where} has a {kind} {_quote(lost[0])} that the training images have not; remove it, "
-            "or add the class there."
-        )
-    known = {name: label for name, label in found.items() if label is not None}
-    return Reading({**labels, **known}, AS_GIVEN)
-
-
-def reading_of(
-    labels: dict[str, int] | Reading | None,
-    classes: Sequence[str],
-    where: str,
-    *,
-    distinct: bool = False,
-    used: Iterable[str] | None = None,
-) -> Reading:
-    """Settle labels that are given, read already, or to be read without a network.
-
-    Raises:
-        DataError: a class has no label, or names contradict each other.
-    """
-    if isinstance(labels, Reading):
-        return labels
-    if labels is not None:
-        return as_given(classes, labels, where, distinct=distinct, used=used)
-    return read_classes(classes, Outputs(), where, distinct=distinct, used=used)
 
 
 def _quote(name: str) -> str:
@@ -347,11 +301,6 @@ def _quote(name: str) -> str:
 
 def show_names(reading: Reading, given: Mapping[str, str], seen: Iterable[str]) -> list[str]:
     """List names of classes by label, for people to read.
-
-    Args:
-        reading: of the classes.
-        given: other names, by class.
-        seen: classes with images; where two would have one name, they get their own in brackets.
 
     >>> show_names(Reading({"dog": 2, "n01440764": 0}, AS_GIVEN), {}, ["dog", "n01440764"])
     ['tench', '', 'dog']

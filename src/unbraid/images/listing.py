@@ -1,171 +1,44 @@
-"""Images of any source: what it lists, and a data set of it."""
+"""What a source of images holds, how a folder is listed, and a data set of any listing."""
 
 from __future__ import annotations
 
-import hashlib
-import operator
 import os
-import re
-import shutil
 import stat
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence, Set
-from contextlib import suppress
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from PIL import Image
-from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from unbraid.base.errors import DataError, ModelError, UsageError, brief, is_of_file, out_of_reach
-from unbraid.base.tables import one_line
-from unbraid.images.dataset import UNLABELLED, Readable, first_readable
-from unbraid.images.folders import NO_LABELS
-from unbraid.images.labels import HIGHEST, Outputs, Reading, read_classes, reading_of, show_names
-from unbraid.networks.class_names import number_in, output_names
-from unbraid.networks.copying import unwrap
-from unbraid.networks.outputs import count_outputs
-
-# Shards behind URLs, fetched whole into a cache.
-
-
-def is_url(where: str) -> bool:
-    """Say whether something to open is a URL.
-
-    Raises:
-        UsageError: it is a command, which `webdataset` would run.
-    """
-    if where.startswith("pipe:"):
-        raise UsageError("Commands (pipe:) are not run; write what it prints to a tar file.")
-    return re.match(r"[a-z][a-z0-9+.-]*://", where) is not None
-
-
-def fetch(url: str) -> Path:
-    """Fetch a file that the library `webdataset` can open, unless it is in the cache.
-
-    The cache is the folder `unbraid/shards` in `$XDG_CACHE_HOME`, by default `~/.cache`.
-
-    Raises:
-        UsageError: webdataset is not installed.
-        DataError: it cannot be fetched.
-    """
-    try:
-        from webdataset import gopen
-    except ImportError:
-        raise UsageError(
-            "Shards behind a URL need the library webdataset; pip install webdataset."
-        ) from None
-    path = _cache() / hashlib.sha256(url.encode()).hexdigest()[:16] / Path(urlsplit(url).path).name
-    if os.path.exists(path):  # whatever is wrong with the cache is told below
-        return path
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            with gopen(url, "rb") as stream:
-                shutil.copyfileobj(stream, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except Exception as error:  # each kind of URL fails in its own way
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        status = re.search(r"exit \d+", str(error))  # the rest of it would be a whole command
-        reason = status.group() if status else one_line(str(error))
-        raise DataError(
-            f"{url} cannot be fetched ({reason}); check the URL, or fetch it yourself and name the "
-            "file."
-        ) from None
-    return path
-
-
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "unbraid" / "shards"
-
-
-# What is known of the outputs of a network for which images are opened in Python.
-
-
-GivenOutputs = Sequence[str] | int | nn.Module
-
-
-def outputs_of(given: GivenOutputs | None, images: Callable[[], Any]) -> Outputs:
-    """Settle what a caller says of a network's outputs.
-
-    Args:
-        given: their names, their number, or the network.
-        images: gives the images; a network is run on the first one to count its outputs.
-
-    Raises:
-        UsageError: it is none of these, or the images have no transform.
-        DataError: the first images cannot be read.
-        ModelError: the network cannot run on the image.
-    """
-    if given is None:
-        return Outputs()
-    if isinstance(given, nn.Module):
-        names, n = output_names(unwrap(given)), _count(given, _first(images()))
-        return Outputs(names if len(names) == n else (), n)
-    if isinstance(given, Iterable) and not isinstance(given, (str, dict, Set)):
-        names = tuple(given)
-        if names and all(isinstance(name, str) for name in names):
-            return Outputs(tuple(map(str, names)), len(names))
-    n = _index(given)
-    if n < 1:
-        raise UsageError(
-            f"outputs is {brief(ValueError(repr(given)))}; give the names of a network's outputs, "
-            "their number, or the network."
-        )
-    return Outputs((), n)
-
-
-def _first(images: Any) -> Tensor:
-    if images.transform is None:
-        raise UsageError(
-            "outputs is a network, which is run on an image to count its outputs; give transform "
-            "too, or outputs as a number."
-        )
-    image = first_readable(images, range(len(images)))
-    if image is None:
-        raise DataError(
-            "None of the first images can be read, so the network's outputs cannot be counted "
-            f"({_reason(images)}); mend them, or give outputs as a number."
-        )
-    return image
-
-
-def _reason(images: Any) -> str:
-    *_, reason = Readable(images)[0]
-    return str(reason).rstrip(".")
-
-
-def _index(given: Any) -> int:
-    try:
-        return 0 if isinstance(given, bool) else operator.index(given)
-    except TypeError:
-        return 0
-
-
-def _count(model: nn.Module, image: Tensor) -> int:
-    try:
-        return count_outputs(model, image)
-    except Exception as error:  # of a network of anyone's own
-        raise ModelError(
-            f"The network cannot run on the first image ({brief(error)}), so its outputs cannot be "
-            "counted; give the transform that it needs, or outputs as a number."
-        ) from error
-
-
-# Images of any source: what it lists, and a data set of it.
-
+from unbraid.base.errors import DataError, is_of_file, out_of_reach
+from unbraid.base.tables import count, one_line
+from unbraid.images.broken import UNLABELLED
+from unbraid.images.labels import HIGHEST, NO_LABELS, Classes, Reading, reading_of, show_names
+from unbraid.images.pictures import EXTENSIONS, UNREAD, read_picture
+from unbraid.networks.class_names import number_in, output_number
 
 Transform = Callable[[Image.Image], Any]
 
 _LONGEST = 255  # characters of a class's name, as of a folder's
+# Folders that systems, file servers and archives leave beside what is in them.
+_OF_PROGRAMS = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Reads image files by index."""
+
+    paths: list[str]
+
+    def __call__(self, index: int) -> Image.Image:
+        """Read one image."""
+        return read_picture(self.paths[index])
 
 
 @dataclass(frozen=True)
@@ -174,30 +47,27 @@ class Listing:
 
     source: str  # for messages
     ids: list[str]  # (N,), what names each image for good
-    read: Callable[[int], Image.Image]  # by place; goes to worker processes
+    read: Callable[[int], Image.Image]  # by index; goes to worker processes
     classes: list[str]  # names, in their order; none without labels
-    class_of: list[int]  # (N,), place among the classes, UNLABELLED without labels
+    class_of: list[int]  # (N,), index among the classes, UNLABELLED without labels
     groups: list[str] | None = None  # (N,), which images belong together
     sizes: list[int] | None = None  # (N,), bytes
+    root: str | None = None  # of a folder, whose images are named by their paths
+    note: str = ""  # what is left out
 
     @property
-    def used(self) -> list[str]:
-        """The classes that have images."""
-        return [self.classes[k] for k in sorted(set(self.class_of)) if k != UNLABELLED]
+    def known(self) -> Classes:
+        """Its classes, and which have images."""
+        used = {k for k in set(self.class_of) if k != UNLABELLED}
+        seen = [name for k, name in enumerate(self.classes) if k in used]
+        return Classes(self.classes, self.source, seen, distinct=self.root is not None)
 
 
 class ListedImages(Dataset[tuple[Any, int]]):
-    """Images of a listing.
+    """Images of a listing, as a data set of (image, label).
 
-    Args:
-        listing: of a source.
-        transform: from an RGB picture to a tensor; None hands on the picture.
-        labels: label of each class, or a reading of them; by default `read_classes` decides. With
-            none at all, images count as unlabelled.
-        class_names: names by label; by default those of the classes.
-
-    Raises:
-        DataError: there is no image, or a class has no label.
+    It keeps `targets`, `ids`, and, where known, `groups` and `sizes` in bytes, each (N,);
+    `classes`, names by label; `labels` by class, and how they were found, `reading`.
     """
 
     def __init__(
@@ -210,13 +80,22 @@ class ListedImages(Dataset[tuple[Any, int]]):
         """Label the images; none is read yet."""
         if not listing.ids:
             raise DataError(f"{listing.source} holds no image; name a source that does.")
-        reading = _read(listing, labels)
+        reading, known = Reading({}, NO_LABELS), listing.known
+        if labels and not listing.classes:
+            what = "no class folders" if listing.root is not None else "images without labels"
+            raise DataError(f"{listing.source} has {what}; label the images as the others are.")
+        if labels != {} and listing.classes:
+            reading = reading_of(labels, known)
         self.labels, self.reading = reading.labels, reading.how
-        self.targets = _targets(listing, self.labels)
-        self.classes = list(class_names) or show_names(reading, {}, listing.used)
+        of_class = [self.labels.get(name, UNLABELLED) for name in listing.classes]
+        self.targets = [of_class[k] if self.labels else UNLABELLED for k in listing.class_of]
+        self.classes = list(class_names) or show_names(reading, {}, known.seen)
         self.ids, self.sizes, self.groups = listing.ids, listing.sizes, listing.groups
         self.transform = transform
         self._read = listing.read
+        if isinstance(listing.read, Files) and listing.root is not None:
+            self.root = listing.root
+            self.samples = list(zip(listing.read.paths, self.targets, strict=True))
 
     def __len__(self) -> int:
         """Number of images."""
@@ -232,12 +111,76 @@ class ListedImages(Dataset[tuple[Any, int]]):
         return self._read(index)
 
 
-def look_at(file: str, what: str) -> os.stat_result | None:
-    """Look for a file that something names; None where there is none, or no regular one.
+# --- what lists have in common --------------------------------------------------------------------
 
-    Raises:
-        OutOfReach: the system fails to say; the message calls the file `what`.
+
+def make_listing(
+    source: str,
+    ids: list[str],
+    read: Callable[[int], Image.Image],
+    labels: Sequence[str | None],
+    groups: list[str] | None = None,
+    sizes: list[int] | None = None,
+) -> Listing:
+    """Make a listing of images that are labelled one by one, all or none of them."""
+    twice = next((one for one, n in Counter(ids).items() if n > 1), None)
+    if twice is not None:
+        raise DataError(f"{source} names {one_line(twice)} a second time; name each image once.")
+    told = [label for label in labels if label is not None]
+    if 0 < len(told) < len(ids):
+        raise DataError(
+            f"{one_line(ids[labels.index(None)])} has no label, but others have; label all images "
+            "or none."
+        )
+    classes, class_of = by_class(told, source) if told else ([], [UNLABELLED] * len(ids))
+    return Listing(source, ids, read, classes, class_of, groups, sizes)
+
+
+def by_class(labels: Sequence[str], source: str) -> tuple[list[str], list[int]]:
+    """Sort images into classes by what they are labelled with.
+
+    Numbers are one class however they are written, and so are names in any Unicode form.
+
+    >>> by_class(["10", "9", "10"], "it")
+    (['9', '10'], [1, 0, 1])
+    >>> by_class(["2.0", "1.0", "2"], "it")
+    (['1', '2'], [1, 0, 1])
     """
+    numbers = {label: number_in(label) for label in set(labels)}
+    for label in numbers:
+        if not label or len(label) > _LONGEST:
+            raise DataError(
+                f"{source} has a label of {len(label)} characters; name classes with 1 to "
+                f"{_LONGEST}."
+            )
+    if None in numbers.values():
+        own = {label: unicodedata.normalize("NFC", label) for label in numbers}
+        classes = sorted(set(own.values()))
+    else:
+        own = {label: str(n) for label, n in numbers.items()}
+        classes = sorted(set(own.values()), key=int)
+        if classes and int(classes[-1]) >= HIGHEST:
+            raise DataError(
+                f"{source} has a class of number {classes[-1]}; number classes from 0 on."
+            )
+    places = {name: k for k, name in enumerate(classes)}
+    return classes, [places[own[label]] for label in labels]
+
+
+def label_text(value: Any, where: str) -> str:
+    """Write a label out of a table as text."""
+    number = output_number(value)
+    text = value.strip() if isinstance(value, str) else "" if number is None else str(number)
+    if not text or text.startswith("-"):
+        shown = one_line(repr(value))
+        raise DataError(
+            f"{where} has the label {shown}; give an output's number or a class's name."
+        )
+    return text
+
+
+def look_at(file: str, what: str) -> os.stat_result | None:
+    """Look for a file that something names; None where there is none, or no regular one."""
     try:
         found = os.stat(file)
     except (OSError, ValueError) as error:  # the latter for what can be no file's name
@@ -248,62 +191,151 @@ def look_at(file: str, what: str) -> os.stat_result | None:
     return found if stat.S_ISREG(found.st_mode) else None
 
 
-def read_listing(listing: Listing, outputs: Outputs) -> Reading:
-    """Decide which output each class stands for.
+def seen_from(root: str, path: str) -> str:
+    """Name a file as seen from a folder, with slashes on every system.
 
-    Raises:
-        DataError: names contradict each other or the outputs, or there are too many.
+    >>> seen_from("/data/train", "/data/train/cat/1.png"), seen_from("/data/train", "/data/2.png")
+    ('cat/1.png', '../2.png')
     """
-    if not listing.classes:
-        return Reading({}, NO_LABELS)
-    return read_classes(listing.classes, outputs, listing.source, used=listing.used)
+    prefix = os.path.join(root, "")  # most files lie below, where relpath takes much longer
+    one = path[len(prefix) :] if path.startswith(prefix) else os.path.relpath(path, root)
+    return one.replace(os.sep, "/")
 
 
-def _read(listing: Listing, labels: dict[str, int] | Reading | None) -> Reading:
-    if labels == {} or not listing.classes:
-        return Reading({}, NO_LABELS)
-    return reading_of(labels, listing.classes, listing.source, used=listing.used)
+# --- folders --------------------------------------------------------------------------------------
 
 
-def _targets(listing: Listing, labels: dict[str, int]) -> list[int]:
-    if not labels:
-        return [UNLABELLED] * len(listing.ids)
-    known = [labels.get(name, UNLABELLED) for name in listing.classes]
-    return [known[k] for k in listing.class_of]
-
-
-def by_class(labels: Sequence[str], source: str) -> tuple[list[str], list[int]]:
-    """Sort images into classes by what they are labelled with.
-
-    Numbers are one class however they are written, and so are names in any Unicode form.
-
-    Returns:
-        The classes, sorted, numbers as such; and the place among them of each label.
-
-    Raises:
-        DataError: a label is empty, very long or a very large number.
-
-    >>> by_class(["10", "9", "10"], "it")
-    (['9', '10'], [1, 0, 1])
-    >>> by_class(["2.0", "1.0", "2"], "it")
-    (['1', '2'], [1, 0, 1])
-    """
-    distinct = set(labels)
-    for label in distinct:
-        if not label or len(label) > _LONGEST:
+def list_folder(root: Path, with_classes: bool = True) -> Listing:
+    """List a folder of class folders, or of images without classes."""
+    shown = shown_in(root, "images")
+    folders = sorted(path.name for path in shown if path.is_dir())
+    own = sorted(path.name for path in shown if not path.is_dir() and _is_picture(path))
+    if with_classes and not own and not folders:
+        raise DataError(
+            f"{root} has no class folders; put the images of each class into a folder of its own."
+        )
+    below = {name: _pictures_below(root / name) for name in folders if with_classes}
+    n_below = sum(map(len, below.values()))
+    if not below or (own and not n_below):
+        return _of_files(root, {"": _pictures_below(root)})
+    if 0 < n_below <= len(own):
+        raise DataError(
+            f"{root} has {count(len(own), 'image')} of its own and {n_below:,} in folders, so it "
+            "is not plain whether the folders are classes; move one or the other elsewhere."
+        )
+    for path in shown:
+        _refuse_dangling(path)
+        if path.name in below and path.is_symlink() and _is_around(path):
+            raise DataError(f"Class folder {path} is a link to a folder around it; remove it.")
+    for name, paths in below.items():
+        if not paths:
             raise DataError(
-                f"{source} has a label of {len(label)} characters; name classes with 1 to "
-                f"{_LONGEST}."
+                f"Class folder {root / name} holds no image ({', '.join(EXTENSIONS)}); fill it or "
+                "remove it."
             )
-    numbers = {label: number_in(label) for label in distinct}
-    if None in numbers.values():
-        own = {label: unicodedata.normalize("NFC", label) for label in distinct}
-        classes = sorted(set(own.values()))
-    else:
-        highest = max((n for n in numbers.values() if n is not None), default=0)
-        if highest >= HIGHEST:
-            raise DataError(f"{source} has a class of number {highest}; number classes from 0 on.")
-        own = {label: str(n) for label, n in numbers.items()}
-        classes = sorted(set(own.values()), key=int)
-    place = {name: k for k, name in enumerate(classes)}
-    return classes, [place[own[label]] for label in labels]
+    names = ", ".join(map(one_line, own[:3])) + (", ..." if len(own) > 3 else "")
+    note = (
+        f"{count(len(own), 'image')} beside the class folders of {root} left out, as of no class "
+        f"({names})."
+    )
+    return _of_files(root, below, note if own else "")
+
+
+def _of_files(root: Path, by_class: dict[str, list[str]], note: str = "") -> Listing:
+    """A folder's images by the name of their class, empty for images without."""
+    classes = [name for name in by_class if name]
+    paths = [path for files in by_class.values() for path in files]
+    class_of = [k for k, files in enumerate(by_class.values()) for _ in files]
+    if not paths:
+        raise DataError(
+            f"{root} holds no image ({', '.join(EXTENSIONS)}); name a folder that does."
+        )
+    return Listing(
+        source=str(root),
+        ids=[seen_from(str(root), path) for path in paths],
+        read=Files(paths),
+        classes=classes,
+        class_of=class_of if classes else [UNLABELLED] * len(paths),
+        root=str(root),
+        note=note,
+    )
+
+
+def is_hidden(name: str) -> bool:
+    """Say whether a file or folder is a program's own, not the user's.
+
+    >>> is_hidden(".ipynb_checkpoints"), is_hidden("._a.png"), is_hidden("a.png")
+    (True, True, False)
+    """
+    return name.startswith(".") or name in _OF_PROGRAMS
+
+
+def shown_in(root: Path, what: str) -> list[Path]:
+    """List a folder that should hold something, but for hidden things."""
+    with _listing_told(root):
+        if not root.is_dir():
+            raise DataError(f"There is no folder {root}; name one that holds {what}.")
+        found = list(root.iterdir())
+        for path in found[:1]:
+            path.lstat()  # which fails where a folder may be listed but not looked into
+    return [path for path in found if not is_hidden(path.name)]
+
+
+@contextmanager
+def _listing_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where, reason = error.filename or folder, error.strerror or error
+        raise DataError(f"Folder {where} cannot be read ({reason}); mend that.") from None
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a name says so; a link to nothing and a pipe are told later, as broken images."""
+    if path.suffix.lower() in UNREAD:
+        raise DataError(f"{path} is a picture of a kind that is not read; convert or remove it.")
+    return path.suffix.lower() in EXTENSIONS
+
+
+def _refuse_dangling(path: Path) -> None:
+    if path.is_symlink() and not os.path.exists(path):
+        raise DataError(f"{path} is a link to what is not there; mend or remove it.")
+
+
+def _is_around(link: Path) -> bool:
+    """Whether a link leads to a folder that the link itself is in."""
+    here = link.parent.resolve()
+    return link.resolve() in (here, *here.parents)
+
+
+def _pictures_below(folder: Path) -> list[str]:
+    """List the images, sorted folder by folder.
+
+    Links to folders are not followed, so none leads round in circles; those to elsewhere are told.
+    """
+    found: list[str] = []
+    elsewhere: list[Path] = []
+    with _listing_told(folder):
+        for where, folders, files in os.walk(folder, onerror=_fail):
+            here = Path(where)
+            folders[:] = [name for name in folders if not is_hidden(name)]
+            links = [here / name for name in folders if os.path.islink(here / name)]
+            elsewhere += [link for link in links if not _is_around(link)]
+            for name in files:
+                if is_hidden(name):  # editors keep links to nothing, as locks
+                    continue
+                if _is_picture(here / name):
+                    found.append(os.path.join(where, name))
+                else:
+                    _refuse_dangling(here / name)
+    if elsewhere:
+        warnings.warn(
+            f"{len(elsewhere)} links to folders are not followed, the first is {elsewhere[0]}; put "
+            "the images' own folders in their place if they are wanted.",
+            stacklevel=5,
+        )
+    return sorted(found, key=lambda path: path.split(os.sep))
+
+
+def _fail(error: OSError) -> None:
+    raise error

@@ -3,206 +3,53 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import io
 import json
 import math
 import os
 import re
+import shutil
 import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from urllib.parse import urlsplit
 
 from PIL import Image
 
 from unbraid.base.errors import DataError, OutOfReach, UsageError, out_of_reach
 from unbraid.base.tables import one_line
-from unbraid.images.dataset import UNLABELLED
-from unbraid.images.folders import is_hidden, shown_in
-from unbraid.images.listing import Listing, by_class, fetch, is_url, look_at
+from unbraid.images.listing import Listing, is_hidden, look_at, make_listing, shown_in
 from unbraid.images.pictures import EXTENSIONS, UNREAD, decode_picture
 from unbraid.networks.class_names import number_in, output_number
 
-# Members of tar files, found by their headers; nothing is ever extracted.
-
-
-_BLOCK = 512
-_LONGEST = 1 << 20  # bytes of a header that says more than fits into a block
-_PADDED = 10_240  # bytes that tar pads a file to a multiple of, unless told otherwise
-_MOST_PADDED = 1 << 20  # at most, and then a power of two
-_LENGTH = 20  # characters that the length of a record and a space may take
-_SPARSE = b"GNU.sparse"  # with holes, so not read in one go
-_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_WITHOUT_CONTENT = (
-    tarfile.LNKTYPE,
-    tarfile.SYMTYPE,
-    tarfile.CHRTYPE,
-    tarfile.BLKTYPE,
-    tarfile.DIRTYPE,
-    tarfile.FIFOTYPE,
-)
-
-Stamp = tuple[int, int, int]  # which file it is, its bytes, and when it was last written, in ns
-
-
-@dataclass(frozen=True)
-class Member:
-    """A member of a tar file, and where its content lies."""
-
-    name: str
-    regular: bool
-    folder: bool
-    offset: int
-    size: int
-
-
-def stamp_of(found: os.stat_result) -> Stamp:
-    """What changes when a file is written anew or another one put in its place."""
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def read_content(path: str, stamp: Stamp, offset: int, size: int) -> bytes:
-    """Read what a member holds.
-
-    Args:
-        path: the tar file.
-        stamp: the file's own, from before its members were listed.
-        offset: where the content begins, in bytes.
-        size: of the content, in bytes.
-
-    Raises:
-        OutOfReach: the file is not the one that was listed; another member may lie there now.
-        OSError: it is gone, or cannot be read.
-    """
-    with open(path, "rb") as file:
-        file.seek(offset)
-        content = file.read(size)
-        now = stamp_of(os.fstat(file.fileno()))  # last, as it may be written while it is read
-    if now != stamp:
-        raise OutOfReach(f"{path} was changed since it was listed; start again.")
-    if len(content) < size:
-        raise OSError("its shard is cut off")
-    return content
-
-
-def members(path: str) -> Iterator[Member]:
-    """List a tar file by its headers, and make sure that it is whole.
-
-    Python's own TarFile is not asked: it takes a damaged header for the end, and with negative
-    sizes it goes round in circles.
-
-    Raises:
-        OutOfReach: the system fails to give it.
-        DataError: it is missing, cut off, damaged or compressed.
-    """
-    try:
-        with open(path, "rb") as file:
-            yield from _members(file)
-    except (OSError, ValueError, tarfile.TarError) as error:
-        raise out_of_reach(f"Tar file {path}", error) or DataError(
-            f"{path} is no sound, uncompressed tar file ({error}); write or fetch it again."
-        ) from None
-
-
-def _members(file: BinaryIO) -> Iterator[Member]:
-    end, offset = file.seek(0, os.SEEK_END), 0
-    more: dict[str, str] = {}  # what headers said of the member to come
-    while True:
-        file.seek(offset)
-        block = file.read(_BLOCK)
-        if block == bytes(_BLOCK):
-            _make_sure_of_end(file, offset, end)
-            return
-        if len(block) < _BLOCK:
-            raise ValueError("it has no end")
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        content = offset + _BLOCK
-        size = 0 if header.type in _WITHOUT_CONTENT else int(more.get("size", header.size))
-        if not 0 <= size <= end - content:
-            raise ValueError("a member reaches beyond its end")
-        offset = content - (-size // _BLOCK) * _BLOCK
-        if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            if size > _LONGEST:
-                raise ValueError("a header is too long")
-            text = file.read(size)
-            if header.type == tarfile.GNUTYPE_LONGNAME:
-                more["path"] = text.split(b"\0")[0].decode("utf-8", "surrogateescape")
-            else:
-                more |= _said(text)
-        elif header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
-            yield Member(
-                name=(more.get("path") or header.name).removeprefix("./"),
-                regular=header.type in _REGULAR and "sparse" not in more,
-                folder=header.type == tarfile.DIRTYPE,
-                offset=content,
-                size=size,
-            )
-            more = {}
-
-
-def _make_sure_of_end(file: BinaryIO, offset: int, end: int) -> None:
-    """Refuse zeros that are no end, but what is left where something was lost.
-
-    A tar file ends with two blocks of zeros, and more of them up to a multiple of a record. More
-    than that, or something behind it, is taken for members that are gone, never for an end.
-    """
-    n_zeros = end - offset
-    file.seek(offset)
-    rest = file.read(_MOST_PADDED + 2 * _BLOCK)
-    if rest.strip(b"\0"):
-        raise ValueError(f"content follows the zeros at byte {offset}, which should be its end")
-    if n_zeros < 2 * _BLOCK:
-        raise ValueError("it has no end")
-    largest = min(end & -end, _MOST_PADDED)  # power of two that divides its length
-    if n_zeros >= max(largest, _PADDED) + 2 * _BLOCK:
-        raise ValueError(f"its last {n_zeros} bytes are zeros, where members may have been")
-
-
-def _said(text: bytes) -> dict[str, str]:
-    """Read what a pax header says of path, size and holes.
-
-    It is of records `LENGTH KEY=VALUE` and a line's end, LENGTH that of the whole record.
-    """
-    said: dict[str, str] = {}
-    at, stop = 0, len(text.rstrip(b"\0"))
-    while at < stop:  # by place: to cut off what was read would copy the rest for every record
-        length, space, _ = text[at : at + _LENGTH].partition(b" ")
-        begin, end = at + len(length) + 1, at + int(length)
-        if not (space and begin < end <= len(text) and text[end - 1 : end] == b"\n"):
-            raise ValueError("a header is damaged")
-        key, _, value = text[begin : end - 1].partition(b"=")
-        if key.startswith(_SPARSE):
-            said["sparse"] = ""
-        elif key in (b"path", b"size"):
-            said[key.decode()] = value.decode("utf-8", "surrogateescape")
-        at = end
-    return said
-
-
-# WebDataset shards: images and labels in tar files, found once by their headers, read in place.
-
-
 SHARD = ".tar"
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+_BLOCK = tarfile.BLOCKSIZE
+_LONGEST = 1 << 17  # bytes of a member's headers
+_PADDED = tarfile.RECORDSIZE  # bytes that tar pads a file to a multiple of, unless told otherwise
+_MOST_PADDED = 1 << 20  # at most, and then a power of two
 _LARGEST = 1 << 30  # bytes of an image
 _LARGEST_LABEL = 1 << 20  # bytes of a label or what else is told of an image
 _MOST_SHARDS = 1_000_000
 _RANGE = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
 
+Stamp = tuple[int, int, int]  # which file it is, its bytes, and when it was last written, in ns
+
 
 @dataclass(frozen=True)
 class Members:
-    """Reads images out of tar files by place.
+    """Reads images out of tar files by index.
 
-    A file is opened for each image, which costs microseconds, so that worker processes share no
-    handle, and thousands of shards are no thousands of handles.
+    A file is opened for each image, so that worker processes share no handle.
     """
 
     shards: list[str]
-    stamps: list[Stamp]  # of each shard, by which it is known again
+    stamps: list[Stamp] = field(default_factory=list)  # of each, by which it is known again
     ids: list[str] = field(default_factory=list)
     shard: array[int] = field(default_factory=lambda: array("q"))
     offset: array[int] = field(default_factory=lambda: array("q"))
@@ -225,65 +72,194 @@ class Members:
 def list_shards(where: str) -> Listing:
     """List the images of tar files, in the convention of WebDataset.
 
-    The members of an image share a name up to its first dot, the key; it has one image, and its
-    label as a number in `.cls`, or as "label" in `.json`, or none. Its id is SHARD.tar/KEY.
-
-    Args:
-        where: a tar file, a folder of such, a pattern with `*` or with a range such as
-            `{000..012}`, or a URL.
-
-    Raises:
-        OutOfReach: the system fails to give a shard, or one is changed meanwhile.
-        DataError: there are no shards, one is damaged, or an image has two files or no label.
-        UsageError: it is a URL, and webdataset is not installed.
+    The members of an image share a name up to its first dot, the key; its label is a number in
+    `.cls`, or "label" in `.json`, or there is none. Its id is SHARD.tar/KEY.
     """
-    shards = shard_files(where)
+    shards = _shard_files(where)
     names = [Path(shard).name for shard in shards]
-    double = [name for name, n in Counter(names).items() if n > 1]
-    if double:
-        raise DataError(f"{where} has two shards called {double[0]}; give each its own name.")
-    reader = Members(shards, [_stamp(shard) for shard in shards])
+    double = next((name for name, n in Counter(names).items() if n > 1), None)
+    if double is not None:
+        raise DataError(f"{where} has two shards called {double}; give each its own name.")
+    reader = Members(shards)
+    for shard in shards:
+        found = look_at(shard, f"Shard {shard}")
+        if found is None:
+            raise DataError(f"There is no shard {shard}; name tar files that are there.")
+        reader.stamps.append(stamp_of(found))
     labels: list[str | None] = []
     for k, (shard, name) in enumerate(zip(shards, names, strict=True)):
         for key, files in _samples(shard).items():
-            image = files["image"]
             reader.ids.append(f"{name}/{key}")
             reader.shard.append(k)
-            reader.offset.append(image.offset)
-            reader.size.append(image.size)
+            offset, size = files["image"]
+            reader.offset.append(offset)
+            reader.size.append(size)
             labels.append(_label(shard, reader.stamps[k], key, files))
-    classes, class_of = _classes(labels, reader.ids, where)
-    return Listing(where, reader.ids, reader, classes, class_of, sizes=list(reader.size))
+    return make_listing(where, reader.ids, reader, labels, sizes=list(reader.size))
 
 
-def shard_files(where: str) -> list[str]:
-    """Find the tar files that a name, folder, pattern or URL stands for, there or not.
+Place = tuple[int, int]  # where a member's content lies, and its size, in bytes
 
-    Raises:
-        DataError: there are none, or a folder has compressed ones.
+
+def _samples(shard: str) -> dict[str, dict[str, Place]]:
+    """The members of every image of a shard by key, and by what they are: image, cls or json."""
+    samples: dict[str, dict[str, Place]] = {}
+    for member in members(shard):
+        folder, slash, name = member.name.rpartition("/")
+        base, _, ending = name.partition(".")
+        kind = "image" if f".{ending.lower()}" in EXTENSIONS else ending.lower()
+        what = f"{one_line(member.name)} in {shard}"
+        if f".{kind}" in UNREAD and base:
+            raise DataError(
+                f"{what} is a picture of a kind that is not read; convert or remove it."
+            )
+        hidden = any(is_hidden(part) for part in folder.split("/") if part not in (".", ".."))
+        if hidden or not base or kind not in ("image", "cls", "json") or member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            raise DataError(f"{what} is no regular file; write the shard anew.")
+        largest = _LARGEST if kind == "image" else _LARGEST_LABEL
+        if member.size > largest:
+            raise DataError(f"{what} has {member.size} bytes, more than {largest}; remove it.")
+        key = f"{folder}{slash}{base}"
+        files = samples.setdefault(key, {})
+        if kind in files:
+            raise DataError(
+                f"{shard} has two files {kind!r} for {one_line(key)}; keep one of them."
+            )
+        files[kind] = (member.offset_data, member.size)
+    lonely = [key for key, files in samples.items() if "cls" in files and "image" not in files]
+    if lonely:
+        raise DataError(
+            f"{shard} has a label but no image for {one_line(lonely[0])} "
+            f"({', '.join(EXTENSIONS)}); mend it."
+        )
+    return {key: files for key, files in samples.items() if "image" in files}
+
+
+def _label(shard: str, stamp: Stamp, key: str, files: dict[str, Place]) -> str | None:
+    """What an image is labelled with, None where nothing is said."""
+    member = files.get("cls") or files.get("json")
+    if member is None:
+        return None
+    try:
+        content = read_content(shard, stamp, *member)
+        label: object = content.decode("utf-8").strip()
+        if "cls" in files:
+            number = number_in(str(label)) if str(label).isdecimal() else None
+        else:
+            told = json.loads(content)
+            label = told.get("label") if isinstance(told, dict) else None
+            if label is None or isinstance(label, str):
+                return label
+            number = output_number(label)
+        if number is None:
+            raise ValueError(f"it is {str(label)[:40]!r}")
+        return str(number)
+    except (ValueError, OSError, RecursionError) as error:
+        what = f"The label of {one_line(key)} in {shard}"
+        away = out_of_reach(what, error) if isinstance(error, OSError) else None
+        raise away or DataError(
+            f"{what} cannot be read ({error}); write a class's number."
+        ) from None
+
+
+# --- members --------------------------------------------------------------------------------------
+
+
+class _Headers(io.BufferedReader):
+    """A tar file of which only headers are read, and of each member no more than a few bytes."""
+
+    n_left = _LONGEST
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= self.n_left:
+            raise ValueError("a header is too long")
+        self.n_left -= size
+        return super().read(size)
+
+
+def members(path: str) -> Iterator[tarfile.TarInfo]:
+    """List a tar file by its headers, and make sure that it is whole; nothing is extracted."""
+    try:
+        with _Headers(io.FileIO(path)) as file:
+            tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+            while (member := tar.next()) is not None:
+                if member.size < 0:  # which would lead round in circles
+                    raise ValueError("a member's size is negative")
+                member.name = member.name.removeprefix("./")
+                yield member
+                tar.members = []  # type: ignore[attr-defined]  # which would keep all
+                file.n_left = _LONGEST
+            _refuse_no_end(file, tar.offset)  # as tarfile takes a damaged header for the end
+    except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
+        away = out_of_reach(f"Tar file {path}", error) if isinstance(error, OSError) else None
+        raise away or DataError(
+            f"{path} is no sound, uncompressed tar file ({error}); write or fetch it again."
+        ) from None
+
+
+def _refuse_no_end(file: _Headers, offset: int) -> None:
+    """Refuse what is no end of a tar file, but what is left where something was lost.
+
+    It ends with two blocks of zeros, and more of them up to a multiple of a record. More than
+    that, or anything else, is taken for members that are gone.
     """
+    end = file.seek(0, os.SEEK_END)
+    file.seek(offset)
+    rest = io.BufferedReader.read(file, _MOST_PADDED + 2 * _BLOCK)
+    if rest.strip(b"\0"):
+        raise ValueError(f"there is neither a member nor an end at byte {offset}")
+    n_zeros = end - offset
+    if n_zeros < 2 * _BLOCK:
+        raise ValueError("it has no end")
+    largest = min(end & -end, _MOST_PADDED)  # power of two that divides its length
+    if n_zeros >= max(largest, _PADDED) + 2 * _BLOCK:
+        raise ValueError(f"its last {n_zeros} bytes are zeros, where members may have been")
+
+
+def read_content(path: str, stamp: Stamp, offset: int, size: int) -> bytes:
+    """Read what a member holds."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        content = file.read(size)
+        now = stamp_of(os.fstat(file.fileno()))  # last, as it may be written while it is read
+    if now != stamp:
+        raise OutOfReach(f"{path} was changed since it was listed; start again.")
+    if len(content) < size:
+        raise OSError("its shard is cut off")
+    return content
+
+
+def stamp_of(found: os.stat_result) -> Stamp:
+    """What changes when a file is written anew or another one put in its place."""
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+# --- where shards are -----------------------------------------------------------------------------
+
+
+def _shard_files(where: str) -> list[str]:
+    """Find the tar files that a name, folder, pattern or URL stands for, there or not."""
     if is_url(where):
         return [str(fetch(url)) for url in expand(where)]
     if os.path.isdir(where):
-        found = _shards_in(Path(where))
+        shown = sorted(shown_in(Path(where), "tar files"))
+        packed = next(filter(is_compressed, shown), None)
+        if packed is not None:
+            raise DataError(
+                f"{packed} is compressed; unpack it to a tar file, or move it elsewhere."
+            )
+        found = [str(path) for path in shown if path.suffix.lower() == SHARD]
     elif os.path.exists(where):
         found = [where]
     else:
-        found = [
-            path
-            for one in expand(where)
-            for path in (sorted(glob.glob(one)) if glob.has_magic(one) else [one])
-        ]
+        found = []
+        for one in expand(where):
+            found += sorted(glob.glob(one)) if glob.has_magic(one) else [one]
     if not found:
         raise DataError(f"There is no shard {where}; name tar files that are there.")
     return found
-
-
-def _stamp(shard: str) -> Stamp:
-    found = look_at(shard, f"Shard {shard}")
-    if found is None:
-        raise DataError(f"There is no shard {shard}; name tar files that are there.")
-    return stamp_of(found)
 
 
 def is_compressed(path: Path) -> bool:
@@ -291,19 +267,8 @@ def is_compressed(path: Path) -> bool:
     return _COMPRESSED.search(path.name) is not None
 
 
-def _shards_in(folder: Path) -> list[str]:
-    shown = sorted(shown_in(folder, "tar files"))
-    packed = next(filter(is_compressed, shown), None)
-    if packed is not None:
-        raise DataError(f"{packed} is compressed; unpack it to a tar file, or move it elsewhere.")
-    return [str(path) for path in shown if path.suffix.lower() == SHARD]
-
-
 def expand(pattern: str) -> list[str]:
     """Write out ranges in braces.
-
-    Raises:
-        UsageError: they stand for too many names.
 
     >>> expand("train-{08..10}.tar")
     ['train-08.tar', 'train-09.tar', 'train-10.tar']
@@ -320,87 +285,43 @@ def expand(pattern: str) -> list[str]:
     return [f"{before}{number}{rest}" for number in numbers for rest in behind]
 
 
-def _samples(shard: str) -> dict[str, dict[str, Member]]:
-    """The members of every image of a shard by key, and by what they are: image, cls or json."""
-    samples: dict[str, dict[str, Member]] = {}
-    for member in members(shard):
-        folder, slash, name = member.name.rpartition("/")
-        base, dot, ending = name.partition(".")
-        ending = ending.lower()
-        kind = "image" if f".{ending}" in EXTENSIONS else ending
-        if f".{ending}" in UNREAD and base:
-            raise DataError(
-                f"{one_line(member.name)} in {shard} is a picture of a kind that is not read; "
-                "convert or remove it."
-            )
-        if any(is_hidden(part) for part in folder.split("/") if part not in (".", "..")):
-            continue
-        if not base or not dot or kind not in ("image", "cls", "json") or member.folder:
-            continue
-        key = f"{folder}{slash}{base}"
-        _refuse_odd(shard, member, _LARGEST if kind == "image" else _LARGEST_LABEL)
-        if samples.setdefault(key, {}).setdefault(kind, member) is not member:
-            raise DataError(
-                f"{shard} has two files {kind!r} for {one_line(key)}; keep one of them."
-            )
-    lonely = [key for key, files in samples.items() if "cls" in files and "image" not in files]
-    if lonely:
-        raise DataError(
-            f"{shard} has a label but no image for {one_line(lonely[0])} "
-            f"({', '.join(EXTENSIONS)}); mend it."
-        )
-    return {key: files for key, files in samples.items() if "image" in files}
+def is_url(where: str) -> bool:
+    """Say whether something to open is a URL."""
+    if where.startswith("pipe:"):
+        raise UsageError("Commands (pipe:) are not run; write what it prints to a tar file.")
+    return re.match(r"[a-z][a-z0-9+.-]*://", where) is not None
 
 
-def _refuse_odd(shard: str, member: Member, largest: int) -> None:
-    if not member.regular:
-        raise DataError(
-            f"{one_line(member.name)} in {shard} is no regular file; write the shard anew."
-        )
-    if member.size > largest:
-        raise DataError(
-            f"{one_line(member.name)} in {shard} has {member.size} bytes, more than {largest}; "
-            "remove it."
-        )
+def fetch(url: str) -> Path:
+    """Fetch a file that the library `webdataset` can open, unless it is in the cache.
 
-
-def _label(shard: str, stamp: Stamp, key: str, files: dict[str, Member]) -> str | None:
-    """What an image is labelled with, None where nothing is said."""
-    member = files.get("cls") or files.get("json")
-    if member is None:
-        return None
+    The cache is the folder `unbraid/shards` in `$XDG_CACHE_HOME`, by default `~/.cache`.
+    """
     try:
-        content = read_content(shard, stamp, member.offset, member.size)
-        text = content.decode("utf-8").strip()
-        if "cls" in files:
-            return str(_number(text))
-        told = json.loads(text)
-        label = told.get("label") if isinstance(told, dict) else None
-        return label if isinstance(label, str) or label is None else str(_number(label))
-    except (ValueError, OSError, RecursionError) as error:
-        what = f"The label of {one_line(key)} in {shard}"
-        raise out_of_reach(what, error) or DataError(
-            f"{what} cannot be read ({error}); write a class's number."
+        from webdataset import gopen
+    except ImportError:
+        raise UsageError(
+            "Shards behind a URL need the library webdataset; pip install webdataset."
         ) from None
-
-
-def _number(label: object) -> int:
-    if isinstance(label, str) and label.isdecimal():
-        number = number_in(label)
-    else:
-        number = output_number(label)
-    if number is not None:
-        return number
-    raise ValueError(f"it is {str(label)[:40]!r}")
-
-
-def _classes(labels: list[str | None], ids: list[str], where: str) -> tuple[list[str], list[int]]:
-    given = [label for label in labels if label is not None]
-    if not given:
-        return [], [UNLABELLED] * len(labels)
-    if len(given) < len(labels):
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unbraid/shards"
+    path = cache / hashlib.sha256(url.encode()).hexdigest()[:16] / Path(urlsplit(url).path).name
+    if os.path.exists(path):  # whatever is wrong with the cache is told below
+        return path
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file, gopen(url, "rb") as stream:
+            shutil.copyfileobj(stream, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except Exception as error:  # each kind of URL fails in its own way
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        status = re.search(r"exit \d+", str(error))  # the rest of it would be a whole command
+        reason = status.group() if status else one_line(str(error))
         raise DataError(
-            f"{one_line(ids[labels.index(None)])} has no label, but others have; label all images "
-            "or none."
-        )
-    return by_class(given, where)
+            f"{url} cannot be fetched ({reason}); check the URL, or fetch it yourself and name the "
+            "file."
+        ) from None
+    return path

@@ -11,7 +11,6 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from unbraid.base.errors import DataError, LayerError, ModelError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.progress import image_progress
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import concept_of
+from unbraid.finding.membership import Members
 from unbraid.images.batches import Batch, in_batches, read_images
 from unbraid.images.dataset import class_names_of, size_of
 from unbraid.measuring.results import (
@@ -182,13 +181,13 @@ def _members(
             "The scan is of other images or another layer than are switched off; pass one of all "
             "these images and the split layer."
         )
-    scan = replace(scan, clusters=layer.clusters)
+    known = Members(scan, layer.clusters)
     members = {
         o: torch.full((n_images,), len(groups), dtype=torch.int64) for o, groups in concepts.items()
     }
     for records in scan.shards():
         for channel, groups in concepts.items():
-            concept = concept_of(scan, records, groups)
+            concept = known.concept_of(records, groups)
             members[channel][records.index] = torch.where(concept < 0, len(groups), concept)
     return lambda channel, index, _: members[channel][index]
 

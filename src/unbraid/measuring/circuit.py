@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,6 @@ from unbraid.base.progress import image_progress
 from unbraid.base.tables import Table, Tabular
 from unbraid.finding.arv import class_sums, concept_mean
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import concerned
 from unbraid.images.batches import in_batches, read_images
 from unbraid.images.dataset import labels_of
 from unbraid.images.identity import fingerprint
@@ -102,7 +101,7 @@ def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -
     as_kind("scan", scan, Scan)
     part, concept, n = _check(split, channel, concept, n)
     split.require(scan)
-    sums = class_sums(replace(scan, clusters=split.clusters), ())
+    sums = class_sums(scan, (), split.clusters)
     seen = tuple(number for number in part.concepts[concept] if number < len(sums.n_images))
     if not sums.n_images[list(seen)].sum():
         raise _no_image(split, part.channel, concept)
@@ -174,7 +173,7 @@ def circuit_from(
     needed = made.labels == "given" or made.classes is not None
     if made.data != fingerprint(dataset, labels_of(dataset, needed)):
         raise UsageError("The data set is not the one that was scanned; pass that one.")
-    indices = concerned(replace(scan, clusters=split.clusters), part.concepts[concept])
+    indices = split.members_in(scan).indices(part.concepts[concept])
     if not indices:
         raise _no_image(split, part.channel, concept)
     names: list[tuple[int, Part | None]] = [(o, None) for o in range(before.layer.n_out)]

@@ -15,7 +15,8 @@ from unbraid.base.errors import DataError, OutputChangedError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.progress import image_progress
 from unbraid.images.batches import in_batches, read_images
-from unbraid.images.dataset import UNLABELLED, size_of
+from unbraid.images.broken import UNLABELLED
+from unbraid.images.dataset import size_of
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.outputs import run_network
 from unbraid.networks.preflight import refuse_unsteady

@@ -7,7 +7,7 @@ pooled pre-activation, new (N, K) the concept channels', concept (N,) which one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from unbraid.base.arguments import as_kind, real_number
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
-from unbraid.finding.membership import concept_of
+from unbraid.finding.membership import Members
 from unbraid.images.batches import in_batches
 from unbraid.measuring.compare import OutputComparison
 from unbraid.measuring.results import (
@@ -72,7 +72,7 @@ def evaluate(
     tau = float(split.settings["tau"]) if tau is None else real_number("tau", tau)
     if not 0 <= tau <= 1:
         raise UsageError(f"tau is {tau:g}; a share must lie between 0 and 1.")
-    responses = gather_responses(split, replace(scan, clusters=split.clusters))
+    responses = gather_responses(split, scan)
     return Evaluation(
         method=split.method,
         layer=split.layer.name,
@@ -119,9 +119,10 @@ def _refuse_other_results(
 def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
     """Read a Scan once and compute all responses to the images of each channel's concepts."""
     parts: dict[int, list[Responses]] = {part.channel: [] for part in split.channels}
+    members = split.members_in(scan)
     for records in scan.shards():
         for part in split.channels:
-            responses = _respond(scan, records, part)
+            responses = _respond(members, records, part)
             if len(responses.concept):
                 parts[part.channel].append(responses)
     for part in split.channels:
@@ -135,9 +136,9 @@ def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
     return {channel: _join(responses) for channel, responses in parts.items()}
 
 
-def _respond(scan: Scan, records: Records, part: ChannelSplit) -> Responses:
+def _respond(members: Members, records: Records, part: ChannelSplit) -> Responses:
     """Responses to one shard's images of a channel's concepts."""
-    concept = concept_of(scan, records, part.concepts)
+    scan, concept = members.scan, members.concept_of(records, part.concepts)
     chosen = concept >= 0
     pooled = records.pooled[chosen, scan.layer.group_of(part.channel)]
     z = part.pooled_responses(pooled, records.n_positions[chosen])

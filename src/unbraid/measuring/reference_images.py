@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from unbraid.base.arguments import whole_number
-from unbraid.finding.membership import concept_of
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import Split
 
@@ -67,7 +66,6 @@ def reference_images(
     """
     n = whole_number("n", n, 1)
     split.require(scan)
-    scan = replace(scan, clusters=split.clusters)
     if alike is None:
         return _by_channel(_rank(scan, split, n, by_group=False))
     ranked = _rank(scan, split, _POOL * n, by_group=True)
@@ -88,12 +86,13 @@ def _by_channel(tops: dict[int, list[TopImages]]) -> dict[int, ReferenceImages]:
 def _rank(scan: Scan, split: Split, n: int, by_group: bool) -> dict[int, list[TopImages]]:
     """Find by channel the n strongest images of the original and of each concept channel."""
     best: dict[int, list[TopImages]] = {}
+    members = split.members_in(scan)
     for records in scan.shards():
         group = records.group if by_group else None
         for part in split.channels:
             pooled = records.pooled[:, scan.layer.group_of(part.channel)]
             responses = part.pooled_responses(pooled, records.n_positions)[:, :-1].T
-            concept = concept_of(scan, records, part.concepts)
+            concept = members.concept_of(records, part.concepts)
             tops = [TopImages(records.index, records.label, concept, z, group) for z in responses]
             if part.channel in best:
                 tops = list(map(_join, best[part.channel], tops))

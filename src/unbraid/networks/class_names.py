@@ -1,16 +1,17 @@
-"""Names for classes from a file: CSV, JSON, or a line for each output."""
+"""Names of classes: ImageNet's, how they are spelled, and those that a file gives."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
 import json
 import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -18,13 +19,23 @@ from typing import Any
 
 from torch import nn
 
-from unbraid.base.errors import DataError, UnbraidError
+from unbraid.base.errors import DataError
 from unbraid.base.tables import one_line
 
-# ImageNet-1k's classes: their WordNet ids and names, in the order of networks' outputs.
-
-
 N_IMAGENET = 1000
+_LONGEST = 255  # characters of a class's name, as of a folder's
+_NUMBER = re.compile(r"(\d+)(\.0*)?")  # the latter is what pandas writes of whole numbers
+_NUMBERED = re.compile(r"\d+[-_. ]+([^\W\d].*)")  # as 01_cat
+_WORDNET = re.compile(r"(n\d{8})(?:[-_ ]+(.*))?", re.IGNORECASE)
+_MISSING = {"none", "null", "na", "n/a", "<na>"}
+_PASSED_OVER = re.compile(r"[\s_\-'’/]")  # noqa: RUF001
+_LARGEST = 1 << 24  # bytes of a file
+_HIGHEST = 1_000_000  # of an output's number
+_NUMBER_BEFORE = re.compile(r"(?P<number>\d{1,6})[\s,;:|]\s*(?P<name>\S.*)", re.ASCII)
+_NUMBER_BEHIND = re.compile(r"(?P<name>.*\S)[\s,;:|]\s*(?P<number>\d{1,6})", re.ASCII)
+_KEYS = {"id", "wnid", "synset", "folder", "class", "number", "label", "index", "output", "key"}
+
+# ImageNet-1k's classes
 
 
 @cache
@@ -48,14 +59,10 @@ def are_imagenet_names(names: Sequence[str]) -> bool:
     if len(names) != len(known):
         return False
     same = sum(
-        name[:9] == one or _first_word(name) == _first_word(word)
+        name[:9] == one or normal_form(name.split(",")[0]) == normal_form(word.split(",")[0])
         for name, (one, word) in zip(names, known.items(), strict=True)
     )
     return same > N_IMAGENET // 2  # lists of them differ in some words
-
-
-def _first_word(name: str) -> str:
-    return "".join(name.split(",")[0].replace("_", " ").replace("-", " ").split()).casefold()
 
 
 def output_names(model: nn.Module) -> tuple[str, ...]:
@@ -75,15 +82,7 @@ def output_names(model: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-# How names of classes are written: numbers, WordNet ids, and words in any form.
-
-
-_LONGEST = 255  # characters of a class's name, as of a folder's
-_NUMBER = re.compile(r"(\d+)(\.0*)?")  # the latter is what pandas writes of whole numbers
-_NUMBERED = re.compile(r"\d+[-_. ]+([^\W\d].*)")  # as 01_cat
-_WORDNET = re.compile(r"(n\d{8})(?:[-_ ]+(.*))?", re.IGNORECASE)
-_MISSING = {"none", "null", "na", "n/a", "<na>"}
-_PASSED_OVER = re.compile(r"[\s_\-'’/]")  # noqa: RUF001
+# How names of classes are written: numbers, WordNet ids, and words in any form
 
 
 def number_in(name: str) -> int | None:
@@ -102,10 +101,9 @@ def output_number(value: object) -> int | None:
     >>> output_number(3), output_number(3.0), output_number(3.5), output_number(True)
     (3, 3, None, None)
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
-    whole = math.isfinite(value) and value >= 0 and value == int(value)
-    return int(value) if whole else None
+    return int(value) if value >= 0 and value == int(value) else None
 
 
 def normal_form(name: str) -> str:
@@ -151,8 +149,7 @@ def same_class(name: str) -> str:
 
 def written_alike(name: str) -> str:
     """Return what is equal for names that are one text or number, or begin with one WordNet id."""
-    number = number_in(name)
-    if number is not None:
+    if (number := number_in(name)) is not None:
         return str(number)
     return wordnet_id(name) or unicodedata.normalize("NFC", name)
 
@@ -211,14 +208,7 @@ def meanings(name: str) -> list[str]:
     return [one for one in (found[1].lower(), known, found[2]) if one]
 
 
-# Names for classes from a file: CSV, JSON, or a line for each output.
-
-
-_LARGEST = 1 << 24  # bytes of a file
-_HIGHEST = 1_000_000  # of an output's number
-_NUMBER_BEFORE = re.compile(r"(?P<number>\d{1,6})[\s,;:|]\s*(?P<name>\S.*)", re.ASCII)
-_NUMBER_BEHIND = re.compile(r"(?P<name>.*\S)[\s,;:|]\s*(?P<number>\d{1,6})", re.ASCII)
-_KEYS = {"id", "wnid", "synset", "folder", "class", "number", "label", "index", "output", "key"}
+# Names from a file
 
 
 @dataclass(frozen=True)
@@ -289,12 +279,16 @@ def read_names(path: Path) -> Names:
         if len(content) > _LARGEST:
             raise ValueError(f"it has more than {_LARGEST} bytes")
         text = content.decode("utf-8-sig")
-        read = _READ.get(path.suffix.lower(), _from_lines)
-        names = _sorted_out(read(text))
-        in_lines = not names.by_class and (read is _from_lines or text.lstrip().startswith("["))
-        return replace(names, file=str(path), in_lines=in_lines)
-    except UnbraidError:
-        raise
+        kind = path.suffix.lower()
+        if kind in (".csv", ".tsv"):
+            names = _from_table(text)
+        elif kind == ".json" or text.lstrip().startswith(("{", "[")):
+            names = _from_object(json.loads(text) if kind == ".json" else _python(text))
+        else:
+            names = _from_lines(text)
+        in_lines = kind not in (".csv", ".tsv", ".json") or text.lstrip().startswith("[")
+        by_output, by_class = _by_output_and_class(names)
+        return Names(by_output, by_class, str(path), in_lines and not by_class)
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise DataError(
             f"Names {path} cannot be read ({one_line(str(error))}); give a CSV file with columns "
@@ -302,40 +296,44 @@ def read_names(path: Path) -> Names:
         ) from None
 
 
-def _from_json(text: str) -> list[tuple[str, str]]:
-    return _from_objects(json.loads(text))
+# Each reader gives pairs of what is named and its name.
+Pairs = list[tuple[str, str]]
 
 
-def _from_objects(told: Any) -> list[tuple[str, str]]:
+def _python(text: str) -> Any:
+    """Read what Python or JSON writes of a list or dictionary."""
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in texts
+            return ast.literal_eval(text.strip())
+    except (SyntaxError, TypeError, MemoryError):
+        raise ValueError("it begins as a list or dictionary does, but is none") from None
+
+
+def _from_object(told: Any) -> Pairs:
     if isinstance(told, dict) and isinstance(told.get("id2label"), dict):
         told = told["id2label"]  # of a model's configuration
     if isinstance(told, list):
-        return [(str(k), _name(value)) for k, value in enumerate(told)]
-    if not isinstance(told, dict):
+        told = dict(enumerate(told))
+    elif not isinstance(told, dict):
         raise ValueError("it is neither a list nor a dictionary")
-    if told and all(isinstance(v, int) and not isinstance(v, bool) for v in told.values()):
-        return [
-            (str(number), str(name)) for name, number in told.items()
-        ]  # names and their outputs
-    pairs = [(str(key), _name(value)) for key, value in told.items()]
-    # {"0": ["n01440764", "tench"]} names an output, and the class of this id.
-    ids = [(v[0], v[1]) for v in told.values() if _is_pair(v) and wordnet_id(v[0])]
-    return pairs + ids
+    elif told and all(output_number(number) is not None for number in told.values()):
+        return [(str(number), str(name)) for name, number in told.items()]
+    pairs = []
+    for key, name in told.items():
+        if isinstance(name, list) and len(name) == 2 and isinstance(name[0], str):
+            # {"0": ["n01440764", "tench"]} names an output, and the class of this id.
+            pairs += [(name[0], name[1])] if wordnet_id(name[0]) else []
+            name = name[1]
+        if not isinstance(name, str):
+            raise ValueError(f"{str(name)[:40]!r} is no name")
+        pairs.append((str(key), name))
+    return pairs
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
-
-
-def _name(value: Any) -> str:
-    if _is_pair(value):
-        return str(value[1])
-    if not isinstance(value, str):
-        raise ValueError(f"{str(value)[:40]!r} is no name")
-    return value
-
-
-def _from_table(text: str) -> list[tuple[str, str]]:
+def _from_table(text: str) -> Pairs:
     lines = text.splitlines()
     header = next((line for line in lines if line.strip()), "")
     delimiter = "\t" if "\t" in header else max(",;|", key=header.count)
@@ -348,59 +346,43 @@ def _from_table(text: str) -> list[tuple[str, str]]:
         if key == name:  # a class's name may be what is named
             key = next((k for k in range(len(titles)) if k != name), 0)
         rows = rows[1:]
-    elif number_in("".join(titles[:1])) is None and _numbered(rows[1:]):
-        rows = rows[1:]  # a header in other words
+    elif number_in("".join(titles[:1])) is None:  # perhaps a header in other words
+        numbers = [number_in(row[0]) for row in rows[1:]]
+        rows = rows[1:] if numbers and None not in numbers else rows
     short = next((row for row in rows if len(row) <= max(key, name)), None)
     if short is not None or not titles[1:]:
         raise ValueError(f"the row {','.join(short or titles)!r} has not two columns")
     return [(row[key].strip(), row[name].strip()) for row in rows]
 
 
-def _numbered(rows: list[list[str]]) -> bool:
-    return bool(rows) and all(number_in(row[0]) is not None for row in rows)
-
-
-def _from_lines(text: str) -> list[tuple[str, str]]:
-    if text.lstrip().startswith(("{", "[")):
-        return _from_objects(_python(text))
+def _from_lines(text: str) -> Pairs:
     lines = [line.strip() for line in text.strip().splitlines()]
     words = [line.split(maxsplit=1) for line in lines]
     if all(len(word) == 2 and wordnet_id(word[0].rstrip(",:")) for word in words):
-        ids = [word[0].rstrip(",:") for word in words]
         names = _unnumbered([word[1] for word in words])  # n01440764 449 tench
-        return list(zip(ids, names, strict=True))  # n01440764 tench, Tinca tinca
+        return [(word[0].rstrip(",:"), name) for word, name in zip(words, names, strict=True)]
     return [(str(k), line) for k, line in enumerate(_unnumbered(lines))]
-
-
-def _python(text: str) -> Any:
-    """Read what Python or JSON writes of a list or dictionary."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        pass
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in texts
-            return ast.literal_eval(text.strip())
-    except (SyntaxError, TypeError, MemoryError):
-        raise ValueError("it begins as a list or dictionary does, but is none") from None
 
 
 def _unnumbered(lines: list[str]) -> list[str]:
     """Take off the numbers of lines, before or behind them, where all are numbered in order."""
     for form in (_NUMBER_BEFORE, _NUMBER_BEHIND):
-        found = [form.fullmatch(line) for line in lines]
-        numbers = [int(one["number"]) for one in found if one]
-        first = numbers[0] if numbers else -1
-        if len(lines) > 1 and first in (0, 1) and numbers == [*range(first, first + len(lines))]:
-            return [one["name"] for one in found if one]
+        found = [one for one in map(form.fullmatch, lines) if one]
+        numbers = [int(one["number"]) for one in found]
+        if len(lines) > 1 and numbers in ([*range(len(lines))], [*range(1, len(lines) + 1)]):
+            return [one["name"] for one in found]
     return lines
 
 
-def _sorted_out(pairs: Iterable[tuple[str, str]]) -> Names:
-    names = Names()
+def _by_output_and_class(pairs: Pairs) -> tuple[dict[int, str], dict[str, str]]:
+    """Sort names out by what they are of; each name once, and of one thing only.
+
+    Raises:
+        ValueError: one is not.
+    """
+    by_output: dict[int, str] = {}
+    by_class: dict[str, str] = {}
     forms: dict[str, str] = {}
-    pairs = list(pairs)
     if all(number_in(key) is None and number_in(name) is not None for key, name in pairs):
         pairs = [(name, key) for key, name in pairs]  # names and their outputs
     for key, name in pairs:
@@ -411,14 +393,11 @@ def _sorted_out(pairs: Iterable[tuple[str, str]]) -> Names:
             raise ValueError(f"{key!r} has two names")
         number = number_in(key)
         if number is None:
-            names.by_class[key] = name.strip()
+            by_class[key] = name.strip()
         elif number < _HIGHEST:
-            names.by_output[number] = name.strip()
+            by_output[number] = name.strip()
         else:
             raise ValueError(f"there is no output {number}")
     if not forms:
         raise ValueError("it is empty")
-    return names
-
-
-_READ = {".json": _from_json, ".csv": _from_table, ".tsv": _from_table}
+    return by_output, by_class

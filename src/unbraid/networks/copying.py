@@ -1,4 +1,7 @@
-"""One module made into another, so that whatever leads to it leads to what it has become."""
+"""Networks taken out of wrappers, copied, and changed part by part.
+
+In a copy, whatever leads to a part of the network, functions too, leads to the copy's part.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from unbraid.base.errors import UsageError
 
-# Networks as they come: inside wrappers, and with logits somewhere in what they put out.
+_NOTHING_INSIDE: tuple[type, ...] = (
+    *(type, str, bytes, int, float, complex, types.NoneType, Tensor, logging.Logger),
+    *(types.ModuleType, types.CodeType, types.FrameType, types.TracebackType),
+    *(types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType),
+)
+_PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+_CACHED: type = type(functools.lru_cache(lambda: None))
+_MISSING = object()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -83,17 +93,13 @@ def copy_network(model: nn.Module) -> nn.Module:
         for value in tensors_in(vars(module))
         if not value.is_leaf
     }
+    parts = Reach([*model.modules(), *model.parameters(), *model.buffers()])
     with torch.no_grad():  # as copies of scripted parts would else be computed from the originals
-        copied = copy_with_functions(model, computed)
+        copied: nn.Module = Copier(parts, computed).copy(model)
     for old, new in zip(model.parameters(), copied.parameters(), strict=True):
         if old.requires_grad != new.requires_grad:
             new.requires_grad_(old.requires_grad)
     return copied
-
-
-def is_quantised(module: nn.Module) -> bool:
-    """Whether a part computes with a few whole numbers, which has no gradient."""
-    return ".quantized" in type(module).__module__
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
@@ -105,19 +111,6 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         seen.add(id(value))
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(part, seen)
-
-
-# Copies of networks: whatever in a copy leads to a part of the network leads to the copy's part.
-
-
-_NOTHING_INSIDE: tuple[type, ...] = (
-    *(type, str, bytes, int, float, complex, types.NoneType, Tensor, logging.Logger),
-    *(types.ModuleType, types.CodeType, types.FrameType, types.TracebackType),
-    *(types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType),
-)
-_PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
-_CACHED: type = type(functools.lru_cache(lambda: None))
-_MISSING = object()
 
 
 class Reach:
@@ -137,7 +130,7 @@ class Reach:
         return id(x) not in self.apart
 
     def path(self, x: object) -> list[object] | None:
-        """The objects on a way from x to a target, both with it; None if there is no way."""
+        """The objects on a way from x to a target, both included; None if there is no way."""
         if not self.leads(x):
             return None
         way = [x]
@@ -146,10 +139,7 @@ class Reach:
         return way
 
     def _explore(self, x: object) -> None:
-        """Find out of x, and of all that it leads to, whether it leads to a target.
-
-        Each object is met once, whoever asks, as there may be millions of them.
-        """
+        """Find out of x and of all behind it; each object is met once, as there may be millions."""
         met = {id(x): x}
         holders: dict[int, list[object]] = {}
         arrived: list[object] = []
@@ -198,23 +188,11 @@ def _referent(x: object) -> object | None:
     return found
 
 
-def copy_with_functions(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Copy a network, its functions too where they lead to parts of it.
-
-    Args:
-        model: the network.
-        memo: copies of objects that are not to be made here, by their id.
-    """
-    parts = Reach([*model.modules(), *model.parameters(), *model.buffers()])
-    copied: nn.Module = Copier(parts, memo).copy(model)
-    return copied
-
-
 class Copier:
     """Copies what leads to some objects part by part, and everything else as `copy.deepcopy`."""
 
     def __init__(self, reach: Reach, memo: dict[int, Any]) -> None:
-        """Begin with copies that are made already, by the id of what they are copies of."""
+        """Begin with copies that are made already, by the ids of their originals."""
         self._memo = memo
         self._alive: list[object] = []  # so that an id in the memo stays one object's
         self._reach = reach
@@ -237,7 +215,9 @@ class Copier:
         made = self._tried(lambda: copy.deepcopy(x, self._memo))
         if made is not _MISSING:
             return made
-        return _BUILDERS[type(x)](self, x) if type(x) in _CONTAINERS else x
+        if type(x) in (dict, list):
+            return self._rebuilt(x)
+        return self.group(x) if type(x) in _GROUPS else x
 
     def _tried(self, make: Callable[[], Any]) -> Any:
         before = len(self._memo)
@@ -327,20 +307,6 @@ class Copier:
         y.cell_contents = self.copy(x.cell_contents)
         return y
 
-    def mapping(self, x: dict[Any, Any]) -> Any:
-        """Copy a dictionary."""
-        y: dict[Any, Any] = {}
-        self._memo[id(x)] = y
-        y.update((self.copy(key), self.copy(value)) for key, value in x.items())
-        return y
-
-    def sequence(self, x: list[Any]) -> Any:
-        """Copy a list."""
-        y: list[Any] = []
-        self._memo[id(x)] = y
-        y.extend(self.copy(part) for part in x)
-        return y
-
     def group(self, x: Any) -> Any:
         """Copy a tuple or a set, which may hold what holds it."""
         parts = [self.copy(part) for part in x]
@@ -364,7 +330,7 @@ def _set_state(y: Any, state: Any) -> None:
         setattr(y, name, value)
 
 
-_CONTAINERS = (dict, list, tuple, set, frozenset)
+_GROUPS = (tuple, set, frozenset)
 _BUILDERS: dict[type, Callable[[Copier, Any], Any]] = {
     types.FunctionType: Copier.function,
     types.CellType: Copier.cell,
@@ -375,10 +341,8 @@ _BUILDERS: dict[type, Callable[[Copier, Any], Any]] = {
     _CACHED: lambda self, x: functools.lru_cache(**x.cache_parameters())(self.copy(x.__wrapped__)),
     staticmethod: lambda self, x: staticmethod(self.copy(x.__func__)),
     classmethod: lambda self, x: classmethod(self.copy(x.__func__)),
-    types.MappingProxyType: lambda self, x: types.MappingProxyType(self.mapping(dict(x))),
-    dict: Copier.mapping,
-    list: Copier.sequence,
-    **dict.fromkeys((tuple, set, frozenset), Copier.group),
+    types.MappingProxyType: lambda self, x: types.MappingProxyType(self.copy(dict(x))),
+    **dict.fromkeys(_GROUPS, Copier.group),
     **dict.fromkeys((weakref.ref, *_PROXIES), Copier.weak),
     weakref.WeakSet: lambda self, x: weakref.WeakSet([self.copy(part) for part in x]),
     **dict.fromkeys(
@@ -386,9 +350,6 @@ _BUILDERS: dict[type, Callable[[Copier, Any], Any]] = {
         lambda self, x: type(x)([(self.copy(key), self.copy(value)) for key, value in x.items()]),
     ),
 }
-
-
-# One module made into another, so that whatever leads to it leads to what it has become.
 
 
 def double(module: nn.Module, kind: type[nn.Module]) -> nn.Module | None:

@@ -1,4 +1,9 @@
-"""Which layers are meant, by name, by pattern or as modules; and their folders."""
+"""From a module to the layer that it is: whether it is linear in its weights, and with which.
+
+A layer is what it computes. A subclass that runs torch's own code is taken at its word; any other
+is run on a small probe and taken if some padding of its input, convolved with the weights that
+reach torch's functions, gives its output.
+"""
 
 from __future__ import annotations
 
@@ -17,46 +22,45 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from unbraid.base.errors import LayerError, UsageError, nearest
+from unbraid.base.errors import LayerError, UsageError, brief, nearest
 from unbraid.networks.copying import copy_network, unwrap, unwrapped_name
 from unbraid.networks.relevance import undisturbed
 from unbraid.networks.spec import SAME, LayerSpec, channels_first, respond
 
-# From a module to the layer that it is: what it computes, with which weights and bias.
-
+LayerName = str | nn.Module
+Pads = tuple[tuple[int, int], ...]  # before and after, per dimension
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FUNCTIONS: set[Callable[..., Any]] = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 
+# Which layers are meant
 
-def resolve_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
+
+def resolve_layer(model: nn.Module, layer: LayerName) -> tuple[str, nn.Module]:
     """Find a layer by its `named_modules()` name, or the name of a given module.
 
     A layer that is compiled, or lies in a compiled part, goes by its name with or without the
-    wrapper's.
+    wrapper's. A module with several names goes by the first.
 
     Raises:
         LayerError: the network has no such layer; the nearest names are told.
     """
     if not isinstance(layer, (str, nn.Module)):
         raise LayerError(f"{layer!r} is no layer; give a layer's name, or the module itself.")
-    modules = dict(model.named_modules())
-    if isinstance(layer, str) and layer not in modules:
-        layer = unwrapped_name(layer)
-        # One module may have several names; it goes by the first.
-        known = dict(model.named_modules(remove_duplicate=False))
-        alike = {_without_wrappers(name): module for name, module in known.items()}
-        layer = known.get(layer, alike.get(_without_wrappers(layer), layer))
+    names = {module: name for name, module in model.named_modules()}
     if isinstance(layer, str) and layer:
-        layer = modules.get(layer, layer)
+        known = dict(model.named_modules(remove_duplicate=False))
+        del known[""]  # the network itself
+        alike = {_without_wrappers(name): module for name, module in known.items()}
+        bare = unwrapped_name(layer)
+        layer = known.get(layer, known.get(bare, alike.get(_without_wrappers(bare), bare)))
     if isinstance(layer, nn.Module):
-        layer = unwrap(layer)
-        for name, module in modules.items():
-            if module is layer:
-                return name, module
+        module = unwrap(layer)
+        if module in names:
+            return names[module], module
         raise LayerError("The given module is not part of the network; pass one of its modules.")
-    splittable = [name for name, module in modules.items() if why_not(module) is None]
+    splittable = [name for module, name in names.items() if why_not(module) is None]
     raise LayerError(
         f"The network has no layer {layer!r}.{nearest(layer, splittable)} `unbraid layers` lists "
         "what can be split."
@@ -67,246 +71,12 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Say why a module cannot be split, or None if it can."""
-    found = _examine(module)
-    return found if isinstance(found, str) else None
-
-
-def splittable_layers(model: nn.Module) -> list[LayerSpec]:
-    """List the layers of a network that can be split, in its order."""
-    found = ((name, _examine(module)) for name, module in model.named_modules())
-    return [replace(spec, name=name) for name, spec in found if not isinstance(spec, str)]
-
-
-def describe(name: str, module: nn.Module) -> LayerSpec:
-    """Describe a layer that is linear in its weights.
-
-    Raises:
-        LayerError: the module is of another kind, has a single input channel, or computes
-            something else than a convolution with its weights.
-    """
-    found = _examine(module)
-    if isinstance(found, str):
-        raise LayerError(
-            f"Layer {name!r} ({type(module).__name__}) cannot be split: {found}; "
-            "`unbraid layers` lists what can."
-        )
-    return replace(found, name=name)
-
-
-def weight_rows(module: nn.Module) -> Tensor:
-    """Return the weights that a layer applies as one row per output channel, (C_out, J)."""
-    return _applied(module)[0].flatten(1)
-
-
-def bias_of(module: nn.Module) -> Tensor:
-    """Return the bias, (C_out,); zeros where the layer has none."""
-    weight, bias = _applied(module)[:2]
-    return weight.new_zeros(weight.shape[0]) if bias is None else bias
-
-
-def padding_pairs(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Return the padding that a convolution declares, before and after, per dimension."""
-    assert isinstance(module, _CONVOLUTIONS)
-    if module.padding == "valid":
-        return tuple((0, 0) for _ in module.kernel_size)
-    if module.padding == "same":  # torch puts the odd one behind
-        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return tuple((total // 2, total - total // 2) for total in totals)
-    assert not isinstance(module.padding, str)
-    return tuple((p, p) for p in module.padding)
-
-
-def _examine(module: nn.Module) -> LayerSpec | str:
-    """Describe a module, without its name, or say why it cannot be split."""
-    if isinstance(module, _TRANSPOSED):
-        return "it is a transposed convolution, whose weights are not divided"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention uses its weights without running it"
-    if isinstance(module, nn.Linear):
-        if module.in_features == 1:
-            return "it has a single input, nothing to divide"
-    elif isinstance(module, _CONVOLUTIONS):
-        if module.in_channels == module.groups:
-            return "each of its channels has a single input channel, nothing to divide"
-    else:
-        return "it is not a convolution or fully connected layer, so not linear in its own weights"
-    declared = _declared(module)
-    return declared if _computes_as_torch(module) else _probed(module, declared)
-
-
-def _declared(module: nn.Module) -> LayerSpec:
-    kind = type(module).__name__
-    if isinstance(module, nn.Linear):
-        return LayerSpec(
-            name="",
-            kind=kind,
-            n_out=module.out_features,
-            n_in=module.in_features,
-            kernel=(1,),
-            stride=(1,),
-            padding=((0, 0),),
-            dilation=(1,),
-            groups=1,
-            pad_mode="zeros",
-            channels_last=True,
-        )
-    assert isinstance(module, _CONVOLUTIONS)
-    return LayerSpec(
-        name="",
-        kind=kind,
-        n_out=module.out_channels,
-        n_in=module.in_channels,
-        kernel=tuple(module.kernel_size),
-        stride=tuple(module.stride),
-        padding=padding_pairs(module),
-        dilation=tuple(module.dilation),
-        groups=module.groups,
-        pad_mode=module.padding_mode,
-        channels_last=False,
-    )
-
-
-def _computes_as_torch(module: nn.Module) -> bool:
-    """Whether the class, also one that only computes its weights, runs torch's own code."""
-    base = next(kind for kind in (nn.Linear, *_CONVOLUTIONS) if isinstance(module, kind))
-    own = ("forward", "_conv_forward")
-    return not any(name in vars(module) for name in own) and all(
-        getattr(type(module), name, None) is getattr(base, name, None) for name in own
-    )
-
-
-def _probed(module: nn.Module, declared: LayerSpec) -> LayerSpec | str:
-    """Find the padding with which the weights that are applied give what the module gives."""
-    try:
-        probes = [_probe(module, declared, more) for more in (0, 1)]
-        weight, bias, pads = _applied(module)
-    except Exception as error:  # of a module of anyone's own
-        return f"it cannot be run by itself ({_first_line(error)})"
-    candidates = [declared]
-    if not declared.channels_last:
-        none = tuple((0, 0) for _ in declared.kernel)
-        candidates.append(replace(declared, padding=none, pad_mode=SAME))
-        if pads is not None:
-            candidates.append(replace(declared, padding=pads, pad_mode="zeros"))
-    shape = (declared.n_out, declared.n_taps)
-    if weight.flatten(1).shape == shape:
-        bias = weight.new_zeros(len(weight)) if bias is None else bias
-        for spec in candidates:
-            if all(_meets(spec, x, z, weight.flatten(1), bias) for x, z in probes):
-                return spec
-    return (
-        "it does not compute what weights of its own say, perhaps because it pads or scales in a "
-        "way of its own"
-    )
-
-
-def _probe(module: nn.Module, spec: LayerSpec, more: int) -> tuple[Tensor, Tensor]:
-    """Run a copy of a module, without hooks, on a small random input; return input and output."""
-    alone = copy_network(module).eval()  # since running may leave traces, as observers do
-    like = next(alone.parameters())
-    sizes: tuple[int, ...] = ()
-    if not spec.channels_last:  # a little larger than the kernel reaches, on both sides
-        reaches = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
-        sizes = tuple(2 * reach + 5 + more for reach in reaches)
-    generator = torch.Generator().manual_seed(more)
-    x = torch.randn(2, spec.n_in, *sizes, generator=generator, dtype=torch.float32).to(like)
-    with torch.no_grad():
-        return x, alone.forward(x)
-
-
-def _meets(spec: LayerSpec, x: Tensor, z: Tensor, rows: Tensor, bias: Tensor) -> bool:
-    channels = range(spec.n_out)
-    try:
-        with torch.no_grad():
-            expected = respond(spec, channels_first(spec, x), rows, bias, channels)
-    except RuntimeError:  # a padding that does not fit
-        return False
-    z = channels_first(spec, z)
-    # Rounding is far below, errors above.
-    tolerance = torch.finfo(z.dtype).eps ** 0.5 * float(z.abs().max()) + 1e-12
-    return expected.shape == z.shape and float((expected - z).abs().max()) <= tolerance
-
-
-class _Watch(TorchFunctionMode):
-    """Sees what is handed to convolutions and matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[dict[str, Any]] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _FUNCTIONS:
-            names = ("input", "weight", "bias", "stride", "padding")
-            self.seen.append({**dict(zip(names, args, strict=False)), **kwargs})
-        return func(*args, **kwargs)
-
-
-def _applied(module: nn.Module) -> tuple[Tensor, Tensor | None, tuple[tuple[int, int], ...] | None]:
-    """Weight, bias and padding with zeros that a layer applies; None for unknown padding.
-
-    In eval mode, since some compute their weights otherwise while training.
-
-    Raises:
-        LayerError: the module runs none or several convolutions.
-    """
-    with undisturbed(module), torch.no_grad():
-        for hook in module._forward_pre_hooks.values():  # torch's older way to compute weights
-            if isinstance(hook, (WeightNorm, SpectralNorm)):
-                hook(module, ())
-        if _computes_as_torch(module):
-            weight, bias = module.weight, module.bias
-            assert isinstance(weight, Tensor)
-            return weight.detach(), bias.detach() if isinstance(bias, Tensor) else None, None
-        with _Watch() as watch:
-            x, _ = _probe(module, _declared(module), 0)
-    if len(watch.seen) != 1:
-        raise LayerError(f"it runs {len(watch.seen)} convolutions or matrix products")
-    call = watch.seen[0]
-    bias = call.get("bias")
-    return call["weight"].detach(), None if bias is None else bias.detach(), _pads(x, call)
-
-
-def _pads(x: Tensor, call: dict[str, Any]) -> tuple[tuple[int, int], ...] | None:
-    """Where an input lies in what reaches the convolution, padded with zeros: before and after."""
-    met, own = call["input"], call.get("padding", 0)
-    if isinstance(own, str) or met.dim() != x.dim():
-        return None
-    n_dims = x.dim() - 2
-    own = (own,) * n_dims if isinstance(own, int) else tuple(own)
-    top = (x == x.max()).nonzero()[0]
-    found = (met == x.max()).nonzero()
-    if len(found) != 1:
-        return None
-    before = (found[0] - top)[2:].tolist()
-    totals = [m - n for m, n in zip(met.shape[2:], x.shape[2:], strict=True)]
-    pairs = zip(before, totals, own * n_dims if len(own) == 1 else own, strict=True)
-    return tuple((b + p, total - b + p) for b, total, p in pairs)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-# Which layers are meant, by name, by pattern or as modules; and their folders.
-
-
-LayerName = str | nn.Module
-
-
 def layer_names(
     model: nn.Module, asked: Sequence[LayerName], usable: Callable[[], list[LayerSpec]]
 ) -> list[str]:
     """Names of layers and of those that fit patterns, each once, in the order asked for.
 
-    Args:
-        model: whose layers they are.
-        asked: names, modules or patterns.
-        usable: tells the layers that can be scanned; asked only if there is a pattern.
+    `usable` tells the layers that can be scanned; it is asked only if there is a pattern.
 
     Raises:
         LayerError: there is no such layer, or none fits a pattern.
@@ -342,3 +112,203 @@ def is_pattern(model: nn.Module, layer: LayerName) -> bool:
     if not isinstance(layer, str) or not any(sign in layer for sign in "*?["):
         return False
     return layer not in dict(model.named_modules(remove_duplicate=False))
+
+
+# What a module computes
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Say why a module cannot be split, or None if it can."""
+    found = _examine(module)
+    return found if isinstance(found, str) else None
+
+
+def splittable_layers(model: nn.Module) -> list[LayerSpec]:
+    """List the layers of a network that can be split, in its order."""
+    found = ((name, _examine(module)) for name, module in model.named_modules())
+    return [replace(spec, name=name) for name, spec in found if not isinstance(spec, str)]
+
+
+def describe(name: str, module: nn.Module) -> LayerSpec:
+    """Describe a layer that is linear in its weights; LayerError says why a module is none."""
+    found = _examine(module)
+    if isinstance(found, str):
+        raise LayerError(
+            f"Layer {name!r} ({type(module).__name__}) cannot be split: {found}; "
+            "`unbraid layers` lists what can."
+        )
+    return replace(found, name=name)
+
+
+def weight_rows(module: nn.Module) -> Tensor:
+    """Return the weights that a layer applies as one row per output channel, (C_out, J)."""
+    return _applied(module)[0].flatten(1)
+
+
+def bias_of(module: nn.Module) -> Tensor:
+    """Return the bias, (C_out,); zeros where the layer has none."""
+    return _applied(module)[1]
+
+
+def padding_pairs(module: nn.Module) -> Pads:
+    """Return the padding that a convolution declares, before and after, per dimension."""
+    assert isinstance(module, _CONVOLUTIONS)
+    if module.padding == "valid":
+        return tuple((0, 0) for _ in module.kernel_size)
+    if module.padding == "same":  # torch puts the odd one behind
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    assert not isinstance(module.padding, str)
+    return tuple((p, p) for p in module.padding)
+
+
+def _examine(module: nn.Module) -> LayerSpec | str:
+    """Describe a module, without its name, or say why it cannot be split."""
+    if isinstance(module, _TRANSPOSED):
+        return "it is a transposed convolution, whose weights are not divided"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention uses its weights without running it"
+    if isinstance(module, nn.Linear):
+        if module.in_features == 1:
+            return "it has a single input, nothing to divide"
+    elif isinstance(module, _CONVOLUTIONS):
+        if module.in_channels == module.groups:
+            return "each of its channels has a single input channel, nothing to divide"
+    else:
+        return "it is not a convolution or fully connected layer, so not linear in its own weights"
+    declared = _declared(module)
+    return declared if _computes_as_torch(module) else _probed(module, declared)
+
+
+def _declared(module: nn.Module) -> LayerSpec:
+    kind = type(module).__name__
+    if isinstance(module, nn.Linear):
+        one, none = (1,), ((0, 0),)
+        n_out, n_in = module.out_features, module.in_features
+        return LayerSpec("", kind, n_out, n_in, one, one, none, one, 1, "zeros", channels_last=True)
+    assert isinstance(module, _CONVOLUTIONS)
+    return LayerSpec(
+        name="",
+        kind=kind,
+        n_out=module.out_channels,
+        n_in=module.in_channels,
+        kernel=tuple(module.kernel_size),
+        stride=tuple(module.stride),
+        padding=padding_pairs(module),
+        dilation=tuple(module.dilation),
+        groups=module.groups,
+        pad_mode=module.padding_mode,
+        channels_last=False,
+    )
+
+
+def _computes_as_torch(module: nn.Module) -> bool:
+    """Whether the class, also one that only computes its weights, runs torch's own code."""
+    base = next(kind for kind in (nn.Linear, *_CONVOLUTIONS) if isinstance(module, kind))
+    own = ("forward", "_conv_forward")
+    return not any(name in vars(module) for name in own) and all(
+        getattr(type(module), name, None) is getattr(base, name, None) for name in own
+    )
+
+
+def _probed(module: nn.Module, declared: LayerSpec) -> LayerSpec | str:
+    """Find the padding with which the weights that are applied give what the module gives."""
+    try:
+        probes = [_probe(module, declared, more) for more in (0, 1)]
+        weight, bias, pads = _applied(module)
+    except Exception as error:  # of a module of anyone's own
+        return f"it cannot be run by itself ({brief(error)})"
+    candidates = [declared]
+    if not declared.channels_last:
+        none = tuple((0, 0) for _ in declared.kernel)
+        candidates.append(replace(declared, padding=none, pad_mode=SAME))
+        if pads is not None:
+            candidates.append(replace(declared, padding=pads, pad_mode="zeros"))
+    rows = weight.flatten(1)
+    for spec in candidates if rows.shape == (declared.n_out, declared.n_taps) else ():
+        if all(_meets(spec, x, z, rows, bias) for x, z in probes):
+            return spec
+    return (
+        "it does not compute what weights of its own say, perhaps because it pads or scales in a "
+        "way of its own"
+    )
+
+
+def _probe(module: nn.Module, spec: LayerSpec, more: int) -> tuple[Tensor, Tensor]:
+    """Run a copy of a module, without hooks, on a small random input; return input and output."""
+    alone = copy_network(module).eval()  # since running may leave traces, as observers do
+    like = next(alone.parameters())
+    # A little larger than the kernel reaches, on both sides.
+    reaches = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
+    sizes = [] if spec.channels_last else [2 * reach + 5 + more for reach in reaches]
+    generator = torch.Generator().manual_seed(more)
+    x = torch.randn(2, spec.n_in, *sizes, generator=generator, dtype=torch.float32).to(like)
+    with torch.no_grad():
+        return x, alone.forward(x)
+
+
+def _meets(spec: LayerSpec, x: Tensor, z: Tensor, rows: Tensor, bias: Tensor) -> bool:
+    channels = range(spec.n_out)
+    try:
+        with torch.no_grad():
+            expected = respond(spec, channels_first(spec, x), rows, bias, channels)
+    except RuntimeError:  # a padding that does not fit
+        return False
+    z = channels_first(spec, z)
+    # Rounding is far below, errors above.
+    tolerance = torch.finfo(z.dtype).eps ** 0.5 * float(z.abs().max()) + 1e-12
+    return expected.shape == z.shape and float((expected - z).abs().max()) <= tolerance
+
+
+class _Watch(TorchFunctionMode):
+    """Keeps what is handed to convolutions and matrix products, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, Any]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FUNCTIONS:
+            names = ("input", "weight", "bias", "stride", "padding")
+            self.seen.append({**dict(zip(names, args, strict=False)), **kwargs})
+        return func(*args, **kwargs)
+
+
+def _applied(module: nn.Module) -> tuple[Tensor, Tensor, Pads | None]:
+    """Weight, bias and padding with zeros that a layer applies; None for unknown padding."""
+    with undisturbed(module), torch.no_grad():  # as some compute their weights by the mode
+        for hook in module._forward_pre_hooks.values():  # torch's older way to compute weights
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                hook(module, ())
+        if _computes_as_torch(module):
+            call: dict[str, Any] = {"weight": module.weight, "bias": module.bias}
+            pads = None
+        else:
+            with _Watch() as watch:
+                x, _ = _probe(module, _declared(module), 0)
+            if len(watch.seen) != 1:
+                raise LayerError(f"it runs {len(watch.seen)} convolutions or matrix products")
+            call = watch.seen[0]
+            pads = _pads(x, call)
+    weight, bias = call["weight"].detach(), call.get("bias")
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach(), pads
+
+
+def _pads(x: Tensor, call: dict[str, Any]) -> Pads | None:
+    """Where an input lies in what reaches the convolution, padded with zeros: before and after."""
+    met, own = call["input"], call.get("padding", 0)
+    if isinstance(own, str) or met.dim() != x.dim():
+        return None
+    n_dims = x.dim() - 2
+    own = (own,) * n_dims if isinstance(own, int) else tuple(own)
+    top = (x == x.max()).nonzero()[0]
+    found = (met == x.max()).nonzero()
+    if len(found) != 1:
+        return None
+    before = (found[0] - top)[2:].tolist()
+    totals = [m - n for m, n in zip(met.shape[2:], x.shape[2:], strict=True)]
+    pairs = zip(before, totals, own * n_dims if len(own) == 1 else own, strict=True)
+    return tuple((b + p, total - b + p) for b, total, p in pairs)

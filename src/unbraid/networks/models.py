@@ -19,20 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unbraid.base.errors import ModelError, UsageError, brief, nearest
+from unbraid.networks.checkpoints import load_weights
 from unbraid.networks.class_names import Names, output_names
 from unbraid.networks.outputs import count_outputs
-from unbraid.networks.weights import load_weights
-
-# Processes that scan together, as `torchrun` starts them, on one machine or many.
-
-
-def local_rank() -> int:
-    """This process's number on its machine, 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-# From a model's name to the network, its preprocessing and the names of its outputs.
-
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -103,11 +92,11 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     kind, _, name = spec.partition(":")
     note = ""
     file = Path(weights) if weights is not None and _is_file(weights) else None
-    named = None if file else weights
+    named = RANDOM if file else weights
     if kind == "torchvision":
-        model, transform, names = _torchvision(name, RANDOM if file else named)
+        model, transform, names = _torchvision(name, named)
     elif kind == "timm":
-        model, transform = load_timm(name, RANDOM if file else named)
+        model, transform = load_timm(name, named)
         names = list(output_names(model))
     elif ".py:" in spec:
         if named not in (None, RANDOM):
@@ -122,11 +111,12 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     if file is not None:
         load_weights(model, file)
     if device is None:
-        device = f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
+        rank = os.environ.get("LOCAL_RANK", "0")  # of this process, where torchrun has started it
+        device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     try:
         model = _moved(model, device).eval()
     except RuntimeError as error:
-        raise UsageError(f"Device {device!r} cannot be used ({_first_line(error)}).") from None
+        raise UsageError(f"Device {device!r} cannot be used ({brief(error)}).") from None
     source = {"model": spec, "weights": weights}
     return LoadedModel(model, transform, tuple(names), source, note=note)
 
@@ -193,8 +183,7 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, Transform, 
             "'random', or the path of a file."
         )
     chosen = choices[weights or "DEFAULT"]
-    with _in_single():
-        model = _download(lambda: models.get_model(name, weights=chosen), chosen.url)
+    model = _download(lambda: models.get_model(name, weights=chosen), chosen.url)
     return model, chosen.transforms(), chosen.meta["categories"]
 
 
@@ -222,10 +211,10 @@ def load_timm(
         raise UsageError(f"timm has no model {name!r}.{nearest(name, timm.list_models())}")
     if weights not in (None, RANDOM):
         raise UsageError(f"There is no weights file {weights}; timm's own tag goes into the name.")
+    model = _download(
+        lambda: timm.create_model(name, pretrained=weights is None), f"timm:{name}", hint
+    )
     with _in_single():
-        model = _download(
-            lambda: timm.create_model(name, pretrained=weights is None), f"timm:{name}", hint
-        )
         config = timm.data.resolve_model_data_config(model)
         transform = timm.data.create_transform(**config, is_training=False)
     from torchvision.transforms import ToTensor
@@ -293,33 +282,26 @@ def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[st
             f"{path}:{function} fails ({type(error).__name__}: {error}); it is called without "
             "arguments."
         ) from error
-    parts = made if isinstance(made, tuple) else (made,)
+    parts = list(made) if isinstance(made, tuple) else [made]
     if not isinstance(parts[0], nn.Module) or len(parts) > 3:
         raise UsageError(
             f"{path}:{function} must return a network, (network, preprocessing) or (network, "
             f"preprocessing, output names), not {type(made).__name__}."
         )
-    transform = parts[1] if len(parts) > 1 else None
-    return parts[0], transform, _own_names(parts[2], path) if len(parts) > 2 else []
-
-
-def _own_names(names: Any, path: str) -> list[str]:
+    network, transform, names = [*parts, None, []] if len(parts) == 1 else [*parts, []][:3]
     if isinstance(names, Mapping) and set(names) == set(range(len(names))):
         names = [names[place] for place in range(len(names))]
     if isinstance(names, (str, Mapping, Set)) or not isinstance(names, Iterable):
         raise UsageError(
             f"{path} gives a {type(names).__name__} for output names; give a list of texts."
         )
-    return [str(name) for name in names]
+    return network, transform, [str(name) for name in names]
 
 
 def _download(build: Callable[[], nn.Module], what: str, hint: str = _HINT) -> nn.Module:
     try:
-        return build()
+        with _in_single():
+            return build()
     except (urllib.error.URLError, OSError, RuntimeError) as error:
-        reason = _first_line(error).rstrip(".")
+        reason = brief(error).rstrip(".")
         raise ModelError(f"The weights {what} cannot be had ({reason}); {hint}.") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,4 +1,4 @@
-"""A network run on a stack of images: what goes in, what must come out."""
+"""A network run on images: where its logits are, and whether they can be used."""
 
 from __future__ import annotations
 
@@ -10,19 +10,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from unbraid.base.errors import (
-    DataError,
-    ModelError,
-    OutOfMemory,
-    UnbraidError,
-    memory_full,
-)
+from unbraid.base.errors import DataError, ModelError, OutOfMemory, UnbraidError, brief, memory_full
 from unbraid.base.modes import callers_device, in_plain_modes
 from unbraid.networks.copying import device_of, number_format, unwrap
 from unbraid.networks.relevance import undisturbed
-
-# Networks as they come: inside wrappers, and with logits somewhere in what they put out.
-
 
 Pick = str | int | Callable[[Any], Tensor]
 
@@ -86,17 +77,12 @@ class _Picking:
 
 
 def _part_of(output: Any, pick: str | int) -> Any:
-    """Take a part by its key, index or attribute, or by several with dots between.
-
-    Raises:
-        KeyError, IndexError, TypeError, AttributeError: there is none.
-    """
+    """Take a part by its key, index or attribute, or by several with dots between; else raise."""
     if isinstance(output, Tensor):  # what it can do, or one image's row, is not a part of it
         raise KeyError(pick)
-    keys = _keys(output)
     number = int(pick) if re.fullmatch(r"[+-]?\d+", str(pick), re.ASCII) else None
-    for key in (pick, str(pick), number):
-        if key is not None and key in keys:
+    for key in (pick, str(pick), number) if isinstance(output, Mapping) else ():
+        if key is not None and key in output:
             return output[key]
     if number is not None:
         return output[number]
@@ -113,12 +99,8 @@ def as_logits(output: Any, n_images: int | None = None) -> Tensor:
     """Bring a network's output to logits (N, T).
 
     What is called "logits" in it is taken, and the one tensor of a list. A single logit z, (N,) or
-    (N, 1), tells two classes apart; it becomes the two logits -z and z. Of one image alone a
-    network may leave N out: (T,), or () for a single logit.
-
-    Args:
-        output: what the network puts out.
-        n_images: N, where it is known.
+    (N, 1), tells two classes apart; it becomes the two logits -z and z. Of one image alone (where
+    `n_images` is 1) a network may leave N out: (T,), or () for a single logit.
 
     Raises:
         ModelError: there are no logits, or it is not plain which they are.
@@ -139,7 +121,7 @@ def as_logits(output: Any, n_images: int | None = None) -> Tensor:
 
 def _called_logits(output: Any) -> Any:
     """What is called "logits" in an output, or the one tensor of a list, else all of it."""
-    if "logits" in _keys(output):
+    if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]
     if not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
         return output.logits
@@ -166,49 +148,37 @@ def _advice(output: Any) -> str:
     return f"say where they are: {choices}, or in Python by unbraid.with_logits"
 
 
+def _named_parts(output: Any) -> list[tuple[Any, Any]]:
+    """What an output is made of, by key, number or attribute."""
+    if isinstance(output, Mapping):
+        return list(output.items())
+    if isinstance(output, (tuple, list)):
+        return list(enumerate(output))
+    return [] if isinstance(output, Tensor) else list(getattr(output, "__dict__", {}).items())
+
+
 def _parts(output: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
     """All that `_part_of` can take out of an output, by name."""
-    if isinstance(output, Tensor) or depth == 0:
-        return
-    if isinstance(output, Mapping):
-        pairs = [(str(key), value) for key, value in output.items()]
-    elif isinstance(output, (tuple, list)):
-        pairs = [(str(place), value) for place, value in enumerate(output)]
-    else:
-        pairs = list(getattr(output, "__dict__", {}).items())
-    for name, value in pairs:
-        yield name, value
+    for name, value in _named_parts(output) if depth else ():
+        yield str(name), value
         for inner, part in _parts(value, depth - 1):
             yield f"{name}.{inner}", part
-
-
-def _keys(output: Any) -> tuple[Any, ...]:
-    return tuple(output) if isinstance(output, Mapping) else ()
 
 
 def _describe(output: Any) -> str:
     """Tell what a network puts out, in a few words."""
     if isinstance(output, Tensor):
         return f"a tensor {tuple(output.shape)}"
-    kind = type(output).__name__
-    if isinstance(output, Mapping):
-        parts = [f"{key!r}: {_describe(value)}" for key, value in output.items()]
-    elif isinstance(output, (tuple, list)):
-        parts = [_describe(value) for value in output]
-    else:
-        parts = []
-    return f"a {kind} ({', '.join(parts[:5])})" if parts else f"a {kind}"
-
-
-# A network run on a stack of images: what goes in, what must come out.
+    kind = f"a {type(output).__name__}"
+    if not isinstance(output, (Mapping, tuple, list)) or not output:
+        return kind
+    keys = isinstance(output, Mapping)
+    parts = [f"{k!r}: {_describe(v)}" if keys else _describe(v) for k, v in _named_parts(output)]
+    return f"{kind} ({', '.join(parts[:5])})"
 
 
 def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Make a batch of images; `index` says where they are in the data set.
-
-    Raises:
-        DataError: they differ in size.
-    """
+    """Make a batch of images of one size; `index` says where they are in the data set."""
     for image, place in zip(images, index.tolist(), strict=True):
         if image.shape != images[0].shape:
             raise DataError(
@@ -221,8 +191,7 @@ def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
 def run_network(model: nn.Module, images: Tensor) -> Tensor:
     """Compute logits, (N, T).
 
-    The network gets a copy of the images, since it may write into it, in the number format of its
-    weights.
+    The network gets a copy of the images, as it may write into it, in its weights' number format.
 
     Raises:
         ModelError: the network cannot run on such images, or gives something else.
@@ -235,30 +204,13 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
     except Exception as error:  # of a network of anyone's own
         if memory_full(error):
             raise OutOfMemory("The device is out of memory; lower batch_size.") from None
-        if "meta" in str(error) and (lacking := _without_numbers(model)):
+        lacking = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+        if lacking and "meta" in str(error):
             raise ModelError(
                 f"The network's {lacking!r} is on the meta device, so holds no numbers; load the "
                 "weights first."
             ) from None
-        if "more than 1 value per channel" in str(error):
-            raise ModelError(
-                "The network normalises by the statistics of its batch, also in eval mode, and one "
-                "image has none; let its norms use running statistics."
-            ) from error
-        if "functorch transform" in str(error):
-            raise ModelError(
-                "The network runs the layer inside of torch.vmap or another of torch.func's "
-                "transforms, where it cannot be looked into; let it run the layer on all images at "
-                "once, or choose a layer outside."
-            ) from error
-        advice = "check size and channels of the images"
-        if not images.is_floating_point():
-            kind = str(images.dtype).removeprefix("torch.")
-            advice += f", and that the network takes {kind} where a transform usually makes floats"
-        raise ModelError(
-            f"The network cannot run on images of shape {tuple(images.shape[1:])} "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); {advice}."
-        ) from error
+        raise ModelError(_why(error, images)) from error
     logits = as_logits(output, len(images))
     if logits.is_meta:
         raise ModelError("The network's weights are on the meta device; load weights first.")
@@ -270,26 +222,42 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def count_outputs(model: nn.Module, image: Tensor) -> int:
-    """Run a network on one image, (C, H, W), and count its logits, T.
+_REASONS = {  # by what torch says
+    "more than 1 value per channel": (
+        "The network normalises by the statistics of its batch, also in eval mode, and one image "
+        "has none; let its norms use running statistics."
+    ),
+    "functorch transform": (
+        "The network runs the layer inside of torch.vmap or another of torch.func's transforms, "
+        "where it cannot be looked into; let it run the layer on all images at once, or choose a "
+        "layer outside."
+    ),
+}
 
-    Raises:
-        ModelError: it cannot run on it.
-    """
+
+def _why(error: Exception, images: Tensor) -> str:
+    """Say why a network cannot run, and what to do."""
+    for words, reason in _REASONS.items():
+        if words in str(error):
+            return reason
+    advice = "check size and channels of the images"
+    if not images.is_floating_point():
+        kind = str(images.dtype).removeprefix("torch.")
+        advice += f", and that the network takes {kind} where a transform usually makes floats"
+    return (
+        f"The network cannot run on images of shape {tuple(images.shape[1:])} "
+        f"({brief(error)}); {advice}."
+    )
+
+
+def count_outputs(model: nn.Module, image: Tensor) -> int:
+    """Run a network on one image, (C, H, W), and count its logits, T."""
     with undisturbed(model), torch.no_grad():
         return run_network(model, image[None].to(device_of(model))).shape[1]
 
 
-def _without_numbers(model: nn.Module) -> str | None:
-    return next((name for name, weight in model.named_parameters() if weight.is_meta), None)
-
-
 def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:
-    """Raise if a label names no output of the network; `index` says whose it is.
-
-    Raises:
-        DataError: one does.
-    """
+    """Raise DataError if a label names no output of the network; `index` says whose it is."""
     wrong = (label < 0) | (label >= logits.shape[1])
     if wrong.any():
         raise DataError(
@@ -299,11 +267,7 @@ def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:
 
 
 def refuse_broken_values(values: Tensor, index: Tensor) -> None:
-    """Raise if what was computed of an image is not finite, N first in `values`.
-
-    Raises:
-        ModelError: names the image.
-    """
+    """Raise ModelError if what was computed of an image is not finite, N first in `values`."""
     wrong = ~values.flatten(1).isfinite().all(1).cpu()
     if wrong.any():
         raise ModelError(

@@ -21,12 +21,12 @@ from torch.nn.parameter import is_lazy
 
 from unbraid.base.errors import LayerError, ModelError, OutOfMemory, brief
 from unbraid.base.modes import restored, same_random
-from unbraid.networks.copying import is_quantised
 from unbraid.networks.outputs import run_network
+from unbraid.networks.relevance import is_quantised
 from unbraid.networks.spec import LayerSpec
 
 _MOST = 4  # images to look at
-_REPEATS = 8  # of a network that draws random numbers, which it may use now and then
+_REPEATS = 24  # of a network that draws random numbers, which it may use now and then
 # Of a largest logit; one image alone is computed by other kernels, perhaps in half precision.
 _ALONE = 0.05
 
@@ -36,8 +36,8 @@ def look_first(
     images: Tensor,
     layers: Sequence[tuple[LayerSpec, nn.Module]] = (),
     n_fewest: int = 1,
-) -> None:
-    """Raise if a network cannot be scanned, though it runs.
+) -> Tensor:
+    """Raise if a network cannot be scanned, though it runs; return logits of some images.
 
     Args:
         model: undisturbed.
@@ -51,7 +51,10 @@ def look_first(
         LayerError: a layer meets a single image without its batch dimension.
     """
     with same_random():
-        few = _few(model, images.detach())
+        images = images.detach()
+        few = images[:_MOST]
+        if len(images) > _MOST and isinstance(_tried(model, few), ModelError):
+            few = images  # as it cannot run on fewer
         logits = refuse_unsteady(model, few)
         # Both ways, as what is taken of a batch, such as its largest value, may be of either half.
         for half in range(min(2, len(few))):
@@ -61,6 +64,7 @@ def look_first(
                 raise _depends_on_others()
         if n_fewest < len(images):
             _look_at_fewer(model, few, logits, layers, n_fewest)
+    return logits
 
 
 def _run(model: nn.Module, images: Tensor) -> Tensor:
@@ -69,16 +73,14 @@ def _run(model: nn.Module, images: Tensor) -> Tensor:
         return run_network(model, images).detach()
 
 
-def _few(model: nn.Module, images: Tensor) -> Tensor:
-    """Some images, or all if the network cannot run on fewer."""
-    if len(images) > _MOST:
-        try:
-            _run(model, images[:_MOST])
-        except OutOfMemory:
-            raise
-        except ModelError:
-            return images
-    return images[:_MOST]
+def _tried(model: nn.Module, images: Tensor) -> Tensor | ModelError:
+    """Compute logits, or say why there are none."""
+    try:
+        return _run(model, images)
+    except OutOfMemory:
+        raise
+    except ModelError as error:
+        return error
 
 
 def _look_at_fewer(
@@ -89,46 +91,31 @@ def _look_at_fewer(
     n_fewest: int,
 ) -> None:
     """Raise if the network does not run on as few images, or gives a single one other logits."""
-    try:
-        with ExitStack() as stack:
-            for spec, module in layers if n_fewest == 1 else ():
-                hook = partial(_refuse_lone, spec)
-                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
-            alone = _run(model, images[:1])
-    except OutOfMemory:
-        raise
-    except ModelError as error:
+    with ExitStack() as stack:
+        for spec, module in layers if n_fewest == 1 else ():
+            hook = partial(_refuse_lone, spec)
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        alone = _tried(model, images[:1])
+    if isinstance(alone, ModelError):
+        fewest: Tensor | ModelError = alone
         if n_fewest > 1:
-            if n_fewest < len(images):
-                _run_on(model, images[:n_fewest])
-            return
-        raise _too_few(1, error) from None
+            fewest = _tried(model, images[:n_fewest]) if n_fewest < len(images) else logits
+        if isinstance(fewest, ModelError):
+            what = "one image" if n_fewest == 1 else f"{n_fewest} images"
+            raise ModelError(
+                f"The network runs on more images at once but not on {what} "
+                f"({brief(fewest.__cause__ or fewest)}), and the last batch holds {n_fewest}; "
+                "choose a batch_size that leaves no such rest, or wrap the network so that it runs "
+                "on any number."
+            )
+        return
     allowed = max(_ALONE, _rounding(model, logits))
     if _differ(logits[:1], alone, allowed, logits):
         # Unless it makes much of little, as networks without training may.
         almost = _run(model, images * (1 + 4 * torch.finfo(images.dtype).eps))
         if not _differ(logits[:1], almost[:1], allowed / 100, logits):
             raise _depends_on_others()
-
-
-def _run_on(model: nn.Module, images: Tensor) -> None:
-    try:
-        _run(model, images)
-    except OutOfMemory:
-        raise
-    except ModelError as error:
-        raise _too_few(len(images), error) from None
-
-
-def _too_few(n: int, error: ModelError) -> ModelError:
-    what = "one image" if n == 1 else f"{n} images"
-    reason = brief(error.__cause__ or error)
-    return ModelError(
-        f"The network runs on more images at once but not on {what} ({reason}), and the "
-        f"last batch holds {n}; choose a batch_size that leaves no such rest, or wrap the network "
-        "so that it runs on any number."
-    )
 
 
 def _refuse_lone(
@@ -162,13 +149,12 @@ def refuse_unsteady(model: nn.Module, images: Tensor, tolerance: float | None = 
             before = _kept(model)
             first = run_network(model, images).detach()
             draws = _random_state() != at
-            changed = _changed(before, _kept(model))
+            changed = [name for name, value in _kept(model).items() if _is_new(before, name, value)]
         same = partial(_same, first, tolerance)
         with restored(model, wholly=True):
-            others = (images.flip(-1) / 2).to(images.dtype)
-            run_network(model, others)  # of which it may keep something
+            # Of which it may keep something.
+            run_network(model, (images.flip(-1) / 2).to(images.dtype))
             steady = same(run_network(model, images).detach())
-        # One that draws random numbers may use them now and then.
         for _ in range(_REPEATS if draws else int(not steady)):
             if not same(_run(model, images)):
                 raise ModelError(
@@ -186,11 +172,9 @@ def refuse_unsteady(model: nn.Module, images: Tensor, tolerance: float | None = 
 
 
 def _same(one: Tensor, tolerance: float | None, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
     if tolerance is None:
         return not _differ(one, other, 16 * torch.finfo(one.dtype).eps)
-    return bool(((one - other).abs().nan_to_num() <= tolerance).all())
+    return one.shape == other.shape and bool(((one - other).abs().nan_to_num() <= tolerance).all())
 
 
 def _kept(model: nn.Module) -> dict[str, Tensor]:
@@ -198,21 +182,17 @@ def _kept(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         own = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)
-        tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-        for name, value in (*tensors.items(), *module.named_buffers(recurse=False)):
-            if not is_lazy(value) and not value.is_meta and value.layout == torch.strided:
+        for name, value in (*own.items(), *module.named_buffers(recurse=False)):
+            if not isinstance(value, Tensor) or is_lazy(value) or value.is_meta:
+                continue
+            if value.layout == torch.strided:
                 found[f"{prefix}.{name}" if prefix else name] = value.detach().clone()
     return found
 
 
-def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
-    return [
-        name
-        for name, value in after.items()
-        if name not in before
-        or value.shape != before[name].shape
-        or not torch.equal(value, before[name])
-    ]
+def _is_new(before: dict[str, Tensor], name: str, value: Tensor) -> bool:
+    old = before.get(name)
+    return old is None or old.shape != value.shape or not torch.equal(old, value)
 
 
 def _random_state() -> tuple[bytes, ...]:

@@ -24,7 +24,7 @@ from unbraid.base.modes import (
     without_autocast,
     without_inference,
 )
-from unbraid.networks.copying import is_quantised, tensors_in
+from unbraid.networks.copying import tensors_in
 
 Kept = TypeVar("Kept")
 
@@ -42,10 +42,9 @@ class Cut(Generic[Kept]):
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the network in eval mode without parameter gradients; put everything back afterwards.
 
-    With no parameter asking for a gradient, autograd records nothing until the cut layer. Parts
-    that are compiled run as they are written, since compiled code may pass hooks by. Autocast
-    around it is switched off, as it would reach into what is computed of the network as well.
-    What the network changes of itself or draws at random while it runs is put back too.
+    With no parameter asking for a gradient, autograd records nothing until the cut layer. Compiled
+    parts run as they are written, since compiled code may pass hooks by; autocast is off. What the
+    network changes of itself or draws at random is put back too.
     """
     with without_inference(), restored(model), same_random():
         # What was computed from weights, as in copies of scripted parts, cannot be told not to.
@@ -65,14 +64,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(flag)
 
 
-def _is_map(parameter: Tensor) -> bool:
-    return not is_lazy(parameter) and parameter.dim() == 4 and parameter.layout == torch.strided
-
-
 @contextmanager
 def kept_channels_last(model: nn.Module) -> Iterator[None]:
     """Keep the weights of 2-D convolutions channels last; put the very same memory back."""
-    maps = [parameter for parameter in model.parameters() if _is_map(parameter)]
+    dense = [p for p in model.parameters() if not is_lazy(p) and p.layout == torch.strided]
+    maps = [parameter for parameter in dense if parameter.dim() == 4]
     before = [parameter.data for parameter in maps]
     try:
         for parameter in maps:
@@ -87,24 +83,16 @@ def uncompiled() -> AbstractContextManager[Any]:
     """Run compiled parts as they are written, if torch's compiler was ever loaded."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
-    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return eager
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 @contextmanager
 def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kept]]:
     """Record a layer's input and output, and make its output the start of the graph.
 
-    In-place operations behind the layer must not reach what is recorded. So `keep` takes what it
-    wants of the input at once, and what follows gets a copy of the output, not the leaf itself.
-    A layer that runs again behind itself stays in the graph that its first run began.
-
-    Gradients are to be taken inside the block, since a checkpointed block runs the layer once more
-    for them.
-
-    Args:
-        layer: the layer.
-        keep: from the layer's input to what to keep of it.
+    In-place operations behind the layer must not reach what is recorded: `keep` takes what it wants
+    of the input at once, and what follows gets a copy of the output. Gradients are to be taken
+    inside the `with` block, since a checkpointed part runs the layer once more for them.
     """
     cut: Cut[Kept] = Cut()
 
@@ -112,7 +100,7 @@ def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kep
         _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
     ) -> Tensor:
         with torch.enable_grad(), without_autocast(), own_device():
-            if not output.requires_grad:
+            if not output.requires_grad:  # else it runs again, behind its first run
                 output = output.detach().requires_grad_()
             if cut.recording:
                 cut.inputs.append(keep((args[0] if args else next(iter(named.values()))).detach()))
@@ -129,29 +117,22 @@ def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kep
 
 @contextmanager
 def _no_reentrant_checkpoints() -> Iterator[None]:
-    """Let torch's older kind of checkpointed block compute as any other block.
-
-    It computes without a graph and builds one of its own later, which no cut inside survives.
-    """
-
-    def run(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
+    """Let torch's older kind of checkpointed block compute as any other, not by its own graph."""
     before = CheckpointFunction.apply
-    CheckpointFunction.apply = staticmethod(run)
+    CheckpointFunction.apply = staticmethod(lambda function, _preserve, *args: function(*args))
     try:
         yield
     finally:
         CheckpointFunction.apply = before
 
 
-def gradient_stop(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) -> str:
-    """Find the part behind a layer that lets no gradient through, and say what it is.
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a part computes with a few whole numbers, which has no gradient."""
+    return ".quantized" in type(module).__module__
 
-    Args:
-        model: the network.
-        layer: of it.
-        run: runs the network.
+
+def gradient_stop(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) -> str:
+    """Run a network to find the part behind a layer that lets no gradient through.
 
     Returns:
         The part's name and kind in words; empty if there is no such part.
@@ -185,16 +166,10 @@ def gradient_stop(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) ->
 def output_relevance(
     name: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], stop: str = ""
 ) -> list[Tensor]:
-    """Gradient x activation of a layer's outputs, before pooling.
+    """Gradient x activation of a layer's outputs at each call, in units of the logit.
 
-    Args:
-        name: of the layer.
-        outputs: the layer's output at each call, any shape.
-        gradients: of the summed logits of the images' own classes, by these outputs.
-        stop: what is known of why there are none.
-
-    Returns:
-        The shapes of `outputs`, in units of the logit; float32 or wider.
+    The gradients are of the summed logits of the images' own classes; `stop` says what is known of
+    why there are none.
 
     Raises:
         LayerError: no output reaches the logits.
@@ -221,13 +196,9 @@ def gradients_at(outputs: Sequence[Tensor], value: Tensor) -> list[Tensor | None
 
 
 def shares(relevance: Tensor) -> Tensor:
-    """Divide each channel's relevance by the sum of the positive ones of its image.
+    """Divide channels' relevance, (N, C_out), by the sum of the positive ones of each image.
 
-    Args:
-        relevance: (N, C_out).
-
-    Returns:
-        (N, C_out); zero throughout for an image without positive relevance.
+    An image without positive relevance has no share.
 
     >>> shares(torch.tensor([[3.0, -1.0, 1.0], [0.0, -1.0, 0.0]]))
     tensor([[ 0.7500, -0.2500,  0.2500],

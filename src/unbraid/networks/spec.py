@@ -1,8 +1,8 @@
-"""Layers that are linear in their weights: their rows, their pooled inputs, new rows beside them.
+"""A layer that is linear in its weights: its pooled inputs, and new rows beside its own.
 
-Every such layer is seen here as a convolution: a fully connected layer is one with kernel 1 whose
-positions are its tokens. Shapes: N images, C_out and C_in channels, G groups, J = C_in / G * kernel
-taps of one channel, P output positions.
+Every such layer is seen as a convolution: a fully connected one has kernel 1, and its positions are
+its tokens. Shapes: N images, C_out and C_in channels, G groups, J = C_in / G * kernel taps of one
+channel, P output positions.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,8 @@ from unbraid.base.schema import build, in_range
 
 SAME = "same"  # a padding mode: zeros, as many as the input's size asks for, as in TensorFlow
 
-_PAD_MODES = {
-    "zeros": "constant",
-    SAME: "constant",
-    "reflect": "reflect",
-    "replicate": "replicate",
-    "circular": "circular",
+_PAD_MODES = {"zeros": "constant", SAME: "constant"} | {
+    mode: mode for mode in ("reflect", "replicate", "circular")
 }
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _MOST = 2**24  # channels, or any other number of a layer
@@ -75,38 +72,29 @@ class LayerSpec:
         return total // 2, total - total // 2
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready description."""
+        """Return what JSON can hold."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerSpec:
-        """Build a LayerSpec from what `to_dict` gave, after a way through JSON.
-
-        Raises:
-            ValueError: it is not a layer, or one that cannot be.
-        """
+        """Build one from what `to_dict` gave, after JSON; ValueError if there can be none."""
         spec = build(cls, values)
         spec.check()
         return spec
 
     def check(self) -> None:
-        """Raise unless there can be such a layer.
-
-        Raises:
-            ValueError: there cannot.
-        """
-        dims = len(self.kernel)
-        if dims not in _CONVOLVE or not (
-            dims == len(self.stride) == len(self.padding) == len(self.dilation)
+        """Raise ValueError unless there can be such a layer."""
+        sizes = {"kernel": self.kernel, "stride": self.stride, "dilation": self.dilation}
+        counts = {"n_out": (self.n_out,), "n_in": (self.n_in,), "groups": (self.groups,)}
+        if len(self.kernel) not in _CONVOLVE or any(
+            len(numbers) != len(self.kernel) for numbers in (*sizes.values(), self.padding)
         ):
             raise ValueError("kernel, stride, padding and dilation are not of one to three numbers")
-        for name in ("kernel", "stride", "dilation"):
-            for number in getattr(self, name):
+        for name, numbers in (sizes | counts).items():
+            for number in numbers:
                 in_range(name, number, 1, _MOST)
         for number in (n for pair in self.padding for n in pair):
             in_range("padding", number, -_MOST, _MOST)
-        for name in ("n_out", "n_in", "groups"):
-            in_range(name, getattr(self, name), 1, _MOST)
         if self.n_in % self.groups or self.n_out % self.groups:
             raise ValueError("the channels cannot be divided among the groups")
         if self.pad_mode not in _PAD_MODES:
@@ -116,7 +104,7 @@ class LayerSpec:
 
 
 def widen(x: Tensor) -> Tensor:
-    """Bring numbers to float32 if they are of half precision, so that sums of them keep theirs."""
+    """Bring numbers of half precision to float32, in which they are summed."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -130,20 +118,18 @@ def channels_first(spec: LayerSpec, x: Tensor) -> Tensor:
 
 
 def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
-    """Sum, for every tap, the inputs that it meets over all output positions.
+    """Sum what each tap meets over all output positions; METHOD.md sections 2 and 4.
 
-    A window sum separates over the spatial dimensions, and padding of any mode only says which
-    input a tap meets; so one small matrix of counts per dimension does it all.
+    It equals the gradient of the summed output by the weights. A window sum separates over the
+    spatial dimensions, and padding of any mode only says which input a tap meets; so one small
+    matrix of counts per dimension does it all.
 
     Args:
         spec: the layer.
-        x: (N, C_in, positions ...), the layer's input, channels first.
+        x: (N, C_in, positions ...), its input, channels first.
 
     Returns:
-        (N, G, J), in units of the layer's input; float32 or wider.
-
-    Source:
-        METHOD.md sections 2 and 4; equals the gradient of the summed output by the weights.
+        (N, G, J), in units of the input; float32 or wider.
     """
     pooled = widen(x)
     for dim, size in enumerate(x.shape[2:]):
@@ -155,10 +141,8 @@ def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
 
 def _tap_counts(spec: LayerSpec, dim: int, size: int) -> Tensor:
     """Count how often each kernel offset meets each input along one dimension, (kernel, size)."""
-    line = torch.arange(1, size + 1, dtype=torch.float64)[
-        None, None
-    ]  # 0 is left for padding with zeros
-    met = F.pad(line, spec.pads(dim, size), mode=_PAD_MODES[spec.pad_mode])[0, 0].long()
+    line = torch.arange(1, size + 1, dtype=torch.float64)  # 0 stands for padding with zeros
+    met = F.pad(line[None, None], spec.pads(dim, size), mode=_PAD_MODES[spec.pad_mode])[0, 0].long()
     reach = spec.dilation[dim] * (spec.kernel[dim] - 1)
     firsts = torch.arange(0, len(met) - reach, spec.stride[dim], dtype=torch.int64)
     offsets = spec.dilation[dim] * torch.arange(spec.kernel[dim], dtype=torch.int64)
@@ -169,18 +153,11 @@ def _tap_counts(spec: LayerSpec, dim: int, size: int) -> Tensor:
 
 
 def tap_inputs(spec: LayerSpec, x: Tensor, group: int) -> Tensor:
-    """What each tap of a group's channels meets at each output position.
+    """What each tap of a group's channels meets at each output position, (N, J, P).
 
-    Args:
-        spec: the layer.
-        x: (N, C_in, positions ...), the layer's input, channels first.
-        group: which group of the layer.
-
-    Returns:
-        (N, J, P); its sum over positions is the pooled input.
+    Its sum over positions is the pooled input; `x` is the layer's input, channels first.
     """
-    first = group * spec.n_in_per_group
-    x = pad_input(spec, x[:, first : first + spec.n_in_per_group])
+    x = pad_input(spec, _inputs_of(spec, x, group))
     n_dims = len(spec.kernel)
     steps = tuple(slice(None, None, step) for step in spec.dilation)
     for dim in range(n_dims):
@@ -207,9 +184,9 @@ def respond(
 
     Args:
         spec: the layer.
-        x: (N, C_in, positions ...), the layer's input, channels first.
-        rows: (R, J), new rows.
-        bias: (R,), their biases.
+        x: (N, C_in, positions ...), its input, channels first.
+        rows: (R, J).
+        bias: (R,).
         channels: the output channel that each of the R rows was made from.
 
     Returns:
@@ -217,22 +194,20 @@ def respond(
     """
     x = pad_input(spec, x)
     kernels = rows.reshape(-1, spec.n_in_per_group, *spec.kernel)
-    convolve = _CONVOLVE[len(spec.kernel)]
-
-    def run(part: Tensor, chosen: list[int] | slice) -> Tensor:
-        out: Tensor = convolve(
-            part, kernels[chosen], bias[chosen], stride=spec.stride, dilation=spec.dilation
-        )
-        return out
-
+    convolve = partial(_CONVOLVE[len(spec.kernel)], stride=spec.stride, dilation=spec.dilation)
     if spec.groups == 1:
-        return run(x, slice(None))
+        return convolve(x, kernels, bias)
     members: dict[int, list[int]] = {}
     for row, channel in enumerate(channels):
         members.setdefault(spec.group_of(channel), []).append(row)
-    parts = []
-    for group, chosen in members.items():
-        first = group * spec.n_in_per_group
-        parts.append(run(x[:, first : first + spec.n_in_per_group], chosen))
+    parts = [
+        convolve(_inputs_of(spec, x, group), kernels[chosen], bias[chosen])
+        for group, chosen in members.items()
+    ]
     order = [row for chosen in members.values() for row in chosen]
     return torch.cat(parts, 1)[:, sorted(range(len(order)), key=order.__getitem__)]
+
+
+def _inputs_of(spec: LayerSpec, x: Tensor, group: int) -> Tensor:
+    first = group * spec.n_in_per_group
+    return x[:, first : first + spec.n_in_per_group]

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from unbraid.finding.findings import Findings
-from unbraid.finding.membership import concept_of
 from unbraid.measuring.reference_images import ReferenceImages
 from unbraid.measuring.results import Ablation, ChannelAblation, ConceptAblation
 from unbraid.reporting.words import bounded
@@ -186,7 +185,7 @@ def first_images(
     Returns:
         By channel and concept; nothing of a concept without images.
     """
-    scan = replace(scan, clusters=split.clusters)
+    members = split.members_in(scan)
     first: dict[tuple[int, int], First] = {}
     everything: dict[int, list[torch.Tensor]] = {channel: [] for channel in wanted}
     for records in scan.shards() if wanted else ():
@@ -197,7 +196,7 @@ def first_images(
             # As reference images have it, to the last bit: ranks must agree with them.
             z = part.pooled_responses(pooled, records.n_positions)[:, 0]
             everything[part.channel].append(z)
-            concept = concept_of(scan, records, part.concepts)
+            concept = members.concept_of(records, part.concepts)
             for k in wanted[part.channel]:
                 own = (concept == k).nonzero()[:, 0]
                 if len(own) == 0:

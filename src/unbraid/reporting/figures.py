@@ -130,7 +130,7 @@ def gather(
             " pass those of one layer."
         )
     split = replace(split, channels=(part,))
-    answers = gather_responses(split, replace(scan, clusters=split.clusters))[channel]
+    answers = gather_responses(split, scan)[channel]
     concept = answers.concept.numpy()
     numbers = range(len(part.concepts))
     columns = [answers.original, *answers.concepts.T]
@@ -503,7 +503,7 @@ def gather_sources(split: Split, scan: Scan, channel: int, n: int) -> Sources:
     n = whole_number("n", n, 1)
     part = find_part(split, channel)
     refuse_other_scan(split, scan)
-    sums = class_sums(replace(scan, clusters=split.clusters), ())
+    sums = class_sums(scan, (), split.clusters)
     means = []
     for classes in part.concepts:
         there = tuple(label for label in classes if label < len(sums.n_images))

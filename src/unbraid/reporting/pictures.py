@@ -16,6 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import UsageError
+from unbraid.images.broken import plain
 from unbraid.images.dataset import (
     all_hold,
     changes_images,
@@ -23,7 +24,6 @@ from unbraid.images.dataset import (
     is_known,
     own,
     picture_of,
-    plain,
     size_of,
 )
 from unbraid.networks.spec import LayerSpec, respond
@@ -75,7 +75,7 @@ def sight_of(dataset: Dataset[Any]) -> Sight | None:
     """Say which part of its pictures a data set hands on to a network.
 
     Args:
-        dataset: of (image, label). One with a method `picture`, as `unbraid.ImageFolder`, has
+        dataset: of (image, label). One with a method `picture`, as `unbraid.open_images` gives, has
             pictures of their own besides the tensors; its `transform` is tried out.
 
     Returns:

@@ -273,7 +273,8 @@ def report(
     from unbraid.base.files import write_whole
     from unbraid.finding.findings import Findings
     from unbraid.reporting.material import Material
-    from unbraid.scanning.records import Scan, as_scanned
+    from unbraid.scanning.records import Scan
+    from unbraid.scanning.scan import as_scanned
 
     file = as_path("path", path)
     as_kind("scan", scan, Scan)

@@ -496,7 +496,7 @@ def _sections(
     ablation = material.evaluation.ablation if material.evaluation else None
     sums = None
     if train_scan:
-        sums = class_sums(replace(train_scan, clusters=found.clusters), [])
+        sums = class_sums(train_scan, [], found.clusters)
     sections = []
     for part in shown:
         views = concept_views(found, part.concepts)

@@ -25,7 +25,7 @@ from unbraid.running.folders import (
     tell_settings,
 )
 from unbraid.scanning.manifest import Manifest, read_manifest
-from unbraid.scanning.records import shard_path, shards_there, sound_layer, sound_shard
+from unbraid.scanning.records import read_shard, shard_path, shards_there, sound_layer
 from unbraid.splitting.splits import Split
 from unbraid.visualizing.features import Features
 
@@ -205,7 +205,7 @@ def _check_scan(folder: Path, found: Checkup) -> None:
     if n_missing:
         found.missing.append(f"{count(n_missing, 'shard')} of {manifest.n_shards} in {folder}")
     for shard in there:
-        read = partial(sound_shard, folder, manifest, shard)
+        read = partial(read_shard, folder, shard, manifest)
         _check_file(shard_path(folder, shard), found, read)
 
 

@@ -25,6 +25,7 @@ from unbraid.finding.findings import COLUMNS, ConceptKind, Findings
 from unbraid.finding.thresholds import Tau
 from unbraid.reporting.pictures import Sight
 from unbraid.scanning.manifest import Manifest, hash_places, read_manifest
+from unbraid.scanning.options import Loading as Loading
 from unbraid.scanning.records import Scan
 
 # What a run was asked for, kept in its folder so that it can be told from another.
@@ -44,15 +45,6 @@ class Thresholds:
     def of_find(self) -> dict[str, Any]:
         """The arguments of `unbraid.find`."""
         return {name: value for name, value in vars(self).items() if name != "rho"}
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How images go through the network."""
-
-    batch_size: int | None = None  # None: as many as memory holds
-    workers: int = 0
-    skip_broken: bool = False
 
 
 def read_settings(out: Path) -> dict[str, Any] | None:

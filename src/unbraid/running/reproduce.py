@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
 from unbraid.base.errors import RunError
+from unbraid.base.tables import align
 from unbraid.finding.findings import Pair
 
 MODEL = "torchvision:resnet50"
@@ -72,3 +73,14 @@ def match_pairs(found: Iterable[Pair], published: dict[Key, float]) -> list[Matc
 
 def _key(channel: int, class1: int, class2: int) -> Key:
     return channel, min(class1, class2), max(class1, class2)
+
+
+def show_matches(matches: Sequence[Match]) -> str:
+    """Lay out the pairs in a table, and count those that agree."""
+    rows: list[tuple[str, ...]] = [("channel", "class 1", "class 2", "published", "found", "")]
+    for match in matches:
+        cosines = ["-" if c is None else f"{c:.4f}" for c in (match.published, match.found)]
+        verdict = "agrees" if match.agrees else "differs"
+        rows.append((*map(str, match.key), *cosines, verdict))
+    n_agree = sum(match.agrees for match in matches)
+    return f"{align(rows)}\n{n_agree} of {len(matches)} pairs agree."

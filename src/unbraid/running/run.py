@@ -18,27 +18,12 @@ from unbraid.base.files import set_aside
 from unbraid.base.tables import count
 from unbraid.finding.find import find
 from unbraid.finding.findings import Findings
-from unbraid.finding.membership import concerned, numbers_seen
 from unbraid.finding.thresholds import check_thresholds, sensitivity
-from unbraid.images.dataset import (
-    UNLABELLED,
-    Relabelled,
-    class_names_of,
-    first_readable,
-    listed_labels,
-    name_of,
-    size_of,
-)
-from unbraid.images.labels import Outputs
-from unbraid.images.listing import Listing
-from unbraid.images.open import (
-    classes_of,
-    has_labels,
-    list_images,
-    open_listed,
-    part_of,
-    read_labels,
-)
+from unbraid.images.broken import UNLABELLED, Loaded, first_readable
+from unbraid.images.dataset import Relabelled, class_names_of, listed_labels, name_of, size_of
+from unbraid.images.labels import Outputs, read_classes
+from unbraid.images.listing import ListedImages, Listing
+from unbraid.images.open import list_images, part_of
 from unbraid.measuring.ablate import ablate
 from unbraid.measuring.compare import OutputComparison, compare_outputs
 from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_encoder, ready
@@ -72,8 +57,9 @@ from unbraid.running.folders import (
     tell_folder,
 )
 from unbraid.scanning.batch import Place, scan_batch
-from unbraid.scanning.records import Scan, as_scanned, open_scan
-from unbraid.scanning.scan import MIN_SHARE, Labels, scan_into, usable_in
+from unbraid.scanning.options import MIN_SHARE, Labels
+from unbraid.scanning.records import Scan, open_scan
+from unbraid.scanning.scan import as_scanned, scan_into, usable_in
 from unbraid.splitting.split import check_rho, split
 from unbraid.splitting.splits import Split
 from unbraid.surgery.apply import apply, check_in_force
@@ -364,7 +350,7 @@ def _try_layers(model: nn.Module, layers: Sequence[str], images: Dataset[Any]) -
     image = first_readable(images, range(size_of(images)))
     if image is None:
         return
-    twice = [(0, image, 0), (1, image, 0)]  # as some networks run on no single image
+    twice = [Loaded(0, image, 0), Loaded(1, image, 0)]  # as some networks run on no single image
     images_here = torch.stack([image, image]).to(device_of(model))
     for layer in layers:
         name, module = resolve_layer(model, layer)
@@ -416,7 +402,7 @@ def _scan_positions(job: _Job, kind: str, images: Dataset[Any], scan: Scan) -> S
 def concerned_in(scan: Scan, found: Findings) -> dict[str, Any]:
     """Say which images of a scan with positions are needed, as `unbraid.scan` takes it."""
     if scan.manifest.labels == "predicted" or found.clusters:
-        return {"indices": concerned(replace(scan, clusters=found.clusters), found.classes)}
+        return {"indices": found.members_in(scan).indices(found.classes)}
     seen = scan.labels_seen()
     return {"classes": [label for label in found.classes if label in seen]}
 
@@ -444,11 +430,11 @@ def _semantics(job: _Job, divided: Split) -> Semantics | None:
 
 def seen_in(val_scan: Scan, found: Findings) -> Findings:
     """Leave out channels of which a concept has no validation image, and note how many."""
-    seen = numbers_seen(replace(val_scan, clusters=found.clusters), found.classes)
+    counts = found.members_in(val_scan).count(found.classes)
     concepts = {
         channel: groups
         for channel, groups in found.concepts.items()
-        if all(seen.intersection(group) for group in groups)
+        if all(any(counts[number] for number in group) for group in groups)
     }
     n_left_out = len(found.concepts) - len(concepts)
     if n_left_out == 0:
@@ -613,19 +599,20 @@ def validation_images(
     if "data" not in source:
         raise RunError("The run does not say where its images are; make it anew.")
     seen = None if sight is None else Sight(**sight)
-    listed = list_images(part_of(source["data"], "val"))
-    labels = _labels(listed, scan) if source.get("class_folders", True) else {}
-    return as_scanned(open_listed(listed, seen, labels, scan.class_names), scan)
+    with_classes = source.get("class_folders", True)
+    listing = list_images(part_of(source["data"], "val"), with_classes)
+    labels = _labels(listing, scan) if with_classes else {}
+    return as_scanned(ListedImages(listing, seen, labels, scan.class_names), scan)
 
 
-def _labels(listed: Listing | Path, scan: Scan) -> dict[str, int]:
+def _labels(listing: Listing, scan: Scan) -> dict[str, int]:
     """Tell classes apart as the scan did; without the network their numbers may be others."""
-    if not has_labels(listed):
+    if not listing.classes:
         return {}
     try:
-        return read_labels(listed, Outputs(scan.class_names, len(scan.class_names))).labels
+        return read_classes(listing.known, Outputs(scan.class_names, len(scan.class_names))).labels
     except DataError:  # other names were given for them
-        return {name: place for place, name in enumerate(classes_of(listed))}
+        return {name: place for place, name in enumerate(listing.known.seen)}
 
 
 # Figures of a finished run, made from its folder without the network.

@@ -17,29 +17,30 @@ from torch.utils.data import Dataset
 
 from unbraid.base.errors import UnbraidError
 from unbraid.base.tables import one_line
-from unbraid.images.dataset import Readable, class_names_of, sort_out
+from unbraid.images.batches import load
+from unbraid.images.broken import sort_out
+from unbraid.images.dataset import class_names_of
 from unbraid.networks.copying import device_of
 from unbraid.networks.outputs import run_network, stack_images
 from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.records import Scan
 
-# Accuracy by given labels, and whether it tells that labels or preprocessing do not fit a
-# network.
-
-
 Whole = NDArray[np.int64]
+Tried = tuple[str, Whole, Whole, Whole]  # in words; labels so read, and given; predictions
 
+LONG = 1024  # images, from which on a scan is long enough to look at some of them first
+_PART, _MOST, _AT_ONCE = 16, 256, 32  # looked at: one in so many, at most, at a time
 _LEVEL = 1e-3  # of significance
 _DOUBT = 0.2  # below which it is not likely by chance either
 _ORDERS, _MOST_ORDERED = 4000, 20_000  # orders of predictions tried, for so many images at most
 _TIMES = 3  # as often must another reading be right, on the images that it reads otherwise
 _MOST_CLASSES = 2048  # for which classes are matched to outputs: the table is that size squared
 _ABOUT = 0.9  # of an accuracy is about as good
+_N_SHOWN = 3  # classes, as examples
 _MISFIT = "It seems that labels or preprocessing do not fit this network"
 _UNTOLD = (
     "Perhaps labels or preprocessing do not fit this network, or there are too few images to tell"
 )
-_N_SHOWN = 3  # classes, as examples
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Accuracy:
 def accuracy_of(
     labels: Whole, predictions: Whole, n_outputs: int, names: Sequence[str] = ()
 ) -> Accuracy | None:
-    """Judge predictions by given labels.
+    """Judge predictions by given labels, negative ones of images that do not count, (N,) each.
 
     Chance is what the same predictions would get on the same labels in another order; of images of
     a single class, one of the outputs. "Above" is a one-sided binomial test at 1e-3, or one that
@@ -94,12 +95,6 @@ def accuracy_of(
     the labels is told if it is right significantly more often (McNemar's exact test at 1e-3,
     divided by the number of readings) and at least three times as often on the images that it reads
     otherwise; one that is learned is tried on images that it was not learned from.
-
-    Args:
-        labels: (N,), negative for images without one, which do not count.
-        predictions: (N,), the network's top classes.
-        n_outputs: T.
-        names: of classes by label, as far as known.
 
     Returns:
         None if no image has a label.
@@ -154,10 +149,8 @@ def _p_value(labels: Whole, predictions: Whole, chance: float) -> float:
 
 
 def _tail(n_right: int, n: int, chance: float) -> float:
+    """How likely so many or more are right by chance."""
     return float(binom.sf(n_right - 1, n, chance))
-
-
-Tried = tuple[str, Whole, Whole, Whole]  # in words; labels so read, and given; predictions
 
 
 def _usual(labels: Whole, predictions: Whole, n_outputs: int) -> Iterator[Tried]:
@@ -222,14 +215,6 @@ def _fits_better(read: Whole, given: Whole, predictions: Whole, level: float) ->
     return bool(better and binom.sf(better - 1, better + worse, 0.5) < level)
 
 
-# What a scan says of the network: how often it is right, and on which preprocessing.
-
-
-LONG = 1024  # images, from which on a scan is long enough to look at some of them first
-_PART, _MOST = 16, 256  # one in so many, but no more than these
-_AT_ONCE = 32
-
-
 def describe_fit(accuracy: Accuracy, preprocessing: str) -> str:
     """Say the accuracy and the preprocessing that it was got with, in a sentence."""
     words = one_line(preprocessing) or "not told by the data set"
@@ -238,45 +223,37 @@ def describe_fit(accuracy: Accuracy, preprocessing: str) -> str:
 
 
 def sampled_accuracy(
-    model: nn.Module, dataset: Dataset[Any], places: Sequence[int], at_once: int
+    model: nn.Module, dataset: Dataset[Any], indices: Sequence[int], at_once: int
 ) -> Accuracy | None:
-    """Look at some images drawn from all, as those of a class often stand together.
+    """Judge some images drawn from all, as those of a class often stand together.
 
-    Args:
-        model: gives logits.
-        dataset: of (image, label).
-        places: in the data set, of the images to scan.
-        at_once: how many images go through the network at once, at most.
-
-    Returns:
-        None if nothing can be said; what is wrong with images, labels or network, the scan tells.
+    None if nothing can be said; what is wrong with images, labels or network, the scan tells.
     """
-    n = min(len(places) // _PART, _MOST)
     # Drawn rather than evenly spaced, as classes may take turns; the same ones every time.
-    chosen = sorted(random.Random(0).sample(places, n))
-    readable, size = Readable(dataset), min(at_once, _AT_ONCE)
+    n = min(len(indices) // _PART, _MOST)
+    chosen = sorted(random.Random(0).sample(indices, n))
+    size = min(at_once, _AT_ONCE)
+    batches = [chosen[start : start + size] for start in range(0, n, size)]
     labels: list[int] = []
     predictions: list[int] = []
     n_outputs = 0
     try:
-        device = device_of(model)
         with undisturbed(model), torch.no_grad():
-            for start in range(0, n, size):
-                items = [readable[place] for place in chosen[start : start + size]]
+            for items in load(dataset, batches, workers=0):
                 good, _ = sort_out(items, skip_broken=True)
                 if good:
-                    index = torch.tensor([item[0] for item in good], dtype=torch.int64)
-                    images = stack_images([item[1] for item in good], index).to(device)
-                    logits = run_network(model, images)
-                    labels += [item[2] for item in good]
+                    index = torch.tensor([item.index for item in good], dtype=torch.int64)
+                    images = stack_images([item.image for item in good], index)
+                    logits = run_network(model, images.to(device_of(model)))
+                    labels += [item.label for item in good]
                     predictions += logits.argmax(1).tolist()
                     n_outputs = logits.shape[1]
     except UnbraidError:
         return None
-    if not n_outputs:
-        return None
     names = class_names_of(dataset)
-    return accuracy_of(np.array(labels), np.array(predictions), n_outputs, names)
+    return (
+        accuracy_of(np.array(labels), np.array(predictions), n_outputs, names) if labels else None
+    )
 
 
 def scanned_accuracy(scan: Scan) -> Accuracy | None:

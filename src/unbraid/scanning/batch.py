@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from unbraid.base.errors import LayerError, ModelError, OutOfMemory, brief, memory_full
 from unbraid.images.batches import as_batch
-from unbraid.images.dataset import GoodItem
-from unbraid.networks.copying import device_of
+from unbraid.images.broken import Loaded
+from unbraid.networks.copying import device_of, tensors_in
 from unbraid.networks.layers import bias_of, weight_rows
 from unbraid.networks.outputs import check_labels, refuse_broken_values, run_network
 from unbraid.networks.relevance import (
@@ -29,9 +29,6 @@ from unbraid.networks.relevance import (
 from unbraid.networks.spec import LayerSpec, channels_first, pooled_input
 from unbraid.scanning.records import Records, no_records
 
-# How many images to run at a time: as many as a fixed amount of memory is sure to hold.
-
-
 _MEMORY = 2**31  # bytes; of an accelerator a quarter of what it has
 _MOST = 64  # more brings a processor nothing
 _MOST_ON_ACCELERATOR = 256
@@ -39,15 +36,9 @@ _AT_ONCE = 3  # times what goes into and comes out of a module: room for what ru
 
 
 def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor | None) -> int:
-    """Find how many images a scan may run at a time.
+    """Find how many images (C, H, W) as large as this one a scan may run at a time.
 
-    Args:
-        model: gives logits.
-        layers: of it, that are scanned.
-        image: one of the images, (C, H, W), that tells how large they are; None if unknown.
-
-    Returns:
-        A power of two, from 1 to 64, or to 256 on an accelerator.
+    A power of two, from 1 to 64, or to 256 on an accelerator; the most if there is no image.
 
     Raises:
         ModelError: the network cannot run on such images.
@@ -55,11 +46,9 @@ def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor 
     if image is None:
         return _MOST
     device = device_of(model)
-    memory, most = _MEMORY, _MOST
+    memory, most = _MEMORY, _MOST if device.type == "cpu" else _MOST_ON_ACCELERATOR
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory // 4
-    if device.type != "cpu":
-        most = _MOST_ON_ACCELERATOR
     try:
         room = memory // _bytes_of_any(model, layers, image.to(device))
     except Exception as error:
@@ -70,7 +59,7 @@ def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor 
 
 
 def _bytes_of_any(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> int:
-    """As `bytes_of_one`, also for a network that runs on two images or more but not on one."""
+    """The same where the network runs on two images or more but not on one."""
     try:
         return bytes_of_one(model, layers, image)
     except OutOfMemory:
@@ -90,8 +79,9 @@ def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor, n
     def count(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         nonlocal widest, kept, behind
         behind = behind or module in layers
-        widest = max(widest, _bytes(given) + _bytes(output))
-        kept += behind * _bytes(output)
+        made = sum(tensor.nbytes for tensor in tensors_in(output))
+        widest = max(widest, sum(tensor.nbytes for tensor in tensors_in(given)) + made)
+        kept += behind * made
 
     with ExitStack() as stack:
         for module in model.modules():
@@ -103,15 +93,6 @@ def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor, n
     return _AT_ONCE * max(widest, n * image.nbytes) + kept
 
 
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    return sum(map(_bytes, value)) if isinstance(value, (tuple, list)) else 0
-
-
-# One batch through the network: what is recorded of it, and what is refused.
-
-
 @dataclass(frozen=True)
 class Place:
     """A layer to keep records of."""
@@ -120,10 +101,13 @@ class Place:
     spec: LayerSpec
 
 
+Kept = tuple[Tensor, Tensor | None]  # of a layer's input: pooled (N, G, J), and the map
+
+
 def scan_batch(
     model: nn.Module,
     layers: Sequence[Place],
-    items: Sequence[GoodItem],
+    items: Sequence[Loaded],
     *,
     min_share: float,
     positions: bool,
@@ -133,21 +117,14 @@ def scan_batch(
 ) -> list[Records]:
     """Run the network on some images once and keep their records, layer by layer.
 
-    Args:
-        model: gives logits.
-        layers: of it.
-        items: the images.
-        min_share: the smallest share kept.
-        positions: also keep input maps.
-        predicted: take each image for what the network takes it for, not for its label.
-        autocast: run the network in bfloat16 where torch sees fit.
-        check: make sure that the layers compute what is thought, image by image.
+    Options are those of a scan. With `check` it is made sure that the layers compute what is
+    thought, image by image.
     """
     if not items:
         return [no_records(layer.spec, positions) for layer in layers]
     device = device_of(layers[0].module)
-    index = torch.tensor([item[0] for item in items], dtype=torch.int64)
-    images = as_batch([item[1] for item in items], index)
+    index = torch.tensor([item.index for item in items], dtype=torch.int64)
+    images = as_batch([item.image for item in items], index)
     # A copy in any case, as a network may write into it, and then have to begin anew.
     images = images.to(device, non_blocking=True, copy=True)
     with ExitStack() as stack:
@@ -161,12 +138,9 @@ def scan_batch(
             cut.recording = False
             if not cut.outputs:
                 raise LayerError(f"Layer {layer.spec.name!r} does not run when the network does.")
-        prediction = logits.argmax(1).cpu()
-        label = (
-            prediction
-            if predicted
-            else torch.tensor([item[2] for item in items], dtype=torch.int64)
-        )
+        label = prediction = logits.argmax(1).cpu()
+        if not predicted:
+            label = torch.tensor([item.label for item in items], dtype=torch.int64)
         check_labels(label, index, logits)
         calls = [cut.outputs for cut in cuts]
         if check:
@@ -178,23 +152,11 @@ def scan_batch(
             stop = gradient_stop(model, layer.module, partial(run_network, model, images))
             output_relevance(layer.spec.name, [], [], stop)
     refuse_broken_values(logits, index)
-    images_of = Images(index, label, prediction)
+    known = {"index": index, "label": label, "prediction": prediction}
     return [
-        _records_of(layer, cut, gradient, images_of, min_share, positions, check)
+        _records_of(layer, cut, gradient, known, min_share, positions, check)
         for layer, cut, gradient in zip(layers, cuts, gradients, strict=True)
     ]
-
-
-@dataclass(frozen=True)
-class Images:
-    """What is recorded of a batch's images, whatever the layer; (N,) each."""
-
-    index: Tensor
-    label: Tensor
-    prediction: Tensor
-
-
-Kept = tuple[Tensor, Tensor | None]  # of a layer's input: pooled (N, G, J), and the map
 
 
 def _keep(spec: LayerSpec, positions: bool, x: Tensor) -> Kept:
@@ -222,51 +184,47 @@ def _records_of(
     layer: Place,
     cut: Cut[Kept],
     gradients: Sequence[Tensor | None],
-    images: Images,
+    known: dict[str, Tensor],
     min_share: float,
     positions: bool,
     check: bool,
 ) -> Records:
-    """Make the records of one layer from what passed through it and the gradients there."""
-    spec, n_images = layer.spec, len(images.index)
+    """Make the records of one layer from what passed through it and the gradients there.
+
+    `known` is what is recorded of the images whatever the layer, (N,) each.
+    """
+    spec, index = layer.spec, known["index"]
+    n_images = len(index)
     relevance = output_relevance(spec.name, cut.outputs, gradients)
-    pooled = sum_calls(n_images, [call[0] for call in cut.inputs])
+    pooled = _sum_calls(n_images, [call[0] for call in cut.inputs])
     z = [channels_first(spec, output.detach()).flatten(2) for output in cut.outputs]
-    summed = sum_calls(
+    summed = _sum_calls(
         n_images,
         [channels_first(spec, r).flatten(2).sum(2, dtype=pooled.dtype) for r in relevance],
     )
     n_positions = sum(len(call) // n_images * call.shape[2] for call in z)
     for values in (pooled, summed):
-        refuse_broken_values(values, images.index)
+        refuse_broken_values(values, index)
     if check:
         _check_linear(spec, layer.module, pooled, z, n_positions)
-    input_map = _input_map(spec, n_images, [call[1] for call in cut.inputs]) if positions else None
     share = shares(summed)
     kept = share >= min_share
     return Records(
-        index=images.index,
-        label=images.label,
-        prediction=images.prediction,
-        n_positions=torch.full_like(images.index, n_positions),
+        **known,
+        n_positions=torch.full_like(index, n_positions),
         pooled=pooled.cpu(),
-        share_start=torch.cat([images.index.new_zeros(1), kept.sum(1).cumsum(0).cpu()]),
+        share_start=torch.cat([index.new_zeros(1), kept.sum(1).cumsum(0).cpu()]),
         share_channel=kept.nonzero()[:, 1].to(torch.int32).cpu(),
         share_value=share[kept].cpu(),
-        broken=torch.zeros(0, dtype=torch.int64),
-        input_map=input_map,
+        broken=index[:0],
+        input_map=_input_map(spec, n_images, [c[1] for c in cut.inputs]) if positions else None,
     )
 
 
-def sum_calls(n_images: int, calls: Sequence[Tensor]) -> Tensor:
-    """Sum over the calls of a layer, and over the parts into which each image was cut.
+def _sum_calls(n_images: int, calls: Sequence[Tensor]) -> Tensor:
+    """Sum (N * parts, ...) over calls of a layer, and over the parts, such as windows, of an image.
 
-    Args:
-        n_images: N.
-        calls: (N * parts, ...) each; parts such as windows or frames, those of an image together.
-
-    Returns:
-        (N, ...).
+    The parts of an image lie together.
     """
     return torch.stack([call.unflatten(0, (n_images, -1)).sum(1) for call in calls]).sum(0)
 
@@ -319,12 +277,11 @@ def _check_linear(
     expected = torch.einsum("ngj,goj->ngo", pooled, rows).flatten(1)
     expected += n_positions * bias_of(module).to(pooled.dtype)
     wide = [call.to(pooled.dtype) for call in z]
-    actual = sum_calls(n_images, [call.sum(2) for call in wide])
-    scale = sum_calls(n_images, [call.abs().sum(2) for call in wide]).max()
+    actual = _sum_calls(n_images, [call.sum(2) for call in wide])
+    scale = _sum_calls(n_images, [call.abs().sum(2) for call in wide]).max()
     # Rounding is far below, errors above; under autocast the layer's output is the coarser.
-    coarsest = max(torch.finfo(values.dtype).eps for values in (weight, *z))
-    tolerance = coarsest**0.5
-    if (actual - expected).abs().max() > tolerance * scale + 1e-12:
+    coarsest: float = max(torch.finfo(values.dtype).eps for values in (weight, *z))
+    if (actual - expected).abs().max() > coarsest**0.5 * scale + 1e-12:
         raise LayerError(
             f"Layer {spec.name!r} ({spec.kind}) does not compute what its weights say, perhaps "
             "because a hook changes its output; it cannot be split."

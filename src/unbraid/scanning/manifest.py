@@ -9,16 +9,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from unbraid.base.schema import build, check_schema, in_range, parse_json, read_json, unread
 from unbraid.networks.spec import LayerSpec
+from unbraid.scanning.options import MAX_THREADS
 
 SCHEMA = 1
 MAX_CLASSES = 2**20
 _MOST_SUMS = 2**30  # numbers that a sum per class may hold, so that a label cannot take all memory
 _MOST_IMAGES = 2**48
-MAX_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class Manifest:
     class_names: tuple[str, ...]
     preprocessing: str
     dtype: str  # of the network's weights
-    min_share: float  # the smallest share kept
-    classes: tuple[int, ...] | None  # only images of these classes; None for all
-    positions: bool  # whether the layer's input map is kept too
+    min_share: float  # this and others named alike are options of `unbraid.scan`
+    classes: tuple[int, ...] | None
+    positions: bool
     shard_size: int
     batch_size: int
     skip_broken: bool
-    source: dict[str, Any]  # how the command line found network and images, for later commands
+    source: dict[str, Any]
     versions: dict[str, str]
-    labels: str = "given"  # or "predicted": each image counts as what the network takes it for
+    labels: str = "given"
     output: str = ""  # which part of the network's output logits were taken from
-    indices: str = ""  # hash of the places in the data set, where only some were scanned
-    autocast: bool = False  # whether the network ran in bfloat16 where torch sees fit
-    channels_last: bool = False  # whether weights of convolutions were kept so meanwhile
-    compiled: bool = False  # whether full batches ran compiled
-    threads: int = 0  # of each process, since convolutions round otherwise with more; 0: not known
+    indices: str = ""  # hash of the indices in the data set, where only some were scanned
+    autocast: bool = False
+    channels_last: bool = False
+    compiled: bool = False  # whether full batches ran compiled, which earlier versions could
+    threads: int = 0  # 0: not known
     schema: int = SCHEMA
 
     # What must agree before a scan goes on in a folder, in words for people.
@@ -87,19 +87,20 @@ class Manifest:
         """Name, in words, what makes two scans different things."""
         return [
             words
-            for key, words in self._identity.items()
-            if getattr(self, key) != getattr(other, key)
+            for name, words in self._identity.items()
+            if getattr(self, name) != getattr(other, name)
         ]
 
     @property
     def scan_id(self) -> str:
         """What tells this scan's shards from those of any other scan."""
         whole = asdict(self)
-        own = {key: whole[key] for key in (*self._identity, "n_images")}
         # What is as it was before there was a choice leaves no trace, so that old shards stay.
-        for known in fields(self):
-            if known.name in own and own[known.name] == known.default:
-                del own[known.name]
+        own = {
+            known.name: whole[known.name]
+            for known in fields(self)
+            if known.name in (*self._identity, "n_images") and whole[known.name] != known.default
+        }
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:32]
 
     def to_json(self) -> str:
@@ -111,36 +112,24 @@ class Manifest:
         """Read the text of manifest.json.
 
         Raises:
-            ValueError: the text is not a manifest, or holds numbers that no scan has.
+            ValueError: it is not a manifest, or holds numbers that no scan has.
         """
         return cls.from_dict(parse_json(text))
 
-    def check(self) -> None:
-        """Raise unless there can be such a scan, and room for what is computed of it.
-
-        Raises:
-            ValueError: there cannot.
-        """
-        self.layer.check()
-        in_range("n_images", self.n_images, 1, _MOST_IMAGES)
-        in_range("shard_size", self.shard_size, 1, _MOST_IMAGES)
-        in_range("batch_size", self.batch_size, 1, _MOST_IMAGES)
-        in_range("min_share", self.min_share, 0, 1)
-        in_range("threads", self.threads, 0, MAX_THREADS)
-        in_range("the number of class_names", len(self.class_names), 0, self.most_classes)
-        for label in self.classes or ():
-            in_range("a label in classes", label, 0, MAX_CLASSES - 1)
-
     @classmethod
     def from_dict(cls, values: Any) -> Manifest:
-        """Build a Manifest from parsed JSON.
-
-        Raises:
-            ValueError: it is not a manifest, or holds numbers that no scan has.
-        """
+        """Build a Manifest from parsed JSON; raises as `from_json`."""
         check_schema(values, SCHEMA)
         manifest = build(cls, values)
-        manifest.check()
+        manifest.layer.check()
+        for name in ("n_images", "shard_size", "batch_size"):
+            in_range(name, getattr(manifest, name), 1, _MOST_IMAGES)
+        in_range("min_share", manifest.min_share, 0, 1)
+        in_range("threads", manifest.threads, 0, MAX_THREADS)
+        n_names = len(manifest.class_names)
+        in_range("the number of class_names", n_names, 0, manifest.most_classes)
+        for label in manifest.classes or ():
+            in_range("a label in classes", label, 0, MAX_CLASSES - 1)
         return manifest
 
 
@@ -165,10 +154,8 @@ def most_classes(layer: LayerSpec) -> int:
     return min(MAX_CLASSES, _MOST_SUMS // (layer.n_out + layer.groups * layer.n_taps))
 
 
-def hash_places(places: Sequence[int] | None) -> str:
-    """Identify some places in a data set, in order; empty for all of it."""
-    return (
-        ""
-        if places is None
-        else hashlib.sha256(torch.tensor(places, dtype=torch.int64).numpy().tobytes()).hexdigest()
-    )
+def hash_places(indices: Sequence[int] | None) -> str:
+    """Identify images by their indices in a data set, in order; empty for all of it."""
+    if indices is None:
+        return ""
+    return hashlib.sha256(np.array(indices, dtype=np.int64).tobytes()).hexdigest()

@@ -1,162 +1,229 @@
-"""Images at the places that they had when they were scanned, whatever their order is now."""
+"""A Scan on disk: a manifest, the layer's weights, and shards with one record per image."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from unbraid.base.arguments import as_path
 from unbraid.base.errors import DataError, RunError
-from unbraid.base.files import names_in, read_some, read_tensors, write_tensors
+from unbraid.base.files import names_in, read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
-from unbraid.images.dataset import UNLABELLED, Around, labels_of
-from unbraid.images.identity import fit_ids, ids_of, unpack_ids
+from unbraid.images.identity import unpack_ids
 from unbraid.networks.spec import LayerSpec
 from unbraid.scanning.manifest import MAX_CLASSES, Manifest, read_manifest
 
-# Divide points into clusters, as many as a null model of one cluster does not explain.
-
-
-@dataclass(frozen=True, eq=False)
-class Cluster:
-    """Images in which a channel answers for one cause."""
-
-    channel: int
-    place: int  # among the clusters of the channel
-    centres: Tensor  # (K, C), of all clusters of the channel, in relevance, of length one
-    least: float  # smallest answer of an image, mean pre-activation
-
-
-Clusters = Mapping[int, Cluster]  # by number
-
-
-# What tensors from disk must be like before anything is computed of them.
-
-
 _LARGEST = torch.finfo(torch.float32).max  # of a sound number; squares of it still fit into float64
 _MOST_SHARE = 1.001  # rounding may put the only share a little above one
-_PLACES = 2**62  # more images than any data set has
+_LAST_INDEX = 2**62  # more images than any data set has
 _POSITIONS = 2**53  # the last whole number of which float64 knows both neighbours
 # Padding may make an input map so many times larger, or as many numbers larger in any case.
 _PADDED_TIMES, _PADDED_FREE = 16, 2**26
 
 
-def layer_fault(manifest: Manifest, tensors: Mapping[str, Tensor]) -> str | None:
-    """Judge layer.safetensors: weight (C_out, J) and bias (C_out,)."""
-    spec = manifest.layer
-    shapes = {"weight": (spec.n_out, spec.n_taps), "bias": (spec.n_out,)}
-    for name, shape in shapes.items():
-        if name not in tensors or tensors[name].shape != shape:
-            return f"holds no {name!r} of the layer's shape"
-        if not sound_figures(tensors[name]):
-            return f"holds a {name!r} that is not of finite numbers"
-    if tensors["weight"].dtype != tensors["bias"].dtype:
-        return "holds weights and biases of different types"
-    same = _widened(tensors["weight"]) == _wide(manifest.dtype)
-    return None if same else "holds weights of another type than the network's"
+# The table of a record's fields: all that is made of records or asked of them follows from it.
 
 
-def column_fault(manifest: Manifest, shard: int, name: str, column: Tensor) -> str | None:
-    """Judge one tensor of a shard by itself."""
-    spec, n_images = manifest.layer, manifest.images_in(shard)
-    if name in ("pooled", "share_value", "input_map"):
-        if not sound_figures(column):
-            return f"holds a {name!r} that is not of finite numbers"
-        # A shard of broken images alone says nothing of types.
-        kind = column.dtype if name == "pooled" else _widened(column)
-        if name != "share_value" and column.numel() and kind != _wide(manifest.dtype):
-            return f"holds a {name!r} of another type than the network's"
-        least, most = (0.0, _MOST_SHARE) if name == "share_value" else (-_LARGEST, _LARGEST)
-    else:
-        whole = torch.int32 if name == "share_channel" else torch.int64
-        if column.dtype != whole or column.dim() != 1:
-            return f"holds a {name!r} that is no list of whole numbers"
-        n_shares = n_images * spec.n_out
-        most_of: dict[str, int] = {
-            "label": manifest.most_classes - 1,
-            "prediction": MAX_CLASSES - 1,
-            "n_positions": _POSITIONS,
-            "share_start": n_shares,
-            "share_channel": spec.n_out - 1,
-        }
-        if len(column) > {"share_start": n_images + 1, "share_channel": n_shares}.get(
-            name, n_images
-        ):
-            return f"holds a {name!r} of a wrong shape"
-        least, most = int(name == "n_positions"), most_of.get(name, _PLACES)
-    if column.numel() and not (least <= column.min() and column.max() <= most):
-        return f"holds a {name!r} with numbers that cannot be"
-    if name == "share_start" and (not len(column) or column[0] or (column.diff() < 0).any()):
-        return "holds shares of no image"
-    return None
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """What one tensor of the records is like."""
+
+    per: str = "image"  # what its first dimension counts: image, share, broken or id's byte
+    starts: str = ""  # what begins there for each image, so that there is one number more: the end
+    dtype: torch.dtype | Literal["wide", "network's", "fraction"] = torch.int64
+    inner: Callable[[LayerSpec], tuple[int | None, ...]] = lambda _: ()  # its other dimensions
+    least: float = 0
+    most: Callable[[Manifest], float] = lambda _: _LAST_INDEX
+    is_index: bool = False  # of images, in order
+
+
+@dataclass
+class Records:
+    """The records of some images: N images, S shares kept, B broken images, L bytes of ids.
+
+    This is the one table of fields. What may be None is there if the scan keeps positions, or the
+    data set has groups or ids.
+    """
+
+    # (N,): index in the data set, class, the network's top class, positions that sums run over
+    index: Annotated[Tensor, Column(is_index=True)]
+    label: Annotated[Tensor, Column(most=lambda m: m.most_classes - 1)]
+    prediction: Annotated[Tensor, Column(most=lambda _: MAX_CLASSES - 1)]
+    n_positions: Annotated[Tensor, Column(least=1, most=lambda _: _POSITIONS)]
+    # (N, G, J)
+    pooled: Annotated[Tensor, Column(dtype="wide", inner=lambda s: (s.groups, s.n_taps))]
+    # (N + 1,): image n has the shares share_start[n]:share_start[n + 1]; then (S,) and (S,)
+    share_start: Annotated[Tensor, Column(starts="share")]
+    share_channel: Annotated[
+        Tensor, Column(per="share", dtype=torch.int32, most=lambda m: m.layer.n_out - 1)
+    ]
+    share_value: Annotated[
+        Tensor, Column(per="share", dtype="fraction", most=lambda _: _MOST_SHARE)
+    ]
+    # (B,): index of images that could not be read
+    broken: Annotated[Tensor, Column(per="broken", is_index=True)]
+    # (N, C_in, positions ...)
+    input_map: Annotated[
+        Tensor | None, Column(dtype="network's", inner=lambda s: (s.n_in, *[None] * len(s.kernel)))
+    ] = None
+    # (N,): which images belong together
+    group: Annotated[Tensor | None, Column()] = None
+    # (N + 1,): image n has the id id_bytes[id_start[n]:id_start[n + 1]]; then (L,)
+    id_start: Annotated[Tensor | None, Column(starts="id")] = None
+    id_bytes: Annotated[Tensor | None, Column(per="id", dtype=torch.uint8)] = None
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.index)
+
+    @property
+    def ids(self) -> list[str] | None:
+        """What names each image for good, whatever its index; None if the data set has no ids."""
+        if self.id_start is None or self.id_bytes is None:
+            return None
+        return unpack_ids(self.id_start, self.id_bytes)
+
+    @property
+    def share_image(self) -> Tensor:
+        """(S,), which of the N images each share belongs to."""
+        return torch.repeat_interleave(
+            torch.arange(len(self), dtype=torch.int64), self.share_start.diff()
+        )
+
+    def share_of(self, channel: int) -> Tensor:
+        """(N,), the share of one channel in every image, zero where it was too small to keep."""
+        share = self.share_value.new_zeros(len(self))
+        found = self.share_channel == channel
+        share[self.share_image[found]] = self.share_value[found]
+        return share
+
+
+COLUMNS: dict[str, Column] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(Records, globals(), include_extras=True).items()
+}
+_NEEDED = {own.name for own in fields(Records) if own.default is MISSING}
+
+
+def no_records(spec: LayerSpec, positions: bool) -> Records:
+    """Records of no image: what remains of a batch in which every image was broken."""
+    tensors = {}
+    for name in _NEEDED | ({"input_map"} if positions else set()):
+        column = COLUMNS[name]
+        shape = (int(bool(column.starts)), *(size or 0 for size in column.inner(spec)))
+        dtype = torch.float32 if isinstance(column.dtype, str) else column.dtype
+        tensors[name] = torch.zeros(shape, dtype=dtype)
+    return Records(**tensors)
+
+
+def join_records(parts: Sequence[Records]) -> Records:
+    """Put records into one; what may be None only where all parts have it.
+
+    Raises:
+        DataError: input maps differ in size.
+    """
+    some = [part for part in parts if len(part)] or list(parts[:1])
+    joined = {}
+    for name, column in COLUMNS.items():
+        own = [getattr(part, name) for part in (parts if column.per == "broken" else some)]
+        if any(tensor is None for tensor in own):
+            continue
+        try:
+            if column.starts:
+                sizes = torch.cat([tensor.diff() for tensor in own])
+                joined[name] = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+            else:
+                joined[name] = torch.cat(own)
+        except RuntimeError:
+            if name != "input_map":
+                raise
+            raise DataError(
+                "Images of different sizes give input maps of different sizes, which "
+                "positions=True cannot keep; bring all to one size in the data set's transform."
+            ) from None
+    return Records(**joined)
+
+
+# What tensors from disk must be like before anything is computed of them.
 
 
 def records_fault(manifest: Manifest, shard: int, tensors: Mapping[str, Tensor]) -> str | None:
-    """Judge all tensors of a shard, each by itself and one beside the other.
+    """Judge tensors of a shard, each by itself and one beside the other.
 
     What is not there is not judged.
     """
-    faults = (column_fault(manifest, shard, name, t) for name, t in tensors.items())
-    fault = next(filter(None, faults), None)
-    return fault or _misfit(manifest, shard, tensors)
-
-
-def _misfit(manifest: Manifest, shard: int, tensors: Mapping[str, Tensor]) -> str | None:
-    spec = manifest.layer
-    per_image = ("index", "label", "prediction", "n_positions", "group")
-    there = [len(tensors[name]) for name in per_image if name in tensors]
-    n = there[0] if there else len(tensors.get("share_start", [0])) - 1
-    if len(set(there)) > 1:
+    for name, tensor in tensors.items():
+        fault = _column_fault(manifest, shard, name, tensor)
+        if fault:
+            return fault
+    counted: dict[str, set[int]] = defaultdict(set)
+    for name, tensor in tensors.items():
+        column = COLUMNS[name]
+        counted[column.per].add(len(tensor) - bool(column.starts))
+        if column.starts:
+            counted[column.starts].add(int(tensor[-1]))
+    if len(counted["image"]) > 1:
         return "holds tensors of different numbers of images"
-    if "broken" in tensors and there:
-        n_images = n + len(tensors["broken"])
+    for kind in ("share", "id"):
+        if len(counted[kind]) > 1:
+            return f"holds {kind}s of no image"
+    if ("id_start" in tensors) != ("id_bytes" in tensors):
+        return "holds ids of no image"
+    if counted["image"] and counted["broken"]:
+        n_images = sum((*counted["image"], *counted["broken"]))
         if n_images != manifest.images_in(shard):
             return f"holds {n_images} images of {manifest.images_in(shard)}"
-        if any(
-            (tensors[name].diff() <= 0).any() for name in ("index", "broken") if name in tensors
-        ):
+    input_map = tensors.get("input_map")
+    return None if input_map is None else _map_fault(manifest.layer, input_map)
+
+
+def _column_fault(manifest: Manifest, shard: int, name: str, tensor: Tensor) -> str | None:
+    """Judge one tensor of a shard by itself."""
+    column, spec, n_images = COLUMNS[name], manifest.layer, manifest.images_in(shard)
+    if isinstance(column.dtype, str):
+        if not sound_figures(tensor):
+            return f"holds a {name!r} that is not of finite numbers"
+        kind = tensor.dtype if column.dtype == "wide" else _widened(tensor)
+        # A shard of broken images alone says nothing of types.
+        if column.dtype != "fraction" and tensor.numel() and kind != _wide(manifest.dtype):
+            return f"holds a {name!r} of another type than the network's"
+    elif tensor.dtype != column.dtype or tensor.dim() != 1:
+        return f"holds a {name!r} that is no list of whole numbers"
+    inner = column.inner(spec)
+    longest = {"share": n_images * spec.n_out, "id": _LAST_INDEX}.get(column.per, n_images)
+    if (
+        tensor.dim() != 1 + len(inner)
+        or len(tensor) - bool(column.starts) > longest
+        or any(size not in (None, own) for size, own in zip(inner, tensor.shape[1:], strict=True))
+    ):
+        return f"holds a {name!r} of a wrong shape"
+    if column.starts and (not len(tensor) or tensor[0] or (tensor.diff() < 0).any()):
+        return f"holds {column.starts}s of no image"
+    if column.dtype not in ("wide", "network's") and len(tensor):  # these are, by being sound
+        least, most = tensor.min().item(), tensor.max().item()
+        if least < column.least or most > column.most(manifest):
+            return f"holds a {name!r} with numbers that cannot be"
+    if column.is_index:
+        if (tensor.diff() <= 0).any():
             return "holds images out of order"
-        if _elsewhere(manifest, shard, tensors):
+        first = shard * manifest.shard_size
+        elsewhere = (tensor < first) | (tensor >= first + n_images)
+        if manifest.classes is None and not manifest.indices and elsewhere.any():
             return "holds images of another shard"
-    start = tensors.get("share_start")
-    if start is not None:
-        ends = (int(start[-1]),)
-        if len(start) != n + 1 or any(
-            tensors[name].shape != ends
-            for name in ("share_channel", "share_value")
-            if name in tensors
-        ):
-            return "holds shares of no image"
-    pooled, input_map = tensors.get("pooled"), tensors.get("input_map")
-    if pooled is not None and there and pooled.shape != (n, spec.groups, spec.n_taps):
-        return "holds a 'pooled' of a wrong shape"
-    return None if input_map is None else _map_fault(spec, n, input_map)
+    return None
 
 
-def _elsewhere(manifest: Manifest, shard: int, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether images lie elsewhere in the data set than this shard's, where all were scanned."""
-    if manifest.classes is not None or manifest.indices:
-        return False
-    first = shard * manifest.shard_size
-    last = first + manifest.images_in(shard)
-    columns = (tensors[name] for name in ("index", "broken") if name in tensors)
-    return any(bool(((c < first) | (c >= last)).any()) for c in columns)
-
-
-def _map_fault(spec: LayerSpec, n: int, input_map: Tensor) -> str | None:
-    sizes = input_map.shape[2:]
-    if input_map.shape[:2] != (n, spec.n_in) or len(sizes) != len(spec.kernel):
-        return "holds an 'input_map' of a wrong shape"
-    if n == 0:
+def _map_fault(spec: LayerSpec, input_map: Tensor) -> str | None:
+    if not len(input_map):
         return None
-    padded = n * spec.n_in
-    for dim, size in enumerate(sizes):
+    padded = len(input_map) * spec.n_in
+    for dim, size in enumerate(input_map.shape[2:]):
         pads = spec.pads(dim, size)
         reach = spec.dilation[dim] * (spec.kernel[dim] - 1) + 1
         # The modes that repeat the input cannot go beyond it.
@@ -167,6 +234,20 @@ def _map_fault(spec: LayerSpec, n: int, input_map: Tensor) -> str | None:
     if padded > _PADDED_TIMES * input_map.numel() + _PADDED_FREE:
         return "holds an 'input_map' that the layer's padding makes too large"
     return None
+
+
+def layer_fault(manifest: Manifest, tensors: Mapping[str, Tensor]) -> str | None:
+    """Judge layer.safetensors: weight (C_out, J) and bias (C_out,)."""
+    spec = manifest.layer
+    for name, shape in {"weight": (spec.n_out, spec.n_taps), "bias": (spec.n_out,)}.items():
+        if name not in tensors or tensors[name].shape != shape:
+            return f"holds no {name!r} of the layer's shape"
+        if not sound_figures(tensors[name]):
+            return f"holds a {name!r} that is not of finite numbers"
+    if tensors["weight"].dtype != tensors["bias"].dtype:
+        return "holds weights and biases of different types"
+    same = _widened(tensors["weight"]) == _wide(manifest.dtype)
+    return None if same else "holds weights of another type than the network's"
 
 
 def _wide(dtype: str) -> torch.dtype:
@@ -189,105 +270,7 @@ def sound_figures(tensor: Tensor) -> bool:
     return bool(least >= -_LARGEST) and bool(most <= _LARGEST)
 
 
-# Records of a part of a shard, put together batch by batch.
-
-
-def no_records(spec: LayerSpec, positions: bool) -> Records:
-    """Records of no image: what remains of a batch in which every image was broken."""
-    none = torch.zeros(0, dtype=torch.int64)
-    return Records(
-        index=none,
-        label=none,
-        prediction=none,
-        n_positions=none,
-        pooled=torch.zeros(0, spec.groups, spec.n_taps, dtype=torch.float32),
-        share_start=torch.zeros(1, dtype=torch.int64),
-        share_channel=none.to(torch.int32),
-        share_value=torch.zeros(0, dtype=torch.float32),
-        broken=none,
-        input_map=torch.zeros(0, spec.n_in, *(0 for _ in spec.kernel), dtype=torch.float32)
-        if positions
-        else None,
-    )
-
-
-def join_records(parts: Sequence[Records]) -> Records:
-    """Put the records of a shard's batches into one."""
-    some = [part for part in parts if len(part)] or list(parts[:1])
-    starts = [0]
-    for part in some:
-        starts += (part.share_start[1:] + starts[-1]).tolist()
-    maps = [part.input_map for part in some if part.input_map is not None]
-
-    def cat(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in some])
-
-    try:
-        input_map = torch.cat(maps) if maps else None
-    except RuntimeError:
-        raise DataError(
-            "Images of different sizes give input maps of different sizes, which positions=True "
-            "cannot keep; bring all to one size in the data set's transform."
-        ) from None
-    return Records(
-        index=cat("index"),
-        label=cat("label"),
-        prediction=cat("prediction"),
-        n_positions=cat("n_positions"),
-        pooled=cat("pooled"),
-        share_start=torch.tensor(starts, dtype=torch.int64),
-        share_channel=cat("share_channel"),
-        share_value=cat("share_value"),
-        broken=torch.cat([part.broken for part in parts]),
-        input_map=input_map,
-    )
-
-
-# The Scan on disk: a manifest, the layer's weights, and shards of one record per image.
-
-
-@dataclass
-class Records:
-    """The records of some images. N images, S shares kept, B broken images."""
-
-    index: Tensor  # (N,), place in the data set
-    label: Tensor  # (N,)
-    prediction: Tensor  # (N,)
-    n_positions: Tensor  # (N,), output positions summed over
-    pooled: Tensor  # (N, G, J)
-    share_start: Tensor  # (N + 1,), image n has the shares share_start[n]:share_start[n + 1]
-    share_channel: Tensor  # (S,)
-    share_value: Tensor  # (S,)
-    broken: Tensor  # (B,), places in the data set of images that could not be read
-    input_map: Tensor | None = None  # (N, C_in, positions ...), only with positions=True
-    group: Tensor | None = None  # (N,), which images belong together, if the data set knows
-    id_start: Tensor | None = None  # (N + 1,), image n has the id id_bytes[id_start[n]:...[n + 1]]
-    id_bytes: Tensor | None = None  # of all ids in a row, if the data set has any
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.index)
-
-    @property
-    def ids(self) -> list[str] | None:
-        """What names each image for good, whatever its place; None if the data set has no ids."""
-        if self.id_start is None or self.id_bytes is None:
-            return None
-        return unpack_ids(self.id_start, self.id_bytes)
-
-    @property
-    def share_image(self) -> Tensor:
-        """(S,), which of the N images each share belongs to."""
-        return torch.repeat_interleave(
-            torch.arange(len(self), dtype=torch.int64), self.share_start.diff()
-        )
-
-    def share_of(self, channel: int) -> Tensor:
-        """(N,), the share of one channel in every image, zero where it was too small to keep."""
-        share = self.share_value.new_zeros(len(self))
-        found = self.share_channel == channel
-        share[self.share_image[found]] = self.share_value[found]
-        return share
+# A finished scan, opened; and its images where they lie now.
 
 
 @dataclass(frozen=True)
@@ -298,7 +281,6 @@ class Scan:
     manifest: Manifest
     weight: Tensor  # (C_out, J)
     bias: Tensor  # (C_out,)
-    clusters: Clusters = field(default_factory=dict)  # that numbers behind the classes stand for
 
     @property
     def layer(self) -> LayerSpec:
@@ -318,10 +300,19 @@ class Scan:
     def shards(self) -> Iterator[Records]:
         """Read the records shard by shard, so that memory does not grow with their number."""
         for shard in range(self.manifest.n_shards):
-            yield sound_shard(self.path, self.manifest, shard)
+            yield read_shard(self.path, shard, self.manifest)
+
+    def tensors(self, *names: str) -> Iterator[dict[str, Tensor]]:
+        """Read some tensors of every shard, and nothing else."""
+        for shard in range(self.manifest.n_shards):
+            yield sound_tensors(self.path, self.manifest, shard, names)
+
+    def columns(self, name: str) -> Iterator[Tensor]:
+        """Read one tensor of every shard, and nothing else."""
+        return (tensors[name] for tensors in self.tensors(name))
 
     def broken(self) -> list[int]:
-        """Places in the data set of images that could not be read and were left out."""
+        """Indices of images that could not be read and were left out."""
         return [int(index) for column in self.columns("broken") for index in column]
 
     def labels_seen(self) -> set[int]:
@@ -329,7 +320,7 @@ class Scan:
         return {int(label) for column in self.columns("label") for label in column.unique()}
 
     def ids(self) -> dict[int, str]:
-        """What names each image for good, by place; empty where the data set had no ids."""
+        """What names each image for good, by index; empty where the data set had no ids."""
         ids: dict[int, str] = {}
         for shard in range(self.manifest.n_shards):
             if "id_start" not in names_in(shard_path(self.path, shard)):
@@ -338,15 +329,6 @@ class Scan:
             names = unpack_ids(own["id_start"], own["id_bytes"])
             ids.update(zip(own["index"].tolist(), names, strict=True))
         return ids
-
-    def columns(self, name: str) -> Iterator[Tensor]:
-        """Read one tensor of every shard, and nothing else."""
-        return (tensors[name] for tensors in self.tensors(name))
-
-    def tensors(self, *names: str) -> Iterator[dict[str, Tensor]]:
-        """Read some tensors of every shard, and nothing else."""
-        for shard in range(self.manifest.n_shards):
-            yield sound_tensors(self.path, self.manifest, shard, names)
 
 
 @in_plain_modes
@@ -383,11 +365,14 @@ def sound_layer(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
         RunError: the file is missing or damaged, or of another layer.
     """
     path = folder / "layer.safetensors"
-    layer = read_tensors(path)[0]
-    fault = layer_fault(manifest, layer)
-    if fault:
-        raise RunError(f"{path} {fault}; delete it and start the scan again.")
-    return layer
+    tensors, _ = read_tensors(path)
+    _refuse(path, layer_fault(manifest, tensors))
+    return tensors
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """Return the file of a shard."""
+    return folder / f"shard-{shard:06d}.safetensors"
 
 
 def shards_there(folder: Path, manifest: Manifest) -> list[int]:
@@ -399,47 +384,32 @@ def shards_there(folder: Path, manifest: Manifest) -> list[int]:
     return sorted(there)
 
 
-def shard_path(folder: Path, shard: int) -> Path:
-    """Return the file of a shard."""
-    return folder / f"shard-{shard:06d}.safetensors"
-
-
 def write_shard(
     folder: Path, shard: int, records: Records, manifest: Manifest | None = None
 ) -> None:
     """Write one shard, with what ties it to its scan: the manifest's identity and its number."""
-    tensors = {k: v for k, v in vars(records).items() if v is not None}
+    tensors = {name: tensor for name, tensor in vars(records).items() if tensor is not None}
     about = {"scan": manifest.scan_id, "shard": shard} if manifest else {}
     write_tensors(shard_path(folder, shard), tensors, about)
 
 
 def read_shard(folder: Path, shard: int, manifest: Manifest | None = None) -> Records:
-    """Read one shard, of a certain scan if its manifest is given.
+    """Read one shard; with a manifest, make sure that it holds what this scan's must.
 
     Raises:
-        RunError: the file is missing or damaged, or it is another scan's or another shard.
+        RunError: the file is missing or damaged, or another shard; or lacks images or holds
+            impossible records.
     """
     path = shard_path(folder, shard)
     tensors, about = read_tensors(path)
-    _refuse_stranger(path, about, manifest, shard)
-    try:
-        return Records(**tensors)
-    except TypeError:
-        raise RunError(f"{path} is not a shard; delete it and start the scan again.") from None
-
-
-def sound_shard(folder: Path, manifest: Manifest, shard: int) -> Records:
-    """Read one shard, and make sure that it holds what a shard of this scan must.
-
-    Raises:
-        RunError: the file is missing or damaged, lacks images or holds impossible records.
-    """
-    records = read_shard(folder, shard, manifest)
-    tensors = {k: v for k, v in vars(records).items() if v is not None}
-    fault = _misses(tensors, manifest) or _fault(tensors, manifest, shard)
-    if fault:
-        raise RunError(f"{shard_path(folder, shard)} {fault}; delete it and start the scan again.")
-    return records
+    if not _NEEDED <= tensors.keys() <= COLUMNS.keys():
+        _refuse(path, "is not a shard")
+    if manifest is not None:
+        fault = _stranger(about, manifest, shard) or records_fault(manifest, shard, tensors)
+        if ("input_map" in tensors) != manifest.positions:
+            fault = fault or "holds input maps where none are, or none"
+        _refuse(path, fault)
+    return Records(**tensors)
 
 
 def sound_tensors(
@@ -451,98 +421,19 @@ def sound_tensors(
         RunError: the file is missing or damaged, or they are impossible.
     """
     path = shard_path(folder, shard)
-    tensors, about = read_some(path, names)
-    _refuse_stranger(path, about, manifest, shard)
-    fault = _fault(tensors, manifest, shard)
-    if fault:
-        raise RunError(f"{path} {fault}; delete it and start the scan again.")
+    tensors, about = read_tensors(path, names)
+    fault = _stranger(about, manifest, shard) or records_fault(manifest, shard, tensors)
+    _refuse(path, fault)
     return tensors
 
 
-def _refuse_stranger(
-    path: Path, about: dict[str, Any], manifest: Manifest | None, shard: int
-) -> None:
-    """Raise if a shard says that it is another one's; older shards say nothing."""
-    if manifest is None or "scan" not in about:
-        return
-    if (about["scan"], about.get("shard")) != (manifest.scan_id, shard):
-        other = "of another scan" if about["scan"] != manifest.scan_id else "another shard"
-        raise RunError(f"{path} is {other}; delete it and start the scan again.")
+def _stranger(about: dict[str, Any], manifest: Manifest, shard: int) -> str | None:
+    """Say that a shard is another one by what it says of itself; older shards say nothing."""
+    if about.get("scan", manifest.scan_id) != manifest.scan_id:
+        return "is of another scan"
+    return "is another shard" if about.get("shard", shard) != shard else None
 
 
-def _misses(tensors: dict[str, Tensor], manifest: Manifest) -> str | None:
-    there = tensors.get("input_map") is not None
-    return None if there == manifest.positions else "holds input maps where none are, or none"
-
-
-def _fault(tensors: dict[str, Tensor], manifest: Manifest, shard: int) -> str | None:
-    """What is wrong with a shard's records, None if nothing is."""
-    judged = {name: tensor for name, tensor in tensors.items() if not name.startswith("id_")}
-    fault = records_fault(manifest, shard, judged)
-    if fault is None and "index" in tensors:
-        ids = tensors.get("id_start"), tensors.get("id_bytes")
-        if not fit_ids(len(tensors["index"]), *ids):
-            return "holds ids of other images"
-    return fault
-
-
-# Images at the places that they had when they were scanned, whatever their order is now.
-
-
-class AsScanned(Around):
-    """A data set in another order; all else is the data set's own.
-
-    Args:
-        dataset: of (image, label).
-        places: where in it the images are now, by the place at which they were scanned.
-        ids: by that place too.
-    """
-
-    samples = root = sizes = groups = None  # the data set's are in its own order
-
-    def __init__(
-        self, dataset: Dataset[Any], places: Mapping[int, int], ids: Mapping[int, str]
-    ) -> None:
-        """Look up the labels; no image is read."""
-        self.dataset, self.places = dataset, places
-        own, places_scanned = labels_of(dataset), range(max(ids) + 1)
-        self.targets = [own[places[i]] if i in places else UNLABELLED for i in places_scanned]
-        self.ids = [ids.get(i, f"image {i}") for i in places_scanned]
-
-    def __len__(self) -> int:
-        """Number of places."""
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Return the image that was scanned at a place, and its label."""
-        image, label = self.dataset[self.source(index)]
-        return image, label
-
-    def __getattr__(self, name: str) -> Any:
-        """Give what else the data set has, such as `classes`."""
-        if name == "dataset":  # not yet there, as in a copy being made
-            raise AttributeError(name)
-        kept = getattr(self.dataset, name)
-        return (lambda index: kept(self.source(index))) if name == "picture" else kept
-
-    def source(self, index: int) -> int:
-        """Return the place in the data set of the image that was scanned at a place."""
-        if index not in self.places:
-            raise DataError(f"Image {self.ids[index]} is gone; bring it back, or scan anew.")
-        return self.places[index]
-
-
-def as_scanned(dataset: Dataset[Any], scan: Scan) -> Dataset[Any]:
-    """Find the images of a scan again by their ids.
-
-    Returns:
-        The data set itself where scan or data set have no ids, no id is known, or all are where
-        they were; else its images at the places of the scan.
-    """
-    known, scanned = ids_of(dataset), scan.ids()
-    if known is None:
-        return dataset
-    now = {one: place for place, one in enumerate(known)}
-    places = {index: now[one] for index, one in scanned.items() if one in now}
-    unmoved = len(places) == len(scanned) and all(i == place for i, place in places.items())
-    return dataset if unmoved or not places else AsScanned(dataset, places, scanned)
+def _refuse(path: Path, fault: str | None) -> None:
+    if fault:
+        raise RunError(f"{path} {fault}; delete it and start the scan again.")

@@ -1,14 +1,17 @@
-"""The pass itself: run the network shard by shard, write the records."""
+"""The pass itself: claim folders and shards, run the network shard by shard, write the records."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import os
 import platform
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -17,26 +20,107 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import Dataset, Sampler
 
 from unbraid.base.errors import DataError, OutOfMemory, RunError, memory_full
 from unbraid.base.files import remove_leftovers, write_tensors, write_whole
 from unbraid.base.progress import image_progress
 from unbraid.images.batches import as_batch, deaths_told, load
-from unbraid.images.dataset import GoodItem, groups_of, listed_labels, sort_out
+from unbraid.images.broken import Loaded, sort_out
+from unbraid.images.dataset import groups_of, listed_labels
 from unbraid.images.identity import ids_of, pack_ids
-from unbraid.networks.compiling import compiled
 from unbraid.networks.copying import device_of
 from unbraid.networks.layers import bias_of, weight_rows
-from unbraid.networks.outputs import as_logits, check_labels
+from unbraid.networks.outputs import check_labels
 from unbraid.networks.preflight import look_first
-from unbraid.networks.relevance import kept_channels_last, uncompiled, undisturbed
+from unbraid.networks.relevance import kept_channels_last, undisturbed
 from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.manifest import Manifest, read_manifest
+from unbraid.scanning.options import ScanOptions
 from unbraid.scanning.records import Records, join_records, shard_path, write_shard
-from unbraid.scanning.team import Team, n_ranks
 
-# Whose folder it is: a scan claims folders for its records, or finds that they are another's.
+_PATIENCE = 60.0  # seconds; NFS shows a folder anew after half of that
+_PAUSE = 0.5
+_LOOK = 0.05  # seconds between looks at what others have done
+
+# Processes that scan together, as torchrun starts them, on one machine or many.
+
+
+class Team:
+    """Those who scan together, or one process alone: they share a store and nothing else.
+
+    Shards are claimed in it one by one. Nobody waits for anybody before the end, so no number of
+    processes or shards can make them hang.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        """Begin a work, in a store that holds nothing else."""
+        self.first = rank == 0  # who speaks and prepares for all
+        self._store, self._rank, self._size = store, rank, size
+        self._counted = 0
+
+    def lead(self, prepare: Callable[[], None], work: str) -> str:
+        """Let the first prepare; the others wait for it. Return the first's text for the work."""
+        if self.first:
+            prepare()
+            self._store.set("prepared", work)
+        self._wait_for(["prepared"])
+        return bytes(self._store.get("prepared")).decode()
+
+    def claims(self, n_pieces: int) -> Iterator[int]:
+        """Hand out the pieces of the work one by one, each to whoever asks next."""
+        while (piece := self._store.add("claimed", 1) - 1) < n_pieces:
+            yield piece
+
+    def count(self, n: int) -> int:
+        """Add to what all have counted; return by how much that has grown since the last call."""
+        total = self._store.add("counted", n)
+        grown, self._counted = total - self._counted, total
+        return int(grown)
+
+    def finish(self) -> None:
+        """Wait until all have done what they claimed; torchrun ends us if one dies."""
+        self._store.set(f"done {self._rank}", "")
+        self._wait_for([f"done {rank}" for rank in range(self._size)])
+
+    def _wait_for(self, keys: list[str]) -> None:
+        while not self._store.check(keys):  # in short steps, so that a signal is heard
+            time.sleep(_LOOK)
+
+
+def join_team() -> Team:
+    """The team for the next work; every process must ask for the same works in the same order."""
+    if n_ranks() == 1:
+        return Team(HashStore(), 0, 1)
+    store, rank, size = _joined()
+    # The store outlives processes that torchrun starts anew, and what they claimed does not count.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Team(PrefixStore(f"unbraid {attempt} {next(_works)}", store), rank, size)
+
+
+def n_ranks() -> int:
+    """How many processes torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all."""
+    return n_ranks() == 1 or os.environ["RANK"] == "0"
+
+
+_works = itertools.count()
+
+
+@functools.cache
+def _joined() -> tuple[Store, int, int]:
+    joined: tuple[Any, int, int] = next(rendezvous("env://"))
+    return joined
+
+
+# Whose folder it is.
 
 
 @dataclass(frozen=True)
@@ -46,11 +130,6 @@ class Target:
     module: nn.Module
     manifest: Manifest
     folder: Path
-
-    @property
-    def place(self) -> Place:
-        """Where to look in the network."""
-        return Place(self.module, self.manifest.layer)
 
     def lacks(self, shard: int) -> bool:
         """Whether a shard is still to be made."""
@@ -64,7 +143,7 @@ def claim(targets: Sequence[Target]) -> None:
         RunError: one holds another scan.
     """
     for target in targets:
-        _refuse_stranger(target)
+        _refuse_other_scan(target)
     for target in targets:
         folder, manifest = target.folder, target.manifest
         remove_leftovers(folder)  # of a scan that was killed while writing
@@ -79,9 +158,8 @@ def claim(targets: Sequence[Target]) -> None:
             write_whole(folder / "manifest.json", renamed.to_json().encode())
 
 
-def _refuse_stranger(target: Target) -> None:
-    folder = target.folder
-    before = read_manifest(folder)
+def _refuse_other_scan(target: Target) -> None:
+    folder, before = target.folder, read_manifest(target.folder)
     if next(folder.glob("shard-*.safetensors"), None) is None:
         return
     if before is None:
@@ -122,24 +200,13 @@ def claim_together(targets: Sequence[Target], team: Team) -> None:
 
 
 def refuse_taken(target: Target) -> None:
-    """Raise if the folder was claimed by another scan since.
-
-    Raises:
-        RunError: it was.
-    """
+    """Raise RunError if the folder was claimed by another scan since."""
     now = read_manifest(target.folder)
     if now is None or now.scan_id != target.manifest.scan_id:
         raise RunError(
             f"{target.folder} was taken by another scan meanwhile; let that one end, or name "
             "another folder."
         )
-
-
-# The pass itself: run the network shard by shard, write the records.
-
-
-_PATIENCE = 60.0  # seconds; NFS shows a folder anew after half of that
-_PAUSE = 0.5
 
 
 def library_versions() -> dict[str, str]:
@@ -151,98 +218,112 @@ def library_versions() -> dict[str, str]:
     }
 
 
-@contextmanager
-def threads_fixed(n: int) -> Iterator[None]:
-    """Compute with a number of threads, since sums round otherwise with more; 0 for any."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+# The pass.
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard being made, and the layers that lack it."""
+
+    number: int
+    targets: list[Target]
+    n_batches: int
+
+
+class _Work(Sampler[list[int]]):
+    """The batches of the shards that this process claims, one shard after the other.
+
+    Shards are claimed as the loader asks for more, with workers somewhat ahead of the network.
+    """
+
+    def __init__(self, targets: Sequence[Target], indices: Sequence[int], team: Team) -> None:
+        self.begun: deque[_Shard] = deque()
+        self._targets, self._indices, self._team = targets, indices, team
+        self._same = targets[0].manifest
+        n_shards = self._same.n_shards
+        self.sizes = [  # of the shards that some layer lacks
+            len(self._of(k)) for k in range(n_shards) if any(t.lacks(k) for t in targets)
+        ]
+        # How many images the smallest of their batches holds.
+        self.fewest = min(((n - 1) % self._same.batch_size + 1 for n in self.sizes), default=1)
+
+    def _of(self, shard: int) -> Sequence[int]:
+        size = self._same.shard_size
+        return self._indices[shard * size : (shard + 1) * size]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = self._same.batch_size
+        for number in self._team.claims(self._same.n_shards):
+            targets = [target for target in self._targets if target.lacks(number)]
+            if not targets:
+                continue
+            own = self._of(number)
+            # A batch never crosses a shard, so that a record does not depend on who made it.
+            batches = [list(own[i : i + size]) for i in range(0, len(own), size)]
+            self.begun.append(_Shard(number, targets, len(batches)))
+            yield from batches
 
 
 def scan_shards(
     model: nn.Module,
     targets: Sequence[Target],
     dataset: Dataset[Any],
-    given: Sequence[int],
-    places: Sequence[int],
-    *,
+    labels: Sequence[int],
+    indices: Sequence[int],
     team: Team,
-    workers: int,
-    progress: bool,
+    options: ScanOptions,
 ) -> None:
     """Make the shards that are not there yet, of all layers in one pass.
 
-    Args:
-        model: gives logits.
-        targets: layers of it; they differ in layer and folder alone.
-        dataset: the images.
-        given: their labels.
-        places: in the data set, of the images to scan.
-        team: those who do it together, shard by shard.
-        workers: processes that load images.
-        progress: show a progress bar.
+    Labels are those of all images, indices in the data set those of the images to scan.
     """
-    same = targets[0].manifest  # for every layer
-    work = _Work(targets, places, team)
+    same = targets[0].manifest  # but for the layer
+    work = _Work(targets, indices, team)
     groups, ids = groups_of(dataset), ids_of(dataset)
     pinned = device_of(model).type == "cuda"
-    batches = load(dataset, work, workers=workers, pinned=pinned)
-    ready: AbstractContextManager[nn.Module] = nullcontext(model)
-    if same.compiled:
-        ready = compiled(model, [t.module for t in targets], same.batch_size)
-    title = f"Scanning {', '.join(t.manifest.layer.name for t in targets)}"
-    n_done = len(places) - sum(len(work.places_of(k)) for k in work.lacking())
-    with (
-        image_progress(title, len(places), n_done, show=progress and team.first) as advance,
-        deaths_told(),
-        undisturbed(model),
-        kept_channels_last(model) if same.channels_last else nullcontext(),
-        threads_fixed(same.threads),
-        torch.inference_mode(False),  # whatever mode the caller is in
-        torch.enable_grad(),
-        ready as network,
-        ExitStack() as stack,
-    ):
-        at_once = same.batch_size
-        done: list[list[Records]] = []  # of the shard so far
-        n_loaded = 0
-        n_fewest = work.fewest()
+    batches = load(dataset, work, workers=options.workers, pinned=pinned)
+    title = f"Scanning {', '.join(target.manifest.layer.name for target in targets)}"
+    n_done = len(indices) - sum(work.sizes)
+    show = options.progress and team.first
+    with ExitStack() as stack:
+        advance = stack.enter_context(image_progress(title, len(indices), n_done, show=show))
+        stack.enter_context(deaths_told())
+        stack.enter_context(undisturbed(model))
+        if options.channels_last:
+            stack.enter_context(kept_channels_last(model))
+        # Sums round otherwise with another number of threads.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(same.threads or torch.get_num_threads())
         looked = False
-        for items in batches:
-            shard = work.begun[0]
-            good, broken = sort_out(items, same.skip_broken)
-            if same.labels == "given":
-                _check_labels_agree(good, given)
-            if good and not looked:
-                _look(model, targets, good, n_fewest)
-                looked = True
-                if same.labels == "given":
-                    stack.enter_context(_labels_checked(network, dataset, places))
-            run = partial(
-                scan_batch,
-                network,
-                [t.place for t in shard.targets],
-                min_share=same.min_share,
-                positions=same.positions,
-                predicted=same.labels == "predicted",
-                autocast=same.autocast,
-                # Once a shard is enough, and costs next to nothing.
-                check=not any(len(records[0]) for records in done),
-            )
-            parts, at_once = in_portions(run, good, at_once)
-            for one in parts[0]:
-                one.broken = torch.tensor(broken, dtype=torch.int64)
-            done += parts
-            n_loaded += 1
-            advance(team.count(len(items)))
-            if n_loaded == shard.n_batches:
-                _write(shard, done, groups, ids)
-                work.begun.popleft()
-                done, n_loaded = [], 0
-                at_once = same.batch_size  # so that a shard does not depend on the one before
+        for first in batches:
+            shard = work.begun.popleft()
+            at_once = same.batch_size
+            parts: list[list[Records]] = []  # of the shard so far, layer by layer
+            for items in itertools.chain([first], itertools.islice(batches, shard.n_batches - 1)):
+                good, broken = sort_out(items, options.skip_broken)
+                if options.labels == "given":
+                    _check_labels_agree(good, labels)
+                if good and not looked:
+                    listed = listed_labels(dataset) if options.labels == "given" else None
+                    _look(model, targets, good, work.fewest, listed, indices)
+                    looked = True
+                run = partial(
+                    scan_batch,
+                    model,
+                    [Place(target.module, target.manifest.layer) for target in shard.targets],
+                    min_share=options.min_share,
+                    positions=options.positions,
+                    predicted=options.labels == "predicted",
+                    autocast=options.autocast,
+                    # Once a shard is enough, and costs next to nothing.
+                    check=not any(len(records[0]) for records in parts),
+                )
+                own, at_once = _in_portions(run, good, at_once)
+                for records in own[0]:
+                    records.broken = torch.tensor(broken, dtype=torch.int64)
+                parts += own
+                advance(team.count(len(items)))
+            _write(shard, parts, groups, ids)
         team.finish()
         if n_ranks() > 1:
             await_shards(targets, _PATIENCE)
@@ -250,10 +331,7 @@ def scan_shards(
 
 
 def await_shards(targets: Sequence[Target], seconds: float) -> None:
-    """Wait for shards that others wrote, which a network file system may show late, but not longer.
-
-    What is then still not there, the reader tells.
-    """
+    """Wait a while for shards of others, which a network file system may show late."""
     until = time.monotonic() + seconds
     missing = [(target, k) for target in targets for k in range(target.manifest.n_shards)]
     while missing := [(target, k) for target, k in missing if target.lacks(k)]:
@@ -262,21 +340,13 @@ def await_shards(targets: Sequence[Target], seconds: float) -> None:
         time.sleep(_PAUSE)
 
 
-def in_portions(
-    run: Callable[[Sequence[GoodItem]], list[Records]], items: Sequence[GoodItem], at_once: int
+def _in_portions(
+    run: Callable[[Sequence[Loaded]], list[Records]], items: Sequence[Loaded], at_once: int
 ) -> tuple[list[list[Records]], int]:
-    """Run images as many at a time as the device's memory holds.
-
-    Args:
-        run: from images to their records, layer by layer.
-        items: the images.
-        at_once: how many to try first; halved as long as memory is too small.
+    """Run images as many at a time as the device's memory holds, halved as long as it is too small.
 
     Returns:
         The records of each portion, at least one, and how many images fitted at once.
-
-    Raises:
-        OutOfMemory: there is no room for a single image.
     """
     done: list[list[Records]] = []
     start = 0
@@ -297,112 +367,52 @@ def in_portions(
     return done, at_once
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """A shard being made, and the layers that lack it."""
-
-    number: int
-    targets: list[Target]
-    n_batches: int
-
-
-class _Work(Sampler[list[int]]):
-    """The batches of the shards that this process claims, one shard after the other.
-
-    Shards are claimed as the loader asks for more, with workers somewhat ahead of the network.
-    """
-
-    def __init__(self, targets: Sequence[Target], places: Sequence[int], team: Team) -> None:
-        self.begun: deque[_Shard] = deque()
-        self._targets, self._places, self._team = targets, places, team
-        self._same = targets[0].manifest
-
-    def lacking(self) -> list[int]:
-        """Shards that some layer lacks."""
-        return [k for k in range(self._same.n_shards) if any(t.lacks(k) for t in self._targets)]
-
-    def fewest(self) -> int:
-        """How many images the smallest batch holds, of shards that some layer lacks."""
-        sizes = [len(self.places_of(k)) for k in self.lacking()]
-        return min(((size - 1) % self._same.batch_size + 1 for size in sizes), default=1)
-
-    def places_of(self, shard: int) -> Sequence[int]:
-        size = self._same.shard_size
-        return self._places[shard * size : (shard + 1) * size]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = self._same.batch_size
-        for number in self._team.claims(self._same.n_shards):
-            targets = [target for target in self._targets if target.lacks(number)]
-            if not targets:
-                continue
-            places = self.places_of(number)
-            # A batch never crosses a shard, so that a record does not depend on who made it.
-            batches = [list(places[i : i + size]) for i in range(0, len(places), size)]
-            self.begun.append(_Shard(number, targets, len(batches)))
-            yield from batches
-
-
 def _look(
-    model: nn.Module, targets: Sequence[Target], good: Sequence[GoodItem], n_fewest: int
+    model: nn.Module,
+    targets: Sequence[Target],
+    good: Sequence[Loaded],
+    n_fewest: int,
+    listed: Sequence[int] | None,
+    indices: Sequence[int],
 ) -> None:
-    """Look at what the network computes of the first images, before the work begins."""
-    index = torch.tensor([item[0] for item in good], dtype=torch.int64)
-    images = as_batch([item[1] for item in good], index)
+    """Look at what the network computes of the first images, before the work begins.
+
+    All labels that a list gives are checked as soon as it is known how many outputs there are;
+    otherwise a wrong one would be told when its batch comes, perhaps after days.
+    """
+    index = torch.tensor([item.index for item in good], dtype=torch.int64)
+    images = as_batch([item.image for item in good], index)
     layers = [(target.manifest.layer, target.module) for target in targets]
-    with suppress(OutOfMemory), uncompiled():  # memory is a thing that the scan can deal with
-        look_first(model, images.to(device_of(model)), layers, n_fewest)
+    with suppress(OutOfMemory):  # memory is a thing that the scan can deal with
+        logits = look_first(model, images.to(device_of(model)), layers, n_fewest)
+        if listed is not None:
+            index = torch.tensor(indices, dtype=torch.int64)
+            check_labels(torch.tensor(listed, dtype=torch.int64)[index], index, logits)
+
+
+def _check_labels_agree(items: Sequence[Loaded], labels: Sequence[int]) -> None:
+    """Raise if an image comes with another label than the data set's list has for it."""
+    for item in items:
+        if item.label != labels[item.index]:
+            raise DataError(
+                f"Image {item.index} comes with label {item.label}, but the data set lists "
+                f"{labels[item.index]} for it; make the two agree."
+            )
 
 
 def _write(
     shard: _Shard,
-    done: Sequence[Sequence[Records]],
+    parts: Sequence[Sequence[Records]],
     groups: list[int] | None,
     ids: list[str] | None,
 ) -> None:
     """Write a shard of every layer that lacks it, from the records of its batches."""
-    for target, parts in zip(shard.targets, zip(*done, strict=True), strict=True):
-        joined = join_records(parts)
+    for target, own in zip(shard.targets, zip(*parts, strict=True), strict=True):
+        records = join_records(own)
+        index = records.index.tolist()
         if groups is not None:
-            own = [groups[i] for i in joined.index.tolist()]
-            joined.group = torch.tensor(own, dtype=torch.int64)
+            records.group = torch.tensor([groups[i] for i in index], dtype=torch.int64)
         if ids is not None:
-            joined.id_start, joined.id_bytes = pack_ids([ids[i] for i in joined.index.tolist()])
+            records.id_start, records.id_bytes = pack_ids([ids[i] for i in index])
         refuse_taken(target)
-        write_shard(target.folder, shard.number, joined, target.manifest)
-
-
-@contextmanager
-def _labels_checked(
-    model: nn.Module, dataset: Dataset[Any], places: Sequence[int]
-) -> Iterator[None]:
-    """Check all labels that a list gives as soon as the network tells how many outputs it has.
-
-    Otherwise a wrong one would be told when its batch comes, perhaps after days.
-    """
-    listed = listed_labels(dataset)
-    if listed is None:
-        yield
-        return
-    index = torch.tensor(places, dtype=torch.int64)
-    labels = torch.tensor(listed, dtype=torch.int64)[index]
-
-    def hook(_model: nn.Module, args: Any, output: Any) -> None:
-        handle.remove()
-        check_labels(labels, index, as_logits(output, len(args[0])))
-
-    handle = model.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _check_labels_agree(items: Sequence[GoodItem], labels: Sequence[int]) -> None:
-    """Raise if an image comes with another label than the data set's list has for it."""
-    for index, _, label in items:
-        if label != labels[index]:
-            raise DataError(
-                f"Image {index} comes with label {label}, but the data set lists {labels[index]} "
-                "for it; make the two agree."
-            )
+        write_shard(target.folder, shard.number, records, target.manifest)

@@ -1,7 +1,7 @@
 """The published rule for dividing a channel's weights, to the letter.
 
 Hesse, Fischer, Schaub-Meyer and Roth 2025, arXiv:2504.12939; METHOD.md section 3, steps 3 and 4.
-Shapes: K concepts, C input channels of a group, J taps.
+Shapes: n images, K concepts, C input channels of a group, J taps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import concept_of
+from unbraid.finding.membership import Members
 from unbraid.networks.spec import respond, widen
 from unbraid.scanning.records import Records, Scan
 
@@ -21,7 +21,7 @@ _EPSILON = 1e-5  # the published guard against division by zero
 
 
 def published_masks(arvs: Sequence[Tensor], rho: float, taps_per_input: int) -> Tensor:
-    """Say which taps each concept channel keeps.
+    """Say which taps each concept channel keeps, (K, J), zeros and ones.
 
     Input channel i belongs to concept k, S_k, if rho * v_k[i] > v_l[i] for every other concept l,
     and to no concept before k. Concept k keeps all but the input channels that belong to others.
@@ -32,9 +32,6 @@ def published_masks(arvs: Sequence[Tensor], rho: float, taps_per_input: int) -> 
         arvs: K vectors (C,), the concepts' averaged relevance vectors.
         rho: in (0, 1]; small values leave more to all concepts.
         taps_per_input: kernel offsets of one input channel.
-
-    Returns:
-        (K, J), zeros and ones.
 
     >>> v1, v2 = torch.tensor([4.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 3.0])
     >>> published_masks([v1, v2], 0.5, 1)
@@ -53,55 +50,39 @@ def published_masks(arvs: Sequence[Tensor], rho: float, taps_per_input: int) -> 
 
 
 def choose_rho(
-    scan: Scan, concepts: Mapping[int, Sequence[Concept]], arvs: Mapping[int, Sequence[Tensor]]
+    members: Members,
+    concepts: Mapping[int, Sequence[Concept]],
+    arvs: Mapping[int, Sequence[Tensor]],
 ) -> dict[int, float]:
-    """Choose rho per channel by the published criterion, in one reading of the Scan.
+    """Choose rho per channel by the published criterion, in one reading of the scan.
 
     The criterion is the sum over concepts of the mean, over the concept's images, of its own
     response divided by the others', with responses d_k = sum over positions of max(z_k, 0). The
-    lowest rho wins a tie.
-
-    Args:
-        scan: with positions, of at least the concepts' images.
-        concepts: per channel.
-        arvs: per channel, one vector per concept.
+    lowest rho wins a tie. The scan has positions; there is one ARV per channel and concept.
     """
-    counts = {o: [0] * len(groups) for o, groups in concepts.items()}
-    sums = {
-        o: torch.zeros(len(groups), len(RHOS), dtype=torch.float64)
-        for o, groups in concepts.items()
-    }
-    rows = {o: _rows_of_all_rhos(scan, o, arvs[o]) for o in concepts}
+    scan = members.scan
+    n_images = {o: torch.zeros(len(own), 1, dtype=torch.int64) for o, own in concepts.items()}
+    sums = {o: torch.zeros(len(own), len(RHOS), dtype=torch.float64) for o, own in concepts.items()}
+    rows: dict[int, Tensor] = {}  # (rho * K, J), those that every rho would make
+    for o in concepts:
+        masks = [published_masks(arvs[o], rho, scan.layer.taps_per_input) for rho in RHOS]
+        rows[o] = torch.cat(masks).to(scan.weight.dtype) * scan.weight[o]
     for records in scan.shards():
-        for o, groups in concepts.items():
-            concept = concept_of(scan, records, groups)
-            for k in range(len(groups)):
-                chosen = concept == k
-                if not chosen.any():
-                    continue
-                responses = _responses(scan, records, chosen, o, rows[o])  # (n, rho, K)
+        for o, own in concepts.items():
+            concept = members.concept_of(records, own)
+            for k in concept[concept >= 0].unique().tolist():
+                responses = _responses(scan, records, concept == k, o, rows[o])  # (n, rho, K)
                 others = responses.sum(2) - responses[:, :, k]
                 sums[o][k] += (responses[:, :, k] / (others + _EPSILON)).sum(0)
-                counts[o][k] += int(chosen.sum())
-    chosen_rhos = {}
-    for o, count in counts.items():
-        criterion = (sums[o] / torch.tensor(count, dtype=torch.int64)[:, None]).sum(0)
+                n_images[o][k] += len(responses)
+    chosen = {}
+    for o in concepts:
+        criterion = (sums[o] / n_images[o]).sum(0)
         # Equal rows are equally good, whatever the rounding made of them.
-        criterion = criterion[_first_with_equal_rows(rows[o])]
-        chosen_rhos[o] = RHOS[int(criterion.argmax())]
-    return chosen_rhos
-
-
-def _rows_of_all_rhos(scan: Scan, channel: int, arvs: Sequence[Tensor]) -> Tensor:
-    """(rho * K, J), the rows that every rho would make."""
-    masks = [published_masks(arvs, rho, scan.layer.taps_per_input) for rho in RHOS]
-    return torch.cat(masks).to(scan.weight.dtype) * scan.weight[channel]
-
-
-def _first_with_equal_rows(rows: Tensor) -> list[int]:
-    """For each rho, the place of the lowest that makes the same rows; rows is (rho * K, J)."""
-    by_rho = rows.view(len(RHOS), -1)
-    return [int((by_rho == own).all(1).nonzero()[0]) for own in by_rho]
+        by_rho = rows[o].view(len(RHOS), -1)
+        first_equal = [int((by_rho == own).all(1).nonzero()[0]) for own in by_rho]
+        chosen[o] = RHOS[int(criterion[first_equal].argmax())]
+    return chosen
 
 
 def _responses(scan: Scan, records: Records, chosen: Tensor, channel: int, rows: Tensor) -> Tensor:

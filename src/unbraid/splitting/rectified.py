@@ -9,25 +9,24 @@ the other. Shapes: N images, J taps, K concepts, P positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import first_images, portions
+from unbraid.finding.membership import Members
 from unbraid.networks.spec import tap_inputs, widen
 from unbraid.scanning.records import Records, Scan
-from unbraid.splitting.box_solver import Gram, Rows, add, side_by_side, solve_box
-from unbraid.splitting.least_squares import Fit, Term, augmented_row, background_of, background_term
+from unbraid.splitting.box_solver import Gram, Rows, add, solve_box
+from unbraid.splitting.least_squares import Fit, Term, background_terms, by_portion, numbers_of
 
 POOLED_WEIGHT = 0.3  # docs/splitting.md tells what other weights gave
-_N_IMAGES = 100  # of each concept, spread over its classes
+N_IMAGES = 100  # of each concept, spread over its classes
 _MAX_STEPS = 12
 _SMALLEST_STEP = 1e-3  # of a mask
 _HALVINGS = 10
-_BYTES_AT_ONCE = 1 << 30  # of input maps held in memory
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,8 @@ class Objective:
             linear = (self.weight * wanted[k]) @ rows + self.pooled_linear[k]
             linear = linear + self.ridge * self.prior[k]
             held.append(solve_box(gram, self.ridge, linear[None], mask[None])[0])
-        return self._go(masks, torch.stack(held) - masks)
-
-    def _go(self, masks: Tensor, step: Tensor) -> Tensor:
-        """Halve each mask's step until it is better; stay if it never is."""
-        before = self.values(masks)
-        for _ in range(_HALVINGS):
+        before, step = self.values(masks), torch.stack(held) - masks
+        for _ in range(_HALVINGS):  # of each mask's step, until it is better
             worse = ~(self.values(masks + step) < before)
             if not worse.any():
                 return masks + step
@@ -90,118 +85,36 @@ class Objective:
         return masks + step.masked_fill(worse[:, None], 0)
 
 
-def refine(
-    images: Images,
-    start: Tensor,
-    prior: Tensor,
-    penalty: float,
-    background: Term | None = None,
-) -> Tensor:
-    """Refine the masks of one channel.
+def pose_rectified(
+    images: Images, prior: Tensor, penalty: float, terms: Sequence[Term] = ()
+) -> Objective:
+    """Write down what the masks of a channel should minimise, terms as in the pooled problem.
 
-    Args:
-        images: of all concepts.
-        start: (K, J), masks to begin with, float64.
-        prior: (K, J), what the penalty pulls to.
-        penalty: in units of the mean curvature.
-        background: what is asked of images of no concept.
-
-    Returns:
-        (K, J), whose objectives are at most those of `start`.
+    The penalty pulls to the prior, (K, J), and is in units of the mean curvature.
     """
-    own = torch.arange(len(start), dtype=torch.int64)[:, None] == images.concept  # (K, N)
-    original = images.rectified(torch.ones(1, start.shape[1], dtype=torch.float32))[0][0]
+    n_concepts, n_taps = prior.shape
+    own = torch.arange(n_concepts, dtype=torch.int64)[:, None] == images.concept  # (K, N)
+    original = images.rectified(torch.ones(1, n_taps, dtype=torch.float32))[0][0]
     pooled = images.taps.sum(2, dtype=torch.float64)
     constant = images.bias * images.taps.shape[2]
     pooled_original = pooled.sum(1) + constant
     weight = _relative_weights(original, images.concept)
     pooled_weight = POOLED_WEIGHT * _relative_weights(pooled_original, images.concept)
     ridge = penalty * float((weight + pooled_weight) @ pooled.square().mean(1))
-    pooled_rows = pooled * pooled_weight.sqrt()[:, None]
+    rows = [pooled * pooled_weight.sqrt()[:, None]]
     pooled_linear = (pooled_weight * (own * pooled_original - constant)) @ pooled
-    if background is not None:
-        pooled_rows = torch.cat([pooled_rows, POOLED_WEIGHT**0.5 * background.rows])
-        pooled_linear = pooled_linear + POOLED_WEIGHT * background.linear
-    objective = Objective(
+    for term in terms:
+        rows.append(POOLED_WEIGHT**0.5 * term.rows)
+        pooled_linear = pooled_linear + POOLED_WEIGHT * term.linear
+    return Objective(
         images=images,
         target=own * original,
         weight=weight,
-        pooled=Rows(pooled_rows),
+        pooled=Rows(torch.cat(rows)),
         pooled_linear=pooled_linear,
         prior=prior,
-        ridge=max(ridge, torch.finfo(torch.float64).tiny),  # a channel that never answers
+        ridge=max(ridge, torch.finfo(torch.float64).tiny),  # a channel that never responds
     )
-    masks = start
-    for _ in range(_MAX_STEPS):
-        better = objective.improve(masks)
-        moved = float((better - masks).abs().max())
-        masks = better
-        if moved < _SMALLEST_STEP:
-            break
-    return masks
-
-
-def refine_fits(
-    scan: Scan,
-    concepts: Mapping[int, Sequence[Concept]],
-    fits: Mapping[int, Fit],
-    sample: Records,
-) -> dict[int, Fit]:
-    """Refine the masks of all channels, as many at a time as memory holds input maps for.
-
-    Args:
-        scan: of the training images, with positions.
-        concepts: per channel.
-        fits: per channel, from `fit_least_squares`.
-        sample: of all training images, from `sample_images`.
-    """
-    refined: dict[int, Fit] = {}
-    for channels, maps in _read_maps(scan, concepts):
-
-        def improve(channel: int, maps: dict[int, Tensor] = maps) -> Fit:
-            fit, own = fits[channel], concepts[channel]
-            background = background_of(scan, sample, channel, own)
-            term = background_term(background, augmented_row(scan, channel), len(own))
-            images = _images(scan, channel, own, maps)
-            masks = refine(images, fit.masks, fit.prior, fit.penalty, term)
-            return replace(fit, masks=masks)
-
-        refined.update(zip(channels, side_by_side(improve, channels), strict=True))
-    return refined
-
-
-def _read_maps(
-    scan: Scan, concepts: Mapping[int, Sequence[Concept]]
-) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
-    """Give channels, and input maps of the first images of each of their classes or clusters."""
-    sample = next(records.input_map for records in scan.shards() if len(records))
-    assert sample is not None
-    needs = {
-        o: {number for concept in groups for number in concept} for o, groups in concepts.items()
-    }
-    for portion in portions(needs, lambda _: sample[0].nbytes * _N_IMAGES, _BYTES_AT_ONCE):
-        numbers = {number for channel in portion for number in needs[channel]}
-        yield portion, first_images(scan, numbers, _N_IMAGES, _input_maps)
-
-
-def _input_maps(records: Records, places: Tensor) -> Tensor:
-    assert records.input_map is not None
-    return records.input_map[places]
-
-
-def _images(
-    scan: Scan, channel: int, groups: Sequence[Concept], maps: Mapping[int, Tensor]
-) -> Images:
-    """What a channel's taps see of its concepts, in about as many images of each class."""
-    inputs = [
-        torch.cat([maps[c][: max(1, _N_IMAGES // len(concept))] for c in concept])
-        for concept in groups
-    ]
-    wide = widen(torch.cat(inputs))
-    taps = tap_inputs(scan.layer, wide, scan.layer.group_of(channel))
-    n_images = torch.tensor([len(x) for x in inputs], dtype=torch.int64)
-    concept = torch.arange(len(inputs), dtype=torch.int64).repeat_interleave(n_images)
-    return Images(taps * scan.weight[channel][:, None], float(scan.bias[channel]), concept)
 
 
 def _relative_weights(response: Tensor, concept: Tensor) -> Tensor:
@@ -209,3 +122,53 @@ def _relative_weights(response: Tensor, concept: Tensor) -> Tensor:
     power = torch.zeros(int(concept.max()) + 1, dtype=torch.float64)
     power.index_add_(0, concept, response.square())  # N_k Z_k^2
     return 1 / power.clamp(min=torch.finfo(torch.float32).tiny)[concept]
+
+
+def refine(objective: Objective, masks: Tensor) -> Tensor:
+    """Refine masks (K, J) for as long as it pays; no objective becomes larger."""
+    for _ in range(_MAX_STEPS):
+        before, masks = masks, objective.improve(masks)
+        if float((masks - before).abs().max()) < _SMALLEST_STEP:
+            break
+    return masks
+
+
+def refine_fits(
+    members: Members,
+    concepts: Mapping[int, Sequence[Concept]],
+    fits: Mapping[int, Fit],
+    sample: Records,
+) -> dict[int, Fit]:
+    """Refine the masks of all channels, from `fit_least_squares`, on a scan with positions."""
+    maps = next(records.input_map for records in members.scan.shards() if len(records))
+    assert maps is not None
+    bytes_each = maps[0].nbytes * N_IMAGES
+
+    def improve(maps: dict[int, dict[str, Tensor]], channel: int) -> Fit:
+        fit, own = fits[channel], concepts[channel]
+        images = images_of(members.scan, channel, own, maps)
+        terms = background_terms(members, sample, channel, own)
+        objective = pose_rectified(images, fit.prior, fit.penalty, terms)
+        return replace(fit, masks=refine(objective, fit.masks))
+
+    def read(numbers: set[int]) -> dict[int, dict[str, Tensor]]:
+        return members.first(numbers, N_IMAGES, ("input_map",))
+
+    return by_portion(numbers_of(concepts), lambda _: bytes_each, read, improve)
+
+
+def images_of(
+    scan: Scan,
+    channel: int,
+    concepts: Sequence[Concept],
+    maps: Mapping[int, Mapping[str, Tensor]],
+) -> Images:
+    """What a channel's taps see of its concepts, in about as many images of each class."""
+    inputs = [
+        torch.cat([maps[n]["input_map"][: max(1, N_IMAGES // len(concept))] for n in concept])
+        for concept in concepts
+    ]
+    taps = tap_inputs(scan.layer, widen(torch.cat(inputs)), scan.layer.group_of(channel))
+    n_images = torch.tensor([len(x) for x in inputs], dtype=torch.int64)
+    concept = torch.arange(len(inputs), dtype=torch.int64).repeat_interleave(n_images)
+    return Images(taps * scan.weight[channel][:, None], float(scan.bias[channel]), concept)

@@ -1,11 +1,7 @@
-"""Choose new rows for polysemantic channels: one concept channel per concept.
-
-Shapes: K concepts, J taps; see METHOD.md sections 3 to 5.
-"""
+"""Choose new rows for polysemantic channels: one concept channel per concept."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -15,14 +11,15 @@ from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.finding.arv import averaged_relevance, class_sums, concept_mean
 from unbraid.finding.findings import Findings
-from unbraid.finding.membership import numbers_seen
-from unbraid.scanning.records import Records, Scan
+from unbraid.finding.membership import Members
+from unbraid.scanning.records import Scan
 from unbraid.splitting.least_squares import choose_penalty, fit_least_squares, sample_images
 from unbraid.splitting.published import choose_rho, published_masks
 from unbraid.splitting.rectified import refine_fits
 from unbraid.splitting.splits import ChannelSplit, Split
 
 Method = Literal["least_squares", "published"]
+_Chosen = dict[int, tuple[Tensor, dict[str, Any]]]  # per channel, masks and how they were chosen
 
 
 @in_plain_modes
@@ -76,25 +73,13 @@ def split(
             "positions=True, classes=found.classes and pass that scan, or give rho=0.7."
         )
     _check_fit(scan, found)
-    scan = replace(scan, clusters=found.clusters)
+    members = found.members_in(scan)
     if method == "published":
-        chosen = _published(scan, found, rho)
+        chosen = _published(members, found, rho)
     else:
         if everything is not None:
             _check_fit(as_kind("everything", everything, Scan), found)
-        sample = sample_images(everything or scan)
-        chosen = _least_squares(scan, found, sample, _begin(scan, found, start))
-    channels = tuple(
-        ChannelSplit(
-            channel=o,
-            concepts=found.concepts[o],
-            masks=masks.to(scan.weight.dtype),
-            weight=scan.weight[o],
-            bias=float(scan.bias[o]),
-            info=info,
-        )
-        for o, (masks, info) in sorted(chosen.items())
-    )
+        chosen = _least_squares(members, found, everything or scan, _begin(scan, found, start))
     return Split(
         layer=scan.layer,
         weights=scan.manifest.weights,
@@ -102,7 +87,17 @@ def split(
         settings={"tau": found.tau, "p": found.p, "gamma": found.gamma},
         class_names=found.class_names,
         clusters=found.clusters,
-        channels=channels,
+        channels=tuple(
+            ChannelSplit(
+                channel=o,
+                concepts=found.concepts[o],
+                masks=masks.to(scan.weight.dtype),
+                weight=scan.weight[o],
+                bias=float(scan.bias[o]),
+                info=info,
+            )
+            for o, (masks, info) in sorted(chosen.items())
+        ),
     )
 
 
@@ -120,9 +115,6 @@ def check_rho(rho: float | None) -> float | None:
     return rho
 
 
-Chosen = dict[int, tuple[Tensor, dict[str, Any]]]  # per channel, masks and how they were chosen
-
-
 def _check_fit(scan: Scan, found: Findings) -> None:
     """Raise unless something was found, in a scan such as this one."""
     if not found.concepts:
@@ -132,23 +124,24 @@ def _check_fit(scan: Scan, found: Findings) -> None:
             f"The channels were found in layer {found.layer!r} of a network that this scan, of "
             f"layer {scan.layer.name!r}, is not of; pass a scan of the same network and layer."
         )
-    seen = numbers_seen(replace(scan, clusters=found.clusters), found.classes)
-    for label in found.classes:
-        if label not in seen:
-            name = found.name(label) if label in found.clusters else f"class {found.name(label)}"
+    counts = found.members_in(scan).count(found.classes)
+    for number in found.classes:
+        if not counts[number]:
+            name = f"{'' if number in found.clusters else 'class '}{found.name(number)}"
             raise UsageError(
                 f"The scan has no image of {name}, which a concept names; pass the scan that the "
                 "findings were made from."
             )
 
 
-def _published(scan: Scan, found: Findings, rho: float | None) -> Chosen:
-    sums = class_sums(scan, [])
+def _published(members: Members, found: Findings, rho: float | None) -> _Chosen:
+    scan = members.scan
+    sums = class_sums(scan, [], found.clusters)
     arvs = {
         o: [averaged_relevance(scan, o, concept_mean(sums, concept)) for concept in concepts]
         for o, concepts in found.concepts.items()
     }
-    rhos = dict.fromkeys(arvs, rho) if rho is not None else choose_rho(scan, found.concepts, arvs)
+    rhos = choose_rho(members, found.concepts, arvs) if rho is None else dict.fromkeys(arvs, rho)
     taps = scan.layer.taps_per_input
     return {o: (published_masks(arvs[o], rhos[o], taps), {"rho": rhos[o]}) for o in arvs}
 
@@ -171,12 +164,13 @@ def _begin(scan: Scan, found: Findings, start: Split | None) -> dict[int, Tensor
 
 
 def _least_squares(
-    scan: Scan, found: Findings, sample: Records, start: dict[int, Tensor]
-) -> Chosen:
-    penalty = choose_penalty(scan, found.concepts)
-    fits = fit_least_squares(scan, found.concepts, penalty, sample, start)
-    if scan.positions:
-        fits = refine_fits(scan, found.concepts, fits, sample)
+    members: Members, found: Findings, everything: Scan, start: dict[int, Tensor]
+) -> _Chosen:
+    sample = sample_images(everything)
+    penalty = choose_penalty(members, found.concepts)
+    fits = fit_least_squares(members, found.concepts, penalty, sample, start)
+    if members.scan.positions:
+        fits = refine_fits(members, found.concepts, fits, sample)
     return {
         o: (fit.masks, {"lambda": fit.penalty, "kkt_residual": fit.kkt_residual})
         for o, fit in fits.items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.base.schema import build, check_schema, in_range, unread
 from unbraid.base.tables import Table, Tabular, count
 from unbraid.finding.findings import Concept
+from unbraid.finding.membership import Cluster, Clusters, Members
 from unbraid.networks.spec import LayerSpec, respond, widen
 from unbraid.scanning.manifest import MAX_CLASSES, most_classes
-from unbraid.scanning.records import Cluster, Clusters, Scan, sound_figures
+from unbraid.scanning.records import Scan, sound_figures
 
 SCHEMA = 1
 
@@ -48,11 +48,7 @@ class ChannelSplit:
         return self.rows.sum(0) - self.weight
 
     def pooled_responses(self, pooled: Tensor, n_positions: Tensor) -> Tensor:
-        """Compute pooled pre-activations from pooled inputs alone.
-
-        Args:
-            pooled: (N, J), of the channel's group.
-            n_positions: (N,), output positions summed over.
+        """Compute pooled pre-activations from the pooled inputs of the channel's group, (N, J).
 
         Returns:
             (N, K + 2), float64: the original channel, the concept channels, the residual channel.
@@ -63,11 +59,7 @@ class ChannelSplit:
         return pooled.double() @ rows.T + n_positions[:, None] * bias
 
     def response_maps(self, layer: LayerSpec, input_map: Tensor) -> Tensor:
-        """Compute pre-activations position by position.
-
-        Args:
-            layer: the layer that was split.
-            input_map: (N, C_in, positions ...), its input.
+        """Compute pre-activations from the layer's input (N, C_in, positions ...).
 
         Returns:
             (N, K + 1, positions ...), float64: the original channel, the concept channels.
@@ -104,6 +96,10 @@ class Split(Tabular):
             if part.channel == channel:
                 return part
         raise KeyError(f"channel {channel} was not split")
+
+    def members_in(self, scan: Scan) -> Members:
+        """Say which images of a scan of this layer belong to which class or cluster."""
+        return Members(scan, self.clusters)
 
     def require(self, scan: Scan) -> None:
         """Refuse a scan of another network or layer.
@@ -181,7 +177,7 @@ class Split(Tabular):
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _ChannelEntry:
     """What the file's description says of a channel."""
 
     channel: int
@@ -191,8 +187,6 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _ClusterEntry:
-    """And of a cluster."""
-
     channel: int
     place: int
     least: float
@@ -208,7 +202,7 @@ class _About:
     method: str
     settings: dict[str, float]
     class_names: tuple[str, ...]
-    channels: tuple[_Entry, ...]
+    channels: tuple[_ChannelEntry, ...]
     clusters: dict[str, _ClusterEntry] = field(default_factory=dict)
     crc32: dict[str, int] = field(default_factory=dict)
 
@@ -220,65 +214,54 @@ def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
         ValueError: it names what cannot be, or tensors do not fit it.
         KeyError: a tensor is missing.
     """
-    spec = about.layer
+    spec, n_channels = about.layer, len(about.channels)
     spec.check()
     for name, tensor in tensors.items():
         if not sound_figures(tensor):
             raise ValueError(f"{reprlib.repr(name)} is not of finite numbers")
-    shapes = ((len(about.channels), spec.n_taps), (len(about.channels),))
-    if (tensors["weight"].shape, tensors["bias"].shape) != shapes:
+    weight, bias = tensors["weight"], tensors["bias"]
+    if (weight.shape, bias.shape) != ((n_channels, spec.n_taps), (n_channels,)):
         raise ValueError("weight and bias do not fit the layer")
-    if len({entry.channel for entry in about.channels}) < len(about.channels):
+    if len({entry.channel for entry in about.channels}) < n_channels:
         raise ValueError("a channel stands there twice")
     in_range("the number of class_names", len(about.class_names), 0, most_classes(spec))
     in_range("tau", about.settings.get("tau", math.inf), 0, 1)
+    channels = []
+    for n, entry in enumerate(about.channels):
+        masks = tensors[f"masks.{entry.channel}"]
+        _check_channel(spec, entry, masks)
+        row, own_bias = weight[n], float(bias[n])
+        part = ChannelSplit(entry.channel, entry.concepts, masks, row, own_bias, entry.info)
+        channels.append(part)
+    clusters = {}
+    for number, own in about.clusters.items():
+        # A key of a JSON object; clusters are named like classes.
+        digits = number.isascii() and number.isdecimal() and len(number) < 8
+        if not (digits and int(number) < len(about.class_names)):
+            raise ValueError(f"{reprlib.repr(number)} is no cluster's number")
+        in_range("a cluster's channel", own.channel, 0, spec.n_out - 1)
+        centres = tensors[f"centres.{own.channel}"]
+        if centres.dim() != 2 or centres.shape[1] != spec.n_in_per_group:
+            raise ValueError(f"the centres of channel {own.channel} do not fit its layer")
+        in_range("a cluster's place", own.place, 0, len(centres) - 1)
+        clusters[int(number)] = Cluster(own.channel, own.place, centres, own.least)
     return Split(
         layer=spec,
         weights=about.weights,
         method=about.method,
         settings=about.settings,
         class_names=about.class_names,
-        channels=tuple(
-            _channel(spec, entry, tensors, tensors["weight"][n], tensors["bias"][n])
-            for n, entry in enumerate(about.channels)
-        ),
-        clusters={
-            _number(number, about.class_names): _cluster(spec, entry, tensors)
-            for number, entry in about.clusters.items()
-        },
+        channels=tuple(channels),
+        clusters=clusters,
     )
 
 
-def _channel(
-    spec: LayerSpec, entry: _Entry, tensors: dict[str, Tensor], weight: Tensor, bias: Tensor
-) -> ChannelSplit:
+def _check_channel(spec: LayerSpec, entry: _ChannelEntry, masks: Tensor) -> None:
     in_range("a channel", entry.channel, 0, spec.n_out - 1)
     numbers = [number for concept in entry.concepts for number in concept]
     if len(entry.concepts) < 2 or not all(entry.concepts) or len(set(numbers)) < len(numbers):
         raise ValueError(f"the concepts of channel {entry.channel} are not two or more groups")
     for number in numbers:
         in_range("a class", number, 0, MAX_CLASSES - 1)
-    masks = tensors[f"masks.{entry.channel}"]
     if masks.shape != (len(entry.concepts), spec.n_taps) or masks.min() < 0 or masks.max() > 1:
         raise ValueError(f"the masks of channel {entry.channel} do not fit its layer")
-    return ChannelSplit(entry.channel, entry.concepts, masks, weight, float(bias), entry.info)
-
-
-def _cluster(spec: LayerSpec, entry: _ClusterEntry, tensors: dict[str, Tensor]) -> Cluster:
-    in_range("a cluster's channel", entry.channel, 0, spec.n_out - 1)
-    centres = tensors[f"centres.{entry.channel}"]
-    if centres.dim() != 2 or centres.shape[1] != spec.n_in_per_group:
-        raise ValueError(f"the centres of channel {entry.channel} do not fit its layer")
-    in_range("a cluster's place", entry.place, 0, len(centres) - 1)
-    return Cluster(entry.channel, entry.place, centres, entry.least)
-
-
-def _number(text: str, names: Sequence[str]) -> int:
-    """Read a cluster's number, a key of a JSON object; clusters are named like classes.
-
-    >>> _number("1", ["clock", "cluster 1"])
-    1
-    """
-    if not (text.isascii() and text.isdecimal() and len(text) < 8 and int(text) < len(names)):
-        raise ValueError(f"{reprlib.repr(text)} is no cluster's number")
-    return int(text)

@@ -1,26 +1,25 @@
 """Put a split into a network: concept channels beside the layer, the output unchanged.
 
-METHOD.md section 4 gives the reasons. Two forms: `SplitLayer` keeps the original layer and is equal
-to it bit for bit; `plain_layer` is made of standard modules alone, for exporters.
+Two forms: `SplitLayer` keeps the original layer and is equal to it bit for bit; `plain_layer` is
+made of standard modules alone, for exporters.
 """
 
 from __future__ import annotations
 
 import dis
 import inspect
-import math
 import types
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import accumulate, chain, takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from unbraid.base.arguments import as_kind, whole_number
+from unbraid.base.arguments import as_kind
 from unbraid.base.errors import ModelError, OutOfMemory, OutputChangedError, RunError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.networks.copying import (
@@ -30,7 +29,6 @@ from unbraid.networks.copying import (
     double,
     rebind,
     unwrap,
-    unwrapped_name,
 )
 from unbraid.networks.layers import bias_of, describe, resolve_layer, weight_rows
 from unbraid.networks.outputs import run_network
@@ -38,12 +36,10 @@ from unbraid.networks.relevance import undisturbed
 from unbraid.networks.spec import LayerSpec
 from unbraid.networks.weights import hash_weights
 from unbraid.splitting.splits import ChannelSplit, Split
-from unbraid.surgery.gates import Clamp, Gate
 from unbraid.surgery.plain import plain_layer
-from unbraid.surgery.split_layer import SplitLayer
+from unbraid.surgery.split_layer import SplitLayer, clamp, gate
 
-# Whether a split is in force: whether the network runs the split layer, not the original past it.
-
+Form = Literal["exact", "plain"]
 
 NOT_IN_FORCE = (
     "its split is not in force; let the network's code run the layer as a module that self leads "
@@ -53,177 +49,6 @@ NOT_IN_FORCE = (
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 _COMPARES = ("IS_OP", "COMPARE_OP", "CONTAINS_OP", "TO_BOOL", "POP_JUMP")  # and begin so
 _HARMLESS = ("STORE_ATTR", "DELETE_ATTR", *_COMPARES)
-
-
-def split_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a network that are split, in either form."""
-    return {name: module for name, module in model.named_modules() if _is_split(module)}
-
-
-def _is_split(module: nn.Module) -> bool:
-    plain = isinstance(module, nn.Sequential) and "names" in vars(module)
-    return isinstance(module, SplitLayer) or (plain and {"wide", "merge"} <= set(module._modules))
-
-
-@contextmanager
-def in_force(model2: nn.Module) -> Iterator[None]:
-    """Raise at the end if the network ran, or began to, and one of its split layers never did.
-
-    Raises:
-        ModelError: that is so.
-    """
-    layers = split_layers(model2)
-    ran: Counter[str] = Counter()
-
-    def refuse() -> None:
-        never = [name for name in layers if not ran[name]]
-        if ran[""] and never:
-            raise ModelError(
-                f"The network never runs layer {never[0]!r} on these images, so {NOT_IN_FORCE}."
-            ) from None
-
-    with ExitStack() as stack:
-        for name, module in {**layers, "": model2}.items() if layers else ():
-            hook = module.register_forward_pre_hook(partial(_count, ran, name))
-            stack.callback(hook.remove)
-        try:
-            yield
-        except OutOfMemory:
-            raise
-        except ModelError:  # as where a layer's weights are asked of two layers
-            refuse()
-            raise
-    refuse()
-
-
-def _count(ran: Counter[str], name: str, _module: nn.Module, _args: tuple[Any, ...]) -> None:
-    ran[name] += 1
-
-
-def refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str]) -> None:
-    """Raise if a copy of a network is seen to run layers of the network itself.
-
-    Args:
-        model: the network.
-        copied: its copy.
-        layers: the names of those that are split in the copy.
-
-    Raises:
-        ModelError: it is.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in layers:
-        names = [other for other, module in modules.items() if module is modules[name]]
-        holders = {prefix for other in names for prefix in _prefixes(other)}
-        reach = Reach(modules[holder] for holder in holders)
-        way = reach.path(copied)
-        reached = list(reach.apart.values())
-        for method in _methods(reached) if way is None else ():
-            way = way or reach.path(method)
-        if way is not None:
-            raise ModelError(_refusal(name, f"{_holder(way)} still leads to the original network"))
-        for function in _functions(reached):
-            variable = _global_way(function, reach)
-            if variable is not None:
-                why = f"{function.__qualname__!r} uses the global variable {variable!r}"
-                raise ModelError(_refusal(name, f"{why}, which stays the original's"))
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts) + 1)]
-
-
-def _refusal(name: str, why: str) -> str:
-    return (
-        f"The split of layer {name!r} would not be in force: {why}; let the network's code reach "
-        "the layer by self or by an argument."
-    )
-
-
-def _holder(way: Sequence[object]) -> str:
-    """The last on the way that has a name, or the kind of what holds the original."""
-    for one in way[-2::-1]:
-        if isinstance(one, types.FunctionType):
-            return f"{one.__qualname__!r}"
-        if not isinstance(one, (dict, list, tuple, types.CellType)):
-            return f"an object of type {type(one).__name__}"
-    return "the network"
-
-
-def _kinds(reached: Sequence[object]) -> list[type]:
-    return list(dict.fromkeys(type(one) for one in reached if issubclass(type(one), nn.Module)))
-
-
-def _methods(reached: Sequence[object]) -> list[object]:
-    """Methods of modules' classes that hold variables, which are not copied with the network."""
-    bases = dict.fromkeys(base for kind in _kinds(reached) for base in kind.__mro__)
-    methods = [method for base in bases for method in vars(base).values()]
-    return [one for one in methods if isinstance(one, types.FunctionType) and one.__closure__]
-
-
-def _functions(reached: Sequence[object]) -> list[types.FunctionType]:
-    """Functions that a network holds, and the forward functions of its modules."""
-    found = [one for one in reached if type(one) is types.FunctionType]
-    found += [inspect.getattr_static(kind, "forward") for kind in _kinds(reached)]
-    return [one for one in dict.fromkeys(found) if type(one) is types.FunctionType]
-
-
-def _global_way(function: types.FunctionType, reach: Reach) -> str | None:
-    """The global variable by which a function, or one that it names, uses the original."""
-    seen, open_ = {function}, [function]
-    while open_:
-        one = open_.pop()
-        for name, attributes, use in _globals_used(one.__code__):
-            value = one.__globals__.get(name)
-            if type(value) is types.FunctionType and value.__globals__ is one.__globals__:
-                if value not in seen:
-                    seen.add(value)
-                    open_.append(value)
-            elif _uses(value, attributes, use, reach):
-                return name
-    return None
-
-
-def _globals_used(code: types.CodeType) -> Iterator[tuple[str, list[str], str]]:
-    """Each global variable, the attributes taken of it in turn, and what is then done with it."""
-    instructions = list(dis.get_instructions(code))
-    for n, one in enumerate(instructions):
-        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            rest = iter(i for i in instructions[n + 1 :] if i.opname not in ("PRECALL", "CACHE"))
-            attributes, use = [], next(rest, None)
-            while use is not None and use.opname in _ATTRIBUTE:
-                attributes.append(str(use.argval))
-                use = next(rest, None)
-            yield str(one.argval), attributes, use.opname if use else ""
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _globals_used(constant)
-
-
-def _uses(value: object, attributes: Sequence[str], use: str, reach: Reach) -> bool:
-    """Whether what is done with a variable's value may run the original's layer.
-
-    Only what is plain is said to, as a hook may well keep something in the network by its name.
-    """
-    for name in attributes:
-        if not isinstance(value, nn.Module):
-            break
-        if hasattr(nn.Module, name) and name not in ("forward", "__call__"):
-            return False  # asks for its mode or parameters
-        value = getattr(value, name, None)
-    runs = (nn.Module, dict, list, tuple, types.FunctionType, types.MethodType, partial)
-    if not isinstance(value, runs) or use.startswith(_HARMLESS):
-        return False
-    if isinstance(value, types.MethodType) and not isinstance(value.__self__, nn.Module):
-        return False
-    return reach.leads(value)
-
-
-# Put a split into a network: concept channels beside the layer, the output unchanged.
-
-
-Form = Literal["exact", "plain"]
 
 
 @in_plain_modes
@@ -305,11 +130,7 @@ def _check_fit(model: nn.Module, weights: str, split: Split) -> None:
 
 
 def _split_copy(model: nn.Module, splits: Sequence[Split], form: Form) -> nn.Module:
-    """Copy a network and split layers of the copy.
-
-    Raises:
-        ModelError: the copy would run the network's own layers past the split ones.
-    """
+    """Copy a network and split layers of the copy, which must not run the network's own."""
     changed = copy_network(model)
     for one in splits:
         _replace(changed, one, form)
@@ -337,16 +158,21 @@ def _replace(model: nn.Module, split: Split, form: Form) -> None:
 
 
 @in_plain_modes
+def load_split(model: nn.Module, path: str | Path) -> nn.Module:
+    """Put the split of a file from `Split.save` into the network that it was made for.
+
+    Raises:
+        RunError: the file is missing, damaged or not a split.
+        ModelError, LayerError: as for `apply`.
+    """
+    return apply(model, Split.load(path))
+
+
+@in_plain_modes
 def check_in_force(model: nn.Module, layer: str | nn.Module, images: Tensor) -> None:
-    """Try on some images whether a split of a layer would be in force; one will do.
+    """Try on some images, (N, C, H, W), whether a split of a layer would be in force.
 
-    Costs a pass through the network and one through a copy of it, so that what stands in the way is
-    told before anything long is begun.
-
-    Args:
-        model: the network; it is left as it is.
-        layer: the layer that is to be split.
-        images: (N, C, H, W), on the network's device.
+    One image will do. Costs a pass through the network and one through a copy of it.
 
     Raises:
         ModelError: a split would not be in force, or the network cannot run.
@@ -372,14 +198,8 @@ def _trial_split(spec: LayerSpec, layer: nn.Module) -> Split:
     """Two concept channels of a layer's first channel, each with every other weight."""
     weight = weight_rows(layer)[0]
     even = (torch.arange(len(weight), dtype=torch.int64, device=weight.device) % 2).to(weight)
-    part = ChannelSplit(
-        channel=0,
-        concepts=((0,), (1,)),
-        masks=torch.stack([even, 1 - even]),
-        weight=weight,
-        bias=float(bias_of(layer)[0]),
-        info={},
-    )
+    masks, bias = torch.stack([even, 1 - even]), float(bias_of(layer)[0])
+    part = ChannelSplit(0, ((0,), (1,)), masks, weight, bias, info={})
     return Split(spec, weights="", method="", settings={}, class_names=(), channels=(part,))
 
 
@@ -388,103 +208,127 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-@in_plain_modes
-def load_split(model: nn.Module, path: str | Path) -> nn.Module:
-    """Put the split of a file into the network that it was made for.
+@contextmanager
+def in_force(model2: nn.Module) -> Iterator[None]:
+    """Raise ModelError at the end if the network ran, but one of its split layers never did."""
+    layers = {name: module for name, module in model2.named_modules() if _is_split(module)}
+    ran: set[str] = set()
 
-    The same as `unbraid.apply(model, unbraid.Split.load(path))`.
+    def refuse() -> None:
+        never = [name for name in layers if name not in ran]
+        if "" in ran and never:
+            raise ModelError(
+                f"The network never runs layer {never[0]!r} on these images, so {NOT_IN_FORCE}."
+            ) from None
 
-    Args:
-        model: the network that the split was made for; it is not changed.
-        path: a file from `Split.save`.
-
-    Raises:
-        RunError: the file is missing, damaged or not a split.
-        ModelError: the network's weights are not those that the split was made for.
-        LayerError: the network lacks the layer.
-    """
-    return apply(model, Split.load(path))
-
-
-@in_plain_modes
-def gate(
-    model: nn.Module, layer: str | nn.Module, channel: int, concept: int, value: float | Tensor
-) -> Gate:
-    """Scale a concept channel of a split network; a split network has this as its method.
-
-    Of several moves of a concept channel, gates or clamps, the latest counts until it is removed.
-
-    Args:
-        model: from `apply` in the exact form.
-        layer: the split layer, by name or itself.
-        channel: a split channel.
-        concept: 0 to K - 1.
-        value: 0 switches the concept channel off, 1 leaves it as it is; a tensor (N,) has one value
-            per image of the batches that follow, and may ask for a gradient.
-
-    Returns:
-        A handle; `remove()` or the end of its `with` block moves the gate back.
-
-    Raises:
-        UsageError: there is no such concept channel, or the value is none.
-    """
-    return Gate(*_find_row(model, layer, channel, concept), value)
+    with ExitStack() as stack:
+        for name, module in {**layers, "": model2}.items() if layers else ():
+            hook = module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
+            stack.callback(hook.remove)
+        try:
+            yield
+        except OutOfMemory:
+            raise
+        except ModelError:  # as where a layer's weights are asked of two layers
+            refuse()
+            raise
+    refuse()
 
 
-@in_plain_modes
-def clamp(
-    model: nn.Module,
-    layer: str | nn.Module,
-    channel: int,
-    concept: int,
-    low: float = -math.inf,
-    high: float = math.inf,
-) -> Clamp:
-    """Bound a concept channel of a split network; a split network has this as its method.
-
-    Of several moves of a concept channel, gates or clamps, the latest counts until it is removed.
-
-    Args:
-        model: from `apply` in the exact form.
-        layer: the split layer, by name or itself.
-        channel: a split channel.
-        concept: 0 to K - 1.
-        low: lower bound at every position, in units of the pre-activation.
-        high: upper bound likewise; equal to `low` it fixes the concept channel's value.
-
-    Returns:
-        A handle; `remove()` or the end of its `with` block takes the bounds away.
-
-    Raises:
-        UsageError: there is no such concept channel, or low is above high.
-    """
-    return Clamp(*_find_row(model, layer, channel, concept), low, high)
+def _is_split(module: nn.Module) -> bool:
+    """Whether a module is a split layer, in either form."""
+    plain = isinstance(module, nn.Sequential) and "names" in vars(module)
+    return isinstance(module, SplitLayer) or (plain and {"wide", "merge"} <= set(module._modules))
 
 
-def _find_row(
-    model: nn.Module, layer: str | nn.Module, channel: int, concept: int
-) -> tuple[SplitLayer, int]:
-    """A split layer and the row of one of its concept channels."""
-    model = unwrap(model)
+def refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str]) -> None:
+    """Raise ModelError if a copy, with these layers split, is seen to run the network's own."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    module: object = layer
-    if isinstance(layer, str):
-        module = modules.get(layer, modules.get(unwrapped_name(layer)))
-    if isinstance(module, nn.Module):
-        module = unwrap(module)  # of a layer compiled by itself
-    if not isinstance(module, SplitLayer):
-        known = [name for name, m in modules.items() if isinstance(m, SplitLayer)]
-        if not known:
-            raise UsageError(
-                "The network has no concept channels; pass one from unbraid.apply in its exact "
-                "form."
+    for name in layers:
+        names = [other for other, module in modules.items() if module is modules[name]]
+        # The network, what in it holds the layer, and the layer.
+        paths = (accumulate(other.split("."), "{}.{}".format) for other in names)
+        reach = Reach(modules[holder] for holder in {"", *chain.from_iterable(paths)})
+        why = _way_past(copied, reach)
+        if why:
+            raise ModelError(
+                f"The split of layer {name!r} would not be in force: {why}; let the network's code "
+                "reach the layer by self or by an argument."
             )
-        given = repr(layer) if isinstance(layer, str) else f"of type {type(layer).__name__}"
-        raise UsageError(f"Layer {given} has no concept channels; name one of {', '.join(known)}.")
-    name = f"{whole_number('channel', channel)}.{whole_number('concept', concept)}"
-    if name not in module.names:
-        raise UsageError(
-            f"Layer {layer!r} has no concept {concept} of channel {channel}; it has "
-            f"{', '.join(module.names[:20])}{' ...' if len(module.names) > 20 else ''}."
-        )
-    return module, module.names.index(name)
+
+
+def _way_past(copied: nn.Module, reach: Reach) -> str:
+    """Say what in a network's copy leads to the original; empty if nothing is seen to."""
+    way = reach.path(copied)
+    reached = list(reach.apart.values())
+    kinds = dict.fromkeys(type(one) for one in reached if issubclass(type(one), nn.Module))
+    if way is None:  # methods that hold variables are not copied with the network
+        methods = (m for kind in kinds for base in kind.__mro__ for m in vars(base).values())
+        held = (m for m in methods if isinstance(m, types.FunctionType) and m.__closure__)
+        way = next((path for path in map(reach.path, held) if path is not None), None)
+    if way is not None:
+        return f"{_name_holder(way)} still leads to the original network"
+    functions = [*reached, *(inspect.getattr_static(kind, "forward") for kind in kinds)]
+    for function in dict.fromkeys(f for f in functions if type(f) is types.FunctionType):
+        variable = _global_way(function, reach)
+        if variable is not None:
+            user = f"{function.__qualname__!r} uses the global variable {variable!r}"
+            return f"{user}, which stays the original's"
+    return ""
+
+
+def _name_holder(way: Sequence[object]) -> str:
+    """The last on the way that has a name, or the kind of what holds the original."""
+    for one in way[-2::-1]:
+        if isinstance(one, types.FunctionType):
+            return f"{one.__qualname__!r}"
+        if not isinstance(one, (dict, list, tuple, types.CellType)):
+            return f"an object of type {type(one).__name__}"
+    return "the network"
+
+
+def _global_way(function: types.FunctionType, reach: Reach) -> str | None:
+    """The global variable by which a function, or one that it names, uses the original."""
+    functions = [function]
+    for one in functions:  # which grows
+        for name, attributes, use in _globals_used(one.__code__):
+            value = one.__globals__.get(name)
+            if type(value) is types.FunctionType and value.__globals__ is one.__globals__:
+                if value not in functions:
+                    functions.append(value)
+            elif _uses(value, attributes, use, reach):
+                return name
+    return None
+
+
+def _globals_used(code: types.CodeType) -> Iterator[tuple[str, list[str], str]]:
+    """Each global variable, the attributes taken of it in turn, and what is then done with it."""
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("PRECALL", "CACHE")]
+    for n, one in enumerate(instructions):
+        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            rest = instructions[n + 1 :]
+            taken = list(takewhile(lambda i: i.opname in _ATTRIBUTE, rest))
+            use = rest[len(taken)].opname if len(taken) < len(rest) else ""
+            yield str(one.argval), [str(i.argval) for i in taken], use
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _globals_used(constant)
+
+
+def _uses(value: object, attributes: Sequence[str], use: str, reach: Reach) -> bool:
+    """Whether what is done with a variable's value may run the original's layer.
+
+    Only what is plain is said to, as a hook may well keep something in the network by its name.
+    """
+    for name in attributes:
+        if not isinstance(value, nn.Module):
+            break
+        if hasattr(nn.Module, name) and name not in ("forward", "__call__"):
+            return False  # asks for its mode or parameters
+        value = getattr(value, name, None)
+    runs = (nn.Module, dict, list, tuple, types.FunctionType, types.MethodType, partial)
+    if not isinstance(value, runs) or use.startswith(_HARMLESS):
+        return False
+    if isinstance(value, types.MethodType) and not isinstance(value.__self__, nn.Module):
+        return False
+    return reach.leads(value)

@@ -21,53 +21,7 @@ class _Row(NamedTuple):
     channel: int  # that it is merged into
     weight: Tensor  # (J,)
     bias: float
-    sign: float  # in the merge
-
-
-def plain_layer(
-    original: nn.Module, spec: LayerSpec, parts: Sequence[ChannelSplit]
-) -> nn.Sequential:
-    """Build the split from two standard layers: one with more rows, one that merges them.
-
-    Every group of a grouped convolution must have as many rows as the others, so groups with
-    fewer get rows of zeros. The attribute `names` says what each row is: "7" for channel 7 as it
-    was, "1660.0" for a concept channel, "1660.residual", and "" for zeros.
-    """
-    plain, plain_bias = weight_rows(original), bias_of(original)
-    split = {part.channel: part for part in parts}
-    rows: list[list[_Row]] = [[] for _ in range(spec.groups)]
-    for channel in range(spec.n_out):
-        mine = rows[spec.group_of(channel)]
-        part = split.get(channel)
-        if part is None:
-            bias = float(plain_bias[channel])
-            mine.append(_Row(str(channel), channel, plain[channel], bias, 1.0))
-            continue
-        for k, weight in enumerate(part.rows):
-            mine.append(_Row(f"{channel}.{k}", channel, weight, part.bias, 1.0))
-        residual = part.residual_row, part.residual_bias
-        mine.append(_Row(f"{channel}.residual", channel, *residual, -1.0))
-    height = max(map(len, rows))
-    wide_weight = plain.new_zeros(spec.groups * height, plain.shape[1])
-    wide_bias = plain.new_zeros(spec.groups * height)
-    merge_weight = plain.new_zeros(spec.n_out, spec.groups * height)
-    names = [""] * (spec.groups * height)
-    for group, mine in enumerate(rows):
-        for place, row in enumerate(mine, group * height):
-            names[place] = row.name
-            wide_weight[place], wide_bias[place] = row.weight, row.bias
-            merge_weight[row.channel, place] = row.sign
-    wide, merge = _standard_pair(original, spec, len(wide_weight))
-    with torch.no_grad():
-        wide.weight.copy_(wide_weight.reshape(wide.weight.shape))
-        wide.bias.copy_(wide_bias)
-        merge.weight.copy_(merge_weight.reshape(merge.weight.shape))
-    parts_in_order: OrderedDict[str, nn.Module] = OrderedDict(wide=wide, merge=merge)
-    if _pads_by_itself(original, spec):
-        parts_in_order = OrderedDict(pad=Pad(spec), wide=wide, merge=merge)
-    layer = nn.Sequential(parts_in_order)
-    layer.names = names  # type: ignore[assignment]
-    return layer
+    sign: float = 1.0  # in the merge
 
 
 class Pad(nn.Module):
@@ -83,31 +37,68 @@ class Pad(nn.Module):
         return pad_input(self.spec, x)
 
 
-def _pads_by_itself(original: nn.Module, spec: LayerSpec) -> bool:
-    return not spec.channels_last and (
+def plain_layer(
+    original: nn.Module, spec: LayerSpec, parts: Sequence[ChannelSplit]
+) -> nn.Sequential:
+    """Build the split from two standard layers: one with more rows, one that merges them.
+
+    Every group of a grouped convolution must have as many rows as the others, so groups with
+    fewer get rows of zeros. The attribute `names` says what each row is: "7" for channel 7 as it
+    was, "1660.0" for a concept channel, "1660.residual", and "" for zeros.
+    """
+    pads = not spec.channels_last and (
         spec.pad_mode == SAME or spec.padding != padding_pairs(original)
     )
+    rows = _rows(original, spec, parts)
+    wide, merge = _standard_pair(original, spec, len(rows), pads)
+    with torch.no_grad():
+        for weights in (wide.weight, wide.bias, merge.weight):
+            weights.zero_()
+        for n, row in enumerate(rows):
+            if row is not None:
+                wide.weight[n] = row.weight.reshape(wide.weight[n].shape)
+                wide.bias[n] = row.bias
+                merge.weight[row.channel, n] = row.sign
+    modules: list[tuple[str, nn.Module]] = [("pad", Pad(spec))] if pads else []
+    layer = nn.Sequential(OrderedDict([*modules, ("wide", wide), ("merge", merge)]))
+    layer.names = [row.name if row else "" for row in rows]  # type: ignore[assignment]
+    return layer
 
 
-def _standard_pair(original: nn.Module, spec: LayerSpec, n_rows: int) -> tuple[Any, Any]:
+def _rows(original: nn.Module, spec: LayerSpec, parts: Sequence[ChannelSplit]) -> list[_Row | None]:
+    """The rows of the wide layer, group by group, None for one of zeros."""
+    weight, bias = weight_rows(original), bias_of(original)
+    split = {part.channel: part for part in parts}
+    groups: list[list[_Row | None]] = [[] for _ in range(spec.groups)]
+    for channel in range(spec.n_out):
+        group, part = groups[spec.group_of(channel)], split.get(channel)
+        if part is None:
+            group.append(_Row(str(channel), channel, weight[channel], float(bias[channel])))
+            continue
+        group += [_Row(f"{channel}.{k}", channel, w, part.bias) for k, w in enumerate(part.rows)]
+        residual = part.residual_row, part.residual_bias
+        group.append(_Row(f"{channel}.residual", channel, *residual, sign=-1.0))
+    height = max(map(len, groups))
+    return [row for group in groups for row in (*group, *[None] * (height - len(group)))]
+
+
+def _standard_pair(original: nn.Module, spec: LayerSpec, n_rows: int, pads: bool) -> list[Any]:
     """Make empty layers of the right sizes, in the kind and place of the original."""
     rows = weight_rows(original)
     kind: dict[str, Any] = {"dtype": rows.dtype, "device": rows.device}
     if spec.channels_last:
-        return (
-            nn.Linear(spec.n_in, n_rows, **kind),
-            nn.Linear(n_rows, spec.n_out, bias=False, **kind),
-        )
+        wide = nn.Linear(spec.n_in, n_rows, **kind)
+        return [wide, nn.Linear(n_rows, spec.n_out, bias=False, **kind)]
     convolution = _CONV[len(spec.kernel)]
     wide = convolution(
         spec.n_in,
         n_rows,
         spec.kernel,
         stride=spec.stride,
-        padding=0 if _pads_by_itself(original, spec) else original.padding,
+        padding=0 if pads else original.padding,
         dilation=spec.dilation,
         groups=spec.groups,
-        padding_mode="zeros" if _pads_by_itself(original, spec) else spec.pad_mode,
+        padding_mode="zeros" if pads else spec.pad_mode,
         **kind,
     )
-    return wide, convolution(n_rows, spec.n_out, 1, bias=False, **kind)
+    return [wide, convolution(n_rows, spec.n_out, 1, bias=False, **kind)]

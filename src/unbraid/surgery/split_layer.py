@@ -1,23 +1,29 @@
-"""A layer with concept channels beside it, equal to the original bit for bit.
+"""A layer with concept channels beside it, equal to the original bit for bit; gates and clamps.
 
-METHOD.md section 4 gives the reasons. There is no branch on values in here, so that the layer can
-be traced, compiled and exported, and an accelerator need not be waited for.
+There is no branch on values in here, so that the layer can be traced, compiled and exported, and an
+accelerator need not be waited for. Shapes: N images, R concept channels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unbraid.base.arguments import real_number, whole_number
+from unbraid.base.errors import UsageError
+from unbraid.base.modes import in_plain_modes
+from unbraid.finding.membership import Clusters
+from unbraid.networks.copying import unwrap, unwrapped_name
 from unbraid.networks.layers import weight_rows
 from unbraid.networks.spec import LayerSpec, respond
-from unbraid.scanning.records import Clusters
 from unbraid.splitting.splits import ChannelSplit
-from unbraid.surgery.gates import Move, make_moves
+
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
 
 class SplitLayer(nn.Module):
@@ -66,7 +72,10 @@ class SplitLayer(nn.Module):
         z: Tensor = self.original(input)
         dim = -1 if self.spec.channels_last else 1
         n_concepts, n_residuals = len(self.names), len(self.channels)
-        new = self._respond(input)
+        if self.spec.channels_last:
+            new = F.linear(input, self.rows, self.row_bias)
+        else:
+            new = respond(self.spec, input, self.rows, self.row_bias, self._row_channels)
         concepts, changed = _pass(self.concepts, new.narrow(dim, 0, n_concepts))
         residuals, changed_too = _pass(self.residuals, new.narrow(dim, n_concepts, n_residuals))
         if self.moves:
@@ -77,20 +86,11 @@ class SplitLayer(nn.Module):
         )
         if not self.moves:
             without_value = -(correction.detach() - correction)
-            alive = torch.stack([self._trained(), *changed, *changed_too]).any()
+            trained = (self._rows_and_bias() != self.made).any()  # since they were made
+            alive = torch.stack([trained, *changed, *changed_too]).any()
             correction = torch.where(alive, correction, without_value)
         # On a copy, which keeps the memory format that the layers behind may round by.
         return z.clone().index_add_(dim, self.channels, correction)
-
-    def _respond(self, x: Tensor) -> Tensor:
-        if self.spec.channels_last:
-            return F.linear(x, self.rows, self.row_bias)
-        return respond(self.spec, x, self.rows, self.row_bias, self._row_channels)
-
-    def _trained(self) -> Tensor:
-        """Whether the rows are no longer those that were made to add up to the original, ()."""
-        trained: Tensor = (self._rows_and_bias() != self.made).any()
-        return trained
 
     def _rows_and_bias(self) -> Tensor:
         """Both in one, (R, J + 1)."""
@@ -111,19 +111,192 @@ def _pass(point: nn.Module, values: Tensor) -> tuple[Tensor, list[Tensor]]:
 def _hooked(point: nn.Module) -> bool:
     """Whether anything but torch's own identity would see the values."""
     everywhere = nn.modules.module
-    return bool(
+    return (
         type(point) is not nn.Identity
         or "forward" in vars(point)
-        or point._forward_hooks
-        or point._forward_pre_hooks
-        or point._backward_hooks
-        or point._backward_pre_hooks
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or everywhere._global_backward_hooks
-        or everywhere._global_backward_pre_hooks
+        or any(getattr(point, f"_{kind}") for kind in _HOOKS)
+        or any(getattr(everywhere, f"_global_{kind}") for kind in _HOOKS)
     )
 
 
 def _keep_slow_path(layer: nn.Module, args: tuple[Any, ...]) -> None:
     """Do nothing, as a hook: torch's fused transformer reads a hookless layer's weights past it."""
+
+
+@in_plain_modes
+def gate(
+    model: nn.Module, layer: str | nn.Module, channel: int, concept: int, value: float | Tensor
+) -> Gate:
+    """Scale a concept channel of a split network; a split network has this as its method.
+
+    Of several moves of a concept channel, gates or clamps, the latest counts until it is removed.
+
+    Args:
+        model: from `apply` in the exact form.
+        layer: the split layer, by name or itself.
+        channel: a split channel.
+        concept: 0 to K - 1.
+        value: 0 switches the concept channel off, 1 leaves it as it is; a tensor (N,) has one value
+            per image of the batches that follow, and may ask for a gradient.
+
+    Returns:
+        A handle; `remove()` or the end of its `with` block moves the gate back.
+
+    Raises:
+        UsageError: there is no such concept channel, or the value is none.
+    """
+    return Gate(*_find_row(model, layer, channel, concept), value)
+
+
+@in_plain_modes
+def clamp(
+    model: nn.Module,
+    layer: str | nn.Module,
+    channel: int,
+    concept: int,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Clamp:
+    """Bound a concept channel of a split network; a split network has this as its method.
+
+    Args:
+        model: from `apply` in the exact form.
+        layer: the split layer, by name or itself.
+        channel: a split channel.
+        concept: 0 to K - 1.
+        low: lower bound at every position, in units of the pre-activation.
+        high: upper bound likewise; equal to `low` it fixes the concept channel's value.
+
+    Returns:
+        A handle; `remove()` or the end of its `with` block takes the bounds away.
+
+    Raises:
+        UsageError: there is no such concept channel, or low is above high.
+    """
+    return Clamp(*_find_row(model, layer, channel, concept), low, high)
+
+
+def _find_row(
+    model: nn.Module, layer: str | nn.Module, channel: int, concept: int
+) -> tuple[SplitLayer, int]:
+    """A split layer and the row of one of its concept channels."""
+    model = unwrap(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    module: object = layer
+    if isinstance(layer, str):
+        module = modules.get(layer, modules.get(unwrapped_name(layer)))
+    if isinstance(module, nn.Module):
+        module = unwrap(module)  # of a layer compiled by itself
+    if not isinstance(module, SplitLayer):
+        known = [name for name, m in modules.items() if isinstance(m, SplitLayer)]
+        if not known:
+            raise UsageError(
+                "The network has no concept channels; pass one from unbraid.apply in its exact "
+                "form."
+            )
+        given = repr(layer) if isinstance(layer, str) else f"of type {type(layer).__name__}"
+        raise UsageError(f"Layer {given} has no concept channels; name one of {', '.join(known)}.")
+    name = f"{whole_number('channel', channel)}.{whole_number('concept', concept)}"
+    if name not in module.names:
+        raise UsageError(
+            f"Layer {layer!r} has no concept {concept} of channel {channel}; it has "
+            f"{', '.join(module.names[:20])}{' ...' if len(module.names) > 20 else ''}."
+        )
+    return module, module.names.index(name)
+
+
+class Move:
+    """A concept channel that was moved; `remove()` or leaving its `with` block moves it back."""
+
+    def __init__(self, layer: SplitLayer, row: int) -> None:
+        """Move one row of a SplitLayer."""
+        self.row = row
+        self._layer = layer  # not its list, in whose place exporters put another
+        layer.moves.append(self)
+
+    def remove(self) -> None:
+        """Take this move back; moves of the same concept channel still in force stay so."""
+        if self in self._layer.moves:
+            self._layer.moves.remove(self)
+
+    def __enter__(self) -> Self:
+        """Use the move as a context."""
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Move the concept channel back, also after an exception."""
+        self.remove()
+
+
+class Gate(Move):
+    """Scales a concept channel, by one value for all images or by one for each."""
+
+    def __init__(self, layer: SplitLayer, row: int, value: float | Tensor) -> None:
+        """Move the gate of one row by a number, or by one per image, (N,)."""
+        if not isinstance(value, Tensor):
+            value = real_number("The value of a gate", value)
+            if value != value:
+                raise UsageError("A gate cannot be NaN; give a number, such as 0 for off.")
+        elif value.dim() > 1:
+            raise UsageError(
+                f"A gate takes a number, or a tensor (N,) of one per image, not one of shape "
+                f"{tuple(value.shape)}."
+            )
+        self.value = value
+        super().__init__(layer, row)
+
+
+class Clamp(Move):
+    """Bounds a concept channel's response, position by position."""
+
+    def __init__(self, layer: SplitLayer, row: int, low: float, high: float) -> None:
+        """Bound one row."""
+        self.low, self.high = real_number("low", low), real_number("high", high)
+        if not self.low <= self.high:  # so that NaN does not pass
+            raise UsageError(f"A clamp needs low <= high, not low={low:g} and high={high:g}.")
+        super().__init__(layer, row)
+
+
+def make_moves(concepts: Tensor, moves: Sequence[Move], n_rows: int, n_behind: int) -> Tensor:
+    """Do to the concept channels what the moves say; of one channel, the latest counts.
+
+    Nothing is written in place and no size is asked for that can be known otherwise, so that
+    tracers can follow. `concepts` are (N, R, positions ...), with `n_behind` dimensions behind R.
+    """
+    n_images = concepts.shape[0]  # not len(), which an exporter would take for a constant
+    behind = [1] * n_behind
+    latest = {move.row: move for move in moves}.values()
+    gates = [move for move in latest if isinstance(move, Gate)]
+    clamps = [move for move in latest if isinstance(move, Clamp)]
+    if gates:
+        per_image = any(isinstance(gate.value, Tensor) and gate.value.dim() for gate in gates)
+        n_scales = n_images if per_image else 1
+        scale = concepts.new_ones(n_scales, n_rows)
+        for gate in gates:
+            value = _gate_values(gate.value, n_images).to(scale).expand(n_scales)
+            scale = torch.select_scatter(scale, value, 1, gate.row)
+        between = [1] * (concepts.dim() - 2) if per_image and not behind else []
+        concepts = concepts * scale.view(-1, *between, n_rows, *behind)
+    if clamps:
+        low, high = [-torch.inf] * n_rows, [torch.inf] * n_rows
+        for clamp in clamps:
+            low[clamp.row], high[clamp.row] = clamp.low, clamp.high
+        bounds = (_on_processor(bound).to(concepts).view(-1, *behind) for bound in (low, high))
+        concepts = concepts.clamp(*bounds)
+    return concepts
+
+
+def _gate_values(value: float | Tensor, n_images: int) -> Tensor:
+    """A gate's value for each of what a layer runs on: images, or parts of them."""
+    values = value if isinstance(value, Tensor) else _on_processor(value)
+    if values.shape not in ((), (n_images,)):
+        raise UsageError(
+            f"A gate holds values for {len(values)} images and the layer runs on {n_images}, "
+            "windows of images perhaps; give one value for each, or one number for all."
+        )
+    return values
+
+
+def _on_processor(values: float | list[float]) -> Tensor:
+    """A tensor that is the same whatever torch's defaults are."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

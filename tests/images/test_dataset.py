@@ -1,8 +1,7 @@
-"""Data sets inside data sets: what is seen through them, and what is not claimed."""
+"""Labels, groups and names of any data set: what is seen inside others, what is not claimed."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms as v1
 from PIL import Image
-from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -28,8 +25,7 @@ from unbraid.images.dataset import (
     name_of,
     picture_of,
 )
-from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of
-from unbraid.networks.models import imagenet_transform
+from unbraid.images.identity import fingerprint, ids_of, preprocessing_of
 from unbraid.reporting.pictures import Sight, sight_of
 from unbraid.scanning.records import AsScanned
 
@@ -322,132 +318,53 @@ def test_our_own_wrappers_are_seen_through(folder):
     assert (name_of(moved, 1), name_of(moved, 2)) == ("ant/4.png", "gone")
 
 
-# --- transforms that hide what they do ------------------------------------------------------------
-
-FACTOR = 3.0
+# --- lists that do not fit -----------------------------------------------------------------------
 
 
-class Times:
-    def __init__(self, k: float) -> None:
-        self.k = k
+class Ten(SyntheticImages):
+    """Ten images, whatever is told of them."""
 
-    def __call__(self, image: Any) -> Tensor:
-        return v2.functional.to_dtype(v2.functional.to_image(image), scale=True) * self.k
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(10)
+        vars(self).update(attributes)
 
+    def __len__(self) -> int:
+        return 10
 
-class TimesModule(nn.Module):
-    def __init__(self, k: float) -> None:
-        super().__init__()
-        self._k = k
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image * self._k
-
-
-def times(image: Any, k: float) -> Tensor:
-    return Times(k)(image)
-
-
-def closed(k: float) -> Callable[[Any], Tensor]:
-    return lambda image: times(image, k)
-
-
-def grey(path: str) -> Image.Image:
-    return Image.open(path).convert("L").convert("RGB")
-
-
-HIDDEN: dict[str, Callable[[bool], dict[str, Any]]] = {
-    "lambda": lambda o: {"transform": (lambda x: Times(1)(x)) if o else (lambda x: Times(2)(x))},
-    "lambda inside": lambda o: {
-        "transform": v1.Compose([v1.ToTensor(), v1.Lambda((lambda x: -x) if o else (lambda x: +x))])
-    },
-    "closure": lambda o: {"transform": closed(1 + o)},
-    "partial": lambda o: {"transform": functools.partial(times, k=1 + o)},
-    "object": lambda o: {"transform": Times(1 + o)},
-    "method": lambda o: {"transform": Times(1 + o).__call__},
-    "module inside": lambda o: {
-        "transform": v2.Compose([*transform(False).transforms, TimesModule(1 + o)])
-    },
-    "number format": lambda o: {
-        "transform": v2.Compose(
-            [v2.ToImage(), v2.ToDtype(torch.float16 if o else torch.float32, scale=True)]
-        )
-    },
-    "weights": lambda o: {
-        "transform": v2.Compose(
-            [
-                *transform(False).transforms,
-                v2.LinearTransformation((1 + o) * torch.eye(126), torch.zeros(126)),
-            ]
-        )
-    },
-    "loader": lambda o: {"transform": transform(False), **({"loader": grey} if o else {})},
-}
-
-
-@pytest.mark.parametrize("kind", HIDDEN)
-def test_a_change_that_no_text_of_a_transform_shows_is_seen(kind, folder):
-    def text(other: bool) -> str:
-        return preprocessing_of(Subset(ImageFolder(folder, **HIDDEN[kind](other)), range(3)))
-
-    assert text(False) == text(False)
-    assert text(False) != text(True)
-
-
-def test_a_change_of_what_a_function_refers_to_is_seen(folder, monkeypatch):
-    dataset = ImageFolder(folder, lambda image: times(image, FACTOR))
-    before = preprocessing_of(dataset)
-    monkeypatch.setitem(globals(), "FACTOR", 4.0)
-    assert preprocessing_of(dataset) != before
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index], index % 4
 
 
 @pytest.mark.parametrize(
-    "usual",
+    ("told", "match"),
     [
-        imagenet_transform(),
-        v1.Compose([v1.Resize(8), v1.ToTensor(), v1.Normalize([0.5] * 3, torch.tensor([0.5] * 3))]),
-        v2.Compose([v2.ToImage(), v2.RandAugment(), TO_FLOAT, v2.Normalize([0.5] * 3, [0.5] * 3)]),
-        v1.Compose([v1.RandomResizedCrop(8), v1.ColorJitter(0.1), v1.ToTensor()]),
-        nn.AvgPool2d(2),
+        ({"targets": [0, 1, 2]}, "targets are 3 for 10 images"),
+        ({"targets": [0] * 13}, "targets are 13 for 10 images"),
+        ({"targets": torch.zeros(9)}, "targets are 9 for 10 images"),
+        ({"targets": None, "labels": [0] * 3}, "labels are 3 for 10 images"),
+        ({"ids": [*range(10)], "sizes": [1] * 4}, "sizes are 4 for 10 images"),
+        ({"ids": [*range(10)], "sizes": torch.ones(11)}, "sizes are 11 for 10 images"),
+        ({"root": "/", "samples": [("/a", 0)]}, "samples are 1 for 10 images"),
+        ({"groups": [[1]] * 10}, r"groups cannot be compared \(unhashable"),
+        ({"ids": [f"\ud800{k}" for k in range(10)]}, "cannot be written as UTF-8"),
     ],
 )
-def test_a_usual_transform_is_recorded_as_it_always_was(usual, folder):
-    assert preprocessing_of(ImageFolder(folder, usual)) == repr(usual)
+def test_lists_that_do_not_fit_the_images_are_refused(told, match, tmp_path):
+    dataset = Ten(**told)
+    with pytest.raises(DataError, match=match):
+        unbraid.scan(build("3x3"), "layer", dataset, tmp_path / "scan")
+    assert not (tmp_path / "scan").exists()
+    if "labels" not in match and "targets" not in match:
+        return
+    with pytest.raises(DataError, match=match):
+        labels_of(Subset(dataset, [0, 1]))
 
 
-def test_a_scan_of_an_earlier_version_goes_on_with_a_warning(folder, tmp_path):
-    network, dataset = build("1x1", torch.float32), ImageFolder(folder, Times(2))
-    unbraid.scan(network, "layer", dataset, tmp_path, threads=1)
-    file = tmp_path / "manifest.json"
-    (code,) = {word for word in preprocessing_of(dataset).split() if word.endswith("]")}
-    file.write_text(file.read_text().replace(f" [code {code}", ""))
-    (tmp_path / "shard-000000.safetensors").unlink()
-    with pytest.warns(UserWarning, match="make sure that it is still the same"):
-        scan = unbraid.scan(network, "layer", dataset, tmp_path, threads=1)
-    assert scan.manifest.preprocessing == "custom"
-    assert not as_recorded(preprocessing_of(dataset), "something else")
-
-
-def test_images_that_are_drawn_anew_each_time_are_the_same_data(folder):
-    class Drawn(SyntheticImages):
-        def __init__(self, own: bool) -> None:
-            super().__init__(20)
-            self.generator = torch.Generator() if own else None
-            if own:
-                self.generator.seed()
-
-        def __getitem__(self, index: int) -> tuple[Tensor, int]:
-            image, label = super().__getitem__(index)
-            return image + torch.randn(image.shape, generator=self.generator), label
-
-    for own in (False, True):
-        prints = set()
-        for _ in range(3):
-            state = torch.get_rng_state()
-            prints.add(fingerprint(Drawn(own), Drawn(own).targets))
-            assert torch.equal(torch.get_rng_state(), state)
-            torch.rand(3)
-        assert len(prints) == 1
-    assert fingerprint(SyntheticImages(20, seed=1), [0] * 20) != fingerprint(
-        SyntheticImages(20, seed=2), [0] * 20
+def test_lists_that_fit_are_taken():
+    dataset = Ten(
+        groups=["a", "b"] * 5, ids=["\udc80"] + [f"é{k}" for k in range(9)], sizes=[1] * 10
     )
+    assert labels_of(dataset) == [k % 4 for k in range(10)]
+    assert groups_of(dataset) == [0, 1] * 5
+    assert ids_of(dataset) == dataset.ids
+    assert fingerprint(dataset, labels_of(dataset)) != fingerprint(Ten(), labels_of(dataset))

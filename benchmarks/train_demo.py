@@ -1,4 +1,4 @@
-"""Train the demo's network and pick its images: `python -m unbraid.demo.train --data DIR`.
+"""Train the demo's network and pick its images: `python benchmarks/train_demo.py --data DIR`.
 
 Takes a few minutes on two cores, and gives the same files again for the same seed, number of
 threads and version of torch.

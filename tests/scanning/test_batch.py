@@ -1,15 +1,18 @@
-"""How many images are run at a time where nobody says."""
+"""One batch: how many images are run at a time, and what is done where they are too many."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import unbraid
+from checks import assert_records, truth_of
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import ModelError
 from unbraid.scanning import batch as batch_size
@@ -97,3 +100,52 @@ def test_a_device_without_room_for_one_image_is_left_to_the_scan_to_tell() -> No
 def test_images_that_cannot_be_read_leave_it_at_the_most() -> None:
     model = Functional()
     assert batch_size_for(model, [model.first], None) == 64
+
+
+class NeedsRoom(nn.Module):
+    """Has room for so many images, in the pass or in the gradient, and writes into what it gets."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        room: int,
+        behind: bool,
+        error: Callable[[], Any] = lambda: _raise(torch.OutOfMemoryError("CUDA out of memory.")),
+    ) -> None:
+        super().__init__()
+        self.network, self.room, self.behind, self.error = network, room, behind, error
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.room and not self.behind:
+            x.zero_()
+            self.error()
+        z = self.network(x)
+        if z.requires_grad and len(x) > self.room:
+            z.register_hook(self._fail)
+        return z
+
+    def _fail(self, _: Tensor) -> None:
+        self.error()
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("real", [False, True])
+def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(real, behind, tmp_path):
+    dataset = SyntheticImages(11)
+    # More than any machine has, of the processor's own allocator.
+    errors = {"error": lambda: torch.empty(2**48)} if real else {}
+    network = NeedsRoom(build("1x1"), 3, behind, **errors)
+    with pytest.warns(UserWarning, match="going on with 2 images at a time"):
+        scan = unbraid.scan(network, "network.layer", dataset, tmp_path, batch_size=7)
+    assert_records(list(scan.shards()), truth_of(build("1x1"), dataset), 0.005, range(11))
+
+
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_a_device_without_room_for_one_image_is_told(batch_size, tmp_path):
+    network, images = NeedsRoom(build("1x1"), 0, False), SyntheticImages(4)
+    with pytest.raises(ModelError, match="not even one image"):
+        unbraid.scan(network, "network.layer", images, tmp_path, batch_size=batch_size)

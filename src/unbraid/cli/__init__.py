@@ -1,0 +1,4 @@
+"""The command line."""
+
+from unbraid.cli.commands import app as app
+from unbraid.cli.commands import main as main

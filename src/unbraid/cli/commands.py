@@ -1,0 +1,439 @@
+"""The command line: each command is the thin twin of a function.
+
+torch is imported inside the commands, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
+
+import unbraid
+from unbraid.base.errors import UnbraidError, UsageError
+from unbraid.base.tables import align, count, one_line
+from unbraid.cli.shared import (
+    Device,
+    Features,
+    Finding,
+    Grid,
+    Layers,
+    Model,
+    Names,
+    Network,
+    Out,
+    Output,
+    Rho,
+    RunPath,
+    ScanPath,
+    Table,
+    Weights,
+    err_console,
+    load,
+    note,
+    open_images,
+    out_console,
+    say,
+    show_broken,
+    show_comparison,
+    show_run,
+)
+from unbraid.scanning.options import Labels, Loading, ScanOptions
+
+
+def demo(*, out: Out, features: Features = True) -> None:
+    """Split a small network on Fashion-MNIST, offline, in under a minute.
+
+    Everything comes with the package: the network, trained on all of Fashion-MNIST, and a sample
+    of its images.
+    """
+    from unbraid.demo.network import LAYER, load_images, load_network
+    from unbraid.running.folders import Thresholds
+    from unbraid.running.run import run as run_pipeline
+
+    say("A small network trained on Fashion-MNIST, and a sample of its images.")
+    result = run_pipeline(
+        load_network(),
+        LAYER,
+        load_images("train"),
+        load_images("test"),
+        out,
+        thresholds=Thresholds(),
+        loading=Loading(batch_size=250),
+        source={"demo": True},
+        say=say,
+        title="Demo: a small network on Fashion-MNIST",
+        features=features,
+    )
+    show_run(result)
+
+
+def run(
+    *,
+    network: Network,
+    layer: Layers,
+    data: str,
+    out: Out,
+    finding: Finding = Finding(),
+    labels: Labels = "given",
+    rho: Rho = None,
+    encoder: str | None = None,
+    features: Features = True,
+    overwrite: bool = False,
+    loading: Loading = Loading(),
+) -> None:
+    """Do everything: scan, find, split, check the outputs, evaluate and report.
+
+    Several layers are scanned in one pass, and each has its results in a folder of its name.
+    Started again, it goes on where it stopped. With other settings, such as thresholds, its results
+    go into OUT/settings-2 and so on, beside those that are there; scans are shared.
+
+    Args:
+        data: Folder with train and val, each a folder of images, in class folders or not, a list
+            (train.csv, train.parquet) or a shard (train.tar); or hf:FOLDER, saved likewise.
+        labels: What each image counts as: its folder's class, or what the network says.
+        encoder: timm:NAME, to tell how alike images are; by default the network itself.
+        overwrite: Put the results, once finished, in the place of a run with other settings in OUT.
+    """
+    from unbraid.images.open import absolute, images_like, labelled, part_of
+    from unbraid.running.folders import Thresholds
+    from unbraid.running.run import run_layers
+    from unbraid.scanning.shards import n_ranks
+
+    if n_ranks() > 1:
+        raise UsageError(
+            "Several processes can share a scan only; use torchrun with `unbraid scan` into "
+            "OUT/scan-train and OUT/scan-val, then start `unbraid run` alone, which goes on there."
+        )
+    loaded = load(network)
+    say(f"Network {network.model}, layer {', '.join(layer)}.")
+    train = open_images(loaded, part_of(data, "train"))
+    source = {**loaded.source, "data": absolute(data), "class_folders": labelled(train)}
+    done = run_layers(
+        loaded.model,
+        layer,
+        train,
+        images_like(train, part_of(data, "val")),
+        out,
+        thresholds=Thresholds(rho=rho, **vars(finding)),
+        loading=loading,
+        source=source,
+        say=say,
+        title=network.model,
+        encoder=encoder,
+        labels=labels if labelled(train) else "predicted",
+        features=features,
+        overwrite=overwrite,
+    )
+    for name, result in done.runs.items():
+        if len(done.runs) > 1:
+            out_console.print(f"\n{name}")
+        show_run(result)
+    if done.output is not None:
+        out_console.print()
+        show_comparison("With all layers split, largest logit difference", done.output)
+
+
+def layers(model: Model, *, weights: Weights = "random", output: Output = None) -> None:
+    """List the layers of a network that can be split.
+
+    The network runs on one blank picture, which tells the layers that reach its logits.
+    """
+    from PIL import Image
+
+    from unbraid.scanning.scan import usable_layers
+
+    rows = [("layer", "kind", "in", "out", "kernel", "groups")]
+    loaded = load(Network(model=model, weights=weights, output=output, device="cpu"))
+    blank = loaded.transform(Image.new("RGB", (256, 256)))
+    for spec in usable_layers(loaded.model, blank[None]):
+        kernel = "" if spec.channels_last else "x".join(map(str, spec.kernel))
+        counts = (str(spec.n_in), str(spec.n_out), kernel, str(spec.groups))
+        rows.append((spec.name, spec.kind, *counts))
+    out_console.print(align(rows))
+
+
+def scan(
+    *,
+    network: Network,
+    layer: Layers,
+    data: str,
+    out: Out,
+    options: ScanOptions = ScanOptions(),
+) -> None:
+    """Run a network over images once and keep a small record of each.
+
+    Several layers are scanned in one pass, each into a folder of its name. Started by torchrun,
+    all its processes share the work: `torchrun --nproc-per-node 8 -m unbraid scan ...`.
+
+    Args:
+        data: Folder of images, in class folders or not; list of them (CSV, Parquet); shards
+            (FILE.tar, a folder of such, train-{000..012}.tar, a URL); hf:FOLDER.
+    """
+    from unbraid.images.dataset import name_of
+    from unbraid.images.open import absolute, labelled
+    from unbraid.scanning.shards import is_first
+
+    loaded = load(network)
+    images = open_images(loaded, data)
+    options = replace(
+        options,
+        labels=options.labels if labelled(images) else "predicted",
+        progress=True,
+        source={**loaded.source, "data": absolute(data)},
+    )
+    layers = layer[0] if len(layer) == 1 else layer
+    made = unbraid.scan(loaded.model, layers, images, out, **vars(options))
+    if not is_first():
+        return
+    one = made if isinstance(made, unbraid.Scan) else next(iter(made.values()))
+    broken = one.broken()
+    show_broken([name_of(images, index) for index in broken])
+    out_console.print(f"Scanned {count(one.manifest.n_images - len(broken), 'image')} into {out}")
+
+
+def find(scan: ScanPath, *, finding: Finding = Finding(), out: Table = None) -> None:
+    """Find the polysemantic channels in a scan of training images."""
+    from unbraid.running.folders import refuse_result
+    from unbraid.scanning.accuracy import describe_fit, scanned_accuracy
+
+    refuse_result(out)
+    opened = unbraid.open_scan(scan)
+    accuracy = scanned_accuracy(opened)
+    if accuracy is not None:
+        say(describe_fit(accuracy, opened.manifest.preprocessing))
+    found = unbraid.find(opened, **vars(finding))
+    if out is not None:
+        found.to_csv(out)
+    out_console.print(str(found))
+
+
+def sensitivity(
+    scan: ScanPath, *, taus: Grid = None, ps: Grid = None, gammas: Grid = None, out: Table = None
+) -> None:
+    """Count the polysemantic channels for every combination of thresholds, in seconds.
+
+    Args:
+        taus: Smallest shares.
+        ps: Fractions of images.
+        gammas: Cosines.
+    """
+    from unbraid.running.folders import refuse_result
+
+    refuse_result(out)
+    counted = unbraid.sensitivity(unbraid.open_scan(scan), taus, ps, gammas)
+    if out is not None:
+        counted.to_csv(out)
+    out_console.print(str(counted))
+
+
+def split(
+    scan: ScanPath,
+    *,
+    out: Out,
+    finding: Finding = Finding(),
+    method: Literal["least_squares", "published"] = "least_squares",
+    rho: Rho = None,
+) -> None:
+    """Find and split the polysemantic channels in a scan, best one with positions.
+
+    Args:
+        method: How to divide the weights.
+    """
+    from unbraid.running.folders import refuse_result
+
+    refuse_result(out)
+    opened = unbraid.open_scan(scan)
+    found = unbraid.find(opened, **vars(finding))
+    divided = unbraid.split(opened, found, method=method, rho=rho)
+    divided.save(out)
+    out_console.print(f"Split {len(divided.channels)} channels into {out}")
+
+
+def evaluate(split: Path, scan: Path, *, out: Path | None = None) -> None:
+    """Measure how well a split's concept channels separate their concepts.
+
+    Args:
+        split: Split file.
+        scan: Folder of a scan of validation images.
+        out: JSON file to write or replace.
+    """
+    from unbraid.running.folders import refuse_result
+
+    refuse_result(out)
+    result = unbraid.evaluate(unbraid.Split.load(split), unbraid.open_scan(scan))
+    if out is not None:
+        result.save(out)
+    out_console.print(str(result))
+
+
+def report(run: RunPath) -> None:
+    """Write a run's report again, for instance after an update of unbraid."""
+    from unbraid.running.run import report_again
+
+    out_console.print(f"Report: {report_again(run)}")
+
+
+def figure(
+    run: RunPath,
+    *,
+    channel: int,
+    out: Path,
+    kind: Literal["teaser", "densities", "sources"] = "teaser",
+) -> None:
+    """Draw one channel of a finished run as a figure for a paper.
+
+    Args:
+        channel: A channel that the run split.
+        out: File to write or replace: .pdf, .png or .svg.
+        kind: Pictures and densities, densities alone, or what feeds the concepts.
+    """
+    from unbraid.reporting.figures import check_suffix, save_figure
+    from unbraid.running.folders import refuse_result
+    from unbraid.running.run import figure_of_run
+
+    check_suffix(out)
+    refuse_result(out)
+    save_figure(figure_of_run(run, channel, kind), out)
+    out_console.print(f"Figure: {out}")
+
+
+def check(run: Path) -> int:
+    """List what a folder holds, and set damaged files aside so that they are made anew.
+
+    Checksums and records of scans and splits are verified, the form of tables, figures and
+    visualisations, and of the report that it is there; what cannot be read is told and left.
+    Exit code 0 if everything is whole, else 1.
+
+    Args:
+        run: Folder of a run or of a scan.
+    """
+    from unbraid.running.check import check as check_folder
+
+    found = check_folder(run)
+    for line in found.holds:
+        out_console.print(one_line(line))
+    out_console.print(str(found))
+    return 0 if found.whole else 1
+
+
+def reproduce(
+    *,
+    imagenet: Path,
+    out: Out,
+    weights: Weights = "IMAGENET1K_V1",
+    batch_size: int | None = None,
+    workers: int = 0,
+    device: Device = None,
+    names: Names = None,
+) -> int:
+    """Run the published ResNet-50 setting and compare with the published list, pair by pair.
+
+    Exit code 0 if every pair is there with its cosine and no other is, else 1.
+
+    Args:
+        imagenet: ImageNet folder with train/ of class folders.
+        batch_size: Images per forward pass; by default what memory surely holds.
+        workers: Processes that load images.
+    """
+    from unbraid.running.folders import holds_results
+    from unbraid.running.reproduce import (
+        LAYER,
+        MODEL,
+        match_pairs,
+        published_pairs,
+        show_matches,
+    )
+
+    loaded = load(Network(model=MODEL, weights=weights, device=device, names=names))
+    made = unbraid.scan(
+        loaded.model,
+        LAYER,
+        open_images(loaded, str(imagenet / "train")),
+        out / "scan-train",
+        batch_size=batch_size,
+        workers=workers,
+        progress=True,
+    )
+    found = unbraid.find(made, tau=0.03, p=0.75, gamma=0.5)
+    # Those of a run in the same folder, with thresholds of its own, stay.
+    table = "reproduced.csv" if holds_results(out) else "findings.csv"
+    found.to_csv(out / table)
+    matches = match_pairs(found.pairs, published_pairs())
+    out_console.print(show_matches(matches))
+    return 0 if all(match.agrees for match in matches) else 1
+
+
+app = App(
+    name="unbraid",
+    help="Find the polysemantic channels of a vision network and split each into one per concept.",
+    help_format="markdown",
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(negative_bool=()),
+)
+_COMMANDS: tuple[Callable[..., int | None], ...] = (
+    *(demo, run, layers, scan, find, sensitivity),
+    *(split, evaluate, report, figure, check, reproduce),
+)
+for place, command in enumerate(_COMMANDS):
+    app.command(command, sort_key=place)
+
+
+class Terminated(KeyboardInterrupt):
+    """Asked to end by SIGTERM, which ends as cleanly as ctrl-C."""
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    raise Terminated
+
+
+def _empty(arguments: Sequence[str]) -> str | None:
+    """Name what has no value, which as a path would be the folder at hand; None if all have one."""
+    for before, given in pairwise(arguments):
+        if not given:
+            return before
+        if given.startswith("--") and given.endswith("="):
+            return given[:-1]
+    return None
+
+
+def _fail(text: str, exit_code: int) -> NoReturn:
+    err_console.print(f"unbraid: {text}", style="bold red")
+    sys.exit(exit_code)
+
+
+def main() -> None:
+    """Run the command line: exit code 2 for a wrong call, 1 for a failure, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of any script, on a terminal of any kind
+            stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _terminate)
+    # What the library warns of is shown once, without the line of code it came from.
+    note_once = functools.cache(note)
+    warnings.showwarning = lambda message, *_about, **_more: note_once(str(message))
+    empty = _empty(sys.argv)
+    if empty is not None:
+        _fail(f"{empty} is empty, perhaps a variable without a value; give it one.", 2)
+    try:
+        code = app(
+            sys.argv[1:], exit_on_error=False, print_error=True, result_action="return_value"
+        )
+    except CycloptsError:
+        sys.exit(2)
+    except UnbraidError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:  # a path that may not be read, is too long, and so on
+        _fail(f"{error}; name another path.", 1)
+    except KeyboardInterrupt as stop:
+        err_console.print("\nStopped; start the same command again and it goes on where it was.")
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
+    sys.exit(code or 0)

@@ -1,0 +1,196 @@
+"""When an image counts as broken, so that a scan may leave it out, and when a fault stops a scan.
+
+Broken is what decoding rejects, and a missing file whose folder is there. All else is no fault of
+one image: memory that is full, a server that is away, a data set that gives something else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from unbraid.base.errors import DataError, OutOfReach, UnfitPicture, brief, out_of_reach
+from unbraid.base.modes import callers_device
+
+UNLABELLED = -1  # in place of a label, where a data set has none
+_N_TRIED = 20  # images, in search of one that can be read
+_N_KEYS = 12  # of a dictionary, that a message names
+NO_IMAGE = torch.empty(0)
+
+
+class BrokenImage(DataError):
+    """An image cannot be read, and will not be another time."""
+
+
+class Loaded(NamedTuple):
+    """What came of reading one image."""
+
+    index: int  # type: ignore[assignment]  # which a tuple has a method of
+    image: Tensor  # (C, H, W); empty where there is a fault
+    label: int
+    fault: DataError | None = None  # a BrokenImage may be left out, another one stops the work
+
+
+def failed(index: int, fault: DataError) -> Loaded:
+    """Say why an image did not come."""
+    return Loaded(index, NO_IMAGE, UNLABELLED, fault)
+
+
+def sort_out(items: Sequence[Loaded], skip_broken: bool) -> tuple[list[Loaded], list[int]]:
+    """Part what was read into good images and the indices of broken ones; raise other faults."""
+    broken = [item for item in items if isinstance(item.fault, BrokenImage)]
+    for item in items:
+        if item.fault is not None and not isinstance(item.fault, BrokenImage):
+            raise item.fault
+    if broken and not skip_broken:
+        remedy = "Mend or remove it, or leave it out with skip_broken (--skip-broken)."
+        raise DataError(f"{broken[0].fault} {remedy}")
+    return [item for item in items if item.fault is None], [item.index for item in broken]
+
+
+class Readable(Dataset[Loaded]):
+    """A data set of (image, label) whose faults are items, not exceptions.
+
+    So a broken image in a worker process neither kills it nor loses its place.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        """Wrap a data set."""
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Loaded:
+        """Read one image."""
+        try:
+            image, label = read_pair(self.dataset, index)
+            return Loaded(index, plain(_tensor(image, index), index), to_label(label, index))
+        except DataError as fault:
+            return failed(index, fault.with_traceback(None))
+        except Exception as error:  # which does not let itself be looked at
+            name = type(error).__name__
+            return failed(index, BrokenImage(f"Image {index} cannot be read ({name})."))
+
+
+def first_readable(dataset: Dataset[Any], indices: Sequence[int]) -> Tensor | None:
+    """Return the first image of these that can be read, None if the first twenty are broken."""
+    readable = Readable(dataset)
+    for index in indices[:_N_TRIED]:
+        good, _ = sort_out([readable[index]], skip_broken=True)
+        if good:
+            return good[0].image
+    return None
+
+
+def read_pair(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
+    """Read an image and its label, of any type; raises a BrokenImage or another DataError."""
+    name = f"Image {index} of the data set"
+    before = sys.exception()  # what is being handled by now is no cause of what comes
+    try:
+        with callers_device():
+            item = dataset[index]
+    except (OutOfReach, UnfitPicture):
+        raise
+    except DataError as error:
+        raise BrokenImage(str(error)) from None
+    except Exception as error:
+        if "re-initialize CUDA in forked subprocess" in brief(error):
+            raise DataError(
+                f"{name} needs the accelerator, which worker processes cannot use; give images on "
+                "the processor, or scan with workers=0."
+            ) from None
+        broken = BrokenImage(f"{name} cannot be read ({brief(error)}).")
+        raise (out_of_reach(name, error, before) or broken) from None
+    if item is None:
+        raise BrokenImage(f"{name} is None, not an image and its label.")
+    _refuse_other(item, index)
+    if item[0] is None:
+        raise BrokenImage(f"{name} is None, with a label.")
+    return item[0], item[1]
+
+
+def _refuse_other(item: Any, index: int) -> None:
+    """Refuse what is no pair."""
+    kind = type(item).__name__
+    remedy = "let its __getitem__ return (image, label)"
+    if isinstance(item, Mapping):
+        keys = ", ".join(repr(key) for key in list(item)[:_N_KEYS])
+        what = f"a dictionary with the keys {keys}" if keys else "an empty dictionary"
+        remedy += ", or pass rows of Hugging Face's through unbraid.from_hugging_face"
+    elif isinstance(item, (str, bytes, Tensor, np.ndarray)) or not (
+        hasattr(item, "__len__") and hasattr(item, "__getitem__")
+    ):
+        what = f"a {kind}"
+    elif len(item) == 2:
+        return
+    else:
+        what = f"a {kind} of {len(item)}"
+    raise DataError(
+        f"The data set gives {what} for image {index}, not an image and its label; {remedy}."
+    )
+
+
+def _tensor(image: Any, index: int) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    remedy = "let the data set give (image, label)"
+    if isinstance(image, (Image.Image, np.ndarray)):
+        remedy = "give the data set a transform"
+    raise DataError(f"Image {index} is a {type(image).__name__}, not a tensor; {remedy}.")
+
+
+def to_label(label: Any, index: int) -> int:
+    """Make a number of a label of any type."""
+    try:
+        label = label.detach() if isinstance(label, Tensor) else label
+        number = int(label)
+        if abs(number) < 2**63 and (isinstance(label, str) or number == label):
+            return number
+    except Exception:  # of types of anyone's own
+        pass
+    shape = tuple(getattr(label, "shape", ()))
+    kind = f"{type(label).__name__} of shape {shape}" if shape else type(label).__name__
+    raise DataError(
+        f"The label of image {index} is a {kind}, not a class's number; give one image and one "
+        f"number at a time, {UNLABELLED} where none is known (and scan with labels='predicted')."
+    )
+
+
+def plain(image: Tensor, index: int) -> Tensor:
+    """Bring an image to the processor, as numbers alone: no gradient, no type of its own.
+
+    Anything else may not cross between processes, or not be kept.
+    """
+    what, found = _oddness(image), image
+    if not what:
+        try:
+            with torch.no_grad():
+                found = image.as_subclass(Tensor).detach().cpu().resolve_conj().resolve_neg()
+                found = found.clone() if found.is_inference() else found
+            what = "" if type(found) is Tensor else f"is a {type(image).__name__} that stays one"
+        except Exception as error:  # of a type of anyone's own
+            what = f"is a {type(image).__name__} that stays one ({brief(error)})"
+    if what:
+        raise DataError(
+            f"Image {index} {what}; let the data set give plain tensors of real numbers."
+        )
+    return found
+
+
+def _oddness(image: Tensor) -> str:
+    if image.device.type == "meta":
+        return "has no content (device meta)"
+    if image.is_nested or image.layout != torch.strided:
+        return "is a sparse or nested tensor"
+    if image.is_complex() or image.is_quantized:
+        return f"holds numbers of type {str(image.dtype).removeprefix('torch.')}"
+    return ""

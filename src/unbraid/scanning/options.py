@@ -1,0 +1,123 @@
+"""The options of a scan, each with its type, default, help and check; a new one begins here.
+
+No torch in here, so that the command line shows its help at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal, TypedDict, get_args
+
+from cyclopts import Parameter
+
+from unbraid.base.arguments import MAX_WORKERS, flag, real_number, whole_number, whole_numbers
+from unbraid.base.errors import UsageError, brief
+from unbraid.base.schema import parse_json
+
+MIN_SHARE = 0.005  # with shares adding up to one, at most 200 an image; a few dozen in practice
+MAX_THREADS = 4096
+
+Labels = Literal["given", "predicted"]
+
+# The command line takes these apart into options, and its help from the docstrings, which
+# `unbraid.scan` says more fully.
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How images go through a network.
+
+    Args:
+        batch_size: Images per forward pass; by default what memory surely holds.
+        workers: Processes that load images.
+        skip_broken: Leave out images that cannot be read, and list them.
+    """
+
+    batch_size: int | None = None
+    workers: int = 0
+    skip_broken: bool = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ScanOptions(Loading):
+    """What `unbraid.scan` and `unbraid scan` can be asked for.
+
+    Args:
+        labels: What each image counts as: its folder's class, or what the network says.
+        classes: Only images of these classes.
+        positions: Also keep the layer's input maps (large).
+        min_share: Smallest share kept.
+        threads: Threads to compute with; the same number gives the same bits.
+        autocast: Run the network in bfloat16 where torch sees fit.
+        channels_last: Keep convolutions channels last: faster on most devices.
+    """
+
+    labels: Labels = "given"
+    classes: Annotated[Sequence[int] | None, Parameter(consume_multiple=True)] = None
+    indices: Annotated[Sequence[int] | None, Parameter(parse=False)] = None
+    positions: bool = False
+    min_share: float = MIN_SHARE
+    progress: Annotated[bool, Parameter(parse=False)] = False
+    source: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None
+    threads: int | None = None
+    autocast: bool = False
+    channels_last: bool = False
+
+    def checked(self) -> ScanOptions:
+        """Bring the options to plain types, as a manifest holds them; lists are put in order.
+
+        Raises:
+            UsageError: one is out of range or of another type, or two exclude each other.
+        """
+        if self.labels not in get_args(Labels):
+            known = " or ".join(map(repr, get_args(Labels)))
+            raise UsageError(f"labels is {self.labels!r}; use {known}.")
+        plain: dict[str, Any] = {"min_share": real_number("min_share", self.min_share)}
+        if not 0 < plain["min_share"] < 1:
+            raise UsageError(f"min_share is {self.min_share}; it must lie between 0 and 1.")
+        if self.classes is not None and self.indices is not None:
+            raise UsageError("classes and indices both say what to scan; pass one of them.")
+        for option in fields(self):
+            if isinstance(option.default, bool):
+                plain[option.name] = flag(option.name, getattr(self, option.name))
+        for name in ("classes", "indices"):
+            if getattr(self, name) is not None:
+                plain[name] = tuple(sorted(set(whole_numbers(name, getattr(self, name)))))
+        if self.batch_size is not None:
+            plain["batch_size"] = whole_number("batch_size", self.batch_size, 1)
+        if self.threads is not None:
+            plain["threads"] = whole_number("threads", self.threads, 1, MAX_THREADS)
+        plain["workers"] = whole_number("workers", self.workers, 0, MAX_WORKERS)
+        source = {} if self.source is None else self.source
+        try:
+            plain["source"] = parse_json(json.dumps(source, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(
+                f"source cannot be written as JSON ({brief(error)}); give a dictionary of texts, "
+                "numbers, and lists and dictionaries of them."
+            ) from None
+        if not isinstance(plain["source"], dict):
+            raise UsageError(f"source is a {type(source).__name__}; give a dictionary, or None.")
+        return replace(self, **plain)
+
+
+class Options(TypedDict, total=False):
+    """The same in the order of the signature, for type checkers, which read no dataclass there."""
+
+    labels: Labels
+    classes: Sequence[int] | None
+    indices: Sequence[int] | None
+    positions: bool
+    min_share: float
+    batch_size: int | None
+    workers: int
+    skip_broken: bool
+    progress: bool
+    source: dict[str, Any] | None
+    threads: int | None
+    autocast: bool
+    channels_last: bool

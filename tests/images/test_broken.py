@@ -1,0 +1,447 @@
+"""When an image counts as broken and may be left out, and when a fault stops the work."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import io
+import os
+import socket
+import struct
+import threading
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import Dataset, Subset
+from torchvision import tv_tensors
+
+import unbraid
+from tiny_networks import SyntheticImages, build
+from unbraid.base.errors import DataError, OutOfReach, out_of_reach
+from unbraid.images.batches import as_batch, load
+from unbraid.images.broken import UNLABELLED, sort_out
+from unbraid.images.dataset import labels_of
+from unbraid.images.identity import fingerprint
+
+# --- images and rows of every kind ----------------------------------------------------------------
+
+
+class Made(SyntheticImages):
+    """Gives whatever is made of an image, its label and its index."""
+
+    def __init__(self, make: Callable[[Tensor, int, int], Any]) -> None:
+        super().__init__(9, dtype=torch.float32)
+        self.make = make
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        return self.make(image.clone(), label, index)
+
+
+def made(change: Callable[[Tensor], Any]) -> Made:
+    return Made(lambda image, label, _: (change(image), label))
+
+
+def in_inference(image: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return image * 1
+
+
+Pair = namedtuple("Pair", "picture number")
+SOUND: dict[str, Made] = {
+    "wants a gradient": made(lambda x: x.requires_grad_()),
+    "has a gradient": made(lambda x: x.requires_grad_() * 1),
+    "parameter": made(torch.nn.Parameter),
+    "of torchvision": made(tv_tensors.Image),
+    "inference": made(in_inference),
+    "conjugate": made(lambda x: torch.complex(x, x).conj().real),
+    "negative view": made(lambda x: torch.complex(x, -x).conj().imag),
+    "turned": made(lambda x: x.mT.contiguous().mT),
+    "spread out": made(lambda x: torch.stack([x, x], -1)[..., 0]),
+    "list": Made(lambda x, y, _: [x, y]),
+    "named": Made(lambda x, y, _: Pair(x, y)),
+    "label with a gradient": Made(lambda x, y, _: (x, torch.tensor(float(y), requires_grad=True))),
+    "label of numpy": Made(lambda x, y, _: (x, np.array(y))),
+    "label in a row": Made(lambda x, y, _: (x, torch.tensor([y]))),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", SOUND)
+def test_readable_image_of_any_kind_is_a_plain_tensor(kind, workers):
+    (items,) = load(SOUND[kind], [[3, 1, 4]], workers=workers)
+    batch = as_batch([item.image for item in items], torch.tensor([3, 1, 4]))
+    assert type(batch) is Tensor
+    assert not any((batch.requires_grad, batch.is_inference(), batch.is_conj(), batch.is_neg()))
+    assert torch.equal(batch, SOUND[kind].images[[3, 1, 4]])
+    assert [item.label for item in items] == [3, 1, 0]
+
+
+class LocalError(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__("torn")
+        self.lock = threading.Lock()
+
+
+class Speechless(ValueError):
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+def failing(error: Any) -> Made:
+    def fail(image: Tensor, label: int, index: int) -> Any:
+        if index == 3:
+            raise error
+        return image, label
+
+    return Made(fail)
+
+
+# What is told, and whether the image is at fault, so that it may be left out.
+UNSOUND: dict[str, tuple[Made, str, bool]] = {
+    "meta": (made(lambda x: x.to("meta")), r"no content \(device meta\)", False),
+    "fake": (made(lambda x: FakeTensorMode().from_tensor(x)), "FakeTensor", False),
+    "sparse": (made(Tensor.to_sparse), "sparse or nested", False),
+    "nested": (made(lambda x: torch.nested.nested_tensor([*x[:2]])), "sparse or nested", False),
+    "complex": (made(lambda x: torch.complex(x, x)), "type complex64", False),
+    "quantised": (
+        made(lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)),
+        "type qint8",
+        False,
+    ),
+    "picture": (made(lambda _: Image.new("RGB", (3, 3))), "is a Image, .* transform", False),
+    "swapped": (Made(lambda x, y, _: (y, x)), r"is a int, .*\(image, label\)", False),
+    "row": (Made(lambda x, y, _: {"pixels": x, "n": y, "of": 1}), "'pixels', 'n', 'of'", False),
+    "row of two": (Made(lambda x, y, _: {"image": x, "label": y}), "from_hugging_face", False),
+    "empty row": (Made(lambda *_: {}), "an empty dictionary", False),
+    "triple": (Made(lambda x, y, n: (x, y, f"{n}.png")), "a tuple of 3", False),
+    "one": (Made(lambda x, y, _: (x,)), "a tuple of 1", False),
+    "image alone": (Made(lambda x, *_: x), "a Tensor for image", False),
+    "image of two alone": (Made(lambda x, *_: x[:2]), "a Tensor for image", False),
+    "numbers": (Made(lambda *_: np.zeros(2)), "a ndarray for image", False),
+    "text": (Made(lambda *_: "ab"), "a str for image", False),
+    "generator": (Made(lambda x, y, _: (one for one in (x, y))), "a generator", False),
+    "batch": (
+        Made(lambda x, y, _: (x[None], torch.tensor([y, y]))),
+        r"of shape \(2,\), .*give one image and one",
+        False,
+    ),
+    "label without content": (
+        Made(lambda x, y, _: (x, torch.tensor(y, device="meta"))),
+        "is a Tensor, not a class's number",
+        False,
+    ),
+    "error of its own": (failing(LocalError), r"cannot be reached \(torn\)", False),
+    "end of a stream": (failing(StopIteration), "StopIteration", False),
+    "none": (Made(lambda x, y, n: None if n == 3 else (x, y)), "is None, not an image", True),
+    "no image": (Made(lambda x, y, n: (None if n == 3 else x, y)), "is None, with", True),
+    "odd": (failing(ValueError("odd")), "odd", True),
+    "error without words": (failing(Speechless), "ZeroDivisionError|Speechless", True),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", UNSOUND)
+def test_sort_out_what_is_no_image_is_told_in_a_sentence(kind, workers):
+    dataset, sentence, is_image = UNSOUND[kind]
+    (items,) = load(dataset, [[3, 2]], workers=workers)
+    with pytest.raises(DataError, match=sentence):
+        sort_out(items, skip_broken=False)
+    if is_image:
+        good, broken = sort_out(items, skip_broken=True)
+        assert ([item.index for item in good], broken) == ([2], [3])
+    else:
+        with pytest.raises(DataError, match=sentence):
+            sort_out(items, skip_broken=True)
+
+
+@pytest.mark.parametrize("kind", [k for k, (make, _, ok) in UNSOUND.items() if not ok])
+def test_scan_of_something_else_is_told_before_anything_is_written(kind, tmp_path):
+    dataset, sentence, _ = UNSOUND[kind]
+    options = {"batch_size": 4, "skip_broken": True}
+    if kind in ("error of its own", "end of a stream"):
+        dataset = Subset(dataset, [3, 3])
+    with pytest.raises(DataError, match=sentence):
+        unbraid.scan(build("1x1"), "layer", dataset, tmp_path / "scan", **options)
+    assert not (tmp_path / "scan").exists()
+
+
+def test_every_loop_over_images_takes_those_that_want_a_gradient(tmp_path):
+    network, images = build("1x1", torch.float32), SOUND["has a gradient"]
+    scan = unbraid.scan(network, "layer", images, tmp_path, workers=1, positions=True)
+    split = unbraid.split(scan, unbraid.find(scan, channels={1: [[0], [1]]}))
+    model2 = unbraid.apply(network, split)
+    assert unbraid.compare_outputs(network, model2, images, workers=1).max_abs_logit_diff == 0
+    assert unbraid.ablate(model2, images, workers=1, scan=scan).channels
+    encoder = unbraid.Penultimate(network)
+    assert unbraid.measure_semantics(split, scan, images, encoder, workers=1, n_top=2)
+
+
+# --- data sets without a list of labels -----------------------------------------------------------
+
+
+def scanned(dataset: Dataset[Any], out: Path, **options: Any) -> unbraid.Scan:
+    return unbraid.scan(build("3x3"), "layer", dataset, out, batch_size=4, **options)
+
+
+class Listless(Dataset[Any]):
+    """Labels come with the images only, of which the third is broken."""
+
+    def __init__(self, label: Callable[[int], Any] = lambda index: index % 4) -> None:
+        self.inner, self.label = SyntheticImages(9), label
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> Any:
+        self.read.append(index)
+        if index == 2:
+            raise OSError("truncated")
+        return self.inner[index][0], self.label(index)
+
+
+def test_labels_of_a_broken_image_does_not_stop_the_search(tmp_path):
+    dataset = Listless()
+    assert labels_of(dataset) == [0, 1, UNLABELLED, 3, 0, 1, 2, 3, 0]
+    scan = scanned(dataset, tmp_path / "skipped", skip_broken=True)
+    assert scan.broken() == [2]
+    (records,) = scan.shards()
+    assert records.label.tolist() == [0, 1, 3, 0, 1, 2, 3, 0]
+    with pytest.raises(DataError, match=r"Image 2 of the data set cannot be read \(truncated\)"):
+        scanned(dataset, tmp_path / "stopped")
+    with pytest.raises(DataError, match=r"No image can be read: .*truncated"):
+        scanned(Subset(Listless(), [2, 2]), tmp_path / "none", skip_broken=True)
+
+
+def test_labels_of_images_that_the_network_labels_are_not_read(tmp_path):
+    dataset, options = Listless(), {"skip_broken": True, "labels": "predicted"}
+    assert labels_of(dataset, needed=False) == [UNLABELLED] * 9
+    assert dataset.read == []
+    scan = scanned(dataset, tmp_path / "scan", **options)
+    assert scan.broken() == [2]
+    expected = scanned(SyntheticImages(9), tmp_path / "listed", labels="predicted")
+    (records,), (others,) = scan.shards(), expected.shards()
+    assert torch.equal(records.label, others.label[records.index])
+    assert scanned(dataset, tmp_path / "scan", **options).broken() == [2]
+    chosen = scanned(dataset, tmp_path / "chosen", classes=[3], **options)
+    assert [n for records in chosen.shards() for n in records.index.tolist()] == [3, 7]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_scan_label_that_is_no_number_stops_it_though_broken_images_do_not(workers, tmp_path):
+    dataset = Listless(lambda index: None if index > 5 else 0)
+    with pytest.raises(DataError, match=r"^The label of image 6 is a NoneType, not a class's"):
+        scanned(dataset, tmp_path, skip_broken=True, labels="predicted", workers=workers)
+
+
+# --- broken, or out of reach ----------------------------------------------------------------------
+
+
+class Failing(SyntheticImages):
+    """From the sixth image on, reading does what it is told."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        super().__init__(9)
+        self.read = read
+        self.ids, self.sizes = [*range(9)], [1] * 9  # so that none is read for a fingerprint
+
+    def __getitem__(self, index: int) -> Any:
+        return self.read() if index >= 5 else super().__getitem__(index)
+
+
+class Reasoned(Exception):
+    """As of urllib3: no OSError, and it keeps what happened under `reason`."""
+
+    def __init__(self, reason: Any) -> None:
+        super().__init__("given up")
+        self.reason = reason
+
+
+class Refused(Exception):
+    """As of httpx and requests where a server refuses."""
+
+
+def plainly(error: Exception) -> None:
+    raise error
+
+
+def by_cause(error: Exception) -> None:
+    try:
+        raise error
+    except type(error) as caught:
+        raise OSError("cannot be fetched") from caught
+
+
+def by_context(error: Exception) -> None:
+    try:
+        raise error
+    except type(error):
+        raise ValueError("cannot be fetched")  # noqa: B904
+
+
+def by_hidden_context(error: Exception) -> None:
+    try:
+        raise error
+    except type(error):
+        raise ValueError("cannot be fetched") from None
+
+
+def by_argument(error: Exception) -> None:
+    raise OSError("aborted", error)
+
+
+def by_reason(error: Exception) -> None:
+    raise OSError(Reasoned(error))
+
+
+def by_group(error: Exception) -> None:
+    raise ExceptionGroup("all failed", [KeyError("a"), error])
+
+
+WAYS = (plainly, by_cause, by_context, by_hidden_context, by_argument, by_reason, by_group)
+NO_FOLDER = FileNotFoundError(errno.ENOENT, "No such file", "/no/such/folder/a.png")
+OF_SYSTEM = (
+    *(OSError(n, "it fails") for n in (errno.EIO, errno.EMFILE, errno.ESTALE, errno.EACCES)),
+    *(OSError(n, "it fails") for n in (errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNREFUSED)),
+    ConnectionResetError("by peer"),
+    http.client.RemoteDisconnected("no answer"),
+    TimeoutError(),
+    PermissionError("Access Denied"),
+    socket.gaierror(errno.ENOENT, "no such host"),  # some systems number these from 1 on
+    URLError(OSError("tunnel failed")),
+    HTTPError("http://a", 503, "away", http.client.HTTPMessage(), None),
+    http.client.IncompleteRead(b"a", 2),
+    Refused("status 503"),
+    NO_FOLDER,
+    MemoryError(),
+    RuntimeError("read_file, read_write_file.cpp:78, [Errno 5] Input/output error: 'a.png'"),
+    Exception(f"/data/lmdb: {os.strerror(errno.EMFILE)}"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("can't start new thread"),
+    OutOfReach("Image a cannot be reached (it fails)."),
+)
+OF_IMAGE = (
+    OSError("image file is truncated (3 bytes not processed)"),
+    OSError(errno.EINVAL, "Invalid argument"),
+    OSError(-2, "decoder error -2"),
+    UnidentifiedImageError("cannot identify image file"),
+    SyntaxError("broken PNG file (chunk b'IDAT')"),
+    ValueError("odd"),
+    struct.error("unpack requires a buffer of 4 bytes"),
+    EOFError("no more images"),
+    FileNotFoundError(errno.ENOENT, "No such file", f"{__file__}.png"),
+    IsADirectoryError(errno.EISDIR, "Is a directory", "/"),
+    DataError("Image a cannot be read (truncated)."),
+)
+
+
+def judged(read: Callable[[], Any]) -> OutOfReach | None:
+    try:
+        read()
+    except Exception as error:
+        return out_of_reach("It", error)
+    pytest.fail("it can be read")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("error", OF_SYSTEM, ids=repr)
+def test_out_of_reach_whatever_else_than_decoding_failed(error, way):
+    away = judged(lambda: way(error))
+    assert away is not None
+    assert "\n" not in str(away)
+
+
+@pytest.mark.parametrize("way", [plainly, by_context, by_hidden_context, by_group])
+@pytest.mark.parametrize("error", OF_IMAGE, ids=repr)
+def test_out_of_reach_is_not_what_decoding_rejects(error, way):
+    assert judged(lambda: way(error)) is None
+
+
+@pytest.mark.parametrize("error", OF_SYSTEM, ids=repr)
+def test_scan_stops_at_what_cannot_be_reached(error, tmp_path):
+    with pytest.raises(DataError, match=r"cannot be reached \(.*\)"):
+        scanned(Failing(lambda: plainly(error)), tmp_path, skip_broken=True)
+    assert not list(tmp_path.glob("shard-*"))
+
+
+@pytest.mark.parametrize("error", OF_IMAGE, ids=repr)
+def test_scan_skips_what_is_damaged_itself(error, tmp_path):
+    scan = scanned(Failing(lambda: plainly(error)), tmp_path, skip_broken=True)
+    assert scan.broken() == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(("way", "workers"), [*((way, 0) for way in WAYS[1:]), (plainly, 2)])
+def test_scan_stops_at_a_server_that_is_away_whoever_says_so(way, workers, tmp_path):
+    error = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+    with pytest.raises(DataError, match=r"^Image 5 of .* cannot be reached \(.*\); mend") as told:
+        scanned(Failing(lambda: way(error)), tmp_path, skip_broken=True, workers=workers)
+    assert "\n" not in str(told.value)
+
+
+def test_scan_takes_nothing_that_was_handled_before_for_a_cause(tmp_path):
+    """As where a program scans anew because something else had failed."""
+    for error in (ConnectionRefusedError("away"), MemoryError(), NO_FOLDER):
+        try:
+            raise error
+        except type(error):
+            images = Failing(lambda: by_context(OSError("truncated")))
+            scan = scanned(images, tmp_path / type(error).__name__, skip_broken=True)
+            assert scan.broken() == [5, 6, 7, 8]
+
+
+def test_out_of_reach_of_a_real_lack_of_memory():
+    for lacking in (lambda: torch.empty(2**48), lambda: np.empty(2**48)):
+        assert "memory is full" in str(judged(lacking))
+
+
+def test_out_of_reach_has_an_end_where_causes_go_round_in_circles_or_on_and_on():
+    first, last = ValueError("first"), ValueError("last")
+    first.__cause__, last.__cause__ = last, first
+    assert out_of_reach("It", first) is None
+    last.args = (first, OSError(errno.EIO, "it fails"))
+    assert out_of_reach("It", first) is not None
+    long = first = ValueError("0")
+    for _ in range(10_000):
+        long.__cause__ = long = ValueError("more")
+    long.__cause__ = OSError(errno.EIO, "too far away to be looked for")
+    assert out_of_reach("It", first) is None
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
+def test_out_of_reach_is_no_picture_that_is_cut_off_or_damaged(kind):
+    """As Pillow itself fails, outside of this library's reader."""
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(file, kind)
+    whole = file.getvalue()
+    n_broken = 0
+    for cut in range(0, len(whole) - 1, max(1, len(whole) // 60)):
+        for content in (whole[:cut], whole[:cut] + b"\xff\0\x7f" + whole[cut + 3 :]):
+            try:
+                Image.open(io.BytesIO(content)).load()
+            except Exception as error:
+                away = out_of_reach("It", error)
+                assert away is None, str(away)
+                n_broken += 1
+    assert n_broken > 20
+
+
+def test_fingerprint_is_not_made_of_what_could_be_reached():
+    dataset = Failing(lambda: plainly(OSError(errno.EMFILE, "Too many open files")))
+    dataset.ids = None
+    with pytest.raises(OutOfReach, match="Too many open files"):
+        fingerprint(dataset, dataset.targets)

@@ -1,0 +1,502 @@
+"""The pass: going on after a stop, folders that belong to something else, memory, the network."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+import unbraid
+from checks import (
+    Truth,
+    assert_records,
+    assert_same_files,
+    assert_same_tensors,
+    assert_untouched,
+    snapshot,
+    truth_of,
+)
+from tiny_networks import CountingNetwork, SyntheticImages, build
+from unbraid.base.errors import DataError, ModelError, RunError, UsageError
+from unbraid.networks.relevance import kept_channels_last
+from unbraid.scanning import records as records_module
+
+SHARD = 128  # images in a shard with positions
+
+
+class BrokenImages(SyntheticImages):
+    """Some images cannot be read."""
+
+    def __init__(self, n_images: int, broken: set[int], **settings: Any) -> None:
+        super().__init__(n_images, **settings)
+        self.broken = broken
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise OSError(f"cannot identify picture-{index}.jpg")
+        return super().__getitem__(index)
+
+
+# --- going on after a stop ------------------------------------------------------------------------
+
+
+def long_scan(network: nn.Module, out: Path, **settings: Any) -> unbraid.Scan:
+    """Three shards, the last of 9 images."""
+    dataset = settings.pop("dataset", SyntheticImages(2 * SHARD + 9))
+    layer = settings.pop("layer", "network.layer")
+    settings = {"positions": True, "batch_size": 64, **settings}
+    return unbraid.scan(network, layer, dataset, out, **settings)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished scan, not to be changed."""
+    out = tmp_path_factory.mktemp("finished") / "scan"
+    long_scan(CountingNetwork(build("1x1")), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def long_truth() -> Truth:
+    return truth_of(build("1x1"), SyntheticImages(2 * SHARD + 9))
+
+
+@pytest.fixture
+def folder(finished, tmp_path) -> Path:
+    """A copy of a finished scan, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "scan"))
+
+
+@pytest.mark.parametrize("batch_size", [64, 50])  # 128 is no multiple of 50
+def test_records_of_many_shards_are_in_order_and_whole(batch_size, long_truth, tmp_path):
+    network = CountingNetwork(build("1x1"))
+    shards = list(long_scan(network, tmp_path / "scan", batch_size=batch_size).shards())
+    assert network.n_images == 2 * SHARD + 9
+    assert [len(records) for records in shards] == [SHARD, SHARD, 9]
+    assert_records(shards, long_truth, 0.005, range(2 * SHARD + 9))
+
+
+@pytest.mark.parametrize(("shard", "n_images"), [(None, 0), (0, SHARD), (1, SHARD), (2, 9)])
+def test_only_the_images_of_a_missing_shard_are_run_again(shard, n_images, finished, folder):
+    if shard is not None:
+        (folder / f"shard-{shard:06d}.safetensors").unlink()
+        with pytest.raises(RunError, match=r"not finished \(1 of 3 shards"):
+            unbraid.open_scan(folder)
+    network = CountingNetwork(build("1x1"))
+    long_scan(network, folder)
+    assert network.n_images == n_images
+    assert_same_files(folder, finished)
+
+
+def test_a_scan_can_go_on_with_another_batch_size_and_number_of_workers(folder, long_truth):
+    (folder / "shard-000002.safetensors").unlink()
+    network = CountingNetwork(build("1x1"))
+    scan = long_scan(network, folder, batch_size=5, workers=1)
+    assert network.n_images == 9
+    last = list(scan.shards())[2:]
+    assert_records(last, long_truth, 0.005, range(2 * SHARD, 2 * SHARD + 9))
+
+
+def stop_at(write: int, error: BaseException) -> Callable[..., Any]:
+    """Path.replace, but one call fails; the manifest's and the layer's come before the shards'."""
+    replace, calls = Path.replace, []
+
+    def replace_or_fail(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == write:
+            raise error
+        return replace(self, target)
+
+    return replace_or_fail
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("write", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()], ids=["full", "killed"])
+def test_scan_that_was_stopped_while_writing_is_completed_by_the_next(
+    error, write, finished, tmp_path, monkeypatch
+):
+    out = tmp_path / "scan"
+    told = r"disk is full.*make room and start the same" if error is FULL else None
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop_at(write, error))
+        with pytest.raises(RunError if told else KeyboardInterrupt, match=told):
+            long_scan(CountingNetwork(build("1x1")), out)
+    assert len(list(out.glob("*.tmp"))) == (error is not FULL)
+    network = CountingNetwork(build("1x1"))
+    long_scan(network, out)
+    n_kept = SHARD * max(0, write - 3)  # the shards that were whole before the stop
+    assert network.n_images == 2 * SHARD + 9 - n_kept
+    assert_same_files(out, finished)
+
+
+def test_scan_onto_a_disk_that_may_not_be_written_stops_with_a_sentence(tmp_path, monkeypatch):
+    refused = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(Path, "replace", stop_at(1, refused))
+    with pytest.raises(RunError, match=r"cannot be written .*Read-only"):
+        unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path)
+
+
+def test_a_damaged_shard_is_named_and_can_be_made_again(finished, folder):
+    shard = folder / "shard-000001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"shard-000001\.safetensors cannot be read"):
+        list(unbraid.open_scan(folder).shards())
+    shard.unlink()
+    long_scan(CountingNetwork(build("1x1")), folder)
+    assert_same_files(folder, finished)
+
+
+def test_another_scans_shard_and_a_shard_under_another_number_are_told(finished, tmp_path):
+    own, other = tmp_path / "own", tmp_path / "other"
+    shutil.copytree(finished, own)
+    long_scan(CountingNetwork(build("1x1", seed=1)), other)
+    names = ["shard-000000.safetensors", "shard-000001.safetensors"]
+    assert len(list(unbraid.open_scan(own).shards())) == 3
+    shutil.copy(other / names[0], own / names[0])
+    for read in (lambda s: list(s.shards()), lambda s: s.labels_seen(), lambda s: s.broken()):
+        with pytest.raises(RunError, match=r"000000\.safetensors is of another scan; delete it"):
+            read(unbraid.open_scan(own))
+    shutil.copy(finished / names[0], own / names[0])
+    shutil.copy(finished / names[0], own / names[1])
+    for read in (lambda s: list(s.shards()), lambda s: s.labels_seen(), lambda s: s.broken()):
+        with pytest.raises(RunError, match=r"000001\.safetensors is another shard; delete it"):
+            read(unbraid.open_scan(own))
+
+
+def test_old_shards_that_say_nothing_are_told_by_the_places_of_their_images(finished, tmp_path):
+    folder = tmp_path / "scan"
+    shutil.copytree(finished, folder)
+    for shard in range(3):
+        records_module.write_shard(folder, shard, records_module.read_shard(finished, shard))
+    assert sum(len(records) for records in unbraid.open_scan(folder).shards()) == 2 * SHARD + 9
+    records_module.write_shard(folder, 1, records_module.read_shard(finished, 0))
+    with pytest.raises(RunError, match="holds images of another shard"):
+        list(unbraid.open_scan(folder).shards())
+
+
+def test_a_folder_that_another_scan_takes_before_the_first_shard_is_not_written_to(tmp_path):
+    class Thief(SyntheticImages):
+        """While its first images are read, another scan starts in the folder."""
+
+        def __getitem__(self, index: int):
+            if (tmp_path / "manifest.json").exists() and not stolen:
+                stolen.append(None)
+                long_scan(CountingNetwork(build("1x1", seed=1)), tmp_path)
+            return super().__getitem__(index)
+
+    stolen: list[None] = []
+    with pytest.raises(RunError, match="was taken by another scan meanwhile"):
+        long_scan(CountingNetwork(build("1x1")), tmp_path, dataset=Thief(2 * SHARD + 9))
+    fresh = long_scan(CountingNetwork(build("1x1", seed=1)), tmp_path)
+    assert sum(len(records) for records in fresh.shards()) == 2 * SHARD + 9
+
+
+def test_shards_are_read_one_at_a_time_and_let_go(finished, monkeypatch):
+    read = records_module.read_shard
+    calls: list[int] = []
+
+    def counted(folder, shard, manifest):
+        calls.append(shard)
+        return read(folder, shard, manifest)
+
+    monkeypatch.setattr(records_module, "read_shard", counted)
+    shards = unbraid.open_scan(finished).shards()
+    assert calls == []
+    alive = weakref.ref(next(shards))
+    assert calls == [0]
+    assert alive() is None  # the generator keeps nothing that its reader has dropped
+
+
+def test_images_are_let_go_batch_by_batch(tmp_path):
+    class Watched(SyntheticImages):
+        alive: list[weakref.ref] = []  # noqa: RUF012
+        most = 0
+
+        def __getitem__(self, index):
+            image = self.images[index].clone()
+            self.alive.append(weakref.ref(image))
+            self.most = max(self.most, sum(1 for one in self.alive if one() is not None))
+            return image, self.targets[index]
+
+    dataset = Watched(200)
+    unbraid.scan(build("1x1"), "layer", dataset, tmp_path, batch_size=5)
+    assert dataset.most <= 2 * 5 + 1  # a batch, the one before, and one image for the fingerprint
+
+
+# --- a folder that belongs to something else ------------------------------------------------------
+
+
+def other(**changes: Any) -> SyntheticImages:
+    dataset = SyntheticImages(2 * SHARD + 9)
+    for name, change in changes.items():
+        setattr(dataset, name, change(getattr(dataset, name)))
+    return dataset
+
+
+def nudged(images: Tensor) -> Tensor:
+    images[0, 0, 0, 0] += 1e-6
+    return images
+
+
+def other_network(name: str) -> nn.Module:
+    network = build("1x1")
+    with torch.no_grad():
+        network.state_dict()[name].flatten()[0].mul_(1 + 1e-12)
+    return network
+
+
+DIFFERENT = [
+    ({"layer": "network.stem"}, "the layer"),
+    ({"dataset": other(images=nudged)}, "the images or labels"),
+    ({"dataset": other(targets=lambda t: [*t[:201], 0, *t[202:]])}, "the images or labels"),
+    ({"dataset": other(transform=lambda _: nn.AvgPool2d(2))}, "the preprocessing"),
+    ({"dataset": SyntheticImages(5)}, "the images or labels"),
+    ({"classes": [1, 2]}, "the classes"),
+    ({"min_share": 0.01}, "the smallest share kept"),
+    ({"positions": False}, "whether positions are kept"),
+    ({"autocast": True}, "whether it runs in bfloat16"),
+    ({"channels_last": True}, "whether it runs channels last"),
+    ({"threads": torch.get_num_threads() + 1}, "the number of threads"),
+    ({"network": other_network("stem.bias")}, "the network's weights"),
+    ({"network": other_network("layer.weight")}, "the network's weights"),
+    ({"network": other_network("stem_norm.running_mean")}, "the network's weights"),
+]
+
+
+@pytest.mark.parametrize(("settings", "difference"), DIFFERENT)
+def test_folder_of_another_scan_is_refused_naming_what_differs(
+    settings, difference, finished, folder
+):
+    network = CountingNetwork(settings.get("network") or build("1x1"))
+    options = {name: value for name, value in settings.items() if name != "network"}
+    with pytest.raises(RunError, match=rf"scan of something else: [^.]*{difference}[^.]* differ"):
+        long_scan(network, folder, **options)
+    assert network.n_images == 0
+    assert_same_files(folder, finished)
+
+
+def test_shards_without_a_manifest_are_not_taken_for_the_new_scans(finished, folder):
+    (folder / "manifest.json").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(RunError, match="manifest is gone"):
+        long_scan(CountingNetwork(build("1x1", seed=1)), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+DAMAGE = {
+    "cut off": lambda text: text[:50],
+    "schema": lambda text: text.replace('"schema": 1', '"schema": 99'),
+    "key": lambda text: text.replace('"weights"', '"wts"'),
+    "no object": lambda _: "[]",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_manifest_is_named(damage, folder):
+    path = folder / "manifest.json"
+    path.write_text(DAMAGE[damage](path.read_text()))
+    with pytest.raises(RunError, match=r"manifest\.json is not a manifest"):
+        unbraid.open_scan(folder)
+
+
+def test_folder_that_is_a_file_or_holds_no_scan_is_told(tmp_path):
+    (tmp_path / "out").write_text("notes")
+    with pytest.raises(UsageError, match="is a file, not a folder"):
+        unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path / "out")
+    with pytest.raises(RunError, match="holds no scan"):
+        unbraid.open_scan(tmp_path)
+
+
+def test_the_manifest_is_json_and_names_what_the_scan_was_made_of(finished):
+    content = json.loads((finished / "manifest.json").read_text())
+    assert content["layer"]["name"] == "network.layer"
+    assert content["n_images"] == 2 * SHARD + 9
+    assert content["classes"] is None
+    assert set(content["versions"]) == {"unbraid", "torch", "python"}
+
+
+# --- images that cannot be read -------------------------------------------------------------------
+
+
+def test_an_image_that_cannot_be_read_stops_the_scan_and_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"Image 6 .*picture-6\.jpg.*skip_broken"):
+        unbraid.scan(build("3x3"), "layer", BrokenImages(9, {6, 8}), tmp_path, batch_size=4)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param({0}, id="the first"),
+        pytest.param({1, 6, 8}, id="some"),
+        pytest.param({4, 5, 6, 7}, id="a whole batch"),
+    ],
+)
+def test_images_that_cannot_be_read_are_left_out_and_listed(broken, positions, tmp_path):
+    network = build("3x3")
+    scan = unbraid.scan(
+        network,
+        "layer",
+        BrokenImages(9, broken),
+        tmp_path,
+        batch_size=4,
+        skip_broken=True,
+        positions=positions,
+    )
+    (records,) = scan.shards()
+    assert records.broken.tolist() == scan.broken() == sorted(broken)
+    rest = [n for n in range(9) if n not in broken]
+    assert_records([records], truth_of(network, SyntheticImages(9)), 0.005, rest)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_a_shard_of_nothing_but_broken_images_is_empty(positions, tmp_path):
+    dataset = BrokenImages(1024 + 8, set(range(1024)))
+    network = build("1x1")
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, skip_broken=True, positions=positions)
+    records = list(scan.shards())
+    assert scan.broken() == list(range(1024))
+    last = SyntheticImages(1024 + 8)
+    truth = truth_of(network, Subset(last, range(1024, 1024 + 8)))
+    whole = [one for one in records if len(one)]
+    assert [int(n) for one in whole for n in one.index] == list(range(1024, 1024 + 8))
+    for one in whole:
+        one.index -= 1024
+    assert_records(whole, truth, 0.005, range(8))
+    assert unbraid.find(scan, gamma=1.0, tau=0.01, p=0.1).classes == (0, 1, 2, 3)
+
+
+# --- the network is left alone --------------------------------------------------------------------
+
+
+def mixed_network() -> nn.Module:
+    """Modes and wanted gradients differ from module to module, a gradient and a hook are there."""
+    network = build("batch norm behind").train()
+    network.stem_norm.eval()
+    network.stem.weight.requires_grad_(False)
+    network(SyntheticImages(4).images).sum().backward()
+    network.layer.register_forward_hook(lambda *_: None)
+    return network
+
+
+def with_nan() -> SyntheticImages:
+    dataset = SyntheticImages(9)
+    dataset.images[7] = float("nan")
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error"),
+    [
+        pytest.param(SyntheticImages(9), None, id="finished"),
+        pytest.param(SyntheticImages(9), RunError, id="full disk"),
+        pytest.param(BrokenImages(9, {7}), DataError, id="broken image"),
+        pytest.param(with_nan(), ModelError, id="nan image"),
+        pytest.param(SyntheticImages(9, size=(2, 7, 6)), ModelError, id="wrong size"),
+        pytest.param(SyntheticImages(9, n_classes=5), DataError, id="label beyond outputs"),
+    ],
+)
+def test_scan_leaves_the_network_as_it_was(dataset, error, tmp_path, monkeypatch):
+    network = mixed_network()
+    before = snapshot(network)
+    if error is RunError:
+        monkeypatch.setattr(Path, "replace", stop_at(3, FULL))
+    with pytest.raises(error) if error else nullcontext():
+        unbraid.scan(network, "layer", dataset, tmp_path, batch_size=3, positions=True)
+    assert_untouched(before, snapshot(network))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_progress_goes_to_standard_error_only_when_asked(tmp_path, capsys):
+    unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path / "quiet")
+    assert capsys.readouterr() == ("", "")
+    unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path / "loud", progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Scanning layer" in err
+    assert "4/4" in err
+
+
+def test_files_are_synced_before_they_get_their_name(tmp_path, monkeypatch):
+    order: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync"), fsync(fd))[1])
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: (order.append("name"), replace(self, to))[1]
+    )
+    unbraid.scan(build("1x1"), "layer", SyntheticImages(4), tmp_path)
+    # Layer, manifest, one shard: the content, the rename, and the folder that holds the name.
+    assert order == ["sync", "name", "sync"] * 3
+
+
+def test_under_autocast_the_network_runs_in_bfloat16_and_sums_are_of_float32(tmp_path):
+    images = SyntheticImages(8)
+    images.images = images.images.float()
+    network = build("1x1", dtype=torch.float32)
+    (plain,) = unbraid.scan(network, "layer", images, tmp_path / "plain").shards()
+    scan = unbraid.scan(network, "layer", images, tmp_path / "autocast", autocast=True)
+    (records,) = scan.shards()
+    assert records.pooled.dtype == torch.float32
+    assert not torch.equal(records.pooled, plain.pooled)
+    torch.testing.assert_close(records.pooled, plain.pooled, rtol=0.02, atol=0.02)
+
+
+def test_channels_last_is_as_if_the_network_were_and_the_network_is_left_as_it_was(tmp_path):
+    images = SyntheticImages(8)
+    network, so_already = build("3x3"), build("3x3").to(memory_format=torch.channels_last)
+    before = [(weight.data_ptr(), weight.stride()) for weight in network.parameters()]
+    scan = unbraid.scan(network, "layer", images, tmp_path / "told", channels_last=True)
+    assert [(weight.data_ptr(), weight.stride()) for weight in network.parameters()] == before
+    unbraid.scan(so_already, "layer", images, tmp_path / "already")
+    assert_same_tensors(tmp_path / "told", tmp_path / "already")
+    assert_records(list(scan.shards()), truth_of(build("3x3"), images), 0.005, range(8))
+
+
+def test_while_it_is_kept_channels_last_it_is_and_not_after_an_error():
+    network = build("3x3")
+
+    def is_so() -> bool:
+        return network.layer.weight.is_contiguous(memory_format=torch.channels_last)
+
+    with suppress(KeyError), kept_channels_last(network):
+        assert is_so()
+        raise KeyError
+    assert not is_so()
+
+
+def test_threads_are_fixed_for_the_scan_and_given_back(tmp_path):
+    seen = []
+
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = build("1x1")
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.get_num_threads())
+            return self.network(x)
+
+    before = torch.get_num_threads()
+    images = SyntheticImages(4)
+    scan = unbraid.scan(Watching(), "network.layer", images, tmp_path, threads=3, batch_size=4)
+    assert set(seen) == {3}
+    assert torch.get_num_threads() == before
+    assert scan.manifest.threads == 3
+    (tmp_path / "shard-000000.safetensors").unlink()
+    seen.clear()
+    unbraid.scan(Watching(), "network.layer", images, tmp_path)  # goes on with as many
+    assert set(seen) == {3}

@@ -1,0 +1,162 @@
+"""What a split knows, what cannot be split, and files that are no split."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import unbraid
+from checks import assert_same_split
+from handmade import plant
+from tiny_networks import SyntheticImages, build
+from unbraid import Findings, Scan, Split
+from unbraid.base.errors import RunError, UsageError
+from unbraid.base.files import read_tensors, write_tensors
+
+OWN = {1: [[0], [1]], 5: [[2, 0], [3]]}
+
+
+@dataclass
+class World:
+    scan: Scan  # without positions
+    some: Scan  # of three of four classes
+    other: Scan  # of another layer
+    found: Findings
+    split: Split
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    home, network, images = tmp_path_factory.mktemp("home"), build("3x3"), SyntheticImages(14)
+    scan = unbraid.scan(network, "layer", images, home / "scan")
+    some = unbraid.scan(network, "layer", images, home / "some", classes=[0, 1, 2])
+    other = unbraid.scan(network, "head", images, home / "other")
+    found = unbraid.find(scan, tau=0.04, p=0.6, gamma=0.3, channels=OWN)
+    return World(scan, some, other, found, unbraid.split(scan, found))
+
+
+def test_a_split_says_what_it_was_made_of(world):
+    split = world.split
+    assert split.method == "least_squares"
+    assert split.settings == {"tau": 0.04, "p": 0.6, "gamma": 0.3}
+    assert split.weights == world.scan.manifest.weights
+    assert split.layer == world.scan.layer
+    assert split[5].channel == 5
+    assert split.name((2, 0)) == "class 2, class 0"
+    assert split.name((9,)) == "9"
+    with pytest.raises(KeyError, match="channel 7 was not split"):
+        split[7]
+    head, columns, *rows = str(split).splitlines()
+    assert head == "least_squares split of 2 channels of layer"
+    assert columns.split() == ["channel", "concept", "classes", "weight", "kept"]
+    assert [row.split()[:2] for row in rows] == [["1", "0"], ["1", "1"], ["5", "0"], ["5", "1"]]
+    assert split._repr_html_().count("<tr>") == 5
+
+
+def test_an_earlier_split_to_begin_with_changes_no_answer(world):
+    again = unbraid.split(world.scan, world.found, start=world.split)
+    for part, twin in zip(again.channels, world.split.channels, strict=True):
+        torch.testing.assert_close(part.masks, twin.masks, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(
+            ({"method": "published", "rho": r}, f"rho is {r:g}; it must lie above 0")
+            for r in (0.0, -0.5, 1.05, math.nan)
+        ),
+        ({"method": "magic"}, "no method 'magic'"),
+        ({"rho": 0.7}, "rho belongs to the published method"),
+        ({"method": "published", "rho": 0.7, "start": "split"}, "start belongs to least squares"),
+        ({"method": "published"}, r"needs positions: .*positions=True.* or give rho"),
+        ({"scan": "some"}, "no image of class class 3"),
+        ({"scan": "other"}, "pass a scan of the same network and layer"),
+        ({"everything": "other"}, "pass a scan of the same network and layer"),
+        ({"start": "of other"}, "start is a split of layer 'head', the scan of 'layer'"),
+    ],
+)
+def test_split_refuses_what_makes_no_sense(world, arguments, message):
+    of_other = replace(world.split, layer=world.other.layer)
+    known = {**vars(world), "of other": of_other}
+    given: dict[str, Any] = {"scan": "scan", "found": "found", **arguments}
+    for name in ("scan", "found", "everything", "start"):
+        if name in given:
+            given[name] = known[given[name]]
+    with pytest.raises(UsageError, match=message):
+        unbraid.split(**given)
+
+
+def test_no_finding_cannot_be_split_and_the_hint_is_told(world):
+    nothing = unbraid.find(world.scan, gamma=-1.0)
+    assert nothing.hint
+    with pytest.raises(UsageError, match="nothing to split") as caught:
+        unbraid.split(world.scan, nothing)
+    assert nothing.hint in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A split of clusters."""
+    home = tmp_path_factory.mktemp("saved")
+    scan = plant(home).scan
+    split = unbraid.split(scan, unbraid.find(scan, concepts="clusters"))
+    split.save(home / "split.safetensors")
+    assert_same_split(Split.load(home / "split.safetensors"), split)
+    return home / "split.safetensors"
+
+
+def change(values: Any, path: str, value: Any) -> Any:
+    """Change what stands at a path, a list's members by number."""
+    first, _, rest = path.partition(".")
+    key = int(first) if isinstance(values, list) else first
+    inner = change(values[key], rest, value) if rest else value
+    if isinstance(values, list):
+        return [*values[:key], inner, *values[key + 1 :]]
+    return {**values, key: inner}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("schema", 2, "schema 2, this version reads 1"),
+        ("layer.n_out", 0, ""),
+        ("settings", {}, "tau is inf"),
+        ("class_names", 7, "class_names is 7"),
+        ("channels.1.channel", 0, "a channel stands there twice"),
+        ("channels.0.channel", 9, ""),
+        ("channels.0.concepts", [[4, 5]], "the concepts of channel 0 are not two or more groups"),
+        ("channels.0.concepts", [[4], [10**12]], "a class is 1000000000000"),
+        ("channels.0.concepts", [[4], [5], [6]], "the masks of channel 0 do not fit"),
+        ("clusters.4.channel", 9, "a cluster's channel is 9"),
+        ("clusters.4.place", 9, "a cluster's place is 9"),
+        ("clusters.99", {"channel": 0, "place": 0, "least": 0.0}, "'99' is no cluster's number"),
+        ("clusters.-1", {"channel": 0, "place": 0, "least": 0.0}, "'-1' is no cluster's number"),
+    ],
+)
+def test_a_description_that_cannot_be_is_refused(path, value, message, saved, tmp_path):
+    tensors, about = read_tensors(saved)
+    write_tensors(tmp_path / "split.safetensors", tensors, change(about, path, value))
+    with pytest.raises(RunError, match=f"is not a split that can be read .*{message}"):
+        Split.load(tmp_path / "split.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "corrupt", "message"),
+    [
+        ("weight", lambda x: x * math.nan, "'weight' is not of finite numbers"),
+        ("weight", lambda x: x[:, 1:], "weight and bias do not fit"),
+        ("masks.0", lambda x: x + 2, "the masks of channel 0 do not fit"),
+        ("centres.0", lambda x: x[:, 1:], "the centres of channel 0 do not fit"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(name, corrupt, message, saved, tmp_path):
+    tensors, about = read_tensors(saved)
+    write_tensors(tmp_path / "split.safetensors", {**tensors, name: corrupt(tensors[name])}, about)
+    with pytest.raises(RunError, match=f"is not a split that can be read .*{message}"):
+        Split.load(tmp_path / "split.safetensors")
