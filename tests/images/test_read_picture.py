@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from unbraid.images.folders import ImageFolder
 
 from unbraid.base.errors import DataError
 from unbraid.images.pictures import read_picture
@@ -50,16 +49,3 @@ def test_read_picture_of_what_is_none_names_the_file(
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         with pytest.raises(DataError, match=r"p\.png cannot be read"):
             read_picture(path)
-
-
-def test_image_folder_without_classes_or_images_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "cat").mkdir()
-    Image.new("RGB", (9, 7)).save(tmp_path / "cat" / "a.png")
-    assert ImageFolder(tmp_path).classes == ["cat"]
-    with pytest.raises(DataError, match="no folder"):
-        ImageFolder(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="no class folders"):
-        ImageFolder(tmp_path / "cat")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty holds no image"):
-        ImageFolder(tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import unbraid
-from unbraid.reporting.figures import COLOURS
+from unbraid.reporting.paper import COLOURS
 
 STYLE = (Path(unbraid.__file__).parent / "reporting" / "style.css").read_text()
 APART = 10.0  # CIELAB; about 2 is a just noticeable difference

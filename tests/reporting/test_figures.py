@@ -23,16 +23,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
+from unbraid.images.folders import ImageFolder
 
 import unbraid
 from oracle import channel_input_relevance, channel_map, layer_io
 from unbraid import Features, Scan, Split, UnbraidError, cli
 from unbraid.base.errors import DataError, RunError, UsageError
-from unbraid.images.listing import ListedImages
-from unbraid.images.open import open_images
 from unbraid.measuring.reference_images import ALIKE, reference_images
 from unbraid.reporting import figures
-from unbraid.reporting.figures import COLOURS
+from unbraid.reporting.paper import COLOURS
 from unbraid.running.run import figure_of_run
 from unbraid.visualizing.features import Feature
 
@@ -47,7 +46,7 @@ LETTERS = "ABC"
 class Run:
     folder: Path  # as `unbraid run` leaves it
     network: nn.Sequential
-    images: ListedImages
+    images: ImageFolder
     scan: Scan
     split: Split
 
@@ -106,7 +105,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1)),
         *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
     ).double()
-    images = open_images(folder / "data/val", to_tensor, class_names=NAMES)
+    images = ImageFolder(folder / "data/val", to_tensor, class_names=NAMES)
     scan = unbraid.scan(network, "2", images, folder / "scan-val", min_share=1e-6)
     found = unbraid.find(scan, tau=1e-5, channels=CONCEPTS)
     split = unbraid.split(scan, found)
@@ -344,7 +343,7 @@ def test_visualisations_stand_first_where_every_row_has_one(run: Run) -> None:
 
 def test_an_image_that_is_gone_is_crossed_out(run: Run) -> None:
     top = reference_images(run.scan, run.split, n=3, alike=ALIKE)[4].original.index.tolist()
-    images = open_images(run.folder / "data/val", to_tensor, class_names=NAMES)
+    images = ImageFolder(run.folder / "data/val", to_tensor, class_names=NAMES)
     path, label = images.samples[top[1]]
     images.samples[top[1]] = (path + ".gone", label)
     row = tiles(unbraid.teaser_figure(run.split, run.scan, 4, dataset=images, n=3))[0]
@@ -437,7 +436,7 @@ def test_notebooks_show_a_picture_and_pyplot_is_left_alone(run: Run) -> None:
     figure = unbraid.density_figure(run.split, run.scan, 4)
     with Image.open(io.BytesIO(figure._repr_png_())) as picture:
         assert 400 < picture.width < 800
-    code = "import sys, unbraid.reporting.figures; print('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, unbraid.reporting.paper; print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -449,7 +448,7 @@ def test_a_mistake_is_one_sentence(run: Run, tmp_path: Path) -> None:
     split, scan = run.split, run.scan
     foreign = replace(split, weights="0" * 64)
     elsewhere = replace(some_features(split, 4), layer="7")
-    too_short = open_images(run.folder / "data/val", to_tensor)
+    too_short = ImageFolder(run.folder / "data/val", to_tensor)
     too_short.samples, too_short.targets = too_short.samples[:20], too_short.targets[:20]
     figure = unbraid.density_figure(split, scan, 4)
     for call, said in (

@@ -15,11 +15,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_apply import make_split
-from test_files import leave
 
 import unbraid
 from tiny_networks import SyntheticImages, build
+from unbraid.base import files as temporary
 from unbraid.base.errors import RunError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.base.tables import csv_text
@@ -47,18 +46,18 @@ def run(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def content(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.endswith(".damaged")}
 
 
-def test_a_whole_scan_is_whole(run: Path) -> None:
+def test_check_of_a_whole_scan_finds_nothing(run: Path) -> None:
     for folder in (run, run / "scan-train", run.parent):
-        before = files(run / "scan-train")
+        before = content(run / "scan-train")
         found = check(folder)
         assert found.whole
         assert found.n_sound == len(before) == 2 + 3
         assert str(found) == "5 files sound."
-        assert files(run / "scan-train") == before
+        assert content(run / "scan-train") == before
 
 
 def flip(path: Path) -> None:
@@ -73,43 +72,39 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def shorten(path: Path) -> None:
-    """Lose an image from every tensor, with checksums that fit."""
-    tensors, about = read_tensors(path)
-    shorter = {
-        name: tensor[:-1] if tensor.shape[0] in (128, 129) else tensor
-        for name, tensor in tensors.items()
-    }
-    write_tensors(path, shorter, {k: v for k, v in about.items() if k != "crc32"})
-
-
-def strange(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+def strange(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
     """Impossible records, with checksums that fit."""
 
     def damage(path: Path) -> None:
         tensors, _ = read_tensors(path)
-        write_tensors(path, {**tensors, name: change(tensors[name])}, {})
+        write_tensors(path, {name: change(name, own) for name, own in tensors.items()}, {})
 
     return damage
+
+
+def one(changed: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return strange(lambda name, own: change(own) if name == changed else own)
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "a bit": flip,
     "its end": cut,
-    "an image": shorten,
+    "an image": strange(lambda _, x: x[:-1] if x.shape[0] in (128, 129) else x),
     "everything": lambda path: path.write_bytes(b""),
-    "channels": strange("share_channel", lambda x: x + 100),
-    "negative channels": strange("share_channel", lambda x: x - 100),
-    "starts": strange("share_start", lambda x: x.flip(0)),
-    "order": strange("index", lambda x: x.flip(0)),
-    "labels": strange("label", lambda x: x - 5),
-    "shape": strange("pooled", lambda x: x[..., :-1]),
+    "channels": one("share_channel", lambda x: x + 100),
+    "negative channels": one("share_channel", lambda x: x - 100),
+    "starts": one("share_start", lambda x: x.flip(0)),
+    "order": one("index", lambda x: x.flip(0)),
+    "labels": one("label", lambda x: x - 5),
+    "shape": one("pooled", lambda x: x[..., :-1]),
     "a tensor of another name": lambda path: save_file({"strange": torch.zeros(3)}, path),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_shard_is_set_aside_and_made_anew(damage: str, run: Path, whole: Path) -> None:
+def test_check_of_a_damaged_shard_sets_it_aside_to_be_made_anew(
+    damage: str, run: Path, whole: Path
+) -> None:
     folder = run / "scan-train"
     shard = folder / "shard-000001.safetensors"
     DAMAGES[damage](shard)
@@ -122,52 +117,55 @@ def test_a_damaged_shard_is_set_aside_and_made_anew(damage: str, run: Path, whol
     assert not shard.exists()
     assert shard.with_name(f"{shard.name}.damaged").exists()
     scan(folder)
-    assert files(folder) == files(whole / "scan-train")
+    assert content(folder) == content(whole / "scan-train")
     assert check(run).whole
 
 
-def test_what_is_missing_and_what_a_kill_left_is_told(run: Path, whole: Path) -> None:
+def schema(value: Any) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "schema": value}))
+
+    return write
+
+
+FAULTS: dict[str, tuple[str, Callable[[Path], object], str, str]] = {  # what is told, and as what
+    "shard gone": ("shard-000000.safetensors", Path.unlink, "missing", "1 shard of 3 in "),
+    "layer gone": ("layer.safetensors", Path.unlink, "missing", "layer.safetensors"),
+    "layer damaged": ("layer.safetensors", flip, "damaged", "layer.safetensors"),
+    "manifest gone": ("manifest.json", Path.unlink, "lost", "without a manifest"),
+    "manifest damaged": ("manifest.json", cut, "lost", "manifest.json"),
+    "of another version": ("manifest.json", schema(2), "unreadable", "this version reads 1"),
+    "of no version": ("manifest.json", schema("two"), "lost", "this version reads 1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_of_a_faulty_scan_tells_and_has_it_made_anew_if_it_can_be(
+    fault: str, run: Path, whole: Path
+) -> None:
+    name, act, kind, told = FAULTS[fault]
     folder = run / "scan-train"
-    (folder / "shard-000000.safetensors").unlink()
-    leftover = leave(folder / "shard-000000.safetensors")
+    act(folder / name)
+    before = content(folder)
+    leftover = folder / f"shard-000000.safetensors.{temporary._HOST}.1.0123abcd.tmp"
     mine = folder / "mine.tmp"
+    leftover.touch()
     mine.touch()
     found = check(run)
-    assert found.missing == [f"1 shard of 3 in {folder}"]
-    assert "Start the command that made the folder again" in str(found)
-    assert not leftover.exists()
-    assert mine.exists()
-
-
-def test_a_damaged_layer_is_made_anew(run: Path, whole: Path) -> None:
-    folder = run / "scan-train"
-    flip(folder / "layer.safetensors")
-    with pytest.raises(RunError, match="is not what was written"):
-        unbraid.open_scan(folder)
-    assert len(check(run).damaged) == 1
-    scan(folder)
-    assert files(folder) == files(whole / "scan-train")
-
-
-def test_a_damaged_manifest_cannot_be_repaired_and_is_left(run: Path) -> None:
-    manifest = run / "scan-train" / "manifest.json"
-    manifest.write_text("{")
-    found = check(run)
-    assert len(found.lost) == 1
-    assert "Cannot be repaired" in str(found)
-    assert manifest.read_text() == "{"
-    manifest.unlink()
-    assert "without a manifest" in check(run).lost[0]
-
-
-def test_a_missing_layer_is_told_and_made_anew(run: Path, whole: Path) -> None:
-    folder = run / "scan-train"
-    (folder / "layer.safetensors").unlink()
-    found = check(run)
-    assert found.missing == [str(folder / "layer.safetensors")]
+    assert (leftover.exists(), mine.exists()) == (False, True)
+    mine.unlink()
+    assert [k for k in ("damaged", "missing", "unreadable", "lost") if getattr(found, k)] == [kind]
+    (text,) = getattr(found, kind)
+    assert told in text
     assert not found.whole
-    scan(folder)
-    assert files(folder) == files(whole / "scan-train")
+    again = "Start the command that made the folder again"
+    if kind in ("damaged", "missing"):
+        assert again in str(found)
+        scan(folder)
+        assert content(folder) == content(whole / "scan-train")
+    else:
+        assert again not in str(found)
+        assert content(folder) == before
 
 
 # --- what cannot be read is no damage -------------------------------------------------------------
@@ -192,10 +190,10 @@ def failing(number: int, name: str, after: int) -> Callable[..., Any]:
     ("name", "after"),
     [("shard-000001", 0), ("shard-000001", 1), ("layer", 0), ("layer", 1), ("manifest", 0)],
 )
-def test_what_cannot_be_read_is_told_and_left(
+def test_check_of_what_cannot_be_read_tells_and_leaves_it(
     name: str, number: int, after: int, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = files(run / "scan-train")
+    before = content(run / "scan-train")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", failing(number, name, after))
         found = check(run)
@@ -204,11 +202,13 @@ def test_what_cannot_be_read_is_told_and_left(
     assert os.strerror(number) in found.unreadable[0]
     assert [found.damaged, found.missing, found.lost, found.whole] == [[], [], [], False]
     assert "Not read, and left as it is" in str(found)
-    assert files(run / "scan-train") == before
+    assert content(run / "scan-train") == before
     assert not list(run.rglob("*.damaged"))
 
 
-def test_what_torch_cannot_map_is_left(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_of_what_torch_cannot_map_leaves_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def too_many(*_: Any, **__: Any) -> Any:
         raise RuntimeError("unable to open file in read-only mode: Too many open files (24)")
 
@@ -218,7 +218,9 @@ def test_what_torch_cannot_map_is_left(run: Path, monkeypatch: pytest.MonkeyPatc
     assert not found.damaged
 
 
-def test_a_folder_that_cannot_be_read_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_of_a_folder_that_cannot_be_read_tells(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     listed = Path.iterdir
 
     def list_or_fail(self: Path) -> Any:
@@ -230,14 +232,7 @@ def test_a_folder_that_cannot_be_read_is_told(run: Path, monkeypatch: pytest.Mon
     assert "scan-train cannot be read (Permission denied)" in check(run).unreadable[0]
 
 
-@pytest.mark.parametrize(("schema", "told"), [(2, "unreadable"), ("two", "lost")])
-def test_a_manifest_of_another_version_is_left(schema: Any, told: str, run: Path) -> None:
-    manifest = run / "scan-train" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema": schema}))
-    assert "this version reads 1" in getattr(check(run), told)[0]
-
-
-def test_damage_that_cannot_be_set_aside_is_told(
+def test_check_of_damage_that_cannot_be_set_aside_tells(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = run / "scan-train" / "shard-000001.safetensors"
@@ -257,25 +252,27 @@ def test_damage_that_cannot_be_set_aside_is_told(
 # --- runs -----------------------------------------------------------------------------------------
 
 
+EVALUATION = """{"output": null, "ablation": null, "summary": {}, "channels": [{
+    "layer": "layer", "channel": 0, "semantics": null, "ablation": null,
+    "separation_error": 0.1, "separation_error_rectified": null, "concepts": [{
+        "classes": [0], "name": "a", "n_images": 3, "auroc": 1, "ratios": [],
+        "retention": 1.0, "leakage": null, "mimic_error": 0.1, "silence_error": 0.0}]}]}"""
+
+
 @pytest.fixture
 def results(run: Path) -> Path:
     """Every file of a run."""
     shutil.copytree(run / "scan-train", run / "scan-val")
-    settings = {"thresholds": {}, "source": {}, "title": ""}
-    (run / "settings.json").write_text(json.dumps(settings))
+    (run / "settings.json").write_text('{"thresholds": {}, "source": {}, "title": ""}')
     pair = (0, 0, 1, 0.25, 0.9, 0.8, "clock, digital", "=b", 0.1, float("nan"), 0.9, 0.9, True)
     (run / "findings.csv").write_text(csv_text(FINDINGS, [pair]))
     (run / "sensitivity.csv").write_text(csv_text(SENSITIVITY, [(0.03, 0.75, 0.5, 1, 1)]))
-    divided = make_split(build("1x1"), run.parent / "train")
+    trained = unbraid.open_scan(run / "scan-train")
+    found = unbraid.find(trained, channels={0: [[0], [1]]})
+    divided = unbraid.split(trained, found, method="published", rho=0.7)
     for name in ("split", "split-published"):
         divided.save(run / f"{name}.safetensors")
-    measures = {"retention": 1.0, "leakage": None, "mimic_error": 0.1, "silence_error": 0.0}
-    concept = {"classes": [0], "name": "a", "n_images": 3, "auroc": 1, "ratios": [], **measures}
-    errors = {"separation_error": 0.1, "separation_error_rectified": None}
-    channel = {"layer": "layer", "channel": 0, "concepts": [concept], **errors}
-    evaluation = {"output": None, "ablation": None, "summary": {}}
-    channel |= {"semantics": None, "ablation": None}
-    (run / "evaluation.json").write_text(json.dumps({**evaluation, "channels": [channel]}))
+    (run / "evaluation.json").write_text(EVALUATION)
     picture = Feature(0, None, 0, Image.new("RGBA", (64, 64), (255, 0, 0, 255)), (1.0,))
     Features("layer", "0", (picture,)).save(run / "features")
     (run / "report.html").write_text("<html></html>")
@@ -291,85 +288,76 @@ def change(old: str, new: str) -> Callable[[Path], None]:
     return write
 
 
-RESULTS: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "settings": ("settings.json", cut),
-    "row of findings": ("findings.csv", change("0.25", "a quarter")),
-    "end of findings": ("findings.csv", change(",0.9,0.9,True\n", "")),
-    "no findings": ("findings.csv", lambda path: path.write_bytes(b"")),
-    "bytes of findings": ("findings.csv", lambda path: path.write_bytes(b"\xff\xfe\n")),
-    "sensitivity": ("sensitivity.csv", change("0.75", "0,75")),
-    "split": ("split.safetensors", cut),
-    "published": ("split-published.safetensors", flip),
-    "end of evaluation": ("evaluation.json", cut),
-    "output": ("evaluation.json", change('"output": null', '"output": {"strange": 1}')),
-    "measures": ("evaluation.json", change('"auroc": 1', '"auroc": "good"')),
-    "ablation": ("evaluation.json", change('"summary": {}, ', '"summary": {}, "ablation": 7, ')),
-    "semantics": ("evaluation.json", change('"semantics": null', '"semantics": 7')),
-    "features": ("features/features.json", cut),
+RESULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "settings": ("settings.json", cut, "damaged"),
+    "row of findings": ("findings.csv", change("0.25", "a quarter"), "damaged"),
+    "end of findings": ("findings.csv", change(",0.9,0.9,True\n", ""), "damaged"),
+    "no findings": ("findings.csv", lambda path: path.write_bytes(b""), "damaged"),
+    "bytes of findings": ("findings.csv", lambda path: path.write_bytes(b"\xff\xfe\n"), "damaged"),
+    "columns": ("findings.csv", change("channel,", "number,"), "unreadable"),
+    "sensitivity": ("sensitivity.csv", change("0.75", "0,75"), "damaged"),
+    "split": ("split.safetensors", cut, "damaged"),
+    "new split": ("split.safetensors", lambda p: write_tensors(p, {}, {"schema": 2}), "unreadable"),
+    "published": ("split-published.safetensors", flip, "damaged"),
+    "end of evaluation": ("evaluation.json", cut, "damaged"),
+    "output": ("evaluation.json", change('"output": null', '"output": {"x": 1}'), "damaged"),
+    "measures": ("evaluation.json", change('"auroc": 1', '"auroc": "good"'), "damaged"),
+    "ablation": ("evaluation.json", change('"summary"', '"ablation": 7, "summary"'), "damaged"),
+    "semantics": ("evaluation.json", change('"semantics": null', '"semantics": 7'), "damaged"),
+    "features": ("features/features.json", cut, "damaged"),
+    "new features": ("features/features.json", schema(2), "unreadable"),
+    "scan gone": ("scan-train", shutil.rmtree, "missing"),
+    "findings gone": ("findings.csv", Path.unlink, "missing"),
+    "split gone": ("split.safetensors", Path.unlink, "missing"),
+    "published gone": ("split-published.safetensors", Path.unlink, "missing"),
+    "evaluation gone": ("evaluation.json", Path.unlink, "missing"),
+    "report gone": ("report.html", Path.unlink, "missing"),
 }
 
 
-def test_a_whole_run_is_whole(results: Path) -> None:
+def test_check_of_a_whole_run_finds_nothing(results: Path) -> None:
     found = check(results)
     assert str(found) == f"{2 * 5 + 7} files sound."
     assert found.whole
 
 
-@pytest.mark.parametrize("damage", RESULTS)
-def test_damaged_results_are_set_aside(damage: str, results: Path) -> None:
-    name, act = RESULTS[damage]
+@pytest.mark.parametrize("fault", RESULTS)
+def test_check_of_a_faulty_run_tells_and_sets_damaged_files_aside(
+    fault: str, results: Path
+) -> None:
+    name, act, kind = RESULTS[fault]
     act(results / name)
     found = check(results)
-    assert len(found.damaged) == 1
-    assert [found.lost, found.unreadable, found.missing] == [[], [], []]
-    assert [p.relative_to(results) for p in results.rglob("*.damaged")] == [Path(f"{name}.damaged")]
+    assert [k for k in ("damaged", "missing", "unreadable", "lost") if getattr(found, k)] == [kind]
+    (text,) = getattr(found, kind)
+    assert str(results / name).removesuffix("/features.json") in text
+    aside = [str(path.relative_to(results)) for path in results.rglob("*.damaged")]
+    assert aside == ([f"{name}.damaged"] if kind == "damaged" else [])
 
 
-def test_a_damaged_picture_sets_the_list_of_pictures_aside(results: Path) -> None:
+def test_check_of_a_damaged_picture_sets_their_list_aside(results: Path) -> None:
     cut(results / "features" / "0.png")
     assert "no feature visualisations that can be read" in check(results).damaged[0]
     assert (results / "features" / "features.json.damaged").exists()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("scan-train", "scan-val", "findings.csv", "split.safetensors"),
-        *("split-published.safetensors", "evaluation.json", "report.html"),
-    ],
-)
-def test_what_a_run_lacks_is_told(name: str, results: Path) -> None:
-    path = results / name
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (missing,) = check(results).missing
-    assert missing.endswith(str(path))
-
-
-def test_a_run_that_found_nothing_lacks_nothing(results: Path) -> None:
+def test_check_of_a_run_that_found_nothing_lacks_nothing(results: Path) -> None:
     (results / "findings.csv").write_text(csv_text(FINDINGS, []))
     for name in ("split.safetensors", "split-published.safetensors", "evaluation.json"):
         (results / name).unlink()
     assert check(results).whole
 
 
-@pytest.mark.parametrize(
-    ("name", "act"),
-    [
-        ("findings.csv", change("channel,", "number,")),
-        ("features/features.json", change('"schema": 1', '"schema": 2')),
-        ("split.safetensors", lambda path: write_tensors(path, {}, {"schema": 2})),
-    ],
-)
-def test_results_of_another_version_are_left(
-    name: str, act: Callable[[Path], None], results: Path
-) -> None:
-    act(results / name)
-    found = check(results)
-    assert len(found.unreadable) == 1
-    assert "this version" in found.unreadable[0]
-    assert [found.damaged, found.missing, found.lost] == [[], [], []]
-
-
-def test_a_folder_without_either_is_refused(tmp_path: Path) -> None:
+def test_check_of_a_folder_without_either_refuses_it(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no scan and no run"):
         check(tmp_path)
+
+
+def test_check_sets_aside_beside_what_was_set_aside_before(results: Path) -> None:
+    split = results / "split.safetensors"
+    kept = []
+    for n in range(3):
+        kept.append(b"junk %d" % n)
+        split.write_bytes(kept[-1])
+        assert len(check(results).damaged) == 1
+    assert sorted(p.read_bytes() for p in results.glob("split.safetensors*.damaged")) == kept

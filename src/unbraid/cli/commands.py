@@ -278,9 +278,9 @@ def evaluate(split: Path, scan: Path, *, out: Path | None = None) -> None:
 
 def report(run: RunPath) -> None:
     """Write a run's report again, for instance after an update of unbraid."""
-    from unbraid.running.run import report_again
+    from unbraid.running.run import Run
 
-    out_console.print(f"Report: {report_again(run)}")
+    out_console.print(f"Report: {Run(run).report()}")
 
 
 def figure(
@@ -299,11 +299,11 @@ def figure(
     """
     from unbraid.reporting.figures import check_suffix, save_figure
     from unbraid.running.folders import refuse_result
-    from unbraid.running.run import figure_of_run
+    from unbraid.running.run import Run
 
     check_suffix(out)
     refuse_result(out)
-    save_figure(figure_of_run(run, channel, kind), out)
+    save_figure(Run(run).figure(channel, kind), out)
     out_console.print(f"Figure: {out}")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ _OF_WORKER = "DataLoader worker"  # as torch tells of one's death, wherever the 
 _AGAIN = "start the same command again and it goes on"
 
 # Of N images: index (N,) in the data set, images (N, C, H, W), labels (N,).
-Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
+Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def load(

@@ -138,13 +138,13 @@ def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
 
 def _respond(members: Members, records: Records, part: ChannelSplit) -> Responses:
     """Responses to one shard's images of a channel's concepts."""
-    scan, concept = members.scan, members.concept_of(records, part.concepts)
+    concept = members.concept_of(records, part.concepts)
     chosen = concept >= 0
-    pooled = records.pooled[chosen, scan.layer.group_of(part.channel)]
+    pooled = records.pooled[chosen, members.scan.layer.group_of(part.channel)]
     z = part.pooled_responses(pooled, records.n_positions[chosen])
     rectified = None
     if records.input_map is not None and chosen.any():
-        maps = part.response_maps(scan.layer, records.input_map[chosen])
+        maps = part.response_maps(members.scan.layer, records.input_map[chosen])
         rectified = maps.clamp(min=0).flatten(2).sum(2)
     return Responses(
         concept=concept[chosen],

@@ -21,30 +21,17 @@
     const { channel, names } = row.dataset;
     return terms.every((t) => channel.startsWith(t.replace(/^#/, "")) || names.toLowerCase().includes(t));
   };
-  // A number's own channel stands above those that begin with it; the order comes back after.
-  let order = null;
-  const put = (sorted) => {
-    table.tBodies[0].append(...sorted);
-    if (details) details.append(...sorted.map((r) => sectionOf(r.dataset.channel)).filter(Boolean));
-  };
-  const exactFirst = (terms) => {
-    if (order) put(order);
-    order = null;
-    const number = terms.length === 1 && terms[0].replace(/^#/, "");
-    const exact = rows.find((r) => r.dataset.channel === number);
-    if (!exact) return;
-    order = [...table.tBodies[0].rows];
-    put([exact, ...order.filter((r) => r !== exact)]);
-  };
+  // "Channel 7" and "#7" are as good as "7".
+  const words = () => search.value.toLowerCase().split(/\s+/).filter((t) => t && !/^(#|channels?)$/.test(t));
+  // A number's own channel comes before those that begin with it.
+  const firstFound = () => sectionOf(words().join(" ").replace(/^#/, "")) ?? sections()[0];
   const toList = () => {
     const { top, bottom } = table.parentElement.getBoundingClientRect(); // which may scroll itself
     const edge = tools.getBoundingClientRect().bottom;
     if (bottom < edge + 24 || top > innerHeight) heading.scrollIntoView();
   };
   const filter = () => {
-    // "Channel 7" and "#7" are as good as "7".
-    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const terms = words.filter((t) => !/^(#|channels?)$/.test(t));
+    const terms = words();
     const found = new Set(rows.filter((r) => matches(r, terms)).map((r) => r.dataset.channel));
     for (const row of document.querySelectorAll("tr[data-channel]")) {
       row.hidden = !found.has(row.dataset.channel);
@@ -53,7 +40,6 @@
       const section = sectionOf(row.dataset.channel);
       if (section) section.hidden = row.hidden;
     }
-    exactFirst(terms);
     count.textContent = terms.length && !found.size
       ? "No channel matches; Esc clears"
       : terms.length ? `${found.size} of ${rows.length}`
@@ -81,9 +67,10 @@
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
     const body = owner.tBodies[0];
     const sorted = [...body.rows].sort((a, b) => compare(a.cells[column], b.cells[column], down ? -1 : 1));
-    if (owner !== table) return body.append(...sorted);
-    order = null; // the new one counts from now on
-    put(sorted);
+    body.append(...sorted);
+    if (owner === table && details) {
+      details.append(...sorted.map((r) => sectionOf(r.dataset.channel)).filter(Boolean));
+    }
   };
   for (const head of document.querySelectorAll("table.sortable thead th")) {
     const button = document.createElement("button");
@@ -146,7 +133,7 @@
     const arrow = event.key.startsWith("Arrow");
     if (arrow && event.shiftKey) return; // it selects text
     if (event.target === search) {
-      if (event.key === "Enter" && sections().length) go(sections()[0]);
+      if (event.key === "Enter" && sections().length) go(firstFound());
       if (event.key !== "Escape") return;
     } else if (arrow && event.target.closest(".scroll, input")) {
       return; // they scroll a wide table, or choose

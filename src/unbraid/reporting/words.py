@@ -1,9 +1,10 @@
-"""How numbers and names read on the page."""
+"""How numbers and names read on the page, and how wide they are."""
 
 from __future__ import annotations
 
 import math
 import string
+import unicodedata
 from collections.abc import Sequence
 
 LONGEST = 200  # characters of a name or path; longer ones are anything but names
@@ -11,6 +12,8 @@ ABSENT = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 # Marks in a name that would end what keeps its writing direction in, or take its end for theirs.
 _ISOLATES = dict.fromkeys(range(0x2066, 0x206A), "\N{REPLACEMENT CHARACTER}")
+_SLIM = frozenset("iljtfrI.,:;'|!()[]/\\ -\N{FIRST STRONG ISOLATE}\N{POP DIRECTIONAL ISOLATE}")
+_BROAD = frozenset("mwMW@%&…\N{EM DASH}")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -128,3 +131,51 @@ def first_few(names: Sequence[str], limit: int = 3) -> tuple[Sequence[str], str]
     if len(names) <= limit + 1:
         return names, ""
     return names[:limit], f" and {len(names) - limit} more"
+
+
+def ems(words: str) -> float:
+    """Estimate how wide words are, in font sizes; of most fonts rather too much.
+
+    >>> round(ems("Ankle boot"), 2), round(ems("WWW"), 2), round(ems("時計"), 2)
+    (6.02, 3.06, 2.2)
+    """
+    return sum(map(_em, words))
+
+
+def _em(character: str) -> float:
+    if character in _SLIM:
+        return 0.42
+    if character in _BROAD:
+        return 1.02
+    if unicodedata.combining(character):
+        return 0.0
+    if unicodedata.east_asian_width(character) in "WF":
+        return 1.1
+    return 0.8 if character.isupper() else 0.66
+
+
+def cut(words: str, width: float) -> str:
+    """Shorten words to a width in font sizes.
+
+    >>> cut("Ankle boot", 6.1), cut("Ankle boot", 5)
+    ('Ankle boot', 'Ankle…')
+    """
+    if ems(words) <= width:
+        return words
+    used = ems("…")
+    for n, character in enumerate(words):
+        used += _em(character)
+        if used > width:
+            return words[:n].rstrip() + "…"
+    return words
+
+
+def listed(names: Sequence[str], width: float) -> str:
+    """List names in a width in font sizes; each keeps its own writing direction."""
+    shown: list[str] = []
+    for name in names:
+        left = width - ems("".join(f"{one}, " for one in shown))
+        if shown and left < 4:
+            return ", ".join(map(isolate, shown)) + ", …"
+        shown.append(cut(name, left))
+    return ", ".join(map(isolate, shown))

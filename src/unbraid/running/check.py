@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from unbraid.base.errors import RunError, UnbraidError, UnreadableError, brief
 from unbraid.base.files import remove_leftovers, set_aside
@@ -15,87 +15,23 @@ from unbraid.base.tables import count
 from unbraid.finding.findings import COLUMNS as FINDINGS
 from unbraid.finding.thresholds import COLUMNS as SENSITIVITY
 from unbraid.measuring.results import read_ablation, read_channels, read_output, read_semantics
-from unbraid.running.folders import (
-    FEATURES,
-    SCANS,
-    SETTINGS,
-    home_of,
-    is_numbered,
-    read_settings,
-    tell_settings,
-)
-from unbraid.scanning.manifest import Manifest, read_manifest
+from unbraid.running.folders import FEATURES, SCANS, SETTINGS, home_of, is_numbered, read_settings
+from unbraid.scanning.manifest import read_manifest
 from unbraid.scanning.records import read_shard, shard_path, shards_there, sound_layer
 from unbraid.splitting.splits import Split
 from unbraid.visualizing.features import Features
 
-# What a folder holds, in plain words: each scan and each run, and how far it has come.
+T = TypeVar("T")
 
-
-_PARTS = {
+ASIDE = ".damaged"  # added to a damaged file's name
+_TEXTS = ("name1", "name2", "uncertain")  # columns that are not of numbers
+_IF_FOUND = ("split.safetensors", "split-published.safetensors", "evaluation.json")
+_PARTS = {  # of a run, in plain words
     "split.safetensors": "split",
     "evaluation.json": "evaluation",
     f"{FEATURES}/features.json": "features",
     "report.html": "report",
 }
-
-
-def describe_scans(folders: Iterable[Path]) -> list[str]:
-    """Name each scan: its layer, its images, and whether it is finished."""
-    return [f"{folder}: {_scan_in_words(folder)}." for folder in folders]
-
-
-def describe_runs(folders: Iterable[Path]) -> list[str]:
-    """Name each run: its settings, what it found, and what of it is there."""
-    return [f"{folder}: {_run_in_words(folder)}." for folder in folders]
-
-
-def _scan_in_words(folder: Path) -> str:
-    try:
-        manifest = read_manifest(folder)
-    except RunError:
-        manifest = None
-    if manifest is None:
-        return "a scan whose manifest cannot be read"
-    n_there, n_shards = len(shards_there(folder, manifest)), manifest.n_shards
-    done = "finished" if n_there == n_shards else f"{n_there} of {count(n_shards, 'shard')} there"
-    return f"a scan of layer {manifest.layer.name}, {_images_in_words(manifest)}, {done}"
-
-
-def _images_in_words(manifest: Manifest) -> str:
-    images = count(manifest.n_images, "image")
-    if manifest.classes is not None:
-        images += f" of {count(len(manifest.classes), 'class', 'classes')}"
-    return f"{images}, with positions" if manifest.positions else images
-
-
-def _run_in_words(folder: Path) -> str:
-    try:
-        settings = read_settings(folder)
-    except RunError:
-        settings = None
-    known = "with unknown settings" if settings is None else f"with {tell_settings(settings)}"
-    parts = [word for name, word in _PARTS.items() if (folder / name).exists()]
-    return f"a run {known}; {_findings_in_words(folder)}; {', '.join(parts) or 'no results'}"
-
-
-def _findings_in_words(folder: Path) -> str:
-    try:
-        with (folder / "findings.csv").open(encoding="utf-8", newline="") as file:
-            channels = [row["channel"] for row in csv.DictReader(file, strict=True)]
-    except (OSError, ValueError, KeyError, csv.Error):
-        return "findings not there"
-    if not channels:
-        return "nothing found"
-    return f"{count(len(channels), 'pair')} in {count(len(set(channels)), 'channel')}"
-
-
-# Verify what scans and runs left on disk; set damaged files aside, to be made anew.
-
-
-ASIDE = ".damaged"  # added to a damaged file's name
-_TEXTS = ("name1", "name2", "uncertain")  # columns that are not of numbers
-_IF_FOUND = ("split.safetensors", "split-published.safetensors", "evaluation.json")
 
 
 @dataclass
@@ -125,6 +61,45 @@ class Checkup:
             lines.append("Start the command that made the folder again; it makes what is missing.")
         return "\n".join(lines)
 
+    def look(
+        self, path: Path, read: Callable[[], T], *, needed: bool = False, mend: bool = True
+    ) -> T | None:
+        """Read a file and tell what comes up; return what `read` gave, None where it failed.
+
+        Args:
+            path: the file.
+            read: reads it, and raises RunError where it is damaged.
+            needed: whether it must be there.
+            mend: whether it can be made anew, so that a damaged one is set aside.
+        """
+        try:
+            if path.is_file() or not path.exists():  # a pipe might never end
+                _read_through(path)
+            value = read()
+        except FileNotFoundError:
+            if needed:
+                self.missing.append(str(path))
+        except OSError as error:
+            self.unreadable.append(f"{path} cannot be read ({_reason(error)}).")
+        except UnbraidError as error:
+            if not isinstance(error, RunError) or isinstance(error, UnreadableError):
+                self.unreadable.append(str(error))
+            elif mend:
+                self._set_aside(path, str(error))
+            else:
+                self.lost.append(str(error))
+        else:
+            self.n_sound += 1
+            return value
+        return None
+
+    def _set_aside(self, path: Path, damage: str) -> None:
+        try:
+            set_aside(path, ASIDE)
+            self.damaged.append(damage)
+        except OSError as error:
+            self.lost.append(f"{damage} It could not be set aside ({_reason(error)}).")
+
 
 def check(folder: str | Path) -> Checkup:
     """Say what scans and runs left in a folder, and repair what can be repaired.
@@ -138,9 +113,6 @@ def check(folder: str | Path) -> Checkup:
     Args:
         folder: of a scan, of a run, or of several of either.
 
-    Returns:
-        What was found.
-
     Raises:
         RunError: there is no scan and no run.
     """
@@ -148,14 +120,11 @@ def check(folder: str | Path) -> Checkup:
     found = Checkup()
     there = list(_folders(folder, found))
     scans = [path for path in there if _holds_scan(path)]
-    runs = [path for path in there if _holds_run(path)]
+    runs = [path for path in there if _holds_any(path, SETTINGS, f"{SETTINGS}*{ASIDE}")]
     if not (scans or runs or found.unreadable):
         raise RunError(f"{folder} holds no scan and no run; name a folder that does.")
-    for path in scans:
-        _check_scan(path, found)
-    for path in runs:
-        _check_run(path, found)
-    found.holds = describe_runs(runs) + describe_scans(scans)
+    of_scans = [f"{path}: {_check_scan(path, found)}." for path in scans]
+    found.holds = [f"{path}: {_check_run(path, found)}." for path in runs] + of_scans
     return found
 
 
@@ -176,64 +145,74 @@ def _folders(folder: Path, found: Checkup, depth: int = 3) -> Iterator[Path]:
 
 
 def _holds_scan(folder: Path) -> bool:
-    names = ("manifest.json", "shard-*.safetensors")
-    return any(next(folder.glob(name), None) for name in names)
+    return _holds_any(folder, "manifest.json", "shard-*.safetensors")
 
 
-def _holds_run(folder: Path) -> bool:
-    return any(next(folder.glob(name), None) for name in (SETTINGS, f"{SETTINGS}*{ASIDE}"))
+def _holds_any(folder: Path, *patterns: str) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
-def _check_scan(folder: Path, found: Checkup) -> None:
+def _check_scan(folder: Path, found: Checkup) -> str:
+    """Verify a scan; say in words what it is and how far it has come."""
     remove_leftovers(folder)
-    try:
-        manifest = read_manifest(folder)
-    except UnreadableError as error:
-        found.unreadable.append(str(error))
-        return
-    except RunError as error:
-        found.lost.append(str(error))
-        return
-    if manifest is None:
+    path = folder / "manifest.json"
+    manifest = found.look(path, partial(read_manifest, folder), mend=False)
+    if not path.exists():
         found.lost.append(f"{folder} holds shards without a manifest; scan anew.")
-        return
-    found.n_sound += 1
-    layer = folder / "layer.safetensors"
-    _check_file(layer, found, partial(sound_layer, folder, manifest), needed=True)
-    there = shards_there(folder, manifest)
-    n_missing = manifest.n_shards - len(there)
-    if n_missing:
-        found.missing.append(f"{count(n_missing, 'shard')} of {manifest.n_shards} in {folder}")
+    if manifest is None:
+        return "a scan whose manifest cannot be read"
+    layer = partial(sound_layer, folder, manifest)
+    found.look(folder / "layer.safetensors", layer, needed=True)
+    n_shards, there = manifest.n_shards, shards_there(folder, manifest)
+    if len(there) < n_shards:
+        text = f"{count(n_shards - len(there), 'shard')} of {n_shards} in {folder}"
+        found.missing.append(text)
     for shard in there:
-        read = partial(read_shard, folder, shard, manifest)
-        _check_file(shard_path(folder, shard), found, read)
+        found.look(shard_path(folder, shard), partial(read_shard, folder, shard, manifest))
+    images = count(manifest.n_images, "image")
+    if manifest.classes is not None:
+        images += f" of {count(len(manifest.classes), 'class', 'classes')}"
+    if manifest.positions:
+        images += ", with positions"
+    n_there = len(shards_there(folder, manifest))
+    done = "finished" if n_there == n_shards else f"{n_there} of {count(n_shards, 'shard')} there"
+    return f"a scan of layer {manifest.layer.name}, {images}, {done}"
 
 
-def _check_run(folder: Path, found: Checkup) -> None:
-    for inside in (folder, folder / "features"):
+def _check_run(folder: Path, found: Checkup) -> str:
+    """Verify a run; say in words what it is, what it found and what of it is there."""
+    for inside in (folder, folder / FEATURES):
         remove_leftovers(inside)
-    home = home_of(folder)
     for name in SCANS:
-        text = f"the scan in {home / name}"
-        if not _holds_scan(home / name) and text not in found.missing:
+        scan = home_of(folder) / name
+        text = f"the scan in {scan}"
+        if not _holds_scan(scan) and text not in found.missing:
             found.missing.append(text)
-    read: dict[str, Callable[[Path], object]] = {
-        "settings.json": lambda _: read_settings(folder),
-        "findings.csv": partial(_read_table, columns=FINDINGS),
-        "sensitivity.csv": partial(_read_table, columns=SENSITIVITY),
-        "split.safetensors": Split.load,
-        "split-published.safetensors": Split.load,
-        "evaluation.json": _read_evaluation,
-    }
-    needed = ["settings.json", "findings.csv"]
-    if _has_rows(folder / "findings.csv"):
-        needed += _IF_FOUND
-    for name, reader in read.items():
-        _check_file(folder / name, found, partial(reader, folder / name), needed=name in needed)
-    features = folder / "features" / "features.json"
-    _check_file(features, found, partial(Features.load, features.parent))
+    settings = found.look(folder / SETTINGS, partial(read_settings, folder), needed=True)
+    channels = _channels_in(folder)
+    for name, read in _READERS.items():
+        needed = name == "findings.csv" or (name in _IF_FOUND and bool(channels))
+        found.look(folder / name, partial(read, folder / name), needed=needed)
     if not (folder / "report.html").exists():
         found.missing.append(str(folder / "report.html"))
+    told = "nothing found"
+    if channels is None or not (folder / "findings.csv").exists():
+        told = "findings not there"
+    elif channels:
+        told = f"{count(len(channels), 'pair')} in {count(len(set(channels)), 'channel')}"
+    parts = [word for name, word in _PARTS.items() if (folder / name).exists()]
+    return (
+        f"a run with {settings or 'unknown settings'}; {told}; {', '.join(parts) or 'no results'}"
+    )
+
+
+def _channels_in(folder: Path) -> list[str] | None:
+    """The channel of each pair found; None if that cannot be read."""
+    try:
+        with (folder / "findings.csv").open(encoding="utf-8", newline="") as file:
+            return [row["channel"] for row in csv.DictReader(file, strict=True)]
+    except (OSError, ValueError, KeyError, csv.Error):
+        return None
 
 
 def _read_evaluation(path: Path) -> None:
@@ -241,78 +220,40 @@ def _read_evaluation(path: Path) -> None:
         reader(path)
 
 
-def _has_rows(path: Path) -> bool:
-    """Whether a table has rows below its head, as far as it can be read."""
-    try:
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            return sum(1 for _ in islice(file, 2)) == 2
-    except OSError:
-        return False
-
-
-def _read_table(path: Path, columns: Sequence[str]) -> None:
-    """Read a table of ours, of numbers but for some columns of text.
-
-    Raises:
-        UnreadableError: it has other columns than this version's.
-        RunError: it is damaged.
-    """
+def _read_table(columns: Sequence[str], path: Path) -> None:
+    """Raise unless a file is a table of ours, of numbers but for some columns of text."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = csv.reader(file, strict=True)
-            head = next(rows, [])
+            head = next(rows, None)
+            if head is None:
+                raise ValueError("it is empty")
+            if head != list(columns):
+                raise UnreadableError(f"{path} has other columns than those of this version.")
             for row in rows:
                 for name, cell in zip(head, row, strict=True):
                     if cell and name not in _TEXTS:
                         float(cell)
     except (ValueError, csv.Error) as error:
         raise RunError(f"{path} cannot be read ({brief(error)}); start the run again.") from None
-    if not head:
-        raise RunError(f"{path} is empty; start the run again.")
-    if tuple(head) != tuple(columns):
-        raise UnreadableError(f"{path} has other columns than those of this version.")
-
-
-def _check_file(
-    path: Path, found: Checkup, read: Callable[[], object], *, needed: bool = False
-) -> None:
-    """Read a file if it is there, and set it aside if it proves damaged."""
-    try:
-        _read_through(path)
-        read()
-    except FileNotFoundError:
-        if needed:
-            found.missing.append(str(path))
-    except OSError as error:
-        found.unreadable.append(f"{path} cannot be read ({_reason(error)}).")
-    except RunError as error:
-        if isinstance(error, UnreadableError):
-            found.unreadable.append(str(error))
-        else:
-            _set_aside(path, str(error), found)
-    except UnbraidError as error:
-        found.unreadable.append(str(error))
-    else:
-        found.n_sound += 1
 
 
 def _read_through(path: Path) -> None:
     """Raise OSError if a disk fails, which kills those that map the file into memory."""
-    if path.exists() and not path.is_file():
-        return  # a reader tells; a pipe might never end
     with path.open("rb") as file:
         while file.read(2**20):
             pass
 
 
-def _set_aside(path: Path, damage: str, found: Checkup) -> None:
-    try:
-        set_aside(path, ASIDE)
-    except OSError as error:
-        found.lost.append(f"{damage} It could not be set aside ({_reason(error)}).")
-    else:
-        found.damaged.append(damage)
-
-
 def _reason(error: OSError) -> str:
     return error.strerror or brief(error)
+
+
+_READERS: dict[str, Callable[[Path], object]] = {  # of a run's files but settings.json
+    "findings.csv": partial(_read_table, FINDINGS),
+    "sensitivity.csv": partial(_read_table, SENSITIVITY),
+    "split.safetensors": Split.load,
+    "split-published.safetensors": Split.load,
+    "evaluation.json": _read_evaluation,
+    f"{FEATURES}/features.json": lambda path: Features.load(path.parent),
+}

@@ -9,106 +9,30 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from unbraid.base.errors import RunError, UsageError
+from torch.utils.data import Dataset
+
+from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.base.files import remove_leftovers, write_new, write_whole
 from unbraid.base.schema import build, in_range, read_json, unread
 from unbraid.base.tables import csv_text
 from unbraid.finding.findings import COLUMNS, ConceptKind, Findings
 from unbraid.finding.thresholds import Tau
+from unbraid.images.dataset import Relabelled
+from unbraid.images.labels import Outputs, read_classes
+from unbraid.images.listing import ListedImages
+from unbraid.images.open import list_images, part_of
 from unbraid.reporting.pictures import Sight
-from unbraid.scanning.manifest import Manifest, hash_places, read_manifest
-from unbraid.scanning.options import Loading as Loading
+from unbraid.scanning.manifest import hash_places, read_manifest
 from unbraid.scanning.records import Scan
-
-# What a run was asked for, kept in its folder so that it can be told from another.
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """When a channel counts as polysemantic; METHOD.md section 3."""
-
-    tau: Tau = 0.03
-    p: float = 0.75
-    gamma: float = 0.5
-    rho: float | None = None  # of the published baseline; None: chosen per channel
-    concepts: ConceptKind = "classes"  # or clusters of images
-
-    @property
-    def of_find(self) -> dict[str, Any]:
-        """The arguments of `unbraid.find`."""
-        return {name: value for name, value in vars(self).items() if name != "rho"}
-
-
-def read_settings(out: Path) -> dict[str, Any] | None:
-    """Read a run's settings, None if there is no run.
-
-    Raises:
-        RunError: settings.json is something else.
-    """
-    path = out / "settings.json"
-    try:
-        settings: dict[str, Any] = read_json(path)
-        build(Thresholds, settings["thresholds"])
-        source, title = settings["source"], settings["title"]
-        if not isinstance(title, str) or not isinstance(source, dict):
-            raise ValueError("title and source are not what they should be")
-        if not isinstance(source.get("data", ""), str):
-            raise ValueError("the folder of the data is no text")
-        if settings.get("sight") is not None:
-            for size in vars(build(Sight, settings["sight"])).values():
-                in_range("a size in sight", 1.0 if size is None else size, 1e-6, 1e6)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        text = f"{path} is not that of a run ({error!r}); name another folder."
-        raise unread(error, text) from None
-    return settings
-
-
-def same_settings(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two runs come to the same results, as far as their settings tell.
-
-    Title, source and sight say how a page looks and where images are, and change no result. Runs of
-    older versions do not name their scans.
-    """
-    scans = [settings.get("scans") for settings in (one, other)]
-    if None not in scans and scans[0] != scans[1]:
-        return False
-    return _deciding(one) == _deciding(other)
-
-
-def _deciding(settings: dict[str, Any]) -> tuple[Thresholds, str | None, str]:
-    thresholds = Thresholds(**settings["thresholds"])
-    return thresholds, settings.get("encoder"), settings.get("labels", "given")
-
-
-def tell_settings(settings: dict[str, Any]) -> str:
-    """Name a run's settings, for people.
-
-    >>> tell_settings({"thresholds": {"rho": 0.5, "concepts": "clusters"}, "encoder": "timm:x"})
-    'tau 0.03, p 0.75, gamma 0.5, rho 0.5, concepts clusters, encoder timm:x'
-    """
-    thresholds, encoder, labels = _deciding(settings)
-    told = {name: value for name, value in vars(thresholds).items() if value is not None}
-    told |= {"labels": labels, "encoder": encoder}
-    usual = {"concepts": "classes", "labels": "given", "encoder": None}
-    return ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in told.items()
-        if name not in usual or value != usual[name]
-    )
-
-
-# Where a run's results lie: in its folder, or in `settings-N` in it beside those of other runs.
-
+from unbraid.scanning.scan import as_scanned
 
 SCANS = ("scan-train", "scan-val")
 SETTINGS = "settings.json"
@@ -130,6 +54,81 @@ _OWN = {  # files by what else lies in their folder
 _NUMBERED = re.compile(r"settings-([2-9]|[1-9]\d+)")
 
 
+@dataclass(frozen=True)
+class Thresholds:
+    """When a channel counts as polysemantic; METHOD.md section 3."""
+
+    tau: Tau = 0.03
+    p: float = 0.75
+    gamma: float = 0.5
+    rho: float | None = None  # of the published baseline; None: chosen per channel
+    concepts: ConceptKind = "classes"  # or clusters of images
+
+    @property
+    def of_find(self) -> dict[str, Any]:
+        """The arguments of `unbraid.find`."""
+        return {name: value for name, value in vars(self).items() if name != "rho"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was asked for, kept in its folder so that it can be told from another.
+
+    >>> str(Settings("a title", Thresholds(rho=0.5, concepts="clusters"), {}, encoder="timm:x"))
+    'tau 0.03, p 0.75, gamma 0.5, rho 0.5, concepts clusters, encoder timm:x'
+    """
+
+    title: str
+    thresholds: Thresholds
+    source: dict[str, Any]  # how to find network and images again
+    encoder: str | None = None
+    labels: str = "given"
+    sight: Sight | None = None  # the part of its pictures that the network sees, if known
+    scans: tuple[str, ...] = ()  # what identifies them; older runs do not name theirs
+
+    def same_results(self, other: Settings) -> bool:
+        """Whether two runs come to the same results: title, source and sight change none."""
+        if self.scans and other.scans and self.scans != other.scans:
+            return False
+        mine, theirs = ((s.thresholds, s.encoder, s.labels) for s in (self, other))
+        return mine == theirs
+
+    def __str__(self) -> str:
+        """Name what results depend on, thresholds always and the rest where it is unusual."""
+        told = vars(self.thresholds) | {"labels": self.labels, "encoder": self.encoder}
+        usual = {"rho": None, "concepts": "classes", "labels": "given", "encoder": None}
+        return ", ".join(
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in told.items()
+            if name not in usual or value != usual[name]
+        )
+
+
+def read_settings(out: Path) -> Settings | None:
+    """Read a run's settings, None if there is no run.
+
+    Raises:
+        RunError: settings.json is something else.
+    """
+    path = out / SETTINGS
+    try:
+        entries = read_json(path)
+        if isinstance(entries, dict):  # other versions may know of more
+            names = {field.name for field in fields(Settings)}
+            entries = {name: value for name, value in entries.items() if name in names}
+        settings = build(Settings, entries)
+        if not isinstance(settings.source.get("data", ""), str):
+            raise ValueError("the folder of the data is no text")
+        for size in vars(settings.sight or Sight()).values():
+            in_range("a size in sight", 1.0 if size is None else size, 1e-6, 1e6)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        text = f"{path} is not that of a run ({error}); name another folder."
+        raise unread(error, text) from None
+    return settings
+
+
 def is_numbered(folder: Path) -> bool:
     """Whether a folder has the name of one for a run with other settings."""
     return _NUMBERED.fullmatch(os.path.basename(os.path.abspath(folder))) is not None
@@ -139,86 +138,15 @@ def home_of(folder: Path) -> Path:
     """Return the run's folder, where scans lie, of a folder with results; perhaps the same."""
     if not is_numbered(folder) or any((folder / name).exists() for name in SCANS):
         return folder
-    here = os.path.basename(os.path.abspath(folder)) == folder.name
-    home = folder.parent if here else Path(os.path.abspath(folder)).parent
+    absolute = Path(os.path.abspath(folder))
+    home = folder.parent if folder.name == absolute.name else absolute.parent
     return home if any((home / name).exists() for name in SCANS) else folder
 
 
 def results_in(home: Path) -> list[Path]:
     """Return the folders of a run's folder that may hold results: itself, then by number."""
     inside = [path for path in home.glob("settings-*") if is_numbered(path) and path.is_dir()]
-    return [home, *sorted(inside, key=_number)]
-
-
-def _number(folder: Path) -> int:
-    return int(folder.name.removeprefix("settings-"))
-
-
-def refuse_strange(out: Path) -> None:
-    """Raise if settings of a run in a folder cannot be read, so that it is not known whose it is.
-
-    Raises:
-        RunError: some cannot be.
-    """
-    for folder in results_in(home_of(out)):
-        read_settings(folder)
-
-
-def take_folder(out: Path, settings: dict[str, Any], found: Findings) -> Path:
-    """Find the folder for a run's results, and write its settings there before anything else.
-
-    A folder is taken for good by whoever writes `settings.json` there first, so two runs that start
-    at once never share one unless they are the same.
-
-    Args:
-        out: the folder that was asked for.
-        settings: of the run.
-        found: what it found; tells whether results without settings are this run's.
-    """
-    text = (json.dumps(settings, indent=2) + "\n").encode()
-    while True:
-        folder = _folder_for(out, settings, found)
-        remove_leftovers(folder)
-        if write_new(folder / SETTINGS, text):
-            return folder
-        before = read_settings(folder)
-        if before is not None and same_settings(before, settings):
-            if before != json.loads(text):  # such as where the images now are
-                write_whole(folder / SETTINGS, text)
-            return folder
-
-
-def _folder_for(out: Path, settings: dict[str, Any], found: Findings) -> Path:
-    """Return the folder that holds a run with these settings, else the first that holds none."""
-    home = home_of(out)
-    for folder in (out, *results_in(home)):
-        before = read_settings(folder)
-        if before is not None and same_settings(before, settings):
-            return folder
-    return next(folder for folder in chain([out], _all_in(home)) if _is_free(folder, found))
-
-
-def tell_folder(out: Path, folder: Path, *, replaces: bool) -> str:
-    """Say why results go into another folder than the one asked for.
-
-    Args:
-        out: the one asked for.
-        folder: where they go.
-        replaces: whether they are then put in the place of those in `out`.
-    """
-    if not holds_results(out):
-        here = f"{folder} holds a run with these settings, which goes on there"
-        return f"{here}, and then into {out}." if replaces else f"{here}."
-    before = read_settings(out)
-    what = f"a run with {tell_settings(before)}" if before else "results whose settings are gone"
-    if replaces:
-        return f"{out} holds {what}; this one, in {folder}, takes its place when it is finished."
-    return f"{out} holds {what}; this one goes into {folder}."
-
-
-def is_same(one: Path, other: Path) -> bool:
-    """Whether two paths name one folder."""
-    return os.path.abspath(one) == os.path.abspath(other)
+    return [home, *sorted(inside, key=lambda path: int(path.name.removeprefix("settings-")))]
 
 
 def holds_results(folder: Path) -> bool:
@@ -240,23 +168,60 @@ def refuse_result(file: Path | None) -> None:
             raise UsageError(f"{file} belongs to what lies in {file.parent}; name another file.")
 
 
-def _all_in(home: Path) -> Iterator[Path]:
-    yield home
-    for number in count(2):
-        yield home / f"settings-{number}"
+def take_folder(out: Path, settings: Settings, found: Findings) -> Path:
+    """Find the folder for a run's results, and write its settings there before anything else.
+
+    A folder is taken for good by whoever writes `settings.json` there first, so two runs that start
+    at once never share one unless they are the same.
+    Results whose settings are gone are this run's if it found the same.
+    """
+    text = (json.dumps(asdict(settings), indent=2) + "\n").encode()
+    while True:
+        folder = _folder_for(out, settings, found)
+        remove_leftovers(folder)
+        if write_new(folder / SETTINGS, text):
+            return folder
+        before = read_settings(folder)
+        if before is not None and settings.same_results(before):
+            if before != settings:  # such as where the images now are
+                write_whole(folder / SETTINGS, text)
+            return folder
+
+
+def _folder_for(out: Path, settings: Settings, found: Findings) -> Path:
+    """Return the folder that holds a run with these settings, else the first that holds none."""
+    home = home_of(out)
+    for folder in (out, *results_in(home)):
+        before = read_settings(folder)
+        if before is not None and settings.same_results(before):
+            return folder
+    numbered = (home / f"settings-{number}" for number in count(2))
+    return next(folder for folder in chain((out, home), numbered) if _is_free(folder, found))
 
 
 def _is_free(folder: Path, found: Findings) -> bool:
-    """Whether no results would be lost; those whose settings are gone are told by the findings."""
+    """Whether no results of another run would be lost."""
     if os.path.lexists(folder / SETTINGS) or (folder.exists() and not folder.is_dir()):
         return False
-    if not any((folder / name).exists() for name in _SLOW):
+    if not holds_results(folder):
         return True
-    table = folder / _RESULTS[0]
     try:
-        return table.read_bytes() == csv_text(COLUMNS, found.rows()).encode()
+        table = (folder / "findings.csv").read_bytes()
     except OSError:
         return False
+    return table == csv_text(COLUMNS, found.rows()).encode()
+
+
+def tell_folder(out: Path, folder: Path, *, replaces: bool) -> str:
+    """Say why results go into another folder than `out`, perhaps to replace those in it later."""
+    if not holds_results(out):
+        here = f"{folder} holds a run with these settings, which goes on there"
+        return f"{here}, and then into {out}." if replaces else f"{here}."
+    before = read_settings(out)
+    what = f"a run with {before}" if before else "results whose settings are gone"
+    if replaces:
+        return f"{out} holds {what}; this one, in {folder}, takes its place when it is finished."
+    return f"{out} holds {what}; this one goes into {folder}."
 
 
 def replace_results(out: Path, by: Path) -> None:
@@ -291,8 +256,8 @@ def positions_folder(
         results: the folder with the run's results.
         kind: "train" or "val".
         scan: of all images.
-        classes: whose images are asked for.
-        indices: images that are asked for, by their place.
+        classes: whose images are concerned, as in `unbraid.scan`.
+        indices: of the images concerned, likewise.
     """
     wanted = replace(
         scan.manifest,
@@ -303,24 +268,55 @@ def positions_folder(
     others = [folder for folder in results_in(home_of(results)) if folder != results]
     for folder in (results, *others):
         for path in sorted(folder.glob(f"positions-{kind}*")):
-            if _holds(path, wanted):
-                return path
+            with suppress(RunError):  # one that cannot be read is none
+                there = read_manifest(path)
+                # A scan keeps its own number of threads when it goes on.
+                if there is not None and not replace(
+                    wanted, threads=there.threads, shard_size=there.shard_size
+                ).differences(there):
+                    return path
     return _unused(results, f"positions-{kind}")
-
-
-def _holds(folder: Path, wanted: Manifest) -> bool:
-    try:
-        there = read_manifest(folder)
-    except RunError:
-        return False
-    if there is None:
-        return False
-    # It keeps its own number of threads when it goes on.
-    same = replace(wanted, threads=there.threads, shard_size=there.shard_size)
-    return not same.differences(there)
 
 
 def _unused(folder: Path, name: str) -> Path:
     """Return a place in a folder where no scan has begun: of this name, or numbered."""
     places = chain([folder / name], (folder / f"{name}-{number}" for number in count(2)))
     return next(path for path in places if next(path.glob("shard-*"), None) is None)
+
+
+def as_labelled(images: Dataset[Any], scan: Scan) -> Dataset[Any]:
+    """Images with the labels that a scan took them for: predicted ones in place of given ones."""
+    if scan.manifest.labels == "given":
+        return images
+    labels: dict[int, int] = {}
+    for own in scan.tensors("index", "label"):
+        labels.update(zip(own["index"].tolist(), own["label"].tolist(), strict=True))
+    return Relabelled(images, labels)
+
+
+def validation_images(
+    source: dict[str, Any], scan: Scan, sight: Sight | None = None
+) -> Dataset[Any]:
+    """Open a run's validation images again, for looking at; `scan` is of them.
+
+    Of each picture only the part is shown that the network saw, where that is known.
+
+    Raises:
+        DataError: they are gone.
+    """
+    if "demo" in source:
+        from unbraid.demo.network import load_images
+
+        return load_images("test")
+    if "data" not in source:
+        raise RunError("The run does not say where its images are; make it anew.")
+    with_classes = source.get("class_folders", True)
+    listing = list_images(part_of(source["data"], "val"), with_classes)
+    labels: dict[str, int] = {}
+    if with_classes and listing.classes:
+        outputs = Outputs(scan.class_names, len(scan.class_names))
+        try:
+            labels = read_classes(listing.known, outputs).labels
+        except DataError:  # other names were given; without the network numbers may differ
+            labels = {name: number for number, name in enumerate(listing.known.seen)}
+    return as_scanned(ListedImages(listing, sight, labels, scan.class_names), scan)

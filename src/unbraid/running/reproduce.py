@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from unbraid.base.errors import RunError
 from unbraid.base.tables import align
 from unbraid.finding.findings import Pair
 
@@ -39,24 +38,11 @@ class Match:
 def published_pairs() -> dict[Key, float]:
     """Read the published list that comes with the package: cosine by channel and classes."""
     text = files("unbraid").joinpath("running", REFERENCE).read_text(encoding="utf-8")
-    return read_pairs(text.splitlines())
-
-
-def read_pairs(lines: Iterable[str]) -> dict[Key, float]:
-    """Read a list of pairs in CSV: channel, class1, class2, cosine.
-
-    Raises:
-        RunError: it is no such list.
-    """
-    try:
-        return {
-            _key(int(row["channel"]), int(row["class1"]), int(row["class2"])): float(row["cosine"])
-            for row in csv.DictReader(lines)
-        }
-    except (KeyError, ValueError, TypeError):
-        raise RunError(
-            "The reference is not a CSV list with channel,class1,class2,cosine."
-        ) from None
+    rows = csv.DictReader(text.splitlines())
+    return {
+        _key(int(row["channel"]), int(row["class1"]), int(row["class2"])): float(row["cosine"])
+        for row in rows
+    }
 
 
 def match_pairs(found: Iterable[Pair], published: dict[Key, float]) -> list[Match]:

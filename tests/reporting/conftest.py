@@ -1,0 +1,57 @@
+"""A run whose report the tests read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browser import launch, load
+from pages import Run, crowded, hostile, make_run
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def page(run: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return run.report(tmp_path_factory.mktemp("page") / "new" / "report.html")
+
+
+@pytest.fixture(scope="session")
+def reports(run: Run, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One with a channel that is only listed and hostile names, one with many concepts."""
+    home = tmp_path_factory.mktemp("browser") / "a <b> & 'c'"
+    paths = [home / "hostile.html", home / "crowded.html"]
+    for write, path in zip((hostile, crowded), paths, strict=True):
+        write(run, path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    with launch() as started:
+        yield started
+
+
+@pytest.fixture
+def open_page(browser: Any, reports: list[Path]) -> Iterator[Callable[..., Any]]:
+    """Open a report, by default the hostile one, and see that it stays silent."""
+    opened = []
+
+    def open_one(
+        path: Path = reports[0], *, anchor: str = "", width: int = 1100, **how: Any
+    ) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": 800}, **how)
+        page, log = load(context, path, anchor)
+        opened.append((context, log))
+        return page
+
+    yield open_one
+    for context, log in opened:
+        assert log.silent, (log.said, log.asked)
+        context.close()
