@@ -33,7 +33,7 @@ from unbraid.images.open import open_images
 from unbraid.measuring.reference_images import ALIKE, reference_images
 from unbraid.reporting import figures
 from unbraid.reporting.paper import COLOURS
-from unbraid.running.run import figure_of_run
+from unbraid.running.run import Run as RunFolder
 from unbraid.visualizing.features import Feature
 
 NAMES = ("$x_1$", "<b>&", "\u202edrawkcab\n", "w" * 5000)
@@ -518,8 +518,8 @@ def test_the_command_draws_what_the_functions_do(
 
 def test_a_runs_visualisations_are_drawn(run: Run) -> None:
     some_features(run.split, 4).save(run.folder / "features")
-    assert_tiles(figure_of_run(run.folder, 4), run, 4, 6, skip=1)
-    assert_tiles(figure_of_run(run.folder, 1), run, 1, 6)
+    assert_tiles(RunFolder(run.folder).figure(4), run, 4, 6, skip=1)
+    assert_tiles(RunFolder(run.folder).figure(1), run, 1, 6)
 
 
 def test_a_wrong_call_writes_nothing(
@@ -546,9 +546,9 @@ def test_a_run_without_split_or_images_says_so(run: Run, tmp_path: Path) -> None
     settings["source"]["data"] = str(tmp_path / "moved")
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(RunError, match="holds no split"):
-        figure_of_run(tmp_path, 4)
+        RunFolder(tmp_path).figure(4)
     (tmp_path / "split.safetensors").symlink_to(run.folder / "split.safetensors")
     (tmp_path / "scan-val").symlink_to(run.folder / "scan-val")
     with pytest.raises(DataError, match="moved"):
-        figure_of_run(tmp_path, 4)
-    assert len(panels(figure_of_run(tmp_path, 4, "densities"))) == 3  # they need no pictures
+        RunFolder(tmp_path).figure(4)
+    assert len(panels(RunFolder(tmp_path).figure(4, "densities"))) == 3  # they need no pictures

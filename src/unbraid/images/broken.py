@@ -22,7 +22,7 @@ from unbraid.base.modes import callers_device
 UNLABELLED = -1  # in place of a label, where a data set has none
 _N_TRIED = 20  # images, in search of one that can be read
 _N_KEYS = 12  # of a dictionary, that a message names
-NO_IMAGE = torch.empty(0)
+NO_IMAGE = torch.empty(0, dtype=torch.float32)
 
 
 class BrokenImage(DataError):
