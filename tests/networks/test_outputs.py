@@ -14,8 +14,7 @@ from torch import nn
 
 import unbraid
 from unbraid.base.errors import ModelError
-from unbraid.cli import main
-from unbraid.cli.shared import Network, load
+from unbraid.cli import Network, load, main
 from unbraid.networks.outputs import as_logits
 
 LOGITS = torch.arange(20.0).reshape(5, 4)

@@ -7,48 +7,170 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
 
 import unbraid
 from unbraid.base.errors import UnbraidError, UsageError
 from unbraid.base.tables import align, count, one_line
-from unbraid.cli.shared import (
-    Features,
-    Finding,
-    Grid,
-    Layers,
-    Network,
-    Out,
-    RunPath,
-    ScanPath,
-    Table,
-    err_console,
-    load,
-    note,
-    open_images,
-    out_console,
-    say,
-    show_broken,
-    show_comparison,
-    show_run,
-)
 from unbraid.scanning.options import Labels, Loading, ScanOptions
+
+if TYPE_CHECKING:
+    from unbraid.images.listing import ListedImages
+    from unbraid.measuring.compare import OutputComparison
+    from unbraid.networks.models import LoadedModel
+    from unbraid.running.run import Run
+
+# Results go to standard output, all else to standard error.
+show, say = (
+    Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False).print
+    for stderr in (False, True)
+)
+
+# The options that commands share, with their help; that of others stands in docstrings.
+_LAYERS = (
+    "Name of a layer, as `unbraid layers` lists them, or a pattern such as 'layer4.*'; may be "
+    "given more than once."
+)
+_MODEL = (
+    "torchvision:NAME, timm:NAME or FILE.py:FUNCTION, which returns the network, (network, "
+    "preprocessing) or (network, preprocessing, output names); without preprocessing ImageNet's "
+    "usual one is assumed."
+)
+_WEIGHTS = "A safetensors or torch file, a torchvision weights name, or 'random'."
+_OUTPUT = "Key or index of the logits, if the network puts out more (-1: last)."
+_NAMES = (
+    "File of names for classes: CSV (folder, WordNet id or output's number; name), JSON, or a line "
+    "for each output."
+)
+_FEATURES = "Make images that excite each split channel and concept channel."
+Layers = Annotated[list[str], Parameter(help=_LAYERS, negative="")]
+Features = Annotated[bool, Parameter(help=_FEATURES, negative="--no-features")]
+Model = Annotated[str, Parameter(help=_MODEL)]
+Weights = Annotated[str | None, Parameter(help=_WEIGHTS)]
+Output = Annotated[str | None, Parameter(help=_OUTPUT)]
+Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an accelerator if there.")]
+Names = Annotated[Path | None, Parameter(help=_NAMES)]
+Out = Annotated[Path, Parameter(help="Where to write.")]
+Table = Annotated[Path | None, Parameter(help="CSV file to write or replace.")]
+ScanPath = Annotated[Path, Parameter(help="Folder of a finished scan.")]
+RunPath = Annotated[Path, Parameter(help="Folder of a finished run.")]
+Grid = Annotated[list[float] | None, Parameter(consume_multiple=True)]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network as the command line names it."""
+
+    model: Model
+    weights: Weights = None
+    output: Output = None
+    device: Device = None
+    names: Names = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """The arguments of `unbraid.find`.
+
+    Args:
+        tau: Smallest share of an image's relevance that matters; auto: fit to the layer.
+        p: Fraction of a class's images in which a channel matters.
+        gamma: Cosine below which two classes have different reasons.
+        concepts: What concepts are made of; clusters of images need no labels.
+    """
+
+    tau: float | Literal["auto"] = 0.03
+    p: float = 0.75
+    gamma: float = 0.5
+    concepts: Literal["classes", "clusters"] = "classes"
+
+
+def load(network: Network) -> LoadedModel:
+    """Load a network, and pick the logits out of what it puts out; read names of classes."""
+    from unbraid.networks.class_names import read_names
+    from unbraid.networks.models import load_model
+    from unbraid.networks.outputs import with_logits
+
+    loaded, output = load_model(network.model, network.weights, network.device), network.output
+    if network.names is not None:
+        loaded = replace(loaded, names=read_names(network.names))
+    note(loaded.note)
+    if output is None:
+        return loaded
+    is_number = re.fullmatch(r"[+-]?\d+", output, re.ASCII)
+    picked = with_logits(loaded.model, int(output) if is_number else output)
+    return replace(loaded, model=picked, source={**loaded.source, "output": output})
+
+
+def open_images(loaded: LoadedModel, source: str) -> ListedImages:
+    """Open images from any source, with a network's preprocessing and labels."""
+    from unbraid.images.open import images_for
+
+    images, assumed = images_for(loaded, source)
+    note(assumed)
+    return images
+
+
+def refuse_result(file: Path | None) -> None:
+    """Refuse to write a file that belongs to a run or scan."""
+    from unbraid.running import folders
+
+    folders.refuse_result(file)
+
+
+def note(text: str) -> None:
+    """Tell of something to know, if it is something."""
+    if text:
+        say(f"Note: {text}", style="yellow")
+
+
+def show_broken(names: list[str]) -> None:
+    """Count and list images that were left out."""
+    if names:
+        say(f"Left out {count(len(names), 'image')} that could not be read:")
+    for name in names:
+        say(f"  {one_line(name)}")
+
+
+def show_run(result: Run) -> None:
+    """End a run: a short table and where the report is."""
+    show_broken(result.broken)
+    show(str(result.found))
+    if result.evaluation is not None:
+        show(f"\n{result.evaluation}\n")
+        for method, errors in result.evaluation.summary.items():
+            known = (f"{name} {value:.3f}" for name, value in errors.items() if value is not None)
+            show(f"{method}: mean {', '.join(known)}".replace("_", " "))
+        assert result.evaluation.output is not None
+        show_comparison("Largest logit difference", result.evaluation.output)
+    show(f"Report: {result.page}")
+
+
+def show_comparison(words: str, output: OutputComparison) -> None:
+    """Say how much splitting changed the outputs."""
+    text = f"{words} {output.max_abs_logit_diff:g}"
+    if output.top1_before is not None and output.top1_after is not None:
+        text += f"; accuracy {output.top1_before:.2%} before, {output.top1_after:.2%} after"
+    show(f"{text}.")
 
 
 def demo(*, out: Out, features: Features = True) -> None:
     """Split a small network on Fashion-MNIST, offline, in under a minute.
 
-    Everything comes with the package: the network, trained on all of Fashion-MNIST, and a sample
-    of its images.
+    The network, trained on all of Fashion-MNIST, and a sample of its images come with the package.
     """
     from unbraid.demo.network import LAYER, load_images, load_network
     from unbraid.running.folders import Thresholds
@@ -131,37 +253,29 @@ def run(
     )
     for name, result in done.runs.items():
         if len(done.runs) > 1:
-            out_console.print(f"\n{name}")
+            show(f"\n{name}")
         show_run(result)
     if done.output is not None:
-        out_console.print()
+        show()
         show_comparison("With all layers split, largest logit difference", done.output)
 
 
-def layers(model: str, *, weights: str | None = "random", output: str | None = None) -> None:
+def layers(model: Model, *, weights: Weights = "random", output: Output = None) -> None:
     """List the layers of a network that can be split.
 
     The network runs on one blank picture, which tells the layers that reach its logits.
-
-    Args:
-        model: torchvision:NAME, timm:NAME or FILE.py:FUNCTION, which returns the network, (network,
-            preprocessing) or (network, preprocessing, output names); without preprocessing
-            ImageNet's usual one is assumed.
-        weights: A safetensors or torch file, a torchvision weights name, or 'random'.
-        output: Key or index of the logits, if the network puts out more (-1: last).
     """
     from PIL import Image
 
     from unbraid.scanning.scan import usable_layers
 
-    rows = [("layer", "kind", "in", "out", "kernel", "groups")]
+    rows: list[tuple[object, ...]] = [("layer", "kind", "in", "out", "kernel", "groups")]
     loaded = load(Network(model=model, weights=weights, output=output, device="cpu"))
     blank = loaded.transform(Image.new("RGB", (256, 256)))
     for spec in usable_layers(loaded.model, blank[None]):
         kernel = "" if spec.channels_last else "x".join(map(str, spec.kernel))
-        counts = (str(spec.n_in), str(spec.n_out), kernel, str(spec.groups))
-        rows.append((spec.name, spec.kind, *counts))
-    out_console.print(align(rows))
+        rows.append((spec.name, spec.kind, spec.n_in, spec.n_out, kernel, spec.groups))
+    show(align([[str(cell) for cell in row] for row in rows]))
 
 
 def scan(
@@ -200,12 +314,11 @@ def scan(
     one = made if isinstance(made, unbraid.Scan) else next(iter(made.values()))
     broken = one.broken()
     show_broken([name_of(images, index) for index in broken])
-    out_console.print(f"Scanned {count(one.manifest.n_images - len(broken), 'image')} into {out}")
+    show(f"Scanned {count(one.manifest.n_images - len(broken), 'image')} into {out}")
 
 
 def find(scan: ScanPath, *, finding: Finding = Finding(), out: Table = None) -> None:
     """Find the polysemantic channels in a scan of training images."""
-    from unbraid.running.folders import refuse_result
     from unbraid.scanning.accuracy import describe_fit, scanned_accuracy
 
     refuse_result(out)
@@ -216,7 +329,7 @@ def find(scan: ScanPath, *, finding: Finding = Finding(), out: Table = None) -> 
     found = unbraid.find(opened, **vars(finding))
     if out is not None:
         found.to_csv(out)
-    out_console.print(str(found))
+    show(str(found))
 
 
 def sensitivity(
@@ -229,13 +342,11 @@ def sensitivity(
         ps: Fractions of images.
         gammas: Cosines.
     """
-    from unbraid.running.folders import refuse_result
-
     refuse_result(out)
     counted = unbraid.sensitivity(unbraid.open_scan(scan), taus, ps, gammas)
     if out is not None:
         counted.to_csv(out)
-    out_console.print(str(counted))
+    show(str(counted))
 
 
 def split(
@@ -252,14 +363,12 @@ def split(
         method: How to divide the weights.
         rho: Fix the published rule's rho instead of choosing it per channel.
     """
-    from unbraid.running.folders import refuse_result
-
     refuse_result(out)
     opened = unbraid.open_scan(scan)
     found = unbraid.find(opened, **vars(finding))
     divided = unbraid.split(opened, found, method=method, rho=rho)
     divided.save(out)
-    out_console.print(f"Split {len(divided.channels)} channels into {out}")
+    show(f"Split {len(divided.channels)} channels into {out}")
 
 
 def evaluate(split: Path, scan: Path, *, out: Path | None = None) -> None:
@@ -270,20 +379,18 @@ def evaluate(split: Path, scan: Path, *, out: Path | None = None) -> None:
         scan: Folder of a scan of validation images.
         out: JSON file to write or replace.
     """
-    from unbraid.running.folders import refuse_result
-
     refuse_result(out)
     result = unbraid.evaluate(unbraid.Split.load(split), unbraid.open_scan(scan))
     if out is not None:
         result.save(out)
-    out_console.print(str(result))
+    show(str(result))
 
 
 def report(run: RunPath) -> None:
     """Write a run's report again, for instance after an update of unbraid."""
     from unbraid.running.run import Run
 
-    out_console.print(f"Report: {Run(run).report()}")
+    show(f"Report: {Run(run).report()}")
 
 
 def figure(
@@ -301,13 +408,12 @@ def figure(
         kind: Pictures and densities, densities alone, or what feeds the concepts.
     """
     from unbraid.reporting.figures import check_suffix, save_figure
-    from unbraid.running.folders import refuse_result
     from unbraid.running.run import Run
 
     check_suffix(out)
     refuse_result(out)
     save_figure(Run(run).figure(channel, kind), out)
-    out_console.print(f"Figure: {out}")
+    show(f"Figure: {out}")
 
 
 def check(run: Path) -> int:
@@ -324,8 +430,8 @@ def check(run: Path) -> int:
 
     found = check_folder(run)
     for line in found.holds:
-        out_console.print(one_line(line))
-    out_console.print(str(found))
+        show(one_line(line))
+    show(str(found))
     return 0 if found.whole else 1
 
 
@@ -333,11 +439,11 @@ def reproduce(
     *,
     imagenet: Path,
     out: Out,
-    weights: str | None = "IMAGENET1K_V1",
+    weights: Weights = "IMAGENET1K_V1",
     batch_size: int | None = None,
     workers: int = 0,
-    device: str | None = None,
-    names: Path | None = None,
+    device: Device = None,
+    names: Names = None,
 ) -> int:
     """Run the published ResNet-50 setting and compare with the published list, pair by pair.
 
@@ -347,25 +453,16 @@ def reproduce(
         imagenet: ImageNet folder with train/ of class folders.
         batch_size: Images per forward pass; by default what memory surely holds.
         workers: Processes that load images.
-        weights: A safetensors or torch file, a torchvision weights name, or 'random'.
-        device: Such as cpu or cuda:0; an accelerator if there.
-        names: File of names for classes: CSV (folder, WordNet id or output's number; name), JSON,
-            or a line for each output.
     """
+    from unbraid.running import reproduce
     from unbraid.running.folders import holds_results
-    from unbraid.running.reproduce import (
-        LAYER,
-        MODEL,
-        match_pairs,
-        published_pairs,
-        show_matches,
-    )
 
-    loaded = load(Network(model=MODEL, weights=weights, device=device, names=names))
+    loaded = load(Network(model=reproduce.MODEL, weights=weights, device=device, names=names))
+    images = open_images(loaded, str(imagenet / "train"))
     made = unbraid.scan(
         loaded.model,
-        LAYER,
-        open_images(loaded, str(imagenet / "train")),
+        reproduce.LAYER,
+        images,
         out / "scan-train",
         batch_size=batch_size,
         workers=workers,
@@ -375,8 +472,8 @@ def reproduce(
     # Those of a run in the same folder, with thresholds of its own, stay.
     table = "reproduced.csv" if holds_results(out) else "findings.csv"
     found.to_csv(out / table)
-    matches = match_pairs(found.pairs, published_pairs())
-    out_console.print(show_matches(matches))
+    matches = reproduce.match_pairs(found.pairs, reproduce.published_pairs())
+    show(reproduce.show_matches(matches))
     return 0 if all(match.agrees for match in matches) else 1
 
 
@@ -395,27 +492,9 @@ for place, command in enumerate(_COMMANDS):
     app.command(command, sort_key=place)
 
 
-class Terminated(KeyboardInterrupt):
-    """Asked to end by SIGTERM, which ends as cleanly as ctrl-C."""
-
-
 def _terminate(_signal: int, _frame: object) -> None:
-    raise Terminated
-
-
-def _empty(arguments: Sequence[str]) -> str | None:
-    """Name what has no value, which as a path would be the folder at hand; None if all have one."""
-    for before, given in pairwise(arguments):
-        if not given:
-            return before
-        if given.startswith("--") and given.endswith("="):
-            return given[:-1]
-    return None
-
-
-def _fail(text: str, exit_code: int) -> NoReturn:
-    err_console.print(f"unbraid: {text}", style="bold red")
-    sys.exit(exit_code)
+    """End on SIGTERM as cleanly as on ctrl-C, with an exit code of its own."""
+    raise KeyboardInterrupt(143)
 
 
 def main() -> None:
@@ -427,20 +506,24 @@ def main() -> None:
     # What the library warns of is shown once, without the line of code it came from.
     note_once = functools.cache(note)
     warnings.showwarning = lambda message, *_about, **_more: note_once(str(message))
-    empty = _empty(sys.argv)
-    if empty is not None:
-        _fail(f"{empty} is empty, perhaps a variable without a value; give it one.", 2)
+    given = sys.argv[1:]
     try:
-        code = app(
-            sys.argv[1:], exit_on_error=False, print_error=True, result_action="return_value"
-        )
+        for before, value in pairwise(sys.argv):  # as a path, nothing would be the folder at hand
+            if not value or (value.startswith("--") and value.endswith("=")):
+                raise UsageError(
+                    f"{value[:-1] or before} is empty, perhaps a variable without a value; give "
+                    "it one."
+                )
+        code = app(given, exit_on_error=False, print_error=True, result_action="return_value")
     except CycloptsError:
         sys.exit(2)
-    except UnbraidError as error:
-        _fail(str(error), error.exit_code)
-    except OSError as error:  # a path that may not be read, is too long, and so on
-        _fail(f"{error}; name another path.", 1)
+    except (UnbraidError, OSError) as error:
+        code, text = 1, f"{error}; name another path."  # it may not be read, is too long, and so on
+        if isinstance(error, UnbraidError):
+            code, text = error.exit_code, str(error)
+        say(f"unbraid: {text}", style="bold red")
+        sys.exit(code)
     except KeyboardInterrupt as stop:
-        err_console.print("\nStopped; start the same command again and it goes on where it was.")
-        sys.exit(143 if isinstance(stop, Terminated) else 130)
+        say("\nStopped; start the same command again and it goes on where it was.")
+        sys.exit(143 if stop.args == (143,) else 130)
     sys.exit(code or 0)
