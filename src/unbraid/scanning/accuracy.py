@@ -17,11 +17,10 @@ from torch.utils.data import Dataset
 
 from unbraid.base.errors import UnbraidError
 from unbraid.base.tables import one_line
-from unbraid.images.batches import load
-from unbraid.images.broken import sort_out
+from unbraid.images.batches import in_batches, read_images
 from unbraid.images.dataset import class_names_of
 from unbraid.networks.copying import device_of
-from unbraid.networks.outputs import run_network, stack_images
+from unbraid.networks.outputs import run_network
 from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.records import Scan
 
@@ -87,17 +86,10 @@ class Accuracy:
 def accuracy_of(
     labels: Whole, predictions: Whole, n_outputs: int, names: Sequence[str] = ()
 ) -> Accuracy | None:
-    """Judge predictions by given labels, negative ones of images that do not count, (N,) each.
+    """Judge predictions by given labels, (N,) each; None if no label counts, that is, is negative.
 
-    Chance is what the same predictions would get on the same labels in another order; of images of
-    a single class, one of the outputs. "Above" is a one-sided binomial test at 1e-3, or one that
-    tries other orders, which sees more where classes are uneven or few of many. Another reading of
-    the labels is told if it is right significantly more often (McNemar's exact test at 1e-3,
-    divided by the number of readings) and at least three times as often on the images that it reads
-    otherwise; one that is learned is tried on images that it was not learned from.
-
-    Returns:
-        None if no image has a label.
+    Another reading of the labels is told if McNemar's exact test, at 1e-3 over all readings tried,
+    finds it right more often.
     """
     known = labels >= 0
     labels, predictions = labels[known], predictions[known]
@@ -108,10 +100,8 @@ def accuracy_of(
     chance = _chance(labels, predictions, n_outputs)
     p_value = _p_value(labels, predictions, chance)
     told = p_value < _LEVEL or not _tail(n, n, _chance(labels, labels, n_outputs)) < _LEVEL
-    tried = [
-        *_usual(labels, predictions, n_outputs),
-        *_learned(labels, predictions, n_outputs, names),
-    ]
+    usual = _usual(labels, predictions, n_outputs)
+    tried = [*usual, *_learned(labels, predictions, n_outputs, names)]
     fitting = [
         Accuracy(n, n_right, chance, told, words, int((read == got).sum()), len(read))
         for words, read, given, got in tried
@@ -124,6 +114,7 @@ def accuracy_of(
 
 
 def _chance(labels: Whole, predictions: Whole, n_outputs: int) -> float:
+    """What these predictions would get on these labels in another order."""
     if labels.min() == labels.max():
         return 1 / n_outputs
     size = max(int(labels.max()), int(predictions.max())) + 1
@@ -134,7 +125,10 @@ def _chance(labels: Whole, predictions: Whole, n_outputs: int) -> float:
 
 
 def _p_value(labels: Whole, predictions: Whole, chance: float) -> float:
-    """How likely so many are right by chance: by the more telling of two tests."""
+    """How likely so many are right by chance: by the binomial test, or by trying other orders.
+
+    The latter sees more where classes are uneven, or few of many.
+    """
     n, n_right = len(labels), int((labels == predictions).sum())
     p_value = _tail(n_right, n, chance)
     alone = labels.min() == labels.max()  # whose order says nothing
@@ -181,18 +175,14 @@ def _learned(
     seen, matched = _match(labels[::2], predictions[::2])
     outputs[seen] = matched
     moved = [k for k in seen.tolist() if outputs[k] != k]
+    examples = []
+    for label in moved[:_N_SHOWN]:
+        name = one_line(names[label]) if label < len(names) else ""
+        named = f" (class {name})" if name not in ("", str(label)) else ""
+        examples.append(f"label {label} stood for output {outputs[label]}{named}")
     if moved:
-        examples = ", ".join(
-            f"label {k} stood for output {outputs[k]}{_class_of(k, names)}"
-            for k in moved[:_N_SHOWN]
-        )
-        words = examples + (" and so on" if len(moved) > _N_SHOWN else "")
+        words = ", ".join(examples) + (" and so on" if len(moved) > _N_SHOWN else "")
         yield words, outputs[labels[1::2]], labels[1::2], predictions[1::2]
-
-
-def _class_of(label: int, names: Sequence[str]) -> str:
-    name = one_line(names[label]) if label < len(names) else ""
-    return f" (class {name})" if name and name != str(label) else ""
 
 
 def _match(labels: Whole, predictions: Whole) -> tuple[Whole, Whole]:
@@ -210,60 +200,44 @@ def _fits_better(read: Whole, given: Whole, predictions: Whole, level: float) ->
     moved = read != given
     better = int((read == predictions)[moved].sum())
     worse = int((given == predictions)[moved].sum())
-    if better < _TIMES * worse:
-        return False
-    return bool(better and binom.sf(better - 1, better + worse, 0.5) < level)
+    return 0 < better >= _TIMES * worse and _tail(better, better + worse, 0.5) < level
 
 
 def describe_fit(accuracy: Accuracy, preprocessing: str) -> str:
     """Say the accuracy and the preprocessing that it was got with, in a sentence."""
     words = one_line(preprocessing) or "not told by the data set"
-    text = f"{accuracy}; preprocessing: {words}."
-    return text[0].upper() + text[1:]
+    return f"T{str(accuracy)[1:]}; preprocessing: {words}."
 
 
 def sampled_accuracy(
     model: nn.Module, dataset: Dataset[Any], indices: Sequence[int], at_once: int
 ) -> Accuracy | None:
-    """Judge some images drawn from all, as those of a class often stand together.
-
-    None if nothing can be said; what is wrong with images, labels or network, the scan tells.
-    """
+    """Judge some images; None if they cannot be run, which the scan tells."""
     # Drawn rather than evenly spaced, as classes may take turns; the same ones every time.
     n = min(len(indices) // _PART, _MOST)
     chosen = sorted(random.Random(0).sample(indices, n))
-    size = min(at_once, _AT_ONCE)
-    batches = [chosen[start : start + size] for start in range(0, n, size)]
+    batches = in_batches(chosen, min(at_once, _AT_ONCE))
     labels: list[int] = []
     predictions: list[int] = []
     n_outputs = 0
     try:
         with undisturbed(model), torch.no_grad():
-            for items in load(dataset, batches, workers=0):
-                good, _ = sort_out(items, skip_broken=True)
-                if good:
-                    index = torch.tensor([item.index for item in good], dtype=torch.int64)
-                    images = stack_images([item.image for item in good], index)
-                    logits = run_network(model, images.to(device_of(model)))
-                    labels += [item.label for item in good]
-                    predictions += logits.argmax(1).tolist()
-                    n_outputs = logits.shape[1]
+            for _, images, own in read_images(dataset, batches, workers=0, skip_broken=True):
+                logits = run_network(model, images.to(device_of(model)))
+                labels += own.tolist()
+                predictions += logits.argmax(1).tolist()
+                n_outputs = logits.shape[1]
     except UnbraidError:
         return None
-    names = class_names_of(dataset)
-    return (
-        accuracy_of(np.array(labels), np.array(predictions), n_outputs, names) if labels else None
-    )
+    given, got = (np.array(numbers, dtype=np.int64) for numbers in (labels, predictions))
+    return accuracy_of(given, got, n_outputs, class_names_of(dataset))
 
 
 def scanned_accuracy(scan: Scan) -> Accuracy | None:
     """Judge all images of a scan by their given labels; None if it took predicted ones."""
     if scan.manifest.labels != "given":
         return None
-    columns = [
-        (own["label"].numpy(), own["prediction"].numpy())
-        for own in scan.tensors("label", "prediction")
-    ]
-    labels, predictions = (np.concatenate(own) for own in zip(*columns, strict=True))
+    parts = list(scan.tensors("label", "prediction"))
+    labels, predictions = (torch.cat([p[name] for p in parts]).numpy() for name in parts[0])
     n_outputs = max(len(scan.class_names), int(predictions.max(initial=0)) + 1)
     return accuracy_of(labels, predictions, n_outputs, scan.class_names)

@@ -36,39 +36,30 @@ _AT_ONCE = 3  # times what goes into and comes out of a module: room for what ru
 
 
 def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor | None) -> int:
-    """Find how many images (C, H, W) as large as this one a scan may run at a time.
-
-    A power of two, from 1 to 64, or to 256 on an accelerator; the most if there is no image.
-
-    Raises:
-        ModelError: the network cannot run on such images.
-    """
+    """Find how many images (C, H, W) like this one, if any, run at a time: a power of two."""
     if image is None:
         return _MOST
     device = device_of(model)
     memory, most = _MEMORY, _MOST if device.type == "cpu" else _MOST_ON_ACCELERATOR
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory // 4
-    try:
-        room = memory // _bytes_of_any(model, layers, image.to(device))
-    except Exception as error:
-        if not (isinstance(error, OutOfMemory) or memory_full(error)):
-            raise
-        return 1  # which is tried again, and told
-    return min(most, 1 << max(room, 1).bit_length() - 1)
-
-
-def _bytes_of_any(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> int:
-    """The same where the network runs on two images or more but not on one."""
-    try:
-        return bytes_of_one(model, layers, image)
-    except OutOfMemory:
-        raise
-    except ModelError as error:
+    told: list[Exception] = []
+    for n in (1, 2):  # some networks run on two images or more, but not on one
         try:
-            return bytes_of_one(model, layers, image, n=2) // 2
-        except ModelError:
-            raise error from None
+            room = memory // (bytes_of_one(model, layers, image.to(device), n) // n)
+            return min(most, 1 << max(room, 1).bit_length() - 1)
+        except Exception as error:
+            if is_memory_full(error):
+                return 1  # which is tried again, and told
+            if not isinstance(error, ModelError):
+                raise
+            told.append(error)
+    raise told[0]
+
+
+def is_memory_full(error: Exception) -> bool:
+    """Whether an error, ours or torch's, says that the device's memory is full."""
+    return isinstance(error, OutOfMemory) or memory_full(error)
 
 
 def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor, n: int = 1) -> int:
@@ -117,8 +108,7 @@ def scan_batch(
 ) -> list[Records]:
     """Run the network on some images once and keep their records, layer by layer.
 
-    Options are those of a scan. With `check` it is made sure that the layers compute what is
-    thought, image by image.
+    With `check` it is made sure that the layers compute what is thought, image by image.
     """
     if not items:
         return [no_records(layer.spec, positions) for layer in layers]
@@ -189,10 +179,7 @@ def _records_of(
     positions: bool,
     check: bool,
 ) -> Records:
-    """Make the records of one layer from what passed through it and the gradients there.
-
-    `known` is what is recorded of the images whatever the layer, (N,) each.
-    """
+    """Make the records of one layer; `known` are those that are the same for all, (N,) each."""
     spec, index = layer.spec, known["index"]
     n_images = len(index)
     relevance = output_relevance(spec.name, cut.outputs, gradients)
@@ -222,10 +209,7 @@ def _records_of(
 
 
 def _sum_calls(n_images: int, calls: Sequence[Tensor]) -> Tensor:
-    """Sum (N * parts, ...) over calls of a layer, and over the parts, such as windows, of an image.
-
-    The parts of an image lie together.
-    """
+    """Sum (N * parts, ...) over calls of a layer and the parts, such as windows, of an image."""
     return torch.stack([call.unflatten(0, (n_images, -1)).sum(1) for call in calls]).sum(0)
 
 
@@ -245,11 +229,7 @@ def _input_map(spec: LayerSpec, n_images: int, calls: Sequence[Tensor | None]) -
 def _check_apart(
     layers: Sequence[Place], calls: Sequence[Sequence[Tensor]], logits: Tensor
 ) -> None:
-    """Raise if what a layer puts out is not, image by image, the images' own.
-
-    A network may cut images into windows or frames, and those of an image must lie together, in
-    the order of the images.
-    """
+    """Raise if parts of an image, such as windows, do not lie together, in the images' order."""
     n_images = len(logits)
     own = _gradients_of_each(calls, logits[0].sum())
     for layer, outputs, gradients in zip(layers, calls, own, strict=True):
@@ -267,10 +247,7 @@ def _check_apart(
 def _check_linear(
     spec: LayerSpec, module: nn.Module, pooled: Tensor, z: Sequence[Tensor], n_positions: int
 ) -> None:
-    """Raise if the layer does not compute what its weights and settings say.
-
-    A hook may change its output; all that follows would then be quietly wrong.
-    """
+    """Raise if the layer does not compute what its weights say, as a hook may change its output."""
     n_images = len(pooled)
     weight = weight_rows(module)
     rows = weight.to(pooled.dtype).unflatten(0, (spec.groups, -1))

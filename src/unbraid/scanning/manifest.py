@@ -109,16 +109,12 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read the text of manifest.json.
-
-        Raises:
-            ValueError: it is not a manifest, or holds numbers that no scan has.
-        """
+        """Read the text of manifest.json; raises as `from_dict`."""
         return cls.from_dict(parse_json(text))
 
     @classmethod
     def from_dict(cls, values: Any) -> Manifest:
-        """Build a Manifest from parsed JSON; raises as `from_json`."""
+        """Build a Manifest from parsed JSON; ValueError if it is none or has impossible numbers."""
         check_schema(values, SCHEMA)
         manifest = build(cls, values)
         manifest.layer.check()
@@ -134,11 +130,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Read a folder's manifest, None where there is none.
-
-    Raises:
-        RunError: the file is not a manifest that this version can read.
-    """
+    """Read a folder's manifest, None where there is none; RunError if it cannot be read."""
     path = folder / "manifest.json"
     try:
         return Manifest.from_dict(read_json(path))

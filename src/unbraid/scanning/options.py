@@ -68,14 +68,9 @@ class ScanOptions(Loading):
     channels_last: bool = False
 
     def checked(self) -> ScanOptions:
-        """Bring the options to plain types, as a manifest holds them; lists are put in order.
-
-        Raises:
-            UsageError: one is out of range or of another type, or two exclude each other.
-        """
+        """Bring the options to plain types, lists in order; UsageError if one is wrong."""
         if self.labels not in get_args(Labels):
-            known = " or ".join(map(repr, get_args(Labels)))
-            raise UsageError(f"labels is {self.labels!r}; use {known}.")
+            raise UsageError(f"labels is {self.labels!r}; use 'given' or 'predicted'.")
         plain: dict[str, Any] = {"min_share": real_number("min_share", self.min_share)}
         if not 0 < plain["min_share"] < 1:
             raise UsageError(f"min_share is {self.min_share}; it must lie between 0 and 1.")

@@ -27,9 +27,6 @@ _POSITIONS = 2**53  # the last whole number of which float64 knows both neighbou
 _PADDED_TIMES, _PADDED_FREE = 16, 2**26
 
 
-# The table of a record's fields: all that is made of records or asked of them follows from it.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """What one tensor of the records is like."""
@@ -47,8 +44,8 @@ class Column:
 class Records:
     """The records of some images: N images, S shares kept, B broken images, L bytes of ids.
 
-    This is the one table of fields. What may be None is there if the scan keeps positions, or the
-    data set has groups or ids.
+    All that is made of records or asked of them follows from this table of fields. What may be None
+    is there if the scan keeps positions, or the data set has groups or ids.
     """
 
     # (N,): index in the data set, class, the network's top class, positions that sums run over
@@ -123,11 +120,7 @@ def no_records(spec: LayerSpec, positions: bool) -> Records:
 
 
 def join_records(parts: Sequence[Records]) -> Records:
-    """Put records into one; what may be None only where all parts have it.
-
-    Raises:
-        DataError: input maps differ in size.
-    """
+    """Put records into one, with what all parts have; DataError if input maps differ in size."""
     some = [part for part in parts if len(part)] or list(parts[:1])
     joined = {}
     for name, column in COLUMNS.items():
@@ -151,10 +144,7 @@ def join_records(parts: Sequence[Records]) -> Records:
 
 
 def records_fault(manifest: Manifest, shard: int, tensors: Mapping[str, Tensor]) -> str | None:
-    """Judge tensors of a shard, each by itself and one beside the other.
-
-    What is not there is not judged.
-    """
+    """Judge those tensors of a shard that are there, each by itself and beside the others."""
     for name, tensor in tensors.items():
         fault = _column_fault(manifest, shard, name, tensor)
         if fault:
@@ -353,11 +343,7 @@ def open_scan(path: str | Path) -> Scan:
 
 
 def sound_layer(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """Read the layer's weights, and make sure that they are this layer's.
-
-    Raises:
-        RunError: the file is missing or damaged, or of another layer.
-    """
+    """Read the layer's weights; RunError if they are damaged or not this layer's."""
     path = folder / "layer.safetensors"
     tensors, _ = read_tensors(path)
     _refuse(path, layer_fault(manifest, tensors))
@@ -373,9 +359,8 @@ def shards_there(folder: Path, manifest: Manifest) -> list[int]:
     """List a scan's shards that are there, in order, however many a manifest claims."""
     names = {path.name for path in folder.glob("shard-*.safetensors")}
     digits = (name.removeprefix("shard-").removesuffix(".safetensors") for name in names)
-    numbers = (int(own) for own in digits if own.isdecimal())
-    there = (n for n in numbers if n < manifest.n_shards and shard_path(folder, n).name in names)
-    return sorted(there)
+    numbers = sorted(int(own) for own in digits if own.isdecimal())
+    return [n for n in numbers if n < manifest.n_shards and shard_path(folder, n).name in names]
 
 
 def write_shard(
@@ -388,12 +373,7 @@ def write_shard(
 
 
 def read_shard(folder: Path, shard: int, manifest: Manifest | None = None) -> Records:
-    """Read one shard; with a manifest, make sure that it holds what this scan's must.
-
-    Raises:
-        RunError: the file is missing or damaged, or another shard; or lacks images or holds
-            impossible records.
-    """
+    """Read one shard; with a manifest, RunError unless it holds what this scan's must."""
     path = shard_path(folder, shard)
     tensors, about = read_tensors(path)
     if not _NEEDED <= tensors.keys() <= COLUMNS.keys():
@@ -409,11 +389,7 @@ def read_shard(folder: Path, shard: int, manifest: Manifest | None = None) -> Re
 def sound_tensors(
     folder: Path, manifest: Manifest, shard: int, names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Read some tensors of a shard, and make sure that they are what they must be.
-
-    Raises:
-        RunError: the file is missing or damaged, or they are impossible.
-    """
+    """Read some tensors of a shard; RunError unless they are what they must be."""
     path = shard_path(folder, shard)
     tensors, about = read_tensors(path, names)
     fault = _stranger(about, manifest, shard) or records_fault(manifest, shard, tensors)

@@ -275,9 +275,6 @@ def _tell_fit(accuracy: Any, common: dict[str, Any], options: ScanOptions) -> No
         warnings.warn(accuracy.warning, stacklevel=5)
 
 
-# Which layers can be scanned: seen by running the network once.
-
-
 @in_plain_modes
 def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
     """List the layers, in order, that can be split, see images (N, C, H, W) and reach the logits.
@@ -295,8 +292,12 @@ def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
             with _cuts(model, specs, Tensor.clone) as cuts:
                 run_network(model, seen)
             met.append([cut.inputs for cut in cuts])
-    # What is the same whatever the image are codes of positions and the like.
-    seeing = [spec for spec, *pair in zip(specs, *met, strict=True) if not _same(*pair)]
+    seeing = [
+        spec
+        for spec, of_images, of_noise in zip(specs, *met, strict=True)
+        # What is the same whatever the image are codes of positions and the like.
+        if len(of_images) != len(of_noise) or not all(map(torch.equal, of_images, of_noise))
+    ]
     return _reaching(model, seeing, images)
 
 
@@ -318,10 +319,6 @@ def _cuts(
         yield [stack.enter_context(cut_at(layer, keep)) for layer in layers]
 
 
-def _same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(map(torch.equal, one, other))
-
-
 def _reaching(model: nn.Module, specs: list[LayerSpec], images: Tensor) -> list[LayerSpec]:
     """Leave out layers on whose output the logits do not depend."""
     try:
@@ -338,17 +335,8 @@ def _reaching(model: nn.Module, specs: list[LayerSpec], images: Tensor) -> list[
     return [spec for spec, reaches in zip(specs, reached, strict=True) if reaches]
 
 
-# The images of a scan, found again.
-
-
 class AsScanned(Around):
-    """A data set in the order in which it was scanned.
-
-    Args:
-        dataset: of (image, label).
-        now: where in it the images are, by the index that they had.
-        ids: by that index too.
-    """
+    """A data set in the order in which it was scanned: `now` says where an index of then lies."""
 
     samples = root = sizes = groups = None  # the data set's are in its own order
 
@@ -362,7 +350,7 @@ class AsScanned(Around):
         self.ids = [ids.get(i, f"image {i}") for i in indices]
 
     def __len__(self) -> int:
-        """Number of images, broken ones included."""
+        """Number of images, those that are gone included."""
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
@@ -378,12 +366,7 @@ class AsScanned(Around):
 
 
 def as_scanned(dataset: Dataset[Any], scan: Scan) -> Dataset[Any]:
-    """Find the images of a scan again by their ids.
-
-    Returns:
-        The data set itself where scan or data set have no ids, no id is known, or all are where
-        they were; else its images under the indices of the scan.
-    """
+    """Put a data set's images under the indices of a scan, by their ids if both have them."""
     known, scanned = ids_of(dataset), scan.ids()
     if known is None:
         return dataset

@@ -25,10 +25,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import Dataset, Sampler
 
-from unbraid.base.errors import DataError, OutOfMemory, RunError, memory_full
+from unbraid.base.errors import DataError, OutOfMemory, RunError
 from unbraid.base.files import remove_leftovers, write_tensors, write_whole
 from unbraid.base.progress import image_progress
-from unbraid.images.batches import as_batch, deaths_told, load
+from unbraid.images.batches import as_batch, deaths_told, in_batches, load
 from unbraid.images.broken import Loaded, sort_out
 from unbraid.images.dataset import groups_of, listed_labels
 from unbraid.images.identity import ids_of, pack_ids
@@ -37,7 +37,7 @@ from unbraid.networks.layers import bias_of, weight_rows
 from unbraid.networks.outputs import check_labels
 from unbraid.networks.preflight import look_first
 from unbraid.networks.relevance import kept_channels_last, undisturbed
-from unbraid.scanning.batch import Place, scan_batch
+from unbraid.scanning.batch import Place, is_memory_full, scan_batch
 from unbraid.scanning.manifest import Manifest, read_manifest
 from unbraid.scanning.options import ScanOptions
 from unbraid.scanning.records import Records, join_records, shard_path, write_shard
@@ -46,14 +46,11 @@ _PATIENCE = 60.0  # seconds; NFS shows a folder anew after half of that
 _PAUSE = 0.5
 _LOOK = 0.05  # seconds between looks at what others have done
 
-# Processes that scan together, as torchrun starts them, on one machine or many.
-
 
 class Team:
-    """Those who scan together, or one process alone: they share a store and nothing else.
+    """Processes that scan together, or one alone: they share a store, where shards are claimed.
 
-    Shards are claimed in it one by one. Nobody waits for anybody before the end, so no number of
-    processes or shards can make them hang.
+    Nobody waits for anybody before the end, so no number of processes or shards makes them hang.
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
@@ -120,9 +117,6 @@ def _joined() -> tuple[Store, int, int]:
     return joined
 
 
-# Whose folder it is.
-
-
 @dataclass(frozen=True)
 class Target:
     """A layer to scan, and the folder for its records."""
@@ -137,11 +131,7 @@ class Target:
 
 
 def claim(targets: Sequence[Target]) -> None:
-    """Make folders this scan's, or check that they are; without a shard, a folder is nobody's yet.
-
-    Raises:
-        RunError: one holds another scan.
-    """
+    """Make folders this scan's; RunError if one holds a shard of another scan."""
     for target in targets:
         _refuse_other_scan(target)
     for target in targets:
@@ -176,12 +166,7 @@ def _refuse_other_scan(target: Target) -> None:
 
 
 def claim_together(targets: Sequence[Target], team: Team) -> None:
-    """Let the first process of a team claim the folders; the others are to do the very same.
-
-    Raises:
-        RunError: a folder holds another scan, or this process is about to make another one than
-            the first.
-    """
+    """Let the first process of a team claim the folders; RunError if another makes other scans."""
     own = json.dumps([target.manifest.to_json() for target in targets])
     first = team.lead(partial(claim, targets), own)
     theirs = [Manifest.from_json(text) for text in json.loads(first)]
@@ -218,9 +203,6 @@ def library_versions() -> dict[str, str]:
     }
 
 
-# The pass.
-
-
 @dataclass(frozen=True)
 class _Shard:
     """A shard being made, and the layers that lack it."""
@@ -231,37 +213,27 @@ class _Shard:
 
 
 class _Work(Sampler[list[int]]):
-    """The batches of the shards that this process claims, one shard after the other.
-
-    Shards are claimed as the loader asks for more, with workers somewhat ahead of the network.
-    """
+    """The batches of the shards that this process claims, when the loader asks for more."""
 
     def __init__(self, targets: Sequence[Target], indices: Sequence[int], team: Team) -> None:
         self.begun: deque[_Shard] = deque()
         self._targets, self._indices, self._team = targets, indices, team
         self._same = targets[0].manifest
-        n_shards = self._same.n_shards
-        self.sizes = [  # of the shards that some layer lacks
-            len(self._of(k)) for k in range(n_shards) if any(t.lacks(k) for t in targets)
-        ]
+        lacking = (k for k in range(self._same.n_shards) if any(t.lacks(k) for t in targets))
+        self.sizes = [self._same.images_in(k) for k in lacking]
         # How many images the smallest of their batches holds.
         self.fewest = min(((n - 1) % self._same.batch_size + 1 for n in self.sizes), default=1)
 
-    def _of(self, shard: int) -> Sequence[int]:
-        size = self._same.shard_size
-        return self._indices[shard * size : (shard + 1) * size]
-
     def __iter__(self) -> Iterator[list[int]]:
-        size = self._same.batch_size
+        size = self._same.shard_size
         for number in self._team.claims(self._same.n_shards):
             targets = [target for target in self._targets if target.lacks(number)]
-            if not targets:
-                continue
-            own = self._of(number)
-            # A batch never crosses a shard, so that a record does not depend on who made it.
-            batches = [list(own[i : i + size]) for i in range(0, len(own), size)]
-            self.begun.append(_Shard(number, targets, len(batches)))
-            yield from batches
+            if targets:
+                own = self._indices[number * size : (number + 1) * size]
+                # A batch never crosses a shard, so that a record does not depend on who made it.
+                batches = in_batches(own, self._same.batch_size)
+                self.begun.append(_Shard(number, targets, len(batches)))
+                yield from map(list, batches)
 
 
 def scan_shards(
@@ -273,10 +245,7 @@ def scan_shards(
     team: Team,
     options: ScanOptions,
 ) -> None:
-    """Make the shards that are not there yet, of all layers in one pass.
-
-    Labels are those of all images, indices in the data set those of the images to scan.
-    """
+    """Make the shards that are missing, of all layers in one pass; labels are of all images."""
     same = targets[0].manifest  # but for the layer
     work = _Work(targets, indices, team)
     groups, ids = groups_of(dataset), ids_of(dataset)
@@ -343,11 +312,7 @@ def await_shards(targets: Sequence[Target], seconds: float) -> None:
 def _in_portions(
     run: Callable[[Sequence[Loaded]], list[Records]], items: Sequence[Loaded], at_once: int
 ) -> tuple[list[list[Records]], int]:
-    """Run images as many at a time as the device's memory holds, halved as long as it is too small.
-
-    Returns:
-        The records of each portion, at least one, and how many images fitted at once.
-    """
+    """Run images as many at a time as the device's memory holds: the records, and how many."""
     done: list[list[Records]] = []
     start = 0
     while start < len(items) or not done:
@@ -355,7 +320,7 @@ def _in_portions(
             done.append(run(items[start : start + at_once]))
             start += at_once
         except Exception as error:
-            if not (isinstance(error, OutOfMemory) or memory_full(error)):
+            if not is_memory_full(error):
                 raise
             if at_once == 1:
                 raise OutOfMemory("The device's memory holds not even one image.") from None
@@ -375,10 +340,9 @@ def _look(
     listed: Sequence[int] | None,
     indices: Sequence[int],
 ) -> None:
-    """Look at what the network computes of the first images, before the work begins.
+    """Look at what the network computes of the first images, and check all labels of a list.
 
-    All labels that a list gives are checked as soon as it is known how many outputs there are;
-    otherwise a wrong one would be told when its batch comes, perhaps after days.
+    Otherwise a wrong label would be told when its batch comes, perhaps after days.
     """
     index = torch.tensor([item.index for item in good], dtype=torch.int64)
     images = as_batch([item.image for item in good], index)
