@@ -116,9 +116,7 @@ FILES = {
     "slow.py": SLOW,
     "neighbour.py": "from own import build\n",
     "syntax.py": "def build(:",
-    "imports.py": "import nowhere_to_be_found",
     "divides.py": "def build():\n    return 1 / 0",
-    "asks.py": "def build(size):\n    return size",
     "wrong.csv": "path,label\ndata/val/ant/none.png,ant\n",
     "wrong.tar": "no tar",
     "junk.pt": "hello this is junk",
@@ -173,9 +171,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimiser.step()
     state = network.state_dict()
     safetensors.torch.save_file(state, home / "weights.safetensors")
-    for value in ("nan", "inf"):
-        state["2.weight"][0, 0] = float(value)
-        safetensors.torch.save_file(state, home / f"{value}.safetensors")
+    state["2.weight"][0, 0] = float("nan")
+    safetensors.torch.save_file(state, home / "nan.safetensors")
     return home
 
 
@@ -273,63 +270,45 @@ def test_run_does_everything(ran, home: Path) -> None:
     assert int(own["n_pairs"]) == len(counted) > 0
 
 
-def test_run_again_scans_nothing_and_writes_the_same(again: Path, call: Call) -> None:
-    names = ("scan-train/shard-000000.safetensors", "positions-val/shard-000000.safetensors")
-    before = [(again / name).stat().st_mtime_ns for name in names]
-    evaluation = (again / "evaluation.json").read_bytes()
-    assert call(*RUN, "--out", str(again), *LOOSE)[0] == 0
-    assert [(again / name).stat().st_mtime_ns for name in names] == before
-    assert (again / "evaluation.json").read_bytes() == evaluation
-    assert_report_again(call, again)
-
-
-def test_run_with_other_thresholds_leaves_the_first_as_it_was(again: Path, call: Call) -> None:
+def test_run_with_other_thresholds_goes_beside_the_first_or_when_asked_in_its_place(
+    again: Path, call: Call
+) -> None:
     before = contents(again)
     code, out, err = call(*RUN, "--out", str(again), *STRICT)
-    assert code == 0
-    assert "0 pairs" in out
+    assert (code, "0 pairs" in out) == (0, True)
     told = f"{again} holds a run with tau 0.02, p 0.5, gamma 0.95; this one goes into "
     assert f"{told}{again}/settings-2." in err
     assert f"{again}/settings-2/report.html" in out
     after = contents(again)
     assert {path: after[path] for path in before} == before
-    names = ("settings.json", "findings.csv", "sensitivity.csv", "report.html")
-    assert set(after) - set(before) == {again / "settings-2" / name for name in names}
-
-
-def test_run_overwrites_results_only_when_asked(again: Path, call: Call) -> None:
-    run = (*RUN, "--out", str(again), "--overwrite")
-    scans = {path: path.stat().st_mtime_ns for path in again.glob("scan-*/*")}
-    before = (again / "findings.csv").read_bytes()
-    assert call(*run, "--tau", "1.03")[0] == 2  # a slip
-    assert (again / "findings.csv").read_bytes() == before
-    code, out, err = call(*run, *STRICT)
-    assert code == 0, err
-    assert "takes its place when it is finished" in err
+    assert call(*RUN, "--out", str(again), "--overwrite", "--tau", "1.03")[0] == 2  # a slip
+    assert contents(again) == after
+    code, out, err = call(*RUN, "--out", str(again), "--overwrite", *STRICT[:-1], "-0.9")
+    assert (code, "takes its place when it is finished" in err) == (0, True), err
     assert f"Report: {again}/report.html" in out
-    assert {path: path.stat().st_mtime_ns for path in again.glob("scan-*/*")} == scans
-    kept = {"scan-train", "scan-val", "positions-train", "positions-val"}
-    results = {"settings.json", "findings.csv", "sensitivity.csv", "report.html"}
-    assert {path.name for path in again.iterdir()} == kept | results
-    assert json.loads((again / "settings.json").read_text())["thresholds"]["p"] == 1
+    assert json.loads((again / "settings.json").read_text())["thresholds"]["gamma"] == -0.9
 
 
-def test_run_leaves_feature_visualisations_out_when_asked(again: Path, call: Call) -> None:
+def test_run_again_scans_nothing_and_leaves_features_out_when_asked(
+    again: Path, call: Call
+) -> None:
+    names = ("scan-train/shard-000000.safetensors", "positions-val/shard-000000.safetensors")
+    before = [(again / name).stat().st_mtime_ns for name in names]
+    evaluation = (again / "evaluation.json").read_bytes()
     shutil.rmtree(again / "features")
     code, out, err = call(*RUN, "--out", str(again), *LOOSE, "--no-features")
-    assert code == 0
-    assert "Visualising" not in out + err
+    assert (code, "Visualising" in out + err) == (0, False)
     assert not (again / "features").exists()
+    assert [(again / name).stat().st_mtime_ns for name in names] == before
+    assert (again / "evaluation.json").read_bytes() == evaluation
+    assert_report_again(call, again)
 
 
 def test_check_tells_what_a_run_holds_and_what_is_damaged(again: Path, call: Call) -> None:
     code, out, _ = call("check", str(again))
     assert code == 0
     listed = out.splitlines()
-    found = len((again / "findings.csv").read_text().splitlines()) - 1
     assert listed[0].startswith(f"{again}: a run with tau 0.02, p 0.5, gamma 0.95; ")
-    assert f"; {found} pair" in listed[0]
-    assert listed[0].endswith("; split, evaluation, features, report.")
     assert f"{again}/scan-train: a scan of layer 2, 60 images, finished." in listed
     assert listed[-1] == "19 files sound."
     split = again / "split.safetensors"
@@ -379,11 +358,12 @@ def test_step_by_step_gives_the_same(ran, home: Path, call: Call) -> None:
     assert (home / "steps/findings.csv").read_text() == same
     assert call("split", "steps/train", *LOOSE, "--out", "steps/split")[0] == 0
     assert call("evaluate", "steps/split", "steps/val", "--out", "steps/evaluation.json")[0] == 0
-    steps = json.loads((home / "steps/evaluation.json").read_text())
-    whole = json.loads((home / "runs/a/evaluation.json").read_text())
-    assert set(steps["summary"]) == {"least_squares"}
-    ours = whole["summary"]["least_squares"]
-    assert steps["summary"]["least_squares"] == pytest.approx(ours, rel=1e-4)
+    steps, whole = (
+        json.loads((home / folder / "evaluation.json").read_text())["summary"]
+        for folder in ("steps", "runs/a")
+    )
+    assert set(steps) == {"least_squares"}
+    assert steps["least_squares"] == pytest.approx(whole["least_squares"], rel=1e-4)
 
 
 def test_reproduce_compares_pair_by_pair(home: Path, call: Call) -> None:
@@ -421,13 +401,6 @@ def test_sensitivity_counts_any_thresholds(ran, home: Path, call: Call) -> None:
     assert out.strip() == str(unbraid.sensitivity(scan, [0.02, 0.1], [0.5], [0.5, 0.95]))
     assert len((home / "counted.csv").read_text().splitlines()) == 5
     assert call("sensitivity", "runs/a/scan-train")[0] == 0
-
-
-def test_run_on_clusters_asks_no_thresholds_of_classes(again: Path, call: Call) -> None:
-    assert "Other thresholds" in (again / "report.html").read_text()
-    assert call(*RUN, "--out", str(again), *LOOSE, "--concepts", "clusters")[0] == 0
-    assert not (again / "settings-2/sensitivity.csv").exists()
-    assert "Other thresholds" not in assert_report_again(call, again / "settings-2")
 
 
 def test_run_with_an_encoder_embeds_pictures_by_it(again: Path, call: Call, monkeypatch) -> None:
@@ -506,27 +479,19 @@ MISTAKES = [  # arguments, exit code, and what the sentence says
     (("layers", "torchvision:resnet5"), 2, "Did you mean resnet50"),
     (("layers", "nothing"), 2, "torchvision:NAME"),
     (("layers", "syntax.py:build"), 2, "SyntaxError"),
-    (("layers", "imports.py:build"), 2, "nowhere_to_be_found"),
     (("layers", "divides.py:build"), 2, "ZeroDivisionError"),
-    (("layers", "asks.py:build"), 2, "without arguments"),
     (("layers", "mixed.py:build"), 1, "--output"),
-    (("layers", "mixed.py:build", "--output", "1"), 1, "has no 1"),
     (("layers", "mixed.py:build", "--output", "logits"), 1, "has no 'logits'"),
     (("find", "nowhere"), 1, "holds no scan"),
     (("report", "nowhere"), 1, "holds no finished run"),
     (("check", "data"), 1, "data"),
     (("evaluate", "nothing.safetensors", "nowhere"), 1, "nothing.safetensors"),
     ((*FIND, "--tau", "0"), 2, "tau"),
-    ((*FIND, "--tau", "0.001"), 2, "tau"),
-    ((*FIND, "--p", "1.5"), 2, "p is 1.5"),
-    ((*FIND, "--gamma", "2"), 2, "gamma"),
     (("sensitivity", "runs/a/scan-train", "--ps", "0"), 2, "p is 0"),
     *(((*step, "--out", f"runs/a/{name}"), 2, "name another file") for name, step in INTO.items()),
     (("run", *NETWORK[:2], *NETWORK[4:], "--data", "data", "--out", "runs/a"), 1, "'s weights"),
-    ((*EARLY, "--tau", "2"), 2, "tau"),
     ((*EARLY, "--rho", "5"), 2, "rho"),
     ((*EARLY, "--gamma", "nan"), 2, "gamma"),
-    ((*EARLY, "--p", "0"), 2, "p is 0"),
     ((*EARLY, "--concepts", ""), 2, "--concepts is empty"),
     ((*EARLY, "--encoder", "timm:resnet17"), 2, "Did you mean"),
     ((*RUN[:-1], "nothing", "--out", "mistake"), 1, "nothing/train"),
@@ -537,19 +502,15 @@ MISTAKES = [  # arguments, exit code, and what the sentence says
     (scan(weights="missing.safetensors"), 1, "missing.safetensors"),
     (scan(weights="junk.pt"), 1, "junk.pt"),
     (scan(weights="nan.safetensors"), 1, "NaN or infinite"),
-    (scan(weights="inf.safetensors"), 1, "NaN or infinite"),
-    (scan(model="own.py:bild"), 2, "Did you mean build"),
     (scan(model="fails.py:build_failing"), 1, "cannot run"),
     (scan(data="nowhere"), 1, "There is no folder"),
     (scan(data="many"), 1, "4 classes but the network has 3 outputs"),
     (scan(data="text/notes"), 1, "text/notes"),
     (scan(data="wrong.csv"), 1, "wrong.csv"),
     (scan(data="wrong.tar"), 1, "wrong.tar"),
-    (scan(data="wrong-{0..9}.tar"), 1, "wrong-0.tar"),
     (scan(data="hf:wrong"), 1, "wrong"),
     (scan(data="pipe:touch ran"), 2, "(pipe:) are not run"),
     (scan(batch_size="0"), 2, "batch_size"),
-    (scan(min_share="2"), 2, "min_share"),
     (scan(classes="7"), 2, "no image"),
     (scan(out="own.py"), 2, "is a file"),
     (scan(device="nonsense"), 2, "nonsense"),
@@ -730,10 +691,8 @@ def test_run_of_a_folder_without_classes_from_scan_to_report(flat, home: Path, c
     assert (output["top1_before"], output["top1_after"]) == (None, None)
     rows = list(csv.DictReader((folder / "findings.csv").open()))
     assert [int(row["class1"]) for row in rows] == [pair.class1 for pair in found.pairs]
-    assert_report_again(call, folder)
-    stamp = (folder / "positions-val/shard-000000.safetensors").stat().st_mtime_ns
-    assert call(*run)[0] == 0
-    assert (folder / "positions-val/shard-000000.safetensors").stat().st_mtime_ns == stamp
+    assert not (folder / "sensitivity.csv").exists()  # which is of classes
+    assert "Other thresholds" not in assert_report_again(call, folder)
 
 
 def test_steps_on_a_folder_without_classes(flat, home: Path, call: Call) -> None:
@@ -746,18 +705,6 @@ def test_steps_on_a_folder_without_classes(flat, home: Path, call: Call) -> None
     assert (code, "cluster 1" in out) == (0, True), err
     code, _, err = call(*scan(data="flat/val", classes="0"))
     assert (code, "classes names [0]" in err) == (2, True)
-
-
-def test_validation_images_lie_as_those_of_training_do(flat, home: Path, call: Call) -> None:
-    shutil.copytree(flat / "train", home / "mixed/train")
-    for k in range(60):
-        folder = home / "mixed/val" / CLASSES[k % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        draw(k % 3, 77 + k).save(folder / f"{k}.png")
-    (home / "mixed/val/empty").mkdir()  # would be a class without images
-    code, _, err = call("run", *NETWORK, "--data", "mixed", "--out", "runs/mixed", *CLUSTERS)
-    assert code == 0, err
-    assert_report_again(call, home / "runs/mixed")
 
 
 def test_channels_without_validation_images_are_left_out_and_counted(
