@@ -108,3 +108,16 @@ def test_import_torchvision_built_for_another_torch_is_explained(
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     with pytest.raises(ModelError, match="install both together"):
         import_torchvision()
+
+
+@pytest.mark.parametrize(
+    ("returned", "assumed"),
+    [("net", True), ("(net, lambda picture: None)", False), ("(net, len, ['a'])", False)],
+)
+def test_load_model_says_where_preprocessing_is_assumed(tmp_path, returned, assumed):
+    file = tmp_path / "own.py"
+    file.write_text(
+        f"import torch\ndef build():\n    net = torch.nn.Linear(2, 2)\n    return {returned}\n"
+    )
+    note = load_model(f"{file}:build").note
+    assert ("ImageNet's usual one is assumed" in note) == assumed

@@ -65,6 +65,11 @@ def test_with_logits_of_a_part_with_logits_in_it_leaves_them_to_be_found() -> No
     assert as_logits(part) is LOGITS
 
 
+def test_with_logits_by_a_function_hides_no_error_of_it() -> None:
+    with pytest.raises(TypeError, match="NoneType"):
+        unbraid.with_logits(PutsOut(LOGITS), lambda output: output + None)(LOGITS)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in PICKED if kind != "logits in a part"])
 def test_as_logits_names_places_that_can_be_given(kind: str) -> None:
     output, _ = PICKED[kind]

@@ -14,7 +14,6 @@ from torch.utils.data import ConcatDataset, Dataset
 
 import unbraid
 from unbraid.demo.network import LAYER, DemoImages, load_images, load_network
-from unbraid.networks.models import load_model
 from unbraid.scanning.accuracy import (
     Accuracy,
     accuracy_of,
@@ -36,8 +35,9 @@ def network(labels: np.ndarray, n_outputs: int, accuracy: float, seed: int = 0) 
     return np.where(right, labels, random.integers(0, n_outputs, len(labels)))
 
 
-@pytest.mark.parametrize("n_outputs", [2, 10, 100, 1000])
-@pytest.mark.parametrize("accuracy", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize(
+    ("n_outputs", "accuracy"), [(2, 0.7), (10, 0.3), (100, 1.0), (1000, 0.3), (1000, 0.7)]
+)
 def test_accuracy_of_a_network_that_knows_its_classes_warns_of_nothing(
     n_outputs: int, accuracy: float
 ) -> None:
@@ -83,8 +83,9 @@ READINGS = {
 }
 
 
-@pytest.mark.parametrize("words", READINGS)
-@pytest.mark.parametrize("n_outputs", [12, 1000])
+@pytest.mark.parametrize(
+    ("words", "n_outputs"), zip(READINGS, (12, 1000, 12, 1000, 1000), strict=True)
+)
 def test_accuracy_tells_a_usual_misreading_by_its_name(words: str, n_outputs: int) -> None:
     labels = 1 + np.arange(256) * (n_outputs - 2) // 256
     meant = np.array([READINGS[words](int(k), n_outputs) for k in labels])
@@ -188,7 +189,6 @@ def test_scan_and_find_warn_of_nothing_where_labels_fit(tmp_path: Path) -> None:
     ("change", "words"),
     [
         (lambda label: 9 - label, "classes stood in reverse order"),
-        (lambda label: (label + 1) % 10, "label 0 stood for output 9"),
         (lambda label: (label * 7 + 3) % 10, "label 0 stood for output 1"),
     ],
 )
@@ -226,13 +226,6 @@ def test_scan_says_accuracy_and_preprocessing_before_it_begins_and_when_it_is_do
         assert (said.index("Top-1 accuracy") < said.index("Scanning")) == (n == "256")
 
 
-def test_scan_says_accuracy_of_few_images_when_it_is_done(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    unbraid.scan(load_network(), LAYER, Demo(), tmp_path, progress=True)
-    assert "of 256 images (chance 10." in capsys.readouterr().err
-
-
 def test_scan_says_nothing_of_labels_that_it_does_not_take(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,18 +258,3 @@ def test_sampled_accuracy_leaves_what_is_wrong_to_the_scan() -> None:
     found = sampled_accuracy(load_network(), half(), range(1, 256), 32)
     assert found is not None
     assert 0 < found.n_images < len(data)
-
-
-@pytest.mark.parametrize(
-    ("returned", "assumed"),
-    [("net", True), ("(net, lambda picture: None)", False), ("(net, len, ['a'])", False)],
-)
-def test_load_model_says_where_preprocessing_is_assumed(
-    tmp_path: Path, returned: str, assumed: bool
-) -> None:
-    file = tmp_path / "own.py"
-    file.write_text(
-        f"import torch\ndef build():\n    net = torch.nn.Linear(2, 2)\n    return {returned}\n"
-    )
-    note = load_model(f"{file}:build").note
-    assert ("ImageNet's usual one is assumed" in note) == assumed

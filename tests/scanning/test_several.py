@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -40,7 +39,7 @@ class Deep(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def network() -> Deep:
     torch.manual_seed(3)
     network = Deep().double().eval()
@@ -69,7 +68,12 @@ def assert_as_alone(model: nn.Module, together: Path, name: str, tmp_path: Path)
 
 def test_one_pass_keeps_of_every_layer_what_a_pass_of_its_own_keeps(network, tmp_path):
     names = ["blocks.1", "first", "head", "blocks.0"]
-    scans = unbraid.scan(network, names, IMAGES, tmp_path / "all", batch_size=4)
+    asked = ["blocks.1", network.first, "head", "blocks.0"]
+    counting = CountingNetwork(network)
+    prefixed = [f"network.{name}" for name in names]
+    unbraid.scan(counting, prefixed, IMAGES, tmp_path / "counted", batch_size=4)
+    assert counting.n_images == len(IMAGES)
+    scans = unbraid.scan(network, asked, IMAGES, tmp_path / "all", batch_size=4)
     assert list(scans) == names
     for name, scan in scans.items():
         assert scan.layer.name == name
@@ -98,13 +102,6 @@ def test_a_changed_record_is_told(network, tmp_path):
         assert_as_alone(network, tmp_path / "all", "first", tmp_path)
 
 
-def test_the_network_sees_every_image_once(network, tmp_path):
-    counting = CountingNetwork(network)
-    names = ["network.blocks.0", "network.blocks.1"]
-    unbraid.scan(counting, names, IMAGES, tmp_path / "all", batch_size=4)
-    assert counting.n_images == len(IMAGES)
-
-
 def test_only_what_a_layer_lacks_is_scanned_again(network, tmp_path):
     names = ["first", "head"]
     unbraid.scan(network, names, IMAGES, tmp_path / "all", batch_size=4)
@@ -121,7 +118,7 @@ def test_only_what_a_layer_lacks_is_scanned_again(network, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "names"),
     [
-        ("blocks.*", ["blocks.0", "blocks.1"]),
+        ("*", ["first", "blocks.0", "blocks.1", "head"]),  # not "unused"
         (["head", "blocks.?", "blocks.1"], ["head", "blocks.0", "blocks.1"]),
         (["first"], ["first"]),
     ],
@@ -130,11 +127,6 @@ def test_a_pattern_stands_for_the_layers_that_fit_it(asked, names, network, tmp_
     assert list(unbraid.scan(network, asked, IMAGES, tmp_path / "all")) == names
     for name in names:
         assert unbraid.open_scan(tmp_path / "all" / name).layer.name == name
-
-
-def test_layers_may_be_given_as_modules(network, tmp_path):
-    scans = unbraid.scan(network, [network.first, "head"], IMAGES, tmp_path / "all")
-    assert list(scans) == ["first", "head"]
 
 
 def test_a_layer_whose_name_is_no_folder_gets_one_inside(tmp_path):
@@ -164,12 +156,6 @@ def test_layers_that_cannot_be_scanned_are_named(asked, error, message, network,
     assert not list((tmp_path).glob("**/shard-*"))
 
 
-def test_a_folder_of_several_scans_says_so(network, tmp_path):
-    unbraid.scan(network, ["first", "head"], IMAGES, tmp_path / "all")
-    with pytest.raises(unbraid.UnbraidError, match="scans of several layers: first, head"):
-        unbraid.open_scan(tmp_path / "all")
-
-
 # --- split and apply ------------------------------------------------------------------------------
 
 
@@ -181,14 +167,19 @@ def splits_of(network: nn.Module, names: list[str], folder: Path) -> dict[str, u
     }
 
 
-@pytest.fixture
-def splits(network, tmp_path) -> dict[str, unbraid.Split]:
-    return splits_of(network, ["first", "blocks.0", "blocks.1"], tmp_path / "train")
+@pytest.fixture(scope="module")
+def train(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("several") / "train"
+
+
+@pytest.fixture(scope="module")
+def splits(network, train) -> dict[str, unbraid.Split]:
+    return splits_of(network, ["first", "blocks.0", "blocks.1"], train)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_outputs_stay_to_the_last_bit_with_several_layers_split(dtype, network, tmp_path):
-    network = network.to(dtype)
+    network = copy.deepcopy(network).to(dtype)
     images = copy.copy(IMAGES)
     images.images = IMAGES.images.to(dtype)
     scans = unbraid.scan(network, ["first", "blocks.*"], images, tmp_path / "train")
@@ -326,9 +317,9 @@ def assert_circuit(
 
 @pytest.mark.parametrize("batch_size", [2, 64])
 def test_concept_channels_are_sources_of_the_next_layers_concepts(
-    batch_size, network, splits, tmp_path
+    batch_size, network, splits, train
 ):
-    scan = unbraid.open_scan(tmp_path / "train" / "blocks.1")
+    scan = unbraid.open_scan(train / "blocks.1")
     for channel, concepts in CONCEPTS.items():
         for concept in range(len(concepts)):
             found = unbraid.circuit_from(
@@ -342,12 +333,15 @@ def test_concept_channels_are_sources_of_the_next_layers_concepts(
                 n=100,
                 batch_size=batch_size,
             )
-            assert len(found.sources) == 6 - 2 + 2 + 3 + 2
+            assert {source.name for source in found.sources} == {
+                *("0", "2", "4", "5", "1.0", "1.1", "1.residual"),
+                *("3.0", "3.1", "3.2", "3.residual"),
+            }
             assert_circuit(found, network, splits, channel, concept)
 
 
-def test_a_wrong_source_is_told(network, splits, tmp_path):
-    scan = unbraid.open_scan(tmp_path / "train" / "blocks.1")
+def test_a_wrong_source_is_told(network, splits, train):
+    scan = unbraid.open_scan(train / "blocks.1")
     arguments = (splits["first"], splits["blocks.1"], scan, network, IMAGES, 1, 0)
     found = unbraid.circuit_from(*arguments)
     wrong = replace(found.sources[0], relevance=found.sources[0].relevance * 1.01)
@@ -355,41 +349,23 @@ def test_a_wrong_source_is_told(network, splits, tmp_path):
         assert_circuit(replace(found, sources=(wrong, *found.sources[1:])), network, splits, 1, 0)
 
 
-def test_a_circuit_names_the_parts_of_split_sources(network, splits, tmp_path):
-    scan = unbraid.open_scan(tmp_path / "train" / "blocks.1")
-    found = unbraid.circuit_from(
-        splits["first"], splits["blocks.1"], scan, network, IMAGES, 1, 0, n=100
-    )
-    lines = str(found).splitlines()
-    assert lines[1].split() == ["source", "in", "first", "share", "kept"]
-    assert {line.split()[0] for line in lines[2:]} == {
-        *("0", "2", "4", "5", "1.0", "1.1", "1.residual", "3.0", "3.1", "3.2", "3.residual")
-    }
-
-
-def test_what_no_circuit_leads_through_is_refused(network, splits, tmp_path):
-    scan = unbraid.open_scan(tmp_path / "train" / "blocks.1")
-    first, later = splits["first"], splits["blocks.1"]
-    with pytest.raises(LayerError, match="does not feed layer 'blocks"):
-        unbraid.circuit_from(splits["blocks.0"], later, scan, network, IMAGES, 1, 0)
-    with pytest.raises(UsageError, match="not the one that was scanned"):
-        unbraid.circuit_from(first, later, scan, network, SyntheticImages(7), 1, 0)
-    with pytest.raises(UsageError, match="no concept 5 of channel 1"):
-        unbraid.circuit_from(first, later, scan, network, IMAGES, 1, 5)
-    other = unbraid.open_scan(tmp_path / "train" / "blocks.0")
-    with pytest.raises(UsageError, match="another network or layer"):
-        unbraid.circuit_from(first, later, other, network, IMAGES, 1, 0)
+def test_what_no_circuit_leads_through_is_refused(network, splits, train):
+    scan, other = (unbraid.open_scan(train / name) for name in ("blocks.1", "blocks.0"))
+    first, later, aside = splits["first"], splits["blocks.1"], splits["blocks.0"]
     changed = unbraid.apply(network, first)
-    with pytest.raises(ModelError, match="before they are applied"):
-        unbraid.circuit_from(first, later, scan, changed, IMAGES, 1, 0)
+    for error, told, arguments in (
+        (LayerError, "does not feed layer 'blocks", (aside, later, scan, network, IMAGES, 0)),
+        (UsageError, "not the one that", (first, later, scan, network, SyntheticImages(7), 0)),
+        (UsageError, "no concept 5 of channel 1", (first, later, scan, network, IMAGES, 5)),
+        (UsageError, "another network or layer", (first, later, other, network, IMAGES, 0)),
+        (ModelError, "before they are applied", (first, later, scan, changed, IMAGES, 0)),
+    ):
+        *rest, concept = arguments
+        with pytest.raises(error, match=told):
+            unbraid.circuit_from(*rest, 1, concept)
 
 
 # --- names, windows, outputs ----------------------------------------------------------------------
-
-
-def test_a_pattern_leaves_out_what_cannot_be_scanned(network, tmp_path):
-    scans = unbraid.scan(network, "*", IMAGES, tmp_path / "all")
-    assert list(scans) == ["first", "blocks.0", "blocks.1", "head"]  # not "unused"
 
 
 def test_a_pattern_is_tried_on_an_image_that_can_be_read(network, tmp_path):
@@ -460,25 +436,3 @@ def test_a_gate_takes_a_value_for_each_window_of_an_image(tmp_path):
     wrong = pytest.raises(UsageError, match="8 images and the layer runs on 48, windows")
     with changed.gate("layer", 1, 0, values), wrong:
         changed(images.images)
-
-
-class Named(NamedTuple):
-    scores: Tensor
-    aux: Tensor
-
-
-def test_logits_are_picked_out_of_a_named_tuple_and_a_wrong_function_is_not_hidden(network):
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, x: Tensor) -> Named:
-            return Named(self.network(x), x)
-
-    x = IMAGES.images
-    assert torch.equal(unbraid.with_logits(Two(), "scores")(x), network(x))
-    with pytest.raises(ModelError, match="has no 'shape' to take logits from"):
-        unbraid.with_logits(network, "shape")(x)
-    with pytest.raises(TypeError, match="NoneType"):
-        unbraid.with_logits(Two(), lambda output: output.scores + None)(x)
