@@ -65,6 +65,7 @@ Out = Annotated[Path, Parameter(help="Where to write.")]
 Table = Annotated[Path | None, Parameter(help="CSV file to write or replace.")]
 ScanPath = Annotated[Path, Parameter(help="Folder of a finished scan.")]
 RunPath = Annotated[Path, Parameter(help="Folder of a finished run.")]
+FigureKind = Literal["teaser", "densities", "sources"]
 Grid = Annotated[list[float] | None, Parameter(consume_multiple=True)]
 
 
@@ -279,12 +280,7 @@ def layers(model: Model, *, weights: Weights = "random", output: Output = None) 
 
 
 def scan(
-    *,
-    network: Network,
-    layer: Layers,
-    data: str,
-    out: Out,
-    options: ScanOptions = ScanOptions(),
+    *, network: Network, layer: Layers, data: str, out: Out, options: ScanOptions = ScanOptions()
 ) -> None:
     """Run a network over images once and keep a small record of each.
 
@@ -393,13 +389,7 @@ def report(run: RunPath) -> None:
     show(f"Report: {Run(run).report()}")
 
 
-def figure(
-    run: RunPath,
-    *,
-    channel: int,
-    out: Path,
-    kind: Literal["teaser", "densities", "sources"] = "teaser",
-) -> None:
+def figure(run: RunPath, *, channel: int, out: Path, kind: FigureKind = "teaser") -> None:
     """Draw one channel of a finished run as a figure for a paper.
 
     Args:

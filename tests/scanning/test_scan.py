@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
@@ -34,7 +32,6 @@ from tiny_networks import (
 from unbraid.base.errors import DataError, LayerError, ModelError, RunError, UsageError
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import Relabelled, labels_of
-from unbraid.images.open import open_images
 from unbraid.running.run import as_labelled
 from unbraid.scanning.scan import usable_layers
 
@@ -119,7 +116,6 @@ CASES: dict[str, Any] = {  # network, how it is called, and options of the scan
     "training mode": (lambda: build("batch norm behind"), nn.Module.train, {"batch_size": 7}),
     "input overwritten": (OverwritesInput, nn.Module.eval, {"positions": True}),
     "input by keyword": (lambda: build("3x3"), CallsByKeyword, {}),
-    "tokens by keyword": (lambda: build("tokens"), CallsByKeyword, {}),
     "worker": (lambda: build("1x1"), nn.Module.eval, {"batch_size": 3, "workers": 1}),
 }
 
@@ -136,11 +132,10 @@ def test_records_do_not_depend_on_how_the_network_is_run(case, tmp_path):
         assert_input_maps(list(scan.shards()), truth)
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
-def test_scan_works_where_gradients_are_switched_off_and_images_want_one(around, tmp_path):
+def test_scan_works_where_gradients_are_switched_off_and_images_want_one(tmp_path):
     network, dataset = build("3x3"), SyntheticImages(4)
     dataset.images.requires_grad_()
-    with around():
+    with torch.no_grad():
         scan = unbraid.scan(network, "layer", dataset, tmp_path)
     assert_records(list(scan.shards()), truth_of(network, SyntheticImages(4)), 0.005, range(4))
 
@@ -282,23 +277,6 @@ def test_labels_of_images_that_are_broken_or_not_scanned_are_no_concern(tmp_path
     options = {"batch_size": 2, "skip_broken": True}
     scan = unbraid.scan(build("3x3"), "layer", Torn(9), tmp_path / "b", **options)
     assert scan.broken() == [5]
-
-
-def test_scans_of_folders_with_other_files_differ(tmp_path):
-    def to_tensor(picture: Image.Image) -> Tensor:
-        return torch.full((3, 7, 6), picture.getpixel((0, 0))[0] / 255.0).double()
-
-    folder: Path = tmp_path / "images"
-    folder.mkdir()
-    for name in ("b.png", "a.jpg"):
-        Image.new("RGB", (8, 6), (len(name), 0, 0)).save(folder / name)
-    network = build("3x3")
-    images = open_images(folder, to_tensor, labels={})
-    unbraid.scan(network, "layer", images, tmp_path / "scan", labels="predicted")
-    (folder / "a.jpg").rename(folder / "z.jpg")
-    images = open_images(folder, to_tensor, labels={})
-    with pytest.raises(RunError, match="the images or labels"):
-        unbraid.scan(network, "layer", images, tmp_path / "scan", labels="predicted")
 
 
 # --- what cannot be scanned -----------------------------------------------------------------------

@@ -241,19 +241,18 @@ def test_ablation_is_of_the_layer_named(network, splits):
     assert found == unbraid.ablate(unbraid.apply(network, splits["blocks.1"]), IMAGES)
 
 
-@pytest.mark.parametrize("choose", [lambda s: [], lambda s: [s["first"], s["first"]]])
-def test_no_split_and_two_of_one_layer_are_refused(choose, network, splits):
-    with pytest.raises(UsageError, match="one split or more, each of another layer"):
-        unbraid.apply(network, choose(splits))
-
-
-def test_a_split_of_another_network_among_several_is_refused(network, splits, tmp_path):
+def test_splits_that_do_not_fit_together_are_refused(network, splits, tmp_path):
     other = copy.deepcopy(network)
     with torch.no_grad():
         other.head.weight.add_(1)
     strange = splits_of(other, ["first"], tmp_path / "other")
+    for wrong in ([], [splits["first"], splits["first"]]):
+        with pytest.raises(UsageError, match="one split or more, each of another layer"):
+            unbraid.apply(network, wrong)
     with pytest.raises(ModelError, match="other weights"):
         unbraid.apply(network, {**splits, **strange})
+    with pytest.raises(UsageError, match=r"has no concept channels; pass one"):
+        unbraid.gate(network, "first", 1, 0, 0.0)
 
 
 # --- circuits -------------------------------------------------------------------------------------
@@ -409,11 +408,6 @@ def test_a_module_goes_by_any_of_its_names(tmp_path):
     changed = unbraid.apply(network, unbraid.split(scan, unbraid.find(scan, channels=CONCEPTS)))
     with changed.gate("again", 1, 0, 0.0):
         assert not torch.equal(changed(IMAGES.images), network(IMAGES.images))
-
-
-def test_a_network_without_concept_channels_says_so(network):
-    with pytest.raises(UsageError, match=r"has no concept channels; pass one"):
-        unbraid.gate(network, "first", 1, 0, 0.0)
 
 
 def test_a_gate_takes_a_value_for_each_window_of_an_image(tmp_path):

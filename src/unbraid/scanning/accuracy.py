@@ -36,10 +36,7 @@ _TIMES = 3  # as often must another reading be right, on the images that it read
 _MOST_CLASSES = 2048  # for which classes are matched to outputs: the table is that size squared
 _ABOUT = 0.9  # of an accuracy is about as good
 _N_SHOWN = 3  # classes, as examples
-_MISFIT = "It seems that labels or preprocessing do not fit this network"
-_UNTOLD = (
-    "Perhaps labels or preprocessing do not fit this network, or there are too few images to tell"
-)
+_MISFIT = "labels or preprocessing do not fit this network"
 
 
 @dataclass(frozen=True)
@@ -67,19 +64,19 @@ class Accuracy:
         """What is probably wrong, in a sentence; empty if nothing is."""
         if self.reading:
             return (
-                f"{_MISFIT}: {self}, but {self.n_right_read / self.n_read:.1%} if {self.reading}; "
-                "name the classes by output number or name."
+                f"It seems that {_MISFIT}: {self}, but {self.n_right_read / self.n_read:.1%} if "
+                f"{self.reading}; name the classes by output number or name."
             )
         if self.above_chance:
             return ""
         if self.in_doubt:
             return (
-                f"{_UNTOLD}: {self}, which is not above chance beyond doubt; scan more images, or "
-                "check both."
+                f"Perhaps {_MISFIT}, or there are too few images to tell: {self}, which is not "
+                "above chance beyond doubt; scan more images, or check both."
             )
         return (
-            f"{_MISFIT}: {self}, which is not above chance; check both before you trust what "
-            "follows."
+            f"It seems that {_MISFIT}: {self}, which is not above chance; check both before you "
+            "trust what follows."
         )
 
 

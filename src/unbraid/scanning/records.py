@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
 import torch
 from torch import Tensor
@@ -375,33 +375,28 @@ def write_shard(
 def read_shard(folder: Path, shard: int, manifest: Manifest | None = None) -> Records:
     """Read one shard; with a manifest, RunError unless it holds what this scan's must."""
     path = shard_path(folder, shard)
-    tensors, about = read_tensors(path)
-    if not _NEEDED <= tensors.keys() <= COLUMNS.keys():
-        _refuse(path, "is not a shard")
-    if manifest is not None:
-        fault = _stranger(about, manifest, shard) or records_fault(manifest, shard, tensors)
-        if ("input_map" in tensors) != manifest.positions:
-            fault = fault or "holds input maps where none are, or none"
-        _refuse(path, fault)
+    if manifest is None:
+        return Records(**read_tensors(path)[0])
+    tensors = sound_tensors(folder, manifest, shard)
+    if ("input_map" in tensors) != manifest.positions:
+        _refuse(path, "holds input maps where none are, or none")
     return Records(**tensors)
 
 
 def sound_tensors(
-    folder: Path, manifest: Manifest, shard: int, names: Sequence[str]
+    folder: Path, manifest: Manifest, shard: int, names: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
-    """Read some tensors of a shard; RunError unless they are what they must be."""
+    """Read some tensors of a shard, or all; RunError unless they are what they must be."""
     path = shard_path(folder, shard)
     tensors, about = read_tensors(path, names)
-    fault = _stranger(about, manifest, shard) or records_fault(manifest, shard, tensors)
-    _refuse(path, fault)
+    if names is None and not _NEEDED <= tensors.keys() <= COLUMNS.keys():
+        _refuse(path, "is not a shard")
+    if about.get("scan", manifest.scan_id) != manifest.scan_id:  # older shards say nothing
+        _refuse(path, "is of another scan")
+    if about.get("shard", shard) != shard:
+        _refuse(path, "is another shard")
+    _refuse(path, records_fault(manifest, shard, tensors))
     return tensors
-
-
-def _stranger(about: dict[str, Any], manifest: Manifest, shard: int) -> str | None:
-    """Say that a shard is another one by what it says of itself; older shards say nothing."""
-    if about.get("scan", manifest.scan_id) != manifest.scan_id:
-        return "is of another scan"
-    return "is another shard" if about.get("shard", shard) != shard else None
 
 
 def _refuse(path: Path, fault: str | None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack, get_type_hints, overload
 
@@ -42,7 +44,7 @@ from unbraid.scanning.batch import batch_size_for
 from unbraid.scanning.manifest import Manifest, hash_places, read_manifest
 from unbraid.scanning.options import Options, ScanOptions
 from unbraid.scanning.records import Scan, open_scan
-from unbraid.scanning.shards import Target, claim_together, join_team, library_versions, scan_shards
+from unbraid.scanning.shards import Target, claim_together, join_team, scan_shards
 
 
 def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -244,7 +246,11 @@ def _describe_all(
         "preprocessing": preprocessing,
         "shard_size": 128 if options.positions else 1024,  # pooled inputs are small, maps not
         "batch_size": batch_size,
-        "versions": library_versions(),
+        "versions": {
+            "unbraid": version("unbraid"),
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
         "indices": hash_places(options.indices),
         "output": picked_by(model),
         "threads": threads,

@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import os
-import platform
 import time
 import warnings
 from collections import deque
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +130,24 @@ class Target:
 
 def claim(targets: Sequence[Target]) -> None:
     """Make folders this scan's; RunError if one holds a shard of another scan."""
-    for target in targets:
-        _refuse_other_scan(target)
-    for target in targets:
+    manifests = [read_manifest(target.folder) for target in targets]
+    for target, before in zip(targets, manifests, strict=True):
+        folder = target.folder
+        if next(folder.glob("shard-*.safetensors"), None) is None:
+            continue
+        if before is None:
+            raise RunError(
+                f"{folder} holds shards of an unknown scan, its manifest is gone; name another "
+                "folder, or delete this one."
+            )
+        if differences := target.manifest.differences(before):
+            raise RunError(
+                f"{folder} holds a scan of something else: {', '.join(differences)} differ. Name "
+                "another folder, or delete this one."
+            )
+    for target, before in zip(targets, manifests, strict=True):
         folder, manifest = target.folder, target.manifest
         remove_leftovers(folder)  # of a scan that was killed while writing
-        before = read_manifest(folder)
         there = (folder / "layer.safetensors").exists()
         if before is None or manifest.differences(before) or not there:
             weight, bias = weight_rows(target.module), bias_of(target.module)
@@ -146,23 +156,6 @@ def claim(targets: Sequence[Target]) -> None:
         elif manifest.class_names and manifest.class_names != before.class_names:
             renamed = replace(before, class_names=manifest.class_names)  # for people, not records
             write_whole(folder / "manifest.json", renamed.to_json().encode())
-
-
-def _refuse_other_scan(target: Target) -> None:
-    folder, before = target.folder, read_manifest(target.folder)
-    if next(folder.glob("shard-*.safetensors"), None) is None:
-        return
-    if before is None:
-        raise RunError(
-            f"{folder} holds shards of an unknown scan, its manifest is gone; name another folder, "
-            "or delete this one."
-        )
-    differences = target.manifest.differences(before)
-    if differences:
-        raise RunError(
-            f"{folder} holds a scan of something else: {', '.join(differences)} differ. Name "
-            "another folder, or delete this one."
-        )
 
 
 def claim_together(targets: Sequence[Target], team: Team) -> None:
@@ -192,15 +185,6 @@ def refuse_taken(target: Target) -> None:
             f"{target.folder} was taken by another scan meanwhile; let that one end, or name "
             "another folder."
         )
-
-
-def library_versions() -> dict[str, str]:
-    """Versions that a manifest tells."""
-    return {
-        "unbraid": version("unbraid"),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
 
 
 @dataclass(frozen=True)
