@@ -30,12 +30,17 @@ class Step:
         job = SimpleNamespace(
             train=images or SyntheticImages(8), features=True, say=self.said.append
         )
-        made = step.Run(self.folder)
+        made = self._run()
         made.found = FOUND
         return step._visualize(job, made, self.pair.changed)
 
     def kept(self) -> Features | None:
-        return step.Run(self.folder).features
+        return self._run().features
+
+    def _run(self) -> step.Run:
+        made = step.Run.__new__(step.Run)  # of which this step needs no settings
+        made.folder = self.folder
+        return made
 
 
 @pytest.fixture(scope="module")
