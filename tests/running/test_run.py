@@ -19,8 +19,9 @@ from unbraid.base import files
 from unbraid.base.errors import ModelError, RunError, UsageError
 from unbraid.running import run as running
 from unbraid.running.check import check
-from unbraid.running.folders import Loading, Thresholds, is_numbered, read_settings
+from unbraid.running.folders import Thresholds, is_numbered, read_settings
 from unbraid.running.run import Run, run_layers
+from unbraid.scanning.options import Loading
 
 LOOSE = Thresholds(0.01, 0.5, 0.99)
 STRICT = Thresholds(0.2, 0.5, 0.99)  # leaves one class out
