@@ -134,7 +134,7 @@ UNSOUND: dict[str, tuple[Made, str, bool]] = {
     "generator": (Made(lambda x, y, _: (one for one in (x, y))), "a generator", False),
     "batch": (
         Made(lambda x, y, _: (x[None], torch.tensor([y, y]))),
-        r"of shape \(2,\), .*give one image and one",
+        r"of shape \(2,\); give one image and one",
         False,
     ),
     "label without content": (

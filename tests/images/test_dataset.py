@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sources import write
 from torch.utils.data import ConcatDataset, Dataset, Subset, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -26,8 +27,7 @@ from unbraid.images.dataset import (
     picture_of,
 )
 from unbraid.images.identity import fingerprint, ids_of, preprocessing_of
-from unbraid.reporting.pictures import Sight, sight_of
-from unbraid.scanning.records import AsScanned
+from unbraid.scanning.scan import AsScanned
 
 NAMES = ("ant", "bee", "cat", "dog")
 TO_FLOAT = v2.ToDtype(torch.float32, scale=True)
@@ -102,22 +102,12 @@ class Coarse(Wrapped):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("images"), NAMES)
+    return write(tmp_path_factory.mktemp("images"), dict.fromkeys(NAMES, 6))
 
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("more"), NAMES)
-
-
-def make_folder(root: Path, names: tuple[str, ...]) -> Path:
-    generator = np.random.default_rng(0)
-    for name in names:
-        (root / name).mkdir()
-        for k in range(6):
-            pixels = generator.integers(0, 256, (7, 6, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{k}.png")
-    return root
+    return write(tmp_path_factory.mktemp("more"), dict.fromkeys(NAMES, 6))
 
 
 def transform(other: bool) -> v2.Compose:
@@ -219,7 +209,7 @@ def test_ids_of_one_source_stay_and_those_of_two_are_told_apart(folder, second):
 
 
 def test_names_that_contradict_each_other_are_refused(folder, tmp_path):
-    others = make_folder(tmp_path, ("ant", "cow"))
+    others = write(tmp_path, {"ant": 6, "cow": 6})
     both = ConcatDataset([listed(folder, False), listed(others, False)])
     with pytest.raises(DataError, match="label 1 'bee' and 'cow'"):
         class_names_of(Subset(both, range(3)))
@@ -313,12 +303,11 @@ def test_our_own_wrappers_are_seen_through(folder):
     for dataset in (images, relabelled, moved):
         assert class_names_of(dataset) == NAMES
         assert preprocessing_of(dataset) == repr(transform(False))
-        assert sight_of(dataset) == Sight()
     assert picture_of(moved, 0).tobytes() == picture_of(images, 5).tobytes()
     assert (name_of(moved, 1), name_of(moved, 2)) == ("ant/4.png", "gone")
 
 
-# --- lists that do not fit -----------------------------------------------------------------------
+# --- lists that do not fit ------------------------------------------------------------------------
 
 
 class Ten(SyntheticImages):

@@ -28,9 +28,9 @@ from tiny_networks import (
 )
 from unbraid import Ablation, Split
 from unbraid.base.errors import DataError, LayerError, ModelError, RunError, UsageError
+from unbraid.finding.membership import Cluster
 from unbraid.measuring.ablate import replaying
 from unbraid.measuring.results import Drop, read_ablation
-from unbraid.scanning.records import Cluster
 
 CHANNELS = {1: [[0], [1]], 0: [[2, 0], [3]], 3: [[3], [1], [0, 2]]}
 

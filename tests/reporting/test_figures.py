@@ -23,16 +23,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
-from unbraid.images.folders import ImageFolder
 
 import unbraid
 from oracle import channel_input_relevance, channel_map, layer_io
 from unbraid import Features, Scan, Split, UnbraidError, cli
 from unbraid.base.errors import DataError, RunError, UsageError
+from unbraid.images.listing import ListedImages
+from unbraid.images.open import open_images
 from unbraid.measuring.reference_images import ALIKE, reference_images
 from unbraid.reporting import figures
 from unbraid.reporting.paper import COLOURS
-from unbraid.running.run import figure_of_run
+from unbraid.running.run import Run as RunFolder
 from unbraid.visualizing.features import Feature
 
 NAMES = ("$x_1$", "<b>&", "\u202edrawkcab\n", "w" * 5000)
@@ -46,7 +47,7 @@ LETTERS = "ABC"
 class Run:
     folder: Path  # as `unbraid run` leaves it
     network: nn.Sequential
-    images: ImageFolder
+    images: ListedImages
     scan: Scan
     split: Split
 
@@ -105,7 +106,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1)),
         *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
     ).double()
-    images = ImageFolder(folder / "data/val", to_tensor, class_names=NAMES)
+    images = open_images(folder / "data/val", to_tensor, class_names=NAMES)
     scan = unbraid.scan(network, "2", images, folder / "scan-val", min_share=1e-6)
     found = unbraid.find(scan, tau=1e-5, channels=CONCEPTS)
     split = unbraid.split(scan, found)
@@ -343,7 +344,7 @@ def test_visualisations_stand_first_where_every_row_has_one(run: Run) -> None:
 
 def test_an_image_that_is_gone_is_crossed_out(run: Run) -> None:
     top = reference_images(run.scan, run.split, n=3, alike=ALIKE)[4].original.index.tolist()
-    images = ImageFolder(run.folder / "data/val", to_tensor, class_names=NAMES)
+    images = open_images(run.folder / "data/val", to_tensor, class_names=NAMES)
     path, label = images.samples[top[1]]
     images.samples[top[1]] = (path + ".gone", label)
     row = tiles(unbraid.teaser_figure(run.split, run.scan, 4, dataset=images, n=3))[0]
@@ -448,7 +449,7 @@ def test_a_mistake_is_one_sentence(run: Run, tmp_path: Path) -> None:
     split, scan = run.split, run.scan
     foreign = replace(split, weights="0" * 64)
     elsewhere = replace(some_features(split, 4), layer="7")
-    too_short = ImageFolder(run.folder / "data/val", to_tensor)
+    too_short = open_images(run.folder / "data/val", to_tensor)
     too_short.samples, too_short.targets = too_short.samples[:20], too_short.targets[:20]
     figure = unbraid.density_figure(split, scan, 4)
     for call, said in (
@@ -517,8 +518,8 @@ def test_the_command_draws_what_the_functions_do(
 
 def test_a_runs_visualisations_are_drawn(run: Run) -> None:
     some_features(run.split, 4).save(run.folder / "features")
-    assert_tiles(figure_of_run(run.folder, 4), run, 4, 6, skip=1)
-    assert_tiles(figure_of_run(run.folder, 1), run, 1, 6)
+    assert_tiles(RunFolder(run.folder).figure(4), run, 4, 6, skip=1)
+    assert_tiles(RunFolder(run.folder).figure(1), run, 1, 6)
 
 
 def test_a_wrong_call_writes_nothing(
@@ -545,9 +546,9 @@ def test_a_run_without_split_or_images_says_so(run: Run, tmp_path: Path) -> None
     settings["source"]["data"] = str(tmp_path / "moved")
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(RunError, match="holds no split"):
-        figure_of_run(tmp_path, 4)
+        RunFolder(tmp_path).figure(4)
     (tmp_path / "split.safetensors").symlink_to(run.folder / "split.safetensors")
     (tmp_path / "scan-val").symlink_to(run.folder / "scan-val")
     with pytest.raises(DataError, match="moved"):
-        figure_of_run(tmp_path, 4)
-    assert len(panels(figure_of_run(tmp_path, 4, "densities"))) == 3  # they need no pictures
+        RunFolder(tmp_path).figure(4)
+    assert len(panels(RunFolder(tmp_path).figure(4, "densities"))) == 3  # they need no pictures

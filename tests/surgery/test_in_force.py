@@ -29,7 +29,6 @@ from unbraid.networks.copying import Reach, copy_network, unwrap
 from unbraid.surgery.apply import check_in_force
 
 PAIR = {0: [[0], [1]]}
-WAYS: dict[str, Callable[[], nn.Module]] = {}
 
 
 class Plain(nn.Module):
@@ -48,94 +47,9 @@ class Plain(nn.Module):
         return self.head(self.middle(self.stem(x).relu()).relu().mean((2, 3)))
 
 
-def way(change: Callable[[Plain], Any], name: str = "") -> Callable[[Plain], Any]:
-    """A way to reach the layer: what is returned is the network's `middle`, or the network."""
-
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        network = Plain()
-        made = change(network)
-        if isinstance(made, nn.Module) and made is not network.layer:
-            return made.eval()
-        if made is not None:
-            network.middle = made
-        return network.eval()
-
-    WAYS[name or change.__name__.replace("_", " ")] = build
-    return change
-
-
-@way
-def as_a_module(_network: Plain) -> None:
-    pass
-
-
-@way
-def by_a_closure(network: Plain) -> Any:
-    layer, seen = network.layer, []
-
-    def middle(x: Tensor) -> Tensor:
-        seen.append(x)
-        return layer(x)
-
-    return middle
-
-
-@way
-def by_a_closure_in_a_closure(network: Plain) -> Any:
-    layer = network.layer
-    return (lambda get: lambda x: get()(x))(lambda: layer)
-
-
-@way
-def by_a_function_that_calls_itself(network: Plain) -> Any:
-    layer = network.layer
-
-    def middle(x: Tensor, n: int = 2) -> Tensor:
-        return layer(x) if n == 0 else middle(x, n - 1)
-
-    return middle
-
-
-@way
-def by_a_decorated_method(network: Plain) -> Any:
-    method = network.middle
-
-    @functools.wraps(method)
-    def middle(x: Tensor) -> Tensor:
-        return method(x)
-
-    return middle
-
-
-@way
-def by_a_cached_function(network: Plain) -> Any:
-    layer = network.layer
-    find = functools.lru_cache(lambda: layer)
-    return lambda x: find()(x)
-
-
-@way
-def by_a_list(network: Plain) -> Any:
-    network.steps = [network.stem, network.layer]
-    return types.MethodType(lambda self, x: self.steps[1](x), network)
-
-
-@way
-def by_a_dictionarys_method(network: Plain) -> Any:
-    get = {"layer": network.layer}.get
-    return lambda x: get("layer")(x)
-
-
 @dataclass(slots=True, frozen=True)
 class Held:
     layers: tuple[nn.Module, ...]
-
-
-@way
-def by_an_object_with_slots(network: Plain) -> Any:
-    network.held = Held((network.layer,))
-    return types.MethodType(lambda self, x: self.held.layers[0](x), network)
 
 
 class Calls:
@@ -153,111 +67,152 @@ class NeverCopied(Calls):
         return self
 
 
-@way
-def by_weak_references(network: Plain) -> Any:
-    layer, whole = weakref.ref(network.layer), weakref.proxy(network)
-    by_name = weakref.WeakValueDictionary(layer=network.layer)
-    return lambda x: (layer()(x) + whole.layer(x) + by_name["layer"](x)) / 3
-
-
-@way
-def by_a_hook(network: Plain) -> Any:
-    layer = network.layer
-    network.around = nn.Identity()
-    network.around.register_forward_hook(lambda _module, _args, output: layer(output))
-    return network.around.__call__
-
-
-@way
-def by_a_layer_compiled_by_itself(network: Plain) -> Any:
-    compiled = torch.compile(network.layer, backend="eager")
-    return lambda x: compiled(x)
-
-
-@way
-def by_its_compile_method(network: Plain) -> None:
-    network.layer.compile(backend="eager")
-
-
-@way
-def in_a_wrapper(network: Plain) -> Any:
-    layer = network.layer
-    network.middle = lambda x: layer(x)
-    return nn.DataParallel(network)
-
-
-# The layer's own forward, which runs inside of the split layer.
-
-
-@way
-def with_a_forward_that_asks_for_the_kind(network: Plain) -> None:
-    layer = network.layer
-    layer.forward = lambda x: type(layer).forward(layer, x)
-
-
-@way
-def with_a_forward_put_around_the_old(network: Plain) -> None:
-    layer = network.layer
-    layer.old = layer.forward
-    layer.forward = functools.partial(lambda layer, x: layer.old(x), layer)
-
-
 class WithSlots(nn.Conv2d):
     __slots__ = ("own",)
 
 
-@way
-def of_a_class_with_slots(network: Plain) -> None:
-    network.layer = WithSlots(6, 8, 3, padding=1).double()
+class Ways:
+    """Ways to reach the layer: each returns the network's `middle`, or the network, or None."""
+
+    def as_a_module(network, layer):
+        pass
+
+    def by_a_closure(network, layer):
+        seen = []
+
+        def middle(x: Tensor) -> Tensor:
+            seen.append(x)
+            return layer(x)
+
+        return middle
+
+    def by_a_closure_in_a_closure(network, layer):
+        return (lambda get: lambda x: get()(x))(lambda: layer)
+
+    def by_a_function_that_calls_itself(network, layer):
+        def middle(x: Tensor, n: int = 2) -> Tensor:
+            return layer(x) if n == 0 else middle(x, n - 1)
+
+        return middle
+
+    def by_a_default(network, layer):
+        return lambda x, layer=layer: layer(x)
+
+    def by_a_keyword_default(network, one):
+        def middle(x: Tensor, *, layer: nn.Module = one) -> Tensor:
+            return layer(x)
+
+        return middle
+
+    def by_a_decorated_method(network, layer):
+        method = network.middle
+
+        @functools.wraps(method)
+        def middle(x: Tensor) -> Tensor:
+            return method(x)
+
+        return middle
+
+    def by_a_static_method(network, layer):
+        return staticmethod(lambda x: layer(x))
+
+    def by_a_cached_function(network, layer):
+        find = functools.lru_cache(lambda: layer)
+        return lambda x: find()(x)
+
+    def by_a_partial(network, layer):
+        return functools.partial(lambda network, x: network.layer(x), network)
+
+    def by_the_layers_own_call(network, layer):
+        return layer.__call__
+
+    def by_a_list(network, layer):
+        network.steps = [network.stem, layer]
+        return types.MethodType(lambda self, x: self.steps[1](x), network)
+
+    def by_a_dictionarys_method(network, layer):
+        get = {"layer": layer}.get
+        return lambda x: get("layer")(x)
+
+    def by_an_object_with_slots(network, layer):
+        network.held = Held((layer,))
+        return types.MethodType(lambda self, x: self.held.layers[0](x), network)
+
+    def by_an_object_with_a_lock(network, layer):
+        return Calls(layer)
+
+    def by_an_object_that_copies_to_itself(network, layer):
+        return NeverCopied(layer)
+
+    def by_weak_references(network, layer):
+        one, whole = weakref.ref(layer), weakref.proxy(network)
+        by_name = weakref.WeakValueDictionary(layer=layer)
+        return lambda x: (one()(x) + whole.layer(x) + by_name["layer"](x)) / 3
+
+    def by_a_hook(network, layer):
+        network.around = nn.Identity()
+        network.around.register_forward_hook(lambda _module, _args, output: layer(output))
+        return network.around.__call__
+
+    def by_a_compiled_function(network, layer):
+        return torch.compile(lambda x: layer(x), backend="eager")
+
+    def by_a_layer_compiled_by_itself(network, layer):
+        compiled = torch.compile(layer, backend="eager")
+        return lambda x: compiled(x)
+
+    def by_its_compile_method(network, layer):
+        layer.compile(backend="eager")
+
+    def in_a_wrapper(network, layer):
+        network.middle = lambda x: layer(x)
+        return nn.DataParallel(network)
+
+    def with_weight_norm(network, layer):
+        normed = nn.utils.parametrizations.weight_norm(layer)
+        return lambda x: normed(x)
+
+    def with_weight_norm_of_old(network, layer):
+        normed = nn.utils.weight_norm(layer)
+        return lambda x: normed(x)
+
+    # The layer's own forward, which runs inside of the split layer.
+
+    def with_a_forward_by_a_method(network, layer):
+        layer.forward = types.MethodType(lambda self, x: nn.Conv2d.forward(self, x), layer)
+
+    def with_a_forward_that_asks_for_the_kind(network, layer):
+        layer.forward = lambda x: type(layer).forward(layer, x)
+
+    def with_a_forward_put_around_the_old(network, layer):
+        layer.old = layer.forward
+        layer.forward = functools.partial(lambda layer, x: layer.old(x), layer)
+
+    def with_a_forward_by_an_object(network, layer):
+        layer.forward = Calls(layer.forward)
+
+    def of_a_class_with_slots(network, layer):
+        network.layer = WithSlots(6, 8, 3, padding=1).double()
 
 
-def _set_forward(network: Plain, forward: Any) -> None:
-    network.layer.forward = forward
+WAYS = [name for name in vars(Ways) if not name.startswith("__")]
 
 
-MORE_WAYS: dict[str, Callable[[Plain], Any]] = {
-    "by a default": lambda network: lambda x, layer=network.layer: layer(x),
-    "by a keyword default": lambda network: _of_keyword(network.layer),
-    "by a static method": lambda network: staticmethod(_calling(network.layer)),
-    "by a partial": lambda network: functools.partial(lambda net, x: net.layer(x), network),
-    "by the layers own call": lambda network: network.layer.__call__,
-    "by an object with a lock": lambda network: Calls(network.layer),
-    "by an object that copies to itself": lambda network: NeverCopied(network.layer),
-    "by a compiled function": lambda network: torch.compile(
-        _calling(network.layer), backend="eager"
-    ),
-    "with weight norm": lambda network: _calling(
-        nn.utils.parametrizations.weight_norm(network.layer)
-    ),
-    "with weight norm of old": lambda network: _calling(nn.utils.weight_norm(network.layer)),
-    "with a forward by a method": lambda network: _set_forward(
-        network,
-        types.MethodType(lambda self, x: nn.Conv2d.forward(self, x), network.layer),
-    ),
-    "with a forward by an object": lambda network: _set_forward(
-        network, Calls(network.layer.forward)
-    ),
-}
-
-
-def _calling(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: layer(x)
-
-
-def _of_keyword(one: nn.Module) -> Callable[[Tensor], Tensor]:
-    def middle(x: Tensor, *, layer: nn.Module = one) -> Tensor:
-        return layer(x)
-
-    return middle
-
-
-for _name, _change in MORE_WAYS.items():
-    way(_change, _name)
+def reaching(name: str) -> nn.Module:
+    """A network that reaches its layer in one of the ways."""
+    torch.manual_seed(0)
+    network = Plain()
+    made = getattr(Ways, name)(network, network.layer)
+    if isinstance(made, nn.Module) and made is not network.layer:
+        return made.eval()
+    if made is not None:
+        network.middle = made
+    return network.eval()
 
 
 @pytest.mark.parametrize("name", WAYS)
 def test_apply_is_in_force_however_the_layer_is_reached(name, tmp_path):
-    network, x = WAYS[name](), images()
+    network, x = reaching(name), images()
     expected = network(x)
     before = snapshot(unwrap(network))
     check_in_force(network, "layer", x[:1])
@@ -268,7 +223,7 @@ def test_apply_is_in_force_however_the_layer_is_reached(name, tmp_path):
         assert not torch.allclose(changed(x), expected, rtol=1e-3)
         assert_bit_equal(network(x), expected)
     unbraid.compare_outputs(network, changed, SyntheticImages(5), tolerance=0.0)
-    if name not in ("by weak references",):  # which run the layer more than once
+    if name != "by_weak_references":  # which run the layer more than once
         unbraid.ablate(changed, SyntheticImages(5))
     plain = unbraid.apply(network, split, form="plain")
     assert_close(plain(x), expected)
@@ -316,7 +271,7 @@ def test_several_layers_in_a_list_are_split_at_once(form, tmp_path):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, copy_network])
 def test_a_split_layer_that_computes_its_weights_can_be_copied(duplicate, tmp_path):
-    network = WAYS["as a module"]()
+    network = reaching("as_a_module")
     nn.utils.parametrizations.weight_norm(network.layer)
     twin = duplicate(unbraid.apply(network, make_split(network, tmp_path)))
     assert_same_outputs(network, twin, images())
@@ -363,7 +318,7 @@ UNCOPYABLE: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", UNCOPYABLE)
 @pytest.mark.parametrize("place", ["network", "layer"])
 def test_apply_shares_what_cannot_be_copied(name, place, tmp_path):
-    network = WAYS["as a module"]()
+    network = reaching("as_a_module")
     own = UNCOPYABLE[name]()
     (network if place == "network" else network.layer).own = own
     network.layer.forward = types.MethodType(nn.Conv2d.forward, network.layer)  # to be probed
@@ -587,7 +542,7 @@ def test_copy_network_keeps_which_weights_want_gradients():
 
 
 def test_check_in_force_takes_few_passes_and_leaves_the_network():
-    network = WAYS["by a closure"]()
+    network = reaching("by_a_closure")
     n_runs: list[int] = []
     network.register_forward_hook(lambda *_: n_runs.append(1))
     before, state = snapshot(network), torch.get_rng_state()

@@ -22,21 +22,15 @@ import unbraid
 from unbraid.base.errors import UnbraidError, UsageError
 from unbraid.base.tables import align, count, one_line
 from unbraid.cli.shared import (
-    Device,
     Features,
     Finding,
     Grid,
     Layers,
-    Model,
-    Names,
     Network,
     Out,
-    Output,
-    Rho,
     RunPath,
     ScanPath,
     Table,
-    Weights,
     err_console,
     load,
     note,
@@ -85,7 +79,7 @@ def run(
     out: Out,
     finding: Finding = Finding(),
     labels: Labels = "given",
-    rho: Rho = None,
+    rho: float | None = None,
     encoder: str | None = None,
     features: Features = True,
     overwrite: bool = False,
@@ -101,6 +95,7 @@ def run(
         data: Folder with train and val, each a folder of images, in class folders or not, a list
             (train.csv, train.parquet) or a shard (train.tar); or hf:FOLDER, saved likewise.
         labels: What each image counts as: its folder's class, or what the network says.
+        rho: Fix the published rule's rho instead of choosing it per channel.
         encoder: timm:NAME, to tell how alike images are; by default the network itself.
         overwrite: Put the results, once finished, in the place of a run with other settings in OUT.
     """
@@ -143,10 +138,17 @@ def run(
         show_comparison("With all layers split, largest logit difference", done.output)
 
 
-def layers(model: Model, *, weights: Weights = "random", output: Output = None) -> None:
+def layers(model: str, *, weights: str | None = "random", output: str | None = None) -> None:
     """List the layers of a network that can be split.
 
     The network runs on one blank picture, which tells the layers that reach its logits.
+
+    Args:
+        model: torchvision:NAME, timm:NAME or FILE.py:FUNCTION, which returns the network, (network,
+            preprocessing) or (network, preprocessing, output names); without preprocessing
+            ImageNet's usual one is assumed.
+        weights: A safetensors or torch file, a torchvision weights name, or 'random'.
+        output: Key or index of the logits, if the network puts out more (-1: last).
     """
     from PIL import Image
 
@@ -191,8 +193,8 @@ def scan(
         progress=True,
         source={**loaded.source, "data": absolute(data)},
     )
-    layers = layer[0] if len(layer) == 1 else layer
-    made = unbraid.scan(loaded.model, layers, images, out, **vars(options))
+    asked = layer[0] if len(layer) == 1 else layer
+    made = unbraid.scan(loaded.model, asked, images, out, **vars(options))
     if not is_first():
         return
     one = made if isinstance(made, unbraid.Scan) else next(iter(made.values()))
@@ -242,12 +244,13 @@ def split(
     out: Out,
     finding: Finding = Finding(),
     method: Literal["least_squares", "published"] = "least_squares",
-    rho: Rho = None,
+    rho: float | None = None,
 ) -> None:
     """Find and split the polysemantic channels in a scan, best one with positions.
 
     Args:
         method: How to divide the weights.
+        rho: Fix the published rule's rho instead of choosing it per channel.
     """
     from unbraid.running.folders import refuse_result
 
@@ -330,11 +333,11 @@ def reproduce(
     *,
     imagenet: Path,
     out: Out,
-    weights: Weights = "IMAGENET1K_V1",
+    weights: str | None = "IMAGENET1K_V1",
     batch_size: int | None = None,
     workers: int = 0,
-    device: Device = None,
-    names: Names = None,
+    device: str | None = None,
+    names: Path | None = None,
 ) -> int:
     """Run the published ResNet-50 setting and compare with the published list, pair by pair.
 
@@ -344,6 +347,10 @@ def reproduce(
         imagenet: ImageNet folder with train/ of class folders.
         batch_size: Images per forward pass; by default what memory surely holds.
         workers: Processes that load images.
+        weights: A safetensors or torch file, a torchvision weights name, or 'random'.
+        device: Such as cpu or cuda:0; an accelerator if there.
+        names: File of names for classes: CSV (folder, WordNet id or output's number; name), JSON,
+            or a line for each output.
     """
     from unbraid.running.folders import holds_results
     from unbraid.running.reproduce import (

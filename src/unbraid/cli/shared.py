@@ -26,30 +26,6 @@ out_console, err_console = (
 
 # The options that commands share, with their help; that of others stands in docstrings.
 
-Model = Annotated[
-    str,
-    Parameter(
-        help="torchvision:NAME, timm:NAME or FILE.py:FUNCTION, which returns the network, "
-        "(network, preprocessing) or (network, preprocessing, output names); without "
-        "preprocessing ImageNet's usual one is assumed."
-    ),
-]
-Weights = Annotated[
-    str | None,
-    Parameter(help="A safetensors or torch file, a torchvision weights name, or 'random'."),
-]
-Output = Annotated[
-    str | None,
-    Parameter(help="Key or index of the logits, if the network puts out more (-1: last)."),
-]
-Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an accelerator if there.")]
-Names = Annotated[
-    Path | None,
-    Parameter(
-        help="File of names for classes: CSV (folder, WordNet id or output's number; name), JSON, "
-        "or a line for each output."
-    ),
-]
 Layers = Annotated[
     list[str],
     Parameter(
@@ -57,9 +33,6 @@ Layers = Annotated[
         "may be given more than once.",
         negative="",
     ),
-]
-Rho = Annotated[
-    float | None, Parameter(help="Fix the published rule's rho instead of choosing it per channel.")
 ]
 Features = Annotated[
     bool,
@@ -78,13 +51,24 @@ Grid = Annotated[list[float] | None, Parameter(consume_multiple=True)]
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A network as the command line names it."""
+    """A network as the command line names it.
 
-    model: Model
-    weights: Weights = None
-    output: Output = None
-    device: Device = None
-    names: Names = None
+    Args:
+        model: torchvision:NAME, timm:NAME or FILE.py:FUNCTION, which returns the network, (network,
+            preprocessing) or (network, preprocessing, output names); without preprocessing
+            ImageNet's usual one is assumed.
+        weights: A safetensors or torch file, a torchvision weights name, or 'random'.
+        output: Key or index of the logits, if the network puts out more (-1: last).
+        device: Such as cpu or cuda:0; an accelerator if there.
+        names: File of names for classes: CSV (folder, WordNet id or output's number; name), JSON,
+            or a line for each output.
+    """
+
+    model: str
+    weights: str | None = None
+    output: str | None = None
+    device: str | None = None
+    names: Path | None = None
 
 
 @Parameter(name="*")

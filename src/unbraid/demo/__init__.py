@@ -1,3 +1,1 @@
 """A small trained network and a sample of Fashion-MNIST that come with the package."""
-
-from __future__ import annotations

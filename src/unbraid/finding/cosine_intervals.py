@@ -70,11 +70,13 @@ def with_chance(scan: Scan, sums: ClassSums, pairs: Sequence[Pair]) -> list[Pair
     yardsticks = _yardsticks(scan, cases, classes)
     judged = []
     for case, ends, halves in zip(cases, intervals, yardsticks, strict=True):
-        known = (sums.n_images[classes[case.classes]] > 1)[case.sides]  # (2, pairs)
-        both = known.all(0).expand(2, -1)
+        single = sums.n_images[classes[case.classes]] < 2
+        halves[single] = math.nan
+        ends[:, single[case.sides].any(0)] = math.nan
         figures = torch.cat([ends, halves[case.sides]]).T.tolist()  # (pairs, 4)
-        for pair, row, sure in zip(case.pairs, figures, torch.cat([both, known]).T, strict=True):
-            low, high, half1, half2 = (v if s else math.nan for v, s in zip(row, sure, strict=True))
+        for pair, row in zip(case.pairs, figures, strict=True):
+            # The one nan of Python, so that pairs can be compared.
+            low, high, half1, half2 = (math.nan if math.isnan(value) else value for value in row)
             judged.append(replace(pair, low=low, high=high, half1=half1, half2=half2))
     return judged
 

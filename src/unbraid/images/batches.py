@@ -75,12 +75,7 @@ def read_images(
 ) -> Iterator[Batch]:
     """Read batches of images, in order; a batch without any good image is left out.
 
-    Args:
-        dataset: of (image, label).
-        batches: indices, batch by batch.
-        workers: processes that read; 0 for none.
-        skip_broken: leave out images that cannot be read.
-        advance: told how many images were read or left out.
+    `advance` is told how many images were read or left out.
 
     Raises:
         DataError: an image cannot be read, or images differ in size.

@@ -22,7 +22,7 @@ from unbraid.base.modes import callers_device
 UNLABELLED = -1  # in place of a label, where a data set has none
 _N_TRIED = 20  # images, in search of one that can be read
 _N_KEYS = 12  # of a dictionary, that a message names
-NO_IMAGE = torch.empty(0)
+NO_IMAGE = torch.empty(0, dtype=torch.float32)
 
 
 class BrokenImage(DataError):
@@ -73,7 +73,7 @@ class Readable(Dataset[Loaded]):
         """Read one image."""
         try:
             image, label = read_pair(self.dataset, index)
-            return Loaded(index, plain(_tensor(image, index), index), to_label(label, index))
+            return Loaded(index, plain(image, index), to_label(label, index))
         except DataError as fault:
             return failed(index, fault.with_traceback(None))
         except Exception as error:  # which does not let itself be looked at
@@ -139,15 +139,6 @@ def _refuse_other(item: Any, index: int) -> None:
     )
 
 
-def _tensor(image: Any, index: int) -> Tensor:
-    if isinstance(image, Tensor):
-        return image
-    remedy = "let the data set give (image, label)"
-    if isinstance(image, (Image.Image, np.ndarray)):
-        remedy = "give the data set a transform"
-    raise DataError(f"Image {index} is a {type(image).__name__}, not a tensor; {remedy}.")
-
-
 def to_label(label: Any, index: int) -> int:
     """Make a number of a label of any type."""
     try:
@@ -158,27 +149,33 @@ def to_label(label: Any, index: int) -> int:
     except Exception:  # of types of anyone's own
         pass
     shape = tuple(getattr(label, "shape", ()))
-    kind = f"{type(label).__name__} of shape {shape}" if shape else type(label).__name__
+    of_shape = f"it is of shape {shape}; " if shape else ""
     raise DataError(
-        f"The label of image {index} is a {kind}, not a class's number; give one image and one "
-        f"number at a time, {UNLABELLED} where none is known (and scan with labels='predicted')."
+        f"The label of image {index} is a {type(label).__name__}, not a class's number; {of_shape}"
+        f"give one image and one number at a time, {UNLABELLED} where none is known (and scan with "
+        "labels='predicted')."
     )
 
 
-def plain(image: Tensor, index: int) -> Tensor:
+def plain(image: Any, index: int) -> Tensor:
     """Bring an image to the processor, as numbers alone: no gradient, no type of its own.
 
     Anything else may not cross between processes, or not be kept.
     """
+    kind = type(image).__name__
+    if not isinstance(image, Tensor):
+        is_picture = isinstance(image, (Image.Image, np.ndarray))
+        remedy = "give the data set a transform" if is_picture else "let it give (image, label)"
+        raise DataError(f"Image {index} is a {kind}, not a tensor; {remedy}.")
     what, found = _oddness(image), image
     if not what:
         try:
             with torch.no_grad():
                 found = image.as_subclass(Tensor).detach().cpu().resolve_conj().resolve_neg()
                 found = found.clone() if found.is_inference() else found
-            what = "" if type(found) is Tensor else f"is a {type(image).__name__} that stays one"
+            what = "" if type(found) is Tensor else f"is a {kind} that stays one"
         except Exception as error:  # of a type of anyone's own
-            what = f"is a {type(image).__name__} that stays one ({brief(error)})"
+            what = f"is a {kind} that stays one ({brief(error)})"
     if what:
         raise DataError(
             f"Image {index} {what}; let the data set give plain tensors of real numbers."

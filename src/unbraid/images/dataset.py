@@ -6,7 +6,7 @@ import copy
 import inspect
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -110,7 +110,7 @@ def own_list(dataset: Dataset[Any], name: str) -> list[Any] | None:
     kept = own(dataset, name)[1]
     if hasattr(kept, "tolist"):  # going through a tensor would make one of every value
         kept = kept.tolist()
-    if not isinstance(kept, Collection) or isinstance(kept, (str, Mapping, Set)):
+    if not isinstance(kept, Sequence) or isinstance(kept, str):
         return None
     if len(kept) != size_of(dataset):
         raise DataError(
@@ -167,15 +167,11 @@ def gathered(
 
 
 def changes_images(dataset: Dataset[Any]) -> bool:
-    """Whether code of anyone's own reads images out of another data set, and may change them."""
+    """Whether code of anyone's own reads images out of a data set inside, and may change them."""
     reads = [kind.__getitem__ for kind in (Subset, ConcatDataset) if isinstance(dataset, kind)]
     as_they_are = isinstance(dataset, Around) or type(dataset).__getitem__ in reads
-    return bool(inner_of(dataset)) and not as_they_are
-
-
-def any_changes_images(dataset: Dataset[Any]) -> bool:
-    """Whether it does so in a data set or in one inside of it."""
-    return changes_images(dataset) or any(map(any_changes_images, inner_of(dataset)))
+    inner = inner_of(dataset)
+    return bool(inner) and (not as_they_are or any(map(changes_images, inner)))
 
 
 def spaced(size: int) -> range:
@@ -290,8 +286,12 @@ def groups_of(dataset: Dataset[Any]) -> list[int] | None:
 
 def _group_keys(dataset: Dataset[Any]) -> list[Any] | None:
     """The group of each image as the data set names it."""
-    if own(dataset, "groups")[0]:
-        return own_list(dataset, "groups")
+    is_own, kept = own(dataset, "groups")
+    if is_own:
+        keys = own_list(dataset, "groups")
+        if keys is None and kept is not None:
+            raise DataError(f"The data set's groups are a {type(kept).__name__}; give a list.")
+        return keys
     if not isinstance(dataset, ConcatDataset):
         return gathered(dataset, _group_keys, "groups")
     parts = [(part, _group_keys(part)) for part in inner_of(dataset)]

@@ -21,7 +21,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from unbraid.base.errors import DataError, UnfitPicture
 from unbraid.images.broken import BrokenImage, plain, read_pair
 from unbraid.images.dataset import (
-    any_changes_images,
+    changes_images,
     drawing_alike,
     gathered,
     groups_of,
@@ -97,7 +97,7 @@ def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
     for k, one in enumerate(ids or ()):
         size = "" if sizes is None else sizes[k]
         digest.update(_encode(one) + f"\0{size}\0".encode())
-    if ids is None or sizes is None or any_changes_images(dataset):
+    if ids is None or sizes is None or changes_images(dataset):
         first, again = ([_content(dataset, k) for k in spaced(len(labels))] for _ in range(2))
         if first == again:
             for content in first:

@@ -167,10 +167,10 @@ def images_for(loaded: LoadedModel, where: str) -> tuple[ListedImages, str]:
         The images, and a warning if they have no labels, if some lie beside class folders, or if
         it had to be guessed which output each class stands for.
     """
-    listing = list_images(where)
+    listing, own = list_images(where), loaded.class_names
     unread = ListedImages(listing, loaded.transform, {})
-    n_outputs = loaded.n_outputs(first_readable(unread, range(len(unread))))
-    own = loaded.class_names
+    if listing.classes or loaded.names.by_output:
+        n_outputs = loaded.n_outputs(first_readable(unread, range(len(unread))))
     if not listing.classes:
         given = loaded.names.of_outputs(n_outputs) if loaded.names.by_output else ()
         what = "class folders" if listing.root is not None else "labels"

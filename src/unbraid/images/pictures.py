@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import (
+    Image,
+    ImageFile,
+    ImageOps,
+    JpegImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from unbraid.base.errors import DataError, UnfitPicture, brief, out_of_reach
 
@@ -74,7 +81,7 @@ def decode_picture(file: str | Path | BinaryIO, name: str) -> Image.Image:
     except UnfitNumbers as error:
         raise UnfitPicture(f"Image {name} {error}.") from None
     except UnidentifiedImageError:  # an OSError whose text is about the file, not the image
-        kind = _unread_kind_of(file)
+        kind = unread_kind(file)
         if kind:
             raise UnfitPicture(f"Image {name} {kind}, which are not read; {_SAVE}.") from None
         raise DataError(f"Image {name} cannot be read (it is of no known kind).") from None
@@ -101,33 +108,23 @@ def _decoded(file: str | Path | BinaryIO) -> Image.Image:
         return picture.convert("RGB")
 
 
-def _unread_kind_of(file: str | Path | BinaryIO) -> str:
-    try:
-        with open(file, "rb") if isinstance(file, (str, Path)) else nullcontext(file) as stream:
-            stream.seek(0)
-            return unread_kind(stream)
-    except OSError:
-        return ""
-
-
-def unread_kind(file: BinaryIO) -> str:
+def unread_kind(file: str | Path | BinaryIO) -> str:
     """Say what numbers a picture holds that Pillow does not read, empty if that is not the reason.
 
     >>> import io
     >>> unread_kind(io.BytesIO(b"no picture"))
     ''
     """
-    prefix = file.read(16)
-    for factory, accept in (Image.OPEN[kind] for kind in ("TIFF", "JPEG")):
-        if accept is not None and accept(prefix) is True:
-            file.seek(0)
-            try:
-                factory(file, "")
-            except Exception as error:  # a damaged file fails in any way
-                if "-bit layers" in str(error):
-                    return "is a JPEG of values of other than 8 bits"
-                if "unknown pixel mode" in str(error):
-                    return "is a TIFF of numbers or channels of an unusual kind"
+    for factory in (TiffImagePlugin.TiffImageFile, JpegImagePlugin.JpegImageFile):
+        try:
+            with open(file, "rb") if isinstance(file, (str, Path)) else nullcontext(file) as stream:
+                stream.seek(0)
+                factory(stream, "")
+        except Exception as error:  # a damaged file, or one of another kind, fails in any way
+            if "-bit layers" in str(error):
+                return "is a JPEG of values of other than 8 bits"
+            if "unknown pixel mode" in str(error):
+                return "is a TIFF of numbers or channels of an unusual kind"
     return ""
 
 

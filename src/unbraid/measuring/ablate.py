@@ -282,8 +282,7 @@ class AblationSums:
         )
 
     def _seen(self) -> list[int]:
-        classes: list[int] = self._n_images[: self._n_classes].nonzero()[:, 0].tolist()
-        return classes
+        return [int(label) for label in self._n_images[: self._n_classes].nonzero()]
 
     def _means(self, run: int, groups: list[int], *, lost: bool = False) -> tuple[float, float]:
         """Mean logit and hits of some groups in a run, or what it lost; NaN without images."""

@@ -41,7 +41,7 @@ class Penultimate(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         """Keep the network."""
         super().__init__()
-        self.model = model
+        self.model, self.name = model, "the network's own penultimate layer"
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute embeddings, (N, D).
@@ -77,7 +77,7 @@ class Penultimate(nn.Module):
 
     def __str__(self) -> str:
         """Name the encoder, for people."""
-        return "the network's own penultimate layer"
+        return self.name
 
 
 def _may_classify(module: nn.Module) -> bool:
@@ -109,10 +109,6 @@ class TimmEncoder(nn.Module):
         embeddings: Tensor = self.network(images)
         return embeddings
 
-    def __str__(self) -> str:
-        """Name the encoder, for people."""
-        return f"timm:{self.name}"
-
 
 def load_encoder(spec: str, *, pretrained: bool = True, device: str | None = None) -> TimmEncoder:
     """Load an image encoder by its name.
@@ -138,13 +134,13 @@ def load_encoder(spec: str, *, pretrained: bool = True, device: str | None = Non
     network.reset_classifier(0)  # pooled features remain
     size = transform(Image.new("RGB", (64, 64))).shape
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return TimmEncoder(network.to(device).eval(), transform, size, name)
+    return TimmEncoder(network.to(device).eval(), transform, size, spec)
 
 
 def name_of_encoder(encoder: Encoder) -> str:
     """Name an encoder for people."""
     if isinstance(encoder, (Penultimate, TimmEncoder)):
-        return str(encoder)
+        return encoder.name
     return getattr(encoder, "__qualname__", type(encoder).__name__)
 
 

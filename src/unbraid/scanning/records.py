@@ -150,9 +150,6 @@ def join_records(parts: Sequence[Records]) -> Records:
     return Records(**joined)
 
 
-# What tensors from disk must be like before anything is computed of them.
-
-
 def records_fault(manifest: Manifest, shard: int, tensors: Mapping[str, Tensor]) -> str | None:
     """Judge tensors of a shard, each by itself and one beside the other.
 
@@ -268,9 +265,6 @@ def sound_figures(tensor: Tensor) -> bool:
         return True
     least, most = tensor.aminmax()  # NaN if any is
     return bool(least >= -_LARGEST) and bool(most <= _LARGEST)
-
-
-# A finished scan, opened; and its images where they lie now.
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from unbraid.networks.layers import (
     weight_rows,
 )
 from unbraid.networks.outputs import picked_by, run_network
-from unbraid.networks.relevance import cut_at, gradients_at, undisturbed
+from unbraid.networks.relevance import Cut, cut_at, gradients_at, undisturbed
 from unbraid.networks.spec import LayerSpec
 from unbraid.networks.weights import hash_weights, refuse_broken_weights
 from unbraid.scanning.accuracy import LONG, describe_fit, sampled_accuracy, scanned_accuracy
@@ -289,10 +289,14 @@ def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
     specs = splittable_layers(model)
     seed = torch.Generator().manual_seed(0)
     noise = torch.randn(images.shape, generator=seed, dtype=torch.float32).to(images)
+    met: list[list[list[Tensor]]] = []  # inputs of each layer, of images and of noise
     with undisturbed(model), torch.no_grad():  # if this fails, it is not for a gradient
-        met, met_too = (_inputs(model, specs, seen) for seen in (images, noise))
+        for seen in (images, noise):
+            with _cuts(model, specs, Tensor.clone) as cuts:
+                run_network(model, seen)
+            met.append([cut.inputs for cut in cuts])
     # What is the same whatever the image are codes of positions and the like.
-    seeing = [spec for spec in specs if not _same(met[spec.name], met_too[spec.name])]
+    seeing = [spec for spec, *pair in zip(specs, *met, strict=True) if not _same(*pair)]
     return _reaching(model, seeing, images)
 
 
@@ -305,20 +309,13 @@ def usable_in(model: nn.Module, dataset: Dataset[Any]) -> list[LayerSpec]:
     return usable_layers(model, torch.stack([image] * 2).to(device_of(model)))
 
 
-def _inputs(model: nn.Module, specs: list[LayerSpec], images: Tensor) -> dict[str, list[Tensor]]:
-    """What each layer meets, run by run."""
-    met: dict[str, list[Tensor]] = {spec.name: [] for spec in specs}
-
-    def keep(name: str, _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        met[name].append((args[0] if args else next(iter(named.values()))).clone())
-
+@contextmanager
+def _cuts(
+    model: nn.Module, specs: list[LayerSpec], keep: Callable[[Tensor], Any]
+) -> Iterator[list[Cut[Any]]]:
     with ExitStack() as stack:
-        for name in met:
-            module = model.get_submodule(name)
-            hook = module.register_forward_pre_hook(partial(keep, name), with_kwargs=True)
-            stack.callback(hook.remove)
-        run_network(model, images)
-    return met
+        layers = (model.get_submodule(spec.name) for spec in specs)
+        yield [stack.enter_context(cut_at(layer, keep)) for layer in layers]
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -328,16 +325,7 @@ def _same(one: list[Tensor], other: list[Tensor]) -> bool:
 def _reaching(model: nn.Module, specs: list[LayerSpec], images: Tensor) -> list[LayerSpec]:
     """Leave out layers on whose output the logits do not depend."""
     try:
-        with (
-            undisturbed(model),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            ExitStack() as on,
-        ):
-            cuts = [
-                on.enter_context(cut_at(model.get_submodule(spec.name), lambda _: None))
-                for spec in specs
-            ]
+        with undisturbed(model), torch.enable_grad(), _cuts(model, specs, id) as cuts:
             logits = run_network(model, images)
             for cut in cuts:
                 cut.recording = False
