@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sources import write
+from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -18,6 +19,7 @@ from torchvision.transforms import v2
 import unbraid
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import DataError, RunError
+from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import (
     Relabelled,
     class_names_of,
@@ -305,6 +307,72 @@ def test_our_own_wrappers_are_seen_through(folder):
         assert preprocessing_of(dataset) == repr(transform(False))
     assert picture_of(moved, 0).tobytes() == picture_of(images, 5).tobytes()
     assert (name_of(moved, 1), name_of(moved, 2)) == ("ant/4.png", "gone")
+
+
+# --- other labels for the same images -------------------------------------------------------------
+
+
+class Unlabelled(Dataset[tuple[Tensor, Any]]):
+    """Images with a stand-in for a label, and no list of labels."""
+
+    def __init__(self, n_images: int, label: Any = UNLABELLED) -> None:
+        self.inner, self.label = SyntheticImages(n_images), label
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self.inner[index][0], self.label
+
+
+def predictions(kind: str, dataset: Dataset[Any]) -> list[int]:
+    with torch.no_grad():
+        logits = [build(kind)(dataset[n][0][None])[0] for n in range(len(dataset))]
+    return [int(row.argmax()) for row in logits]
+
+
+def test_a_relabelled_data_set_is_the_data_set_but_for_labels():
+    inner = SyntheticImages(6)
+    other = Relabelled(inner, {0: 3, 5: 2})
+    assert len(other) == 6
+    assert labels_of(other) == other.targets == [3, 1, 2, 3, 0, 2]
+    assert [label for _, label in (other[n] for n in range(6))] == other.targets
+    assert all(torch.equal(other[n][0], inner[n][0]) for n in range(6))
+    assert other.classes == inner.classes
+    assert inner.targets == [0, 1, 2, 3, 0, 1]
+    with pytest.raises(AttributeError, match="samples"):
+        other.samples  # noqa: B018
+
+
+def test_a_relabelled_part_has_the_places_of_the_part():
+    other = Relabelled(Subset(SyntheticImages(6), [4, 5]), {1: 7})
+    assert labels_of(other) == [0, 7]
+
+
+def test_worker_processes_can_read_a_relabelled_data_set(tmp_path):
+    network, dataset = build("1x1"), Relabelled(SyntheticImages(6), {0: 2})
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, workers=1)
+    (records,) = scan.shards()
+    assert records.label.tolist() == [2, 1, 2, 3, 0, 1]
+
+
+def test_accuracy_is_unknown_without_labels_and_counts_only_images_that_have_one():
+    network = build("3x3")
+    none = unbraid.compare_outputs(network, network, Unlabelled(6))
+    assert (none.top1_agreement, none.top1_before, none.top1_after) == (1.0, None, None)
+    some = SyntheticImages(6)
+    right = predictions("3x3", some)
+    some.targets = [right[0], (right[1] + 1) % 4, *[UNLABELLED] * 4]
+    compared = unbraid.compare_outputs(network, network, some)
+    assert (compared.top1_before, compared.top1_after) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("label", [None, "cat", torch.tensor([0, 1]), 0.5, float("inf"), 2**70])
+def test_a_listed_label_that_is_no_number_is_told(label):
+    listed = SyntheticImages(3)
+    listed.targets = [0, 1, label]
+    with pytest.raises(DataError, match="image 2"):
+        labels_of(listed)
 
 
 # --- lists that do not fit ------------------------------------------------------------------------

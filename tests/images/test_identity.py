@@ -151,7 +151,8 @@ def test_images_are_found_again_by_id_where_their_order_changed(folder, tmp_path
 
 
 def test_a_report_shows_the_same_pictures_whatever_the_order(folder, tmp_path):
-    images = from_csv(folder)
+    plain = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float64, scale=True)])
+    images = open_images(as_csv(folder, MEMBERS), plain)
     scan = scanned(images, tmp_path / "scan", positions=True)
     found = unbraid.find(scan, channels={1: [[0], [1]]})
     split = unbraid.split(scan, found)

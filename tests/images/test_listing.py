@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tarfile
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from sources import (
 from unbraid.base.errors import DataError
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.labels import Outputs, read_classes
-from unbraid.images.listing import Listing
+from unbraid.images.listing import Listing, list_folder
 from unbraid.images.open import open_images
 
 
@@ -138,3 +139,32 @@ def test_by_class_numbers_from_one_on_are_not_taken_for_names_in_order():
     listing = Listing("it", [], lambda _: Image.new("RGB", (1, 1)), ["1", "2", "10"], [0, 1, 2])
     with pytest.raises(DataError, match="number 10"):
         read_classes(listing.known, Outputs((), 3))
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Path:
+    for name in ("b.png", "a.jpg", "deep/er/c.webp"):
+        (tmp_path / "flat" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), (len(name), 0, 0)).save(tmp_path / "flat" / name)
+    (tmp_path / "flat/notes.txt").write_text("no image")
+    return tmp_path / "flat"
+
+
+def test_list_folder_without_classes_has_all_images_below_it_in_order(flat):
+    images = open_images(flat, labels={}, class_names=("ant", "bee"))
+    names = [str(Path(path).relative_to(flat)) for path, _ in images.samples]
+    assert names == images.ids == ["a.jpg", "b.png", "deep/er/c.webp"]
+    assert (images.targets, images.classes) == ([UNLABELLED] * 3, ["ant", "bee"])
+    assert images[1][0].size == (8, 6)
+    with pytest.raises(DataError, match=r"2 images of its own and 1 in folders, so it is not pl"):
+        open_images(flat)
+    Image.new("RGB", (8, 6)).save(flat / "deep/own.png")
+    shutil.rmtree(flat / "deep/er")
+    assert not list_folder(flat / "deep").classes
+    (flat / "deep/er").mkdir()
+    (flat / "deep/own.png").rename(flat / "deep/er/c.png")
+    assert list_folder(flat / "deep").classes == ["er"]
+    shutil.rmtree(flat)
+    flat.mkdir()
+    with pytest.raises(DataError, match=r"holds no image \(.*\.png.*\); name a folder that does\."):
+        open_images(flat, labels={})

@@ -78,7 +78,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "sentence"), WRONG, ids=str)
+@pytest.mark.parametrize(("settings", "sentence"), WRONG, ids=range(len(WRONG)))
 def test_scan_with_a_wrong_argument_is_told_and_writes_nothing(settings, sentence, tmp_path):
     arguments = {"model": build("3x3"), "layer": "layer", "dataset": SyntheticImages(4)}
     arguments |= {"out": tmp_path, "error": UsageError, **settings}

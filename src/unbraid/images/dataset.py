@@ -40,7 +40,8 @@ class Around(Dataset[tuple[Any, int]]):
         """Give what else the data set has."""
         if name == "dataset":  # not yet there, as in a copy being made
             raise AttributeError(name)
-        return getattr(self.dataset, name)
+        kept = getattr(self.dataset, name)
+        return (lambda index: kept(self.source(index))) if name == "picture" else kept
 
     def source(self, index: int) -> int:
         """Return the index in `dataset` of an image of this one."""

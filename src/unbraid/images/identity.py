@@ -150,20 +150,6 @@ def unpack_ids(starts: Tensor, content: Tensor) -> list[str]:
     return [text[i:j].decode("utf-8", "surrogateescape") for i, j in pairwise(starts.tolist())]
 
 
-def fit_ids(n_images: int, starts: Tensor | None, content: Tensor | None) -> bool:
-    """Whether tensors read from a file are the ids of so many images, or there are none."""
-    if starts is None or content is None:
-        return starts is content
-    return (
-        starts.dtype == torch.int64
-        and content.dtype == torch.uint8
-        and starts.shape == (n_images + 1,)
-        and content.shape == (int(starts[-1]),)
-        and int(starts[0]) == 0
-        and not bool((starts.diff() < 0).any())
-    )
-
-
 def _encode(one: str) -> bytes:
     # A file's name may hold bytes that are no text; Python keeps them as surrogates.
     return one.encode("utf-8", "surrogateescape")
