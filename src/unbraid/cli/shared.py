@@ -146,7 +146,7 @@ def show_run(result: Run) -> None:
             out_console.print(f"{method}: mean {figures}".replace("_", " "))
         assert result.evaluation.output is not None
         show_comparison("Largest logit difference", result.evaluation.output)
-    out_console.print(f"Report: {result.report}")
+    out_console.print(f"Report: {result.page}")
 
 
 def show_comparison(words: str, output: OutputComparison) -> None:
