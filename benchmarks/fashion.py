@@ -1,6 +1,6 @@
 """Small networks of several shapes, trained on Fashion-MNIST, where one network is not enough.
 
-Trained as the demo's network is (`unbraid.demo.train`), for fewer epochs: accuracy is no matter.
+Trained as `benchmarks/train_demo.py` trains, for fewer epochs: accuracy is no matter.
 Needs Fashion-MNIST as IDX files (Debian: `dataset-fashion-mnist`).
 """
 

@@ -13,6 +13,7 @@ import pytest
 from unbraid.base import files
 from unbraid.base.files import set_aside, write_new
 from unbraid.finding.findings import Findings
+from unbraid.reporting.pictures import Sight
 from unbraid.running.folders import (
     Settings,
     Thresholds,
@@ -81,7 +82,7 @@ def test_home_of_a_folder_however_it_is_named(
 @pytest.mark.parametrize(
     ("other", "same"),
     [
-        ({"title": "y", "source": {"data": "x"}}, True),
+        ({"title": "y", "source": {"data": "x"}, "sight": Sight(1.0)}, True),
         ({"scans": ("a", "c")}, False),
         ({"scans": ()}, True),  # of an older version
         ({"thresholds": Thresholds(tau=0.05)}, False),
@@ -102,8 +103,8 @@ def test_settings_in_words_name_what_is_unusual() -> None:
     assert str(odd) == f"{usual}, labels predicted, encoder timm:x"
 
 
-def test_read_settings_of_an_older_version_passes_over_what_is_gone(tmp_path: Path) -> None:
-    text = '{"title": "x", "thresholds": {"tau": 0.1}, "source": {}, "sight": {"width": 1.0}}'
+def test_read_settings_of_another_version_passes_over_what_is_not_known(tmp_path: Path) -> None:
+    text = '{"title": "x", "thresholds": {"tau": 0.1}, "source": {}, "mood": {"width": 1.0}}'
     (tmp_path / "settings.json").write_text(text)
     assert read_settings(tmp_path) == Settings("x", Thresholds(0.1), {})
 

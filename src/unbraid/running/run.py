@@ -20,12 +20,7 @@ from unbraid.finding.find import find
 from unbraid.finding.findings import Findings
 from unbraid.finding.thresholds import Sensitivity, check_thresholds, sensitivity
 from unbraid.images.broken import UNLABELLED, Loaded, first_readable
-from unbraid.images.dataset import (
-    class_names_of,
-    listed_labels,
-    name_of,
-    size_of,
-)
+from unbraid.images.dataset import class_names_of, listed_labels, name_of, size_of
 from unbraid.measuring.ablate import ablate
 from unbraid.measuring.compare import OutputComparison, compare_outputs
 from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_encoder, ready
@@ -271,15 +266,9 @@ def _run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: E
     """Find, choose a folder for the results, and make them there."""
     found = seen_in(val_scan, find(train_scan, **job.thresholds.of_find))
     scans = (train_scan.manifest.scan_id, val_scan.manifest.scan_id)
-    settings = Settings(
-        job.title,
-        job.thresholds,
-        job.source,
-        job.encoder,
-        job.labels,
-        sight_of(job.val),  # a report that is written again knows no preprocessing
-        scans,
-    )
+    sight = sight_of(job.val)  # a report that is written again knows no preprocessing
+    asked = (job.title, job.thresholds, job.source, job.encoder, job.labels)
+    settings = Settings(*asked, sight, scans)
     # Only now is it sure that the folder is this network's and these images'.
     folder = folders.take_folder(out, settings, found)
     if folder != out:
