@@ -1,7 +1,6 @@
 """What callers give, checked once at the door: numbers, lists of them, yes or no, paths.
 
-Numbers of numpy and torch count as numbers; a text with digits, or True, does not. Everything here
-raises UsageError, whose sentence names the argument.
+Numbers of numpy and torch count; a text with digits, or True, does not. All raise UsageError.
 """
 
 from __future__ import annotations
@@ -35,23 +34,13 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int = _M
 
 
 def whole_numbers(name: str, values: Any) -> list[int]:
-    """Return whole numbers, as a list.
-
-    >>> whole_numbers("classes", {3}), whole_numbers("classes", range(2))
-    ([3], [0, 1])
-    """
+    """Return whole numbers, as a list."""
     members = _members(name, values, "whole numbers")
     return [_whole(f"{name} holds", value, "a list of whole numbers") for value in members]
 
 
 def real_number(name: str, value: Any) -> float:
-    """Return a number, which may be NaN or infinite: what is in range, the caller knows.
-
-    >>> real_number("p", "0.75")
-    Traceback (most recent call last):
-    ...
-    unbraid.base.errors.UsageError: p is '0.75'; give a number.
-    """
+    """Return a number, which may be NaN or infinite: what is in range, the caller knows."""
     return _real(f"{name} is", value, "a number")
 
 

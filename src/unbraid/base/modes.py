@@ -30,11 +30,7 @@ _callers: ContextVar[torch.device | None] = ContextVar("_callers", default=None)
 
 
 def in_plain_modes(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a public function as if it were called outside of any of torch's modes.
-
-    Inference mode, no_grad, autocast and a default device around it do not reach what it computes,
-    and the caller's random numbers go on where they were.
-    """
+    """Run a public function outside of torch's modes; the caller's random numbers go on."""
 
     @functools.wraps(function)
     def run(*args: P.args, **named: P.kwargs) -> R:
@@ -105,15 +101,8 @@ def same_random() -> Iterator[None]:
 def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
     """Put back what a network keeps of itself: flags, buffers, and tensors beside them.
 
-    In place of weights that were made in inference mode there are ordinary ones meanwhile.
-
-    Args:
-        model: the network.
-        wholly: put back plain attributes too, such as counters, and what lists and dictionaries
-            hold; where they are a part of the state that a module saves, they are in any case.
-
-    Raises:
-        ModelError: the network makes weights of its own when it runs, or has none.
+    With `wholly`, plain attributes too, such as counters, and what lists and dictionaries hold.
+    Raises ModelError if the network makes weights of its own when it runs, or has none.
     """
     modules = list(model.modules())
     with _ordinary(modules), ExitStack() as stack:

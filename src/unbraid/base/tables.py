@@ -93,10 +93,7 @@ class Exported:
         raise NotImplementedError
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows to a CSV file; docs/format.md names the columns.
-
-        What is not known is left empty.
-        """
+        """Write the rows to a CSV file (docs/format.md); what is not known is left empty."""
         from unbraid.base.files import write_whole  # which imports torch, and help is to be instant
 
         write_whole(as_path("path", path), csv_text(self.columns, self.rows()).encode())

@@ -1,6 +1,6 @@
-"""Averaged relevance vectors (ARVs) of classes and clusters at a channel, and their cosines.
+"""Averaged relevance vectors (ARVs) of classes and clusters; docs/method.md sections 2 and 3.
 
-Shapes: C_out channels, T classes, G groups, J taps; see METHOD.md sections 2 and 3.
+Shapes: C_out channels, T classes, G groups, J taps.
 """
 
 from __future__ import annotations
@@ -73,12 +73,10 @@ def concept_mean(sums: ClassSums, concept: Concept) -> Tensor:
 
 
 def averaged_relevance(scan: Scan, channel: int, means: Tensor) -> Tensor:
-    """ARV: mean over images of each input channel's relevance for a channel (METHOD.md section 2).
+    """ARV: each input channel's relevance for a channel, mean over images.
 
-    The layer is linear, so the mean pooled input of the images is enough, (..., G, J).
-
-    Returns:
-        (..., C_in / G), float64, in units of the summed pre-activation.
+    Mean pooled inputs (..., G, J) are enough, since the layer is linear; the answer is (..., C_in /
+    G).
     """
     pooled = means[..., scan.layer.group_of(channel), :]
     return input_relevance(scan.weight[channel].double(), pooled, scan.layer.taps_per_input)

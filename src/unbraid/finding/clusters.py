@@ -1,10 +1,9 @@
 """Concepts without labels: the images that a channel responds to most, clustered by what fed it.
 
 A set is cut in two where the cut is real, and its parts again. Two-means finds a cut in anything,
-so it is tested on other points, projected on the line between the two centres. Those of one
-cluster, however shaped, are at least as dense half-way as at the rarer of the two centres, as long
-as their density along the line has a single peak. This null model is rejected where significantly
-fewer lie half-way. Shapes: N points, D dimensions, K clusters, S starts.
+so it is tested on other points, projected on the line between the two centres. Those of one cluster
+are at least as dense half-way as at the rarer centre; this is rejected where significantly fewer
+lie half-way. Shapes: N points, D dimensions, K clusters, S starts.
 """
 
 from __future__ import annotations
@@ -73,10 +72,7 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
 
 
 def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
-    """Agreement of two partitions of the same things: 1 for equal ones, 0 on average by chance.
-
-    Source:
-        Hubert and Arabie 1985, Journal of Classification 2.
+    """Agreement of two partitions: 1 for equal ones, 0 on average by chance (Hubert, Arabie 1985).
 
     >>> adjusted_rand_index([0, 0, 1, 1], [5, 5, 3, 3])
     1.0
@@ -90,7 +86,6 @@ def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
 
 
 def _first_number(scan: Scan) -> int:
-    """The first number that is no class."""
     seen = scan.labels_seen() | {int(c) for column in scan.columns("prediction") for c in column}
     return max(len(scan.class_names), max(seen, default=-1) + 1)
 
@@ -144,11 +139,7 @@ class DescribedImages:
 
 
 def top_images(scan: Scan) -> Iterator[tuple[int, DescribedImages]]:
-    """Gather the top images of every channel, as many channels at a time as memory holds.
-
-    At most 1000 images, and only those in which the channel responds with at least a quarter of
-    the way from its mean response to its ten strongest.
-    """
+    """Gather the top images of every channel, as many channels at a time as memory holds."""
     channels = list(range(scan.layer.n_out))
     values, places = _strongest(scan, channels)
     if not len(values):  # no image could be read
@@ -169,10 +160,7 @@ def top_images(scan: Scan) -> Iterator[tuple[int, DescribedImages]]:
 
 
 def _strongest(scan: Scan, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Strongest mean responses and their places in the scan, (n, C_out); -inf where too weak.
-
-    Without any image, n is 0.
-    """
+    """Strongest mean responses and their places in the scan, (n, C_out); -inf where too weak."""
     values = torch.zeros(0, len(channels), dtype=torch.float64)
     places = torch.zeros(0, len(channels), dtype=torch.int64)
     total, n_images = torch.zeros(len(channels), dtype=torch.float64), 0
@@ -216,22 +204,14 @@ def _gather(scan: Scan, chosen: Mapping[int, Tensor]) -> dict[int, tuple[Tensor,
 def cluster_images(
     top: DescribedImages, channel: int, first: int
 ) -> tuple[dict[int, Cluster], Tensor]:
-    """Cluster a channel's top images.
-
-    Returns:
-        The clusters by number, from `first` on, and the number of each image's cluster, (N,).
-    """
+    """Cluster a channel's images: clusters by number from `first` on; each image's, (N,)."""
     nearest, centres = find_clusters(F.normalize(top.relevance, dim=1))
     clusters = {first + k: Cluster(channel, k, centres, top.least) for k in range(len(centres))}
     return clusters, nearest + first
 
 
 def find_clusters(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide unit vectors (N, D) into clusters; the same points give the same clusters.
-
-    Returns:
-        The cluster of each point, (N,), the one whose centre is nearest; and the centres, (K, D),
-        of length one. K is 1 if nothing contradicts a single cluster, and 0 without points.
+    """Divide unit vectors (N, D) into clusters: the nearest of each, (N,), and centres (K, D).
 
     >>> corners = torch.eye(4).repeat_interleave(20, 0)
     >>> find_clusters(corners)[0].bincount()
@@ -264,10 +244,9 @@ def _divide(points: Tensor, members: Tensor) -> list[Tensor]:
 
 
 def chance_of_one(points: Tensor) -> float:
-    """Probability that so few points lie half-way if all come from one cluster.
+    """Probability that so few of (N, D) points lie half-way if all come from one cluster.
 
-    Each half of the points (N, D), which stand in random order, is cut, and its cut is tested on
-    the other half, by the exact binomial test of two windows' counts.
+    Each half is cut and its cut tested on the other, by the binomial test of two windows' counts.
     """
     halves = points[0::2], points[1::2]
     smaller = half_way = 0
@@ -284,13 +263,9 @@ def chance_of_one(points: Tensor) -> float:
 
 
 def two_means(points: Tensor) -> Tensor:
-    """Cut points (N, D) in two where the squared distances to the parts' centres are least.
+    """Cut points (N, D) in two, (N,), where squared distances to the parts' centres are least.
 
-    The best of several cuts, each improved from a start across a principal direction until it
-    stands.
-
-    Returns:
-        (N,), true on one side; all alike if the points do not differ.
+    The best of several cuts, each from a start across a principal direction; all alike if none.
     """
     n_points, centred = len(points), points - points.mean(0)
     sides = centred @ _principal_directions(centred) > 0  # (N, S)
@@ -313,7 +288,7 @@ def _parts(centred: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _principal_directions(centred: Tensor) -> Tensor:
-    """Find about the directions in which points vary most, (D, S), strongest first."""
+    """About the directions in which points vary most, (D, S), strongest first."""
     size = centred.shape[1], _N_STARTS
     generator = torch.Generator().manual_seed(0)  # anything that is orthogonal to none of them
     directions = torch.randn(size, generator=generator, dtype=torch.float32).to(centred.dtype)

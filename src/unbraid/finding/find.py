@@ -1,4 +1,4 @@
-"""Find polysemantic channels in a scan: shares, ARVs, cosines, concepts; METHOD.md section 3."""
+"""Find polysemantic channels in a scan: docs/method.md section 3."""
 
 from __future__ import annotations
 
@@ -41,22 +41,19 @@ def find(
     """Find the channels that two or more classes use for different reasons.
 
     Channel o matters in an image if its share is tau or more; a class uses it if it matters in at
-    least a fraction p of the images of the class. Two classes that use it have different reasons
-    if the cosine of their averaged relevance vectors is below gamma. The classes that use a
-    polysemantic channel are then grouped by complete linkage: within a concept every two classes
-    are at least gamma alike.
+    least a fraction p of the images of the class. Two classes that use it have different reasons if
+    the cosine of their averaged relevance vectors is below gamma. Complete linkage groups the
+    classes into concepts, within which every two are at least gamma alike.
 
     Args:
         scan: of the training images.
-        tau: smallest share that matters; "auto" chooses one that fits the layer: ten channels
-            matter in a typical image, or a quarter of a narrow layer's (docs/thresholds.md).
+        tau: smallest share that matters; "auto" chooses one for the layer (docs/thresholds.md).
         p: fraction of a class's images, in (0, 1].
         gamma: cosine below which two classes have different reasons, in [-1, 1].
-        channels: your own concepts in place of a search, as groups of classes per channel, for
-            example `{1660: [[530], [938]]}`.
-        concepts: what concepts are made of. With "clusters" labels play no part, nor do tau and p:
-            the images that a channel answers to most are clustered by what fed it in them, and
-            clusters take the place of classes, with numbers behind the last class.
+        channels: your own concepts in place of a search, such as `{1660: [[530], [938]]}`.
+        concepts: with "clusters" labels, tau and p play no part: the images that a channel answers
+            to most are clustered by what fed it; clusters, numbered behind the last class, take
+            the place of classes.
 
     Returns:
         Findings, perhaps empty; then `Findings.hint` says which thresholds come nearest. Pairs of
@@ -67,7 +64,7 @@ def find(
             kept, or `channels` names a channel or class that the scan has not.
 
     Source:
-        Hesse et al. 2025, arXiv:2504.12939; METHOD.md sections 3 and 5.
+        Hesse et al. 2025, arXiv:2504.12939; docs/method.md sections 3 and 5.
     """
     as_kind("scan", scan, Scan)
     tau, p, gamma = check_thresholds(tau, p, gamma, scan.manifest.min_share)
@@ -160,7 +157,6 @@ def _pairs(
 def _own_concepts(
     scan: Scan, sums: ClassSums, channel: int, groups: Sequence[Sequence[int]]
 ) -> tuple[Concept, ...]:
-    """Check concepts that the user names."""
     if not 0 <= channel < scan.layer.n_out:
         raise UsageError(
             f"channels names channel {channel}, but layer {scan.layer.name!r} has channels 0 to "

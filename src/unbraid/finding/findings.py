@@ -57,11 +57,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Findings(Tabular, Exported):
-    """The polysemantic channels of a layer.
-
-    `concepts` divides the classes that use a channel into groups; `pairs` is the published list,
-    lowest cosine first.
-    """
+    """The polysemantic channels of a layer: concepts by channel, pairs by lowest cosine first."""
 
     tau: float
     p: float
@@ -180,11 +176,7 @@ class Findings(Tabular, Exported):
         return self.class_names[label] if known else str(label)
 
     def uncertain(self, pair: Pair) -> bool:
-        """Whether chance could have put a pair's cosine on its side of gamma.
-
-        So it is if the interval is not wholly on that side, or unknown. Clusters of images have
-        been tested in their own way.
-        """
+        """Whether a pair's interval is unknown or not all on its side of gamma; no cluster's is."""
         if pair.class1 in self.clusters:
             return False
         sure = pair.high < self.gamma if pair.cosine < self.gamma else pair.low >= self.gamma

@@ -1,7 +1,4 @@
-"""Which images of a scan belong to which class or cluster, and so to which concept.
-
-`Findings.members_in` and `Split.members_in` answer this for any scan of their layer.
-"""
+"""Which images of a scan belong to which class or cluster, and so to which concept."""
 
 from __future__ import annotations
 

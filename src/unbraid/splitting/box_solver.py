@@ -2,12 +2,12 @@
 
     minimise  m.H.m / 2 - c.m   over  0 <= m <= 1,   H = gram + ridge, ridge > 0
 
-Guessing which unknowns lie at which bound finds the answer to rounding in a few guesses. Guesses
-can go round in circles if inputs are much alike; an interior point then comes near enough for the
-next guess to be right. Shapes: K problems, J unknowns, F free ones. Everything is float64.
+Guessing which unknowns lie at which bound finds the answer to rounding in a few guesses. Where they
+go round in circles, an interior point comes near enough for the next guess to be right. Shapes: K
+problems, J unknowns, F free ones. Everything is float64.
 
-Source: Hintermueller, Ito, Kunisch 2002, SIAM Journal on Optimization 13(3), primal-dual active
-sets; Mehrotra 1992, SIAM Journal on Optimization 2(4), interior points.
+Source: Hintermueller, Ito, Kunisch 2002, SIAM J. Optimization 13(3), primal-dual active sets;
+Mehrotra 1992, SIAM J. Optimization 2(4), interior points.
 """
 
 from __future__ import annotations
@@ -56,11 +56,7 @@ class Whole:
         return self.matrix.float()
 
     def solver(self, ridge: Ridge, free: Tensor, dtype: torch.dtype) -> Solver:
-        """Prepare to solve (gram + ridge) y = x for the free unknowns (F,), in float32 or float64.
-
-        Raises:
-            LinAlgError: rounding made the system indefinite.
-        """
+        """Prepare to solve (gram + ridge) y = x for free unknowns (F,); may raise LinAlgError."""
         matrix = self.matrix if dtype == torch.float64 else self._rough
         part = matrix.index_select(0, free).index_select(1, free)  # quicker than by two lists
         part.diagonal().add_(ridge)
@@ -169,14 +165,10 @@ class _Box:
 def solve_box(
     gram: Gram, ridge: float, linear: Tensor, start: Tensor, tolerance: float = 1e-9
 ) -> Tensor:
-    """Solve K problems, given and answered as (K, J).
+    """Solve K problems, given and answered as (K, J), to a KKT residual of `tolerance`.
 
-    Args:
-        gram: the curvature.
-        ridge: added to its diagonal, or a trillionth of the diagonal's sum if that is more.
-        linear: c of each problem.
-        start: where to begin; the answer does not depend on it, the time does.
-        tolerance: largest KKT residual of an answer.
+    The answer does not depend on the start, the time does. The ridge is at least a trillionth of
+    the diagonal's sum.
 
     >>> linear, start = torch.tensor([[0.6, 4.0]]).double(), torch.zeros(1, 2).double()
     >>> solve_box(Whole(torch.eye(2).double()), 1.0, linear, start)
@@ -198,8 +190,7 @@ def solve_box(
 def kkt_residual(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tensor:
     """How far points m (..., J) in [0, 1] are from the answer, (...,): zero exactly there.
 
-    It is the largest change that a projected gradient step would make, with the gradient divided
-    by the largest curvature.
+    The largest change that a projected gradient step over the largest curvature would make.
     """
     scale = gram.diagonal.amax() + ridge
     gradient = gram.times(m) + ridge * m - linear
@@ -207,10 +198,7 @@ def kkt_residual(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tensor:
 
 
 def _switch_bounds(box: _Box, m: Tensor) -> Tensor:
-    """Guess which unknowns lie at which bound, solve for the others, and guess again from that.
-
-    The answer, (J,), is wrong if it took too many guesses in which ever as many were wrong.
-    """
+    """Guess which unknowns lie at which bound, solve for the others, and guess again, (J,)."""
     wish = m + box.pull(m) / (box.gram.diagonal + box.ridge)
     bound = _beyond(wish)
     for exact in (False, True):  # exact answers to wrong guesses only where rough ones lead nowhere
@@ -228,8 +216,7 @@ def _beyond(m: Tensor) -> Tensor:
 def _go_round(box: _Box, bound: Tensor, m: Tensor, exact: bool) -> tuple[Tensor, Tensor, bool]:
     """Guess until an exact answer confirms the guess, or while ever fewer unknowns are wrong.
 
-    Returns:
-        The last guess, the answer to the one before, and whether they agree.
+    Returns the last guess, the answer to the one before, and whether they agree.
     """
     fewest, patience = len(bound) + 1, _PATIENCE
     while patience:
@@ -253,10 +240,7 @@ def _go_round(box: _Box, bound: Tensor, m: Tensor, exact: bool) -> tuple[Tensor,
 
 
 def _interior_point(box: _Box) -> Tensor:
-    """Follow the path between the bounds to the answer, nearly.
-
-    Slack and multiplier of the lower bound and of the upper one stand in the two rows of (2, J).
-    """
+    """Follow the path between the bounds nearly to the answer; lower and upper bound's rows."""
     scale = box.gram.diagonal.amax() + box.ridge
     sign = torch.tensor([[1.0], [-1.0]], dtype=box.linear.dtype)
     every = torch.arange(len(box.linear), dtype=torch.int64)

@@ -1,8 +1,8 @@
 """Divide a channel's weights among its concepts by box-constrained least squares.
 
-The objective (METHOD.md section 5) asks of a scan only second moments of pooled inputs, by class or
-cluster. Whatever else is asked of the masks joins it as a `Term`. Shapes: N images, G groups, J
-taps, K concepts.
+The objective (docs/method.md section 5) asks of a scan only second moments of pooled inputs, by
+class or cluster. Whatever else is asked of the masks joins it as a `Term`. Shapes: N images, G
+groups, J taps, K concepts.
 """
 
 from __future__ import annotations
@@ -46,10 +46,9 @@ def by_portion(
     work: Callable[[Material, int], Answer],
     at_once: int = 1 << 30,
 ) -> dict[int, Answer]:
-    """Do the work of all channels, as many at a time as memory holds the needs of.
+    """Do the work of all channels side by side, as many at a time as memory holds the needs of.
 
-    What a portion of channels needs, which they may share, is read once. Then each channel's work
-    is done on one processor, side by side.
+    What a portion of channels needs, which they may share, is read once.
 
     >>> by_portion({7: {1, 2}, 8: {2}, 9: {3}}, lambda need: 10, sorted, lambda own, o: own, 20)
     {7: [1, 2], 8: [1, 2], 9: [3]}
@@ -106,10 +105,7 @@ def augmented_row(scan: Scan, channel: int) -> Tensor:
 
 
 def second_moments(members: Members, keys: Iterable[Key], whole: set[Key]) -> dict[Key, Gram]:
-    """Read a scan once and sum the outer products of augmented pooled inputs.
-
-    Those in `whole` are kept as matrices, of the others the inputs are kept.
-    """
+    """Sum outer products of augmented pooled inputs, as matrices for keys in `whole`."""
     size = members.scan.layer.n_taps + 1
     groups_of: dict[int, list[int]] = {}
     for group, number in sorted(keys):
@@ -233,11 +229,10 @@ def sample_images(scan: Scan) -> Records:
 def background_terms(
     members: Members, sample: Records, channel: int, concepts: Sequence[Concept]
 ) -> list[Term]:
-    """What is asked in images of no concept: that every mask answers with an even share.
+    """Ask in images of no concept that every mask answers with an even share.
 
-    Returns:
-        The mean squared distance from that, relative to the original's mean square, times its
-        weight; nothing without such an image, or if the channel responds to none.
+    The squared distance from that, relative to the original's, times its weight; none without
+    images.
     """
     outside = members.concept_of(sample, concepts) < 0
     pooled = sample.pooled[outside, members.scan.layer.group_of(channel)]
@@ -260,14 +255,9 @@ def fit_least_squares(
     sample: Records,
     start: Mapping[int, Tensor] | None = None,
 ) -> dict[int, Fit]:
-    """Fit the masks of all channels.
+    """Fit the masks of all channels, for lambda in units of a problem's mean curvature.
 
-    Args:
-        members: of a scan of the training images.
-        concepts: per channel.
-        penalty: lambda, in units of the mean curvature of the problem.
-        sample: of all training images, from `sample_images`.
-        start: per channel, masks (K, J) to begin with; the answer does not depend on them.
+    `sample` is of all training images, from `sample_images`; `start` holds masks to begin with.
     """
     scan, layer = members.scan, members.scan.layer
     numbers = numbers_of(concepts)
@@ -301,11 +291,7 @@ def fit_least_squares(
 
 
 def choose_penalty(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> float:
-    """Choose lambda, in units of the mean curvature, one for the layer.
-
-    A sample of the channels, and of the images of their classes, is enough for one number. Images
-    that the data set groups are held out together.
-    """
+    """Choose lambda for the layer, in units of the mean curvature, on sampled channels."""
     scan, every = members.scan, sorted(concepts)
     sampled = every[:: -(-len(every) // _N_CHANNELS)]
     needs = numbers_of({o: concepts[o] for o in sampled})
@@ -332,7 +318,7 @@ def choose_penalty(members: Members, concepts: Mapping[int, Sequence[Concept]]) 
 def _held_out_losses(row: Tensor, inputs: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:
     """Losses of one channel on images held out, summed over folds, (PENALTIES,).
 
-    The row is (J + 1,); of each concept there are inputs (n, J + 1) and groups of images (n,).
+    Of each concept there are inputs (n, J + 1) and groups of images (n,).
     """
     losses = torch.zeros(len(PENALTIES), dtype=torch.float64)
     n_folds = min(_N_FOLDS, *(len(own.unique()) for own in ids))
@@ -358,10 +344,9 @@ def _pose_first(row: Tensor, inputs: Sequence[Tensor]) -> Problem:
 
 
 def deal(ids: Sequence[Tensor], n_folds: int) -> list[Tensor]:
-    """Deal images to folds, concept by concept, no group to two of them.
+    """Deal images to folds, concept by concept, no group (n,) to two: the fold of each, (n,).
 
-    A group that is new goes to the fold with the fewest images of the concept. Of each concept,
-    ids (n,) say the group of each image, the answer (n,) its fold.
+    A new group goes to the fold with the fewest images of the concept.
 
     >>> deal([torch.tensor([5, 5, 6, 7]), torch.tensor([6, 8])], 2)
     [tensor([0, 0, 1, 1]), tensor([1, 0])]

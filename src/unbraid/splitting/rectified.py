@@ -1,10 +1,9 @@
 """Refine masks on rectified responses with positions, which pooled inputs hide.
 
-Behind a ReLU only the positive part of a channel counts: d_k[n] = sum over positions of
-max(z_k[n, p], 0). Where z_k is positive, d_k is linear in the mask; so with these positions held
-the problem is again box-constrained least squares, solved and repeated (Gauss-Newton) while it gets
-better. The pooled objective stays in with a smaller weight, so that neither error is bought with
-the other. Shapes: N images, J taps, K concepts, P positions.
+Behind a ReLU d_k[n] = sum over positions of max(z_k[n, p], 0) counts. With the positions held where
+z_k is positive the problem is again box-constrained least squares, solved and repeated
+(Gauss-Newton) while it gets better. The pooled objective stays in with a smaller weight. Shapes: N
+images, J taps, K concepts, P positions.
 """
 
 from __future__ import annotations
@@ -88,10 +87,7 @@ class Objective:
 def pose_rectified(
     images: Images, prior: Tensor, penalty: float, terms: Sequence[Term] = ()
 ) -> Objective:
-    """Write down what the masks of a channel should minimise, terms as in the pooled problem.
-
-    The penalty pulls to the prior, (K, J), and is in units of the mean curvature.
-    """
+    """Write down what the masks of a channel should minimise, pulled to the prior, (K, J)."""
     n_concepts, n_taps = prior.shape
     own = torch.arange(n_concepts, dtype=torch.int64)[:, None] == images.concept  # (K, N)
     original = images.rectified(torch.ones(1, n_taps, dtype=torch.float32))[0][0]

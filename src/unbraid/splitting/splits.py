@@ -48,10 +48,10 @@ class ChannelSplit:
         return self.rows.sum(0) - self.weight
 
     def pooled_responses(self, pooled: Tensor, n_positions: Tensor) -> Tensor:
-        """Compute pooled pre-activations from the pooled inputs of the channel's group, (N, J).
+        """Pooled pre-activations from the channel's pooled inputs, (N, J), float64.
 
         Returns:
-            (N, K + 2), float64: the original channel, the concept channels, the residual channel.
+            (N, K + 2): the original channel, the concept channels, the residual channel.
         """
         rows = torch.cat([self.weight[None], self.rows, self.residual_row[None]]).double()
         biases = [self.bias] * (len(rows) - 1) + [self.residual_bias]
@@ -59,10 +59,10 @@ class ChannelSplit:
         return pooled.double() @ rows.T + n_positions[:, None] * bias
 
     def response_maps(self, layer: LayerSpec, input_map: Tensor) -> Tensor:
-        """Compute pre-activations from the layer's input (N, C_in, positions ...).
+        """Pre-activations from the layer's input (N, C_in, positions ...), float64.
 
         Returns:
-            (N, K + 1, positions ...), float64: the original channel, the concept channels.
+            (N, K + 1, positions ...): the original channel, the concept channels.
         """
         rows = torch.cat([self.weight[None], self.rows]).double()
         bias = torch.full((len(rows),), self.bias, dtype=torch.float64)
@@ -87,11 +87,7 @@ class Split(Tabular):
     clusters: Clusters = field(default_factory=dict)  # by number, where they stand for classes
 
     def __getitem__(self, channel: int) -> ChannelSplit:
-        """Return the division of one channel.
-
-        Raises:
-            KeyError: the channel was not split.
-        """
+        """Return the division of one channel; KeyError if it was not split."""
         for part in self.channels:
             if part.channel == channel:
                 return part
@@ -102,11 +98,7 @@ class Split(Tabular):
         return Members(scan, self.clusters)
 
     def require(self, scan: Scan) -> None:
-        """Refuse a scan of another network or layer.
-
-        Raises:
-            UsageError: it is of another.
-        """
+        """Refuse, with a UsageError, a scan of another network or layer."""
         if scan.manifest.weights != self.weights or scan.layer != self.layer:
             raise UsageError(
                 "The scan is of another network or layer than the split; scan the images with the "
@@ -131,7 +123,7 @@ class Split(Tabular):
 
     @in_plain_modes
     def save(self, path: str | Path) -> None:
-        """Write the split to one safetensors file; `docs/format.md` specifies it.
+        """Write the split to one safetensors file (docs/format.md).
 
         Raises:
             RunError: the disk is full or may not be written.
@@ -178,8 +170,6 @@ class Split(Tabular):
 
 @dataclass(frozen=True)
 class _ChannelEntry:
-    """What the file's description says of a channel."""
-
     channel: int
     concepts: tuple[Concept, ...]
     info: dict[str, float]
@@ -208,12 +198,7 @@ class _About:
 
 
 def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
-    """Make a Split of a file's description and tensors.
-
-    Raises:
-        ValueError: it names what cannot be, or tensors do not fit it.
-        KeyError: a tensor is missing.
-    """
+    """Make a Split of a file's description and tensors; ValueError or KeyError if it cannot be."""
     spec, n_channels = about.layer, len(about.channels)
     spec.check()
     for name, tensor in tensors.items():

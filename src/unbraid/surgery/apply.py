@@ -1,8 +1,4 @@
-"""Put a split into a network: concept channels beside the layer, the output unchanged.
-
-Two forms: `SplitLayer` keeps the original layer and is equal to it bit for bit; `plain_layer` is
-made of standard modules alone, for exporters.
-"""
+"""Put a split into a network: concept channels beside the layer, the output unchanged."""
 
 from __future__ import annotations
 
@@ -59,22 +55,21 @@ def apply(
 ) -> nn.Module:
     """Return a copy of a network in which the split channels are made of concept channels.
 
-    In the exact form (the default) outputs are the original's to the last bit, while gradients and
-    interventions go through the concept channels. They pass through the module
-    `LAYER.concepts`, in the order of `LAYER.names`, where hooks can read or change them; what is
-    subtracted passes through `LAYER.residuals`. `model2.gate(layer, channel, concept, value)`
-    scales one (0 switches it off) and `model2.clamp(layer, channel, concept, low, high)` bounds
-    one, until its `remove()` or the end of its `with` block. Once training has changed the rows,
-    the outputs are what the new rows make of them.
+    In the exact form outputs are the original's to the last bit, while gradients and interventions
+    go through the concept channels. They pass through the module `LAYER.concepts`, in the order of
+    `LAYER.names`, where hooks can read or change them; what is subtracted passes through
+    `LAYER.residuals`. `model2.gate(layer, channel, concept, value)` scales one (0 switches it off)
+    and `model2.clamp(layer, channel, concept, low, high)` bounds one, until its `remove()` or the
+    end of its `with` block. Once training has changed the rows, the outputs are what the new rows
+    make.
 
     In the plain form the layer is a wider layer, `LAYER.wide`, whose outputs `LAYER.names` names,
-    and one with kernel 1 that merges, `LAYER.merge`; outputs agree up to rounding, and there are no
-    gates and clamps. docs/tools.md says which form suits which tool.
+    and one with kernel 1 that merges, `LAYER.merge`; outputs agree up to rounding, without gates
+    and clamps (docs/tools.md).
 
     Args:
         model: the network that the split was made for; it is not changed.
-        split: from `unbraid.split` or `Split.load`; or several, of different layers, all made for
-            this network as it is before any is applied.
+        split: one, or several of different layers, all made for this network.
         form: "exact" or "plain".
 
     Raises:
@@ -170,14 +165,10 @@ def load_split(model: nn.Module, path: str | Path) -> nn.Module:
 
 @in_plain_modes
 def check_in_force(model: nn.Module, layer: str | nn.Module, images: Tensor) -> None:
-    """Try on some images, (N, C, H, W), whether a split of a layer would be in force.
+    """Try on images, (N, C, H, W), one is enough, whether a split of a layer would be in force.
 
-    One image will do. Costs a pass through the network and one through a copy of it.
-
-    Raises:
-        ModelError: a split would not be in force, or the network cannot run.
-        LayerError: there is no such layer, or it cannot be split.
-        OutputChangedError: the network computes something else with the layer split.
+    Raises ModelError where it would not, OutputChangedError where the network would compute
+    something else, LayerError where the layer cannot be split.
     """
     model = unwrap(model)
     name, module = resolve_layer(model, layer)
@@ -204,7 +195,6 @@ def _trial_split(spec: LayerSpec, layer: nn.Module) -> Split:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether numbers are the same, NaN too."""
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 

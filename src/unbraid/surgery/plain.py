@@ -42,9 +42,8 @@ def plain_layer(
 ) -> nn.Sequential:
     """Build the split from two standard layers: one with more rows, one that merges them.
 
-    Every group of a grouped convolution must have as many rows as the others, so groups with
-    fewer get rows of zeros. The attribute `names` says what each row is: "7" for channel 7 as it
-    was, "1660.0" for a concept channel, "1660.residual", and "" for zeros.
+    Groups of a grouped convolution with fewer rows get rows of zeros. The attribute `names` says
+    what each row is: "7" for channel 7 as it was, "1660.0", "1660.residual", and "" for zeros.
     """
     pads = not spec.channels_last and (
         spec.pad_mode == SAME or spec.padding != padding_pairs(original)

@@ -1,7 +1,7 @@
 """A layer with concept channels beside it, equal to the original bit for bit; gates and clamps.
 
-There is no branch on values in here, so that the layer can be traced, compiled and exported, and an
-accelerator need not be waited for. Shapes: N images, R concept channels.
+Nothing in here branches on values, so that the layer can be traced, compiled and exported. Shapes:
+N images, R concept channels.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class SplitLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Compute the original output, by way of the concept channels.
 
-        While nothing intervenes, the correction is zero in value and alive in gradient. It is
-        minus (detached minus live), since adding minus zero keeps even the sign of a zero.
+        While nothing intervenes, the correction is zero in value and alive in gradient. It is minus
+        (detached minus live), since adding minus zero keeps even the sign of a zero.
         """
         z: Tensor = self.original(input)
         dim = -1 if self.spec.channels_last else 1
@@ -136,8 +136,7 @@ def gate(
         layer: the split layer, by name or itself.
         channel: a split channel.
         concept: 0 to K - 1.
-        value: 0 switches the concept channel off, 1 leaves it as it is; a tensor (N,) has one value
-            per image of the batches that follow, and may ask for a gradient.
+        value: 0 switches off, 1 leaves as it is; a tensor (N,) has one value per image.
 
     Returns:
         A handle; `remove()` or the end of its `with` block moves the gate back.
@@ -165,7 +164,7 @@ def clamp(
         channel: a split channel.
         concept: 0 to K - 1.
         low: lower bound at every position, in units of the pre-activation.
-        high: upper bound likewise; equal to `low` it fixes the concept channel's value.
+        high: upper bound likewise; equal to `low` it fixes the value.
 
     Returns:
         A handle; `remove()` or the end of its `with` block takes the bounds away.
@@ -258,10 +257,9 @@ class Clamp(Move):
 
 
 def make_moves(concepts: Tensor, moves: Sequence[Move], n_rows: int, n_behind: int) -> Tensor:
-    """Do to the concept channels what the moves say; of one channel, the latest counts.
+    """Do to concept channels (N, R, positions ...) what the moves say; the latest of each counts.
 
-    Nothing is written in place and no size is asked for that can be known otherwise, so that
-    tracers can follow. `concepts` are (N, R, positions ...), with `n_behind` dimensions behind R.
+    Nothing is written in place and no size is asked for that can be known otherwise, for tracers.
     """
     n_images = concepts.shape[0]  # not len(), which an exporter would take for a constant
     behind = [1] * n_behind
