@@ -324,7 +324,7 @@ REFUSED = [
     ({"channels": {1: [0, 1]}}, "two or more groups"),
     ({"channels": {1: [[0, 1], [1]]}}, "share no class"),
     ({"channels": {1: [[0, 0], [1]]}}, "share no class"),
-    ({"channels": {1: [[0], [6]]}}, "class 6, of which the scan has no image"),
+    ({"channels": {1: [[0], [6]]}}, "class 6, of which there is no image"),
     ({"channels": {1: [[-1], [0]]}}, "class -1, of which"),
     ({"channels": [[0], [1]]}, "channels is a list; give groups of classes per channel"),
     ({"channels": {1: [[0], [1]]}, "concepts": "clusters"}, "not both"),

@@ -1,7 +1,4 @@
-"""What callers give, checked once at the door: numbers, lists of them, yes or no, paths.
-
-Numbers of numpy and torch count; a text with digits, or True, does not. All raise UsageError.
-"""
+"""What callers give, checked once at the door; numbers of numpy and torch count as numbers."""
 
 from __future__ import annotations
 
@@ -21,13 +18,7 @@ MAX_WORKERS = 4096  # what no machine has, so a slip of the pen
 
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int = _MOST) -> int:
-    """Return a whole number.
-
-    >>> whole_number("n", 2.5, 1)
-    Traceback (most recent call last):
-    ...
-    unbraid.base.errors.UsageError: n is 2.5; give a whole number, 1 or more.
-    """
+    """Return a whole number."""
     bounds = "" if least is None else f", {least} or more"
     bounds = bounds if most == _MOST else f" from {least} to {most}"
     return _whole(f"{name} is", value, f"a whole number{bounds}", least, most)

@@ -73,11 +73,7 @@ class OutputChangedError(UnbraidError):
 
 
 def brief(error: BaseException) -> str:
-    r"""Say what an error of another library says, in one line that has an end.
-
-    >>> brief(ValueError("a\nb" + "x" * 1_000_000))[:5], brief(ValueError())
-    ('a bxx', 'ValueError')
-    """
+    """Say what an error of another library says, in one line that has an end."""
     try:
         text = str(error)
     except Exception:  # of a type of anyone's own
@@ -86,11 +82,7 @@ def brief(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known names come nearest to a mistyped one.
-
-    >>> nearest("resnet5", ["resnet50", "vgg16"])
-    ' Did you mean resnet50?'
-    """
+    """Say which known names come nearest to a mistyped one, " Did you mean ...?"."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
@@ -101,13 +93,8 @@ def out_of_reach(
     """Tell an image that cannot be read for now from a broken one; None for the latter.
 
     An image is broken if decoding rejects it, or if its file is missing while the folder is there
-    and holds others. Everything else may leave a good image unread: memory, a disk or server that
-    fails, no permission, an error of unknown meaning. What was being handled `before` is no cause.
-
-    >>> str(out_of_reach("Image a", OSError(24, "Too many open files")))[:46]
-    'Image a cannot be reached (Too many open files'
-    >>> out_of_reach("Image a", OSError("truncated")) is None
-    True
+    and holds others. Everything else (memory, a server, no permission) may leave a good image
+    unread. What was being handled `before` is no cause.
     """
     causes = list(_causes(error, before))
     for one in causes:

@@ -177,10 +177,7 @@ def temporary_for(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of writers that live no more, and leave everything else alone.
-
-    Where locks say nothing, as of another machine, only files an hour old are leftovers.
-    """
+    """Delete temporary files of writers that live no more, and leave everything else alone."""
     for path in folder.glob("*.tmp"):
         ours = _OURS.fullmatch(path.name)
         if ours and path.is_file():

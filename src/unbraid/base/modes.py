@@ -128,7 +128,6 @@ def _refuse_lazy(module: nn.Module, *_: Any) -> None:
 
 
 def _refuse_meta(module: nn.Module, *_: Any) -> None:
-    """What such a layer makes of images is what happens to lie in memory."""
     if _lacks_numbers(module):
         raise ModelError(
             f"A {type(module).__name__} of the network is on the meta device, so holds no numbers; "
@@ -165,7 +164,6 @@ class _Kept:
         self.names = self._names()
 
     def _names(self) -> set[str]:
-        """Of weights and parts."""
         return {*self.own.get("_parameters", ()), *self.own.get("_modules", ())}
 
     def put_back(self) -> bool:

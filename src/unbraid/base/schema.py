@@ -85,7 +85,7 @@ def build(kind: type[T], value: Any, *, null_figures: bool = False) -> T:
     With `null_figures`, null stands for a figure that is not known, NaN.
     """
     try:
-        return msgspec.convert(_checked(kind, value, null_figures), kind)
+        return msgspec.convert(_checked(kind, value, null_figures), kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise ValueError(brief(error)) from None
 

@@ -1,7 +1,4 @@
-"""Averaged relevance vectors (ARVs) of classes and clusters; docs/method.md sections 2 and 3.
-
-Shapes: C_out channels, T classes, G groups, J taps.
-"""
+"""Averaged relevance vectors (ARVs); C_out channels, T classes, G groups, J taps."""
 
 from __future__ import annotations
 
@@ -73,11 +70,7 @@ def concept_mean(sums: ClassSums, concept: Concept) -> Tensor:
 
 
 def averaged_relevance(scan: Scan, channel: int, means: Tensor) -> Tensor:
-    """ARV: each input channel's relevance for a channel, mean over images.
-
-    Mean pooled inputs (..., G, J) are enough, since the layer is linear; the answer is (..., C_in /
-    G).
-    """
+    """ARV (..., C_in / G) for a channel, from mean pooled inputs (..., G, J)."""
     pooled = means[..., scan.layer.group_of(channel), :]
     return input_relevance(scan.weight[channel].double(), pooled, scan.layer.taps_per_input)
 
@@ -97,12 +90,7 @@ def cosines_of(arvs: Tensor) -> Tensor:
 
 
 def group_classes(classes: Sequence[int], cosines: Tensor, gamma: float) -> tuple[Concept, ...]:
-    """Group classes by complete linkage: within a group every two are at least gamma alike.
-
-    >>> cosines = torch.tensor([[1.0, 0.9, 0.1], [0.9, 1.0, 0.2], [0.1, 0.2, 1.0]])
-    >>> group_classes([4, 5, 8], cosines, gamma=0.5)
-    ((4, 5), (8,))
-    """
+    """Group classes by complete linkage: within a group every two are at least gamma alike."""
     apart = 4.0  # beyond any 1 - cosine, so that rounding cannot join what gamma parts
     distances = np.where(cosines.numpy() < gamma, apart, 1 - cosines.numpy())
     numbers = fcluster(linkage(squareform(distances, checks=False), "complete"), 3.0, "distance")

@@ -1,9 +1,8 @@
 """Concepts without labels: the images that a channel responds to most, clustered by what fed it.
 
-A set is cut in two where the cut is real, and its parts again. Two-means finds a cut in anything,
-so it is tested on other points, projected on the line between the two centres. Those of one cluster
-are at least as dense half-way as at the rarer centre; this is rejected where significantly fewer
-lie half-way. Shapes: N points, D dimensions, K clusters, S starts.
+A cut by two-means is tested on other points: those of one cluster, projected on the line between
+the centres, are at least as dense half-way as at the rarer centre. Shapes: N points, D dimensions,
+K clusters, S starts.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from scipy.stats.contingency import crosstab
 from torch import Tensor
 
 from unbraid.finding.arv import cosines_of, group_classes
-from unbraid.finding.findings import Concept, Found, Pair
-from unbraid.finding.membership import Cluster, mean_responses, relevance_for_channel
+from unbraid.finding.findings import Concept, Found, pairs_of
+from unbraid.finding.membership import Cluster, mean_responses, name_of, relevance_for_channel
 from unbraid.scanning.records import Scan
 
 _N_TOP = 1000  # images of a channel
@@ -39,7 +38,8 @@ _N_TURNS = 10  # that bring the starts near the principal directions
 def search_clusters(scan: Scan, gamma: float) -> Found:
     """Cluster the top images of every channel, and compare the clusters by their ARVs."""
     found = Found()
-    first = _first_number(scan)
+    seen = scan.labels_seen() | {int(c) for column in scan.columns("prediction") for c in column}
+    first = max(len(scan.class_names), max(seen, default=-1) + 1)  # the first that is no class
     nearest = (1.0, -1)  # lowest cosine, and channel
     for channel, top in top_images(scan):
         clusters, number = cluster_images(top, channel, first)
@@ -51,9 +51,7 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
         if not (cosines < gamma).any():
             continue
         part = [float((number == n).double().mean()) for n in numbers]
-        for i, j in (cosines < gamma).triu(1).nonzero().tolist():
-            cosine = float(cosines[i, j])
-            found.pairs.append(Pair(channel, numbers[i], numbers[j], cosine, part[i], part[j]))
+        found.pairs += pairs_of(channel, numbers, cosines, cosines < gamma, part)
         found.concepts[channel] = group_classes(numbers, cosines, gamma)
         found.clusters |= clusters
         for k, n in enumerate(numbers):
@@ -72,11 +70,7 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
 
 
 def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
-    """Agreement of two partitions: 1 for equal ones, 0 on average by chance (Hubert, Arabie 1985).
-
-    >>> adjusted_rand_index([0, 0, 1, 1], [5, 5, 3, 3])
-    1.0
-    """
+    """Agreement of two partitions: 1 for equal ones, 0 by chance (Hubert, Arabie 1985)."""
     table = crosstab(one, other).count
     sizes = table, table.sum(1), table.sum(0), table.sum()
     together, pairs1, pairs2, every = (float((n * (n - 1) / 2).sum()) for n in sizes)
@@ -85,22 +79,15 @@ def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
     return 1.0 if most == expected else (together - expected) / (most - expected)
 
 
-def _first_number(scan: Scan) -> int:
-    seen = scan.labels_seen() | {int(c) for column in scan.columns("prediction") for c in column}
-    return max(len(scan.class_names), max(seen, default=-1) + 1)
-
-
 def _cosines(top: DescribedImages, number: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Cosines of the ARVs of the top images with each number."""
     return cosines_of(torch.stack([top.relevance[number == n].mean(0) for n in numbers]))
 
 
 def _classes(scan: Scan, labels: Tensor) -> str:
     """Name the classes that a cluster mostly holds, in brackets."""
     counts = labels.bincount()
-    known = scan.class_names
     names = [
-        known[c] if c < len(known) and known[c] else str(c)
+        name_of(scan.class_names, c)
         for c in counts.argsort(descending=True).tolist()[:3]
         if counts[c] >= _NAMED * len(labels)
     ]
@@ -124,9 +111,6 @@ def _agreement(
         [of_label[c] for c in top.label[known].tolist()],
         [of_number[n] for n in number[known].tolist()],
     )
-
-
-# The images that a channel responds to most
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,9 +182,6 @@ def _gather(scan: Scan, chosen: Mapping[int, Tensor]) -> dict[int, tuple[Tensor,
     return {o: tuple(map(torch.cat, own)) for o, own in columns.items()}
 
 
-# Clusters of points
-
-
 def cluster_images(
     top: DescribedImages, channel: int, first: int
 ) -> tuple[dict[int, Cluster], Tensor]:
@@ -211,12 +192,7 @@ def cluster_images(
 
 
 def find_clusters(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide unit vectors (N, D) into clusters: the nearest of each, (N,), and centres (K, D).
-
-    >>> corners = torch.eye(4).repeat_interleave(20, 0)
-    >>> find_clusters(corners)[0].bincount()
-    tensor([20, 20, 20, 20])
-    """
+    """Divide unit vectors (N, D) into clusters: the nearest of each, (N,), and centres (K, D)."""
     # Shuffled, since halves that are tested must not follow an order of classes in the data set.
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
     parts = _divide(points, order)
@@ -244,10 +220,7 @@ def _divide(points: Tensor, members: Tensor) -> list[Tensor]:
 
 
 def chance_of_one(points: Tensor) -> float:
-    """Probability that so few of (N, D) points lie half-way if all come from one cluster.
-
-    Each half is cut and its cut tested on the other, by the binomial test of two windows' counts.
-    """
+    """Probability that so few of (N, D) points lie half-way if all come from one cluster."""
     halves = points[0::2], points[1::2]
     smaller = half_way = 0
     for half, other in (halves, halves[::-1]):
@@ -263,10 +236,7 @@ def chance_of_one(points: Tensor) -> float:
 
 
 def two_means(points: Tensor) -> Tensor:
-    """Cut points (N, D) in two, (N,), where squared distances to the parts' centres are least.
-
-    The best of several cuts, each from a start across a principal direction; all alike if none.
-    """
+    """Cut points (N, D) in two, (N,), where squared distances are least; all alike if none."""
     n_points, centred = len(points), points - points.mean(0)
     sides = centred @ _principal_directions(centred) > 0  # (N, S)
     for _ in range(_MAX_STEPS):
@@ -288,7 +258,6 @@ def _parts(centred: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _principal_directions(centred: Tensor) -> Tensor:
-    """About the directions in which points vary most, (D, S), strongest first."""
     size = centred.shape[1], _N_STARTS
     generator = torch.Generator().manual_seed(0)  # anything that is orthogonal to none of them
     directions = torch.randn(size, generator=generator, dtype=torch.float32).to(centred.dtype)

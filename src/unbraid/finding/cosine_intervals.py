@@ -1,7 +1,6 @@
 """How sure a cosine is: what other images of the same classes would have made of it.
 
-An ARV is linear in the mean pooled input, so weighted means of pooled inputs, from one more reading
-of the scan, give every replicate of every ARV. An image's weights depend on its index alone.
+An ARV is linear in the mean pooled input, so weighted means give every replicate of every ARV.
 Shapes: N images, T classes in any pair, c classes in the pairs of a channel, R replicates, H
 halvings, G groups, J taps, I input channels of a group.
 """
@@ -31,8 +30,6 @@ _PER_IMAGE = 1 << 20  # random numbers of an image: replicates first, halvings f
 
 @dataclass(frozen=True)
 class _Case:
-    """The pairs of one channel."""
-
     channel: int
     pairs: list[Pair]
     classes: Tensor  # (c,), that occur in them, as places among the T classes
@@ -42,9 +39,8 @@ class _Case:
 def with_chance(scan: Scan, sums: ClassSums, pairs: Sequence[Pair]) -> list[Pair]:
     """Give pairs of classes the interval of their cosine and the yardsticks of both classes.
 
-    Intervals are 95 % quantiles of Bayesian bootstrap replicates (Rubin 1981), with undone what
-    noise pulls them towards zero (Spearman 1904); yardsticks are cosines between halves:
-    docs/chance.md.
+    Intervals are of Bayesian bootstrap replicates (Rubin 1981), with undone what noise pulls them
+    towards zero (Spearman 1904); yardsticks are cosines between halves: docs/chance.md.
     """
     if not pairs:
         return []
@@ -72,11 +68,7 @@ def with_chance(scan: Scan, sums: ClassSums, pairs: Sequence[Pair]) -> list[Pair
 
 
 def uniforms(index: Tensor, first: int, n: int) -> Tensor:
-    """Draw n numbers in (0, 1] per image index, (N, n), from the `first` on: SplitMix64.
-
-    >>> uniforms(torch.tensor([7]), 0, 2)[:, 1:].equal(uniforms(torch.tensor([3, 7]), 1, 1)[1:])
-    True
-    """
+    """Draw n numbers in (0, 1] per image index, (N, n), from the `first` on: SplitMix64."""
     counter = index[:, None] * _PER_IMAGE + torch.arange(first, first + n, dtype=torch.int64)
     z = counter.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -168,11 +160,7 @@ def _ranks(index: Tensor) -> Tensor:
 def _weighted_means(
     scan: Scan, classes: Tensor, n: int, weigh: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Average pooled inputs by class under n weights at once, (T, n, G, J).
-
-    `weigh` gives weights (N, n) from the images' places among the T classes and their indices,
-    (N,).
-    """
+    """Average pooled inputs by class, (T, n, G, J), under weights (N, n)."""
     spec, dtype = scan.layer, _dtype(scan)
     sums = torch.zeros(len(classes), n, spec.groups * spec.n_taps, dtype=dtype)
     totals = torch.zeros(len(classes), n, dtype=dtype)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from unbraid.base.arguments import as_kind, whole_number, whole_numbers
 from unbraid.base.errors import UsageError
@@ -22,7 +21,7 @@ from unbraid.finding.arv import (
 )
 from unbraid.finding.clusters import search_clusters
 from unbraid.finding.cosine_intervals import with_chance
-from unbraid.finding.findings import Concept, ConceptKind, Findings, Found, Pair
+from unbraid.finding.findings import Concept, ConceptKind, Findings, Found, pairs_of
 from unbraid.finding.thresholds import Tau, check_thresholds, choose_tau, nearest_finding
 from unbraid.scanning.accuracy import scanned_accuracy
 from unbraid.scanning.records import Scan
@@ -75,14 +74,12 @@ def find(
         accuracy = scanned_accuracy(scan)
         if accuracy is not None and accuracy.warning:
             warnings.warn(accuracy.warning, stacklevel=3)
+    if concepts == "clusters" and channels is not None:
+        raise UsageError("Pass your own concepts in channels, or concepts='clusters', not both.")
     auto, note = tau == "auto", ""
     if tau == "auto":
         tau, note = choose_tau(scan)
     if concepts == "clusters":
-        if channels is not None:
-            raise UsageError(
-                "Pass your own concepts in channels, or concepts='clusters', not both."
-            )
         found = search_clusters(scan, gamma)
     else:
         sums = class_sums(scan, [tau])
@@ -116,15 +113,14 @@ def _search_classes(scan: Scan, sums: ClassSums, p: float, gamma: float) -> Foun
     found = Found()
     for channel, classes in shared_channels(uses(sums, p)[0]):
         cosines = class_cosines(scan, sums, channel, classes)
-        different = (cosines < gamma).triu(1)  # rounding can make a class unlike itself
-        if different.any():
-            found.pairs += _pairs(sums, channel, classes, cosines, different)
+        pairs = pairs_of(channel, classes, cosines, cosines < gamma, _use(sums, channel, classes))
+        if pairs:
+            found.pairs += pairs
             found.concepts[channel] = group_classes(classes, cosines, gamma)
     return found
 
 
 def _own(scan: Scan, sums: ClassSums, channels: Any) -> Found:
-    """Compare all classes of different concepts that the user names."""
     if not isinstance(channels, Mapping):
         raise UsageError(
             f"channels is a {type(channels).__name__}; give groups of classes per channel, for "
@@ -138,20 +134,18 @@ def _own(scan: Scan, sums: ClassSums, channels: Any) -> Found:
         classes = sorted(concept_of)
         of = torch.tensor([concept_of[c] for c in classes], dtype=torch.int64)
         cosines = class_cosines(scan, sums, channel, classes)
-        found.pairs += _pairs(sums, channel, classes, cosines, of[:, None] != of)
+        use = _use(sums, channel, classes)
+        found.pairs += pairs_of(channel, classes, cosines, of[:, None] != of, use)
     return found
 
 
-def _pairs(
-    sums: ClassSums, channel: int, classes: Sequence[int], cosines: Tensor, wanted: Tensor
-) -> list[Pair]:
-    """The wanted pairs of classes at a channel; cosines and wanted are (classes, classes)."""
-    use = (sums.n_matters[0, :, channel] / sums.n_images.clamp(min=1).double()).tolist()
-    pairs = []
-    for i, j in wanted.triu(1).nonzero().tolist():
-        s, t = classes[i], classes[j]
-        pairs.append(Pair(channel, s, t, float(cosines[i, j]), use[s], use[t]))
-    return pairs
+def _use(sums: ClassSums, channel: int, classes: Sequence[int]) -> list[float]:
+    """In what fraction of the images of each class a channel matters."""
+    chosen = list(classes)
+    use: list[float] = (
+        sums.n_matters[0, chosen, channel] / sums.n_images[chosen].double()
+    ).tolist()
+    return use
 
 
 def _own_concepts(
@@ -174,7 +168,5 @@ def _own_concepts(
         )
     for label in classes:
         if not 0 <= label < len(sums.n_images) or sums.n_images[label] == 0:
-            raise UsageError(
-                f"Channel {channel} names class {label}, of which the scan has no image."
-            )
+            raise UsageError(f"Channel {channel} names class {label}, of which there is no image.")
     return concepts

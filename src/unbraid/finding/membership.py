@@ -25,6 +25,11 @@ class Cluster:
 Clusters = Mapping[int, Cluster]  # by number
 
 
+def name_of(names: Sequence[str], number: int) -> str:
+    """The name of a class or cluster, or its number where it has none."""
+    return (names[number] if number < len(names) else "") or str(number)
+
+
 @dataclass(frozen=True, eq=False)
 class Members:
     """The images of a scan by class and cluster; numbers that `clusters` lacks are classes."""

@@ -1,14 +1,11 @@
-"""Thresholds of `find`: their range, a tau that fits the layer, and what others would find.
-
-Shapes: C_out channels, T classes, c of them sharing a channel, S settings of tau and p.
-"""
+"""Thresholds of `find`: T classes, c of them sharing a channel, S settings of tau and p."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from decimal import ROUND_FLOOR, Decimal
+from decimal import ROUND_FLOOR, Context
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -64,10 +61,7 @@ def check_thresholds(
 
 
 def choose_tau(scan: Scan) -> tuple[float, str]:
-    """Choose the largest share that ten channels of a typical image have (docs/thresholds.md).
-
-    Returns tau, rounded down to three digits, and what to know of it.
-    """
+    """Choose the largest share that ten channels of a typical image have (docs/thresholds.md)."""
     n_matter = min(N_MATTER, math.ceil(scan.layer.n_out / _ONE_IN))
     least = scan.manifest.min_share
     parts = [
@@ -106,15 +100,9 @@ def _reached_by_half(values: Tensor) -> Tensor:
     return values.sort(descending=True).values[(len(values) - 1) // 2]
 
 
-def _round_down(value: float, digits: int = 3) -> float:
-    """Cut a number behind its leading digits.
-
-    >>> _round_down(0.012399), _round_down(0.03), _round_down(1.0)
-    (0.0123, 0.03, 1.0)
-    """
-    exact = Decimal(repr(value))
-    last = Decimal(1).scaleb(exact.adjusted() - digits + 1)
-    return float(exact.quantize(last, ROUND_FLOOR))
+def _round_down(value: float) -> float:
+    """Cut a number behind three leading digits."""
+    return float(Context(prec=3, rounding=ROUND_FLOOR).create_decimal(repr(value)))
 
 
 def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:
@@ -123,13 +111,13 @@ def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:
     tried = [float(f"{tau * 0.9**k:.3g}") for k in range(1, 60)]
     taus = [tau, *(t for t in tried if least < t < tau), *([least] if least < tau else [])]
     nearest = (float("inf"), 0.0, 0)  # cosine, negative tau, channel
-    lowest: dict[int, tuple[list[int], float]] = {}  # cosine of some classes, by channel
+    known: dict[int, list[int]] = {}  # the classes last compared, by channel
     for sums, lower, users in _users(scan, taus, p):
         for channel, classes in shared_channels(users):
-            if channel not in lowest or lowest[channel][0] != classes:
-                cosines = class_cosines(scan, sums, channel, classes)
-                lowest[channel] = classes, float(cosines.min())
-                nearest = min(nearest, (lowest[channel][1], -lower, channel))
+            if known.get(channel) != classes:
+                known[channel] = classes
+                cosine = float(class_cosines(scan, sums, channel, classes).min())
+                nearest = min(nearest, (cosine, -lower, channel))
         if nearest[0] < gamma:
             return f"Nearest: tau {_exact(lower)} finds channel {nearest[2]}."
     if nearest[0] > 1:
@@ -200,19 +188,18 @@ class Sensitivity(Exported):
 
     def __str__(self) -> str:
         """Show a table per p, taus down and gammas across: channels and, in brackets, pairs."""
-        head = (
+        parts = [
             f"Polysemantic channels, and pairs of classes in brackets, of the "
             f"{count(self.n_out, 'channel')} of layer {self.layer}"
-        )
-        return "\n\n".join([head, *map(self._table, self.ps)])
-
-    def _table(self, p: float) -> str:
-        rows = [(f"p {p:g}", *(f"gamma {gamma:g}" for gamma in self.gammas))]
-        for tau in self.taus:
-            cells = [self.at(tau, p, gamma) for gamma in self.gammas]
-            figures = (f"{cell.n_channels:,} ({cell.n_pairs:,})" for cell in cells)
-            rows.append((f"tau {tau:g}", *figures))
-        return align(rows)
+        ]
+        for p in self.ps:
+            rows = [(f"p {p:g}", *(f"gamma {gamma:g}" for gamma in self.gammas))]
+            for tau in self.taus:
+                cells = [self.at(tau, p, gamma) for gamma in self.gammas]
+                figures = (f"{cell.n_channels:,} ({cell.n_pairs:,})" for cell in cells)
+                rows.append((f"tau {tau:g}", *figures))
+            parts.append(align(rows))
+        return "\n\n".join(parts)
 
     def rows(self) -> Iterator[tuple[float | int, ...]]:
         """Give one row per choice, in the order of the CSV columns."""
@@ -268,18 +255,10 @@ def sensitivity(
         users = (use[:, None] >= torch.tensor(ps, dtype=torch.float64)[:, None]).flatten(0, 1)
         n_pairs = _pairs_below(scan, sums, channel, classes, users, gammas)
         counts += torch.stack([n_pairs > 0, n_pairs], 2)
-    return Sensitivity(
-        layer=scan.layer.name,
-        weights=scan.manifest.weights,
-        n_out=scan.layer.n_out,
-        taus=taus,
-        ps=ps,
-        gammas=gammas,
-        cells=tuple(
-            Cell(*choice, *numbers)
-            for choice, numbers in zip(choices, counts.view(-1, 2).tolist(), strict=True)
-        ),
-    )
+    numbers = counts.view(-1, 2).tolist()
+    cells = tuple(Cell(*choice, *own) for choice, own in zip(choices, numbers, strict=True))
+    layer, weights = scan.layer, scan.manifest.weights
+    return Sensitivity(layer.name, weights, layer.n_out, taus, ps, gammas, cells)
 
 
 def _grid(

@@ -52,13 +52,14 @@ class Whole:
         return Whole(self.matrix[: len(row), : len(row)] * row * row[:, None])
 
     @cached_property
-    def _rough(self) -> Tensor:
-        return self.matrix.float()
+    def rough(self) -> Whole:
+        """The same in float32."""
+        return Whole(self.matrix.float())
 
-    def solver(self, ridge: Ridge, free: Tensor, dtype: torch.dtype) -> Solver:
+    def solver(self, ridge: Ridge, free: Tensor) -> Solver:
         """Prepare to solve (gram + ridge) y = x for free unknowns (F,); may raise LinAlgError."""
-        matrix = self.matrix if dtype == torch.float64 else self._rough
-        part = matrix.index_select(0, free).index_select(1, free)  # quicker than by two lists
+        # Quicker than by two lists.
+        part = self.matrix.index_select(0, free).index_select(1, free)
         part.diagonal().add_(ridge)
         factor = torch.linalg.cholesky(part)
         return lambda x: torch.cholesky_solve(x[:, None], factor)[:, 0]
@@ -84,13 +85,14 @@ class Rows:
         return Rows(self.rows[:, : len(row)] * row)
 
     @cached_property
-    def _rough(self) -> Tensor:
-        return self.rows.float()
+    def rough(self) -> Rows:
+        """The same in float32."""
+        return Rows(self.rows.float())
 
-    def solver(self, ridge: Ridge, free: Tensor, dtype: torch.dtype) -> Solver:
+    def solver(self, ridge: Ridge, free: Tensor) -> Solver:
         """Prepare the same as `Whole.solver`, by Woodbury's identity."""
-        rows = (self.rows if dtype == torch.float64 else self._rough).index_select(1, free)
-        weight = ridge.to(dtype) if isinstance(ridge, Tensor) else ridge
+        rows = self.rows.index_select(1, free)
+        weight = ridge.to(rows) if isinstance(ridge, Tensor) else ridge
         scaled = rows / weight
         part = scaled @ rows.T
         part.diagonal().add_(1)
@@ -128,7 +130,7 @@ class System:
         self.gram, self.ridge, self.free = gram, ridge, free
         self._rough: Solver | None = None
         with suppress(LinAlgError):
-            self._rough = gram.solver(ridge, free, torch.float32)
+            self._rough = gram.rough.solver(ridge, free)
 
     def nearly(self, x: Tensor) -> Tensor:
         """Solve as well as float32 can."""
@@ -143,13 +145,11 @@ class System:
             rest = x - self.gram.times(spread)[self.free] - self.ridge * y
             if rest.norm() <= _SMALLEST_REST * x.norm():
                 return y
-        return self.gram.solver(self.ridge, self.free, torch.float64)(x)
+        return self.gram.solver(self.ridge, self.free)(x)
 
 
 @dataclass(frozen=True)
 class _Box:
-    """One problem."""
-
     gram: Gram
     ridge: float
     linear: Tensor  # (J,)
@@ -167,12 +167,7 @@ def solve_box(
 ) -> Tensor:
     """Solve K problems, given and answered as (K, J), to a KKT residual of `tolerance`.
 
-    The answer does not depend on the start, the time does. The ridge is at least a trillionth of
-    the diagonal's sum.
-
-    >>> linear, start = torch.tensor([[0.6, 4.0]]).double(), torch.zeros(1, 2).double()
-    >>> solve_box(Whole(torch.eye(2).double()), 1.0, linear, start)
-    tensor([[0.3000, 1.0000]], dtype=torch.float64)
+    The answer does not depend on the start, the time does.
     """
     ridge = max(ridge, _LEAST_RIDGE * float(gram.diagonal.sum()))
     answers = []
@@ -188,10 +183,7 @@ def solve_box(
 
 
 def kkt_residual(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tensor:
-    """How far points m (..., J) in [0, 1] are from the answer, (...,): zero exactly there.
-
-    The largest change that a projected gradient step over the largest curvature would make.
-    """
+    """How far points m (..., J) are from the answer, (...,): a projected gradient step's change."""
     scale = gram.diagonal.amax() + ridge
     gradient = gram.times(m) + ridge * m - linear
     return (m - (m - gradient / scale).clamp(0, 1)).abs().amax(-1)
@@ -199,8 +191,7 @@ def kkt_residual(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tensor:
 
 def _switch_bounds(box: _Box, m: Tensor) -> Tensor:
     """Guess which unknowns lie at which bound, solve for the others, and guess again, (J,)."""
-    wish = m + box.pull(m) / (box.gram.diagonal + box.ridge)
-    bound = _beyond(wish)
+    bound = _beyond(m + box.pull(m) / (box.gram.diagonal + box.ridge))
     for exact in (False, True):  # exact answers to wrong guesses only where rough ones lead nowhere
         bound, m, settled = _go_round(box, bound, m, exact)
         if settled:
@@ -209,15 +200,11 @@ def _switch_bounds(box: _Box, m: Tensor) -> Tensor:
 
 
 def _beyond(m: Tensor) -> Tensor:
-    """1 beyond the upper bound, -1 beyond the lower, 0 between them."""
     return (m > 1).to(m) - (m < 0).to(m)
 
 
 def _go_round(box: _Box, bound: Tensor, m: Tensor, exact: bool) -> tuple[Tensor, Tensor, bool]:
-    """Guess until an exact answer confirms the guess, or while ever fewer unknowns are wrong.
-
-    Returns the last guess, the answer to the one before, and whether they agree.
-    """
+    """Guess until an exact answer confirms the guess, or while ever fewer unknowns are wrong."""
     fewest, patience = len(bound) + 1, _PATIENCE
     while patience:
         held = (bound > 0).to(m)

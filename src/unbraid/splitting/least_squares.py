@@ -1,8 +1,7 @@
 """Divide a channel's weights among its concepts by box-constrained least squares.
 
-The objective (docs/method.md section 5) asks of a scan only second moments of pooled inputs, by
-class or cluster. Whatever else is asked of the masks joins it as a `Term`. Shapes: N images, G
-groups, J taps, K concepts.
+The objective (docs/method.md section 5) asks of a scan only second moments of pooled inputs.
+Whatever else is asked joins it as a `Term`. Shapes: N images, G groups, J taps, K concepts.
 """
 
 from __future__ import annotations
@@ -46,13 +45,7 @@ def by_portion(
     work: Callable[[Material, int], Answer],
     at_once: int = 1 << 30,
 ) -> dict[int, Answer]:
-    """Do the work of all channels side by side, as many at a time as memory holds the needs of.
-
-    What a portion of channels needs, which they may share, is read once.
-
-    >>> by_portion({7: {1, 2}, 8: {2}, 9: {3}}, lambda need: 10, sorted, lambda own, o: own, 20)
-    {7: [1, 2], 8: [1, 2], 9: [3]}
-    """
+    """Do the work of all channels side by side, as many at a time as memory holds the needs of."""
     portions: list[tuple[list[int], set[Need]]] = []
     for channel, own in needs.items():
         if not portions or sum(map(n_bytes, portions[-1][1] | own)) > at_once:
@@ -76,9 +69,6 @@ def by_portion(
 def numbers_of(concepts: Mapping[int, Sequence[Concept]]) -> dict[int, set[int]]:
     """The classes and clusters of each channel's concepts."""
     return {o: {number for concept in own for number in concept} for o, own in concepts.items()}
-
-
-# Moments of pooled inputs
 
 
 @dataclass(frozen=True)
@@ -130,9 +120,6 @@ def second_moments(members: Members, keys: Iterable[Key], whole: set[Key]) -> di
         if inputs[key]:
             add_up(key)
     return {key: Whole(sums[key]) if key in sums else Rows(torch.cat(inputs[key])) for key in keys}
-
-
-# The objective
 
 
 @dataclass(frozen=True)
@@ -229,11 +216,7 @@ def sample_images(scan: Scan) -> Records:
 def background_terms(
     members: Members, sample: Records, channel: int, concepts: Sequence[Concept]
 ) -> list[Term]:
-    """Ask in images of no concept that every mask answers with an even share.
-
-    The squared distance from that, relative to the original's, times its weight; none without
-    images.
-    """
+    """Ask in images of no concept that every mask answers with an even share."""
     outside = members.concept_of(sample, concepts) < 0
     pooled = sample.pooled[outside, members.scan.layer.group_of(channel)]
     inputs = augment(pooled, sample.n_positions[outside])  # (N, J + 1)
@@ -255,10 +238,7 @@ def fit_least_squares(
     sample: Records,
     start: Mapping[int, Tensor] | None = None,
 ) -> dict[int, Fit]:
-    """Fit the masks of all channels, for lambda in units of a problem's mean curvature.
-
-    `sample` is of all training images, from `sample_images`; `start` holds masks to begin with.
-    """
+    """Fit the masks of all channels, for lambda in units of a problem's mean curvature."""
     scan, layer = members.scan, members.scan.layer
     numbers = numbers_of(concepts)
     counts = members.count({number for own in numbers.values() for number in own})
@@ -287,9 +267,6 @@ def fit_least_squares(
     return by_portion(needs, n_bytes, read, fit, _BYTES_AT_ONCE)
 
 
-# The penalty, chosen by cross-validation over images
-
-
 def choose_penalty(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> float:
     """Choose lambda for the layer, in units of the mean curvature, on sampled channels."""
     scan, every = members.scan, sorted(concepts)
@@ -316,10 +293,7 @@ def choose_penalty(members: Members, concepts: Mapping[int, Sequence[Concept]]) 
 
 
 def _held_out_losses(row: Tensor, inputs: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:
-    """Losses of one channel on images held out, summed over folds, (PENALTIES,).
-
-    Of each concept there are inputs (n, J + 1) and groups of images (n,).
-    """
+    """Losses of one channel on images held out, (PENALTIES,), from inputs (n, J + 1)."""
     losses = torch.zeros(len(PENALTIES), dtype=torch.float64)
     n_folds = min(_N_FOLDS, *(len(own.unique()) for own in ids))
     folds = deal(ids, n_folds)
@@ -345,8 +319,6 @@ def _pose_first(row: Tensor, inputs: Sequence[Tensor]) -> Problem:
 
 def deal(ids: Sequence[Tensor], n_folds: int) -> list[Tensor]:
     """Deal images to folds, concept by concept, no group (n,) to two: the fold of each, (n,).
-
-    A new group goes to the fold with the fewest images of the concept.
 
     >>> deal([torch.tensor([5, 5, 6, 7]), torch.tensor([6, 8])], 2)
     [tensor([0, 0, 1, 1]), tensor([1, 0])]

@@ -1,7 +1,4 @@
-"""The published rule for dividing a channel's weights: docs/method.md section 3, steps 3 and 4.
-
-Hesse et al. 2025, arXiv:2504.12939. Shapes: n images, K concepts, C input channels, J taps.
-"""
+"""The published rule for dividing weights: docs/method.md section 3, Hesse et al. 2025."""
 
 from __future__ import annotations
 
@@ -24,11 +21,6 @@ def published_masks(arvs: Sequence[Tensor], rho: float, taps_per_input: int) -> 
 
     Input channel i belongs to concept k if rho * v_k[i] > v_l[i] for every other concept l, and to
     no concept before k. Concept k keeps all but the input channels that belong to others.
-
-    >>> v1, v2 = torch.tensor([4.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 3.0])
-    >>> published_masks([v1, v2], 0.5, 1)
-    tensor([[1., 1., 0.],
-            [0., 1., 1.]], dtype=torch.float64)
     """
     taken = torch.zeros(len(arvs[0]), dtype=torch.bool)
     owned = []
@@ -48,8 +40,7 @@ def choose_rho(
 ) -> dict[int, float]:
     """Choose rho per channel, in one reading of a scan with positions; the lowest wins a tie.
 
-    The criterion is the sum over concepts of the mean, over its images, of its own response over
-    the others', with responses d_k = sum over positions of max(z_k, 0).
+    The criterion sums over concepts the mean of its own response over the others', on its images.
     """
     scan = members.scan
     n_images = {o: torch.zeros(len(own), 1, dtype=torch.int64) for o, own in concepts.items()}

@@ -1,9 +1,8 @@
 """Refine masks on rectified responses with positions, which pooled inputs hide.
 
-Behind a ReLU d_k[n] = sum over positions of max(z_k[n, p], 0) counts. With the positions held where
-z_k is positive the problem is again box-constrained least squares, solved and repeated
-(Gauss-Newton) while it gets better. The pooled objective stays in with a smaller weight. Shapes: N
-images, J taps, K concepts, P positions.
+With the positions held where z_k is positive, the problem is again box-constrained least squares,
+solved and repeated (Gauss-Newton) while it gets better. The pooled objective stays in with a
+smaller weight. Shapes: N images, J taps, K concepts, P positions.
 """
 
 from __future__ import annotations
