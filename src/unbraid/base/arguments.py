@@ -26,8 +26,8 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int = _M
 
 def whole_numbers(name: str, values: Any) -> list[int]:
     """Return whole numbers, as a list."""
-    members = _members(name, values, "whole numbers")
-    return [_whole(f"{name} holds", value, "a list of whole numbers") for value in members]
+    instead = "a list of whole numbers"
+    return [_whole(f"{name} holds", value, instead) for value in _members(name, values, instead)]
 
 
 def real_number(name: str, value: Any) -> float:
@@ -37,8 +37,8 @@ def real_number(name: str, value: Any) -> float:
 
 def real_numbers(name: str, values: Any) -> list[float]:
     """Return numbers, as a list."""
-    members = _members(name, values, "numbers")
-    return [_real(f"{name} holds", value, "a list of numbers") for value in members]
+    instead = "a list of numbers"
+    return [_real(f"{name} holds", value, instead) for value in _members(name, values, instead)]
 
 
 def flag(name: str, value: Any) -> bool:
@@ -77,12 +77,12 @@ def _refuse(what: str, value: Any, instead: str) -> NoReturn:
     raise UsageError(f"{what} {shown}; give {instead}.")
 
 
-def _members(name: str, values: Any, kind: str) -> list[Any]:
+def _members(name: str, values: Any, instead: str) -> list[Any]:
     """The members of a list, tuple, set, range, array or tensor."""
     if hasattr(values, "tolist"):
         values = values.tolist()  # going through a tensor would make a tensor of every number
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        _refuse(f"{name} is", values, f"a list of {kind}")
+        _refuse(f"{name} is", values, instead)
     return list(values)
 
 

@@ -157,9 +157,8 @@ def memory_full(error: BaseException) -> bool:
 def gone_with_folder(error: BaseException) -> str | None:
     """Say that a file is missing because all of its folder is, None if that is not so."""
     file = getattr(error, "filename", None)
-    if not isinstance(error, (FileNotFoundError, NotADirectoryError)) or not file:
-        return None
-    if not isinstance(file, (str, bytes, os.PathLike)):
+    missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    if not missing or not file or not isinstance(file, (str, bytes, os.PathLike)):
         return None
     folder = os.path.dirname(os.path.realpath(file))
     try:

@@ -180,21 +180,15 @@ def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of writers that live no more, and leave everything else alone."""
     for path in folder.glob("*.tmp"):
         ours = _OURS.fullmatch(path.name)
-        if ours and path.is_file():
-            with suppress(OSError):  # somebody else's, or gone already
-                _remove_leftover(path, ours["host"])
-
-
-def _remove_leftover(path: Path, host: str) -> None:
-    with path.open("r+b") as file:
-        lock = _lock(file)
-        old = time.time() - os.fstat(file.fileno()).st_mtime > _LONG
-        dead = lock is not False and (old or (lock is True and host == _HOST))
-        if dead:
-            with suppress(PermissionError):  # of Windows, which deletes nothing that is open
+        if not ours or not path.is_file():
+            continue
+        with suppress(OSError), path.open("r+b") as file:  # somebody else's, or gone already
+            lock = _lock(file)
+            old = time.time() - os.fstat(file.fileno()).st_mtime > _LONG
+            if lock is not False and (old or (lock is True and ours["host"] == _HOST)):
+                if os.name != "posix":
+                    file.close()  # Windows deletes nothing that is open
                 path.unlink(missing_ok=True)  # while it is ours, before a writer can lock it
-    if dead:
-        path.unlink(missing_ok=True)
 
 
 def _lock(file: BinaryIO) -> bool | None:

@@ -160,7 +160,11 @@ class _Kept:
         self.contents = [(container, copy.copy(container)) for container in held]
         tensors = [tensor for _, tensor in module.named_buffers("", False, False)]
         tensors += [value for value in self.attributes.values() if isinstance(value, Tensor)]
-        self.values = [(t, t.detach().clone()) for t in tensors if _has_values(t)]
+        self.values = [
+            (t, t.detach().clone())
+            for t in tensors
+            if not is_lazy(t) and not t.is_meta and t.layout == torch.strided
+        ]
         self.names = self._names()
 
     def _names(self) -> set[str]:
@@ -171,7 +175,11 @@ class _Kept:
         if self.training is not None and self.module.training != self.training:
             self.module.training = self.training
         for tensor, value in self.values:
-            _put(tensor, value)
+            with torch.no_grad():
+                if tensor.shape != value.shape or tensor.dtype != value.dtype:
+                    tensor.data = value
+                elif not torch.equal(tensor, value):
+                    tensor.copy_(value)
         grown = bool(self._names() - self.names)
         for name, value in self.attributes.items():
             if self.own.get(name, _MISSING) is not value:
@@ -185,19 +193,6 @@ class _Kept:
 
 def _same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
     return list(one) == list(other) and all(one[name] is other[name] for name in one)
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers in a row, which can be copied and compared."""
-    return not is_lazy(tensor) and not tensor.is_meta and tensor.layout == torch.strided
-
-
-def _put(tensor: Tensor, value: Tensor) -> None:
-    with torch.no_grad():
-        if tensor.shape != value.shape or tensor.dtype != value.dtype:
-            tensor.data = value
-        elif not torch.equal(tensor, value):
-            tensor.copy_(value)
 
 
 @contextmanager

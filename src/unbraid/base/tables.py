@@ -125,6 +125,11 @@ def count(n: int, one: str, many: str = "") -> str:
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
+def figure(value: float, form: str = ".3f") -> str:
+    """Write a number, "-" where it is not known."""
+    return "-" if math.isnan(value) else format(value, form)
+
+
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Write a table in CSV, numbers to the last digit, nan as an empty cell.
 

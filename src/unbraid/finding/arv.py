@@ -13,8 +13,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import Clusters, Members
-from unbraid.networks.relevance import input_relevance
+from unbraid.finding.membership import Clusters, Members, relevance_for_channel
 from unbraid.scanning.records import Scan
 
 
@@ -65,14 +64,12 @@ def shared_channels(users: Tensor) -> Iterator[tuple[int, list[int]]]:
 
 def concept_mean(sums: ClassSums, concept: Concept) -> Tensor:
     """Mean pooled input over all images of a concept's classes, (G, J)."""
-    chosen = list(concept)
-    return sums.pooled[chosen].sum(0) / sums.n_images[chosen].sum()
+    return sums.pooled[list(concept)].sum(0) / sums.n_images[list(concept)].sum()
 
 
 def averaged_relevance(scan: Scan, channel: int, means: Tensor) -> Tensor:
     """ARV (..., C_in / G) for a channel, from mean pooled inputs (..., G, J)."""
-    pooled = means[..., scan.layer.group_of(channel), :]
-    return input_relevance(scan.weight[channel].double(), pooled, scan.layer.taps_per_input)
+    return relevance_for_channel(scan, means[..., scan.layer.group_of(channel), :], channel)
 
 
 def class_cosines(scan: Scan, sums: ClassSums, channel: int, classes: Sequence[int]) -> Tensor:

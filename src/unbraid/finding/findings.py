@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from unbraid.base.tables import Exported, Table, Tabular, count
+from unbraid.base.tables import Exported, Table, Tabular, count, figure
 from unbraid.finding.membership import Cluster, Clusters, Members, name_of
 from unbraid.scanning.records import Scan
 
@@ -156,8 +156,8 @@ class Findings(Tabular, Exported):
                 str(pair.channel),
                 f"{pair.cosine:.4f}",
                 _interval(pair) + (" *" if self.uncertain(pair) else ""),
-                *(self.name(pair.class1), f"{pair.use1:.0%}", _figure(pair.half1)),
-                *(self.name(pair.class2), f"{pair.use2:.0%}", _figure(pair.half2)),
+                *(self.name(pair.class1), f"{pair.use1:.0%}", figure(pair.half1)),
+                *(self.name(pair.class2), f"{pair.use2:.0%}", figure(pair.half2)),
             )
             for pair in self.pairs
         ]
@@ -195,7 +195,3 @@ class Findings(Tabular, Exported):
 
 def _interval(pair: Pair) -> str:
     return "-" if math.isnan(pair.low) else f"{pair.low:.3f} to {pair.high:.3f}"
-
-
-def _figure(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"

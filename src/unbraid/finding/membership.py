@@ -128,7 +128,7 @@ def mean_responses(
 
 
 def relevance_for_channel(scan: Scan, pooled: Tensor, channel: int) -> Tensor:
-    """Relevance of the input channels, (N, C), from pooled inputs of their group, (N, J)."""
+    """Relevance of the input channels, (..., C), from pooled inputs of their group, (..., J)."""
     return input_relevance(
         scan.weight[channel].double(), pooled.double(), scan.layer.taps_per_input
     )

@@ -244,12 +244,17 @@ def _way_past(copied: nn.Module, reach: Reach) -> str:
         way = next((path for path in map(reach.path, held) if path is not None), None)
     if way is not None:
         return f"{_name_holder(way)} still leads to the original network"
-    functions = [*reached, *(inspect.getattr_static(kind, "forward") for kind in kinds)]
-    for function in dict.fromkeys(f for f in functions if type(f) is types.FunctionType):
-        variable = _global_way(function, reach)
-        if variable is not None:
-            user = f"{function.__qualname__!r} uses the global variable {variable!r}"
-            return f"{user}, which stays the original's"
+    forwards = [inspect.getattr_static(kind, "forward") for kind in kinds]
+    functions = [f for f in (*reached, *forwards) if type(f) is types.FunctionType]
+    for function in functions:  # which grows
+        for name in _globals_used(function.__code__):
+            value = function.__globals__.get(name)
+            if type(value) is types.FunctionType and value.__globals__ is function.__globals__:
+                if value not in functions:
+                    functions.append(value)
+            elif isinstance(value, _RUNNABLE) and reach.leads(value):
+                user = f"{function.__qualname__!r} uses the global variable {name!r}"
+                return f"{user}, which stays the original's"
     return ""
 
 
@@ -261,20 +266,6 @@ def _name_holder(way: Sequence[object]) -> str:
         if not isinstance(one, (dict, list, tuple, types.CellType)):
             return f"an object of type {type(one).__name__}"
     return "the network"
-
-
-def _global_way(function: types.FunctionType, reach: Reach) -> str | None:
-    """The global variable by which a function, or one that it names, uses the original."""
-    functions = [function]
-    for one in functions:  # which grows
-        for name in _globals_used(one.__code__):
-            value = one.__globals__.get(name)
-            if type(value) is types.FunctionType and value.__globals__ is one.__globals__:
-                if value not in functions:
-                    functions.append(value)
-            elif isinstance(value, _RUNNABLE) and reach.leads(value):
-                return name
-    return None
 
 
 def _globals_used(code: types.CodeType) -> Iterator[str]:
