@@ -185,14 +185,11 @@ class _Kept:
             if self.own.get(name, _MISSING) is not value:
                 self.own[name] = value
         for container, content in self.contents:
-            if not (isinstance(content, dict) and _same(container, content)):
+            same = isinstance(content, dict) and list(container) == list(content)
+            if not (same and all(container[name] is content[name] for name in content)):
                 container.clear()
                 (container.extend if isinstance(content, _LISTS) else container.update)(content)
         return grown
-
-
-def _same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    return list(one) == list(other) and all(one[name] is other[name] for name in one)
 
 
 @contextmanager

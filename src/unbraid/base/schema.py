@@ -119,6 +119,4 @@ def _checked(kind: Any, value: Any, null_figures: bool) -> Any:
     return value
 
 
-@cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    return get_type_hints(kind)
+_hints = cache(get_type_hints)

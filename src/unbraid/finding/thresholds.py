@@ -75,7 +75,8 @@ def choose_tau(scan: Scan) -> tuple[float, str]:
     by_class = shares[labels.argsort(stable=True)].split(sizes)
     typical = _reached_by_half(torch.stack([_reached_by_half(own) for own in by_class]))
     if typical > 0:
-        return max(_round_down(float(typical)), least), ""
+        three_digits = Context(prec=3, rounding=ROUND_FLOOR)
+        return max(float(three_digits.create_decimal(repr(float(typical)))), least), ""
     return least, (
         f"The tau chosen is the smallest share that the scan kept, {least:g}: fewer than "
         f"{n_matter} channels of a typical image reach it; scan with a smaller min_share to go "
@@ -98,11 +99,6 @@ def _nth_share(start: Tensor, value: Tensor, n: int) -> Tensor:
 def _reached_by_half(values: Tensor) -> Tensor:
     """The largest number that at least half of the values reach."""
     return values.sort(descending=True).values[(len(values) - 1) // 2]
-
-
-def _round_down(value: float) -> float:
-    """Cut a number behind three leading digits."""
-    return float(Context(prec=3, rounding=ROUND_FLOOR).create_decimal(repr(value)))
 
 
 def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:

@@ -124,11 +124,10 @@ def second_moments(members: Members, keys: Iterable[Key], whole: set[Key]) -> di
 
 @dataclass(frozen=True)
 class Term:
-    """A squared error: |rows m|^2 - 2 linear.m + constant, for every mask m of a channel."""
+    """A squared error up to a constant: |rows m|^2 - 2 linear.m, for every mask m of a channel."""
 
     rows: Tensor  # (N, J)
     linear: Tensor  # (J,)
-    constant: float
 
 
 @dataclass(frozen=True)
@@ -141,12 +140,12 @@ class Problem:
     constant: Tensor  # (K,)
 
     def plus(self, term: Term) -> Problem:
-        """Ask for something more, of every mask alike."""
+        """Ask for something more, of every mask alike; losses leave its constant out."""
         gram = add([self.gram, Rows(term.rows)], [1, 1])
-        return Problem(gram, self.linear + term.linear, self.prior, self.constant + term.constant)
+        return replace(self, gram=gram, linear=self.linear + term.linear)
 
     def loss(self, masks: Tensor) -> Tensor:
-        """Objectives without penalty, (K,): squared mimic and silence errors, and all terms."""
+        """Objectives without penalty, (K,): squared mimic and silence errors."""
         return (masks * (self.gram.times(masks) - 2 * self.linear)).sum(1) + self.constant
 
 
@@ -213,9 +212,9 @@ def sample_images(scan: Scan) -> Records:
     return replace(no_records(scan.layer, False), share_start=no_share, **joined)
 
 
-def background_terms(
+def background_term(
     members: Members, sample: Records, channel: int, concepts: Sequence[Concept]
-) -> list[Term]:
+) -> Term | None:
     """Ask in images of no concept that every mask answers with an even share."""
     outside = members.concept_of(sample, concepts) < 0
     pooled = sample.pooled[outside, members.scan.layer.group_of(channel)]
@@ -223,12 +222,11 @@ def background_terms(
     row = augmented_row(members.scan, channel)
     responses = inputs @ row
     if not responses.any():
-        return []
+        return None
     weight = BACKGROUND_WEIGHT / responses.square().sum()
     wanted = responses / len(concepts) - inputs[:, -1] * row[-1]  # no mask can change the bias
     reach = inputs[:, :-1] * row[:-1]
-    constant = float(weight * wanted.square().sum())
-    return [Term(weight.sqrt() * reach, weight * (wanted @ reach), constant)]
+    return Term(weight.sqrt() * reach, weight * (wanted @ reach))
 
 
 def fit_least_squares(
@@ -259,8 +257,8 @@ def fit_least_squares(
             for concept in concepts[channel]
         ]
         problem = pose(augmented_row(scan, channel), moments)
-        for term in background_terms(members, sample, channel, concepts[channel]):
-            problem = problem.plus(term)
+        term = background_term(members, sample, channel, concepts[channel])
+        problem = problem.plus(term) if term else problem
         return solve(problem, penalty, (start or {}).get(channel))
 
     read = partial(second_moments, members, whole=whole)
