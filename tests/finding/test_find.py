@@ -324,28 +324,22 @@ REFUSED = [
     ({"channels": {1: [0, 1]}}, "two or more groups"),
     ({"channels": {1: [[0, 1], [1]]}}, "share no class"),
     ({"channels": {1: [[0, 0], [1]]}}, "share no class"),
-    ({"channels": {1: [[0], [6]]}}, "class 6, of which the scan has no image"),
+    ({"channels": {1: [[0], [6]]}}, "class 6, of which there is no image"),
     ({"channels": {1: [[-1], [0]]}}, "class -1, of which"),
     ({"channels": [[0], [1]]}, "channels is a list; give groups of classes per channel"),
     ({"channels": {1: [[0], [1]]}, "concepts": "clusters"}, "not both"),
     *(({"concepts": w}, "use 'classes' or 'clusters'") for w in ("cluster", "Clusters", "", None)),
-    *(
-        ({name: value, **more}, message)
-        for more in ({}, {"channels": {1: [[0], [1]]}}, {"concepts": "clusters"})
-        for name, value, message in (
-            ("tau", 0.0, "tau is 0; a share must lie above 0"),
-            ("tau", -0.1, "tau is -0.1"),
-            ("tau", 1.1, "tau is 1.1"),
-            ("tau", math.nan, "tau is nan"),
-            ("tau", 0.004, "tau is 0.004, but the scan keeps no share below 0.005"),
-            ("p", 0.0, "p is 0"),
-            ("p", 1.01, "p is 1.01"),
-            ("p", math.nan, "p is nan"),
-            ("gamma", 1.01, "gamma is 1.01; a cosine must lie between -1 and 1"),
-            ("gamma", -1.01, "gamma is -1.01"),
-            ("gamma", math.nan, "gamma is nan"),
-        )
-    ),
+    ({"tau": 0.0}, "tau is 0; a share must lie above 0"),
+    ({"tau": -0.1}, "tau is -0.1"),
+    ({"tau": 1.1}, "tau is 1.1"),
+    ({"tau": math.nan}, "tau is nan"),
+    ({"tau": 0.004}, "tau is 0.004, but the scan keeps no share below 0.005"),
+    ({"p": 0.0}, "p is 0"),
+    ({"p": 1.01}, "p is 1.01"),
+    ({"p": math.nan, "channels": {1: [[0], [1]]}}, "p is nan"),
+    ({"gamma": 1.01}, "gamma is 1.01; a cosine must lie between -1 and 1"),
+    ({"gamma": -1.01}, "gamma is -1.01"),
+    ({"gamma": math.nan, "concepts": "clusters"}, "gamma is nan"),
 ]
 
 

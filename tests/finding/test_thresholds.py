@@ -31,8 +31,7 @@ def uneven_labels(n_images: int, n_classes: int, seed: int = 0) -> list[int]:
     return torch.multinomial(sizes, n_images, replacement=True, generator=generator).tolist()
 
 
-@pytest.mark.parametrize("kind", ["3x3", "groups", "tokens"])
-@pytest.mark.parametrize("min_share", [0.005, 0.08, 0.3])
+@pytest.mark.parametrize(("kind", "min_share"), [("3x3", 0.005), ("groups", 0.08), ("tokens", 0.3)])
 def test_tau_is_the_one_of_the_rule_on_networks(kind, min_share, tmp_path):
     network, dataset = build(kind), SyntheticImages(22)
     scan = unbraid.scan(network, "layer", dataset, tmp_path, batch_size=6, min_share=min_share)
@@ -52,18 +51,6 @@ def test_tau_is_the_one_of_the_rule_for_any_shares_and_classes(seed, tmp_path):
     assert_tau_chosen(found.tau, shares, labels, n_matter, 0.005)
 
 
-@pytest.mark.parametrize(
-    ("n_channels", "n_matter"), [(1, 1), (4, 1), (5, 2), (24, 6), (36, 9), (37, 10), (200, 10)]
-)
-def test_as_many_channels_matter_in_a_typical_image_as_the_layer_has_room_for(
-    n_channels, n_matter, tmp_path
-):
-    shares = torch.arange(n_channels, 0, -1).double()[None] / 1000  # 0.2, 0.199 ... at most
-    scan = write_scan(tmp_path, shares=shares, labels=[0], min_share=0.0001)
-    tau = unbraid.find(scan, tau="auto").tau
-    assert int((shares >= tau).sum()) == n_matter
-
-
 def chosen(folder: Path, shares: Tensor, labels: list[int], **options: Any) -> float:
     return unbraid.find(write_scan(folder, shares=shares, labels=labels, **options), tau="auto").tau
 
@@ -77,17 +64,6 @@ def test_tau_does_not_depend_on_shards_or_order_or_shares_left_out(tmp_path):
     shares, labels = random_shares(40, 200), [n % 4 for n in range(40)]
     fine = chosen(tmp_path / "fine", shares, labels, min_share=1e-6)
     assert fine == chosen(tmp_path / "coarse", shares, labels, min_share=0.01) > 0.01
-
-
-def test_tau_does_not_depend_on_how_many_classes_or_images_there_are(tmp_path):
-    shares, labels = random_shares(40, 48), [n % 4 for n in range(40)]
-    tau = chosen(tmp_path / "1", shares, labels)
-    more_classes = labels + [label + 4 for label in labels]
-    assert chosen(tmp_path / "2", torch.cat([shares, shares]), more_classes) == tau
-    first = [n for n in range(40) if labels[n] == 0]
-    many = torch.cat([shares, *[shares[first]] * 20])
-    assert chosen(tmp_path / "3", many, labels + [0] * 20 * len(first)) == tau
-    assert chosen(tmp_path / "4", many, [0] * len(many)) != tau  # had all images the same weight
 
 
 def test_a_scan_that_kept_too_few_shares_gives_its_smallest_and_says_so(tmp_path):

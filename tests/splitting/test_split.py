@@ -127,7 +127,7 @@ def change(values: Any, path: str, value: Any) -> Any:
         ("schema", 2, "schema 2, this version reads 1"),
         ("layer.n_out", 0, ""),
         ("settings", {}, "tau is inf"),
-        ("class_names", 7, "class_names is 7"),
+        ("class_names", 7, "class_names"),
         ("channels.1.channel", 0, "a channel stands there twice"),
         ("channels.0.channel", 9, ""),
         ("channels.0.concepts", [[4, 5]], "the concepts of channel 0 are not two or more groups"),
@@ -135,8 +135,8 @@ def change(values: Any, path: str, value: Any) -> Any:
         ("channels.0.concepts", [[4], [5], [6]], "the masks of channel 0 do not fit"),
         ("clusters.4.channel", 9, "a cluster's channel is 9"),
         ("clusters.4.place", 9, "a cluster's place is 9"),
-        ("clusters.99", {"channel": 0, "place": 0, "least": 0.0}, "'99' is no cluster's number"),
-        ("clusters.-1", {"channel": 0, "place": 0, "least": 0.0}, "'-1' is no cluster's number"),
+        ("clusters.99", {"channel": 0, "place": 0, "least": 0.0}, "a cluster's number is 99"),
+        ("clusters.-1", {"channel": 0, "place": 0, "least": 0.0}, "a cluster's number is -1"),
     ],
 )
 def test_a_description_that_cannot_be_is_refused(path, value, message, saved, tmp_path):

@@ -37,7 +37,6 @@ from tiny_networks import (
 )
 from unbraid.base.errors import (
     DataError,
-    LayerError,
     ModelError,
     OutputChangedError,
     RunError,
@@ -273,15 +272,6 @@ def test_gate_scales_one_concept_channel_and_touches_no_other_channel(pair, valu
             assert_close(after.select(dim, o), before.select(dim, o), 1e-12)
 
 
-def test_gate_works_with_three_concepts(split_of):
-    pair, x = Pair("uneven", split_of("uneven", THREE)), images()
-    before = layer_output(pair.network, x)
-    for concept in range(3):
-        with pair.changed.gate("layer", 2, concept, 0.0):
-            change = layer_output(pair.changed, x) - before
-        assert_close(change[:, 2].flatten(1), -concept_maps(pair, 2, concept, x))
-
-
 def test_gate_works_with_and_without_a_graph(one_pair):
     x, layer = images(), one_pair.changed.layer
     with one_pair.changed.gate("layer", 1, 0, 0.0):
@@ -316,16 +306,6 @@ def test_gate_is_taken_back_by_the_block_an_exception_or_remove(one_pair):
     first.remove()
     second.remove()
     assert_back()
-
-
-def test_gates_of_several_concepts_work_together(one_pair):
-    x = images()
-    before = layer_output(one_pair.network, x)
-    with one_pair.changed.gate("layer", 1, 0, 0.0), one_pair.changed.gate("layer", 3, 1, 2.0):
-        change = layer_output(one_pair.changed, x) - before
-    assert_close(change[:, 1].flatten(1), -concept_maps(one_pair, 1, 0, x))
-    assert_close(change[:, 3].flatten(1), concept_maps(one_pair, 3, 1, x))
-    assert_same_outputs(one_pair.network, one_pair.changed, x)
 
 
 @pytest.mark.parametrize(
@@ -577,17 +557,6 @@ def test_apply_keeps_eval_mode_and_the_attributes_of_the_layer(one_pair):
         _ = layer.colour
 
 
-def test_a_state_dict_makes_the_round_trip(pair):
-    with torch.no_grad():
-        for parameter in pair.changed.parameters():
-            parameter.mul_(1.5)
-    again = unbraid.apply(pair.network, pair.split)
-    again.load_state_dict(pair.changed.state_dict(), strict=True)
-    assert_same_outputs(pair.changed, again, images())
-    with pair.changed.gate("layer", 1, 0, 0.0), again.gate("layer", 1, 0, 0.0):
-        assert_same_outputs(pair.changed, again, images())
-
-
 def _pickled(network: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(network))
 
@@ -638,13 +607,6 @@ def _other_tensors(path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, path)
 
 
-def _other_schema(path: Path) -> None:
-    content = path.read_bytes()
-    changed = content.replace(rb"\"schema\": 1", rb"\"schema\": 9")
-    assert changed != content
-    path.write_bytes(changed)
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -652,7 +614,6 @@ def _other_schema(path: Path) -> None:
         lambda path: path.write_text("no tensors"),
         Path.unlink,
         _other_tensors,
-        _other_schema,
     ],
 )
 def test_a_file_that_is_no_split_is_refused_by_name(damage, one_pair, tmp_path):
@@ -675,11 +636,6 @@ def test_apply_refuses_a_network_with_other_weights(changed, form, one_pair):
     for network in (other, one_pair.changed):  # which was split already
         with pytest.raises(ModelError, match="made for a network with other weights"):
             unbraid.apply(network, one_pair.split, form=form)
-
-
-def test_apply_refuses_a_network_without_the_layer(one_pair):
-    with pytest.raises(LayerError, match="no layer 'layer'"):
-        unbraid.apply(nn.Sequential(build("3x3")), one_pair.split)
 
 
 class TwoNames(nn.Module):
@@ -711,21 +667,9 @@ def test_apply_replaces_a_layer_under_two_names_under_both(form, nested, tmp_pat
             assert not torch.equal(changed(images()), network(images()))
 
 
-class HasGate(nn.Module):
-    """A network with a part called "gate", as mixtures of experts have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.gate = build("3x3"), nn.Linear(4, 4).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gate(self.body(x))
-
-
-@pytest.mark.parametrize(("make", "layer"), [(HasGate, "body.layer"), (OverwritesInput, "layer")])
-def test_apply_splits_odd_networks(make, layer, tmp_path):
-    network = make()
-    changed = unbraid.apply(network, make_split(network, tmp_path, layer=layer))
+def test_apply_splits_a_network_that_overwrites_the_layers_input(tmp_path):
+    network = OverwritesInput()
+    changed = unbraid.apply(network, make_split(network, tmp_path))
     assert_same_outputs(network, changed, images())
 
 

@@ -226,17 +226,6 @@ def attr() -> Any:
     return pytest.importorskip("captum.attr", reason="needs captum")
 
 
-def test_captum_reads_concept_channels(one_pair, attr):
-    seen: list[Tensor] = []
-    layer = one_pair.changed.layer
-    handle = layer.concepts.register_forward_hook(lambda _m, _a, output: seen.append(output))
-    one_pair.changed(single())
-    handle.remove()
-    read = attr.LayerActivation(one_pair.changed, layer.concepts).attribute(single())
-    assert_bit_equal(read, seen[0])
-    assert read.abs().max() > 0
-
-
 def test_captum_attributes_to_the_image_as_in_the_original(pair, attr):
 
     def attribute(network: nn.Module) -> Tensor:
@@ -443,15 +432,9 @@ def test_a_split_file_is_put_into_the_network_in_one_line(one_pair, tmp_path):
         assert_same_outputs(one_pair.changed, changed, single())
 
 
-NO_FIT = "(do|does) not fit (its|the) layer"
-
-
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("masks.1", lambda masks: masks[:, :-1].clone(), NO_FIT),
-        ("masks.1", lambda masks: masks[:1].clone(), NO_FIT),
-        ("weight", lambda weight: weight[:, :-1].clone(), NO_FIT),
         ("masks.3", None, "not a split that can be read"),
         ("weight", lambda weight: weight * 2, "not the network's .* file is damaged"),
     ],

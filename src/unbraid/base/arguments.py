@@ -1,8 +1,4 @@
-"""What callers give, checked once at the door: numbers, lists of them, yes or no, paths.
-
-Numbers of numpy and torch count as numbers; a text with digits, or True, does not. Everything here
-raises UsageError, whose sentence names the argument.
-"""
+"""What callers give, checked once at the door; numbers of numpy and torch count as numbers."""
 
 from __future__ import annotations
 
@@ -22,43 +18,27 @@ MAX_WORKERS = 4096  # what no machine has, so a slip of the pen
 
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int = _MOST) -> int:
-    """Return a whole number.
-
-    >>> whole_number("n", 2.5, 1)
-    Traceback (most recent call last):
-    ...
-    unbraid.base.errors.UsageError: n is 2.5; give a whole number, 1 or more.
-    """
+    """Return a whole number."""
     bounds = "" if least is None else f", {least} or more"
     bounds = bounds if most == _MOST else f" from {least} to {most}"
     return _whole(f"{name} is", value, f"a whole number{bounds}", least, most)
 
 
 def whole_numbers(name: str, values: Any) -> list[int]:
-    """Return whole numbers, as a list.
-
-    >>> whole_numbers("classes", {3}), whole_numbers("classes", range(2))
-    ([3], [0, 1])
-    """
-    members = _members(name, values, "whole numbers")
-    return [_whole(f"{name} holds", value, "a list of whole numbers") for value in members]
+    """Return whole numbers, as a list."""
+    instead = "a list of whole numbers"
+    return [_whole(f"{name} holds", value, instead) for value in _members(name, values, instead)]
 
 
 def real_number(name: str, value: Any) -> float:
-    """Return a number, which may be NaN or infinite: what is in range, the caller knows.
-
-    >>> real_number("p", "0.75")
-    Traceback (most recent call last):
-    ...
-    unbraid.base.errors.UsageError: p is '0.75'; give a number.
-    """
+    """Return a number, which may be NaN or infinite: what is in range, the caller knows."""
     return _real(f"{name} is", value, "a number")
 
 
 def real_numbers(name: str, values: Any) -> list[float]:
     """Return numbers, as a list."""
-    members = _members(name, values, "numbers")
-    return [_real(f"{name} holds", value, "a list of numbers") for value in members]
+    instead = "a list of numbers"
+    return [_real(f"{name} holds", value, instead) for value in _members(name, values, instead)]
 
 
 def flag(name: str, value: Any) -> bool:
@@ -97,12 +77,12 @@ def _refuse(what: str, value: Any, instead: str) -> NoReturn:
     raise UsageError(f"{what} {shown}; give {instead}.")
 
 
-def _members(name: str, values: Any, kind: str) -> list[Any]:
+def _members(name: str, values: Any, instead: str) -> list[Any]:
     """The members of a list, tuple, set, range, array or tensor."""
     if hasattr(values, "tolist"):
         values = values.tolist()  # going through a tensor would make a tensor of every number
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        _refuse(f"{name} is", values, f"a list of {kind}")
+        _refuse(f"{name} is", values, instead)
     return list(values)
 
 

@@ -73,11 +73,7 @@ class OutputChangedError(UnbraidError):
 
 
 def brief(error: BaseException) -> str:
-    r"""Say what an error of another library says, in one line that has an end.
-
-    >>> brief(ValueError("a\nb" + "x" * 1_000_000))[:5], brief(ValueError())
-    ('a bxx', 'ValueError')
-    """
+    """Say what an error of another library says, in one line that has an end."""
     try:
         text = str(error)
     except Exception:  # of a type of anyone's own
@@ -86,13 +82,7 @@ def brief(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known names come nearest to a mistyped one.
-
-    >>> nearest("resnet5", ["resnet50", "vgg16"])
-    ' Did you mean resnet50?'
-    >>> nearest("q", ["resnet50", "vgg16"])
-    ''
-    """
+    """Say which known names come nearest to a mistyped one, " Did you mean ...?"."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
@@ -102,19 +92,9 @@ def out_of_reach(
 ) -> OutOfReach | None:
     """Tell an image that cannot be read for now from a broken one; None for the latter.
 
-    An image is broken if decoding rejects it, or if its file is missing while the folder (that of
-    what it links to) is there and holds others. Everything else may leave a good image unread:
-    memory, a disk or server that fails, no permission, an error of unknown meaning.
-
-    Args:
-        what: the image, for the message.
-        error: what came up; all that it was made of counts too.
-        before: what was being handled when reading began, which is no cause.
-
-    >>> str(out_of_reach("Image a", OSError(24, "Too many open files")))[:46]
-    'Image a cannot be reached (Too many open files'
-    >>> out_of_reach("Image a", OSError("truncated")) is None
-    True
+    An image is broken if decoding rejects it, or if its file is missing while the folder is there
+    and holds others. Everything else (memory, a server, no permission) may leave a good image
+    unread. What was being handled `before` is no cause.
     """
     causes = list(_causes(error, before))
     for one in causes:
@@ -145,10 +125,7 @@ def _causes(error: BaseException, before: BaseException | None) -> Iterator[Base
 
 
 def failing(error: BaseException) -> str | None:
-    """Say what failed if it may not have been the image; None if it was, or its file is missing.
-
-    Whether the folder of a missing file is gone too, `gone_with_folder` says.
-    """
+    """Say what failed if it may not have been the image; None if it was, or its file is missing."""
     if memory_full(error):
         return "memory is full"
     if is_of_file(error) or isinstance(error, UnbraidError):
@@ -170,11 +147,7 @@ def is_of_file(error: object) -> bool:
 
 
 def memory_full(error: BaseException) -> bool:
-    """Whether memory, of the machine or of an accelerator, was too small.
-
-    >>> memory_full(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ..."))
-    True
-    """
+    """Whether memory, of the machine or of an accelerator, was too small."""
     text = str(error)
     return isinstance(error, MemoryError) or (
         isinstance(error, (RuntimeError, OSError)) and any(words in text for words in _MEMORY_FULL)
@@ -184,9 +157,8 @@ def memory_full(error: BaseException) -> bool:
 def gone_with_folder(error: BaseException) -> str | None:
     """Say that a file is missing because all of its folder is, None if that is not so."""
     file = getattr(error, "filename", None)
-    if not isinstance(error, (FileNotFoundError, NotADirectoryError)) or not file:
-        return None
-    if not isinstance(file, (str, bytes, os.PathLike)):
+    missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    if not missing or not file or not isinstance(file, (str, bytes, os.PathLike)):
         return None
     folder = os.path.dirname(os.path.realpath(file))
     try:

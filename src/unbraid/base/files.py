@@ -46,11 +46,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
 def read_tensors(
     path: Path, names: Sequence[str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors of a safetensors file, or some of them, and what is to be known of them.
-
-    Raises:
-        RunError: the file is missing or damaged, or lacks one of them.
-    """
+    """Read the tensors of a safetensors file, or some, and its JSON; raises RunError."""
     with _opened(path) as (file, about):
         tensors = {n: file.get_tensor(n) for n in (file.keys() if names is None else names)}
         checksums = about.get(_CHECKSUMS)  # older files have none
@@ -93,21 +89,12 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync it and rename it.
-
-    Raises:
-        RunError: the disk is full or may not be written.
-        UsageError: the folder is in fact a file.
-    """
+    """Write a file under a temporary name, sync it and rename it; raises RunError, UsageError."""
     _write(path, content, lambda temporary: temporary.replace(path))
 
 
 def write_new(path: Path, content: bytes) -> bool:
-    """Write a file as `write_whole` does, unless it is there, whoever else is about to write it.
-
-    Returns:
-        Whether it was written.
-    """
+    """Write a file as `write_whole` does, unless it is there; whether it was written."""
     taken = os.path.lexists(path)
 
     def name_first(temporary: Path) -> None:
@@ -126,7 +113,6 @@ def write_new(path: Path, content: bytes) -> bool:
 
 
 def _write(path: Path, content: bytes, name: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, sync it and have it given its name."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_for(path) as (temporary, file):
@@ -164,11 +150,7 @@ def _sync_names(folder: Path) -> None:
 
 
 def set_aside(path: Path, mark: str) -> Path:
-    """Rename a file or folder by an ending, with a number before it where that is taken.
-
-    Returns:
-        Its new path.
-    """
+    """Rename a file or folder by an ending, with a number before it where that is taken."""
     names = chain([path.name], (f"{path.name}.{number}" for number in count(2)))
     aside = next(p for p in (path.with_name(name + mark) for name in names) if not p.exists())
     return path.replace(aside)
@@ -176,10 +158,7 @@ def set_aside(path: Path, mark: str) -> Path:
 
 @contextmanager
 def temporary_for(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Open a new file beside another, and delete it after an error.
-
-    Its lock tells others that the writer lives. Yields its path and the file, open for writing.
-    """
+    """Open a new file beside another, locked while its writer lives; delete it after an error."""
     while True:
         own = f"{_HOST}.{os.getpid()}.{secrets.token_hex(4)}"
         temporary = path.with_name(f"{path.name}.{own}.tmp")
@@ -198,28 +177,18 @@ def temporary_for(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of writers that live no more, and leave everything else alone.
-
-    Where files cannot be locked, or the writer ran on another machine, whose locks may not be seen
-    here, only files that nobody wrote to for an hour are leftovers.
-    """
+    """Delete temporary files of writers that live no more, and leave everything else alone."""
     for path in folder.glob("*.tmp"):
         ours = _OURS.fullmatch(path.name)
-        if ours and path.is_file():
-            with suppress(OSError):  # somebody else's, or gone already
-                _remove_leftover(path, ours["host"])
-
-
-def _remove_leftover(path: Path, host: str) -> None:
-    with path.open("r+b") as file:
-        lock = _lock(file)
-        old = time.time() - os.fstat(file.fileno()).st_mtime > _LONG
-        dead = lock is not False and (old or (lock is True and host == _HOST))
-        if dead:
-            with suppress(PermissionError):  # of Windows, which deletes nothing that is open
+        if not ours or not path.is_file():
+            continue
+        with suppress(OSError), path.open("r+b") as file:  # somebody else's, or gone already
+            lock = _lock(file)
+            old = time.time() - os.fstat(file.fileno()).st_mtime > _LONG
+            if lock is not False and (old or (lock is True and ours["host"] == _HOST)):
+                if os.name != "posix":
+                    file.close()  # Windows deletes nothing that is open
                 path.unlink(missing_ok=True)  # while it is ours, before a writer can lock it
-    if dead:
-        path.unlink(missing_ok=True)
 
 
 def _lock(file: BinaryIO) -> bool | None:

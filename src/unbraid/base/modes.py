@@ -30,11 +30,7 @@ _callers: ContextVar[torch.device | None] = ContextVar("_callers", default=None)
 
 
 def in_plain_modes(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a public function as if it were called outside of any of torch's modes.
-
-    Inference mode, no_grad, autocast and a default device around it do not reach what it computes,
-    and the caller's random numbers go on where they were.
-    """
+    """Run a public function outside of torch's modes; the caller's random numbers go on."""
 
     @functools.wraps(function)
     def run(*args: P.args, **named: P.kwargs) -> R:
@@ -105,15 +101,8 @@ def same_random() -> Iterator[None]:
 def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
     """Put back what a network keeps of itself: flags, buffers, and tensors beside them.
 
-    In place of weights that were made in inference mode there are ordinary ones meanwhile.
-
-    Args:
-        model: the network.
-        wholly: put back plain attributes too, such as counters, and what lists and dictionaries
-            hold; where they are a part of the state that a module saves, they are in any case.
-
-    Raises:
-        ModelError: the network makes weights of its own when it runs, or has none.
+    With `wholly`, plain attributes too, such as counters, and what lists and dictionaries hold.
+    Raises ModelError if the network makes weights of its own when it runs, or has none.
     """
     modules = list(model.modules())
     with _ordinary(modules), ExitStack() as stack:
@@ -139,7 +128,6 @@ def _refuse_lazy(module: nn.Module, *_: Any) -> None:
 
 
 def _refuse_meta(module: nn.Module, *_: Any) -> None:
-    """What such a layer makes of images is what happens to lie in memory."""
     if _lacks_numbers(module):
         raise ModelError(
             f"A {type(module).__name__} of the network is on the meta device, so holds no numbers; "
@@ -172,11 +160,14 @@ class _Kept:
         self.contents = [(container, copy.copy(container)) for container in held]
         tensors = [tensor for _, tensor in module.named_buffers("", False, False)]
         tensors += [value for value in self.attributes.values() if isinstance(value, Tensor)]
-        self.values = [(t, t.detach().clone()) for t in tensors if _has_values(t)]
+        self.values = [
+            (t, t.detach().clone())
+            for t in tensors
+            if not is_lazy(t) and not t.is_meta and t.layout == torch.strided
+        ]
         self.names = self._names()
 
     def _names(self) -> set[str]:
-        """Of weights and parts."""
         return {*self.own.get("_parameters", ()), *self.own.get("_modules", ())}
 
     def put_back(self) -> bool:
@@ -184,33 +175,21 @@ class _Kept:
         if self.training is not None and self.module.training != self.training:
             self.module.training = self.training
         for tensor, value in self.values:
-            _put(tensor, value)
+            with torch.no_grad():
+                if tensor.shape != value.shape or tensor.dtype != value.dtype:
+                    tensor.data = value
+                elif not torch.equal(tensor, value):
+                    tensor.copy_(value)
         grown = bool(self._names() - self.names)
         for name, value in self.attributes.items():
             if self.own.get(name, _MISSING) is not value:
                 self.own[name] = value
         for container, content in self.contents:
-            if not (isinstance(content, dict) and _same(container, content)):
+            same = isinstance(content, dict) and list(container) == list(content)
+            if not (same and all(container[name] is content[name] for name in content)):
                 container.clear()
                 (container.extend if isinstance(content, _LISTS) else container.update)(content)
         return grown
-
-
-def _same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    return list(one) == list(other) and all(one[name] is other[name] for name in one)
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers in a row, which can be copied and compared."""
-    return not is_lazy(tensor) and not tensor.is_meta and tensor.layout == torch.strided
-
-
-def _put(tensor: Tensor, value: Tensor) -> None:
-    with torch.no_grad():
-        if tensor.shape != value.shape or tensor.dtype != value.dtype:
-            tensor.data = value
-        elif not torch.equal(tensor, value):
-            tensor.copy_(value)
 
 
 @contextmanager

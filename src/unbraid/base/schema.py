@@ -1,7 +1,4 @@
-"""Values from files that anyone may have written, checked before anything is made of them.
-
-Everything here raises ValueError, which the readers turn into one sentence on their file.
-"""
+"""Values from files that anyone may have written, checked; everything here raises ValueError."""
 
 from __future__ import annotations
 
@@ -41,12 +38,7 @@ def unread(error: Exception, text: str) -> RunError:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that is not too large.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it is no JSON, or larger or deeper than any of ours.
-    """
+    """Read a JSON file that is not too large; OSError if it cannot be opened, else ValueError."""
     if path.exists() and not path.is_file():
         raise ValueError("it is no file")  # reading a pipe or a device might never end
     with path.open("rb") as file:
@@ -55,13 +47,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON; raises ValueError where it is none, or larger or deeper than any of ours.
-
-    >>> parse_json("[" * 100 + "]" * 100)
-    Traceback (most recent call last):
-    ...
-    ValueError: it is nested too deeply
-    """
+    """Parse JSON; raises ValueError where it is none, or larger or deeper than any of ours."""
     if len(text) > MAX_BYTES or text.count("[") + text.count("{") > _MAX_PARTS:
         raise ValueError("it is too large")
     try:
@@ -94,19 +80,12 @@ def in_range(name: str, value: float, least: float, most: float) -> None:
 
 
 def build(kind: type[T], value: Any, *, null_figures: bool = False) -> T:
-    """Build a dataclass from what `dataclasses.asdict` gave, after a way through JSON.
+    """Build a dataclass from parsed JSON of `dataclasses.asdict`; ValueError where it does not fit.
 
-    Args:
-        kind: a dataclass whose fields are numbers, text, tuples, dicts and dataclasses.
-        value: parsed JSON.
-        null_figures: whether null stands for a figure that is not known, NaN.
-
-    Raises:
-        ValueError: an entry is missing, unknown or of another type than its field, a whole number
-            does not fit into 64 bits, or another number is not finite.
+    With `null_figures`, null stands for a figure that is not known, NaN.
     """
     try:
-        return msgspec.convert(_checked(kind, value, null_figures), kind)
+        return msgspec.convert(_checked(kind, value, null_figures), kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise ValueError(brief(error)) from None
 
@@ -140,6 +119,4 @@ def _checked(kind: Any, value: Any, null_figures: bool) -> Any:
     return value
 
 
-@cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    return get_type_hints(kind)
+_hints = cache(get_type_hints)

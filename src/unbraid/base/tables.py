@@ -27,15 +27,7 @@ _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # noqa: RUF001
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, with a title above them and notes below.
-
-    >>> table = Table([("class", "cosine"), ("<b>", "0.333")])
-    >>> print(table)
-    class  cosine
-    <b>    0.333
-    >>> table.html().splitlines()[3]
-    '<tr><td dir="auto">&lt;b&gt;</td><td dir="auto">0.333</td></tr>'
-    """
+    """Rows of cells, with a title above them and notes below."""
 
     rows: Sequence[Sequence[str]]  # the first are heads
     title: str = ""
@@ -93,10 +85,7 @@ class Exported:
         raise NotImplementedError
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows to a CSV file; docs/format.md names the columns.
-
-        What is not known is left empty.
-        """
+        """Write the rows to a CSV file (docs/format.md); what is not known is left empty."""
         from unbraid.base.files import write_whole  # which imports torch, and help is to be instant
 
         write_whole(as_path("path", path), csv_text(self.columns, self.rows()).encode())
@@ -125,34 +114,26 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""Make a text fit for a line on a terminal: no control characters, and an end.
-
-    >>> one_line("digital\n clock \x1b[31m"), len(one_line("x" * 1_000_000))
-    ('digital clock �[31m', 300)
-    """
+    """Make a text fit for a line on a terminal: no control characters, and an end."""
     line = _cut(" ".join(text[: 4 * _MAX_CELL].split()))
     # What sets a colour or turns the writing direction would also act on what stands behind.
     return "".join("�" if unicodedata.category(c) == "Cc" or c in _TURNS else c for c in line)
 
 
 def count(n: int, one: str, many: str = "") -> str:
-    """Write a number of things.
-
-    >>> count(1, "pair"), count(2048, "channel"), count(2, "class", "classes")
-    ('1 pair', '2,048 channels', '2 classes')
-    """
+    """Write a number of things: "1 pair", "2,048 channels"."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def figure(value: float, form: str = ".3f") -> str:
+    """Write a number, "-" where it is not known."""
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Write a table in CSV, numbers to the last digit, nan as an empty cell.
 
     A text that a spreadsheet would take for a formula gets an apostrophe in front.
-
-    >>> print(csv_text(("class", "cosine"), [("=HYPERLINK(1)", -1 / 3), ("b", math.nan)]), end="")
-    class,cosine
-    '=HYPERLINK(1),-0.3333333333333333
-    b,
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

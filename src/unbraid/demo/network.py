@@ -1,7 +1,4 @@
-"""The demo's network and images: small enough to ship, trained on Fashion-MNIST.
-
-`benchmarks/train_demo.py` made both; `NOTICE.md` credits the images.
-"""
+"""The demo's network and images, trained on Fashion-MNIST by `benchmarks/train_demo.py`."""
 
 from __future__ import annotations
 
@@ -87,35 +84,20 @@ class DemoImages(Dataset[tuple[Tensor, int]]):
 
 
 def normalise(pictures: Pictures) -> Tensor:
-    """Turn grey pictures, (..., 28, 28), 0 to 255, into what the network takes.
-
-    Returns:
-        (..., 1, 28, 28), float32, of mean 0 and variance 1 over Fashion-MNIST.
-    """
+    """Turn grey pictures, (..., 28, 28), 0 to 255, into the network's (..., 1, 28, 28), float32."""
     grey = torch.from_numpy(pictures.astype(np.float32) / 255)
     return ((grey - MEAN) / SPREAD).unsqueeze(-3)
 
 
 def load_network() -> DemoNet:
-    """Load the trained network, in eval mode, on the CPU.
-
-    Raises:
-        RunError: the weights are missing or damaged.
-    """
+    """Load the trained network, in eval mode, on the CPU."""
     network = DemoNet()
     network.load_state_dict(read_tensors(WEIGHTS)[0])
     return network.eval()
 
 
 def load_images(split: str) -> DemoImages:
-    """Load the embedded images of one split, as many of each class.
-
-    Args:
-        split: "train" (images the network was trained on) or "test".
-
-    Raises:
-        UsageError: there is no such split.
-    """
+    """Load the embedded images of one split, "train" or "test", as many of each class."""
     if split not in SPLITS:
         raise UsageError(f"There is no split {split!r}; name one of {', '.join(SPLITS)}.")
     with np.load(IMAGES, allow_pickle=False) as arrays:

@@ -1,7 +1,4 @@
-"""Averaged relevance vectors (ARVs) of classes and clusters at a channel, and their cosines.
-
-Shapes: C_out channels, T classes, G groups, J taps; see METHOD.md sections 2 and 3.
-"""
+"""Averaged relevance vectors (ARVs); C_out channels, T classes, G groups, J taps."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import Clusters, Members
-from unbraid.networks.relevance import input_relevance
+from unbraid.finding.membership import Clusters, Members, relevance_for_channel
 from unbraid.scanning.records import Scan
 
 
@@ -68,20 +64,12 @@ def shared_channels(users: Tensor) -> Iterator[tuple[int, list[int]]]:
 
 def concept_mean(sums: ClassSums, concept: Concept) -> Tensor:
     """Mean pooled input over all images of a concept's classes, (G, J)."""
-    chosen = list(concept)
-    return sums.pooled[chosen].sum(0) / sums.n_images[chosen].sum()
+    return sums.pooled[list(concept)].sum(0) / sums.n_images[list(concept)].sum()
 
 
 def averaged_relevance(scan: Scan, channel: int, means: Tensor) -> Tensor:
-    """ARV: mean over images of each input channel's relevance for a channel (METHOD.md section 2).
-
-    The layer is linear, so the mean pooled input of the images is enough, (..., G, J).
-
-    Returns:
-        (..., C_in / G), float64, in units of the summed pre-activation.
-    """
-    pooled = means[..., scan.layer.group_of(channel), :]
-    return input_relevance(scan.weight[channel].double(), pooled, scan.layer.taps_per_input)
+    """ARV (..., C_in / G) for a channel, from mean pooled inputs (..., G, J)."""
+    return relevance_for_channel(scan, means[..., scan.layer.group_of(channel), :], channel)
 
 
 def class_cosines(scan: Scan, sums: ClassSums, channel: int, classes: Sequence[int]) -> Tensor:
@@ -99,12 +87,7 @@ def cosines_of(arvs: Tensor) -> Tensor:
 
 
 def group_classes(classes: Sequence[int], cosines: Tensor, gamma: float) -> tuple[Concept, ...]:
-    """Group classes by complete linkage: within a group every two are at least gamma alike.
-
-    >>> cosines = torch.tensor([[1.0, 0.9, 0.1], [0.9, 1.0, 0.2], [0.1, 0.2, 1.0]])
-    >>> group_classes([4, 5, 8], cosines, gamma=0.5)
-    ((4, 5), (8,))
-    """
+    """Group classes by complete linkage: within a group every two are at least gamma alike."""
     apart = 4.0  # beyond any 1 - cosine, so that rounding cannot join what gamma parts
     distances = np.where(cosines.numpy() < gamma, apart, 1 - cosines.numpy())
     numbers = fcluster(linkage(squareform(distances, checks=False), "complete"), 3.0, "distance")

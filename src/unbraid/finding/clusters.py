@@ -1,10 +1,8 @@
 """Concepts without labels: the images that a channel responds to most, clustered by what fed it.
 
-A set is cut in two where the cut is real, and its parts again. Two-means finds a cut in anything,
-so it is tested on other points, projected on the line between the two centres. Those of one
-cluster, however shaped, are at least as dense half-way as at the rarer of the two centres, as long
-as their density along the line has a single peak. This null model is rejected where significantly
-fewer lie half-way. Shapes: N points, D dimensions, K clusters, S starts.
+A cut by two-means is tested on other points: those of one cluster, projected on the line between
+the centres, are at least as dense half-way as at the rarer centre. Shapes: N points, D dimensions,
+K clusters, S starts.
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ from scipy.stats.contingency import crosstab
 from torch import Tensor
 
 from unbraid.finding.arv import cosines_of, group_classes
-from unbraid.finding.findings import Concept, Found, Pair
-from unbraid.finding.membership import Cluster, mean_responses, relevance_for_channel
+from unbraid.finding.findings import Concept, Found, pairs_of
+from unbraid.finding.membership import Cluster, mean_responses, name_of, relevance_for_channel
 from unbraid.scanning.records import Scan
 
 _N_TOP = 1000  # images of a channel
@@ -40,7 +38,8 @@ _N_TURNS = 10  # that bring the starts near the principal directions
 def search_clusters(scan: Scan, gamma: float) -> Found:
     """Cluster the top images of every channel, and compare the clusters by their ARVs."""
     found = Found()
-    first = _first_number(scan)
+    seen = scan.labels_seen() | {int(c) for column in scan.columns("prediction") for c in column}
+    first = max(len(scan.class_names), max(seen, default=-1) + 1)  # the first that is no class
     nearest = (1.0, -1)  # lowest cosine, and channel
     for channel, top in top_images(scan):
         clusters, number = cluster_images(top, channel, first)
@@ -52,9 +51,7 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
         if not (cosines < gamma).any():
             continue
         part = [float((number == n).double().mean()) for n in numbers]
-        for i, j in (cosines < gamma).triu(1).nonzero().tolist():
-            cosine = float(cosines[i, j])
-            found.pairs.append(Pair(channel, numbers[i], numbers[j], cosine, part[i], part[j]))
+        found.pairs += pairs_of(channel, numbers, cosines, cosines < gamma, part)
         found.concepts[channel] = group_classes(numbers, cosines, gamma)
         found.clusters |= clusters
         for k, n in enumerate(numbers):
@@ -73,14 +70,7 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
 
 
 def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
-    """Agreement of two partitions of the same things: 1 for equal ones, 0 on average by chance.
-
-    Source:
-        Hubert and Arabie 1985, Journal of Classification 2.
-
-    >>> adjusted_rand_index([0, 0, 1, 1], [5, 5, 3, 3])
-    1.0
-    """
+    """Agreement of two partitions: 1 for equal ones, 0 by chance (Hubert, Arabie 1985)."""
     table = crosstab(one, other).count
     sizes = table, table.sum(1), table.sum(0), table.sum()
     together, pairs1, pairs2, every = (float((n * (n - 1) / 2).sum()) for n in sizes)
@@ -89,23 +79,15 @@ def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
     return 1.0 if most == expected else (together - expected) / (most - expected)
 
 
-def _first_number(scan: Scan) -> int:
-    """The first number that is no class."""
-    seen = scan.labels_seen() | {int(c) for column in scan.columns("prediction") for c in column}
-    return max(len(scan.class_names), max(seen, default=-1) + 1)
-
-
 def _cosines(top: DescribedImages, number: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Cosines of the ARVs of the top images with each number."""
     return cosines_of(torch.stack([top.relevance[number == n].mean(0) for n in numbers]))
 
 
 def _classes(scan: Scan, labels: Tensor) -> str:
     """Name the classes that a cluster mostly holds, in brackets."""
     counts = labels.bincount()
-    known = scan.class_names
     names = [
-        known[c] if c < len(known) and known[c] else str(c)
+        name_of(scan.class_names, c)
         for c in counts.argsort(descending=True).tolist()[:3]
         if counts[c] >= _NAMED * len(labels)
     ]
@@ -131,9 +113,6 @@ def _agreement(
     )
 
 
-# The images that a channel responds to most
-
-
 @dataclass(frozen=True, eq=False)
 class DescribedImages:
     """The images that a channel responds to most, and what fed it there."""
@@ -144,11 +123,7 @@ class DescribedImages:
 
 
 def top_images(scan: Scan) -> Iterator[tuple[int, DescribedImages]]:
-    """Gather the top images of every channel, as many channels at a time as memory holds.
-
-    At most 1000 images, and only those in which the channel responds with at least a quarter of
-    the way from its mean response to its ten strongest.
-    """
+    """Gather the top images of every channel, as many channels at a time as memory holds."""
     channels = list(range(scan.layer.n_out))
     values, places = _strongest(scan, channels)
     if not len(values):  # no image could be read
@@ -169,10 +144,7 @@ def top_images(scan: Scan) -> Iterator[tuple[int, DescribedImages]]:
 
 
 def _strongest(scan: Scan, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Strongest mean responses and their places in the scan, (n, C_out); -inf where too weak.
-
-    Without any image, n is 0.
-    """
+    """Strongest mean responses and their places in the scan, (n, C_out); -inf where too weak."""
     values = torch.zeros(0, len(channels), dtype=torch.float64)
     places = torch.zeros(0, len(channels), dtype=torch.int64)
     total, n_images = torch.zeros(len(channels), dtype=torch.float64), 0
@@ -210,33 +182,17 @@ def _gather(scan: Scan, chosen: Mapping[int, Tensor]) -> dict[int, tuple[Tensor,
     return {o: tuple(map(torch.cat, own)) for o, own in columns.items()}
 
 
-# Clusters of points
-
-
 def cluster_images(
     top: DescribedImages, channel: int, first: int
 ) -> tuple[dict[int, Cluster], Tensor]:
-    """Cluster a channel's top images.
-
-    Returns:
-        The clusters by number, from `first` on, and the number of each image's cluster, (N,).
-    """
+    """Cluster a channel's images: clusters by number from `first` on; each image's, (N,)."""
     nearest, centres = find_clusters(F.normalize(top.relevance, dim=1))
     clusters = {first + k: Cluster(channel, k, centres, top.least) for k in range(len(centres))}
     return clusters, nearest + first
 
 
 def find_clusters(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide unit vectors (N, D) into clusters; the same points give the same clusters.
-
-    Returns:
-        The cluster of each point, (N,), the one whose centre is nearest; and the centres, (K, D),
-        of length one. K is 1 if nothing contradicts a single cluster, and 0 without points.
-
-    >>> corners = torch.eye(4).repeat_interleave(20, 0)
-    >>> find_clusters(corners)[0].bincount()
-    tensor([20, 20, 20, 20])
-    """
+    """Divide unit vectors (N, D) into clusters: the nearest of each, (N,), and centres (K, D)."""
     # Shuffled, since halves that are tested must not follow an order of classes in the data set.
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
     parts = _divide(points, order)
@@ -264,11 +220,7 @@ def _divide(points: Tensor, members: Tensor) -> list[Tensor]:
 
 
 def chance_of_one(points: Tensor) -> float:
-    """Probability that so few points lie half-way if all come from one cluster.
-
-    Each half of the points (N, D), which stand in random order, is cut, and its cut is tested on
-    the other half, by the exact binomial test of two windows' counts.
-    """
+    """Probability that so few of (N, D) points lie half-way if all come from one cluster."""
     halves = points[0::2], points[1::2]
     smaller = half_way = 0
     for half, other in (halves, halves[::-1]):
@@ -284,14 +236,7 @@ def chance_of_one(points: Tensor) -> float:
 
 
 def two_means(points: Tensor) -> Tensor:
-    """Cut points (N, D) in two where the squared distances to the parts' centres are least.
-
-    The best of several cuts, each improved from a start across a principal direction until it
-    stands.
-
-    Returns:
-        (N,), true on one side; all alike if the points do not differ.
-    """
+    """Cut points (N, D) in two, (N,), where squared distances are least; all alike if none."""
     n_points, centred = len(points), points - points.mean(0)
     sides = centred @ _principal_directions(centred) > 0  # (N, S)
     for _ in range(_MAX_STEPS):
@@ -313,7 +258,6 @@ def _parts(centred: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _principal_directions(centred: Tensor) -> Tensor:
-    """Find about the directions in which points vary most, (D, S), strongest first."""
     size = centred.shape[1], _N_STARTS
     generator = torch.Generator().manual_seed(0)  # anything that is orthogonal to none of them
     directions = torch.randn(size, generator=generator, dtype=torch.float32).to(centred.dtype)

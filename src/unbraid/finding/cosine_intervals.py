@@ -1,10 +1,8 @@
 """How sure a cosine is: what other images of the same classes would have made of it.
 
-An ARV is linear in the mean pooled input of its class. So weighted means of pooled inputs, taken in
-one more reading of the scan, give every replicate of every ARV at every channel. An image's weights
-depend on its index in the data set and on nothing else. Shapes: N images, T classes in any pair,
-c classes in the pairs of a channel, R replicates, H halvings, G groups, J taps, I input channels
-of a group.
+An ARV is linear in the mean pooled input, so weighted means give every replicate of every ARV.
+Shapes: N images, T classes in any pair, c classes in the pairs of a channel, R replicates, H
+halvings, G groups, J taps, I input channels of a group.
 """
 
 from __future__ import annotations
@@ -32,8 +30,6 @@ _PER_IMAGE = 1 << 20  # random numbers of an image: replicates first, halvings f
 
 @dataclass(frozen=True)
 class _Case:
-    """The pairs of one channel."""
-
     channel: int
     pairs: list[Pair]
     classes: Tensor  # (c,), that occur in them, as places among the T classes
@@ -43,18 +39,8 @@ class _Case:
 def with_chance(scan: Scan, sums: ClassSums, pairs: Sequence[Pair]) -> list[Pair]:
     """Give pairs of classes the interval of their cosine and the yardsticks of both classes.
 
-    The interval is where, with 95 % confidence, the cosine lies that unlimited images would give:
-    between quantiles of the cosines of Bayesian bootstrap replicates, with undone what noise pulls
-    them towards zero. So a cosine that noise has made low can lie below its own interval. Where
-    noise alone makes an ARV as long as it is, the interval is -1 to 1. The yardstick of a class is
-    the cosine between the ARVs of two random halves of its images, mean over 10 halvings.
-
-    Returns:
-        The pairs, those of a channel together; nan for classes of a single image.
-
-    Source:
-        docs/chance.md; Rubin 1981, Annals of Statistics 9, for the weights; Spearman 1904, American
-        Journal of Psychology 15, for the pull of noise.
+    Intervals are of Bayesian bootstrap replicates (Rubin 1981), with undone what noise pulls them
+    towards zero (Spearman 1904); yardsticks are cosines between halves: docs/chance.md.
     """
     if not pairs:
         return []
@@ -82,16 +68,7 @@ def with_chance(scan: Scan, sums: ClassSums, pairs: Sequence[Pair]) -> list[Pair
 
 
 def uniforms(index: Tensor, first: int, n: int) -> Tensor:
-    """Draw n numbers in (0, 1] per image, (N, n), from the image's `first` number on.
-
-    They depend on the images' indices in the data set, (N,), alone.
-
-    Source:
-        SplitMix64 at a counter: Steele, Lea and Flood 2014, OOPSLA; Stafford's mix 13.
-
-    >>> uniforms(torch.tensor([7]), 0, 2)[:, 1:].equal(uniforms(torch.tensor([3, 7]), 1, 1)[1:])
-    True
-    """
+    """Draw n numbers in (0, 1] per image index, (N, n), from the `first` on: SplitMix64."""
     counter = index[:, None] * _PER_IMAGE + torch.arange(first, first + n, dtype=torch.int64)
     z = counter.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -152,9 +129,6 @@ def _exponentials(first: int, n: int, _: Tensor, index: Tensor) -> Tensor:
 def _pull(length: Tensor, noise: Tensor) -> Tensor:
     """By what factor, squared, noise pulls replicates' cosines below those without noise, (c,).
 
-    The squared length of ARVs holds the noise once, their replicates' twice. Noise is the variance
-    of replicates around their mean; the factor is infinite where there is nothing else.
-
     >>> _pull(torch.tensor([8.0, 8.0, 0.0]), torch.tensor([2.0, 8.0, 0.0]))
     tensor([1.6667,    inf, 1.0000])
     """
@@ -180,18 +154,13 @@ def _yardsticks(scan: Scan, cases: Sequence[_Case], classes: Tensor) -> Iterator
 
 
 def _ranks(index: Tensor) -> Tensor:
-    """Where images come in each halving, (N, H)."""
     return uniforms(index, _PER_IMAGE // 2, N_HALVINGS)
 
 
 def _weighted_means(
     scan: Scan, classes: Tensor, n: int, weigh: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Read a scan and average pooled inputs by class under n weights at once, (T, n, G, J).
-
-    `weigh` gives images their weights, (N, n), from their classes, as places among the T, and
-    their indices in the data set, both (N,).
-    """
+    """Average pooled inputs by class, (T, n, G, J), under weights (N, n)."""
     spec, dtype = scan.layer, _dtype(scan)
     sums = torch.zeros(len(classes), n, spec.groups * spec.n_taps, dtype=dtype)
     totals = torch.zeros(len(classes), n, dtype=dtype)
@@ -221,5 +190,4 @@ def _arvs(scan: Scan, case: _Case, means: Tensor) -> Tensor:
 
 
 def _dtype(scan: Scan) -> torch.dtype:
-    """What replicates are computed in: what pooled inputs are kept in."""
     return torch.float64 if scan.weight.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Find polysemantic channels in a scan: shares, ARVs, cosines, concepts; METHOD.md section 3."""
+"""Find polysemantic channels in a scan: docs/method.md section 3."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from unbraid.base.arguments import as_kind, whole_number, whole_numbers
 from unbraid.base.errors import UsageError
@@ -22,7 +21,7 @@ from unbraid.finding.arv import (
 )
 from unbraid.finding.clusters import search_clusters
 from unbraid.finding.cosine_intervals import with_chance
-from unbraid.finding.findings import Concept, ConceptKind, Findings, Found, Pair
+from unbraid.finding.findings import Concept, ConceptKind, Findings, Found, pairs_of
 from unbraid.finding.thresholds import Tau, check_thresholds, choose_tau, nearest_finding
 from unbraid.scanning.accuracy import scanned_accuracy
 from unbraid.scanning.records import Scan
@@ -41,22 +40,19 @@ def find(
     """Find the channels that two or more classes use for different reasons.
 
     Channel o matters in an image if its share is tau or more; a class uses it if it matters in at
-    least a fraction p of the images of the class. Two classes that use it have different reasons
-    if the cosine of their averaged relevance vectors is below gamma. The classes that use a
-    polysemantic channel are then grouped by complete linkage: within a concept every two classes
-    are at least gamma alike.
+    least a fraction p of the images of the class. Two classes that use it have different reasons if
+    the cosine of their averaged relevance vectors is below gamma. Complete linkage groups the
+    classes into concepts, within which every two are at least gamma alike.
 
     Args:
         scan: of the training images.
-        tau: smallest share that matters; "auto" chooses one that fits the layer: ten channels
-            matter in a typical image, or a quarter of a narrow layer's (docs/thresholds.md).
+        tau: smallest share that matters; "auto" chooses one for the layer (docs/thresholds.md).
         p: fraction of a class's images, in (0, 1].
         gamma: cosine below which two classes have different reasons, in [-1, 1].
-        channels: your own concepts in place of a search, as groups of classes per channel, for
-            example `{1660: [[530], [938]]}`.
-        concepts: what concepts are made of. With "clusters" labels play no part, nor do tau and p:
-            the images that a channel answers to most are clustered by what fed it in them, and
-            clusters take the place of classes, with numbers behind the last class.
+        channels: your own concepts in place of a search, such as `{1660: [[530], [938]]}`.
+        concepts: with "clusters" labels, tau and p play no part: the images that a channel answers
+            to most are clustered by what fed it; clusters, numbered behind the last class, take
+            the place of classes.
 
     Returns:
         Findings, perhaps empty; then `Findings.hint` says which thresholds come nearest. Pairs of
@@ -67,7 +63,7 @@ def find(
             kept, or `channels` names a channel or class that the scan has not.
 
     Source:
-        Hesse et al. 2025, arXiv:2504.12939; METHOD.md sections 3 and 5.
+        Hesse et al. 2025, arXiv:2504.12939; docs/method.md sections 3 and 5.
     """
     as_kind("scan", scan, Scan)
     tau, p, gamma = check_thresholds(tau, p, gamma, scan.manifest.min_share)
@@ -78,14 +74,12 @@ def find(
         accuracy = scanned_accuracy(scan)
         if accuracy is not None and accuracy.warning:
             warnings.warn(accuracy.warning, stacklevel=3)
+    if concepts == "clusters" and channels is not None:
+        raise UsageError("Pass your own concepts in channels, or concepts='clusters', not both.")
     auto, note = tau == "auto", ""
     if tau == "auto":
         tau, note = choose_tau(scan)
     if concepts == "clusters":
-        if channels is not None:
-            raise UsageError(
-                "Pass your own concepts in channels, or concepts='clusters', not both."
-            )
         found = search_clusters(scan, gamma)
     else:
         sums = class_sums(scan, [tau])
@@ -119,15 +113,14 @@ def _search_classes(scan: Scan, sums: ClassSums, p: float, gamma: float) -> Foun
     found = Found()
     for channel, classes in shared_channels(uses(sums, p)[0]):
         cosines = class_cosines(scan, sums, channel, classes)
-        different = (cosines < gamma).triu(1)  # rounding can make a class unlike itself
-        if different.any():
-            found.pairs += _pairs(sums, channel, classes, cosines, different)
+        pairs = pairs_of(channel, classes, cosines, cosines < gamma, _use(sums, channel, classes))
+        if pairs:
+            found.pairs += pairs
             found.concepts[channel] = group_classes(classes, cosines, gamma)
     return found
 
 
 def _own(scan: Scan, sums: ClassSums, channels: Any) -> Found:
-    """Compare all classes of different concepts that the user names."""
     if not isinstance(channels, Mapping):
         raise UsageError(
             f"channels is a {type(channels).__name__}; give groups of classes per channel, for "
@@ -141,26 +134,23 @@ def _own(scan: Scan, sums: ClassSums, channels: Any) -> Found:
         classes = sorted(concept_of)
         of = torch.tensor([concept_of[c] for c in classes], dtype=torch.int64)
         cosines = class_cosines(scan, sums, channel, classes)
-        found.pairs += _pairs(sums, channel, classes, cosines, of[:, None] != of)
+        use = _use(sums, channel, classes)
+        found.pairs += pairs_of(channel, classes, cosines, of[:, None] != of, use)
     return found
 
 
-def _pairs(
-    sums: ClassSums, channel: int, classes: Sequence[int], cosines: Tensor, wanted: Tensor
-) -> list[Pair]:
-    """The wanted pairs of classes at a channel; cosines and wanted are (classes, classes)."""
-    use = (sums.n_matters[0, :, channel] / sums.n_images.clamp(min=1).double()).tolist()
-    pairs = []
-    for i, j in wanted.triu(1).nonzero().tolist():
-        s, t = classes[i], classes[j]
-        pairs.append(Pair(channel, s, t, float(cosines[i, j]), use[s], use[t]))
-    return pairs
+def _use(sums: ClassSums, channel: int, classes: Sequence[int]) -> list[float]:
+    """In what fraction of the images of each class a channel matters."""
+    chosen = list(classes)
+    use: list[float] = (
+        sums.n_matters[0, chosen, channel] / sums.n_images[chosen].double()
+    ).tolist()
+    return use
 
 
 def _own_concepts(
     scan: Scan, sums: ClassSums, channel: int, groups: Sequence[Sequence[int]]
 ) -> tuple[Concept, ...]:
-    """Check concepts that the user names."""
     if not 0 <= channel < scan.layer.n_out:
         raise UsageError(
             f"channels names channel {channel}, but layer {scan.layer.name!r} has channels 0 to "
@@ -178,7 +168,5 @@ def _own_concepts(
         )
     for label in classes:
         if not 0 <= label < len(sums.n_images) or sums.n_images[label] == 0:
-            raise UsageError(
-                f"Channel {channel} names class {label}, of which the scan has no image."
-            )
+            raise UsageError(f"Channel {channel} names class {label}, of which there is no image.")
     return concepts

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from unbraid.base.tables import Exported, Table, Tabular, count
-from unbraid.finding.membership import Cluster, Clusters, Members
+from torch import Tensor
+
+from unbraid.base.tables import Exported, Table, Tabular, count, figure
+from unbraid.finding.membership import Cluster, Clusters, Members, name_of
 from unbraid.scanning.records import Scan
 
 Concept = tuple[int, ...]  # the classes, or clusters, that share one cause
@@ -43,6 +45,16 @@ class Pair:
     half2: float = math.nan
 
 
+def pairs_of(
+    channel: int, numbers: Sequence[int], cosines: Tensor, wanted: Tensor, use: Sequence[float]
+) -> list[Pair]:
+    """The wanted pairs of some classes or clusters; cosines and wanted are square."""
+    return [
+        Pair(channel, numbers[i], numbers[j], float(cosines[i, j]), use[i], use[j])
+        for i, j in wanted.triu(1).nonzero().tolist()
+    ]
+
+
 @dataclass
 class Found:
     """What a search gathers, a channel after the other."""
@@ -57,11 +69,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Findings(Tabular, Exported):
-    """The polysemantic channels of a layer.
-
-    `concepts` divides the classes that use a channel into groups; `pairs` is the published list,
-    lowest cosine first.
-    """
+    """The polysemantic channels of a layer: concepts by channel, pairs by lowest cosine first."""
 
     tau: float
     p: float
@@ -107,28 +115,22 @@ class Findings(Tabular, Exported):
 
     def table(self) -> Table:
         """Show the pairs, or say what comes nearest to a finding."""
+        of_classes = self.kind == "classes"
+        n_channels = count(len(self.concepts), "polysemantic channel")
+        asked = f"tau {self.tau_in_words}, p {self.p:g}, " if of_classes else ""
+        head = (
+            f"{count(len(self.pairs), 'pair')} of {self.kind} in {n_channels} "
+            f"({asked}gamma {self.gamma:g})"
+        )
         note = f"\nNote: {self.note}" if self.note else ""
         if not self.pairs:
-            return Table((), note=f"{self._head}. {self.hint}".rstrip() + note)
-        rows, legend = self._cluster_rows() if self.kind == "clusters" else self._class_rows()
-        return Table(rows, self._head, legend + note)
-
-    @property
-    def _head(self) -> str:
-        n_channels = count(len(self.concepts), "polysemantic channel")
-        return f"{count(len(self.pairs), 'pair')} of {self.kind} in {n_channels} ({self._asked})"
-
-    @property
-    def _asked(self) -> str:
-        """The thresholds that play a part."""
-        of_classes = f"tau {self.tau_in_words}, p {self.p:g}, " if self.kind == "classes" else ""
-        return f"{of_classes}gamma {self.gamma:g}"
+            return Table((), note=f"{head}. {self.hint}".rstrip() + note)
+        rows, legend = self._class_rows() if of_classes else self._cluster_rows()
+        return Table(rows, head, legend + note)
 
     def _cluster_rows(self) -> tuple[list[tuple[str, ...]], str]:
-        rows: list[tuple[str, ...]] = [
-            ("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")
-        ]
-        rows += [
+        heads = ("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")
+        rows = [
             (
                 str(pair.channel),
                 f"{pair.cosine:.4f}",
@@ -144,30 +146,28 @@ class Findings(Tabular, Exported):
                 f"\nMean agreement with what classes make of them: {sum(known) / len(known):.3f} "
                 "(adjusted Rand index: 1 the same, 0 chance)."
             )
-        return rows, legend
+        return [heads, *rows], legend
 
     def _class_rows(self) -> tuple[list[tuple[str, ...]], str]:
         side = ("used in", "halves")
-        rows: list[tuple[str, ...]] = [
-            ("channel", "cosine", "interval", "class 1", *side, "class 2", *side)
-        ]
-        rows += [
+        heads = ("channel", "cosine", "interval", "class 1", *side, "class 2", *side)
+        rows = [
             (
                 str(pair.channel),
                 f"{pair.cosine:.4f}",
                 _interval(pair) + (" *" if self.uncertain(pair) else ""),
-                *(self.name(pair.class1), f"{pair.use1:.0%}", _figure(pair.half1)),
-                *(self.name(pair.class2), f"{pair.use2:.0%}", _figure(pair.half2)),
+                *(self.name(pair.class1), f"{pair.use1:.0%}", figure(pair.half1)),
+                *(self.name(pair.class2), f"{pair.use2:.0%}", figure(pair.half2)),
             )
             for pair in self.pairs
         ]
-        n_uncertain = sum(map(self.uncertain, self.pairs))
-        mark = (
-            f"\n* {n_uncertain} of {count(len(self.pairs), 'pair')} uncertain: with other images "
-            "of the same classes the cosine could lie on the other side of gamma."
-        )
-        legend = _LEGEND + (mark if n_uncertain else "")
-        return rows, legend
+        legend, n_uncertain = _LEGEND, sum(map(self.uncertain, self.pairs))
+        if n_uncertain:
+            legend += (
+                f"\n* {n_uncertain} of {count(len(self.pairs), 'pair')} uncertain: with other "
+                "images of the same classes the cosine could lie on the other side of gamma."
+            )
+        return [heads, *rows], legend
 
     @property
     def known_agreement(self) -> list[float]:
@@ -176,15 +176,10 @@ class Findings(Tabular, Exported):
 
     def name(self, label: int) -> str:
         """Return the name of a class, or its number where it has none."""
-        known = label < len(self.class_names) and self.class_names[label]
-        return self.class_names[label] if known else str(label)
+        return name_of(self.class_names, label)
 
     def uncertain(self, pair: Pair) -> bool:
-        """Whether chance could have put a pair's cosine on its side of gamma.
-
-        So it is if the interval is not wholly on that side, or unknown. Clusters of images have
-        been tested in their own way.
-        """
+        """Whether a pair's interval is unknown or not all on its side of gamma; no cluster's is."""
         if pair.class1 in self.clusters:
             return False
         sure = pair.high < self.gamma if pair.cosine < self.gamma else pair.low >= self.gamma
@@ -200,7 +195,3 @@ class Findings(Tabular, Exported):
 
 def _interval(pair: Pair) -> str:
     return "-" if math.isnan(pair.low) else f"{pair.low:.3f} to {pair.high:.3f}"
-
-
-def _figure(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"

@@ -1,7 +1,4 @@
-"""Which images of a scan belong to which class or cluster, and so to which concept.
-
-`Findings.members_in` and `Split.members_in` answer this for any scan of their layer.
-"""
+"""Which images of a scan belong to which class or cluster, and so to which concept."""
 
 from __future__ import annotations
 
@@ -26,6 +23,11 @@ class Cluster:
 
 
 Clusters = Mapping[int, Cluster]  # by number
+
+
+def name_of(names: Sequence[str], number: int) -> str:
+    """The name of a class or cluster, or its number where it has none."""
+    return (names[number] if number < len(names) else "") or str(number)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +128,7 @@ def mean_responses(
 
 
 def relevance_for_channel(scan: Scan, pooled: Tensor, channel: int) -> Tensor:
-    """Relevance of the input channels, (N, C), from pooled inputs of their group, (N, J)."""
+    """Relevance of the input channels, (..., C), from pooled inputs of their group, (..., J)."""
     return input_relevance(
         scan.weight[channel].double(), pooled.double(), scan.layer.taps_per_input
     )

@@ -1,14 +1,11 @@
-"""Thresholds of `find`: their range, a tau that fits the layer, and what other choices would find.
-
-Shapes: C_out channels, T classes, c of them sharing a channel, S settings of tau and p.
-"""
+"""Thresholds of `find`: T classes, c of them sharing a channel, S settings of tau and p."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from decimal import ROUND_FLOOR, Decimal
+from decimal import ROUND_FLOOR, Context
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -42,11 +39,7 @@ _ROUNDING = 1e-9  # far above that of a cosine, far below what tells two cosines
 def check_thresholds(
     tau: Tau, p: float, gamma: float, min_share: float
 ) -> tuple[Tau, float, float]:
-    """Return tau, p and gamma in plain types.
-
-    Raises:
-        UsageError: one is no number, out of range or below the smallest share kept.
-    """
+    """Return tau, p and gamma in plain types; raises UsageError."""
     if isinstance(tau, str):
         if tau != "auto":
             raise UsageError(f"tau is {tau!r}; give a share such as 0.03, or 'auto'.")
@@ -68,19 +61,7 @@ def check_thresholds(
 
 
 def choose_tau(scan: Scan) -> tuple[float, str]:
-    """Choose the share at which ten channels matter in a typical image (docs/thresholds.md).
-
-    That is the largest share which at least half of the images of at least half of the classes
-    have ten channels of, rounded down to three digits, so that the number as printed finds the
-    same. In a layer of fewer than forty channels it is a quarter of them in place of ten.
-
-    Returns:
-        tau, and a sentence for the user where the scan kept too few shares to follow the rule:
-        tau is then the smallest share kept.
-
-    Raises:
-        DataError: none of the images could be read.
-    """
+    """Choose the largest share that ten channels of a typical image have (docs/thresholds.md)."""
     n_matter = min(N_MATTER, math.ceil(scan.layer.n_out / _ONE_IN))
     least = scan.manifest.min_share
     parts = [
@@ -94,7 +75,8 @@ def choose_tau(scan: Scan) -> tuple[float, str]:
     by_class = shares[labels.argsort(stable=True)].split(sizes)
     typical = _reached_by_half(torch.stack([_reached_by_half(own) for own in by_class]))
     if typical > 0:
-        return max(_round_down(float(typical)), least), ""
+        three_digits = Context(prec=3, rounding=ROUND_FLOOR)
+        return max(float(three_digits.create_decimal(repr(float(typical)))), least), ""
     return least, (
         f"The tau chosen is the smallest share that the scan kept, {least:g}: fewer than "
         f"{n_matter} channels of a typical image reach it; scan with a smaller min_share to go "
@@ -115,41 +97,23 @@ def _nth_share(start: Tensor, value: Tensor, n: int) -> Tensor:
 
 
 def _reached_by_half(values: Tensor) -> Tensor:
-    """Find the largest number that at least half of the values reach.
-
-    >>> _reached_by_half(torch.tensor([0.1, 0.4, 0.3])), _reached_by_half(torch.tensor([0.1, 0.4]))
-    (tensor(0.3000), tensor(0.4000))
-    """
+    """The largest number that at least half of the values reach."""
     return values.sort(descending=True).values[(len(values) - 1) // 2]
 
 
-def _round_down(value: float, digits: int = 3) -> float:
-    """Cut a number behind its leading digits.
-
-    >>> _round_down(0.012399), _round_down(0.03), _round_down(1.0)
-    (0.0123, 0.03, 1.0)
-    """
-    exact = Decimal(repr(value))
-    last = Decimal(1).scaleb(exact.adjusted() - digits + 1)
-    return float(exact.quantize(last, ROUND_FLOOR))
-
-
 def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:
-    """Say which thresholds come nearest to finding something: lower tau first, then gamma.
-
-    Every number in the hint is one that was tried, as it is printed, so following it works.
-    """
+    """Say which thresholds come nearest to finding something: lower tau first, then gamma."""
     least = scan.manifest.min_share
     tried = [float(f"{tau * 0.9**k:.3g}") for k in range(1, 60)]
     taus = [tau, *(t for t in tried if least < t < tau), *([least] if least < tau else [])]
     nearest = (float("inf"), 0.0, 0)  # cosine, negative tau, channel
-    lowest: dict[int, tuple[list[int], float]] = {}  # cosine of some classes, by channel
+    known: dict[int, list[int]] = {}  # the classes last compared, by channel
     for sums, lower, users in _users(scan, taus, p):
         for channel, classes in shared_channels(users):
-            if channel not in lowest or lowest[channel][0] != classes:
-                cosines = class_cosines(scan, sums, channel, classes)
-                lowest[channel] = classes, float(cosines.min())
-                nearest = min(nearest, (lowest[channel][1], -lower, channel))
+            if known.get(channel) != classes:
+                known[channel] = classes
+                cosine = float(class_cosines(scan, sums, channel, classes).min())
+                nearest = min(nearest, (cosine, -lower, channel))
         if nearest[0] < gamma:
             return f"Nearest: tau {_exact(lower)} finds channel {nearest[2]}."
     if nearest[0] > 1:
@@ -173,7 +137,7 @@ def _exact(tau: float) -> str:
 def _users(
     scan: Scan, taus: Sequence[float], p: float
 ) -> Iterator[tuple[ClassSums, float, Tensor]]:
-    """Say for each tau which class uses which channel, (T, C_out), with as few readings as fit."""
+    """For each tau, class sums and who uses which channel, (T, C_out), in few readings."""
     n_classes = max(len(scan.class_names), max(scan.labels_seen(), default=0) + 1)
     at_once = max(1, _COUNTS_AT_ONCE // (n_classes * scan.layer.n_out))
     for first in range(0, len(taus), at_once):
@@ -212,11 +176,7 @@ class Sensitivity(Exported):
     columns = COLUMNS
 
     def at(self, tau: float, p: float, gamma: float) -> Cell:
-        """Return what one choice of the grid's thresholds finds.
-
-        Raises:
-            KeyError: it is not in the grid.
-        """
+        """Return what one choice of the grid's thresholds finds; KeyError where it has none."""
         for cell in self.cells:
             if (cell.tau, cell.p, cell.gamma) == (tau, p, gamma):
                 return cell
@@ -224,19 +184,18 @@ class Sensitivity(Exported):
 
     def __str__(self) -> str:
         """Show a table per p, taus down and gammas across: channels and, in brackets, pairs."""
-        head = (
+        parts = [
             f"Polysemantic channels, and pairs of classes in brackets, of the "
             f"{count(self.n_out, 'channel')} of layer {self.layer}"
-        )
-        return "\n\n".join([head, *map(self._table, self.ps)])
-
-    def _table(self, p: float) -> str:
-        rows = [(f"p {p:g}", *(f"gamma {gamma:g}" for gamma in self.gammas))]
-        for tau in self.taus:
-            cells = [self.at(tau, p, gamma) for gamma in self.gammas]
-            figures = (f"{cell.n_channels:,} ({cell.n_pairs:,})" for cell in cells)
-            rows.append((f"tau {tau:g}", *figures))
-        return align(rows)
+        ]
+        for p in self.ps:
+            rows = [(f"p {p:g}", *(f"gamma {gamma:g}" for gamma in self.gammas))]
+            for tau in self.taus:
+                cells = [self.at(tau, p, gamma) for gamma in self.gammas]
+                figures = (f"{cell.n_channels:,} ({cell.n_pairs:,})" for cell in cells)
+                rows.append((f"tau {tau:g}", *figures))
+            parts.append(align(rows))
+        return "\n\n".join(parts)
 
     def rows(self) -> Iterator[tuple[float | int, ...]]:
         """Give one row per choice, in the order of the CSV columns."""
@@ -255,10 +214,8 @@ def sensitivity(
 ) -> Sensitivity:
     """Count what `find` would find for every combination of thresholds, in one reading of the Scan.
 
-    The default grid holds tau 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05 and 0.1, the smallest
-    share that the scan kept in place of those below it; p 0.5, 0.75 and 0.9; gamma 0.3 to 0.7 in
-    steps of 0.1. Memory grows with the number of taus, by 16 MB each for 1000 classes and 2048
-    channels.
+    The default grid holds tau 0.005 to 0.1 (no less than the scan kept), p 0.5, 0.75 and 0.9, gamma
+    0.3 to 0.7. Memory grows by 16 MB per tau for 1000 classes and 2048 channels.
 
     Args:
         scan: of the training images.
@@ -275,7 +232,7 @@ def sensitivity(
             that the scan kept.
 
     Source:
-        METHOD.md section 3.
+        docs/method.md section 3.
     """
     least = as_kind("scan", scan, Scan).manifest.min_share
     own = (None, None, None) if found is None else (found.tau, found.p, found.gamma)
@@ -294,24 +251,15 @@ def sensitivity(
         users = (use[:, None] >= torch.tensor(ps, dtype=torch.float64)[:, None]).flatten(0, 1)
         n_pairs = _pairs_below(scan, sums, channel, classes, users, gammas)
         counts += torch.stack([n_pairs > 0, n_pairs], 2)
-    return Sensitivity(
-        layer=scan.layer.name,
-        weights=scan.manifest.weights,
-        n_out=scan.layer.n_out,
-        taus=taus,
-        ps=ps,
-        gammas=gammas,
-        cells=tuple(
-            Cell(*choice, *numbers)
-            for choice, numbers in zip(choices, counts.view(-1, 2).tolist(), strict=True)
-        ),
-    )
+    numbers = counts.view(-1, 2).tolist()
+    cells = tuple(Cell(*choice, *own) for choice, own in zip(choices, numbers, strict=True))
+    layer, weights = scan.layer, scan.manifest.weights
+    return Sensitivity(layer.name, weights, layer.n_out, taus, ps, gammas, cells)
 
 
 def _grid(
     name: str, values: Sequence[float] | None, default: Iterable[float], own: float | None
 ) -> tuple[float, ...]:
-    """Sort the values of one threshold."""
     if values is None:
         values = [*default, *([] if own is None else [own])]
     grid = sorted(set(real_numbers(name, values)))
@@ -328,10 +276,7 @@ def _pairs_below(
     users: Tensor,
     gammas: Sequence[float],
 ) -> Tensor:
-    """Count the pairs of users of a channel that have different reasons, (S, gammas).
-
-    `users` (S, c) says which of the classes use the channel.
-    """
+    """Count the pairs of users (S, c) of a channel that have different reasons, (S, gammas)."""
     cosines = class_cosines(scan, sums, channel, classes)
     columns = []
     for gamma in gammas:

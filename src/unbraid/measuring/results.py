@@ -15,7 +15,7 @@ from torch import Tensor
 from unbraid.base.arguments import as_path
 from unbraid.base.files import write_whole
 from unbraid.base.schema import build, read_json, unread
-from unbraid.base.tables import Table, Tabular
+from unbraid.base.tables import Table, Tabular, figure
 from unbraid.finding.findings import Concept
 from unbraid.measuring.compare import OutputComparison
 
@@ -119,17 +119,13 @@ class Ablation(Tabular):
             for k, concept in enumerate(channel.concepts):
                 own, others = concept.own, concept.others
                 cells = [
-                    *(_figure(value) for value in (own.logit, own.whole_logit, own.part)),
-                    _figure(own.accuracy, ".1%"),
-                    *(_figure(value) for value in (others.logit, others.whole_logit, others.part)),
-                    _figure(concept.rest.logit),
+                    *(figure(value) for value in (own.logit, own.whole_logit, own.part)),
+                    figure(own.accuracy, ".1%"),
+                    *(figure(value) for value in (others.logit, others.whole_logit, others.part)),
+                    figure(concept.rest.logit),
                 ]
                 rows.append(("" if k else str(channel.channel), concept.name, *cells))
         return Table(rows, caption=f"Channels of {self.layer} switched off", n_heads=2)
-
-
-def _figure(value: float, form: str = ".3f") -> str:
-    return "-" if math.isnan(value) else format(value, form)
 
 
 def _without_parts(content: Any) -> Any:

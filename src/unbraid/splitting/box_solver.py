@@ -2,12 +2,12 @@
 
     minimise  m.H.m / 2 - c.m   over  0 <= m <= 1,   H = gram + ridge, ridge > 0
 
-Guessing which unknowns lie at which bound finds the answer to rounding in a few guesses. Guesses
-can go round in circles if inputs are much alike; an interior point then comes near enough for the
-next guess to be right. Shapes: K problems, J unknowns, F free ones. Everything is float64.
+Guessing which unknowns lie at which bound finds the answer to rounding in a few guesses. Where they
+go round in circles, an interior point comes near enough for the next guess to be right. Shapes: K
+problems, J unknowns, F free ones. Everything is float64.
 
-Source: Hintermueller, Ito, Kunisch 2002, SIAM Journal on Optimization 13(3), primal-dual active
-sets; Mehrotra 1992, SIAM Journal on Optimization 2(4), interior points.
+Source: Hintermueller, Ito, Kunisch 2002, SIAM J. Optimization 13(3), primal-dual active sets;
+Mehrotra 1992, SIAM J. Optimization 2(4), interior points.
 """
 
 from __future__ import annotations
@@ -52,17 +52,14 @@ class Whole:
         return Whole(self.matrix[: len(row), : len(row)] * row * row[:, None])
 
     @cached_property
-    def _rough(self) -> Tensor:
-        return self.matrix.float()
+    def rough(self) -> Whole:
+        """The same in float32."""
+        return Whole(self.matrix.float())
 
-    def solver(self, ridge: Ridge, free: Tensor, dtype: torch.dtype) -> Solver:
-        """Prepare to solve (gram + ridge) y = x for the free unknowns (F,), in float32 or float64.
-
-        Raises:
-            LinAlgError: rounding made the system indefinite.
-        """
-        matrix = self.matrix if dtype == torch.float64 else self._rough
-        part = matrix.index_select(0, free).index_select(1, free)  # quicker than by two lists
+    def solver(self, ridge: Ridge, free: Tensor) -> Solver:
+        """Prepare to solve (gram + ridge) y = x for free unknowns (F,); may raise LinAlgError."""
+        # Quicker than by two lists.
+        part = self.matrix.index_select(0, free).index_select(1, free)
         part.diagonal().add_(ridge)
         factor = torch.linalg.cholesky(part)
         return lambda x: torch.cholesky_solve(x[:, None], factor)[:, 0]
@@ -88,13 +85,14 @@ class Rows:
         return Rows(self.rows[:, : len(row)] * row)
 
     @cached_property
-    def _rough(self) -> Tensor:
-        return self.rows.float()
+    def rough(self) -> Rows:
+        """The same in float32."""
+        return Rows(self.rows.float())
 
-    def solver(self, ridge: Ridge, free: Tensor, dtype: torch.dtype) -> Solver:
+    def solver(self, ridge: Ridge, free: Tensor) -> Solver:
         """Prepare the same as `Whole.solver`, by Woodbury's identity."""
-        rows = (self.rows if dtype == torch.float64 else self._rough).index_select(1, free)
-        weight = ridge.to(dtype) if isinstance(ridge, Tensor) else ridge
+        rows = self.rows.index_select(1, free)
+        weight = ridge.to(rows) if isinstance(ridge, Tensor) else ridge
         scaled = rows / weight
         part = scaled @ rows.T
         part.diagonal().add_(1)
@@ -132,7 +130,7 @@ class System:
         self.gram, self.ridge, self.free = gram, ridge, free
         self._rough: Solver | None = None
         with suppress(LinAlgError):
-            self._rough = gram.solver(ridge, free, torch.float32)
+            self._rough = gram.rough.solver(ridge, free)
 
     def nearly(self, x: Tensor) -> Tensor:
         """Solve as well as float32 can."""
@@ -147,13 +145,11 @@ class System:
             rest = x - self.gram.times(spread)[self.free] - self.ridge * y
             if rest.norm() <= _SMALLEST_REST * x.norm():
                 return y
-        return self.gram.solver(self.ridge, self.free, torch.float64)(x)
+        return self.gram.solver(self.ridge, self.free)(x)
 
 
 @dataclass(frozen=True)
 class _Box:
-    """One problem."""
-
     gram: Gram
     ridge: float
     linear: Tensor  # (J,)
@@ -169,18 +165,9 @@ class _Box:
 def solve_box(
     gram: Gram, ridge: float, linear: Tensor, start: Tensor, tolerance: float = 1e-9
 ) -> Tensor:
-    """Solve K problems, given and answered as (K, J).
+    """Solve K problems, given and answered as (K, J), to a KKT residual of `tolerance`.
 
-    Args:
-        gram: the curvature.
-        ridge: added to its diagonal, or a trillionth of the diagonal's sum if that is more.
-        linear: c of each problem.
-        start: where to begin; the answer does not depend on it, the time does.
-        tolerance: largest KKT residual of an answer.
-
-    >>> linear, start = torch.tensor([[0.6, 4.0]]).double(), torch.zeros(1, 2).double()
-    >>> solve_box(Whole(torch.eye(2).double()), 1.0, linear, start)
-    tensor([[0.3000, 1.0000]], dtype=torch.float64)
+    The answer does not depend on the start, the time does.
     """
     ridge = max(ridge, _LEAST_RIDGE * float(gram.diagonal.sum()))
     answers = []
@@ -196,23 +183,15 @@ def solve_box(
 
 
 def kkt_residual(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tensor:
-    """How far points m (..., J) in [0, 1] are from the answer, (...,): zero exactly there.
-
-    It is the largest change that a projected gradient step would make, with the gradient divided
-    by the largest curvature.
-    """
+    """How far points m (..., J) are from the answer, (...,): a projected gradient step's change."""
     scale = gram.diagonal.amax() + ridge
     gradient = gram.times(m) + ridge * m - linear
     return (m - (m - gradient / scale).clamp(0, 1)).abs().amax(-1)
 
 
 def _switch_bounds(box: _Box, m: Tensor) -> Tensor:
-    """Guess which unknowns lie at which bound, solve for the others, and guess again from that.
-
-    The answer, (J,), is wrong if it took too many guesses in which ever as many were wrong.
-    """
-    wish = m + box.pull(m) / (box.gram.diagonal + box.ridge)
-    bound = _beyond(wish)
+    """Guess which unknowns lie at which bound, solve for the others, and guess again, (J,)."""
+    bound = _beyond(m + box.pull(m) / (box.gram.diagonal + box.ridge))
     for exact in (False, True):  # exact answers to wrong guesses only where rough ones lead nowhere
         bound, m, settled = _go_round(box, bound, m, exact)
         if settled:
@@ -221,16 +200,11 @@ def _switch_bounds(box: _Box, m: Tensor) -> Tensor:
 
 
 def _beyond(m: Tensor) -> Tensor:
-    """1 beyond the upper bound, -1 beyond the lower, 0 between them."""
     return (m > 1).to(m) - (m < 0).to(m)
 
 
 def _go_round(box: _Box, bound: Tensor, m: Tensor, exact: bool) -> tuple[Tensor, Tensor, bool]:
-    """Guess until an exact answer confirms the guess, or while ever fewer unknowns are wrong.
-
-    Returns:
-        The last guess, the answer to the one before, and whether they agree.
-    """
+    """Guess until an exact answer confirms the guess, or while ever fewer unknowns are wrong."""
     fewest, patience = len(bound) + 1, _PATIENCE
     while patience:
         held = (bound > 0).to(m)
@@ -253,10 +227,7 @@ def _go_round(box: _Box, bound: Tensor, m: Tensor, exact: bool) -> tuple[Tensor,
 
 
 def _interior_point(box: _Box) -> Tensor:
-    """Follow the path between the bounds to the answer, nearly.
-
-    Slack and multiplier of the lower bound and of the upper one stand in the two rows of (2, J).
-    """
+    """Follow the path between the bounds nearly to the answer; lower and upper bound's rows."""
     scale = box.gram.diagonal.amax() + box.ridge
     sign = torch.tensor([[1.0], [-1.0]], dtype=box.linear.dtype)
     every = torch.arange(len(box.linear), dtype=torch.int64)

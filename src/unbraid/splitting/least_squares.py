@@ -1,8 +1,7 @@
 """Divide a channel's weights among its concepts by box-constrained least squares.
 
-The objective (METHOD.md section 5) asks of a scan only second moments of pooled inputs, by class or
-cluster. Whatever else is asked of the masks joins it as a `Term`. Shapes: N images, G groups, J
-taps, K concepts.
+The objective (docs/method.md section 5) asks of a scan only second moments of pooled inputs.
+Whatever else is asked joins it as a `Term`. Shapes: N images, G groups, J taps, K concepts.
 """
 
 from __future__ import annotations
@@ -46,14 +45,7 @@ def by_portion(
     work: Callable[[Material, int], Answer],
     at_once: int = 1 << 30,
 ) -> dict[int, Answer]:
-    """Do the work of all channels, as many at a time as memory holds the needs of.
-
-    What a portion of channels needs, which they may share, is read once. Then each channel's work
-    is done on one processor, side by side.
-
-    >>> by_portion({7: {1, 2}, 8: {2}, 9: {3}}, lambda need: 10, sorted, lambda own, o: own, 20)
-    {7: [1, 2], 8: [1, 2], 9: [3]}
-    """
+    """Do the work of all channels side by side, as many at a time as memory holds the needs of."""
     portions: list[tuple[list[int], set[Need]]] = []
     for channel, own in needs.items():
         if not portions or sum(map(n_bytes, portions[-1][1] | own)) > at_once:
@@ -77,9 +69,6 @@ def by_portion(
 def numbers_of(concepts: Mapping[int, Sequence[Concept]]) -> dict[int, set[int]]:
     """The classes and clusters of each channel's concepts."""
     return {o: {number for concept in own for number in concept} for o, own in concepts.items()}
-
-
-# Moments of pooled inputs
 
 
 @dataclass(frozen=True)
@@ -106,10 +95,7 @@ def augmented_row(scan: Scan, channel: int) -> Tensor:
 
 
 def second_moments(members: Members, keys: Iterable[Key], whole: set[Key]) -> dict[Key, Gram]:
-    """Read a scan once and sum the outer products of augmented pooled inputs.
-
-    Those in `whole` are kept as matrices, of the others the inputs are kept.
-    """
+    """Sum outer products of augmented pooled inputs, as matrices for keys in `whole`."""
     size = members.scan.layer.n_taps + 1
     groups_of: dict[int, list[int]] = {}
     for group, number in sorted(keys):
@@ -136,16 +122,12 @@ def second_moments(members: Members, keys: Iterable[Key], whole: set[Key]) -> di
     return {key: Whole(sums[key]) if key in sums else Rows(torch.cat(inputs[key])) for key in keys}
 
 
-# The objective
-
-
 @dataclass(frozen=True)
 class Term:
-    """A squared error: |rows m|^2 - 2 linear.m + constant, for every mask m of a channel."""
+    """A squared error up to a constant: |rows m|^2 - 2 linear.m, for every mask m of a channel."""
 
     rows: Tensor  # (N, J)
     linear: Tensor  # (J,)
-    constant: float
 
 
 @dataclass(frozen=True)
@@ -158,12 +140,12 @@ class Problem:
     constant: Tensor  # (K,)
 
     def plus(self, term: Term) -> Problem:
-        """Ask for something more, of every mask alike."""
+        """Ask for something more, of every mask alike; losses leave its constant out."""
         gram = add([self.gram, Rows(term.rows)], [1, 1])
-        return Problem(gram, self.linear + term.linear, self.prior, self.constant + term.constant)
+        return replace(self, gram=gram, linear=self.linear + term.linear)
 
     def loss(self, masks: Tensor) -> Tensor:
-        """Objectives without penalty, (K,): squared mimic and silence errors, and all terms."""
+        """Objectives without penalty, (K,): squared mimic and silence errors."""
         return (masks * (self.gram.times(masks) - 2 * self.linear)).sum(1) + self.constant
 
 
@@ -230,27 +212,21 @@ def sample_images(scan: Scan) -> Records:
     return replace(no_records(scan.layer, False), share_start=no_share, **joined)
 
 
-def background_terms(
+def background_term(
     members: Members, sample: Records, channel: int, concepts: Sequence[Concept]
-) -> list[Term]:
-    """What is asked in images of no concept: that every mask answers with an even share.
-
-    Returns:
-        The mean squared distance from that, relative to the original's mean square, times its
-        weight; nothing without such an image, or if the channel responds to none.
-    """
+) -> Term | None:
+    """Ask in images of no concept that every mask answers with an even share."""
     outside = members.concept_of(sample, concepts) < 0
     pooled = sample.pooled[outside, members.scan.layer.group_of(channel)]
     inputs = augment(pooled, sample.n_positions[outside])  # (N, J + 1)
     row = augmented_row(members.scan, channel)
     responses = inputs @ row
     if not responses.any():
-        return []
+        return None
     weight = BACKGROUND_WEIGHT / responses.square().sum()
     wanted = responses / len(concepts) - inputs[:, -1] * row[-1]  # no mask can change the bias
     reach = inputs[:, :-1] * row[:-1]
-    constant = float(weight * wanted.square().sum())
-    return [Term(weight.sqrt() * reach, weight * (wanted @ reach), constant)]
+    return Term(weight.sqrt() * reach, weight * (wanted @ reach))
 
 
 def fit_least_squares(
@@ -260,15 +236,7 @@ def fit_least_squares(
     sample: Records,
     start: Mapping[int, Tensor] | None = None,
 ) -> dict[int, Fit]:
-    """Fit the masks of all channels.
-
-    Args:
-        members: of a scan of the training images.
-        concepts: per channel.
-        penalty: lambda, in units of the mean curvature of the problem.
-        sample: of all training images, from `sample_images`.
-        start: per channel, masks (K, J) to begin with; the answer does not depend on them.
-    """
+    """Fit the masks of all channels, for lambda in units of a problem's mean curvature."""
     scan, layer = members.scan, members.scan.layer
     numbers = numbers_of(concepts)
     counts = members.count({number for own in numbers.values() for number in own})
@@ -289,23 +257,16 @@ def fit_least_squares(
             for concept in concepts[channel]
         ]
         problem = pose(augmented_row(scan, channel), moments)
-        for term in background_terms(members, sample, channel, concepts[channel]):
-            problem = problem.plus(term)
+        term = background_term(members, sample, channel, concepts[channel])
+        problem = problem.plus(term) if term else problem
         return solve(problem, penalty, (start or {}).get(channel))
 
     read = partial(second_moments, members, whole=whole)
     return by_portion(needs, n_bytes, read, fit, _BYTES_AT_ONCE)
 
 
-# The penalty, chosen by cross-validation over images
-
-
 def choose_penalty(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> float:
-    """Choose lambda, in units of the mean curvature, one for the layer.
-
-    A sample of the channels, and of the images of their classes, is enough for one number. Images
-    that the data set groups are held out together.
-    """
+    """Choose lambda for the layer, in units of the mean curvature, on sampled channels."""
     scan, every = members.scan, sorted(concepts)
     sampled = every[:: -(-len(every) // _N_CHANNELS)]
     needs = numbers_of({o: concepts[o] for o in sampled})
@@ -330,10 +291,7 @@ def choose_penalty(members: Members, concepts: Mapping[int, Sequence[Concept]]) 
 
 
 def _held_out_losses(row: Tensor, inputs: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:
-    """Losses of one channel on images held out, summed over folds, (PENALTIES,).
-
-    The row is (J + 1,); of each concept there are inputs (n, J + 1) and groups of images (n,).
-    """
+    """Losses of one channel on images held out, (PENALTIES,), from inputs (n, J + 1)."""
     losses = torch.zeros(len(PENALTIES), dtype=torch.float64)
     n_folds = min(_N_FOLDS, *(len(own.unique()) for own in ids))
     folds = deal(ids, n_folds)
@@ -358,10 +316,7 @@ def _pose_first(row: Tensor, inputs: Sequence[Tensor]) -> Problem:
 
 
 def deal(ids: Sequence[Tensor], n_folds: int) -> list[Tensor]:
-    """Deal images to folds, concept by concept, no group to two of them.
-
-    A group that is new goes to the fold with the fewest images of the concept. Of each concept,
-    ids (n,) say the group of each image, the answer (n,) its fold.
+    """Deal images to folds, concept by concept, no group (n,) to two: the fold of each, (n,).
 
     >>> deal([torch.tensor([5, 5, 6, 7]), torch.tensor([6, 8])], 2)
     [tensor([0, 0, 1, 1]), tensor([1, 0])]

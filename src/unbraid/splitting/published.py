@@ -1,8 +1,4 @@
-"""The published rule for dividing a channel's weights, to the letter.
-
-Hesse, Fischer, Schaub-Meyer and Roth 2025, arXiv:2504.12939; METHOD.md section 3, steps 3 and 4.
-Shapes: n images, K concepts, C input channels of a group, J taps.
-"""
+"""The published rule for dividing weights: docs/method.md section 3, Hesse et al. 2025."""
 
 from __future__ import annotations
 
@@ -21,22 +17,10 @@ _EPSILON = 1e-5  # the published guard against division by zero
 
 
 def published_masks(arvs: Sequence[Tensor], rho: float, taps_per_input: int) -> Tensor:
-    """Say which taps each concept channel keeps, (K, J), zeros and ones.
+    """Say which taps each concept channel keeps, (K, J), zeros and ones, by ARVs (C,).
 
-    Input channel i belongs to concept k, S_k, if rho * v_k[i] > v_l[i] for every other concept l,
-    and to no concept before k. Concept k keeps all but the input channels that belong to others.
-    With two concepts this is the published rule, which knows no more than two; comparing with
-    every other concept extends it in the plainest way.
-
-    Args:
-        arvs: K vectors (C,), the concepts' averaged relevance vectors.
-        rho: in (0, 1]; small values leave more to all concepts.
-        taps_per_input: kernel offsets of one input channel.
-
-    >>> v1, v2 = torch.tensor([4.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 3.0])
-    >>> published_masks([v1, v2], 0.5, 1)
-    tensor([[1., 1., 0.],
-            [0., 1., 1.]], dtype=torch.float64)
+    Input channel i belongs to concept k if rho * v_k[i] > v_l[i] for every other concept l, and to
+    no concept before k. Concept k keeps all but the input channels that belong to others.
     """
     taken = torch.zeros(len(arvs[0]), dtype=torch.bool)
     owned = []
@@ -54,11 +38,9 @@ def choose_rho(
     concepts: Mapping[int, Sequence[Concept]],
     arvs: Mapping[int, Sequence[Tensor]],
 ) -> dict[int, float]:
-    """Choose rho per channel by the published criterion, in one reading of the scan.
+    """Choose rho per channel, in one reading of a scan with positions; the lowest wins a tie.
 
-    The criterion is the sum over concepts of the mean, over the concept's images, of its own
-    response divided by the others', with responses d_k = sum over positions of max(z_k, 0). The
-    lowest rho wins a tie. The scan has positions; there is one ARV per channel and concept.
+    The criterion sums over concepts the mean of its own response over the others', on its images.
     """
     scan = members.scan
     n_images = {o: torch.zeros(len(own), 1, dtype=torch.int64) for o, own in concepts.items()}

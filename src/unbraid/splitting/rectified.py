@@ -1,10 +1,8 @@
 """Refine masks on rectified responses with positions, which pooled inputs hide.
 
-Behind a ReLU only the positive part of a channel counts: d_k[n] = sum over positions of
-max(z_k[n, p], 0). Where z_k is positive, d_k is linear in the mask; so with these positions held
-the problem is again box-constrained least squares, solved and repeated (Gauss-Newton) while it gets
-better. The pooled objective stays in with a smaller weight, so that neither error is bought with
-the other. Shapes: N images, J taps, K concepts, P positions.
+With the positions held where z_k is positive, the problem is again box-constrained least squares,
+solved and repeated (Gauss-Newton) while it gets better. The pooled objective stays in with a
+smaller weight. Shapes: N images, J taps, K concepts, P positions.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from unbraid.finding.membership import Members
 from unbraid.networks.spec import tap_inputs, widen
 from unbraid.scanning.records import Records, Scan
 from unbraid.splitting.box_solver import Gram, Rows, add, solve_box
-from unbraid.splitting.least_squares import Fit, Term, background_terms, by_portion, numbers_of
+from unbraid.splitting.least_squares import Fit, Term, background_term, by_portion, numbers_of
 
 POOLED_WEIGHT = 0.3  # docs/splitting.md tells what other weights gave
 N_IMAGES = 100  # of each concept, spread over its classes
@@ -86,12 +84,9 @@ class Objective:
 
 
 def pose_rectified(
-    images: Images, prior: Tensor, penalty: float, terms: Sequence[Term] = ()
+    images: Images, prior: Tensor, penalty: float, term: Term | None = None
 ) -> Objective:
-    """Write down what the masks of a channel should minimise, terms as in the pooled problem.
-
-    The penalty pulls to the prior, (K, J), and is in units of the mean curvature.
-    """
+    """Write down what the masks of a channel should minimise, pulled to the prior, (K, J)."""
     n_concepts, n_taps = prior.shape
     own = torch.arange(n_concepts, dtype=torch.int64)[:, None] == images.concept  # (K, N)
     original = images.rectified(torch.ones(1, n_taps, dtype=torch.float32))[0][0]
@@ -103,7 +98,7 @@ def pose_rectified(
     ridge = penalty * float((weight + pooled_weight) @ pooled.square().mean(1))
     rows = [pooled * pooled_weight.sqrt()[:, None]]
     pooled_linear = (pooled_weight * (own * pooled_original - constant)) @ pooled
-    for term in terms:
+    if term:
         rows.append(POOLED_WEIGHT**0.5 * term.rows)
         pooled_linear = pooled_linear + POOLED_WEIGHT * term.linear
     return Objective(
@@ -147,8 +142,8 @@ def refine_fits(
     def improve(maps: dict[int, dict[str, Tensor]], channel: int) -> Fit:
         fit, own = fits[channel], concepts[channel]
         images = images_of(members.scan, channel, own, maps)
-        terms = background_terms(members, sample, channel, own)
-        objective = pose_rectified(images, fit.prior, fit.penalty, terms)
+        term = background_term(members, sample, channel, own)
+        objective = pose_rectified(images, fit.prior, fit.penalty, term)
         return replace(fit, masks=refine(objective, fit.masks))
 
     def read(numbers: set[int]) -> dict[int, dict[str, Tensor]]:

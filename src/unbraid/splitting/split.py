@@ -38,15 +38,11 @@ def split(
         scan: of the training images. With `positions=True` (of `found.classes` is enough) least
             squares fits rectified responses too, and the published method can choose rho.
         found: channels and their concepts.
-        method: "least_squares" fits, for each concept, how much of each tap to keep. "published"
-            is the rule of Hesse et al. 2025: an input channel is taken from concept k if it is
-            more relevant for another by a factor 1 / rho.
-        rho: for the published method, one value in (0, 1] for all channels; by default its
-            criterion chooses one per channel.
-        start: for least squares, an earlier split of this layer, whose masks to begin with where
-            it divides a channel among as many concepts; that saves time and changes no answer.
-        everything: for least squares, a scan of all training images, where `scan` is of some; of
-            those that belong to no concept a sample plays a part too.
+        method: "least_squares" fits how much of each tap to keep for each concept; "published" is
+            the rule of Hesse et al. 2025.
+        rho: for the published method, in (0, 1]; by default chosen per channel.
+        start: for least squares, an earlier split of this layer to begin with; saves time.
+        everything: for least squares, a scan of all training images, where `scan` is of some.
 
     Returns:
         A Split for `unbraid.apply` and `unbraid.evaluate`.
@@ -56,7 +52,7 @@ def split(
             scan, the scan lacks images of a concept, or `start` is of another layer.
 
     Source:
-        METHOD.md sections 3 and 5; `published.published_masks` for more than two concepts.
+        docs/method.md sections 3 and 5.
     """
     as_kind("scan", scan, Scan)
     as_kind("found", found, Findings)
@@ -102,11 +98,7 @@ def split(
 
 
 def check_rho(rho: float | None) -> float | None:
-    """Return rho in a plain type, None if it is to be chosen.
-
-    Raises:
-        UsageError: it is no number or out of range.
-    """
+    """Return rho in a plain type, None if it is to be chosen; raises UsageError."""
     if rho is None:
         return None
     rho = real_number("rho", rho)
@@ -147,7 +139,6 @@ def _published(members: Members, found: Findings, rho: float | None) -> _Chosen:
 
 
 def _begin(scan: Scan, found: Findings, start: Split | None) -> dict[int, Tensor]:
-    """Masks of an earlier split, of the channels that it divides among as many concepts."""
     if start is None:
         return {}
     as_kind("start", start, Split)

@@ -18,7 +18,7 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.base.schema import build, check_schema, in_range, unread
 from unbraid.base.tables import Table, Tabular, count
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import Cluster, Clusters, Members
+from unbraid.finding.membership import Cluster, Clusters, Members, name_of
 from unbraid.networks.spec import LayerSpec, respond, widen
 from unbraid.scanning.manifest import MAX_CLASSES, most_classes
 from unbraid.scanning.records import Scan, sound_figures
@@ -48,22 +48,14 @@ class ChannelSplit:
         return self.rows.sum(0) - self.weight
 
     def pooled_responses(self, pooled: Tensor, n_positions: Tensor) -> Tensor:
-        """Compute pooled pre-activations from the pooled inputs of the channel's group, (N, J).
-
-        Returns:
-            (N, K + 2), float64: the original channel, the concept channels, the residual channel.
-        """
+        """Pooled pre-activations of original, concepts, residual: (N, J) to (N, K + 2)."""
         rows = torch.cat([self.weight[None], self.rows, self.residual_row[None]]).double()
         biases = [self.bias] * (len(rows) - 1) + [self.residual_bias]
         bias = torch.tensor(biases, dtype=widen(self.weight).dtype).double()
         return pooled.double() @ rows.T + n_positions[:, None] * bias
 
     def response_maps(self, layer: LayerSpec, input_map: Tensor) -> Tensor:
-        """Compute pre-activations from the layer's input (N, C_in, positions ...).
-
-        Returns:
-            (N, K + 1, positions ...), float64: the original channel, the concept channels.
-        """
+        """Pre-activations of original and concepts: (N, C_in, ...) to (N, K + 1, ...)."""
         rows = torch.cat([self.weight[None], self.rows]).double()
         bias = torch.full((len(rows),), self.bias, dtype=torch.float64)
         return respond(layer, input_map.double(), rows, bias, [self.channel] * len(rows))
@@ -87,11 +79,7 @@ class Split(Tabular):
     clusters: Clusters = field(default_factory=dict)  # by number, where they stand for classes
 
     def __getitem__(self, channel: int) -> ChannelSplit:
-        """Return the division of one channel.
-
-        Raises:
-            KeyError: the channel was not split.
-        """
+        """Return the division of one channel; KeyError if it was not split."""
         for part in self.channels:
             if part.channel == channel:
                 return part
@@ -102,11 +90,7 @@ class Split(Tabular):
         return Members(scan, self.clusters)
 
     def require(self, scan: Scan) -> None:
-        """Refuse a scan of another network or layer.
-
-        Raises:
-            UsageError: it is of another.
-        """
+        """Refuse, with a UsageError, a scan of another network or layer."""
         if scan.manifest.weights != self.weights or scan.layer != self.layer:
             raise UsageError(
                 "The scan is of another network or layer than the split; scan the images with the "
@@ -115,8 +99,7 @@ class Split(Tabular):
 
     def name(self, concept: Concept) -> str:
         """Name a concept by its classes."""
-        known = self.class_names
-        return ", ".join(known[c] if c < len(known) and known[c] else str(c) for c in concept)
+        return ", ".join(name_of(self.class_names, number) for number in concept)
 
     def table(self) -> Table:
         """Show of each concept channel how much of the original's absolute weight it keeps."""
@@ -131,14 +114,15 @@ class Split(Tabular):
 
     @in_plain_modes
     def save(self, path: str | Path) -> None:
-        """Write the split to one safetensors file; `docs/format.md` specifies it.
+        """Write the split to one safetensors file (docs/format.md).
 
         Raises:
             RunError: the disk is full or may not be written.
         """
-        tensors = {f"masks.{part.channel}": part.masks for part in self.channels}
-        tensors["weight"] = torch.stack([part.weight for part in self.channels])
-        tensors["bias"] = torch.tensor([part.bias for part in self.channels], dtype=torch.float64)
+        parts = self.channels
+        tensors = {f"masks.{part.channel}": part.masks for part in parts}
+        tensors["weight"] = torch.stack([part.weight for part in parts])
+        tensors["bias"] = torch.tensor([part.bias for part in parts], dtype=torch.float64)
         for cluster in self.clusters.values():  # of one channel they share their centres
             tensors[f"centres.{cluster.channel}"] = cluster.centres
         about = {
@@ -149,8 +133,7 @@ class Split(Tabular):
             "settings": self.settings,
             "class_names": self.class_names,
             "channels": [
-                {"channel": part.channel, "concepts": part.concepts, "info": part.info}
-                for part in self.channels
+                {"channel": p.channel, "concepts": p.concepts, "info": p.info} for p in parts
             ],
             "clusters": {
                 number: {"channel": c.channel, "place": c.place, "least": c.least}
@@ -172,14 +155,11 @@ class Split(Tabular):
             check_schema(about, SCHEMA)
             return _put_together(build(_About, about), tensors)
         except (KeyError, ValueError) as error:
-            text = f"{path} is not a split that can be read ({error})."
-            raise unread(error, text) from None
+            raise unread(error, f"{path} is not a split that can be read ({error}).") from None
 
 
 @dataclass(frozen=True)
 class _ChannelEntry:
-    """What the file's description says of a channel."""
-
     channel: int
     concepts: tuple[Concept, ...]
     info: dict[str, float]
@@ -194,8 +174,6 @@ class _ClusterEntry:
 
 @dataclass(frozen=True)
 class _About:
-    """The file's description; docs/format.md specifies it."""
-
     schema: int
     layer: LayerSpec
     weights: str
@@ -203,17 +181,12 @@ class _About:
     settings: dict[str, float]
     class_names: tuple[str, ...]
     channels: tuple[_ChannelEntry, ...]
-    clusters: dict[str, _ClusterEntry] = field(default_factory=dict)
+    clusters: dict[int, _ClusterEntry] = field(default_factory=dict)
     crc32: dict[str, int] = field(default_factory=dict)
 
 
 def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
-    """Make a Split of a file's description and tensors.
-
-    Raises:
-        ValueError: it names what cannot be, or tensors do not fit it.
-        KeyError: a tensor is missing.
-    """
+    """Make a Split of a file's description and tensors; ValueError or KeyError if it cannot be."""
     spec, n_channels = about.layer, len(about.channels)
     spec.check()
     for name, tensor in tensors.items():
@@ -227,32 +200,28 @@ def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
     in_range("the number of class_names", len(about.class_names), 0, most_classes(spec))
     in_range("tau", about.settings.get("tau", math.inf), 0, 1)
     channels = []
-    for n, entry in enumerate(about.channels):
+    for entry, row, own_bias in zip(about.channels, weight, bias.tolist(), strict=True):
         masks = tensors[f"masks.{entry.channel}"]
         _check_channel(spec, entry, masks)
-        row, own_bias = weight[n], float(bias[n])
-        part = ChannelSplit(entry.channel, entry.concepts, masks, row, own_bias, entry.info)
-        channels.append(part)
+        one = ChannelSplit(entry.channel, entry.concepts, masks, row, own_bias, entry.info)
+        channels.append(one)
     clusters = {}
     for number, own in about.clusters.items():
-        # A key of a JSON object; clusters are named like classes.
-        digits = number.isascii() and number.isdecimal() and len(number) < 8
-        if not (digits and int(number) < len(about.class_names)):
-            raise ValueError(f"{reprlib.repr(number)} is no cluster's number")
+        in_range("a cluster's number", number, 0, len(about.class_names) - 1)  # named like classes
         in_range("a cluster's channel", own.channel, 0, spec.n_out - 1)
         centres = tensors[f"centres.{own.channel}"]
         if centres.dim() != 2 or centres.shape[1] != spec.n_in_per_group:
             raise ValueError(f"the centres of channel {own.channel} do not fit its layer")
         in_range("a cluster's place", own.place, 0, len(centres) - 1)
-        clusters[int(number)] = Cluster(own.channel, own.place, centres, own.least)
+        clusters[number] = Cluster(own.channel, own.place, centres, own.least)
     return Split(
-        layer=spec,
-        weights=about.weights,
-        method=about.method,
-        settings=about.settings,
-        class_names=about.class_names,
-        channels=tuple(channels),
-        clusters=clusters,
+        spec,
+        about.weights,
+        about.method,
+        about.settings,
+        about.class_names,
+        tuple(channels),
+        clusters,
     )
 
 

@@ -1,8 +1,4 @@
-"""Put a split into a network: concept channels beside the layer, the output unchanged.
-
-Two forms: `SplitLayer` keeps the original layer and is equal to it bit for bit; `plain_layer` is
-made of standard modules alone, for exporters.
-"""
+"""Put a split into a network: concept channels beside the layer, the output unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import accumulate, chain, takewhile
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Literal
 
@@ -22,14 +18,7 @@ from torch import Tensor, nn
 from unbraid.base.arguments import as_kind
 from unbraid.base.errors import ModelError, OutOfMemory, OutputChangedError, RunError, UsageError
 from unbraid.base.modes import in_plain_modes
-from unbraid.networks.copying import (
-    Reach,
-    become,
-    copy_network,
-    double,
-    rebind,
-    unwrap,
-)
+from unbraid.networks.copying import Reach, become, copy_network, double, rebind, unwrap
 from unbraid.networks.layers import bias_of, describe, resolve_layer, weight_rows
 from unbraid.networks.outputs import run_network
 from unbraid.networks.relevance import undisturbed
@@ -46,9 +35,8 @@ NOT_IN_FORCE = (
     "to, not by a global variable, its forward or its weights"
 )
 
-_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
-_COMPARES = ("IS_OP", "COMPARE_OP", "CONTAINS_OP", "TO_BOOL", "POP_JUMP")  # and begin so
-_HARMLESS = ("STORE_ATTR", "DELETE_ATTR", *_COMPARES)
+# What may run a layer; anything else that a function names is taken to be harmless.
+_RUNNABLE = (nn.Module, dict, list, tuple, types.FunctionType, types.MethodType, partial)
 
 
 @in_plain_modes
@@ -59,22 +47,21 @@ def apply(
 ) -> nn.Module:
     """Return a copy of a network in which the split channels are made of concept channels.
 
-    In the exact form (the default) outputs are the original's to the last bit, while gradients and
-    interventions go through the concept channels. They pass through the module
-    `LAYER.concepts`, in the order of `LAYER.names`, where hooks can read or change them; what is
-    subtracted passes through `LAYER.residuals`. `model2.gate(layer, channel, concept, value)`
-    scales one (0 switches it off) and `model2.clamp(layer, channel, concept, low, high)` bounds
-    one, until its `remove()` or the end of its `with` block. Once training has changed the rows,
-    the outputs are what the new rows make of them.
+    In the exact form outputs are the original's to the last bit, while gradients and interventions
+    go through the concept channels. They pass through the module `LAYER.concepts`, in the order of
+    `LAYER.names`, where hooks can read or change them; what is subtracted passes through
+    `LAYER.residuals`. `model2.gate(layer, channel, concept, value)` scales one (0 switches it off)
+    and `model2.clamp(layer, channel, concept, low, high)` bounds one, until its `remove()` or the
+    end of its `with` block. Once training has changed the rows, the outputs are what the new rows
+    make.
 
     In the plain form the layer is a wider layer, `LAYER.wide`, whose outputs `LAYER.names` names,
-    and one with kernel 1 that merges, `LAYER.merge`; outputs agree up to rounding, and there are no
-    gates and clamps. docs/tools.md says which form suits which tool.
+    and one with kernel 1 that merges, `LAYER.merge`; outputs agree up to rounding, without gates
+    and clamps (docs/tools.md).
 
     Args:
         model: the network that the split was made for; it is not changed.
-        split: from `unbraid.split` or `Split.load`; or several, of different layers, all made for
-            this network as it is before any is applied.
+        split: one, or several of different layers, all made for this network.
         form: "exact" or "plain".
 
     Raises:
@@ -103,15 +90,13 @@ def apply(
 
 
 def _as_list(split: Split | Sequence[Split] | Mapping[str, Split]) -> list[Split]:
-    if isinstance(split, Mapping):
-        split = list(split.values())
-    if isinstance(split, (Split, str)) or not isinstance(split, Iterable):
-        return [as_kind("split", split, Split)]
-    return [as_kind("split", one, Split) for one in split]
+    several = split.values() if isinstance(split, Mapping) else split
+    if isinstance(several, (Split, str)) or not isinstance(several, Iterable):
+        several = [several]
+    return [as_kind("split", one, Split) for one in several]
 
 
 def _check_fit(model: nn.Module, weights: str, split: Split) -> None:
-    """Raise unless a split was made for this network, whose weights have this hash."""
     _, original = resolve_layer(model, split.layer.name)
     if weights != split.weights:
         raise ModelError(
@@ -170,15 +155,7 @@ def load_split(model: nn.Module, path: str | Path) -> nn.Module:
 
 @in_plain_modes
 def check_in_force(model: nn.Module, layer: str | nn.Module, images: Tensor) -> None:
-    """Try on some images, (N, C, H, W), whether a split of a layer would be in force.
-
-    One image will do. Costs a pass through the network and one through a copy of it.
-
-    Raises:
-        ModelError: a split would not be in force, or the network cannot run.
-        LayerError: there is no such layer, or it cannot be split.
-        OutputChangedError: the network computes something else with the layer split.
-    """
+    """Try on images, (N, C, H, W), one is enough, whether a split of a layer would be in force."""
     model = unwrap(model)
     name, module = resolve_layer(model, layer)
     changed = _split_copy(model, [_trial_split(describe(name, module), module)], "exact")
@@ -186,8 +163,8 @@ def check_in_force(model: nn.Module, layer: str | nn.Module, images: Tensor) -> 
         before = run_network(model, images)
         with in_force(changed):
             after = run_network(changed, images)
-        same = _equal(before, after) or not _equal(before, run_network(model, images))
-    if not same:  # though the network gives the same whenever it runs
+        changes = not _equal(before, after) and _equal(before, run_network(model, images))
+    if changes:  # though the network gives the same whenever it runs
         raise OutputChangedError(
             f"With layer {name!r} split the network computes something else, so its code depends "
             "on what the layer is; let it only run the layer, or choose another."
@@ -204,7 +181,6 @@ def _trial_split(spec: LayerSpec, layer: nn.Module) -> Split:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether numbers are the same, NaN too."""
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
@@ -268,12 +244,17 @@ def _way_past(copied: nn.Module, reach: Reach) -> str:
         way = next((path for path in map(reach.path, held) if path is not None), None)
     if way is not None:
         return f"{_name_holder(way)} still leads to the original network"
-    functions = [*reached, *(inspect.getattr_static(kind, "forward") for kind in kinds)]
-    for function in dict.fromkeys(f for f in functions if type(f) is types.FunctionType):
-        variable = _global_way(function, reach)
-        if variable is not None:
-            user = f"{function.__qualname__!r} uses the global variable {variable!r}"
-            return f"{user}, which stays the original's"
+    forwards = [inspect.getattr_static(kind, "forward") for kind in kinds]
+    functions = [f for f in (*reached, *forwards) if type(f) is types.FunctionType]
+    for function in functions:  # which grows
+        for name in _globals_used(function.__code__):
+            value = function.__globals__.get(name)
+            if type(value) is types.FunctionType and value.__globals__ is function.__globals__:
+                if value not in functions:
+                    functions.append(value)
+            elif isinstance(value, _RUNNABLE) and reach.leads(value):
+                user = f"{function.__qualname__!r} uses the global variable {name!r}"
+                return f"{user}, which stays the original's"
     return ""
 
 
@@ -287,48 +268,10 @@ def _name_holder(way: Sequence[object]) -> str:
     return "the network"
 
 
-def _global_way(function: types.FunctionType, reach: Reach) -> str | None:
-    """The global variable by which a function, or one that it names, uses the original."""
-    functions = [function]
-    for one in functions:  # which grows
-        for name, attributes, use in _globals_used(one.__code__):
-            value = one.__globals__.get(name)
-            if type(value) is types.FunctionType and value.__globals__ is one.__globals__:
-                if value not in functions:
-                    functions.append(value)
-            elif _uses(value, attributes, use, reach):
-                return name
-    return None
-
-
-def _globals_used(code: types.CodeType) -> Iterator[tuple[str, list[str], str]]:
-    """Each global variable, the attributes taken of it in turn, and what is then done with it."""
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("PRECALL", "CACHE")]
-    for n, one in enumerate(instructions):
+def _globals_used(code: types.CodeType) -> Iterator[str]:
+    for one in dis.get_instructions(code):
         if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            rest = instructions[n + 1 :]
-            taken = list(takewhile(lambda i: i.opname in _ATTRIBUTE, rest))
-            use = rest[len(taken)].opname if len(taken) < len(rest) else ""
-            yield str(one.argval), [str(i.argval) for i in taken], use
+            yield str(one.argval)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _globals_used(constant)
-
-
-def _uses(value: object, attributes: Sequence[str], use: str, reach: Reach) -> bool:
-    """Whether what is done with a variable's value may run the original's layer.
-
-    Only what is plain is said to, as a hook may well keep something in the network by its name.
-    """
-    for name in attributes:
-        if not isinstance(value, nn.Module):
-            break
-        if hasattr(nn.Module, name) and name not in ("forward", "__call__"):
-            return False  # asks for its mode or parameters
-        value = getattr(value, name, None)
-    runs = (nn.Module, dict, list, tuple, types.FunctionType, types.MethodType, partial)
-    if not isinstance(value, runs) or use.startswith(_HARMLESS):
-        return False
-    if isinstance(value, types.MethodType) and not isinstance(value.__self__, nn.Module):
-        return False
-    return reach.leads(value)

@@ -42,9 +42,7 @@ def plain_layer(
 ) -> nn.Sequential:
     """Build the split from two standard layers: one with more rows, one that merges them.
 
-    Every group of a grouped convolution must have as many rows as the others, so groups with
-    fewer get rows of zeros. The attribute `names` says what each row is: "7" for channel 7 as it
-    was, "1660.0" for a concept channel, "1660.residual", and "" for zeros.
+    Groups with fewer rows get rows of zeros, named "" in the attribute `names`.
     """
     pads = not spec.channels_last and (
         spec.pad_mode == SAME or spec.padding != padding_pairs(original)
@@ -83,7 +81,6 @@ def _rows(original: nn.Module, spec: LayerSpec, parts: Sequence[ChannelSplit]) -
 
 
 def _standard_pair(original: nn.Module, spec: LayerSpec, n_rows: int, pads: bool) -> list[Any]:
-    """Make empty layers of the right sizes, in the kind and place of the original."""
     rows = weight_rows(original)
     kind: dict[str, Any] = {"dtype": rows.dtype, "device": rows.device}
     if spec.channels_last:

@@ -1,7 +1,6 @@
 """A layer with concept channels beside it, equal to the original bit for bit; gates and clamps.
 
-There is no branch on values in here, so that the layer can be traced, compiled and exported, and an
-accelerator need not be waited for. Shapes: N images, R concept channels.
+Nothing branches on values, so that it can be traced, compiled and exported. N images, R rows.
 """
 
 from __future__ import annotations
@@ -66,8 +65,8 @@ class SplitLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Compute the original output, by way of the concept channels.
 
-        While nothing intervenes, the correction is zero in value and alive in gradient. It is
-        minus (detached minus live), since adding minus zero keeps even the sign of a zero.
+        While nothing intervenes, the correction is zero in value and alive in gradient. It is minus
+        (detached minus live), since adding minus zero keeps even the sign of a zero.
         """
         z: Tensor = self.original(input)
         dim = -1 if self.spec.channels_last else 1
@@ -93,7 +92,6 @@ class SplitLayer(nn.Module):
         return z.clone().index_add_(dim, self.channels, correction)
 
     def _rows_and_bias(self) -> Tensor:
-        """Both in one, (R, J + 1)."""
         return torch.cat([self.rows.detach(), self.row_bias.detach()[:, None]], 1)
 
 
@@ -126,7 +124,7 @@ def _keep_slow_path(layer: nn.Module, args: tuple[Any, ...]) -> None:
 @in_plain_modes
 def gate(
     model: nn.Module, layer: str | nn.Module, channel: int, concept: int, value: float | Tensor
-) -> Gate:
+) -> Move:
     """Scale a concept channel of a split network; a split network has this as its method.
 
     Of several moves of a concept channel, gates or clamps, the latest counts until it is removed.
@@ -136,8 +134,7 @@ def gate(
         layer: the split layer, by name or itself.
         channel: a split channel.
         concept: 0 to K - 1.
-        value: 0 switches the concept channel off, 1 leaves it as it is; a tensor (N,) has one value
-            per image of the batches that follow, and may ask for a gradient.
+        value: 0 switches off, 1 leaves as it is; a tensor (N,) has one value per image.
 
     Returns:
         A handle; `remove()` or the end of its `with` block moves the gate back.
@@ -145,7 +142,17 @@ def gate(
     Raises:
         UsageError: there is no such concept channel, or the value is none.
     """
-    return Gate(*_find_row(model, layer, channel, concept), value)
+    row = _find_row(model, layer, channel, concept)
+    if not isinstance(value, Tensor):
+        value = real_number("The value of a gate", value)
+        if math.isnan(value):
+            raise UsageError("A gate cannot be NaN; give a number, such as 0 for off.")
+    elif value.dim() > 1:
+        raise UsageError(
+            f"A gate takes a number, or a tensor (N,) of one per image, not one of shape "
+            f"{tuple(value.shape)}."
+        )
+    return Move(*row, value)
 
 
 @in_plain_modes
@@ -156,7 +163,7 @@ def clamp(
     concept: int,
     low: float = -math.inf,
     high: float = math.inf,
-) -> Clamp:
+) -> Move:
     """Bound a concept channel of a split network; a split network has this as its method.
 
     Args:
@@ -165,7 +172,7 @@ def clamp(
         channel: a split channel.
         concept: 0 to K - 1.
         low: lower bound at every position, in units of the pre-activation.
-        high: upper bound likewise; equal to `low` it fixes the concept channel's value.
+        high: upper bound likewise; equal to `low` it fixes the value.
 
     Returns:
         A handle; `remove()` or the end of its `with` block takes the bounds away.
@@ -173,13 +180,16 @@ def clamp(
     Raises:
         UsageError: there is no such concept channel, or low is above high.
     """
-    return Clamp(*_find_row(model, layer, channel, concept), low, high)
+    row = _find_row(model, layer, channel, concept)
+    low, high = real_number("low", low), real_number("high", high)
+    if not low <= high:  # so that NaN does not pass
+        raise UsageError(f"A clamp needs low <= high, not low={low:g} and high={high:g}.")
+    return Move(*row, low=low, high=high)
 
 
 def _find_row(
     model: nn.Module, layer: str | nn.Module, channel: int, concept: int
 ) -> tuple[SplitLayer, int]:
-    """A split layer and the row of one of its concept channels."""
     model = unwrap(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     module: object = layer
@@ -188,14 +198,13 @@ def _find_row(
     if isinstance(module, nn.Module):
         module = unwrap(module)  # of a layer compiled by itself
     if not isinstance(module, SplitLayer):
-        known = [name for name, m in modules.items() if isinstance(m, SplitLayer)]
-        if not known:
-            raise UsageError(
-                "The network has no concept channels; pass one from unbraid.apply in its exact "
-                "form."
-            )
+        known = ", ".join(name for name, m in modules.items() if isinstance(m, SplitLayer))
         given = repr(layer) if isinstance(layer, str) else f"of type {type(layer).__name__}"
-        raise UsageError(f"Layer {given} has no concept channels; name one of {', '.join(known)}.")
+        if known:
+            raise UsageError(f"Layer {given} has no concept channels; name one of {known}.")
+        raise UsageError(
+            "The network has no concept channels; pass one from unbraid.apply in its exact form."
+        )
     name = f"{whole_number('channel', channel)}.{whole_number('concept', concept)}"
     if name not in module.names:
         raise UsageError(
@@ -208,9 +217,16 @@ def _find_row(
 class Move:
     """A concept channel that was moved; `remove()` or leaving its `with` block moves it back."""
 
-    def __init__(self, layer: SplitLayer, row: int) -> None:
-        """Move one row of a SplitLayer."""
-        self.row = row
+    def __init__(
+        self,
+        layer: SplitLayer,
+        row: int,
+        value: float | Tensor | None = None,
+        low: float = -math.inf,
+        high: float = math.inf,
+    ) -> None:
+        """Scale one row by a number, or by one per image, (N,); or bound it at every position."""
+        self.row, self.value, self.low, self.high = row, value, low, high
         self._layer = layer  # not its list, in whose place exporters put another
         layer.moves.append(self)
 
@@ -228,53 +244,23 @@ class Move:
         self.remove()
 
 
-class Gate(Move):
-    """Scales a concept channel, by one value for all images or by one for each."""
-
-    def __init__(self, layer: SplitLayer, row: int, value: float | Tensor) -> None:
-        """Move the gate of one row by a number, or by one per image, (N,)."""
-        if not isinstance(value, Tensor):
-            value = real_number("The value of a gate", value)
-            if value != value:
-                raise UsageError("A gate cannot be NaN; give a number, such as 0 for off.")
-        elif value.dim() > 1:
-            raise UsageError(
-                f"A gate takes a number, or a tensor (N,) of one per image, not one of shape "
-                f"{tuple(value.shape)}."
-            )
-        self.value = value
-        super().__init__(layer, row)
-
-
-class Clamp(Move):
-    """Bounds a concept channel's response, position by position."""
-
-    def __init__(self, layer: SplitLayer, row: int, low: float, high: float) -> None:
-        """Bound one row."""
-        self.low, self.high = real_number("low", low), real_number("high", high)
-        if not self.low <= self.high:  # so that NaN does not pass
-            raise UsageError(f"A clamp needs low <= high, not low={low:g} and high={high:g}.")
-        super().__init__(layer, row)
-
-
 def make_moves(concepts: Tensor, moves: Sequence[Move], n_rows: int, n_behind: int) -> Tensor:
-    """Do to the concept channels what the moves say; of one channel, the latest counts.
+    """Do to concept channels (N, R, positions ...) what the moves say; the latest of each counts.
 
-    Nothing is written in place and no size is asked for that can be known otherwise, so that
-    tracers can follow. `concepts` are (N, R, positions ...), with `n_behind` dimensions behind R.
+    Nothing is written in place and no size is asked for that can be known otherwise, for tracers.
     """
     n_images = concepts.shape[0]  # not len(), which an exporter would take for a constant
     behind = [1] * n_behind
     latest = {move.row: move for move in moves}.values()
-    gates = [move for move in latest if isinstance(move, Gate)]
-    clamps = [move for move in latest if isinstance(move, Clamp)]
+    gates = [(move.row, move.value) for move in latest if move.value is not None]
+    clamps = [move for move in latest if move.value is None]
     if gates:
-        per_image = any(isinstance(gate.value, Tensor) and gate.value.dim() for gate in gates)
+        per_image = any(isinstance(value, Tensor) and value.dim() for _, value in gates)
         n_scales = n_images if per_image else 1
         scale = concepts.new_ones(n_scales, n_rows)
-        for gate in gates:
-            value = _gate_values(gate.value, n_images).to(scale).expand(n_scales)
-            scale = torch.select_scatter(scale, value, 1, gate.row)
+        for row, value in gates:
+            values = _gate_values(value, n_images).to(scale).expand(n_scales)
+            scale = torch.select_scatter(scale, values, 1, row)
         between = [1] * (concepts.dim() - 2) if per_image and not behind else []
         concepts = concepts * scale.view(-1, *between, n_rows, *behind)
     if clamps:
@@ -287,7 +273,6 @@ def make_moves(concepts: Tensor, moves: Sequence[Move], n_rows: int, n_behind: i
 
 
 def _gate_values(value: float | Tensor, n_images: int) -> Tensor:
-    """A gate's value for each of what a layer runs on: images, or parts of them."""
     values = value if isinstance(value, Tensor) else _on_processor(value)
     if values.shape not in ((), (n_images,)):
         raise UsageError(
