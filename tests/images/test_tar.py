@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import gzip
 import http.server
@@ -252,15 +251,8 @@ def cut_off(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1024])
 
 
-def grown(path: Path) -> None:
-    before = path.stat()
-    with path.open("ab") as file:
-        file.write(bytes(512))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("change", [rewritten, replaced, cut_off, grown])
+@pytest.mark.parametrize("change", [rewritten, replaced, cut_off])
 def test_members_of_a_shard_that_was_changed_are_not_read(change, workers, tmp_path):
     path = write_pictures(tmp_path / "a.tar", [0, 1, 2, 3])
     images = open_images(path, to_tensor)
@@ -297,17 +289,6 @@ def test_list_shards_that_change_meanwhile_or_while_they_are_read_are_told(tmp_p
         os.utime(path, ns=place[1][2:] * 2)
         with pytest.raises(OutOfReach, match="was changed since it was listed"):
             read()
-
-
-def test_members_that_the_system_fails_to_give_are_not_called_damaged(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.tar", *samples(3))
-
-    def fail(*_: Any, **__: Any) -> Any:
-        raise OSError(errno.EIO, "Input/output error", str(path))
-
-    monkeypatch.setattr("unbraid.images.tar._Headers.read", fail)
-    with pytest.raises(OutOfReach, match=r"a\.tar cannot be reached \(Input/output error\); mend"):
-        list_shards(str(path))
 
 
 # --- where shards are -----------------------------------------------------------------------------
