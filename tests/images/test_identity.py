@@ -90,27 +90,6 @@ def test_the_fingerprint_knows_ids_and_sizes(folder, tmp_path):
         scanned(from_csv(folder), tmp_path / "scan")
 
 
-def test_damaged_ids_in_a_scan_are_told(folder, tmp_path):
-    from unbraid.scanning.records import read_shard, write_shard
-
-    scan = scanned(from_csv(folder), tmp_path / "scan")
-    records = read_shard(scan.path, 0)
-    for damage in (
-        {"id_start": records.id_start[1:]},
-        {"id_start": records.id_start.flip(0)},
-        {"id_start": records.id_start + 1},
-        {"id_bytes": records.id_bytes[:-1]},
-        {"id_bytes": None},
-    ):
-        damaged = read_shard(scan.path, 0)
-        vars(damaged).update(damage)
-        write_shard(tmp_path / "scan", 0, damaged)
-        with pytest.raises(RunError, match="holds"):
-            list(scan.shards())
-        write_shard(tmp_path / "scan", 0, records)
-        assert next(scan.shards()).ids == PATHS
-
-
 class Picked(Dataset[Any]):
     """Some of a source's images, in another order."""
 

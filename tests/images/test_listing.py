@@ -154,5 +154,5 @@ def test_list_folder_without_classes_has_all_images_below_it_in_order(flat):
         open_images(flat)
     shutil.rmtree(flat)
     flat.mkdir()
-    with pytest.raises(DataError, match=r"holds no image \(.*\.png.*\); name a folder that does\."):
+    with pytest.raises(DataError, match=r"holds no image \(.*\.png.*\); fill or remove it\."):
         open_images(flat, labels={})

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from sources import (
     MEMBERS,
     SOURCES,
@@ -82,14 +81,6 @@ def test_open_images_any_source_gives_the_same_records(kind, folder, tmp_path):
     again = pickle.loads(pickle.dumps(images))  # as worker processes get it
     assert torch.equal(again[7][0], images[7][0])
     assert images.picture(7).mode == "RGB"
-
-
-def test_open_images_other_pixels_are_noticed(folder, tmp_path):
-    expected = scanned(open_images(folder, to_tensor), tmp_path / "expected")
-    Image.effect_noise((6, 7), 99).convert("RGB").save(folder / "bee/1.png")
-    scan = scanned(opened("tar", folder), tmp_path / "scan")
-    with pytest.raises(AssertionError, match=r"pooled|prediction"):
-        assert_same_records(scan, expected)
 
 
 # --- the same labels ------------------------------------------------------------------------------
@@ -333,7 +324,7 @@ def test_list_images_library_that_is_not_installed_is_told(module, source, monke
     [
         ("nowhere", "There is no folder"),
         ("empty", "no class folders"),
-        ("hollow", "Class folder .*inside holds no image"),
+        ("hollow", "Folder .*inside holds no image"),
         ("nowhere.csv", "No such file"),
         ("nowhere.tar", r"There is no shard .*nowhere\.tar"),
         ("nowhere-*.tar", "There is no shard"),
@@ -364,25 +355,12 @@ def test_list_images_runs_no_commands_and_names_what_is_not_saved(tmp_path):
 
 def test_broken_images_are_named_by_id(folder, tmp_path):
     (folder / "ant/2.png").write_bytes(b"no picture")
-    shard = as_tar(folder, MEMBERS)
     for k, images in enumerate(
         (
-            open_images(as_csv(folder, MEMBERS), to_tensor),
-            open_images(shard, to_tensor),
+            open_images(as_tar(folder, MEMBERS), to_tensor),
             unbraid.from_hugging_face(as_rows(folder, MEMBERS), transform=to_tensor),
         )
     ):
-        network, options = build("3x3"), {"batch_size": 3}
         with pytest.raises(DataError, match=r"ant/2(\.png)? cannot be read"):
-            unbraid.scan(network, "layer", images, tmp_path / "stopped", **options)
-        out = tmp_path / f"skipped {k}"
-        scan = unbraid.scan(network, "layer", images, out, skip_broken=True, **options)
-        assert scan.broken() == [2]
-        assert len(next(scan.shards()).ids) == 7
-    images = open_images(shard)
-    shard.write_bytes(shard.read_bytes()[:1024])
-    with pytest.raises(DataError, match=r"train-000\.tar was changed since it was listed; start"):
-        images[7]
-    shard.unlink()
-    with pytest.raises(DataError, match=r"Image train-000\.tar/bee/2 cannot be read"):
-        images[7]
+            scanned(images, tmp_path / "stopped")
+        assert scanned(images, tmp_path / f"{k}", skip_broken=True).broken() == [2]

@@ -178,7 +178,7 @@ IMAGE = ("a.png", b"x")
 def test_list_shards_what_is_wrong_is_told(files, match, tmp_path):
     path = write(tmp_path / "shard.tar", *files)
     with pytest.raises(DataError, match=match) as error:
-        list_shards(str(path))
+        open_images(path)
     assert "\n" not in str(error.value)
 
 

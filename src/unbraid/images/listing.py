@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from unbraid.base.errors import DataError, is_of_file, out_of_reach
 from unbraid.base.tables import count, one_line
 from unbraid.images.broken import UNLABELLED
-from unbraid.images.labels import HIGHEST, NO_LABELS, Classes, Reading, reading_of, show_names
+from unbraid.images.labels import NO_LABELS, Classes, Reading, reading_of, show_names
 from unbraid.images.pictures import EXTENSIONS, UNREAD, read_picture
 from unbraid.networks.class_names import number_in, output_number
 
@@ -153,10 +153,6 @@ def by_class(labels: Sequence[str], source: str) -> tuple[list[str], list[int]]:
     else:
         own = {label: str(n) for label, n in numbers.items()}
         classes = sorted(set(own.values()), key=int)
-        if classes and int(classes[-1]) >= HIGHEST:
-            raise DataError(
-                f"{source} has a class of number {classes[-1]}; number classes from 0 on."
-            )
     places = {name: k for k, name in enumerate(classes)}
     return classes, [places[own[label]] for label in labels]
 
@@ -216,14 +212,6 @@ def list_folder(root: Path, with_classes: bool = True) -> Listing:
         )
     for path in shown:
         _refuse_dangling(path)
-        if path.name in below and root.resolve().is_relative_to(path.resolve()):
-            raise DataError(f"Class folder {path} is a link to a folder around it; remove it.")
-    for name, paths in below.items():
-        if not paths:
-            raise DataError(
-                f"Class folder {root / name} holds no image ({', '.join(EXTENSIONS)}); fill it or "
-                "remove it."
-            )
     return _of_files(root, below)
 
 
@@ -232,9 +220,10 @@ def _of_files(root: Path, by_class: dict[str, list[str]]) -> Listing:
     classes = [name for name in by_class if name]
     paths = [path for files in by_class.values() for path in files]
     class_of = [k for k, files in enumerate(by_class.values()) for _ in files]
-    if not paths:
+    empty = next((name for name, files in by_class.items() if not files), None)
+    if empty is not None:
         raise DataError(
-            f"{root} holds no image ({', '.join(EXTENSIONS)}); name a folder that does."
+            f"Folder {root / empty} holds no image ({', '.join(EXTENSIONS)}); fill or remove it."
         )
     return Listing(
         source=str(root),

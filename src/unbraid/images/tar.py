@@ -238,11 +238,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def expand(pattern: str) -> list[str]:
-    """Write out ranges in braces.
-
-    >>> expand("train-{08..10}.tar")
-    ['train-08.tar', 'train-09.tar', 'train-10.tar']
-    """
+    """Write out ranges in braces, such as train-{08..10}.tar."""
     found = _RANGE.search(pattern)
     if found is None:
         return [pattern]
