@@ -18,8 +18,7 @@ from PIL import Image
 
 from fuzz.mutations import HOSTILE, damaged
 from fuzz.test_fuzz import EXAMPLES, MANY, Escaped, fresh, fuzz, needs_proc, sound_or_refused
-from unbraid.images import csv_lists as table
-from unbraid.images import hugging_face as hugging
+from unbraid.images import lists
 from unbraid.images import tar as shards
 from unbraid.images.identity import fingerprint, ids_of
 from unbraid.images.listing import ListedImages
@@ -187,9 +186,9 @@ class Nothing(Exception):
 @pytest.mark.parametrize(
     ("module", "name", "instead", "reader"),
     [
-        (table, "UnicodeDecodeError", Nothing, "list"),
-        (table, "ValueError", Nothing, "parquet"),
-        (hugging, "Exception", Nothing, "saved"),
+        (lists, "UnicodeDecodeError", Nothing, "list"),
+        (lists, "ValueError", Nothing, "parquet"),
+        (lists, "Exception", Nothing, "saved"),
         (shards, "decode_picture", lambda file, _: Image.open(file).convert("RGB"), "tar"),
     ],
 )

@@ -57,24 +57,13 @@ def as_csv(root: Path, members: Members, text: Callable[[str], str] = str) -> Pa
     return root / "list.csv"
 
 
-def as_other_forms(root: Path, members: Members) -> Path:
-    """Numbers as floats, names in capitals."""
-    return as_csv(root, members, lambda name: f"{name}.0" if name.isdecimal() else name.upper())
-
-
 def as_odd_csv(root: Path, members: Members) -> Path:
     """With a byte order mark, semicolons, other columns, quotes, blank lines; absolute paths."""
-    text = 'note;label; path;weight\r\n"a;b";' + "\r\n\r\nx;".join(
-        f'"{name}";{root / path if place else "./" + path};3' for path, name, place in rows(members)
+    text = 'note;label; path;group\r\n"a;b";' + "\r\n\r\nx;".join(
+        f'"{name}";{root / path if place else "./" + path};g' for path, name, place in rows(members)
     )
     (root / "odd.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
     return root / "odd.csv"
-
-
-def as_tsv(root: Path, members: Members) -> str:
-    lines = ["label\tgroup\tpath", *(f"{name}\tg\t{path}" for path, name, _ in rows(members))]
-    (root / "list.tsv").write_text("\n".join(lines))
-    return str(root / "list.tsv")
 
 
 def as_parquet(root: Path, members: Members) -> Path:
@@ -144,14 +133,6 @@ def as_rows(root: Path, members: Members, **columns: Any) -> Any:
     return datasets.Dataset.from_dict(content, features=datasets.Features(features))
 
 
-def as_rows_of_files(root: Path, members: Members) -> Any:
-    import datasets
-
-    names = [name for _, name, _ in rows(members)]
-    content = {"image": [str(root / path) for path, *_ in rows(members)], "label": names}
-    return datasets.Dataset.from_dict(content)
-
-
 def as_saved(root: Path, members: Members) -> str:
     as_rows(root, members).save_to_disk(root.parent / "saved")
     return f"hf:{root.parent / 'saved'}"
@@ -187,23 +168,13 @@ def by_row(root: Path, members: Members) -> list[str]:
 SOURCES: dict[str, tuple[Callable[[Path, Members], Any], Callable[[Path, Members], list[str]]]] = {
     "folders": (lambda root, _: root, by_path),
     "csv": (as_csv, by_path),
-    "csv in other forms": (as_other_forms, by_path),
     "odd csv": (as_odd_csv, by_path),
-    "tsv": (as_tsv, by_path),
     "parquet": (as_parquet, by_path),
     "tar": (as_tar, by_key(8)),
     "folder of tars": (lambda root, members: write_shards(root, members, 3, 5), by_key(3, 5)),
     "pattern": (lambda root, m: write_shards(root, m, 3, 1, 4) / "train-*.tar", by_key(3, 1, 4)),
-    "range": (
-        lambda root, m: write_shards(root, m, 3, 1, 4) / "train-{000..002}.tar",
-        by_key(3, 1, 4),
-    ),
     "webdataset's own": (as_webdataset, by_key(8, name="written.tar")),
     "rows": (as_rows, by_path),
-    "files in rows": (
-        as_rows_of_files,
-        lambda root, members: [f"{root}/{path}" for path, *_ in rows(members)],
-    ),
     "saved": (as_saved, by_row),
     "saved as parquet": (as_saved_parquet, by_path),
 }

@@ -59,18 +59,14 @@ def in_inference(image: Tensor) -> Tensor:
 Pair = namedtuple("Pair", "picture number")
 SOUND: dict[str, Made] = {
     "wants a gradient": made(lambda x: x.requires_grad_()),
-    "has a gradient": made(lambda x: x.requires_grad_() * 1),
     "parameter": made(torch.nn.Parameter),
     "of torchvision": made(tv_tensors.Image),
     "inference": made(in_inference),
-    "conjugate": made(lambda x: torch.complex(x, x).conj().real),
     "negative view": made(lambda x: torch.complex(x, -x).conj().imag),
     "turned": made(lambda x: x.mT.contiguous().mT),
-    "spread out": made(lambda x: torch.stack([x, x], -1)[..., 0]),
     "list": Made(lambda x, y, _: [x, y]),
     "named": Made(lambda x, y, _: Pair(x, y)),
     "label with a gradient": Made(lambda x, y, _: (x, torch.tensor(float(y), requires_grad=True))),
-    "label of numpy": Made(lambda x, y, _: (x, np.array(y))),
     "label in a row": Made(lambda x, y, _: (x, torch.tensor([y]))),
 }
 
@@ -115,31 +111,16 @@ UNSOUND: dict[str, tuple[Made, str, bool]] = {
     "sparse": (made(Tensor.to_sparse), "sparse or nested", False),
     "nested": (made(lambda x: torch.nested.nested_tensor([*x[:2]])), "sparse or nested", False),
     "complex": (made(lambda x: torch.complex(x, x)), "type complex64", False),
-    "quantised": (
-        made(lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)),
-        "type qint8",
-        False,
-    ),
     "picture": (made(lambda _: Image.new("RGB", (3, 3))), "is a Image, .* transform", False),
     "swapped": (Made(lambda x, y, _: (y, x)), r"is a int, .*\(image, label\)", False),
     "row": (Made(lambda x, y, _: {"pixels": x, "n": y, "of": 1}), "'pixels', 'n', 'of'", False),
-    "row of two": (Made(lambda x, y, _: {"image": x, "label": y}), "from_hugging_face", False),
-    "empty row": (Made(lambda *_: {}), "an empty dictionary", False),
+    "empty row": (Made(lambda *_: {}), r"a dictionary \(keys: none\)", False),
     "triple": (Made(lambda x, y, n: (x, y, f"{n}.png")), "a tuple of 3", False),
-    "one": (Made(lambda x, y, _: (x,)), "a tuple of 1", False),
     "image alone": (Made(lambda x, *_: x), "a Tensor for image", False),
-    "image of two alone": (Made(lambda x, *_: x[:2]), "a Tensor for image", False),
-    "numbers": (Made(lambda *_: np.zeros(2)), "a ndarray for image", False),
     "text": (Made(lambda *_: "ab"), "a str for image", False),
-    "generator": (Made(lambda x, y, _: (one for one in (x, y))), "a generator", False),
     "batch": (
         Made(lambda x, y, _: (x[None], torch.tensor([y, y]))),
         r"of shape \(2,\); give one image and one",
-        False,
-    ),
-    "label without content": (
-        Made(lambda x, y, _: (x, torch.tensor(y, device="meta"))),
-        "is a Tensor, not a class's number",
         False,
     ),
     "error of its own": (failing(LocalError), r"cannot be reached \(torn\)", False),
@@ -166,19 +147,17 @@ def test_sort_out_what_is_no_image_is_told_in_a_sentence(kind, workers):
             sort_out(items, skip_broken=True)
 
 
-@pytest.mark.parametrize("kind", [k for k, (make, _, ok) in UNSOUND.items() if not ok])
+@pytest.mark.parametrize("kind", ["meta", "row", "error of its own"])
 def test_scan_of_something_else_is_told_before_anything_is_written(kind, tmp_path):
     dataset, sentence, _ = UNSOUND[kind]
     options = {"batch_size": 4, "skip_broken": True}
-    if kind in ("error of its own", "end of a stream"):
-        dataset = Subset(dataset, [3, 3])
     with pytest.raises(DataError, match=sentence):
-        unbraid.scan(build("1x1"), "layer", dataset, tmp_path / "scan", **options)
+        unbraid.scan(build("1x1"), "layer", Subset(dataset, [3]), tmp_path / "scan", **options)
     assert not (tmp_path / "scan").exists()
 
 
 def test_every_loop_over_images_takes_those_that_want_a_gradient(tmp_path):
-    network, images = build("1x1", torch.float32), SOUND["has a gradient"]
+    network, images = build("1x1", torch.float32), SOUND["wants a gradient"]
     scan = unbraid.scan(network, "layer", images, tmp_path, workers=1, positions=True)
     split = unbraid.split(scan, unbraid.find(scan, channels={1: [[0], [1]]}))
     model2 = unbraid.apply(network, split)
@@ -356,34 +335,29 @@ def judged(read: Callable[[], Any]) -> OutOfReach | None:
     pytest.fail("it can be read")
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("error", OF_SYSTEM, ids=repr)
-def test_out_of_reach_whatever_else_than_decoding_failed(error, way):
-    away = judged(lambda: way(error))
-    assert away is not None
-    assert "\n" not in str(away)
+def test_out_of_reach_whatever_else_than_decoding_failed(error):
+    for way in WAYS:
+        away = judged(lambda way=way: way(error))
+        assert away is not None
+        assert "\n" not in str(away)
 
 
-@pytest.mark.parametrize("way", [plainly, by_context, by_hidden_context, by_group])
 @pytest.mark.parametrize("error", OF_IMAGE, ids=repr)
-def test_out_of_reach_is_not_what_decoding_rejects(error, way):
-    assert judged(lambda: way(error)) is None
+def test_out_of_reach_is_not_what_decoding_rejects(error):
+    for way in (plainly, by_context, by_hidden_context, by_group):
+        assert judged(lambda way=way: way(error)) is None
 
 
-@pytest.mark.parametrize("error", OF_SYSTEM, ids=repr)
-def test_scan_stops_at_what_cannot_be_reached(error, tmp_path):
-    with pytest.raises(DataError, match=r"cannot be reached \(.*\)"):
-        scanned(Failing(lambda: plainly(error)), tmp_path, skip_broken=True)
+def test_scan_stops_at_what_cannot_be_reached_and_skips_what_is_damaged_itself(tmp_path):
+    with pytest.raises(DataError, match=r"cannot be reached \(it fails\)"):
+        scanned(Failing(lambda: plainly(OF_SYSTEM[0])), tmp_path, skip_broken=True)
     assert not list(tmp_path.glob("shard-*"))
-
-
-@pytest.mark.parametrize("error", OF_IMAGE, ids=repr)
-def test_scan_skips_what_is_damaged_itself(error, tmp_path):
-    scan = scanned(Failing(lambda: plainly(error)), tmp_path, skip_broken=True)
+    scan = scanned(Failing(lambda: plainly(OF_IMAGE[0])), tmp_path, skip_broken=True)
     assert scan.broken() == [5, 6, 7, 8]
 
 
-@pytest.mark.parametrize(("way", "workers"), [*((way, 0) for way in WAYS[1:]), (plainly, 2)])
+@pytest.mark.parametrize(("way", "workers"), [(by_cause, 0), (plainly, 2)])
 def test_scan_stops_at_a_server_that_is_away_whoever_says_so(way, workers, tmp_path):
     error = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
     with pytest.raises(DataError, match=r"^Image 5 of .* cannot be reached \(.*\); mend") as told:
@@ -402,11 +376,6 @@ def test_scan_takes_nothing_that_was_handled_before_for_a_cause(tmp_path):
             assert scan.broken() == [5, 6, 7, 8]
 
 
-def test_out_of_reach_of_a_real_lack_of_memory():
-    for lacking in (lambda: torch.empty(2**48), lambda: np.empty(2**48)):
-        assert "memory is full" in str(judged(lacking))
-
-
 def test_out_of_reach_has_an_end_where_causes_go_round_in_circles_or_on_and_on():
     first, last = ValueError("first"), ValueError("last")
     first.__cause__, last.__cause__ = last, first
@@ -421,7 +390,7 @@ def test_out_of_reach_has_an_end_where_causes_go_round_in_circles_or_on_and_on()
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
 def test_out_of_reach_is_no_picture_that_is_cut_off_or_damaged(kind):
     """As Pillow itself fails, outside of this library's reader."""
     file = io.BytesIO()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import struct
 import tarfile
 import threading
@@ -22,9 +21,7 @@ from torchvision.transforms import v2
 import unbraid
 from tiny_networks import build
 from unbraid.base.errors import DataError, OutOfReach, UnfitPicture
-from unbraid.images import pictures as depths
-from unbraid.images.identity import fingerprint
-from unbraid.images.pictures import decode_picture, read_picture, unread_kind
+from unbraid.images.pictures import decode_picture, read_picture
 
 RAMP = np.linspace(0, 1, 64)[None].repeat(4, 0)
 COLOURS = np.stack([RAMP, RAMP[:, ::-1], RAMP], -1)
@@ -100,20 +97,15 @@ def read(content: bytes) -> Any:
 U16 = 65535
 GREY: dict[str, Callable[[Any], bytes]] = {  # from 16-bit values, (height, width)
     "grey <u2": lambda v: tiff(v, "<u2"),
-    "grey >u2": lambda v: tiff(v, ">u2"),
-    "packed grey <u2": lambda v: tiff(v, "<u2", deflate=True),
     "packed grey >u2": lambda v: tiff(v, ">u2", deflate=True),
     "png": lambda v: png(v, 0),
     "png, alpha": lambda v: png(with_alpha(v), 4),
-    "pgm": lambda v: pnm(v, U16),
 }
 COLOURED: dict[str, Callable[[Any], bytes]] = {  # (height, width, 3)
     "colours <u2": lambda v: tiff(v, "<u2", 2),
-    "colours >u2": lambda v: tiff(v, ">u2", 2),
     "packed colours >u2": lambda v: tiff(v, ">u2", 2, deflate=True),
     "png, colours": lambda v: png(v, 2),
     "png, colours and alpha": lambda v: png(with_alpha(v), 6),
-    "ppm": lambda v: pnm(v, U16),
 }
 FORMS = {**GREY, **COLOURED}
 
@@ -124,18 +116,10 @@ def ramp(kind: str) -> Any:
 
 READ = {
     **{kind: FORMS[kind](ramp(kind) * U16) for kind in FORMS},
-    **{f"{order}f4": tiff(RAMP, f"{order}f4") for order in "<>"},
-    **{f"packed {order}f4": tiff(RAMP, f"{order}f4", deflate=True) for order in "<>"},
     "white is zero": tiff(U16 - RAMP * U16, "<u2", 0),
     "packed white is zero": tiff(U16 - RAMP * U16, "<u2", 0, deflate=True),
-    "floats, white is zero": tiff(1 - RAMP, "<f4", 0),
-    "says 10 bits": tiff(RAMP * 1023, "<u2", tag281=1023),
-    "says 12 bits, white is zero": tiff(4095 - RAMP * 4095, "<u2", 0, tag281=4095),
-    **{f"pgm, {m}": pnm(RAMP * m, m) for m in (255, 1023, 4095, 16383)},
-    **{f"ppm, {m}": pnm(COLOURS * m, m) for m in (255, 1023, 4095, 16383)},
-    "plain pgm": pnm(RAMP * 4095, 4095, plain=True),
-    "plain ppm": pnm(COLOURS * U16, U16, plain=True),
-    "pfm": b"Pf\n64 4\n-1.0\n" + RAMP.astype("<f4").tobytes(),
+    "pgm": pnm(RAMP * 255, 255),
+    "ppm": pnm(COLOURS * 255, 255),
 }
 
 
@@ -147,33 +131,25 @@ def test_decode_picture_of_many_bits_goes_from_black_to_white(kind):
     assert (values.min(), values.max()) == (0, 255)
 
 
+@pytest.mark.parametrize("kind", FORMS)
+def test_decode_picture_of_one_colour_is_that_colour(kind):
+    for white in (0.5, 1.0) if kind in COLOURED or "alpha" in kind else (0.0, 0.5, 1.0):
+        values = np.zeros_like(ramp(kind)) + white
+        assert np.abs(read(FORMS[kind](values * U16)) - 255 * white).max() <= 1
+
+
 def test_decode_picture_of_16_bits_keeps_the_high_byte():
     every = np.arange(65536).reshape(256, 256)
-    for kind in ("grey <u2", "grey >u2", "png", "pgm"):
+    for kind in ("grey <u2", "packed grey >u2", "png"):
         assert (read(GREY[kind](every))[..., 0] == every >> 8).all()
 
 
-@pytest.mark.parametrize("kind", [*FORMS, "f4"])
-@pytest.mark.parametrize("white", [0.0, 0.5, 1.0])
-def test_decode_picture_of_one_colour_is_that_colour(kind, white):
-    values = np.zeros_like(ramp(kind)) + white
-    content = tiff(values, "<f4") if kind == "f4" else FORMS[kind](values * U16)
-    assert np.abs(read(content) - 255 * white).max() <= 1
-
-
-DARK = {**FORMS, "white is zero": lambda v: tiff(v, "<u2", 0)}
-
-
-@pytest.mark.parametrize("bits", [8, 10, 12, 14])
-@pytest.mark.parametrize("kind", DARK)
+@pytest.mark.parametrize("bits", [8, 12, 14])
+@pytest.mark.parametrize("kind", [*FORMS, "white is zero"])
 def test_decode_picture_of_fewer_bits_than_16_is_refused_with_what_to_do(kind, bits):
-    with pytest.raises(UnfitPicture) as caught:
-        read(DARK[kind](ramp(kind) * (2**bits - 1)))
-    assert str(caught.value) == (
-        f"Image it holds 16-bit values below {2**bits}, so it is dark, or of {bits} bits; save "
-        "the pictures with 8 bits, black 0 and white 255, and start again (or multiply all by "
-        f"{2 ** (16 - bits)}, if {2**bits - 1} is white)."
-    )
+    form = FORMS.get(kind, lambda v: tiff(v, "<u2", 0))
+    with pytest.raises(UnfitPicture, match=r"so it is dark, or of fewer bits; save .* 8 bits"):
+        read(form(ramp(kind) * (2**bits - 1)))
 
 
 def jpeg_of_12_bits() -> bytes:
@@ -185,31 +161,30 @@ def jpeg_of_12_bits() -> bytes:
     return bytes(content)
 
 
-UNUSUAL = "is a TIFF of numbers or channels of an unusual kind, which are not read"
+UNUSUAL = "is a TIFF of numbers or channels that are not read"
+PNM = "PNM or PFM of more than 8 bits"
 UNFIT = {
-    "floats to 255": (tiff(RAMP * 255, "<f4"), "floating-point numbers from 0 to 255, of which"),
-    "floats from -1": (tiff(RAMP * 2 - 1, ">f4"), "floating-point numbers from -1 to 1, of which"),
-    "dark floats": (tiff(RAMP / 16, "<f4"), "floating-point numbers of up to 0.0625, so it is"),
-    "nan": (tiff(np.where(RAMP > 0.5, np.nan, RAMP), "<f4"), "that are not finite"),
-    "infinity": (tiff(np.where(RAMP > 0.5, np.inf, RAMP), "<f4"), "that are not finite"),
+    "f4": (tiff(RAMP, "<f4"), "floating-point numbers of 32 bits"),
     "f2": (tiff(RAMP, "<f2"), UNUSUAL),
-    "f8": (tiff(RAMP, ">f8"), UNUSUAL),
     "i1": (tiff(RAMP * 127, "<i1"), "signed numbers of 8 bits"),
-    "<i2": (tiff(RAMP * 999 - 500, "<i2"), "signed numbers of 16 bits"),
     ">i2": (tiff(RAMP * 32767, ">i2"), "signed numbers of 16 bits"),
     "<i4": (tiff(RAMP * U16, "<i4"), "signed numbers of 32 bits"),
-    ">u4": (tiff(RAMP * U16, ">u4"), UNUSUAL),
     "<u4": (tiff(RAMP * U16, "<u4"), "whole numbers of 32 bits"),
     "c8": (tiff(RAMP, "<c8"), UNUSUAL),
-    "colours of floats": (tiff(COLOURS, "<f4", 2), UNUSUAL),
     "two channels": (tiff(COLOURS[..., :2] * U16, "<u2"), UNUSUAL),
-    "planes": (tiff(COLOURS * U16, "<u2", 2, planes=2), "16 bits in 3 channels, plane by plane"),
+    "planes": (tiff(COLOURS * U16, "<u2", 2, planes=2), "16-bit numbers plane by plane"),
     ">u2, white is zero": (tiff(RAMP * U16, ">u2", 0), UNUSUAL),
-    "more than it says": (tiff(RAMP * U16, "<u2", tag281=4095), "but says 12 bits"),
-    "jpeg": (jpeg_of_12_bits(), "is a JPEG of values of other than 8 bits"),
-    "pfm to 255": (
-        b"Pf\n64 4\n-1.0\n" + (RAMP * 255).astype("<f4").tobytes(),
-        "floating-point numbers from 0 to 255",
+    "says 15 bits": (tiff(RAMP * 32767, "<u2", tag281=32767), "of which 32767 is white"),
+    "jpeg": (jpeg_of_12_bits(), "is a JPEG of numbers"),
+    "black colours": (png(COLOURS * 0, 2), "so it is dark"),
+    "pfm": (b"Pf\n64 4\n-1.0\n" + RAMP.astype("<f4").tobytes(), PNM),
+    "pgm, 65535": (pnm(RAMP * U16, U16), PNM),
+    "ppm, 65535": (pnm(COLOURS * U16, U16), PNM),
+    "ppm, 4095": (pnm(COLOURS * 4095, 4095), PNM),
+    "plain pgm": (pnm(RAMP * 4095, 4095, plain=True), PNM),
+    "palette": (
+        tiff(RAMP * 255, "<u1", 3, tag320=[k for _ in range(3) for k in range(256)]),
+        "palette of nearly black colours",
     ),
 }
 
@@ -222,22 +197,11 @@ def test_decode_picture_of_other_numbers_is_refused_in_words(kind):
     assert "\n" not in str(caught.value)
 
 
-def test_decode_picture_of_8_bits_in_a_palette_of_16_is_refused():
-    whole, low = (
-        tiff(RAMP * 255, "<u1", 3, tag320=[times * k for _ in range(3) for k in range(256)])
-        for times in (257, 1)
-    )
-    assert np.abs(read(whole) - RAMP[..., None] * 255).max() <= 1
-    with pytest.raises(UnfitPicture, match="palette of nearly black colours"):
-        read(low)
-
-
 def test_decode_picture_that_is_cut_off_is_broken_not_unfit():
     for content in (tiff(RAMP * U16, "<u2")[:300], png(RAMP * U16, 0)[:90], b"no picture"):
         with pytest.raises(DataError, match="cannot be read") as caught:
             read(content)
         assert not isinstance(caught.value, UnfitPicture)
-        assert unread_kind(io.BytesIO(content)) == ""
 
 
 TRANSFORM = v2.Compose([v2.Resize((6, 6)), v2.PILToTensor(), v2.ToDtype(torch.float64, scale=True)])
@@ -263,14 +227,8 @@ def test_a_scan_stops_at_a_picture_that_is_unfit_though_broken_ones_are_skipped(
         )
 
     assert scan("sound", [0, 1, 2]).broken() == [1]
-    with pytest.raises(DataError, match=r"3(\.tif)? holds 16-bit values below 4096"):
+    with pytest.raises(DataError, match=r"3(\.tif)? holds 16-bit numbers up to about 4095"):
         scan("unfit", [0, 1, 2, 3])
-
-
-def test_a_check_of_dark_pictures_left_out_is_noticed(monkeypatch):
-    monkeypatch.setattr(depths, "_refuse_dark", lambda _: None)
-    for kind in DARK:
-        assert read(DARK[kind](ramp(kind) * 4095)).max() < 255 or "zero" in kind
 
 
 # --- switches of Pillow's that a program may have turned ------------------------------------------
@@ -295,28 +253,17 @@ def cut_off(tmp_path: Path) -> Path:
     return tmp_path / "a.jpg"
 
 
-@pytest.mark.parametrize("switch", [False, True])
-def test_a_picture_that_is_cut_off_is_refused_whatever_pillow_was_told(
-    switch, cut_off, monkeypatch
-):
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", switch)
-    with pytest.raises(DataError, match="truncated"):
-        read_picture(cut_off)
-    assert ImageFile.LOAD_TRUNCATED_IMAGES is switch
-
-
-def test_threads_leave_the_switch_as_it_was(cut_off, monkeypatch):
+def test_pictures_that_are_cut_off_are_refused_whatever_pillow_was_told(cut_off, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     told: list[str] = []
 
-    def read() -> None:
+    def read_often() -> None:
         for _ in range(30):
-            try:
+            with pytest.raises(DataError, match="truncated"):
                 decode_picture(cut_off, "it")
-            except DataError as error:
-                told.append(str(error))
+            told.append("truncated")
 
-    threads = [threading.Thread(target=read) for _ in range(4)]
+    threads = [threading.Thread(target=read_often) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -369,35 +316,19 @@ def test_read_picture_calls_no_file_missing_that_cannot_be_looked_at(
         read_picture(path)
 
 
-def test_fingerprint_makes_up_no_sizes_of_files_that_cannot_be_looked_at(pictures, monkeypatch):
-    images = unbraid.open_images(pictures)
-
-    def fail(path: Any, *_: Any, **__: Any) -> Any:
-        raise OSError(errno.ESTALE, "Stale file handle", str(path))
-
-    monkeypatch.setattr(os, "stat", fail)
-    with pytest.raises(OutOfReach, match="Stale file handle"):
-        fingerprint(images, images.targets)
-
-
 # --- every mode and form --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "RGB", "LA", "1", "CMYK", "I;16"])
-@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tif"])
-def test_read_picture_of_every_mode_comes_out_as_rgb(tmp_path: Path, mode: str, kind: str) -> None:
-    array = np.full((6, 8), 40000 if mode == "I;16" else 156, dtype=np.uint16)
-    grey = Image.fromarray(array) if mode == "I;16" else Image.fromarray(array.astype(np.uint8))
-    picture = grey if mode == "I;16" else grey.convert(mode)
-    path = tmp_path / f"p.{kind}"
-    writes = {"png": "1 L LA P RGB RGBA I;16", "jpg": "1 L RGB CMYK", "webp": "RGB RGBA"}
-    if mode not in writes.get(kind, "1 L P RGB RGBA CMYK I;16").split():
-        picture = Image.new("RGB", (8, 6), (156, 156, 156))
-    picture.save(path)
-    read = read_picture(path)
-    assert (read.mode, read.size) == ("RGB", (8, 6))
-    if mode != "1":
-        assert abs(np.asarray(read).mean() - 156) < 3
+MODES = {"png": "1 L LA P RGB RGBA", "jpg": "L RGB CMYK", "webp": "RGB RGBA", "tif": "1 P CMYK"}
+
+
+@pytest.mark.parametrize(("kind", "modes"), MODES.items())
+def test_read_picture_of_every_mode_comes_out_as_rgb(tmp_path: Path, kind: str, modes: str) -> None:
+    for mode in modes.split():
+        Image.new("L", (8, 6), 156).convert(mode).save(tmp_path / f"p.{kind}")
+        read = read_picture(tmp_path / f"p.{kind}")
+        assert (read.mode, read.size) == ("RGB", (8, 6))
+        assert mode == "1" or abs(np.asarray(read).mean() - 156) < 3
 
 
 def test_read_picture_of_a_rotated_photograph_turns_it_upright(tmp_path: Path) -> None:
@@ -405,18 +336,3 @@ def test_read_picture_of_a_rotated_photograph_turns_it_upright(tmp_path: Path) -
     exif[0x0112] = 6  # turn by 90 degrees
     Image.new("RGB", (10, 4)).save(tmp_path / "p.jpg", exif=exif)
     assert read_picture(tmp_path / "p.jpg").size == (4, 10)
-
-
-def test_read_picture_of_what_is_none_names_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "p.png"
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-    whole = path.read_bytes()
-    for content in (whole[:500], b"no picture", whole):
-        path.write_bytes(content)
-        if content == whole:  # refused before it is unpacked
-            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-        with pytest.raises(DataError, match=r"p\.png cannot be read"):
-            read_picture(path)

@@ -32,15 +32,7 @@ def load(
     workers: int,
     pinned: bool = False,
 ) -> Iterator[list[Loaded]]:
-    """Read batches of images, in order, in so many processes; 0 for none.
-
-    Pinned images lie where an accelerator fetches them fastest. The caller's random numbers stay
-    where they were.
-
-    Raises:
-        UsageError: the data set cannot be sent to worker processes.
-        RunError: these cannot be started, or die.
-    """
+    """Read batches of images, in order, in so many processes, 0 for none; pinned for a GPU."""
     loader = DataLoader(
         Readable(dataset),
         batch_sampler=batches,  # type: ignore[arg-type]
@@ -73,13 +65,7 @@ def read_images(
     skip_broken: bool = False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Batch]:
-    """Read batches of images, in order; a batch without any good image is left out.
-
-    `advance` is told how many images were read or left out.
-
-    Raises:
-        DataError: an image cannot be read, or images differ in size.
-    """
+    """Read batches of images, in order, but those without a good one; `advance` counts images."""
     for items in load(dataset, batches, workers=workers):
         good, _ = sort_out(items, skip_broken)
         if good:
@@ -90,19 +76,12 @@ def read_images(
 
 
 def in_batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
-    """Part indices into batches.
-
-    >>> in_batches([3, 1, 4], 2), in_batches(range(3), 2)
-    ([[3, 1], [4]], [range(0, 2), range(2, 3)])
-    """
+    """Part indices into batches."""
     return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
 
 
 def as_batch(images: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Make a batch of images that `load` read, or some of them, if they are of one size.
-
-    They are not copied where they lie in a row, so that pinned ones stay so.
-    """
+    """Make a batch of images that `load` read; those in a row are not copied, so stay pinned."""
     first = images[0]
     whole, size = first._base, first.nbytes
     # What lies in a row may be a part of something else, such as a whole data set in one tensor.
@@ -142,11 +121,7 @@ class _Packed(NamedTuple):
 
 @dataclass
 class _Sealed:
-    """What a worker process read, as bytes, made where what goes wrong can be told.
-
-    A queue pickles what it sends in a thread of its own, whose errors nobody sees: whoever waits
-    at the other end would wait for ever.
-    """
+    """What a worker process read, as bytes; a queue would pickle where nobody sees its errors."""
 
     content: bytes
 

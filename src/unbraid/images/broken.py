@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,10 +57,7 @@ def sort_out(items: Sequence[Loaded], skip_broken: bool) -> tuple[list[Loaded], 
 
 
 class Readable(Dataset[Loaded]):
-    """A data set of (image, label) whose faults are items, not exceptions.
-
-    So a broken image in a worker process neither kills it nor loses its place.
-    """
+    """A data set of (image, label) whose faults are items, so that none kills a worker process."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         """Wrap a data set."""
@@ -120,22 +118,18 @@ def read_pair(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
 
 def _refuse_other(item: Any, index: int) -> None:
     """Refuse what is no pair."""
-    kind = type(item).__name__
-    remedy = "let its __getitem__ return (image, label)"
     if isinstance(item, Mapping):
-        keys = ", ".join(repr(key) for key in list(item)[:_N_KEYS])
-        what = f"a dictionary with the keys {keys}" if keys else "an empty dictionary"
-        remedy += ", or pass rows of Hugging Face's through unbraid.from_hugging_face"
-    elif isinstance(item, (str, bytes, Tensor, np.ndarray)) or not (
-        hasattr(item, "__len__") and hasattr(item, "__getitem__")
-    ):
-        what = f"a {kind}"
+        keys = ", ".join(repr(key) for key in list(item)[:_N_KEYS]) or "none"
+        what = f"a dictionary (keys: {keys})"
+    elif isinstance(item, (str, bytes, Tensor, np.ndarray)) or not isinstance(item, Sequence):
+        what = f"a {type(item).__name__}"
     elif len(item) == 2:
         return
     else:
-        what = f"a {kind} of {len(item)}"
+        what = f"a {type(item).__name__} of {len(item)}"
     raise DataError(
-        f"The data set gives {what} for image {index}, not an image and its label; {remedy}."
+        f"The data set gives {what} for image {index}, not an image and its label; let its "
+        "__getitem__ return (image, label), or use unbraid.from_hugging_face."
     )
 
 
@@ -158,36 +152,26 @@ def to_label(label: Any, index: int) -> int:
 
 
 def plain(image: Any, index: int) -> Tensor:
-    """Bring an image to the processor, as numbers alone: no gradient, no type of its own.
-
-    Anything else may not cross between processes, or not be kept.
-    """
+    """Bring an image to the processor, as numbers alone: no gradient, no type of its own."""
     kind = type(image).__name__
     if not isinstance(image, Tensor):
         is_picture = isinstance(image, (Image.Image, np.ndarray))
         remedy = "give the data set a transform" if is_picture else "let it give (image, label)"
         raise DataError(f"Image {index} is a {kind}, not a tensor; {remedy}.")
-    what, found = _oddness(image), image
-    if not what:
-        try:
-            with torch.no_grad():
-                found = image.as_subclass(Tensor).detach().cpu().resolve_conj().resolve_neg()
-                found = found.clone() if found.is_inference() else found
-            what = "" if type(found) is Tensor else f"is a {kind} that stays one"
-        except Exception as error:  # of a type of anyone's own
-            what = f"is a {kind} that stays one ({brief(error)})"
+    found, what = image, f"is a {kind} of another kind"
+    if image.device.type == "meta":
+        what = "has no content (device meta)"
+    elif image.is_nested or image.layout != torch.strided:
+        what = "is a sparse or nested tensor"
+    elif image.is_complex() or image.is_quantized:
+        what = f"holds numbers of type {str(image.dtype).removeprefix('torch.')}"
+    else:
+        with suppress(Exception), torch.no_grad():  # of a type of anyone's own
+            found = image.as_subclass(Tensor).detach().cpu().resolve_conj().resolve_neg()
+            found = found.clone() if found.is_inference() else found
+            what = "" if type(found) is Tensor else what
     if what:
         raise DataError(
             f"Image {index} {what}; let the data set give plain tensors of real numbers."
         )
     return found
-
-
-def _oddness(image: Tensor) -> str:
-    if image.device.type == "meta":
-        return "has no content (device meta)"
-    if image.is_nested or image.layout != torch.strided:
-        return "is a sparse or nested tensor"
-    if image.is_complex() or image.is_quantized:
-        return f"holds numbers of type {str(image.dtype).removeprefix('torch.')}"
-    return ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -94,10 +93,7 @@ def _is_data_set(value: Any) -> bool:
 
 
 def own(dataset: Dataset[Any], name: str) -> tuple[bool, Any]:
-    """Look up what a data set keeps itself: whether it keeps anything of that name, and what.
-
-    What a wrapper merely passes on from the data set inside of it may be in another order.
-    """
+    """Look up what a data set keeps itself, not what it passes on: whether it does, and what."""
     try:
         if inner_of(dataset):
             inspect.getattr_static(dataset, name)
@@ -194,11 +190,9 @@ def drawing_alike() -> Iterator[None]:
 
 
 def labels_of(dataset: Dataset[Any], needed: bool = True) -> list[int]:
-    """Return all labels of a data set, without reading images where it keeps a list of them.
+    """Return all labels: those that a data set lists, else what its images come with.
 
-    Looks for `targets` or `labels` (the habit of torchvision's data sets), also in data sets
-    inside others. Without a list every image is read, and those that are broken count as
-    unlabelled; unless labels are not needed, when all count as such.
+    Broken images count as unlabelled, and so do all where no list is kept and none is needed.
     """
     listed = listed_labels(dataset)
     if listed is not None:
@@ -218,10 +212,7 @@ def labels_of(dataset: Dataset[Any], needed: bool = True) -> list[int]:
 
 
 def listed_labels(dataset: Dataset[Any]) -> list[int] | None:
-    """Return the labels that a data set keeps a list of, None where it keeps none.
-
-    Texts, or a row for each class, are what it makes labels of.
-    """
+    """Return the labels that a data set keeps a list of, None where it keeps none."""
     for name in _OF_LABELS:
         kept = own_list(dataset, name)
         if kept is not None:
@@ -265,11 +256,9 @@ class Relabelled(Around):
 
 
 def groups_of(dataset: Dataset[Any]) -> list[int] | None:
-    """Return which images belong together, such as crops of one photograph, as numbers.
+    """Return which images belong together, as numbers, None where a data set does not say.
 
-    Looks for `groups`, one id of any kind for each image, through data sets around others; None
-    where a data set says nothing. In parts of a ConcatDataset equal texts are one group; numbers
-    are each part's own.
+    In parts of a ConcatDataset equal texts are one group; numbers are each part's own.
     """
     if not isinstance(dataset, ConcatDataset) and not own(dataset, "groups")[0]:
         return gathered(dataset, groups_of, "groups")
@@ -328,14 +317,10 @@ def picture_of(dataset: Dataset[Any], index: int) -> Image.Image | None:
 
 
 def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
-    """Return the names of a data set's classes by label, empty where it has none.
-
-    Those of a data set inside another count if its labels are handed on.
-    """
+    """Return the names of a data set's classes by label, empty where it has none."""
     kept = own(dataset, "classes")[1]
-    if kept is not None:
-        change = _target_transform(dataset)
-        return _by_label([*map(str, kept)], change) if change else tuple(map(str, kept))
+    if kept is not None:  # by label, unless labels are changed on the way
+        return () if _target_transform(dataset) else tuple(map(str, kept))
     inner = inner_of(dataset)
     if not inner or not (is_known(dataset) or _hands_labels_on(dataset, inner)):
         return ()
@@ -352,57 +337,13 @@ def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _by_label(names: Sequence[str], change: Callable[[Any], Any]) -> tuple[str, ...]:
-    """Names by label, where labels are changed on the way; empty for one of several classes."""
-    shown: dict[int, str] = {}
-    for index, name in enumerate(names):
-        try:
-            label = to_label(change(index), index)
-        except Exception:  # of anyone's own, made for labels that have images
-            continue
-        shown[label] = "" if label in shown else name
-    return tuple(shown.get(label, "") for label in range(max(shown, default=-1) + 1))
-
-
 def _hands_labels_on(dataset: Dataset[Any], inner: Sequence[Any]) -> bool:
-    """Whether a data set of anyone's own gives images the labels that they have inside of it.
-
-    Tried with some images: a twin of the data set reads them through a spy. What it keeps from an
-    earlier reading is taken for the image of the same index, where the two are as many.
-    """
-    read: list[Any] = []
+    """Whether a data set of anyone's own gives images the labels of the same indices inside."""
     size = size_of(dataset)
-    try:
-        twin = copy.copy(dataset)
-        for name, value in list(vars(twin).items()):
-            spies = [_Spy(one, read) for one in _data_sets(value, dataset)]
-            if spies:
-                vars(twin)[name] = type(value)(spies) if type(value) in (list, tuple) else spies[0]
-    except Exception:  # whatever a copy runs into
+    if len(inner) != 1 or len(inner[0]) != size:
         return False
-    n_same = 0
+    same: list[bool] = []
     for index in spaced(size):
-        read.clear()
-        try:
-            with drawing_alike():
-                label = twin[index][1]
-                if not read and [len(one) for one in inner] == [size]:
-                    read.append(inner[0][index][1])
-            if len(read) != 1 or int(read[0]) != int(label):
-                return False
-        except Exception:  # broken, or no pair, which is told elsewhere
-            continue
-        n_same += 1
-    return n_same > 0
-
-
-class _Spy(Around):
-    """A data set that notes the labels of what is read."""
-
-    def __init__(self, dataset: Any, read: list[Any]) -> None:
-        self.dataset, self.read = dataset, read
-
-    def __getitem__(self, index: Any) -> Any:
-        item = self.dataset[index]
-        self.read.append(item[1])
-        return item
+        with drawing_alike(), suppress(Exception):  # broken, or no pair, which is told elsewhere
+            same.append(int(dataset[index][1]) == int(inner[0][index][1]))
+    return bool(same) and all(same)

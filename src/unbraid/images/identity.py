@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -35,11 +36,9 @@ from unbraid.images.listing import look_at, seen_from
 
 
 def ids_of(dataset: Dataset[Any]) -> list[str] | None:
-    """Return what names each image for good, wherever it lies: its path, or its key in a shard.
+    """Return what names each image for good, wherever it lies; None without, or if one is twice.
 
-    Looks for `ids`, texts or numbers, or for `samples` below `root` (the habit of torchvision's
-    folders), also in data sets inside others; None where a data set says nothing, or takes an image
-    twice. Where parts of a ConcatDataset name images alike, the part's number comes first.
+    That is `ids`, or the paths of `samples` below `root`, also of data sets inside others.
     """
     kept = own_list(dataset, "ids")
     if kept is not None:
@@ -56,18 +55,18 @@ def ids_of(dataset: Dataset[Any]) -> list[str] | None:
 
 
 def _checked(ids: Sequence[Any]) -> list[str]:
-    seen: set[str] = set()
-    for one in ids:
-        if not isinstance(one, (str, int)):
-            raise DataError(f"An id is a {type(one).__name__}; give texts or numbers as ids.")
-        if str(one) in seen:
-            raise DataError(f"Two images have the id {str(one)!r}; give each image one of its own.")
-        try:
-            _encode(str(one))
-        except UnicodeEncodeError:
-            raise DataError(f"The id {one!r} cannot be written as UTF-8; give another.") from None
-        seen.add(str(one))
-    return [str(one) for one in ids]
+    odd = next((one for one in ids if not isinstance(one, (str, int))), None)
+    if odd is not None or None in ids:
+        raise DataError(f"An id is a {type(odd).__name__}; give texts or numbers as ids.")
+    texts = [str(one) for one in ids]
+    twice = next((one for one, n in Counter(texts).items() if n > 1), None)
+    if twice is not None:
+        raise DataError(f"Two images have the id {twice!r}; give each image one of its own.")
+    try:
+        _encode("".join(texts))
+    except UnicodeEncodeError as error:
+        raise DataError(f"An id cannot be written as UTF-8 ({error}); give another.") from None
+    return texts
 
 
 def _distinct(ids: list[str] | None) -> list[str] | None:
@@ -83,11 +82,10 @@ def _files_of(dataset: Dataset[Any]) -> list[str] | None:
 
 
 def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
-    """Hash what identifies a data set: labels, groups, and the images' ids and sizes.
+    """Hash what identifies a data set: labels, groups, and the images' ids and sizes in bytes.
 
-    Sizes, in bytes, are those of a folder's files, or the data set's own `sizes`. Where there are
-    no ids or no sizes, or code of anyone's own reads images out of another data set, sixteen evenly
-    spaced images are read. They do not count if they differ each time.
+    Where those are unknown, or code of anyone's own may change images, sixteen evenly spaced ones
+    are read; they do not count if they differ each time.
     """
     digest = hashlib.sha256(torch.tensor(labels, dtype=torch.int64).numpy().tobytes())
     groups = groups_of(dataset)
@@ -130,22 +128,14 @@ def _sizes_of(dataset: Dataset[Any]) -> list[int] | None:
 
 
 def pack_ids(ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Write ids as tensors.
-
-    >>> pack_ids(["a/1", "b"])
-    (tensor([0, 3, 4]), tensor([97, 47, 49, 98], dtype=torch.uint8))
-    """
+    """Write ids as tensors: where each begins and the last ends, (n + 1,), and all bytes."""
     encoded = [_encode(one) for one in ids]
     starts = torch.tensor([0, *map(len, encoded)], dtype=torch.int64).cumsum(0)
     return starts, torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy())
 
 
 def unpack_ids(starts: Tensor, content: Tensor) -> list[str]:
-    """Read ids from tensors.
-
-    >>> unpack_ids(*pack_ids(["a/1.png", "", "é"]))
-    ['a/1.png', '', 'é']
-    """
+    """Read ids from tensors."""
     text = content.numpy().tobytes()
     return [text[i:j].decode("utf-8", "surrogateescape") for i, j in pairwise(starts.tolist())]
 
@@ -168,10 +158,7 @@ _CHANGING = ("Generator", "RandomState", "Random", "lock", "RLock", "TextIOWrapp
 
 
 def preprocessing_of(dataset: Dataset[Any]) -> str:
-    """Describe all transforms on the way from the innermost data set to a network.
-
-    Two texts differ if what becomes of pictures does, also by code of anyone's own.
-    """
+    """Describe all transforms from the innermost data set to a network, with the code they run."""
     inner = inner_of(dataset)
     before = list(dict.fromkeys(map(preprocessing_of, inner)))
     inside = before[0] if len(before) == 1 else " | ".join(f"({text})" for text in before)
@@ -183,13 +170,7 @@ def preprocessing_of(dataset: Dataset[Any]) -> str:
 
 
 def as_recorded(now: str, before: str) -> bool:
-    """Whether an earlier version recorded a preprocessing, which did not look at anyone's code.
-
-    >>> as_recorded("custom [code 0123456789abcdef]", "custom")
-    True
-    >>> as_recorded("custom [code 0123456789abcdef]", "custom [code ffffffffffffffff]")
-    False
-    """
+    """Whether an earlier version recorded a preprocessing, which did not look at anyone's code."""
     return now != before and _CODE.sub("", now) == before
 
 
@@ -233,10 +214,7 @@ def _text_of(transform: Any) -> str:
 
 
 def _hidden(value: Any, is_own: bool, seen: dict[int, Any]) -> Iterator[str]:
-    """What the text of a transform does not tell, part by part.
-
-    Parts of anyone's own code (`is_own`) have texts that may tell nothing; `seen` is by id.
-    """
+    """What the text of a transform does not tell; parts `is_own` are of code of anyone's own."""
     if isinstance(value, _PLAIN):
         if is_own or (isinstance(value, torch.dtype) and value not in _USUAL):
             yield repr(value)
@@ -271,7 +249,10 @@ def _of_function(function: FunctionType, seen: dict[int, Any]) -> Iterator[str]:
         yield f"{function.__module__}.{function.__qualname__}"
         return
     yield from _of_code(function.__code__)
-    cells = [_inside(cell) for cell in function.__closure__ or ()]
+    cells: list[Any] = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # of a name that has no value yet
+            cells.append(cell.cell_contents)
     cells = [one for one in cells if one is not None]
     yield from _hidden([cells, function.__defaults__, function.__kwdefaults__], True, seen)
     known = function.__globals__
@@ -279,13 +260,6 @@ def _of_function(function: FunctionType, seen: dict[int, Any]) -> Iterator[str]:
         is_code = isinstance(used, (FunctionType, type)) and not _of_library(used)
         if is_code or isinstance(used, (*_PLAIN, tuple, list, dict, Tensor)):
             yield from _hidden(used, True, seen)
-
-
-def _inside(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # of a name that has no value yet
-        return None
 
 
 def _of_code(code: CodeType) -> Iterator[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from unbraid.base.errors import DataError, nearest
@@ -21,7 +22,6 @@ from unbraid.networks.class_names import (
     number_in,
     same_class,
     wordnet_id,
-    written_alike,
 )
 
 BY_NUMBER = "the classes' names are numbers of outputs"
@@ -56,7 +56,6 @@ class Classes:
     names: Sequence[str]  # in their order
     source: str  # where they are, for messages
     seen: Sequence[str]  # those that have images
-    distinct: bool = False  # whether two names must not stand for one class, as with folders
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,11 @@ def reading_of(labels: Mapping[str, int] | Reading | None, classes: Classes) -> 
         return labels
     if labels is None:
         return read_classes(classes, Outputs())
-    _refuse_twins(classes)
     found = look_up(classes.names, labels)
     lost = [name for name in classes.seen if found[name] is None]
     if lost:
-        kind = "class folder" if classes.distinct else "class"
         raise DataError(
-            f"{classes.source} has a {kind} {_quote(lost[0])} that the training images have not; "
+            f"{classes.source} has a class {_quote(lost[0])} that the training images have not; "
             "remove it, or add the class there."
         )
     known = {name: label for name, label in found.items() if label is not None}
@@ -90,9 +87,8 @@ def reading_of(labels: Mapping[str, int] | Reading | None, classes: Classes) -> 
 
 def read_classes(classes: Classes, outputs: Outputs) -> Reading:
     """Decide which output of a network each class stands for; `docs/data.md` has the rule."""
-    _refuse_twins(classes)
     seen = list(classes.seen or classes.names)
-    classes = Classes(classes.names, classes.source, seen, classes.distinct)
+    classes = Classes(classes.names, classes.source, seen)
     numbers = {name: number_in(name) for name in classes.names}
     matches = _match(classes.names, outputs.names)
     if all(numbers[name] is not None for name in seen):
@@ -195,20 +191,13 @@ def _by_name(matches: Matches, classes: Classes, outputs: Outputs) -> Reading:
             f"remove it.{nearest(lost[0], outputs.names)}"
         )
     labels = {name: places[0] for name, places in matches.items() if places}
-    twins = _first_twins(seen, lambda name: labels[name])
-    if twins and classes.distinct:
-        raise DataError(
-            f"{source} has the classes {_quote(twins[0])} and {_quote(twins[1])}, which both mean "
-            f"the output {outputs.names[labels[twins[0]]]!r}; join or rename them."
-        )
     several = [name for name in seen if len(matches[name]) > 1]
     note = ""
     if several:
         places = ", ".join(map(str, matches[several[0]][:_SHOWN]))
-        more = f", and so on for {len(several) - 1} more" if len(several) > 1 else ""
         note = (
-            f"The class {_quote(several[0])} of {source} fits the outputs {places}; the first is "
-            f"taken{more}."
+            f"{count(len(several), 'class', 'classes')} of {source}, such as {_quote(several[0])}, "
+            f"which fits the outputs {places}; the first is taken."
         )
     return Reading(labels, BY_NAME, note, outputs)
 
@@ -217,19 +206,18 @@ def _in_order(classes: Classes, outputs: Outputs) -> Reading:
     source, seen, n = classes.source, classes.seen, outputs.n
     labels = {name: label for label, name in enumerate(classes.names)}
     n_taken = 1 + max((labels[name] for name in seen), default=-1)
-    alike = _first_twins(seen, same_class)
+    first: dict[str, str] = {}
+    alike = [(first[same_class(a)], a) for a in seen if first.setdefault(same_class(a), a) != a]
     if n is not None and n_taken > n:
-        some = ", ".join(map(_quote, seen[:_MOST_SHOWN])) + (", ..." if seen[_MOST_SHOWN:] else "")
-        advice = f"remove those that it does not know (of {some})"
-        if alike:
-            advice = f"join those of one name, such as {_quote(alike[0])} and {_quote(alike[1])}"
+        some = alike[0] if alike else seen[:_MOST_SHOWN]
         raise DataError(
-            f"{source} has {n_taken} classes but the network has {count(n, 'output')}; {advice}."
+            f"{source} has {n_taken} classes but the network has {count(n, 'output')}; join or "
+            f"remove some, such as {', '.join(map(_quote, some))}."
         )
     notes = _doubts(classes, labels, n_taken, outputs)
     if alike:
         notes.append(
-            f"{source} has the classes {_quote(alike[0])} and {_quote(alike[1])}, taken for two."
+            f"{source} has the classes {' and '.join(map(_quote, alike[0]))}, taken for two."
         )
     labels = {name: label for name, label in labels.items() if n is None or label < n}
     return Reading(labels, GUESSED if notes else IN_ORDER, " ".join(notes), outputs)
@@ -248,6 +236,8 @@ def _doubts(
         )
     ids = {wordnet_id(name) for name in seen}
     by_count = sorted(seen, key=counted)
+    odd = [a for a, b in zip(seen, by_count, strict=True) if a != b and seen == sorted(seen)]
+    odd = odd or [name for name in seen if number_in(name) is not None]
     if n is not None and (outputs.names or n_taken < n):
         unknown = ", none by an output's name" if outputs.names else ""
         notes.append(
@@ -261,38 +251,13 @@ def _doubts(
             f"0 to {n_taken - 1}; for a network with ImageNet's outputs give outputs={N_IMAGENET} "
             "or the network."
         )
-    elif any(number_in(name) is not None for name in seen):
-        notes.append(
-            f"{source} has classes with numbers for names and others; taken in order as outputs 0 "
-            f"to {n_taken - 1}. Name all by number, or none, if that is wrong."
-        )
-    elif seen == sorted(seen) != by_count:
-        later = next(a for a, b in zip(seen, by_count, strict=True) if a != b)
+    elif odd:
         notes.append(
             f"{source} has classes with numbers in their names, taken in order as texts, such as "
-            f"{_quote(later)} as output {labels[later]}; name the classes by output number if that "
-            "is wrong."
+            f"{_quote(odd[0])} as output {labels[odd[0]]}; name the classes by output number if "
+            "that is wrong."
         )
     return notes
-
-
-def _refuse_twins(classes: Classes) -> None:
-    """Refuse two folders that are called the same but for Unicode form or writing of a number."""
-    twins = _first_twins(classes.names, written_alike) if classes.distinct else None
-    if twins:
-        raise DataError(
-            f"{classes.source} has two folders for one class, {twins[0]!a} and {twins[1]!a}; join "
-            "or rename them."
-        )
-
-
-def _first_twins(names: Iterable[str], form: Callable[[str], object]) -> tuple[str, str] | None:
-    first: dict[object, str] = {}
-    for name in names:
-        other = first.setdefault(form(name), name)
-        if other != name:
-            return other, name
-    return None
 
 
 def _quote(name: str) -> str:
@@ -300,11 +265,7 @@ def _quote(name: str) -> str:
 
 
 def show_names(reading: Reading, given: Mapping[str, str], seen: Iterable[str]) -> list[str]:
-    """List names of classes by label, for people to read.
-
-    >>> show_names(Reading({"dog": 2, "n01440764": 0}, AS_GIVEN), {}, ["dog", "n01440764"])
-    ['tench', '', 'dog']
-    """
+    """List names of classes by label, for people to read."""
     names = [english_name(name) for name in reading.outputs.names]
     if not names and reading.how == BY_ID:
         names = list(imagenet_classes().values())
@@ -318,11 +279,9 @@ def show_names(reading: Reading, given: Mapping[str, str], seen: Iterable[str]) 
         elif not names[label] or reading.how in (IN_ORDER, GUESSED):
             names[label] = english_name(name)
     one_of = {reading.labels[name]: name for name in reversed(list(seen)) if name in reading.labels}
-    shown: dict[str, list[int]] = {}
-    for label in one_of:
-        shown.setdefault(names[label], []).append(label)
-    for name, labels in shown.items():
-        for label in labels if len(labels) > 1 else ():
-            own = wordnet_id(one_of[label]) or one_of[label]
+    shared = Counter(names[label] for label in one_of)
+    for label, one in one_of.items():
+        name, own = names[label], wordnet_id(one) or one
+        if shared[name] > 1:
             names[label] = f"{name} ({one_line(own) if own != name else label})"
     return names

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 from unbraid.base.errors import DataError, is_of_file, out_of_reach
 from unbraid.base.tables import count, one_line
 from unbraid.images.broken import UNLABELLED
-from unbraid.images.labels import HIGHEST, NO_LABELS, Classes, Reading, reading_of, show_names
+from unbraid.images.labels import NO_LABELS, Classes, Reading, reading_of, show_names
 from unbraid.images.pictures import EXTENSIONS, UNREAD, read_picture
 from unbraid.networks.class_names import number_in, output_number
 
@@ -53,14 +52,13 @@ class Listing:
     groups: list[str] | None = None  # (N,), which images belong together
     sizes: list[int] | None = None  # (N,), bytes
     root: str | None = None  # of a folder, whose images are named by their paths
-    note: str = ""  # what is left out
 
     @property
     def known(self) -> Classes:
         """Its classes, and which have images."""
         used = {k for k in set(self.class_of) if k != UNLABELLED}
         seen = [name for k, name in enumerate(self.classes) if k in used]
-        return Classes(self.classes, self.source, seen, distinct=self.root is not None)
+        return Classes(self.classes, self.source, seen)
 
 
 class ListedImages(Dataset[tuple[Any, int]]):
@@ -137,14 +135,10 @@ def make_listing(
 
 
 def by_class(labels: Sequence[str], source: str) -> tuple[list[str], list[int]]:
-    """Sort images into classes by what they are labelled with.
+    """Sort images into classes by their labels: numbers and names in any way of writing.
 
-    Numbers are one class however they are written, and so are names in any Unicode form.
-
-    >>> by_class(["10", "9", "10"], "it")
+    >>> by_class(["10", "9.0", "10"], "it")
     (['9', '10'], [1, 0, 1])
-    >>> by_class(["2.0", "1.0", "2"], "it")
-    (['1', '2'], [1, 0, 1])
     """
     numbers = {label: number_in(label) for label in set(labels)}
     for label in numbers:
@@ -159,10 +153,6 @@ def by_class(labels: Sequence[str], source: str) -> tuple[list[str], list[int]]:
     else:
         own = {label: str(n) for label, n in numbers.items()}
         classes = sorted(set(own.values()), key=int)
-        if classes and int(classes[-1]) >= HIGHEST:
-            raise DataError(
-                f"{source} has a class of number {classes[-1]}; number classes from 0 on."
-            )
     places = {name: k for k, name in enumerate(classes)}
     return classes, [places[own[label]] for label in labels]
 
@@ -192,11 +182,7 @@ def look_at(file: str, what: str) -> os.stat_result | None:
 
 
 def seen_from(root: str, path: str) -> str:
-    """Name a file as seen from a folder, with slashes on every system.
-
-    >>> seen_from("/data/train", "/data/train/cat/1.png"), seen_from("/data/train", "/data/2.png")
-    ('cat/1.png', '../2.png')
-    """
+    """Name a file as seen from a folder, with slashes on every system."""
     prefix = os.path.join(root, "")  # most files lie below, where relpath takes much longer
     one = path[len(prefix) :] if path.startswith(prefix) else os.path.relpath(path, root)
     return one.replace(os.sep, "/")
@@ -218,37 +204,26 @@ def list_folder(root: Path, with_classes: bool = True) -> Listing:
     n_below = sum(map(len, below.values()))
     if not below or (own and not n_below):
         return _of_files(root, {"": _pictures_below(root)})
-    if 0 < n_below <= len(own):
+    if own:
         raise DataError(
-            f"{root} has {count(len(own), 'image')} of its own and {n_below:,} in folders, so it "
-            "is not plain whether the folders are classes; move one or the other elsewhere."
+            f"{root} has {count(len(own), 'image')} of its own, such as {one_line(own[0])}, and "
+            f"{n_below:,} in folders, so it is not plain whether the folders are classes; move one "
+            "or the other elsewhere."
         )
     for path in shown:
         _refuse_dangling(path)
-        if path.name in below and path.is_symlink() and _is_around(path):
-            raise DataError(f"Class folder {path} is a link to a folder around it; remove it.")
-    for name, paths in below.items():
-        if not paths:
-            raise DataError(
-                f"Class folder {root / name} holds no image ({', '.join(EXTENSIONS)}); fill it or "
-                "remove it."
-            )
-    names = ", ".join(map(one_line, own[:3])) + (", ..." if len(own) > 3 else "")
-    note = (
-        f"{count(len(own), 'image')} beside the class folders of {root} left out, as of no class "
-        f"({names})."
-    )
-    return _of_files(root, below, note if own else "")
+    return _of_files(root, below)
 
 
-def _of_files(root: Path, by_class: dict[str, list[str]], note: str = "") -> Listing:
+def _of_files(root: Path, by_class: dict[str, list[str]]) -> Listing:
     """A folder's images by the name of their class, empty for images without."""
     classes = [name for name in by_class if name]
     paths = [path for files in by_class.values() for path in files]
     class_of = [k for k, files in enumerate(by_class.values()) for _ in files]
-    if not paths:
+    empty = next((name for name, files in by_class.items() if not files), None)
+    if empty is not None:
         raise DataError(
-            f"{root} holds no image ({', '.join(EXTENSIONS)}); name a folder that does."
+            f"Folder {root / empty} holds no image ({', '.join(EXTENSIONS)}); fill or remove it."
         )
     return Listing(
         source=str(root),
@@ -257,16 +232,11 @@ def _of_files(root: Path, by_class: dict[str, list[str]], note: str = "") -> Lis
         classes=classes,
         class_of=class_of if classes else [UNLABELLED] * len(paths),
         root=str(root),
-        note=note,
     )
 
 
 def is_hidden(name: str) -> bool:
-    """Say whether a file or folder is a program's own, not the user's.
-
-    >>> is_hidden(".ipynb_checkpoints"), is_hidden("._a.png"), is_hidden("a.png")
-    (True, True, False)
-    """
+    """Say whether a file or folder is a program's own, not the user's."""
     return name.startswith(".") or name in _OF_PROGRAMS
 
 
@@ -302,38 +272,25 @@ def _refuse_dangling(path: Path) -> None:
         raise DataError(f"{path} is a link to what is not there; mend or remove it.")
 
 
-def _is_around(link: Path) -> bool:
-    """Whether a link leads to a folder that the link itself is in."""
-    here = link.parent.resolve()
-    return link.resolve() in (here, *here.parents)
-
-
 def _pictures_below(folder: Path) -> list[str]:
-    """List the images, sorted folder by folder.
-
-    Links to folders are not followed, so none leads round in circles; those to elsewhere are told.
-    """
+    """List the images, sorted folder by folder; a link to a folder could lead round in circles."""
     found: list[str] = []
-    elsewhere: list[Path] = []
     with _listing_told(folder):
         for where, folders, files in os.walk(folder, onerror=_fail):
-            here = Path(where)
             folders[:] = [name for name in folders if not is_hidden(name)]
-            links = [here / name for name in folders if os.path.islink(here / name)]
-            elsewhere += [link for link in links if not _is_around(link)]
+            link = next((n for n in folders if os.path.islink(os.path.join(where, n))), None)
+            if link is not None:
+                raise DataError(
+                    f"{os.path.join(where, link)} is a link to a folder, which is not followed "
+                    "there; put the folder itself in its place, or remove it."
+                )
             for name in files:
                 if is_hidden(name):  # editors keep links to nothing, as locks
                     continue
-                if _is_picture(here / name):
+                if _is_picture(Path(where, name)):
                     found.append(os.path.join(where, name))
                 else:
-                    _refuse_dangling(here / name)
-    if elsewhere:
-        warnings.warn(
-            f"{len(elsewhere)} links to folders are not followed, the first is {elsewhere[0]}; put "
-            "the images' own folders in their place if they are wanted.",
-            stacklevel=5,
-        )
+                    _refuse_dangling(Path(where, name))
     return sorted(found, key=lambda path: path.split(os.sep))
 
 

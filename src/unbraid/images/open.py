@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +13,10 @@ from torch import nn
 
 from unbraid.base.errors import DataError, ModelError, UsageError, brief
 from unbraid.base.tables import one_line
-from unbraid.images.broken import UNLABELLED, Readable, first_readable
-from unbraid.images.csv_lists import CSV, PARQUET, list_table
-from unbraid.images.hugging_face import list_rows, list_saved
+from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.labels import GUESSED, Outputs, fit_any, read_classes, show_names
 from unbraid.images.listing import ListedImages, Listing, Transform, list_folder, shown_in
+from unbraid.images.lists import CSV, PARQUET, list_rows, list_saved, list_table
 from unbraid.images.pictures import EXTENSIONS, UNREAD
 from unbraid.images.tar import SHARD, is_compressed, is_url, list_shards
 from unbraid.networks.class_names import output_names
@@ -105,37 +103,31 @@ def _open(
     class_names: Sequence[str],
     outputs: GivenOutputs | None,
 ) -> ListedImages:
-    known = _settle(outputs, lambda: ListedImages(listing, transform, {}))
+    known = _settle(outputs, ListedImages(listing, transform, {}))
     if labels == {} or not listing.classes:
         return ListedImages(listing, transform, {}, class_names or known.names)
     reading = None if labels is not None else read_classes(listing.known, known)
-    note = f"{listing.note} {reading.note if reading else ''}".strip()
-    if note:
-        warnings.warn(note, stacklevel=3)
+    if reading is not None and reading.note:
+        warnings.warn(reading.note, stacklevel=3)
     return ListedImages(listing, transform, reading or labels, class_names)
 
 
-def _settle(outputs: GivenOutputs | None, images: Callable[[], ListedImages]) -> Outputs:
+def _settle(outputs: GivenOutputs | None, images: ListedImages) -> Outputs:
     """Settle what a caller says of a network's outputs; a network itself is run on an image."""
     if outputs is None:
         return Outputs()
     if isinstance(outputs, nn.Module):
-        names, n = output_names(unwrap(outputs)), _count(outputs, images())
+        names, n = output_names(unwrap(outputs)), _count(outputs, images)
         return Outputs(names if len(names) == n else (), n)
-    if isinstance(outputs, Iterable) and not isinstance(outputs, (str, dict, Set)):
-        names = tuple(outputs)
-        if names and all(isinstance(name, str) for name in names):
-            return Outputs(names, len(names))
-    try:
-        n = 0 if isinstance(outputs, bool) else operator.index(outputs)  # type: ignore[arg-type]
-    except TypeError:
-        n = 0
-    if n < 1:
-        raise UsageError(
-            f"outputs is {brief(ValueError(repr(outputs)))}; give the names of a network's "
-            "outputs, their number, or the network."
-        )
-    return Outputs((), n)
+    if isinstance(outputs, (list, tuple)) and outputs:
+        if all(isinstance(name, str) for name in outputs):
+            return Outputs(tuple(outputs), len(outputs))
+    elif isinstance(outputs, int) and not isinstance(outputs, bool) and outputs > 0:
+        return Outputs((), outputs)
+    raise UsageError(
+        f"outputs is {brief(ValueError(repr(outputs)))}; give the names of a network's outputs as "
+        "a list, their number, or the network."
+    )
 
 
 def _count(network: nn.Module, images: ListedImages) -> int:
@@ -147,9 +139,8 @@ def _count(network: nn.Module, images: ListedImages) -> int:
     image = first_readable(images, range(len(images)))
     if image is None:
         raise DataError(
-            "None of the first images can be read, so the network's outputs cannot be counted "
-            f"({str(Readable(images)[0].fault).rstrip('.')}); mend them, or give outputs as a "
-            "number."
+            "None of the first images can be read, so the network's outputs cannot be counted; "
+            "mend them, or give outputs as a number."
         )
     try:
         return count_outputs(network, image)
@@ -161,12 +152,7 @@ def _count(network: nn.Module, images: ListedImages) -> int:
 
 
 def images_for(loaded: LoadedModel, where: str) -> tuple[ListedImages, str]:
-    """Open images with a network's preprocessing and labels.
-
-    Returns:
-        The images, and a warning if they have no labels, if some lie beside class folders, or if
-        it had to be guessed which output each class stands for.
-    """
+    """Open images with a network's preprocessing and labels; a note says what was guessed."""
     listing, own = list_images(where), loaded.class_names
     unread = ListedImages(listing, loaded.transform, {})
     if listing.classes or loaded.names.by_output:
@@ -191,15 +177,12 @@ def images_for(loaded: LoadedModel, where: str) -> tuple[ListedImages, str]:
     others = loaded.names.of_classes(of_seen, reading.how == GUESSED)
     shown = replace(reading, outputs=Outputs(given or own, n_outputs))
     names = show_names(shown, others, classes.seen)
-    note = f"{listing.note} {reading.note}".strip()
-    return ListedImages(listing, loaded.transform, reading, names), note
+    return ListedImages(listing, loaded.transform, reading, names), reading.note
 
 
 def images_like(images: ListedImages, where: str) -> ListedImages:
     """Open other images with the same preprocessing and labels."""
     listing = list_images(where, with_classes=bool(images.labels))
-    if listing.note:
-        warnings.warn(listing.note, stacklevel=2)
     return ListedImages(listing, images.transform, images.labels, images.classes)
 
 
@@ -245,10 +228,7 @@ def _holds_shards(folder: Path) -> bool:
 
 
 def part_of(where: str, part: str) -> str:
-    """Find the part "train" or "val" of a run's data.
-
-    It is one file, called train.csv, train.parquet, train.tar and so on, or else a folder.
-    """
+    """Find the part "train" or "val" of a run's data: one file, such as train.csv, or a folder."""
     root = Path(where.removeprefix(SAVED))
     if where.startswith(SAVED):  # whose habit it is to say validation
         names = [part, "validation"] if part == "val" else [part]

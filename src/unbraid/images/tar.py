@@ -21,18 +21,16 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from unbraid.base.errors import DataError, OutOfReach, UsageError, out_of_reach
+from unbraid.base.errors import DataError, OutOfReach, UsageError, brief, out_of_reach
 from unbraid.base.tables import one_line
-from unbraid.images.listing import Listing, is_hidden, look_at, make_listing, shown_in
+from unbraid.images.listing import Listing, is_hidden, label_text, look_at, make_listing, shown_in
 from unbraid.images.pictures import EXTENSIONS, UNREAD, decode_picture
-from unbraid.networks.class_names import number_in, output_number
 
 SHARD = ".tar"
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST = 1 << 17  # bytes of a member's headers
-_PADDED = tarfile.RECORDSIZE  # bytes that tar pads a file to a multiple of, unless told otherwise
-_MOST_PADDED = 1 << 20  # at most, and then a power of two
+_MOST_PADDED = 1 << 20  # bytes that tar pads a file to a multiple of, at most
 _LARGEST = 1 << 30  # bytes of an image
 _LARGEST_LABEL = 1 << 20  # bytes of a label or what else is told of an image
 _MOST_SHARDS = 1_000_000
@@ -43,10 +41,7 @@ Stamp = tuple[int, int, int]  # which file it is, its bytes, and when it was las
 
 @dataclass(frozen=True)
 class Members:
-    """Reads images out of tar files by index.
-
-    A file is opened for each image, so that worker processes share no handle.
-    """
+    """Reads images out of tar files by index; opens a file for each, as processes share none."""
 
     shards: list[str]
     stamps: list[Stamp] = field(default_factory=list)  # of each, by which it is known again
@@ -70,28 +65,23 @@ class Members:
 
 
 def list_shards(where: str) -> Listing:
-    """List the images of tar files, in the convention of WebDataset.
-
-    The members of an image share a name up to its first dot, the key; its label is a number in
-    `.cls`, or "label" in `.json`, or there is none. Its id is SHARD.tar/KEY.
-    """
+    """List the images of tar files; members of an image share a name up to its first dot."""
     shards = _shard_files(where)
     names = [Path(shard).name for shard in shards]
     double = next((name for name, n in Counter(names).items() if n > 1), None)
     if double is not None:
         raise DataError(f"{where} has two shards called {double}; give each its own name.")
     reader = Members(shards)
-    for shard in shards:
+    labels: list[str | None] = []
+    for k, (shard, name) in enumerate(zip(shards, names, strict=True)):
         found = look_at(shard, f"Shard {shard}")
         if found is None:
             raise DataError(f"There is no shard {shard}; name tar files that are there.")
         reader.stamps.append(stamp_of(found))
-    labels: list[str | None] = []
-    for k, (shard, name) in enumerate(zip(shards, names, strict=True)):
         for key, files in _samples(shard).items():
+            offset, size = files["image"]
             reader.ids.append(f"{name}/{key}")
             reader.shard.append(k)
-            offset, size = files["image"]
             reader.offset.append(offset)
             reader.size.append(size)
             labels.append(_label(shard, reader.stamps[k], key, files))
@@ -121,47 +111,33 @@ def _samples(shard: str) -> dict[str, dict[str, Place]]:
         largest = _LARGEST if kind == "image" else _LARGEST_LABEL
         if member.size > largest:
             raise DataError(f"{what} has {member.size} bytes, more than {largest}; remove it.")
-        key = f"{folder}{slash}{base}"
-        files = samples.setdefault(key, {})
+        files = samples.setdefault(f"{folder}{slash}{base}", {})
         if kind in files:
-            raise DataError(
-                f"{shard} has two files {kind!r} for {one_line(key)}; keep one of them."
-            )
+            raise DataError(f"{what} is a second {kind!r} of one image; keep one of them.")
         files[kind] = (member.offset_data, member.size)
-    lonely = [key for key, files in samples.items() if "cls" in files and "image" not in files]
-    if lonely:
-        raise DataError(
-            f"{shard} has a label but no image for {one_line(lonely[0])} "
-            f"({', '.join(EXTENSIONS)}); mend it."
-        )
+    for key, files in samples.items():
+        if "cls" in files and "image" not in files:
+            raise DataError(f"{shard} has a label but no image for {one_line(key)}; mend it.")
     return {key: files for key, files in samples.items() if "image" in files}
 
 
 def _label(shard: str, stamp: Stamp, key: str, files: dict[str, Place]) -> str | None:
     """What an image is labelled with, None where nothing is said."""
-    member = files.get("cls") or files.get("json")
+    member, where = files.get("cls") or files.get("json"), f"{one_line(key)} in {shard}"
     if member is None:
         return None
     try:
-        content = read_content(shard, stamp, *member)
-        label: object = content.decode("utf-8").strip()
-        if "cls" in files:
-            number = number_in(str(label)) if str(label).isdecimal() else None
-        else:
-            told = json.loads(content)
+        label: object = read_content(shard, stamp, *member).decode("utf-8")
+        if "cls" not in files:
+            told = json.loads(str(label))
             label = told.get("label") if isinstance(told, dict) else None
-            if label is None or isinstance(label, str):
-                return label
-            number = output_number(label)
-        if number is None:
-            raise ValueError(f"it is {str(label)[:40]!r}")
-        return str(number)
     except (ValueError, OSError, RecursionError) as error:
-        what = f"The label of {one_line(key)} in {shard}"
+        what = f"The label of {where}"
         away = out_of_reach(what, error) if isinstance(error, OSError) else None
         raise away or DataError(
             f"{what} cannot be read ({error}); write a class's number."
         ) from None
+    return None if label is None else label_text(label, where)
 
 
 # --- members --------------------------------------------------------------------------------------
@@ -200,11 +176,7 @@ def members(path: str) -> Iterator[tarfile.TarInfo]:
 
 
 def _refuse_no_end(file: _Headers, offset: int) -> None:
-    """Refuse what is no end of a tar file, but what is left where something was lost.
-
-    It ends with two blocks of zeros, and more of them up to a multiple of a record. More than
-    that, or anything else, is taken for members that are gone.
-    """
+    """Refuse what is no end: two blocks of zeros, and more only up to a multiple of a record."""
     end = file.seek(0, os.SEEK_END)
     file.seek(offset)
     rest = io.BufferedReader.read(file, _MOST_PADDED + 2 * _BLOCK)
@@ -213,8 +185,8 @@ def _refuse_no_end(file: _Headers, offset: int) -> None:
     n_zeros = end - offset
     if n_zeros < 2 * _BLOCK:
         raise ValueError("it has no end")
-    largest = min(end & -end, _MOST_PADDED)  # power of two that divides its length
-    if n_zeros >= max(largest, _PADDED) + 2 * _BLOCK:
+    record = max(min(end & -end, _MOST_PADDED), tarfile.RECORDSIZE)  # a power of two, or usual
+    if n_zeros >= record + 2 * _BLOCK:
         raise ValueError(f"its last {n_zeros} bytes are zeros, where members may have been")
 
 
@@ -250,13 +222,11 @@ def _shard_files(where: str) -> list[str]:
             raise DataError(
                 f"{packed} is compressed; unpack it to a tar file, or move it elsewhere."
             )
-        found = [str(path) for path in shown if path.suffix.lower() == SHARD]
-    elif os.path.exists(where):
-        found = [where]
-    else:
-        found = []
-        for one in expand(where):
-            found += sorted(glob.glob(one)) if glob.has_magic(one) else [one]
+        return [str(path) for path in shown if path.suffix.lower() == SHARD]
+    if os.path.exists(where):
+        return [where]
+    names = [sorted(glob.glob(one)) if glob.has_magic(one) else [one] for one in expand(where)]
+    found = [name for some in names for name in some]
     if not found:
         raise DataError(f"There is no shard {where}; name tar files that are there.")
     return found
@@ -268,11 +238,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def expand(pattern: str) -> list[str]:
-    """Write out ranges in braces.
-
-    >>> expand("train-{08..10}.tar")
-    ['train-08.tar', 'train-09.tar', 'train-10.tar']
-    """
+    """Write out ranges in braces, such as train-{08..10}.tar."""
     found = _RANGE.search(pattern)
     if found is None:
         return [pattern]
@@ -293,10 +259,7 @@ def is_url(where: str) -> bool:
 
 
 def fetch(url: str) -> Path:
-    """Fetch a file that the library `webdataset` can open, unless it is in the cache.
-
-    The cache is the folder `unbraid/shards` in `$XDG_CACHE_HOME`, by default `~/.cache`.
-    """
+    """Fetch a file that the library `webdataset` can open to `~/.cache`, unless it is there."""
     try:
         from webdataset import gopen
     except ImportError:
@@ -318,10 +281,7 @@ def fetch(url: str) -> Path:
     except Exception as error:  # each kind of URL fails in its own way
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        status = re.search(r"exit \d+", str(error))  # the rest of it would be a whole command
-        reason = status.group() if status else one_line(str(error))
         raise DataError(
-            f"{url} cannot be fetched ({reason}); check the URL, or fetch it yourself and name the "
-            "file."
+            f"{url} cannot be fetched ({brief(error)}); fetch it yourself and name the file."
         ) from None
     return path

@@ -147,13 +147,6 @@ def same_class(name: str) -> str:
     return wordnet_id(name) or normal_form(name)
 
 
-def written_alike(name: str) -> str:
-    """Return what is equal for names that are one text or number, or begin with one WordNet id."""
-    if (number := number_in(name)) is not None:
-        return str(number)
-    return wordnet_id(name) or unicodedata.normalize("NFC", name)
-
-
 def is_numeric(name: str) -> bool:
     """Say whether a name is any kind of number, of an output or not, or stands for a missing one.
 

@@ -1,23 +1,129 @@
-"""Data sets of the library `datasets` by Hugging Face, as listings of images."""
+"""Lists of images: CSV or Parquet with columns `path`, `label`, `group`; rows of Hugging Face."""
 
 from __future__ import annotations
 
+import csv
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from PIL import Image
 
 from unbraid.base.errors import DataError, UsageError, brief, out_of_reach
 from unbraid.base.tables import one_line
 from unbraid.images.broken import UNLABELLED
-from unbraid.images.listing import Listing, make_listing
+from unbraid.images.listing import Files, Listing, label_text, look_at, make_listing, seen_from
 from unbraid.images.pictures import decode_picture, read_picture
 from unbraid.networks.class_names import output_number
 
-_N_ROWS = 100  # looked at in one go
+CSV = (".csv", ".tsv")
+PARQUET = (".parquet",)
+_DELIMITERS = ",;\t|"
+_LONGEST_LINE = 1 << 20  # characters
+_N_ROWS = 100  # of Hugging Face's, looked at in one go
+
+Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its cells by column
+
+
+def list_table(path: Path) -> Listing:
+    """List the images that a CSV or Parquet file names, by paths from its folder."""
+    root = os.path.abspath(path.parent)
+    files: list[str] = []
+    labels: list[str] = []
+    groups: list[str] = []
+    for where, cells in (_csv_rows if path.suffix.lower() in CSV else _parquet_rows)(path):
+        files.append(os.path.join(root, _text(cells["path"], "path", where)))
+        labels.append(label_text(cells["label"], where))
+        if "group" in cells:
+            group = cells["group"]
+            groups.append(_text(str(group) if isinstance(group, int) else group, "group", where))
+    looks = [look_at(file, f"Image {one_line(file)}, which {path} names,") for file in files]
+    missing = [file for file, found in zip(files, looks, strict=True) if found is None]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(files)} files that {path} names are not there, the first is "
+            f"{one_line(missing[0])!r}; give paths from the list's folder, with / and endings."
+        )
+    ids = [seen_from(root, os.path.normpath(file)) for file in files]
+    sizes = [found.st_size for found in looks if found is not None]
+    return make_listing(str(path), ids, Files(files), labels, groups or None, sizes)
+
+
+def _text(cell: Any, column: str, where: str) -> str:
+    if not isinstance(cell, str) or not cell or "\0" in cell:
+        raise DataError(f"{where} has no text under {column!r}; fill the cell or remove the row.")
+    return cell
+
+
+def _columns(names: list[str], path: Path) -> list[str]:
+    """The columns to read."""
+    wanted: list[str] = [name for name in ("path", "label", "group") if name in names]
+    if wanted[:2] != ["path", "label"] or any(names.count(name) > 1 for name in wanted):
+        raise DataError(
+            f"{path} has the columns {one_line(', '.join(names))[:200]}; its first row must name "
+            "path, label and, if images belong together, group, each once."
+        )
+    return wanted
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = _lines(file, path)
+            header = next(lines, "")
+            delimiter = max(_DELIMITERS, key=header.count)
+            names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+            columns = {name: names.index(name) for name in _columns(names, path)}
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            for cells in filter(None, reader):
+                where = f"Line {reader.line_num + 1} of {path}"
+                if len(cells) != len(names):
+                    raise DataError(
+                        f"{where} has {len(cells)} cells for {len(names)} columns; put cells that "
+                        f"hold {delimiter!r} in quotes."
+                    )
+                yield where, {name: cells[k] for name, k in columns.items()}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise out_of_reach(f"List {path}", error) or DataError(
+            f"{path} is no list that can be read ({error}); write UTF-8 CSV."
+        ) from None
+
+
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    while line := file.readline(_LONGEST_LINE):
+        if len(line) == _LONGEST_LINE:
+            raise DataError(f"{path} has a line without an end; write a row for each image.")
+        yield line
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UsageError(
+            f"{path} needs pyarrow to be read; pip install pyarrow, or write CSV."
+        ) from None
+    n = 0
+    try:
+        columns = _columns(parquet.read_schema(path).names, path)
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=columns):
+                for cells in batch.to_pylist():
+                    n += 1
+                    yield f"Row {n} of {path}", cells
+    # The last two for dates that Python cannot hold, and damaged files that ask for any memory.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        away = out_of_reach(f"List {path}", error) if isinstance(error, OSError) else None
+        raise away or DataError(
+            f"{path} is no list that can be read ({brief(error)}); write it anew."
+        ) from None
+
+
+# --- rows of Hugging Face -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
