@@ -9,7 +9,7 @@ import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -52,13 +52,19 @@ class Spot(NamedTuple):
     image: int  # its index
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """One picture as the template takes it."""
 
     uri: str
     small: bool = False
     responses: tuple[float, ...] = ()  # of a feature visualisation: of each concept channel
+
+
+class Where(NamedTuple):
+    """What lies where in an image, in parts of the strongest place; zero where it is negative."""
+
+    answer: Tensor  # (h, w), pre-activation
+    source: Tensor | None  # (H, W), input relevance; None where it is the same up to the bias
 
 
 @dataclass
@@ -71,30 +77,19 @@ class Pictures:
     features: dict[tuple[int, int | None], Picture] = field(default_factory=dict)
     note: str = ""  # why there are no veils
 
-    @property
-    def has_sources(self) -> bool:
-        """Whether any veil tells where input comes from."""
-        return any(source for _, source in self.veils.values())
-
 
 def take_pictures(
     channels: Sequence[ChannelView], material: Material, dataset: Dataset[Any] | None
 ) -> Pictures:
-    """Read and encode what is shown of channels.
-
-    Raises:
-        UsageError: the data set is not the one scanned.
-    """
+    """Read and encode what is shown of channels."""
     n_rows = sum(len(channel.rows) for channel in channels)
     side, quality = next(size for most, *size in _SIZES if n_rows <= most)
     pictures = Pictures()
-    numbers = {channel.number for channel in channels}
     made = material.features.features if material.features else ()
     for feature in reversed(made):  # the best of several comes first, and last
-        if feature.channel in numbers:
-            picture = encode(
-                feature.picture, round(_FEATURE * side), quality, feature.responses[1:]
-            )
+        if any(channel.number == feature.channel for channel in channels):
+            picture = encode(feature.picture, round(_FEATURE * side), quality)
+            picture = picture._replace(responses=feature.responses[1:])
             pictures.features[feature.channel, feature.concept] = picture
     if dataset is None:
         return pictures
@@ -126,8 +121,7 @@ def take_pictures(
 def refuse_other_images(dataset: Dataset[Any], labels: Mapping[int, int]) -> None:
     """Raise if the data set is not the one scanned, for its pictures would illustrate nothing.
 
-    It must be long enough, and the first few labels be those recorded, by index. Classes may go by
-    other numbers now, as when a folder is opened without the network.
+    Classes may go by other numbers now, as when a folder is opened without the network.
     """
     differs = bool(labels) and max(labels) >= size_of(dataset)
     if not differs:
@@ -154,10 +148,7 @@ def open_picture(dataset: Dataset[Any], index: int) -> Image.Image:
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """Make a picture of an image tensor, (C, H, W) or (H, W), stretched to the full range.
-
-    Three channels are taken for red, green and blue; of any other number the mean is shown.
-    """
+    """Make a picture of a tensor, (C, H, W) or (H, W): in colour of three channels, else grey."""
     image = image.detach().cpu().float().nan_to_num()
     image = image[None] if image.dim() == 2 else image
     if image.dim() != 3 or image.numel() == 0:
@@ -170,9 +161,7 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values)
 
 
-def encode(
-    picture: Image.Image, side: int, quality: int, responses: tuple[float, ...] = ()
-) -> Picture:
+def encode(picture: Image.Image, side: int, quality: int) -> Picture:
     """Make a picture small enough for the page; a tiny one keeps every pixel."""
     small = max(picture.size) <= _SMALL
     picture = picture.copy()
@@ -182,7 +171,7 @@ def encode(
         picture.save(content, "PNG", optimize=True)
     else:
         picture.save(content, "WEBP", quality=quality)
-    return Picture(_data_uri("png" if small else "webp", content), small, responses)
+    return Picture(_data_uri("png" if small else "webp", content), small)
 
 
 def veil(shade: Tensor) -> str:
@@ -224,10 +213,6 @@ class Sight:
         if self.ratio >= 1:
             return seen.resize((seen.width, max(1, round(seen.width / self.ratio))))
         return seen.resize((max(1, round(seen.height * self.ratio)), seen.height))
-
-    def to_dict(self) -> dict[str, float | None]:
-        """Return what `Sight(**values)` takes, ready for JSON."""
-        return asdict(self)
 
 
 def sight_of(dataset: Dataset[Any]) -> Sight | None:
@@ -279,14 +264,6 @@ def declared_sight(transform: Any) -> Sight | None:
 # --- where in its reference images a channel responds, and where its input comes from -------------
 
 
-@dataclass(frozen=True, eq=False)
-class Where:
-    """What lies where in an image, in parts of the strongest place; zero where it is negative."""
-
-    answer: Tensor  # (h, w), pre-activation
-    source: Tensor | None  # (H, W), input relevance; None where it is the same up to the bias
-
-
 def find_where(
     maps: Scan, parts: Sequence[ChannelSplit], spots: Iterable[Spot]
 ) -> dict[Spot, Where]:
@@ -308,12 +285,12 @@ def find_where(
             for channel, here in wanted.get(index, {}).items():
                 part, image = by_channel[channel], records.input_map[place].double()
                 rows = [part.weight if s.concept is None else part.rows[s.concept] for s in here]
-                found = _of_image(maps.layer, part, image, torch.stack(rows).double())
+                found = _where(maps.layer, part, image, torch.stack(rows).double())
                 known |= zip(here, found, strict=True)
     return known
 
 
-def _of_image(layer: LayerSpec, part: ChannelSplit, image: Tensor, rows: Tensor) -> list[Where]:
+def _where(layer: LayerSpec, part: ChannelSplit, image: Tensor, rows: Tensor) -> list[Where]:
     bias = torch.full((len(rows),), part.bias, dtype=torch.float64)
     answers = respond(layer, image[None], rows, bias, [part.channel] * len(rows))[0]
     if layer.taps_per_input == 1 and answers.shape[1:] == image.shape[1:]:
@@ -325,11 +302,7 @@ def _of_image(layer: LayerSpec, part: ChannelSplit, image: Tensor, rows: Tensor)
 def source_maps(layer: LayerSpec, channel: int, image: Tensor, rows: Tensor) -> Tensor:
     """Compute how much of each row's (R, J) summed pre-activation comes in where, (R, H, W).
 
-    It is the layer's input (C_in, H, W) times gradient, summed over input channels; over all
-    positions it adds up to the summed pre-activation without the bias.
-
-    Source:
-        METHOD.md section 2, before the sum over positions.
+    It is the layer's input (C_in, H, W) times gradient, summed over input channels.
     """
     leaf = image[None].detach().requires_grad_()
     with torch.enable_grad():
