@@ -148,9 +148,9 @@ def draw_densities(data: Curves, concepts: Concepts, channel: int) -> Markup:
     side, panel, title, base, peak = 10.0, 102.0, 14.0, 86.0, 46.0
     axis = Axis(data.grid[0], data.grid[-1], side, WIDTH - side)
     xs = [axis.place(value) for value in data.grid.tolist()]
-    heads = ["Original channel"]
-    for concept in concepts:
-        heads.append(f"Concept channel {concept.letter}: {listed(concept.names, 13.0)}")
+    head = Markup('<tspan class="roomy">Concept channel </tspan>{}: {}')
+    heads = [head.format(concept.letter, listed(concept.names, 21.0)) for concept in concepts]
+    heads.insert(0, Markup("Original channel"))
     parts, bottom = [], base
     for row, (heights, means) in enumerate(zip(data.heights, data.means, strict=True)):
         top, bottom = row * panel, row * panel + base

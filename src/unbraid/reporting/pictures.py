@@ -22,7 +22,7 @@ from unbraid.base.errors import UsageError
 from unbraid.images.broken import plain
 from unbraid.images.dataset import holder_of, picture_of, size_of
 from unbraid.images.identity import preprocessing_of
-from unbraid.networks.spec import LayerSpec, respond
+from unbraid.networks.spec import respond
 from unbraid.reporting.channel import ChannelView
 from unbraid.reporting.material import Material
 from unbraid.scanning.records import Scan
@@ -60,20 +60,12 @@ class Picture(NamedTuple):
     responses: tuple[float, ...] = ()  # of a feature visualisation: of each concept channel
 
 
-class Where(NamedTuple):
-    """What lies where in an image, in parts of the strongest place; zero where it is negative."""
-
-    answer: Tensor  # (h, w), pre-activation
-    source: Tensor | None  # (H, W), input relevance; None where it is the same up to the bias
-
-
 @dataclass
 class Pictures:
     """All pictures, ready for the template."""
 
     shots: dict[int, Picture | None] | None = None  # by index; None: none at all, or not readable
-    # Where a channel responds, and where its input comes from.
-    veils: dict[Spot, tuple[str, str | None]] = field(default_factory=dict)
+    veils: dict[Spot, str] = field(default_factory=dict)  # over places without response
     features: dict[tuple[int, int | None], Picture] = field(default_factory=dict)
     note: str = ""  # why there are no veils
 
@@ -108,8 +100,7 @@ def take_pictures(
         )
     elif maps is not None:
         for spot, where in find_where(maps, material.parts, spots).items():
-            source = None if where.source is None else veil(where.source)
-            pictures.veils[spot] = veil(where.answer), source
+            pictures.veils[spot] = veil(where)
     pictures.shots = dict.fromkeys(spot.image for spot in spots)
     for index in pictures.shots:
         with suppress(Exception):  # whatever a data set raises, one image is not worth the page
@@ -261,59 +252,34 @@ def declared_sight(transform: Any) -> Sight | None:
     return Sight(width / resize[0], height / resize[0], width / height)
 
 
-# --- where in its reference images a channel responds, and where its input comes from -------------
+# --- where in its reference images a channel responds ---------------------------------------------
 
 
 def find_where(
     maps: Scan, parts: Sequence[ChannelSplit], spots: Iterable[Spot]
-) -> dict[Spot, Where]:
-    """Compute where channels respond and what feeds them, in the images that `maps` holds.
+) -> dict[Spot, Tensor]:
+    """Compute where channels respond in the images that `maps` holds.
 
-    Nothing is known without positions, or of a layer whose positions are not those of a picture.
+    Each map (h, w) is the pre-activation, where positive, in parts of the largest. Nothing is known
+    without positions, or of a layer whose positions are not those of a picture.
     """
     if not maps.positions or len(maps.layer.kernel) != 2:
         return {}
     by_channel = {part.channel: part for part in parts}
-    wanted: dict[int, dict[int, list[Spot]]] = {}
+    wanted: dict[int, list[Spot]] = {}
     for spot in spots:
         if spot.channel in by_channel:
-            wanted.setdefault(spot.image, {}).setdefault(spot.channel, []).append(spot)
-    known: dict[Spot, Where] = {}
+            wanted.setdefault(spot.image, []).append(spot)
+    known: dict[Spot, Tensor] = {}
     for records in maps.shards() if wanted else ():
         assert records.input_map is not None
         for place, index in enumerate(records.index.tolist()):
-            for channel, here in wanted.get(index, {}).items():
-                part, image = by_channel[channel], records.input_map[place].double()
-                rows = [part.weight if s.concept is None else part.rows[s.concept] for s in here]
-                found = _where(maps.layer, part, image, torch.stack(rows).double())
-                known |= zip(here, found, strict=True)
+            for spot in wanted.get(index, ()):
+                part = by_channel[spot.channel]
+                row = (part.weight if spot.concept is None else part.rows[spot.concept]).double()
+                image = records.input_map[place].double()
+                bias = torch.tensor([part.bias], dtype=torch.float64)
+                z = respond(maps.layer, image[None], row[None], bias, [part.channel])[0, 0]
+                positive = z.clamp(min=0)
+                known[spot] = positive / positive.max() if positive.max() > 0 else positive
     return known
-
-
-def _where(layer: LayerSpec, part: ChannelSplit, image: Tensor, rows: Tensor) -> list[Where]:
-    bias = torch.full((len(rows),), part.bias, dtype=torch.float64)
-    answers = respond(layer, image[None], rows, bias, [part.channel] * len(rows))[0]
-    if layer.taps_per_input == 1 and answers.shape[1:] == image.shape[1:]:
-        return [Where(_shade(answer), None) for answer in answers]
-    sources = source_maps(layer, part.channel, image, rows)
-    return [Where(_shade(a), _shade(s)) for a, s in zip(answers, sources, strict=True)]
-
-
-def source_maps(layer: LayerSpec, channel: int, image: Tensor, rows: Tensor) -> Tensor:
-    """Compute how much of each row's (R, J) summed pre-activation comes in where, (R, H, W).
-
-    It is the layer's input (C_in, H, W) times gradient, summed over input channels.
-    """
-    leaf = image[None].detach().requires_grad_()
-    with torch.enable_grad():
-        none = torch.zeros(len(rows), dtype=rows.dtype)
-        summed = respond(layer, leaf, rows, none, [channel] * len(rows)).flatten(2).sum(2)[0]
-        gradients = [torch.autograd.grad(one, leaf, retain_graph=True)[0][0] for one in summed]
-    return torch.stack([(image * gradient).sum(0) for gradient in gradients])
-
-
-def _shade(values: Tensor) -> Tensor:
-    """Divide by the largest value, if any is above zero."""
-    positive = values.clamp(min=0)
-    largest = positive.max()
-    return positive / largest if largest > 0 else positive
