@@ -210,6 +210,14 @@ def test_hostile_names_show_as_text(page: Any) -> None:
     assert page.evaluate("document.querySelectorAll('[src=x]').length") == 0
 
 
+def test_print_folds_nothing_and_hides_the_tools(page: Any) -> None:
+    terms = page.locator(".words dt")
+    assert not terms.first.is_visible()
+    page.emulate_media(media="print")
+    assert terms.first.is_visible()
+    assert not page.locator("#tools").is_visible()
+
+
 def test_without_script_all_is_there(page: Any, open_page: Callable[..., Any]) -> None:
     bare = open_page(java_script_enabled=False)
     assert not bare.locator("#search").is_visible()
