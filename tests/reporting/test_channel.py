@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from scipy.stats import gaussian_kde
 
 import unbraid
@@ -33,7 +32,6 @@ from unbraid.reporting.channel import (
     shared_grid,
 )
 from unbraid.reporting.words import significant
-from unbraid.visualizing.features import Feature, Features
 
 
 @pytest.fixture(scope="module")
@@ -158,24 +156,6 @@ def test_reference_images_do_not_depend_on_shards(run: Run, tmp_path: Path) -> N
             for a, b in zip(*pair, strict=True):
                 assert len(a.index) == min(n, 149)
                 assert a.index.tolist() == b.index.tolist()
-
-
-def test_a_visualisation_says_what_it_excites(run: Run, tmp_path: Path) -> None:
-    part = run.split.channels[0]
-    n = len(part.concepts)
-    made = tuple(
-        Feature(part.channel, k, place, Image.new("RGBA", (9, 9)), (100.0, *values))
-        for place in (0, 1)
-        for row, k in enumerate((None, *range(n)))
-        for values in [[9.04 - row - 3 * j - 50 * place for j in range(n)]]
-    )
-    page = run.report(tmp_path / "r.html", features=Features("2", "any", made))
-    assert_harmless(page)
-    figures = sections(page)[part.channel].all("figure", "feature")
-    assert [figure.all("span", "excites")[0].text for figure in figures] == [
-        " ".join(f"{'ABCD'[j]} {significant(9.04 - row - 3 * j, 2)}" for j in range(n))
-        for row in range(1 + n)
-    ]
 
 
 # --- densities ------------------------------------------------------------------------------------

@@ -50,14 +50,11 @@ def test_to_picture_of_any_shape_has_full_range(shape: tuple[int, ...], mode: st
     assert picture.convert("L").getextrema()[1] > 0
 
 
-def test_encode_keeps_every_pixel_of_a_tiny_picture() -> None:
+def test_encode_keeps_tiny_pictures_and_makes_large_ones_small() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
     made = encode(Image.fromarray(pixels), 96, 40)
     assert made.small
     assert np.array_equal(np.asarray(image_in(made.uri)), pixels)
-
-
-def test_encode_makes_a_large_picture_small() -> None:
     made = encode(Image.new("RGB", (640, 480), (9, 0, 0)), 96, 75)
     assert made.uri.startswith("data:image/webp;base64,")
     assert image_in(made.uri).size == (96, 72)
@@ -192,17 +189,12 @@ def test_veil_hides_what_does_not_count() -> None:
 
 def test_visualisations_stand_at_the_head_of_their_rows(run: Run, tmp_path: Path) -> None:
     *parts, last = run.split.channels
-    made = [
-        Feature(
-            part.channel,
-            k,
-            0,
-            Image.new("RGBA", (64, 64), (part.channel, 40 * (k or 0), 200, 128)),
-            (),
-        )
-        for part in parts
-        for k in (None, *range(len(part.concepts)))
-    ]
+    made = []
+    for part in parts:
+        for k in (None, *range(len(part.concepts))):
+            picture = Image.new("RGBA", (64, 64), (part.channel, 40 * (k or 0), 200, 128))
+            excites = (100.0, *(9.04 - 3 * j for j in range(len(part.concepts))))
+            made += [Feature(part.channel, k, place, picture, excites) for place in (0, 1)]
     page = run.report(tmp_path / "r.html", features=Features("2", "any", tuple(made), {}, 1))
     assert_harmless(page)
     assert "Feature visualisations of 1 channel are left out" in notes(page)
@@ -217,6 +209,10 @@ def test_visualisations_stand_at_the_head_of_their_rows(run: Run, tmp_path: Path
             assert isinstance(pixel, tuple)
             assert max(abs(a - b) for a, b in zip(pixel, expected, strict=True)) < 8
             assert image.attributes["alt"].startswith("made to excite")
+            told = [
+                f"{'ABCD'[j]} {9.04 - 3 * j:.1f}".replace(".0", "") for j in range(len(figures) - 1)
+            ]
+            assert figure.all("span", "excites")[0].text.split("  ") == [" ".join(told)]
 
 
 def test_veils_lie_over_their_pictures(run: Run, page: str, tmp_path: Path) -> None:
