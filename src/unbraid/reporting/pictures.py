@@ -231,8 +231,6 @@ def declared_sight(transform: Any) -> Sight | None:
     >>> from torchvision.transforms import v2
     >>> declared_sight(v2.Compose([v2.PILToTensor(), v2.Resize(256), v2.CenterCrop(224)]))
     Sight(width=0.875, height=0.875, ratio=1.0)
-    >>> declared_sight(v2.Resize((224, 224))), declared_sight(v2.RandomCrop(224))
-    (Sight(width=None, height=None, ratio=1.0), None)
     """
     sizes: dict[str, list[int]] = {}
     for step in getattr(transform, "transforms", [transform]):

@@ -16,9 +16,9 @@ from unbraid.base.arguments import as_kind, as_path
 from unbraid.base.files import write_whole
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
-from unbraid.finding.findings import Findings, Pair
+from unbraid.finding.findings import Findings
 from unbraid.reporting import charts, words
-from unbraid.reporting.channel import ConceptView, concept_views
+from unbraid.reporting.channel import concept_views
 from unbraid.reporting.material import Material
 from unbraid.reporting.pictures import take_pictures
 from unbraid.reporting.view import MAX_TEXT, build_page
@@ -122,12 +122,13 @@ def render(material: Material, *, dataset: Dataset[Any] | None, title: str | Non
 
     def channel_line(channel: int) -> str:
         views = concept_views(found, material.concepts[channel][:_MAX_CHIPS])
-        return str(lines.channel_line(channel, views, _names(views)))
+        names = " ".join(words.isolate(name) for concept in views for name in concept.names)
+        return str(lines.channel_line(channel, views, names[:_MAX_WORDS]))
 
     # What has a section is listed in any case.
     first = sorted(material.concepts, key=lambda c: (c not in in_full, material.rank(c)))
     rows = dict(zip(first, _within(LIST, first, channel_line), strict=False))
-    nearest = sorted(found.pairs, key=_last_if_unknown)
+    nearest = sorted(found.pairs, key=lambda pair: (math.isnan(pair.cosine), pair.cosine))
     pairs = _within(LIST, nearest, lines.pair_line)
     style, script = (Markup((_HERE / n).read_text("utf-8")) for n in ("style.css", "script.js"))
     left_out = _left_out(material, len(sections), len(rows), len(pairs))
@@ -142,16 +143,6 @@ def render(material: Material, *, dataset: Dataset[Any] | None, title: str | Non
         style_hash=_hash_of(style),
         script_hash=_hash_of(script),
     )
-
-
-def _names(views: Iterable[ConceptView]) -> str:
-    """What a channel is found by, besides its number: the names of its concepts."""
-    names = " ".join(words.isolate(name) for concept in views for name in concept.names)
-    return names[:_MAX_WORDS]
-
-
-def _last_if_unknown(pair: Pair) -> float:
-    return math.inf if math.isnan(pair.cosine) else pair.cosine
 
 
 def _within(limit: int, items: Iterable[Item], write: Callable[[Item], str]) -> list[Markup]:

@@ -63,21 +63,13 @@ def percent(value: float | None, digits: int = 0) -> str:
 
 
 def letter(k: int) -> str:
-    """Short name of the k-th concept of a channel.
-
-    >>> letter(0), letter(25), letter(26)
-    ('A', 'Z', 'AA')
-    """
+    """Short name of the k-th concept of a channel: A to Z, AA, AB."""
     rest, last = divmod(k, 26)
     return (letter(rest - 1) if rest else "") + string.ascii_uppercase[last]
 
 
 def bounded(name: str, limit: int = LONGEST) -> str:
-    """Cut a name that nobody would read to the end; it may have any number of characters.
-
-    >>> bounded("digital clock", 9), bounded("clock")
-    ('digital …', 'clock')
-    """
+    """Cut a name that nobody would read to the end; it may have any number of characters."""
     text = name if len(name) <= limit else name[: limit - 1] + "…"
     return text.translate(_ISOLATES)
 
@@ -89,22 +81,14 @@ def isolate(name: str) -> str:
 
 
 def first_few(names: Sequence[str], limit: int = 3) -> tuple[Sequence[str], str]:
-    """Divide names into those to show and a word on the rest.
-
-    >>> first_few(["a", "b", "c", "d"]), first_few(["a", "b", "c", "d", "e"])
-    ((['a', 'b', 'c', 'd'], ''), (['a', 'b', 'c'], ' and 2 more'))
-    """
+    """Divide names into those to show and a word on the rest, which are two at least."""
     if len(names) <= limit + 1:
         return names, ""
     return names[:limit], f" and {len(names) - limit} more"
 
 
 def ems(words: str) -> float:
-    """Estimate how wide words are, in font sizes; of most fonts rather too much.
-
-    >>> round(ems("Ankle boot"), 2), round(ems("WWW"), 2), round(ems("時計"), 2)
-    (6.02, 3.06, 2.2)
-    """
+    """Estimate how wide words are, in font sizes; of most fonts rather too much."""
     return sum(map(_em, words))
 
 
