@@ -225,10 +225,15 @@ def reference_rows(
 
 def shared_grid(groups: Sequence[np.ndarray], n: int) -> np.ndarray:
     """Lay n evenly spaced points over all groups, and as far beyond as their densities reach."""
-    low, high = min(map(np.min, groups)), max(map(np.max, groups))
-    widest = max(*map(_kernel_width, groups), (high - low) / 50)
-    margin = _REACH * widest or 0.05 * abs(high) or 1.0
-    return np.linspace(low - margin, high + margin, n)
+    lows, highs = (np.array([end(values) for values in groups]) for end in (np.min, np.max))
+    widths = np.array([_kernel_width(values) for values in groups])
+    low, high = (lows - _REACH * widths).min(), (highs + _REACH * widths).max()
+    if high == low:  # one value only
+        margin = 0.05 * abs(high) or 1.0
+        return np.linspace(low - margin, high + margin, n)
+    # No kernel is narrower than a step, which is longer the farther the grid reaches.
+    beyond = _REACH * np.maximum(widths, (high - low) / (n - 1 - 2 * _REACH))
+    return np.linspace((lows - beyond).min(), (highs + beyond).max(), n)
 
 
 def density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
