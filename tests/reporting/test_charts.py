@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -22,26 +23,16 @@ from unbraid.reporting.channel import (
 )
 from unbraid.reporting.charts import (
     draw_densities,
-    draw_masks,
     draw_ridges,
     draw_scatter,
-    path,
 )
 from unbraid.reporting.words import isolate, significant
 
 
 def points_of(line: str) -> list[tuple[float, float]]:
-    """The points of a line with relative steps, or of single dots."""
-    figures = [float(v) for v in re.findall(r"-?(?:\d+\.?\d*|\.\d+)", line)]
-    pairs = list(zip(figures[::2], figures[1::2], strict=True))
-    return [tuple(p) for p in np.cumsum(pairs, axis=0).tolist()] if "l" in line else pairs
-
-
-def test_path_is_the_same_line_in_few_characters() -> None:
-    rng = np.random.default_rng(0)
-    points = [(float(x), float(y)) for x, y in rng.normal(0, 30, (200, 2))]
-    np.testing.assert_allclose(points_of(path(points)), points, atol=0.051)  # no errors add up
-    assert len(path(points)) < 200 * 11
+    """The points of a line, or of single dots."""
+    figures = [float(v) for v in re.findall(r"-?\d+\.?\d*", line)]
+    return list(zip(figures[::2], figures[1::2], strict=True))
 
 
 @pytest.mark.parametrize("values", [[0.0] * 4, [7.0] * 4, [1e-30, 0, 0, 0], [-1e12, 0, 1, 1e12]])
@@ -84,8 +75,9 @@ def test_draw_densities_and_ridges_follow_their_curves(run: Run) -> None:
 def assert_scatter(drawn: Element, data: Scatter) -> None:
     """Every point lies where its image's responses are, on one scale for both axes."""
     clouds, n = drawn.all("path", "dots"), len(data.classes)
-    assert len(clouds) == len(data.axes) * n
-    for a, axes in enumerate(data.axes):
+    all_axes = list(combinations(range(data.points[0].shape[1]), 2))
+    assert len(clouds) == len(all_axes) * n
+    for a, axes in enumerate(all_axes):
         paths = [one.attributes["d"].replace("h0", " ") for one in clouds[a * n : (a + 1) * n]]
         for points, path_ in zip(data.points, paths, strict=True):
             assert len(points_of(path_)) == len(points)
@@ -101,15 +93,13 @@ def assert_scatter(drawn: Element, data: Scatter) -> None:
 @pytest.mark.parametrize(
     "harm",
     [
-        lambda data: replace(data, points=data.points[::-1]),
-        lambda data: replace(data, axes=tuple((b, a) for a, b in data.axes)),
-        lambda data: replace(
-            data, points=tuple(p * [1, 1.1, 1, 1][: p.shape[1]] for p in data.points)
-        ),
+        lambda points: points[::-1],
+        lambda points: [p[:, ::-1] for p in points],
+        lambda points: [p * [1, 1.1, 1, 1][: p.shape[1]] for p in points],
     ],
 )
 def test_draw_scatter_places_points_where_responses_are(
-    run: Run, harm: Callable[[Scatter], Scatter]
+    run: Run, harm: Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 ) -> None:
     part = run.split.channels[0]
     responses, views = (
@@ -120,43 +110,16 @@ def test_draw_scatter_places_points_where_responses_are(
     drawn = read(draw_scatter(data, views, 7))
     assert_scatter(drawn, data)
     with pytest.raises((AssertionError, ValueError)):
-        assert_scatter(drawn, harm(data))
-
-
-def assert_masks(drawn: Element, kept: np.ndarray) -> None:
-    """Steps are as high as what is kept of each input channel, in one order for all concepts."""
-    heights = []
-    for element in drawn.all("path", "kept"):
-        steps = re.findall(r"V(-?[\d.]+)H", element.attributes["d"])
-        base = float(re.match(r"M[\d.]+,([\d.]+)", element.attributes["d"])[1])
-        heights.append([(base - float(v)) / 30 for v in steps])
-    columns = sorted(zip(*heights, strict=True))
-    np.testing.assert_allclose(columns, sorted(zip(*kept.tolist(), strict=True)), atol=0.002)
-
-
-def test_draw_masks_shows_them_and_averages_many(run: Run) -> None:
-    views = concept_views(run.found, run.split.channels[0].concepts)
-    rng = np.random.default_rng(0)
-    # Tenths of the chart's height, so that rounding does not matter.
-    kept = rng.integers(0, 11, (len(views), 8)) / 10
-    drawn = read(draw_masks(kept, views, 7))
-    assert_masks(drawn, kept)
-    with pytest.raises(AssertionError):
-        assert_masks(drawn, 1 - kept)
-    wide = rng.random((len(views), 1000))
-    many = draw_masks(wide, views, 7)
-    assert many.count("V") == len(views) * 221
-    averages = re.findall(r"\) (\d+%)", read(many).all("svg")[0].attributes["aria-label"])
-    assert averages == [f"{mean:.0%}" for mean in wide.mean(1)]
+        assert_scatter(drawn, data._replace(points=harm(data.points)))
 
 
 def test_axes_have_units(page: str) -> None:
     for section in sections(page).values():
         charts = section.all("svg", "chart")
-        assert len(charts) >= 5
+        assert len(charts) >= 4
         for chart in charts:
             labels = " ".join(text.text for text in chart.all("text", "label"))
-            assert "summed pre-activation" in labels or "weights kept" in chart.text
+            assert "summed pre-activation" in labels
         for plot in section.all("div", "plots")[0].all("svg", "chart"):
             labels = " ".join(text.text for text in plot.all("text", "label"))
             assert labels.count("summed pre-activation") == 2
@@ -174,14 +137,14 @@ def assert_spoken(page: str, run: Run) -> None:
             for chart in figure.all("svg", "chart"):
                 heading = figure.all("h3")[0].text
                 told[heading] = told.get(heading, "") + chart.attributes["aria-label"]
-        assert len(told) == 5
+        assert len(told) == 4
         responses = run.evaluation.responses[part.channel]
         columns = [z.double() for z in (responses.original, *responses.concepts.T)]
         for words in told.values():
             assert re.match(rf"Channel {part.channel}[:,]", words)
         for label in (label for concept in part.concepts for label in concept):
             name = isolate(run.found.name(label)[:40])
-            assert sum(name in words for words in told.values()) == 5
+            assert sum(name in words for words in told.values()) == 4
         for column in columns:
             means = [column[responses.concept == k].mean() for k in range(len(part.concepts))]
             numbers = " and ".join(significant(float(mean)) for mean in means)
@@ -199,8 +162,6 @@ def assert_spoken(page: str, run: Run) -> None:
                 f"{first} with {significant(float(full[first]), 2)}, of which "
                 f"{significant(float(kept[first]), 2)} kept"
             ) in told["Where each concept comes from"]
-            share = float(part.masks[k].double().mean())
-            assert f"{share:.0%}" in told["What each concept channel keeps"]
 
 
 def test_charts_say_what_they_show(page: str, run: Run) -> None:

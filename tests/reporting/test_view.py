@@ -114,14 +114,6 @@ def test_unknown_agreement_is_a_dash(run: Run, tmp_path: Path) -> None:
     assert "agreement with" not in read(page).all("ul", "facts")[0].text
 
 
-def test_nothing_found(run: Run, tmp_path: Path) -> None:
-    none = unbraid.find(run.train.scan, concepts="clusters", gamma=-1.0)
-    page = run.report(tmp_path / "report.html", found=none, split=None, evaluation=None)
-    text = read(page).text
-    assert "answers to several unrelated clusters of images at this threshold" in text
-    assert none.hint in text
-
-
 def test_predicted_classes_are_called_so(run: Run, page: str, tmp_path: Path) -> None:
     manifest = replace(run.val.scan.manifest, labels="predicted")
     val = replace(run.val, scan=replace(run.val.scan, manifest=manifest))

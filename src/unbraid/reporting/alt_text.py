@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from unbraid.base.tables import count
-from unbraid.reporting.words import isolate, shorten, significant
+from unbraid.reporting.channel import Bars, ConceptView, Curves, Ridges, Scatter
+from unbraid.reporting.words import bounded, isolate, significant
 
-if TYPE_CHECKING:
-    from unbraid.reporting.channel import Bars, ConceptView, Curves, Ridges, Scatter
-
-_NAME = 40  # characters
 _N_CLASSES = 6
 _N_SOURCES = 3  # of each concept
 
 
 def describe_densities(data: Curves, concepts: Sequence[ConceptView], channel: int) -> str:
     """Tell the means of every channel over the images of every concept."""
-    rows = zip(_channels(concepts), data.means, strict=True)
-    panels = [f"{name} {_numbers(means)}" for name, means in rows]
+    panels = map(_numbers, _channels(concepts), data.means)
     return (
         f"Channel {channel}: densities of the summed pre-activation over the images of "
         f"{', '.join(map(_concept, concepts))}. Means, in this order: {'; '.join(panels)}."
@@ -31,7 +26,7 @@ def describe_densities(data: Curves, concepts: Sequence[ConceptView], channel: i
 def describe_ridges(data: Ridges, concepts: Sequence[ConceptView], channel: int) -> str:
     """Tell the means of every channel over the images of the first classes."""
     rows = [
-        f"{_name(one.name)} {_numbers(means)}"
+        _numbers(_name(one.name), means)
         for one, means in zip(data.classes[:_N_CLASSES], data.curves.means, strict=False)
     ]
     rest = len(data.classes) - len(rows)
@@ -49,10 +44,9 @@ def describe_scatter(
     middles = []
     for concept in concepts:
         pairs = zip(data.classes, data.points, strict=True)
-        points = [some for one, some in pairs if one.concept == concept]
+        points = [some[:, axes] for one, some in pairs if one.concept == concept]
         if points:
-            middle = np.concatenate(points)[:, axes].mean(0)
-            middles.append(f"{_concept(concept)} {_numbers(middle)}")
+            middles.append(_numbers(_concept(concept), np.concatenate(points).mean(0)))
     first, second = (concepts[k].letter for k in axes)
     return (
         f"Channel {channel}: summed pre-activation of concept channels {first} and {second}, a "
@@ -74,16 +68,6 @@ def describe_bars(data: Bars, concepts: Sequence[ConceptView], channel: int) -> 
     return f"Channel {channel}: relevance of the strongest input channels, {'; '.join(told)}."
 
 
-def describe_masks(kept: np.ndarray, concepts: Sequence[ConceptView], channel: int) -> str:
-    """Tell how much every concept channel keeps on average."""
-    shares = zip(concepts, kept.mean(1).tolist(), strict=True)
-    return (
-        f"Channel {channel}: how much each concept channel keeps of "
-        f"{count(kept.shape[1], 'input channel')}, on average "
-        f"{', '.join(f'{_concept(concept)} {share:.0%}' for concept, share in shares)}."
-    )
-
-
 def _channels(concepts: Sequence[ConceptView]) -> list[str]:
     return ["original channel", *(f"concept channel {concept.letter}" for concept in concepts)]
 
@@ -93,8 +77,8 @@ def _concept(concept: ConceptView) -> str:
 
 
 def _name(name: str) -> str:
-    return isolate(shorten(name, _NAME))
+    return isolate(bounded(name, 40))
 
 
-def _numbers(values: np.ndarray) -> str:
-    return " and ".join(significant(value) for value in values.tolist())
+def _numbers(what: str, values: np.ndarray) -> str:
+    return f"{what} {' and '.join(map(significant, values.tolist()))}"

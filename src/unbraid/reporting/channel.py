@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
-from itertools import combinations
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +20,9 @@ if TYPE_CHECKING:
     from unbraid.finding.findings import Findings
     from unbraid.measuring.evaluate import ChannelIntervals
     from unbraid.measuring.results import (
-        Ablation,
         ChannelAblation,
         ChannelEvaluation,
         ChannelSemantics,
-        ConceptAblation,
         Responses,
     )
     from unbraid.scanning.records import Scan
@@ -36,10 +33,8 @@ N_CLASSES = 12  # classes with a ridge of their own
 N_POINTS = 240  # of a scatter plot; spread evenly over each class's images
 N_SHADES = 3  # of a concept's colour
 N_SOURCES = 12  # input channels in the bars
-N_OTHERS = 12  # classes of no concept that are listed when a channel is switched off
 N_FIRSTS = 4  # images in a row that are not there for their strength
 _N_GRID, _N_RIDGE_GRID = 121, 81  # points of a curve
-_N_AXES = 3  # concepts of which every two are set against each other
 _MAX_VALUES = 2000  # images that a density is estimated from; more would not change the curve
 _REACH = 3.5  # kernel widths beyond the data; there a kernel is down to 0.2 % of its peak
 
@@ -68,14 +63,13 @@ class Shot:
     rank: int | None = None  # among all images, of one that is not shown for its strength
 
 
-@dataclass(frozen=True)
-class ReferenceRow:
-    """The images that excite the original channel or a concept channel most."""
+class ReferenceRow(NamedTuple):
+    """The images that excite the original channel (k is None) or a concept channel most."""
 
-    k: int | None  # None for the original channel
+    k: int | None
     # Strongest first; the original's end with the first image of each concept that has none among
     # them, in place of the weakest.
-    shots: tuple[Shot, ...]
+    shots: Sequence[Shot]
 
     @property
     def counts(self) -> list[tuple[ConceptView | None, int]]:
@@ -83,8 +77,7 @@ class ReferenceRow:
         return Counter(shot.concept for shot in self.shots if not shot.rank).most_common()
 
 
-@dataclass(frozen=True, eq=False)
-class Curves:
+class Curves(NamedTuple):
     """Densities over one axis, in rows."""
 
     grid: np.ndarray  # (G,)
@@ -92,8 +85,7 @@ class Curves:
     means: np.ndarray  # (rows, columns)
 
 
-@dataclass(frozen=True, eq=False)
-class ClassImages:
+class ClassImages(NamedTuple):
     """The images of one class that belong to one concept."""
 
     name: str
@@ -107,52 +99,26 @@ class ClassImages:
         return self.place % N_SHADES
 
 
-@dataclass(frozen=True, eq=False)
-class Ridges:
+class Ridges(NamedTuple):
     """How the original and each concept channel respond to single classes."""
 
-    classes: tuple[ClassImages, ...]
+    classes: Sequence[ClassImages]
     curves: Curves  # a row per class; a column for the original and each concept channel
-    n_left_out: int  # classes
 
 
-@dataclass(frozen=True, eq=False)
-class Scatter:
-    """Concept channels against each other."""
+class Scatter(NamedTuple):
+    """Responses of the concept channels, to be set against each other."""
 
-    axes: tuple[tuple[int, int], ...]  # which concept channels
-    classes: tuple[ClassImages, ...]
-    points: tuple[np.ndarray, ...]  # of each class, (n, K), summed pre-activation
-    low: float  # of both axes, which have one scale
-    high: float
+    classes: Sequence[ClassImages]
+    points: Sequence[np.ndarray]  # of each class, (n, K), summed pre-activation
 
 
-@dataclass(frozen=True, eq=False)
-class Bars:
+class Bars(NamedTuple):
     """The strongest input channels of a channel's concepts."""
 
-    inputs: tuple[int, ...]  # (n,)
+    inputs: Sequence[int]  # (n,)
     relevance: np.ndarray  # (K, n), for the original channel, mean over the concept's images
     kept: np.ndarray  # (K, n), of that, what the concept's own channel keeps
-
-
-@dataclass(frozen=True)
-class ClassEffect:
-    """What one class loses when a channel is switched off."""
-
-    name: str
-    concept: ConceptView | None  # that it belongs to
-    n_images: int
-    losses: tuple[tuple[float, float], ...]  # logit and accuracy: whole channel, each concept
-
-
-@dataclass(frozen=True)
-class Effects:
-    """What is lost when a channel is switched off, whole or a concept at a time."""
-
-    concepts: tuple[ConceptAblation, ...]
-    classes: tuple[ClassEffect, ...]
-    n_left_out: int  # classes that are not listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,17 +127,16 @@ class ChannelView:
 
     number: int
     concepts: tuple[ConceptView, ...]
-    info: dict[str, str]  # how it was split
+    info: Mapping[str, str]  # how it was split
     cosine: float | None  # the lowest of any two of its classes
-    rows: tuple[ReferenceRow, ...]
+    rows: Sequence[ReferenceRow]
     measures: ChannelEvaluation | None
     intervals: ChannelIntervals | None  # of the measures
     densities: Curves | None  # a row for the original and each concept channel, columns: concepts
     ridges: Ridges | None
     scatter: Scatter | None
     bars: Bars | None
-    kept: np.ndarray  # (K, C_in), what a concept channel keeps of each input channel, 0 to 1
-    effects: Effects | None  # of switching it off
+    ablation: ChannelAblation | None
     semantics: ChannelSemantics | None
 
 
@@ -195,42 +160,40 @@ class First:
 
 
 def first_images(
-    scan: Scan, split: Split, wanted: Mapping[int, Set[int]]
+    scan: Scan, split: Split, wanted: Mapping[int, Collection[int]]
 ) -> dict[tuple[int, int], First]:
     """Find the first image of some concepts of each channel; nothing of one without images."""
     members = split.members_in(scan)
-    first: dict[tuple[int, int], First] = {}
-    everything: dict[int, list[torch.Tensor]] = {channel: [] for channel in wanted}
+    seen: dict[int, list[torch.Tensor]] = {channel: [] for channel in wanted}
     for records in scan.shards() if wanted else ():
-        for channel, concepts in wanted.items() if len(records) else ():
+        for channel, columns in seen.items():
             part = split[channel]
             pooled = records.pooled[:, scan.layer.group_of(channel)]
             # As for the reference images, to the last bit: ranks must agree with them.
             z = part.pooled_responses(pooled, records.n_positions)[:, 0]
-            everything[channel].append(z)
             concept = members.concept_of(records, part.concepts)
-            for k in concepts:
-                own = z.masked_fill(concept != k, -torch.inf)
-                best, known = int(own.argmax()), first.get((channel, k))
-                if int(concept[best]) == k and (not known or float(z[best]) > known.activation):
-                    index, label = int(records.index[best]), int(records.label[best])
-                    first[channel, k] = First(index, label, float(z[best]), 0)
-    for (channel, k), one in first.items():
-        before = sum(int((z > one.activation).sum()) for z in everything[channel])
-        first[channel, k] = replace(one, rank=1 + before)
+            columns.append(torch.stack([z.double(), concept, records.index, records.label]))
+    first = {}
+    for channel, columns in seen.items():
+        z, concept, index, label = torch.cat(columns, 1)
+        for k in wanted[channel]:
+            own = (concept == k).nonzero().flatten()
+            if len(own):
+                best = int(own[z[own].argmax()])
+                rank = 1 + int((z > z[best]).sum())
+                first[channel, k] = First(int(index[best]), int(label[best]), float(z[best]), rank)
     return first
 
 
-def missing_concepts(top: ReferenceImages) -> frozenset[int]:
+def missing_concepts(top: ReferenceImages) -> set[int]:
     """Name the concepts without an image in the original's row, once their firsts have room."""
     shown = top.original.concept.tolist()
-    gone: frozenset[int] = frozenset()
-    while True:
-        kept = shown[: max(1, len(shown) - min(len(gone), N_FIRSTS))]
-        now = frozenset(range(len(top.concepts))) - frozenset(kept)
-        if now == gone:
-            return gone
-        gone = now
+    missing: set[int] = set()
+    for n_firsts in range(min(N_FIRSTS, len(shown) - 1) + 1):
+        missing = set(range(len(top.concepts))) - set(shown[: len(shown) - n_firsts])
+        if len(missing) <= n_firsts:
+            break
+    return missing
 
 
 def reference_rows(
@@ -239,56 +202,38 @@ def reference_rows(
     top: ReferenceImages,
     ids: Mapping[int, str],
     firsts: Mapping[int, First],
-) -> tuple[ReferenceRow, ...]:
-    """Describe a channel's reference images.
-
-    Args:
-        found: names the classes.
-        views: of the concepts.
-        top: the images of the channel and its concept channels.
-        ids: what images are called, by index.
-        firsts: from `first_images`, of the concepts without one among the original's strongest.
-    """
+) -> list[ReferenceRow]:
+    """Describe a channel's reference images; `firsts` are of concepts not among the strongest."""
 
     def shot(index: int, label: int, activation: float, k: int, rank: int | None = None) -> Shot:
         name, image = bounded(found.name(label)), bounded(ids.get(index, f"image {index}"))
         return Shot(index, label, name, image, activation, views[k] if k >= 0 else None, rank)
 
-    def shots(images: TopImages) -> tuple[Shot, ...]:
+    def shots(images: TopImages) -> list[Shot]:
         columns = (images.index, images.label, images.activation, images.concept)
-        return tuple(shot(*values) for values in zip(*(c.tolist() for c in columns), strict=True))
+        return [shot(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
 
     in_order = sorted(firsts.items(), key=lambda item: item[1].rank)[:N_FIRSTS]
     at_end = [shot(one.index, one.label, one.activation, k, one.rank) for k, one in in_order]
     strongest = shots(top.original)[: max(1, len(top.original.index) - len(at_end))]
     concepts = (ReferenceRow(k, shots(images)) for k, images in enumerate(top.concepts))
-    return (ReferenceRow(None, (*strongest, *at_end)), *concepts)
+    return [ReferenceRow(None, [*strongest, *at_end]), *concepts]
 
 
-# --- densities ------------------------------------------------------------------------------------
+# --- responses ------------------------------------------------------------------------------------
 
 
 def shared_grid(groups: Sequence[np.ndarray], n: int) -> np.ndarray:
-    """Lay n evenly spaced points over all groups, and as far beyond as their densities reach.
-
-    >>> few = np.array([0.0, 1.0])
-    >>> grid = shared_grid([few], 121)
-    >>> grid[[0, -1]].round(2).tolist(), density(few, grid)[[0, -1]].round(2).tolist()
-    ([-2.15, 3.15], [0.0, 0.0])
-    """
+    """Lay n evenly spaced points over all groups, and as far beyond as their densities reach."""
     lows, highs = (np.array([end(values) for values in groups]) for end in (np.min, np.max))
-    widths = np.array([_kernel_width(_thinned(values)) for values in groups])
-
-    def reach(step: float) -> tuple[float, float]:
-        beyond = _REACH * np.maximum(widths, step)
-        return float((lows - beyond).min()), float((highs + beyond).max())
-
-    low, high = reach(0.0)
+    widths = np.array([_kernel_width(values) for values in groups])
+    low, high = (lows - _REACH * widths).min(), (highs + _REACH * widths).max()
     if high == low:  # one value only
         margin = 0.05 * abs(high) or 1.0
         return np.linspace(low - margin, high + margin, n)
     # No kernel is narrower than a step, which is longer the farther the grid reaches.
-    return np.linspace(*reach((high - low) / (n - 1 - 2 * _REACH)), n)
+    beyond = _REACH * np.maximum(widths, (high - low) / (n - 1 - 2 * _REACH))
+    return np.linspace((lows - beyond).min(), (highs + beyond).max(), n)
 
 
 def density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -300,28 +245,21 @@ def density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
     >>> density(np.array([2.0, 2.0]), np.linspace(0, 4, 5)).round(2).tolist()
     [0.14, 0.61, 1.0, 0.61, 0.14]
     """
-    values = _thinned(values)
     width = max(_kernel_width(values), float(grid[1] - grid[0]))
     heights = np.exp(-0.5 * ((grid[:, None] - values) / width) ** 2).sum(1)
     return np.asarray(heights / heights.max())
-
-
-def _thinned(values: np.ndarray) -> np.ndarray:
-    return values[:: max(1, len(values) // _MAX_VALUES)]
 
 
 def _kernel_width(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) * len(values) ** -0.2 if len(values) > 1 else 0.0
 
 
-def _estimate(values: Sequence[Sequence[np.ndarray]], n: int) -> Curves:
+def _estimate(rows: Sequence[Sequence[np.ndarray]], n: int) -> Curves:
     """Estimate a density of every group of values, over one grid of n points."""
-    grid = shared_grid([group for row in values for group in row], n)
-    return Curves(
-        grid,
-        np.array([[density(group, grid) for group in row] for row in values]),
-        np.array([[group.mean() for group in row] for row in values]),
-    )
+    some = [[group[:: max(1, len(group) // _MAX_VALUES)] for group in row] for row in rows]
+    grid = shared_grid([group for row in some for group in row], n)
+    heights = np.array([[density(group, grid) for group in row] for row in some])
+    return Curves(grid, heights, np.array([[group.mean() for group in row] for row in rows]))
 
 
 def densities(responses: Responses, n_grid: int = _N_GRID) -> Curves:
@@ -336,18 +274,14 @@ def _channels(responses: Responses) -> list[np.ndarray]:
     return [z.double().numpy() for z in (responses.original, *responses.concepts.T)]
 
 
-# --- single classes -------------------------------------------------------------------------------
-
-
 def by_class(
     found: Findings, views: Sequence[ConceptView], responses: Responses
 ) -> list[ClassImages]:
     """Sort images by concept and class; of a concept, classes with most images come first."""
     pairs = np.stack([responses.concept.numpy(), responses.label.numpy()], axis=1)
     keys, inverse, sizes = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
-    order = sorted(range(len(keys)), key=lambda n: (keys[n][0], -sizes[n], keys[n][1]))
     classes, places = [], Counter[int]()
-    for n in order:
+    for n in sorted(range(len(keys)), key=lambda n: (keys[n][0], -sizes[n], keys[n][1])):
         k, label = keys[n].tolist()
         images = np.flatnonzero(inverse.reshape(-1) == n)
         classes.append(ClassImages(bounded(found.name(label)), views[k], places[k], images))
@@ -358,26 +292,18 @@ def by_class(
 def ridges(classes: Sequence[ClassImages], responses: Responses) -> Ridges:
     """Estimate densities of the first few classes of each concept, from `by_class`."""
     most = max(1, N_CLASSES // responses.concepts.shape[1])
-    shown = tuple(one for one in classes if one.place < most)
+    shown = [one for one in classes if one.place < most]
     columns = _channels(responses)
-    curves = _estimate([[z[one.images] for z in columns] for one in shown], _N_RIDGE_GRID)
-    return Ridges(shown, curves, len(classes) - len(shown))
+    rows = [[z[one.images] for z in columns] for one in shown]
+    return Ridges(shown, _estimate(rows, _N_RIDGE_GRID))
 
 
 def scatter(classes: Sequence[ClassImages], responses: Responses) -> Scatter:
-    """Set the concept channels' responses to each image against each other."""
+    """Choose images of every class to set the concept channels' responses against each other."""
     z = responses.concepts.double().numpy()
     n_points = max(1, N_POINTS // max(1, len(classes)))
-    points = []
-    for one in classes:
-        n = len(one.images)
-        chosen = np.unique(np.linspace(0, n - 1, min(n, n_points)).round().astype(np.int64))
-        points.append(z[one.images[chosen]])
-    shown = np.concatenate([some.ravel() for some in points])
-    low, high = float(shown.min()), float(shown.max())
-    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    axes = tuple(combinations(range(min(z.shape[1], _N_AXES)), 2))
-    return Scatter(axes, tuple(classes), tuple(points), low - margin, high + margin)
+    chosen = [one.images[:: -(-len(one.images) // n_points)] for one in classes]
+    return Scatter(classes, [z[images] for images in chosen])
 
 
 # --- input channels -------------------------------------------------------------------------------
@@ -388,8 +314,7 @@ def bars(
 ) -> Bars:
     """Find the n input channels that matter most to a channel's concepts; None for as many as fit.
 
-    Raises:
-        UsageError: the scan, which the sums are of, has no image of a concept.
+    Raises a UsageError if the scan, which the sums are of, has no image of a concept.
     """
     n_images = dict(enumerate(sums.n_images.tolist()))
     there = [tuple(label for label in c if n_images.get(label)) for c in part.concepts]
@@ -405,7 +330,7 @@ def bars(
     n = n or max(4, min(N_SOURCES, 24 // len(relevance)))
     chosen = strongest_sources(relevance, n)
     first = group * scan.layer.n_in_per_group
-    return Bars(tuple(first + i for i in chosen), relevance[:, chosen], kept[:, chosen])
+    return Bars([first + i for i in chosen], relevance[:, chosen], kept[:, chosen])
 
 
 def strongest_sources(arvs: np.ndarray, n: int) -> list[int]:
@@ -420,30 +345,3 @@ def strongest_sources(arvs: np.ndarray, n: int) -> list[int]:
     orders = (-strength).argsort(axis=1, kind="stable")  # (K, C_in)
     turns = dict.fromkeys(orders.T.flatten().tolist())
     return sorted(list(turns)[:n], key=lambda i: (strength[:, i].argmax(), -strength[:, i].max()))
-
-
-# --- switched off ---------------------------------------------------------------------------------
-
-
-def effects(ablation: Ablation, channel: ChannelAblation, views: Sequence[ConceptView]) -> Effects:
-    """List what is lost, by concept, and by class: the concepts' own, then those hit hardest."""
-    runs = [channel.whole, *(concept.by_class for concept in channel.concepts)]
-    owner = {
-        label: view
-        for view, concept in zip(views, channel.concepts, strict=True)
-        for label in concept.classes
-    }
-    classes = [
-        ClassEffect(
-            name=bounded(output.name),
-            concept=owner.get(output.label),
-            n_images=output.n_images,
-            losses=tuple((run.logit[n], run.accuracy[n]) for run in runs),
-        )
-        for n, output in enumerate(ablation.classes)
-    ]
-    own = [one for view in views for one in classes if one.concept is view]
-    others = [one for one in classes if one.concept is None]
-    others.sort(key=lambda one: -max(abs(logit) for logit, _ in one.losses))
-    n_left_out = max(0, len(others) - N_OTHERS)
-    return Effects(channel.concepts, (*own, *others[:N_OTHERS]), n_left_out)

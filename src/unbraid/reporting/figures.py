@@ -9,6 +9,7 @@ import io
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
@@ -19,16 +20,15 @@ from unbraid.base.files import write_whole
 from unbraid.base.modes import in_plain_modes
 from unbraid.finding.arv import class_sums
 from unbraid.measuring.evaluate import gather_responses
-from unbraid.measuring.reference_images import ALIKE, reference_images
+from unbraid.measuring.reference_images import ALIKE, TopImages, reference_images
 from unbraid.reporting.channel import bars, densities
 from unbraid.reporting.pictures import open_picture, refuse_other_images
-from unbraid.reporting.words import letter
+from unbraid.reporting.words import bounded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.data import Dataset
 
-    from unbraid.reporting.paper import Content
     from unbraid.scanning.records import Scan
     from unbraid.splitting.splits import ChannelSplit, Split
     from unbraid.visualizing.features import Features
@@ -74,11 +74,21 @@ def teaser_figure(
     Source:
         After the first figure of Hesse et al. 2025, arXiv:2504.12939.
     """
-    _require_matplotlib()
-    from unbraid.reporting.paper import draw_channel
-
-    content = _gather(split, scan, channel, dataset=dataset, features=features, n=n)
-    return draw_channel(content, real_number("width", width), headed=True)
+    paper, part = _paper(), _find_part(split, scan, channel)
+    if features is not None and features.layer != split.layer.name:
+        raise UsageError(
+            f"The visualisations are of layer {features.layer}, the split is of {split.layer.name};"
+            " pass those of one layer."
+        )
+    split = replace(split, channels=(part,))
+    curves = densities(gather_responses(split, scan)[part.channel], _N_GRID)
+    rows = [] if dataset is None else _tiles(split, scan, dataset, n)
+    made = [_feature(features, part.channel, k) for k in (None, *range(len(part.concepts)))]
+    names = _names(split, part)
+    figure: Figure = paper.draw_channel(
+        part.channel, names, curves, real_number("width", width), rows, made, headed=True
+    )
+    return figure
 
 
 @in_plain_modes
@@ -95,11 +105,12 @@ def density_figure(split: Split, scan: Scan, channel: int, *, width: float = 3.2
     Source:
         METHOD.md section 3, step 5: densities of the published results.
     """
-    _require_matplotlib()
-    from unbraid.reporting.paper import draw_channel
-
-    content = _gather(split, scan, channel)
-    return draw_channel(content, real_number("width", width), headed=False)
+    paper, part = _paper(), _find_part(split, scan, channel)
+    split = replace(split, channels=(part,))
+    curves = densities(gather_responses(split, scan)[part.channel], _N_GRID)
+    names = _names(split, part)
+    figure: Figure = paper.draw_channel(part.channel, names, curves, real_number("width", width))
+    return figure
 
 
 @in_plain_modes
@@ -118,14 +129,11 @@ def source_figure(
     Source:
         METHOD.md section 2.
     """
-    _require_matplotlib()
-    from unbraid.reporting.paper import draw_sources
-
-    n = whole_number("n", n, 1)
-    part = _find_part(split, scan, channel)
-    sums = class_sums(scan, (), split.clusters)
-    data = bars(split, part, scan, sums, n)
-    return draw_sources(data, *_titles(split, part), real_number("width", width))
+    paper, n, part = _paper(), whole_number("n", n, 1), _find_part(split, scan, channel)
+    data = bars(split, part, scan, class_sums(scan, (), split.clusters), n)
+    names = _names(split, part)
+    figure: Figure = paper.draw_sources(data, names, real_number("width", width))
+    return figure
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -154,44 +162,14 @@ def check_suffix(path: str | Path) -> None:
         raise UsageError(f"{path} ends in none of {', '.join(SUFFIXES)}; name a file that does.")
 
 
-def _require_matplotlib() -> None:
+def _paper() -> ModuleType:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UnbraidError("matplotlib is not installed; pip install matplotlib.") from None
+    from unbraid.reporting import paper
 
-
-# --- what a figure shows, as plain data -----------------------------------------------------------
-
-
-def _gather(
-    split: Split,
-    scan: Scan,
-    channel: int,
-    *,
-    dataset: Dataset[Any] | None = None,
-    features: Features | None = None,
-    n: int = 1,
-) -> Content:
-    """Work out what figures show of a channel; arguments as in `unbraid.teaser_figure`."""
-    from unbraid.reporting.paper import Content
-
-    part = _find_part(split, scan, channel)
-    if features is not None and features.layer != split.layer.name:
-        raise UsageError(
-            f"The visualisations are of layer {features.layer}, the split is of {split.layer.name};"
-            " pass those of one layer."
-        )
-    split = replace(split, channels=(part,))
-    rows = (None, *range(len(part.concepts)))
-    responses = gather_responses(split, scan)[part.channel]
-    return Content(
-        part.channel,
-        *_titles(split, part),
-        curves=densities(responses, _N_GRID),
-        shots=((),) * len(rows) if dataset is None else _shots(split, scan, dataset, n),
-        features=tuple(_feature(features, part.channel, k) for k in rows),
-    )
+    return paper
 
 
 def _find_part(split: Split, scan: Scan, channel: int) -> ChannelSplit:
@@ -213,16 +191,15 @@ def _find_part(split: Split, scan: Scan, channel: int) -> ChannelSplit:
     return part
 
 
-def _titles(split: Split, part: ChannelSplit) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Letters and names of a channel's concepts."""
-    letters = tuple(map(letter, range(len(part.concepts))))
-    return letters, tuple(printable(split.name(classes)) for classes in part.concepts)
+def _names(split: Split, part: ChannelSplit) -> list[str]:
+    """Names of a channel's concepts, fit to be printed."""
+    return [printable(split.name(classes)) for classes in part.concepts]
 
 
-def _shots(
+def _tiles(
     split: Split, scan: Scan, dataset: Dataset[Any], n: int
-) -> tuple[tuple[tuple[int, Image.Image | None], ...], ...]:
-    """Read the reference images of the original and of each concept channel."""
+) -> list[list[tuple[int, Image.Image | None]]]:
+    """Read the reference images of each channel, and name the concepts that they belong to."""
     (top,) = reference_images(scan, split, n=n, alike=ALIKE).values()
     rows = (top.original, *top.concepts)
     labels: dict[int, int] = {}
@@ -233,8 +210,12 @@ def _shots(
     for index in labels:
         with suppress(Exception):  # whatever a data set raises, one image is not worth the figure
             pictures[index] = _square(open_picture(dataset, index))
-    pairs = [zip(i.concept.tolist(), i.index.tolist(), strict=True) for i in rows]
-    return tuple(tuple((concept, pictures[index]) for concept, index in row) for row in pairs)
+
+    def row(images: TopImages) -> list[tuple[int, Image.Image | None]]:
+        pairs = zip(images.concept.tolist(), images.index.tolist(), strict=True)
+        return [(concept, pictures[index]) for concept, index in pairs]
+
+    return list(map(row, rows))
 
 
 def _feature(features: Features | None, channel: int, concept: int | None) -> Image.Image | None:
@@ -252,11 +233,11 @@ def _square(picture: Image.Image) -> Image.Image:
     return ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
 
 
-def printable(name: str, limit: int = 200) -> str:
+def printable(name: str) -> str:
     r"""Make a name fit for print: one line, without control characters, not endless.
 
     >>> printable("digital\n clock\u202e"), printable("")
     ('digital clock', '(no name)')
     """
-    line = " ".join(name[: 4 * limit].split())
-    return "".join(c for c in line if c.isprintable())[:limit] or "(no name)"
+    line = " ".join(bounded(name).split())
+    return "".join(c for c in line if c.isprintable()) or "(no name)"

@@ -37,23 +37,38 @@ class Material:
         """Validation images that could not be read."""
         return self.scan.broken()
 
+    @property
+    def n_images(self) -> int:
+        """Validation images that could be read; reference images are chosen from them."""
+        return self.scan.manifest.n_images - len(self.broken)
+
     @cached_property
     def lowest(self) -> dict[int, Pair]:
         """The pair with the lowest cosine, by channel."""
         return {pair.channel: pair for pair in reversed(self.found.pairs)}
 
-    @property
+    @cached_property
     def parts(self) -> list[ChannelSplit]:
         """The split channels, lowest cosine first."""
         parts = () if self.split is None else self.split.channels
         return sorted(parts, key=lambda part: self.rank(part.channel))
+
+    @property
+    def n_concepts(self) -> int:
+        """Concept channels."""
+        return sum(len(part.concepts) for part in self.parts)
+
+    @cached_property
+    def concepts(self) -> dict[int, tuple[tuple[int, ...], ...]]:
+        """The classes of each concept, by channel; a split one has those it was split by."""
+        return {**self.found.concepts, **{part.channel: part.concepts for part in self.parts}}
 
     def rank(self, channel: int) -> tuple[float, int]:
         """Order channels by how different the causes of their concepts are."""
         pair = self.lowest.get(channel)
         return (pair.cosine if pair else 2.0), channel
 
-    @property
+    @cached_property
     def chosen(self) -> bool:
         """Whether the user named the concepts: only then can a pair lie above the threshold."""
         return any(pair.cosine >= self.found.gamma for pair in self.found.pairs)
@@ -70,22 +85,18 @@ class Material:
         return {c.channel: c for c in ablation.channels} if ablation else {}
 
     def refuse_strangers(self) -> None:
-        """Raise if it is not of one network, layer and split.
+        """Raise a UsageError if it is not of one network, layer and split."""
 
-        Raises:
-            UsageError: names what differs.
-        """
+        def identity(one: Scan | Split) -> tuple[object, ...]:
+            weights = one.manifest.weights if isinstance(one, Scan) else one.weights
+            return weights, one.layer
 
-        def identity(one: Scan) -> tuple[object, ...]:
-            return one.manifest.weights, one.layer
-
-        weights, _ = here = identity(self.scan)
-        name, split, counted = self.scan.layer.name, self.split, self.sensitivity
+        here, name, counted = identity(self.scan), self.scan.layer.name, self.sensitivity
         same = {
             "training scan is": self.train_scan is None or identity(self.train_scan) == here,
             "scan with positions is": self.maps is None or identity(self.maps) == here,
-            "split is": split is None or (split.weights, split.layer) == here,
-            "sensitivity is": not counted or (counted.weights, counted.layer) == (weights, name),
+            "split is": self.split is None or identity(self.split) == here,
+            "sensitivity is": not counted or (counted.weights, counted.layer) == (here[0], name),
             "feature visualisations are": not self.features or self.features.layer == name,
         }
         for what, fits in same.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from PIL import Image
 from unbraid.base.errors import UsageError
 from unbraid.reporting.channel import Bars, Curves
 from unbraid.reporting.charts import spread, ticks
+from unbraid.reporting.words import letter
 
 # The report's colours on white. Tests hold the two equal, and apart for the colour-blind.
 COLOURS = (
@@ -59,20 +59,6 @@ _DENSITIES, _PANEL = 0.34, 0.52  # the densities' part of the width; their heigh
 _SMALLEST, _LARGEST = 0.25, 0.75  # side of a tile
 _PITCH = 0.115  # from one input channel to the next
 _VISIBLE = 0.004  # of a curve's peak; lower, it would only cover the axis
-
-
-@dataclass(frozen=True, eq=False)
-class Content:
-    """One channel as figures show it: rows are the original, then its K concept channels."""
-
-    channel: int
-    letters: tuple[str, ...]  # (K,)
-    names: tuple[str, ...]  # (K,), of the concepts, fit to be printed
-    curves: Curves  # (1 + K, K)
-    # Reference images: the concept that each belongs to, -1 for none, and its picture, None if it
-    # cannot be read; none without a data set.
-    shots: tuple[tuple[tuple[int, Image.Image | None], ...], ...]
-    features: tuple[Image.Image | None, ...]  # made to excite each channel, if there is one
 
 
 class PaperFigure(Figure):
@@ -144,43 +130,64 @@ def colour(concept: int) -> str:
 # --- a row for the original, and one for each concept channel -------------------------------------
 
 
-def draw_channel(content: Content, width: float, *, headed: bool) -> PaperFigure:
-    """Draw pictures, if there are any, and densities; the columns perhaps with headings."""
-    n_shots = max(map(len, content.shots))
-    made = None not in content.features
+def draw_channel(
+    channel: int,
+    names: Sequence[str],
+    curves: Curves,
+    width: float,
+    tiles: Sequence[Sequence[tuple[int, Image.Image | None]]] = (),
+    made: Sequence[Image.Image | None] = (None,),
+    *,
+    headed: bool = False,
+) -> PaperFigure:
+    """Draw the original and then each of the K concept channels, with densities and pictures.
+
+    `tiles` has reference images for each row, with the concept of each, or -1; `made` has a feature
+    visualisation for each row.
+    """
+    n, n_tiles = len(curves.means), max(map(len, tiles), default=0)
+    n_made = 0 if None in made else 1
     first = left = _MARGIN  # of the images, and of the densities
     side = _PANEL
-    if n_shots + made:
-        most = (1 - _DENSITIES) * (width - 2 * _MARGIN) - _COLUMNS - _APART * made
-        side = _tile_side(n_shots + made, most)
-        first += (side + _APART) * made
-        left = first + n_shots * (side + _TILES) - _TILES + _COLUMNS
-    n, chart = len(content.shots), width - _MARGIN - left
+    if n_tiles + n_made:
+        most = (1 - _DENSITIES) * (width - 2 * _MARGIN) - _COLUMNS - _APART * n_made
+        side = _tile_side(n_tiles + n_made, most)
+        first += (side + _APART) * n_made
+        left = first + n_tiles * (side + _TILES) - _TILES + _COLUMNS
+    chart = width - _MARGIN - left
     head = _HEAD if headed else 0.0
     height = _BELOW + n * (_TITLE + side) + (n - 1) * _ROWS + head + _MARGIN
     with _own_style():
         figure = _blank(width, height)
         top = height - _MARGIN - head
-        heads = {
-            _MARGIN: "visualised" if made else "",
-            left: "densities over the images of each concept",
-        }
-        if n_shots:
+        heads = {_MARGIN: "visualised"} if n_made else {}
+        heads[left] = "densities over the images of each concept"
+        if n_tiles:
             heads[first] = "images that excite the channel most"
         for x, words in heads.items() if headed else ():
             figure.write_small(x, top + 0.05, words, color=SOFT)
         for row in range(n):
-            _write_row_title(figure, content, row, top - 0.11, width - 2 * _MARGIN)
+            ink, title = (
+                (colour(row - 1), f"Concept channel {letter(row - 1)}") if row else (SOFT, "")
+            )
+            title = title or f"Original channel {channel}"
+            style: dict[str, Any] = {"fontsize": SIZE, "weight": "bold"}
+            style["color"] = ink if row else BLACK
+            x = figure.write(_MARGIN, top - 0.11, title, width - 2 * _MARGIN, **style)
+            if row:
+                name = "  " + names[row - 1]
+                figure.write(x, top - 0.11, name, width - _MARGIN - x, fontsize=SIZE)
             bottom = top - _TITLE - side
-            if made:
-                frame = colour(row - 1) if row else SOFT
-                _draw_tile(figure, _MARGIN, bottom, side, content.features[row], frame)
-            for k, (concept, picture) in enumerate(content.shots[row]):
+            if n_made:
+                _draw_tile(figure, _MARGIN, bottom, side, made[row], ink)
+            for k, (concept, picture) in enumerate(tiles[row] if tiles else ()):
                 frame = colour(concept) if concept >= 0 else PALE
                 tile = _draw_tile(figure, first + k * (side + _TILES), bottom, side, picture, frame)
                 if concept >= 0:
-                    _mark(tile, content.letters[concept], frame)
-            _draw_curves(figure.axes_at(left, bottom, chart, side), content, row, row == n - 1)
+                    _mark(tile, letter(concept), frame)
+            axes = figure.axes_at(left, bottom, chart, side)
+            _draw_curves(axes, curves.grid, curves.heights[row], curves.means[row].tolist())
+            axes.tick_params(labelbottom=row == n - 1)
             top = bottom - _ROWS
         figure.write_small(left + chart / 2, 0.03, "summed pre-activation", "center")
     return figure
@@ -194,19 +201,6 @@ def _tile_side(n_tiles: int, width: float) -> float:
             "a wider figure."
         )
     return min(side, _LARGEST)
-
-
-def _write_row_title(
-    figure: PaperFigure, content: Content, row: int, y: float, width: float
-) -> None:
-    """Say which channel a row shows."""
-    style: dict[str, Any] = {"fontsize": SIZE, "weight": "bold"}
-    if row == 0:
-        figure.write(_MARGIN, y, f"Original channel {content.channel}", width, **style)
-        return
-    words = f"Concept channel {content.letters[row - 1]}"
-    x = figure.write(_MARGIN, y, words, color=colour(row - 1), **style)
-    figure.write(x, y, "  " + content.names[row - 1], _MARGIN + width - x, fontsize=SIZE)
 
 
 def _draw_tile(
@@ -227,10 +221,10 @@ def _draw_tile(
     return axes
 
 
-def _mark(axes: Axes, letter: str, ground: str) -> None:
+def _mark(axes: Axes, words: str, ground: str) -> None:
     """Say in a tile's corner which concept it belongs to, as the frame does by colour."""
     axes.annotate(
-        letter,
+        words,
         (0, 1),
         (1.6, -1.6),
         xycoords="axes fraction",
@@ -243,46 +237,35 @@ def _mark(axes: Axes, letter: str, ground: str) -> None:
     )
 
 
-def _draw_curves(axes: Axes, content: Content, row: int, last: bool) -> None:
-    """Draw one curve per concept; only the last panel has numbers at its axis."""
-    grid, curves = content.curves.grid, content.curves.heights[row]
+def _draw_curves(axes: Axes, grid: np.ndarray, curves: np.ndarray, means: Sequence[float]) -> None:
+    """Draw one curve per concept; they peak at 1, above is the place of letters."""
     low, high = float(grid[0]), float(grid[-1])
     axes.set_xlim(low, high)
-    axes.set_ylim(0, 1.3)  # curves peak at 1, above is the place of letters
+    axes.set_ylim(0, 1.3)
     axes.set_yticks([])
     axes.xaxis.set_major_locator(FixedLocator(ticks(low, high)))
-    axes.tick_params(labelbottom=last)
     axes.patch.set_visible(False)
     if low < 0 < high:
         axes.plot([0, 0], [0, 1], color=PALE, linewidth=0.6, zorder=0, label="zero")
-    marker: dict[str, Any] = {
-        "marker": "^",
-        "markersize": 3,
-        "markeredgewidth": 0,
-        "clip_on": False,
-        "zorder": 3,
-    }
-    for k, (name, heights) in enumerate(zip(content.letters, curves, strict=True)):
-        visible = np.where(heights > _VISIBLE, heights, np.nan)
-        axes.fill_between(grid, heights, color=colour(k), alpha=0.22, linewidth=0)
-        axes.plot(grid, visible, color=colour(k), label=f"density {name}")
-        mean = content.curves.means[row, k]
-        axes.plot([mean], [0], linestyle="none", color=colour(k), label=f"mean {name}", **marker)
+    marker: dict[str, Any] = {"marker": "^", "markersize": 3, "markeredgewidth": 0, "zorder": 3}
     gap = 0.11 * (high - low) * axes.figure.dpi / axes.get_window_extent().width
-    peaks = grid[curves.argmax(1)].tolist()
-    for k, x in enumerate(spread(peaks, gap, low + gap / 2, high - gap / 2)):
-        style: dict[str, Any] = {"fontsize": SMALL, "weight": "bold", "color": colour(k)}
-        axes.text(x, 1.06, content.letters[k], ha="center", va="bottom", **style)
+    places = spread(grid[curves.argmax(1)].tolist(), gap, low + gap / 2, high - gap / 2)
+    for k, (heights, mean, place) in enumerate(zip(curves, means, places, strict=True)):
+        ink, name = colour(k), letter(k)
+        visible = np.where(heights > _VISIBLE, heights, np.nan)
+        axes.fill_between(grid, heights, color=ink, alpha=0.22, linewidth=0)
+        axes.plot(grid, visible, color=ink, label=f"density {name}")
+        axes.plot([mean], [0], color=ink, label=f"mean {name}", clip_on=False, **marker)
+        style: dict[str, Any] = {"fontsize": SMALL, "weight": "bold", "color": ink}
+        axes.text(place, 1.06, name, ha="center", va="bottom", **style)
 
 
 # --- the input channels that feed each concept ----------------------------------------------------
 
 
-def draw_sources(
-    data: Bars, letters: Sequence[str], names: Sequence[str], width: float
-) -> PaperFigure:
+def draw_sources(data: Bars, names: Sequence[str], width: float) -> PaperFigure:
     """Draw a panel of bars for each concept, all of the same input channels."""
-    n, tall, left, between = len(letters), len(data.inputs) * _PITCH, 0.36, 0.10
+    n, tall, left, between = len(names), len(data.inputs) * _PITCH, 0.36, 0.10
     each = (width - left - 0.04 - (n - 1) * between) / n
     with _own_style():
         figure = _blank(width, 0.20 + tall + _BELOW)
@@ -300,8 +283,8 @@ def draw_sources(
         low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
         margin = 0.04 * (high - low) or 1.0
         places = np.arange(len(data.inputs))
-        for k, (letter, name) in enumerate(zip(letters, names, strict=True)):
-            x = left + k * (each + between)
+        for k, name in enumerate(names):
+            x, ink = left + k * (each + between), colour(k)
             axes = figure.axes_at(x, _BELOW, each, tall)
             axes.set_xlim(low - margin, high + margin)
             axes.set_ylim(len(places) - 0.5, -0.5)
@@ -309,11 +292,10 @@ def draw_sources(
             # A narrow panel has no room for every tick's number.
             marks = ticks(low - margin, high + margin)[:: 1 if each > 1.2 else 2]
             axes.xaxis.set_major_locator(FixedLocator(marks))
-            original = f"original {letter}"
-            axes.barh(places, data.relevance[k], 0.76, color=colour(k), alpha=0.3, label=original)
-            axes.barh(places, data.kept[k], 0.4, color=colour(k), label=f"kept {letter}")
+            axes.barh(places, data.relevance[k], 0.76, color=ink, alpha=0.3)
+            axes.barh(places, data.kept[k], 0.4, color=ink)
             axes.axvline(0, color=BLACK, linewidth=0.6)
-            end = figure.write(x, top, letter, fontsize=SIZE, weight="bold", color=colour(k))
+            end = figure.write(x, top, letter(k), fontsize=SIZE, weight="bold", color=ink)
             figure.write(end, top, "  " + name, x + each - end, fontsize=SIZE)
         label = "mean relevance for the original (pale) and the concept channel"
         figure.write_small(left + (width - left) / 2, 0.03, label, "center")

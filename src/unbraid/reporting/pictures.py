@@ -9,7 +9,7 @@ import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from unbraid.base.errors import UsageError
 from unbraid.images.broken import plain
 from unbraid.images.dataset import holder_of, picture_of, size_of
 from unbraid.images.identity import preprocessing_of
-from unbraid.networks.spec import LayerSpec, respond
+from unbraid.networks.spec import respond
 from unbraid.reporting.channel import ChannelView
 from unbraid.reporting.material import Material
 from unbraid.scanning.records import Scan
@@ -52,8 +52,7 @@ class Spot(NamedTuple):
     image: int  # its index
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """One picture as the template takes it."""
 
     uri: str
@@ -66,35 +65,23 @@ class Pictures:
     """All pictures, ready for the template."""
 
     shots: dict[int, Picture | None] | None = None  # by index; None: none at all, or not readable
-    # Where a channel responds, and where its input comes from.
-    veils: dict[Spot, tuple[str, str | None]] = field(default_factory=dict)
+    veils: dict[Spot, str] = field(default_factory=dict)  # over places without response
     features: dict[tuple[int, int | None], Picture] = field(default_factory=dict)
     note: str = ""  # why there are no veils
-
-    @property
-    def has_sources(self) -> bool:
-        """Whether any veil tells where input comes from."""
-        return any(source for _, source in self.veils.values())
 
 
 def take_pictures(
     channels: Sequence[ChannelView], material: Material, dataset: Dataset[Any] | None
 ) -> Pictures:
-    """Read and encode what is shown of channels.
-
-    Raises:
-        UsageError: the data set is not the one scanned.
-    """
+    """Read and encode what is shown of channels."""
     n_rows = sum(len(channel.rows) for channel in channels)
     side, quality = next(size for most, *size in _SIZES if n_rows <= most)
     pictures = Pictures()
-    numbers = {channel.number for channel in channels}
     made = material.features.features if material.features else ()
     for feature in reversed(made):  # the best of several comes first, and last
-        if feature.channel in numbers:
-            picture = encode(
-                feature.picture, round(_FEATURE * side), quality, feature.responses[1:]
-            )
+        if any(channel.number == feature.channel for channel in channels):
+            picture = encode(feature.picture, round(_FEATURE * side), quality)
+            picture = picture._replace(responses=feature.responses[1:])
             pictures.features[feature.channel, feature.concept] = picture
     if dataset is None:
         return pictures
@@ -113,8 +100,7 @@ def take_pictures(
         )
     elif maps is not None:
         for spot, where in find_where(maps, material.parts, spots).items():
-            source = None if where.source is None else veil(where.source)
-            pictures.veils[spot] = veil(where.answer), source
+            pictures.veils[spot] = veil(where)
     pictures.shots = dict.fromkeys(spot.image for spot in spots)
     for index in pictures.shots:
         with suppress(Exception):  # whatever a data set raises, one image is not worth the page
@@ -126,8 +112,7 @@ def take_pictures(
 def refuse_other_images(dataset: Dataset[Any], labels: Mapping[int, int]) -> None:
     """Raise if the data set is not the one scanned, for its pictures would illustrate nothing.
 
-    It must be long enough, and the first few labels be those recorded, by index. Classes may go by
-    other numbers now, as when a folder is opened without the network.
+    Classes may go by other numbers now, as when a folder is opened without the network.
     """
     differs = bool(labels) and max(labels) >= size_of(dataset)
     if not differs:
@@ -154,10 +139,7 @@ def open_picture(dataset: Dataset[Any], index: int) -> Image.Image:
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """Make a picture of an image tensor, (C, H, W) or (H, W), stretched to the full range.
-
-    Three channels are taken for red, green and blue; of any other number the mean is shown.
-    """
+    """Make a picture of a tensor, (C, H, W) or (H, W): in colour of three channels, else grey."""
     image = image.detach().cpu().float().nan_to_num()
     image = image[None] if image.dim() == 2 else image
     if image.dim() != 3 or image.numel() == 0:
@@ -170,9 +152,7 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values)
 
 
-def encode(
-    picture: Image.Image, side: int, quality: int, responses: tuple[float, ...] = ()
-) -> Picture:
+def encode(picture: Image.Image, side: int, quality: int) -> Picture:
     """Make a picture small enough for the page; a tiny one keeps every pixel."""
     small = max(picture.size) <= _SMALL
     picture = picture.copy()
@@ -182,7 +162,7 @@ def encode(
         picture.save(content, "PNG", optimize=True)
     else:
         picture.save(content, "WEBP", quality=quality)
-    return Picture(_data_uri("png" if small else "webp", content), small, responses)
+    return Picture(_data_uri("png" if small else "webp", content), small)
 
 
 def veil(shade: Tensor) -> str:
@@ -225,10 +205,6 @@ class Sight:
             return seen.resize((seen.width, max(1, round(seen.width / self.ratio))))
         return seen.resize((max(1, round(seen.height * self.ratio)), seen.height))
 
-    def to_dict(self) -> dict[str, float | None]:
-        """Return what `Sight(**values)` takes, ready for JSON."""
-        return asdict(self)
-
 
 def sight_of(dataset: Dataset[Any]) -> Sight | None:
     """Say which part of its pictures a data set hands on to a network; None if it is not said."""
@@ -255,8 +231,6 @@ def declared_sight(transform: Any) -> Sight | None:
     >>> from torchvision.transforms import v2
     >>> declared_sight(v2.Compose([v2.PILToTensor(), v2.Resize(256), v2.CenterCrop(224)]))
     Sight(width=0.875, height=0.875, ratio=1.0)
-    >>> declared_sight(v2.Resize((224, 224))), declared_sight(v2.RandomCrop(224))
-    (Sight(width=None, height=None, ratio=1.0), None)
     """
     sizes: dict[str, list[int]] = {}
     for step in getattr(transform, "transforms", [transform]):
@@ -276,71 +250,34 @@ def declared_sight(transform: Any) -> Sight | None:
     return Sight(width / resize[0], height / resize[0], width / height)
 
 
-# --- where in its reference images a channel responds, and where its input comes from -------------
-
-
-@dataclass(frozen=True, eq=False)
-class Where:
-    """What lies where in an image, in parts of the strongest place; zero where it is negative."""
-
-    answer: Tensor  # (h, w), pre-activation
-    source: Tensor | None  # (H, W), input relevance; None where it is the same up to the bias
+# --- where in its reference images a channel responds ---------------------------------------------
 
 
 def find_where(
     maps: Scan, parts: Sequence[ChannelSplit], spots: Iterable[Spot]
-) -> dict[Spot, Where]:
-    """Compute where channels respond and what feeds them, in the images that `maps` holds.
+) -> dict[Spot, Tensor]:
+    """Compute where channels respond in the images that `maps` holds.
 
-    Nothing is known without positions, or of a layer whose positions are not those of a picture.
+    Each map (h, w) is the pre-activation, where positive, in parts of the largest. Nothing is known
+    without positions, or of a layer whose positions are not those of a picture.
     """
     if not maps.positions or len(maps.layer.kernel) != 2:
         return {}
     by_channel = {part.channel: part for part in parts}
-    wanted: dict[int, dict[int, list[Spot]]] = {}
+    wanted: dict[int, list[Spot]] = {}
     for spot in spots:
         if spot.channel in by_channel:
-            wanted.setdefault(spot.image, {}).setdefault(spot.channel, []).append(spot)
-    known: dict[Spot, Where] = {}
+            wanted.setdefault(spot.image, []).append(spot)
+    known: dict[Spot, Tensor] = {}
     for records in maps.shards() if wanted else ():
         assert records.input_map is not None
         for place, index in enumerate(records.index.tolist()):
-            for channel, here in wanted.get(index, {}).items():
-                part, image = by_channel[channel], records.input_map[place].double()
-                rows = [part.weight if s.concept is None else part.rows[s.concept] for s in here]
-                found = _of_image(maps.layer, part, image, torch.stack(rows).double())
-                known |= zip(here, found, strict=True)
+            for spot in wanted.get(index, ()):
+                part = by_channel[spot.channel]
+                row = (part.weight if spot.concept is None else part.rows[spot.concept]).double()
+                image = records.input_map[place].double()
+                bias = torch.tensor([part.bias], dtype=torch.float64)
+                z = respond(maps.layer, image[None], row[None], bias, [part.channel])[0, 0]
+                positive = z.clamp(min=0)
+                known[spot] = positive / positive.max() if positive.max() > 0 else positive
     return known
-
-
-def _of_image(layer: LayerSpec, part: ChannelSplit, image: Tensor, rows: Tensor) -> list[Where]:
-    bias = torch.full((len(rows),), part.bias, dtype=torch.float64)
-    answers = respond(layer, image[None], rows, bias, [part.channel] * len(rows))[0]
-    if layer.taps_per_input == 1 and answers.shape[1:] == image.shape[1:]:
-        return [Where(_shade(answer), None) for answer in answers]
-    sources = source_maps(layer, part.channel, image, rows)
-    return [Where(_shade(a), _shade(s)) for a, s in zip(answers, sources, strict=True)]
-
-
-def source_maps(layer: LayerSpec, channel: int, image: Tensor, rows: Tensor) -> Tensor:
-    """Compute how much of each row's (R, J) summed pre-activation comes in where, (R, H, W).
-
-    It is the layer's input (C_in, H, W) times gradient, summed over input channels; over all
-    positions it adds up to the summed pre-activation without the bias.
-
-    Source:
-        METHOD.md section 2, before the sum over positions.
-    """
-    leaf = image[None].detach().requires_grad_()
-    with torch.enable_grad():
-        none = torch.zeros(len(rows), dtype=rows.dtype)
-        summed = respond(layer, leaf, rows, none, [channel] * len(rows)).flatten(2).sum(2)[0]
-        gradients = [torch.autograd.grad(one, leaf, retain_graph=True)[0][0] for one in summed]
-    return torch.stack([(image * gradient).sum(0) for gradient in gradients])
-
-
-def _shade(values: Tensor) -> Tensor:
-    """Divide by the largest value, if any is above zero."""
-    positive = values.clamp(min=0)
-    largest = positive.max()
-    return positive / largest if largest > 0 else positive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,16 +18,17 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
 from unbraid.finding.findings import Findings
 from unbraid.reporting import charts, words
+from unbraid.reporting.channel import concept_views
 from unbraid.reporting.material import Material
 from unbraid.reporting.pictures import take_pictures
-from unbraid.reporting.view import Page, build_page, shade_of
+from unbraid.reporting.view import MAX_TEXT, build_page
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import as_scanned
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-    from unbraid.finding.thresholds import Sensitivity
+    from unbraid.finding.thresholds import Cell, Sensitivity
     from unbraid.measuring.results import Evaluation
     from unbraid.splitting.splits import Split
     from unbraid.visualizing.features import Features
@@ -36,9 +38,9 @@ Item = TypeVar("Item")
 # Bytes of the file that the sections of channels and each of the two lists may have. All else on
 # the page is bounded, so it has less than 10 MB.
 SECTIONS, LIST = 7_600_000, 800_000
+_MAX_CHIPS = 26  # concepts of a channel in the list
+_MAX_WORDS = 4000  # characters of names that a channel is found by
 _HERE = Path(__file__).parent
-_FILTERS = ("number", "value", "significant", "ordinal", "percent", "isolate", "bounded")
-_CHARTS = ("draw_densities", "draw_bars", "draw_ridges", "draw_scatter", "draw_masks")
 
 
 @in_plain_modes
@@ -100,34 +102,42 @@ def report(
 def render(material: Material, *, dataset: Dataset[Any] | None, title: str | None) -> str:
     """Return the page; arguments as in `unbraid.report`."""
     page, found = build_page(material, has_images=dataset is not None, title=title), material.found
-    environment = _environment()
     pictures = take_pictures(page.channels, material, dataset)
+    environment = _environment()
     environment.globals |= {
         "page": page,
+        "material": material,
+        "found": found,
         "pictures": pictures,
         "of_clusters": found.kind == "clusters",
-        "judged": bool(page.pairs) and not found.clusters,
+        "judged": bool(found.pairs) and not found.clusters,
+        "predicted": material.scan.manifest.labels == "predicted",
+        "n_images": material.n_images,
     }
     section = environment.get_template("channel.html.j2")
-    lines: Any = environment.get_template("lines.html.j2").module
     sections = _within(SECTIONS, page.channels, lambda channel: section.render(channel=channel))
     in_full = {channel.number for channel in page.channels[: len(sections)]}
+    environment.globals["in_full"] = in_full
+    lines: Any = environment.get_template("lines.html.j2").module
+
+    def channel_line(channel: int) -> str:
+        views = concept_views(found, material.concepts[channel][:_MAX_CHIPS])
+        names = " ".join(words.isolate(name) for concept in views for name in concept.names)
+        return str(lines.channel_line(channel, views, names[:_MAX_WORDS]))
+
     # What has a section is listed in any case.
-    first = sorted(page.overview, key=lambda row: row.number not in in_full)
-    rows = _within(LIST, first, lambda row: lines.channel_line(row, in_full))
-    listed = dict(zip((row.number for row in first), rows, strict=False))
-    pairs = _within(LIST, page.pairs, lambda pair: lines.pair_line(pair, in_full))
+    first = sorted(material.concepts, key=lambda c: (c not in in_full, material.rank(c)))
+    rows = dict(zip(first, _within(LIST, first, channel_line), strict=False))
+    nearest = sorted(found.pairs, key=lambda pair: (math.isnan(pair.cosine), pair.cosine))
+    pairs = _within(LIST, nearest, lines.pair_line)
     style, script = (Markup((_HERE / n).read_text("utf-8")) for n in ("style.css", "script.js"))
+    left_out = _left_out(material, len(sections), len(rows), len(pairs))
     return environment.get_template("page.html.j2").render(
         sections=sections,
-        rows=[listed[row.number] for row in page.overview if row.number in listed],
+        rows=[rows[channel] for channel in sorted(rows, key=material.rank)],
         pairs=pairs,
-        n_uncertain=sum(map(found.uncertain, page.pairs[: len(pairs)])),
-        notes=[
-            *page.notes,
-            *filter(None, [pictures.note]),
-            *_left_out(page, len(sections), len(rows), len(pairs)),
-        ],
+        n_uncertain=sum(map(found.uncertain, nearest[: len(pairs)])),
+        notes=[*page.notes, *filter(None, [pictures.note]), *left_out],
         style=style,
         script=script,
         style_hash=_hash_of(style),
@@ -147,21 +157,21 @@ def _within(limit: int, items: Iterable[Item], write: Callable[[Item], str]) -> 
     return written
 
 
-def _left_out(page: Page, n_sections: int, n_rows: int, n_pairs: int) -> list[str]:
+def _left_out(material: Material, n_sections: int, n_rows: int, n_pairs: int) -> list[str]:
     """Say what of sections and lists is left out to keep the file small."""
     notes = []
-    if n_sections < page.n_split:
+    n_split, n_found, n_all = map(len, (material.parts, material.concepts, material.found.pairs))
+    if n_sections < n_split:
         which = f"only the {count(n_sections, 'channel')} with the lowest cosines"
         notes.append(
-            f"To keep the file small, {which if n_sections else 'none'} of {page.n_split:,} "
+            f"To keep the file small, {which if n_sections else 'none'} of {n_split:,} "
             f"{'are' if n_sections > 1 else 'is'} shown in full."
         )
-    if n_rows < page.n_found:
+    if n_rows < n_found:
         notes.append(
-            f"The list of channels has {n_rows:,} of {page.n_found:,}, those shown in full and "
-            "then those with the lowest cosines."
+            f"The list of channels has {n_rows:,} of {n_found:,}, those shown in full and then "
+            "those with the lowest cosines."
         )
-    n_all = len(page.found.pairs)
     if n_pairs < n_all:
         notes.append(
             f"The list of pairs has the {n_pairs:,} with the lowest cosines of {n_all:,}; the "
@@ -179,10 +189,19 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {name: getattr(words, name) for name in _FILTERS}
-    environment.globals |= {name: getattr(charts, name) for name in _CHARTS}
-    environment.globals |= {"count": count, "absent": words.ABSENT, "shade_of": shade_of}
+    for write in (words.number, words.significant, words.percent, words.isolate, words.bounded):
+        environment.filters[write.__name__] = write
+    for draw in (charts.draw_densities, charts.draw_bars, charts.draw_ridges, charts.draw_scatter):
+        environment.globals[draw.__name__] = draw
+    known = {"count": count, "absent": words.ABSENT, "shade_of": _shade_of, "max_text": MAX_TEXT}
+    environment.globals |= known
     return environment
+
+
+def _shade_of(counted: Sensitivity, cell: Cell) -> int:
+    """How strong the colour of a choice of thresholds is, 0 to 5, by the log of its channels."""
+    largest = max(1, *(cell.n_channels for cell in counted.cells))
+    return round(5 * math.log1p(cell.n_channels) / math.log1p(largest))
 
 
 def _hash_of(content: str) -> str:

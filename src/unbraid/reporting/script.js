@@ -17,43 +17,31 @@
   const sections = () => (details ? [...details.children] : []).filter((s) => !s.hidden);
 
   // --- search ---
-  const matches = (row, terms) => {
-    const { channel, names } = row.dataset;
-    return terms.every((t) => channel.startsWith(t.replace(/^#/, "")) || names.toLowerCase().includes(t));
-  };
   // "Channel 7" and "#7" are as good as "7".
-  const words = () => search.value.toLowerCase().split(/\s+/).filter((t) => t && !/^(#|channels?)$/.test(t));
-  // A number's own channel comes before those that begin with it.
-  const firstFound = () => sectionOf(words().join(" ").replace(/^#/, "")) ?? sections()[0];
-  const toList = () => {
-    const { top, bottom } = table.parentElement.getBoundingClientRect(); // which may scroll itself
-    const edge = tools.getBoundingClientRect().bottom;
-    if (bottom < edge + 24 || top > innerHeight) heading.scrollIntoView();
-  };
+  const words = () => search.value.toLowerCase().replaceAll(/#|\bchannels?\b/g, " ").split(/\s+/).filter(Boolean);
   const filter = () => {
     const terms = words();
-    const found = new Set(rows.filter((r) => matches(r, terms)).map((r) => r.dataset.channel));
-    for (const row of document.querySelectorAll("tr[data-channel]")) {
-      row.hidden = !found.has(row.dataset.channel);
-    }
-    for (const row of rows) {
-      const section = sectionOf(row.dataset.channel);
-      if (section) section.hidden = row.hidden;
-    }
-    count.textContent = terms.length && !found.size
-      ? "No channel matches; Esc clears"
-      : terms.length ? `${found.size} of ${rows.length}`
-      : `${rows.length} channel${rows.length === 1 ? "" : "s"}`;
+    const found = new Set(rows.map((r) => r.dataset)
+      .filter(({ channel, names }) => terms.every((t) => channel.startsWith(t) || names.toLowerCase().includes(t)))
+      .map(({ channel }) => channel));
+    for (const row of document.querySelectorAll("tr[data-channel]")) row.hidden = !found.has(row.dataset.channel);
+    for (const row of rows) sectionOf(row.dataset.channel)?.toggleAttribute("hidden", row.hidden);
+    count.textContent = found.size ? `${found.size} of ${rows.length}` : "No channel matches; Esc clears";
   };
   const clear = () => {
     search.value = "";
     filter();
   };
+  search.addEventListener("input", () => {
+    filter();
+    const { top, bottom } = table.parentElement.getBoundingClientRect(); // which may scroll itself
+    if (bottom < tools.getBoundingClientRect().bottom + 24 || top > innerHeight) heading.scrollIntoView();
+  });
 
   // --- sort ---
-  const figureOf = (cell) => (cell.dataset.value === "" ? NaN : Number(cell.dataset.value));
+  const figureOf = (cell) => parseFloat(cell.textContent.replace("−", "-").match(/-?\d[\d.e+-]*/)?.[0]);
   const compare = (a, b, sign) => {
-    if (!("value" in a.dataset)) {
+    if (!a.matches(".number, .figure")) {
       return sign * a.textContent.trim().localeCompare(b.textContent.trim(), undefined, { numeric: true });
     }
     const [x, y] = [figureOf(a), figureOf(b)];
@@ -81,83 +69,51 @@
   }
 
   // --- from channel to channel ---
-  const open = () => {
-    const channel = /^#channel-(\d+)$/.exec(location.hash)?.[1];
-    if (channel === undefined) return;
-    const row = rows.find((r) => r.dataset.channel === channel);
-    if (row?.hidden) clear();
-    const target = sectionOf(channel) ?? row; // one that is only listed has no section
+  const show = (target) => {
     if (!target) return;
     target.tabIndex = -1;
     target.focus({ preventScroll: true });
     target.scrollIntoView();
   };
-  const here = (shown) => {
-    const focused = shown.findIndex((s) => s.contains(document.activeElement));
-    if (focused >= 0) {
-      const box = shown[focused].getBoundingClientRect();
-      if (box.bottom > 0 && box.top < innerHeight) return focused;
-    }
-    const edge = tools.getBoundingClientRect().bottom + 24;
-    return shown.findLastIndex((s) => s.getBoundingClientRect().top <= edge);
+  const open = () => {
+    const channel = /^#channel-(\d+)$/.exec(location.hash)?.[1];
+    const row = rows.find((r) => r.dataset.channel === channel);
+    if (row?.hidden) clear();
+    show(channel && (sectionOf(channel) ?? row)); // one that is only listed has no section
   };
   const go = (section) => {
     if (location.hash === `#${section.id}`) open(); // no change of the address tells of it
     else location.replace(`#${section.id}`);
   };
   const step = (by) => {
+    const edge = tools.getBoundingClientRect().bottom + 24;
     const shown = sections();
-    const next = shown[Math.max(0, Math.min(shown.length - 1, here(shown) + by))];
+    const here = shown.findLastIndex((s) => s.getBoundingClientRect().top <= edge);
+    const next = shown[Math.max(0, Math.min(shown.length - 1, here + by))];
     if (next) go(next);
   };
   document.getElementById("previous").addEventListener("click", () => step(-1));
   document.getElementById("next").addEventListener("click", () => step(1));
 
   // --- keyboard ---
-  const escape = () => {
-    if (search.value) return clear();
-    heading.tabIndex = -1;
-    heading.focus({ preventScroll: true });
-    heading.scrollIntoView();
-  };
   const keys = {
     "/": () => search.focus(),
     j: () => step(1),
     k: () => step(-1),
-    ArrowRight: () => step(1),
-    ArrowLeft: () => step(-1),
-    Escape: escape,
+    Escape: () => (search.value ? clear() : show(heading)),
   };
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const arrow = event.key.startsWith("Arrow");
-    if (arrow && event.shiftKey) return; // it selects text
     if (event.target === search) {
-      if (event.key === "Enter" && sections().length) go(firstFound());
+      // A number's own channel comes before those that begin with it.
+      if (event.key === "Enter" && sections().length) go(sectionOf(words().join(" ")) ?? sections()[0]);
       if (event.key !== "Escape") return;
-    } else if (arrow && event.target.closest(".scroll, input")) {
-      return; // they scroll a wide table, or choose
     }
-    const act = keys[event.key];
-    if (!act) return;
+    if (!(event.key in keys)) return;
     event.preventDefault();
-    act();
+    keys[event.key]();
   });
 
-  // --- print: nothing folded but what only says the same once more, or in more detail ---
-  let folded = [];
-  addEventListener("beforeprint", () => {
-    folded = [...document.querySelectorAll("details:not([open], .aside)")];
-    for (const part of folded) part.open = true;
-  });
-  addEventListener("afterprint", () => {
-    for (const part of folded) part.open = false;
-  });
-
-  search.addEventListener("input", () => {
-    filter();
-    toList();
-  });
   addEventListener("hashchange", open);
   for (const part of tools.querySelectorAll(".scripted")) part.hidden = false;
   filter();

@@ -19,10 +19,8 @@ _BROAD = frozenset("mwMW@%&…\N{EM DASH}")
 def number(value: float | None, digits: int = 3) -> str:
     """Write a measure near 1 with fixed digits, a large one with fewer, an absent one as a dash.
 
-    >>> number(0.28349), number(12.31), number(152.31)
-    ('0.283', '12.3', '152')
-    >>> number(-0.5) == MINUS + "0.500", number(None) == ABSENT
-    (True, True)
+    >>> number(0.28349), number(12.31), number(152.31), number(None) == ABSENT
+    ('0.283', '12.3', '152', True)
     """
     if value is None or not math.isfinite(value):
         return ABSENT
@@ -42,24 +40,12 @@ def significant(value: float, digits: int = 3) -> str:
     """
     if not math.isfinite(value):
         return ABSENT
-    if value == 0:
-        return "0"
-    size = math.floor(math.log10(abs(value)))
+    size = math.floor(math.log10(abs(value))) if value else 0
     if not -4 <= size < 6:
         return f"{value:.{digits - 1}e}".replace("-", MINUS)
-    rounded = round(value, digits - 1 - size)
-    text = f"{rounded:.{max(0, digits - 1 - size)}f}"
+    text = f"{round(value, digits - 1 - size):.{max(0, digits - 1 - size)}f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return text.replace("-", MINUS)
-
-
-def value(figure: float | None) -> str:
-    """Write a figure for sorting by; nothing if it is absent.
-
-    >>> value(0.5), value(None), value(math.nan)
-    ('0.5', '', '')
-    """
-    return "" if figure is None or not math.isfinite(figure) else f"{figure:.9g}"
 
 
 def percent(value: float | None, digits: int = 0) -> str:
@@ -76,44 +62,16 @@ def percent(value: float | None, digits: int = 0) -> str:
     return f"{text}%".replace("-", MINUS)
 
 
-def ordinal(n: int) -> str:
-    """Write a rank.
-
-    >>> [ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 112, 1143)]
-    ['1st', '2nd', '3rd', '4th', '11th', '12th', '13th', '21st', '112th', '1,143rd']
-    """
-    teen = n % 100 in (11, 12, 13)
-    return f"{n:,}{'th' if teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"
-
-
 def letter(k: int) -> str:
-    """Short name of the k-th concept of a channel.
-
-    >>> letter(0), letter(25), letter(26)
-    ('A', 'Z', 'AA')
-    """
+    """Short name of the k-th concept of a channel: A to Z, AA, AB."""
     rest, last = divmod(k, 26)
     return (letter(rest - 1) if rest else "") + string.ascii_uppercase[last]
 
 
-def shorten(text: str, limit: int) -> str:
-    """Cut a text that is too long for its place.
-
-    >>> shorten("digital clock", 20), shorten("digital clock", 9)
-    ('digital clock', 'digital …')
-    """
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
 def bounded(name: str, limit: int = LONGEST) -> str:
-    r"""Cut a name that nobody would read to the end; it may have any number of characters.
-
-    >>> len(bounded(100_000 * "x")), bounded("clock")
-    (200, 'clock')
-    >>> bounded("clo\u2069ck")
-    'clo\ufffdck'
-    """
-    return shorten(name, limit).translate(_ISOLATES)
+    """Cut a name that nobody would read to the end; it may have any number of characters."""
+    text = name if len(name) <= limit else name[: limit - 1] + "…"
+    return text.translate(_ISOLATES)
 
 
 def isolate(name: str) -> str:
@@ -123,22 +81,14 @@ def isolate(name: str) -> str:
 
 
 def first_few(names: Sequence[str], limit: int = 3) -> tuple[Sequence[str], str]:
-    """Divide names into those to show and a word on the rest.
-
-    >>> first_few(["a", "b", "c", "d"]), first_few(["a", "b", "c", "d", "e"])
-    ((['a', 'b', 'c', 'd'], ''), (['a', 'b', 'c'], ' and 2 more'))
-    """
+    """Divide names into those to show and a word on the rest, which are two at least."""
     if len(names) <= limit + 1:
         return names, ""
     return names[:limit], f" and {len(names) - limit} more"
 
 
 def ems(words: str) -> float:
-    """Estimate how wide words are, in font sizes; of most fonts rather too much.
-
-    >>> round(ems("Ankle boot"), 2), round(ems("WWW"), 2), round(ems("時計"), 2)
-    (6.02, 3.06, 2.2)
-    """
+    """Estimate how wide words are, in font sizes; of most fonts rather too much."""
     return sum(map(_em, words))
 
 
@@ -154,28 +104,15 @@ def _em(character: str) -> float:
     return 0.8 if character.isupper() else 0.66
 
 
-def cut(words: str, width: float) -> str:
-    """Shorten words to a width in font sizes.
-
-    >>> cut("Ankle boot", 6.1), cut("Ankle boot", 5)
-    ('Ankle boot', 'Ankle…')
-    """
-    if ems(words) <= width:
-        return words
-    used = ems("…")
-    for n, character in enumerate(words):
-        used += _em(character)
-        if used > width:
-            return words[:n].rstrip() + "…"
-    return words
-
-
 def listed(names: Sequence[str], width: float) -> str:
     """List names in a width in font sizes; each keeps its own writing direction."""
     shown: list[str] = []
     for name in names:
-        left = width - ems("".join(f"{one}, " for one in shown))
-        if shown and left < 4:
-            return ", ".join(map(isolate, shown)) + ", …"
-        shown.append(cut(name, left))
-    return ", ".join(map(isolate, shown))
+        if shown and width < 4:
+            return ", ".join([*shown, "…"])
+        text = name
+        while ems(text) > width:
+            text = text.removesuffix("…")[:-1].rstrip() + "…"
+        shown.append(isolate(text))
+        width -= ems(f"{text}, ")
+    return ", ".join(shown)
