@@ -110,7 +110,7 @@ class _List(list[Any]):
 
 
 def _read(path: Path) -> tuple[Any, bool]:
-    """Read a file by what it is, whatever its name; also say if it has objects that are not made."""
+    """Read a file by what it is, whatever its name; also say if it has objects, never made."""
     try:
         return _load(path)
     except pickle.UnpicklingError:
