@@ -58,17 +58,16 @@ class _Picking:
         return str(getattr(self.pick, "__qualname__", self.pick))
 
     def __call__(self, _model: nn.Module, _args: Any, output: Any) -> Tensor:
-        lacking: tuple[type[Exception], ...] = (KeyError, IndexError)
-        if not callable(self.pick):  # whose other errors are its own
-            lacking += (TypeError, AttributeError)
+        if callable(self.pick):
+            return self.pick(output)
         try:
-            part: Tensor = self.pick(output) if callable(self.pick) else _part_of(output, self.pick)
-        except lacking:
+            part: Tensor = _part_of(output, self.pick)
+        except (KeyError, IndexError, TypeError, AttributeError):
             raise ModelError(
                 f"The network's output has no {self.pick!r} to take logits from; it is "
                 f"{_describe(output)}; {_advice(output)}."
             ) from None
-        if not callable(self.pick) and not _is_logits(_called_logits(part)):
+        if not _is_logits(_called_logits(part)):
             raise ModelError(
                 f"Part {self.pick!r} of the network's output is {_describe(part)}, not logits of "
                 f"shape (images, classes); {_advice(output)}."
@@ -96,14 +95,10 @@ def _part_of(output: Any, pick: str | int) -> Any:
 
 
 def as_logits(output: Any, n_images: int | None = None) -> Tensor:
-    """Bring a network's output to logits (N, T).
+    """Bring a network's output to logits (N, T); ModelError if it is not plain which they are.
 
-    What is called "logits" in it is taken, and the one tensor of a list. A single logit z, (N,) or
-    (N, 1), tells two classes apart; it becomes the two logits -z and z. Of one image alone (where
-    `n_images` is 1) a network may leave N out: (T,), or () for a single logit.
-
-    Raises:
-        ModelError: there are no logits, or it is not plain which they are.
+    A single logit z, (N,) or (N, 1), becomes the two logits -z and z. Of one image alone a network
+    may leave N out: (T,), or () for a single logit.
     """
     logits = _called_logits(output)
     if isinstance(logits, Tensor) and n_images == 1 and logits.dim() < 2:
@@ -189,13 +184,7 @@ def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
 
 
 def run_network(model: nn.Module, images: Tensor) -> Tensor:
-    """Compute logits, (N, T).
-
-    The network gets a copy of the images, as it may write into it, in its weights' number format.
-
-    Raises:
-        ModelError: the network cannot run on such images, or gives something else.
-    """
+    """Compute logits, (N, T), from a copy of images in the weights' number format."""
     try:
         with callers_device():
             output = model(images.to(number_format(model, images), copy=True))
