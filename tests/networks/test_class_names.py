@@ -17,11 +17,11 @@ from torch import nn
 
 import unbraid
 from tiny_networks import SyntheticImages, build
-from unbraid.base.errors import DataError, UsageError
+from unbraid.base.errors import DataError
 from unbraid.images.labels import AS_GIVEN, Reading, show_names
 from unbraid.images.open import images_for
 from unbraid.networks.class_names import imagenet_classes, read_names
-from unbraid.networks.models import LoadedModel, load_model
+from unbraid.networks.models import LoadedModel
 from unbraid.running.run import validation_images
 
 INDEX = {"0": ["n02012849", "crane"], "1": ["n03126707", "crane"], "2": ["n01440764", "tench"]}
@@ -219,20 +219,6 @@ def test_a_report_finds_its_images_again_whatever_they_are_called(classes, names
     assert again.classes == images.classes
     pairs = set(zip(again.targets, images.targets, strict=True))
     assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) == 2
-
-
-@pytest.mark.parametrize(
-    ("names", "taken"),
-    [('("a", "b")', ("a", "b")), ('{1: "b", 0: "a"}', ("a", "b")), ("range(2)", ("0", "1"))],
-)
-def test_output_names_of_a_function_are_taken_in_order(names, taken, tmp_path):
-    path = tmp_path / "net.py"
-    path.write_text(f"import torch\ndef net(): return torch.nn.Identity(), None, {names}\n")
-    assert load_model(f"{path}:net", device="cpu").class_names == taken
-    for wrong in ('"ab"', '{"a": 0}', '{"a", "b"}', "3"):
-        path.write_text(f"import torch\ndef net(): return torch.nn.Identity(), None, {wrong}\n")
-        with pytest.raises(UsageError, match="for output names; give a list of texts"):
-            load_model(f"{path}:net", device="cpu")
 
 
 def test_names_that_count_outputs_from_1_are_told(tmp_path):

@@ -208,27 +208,20 @@ def _choose(sets: dict[Name, _Set], own: Mapping[str, Any], path: Path) -> tuple
     fitting = list(found.values())
     if not fitting:  # a network may know older names of its own
         return max(sets.items(), key=lambda item: len(item[1]), default=((), {}))
-    trained = [prefix for prefix in fitting if not _is_copy(prefix)]
     if len(fitting) == 1:
-        trained = fitting
-    elif len(trained) != 1:
+        return fitting[0], sets[fitting[0]]
+    words = {prefix: re.split("[^a-z]+", ".".join(prefix).lower()) for prefix in fitting}
+    trained = [prefix for prefix in fitting if _COPIES.isdisjoint(words[prefix])]
+    several = f"{path} holds several state dicts that fit the network"
+    if len(trained) != 1:
         raise ModelError(
-            f"{path} holds several state dicts that fit the network, under "
-            f"{_listed(map(_text, fitting))}; save alone the one that is meant."
+            f"{several}, under {_listed(map(_text, fitting))}; save alone the one that is meant."
         )
-    else:
-        others = _listed(_text(prefix) for prefix in fitting if prefix != trained[0])
-        warnings.warn(
-            f"{path} holds several state dicts that fit the network; the one under "
-            f"{_text(trained[0])} is taken, not {others}.",
-            stacklevel=3,
-        )
+    others = _listed(_text(prefix) for prefix in fitting if prefix != trained[0])
+    warnings.warn(
+        f"{several}; the one under {_text(trained[0])} is taken, not {others}.", stacklevel=3
+    )
     return trained[0], sets[trained[0]]
-
-
-def _is_copy(prefix: Name) -> bool:
-    """Whether it names an average or the like, kept beside the weights that were trained."""
-    return not _COPIES.isdisjoint(re.split("[^a-z]+", ".".join(prefix).lower()))
 
 
 def _completed(taken: _Set, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,13 +241,12 @@ def _completed(taken: _Set, own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _misshapen(values: Mapping[str, Tensor], own: Mapping[str, Any]) -> list[str]:
     """Names of tensors that have another shape in the network."""
-
-    def fits(value: Tensor, mine: Any) -> bool:
-        if not isinstance(mine, Tensor) or is_lazy(mine):
-            return True
-        return value.shape == mine.shape or (value.shape == (1,) and mine.dim() == 0)  # as once
-
-    return [name for name in values if name in own and not fits(values[name], own[name])]
+    known = {name: own[name] for name in values if isinstance(own.get(name), Tensor)}
+    return [
+        name
+        for name, mine in known.items()
+        if not is_lazy(mine) and values[name].shape not in (mine.shape, mine.shape or (1,))
+    ]
 
 
 # Refusing
@@ -278,15 +270,10 @@ def _misfit(
     missing = [name for name in own if name not in values]
     extra = [name for name in values if name not in own]
     others = _misshapen(values, own)
-    shapes = [(tuple(values[name].shape), tuple(own[name].shape)) for name in others]
-    shown = _listed(f"{_cut(n)} is {a}, not {b}" for n, (a, b) in zip(others, shapes, strict=True))
-    heads = {(a[:1], b[:1]) for a, b in shapes if a and b and a[1:] == b[1:]}
-    if not missing and not extra and len(heads) == 1 and all(a[1:] == b[1:] for a, b in shapes):
-        (((n,), (n_own,)),) = heads
-        return ModelError(
-            f"Weights {path} are of a network with {n} classes, this one has {n_own} ({shown}); "
-            f"give --model FILE.py:FUNCTION, where FUNCTION builds it with {n}."
-        )
+    shown = _listed(
+        f"{_cut(name)} is {tuple(values[name].shape)}, not {tuple(own[name].shape)}"
+        for name in others
+    )
     reasons = []
     if missing:
         reasons.append(f"the file lacks {len(missing)} of {len(own)} tensors ({_listed(missing)})")
@@ -294,8 +281,7 @@ def _misfit(
         reasons.append(f"the network has no place for {len(extra)} ({_listed(extra)})")
     if others:
         reasons.append(f"{len(others)} have another shape ({shown})")
-    if missing and keys:
-        reasons.append(keys)
+    reasons += [keys] if missing and keys else []
     return ModelError(
         f"Weights {path} do not fit the network: {'; '.join(reasons) or brief(error)}; give "
         "--model FILE.py:FUNCTION, where FUNCTION builds the network that they are of."

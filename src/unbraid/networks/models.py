@@ -226,14 +226,13 @@ def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[st
         raise UsageError(f"{path} cannot be run ({type(error).__name__}: {error}).") from error
     build = getattr(module, function, None)
     if not callable(build):
-        hint = nearest(function, vars(module))
-        raise UsageError(f"{path} has no function {function!r}.{hint}")
+        raise UsageError(f"{path} has no function {function!r}.{nearest(function, vars(module))}")
     try:
         made = build()
     except Exception as error:
+        what = f"{type(error).__name__}: {error}"
         raise UsageError(
-            f"{path}:{function} fails ({type(error).__name__}: {error}); it is called without "
-            "arguments."
+            f"{path}:{function} fails ({what}); it is called without arguments."
         ) from error
     parts = list(made) if isinstance(made, tuple) else [made]
     if not isinstance(parts[0], nn.Module) or len(parts) > 3:

@@ -20,9 +20,7 @@ Pick = str | int | Callable[[Any], Tensor]
 
 @in_plain_modes
 def with_logits(model: nn.Module, pick: Pick) -> nn.Module:
-    """Return a network that puts out a part of what the given one does: the logits.
-
-    It shares layers, names of layers and weights with the given one, which is not changed.
+    """Return a network that puts out the logits alone, with the same layers and weights.
 
     Args:
         model: a network whose output holds logits, (N, T), among other things.
@@ -143,33 +141,22 @@ def _advice(output: Any) -> str:
     return f"say where they are: {choices}, or in Python by unbraid.with_logits"
 
 
-def _named_parts(output: Any) -> list[tuple[Any, Any]]:
-    """What an output is made of, by key, number or attribute."""
-    if isinstance(output, Mapping):
-        return list(output.items())
-    if isinstance(output, (tuple, list)):
-        return list(enumerate(output))
-    return [] if isinstance(output, Tensor) else list(getattr(output, "__dict__", {}).items())
-
-
 def _parts(output: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
-    """All that `_part_of` can take out of an output, by name."""
-    for name, value in _named_parts(output) if depth else ():
+    """All that `_part_of` can take out of an output, by key, number or attribute."""
+    if isinstance(output, (tuple, list)):
+        output = dict(enumerate(output))
+    elif not isinstance(output, (Mapping, Tensor)):
+        output = getattr(output, "__dict__", {})
+    for name, value in output.items() if depth and isinstance(output, Mapping) else ():
         yield str(name), value
         for inner, part in _parts(value, depth - 1):
             yield f"{name}.{inner}", part
 
 
 def _describe(output: Any) -> str:
-    """Tell what a network puts out, in a few words."""
     if isinstance(output, Tensor):
         return f"a tensor {tuple(output.shape)}"
-    kind = f"a {type(output).__name__}"
-    if not isinstance(output, (Mapping, tuple, list)) or not output:
-        return kind
-    keys = isinstance(output, Mapping)
-    parts = [f"{k!r}: {_describe(v)}" if keys else _describe(v) for k, v in _named_parts(output)]
-    return f"{kind} ({', '.join(parts[:5])})"
+    return f"a {type(output).__name__}"
 
 
 def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
