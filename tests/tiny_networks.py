@@ -193,7 +193,6 @@ KINDS: dict[str, Callable[[], nn.Sequential]] = {
     "stride": lambda: around(nn.Conv2d(6, 8, 3, stride=2, bias=False)),
     "uneven": lambda: around(nn.Conv2d(6, 8, (3, 2), stride=(2, 3), padding=(2, 1))),
     "same": lambda: around(nn.Conv2d(6, 8, (4, 3), padding="same", dilation=(1, 2))),
-    "valid": lambda: around(nn.Conv2d(6, 8, 2, padding="valid")),
     "dilation": lambda: around(nn.Conv2d(6, 8, 3, padding=1, dilation=(2, 1))),
     "reflect": lambda: around(nn.Conv2d(6, 8, 3, padding=(2, 1), padding_mode="reflect")),
     "circular": lambda: around(

@@ -108,23 +108,22 @@ def _refuse_lone(
         )
 
 
-def refuse_unsteady(model: nn.Module, images: Tensor, tolerance: float | None = None) -> Tensor:
+def refuse_unsteady(model: nn.Module, images: Tensor) -> Tensor:
     """Raise ModelError if an undisturbed network gives other logits of the same images later.
 
-    `images` (N, C, H, W) are on its device; differences up to `tolerance` pass, by default
-    rounding. Returns the logits, (N, T).
+    `images` (N, C, H, W) are on its device. Returns the logits, (N, T).
     """
     with same_random():
         at = _random_state()
         first = _run(model, images)
         draws = _random_state() != at
-        same = partial(_same, first, tolerance)
+        allowed = 16 * torch.finfo(first.dtype).eps
         with restored(model, wholly=True):
             # Of which it may keep something.
             run_network(model, (images.flip(-1) / 2).to(images.dtype))
-            steady = same(run_network(model, images).detach())
+            steady = not _differ(first, run_network(model, images).detach(), allowed)
         for _ in range(_REPEATS if draws else int(not steady)):
-            if not same(_run(model, images)):
+            if _differ(first, _run(model, images), allowed):
                 raise ModelError(
                     "The network gives other outputs each time it runs on the same images, also in "
                     "eval mode; switch off what is random in it, such as a functional dropout "
@@ -136,12 +135,6 @@ def refuse_unsteady(model: nn.Module, images: Tensor, tolerance: float | None = 
                 "nothing of them, in buffers or elsewhere, in eval mode."
             )
     return first
-
-
-def _same(one: Tensor, tolerance: float | None, other: Tensor) -> bool:
-    if tolerance is None:
-        return not _differ(one, other, 16 * torch.finfo(one.dtype).eps)
-    return one.shape == other.shape and bool(((one - other).abs().nan_to_num() <= tolerance).all())
 
 
 def _random_state() -> tuple[bytes, ...]:
