@@ -200,14 +200,14 @@ SOUND: Makers = {
 }
 TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "lone": (lambda: Small(_lone_refused), r"not on one image \(give two or more\)"),
-    "quantised": (quantised, "does not reach the logits .*a quantised part"),
+    "quantised": (quantised, "depend on the other images"),  # a scale is taken from the batch
     "detached": (lambda: Small(lambda _, x: x.detach()), "a forward pass that detaches"),
     "meta": (
         lambda: Small(lambda net, x: net.late(x), late=nn.Linear(8, 8, device="meta")),
-        r"'late.weight' is on the meta device",
+        "cannot run on images .*meta",
     ),
     "meta stem": (stem_without_numbers, "A Conv2d of the network is on the meta device"),
-    "mapped": (Mapped, r"inside of torch\.vmap"),
+    "mapped": (Mapped, "cannot run on images .*functorch transform"),
     "lazy": (lambda: Small(lambda net, x: net.late(x), late=nn.LazyLinear(8)), "run it once"),
     "built": (lambda: Small(_built), "run it once"),
     "lost dimension": (Loses, "meets a single image as"),

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 import unbraid
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import ModelError, OutputChangedError, UnbraidError
-from unsteady import MIXING, RANDOM, REFUSED, SOUND, Ends, Small, of_inference_mode
+from unsteady import MIXING, RANDOM, REFUSED, SOUND, Ends, Small, of_inference_mode, quantised
 
 
 def images(n: int = 17) -> SyntheticImages:
@@ -76,6 +76,11 @@ def test_scan_of_network_that_cannot_be_scanned_says_why(name, tmp_path):
 def test_scan_of_one_image_network_takes_batches_of_one(tmp_path):
     network = MIXING["mean"]()
     assert len(unbraid.scan(network, "layer", images(3), tmp_path, batch_size=1).labels_seen()) == 3
+
+
+def test_scan_of_quantised_head_finds_no_gradient(tmp_path):
+    with pytest.raises(UnbraidError, match=r"does not reach the logits .*a quantised part"):
+        unbraid.scan(quantised(), "layer", images(3), tmp_path, batch_size=1)
 
 
 def test_scan_of_fixed_batch_size_takes_full_batches(tmp_path):

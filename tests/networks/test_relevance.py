@@ -69,27 +69,16 @@ def test_input_relevance_is_input_times_gradient_of_the_summed_channel(network):
     assert_input_relevance(found, truth_of(network, IMAGES))
 
 
-def test_cut_at_changes_no_logit_and_keeps_no_graph_in_front(network):
-    expected = network(IMAGES.images)
+def test_cut_at_keeps_input_and_output_as_the_layer_meets_them_and_no_graph_in_front(network):
+    expected, x = network(IMAGES.images), layer_input(network, IMAGES.images)
+    z = network.layer(x)  # before an activation in place
     with undisturbed(network), cut_at(network.layer, torch.clone) as cut:
         assert torch.equal(network(IMAGES.images), expected)
     assert cut.outputs[0].is_leaf
     assert not cut.inputs[0].requires_grad
-
-
-def test_cut_at_keeps_input_and_output_before_the_in_place_activation():
-    network = build("3x3")
-    x = layer_input(network, IMAGES.images)
-    expected = network.layer(x).detach()
-    assert expected.min() < 0  # else an activation could not be told
-    with undisturbed(network), cut_at(network.layer, torch.clone) as cut:
-        network(IMAGES.images)
-    assert torch.equal(cut.outputs[0], expected)
+    assert torch.equal(cut.outputs[0], z)
     assert torch.equal(cut.inputs[0], x)
-
-
-def test_shares_of_an_image_without_positive_relevance_are_zero():
-    assert torch.equal(shares(torch.tensor([[-1.0, 0.0, -2.0]])), torch.zeros(1, 3))
+    assert z.min() < 0  # else an activation could not be told
 
 
 def raises(images: torch.Tensor) -> torch.Tensor:

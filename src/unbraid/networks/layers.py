@@ -77,9 +77,9 @@ def layer_names(
         if is_pattern(model, layer):
             known = [spec.name for spec in usable()]
             # A network may have a part of a wrapper's name itself.
-            patterns = (str(layer), unwrapped_name(str(layer)))
-            fits = ([name for name in known if fnmatchcase(name, one)] for one in patterns)
-            fitting = next(filter(None, fits), [])
+            fitting: list[str] = []
+            for pattern in (str(layer), unwrapped_name(str(layer))):
+                fitting = fitting or [name for name in known if fnmatchcase(name, pattern)]
             if not fitting:
                 raise LayerError(
                     f"No layer that can be split fits {layer!r}; `unbraid layers` lists them."

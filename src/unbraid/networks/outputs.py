@@ -180,13 +180,10 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
     except Exception as error:  # of a network of anyone's own
         if memory_full(error):
             raise OutOfMemory("The device is out of memory; lower batch_size.") from None
-        lacking = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
-        if lacking and "meta" in str(error):
-            raise ModelError(
-                f"The network's {lacking!r} is on the meta device, so holds no numbers; load the "
-                "weights first."
-            ) from None
-        raise ModelError(_why(error, images)) from error
+        raise ModelError(
+            f"The network cannot run on images of shape {tuple(images.shape[1:])} and "
+            f"{images.dtype} ({brief(error)}); check size, channels and type of the images."
+        ) from error
     logits = as_logits(output, len(images))
     if logits.is_meta:
         raise ModelError("The network's weights are on the meta device; load weights first.")
@@ -196,34 +193,6 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
             "that it gives one for each."
         )
     return logits
-
-
-_REASONS = {  # by what torch says
-    "more than 1 value per channel": (
-        "The network normalises by the statistics of its batch, also in eval mode, and one image "
-        "has none; let its norms use running statistics."
-    ),
-    "functorch transform": (
-        "The network runs the layer inside of torch.vmap or another of torch.func's transforms, "
-        "where it cannot be looked into; let it run the layer on all images at once, or choose a "
-        "layer outside."
-    ),
-}
-
-
-def _why(error: Exception, images: Tensor) -> str:
-    """Say why a network cannot run, and what to do."""
-    for words, reason in _REASONS.items():
-        if words in str(error):
-            return reason
-    advice = "check size and channels of the images"
-    if not images.is_floating_point():
-        kind = str(images.dtype).removeprefix("torch.")
-        advice += f", and that the network takes {kind} where a transform usually makes floats"
-    return (
-        f"The network cannot run on images of shape {tuple(images.shape[1:])} "
-        f"({brief(error)}); {advice}."
-    )
 
 
 def count_outputs(model: nn.Module, image: Tensor) -> int:

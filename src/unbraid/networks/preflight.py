@@ -22,7 +22,6 @@ from torch.nn.parameter import is_lazy
 from unbraid.base.errors import LayerError, ModelError, OutOfMemory, brief
 from unbraid.base.modes import restored, same_random
 from unbraid.networks.outputs import run_network
-from unbraid.networks.relevance import is_quantised
 from unbraid.networks.spec import LayerSpec
 
 _MOST = 4  # images to look at
@@ -152,8 +151,6 @@ def _rounding(model: nn.Module, logits: Tensor) -> float:
     weights = (p for p in model.parameters() if not is_lazy(p) and p.is_floating_point())
     formats = {logits.dtype, *(weight.dtype for weight in weights)}
     coarsest: float = max(torch.finfo(one).eps for one in formats)
-    if any(map(is_quantised, model.modules())):  # with a scale that it may take from the batch
-        coarsest = max(coarsest, 2**-7)
     return math.sqrt(coarsest)
 
 

@@ -123,11 +123,6 @@ def _no_reentrant_checkpoints() -> Iterator[None]:
         CheckpointFunction.apply = before
 
 
-def is_quantised(module: nn.Module) -> bool:
-    """Whether a part computes with a few whole numbers, which has no gradient."""
-    return ".quantized" in type(module).__module__
-
-
 def output_relevance(
     name: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> list[Tensor]:
