@@ -65,6 +65,7 @@ def test_load_model_with_random_weights_needs_no_download(spec: str) -> None:
         ("resnet50", None, "torchvision:NAME"),
         ("missing.py:build", None, "no file missing.py"),
         ("OWN:build", "some", "no weights file some"),
+        ("OWN:build", None, "Device 'nonsense'"),
         ("OWN:biuld", None, "Did you mean build"),
         ("OWN:nothing", None, "must return a network"),
         ("OWN:many", None, "must return a network"),
@@ -76,12 +77,7 @@ def test_load_model_of_an_unknown_name_says_what_there_is(
     spec: str, weights: str | None, hint: str, own: Path
 ) -> None:
     with pytest.raises(UsageError, match=hint):
-        load_model(spec.replace("OWN", str(own)), weights, "cpu")
-
-
-def test_load_model_for_a_device_that_is_not_there_is_refused(own: Path) -> None:
-    with pytest.raises(UsageError, match="Device 'nonsense'"):
-        load_model(f"{own}:build", device="nonsense")
+        load_model(spec.replace("OWN", str(own)), weights, "nonsense")
 
 
 def test_load_model_without_a_connection_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
