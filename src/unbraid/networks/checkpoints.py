@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from unbraid.base.errors import ModelError, brief
+from unbraid.base.tables import one_line
 
 _ZIP = b"PK\x03\x04"  # how files of today's format begin
 _PICKLE = b"\x80"  # how files of the format before do
@@ -33,7 +34,6 @@ _HOLDERS = (Mapping, list, tuple)
 _MOST_PARTS = 64  # of a name
 _NEVER = "Python code or objects, which are never loaded; save the state dict alone, as safetensors"
 _N_NAMED = 3
-_LENGTH = 80  # characters of a name in a message
 
 Name = tuple[str, ...]  # the parts between dots
 
@@ -257,9 +257,10 @@ def _refuse_other_numbers(path: Path, state: Mapping[str, Tensor], model: nn.Mod
     for name, own in model.named_parameters():
         value = state.get(name, own)
         if own.is_floating_point() and not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
             raise ModelError(
-                f"{path} holds {_cut(name)} as {str(value.dtype).removeprefix('torch.')}, which "
-                "are no real weights; save them as floating-point numbers, dequantised if need be."
+                f"{path} holds {one_line(name)} as {kind}, which are no real weights; save them as "
+                "floating-point numbers, dequantised if need be."
             )
 
 
@@ -271,7 +272,7 @@ def _misfit(
     extra = [name for name in values if name not in own]
     others = _misshapen(values, own)
     shown = _listed(
-        f"{_cut(name)} is {tuple(values[name].shape)}, not {tuple(own[name].shape)}"
+        f"{one_line(name)} is {tuple(values[name].shape)}, not {tuple(own[name].shape)}"
         for name in others
     )
     reasons = []
@@ -295,9 +296,4 @@ def _text(prefix: Name) -> str:
 def _listed(names: Iterable[str]) -> str:
     names = list(names)
     more = [f"and {len(names) - _N_NAMED} more"] if len(names) > _N_NAMED else []
-    return ", ".join([*map(_cut, names[:_N_NAMED]), *more])
-
-
-def _cut(name: str) -> str:
-    short = " ".join(name[:_LENGTH].split())
-    return short if len(name) <= _LENGTH else f"{short}..."
+    return ", ".join([*map(one_line, names[:_N_NAMED]), *more])

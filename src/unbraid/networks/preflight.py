@@ -113,9 +113,9 @@ def refuse_unsteady(model: nn.Module, images: Tensor) -> Tensor:
     `images` (N, C, H, W) are on its device. Returns the logits, (N, T).
     """
     with same_random():
-        at = _random_state()
+        before = _next_random(images.device)
         first = _run(model, images)
-        draws = _random_state() != at
+        draws = _next_random(images.device) != before
         allowed = 16 * torch.finfo(first.dtype).eps
         with restored(model, wholly=True):
             # Of which it may keep something.
@@ -136,14 +136,11 @@ def refuse_unsteady(model: nn.Module, images: Tensor) -> Tensor:
     return first
 
 
-def _random_state() -> tuple[bytes, ...]:
-    """Where the random numbers are that a network may draw."""
-    own: Any = np.random.get_state()
-    states = [torch.get_rng_state().numpy().tobytes(), repr(random.getstate()).encode()]
-    states.append(own[1].tobytes() + repr(own[2:]).encode())
-    if torch.cuda.is_initialized():
-        states += [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
-    return tuple(states)
+def _next_random(device: torch.device) -> tuple[float, ...]:
+    """The random numbers that would come next, of all kinds that a network may draw."""
+    with same_random():
+        drawn = [torch.rand((), dtype=torch.float32, device=d).item() for d in ("cpu", device)]
+        return *drawn, random.random(), np.random.rand()
 
 
 def _rounding(model: nn.Module, logits: Tensor) -> float:
