@@ -54,11 +54,9 @@ def relevance_of(network: nn.Module) -> torch.Tensor:
 
 
 def test_relevance_is_gradient_times_activation_of_each_images_own_class(network):
-    assert_relevance(relevance_of(network), truth_of(network, IMAGES))
-
-
-def test_shares_divide_by_the_positive_relevance_of_the_image(network):
-    assert_shares(shares(relevance_of(network)), truth_of(network, IMAGES))
+    found, truth = relevance_of(network), truth_of(network, IMAGES)
+    assert_relevance(found, truth)
+    assert_shares(shares(found), truth)
 
 
 def test_input_relevance_is_input_times_gradient_of_the_summed_channel(network):

@@ -86,9 +86,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         )
 
 
-# Reading
-
-
 class _Object:
     """Stands for a class: makes an empty Counter, whatever it is given.
 
@@ -178,9 +175,6 @@ def _walk(content: Any) -> Iterator[_Found]:
                 queue.append((name, value))
 
 
-# Choosing
-
-
 def _sets(tensors: Sequence[_Found], own: Iterable[str]) -> dict[Name, _Set]:
     """A file's tensors that have a network's names, by what stands before these.
 
@@ -247,9 +241,6 @@ def _misshapen(values: Mapping[str, Tensor], own: Mapping[str, Any]) -> list[str
         for name, mine in known.items()
         if not is_lazy(mine) and values[name].shape not in (mine.shape, mine.shape or (1,))
     ]
-
-
-# Refusing
 
 
 def _refuse_other_numbers(path: Path, state: Mapping[str, Tensor], model: nn.Module) -> None:

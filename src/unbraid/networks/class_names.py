@@ -31,8 +31,6 @@ _HIGHEST = 1_000_000  # of an output's number
 _NUMBERED_LINE = re.compile(r"\d+\s*[\s,;:|]\s*\S", re.ASCII)
 _KEYS = {"id", "wnid", "synset", "folder", "class", "number", "label", "index", "output", "key"}
 
-# ImageNet-1k's classes
-
 
 @cache
 def imagenet_classes() -> dict[str, str]:
@@ -64,9 +62,6 @@ def output_names(model: nn.Module) -> tuple[str, ...]:
         return tuple(map(str, names))
     made_for_imagenet = n == N_IMAGENET == config.get("num_classes")
     return tuple(imagenet_classes().values()) if made_for_imagenet else ()
-
-
-# How names of classes are written: numbers, WordNet ids, and words in any form
 
 
 def number_in(name: str) -> int | None:
@@ -171,9 +166,6 @@ def meanings(name: str) -> list[str]:
         return [behind[1]] if behind else []
     known = imagenet_classes().get(found[1].lower())
     return [one for one in (found[1].lower(), known, found[2]) if one]
-
-
-# Names from a file
 
 
 @dataclass(frozen=True)

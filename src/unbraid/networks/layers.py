@@ -33,8 +33,6 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FUNCTIONS: set[Callable[..., Any]] = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 
-# Which layers are meant
-
 
 def resolve_layer(model: nn.Module, layer: LayerName) -> tuple[str, nn.Module]:
     """Find a layer by its name, with or without those of wrappers, or the name of a module.
@@ -102,9 +100,6 @@ def is_pattern(model: nn.Module, layer: LayerName) -> bool:
     if not isinstance(layer, str) or not any(sign in layer for sign in "*?["):
         return False
     return layer not in dict(model.named_modules(remove_duplicate=False))
-
-
-# What a module computes
 
 
 def why_not(module: nn.Module) -> str | None:
