@@ -424,7 +424,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         lambda: Wrapped(lambda logits: {"out": logits}),
         WRAPPED,
         ModelError,
-        r"output is a dict \('out': a tensor \(1, 4\)\), not logits",
+        "output is a dict, not logits",
     ),
     "map": (
         lambda: Wrapped(lambda logits: logits[:, :, None]),
@@ -436,7 +436,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         lambda: Wrapped(lambda logits: (logits, None)),
         WRAPPED,
         ModelError,
-        r"output is a tuple \(.*\), not logits",
+        "output is a tuple, not logits",
     ),
     "spare": (
         lambda: Wrapped(spare=nn.Linear(4, 4)),
