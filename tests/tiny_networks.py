@@ -186,13 +186,6 @@ class PadsSame(nn.Conv2d):
         return super().forward(nn.functional.pad(x, pads))
 
 
-class PadsUnevenly(nn.Conv2d):
-    """Pads on its own, and once more as it was told to."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(nn.functional.pad(x, (0, 2, 1, 0)))
-
-
 KINDS: dict[str, Callable[[], nn.Sequential]] = {
     "1x1": lambda: around(nn.Conv2d(6, 8, 1)),
     "3x3": lambda: around(nn.Conv2d(6, 8, 3)),
@@ -200,7 +193,6 @@ KINDS: dict[str, Callable[[], nn.Sequential]] = {
     "stride": lambda: around(nn.Conv2d(6, 8, 3, stride=2, bias=False)),
     "uneven": lambda: around(nn.Conv2d(6, 8, (3, 2), stride=(2, 3), padding=(2, 1))),
     "same": lambda: around(nn.Conv2d(6, 8, (4, 3), padding="same", dilation=(1, 2))),
-    "valid": lambda: around(nn.Conv2d(6, 8, 2, padding="valid")),
     "dilation": lambda: around(nn.Conv2d(6, 8, 3, padding=1, dilation=(2, 1))),
     "reflect": lambda: around(nn.Conv2d(6, 8, 3, padding=(2, 1), padding_mode="reflect")),
     "circular": lambda: around(
@@ -218,7 +210,6 @@ KINDS: dict[str, Callable[[], nn.Sequential]] = {
     "tokens": lambda: _linear_on_tokens(grid=False),
     "grid of tokens": lambda: _linear_on_tokens(grid=True),
     "pads by size": lambda: around(PadsSame(6, 8, (3, 5), stride=(2, 3), groups=2)),
-    "pads unevenly": lambda: around(PadsUnevenly(6, 8, 3, stride=2, padding=(0, 1))),
 }
 
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,7 @@ from torch.nn.parameter import is_lazy
 import unbraid
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import ModelError, OutputChangedError, UnbraidError
-from unbraid.networks.models import LoadedModel
-from unbraid.networks.preflight import look_first
-from unbraid.networks.relevance import undisturbed
-from unsteady import MIXING, RANDOM, REFUSED, SOUND, Ends, Small, of_inference_mode
+from unsteady import MIXING, RANDOM, REFUSED, SOUND, Ends, Small, of_inference_mode, quantised
 
 
 def images(n: int = 17) -> SyntheticImages:
@@ -80,6 +78,11 @@ def test_scan_of_one_image_network_takes_batches_of_one(tmp_path):
     assert len(unbraid.scan(network, "layer", images(3), tmp_path, batch_size=1).labels_seen()) == 3
 
 
+def test_scan_of_quantised_head_finds_no_gradient(tmp_path):
+    with pytest.raises(UnbraidError, match=r"does not reach the logits .*a quantised part"):
+        unbraid.scan(quantised(), "layer", images(3), tmp_path, batch_size=1)
+
+
 def test_scan_of_fixed_batch_size_takes_full_batches(tmp_path):
     network = Ends(lambda _, x: x.view(16, 4))
     done = unbraid.scan(network, "layer", images(32), tmp_path, batch_size=16)
@@ -92,12 +95,6 @@ def test_scan_of_squeezed_head_has_the_records_of_the_whole_one(tmp_path):
     one, other = (next(unbraid.open_scan(tmp_path / n).shards()) for n in ("whole", "squeezed"))
     assert torch.equal(one.pooled, other.pooled)
     assert torch.equal(one.share_value, other.share_value)
-
-
-@pytest.mark.parametrize("name", ["squeezed", "squeezed logits", "inference"])
-def test_n_outputs_of_squeezed_head_counts_all(name):
-    loaded = LoadedModel(SOUND[name]().eval(), lambda _: torch.zeros(3, 7, 6), (), {})
-    assert loaded.n_outputs() == 4
 
 
 def shifted() -> nn.Module:
@@ -114,11 +111,8 @@ def nan() -> nn.Module:
 @pytest.mark.parametrize(
     ("original", "other", "sentence"),
     [
-        *(
-            (RANDOM[name], Small, "gives other outputs each time")
-            for name in RANDOM
-            if name not in ("python", "depth")
-        ),
+        (RANDOM["noise"], Small, "gives other outputs each time"),
+        (RANDOM["numpy"], Small, "gives other outputs each time"),
         (Small, shifted, "differ from the original's by 1"),
         (nan, Small, "original network's own logits of image 0 are nan"),
     ],
@@ -128,66 +122,50 @@ def test_compare_outputs_blames_the_right_network(original, other, sentence):
         unbraid.compare_outputs(original(), other(), images(), tolerance=0)
 
 
-def test_look_first_takes_rounding_for_what_it_is():
-    # Much is made of little, as in networks without training.
-    network = Ends(lambda _, x: (1e7 * x).sin()).eval()
-    x = images(16).images
-    with undisturbed(network), torch.no_grad():
-        assert (network(x * (1 + 1e-6)) - network(x)).abs().max() > 0.1
-        look_first(network, x)
-
-
-def _calls(folder: Any) -> Iterator[tuple[str, Any]]:
+def calls(folder: Path) -> dict[str, Callable[[], object]]:
     network, data = Small(), images()
-    other = lambda name: folder / name  # noqa: E731
-    first = unbraid.scan(network, "layer", data, other("first"), positions=True)
-    stem = unbraid.scan(network, "stem", data, other("stem"), positions=True)
+    first = unbraid.scan(network, "layer", data, folder / "first", positions=True)
+    stem = unbraid.scan(network, "stem", data, folder / "stem", positions=True)
     chosen = {0: [[0], [1]], 3: [[2], [3]]}
     found = unbraid.find(first, channels=chosen)
     split = unbraid.split(first, found)
     before = unbraid.split(stem, unbraid.find(stem, channels=chosen))
     changed = unbraid.apply(network, split)
-    split.save(other("split.safetensors"))
-    yield "scan", lambda: unbraid.scan(network, "layer", data, other("scan"))
-    yield "pattern", lambda: unbraid.scan(network, "*", data, other("pattern"))
-    yield "find", lambda: unbraid.find(first, tau=0.01, p=0.5, gamma=0.99)
-    yield "sensitivity", lambda: unbraid.sensitivity(first)
-    yield "split", lambda: unbraid.split(first, found)
-    yield "published", lambda: unbraid.split(first, found, method="published")
-    yield "apply", lambda: unbraid.apply(network, split)
-    yield "plain", lambda: unbraid.apply(network, split, form="plain")
-    yield "save", lambda: split.save(other("again.safetensors"))
-    yield "load", lambda: unbraid.Split.load(other("split.safetensors"))
-    yield "load_split", lambda: unbraid.load_split(network, other("split.safetensors"))
-    yield "compare", lambda: unbraid.compare_outputs(network, changed, data, tolerance=0)
-    yield "ablate", lambda: unbraid.ablate(changed, data)
-    yield "visualize", lambda: unbraid.visualize(changed, "layer", data, steps=2, n=1)
-    yield "semantics", lambda: unbraid.measure_semantics(split, first, data, encoder=network)
-    yield "evaluate", lambda: unbraid.evaluate(split, first)
-    yield "circuit", lambda: unbraid.circuit(split, first, 0, 0)
-    yield "from", lambda: unbraid.circuit_from(before, split, first, network, data, 0, 0)
-    yield (
-        "report",
-        lambda: unbraid.report(
-            other("page.html"),
-            scan=first,
-            found=found,
-            split=split,
-            evaluation=unbraid.evaluate(split, first),
-            dataset=data,
-        ),
-    )
-    yield "with_logits", lambda: unbraid.with_logits(network, lambda out: out)(data.images)
+    split.save(folder / "split.safetensors")
+    page = {"scan": first, "found": found, "split": split, "dataset": data}
 
     def gated() -> None:
         with unbraid.gate(changed, "layer", 0, 0, 0.5), unbraid.clamp(changed, "layer", 3, 0, 0):
             changed(data.images)
 
-    yield "gate", gated
+    return {
+        "scan": lambda: unbraid.scan(network, "layer", data, folder / "scan"),
+        "pattern": lambda: unbraid.scan(network, "*", data, folder / "pattern"),
+        "find": lambda: unbraid.find(first, tau=0.01, p=0.5, gamma=0.99),
+        "sensitivity": lambda: unbraid.sensitivity(first),
+        "split": lambda: unbraid.split(first, found),
+        "published": lambda: unbraid.split(first, found, method="published"),
+        "apply": lambda: unbraid.apply(network, split),
+        "plain": lambda: unbraid.apply(network, split, form="plain"),
+        "save": lambda: split.save(folder / "again.safetensors"),
+        "load": lambda: unbraid.Split.load(folder / "split.safetensors"),
+        "load_split": lambda: unbraid.load_split(network, folder / "split.safetensors"),
+        "compare": lambda: unbraid.compare_outputs(network, changed, data, tolerance=0),
+        "ablate": lambda: unbraid.ablate(changed, data),
+        "visualize": lambda: unbraid.visualize(changed, "layer", data, steps=2, n=1),
+        "semantics": lambda: unbraid.measure_semantics(split, first, data, encoder=network),
+        "circuit": lambda: unbraid.circuit(split, first, 0, 0),
+        "from": lambda: unbraid.circuit_from(before, split, first, network, data, 0, 0),
+        "report": lambda: unbraid.report(
+            folder / "page.html", evaluation=unbraid.evaluate(split, first), **page
+        ),
+        "with_logits": lambda: unbraid.with_logits(network, lambda out: out)(data.images),
+        "gate": gated,
+    }
 
 
 MODES = {
-    "plain": lambda: torch.enable_grad(),
+    "plain": torch.enable_grad,
     "inference": torch.inference_mode,
     "no_grad": torch.no_grad,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
@@ -196,7 +174,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_public_calls_in_any_mode_move_no_random_numbers(mode, tmp_path):
-    for name, call in _calls(tmp_path):
+    for name, call in calls(tmp_path).items():
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
         before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
         with MODES[mode]():

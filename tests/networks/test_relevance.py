@@ -54,11 +54,9 @@ def relevance_of(network: nn.Module) -> torch.Tensor:
 
 
 def test_relevance_is_gradient_times_activation_of_each_images_own_class(network):
-    assert_relevance(relevance_of(network), truth_of(network, IMAGES))
-
-
-def test_shares_divide_by_the_positive_relevance_of_the_image(network):
-    assert_shares(shares(relevance_of(network)), truth_of(network, IMAGES))
+    found, truth = relevance_of(network), truth_of(network, IMAGES)
+    assert_relevance(found, truth)
+    assert_shares(shares(found), truth)
 
 
 def test_input_relevance_is_input_times_gradient_of_the_summed_channel(network):
@@ -69,27 +67,16 @@ def test_input_relevance_is_input_times_gradient_of_the_summed_channel(network):
     assert_input_relevance(found, truth_of(network, IMAGES))
 
 
-def test_cut_at_changes_no_logit_and_keeps_no_graph_in_front(network):
-    expected = network(IMAGES.images)
+def test_cut_at_keeps_input_and_output_as_the_layer_meets_them_and_no_graph_in_front(network):
+    expected, x = network(IMAGES.images), layer_input(network, IMAGES.images)
+    z = network.layer(x)  # before an activation in place
     with undisturbed(network), cut_at(network.layer, torch.clone) as cut:
         assert torch.equal(network(IMAGES.images), expected)
     assert cut.outputs[0].is_leaf
     assert not cut.inputs[0].requires_grad
-
-
-def test_cut_at_keeps_input_and_output_before_the_in_place_activation():
-    network = build("3x3")
-    x = layer_input(network, IMAGES.images)
-    expected = network.layer(x).detach()
-    assert expected.min() < 0  # else an activation could not be told
-    with undisturbed(network), cut_at(network.layer, torch.clone) as cut:
-        network(IMAGES.images)
-    assert torch.equal(cut.outputs[0], expected)
+    assert torch.equal(cut.outputs[0], z)
     assert torch.equal(cut.inputs[0], x)
-
-
-def test_shares_of_an_image_without_positive_relevance_are_zero():
-    assert torch.equal(shares(torch.tensor([[-1.0, 0.0, -2.0]])), torch.zeros(1, 3))
+    assert z.min() < 0  # else an activation could not be told
 
 
 def raises(images: torch.Tensor) -> torch.Tensor:
@@ -119,7 +106,7 @@ def test_undisturbed_leaves_a_network_as_it_was(fault):
 
 
 class Reaching(nn.Module):
-    """The layer's output is detached, thrown away, or another tensor alone has a graph."""
+    """The layer's output is detached, or another tensor alone has a graph."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -130,12 +117,10 @@ class Reaching(nn.Module):
 
     def forward(self, x):
         side = self.layer(x).flatten(2).mean(2)
-        if self.way == "thrown away":
-            return self.main(x)
         return self.main(x) + side.detach() + (self.free if self.way == "another graph" else 0)
 
 
-@pytest.mark.parametrize("way", ["detached", "thrown away", "another graph"])
+@pytest.mark.parametrize("way", ["detached", "another graph"])
 def test_output_relevance_of_a_layer_that_does_not_reach_the_logits_is_refused(way):
     with pytest.raises(LayerError, match="does not reach the logits"):
         relevance_of(Reaching(way))

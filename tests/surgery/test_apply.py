@@ -30,7 +30,6 @@ from tiny_networks import (
     CallsByKeyword,
     OverwritesInput,
     PadsSame,
-    PadsUnevenly,
     SyntheticImages,
     build,
     layer_input,
@@ -498,7 +497,7 @@ def test_apply_plain_computes_the_same_up_to_rounding_in_standard_modules(
     assert difference <= 10 * tolerance * network(x).abs().max()
     kinds = {type(module) for module in plain.layer.modules()}
     parts = [name for name, _ in plain.layer.named_children()]
-    if isinstance(network.layer, (PadsSame, PadsUnevenly)):
+    if isinstance(network.layer, PadsSame):
         assert kinds == {nn.Sequential, nn.Conv2d, Pad}
         assert parts == ["pad", "wide", "merge"]
     else:

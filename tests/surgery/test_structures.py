@@ -255,14 +255,14 @@ class Counts(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         self.n_runs = torch.cat([self.n_runs, torch.ones(1)])
-        return super().forward(nn.functional.pad(x, (1, 1)))
+        return super().forward(x)
 
 
 def test_looking_into_a_layer_leaves_no_trace_in_it():
     layer = Counts()
     layer.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
     before = snapshot(layer)
-    assert describe("layer", layer).padding == ((0, 0), (1, 1))
+    assert describe("layer", layer).padding == ((0, 0), (0, 0))
     assert_untouched(before, snapshot(layer))
 
 

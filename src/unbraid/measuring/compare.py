@@ -91,7 +91,7 @@ def compare_outputs(
             worst = difference if math.isnan(difference) else max(worst, difference)
             if not worst <= tolerance:  # a NaN is no pass
                 _refuse_broken_original(logits, index)
-                refuse_unsteady(model, images, tolerance)
+                refuse_unsteady(model, images)
                 raise OutputChangedError(
                     f"The split network's logits differ from the original's by {worst:.3g}, more "
                     f"than the tolerance {tolerance:g}; do not use it, or raise the tolerance."

@@ -35,21 +35,14 @@ _MISSING = object()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network inside of torch.compile, DataParallel and DistributedDataParallel.
-
-    Raises:
-        UsageError: it is no network.
-    """
+    """Return the network inside of torch.compile, DataParallel and DistributedDataParallel."""
     if not isinstance(model, nn.Module):
         raise UsageError(f"The network is a {type(model).__name__}; pass a torch.nn.Module.")
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        elif isinstance(model, parallel):
-            model = model.module
-        else:
-            return model
+    while "_orig_mod" in model._modules or isinstance(model, parallel):
+        name = "_orig_mod" if "_orig_mod" in model._modules else "module"
+        model = model.get_submodule(name)
+    return model
 
 
 def unwrapped_name(name: str) -> str:
@@ -83,10 +76,7 @@ def _loaded(module: nn.Module) -> Iterator[Tensor]:
 
 
 def copy_network(model: nn.Module) -> nn.Module:
-    """Copy a network, also one that keeps what it computed from its weights.
-
-    Everything in the copy, functions too, leads to the copy's own parts.
-    """
+    """Copy a network; everything in the copy, functions too, leads to the copy's own parts."""
     computed = {
         id(value): value.detach().clone()
         for module in model.modules()
@@ -116,8 +106,7 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 class Reach:
     """What leads to some objects, by any way that Python code could take at an instance."""
 
-    def __init__(self, targets: Iterable[object]) -> None:
-        """Look for these."""
+    def __init__(self, targets: Iterable[object]) -> None:  # noqa: D107
         self._targets = {id(target): target for target in targets}
         # Both are kept, so that ids stay: what leads to none, and the next on a way to one.
         self.apart: dict[int, object] = {}
@@ -192,7 +181,7 @@ class Copier:
     """Copies what leads to some objects part by part, and everything else as `copy.deepcopy`."""
 
     def __init__(self, reach: Reach, memo: dict[int, Any]) -> None:
-        """Begin with copies that are made already, by the ids of their originals."""
+        """`memo` has copies that are made already, by the ids of their originals."""
         self._memo = memo
         self._alive: list[object] = []  # so that an id in the memo stays one object's
         self._reach = reach
@@ -353,10 +342,7 @@ _BUILDERS: dict[type, Callable[[Copier, Any], Any]] = {
 
 
 def double(module: nn.Module, kind: type[nn.Module]) -> nn.Module | None:
-    """Another module with the very same attributes; None if the first could not become of a kind.
-
-    A class that lays out its instances in a way of its own, by `__slots__`, cannot.
-    """
+    """Another module with the very same attributes; None if `__slots__` bar it from a kind."""
     try:
         twin: nn.Module = object.__new__(type(module))
         object.__setattr__(twin, "__class__", kind)
@@ -374,10 +360,7 @@ def become(module: nn.Module, new: nn.Module) -> None:
 
 
 def rebind(inner: nn.Module, outer: nn.Module) -> None:
-    """Make functions that a module holds run itself where they run the one it was made from.
-
-    Such as a `forward` of its own, which else would run the module around it, and so itself, again.
-    """
+    """Make functions that a module holds, as its own `forward`, run it, not the one around it."""
     copier = _Rebinding(inner, outer)
     for name, value in vars(inner).items():
         if callable(value) and not isinstance(value, (type, nn.Module)):

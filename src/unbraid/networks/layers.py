@@ -1,8 +1,8 @@
 """From a module to the layer that it is: whether it is linear in its weights, and with which.
 
 A layer is what it computes. A subclass that runs torch's own code is taken at its word; any other
-is run on a small probe and taken if some padding of its input, convolved with the weights that
-reach torch's functions, gives its output.
+is run on a small probe and taken if the weights that reach torch's functions give its output, with
+the padding that it declares or TensorFlow's.
 """
 
 from __future__ import annotations
@@ -28,23 +28,16 @@ from unbraid.networks.relevance import undisturbed
 from unbraid.networks.spec import SAME, LayerSpec, channels_first, respond
 
 LayerName = str | nn.Module
-Pads = tuple[tuple[int, int], ...]  # before and after, per dimension
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FUNCTIONS: set[Callable[..., Any]] = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 
-# Which layers are meant
-
 
 def resolve_layer(model: nn.Module, layer: LayerName) -> tuple[str, nn.Module]:
-    """Find a layer by its `named_modules()` name, or the name of a given module.
+    """Find a layer by its name, with or without those of wrappers, or the name of a module.
 
-    A layer that is compiled, or lies in a compiled part, goes by its name with or without the
-    wrapper's. A module with several names goes by the first.
-
-    Raises:
-        LayerError: the network has no such layer; the nearest names are told.
+    A module with several names goes by the first. LayerError tells the nearest names.
     """
     if not isinstance(layer, (str, nn.Module)):
         raise LayerError(f"{layer!r} is no layer; give a layer's name, or the module itself.")
@@ -52,9 +45,8 @@ def resolve_layer(model: nn.Module, layer: LayerName) -> tuple[str, nn.Module]:
     if isinstance(layer, str) and layer:
         known = dict(model.named_modules(remove_duplicate=False))
         del known[""]  # the network itself
-        alike = {_without_wrappers(name): module for name, module in known.items()}
-        bare = unwrapped_name(layer)
-        layer = known.get(layer, known.get(bare, alike.get(_without_wrappers(bare), bare)))
+        alike = {_bare(name): module for name, module in known.items()}
+        layer = known.get(layer, alike.get(_bare(layer), _bare(layer)))
     if isinstance(layer, nn.Module):
         module = unwrap(layer)
         if module in names:
@@ -67,8 +59,8 @@ def resolve_layer(model: nn.Module, layer: LayerName) -> tuple[str, nn.Module]:
     )
 
 
-def _without_wrappers(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+def _bare(name: str) -> str:
+    return ".".join(part for part in unwrapped_name(name).split(".") if part != "_orig_mod")
 
 
 def layer_names(
@@ -77,19 +69,15 @@ def layer_names(
     """Names of layers and of those that fit patterns, each once, in the order asked for.
 
     `usable` tells the layers that can be scanned; it is asked only if there is a pattern.
-
-    Raises:
-        LayerError: there is no such layer, or none fits a pattern.
-        UsageError: none is asked for.
     """
     names: dict[str, None] = {}
     for layer in asked:
         if is_pattern(model, layer):
             known = [spec.name for spec in usable()]
             # A network may have a part of a wrapper's name itself.
-            patterns = (str(layer), unwrapped_name(str(layer)))
-            fits = ([name for name in known if fnmatchcase(name, one)] for one in patterns)
-            fitting = next(filter(None, fits), [])
+            fitting: list[str] = []
+            for pattern in (str(layer), unwrapped_name(str(layer))):
+                fitting = fitting or [name for name in known if fnmatchcase(name, pattern)]
             if not fitting:
                 raise LayerError(
                     f"No layer that can be split fits {layer!r}; `unbraid layers` lists them."
@@ -112,9 +100,6 @@ def is_pattern(model: nn.Module, layer: LayerName) -> bool:
     if not isinstance(layer, str) or not any(sign in layer for sign in "*?["):
         return False
     return layer not in dict(model.named_modules(remove_duplicate=False))
-
-
-# What a module computes
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -150,18 +135,6 @@ def bias_of(module: nn.Module) -> Tensor:
     return _applied(module)[1]
 
 
-def padding_pairs(module: nn.Module) -> Pads:
-    """Return the padding that a convolution declares, before and after, per dimension."""
-    assert isinstance(module, _CONVOLUTIONS)
-    if module.padding == "valid":
-        return tuple((0, 0) for _ in module.kernel_size)
-    if module.padding == "same":  # torch puts the odd one behind
-        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return tuple((total // 2, total - total // 2) for total in totals)
-    assert not isinstance(module.padding, str)
-    return tuple((p, p) for p in module.padding)
-
-
 def _examine(module: nn.Module) -> LayerSpec | str:
     """Describe a module, without its name, or say why it cannot be split."""
     if isinstance(module, _TRANSPOSED):
@@ -187,6 +160,13 @@ def _declared(module: nn.Module) -> LayerSpec:
         n_out, n_in = module.out_features, module.in_features
         return LayerSpec("", kind, n_out, n_in, one, one, none, one, 1, "zeros", channels_last=True)
     assert isinstance(module, _CONVOLUTIONS)
+    if module.padding == "same":  # torch puts the odd one behind
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        padding = [(total // 2, total - total // 2) for total in totals]
+    elif module.padding == "valid":
+        padding = [(0, 0) for _ in module.kernel_size]
+    else:
+        padding = [(int(p), int(p)) for p in module.padding]
     return LayerSpec(
         name="",
         kind=kind,
@@ -194,7 +174,7 @@ def _declared(module: nn.Module) -> LayerSpec:
         n_in=module.in_channels,
         kernel=tuple(module.kernel_size),
         stride=tuple(module.stride),
-        padding=padding_pairs(module),
+        padding=tuple(padding),
         dilation=tuple(module.dilation),
         groups=module.groups,
         pad_mode=module.padding_mode,
@@ -215,19 +195,15 @@ def _probed(module: nn.Module, declared: LayerSpec) -> LayerSpec | str:
     """Find the padding with which the weights that are applied give what the module gives."""
     try:
         probes = [_probe(module, declared, more) for more in (0, 1)]
-        weight, bias, pads = _applied(module)
+        weight, bias = _applied(module)
     except Exception as error:  # of a module of anyone's own
         return f"it cannot be run by itself ({brief(error)})"
-    candidates = [declared]
-    if not declared.channels_last:
-        none = tuple((0, 0) for _ in declared.kernel)
-        candidates.append(replace(declared, padding=none, pad_mode=SAME))
-        if pads is not None:
-            candidates.append(replace(declared, padding=pads, pad_mode="zeros"))
     rows = weight.flatten(1)
-    for spec in candidates if rows.shape == (declared.n_out, declared.n_taps) else ():
-        if all(_meets(spec, x, z, rows, bias) for x, z in probes):
-            return spec
+    if rows.shape == (declared.n_out, declared.n_taps):
+        none = tuple((0, 0) for _ in declared.kernel)
+        for spec in (declared, replace(declared, padding=none, pad_mode=SAME)):
+            if all(_meets(spec, x, z, rows, bias) for x, z in probes):
+                return spec
     return (
         "it does not compute what weights of its own say, perhaps because it pads or scales in a "
         "way of its own"
@@ -244,71 +220,50 @@ def _probe(module: nn.Module, spec: LayerSpec, more: int) -> tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(more)
     x = torch.randn(2, spec.n_in, *sizes, generator=generator, dtype=torch.float32).to(like)
     with torch.no_grad():
-        return x, alone.forward(x)
+        return channels_first(spec, x), channels_first(spec, alone.forward(x))
 
 
 def _meets(spec: LayerSpec, x: Tensor, z: Tensor, rows: Tensor, bias: Tensor) -> bool:
-    channels = range(spec.n_out)
     try:
         with torch.no_grad():
-            expected = respond(spec, channels_first(spec, x), rows, bias, channels)
+            expected = respond(spec, x, rows, bias, range(spec.n_out))
     except RuntimeError:  # a padding that does not fit
         return False
-    z = channels_first(spec, z)
     # Rounding is far below, errors above.
     tolerance = torch.finfo(z.dtype).eps ** 0.5 * float(z.abs().max()) + 1e-12
     return expected.shape == z.shape and float((expected - z).abs().max()) <= tolerance
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps what is handed to convolutions and matrix products, by name."""
+    """Keeps weight and bias that are handed to convolutions and matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[dict[str, Any]] = []
+        self.seen: list[tuple[Tensor, Tensor | None]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in _FUNCTIONS:
-            names = ("input", "weight", "bias", "stride", "padding")
-            self.seen.append({**dict(zip(names, args, strict=False)), **kwargs})
+            call = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+            self.seen.append((call["weight"], call.get("bias")))
         return func(*args, **kwargs)
 
 
-def _applied(module: nn.Module) -> tuple[Tensor, Tensor, Pads | None]:
-    """Weight, bias and padding with zeros that a layer applies; None for unknown padding."""
+def _applied(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias that a layer applies."""
     with undisturbed(module), torch.no_grad():  # as some compute their weights by the mode
         for hook in module._forward_pre_hooks.values():  # torch's older way to compute weights
             if isinstance(hook, (WeightNorm, SpectralNorm)):
                 hook(module, ())
         if _computes_as_torch(module):
-            call: dict[str, Any] = {"weight": module.weight, "bias": module.bias}
-            pads = None
+            found: tuple[Any, Any] = module.weight, module.bias
         else:
             with _Watch() as watch:
-                x, _ = _probe(module, _declared(module), 0)
+                _probe(module, _declared(module), 0)
             if len(watch.seen) != 1:
                 raise LayerError(f"it runs {len(watch.seen)} convolutions or matrix products")
-            call = watch.seen[0]
-            pads = _pads(x, call)
-    weight, bias = call["weight"].detach(), call.get("bias")
-    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach(), pads
-
-
-def _pads(x: Tensor, call: dict[str, Any]) -> Pads | None:
-    """Where an input lies in what reaches the convolution, padded with zeros: before and after."""
-    met, own = call["input"], call.get("padding", 0)
-    if isinstance(own, str) or met.dim() != x.dim():
-        return None
-    n_dims = x.dim() - 2
-    own = (own,) * n_dims if isinstance(own, int) else tuple(own)
-    top = (x == x.max()).nonzero()[0]
-    found = (met == x.max()).nonzero()
-    if len(found) != 1:
-        return None
-    before = (found[0] - top)[2:].tolist()
-    totals = [m - n for m, n in zip(met.shape[2:], x.shape[2:], strict=True)]
-    pairs = zip(before, totals, own * n_dims if len(own) == 1 else own, strict=True)
-    return tuple((b + p, total - b + p) for b, total, p in pairs)
+            found = watch.seen[0]
+    weight, bias = found[0].detach(), found[1]
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach()

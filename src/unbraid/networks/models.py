@@ -6,10 +6,9 @@ import importlib.util
 import os
 import sys
 import urllib.error
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,49 +44,27 @@ class LoadedModel:
     note: str = ""  # what was assumed, for people
 
     def n_outputs(self, image: Tensor | None = None) -> int:
-        """Run the network on an image and count the logits.
-
-        Args:
-            image: (C, H, W), as its preprocessing makes them; by default that of a blank picture.
-
-        Raises:
-            ModelError: it cannot run on what its preprocessing makes.
-        """
+        """Run the network on an image, (C, H, W), by default a blank one; count the logits."""
         try:
             if image is None:
                 image = self.transform(Image.new("RGB", (256, 256)))
             return count_outputs(self.model, image)
-        except ModelError as error:
-            if error.__cause__ is None:  # which says what is wrong with its output
-                raise
-            raise _unfit(error.__cause__) from error
-        except Exception as error:  # of preprocessing of anyone's own
-            raise _unfit(error) from error
-
-
-def _unfit(error: BaseException) -> ModelError:
-    return ModelError(
-        f"The network cannot run on what its preprocessing makes of a picture ({brief(error)}); "
-        "let FILE.py:FUNCTION return (network, preprocessing) that fit each other."
-    )
+        except Exception as error:  # of a network or preprocessing of anyone's own
+            if isinstance(error, ModelError) and error.__cause__ is None:
+                raise  # as it says what is wrong with the network's output
+            raise ModelError(
+                "The network cannot run on what its preprocessing makes of a picture "
+                f"({brief(error.__cause__ or error)}); let FILE.py:FUNCTION return (network, "
+                "preprocessing) that fit each other."
+            ) from error
 
 
 def load_model(spec: str, weights: str | None = None, device: str | None = None) -> LoadedModel:
-    """Load a network, in eval mode.
+    """Load a network, in eval mode, on a device (by default this process's accelerator).
 
-    Args:
-        spec: `torchvision:NAME`, `timm:NAME`, or `FILE.py:FUNCTION`, a function without arguments
-            that returns the network, or (network, preprocessing), or also the output names as
-            third. Preprocessing takes an RGB PIL picture; by default it is ImageNet's.
-        weights: a file (safetensors, or a torch one; no code in it is run), a torchvision name
-            such as IMAGENET1K_V1, or "random". By default the best that torchvision or timm
-            offers; a function's network is left as the function made it.
-        device: for the network; by default an accelerator if there is one, and with torchrun
-            one of its own for each process.
-
-    Raises:
-        UsageError: no such model or weights; the nearest names are told.
-        ModelError: the weights cannot be had, do not fit, or hold code.
+    `spec` is `torchvision:NAME`, `timm:NAME`, or `FILE.py:FUNCTION`, a function that returns the
+    network, alone or with its preprocessing and names of its outputs. `weights` are a file, a
+    torchvision name or "random", by default the best that there are.
     """
     kind, _, name = spec.partition(":")
     note = ""
@@ -114,27 +91,15 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
         rank = os.environ.get("LOCAL_RANK", "0")  # of this process, where torchrun has started it
         device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     try:
-        model = _moved(model, device).eval()
+        model = model.to(device).eval()
     except RuntimeError as error:
         raise UsageError(f"Device {device!r} cannot be used ({brief(error)}).") from None
     source = {"model": spec, "weights": weights}
     return LoadedModel(model, transform, tuple(names), source, note=note)
 
 
-def _moved(model: nn.Module, device: str) -> nn.Module:
-    """Move a network; what is on the meta device stays, and whether it is used shows in a run."""
-    if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
-        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
-        return model
-    return model.to(device)
-
-
 def import_torchvision() -> ModuleType:
-    """Import torchvision, explaining the one way in which it commonly breaks.
-
-    Raises:
-        ModelError: torchvision was built for another torch.
-    """
+    """Import torchvision; ModelError explains the one way in which it commonly breaks."""
     try:
         import torchvision
     except RuntimeError as error:
@@ -190,16 +155,9 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, Transform, 
 def load_timm(
     name: str, weights: str | None = None, hint: str = _HINT
 ) -> tuple[nn.Module, Transform]:
-    """Load one of timm's networks, and its own preprocessing.
+    """Load one of timm's networks, and its own preprocessing; `weights` may be "random".
 
-    Args:
-        name: of the network, perhaps with a tag of its weights behind a dot.
-        weights: "random" for random ones.
-        hint: what to do if the weights cannot be had.
-
-    Raises:
-        UsageError: timm is not installed or has no such network.
-        ModelError: the weights cannot be had.
+    `hint` says what to do if the weights cannot be had.
     """
     import_torchvision()  # timm imports it too, so breaks with it
     try:
@@ -226,10 +184,7 @@ def load_timm(
 
 @contextmanager
 def _in_single() -> Iterator[None]:
-    """Have libraries make numbers of single precision, whatever torch's default type is.
-
-    Only what a library makes by itself goes in here; code of anyone's own keeps its default.
-    """
+    """Have a library make numbers of single precision, whatever torch's default type is."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -244,9 +199,7 @@ class _ToSingle:
     def __init__(self, step: Callable[[Any], Tensor]) -> None:
         self._step = step
 
-    def __call__(self, picture: Any) -> Tensor:
-        if not isinstance(picture, Image.Image) or picture.mode not in ("RGB", "L"):
-            return self._step(picture)
+    def __call__(self, picture: Image.Image) -> Tensor:
         from torchvision.transforms.functional import pil_to_tensor
 
         values: Tensor = pil_to_tensor(picture)
@@ -273,14 +226,13 @@ def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[st
         raise UsageError(f"{path} cannot be run ({type(error).__name__}: {error}).") from error
     build = getattr(module, function, None)
     if not callable(build):
-        hint = nearest(function, vars(module))
-        raise UsageError(f"{path} has no function {function!r}.{hint}")
+        raise UsageError(f"{path} has no function {function!r}.{nearest(function, vars(module))}")
     try:
         made = build()
     except Exception as error:
+        what = f"{type(error).__name__}: {error}"
         raise UsageError(
-            f"{path}:{function} fails ({type(error).__name__}: {error}); it is called without "
-            "arguments."
+            f"{path}:{function} fails ({what}); it is called without arguments."
         ) from error
     parts = list(made) if isinstance(made, tuple) else [made]
     if not isinstance(parts[0], nn.Module) or len(parts) > 3:
@@ -289,9 +241,7 @@ def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[st
             f"preprocessing, output names), not {type(made).__name__}."
         )
     network, transform, names = [*parts, None, []] if len(parts) == 1 else [*parts, []][:3]
-    if isinstance(names, Mapping) and set(names) == set(range(len(names))):
-        names = [names[place] for place in range(len(names))]
-    if isinstance(names, (str, Mapping, Set)) or not isinstance(names, Iterable):
+    if not isinstance(names, (list, tuple)):
         raise UsageError(
             f"{path} gives a {type(names).__name__} for output names; give a list of texts."
         )

@@ -20,9 +20,7 @@ Pick = str | int | Callable[[Any], Tensor]
 
 @in_plain_modes
 def with_logits(model: nn.Module, pick: Pick) -> nn.Module:
-    """Return a network that puts out a part of what the given one does: the logits.
-
-    It shares layers, names of layers and weights with the given one, which is not changed.
+    """Return a network that puts out the logits alone, with the same layers and weights.
 
     Args:
         model: a network whose output holds logits, (N, T), among other things.
@@ -58,17 +56,16 @@ class _Picking:
         return str(getattr(self.pick, "__qualname__", self.pick))
 
     def __call__(self, _model: nn.Module, _args: Any, output: Any) -> Tensor:
-        lacking: tuple[type[Exception], ...] = (KeyError, IndexError)
-        if not callable(self.pick):  # whose other errors are its own
-            lacking += (TypeError, AttributeError)
+        if callable(self.pick):
+            return self.pick(output)
         try:
-            part: Tensor = self.pick(output) if callable(self.pick) else _part_of(output, self.pick)
-        except lacking:
+            part: Tensor = _part_of(output, self.pick)
+        except (KeyError, IndexError, TypeError, AttributeError):
             raise ModelError(
                 f"The network's output has no {self.pick!r} to take logits from; it is "
                 f"{_describe(output)}; {_advice(output)}."
             ) from None
-        if not callable(self.pick) and not _is_logits(_called_logits(part)):
+        if not _is_logits(_called_logits(part)):
             raise ModelError(
                 f"Part {self.pick!r} of the network's output is {_describe(part)}, not logits of "
                 f"shape (images, classes); {_advice(output)}."
@@ -96,14 +93,10 @@ def _part_of(output: Any, pick: str | int) -> Any:
 
 
 def as_logits(output: Any, n_images: int | None = None) -> Tensor:
-    """Bring a network's output to logits (N, T).
+    """Bring a network's output to logits (N, T); ModelError if it is not plain which they are.
 
-    What is called "logits" in it is taken, and the one tensor of a list. A single logit z, (N,) or
-    (N, 1), tells two classes apart; it becomes the two logits -z and z. Of one image alone (where
-    `n_images` is 1) a network may leave N out: (T,), or () for a single logit.
-
-    Raises:
-        ModelError: there are no logits, or it is not plain which they are.
+    A single logit z, (N,) or (N, 1), becomes the two logits -z and z. Of one image alone a network
+    may leave N out: (T,), or () for a single logit.
     """
     logits = _called_logits(output)
     if isinstance(logits, Tensor) and n_images == 1 and logits.dim() < 2:
@@ -148,33 +141,22 @@ def _advice(output: Any) -> str:
     return f"say where they are: {choices}, or in Python by unbraid.with_logits"
 
 
-def _named_parts(output: Any) -> list[tuple[Any, Any]]:
-    """What an output is made of, by key, number or attribute."""
-    if isinstance(output, Mapping):
-        return list(output.items())
-    if isinstance(output, (tuple, list)):
-        return list(enumerate(output))
-    return [] if isinstance(output, Tensor) else list(getattr(output, "__dict__", {}).items())
-
-
 def _parts(output: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
-    """All that `_part_of` can take out of an output, by name."""
-    for name, value in _named_parts(output) if depth else ():
+    """All that `_part_of` can take out of an output, by key, number or attribute."""
+    if isinstance(output, (tuple, list)):
+        output = dict(enumerate(output))
+    elif not isinstance(output, (Mapping, Tensor)):
+        output = getattr(output, "__dict__", {})
+    for name, value in output.items() if depth and isinstance(output, Mapping) else ():
         yield str(name), value
         for inner, part in _parts(value, depth - 1):
             yield f"{name}.{inner}", part
 
 
 def _describe(output: Any) -> str:
-    """Tell what a network puts out, in a few words."""
     if isinstance(output, Tensor):
         return f"a tensor {tuple(output.shape)}"
-    kind = f"a {type(output).__name__}"
-    if not isinstance(output, (Mapping, tuple, list)) or not output:
-        return kind
-    keys = isinstance(output, Mapping)
-    parts = [f"{k!r}: {_describe(v)}" if keys else _describe(v) for k, v in _named_parts(output)]
-    return f"{kind} ({', '.join(parts[:5])})"
+    return f"a {type(output).__name__}"
 
 
 def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
@@ -189,13 +171,7 @@ def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
 
 
 def run_network(model: nn.Module, images: Tensor) -> Tensor:
-    """Compute logits, (N, T).
-
-    The network gets a copy of the images, as it may write into it, in its weights' number format.
-
-    Raises:
-        ModelError: the network cannot run on such images, or gives something else.
-    """
+    """Compute logits, (N, T), from a copy of images in the weights' number format."""
     try:
         with callers_device():
             output = model(images.to(number_format(model, images), copy=True))
@@ -204,13 +180,10 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
     except Exception as error:  # of a network of anyone's own
         if memory_full(error):
             raise OutOfMemory("The device is out of memory; lower batch_size.") from None
-        lacking = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
-        if lacking and "meta" in str(error):
-            raise ModelError(
-                f"The network's {lacking!r} is on the meta device, so holds no numbers; load the "
-                "weights first."
-            ) from None
-        raise ModelError(_why(error, images)) from error
+        raise ModelError(
+            f"The network cannot run on images of shape {tuple(images.shape[1:])} and "
+            f"{images.dtype} ({brief(error)}); check size, channels and type of the images."
+        ) from error
     logits = as_logits(output, len(images))
     if logits.is_meta:
         raise ModelError("The network's weights are on the meta device; load weights first.")
@@ -220,34 +193,6 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
             "that it gives one for each."
         )
     return logits
-
-
-_REASONS = {  # by what torch says
-    "more than 1 value per channel": (
-        "The network normalises by the statistics of its batch, also in eval mode, and one image "
-        "has none; let its norms use running statistics."
-    ),
-    "functorch transform": (
-        "The network runs the layer inside of torch.vmap or another of torch.func's transforms, "
-        "where it cannot be looked into; let it run the layer on all images at once, or choose a "
-        "layer outside."
-    ),
-}
-
-
-def _why(error: Exception, images: Tensor) -> str:
-    """Say why a network cannot run, and what to do."""
-    for words, reason in _REASONS.items():
-        if words in str(error):
-            return reason
-    advice = "check size and channels of the images"
-    if not images.is_floating_point():
-        kind = str(images.dtype).removeprefix("torch.")
-        advice += f", and that the network takes {kind} where a transform usually makes floats"
-    return (
-        f"The network cannot run on images of shape {tuple(images.shape[1:])} "
-        f"({brief(error)}); {advice}."
-    )
 
 
 def count_outputs(model: nn.Module, image: Tensor) -> int:

@@ -22,13 +22,10 @@ from torch.nn.parameter import is_lazy
 from unbraid.base.errors import LayerError, ModelError, OutOfMemory, brief
 from unbraid.base.modes import restored, same_random
 from unbraid.networks.outputs import run_network
-from unbraid.networks.relevance import is_quantised
 from unbraid.networks.spec import LayerSpec
 
 _MOST = 4  # images to look at
 _REPEATS = 24  # of a network that draws random numbers, which it may use now and then
-# Of a largest logit; one image alone is computed by other kernels, perhaps in half precision.
-_ALONE = 0.05
 
 
 def look_first(
@@ -37,18 +34,10 @@ def look_first(
     layers: Sequence[tuple[LayerSpec, nn.Module]] = (),
     n_fewest: int = 1,
 ) -> Tensor:
-    """Raise if a network cannot be scanned, though it runs; return logits of some images.
+    """Raise if an undisturbed network cannot be scanned, though it runs; return some logits.
 
-    Args:
-        model: undisturbed.
-        images: (N, C, H, W), a batch, on the network's device.
-        layers: of it, that are scanned.
-        n_fewest: of the batches to come, how many images the smallest holds.
-
-    Raises:
-        ModelError: logits of an image are random, or depend on images before it or beside it, or
-            the network cannot run on as few images.
-        LayerError: a layer meets a single image without its batch dimension.
+    `images` (N, C, H, W) are a batch on the network's device, `layers` those that are scanned, and
+    `n_fewest` is how many images the smallest batch to come holds.
     """
     with same_random():
         images = images.detach()
@@ -61,9 +50,13 @@ def look_first(
             beside = few.clone()
             beside[1 - half :: 2] = few[half]
             if _differ(logits[half::2], _run(model, beside)[half::2], _rounding(model, logits)):
-                raise _depends_on_others()
+                raise ModelError(
+                    "The network's outputs for an image depend on the other images of its batch "
+                    "(normalised by the batch's own statistics perhaps); let it treat each image "
+                    "by itself in eval mode, or use batch_size=1."
+                )
         if n_fewest < len(images):
-            _look_at_fewer(model, few, logits, layers, n_fewest)
+            _look_at_fewer(model, images[:n_fewest], layers)
     return logits
 
 
@@ -84,38 +77,23 @@ def _tried(model: nn.Module, images: Tensor) -> Tensor | ModelError:
 
 
 def _look_at_fewer(
-    model: nn.Module,
-    images: Tensor,
-    logits: Tensor,
-    layers: Sequence[tuple[LayerSpec, nn.Module]],
-    n_fewest: int,
+    model: nn.Module, images: Tensor, layers: Sequence[tuple[LayerSpec, nn.Module]]
 ) -> None:
-    """Raise if the network does not run on as few images, or gives a single one other logits."""
+    """Raise if the network does not run on as few images, or its layers meet no batch of one."""
     with ExitStack() as stack:
-        for spec, module in layers if n_fewest == 1 else ():
+        for spec, module in layers if len(images) == 1 else ():
             hook = partial(_refuse_lone, spec)
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
-        alone = _tried(model, images[:1])
-    if isinstance(alone, ModelError):
-        fewest: Tensor | ModelError = alone
-        if n_fewest > 1:
-            fewest = _tried(model, images[:n_fewest]) if n_fewest < len(images) else logits
-        if isinstance(fewest, ModelError):
-            what = "one image" if n_fewest == 1 else f"{n_fewest} images"
-            raise ModelError(
-                f"The network runs on more images at once but not on {what} "
-                f"({brief(fewest.__cause__ or fewest)}), and the last batch holds {n_fewest}; "
-                "choose a batch_size that leaves no such rest, or wrap the network so that it runs "
-                "on any number."
-            )
-        return
-    allowed = max(_ALONE, _rounding(model, logits))
-    if _differ(logits[:1], alone, allowed, logits):
-        # Unless it makes much of little, as networks without training may.
-        almost = _run(model, images * (1 + 4 * torch.finfo(images.dtype).eps))
-        if not _differ(logits[:1], almost[:1], allowed / 100, logits):
-            raise _depends_on_others()
+        found = _tried(model, images)
+    if isinstance(found, ModelError):
+        what = "one image" if len(images) == 1 else f"{len(images)} images"
+        raise ModelError(
+            f"The network runs on more images at once but not on {what} "
+            f"({brief(found.__cause__ or found)}), and the last batch holds {len(images)}; choose "
+            "a batch_size that leaves no such rest, or wrap the network so that it runs on any "
+            "number."
+        )
 
 
 def _refuse_lone(
@@ -129,80 +107,40 @@ def _refuse_lone(
         )
 
 
-def refuse_unsteady(model: nn.Module, images: Tensor, tolerance: float | None = None) -> Tensor:
-    """Raise if a network gives other logits when it sees the same images again.
+def refuse_unsteady(model: nn.Module, images: Tensor) -> Tensor:
+    """Raise ModelError if an undisturbed network gives other logits of the same images later.
 
-    Args:
-        model: undisturbed.
-        images: (N, C, H, W), on its device.
-        tolerance: the largest difference that passes; by default rounding.
-
-    Returns:
-        The logits, (N, T).
-
-    Raises:
-        ModelError: they are random, or depend on what the network ran on before.
+    `images` (N, C, H, W) are on its device. Returns the logits, (N, T).
     """
     with same_random():
-        at = _random_state()
-        with restored(model, wholly=True):
-            before = _kept(model)
-            first = run_network(model, images).detach()
-            draws = _random_state() != at
-            changed = [name for name, value in _kept(model).items() if _is_new(before, name, value)]
-        same = partial(_same, first, tolerance)
+        before = _next_random(images.device)
+        first = _run(model, images)
+        draws = _next_random(images.device) != before
+        allowed = 16 * torch.finfo(first.dtype).eps
         with restored(model, wholly=True):
             # Of which it may keep something.
             run_network(model, (images.flip(-1) / 2).to(images.dtype))
-            steady = same(run_network(model, images).detach())
+            steady = not _differ(first, run_network(model, images).detach(), allowed)
         for _ in range(_REPEATS if draws else int(not steady)):
-            if not same(_run(model, images)):
+            if _differ(first, _run(model, images), allowed):
                 raise ModelError(
                     "The network gives other outputs each time it runs on the same images, also in "
                     "eval mode; switch off what is random in it, such as a functional dropout "
                     "without training=self.training."
                 )
         if not steady:
-            what = f" ({changed[0]!r} changes)" if changed else ""
             raise ModelError(
-                f"The network's outputs depend on the images that it ran on before{what}; let it "
-                "keep nothing of them in eval mode."
+                "The network's outputs depend on the images that it ran on before; let it keep "
+                "nothing of them, in buffers or elsewhere, in eval mode."
             )
     return first
 
 
-def _same(one: Tensor, tolerance: float | None, other: Tensor) -> bool:
-    if tolerance is None:
-        return not _differ(one, other, 16 * torch.finfo(one.dtype).eps)
-    return one.shape == other.shape and bool(((one - other).abs().nan_to_num() <= tolerance).all())
-
-
-def _kept(model: nn.Module) -> dict[str, Tensor]:
-    """What a network keeps besides weights, as it is now."""
-    found: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules():
-        own = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)
-        for name, value in (*own.items(), *module.named_buffers(recurse=False)):
-            if not isinstance(value, Tensor) or is_lazy(value) or value.is_meta:
-                continue
-            if value.layout == torch.strided:
-                found[f"{prefix}.{name}" if prefix else name] = value.detach().clone()
-    return found
-
-
-def _is_new(before: dict[str, Tensor], name: str, value: Tensor) -> bool:
-    old = before.get(name)
-    return old is None or old.shape != value.shape or not torch.equal(old, value)
-
-
-def _random_state() -> tuple[bytes, ...]:
-    """Where the random numbers are that a network may draw."""
-    own: Any = np.random.get_state()
-    states = [torch.get_rng_state().numpy().tobytes(), repr(random.getstate()).encode()]
-    states.append(own[1].tobytes() + repr(own[2:]).encode())
-    if torch.cuda.is_initialized():
-        states += [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
-    return tuple(states)
+def _next_random(device: torch.device) -> tuple[float, ...]:
+    """The random numbers that would come next, of all kinds that a network may draw."""
+    with same_random():
+        drawn = [torch.rand((), dtype=torch.float32, device=d).item() for d in ("cpu", device)]
+        return *drawn, random.random(), np.random.rand()
 
 
 def _rounding(model: nn.Module, logits: Tensor) -> float:
@@ -210,26 +148,15 @@ def _rounding(model: nn.Module, logits: Tensor) -> float:
     weights = (p for p in model.parameters() if not is_lazy(p) and p.is_floating_point())
     formats = {logits.dtype, *(weight.dtype for weight in weights)}
     coarsest: float = max(torch.finfo(one).eps for one in formats)
-    if any(map(is_quantised, model.modules())):  # with a scale that it may take from the batch
-        coarsest = max(coarsest, 2**-7)
     return math.sqrt(coarsest)
 
 
-def _differ(one: Tensor, other: Tensor, tolerance: float, among: Tensor | None = None) -> bool:
-    """Whether logits differ by more than a part of the largest `among` them; NaN do not count."""
+def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Whether logits differ by more than a part of the largest; NaN do not count."""
     if one.shape != other.shape:
         return True
     finite = one.isfinite().all(1) & other.isfinite().all(1)
-    scale = one if among is None else among
-    scale = scale[scale.isfinite()].abs()
+    scale = one[one.isfinite()].abs()
     largest = float(scale.max()) if len(scale) else 0.0
     gap = (one - other)[finite].abs()
     return bool(gap.numel()) and float(gap.max()) > tolerance * largest + 1e-12
-
-
-def _depends_on_others() -> ModelError:
-    return ModelError(
-        "The network's outputs for an image depend on the other images of its batch (normalised by "
-        "the batch's own statistics perhaps); let it treat each image by itself in eval mode, or "
-        "use batch_size=1."
-    )

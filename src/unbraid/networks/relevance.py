@@ -24,7 +24,6 @@ from unbraid.base.modes import (
     without_autocast,
     without_inference,
 )
-from unbraid.networks.copying import tensors_in
 
 Kept = TypeVar("Kept")
 
@@ -43,8 +42,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the network in eval mode without parameter gradients; put everything back afterwards.
 
     With no parameter asking for a gradient, autograd records nothing until the cut layer. Compiled
-    parts run as they are written, since compiled code may pass hooks by; autocast is off. What the
-    network changes of itself or draws at random is put back too.
+    code may pass hooks by, so it runs as it is written; autocast is off.
     """
     with without_inference(), restored(model), same_random():
         # What was computed from weights, as in copies of scripted parts, cannot be told not to.
@@ -57,7 +55,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             model.eval()
             for parameter in wanted:
                 parameter.requires_grad_(False)
-            with uncompiled(), without_autocast():
+            with _uncompiled(), without_autocast():
                 yield
         finally:
             for parameter, flag in wanted.items():
@@ -79,7 +77,7 @@ def kept_channels_last(model: nn.Module) -> Iterator[None]:
             parameter.data = data
 
 
-def uncompiled() -> AbstractContextManager[Any]:
+def _uncompiled() -> AbstractContextManager[Any]:
     """Run compiled parts as they are written, if torch's compiler was ever loaded."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
@@ -91,8 +89,7 @@ def cut_at(layer: nn.Module, keep: Callable[[Tensor], Kept]) -> Iterator[Cut[Kep
     """Record a layer's input and output, and make its output the start of the graph.
 
     In-place operations behind the layer must not reach what is recorded: `keep` takes what it wants
-    of the input at once, and what follows gets a copy of the output. Gradients are to be taken
-    inside the `with` block, since a checkpointed part runs the layer once more for them.
+    at once, and what follows gets a copy. Gradients are to be taken inside the `with` block.
     """
     cut: Cut[Kept] = Cut()
 
@@ -126,59 +123,18 @@ def _no_reentrant_checkpoints() -> Iterator[None]:
         CheckpointFunction.apply = before
 
 
-def is_quantised(module: nn.Module) -> bool:
-    """Whether a part computes with a few whole numbers, which has no gradient."""
-    return ".quantized" in type(module).__module__
-
-
-def gradient_stop(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) -> str:
-    """Run a network to find the part behind a layer that lets no gradient through.
-
-    Returns:
-        The part's name and kind in words; empty if there is no such part.
-    """
-    stops: list[nn.Module] = []
-
-    def look(module: nn.Module, args: Any, output: Any) -> None:
-        came = [value for value in tensors_in(args) if value.requires_grad]
-        left = list(tensors_in(output))
-        # What has no derivative may still say that its output asks for a gradient.
-        alive = [value.sum() for value in left if value.requires_grad]
-        if came and left and all(gradients_at(came, one) == [None] * len(came) for one in alive):
-            stops.append(module)
-
-    # For all modules, as those that are scripted take no hook of their own.
-    handle = nn.modules.module.register_module_forward_hook(look)
-    try:
-        with cut_at(layer, lambda _: None):
-            run()
-    finally:
-        handle.remove()
-    names = {module: name for name, module in model.named_modules() if name}
-    found = [module for module in stops if module in names]
-    found.sort(key=lambda module: not is_quantised(module))  # the surest first
-    if not found:
-        return ""
-    how = ", as it is quantised" if is_quantised(found[0]) else ""
-    return f"{names[found[0]]!r} ({type(found[0]).__name__}) lets no gradient through{how}"
-
-
 def output_relevance(
-    name: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], stop: str = ""
+    name: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """Gradient x activation of a layer's outputs at each call, in units of the logit.
 
-    The gradients are of the summed logits of the images' own classes; `stop` says what is known of
-    why there are none.
-
-    Raises:
-        LayerError: no output reaches the logits.
+    The gradients are of the summed logits of the images' own classes; LayerError if there are none.
     """
     if all(gradient is None for gradient in gradients):
         raise LayerError(
-            f"The output of layer {name!r} does not reach the logits "
-            f"({stop or 'a side branch, or a forward pass that detaches or is under no_grad'}); "
-            "choose a layer on the way to the output."
+            f"The output of layer {name!r} does not reach the logits (a side branch, a quantised "
+            "part, or a forward pass that detaches or is under no_grad); choose a layer on the way "
+            "to the output."
         )
 
     def product(output: Tensor, gradient: Tensor | None) -> Tensor:
@@ -198,8 +154,6 @@ def gradients_at(outputs: Sequence[Tensor], value: Tensor) -> list[Tensor | None
 def shares(relevance: Tensor) -> Tensor:
     """Divide channels' relevance, (N, C_out), by the sum of the positive ones of each image.
 
-    An image without positive relevance has no share.
-
     >>> shares(torch.tensor([[3.0, -1.0, 1.0], [0.0, -1.0, 0.0]]))
     tensor([[ 0.7500, -0.2500,  0.2500],
             [ 0.0000,  0.0000,  0.0000]])
@@ -209,20 +163,10 @@ def shares(relevance: Tensor) -> Tensor:
 
 
 def input_relevance(weight: Tensor, pooled: Tensor, taps_per_input: int) -> Tensor:
-    """How much each input channel contributed to channels' summed pre-activations.
+    """How much each input channel contributed to channels' summed pre-activations, without bias.
 
-    Linear in `pooled`, so a mean of pooled inputs gives an averaged relevance vector (ARV).
-
-    Args:
-        weight: (..., J), rows of the layer.
-        pooled: (..., J), pooled inputs of their groups, broadcast against the rows.
-        taps_per_input: kernel offsets of one input channel.
-
-    Returns:
-        (..., J / taps_per_input), in units of the summed pre-activation, without bias.
-
-    Source:
-        METHOD.md section 2; Hesse et al. 2025, arXiv:2504.12939.
+    Rows and pooled inputs, (..., J), give (..., J / taps_per_input); linear in `pooled`, so a mean
+    of it gives an averaged relevance vector (ARV). METHOD.md section 2; arXiv:2504.12939.
     """
     by_input: Tensor = (weight * pooled).unflatten(-1, (-1, taps_per_input))
     return by_input.sum(-1)

@@ -118,18 +118,11 @@ def channels_first(spec: LayerSpec, x: Tensor) -> Tensor:
 
 
 def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
-    """Sum what each tap meets over all output positions; METHOD.md sections 2 and 4.
+    """Sum what each tap meets over all output positions, (N, G, J); METHOD.md sections 2 and 4.
 
     It equals the gradient of the summed output by the weights. A window sum separates over the
     spatial dimensions, and padding of any mode only says which input a tap meets; so one small
-    matrix of counts per dimension does it all.
-
-    Args:
-        spec: the layer.
-        x: (N, C_in, positions ...), its input, channels first.
-
-    Returns:
-        (N, G, J), in units of the input; float32 or wider.
+    matrix of counts per dimension does it all. `x` is (N, C_in, positions ...), channels first.
     """
     pooled = widen(x)
     for dim, size in enumerate(x.shape[2:]):
@@ -153,10 +146,7 @@ def _tap_counts(spec: LayerSpec, dim: int, size: int) -> Tensor:
 
 
 def tap_inputs(spec: LayerSpec, x: Tensor, group: int) -> Tensor:
-    """What each tap of a group's channels meets at each output position, (N, J, P).
-
-    Its sum over positions is the pooled input; `x` is the layer's input, channels first.
-    """
+    """What each tap of a group's channels meets at each position, (N, J, P); the sum is pooled."""
     x = pad_input(spec, _inputs_of(spec, x, group))
     n_dims = len(spec.kernel)
     steps = tuple(slice(None, None, step) for step in spec.dilation)
@@ -180,17 +170,9 @@ def pad_input(spec: LayerSpec, x: Tensor) -> Tensor:
 def respond(
     spec: LayerSpec, x: Tensor, rows: Tensor, bias: Tensor, channels: Sequence[int]
 ) -> Tensor:
-    """Run new rows on a layer's input, each in the group of the channel it was made from.
+    """Run rows (R, J) on a layer's input, each in the group of the channel it was made from.
 
-    Args:
-        spec: the layer.
-        x: (N, C_in, positions ...), its input, channels first.
-        rows: (R, J).
-        bias: (R,).
-        channels: the output channel that each of the R rows was made from.
-
-    Returns:
-        (N, R, positions ...), channels first.
+    Input and output are (N, C_in or R, positions ...), channels first.
     """
     x = pad_input(spec, x)
     kernels = rows.reshape(-1, spec.n_in_per_group, *spec.kernel)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -16,60 +14,37 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from unbraid.base.errors import ModelError, brief
 from unbraid.networks.copying import unwrap
 
-_SPARSE = {
-    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
-    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
-}
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
 def hash_weights(model: nn.Module) -> str:
     """Hash names, shapes, kinds and bytes of everything in the state dict, on any device.
 
-    A state dict may hold anything: packed weights of quantised parts, settings, extra state. What
-    a scripted part keeps as constants counts too.
-
-    Raises:
-        ModelError: the network cannot tell its state.
+    What a scripted part keeps as constants counts too. ModelError if there is what has no bytes
+    that are the same in any process.
     """
     model = unwrap(model)
     digest = hashlib.sha256()
     for name, value in sorted(_state(model).items(), key=lambda item: item[0]):
         digest.update(name.replace("_orig_mod.", "").encode() + b"\0")  # whether compiled or not
-        try:
-            for piece in _pieces(value, ()):
-                digest.update(piece)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise _unreadable(name, value, error) from error
+        for piece in _pieces(name, value):
+            digest.update(piece)
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            for piece in _pieces(_constants(module), ()):
+        for constant in _constants(module).items():
+            for piece in _pieces(name, constant):
                 digest.update(name.encode() + b"\0" + piece)
     return digest.hexdigest()
 
 
 def refuse_broken_weights(model: nn.Module) -> None:
-    """Raise if any weight is NaN or infinite; bounds that it keeps may be infinite.
-
-    Raises:
-        ModelError: names the first such tensor, or the network cannot tell its state.
-    """
+    """Raise ModelError if any weight is NaN or infinite; bounds that it keeps may be infinite."""
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in _state(model).items():
-        if not isinstance(value, Tensor) or is_lazy(value) or is_traceable_wrapper_subclass(value):
+        if not isinstance(value, Tensor) or is_lazy(value) or value.is_meta:
             continue
-        if value.is_quantized or not (value.is_floating_point() or value.is_complex()):
-            continue
+        numbers = _numbers(name, value)
         finite = name in weights or name.rsplit(".", 1)[-1].startswith("running_")
-        try:
-            broken = any(
-                bool(numbers.isnan().any() or (finite and numbers.isinf().any()))
-                for numbers in _numbers(value.detach())
-            )
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise _unreadable(name, value, error) from error
-        if broken:
+        if numbers.isnan().any() or (finite and numbers.isinf().any()):
             raise ModelError(
                 f"The network's {name!r} holds NaN or infinite numbers; load sound weights."
             )
@@ -84,97 +59,50 @@ def _state(model: nn.Module) -> Mapping[str, Any]:
         ) from error
 
 
-def _unreadable(name: str, value: Any, error: Exception) -> ModelError:
-    """There are tensors of anyone's own kind."""
-    return ModelError(
-        f"The network's {name!r} is a {type(value).__name__}, whose numbers cannot be read "
-        f"({brief(error)}); give it as an ordinary tensor."
-    )
-
-
-def _constants(module: torch.jit.ScriptModule) -> Any:
+def _constants(module: Any) -> Mapping[str, Any]:
     """What was made a part of the code, as `torch.jit.freeze` does with weights; mostly nothing."""
     try:
-        return module.code_with_constants[1].const_mapping
-    except Exception:  # a module without code of its own
+        return module.code_with_constants[1].const_mapping  # type: ignore[no-any-return]
+    except Exception:  # not scripted, or without code of its own
         return {}
 
 
-def _pieces(value: Any, around: tuple[int, ...]) -> Iterator[bytes]:
-    """Write a value as bytes that are the same in any process; `around` are ids of its holders.
-
-    Of what torch and Python do not know how to write, its type and attributes count: addresses in
-    memory, which differ from one process to the next, do not.
-    """
-    kind = type(value)
+def _pieces(name: str, value: Any) -> Iterator[bytes]:
+    """Write a part of a state as bytes that are the same in any process."""
     if isinstance(value, Tensor):
-        yield from _pieces_of_tensor(value, around)
-        return
-    if isinstance(value, torch.dtype | torch.device | torch.Size | bool | int | float | complex):
-        yield f"{kind.__name__}\0{value!r}\0".encode()
-        return
-    if value is None or isinstance(value, str | bytes | bytearray):
-        content = value if isinstance(value, bytes | bytearray) else str(value).encode()
-        yield f"{kind.__name__}\0{len(content)}\0".encode() + content
-        return
-    yield f"{kind.__qualname__}\0".encode()
-    if id(value) in around:
-        return
-    around = (*around, id(value))
-    if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
-        yield f"{value.shape}\0{value.dtype}\0".encode() + value.tobytes()
-    elif isinstance(value, io.BytesIO):
-        yield value.getvalue()
-    elif isinstance(value, set | frozenset):
-        yield from sorted(b"".join(_pieces(part, around)) for part in value)
+        if is_lazy(value):
+            yield f"not there yet\0{value.dtype}\0".encode()
+            return
+        yield f"{tuple(value.shape)}\0{value.dtype}\0".encode()
+        if not value.is_meta:
+            yield _numbers(name, value).cpu().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, _PLAIN):
+        yield f"{type(value).__name__}\0{value!r}\0".encode()
+    elif isinstance(value, list | tuple | Mapping):
+        yield f"{type(value).__name__} {len(value)}\0".encode()
+        for part in value.items() if isinstance(value, Mapping) else value:
+            yield from _pieces(name, part)
     else:
-        for part in _parts(value):
-            yield from _pieces(part, around)
+        raise ModelError(
+            f"The network's {name!r} is a {type(value).__name__}, which cannot be hashed; keep it "
+            "out of the network's state."
+        )
 
 
-def _parts(value: Any) -> Iterable[Any]:
-    """What an object holds, one after the other."""
-    if isinstance(value, list | tuple | np.ndarray):
-        return value
-    if isinstance(value, torch.ScriptObject) and hasattr(value, "__getstate__"):
-        return [value.__getstate__()]
-    if callable(value) and not isinstance(value, Mapping):
-        return []
-    pairs = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-    return [part for pair in pairs.items() for part in pair]
-
-
-def _pieces_of_tensor(tensor: Tensor, around: tuple[int, ...]) -> Iterator[bytes]:
-    if is_lazy(tensor):
-        yield f"not there yet\0{tensor.dtype}\0".encode()
-        return
-    if is_traceable_wrapper_subclass(tensor):
-        names, about = tensor.__tensor_flatten__()
-        yield f"{type(tensor).__name__}\0{tuple(tensor.shape)}\0".encode()
-        for part in (*(getattr(tensor, name) for name in names), about):
-            yield from _pieces(part, around)
-        return
-    with torch._C.DisableTorchFunctionSubclass():
-        tensor = tensor.to_dense() if tensor.is_mkldnn else tensor
-        yield f"{tuple(tensor.shape)}\0{tensor.dtype}\0".encode()
-        for part in _numbers(tensor.detach()):
-            plain = part.cpu().resolve_conj().resolve_neg().contiguous().flatten()
-            yield plain.view(torch.uint8).numpy().tobytes()
-
-
-def _numbers(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that hold what a tensor of any kind holds."""
-    if tensor.is_meta:
-        return []
-    if tensor.is_quantized:
-        if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-            scale = [tensor.q_scale(), tensor.q_zero_point()]
-            return [tensor.int_repr(), torch.tensor(scale, dtype=torch.float64)]
-        scales, zeros = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
-        return [tensor.int_repr(), scales, zeros]
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce()
-        return [tensor.indices(), tensor.values()]
-    if tensor.layout in _SPARSE:
-        return [getattr(tensor, name)() for name in _SPARSE[tensor.layout]]
-    return [tensor]
+def _numbers(name: str, tensor: Tensor) -> Tensor:
+    """The numbers of a tensor of any kind as an ordinary one, contiguous."""
+    try:
+        if is_traceable_wrapper_subclass(tensor):
+            raise TypeError("it is made of other tensors")
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = tensor.detach()
+            if plain.is_quantized:
+                plain = plain.dequantize()
+            elif plain.layout != torch.strided:
+                plain = plain.to_dense()
+            return plain.resolve_conj().resolve_neg().contiguous()
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"The network's {name!r} is a {type(tensor).__name__}, whose numbers cannot be read "
+            f"({brief(error)}); give it as an ordinary tensor."
+        ) from error

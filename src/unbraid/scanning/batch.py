@@ -20,7 +20,6 @@ from unbraid.networks.outputs import check_labels, refuse_broken_values, run_net
 from unbraid.networks.relevance import (
     Cut,
     cut_at,
-    gradient_stop,
     gradients_at,
     output_relevance,
     shares,
@@ -137,10 +136,6 @@ def scan_batch(
             _check_apart(layers, calls, logits)
         own = logits.gather(1, label.to(device)[:, None]).sum()
         gradients = _gradients_of_each(calls, own)
-    for layer, of_calls in zip(layers, gradients, strict=True):
-        if all(gradient is None for gradient in of_calls):
-            stop = gradient_stop(model, layer.module, partial(run_network, model, images))
-            output_relevance(layer.spec.name, [], [], stop)
     refuse_broken_values(logits, index)
     known = {"index": index, "label": label, "prediction": prediction}
     return [

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unbraid.networks.layers import bias_of, padding_pairs, weight_rows
+from unbraid.networks.layers import bias_of, weight_rows
 from unbraid.networks.spec import SAME, LayerSpec, pad_input
 from unbraid.splitting.splits import ChannelSplit
 
@@ -44,9 +44,7 @@ def plain_layer(
 
     Groups with fewer rows get rows of zeros, named "" in the attribute `names`.
     """
-    pads = not spec.channels_last and (
-        spec.pad_mode == SAME or spec.padding != padding_pairs(original)
-    )
+    pads = spec.pad_mode == SAME
     rows = _rows(original, spec, parts)
     wide, merge = _standard_pair(original, spec, len(rows), pads)
     with torch.no_grad():
