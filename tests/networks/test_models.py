@@ -32,6 +32,11 @@ def many():
 def texts():
     return nn.Identity(), None, "ab"
 
+def with_parts():
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
+    network[0].unused = nn.Linear(3, 3, device="meta")
+    return network
+
 def fails():
     raise ValueError("on purpose")
 """
@@ -49,6 +54,8 @@ def test_load_model_of_a_function_gives_network_preprocessing_and_names(own: Pat
     assert loaded.class_names == ("cat", "dog")
     assert loaded.n_outputs() == 2
     assert not loaded.model.training
+    parts = load_model(f"{own}:with_parts", device="cpu").model
+    assert parts[0].unused.weight.is_meta  # which is not used
 
 
 @pytest.mark.parametrize("spec", ["torchvision:resnet18", "timm:resnet18"])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
 import json
 import math
 import re
 import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -24,23 +28,33 @@ _NUMBER = re.compile(r"(\d+)(\.0*)?")  # the latter is what pandas writes of who
 _NUMBERED = re.compile(r"\d+[-_. ]+([^\W\d].*)")  # as 01_cat
 _WORDNET = re.compile(r"(n\d{8})(?:[-_ ]+(.*))?", re.IGNORECASE)
 _MISSING = {"none", "null", "na", "n/a", "<na>"}
-_HEXADECIMAL = re.compile(r"[-+]?0[xob][\da-f_]+", re.ASCII)
 _PASSED_OVER = re.compile(r"[\s_\-'’/]")  # noqa: RUF001
 _LARGEST = 1 << 24  # bytes of a file
 _HIGHEST = 1_000_000  # of an output's number
-_NUMBERED_LINE = re.compile(r"\d+\s*[\s,;:|]\s*\S", re.ASCII)
+_NUMBER_BEFORE = re.compile(r"(?P<number>\d{1,6})[\s,;:|]\s*(?P<name>\S.*)", re.ASCII)
+_NUMBER_BEHIND = re.compile(r"(?P<name>.*\S)[\s,;:|]\s*(?P<number>\d{1,6})", re.ASCII)
 _KEYS = {"id", "wnid", "synset", "folder", "class", "number", "label", "index", "output", "key"}
+
+# ImageNet-1k's classes
 
 
 @cache
 def imagenet_classes() -> dict[str, str]:
-    """Return the names of the classes by WordNet id."""
+    """Return the names of the classes by WordNet id.
+
+    >>> len(imagenet_classes()), next(iter(imagenet_classes().items()))
+    (1000, ('n01440764', 'tench'))
+    """
     text = files("unbraid").joinpath("networks", "imagenet.csv").read_text(encoding="utf-8")
     return {row["id"]: row["name"] for row in csv.DictReader(text.splitlines())}
 
 
 def are_imagenet_names(names: Sequence[str]) -> bool:
-    """Say whether outputs are named as ImageNet's classes, in their order, ids or words."""
+    """Say whether outputs are named as ImageNet's classes, in their order, ids or words.
+
+    >>> are_imagenet_names(list(imagenet_classes().values())), are_imagenet_names(["cat"] * 1000)
+    (True, False)
+    """
     known = imagenet_classes()
     if len(names) != len(known):
         return False
@@ -52,7 +66,10 @@ def are_imagenet_names(names: Sequence[str]) -> bool:
 
 
 def output_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a network's outputs where it is one of timm's, which knows them."""
+    """Return the names of a network's outputs where it is one of timm's, which knows them.
+
+    Its `label_names`, or else those of ImageNet-1k for a network made for that.
+    """
     config = getattr(model, "pretrained_cfg", None)
     n = getattr(model, "num_classes", None)
     if not isinstance(config, Mapping):
@@ -60,8 +77,12 @@ def output_names(model: nn.Module) -> tuple[str, ...]:
     names = config.get("label_names")
     if isinstance(names, Sequence) and len(names) == n:
         return tuple(map(str, names))
-    made_for_imagenet = n == N_IMAGENET == config.get("num_classes")
-    return tuple(imagenet_classes().values()) if made_for_imagenet else ()
+    if n == N_IMAGENET == config.get("num_classes"):
+        return tuple(imagenet_classes().values())
+    return ()
+
+
+# How names of classes are written: numbers, WordNet ids, and words in any form
 
 
 def number_in(name: str) -> int | None:
@@ -75,7 +96,11 @@ def number_in(name: str) -> int | None:
 
 
 def output_number(value: object) -> int | None:
-    """Return the number of an output that a value of a table is, None where it is none."""
+    """Return the number of an output that a value of a table is, None where it is none.
+
+    >>> output_number(3), output_number(3.0), output_number(3.5), output_number(True)
+    (3, 3, None, None)
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return int(value) if value >= 0 and value == int(value) else None
@@ -96,13 +121,21 @@ def normal_form(name: str) -> str:
 
 
 def wordnet_id(name: str) -> str | None:
-    """Return the WordNet id that a class's name is or begins with, as in n01440764_tench."""
+    """Return the WordNet id that a class's name is or begins with.
+
+    >>> wordnet_id("n01440764"), wordnet_id("n01440764_tench"), wordnet_id("n014407640")
+    ('n01440764', 'n01440764', None)
+    """
     found = _WORDNET.fullmatch(name)
     return found[1].lower() if found else None
 
 
 def english_name(name: str) -> str:
-    """Return what to call a class: of a WordNet id, its name, if ImageNet-1k has it."""
+    """Return what to call a class: of a WordNet id, its name, if ImageNet-1k has it.
+
+    >>> english_name("n01440764"), english_name("n00000001-thing"), english_name("cat")
+    ('tench', 'thing', 'cat')
+    """
     found = _WORDNET.fullmatch(name)
     if found is None:
         return name
@@ -115,15 +148,20 @@ def same_class(name: str) -> str:
 
 
 def is_numeric(name: str) -> bool:
-    """Say whether a name is any kind of number, as -1.5, 0x10 or nan, or a missing one, as None."""
-    text = name.strip().casefold()
-    if text in _MISSING or _HEXADECIMAL.fullmatch(text):
+    """Say whether a name is any kind of number, of an output or not, or stands for a missing one.
+
+    >>> is_numeric("-1.5"), is_numeric("0x10"), is_numeric("nan"), is_numeric("None")
+    (True, True, True, True)
+    """
+    if name.strip().casefold() in _MISSING:
         return True
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    for read in (float, lambda text: int(text, 0)):
+        try:
+            read(name.strip())
+        except ValueError:
+            continue
+        return True
+    return False
 
 
 def counted(name: str) -> list[tuple[int, str]]:
@@ -148,7 +186,9 @@ def look_up(classes: Sequence[str], labels: Mapping[str, int]) -> dict[str, int 
 
 
 def meanings(name: str) -> list[str]:
-    """What stands behind a number or WordNet id, or what the id stands for.
+    """What else than its name a class may be called among outputs.
+
+    What stands behind a number or WordNet id, or what the id stands for.
 
     >>> meanings("001.Black_footed_Albatross"), meanings("n01440764"), meanings("cat")
     (['Black_footed_Albatross'], ['n01440764', 'tench'], [])
@@ -161,6 +201,9 @@ def meanings(name: str) -> list[str]:
     return [one for one in (found[1].lower(), known, found[2]) if one]
 
 
+# Names from a file
+
+
 @dataclass(frozen=True)
 class Names:
     """What to call outputs and classes."""
@@ -171,7 +214,11 @@ class Names:
     in_lines: bool = False  # a line for each output, without saying which
 
     def of_outputs(self, n_outputs: int) -> tuple[str, ...]:
-        """Names of all outputs, empty where not all are named; DataError if of other outputs."""
+        """Return the names of all outputs; empty where not all are named.
+
+        Raises:
+            DataError: they are names of more outputs, or fewer lines.
+        """
         n_named = max(self.by_output, default=-1) + 1
         if n_named == n_outputs + 1 and 0 not in self.by_output:
             raise DataError(f"{self.file} counts outputs from 1; count from 0.")
@@ -185,9 +232,14 @@ class Names:
         return tuple(self.by_output[k] for k in range(n_outputs))
 
     def of_classes(self, labels: Mapping[str, int], guessed: bool) -> dict[str, str]:
-        """Names of a data set's classes, as far as there are any; DataError if only of others.
+        """Return the names of a data set's classes, as far as there are any.
 
-        Where `labels` are a guess, a class is not called as its output.
+        Args:
+            labels: of the classes.
+            guessed: whether that is a guess; then a class is not called as its output.
+
+        Raises:
+            DataError: there are names, but none is of one of these classes.
         """
         places = look_up(list(labels), {key: k for k, key in enumerate(self.by_class)})
         own = list(self.by_class.values())
@@ -204,11 +256,15 @@ class Names:
 
 
 def read_names(path: Path) -> Names:
-    """Read names of classes or outputs; DataError if there are none, or two for one thing.
+    """Read names of classes or outputs.
 
-    A CSV file has a column for what is named (a folder, class, WordNet id or output's number) and
-    one for the name; a JSON file a list, or a dictionary of the same; a text a line for each
-    output, or lines that begin with WordNet ids.
+    Args:
+        path: a CSV or TSV file of two columns, what is named (a folder, class, WordNet id or
+            output's number) and the name; JSON, a list or a dictionary of the same; or a text
+            with a line for each output.
+
+    Raises:
+        DataError: it is none of these, or names one thing twice.
     """
     try:
         with path.open("rb") as file:
@@ -216,22 +272,20 @@ def read_names(path: Path) -> Names:
         if len(content) > _LARGEST:
             raise ValueError(f"it has more than {_LARGEST} bytes")
         text = content.decode("utf-8-sig")
-        in_order = False
-        if path.suffix.lower() == ".csv":
-            pairs = _from_table(text)
-        elif path.suffix.lower() == ".json":
-            told = json.loads(text)
-            in_order = isinstance(told, list)
-            pairs = _from_object(told)
+        kind = path.suffix.lower()
+        if kind in (".csv", ".tsv"):
+            names = _from_table(text)
+        elif kind == ".json" or text.lstrip().startswith(("{", "[")):
+            names = _from_object(json.loads(text) if kind == ".json" else _python(text))
         else:
-            pairs, in_order = _from_lines(text)
-        by_output, by_class = _by_output_and_class(pairs)
-        return Names(by_output, by_class, str(path), in_order)
+            names = _from_lines(text)
+        in_lines = kind not in (".csv", ".tsv", ".json") or text.lstrip().startswith("[")
+        by_output, by_class = _by_output_and_class(names)
+        return Names(by_output, by_class, str(path), in_lines and not by_class)
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise DataError(
-            f"Names {path} cannot be read ({one_line(str(error))}); give a CSV file with the "
-            "columns number (of the output, or else folder or id) and name, JSON, or a text with a "
-            "line for each output."
+            f"Names {path} cannot be read ({one_line(str(error))}); give a CSV file with columns "
+            "for what is named and its name, JSON, or a text with a line for each output."
         ) from None
 
 
@@ -239,55 +293,92 @@ def read_names(path: Path) -> Names:
 Pairs = list[tuple[str, str]]
 
 
-def _from_table(text: str) -> Pairs:
-    rows = [row for row in csv.reader(text.splitlines(), strict=True) if any(row)]
-    titles = [title.strip().lower() for title in rows[0]] if rows else []
-    key = next((k for k, title in enumerate(titles) if title in _KEYS), None)
-    if key is None or "name" not in titles:
-        raise ValueError(f"its first line is {','.join(titles)[:_LONGEST]!r}")
-    name = titles.index("name")
-    short = next((row for row in rows if len(row) <= max(key, name)), None)
-    if short is not None:
-        raise ValueError(f"the row {','.join(short)!r} lacks a column")
-    return [(row[key].strip(), row[name].strip()) for row in rows[1:]]
+def _python(text: str) -> Any:
+    """Read what Python or JSON writes of a list or dictionary."""
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in texts
+            return ast.literal_eval(text.strip())
+    except (SyntaxError, TypeError, MemoryError):
+        raise ValueError("it begins as a list or dictionary does, but is none") from None
 
 
-def _from_object(told: object) -> Pairs:
+def _from_object(told: Any) -> Pairs:
+    if isinstance(told, dict) and isinstance(told.get("id2label"), dict):
+        told = told["id2label"]  # of a model's configuration
     if isinstance(told, list):
         told = dict(enumerate(told))
-    if not isinstance(told, dict):
+    elif not isinstance(told, dict):
         raise ValueError("it is neither a list nor a dictionary")
+    elif told and all(output_number(number) is not None for number in told.values()):
+        return [(str(number), str(name)) for name, number in told.items()]
     pairs = []
     for key, name in told.items():
-        if isinstance(name, list) and len(name) == 2 and wordnet_id(str(name[0])):
+        if isinstance(name, list) and len(name) == 2 and isinstance(name[0], str):
             # {"0": ["n01440764", "tench"]} names an output, and the class of this id.
-            pairs.append((name[0], name[1]))
+            pairs += [(name[0], name[1])] if wordnet_id(name[0]) else []
             name = name[1]
+        if not isinstance(name, str):
+            raise ValueError(f"{str(name)[:40]!r} is no name")
         pairs.append((str(key), name))
     return pairs
 
 
-def _from_lines(text: str) -> tuple[Pairs, bool]:
-    """Pairs, and whether they are of outputs in their order."""
+def _from_table(text: str) -> Pairs:
+    lines = text.splitlines()
+    header = next((line for line in lines if line.strip()), "")
+    delimiter = "\t" if "\t" in header else max(",;|", key=header.count)
+    rows = [row for row in csv.reader(lines, delimiter=delimiter, strict=True) if any(row)]
+    titles = [title.strip().lower() for title in rows[0]] if rows else []
+    key, name = 0, 1
+    if "name" in titles or _KEYS & set(titles):
+        key = next((k for k, title in enumerate(titles) if title in _KEYS), 0)
+        name = titles.index("name") if "name" in titles else 1 - min(key, 1)
+        if key == name:  # a class's name may be what is named
+            key = next((k for k in range(len(titles)) if k != name), 0)
+        rows = rows[1:]
+    elif number_in("".join(titles[:1])) is None:  # perhaps a header in other words
+        numbers = [number_in(row[0]) for row in rows[1:]]
+        rows = rows[1:] if numbers and None not in numbers else rows
+    short = next((row for row in rows if len(row) <= max(key, name)), None)
+    if short is not None or not titles[1:]:
+        raise ValueError(f"the row {','.join(short or titles)!r} has not two columns")
+    return [(row[key].strip(), row[name].strip()) for row in rows]
+
+
+def _from_lines(text: str) -> Pairs:
     lines = [line.strip() for line in text.strip().splitlines()]
     words = [line.split(maxsplit=1) for line in lines]
-    if all(len(word) == 2 and wordnet_id(word[0]) for word in words):
-        return [(word[0], word[1]) for word in words], False
-    if lines and all(_NUMBERED_LINE.match(line) for line in lines):
-        raise ValueError("its lines have numbers")
-    if text.lstrip().startswith(("{", "[")):
-        raise ValueError("it looks like JSON, of which the file's name must tell by .json")
-    return [(str(k), line) for k, line in enumerate(lines)], True
+    if all(len(word) == 2 and wordnet_id(word[0].rstrip(",:")) for word in words):
+        names = _unnumbered([word[1] for word in words])  # n01440764 449 tench
+        return [(word[0].rstrip(",:"), name) for word, name in zip(words, names, strict=True)]
+    return [(str(k), line) for k, line in enumerate(_unnumbered(lines))]
+
+
+def _unnumbered(lines: list[str]) -> list[str]:
+    """Take off the numbers of lines, before or behind them, where all are numbered in order."""
+    for form in (_NUMBER_BEFORE, _NUMBER_BEHIND):
+        found = [one for one in map(form.fullmatch, lines) if one]
+        numbers = [int(one["number"]) for one in found]
+        if len(lines) > 1 and numbers in ([*range(len(lines))], [*range(1, len(lines) + 1)]):
+            return [one["name"] for one in found]
+    return lines
 
 
 def _by_output_and_class(pairs: Pairs) -> tuple[dict[int, str], dict[str, str]]:
-    """Sort names out by what they are of; ValueError unless each thing has one name."""
+    """Sort names out by what they are of; each name once, and of one thing only.
+
+    Raises:
+        ValueError: one is not.
+    """
     by_output: dict[int, str] = {}
     by_class: dict[str, str] = {}
     forms: dict[str, str] = {}
+    if all(number_in(key) is None and number_in(name) is not None for key, name in pairs):
+        pairs = [(name, key) for key, name in pairs]  # names and their outputs
     for key, name in pairs:
-        if not isinstance(name, str):
-            raise ValueError(f"{str(name)[:40]!r} is no name")
         (key + name).encode()  # which fails for what is no text, as JSON can hold
         if not key or not name.strip():
             raise ValueError(f"{key!r} is named {name!r}")
@@ -300,6 +391,6 @@ def _by_output_and_class(pairs: Pairs) -> tuple[dict[int, str], dict[str, str]]:
             by_output[number] = name.strip()
         else:
             raise ValueError(f"there is no output {number}")
-    if all(number_in(name) is not None for name in forms.values()):  # none, or names and outputs
-        raise ValueError("it has no names but numbers")
+    if not forms:
+        raise ValueError("it is empty")
     return by_output, by_class

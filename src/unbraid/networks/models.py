@@ -6,9 +6,10 @@ import importlib.util
 import os
 import sys
 import urllib.error
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,11 +92,19 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
         rank = os.environ.get("LOCAL_RANK", "0")  # of this process, where torchrun has started it
         device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     try:
-        model = model.to(device).eval()
+        model = _moved(model, device).eval()
     except RuntimeError as error:
         raise UsageError(f"Device {device!r} cannot be used ({brief(error)}).") from None
     source = {"model": spec, "weights": weights}
     return LoadedModel(model, transform, tuple(names), source, note=note)
+
+
+def _moved(model: nn.Module, device: str) -> nn.Module:
+    """Move a network; what is on the meta device stays, and whether it is used shows in a run."""
+    if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        return model
+    return model.to(device)
 
 
 def import_torchvision() -> ModuleType:
@@ -241,7 +250,9 @@ def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[st
             f"preprocessing, output names), not {type(made).__name__}."
         )
     network, transform, names = [*parts, None, []] if len(parts) == 1 else [*parts, []][:3]
-    if not isinstance(names, (list, tuple)):
+    if isinstance(names, Mapping) and set(names) == set(range(len(names))):
+        names = [names[output] for output in range(len(names))]
+    if isinstance(names, (str, Mapping, Set)) or not isinstance(names, Iterable):
         raise UsageError(
             f"{path} gives a {type(names).__name__} for output names; give a list of texts."
         )
