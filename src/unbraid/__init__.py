@@ -42,8 +42,8 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.splitting.splits import Split as Split
     from unbraid.surgery.apply import apply as apply
     from unbraid.surgery.apply import load_split as load_split
-    from unbraid.surgery.split_layer import clamp as clamp
-    from unbraid.surgery.split_layer import gate as gate
+    from unbraid.surgery.gates import clamp as clamp
+    from unbraid.surgery.gates import gate as gate
     from unbraid.visualizing.features import Features as Features
     from unbraid.visualizing.visualize import visualize as visualize
 
@@ -70,7 +70,7 @@ _NAMES = {
     "splitting.split": "split",
     "splitting.splits": "Split",
     "surgery.apply": "apply load_split",
-    "surgery.split_layer": "clamp gate",
+    "surgery.gates": "clamp gate",
     "visualizing.features": "Features",
     "visualizing.visualize": "visualize",
 }

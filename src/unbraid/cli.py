@@ -23,7 +23,7 @@ from rich.console import Console
 import unbraid
 from unbraid.base.errors import UnbraidError, UsageError
 from unbraid.base.tables import align, count, one_line
-from unbraid.scanning.options import Labels, Loading, ScanOptions
+from unbraid.scanning.scan_options import Labels, Loading, ScanOptions
 
 if TYPE_CHECKING:
     from unbraid.images.listing import ListedImages

@@ -21,7 +21,7 @@ from unbraid.running import run as running
 from unbraid.running.check import check
 from unbraid.running.folders import Thresholds, is_numbered, read_settings
 from unbraid.running.run import Run, run_layers
-from unbraid.scanning.options import Loading
+from unbraid.scanning.scan_options import Loading
 
 LOOSE = Thresholds(0.01, 0.5, 0.99)
 STRICT = Thresholds(0.2, 0.5, 0.99)  # leaves one class out

@@ -13,7 +13,7 @@ from checks import Truth, assert_close, truth_of
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import UsageError
 from unbraid.finding.membership import Members
-from unbraid.measuring.evaluate import separation_error
+from unbraid.measuring.mimic_and_silence import separation_error
 from unbraid.networks.layers import describe
 from unbraid.networks.spec import channels_first, pooled_input, tap_inputs
 from unbraid.scanning.records import Scan

@@ -42,7 +42,7 @@ from unbraid.base.errors import (
     UsageError,
 )
 from unbraid.splitting.splits import ChannelSplit, Split
-from unbraid.surgery.plain import Pad
+from unbraid.surgery.split_layer import Pad
 
 TWO = {1: [[0], [1]], 0: [[2, 0], [3]], 3: [[3], [1, 2]]}  # two concepts each
 THREE = {2: [[0], [1, 3], [2]], 0: [[3], [0]]}  # three in one channel, two in another

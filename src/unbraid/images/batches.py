@@ -10,6 +10,17 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 from torch import Tensor
 from torch.distributed import DistError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -188,3 +199,29 @@ def _died(error: BaseException) -> str:
         f"A process that loads images died ({brief(error)}), perhaps for want of memory; {_AGAIN}, "
         "if need be with fewer workers."
     )
+
+
+class _Rate(ProgressColumn):
+    """Images per second."""
+
+    def render(self, task: Task) -> Text:
+        """Show the rate, once there is one."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.0f} images/s", style="progress.data.speed")
+
+
+@contextmanager
+def image_progress(
+    title: str, total: int, done: int = 0, *, show: bool
+) -> Iterator[Callable[[int], None]]:
+    """Count images while a block runs; the function handed out adds to the count."""
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        task = bar.add_task(title, total=total, completed=done)
+        yield lambda n: bar.advance(task, n)

@@ -20,10 +20,9 @@ from torch.utils.data import Dataset
 from unbraid.base.arguments import as_kind, flag, loading, whole_numbers
 from unbraid.base.errors import DataError, LayerError, ModelError, UsageError
 from unbraid.base.modes import in_plain_modes
-from unbraid.base.progress import image_progress
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Members
-from unbraid.images.batches import Batch, in_batches, read_images
+from unbraid.images.batches import Batch, image_progress, in_batches, read_images
 from unbraid.images.dataset import class_names_of, size_of
 from unbraid.measuring.results import (
     Ablation,

@@ -13,11 +13,10 @@ from torch.utils.data import Dataset
 from unbraid.base.arguments import as_kind, loading, whole_number
 from unbraid.base.errors import LayerError, ModelError, UsageError
 from unbraid.base.modes import in_plain_modes
-from unbraid.base.progress import image_progress
 from unbraid.base.tables import Table, Tabular
 from unbraid.finding.arv import class_sums, concept_mean
 from unbraid.finding.findings import Concept
-from unbraid.images.batches import in_batches, read_images
+from unbraid.images.batches import image_progress, in_batches, read_images
 from unbraid.images.dataset import labels_of
 from unbraid.images.identity import fingerprint
 from unbraid.networks.copying import device_of, unwrap

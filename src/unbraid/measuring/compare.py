@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 from unbraid.base.arguments import flag, loading, real_number
 from unbraid.base.errors import DataError, OutputChangedError, UsageError
 from unbraid.base.modes import in_plain_modes
-from unbraid.base.progress import image_progress
-from unbraid.images.batches import in_batches, read_images
+from unbraid.images.batches import image_progress, in_batches, read_images
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import size_of
 from unbraid.networks.copying import device_of, unwrap

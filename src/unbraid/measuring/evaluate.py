@@ -20,6 +20,13 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.finding.membership import Members
 from unbraid.images.batches import in_batches
 from unbraid.measuring.compare import OutputComparison
+from unbraid.measuring.mimic_and_silence import (
+    mean,
+    mimic_error,
+    others_than,
+    separation_error,
+    silence_errors,
+)
 from unbraid.measuring.results import (
     Ablation,
     ChannelEvaluation,
@@ -171,16 +178,16 @@ def _evaluate_channel(
     concepts = []
     for k, classes in enumerate(part.concepts):
         own = concept == k
-        leakages = [_mean_ratio(new[:, k], z, other) for other in _others(concept, new, k)]
+        leakages = [_mean_ratio(new[:, k], z, other) for other in others_than(concept, new, k)]
         concepts.append(
             ConceptEvaluation(
                 classes=classes,
                 name=split.name(classes),
                 n_images=int(own.sum()),
                 retention=_mean_ratio(new[:, k], z, own),
-                leakage=_mean(leakages),
+                leakage=mean(leakages),
                 mimic_error=mimic_error(z, new[:, k], own),
-                silence_error=_mean(silence_errors(z, new, concept, k)),
+                silence_error=mean(silence_errors(z, new, concept, k)),
                 auroc=auroc(new[:, k], own),
                 ratios=_ratios(responses, counted & own),
             )
@@ -196,35 +203,6 @@ def _evaluate_channel(
     )
 
 
-def mimic_error(z: Tensor, z_k: Tensor, own: Tensor) -> float:
-    """Relative error of a concept channel z_k (N,) as a copy of z (N,) on its own images (N,).
-
-    >>> z = torch.tensor([1.0, 3.0])
-    >>> mimic_error(z, z / 2, torch.tensor([True, True]))
-    0.5
-    """
-    return float(_rms(z_k[own] - z[own]) / _rms(z[own]))
-
-
-def silence_errors(z: Tensor, new: Tensor, concept: Tensor, k: int) -> list[float]:
-    """Relative size of concept channel k's response to each other concept's images."""
-    others = _others(concept, new, k)
-    return [float(_rms(new[other, k]) / _rms(z[other])) for other in others]
-
-
-def separation_error(z: Tensor, new: Tensor, concept: Tensor) -> float:
-    """Mean of all mimic and silence errors of a channel: 0 is ideal, halving it gives 0.5.
-
-    >>> z = torch.tensor([1.0, 2.0])
-    >>> separation_error(z, torch.stack([z / 2, z / 2], 1), torch.tensor([0, 1]))
-    0.5
-    """
-    errors: list[float] = []
-    for k in range(new.shape[1]):
-        errors += [mimic_error(z, new[:, k], concept == k), *silence_errors(z, new, concept, k)]
-    return _mean(errors)
-
-
 def auroc(score: Tensor, positive: Tensor) -> float:
     """Chance that a positive image scores above another one, ties counted half.
 
@@ -232,11 +210,6 @@ def auroc(score: Tensor, positive: Tensor) -> float:
     0.875
     """
     return float(_auroc(np.ones((1, len(score))), score.numpy(), positive.numpy())[0])
-
-
-def _others(concept: Tensor, new: Tensor, k: int) -> list[Tensor]:
-    """Which images belong to each concept but k, (N,) each."""
-    return [concept == other for other in range(new.shape[1]) if other != k]
 
 
 def _ratios(responses: Responses, counted: Tensor) -> tuple[Ratio, ...]:
@@ -249,14 +222,6 @@ def _ratios(responses: Responses, counted: Tensor) -> tuple[Ratio, ...]:
 
 def _mean_ratio(z_k: Tensor, z: Tensor, images: Tensor) -> float:
     return float(z_k[images].mean() / z[images].mean())
-
-
-def _rms(values: Tensor) -> Tensor:
-    return values.square().mean().sqrt()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 # Bootstrap intervals: the same measures, with images counted several times or not at all.

@@ -19,8 +19,7 @@ from torch.utils.data import Dataset
 from unbraid.base.arguments import as_kind, loading, whole_number
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
-from unbraid.base.progress import image_progress
-from unbraid.images.batches import in_batches
+from unbraid.images.batches import image_progress, in_batches
 from unbraid.images.dataset import labels_of
 from unbraid.measuring.encoders import (
     Encoder,

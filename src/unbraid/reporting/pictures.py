@@ -24,7 +24,7 @@ from unbraid.images.dataset import holder_of, picture_of, size_of
 from unbraid.images.identity import preprocessing_of
 from unbraid.networks.spec import respond
 from unbraid.reporting.channel import ChannelView
-from unbraid.reporting.material import Material
+from unbraid.reporting.view import Material
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit
 

@@ -19,9 +19,8 @@ from unbraid.base.tables import count
 from unbraid.finding.findings import Findings
 from unbraid.reporting import charts, words
 from unbraid.reporting.channel import concept_views
-from unbraid.reporting.material import Material
 from unbraid.reporting.pictures import take_pictures
-from unbraid.reporting.view import MAX_TEXT, build_page
+from unbraid.reporting.view import MAX_TEXT, Material, build_page
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import as_scanned
 

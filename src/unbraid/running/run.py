@@ -38,9 +38,9 @@ from unbraid.reporting.report import report as write_report
 from unbraid.running import folders
 from unbraid.running.folders import Settings, Thresholds, as_labelled, validation_images
 from unbraid.scanning.batch import Place, scan_batch
-from unbraid.scanning.options import MIN_SHARE, Labels, Loading
 from unbraid.scanning.records import Scan, open_scan
 from unbraid.scanning.scan import scan_into, usable_in
+from unbraid.scanning.scan_options import MIN_SHARE, Labels, Loading
 from unbraid.splitting.split import check_rho, split
 from unbraid.splitting.splits import Split
 from unbraid.surgery.apply import apply, check_in_force

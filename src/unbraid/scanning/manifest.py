@@ -13,7 +13,7 @@ import numpy as np
 
 from unbraid.base.schema import build, check_schema, in_range, parse_json, read_json, unread
 from unbraid.networks.spec import LayerSpec
-from unbraid.scanning.options import MAX_THREADS
+from unbraid.scanning.scan_options import MAX_THREADS
 
 SCHEMA = 1
 MAX_CLASSES = 2**20

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Unpack, get_type_hints, overload
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from unbraid.base.arguments import as_path
 from unbraid.base.errors import DataError, ModelError, UsageError
 from unbraid.base.modes import in_plain_modes
-from unbraid.base.progress import say
 from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.dataset import Around, class_names_of, labels_of, size_of
 from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of
@@ -42,9 +42,9 @@ from unbraid.networks.weights import hash_weights, refuse_broken_weights
 from unbraid.scanning.accuracy import LONG, describe_fit, sampled_accuracy, scanned_accuracy
 from unbraid.scanning.batch import batch_size_for
 from unbraid.scanning.manifest import Manifest, hash_places, read_manifest
-from unbraid.scanning.options import Options, ScanOptions
 from unbraid.scanning.records import Scan, open_scan
-from unbraid.scanning.shards import Target, claim_together, join_team, scan_shards
+from unbraid.scanning.scan_options import Options, ScanOptions
+from unbraid.scanning.shards import Target, claim_together, images_per_shard, join_team, scan_shards
 
 
 def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -244,7 +244,7 @@ def _describe_all(
         "n_images": len(indices),
         "class_names": class_names_of(dataset),
         "preprocessing": preprocessing,
-        "shard_size": 128 if options.positions else 1024,  # pooled inputs are small, maps not
+        "shard_size": images_per_shard(options.positions),
         "batch_size": batch_size,
         "versions": {
             "unbraid": version("unbraid"),
@@ -276,7 +276,7 @@ def _tell_fit(accuracy: Any, common: dict[str, Any], options: ScanOptions) -> No
     if accuracy is None:
         return
     if options.progress:
-        say(describe_fit(accuracy, common["preprocessing"]))
+        _say(describe_fit(accuracy, common["preprocessing"]))
     if accuracy.warning:
         warnings.warn(accuracy.warning, stacklevel=5)
 
@@ -380,3 +380,8 @@ def as_scanned(dataset: Dataset[Any], scan: Scan) -> Dataset[Any]:
     now = {index: by_id[one] for index, one in scanned.items() if one in by_id}
     unmoved = len(now) == len(scanned) and all(i == j for i, j in now.items())
     return dataset if unmoved or not now else AsScanned(dataset, now, scanned)
+
+
+def _say(text: str) -> None:
+    """Tell of a step on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(text)

@@ -25,8 +25,7 @@ from torch.utils.data import Dataset, Sampler
 
 from unbraid.base.errors import DataError, OutOfMemory, RunError
 from unbraid.base.files import remove_leftovers, write_tensors, write_whole
-from unbraid.base.progress import image_progress
-from unbraid.images.batches import as_batch, deaths_told, in_batches, load
+from unbraid.images.batches import as_batch, deaths_told, image_progress, in_batches, load
 from unbraid.images.broken import Loaded, sort_out
 from unbraid.images.dataset import groups_of, listed_labels
 from unbraid.images.identity import ids_of, pack_ids
@@ -37,12 +36,17 @@ from unbraid.networks.preflight import look_first
 from unbraid.networks.relevance import kept_channels_last, undisturbed
 from unbraid.scanning.batch import Place, is_memory_full, scan_batch
 from unbraid.scanning.manifest import Manifest, read_manifest
-from unbraid.scanning.options import ScanOptions
 from unbraid.scanning.records import Records, join_records, shard_path, write_shard
+from unbraid.scanning.scan_options import ScanOptions
 
 _PATIENCE = 60.0  # seconds; NFS shows a folder anew after half of that
 _PAUSE = 0.5
 _LOOK = 0.05  # seconds between looks at what others have done
+
+
+def images_per_shard(positions: bool) -> int:
+    """Choose how many images a shard holds: pooled inputs are small, input maps are not."""
+    return 128 if positions else 1024
 
 
 class Team:

@@ -25,8 +25,8 @@ from unbraid.networks.relevance import undisturbed
 from unbraid.networks.spec import LayerSpec
 from unbraid.networks.weights import hash_weights
 from unbraid.splitting.splits import ChannelSplit, Split
-from unbraid.surgery.plain import plain_layer
-from unbraid.surgery.split_layer import SplitLayer, clamp, gate
+from unbraid.surgery.gates import clamp, gate
+from unbraid.surgery.split_layer import SplitLayer, plain_layer
 
 Form = Literal["exact", "plain"]
 

@@ -1,4 +1,4 @@
-"""A layer with concept channels beside it, equal to the original bit for bit; gates and clamps.
+"""A layer with concept channels beside it, equal to the original bit for bit.
 
 Nothing branches on values, so that it can be traced, compiled and exported. N images, R rows.
 """
@@ -6,20 +6,18 @@ Nothing branches on values, so that it can be traced, compiled and exported. N i
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unbraid.base.arguments import real_number, whole_number
 from unbraid.base.errors import UsageError
-from unbraid.base.modes import in_plain_modes
 from unbraid.finding.membership import Clusters
-from unbraid.networks.copying import unwrap, unwrapped_name
-from unbraid.networks.layers import weight_rows
-from unbraid.networks.spec import LayerSpec, respond
+from unbraid.networks.layers import bias_of, weight_rows
+from unbraid.networks.spec import SAME, LayerSpec, pad_input, respond
 from unbraid.splitting.splits import ChannelSplit
 
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
@@ -121,99 +119,6 @@ def _keep_slow_path(layer: nn.Module, args: tuple[Any, ...]) -> None:
     """Do nothing, as a hook: torch's fused transformer reads a hookless layer's weights past it."""
 
 
-@in_plain_modes
-def gate(
-    model: nn.Module, layer: str | nn.Module, channel: int, concept: int, value: float | Tensor
-) -> Move:
-    """Scale a concept channel of a split network; a split network has this as its method.
-
-    Of several moves of a concept channel, gates or clamps, the latest counts until it is removed.
-
-    Args:
-        model: from `apply` in the exact form.
-        layer: the split layer, by name or itself.
-        channel: a split channel.
-        concept: 0 to K - 1.
-        value: 0 switches off, 1 leaves as it is; a tensor (N,) has one value per image.
-
-    Returns:
-        A handle; `remove()` or the end of its `with` block moves the gate back.
-
-    Raises:
-        UsageError: there is no such concept channel, or the value is none.
-    """
-    row = _find_row(model, layer, channel, concept)
-    if not isinstance(value, Tensor):
-        value = real_number("The value of a gate", value)
-        if math.isnan(value):
-            raise UsageError("A gate cannot be NaN; give a number, such as 0 for off.")
-    elif value.dim() > 1:
-        raise UsageError(
-            f"A gate takes a number, or a tensor (N,) of one per image, not one of shape "
-            f"{tuple(value.shape)}."
-        )
-    return Move(*row, value)
-
-
-@in_plain_modes
-def clamp(
-    model: nn.Module,
-    layer: str | nn.Module,
-    channel: int,
-    concept: int,
-    low: float = -math.inf,
-    high: float = math.inf,
-) -> Move:
-    """Bound a concept channel of a split network; a split network has this as its method.
-
-    Args:
-        model: from `apply` in the exact form.
-        layer: the split layer, by name or itself.
-        channel: a split channel.
-        concept: 0 to K - 1.
-        low: lower bound at every position, in units of the pre-activation.
-        high: upper bound likewise; equal to `low` it fixes the value.
-
-    Returns:
-        A handle; `remove()` or the end of its `with` block takes the bounds away.
-
-    Raises:
-        UsageError: there is no such concept channel, or low is above high.
-    """
-    row = _find_row(model, layer, channel, concept)
-    low, high = real_number("low", low), real_number("high", high)
-    if not low <= high:  # so that NaN does not pass
-        raise UsageError(f"A clamp needs low <= high, not low={low:g} and high={high:g}.")
-    return Move(*row, low=low, high=high)
-
-
-def _find_row(
-    model: nn.Module, layer: str | nn.Module, channel: int, concept: int
-) -> tuple[SplitLayer, int]:
-    model = unwrap(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    module: object = layer
-    if isinstance(layer, str):
-        module = modules.get(layer, modules.get(unwrapped_name(layer)))
-    if isinstance(module, nn.Module):
-        module = unwrap(module)  # of a layer compiled by itself
-    if not isinstance(module, SplitLayer):
-        known = ", ".join(name for name, m in modules.items() if isinstance(m, SplitLayer))
-        given = repr(layer) if isinstance(layer, str) else f"of type {type(layer).__name__}"
-        if known:
-            raise UsageError(f"Layer {given} has no concept channels; name one of {known}.")
-        raise UsageError(
-            "The network has no concept channels; pass one from unbraid.apply in its exact form."
-        )
-    name = f"{whole_number('channel', channel)}.{whole_number('concept', concept)}"
-    if name not in module.names:
-        raise UsageError(
-            f"Layer {layer!r} has no concept {concept} of channel {channel}; it has "
-            f"{', '.join(module.names[:20])}{' ...' if len(module.names) > 20 else ''}."
-        )
-    return module, module.names.index(name)
-
-
 class Move:
     """A concept channel that was moved; `remove()` or leaving its `with` block moves it back."""
 
@@ -285,3 +190,92 @@ def _gate_values(value: float | Tensor, n_images: int) -> Tensor:
 def _on_processor(values: float | list[float]) -> Tensor:
     """A tensor that is the same whatever torch's defaults are."""
     return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+# The plain form: the same split made of two standard layers, for exporters and other tools.
+
+
+_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class _Row(NamedTuple):
+    name: str
+    channel: int  # that it is merged into
+    weight: Tensor  # (J,)
+    bias: float
+    sign: float = 1.0  # in the merge
+
+
+class Pad(nn.Module):
+    """The padding of a layer that pads in a way of its own."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        """Take the padding from a layer."""
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad (N, C_in, positions ...)."""
+        return pad_input(self.spec, x)
+
+
+def plain_layer(
+    original: nn.Module, spec: LayerSpec, parts: Sequence[ChannelSplit]
+) -> nn.Sequential:
+    """Build the split from two standard layers: one with more rows, one that merges them.
+
+    Groups with fewer rows get rows of zeros, named "" in the attribute `names`.
+    """
+    pads = spec.pad_mode == SAME
+    rows = _rows(original, spec, parts)
+    wide, merge = _standard_pair(original, spec, len(rows), pads)
+    with torch.no_grad():
+        for weights in (wide.weight, wide.bias, merge.weight):
+            weights.zero_()
+        for n, row in enumerate(rows):
+            if row is not None:
+                wide.weight[n] = row.weight.reshape(wide.weight[n].shape)
+                wide.bias[n] = row.bias
+                merge.weight[row.channel, n] = row.sign
+    modules: list[tuple[str, nn.Module]] = [("pad", Pad(spec))] if pads else []
+    layer = nn.Sequential(OrderedDict([*modules, ("wide", wide), ("merge", merge)]))
+    layer.names = [row.name if row else "" for row in rows]  # type: ignore[assignment]
+    return layer
+
+
+def _rows(original: nn.Module, spec: LayerSpec, parts: Sequence[ChannelSplit]) -> list[_Row | None]:
+    """The rows of the wide layer, group by group, None for one of zeros."""
+    weight, bias = weight_rows(original), bias_of(original)
+    split = {part.channel: part for part in parts}
+    groups: list[list[_Row | None]] = [[] for _ in range(spec.groups)]
+    for channel in range(spec.n_out):
+        group, part = groups[spec.group_of(channel)], split.get(channel)
+        if part is None:
+            group.append(_Row(str(channel), channel, weight[channel], float(bias[channel])))
+            continue
+        group += [_Row(f"{channel}.{k}", channel, w, part.bias) for k, w in enumerate(part.rows)]
+        residual = part.residual_row, part.residual_bias
+        group.append(_Row(f"{channel}.residual", channel, *residual, sign=-1.0))
+    height = max(map(len, groups))
+    return [row for group in groups for row in (*group, *[None] * (height - len(group)))]
+
+
+def _standard_pair(original: nn.Module, spec: LayerSpec, n_rows: int, pads: bool) -> list[Any]:
+    rows = weight_rows(original)
+    kind: dict[str, Any] = {"dtype": rows.dtype, "device": rows.device}
+    if spec.channels_last:
+        wide = nn.Linear(spec.n_in, n_rows, **kind)
+        return [wide, nn.Linear(n_rows, spec.n_out, bias=False, **kind)]
+    convolution = _CONV[len(spec.kernel)]
+    wide = convolution(
+        spec.n_in,
+        n_rows,
+        spec.kernel,
+        stride=spec.stride,
+        padding=0 if pads else original.padding,
+        dilation=spec.dilation,
+        groups=spec.groups,
+        padding_mode="zeros" if pads else spec.pad_mode,
+        **kind,
+    )
+    return [wide, convolution(n_rows, spec.n_out, 1, bias=False, **kind)]

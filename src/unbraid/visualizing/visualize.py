@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from unbraid.base.arguments import flag, real_number, whole_number, whole_numbers
 from unbraid.base.errors import LayerError, ModelError, UsageError, brief
 from unbraid.base.modes import callers_device, in_plain_modes
-from unbraid.base.progress import image_progress
+from unbraid.images.batches import image_progress
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.layers import describe, resolve_layer
 from unbraid.networks.relevance import undisturbed

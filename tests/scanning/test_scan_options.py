@@ -17,7 +17,7 @@ from tiny_networks import SyntheticImages, build
 from unbraid import cli
 from unbraid.base.errors import LayerError, UsageError
 from unbraid.scanning.manifest import Manifest
-from unbraid.scanning.options import Options, ScanOptions
+from unbraid.scanning.scan_options import Options, ScanOptions
 
 
 def deep(depth: int) -> dict:
