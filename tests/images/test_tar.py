@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gzip
 import http.server
@@ -332,3 +333,25 @@ def test_fetch_shards_behind_a_url_once(address, folder, tmp_path):
         open_images(address + "/train-009.tar")
     assert not list((tmp_path / "cache").rglob("*.tmp"))
     assert set((tmp_path / "cache").rglob("*.tar")) == set(kept)
+
+
+def test_list_shards_names_that_climb_touch_nothing(tmp_path, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    names = ["../climbs.png", "/tmp/absolute.png", "a/../../b.png", "..png", ".png", "no-ending"]
+    path = write(tmp_path / "shard.tar", *((name, b"x") for name in names))
+    listing = list_shards(str(path))
+    keys = ("../climbs", "/tmp/absolute", "a/../../b")
+    assert (listing.ids, listing.sizes) == ([f"shard.tar/{key}" for key in keys], [1, 1, 1])
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["inside", "shard.tar"]
+
+
+def test_members_that_the_system_fails_to_give_are_not_called_damaged(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.tar", *samples(3))
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("unbraid.images.tar._Headers.read", fail)
+    with pytest.raises(OutOfReach, match=r"a\.tar cannot be reached \(Input/output error\); mend"):
+        list_shards(str(path))
