@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+from unbraid.images.broken import UNLABELLED
 
 N_CLASSES = 4
 IMAGE_SIZE = (3, 7, 6)  # not square, so that swapped dimensions show
@@ -232,3 +234,25 @@ def layer_input(network: nn.Module, images: Tensor) -> Tensor:
         network(images)
     handle.remove()
     return seen[0]
+
+
+class Unlabelled(Dataset[tuple[Tensor, Any]]):
+    """Images with a stand-in for a label, and no list of labels."""
+
+    def __init__(self, n_images: int, label: Any = UNLABELLED) -> None:
+        self.inner, self.label = SyntheticImages(n_images), label
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self.inner[index][0], self.label
+
+
+class WithBroken(SyntheticImages):
+    broken: Sequence[int] = (3,)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index in self.broken:
+            raise OSError("cannot identify picture-3.jpg")
+        return super().__getitem__(index)

@@ -11,13 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from sources import write
-from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import unbraid
-from tiny_networks import SyntheticImages, build
+from tiny_networks import SyntheticImages, Unlabelled, build
 from unbraid.base.errors import DataError, RunError
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import (
@@ -291,19 +290,6 @@ def test_our_own_wrappers_are_seen_through(folder):
 
 
 # --- other labels for the same images -------------------------------------------------------------
-
-
-class Unlabelled(Dataset[tuple[Tensor, Any]]):
-    """Images with a stand-in for a label, and no list of labels."""
-
-    def __init__(self, n_images: int, label: Any = UNLABELLED) -> None:
-        self.inner, self.label = SyntheticImages(n_images), label
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        return self.inner[index][0], self.label
 
 
 def predictions(kind: str, dataset: Dataset[Any]) -> list[int]:

@@ -24,6 +24,7 @@ from tiny_networks import (
     CallsByKeyword,
     OverwritesInput,
     SyntheticImages,
+    WithBroken,
     build,
 )
 from unbraid import Ablation, Split
@@ -629,15 +630,6 @@ def assert_left_alone(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert {k: sorted(v) for k, v in after["own"].items()} == {
         k: sorted(v) for k, v in before["own"].items()
     }
-
-
-class WithBroken(SyntheticImages):
-    broken: Sequence[int] = (3,)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if index in self.broken:
-            raise OSError("cannot identify picture-3.jpg")
-        return super().__getitem__(index)
 
 
 def _nan_image() -> SyntheticImages:

@@ -27,6 +27,7 @@ from tiny_networks import (
     CountingNetwork,
     OverwritesInput,
     SyntheticImages,
+    Unlabelled,
     build,
 )
 from unbraid.base.errors import DataError, LayerError, ModelError, RunError, UsageError
@@ -34,19 +35,6 @@ from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import Relabelled, labels_of
 from unbraid.running.run import as_labelled
 from unbraid.scanning.scan import usable_layers
-
-
-class Unlabelled(Dataset[tuple[Tensor, Any]]):
-    """Images with a stand-in for a label, and no list of labels."""
-
-    def __init__(self, n_images: int, label: Any = UNLABELLED) -> None:
-        self.inner, self.label = SyntheticImages(n_images), label
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        return self.inner[index][0], self.label
 
 
 class Torn(Unlabelled):

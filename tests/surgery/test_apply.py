@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from tiny_networks import (
     OverwritesInput,
     PadsSame,
     SyntheticImages,
+    WithBroken,
     build,
     layer_input,
 )
@@ -786,15 +787,6 @@ def test_compare_outputs_leaves_both_networks_as_they_were(split_of):
         unbraid.compare_outputs(network, broken, SyntheticImages(5), tolerance=0.0)
     assert_untouched(before[0], snapshot(network))
     assert_untouched(before[1], snapshot(changed))
-
-
-class WithBroken(SyntheticImages):
-    broken: Sequence[int] = (3,)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if index in self.broken:
-            raise OSError("cannot identify picture-3.jpg")
-        return super().__getitem__(index)
 
 
 def test_compare_outputs_stops_at_a_broken_image_or_leaves_it_out(one_pair):
