@@ -1,4 +1,4 @@
-"""Results in notebooks: tables of the figures themselves, harmless whatever names hold."""
+"""Results as tables: every figure, harmless whatever names hold."""
 
 from __future__ import annotations
 
@@ -6,75 +6,55 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
-import torch
 from IPython.core.interactiveshell import InteractiveShell
 
-from unbraid import Ablation, Circuit, Evaluation, Findings, Split
-from unbraid.base.tables import Table, one_line
+from unbraid import Ablation, Circuit, Evaluation, Findings
+from unbraid.base.tables import Table, csv_text, one_line
 from unbraid.finding.findings import Pair
+from unbraid.measuring import results
 from unbraid.measuring.circuit import Source
-from unbraid.measuring.results import (
-    ChannelAblation,
-    ChannelEvaluation,
-    ChannelSemantics,
-    ClassDrops,
-    ClassOutput,
-    ConceptAblation,
-    ConceptEvaluation,
-    Drop,
-    Likeness,
-    Semantics,
-)
-from unbraid.networks.spec import LayerSpec
-from unbraid.splitting.splits import ChannelSplit
 
 SCRIPT, QUOTES, REVERSED = "<script>alert(1)</script>", "\"'><img src=x>&amp;", "\u202egnirts"
-NAMES = (SCRIPT, QUOTES, REVERSED, "bad \udcff", "x" * 100_000)
+NAMES = (SCRIPT, QUOTES, REVERSED, "bad \udcff", "\x1b]0;x\x07" + "x" * 100_000)
 ALLOWED = {"table", "caption", "thead", "tbody", "tr", "th", "td", "p", "br"}
 
 
 class Tables(HTMLParser):
     """Reads rows of cells, and refuses what a table has no need of."""
 
-    def __init__(self) -> None:
+    def __init__(self, html: str) -> None:
         super().__init__()
-        self.heads: list[list[str]] = []
         self.rows: list[list[str]] = []
+        self.n_heads = 0
         self.around = ""  # caption and notes
-        self._row: list[str] = []
-        self._head = self._in_cell = False
+        self._in_cell = False
+        html.encode()  # a notebook is a file of UTF-8
+        self.feed(html)
+        self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag in ALLOWED, tag
         assert {name for name, _ in attrs} <= {"dir", "colspan", "style"}, attrs
         if tag == "tr":
-            self._row = []
+            self.rows.append([])
         if tag in ("td", "th"):
-            assert self._in_cell is False
-            self._in_cell, self._head = True, tag == "th"
-            self._row.append("")
+            assert not self._in_cell
+            self._in_cell = True
+            self.rows[-1].append("")
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th"):
-            self._in_cell = False
-        if tag == "tr":
-            (self.heads if self._head else self.rows).append(self._row)
+        self._in_cell = self._in_cell and tag not in ("td", "th")
+        if tag == "thead":
+            self.n_heads = len(self.rows)
 
     def handle_data(self, data: str) -> None:
         if self._in_cell:
-            self._row[-1] += data
+            self.rows[-1][-1] += data
         else:
             self.around += data
-
-
-def read(html: str) -> Tables:
-    html.encode()  # a notebook is a file of UTF-8
-    tables = Tables()
-    tables.feed(html)
-    tables.close()
-    return tables
 
 
 def as_shown(name: str) -> str:
@@ -83,117 +63,40 @@ def as_shown(name: str) -> str:
     return text.replace("\udcff", "\\udcff")
 
 
-def assert_table(html: str, expected: Sequence[Sequence[str]]) -> None:
+def assert_table(html: str, expected: Sequence[Sequence[str]], n_heads: int = 1) -> None:
     """The table's body holds exactly these cells."""
-    assert read(html).rows == [[as_shown(cell) for cell in row] for row in expected]
+    shown = Tables(html)
+    assert shown.n_heads == n_heads
+    assert shown.rows[n_heads:] == [[as_shown(cell) for cell in row] for row in expected]
 
 
-def findings(n: int = 3) -> Findings:
+def findings(n: int = 3, **changes: Any) -> Findings:
     pairs = tuple(
         Pair(o, 0, 1 + o % 4, 0.1 + 0.001 * o, 0.9, 0.8, 0.05, 0.2, 0.99, 0.98) for o in range(n)
     )
-    return Findings(
-        tau=0.03,
-        p=0.75,
-        gamma=0.5,
-        pairs=pairs,
-        concepts={pair.channel: ((0,), (pair.class2,)) for pair in pairs},
-        class_names=NAMES,
-        hint="Nearest: tau <0.01>.",
-        layer="mix",
-        weights="",
-    )
+    concepts = {pair.channel: ((0,), (pair.class2,)) for pair in pairs}
+    found = Findings(0.03, 0.75, 0.5, pairs, concepts, NAMES, "Nearest: tau <0.01>.", "mix", "")
+    return replace(found, **changes)
 
 
 def expected_findings(found: Findings) -> list[list[str]]:
-    rows = []
-    for pair in found.pairs:
-        figures = [f"{pair.cosine:.4f}", f"{pair.low:.3f} to {pair.high:.3f}"]
-        sides = [
-            [NAMES[label], f"{100 * use:.0f}%", f"{half:.3f}"]
-            for label, use, half in (
-                (pair.class1, pair.use1, pair.half1),
-                (pair.class2, pair.use2, pair.half2),
-            )
-        ]
-        rows.append([str(pair.channel), *figures, *sides[0], *sides[1]])
-    return rows
-
-
-def test_findings_show_every_pair_and_hostile_names_as_text() -> None:
-    found = findings()
-    assert_table(found._repr_html_(), expected_findings(found))
-    shown = read(found._repr_html_())
-    assert len(shown.heads) == 1
-    assert len(shown.heads[0]) == len(shown.rows[0])
-    assert "3 pairs" in shown.around
-
-
-def test_the_table_checker_notices_a_wrong_figure_a_lost_row_and_markup() -> None:
-    found = findings()
-    html = found._repr_html_()
-    for corrupted in (
-        html.replace("0.1010", "0.1011"),
-        _without_last_row(html),
-        html.replace("&lt;script&gt;", "<script>"),
-        html.replace("<table>", '<table onclick="x">'),
-        html.replace("<tbody>", '<tbody><img src="http://a">'),
-    ):
-        assert corrupted != html
-        with pytest.raises(AssertionError):
-            assert_table(corrupted, expected_findings(found))
-
-
-def _without_last_row(html: str) -> str:
-    start = html.rindex("<tr>")
-    return html[:start] + html[html.index("</tr>", start) + len("</tr>") :]
-
-
-def test_long_tables_are_cut_and_say_by_how_much() -> None:
-    found = findings(1000)
-    rows = read(found._repr_html_()).rows
-    assert rows[:-1] == [[as_shown(c) for c in r] for r in expected_findings(found)[:60]]
-    assert rows[-1] == ["and 940 more"]
-    assert Table([("a",), *[("1",)] * 60]).html().count("<td") == 60  # not a row too early
-
-
-def test_nothing_found_is_said_in_words() -> None:
-    html = replace(findings(), pairs=(), concepts={})._repr_html_()
-    shown = read(html)
-    assert not shown.rows
-    assert "Nearest: tau <0.01>." in shown.around
-
-
-def test_clusters_show_their_own_columns() -> None:
-    found = replace(findings(), kind="clusters", note="beware of <b>")
-    expected = [
-        [str(p.channel), f"{p.cosine:.4f}", NAMES[p.class1], "90%", NAMES[p.class2], "80%"]
+    sides = [(NAMES[0], "90%", "0.990"), ("80%", "0.980")]
+    return [
+        [str(p.channel), f"{p.cosine:.4f}", "0.050 to 0.200", *sides[0], NAMES[p.class2], *sides[1]]
         for p in found.pairs
     ]
-    assert_table(found._repr_html_(), expected)
-    assert "beware of <b>" in read(found._repr_html_()).around
-
-
-def concept(name: str, value: float) -> ConceptEvaluation:
-    return ConceptEvaluation((0,), name, 7, value, value + 1, value + 2, value + 3, value + 4, ())
 
 
 def evaluation() -> Evaluation:
+    def concept(name: str, x: float) -> results.ConceptEvaluation:
+        return results.ConceptEvaluation((0,), name, 7, x, x + 1, x + 2, x + 3, x + 4, ())
+
+    both = (concept(SCRIPT, 0.1), concept(QUOTES, 0.2))
     channels = (
-        ChannelEvaluation("mix", 4, (concept(SCRIPT, 0.1), concept(QUOTES, 0.2)), 0.25, None),
-        ChannelEvaluation("mix", 9, (concept(REVERSED, 0.3), concept("b", 0.4)), math.nan, None),
+        results.ChannelEvaluation("mix", 4, both, 0.25, None),
+        results.ChannelEvaluation("mix", 9, (concept(REVERSED, 0.3),), math.nan, None),
     )
     return Evaluation("published", "mix", channels, 0.03, {})
-
-
-def split() -> Split:
-    spec = LayerSpec(
-        "mix", "Conv2d", 8, 4, (1, 1), (1, 1), ((0, 0),) * 2, (1, 1), 1, "zeros", False
-    )
-    masks = torch.tensor([[1.0, 0.0, 0.5, 0.0], [0.0, 1.0, 0.5, 0.0]])
-    part = ChannelSplit(5, ((0,), (1, 2)), masks, torch.tensor([1.0, -2.0, 4.0, 1.0]), 0.0, {})
-    silent = replace(part, channel=6, weight=torch.zeros(4))
-    return Split(spec, "", "least_squares", {}, NAMES, (part, silent))
 
 
 def circuit() -> Circuit:
@@ -202,18 +105,21 @@ def circuit() -> Circuit:
 
 
 def ablation() -> Ablation:
-    own, others, rest = (Drop(4, x, x / 10, 2 * x, x / 5) for x in (1.0, 0.5, 0.25))
-    drops = ClassDrops((0.0,), (0.0,))
-    channel = ChannelAblation(5, drops, (ConceptAblation((0,), SCRIPT, own, others, rest, drops),))
-    return Ablation("mix", (ClassOutput(0, SCRIPT, 4, 1.0, 1.0),), (channel,))
+    own = [results.Drop(4, x, x / 10, 2 * x, x / 5) for x in (1.0, 0.5, 0.25)]
+    drops = results.ClassDrops((0.0,), (0.0,))
+    concept = results.ConceptAblation((0,), SCRIPT, *own, drops)
+    channel = results.ChannelAblation(5, drops, (concept,))
+    return Ablation("mix", (results.ClassOutput(0, SCRIPT, 4, 1.0, 1.0),), (channel,))
 
 
-def semantics() -> Semantics:
-    likes = Likeness(0.1, 0.2), (Likeness(0.3, 0.4), Likeness(0.5, math.nan))
-    return Semantics({5: ChannelSemantics("pixels", 9, 3, True, True, *likes, 0.25, 0.75)})
+def semantics() -> results.Semantics:
+    whole, *parts = [results.Likeness(x, y) for x, y in ((0.1, 0.2), (0.3, 0.4), (0.5, math.nan))]
+    one = results.ChannelSemantics("pixels", 9, 3, True, True, whole, tuple(parts), 0.25, 0.75)
+    return results.Semantics({5: one})
 
 
-RESULTS = {
+RESULTS: dict[str, tuple[Any, str, list[list[str]]]] = {
+    "findings": (findings(note="a <b>"), "a <b>", expected_findings(findings())),
     "evaluation": (
         evaluation(),
         "published split of mix",
@@ -221,17 +127,6 @@ RESULTS = {
             ["4", SCRIPT, "0.100", "1.100", "2.100", "3.100", "4.100", "0.250"],
             ["", QUOTES, "0.200", "1.200", "2.200", "3.200", "4.200", ""],
             ["9", REVERSED, "0.300", "1.300", "2.300", "3.300", "4.300", "nan"],
-            ["", "b", "0.400", "1.400", "2.400", "3.400", "4.400", ""],
-        ],
-    ),
-    "split": (  # of |1| + |-2| + |4| + |1| = 8 the first keeps 1 + 2, the second 2 + 2
-        split(),
-        "least_squares split of 2 channels of mix",
-        [
-            ["5", "0", SCRIPT, "38%"],
-            ["5", "1", f"{QUOTES}, {REVERSED}", "50%"],
-            ["6", "0", SCRIPT, "0%"],
-            ["6", "1", f"{QUOTES}, {REVERSED}", "0%"],
         ],
     ),
     "circuit": (
@@ -257,15 +152,52 @@ RESULTS = {
 
 
 @pytest.mark.parametrize(("result", "around", "rows"), RESULTS.values(), ids=RESULTS)
-def test_html_of_a_result_has_every_figure(result, around, rows) -> None:
-    shown = read(result._repr_html_())
-    assert_table(result._repr_html_(), rows)
-    assert around in shown.around
-    assert len(shown.heads) == (2 if isinstance(result, Ablation) else 1)
-    assert all(one_line(cell) in str(result) for row in rows for cell in row)
-
-
-@pytest.mark.parametrize("result", [findings(), split(), semantics()])
-def test_ipython_shows_the_table_in_html_and_in_plain_text(result) -> None:
+def test_result_is_shown_with_every_figure_in_html_and_in_plain_text(result, around, rows) -> None:
     formats, _ = InteractiveShell.instance().display_formatter.format(result)
-    assert formats == {"text/plain": str(result), "text/html": result._repr_html_()}
+    text, html = formats.pop("text/plain"), formats.pop("text/html")
+    assert not formats
+    assert_table(html, rows, 2 if isinstance(result, Ablation) else 1)
+    assert around in Tables(html).around
+    assert text == str(result)
+    assert all(one_line(cell) in text for row in rows for cell in row)
+
+
+def test_the_table_checker_notices_a_wrong_figure_a_lost_row_and_markup() -> None:
+    found = findings()
+    html = found._repr_html_()
+    start = html.rindex("<tr>")
+    for corrupted in (
+        html.replace("0.1010", "0.1011"),
+        html[:start] + html[html.index("</tr>", start) + len("</tr>") :],
+        html.replace("&lt;script&gt;", "<script>"),
+        html.replace("<table>", '<table onclick="x">'),
+        html.replace("<tbody>", '<tbody><img src="http://a">'),
+    ):
+        assert corrupted != html
+        with pytest.raises(AssertionError):
+            assert_table(corrupted, expected_findings(found))
+
+
+def test_html_of_long_tables_is_cut_and_says_by_how_much() -> None:
+    found = findings(1000)
+    assert_table(found._repr_html_(), [*expected_findings(found)[:60], ["and 940 more"]])
+    assert Table([("a",), *[("1",)] * 60]).html().count("<td") == 60  # not a row too early
+    nothing = Tables(findings(pairs=(), concepts={})._repr_html_())
+    assert not nothing.rows
+    assert "Nearest: tau <0.01>." in nothing.around
+
+
+@pytest.mark.parametrize("start", ["=", "-", "@", "\t=", "\r", " =", "＝"])  # noqa: RUF001
+def test_csv_text_gives_spreadsheets_no_formula(start: str) -> None:
+    cell = f"{start}cmd|' /C calc'!A0"
+    text = csv_text(("name", "figure"), [(cell, -1.5), ("clock-face", 2)])
+    assert f"'{cell}" in text.replace('"', "")
+    assert ",-1.5\n" in text
+    assert "\nclock-face,2\n" in text
+
+
+def test_names_of_a_million_characters_do_not_fill_the_screen() -> None:
+    cells = [c.strip() for line in str(findings(4)).splitlines() for c in line.split("  ")]
+    assert max(map(len, cells)) == 300
+    assert not {"\x1b", "\u202e"} & set("".join(cells))
+    assert one_line("Ankle boot, 日本語, é") == "Ankle boot, 日本語, é"

@@ -21,7 +21,6 @@ from torch import nn
 
 from unbraid.base.errors import ModelError
 from unbraid.networks.checkpoints import load_weights
-from unbraid.networks.models import load_model
 
 State = dict[str, Any]
 
@@ -71,18 +70,15 @@ class Own(dict[str, Any]):
 def neighbours() -> dict[str, Any]:
     model = network()
     adam = torch.optim.AdamW(model.parameters())
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    adam.step()
+    state = {0: {"step": torch.tensor(1.0), "exp_avg": torch.ones(2)}}
     return {
-        "optimizer": adam.state_dict(),
+        "optimizer": {**adam.state_dict(), "state": state},
         "scheduler": torch.optim.lr_scheduler.StepLR(adam, 3).state_dict(),
         "args": argparse.Namespace(lr=0.1, out=Path("x")),
         "numbers": [np.float64(3), np.int64(4), 10**50, 1j, float("nan")],
         "arrays": (np.ones(3), np.dtype("f4"), np.random.get_state()),
         "holders": [{1, 2}, frozenset([3]), collections.deque([1]), collections.Counter("aab")],
-        "default": collections.defaultdict(list, {"a": [1]}),
-        "others": (b"a" * 300, bytearray(b"b"), torch.float16, range(3), ..., int, print),
+        "others": (b"a" * 300, torch.float16, range(3), ..., int, print),
         "keys": {(1, (2,)): 3, None: 4, b"a": 5},
     }
 
@@ -90,12 +86,10 @@ def neighbours() -> dict[str, Any]:
 FSDP = "_fsdp_wrapped_module."
 LOADS = {
     "DDP of compiled": under("module._orig_mod."),
-    "compiled DDP in Lightning": {"state_dict": under("model.module._orig_mod."), "epoch": 1},
     "FSDP": {FSDP + name.replace("fc.", f"{FSDP}fc."): t for name, t in STATE.items()},
     "checkpointed": {n.replace("c1", "c1._checkpoint_wrapped_module"): t for n, t in STATE.items()},
     "deep": {"state": {"trainer": {"model": under("a.b.c.")}}},
     "in a list": [1, {"weights": STATE}],
-    "average alone": {"ema_state_dict": STATE},
     "generator of another network": {"net": STATE, "discriminator": {"c9.weight": torch.ones(1)}},
     "half precision": HALF,
     "without counts of batches": UNCOUNTED,
@@ -149,12 +143,11 @@ def test_load_weights_beside_code_runs_none_of_it(blocked: bool, tmp_path: Path)
     ("content", "sentence"),
     [
         ({"state_dict_ema": OTHER, "state_dict": STATE}, "one under state_dict is taken, not"),
-        ({"teacher": OTHER, "student": STATE}, "the one under student is taken, not"),
         ({**under("net."), **under("net_swa.", OTHER)}, "the one under net is taken, not"),
         ({"schema": STATE, "ema": OTHER}, "the one under schema is taken, not"),
         (
-            {"state_dict": {**under("model."), "loss.weight": torch.ones(2)}},
-            "only what lies under state_dict.model is loaded, not state_dict.loss.weight",
+            {"net": {**under("model."), "loss.weight": torch.ones(2)}},
+            "only what lies under net.model is loaded, not net.loss.weight",
         ),
     ],
 )
@@ -166,15 +159,13 @@ def test_load_weights_beside_others_tells(content: Any, sentence: str, tmp_path:
     assert_is(model.state_dict())
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.c = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.b, self.c.weight = self.a, self.a.weight
-
-
 def test_load_weights_of_tied_tensors_needs_one_of_them(tmp_path: Path) -> None:
-    model, again = Tied(), Tied()
+    def tied() -> nn.Module:
+        parts = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+        parts[1].weight = parts[0].weight
+        return parts.append(parts[0])
+
+    model, again = tied(), tied()
     safetensors.torch.save_model(model, str(tmp_path / "w.safetensors"))
     assert_is(loaded(tmp_path / "w.safetensors", again), model.state_dict())
 
@@ -201,15 +192,6 @@ def test_load_weights_without_a_checksum_loads_and_a_wrong_one_is_refused(tmp_pa
         loaded(path)
 
 
-def test_load_model_gives_weights_of_a_checkpoint_to_a_function(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(
-        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Linear(2, 3))\n"
-    )
-    state = nn.Sequential(nn.Linear(2, 3)).state_dict()
-    path = saved(tmp_path, {"state_dict": under("model.", state)})
-    assert_is(load_model(f"{tmp_path}/own.py:build", str(path), "cpu").model.state_dict(), state)
-
-
 def test_load_weights_of_dictionaries_in_circles_comes_to_an_end(tmp_path: Path) -> None:
     circle: dict[str, Any] = {"model": STATE}
     inner = circle
@@ -224,17 +206,9 @@ def saving(content: Any) -> Callable[[Path], object]:
     return lambda path: torch.save(content, path)
 
 
-def writing(content: bytes) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(content)
-
-
 NEVER = "holds Python code or objects, which are never loaded; save the state dict alone"
 BOTH = {"state_dict": {**under("module.encoder_q."), **under("module.encoder_k.", OTHER)}}
 SEVERAL = "several state dicts that fit the network, under"
-NUMBERS = {
-    str(kind): {**STATE, "fc.weight": torch.ones(4, 4).to(kind)}
-    for kind in (torch.int8, torch.complex64)
-}
 LAYERS = {f"c{k}.weight": torch.ones(4, 3, 3, 3) for k in range(9)}
 SAID: dict[str, tuple[Callable[[Path], object], str]] = {
     "other classes": (
@@ -251,32 +225,27 @@ SAID: dict[str, tuple[Callable[[Path], object], str]] = {
         saving({"state_dict": under("module.", {**LAYERS, **STATE})}),
         r"no place for 8 \(c0.weight, c2.weight, c3.weight, and 5 more\)",
     ),
-    "another network": (
-        saving({"net": nn.Conv1d(2, 3, 4).state_dict(), "epoch": 1}),
-        r"lacks 8 of 9 .*no place for 2 \(net.weight, net.bias\); its keys are net, epoch",
-    ),
     "model in a dictionary": (
         saving({"model": network(), "epoch": 1}),
         rf"{NEVER}, as safetensors; its keys are model, epoch\.",
     ),
     "arrays": (saving({n: t.numpy() for n, t in STATE.items()}), NEVER),
-    "code for a tensor": (saving({"fc.weight": Calls(shutil.rmtree, "x")}), NEVER),
-    "raw pickle of code": (writing(pickle.dumps(Calls(shutil.rmtree, "x"), 2)), NEVER),
-    "another protocol": (lambda path: torch.save(STATE, path, pickle_protocol=4), NEVER),
     "no tensors": (saving({"epoch": 1}), r"no state dict; save .*; its keys are epoch"),
-    "one tensor": (saving(torch.ones(3)), "holds no state dict"),
-    "unnamed tensors": (saving([torch.ones(3)]), "holds no state dict"),
     "two encoders": (saving(BOTH), SEVERAL),
-    "two averages": (saving({"ema": STATE, "swa": OTHER}), SEVERAL),
-    **{
-        kind: (saving(state), "holds fc.weight as .*, which are no real weights")
-        for kind, state in NUMBERS.items()
-    },
+    "complex": (
+        saving({**STATE, "fc.weight": torch.ones(4, 4) * 1j}),
+        "holds fc.weight as complex64, which are no real weights",
+    ),
     "script": (lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path), NEVER),
     "arrays of numpy": (lambda p: np.savez(p.open("wb"), a=np.ones(2)), "torch.save has not writt"),
-    "pickle": (writing(pickle.dumps({"a": 1})), r"cannot be read \(.*\); give a sound file"),
-    "pointer": (writing(b"version https://git-lfs.github.com/spec/v1\nsize 3\n"), "Git LFS left"),
-    "empty": (writing(b""), "it is no file of torch"),
+    "pickle": (
+        lambda path: path.write_bytes(pickle.dumps({"a": 1})),
+        r"cannot be read \(.*\); give a sound file",
+    ),
+    "pointer": (
+        lambda path: path.write_text("version https://git-lfs.github.com\n"),
+        "Git LFS left",
+    ),
     "folder": (lambda path: path.mkdir(), "it is a folder; name the file in it"),
     "missing file": (lambda _: None, "there is no such file"),
 }
@@ -293,5 +262,5 @@ def test_load_weights_that_do_not_fit_says_why(kind: str, tmp_path: Path) -> Non
         loaded(tmp_path / "w.pt", model)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1500
-    if kind in NUMBERS:
+    if kind == "complex":
         assert_is(model.state_dict(), before)
