@@ -4,65 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-import unbraid
-from tiny_networks import SyntheticImages, build
+from public_calls import Call, call, sound_calls
 from unbraid.base.errors import UsageError
 
 WHOLE, REAL = "give a whole number", "give a number."
 WHOLES, REALS = "give a list of whole numbers.", "give a list of numbers."
 ONE = "give one object of type"
 
-Call = tuple[Callable[..., Any], dict[str, Any]]
-
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Call]:
-    """Public functions, with sound values for what they must be given."""
-    folder = tmp_path_factory.mktemp("calls")
-    network, images = build("3x3"), SyntheticImages(16)
-    scan = unbraid.scan(network, "layer", images, folder, positions=True, batch_size=8)
-    found = unbraid.find(scan, channels={1: [[0], [1]], 2: [[2], [3]]})
-    split = unbraid.split(scan, found)
-    start, both = {"scan": scan, "found": found}, {"split": split, "scan": scan}
-    model2 = {"model2": unbraid.apply(network, split), "dataset": images}
-    tool = {"model": model2["model2"], "layer": "layer", "channel": 1, "concept": 0}
-    source = {**both, "channel": 1, "concept": 0}
-    behind = {**source, "before": split, "model": network, "dataset": images}
-    encoded = {**both, "dataset": images, "encoder": unbraid.Penultimate(network)}
-    view = {"model": tool["model"], "layer": "layer", "dataset": images, "channels": [1]}
-    return {
-        "find": (unbraid.find, {"scan": scan}),
-        "sensitivity": (unbraid.sensitivity, {"scan": scan}),
-        "split": (unbraid.split, start),
-        "published": (unbraid.split, {**start, "method": "published"}),
-        "evaluate": (unbraid.evaluate, both),
-        "apply": (unbraid.apply, {"model": network, "split": split}),
-        "circuit": (unbraid.circuit, source),
-        "circuit_from": (unbraid.circuit_from, behind),
-        "ablate": (unbraid.ablate, model2),
-        "compare_outputs": (unbraid.compare_outputs, {**model2, "model": network}),
-        "measure_semantics": (unbraid.measure_semantics, encoded),
-        "visualize": (unbraid.visualize, {**view, "steps": 1}),
-        "gate": (unbraid.gate, {**tool, "value": 0.5}),
-        "clamp": (unbraid.clamp, tool),
-        "teaser_figure": (unbraid.teaser_figure, {**both, "channel": 1, "dataset": images}),
-        "density_figure": (unbraid.density_figure, {**both, "channel": 1}),
-        "source_figure": (unbraid.source_figure, {**both, "channel": 1}),
-        "open_scan": (unbraid.open_scan, {}),
-        "load_split": (unbraid.load_split, {"model": network}),
-        "report": (unbraid.report, {**start, "path": folder / "a.html"}),
-    }
-
-
-def call(function: Call, changes: dict[str, Any]) -> Any:
-    return function[0](**{**function[1], **changes})
+    return sound_calls(tmp_path_factory.mktemp("calls"))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +82,7 @@ def call(function: Call, changes: dict[str, Any]) -> Any:
 )
 def test_a_wrong_type_is_told_in_a_sentence(function, argument, value, sentence, calls):
     with pytest.raises(UsageError, match=f"^{re.escape(sentence)}") as caught:
-        call(calls[function], {argument: value})
+        call(calls[function], **{argument: value})
     assert "\n" not in str(caught.value)
 
 
@@ -141,11 +98,11 @@ def test_a_wrong_type_is_told_in_a_sentence(function, argument, value, sentence,
         ("circuit", {"channel": 1, "n": 3}, {"channel": np.int64(1), "n": torch.tensor(3)}),
         ("ablate", {"channels": [2, 1]}, {"channels": torch.tensor([2, 1]), "workers": np.int8(0)}),
         ("visualize", {"channels": [2, 1]}, {"channels": torch.tensor([2, 1])}),
-        ("measure_semantics", {"n_top": 3}, {"n_top": np.int64(3), "batch_size": np.int64(8)}),
+        ("measure_semantics", {"n_top": 3}, {"n_top": np.int64(3), "workers": np.int64(0)}),
     ],
 )
 def test_numbers_of_other_libraries_are_numbers(function, plain, others, calls):
-    made, again = (call(calls[function], numbers) for numbers in (plain, others))
+    made, again = (call(calls[function], **numbers) for numbers in (plain, others))
     if function == "visualize":  # whose pictures have addresses
         made, again = ((one.channels, one.settings) for one in (made, again))
     assert repr(again) == repr(made)

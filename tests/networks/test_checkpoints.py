@@ -7,9 +7,11 @@ import collections
 import copy
 import os
 import pickle
+import re
+import resource
 import shutil
 import warnings
-from collections.abc import Callable
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def trained(n_classes: int = 4) -> State:
 STATE = trained()
 OTHER = {name: tensor + 1 for name, tensor in STATE.items()}
 HALF = {name: t.half() if t.is_floating_point() else t for name, t in STATE.items()}
+FLOATS = {name: t.float() if t.is_floating_point() else t for name, t in HALF.items()}
 UNCOUNTED = {name: tensor for name, tensor in STATE.items() if "num_batches" not in name}
 
 
@@ -63,52 +66,45 @@ def assert_is(state: State, expected: State = STATE) -> None:
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-class Own(dict[str, Any]):
-    """Of a class that nobody else has."""
-
-
-def neighbours() -> dict[str, Any]:
-    model = network()
-    adam = torch.optim.AdamW(model.parameters())
-    state = {0: {"step": torch.tensor(1.0), "exp_avg": torch.ones(2)}}
-    return {
-        "optimizer": {**adam.state_dict(), "state": state},
-        "scheduler": torch.optim.lr_scheduler.StepLR(adam, 3).state_dict(),
-        "args": argparse.Namespace(lr=0.1, out=Path("x")),
-        "numbers": [np.float64(3), np.int64(4), 10**50, 1j, float("nan")],
-        "arrays": (np.ones(3), np.dtype("f4"), np.random.get_state()),
-        "holders": [{1, 2}, frozenset([3]), collections.deque([1]), collections.Counter("aab")],
-        "others": (b"a" * 300, torch.float16, range(3), ..., int, print),
-        "keys": {(1, (2,)): 3, None: 4, b"a": 5},
-    }
-
-
-FSDP = "_fsdp_wrapped_module."
-LOADS = {
-    "DDP of compiled": under("module._orig_mod."),
-    "FSDP": {FSDP + name.replace("fc.", f"{FSDP}fc."): t for name, t in STATE.items()},
-    "checkpointed": {n.replace("c1", "c1._checkpoint_wrapped_module"): t for n, t in STATE.items()},
-    "deep": {"state": {"trainer": {"model": under("a.b.c.")}}},
-    "in a list": [1, {"weights": STATE}],
-    "generator of another network": {"net": STATE, "discriminator": {"c9.weight": torch.ones(1)}},
-    "half precision": HALF,
-    "without counts of batches": UNCOUNTED,
-}
-EXPECTED = {
-    "half precision": {n: t.float() if t.is_floating_point() else t for n, t in HALF.items()},
-    "without counts of batches": {**STATE, "bn.num_batches_tracked": torch.tensor(0)},
+FSDP, CHECKPOINTED = "_fsdp_wrapped_module.", "c1._checkpoint_wrapped_module"
+LOADS = {  # what is saved, and what is then in the network
+    "DDP of compiled": (under("module._orig_mod."), STATE),
+    "FSDP": ({FSDP + n.replace("fc.", f"{FSDP}fc."): t for n, t in STATE.items()}, STATE),
+    "checkpointed": ({n.replace("c1", CHECKPOINTED): t for n, t in STATE.items()}, STATE),
+    "deep": ({"state": {"trainer": {"model": under("a.b.c.")}}}, STATE),
+    "in a list": ([1, {"weights": STATE}], STATE),
+    "another network too": ({"net": STATE, "critic": {"c9.weight": torch.ones(1)}}, STATE),
+    "half precision": (HALF, FLOATS),
+    "without counts": (UNCOUNTED, {**STATE, "bn.num_batches_tracked": torch.tensor(0)}),
 }
 
 
 @pytest.mark.parametrize("form", LOADS)
 @pytest.mark.parametrize("old", [False, True])
 def test_load_weights_of_a_usual_checkpoint_loads(form: str, old: bool, tmp_path: Path) -> None:
-    path = saved(tmp_path, LOADS[form], _use_new_zipfile_serialization=not old)
-    assert_is(loaded(path), EXPECTED.get(form, STATE))
+    content, expected = LOADS[form]
+    path = saved(tmp_path, content, _use_new_zipfile_serialization=not old)
+    assert_is(loaded(path), expected)
 
 
-def test_load_weights_goes_by_what_a_file_holds_not_by_its_name(tmp_path: Path) -> None:
-    content = Own(**neighbours(), model=under("module."), own=Own(a=1))
+class Own(dict[str, Any]):
+    """Of a class that nobody else has."""
+
+
+def test_load_weights_beside_what_training_scripts_keep_loads(tmp_path: Path) -> None:
+    adam = torch.optim.AdamW(network().parameters())
+    content = Own(
+        optimizer={**adam.state_dict(), "state": {0: {"exp_avg": torch.ones(2)}}},
+        scheduler=torch.optim.lr_scheduler.StepLR(adam, 3).state_dict(),
+        args=argparse.Namespace(lr=0.1, out=Path("x")),
+        numbers=[np.float64(3), np.int64(4), 10**50, 1j, float("nan")],
+        arrays=(np.ones(3), np.dtype("f4"), np.random.get_state()),
+        holders=[{1, 2}, frozenset([3]), collections.deque([1]), collections.Counter("aab")],
+        others=(b"a" * 300, torch.float16, range(3), ..., int, print, Own(a=1)),
+        keys={(1, (2,)): 3, None: 4, b"a": 5},
+        model=under("module."),
+    )
+    # What a file holds counts, not its name.
     assert_is(loaded(saved(tmp_path, content, "w.safetensors")))
     safetensors.torch.save_file(under("backbone."), tmp_path / "last.ckpt")
     assert_is(loaded(tmp_path / "last.ckpt"))
@@ -144,7 +140,6 @@ def test_load_weights_beside_code_runs_none_of_it(blocked: bool, tmp_path: Path)
     [
         ({"state_dict_ema": OTHER, "state_dict": STATE}, "one under state_dict is taken, not"),
         ({**under("net."), **under("net_swa.", OTHER)}, "the one under net is taken, not"),
-        ({"schema": STATE, "ema": OTHER}, "the one under schema is taken, not"),
         (
             {"net": {**under("model."), "loss.weight": torch.ones(2)}},
             "only what lies under net.model is loaded, not net.loss.weight",
@@ -202,51 +197,31 @@ def test_load_weights_of_dictionaries_in_circles_comes_to_an_end(tmp_path: Path)
     assert_is(loaded(saved(tmp_path, circle)))
 
 
-def saving(content: Any) -> Callable[[Path], object]:
-    return lambda path: torch.save(content, path)
-
-
 NEVER = "holds Python code or objects, which are never loaded; save the state dict alone"
 BOTH = {"state_dict": {**under("module.encoder_q."), **under("module.encoder_k.", OTHER)}}
-SEVERAL = "several state dicts that fit the network, under"
 LAYERS = {f"c{k}.weight": torch.ones(4, 3, 3, 3) for k in range(9)}
-SAID: dict[str, tuple[Callable[[Path], object], str]] = {
-    "other classes": (
-        saving({"state_dict": under("model.", trained(10))}),
-        r"2 have another shape \(fc.weight is \(10, 4\), not \(4, 4\), fc.bias is \(10,\), not "
-        r"\(4,\)\); give --model FILE.py:FUNCTION, where FUNCTION builds the network",
-    ),
-    "missing": (
-        saving({"model": {"c1.weight": STATE["c1.weight"]}, "epoch": 1}),
-        r"do not fit the network: the file lacks 7 of 9 tensors \(c1.bias, bn.weight, bn.bias, and "
-        r"4 more\); its keys are model, epoch; give --model",
-    ),
-    "a larger network": (
-        saving({"state_dict": under("module.", {**LAYERS, **STATE})}),
-        r"no place for 8 \(c0.weight, c2.weight, c3.weight, and 5 more\)",
-    ),
-    "model in a dictionary": (
-        saving({"model": network(), "epoch": 1}),
-        rf"{NEVER}, as safetensors; its keys are model, epoch\.",
-    ),
-    "arrays": (saving({n: t.numpy() for n, t in STATE.items()}), NEVER),
-    "no tensors": (saving({"epoch": 1}), r"no state dict; save .*; its keys are epoch"),
-    "two encoders": (saving(BOTH), SEVERAL),
-    "complex": (
-        saving({**STATE, "fc.weight": torch.ones(4, 4) * 1j}),
-        "holds fc.weight as complex64, which are no real weights",
-    ),
+SHAPES = (
+    r"2 have another shape \(fc.weight is \(10, 4\), not \(4, 4\), fc.bias is \(10,\), not "
+    r"\(4,\)\); give --model FILE.py:FUNCTION, where FUNCTION builds the network"
+)
+LACKS = (
+    r"do not fit the network: the file lacks 7 of 9 tensors \(c1.bias, bn.weight, bn.bias, and "
+    r"4 more\); its keys are model, epoch; give --model"
+)
+SAID: dict[str, tuple[Any, str]] = {  # what is saved, or how it is written
+    "other classes": ({"state_dict": under("model.", trained(10))}, SHAPES),
+    "missing": ({"model": {"c1.weight": STATE["c1.weight"]}, "epoch": 1}, LACKS),
+    "larger": (under("module.", {**LAYERS, **STATE}), r"8 \(c0.weight, c2.weight, c3.weight, and"),
+    "model": ({"model": network(), "epoch": 1}, rf"{NEVER}, as safetensors; its keys are model, e"),
+    "arrays": ({name: t.numpy() for name, t in STATE.items()}, NEVER),
+    "no tensors": ({"epoch": 1}, r"no state dict; save .*; its keys are epoch"),
+    "two encoders": (BOTH, "several state dicts that fit the network, under"),
+    "complex": ({**STATE, "fc.weight": torch.ones(4, 4) * 1j}, "fc.weight as complex64, which are"),
     "script": (lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path), NEVER),
     "arrays of numpy": (lambda p: np.savez(p.open("wb"), a=np.ones(2)), "torch.save has not writt"),
-    "pickle": (
-        lambda path: path.write_bytes(pickle.dumps({"a": 1})),
-        r"cannot be read \(.*\); give a sound file",
-    ),
-    "pointer": (
-        lambda path: path.write_text("version https://git-lfs.github.com\n"),
-        "Git LFS left",
-    ),
-    "folder": (lambda path: path.mkdir(), "it is a folder; name the file in it"),
+    "pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})), r"cannot be read .* sound file"),
+    "pointer": (lambda p: p.write_text("version https://git-lfs.github.com\n"), "Git LFS left"),
+    "folder": (Path.mkdir, "it is a folder; name the file in it"),
     "missing file": (lambda _: None, "there is no such file"),
 }
 
@@ -254,13 +229,78 @@ SAID: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", SAID)
 def test_load_weights_that_do_not_fit_says_why(kind: str, tmp_path: Path) -> None:
-    write, message = SAID[kind]
-    write(tmp_path / "w.pt")
-    model = network()
+    content, message = SAID[kind]
+    path, model = tmp_path / "w.pt", network()
     before = copy.deepcopy(model.state_dict())
+    if callable(content):
+        content(path)
+    else:
+        torch.save(content, path)
     with pytest.raises(ModelError, match=message) as caught:
-        loaded(tmp_path / "w.pt", model)
+        loaded(path, model)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1500
     if kind == "complex":
         assert_is(model.state_dict(), before)
+
+
+# Files that lie about their sizes, or are packed.
+
+PLAIN = (11, 7)  # inputs and outputs
+TALL = b"K\x07K\x0b\x86"  # (7, 11), in a pickle
+NUMEL = b"(?<=cpuq.)KM"  # 77, behind a storage's device
+
+
+def rewrite(path: Path, old: bytes, new: bytes, how: int = zipfile.ZIP_STORED) -> None:
+    """Change what fits a pattern in the description in a torch file, of either format."""
+    if not zipfile.is_zipfile(path):
+        path.write_bytes(re.sub(old, lambda _: new, path.read_bytes(), flags=re.DOTALL))
+        return
+    with zipfile.ZipFile(path) as source:
+        members = {member.filename: source.read(member) for member in source.infolist()}
+    with zipfile.ZipFile(path, "w") as target:
+        for name, content in members.items():
+            changed = re.sub(old, lambda _: new, content, flags=re.DOTALL)
+            target.writestr(name, changed if name.endswith("/data.pkl") else content, how)
+
+
+def assert_refused(path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match=r"cannot be read \(.*\); give a sound file"):
+        load_weights(nn.Linear(*PLAIN, bias=False), path)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2**30
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (NUMEL, b"J\xff\xff\xff\x7f"),
+        (TALL, b"K\x07J\xff\xff\xff\xff\x86"),
+        (TALL, b"K\x07K\x0bK\x01\x87"),
+    ],
+)
+def test_load_weights_of_sizes_that_lie_is_refused(old_format, old, new, tmp_path):
+    state = nn.Linear(*PLAIN, bias=False).state_dict()
+    path = saved(tmp_path, state, _use_new_zipfile_serialization=not old_format)
+    load_weights(nn.Linear(*PLAIN, bias=False), path)
+    rewrite(path, old, new)
+    assert_refused(path)
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize("large", [Calls(bytearray, 2**40), Calls(torch.Tensor, 10**13)])
+def test_load_weights_beside_what_takes_memory_is_refused(old_format, large, tmp_path):
+    state = {"weight": torch.zeros(2, 2), "large": large}
+    assert_refused(saved(tmp_path, state, _use_new_zipfile_serialization=not old_format))
+
+
+def test_load_weights_that_are_packed_or_have_a_second_description_are_refused(tmp_path):
+    path = saved(tmp_path, {"weight": torch.zeros(1000, 1000)})
+    rewrite(path, b"", b"", zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 10_000
+    assert_refused(path)
+    saved(tmp_path, nn.Linear(*PLAIN, bias=False).state_dict())
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("w/DATA.PKL", b"")
+    assert_refused(path)

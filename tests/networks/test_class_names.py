@@ -17,17 +17,15 @@ from torch import nn
 
 import unbraid
 from tiny_networks import SyntheticImages, build
-from unbraid.base.errors import DataError, UsageError
+from unbraid.base.errors import DataError
 from unbraid.images.labels import AS_GIVEN, Reading, show_names
 from unbraid.images.open import images_for
 from unbraid.networks.class_names import imagenet_classes, read_names
-from unbraid.networks.models import LoadedModel, load_model
+from unbraid.networks.models import LoadedModel
 from unbraid.running.run import validation_images
 
 INDEX = {"0": ["n02012849", "crane"], "1": ["n03126707", "crane"], "2": ["n01440764", "tench"]}
 IDS = [pair[0] for pair in INDEX.values()]
-
-
 IMAGENET = tuple(imagenet_classes().values())
 
 
@@ -46,7 +44,10 @@ def write_folders(root: Path, classes: Sequence[str]) -> Path:
 
 def file_of(tmp_path: Path, name: str, content: Any) -> Path:
     path = tmp_path / name
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
 
 
@@ -56,25 +57,14 @@ def file_of(tmp_path: Path, name: str, content: Any) -> Path:
         ("a.csv", 'folder,name\nant,"Ant, red"\nbee,Bee\n', {}, {"ant": "Ant, red", "bee": "Bee"}),
         ("a.csv", "name;note;id\nAnt;x;n00000001\n", {}, {"n00000001": "Ant"}),
         ("a.csv", "\ufeffnumber,name\r\n0,Ant\r\n10,Bee\r\n", {0: "Ant", 10: "Bee"}, {}),
-        ("a.csv", "1,Bee\n0,Ant\n", {0: "Ant", 1: "Bee"}, {}),
-        ("a.csv", "id,description\nx,Ant\n", {}, {"x": "Ant"}),
         ("a.tsv", "ant\tAnt, red\n", {}, {"ant": "Ant, red"}),
-        ("a.txt", "Ant\nBee, or wasp\n", {0: "Ant", 1: "Bee, or wasp"}, {}),
-        ("a.txt", "n00000001 tench, Tinca tinca\n", {}, {"n00000001": "tench, Tinca tinca"}),
-        ("names", "Ant\n", {0: "Ant"}, {}),
         ("a.json", ["Ant", "Bee"], {0: "Ant", 1: "Bee"}, {}),
         ("a.json", {"ant": "Ant", "3": "Bee"}, {3: "Bee"}, {"ant": "Ant"}),
-        ("a.json", {"Ant": 1, "Bee": 0}, {1: "Ant", 0: "Bee"}, {}),
         ("a.json", {"Ant": "1", "Bee": "0"}, {1: "Ant", 0: "Bee"}, {}),
         ("a.json", {"id2label": {"0": "Ant"}, "label2id": {"Ant": 0}}, {0: "Ant"}, {}),
-        ("a.csv", "idx,label\n0,Ant\n1,Bee\n", {0: "Ant", 1: "Bee"}, {}),
         ("a.csv", "label,id\nAnt,0\nBee,1\n", {0: "Ant", 1: "Bee"}, {}),
-        ("a.csv", "class_id,class_name\n0,Ant\n", {0: "Ant"}, {}),
-        ("a.txt", "0 Ant\n1 Bee\n", {0: "Ant", 1: "Bee"}, {}),
-        ("a.txt", "1: Ant\n2: Bee\n", {0: "Ant", 1: "Bee"}, {}),
         ("a.txt", "0,Ant\n1,Bee, or wasp\n", {0: "Ant", 1: "Bee, or wasp"}, {}),
         ("a.txt", "/a/abbey 0\n/b/bar 1\n", {0: "/a/abbey", 1: "/b/bar"}, {}),
-        ("a.txt", "7 up\n8 up\n", {0: "7 up", 1: "8 up"}, {}),
         ("a.txt", "Boeing 707\nBoeing 717\n", {0: "Boeing 707", 1: "Boeing 717"}, {}),
         ("a.txt", "{0: 'Ant, red',\n 1: \"Bee's\"}", {0: "Ant, red", 1: "Bee's"}, {}),
         ("a.txt", "['Ant',\n 'Bee',\n]", {0: "Ant", 1: "Bee"}, {}),
@@ -90,56 +80,37 @@ def test_read_names_takes_what_is_usual(name, content, by_output, by_class, tmp_
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        ("nowhere.txt", None),
+        ("a.txt", b"\xff\xfe"),
         ("a.txt", "{'Ant', open('x')}"),
-        ("a.txt", "{[1]: 'Ant'}"),
-        ("a.txt", "[" * 100_000),
         ("a.txt", "['\\d', 1]"),
-        ("a.txt", '{"id": 0}\n{"id": 1}\n'),
         ("a.csv", ""),
-        ("a.csv", "Ant\nBee\n"),
         ("a.csv", "folder,name\nant\n"),
-        ("a.csv", "folder,name\nant,\n"),
         ("a.csv", "folder,name\nant,Ant\nANT,Bee\n"),
         ("a.csv", 'folder,name\nant,"Ant\n'),
         ("a.csv", "number,name\n99999999,Ant\n"),
-        ("a.json", "{"),
-        ("a.json", "[" * 100_000),
         ("a.json", {}),
-        ("a.json", 3),
-        ("a.json", [1, 2]),
-        ("a.json", {"0": {"name": "Ant"}}),
         ("a.json", '["\\ud800"]'),
-        ("a.txt", "\n"),
         ("a.txt", "Ant\n\nBee\n"),
     ],
 )
-def test_a_file_that_holds_no_names_is_told(name, content, tmp_path):
+def test_read_names_of_a_file_without_names_is_told(name, content, tmp_path):
     path = file_of(tmp_path, name, content)
     with pytest.raises(DataError, match=rf"Names .*{path.name} cannot be read \(.*\); give a CSV"):
-        read_names(path)
-    with pytest.raises(DataError, match="cannot be read"):
-        read_names(tmp_path / "nowhere.csv")
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="cannot be read"):
         read_names(path)
 
 
 @given(
-    st.sampled_from([".csv", ".json", ".txt", ".tsv"]),
-    st.one_of(
-        st.binary(max_size=60),
-        st.text("01n,;\"'\n\t[]{}: é-.", max_size=40).map(str.encode),
-        st.recursive(
-            st.none() | st.integers() | st.text(max_size=5),
-            lambda inner: (
-                st.lists(inner, max_size=3)
-                | st.dictionaries(st.text(max_size=3), inner, max_size=3)
-            ),
-        ).map(lambda told: json.dumps(told).encode()),
-    ),
+    st.sampled_from([".csv", ".json", ".txt"]),
+    st.binary(max_size=60)
+    | st.text("01n,;\"'\n\t[]{}: é-.", max_size=40).map(str.encode)
+    | st.recursive(
+        st.none() | st.integers() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    ).map(lambda told: json.dumps(told).encode()),
 )
-@settings(max_examples=300, deadline=None)
-def test_any_file_holds_names_or_is_told(tmp_path_factory, ending, content):
+@settings(max_examples=200, deadline=None)
+def test_read_names_of_any_file_gives_names_or_tells(tmp_path_factory, ending, content):
     path = tmp_path_factory.getbasetemp() / f"names{ending}"
     path.write_bytes(content)
     try:
@@ -157,19 +128,21 @@ def named(tmp_path: Path, content: Any, model: LoadedModel, file: str = "a.json"
 
 def test_names_of_a_file_are_shown_and_matched(tmp_path):
     source = str(write_folders(tmp_path / "data", ["ant", "bee"]))
-    own = loaded(2, ["Bee", "Ant"])
-    images, note = images_for(named(tmp_path, ["Biene", "Ameise"], own), source)
-    assert (images.labels, images.classes, note) == ({"ant": 1, "bee": 0}, ["Biene", "Ameise"], "")
-    images, note = images_for(named(tmp_path, ["bee", "ANT"], loaded(2)), source)
-    assert (images.labels, images.classes, note) == ({"ant": 1, "bee": 0}, ["bee", "ANT"], "")
-    images, _ = images_for(named(tmp_path, "id,name\nANT,Ameise\n", own, "a.csv"), source)
-    assert images.classes == ["Bee", "Ameise"]
-    images, note = images_for(named(tmp_path, ["x", "y"], loaded(2)), source)
-    assert images.classes == ["ant", "bee"]  # which of them is x is a guess
-    assert "none by an output's name" in note
     flat = str(write_folders(tmp_path / "flat", ["."]))
-    images, _ = images_for(named(tmp_path, ["Biene", "Ameise"], own), flat)
-    assert images.classes == ["Biene", "Ameise"]
+    bare, own = loaded(2), loaded(2, ["Bee", "Ant"])
+    for content, network, folder, classes in (
+        (["Biene", "Ameise"], own, source, ["Biene", "Ameise"]),
+        (["bee", "ANT"], bare, source, ["bee", "ANT"]),
+        ({"ANT": "Ameise"}, own, source, ["Bee", "Ameise"]),
+        (["Biene", "Ameise"], own, flat, ["Biene", "Ameise"]),
+        (["x", "y"], bare, source, ["ant", "bee"]),  # which of them is x is a guess
+    ):
+        images, note = images_for(named(tmp_path, content, network), folder)
+        assert images.classes == classes
+        if content == ["x", "y"]:
+            assert "none by an output's name" in note
+        elif folder == source:
+            assert (images.labels, note) == ({"ant": 1, "bee": 0}, "")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +150,7 @@ def test_names_of_a_file_are_shown_and_matched(tmp_path):
     [
         (["a", "b", "c"], "names outputs 0 to 2, but the network's go from 0 to 1; give names for"),
         (["a"], "names outputs 0 to 0, but"),
-        ({"5": "a"}, "names outputs 0 to 5, but"),
+        ({"1": "Ant", "2": "Bee"}, r"counts outputs from 1; count from 0\.$"),
         ({"wasp": "Wasp"}, "no name for any class, such as 'ant'; give names for these"),
     ],
 )
@@ -214,13 +187,7 @@ def test_a_scan_that_is_there_takes_other_names_without_running_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("classes", "names"),
-    [
-        (["a", "b"], []),
-        (["A", "b"], ["b", "a", "c", "d"]),
-        (["0", "3"], []),
-        (["0", "3"], ["x"] * 4),
-    ],
+    ("classes", "names"), [(["A", "b"], ["b", "a", "c", "d"]), (["0", "3"], [])]
 )
 def test_a_report_finds_its_images_again_whatever_they_are_called(classes, names, tmp_path):
     write_folders(tmp_path / "data/val", classes)
@@ -232,26 +199,6 @@ def test_a_report_finds_its_images_again_whatever_they_are_called(classes, names
         warnings.simplefilter("error")
         again = validation_images({"data": str(tmp_path / "data")}, scan)
     assert again.classes == images.classes
-    pairs = set(zip(again.targets, images.targets, strict=True))
-    assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) == 2
-
-
-@pytest.mark.parametrize(
-    ("names", "taken"),
-    [('("a", "b")', ("a", "b")), ('{1: "b", 0: "a"}', ("a", "b")), ("range(2)", ("0", "1"))],
-)
-def test_output_names_of_a_function_are_taken_in_order(names, taken, tmp_path):
-    path = tmp_path / "net.py"
-    path.write_text(f"import torch\ndef net(): return torch.nn.Identity(), None, {names}\n")
-    assert load_model(f"{path}:net", device="cpu").class_names == taken
-    for wrong in ('"ab"', '{"a": 0}', '{"a", "b"}', "3"):
-        path.write_text(f"import torch\ndef net(): return torch.nn.Identity(), None, {wrong}\n")
-        with pytest.raises(UsageError, match="for output names; give a list of texts"):
-            load_model(f"{path}:net", device="cpu")
-
-
-def test_names_that_count_outputs_from_1_are_told(tmp_path):
-    names = read_names(file_of(tmp_path, "a.json", {"1": "Ant", "2": "Bee"}))
-    assert names.of_outputs(3) == ()
-    with pytest.raises(DataError, match=r"counts outputs from 1; count from 0\.$"):
-        names.of_outputs(2)
+    known = dict(zip(images.targets, again.targets, strict=True))  # by folder
+    assert [known[target] for target in images.targets] == again.targets
+    assert len(set(again.targets)) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import namedtuple
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,9 +36,11 @@ PICKED: dict[str, tuple[Any, list[Any]]] = {
     "keys that look like numbers": ({"0": MAP, "1": LOGITS}, [1, "1"]),
     "keys that are numbers": ({0: MAP, -1: LOGITS}, [-1, "-1"]),
     "key with a dot": ({"a.b": LOGITS, "a": MAP}, ["a.b"]),
-    "attribute": (SimpleNamespace(features=MAP, scores=LOGITS), ["scores"]),
     "named tuple": (Two(MAP, LOGITS), ["scores", 1, -1]),
-    "parts of parts": ({"out": {"heads": [MAP, LOGITS]}}, ["out.heads.1", "out.heads.-1"]),
+    "parts of parts": (
+        {"out": SimpleNamespace(heads=[MAP, LOGITS])},
+        ["out.heads.1", "out.heads.-1"],
+    ),
     "logits in a part": ([MAP, {"logits": LOGITS}], ["1.logits", "-1.logits"]),
 }
 
@@ -49,11 +50,8 @@ def test_with_logits_by_number_key_or_attribute_takes_that_part(kind: str) -> No
     output, picks = PICKED[kind]
     for pick in picks:
         assert unbraid.with_logits(PutsOut(output), pick)(LOGITS) is LOGITS
-
-
-def test_with_logits_of_a_part_with_logits_in_it_leaves_them_to_be_found() -> None:
-    part = unbraid.with_logits(PutsOut([MAP, {"logits": LOGITS}]), -1)(LOGITS)
-    assert as_logits(part) is LOGITS
+    if kind == "logits in a part":
+        assert as_logits(unbraid.with_logits(PutsOut(output), -1)(LOGITS)) is LOGITS
 
 
 def test_with_logits_by_a_function_hides_no_error_of_it() -> None:
@@ -71,18 +69,13 @@ def test_as_logits_names_places_that_can_be_given(kind: str) -> None:
 
 
 SAID: dict[str, tuple[Any, Any, str]] = {
-    "out of range from the end": (
-        [MAP, LOGITS],
-        -3,
-        r"has no -3 .* a list; .*: --output 1 \(5, 4\)",
-    ),
+    "out of range": ([MAP, LOGITS], -3, r"has no -3 .* a list; .*: --output 1 \(5, 4\)"),
     "no such key": ({"a": LOGITS, "b": LOGITS}, "c", r"--output a \(5, 4\) or --output b \(5, 4\)"),
     "a map": ([MAP, LOGITS], 0, r"Part 0 .* is a tensor \(5, 2, 3, 3\), not logits .*--output 1"),
     "no part": ([MAP, MAP], -1, r"Part -1 .* no part of it is, so compute them in FILE.py:FUNCTIO"),
     "a row": (LOGITS, -1, "it is logits itself, so leave --output out"),
     "layers stacked": (torch.ones(2, 5, 4), 0, "by a function that unbraid.with_logits takes"),
     "a method": ({"a": LOGITS}, "keys", r"has no 'keys' .*: --output a \(5, 4\)"),
-    "nothing": (None, 0, "it is a NoneType; no part of it is"),
 }
 
 
@@ -97,30 +90,23 @@ def test_with_logits_of_no_logits_says_what_there_is(kind: str) -> None:
 OWN = """
 from torch import nn
 
-class Both(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 1)
-
+class Both(nn.Sequential):
     def forward(self, x):
-        maps = self.conv(x).relu()
+        maps = self[0](x)
         return [maps, maps.mean((2, 3))]
 
 def build():
-    return Both()
+    return Both(nn.Conv2d(3, 4, 1))
 """
 
 
 @pytest.mark.parametrize(("options", "status"), [(["--output", "-1"], 0), (["--output=3"], 1)])
 def test_layers_takes_output_as_one_argument_or_two_and_names_what_to_give(
-    options: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+    options, status, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.setattr(sys, "argv", ["unbraid", "layers", f"{tmp_path}/own.py:build", *options])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == status
-    shown = capsys.readouterr()
-    assert ("conv" in shown.out) == (status == 0)
-    assert ("say where they are: --output 1 (1, 4)" in shown.err) == (status == 1)
-    assert "run on what its preprocessing makes" not in shown.err
+    assert ("say where they are: --output 1 (1, 4)" in capsys.readouterr().err) == (status == 1)

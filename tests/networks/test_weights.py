@@ -34,9 +34,6 @@ class Extra(nn.Linear):
             raise self.extra
         return self.extra
 
-    def set_extra_state(self, state: Any) -> None:
-        self.extra = state
-
 
 def linear(add: float) -> nn.Module:
     torch.manual_seed(0)
@@ -88,13 +85,13 @@ def test_hash_weights_of_any_state_is_the_same_for_the_same_alone(name):
 @pytest.mark.filterwarnings("ignore")
 def test_hash_weights_is_the_same_in_another_process():
     code = (
-        "import sys, warnings; warnings.simplefilter('ignore'); sys.path.append('..')\n"
+        "import warnings; warnings.simplefilter('ignore'); import sys; sys.path.append('..')\n"
         "from test_weights import MADE, hash_weights\n"
         "print(*(hash_weights(make(one)) for make, one, _ in MADE.values()))"
     )
-    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
-    ran = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, **options)
-    assert ran.stdout.split() == [hash_weights(make(one)) for make, one, _ in MADE.values()]
+    command, folder = [sys.executable, "-c", code], Path(__file__).parent
+    shown = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert shown.split() == [hash_weights(make(one)) for make, one, _ in MADE.values()]
 
 
 def test_hash_weights_of_ordinary_network_is_that_of_its_tensors():
@@ -107,20 +104,20 @@ def test_hash_weights_of_ordinary_network_is_that_of_its_tensors():
     assert hash_weights(network) == digest.hexdigest()
 
 
+TWO = TwoTensor(torch.ones(2), torch.ones(2))
+
+
 @pytest.mark.parametrize(
-    ("make", "sentence"),
+    ("module", "sentence"),
     [
-        (lambda: Extra(RuntimeError("not now")), r"cannot tell its state \(not now\)"),
-        (lambda: Extra({"a": np.ones(2)}), r"'_extra_state' is a ndarray, which cannot be hashed"),
-        (
-            lambda: holding(TwoTensor(torch.ones(2), torch.ones(2))),
-            "'held' is a TwoTensor, whose numbers cannot be read",
-        ),
+        (Extra(RuntimeError("not now")), r"cannot tell its state \(not now\)"),
+        (Extra({"a": np.ones(2)}), r"'_extra_state' is a ndarray, which cannot be hashed"),
+        (holding(TWO), "'held' is a TwoTensor, whose numbers cannot be read"),
     ],
 )
-def test_hash_weights_of_what_cannot_be_read_is_told(make, sentence):
+def test_hash_weights_of_what_cannot_be_read_is_told(module, sentence):
     with pytest.raises(ModelError, match=sentence):
-        hash_weights(make())
+        hash_weights(module)
 
 
 @pytest.mark.parametrize("make", [Tensor.to_sparse, Tensor.to_sparse_csr, Tensor.clone])
