@@ -167,14 +167,12 @@ class Reach:
 
 
 def _referent(x: object) -> object | None:
-    """What a weak reference refers to."""
-    found: object | None = None
-    if type(x) in _PROXIES:
-        with contextlib.suppress(ReferenceError, AttributeError):
-            found = x.__init__.__self__  # type: ignore[misc]
-    elif issubclass(type(x), weakref.ref):
-        found = x()  # type: ignore[operator]
-    return found
+    """What a weak reference refers to; None of anything else."""
+    if issubclass(type(x), weakref.ref):
+        return x()  # type: ignore[operator, no-any-return]
+    with contextlib.suppress(ReferenceError, AttributeError):
+        return x.__init__.__self__ if type(x) in _PROXIES else None  # type: ignore[misc, no-any-return]
+    return None
 
 
 class Copier:
@@ -270,18 +268,11 @@ class Copier:
 
     def function(self, x: types.FunctionType) -> Any:
         """Copy a function; variables around it that do not lead to the network stay shared."""
-        cells = {id(cell): cell for cell in x.__closure__ or () if self._reach.leads(cell)}
-        new = [key for key in cells if key not in self._memo]
-        for key in new:
-            self._memo[key] = types.CellType()
-        closure = tuple(
-            self._memo[id(c)] if id(c) in cells else c  # two functions may share a variable
-            for c in x.__closure__ or ()
-        )
+        closure = tuple(map(self._inner, x.__closure__ or ()))
+        if id(x) in self._memo:  # made meanwhile, as one of its variables holds it
+            return self._memo[id(x)]
         y = types.FunctionType(x.__code__, x.__globals__, x.__name__, None, closure or None)
-        self._memo[id(x)] = y  # before what it holds, which may lead back to it
-        for key in new:
-            self._memo[key].cell_contents = self.copy(cells[key].cell_contents)
+        self._memo[id(x)] = y
         if x.__defaults__ is not None:
             y.__defaults__ = tuple(map(self._inner, x.__defaults__))
         if x.__kwdefaults__ is not None:
@@ -291,7 +282,7 @@ class Copier:
         return y
 
     def cell(self, x: types.CellType) -> Any:
-        """Copy a variable that functions share."""
+        """Copy a variable, which functions may share."""
         y = self._memo[id(x)] = types.CellType()
         y.cell_contents = self.copy(x.cell_contents)
         return y
@@ -329,14 +320,10 @@ _BUILDERS: dict[type, Callable[[Copier, Any], Any]] = {
     types.BuiltinMethodType: lambda self, x: getattr(self.copy(x.__self__), x.__name__),
     _CACHED: lambda self, x: functools.lru_cache(**x.cache_parameters())(self.copy(x.__wrapped__)),
     staticmethod: lambda self, x: staticmethod(self.copy(x.__func__)),
-    classmethod: lambda self, x: classmethod(self.copy(x.__func__)),
-    types.MappingProxyType: lambda self, x: types.MappingProxyType(self.copy(dict(x))),
     **dict.fromkeys(_GROUPS, Copier.group),
     **dict.fromkeys((weakref.ref, *_PROXIES), Copier.weak),
-    weakref.WeakSet: lambda self, x: weakref.WeakSet([self.copy(part) for part in x]),
-    **dict.fromkeys(
-        (weakref.WeakKeyDictionary, weakref.WeakValueDictionary),
-        lambda self, x: type(x)([(self.copy(key), self.copy(value)) for key, value in x.items()]),
+    weakref.WeakValueDictionary: lambda self, x: weakref.WeakValueDictionary(
+        {key: self.copy(value) for key, value in x.items()}
     ),
 }
 
