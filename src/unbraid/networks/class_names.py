@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import csv
 import json
 import math
@@ -11,6 +10,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -35,16 +35,12 @@ _NUMBER_BEFORE = re.compile(r"(?P<number>\d{1,6})[\s,;:|]\s*(?P<name>\S.*)", re.
 _NUMBER_BEHIND = re.compile(r"(?P<name>.*\S)[\s,;:|]\s*(?P<number>\d{1,6})", re.ASCII)
 _KEYS = {"id", "wnid", "synset", "folder", "class", "number", "label", "index", "output", "key"}
 
-# ImageNet-1k's classes
+Pairs = list[tuple[str, str]]  # what is named, and its name
 
 
 @cache
 def imagenet_classes() -> dict[str, str]:
-    """Return the names of the classes by WordNet id.
-
-    >>> len(imagenet_classes()), next(iter(imagenet_classes().items()))
-    (1000, ('n01440764', 'tench'))
-    """
+    """Return the names of ImageNet-1k's classes by WordNet id."""
     text = files("unbraid").joinpath("networks", "imagenet.csv").read_text(encoding="utf-8")
     return {row["id"]: row["name"] for row in csv.DictReader(text.splitlines())}
 
@@ -55,21 +51,17 @@ def are_imagenet_names(names: Sequence[str]) -> bool:
     >>> are_imagenet_names(list(imagenet_classes().values())), are_imagenet_names(["cat"] * 1000)
     (True, False)
     """
-    known = imagenet_classes()
-    if len(names) != len(known):
+    if len(names) != N_IMAGENET:
         return False
     same = sum(
         name[:9] == one or normal_form(name.split(",")[0]) == normal_form(word.split(",")[0])
-        for name, (one, word) in zip(names, known.items(), strict=True)
+        for name, (one, word) in zip(names, imagenet_classes().items(), strict=True)
     )
     return same > N_IMAGENET // 2  # lists of them differ in some words
 
 
 def output_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a network's outputs where it is one of timm's, which knows them.
-
-    Its `label_names`, or else those of ImageNet-1k for a network made for that.
-    """
+    """Return the names of a network's outputs where it is one of timm's, which knows them."""
     config = getattr(model, "pretrained_cfg", None)
     n = getattr(model, "num_classes", None)
     if not isinstance(config, Mapping):
@@ -80,9 +72,6 @@ def output_names(model: nn.Module) -> tuple[str, ...]:
     if n == N_IMAGENET == config.get("num_classes"):
         return tuple(imagenet_classes().values())
     return ()
-
-
-# How names of classes are written: numbers, WordNet ids, and words in any form
 
 
 def number_in(name: str) -> int | None:
@@ -96,11 +85,7 @@ def number_in(name: str) -> int | None:
 
 
 def output_number(value: object) -> int | None:
-    """Return the number of an output that a value of a table is, None where it is none.
-
-    >>> output_number(3), output_number(3.0), output_number(3.5), output_number(True)
-    (3, 3, None, None)
-    """
+    """Return the number of an output that a value of a table is, such as 3.0, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return int(value) if value >= 0 and value == int(value) else None
@@ -115,17 +100,11 @@ def normal_form(name: str) -> str:
     if (number := number_in(name)) is not None:
         return str(number)
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).strip()
-    if is_numeric(name):
-        return folded
-    return _PASSED_OVER.sub("", folded) or folded
+    return folded if is_numeric(name) else _PASSED_OVER.sub("", folded) or folded
 
 
 def wordnet_id(name: str) -> str | None:
-    """Return the WordNet id that a class's name is or begins with.
-
-    >>> wordnet_id("n01440764"), wordnet_id("n01440764_tench"), wordnet_id("n014407640")
-    ('n01440764', 'n01440764', None)
-    """
+    """Return the WordNet id that a class's name is or begins with, as in n01440764_tench."""
     found = _WORDNET.fullmatch(name)
     return found[1].lower() if found else None
 
@@ -153,24 +132,17 @@ def is_numeric(name: str) -> bool:
     >>> is_numeric("-1.5"), is_numeric("0x10"), is_numeric("nan"), is_numeric("None")
     (True, True, True, True)
     """
-    if name.strip().casefold() in _MISSING:
-        return True
     for read in (float, lambda text: int(text, 0)):
-        try:
+        with suppress(ValueError):
             read(name.strip())
-        except ValueError:
-            continue
-        return True
-    return False
+            return True
+    return name.strip().casefold() in _MISSING
 
 
 def counted(name: str) -> list[tuple[int, str]]:
     """Sort numbers in names by what they count: class2 before class10."""
-    return [
-        (int(part), "") if part.isdecimal() else (0, part)
-        for part in re.split(r"(\d{1,18})", name)
-        if part
-    ]
+    parts = filter(None, re.split(r"(\d{1,18})", name))
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
 
 def look_up(classes: Sequence[str], labels: Mapping[str, int]) -> dict[str, int | None]:
@@ -188,8 +160,6 @@ def look_up(classes: Sequence[str], labels: Mapping[str, int]) -> dict[str, int 
 def meanings(name: str) -> list[str]:
     """What else than its name a class may be called among outputs.
 
-    What stands behind a number or WordNet id, or what the id stands for.
-
     >>> meanings("001.Black_footed_Albatross"), meanings("n01440764"), meanings("cat")
     (['Black_footed_Albatross'], ['n01440764', 'tench'], [])
     """
@@ -201,24 +171,17 @@ def meanings(name: str) -> list[str]:
     return [one for one in (found[1].lower(), known, found[2]) if one]
 
 
-# Names from a file
-
-
 @dataclass(frozen=True)
 class Names:
-    """What to call outputs and classes."""
+    """What to call outputs and classes, read from a file."""
 
     by_output: dict[int, str] = field(default_factory=dict)
     by_class: dict[str, str] = field(default_factory=dict)
-    file: str = ""  # they were read from
+    file: str = ""
     in_lines: bool = False  # a line for each output, without saying which
 
     def of_outputs(self, n_outputs: int) -> tuple[str, ...]:
-        """Return the names of all outputs; empty where not all are named.
-
-        Raises:
-            DataError: they are names of more outputs, or fewer lines.
-        """
+        """Return the names of all outputs, none where not all are named; DataError if of others."""
         n_named = max(self.by_output, default=-1) + 1
         if n_named == n_outputs + 1 and 0 not in self.by_output:
             raise DataError(f"{self.file} counts outputs from 1; count from 0.")
@@ -232,14 +195,9 @@ class Names:
         return tuple(self.by_output[k] for k in range(n_outputs))
 
     def of_classes(self, labels: Mapping[str, int], guessed: bool) -> dict[str, str]:
-        """Return the names of a data set's classes, as far as there are any.
+        """Return the names of a data set's classes that have one; DataError if of other classes.
 
-        Args:
-            labels: of the classes.
-            guessed: whether that is a guess; then a class is not called as its output.
-
-        Raises:
-            DataError: there are names, but none is of one of these classes.
+        Where the classes' labels are a guess, a class is not called as its output.
         """
         places = look_up(list(labels), {key: k for k, key in enumerate(self.by_class)})
         own = list(self.by_class.values())
@@ -256,46 +214,36 @@ class Names:
 
 
 def read_names(path: Path) -> Names:
-    """Read names of classes or outputs.
+    """Read names of classes or outputs from a CSV or TSV file, JSON or lines; else DataError.
 
-    Args:
-        path: a CSV or TSV file of two columns, what is named (a folder, class, WordNet id or
-            output's number) and the name; JSON, a list or a dictionary of the same; or a text
-            with a line for each output.
-
-    Raises:
-        DataError: it is none of these, or names one thing twice.
+    A table has two columns: what is named (a folder, class, WordNet id or output's number) and its
+    name. JSON is a list or a dictionary of the same, a text has a line for each output.
     """
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
             raise ValueError(f"it has more than {_LARGEST} bytes")
-        text = content.decode("utf-8-sig")
-        kind = path.suffix.lower()
+        text, kind = content.decode("utf-8-sig"), path.suffix.lower()
         if kind in (".csv", ".tsv"):
-            names = _from_table(text)
+            pairs, in_lines = _from_table(text), False
         elif kind == ".json" or text.lstrip().startswith(("{", "[")):
-            names = _from_object(json.loads(text) if kind == ".json" else _python(text))
+            told = json.loads(text) if kind == ".json" else _python(text)
+            pairs, in_lines = _from_object(told), isinstance(told, list)
         else:
-            names = _from_lines(text)
-        in_lines = kind not in (".csv", ".tsv", ".json") or text.lstrip().startswith("[")
-        by_output, by_class = _by_output_and_class(names)
-        return Names(by_output, by_class, str(path), in_lines and not by_class)
+            pairs, in_lines = _from_lines(text), True
+        by_output, by_class = _by_output_and_class(pairs)
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise DataError(
             f"Names {path} cannot be read ({one_line(str(error))}); give a CSV file with columns "
             "for what is named and its name, JSON, or a text with a line for each output."
         ) from None
-
-
-# Each reader gives pairs of what is named and its name.
-Pairs = list[tuple[str, str]]
+    return Names(by_output, by_class, str(path), in_lines and not by_class)
 
 
 def _python(text: str) -> Any:
     """Read what Python or JSON writes of a list or dictionary."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return json.loads(text)
     try:
         with warnings.catch_warnings():
@@ -368,11 +316,7 @@ def _unnumbered(lines: list[str]) -> list[str]:
 
 
 def _by_output_and_class(pairs: Pairs) -> tuple[dict[int, str], dict[str, str]]:
-    """Sort names out by what they are of; each name once, and of one thing only.
-
-    Raises:
-        ValueError: one is not.
-    """
+    """Sort names out by what they are of; ValueError unless each has one name."""
     by_output: dict[int, str] = {}
     by_class: dict[str, str] = {}
     forms: dict[str, str] = {}
