@@ -1,7 +1,7 @@
 """Weights from files that anyone may have written: how they are read, and which are a network's.
 
-Code in a file is never run. torch's restricted reader makes tensors and plain values; for every
-other class that a file names it gets a stand-in that makes nothing.
+Code in a file is never run: torch's restricted reader makes tensors and plain values, and gets a
+stand-in that makes nothing for every other class.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ _LISTS = ("numpy.", "collections.deque", "functools.partial")
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # In names of what is kept beside the weights that were trained.
 _COPIES = {"ema", "teacher", "swa", "averaged", "average", "avg", "shadow", "momentum", "target"}
-_HOLDERS = (Mapping, list, tuple)
 _MOST_PARTS = 64  # of a name
 _NEVER = "Python code or objects, which are never loaded; save the state dict alone, as safetensors"
 _N_NAMED = 3
@@ -57,10 +56,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
     content, has_objects = _read(path)
     tensors = list(_walk(content))
     names = [str(key) for key in content] if isinstance(content, Mapping) else []
-    keys = f"its keys are {_listed(names)}" if names else ""
+    keys = f"; its keys are {_listed(names)}" if names else ""
     if not tensors:
         what = _NEVER if has_objects else "no state dict; save `model.state_dict()`"
-        raise ModelError(f"{path} holds {what}{keys and f'; {keys}'}.")
+        raise ModelError(f"{path} holds {what}{keys}.")
     own = model.state_dict(keep_vars=True)
     prefix, taken = _choose(_sets(tensors, own), own, path)
     state = _completed(taken, own)
@@ -74,11 +73,22 @@ def load_weights(model: nn.Module, path: Path) -> None:
             state.setdefault(".".join(found.name[len(prefix) :]), found.tensor)
         else:
             beside.append(".".join(found.name))
-    _refuse_other_numbers(path, state, model)
+    for name, weight in model.named_parameters():
+        value = state.get(name, weight)
+        if weight.is_floating_point() and not value.is_floating_point():  # torch would cut it
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{path} holds {one_line(name)} as {kind}, which are no real weights; save them as "
+                "floating-point numbers, dequantised if need be."
+            )
     try:
         model.load_state_dict(state)
     except Exception as error:  # also of a network of anyone's own
-        raise _misfit(path, state, own, keys, error) from None
+        reasons = _differences(state, own, keys) or brief(error)
+        raise ModelError(
+            f"Weights {path} do not fit the network: {reasons}; give --model FILE.py:FUNCTION, "
+            "where FUNCTION builds the network that they are of."
+        ) from None
     if beside:
         warnings.warn(
             f"Of {path} only what lies under {_text(prefix)} is loaded, not {_listed(beside)}.",
@@ -87,10 +97,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 class _Object:
-    """Stands for a class: makes an empty Counter, whatever it is given.
-
-    torch's reader fills dictionaries and Counters alone, of which a Counter takes attributes.
-    """
+    """Stands for a class: makes an empty Counter, which torch's reader fills and sets up."""
 
     def __new__(cls, *_arguments: Any) -> Any:
         return Counter()
@@ -109,35 +116,31 @@ class _List(list[Any]):
 def _read(path: Path) -> tuple[Any, bool]:
     """Read a file by what it is, whatever its name; also say if it has objects, never made."""
     try:
-        return _load(path)
+        if path.is_dir():
+            raise ValueError("it is a folder; name the file in it")
+        if not path.exists():
+            raise ValueError("there is no such file")
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(9)
+            if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+                return safetensors.torch.load_file(path), False
+            named: list[str] = []
+            if head.startswith(_ZIP):
+                _check_zip(file, size)
+                named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            elif not head.startswith(_PICKLE):
+                raise ValueError("it is no file of torch or safetensors, perhaps what Git LFS left")
+            stand_ins = [(_List if name.startswith(_LISTS) else _Object, name) for name in named]
+            file.seek(0)
+            with torch.serialization.safe_globals([Counter, *stand_ins]):
+                return torch.load(file, map_location="cpu", weights_only=True), bool(named)
     except pickle.UnpicklingError:
         raise ModelError(f"{path} holds {_NEVER}.") from None
     except Exception as error:  # a damaged file fails in any way
         raise ModelError(
             f"Weights {path} cannot be read ({brief(error)}); give a sound file."
         ) from None
-
-
-def _load(path: Path) -> tuple[Any, bool]:
-    if path.is_dir():
-        raise ValueError("it is a folder; name the file in it")
-    if not path.exists():
-        raise ValueError("there is no such file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(9)
-        if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
-            return safetensors.torch.load_file(path), False
-        named: list[str] = []
-        if head.startswith(_ZIP):
-            _check_zip(file, size)
-            named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        elif not head.startswith(_PICKLE):
-            raise ValueError("it is no file of torch or safetensors, perhaps what Git LFS left")
-        stand_ins = [(_List if name.startswith(_LISTS) else _Object, name) for name in named]
-        file.seek(0)
-        with torch.serialization.safe_globals([Counter, *stand_ins]):
-            return torch.load(file, map_location="cpu", weights_only=True), bool(named)
 
 
 def _check_zip(file: BinaryIO, size: int) -> None:
@@ -162,7 +165,7 @@ def _walk(content: Any) -> Iterator[_Found]:
     queue: deque[tuple[Name, Any]] = deque([((), content)])
     while queue:
         around, holder = queue.popleft()
-        if not isinstance(holder, _HOLDERS) or id(holder) in seen:
+        if not isinstance(holder, (Mapping, list, tuple)) or id(holder) in seen:
             continue
         seen.add(id(holder))
         for key, value in holder.items() if isinstance(holder, Mapping) else enumerate(holder):
@@ -171,15 +174,12 @@ def _walk(content: Any) -> Iterator[_Found]:
                 continue
             if isinstance(value, Tensor) and isinstance(key, str):
                 yield _Found(name, id(holder), value)
-            elif isinstance(value, _HOLDERS):
+            else:
                 queue.append((name, value))
 
 
 def _sets(tensors: Sequence[_Found], own: Iterable[str]) -> dict[Name, _Set]:
-    """A file's tensors that have a network's names, by what stands before these.
-
-    Names of wrappers do not matter, in the file's names or in the network's.
-    """
+    """A file's tensors that have a network's names, wrappers' left out, by what stands before."""
     wanted = {tuple(p for p in name.split(".") if p not in _WRAPPERS): name for name in own}
     sets: dict[Name, _Set] = {}
     for found in tensors:
@@ -219,10 +219,7 @@ def _choose(sets: dict[Name, _Set], own: Mapping[str, Any], path: Path) -> tuple
 
 
 def _completed(taken: _Set, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors by a network's names, with those that files may lack.
-
-    These are counts of batches, as from older torch, and all but one name of tied tensors.
-    """
+    """Tensors by a network's names, with what files may lack: tied names, counts of batches."""
     values: dict[str, Any] = {name: found.tensor for name, found in taken.items()}
     first = {id(own[name]): name for name in taken}
     for name in own.keys() - taken.keys():
@@ -235,49 +232,31 @@ def _completed(taken: _Set, own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _misshapen(values: Mapping[str, Tensor], own: Mapping[str, Any]) -> list[str]:
     """Names of tensors that have another shape in the network."""
-    known = {name: own[name] for name in values if isinstance(own.get(name), Tensor)}
     return [
         name
-        for name, mine in known.items()
-        if not is_lazy(mine) and values[name].shape not in (mine.shape, mine.shape or (1,))
+        for name in values
+        if isinstance(mine := own.get(name), Tensor)
+        and not is_lazy(mine)
+        and values[name].shape not in (mine.shape, mine.shape or (1,))
     ]
 
 
-def _refuse_other_numbers(path: Path, state: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Refuse whole or complex numbers for real weights, of which torch would cut parts off."""
-    for name, own in model.named_parameters():
-        value = state.get(name, own)
-        if own.is_floating_point() and not value.is_floating_point():
-            kind = str(value.dtype).removeprefix("torch.")
-            raise ModelError(
-                f"{path} holds {one_line(name)} as {kind}, which are no real weights; save them as "
-                "floating-point numbers, dequantised if need be."
-            )
-
-
-def _misfit(
-    path: Path, values: Mapping[str, Tensor], own: Mapping[str, Any], keys: str, error: Exception
-) -> ModelError:
+def _differences(values: Mapping[str, Tensor], own: Mapping[str, Any], keys: str) -> str:
     """Say in what a file differs from the network."""
     missing = [name for name in own if name not in values]
     extra = [name for name in values if name not in own]
-    others = _misshapen(values, own)
-    shown = _listed(
+    others = [
         f"{one_line(name)} is {tuple(values[name].shape)}, not {tuple(own[name].shape)}"
-        for name in others
-    )
+        for name in _misshapen(values, own)
+    ]
     reasons = []
     if missing:
         reasons.append(f"the file lacks {len(missing)} of {len(own)} tensors ({_listed(missing)})")
     if extra:
         reasons.append(f"the network has no place for {len(extra)} ({_listed(extra)})")
     if others:
-        reasons.append(f"{len(others)} have another shape ({shown})")
-    reasons += [keys] if missing and keys else []
-    return ModelError(
-        f"Weights {path} do not fit the network: {'; '.join(reasons) or brief(error)}; give "
-        "--model FILE.py:FUNCTION, where FUNCTION builds the network that they are of."
-    )
+        reasons.append(f"{len(others)} have another shape ({_listed(others)})")
+    return "; ".join(reasons) + (keys if missing else "")
 
 
 def _text(prefix: Name) -> str:
