@@ -202,6 +202,10 @@ TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "lone": (lambda: Small(_lone_refused), r"not on one image \(give two or more\)"),
     "quantised": (quantised, "depend on the other images"),  # a scale is taken from the batch
     "detached": (lambda: Small(lambda _, x: x.detach()), "a forward pass that detaches"),
+    "another graph": (
+        lambda: Small(lambda net, x: x.detach() + net.free, free=torch.ones(8).requires_grad_()),
+        "does not reach the logits",
+    ),
     "meta": (
         lambda: Small(lambda net, x: net.late(x), late=nn.Linear(8, 8, device="meta")),
         "cannot run on images .*meta",

@@ -177,26 +177,9 @@ def test_scan_that_would_be_refused_when_opened_is_not_begun(tmp_path, monkeypat
     assert not (tmp_path / "scan").exists()
 
 
-class GroupedImages(SyntheticImages):
-    """The first eight images are sound."""
-
-    groups = ("a",) * 130
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if index >= 8:
-            raise ValueError("broken")
-        return super().__getitem__(index)
-
-
-def test_scan_with_groups_and_a_shard_without_an_image_works(tmp_path):
-    options = {"skip_broken": True, "positions": True}
-    scan = unbraid.scan(build("1x1"), "layer", GroupedImages(130), tmp_path, **options)
-    assert [shard.group.tolist() for shard in scan.shards()] == [[0] * 8, []]
-    found = unbraid.find(scan, channels={0: [[0], [1]]})
-    for method in ("published", "least_squares"):
-        unbraid.evaluate(unbraid.split(scan, found, method=method), scan)
-    assert unbraid.find(scan, tau="auto", concepts="clusters").note == ""
-    records = replace(no_records(scan.layer, positions=True), broken=torch.arange(128))
+def test_find_chooses_no_tau_by_a_scan_without_an_image(tmp_path):
+    scan = unbraid.scan(build("1x1"), "layer", SyntheticImages(9), tmp_path)
+    records = replace(no_records(scan.layer, positions=False), broken=torch.arange(9))
     write_shard(scan.path, 0, records)
     assert unbraid.find(scan).pairs == ()
     with pytest.raises(DataError, match="holds no image to choose tau by"):

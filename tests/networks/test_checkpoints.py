@@ -66,13 +66,11 @@ def assert_is(state: State, expected: State = STATE) -> None:
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-FSDP, CHECKPOINTED = "_fsdp_wrapped_module.", "c1._checkpoint_wrapped_module"
+FSDP = "_fsdp_wrapped_module."
 LOADS = {  # what is saved, and what is then in the network
     "DDP of compiled": (under("module._orig_mod."), STATE),
     "FSDP": ({FSDP + n.replace("fc.", f"{FSDP}fc."): t for n, t in STATE.items()}, STATE),
-    "checkpointed": ({n.replace("c1", CHECKPOINTED): t for n, t in STATE.items()}, STATE),
     "deep": ({"state": {"trainer": {"model": under("a.b.c.")}}}, STATE),
-    "in a list": ([1, {"weights": STATE}], STATE),
     "another network too": ({"net": STATE, "critic": {"c9.weight": torch.ones(1)}}, STATE),
     "half precision": (HALF, FLOATS),
     "without counts": (UNCOUNTED, {**STATE, "bn.num_batches_tracked": torch.tensor(0)}),
@@ -155,14 +153,11 @@ def test_load_weights_beside_others_tells(content: Any, sentence: str, tmp_path:
 
 
 def test_load_weights_of_tied_tensors_needs_one_of_them(tmp_path: Path) -> None:
-    def tied() -> nn.Module:
-        parts = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
-        parts[1].weight = parts[0].weight
-        return parts.append(parts[0])
-
-    model, again = tied(), tied()
-    safetensors.torch.save_model(model, str(tmp_path / "w.safetensors"))
-    assert_is(loaded(tmp_path / "w.safetensors", again), model.state_dict())
+    one, other = (nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]) for _ in range(2))
+    for model in (one, other):
+        model[1].weight = model[0].weight
+    safetensors.torch.save_model(one, str(tmp_path / "w.safetensors"))
+    assert_is(loaded(tmp_path / "w.safetensors", other), one.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -173,12 +168,7 @@ def test_load_weights_of_older_names_that_the_network_knows_loads(tmp_path: Path
     assert torch.equal(new.weight, old.weight)
 
 
-def test_load_weights_without_a_checksum_loads_and_a_wrong_one_is_refused(tmp_path: Path) -> None:
-    torch.serialization.set_crc32_options(False)
-    try:
-        assert_is(loaded(saved(tmp_path, STATE)))
-    finally:
-        torch.serialization.set_crc32_options(True)
+def test_load_weights_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, STATE)
     content = bytearray(path.read_bytes())
     content[content.index(STATE["fc.bias"].numpy().tobytes())] ^= 1
@@ -214,14 +204,11 @@ SAID: dict[str, tuple[Any, str]] = {  # what is saved, or how it is written
     "larger": (under("module.", {**LAYERS, **STATE}), r"8 \(c0.weight, c2.weight, c3.weight, and"),
     "model": ({"model": network(), "epoch": 1}, rf"{NEVER}, as safetensors; its keys are model, e"),
     "arrays": ({name: t.numpy() for name, t in STATE.items()}, NEVER),
-    "no tensors": ({"epoch": 1}, r"no state dict; save .*; its keys are epoch"),
     "two encoders": (BOTH, "several state dicts that fit the network, under"),
     "complex": ({**STATE, "fc.weight": torch.ones(4, 4) * 1j}, "fc.weight as complex64, which are"),
     "script": (lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path), NEVER),
-    "arrays of numpy": (lambda p: np.savez(p.open("wb"), a=np.ones(2)), "torch.save has not writt"),
     "pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})), r"cannot be read .* sound file"),
     "pointer": (lambda p: p.write_text("version https://git-lfs.github.com\n"), "Git LFS left"),
-    "folder": (Path.mkdir, "it is a folder; name the file in it"),
     "missing file": (lambda _: None, "there is no such file"),
 }
 
@@ -295,12 +282,8 @@ def test_load_weights_beside_what_takes_memory_is_refused(old_format, large, tmp
     assert_refused(saved(tmp_path, state, _use_new_zipfile_serialization=not old_format))
 
 
-def test_load_weights_that_are_packed_or_have_a_second_description_are_refused(tmp_path):
+def test_load_weights_that_are_packed_are_refused(tmp_path):
     path = saved(tmp_path, {"weight": torch.zeros(1000, 1000)})
     rewrite(path, b"", b"", zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 10_000
-    assert_refused(path)
-    saved(tmp_path, nn.Linear(*PLAIN, bias=False).state_dict())
-    with zipfile.ZipFile(path, "a") as file:
-        file.writestr("w/DATA.PKL", b"")
     assert_refused(path)

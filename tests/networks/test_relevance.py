@@ -17,7 +17,6 @@ from checks import (
     truth_of,
 )
 from tiny_networks import KINDS, SyntheticImages, build, layer_input
-from unbraid.base.errors import LayerError
 from unbraid.networks.layers import describe, weight_rows
 from unbraid.networks.relevance import (
     cut_at,
@@ -87,21 +86,3 @@ def test_undisturbed_leaves_a_network_as_it_was(fault):
         network(IMAGES.images)
         network(IMAGES.images if fault is None else fault(IMAGES.images))
     assert_untouched(before, snapshot(network))
-
-
-class Reaching(nn.Module):
-    """The layer's output is detached; another tensor may have a graph."""
-
-    def __init__(self, another: bool) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(3, 4, 1).double()
-        self.free = torch.zeros(4, dtype=torch.float64, requires_grad=another)
-
-    def forward(self, x):
-        return self.layer(x).flatten(2).mean(2).detach() + self.free
-
-
-@pytest.mark.parametrize("another", [False, True])
-def test_output_relevance_of_a_layer_that_does_not_reach_the_logits_is_refused(another):
-    with pytest.raises(LayerError, match="does not reach the logits"):
-        relevance_of(Reaching(another))

@@ -33,30 +33,21 @@ def test_pooled_input_is_the_gradient_of_the_summed_output_by_the_weights(case):
     assert_pooled_inputs(pooled, truth)
     rows, bias = weight_rows(network.layer), bias_of(network.layer)
     assert_rows_explain_output(pooled, rows, bias, [z.shape[1] for z in truth.z], truth)
+    half = pooled_input(spec, x.half())  # which is summed in single precision
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, pooled_input(spec, x.half().double()).float())
 
 
-def test_pooled_input_of_half_precision_is_summed_in_single(case):
-    _, spec, x = case
-    pooled = pooled_input(spec, x.half())
-    assert pooled.dtype == torch.float32
-    torch.testing.assert_close(pooled, pooled_input(spec, x.half().double()).float())
-
-
-def test_respond_with_the_layers_own_rows_is_the_layer(case):
+def test_respond_is_the_layer_and_new_rows_in_any_order_are_in_the_group_of_their_channel(case):
     network, spec, x = case
     rows, bias = weight_rows(network.layer), bias_of(network.layer)
     with torch.no_grad():
         expected = channels_first(spec, network.layer(layer_input(network, IMAGES.images)))
     own = respond(spec, x, rows, bias, range(spec.n_out))
     torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_respond_with_new_rows_in_any_order_is_in_the_group_of_their_channel(case):
-    network, spec, x = case
-    last = spec.n_out - 1
-    channels = [last, 0, last, 1]  # shuffled and repeated
+    channels = [spec.n_out - 1, 0, spec.n_out - 1, 1]  # shuffled and repeated
     rows = torch.randn(4, spec.n_taps, generator=torch.Generator().manual_seed(1)).double()
-    new = respond(spec, x, rows, bias_of(network.layer)[channels], channels)
+    new = respond(spec, x, rows, bias[channels], channels)
     assert_responses(new.flatten(2), channels, rows, truth_of(network, IMAGES))
 
 
@@ -78,7 +69,7 @@ def test_resolve_layer_finds_a_layer_by_name_and_by_itself():
 @pytest.mark.parametrize(
     ("layer", "sentence"),
     [
-        ("Layer", r"no layer 'Layer'.* Did you mean layer\?"),
+        ("lay.er", r"no layer 'lay.er'.* Did you mean layer\?"),
         ("norms", r"no layer 'norms'\. `unbraid layers` lists"),  # near to what cannot be split
         ("module.", "no layer ''"),
         (build("1x1").layer, "not part of the network"),

@@ -62,12 +62,10 @@ MADE: dict[str, tuple[Callable[[Any], nn.Module], Any, Any]] = {  # with one thi
     "quantised": (quantised, 0.0, 0.5),
     "scripted": (partial(scripted, freeze=False), 0.0, 0.5),
     "frozen": (partial(scripted, freeze=True), 0.0, 0.5),
-    "meta": (lambda n: nn.Linear(n, 2, device="meta"), 2, 3),
     "lazy": (lambda dtype: nn.LazyLinear(3, dtype=dtype), torch.float32, torch.float64),
     "sparse": (lambda a: holding((a * torch.eye(2)).to_sparse()), 1, -1),
     "complex": (lambda turn: holding(turn(torch.tensor([1 + 2j]))), torch.conj, torch.clone),
     "extra number": (Extra, 1, 2),
-    "extra none": (Extra, None, "None"),
     "extra parts": (Extra, {"a": [1, (2.5, b"x")]}, {"a": [1, (2.5, b"y")]}),
 }
 

@@ -171,7 +171,7 @@ def _referent(x: object) -> object | None:
     if issubclass(type(x), weakref.ref):
         return x()  # type: ignore[operator, no-any-return]
     with contextlib.suppress(ReferenceError, AttributeError):
-        return x.__init__.__self__ if type(x) in _PROXIES else None  # type: ignore[misc, no-any-return]
+        return x.__init__.__self__ if type(x) in _PROXIES else None  # type: ignore[misc]
     return None
 
 

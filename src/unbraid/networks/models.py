@@ -9,7 +9,6 @@ import urllib.error
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +29,7 @@ _ASSUMED = (
     "{spec} returns no preprocessing, so ImageNet's usual one is assumed (shorter side 256, the "
     "central 224 pixels, its mean and deviation); return (network, preprocessing) for another."
 )
+_ENDINGS = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}  # of files of weights
 _HINT = "give --weights FILE, or --weights random to try without"
 
 
@@ -69,7 +69,9 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     """
     kind, _, name = spec.partition(":")
     note = ""
-    file = Path(weights) if weights is not None and _is_file(weights) else None
+    file = None if weights is None else Path(weights)
+    if file is not None and file.suffix not in _ENDINGS and not file.is_file():
+        file = None
     named = RANDOM if file else weights
     if kind == "torchvision":
         model, transform, names = _torchvision(name, named)
@@ -92,19 +94,13 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
         rank = os.environ.get("LOCAL_RANK", "0")  # of this process, where torchrun has started it
         device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     try:
-        model = _moved(model, device).eval()
+        place = torch.device(device)
+        # What is on the meta device stays; whether it is used shows in a run.
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(place))
     except RuntimeError as error:
         raise UsageError(f"Device {device!r} cannot be used ({brief(error)}).") from None
     source = {"model": spec, "weights": weights}
-    return LoadedModel(model, transform, tuple(names), source, note=note)
-
-
-def _moved(model: nn.Module, device: str) -> nn.Module:
-    """Move a network; what is on the meta device stays, and whether it is used shows in a run."""
-    if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
-        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
-        return model
-    return model.to(device)
+    return LoadedModel(model.eval(), transform, tuple(names), source, note=note)
 
 
 def import_torchvision() -> ModuleType:
@@ -135,11 +131,6 @@ def imagenet_transform() -> Transform:
             v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         ]
     )
-
-
-def _is_file(weights: str) -> bool:
-    known = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}
-    return Path(weights).suffix in known or Path(weights).is_file()
 
 
 def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, Transform, list[str]]:
@@ -249,7 +240,8 @@ def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[st
             f"{path}:{function} must return a network, (network, preprocessing) or (network, "
             f"preprocessing, output names), not {type(made).__name__}."
         )
-    network, transform, names = [*parts, None, []] if len(parts) == 1 else [*parts, []][:3]
+    rest: list[Any] = [None, []]
+    network, transform, names = [*parts, *rest[len(parts) - 1 :]]
     if isinstance(names, Mapping) and set(names) == set(range(len(names))):
         names = [names[output] for output in range(len(names))]
     if isinstance(names, (str, Mapping, Set)) or not isinstance(names, Iterable):
