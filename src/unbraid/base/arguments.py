@@ -17,9 +17,9 @@ _MOST = 2**63 - 1  # what a tensor of whole numbers holds
 MAX_WORKERS = 4096  # what no machine has, so a slip of the pen
 
 
-def whole_number(name: str, value: Any, least: int | None = None, most: int = _MOST) -> int:
+def whole_number(name: str, value: Any, least: int = -_MOST, most: int = _MOST) -> int:
     """Return a whole number."""
-    bounds = "" if least is None else f", {least} or more"
+    bounds = "" if least == -_MOST else f", {least} or more"
     bounds = bounds if most == _MOST else f" from {least} to {most}"
     return _whole(f"{name} is", value, f"a whole number{bounds}", least, most)
 
@@ -86,12 +86,12 @@ def _members(name: str, values: Any, instead: str) -> list[Any]:
     return list(values)
 
 
-def _whole(what: str, value: Any, instead: str, least: int | None = None, most: int = _MOST) -> int:
+def _whole(what: str, value: Any, instead: str, least: int = -_MOST, most: int = _MOST) -> int:
     try:
         number = operator.index(value)
     except (TypeError, ValueError, RuntimeError):
         _refuse(what, value, instead)
-    if _is_bool(value) or not (-_MOST if least is None else least) <= number <= most:
+    if _is_bool(value) or not least <= number <= most:
         _refuse(what, value, instead)
     return number
 

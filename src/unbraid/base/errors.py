@@ -93,18 +93,17 @@ def out_of_reach(
     """Tell an image that cannot be read for now from a broken one; None for the latter.
 
     An image is broken if decoding rejects it, or if its file is missing while the folder is there
-    and holds others. Everything else (memory, a server, no permission) may leave a good image
-    unread. What was being handled `before` is no cause.
+    and holds others. All else (memory, a server, no permission) may leave a good image unread.
+    What was being handled `before` is no cause.
     """
-    causes = list(_causes(error, before))
-    for one in causes:
+    reason = None
+    for one in _causes(error, before):
         if isinstance(one, OutOfReach):
             return one
-    reasons = [reason for one in causes if (reason := failing(one) or gone_with_folder(one))]
-    if not reasons:
-        return None
+        reason = _failing(one) or _gone_with_folder(one) or reason
     # The last is nearest to what went wrong first.
-    return OutOfReach(f"{what} cannot be reached ({reasons[-1]}); mend that and start again.")
+    text = f"{what} cannot be reached ({reason}); mend that and start again."
+    return OutOfReach(text) if reason else None
 
 
 def _causes(error: BaseException, before: BaseException | None) -> Iterator[BaseException]:
@@ -124,7 +123,7 @@ def _causes(error: BaseException, before: BaseException | None) -> Iterator[Base
             ahead += (one.__cause__, one.__context__, vars(one).get("reason"), *one.args)
 
 
-def failing(error: BaseException) -> str | None:
+def _failing(error: BaseException) -> str | None:
     """Say what failed if it may not have been the image; None if it was, or its file is missing."""
     if memory_full(error):
         return "memory is full"
@@ -154,7 +153,7 @@ def memory_full(error: BaseException) -> bool:
     )
 
 
-def gone_with_folder(error: BaseException) -> str | None:
+def _gone_with_folder(error: BaseException) -> str | None:
     """Say that a file is missing because all of its folder is, None if that is not so."""
     file = getattr(error, "filename", None)
     missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
@@ -163,7 +162,7 @@ def gone_with_folder(error: BaseException) -> str | None:
     folder = os.path.dirname(os.path.realpath(file))
     try:
         with os.scandir(folder) as entries:
-            gone = not any(True for _ in entries)
+            gone = next(entries, None) is None
     except OSError:
         gone = True
     return f"folder {os.fsdecode(folder)} is gone or empty" if gone else None

@@ -13,7 +13,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -151,8 +150,10 @@ def _sync_names(folder: Path) -> None:
 
 def set_aside(path: Path, mark: str) -> Path:
     """Rename a file or folder by an ending, with a number before it where that is taken."""
-    names = chain([path.name], (f"{path.name}.{number}" for number in count(2)))
-    aside = next(p for p in (path.with_name(name + mark) for name in names) if not p.exists())
+    aside, number = path.with_name(path.name + mark), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.{number}{mark}")
     return path.replace(aside)
 
 

@@ -155,15 +155,15 @@ class _Kept:
             for name, value in own.items()
             if isinstance(value, Tensor) or (type(value) in kinds and name not in _OF_ALL)
         }
-        held = [value for value in self.attributes.values() if type(value) in _CONTAINERS]
+        values = list(self.attributes.values())
+        held = [value for value in values if type(value) in _CONTAINERS]
         held += [own[name] for name in ("_parameters", "_modules", "_buffers") if name in own]
         self.contents = [(container, copy.copy(container)) for container in held]
-        tensors = [tensor for _, tensor in module.named_buffers("", False, False)]
-        tensors += [value for value in self.attributes.values() if isinstance(value, Tensor)]
+        buffers = [buffer for _, buffer in module.named_buffers("", False, False)]
         self.values = [
             (t, t.detach().clone())
-            for t in tensors
-            if not is_lazy(t) and not t.is_meta and t.layout == torch.strided
+            for t in (*buffers, *values)
+            if isinstance(t, Tensor) and t.layout == torch.strided and not (is_lazy(t) or t.is_meta)
         ]
         self.names = self._names()
 
