@@ -66,6 +66,7 @@ def test_open_scan_of_a_billion_claimed_shards_costs_nothing(scan):
         ({"class_names": "abc"}, r"Expected `array`, got `str` - at `\$.class_names`"),
         ({"groups": 2}, "cannot be divided among the groups"),
         ({"kernel": [1] * 9}, "not of one to three numbers"),
+        ({"pad_mode": "x" * 10**6}, "pad_mode is none that is known"),
         ({"n_out": 10**30}, "does not fit into 64 bits"),
         ({"n_images": GONE}, "missing required field `n_images`"),
         ({"schema": [[]] * 1000}, r"schema \[\[\], \[\]"),

@@ -209,6 +209,8 @@ SAID: dict[str, tuple[Any, str]] = {  # what is saved, or how it is written
     "script": (lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path), NEVER),
     "pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})), r"cannot be read .* sound file"),
     "pointer": (lambda p: p.write_text("version https://git-lfs.github.com\n"), "Git LFS left"),
+    "folder": (Path.mkdir, "it is a folder; name the file in it"),
+    "arrays of numpy": (lambda p: np.savez(p.open("wb"), a=np.ones(2)), "torch.save has not writt"),
     "missing file": (lambda _: None, "there is no such file"),
 }
 
