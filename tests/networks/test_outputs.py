@@ -46,26 +46,22 @@ PICKED: dict[str, tuple[Any, list[Any]]] = {
 
 
 @pytest.mark.parametrize("kind", PICKED)
-def test_with_logits_by_number_key_or_attribute_takes_that_part(kind: str) -> None:
+def test_with_logits_takes_a_part_by_number_key_or_attribute_which_errors_name(kind: str) -> None:
     output, picks = PICKED[kind]
     for pick in picks:
         assert unbraid.with_logits(PutsOut(output), pick)(LOGITS) is LOGITS
-    if kind == "logits in a part":
+    if kind == "logits in a part":  # which are found of themselves
         assert as_logits(unbraid.with_logits(PutsOut(output), -1)(LOGITS)) is LOGITS
+        return
+    with pytest.raises(ModelError, match=r"where they are: --output \S+ \(5, 4\), or") as caught:
+        as_logits(output)
+    place = str(caught.value).partition("--output ")[2].split()[0]
+    assert unbraid.with_logits(PutsOut(output), place)(LOGITS) is LOGITS
 
 
 def test_with_logits_by_a_function_hides_no_error_of_it() -> None:
     with pytest.raises(TypeError, match="NoneType"):
         unbraid.with_logits(PutsOut(LOGITS), lambda output: output + None)(LOGITS)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in PICKED if kind != "logits in a part"])
-def test_as_logits_names_places_that_can_be_given(kind: str) -> None:
-    output, _ = PICKED[kind]
-    with pytest.raises(ModelError, match=r"where they are: --output \S+ \(5, 4\), or") as caught:
-        as_logits(output)
-    place = str(caught.value).partition("--output ")[2].split()[0]
-    assert unbraid.with_logits(PutsOut(output), place)(LOGITS) is LOGITS
 
 
 SAID: dict[str, tuple[Any, Any, str]] = {

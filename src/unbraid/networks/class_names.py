@@ -9,18 +9,20 @@ import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from unbraid.base.errors import DataError
 from unbraid.base.tables import one_line
+
+T = TypeVar("T")
 
 N_IMAGENET = 1000
 _LONGEST = 255  # characters of a class's name, as of a folder's
@@ -145,15 +147,15 @@ def counted(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
 
-def look_up(classes: Sequence[str], labels: Mapping[str, int]) -> dict[str, int | None]:
-    """Find the labels of classes by their names, in whatever form; None for strangers."""
-    forms: dict[str, set[int]] = {}
-    for name, label in labels.items():
-        forms.setdefault(same_class(name), set()).add(label)
-    found: dict[str, int | None] = {}
+def look_up(classes: Iterable[str], known: Mapping[str, T]) -> dict[str, T | None]:
+    """Find what is known of classes by their names, in whatever form; None for strangers."""
+    forms: dict[str, set[T]] = {}
+    for name, value in known.items():
+        forms.setdefault(same_class(name), set()).add(value)
+    found: dict[str, T | None] = {}
     for name in classes:
         alike = forms.get(same_class(name), set())
-        found[name] = labels[name] if name in labels else min(alike) if len(alike) == 1 else None
+        found[name] = known.get(name, next(iter(alike)) if len(alike) == 1 else None)
     return found
 
 
@@ -199,9 +201,8 @@ class Names:
 
         Where the classes' labels are a guess, a class is not called as its output.
         """
-        places = look_up(list(labels), {key: k for k, key in enumerate(self.by_class)})
-        own = list(self.by_class.values())
-        found = {c: own[k] for c, k in places.items() if k is not None}
+        named = look_up(labels, self.by_class)
+        found = {c: name for c, name in named.items() if name is not None}
         if not guessed:
             of_output = {c: self.by_output[k] for c, k in labels.items() if k in self.by_output}
             found = of_output | found
