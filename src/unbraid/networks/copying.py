@@ -239,32 +239,18 @@ class Copier:
 
     def _rebuilt(self, x: Any) -> Any:
         """Copy an object by what it says of itself for pickling, else attribute by attribute."""
-        made = self._tried(lambda: self._constructed(x))
-        if made is _MISSING:
-            made = self._tried(lambda: (copyreg.__newobj__(type(x)), vars(x), (), ()))  # type: ignore[attr-defined]
-        if made is _MISSING or made[0] is x:
-            return x
-        y, state, items, pairs = made
-        self._memo[id(x)] = y
-        if state is not None:
-            self._alive.append(state)
-            _set_state(y, self.copy(state))
-        for item in items:
-            y.append(self.copy(item))
-        for key, value in pairs:
-            y[self.copy(key)] = self.copy(value)
-        return y
+        for describe in (_reduced, _attributes):
+            made = self._tried(functools.partial(self._made, x, describe))
+            if made is not _MISSING:
+                return made
+        return x
 
-    def _constructed(self, x: Any) -> tuple[Any, Any, Iterable[Any], Iterable[tuple[Any, Any]]]:
-        """An object of x's kind, still empty, and what is to be put into it."""
-        reduce = copyreg.dispatch_table.get(type(x))
-        how = reduce(x) if reduce else x.__reduce_ex__(4)
-        if isinstance(how, str):
-            return x, None, (), ()
-        make, arguments, state, items, pairs = (*how, None, None, None)[:5]
+    def _made(self, x: Any, describe: Callable[[Any], Any]) -> Any:
+        how = describe(x)
+        if isinstance(how, str):  # the name of a variable, which is shared
+            return x
         self._alive.append(how)
-        y = make(*(self.copy(argument) for argument in arguments))
-        return y, state, items or (), pairs or ()
+        return copy._reconstruct(x, self._memo, *how, deepcopy=lambda part, _: self.copy(part))  # type: ignore[attr-defined]
 
     def function(self, x: types.FunctionType) -> Any:
         """Copy a function; variables around it that do not lead to the network stay shared."""
@@ -298,16 +284,13 @@ class Copier:
         return weakref.ref(referent) if type(x) is weakref.ref else weakref.proxy(referent)
 
 
-def _set_state(y: Any, state: Any) -> None:
-    """Do what `copy` does with an object's state."""
-    if hasattr(type(y), "__setstate__"):
-        y.__setstate__(state)
-        return
-    own, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-    if own is not None:
-        y.__dict__.update(own)
-    for name, value in (slots or {}).items():
-        setattr(y, name, value)
+def _reduced(x: Any) -> Any:
+    reduce = copyreg.dispatch_table.get(type(x))
+    return reduce(x) if reduce else x.__reduce_ex__(4)
+
+
+def _attributes(x: Any) -> Any:
+    return copyreg.__newobj__, (type(x),), vars(x)  # type: ignore[attr-defined]
 
 
 _GROUPS = (tuple, set, frozenset)
