@@ -96,13 +96,10 @@ def build():
 """
 
 
-@pytest.mark.parametrize(("options", "status"), [(["--output", "-1"], 0), (["--output=3"], 1)])
-def test_layers_takes_output_as_one_argument_or_two_and_names_what_to_give(
-    options, status, tmp_path, monkeypatch, capsys
-):
+def test_layers_takes_a_negative_output(tmp_path, monkeypatch, capsys):
     (tmp_path / "own.py").write_text(OWN)
-    monkeypatch.setattr(sys, "argv", ["unbraid", "layers", f"{tmp_path}/own.py:build", *options])
+    command = ["unbraid", "layers", f"{tmp_path}/own.py:build", "--output", "-1"]
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == status
-    assert ("say where they are: --output 1 (1, 4)" in capsys.readouterr().err) == (status == 1)
+    assert ended.value.code == 0, capsys.readouterr().err

@@ -24,6 +24,7 @@ from unbraid.base.modes import (
     without_autocast,
     without_inference,
 )
+from unbraid.networks.spec import widen
 
 Kept = TypeVar("Kept")
 
@@ -137,11 +138,11 @@ def output_relevance(
             "to the output."
         )
 
-    def product(output: Tensor, gradient: Tensor | None) -> Tensor:
-        wide = output.detach().to(torch.promote_types(output.dtype, torch.float32))
-        return torch.zeros_like(wide) if gradient is None else wide * gradient
-
-    return [product(*pair) for pair in zip(outputs, gradients, strict=True)]
+    wide = [widen(output.detach()) for output in outputs]
+    return [
+        torch.zeros_like(z) if gradient is None else z * gradient
+        for z, gradient in zip(wide, gradients, strict=True)
+    ]
 
 
 def gradients_at(outputs: Sequence[Tensor], value: Tensor) -> list[Tensor | None]:
