@@ -123,14 +123,23 @@ def test_read_classes_refuses_what_contradicts_itself(classes, names, n, fault):
     assert len(str(error.value)) < 250
 
 
-def test_read_classes_of_two_folders_for_one_class_gives_both_its_output():
-    for folders, names, label in (
-        (["1", "01"], (), 1),
-        (["n01440764", "n01440764_tench"], IMAGENET, 0),
-        (["Dog", "dog"], ["cat", "dog"], 1),
-        ([NFC, NFD], ["tea", NFC], 1),
-    ):
-        assert [read(folders, names).labels[name] for name in folders] == [label] * 2
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["1", "01"], ()),
+        (["n01440764", "n01440764_tench"], IMAGENET),
+        (["Dog", "dog"], ["cat", "dog"]),
+        ([NFC, NFD], ["tea", NFC]),
+    ],
+)
+def test_read_classes_of_two_folders_for_one_output_are_refused_unless_labels_are_given(
+    folders, names, tmp_path
+):
+    with pytest.raises(DataError, match="'.*' and '.*', which both stand for output . ; join th"):
+        read(folders, names, of_folders=True)
+    assert len({read(folders, names).labels[name] for name in folders}) == 1  # as lists may say
+    root = write(tmp_path, dict.fromkeys(folders, 1))
+    assert open_images(root, labels=dict.fromkeys(folders, 1)).targets == [1, 1]
 
 
 def test_read_classes_notes_parts_of_a_data_set():
