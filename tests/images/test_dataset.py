@@ -16,9 +16,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import unbraid
-from tiny_networks import SyntheticImages, Unlabelled, build
+from tiny_networks import SyntheticImages
 from unbraid.base.errors import DataError
-from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import (
     Relabelled,
     class_names_of,
@@ -259,16 +258,6 @@ def test_relabelled_is_the_data_set_but_for_labels():
     assert all(torch.equal(other[n][0], inner[n][0]) for n in range(6))
     assert (other.classes, inner.targets) == (inner.classes, [0, 1, 2, 3, 0, 1])
     assert labels_of(Relabelled(Subset(inner, [4, 5]), {1: 7})) == [0, 7]
-
-
-def test_accuracy_is_unknown_without_labels_and_counts_only_images_that_have_one():
-    network, some = build("3x3"), SyntheticImages(6)
-    none = unbraid.compare_outputs(network, network, Unlabelled(6))
-    assert (none.top1_agreement, none.top1_before, none.top1_after) == (1.0, None, None)
-    right = network(some.images[:2]).argmax(1).tolist()
-    some.targets = [right[0], (right[1] + 1) % 4, *[UNLABELLED] * 4]
-    compared = unbraid.compare_outputs(network, network, some)
-    assert (compared.top1_before, compared.top1_after) == (0.5, 0.5)
 
 
 # --- lists that do not fit ------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import tarfile
 import warnings
@@ -81,14 +82,14 @@ def test_list_folder_links(folder, tmp_path):
 def test_list_folder_that_cannot_be_read_is_not_passed_over(where, folder, monkeypatch):
     (folder / "ant/b").mkdir()
     (folder / "ant/0.png").rename(folder / "ant/b/0.png")
+
+    def refusing(listed: Any, path: Any) -> Any:
+        if Path(path) == folder / where:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
     for name in ("scandir", "listdir"):
-
-        def refusing(path: Any, listed: Any = getattr(os, name)) -> Any:
-            if Path(path) == folder / where:
-                raise PermissionError(errno.EACCES, "Permission denied", str(path))
-            return listed(path)
-
-        monkeypatch.setattr(os, name, refusing)
+        monkeypatch.setattr(os, name, functools.partial(refusing, getattr(os, name)))
     with pytest.raises(DataError, match=rf"Folder {folder / where} cannot be read \(Permission"):
         open_images(folder)
 

@@ -42,7 +42,10 @@ ONE = ["ant/0.png"]
         ("path,label,group\nant/0.png,ant,\n", "no text under 'group'"),
         (b"path,label\nant/\xff.png,ant\n", "write UTF-8"),
         ("x" * (1 << 20), "a line without an end"),
-        (GOOD + "pipe.png,ant\n", "1 of 2 files .*; give paths from the list's f"),  # not waited for
+        (
+            GOOD + "pipe.png,ant\n",
+            "1 of 2 files .*; give paths from the list's f",
+        ),  # not waited for
     ],
 )
 def test_list_table_what_is_wrong_with_csv_is_told(folder, content, told):

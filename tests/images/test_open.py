@@ -120,14 +120,6 @@ def test_open_images_any_source_gives_the_same_labels(kind, data, tmp_path):
             assert images.classes == list(names or IMAGENET)
 
 
-@pytest.mark.parametrize("kind", SOURCES)
-def test_open_images_without_outputs_names_are_taken_in_order(kind, tmp_path):
-    members = {"b": 2, "a": 2}
-    images = opened(kind, write(tmp_path / "data", members), members)
-    by_rows = kind in ("rows", "saved", "saved as parquet")  # have an order of their own
-    assert shown(images) == ([(0, 0), (1, 1)] if by_rows else [(0, 1), (1, 0)])
-
-
 def test_open_images_ids_in_order_are_told_in_python(tmp_path):
     members = {"n01440764": 1, "n15075141": 1}
     source = write(tmp_path / "data", members)
@@ -217,7 +209,11 @@ def test_list_images_source_that_cannot_be_looked_at_is_not_missing(source, fold
         open_images(folder / source)
 
 
-def test_part_of_finds_a_runs_data(tmp_path):
+def test_part_of_and_absolute_find_a_runs_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for where, found in (("a.csv", f"{tmp_path}/a.csv"), ("hf:a", f"hf:{tmp_path}/a")):
+        assert absolute(where) == found
+    assert absolute("https://host/a-{0..1}.tar") == "https://host/a-{0..1}.tar"
     for part in ("train", "val"):
         (tmp_path / "run" / part).mkdir(parents=True)
     assert part_of(f"{tmp_path}/run", "val") == str(tmp_path / "run/val")
@@ -246,15 +242,6 @@ def test_list_images_no_tar_file_of_a_folder_is_passed_over(folder):
         (shards / name).unlink()
     write_tar(folder / "leftover.tar")
     assert open_images(folder).classes == ["ant", "bee"]  # class folders, in spite of a tar file
-
-
-def test_list_images_cache_that_cannot_be_looked_into_is_told(tmp_path, monkeypatch):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/unbraid").touch()  # a file, where a folder is needed
-    for _ in range(2):
-        with pytest.raises(DataError, match=r"cannot be fetched \(.*Not a directory"):
-            open_images("http://127.0.0.1:9/a.tar")
-        fail_at(monkeypatch, "a.tar", errno.EACCES)
 
 
 @pytest.mark.parametrize(
@@ -287,16 +274,9 @@ def test_list_images_what_is_no_source_or_needs_a_library_is_told(
     assert not (tmp_path / "ran").exists()
 
 
-def test_absolute_names_are_found_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for where, found in (("a.csv", f"{tmp_path}/a.csv"), ("hf:a", f"hf:{tmp_path}/a")):
-        assert absolute(where) == found
-    assert absolute("https://host/a-{0..1}.tar") == "https://host/a-{0..1}.tar"
-
-
 def test_broken_images_are_named_by_id(folder, tmp_path):
     (folder / "ant/2.png").write_bytes(b"no picture")
-    for kind in ("pattern", "rows"):
+    for kind in ("folder of tars", "rows"):
         images = opened(kind, folder)
         with pytest.raises(DataError, match=r"ant/2(\.png)? cannot be read"):
             scanned(images, tmp_path / "stopped")
