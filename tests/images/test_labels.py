@@ -44,9 +44,11 @@ def test_names_of_imagenet_and_of_timms_networks_are_those_of_their_libraries():
     assert output_names(network) == tuple(names)
 
 
-def read(classes: Sequence[str], names: Sequence[str] = (), n: int | None = None) -> Any:
+def read(
+    classes: Sequence[str], names: Sequence[str] = (), n: int | None = None, **how: bool
+) -> Any:
     outputs = Outputs(tuple(names), n or len(names) or None)
-    return read_classes(Classes(classes, "The list", classes), outputs)
+    return read_classes(Classes(classes, "The list", classes, **how), outputs)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_read_classes_refuses_what_contradicts_itself(classes, names, n, fault):
 def test_read_classes_of_two_folders_for_one_output_are_refused_unless_labels_are_given(
     folders, names, tmp_path
 ):
-    with pytest.raises(DataError, match="'.*' and '.*', which both stand for output . ; join th"):
+    with pytest.raises(DataError, match=r"'.*' and '.*', which both stand for output .; join th"):
         read(folders, names, of_folders=True)
     assert len({read(folders, names).labels[name] for name in folders}) == 1  # as lists may say
     root = write(tmp_path, dict.fromkeys(folders, 1))

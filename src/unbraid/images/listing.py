@@ -58,7 +58,7 @@ class Listing:
         """Its classes, and which have images."""
         used = {k for k in set(self.class_of) if k != UNLABELLED}
         seen = [name for k, name in enumerate(self.classes) if k in used]
-        return Classes(self.classes, self.source, seen)
+        return Classes(self.classes, self.source, seen, of_folders=self.root is not None)
 
 
 class ListedImages(Dataset[tuple[Any, int]]):
