@@ -7,8 +7,9 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from PIL import Image
 
@@ -72,7 +73,8 @@ def _columns(names: list[str], path: Path) -> list[str]:
 def _csv_rows(path: Path) -> Iterator[Row]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = _lines(file, path)
+            # A longer line comes in pieces, which the reader joins or refuses.
+            lines = iter(partial(file.readline, _LONGEST_LINE), "")
             header = next(lines, "")
             delimiter = max(_DELIMITERS, key=header.count)
             names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
@@ -90,13 +92,6 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         raise out_of_reach(f"List {path}", error) or DataError(
             f"{path} is no list that can be read ({error}); write UTF-8 CSV."
         ) from None
-
-
-def _lines(file: TextIO, path: Path) -> Iterator[str]:
-    while line := file.readline(_LONGEST_LINE):
-        if len(line) == _LONGEST_LINE:
-            raise DataError(f"{path} has a line without an end; write a row for each image.")
-        yield line
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
