@@ -214,7 +214,7 @@ def list_images(where: str, with_classes: bool = True) -> Listing:
 
 def _holds_shards(folder: Path) -> bool:
     """Whether a folder holds tar files, and neither folders nor images."""
-    shown = shown_in(folder, "images")
+    shown = shown_in(folder)
     shards = [p for p in shown if p.suffix.lower() == SHARD or is_compressed(p)]
     if not shards or any(os.path.isdir(path) for path in shown):
         return False
@@ -233,7 +233,7 @@ def part_of(where: str, part: str) -> str:
     if where.startswith(SAVED):  # whose habit it is to say validation
         names = [part, "validation"] if part == "val" else [part]
         return SAVED + str(next((root / n for n in names if os.path.isdir(root / n)), root / part))
-    found = sorted(shown_in(root, "images")) if os.path.isdir(root) else []
+    found = sorted(shown_in(root)) if os.path.isdir(root) else []
     named = [p for p in found if p.stem == part and p.suffix.lower() in _FILES]
     files = [path for path in named if os.path.isfile(path)]
     if len(files) > 1:
