@@ -162,8 +162,7 @@ def members(path: str) -> Iterator[tarfile.TarInfo]:
                 file.n_left = _LONGEST
             _refuse_no_end(file, tar.offset)  # as tarfile takes a damaged header for the end
     except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
-        away = out_of_reach(f"Tar file {path}", error) if isinstance(error, OSError) else None
-        raise away or DataError(
+        raise out_of_reach(f"Tar file {path}", error) or DataError(
             f"{path} is no sound, uncompressed tar file ({error}); write or fetch it again."
         ) from None
 
@@ -210,8 +209,7 @@ def _shard_files(where: str) -> list[str]:
         return [str(fetch(url)) for url in expand(where)]
     if os.path.isdir(where):
         shown = sorted(shown_in(Path(where)))
-        packed = next(filter(is_compressed, shown), None)
-        if packed is not None:
+        for packed in filter(is_compressed, shown):
             raise DataError(
                 f"{packed} is compressed; unpack it to a tar file, or move it elsewhere."
             )
