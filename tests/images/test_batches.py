@@ -97,23 +97,17 @@ class Deadly(SyntheticImages):
     def __getitem__(self, index: int):
         if index == 7 and get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
+        if index == 8:
+            raise GeneratorExit
         return super().__getitem__(index)
 
 
-def test_load_worker_that_dies_is_told_and_the_next_start_goes_on(tmp_path: Path):
+def test_load_worker_that_dies_or_leaves_is_told_and_the_next_start_goes_on(tmp_path: Path):
     with pytest.raises(RunError, match=r"loads images died .* with fewer workers"):
-        scanned(Deadly(9), tmp_path, workers=1)
-    assert len(list(scanned(Deadly(9), tmp_path).shards())) == 1
-
-
-class Leaving(SyntheticImages):
-    def __getitem__(self, index: int):
-        raise GeneratorExit
-
-
-def test_load_worker_that_leaves_is_told():
+        scanned(Deadly(8), tmp_path, workers=1)
+    assert len(list(scanned(Deadly(8), tmp_path).shards())) == 1
     with pytest.raises(RunError, match="loads images died"):
-        list(load(Leaving(4), [[0, 3]], workers=1))
+        list(load(Deadly(9), [[0, 8]], workers=1))
 
 
 def test_deaths_told_of_a_team_but_not_of_other_errors():

@@ -143,13 +143,6 @@ def test_sort_out_what_is_no_image_is_told_in_a_sentence(kind, workers):
             sort_out(items, skip_broken=True)
 
 
-def test_scan_of_something_else_is_told_before_anything_is_written(tmp_path):
-    for kind in ("meta", "row", "error of its own"):
-        with pytest.raises(DataError, match=UNSOUND[kind][1]):
-            scanned(Subset(UNSOUND[kind][0], [3]), tmp_path / "scan", skip_broken=True)
-        assert not (tmp_path / "scan").exists()
-
-
 # --- data sets without a list of labels -----------------------------------------------------------
 
 

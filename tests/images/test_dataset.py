@@ -100,20 +100,12 @@ def transform(other: bool) -> v2.Compose:
     return v2.Compose([v2.ToImage(), TO_FLOAT, *([v2.RandomInvert(1.0)] if other else [])])
 
 
-def invert(other: bool) -> v2.Compose:
-    return v2.Compose([TO_FLOAT, *([v2.RandomInvert(1.0)] if other else [])])
-
-
 def split(dataset: Any, *sizes: int) -> Subset:
     return random_split(dataset, sizes, torch.Generator().manual_seed(0))[0]
 
 
 def listed(root: Path, other: bool = False) -> ImageFolder:
     return ImageFolder(root, transform(other))
-
-
-def raw(root: Path) -> Dataset:
-    return ImageFolder(root, v2.ToImage())
 
 
 # From two folders, and whether the preprocessing is another one.
@@ -127,9 +119,9 @@ NESTED: dict[str, Callable[[Path, Path, bool], Dataset]] = {
     "two in two": lambda a, b, o: ConcatDataset(
         [ConcatDataset([listed(a, o), listed(b, o)]), Subset(listed(a, o), range(5))]
     ),
-    "wrapper": lambda a, _, o: Wrapped(Subset(raw(a), range(20)), invert(o)),
-    "another name": lambda a, _, o: Wrapped(Subset(raw(a), range(20)), invert(o), "how"),
-    "part with a transform": lambda a, _, o: SubsetWith(raw(a), range(20), invert(o)),
+    "wrapper": lambda a, _, o: Wrapped(Subset(ImageFolder(a), range(20)), transform(o)),
+    "another name": lambda a, _, o: Wrapped(Subset(ImageFolder(a), range(20)), transform(o), "how"),
+    "part with a transform": lambda a, _, o: SubsetWith(ImageFolder(a), range(20), transform(o)),
     "delegating": lambda a, _, o: Delegating(listed(a), 0.5 * o),
     "reversed": lambda a, _, o: Reversed(listed(a, o)),
 }
@@ -164,29 +156,6 @@ def test_ids_of_one_source_stay_and_those_of_two_are_told_apart(folder, second):
     parts = ConcatDataset([Subset(one, [0]), Subset(other, [5])])
     assert ids_of(parts) == ["ant/0.png", "ant/5.png"]
     assert ids_of(Wrapped(one)) is ids_of(Reversed(one)) is None
-
-
-class Kept(Wrapped):
-    """Keeps what it read, with labels of its own."""
-
-    def __init__(self, subset: Any, by: int) -> None:
-        super().__init__(subset)
-        self.cache: dict[int, Any] = {}
-        self.by = by
-
-    def __getitem__(self, index: int) -> Any:
-        if index not in self.cache:
-            image, label = self.subset[index]
-            self.cache[index] = image, label // self.by
-        return self.cache[index]
-
-
-@pytest.mark.parametrize(("by", "names"), [(1, NAMES), (2, ())])
-def test_names_are_seen_through_what_hands_labels_on_however_often_it_was_read(by, names, folder):
-    kept = Kept(listed(folder), by)
-    assert [class_names_of(kept) for _ in range(3)] == [names] * 3
-    _ = [kept[k] for k in range(len(kept))]
-    assert class_names_of(Subset(kept, range(9))) == names
 
 
 def test_names_that_contradict_each_other_are_refused(folder, tmp_path):
@@ -238,8 +207,11 @@ def test_groups_of_parts_are_joined_by_text_and_told_apart_by_number(inside):
 
 def test_our_own_wrappers_are_seen_through(folder):
     images = Subset(unbraid.open_images(str(folder), transform=transform(False)), range(20))
-    relabelled = Relabelled(images, {0: 3})
-    assert labels_of(relabelled)[:2] == [3, 0]
+    relabelled = Relabelled(images, {0: 3, 19: 1})
+    labels = [3, *labels_of(images)[1:19], 1]
+    assert labels_of(relabelled) == relabelled.targets == labels
+    assert [relabelled[k][1] for k in range(len(relabelled))] == labels
+    assert torch.equal(relabelled[19][0], images[19][0])
     assert ids_of(relabelled) == ids_of(images)
     moved = AsScanned(images, {0: 5, 1: 4}, {0: "ant/5.png", 1: "ant/4.png", 2: "gone"})
     for dataset in (images, relabelled, moved):
@@ -247,17 +219,6 @@ def test_our_own_wrappers_are_seen_through(folder):
         assert preprocessing_of(dataset) == repr(transform(False))
     assert picture_of(moved, 0).tobytes() == picture_of(images, 5).tobytes()
     assert (name_of(moved, 1), name_of(moved, 2)) == ("ant/4.png", "gone")
-
-
-def test_relabelled_is_the_data_set_but_for_labels():
-    inner = SyntheticImages(6)
-    other = Relabelled(inner, {0: 3, 5: 2})
-    assert len(other) == 6
-    assert labels_of(other) == other.targets == [3, 1, 2, 3, 0, 2]
-    assert [label for _, label in (other[n] for n in range(6))] == other.targets
-    assert all(torch.equal(other[n][0], inner[n][0]) for n in range(6))
-    assert (other.classes, inner.targets) == (inner.classes, [0, 1, 2, 3, 0, 1])
-    assert labels_of(Relabelled(Subset(inner, [4, 5]), {1: 7})) == [0, 7]
 
 
 # --- lists that do not fit ------------------------------------------------------------------------

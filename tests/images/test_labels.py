@@ -132,7 +132,7 @@ def test_read_classes_refuses_what_contradicts_itself(classes, names, n, fault):
 def test_read_classes_of_two_folders_for_one_output_are_refused_unless_labels_are_given(
     folders, names, tmp_path
 ):
-    with pytest.raises(DataError, match=r"'.*' and '.*', which both stand for output .; join th"):
+    with pytest.raises(DataError, match=r"'.*' and '.*', which both stand for output .; join or"):
         read(folders, names, of_folders=True)
     assert len({read(folders, names).labels[name] for name in folders}) == 1  # as lists may say
     root = write(tmp_path, dict.fromkeys(folders, 1))

@@ -10,24 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sources
 import torch
-from sources import (
-    MEMBERS,
-    PATHS,
-    SOURCES,
-    as_csv,
-    as_parquet,
-    as_rows,
-    as_tar,
-    fail_at,
-    opened,
-    rows,
-    scanned,
-    to_tensor,
-    write,
-    write_shards,
-    write_tar,
-)
+from sources import MEMBERS, SOURCES, opened, rows, scanned, to_tensor
 from torch import Tensor, nn
 
 import unbraid
@@ -103,7 +88,7 @@ OF_NUMBERS = [(kind, "numbers") for kind in SOURCES]
 def test_open_images_any_source_gives_the_same_labels(kind, data, tmp_path):
     classes, names, n, labels = DATA[data]
     members = dict.fromkeys(classes, 2)
-    source = SOURCES[kind][0](write(tmp_path / "data", members), members)
+    source = SOURCES[kind][0](sources.write(tmp_path / "data", members), members)
     open_it = unbraid.from_hugging_face if kind == "rows" else unbraid.open_images
     found = []
     with warnings.catch_warnings():
@@ -122,7 +107,7 @@ def test_open_images_any_source_gives_the_same_labels(kind, data, tmp_path):
 
 def test_open_images_ids_in_order_are_told_in_python(tmp_path):
     members = {"n01440764": 1, "n15075141": 1}
-    source = write(tmp_path / "data", members)
+    source = sources.write(tmp_path / "data", members)
     with pytest.warns(UserWarning, match="2 WordNet ids .* give outputs=1000") as told:
         images = unbraid.open_images(source)
     assert told[0].filename == __file__
@@ -130,7 +115,7 @@ def test_open_images_ids_in_order_are_told_in_python(tmp_path):
 
 
 def test_images_for_classes_stand_for_outputs_by_one_rule(folder):
-    path = str(as_csv(folder, MEMBERS))
+    path = str(sources.as_csv(folder, MEMBERS))
     images, note = images_for(loaded(4, "bee", "cat", "ant", "dog"), path)
     assert (labels_of(images), note) == ([2] * 5 + [0] * 3, "")
     assert images.classes == ["bee", "cat", "ant", "dog"]
@@ -143,18 +128,20 @@ def test_images_for_classes_stand_for_outputs_by_one_rule(folder):
 
 
 def test_images_without_labels_are_unlabelled(folder, tmp_path):
-    bare = write_tar(tmp_path / "bare.tar", *((p, (folder / p).read_bytes()) for p in PATHS))
+    bare = sources.write_tar(
+        tmp_path / "bare.tar", *((p, (folder / p).read_bytes()) for p in sources.PATHS)
+    )
     images, note = images_for(loaded(), str(bare))
     assert "images without labels; the network's predictions are taken" in note
     assert set(labels_of(images)) == {UNLABELLED}
     assert not labelled(images)
-    assert not labelled(images_like(images, str(as_csv(folder, MEMBERS))))
+    assert not labelled(images_like(images, str(sources.as_csv(folder, MEMBERS))))
     assert labelled(open_images(folder))
     with pytest.raises(UsageError, match="no labels"):
         scanned(images, tmp_path / "scan")
     names = ["ant", "bee"]
     for bare in (
-        unbraid.from_hugging_face(as_rows(folder, MEMBERS), label=None, outputs=names),
+        unbraid.from_hugging_face(sources.as_rows(folder, MEMBERS), label=None, outputs=names),
         open_images(folder / "ant", outputs=names),
     ):
         assert (bare.classes, set(labels_of(bare))) == (names, {UNLABELLED})
@@ -194,11 +181,11 @@ def test_open_images_leaves_a_network_that_is_asked_for_its_outputs_as_it_was(fo
 
 @pytest.mark.parametrize("source", ["list.csv", "list.parquet", "shards.tar"])
 def test_list_images_source_that_cannot_be_looked_at_is_not_missing(source, folder, monkeypatch):
-    as_parquet(folder, MEMBERS)
-    as_csv(folder, MEMBERS)
-    as_tar(folder, MEMBERS).rename(folder / "shards.tar")
+    sources.as_parquet(folder, MEMBERS)
+    sources.as_csv(folder, MEMBERS)
+    sources.as_tar(folder, MEMBERS).rename(folder / "shards.tar")
     assert len(open_images(folder / source)) == 8
-    fail_at(monkeypatch, source, errno.EACCES)
+    sources.fail_at(monkeypatch, source, errno.EACCES)
 
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(errno.EACCES, "Permission denied", source)
@@ -228,7 +215,7 @@ def test_part_of_and_absolute_find_a_runs_data(tmp_path, monkeypatch):
 
 
 def test_list_images_no_tar_file_of_a_folder_is_passed_over(folder):
-    shards = write_shards(folder, MEMBERS, 3, 5)
+    shards = sources.write_shards(folder, MEMBERS, 3, 5)
     (shards / "train-001.tar").rename(shards / "train-001.TAR")
     assert len(open_images(shards)) == 8
     for name, told in (
@@ -240,7 +227,7 @@ def test_list_images_no_tar_file_of_a_folder_is_passed_over(folder):
         with pytest.raises(DataError, match=told):
             open_images(shards)
         (shards / name).unlink()
-    write_tar(folder / "leftover.tar")
+    sources.write_tar(folder / "leftover.tar")
     assert open_images(folder).classes == ["ant", "bee"]  # class folders, in spite of a tar file
 
 
