@@ -49,7 +49,8 @@ def sort_out(items: Sequence[Loaded], skip_broken: bool) -> tuple[list[Loaded], 
     broken = [item for item in items if isinstance(item.fault, BrokenImage)]
     for item in items:
         if item.fault is not None and not isinstance(item.fault, BrokenImage):
-            raise item.fault
+            # A copy, as one that holds itself by its traceback would hold worker processes too.
+            raise type(item.fault)(str(item.fault))
     if broken and not skip_broken:
         remedy = "Mend or remove it, or leave it out with skip_broken (--skip-broken)."
         raise DataError(f"{broken[0].fault} {remedy}")
