@@ -259,12 +259,3 @@ def test_list_images_what_is_no_source_or_needs_a_library_is_told(
     with pytest.raises((DataError, UsageError), match=told):
         open_images(source)
     assert not (tmp_path / "ran").exists()
-
-
-def test_broken_images_are_named_by_id(folder, tmp_path):
-    (folder / "ant/2.png").write_bytes(b"no picture")
-    for kind in ("folder of tars", "rows"):
-        images = opened(kind, folder)
-        with pytest.raises(DataError, match=r"ant/2(\.png)? cannot be read"):
-            scanned(images, tmp_path / "stopped")
-        assert scanned(images, tmp_path / kind, skip_broken=True).broken() == [2]
