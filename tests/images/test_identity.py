@@ -122,6 +122,11 @@ def closed(k: float) -> Callable[[Any], Tensor]:
     return lambda image: times(image, k)
 
 
+def holding(k: int) -> Callable[[Any], Any]:
+    kept = [{k}, v2.Resize(k), v2.functional.resize]
+    return lambda image: [kept for _ in image]
+
+
 def grey(path: str) -> Image.Image:
     return Image.open(path).convert("L").convert("RGB")
 
@@ -140,6 +145,7 @@ HIDDEN: dict[str, Callable[[int], Any]] = {
     "module inside": lambda k: then(TimesModule(k)),
     "number format": lambda k: then(v2.ToDtype((torch.float32, torch.float16)[k - 1])),
     "weights": lambda k: then(v2.LinearTransformation(k * torch.eye(126), torch.zeros(126))),
+    "what is held": holding,
     "constants": lambda k: (lambda x: x in {1, 2}) if k > 1 else (lambda x: x in {1, 3}),
 }
 
