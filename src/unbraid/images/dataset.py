@@ -82,8 +82,7 @@ def inner_of(dataset: Dataset[Any]) -> list[Dataset[Any]]:
 def own(dataset: Dataset[Any], name: str) -> tuple[bool, Any]:
     """Look up what a data set keeps itself, not what it passes on: whether it does, and what."""
     try:
-        if inner_of(dataset):
-            inspect.getattr_static(dataset, name)
+        inspect.getattr_static(dataset, name)
         return True, getattr(dataset, name)
     except AttributeError:
         return False, None
