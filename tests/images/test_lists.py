@@ -50,7 +50,7 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> None:
         (GOOD + '"ant/1.png,ant\n', "can be read"),
         (GOOD + f"ant/1.png,{'n' * 256}\n", "a label of 256 characters"),
         ("path,label\nant/0.png,99999999\n", "number 99999999"),
-        (NOT_UTF8, "write UTF-8"),
+        (NOT_UTF8, "CSV in UTF-8"),
         (GOOD + "x" * (1 << 20), "field larger than field limit"),
         (GOOD + "pipe.png,ant\n", "1 of 2 files .*; give paths from"),
         (b"PAR1" + b"\xff" * 100 + b"PAR1", "no list that can be read"),
