@@ -30,11 +30,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def load(
-    dataset: Dataset[Any],
-    batches: Iterable[Sequence[int]],
-    *,
-    workers: int,
-    pinned: bool = False,
+    dataset: Dataset[Any], batches: Iterable[Sequence[int]], *, workers: int, pinned: bool = False
 ) -> Iterator[list[Loaded]]:
     """Read batches of images, in order, in so many processes, 0 for none; pinned for a GPU."""
     loader = DataLoader(
