@@ -287,15 +287,15 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="b
 pytestmark = [needs_proc, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_what_is_read_is_sound_or_refused(reader, seeds, tmp_path):
-    fuzz(READERS[reader], seeds, tmp_path, EXAMPLES)
+def many_of(n_readers: int) -> Any:
+    """How many inputs each reader gets where all are fuzzed for long."""
+    return pytest.param(-(-MANY // n_readers), marks=pytest.mark.slow)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("n", [EXAMPLES, many_of(len(READERS))])
 @pytest.mark.parametrize("reader", READERS)
-def test_of_many_inputs_each_is_sound_or_refused(reader, seeds, tmp_path):
-    fuzz(READERS[reader], seeds, tmp_path, -(-MANY // len(READERS)))
+def test_what_is_read_is_sound_or_refused(reader, n, seeds, tmp_path):
+    fuzz(READERS[reader], seeds, tmp_path, n)
 
 
 def test_what_is_sound_is_read(seeds, tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 import unbraid
+from tiny_networks import build
+from unbraid.scanning.records import Scan
 
 Members = dict[str, int]  # images by class
 MEMBERS: Members = {"ant": 5, "bee": 3}
@@ -25,6 +29,10 @@ MEMBERS: Members = {"ant": 5, "bee": 3}
 def to_tensor(picture: Image.Image) -> Tensor:
     """What the networks of these tests take: (3, 7, 6), float64."""
     return torch.from_numpy(np.array(picture)).movedim(-1, 0).double() / 255
+
+
+def scanned(images: Dataset[Any], out: Path, **options: Any) -> Scan:
+    return unbraid.scan(build("3x3"), "layer", images, out, batch_size=3, **options)
 
 
 def write(root: Path, members: Members) -> Path:
@@ -40,20 +48,25 @@ def write(root: Path, members: Members) -> Path:
 
 def rows(members: Members) -> list[tuple[str, str, int]]:
     """Path, class and the class's place of every image, in order."""
-    return [
-        (f"{name}/{k}.png", name, place)
-        for place, (name, n) in enumerate(members.items())
-        for k in range(n)
-    ]
+    classes = enumerate(members.items())
+    return [(f"{name}/{k}.png", name, place) for place, (name, n) in classes for k in range(n)]
 
 
-# --- sources: each writes itself beside the class folders, and says what it is --------------------
+PATHS = [path for path, *_ in rows(MEMBERS)]
 
 
-def as_csv(root: Path, members: Members, text: Callable[[str], str] = str) -> Path:
+def keys(*sizes: int, name: str = "train-{:03d}.tar") -> list[str]:
+    """Ids of images in shards of so many."""
+    shards = [name.format(k) for k, size in enumerate(sizes) for _ in range(size)]
+    return [f"{shard}/{path[:-4]}" for shard, path in zip(shards, PATHS, strict=True)]
+
+
+# Each writes a source beside the class folders, and says what it is.
+
+
+def as_csv(root: Path, members: Members) -> Path:
     with (root / "list.csv").open("w", newline="") as file:
-        cells = [(path, text(name)) for path, name, _ in rows(members)]
-        csv.writer(file).writerows([("path", "label"), *cells])
+        csv.writer(file).writerows([("path", "label"), *(row[:2] for row in rows(members))])
     return root / "list.csv"
 
 
@@ -77,29 +90,29 @@ def as_parquet(root: Path, members: Members) -> Path:
     return root / "list.parquet"
 
 
+def write_tar(path: Path, *files: tuple[str, bytes], kind: int = tarfile.GNU_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
 def write_shards(root: Path, members: Members, *sizes: int) -> Path:
     """WebDataset shards, by the convention's own words rather than by a library."""
-    left = rows(members)
-    shards = root.parent / "shards"
+    left, shards = iter(rows(members)), root.parent / "shards"
     shards.mkdir(exist_ok=True)
-    for k, size in enumerate(sizes or (len(left),)):
-        with tarfile.open(shards / f"train-{k:03d}.tar", "w") as tar:
-            for path, name, _ in left[:size]:
-                key = path.removesuffix(".png")
-                add(tar, f"{key}.PNG", (root / path).read_bytes())
-                if name.isdecimal():
-                    add(tar, f"{key}.cls", f"{name}\n".encode())
-                else:
-                    add(tar, f"{key}.json", json.dumps({"label": name, "more": [1]}).encode())
-                add(tar, f"{key}.mask.png", b"of no concern")
-        left = left[size:]
+    for k, size in enumerate(sizes or (sum(members.values()),)):
+        files = []
+        for path, name, _ in islice(left, size):
+            told = "cls", f"{name}\n"
+            if not name.isdecimal():
+                told = "json", json.dumps({"label": name, "more": [1]})
+            parts = {"PNG": (root / path).read_bytes(), told[0]: told[1].encode(), "mask.png": b"-"}
+            files += [(f"{path[:-4]}.{ending}", part) for ending, part in parts.items()]
+        write_tar(shards / f"train-{k:03d}.tar", *files)
     return shards
-
-
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
 
 
 def as_tar(root: Path, members: Members) -> Path:
@@ -113,8 +126,7 @@ def as_webdataset(root: Path, members: Members) -> Path:
     with TarWriter(str(root.parent / "written.tar")) as tar:
         for path, name, _ in rows(members):
             kind = {"cls": int(name)} if name.isdecimal() else {"json": {"label": name}}
-            content = (root / path).read_bytes()
-            tar.write({"__key__": path.removesuffix(".png"), "png": content, **kind})
+            tar.write({"__key__": path[:-4], "png": (root / path).read_bytes(), **kind})
     return root.parent / "written.tar"
 
 
@@ -138,51 +150,22 @@ def as_saved(root: Path, members: Members) -> str:
     return f"hf:{root.parent / 'saved'}"
 
 
-def as_saved_parquet(root: Path, members: Members) -> str:
-    (root.parent / "parquet").mkdir()
-    as_rows(root, members).to_parquet(root.parent / "parquet" / "train.parquet")
-    return f"hf:{root.parent / 'parquet'}"
-
-
-def by_path(root: Path, members: Members) -> list[str]:
-    return [path for path, *_ in rows(members)]
-
-
-def by_key(*sizes: int, name: str = "train-{:03d}.tar") -> Callable[[Path, Members], list[str]]:
-    def ids(root: Path, members: Members) -> list[str]:
-        shards = [name.format(k) for k, size in enumerate(sizes) for _ in range(size)]
-        keys = [path.removesuffix(".png") for path, *_ in rows(members)]
-        return [f"{shard}/{key}" for shard, key in zip(shards, keys, strict=True)]
-
-    return ids
-
-
-def by_row(root: Path, members: Members) -> list[str]:
-    """Saving to disk keeps the names of files but not of their folders, so that some are equal."""
-    import datasets
-
-    saved = datasets.load_from_disk(root.parent / "saved")
-    return [f"{saved._fingerprint}/{k}" for k in range(len(saved))]
-
-
-SOURCES: dict[str, tuple[Callable[[Path, Members], Any], Callable[[Path, Members], list[str]]]] = {
-    "folders": (lambda root, _: root, by_path),
-    "csv": (as_csv, by_path),
-    "odd csv": (as_odd_csv, by_path),
-    "parquet": (as_parquet, by_path),
-    "tar": (as_tar, by_key(8)),
-    "folder of tars": (lambda root, members: write_shards(root, members, 3, 5), by_key(3, 5)),
-    "pattern": (lambda root, m: write_shards(root, m, 3, 1, 4) / "train-*.tar", by_key(3, 1, 4)),
-    "webdataset's own": (as_webdataset, by_key(8, name="written.tar")),
-    "rows": (as_rows, by_path),
-    "saved": (as_saved, by_row),
-    "saved as parquet": (as_saved_parquet, by_path),
+# Saving to disk keeps the names of files but not of their folders, so that some are equal.
+SOURCES: dict[str, tuple[Callable[[Path, Members], Any], list[str] | None]] = {
+    "folders": (lambda root, _: root, PATHS),
+    "csv": (as_csv, PATHS),
+    "odd csv": (as_odd_csv, PATHS),
+    "parquet": (as_parquet, PATHS),
+    "folder of tars": (lambda root, m: write_shards(root, m, 3, 1, 4), keys(3, 1, 4)),
+    "webdataset's own": (as_webdataset, keys(8, name="written.tar")),
+    "rows": (as_rows, PATHS),
+    "saved": (as_saved, None),
 }
 
 
 def opened(kind: str, root: Path, members: Members = MEMBERS, **options: Any) -> Any:
     source = SOURCES[kind][0](root, members)
-    open_it = unbraid.from_hugging_face if "rows" in kind else unbraid.open_images
+    open_it = unbraid.from_hugging_face if kind == "rows" else unbraid.open_images
     return open_it(source, **{"transform": to_tensor, **options})
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from sources import scanned
 from torch.distributed import DistNetworkError
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 import unbraid
 from checks import assert_same_files
@@ -20,30 +21,6 @@ from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.images import batches as loading
 from unbraid.images.batches import as_batch, deaths_told, load
 from unbraid.images.broken import sort_out
-
-
-class Mixed(Dataset):
-    """Images of two sizes and a broken one."""
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, index: int):
-        if index == 2:
-            raise ValueError("torn")
-        return torch.full((1, 2 + (index == 5), 2), float(index)), index + 10
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_load_items_come_as_they_were_read_one_size_or_several(workers):
-    found = list(load(Mixed(), [[0, 2, 1], [2], [4, 5]], workers=workers, pinned=False))
-    assert [[item.index for item in items] for items in found] == [[0, 2, 1], [2], [4, 5]]
-    for item in (item for items in found for item in items):
-        if item.index == 2:
-            assert "torn" in str(item.fault)
-        else:
-            assert item.label == item.index + 10
-            assert torch.equal(item.image, Mixed()[item.index][0])
 
 
 def test_load_batch_takes_a_file_and_not_one_for_each_image(tmp_path: Path):
@@ -61,25 +38,18 @@ def test_load_batch_takes_a_file_and_not_one_for_each_image(tmp_path: Path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_as_batch_of_what_lies_in_a_row_is_no_copy(workers):
+def test_as_batch_copies_only_what_does_not_lie_in_a_row(workers):
     (items,) = load(SyntheticImages(9), [[3, 1, 4, 0, 5]], workers=workers, pinned=False)
     images = [item.image for item in items]
-    for some in (images, images[2:], images[1:3], images[:1]):
+    one, two, three, *_ = images
+    in_a_row = (images, images[2:], images[1:3], images[:1])
+    others = ([one, three], [two, one], [one, one], [one, two.clone()], [one.clone()])
+    for some in (*in_a_row, *others):
         batch = as_batch(some, torch.arange(len(some)))
         assert torch.equal(batch, torch.stack(some))
-        assert batch.data_ptr() == some[0].data_ptr()
-
-
-def test_as_batch_of_what_does_not_lie_in_a_row_is_a_copy():
-    (items,) = load(SyntheticImages(9), [[0, 1, 2, 3]], workers=0, pinned=False)
-    one, two, three, _ = (item.image for item in items)
-    for some in ([one, three], [two, one], [one, one], [one, two.clone()], [one.clone()]):
-        batch = as_batch(some, torch.arange(len(some)))
-        assert torch.equal(batch, torch.stack(some))
-        assert batch.data_ptr() != some[0].data_ptr()
-    (mixed,) = load(Mixed(), [[4, 5]], workers=0, pinned=False)
-    with pytest.raises(DataError, match=r"Image 5 is \(1, 3, 2\) where image 4 is \(1, 2, 2\)"):
-        as_batch([item.image for item in mixed], torch.tensor([4, 5]))
+        assert (batch.data_ptr() == some[0].data_ptr()) == any(some is row for row in in_a_row)
+    with pytest.raises(DataError, match=r"Image 5 is \(3, 6, 6\) where image 4 is \(3, 7, 6\)"):
+        as_batch([one, two[:, 1:]], torch.tensor([4, 5]))
 
 
 def test_load_never_hands_over_images_of_the_data_set_itself(tmp_path: Path):
@@ -89,24 +59,31 @@ def test_load_never_hands_over_images_of_the_data_set_itself(tmp_path: Path):
     changing = torch.nn.Sequential(torch.nn.ReLU(inplace=True), build("1x1"))
     unbraid.scan(changing, "1.layer", images, tmp_path, batch_size=4)
     assert torch.equal(images.images, kept.images)
-    images.images = [images.images[0], *images.images[1:, :, 1:]]
+    images.images = [images.images[0], *images.images[1:, :, 1:]]  # of two sizes
     (mixed,) = load(images, [[0, 1, 2]], workers=0, pinned=False)
-    own = as_batch([item.image for item in mixed[1:]], torch.arange(2))
-    assert own.data_ptr() != images.images[1].data_ptr()
+    for item in mixed:
+        assert torch.equal(item.image, images.images[item.index])
+        assert item.image.data_ptr() != images.images[item.index].data_ptr()
+
+
+# --- what goes wrong between processes ------------------------------------------------------------
 
 
 class Deadly(SyntheticImages):
     def __getitem__(self, index: int):
         if index == 7 and get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
+        if index == 8:
+            raise GeneratorExit
         return super().__getitem__(index)
 
 
-def test_load_worker_that_dies_is_told_and_the_next_start_goes_on(tmp_path: Path):
-    network, options = build("1x1"), {"batch_size": 4, "threads": 1}
+def test_load_worker_that_dies_or_leaves_is_told_and_the_next_start_goes_on(tmp_path: Path):
     with pytest.raises(RunError, match=r"loads images died .* with fewer workers"):
-        unbraid.scan(network, "layer", Deadly(9), tmp_path, workers=1, **options)
-    assert len(list(unbraid.scan(network, "layer", Deadly(9), tmp_path, **options).shards())) == 1
+        scanned(Deadly(8), tmp_path, workers=1)
+    assert len(list(scanned(Deadly(8), tmp_path).shards())) == 1
+    with pytest.raises(RunError, match="loads images died"):
+        list(load(Deadly(9), [[0, 8]], workers=1))
 
 
 def test_deaths_told_of_a_team_but_not_of_other_errors():
@@ -116,38 +93,22 @@ def test_deaths_told_of_a_team_but_not_of_other_errors():
         raise RuntimeError("of the network")
 
 
-# --- what goes wrong between processes ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, GeneratorExit])
-def test_load_worker_that_leaves_is_told(kind):
-    class Leaving(SyntheticImages):
-        def __getitem__(self, index: int):
-            raise kind
-
-    with pytest.raises(RunError, match="loads images died"):
-        list(load(Leaving(4), [[0, 3]], workers=1))
-
-
-def test_load_images_that_cannot_be_handed_over_are_not_waited_for(monkeypatch):
+def test_load_images_that_cannot_be_handed_over_or_received_are_told(monkeypatch):
     class Full:
         @staticmethod
         def dumps(_: Any) -> Any:
             raise RuntimeError("No space left on device")
 
-    monkeypatch.setattr(loading, "ForkingPickler", Full)
-    (items,) = load(SyntheticImages(4), [[0, 1]], workers=1)
-    with pytest.raises(DataError, match=r"hand them over \(No space left on device\).*fewer"):
-        sort_out(items, skip_broken=True)
-
-
-def test_load_images_that_cannot_be_received_are_told():
     for content, sentence in ((b"torn", "hand them over"), (b"", "loads images died")):
         sealed = loading._Sealed(content)
         with pytest.raises(RunError, match=sentence):
             sealed.open()
         with pytest.raises(DataError, match=sentence):
             sort_out(next(loading._unpacked(iter([sealed.pin_memory()]))), skip_broken=True)
+    monkeypatch.setattr(loading, "ForkingPickler", Full)
+    (items,) = load(SyntheticImages(4), [[0, 1]], workers=1)
+    with pytest.raises(DataError, match=r"hand them over \(No space left on device\).*fewer"):
+        sort_out(items, skip_broken=True)
 
 
 @pytest.mark.parametrize("what", [lambda: (k for k in ()), lambda: lambda: 0])

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sources import write
+from sources import scanned, write
 from torch.utils.data import ConcatDataset, Dataset, Subset, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import unbraid
-from tiny_networks import SyntheticImages, Unlabelled, build
-from unbraid.base.errors import DataError, RunError
-from unbraid.images.broken import UNLABELLED
+from tiny_networks import SyntheticImages
+from unbraid.base.errors import DataError
 from unbraid.images.dataset import (
     Relabelled,
     class_names_of,
@@ -35,27 +34,19 @@ TO_FLOAT = v2.ToDtype(torch.float32, scale=True)
 
 
 class Wrapped(Dataset):
-    """As people write them: a part of a data set, with a transform of its own."""
+    """As people write them: a part of a data set, with a transform, under whatever name."""
 
-    def __init__(self, subset: Any, transform: Any = None) -> None:
-        self.subset, self.transform = subset, transform
+    def __init__(self, subset: Any, transform: Any = None, name: str = "transform") -> None:
+        self.subset, self.name = subset, name
+        setattr(self, name, transform)
 
     def __len__(self) -> int:
         return len(self.subset)
 
     def __getitem__(self, index: int) -> Any:
         image, label = self.subset[index]
-        return (image if self.transform is None else self.transform(image)), label
-
-
-class OddlyNamed(Wrapped):
-    def __init__(self, base: Any, how: Any) -> None:
-        super().__init__(base)
-        self.how = how
-
-    def __getitem__(self, index: int) -> Any:
-        image, label = self.subset[index]
-        return self.how(image), label
+        transform = getattr(self, self.name)
+        return (image if transform is None else transform(image)), label
 
 
 class SubsetWith(Subset):
@@ -71,34 +62,41 @@ class SubsetWith(Subset):
         return [self[index] for index in indices]
 
 
-class Delegating(Wrapped):
+class Delegating(Dataset):
     """Passes on whatever it does not have."""
 
+    def __init__(self, inner: Any, by: float = 0) -> None:
+        self.inner, self.by = inner, by
+
     def __getattr__(self, name: str) -> Any:
-        if name == "subset":
+        if name == "inner":
             raise AttributeError(name)
-        return getattr(self.subset, name)
+        return getattr(self.inner, name)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.inner[index]
+        return image + self.by, label
 
 
 class Reversed(Delegating):
     def __getitem__(self, index: int) -> Any:
-        return self.subset[len(self) - 1 - index]
+        return self.inner[len(self) - 1 - index]
 
 
-class Brighter(Delegating):
-    def __init__(self, subset: Any, by: float) -> None:
-        super().__init__(subset)
-        self.by = by
+class OfNoKind:
+    """No data set of torch's, though it behaves as one."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.targets, self.classes = inner, inner.targets, inner.classes
+
+    def __len__(self) -> int:
+        return len(self.inner)
 
     def __getitem__(self, index: int) -> Any:
-        image, label = self.subset[index]
-        return image + self.by, label
-
-
-class Coarse(Wrapped):
-    def __getitem__(self, index: int) -> Any:
-        image, label = self.subset[index]
-        return image, label // 2
+        return self.inner[index]
 
 
 @pytest.fixture(scope="module")
@@ -115,81 +113,57 @@ def transform(other: bool) -> v2.Compose:
     return v2.Compose([v2.ToImage(), TO_FLOAT, *([v2.RandomInvert(1.0)] if other else [])])
 
 
-def invert(other: bool) -> v2.Compose:
-    return v2.Compose([TO_FLOAT, *([v2.RandomInvert(1.0)] if other else [])])
+def split(dataset: Any, *sizes: int) -> Subset:
+    return random_split(dataset, sizes, torch.Generator().manual_seed(0))[0]
 
 
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def listed(root: Path, other: bool) -> Dataset:
+def listed(root: Path, other: bool = False) -> ImageFolder:
     return ImageFolder(root, transform(other))
-
-
-def raw(root: Path) -> Dataset:
-    return ImageFolder(root, v2.ToImage())
 
 
 # From two folders, and whether the preprocessing is another one.
 NESTED: dict[str, Callable[[Path, Path, bool], Dataset]] = {
     "none": lambda a, _, o: listed(a, o),
-    "part": lambda a, _, o: Subset(listed(a, o), range(20)),
-    "part of a part": lambda a, _, o: Subset(Subset(listed(a, o), range(20)), range(3, 18)),
-    "split of a split": lambda a, _, o: random_split(
-        random_split(listed(a, o), [20, 4], seeded())[0], [15, 5], seeded()
-    )[0],
-    "two": lambda a, b, o: ConcatDataset([listed(a, o), listed(b, o)]),
+    "split of a split": lambda a, _, o: split(split(listed(a, o), 20, 4), 15, 5),
     "part of two": lambda a, b, o: Subset(
         ConcatDataset([listed(a, o), listed(b, o)]), range(9, 40)
     ),
-    "two of which one differs": lambda a, b, o: ConcatDataset([listed(a, False), listed(b, o)]),
+    "two of which one differs": lambda a, b, o: ConcatDataset([listed(a), listed(b, o)]),
     "two in two": lambda a, b, o: ConcatDataset(
         [ConcatDataset([listed(a, o), listed(b, o)]), Subset(listed(a, o), range(5))]
     ),
-    "wrapper": lambda a, _, o: Wrapped(Subset(raw(a), range(20)), invert(o)),
-    "another name": lambda a, _, o: OddlyNamed(Subset(raw(a), range(20)), invert(o)),
-    "part with a transform": lambda a, _, o: SubsetWith(raw(a), range(20), invert(o)),
-    "delegating": lambda a, _, o: Brighter(listed(a, False), 0.5 * o),
+    "wrapper": lambda a, _, o: Wrapped(Subset(ImageFolder(a), range(20)), transform(o)),
+    "another name": lambda a, _, o: Wrapped(Subset(ImageFolder(a), range(20)), transform(o), "how"),
+    "part with a transform": lambda a, _, o: SubsetWith(ImageFolder(a), range(20), transform(o)),
+    "delegating": lambda a, _, o: Delegating(listed(a), 0.5 * o),
     "reversed": lambda a, _, o: Reversed(listed(a, o)),
+    "reversed, not torch's": lambda a, _, o: Reversed(OfNoKind(listed(a, o))),
 }
 
 
 @pytest.mark.parametrize("kind", NESTED)
-def test_a_scan_sees_labels_names_and_preprocessing_at_any_depth(kind, folder, second, tmp_path):
-    network, make = build("1x1", torch.float32), NESTED[kind]
-    dataset = make(folder, second, False)
+def test_what_is_claimed_of_images_at_any_depth_is_true_of_them(kind, folder, second):
+    dataset, same, other = (NESTED[kind](folder, second, o) for o in (False, False, True))
     labels = [dataset[k][1] for k in range(len(dataset))]
     assert labels_of(dataset) == labels
-    scan = unbraid.scan(network, "layer", dataset, tmp_path, threads=1)
-    assert scan.manifest.class_names == (NAMES if kind != "reversed" else ())
-    assert [int(n) for records in scan.shards() for n in records.label] == labels
-    unbraid.scan(network, "layer", make(folder, second, False), tmp_path, threads=1)
-    with pytest.raises(RunError, match="scan of something else"):
-        unbraid.scan(network, "layer", make(folder, second, True), tmp_path, threads=1)
-    if kind != "delegating":  # whose images tell, but no transform
-        assert preprocessing_of(dataset) != preprocessing_of(make(folder, second, True))
-
-
-@pytest.mark.parametrize("kind", NESTED)
-def test_what_is_claimed_of_an_image_is_true_of_it(kind, folder, second):
-    dataset = NESTED[kind](folder, second, False)
+    assert class_names_of(dataset) == (() if "reversed" in kind else NAMES)
+    prints = [(fingerprint(one, labels), preprocessing_of(one)) for one in (dataset, same, other)]
+    assert prints[0] == prints[1] != prints[2]
+    if kind not in ("delegating", "reversed, not torch's"):  # whose images alone tell
+        assert prints[0][1] != prints[2][1]
     ids = ids_of(dataset)
     assert ids is None or len(set(ids)) == len(dataset)
     for index in (0, len(dataset) // 2, len(dataset) - 1):
-        name, picture = name_of(dataset, index), picture_of(dataset, index)
-        assert picture is None
-        if name != f"image {index}":
-            shown = transform(False)(Image.open(name))
-            assert torch.equal(dataset[index][0], shown)
-            assert ids is not None
+        name = name_of(dataset, index)
+        assert picture_of(dataset, index) is None
+        assert (name == f"image {index}") == (ids is None)
+        if ids is not None:
+            assert torch.equal(dataset[index][0], transform(False)(Image.open(name)))
             assert ids[index].lstrip("01/").endswith(f"{Path(name).parent.name}/{Path(name).name}")
-        else:
-            assert ids is None
 
 
 def test_ids_of_one_source_stay_and_those_of_two_are_told_apart(folder, second):
-    one, other = listed(folder, False), listed(second, False)
+    one, other = listed(folder), listed(second)
     assert ids_of(Subset(Subset(one, range(9)), [8, 0])) == ["bee/2.png", "ant/0.png"]
     both = ids_of(ConcatDataset([one, other]))
     assert both == [f"{k}/{name}" for k in (0, 1) for name in ids_of(one)]
@@ -199,55 +173,22 @@ def test_ids_of_one_source_stay_and_those_of_two_are_told_apart(folder, second):
 
 
 def test_names_that_contradict_each_other_are_refused(folder, tmp_path):
-    others = write(tmp_path, {"ant": 6, "cow": 6})
-    both = ConcatDataset([listed(folder, False), listed(others, False)])
+    both = ConcatDataset([listed(folder), listed(write(tmp_path, {"ant": 6, "cow": 6}))])
     with pytest.raises(DataError, match="label 1 'bee' and 'cow'"):
         class_names_of(Subset(both, range(3)))
-    assert class_names_of(Coarse(listed(folder, False))) == ()  # which has labels of its own
     assert class_names_of(ConcatDataset([SyntheticImages(4), SyntheticImages(5)])) == (
         *(f"class {t}" for t in range(4)),
     )
 
 
-class Kept(Wrapped):
-    """Keeps what it read."""
-
-    def __init__(self, subset: Any, by: int = 1) -> None:
-        super().__init__(subset)
-        self.cache: dict[int, Any] = {}
-        self.by = by
-
-    def __getitem__(self, index: int) -> Any:
-        if index not in self.cache:
-            image, label = self.subset[index]
-            self.cache[index] = image, label // self.by
-        return self.cache[index]
-
-
-@pytest.mark.parametrize(("by", "names"), [(1, NAMES), (2, ())])
-def test_names_are_seen_through_what_keeps_images_however_often_it_was_read(by, names, folder):
-    kept = Kept(listed(folder, False), by)
-    assert [class_names_of(kept) for _ in range(3)] == [names] * 3
-    _ = [kept[k] for k in range(len(kept))]
-    assert class_names_of(Subset(kept, range(9))) == names
-
-
 def test_a_part_without_images_is_passed_over(folder, second):
-    some, none = listed(folder, False), Subset(listed(second, False), [])
+    some, none = listed(folder), Subset(listed(second), [])
     both = ConcatDataset([none, some, none])
     assert (labels_of(both), class_names_of(both)) == (some.targets, NAMES)
     assert ids_of(both) == ids_of(some)
     some.groups = [0] * 12 + [1] * 12
     assert groups_of(both) == some.groups
     assert preprocessing_of(both) == preprocessing_of(some)
-
-
-class OfTable(Wrapped):
-    """Keeps what it makes labels of, as in many notebooks."""
-
-    def __init__(self, subset: Any, labels: Any) -> None:
-        super().__init__(subset)
-        self.labels = labels
 
 
 @pytest.mark.parametrize(
@@ -259,7 +200,9 @@ class OfTable(Wrapped):
     ],
 )
 def test_labels_are_read_where_only_what_makes_them_is_listed(labels, folder):
-    dataset = OfTable(listed(folder, False), labels)
+    """As many notebooks keep it."""
+    dataset = Wrapped(listed(folder))
+    dataset.labels = labels
     assert labels_of(dataset) == labels_of(Subset(dataset, range(24))) == dataset.subset.targets
 
 
@@ -278,8 +221,11 @@ def test_groups_of_parts_are_joined_by_text_and_told_apart_by_number(inside):
 
 def test_our_own_wrappers_are_seen_through(folder):
     images = Subset(unbraid.open_images(str(folder), transform=transform(False)), range(20))
-    relabelled = Relabelled(images, {0: 3})
-    assert labels_of(relabelled)[:2] == [3, 0]
+    relabelled = Relabelled(images, {0: 3, 19: 1})
+    labels = [3, *labels_of(images)[1:19], 1]
+    assert labels_of(relabelled) == relabelled.targets == labels
+    assert [relabelled[k][1] for k in range(len(relabelled))] == labels
+    assert torch.equal(relabelled[19][0], images[19][0])
     assert ids_of(relabelled) == ids_of(images)
     moved = AsScanned(images, {0: 5, 1: 4}, {0: "ant/5.png", 1: "ant/4.png", 2: "gone"})
     for dataset in (images, relabelled, moved):
@@ -287,46 +233,6 @@ def test_our_own_wrappers_are_seen_through(folder):
         assert preprocessing_of(dataset) == repr(transform(False))
     assert picture_of(moved, 0).tobytes() == picture_of(images, 5).tobytes()
     assert (name_of(moved, 1), name_of(moved, 2)) == ("ant/4.png", "gone")
-
-
-# --- other labels for the same images -------------------------------------------------------------
-
-
-def predictions(kind: str, dataset: Dataset[Any]) -> list[int]:
-    with torch.no_grad():
-        logits = [build(kind)(dataset[n][0][None])[0] for n in range(len(dataset))]
-    return [int(row.argmax()) for row in logits]
-
-
-def test_a_relabelled_data_set_is_the_data_set_but_for_labels():
-    inner = SyntheticImages(6)
-    other = Relabelled(inner, {0: 3, 5: 2})
-    assert len(other) == 6
-    assert labels_of(other) == other.targets == [3, 1, 2, 3, 0, 2]
-    assert [label for _, label in (other[n] for n in range(6))] == other.targets
-    assert all(torch.equal(other[n][0], inner[n][0]) for n in range(6))
-    assert other.classes == inner.classes
-    assert inner.targets == [0, 1, 2, 3, 0, 1]
-    assert labels_of(Relabelled(Subset(inner, [4, 5]), {1: 7})) == [0, 7]
-
-
-def test_accuracy_is_unknown_without_labels_and_counts_only_images_that_have_one():
-    network = build("3x3")
-    none = unbraid.compare_outputs(network, network, Unlabelled(6))
-    assert (none.top1_agreement, none.top1_before, none.top1_after) == (1.0, None, None)
-    some = SyntheticImages(6)
-    right = predictions("3x3", some)
-    some.targets = [right[0], (right[1] + 1) % 4, *[UNLABELLED] * 4]
-    compared = unbraid.compare_outputs(network, network, some)
-    assert (compared.top1_before, compared.top1_after) == (0.5, 0.5)
-
-
-@pytest.mark.parametrize("label", [None, "cat", torch.tensor([0, 1]), 0.5, float("inf"), 2**70])
-def test_a_listed_label_that_is_no_number_is_told(label):
-    listed = SyntheticImages(3)
-    listed.targets = [0, 1, label]
-    with pytest.raises(DataError, match="image 2"):
-        labels_of(listed)
 
 
 # --- lists that do not fit ------------------------------------------------------------------------
@@ -351,28 +257,34 @@ class Ten(SyntheticImages):
     [
         ({"targets": [0, 1, 2]}, "targets are 3 for 10 images"),
         ({"targets": None, "labels": [0] * 3}, "labels are 3 for 10 images"),
+        *(
+            ({"targets": [*range(9), label]}, "image 9")
+            for label in (None, "cat", torch.tensor([0, 1]), 0.5, float("inf"), 2**70)
+        ),
         ({"ids": [*range(10)], "sizes": [1] * 4}, "sizes are 4 for 10 images"),
         ({"root": "/", "samples": [("/a", 0)]}, "samples are 1 for 10 images"),
         ({"groups": [[1]] * 10}, r"groups cannot be compared \(unhashable"),
+        ({"groups": 7}, "groups are a int; give a list"),
         ({"ids": [f"\ud800{k}" for k in range(10)]}, "cannot be written as UTF-8"),
+        ({"ids": [*"abcdefghi", None]}, "NoneType"),
+        ({"ids": ["1", 1, *range(2, 10)]}, "Two images have the id '1'"),
     ],
 )
 def test_lists_that_do_not_fit_the_images_are_refused(told, match, tmp_path):
     dataset = Ten(**told)
     with pytest.raises(DataError, match=match):
-        unbraid.scan(build("3x3"), "layer", dataset, tmp_path / "scan")
+        scanned(dataset, tmp_path / "scan")
     assert not (tmp_path / "scan").exists()
-    if "labels" not in match and "targets" not in match:
-        return
-    with pytest.raises(DataError, match=match):
-        labels_of(Subset(dataset, [0, 1]))
+    if "targets" in told:
+        with pytest.raises(DataError, match=match):
+            labels_of(Subset(dataset, [0, 1]))
 
 
 def test_lists_that_fit_are_taken():
-    dataset = Ten(
-        groups=["a", "b"] * 5, ids=["\udc80"] + [f"é{k}" for k in range(9)], sizes=[1] * 10
-    )
+    ids = ["\udc80"] + [f"é{k}" for k in range(9)]
+    dataset = Ten(groups=["a", "b"] * 5, ids=ids, sizes=[1] * 10)
     assert labels_of(dataset) == [k % 4 for k in range(10)]
     assert groups_of(dataset) == [0, 1] * 5
-    assert ids_of(dataset) == dataset.ids
+    assert ids_of(dataset) == ids
+    assert ids_of(Ten(ids=torch.arange(10))) == [str(k) for k in range(10)]
     assert fingerprint(dataset, labels_of(dataset)) != fingerprint(Ten(), labels_of(dataset))

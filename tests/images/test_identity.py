@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision.transforms as v1
 from PIL import Image
-from sources import MEMBERS, as_csv, as_tar, rows, to_tensor
+from sources import MEMBERS, PATHS, as_csv, as_tar, scanned, to_tensor
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -25,29 +24,13 @@ from unbraid.images.dataset import labels_of, name_of
 from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of
 from unbraid.images.open import open_images
 from unbraid.networks.models import imagenet_transform
-from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import as_scanned
 
-PATHS = [path for path, *_ in rows(MEMBERS)]
 TO_FLOAT = v2.ToDtype(torch.float32, scale=True)
 
 
-def scanned(images: Any, out: Path, **options: Any) -> Scan:
-    return unbraid.scan(build("3x3"), "layer", images, out, batch_size=3, **options)
-
-
-def from_csv(folder: Path) -> Any:
-    return open_images(as_csv(folder, MEMBERS), to_tensor)
-
-
-def transform(other: bool) -> v2.Compose:
-    return v2.Compose([v2.ToImage(), TO_FLOAT, *([v2.RandomInvert(1.0)] if other else [])])
-
-
-class WithIds(SyntheticImages):
-    def __init__(self, ids: Any) -> None:
-        super().__init__(4)
-        self.ids = ids
+def transform() -> v2.Compose:
+    return v2.Compose([v2.ToImage(), TO_FLOAT])
 
 
 def test_ids_are_those_of_the_source(folder):
@@ -56,82 +39,62 @@ def test_ids_are_those_of_the_source(folder):
     assert ids_of(Subset(images, [6, 0])) == ["bee/1.png", "ant/0.png"]
     assert ids_of(Subset(images, [6, 6])) is None  # one image twice has no id of its own
     assert ids_of(SyntheticImages(4)) is None
-    assert ids_of(WithIds(torch.arange(4))) == ["0", "1", "2", "3"]
     assert name_of(Subset(images, [6]), 0) == str(folder / "bee/1.png")
 
 
-@pytest.mark.parametrize(
-    ("ids", "told"),
-    [
-        (["a", "b", "a", "c"], "Two images have the id 'a'"),
-        (["a", "b"], "ids are 2 for 4 images"),
-        (["a", "b", "c", None], "NoneType"),
-        (["1", 1, "2", "3"], "Two images have the id '1'"),
-    ],
-)
-def test_ids_that_name_no_image_or_two_are_told_before_anything_is_written(ids, told, tmp_path):
-    with pytest.raises(DataError, match=told):
-        scanned(WithIds(ids), tmp_path / "scan")
-    assert not (tmp_path / "scan").exists()
-
-
 def test_the_fingerprint_knows_ids_and_sizes(folder, tmp_path):
-    images = open_images(as_tar(folder, MEMBERS), to_tensor)
-    before = fingerprint(images, images.targets)
-    assert fingerprint(open_images(as_tar(folder, MEMBERS), to_tensor), images.targets) == before
-    images.ids[0], images.ids[1] = images.ids[1], images.ids[0]
-    assert fingerprint(images, images.targets) != before
-    images = open_images(as_tar(folder, MEMBERS), to_tensor)
-    images.sizes[3] += 1
-    assert fingerprint(images, images.targets) != before
-    scanned(from_csv(folder), tmp_path / "scan")
+    images, *others = (open_images(as_tar(folder, MEMBERS), to_tensor) for _ in range(4))
+    others[1].ids = images.ids[::-1]
+    others[2].sizes = [images.sizes[0] + 1, *images.sizes[1:]]
+    own = fingerprint(images, images.targets)
+    same = [fingerprint(other, images.targets) == own for other in others]
+    assert same == [True, False, False]
+    scanned(open_images(as_csv(folder, MEMBERS), to_tensor), tmp_path / "scan")
     (folder / "bee/2.png").write_bytes((folder / "bee/2.png").read_bytes() + b"more")
     with pytest.raises(RunError, match="the images or labels"):
-        scanned(from_csv(folder), tmp_path / "scan")
-
-
-class Picked(Dataset[Any]):
-    """Some of a source's images, in another order."""
-
-    def __init__(self, inner: Any, places: list[int]) -> None:
-        self.inner, self.places = inner, places
-        self.ids = [inner.ids[k] for k in places]
-        self.targets = [inner.targets[k] for k in places]
-        self.classes = inner.classes
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.inner[self.places[index]]
-
-    def picture(self, index: int) -> Image.Image:
-        return self.inner.picture(self.places[index])
+        scanned(open_images(folder / "list.csv", to_tensor), tmp_path / "scan")
 
 
 def test_images_are_found_again_by_id_where_their_order_changed(folder, tmp_path):
-    images = from_csv(folder)
+    images = open_images(as_csv(folder, MEMBERS), to_tensor)
     scan = scanned(images, tmp_path / "scan")
     assert as_scanned(images, scan) is images
-    moved = as_scanned(Picked(images, [7, 3, 5, 0, 1, 6]), scan)  # 2 and 4 are gone
+    moved = as_scanned(Subset(images, [7, 3, 5, 0, 1, 6]), scan)  # 2 and 4 are gone
     assert len(moved) == 8
     for k in (0, 1, 3, 5, 6, 7):
         assert torch.equal(moved[k][0], images[k][0])
         assert moved[k][1] == images.targets[k] == labels_of(moved)[k]
-        assert moved.picture(k).tobytes() == images.picture(k).tobytes()
-    for read in (moved.__getitem__, moved.picture):
-        with pytest.raises(DataError, match=r"Image ant/2\.png is gone"):
-            read(2)
-    assert name_of(moved, 4) == "ant/4.png"
-    assert moved.classes == list(MEMBERS)
-    assert labels_of(moved)[4] == UNLABELLED
+    with pytest.raises(DataError, match=r"Image ant/2\.png is gone"):
+        moved[2]
+    assert (name_of(moved, 4), labels_of(moved)[4]) == ("ant/4.png", UNLABELLED)
     strangers = open_images(as_tar(folder, MEMBERS), to_tensor)
     assert as_scanned(strangers, scan) is strangers  # no id is known: places must do
 
 
-# --- transforms that hide what they do ------------------------------------------------------------
+class Drawn(SyntheticImages):
+    """Images that are others each time."""
 
-FACTOR = 3.0
+    def __init__(self, generator: torch.Generator | None) -> None:
+        super().__init__(20)
+        self.generator = generator
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = super().__getitem__(index)
+        return image + torch.randn(image.shape, generator=self.generator), label
+
+
+def test_fingerprint_knows_images_but_for_what_is_drawn_anew_each_time():
+    for generator in (None, torch.Generator()):
+        state = torch.get_rng_state()
+        first = fingerprint(Drawn(generator), [0] * 20)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(3)
+        assert fingerprint(Drawn(generator), [0] * 20) == first
+    one, other = (fingerprint(SyntheticImages(20, seed=seed), [0] * 20) for seed in (1, 2))
+    assert one != other
+
+
+# --- transforms that hide what they do ------------------------------------------------------------
 
 
 class Times:
@@ -139,7 +102,7 @@ class Times:
         self.k = k
 
     def __call__(self, image: Any) -> Tensor:
-        return v2.functional.to_dtype(v2.functional.to_image(image), scale=True) * self.k
+        return transform()(image) * self.k
 
 
 class TimesModule(nn.Module):
@@ -159,45 +122,45 @@ def closed(k: float) -> Callable[[Any], Tensor]:
     return lambda image: times(image, k)
 
 
+def holding(k: int) -> Callable[[Any], Any]:
+    kept = [{k}, v2.Resize(k), v2.functional.resize]
+    return lambda image: [kept for _ in image]
+
+
 def grey(path: str) -> Image.Image:
     return Image.open(path).convert("L").convert("RGB")
 
 
-HIDDEN: dict[str, Callable[[bool], dict[str, Any]]] = {
-    "lambda inside": lambda o: {
-        "transform": v1.Compose([v1.ToTensor(), v1.Lambda((lambda x: -x) if o else (lambda x: +x))])
-    },
-    "closure": lambda o: {"transform": closed(1 + o)},
-    "partial": lambda o: {"transform": functools.partial(times, k=1 + o)},
-    "object": lambda o: {"transform": Times(1 + o)},
-    "method": lambda o: {"transform": Times(1 + o).__call__},
-    "module inside": lambda o: {
-        "transform": v2.Compose([*transform(False).transforms, TimesModule(1 + o)])
-    },
-    "number format": lambda o: {
-        "transform": v2.Compose(
-            [v2.ToImage(), v2.ToDtype(torch.float16 if o else torch.float32, scale=True)]
-        )
-    },
-    "weights": lambda o: {
-        "transform": v2.Compose(
-            [
-                *transform(False).transforms,
-                v2.LinearTransformation((1 + o) * torch.eye(126), torch.zeros(126)),
-            ]
-        )
-    },
-    "loader": lambda o: {"transform": transform(False), **({"loader": grey} if o else {})},
+def then(*more: Any) -> v2.Compose:
+    return v2.Compose([*transform().transforms, *more])
+
+
+# By a number, 1 or 2; the second is another transform.
+HIDDEN: dict[str, Callable[[int], Any]] = {
+    "lambda inside": lambda k: v1.Lambda((lambda x: -x) if k > 1 else (lambda x: +x)),
+    "closure": closed,
+    "partial": lambda k: functools.partial(times, k=k),
+    "object": Times,
+    "method": lambda k: Times(k).__call__,
+    "module inside": lambda k: then(TimesModule(k)),
+    "number format": lambda k: then(v2.ToDtype((torch.float32, torch.float16)[k - 1])),
+    "weights": lambda k: then(v2.LinearTransformation(k * torch.eye(126), torch.zeros(126))),
+    "what is held": holding,
+    "constants": lambda k: (lambda x: x in {1, 2}) if k > 1 else (lambda x: x in {1, 3}),
 }
 
 
 @pytest.mark.parametrize("kind", HIDDEN)
-def test_a_change_that_no_text_of_a_transform_shows_is_seen(kind, folder):
-    def text(other: bool) -> str:
-        return preprocessing_of(Subset(ImageFolder(folder, **HIDDEN[kind](other)), range(3)))
+def test_preprocessing_of_sees_a_change_that_no_text_shows(kind, folder):
+    one, again, other = (
+        preprocessing_of(Subset(ImageFolder(folder, HIDDEN[kind](k)), range(3))) for k in (1, 1, 2)
+    )
+    assert one == again != other
 
-    assert text(False) == text(False)
-    assert text(False) != text(True)
+
+def test_preprocessing_of_sees_another_loader(folder):
+    usual, other = ImageFolder(folder, transform()), ImageFolder(folder, transform(), loader=grey)
+    assert preprocessing_of(usual) != preprocessing_of(other)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +171,7 @@ def test_a_change_that_no_text_of_a_transform_shows_is_seen(kind, folder):
         v2.Compose([v2.ToImage(), v2.RandAugment(), TO_FLOAT, v2.Normalize([0.5] * 3, [0.5] * 3)]),
     ],
 )
-def test_a_usual_transform_is_recorded_as_it_always_was(usual, folder):
+def test_preprocessing_of_a_usual_transform_is_its_text(usual, folder):
     assert preprocessing_of(ImageFolder(folder, usual)) == repr(usual)
 
 
@@ -223,28 +186,3 @@ def test_a_scan_of_an_earlier_version_goes_on_with_a_warning(folder, tmp_path):
         scan = unbraid.scan(network, "layer", dataset, tmp_path, threads=1)
     assert scan.manifest.preprocessing == "custom"
     assert not as_recorded(preprocessing_of(dataset), "something else")
-
-
-def test_images_that_are_drawn_anew_each_time_are_the_same_data(folder):
-    class Drawn(SyntheticImages):
-        def __init__(self, own: bool) -> None:
-            super().__init__(20)
-            self.generator = torch.Generator() if own else None
-            if own:
-                self.generator.seed()
-
-        def __getitem__(self, index: int) -> tuple[Tensor, int]:
-            image, label = super().__getitem__(index)
-            return image + torch.randn(image.shape, generator=self.generator), label
-
-    for own in (False, True):
-        prints = set()
-        for _ in range(3):
-            state = torch.get_rng_state()
-            prints.add(fingerprint(Drawn(own), Drawn(own).targets))
-            assert torch.equal(torch.get_rng_state(), state)
-            torch.rand(3)
-        assert len(prints) == 1
-    assert fingerprint(SyntheticImages(20, seed=1), [0] * 20) != fingerprint(
-        SyntheticImages(20, seed=2), [0] * 20
-    )

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 from sources import to_tensor, write
-from torch import nn
 
 from unbraid.base.errors import DataError
 from unbraid.images.labels import (
@@ -24,97 +21,88 @@ from unbraid.images.labels import (
     Outputs,
     read_classes,
 )
-from unbraid.images.open import images_for, images_like, open_images
-from unbraid.networks.class_names import imagenet_classes
-from unbraid.networks.models import LoadedModel
+from unbraid.images.open import images_like, open_images
+from unbraid.networks.class_names import imagenet_classes, output_names
 
 NFC, NFD = (unicodedata.normalize(form, "Café") for form in ("NFC", "NFD"))
 IMAGENET = tuple(imagenet_classes().values())
 FROM_ONE = [str(k) for k in range(1, 13)]
 
 
-def test_the_classes_of_imagenet_are_those_of_timm_and_torchvision():
-    timm_data = pytest.importorskip("timm.data", reason="needs .[timm]")
+def test_names_of_imagenet_and_of_timms_networks_are_those_of_their_libraries():
+    timm = pytest.importorskip("timm", reason="needs .[timm]")
     from torchvision.models import ResNet50_Weights
 
-    assert list(imagenet_classes()) == timm_data.ImageNetInfo("imagenet-1k").label_names()
+    assert list(imagenet_classes()) == timm.data.ImageNetInfo("imagenet-1k").label_names()
     assert list(IMAGENET) == ResNet50_Weights.DEFAULT.meta["categories"]
+    network = timm.create_model("lcnet_035")
+    assert output_names(network) == IMAGENET
+    assert output_names(timm.create_model("lcnet_035", num_classes=10)) == ()
+    names = ["cat", "dog"] * 500
+    network.pretrained_cfg = {**network.pretrained_cfg, "label_names": names}
+    assert output_names(network) == tuple(names)
 
 
-def read(classes: Sequence[str], names: Sequence[str] = (), n: int | None = None) -> Any:
+def read(
+    classes: Sequence[str], names: Sequence[str] = (), n: int | None = None, **how: bool
+) -> Any:
     outputs = Outputs(tuple(names), n or len(names) or None)
-    return read_classes(Classes(classes, "The list", classes), outputs)
+    return read_classes(Classes(classes, "The list", classes, **how), outputs)
 
 
 @pytest.mark.parametrize(
-    ("classes", "names", "n", "labels", "how"),
+    ("classes", "names", "n", "labels", "how", "note"),
     [
-        (["10", "9"], (), None, [10, 9], BY_NUMBER),
-        (["010", "2.0", "3."], (), 12, [10, 2, 3], BY_NUMBER),
-        (["0", "9"], list("0123456789"), 10, [0, 9], BY_NUMBER),
-        (FROM_ONE, FROM_ONE, 12, list(range(12)), BY_NAME),
-        (["Dog", "CAT "], ["cat", "dog"], 2, [1, 0], BY_NAME),
-        (["great-White_shark"], IMAGENET, 1000, [2], BY_NAME),
-        (["Cardigan", "cardigan"], IMAGENET, 1000, [264, 474], BY_NAME),
-        (["Tinca_tinca", "goldfish"], ["goldfish", "tench, Tinca tinca"], 2, [1, 0], BY_NAME),
-        (["n01440764"], ["n15075141 toilet tissue", "n01440764 tench, Tinca"], 2, [1], BY_NAME),
-        ([NFD, "tea"], ["tea", NFC], 2, [1, 0], BY_NAME),
-        (["ﬁsh", "STRASSE"], ["straße", "fish"], 2, [1, 0], BY_NAME),
-        (["n01440764", "n15075141_tissue"], ["toilet tissue", "tench"], 2, [1, 0], BY_NAME),
-        (["n02012849_crane"], ["crane", "crane bird"], 2, [1], BY_NAME),
-        (["n01440764", "n15075141"], (), 1000, [0, 999], BY_ID),
-        (["n01440764-tench", "N15075141_x"], IMAGENET, 1000, [0, 999], BY_ID),
-        (["n01440764", "n15075141"], (), 2, [0, 1], IN_ORDER),
-        ([f"n0000{k:04d}" for k in range(1000)], (), 1000, list(range(1000)), IN_ORDER),
-        (["ant", "bee"], (), 2, [0, 1], IN_ORDER),
+        (["10", "9"], (), None, [10, 9], BY_NUMBER, ""),
+        (["010", "2.0", "3."], (), 12, [10, 2, 3], BY_NUMBER, ""),
+        (["0", "9"], list("0123456789"), 10, [0, 9], BY_NUMBER, ""),
+        (FROM_ONE, FROM_ONE, 12, list(range(12)), BY_NAME, ""),
+        (["Dog", "CAT "], ["cat", "dog"], 2, [1, 0], BY_NAME, ""),
+        (["great-White_shark"], IMAGENET, 1000, [2], BY_NAME, ""),
+        (["Cardigan", "cardigan"], IMAGENET, 1000, [264, 474], BY_NAME, ""),
+        (["Tinca_tinca", "goldfish"], ["goldfish", "tench, Tinca tinca"], 2, [1, 0], BY_NAME, ""),
+        (["n01440764"], ["n15075141 toilet tissue", "n01440764 tench, Tinca"], 2, [1], BY_NAME, ""),
+        ([NFD, "tea"], ["tea", NFC], 2, [1, 0], BY_NAME, ""),
+        (["ﬁsh", "STRASSE"], ["straße", "fish"], 2, [1, 0], BY_NAME, ""),
+        (["n01440764", "n15075141_tissue"], ["toilet tissue", "tench"], 2, [1, 0], BY_NAME, ""),
+        (["n02012849_crane"], ["crane", "crane bird"], 2, [1], BY_NAME, ""),
+        (["n01440764", "n15075141"], (), 1000, [0, 999], BY_ID, ""),
+        (["n01440764-tench", "N15075141_x"], IMAGENET, 1000, [0, 999], BY_ID, ""),
+        (["n01440764", "n15075141"], (), 2, [0, 1], IN_ORDER, ""),
+        ([f"n0000{k:04d}" for k in range(1000)], (), 1000, list(range(1000)), IN_ORDER, ""),
+        (["ant", "bee"], (), 2, [0, 1], IN_ORDER, ""),
+        (["ant", "bee"], (), 5, [0, 1], GUESSED, "2 classes for 5 outputs; taken in order"),
+        (["ant", "bee"], ["cat", "dog"], 2, [0, 1], GUESSED, "none by an output's name; taken"),
+        (["n01440764", "n15075141"], (), None, [0, 1], GUESSED, "2 WordNet ids .*outputs=1000"),
+        (["1", "2", "ant"], (), 3, [0, 1, 2], GUESSED, "as texts, such as '1' as output 0"),
+        (["c1", "c10", "c2"], (), 3, [0, 1, 2], GUESSED, "as texts, such as 'c10' as output 1"),
+        (["Ant", "ant"], (), None, [0, 1], GUESSED, "'Ant' and 'ant', taken for two"),
+        (["train", "val"], (), 2, [0, 1], GUESSED, "look like parts of a data set"),
+        (["plane", "train"], (), 2, [0, 1], IN_ORDER, ""),
+        (["CARDIGAN"], IMAGENET, 1000, [264], BY_NAME, "fits the outputs 264, 474; the first is"),
     ],
 )
-def test_read_classes_finds_the_output_of_each_without_a_word(classes, names, n, labels, how):
+def test_read_classes_finds_the_output_of_each_and_notes_guesses(
+    classes, names, n, labels, how, note
+):
     reading = read(classes, names, n)
     assert [reading.labels[name] for name in classes] == labels
-    assert (reading.how, reading.note) == (how, "")
-
-
-@pytest.mark.parametrize(
-    ("classes", "names", "n", "labels", "note"),
-    [
-        (["ant", "bee"], (), 5, [0, 1], "2 classes for 5 outputs; taken in order"),
-        (["ant", "bee"], ["cat", "dog"], 2, [0, 1], "none by an output's name; taken in order"),
-        (["n01440764", "n15075141"], (), None, [0, 1], "2 WordNet ids .*give outputs=1000"),
-        (["1", "2", "ant"], (), 3, [0, 1, 2], "as texts, such as '1' as output 0"),
-        (["c1", "c10", "c2"], (), 3, [0, 1, 2], "as texts, such as 'c10' as output 1"),
-        (["Ant", "ant"], (), None, [0, 1], "'Ant' and 'ant', taken for two"),
-        (["CARDIGAN"], IMAGENET, 1000, [264], "fits the outputs 264, 474; the first is taken"),
-    ],
-)
-def test_read_classes_tells_what_is_guessed(classes, names, n, labels, note):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        reading = read(classes, names, n)
-    assert [reading.labels[name] for name in classes] == labels
+    assert reading.how == how
     assert re.search(note, reading.note)
-    assert reading.how in (GUESSED, BY_NAME)
+    assert bool(reading.note) == bool(note)
 
 
 @pytest.mark.parametrize(
     ("classes", "names", "n", "fault"),
     [
-        (
-            FROM_ONE,
-            (),
-            12,
-            "number 12, but .* from 0 to 11; number classes as outputs, so count from 0",
-        ),
+        (FROM_ONE, (), 12, "number 12, but .* from 0 to 11; number classes as .* count from 0"),
         (["1", "2"], FROM_ONE, 12, "'1', which is output 1 by number but output 0 by name"),
         (["99999999"], (), None, "number 99999999; number classes from 0 on"),
         (["dog", "catt"], ["dog", "cat"], 2, "'catt', which is no output's name.* mean cat"),
         (["n01440764", "n00000001"], (), 1000, "n00000001 is no class of ImageNet-1k"),
         (["Ant", "ant", "bee"], (), 2, "3 classes .* 2 outputs; .* such as 'Ant', 'ant'"),
         (["a", "b", "c"], ["x", "y"], 2, "3 classes but the network has 2 outputs"),
-        *[
-            ([odd, "1"], (), 2, "which is no number of an output")
-            for odd in ("1.5", "nan", "-1", "0x10", "None", "9" * 300)
-        ],
+        *(([odd, "1"], (), 2, "no number of an output") for odd in ("1.5", "0x10", "9" * 300)),
     ],
 )
 def test_read_classes_refuses_what_contradicts_itself(classes, names, n, fault):
@@ -123,30 +111,23 @@ def test_read_classes_refuses_what_contradicts_itself(classes, names, n, fault):
     assert len(str(error.value)) < 250
 
 
-def test_read_classes_of_two_folders_for_one_class_gives_both_its_output():
-    for folders, names, label in (
-        (["1", "01"], (), 1),
-        (["n01440764", "n01440764_tench"], IMAGENET, 0),
-        (["Dog", "dog"], ["cat", "dog"], 1),
-        ([NFC, NFD], ["tea", NFC], 1),
-    ):
-        assert [read(folders, names).labels[name] for name in folders] == [label] * 2
-
-
-def test_read_classes_notes_parts_of_a_data_set():
-    assert "look like parts of a data set" in read(["train", "val"], n=2).note
-    assert read(["plane", "train"], n=2).note == ""
-
-
-def test_names_of_timms_networks_are_known():
-    timm = pytest.importorskip("timm", reason="needs .[timm]")
-    from unbraid.networks.class_names import output_names
-
-    assert output_names(timm.create_model("resnet18")) == IMAGENET
-    assert output_names(timm.create_model("resnet18", num_classes=10)) == ()
-    named = timm.create_model("resnet18", num_classes=2)
-    named.pretrained_cfg = {**named.pretrained_cfg, "label_names": ["cat", "dog"]}
-    assert output_names(named) == ("cat", "dog")
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["1", "01"], ()),
+        (["n01440764", "n01440764_tench"], IMAGENET),
+        (["Dog", "dog"], ["cat", "dog"]),
+        ([NFC, NFD], ["tea", NFC]),
+    ],
+)
+def test_read_classes_of_two_folders_for_one_output_are_refused_unless_labels_are_given(
+    folders, names, tmp_path
+):
+    with pytest.raises(DataError, match=r"'.*' and '.*', which both stand for output .; join or"):
+        read(folders, names, of_folders=True)
+    assert len({read(folders, names).labels[name] for name in folders}) == 1  # as lists may say
+    root = write(tmp_path, dict.fromkeys(folders, 1))
+    assert open_images(root, labels=dict.fromkeys(folders, 1)).targets == [1, 1]
 
 
 def test_images_like_takes_labels_of_training_in_whatever_form(tmp_path):
@@ -163,17 +144,3 @@ def test_images_like_takes_labels_of_training_in_whatever_form(tmp_path):
     (val / "list.csv").write_text("path,label\n007/0.png,8\n")
     with pytest.raises(DataError, match="a class '8' that the training images have not"):
         images_like(images, str(val / "list.csv"))
-
-
-def test_class_folders_that_are_links_are_followed_where_outputs_are_counted(tmp_path, folder):
-    (tmp_path / "linked").mkdir()
-    for name in ("ant", "bee"):
-        (tmp_path / "linked" / name).symlink_to(folder / name)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(126, 2, dtype=torch.float64))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        images = open_images(tmp_path / "linked", to_tensor, outputs=network)
-        assert images.targets == [0] * 5 + [1] * 3
-        for way in (tmp_path / "linked", folder):
-            opened, note = images_for(LoadedModel(network, to_tensor, (), {}), str(way))
-            assert (opened.targets, note) == (images.targets, "")

@@ -5,75 +5,44 @@ from __future__ import annotations
 import errno
 import pickle
 import sys
-import tarfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sources
 import torch
-from sources import (
-    MEMBERS,
-    SOURCES,
-    add,
-    as_csv,
-    as_parquet,
-    as_rows,
-    as_tar,
-    fail_at,
-    opened,
-    rows,
-    to_tensor,
-    write,
-    write_shards,
-)
+from sources import MEMBERS, SOURCES, opened, rows, scanned, to_tensor
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import unbraid
-from tiny_networks import build
 from unbraid.base.errors import DataError, ModelError, OutOfReach, UsageError
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import groups_of, labels_of, name_of
 from unbraid.images.labels import GUESSED
-from unbraid.images.open import (
-    absolute,
-    images_for,
-    images_like,
-    labelled,
-    list_images,
-    open_images,
-    part_of,
-)
+from unbraid.images.open import absolute, images_for, images_like, labelled, open_images, part_of
 from unbraid.networks.class_names import imagenet_classes
 from unbraid.networks.models import LoadedModel
-from unbraid.scanning.records import Scan
 
 IMAGENET = tuple(imagenet_classes().values())
-
-
 pytestmark = pytest.mark.usefixtures("_caches")
-PATHS = [path for path, *_ in rows(MEMBERS)]
-
-
-def scanned(images: Dataset[Any], out: Path, **options: Any) -> Scan:
-    return unbraid.scan(build("3x3"), "layer", images, out, batch_size=3, **options)
-
-
-def assert_same_records(scan: Scan, expected: Scan) -> None:
-    """Bit for bit the same pooled inputs, shares and labels, image by image."""
-    for name in ("index", "label", "prediction", "pooled", "share_start", "share_value"):
-        for ours, theirs in zip(scan.columns(name), expected.columns(name), strict=True):
-            assert ours.dtype == theirs.dtype
-            assert ours.numpy().tobytes() == theirs.numpy().tobytes(), name
 
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_open_images_any_source_gives_the_same_records(kind, folder, tmp_path):
+    """Bit for bit the same pooled inputs, shares and labels, image by image."""
     expected = scanned(open_images(folder, to_tensor), tmp_path / "expected")
-    images, ids = opened(kind, folder, outputs=["ant", "bee"]), SOURCES[kind][1](folder, MEMBERS)
+    images, ids = opened(kind, folder, outputs=["ant", "bee"]), SOURCES[kind][1]
+    if ids is None:
+        import datasets
+
+        saved = datasets.load_from_disk(tmp_path / "saved")
+        ids = [f"{saved._fingerprint}/{k}" for k in range(8)]
     scan = scanned(images, tmp_path / "scan")
-    assert_same_records(scan, expected)
+    for name in ("index", "label", "prediction", "pooled", "share_start", "share_value"):
+        for ours, theirs in zip(scan.columns(name), expected.columns(name), strict=True):
+            assert ours.dtype == theirs.dtype
+            assert ours.numpy().tobytes() == theirs.numpy().tobytes(), name
     assert [one for records in scan.shards() for one in records.ids] == ids
     assert labels_of(images) == [place for *_, place in rows(MEMBERS)]
     assert name_of(images, 6) == (str(folder / "bee/1.png") if kind == "folders" else ids[6])
@@ -112,27 +81,21 @@ DATA = {
     "ids": (["n15075141", "n01440764"], (), 1000, [999, 0]),
     "ids of other outputs": (["n15075141", "n01440764"], ("tench", "toilet_tissue"), 2, [1, 0]),
 }
+OF_NUMBERS = [(kind, "numbers") for kind in SOURCES]
 
 
-@pytest.mark.parametrize(
-    ("kind", "data"),
-    [
-        *((kind, "numbers") for kind in SOURCES),
-        *((k, d) for k in ("folders", "rows") for d in DATA),
-    ],
-)
+@pytest.mark.parametrize(("kind", "data"), [*OF_NUMBERS, *(("folders", data) for data in DATA)])
 def test_open_images_any_source_gives_the_same_labels(kind, data, tmp_path):
     classes, names, n, labels = DATA[data]
     members = dict.fromkeys(classes, 2)
-    root = write(tmp_path / "data", members)
-    source = SOURCES[kind][0](root, members)
-    open_it = unbraid.from_hugging_face if "rows" in kind else unbraid.open_images
+    source = SOURCES[kind][0](sources.write(tmp_path / "data", members), members)
+    open_it = unbraid.from_hugging_face if kind == "rows" else unbraid.open_images
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for outputs in [list(names) or n, *([] if names else [Network(n)])]:
             found.append(open_it(source, transform=to_tensor, outputs=outputs))
-        if "rows" not in kind:
+        if kind != "rows":
             images, note = images_for(loaded(n, *names), str(source))
             assert note == ""
             found += [images, images_like(images, str(source))]
@@ -142,57 +105,43 @@ def test_open_images_any_source_gives_the_same_labels(kind, data, tmp_path):
             assert images.classes == list(names or IMAGENET)
 
 
-@pytest.mark.parametrize("kind", SOURCES)
-def test_open_images_without_outputs_names_are_taken_in_order(kind, tmp_path):
-    members = {"b": 2, "a": 2}
-    images = opened(kind, write(tmp_path / "data", members), members)
-    by_rows = kind in ("rows", "saved", "saved as parquet")  # have an order of their own
-    assert shown(images) == ([(0, 0), (1, 1)] if by_rows else [(0, 1), (1, 0)])
-
-
 def test_open_images_ids_in_order_are_told_in_python(tmp_path):
     members = {"n01440764": 1, "n15075141": 1}
-    source = write(tmp_path / "data", members)
+    source = sources.write(tmp_path / "data", members)
     with pytest.warns(UserWarning, match="2 WordNet ids .* give outputs=1000") as told:
         images = unbraid.open_images(source)
     assert told[0].filename == __file__
     assert (images.classes, images.reading) == (["tench", "toilet tissue"], GUESSED)
-    with pytest.warns(UserWarning, match="2 WordNet ids"):
-        unbraid.from_hugging_face(as_rows(source, members))
 
 
 def test_images_for_classes_stand_for_outputs_by_one_rule(folder):
-    path = str(as_csv(folder, MEMBERS))
+    path = str(sources.as_csv(folder, MEMBERS))
     images, note = images_for(loaded(4, "bee", "cat", "ant", "dog"), path)
     assert (labels_of(images), note) == ([2] * 5 + [0] * 3, "")
     assert images.classes == ["bee", "cat", "ant", "dog"]
     assert "taken in order" in images_for(loaded(), path)[1]
-    for text, told in (
-        ("ant/0.png,a\nant/1.png,b\nant/2.png,c\n", "3 classes but the network has 2 outputs"),
-        ("ant/0.png,1\nant/1.png,2\n", "a class of number 2, but the network's outputs go"),
-    ):
-        Path(path).write_text("path,label\n" + text)
-        with pytest.raises(DataError, match=told):
-            images_for(loaded(2), path)
+    Path(path).write_text("path,label\nant/0.png,1\nant/1.png,2\n")
+    with pytest.raises(DataError, match="a class of number 2, but the network's outputs go"):
+        images_for(loaded(2), path)
     with pytest.raises(ModelError, match=r"has 3 outputs but 2 names for them.*--names"):
         images_for(loaded(3, "ant", "bee"), str(folder))
 
 
 def test_images_without_labels_are_unlabelled(folder, tmp_path):
-    with tarfile.open(tmp_path / "bare.tar", "w") as tar:
-        for path, *_ in rows(MEMBERS):
-            add(tar, path, (folder / path).read_bytes())
-    images, note = images_for(loaded(), str(tmp_path / "bare.tar"))
+    bare = sources.write_tar(
+        tmp_path / "bare.tar", *((p, (folder / p).read_bytes()) for p in sources.PATHS)
+    )
+    images, note = images_for(loaded(), str(bare))
     assert "images without labels; the network's predictions are taken" in note
     assert set(labels_of(images)) == {UNLABELLED}
     assert not labelled(images)
-    assert not labelled(images_like(images, str(as_csv(folder, MEMBERS))))
+    assert not labelled(images_like(images, str(sources.as_csv(folder, MEMBERS))))
     assert labelled(open_images(folder))
     with pytest.raises(UsageError, match="no labels"):
         scanned(images, tmp_path / "scan")
     names = ["ant", "bee"]
     for bare in (
-        unbraid.from_hugging_face(as_rows(folder, MEMBERS), label=None, outputs=names),
+        unbraid.from_hugging_face(sources.as_rows(folder, MEMBERS), label=None, outputs=names),
         open_images(folder / "ant", outputs=names),
     ):
         assert (bare.classes, set(labels_of(bare))) == (names, {UNLABELLED})
@@ -204,7 +153,6 @@ def test_images_without_labels_are_unlabelled(folder, tmp_path):
         ({"outputs": 0}, "outputs is 0; give the names"),
         ({"outputs": True}, "outputs is True; give the names"),
         ({"outputs": [1, 2]}, r"outputs is \[1, 2\]; give the names"),
-        ({"outputs": {"ant", "bee"}}, "outputs is {'"),
         ({"outputs": Network(2)}, "give transform too, or outputs as a number"),
         ({"outputs": 2, "labels": {"ant": 0, "bee": 1}}, "labels and outputs both say"),
         ({"outputs": nn.Conv2d(1, 2, 3), "transform": to_tensor}, "cannot run on the first image"),
@@ -222,8 +170,6 @@ def test_open_images_leaves_a_network_that_is_asked_for_its_outputs_as_it_was(fo
     assert open_images(folder, to_tensor, outputs=network).targets == [0] * 5 + [1] * 3
     assert [module.training for module in network] == [True, False, True]
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(DataError, match=r"not a tensor; give the data set a transform"):
-        open_images(folder, lambda picture: picture, outputs=network)
     for path in folder.rglob("*.png"):
         path.write_bytes(b"torn")
     with pytest.raises(DataError, match="None of the first images can be read"):
@@ -235,11 +181,11 @@ def test_open_images_leaves_a_network_that_is_asked_for_its_outputs_as_it_was(fo
 
 @pytest.mark.parametrize("source", ["list.csv", "list.parquet", "shards.tar"])
 def test_list_images_source_that_cannot_be_looked_at_is_not_missing(source, folder, monkeypatch):
-    as_parquet(folder, MEMBERS)
-    as_csv(folder, MEMBERS)
-    as_tar(folder, MEMBERS).rename(folder / "shards.tar")
+    sources.as_parquet(folder, MEMBERS)
+    sources.as_csv(folder, MEMBERS)
+    sources.as_tar(folder, MEMBERS).rename(folder / "shards.tar")
     assert len(open_images(folder / source)) == 8
-    fail_at(monkeypatch, source, errno.EACCES)
+    sources.fail_at(monkeypatch, source, errno.EACCES)
 
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(errno.EACCES, "Permission denied", source)
@@ -250,15 +196,18 @@ def test_list_images_source_that_cannot_be_looked_at_is_not_missing(source, fold
         open_images(folder / source)
 
 
-def test_part_of_finds_a_runs_data(tmp_path):
+def test_part_of_and_absolute_find_a_runs_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for where, found in (("a.csv", f"{tmp_path}/a.csv"), ("hf:a", f"hf:{tmp_path}/a")):
+        assert absolute(where) == found
+    assert absolute("https://host/a-{0..1}.tar") == "https://host/a-{0..1}.tar"
     for part in ("train", "val"):
         (tmp_path / "run" / part).mkdir(parents=True)
     assert part_of(f"{tmp_path}/run", "val") == str(tmp_path / "run/val")
-    (tmp_path / "run/val.csv").touch()
-    assert part_of(f"{tmp_path}/run", "val") == str(tmp_path / "run/val.csv")
-    assert part_of(f"{tmp_path}/run", "train") == str(tmp_path / "run/train")
+    (tmp_path / "run/val.CSV").touch()
+    assert part_of(f"{tmp_path}/run", "val") == str(tmp_path / "run/val.CSV")
     (tmp_path / "run/val.tar").touch()
-    with pytest.raises(DataError, match=r"both val\.csv and val\.tar; keep one"):
+    with pytest.raises(DataError, match=r"both val\.CSV and val\.tar; keep one"):
         part_of(f"{tmp_path}/run", "val")
     assert part_of(f"hf:{tmp_path}/run", "val") == f"hf:{tmp_path}/run/val"
     (tmp_path / "run/val").rename(tmp_path / "run/validation")
@@ -266,57 +215,20 @@ def test_part_of_finds_a_runs_data(tmp_path):
 
 
 def test_list_images_no_tar_file_of_a_folder_is_passed_over(folder):
-    shards = write_shards(folder, MEMBERS, 3, 5)
-    second = shards / "train-001.TAR"
-    (shards / "train-001.tar").rename(second)
+    shards = sources.write_shards(folder, MEMBERS, 3, 5)
+    (shards / "train-001.tar").rename(shards / "train-001.TAR")
     assert len(open_images(shards)) == 8
-    assert part_of(str(shards), "train-001") == str(second)
-    for ending in ("tar.gz", "TAR.ZST", "tgz"):
-        (shards / f"more.{ending}").touch()
-        with pytest.raises(DataError, match=rf"more\.{ending} is compressed; unpack it"):
+    for name, told in (
+        ("more.tar.gz", r"more\.tar\.gz is compressed; unpack it"),
+        ("more.TAR.ZST", r"more\.TAR\.ZST is compressed"),
+        ("cover.png", r"both tar files, such as train.*, and .* cover\.png"),
+    ):
+        (shards / name).touch()
+        with pytest.raises(DataError, match=told):
             open_images(shards)
-        (shards / f"more.{ending}").unlink()
-    (folder / "ant/0.png").rename(shards / "cover.png")
-    with pytest.raises(DataError, match=r"both tar files, such as train.*, and .* cover\.png"):
-        open_images(shards)
-    for path in shards.iterdir():
-        path.unlink()
-    (shards / "all.tar.gz").touch()
-    with pytest.raises(DataError, match="is compressed"):
-        open_images(shards)
-    tarfile.open(folder / "leftover.tar", "w").close()
+        (shards / name).unlink()
+    sources.write_tar(folder / "leftover.tar")
     assert open_images(folder).classes == ["ant", "bee"]  # class folders, in spite of a tar file
-
-
-def test_folders_and_caches_that_cannot_be_looked_into_are_told(folder, tmp_path, monkeypatch):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/unbraid").touch()  # a file, where a folder is needed
-    with pytest.raises(DataError, match=r"cannot be fetched \(.*Not a directory"):
-        open_images("http://127.0.0.1:9/a.tar")
-    fail_at(monkeypatch, "a.tar", errno.EACCES)
-    with pytest.raises(DataError, match=r"cannot be fetched \(.*Not a directory"):
-        open_images("http://127.0.0.1:9/a.tar")
-
-    def fail(path: Path) -> Any:
-        raise OSError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "iterdir", fail)
-    with pytest.raises(DataError, match=r"images cannot be read \(Permission denied\); mend that"):
-        part_of(str(folder), "train")
-
-
-@pytest.mark.parametrize(
-    ("module", "source"),
-    [
-        ("pyarrow", "list.parquet"),
-        ("datasets", "hf:saved"),
-        ("webdataset", "http://127.0.0.1:9/a.tar"),
-    ],
-)
-def test_list_images_library_that_is_not_installed_is_told(module, source, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError, match=f"pip install {module}"):
-        open_images(source)
 
 
 @pytest.mark.parametrize(
@@ -329,38 +241,21 @@ def test_list_images_library_that_is_not_installed_is_told(module, source, monke
         ("nowhere.tar", r"There is no shard .*nowhere\.tar"),
         ("nowhere-*.tar", "There is no shard"),
         ("images/ant/0.png", "is no source of images"),
+        ("hf:nowhere", "no data set that `save_to_disk` saved"),
+        ("pipe:touch ran", r"Commands \(pipe:\) are not run"),
+        ("list.parquet", "pip install pyarrow"),
+        ("hf:saved", "pip install datasets"),
+        ("http://127.0.0.1:9/a.tar", "pip install webdataset"),
     ],
 )
-def test_list_images_sources_that_are_none(source, told, folder, tmp_path):
+def test_list_images_what_is_no_source_or_needs_a_library_is_told(
+    source, told, folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    if told.startswith("pip install"):
+        monkeypatch.setitem(sys.modules, told.split()[-1], None)
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow/inside").mkdir(parents=True)
-    with pytest.raises(DataError, match=told):
-        open_images(tmp_path / source)
-
-
-def test_absolute_names_are_found_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for where, found in (("a.csv", f"{tmp_path}/a.csv"), ("hf:a", f"hf:{tmp_path}/a")):
-        assert absolute(where) == found
-    assert absolute("https://host/a-{0..1}.tar") == "https://host/a-{0..1}.tar"
-
-
-def test_list_images_runs_no_commands_and_names_what_is_not_saved(tmp_path):
-    with pytest.raises(DataError, match="no data set that `save_to_disk` saved"):
-        open_images(f"hf:{tmp_path}/nowhere")
-    with pytest.raises(UsageError, match=r"Commands \(pipe:\) are not run"):
-        list_images(f"pipe:touch {tmp_path}/ran")
+    with pytest.raises((DataError, UsageError), match=told):
+        open_images(source)
     assert not (tmp_path / "ran").exists()
-
-
-def test_broken_images_are_named_by_id(folder, tmp_path):
-    (folder / "ant/2.png").write_bytes(b"no picture")
-    for k, images in enumerate(
-        (
-            open_images(as_tar(folder, MEMBERS), to_tensor),
-            unbraid.from_hugging_face(as_rows(folder, MEMBERS), transform=to_tensor),
-        )
-    ):
-        with pytest.raises(DataError, match=r"ant/2(\.png)? cannot be read"):
-            scanned(images, tmp_path / "stopped")
-        assert scanned(images, tmp_path / f"{k}", skip_broken=True).broken() == [2]

@@ -19,10 +19,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from sources import MEMBERS, by_key, rows, to_tensor, write_shards
+from sources import MEMBERS, PATHS, keys, scanned, to_tensor, write_shards, write_tar
 
-import unbraid
-from tiny_networks import build
 from unbraid.base.errors import DataError, OutOfReach, UsageError
 from unbraid.images.identity import ids_of
 from unbraid.images.open import open_images
@@ -30,15 +28,6 @@ from unbraid.images.tar import expand, list_shards, members, read_content, stamp
 
 LONG = "folder/" * 30 + "name.png"
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
-
-
-def write(path: Path, *files: tuple[str, bytes], kind: int = tarfile.GNU_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=kind) as tar:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def samples(n: int) -> list[tuple[str, bytes]]:
@@ -61,9 +50,6 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     return bytes(block)
 
 
-# --- members --------------------------------------------------------------------------------------
-
-
 def refuse(path: Path, content: bytes, match: str = "no sound, uncompressed tar file") -> None:
     """What a tar file with such content is told to be."""
     path.write_bytes(content)
@@ -76,7 +62,7 @@ def refuse(path: Path, content: bytes, match: str = "no sound, uncompressed tar 
 def test_members_lie_where_they_are_said_to(kind, tmp_path):
     names = ["a.png", "./b.png", "../c.png", "/d.png", "x/é.png", "y/" + "z" * 90 + ".png"]
     names += [] if kind == tarfile.USTAR_FORMAT else [LONG, "n" * 300]
-    path = write(tmp_path / "a.tar", *((name, name.encode() * 7) for name in names), kind=kind)
+    path = write_tar(tmp_path / "a.tar", *((name, name.encode() * 7) for name in names), kind=kind)
     found = list(members(str(path)))
     assert [member.name for member in found] == [name.removeprefix("./") for name in names]
     for name, member in zip(names, found, strict=True):
@@ -85,17 +71,18 @@ def test_members_lie_where_they_are_said_to(kind, tmp_path):
 
 
 def test_members_of_a_file_that_is_cut_off_anywhere_are_refused(tmp_path):
-    whole = write(tmp_path / "a.tar", *samples(6), kind=tarfile.PAX_FORMAT).read_bytes()
+    path = write_tar(tmp_path / "a.tar", *samples(6), kind=tarfile.PAX_FORMAT)
+    whole = path.read_bytes()
     end = max(k for k in range(0, len(whole), 512) if any(whole[k : k + 512])) + 512
     draw = random.Random(0)
     for cut in (*range(0, end + 1024, 512), *(draw.randrange(end + 512) for _ in range(50))):
-        refuse(tmp_path / "cut.tar", whole[:cut])
-    (tmp_path / "cut.tar").write_bytes(whole[: end + 1024])  # with the blocks that end it
-    assert len(list(members(str(tmp_path / "cut.tar")))) == 12
+        refuse(path, whole[:cut])
+    path.write_bytes(whole[: end + 1024])  # with the blocks that end it
+    assert len(list(members(str(path)))) == 12
 
 
 def test_members_behind_a_damaged_header_or_zeros_are_not_lost_without_a_word(tmp_path):
-    path = write(tmp_path / "a.tar", *samples(60))
+    path = write_tar(tmp_path / "a.tar", *samples(24))
     whole = path.read_bytes()
     starts = [member.offset_data - 512 for member in members(str(path))]
     draw = random.Random(0)
@@ -112,42 +99,49 @@ def test_members_behind_a_damaged_header_or_zeros_are_not_lost_without_a_word(tm
     refuse(path, whole[:middle] + bytes(len(whole) - middle), zeros)
     refuse(path, whole + whole, "neither a member nor an end at byte")
     refuse(path, gzip.compress(whole))
-    with pytest.raises(DataError, match="No such file"):
-        list(members(str(tmp_path / "b.tar")))
 
 
 @pytest.mark.parametrize("record", [512, 10_240, 1 << 20])
 def test_members_of_a_file_padded_to_records_of_any_usual_size(record, tmp_path):
-    path = write(tmp_path / "a.tar", *samples(4))
-    last = list(members(str(path)))[-1]
-    content = path.read_bytes()[: last.offset_data + 512] + bytes(1024)
+    path = write_tar(tmp_path / "a.tar", *samples(4))
+    content = path.read_bytes().rstrip(b"\0")
+    content += bytes(-len(content) % 512 + 1024)
     path.write_bytes(content + bytes(-len(content) % record))
     assert len(list(members(str(path)))) == 8
     more = bytes(-len(content) % record + 4 * max(record, 10_240))
     refuse(path, content + more, "bytes are zeros")
 
 
-@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
-@pytest.mark.parametrize("size", [-512, -(2**62), 2**20, 2**62])
-def test_members_of_sizes_that_cannot_be_are_refused(size, kind, tmp_path):
-    content = write(tmp_path / "a.tar", *samples(2)).read_bytes()
-    refuse(tmp_path / "b.tar", header("a.png", size, kind) + content)
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
+LIES = [
+    header("a.png", size, kind)
+    for kind in (tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE)
+    for size in (-512, 2**20, 2**62)
+] + [
+    header("x", len(said), tarfile.XHDTYPE) + said + bytes(-len(said) % 512)
+    for said in (
         b"0 path=a\n",
         b"12 size=1e5\n",
-        b"11 size=-9\n",
         b"5010 size=" + b"9" * 4999 + b"\n",
         bytes(2 << 20),
-    ],
-)
-def test_members_whose_headers_lie_are_refused(said, tmp_path):
-    padded = said + bytes(-len(said) % 512)
-    rest = write(tmp_path / "a.tar", *samples(2)).read_bytes()
-    refuse(tmp_path / "b.tar", header("x", len(said), tarfile.XHDTYPE) + padded + rest)
+    )
+]
+
+
+@pytest.mark.parametrize("lie", LIES, ids=range(len(LIES)))
+def test_members_whose_headers_lie_are_refused(lie, tmp_path):
+    rest = write_tar(tmp_path / "a.tar", *samples(2)).read_bytes()
+    refuse(tmp_path / "b.tar", lie + rest)
+
+
+def test_members_that_the_system_fails_to_give_are_not_called_damaged(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", *samples(3))
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("unbraid.images.tar._Headers.read", fail)
+    with pytest.raises(OutOfReach, match=r"a\.tar cannot be reached \(Input/output error\); mend"):
+        list_shards(str(path))
 
 
 # --- shards ---------------------------------------------------------------------------------------
@@ -162,22 +156,19 @@ IMAGE = ("a.png", b"x")
         ([IMAGE, ("a.cls", b"1"), ("a.cls", b"1")], "is a second 'cls' of one image"),
         ([IMAGE, ("a.cls", b"1"), ("b.cls", b"1")], r"a label but no image for b;"),
         ([IMAGE, ("a.cls", b"1"), ("b.png", b"")], r"shard\.tar/b has no label"),
-        *(
-            ([IMAGE, (f"a.{kind}", label)], r"^a in .* has the label")
-            for kind, label in (("cls", b""), ("cls", b"-1"), ("json", b'{"label": true}'))
-        ),
+        ([IMAGE, ("a.cls", b"")], r"^a in .* has the label"),
+        ([IMAGE, ("a.cls", b"-1")], r"^a in .* has the label"),
+        ([IMAGE, ("a.json", b'{"label": true}')], r"^a in .* has the label"),
         ([IMAGE, ("a.cls", b"\xff")], r"The label of a in .* cannot be read"),
         ([IMAGE, ("a.json", b"[" * 99999)], r"The label of a in .* cannot be read"),
         ([IMAGE, ("a.cls", b"9" * 5000)], "a label of 5000 characters"),
-        ([IMAGE, ("a.cls", b"9" * 9)], "a class of number 999999999"),
         ([IMAGE, ("a.json", b'{"label": %d}' % 10**30)], "a class of number"),
-        ([IMAGE, ("a.json", b'{"label": "%s"}' % (b"n" * 300))], "a label of 300 characters"),
         ([IMAGE, ("a.cls", bytes(2 << 20))], "more than 1048576; remove it"),
         ([IMAGE, ("2.HEIC", b"x")], r"2\.HEIC in .* is a picture of a kind that is not read"),
     ],
 )
 def test_list_shards_what_is_wrong_is_told(files, match, tmp_path):
-    path = write(tmp_path / "shard.tar", *files)
+    path = write_tar(tmp_path / "shard.tar", *files)
     with pytest.raises(DataError, match=match) as error:
         open_images(path)
     assert "\n" not in str(error.value)
@@ -200,14 +191,25 @@ def test_list_shards_image_that_is_no_regular_file_or_absurdly_large_is_told(tmp
 
 def test_list_shards_label_may_stand_before_its_image_or_in_json_beside_a_number(tmp_path):
     files: list[Any] = [("b.cls", b"2"), ("a.cls", b" 10\n"), ("a.png", b"x"), ("b.png", b"xy")]
-    listing = list_shards(str(write(tmp_path / "s.tar", *files, ("a.json", b"nonsense"))))
+    listing = list_shards(str(write_tar(tmp_path / "s.tar", *files, ("a.json", b"nonsense"))))
     assert listing.ids == ["s.tar/b", "s.tar/a"]
     assert (listing.classes, listing.class_of, listing.sizes) == (["2", "10"], [0, 1], [2, 1])
     for name in ("b", "c"):
         (tmp_path / name).mkdir()
-        write(tmp_path / name / "s.tar", *samples(1))
+        write_tar(tmp_path / name / "s.tar", *samples(1))
     with pytest.raises(DataError, match=r"two shards called s\.tar"):
         list_shards(f"{tmp_path}/*/s.tar")
+
+
+def test_list_shards_names_that_climb_touch_nothing(tmp_path, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    names = ["../climbs.png", "/tmp/absolute.png", "a/../../b.png", "..png", ".png", "no-ending"]
+    path = write_tar(tmp_path / "shard.tar", *((name, b"x") for name in names))
+    listing = list_shards(str(path))
+    climbing = ("../climbs", "/tmp/absolute", "a/../../b")
+    assert (listing.ids, listing.sizes) == ([f"shard.tar/{key}" for key in climbing], [1, 1, 1])
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["inside", "shard.tar"]
 
 
 # --- changed since it was listed ------------------------------------------------------------------
@@ -220,7 +222,7 @@ def write_pictures(path: Path, order: list[int]) -> Path:
         file = io.BytesIO()
         Image.new("RGB", (6, 7), (k, k, k)).save(file, "BMP")
         files.append((f"{k}.bmp", file.getvalue()))
-    return write(path, *files)
+    return write_tar(path, *files)
 
 
 def assert_own_pictures(images: Any) -> None:
@@ -230,42 +232,26 @@ def assert_own_pictures(images: Any) -> None:
         assert images.picture(k).getpixel((0, 0)) == (colour,) * 3, one
 
 
-def rewritten(path: Path) -> None:
-    """In place, of the same size."""
-    before = path.stat()
-    path.write_bytes(write_pictures(path.with_suffix(".new"), [3, 2, 1, 0]).read_bytes())
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert path.stat().st_size == before.st_size
-
-
-def replaced(path: Path) -> None:
-    """By another file of the same size and time."""
-    before = path.stat()
-    new = write_pictures(path.with_suffix(".new"), [3, 2, 1, 0])
-    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
-    new.replace(path)
-    after = path.stat()
-    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-
-
-def cut_off(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:1024])
-
-
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("change", [rewritten, replaced, cut_off])
+@pytest.mark.parametrize("change", ["rewritten in place", "replaced", "cut off"])
 def test_members_of_a_shard_that_was_changed_are_not_read(change, workers, tmp_path):
     path = write_pictures(tmp_path / "a.tar", [0, 1, 2, 3])
-    images = open_images(path, to_tensor)
+    other = write_pictures(tmp_path / "b.tar", [3, 2, 1, 0])
+    images, before = open_images(path, to_tensor), path.stat()
     assert_own_pictures(images)
-    change(path)
+    if change == "replaced":  # by a file of the same size and time
+        os.utime(other, ns=(0, before.st_mtime_ns))
+        other.replace(path)
+    else:
+        path.write_bytes(other.read_bytes()[: 1024 if change == "cut off" else None])
+        os.utime(path, ns=(0, before.st_mtime_ns + 1))
     with pytest.raises(OutOfReach, match=r"^\S*a\.tar was changed since it was listed; st"):
         images[1]
     options = {"labels": "predicted", "skip_broken": True, "workers": workers}
     with pytest.raises(DataError, match=r"a\.tar was changed since it was listed; start again\.$"):
-        unbraid.scan(build("3x3"), "layer", images, tmp_path / "scan", **options)
+        scanned(images, tmp_path / "scan", **options)
     assert not list((tmp_path / "scan").glob("shard-*"))
-    if change in (rewritten, replaced):
+    if change != "cut off":
         assert_own_pictures(open_images(path))
         images._read.stamps[0] = stamp_of(path.stat())  # as if it was taken for the old one
         with pytest.raises(AssertionError, match=r"a\.tar/0"):
@@ -273,7 +259,7 @@ def test_members_of_a_shard_that_was_changed_are_not_read(change, workers, tmp_p
 
 
 def test_list_shards_that_change_meanwhile_or_while_they_are_read_are_told(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.tar", ("a.png", b"old"), ("a.cls", b"1"))
+    path = write_tar(tmp_path / "a.tar", ("a.png", b"old"), ("a.cls", b"1"))
     member = next(members(str(path)))
     place = (str(path), stamp_of(path.stat()), member.offset_data, member.size)
     assert read_content(*place) == b"old"
@@ -298,7 +284,7 @@ def test_list_shards_that_change_meanwhile_or_while_they_are_read_are_told(tmp_p
 def test_expand_writes_ranges_out():
     assert expand("a{8..10}b{0..1}") == ["a8b0", "a8b1", "a9b0", "a9b1", "a10b0", "a10b1"]
     assert expand("{x}.tar") == ["{x}.tar"]
-    for many in ("{0..99999999999}", "{0..999999}-{0..999999}.tar", "{1..1000}{1..1000}{1..2}"):
+    for many in ("{0..99999999999}", "{1..1000}{1..1000}{1..2}"):
         with pytest.raises(UsageError, match="more than"):
             expand(many)
 
@@ -322,36 +308,12 @@ def address(folder: Path) -> Iterator[str]:
 def test_fetch_shards_behind_a_url_once(address, folder, tmp_path):
     url = address + "/train-{000..001}.tar"
     images = open_images(url, to_tensor)
-    assert ids_of(images) == by_key(3, 5)(folder, MEMBERS)
-    for k, path in enumerate(path for path, *_ in rows(MEMBERS)):
+    assert ids_of(images) == keys(3, 5)
+    for k, path in enumerate(PATHS):
         assert images.picture(k).tobytes() == Image.open(folder / path).tobytes()
-    kept = sorted((tmp_path / "cache").rglob("*.tar"), key=lambda path: path.name)
-    assert [path.name for path in kept] == ["train-000.tar", "train-001.tar"]
     shutil.rmtree(folder.parent / "shards")  # from now on, nothing can be fetched
     assert ids_of(open_images(url)) == ids_of(images)
     with pytest.raises(DataError, match=r"train-009\.tar cannot be fetched"):
         open_images(address + "/train-009.tar")
-    assert not list((tmp_path / "cache").rglob("*.tmp"))
-    assert set((tmp_path / "cache").rglob("*.tar")) == set(kept)
-
-
-def test_list_shards_names_that_climb_touch_nothing(tmp_path, monkeypatch):
-    (tmp_path / "inside").mkdir()
-    monkeypatch.chdir(tmp_path / "inside")
-    names = ["../climbs.png", "/tmp/absolute.png", "a/../../b.png", "..png", ".png", "no-ending"]
-    path = write(tmp_path / "shard.tar", *((name, b"x") for name in names))
-    listing = list_shards(str(path))
-    keys = ("../climbs", "/tmp/absolute", "a/../../b")
-    assert (listing.ids, listing.sizes) == ([f"shard.tar/{key}" for key in keys], [1, 1, 1])
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["inside", "shard.tar"]
-
-
-def test_members_that_the_system_fails_to_give_are_not_called_damaged(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.tar", *samples(3))
-
-    def fail(*_: Any, **__: Any) -> Any:
-        raise OSError(errno.EIO, "Input/output error", str(path))
-
-    monkeypatch.setattr("unbraid.images.tar._Headers.read", fail)
-    with pytest.raises(OutOfReach, match=r"a\.tar cannot be reached \(Input/output error\); mend"):
-        list_shards(str(path))
+    kept = sorted(path.name for path in (tmp_path / "cache").rglob("*.t*"))
+    assert kept == ["train-000.tar", "train-001.tar"]

@@ -10,16 +10,9 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, ProgressColumn, Task
 from rich.text import Text
 from torch import Tensor
 from torch.distributed import DistError
@@ -37,11 +30,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def load(
-    dataset: Dataset[Any],
-    batches: Iterable[Sequence[int]],
-    *,
-    workers: int,
-    pinned: bool = False,
+    dataset: Dataset[Any], batches: Iterable[Sequence[int]], *, workers: int, pinned: bool = False
 ) -> Iterator[list[Loaded]]:
     """Read batches of images, in order, in so many processes, 0 for none; pinned for a GPU."""
     loader = DataLoader(
@@ -96,15 +85,11 @@ def as_batch(images: Sequence[Tensor], index: Tensor) -> Tensor:
     first = images[0]
     whole, size = first._base, first.nbytes
     # What lies in a row may be a part of something else, such as a whole data set in one tensor.
-    if (
-        whole is None
-        or whole.shape[1:] != first.shape
-        or not whole.is_contiguous()
-        or any(
-            image._base is not whole or image.data_ptr() != first.data_ptr() + k * size
-            for k, image in enumerate(images)
-        )
-    ):
+    in_a_row = all(
+        image._base is whole and image.data_ptr() == first.data_ptr() + k * size
+        for k, image in enumerate(images)
+    )
+    if whole is None or not (in_a_row and whole.is_contiguous() and whole.shape[1:] == first.shape):
         return stack_images(images, index)
     start = (first.data_ptr() - whole.data_ptr()) // size if size else 0
     return whole[start : start + len(images)]
@@ -215,13 +200,10 @@ def image_progress(
     title: str, total: int, done: int = 0, *, show: bool
 ) -> Iterator[Callable[[int], None]]:
     """Count images while a block runs; the function handed out adds to the count."""
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-    ]
+    columns = (
+        *(progress.TextColumn("{task.description}"), progress.BarColumn()),
+        *(progress.MofNCompleteColumn(), _Rate(), progress.TimeRemainingColumn()),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
         task = bar.add_task(title, total=total, completed=done)
         yield lambda n: bar.advance(task, n)

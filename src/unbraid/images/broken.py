@@ -49,7 +49,8 @@ def sort_out(items: Sequence[Loaded], skip_broken: bool) -> tuple[list[Loaded], 
     broken = [item for item in items if isinstance(item.fault, BrokenImage)]
     for item in items:
         if item.fault is not None and not isinstance(item.fault, BrokenImage):
-            raise item.fault
+            # A copy, as one that holds itself by its traceback would hold worker processes too.
+            raise type(item.fault)(str(item.fault))
     if broken and not skip_broken:
         remedy = "Mend or remove it, or leave it out with skip_broken (--skip-broken)."
         raise DataError(f"{broken[0].fault} {remedy}")
@@ -108,25 +109,16 @@ def read_pair(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
             ) from None
         broken = BrokenImage(f"{name} cannot be read ({brief(error)}).")
         raise (out_of_reach(name, error, before) or broken) from None
-    if item is None:
-        raise BrokenImage(f"{name} is None, not an image and its label.")
-    _refuse_other(item, index)
-    if item[0] is None:
-        raise BrokenImage(f"{name} is None, with a label.")
-    return item[0], item[1]
-
-
-def _refuse_other(item: Any, index: int) -> None:
-    """Refuse what is no pair."""
+    is_pair = isinstance(item, Sequence) and not isinstance(item, (str, bytes)) and len(item) == 2
+    if item is None or (is_pair and item[0] is None):
+        raise BrokenImage(f"{name} is None.")
+    if is_pair:
+        return item[0], item[1]
+    what = f"a {type(item).__name__}"
     if isinstance(item, Mapping):
-        keys = ", ".join(repr(key) for key in list(item)[:_N_KEYS]) or "none"
-        what = f"a dictionary (keys: {keys})"
-    elif isinstance(item, (str, bytes, Tensor, np.ndarray)) or not isinstance(item, Sequence):
-        what = f"a {type(item).__name__}"
-    elif len(item) == 2:
-        return
-    else:
-        what = f"a {type(item).__name__} of {len(item)}"
+        what = f"a dictionary (keys: {', '.join(map(repr, list(item)[:_N_KEYS]))})"
+    elif isinstance(item, (list, tuple)):
+        what += f" of {len(item)}"
     raise DataError(
         f"The data set gives {what} for image {index}, not an image and its label; let its "
         "__getitem__ return (image, label), or use unbraid.from_hugging_face."
@@ -158,20 +150,16 @@ def plain(image: Any, index: int) -> Tensor:
         is_picture = isinstance(image, (Image.Image, np.ndarray))
         remedy = "give the data set a transform" if is_picture else "let it give (image, label)"
         raise DataError(f"Image {index} is a {kind}, not a tensor; {remedy}.")
-    found, what = image, f"is a {kind} of another kind"
-    if image.device.type == "meta":
-        what = "has no content (device meta)"
-    elif image.is_nested or image.layout != torch.strided:
-        what = "is a sparse or nested tensor"
-    elif image.is_complex() or image.is_quantized:
-        what = f"holds numbers of type {str(image.dtype).removeprefix('torch.')}"
-    else:
+    is_odd = image.is_nested or image.layout != torch.strided or image.device.type == "meta"
+    if not (is_odd or image.is_complex() or image.is_quantized):
         with suppress(Exception), torch.no_grad():  # of a type of anyone's own
             found = image.as_subclass(Tensor).detach().cpu().resolve_conj().resolve_neg()
             found = found.clone() if found.is_inference() else found
-            what = "" if type(found) is Tensor else what
-    if what:
-        raise DataError(
-            f"Image {index} {what}; let the data set give plain tensors of real numbers."
-        )
-    return found
+            if type(found) is Tensor:
+                return found
+    layout = "nested" if image.is_nested else str(image.layout).removeprefix("torch.")
+    numbers = str(image.dtype).removeprefix("torch.")
+    raise DataError(
+        f"Image {index} is a {layout} {kind} of {numbers} on device {image.device.type}; let the "
+        "data set give plain tensors of real numbers."
+    )

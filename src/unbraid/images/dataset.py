@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,7 +13,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from unbraid.base.errors import DataError, UsageError, brief
@@ -22,7 +22,6 @@ from unbraid.images.broken import UNLABELLED, BrokenImage, read_pair, to_label
 One = TypeVar("One")
 
 N_TRIED = 16  # images, evenly spaced, that stand for all
-_OF_DATA_SETS = ("targets", "classes", "samples", "transform", "ids")  # one of them is kept
 _OF_LABELS = ("targets", "labels", "_labels")
 
 
@@ -71,32 +70,19 @@ def inner_of(dataset: Dataset[Any]) -> list[Dataset[Any]]:
         return [part for part in dataset.datasets if len(part)]  # type: ignore[arg-type]
     if isinstance(dataset, (Subset, Around)):
         return [dataset.dataset]
-    kept = getattr(dataset, "__dict__", {}).values()
-    return [one for value in kept for one in _data_sets(value, dataset)]
-
-
-def _data_sets(value: Any, around: Any) -> list[Dataset[Any]]:
-    """A value, or those in a short list, if they are data sets."""
-    several = type(value) in (list, tuple) and len(value) < N_TRIED
-    parts = list(value) if several else [value]
-    return parts if all(_is_data_set(one) and one is not around for one in parts) else []
-
-
-def _is_data_set(value: Any) -> bool:
-    """Whether something is one of torch's, or of anyone's own kind."""
-    plain = (Tensor, np.ndarray, str, bytes, list, tuple, dict, type)
-    has_items = hasattr(type(value), "__len__") and hasattr(type(value), "__getitem__")
-    kept = getattr(value, "__dict__", {})
-    return isinstance(value, Dataset) or (
-        has_items and not isinstance(value, plain) and any(name in kept for name in _OF_DATA_SETS)
-    )
+    found: list[Dataset[Any]] = []
+    for value in getattr(dataset, "__dict__", {}).values():
+        several = type(value) in (list, tuple) and len(value) < N_TRIED
+        parts = list(value) if several else [value]
+        if all(isinstance(one, Dataset) and one is not dataset for one in parts):
+            found += parts
+    return found
 
 
 def own(dataset: Dataset[Any], name: str) -> tuple[bool, Any]:
     """Look up what a data set keeps itself, not what it passes on: whether it does, and what."""
     try:
-        if inner_of(dataset):
-            inspect.getattr_static(dataset, name)
+        inspect.getattr_static(dataset, name)
         return True, getattr(dataset, name)
     except AttributeError:
         return False, None
@@ -225,11 +211,9 @@ def listed_labels(dataset: Dataset[Any]) -> list[int] | None:
 
 def _target_transform(dataset: Dataset[Any]) -> Callable[[Any], Any] | None:
     """What one of torchvision's data sets makes of the labels that it keeps."""
-    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(dataset).__mro__}
-    if "torchvision.datasets.vision.VisionDataset" not in kinds:
-        return None
-    change: Callable[[Any], Any] | None = getattr(dataset, "target_transform", None)
-    return change
+    vision = sys.modules.get("torchvision.datasets.vision")
+    is_one = vision is not None and isinstance(dataset, vision.VisionDataset)
+    return getattr(dataset, "target_transform", None) if is_one else None
 
 
 def _is_raw(label: Any) -> bool:

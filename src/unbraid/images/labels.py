@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from unbraid.base.errors import DataError, nearest
 from unbraid.base.tables import count, one_line
@@ -56,6 +56,7 @@ class Classes:
     names: Sequence[str]  # in their order
     source: str  # where they are, for messages
     seen: Sequence[str]  # those that have images
+    of_folders: bool = False  # where two are never meant to be one
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Reading:
     labels: dict[str, int]  # by class
     how: str  # they were found, in words
     note: str = ""  # what was guessed
-    outputs: Outputs = field(default_factory=Outputs)
+    outputs: Outputs = Outputs()
 
 
 def reading_of(labels: Mapping[str, int] | Reading | None, classes: Classes) -> Reading:
@@ -87,21 +88,33 @@ def reading_of(labels: Mapping[str, int] | Reading | None, classes: Classes) -> 
 
 def read_classes(classes: Classes, outputs: Outputs) -> Reading:
     """Decide which output of a network each class stands for; `docs/data.md` has the rule."""
-    seen = list(classes.seen or classes.names)
-    classes = Classes(classes.names, classes.source, seen)
+    classes = replace(classes, seen=list(classes.seen or classes.names))
+    reading = replace(_read(classes, outputs), outputs=outputs)
+    first: dict[int, str] = {}
+    for name in classes.seen if classes.of_folders else ():
+        label = reading.labels[name]
+        if first.setdefault(label, name) != name:
+            raise DataError(
+                f"{classes.source} has the classes {_quote(first[label])} and {_quote(name)}, "
+                f"which both stand for output {label}; join or rename them."
+            )
+    return reading
+
+
+def _read(classes: Classes, outputs: Outputs) -> Reading:
     numbers = {name: number_in(name) for name in classes.names}
     matches = _match(classes.names, outputs.names)
-    if all(numbers[name] is not None for name in seen):
+    if all(numbers[name] is not None for name in classes.seen):
         own = {name: n for name, n in numbers.items() if n is not None}
         return _by_number(own, matches, classes, outputs)
-    if all(map(wordnet_id, seen)):
+    if all(map(wordnet_id, classes.seen)):
         reading = _by_id(classes, outputs)
         if reading is not None:
             return reading
-    if any(matches.get(name) for name in seen):
+    if any(matches.get(name) for name in classes.seen):
         return _by_name(matches, classes, outputs)
-    if all(map(is_numeric, seen)):
-        odd = next(name for name in seen if numbers[name] is None)
+    if all(map(is_numeric, classes.seen)):
+        odd = next(name for name in classes.seen if numbers[name] is None)
         raise DataError(
             f"{classes.source} has the class {_quote(odd)}, which is no number of an output; give "
             "whole numbers from 0 on, or names."
@@ -131,8 +144,7 @@ def _by_number(
     if highest >= HIGHEST:
         raise DataError(f"{source} has a class of number {highest}; number classes from 0 on.")
     most = HIGHEST if n is None else n  # of classes without images too
-    known = {name: number for name, number in own.items() if number < most}
-    return Reading(known, BY_NUMBER, outputs=outputs)
+    return Reading({name: number for name, number in own.items() if number < most}, BY_NUMBER)
 
 
 def _by_id(classes: Classes, outputs: Outputs) -> Reading | None:
@@ -146,7 +158,7 @@ def _by_id(classes: Classes, outputs: Outputs) -> Reading | None:
         return None  # a thousand others
     if unknown:
         raise DataError(f"{unknown[0]} is no class of ImageNet-1k; remove or rename it.")
-    return Reading({c: k for c, k in labels.items() if k is not None}, BY_ID, outputs=outputs)
+    return Reading({c: k for c, k in labels.items() if k is not None}, BY_ID)
 
 
 def _match(classes: Sequence[str], outputs: Sequence[str]) -> Matches:
@@ -192,18 +204,20 @@ def _by_name(matches: Matches, classes: Classes, outputs: Outputs) -> Reading:
         )
     labels = {name: places[0] for name, places in matches.items() if places}
     several = [name for name in seen if len(matches[name]) > 1]
-    note = ""
-    if several:
-        places = ", ".join(map(str, matches[several[0]][:_SHOWN]))
-        note = (
-            f"{count(len(several), 'class', 'classes')} of {source}, such as {_quote(several[0])}, "
-            f"which fits the outputs {places}; the first is taken."
-        )
-    return Reading(labels, BY_NAME, note, outputs)
+    if not several:
+        return Reading(labels, BY_NAME)
+    places = ", ".join(map(str, matches[several[0]][:_SHOWN]))
+    return Reading(
+        labels,
+        BY_NAME,
+        f"{count(len(several), 'class', 'classes')} of {source}, such as {_quote(several[0])}, "
+        f"which fits the outputs {places}; the first is taken.",
+    )
 
 
 def _in_order(classes: Classes, outputs: Outputs) -> Reading:
-    source, seen, n = classes.source, classes.seen, outputs.n
+    """Take classes for the first outputs, and note why that may be wrong."""
+    source, seen, n = classes.source, list(classes.seen), outputs.n
     labels = {name: label for label, name in enumerate(classes.names)}
     n_taken = 1 + max((labels[name] for name in seen), default=-1)
     first: dict[str, str] = {}
@@ -214,20 +228,6 @@ def _in_order(classes: Classes, outputs: Outputs) -> Reading:
             f"{source} has {n_taken} classes but the network has {count(n, 'output')}; join or "
             f"remove some, such as {', '.join(map(_quote, some))}."
         )
-    notes = _doubts(classes, labels, n_taken, outputs)
-    if alike:
-        notes.append(
-            f"{source} has the classes {' and '.join(map(_quote, alike[0]))}, taken for two."
-        )
-    labels = {name: label for name, label in labels.items() if n is None or label < n}
-    return Reading(labels, GUESSED if notes else IN_ORDER, " ".join(notes), outputs)
-
-
-def _doubts(
-    classes: Classes, labels: Mapping[str, int], n_taken: int, outputs: Outputs
-) -> list[str]:
-    """Why classes taken in their order may be others."""
-    source, seen, n = classes.source, list(classes.seen), outputs.n
     notes = []
     if len(seen) > 1 and {name.casefold() for name in seen} <= _PARTS:
         notes.append(
@@ -235,9 +235,10 @@ def _doubts(
             "parts of a data set; name one of these folders to take the classes in it."
         )
     ids = {wordnet_id(name) for name in seen}
-    by_count = sorted(seen, key=counted)
-    odd = [a for a, b in zip(seen, by_count, strict=True) if a != b and seen == sorted(seen)]
-    odd = odd or [name for name in seen if number_in(name) is not None]
+    odd = [name for name in seen if number_in(name) is not None]
+    if seen == sorted(seen):
+        by_count = sorted(seen, key=counted)
+        odd = [a for a, b in zip(seen, by_count, strict=True) if a != b] or odd
     if n is not None and (outputs.names or n_taken < n):
         unknown = ", none by an output's name" if outputs.names else ""
         notes.append(
@@ -257,7 +258,12 @@ def _doubts(
             f"{_quote(odd[0])} as output {labels[odd[0]]}; name the classes by output number if "
             "that is wrong."
         )
-    return notes
+    if alike:
+        notes.append(
+            f"{source} has the classes {' and '.join(map(_quote, alike[0]))}, taken for two."
+        )
+    known = {name: label for name, label in labels.items() if n is None or label < n}
+    return Reading(known, GUESSED if notes else IN_ORDER, " ".join(notes))
 
 
 def _quote(name: str) -> str:

@@ -6,11 +6,10 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -56,9 +55,9 @@ class Listing:
     @property
     def known(self) -> Classes:
         """Its classes, and which have images."""
-        used = {k for k in set(self.class_of) if k != UNLABELLED}
+        used = set(self.class_of)
         seen = [name for k, name in enumerate(self.classes) if k in used]
-        return Classes(self.classes, self.source, seen)
+        return Classes(self.classes, self.source, seen, of_folders=self.root is not None)
 
 
 class ListedImages(Dataset[tuple[Any, int]]):
@@ -78,9 +77,9 @@ class ListedImages(Dataset[tuple[Any, int]]):
         """Label the images; none is read yet."""
         if not listing.ids:
             raise DataError(f"{listing.source} holds no image; name a source that does.")
-        reading, known = Reading({}, NO_LABELS), listing.known
+        known, reading = listing.known, Reading({}, NO_LABELS)
         if labels and not listing.classes:
-            what = "no class folders" if listing.root is not None else "images without labels"
+            what = "images without labels" if listing.root is None else "no class folders"
             raise DataError(f"{listing.source} has {what}; label the images as the others are.")
         if labels != {} and listing.classes:
             reading = reading_of(labels, known)
@@ -193,44 +192,38 @@ def seen_from(root: str, path: str) -> str:
 
 def list_folder(root: Path, with_classes: bool = True) -> Listing:
     """List a folder of class folders, or of images without classes."""
-    shown = shown_in(root, "images")
-    folders = sorted(path.name for path in shown if path.is_dir())
+    shown = shown_in(root)
+    classes = sorted(path.name for path in shown if path.is_dir()) if with_classes else []
     own = sorted(path.name for path in shown if not path.is_dir() and _is_picture(path))
-    if with_classes and not own and not folders:
+    if with_classes and not own and not classes:
         raise DataError(
             f"{root} has no class folders; put the images of each class into a folder of its own."
         )
-    below = {name: _pictures_below(root / name) for name in folders if with_classes}
-    n_below = sum(map(len, below.values()))
-    if not below or (own and not n_below):
-        return _of_files(root, {"": _pictures_below(root)})
-    if own:
+    of_class = {name: _pictures_below(root / name) for name in classes}
+    n_below = sum(map(len, of_class.values()))
+    if own and n_below:
         raise DataError(
             f"{root} has {count(len(own), 'image')} of its own, such as {one_line(own[0])}, and "
             f"{n_below:,} in folders, so it is not plain whether the folders are classes; move one "
             "or the other elsewhere."
         )
-    for path in shown:
+    if own or not classes:
+        classes, of_class = [], {"": _pictures_below(root)}
+    for path in shown if classes else ():
         _refuse_dangling(path)
-    return _of_files(root, below)
-
-
-def _of_files(root: Path, by_class: dict[str, list[str]]) -> Listing:
-    """A folder's images by the name of their class, empty for images without."""
-    classes = [name for name in by_class if name]
-    paths = [path for files in by_class.values() for path in files]
-    class_of = [k for k, files in enumerate(by_class.values()) for _ in files]
-    empty = next((name for name, files in by_class.items() if not files), None)
+    empty = next((name for name, files in of_class.items() if not files), None)
     if empty is not None:
         raise DataError(
             f"Folder {root / empty} holds no image ({', '.join(EXTENSIONS)}); fill or remove it."
         )
+    paths = [path for files in of_class.values() for path in files]
+    places = [k for k, files in enumerate(of_class.values()) for _ in files]
     return Listing(
         source=str(root),
         ids=[seen_from(str(root), path) for path in paths],
         read=Files(paths),
         classes=classes,
-        class_of=class_of if classes else [UNLABELLED] * len(paths),
+        class_of=places if classes else [UNLABELLED] * len(paths),
         root=str(root),
     )
 
@@ -240,24 +233,18 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _OF_PROGRAMS
 
 
-def shown_in(root: Path, what: str) -> list[Path]:
+def shown_in(root: Path) -> list[Path]:
     """List a folder that should hold something, but for hidden things."""
-    with _listing_told(root):
-        if not root.is_dir():
-            raise DataError(f"There is no folder {root}; name one that holds {what}.")
-        found = list(root.iterdir())
-        for path in found[:1]:
-            path.lstat()  # which fails where a folder may be listed but not looked into
-    return [path for path in found if not is_hidden(path.name)]
+    _, folders, files = next(os.walk(root, onerror=_refuse_unlisted))
+    return [root / name for name in (*folders, *files) if not is_hidden(name)]
 
 
-@contextmanager
-def _listing_told(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        where, reason = error.filename or folder, error.strerror or error
-        raise DataError(f"Folder {where} cannot be read ({reason}); mend that.") from None
+def _refuse_unlisted(error: OSError) -> NoReturn:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise DataError(f"There is no folder {error.filename}; name one that holds images.")
+    raise DataError(
+        f"Folder {error.filename} cannot be read ({error.strerror}); mend that."
+    ) from None
 
 
 def _is_picture(path: Path) -> bool:
@@ -275,24 +262,18 @@ def _refuse_dangling(path: Path) -> None:
 def _pictures_below(folder: Path) -> list[str]:
     """List the images, sorted folder by folder; a link to a folder could lead round in circles."""
     found: list[str] = []
-    with _listing_told(folder):
-        for where, folders, files in os.walk(folder, onerror=_fail):
-            folders[:] = [name for name in folders if not is_hidden(name)]
-            link = next((n for n in folders if os.path.islink(os.path.join(where, n))), None)
-            if link is not None:
-                raise DataError(
-                    f"{os.path.join(where, link)} is a link to a folder, which is not followed "
-                    "there; put the folder itself in its place, or remove it."
-                )
-            for name in files:
-                if is_hidden(name):  # editors keep links to nothing, as locks
-                    continue
-                if _is_picture(Path(where, name)):
-                    found.append(os.path.join(where, name))
-                else:
-                    _refuse_dangling(Path(where, name))
+    for where, folders, files in os.walk(folder, onerror=_refuse_unlisted):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for link in filter(os.path.islink, (os.path.join(where, name) for name in folders)):
+            raise DataError(
+                f"{link} is a link to a folder, which is not followed there; put the folder itself "
+                "in its place, or remove it."
+            )
+        for name in files:
+            if is_hidden(name):  # editors keep links to nothing, as locks
+                continue
+            if _is_picture(Path(where, name)):
+                found.append(os.path.join(where, name))
+            else:
+                _refuse_dangling(Path(where, name))
     return sorted(found, key=lambda path: path.split(os.sep))
-
-
-def _fail(error: OSError) -> None:
-    raise error

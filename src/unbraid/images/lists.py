@@ -7,12 +7,13 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from PIL import Image
 
-from unbraid.base.errors import DataError, UsageError, brief, out_of_reach
+from unbraid.base.errors import DataError, UnbraidError, UsageError, brief, out_of_reach
 from unbraid.base.tables import one_line
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.listing import Files, Listing, label_text, look_at, make_listing, seen_from
@@ -34,12 +35,20 @@ def list_table(path: Path) -> Listing:
     files: list[str] = []
     labels: list[str] = []
     groups: list[str] = []
-    for where, cells in (_csv_rows if path.suffix.lower() in CSV else _parquet_rows)(path):
-        files.append(os.path.join(root, _text(cells["path"], "path", where)))
-        labels.append(label_text(cells["label"], where))
-        if "group" in cells:
-            group = cells["group"]
-            groups.append(_text(str(group) if isinstance(group, int) else group, "group", where))
+    try:
+        for where, cells in (_csv_rows if path.suffix.lower() in CSV else _parquet_rows)(path):
+            files.append(os.path.join(root, _text(cells["path"], "path", where)))
+            labels.append(label_text(cells["label"], where))
+            if "group" in cells:
+                group = cells["group"]
+                group = str(group) if isinstance(group, int) else group
+                groups.append(_text(group, "group", where))
+    except UnbraidError:
+        raise
+    except Exception as error:  # of the system, csv and arrow, in many kinds
+        raise out_of_reach(f"List {path}", error) or DataError(
+            f"{path} is no list that can be read ({brief(error)}); write it anew, CSV in UTF-8."
+        ) from None
     looks = [look_at(file, f"Image {one_line(file)}, which {path} names,") for file in files]
     missing = [file for file, found in zip(files, looks, strict=True) if found is None]
     if missing:
@@ -70,57 +79,38 @@ def _columns(names: list[str], path: Path) -> list[str]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = _lines(file, path)
-            header = next(lines, "")
-            delimiter = max(_DELIMITERS, key=header.count)
-            names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-            columns = {name: names.index(name) for name in _columns(names, path)}
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            for cells in filter(None, reader):
-                where = f"Line {reader.line_num + 1} of {path}"
-                if len(cells) != len(names):
-                    raise DataError(
-                        f"{where} has {len(cells)} cells for {len(names)} columns; put cells that "
-                        f"hold {delimiter!r} in quotes."
-                    )
-                yield where, {name: cells[k] for name, k in columns.items()}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise out_of_reach(f"List {path}", error) or DataError(
-            f"{path} is no list that can be read ({error}); write UTF-8 CSV."
-        ) from None
-
-
-def _lines(file: TextIO, path: Path) -> Iterator[str]:
-    while line := file.readline(_LONGEST_LINE):
-        if len(line) == _LONGEST_LINE:
-            raise DataError(f"{path} has a line without an end; write a row for each image.")
-        yield line
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        # A longer line comes in pieces, which the reader joins or refuses.
+        lines = iter(partial(file.readline, _LONGEST_LINE), "")
+        header = next(lines, "")
+        delimiter = max(_DELIMITERS, key=header.count)
+        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+        columns = {name: names.index(name) for name in _columns(names, path)}
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        for cells in filter(None, reader):
+            where = f"Line {reader.line_num + 1} of {path}"
+            if len(cells) != len(names):
+                raise DataError(
+                    f"{where} has {len(cells)} cells for {len(names)} columns; put cells that hold "
+                    f"{delimiter!r} in quotes."
+                )
+            yield where, {name: cells[k] for name, k in columns.items()}
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UsageError(
             f"{path} needs pyarrow to be read; pip install pyarrow, or write CSV."
         ) from None
+    columns = _columns(parquet.read_schema(path).names, path)
     n = 0
-    try:
-        columns = _columns(parquet.read_schema(path).names, path)
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=columns):
-                for cells in batch.to_pylist():
-                    n += 1
-                    yield f"Row {n} of {path}", cells
-    # The last two for dates that Python cannot hold, and damaged files that ask for any memory.
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        away = out_of_reach(f"List {path}", error) if isinstance(error, OSError) else None
-        raise away or DataError(
-            f"{path} is no list that can be read ({brief(error)}); write it anew."
-        ) from None
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=columns):
+            for cells in batch.to_pylist():
+                n += 1
+                yield f"Row {n} of {path}", cells
 
 
 # --- rows of Hugging Face -------------------------------------------------------------------------

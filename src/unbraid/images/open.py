@@ -106,31 +106,27 @@ def _open(
     known = _settle(outputs, ListedImages(listing, transform, {}))
     if labels == {} or not listing.classes:
         return ListedImages(listing, transform, {}, class_names or known.names)
-    reading = None if labels is not None else read_classes(listing.known, known)
-    if reading is not None and reading.note:
+    if labels is not None:
+        return ListedImages(listing, transform, labels, class_names)
+    reading = read_classes(listing.known, known)
+    if reading.note:
         warnings.warn(reading.note, stacklevel=3)
-    return ListedImages(listing, transform, reading or labels, class_names)
+    return ListedImages(listing, transform, reading, class_names)
 
 
 def _settle(outputs: GivenOutputs | None, images: ListedImages) -> Outputs:
     """Settle what a caller says of a network's outputs; a network itself is run on an image."""
     if outputs is None:
         return Outputs()
-    if isinstance(outputs, nn.Module):
-        names, n = output_names(unwrap(outputs)), _count(outputs, images)
-        return Outputs(names if len(names) == n else (), n)
-    if isinstance(outputs, (list, tuple)) and outputs:
-        if all(isinstance(name, str) for name in outputs):
-            return Outputs(tuple(outputs), len(outputs))
-    elif isinstance(outputs, int) and not isinstance(outputs, bool) and outputs > 0:
+    if isinstance(outputs, int) and not isinstance(outputs, bool) and outputs > 0:
         return Outputs((), outputs)
-    raise UsageError(
-        f"outputs is {brief(ValueError(repr(outputs)))}; give the names of a network's outputs as "
-        "a list, their number, or the network."
-    )
-
-
-def _count(network: nn.Module, images: ListedImages) -> int:
+    if isinstance(outputs, (list, tuple)) and outputs and all(isinstance(n, str) for n in outputs):
+        return Outputs(tuple(outputs), len(outputs))
+    if not isinstance(outputs, nn.Module):
+        raise UsageError(
+            f"outputs is {brief(ValueError(repr(outputs)))}; give the names of a network's outputs "
+            "as a list, their number, or the network."
+        )
     if images.transform is None:
         raise UsageError(
             "outputs is a network, which is run on an image to count its outputs; give transform "
@@ -143,26 +139,28 @@ def _count(network: nn.Module, images: ListedImages) -> int:
             "mend them, or give outputs as a number."
         )
     try:
-        return count_outputs(network, image)
+        n = count_outputs(outputs, image)
     except Exception as error:  # of a network of anyone's own
         raise ModelError(
             f"The network cannot run on the first image ({brief(error)}), so its outputs cannot be "
             "counted; give the transform that it needs, or outputs as a number."
         ) from error
+    names = output_names(unwrap(outputs))
+    return Outputs(names if len(names) == n else (), n)
 
 
 def images_for(loaded: LoadedModel, where: str) -> tuple[ListedImages, str]:
     """Open images with a network's preprocessing and labels; a note says what was guessed."""
     listing, own = list_images(where), loaded.class_names
-    unread = ListedImages(listing, loaded.transform, {})
+    given: tuple[str, ...] = ()
     if listing.classes or loaded.names.by_output:
+        unread = ListedImages(listing, loaded.transform, {})
         n_outputs = loaded.n_outputs(first_readable(unread, range(len(unread))))
+        given = loaded.names.of_outputs(n_outputs)
     if not listing.classes:
-        given = loaded.names.of_outputs(n_outputs) if loaded.names.by_output else ()
         what = "class folders" if listing.root is not None else "labels"
         note = f"{where} holds images without {what}; the network's predictions are taken."
         return ListedImages(listing, loaded.transform, {}, given or own), note
-    given, classes = loaded.names.of_outputs(n_outputs), listing.known
     if own and len(own) != n_outputs:
         if not given:
             raise ModelError(
@@ -171,6 +169,7 @@ def images_for(loaded: LoadedModel, where: str) -> tuple[ListedImages, str]:
             )
         own = ()
     # Classes may be called as the network calls its outputs, or as the names that are given.
+    classes = listing.known
     fitting = next((names for names in (own, given) if fit_any(classes.seen, names)), own or given)
     reading = read_classes(classes, Outputs(fitting, n_outputs))
     of_seen = {name: reading.labels[name] for name in classes.seen}
@@ -191,30 +190,25 @@ def labelled(images: ListedImages) -> bool:
     return set(images.targets) != {UNLABELLED}
 
 
-# --- where images are -----------------------------------------------------------------------------
-
-
 def list_images(where: str, with_classes: bool = True) -> Listing:
     """List the images of a source as `open_images` takes it; folders in a folder may be classes."""
     path = Path(where)
+    kind = path.suffix.lower()
     if where.startswith(SAVED):
         return list_saved(where.removeprefix(SAVED))
-    if is_url(where):
+    is_folder = os.path.isdir(where)  # which fails in no way; who opens it tells what is wrong
+    if is_url(where) or (kind == SHARD and not is_folder) or (is_folder and _holds_shards(path)):
         return list_shards(where)
-    if os.path.isdir(where):  # which fails in no way; who opens it tells what is wrong
-        return list_shards(where) if _holds_shards(path) else list_folder(path, with_classes)
-    if path.suffix.lower() in (*CSV, *PARQUET):
+    if not is_folder and kind in (*CSV, *PARQUET):
         return list_table(path)
-    if path.suffix.lower() == SHARD:
-        return list_shards(where)
-    if os.path.exists(where):
+    if not is_folder and os.path.exists(where):
         raise DataError(f"{where} is no source of images; name a folder or {', '.join(_FILES)}.")
-    return list_folder(path)
+    return list_folder(path, with_classes)
 
 
 def _holds_shards(folder: Path) -> bool:
     """Whether a folder holds tar files, and neither folders nor images."""
-    shown = shown_in(folder, "images")
+    shown = shown_in(folder)
     shards = [p for p in shown if p.suffix.lower() == SHARD or is_compressed(p)]
     if not shards or any(os.path.isdir(path) for path in shown):
         return False
@@ -233,7 +227,7 @@ def part_of(where: str, part: str) -> str:
     if where.startswith(SAVED):  # whose habit it is to say validation
         names = [part, "validation"] if part == "val" else [part]
         return SAVED + str(next((root / n for n in names if os.path.isdir(root / n)), root / part))
-    found = sorted(shown_in(root, "images")) if os.path.isdir(root) else []
+    found = sorted(shown_in(root)) if os.path.isdir(root) else []
     named = [p for p in found if p.stem == part and p.suffix.lower() in _FILES]
     files = [path for path in named if os.path.isfile(path)]
     if len(files) > 1:

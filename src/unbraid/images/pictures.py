@@ -6,19 +6,12 @@ import os
 import stat
 import threading
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import (
-    Image,
-    ImageFile,
-    ImageOps,
-    JpegImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-)
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import TiffImagePlugin as Tiff
 
 from unbraid.base.errors import DataError, UnfitPicture, brief, out_of_reach
 
@@ -70,12 +63,9 @@ def decode_picture(file: str | Path | BinaryIO, name: str) -> Image.Image:
     except _UnfitNumbers as error:
         raise UnfitPicture(f"Image {name} {error}; {_SAVE}.") from None
     except UnidentifiedImageError:  # an OSError whose text is about the file, not the image
-        kind = _unread_kind(file)
-        if kind:
-            raise UnfitPicture(
-                f"Image {name} is a {kind} of numbers or channels that are not read; {_SAVE}."
-            ) from None
-        raise DataError(f"Image {name} cannot be read (it is of no known kind).") from None
+        raise DataError(
+            f"Image {name} cannot be read (it is of no known kind or of numbers that are not read)."
+        ) from None
     except Exception as error:  # a damaged file fails in any way
         away = out_of_reach(f"Image {name}", error)
         raise away or DataError(f"Image {name} cannot be read ({brief(error)}).") from None
@@ -87,9 +77,11 @@ def _decoded(file: str | Path | BinaryIO) -> Image.Image:
             raise ValueError(f"it has {opened.width * opened.height} pixels")
         if max(opened.size) > _LONGEST * min(opened.size):
             raise ValueError(f"its sides are {opened.size[0]} and {opened.size[1]} pixels")
-        is_deep, white_is_zero = _is_deep(opened), False
-        if isinstance(opened, TiffImagePlugin.TiffImageFile):
-            white_is_zero = opened.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        if isinstance(opened, Tiff.TiffImageFile):
+            is_deep = _is_deep_tiff(opened)
+            white_is_zero = opened.tag_v2.get(Tiff.PHOTOMETRIC_INTERPRETATION) == 0
+        else:
+            is_deep, white_is_zero = _is_deep(opened), False
         picture = ImageOps.exif_transpose(opened)
         if is_deep:
             picture = _to_eight_bits(picture, white_is_zero)
@@ -98,26 +90,8 @@ def _decoded(file: str | Path | BinaryIO) -> Image.Image:
         return picture.convert("RGB")
 
 
-def _unread_kind(file: str | Path | BinaryIO) -> str:
-    """Name the kind of a sound picture of numbers that Pillow does not read; empty for others."""
-    for kind, factory, words in (
-        ("TIFF", TiffImagePlugin.TiffImageFile, "unknown pixel mode"),
-        ("JPEG", JpegImagePlugin.JpegImageFile, "-bit layers"),
-    ):
-        try:
-            with open(file, "rb") if isinstance(file, (str, Path)) else nullcontext(file) as stream:
-                stream.seek(0)
-                factory(stream, "")
-        except Exception as error:  # a damaged file, or one of another kind, fails in any way
-            if words in str(error):
-                return kind
-    return ""
-
-
 def _is_deep(opened: Image.Image) -> bool:
-    """Whether an opened picture has 16 bits a sample; refuses other numbers than 8 or 16 bits."""
-    if isinstance(opened, TiffImagePlugin.TiffImageFile):
-        return _is_deep_tiff(opened)
+    """Whether an opened picture has 16 bits a sample; refuses PNM of more than 8."""
     tile = opened.tile[0] if getattr(opened, "tile", None) else None  # type: ignore[attr-defined]
     arguments: Any = getattr(tile, "args", "")  # what Pillow's decoder is told of the bytes
     if opened.format == "PPM":
@@ -129,29 +103,25 @@ def _is_deep(opened: Image.Image) -> bool:
     return opened.mode.startswith("I") or ";16" in str(raw_mode)
 
 
-def _is_deep_tiff(opened: TiffImagePlugin.TiffImageFile) -> bool:
-    tags = opened.tag_v2
-    bits = max(_values(tags, TiffImagePlugin.BITSPERSAMPLE))
-    odd = set(_values(tags, TiffImagePlugin.SAMPLEFORMAT)) & _NUMBERS.keys()
+def _is_deep_tiff(opened: Tiff.TiffImageFile) -> bool:
+    """Whether a TIFF has 16 bits a sample; refuses other numbers than whole ones of 8 or 16."""
+
+    def values(tag: int, usual: int = 1) -> list[int]:
+        value = opened.tag_v2.get(tag, usual)
+        return [int(v) for v in (value if isinstance(value, tuple) else (value,))]
+
+    bits, white = max(values(Tiff.BITSPERSAMPLE)), max(values(_MAX_SAMPLE_VALUE, _WHITE))
+    odd = set(values(Tiff.SAMPLEFORMAT)) & _NUMBERS.keys()
     if odd or (bits > 8 and bits != 16):
         numbers = _NUMBERS[odd.pop()] if odd else "whole numbers"
         raise _UnfitNumbers(f"holds {numbers} of {bits} bits")
-    palette = tags.get(TiffImagePlugin.COLORMAP, ())
-    if palette and 0 < max(palette) < 256:  # Pillow keeps the high byte
+    if 0 < max(values(Tiff.COLORMAP, _WHITE)) < 256:  # Pillow keeps the high byte
         raise _UnfitNumbers("has a palette of nearly black colours")
-    if bits <= 8:
-        return False
-    if tags.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2 and len(opened.getbands()) > 1:
+    if bits > 8 and values(Tiff.PLANAR_CONFIGURATION) == [2] and len(opened.getbands()) > 1:
         raise _UnfitNumbers("holds 16-bit numbers plane by plane")  # Pillow mixes up their bytes
-    white = max(_values(tags, _MAX_SAMPLE_VALUE, _WHITE))
-    if 255 <= white < _WHITE and white & (white + 1) == 0:
+    if bits > 8 and 255 <= white < _WHITE and white & (white + 1) == 0:
         raise _UnfitNumbers(f"holds 16-bit numbers of which {white} is white")
-    return True
-
-
-def _values(tags: Any, tag: int, usual: int = 1) -> list[int]:
-    value = tags.get(tag, usual)
-    return [int(v) for v in (value if isinstance(value, tuple) else (value,))]
+    return bits > 8
 
 
 def _to_eight_bits(picture: Image.Image, white_is_zero: bool) -> Image.Image:

@@ -46,17 +46,14 @@ class Members:
     shards: list[str]
     stamps: list[Stamp] = field(default_factory=list)  # of each, by which it is known again
     ids: list[str] = field(default_factory=list)
-    shard: array[int] = field(default_factory=lambda: array("q"))
-    offset: array[int] = field(default_factory=lambda: array("q"))
-    size: array[int] = field(default_factory=lambda: array("q"))
+    places: array[int] = field(default_factory=lambda: array("q"))  # shard, offset, size of each
 
     def __call__(self, index: int) -> Image.Image:
         """Read one image."""
-        name, k = one_line(self.ids[index]), self.shard[index]
+        name = one_line(self.ids[index])
+        shard, offset, size = self.places[3 * index : 3 * index + 3]
         try:
-            content = read_content(
-                self.shards[k], self.stamps[k], self.offset[index], self.size[index]
-            )
+            content = read_content(self.shards[shard], self.stamps[shard], offset, size)
         except OSError as error:
             raise OutOfReach(
                 f"Image {name} cannot be read ({error}); bring its shard back and start again."
@@ -79,13 +76,10 @@ def list_shards(where: str) -> Listing:
             raise DataError(f"There is no shard {shard}; name tar files that are there.")
         reader.stamps.append(stamp_of(found))
         for key, files in _samples(shard).items():
-            offset, size = files["image"]
             reader.ids.append(f"{name}/{key}")
-            reader.shard.append(k)
-            reader.offset.append(offset)
-            reader.size.append(size)
+            reader.places.extend((k, *files["image"]))
             labels.append(_label(shard, reader.stamps[k], key, files))
-    return make_listing(where, reader.ids, reader, labels, sizes=list(reader.size))
+    return make_listing(where, reader.ids, reader, labels, sizes=list(reader.places[2::3]))
 
 
 Place = tuple[int, int]  # where a member's content lies, and its size, in bytes
@@ -133,8 +127,7 @@ def _label(shard: str, stamp: Stamp, key: str, files: dict[str, Place]) -> str |
             label = told.get("label") if isinstance(told, dict) else None
     except (ValueError, OSError, RecursionError) as error:
         what = f"The label of {where}"
-        away = out_of_reach(what, error) if isinstance(error, OSError) else None
-        raise away or DataError(
+        raise out_of_reach(what, error) or DataError(
             f"{what} cannot be read ({error}); write a class's number."
         ) from None
     return None if label is None else label_text(label, where)
@@ -169,8 +162,7 @@ def members(path: str) -> Iterator[tarfile.TarInfo]:
                 file.n_left = _LONGEST
             _refuse_no_end(file, tar.offset)  # as tarfile takes a damaged header for the end
     except (OSError, ValueError, RecursionError, tarfile.TarError) as error:
-        away = out_of_reach(f"Tar file {path}", error) if isinstance(error, OSError) else None
-        raise away or DataError(
+        raise out_of_reach(f"Tar file {path}", error) or DataError(
             f"{path} is no sound, uncompressed tar file ({error}); write or fetch it again."
         ) from None
 
@@ -216,9 +208,8 @@ def _shard_files(where: str) -> list[str]:
     if is_url(where):
         return [str(fetch(url)) for url in expand(where)]
     if os.path.isdir(where):
-        shown = sorted(shown_in(Path(where), "tar files"))
-        packed = next(filter(is_compressed, shown), None)
-        if packed is not None:
+        shown = sorted(shown_in(Path(where)))
+        for packed in filter(is_compressed, shown):
             raise DataError(
                 f"{packed} is compressed; unpack it to a tar file, or move it elsewhere."
             )
