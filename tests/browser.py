@@ -22,10 +22,6 @@ class Log:
     said: list[str] = field(default_factory=list)  # on the console, or by an error
     asked: list[str] = field(default_factory=list)  # of any network
 
-    @property
-    def silent(self) -> bool:
-        return not self.said and not self.asked
-
 
 @contextmanager
 def launch() -> Iterator[Any]:
@@ -37,11 +33,7 @@ def launch() -> Iterator[Any]:
     # Chromium refuses its sandbox to root, as containers have it; the pages are our own.
     flags = ["--no-sandbox"] if os.geteuid() == 0 else []
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=flags)
-        try:
-            yield browser
-        finally:
-            browser.close()
+        yield playwright.chromium.launch(executable_path=path, args=flags)
 
 
 def load(context: Any, file: Path, anchor: str = "") -> tuple[Any, Log]:
@@ -51,11 +43,10 @@ def load(context: Any, file: Path, anchor: str = "") -> tuple[Any, Log]:
     page.on("pageerror", lambda error: log.said.append(str(error)))
 
     def watch(route: Any) -> None:
-        url = route.request.url
-        if url.startswith(file.as_uri()):
+        if route.request.url.startswith(file.as_uri()):
             route.continue_()
         else:
-            log.asked.append(url)
+            log.asked.append(route.request.url)
             route.abort()
 
     page.route("**/*", watch)

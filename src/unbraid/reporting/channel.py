@@ -19,12 +19,7 @@ from unbraid.reporting.words import bounded, first_few, letter
 if TYPE_CHECKING:
     from unbraid.finding.findings import Findings
     from unbraid.measuring.evaluate import ChannelIntervals
-    from unbraid.measuring.results import (
-        ChannelAblation,
-        ChannelEvaluation,
-        ChannelSemantics,
-        Responses,
-    )
+    from unbraid.measuring.results import ChannelSemantics, Responses
     from unbraid.scanning.records import Scan
     from unbraid.splitting.splits import ChannelSplit, Split
 
@@ -34,7 +29,6 @@ N_POINTS = 240  # of a scatter plot; spread evenly over each class's images
 N_SHADES = 3  # of a concept's colour
 N_SOURCES = 12  # input channels in the bars
 N_FIRSTS = 4  # images in a row that are not there for their strength
-_N_GRID, _N_RIDGE_GRID = 121, 81  # points of a curve
 _MAX_VALUES = 2000  # images that a density is estimated from; more would not change the curve
 _REACH = 3.5  # kernel widths beyond the data; there a kernel is down to 0.2 % of its peak
 
@@ -128,15 +122,12 @@ class ChannelView:
     number: int
     concepts: tuple[ConceptView, ...]
     info: Mapping[str, str]  # how it was split
-    cosine: float | None  # the lowest of any two of its classes
     rows: Sequence[ReferenceRow]
-    measures: ChannelEvaluation | None
     intervals: ChannelIntervals | None  # of the measures
-    densities: Curves | None  # a row for the original and each concept channel, columns: concepts
-    ridges: Ridges | None
-    scatter: Scatter | None
+    densities: Curves  # a row for the original and each concept channel, columns: concepts
+    ridges: Ridges
+    scatter: Scatter
     bars: Bars | None
-    ablation: ChannelAblation | None
     semantics: ChannelSemantics | None
 
 
@@ -144,9 +135,6 @@ def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[C
     """Give a channel's concepts letters and colours."""
     names = [tuple(bounded(found.name(label)) for label in classes) for classes in concepts]
     return tuple(ConceptView(letter(k), k % N_TONES, n, *first_few(n)) for k, n in enumerate(names))
-
-
-# --- reference images -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -161,11 +149,11 @@ class First:
 
 def first_images(
     scan: Scan, split: Split, wanted: Mapping[int, Collection[int]]
-) -> dict[tuple[int, int], First]:
-    """Find the first image of some concepts of each channel; nothing of one without images."""
+) -> dict[int, dict[int, First]]:
+    """Find the first image of some concepts of each channel, by concept; none of one without."""
     members = split.members_in(scan)
-    seen: dict[int, list[torch.Tensor]] = {channel: [] for channel in wanted}
-    for records in scan.shards() if wanted else ():
+    seen: dict[int, list[torch.Tensor]] = {channel: [] for channel, ks in wanted.items() if ks}
+    for records in scan.shards() if seen else ():
         for channel, columns in seen.items():
             part = split[channel]
             pooled = records.pooled[:, scan.layer.group_of(channel)]
@@ -173,7 +161,7 @@ def first_images(
             z = part.pooled_responses(pooled, records.n_positions)[:, 0]
             concept = members.concept_of(records, part.concepts)
             columns.append(torch.stack([z.double(), concept, records.index, records.label]))
-    first = {}
+    first: dict[int, dict[int, First]] = {channel: {} for channel in wanted}
     for channel, columns in seen.items():
         z, concept, index, label = torch.cat(columns, 1)
         for k in wanted[channel]:
@@ -181,7 +169,7 @@ def first_images(
             if len(own):
                 best = int(own[z[own].argmax()])
                 rank = 1 + int((z > z[best]).sum())
-                first[channel, k] = First(int(index[best]), int(label[best]), float(z[best]), rank)
+                first[channel][k] = First(int(index[best]), int(label[best]), float(z[best]), rank)
     return first
 
 
@@ -218,9 +206,6 @@ def reference_rows(
     strongest = shots(top.original)[: max(1, len(top.original.index) - len(at_end))]
     concepts = (ReferenceRow(k, shots(images)) for k, images in enumerate(top.concepts))
     return [ReferenceRow(None, [*strongest, *at_end]), *concepts]
-
-
-# --- responses ------------------------------------------------------------------------------------
 
 
 def shared_grid(groups: Sequence[np.ndarray], n: int) -> np.ndarray:
@@ -262,7 +247,7 @@ def _estimate(rows: Sequence[Sequence[np.ndarray]], n: int) -> Curves:
     return Curves(grid, heights, np.array([[group.mean() for group in row] for row in rows]))
 
 
-def densities(responses: Responses, n_grid: int = _N_GRID) -> Curves:
+def densities(responses: Responses, n_grid: int = 121) -> Curves:
     """Estimate how the channels' responses are distributed over the images of each concept."""
     concept = responses.concept.numpy()
     members = [concept == k for k in range(responses.concepts.shape[1])]
@@ -295,7 +280,7 @@ def ridges(classes: Sequence[ClassImages], responses: Responses) -> Ridges:
     shown = [one for one in classes if one.place < most]
     columns = _channels(responses)
     rows = [[z[one.images] for z in columns] for one in shown]
-    return Ridges(shown, _estimate(rows, _N_RIDGE_GRID))
+    return Ridges(shown, _estimate(rows, 81))
 
 
 def scatter(classes: Sequence[ClassImages], responses: Responses) -> Scatter:
@@ -304,9 +289,6 @@ def scatter(classes: Sequence[ClassImages], responses: Responses) -> Scatter:
     n_points = max(1, N_POINTS // max(1, len(classes)))
     chosen = [one.images[:: -(-len(one.images) // n_points)] for one in classes]
     return Scatter(classes, [z[images] for images in chosen])
-
-
-# --- input channels -------------------------------------------------------------------------------
 
 
 def bars(
@@ -318,11 +300,9 @@ def bars(
     """
     n_images = dict(enumerate(sums.n_images.tolist()))
     there = [tuple(label for label in c if n_images.get(label)) for c in part.concepts]
-    for classes, known in zip(part.concepts, there, strict=True):
-        if not known:
-            raise UsageError(
-                f"The scan has no image of {split.name(classes)}; scan images of all concepts."
-            )
+    if () in there:
+        name = split.name(part.concepts[there.index(())])
+        raise UsageError(f"The scan has no image of {name}; scan images of all concepts.")
     group = scan.layer.group_of(part.channel)
     means = torch.stack([concept_mean(sums, concept) for concept in there])  # (K, G, J)
     relevance = averaged_relevance(scan, part.channel, means).numpy()

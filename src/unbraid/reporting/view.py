@@ -37,7 +37,7 @@ from unbraid.visualizing.features import Features
 N_IMAGES = 8  # reference images of a channel
 MAX_ROWS = 300  # of reference images; with two concepts or more, at most 100 channels
 MAX_TEXT = 2000  # characters of a note or a setting, such as a preprocessing with many steps
-_MAX_CELLS = 2000  # choices of thresholds
+MAX_CELLS = 2000  # choices of thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,79 +161,54 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
     """Work out what the page shows; without a title, its heading names the layer."""
     n_rows = accumulate(1 + len(part.concepts) for part in material.parts)
     shown = [p for p, n in zip(material.parts, n_rows, strict=True) if n <= MAX_ROWS]
-    channels, notes = _channels(material, shown or material.parts[:1])
-    name, counted = material.scan.layer.name, material.sensitivity
-    if counted is not None and len(counted.cells) > _MAX_CELLS:
-        notes.insert(0, "Other thresholds are left out: there are too many choices for a page.")
+    notes, counted = _notes(material, has_images), material.sensitivity
+    if counted is not None and len(counted.cells) > MAX_CELLS:
+        notes.append("Other thresholds are left out: there are too many choices for a page.")
         counted = None
+    name = material.scan.layer.name
     named = name if name.startswith("layer") else f"layer {name}"
     return Page(
         title=bounded(title or f"Polysemantic channels of {named}"),
         facts=_facts(material),
         output=_output(material),
-        channels=channels,
-        notes=[bounded(note, MAX_TEXT) for note in (*_notes(material, has_images), *notes)],
+        channels=_channels(material, shown or material.parts[:1]),
+        notes=[bounded(note, MAX_TEXT) for note in notes],
         settings={k: bounded(v, MAX_TEXT) for k, v in _settings(material).items()},
         sensitivity=counted,
     )
 
 
-def _channels(
-    material: Material, parts: Sequence[ChannelSplit]
-) -> tuple[list[ChannelView], list[str]]:
-    """Describe the channels shown in full, and say what had to be left out of them."""
+def _channels(material: Material, parts: Sequence[ChannelSplit]) -> list[ChannelView]:
+    """Describe the channels shown in full."""
     if material.split is None:
-        return [], []
-    notes = []
+        return []
     scan, found, train_scan = material.scan, material.found, material.train_scan
     evaluation = material.evaluation
     split = replace(material.split, channels=tuple(parts))
     top, ids = reference_images(scan, split, n=N_IMAGES, alike=ALIKE), scan.ids()
-    absent = {channel: missing_concepts(images) for channel, images in top.items()}
-    firsts = first_images(scan, split, {c: gone for c, gone in absent.items() if gone})
-    responses: dict[int, Responses] = {}
-    try:
-        responses = evaluation.responses if evaluation else gather_responses(split, scan)
-    except UsageError as error:
-        notes.append(f"Densities are left out: {error}")
+    firsts = first_images(scan, split, {c: missing_concepts(images) for c, images in top.items()})
+    responses = evaluation.responses if evaluation else gather_responses(split, scan)
     semantics = evaluation.semantics if evaluation else None
     sums = class_sums(train_scan, [], found.clusters) if train_scan else None
-    channels, bare = [], []
+    channels = []
     for part in parts:
         channel, views = part.channel, concept_views(found, part.concepts)
-        known = responses.get(channel)
-        classes = by_class(found, views, known) if known else []
-        sources = None
-        if train_scan and sums:
-            try:
-                sources = bars(split, part, train_scan, sums)
-            except UsageError:
-                bare.append(str(channel))
-        first = {k: one for (c, k), one in firsts.items() if c == channel}
-        lowest = material.lowest.get(channel)
+        classes = by_class(found, views, responses[channel])
         channels.append(
             ChannelView(
                 number=channel,
                 concepts=views,
                 info=_how_split(part.info),
-                cosine=lowest.cosine if lowest else None,
-                rows=reference_rows(found, views, top[channel], ids, first),
-                measures=material.measures.get(channel),
-                intervals=intervals(known) if known else None,
-                densities=densities(known) if known else None,
-                ridges=ridges(classes, known) if known else None,
-                scatter=scatter(classes, known) if known else None,
-                bars=sources,
-                ablation=material.ablated.get(channel),
+                rows=reference_rows(found, views, top[channel], ids, firsts[channel]),
+                intervals=intervals(responses[channel]),
+                densities=densities(responses[channel]),
+                ridges=ridges(classes, responses[channel]),
+                scatter=scatter(classes, responses[channel]),
+                bars=bars(split, part, train_scan, sums) if train_scan and sums else None,
                 semantics=semantics.channels.get(channel) if semantics else None,
             )
         )
-    if bare:
-        notes.append(
-            f"The input channels of channel {', '.join(bare)} are left out: the training scan has "
-            "no image of a concept."
-        )
-    return channels, notes
+    return channels
 
 
 def _how_split(info: Mapping[str, Any]) -> dict[str, str]:
@@ -243,9 +218,6 @@ def _how_split(info: Mapping[str, Any]) -> dict[str, str]:
         for key, value in info.items()
         if key != "kkt_residual"
     }
-
-
-# --- figures at the top, notes and settings, in words ---------------------------------------------
 
 
 def _facts(material: Material) -> list[tuple[str, str, str]]:
@@ -267,7 +239,7 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
         note += f"; agreement with classes {number(sum(agreement) / len(agreement))}"
     facts.append((f"{len(found.pairs):,}", f"pairs of {found.kind}", note))
     if split is not None:
-        method = f"method: {_method(split.method)}"
+        method = f"method: {split.method.replace('_', ' ')}"
         facts.append((f"{material.n_concepts:,}", "concept channels", method))
     if output := _output(material):
         note = f"top-1 {output['before']} before, {output['after']} after"
@@ -278,14 +250,10 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
         note, baseline = "halving a channel gives 0.5", evaluation.baseline
         if baseline is not None:
             before = baseline.summary[baseline.method]["separation_error"]
-            note = f"{_method(baseline.method)} rule: {number(before)}"
+            note = f"{baseline.method.replace('_', ' ')} rule: {number(before)}"
         error = evaluation.summary[evaluation.method]["separation_error"]
         facts.append((number(error), "mean separation error", f"{note}; ideal 0"))
     return facts
-
-
-def _method(name: str) -> str:
-    return bounded(name.replace("_", " "))
 
 
 def _output(material: Material) -> dict[str, str] | None:
