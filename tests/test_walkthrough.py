@@ -102,12 +102,12 @@ def test_the_checkers_notice_other_figures_words_pictures_and_paths(
     kept: NotebookNode, old: str, new: str
 ) -> None:
     said, drawn, placed, timed = (copy.deepcopy(kept) for _ in range(4))
-    said_there = [out for out in outputs(said) if "mean separation error 0" in out.get("text", "")]
-    said_there[0].text = said_there[0].text.replace(old, new)
+    output = next(o for o in outputs(said) if "mean separation error 0" in o.get("text", ""))
+    output.text = output.text.replace(old, new)
+    data = [o.data for o in outputs(drawn) if "image/png" in o.get("data", {})][-1]
     content = io.BytesIO()
-    ImageOps.mirror(open_white(pictures(kept)[1])).save(content, "PNG")
-    last = [out for out in outputs(drawn) if "image/png" in out.get("data", {})][-1]
-    last.data["image/png"] = base64.b64encode(content.getvalue()).decode()
+    ImageOps.mirror(open_white(pictures(kept)[-1])).save(content, "PNG")
+    data["image/png"] = base64.b64encode(content.getvalue()).decode()
     for corrupted in (said, drawn):
         with pytest.raises((AssertionError, ValueError)):
             assert_same(kept, corrupted)

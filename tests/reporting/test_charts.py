@@ -81,15 +81,6 @@ def test_charts_follow_their_data(run: Run) -> None:
             assert_scatter(dots, data._replace(points=wrong))
 
 
-def test_axes_have_units(page: str) -> None:
-    for section in sections(page).values():
-        assert len(section.all("svg", "chart")) >= 4
-        plots = section.all("div", "plots")[0].all("svg", "chart")
-        for chart in section.all("svg", "chart"):
-            labels = " ".join(text.text for text in chart.all("text", "label"))
-            assert labels.count("summed pre-activation") == (2 if chart in plots else 1)
-
-
 # --- alternative texts ----------------------------------------------------------------------------
 
 

@@ -78,9 +78,14 @@ def test_distances_are_those_that_are_known() -> None:
     assert lab("#ff0000", "all cones") == pytest.approx((53.2, 80.1, 67.2), abs=0.1)
 
 
-def test_colours_stand_out_from_cards_and_are_those_of_figures() -> None:
+def test_texts_and_colours_stand_out_in_light_and_dark() -> None:
     assert COLOURS == LIGHT
-    for name in ("back", "card", "on"):
-        light, dark = re.findall(rf"--{name}: (#\w{{6}})", STYLE)
-        assert min(contrast(colour, light) for colour in LIGHT) >= 4.5
-        assert min(contrast(colour, dark) for colour in DARK) >= 4.5
+    for scheme, concepts in enumerate((LIGHT, DARK)):
+        for ink, ground in itertools.product(("text", "soft", "link"), ("back", "card", "tile")):
+            assert contrast(of_page(ink, scheme), of_page(ground, scheme)) > 4.5, (ink, ground)
+        for colour, ground in itertools.product(concepts, ("back", "card", "on")):
+            assert contrast(colour, of_page(ground, scheme)) > 4.5, (colour, ground)
+
+
+def of_page(name: str, scheme: int) -> str:
+    return str(re.findall(rf"--{name}: (#\w{{6}})", STYLE)[scheme])

@@ -247,7 +247,7 @@ def test_the_checkers_notice_what_is_wrong(
     run: Run, kind: str, spoil: Callable[[Figure], None]
 ) -> None:
     with pytest.raises(AssertionError):
-        assert_true(run, kind, 4, spoil)
+        assert_true(run, kind, 1, spoil)
 
 
 def test_teaser_figure_shows_visualisations_and_crosses_out_what_is_gone(run: Run) -> None:

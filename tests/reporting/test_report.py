@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from unbraid.base.errors import UsageError
 from unbraid.finding.findings import Pair
 from unbraid.measuring.evaluate import intervals
 from unbraid.measuring.reference_images import ALIKE, reference_images
-from unbraid.measuring.results import Drop, Likeness
 from unbraid.reporting import report as report_module
 from unbraid.reporting import view
 from unbraid.reporting.words import ABSENT, number, percent, significant
@@ -55,7 +54,6 @@ from unbraid.reporting.words import ABSENT, number, percent, significant
 )
 def test_report_is_harmless_and_the_checker_sees_harm(page: str, old: str, new: str) -> None:
     assert_harmless(page)
-    assert old in page
     with pytest.raises((AssertionError, ValueError)):
         assert_harmless(page.replace(old, new))
 
@@ -79,17 +77,11 @@ def test_report_bounds_notes_hints_and_how_channels_were_split(run: Run, tmp_pat
     for changed in (noted, {"found": none, "split": None, "evaluation": None}):
         text = run.report(tmp_path / "r.html", **changed)
         assert_harmless(text)
-        assert 1900 * "y" in text
-        assert 2001 * "y" not in text
-        assert "\u2069\u202e" not in text
-        shown = [bdi.text for bdi in read(text).all("bdi")]
-        assert any(words.startswith("<script>x</script>\ufffd\u202e") for words in shown)
+        cut = f"<script>x</script>\ufffd\u202e{1979 * 'y'}…"
+        assert cut in [bdi.text for bdi in read(text).all("bdi")]
         for section in sections(text).values():
             words = section.all("p", "info")[0].text
-            assert "lambda 0.03162" in words
-            assert "kkt" not in words
-            assert f"<b> {199 * 'x'}…" in words
-    assert not sections(text)
+            assert f"lambda 0.03162 <b> {199 * 'x'}…" in words
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -146,6 +138,9 @@ def test_every_figure_is_the_evaluations(page: str, run: Run) -> None:
     for channel, section in sections(page).items():
         expected = figures_of(run.evaluation, channel)
         assert figures_in(section) == expected
+        assert run.evaluation.semantics is not None
+        seen = run.evaluation.semantics.channels[channel]
+        assert f"As {seen.encoder} sees {seen.n_images} images" in section.text
         bold = [b for kind in ("errors", "distances") for b in section.all("p", kind)[0].all("b")]
         cells = [cell for body in section.all("tbody") for cell in body.all("td")]
         for cell in [*cells, *bold]:  # a wrong one is noticed
@@ -154,35 +149,27 @@ def test_every_figure_is_the_evaluations(page: str, run: Run) -> None:
             cell.children = kept
 
 
-@pytest.mark.parametrize("crops", [False, True])
-def test_report_has_a_dash_for_unknown_figures(run: Run, tmp_path: Path, crops: bool) -> None:
-    none, unknown, known = Drop(0, *[math.nan] * 4), Likeness(math.nan, math.nan), run.evaluation
-    assert known.ablation is not None
-    assert known.semantics is not None
-    off = tuple(
-        replace(channel, concepts=tuple(replace(k, own=none) for k in channel.concepts))
-        for channel in known.ablation.channels
-    )
-    seen = {
-        number: replace(
-            one, original=unknown, within=math.nan, encoder=SCRIPT, n_images=77, crops=crops
-        )
-        for number, one in known.semantics.channels.items()
-    }
-    evaluation = replace(
-        known,
-        ablation=replace(known.ablation, channels=off),
-        semantics=replace(known.semantics, channels=seen),
-    )
+def unknown(value: Any) -> Any:
+    """The same with no figure known, and hostile names."""
+    if isinstance(value, (float, str)):
+        return math.nan if isinstance(value, float) else SCRIPT
+    if isinstance(value, tuple):
+        return tuple(map(unknown, value))
+    if isinstance(value, dict):
+        return {key: unknown(one) for key, one in value.items()}
+    if is_dataclass(value):
+        return type(value)(**{key: unknown(one) for key, one in vars(value).items()})
+    return value
+
+
+def test_report_has_a_dash_for_unknown_figures(run: Run, tmp_path: Path) -> None:
+    nothing = {name: unknown(getattr(run.evaluation, name)) for name in ("ablation", "semantics")}
+    evaluation = replace(run.evaluation, **nothing)
     page = run.report(tmp_path / "r.html", evaluation=evaluation)
     assert_harmless(page)
     for channel, section in sections(page).items():
         assert figures_in(section) == figures_of(evaluation, channel)
         assert "nan" not in section.text
-        line = section.all("p", "distances")[0].text
-        for words in (SCRIPT, "77 images", f"the {seen[channel].n_top} strongest"):
-            assert words in line
-        assert ("the parts of images" in line) == crops
 
 
 def test_report_shows_facts_and_settings(page: str, run: Run) -> None:
@@ -360,10 +347,6 @@ def test_sections_show_the_strongest_images_and_say_which_cannot_be_read(
             assert len(shots(half)) == 8 - len(gone)
 
 
-def test_same_run_gives_the_same_page(page: str, run: Run, tmp_path: Path) -> None:
-    assert run.report(tmp_path / "again.html") == page
-
-
 def test_report_of_nothing_found_says_why(run: Run, tmp_path: Path) -> None:
     none = unbraid.find(run.train_scan, gamma=-1.0)
     missing: dict[str, Any] = {"split": None, "evaluation": None}
@@ -374,33 +357,36 @@ def test_report_of_nothing_found_says_why(run: Run, tmp_path: Path) -> None:
     assert read(page).all("h1")[0].text == SCRIPT + "\\udcff"
 
 
+def without(run: Run, **changed: Any) -> dict[str, Any]:
+    return {"evaluation": replace(run.evaluation, **changed)}
+
+
+def one_off(run: Run) -> dict[str, Any]:
+    assert run.evaluation.ablation is not None
+    channels = run.evaluation.ablation.channels[:1]
+    return without(run, ablation=replace(run.evaluation.ablation, channels=channels))
+
+
 @pytest.mark.parametrize(
-    ("missing", "note"),
+    ("note", "change"),
     [
-        ("evaluation", "Measures and the output check are left out"),
-        ("evaluation.ablation", "Nothing was switched off"),
-        ("evaluation.semantics", "Semantic measures are left out"),
-        ("evaluation.ablation.all", "Only 1 of"),
-        ("train_scan", "Input channels are left out"),
-        ("dataset", "Pictures are left out"),
-        ("split", "Details of the channels are left out"),
+        ("Measures and the output check are left out", lambda run: {"evaluation": None}),
+        ("Nothing was switched off", lambda run: without(run, ablation=None)),
+        ("Semantic measures are left out", lambda run: without(run, semantics=None)),
+        ("The output check is left out", lambda run: without(run, output=None)),
+        ("Only 1 of", one_off),
+        ("Input channels are left out", lambda run: {"train_scan": None}),
+        ("Pictures are left out", lambda run: {"dataset": None}),
+        ("Details of the channels", lambda run: {"split": None, "evaluation": None}),
     ],
 )
 def test_report_says_what_is_missing(
-    run: Run, page: str, tmp_path: Path, missing: str, note: str
+    run: Run, page: str, tmp_path: Path, note: str, change: Callable[[Run], dict[str, Any]]
 ) -> None:
-    name, *part = missing.split(".")
-    changed: dict[str, Any] = {name: None}
-    if part:
-        ablation: Any = run.evaluation.ablation
-        first = replace(ablation, channels=ablation.channels[:1]) if len(part) > 1 else None
-        changed = {"evaluation": replace(run.evaluation, **{part[0]: first})}
-    if name == "split":
-        changed["evaluation"] = None
+    text = run.report(tmp_path / "r.html", **change(run))
+    assert_harmless(text)
+    assert note in notes(text)
     assert note not in notes(page)
-    without = run.report(tmp_path / "r.html", **changed)
-    assert_harmless(without)
-    assert note in notes(without)
 
 
 def foreign(scan: Scan, **changes: str) -> Scan:

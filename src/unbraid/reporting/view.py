@@ -15,7 +15,7 @@ from unbraid.finding.findings import Findings, Pair
 from unbraid.finding.thresholds import Sensitivity
 from unbraid.measuring.evaluate import gather_responses, intervals
 from unbraid.measuring.reference_images import ALIKE, reference_images
-from unbraid.measuring.results import ChannelAblation, ChannelEvaluation, Evaluation, Responses
+from unbraid.measuring.results import ChannelAblation, ChannelEvaluation, Evaluation
 from unbraid.networks.spec import LayerSpec
 from unbraid.reporting.channel import (
     ChannelView,
@@ -112,21 +112,21 @@ class Material:
 
     def refuse_strangers(self) -> None:
         """Raise a UsageError if it is not of one network, layer and split."""
-
-        def identity(one: Scan | Split) -> tuple[object, ...]:
-            weights = one.manifest.weights if isinstance(one, Scan) else one.weights
-            return weights, one.layer
-
-        here, name, counted = identity(self.scan), self.scan.layer.name, self.sensitivity
-        same = {
-            "training scan is": self.train_scan is None or identity(self.train_scan) == here,
-            "scan with positions is": self.maps is None or identity(self.maps) == here,
-            "split is": self.split is None or identity(self.split) == here,
-            "sensitivity is": not counted or (counted.weights, counted.layer) == (here[0], name),
-            "feature visualisations are": not self.features or self.features.layer == name,
+        weights, layer = self.scan.manifest.weights, self.scan.layer
+        scans = {"training scan is": self.train_scan, "scan with positions is": self.maps}
+        of_same = {
+            what: scan is None or (scan.manifest.weights, scan.layer) == (weights, layer)
+            for what, scan in scans.items()
         }
-        for what, fits in same.items():
-            if not fits:
+        split, counted, features = self.split, self.sensitivity, self.features
+        of_same |= {
+            "split is": split is None or (split.weights, split.layer) == (weights, layer),
+            "sensitivity is": counted is None
+            or (counted.weights, counted.layer) == (weights, layer.name),
+            "feature visualisations are": features is None or features.layer == layer.name,
+        }
+        for what, holds in of_same.items():
+            if not holds:
                 raise UsageError(
                     f"The {what} of another network or layer than the validation scan; pass "
                     "those of one run."
@@ -223,14 +223,13 @@ def _how_split(info: Mapping[str, Any]) -> dict[str, str]:
 def _facts(material: Material) -> list[tuple[str, str, str]]:
     """Choose the figures at the top: what was found, what was made of it, how well."""
     found, split, evaluation = material.found, material.split, material.evaluation
-    thresholds = f" at tau {found.tau_in_words}, p {found.p:g}, gamma {found.gamma:g}"
-    if found.kind == "clusters":
-        thresholds = f" at gamma {found.gamma:g}"
-    if material.chosen:
-        thresholds = ""
-    n, n_out = len(found.concepts), material.scan.layer.n_out
+    note = f"of {count(material.scan.layer.n_out, 'channel')}"
+    if not material.chosen:
+        tau = "" if found.kind == "clusters" else f"tau {found.tau_in_words}, p {found.p:g}, "
+        note += f" at {tau}gamma {found.gamma:g}"
+    n = len(found.concepts)
     what = f"{'chosen' if material.chosen else 'polysemantic'} channel{'' if n == 1 else 's'}"
-    facts = [(f"{n:,}", what, f"of {count(n_out, 'channel')}{thresholds}")]
+    facts = [(f"{n:,}", what, note)]
     if not found.concepts:
         return facts
     cosine = min((pair.cosine for pair in material.lowest.values()), default=None)
@@ -239,8 +238,8 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
         note += f"; agreement with classes {number(sum(agreement) / len(agreement))}"
     facts.append((f"{len(found.pairs):,}", f"pairs of {found.kind}", note))
     if split is not None:
-        method = f"method: {split.method.replace('_', ' ')}"
-        facts.append((f"{material.n_concepts:,}", "concept channels", method))
+        note = f"method: {split.method.replace('_', ' ')}"
+        facts.append((f"{material.n_concepts:,}", "concept channels", note))
     if output := _output(material):
         note = f"top-1 {output['before']} before, {output['after']} after"
         if output["before"] == ABSENT:
@@ -249,8 +248,8 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
     if evaluation is not None:
         note, baseline = "halving a channel gives 0.5", evaluation.baseline
         if baseline is not None:
-            before = baseline.summary[baseline.method]["separation_error"]
-            note = f"{baseline.method.replace('_', ' ')} rule: {number(before)}"
+            error = baseline.summary[baseline.method]["separation_error"]
+            note = f"{baseline.method.replace('_', ' ')} rule: {number(error)}"
         error = evaluation.summary[evaluation.method]["separation_error"]
         facts.append((number(error), "mean separation error", f"{note}; ideal 0"))
     return facts
@@ -284,35 +283,31 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         return notes
     if material.split is None:
         return [*notes, "Details of the channels are left out: no split was given."]
-    n, n_off = len(material.parts), len(material.ablated)
-    missing = {part.channel for part in material.parts} - set(features.channels if features else ())
+    n, n_off, positions = len(material.parts), len(material.ablated), material.positions
+    drawn = features.channels if features else ()
+    missing = sum(part.channel not in drawn for part in material.parts)
     why = "for want of time" if features and features.left_out else "none were given"
-    left_out = {
+    left_out: dict[str, Any] = {
         "Measures and the output check are left out: no evaluation was given.": not known,
-        "The output check is left out: the evaluation compared no outputs.": (
-            known and known.output is None
-        ),
-        "Rectified errors are left out: they need a scan with positions.": (
-            known and any(c.separation_error_rectified is None for c in known.channels)
-        ),
-        "Nothing was switched off: the evaluation holds no ablation.": (
-            known and known.ablation is None
-        ),
-        f"Only {n_off:,} of {count(n, 'channel')} were switched off, those with the lowest cosines "
-        "unless chosen otherwise.": known and known.ablation and n_off < n,
-        "Semantic measures are left out: the evaluation holds none.": (
-            known and known.semantics is None
-        ),
         "Input channels are left out: no training scan was given.": train_scan is None,
         "Pictures are left out: no data set was given.": not has_images,
         "Feature visualisations are left out: none were given.": features is None,
-        f"Feature visualisations of {count(len(missing), 'channel')} are left out: {why}.": (
+        f"Feature visualisations of {count(missing, 'channel')} are left out: {why}.": (
             features is not None and missing
         ),
-        "Where channels answer is left out: no scan with positions was given.": (
-            material.positions is None
-        ),
+        "Where channels answer is left out: no scan with positions was given.": positions is None,
     }
+    if known:
+        errors = [channel.separation_error_rectified for channel in known.channels]
+        left_out |= {
+            "The output check is left out: the evaluation compared no outputs.": known.output
+            is None,
+            "Rectified errors are left out: they need a scan with positions.": None in errors,
+            "Nothing was switched off: the evaluation holds no ablation.": known.ablation is None,
+            f"Only {n_off:,} of {count(n, 'channel')} were switched off, those with the lowest "
+            "cosines unless chosen otherwise.": known.ablation and n_off < n,
+            "Semantic measures are left out: the evaluation holds none.": known.semantics is None,
+        }
     return [*notes, *(note for note, holds in left_out.items() if holds)]
 
 
