@@ -6,21 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-
-
-@dataclass
-class Log:
-    """What a page did that it should not do."""
-
-    said: list[str] = field(default_factory=list)  # on the console, or by an error
-    asked: list[str] = field(default_factory=list)  # of any network
 
 
 @contextmanager
@@ -36,22 +27,22 @@ def launch() -> Iterator[Any]:
         yield playwright.chromium.launch(executable_path=path, args=flags)
 
 
-def load(context: Any, file: Path, anchor: str = "") -> tuple[Any, Log]:
-    """Open a file, and note whatever it says on the console or asks of a network."""
-    page, log = context.new_page(), Log()
-    page.on("console", lambda message: log.said.append(message.text))
-    page.on("pageerror", lambda error: log.said.append(str(error)))
+def load(context: Any, file: Path, anchor: str = "") -> tuple[Any, list[str], list[str]]:
+    """Open a file, and note what it says on the console or asks of a network: it should not."""
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
 
     def watch(route: Any) -> None:
         if route.request.url.startswith(file.as_uri()):
             route.continue_()
         else:
-            log.asked.append(route.request.url)
+            asked.append(route.request.url)
             route.abort()
 
     page.route("**/*", watch)
     page.goto(file.as_uri() + anchor)
-    return page, log
+    return page, said, asked
 
 
 def lay_out(page: Any) -> None:

@@ -71,12 +71,16 @@ class Run:
         return unbraid.report(path, **(arguments | changed)).read_text(encoding="utf-8")
 
 
-def make_run(folder: Path) -> Run:
-    torch.manual_seed(0)
-    network = nn.Sequential(
+def make_network() -> nn.Sequential:
+    return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1)),
         *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
     )
+
+
+def make_run(folder: Path) -> Run:
+    torch.manual_seed(0)
+    network = make_network()
     train, val = Blobs(160, 0), Blobs(150, 1)
     optimizer = torch.optim.Adam(network.parameters(), 2e-2)
     for _ in range(40):

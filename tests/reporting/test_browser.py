@@ -42,12 +42,12 @@ def test_the_policy_stops_what_would_get_in_and_the_log_sees_it(
     harmed, bare = tmp_path / "harmed.html", tmp_path / "bare.html"
     harm = "<img src='https://a.b/x.png' onerror='console.log(1)'><script>console.log(2)</script>"
     harmed.write_text(reports[0].read_text(encoding="utf-8").replace("</main>", harm + "</main>"))
-    _, log = load(browser.new_context(), harmed)
-    assert len(log.said) == 3
-    assert all("Content Security Policy" in words for words in log.said)
-    assert not log.asked  # the policy refuses before anything is asked
+    _, said, asked = load(browser.new_context(), harmed)
+    assert len(said) == 3
+    assert all("Content Security Policy" in words for words in said)
+    assert not asked  # the policy refuses before anything is asked
     bare.write_text("<img src='https://a.b/x.png'>")  # without a policy it is seen
-    assert load(browser.new_context(), bare)[1].asked == ["https://a.b/x.png"]
+    assert load(browser.new_context(), bare)[2] == ["https://a.b/x.png"]
 
 
 def test_search_by_number_and_by_class(page: Any, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def best_of(run: Run, channel: int, labels: tuple[int, ...]) -> tuple[int, int, 
 
 
 def test_rows_end_with_the_first_image_of_a_concept_that_is_missing(
-    run: Run, tmp_path: Path
+    run: Run, write: Callable[..., str]
 ) -> None:
     for channel in range(6):
         top = responses_to_all(run, channel).argsort(descending=True)[:8].tolist()
@@ -57,7 +58,7 @@ def test_rows_end_with_the_first_image_of_a_concept_that_is_missing(
     concepts = [[label], [(label + 1) % 4]]
     found = unbraid.find(run.train_scan, channels={channel: concepts})
     split = unbraid.split(run.train_scan, found, method="published", rho=0.7)
-    page = run.report(tmp_path / "r.html", found=found, split=split, evaluation=None)
+    page = write(found=found, split=split, evaluation=None)
     best, rank, z = best_of(run, channel, split[channel].concepts[1])
     section = sections(page)[channel]
     items = section.all("ol", "shots")[0].all("li")

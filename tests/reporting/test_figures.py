@@ -26,7 +26,7 @@ from torch.utils.data import Subset
 
 import unbraid
 from oracle import channel_input_relevance, channel_map, layer_io
-from pages import Blobs
+from pages import Blobs, make_network
 from unbraid import Features, Scan, Split, UnbraidError
 from unbraid.base.errors import UsageError
 from unbraid.measuring.reference_images import ALIKE, reference_images
@@ -43,10 +43,9 @@ class Images(Blobs):
 
     classes = ("$x_1$", "<b>&", "\u202edrawkcab\n", "w" * 5000)
 
-    def __init__(self) -> None:
+    def __init__(self, gone: tuple[int, ...]) -> None:
         super().__init__(52, 1)
-        self.x = self.x.double()
-        self.gone: list[int] = []
+        self.x, self.gone = self.x.double(), gone
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.x[index], self.targets[index]
@@ -84,28 +83,23 @@ class Run:
         for own, row in zip(part.concepts, part.rows, strict=True):
             changed = nn.Conv2d(8, 6, 3, stride=2, padding=1).double()
             changed.weight.data[channel] = row.view_as(changed.weight[channel])
-            means = []
-            for layer in (self.layer, changed):
-                of_images = [
-                    channel_input_relevance(layer, x)[channel]
-                    for x, label in self.inputs
-                    if label in own
-                ]
-                means.append((sum(of_images) / len(of_images)).tolist())
-            found.append(means)
+            inputs = [x for x, label in self.inputs if label in own]
+            means = [
+                sum(channel_input_relevance(layer, x)[channel] for x in inputs) / len(inputs)
+                for layer in (self.layer, changed)
+            ]
+            found.append([mean.tolist() for mean in means])
         return found
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    network = nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1)),
-        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
-    ).double()
-    images = Images()
+    network, images = make_network().double(), Images(gone=())
     scan = unbraid.scan(network, "2", images, tmp_path_factory.mktemp("run"), min_share=1e-6)
     split = unbraid.split(scan, unbraid.find(scan, tau=1e-5, channels=CONCEPTS))
-    inputs = [(layer_io(network, "2", *images[n][:1])[0], images[n][1]) for n in range(52)]
+    inputs = [
+        (layer_io(network, "2", x)[0], label) for x, label in map(images.__getitem__, range(52))
+    ]
     return Run(network[2], images, scan, split, inputs)
 
 
@@ -264,9 +258,7 @@ def test_teaser_figure_shows_visualisations_and_crosses_out_what_is_gone(run: Ru
     alone = draw(run, "teaser", features=Features("2", "", tuple(made)))
     assert [len(row) for row in tiles(alone)] == [1, 1, 1]
     top = reference_images(run.scan, run.split, n=3, alike=ALIKE)[4].original.index.tolist()
-    images = Images()
-    images.gone = top[1:2]
-    row = tiles(draw(run, "teaser", dataset=images, n=3))[0]
+    row = tiles(draw(run, "teaser", dataset=Images(gone=(top[1],)), n=3))[0]
     assert [(len(axes.images), len(axes.lines)) for axes in row] == [(1, 0), (0, 2), (1, 0)]
 
 

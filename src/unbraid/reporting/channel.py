@@ -176,12 +176,11 @@ def first_images(
 def missing_concepts(top: ReferenceImages) -> set[int]:
     """Name the concepts without an image in the original's row, once their firsts have room."""
     shown = top.original.concept.tolist()
-    missing: set[int] = set()
-    for n_firsts in range(min(N_FIRSTS, len(shown) - 1) + 1):
-        missing = set(range(len(top.concepts))) - set(shown[: len(shown) - n_firsts])
-        if len(missing) <= n_firsts:
-            break
-    return missing
+    most = min(N_FIRSTS, len(shown) - 1)
+    missing = [
+        set(range(len(top.concepts))) - set(shown[: len(shown) - n]) for n in range(most + 1)
+    ]
+    return next((gone for n, gone in enumerate(missing) if len(gone) <= n), missing[-1])
 
 
 def reference_rows(

@@ -310,7 +310,7 @@ def _draw_sources(split: Split, part: ChannelSplit, data: Bars, width: float) ->
         for k in range(n):
             x, ink = left + k * (each + between), style.colour(k)
             axes = figure.axes_at(x, _BELOW, each, tall)
-            style.draw_bars(axes, *values[:, k], (low - margin, high + margin), ink)
+            style.draw_bars(axes, values[0, k], values[1, k], (low - margin, high + margin), ink)
             end = figure.write(x, top, letter(k), weight="bold", color=ink)
             figure.write(end, top, "  " + _name(split, part, k), x + each - end)
         label = "mean relevance for the original (pale) and the concept channel"
