@@ -137,14 +137,9 @@ def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[C
     return tuple(ConceptView(letter(k), k % N_TONES, n, *first_few(n)) for k, n in enumerate(names))
 
 
-@dataclass(frozen=True)
-class First:
-    """The image of a concept that excites the original channel most."""
-
-    index: int
-    label: int
-    activation: float  # summed pre-activation of the original channel
-    rank: int  # among all images, from 1; equally exciting ones share it
+# The image of a concept that excites the original channel most: its index, its label, what it
+# excites, and its rank among all images, from 1; equally exciting ones share it.
+First = tuple[int, int, float, int]
 
 
 def first_images(
@@ -169,7 +164,7 @@ def first_images(
             if len(own):
                 best = int(own[z[own].argmax()])
                 rank = 1 + int((z > z[best]).sum())
-                first[channel][k] = First(int(index[best]), int(label[best]), float(z[best]), rank)
+                first[channel][k] = (int(index[best]), int(label[best]), float(z[best]), rank)
     return first
 
 
@@ -200,8 +195,8 @@ def reference_rows(
         columns = (images.index, images.label, images.activation, images.concept)
         return [shot(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
 
-    in_order = sorted(firsts.items(), key=lambda item: item[1].rank)[:N_FIRSTS]
-    at_end = [shot(one.index, one.label, one.activation, k, one.rank) for k, one in in_order]
+    in_order = sorted(firsts.items(), key=lambda item: item[1][-1])[:N_FIRSTS]
+    at_end = [shot(index, label, z, k, rank) for k, (index, label, z, rank) in in_order]
     strongest = shots(top.original)[: max(1, len(top.original.index) - len(at_end))]
     concepts = (ReferenceRow(k, shots(images)) for k, images in enumerate(top.concepts))
     return [ReferenceRow(None, [*strongest, *at_end]), *concepts]

@@ -152,14 +152,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def check_suffix(path: str | Path) -> None:
-    """Raise unless a file name says which of the formats to write.
-
-    >>> check_suffix("figure.pdf")
-    >>> check_suffix("a.doc")
-    Traceback (most recent call last):
-        ...
-    unbraid.base.errors.UsageError: a.doc ends in none of .pdf, .png, .svg; name a file that does.
-    """
+    """Raise unless a file name says which of the formats to write."""
     if as_path("path", path).suffix.lower() not in _SUFFIXES:
         raise UsageError(f"{path} ends in none of {', '.join(_SUFFIXES)}; name a file that does.")
 

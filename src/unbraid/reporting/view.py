@@ -150,7 +150,6 @@ class Page:
 
     title: str
     facts: Sequence[tuple[str, str, str]]  # at the top: figure, what it is, a note
-    output: Mapping[str, str] | None
     channels: Sequence[ChannelView]
     notes: Sequence[str]  # what is left out and why, and what to beware of
     settings: Mapping[str, str]
@@ -170,7 +169,6 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
     return Page(
         title=bounded(title or f"Polysemantic channels of {named}"),
         facts=_facts(material),
-        output=_output(material),
         channels=_channels(material, shown or material.parts[:1]),
         notes=[bounded(note, MAX_TEXT) for note in notes],
         settings={k: bounded(v, MAX_TEXT) for k, v in _settings(material).items()},
@@ -240,11 +238,13 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
     if split is not None:
         note = f"method: {split.method.replace('_', ' ')}"
         facts.append((f"{material.n_concepts:,}", "concept channels", note))
-    if output := _output(material):
-        note = f"top-1 {output['before']} before, {output['after']} after"
-        if output["before"] == ABSENT:
-            note = f"same first choice in {output['agreement']} of the images"
-        facts.append((output["difference"], "largest logit difference", note))
+    if evaluation is not None and (output := evaluation.output):
+        before, after = percent(output.top1_before, 1), percent(output.top1_after, 1)
+        note = f"top-1 {before} before, {after} after"
+        if before == ABSENT:
+            note = f"same first choice in {percent(output.top1_agreement, 1)} of the images"
+        difference = significant(output.max_abs_logit_diff, 2)
+        facts.append((difference, "largest logit difference", note))
     if evaluation is not None:
         note, baseline = "halving a channel gives 0.5", evaluation.baseline
         if baseline is not None:
@@ -253,19 +253,6 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
         error = evaluation.summary[evaluation.method]["separation_error"]
         facts.append((number(error), "mean separation error", f"{note}; ideal 0"))
     return facts
-
-
-def _output(material: Material) -> dict[str, str] | None:
-    """Write the output check's figures, None if there was none."""
-    output = material.evaluation.output if material.evaluation else None
-    if output is None:
-        return None
-    return {
-        "difference": significant(output.max_abs_logit_diff, 2),
-        "agreement": percent(output.top1_agreement, 1),
-        "before": percent(output.top1_before, 1),
-        "after": percent(output.top1_after, 1),
-    }
 
 
 def _notes(material: Material, has_images: bool) -> list[str]:
