@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from unbraid.base.errors import UsageError
-from unbraid.finding.arv import ClassSums, averaged_relevance, concept_mean
-from unbraid.measuring.reference_images import ReferenceImages, TopImages
+from unbraid.finding.arv import ClassSums, averaged_relevance, class_sums, concept_mean
+from unbraid.measuring.evaluate import gather_responses, intervals
+from unbraid.measuring.reference_images import ALIKE, ReferenceImages, TopImages, reference_images
 from unbraid.networks.relevance import input_relevance
 from unbraid.reporting.words import bounded, first_few, letter
 
 if TYPE_CHECKING:
     from unbraid.finding.findings import Findings
     from unbraid.measuring.evaluate import ChannelIntervals
-    from unbraid.measuring.results import ChannelSemantics, Responses
+    from unbraid.measuring.results import ChannelSemantics, Evaluation, Responses
     from unbraid.scanning.records import Scan
     from unbraid.splitting.splits import ChannelSplit, Split
 
+N_IMAGES = 8  # reference images in a row
 N_TONES = 8  # colours in the style sheet
 N_CLASSES = 12  # classes with a ridge of their own
 N_POINTS = 240  # of a scatter plot; spread evenly over each class's images
@@ -129,6 +131,50 @@ class ChannelView:
     scatter: Scatter
     bars: Bars | None
     semantics: ChannelSemantics | None
+
+
+def channel_views(
+    split: Split,
+    found: Findings,
+    scan: Scan,
+    train_scan: Scan | None,
+    evaluation: Evaluation | None,
+) -> list[ChannelView]:
+    """Describe every channel of a split; `scan` is of the validation images."""
+    top, ids = reference_images(scan, split, n=N_IMAGES, alike=ALIKE), scan.ids()
+    firsts = first_images(scan, split, {c: missing_concepts(images) for c, images in top.items()})
+    responses = evaluation.responses if evaluation else gather_responses(split, scan)
+    semantics = evaluation.semantics if evaluation else None
+    sums = class_sums(train_scan, [], found.clusters) if train_scan else None
+    channels = []
+    for part in split.channels:
+        channel, views = part.channel, concept_views(found, part.concepts)
+        own = responses[channel]
+        classes = by_class(found, views, own)
+        channels.append(
+            ChannelView(
+                number=channel,
+                concepts=views,
+                info=_how_split(part.info),
+                rows=reference_rows(found, views, top[channel], ids, firsts[channel]),
+                intervals=intervals(own),
+                densities=densities(own),
+                ridges=ridges(classes, own),
+                scatter=scatter(classes, own),
+                bars=bars(split, part, train_scan, sums) if train_scan and sums else None,
+                semantics=semantics.channels.get(channel) if semantics else None,
+            )
+        )
+    return channels
+
+
+def _how_split(info: Mapping[str, Any]) -> dict[str, str]:
+    """Tell how a channel's masks were chosen, without what only says that the solver is done."""
+    return {
+        bounded(key): bounded(f"{value:.4g}" if isinstance(value, float) else str(value))
+        for key, value in info.items()
+        if key != "kkt_residual"
+    }
 
 
 def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[ConceptView, ...]:

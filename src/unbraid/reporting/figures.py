@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from unbraid.finding.arv import class_sums
 from unbraid.measuring.evaluate import gather_responses
 from unbraid.measuring.reference_images import ALIKE, reference_images
 from unbraid.reporting.channel import Bars, bars, densities
-from unbraid.reporting.pictures import open_picture, refuse_other_images
+from unbraid.reporting.pictures import read_pictures
 from unbraid.reporting.words import bounded, letter
 
 if TYPE_CHECKING:
@@ -166,11 +165,7 @@ def _find_part(split: Split, scan: Scan, channel: int) -> ChannelSplit:
     if channel not in parts:
         known = ", ".join(map(str, list(parts)[:20])) + (" ..." if len(parts) > 20 else "")
         raise UsageError(f"Channel {channel} was not split; those that were are {known}.")
-    if scan.manifest.weights != split.weights or scan.layer != split.layer:
-        raise UsageError(
-            "The scan is of another network or layer than the split; pass one of the network and "
-            "layer that were split."
-        )
+    split.require(scan)
     return parts[channel]
 
 
@@ -183,11 +178,7 @@ def _read_tiles(
     labels: dict[int, int] = {}
     for images in rows:
         labels |= zip(images.index.tolist(), images.label.tolist(), strict=True)
-    refuse_other_images(dataset, labels)
-    pictures: dict[int, Image.Image | None] = dict.fromkeys(labels)
-    for index in labels:
-        with suppress(Exception):  # whatever a data set raises, one image is not worth the figure
-            pictures[index] = _square(open_picture(dataset, index))
+    pictures = read_pictures(dataset, labels, _square)
     return [
         [
             (concept, pictures[index])

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -28,6 +28,8 @@ from unbraid.reporting.channel import ChannelView
 from unbraid.reporting.view import Material
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit
+
+Changed = TypeVar("Changed")
 
 # Rows of reference images on a page, and what their pictures then are: pixels of a side at most,
 # and quality, 0 to 100.
@@ -92,7 +94,6 @@ def take_pictures(
         for row in channel.rows
         for shot in row.shots
     }
-    refuse_other_images(dataset, {spot.image: label for spot, label in spots.items()})
     maps, sight = material.positions, sight_of(dataset)
     if maps is not None and sight is None:
         pictures.note = (
@@ -102,18 +103,21 @@ def take_pictures(
     elif maps is not None:
         where = find_where(maps, material.parts, spots)
         pictures.veils = {spot: veil(shade) for spot, shade in where.items()}
-    pictures.shots = dict.fromkeys(spot.image for spot in spots)
-    for index in pictures.shots:
-        with suppress(Exception):  # whatever a data set raises, one image is not worth the page
-            image = open_picture(dataset, index)
-            pictures.shots[index] = encode(sight(image) if sight else image, side, quality)
+    labels = {spot.image: label for spot, label in spots.items()}
+    pictures.shots = read_pictures(
+        dataset, labels, lambda image: encode(sight(image) if sight else image, side, quality)
+    )
     return pictures
 
 
-def refuse_other_images(dataset: Dataset[Any], labels: Mapping[int, int]) -> None:
-    """Raise if the data set is not the one scanned, for its pictures would illustrate nothing.
+def read_pictures(
+    dataset: Dataset[Any], labels: Mapping[int, int], change: Callable[[Image.Image], Changed]
+) -> dict[int, Changed | None]:
+    """Read images by index and change them; None for what cannot be read.
 
-    Classes may go by other numbers now, as when a folder is opened without the network.
+    Raises a UsageError if `labels`, those that were scanned, say that the data set is another one,
+    whose pictures would illustrate nothing. Classes may go by other numbers now, as when a folder
+    is opened without the network.
     """
     pairs = set()
     if fits := max(labels, default=0) < size_of(dataset):
@@ -125,6 +129,11 @@ def refuse_other_images(dataset: Dataset[Any], labels: Mapping[int, int]) -> Non
             "The data set is not the one that was scanned (its labels differ); pass the data set "
             "that the validation scan was made of."
         )
+    pictures: dict[int, Changed | None] = dict.fromkeys(labels)
+    for index in labels:
+        with suppress(Exception):  # whatever a data set raises, one image is not worth the page
+            pictures[index] = change(open_picture(dataset, index))
+    return pictures
 
 
 def open_picture(dataset: Dataset[Any], index: int) -> Image.Image:

@@ -10,31 +10,16 @@ from typing import Any
 
 from unbraid.base.errors import UsageError
 from unbraid.base.tables import count
-from unbraid.finding.arv import class_sums
 from unbraid.finding.findings import Findings, Pair
 from unbraid.finding.thresholds import Sensitivity
-from unbraid.measuring.evaluate import gather_responses, intervals
-from unbraid.measuring.reference_images import ALIKE, reference_images
 from unbraid.measuring.results import ChannelAblation, ChannelEvaluation, Evaluation
 from unbraid.networks.spec import LayerSpec
-from unbraid.reporting.channel import (
-    ChannelView,
-    bars,
-    by_class,
-    concept_views,
-    densities,
-    first_images,
-    missing_concepts,
-    reference_rows,
-    ridges,
-    scatter,
-)
+from unbraid.reporting.channel import ChannelView, channel_views
 from unbraid.reporting.words import ABSENT, bounded, number, percent, significant
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit, Split
 from unbraid.visualizing.features import Features
 
-N_IMAGES = 8  # reference images of a channel
 MAX_ROWS = 300  # of reference images; with two concepts or more, at most 100 channels
 MAX_TEXT = 2000  # characters of a note or a setting, such as a preprocessing with many steps
 MAX_CELLS = 2000  # choices of thresholds
@@ -112,21 +97,21 @@ class Material:
 
     def refuse_strangers(self) -> None:
         """Raise a UsageError if it is not of one network, layer and split."""
-        weights, layer = self.scan.manifest.weights, self.scan.layer
-        scans = {"training scan is": self.train_scan, "scan with positions is": self.maps}
-        of_same = {
-            what: scan is None or (scan.manifest.weights, scan.layer) == (weights, layer)
-            for what, scan in scans.items()
+        if self.split:
+            self.split.require(self.scan)
+
+        def network(scan: Scan) -> tuple[str, str]:
+            return scan.manifest.weights, scan.layer.name
+
+        here, counted, features = network(self.scan), self.sensitivity, self.features
+        strange = {
+            "training scan is": self.train_scan and network(self.train_scan) != here,
+            "scan with positions is": self.maps and network(self.maps) != here,
+            "sensitivity is": counted and (counted.weights, counted.layer) != here,
+            "feature visualisations are": features and features.layer != here[1],
         }
-        split, counted, features = self.split, self.sensitivity, self.features
-        of_same |= {
-            "split is": split is None or (split.weights, split.layer) == (weights, layer),
-            "sensitivity is": counted is None
-            or (counted.weights, counted.layer) == (weights, layer.name),
-            "feature visualisations are": features is None or features.layer == layer.name,
-        }
-        for what, holds in of_same.items():
-            if not holds:
+        for what, holds in strange.items():
+            if holds:
                 raise UsageError(
                     f"The {what} of another network or layer than the validation scan; pass "
                     "those of one run."
@@ -160,6 +145,12 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
     """Work out what the page shows; without a title, its heading names the layer."""
     n_rows = accumulate(1 + len(part.concepts) for part in material.parts)
     shown = [p for p, n in zip(material.parts, n_rows, strict=True) if n <= MAX_ROWS]
+    channels: list[ChannelView] = []
+    if material.split:
+        split = replace(material.split, channels=tuple(shown or material.parts[:1]))
+        channels = channel_views(
+            split, material.found, material.scan, material.train_scan, material.evaluation
+        )
     notes, counted = _notes(material, has_images), material.sensitivity
     if counted is not None and len(counted.cells) > MAX_CELLS:
         notes.append("Other thresholds are left out: there are too many choices for a page.")
@@ -169,53 +160,11 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
     return Page(
         title=bounded(title or f"Polysemantic channels of {named}"),
         facts=_facts(material),
-        channels=_channels(material, shown or material.parts[:1]),
+        channels=channels,
         notes=[bounded(note, MAX_TEXT) for note in notes],
         settings={k: bounded(v, MAX_TEXT) for k, v in _settings(material).items()},
         sensitivity=counted,
     )
-
-
-def _channels(material: Material, parts: Sequence[ChannelSplit]) -> list[ChannelView]:
-    """Describe the channels shown in full."""
-    if material.split is None:
-        return []
-    scan, found, train_scan = material.scan, material.found, material.train_scan
-    evaluation = material.evaluation
-    split = replace(material.split, channels=tuple(parts))
-    top, ids = reference_images(scan, split, n=N_IMAGES, alike=ALIKE), scan.ids()
-    firsts = first_images(scan, split, {c: missing_concepts(images) for c, images in top.items()})
-    responses = evaluation.responses if evaluation else gather_responses(split, scan)
-    semantics = evaluation.semantics if evaluation else None
-    sums = class_sums(train_scan, [], found.clusters) if train_scan else None
-    channels = []
-    for part in parts:
-        channel, views = part.channel, concept_views(found, part.concepts)
-        classes = by_class(found, views, responses[channel])
-        channels.append(
-            ChannelView(
-                number=channel,
-                concepts=views,
-                info=_how_split(part.info),
-                rows=reference_rows(found, views, top[channel], ids, firsts[channel]),
-                intervals=intervals(responses[channel]),
-                densities=densities(responses[channel]),
-                ridges=ridges(classes, responses[channel]),
-                scatter=scatter(classes, responses[channel]),
-                bars=bars(split, part, train_scan, sums) if train_scan and sums else None,
-                semantics=semantics.channels.get(channel) if semantics else None,
-            )
-        )
-    return channels
-
-
-def _how_split(info: Mapping[str, Any]) -> dict[str, str]:
-    """Tell how a channel's masks were chosen, without what only says that the solver is done."""
-    return {
-        bounded(key): bounded(f"{value:.4g}" if isinstance(value, float) else str(value))
-        for key, value in info.items()
-        if key != "kkt_residual"
-    }
 
 
 def _facts(material: Material) -> list[tuple[str, str, str]]:
