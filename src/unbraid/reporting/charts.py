@@ -16,7 +16,7 @@ from unbraid.reporting.alt_text import (
     describe_scatter,
 )
 from unbraid.reporting.channel import Bars, ConceptView, Curves, Ridges, Scatter
-from unbraid.reporting.words import MINUS, ems, isolate, listed, significant
+from unbraid.reporting.words import ems, isolate, listed, significant
 
 Concepts = Sequence[ConceptView]
 WIDTH = 440.0  # units of most charts; the page scales them to their box
@@ -81,12 +81,7 @@ class _Axis:
         return self.start + (value - self.low) * self.scale
 
     def labels(self) -> list[str]:
-        """Write the round values, all with as many digits as their step needs."""
-        step = self.marks[1] - self.marks[0] if len(self.marks) > 1 else 1.0
-        if max(map(abs, self.marks), default=0.0) >= 1e5 or step < 1e-4:
-            return [significant(mark, 2) for mark in self.marks]
-        digits = max(0, -math.floor(math.log10(step)))
-        return [f"{mark:.{digits}f}".replace("-", MINUS) for mark in self.marks]
+        return list(map(significant, self.marks))
 
     def lines(self, top: float, bottom: float) -> list[Markup]:
         places = [(mark, self.place(mark)) for mark in self.marks]
