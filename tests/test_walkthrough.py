@@ -78,23 +78,9 @@ def test_the_notebook_says_and_shows_the_same_when_run_anew(kept: NotebookNode) 
         cell.outputs, cell.execution_count = [], None
     fresh = execute(emptied)
     assert_same(kept, fresh)
+    assert [texts(kept).count(f"with {kind}") for kind in ("text/html", "image/png")] == [4, 2]
     for notebook in (kept, fresh):
-        assert texts(notebook).count("with text/html") == 4
-        assert texts(notebook).count("with image/png") == 2
         assert_of_no_machine(notebook)
-
-
-def test_its_prose_agrees_with_its_figures(kept: NotebookNode) -> None:
-    """The gate takes from the sandals' logit far more than from the others'; outputs agree."""
-    said = "\n".join(texts(kept))
-    assert "max_abs_logit_diff=0.0" in said
-    drops = [
-        float(a) - float(b) for a, b in re.findall(r"right class ([\d.]+), now ([\d.]+)", said)
-    ]
-    assert len(drops) == 2
-    assert drops[1] > 5 * abs(drops[0])
-    ours, published = map(float, re.findall(r"mean separation error ([\d.]+)", said))
-    assert ours < published / 2
 
 
 @pytest.mark.parametrize(("old", "new"), [("0.1", "0.2"), ("mean", "median"), ("\n", "\n0.1")])
