@@ -16,16 +16,6 @@ import unbraid
 from pages import BROKEN, Run, sections, shots
 from unbraid.measuring.reference_images import reference_images
 from unbraid.reporting import channel as channel_module
-from unbraid.reporting.channel import (
-    N_POINTS,
-    by_class,
-    concept_views,
-    density,
-    first_images,
-    ridges,
-    scatter,
-    shared_grid,
-)
 from unbraid.reporting.words import significant
 
 # --- reference images -----------------------------------------------------------------------------
@@ -74,7 +64,7 @@ def test_rows_end_with_the_first_image_of_a_concept_that_is_missing(
 
 def test_first_images_have_ranks_among_all_images(run: Run) -> None:
     wanted = {part.channel: set(range(len(part.concepts))) for part in run.split.channels}
-    first = first_images(run.scan, run.split, wanted)
+    first = channel_module.first_images(run.scan, run.split, wanted)
     assert {channel: set(of_channel) for channel, of_channel in first.items()} == wanted
     for channel, of_channel in first.items():
         for k, first_of in of_channel.items():
@@ -114,10 +104,10 @@ def test_shared_grid_of_any_groups_ends_at_zero(n: int) -> None:
         sizes = rng.integers(1, 6, size=4)
         groups = [rng.normal(rng.normal(0, 9), rng.exponential(5), size) for size in sizes]
         groups.append(np.full(4, rng.normal()))  # a spike
-        grid = shared_grid(groups, n)
+        grid = channel_module.shared_grid(groups, n)
         assert len(grid) == n
         for values in groups:
-            heights = density(values, grid)
+            heights = channel_module.density(values, grid)
             assert heights.max() == 1
             assert max(heights[0], heights[-1]) < 0.004  # a fifth of a unit in the page's charts
 
@@ -127,26 +117,26 @@ def test_curves_and_points_are_those_of_all_images_by_concept_and_class(
 ) -> None:
     part, found = run.split.channels[0], run.found
     responses = run.evaluation.responses[part.channel]
-    views = concept_views(found, part.concepts)
+    views = channel_module.concept_views(found, part.concepts)
     columns = [z.double().numpy() for z in (responses.original, *responses.concepts.T)]
-    classes = by_class(found, views, responses)
+    classes = channel_module.by_class(found, views, responses)
     every = np.concatenate([one.images for one in classes])
     assert sorted(every.tolist()) == list(range(len(responses.label)))
     for one in classes:
         assert {found.name(label) for label in responses.label[one.images].tolist()} == {one.name}
         assert {views[k] for k in responses.concept[one.images].tolist()} == {one.concept}
-    data = ridges(classes, responses)
+    data = channel_module.ridges(classes, responses)
     assert len(data.classes) == len(classes)
     for one, heights in zip(data.classes, data.curves.heights, strict=True):
         for curve, z in zip(heights, columns, strict=True):
             expected = gaussian_kde(z[one.images])(data.curves.grid)
             np.testing.assert_allclose(curve, expected / expected.max(), atol=1e-12)
-    points = scatter(classes, responses).points
-    assert sum(map(len, points)) <= N_POINTS + len(classes)
+    points = channel_module.scatter(classes, responses).points
+    assert sum(map(len, points)) <= channel_module.N_POINTS + len(classes)
     for one, some in zip(classes, points, strict=True):
         own = responses.concepts.double()[one.images].tolist()
         assert all(point in own for point in some.tolist())
     monkeypatch.setattr(channel_module, "N_CLASSES", len(views))
     mixed = replace(responses, label=torch.arange(len(responses.label)) % 5)
-    few = ridges(by_class(found, views, mixed), mixed)
+    few = channel_module.ridges(channel_module.by_class(found, views, mixed), mixed)
     assert [one.concept for one in few.classes] == list(views)

@@ -24,17 +24,8 @@ from torchvision.transforms._presets import ImageClassification
 import unbraid
 from pages import BROKEN, Blobs, Run, assert_harmless, notes, read, sections, shots
 from unbraid.networks.models import imagenet_transform
-from unbraid.reporting.pictures import (
-    Sight,
-    Spot,
-    declared_sight,
-    encode,
-    find_where,
-    open_picture,
-    sight_of,
-    to_picture,
-    veil,
-)
+from unbraid.reporting import pictures
+from unbraid.reporting.pictures import Sight, Spot
 from unbraid.visualizing.features import Feature, Features
 
 
@@ -44,22 +35,22 @@ def image_in(uri: str) -> Image.Image:
 
 @pytest.mark.parametrize(("shape", "mode"), [((3, 9, 7), "RGB"), ((9, 7), "L"), ((5, 9, 7), "L")])
 def test_to_picture_of_any_shape_has_full_range(shape: tuple[int, ...], mode: str) -> None:
-    picture = to_picture(torch.randn(shape) * 100)
+    picture = pictures.to_picture(torch.randn(shape) * 100)
     assert (picture.size, picture.mode) == ((7, 9), mode)
     assert picture.convert("L").getextrema()[1] > 0
 
 
 def test_encode_keeps_tiny_pictures_and_veil_hides_what_does_not_count() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
-    tiny = encode(Image.fromarray(pixels), 96, 40)
-    large = encode(Image.new("RGB", (640, 480), (9, 0, 0)), 96, 75)
+    tiny = pictures.encode(Image.fromarray(pixels), 96, 40)
+    large = pictures.encode(Image.new("RGB", (640, 480), (9, 0, 0)), 96, 75)
     assert (tiny.small, large.small) == (True, False)
     assert np.array_equal(np.asarray(image_in(tiny.uri)), pixels)
     assert image_in(large.uri).size == (96, 72)
     shade = torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.0, 0.25]])
-    opacity = np.asarray(image_in(veil(shade)))[:, :, 1] / 255
+    opacity = np.asarray(image_in(pictures.veil(shade)))[:, :, 1] / 255
     np.testing.assert_allclose(opacity, 0.72 * (1 - shade.numpy()), atol=0.003)
-    assert len(veil(torch.rand(200, 300))) < 2500
+    assert len(pictures.veil(torch.rand(200, 300))) < 2500
 
 
 # --- which part of a picture a network sees -------------------------------------------------------
@@ -88,7 +79,7 @@ UNKNOWN = {
 @pytest.mark.parametrize("name", [*DECLARED, *UNKNOWN])
 @pytest.mark.parametrize("size", [(320, 200), (210, 300)])
 def test_declared_sight_is_what_the_transform_shows(name: str, size: tuple[int, int]) -> None:
-    sight = declared_sight((DECLARED | UNKNOWN)[name])
+    sight = pictures.declared_sight((DECLARED | UNKNOWN)[name])
     assert (sight is None) == (name in UNKNOWN)
     if sight is None:
         return
@@ -127,8 +118,8 @@ class Photographs(Dataset[tuple[Any, int]]):
 
 def test_pictures_are_from_before_the_transform_and_cut_as_it_says() -> None:
     made = Photographs(5)
-    assert open_picture(Subset(made, [3, 4]), 1).tobytes() == made.picture(4).tobytes()
-    assert open_picture(Subset(Blobs(20, 0), [3, 4]), 1).size == (8, 8)
+    assert pictures.open_picture(Subset(made, [3, 4]), 1).tobytes() == made.picture(4).tobytes()
+    assert pictures.open_picture(Subset(Blobs(20, 0), [3, 4]), 1).size == (8, 8)
     known = Sight(0.875, 0.875, 1.0)
     both = [Photographs(2, imagenet_transform()), Photographs(2, v2.Resize(9))]
     for dataset, sight in (
@@ -139,7 +130,7 @@ def test_pictures_are_from_before_the_transform_and_cut_as_it_says() -> None:
         (both[0], known),
         (ConcatDataset(both), None),
     ):
-        assert sight_of(dataset) == sight
+        assert pictures.sight_of(dataset) == sight
 
 
 # --- where a channel responds ---------------------------------------------------------------------
@@ -150,7 +141,7 @@ def test_find_where_is_the_layers_own_output_image_by_image(run: Run) -> None:
     rows = {(part.channel, k): row for part in parts for k, row in enumerate(part.rows)}
     rows |= {(part.channel, None): part.weight for part in parts}
     spots = {Spot(*key, index) for key in rows for index in (0, 17, 149)}
-    known = find_where(run.scan, parts, spots)
+    known = pictures.find_where(run.scan, parts, spots)
     assert set(known) == spots
     for spot, where in known.items():
         x = run.network[:2](run.images.x[[spot.image]]).detach().double()
@@ -160,8 +151,8 @@ def test_find_where_is_the_layers_own_output_image_by_image(run: Run) -> None:
         torch.testing.assert_close(where, expected, rtol=1e-4, atol=1e-5)
     first, second = (known[Spot(parts[0].channel, None, index)] for index in (17, 149))
     assert not torch.allclose(first, second, rtol=1e-2)
-    assert find_where(run.scan, parts, {Spot(parts[0].channel, None, BROKEN)}) == {}
-    assert find_where(run.train_scan, parts, spots) == {}  # without positions
+    assert pictures.find_where(run.scan, parts, {Spot(parts[0].channel, None, BROKEN)}) == {}
+    assert pictures.find_where(run.train_scan, parts, spots) == {}  # without positions
 
 
 def test_visualisations_stand_at_the_head_of_their_rows(
@@ -197,8 +188,10 @@ def test_veils_lie_over_their_pictures(
         for frame in row.all("span", "frame"):
             index = int(re.findall(r"\d+", frame.all("img")[0].attributes["alt"])[-1])
             spot = Spot(part.channel, k, index)
-            where = find_where(run.scan, [part], {spot})[spot]
-            assert [image.attributes["src"] for image in frame.all("img")[1:]] == [veil(where)]
+            where = pictures.find_where(run.scan, [part], {spot})[spot]
+            assert [image.attributes["src"] for image in frame.all("img")[1:]] == [
+                pictures.veil(where)
+            ]
     bare = unbraid.scan(run.network, "2", run.images, tmp_path / "bare", skip_broken=True)
     without = write(scan=bare)
     assert not read(without).all("img", "veil")
@@ -219,8 +212,8 @@ def test_a_hundred_channels_fit_and_veils_need_a_transform_that_says_how_it_cuts
     scan = unbraid.scan(network, "0", images, tmp_path / "scan", positions=True)
     found = unbraid.find(scan, channels={o: [[0, 1], [2, 3]] for o in range(100)})
     split = unbraid.split(scan, found, method="published", rho=0.5)
-    pictures = [bare.picture(o).convert("RGBA") for o in range(100)]
-    made = [Feature(o, k, 0, pictures[o], (0.0,) * 3) for o in range(100) for k in (None, 0, 1)]
+    drawn = [bare.picture(o).convert("RGBA") for o in range(100)]
+    made = [Feature(o, k, 0, drawn[o], (0.0,) * 3) for o in range(100) for k in (None, 0, 1)]
     rest: dict[str, Any] = {
         "evaluation": unbraid.evaluate(split, scan),
         "features": Features("0", "any", tuple(made)),
