@@ -182,7 +182,7 @@ def test_report_has_no_ratio_to_a_mean_not_told_from_zero(run: Run, write: Write
     for k, row in enumerate(sections(page)[channel].all("table")[0].all("tbody")[0].all("tr")):
         dashes = [zero[k], any(zero[:k] + zero[k + 1 :]), False, False, False]
         cells = row.all("td")[1:]
-        assert [cell.own_text == ABSENT for cell in cells] == dashes
+        assert [cell.text.startswith(ABSENT) for cell in cells] == dashes
         assert ["not told from 0" in cell.text for cell in cells] == dashes
 
 
