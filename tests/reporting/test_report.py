@@ -338,6 +338,12 @@ def test_report_says_what_is_missing(
     assert note not in notes(page)
 
 
+def unseen(run: Run) -> dict[str, Any]:
+    part = run.split.channels[0]
+    part = replace(part, concepts=(*part.concepts[:-1], (7,)))
+    return {"split": replace(run.split, channels=(part,)), "evaluation": None}
+
+
 def foreign(one: Any, **changes: str) -> Any:
     return replace(one, manifest=replace(one.manifest, **changes))
 
@@ -352,6 +358,7 @@ def foreign(one: Any, **changes: str) -> Any:
         ("data set", lambda run: {"dataset": Subset(run.images, range(3))}),
         ("`maps`", lambda run: {"maps": run.train_scan}),  # without positions
         ("`maps`", lambda run: {"maps": foreign(run.scan, data="x")}),
+        ("The scan has no image of 7", unseen),
         ("visualisations", lambda run: {"features": unbraid.Features("another", "any", ())}),
     ],
 )
