@@ -6,25 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-
-
-@dataclass
-class Log:
-    """What a page did that it should not do."""
-
-    said: list[str] = field(default_factory=list)  # on the console, or by an error
-    asked: list[str] = field(default_factory=list)  # of any network
-
-    @property
-    def silent(self) -> bool:
-        return not self.said and not self.asked
 
 
 @contextmanager
@@ -37,30 +24,25 @@ def launch() -> Iterator[Any]:
     # Chromium refuses its sandbox to root, as containers have it; the pages are our own.
     flags = ["--no-sandbox"] if os.geteuid() == 0 else []
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=flags)
-        try:
-            yield browser
-        finally:
-            browser.close()
+        yield playwright.chromium.launch(executable_path=path, args=flags)
 
 
-def load(context: Any, file: Path, anchor: str = "") -> tuple[Any, Log]:
-    """Open a file, and note whatever it says on the console or asks of a network."""
-    page, log = context.new_page(), Log()
-    page.on("console", lambda message: log.said.append(message.text))
-    page.on("pageerror", lambda error: log.said.append(str(error)))
+def load(context: Any, file: Path, anchor: str = "") -> tuple[Any, list[str], list[str]]:
+    """Open a file, and note what it says on the console or asks of a network: it should not."""
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
 
     def watch(route: Any) -> None:
-        url = route.request.url
-        if url.startswith(file.as_uri()):
+        if route.request.url.startswith(file.as_uri()):
             route.continue_()
         else:
-            log.asked.append(url)
+            asked.append(route.request.url)
             route.abort()
 
     page.route("**/*", watch)
     page.goto(file.as_uri() + anchor)
-    return page, log
+    return page, said, asked
 
 
 def lay_out(page: Any) -> None:

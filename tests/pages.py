@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -65,23 +66,21 @@ class Run:
     evaluation: Evaluation
 
     def report(self, path: Path, **changed: Any) -> str:
-        arguments = {
-            "scan": self.scan,
-            "found": self.found,
-            "split": self.split,
-            "evaluation": self.evaluation,
-            "train_scan": self.train_scan,
-            "dataset": self.images,
-        }
-        return unbraid.report(path, **{**arguments, **changed}).read_text(encoding="utf-8")
+        names = ("scan", "found", "split", "evaluation", "train_scan")
+        arguments = {name: getattr(self, name) for name in names} | {"dataset": self.images}
+        return unbraid.report(path, **(arguments | changed)).read_text(encoding="utf-8")
+
+
+def make_network() -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1)),
+        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+    )
 
 
 def make_run(folder: Path) -> Run:
     torch.manual_seed(0)
-    network = nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1)),
-        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
-    )
+    network = make_network()
     train, val = Blobs(160, 0), Blobs(150, 1)
     optimizer = torch.optim.Adam(network.parameters(), 2e-2)
     for _ in range(40):
@@ -104,26 +103,19 @@ def make_run(folder: Path) -> Run:
     return Run(network, val, train_scan, scan, found, split, evaluation)
 
 
-# --- reports that are hard to show ----------------------------------------------------------------
-
-
 def hostile(run: Run, path: Path) -> None:
-    """Write one with a channel that is only listed, without figures, and an endless name."""
+    """Write a report with a channel that is only listed, without figures, and an endless name."""
     nowhere = Pair(77, 0, 1, math.nan, 0.9, 0.9, math.nan, math.nan, math.nan, math.nan)
-    found = replace(
-        run.found,
-        concepts={**run.found.concepts, 77: ((0,), (1,))},
-        pairs=(*run.found.pairs, nowhere),
-        class_names=(*run.found.class_names[:3], LONG),
-    )
-    run.report(path, found=found)
+    concepts = {**run.found.concepts, 77: ((0,), (1,))}
+    found = replace(run.found, concepts=concepts, pairs=(*run.found.pairs, nowhere))
+    run.report(path, found=replace(found, class_names=(*run.found.class_names[:3], LONG)))
 
 
 def crowded(run: Run, path: Path) -> None:
     """Write one with three and four concepts a channel, long names and a map of thresholds."""
-    train_scan, scan = (
-        replace(s, manifest=replace(s.manifest, class_names=LONG_NAMES))
-        for s in (run.train_scan, run.scan)
+    scan, train_scan = (
+        replace(one, manifest=replace(one.manifest, class_names=LONG_NAMES))
+        for one in (run.scan, run.train_scan)
     )
     found = unbraid.find(train_scan, channels=CONCEPTS)
     split = unbraid.split(train_scan, found, method="published", rho=0.7)
@@ -131,9 +123,6 @@ def crowded(run: Run, path: Path) -> None:
     changed = {"scan": scan, "train_scan": train_scan, "found": found, "split": split}
     evaluation = unbraid.evaluate(split, scan)
     run.report(path, evaluation=evaluation, sensitivity=sensitivity, **changed)
-
-
-# --- reading a page -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -154,53 +143,42 @@ class Element:
 
     def rows(self, tag: str = "td") -> list[list[str]]:
         """The texts of a table's cells."""
-        body = self.all("tbody")[0].all("tr")
-        return [[cell.text for cell in row.all(tag)] for row in body]
+        return [[cell.text for cell in row.all(tag)] for row in self.all("tbody")[0].all("tr")]
 
     @property
     def text(self) -> str:
         parts = (child if isinstance(child, str) else child.text for child in self.children)
         return re.sub(r"\s+", " ", "".join(parts)).strip()
 
-    @property
-    def own_text(self) -> str:
-        """What a cell says itself, without the interval below."""
-        return "".join(child for child in self.children if isinstance(child, str)).strip()
-
 
 class _Reader(HTMLParser):
-    VOID = ("meta", "img", "link", "br", "base", "input", "path", "rect")
-
     def __init__(self) -> None:
         super().__init__()
         self.open = [Element("root")]
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        element = Element(tag, {key: value or "" for key, value in attrs})
-        self.open[-1].children.append(element)
-        # In SVG what closes itself has no content, in HTML it is the tag that decides.
-        closes_itself = (self.get_starttag_text() or "").endswith("/>")
-        if tag not in self.VOID or (tag in ("path", "rect") and not closes_itself):
-            self.open.append(element)
-
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
+        self.open[-1].children.append(Element(tag, {key: value or "" for key, value in attrs}))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in ("meta", "img", "link", "input"):  # these have no end
+            self.open.append(self.open[-1].children[-1])
 
     def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID or self.open[-1].tag == tag:
-            assert self.open[-1].tag == tag, f"</{tag}> closes <{self.open[-1].tag}>"
-            self.open.pop()
+        last = self.open.pop().tag
+        assert last == tag, f"</{tag}> closes <{last}>"
 
     def handle_data(self, data: str) -> None:
         self.open[-1].children.append(data)
 
 
+@cache
 def read(text: str) -> Element:
     reader = _Reader()
     reader.feed(text)
     reader.close()
-    assert len(reader.open) == 1, f"<{reader.open[-1].tag}> is not closed"
-    return reader.open[0]
+    (root,) = reader.open
+    return root
 
 
 def sections(text: str) -> dict[int, Element]:
@@ -221,27 +199,19 @@ def shots(row: Element) -> list[Element]:
 def assert_harmless(text: str) -> None:
     """Nothing runs but the page's own script, and nothing comes from anywhere else."""
     root = read(text)
-    (policy,) = (
-        e.attributes["content"]
-        for e in root.all("meta")
-        if e.attributes.get("http-equiv") == "Content-Security-Policy"
-    )
+    (policy,) = (e.attributes["content"] for e in root.all("meta") if "http-equiv" in e.attributes)
     assert "default-src 'none'" in policy
     for kind in ("script", "style"):
         (element,) = root.all(kind)
         assert element.attributes == {}
         digest = hashlib.sha256("".join(map(str, element.children)).encode()).digest()
         assert f"{kind}-src 'sha256-{base64.b64encode(digest).decode()}';" in policy
+    assert not re.search(r"url\(|@import", root.all("style")[0].text)
+    foreign = "link iframe object embed base form audio video use image foreignobject animate set"
     for element in root.walk():
-        assert element.tag not in (
-            *("link", "iframe", "object", "embed", "base", "form", "audio", "video"),
-            *("use", "image", "foreignobject", "animate", "set"),
-        ), element.tag
-        if element.tag == "style":
-            assert not re.search(r"url\(|@import", element.text)
+        assert element.tag not in foreign.split()
         for key, value in element.attributes.items():
-            assert not key.startswith("on"), key
-            assert key not in ("style", "srcset", "action", "background", "poster"), key
+            assert not re.match("on|style$|srcset$|action$|background$|poster$", key), key
             if key == "src":
                 picture = r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]+"
                 assert re.fullmatch(picture, value), value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -13,25 +12,14 @@ import torch
 
 from pages import Element, Run, read, sections
 from unbraid.measuring.results import Responses
-from unbraid.reporting.channel import (
-    Scatter,
-    by_class,
-    concept_views,
-    densities,
-    ridges,
-    scatter,
-)
-from unbraid.reporting.charts import (
-    draw_densities,
-    draw_ridges,
-    draw_scatter,
-)
+from unbraid.reporting.channel import Scatter, by_class, concept_views, densities, ridges, scatter
+from unbraid.reporting.charts import draw_densities, draw_ridges, draw_scatter
 from unbraid.reporting.words import isolate, significant
 
 
 def points_of(line: str) -> list[tuple[float, float]]:
     """The points of a line, or of single dots."""
-    figures = [float(v) for v in re.findall(r"-?\d+\.?\d*", line)]
+    figures = [float(v) for v in re.findall(r"-?\d+\.?\d*", line.replace("h0", " "))]
     return list(zip(figures[::2], figures[1::2], strict=True))
 
 
@@ -44,32 +32,11 @@ def test_any_responses_can_be_drawn(values: list[float], run: Run) -> None:
     classes = by_class(run.found, views, responses)
     curves = draw_densities(densities(responses), views, 7)
     assert len(read(curves).all("path", "curve")) == 20
-    for drawn in (
-        curves,
-        draw_scatter(scatter(classes, responses), views, 7),
-        draw_ridges(ridges(classes, responses), views, 7),
-    ):
+    points = draw_scatter(scatter(classes, responses), views, 7)
+    rows = draw_ridges(ridges(classes, responses), views, 7)
+    for drawn in (curves, points, rows):
         read(drawn)
         assert not re.search(r"\b(nan|inf)\b", drawn)
-
-
-def test_draw_densities_and_ridges_follow_their_curves(run: Run) -> None:
-    part = run.split.channels[0]
-    responses, views = (
-        run.evaluation.responses[part.channel],
-        concept_views(run.found, part.concepts),
-    )
-    curves = densities(responses)
-    drawn = read(draw_densities(curves, views, 7)).all("path", "curve")
-    assert len(drawn) == curves.heights.shape[0] * curves.heights.shape[1]
-    for element in drawn:
-        ys = [y for _, y in points_of(element.attributes["d"])]
-        assert max(ys) - min(ys) == pytest.approx(46, abs=0.11)
-        assert len(ys) <= len(curves.grid) + 2
-    data = ridges(by_class(run.found, views, responses), responses)
-    chart = read(draw_ridges(data, views, 7))
-    assert len(chart.all("path", "outline")) == len(data.classes)
-    assert len(chart.all("path", "curve")) == len(data.classes) * len(views)
 
 
 def assert_scatter(drawn: Element, data: Scatter) -> None:
@@ -78,10 +45,9 @@ def assert_scatter(drawn: Element, data: Scatter) -> None:
     all_axes = list(combinations(range(data.points[0].shape[1]), 2))
     assert len(clouds) == len(all_axes) * n
     for a, axes in enumerate(all_axes):
-        paths = [one.attributes["d"].replace("h0", " ") for one in clouds[a * n : (a + 1) * n]]
-        for points, path_ in zip(data.points, paths, strict=True):
-            assert len(points_of(path_)) == len(points)
-        x, y = np.array([point for one in paths for point in points_of(one)]).T
+        spots = [points_of(one.attributes["d"]) for one in clouds[a * n : (a + 1) * n]]
+        assert list(map(len, spots)) == list(map(len, data.points))
+        x, y = np.concatenate(spots).T
         z1, z2 = np.concatenate(data.points)[:, axes].T
         (slope, offset), (slope2, offset2) = np.polyfit(z1, x, 1), np.polyfit(z2, y, 1)
         assert slope > 0
@@ -90,42 +56,36 @@ def assert_scatter(drawn: Element, data: Scatter) -> None:
         assert np.abs(slope2 * z2 + offset2 - y).max() < 0.11
 
 
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda points: points[::-1],
-        lambda points: [p[:, ::-1] for p in points],
-        lambda points: [p * [1, 1.1, 1, 1][: p.shape[1]] for p in points],
-    ],
-)
-def test_draw_scatter_places_points_where_responses_are(
-    run: Run, harm: Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
-) -> None:
+def test_charts_follow_their_data(run: Run) -> None:
     part = run.split.channels[0]
-    responses, views = (
-        run.evaluation.responses[part.channel],
-        concept_views(run.found, part.concepts),
-    )
-    data = scatter(by_class(run.found, views, responses), responses)
-    drawn = read(draw_scatter(data, views, 7))
-    assert_scatter(drawn, data)
-    with pytest.raises((AssertionError, ValueError)):
-        assert_scatter(drawn, data._replace(points=harm(data.points)))
-
-
-def test_axes_have_units(page: str) -> None:
-    for section in sections(page).values():
-        charts = section.all("svg", "chart")
-        assert len(charts) >= 4
-        for chart in charts:
-            labels = " ".join(text.text for text in chart.all("text", "label"))
-            assert "summed pre-activation" in labels
-        for plot in section.all("div", "plots")[0].all("svg", "chart"):
-            labels = " ".join(text.text for text in plot.all("text", "label"))
-            assert labels.count("summed pre-activation") == 2
+    responses = run.evaluation.responses[part.channel]
+    views = concept_views(run.found, part.concepts)
+    classes = by_class(run.found, views, responses)
+    curves, rows = densities(responses), ridges(classes, responses)
+    drawn = read(draw_densities(curves, views, 7)).all("path", "curve")
+    assert len(drawn) == curves.heights[..., 0].size
+    for element in drawn:
+        ys = [y for _, y in points_of(element.attributes["d"])]
+        assert max(ys) - min(ys) == pytest.approx(46, abs=0.11)
+        assert len(ys) <= len(curves.grid) + 2
+    chart = read(draw_ridges(rows, views, 7))
+    assert len(chart.all("path", "outline")) == len(rows.classes)
+    assert len(chart.all("path", "curve")) == len(rows.classes) * len(views)
+    data = scatter(classes, responses)
+    dots = read(draw_scatter(data, views, 7))
+    assert_scatter(dots, data)
+    turned = [points[:, ::-1] for points in data.points]
+    stretched = [points * [1, 1.1, 1, 1][: points.shape[1]] for points in data.points]
+    for wrong in (data.points[::-1], turned, stretched):
+        with pytest.raises((AssertionError, ValueError)):
+            assert_scatter(dots, data._replace(points=wrong))
 
 
 # --- alternative texts ----------------------------------------------------------------------------
+
+
+def in_words(values: list[torch.Tensor]) -> str:
+    return " and ".join(significant(float(value)) for value in values)
 
 
 def assert_spoken(page: str, run: Run) -> None:
@@ -138,25 +98,27 @@ def assert_spoken(page: str, run: Run) -> None:
                 heading = figure.all("h3")[0].text
                 told[heading] = told.get(heading, "") + chart.attributes["aria-label"]
         assert len(told) == 4
-        responses = run.evaluation.responses[part.channel]
-        columns = [z.double() for z in (responses.original, *responses.concepts.T)]
+        names = [run.found.name(label) for concept in part.concepts for label in concept]
         for words in told.values():
             assert re.match(rf"Channel {part.channel}[:,]", words)
-        for label in (label for concept in part.concepts for label in concept):
-            name = isolate(run.found.name(label)[:40])
-            assert sum(name in words for words in told.values()) == 4
-        for column in columns:
-            means = [column[responses.concept == k].mean() for k in range(len(part.concepts))]
-            numbers = " and ".join(significant(float(mean)) for mean in means)
-            assert numbers in told["How it answers to each concept"]
+            assert all(isolate(name[:40]) in words for name in names)
+        responses = run.evaluation.responses[part.channel]
+        columns = [z.double() for z in (responses.original, *responses.concepts.T)]
+        for z in columns:
+            means = [z[responses.concept == k].mean() for k in range(len(part.concepts))]
+            assert in_words(means) in told["How it answers to each concept"]
         for label in set(responses.label.tolist()):
-            means = [column[responses.label == label].mean() for column in columns]
-            numbers = " and ".join(significant(float(mean)) for mean in means)
-            assert numbers in told["Class by class"]
-        for k, concept in enumerate(part.concepts):
+            means = [z[responses.label == label].mean() for z in columns]
+            assert in_words(means) in told["Class by class"]
+        titles = {title.text for title in sections(page)[part.channel].all("title")}
+        for name, row, concept in zip("ABCD", part.rows, part.concepts, strict=False):
             pooled = records.pooled[np.isin(records.label.numpy(), concept), 0].double()
-            rows = (part.weight, part.rows[k])
-            full, kept = ((pooled * row).mean(0).view(8, 9).sum(1) for row in rows)
+            full, kept = ((pooled * r).mean(0).view(8, 9).sum(1) for r in (part.weight, row))
+            assert titles >= {
+                f"input channel {i}, concept {name}: {significant(float(full[i]))} in the original "
+                f"channel, {significant(float(kept[i]))} in concept channel {name}"
+                for i in range(8)
+            }
             first = int(full.abs().argmax())
             assert (
                 f"{first} with {significant(float(full[first]), 2)}, of which "
@@ -169,11 +131,10 @@ def test_charts_say_what_they_show(page: str, run: Run) -> None:
     labels = [svg.attributes["aria-label"] for svg in read(page).all("svg", "chart")]
     assert len(set(labels)) == len(labels)
     first, second = (part.channel for part in run.split.channels[:2])
-    swapped = page.replace(f"Channel {first}: densities", f"Channel {second}: densities")
-    with pytest.raises(AssertionError):
-        assert_spoken(swapped, run)
     known = run.evaluation.responses[first]
-    shifted = {first: replace(known, concepts=known.concepts + 100)}
-    everything = {**run.evaluation.responses, **shifted}
-    with pytest.raises(AssertionError):
-        assert_spoken(page, replace(run, evaluation=replace(run.evaluation, responses=everything)))
+    shifted = {**run.evaluation.responses, first: replace(known, concepts=known.concepts + 100)}
+    wrong = replace(run, evaluation=replace(run.evaluation, responses=shifted))
+    swapped = page.replace(f"Channel {first}: densities", f"Channel {second}: densities")
+    for text, other in ((page, wrong), (swapped, run)):
+        with pytest.raises(AssertionError):
+            assert_spoken(text, other)

@@ -2,127 +2,110 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import itertools
-import json
 import math
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pytest
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
 import unbraid
 from oracle import channel_input_relevance, channel_map, layer_io
-from unbraid import Features, Scan, Split, UnbraidError, cli
-from unbraid.base.errors import DataError, RunError, UsageError
-from unbraid.images.listing import ListedImages, list_folder
+from pages import Blobs, make_network
+from unbraid import Features, Scan, Split, UnbraidError
+from unbraid.base.errors import UsageError
 from unbraid.measuring.reference_images import ALIKE, reference_images
-from unbraid.reporting import figures
-from unbraid.reporting.paper import COLOURS
-from unbraid.running.run import Run as RunFolder
+from unbraid.reporting import matplotlib_style
+from unbraid.reporting.matplotlib_style import COLOURS
 from unbraid.visualizing.features import Feature
 
-NAMES = ("$x_1$", "<b>&", "\u202edrawkcab\n", "w" * 5000)
 CONCEPTS = {4: [[0], [1, 2]], 1: [[0, 1], [2], [3]]}
 LETTERS = "ABC"
 
-# --- a small real run -----------------------------------------------------------------------------
+
+class Images(Blobs):
+    """Their pictures are wider than high, and tell their index."""
+
+    classes = ("$x_1$", "<b>&", "\u202edrawkcab\n", "w" * 5000)
+
+    def __init__(self, gone: tuple[int, ...]) -> None:
+        super().__init__(52, 1)
+        self.x, self.gone = self.x.double(), gone
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.x[index], self.targets[index]
+
+    def picture(self, index: int) -> Image.Image:
+        if index in self.gone:
+            raise OSError("gone")
+        values = np.arange(99, dtype=np.uint8)[:, None] + index
+        return Image.fromarray(values.repeat(3, 1).reshape(9, 11, 3))
 
 
 @dataclass
 class Run:
-    folder: Path  # as `unbraid run` leaves it
-    network: nn.Sequential
-    images: ListedImages
+    layer: nn.Module
+    images: Images
     scan: Scan
     split: Split
+    inputs: list[tuple[Tensor, int]]  # of the layer, image by image, with labels
 
     def values(self, channel: int) -> list[list[list[float]]]:
         """Pooled pre-activations by row and concept, one image and one position at a time."""
         part = self.split[channel]
-        layer = self.network[2]
-        rows = [part.weight, *(mask * part.weight for mask in part.masks)]
-        out: list[list[list[float]]] = [[[] for _ in part.concepts] for _ in rows]
-        for image, label in self.images:  # type: ignore[attr-defined]
-            for k, classes in enumerate(part.concepts):
-                if label in classes:
-                    x, _, _ = layer_io(self.network, "2", image)
-                    for r, row in enumerate(rows):
-                        z = channel_map(layer, channel, row, x).tolist()
-                        out[r][k].append(math.fsum(z))
-        return out
 
-    def relevances(self, channel: int) -> list[tuple[list[float], list[float]]]:
+        def value(row: Tensor, x: Tensor) -> float:
+            return math.fsum(channel_map(self.layer, channel, row, x).tolist())
+
+        return [
+            [[value(row, x) for x, label in self.inputs if label in own] for own in part.concepts]
+            for row in (part.weight, *(mask * part.weight for mask in part.masks))
+        ]
+
+    def relevances(self, channel: int) -> list[list[list[float]]]:
         """Per concept, each input's mean relevance for the original and the concept channel."""
         part, found = self.split[channel], []
-        for k, classes in enumerate(part.concepts):
-            changed = copy.deepcopy(self.network[2])
-            with torch.no_grad():
-                changed.weight[channel] = part.rows[k].view_as(changed.weight[channel])
-            sums, n_images = [[0.0] * 8, [0.0] * 8], 0
-            for image, label in self.images:  # type: ignore[attr-defined]
-                if label not in classes:
-                    continue
-                n_images += 1
-                x, _, _ = layer_io(self.network, "2", image)
-                for total, layer in zip(sums, (self.network[2], changed), strict=True):
-                    for i, value in enumerate(channel_input_relevance(layer, x)[channel].tolist()):
-                        total[i] += value
-            original, kept = ([value / n_images for value in total] for total in sums)
-            found.append((original, kept))
+        for own, row in zip(part.concepts, part.rows, strict=True):
+            changed = nn.Conv2d(8, 6, 3, stride=2, padding=1).double()
+            changed.weight.data[channel] = row.view_as(changed.weight[channel])
+            inputs = [x for x, label in self.inputs if label in own]
+            means = [
+                sum(channel_input_relevance(layer, x)[channel] for x in inputs) / len(inputs)
+                for layer in (self.layer, changed)
+            ]
+            found.append([mean.tolist() for mean in means])
         return found
-
-
-def to_tensor(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).double() / 255
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("run")
-    chance = np.random.default_rng(0)
-    for label in range(4):
-        (folder / f"data/val/{label}").mkdir(parents=True)
-        base = chance.integers(0, 180, (9, 11, 3))
-        for n in range(13):
-            pixels = (base + chance.integers(0, 75, base.shape)).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"data/val/{label}/{n:02}.png")
-    network = nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1)),
-        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
-    ).double()
-    images = ListedImages(list_folder(folder / "data/val"), to_tensor, class_names=NAMES)
-    scan = unbraid.scan(network, "2", images, folder / "scan-val", min_share=1e-6)
-    found = unbraid.find(scan, tau=1e-5, channels=CONCEPTS)
-    split = unbraid.split(scan, found)
-    split.save(folder / "split.safetensors")
-    source = {"data": str(folder / "data"), "class_folders": True}
-    settings = {"title": "x", "thresholds": {}, "source": source}
-    (folder / "settings.json").write_text(json.dumps(settings))
-    return Run(folder, network, images, scan, split)
-
-
-def some_features(split: Split, channel: int) -> Features:
-    made = [
-        Feature(channel, k, 0, Image.new("RGBA", (10, 10), (40 * n, 9, 90, 255)), ())
-        for n, k in enumerate([None, *range(len(split[channel].concepts))])
+    network, images = make_network().double(), Images(gone=())
+    scan = unbraid.scan(network, "2", images, tmp_path_factory.mktemp("run"), min_share=1e-6)
+    split = unbraid.split(scan, unbraid.find(scan, tau=1e-5, channels=CONCEPTS))
+    inputs = [
+        (layer_io(network, "2", x)[0], label) for x, label in map(images.__getitem__, range(52))
     ]
-    return Features(split.layer.name, "", tuple(made))
+    return Run(network[2], images, scan, split, inputs)
+
+
+def draw(run: Run, kind: str, channel: int = 4, **options: Any) -> Figure:
+    function = getattr(unbraid, f"{kind}_figure")
+    return function(run.split, run.scan, channel, **options)
 
 
 # --- reading a figure -----------------------------------------------------------------------------
@@ -130,137 +113,112 @@ def some_features(split: Split, channel: int) -> Features:
 
 def panels(figure: Figure) -> list[Axes]:
     """The axes with densities, from above."""
-    return [a for a in figure.axes if any(n.startswith("density") for n in lines(a))]
-
-
-def lines(axes: Axes) -> dict[str, tuple[np.ndarray, np.ndarray, str]]:
-    return {
-        str(line.get_label()): (line.get_xdata(), line.get_ydata(), str(line.get_color()))
-        for line in axes.get_lines()
-    }
+    return [a for a in figure.axes if any("density" in str(x.get_label()) for x in a.lines)]
 
 
 def tiles(figure: Figure) -> list[list[Axes]]:
     """The axes with pictures, row by row from above, from the left."""
-    found = [a for a in figure.axes if a not in panels(figure)]
-
-    def height(axes: Axes) -> float:
-        return -round(axes.get_position().y0, 6)
-
-    found.sort(key=lambda a: (height(a), a.get_position().x0))
-    return [list(row) for _, row in itertools.groupby(found, height)]
-
-
-def words_of(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.texts]
+    places = [
+        (-round(a.get_position().y0, 6), a.get_position().x0, a)
+        for a in figure.axes
+        if a not in panels(figure)
+    ]
+    rows = itertools.groupby(sorted(places), lambda place: place[0])
+    return [[axes for _, _, axes in row] for _, row in rows]
 
 
-def kernel_density(values: Sequence[float], grid: Sequence[float]) -> list[float]:
+def kernel_density(values: list[float], grid: list[float]) -> np.ndarray:
     """Gaussian kernels of Scott's width, or of a step of the grid if that is more; peak 1."""
-    n = len(values)
-    mean = math.fsum(values) / n
+    n, mean = len(values), math.fsum(values) / len(values)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
     width = max(spread * n**-0.2, grid[1] - grid[0])
-    heights = [
-        math.fsum(math.exp(-(((place - v) / width) ** 2) / 2) for v in values) for place in grid
-    ]
-    return [height / max(heights) for height in heights]
+    heights = np.array(
+        [math.fsum(math.exp(-(((x - v) / width) ** 2) / 2) for v in values) for x in grid]
+    )
+    return heights / heights.max()
 
 
 def assert_densities(figure: Figure, values: list[list[list[float]]]) -> None:
     """Each panel holds each concept's density and mean, and nothing else, on one grid."""
-    shown = panels(figure)
-    assert len(shown) == len(values)
     everything = [v for row in values for concept in row for v in concept]
-    for axes, row in zip(shown, values, strict=True):
-        drawn = lines(axes)
+    for axes, row in zip(panels(figure), values, strict=True):
+        drawn = {str(line.get_label()): line for line in axes.lines}
         drawn.pop("zero", None)
-        letters = LETTERS[: len(row)]
-        assert set(drawn) == {f"{what} {name}" for what in ("density", "mean") for name in letters}
-        assert axes.get_xlim() == shown[0].get_xlim()
         low, high = axes.get_xlim()
-        assert low <= min(everything)
-        assert high >= max(everything)
-        for k, concept in enumerate(row):
-            x, heights, colour = drawn[f"density {LETTERS[k]}"]
-            expected = np.array(kernel_density(concept, x.tolist()))
+        assert (low, high) == panels(figure)[0].get_xlim()
+        assert low <= min(everything) < max(everything) <= high
+        for name, colour, concept in zip(LETTERS, COLOURS, row, strict=False):
+            density, mean = drawn.pop(f"density {name}"), drawn.pop(f"mean {name}")
+            x = np.asarray(density.get_xdata())
+            expected = kernel_density(concept, x.tolist())
             expected[expected <= 0.004] = np.nan
-            np.testing.assert_allclose(heights, expected, rtol=1e-6, atol=1e-9)
-            assert colour == COLOURS[k]
-            (mean,), _, colour = drawn[f"mean {LETTERS[k]}"]
-            assert mean == pytest.approx(math.fsum(concept) / len(concept), rel=1e-9)
-            assert colour == COLOURS[k]
+            np.testing.assert_allclose(density.get_ydata(), expected, rtol=1e-6, atol=1e-9)
+            assert mean.get_xdata() == pytest.approx([math.fsum(concept) / len(concept)], rel=1e-9)
+            assert density.get_color() == mean.get_color() == colour
+        assert not drawn
 
 
-def assert_sources(figure: Figure, truth: list[tuple[list[float], list[float]]], n: int) -> None:
+def assert_sources(figure: Figure, truth: list[list[list[float]]], n: int = 5) -> None:
     """One panel per concept, its bars the relevances of the strongest inputs, taken in turns."""
     orders = [sorted(range(8), key=lambda i: -abs(original[i])) for original, _ in truth]
-    turns = [order[place] for place in range(8) for order in orders]
-    chosen = [i for place, i in enumerate(turns) if i not in turns[:place]][:n]
-    inputs = [int(words) for words in words_of(figure) if words.isdigit()]
-    assert sorted(inputs) == sorted(chosen)
-    assert len(figure.axes) == len(truth)
+    turns = dict.fromkeys(order[place] for place in range(8) for order in orders)
+    said = [text.get_text() for text in figure.texts]
+    inputs = [int(words) for words in said if words.isdigit()]
+    assert sorted(inputs) == sorted(list(turns)[:n])
     for axes, relevances, name in zip(figure.axes, truth, LETTERS[: len(truth)], strict=True):
-        assert name in words_of(figure)
+        assert name in said
         for bars, values in zip(axes.containers, relevances, strict=True):
             assert [bar.get_width() for bar in bars] == pytest.approx([values[i] for i in inputs])
             low, high = axes.get_xlim()
             assert all(low <= values[i] <= high for i in inputs)
 
 
-def assert_tiles(figure: Figure, run: Run, channel: int, n: int, skip: int = 0) -> None:
+def assert_tiles(figure: Figure, run: Run, channel: int, n: int = 3, skip: int = 0) -> None:
     """Each row holds the middle of its reference images, framed by what they belong to."""
     top = reference_images(run.scan, run.split, n=n, alike=ALIKE)[channel]
-    rows = tiles(figure)
-    assert len(rows) == 1 + len(top.concepts)
-    for row, images in zip(rows, (top.original, *top.concepts), strict=True):
-        assert len(row) == skip + len(images.index)
-        for axes, index, concept in zip(
-            row[skip:], images.index.tolist(), images.concept.tolist(), strict=True
-        ):
-            assert (pixels_of(axes) == middle(run, index)).all()
+    for row, images in zip(tiles(figure), (top.original, *top.concepts), strict=True):
+        pairs = zip(images.index.tolist(), images.concept.tolist(), strict=True)
+        for axes, (index, concept) in zip(row[skip:], pairs, strict=True):
+            (image,) = axes.images
+            assert (image.get_array() == np.asarray(run.images.picture(index))[:, 1:10]).all()
             frame = mpl.colors.to_hex(axes.spines["left"].get_edgecolor())
             assert frame == (COLOURS[concept] if concept >= 0 else "#e2e0db")
             assert [text.get_text() for text in axes.texts] == [*LETTERS[concept : concept + 1]]
 
 
-def middle(run: Run, index: int) -> np.ndarray:
-    """The middle of an image of 9 by 11 pixels, as a square."""
-    return np.asarray(run.images.picture(index))[:, 1:10]
-
-
-def pixels_of(axes: Axes) -> np.ndarray:
-    (image,) = axes.get_images()
-    return np.asarray(image.get_array())
-
-
 # --- what figures show ----------------------------------------------------------------------------
 
 
-def assert_all(run: Run, channel: int, spoil: Callable[[str, Figure], None] | None = None) -> None:
-    """Densities, bars and pictures of a channel are those of its images."""
-    spoil = spoil or (lambda kind, figure: None)
-    values, images = run.values(channel), run.images
-    density = unbraid.density_figure(run.split, run.scan, channel)
-    teaser = unbraid.teaser_figure(run.split, run.scan, channel, dataset=images, n=3)
-    sources = unbraid.source_figure(run.split, run.scan, channel, n=5)
-    for kind, figure in (("density", density), ("teaser", teaser), ("sources", sources)):
-        spoil(kind, figure)
-    assert_densities(density, values)
-    assert_densities(teaser, values)
-    assert_tiles(teaser, run, channel, 3)
-    assert_sources(sources, run.relevances(channel), 5)
+def assert_true(run: Run, kind: str, channel: int, spoil: Any = lambda figure: None) -> None:
+    """A figure's densities, bars and pictures are those of the images."""
+    options = {"teaser": {"dataset": run.images, "n": 3}, "source": {"n": 5}}.get(kind, {})
+    figure = draw(run, kind, channel, **options)
+    spoil(figure)
+    if kind == "source":
+        assert_sources(figure, run.relevances(channel))
+    else:
+        assert_densities(figure, run.values(channel))
+    if kind == "teaser":
+        assert_tiles(figure, run, channel)
 
 
 @pytest.mark.parametrize("channel", CONCEPTS)
-def test_figures_show_what_the_images_say(run: Run, channel: int) -> None:
-    assert_all(run, channel)
-    assert_densities(unbraid.teaser_figure(run.split, run.scan, channel), run.values(channel))
+@pytest.mark.parametrize("kind", ["teaser", "density", "source"])
+def test_figures_show_what_the_images_say(run: Run, kind: str, channel: int) -> None:
+    assert_true(run, kind, channel)
 
 
 def _shift(axes: Axes, label: str) -> None:
-    line = next(line for line in axes.get_lines() if line.get_label() == label)
+    line = next(line for line in axes.lines if line.get_label() == label)
     line.set_xdata(np.asarray(line.get_xdata()) + 0.01)
+
+
+def _first_input(figure: Figure) -> Text:
+    return next(text for text in figure.texts if text.get_text().isdigit())
+
+
+def _first_mark(figure: Figure) -> Text:
+    return next(axes.texts[0] for axes in figure.axes if axes.images and axes.texts)
 
 
 @pytest.mark.parametrize(
@@ -270,239 +228,126 @@ def _shift(axes: Axes, label: str) -> None:
         ("density", lambda figure: _shift(panels(figure)[2], "density B")),
         ("density", lambda figure: panels(figure)[0].remove()),
         ("density", lambda figure: panels(figure)[1].set_xlim(0, 1)),
-        ("density", lambda figure: panels(figure)[0].get_lines()[-1].set_color("#000000")),
-        ("sources", lambda figure: figure.axes[0].patches[2].set_width(9.0)),
-        ("sources", lambda figure: figure.axes[1].patches[9].set_width(9.0)),
-        ("sources", lambda figure: figure.axes[1].remove()),
-        (
-            "sources",
-            lambda figure: next(t for t in figure.texts if t.get_text().isdigit()).set_text("77"),
-        ),
-        (
-            "teaser",
-            lambda figure: tiles(figure)[1][0].get_images()[0].set_data(np.zeros((9, 9, 3))),
-        ),
+        ("density", lambda figure: panels(figure)[0].lines[-1].set_color("#000000")),
+        ("source", lambda figure: figure.axes[0].patches[2].set_width(9.0)),
+        ("source", lambda figure: figure.axes[1].patches[9].set_width(9.0)),
+        ("source", lambda figure: _first_input(figure).set_text("77")),
+        ("teaser", lambda figure: tiles(figure)[1][0].images[0].set_data(np.zeros((9, 9, 3)))),
         ("teaser", lambda figure: tiles(figure)[1][0].spines["left"].set_color("#123456")),
-        ("teaser", lambda figure: tiles(figure)[1][0].texts[0].set_text("D")),
-        ("teaser", lambda figure: tiles(figure)[1][0].texts[0].remove()),
+        ("teaser", lambda figure: _first_mark(figure).set_text("D")),
     ],
 )
 def test_the_checkers_notice_what_is_wrong(
     run: Run, kind: str, spoil: Callable[[Figure], None]
 ) -> None:
     with pytest.raises(AssertionError):
-        assert_all(run, 4, lambda drawn, figure: spoil(figure) if drawn == kind else None)
+        assert_true(run, kind, 1, spoil)
 
 
-def test_visualisations_stand_first_where_every_row_has_one(run: Run) -> None:
-    made = some_features(run.split, 4)
-    figure = unbraid.teaser_figure(run.split, run.scan, 4, dataset=run.images, features=made, n=3)
-    assert_tiles(figure, run, 4, 3, skip=1)
-    for row, k in zip(tiles(figure), (None, 0, 1), strict=True):
-        assert (pixels_of(row[0]) == np.asarray(made.image(4, k).convert("RGB"))).all()
-    some = replace(made, features=made.features[:2])
-    for features in (some, some_features(run.split, 1)):  # not of every row, of another channel
-        figure = unbraid.teaser_figure(
-            run.split, run.scan, 4, dataset=run.images, features=features, n=3
-        )
-        assert_tiles(figure, run, 4, 3)
-    alone = tiles(unbraid.teaser_figure(run.split, run.scan, 4, features=made))
-    assert [len(row) for row in alone] == [1, 1, 1]
-
-
-def test_an_image_that_is_gone_is_crossed_out(run: Run) -> None:
+def test_teaser_figure_shows_visualisations_and_crosses_out_what_is_gone(run: Run) -> None:
+    pictures = [Image.new("RGBA", (10, 10), (40 * n, 9, 90, 255)) for n in range(3)]
+    made = [Feature(4, k, 0, pictures[n], ()) for n, k in enumerate((None, 0, 1))]
+    of_another = [replace(feature, channel=1) for feature in made]
+    for shown, skip in ((made, 1), (made[:2], 0), (of_another, 0)):
+        features = Features("2", "", tuple(shown))
+        figure = draw(run, "teaser", dataset=run.images, features=features, n=3)
+        assert_tiles(figure, run, 4, skip=skip)
+        for row, picture in zip(tiles(figure), pictures, strict=True):
+            shown_first = np.array_equal(row[0].images[0].get_array(), picture.convert("RGB"))
+            assert shown_first == bool(skip)
+    alone = draw(run, "teaser", features=Features("2", "", tuple(made)))
+    assert [len(row) for row in tiles(alone)] == [1, 1, 1]
     top = reference_images(run.scan, run.split, n=3, alike=ALIKE)[4].original.index.tolist()
-    images = copy.copy(run.images)
-    paths = list(images._read.paths)
-    paths[top[1]] += ".gone"
-    images._read = replace(images._read, paths=paths)
-    row = tiles(unbraid.teaser_figure(run.split, run.scan, 4, dataset=images, n=3))[0]
-    assert [len(axes.get_images()) for axes in row] == [1, 0, 1]
-    assert len(row[1].get_lines()) == 2
+    row = tiles(draw(run, "teaser", dataset=Images(gone=(top[1],)), n=3))[0]
+    assert [(len(axes.images), len(axes.lines)) for axes in row] == [(1, 0), (0, 2), (1, 0)]
 
 
-def test_titles_name_channel_and_concepts_and_stay_within_the_figure(run: Run) -> None:
-    figure = unbraid.density_figure(run.split, run.scan, 4)
-    said = words_of(figure)
-    assert "Original channel 4" in said
-    assert [f"Concept channel {name}" in said for name in LETTERS] == [True, True, False]
-    assert "  $x_1$" in said
-    assert "  <b>&, drawkcab" in said  # without the mark that turns writing around
-    wide = unbraid.teaser_figure(run.split, run.scan, 1, dataset=run.images)
-    narrow = unbraid.density_figure(run.split, run.scan, 1, width=2.0)
-    sources = unbraid.source_figure(run.split, run.scan, 1)
-    for figure in (wide, narrow, sources):
-        assert any(text.endswith("…") and "www" in text for text in words_of(figure))
+def test_figures_have_their_size_and_titles_that_stay_within(run: Run) -> None:
+    said = {text.get_text() for text in draw(run, "density").texts}
+    assert {"Original channel 4", "Concept channel A", "Concept channel B"} <= said
+    assert {"  $x_1$", "  <b>&, drawkcab"} <= said  # without the mark that turns writing
+    wide = draw(run, "teaser", 1, dataset=run.images, n=5, width=7)
+    narrow = draw(run, "density", 1, width=2.0)
+    for figure, width in ((wide, 7), (narrow, 2), (draw(run, "source", 1), 3.25)):
+        assert figure.get_size_inches()[0] == width
+        assert any("www" in t.get_text() and t.get_text().endswith("…") for t in figure.texts)
         figure.canvas.draw()
-        for text in figure.texts:
-            box = text.get_window_extent()
-            assert box.x0 >= 0
-            assert box.y0 >= 0
-            assert box.x1 <= figure.bbox.width
-            assert box.y1 <= figure.bbox.height
+        boxes = [axes.bbox for axes in figure.axes]
+        for box in [*boxes, *(text.get_window_extent() for text in figure.texts)]:
+            assert 0 <= box.x0 <= box.x1 <= figure.bbox.width + 1e-9
+            assert 0 <= box.y0 <= box.y1 <= figure.bbox.height + 1e-9
+        for one, two in itertools.combinations(boxes, 2):
+            assert not one.padded(-0.01).overlaps(two.padded(-0.01))
 
 
-def test_sizes_are_as_asked(run: Run) -> None:
-    assert unbraid.density_figure(run.split, run.scan, 4).get_size_inches()[0] == 3.25
-    assert unbraid.teaser_figure(run.split, run.scan, 4).get_size_inches()[0] == 5.5
-    figure = unbraid.teaser_figure(run.split, run.scan, 4, dataset=run.images, n=5, width=7)
-    assert figure.get_size_inches()[0] == 7
-    boxes = [axes.get_position() for axes in figure.axes]
-    assert all(b.x0 >= 0 and b.x1 <= 1 and b.y0 >= 0 and b.y1 <= 1 for b in boxes)
-    assert not any(
-        one.x0 < two.x1 and two.x0 < one.x1 and one.y0 < two.y1 and two.y0 < one.y1
-        for one, two in itertools.combinations(boxes, 2)
-    )
+def test_save_figure_writes_the_same_bytes_whatever_matplotlib_is_set_to(
+    run: Run, tmp_path: Path
+) -> None:
+    def saved(folder: Path) -> dict[str, bytes]:
+        figure = draw(run, "teaser", 1, dataset=run.images, n=3)
+        for suffix in (".pdf", ".png", ".svg"):
+            unbraid.save_figure(figure, folder / f"figure{suffix}")
+        return {path.suffix: path.read_bytes() for path in sorted(folder.iterdir())}
 
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def saved(run: Run, folder: Path) -> dict[str, bytes]:
-    figure = unbraid.teaser_figure(run.split, run.scan, 1, dataset=run.images)
-    content = {}
-    for suffix in figures.SUFFIXES:
-        unbraid.save_figure(figure, folder / "new" / f"figure{suffix}")
-        content[suffix] = (folder / "new" / f"figure{suffix}").read_bytes()
-    return content
-
-
-def test_every_format_is_written_sized_and_with_its_fonts(run: Run, tmp_path: Path) -> None:
-    content = saved(run, tmp_path)
+    content = saved(tmp_path / "new")
     with Image.open(io.BytesIO(content[".png"])) as picture:
         assert picture.width == 5.5 * 300
-    root = ET.fromstring(content[".svg"])
-    assert root.attrib["width"] == f"{5.5 * 72:g}pt"
+    assert ET.fromstring(content[".svg"]).attrib["width"] == f"{5.5 * 72:g}pt"
     assert b"<text" not in content[".svg"]  # glyphs are outlines: no font is asked for
-    pdf = content[".pdf"]
-    assert pdf.startswith(b"%PDF")
-    assert b"/MediaBox [ 0 0 396 " in pdf
-    assert b"/FontFile2" in pdf  # TrueType, embedded
-    assert b"/Type3" not in pdf
+    for inside in (b"%PDF", b"/MediaBox [ 0 0 396 ", b"/FontFile2"):  # TrueType, embedded
+        assert inside in content[".pdf"]
+    assert b"/Type3" not in content[".pdf"]
     for written in content.values():
         assert not re.search(rb"CreationDate|ModDate|dc:date|tIME", written)
-    assert [path.suffix for path in sorted((tmp_path / "new").iterdir())] == [*figures.SUFFIXES]
-
-
-def test_the_same_bytes_come_out_whatever_matplotlib_is_set_to(run: Run, tmp_path: Path) -> None:
-    content = saved(run, tmp_path)
     mine = {"font.size": 30, "axes.grid": True, "svg.fonttype": "none", "axes.unicode_minus": False}
     with mpl.rc_context(mine):
         before = dict(mpl.rcParams)
-        assert saved(run, tmp_path / "other") == content
+        assert saved(tmp_path / "other") == content
         assert dict(mpl.rcParams) == before
 
 
-def test_notebooks_show_a_picture_and_pyplot_is_left_alone(run: Run) -> None:
-    figure = unbraid.density_figure(run.split, run.scan, 4)
-    with Image.open(io.BytesIO(figure._repr_png_())) as picture:
+def test_figures_leave_pyplot_alone_and_show_in_notebooks(run: Run) -> None:
+    with Image.open(io.BytesIO(draw(run, "density")._repr_png_())) as picture:
         assert 400 < picture.width < 800
-    code = "import sys, unbraid.reporting.paper; print('matplotlib.pyplot' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    code = f"import sys, {matplotlib_style.__name__}; assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# --- mistakes -------------------------------------------------------------------------------------
-
-
-def test_a_mistake_is_one_sentence(run: Run, tmp_path: Path) -> None:
-    split, scan = run.split, run.scan
-    foreign = replace(split, weights="0" * 64)
-    elsewhere = replace(some_features(split, 4), layer="7")
-    too_short = Subset(run.images, range(20))
-    figure = unbraid.density_figure(split, scan, 4)
-    for call, said in (
-        (lambda: unbraid.teaser_figure(split, scan, 3), "Channel 3 was not split; .* 1, 4"),
-        (lambda: unbraid.density_figure(split, scan, 99), "Channel 99 was not split"),
-        (lambda: unbraid.density_figure(foreign, scan, 4), "another network or layer"),
-        (lambda: unbraid.density_figure(split, scan, 4, width=0.5), "width is 0.5"),
-        (lambda: unbraid.density_figure(split, scan, 4, width=math.nan), "width is nan"),
-        (lambda: unbraid.teaser_figure(split, scan, 4, dataset=run.images, n=0), "n is 0"),
-        (lambda: unbraid.teaser_figure(split, scan, 4, dataset=run.images, n=40), "too many"),
-        (lambda: unbraid.teaser_figure(split, scan, 4, dataset=too_short), "not the one"),
-        (lambda: unbraid.teaser_figure(split, scan, 4, features=elsewhere), "of layer 7"),
-        (lambda: unbraid.source_figure(split, scan, 3), "Channel 3 was not split"),
-        (lambda: unbraid.source_figure(split, scan, 4, n=0), "n is 0"),
-        (lambda: unbraid.source_figure(foreign, scan, 4), "another network or layer"),
-        (lambda: unbraid.source_figure(split, scan, 1, width=2.0), "3 concepts, too many"),
-        (lambda: unbraid.save_figure(figure, tmp_path / "a.docx"), "ends in none of .pdf"),
-        (lambda: unbraid.save_figure(figure, tmp_path / "a"), "ends in none of .pdf"),
-    ):
-        with pytest.raises(UsageError, match=said):
-            call()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_concept_without_images_is_named(run: Run, tmp_path: Path) -> None:
-    one = unbraid.scan(run.network, "2", run.images, tmp_path / "scan", min_share=1e-6, classes=[0])
-    for draw in (unbraid.teaser_figure, unbraid.density_figure, unbraid.source_figure):
-        with pytest.raises(UsageError, match="The scan has no image of <b>&"):
-            draw(run.split, one, 4)
-
-
-def test_without_matplotlib_a_sentence_says_what_to_install(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "channel", "options", "said"),
+    [
+        ("teaser", 3, {}, "Channel 3 was not split; .* 1, 4"),
+        ("density", 4, {"width": 0.5}, "width is 0.5"),
+        ("density", 4, {"width": math.nan}, "width is nan"),
+        ("teaser", 4, {"n": 0, "dataset": 52}, "n is 0"),
+        ("teaser", 4, {"n": 40, "dataset": 52}, "too many"),
+        ("teaser", 4, {"dataset": 20}, "not the one"),
+        ("teaser", 4, {"features": Features("7", "", ())}, "of layer 7"),
+        ("source", 4, {"n": 0}, "n is 0"),
+        ("source", 1, {"width": 2.0}, "3 concepts, too many"),
+    ],
+)
+def test_figures_refuse_in_one_sentence(
+    run: Run, kind: str, channel: int, options: dict[str, Any], said: str
 ) -> None:
+    if "dataset" in options:
+        options = {**options, "dataset": Subset(run.images, range(options["dataset"]))}
+    with pytest.raises(UsageError, match=said):
+        draw(run, kind, channel, **options)
+
+
+@pytest.mark.parametrize("kind", ["teaser", "density", "source"])
+def test_figures_refuse_another_network_absent_images_and_no_matplotlib(
+    run: Run, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    with pytest.raises(UsageError, match="another network or layer"):
+        draw(replace(run, split=replace(run.split, weights="0" * 64)), kind)
+    part = replace(run.split[4], concepts=((0,), (7,)))
+    with pytest.raises(UsageError, match="The scan has no image of 7"):
+        draw(replace(run, split=replace(run.split, channels=(part,))), kind)
+    for name in ("a.docx", "a"):
+        with pytest.raises(UsageError, match=r"ends in none of \.pdf"):
+            unbraid.save_figure(draw(run, kind), name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for draw in (unbraid.teaser_figure, unbraid.density_figure, unbraid.source_figure):
-        with pytest.raises(UnbraidError, match="pip install matplotlib"):
-            draw(run.split, run.scan, 4)
-
-
-# --- the command line -----------------------------------------------------------------------------
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
-    monkeypatch.setattr(sys, "argv", ["unbraid", "figure", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
-
-
-def test_the_command_draws_what_the_functions_do(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    teaser = unbraid.teaser_figure(run.split, run.scan, 4, dataset=run.images)
-    for kind, figure in (
-        ("", teaser),
-        ("teaser", teaser),
-        ("densities", unbraid.density_figure(run.split, run.scan, 4)),
-        ("sources", unbraid.source_figure(run.split, run.scan, 4)),
-    ):
-        chosen = ("--kind", kind) if kind else ()
-        out = tmp_path / "command.svg"
-        assert command(monkeypatch, run.folder, "--channel", 4, "--out", out, *chosen) == 0
-        unbraid.save_figure(figure, tmp_path / "function.svg")
-        assert out.read_bytes() == (tmp_path / "function.svg").read_bytes()
-
-
-def test_a_wrong_call_writes_nothing(
-    run: Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = tmp_path / "f.png"
-    for arguments, code, said in (
-        ((run.folder, "--channel", 3, "--out", out), 2, "Channel 3 was not split"),
-        ((run.folder, "--channel", 4, "--out", tmp_path / "f.gif"), 2, "ends in none of"),
-        ((tmp_path, "--channel", 4, "--out", out), 1, "holds no finished run"),
-        ((tmp_path / "no", "--channel", 4, "--out", out), 1, "holds no finished run"),
-        ((run.folder, "--channel", 4, "--out", out, "--kind", "pie"), 2, "pie"),
-    ):
-        assert command(monkeypatch, *arguments) == code
-        assert said in " ".join(capsys.readouterr().err.split())
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_run_without_split_or_images_says_so(run: Run, tmp_path: Path) -> None:
-    settings = json.loads((run.folder / "settings.json").read_text())
-    settings["source"]["data"] = str(tmp_path / "moved")
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    with pytest.raises(RunError, match="holds no split"):
-        RunFolder(tmp_path).figure(4)
-    (tmp_path / "split.safetensors").symlink_to(run.folder / "split.safetensors")
-    (tmp_path / "scan-val").symlink_to(run.folder / "scan-val")
-    with pytest.raises(DataError, match="moved"):
-        RunFolder(tmp_path).figure(4)
-    assert len(panels(RunFolder(tmp_path).figure(4, "densities"))) == 3  # they need no pictures
+    with pytest.raises(UnbraidError, match="pip install matplotlib"):
+        draw(run, kind)

@@ -20,7 +20,7 @@ import unbraid
 from alike import assert_alike
 from unbraid.base.errors import DataError, UsageError
 from unbraid.demo import network as demo
-from unbraid.reporting import paper
+from unbraid.reporting import matplotlib_style
 from unbraid.running.run import Run
 
 
@@ -110,7 +110,7 @@ def test_the_documents_show_what_the_demo_draws(
         changed.save(tmp_path / "changed.png")
         with pytest.raises(AssertionError):
             assert_alike(tmp_path / "changed.png", IMAGES / name)
-    monkeypatch.setattr(paper, "COLOURS", ("#0072b2", "#d55e00"))
+    monkeypatch.setattr(matplotlib_style, "COLOURS", ("#0072b2", "#d55e00"))
     with pytest.raises(AssertionError):
         assert_alike(draw(), IMAGES / name)
 

@@ -5,36 +5,32 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from unbraid.base.errors import UsageError
-from unbraid.finding.arv import ClassSums, averaged_relevance, concept_mean
-from unbraid.measuring.reference_images import ReferenceImages, TopImages
+from unbraid.finding.arv import ClassSums, averaged_relevance, class_sums, concept_mean
+from unbraid.measuring.evaluate import gather_responses, intervals
+from unbraid.measuring.reference_images import ALIKE, ReferenceImages, TopImages, reference_images
 from unbraid.networks.relevance import input_relevance
 from unbraid.reporting.words import bounded, first_few, letter
 
 if TYPE_CHECKING:
     from unbraid.finding.findings import Findings
     from unbraid.measuring.evaluate import ChannelIntervals
-    from unbraid.measuring.results import (
-        ChannelAblation,
-        ChannelEvaluation,
-        ChannelSemantics,
-        Responses,
-    )
+    from unbraid.measuring.results import ChannelSemantics, Evaluation, Responses
     from unbraid.scanning.records import Scan
     from unbraid.splitting.splits import ChannelSplit, Split
 
+N_IMAGES = 8  # reference images in a row
 N_TONES = 8  # colours in the style sheet
 N_CLASSES = 12  # classes with a ridge of their own
 N_POINTS = 240  # of a scatter plot; spread evenly over each class's images
 N_SHADES = 3  # of a concept's colour
 N_SOURCES = 12  # input channels in the bars
 N_FIRSTS = 4  # images in a row that are not there for their strength
-_N_GRID, _N_RIDGE_GRID = 121, 81  # points of a curve
 _MAX_VALUES = 2000  # images that a density is estimated from; more would not change the curve
 _REACH = 3.5  # kernel widths beyond the data; there a kernel is down to 0.2 % of its peak
 
@@ -128,16 +124,57 @@ class ChannelView:
     number: int
     concepts: tuple[ConceptView, ...]
     info: Mapping[str, str]  # how it was split
-    cosine: float | None  # the lowest of any two of its classes
     rows: Sequence[ReferenceRow]
-    measures: ChannelEvaluation | None
     intervals: ChannelIntervals | None  # of the measures
-    densities: Curves | None  # a row for the original and each concept channel, columns: concepts
-    ridges: Ridges | None
-    scatter: Scatter | None
+    densities: Curves  # a row for the original and each concept channel, columns: concepts
+    ridges: Ridges
+    scatter: Scatter
     bars: Bars | None
-    ablation: ChannelAblation | None
     semantics: ChannelSemantics | None
+
+
+def channel_views(
+    split: Split,
+    found: Findings,
+    scan: Scan,
+    train_scan: Scan | None,
+    evaluation: Evaluation | None,
+) -> list[ChannelView]:
+    """Describe every channel of a split; `scan` is of the validation images."""
+    top, ids = reference_images(scan, split, n=N_IMAGES, alike=ALIKE), scan.ids()
+    firsts = first_images(scan, split, {c: missing_concepts(images) for c, images in top.items()})
+    responses = evaluation.responses if evaluation else gather_responses(split, scan)
+    semantics = evaluation.semantics if evaluation else None
+    sums = class_sums(train_scan, [], found.clusters) if train_scan else None
+    channels = []
+    for part in split.channels:
+        channel, views = part.channel, concept_views(found, part.concepts)
+        own = responses[channel]
+        classes = by_class(found, views, own)
+        channels.append(
+            ChannelView(
+                number=channel,
+                concepts=views,
+                info=_how_split(part.info),
+                rows=reference_rows(found, views, top[channel], ids, firsts[channel]),
+                intervals=intervals(own),
+                densities=densities(own),
+                ridges=ridges(classes, own),
+                scatter=scatter(classes, own),
+                bars=bars(split, part, train_scan, sums) if train_scan and sums else None,
+                semantics=semantics.channels.get(channel) if semantics else None,
+            )
+        )
+    return channels
+
+
+def _how_split(info: Mapping[str, Any]) -> dict[str, str]:
+    """Tell how a channel's masks were chosen, without what only says that the solver is done."""
+    return {
+        bounded(key): bounded(f"{value:.4g}" if isinstance(value, float) else str(value))
+        for key, value in info.items()
+        if key != "kkt_residual"
+    }
 
 
 def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[ConceptView, ...]:
@@ -146,26 +183,18 @@ def concept_views(found: Findings, concepts: Sequence[Sequence[int]]) -> tuple[C
     return tuple(ConceptView(letter(k), k % N_TONES, n, *first_few(n)) for k, n in enumerate(names))
 
 
-# --- reference images -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class First:
-    """The image of a concept that excites the original channel most."""
-
-    index: int
-    label: int
-    activation: float  # summed pre-activation of the original channel
-    rank: int  # among all images, from 1; equally exciting ones share it
+# The image of a concept that excites the original channel most: its index, its label, what it
+# excites, and its rank among all images, from 1; equally exciting ones share it.
+First = tuple[int, int, float, int]
 
 
 def first_images(
     scan: Scan, split: Split, wanted: Mapping[int, Collection[int]]
-) -> dict[tuple[int, int], First]:
-    """Find the first image of some concepts of each channel; nothing of one without images."""
+) -> dict[int, dict[int, First]]:
+    """Find the first image of some concepts of each channel, by concept; none of one without."""
     members = split.members_in(scan)
-    seen: dict[int, list[torch.Tensor]] = {channel: [] for channel in wanted}
-    for records in scan.shards() if wanted else ():
+    seen: dict[int, list[torch.Tensor]] = {channel: [] for channel, ks in wanted.items() if ks}
+    for records in scan.shards() if seen else ():
         for channel, columns in seen.items():
             part = split[channel]
             pooled = records.pooled[:, scan.layer.group_of(channel)]
@@ -173,7 +202,7 @@ def first_images(
             z = part.pooled_responses(pooled, records.n_positions)[:, 0]
             concept = members.concept_of(records, part.concepts)
             columns.append(torch.stack([z.double(), concept, records.index, records.label]))
-    first = {}
+    first: dict[int, dict[int, First]] = {channel: {} for channel in wanted}
     for channel, columns in seen.items():
         z, concept, index, label = torch.cat(columns, 1)
         for k in wanted[channel]:
@@ -181,19 +210,18 @@ def first_images(
             if len(own):
                 best = int(own[z[own].argmax()])
                 rank = 1 + int((z > z[best]).sum())
-                first[channel, k] = First(int(index[best]), int(label[best]), float(z[best]), rank)
+                first[channel][k] = (int(index[best]), int(label[best]), float(z[best]), rank)
     return first
 
 
 def missing_concepts(top: ReferenceImages) -> set[int]:
     """Name the concepts without an image in the original's row, once their firsts have room."""
     shown = top.original.concept.tolist()
-    missing: set[int] = set()
-    for n_firsts in range(min(N_FIRSTS, len(shown) - 1) + 1):
-        missing = set(range(len(top.concepts))) - set(shown[: len(shown) - n_firsts])
-        if len(missing) <= n_firsts:
-            break
-    return missing
+    most = min(N_FIRSTS, len(shown) - 1)
+    missing = [
+        set(range(len(top.concepts))) - set(shown[: len(shown) - n]) for n in range(most + 1)
+    ]
+    return next((gone for n, gone in enumerate(missing) if len(gone) <= n), missing[-1])
 
 
 def reference_rows(
@@ -213,14 +241,11 @@ def reference_rows(
         columns = (images.index, images.label, images.activation, images.concept)
         return [shot(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
 
-    in_order = sorted(firsts.items(), key=lambda item: item[1].rank)[:N_FIRSTS]
-    at_end = [shot(one.index, one.label, one.activation, k, one.rank) for k, one in in_order]
+    in_order = sorted(firsts.items(), key=lambda item: item[1][-1])[:N_FIRSTS]
+    at_end = [shot(index, label, z, k, rank) for k, (index, label, z, rank) in in_order]
     strongest = shots(top.original)[: max(1, len(top.original.index) - len(at_end))]
     concepts = (ReferenceRow(k, shots(images)) for k, images in enumerate(top.concepts))
     return [ReferenceRow(None, [*strongest, *at_end]), *concepts]
-
-
-# --- responses ------------------------------------------------------------------------------------
 
 
 def shared_grid(groups: Sequence[np.ndarray], n: int) -> np.ndarray:
@@ -262,7 +287,7 @@ def _estimate(rows: Sequence[Sequence[np.ndarray]], n: int) -> Curves:
     return Curves(grid, heights, np.array([[group.mean() for group in row] for row in rows]))
 
 
-def densities(responses: Responses, n_grid: int = _N_GRID) -> Curves:
+def densities(responses: Responses, n_grid: int = 121) -> Curves:
     """Estimate how the channels' responses are distributed over the images of each concept."""
     concept = responses.concept.numpy()
     members = [concept == k for k in range(responses.concepts.shape[1])]
@@ -295,7 +320,7 @@ def ridges(classes: Sequence[ClassImages], responses: Responses) -> Ridges:
     shown = [one for one in classes if one.place < most]
     columns = _channels(responses)
     rows = [[z[one.images] for z in columns] for one in shown]
-    return Ridges(shown, _estimate(rows, _N_RIDGE_GRID))
+    return Ridges(shown, _estimate(rows, 81))
 
 
 def scatter(classes: Sequence[ClassImages], responses: Responses) -> Scatter:
@@ -304,9 +329,6 @@ def scatter(classes: Sequence[ClassImages], responses: Responses) -> Scatter:
     n_points = max(1, N_POINTS // max(1, len(classes)))
     chosen = [one.images[:: -(-len(one.images) // n_points)] for one in classes]
     return Scatter(classes, [z[images] for images in chosen])
-
-
-# --- input channels -------------------------------------------------------------------------------
 
 
 def bars(
@@ -318,11 +340,9 @@ def bars(
     """
     n_images = dict(enumerate(sums.n_images.tolist()))
     there = [tuple(label for label in c if n_images.get(label)) for c in part.concepts]
-    for classes, known in zip(part.concepts, there, strict=True):
-        if not known:
-            raise UsageError(
-                f"The scan has no image of {split.name(classes)}; scan images of all concepts."
-            )
+    if () in there:
+        name = split.name(part.concepts[there.index(())])
+        raise UsageError(f"The scan has no image of {name}; scan images of all concepts.")
     group = scan.layer.group_of(part.channel)
     means = torch.stack([concept_mean(sums, concept) for concept in there])  # (K, G, J)
     relevance = averaged_relevance(scan, part.channel, means).numpy()

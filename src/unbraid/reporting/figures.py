@@ -5,13 +5,14 @@ matplotlib is imported when a figure is made: `pip install matplotlib`.
 
 from __future__ import annotations
 
+import importlib.util
 import io
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from unbraid.base.arguments import as_path, real_number, whole_number
@@ -20,10 +21,10 @@ from unbraid.base.files import write_whole
 from unbraid.base.modes import in_plain_modes
 from unbraid.finding.arv import class_sums
 from unbraid.measuring.evaluate import gather_responses
-from unbraid.measuring.reference_images import ALIKE, TopImages, reference_images
-from unbraid.reporting.channel import bars, densities
-from unbraid.reporting.pictures import open_picture, refuse_other_images
-from unbraid.reporting.words import bounded
+from unbraid.measuring.reference_images import ALIKE, reference_images
+from unbraid.reporting.channel import Bars, bars, densities
+from unbraid.reporting.pictures import read_pictures
+from unbraid.reporting.words import bounded, letter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,9 +34,19 @@ if TYPE_CHECKING:
     from unbraid.splitting.splits import ChannelSplit, Split
     from unbraid.visualizing.features import Features
 
-SUFFIXES = (".pdf", ".png", ".svg")
+Tile = tuple[int, Image.Image | None]  # a concept, -1 for none, and a picture of it, if readable
+
+_SUFFIXES = (".pdf", ".png", ".svg")
 _N_GRID = 241  # points of a density curve
 _SIDE = 256  # pixels of a picture at most; more would not be seen in print
+
+# Lengths are in inches.
+_MARGIN, _BELOW = 0.03, 0.30  # the latter for tick labels and the axis label
+_HEAD, _TITLE = 0.15, 0.16  # for the columns' headings, and the title of a row
+_ROWS, _COLUMNS, _TILES, _APART = 0.09, 0.14, 0.04, 0.10  # between them; visualisation and images
+_DENSITIES, _PANEL = 0.34, 0.52  # the densities' part of the width; their height without pictures
+_SMALLEST, _LARGEST = 0.25, 0.75  # side of a tile
+_PITCH = 0.115  # from one input channel to the next
 
 
 @in_plain_modes
@@ -74,21 +85,17 @@ def teaser_figure(
     Source:
         After the first figure of Hesse et al. 2025, arXiv:2504.12939.
     """
-    paper, part = _paper(), _find_part(split, scan, channel)
+    part = _find_part(split, scan, channel)
     if features is not None and features.layer != split.layer.name:
         raise UsageError(
             f"The visualisations are of layer {features.layer}, the split is of {split.layer.name};"
             " pass those of one layer."
         )
-    split = replace(split, channels=(part,))
-    curves = densities(gather_responses(split, scan)[part.channel], _N_GRID)
-    rows = [] if dataset is None else _tiles(split, scan, dataset, n)
-    made = [_feature(features, part.channel, k) for k in (None, *range(len(part.concepts)))]
-    names = _names(split, part)
-    figure: Figure = paper.draw_channel(
-        part.channel, names, curves, real_number("width", width), rows, made, headed=True
-    )
-    return figure
+    tiles = [] if dataset is None else _read_tiles(split, part, scan, dataset, n)
+    rows = (None, *range(len(part.concepts)))
+    made = [features.of(part.channel, k) for k in rows] if features else []
+    pictures = [_on_paper(of_row[0].picture) for of_row in made] if all(made) else []
+    return _draw_channel(split, part, scan, width, tiles, pictures, headed=True)
 
 
 @in_plain_modes
@@ -105,12 +112,7 @@ def density_figure(split: Split, scan: Scan, channel: int, *, width: float = 3.2
     Source:
         METHOD.md section 3, step 5: densities of the published results.
     """
-    paper, part = _paper(), _find_part(split, scan, channel)
-    split = replace(split, channels=(part,))
-    curves = densities(gather_responses(split, scan)[part.channel], _N_GRID)
-    names = _names(split, part)
-    figure: Figure = paper.draw_channel(part.channel, names, curves, real_number("width", width))
-    return figure
+    return _draw_channel(split, _find_part(split, scan, channel), scan, width)
 
 
 @in_plain_modes
@@ -129,11 +131,10 @@ def source_figure(
     Source:
         METHOD.md section 2.
     """
-    paper, n, part = _paper(), whole_number("n", n, 1), _find_part(split, scan, channel)
-    data = bars(split, part, scan, class_sums(scan, (), split.clusters), n)
-    names = _names(split, part)
-    figure: Figure = paper.draw_sources(data, names, real_number("width", width))
-    return figure
+    n, part = whole_number("n", n, 1), _find_part(split, scan, channel)
+    return _draw_sources(
+        split, part, bars(split, part, scan, class_sums(scan, (), split.clusters), n), width
+    )
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -150,81 +151,45 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def check_suffix(path: str | Path) -> None:
-    """Raise unless a file name says which of the formats to write.
-
-    >>> check_suffix("figure.pdf")
-    >>> check_suffix("a.doc")
-    Traceback (most recent call last):
-        ...
-    unbraid.base.errors.UsageError: a.doc ends in none of .pdf, .png, .svg; name a file that does.
-    """
-    if as_path("path", path).suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{path} ends in none of {', '.join(SUFFIXES)}; name a file that does.")
-
-
-def _paper() -> ModuleType:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UnbraidError("matplotlib is not installed; pip install matplotlib.") from None
-    from unbraid.reporting import paper
-
-    return paper
+    """Raise unless a file name says which of the formats to write."""
+    if as_path("path", path).suffix.lower() not in _SUFFIXES:
+        raise UsageError(f"{path} ends in none of {', '.join(_SUFFIXES)}; name a file that does.")
 
 
 def _find_part(split: Split, scan: Scan, channel: int) -> ChannelSplit:
     """Return the split of a channel, or raise and name those that there are."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UnbraidError("matplotlib is not installed; pip install matplotlib.")
     channel = whole_number("channel", channel)
-    try:
-        part = split[channel]
-    except KeyError:
-        known = [str(part.channel) for part in split.channels]
-        more = " ..." if len(known) > 20 else ""
-        raise UsageError(
-            f"Channel {channel} was not split; those that were are {', '.join(known[:20])}{more}."
-        ) from None
-    if scan.manifest.weights != split.weights or scan.layer != split.layer:
-        raise UsageError(
-            "The scan is of another network or layer than the split; pass one of the network and "
-            "layer that were split."
-        )
-    return part
+    parts = {part.channel: part for part in split.channels}
+    if channel not in parts:
+        known = ", ".join(map(str, list(parts)[:20])) + (" ..." if len(parts) > 20 else "")
+        raise UsageError(f"Channel {channel} was not split; those that were are {known}.")
+    split.require(scan)
+    return parts[channel]
 
 
-def _names(split: Split, part: ChannelSplit) -> list[str]:
-    """Names of a channel's concepts, fit to be printed."""
-    return [printable(split.name(classes)) for classes in part.concepts]
-
-
-def _tiles(
-    split: Split, scan: Scan, dataset: Dataset[Any], n: int
-) -> list[list[tuple[int, Image.Image | None]]]:
-    """Read the reference images of each channel, and name the concepts that they belong to."""
-    (top,) = reference_images(scan, split, n=n, alike=ALIKE).values()
+def _read_tiles(
+    split: Split, part: ChannelSplit, scan: Scan, dataset: Dataset[Any], n: int
+) -> list[list[Tile]]:
+    """Read the reference images of each channel, and tell the concepts that they belong to."""
+    (top,) = reference_images(scan, replace(split, channels=(part,)), n=n, alike=ALIKE).values()
     rows = (top.original, *top.concepts)
     labels: dict[int, int] = {}
     for images in rows:
         labels |= zip(images.index.tolist(), images.label.tolist(), strict=True)
-    refuse_other_images(dataset, labels)
-    pictures: dict[int, Image.Image | None] = dict.fromkeys(labels)
-    for index in labels:
-        with suppress(Exception):  # whatever a data set raises, one image is not worth the figure
-            pictures[index] = _square(open_picture(dataset, index))
-
-    def row(images: TopImages) -> list[tuple[int, Image.Image | None]]:
-        pairs = zip(images.concept.tolist(), images.index.tolist(), strict=True)
-        return [(concept, pictures[index]) for concept, index in pairs]
-
-    return list(map(row, rows))
+    pictures = read_pictures(dataset, labels, _square)
+    return [
+        [
+            (concept, pictures[index])
+            for concept, index in zip(images.concept.tolist(), images.index.tolist(), strict=True)
+        ]
+        for images in rows
+    ]
 
 
-def _feature(features: Features | None, channel: int, concept: int | None) -> Image.Image | None:
-    """Get a visualisation as it looks on white paper; not every channel has one."""
-    made = features.of(channel, concept) if features is not None else ()
-    if not made:
-        return None
-    paper = Image.new("RGBA", made[0].picture.size, "white")
-    return _square(Image.alpha_composite(paper, made[0].picture))
+def _on_paper(picture: Image.Image) -> Image.Image:
+    return _square(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture))
 
 
 def _square(picture: Image.Image) -> Image.Image:
@@ -233,11 +198,111 @@ def _square(picture: Image.Image) -> Image.Image:
     return ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
 
 
-def printable(name: str) -> str:
-    r"""Make a name fit for print: one line, without control characters, not endless.
+def _draw_channel(
+    split: Split,
+    part: ChannelSplit,
+    scan: Scan,
+    width: float,
+    tiles: Sequence[Sequence[Tile]] = (),
+    made: Sequence[Image.Image] = (),
+    headed: bool = False,
+) -> Figure:
+    """Draw a row for the original and each concept channel: visualisation, images, densities."""
+    from unbraid.reporting import matplotlib_style as style
 
-    >>> printable("digital\n clock\u202e"), printable("")
-    ('digital clock', '(no name)')
-    """
-    line = " ".join(bounded(name).split())
+    width = real_number("width", width)
+    responses = gather_responses(replace(split, channels=(part,)), scan)[part.channel]
+    curves = densities(responses, _N_GRID)
+    n, n_tiles, n_made = len(curves.means), max(map(len, tiles), default=0), min(1, len(made))
+    first = left = _MARGIN  # of the images, and of the densities
+    side = _PANEL
+    if n_tiles + n_made:
+        most = (1 - _DENSITIES) * (width - 2 * _MARGIN) - _COLUMNS - _APART * n_made
+        side = min((most + _TILES) / (n_tiles + n_made) - _TILES, _LARGEST)
+        if side < _SMALLEST:
+            raise UsageError(
+                f"{n_tiles + n_made} images in a row are too many for the figure's width; ask for "
+                "fewer, or for a wider figure."
+            )
+        first += (side + _APART) * n_made
+        left = first + n_tiles * (side + _TILES) - _TILES + _COLUMNS
+    chart, head = width - _MARGIN - left, _HEAD if headed else 0.0
+    height = _BELOW + n * (_TITLE + side) + (n - 1) * _ROWS + head + _MARGIN
+    with style.own_style():
+        figure = style.PaperFigure(width, height)
+        top = height - _MARGIN - head
+        heads = {_MARGIN: "visualised"} if n_made else {}
+        heads[left] = "densities over the images of each concept"
+        if n_tiles:
+            heads[first] = "images that excite the channel most"
+        for x, words in heads.items() if headed else ():
+            figure.write(x, top + 0.05, words, fontsize=style.SMALL, color=style.SOFT)
+        for row in range(n):
+            ink = style.colour(row - 1) if row else style.BLACK
+            title = (
+                f"Concept channel {letter(row - 1)}" if row else f"Original channel {part.channel}"
+            )
+            x = figure.write(
+                _MARGIN, top - 0.11, title, width - 2 * _MARGIN, weight="bold", color=ink
+            )
+            if row:
+                name = "  " + _name(split, part, row - 1)
+                figure.write(x, top - 0.11, name, width - _MARGIN - x)
+            bottom = top - _TITLE - side
+            if made:
+                axes = figure.axes_at(_MARGIN, bottom, side, side)
+                style.draw_tile(axes, made[row], ink if row else style.SOFT)
+            for k, (concept, picture) in enumerate(tiles[row] if tiles else ()):
+                axes = figure.axes_at(first + k * (side + _TILES), bottom, side, side)
+                if concept < 0:
+                    style.draw_tile(axes, picture, style.PALE)
+                else:
+                    style.draw_tile(axes, picture, style.colour(concept), letter(concept))
+            axes = figure.axes_at(left, bottom, chart, side)
+            style.draw_curves(axes, curves.grid, curves.heights[row], curves.means[row].tolist())
+            axes.tick_params(labelbottom=row == n - 1)
+            top = bottom - _ROWS
+        figure.write(
+            left + chart / 2, 0.03, "summed pre-activation", fontsize=style.SMALL, ha="center"
+        )
+    return figure
+
+
+def _draw_sources(split: Split, part: ChannelSplit, data: Bars, width: float) -> Figure:
+    """Draw a panel of bars for each concept, all of the same input channels."""
+    from unbraid.reporting import matplotlib_style as style
+
+    n, tall, left, between = len(data.kept), len(data.inputs) * _PITCH, 0.36, 0.10
+    width = real_number("width", width)
+    each = (width - left - 0.04 - (n - 1) * between) / n
+    with style.own_style():
+        figure = style.PaperFigure(width, 0.20 + tall + _BELOW)
+        if each < 0.5:
+            raise UsageError(
+                f"The channel has {n} concepts, too many for {width:g} inches; ask for a wider "
+                "figure."
+            )
+        top = _BELOW + tall + 0.08
+        small: dict[str, Any] = {"fontsize": style.SMALL}
+        figure.write(left - 0.06, top, "input", ha="right", **small)
+        for row, number in enumerate(data.inputs):
+            y = _BELOW + tall - (row + 0.5) * _PITCH
+            figure.write(left - 0.06, y, str(number), ha="right", va="center_baseline", **small)
+        values = np.stack([data.relevance, data.kept])  # (2, K, n)
+        low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+        margin = 0.04 * (high - low) or 1.0
+        for k in range(n):
+            x, ink = left + k * (each + between), style.colour(k)
+            axes = figure.axes_at(x, _BELOW, each, tall)
+            style.draw_bars(axes, values[0, k], values[1, k], (low - margin, high + margin), ink)
+            end = figure.write(x, top, letter(k), weight="bold", color=ink)
+            figure.write(end, top, "  " + _name(split, part, k), x + each - end)
+        label = "mean relevance for the original (pale) and the concept channel"
+        figure.write(left + (width - left) / 2, 0.03, label, ha="center", **small)
+    return figure
+
+
+def _name(split: Split, part: ChannelSplit, concept: int) -> str:
+    """Name a concept on one line, without control characters, not endless."""
+    line = " ".join(bounded(split.name(part.concepts[concept])).split())
     return "".join(c for c in line if c.isprintable()) or "(no name)"

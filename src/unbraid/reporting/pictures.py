@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import center_crop
 
 from unbraid.base.errors import UsageError
 from unbraid.images.broken import plain
@@ -27,6 +28,8 @@ from unbraid.reporting.channel import ChannelView
 from unbraid.reporting.view import Material
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit
+
+Changed = TypeVar("Changed")
 
 # Rows of reference images on a page, and what their pictures then are: pixels of a side at most,
 # and quality, 0 to 100.
@@ -56,7 +59,7 @@ class Picture(NamedTuple):
     """One picture as the template takes it."""
 
     uri: str
-    small: bool = False
+    small: bool
     responses: tuple[float, ...] = ()  # of a feature visualisation: of each concept channel
 
 
@@ -76,10 +79,10 @@ def take_pictures(
     """Read and encode what is shown of channels."""
     n_rows = sum(len(channel.rows) for channel in channels)
     side, quality = next(size for most, *size in _SIZES if n_rows <= most)
-    pictures = Pictures()
+    shown, pictures = {channel.number for channel in channels}, Pictures()
     made = material.features.features if material.features else ()
     for feature in reversed(made):  # the best of several comes first, and last
-        if any(channel.number == feature.channel for channel in channels):
+        if feature.channel in shown:
             picture = encode(feature.picture, round(_FEATURE * side), quality)
             picture = picture._replace(responses=feature.responses[1:])
             pictures.features[feature.channel, feature.concept] = picture
@@ -91,7 +94,6 @@ def take_pictures(
         for row in channel.rows
         for shot in row.shots
     }
-    refuse_other_images(dataset, {spot.image: label for spot, label in spots.items()})
     maps, sight = material.positions, sight_of(dataset)
     if maps is not None and sight is None:
         pictures.note = (
@@ -99,35 +101,39 @@ def take_pictures(
             "of a picture the network sees."
         )
     elif maps is not None:
-        for spot, where in find_where(maps, material.parts, spots).items():
-            pictures.veils[spot] = veil(where)
-    pictures.shots = dict.fromkeys(spot.image for spot in spots)
-    for index in pictures.shots:
-        with suppress(Exception):  # whatever a data set raises, one image is not worth the page
-            image = open_picture(dataset, index)
-            pictures.shots[index] = encode(sight(image) if sight else image, side, quality)
+        where = find_where(maps, material.parts, spots)
+        pictures.veils = {spot: veil(shade) for spot, shade in where.items()}
+    labels = {spot.image: label for spot, label in spots.items()}
+    pictures.shots = read_pictures(
+        dataset, labels, lambda image: encode(sight(image) if sight else image, side, quality)
+    )
     return pictures
 
 
-def refuse_other_images(dataset: Dataset[Any], labels: Mapping[int, int]) -> None:
-    """Raise if the data set is not the one scanned, for its pictures would illustrate nothing.
+def read_pictures(
+    dataset: Dataset[Any], labels: Mapping[int, int], change: Callable[[Image.Image], Changed]
+) -> dict[int, Changed | None]:
+    """Read images by index and change them; None for what cannot be read.
 
-    Classes may go by other numbers now, as when a folder is opened without the network.
+    Raises a UsageError if `labels`, those that were scanned, say that the data set is another one,
+    whose pictures would illustrate nothing. Classes may go by other numbers now, as when a folder
+    is opened without the network.
     """
-    differs = bool(labels) and max(labels) >= size_of(dataset)
-    if not differs:
-        pairs = set()
+    pairs = set()
+    if fits := max(labels, default=0) < size_of(dataset):
         for index, recorded in list(labels.items())[:_N_CHECKED]:
-            try:
+            with suppress(Exception):  # an image that cannot be read is shown as such
                 pairs.add((recorded, int(dataset[index][1])))
-            except Exception:  # an image that cannot be read is shown as such
-                continue
-        differs = any(len({pair[k] for pair in pairs}) < len(pairs) for k in (0, 1))
-    if differs:
+    if not fits or any(len({pair[k] for pair in pairs}) < len(pairs) for k in (0, 1)):
         raise UsageError(
             "The data set is not the one that was scanned (its labels differ); pass the data set "
             "that the validation scan was made of."
         )
+    pictures: dict[int, Changed | None] = dict.fromkeys(labels)
+    for index in labels:
+        with suppress(Exception):  # whatever a data set raises, one image is not worth the page
+            pictures[index] = change(open_picture(dataset, index))
+    return pictures
 
 
 def open_picture(dataset: Dataset[Any], index: int) -> Image.Image:
@@ -157,12 +163,8 @@ def encode(picture: Image.Image, side: int, quality: int) -> Picture:
     small = max(picture.size) <= _SMALL
     picture = picture.copy()
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    content = io.BytesIO()
-    if small:
-        picture.save(content, "PNG", optimize=True)
-    else:
-        picture.save(content, "WEBP", quality=quality)
-    return Picture(_data_uri("png" if small else "webp", content), small)
+    options: dict[str, Any] = {"optimize": True} if small else {"quality": quality}
+    return Picture(_data_uri(picture, "png" if small else "webp", **options), small)
 
 
 def veil(shade: Tensor) -> str:
@@ -171,16 +173,13 @@ def veil(shade: Tensor) -> str:
     shade = adaptive_avg_pool2d(shade[None].float(), (height, width))[0]
     opacity = (255 * _DENSEST * (1 - shade)).round().to(torch.uint8).numpy()
     grey = Image.new("L", (width, height), _GREY)
+    return _data_uri(Image.merge("LA", (grey, Image.fromarray(opacity))), "png", optimize=True)
+
+
+def _data_uri(picture: Image.Image, kind: str, **options: Any) -> str:
     content = io.BytesIO()
-    Image.merge("LA", (grey, Image.fromarray(opacity))).save(content, "PNG", optimize=True)
-    return _data_uri("png", content)
-
-
-def _data_uri(kind: str, content: io.BytesIO) -> str:
+    picture.save(content, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-# --- which part of a picture a network sees -------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -193,17 +192,16 @@ class Sight:
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         """Cut out what the network sees, stretched as it sees it."""
-        wide, high = (
-            whole if part is None else min(part * min(picture.size), whole)
-            for part, whole in zip((self.width, self.height), picture.size, strict=True)
+        high, wide = (
+            whole if part is None else min(round(part * min(picture.size)), whole)
+            for part, whole in ((self.height, picture.height), (self.width, picture.width))
         )
-        left, top = (picture.width - wide) / 2, (picture.height - high) / 2
-        seen = picture.crop((round(left), round(top), round(left + wide), round(top + high)))
+        seen: Image.Image = center_crop(picture, [high, wide])
         if self.ratio is None:
             return seen
         if self.ratio >= 1:
-            return seen.resize((seen.width, max(1, round(seen.width / self.ratio))))
-        return seen.resize((max(1, round(seen.height * self.ratio)), seen.height))
+            return seen.resize((wide, max(1, round(wide / self.ratio))))
+        return seen.resize((max(1, round(high * self.ratio)), high))
 
 
 def sight_of(dataset: Dataset[Any]) -> Sight | None:
@@ -212,9 +210,7 @@ def sight_of(dataset: Dataset[Any]) -> Sight | None:
     if held is None:
         return Sight()  # what is shown is what the network is given
     holder = held[0]
-    if preprocessing_of(dataset) != preprocessing_of(
-        holder
-    ):  # something around it, or parts differ
+    if preprocessing_of(dataset) != preprocessing_of(holder):  # more around it, or parts differ
         return None
     transform = getattr(holder, "transform", None)
     if transform is not None:
@@ -250,13 +246,10 @@ def declared_sight(transform: Any) -> Sight | None:
     return Sight(width / resize[0], height / resize[0], width / height)
 
 
-# --- where in its reference images a channel responds ---------------------------------------------
-
-
 def find_where(
     maps: Scan, parts: Sequence[ChannelSplit], spots: Iterable[Spot]
 ) -> dict[Spot, Tensor]:
-    """Compute where channels respond in the images that `maps` holds.
+    """Compute where split channels respond in the images that `maps` holds.
 
     Each map (h, w) is the pre-activation, where positive, in parts of the largest. Nothing is known
     without positions, or of a layer whose positions are not those of a picture.
@@ -266,18 +259,16 @@ def find_where(
     by_channel = {part.channel: part for part in parts}
     wanted: dict[int, list[Spot]] = {}
     for spot in spots:
-        if spot.channel in by_channel:
-            wanted.setdefault(spot.image, []).append(spot)
+        wanted.setdefault(spot.image, []).append(spot)
     known: dict[Spot, Tensor] = {}
-    for records in maps.shards() if wanted else ():
+    for records in maps.shards():
         assert records.input_map is not None
-        for place, index in enumerate(records.index.tolist()):
+        for index, image in zip(records.index.tolist(), records.input_map, strict=True):
             for spot in wanted.get(index, ()):
                 part = by_channel[spot.channel]
                 row = (part.weight if spot.concept is None else part.rows[spot.concept]).double()
-                image = records.input_map[place].double()
                 bias = torch.tensor([part.bias], dtype=torch.float64)
-                z = respond(maps.layer, image[None], row[None], bias, [part.channel])[0, 0]
-                positive = z.clamp(min=0)
+                z = respond(maps.layer, image.double()[None], row[None], bias, [part.channel])
+                positive = z[0, 0].clamp(min=0)
                 known[spot] = positive / positive.max() if positive.max() > 0 else positive
     return known

@@ -83,7 +83,8 @@ def report(
         The path of the file.
 
     Raises:
-        UsageError: scans, split, evaluation, features and data set do not belong together.
+        UsageError: scans, split, evaluation, features and data set do not belong together, or a
+            scan has no image of a concept that was split.
         RunError: the file cannot be written, or a scan is damaged.
     """
     file = as_path("path", path)

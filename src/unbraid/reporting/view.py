@@ -10,34 +10,19 @@ from typing import Any
 
 from unbraid.base.errors import UsageError
 from unbraid.base.tables import count
-from unbraid.finding.arv import class_sums
 from unbraid.finding.findings import Findings, Pair
 from unbraid.finding.thresholds import Sensitivity
-from unbraid.measuring.evaluate import gather_responses, intervals
-from unbraid.measuring.reference_images import ALIKE, reference_images
-from unbraid.measuring.results import ChannelAblation, ChannelEvaluation, Evaluation, Responses
+from unbraid.measuring.results import ChannelAblation, ChannelEvaluation, Evaluation
 from unbraid.networks.spec import LayerSpec
-from unbraid.reporting.channel import (
-    ChannelView,
-    bars,
-    by_class,
-    concept_views,
-    densities,
-    first_images,
-    missing_concepts,
-    reference_rows,
-    ridges,
-    scatter,
-)
+from unbraid.reporting.channel import ChannelView, channel_views
 from unbraid.reporting.words import ABSENT, bounded, number, percent, significant
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit, Split
 from unbraid.visualizing.features import Features
 
-N_IMAGES = 8  # reference images of a channel
 MAX_ROWS = 300  # of reference images; with two concepts or more, at most 100 channels
 MAX_TEXT = 2000  # characters of a note or a setting, such as a preprocessing with many steps
-_MAX_CELLS = 2000  # choices of thresholds
+MAX_CELLS = 2000  # choices of thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,21 +97,21 @@ class Material:
 
     def refuse_strangers(self) -> None:
         """Raise a UsageError if it is not of one network, layer and split."""
+        if self.split:
+            self.split.require(self.scan)
 
-        def identity(one: Scan | Split) -> tuple[object, ...]:
-            weights = one.manifest.weights if isinstance(one, Scan) else one.weights
-            return weights, one.layer
+        def network(scan: Scan) -> tuple[str, str]:
+            return scan.manifest.weights, scan.layer.name
 
-        here, name, counted = identity(self.scan), self.scan.layer.name, self.sensitivity
-        same = {
-            "training scan is": self.train_scan is None or identity(self.train_scan) == here,
-            "scan with positions is": self.maps is None or identity(self.maps) == here,
-            "split is": self.split is None or identity(self.split) == here,
-            "sensitivity is": not counted or (counted.weights, counted.layer) == (here[0], name),
-            "feature visualisations are": not self.features or self.features.layer == name,
+        here, counted, features = network(self.scan), self.sensitivity, self.features
+        strange = {
+            "training scan is": self.train_scan and network(self.train_scan) != here,
+            "scan with positions is": self.maps and network(self.maps) != here,
+            "sensitivity is": counted and (counted.weights, counted.layer) != here,
+            "feature visualisations are": features and features.layer != here[1],
         }
-        for what, fits in same.items():
-            if not fits:
+        for what, holds in strange.items():
+            if holds:
                 raise UsageError(
                     f"The {what} of another network or layer than the validation scan; pass "
                     "those of one run."
@@ -150,7 +135,6 @@ class Page:
 
     title: str
     facts: Sequence[tuple[str, str, str]]  # at the top: figure, what it is, a note
-    output: Mapping[str, str] | None
     channels: Sequence[ChannelView]
     notes: Sequence[str]  # what is left out and why, and what to beware of
     settings: Mapping[str, str]
@@ -161,104 +145,38 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
     """Work out what the page shows; without a title, its heading names the layer."""
     n_rows = accumulate(1 + len(part.concepts) for part in material.parts)
     shown = [p for p, n in zip(material.parts, n_rows, strict=True) if n <= MAX_ROWS]
-    channels, notes = _channels(material, shown or material.parts[:1])
-    name, counted = material.scan.layer.name, material.sensitivity
-    if counted is not None and len(counted.cells) > _MAX_CELLS:
-        notes.insert(0, "Other thresholds are left out: there are too many choices for a page.")
+    channels: list[ChannelView] = []
+    if material.split:
+        split = replace(material.split, channels=tuple(shown or material.parts[:1]))
+        channels = channel_views(
+            split, material.found, material.scan, material.train_scan, material.evaluation
+        )
+    notes, counted = _notes(material, has_images), material.sensitivity
+    if counted is not None and len(counted.cells) > MAX_CELLS:
+        notes.append("Other thresholds are left out: there are too many choices for a page.")
         counted = None
+    name = material.scan.layer.name
     named = name if name.startswith("layer") else f"layer {name}"
     return Page(
         title=bounded(title or f"Polysemantic channels of {named}"),
         facts=_facts(material),
-        output=_output(material),
         channels=channels,
-        notes=[bounded(note, MAX_TEXT) for note in (*_notes(material, has_images), *notes)],
+        notes=[bounded(note, MAX_TEXT) for note in notes],
         settings={k: bounded(v, MAX_TEXT) for k, v in _settings(material).items()},
         sensitivity=counted,
     )
 
 
-def _channels(
-    material: Material, parts: Sequence[ChannelSplit]
-) -> tuple[list[ChannelView], list[str]]:
-    """Describe the channels shown in full, and say what had to be left out of them."""
-    if material.split is None:
-        return [], []
-    notes = []
-    scan, found, train_scan = material.scan, material.found, material.train_scan
-    evaluation = material.evaluation
-    split = replace(material.split, channels=tuple(parts))
-    top, ids = reference_images(scan, split, n=N_IMAGES, alike=ALIKE), scan.ids()
-    absent = {channel: missing_concepts(images) for channel, images in top.items()}
-    firsts = first_images(scan, split, {c: gone for c, gone in absent.items() if gone})
-    responses: dict[int, Responses] = {}
-    try:
-        responses = evaluation.responses if evaluation else gather_responses(split, scan)
-    except UsageError as error:
-        notes.append(f"Densities are left out: {error}")
-    semantics = evaluation.semantics if evaluation else None
-    sums = class_sums(train_scan, [], found.clusters) if train_scan else None
-    channels, bare = [], []
-    for part in parts:
-        channel, views = part.channel, concept_views(found, part.concepts)
-        known = responses.get(channel)
-        classes = by_class(found, views, known) if known else []
-        sources = None
-        if train_scan and sums:
-            try:
-                sources = bars(split, part, train_scan, sums)
-            except UsageError:
-                bare.append(str(channel))
-        first = {k: one for (c, k), one in firsts.items() if c == channel}
-        lowest = material.lowest.get(channel)
-        channels.append(
-            ChannelView(
-                number=channel,
-                concepts=views,
-                info=_how_split(part.info),
-                cosine=lowest.cosine if lowest else None,
-                rows=reference_rows(found, views, top[channel], ids, first),
-                measures=material.measures.get(channel),
-                intervals=intervals(known) if known else None,
-                densities=densities(known) if known else None,
-                ridges=ridges(classes, known) if known else None,
-                scatter=scatter(classes, known) if known else None,
-                bars=sources,
-                ablation=material.ablated.get(channel),
-                semantics=semantics.channels.get(channel) if semantics else None,
-            )
-        )
-    if bare:
-        notes.append(
-            f"The input channels of channel {', '.join(bare)} are left out: the training scan has "
-            "no image of a concept."
-        )
-    return channels, notes
-
-
-def _how_split(info: Mapping[str, Any]) -> dict[str, str]:
-    """Tell how a channel's masks were chosen, without what only says that the solver is done."""
-    return {
-        bounded(key): bounded(f"{value:.4g}" if isinstance(value, float) else str(value))
-        for key, value in info.items()
-        if key != "kkt_residual"
-    }
-
-
-# --- figures at the top, notes and settings, in words ---------------------------------------------
-
-
 def _facts(material: Material) -> list[tuple[str, str, str]]:
     """Choose the figures at the top: what was found, what was made of it, how well."""
     found, split, evaluation = material.found, material.split, material.evaluation
-    thresholds = f" at tau {found.tau_in_words}, p {found.p:g}, gamma {found.gamma:g}"
-    if found.kind == "clusters":
-        thresholds = f" at gamma {found.gamma:g}"
-    if material.chosen:
-        thresholds = ""
-    n, n_out = len(found.concepts), material.scan.layer.n_out
+    note = f"of {count(material.scan.layer.n_out, 'channel')}"
+    if not material.chosen:
+        tau = "" if found.kind == "clusters" else f"tau {found.tau_in_words}, p {found.p:g}, "
+        note += f" at {tau}gamma {found.gamma:g}"
+    n = len(found.concepts)
     what = f"{'chosen' if material.chosen else 'polysemantic'} channel{'' if n == 1 else 's'}"
-    facts = [(f"{n:,}", what, f"of {count(n_out, 'channel')}{thresholds}")]
+    facts = [(f"{n:,}", what, note)]
     if not found.concepts:
         return facts
     cosine = min((pair.cosine for pair in material.lowest.values()), default=None)
@@ -267,38 +185,23 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
         note += f"; agreement with classes {number(sum(agreement) / len(agreement))}"
     facts.append((f"{len(found.pairs):,}", f"pairs of {found.kind}", note))
     if split is not None:
-        method = f"method: {_method(split.method)}"
-        facts.append((f"{material.n_concepts:,}", "concept channels", method))
-    if output := _output(material):
-        note = f"top-1 {output['before']} before, {output['after']} after"
-        if output["before"] == ABSENT:
-            note = f"same first choice in {output['agreement']} of the images"
-        facts.append((output["difference"], "largest logit difference", note))
+        note = f"method: {split.method.replace('_', ' ')}"
+        facts.append((f"{material.n_concepts:,}", "concept channels", note))
+    if evaluation is not None and (output := evaluation.output):
+        before, after = percent(output.top1_before, 1), percent(output.top1_after, 1)
+        note = f"top-1 {before} before, {after} after"
+        if before == ABSENT:
+            note = f"same first choice in {percent(output.top1_agreement, 1)} of the images"
+        difference = significant(output.max_abs_logit_diff, 2)
+        facts.append((difference, "largest logit difference", note))
     if evaluation is not None:
         note, baseline = "halving a channel gives 0.5", evaluation.baseline
         if baseline is not None:
-            before = baseline.summary[baseline.method]["separation_error"]
-            note = f"{_method(baseline.method)} rule: {number(before)}"
+            error = baseline.summary[baseline.method]["separation_error"]
+            note = f"{baseline.method.replace('_', ' ')} rule: {number(error)}"
         error = evaluation.summary[evaluation.method]["separation_error"]
         facts.append((number(error), "mean separation error", f"{note}; ideal 0"))
     return facts
-
-
-def _method(name: str) -> str:
-    return bounded(name.replace("_", " "))
-
-
-def _output(material: Material) -> dict[str, str] | None:
-    """Write the output check's figures, None if there was none."""
-    output = material.evaluation.output if material.evaluation else None
-    if output is None:
-        return None
-    return {
-        "difference": significant(output.max_abs_logit_diff, 2),
-        "agreement": percent(output.top1_agreement, 1),
-        "before": percent(output.top1_before, 1),
-        "after": percent(output.top1_after, 1),
-    }
 
 
 def _notes(material: Material, has_images: bool) -> list[str]:
@@ -316,35 +219,31 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         return notes
     if material.split is None:
         return [*notes, "Details of the channels are left out: no split was given."]
-    n, n_off = len(material.parts), len(material.ablated)
-    missing = {part.channel for part in material.parts} - set(features.channels if features else ())
+    n, n_off, positions = len(material.parts), len(material.ablated), material.positions
+    drawn = features.channels if features else ()
+    missing = sum(part.channel not in drawn for part in material.parts)
     why = "for want of time" if features and features.left_out else "none were given"
-    left_out = {
+    left_out: dict[str, Any] = {
         "Measures and the output check are left out: no evaluation was given.": not known,
-        "The output check is left out: the evaluation compared no outputs.": (
-            known and known.output is None
-        ),
-        "Rectified errors are left out: they need a scan with positions.": (
-            known and any(c.separation_error_rectified is None for c in known.channels)
-        ),
-        "Nothing was switched off: the evaluation holds no ablation.": (
-            known and known.ablation is None
-        ),
-        f"Only {n_off:,} of {count(n, 'channel')} were switched off, those with the lowest cosines "
-        "unless chosen otherwise.": known and known.ablation and n_off < n,
-        "Semantic measures are left out: the evaluation holds none.": (
-            known and known.semantics is None
-        ),
         "Input channels are left out: no training scan was given.": train_scan is None,
         "Pictures are left out: no data set was given.": not has_images,
         "Feature visualisations are left out: none were given.": features is None,
-        f"Feature visualisations of {count(len(missing), 'channel')} are left out: {why}.": (
+        f"Feature visualisations of {count(missing, 'channel')} are left out: {why}.": (
             features is not None and missing
         ),
-        "Where channels answer is left out: no scan with positions was given.": (
-            material.positions is None
-        ),
+        "Where channels answer is left out: no scan with positions was given.": positions is None,
     }
+    if known:
+        errors = [channel.separation_error_rectified for channel in known.channels]
+        left_out |= {
+            "The output check is left out: the evaluation compared no outputs.": known.output
+            is None,
+            "Rectified errors are left out: they need a scan with positions.": None in errors,
+            "Nothing was switched off: the evaluation holds no ablation.": known.ablation is None,
+            f"Only {n_off:,} of {count(n, 'channel')} were switched off, those with the lowest "
+            "cosines unless chosen otherwise.": known.ablation and n_off < n,
+            "Semantic measures are left out: the evaluation holds none.": known.semantics is None,
+        }
     return [*notes, *(note for note, holds in left_out.items() if holds)]
 
 
