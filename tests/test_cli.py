@@ -78,14 +78,10 @@ FILES = {
     "own.py": OWN,
     "neighbour.py": "from own import build\n",
     "syntax.py": "def build(:",
-    "divides.py": "def build():\n    return 1 / 0",
     "wrong.csv": "path,label\ndata/val/ant/none.png,ant\n",
-    "wrong.tar": "no tar",
-    "junk.pt": "hello this is junk",
     "junk/ant/a.png": "no picture",
     "half/ant/a.png": "no picture",
     "theirs/settings.json": "{}",
-    "text/notes/a.txt": "no image",
 }
 
 
@@ -119,8 +115,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             save(draw(k % 3, 5000 * 9 * n + k), home / "flat" / part / f"{k:03d}.png")
     for folder in ("half/ant", "no-val/train", *(f"many/{name}" for name in "abcd")):
         save(draw(0, 1), home / folder / "b.png")
-    for folder in ("nothing/train", "no-val/val"):
-        (home / folder).mkdir(parents=True)
+    (home / "no-val/val").mkdir()
     namespace: dict[str, object] = {}
     exec(OWN, namespace)
     network, preprocess = namespace["build"]()  # type: ignore[operator]
@@ -201,9 +196,8 @@ def again(ran, home: Path, tmp_path: Path) -> Path:
 
 def test_run_does_everything(ran, home: Path) -> None:
     assert ran.returncode == 0, ran.stderr
-    assert "runs/a/report.html" in ran.stdout
-    assert "Largest logit difference 0;" in ran.stdout
-    assert "Visualising channels and concept channels." in ran.stdout + ran.stderr
+    for told in ("Report: runs/a/report.html", "Largest logit difference 0;", "Visualising ch"):
+        assert told in ran.stdout + ran.stderr
     folder = home / "runs/a"
     evaluation = evaluation_in(folder)
     assert evaluation["output"]["max_abs_logit_diff"] == 0
@@ -215,14 +209,8 @@ def test_run_does_everything(ran, home: Path) -> None:
     assert {name for row in rows for name in (row["name1"], row["name2"])} <= set(CLASSES)
     for channel in evaluation["channels"]:
         assert channel["semantics"]["encoder"] == "the network's own penultimate layer"
-    counted = unbraid.find(unbraid.open_scan(folder / "scan-train"), tau=0.02, p=0.5, gamma=0.95)
-    (own,) = (
-        row
-        for row in csv.DictReader((folder / "sensitivity.csv").open())
-        if (float(row["tau"]), float(row["p"]), float(row["gamma"])) == (0.02, 0.5, 0.95)
-    )
-    assert int(own["n_channels"]) == len(counted.concepts)
-    assert int(own["n_pairs"]) == len(counted) > 0
+    counted = list(csv.DictReader((folder / "sensitivity.csv").open()))
+    assert [row["n_pairs"] for row in counted if row["tau"] == "0.02"].count(str(len(rows))) > 0
 
 
 def test_run_with_other_thresholds_goes_beside_the_first_or_when_asked_in_its_place(
@@ -244,24 +232,6 @@ def test_run_with_other_thresholds_goes_beside_the_first_or_when_asked_in_its_pl
     assert json.loads((again / "settings.json").read_text())["thresholds"]["gamma"] == -0.9
 
 
-def test_run_again_scans_nothing_and_leaves_features_out_when_asked(
-    again: Path, call: Call
-) -> None:
-    shutil.rmtree(again / "features")
-    kept = [path for path in again.rglob("*.safetensors")] + [again / "evaluation.json"]
-    before = [path.stat().st_mtime_ns for path in kept if "shard" in path.name]
-    evaluation = evaluation_in(again)
-    code, out, err = call(*RUN, "--out", str(again), *LOOSE, "--no-features")
-    assert (code, "Visualising" in out + err) == (0, False)
-    assert not (again / "features").exists()
-    assert [path.stat().st_mtime_ns for path in kept if "shard" in path.name] == before
-    assert evaluation_in(again) == evaluation
-    page = assert_report_again(call, again).encode()
-    (again / "settings.json").rename(again / "moved")
-    assert call("report", str(again))[0] == 1  # and the page stays as it is
-    assert (again / "report.html").read_bytes() == page
-
-
 def test_check_tells_what_a_run_holds_and_what_is_damaged(again: Path, call: Call) -> None:
     code, out, _ = call("check", str(again))
     listed = out.splitlines()
@@ -272,24 +242,6 @@ def test_check_tells_what_a_run_holds_and_what_is_damaged(again: Path, call: Cal
     split.write_bytes(split.read_bytes()[:-8])
     code, out, _ = call("check", str(again))
     assert (code, "18 files sound." in out, "split.safetensors" in out) == (1, True, True)
-
-
-def test_run_of_several_layers_and_scan_of_a_pattern_have_a_folder_for_each(
-    ran, home: Path, call: Call
-) -> None:
-    layers = ("--layer", "0", "--layer", "[24]", "--data", "data", "--out", "runs/several")
-    code, out, err = call("run", *NETWORK[:4], *layers, *LOOSE, "--no-features")
-    assert code == 0, err
-    assert err.count("Scanning 0, 2 ") == 2  # training and validation images
-    assert "With all layers split, largest logit difference 0;" in out
-    for name in ("findings.csv", "split.safetensors"):
-        alone = (home / "runs/a" / name).read_bytes()
-        assert (home / "runs/several/2" / name).read_bytes() == alone
-    code, out, err = call(*scan(layer="2*", out="pattern"))
-    assert (code, "Scanned 30 images" in out) == (0, True), err
-    assert (home / "pattern/2/manifest.json").exists()
-    code, _, err = call("find", "pattern")
-    assert (code, "scans of several layers: 2;" in err) == (1, True)
 
 
 def test_step_by_step_gives_the_same(ran, home: Path, call: Call) -> None:
@@ -310,30 +262,32 @@ def test_step_by_step_gives_the_same(ran, home: Path, call: Call) -> None:
     assert len((home / "counted.csv").read_text().splitlines()) == 5
 
 
-def test_tau_that_fits_the_layer_is_kept_and_shown(again: Path, call: Call) -> None:
-    auto = ("--tau", "auto", *LOOSE[2:])
-    code, out, err = call(*RUN, "--out", str(again), *auto, "--no-features")
-    assert code == 0, err
-    found = unbraid.find(unbraid.open_scan(again / "scan-train"), tau="auto", p=0.5, gamma=0.95)
-    assert f"(tau {found.tau:g} (auto), p 0.5, gamma 0.95)" in out
-    settings = json.loads((again / "settings-2/settings.json").read_text())
-    assert settings["thresholds"]["tau"] == "auto"
-    assert f"{found.tau:g} (auto)" in assert_report_again(call, again / "settings-2")
-    file = again / "split"
-    assert call("split", f"{again}/scan-train", *auto, "--out", str(file))[0] == 0
-    assert unbraid.Split.load(file).settings["tau"] == found.tau
+def test_scan_of_a_pattern_has_a_folder_for_each_layer(home: Path, call: Call) -> None:
+    code, out, err = call(*scan(layer="2*", out="pattern"))
+    assert (code, "Scanned 30 images" in out) == (0, True), err
+    assert (home / "pattern/2/manifest.json").exists()
+    code, _, err = call("find", "pattern")
+    assert (code, "scans of several layers: 2;" in err) == (1, True)
 
 
-def test_run_with_an_encoder_embeds_pictures_by_it(again: Path, call: Call, monkeypatch) -> None:
+def test_tau_that_fits_and_an_encoder_are_kept_and_shown(
+    again: Path, call: Call, monkeypatch
+) -> None:
     def at_random(spec: str, device: str) -> TimmEncoder:
         return load_encoder(spec, pretrained=False, device=device)
 
     monkeypatch.setattr("unbraid.running.run.load_encoder", at_random)
-    encoder = ("--encoder", "timm:test_resnet", "--no-features")
-    code, _, err = call(*RUN, "--out", str(again), *encoder, *LOOSE)
+    options = ("--tau", "auto", *LOOSE[2:], "--encoder", "timm:test_resnet", "--no-features")
+    code, out, err = call(*RUN, "--out", str(again), *options)
     assert code == 0, err
-    assert not list((again / "settings-2").glob("positions-*"))  # the first run's
-    channels = evaluation_in(again / "settings-2")["channels"]
+    found = unbraid.find(unbraid.open_scan(again / "scan-train"), tau="auto", p=0.5, gamma=0.95)
+    assert f"(tau {found.tau:g} (auto), p 0.5, gamma 0.95)" in out
+    beside = again / "settings-2"
+    assert json.loads((beside / "settings.json").read_text())["thresholds"]["tau"] == "auto"
+    assert f"{found.tau:g} (auto)" in assert_report_again(call, beside)
+    assert unbraid.Split.load(beside / "split.safetensors").settings["tau"] == found.tau
+    assert not list(beside.glob("positions-*"))  # the first run's
+    channels = evaluation_in(beside)["channels"]
     assert {channel["semantics"]["encoder"] for channel in channels} == {"timm:test_resnet"}
 
 
@@ -386,13 +340,10 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     (("run", "--layer", "2"), 2, "requires an argument"),
     (("rnu",), 2, "Unknown command"),
     ((*FIND, "--tau", "autom"), 2, "autom"),
-    (("sensitivity", "runs/a/scan-train", "--taus", "auto"), 2, "auto"),
     ((*EARLY, "--concepts", "cluster"), 2, "--concepts"),
     ((*scan(), "--compiled"), 2, "--compiled"),
     (("layers", "torchvision:resnet5"), 2, "Did you mean resnet50"),
-    (("layers", "nothing"), 2, "torchvision:NAME"),
     (("layers", "syntax.py:build"), 2, "SyntaxError"),
-    (("layers", "divides.py:build"), 2, "ZeroDivisionError"),
     (("layers", "own.py:build_mixed"), 1, "--output"),
     (("layers", "own.py:build_mixed", "--output", "logits"), 1, "has no 'logits'"),
     (("find", "nowhere"), 1, "holds no scan"),
@@ -400,28 +351,20 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     (("check", "data"), 1, "data"),
     (("evaluate", "nothing.safetensors", "nowhere"), 1, "nothing.safetensors"),
     ((*FIND, "--tau", "0"), 2, "tau"),
-    (("sensitivity", "runs/a/scan-train", "--ps", "0"), 2, "p is 0"),
     *(((*step, "--out", f"runs/a/{name}"), 2, "name another file") for name, step in INTO.items()),
     (("run", *NETWORK[:2], *NETWORK[4:], "--data", "data", "--out", "runs/a"), 1, "'s weights"),
     ((*RUN, "--labels", "predicted", "--out", "runs/a"), 1, "labels are given or predicted"),
     ((*EARLY, "--rho", "5"), 2, "rho"),
-    ((*EARLY, "--gamma", "nan"), 2, "gamma"),
     ((*EARLY, "--encoder", "timm:resnet17"), 2, "Did you mean"),
-    ((*RUN[:-1], "nothing", "--out", "mistake"), 1, "nothing/train"),
     ((*RUN[:-1], "no-val", "--out", "mistake"), 1, "no-val/val holds no image"),
     ((*RUN, "--out", "theirs"), 1, "theirs/settings.json"),
-    (scan(layer="3"), 2, "not a convolution"),
     (scan(layer="22"), 2, "Did you mean 2"),
     (scan(weights="missing.safetensors"), 1, "missing.safetensors"),
-    (scan(weights="junk.pt"), 1, "junk.pt"),
     (scan(weights="nan.safetensors"), 1, "NaN or infinite"),
     (scan(model="own.py:build_failing"), 1, "cannot run"),
     (scan(data="nowhere"), 1, "There is no folder"),
     (scan(data="many"), 1, "4 classes but the network has 3 outputs"),
-    (scan(data="text/notes"), 1, "text/notes"),
     (scan(data="wrong.csv"), 1, "wrong.csv"),
-    (scan(data="wrong.tar"), 1, "wrong.tar"),
-    (scan(data="hf:wrong"), 1, "wrong"),
     (scan(data="pipe:touch ran"), 2, "(pipe:) are not run"),
     (scan(data="flat/val", classes="0"), 2, "classes names [0]"),
     (scan(batch_size="0"), 2, "batch_size"),
@@ -459,7 +402,7 @@ def test_broken_image_is_named_or_skipped_and_listed(home: Path, call: Call) -> 
 # --- labels ---------------------------------------------------------------------------------------
 
 
-def test_predicted_labels_stand_in_for_given_ones(ran, home: Path, call: Call) -> None:
+def test_predicted_labels_stand_in_for_given_ones(home: Path, call: Call) -> None:
     shutil.copytree(home / "data", home / "wrong")
     for part in ("train", "val"):  # folders that say nothing
         for source, name in ((CLASSES[0], "x"), (CLASSES[1], CLASSES[0]), ("x", CLASSES[1])):
@@ -467,12 +410,8 @@ def test_predicted_labels_stand_in_for_given_ones(ran, home: Path, call: Call) -
     run = ("run", *NETWORK, "--data", "wrong", "--out", "runs/wrong", *LOOSE, "--no-features")
     code, _, err = call(*run, "--labels", "predicted")
     assert code == 0, err
-    scans = [unbraid.open_scan(home / f"runs/{name}/scan-train") for name in ("wrong", "a")]
-    assert scans[0].manifest.labels == "predicted"
-    found, right = (unbraid.find(one, tau=0.02, p=0.5, gamma=0.95) for one in scans)
-    assert found.concepts.keys() & right.concepts.keys()
+    assert unbraid.open_scan(home / "runs/wrong/scan-train").manifest.labels == "predicted"
     assert evaluation_in(home / "runs/wrong")["output"]["top1_before"] < 0.5  # by given labels
-    assert_report_again(call, home / "runs/wrong")
 
 
 def test_run_of_a_folder_without_classes_from_scan_to_report(home: Path, call: Call) -> None:
