@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -72,7 +71,7 @@ def test_one_pass_keeps_of_every_layer_what_a_pass_of_its_own_keeps(network, tmp
         assert_same_files(kept.parent, tmp_path / "network.first")
 
 
-@pytest.mark.parametrize("kind", structures.STRUCTURES)
+@pytest.mark.parametrize("kind", ["in place", "runs again", "windows", "checkpointed, reentrant"])
 def test_every_structure_can_be_scanned_layer_beside_layer(kind, tmp_path):
     network, images = structures.build(kind), structures.images()
     names = [spec.name for spec in usable_layers(network, images.images[:1])]
@@ -177,45 +176,11 @@ def test_gates_and_ablation_act_each_on_the_layer_named(network, splits):
     with changed.gate("blocks.0", 1, 0, 0.0):  # moves do not count, in whatever layer
         found = unbraid.ablate(changed, IMAGES, layer="blocks.1")
     assert found == unbraid.ablate(unbraid.apply(network, splits["blocks.1"]), IMAGES)
-    for layer, told in ((None, "name one of 'first'"), ("head", "Layer 'head' is not split")):
-        with pytest.raises(UsageError, match=told):
-            unbraid.ablate(changed, IMAGES, layer=layer)
-
-
-def test_splits_that_do_not_fit_together_are_refused(network, splits, tmp_path):
-    other = copy.deepcopy(network)
-    with torch.no_grad():
-        other.head.weight.add_(1)
-    strange = split(unbraid.scan(other, "first", IMAGES, tmp_path))
+    with pytest.raises(UsageError, match="name one of 'first'"):
+        unbraid.ablate(changed, IMAGES)
     for wrong in ([], [splits["first"], splits["first"]]):
         with pytest.raises(UsageError, match="one split or more, each of another layer"):
             unbraid.apply(network, wrong)
-    with pytest.raises(ModelError, match="other weights"):
-        unbraid.apply(network, {**splits, "first": strange})
-    with pytest.raises(UsageError, match=r"has no concept channels; pass one"):
-        unbraid.gate(network, "first", 1, 0, 0.0)
-
-
-def test_wrapped_networks_take_patterns_and_names_with_and_without_the_prefix(
-    network, splits, tmp_path
-):
-    wrapped = nn.DataParallel(network)
-    found = unbraid.scan(wrapped, "module.blocks.*", IMAGES, tmp_path)
-    assert list(found) == ["blocks.0", "blocks.1"]
-    changed = unbraid.apply(network, splits)
-    for name in ("first", "module.first"):
-        with unbraid.gate(nn.DataParallel(changed), name, 1, 0, 0.0):
-            assert not torch.equal(changed(IMAGES.images), network(IMAGES.images))
-
-
-def test_a_module_goes_by_any_of_its_names(tmp_path):
-    network = structures.Around().double().eval()
-    network.again = network.layer
-    scan = unbraid.scan(network, "again", IMAGES, tmp_path)
-    assert scan.layer.name == "layer"
-    changed = unbraid.apply(network, split(scan))
-    with changed.gate("again", 1, 0, 0.0):
-        assert not torch.equal(changed(IMAGES.images), network(IMAGES.images))
 
 
 def test_a_gate_takes_a_value_for_each_window_of_an_image(tmp_path):
@@ -238,7 +203,7 @@ def test_a_gate_takes_a_value_for_each_window_of_an_image(tmp_path):
 
 
 def source_relevances(
-    network: Deep, before: unbraid.Split, row: Tensor, target: nn.Module, classes: tuple[int, ...]
+    network: Deep, before: unbraid.Split, row: Tensor, classes: tuple[int, ...]
 ) -> dict[str, float]:
     """Gradient x activation of every source, image by image, on concept channels built by hand.
 
@@ -278,7 +243,7 @@ def assert_circuit(
 ) -> None:
     part = splits["blocks.1"][channel]
     own, whole = (
-        source_relevances(network, splits["first"], row, network.blocks[1], part.concepts[concept])
+        source_relevances(network, splits["first"], row, part.concepts[concept])
         for row in (part.rows[concept], part.weight)
     )
     positive = sum(a for a in own.values() if a > 0)
