@@ -19,7 +19,7 @@ import torch
 from torchvision import models
 
 from documents import Command
-from unbraid import cli
+from unbraid.__main__ import main
 from unbraid.demo.network import CLASSES, load_images
 
 # What a command holds in place of something of the reader's own.
@@ -136,7 +136,7 @@ class Place:
             patch.setattr(sys, "argv", words)
             patch.setenv("TORCH_HOME", hub["TORCH_HOME"])
             with redirect_stderr(said), pytest.raises(SystemExit) as stopped:
-                cli.main()
+                main()
         return int(stopped.value.code or 0), said.getvalue()
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 import unbraid
-from unbraid import cli
+from unbraid.__main__ import main
 from unbraid.measuring.encoders import TimmEncoder, load_encoder
 
 Call = Callable[..., tuple[int, str, str]]
@@ -141,7 +141,7 @@ def call(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         monkeypatch.chdir(home)
         monkeypatch.setattr(sys, "argv", ["unbraid", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main()
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         if stopped.value.code:  # an error is told in a line of words

@@ -27,7 +27,8 @@ from torch.utils.data import Subset
 
 import unbraid
 from oracle import channel_input_relevance, channel_map, layer_io
-from unbraid import Features, Scan, Split, UnbraidError, cli
+from unbraid import Features, Scan, Split, UnbraidError
+from unbraid.__main__ import main
 from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.images.listing import ListedImages, list_folder
 from unbraid.measuring.reference_images import ALIKE, reference_images
@@ -455,7 +456,7 @@ def test_without_matplotlib_a_sentence_says_what_to_install(
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
     monkeypatch.setattr(sys, "argv", ["unbraid", "figure", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main()
     return stop.value.code
 
 
