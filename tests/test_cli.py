@@ -191,9 +191,6 @@ def again(ran, home: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(home / "runs/a", tmp_path / "again"))
 
 
-# --- whole jobs -----------------------------------------------------------------------------------
-
-
 def test_run_does_everything(ran, home: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     for told in ("Report: runs/a/report.html", "Largest logit difference 0;", "Visualising ch"):
@@ -316,9 +313,6 @@ def test_layers_lists_exactly_what_scan_takes(call: Call) -> None:
         assert code == (0 if layer in ("stem", "head") else 2), err
 
 
-# --- mistakes -------------------------------------------------------------------------------------
-
-
 def scan(**changed: str) -> tuple[str, ...]:
     """The arguments of a scan of validation images, but for some."""
     options = dict(zip(NETWORK[::2], NETWORK[1::2], strict=True))
@@ -397,9 +391,6 @@ def test_broken_image_is_named_or_skipped_and_listed(home: Path, call: Call) -> 
     assert (code, "the layer differ" in err) == (1, True)
     code, _, err = call(*scan(data="junk", out="junk-scan"), "--skip-broken")
     assert (code, "None of the 1 images" in err) == (1, True)
-
-
-# --- labels ---------------------------------------------------------------------------------------
 
 
 def test_predicted_labels_stand_in_for_given_ones(home: Path, call: Call) -> None:

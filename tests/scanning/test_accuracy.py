@@ -119,9 +119,6 @@ def test_accuracy_leaves_out_images_without_a_label():
     assert judge([-1, 0, 1], [0, 0, 0], 2).n_images == 2
 
 
-# --- what scan and find say ----------------------------------------------------------------------
-
-
 class Demo(Dataset[Any]):
     """Some of the demo's images, with labels and brightness changed on the way."""
 

@@ -28,9 +28,6 @@ def pictures(n_images: int = 8, gain: float = 1.0, height: int = 7) -> Synthetic
     return dataset
 
 
-# --- what is recorded -----------------------------------------------------------------------------
-
-
 def wide_sums(network: nn.Module, dataset: SyntheticImages) -> tuple[Tensor, Tensor]:
     """Pooled inputs (N, G, J) and shares (N, C): the network in its own format, sums in float64."""
     seen, leaves = [], []
@@ -86,9 +83,6 @@ def test_sums_may_be_larger_than_half_precision_holds_and_rounded_ones_are_notic
     for wrong in (pooled.bfloat16(), pooled.bfloat16().float(), one):
         with pytest.raises(AssertionError):
             assert_summed_in_single(wrong, pooled)
-
-
-# --- splits ---------------------------------------------------------------------------------------
 
 
 def split_of(network: nn.Module, folder: Path) -> unbraid.Split:
@@ -169,9 +163,6 @@ def test_fits_with_positions_are_those_of_the_same_numbers_in_single(dtype, meth
         assert half.info.get("rho") == single.info.get("rho")
         difference = (half.masks.double() - single.masks.double()).abs().max()
         assert float(difference) <= torch.finfo(dtype).eps
-
-
-# --- autocast -------------------------------------------------------------------------------------
 
 
 class Autocasts(nn.Module):

@@ -69,9 +69,6 @@ def of_sizes(*widths: int) -> SyntheticImages:
     return dataset
 
 
-# --- what the records hold ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_records_hold_what_the_oracle_says(kind, tmp_path):
     network, dataset = build(kind), SyntheticImages(9)
@@ -142,9 +139,6 @@ def test_a_scan_goes_on_only_with_the_same_global_that_its_transform_uses(tmp_pa
         unbraid.scan(build("3x3"), "layer", images, tmp_path / "scan")
 
 
-# --- some of the images ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("chosen", "positions"),
     [
@@ -181,9 +175,6 @@ def test_scan_of_an_older_version_can_be_opened_and_one_that_ran_compiled_too(tm
     assert unbraid.open_scan(tmp_path).manifest.compiled
     with pytest.raises(RunError, match="whether it runs compiled differ"):
         unbraid.scan(build("1x1"), "layer", SyntheticImages(6), tmp_path)
-
-
-# --- predicted labels -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["3x3", "tokens"])
@@ -225,9 +216,6 @@ def test_listed_label_that_is_no_output_is_told_before_the_first_batch(label, pa
         unbraid.scan(network, "network.layer", dataset, tmp_path, **options)
     assert network.n_images == 0  # a first look leaves no trace
     assert not list(tmp_path.glob("shard-*"))
-
-
-# --- what cannot be scanned -----------------------------------------------------------------------
 
 
 class Wrapped(nn.Module):

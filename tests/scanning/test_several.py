@@ -47,9 +47,6 @@ def network() -> Deep:
     return network
 
 
-# --- scan -----------------------------------------------------------------------------------------
-
-
 def test_one_pass_keeps_of_every_layer_what_a_pass_of_its_own_keeps(network, tmp_path):
     counting = CountingNetwork(network)
     names = [f"network.{name}" for name in ("blocks.1", "first", "head", "blocks.0")]
@@ -124,9 +121,6 @@ def test_layers_that_cannot_be_scanned_are_named(asked, error, message, network,
     assert not list(tmp_path.glob("**/shard-*"))
 
 
-# --- split and apply ------------------------------------------------------------------------------
-
-
 def split(scan: unbraid.Scan) -> unbraid.Split:
     return unbraid.split(scan, unbraid.find(scan, channels=CONCEPTS))
 
@@ -197,9 +191,6 @@ def test_a_gate_takes_a_value_for_each_window_of_an_image(tmp_path):
     wrong = pytest.raises(UsageError, match="8 images and the layer runs on 48, windows")
     with changed.gate("layer", 1, 0, values), wrong:
         changed(images.images)
-
-
-# --- circuits -------------------------------------------------------------------------------------
 
 
 def source_relevances(

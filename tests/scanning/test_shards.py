@@ -187,9 +187,6 @@ def test_images_are_let_go_batch_by_batch(tmp_path):
     assert dataset.most <= 2 * 5 + 1  # a batch, the one before, and one image for the fingerprint
 
 
-# --- a folder that belongs to something else ------------------------------------------------------
-
-
 def other(**changes: Any) -> SyntheticImages:
     dataset = SyntheticImages(N_IMAGES)
     for name, change in changes.items():
@@ -244,9 +241,6 @@ def test_shards_without_a_manifest_are_not_taken_for_the_new_scans(finished, fol
     assert_same_files(folder, finished)
 
 
-# --- images that cannot be read -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("broken", "positions"), [((0,), False), ((1, 6, 8), True), ((4, 5, 6, 7), True)]
 )
@@ -271,9 +265,6 @@ def test_a_shard_of_nothing_but_broken_images_is_empty(positions, tmp_path):
     sound = Subset(SyntheticImages(n_broken + 8), range(n_broken, n_broken + 8))
     assert_records([last], truth_of(network, sound), 0.005, range(8))
     assert unbraid.find(scan, gamma=1.0, tau=0.01, p=0.1).classes == (0, 1, 2, 3)
-
-
-# --- the network is left alone --------------------------------------------------------------------
 
 
 def mixed_network() -> nn.Module:
