@@ -185,13 +185,8 @@ def test_accuracy_of_a_scan_is_that_of_all_its_images_if_it_took_given_labels(tm
 def test_sampled_accuracy_leaves_what_is_wrong_to_the_scan():
     class Torn(Demo):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-            if index % self.every == 0:
-                raise ValueError("broken")
-            return super().__getitem__(index)
+            return super().__getitem__(index if index % 2 else 1 / 0)
 
-    torn = Torn()
-    torn.every = 1
-    assert sampled_accuracy(load_network(), torn, range(256), 32) is None
-    torn.every = 2
-    found = sampled_accuracy(load_network(), torn, range(1, 256), 32)
-    assert 0 < found.n_images < len(torn)
+    assert sampled_accuracy(load_network(), Torn(), range(0, 256, 2), 32) is None
+    found = sampled_accuracy(load_network(), Torn(), range(1, 256), 32)
+    assert 0 < found.n_images < 15  # a few are drawn, of which those that can be read count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from sources import MEMBERS, opened, write
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, Subset
 
 import structures
 import unbraid
@@ -37,11 +38,6 @@ from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import Relabelled, labels_of
 from unbraid.running.run import as_labelled
 from unbraid.scanning.scan import usable_layers
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield torch.zeros(3, 7, 6), 0
 
 
 def predictions(kind: str, dataset: Dataset[Any]) -> list[int]:
@@ -240,40 +236,33 @@ class InPlace(structures.Around):
         return y
 
 
-def with_nan() -> nn.Module:
+def changed(change: Callable[[nn.Module], object]) -> nn.Module:
     network = build("3x3")
-    network.head.weight.data[0, 1] = math.nan
-    return network
-
-
-def with_hook() -> nn.Module:
-    network = build("3x3")
-    network.layer.register_forward_hook(lambda _module, _args, output: 2 * output)
+    change(network)
     return network
 
 
 NAN = "Image {} drives the network to NaN"
-NO_OUTPUT = "Image 3 has label {}, but the network has 4 out"
 NO_LABEL = "image 0 is a {}, not a class's"
+DOUBLED = changed(lambda n: n.layer.register_forward_hook(lambda *seen: 2 * seen[-1]))
 PREDICTED = {"labels": "predicted"}
 INNER = {"layer": "network.layer"}
 REFUSED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [  # network or images, options
-    (with_nan(), {}, ModelError, "'head.weight' holds NaN"),
+    (changed(lambda n: n.head.weight.data.fill_(math.nan)), {}, ModelError, "'head.weight' holds"),
     (with_image(5, math.nan), {"batch_size": 4}, ModelError, NAN.format(5)),
     (with_image(5, 1e308), {"batch_size": 4}, ModelError, NAN.format(5)),
     (Wrapped(lambda logits: (logits - 1e6).sqrt()), INNER, ModelError, NAN.format(0)),
-    (with_labels(8, {3: 4}), {}, DataError, NO_OUTPUT.format(4)),
-    (with_labels(8, {3: -1}), {}, DataError, NO_OUTPUT.format(-1)),
+    (with_labels(8, {3: 4}), {}, DataError, "Image 3 has label 4, but the network has 4 out"),
     (Unlabelled(4), {}, UsageError, r"no labels; pass labels='predicted'\.$"),
     (Unlabelled(4, torch.tensor([0, 1])), PREDICTED, DataError, NO_LABEL.format("Tensor")),
     (Unlabelled(4, 2**70), PREDICTED, DataError, NO_LABEL.format("int")),
     (SyntheticImages(4, size=(1, 7, 6)), {}, ModelError, r"cannot run on .* \(1, 7, 6\)"),
     (of_sizes(6, 6, 5, 5), {}, DataError, r"Image 2 is \(3, 7, 5\) where image 0 is \(3, 7, 6\)"),
     (of_sizes(6, 5), {"batch_size": 1, "positions": True}, DataError, "maps of different sizes"),
-    (Stream(), {}, UsageError, "must be map-style"),
+    (iter(()), {}, UsageError, "must be map-style"),
     (Wrapped(lambda logits: logits[:, :, None]), INNER, ModelError, r"a tensor \(1, 4, 1\), not"),
     (Wrapped(), {"layer": "spare"}, LayerError, "'spare' does not run when the network does"),
-    (with_hook(), {}, LayerError, "does not compute"),
+    (DOUBLED, {}, LayerError, "does not compute"),
     (InPlace().double(), {}, ModelError, r"no gradient at the layer .* choose a layer behind"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import re
 from dataclasses import fields
@@ -18,11 +19,6 @@ from unbraid import cli
 from unbraid.base.errors import LayerError, UsageError
 from unbraid.scanning.manifest import Manifest
 from unbraid.scanning.scan_options import Options, ScanOptions
-
-
-def deep(depth: int) -> dict:
-    return {"a": deep(depth - 1)} if depth else {}
-
 
 COUNT = "give a whole number, 1 or more."
 SHARE = "it must lie between 0 and 1."
@@ -49,7 +45,7 @@ WRONG = [
     ("labels", "guessed", "labels is 'guessed'; use 'given' or 'predicted'."),
     ("source", "ab", "source is a str; give a dictionary, or None."),
     ("source", {"a": {1}}, f"{NO_JSON}(Object of type set is"),
-    ("source", deep(32), f"{NO_JSON}(it is nested too deeply)"),
+    ("source", json.loads('{"a":' * 33 + "0" + "}" * 33), f"{NO_JSON}(it is nested too deeply)"),
     ("out", None, "out is None; give a path."),
     ("model", "resnet50", "The network is a str; pass a torch.nn.Module."),
     ("layer", 3, "3 is no layer; give a layer's name, or the mod"),
