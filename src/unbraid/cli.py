@@ -1,27 +1,17 @@
-"""The command line: each command is the thin twin of a function.
-
-torch is imported inside the commands, so that help is instant.
-"""
+"""Commands, thin twins of functions; what needs torch is imported inside, so help is instant."""
 
 from __future__ import annotations
 
-import functools
-import io
-import re
-import signal
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, Parameter
 from rich.console import Console
 
 import unbraid
-from unbraid.base.errors import UnbraidError, UsageError
+from unbraid.base.errors import UsageError
 from unbraid.base.tables import align, count, one_line
 from unbraid.scanning.scan_options import Labels, Loading, ScanOptions
 
@@ -38,10 +28,7 @@ show, say = (
 )
 
 # The options that commands share, with their help; that of others stands in docstrings.
-_LAYERS = (
-    "Name of a layer, as `unbraid layers` lists them, or a pattern such as 'layer4.*'; may be "
-    "given more than once."
-)
+_LAYERS = "A layer of `unbraid layers`, or a pattern such as 'layer4.*'; may be repeated."
 _MODEL = (
     "torchvision:NAME, timm:NAME or FILE.py:FUNCTION, which returns the network, (network, "
     "preprocessing) or (network, preprocessing, output names); without preprocessing ImageNet's "
@@ -49,10 +36,7 @@ _MODEL = (
 )
 _WEIGHTS = "A safetensors or torch file, a torchvision weights name, or 'random'."
 _OUTPUT = "Key or index of the logits, if the network puts out more (-1: last)."
-_NAMES = (
-    "File of names for classes: CSV (folder, WordNet id or output's number; name), JSON, or a line "
-    "for each output."
-)
+_NAMES = "Names of classes: CSV (folder, WordNet id or output's number; name), JSON, or one a line."
 _FEATURES = "Make images that excite each split channel and concept channel."
 Layers = Annotated[list[str], Parameter(help=_LAYERS, negative="")]
 Features = Annotated[bool, Parameter(help=_FEATURES, negative="--no-features")]
@@ -105,15 +89,14 @@ def load(network: Network) -> LoadedModel:
     from unbraid.networks.models import load_model
     from unbraid.networks.outputs import with_logits
 
-    loaded, output = load_model(network.model, network.weights, network.device), network.output
+    loaded = load_model(network.model, network.weights, network.device)
     if network.names is not None:
         loaded = replace(loaded, names=read_names(network.names))
     note(loaded.note)
-    if output is None:
-        return loaded
-    is_number = re.fullmatch(r"[+-]?\d+", output, re.ASCII)
-    picked = with_logits(loaded.model, int(output) if is_number else output)
-    return replace(loaded, model=picked, source={**loaded.source, "output": output})
+    if network.output is not None:
+        picked = with_logits(loaded.model, network.output)
+        loaded = replace(loaded, model=picked, source={**loaded.source, "output": network.output})
+    return loaded
 
 
 def open_images(loaded: LoadedModel, source: str) -> ListedImages:
@@ -141,9 +124,8 @@ def note(text: str) -> None:
 def show_broken(names: list[str]) -> None:
     """Count and list images that were left out."""
     if names:
-        say(f"Left out {count(len(names), 'image')} that could not be read:")
-    for name in names:
-        say(f"  {one_line(name)}")
+        listed = "".join(f"\n  {one_line(name)}" for name in names)
+        say(f"Left out {count(len(names), 'image')} that could not be read:{listed}")
 
 
 def show_run(result: Run) -> None:
@@ -169,10 +151,7 @@ def show_comparison(words: str, output: OutputComparison) -> None:
 
 
 def demo(*, out: Out, features: Features = True) -> None:
-    """Split a small network on Fashion-MNIST, offline, in under a minute.
-
-    The network, trained on all of Fashion-MNIST, and a sample of its images come with the package.
-    """
+    """Split a small network on Fashion-MNIST, offline; all comes with the package."""
     from unbraid.demo.network import LAYER, load_images, load_network
     from unbraid.running.folders import Thresholds
     from unbraid.running.run import run as run_pipeline
@@ -211,8 +190,8 @@ def run(
     """Do everything: scan, find, split, check the outputs, evaluate and report.
 
     Several layers are scanned in one pass, and each has its results in a folder of its name.
-    Started again, it goes on where it stopped. With other settings, such as thresholds, its results
-    go into OUT/settings-2 and so on, beside those that are there; scans are shared.
+    Started again, it goes on where it stopped. With other settings, its results go into
+    OUT/settings-2 and so on, beside those that are there; scans are shared.
 
     Args:
         data: Folder with train and val, each a folder of images, in class folders or not, a list
@@ -235,7 +214,6 @@ def run(
     loaded = load(network)
     say(f"Network {network.model}, layer {', '.join(layer)}.")
     train = open_images(loaded, part_of(data, "train"))
-    source = {**loaded.source, "data": absolute(data), "class_folders": labelled(train)}
     done = run_layers(
         loaded.model,
         layer,
@@ -244,7 +222,7 @@ def run(
         out,
         thresholds=Thresholds(rho=rho, **vars(finding)),
         loading=loading,
-        source=source,
+        source={**loaded.source, "data": absolute(data), "class_folders": labelled(train)},
         say=say,
         title=network.model,
         encoder=encoder,
@@ -270,13 +248,14 @@ def layers(model: Model, *, weights: Weights = "random", output: Output = None) 
 
     from unbraid.scanning.scan import usable_layers
 
-    rows: list[tuple[object, ...]] = [("layer", "kind", "in", "out", "kernel", "groups")]
+    rows = [["layer", "kind", "in", "out", "kernel", "groups"]]
     loaded = load(Network(model=model, weights=weights, output=output, device="cpu"))
     blank = loaded.transform(Image.new("RGB", (256, 256)))
     for spec in usable_layers(loaded.model, blank[None]):
         kernel = "" if spec.channels_last else "x".join(map(str, spec.kernel))
-        rows.append((spec.name, spec.kind, spec.n_in, spec.n_out, kernel, spec.groups))
-    show(align([[str(cell) for cell in row] for row in rows]))
+        numbers = (str(n) for n in (spec.n_in, spec.n_out, kernel, spec.groups))
+        rows.append([spec.name, spec.kind, *numbers])
+    show(align(rows))
 
 
 def scan(
@@ -319,8 +298,7 @@ def find(scan: ScanPath, *, finding: Finding = Finding(), out: Table = None) -> 
 
     refuse_result(out)
     opened = unbraid.open_scan(scan)
-    accuracy = scanned_accuracy(opened)
-    if accuracy is not None:
+    if (accuracy := scanned_accuracy(opened)) is not None:
         say(describe_fit(accuracy, opened.manifest.preprocessing))
     found = unbraid.find(opened, **vars(finding))
     if out is not None:
@@ -409,9 +387,7 @@ def figure(run: RunPath, *, channel: int, out: Path, kind: FigureKind = "teaser"
 def check(run: Path) -> int:
     """List what a folder holds, and set damaged files aside so that they are made anew.
 
-    Checksums and records of scans and splits are verified, the form of tables, figures and
-    visualisations, and of the report that it is there; what cannot be read is told and left.
-    Exit code 0 if everything is whole, else 1.
+    What cannot be read is told and left. Exit code 0 if everything is whole, else 1.
 
     Args:
         run: Folder of a run or of a scan.
@@ -449,15 +425,8 @@ def reproduce(
 
     loaded = load(Network(model=reproduce.MODEL, weights=weights, device=device, names=names))
     images = open_images(loaded, str(imagenet / "train"))
-    made = unbraid.scan(
-        loaded.model,
-        reproduce.LAYER,
-        images,
-        out / "scan-train",
-        batch_size=batch_size,
-        workers=workers,
-        progress=True,
-    )
+    loading = ScanOptions(batch_size=batch_size, workers=workers, progress=True)
+    made = unbraid.scan(loaded.model, reproduce.LAYER, images, out / "scan-train", **vars(loading))
     found = unbraid.find(made, tau=0.03, p=0.75, gamma=0.5)
     # Those of a run in the same folder, with thresholds of its own, stay.
     table = "reproduced.csv" if holds_results(out) else "findings.csv"
@@ -474,46 +443,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     default_parameter=Parameter(negative_bool=()),
 )
-_COMMANDS: tuple[Callable[..., int | None], ...] = (
-    *(demo, run, layers, scan, find, sensitivity),
-    *(split, evaluate, report, figure, check, reproduce),
-)
+_COMMANDS: list[Callable[..., int | None]] = [demo, run, layers, scan, find, sensitivity, split]
+_COMMANDS += [evaluate, report, figure, check, reproduce]
 for place, command in enumerate(_COMMANDS):
     app.command(command, sort_key=place)
-
-
-def _terminate(_signal: int, _frame: object) -> None:
-    """End on SIGTERM as cleanly as on ctrl-C, with an exit code of its own."""
-    raise KeyboardInterrupt(143)
-
-
-def main() -> None:
-    """Run the command line: exit code 2 for a wrong call, 1 for a failure, no traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of any script, on a terminal of any kind
-            stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, _terminate)
-    # What the library warns of is shown once, without the line of code it came from.
-    note_once = functools.cache(note)
-    warnings.showwarning = lambda message, *_about, **_more: note_once(str(message))
-    given = sys.argv[1:]
-    try:
-        for before, value in pairwise(sys.argv):  # as a path, nothing would be the folder at hand
-            if not value or (value.startswith("--") and value.endswith("=")):
-                raise UsageError(
-                    f"{value[:-1] or before} is empty, perhaps a variable without a value; give "
-                    "it one."
-                )
-        code = app(given, exit_on_error=False, print_error=True, result_action="return_value")
-    except CycloptsError:
-        sys.exit(2)
-    except (UnbraidError, OSError) as error:
-        code, text = 1, f"{error}; name another path."  # it may not be read, is too long, and so on
-        if isinstance(error, UnbraidError):
-            code, text = error.exit_code, str(error)
-        say(f"unbraid: {text}", style="bold red")
-        sys.exit(code)
-    except KeyboardInterrupt as stop:
-        say("\nStopped; start the same command again and it goes on where it was.")
-        sys.exit(143 if stop.args == (143,) else 130)
-    sys.exit(code or 0)

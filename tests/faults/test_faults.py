@@ -67,24 +67,6 @@ def assert_same(folder: Path, undisturbed: Path) -> None:
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    finish(folder)
-    assert len([p for p in folder.rglob("*") if p.is_file()]) == N_FILES
-    return folder
-
-
-@pytest.fixture(scope="module")
-def seconds(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
-    """How long a scan takes once it has begun."""
-    process = start(tmp_path_factory.mktemp("timed"))
-    ready(process)
-    begun = time.perf_counter()
-    process.communicate(timeout=300)
-    return time.perf_counter() - begun
-
-
 def kill_at_random(folder: Path, n_ranks: int, seed: int, seconds: float) -> None:
     """Kill one of the ranks while the scan is on; where it ended before, try again and sooner."""
     draw = random.Random(seed)

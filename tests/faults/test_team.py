@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from faults.test_faults import SCANNING, TORCHRUN, assert_same, undisturbed
+from faults.test_faults import SCANNING, TORCHRUN, assert_same
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import RunError
 from unbraid.scanning import shards
 from unbraid.scanning.scan import scan
 from unbraid.scanning.shards import Target, Team, claim_together
-
-__all__ = ["undisturbed"]
 
 
 @pytest.fixture
@@ -39,14 +37,6 @@ def test_ranks_that_would_scan_another_network_are_told_and_touch_nothing(target
     with pytest.raises(RunError, match="the number of layers"):
         claim_together([target, target], Team(store, 1, 2))
     assert {path: path.read_bytes() for path in target.folder.iterdir()} == claimed
-
-
-def test_alone_there_is_nobody_to_differ_from(target: Target) -> None:
-    claim_together([target], Team(HashStore(), 0, 1))
-    shards.refuse_taken(target)
-    other = replace(target, manifest=replace(target.manifest, weights="of another seed"))
-    with pytest.raises(RunError, match="taken by another scan"):
-        shards.refuse_taken(other)
 
 
 def test_what_was_claimed_before_a_restart_does_not_count(monkeypatch):

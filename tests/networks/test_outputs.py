@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import unbraid
+from unbraid.__main__ import main
 from unbraid.base.errors import ModelError
-from unbraid.cli import main
 from unbraid.networks.outputs import as_logits
 
 LOGITS = torch.arange(20.0).reshape(5, 4)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import shutil
 from typing import Any
 
 import pytest
@@ -11,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import unbraid
-from checks import assert_records, truth_of
+from checks import assert_records, assert_same_files, assert_untouched, snapshot, truth_of
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import ModelError
-from unbraid.scanning import batch as batch_size
+from unbraid.scanning import batch
 from unbraid.scanning.batch import batch_size_for, bytes_of_one
+
+IMAGE = torch.ones(3, 6, 6)
 
 
 class Functional(nn.Module):
@@ -33,76 +34,54 @@ class Functional(nn.Module):
         return self.head(self.lstm(z)[0].mean(1))
 
 
-def test_bytes_are_those_of_the_widest_module_and_of_all_behind_the_layer() -> None:
-    model, image = Functional().eval(), torch.randn(3, 6, 6)
+def test_bytes_are_those_of_the_widest_module_and_of_all_behind_the_layer():
+    model = Functional().train()
+    before = snapshot(model)
     widest = (8 + 5) * 36 + 5 + 5  # the recurrent module, with its two states
     behind_second = 8 * 36 + (5 * 36 + 5 + 5) + 2  # the layer, sequence and two states, the head
-    assert bytes_of_one(model, [model.second], image) == 4 * (3 * widest + behind_second)
-    behind_first = behind_second + 4 * 36
-    assert bytes_of_one(model, [model.second, model.first], image) == 4 * (
-        3 * widest + behind_first
-    )
-
-
-def test_the_network_is_left_as_it_was() -> None:
-    model = Functional().train()
-    bytes_of_one(model, [model.first], torch.randn(3, 6, 6))
-    assert all(not module._forward_hooks for module in model.modules())
-    assert model.training
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    for layers, kept in (
+        ([model.second], behind_second),
+        ([model.second, model.first], behind_second + 4 * 36),
+    ):
+        assert bytes_of_one(model, layers, IMAGE) == 4 * (3 * widest + kept)
+    assert_untouched(before, snapshot(model))
 
 
 @pytest.mark.parametrize(
     ("memory", "expected"), [(1, 1), (7.9, 4), (8.0, 8), (63.9, 32), (64, 64), (1e6, 64)]
 )
-def test_as_many_as_fit_rounded_down_to_a_power_of_two(memory, expected, monkeypatch) -> None:
-    model, image = Functional().eval(), torch.randn(3, 6, 6)
-    one = bytes_of_one(model, [model.first], image)
-    monkeypatch.setattr(batch_size, "_MEMORY", int(memory * one))
-    assert batch_size_for(model, [model.first], image) == expected
+def test_as_many_as_fit_rounded_down_to_a_power_of_two(memory, expected, monkeypatch):
+    model = Functional().eval()
+    monkeypatch.setattr(batch, "_MEMORY", int(memory * bytes_of_one(model, [model.first], IMAGE)))
+    assert batch_size_for(model, [model.first], IMAGE) == expected
+    assert batch_size_for(model, [model.first], None) == 64  # where no image can be read
 
 
-def test_a_scan_takes_it_keeps_it_and_goes_on_with_it(tmp_path: Path, monkeypatch) -> None:
-    network, images = build("1x1"), SyntheticImages(9)
-    module = network.get_submodule("layer")
-    memory = 5 * bytes_of_one(network, [module], images[0][0])
-    monkeypatch.setattr(batch_size, "_MEMORY", memory)
-    unbraid.scan(network, "layer", images, tmp_path / "found")
-    unbraid.scan(network, "layer", images, tmp_path / "given", batch_size=4)
-    manifest = json.loads((tmp_path / "found/manifest.json").read_text())
-    assert manifest["batch_size"] == 4
-    shards = [tmp_path / name / "shard-000000.safetensors" for name in ("found", "given")]
-    assert shards[0].read_bytes() == shards[1].read_bytes()
-    shards[1].unlink()
-    monkeypatch.setattr(batch_size, "_MEMORY", 1)
-    unbraid.scan(network, "layer", images, tmp_path / "given")
-    assert json.loads((tmp_path / "given/manifest.json").read_text())["batch_size"] == 4
-    assert shards[0].read_bytes() == shards[1].read_bytes()
+def test_a_scan_takes_it_keeps_it_and_goes_on_with_it(tmp_path, monkeypatch):
+    network, images, out = build("1x1"), SyntheticImages(9), tmp_path / "scan"
+    memory = 5 * bytes_of_one(network, [network.layer], images[0][0])
+    monkeypatch.setattr(batch, "_MEMORY", memory)
+    assert unbraid.scan(network, "layer", images, out).manifest.batch_size == 4
+    shutil.copytree(out, tmp_path / "before")
+    (out / "shard-000000.safetensors").unlink()
+    monkeypatch.setattr(batch, "_MEMORY", 1)
+    unbraid.scan(network, "layer", images, out)
+    assert_same_files(out, tmp_path / "before")
 
 
-def test_a_network_that_cannot_run_on_the_images_leaves_nothing(tmp_path: Path) -> None:
-    wrong = [(torch.randn(5, 6, 6), 0)] * 3
+def test_a_network_that_cannot_run_on_the_images_leaves_nothing(tmp_path):
+    wrong = [(torch.ones(5, 6, 6), 0)] * 3
     with pytest.raises(ModelError, match="cannot run"):
         unbraid.scan(Functional(), "first", wrong, tmp_path / "scan")
     assert not (tmp_path / "scan").exists()
 
 
-def test_a_device_without_room_for_one_image_is_left_to_the_scan_to_tell() -> None:
-    class Full(Functional):
-        def forward(self, x):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    model = Full()
-    assert batch_size_for(model, [model.first], torch.randn(3, 6, 6)) == 1
-    assert batch_size_for(model, [model.first], None) == 64  # where no image can be read
-
-
 class NeedsRoom(nn.Module):
     """Has room for so many images, in the pass or in the gradient, and writes into what it gets."""
 
-    def __init__(self, network: nn.Module, room: int, behind: bool, real: bool = False) -> None:
+    def __init__(self, room: int, behind: bool, real: bool = False) -> None:
         super().__init__()
-        self.network, self.room, self.behind, self.real = network, room, behind, real
+        self.network, self.room, self.behind, self.real = build("1x1"), room, behind, real
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) > self.room and not self.behind:
@@ -121,8 +100,7 @@ class NeedsRoom(nn.Module):
 
 @pytest.mark.parametrize(("real", "behind"), [(False, True), (True, False)])
 def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(real, behind, tmp_path):
-    dataset = SyntheticImages(11)
-    network = NeedsRoom(build("1x1"), 3, behind, real)
+    dataset, network = SyntheticImages(11), NeedsRoom(3, behind, real)
     with pytest.warns(UserWarning, match="going on with 2 images at a time"):
         scan = unbraid.scan(network, "network.layer", dataset, tmp_path, batch_size=7)
     assert_records(list(scan.shards()), truth_of(build("1x1"), dataset), 0.005, range(11))
@@ -130,6 +108,6 @@ def test_a_batch_too_large_for_the_device_is_halved_until_it_fits(real, behind, 
 
 @pytest.mark.parametrize("batch_size", [None, 1])
 def test_a_device_without_room_for_one_image_is_told(batch_size, tmp_path):
-    network, images = NeedsRoom(build("1x1"), 0, False), SyntheticImages(4)
+    options = {"dataset": SyntheticImages(4), "out": tmp_path, "batch_size": batch_size}
     with pytest.raises(ModelError, match="not even one image"):
-        unbraid.scan(network, "network.layer", images, tmp_path, batch_size=batch_size)
+        unbraid.scan(NeedsRoom(0, False), "network.layer", **options)

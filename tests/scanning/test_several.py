@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +10,8 @@ from torch import Tensor, nn
 
 import structures
 import unbraid
-from checks import assert_close
-from tiny_networks import N_CLASSES, CountingNetwork, SyntheticImages
+from checks import assert_bit_equal, assert_close, assert_same_files
+from tiny_networks import N_CLASSES, CountingNetwork, SyntheticImages, WithBroken
 from unbraid.base.errors import LayerError, ModelError, UsageError
 from unbraid.measuring.circuit import Circuit
 from unbraid.scanning.scan import usable_layers
@@ -49,70 +47,35 @@ def network() -> Deep:
     return network
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.name != "manifest.json"  # names versions and the like
-    }
-
-
-def assert_as_alone(model: nn.Module, together: Path, name: str, tmp_path: Path) -> None:
-    """What one pass kept of a layer is, to the last bit, what a pass for it alone keeps."""
-    unbraid.scan(model, name, IMAGES, tmp_path / f"alone-{name}", batch_size=4)
-    assert files(together / name) == files(tmp_path / f"alone-{name}")
-
-
-# --- scan -----------------------------------------------------------------------------------------
-
-
 def test_one_pass_keeps_of_every_layer_what_a_pass_of_its_own_keeps(network, tmp_path):
-    names = ["blocks.1", "first", "head", "blocks.0"]
-    asked = ["blocks.1", network.first, "head", "blocks.0"]
     counting = CountingNetwork(network)
-    prefixed = [f"network.{name}" for name in names]
-    unbraid.scan(counting, prefixed, IMAGES, tmp_path / "counted", batch_size=4)
+    names = [f"network.{name}" for name in ("blocks.1", "first", "head", "blocks.0")]
+    asked = [names[0], network.first, *names[2:]]
+    scans = unbraid.scan(counting, asked, IMAGES, tmp_path / "all", batch_size=4)
     assert counting.n_images == len(IMAGES)
-    scans = unbraid.scan(network, asked, IMAGES, tmp_path / "all", batch_size=4)
     assert list(scans) == names
+    kept = scans["network.first"].path / "shard-000000.safetensors"
+    before = kept.stat().st_mtime_ns
+    (scans["network.head"].path / kept.name).unlink()  # only what a layer lacks is scanned again
+    unbraid.scan(counting, asked, IMAGES, tmp_path / "all", batch_size=4)
+    assert kept.stat().st_mtime_ns == before
     for name, scan in scans.items():
         assert scan.layer.name == name
-        assert_as_alone(network, tmp_path / "all", name, tmp_path)
+        unbraid.scan(counting, name, IMAGES, tmp_path / name, batch_size=4)
+        assert_same_files(scan.path, tmp_path / name)
+    kept.write_bytes(kept.read_bytes()[:-1] + b"?")
+    with pytest.raises(AssertionError):
+        assert_same_files(kept.parent, tmp_path / "network.first")
 
 
-@pytest.mark.parametrize("kind", structures.STRUCTURES)
+@pytest.mark.parametrize("kind", ["in place", "runs again", "windows", "checkpointed, reentrant"])
 def test_every_structure_can_be_scanned_layer_beside_layer(kind, tmp_path):
-    network = structures.build(kind)
-    images = structures.images()
+    network, images = structures.build(kind), structures.images()
     names = [spec.name for spec in usable_layers(network, images.images[:1])]
     assert len(names) > 1
-    unbraid.scan(network, names, images, tmp_path / "all")
-    for name in names:
-        unbraid.scan(network, name, images, tmp_path / f"alone-{name}")
-        assert files(tmp_path / "all" / name) == files(tmp_path / f"alone-{name}")
-
-
-def test_a_changed_record_is_told(network, tmp_path):
-    unbraid.scan(network, ["first"], IMAGES, tmp_path / "all", batch_size=4)
-    shard = tmp_path / "all" / "first" / "shard-000000.safetensors"
-    damaged = bytearray(shard.read_bytes())
-    damaged[-1] ^= 1
-    shard.write_bytes(bytes(damaged))
-    with pytest.raises(AssertionError):
-        assert_as_alone(network, tmp_path / "all", "first", tmp_path)
-
-
-def test_only_what_a_layer_lacks_is_scanned_again(network, tmp_path):
-    names = ["first", "head"]
-    unbraid.scan(network, names, IMAGES, tmp_path / "all", batch_size=4)
-    kept = files(tmp_path / "all" / "first")
-    (tmp_path / "all" / "head" / "shard-000000.safetensors").unlink()
-    made_anew = tmp_path / "all" / "first" / "shard-000000.safetensors"
-    before = made_anew.stat().st_mtime_ns
-    unbraid.scan(network, names, IMAGES, tmp_path / "all", batch_size=4)
-    assert made_anew.stat().st_mtime_ns == before
-    assert files(tmp_path / "all" / "first") == kept
-    assert_as_alone(network, tmp_path / "all", "head", tmp_path)
+    for name, scan in unbraid.scan(network, names, images, tmp_path / "all").items():
+        unbraid.scan(network, name, images, tmp_path / name)
+        assert_same_files(scan.path, tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -124,19 +87,21 @@ def test_only_what_a_layer_lacks_is_scanned_again(network, tmp_path):
     ],
 )
 def test_a_pattern_stands_for_the_layers_that_fit_it(asked, names, network, tmp_path):
-    assert list(unbraid.scan(network, asked, IMAGES, tmp_path / "all")) == names
-    for name in names:
-        assert unbraid.open_scan(tmp_path / "all" / name).layer.name == name
+    images = WithBroken(6)
+    images.broken = (0,)  # another one tells what fits
+    scans = unbraid.scan(network, asked, images, tmp_path, skip_broken=True)
+    assert list(scans) == names
+    assert [unbraid.open_scan(tmp_path / name).layer.name for name in names] == names
 
 
-def test_a_layer_whose_name_is_no_folder_gets_one_inside(tmp_path):
-    parts = {"/etc": nn.Flatten(), "../up": nn.Linear(75, N_CLASSES)}
+def test_a_name_with_brackets_or_dots_is_a_name_and_has_a_folder_inside(tmp_path):
     network = nn.Sequential()
-    for key, part in parts.items():
-        network._modules[key] = part
-    images = SyntheticImages(4)
-    images.images = images.images[:, :, :5, :5]
-    (scan,) = unbraid.scan(network.double(), ["../up"], images, tmp_path / "all").values()
+    for name, part in {"conv[0]": nn.Conv2d(3, 4, 1), "/etc": nn.Flatten()}.items():
+        network._modules[name] = part
+    network._modules["../up"] = nn.Linear(4 * 42, N_CLASSES)
+    scan = unbraid.scan(network.double(), "conv[0]", SyntheticImages(4), tmp_path / "one")
+    assert scan.layer.name == "conv[0]"
+    (scan,) = unbraid.scan(network, ["../up"], SyntheticImages(4), tmp_path / "all").values()
     assert scan.path.parent == tmp_path / "all"
 
 
@@ -152,114 +117,84 @@ def test_a_layer_whose_name_is_no_folder_gets_one_inside(tmp_path):
 )
 def test_layers_that_cannot_be_scanned_are_named(asked, error, message, network, tmp_path):
     with pytest.raises(error, match=message):
-        unbraid.scan(network, asked, IMAGES, tmp_path / "all")
-    assert not list((tmp_path).glob("**/shard-*"))
+        unbraid.scan(network, asked, IMAGES, tmp_path)
+    assert not list(tmp_path.glob("**/shard-*"))
 
 
-# --- split and apply ------------------------------------------------------------------------------
-
-
-def splits_of(network: nn.Module, names: list[str], folder: Path) -> dict[str, unbraid.Split]:
-    scans = unbraid.scan(network, names, IMAGES, folder)
-    return {
-        name: unbraid.split(scan, unbraid.find(scan, channels=CONCEPTS))
-        for name, scan in scans.items()
-    }
+def split(scan: unbraid.Scan) -> unbraid.Split:
+    return unbraid.split(scan, unbraid.find(scan, channels=CONCEPTS))
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("several") / "train"
+def scans(network, tmp_path_factory) -> dict[str, unbraid.Scan]:
+    folder = tmp_path_factory.mktemp("several")
+    return unbraid.scan(network, ["first", "blocks.*"], IMAGES, folder)
 
 
 @pytest.fixture(scope="module")
-def splits(network, train) -> dict[str, unbraid.Split]:
-    return splits_of(network, ["first", "blocks.0", "blocks.1"], train)
+def splits(scans) -> dict[str, unbraid.Split]:
+    return {name: split(scan) for name, scan in scans.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_outputs_stay_to_the_last_bit_with_several_layers_split(dtype, network, tmp_path):
-    network = copy.deepcopy(network).to(dtype)
-    images = copy.copy(IMAGES)
-    images.images = IMAGES.images.to(dtype)
-    scans = unbraid.scan(network, ["first", "blocks.*"], images, tmp_path / "train")
-    splits = [unbraid.split(s, unbraid.find(s, channels=CONCEPTS)) for s in scans.values()]
+def test_outputs_and_gradients_stay_with_several_layers_split(network, splits):
     changed = unbraid.apply(network, splits)
-    assert torch.equal(network(images.images), changed(images.images))
+    assert_bit_equal(changed(IMAGES.images), network(IMAGES.images))
     assert [n for n, m in changed.named_modules() if n.endswith(".concepts")] == [
-        "first.concepts",
-        "blocks.0.concepts",
-        "blocks.1.concepts",
+        f"{name}.concepts" for name in splits
     ]
-
-
-def test_the_order_of_splits_does_not_matter_and_gradients_stay(network, splits):
-    grads = []
-    for model in (
-        network,
-        unbraid.apply(network, splits),
-        unbraid.apply(network, list(splits.values())[::-1]),
-    ):
-        x = IMAGES.images.clone().requires_grad_()
-        model(x)[:, 0].sum().backward()
-        grads.append(x.grad)
-    for grad in grads[1:]:
-        torch.testing.assert_close(grad, grads[0], rtol=1e-10, atol=1e-12)
-
-
-def test_the_plain_form_takes_several_layers(network, splits):
     plain = unbraid.apply(network, splits, form="plain")
-    torch.testing.assert_close(plain(IMAGES.images), network(IMAGES.images), rtol=1e-10, atol=1e-12)
     assert "1.residual" in plain.blocks[1].names
+    results = []
+    for model in (network, changed, unbraid.apply(network, list(splits.values())[::-1]), plain):
+        x = IMAGES.images.clone().requires_grad_()
+        outputs = model(x)
+        outputs[:, 0].sum().backward()
+        results.append(torch.cat([outputs.flatten(), x.grad.flatten()]))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-12)
 
 
-def test_gates_of_several_layers_act_each_on_its_own(network, splits):
+def test_gates_and_ablation_act_each_on_the_layer_named(network, splits):
     changed = unbraid.apply(network, splits)
-    before = changed(IMAGES.images)
-    alone = {}
+    before, alone = changed(IMAGES.images), {}
     for name in ("first", "blocks.1"):
-        with changed.gate(name, 1, 0, 0.0):
-            alone[name] = changed(IMAGES.images)
         only = unbraid.apply(network, splits[name])
-        with only.gate(name, 1, 0, 0.0):
+        with changed.gate(name, 1, 0, 0.0), only.gate(name, 1, 0, 0.0):
+            alone[name] = changed(IMAGES.images)
             assert torch.allclose(only(IMAGES.images), alone[name], rtol=1e-10)
         assert not torch.allclose(alone[name], before)
     with changed.gate("first", 1, 0, 0.0), changed.gate("blocks.1", 1, 0, 0.0):
         both = changed(IMAGES.images)
     assert not any(torch.allclose(both, one) for one in alone.values())
     assert torch.equal(changed(IMAGES.images), before)
-
-
-def test_ablation_is_of_the_layer_named(network, splits):
-    changed = unbraid.apply(network, splits)
-    with pytest.raises(UsageError, match="Several layers are split; name one of 'first'"):
-        unbraid.ablate(changed, IMAGES)
-    with pytest.raises(UsageError, match="Layer 'head' is not split"):
-        unbraid.ablate(changed, IMAGES, layer="head")
     with changed.gate("blocks.0", 1, 0, 0.0):  # moves do not count, in whatever layer
         found = unbraid.ablate(changed, IMAGES, layer="blocks.1")
     assert found == unbraid.ablate(unbraid.apply(network, splits["blocks.1"]), IMAGES)
-
-
-def test_splits_that_do_not_fit_together_are_refused(network, splits, tmp_path):
-    other = copy.deepcopy(network)
-    with torch.no_grad():
-        other.head.weight.add_(1)
-    strange = splits_of(other, ["first"], tmp_path / "other")
+    with pytest.raises(UsageError, match="name one of 'first'"):
+        unbraid.ablate(changed, IMAGES)
     for wrong in ([], [splits["first"], splits["first"]]):
         with pytest.raises(UsageError, match="one split or more, each of another layer"):
             unbraid.apply(network, wrong)
-    with pytest.raises(ModelError, match="other weights"):
-        unbraid.apply(network, {**splits, **strange})
-    with pytest.raises(UsageError, match=r"has no concept channels; pass one"):
-        unbraid.gate(network, "first", 1, 0, 0.0)
 
 
-# --- circuits -------------------------------------------------------------------------------------
+def test_a_gate_takes_a_value_for_each_window_of_an_image(tmp_path):
+    network, images = structures.build("windows"), structures.images()
+    changed = unbraid.apply(network, split(unbraid.scan(network, "layer", images, tmp_path)))
+    expected, off = network(images.images), torch.arange(len(images)) == 3
+    values = (~off).to(expected.dtype)
+    with changed.gate("layer", 1, 0, 0.0):
+        without = changed(images.images)
+    assert not torch.allclose(without[off], expected[off])
+    expected[off] = without[off]
+    with changed.gate("layer", 1, 0, values.repeat_interleave(6)):  # windows of an image
+        torch.testing.assert_close(changed(images.images), expected)
+    wrong = pytest.raises(UsageError, match="8 images and the layer runs on 48, windows")
+    with changed.gate("layer", 1, 0, values), wrong:
+        changed(images.images)
 
 
 def source_relevances(
-    network: Deep, before: unbraid.Split, row: Tensor, target: nn.Module, classes: tuple[int, ...]
+    network: Deep, before: unbraid.Split, row: Tensor, classes: tuple[int, ...]
 ) -> dict[str, float]:
     """Gradient x activation of every source, image by image, on concept channels built by hand.
 
@@ -282,13 +217,10 @@ def source_relevances(
             sources[f"{part.channel}.residual"] = own - z[:, part.channel]
         for value in sources.values():
             value.requires_grad_()
-        columns = []
-        for o in range(z.shape[1]):
-            parts = [v for name, v in sources.items() if name.split(".")[0] == str(o)]
-            minus = sources.get(f"{o}.residual")
-            columns.append(
-                sum(p for p in parts if p is not minus) - (0 if minus is None else minus)
-            )
+        columns = [torch.zeros_like(z[:, o]) for o in range(z.shape[1])]
+        for name, value in sources.items():
+            o = int(name.split(".")[0])
+            columns[o] = columns[o] + (-value if name.endswith("residual") else value)
         hidden = network.norm(torch.stack(columns, 1)).relu()
         response = nn.functional.conv2d(hidden, row.reshape(1, 6, 3, 3), padding=1).sum()
         grads = torch.autograd.grad(response, list(sources.values()))
@@ -301,13 +233,12 @@ def assert_circuit(
     found: Circuit, network: Deep, splits: dict[str, unbraid.Split], channel: int, concept: int
 ) -> None:
     part = splits["blocks.1"][channel]
-    classes = part.concepts[concept]
-    arguments = (network.blocks[1], classes)
-    own = source_relevances(network, splits["first"], part.rows[concept], *arguments)
-    whole = source_relevances(network, splits["first"], part.weight, *arguments)
+    own, whole = (
+        source_relevances(network, splits["first"], row, part.concepts[concept])
+        for row in (part.rows[concept], part.weight)
+    )
     positive = sum(a for a in own.values() if a > 0)
-    order = sorted(own, key=lambda name: -abs(own[name]))
-    assert [source.name for source in found.sources] == order[: len(found.sources)]
+    assert [source.name for source in found.sources] == sorted(own, key=lambda n: -abs(own[n]))
     for source in found.sources:
         assert_close(source.relevance, own[source.name])
         assert_close(source.share, own[source.name] / positive)
@@ -316,117 +247,34 @@ def assert_circuit(
 
 @pytest.mark.parametrize("batch_size", [2, 64])
 def test_concept_channels_are_sources_of_the_next_layers_concepts(
-    batch_size, network, splits, train
+    batch_size, network, splits, scans
 ):
-    scan = unbraid.open_scan(train / "blocks.1")
+    options = {"n": 100, "batch_size": batch_size}
+    arguments = (splits["first"], splits["blocks.1"], scans["blocks.1"], network, IMAGES)
     for channel, concepts in CONCEPTS.items():
         for concept in range(len(concepts)):
-            found = unbraid.circuit_from(
-                splits["first"],
-                splits["blocks.1"],
-                scan,
-                network,
-                IMAGES,
-                channel,
-                concept,
-                n=100,
-                batch_size=batch_size,
-            )
+            found = unbraid.circuit_from(*arguments, channel, concept, **options)
             assert {source.name for source in found.sources} == {
                 *("0", "2", "4", "5", "1.0", "1.1", "1.residual"),
                 *("3.0", "3.1", "3.2", "3.residual"),
             }
             assert_circuit(found, network, splits, channel, concept)
-
-
-def test_a_wrong_source_is_told(network, splits, train):
-    scan = unbraid.open_scan(train / "blocks.1")
-    arguments = (splits["first"], splits["blocks.1"], scan, network, IMAGES, 1, 0)
-    found = unbraid.circuit_from(*arguments)
-    wrong = replace(found.sources[0], relevance=found.sources[0].relevance * 1.01)
+    first, *others = found.sources
+    wrong = replace(first, relevance=first.relevance * 1.01)
     with pytest.raises(AssertionError):
-        assert_circuit(replace(found, sources=(wrong, *found.sources[1:])), network, splits, 1, 0)
+        assert_circuit(replace(found, sources=(wrong, *others)), network, splits, channel, concept)
 
 
-def test_what_no_circuit_leads_through_is_refused(network, splits, train):
-    scan, other = (unbraid.open_scan(train / name) for name in ("blocks.1", "blocks.0"))
+def test_what_no_circuit_leads_through_is_refused(network, splits, scans):
+    scan, other = scans["blocks.1"], scans["blocks.0"]
     first, later, aside = splits["first"], splits["blocks.1"], splits["blocks.0"]
     changed = unbraid.apply(network, first)
     for error, told, arguments in (
-        (LayerError, "does not feed layer 'blocks", (aside, later, scan, network, IMAGES, 0)),
-        (UsageError, "not the one that", (first, later, scan, network, SyntheticImages(7), 0)),
-        (UsageError, "no concept 5 of channel 1", (first, later, scan, network, IMAGES, 5)),
-        (UsageError, "another network or layer", (first, later, other, network, IMAGES, 0)),
-        (ModelError, "before they are applied", (first, later, scan, changed, IMAGES, 0)),
+        (LayerError, "does not feed layer 'blocks", (aside, later, scan, network, IMAGES, 1, 0)),
+        (UsageError, "not the one that", (first, later, scan, network, SyntheticImages(7), 1, 0)),
+        (UsageError, "no concept 5 of channel 1", (first, later, scan, network, IMAGES, 1, 5)),
+        (UsageError, "another network or layer", (first, later, other, network, IMAGES, 1, 0)),
+        (ModelError, "before they are applied", (first, later, scan, changed, IMAGES, 1, 0)),
     ):
-        *rest, concept = arguments
         with pytest.raises(error, match=told):
-            unbraid.circuit_from(*rest, 1, concept)
-
-
-# --- names, windows, outputs ----------------------------------------------------------------------
-
-
-def test_a_pattern_is_tried_on_an_image_that_can_be_read(network, tmp_path):
-    class Broken(SyntheticImages):
-        def __getitem__(self, index):
-            if index == 0:
-                raise OSError("broken")
-            return super().__getitem__(index)
-
-    scans = unbraid.scan(network, "blocks.*", Broken(6), tmp_path / "all", skip_broken=True)
-    assert list(scans) == ["blocks.0", "blocks.1"]
-
-
-def test_a_name_with_brackets_is_a_name(tmp_path):
-    network = nn.Sequential()
-    network.add_module("conv[0]", nn.Conv2d(3, 4, 1))
-    network.add_module("rest", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-    scan = unbraid.scan(network.double(), "conv[0]", SyntheticImages(4), tmp_path)
-    assert scan.layer.name == "conv[0]"
-
-
-def test_wrapped_networks_take_patterns_and_names_with_and_without_the_prefix(
-    network, splits, tmp_path
-):
-    wrapped = nn.DataParallel(network)
-    assert list(unbraid.scan(wrapped, "module.blocks.*", IMAGES, tmp_path / "a")) == [
-        "blocks.0",
-        "blocks.1",
-    ]
-    changed = unbraid.apply(network, splits)
-    for name in ("first", "module.first"):
-        with unbraid.gate(nn.DataParallel(changed), name, 1, 0, 0.0):
-            assert not torch.equal(changed(IMAGES.images), network(IMAGES.images))
-
-
-def test_a_module_goes_by_any_of_its_names(tmp_path):
-    network = structures.Around().double().eval()
-    network.again = network.layer
-    scan = unbraid.scan(network, "again", IMAGES, tmp_path)
-    assert scan.layer.name == "layer"
-    changed = unbraid.apply(network, unbraid.split(scan, unbraid.find(scan, channels=CONCEPTS)))
-    with changed.gate("again", 1, 0, 0.0):
-        assert not torch.equal(changed(IMAGES.images), network(IMAGES.images))
-
-
-def test_a_gate_takes_a_value_for_each_window_of_an_image(tmp_path):
-    network = structures.build("windows")
-    images = structures.images()
-    scan = unbraid.scan(network, "layer", images, tmp_path)
-    changed = unbraid.apply(network, unbraid.split(scan, unbraid.find(scan, channels=CONCEPTS)))
-    whole = network(images.images)
-    values = torch.ones(len(images), dtype=whole.dtype)
-    values[3] = 0
-    n_windows = 6  # of an image
-    with changed.gate("layer", 1, 0, values.repeat_interleave(n_windows)):
-        some = changed(images.images)
-    with changed.gate("layer", 1, 0, 0.0):
-        none = changed(images.images)
-    others = [n for n in range(len(images)) if n != 3]
-    torch.testing.assert_close(some[others], whole[others])
-    torch.testing.assert_close(some[3], none[3])
-    assert not torch.allclose(some[3], whole[3])
-    wrong = pytest.raises(UsageError, match="8 images and the layer runs on 48, windows")
-    with changed.gate("layer", 1, 0, values), wrong:
-        changed(images.images)
+            unbraid.circuit_from(*arguments)

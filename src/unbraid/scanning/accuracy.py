@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,11 +46,7 @@ class Accuracy:
     n_images: int
     n_right: int
     chance: float  # accuracy if predictions had nothing to do with labels
-    above_chance: bool  # or too few images to tell
-    reading: str = ""  # another reading of the labels that fits much better, in words
-    n_right_read: int = 0  # images that are right by it
-    n_read: int = 0  # images that it was tried on
-    in_doubt: bool = False  # not above chance at the level, but not likely by chance either
+    warning: str = ""  # what is probably wrong, in a sentence
 
     def __str__(self) -> str:
         """Say the accuracy in a few words."""
@@ -59,55 +55,40 @@ class Accuracy:
             f"{self.n_images:,} images (chance {self.chance:.1%})"
         )
 
-    @property
-    def warning(self) -> str:
-        """What is probably wrong, in a sentence; empty if nothing is."""
-        if self.reading:
-            return (
-                f"It seems that {_MISFIT}: {self}, but {self.n_right_read / self.n_read:.1%} if "
-                f"{self.reading}; name the classes by output number or name."
-            )
-        if self.above_chance:
-            return ""
-        if self.in_doubt:
-            return (
-                f"Perhaps {_MISFIT}, or there are too few images to tell: {self}, which is not "
-                "above chance beyond doubt; scan more images, or check both."
-            )
-        return (
-            f"It seems that {_MISFIT}: {self}, which is not above chance; check both before you "
-            "trust what follows."
-        )
-
 
 def accuracy_of(
     labels: Whole, predictions: Whole, n_outputs: int, names: Sequence[str] = ()
 ) -> Accuracy | None:
-    """Judge predictions by given labels, (N,) each; None if no label counts, that is, is negative.
-
-    Another reading of the labels is told if McNemar's exact test, at 1e-3 over all readings tried,
-    finds it right more often.
-    """
+    """Judge predictions by given labels, (N,) each; None if no label is known, 0 or more."""
     known = labels >= 0
     labels, predictions = labels[known], predictions[known]
     n = len(labels)
     if n == 0:
         return None
-    n_right = int((labels == predictions).sum())
     chance = _chance(labels, predictions, n_outputs)
+    found = Accuracy(n, int((labels == predictions).sum()), chance)
     p_value = _p_value(labels, predictions, chance)
-    told = p_value < _LEVEL or not _tail(n, n, _chance(labels, labels, n_outputs)) < _LEVEL
-    usual = _usual(labels, predictions, n_outputs)
-    tried = [*usual, *_learned(labels, predictions, n_outputs, names)]
-    fitting = [
-        Accuracy(n, n_right, chance, told, words, int((read == got).sum()), len(read))
-        for words, read, given, got in tried
-        if _fits_better(read, given, got, _LEVEL / len(tried))
-    ]
-    if fitting:  # of those that fit about as well, the first says most
-        most = max(one.n_right_read / one.n_read for one in fitting)
-        return next(one for one in fitting if one.n_right_read / one.n_read > _ABOUT * most)
-    return Accuracy(n, n_right, chance, told, in_doubt=not told and p_value < _DOUBT)
+    reading = _better_reading(labels, predictions, n_outputs, names)
+    # Of too few images not even full accuracy would be above chance.
+    can_tell = _tail(n, n, _chance(labels, labels, n_outputs)) < _LEVEL
+    if reading:
+        warning = (
+            f"It seems that {_MISFIT}: {found}, but {reading}; name the classes by output number "
+            "or name."
+        )
+    elif p_value < _LEVEL or not can_tell:
+        warning = ""
+    elif p_value < _DOUBT:
+        warning = (
+            f"Perhaps {_MISFIT}, or there are too few images to tell: {found}, which is not above "
+            "chance beyond doubt; scan more images, or check both."
+        )
+    else:
+        warning = (
+            f"It seems that {_MISFIT}: {found}, which is not above chance; check both before you "
+            "trust what follows."
+        )
+    return replace(found, warning=warning)
 
 
 def _chance(labels: Whole, predictions: Whole, n_outputs: int) -> float:
@@ -144,6 +125,27 @@ def _tail(n_right: int, n: int, chance: float) -> float:
     return float(binom.sf(n_right - 1, n, chance))
 
 
+def _better_reading(labels: Whole, predictions: Whole, n_outputs: int, names: Sequence[str]) -> str:
+    """Say another reading of the labels that fits much better, and its accuracy; empty if none is.
+
+    McNemar's exact test, at 1e-3 over all readings tried, must find it right more often.
+    """
+    usual = _usual(labels, predictions, n_outputs)
+    tried = [*usual, *_learned(labels, predictions, n_outputs, names)]
+    fitting = {}
+    for words, read, given, got in tried:
+        moved = read != given
+        better, worse = ((one == got)[moved].sum() for one in (read, given))
+        level = _LEVEL / len(tried)
+        if 0 < better >= _TIMES * worse and _tail(better, better + worse, 0.5) < level:
+            fitting[words] = (read == got).mean()
+    # Of those that fit about as well, the first says most.
+    enough = _ABOUT * max(fitting.values(), default=0)
+    return next(
+        (f"{right:.1%} if {words}" for words, right in fitting.items() if right > enough), ""
+    )
+
+
 def _usual(labels: Whole, predictions: Whole, n_outputs: int) -> Iterator[Tried]:
     """Readings that come of usual mistakes; a label that one has no output for is read as -1."""
     known = np.arange(max(n_outputs, int(labels.max()) + 1), dtype=np.int64)
@@ -168,10 +170,15 @@ def _learned(
     size = max(n_outputs, int(labels.max()) + 1, int(predictions.max()) + 1)
     if size > _MOST_CLASSES or labels.min() == labels.max():
         return
+    counts = np.zeros((size, size))
+    np.add.at(counts, (labels[::2], predictions[::2]), 1)
+    counts[np.diag_indices(size)] += 0.5  # in doubt a label is what it is
+    seen = np.unique(labels[::2])
+    useful = np.unique(np.concatenate([predictions[::2], seen]))
+    chosen, best = linear_sum_assignment(counts[np.ix_(seen, useful)], maximize=True)
     outputs = np.arange(size, dtype=np.int64)
-    seen, matched = _match(labels[::2], predictions[::2])
-    outputs[seen] = matched
-    moved = [k for k in seen.tolist() if outputs[k] != k]
+    outputs[seen[chosen]] = useful[best]
+    moved = np.flatnonzero(outputs != np.arange(size)).tolist()
     examples = []
     for label in moved[:_N_SHOWN]:
         name = one_line(names[label]) if label < len(names) else ""
@@ -180,24 +187,6 @@ def _learned(
     if moved:
         words = ", ".join(examples) + (" and so on" if len(moved) > _N_SHOWN else "")
         yield words, outputs[labels[1::2]], labels[1::2], predictions[1::2]
-
-
-def _match(labels: Whole, predictions: Whole) -> tuple[Whole, Whole]:
-    """Classes, and an output for each of its own, such that most predictions are right."""
-    seen, rows = np.unique(labels, return_inverse=True)
-    outputs, columns = np.unique(np.concatenate([predictions, seen]), return_inverse=True)
-    counts = np.zeros((len(seen), len(outputs)))
-    np.add.at(counts, (rows, columns[: len(rows)]), 1)
-    counts[np.arange(len(seen)), columns[len(rows) :]] += 0.5  # in doubt a label is what it is
-    chosen, best = linear_sum_assignment(counts, maximize=True)
-    return seen[chosen].astype(np.int64), outputs[best].astype(np.int64)
-
-
-def _fits_better(read: Whole, given: Whole, predictions: Whole, level: float) -> bool:
-    moved = read != given
-    better = int((read == predictions)[moved].sum())
-    worse = int((given == predictions)[moved].sum())
-    return 0 < better >= _TIMES * worse and _tail(better, better + worse, 0.5) < level
 
 
 def describe_fit(accuracy: Accuracy, preprocessing: str) -> str:
@@ -212,8 +201,7 @@ def sampled_accuracy(
     """Judge some images; None if they cannot be run, which the scan tells."""
     # Drawn rather than evenly spaced, as classes may take turns; the same ones every time.
     n = min(len(indices) // _PART, _MOST)
-    chosen = sorted(random.Random(0).sample(indices, n))
-    batches = in_batches(chosen, min(at_once, _AT_ONCE))
+    batches = in_batches(sorted(random.Random(0).sample(indices, n)), min(at_once, _AT_ONCE))
     labels: list[int] = []
     predictions: list[int] = []
     n_outputs = 0
@@ -226,8 +214,7 @@ def sampled_accuracy(
                 n_outputs = logits.shape[1]
     except UnbraidError:
         return None
-    given, got = (np.array(numbers, dtype=np.int64) for numbers in (labels, predictions))
-    return accuracy_of(given, got, n_outputs, class_names_of(dataset))
+    return accuracy_of(np.array(labels), np.array(predictions), n_outputs, class_names_of(dataset))
 
 
 def scanned_accuracy(scan: Scan) -> Accuracy | None:

@@ -1,4 +1,4 @@
-"""Scans: the only step that runs a network over images, and which layers it can be made of."""
+"""Scans: the only step that runs a network over images, and the layers it can be made of."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ from unbraid.networks.outputs import picked_by, run_network
 from unbraid.networks.relevance import Cut, cut_at, gradients_at, undisturbed
 from unbraid.networks.spec import LayerSpec
 from unbraid.networks.weights import hash_weights, refuse_broken_weights
-from unbraid.scanning.accuracy import LONG, describe_fit, sampled_accuracy, scanned_accuracy
+from unbraid.scanning.accuracy import (
+    LONG,
+    Accuracy,
+    describe_fit,
+    sampled_accuracy,
+    scanned_accuracy,
+)
 from unbraid.scanning.batch import batch_size_for
 from unbraid.scanning.manifest import Manifest, hash_places, read_manifest
 from unbraid.scanning.records import Scan, open_scan
@@ -203,10 +209,9 @@ def _indices(options: ScanOptions, labels: Sequence[int]) -> list[int]:
     if options.classes is None:
         return list(range(len(labels)))
     wanted = set(options.classes)
-    empty = wanted - set(labels)
     if not wanted:
         raise UsageError("classes is empty; name the classes to scan, or None for all.")
-    if empty:
+    if empty := wanted - set(labels):
         raise UsageError(f"classes names {sorted(empty)}, of which the data set has no image.")
     return [index for index, label in enumerate(labels) if label in wanted]
 
@@ -222,30 +227,31 @@ def _describe_all(
 ) -> dict[str, Any]:
     """What the manifests of all layers have in common; in doubt as in a scan that goes on."""
     weights, data = hash_weights(model), fingerprint(dataset, labels)
-    threads = options.threads or (begun.threads if begun else torch.get_num_threads())
-    batch_size, preprocessing = options.batch_size, preprocessing_of(dataset)
+    preprocessing = preprocessing_of(dataset)
     if begun:
-        batch_size = batch_size or begun.batch_size
+        usual = {"threads": begun.threads, "batch_size": begun.batch_size}
+        if as_recorded(preprocessing, begun.preprocessing):
+            warnings.warn(
+                "The scan was begun by a version that did not see changes of a transform's own "
+                "code; make sure that it is still the same.",
+                stacklevel=3,
+            )
+            preprocessing = begun.preprocessing
     else:  # looked at in any case, so that a data set of something else is told first
         image = first_readable(dataset, indices)
-        batch_size = batch_size or batch_size_for(model, modules, image)
-    if begun and as_recorded(preprocessing, begun.preprocessing):
-        warnings.warn(
-            "The scan was begun by a version that did not see changes of a transform's own code; "
-            "make sure that it is still the same.",
-            stacklevel=3,
-        )
-        preprocessing = begun.preprocessing
+        size = options.batch_size or batch_size_for(model, modules, image)
+        usual = {"threads": torch.get_num_threads(), "batch_size": size}
     entries = {own.name for own in fields(Manifest)}
+    asked = {name: value for name, value in vars(options).items() if name in entries}
     return {
-        **{name: value for name, value in vars(options).items() if name in entries},
+        **asked,
+        **{name: asked[name] or value for name, value in usual.items()},
         "weights": weights,
         "data": data,
         "n_images": len(indices),
         "class_names": class_names_of(dataset),
         "preprocessing": preprocessing,
         "shard_size": images_per_shard(options.positions),
-        "batch_size": batch_size,
         "versions": {
             "unbraid": version("unbraid"),
             "torch": str(torch.__version__),
@@ -253,7 +259,6 @@ def _describe_all(
         },
         "indices": hash_places(options.indices),
         "output": picked_by(model),
-        "threads": threads,
     }
 
 
@@ -271,12 +276,13 @@ def _target(module: nn.Module, spec: LayerSpec, folder: Path, common: dict[str, 
     return Target(module, manifest, folder)
 
 
-def _tell_fit(accuracy: Any, common: dict[str, Any], options: ScanOptions) -> None:
+def _tell_fit(accuracy: Accuracy | None, common: dict[str, Any], options: ScanOptions) -> None:
     """Say how often the network is right, and warn where it does not fit labels or images."""
     if accuracy is None:
         return
     if options.progress:
-        _say(describe_fit(accuracy, common["preprocessing"]))
+        console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+        console.print(describe_fit(accuracy, common["preprocessing"]))
     if accuracy.warning:
         warnings.warn(accuracy.warning, stacklevel=5)
 
@@ -380,8 +386,3 @@ def as_scanned(dataset: Dataset[Any], scan: Scan) -> Dataset[Any]:
     now = {index: by_id[one] for index, one in scanned.items() if one in by_id}
     unmoved = len(now) == len(scanned) and all(i == j for i, j in now.items())
     return dataset if unmoved or not now else AsScanned(dataset, now, scanned)
-
-
-def _say(text: str) -> None:
-    """Tell of a step on standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(text)

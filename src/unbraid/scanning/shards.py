@@ -8,7 +8,7 @@ import json
 import os
 import time
 import warnings
-from collections import deque
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError, OutOfMemory, RunError
 from unbraid.base.files import remove_leftovers, write_tensors, write_whole
@@ -107,7 +107,7 @@ def n_ranks() -> int:
 
 def is_first() -> bool:
     """Whether this process speaks for all."""
-    return n_ranks() == 1 or os.environ["RANK"] == "0"
+    return os.environ.get("RANK", "0") == "0" or n_ranks() == 1
 
 
 _works = itertools.count()
@@ -191,37 +191,14 @@ def refuse_taken(target: Target) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """A shard being made, and the layers that lack it."""
-
-    number: int
-    targets: list[Target]
-    n_batches: int
-
-
-class _Work(Sampler[list[int]]):
+def _batches(targets: Sequence[Target], indices: Sequence[int], team: Team) -> Iterator[list[int]]:
     """The batches of the shards that this process claims, when the loader asks for more."""
-
-    def __init__(self, targets: Sequence[Target], indices: Sequence[int], team: Team) -> None:
-        self.begun: deque[_Shard] = deque()
-        self._targets, self._indices, self._team = targets, indices, team
-        self._same = targets[0].manifest
-        lacking = (k for k in range(self._same.n_shards) if any(t.lacks(k) for t in targets))
-        self.sizes = [self._same.images_in(k) for k in lacking]
-        # How many images the smallest of their batches holds.
-        self.fewest = min(((n - 1) % self._same.batch_size + 1 for n in self.sizes), default=1)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = self._same.shard_size
-        for number in self._team.claims(self._same.n_shards):
-            targets = [target for target in self._targets if target.lacks(number)]
-            if targets:
-                own = self._indices[number * size : (number + 1) * size]
-                # A batch never crosses a shard, so that a record does not depend on who made it.
-                batches = in_batches(own, self._same.batch_size)
-                self.begun.append(_Shard(number, targets, len(batches)))
-                yield from map(list, batches)
+    same = targets[0].manifest
+    for number in team.claims(same.n_shards):
+        if any(target.lacks(number) for target in targets):
+            own = indices[number * same.shard_size : (number + 1) * same.shard_size]
+            # A batch never crosses a shard, so that a record does not depend on who made it.
+            yield from map(list, in_batches(own, same.batch_size))
 
 
 def scan_shards(
@@ -235,13 +212,14 @@ def scan_shards(
 ) -> None:
     """Make the shards that are missing, of all layers in one pass; labels are of all images."""
     same = targets[0].manifest  # but for the layer
-    work = _Work(targets, indices, team)
+    missing = [k for k in range(same.n_shards) if any(target.lacks(k) for target in targets)]
+    sizes = [same.images_in(k) for k in missing]
+    n_fewest = min(((n - 1) % same.batch_size + 1 for n in sizes), default=1)  # in a batch
     groups, ids = groups_of(dataset), ids_of(dataset)
-    pinned = device_of(model).type == "cuda"
+    work, pinned = _batches(targets, indices, team), device_of(model).type == "cuda"
     batches = load(dataset, work, workers=options.workers, pinned=pinned)
     title = f"Scanning {', '.join(target.manifest.layer.name for target in targets)}"
-    n_done = len(indices) - sum(work.sizes)
-    show = options.progress and team.first
+    show, n_done = options.progress and team.first, len(indices) - sum(sizes)
     with ExitStack() as stack:
         advance = stack.enter_context(image_progress(title, len(indices), n_done, show=show))
         stack.enter_context(deaths_told())
@@ -252,22 +230,23 @@ def scan_shards(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(same.threads or torch.get_num_threads())
         looked = False
-        for first in batches:
-            shard = work.begun.popleft()
+        shard_of = partial(_shard_of, indices, same.shard_size)
+        for number, of_shard in itertools.groupby(batches, key=shard_of):
+            lacking = [target for target in targets if target.lacks(number)] or targets
             at_once = same.batch_size
             parts: list[list[Records]] = []  # of the shard so far, layer by layer
-            for items in itertools.chain([first], itertools.islice(batches, shard.n_batches - 1)):
+            for items in of_shard:
                 good, broken = sort_out(items, options.skip_broken)
                 if options.labels == "given":
                     _check_labels_agree(good, labels)
                 if good and not looked:
                     listed = listed_labels(dataset) if options.labels == "given" else None
-                    _look(model, targets, good, work.fewest, listed, indices)
+                    _look(model, targets, good, n_fewest, listed, indices)
                     looked = True
                 run = partial(
                     scan_batch,
                     model,
-                    [Place(target.module, target.manifest.layer) for target in shard.targets],
+                    [Place(target.module, target.manifest.layer) for target in lacking],
                     min_share=options.min_share,
                     positions=options.positions,
                     predicted=options.labels == "predicted",
@@ -280,11 +259,17 @@ def scan_shards(
                     records.broken = torch.tensor(broken, dtype=torch.int64)
                 parts += own
                 advance(team.count(len(items)))
-            _write(shard, parts, groups, ids)
+            for target, of_layer in zip(lacking, zip(*parts, strict=True), strict=True):
+                _write(target, number, join_records(of_layer), groups, ids)
         team.finish()
         if n_ranks() > 1:
             await_shards(targets, _PATIENCE)
         advance(team.count(0))
+
+
+def _shard_of(indices: Sequence[int], shard_size: int, items: Sequence[Loaded]) -> int:
+    """Which shard a batch belongs to; indices are in order."""
+    return bisect_left(indices, items[0].index) // shard_size
 
 
 def await_shards(targets: Sequence[Target], seconds: float) -> None:
@@ -353,18 +338,13 @@ def _check_labels_agree(items: Sequence[Loaded], labels: Sequence[int]) -> None:
 
 
 def _write(
-    shard: _Shard,
-    parts: Sequence[Sequence[Records]],
-    groups: list[int] | None,
-    ids: list[str] | None,
+    target: Target, shard: int, records: Records, groups: list[int] | None, ids: list[str] | None
 ) -> None:
-    """Write a shard of every layer that lacks it, from the records of its batches."""
-    for target, own in zip(shard.targets, zip(*parts, strict=True), strict=True):
-        records = join_records(own)
-        index = records.index.tolist()
-        if groups is not None:
-            records.group = torch.tensor([groups[i] for i in index], dtype=torch.int64)
-        if ids is not None:
-            records.id_start, records.id_bytes = pack_ids([ids[i] for i in index])
-        refuse_taken(target)
-        write_shard(target.folder, shard.number, records, target.manifest)
+    """Write a shard of a layer, with what the data set says of its images."""
+    index = records.index.tolist()
+    if groups is not None:
+        records.group = torch.tensor([groups[i] for i in index], dtype=torch.int64)
+    if ids is not None:
+        records.id_start, records.id_bytes = pack_ids([ids[i] for i in index])
+    refuse_taken(target)
+    write_shard(target.folder, shard, records, target.manifest)
