@@ -1,0 +1,146 @@
+"""What evaluation.json holds, and what is read back from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+
+import unbraid
+from tiny_networks import SyntheticImages
+from unbraid import Ablation, Evaluation, Semantics
+from unbraid.base.errors import RunError, UsageError
+from unbraid.measuring.results import (
+    Likeness,
+    read_ablation,
+    read_channels,
+    read_output,
+    read_semantics,
+)
+
+
+def evaluated(case: Any, images: Any = None, channels: Any = None) -> Evaluation:
+    """All measures of a case, some of them unknown."""
+    changed = unbraid.apply(case.network, case.split)
+    ablation = unbraid.ablate(changed, images or case.images, channels=channels)
+    pooled = unbraid.Penultimate(case.network)
+    semantics = unbraid.measure_semantics(case.split, case.scan, case.images, pooled)
+    unknown = replace(semantics.channels[6], between=math.nan, original=Likeness(math.nan, 0.5))
+    output = unbraid.compare_outputs(case.network, changed, case.images)
+    some = Semantics({1: semantics.channels[1], 6: unknown})
+    return unbraid.evaluate(case.split, case.scan, output=output, ablation=ablation, semantics=some)
+
+
+@pytest.fixture(scope="module")
+def result(case) -> Evaluation:
+    return evaluated(case)
+
+
+def assert_read(result: Evaluation, path: Any) -> None:
+    """All that a file holds is what was measured; compared as text, in which NaN is like NaN."""
+    assert read_output(path) == result.output
+    assert repr(read_ablation(path)) == repr(result.ablation)
+    assert repr(read_semantics(path)) == repr(result.semantics)
+    assert repr(tuple(read_channels(path))) == repr(result.channels)
+
+
+# Of two images, only of classes 0 and 1, some groups have none.
+@pytest.mark.parametrize("images", [None, SyntheticImages(2, seed=5)])
+@pytest.mark.parametrize("channels", [None, [7]])
+def test_save_keeps_all_measures_and_they_are_read_back(images, channels, case, tmp_path):
+    result = evaluated(case, images, channels)
+    assert "nan" not in str(result.ablation)
+    result.save(tmp_path / "evaluation.json")
+    assert_read(result, tmp_path / "evaluation.json")
+    for wrong in ({"output": None}, {"ablation": None}, {"semantics": None}, {"channels": ()}):
+        with pytest.raises(AssertionError):
+            assert_read(replace(result, **wrong), tmp_path / "evaluation.json")
+
+
+def test_to_dict_has_the_measures_under_the_keys_of_the_contract(result):
+    content = result.to_dict()
+    assert set(content) == {"output", "channels", "summary", "ablation"}
+    assert content["output"] == asdict(result.output)
+    assert content["summary"] == result.summary
+    errors = {"separation_error", "separation_error_rectified"}
+    assert set(content["summary"]["published"]) == errors
+    measured = {channel.channel: channel for channel in result.ablation.channels}
+    for entry, channel in zip(content["channels"], result.channels, strict=True):
+        assert set(entry) == {"layer", "channel", "concepts", *errors, "ablation", "semantics"}
+        for name in ("layer", "channel", *errors):
+            assert entry[name] == getattr(channel, name)
+        for part, concept in zip(entry["concepts"], channel.concepts, strict=True):
+            assert part == asdict(concept) | {
+                "classes": [*concept.classes],
+                "ratios": part["ratios"],
+            }
+        concepts = measured[channel.channel].concepts
+        for concept, values in zip(concepts, entry["ablation"]["concepts"], strict=True):
+            for name in ("own", "others", "rest"):
+                part = getattr(concept, name).part
+                assert values[name]["part"] == (None if math.isnan(part) else part)
+    seen = [entry["semantics"] for entry in content["channels"]]
+    assert [one is None for one in seen] == [False, False, True]
+    assert seen[1] | {"original": None, "concepts": None, "between": None} == seen[1] | {
+        "original": None,
+        "concepts": None,
+    }
+    assert seen[1]["original"] == {"monosemanticity": None, "clarity": 0.5}
+
+
+def test_save_writes_null_for_what_is_no_number(result, tmp_path):
+    first = replace(result.channels[0], separation_error=math.nan)
+    first = replace(first, concepts=tuple(replace(c, leakage=math.inf) for c in first.concepts))
+    replace(result, channels=(first,)).save(tmp_path / "evaluation.json")
+    (channel,) = json.loads((tmp_path / "evaluation.json").read_text())["channels"]
+    assert channel["separation_error"] is None
+    assert channel["concepts"][0]["leakage"] is None
+    assert channel["concepts"][0]["auroc"] == first.concepts[0].auroc
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content["channels"][0]["ablation"]["concepts"][0].pop("own"),
+        lambda content: content["channels"][0]["ablation"]["whole"].update(logit=["much"]),
+        lambda content: content["ablation"]["classes"][0].update(colour=1),
+        lambda content: content["ablation"]["classes"].pop(),
+        lambda content: content["channels"][0].update(ablation=[1], semantics=[1]),
+        lambda content: content["channels"][0]["semantics"].pop("within"),
+        lambda content: content.pop("channels"),
+    ],
+)
+def test_reading_a_damaged_file_is_told(damage, result, tmp_path):
+    path = tmp_path / "evaluation.json"
+    content = json.loads(json.dumps(result.to_dict()))
+    damage(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"evaluation\.json cannot be read .* start the run again"):
+        (read_ablation(path), read_semantics(path))
+
+
+def test_reading_a_file_without_measures_gives_none_and_no_file_is_told(case, tmp_path):
+    path = tmp_path / "evaluation.json"
+    with pytest.raises(RunError, match=r"evaluation\.json cannot be read"):
+        read_output(path)
+    unbraid.evaluate(case.split, case.scan).save(path)
+    assert (read_output(path), read_ablation(path), read_semantics(path)) == (None, None, None)
+
+
+def test_evaluate_results_of_another_split_are_refused(case, result):
+    ablation, one = result.ablation, result.semantics.channels[1]
+    first, *rest = ablation.channels
+    others: list[Ablation | Semantics] = [
+        replace(ablation, channels=(replace(first, channel=5), *rest)),
+        replace(ablation, channels=(replace(first, concepts=first.concepts[:-1]), *rest)),
+        replace(ablation, layer="stem"),
+        Semantics({7: one}),  # two concepts, not three
+        Semantics({2: one}),
+    ]
+    for other in others:
+        name = type(other).__name__.lower()
+        with pytest.raises(UsageError, match=f"The {name} (is|are) of another split"):
+            unbraid.evaluate(case.split, case.scan, **{name: other})
