@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,6 +32,12 @@ class Case:
     @cached_property
     def truth(self) -> Truth:
         return truth_of(self.network, self.images, self.layer)
+
+    @cached_property
+    def logits(self) -> list[Tensor]:
+        network = copy.deepcopy(self.network).double().eval()
+        with torch.no_grad():
+            return [network(image.double()[None])[0] for image in self.images.images]
 
     @functools.cache  # noqa: B019
     def logits_without(self, channel: int, k: int | None) -> list[Tensor]:
