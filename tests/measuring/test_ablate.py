@@ -160,26 +160,6 @@ def test_ablate_takes_gates_as_one_and_leaves_them_and_random_numbers_alone(case
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_ablate_switches_off_what_a_hook_makes_of_a_concept_channel(case):
-    changed = unbraid.apply(case.network, case.split)
-    row = torch.tensor([changed.layer.names.index("1.0")])
-    changed.layer.concepts.register_forward_hook(lambda *args: args[-1].index_fill(1, row, 0.0))
-    (entry,) = unbraid.ablate(changed, case.images, channels=[1]).channels
-    assert entry.concepts[0].own.logit == pytest.approx(0.0, abs=1e-12)
-    assert abs(entry.concepts[1].own.logit) > 1e-6
-
-
-def test_ablate_uses_a_forward_of_an_instances_own_and_puts_it_back(case):
-    changed = unbraid.apply(case.network, case.split)
-    plain = changed.stem.forward
-    changed.stem.forward = doubled = lambda x: 2 * plain(x)
-    result = unbraid.ablate(changed, case.images)
-    assert changed.stem.forward is doubled
-    with torch.no_grad():
-        own = changed(case.images.images)[[label == 0 for label in case.images.targets], 0]
-    assert_close(result.classes[0].logit, own.mean())
-
-
 # --- concepts that are clusters of images ---------------------------------------------------------
 
 

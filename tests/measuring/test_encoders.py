@@ -163,13 +163,6 @@ def test_penultimate_finds_the_classifier_by_its_output_not_by_its_place(head, b
     assert_embeddings(embed(Penultimate(network)), network.features)
 
 
-def test_penultimate_takes_the_last_of_two_layers_that_give_the_logits():
-    first, last = nn.Linear(3, N_CLASSES), nn.Linear(N_CLASSES, N_CLASSES, bias=False)
-    last.weight.data = torch.eye(N_CLASSES)
-    network = stack(("pool", PooledFeatures()), ("first", first), ("last", last)).double()
-    assert_embeddings(embed(Penultimate(network)), network)
-
-
 @pytest.mark.parametrize(
     ("network", "told"),
     [
@@ -250,12 +243,6 @@ def test_timm_encoder_brings_images_without_pictures_to_its_size(timm_encoder, c
         fitted = nn.functional.interpolate(fitted, (160, 160), mode="bilinear", antialias=True)
     with torch.no_grad():
         assert_close(embed(timm_encoder, images), timm_encoder.network(fitted), 1e-4)
-
-
-def test_load_batches_gives_an_encoder_of_ones_own_the_images_not_the_pictures():
-    encoder = PooledFeatures()
-    encoder.transform = None
-    assert embed(encoder, Photographs()).tolist() == [[float(n)] * 3 for n in range(3)]
 
 
 def test_load_encoder_tells_in_a_sentence_what_cannot_be_had(monkeypatch, tmp_path):

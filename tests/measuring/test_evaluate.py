@@ -14,7 +14,6 @@ import torch
 import unbraid
 from checks import assert_close, assert_evaluation, assert_published_table
 from tiny_networks import build
-from unbraid import Split
 from unbraid.base.errors import UsageError
 from unbraid.measuring import evaluate
 from unbraid.measuring.evaluate import auroc, intervals, resampled
@@ -22,16 +21,6 @@ from unbraid.measuring.mimic_and_silence import mimic_error, separation_error, s
 from unbraid.measuring.results import Responses
 
 KINDS = ["1x1", "no bias", "3x3", "uneven", "reflect", "groups", "pooled features", "tokens"]
-
-
-def with_masks(split: Split, *masks: float) -> Split:
-    """The split's channels of as many concepts, with the same mask for all taps."""
-    parts = [
-        replace(part, masks=torch.tensor(masks).double()[:, None].expand_as(part.masks))
-        for part in split.channels
-        if len(part.concepts) == len(masks)
-    ]
-    return replace(split, channels=tuple(parts))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,31 +59,30 @@ def test_evaluate_tau_defaults_to_that_of_the_findings_and_changes_only_the_tabl
 
 
 @pytest.mark.parametrize(
-    ("kind", "mask", "mimic", "silence"),
+    ("kind", "masks", "mimics", "silences", "error"),
     [
-        *((kind, 1.0, 0.0, 1.0) for kind in ("no bias", "groups", "tokens")),
-        ("no bias", 0.5, 0.5, 0.5),
+        *((kind, [1.0, 1.0], [0.0, 0.0], [1.0, 1.0], 0.5) for kind in ("no bias", "groups")),
+        ("tokens", [1.0, 1.0], [0.0, 0.0], [1.0, 1.0], 0.5),
+        ("no bias", [0.5, 0.5], [0.5, 0.5], [0.5, 0.5], 0.5),
+        ("no bias", [1.0, 0.0, 0.25], [0.0, 1.0, 0.75], [1.0, 0.0, 0.25], 4.25 / 9),
     ],
 )
-def test_evaluate_copies_of_a_channel_have_a_separation_error_of_a_half(
-    kind, mask, mimic, silence, case_of
+def test_evaluate_copies_of_a_channel_gives_errors_known_beforehand(
+    kind, masks, mimics, silences, error, case_of
 ):
     """Whole copies mimic it and are not silent, halves do both by half."""
-    split, scan = with_masks(case_of(kind).split, mask, mask), case_of(kind).scan
-    for channel in unbraid.evaluate(split, scan).channels:
-        assert_close(channel.separation_error, 0.5)
-        assert_close(channel.separation_error_rectified, 0.5)
-        for concept in channel.concepts:
-            assert_close([concept.retention, concept.leakage], [mask, mask])
-            assert_close([concept.mimic_error, concept.silence_error], [mimic, silence])
-
-
-def test_evaluate_three_concepts_counts_each_error_the_same(case_of):
-    case = case_of("no bias")
-    (channel,) = unbraid.evaluate(with_masks(case.split, 1.0, 0.0, 0.25), case.scan).channels
-    assert_close([c.mimic_error for c in channel.concepts], [0.0, 1.0, 0.75])
-    assert_close([c.silence_error for c in channel.concepts], [1.0, 0.0, 0.25])
-    assert_close(channel.separation_error, (0 + 1 + 0.75 + 2 * 1 + 2 * 0 + 2 * 0.25) / 9)
+    case = case_of(kind)
+    parts = [
+        replace(part, masks=torch.tensor(masks).double()[:, None].expand_as(part.masks))
+        for part in case.split.channels
+        if len(part.concepts) == len(masks)
+    ]
+    split = replace(case.split, channels=tuple(parts))
+    for channel in unbraid.evaluate(split, case.scan).channels:
+        assert_close([channel.separation_error, channel.separation_error_rectified], [error] * 2)
+        assert_close([c.retention for c in channel.concepts], masks)
+        assert_close([c.mimic_error for c in channel.concepts], mimics)
+        assert_close([c.silence_error for c in channel.concepts], silences)
 
 
 def test_evaluate_scans_of_some_classes_counts_what_there_is(case, tmp_path):
@@ -195,39 +183,25 @@ def test_resampled_measures_are_those_of_the_repeated_images(step, responses):
         np.testing.assert_allclose(fast, slow[::-1])
 
 
-def test_intervals_are_percentiles_of_many_draws(responses, monkeypatch):
+@pytest.mark.parametrize("n_at_a_time", [7, 200])
+def test_intervals_are_percentiles_of_many_draws(n_at_a_time, responses, monkeypatch):
+    monkeypatch.setattr(evaluate, "_MAX_CELLS", n_at_a_time * 60)
     found = intervals(responses)
     assert found is not None
     assert found == intervals(responses)
-    chosen = draws(responses, 600)
     z, new, concept = responses.original, responses.concepts, responses.concept
-    slow = {
-        "measures": [measures_on(responses, images) for images in chosen],
-        "error": [separation_error(z[i], new[i], concept[i]) for i in chosen],
-        "means": [[float(z[i][concept[i] == k].mean()) for k in range(3)] for i in chosen],
-    }
-
-    def assert_percentiles(found: Any) -> None:
-        measured = {
-            "measures": [list(vars(concept).values()) for concept in found.concepts],
-            "error": found.separation_error,
-            "means": found.means,
-        }
-        for name, values in slow.items():
-            low, high = np.quantile(values, [0.025, 0.975], axis=0)
-            away = np.abs(np.array(measured[name]) - np.stack([low, high], -1)).max(-1)
-            assert (away < 0.35 * (high - low).clip(min=1e-9)).all(), name
-
-    assert_percentiles(found)
-    for wrong in (
-        replace(found, concepts=found.concepts[::-1]),
-        replace(found, separation_error=found.separation_error[::-1]),
-        replace(found, means=found.means[::-1]),
+    chosen = draws(responses, 600)
+    measures = [measures_on(responses, images) for images in chosen]
+    errors = [separation_error(z[i], new[i], concept[i]) for i in chosen]
+    means = [[float(z[i][concept[i] == k].mean()) for k in range(3)] for i in chosen]
+    for measured, values in (
+        ([list(vars(concept).values()) for concept in found.concepts], measures),
+        (found.separation_error, errors),
+        (found.means, means),
     ):
-        with pytest.raises(AssertionError):
-            assert_percentiles(wrong)
-    monkeypatch.setattr(evaluate, "_MAX_CELLS", 7 * 60)  # few draws at a time
-    assert_percentiles(intervals(responses))
+        low, high = np.quantile(values, [0.025, 0.975], axis=0)
+        away = np.abs(np.array(measured) - np.stack([low, high], -1)).max(-1)
+        assert (away < 0.35 * (high - low).clip(min=1e-9)).all()
 
 
 def test_intervals_of_a_concept_with_a_single_image_are_unknown(responses):
