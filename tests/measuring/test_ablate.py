@@ -34,10 +34,6 @@ def ablate(case: Any, **options: Any) -> Ablation:
     return unbraid.ablate(unbraid.apply(case.network, case.split), case.images, **options)
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
 def expected_ablation(
     case: Any, channels: Sequence[int], members: Any, skipped: Sequence[int]
 ) -> Ablation:
@@ -46,14 +42,14 @@ def expected_ablation(
     images = [n for n in range(len(labels)) if n not in skipped]
     by_class = {t: [n for n in images if labels[n] == t] for t in range(4)}
 
-    def outcome(logits: Sequence[Tensor], chosen: Sequence[int]) -> tuple[float, float]:
-        """Mean logit of the own label, and accuracy, over some images."""
-        own = [float(logits[n][labels[n]]) for n in chosen]
-        return mean(own), mean([float(int(logits[n].argmax()) == labels[n]) for n in chosen])
+    def outcomes(logits: Sequence[Tensor]) -> Tensor:
+        """The logit of the own label, and whether it is the largest, (N, 2)."""
+        pairs = zip(logits, labels, strict=True)
+        return torch.stack([torch.stack([z[t], (z.argmax() == t).double()]) for z, t in pairs])
 
-    def lost(o: int, k: int | None, chosen: Sequence[int]) -> tuple[float, float]:
-        before, after = outcome(case.logits, chosen), outcome(case.logits_without(o, k), chosen)
-        return before[0] - after[0], before[1] - after[1]
+    def lost(o: int, k: int | None, chosen: Sequence[int]) -> list[float]:
+        drops = outcomes(case.logits) - outcomes(case.logits_without(o, k))
+        return drops[chosen].mean(0).tolist()
 
     def by_classes(o: int, k: int | None) -> ClassDrops:
         drops = [lost(o, k, chosen) for chosen in by_class.values()]
@@ -64,28 +60,20 @@ def expected_ablation(
         own = members or [[n for n in images if labels[n] in classes] for classes in concepts]
         others = [n for other, theirs in enumerate(own) if other != k for n in theirs]
         rest = [n for n in images if n not in own[k] and n not in others]
-        drops = [
-            Drop(len(chosen), *lost(o, k, chosen), *lost(o, None, chosen))
-            for chosen in (own[k], others, rest)
-        ]
+        drops = [Drop(len(n), *lost(o, k, n), *lost(o, None, n)) for n in (own[k], others, rest)]
         names = [f"class {t}" if t < 4 else str(t) for t in concepts[k]]
         return ConceptAblation(concepts[k], ", ".join(names), *drops, by_classes(o, k))
 
-    return Ablation(
-        case.layer,
-        tuple(
-            ClassOutput(t, f"class {t}", len(chosen), *outcome(case.logits, chosen))
-            for t, chosen in by_class.items()
-        ),
-        tuple(
-            ChannelAblation(
-                o,
-                by_classes(o, None),
-                tuple(concept(o, k) for k in range(len(case.split[o].concepts))),
-            )
-            for o in channels
-        ),
-    )
+    intact = outcomes(case.logits)
+    classes = [
+        ClassOutput(t, f"class {t}", len(chosen), *intact[chosen].mean(0).tolist())
+        for t, chosen in by_class.items()
+    ]
+    measured = []
+    for o in channels:
+        concepts = tuple(concept(o, k) for k in range(len(case.split[o].concepts)))
+        measured.append(ChannelAblation(o, by_classes(o, None), concepts))
+    return Ablation(case.layer, tuple(classes), tuple(measured))
 
 
 def leaves(content: Any, *way: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -138,12 +126,6 @@ def test_assert_ablation_fails_on_every_wrong_figure(case):
         if way[-1] != "part":  # which follows from others
             with pytest.raises((AssertionError, IndexError)):
                 assert_ablation(Ablation.from_dict(wrong), case, channels=[1])
-    for channels in (sound.channels[1:], 2 * sound.channels):
-        with pytest.raises(AssertionError):
-            assert_ablation(replace(sound, channels=channels), case, channels=[1])
-
-
-def test_ablate_some_channels_gives_those_in_that_order(case):
     assert_ablation(ablate(case, channels=[7, 1, 7]), case, channels=[7, 1])
 
 

@@ -82,26 +82,17 @@ def test_ready_uses_a_module_in_eval_mode_and_leaves_it_as_it_was():
     assert clip.visual.training
 
 
-def _with(value: float) -> Callable[[Tensor], Tensor]:
-    def encode(images: Tensor) -> Tensor:
-        embeddings = images.mean((2, 3))
-        embeddings[1, 2] = value
-        return embeddings
-
-    return encode
-
-
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (_with(math.nan), "NaN or infinite numbers for image 5"),
-        (_with(-math.inf), "NaN or infinite numbers for image 5"),
+        (
+            lambda x: mean_colour(x).where(x[:, :, 0, 0] != x[1, 2, 0, 0], math.nan),
+            "NaN or infinite numbers for image 5",
+        ),
         (lambda x: mean_colour(x)[:-1], r"gives \(3, 3\) for 4 images"),
-        (lambda x: x, r"gives \(4, 3, 7, 6\) for 4 images"),
         (lambda x: mean_colour(x)[:, :0], r"gives \(4, 0\) for 4 images"),
         (lambda x: mean_colour(x)[:, :2], "2 dimensions from image 4 on, but of 3 before"),
         (lambda x: mean_colour(x).long(), "not a tensor of floating point numbers"),
-        (lambda x: {"features": mean_colour(x)}, "gives dict, not a tensor"),
         (lambda x: 1 / 0, r"shape \(3, 7, 6\) \(division by zero\)"),
     ],
 )

@@ -241,24 +241,16 @@ def test_scores_of_images_in_any_parts_are_those_of_the_double_loop(sizes):
     assert_close(found, [oracle.monosemanticity(one, e) for one in a.T])
 
 
-ALONE = torch.zeros(50, dtype=torch.float64)
-ALONE[11] = 1.3
-ROUNDED = torch.full((50,), 0.1, dtype=torch.float64)
-ROUNDED[::2] = torch.nextafter(ROUNDED[0], 2 * ROUNDED[0])
-
-
-@pytest.mark.parametrize(
-    "a",
-    [
-        *(torch.full_like(ALONE, x) for x in (0.0, -1e8, 0.1)),
-        *(ALONE + x for x in (0.0, 0.7, -300.0)),
-        ROUNDED,
-        ROUNDED + 5 * ALONE,
-    ],
-)
-def test_scores_of_channels_without_a_pair_of_images_are_nan(a):
-    some, e = some_images(len(a))
-    assert scores_of(torch.cat([some, a[:, None]], 1), e).isnan().tolist() == [False] * 4 + [True]
+@pytest.mark.parametrize("level", [0.0, 0.1, 0.7, -300.0])
+def test_scores_of_channels_without_a_pair_of_images_are_nan(level):
+    """All the same, one above, rounded differently, and both."""
+    same = torch.full((50,), level, dtype=torch.float64)
+    rounded = same.clone()
+    rounded[::2] = torch.nextafter(same[0], 2 * same[0])
+    alone = 1.3 * (torch.arange(50) == 11)
+    some, e = some_images(50)
+    a = torch.stack([same, same + alone, rounded, rounded + 5 * alone], 1)
+    assert scores_of(torch.cat([some, a], 1), e).isnan().tolist() == [False] * 4 + [True] * 4
     assert scores_of(some, torch.zeros_like(e)).isnan().all()
     assert scores_of(some[:1], e[:1]).isnan().all()
 
