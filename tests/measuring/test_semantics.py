@@ -121,9 +121,7 @@ def test_assert_semantics_fails_on_every_corruption(case):
         {"positions": False, "crops": False},
     ]
     wrongs = [Semantics({**sound.channels, 6: replace(first, **wrong)}) for wrong in corrupted]
-    rolled = SyntheticImages(13, seed=1)
-    rolled.images = rolled.images.roll(1, 0)
-    for wrong in (*wrongs, Semantics({6: first}), measure(case, dataset=rolled)):
+    for wrong in (*wrongs, Semantics({6: first})):
         with pytest.raises((AssertionError, ValueError)):
             assert_semantics(wrong, case)
 
@@ -156,14 +154,6 @@ def test_measure_semantics_tells_concept_channels_of_one_thing_each(tmp_path):
     assert network.training
 
 
-def test_measure_semantics_of_a_channel_never_above_zero_has_no_score(case):
-    parts = [replace(p, masks=torch.zeros_like(p.masks), bias=-1e-6) for p in case.split.channels]
-    for one in measure(case, split=replace(case.split, channels=tuple(parts))).channels.values():
-        assert math.isfinite(one.original.monosemanticity)
-        assert all(math.isnan(like.monosemanticity) for like in one.concepts)
-        assert all(math.isfinite(like.clarity) for like in one.concepts)
-
-
 @pytest.mark.parametrize(("n_images", "n_broken"), [(14, 3), (150, 130)])
 def test_measure_semantics_leaves_out_images_that_could_not_be_read(
     tmp_path, n_images, n_broken, case_of
@@ -180,16 +170,11 @@ def test_measure_semantics_leaves_out_images_that_could_not_be_read(
     assert repr(measured[0]) == repr(measured[1])
 
 
-def test_measure_semantics_of_some_classes_and_of_predicted_labels_needs_no_others(
-    case_of, tmp_path
-):
-    case = case_of("1x1")
-    some = unbraid.scan(case.network, "layer", case.images, tmp_path / "some", classes=[0, 2])
-    assert {one.n_images for one in measure(case, scan=some).channels.values()} == {7}
-    network = build("1x1")
+def test_measure_semantics_of_predicted_labels_needs_no_others(case_of, tmp_path):
+    case, network = case_of("1x1"), build("1x1")
     with torch.no_grad():  # so that more than one class is predicted
         network.head.bias -= network(case.images.images).mean(0)
-    scan = unbraid.scan(network, "layer", case.images, tmp_path / "own", labels="predicted")
+    scan = unbraid.scan(network, "layer", case.images, tmp_path, labels="predicted")
     seen = sorted(scan.labels_seen())
     split = unbraid.split(scan, unbraid.find(scan, channels={1: [seen[:1], seen[1:]]}))
     assert measure(case, scan=scan, split=split).channels[1].n_images == 13
@@ -206,10 +191,9 @@ def some_images(n: int = 23) -> tuple[Tensor, Tensor]:
     return a, torch.randn(n, 5, dtype=torch.float64) + 0.5
 
 
-def scores_of(activations: Tensor, embeddings: Tensor, sizes: Any = None) -> Tensor:
+def scores_of(activations: Tensor, embeddings: Tensor, sizes: Any = 1000) -> Tensor:
     """Scores of images that come in parts of some sizes."""
     sums = MonosemanticitySums()
-    sizes = sizes or [len(activations)]
     for a, e in zip(activations.split(sizes), embeddings.split(sizes), strict=True):
         sums.add(a, e)
     return sums.scores()
@@ -226,19 +210,14 @@ def scores_of(activations: Tensor, embeddings: Tensor, sizes: Any = None) -> Ten
         lambda a: a.float(),
     ],
 )
-def test_scores_are_those_of_the_double_loop(change):
+def test_scores_of_images_in_any_parts_are_those_of_the_double_loop(change):
     a, e = some_images()
     a = change(a)
-    assert_close(scores_of(a, e), [oracle.monosemanticity(one, e) for one in a.T])
-
-
-@pytest.mark.parametrize("sizes", [[23], [1] * 23, [7, 3, 13]])
-def test_scores_of_images_in_any_parts_are_those_of_the_double_loop(sizes):
-    a, e = some_images()
-    e[[0, 7, 8, 9]] = 0  # without a direction, also all of a part
-    found = scores_of(a, e, sizes)
-    assert found.dtype == torch.float64
-    assert_close(found, [oracle.monosemanticity(one, e) for one in a.T])
+    for sizes in ([23], [1] * 23, [7, 3, 13]):
+        found = scores_of(a, e, sizes)
+        assert found.dtype == torch.float64
+        assert_close(found, [oracle.monosemanticity(one, e) for one in a.T])
+        e[[2, 7, 8, 9]] = 0  # without a direction, also all of a part
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1, 0.7, -300.0])
@@ -253,14 +232,6 @@ def test_scores_of_channels_without_a_pair_of_images_are_nan(level):
     assert scores_of(torch.cat([some, a], 1), e).isnan().tolist() == [False] * 4 + [True] * 4
     assert scores_of(some, torch.zeros_like(e)).isnan().all()
     assert scores_of(some[:1], e[:1]).isnan().all()
-
-
-def test_scores_of_one_thing_are_one_and_of_two_things_half():
-    e = torch.eye(2).double().repeat_interleave(500, 0)  # two things, as unlike as can be
-    one, two = torch.zeros(1000).double(), torch.zeros(1000).double()
-    one[:400] = 1
-    two[:400] = two[500:900] = 1
-    assert_close(scores_of(torch.stack([one, two], 1), e), [1.0, 399 / 799])
 
 
 def test_clarity_leaves_out_images_without_direction_and_is_nan_for_less_than_two():
