@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from checks import assert_close, assert_untouched, snapshot
-from tiny_networks import KINDS, N_CLASSES, PooledFeatures, SyntheticImages, build, stack
+from tiny_networks import KINDS, N_CLASSES, SyntheticImages, build, stack
 from unbraid.base.errors import ModelError, UsageError
 from unbraid.images.batches import in_batches
 from unbraid.measuring.encoders import (
@@ -60,35 +60,22 @@ def test_ready_embeds_every_image_in_order(batch_size):
             assert_embeddings(wrong, mean_colour)
 
 
-class Clip(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.visual = nn.Sequential(PooledFeatures(), nn.Dropout(0.5)).double()
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return self.visual(images)
-
-
 def test_ready_uses_a_module_in_eval_mode_and_leaves_it_as_it_was():
-    network, clip = build("batch norm behind"), Clip()
+    network = build("batch norm behind")
     expected = embed(network)
     network.train()
     network.layer.eval()
     network.layer.weight.requires_grad_(False)
     before = snapshot(network)
-    assert torch.equal(embed(network), expected)
-    assert_untouched(before, snapshot(network))
-    assert_embeddings(embed(clip.encode_image), mean_colour)
-    assert clip.visual.training
+    for encoder in (network, network.forward):
+        assert torch.equal(embed(encoder), expected)
+        assert_untouched(before, snapshot(network))
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (
-            lambda x: mean_colour(x).where(x[:, :, 0, 0] != x[1, 2, 0, 0], math.nan),
-            "NaN or infinite numbers for image 5",
-        ),
+        (lambda x: mean_colour(x) / (x != x[1]).sum((2, 3)), "NaN or infinite numbers for image 5"),
         (lambda x: mean_colour(x)[:-1], r"gives \(3, 3\) for 4 images"),
         (lambda x: mean_colour(x)[:, :0], r"gives \(4, 0\) for 4 images"),
         (lambda x: mean_colour(x)[:, :2], "2 dimensions from image 4 on, but of 3 before"),
@@ -193,9 +180,6 @@ class Photographs(Dataset[tuple[Tensor, int]]):
 
     targets = (0, 1, 0)
 
-    def __init__(self, mode: str = "RGB") -> None:
-        self.mode = mode
-
     def __len__(self) -> int:
         return 3
 
@@ -205,7 +189,7 @@ class Photographs(Dataset[tuple[Tensor, int]]):
     def picture(self, index: int) -> Image.Image:
         noise = torch.Generator().manual_seed(index)
         pixels = torch.randint(0, 256, (40, 60, 3), generator=noise, dtype=torch.uint8)
-        return Image.fromarray(pixels.numpy()).convert(self.mode)
+        return Image.fromarray(pixels.numpy()).convert("RGBA")
 
 
 @pytest.fixture(scope="module")
@@ -214,9 +198,8 @@ def timm_encoder() -> TimmEncoder:
     return load_encoder(NAME, pretrained=False, device="cpu")
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
-def test_timm_encoder_puts_pictures_through_its_own_preprocessing(timm_encoder, mode):
-    photographs = Photographs(mode)
+def test_timm_encoder_puts_pictures_through_its_own_preprocessing(timm_encoder):
+    photographs = Photographs()
     pictures = [photographs.picture(n).convert("RGB") for n in range(3)]
     with torch.no_grad():
         expected = timm_encoder.network(torch.stack(list(map(timm_encoder.transform, pictures))))
