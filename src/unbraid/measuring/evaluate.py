@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from unbraid.base.arguments import as_kind, real_number
@@ -35,6 +33,7 @@ from unbraid.measuring.results import (
     Ratio,
     Responses,
     Semantics,
+    join,
 )
 from unbraid.scanning.records import Records, Scan
 from unbraid.splitting.splits import ChannelSplit, Split
@@ -140,7 +139,7 @@ def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
                     f"The scan has no image of {split.name(concept)}, concept {k} of channel "
                     f"{part.channel}; scan validation images of all concepts."
                 )
-    return {channel: _join(responses) for channel, responses in parts.items()}
+    return {channel: join(responses) for channel, responses in parts.items()}
 
 
 def _respond(members: Members, records: Records, part: ChannelSplit) -> Responses:
@@ -162,12 +161,6 @@ def _respond(members: Members, records: Records, part: ChannelSplit) -> Response
         residual=z[:, -1],
         rectified=rectified,
     )
-
-
-def _join(parts: Sequence[Responses]) -> Responses:
-    values = zip(*(vars(part).values() for part in parts), strict=True)
-    columns: list[Any] = [None if one[0] is None else torch.cat(one) for one in values]
-    return Responses(*columns)
 
 
 def _evaluate_channel(
@@ -206,6 +199,7 @@ def _evaluate_channel(
 def auroc(score: Tensor, positive: Tensor) -> float:
     """Chance that a positive image scores above another one, ties counted half.
 
+    >>> import torch
     >>> auroc(torch.tensor([3.0, 2.0, 1.0, 2.0]), torch.tensor([True, True, False, False]))
     0.875
     """

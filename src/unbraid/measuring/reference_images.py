@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unbraid.base.arguments import whole_number
+from unbraid.measuring.results import join
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import Split
 
@@ -67,20 +68,15 @@ def reference_images(
     n = whole_number("n", n, 1)
     split.require(scan)
     if alike is None:
-        return _by_channel(_rank(scan, split, n, by_group=False))
-    ranked = _rank(scan, split, _POOL * n, by_group=True)
-    rows, directions = _directions(scan, ranked)
-    different: dict[int, list[TopImages]] = {}
-    for channel, tops in ranked.items():
-        different[channel] = []
-        for top in tops:
-            own = directions[[rows[index] for index in top.index.tolist()]]
-            different[channel].append(top.take(_different(own @ own.T, n, alike)))
-    return _by_channel(different)
-
-
-def _by_channel(tops: dict[int, list[TopImages]]) -> dict[int, ReferenceImages]:
-    return {o: ReferenceImages(own, tuple(concepts)) for o, (own, *concepts) in tops.items()}
+        found = _rank(scan, split, n, by_group=False)
+    else:
+        found = _rank(scan, split, _POOL * n, by_group=True)
+        rows, directions = _directions(scan, found)
+        for tops in found.values():
+            for place, top in enumerate(tops):
+                own = directions[[rows[index] for index in top.index.tolist()]]
+                tops[place] = top.take(_different(own @ own.T, n, alike))
+    return {o: ReferenceImages(own, tuple(concepts)) for o, (own, *concepts) in found.items()}
 
 
 def _rank(scan: Scan, split: Split, n: int, by_group: bool) -> dict[int, list[TopImages]]:
@@ -95,15 +91,10 @@ def _rank(scan: Scan, split: Split, n: int, by_group: bool) -> dict[int, list[To
             concept = members.concept_of(records, part.concepts)
             tops = [TopImages(records.index, records.label, concept, z, group) for z in responses]
             if part.channel in best:
-                tops = list(map(_join, best[part.channel], tops))
+                pairs = zip(best[part.channel], tops, strict=True)
+                tops = [join(pair) for pair in pairs]
             best[part.channel] = [_strongest(top, n) for top in tops]
     return best
-
-
-def _join(one: TopImages, other: TopImages) -> TopImages:
-    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
-    columns: list[Any] = [None if pair[0] is None else torch.cat(pair) for pair in pairs]
-    return TopImages(*columns)
 
 
 def _strongest(top: TopImages, n: int) -> TopImages:

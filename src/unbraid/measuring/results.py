@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from unbraid.base.arguments import as_path
@@ -18,6 +19,8 @@ from unbraid.base.schema import build, read_json, unread
 from unbraid.base.tables import Table, Tabular, figure
 from unbraid.finding.findings import Concept
 from unbraid.measuring.compare import OutputComparison
+
+Columns = TypeVar("Columns")
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,12 @@ class Responses:
     concepts: Tensor  # (N, K)
     residual: Tensor  # (N,)
     rectified: Tensor | None  # (N, 1 + K), original and concepts, only with positions
+
+
+def join(parts: Sequence[Columns]) -> Columns:
+    """Join what was measured of several images, one dataclass of tensors after the other."""
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return type(parts[0])(*(None if one[0] is None else torch.cat(one) for one in columns))
 
 
 @dataclass(frozen=True)
