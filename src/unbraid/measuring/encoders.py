@@ -134,11 +134,8 @@ def name_of_encoder(encoder: Encoder) -> str:
 
 @contextmanager
 def ready(encoder: Encoder) -> Iterator[Encode]:
-    """Prepare an encoder and give a function from batches to embeddings, (N, D), on the CPU.
-
-    A module, or the module that a method such as `clip.encode_image` belongs to, is used in eval
-    mode, on the device that it is on, and left exactly as it was.
-    """
+    """Make a function from batches to embeddings, (N, D), on the CPU; leave a module as it was."""
+    # Also the module that a method such as `clip.encode_image` belongs to.
     module = encoder if isinstance(encoder, nn.Module) else getattr(encoder, "__self__", None)
     n_dimensions: int | None = None
 

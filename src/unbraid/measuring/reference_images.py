@@ -53,11 +53,9 @@ def reference_images(
         scan: of the images to choose from, from the network that was split.
         split: whose channels to look at.
         n: images per channel; fewer are given where the scan holds fewer.
-        alike: leave out what a stronger image shows already: all images of its group but the
-            strongest, where the data set groups them, and those among the 4 n strongest whose
-            pooled inputs, less their mean over the scan, have a cosine above this with its own.
-            Where fewer than n are left, the cosine may be higher, as little as gives n, up to
-            0.99; if that is not enough, fewer are given. None leaves out nothing.
+        alike: leave out all images of a group but the strongest, where the data set groups them,
+            and what a stronger image shows already: whose pooled inputs, less their mean, have a
+            cosine above this with its own, or above up to 0.99 if that is needed to give n.
 
     Returns:
         By channel. Of equally exciting images the earlier one comes first.
@@ -108,10 +106,7 @@ def _strongest(top: TopImages, n: int) -> TopImages:
 
 
 def _directions(scan: Scan, ranked: dict[int, list[TopImages]]) -> tuple[dict[int, int], Tensor]:
-    """How the layer sees the images that were ranked: the row of each, and the rows.
-
-    Rows (M, G J) are pooled inputs less their mean over the scan, at length 1.
-    """
+    """The row of each ranked image, and rows (M, G J): pooled inputs less the mean, at length 1."""
     wanted = torch.cat([top.index for tops in ranked.values() for top in tops]).unique()
     indices, pooled = [], []
     total, n_images = torch.zeros((), dtype=torch.float64), 0
@@ -127,10 +122,7 @@ def _directions(scan: Scan, ranked: dict[int, list[TopImages]]) -> tuple[dict[in
 
 
 def _different(cosine: Tensor, n: int, alike: float) -> Tensor:
-    """Choose the first n images, of cosines (m, m), none of which repeats an earlier one.
-
-    Those above `alike` repeat one another; the limit rises where that leaves too few.
-    """
+    """Choose the first n images, of cosines (m, m), none alike an earlier one; or as few alike."""
     chosen: list[int] = []
     for limit in np.linspace(alike, max(alike, COPY), _STEPS):
         repeats = cosine > float(limit)

@@ -146,10 +146,7 @@ class Likeness:
 
 @dataclass(frozen=True)
 class ChannelSemantics:
-    """One split channel beside its concept channels, as an image encoder sees their images.
-
-    A figure that cannot be computed is NaN.
-    """
+    """A split channel beside its concept channels, as an encoder sees their images; or NaN."""
 
     encoder: str  # its name
     n_images: int

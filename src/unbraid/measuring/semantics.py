@@ -150,10 +150,8 @@ def _embed(
 
 
 def _responses(scan: Scan, records: Records, part: ChannelSplit) -> Tensor:
-    """Positive responses of a channel and its concept channels, (N, 1 + K).
-
-    Negative ones are silence; counted, the most negative image would set the zero of the scale.
-    """
+    """Positive responses of a channel and its concept channels, (N, 1 + K)."""
+    # Negative ones are silence: the most negative image would set the zero of the scale.
     if records.input_map is not None:
         return part.response_maps(scan.layer, records.input_map).clamp(min=0).flatten(2).sum(2)
     pooled = records.pooled[:, scan.layer.group_of(part.channel)]
@@ -225,24 +223,14 @@ class MonosemanticitySums:
 
 
 def clarity(embeddings: Tensor) -> float:
-    """Mean pairwise cosine of images (N, D); NaN for less than two. SemanticLens, arXiv:2501.05398.
-
-    >>> clarity(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]))
-    0.3333333333333333
-    """
+    """Mean cosine of pairs of images (N, D), NaN without one; SemanticLens, arXiv:2501.05398."""
     _, unit = _directions(embeddings.double())
     n = len(unit)
     return float((unit.sum(0).square().sum() - n) / (n * (n - 1))) if n > 1 else math.nan
 
 
 def pure_distances(embeddings: Tensor, concept: Tensor) -> tuple[float, float]:
-    """Mean distance of embeddings (N, D) within concepts (N,), and between; NaN without a pair.
-
-    PURE, arXiv:2404.06453.
-
-    >>> pure_distances(torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([0, 0, 1]))
-    (1.0, 4.5)
-    """
+    """Mean distance within concepts (N,) and between, NaN without one; PURE, arXiv:2404.06453."""
     distances: Tensor = F.pdist(embeddings.double())
     i, j = torch.triu_indices(len(concept), len(concept), offset=1)
     same = concept[i] == concept[j]
@@ -271,12 +259,7 @@ WHOLE = Box(0.0, 1.0, 0.0, 1.0)
 def answering_box(response: Tensor) -> Box:
     """Box in the positions (h, w) that answer at least half as much as the strongest one.
 
-    A position draws on its surroundings too, so the box has a margin of one position.
-
-    >>> response = torch.zeros(8, 8)
-    >>> response[3:5, 0] = 1.0
-    >>> answering_box(response)
-    Box(top=0.25, bottom=0.75, left=0.0, right=0.25)
+    Each draws on its surroundings too, so the box has a margin of one position.
     """
     strongest = response.max()
     if strongest <= 0:
