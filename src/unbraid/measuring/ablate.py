@@ -157,7 +157,7 @@ def _members(
     def by_label(channel: int, _: Tensor, labels: Tensor) -> Tensor:
         concept = torch.full_like(labels, len(concepts[channel]))
         for k, classes in enumerate(concepts[channel]):
-            concept[torch.isin(labels, torch.tensor(classes))] = k
+            concept[torch.isin(labels, torch.tensor(classes, dtype=torch.int64))] = k
         return concept
 
     if scan is None:
@@ -174,7 +174,9 @@ def _members(
             "these images and the split layer."
         )
     known = Members(scan, layer.clusters)
-    members = {o: torch.full((n_images,), len(groups)) for o, groups in concepts.items()}
+    members = {
+        o: torch.full((n_images,), len(groups), dtype=torch.int64) for o, groups in concepts.items()
+    }
     for records in scan.shards():
         for channel, groups in concepts.items():
             concept = known.concept_of(records, groups)
