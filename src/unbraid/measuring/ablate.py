@@ -6,11 +6,12 @@ nothing off, the whole channel off, each of its concept channels off.
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from unbraid.base.arguments import as_kind, flag, loading, whole_numbers
 from unbraid.base.errors import DataError, LayerError, ModelError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import Members
+from unbraid.finding.membership import Members, name_of
 from unbraid.images.batches import Batch, image_progress, in_batches, read_images
 from unbraid.images.dataset import class_names_of, size_of
 from unbraid.measuring.results import (
@@ -67,16 +68,14 @@ def ablate(
         dataset: map-style, of (image tensor, label).
         layer: name of the split layer, needed where several are split.
         channels: its split channels to switch off; by default all.
-        scan: of the same images, which tells those of concepts that are clusters of images;
-            concepts that are classes need none.
+        scan: of the same images, needed where concepts are clusters of images.
         batch_size: images per forward pass.
         workers: processes that load images.
         skip_broken: leave out images that cannot be read.
         progress: show a progress bar on standard error.
 
     Raises:
-        UsageError: the network has no concept channels, or lacks the layer or a channel; or the
-            scan is missing or of other images or another layer.
+        UsageError: there is no such layer or channel, or the scan does not fit.
         DataError: an image cannot be read, or its label names no output.
         ModelError: the network computes NaN or infinite numbers, or cannot run.
         LayerError: the split layer does not run exactly once.
@@ -91,15 +90,14 @@ def ablate(
     batch_size, workers = loading(batch_size, workers)
     skip_broken = flag("skip_broken", skip_broken)
     n_images = size_of(dataset)
-    names = class_names_of(dataset)
     members = _members(measured, concepts, scan, n_images)
-    sums: dict[int, AblationSums] = {}
+    sums: dict[int, _AblationSums] = {}
     with (
         undisturbed(model2),
         torch.inference_mode(False),  # where torch would not count what is written into
         torch.no_grad(),
         _all_on(split_layers.values()),
-        replaying(model2, measured) as replay,
+        _replaying(model2, measured) as replay,
         image_progress("Switching channels off", n_images, show=progress) as advance,
     ):
         batches = in_batches(range(n_images), batch_size)
@@ -112,14 +110,11 @@ def ablate(
             n_outputs, outcomes = _run_batch(replay, measured, concepts, batch)
             for channel, outcome in outcomes.items():
                 if channel not in sums:
-                    sums[channel] = AblationSums(concepts[channel], n_outputs)
+                    sums[channel] = _AblationSums(concepts[channel], n_outputs)
                 sums[channel].add(labels, members(channel, index, labels), outcome)
     if not sums:
         raise DataError("No image could be read, so there is nothing to switch channels off for.")
-
-    def name(label: int) -> str:
-        return (label < len(names) and names[label]) or str(label)
-
+    name = partial(name_of, class_names_of(dataset))
     return Ablation(
         layer=measured.spec.name,
         classes=next(iter(sums.values())).class_outputs(name),
@@ -134,8 +129,8 @@ def _layer_of(layers: dict[str, SplitLayer], name: str | None) -> SplitLayer:
             "exact form."
         )
     if name is None and len(layers) == 1:
-        return next(iter(layers.values()))
-    if name is None or name not in layers:
+        (name,) = layers
+    if name not in layers:
         problem = "Several layers are split" if name is None else f"Layer {name!r} is not split"
         raise UsageError(f"{problem}; name one of {', '.join(map(repr, layers))} in layer.")
     return layers[name]
@@ -148,31 +143,29 @@ def _concepts_of(layer: SplitLayer, channels: Sequence[int] | None) -> Concepts:
     wanted = whole_numbers("channels", channels)
     unknown = [channel for channel in wanted if channel not in layer.divided]
     if unknown or not wanted:
-        known = [str(channel) for channel in layer.divided]
-        raise UsageError(
-            f"channels {'is empty' if not unknown else f'names {unknown[0]}, which is not split'}; "
-            f"the split channels are {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}."
-        )
-    return {channel: layer.divided[channel] for channel in dict.fromkeys(wanted)}
+        problem = f"names {unknown[0]}, which is not split" if unknown else "is empty"
+        known = shorten(", ".join(map(str, layer.divided)), 100, placeholder=" ...")
+        raise UsageError(f"channels {problem}; the split channels are {known}.")
+    return {channel: layer.divided[channel] for channel in wanted}
 
 
 def _members(
     layer: SplitLayer, concepts: Concepts, scan: Scan | None, n_images: int
 ) -> Callable[[int, Tensor, Tensor], Tensor]:
     """Make a function of a channel, indices and labels (N,): which concept (N,), K for none."""
-    if scan is None and layer.clusters:
-        raise UsageError(
-            "Concepts of the split are clusters of images, which labels do not tell; pass scan=, a "
-            "scan of the same images."
-        )
+
+    def by_label(channel: int, _: Tensor, labels: Tensor) -> Tensor:
+        concept = torch.full_like(labels, len(concepts[channel]))
+        for k, classes in enumerate(concepts[channel]):
+            concept[torch.isin(labels, torch.tensor(classes, dtype=torch.int64))] = k
+        return concept
+
     if scan is None:
-
-        def by_label(channel: int, _: Tensor, labels: Tensor) -> Tensor:
-            concept = torch.full_like(labels, len(concepts[channel]))
-            for k, classes in enumerate(concepts[channel]):
-                concept[torch.isin(labels, torch.tensor(classes, dtype=torch.int64))] = k
-            return concept
-
+        if layer.clusters:
+            raise UsageError(
+                "Concepts of the split are clusters of images, which labels do not tell; pass "
+                "scan=, a scan of the same images."
+            )
         return by_label
     as_kind("scan", scan, Scan)
     if scan.layer != layer.spec or scan.manifest.n_images != n_images:
@@ -194,18 +187,15 @@ def _members(
 @contextmanager
 def _all_on(layers: Iterable[SplitLayer]) -> Iterator[None]:
     """Take back all moves for a while."""
-    before = [(layer, layer.moves) for layer in layers]
-    try:
-        for layer, _ in before:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(setattr, layer, "moves", layer.moves)
             layer.moves = []
         yield
-    finally:
-        for layer, moves in before:
-            layer.moves = moves
 
 
 def _run_batch(
-    replay: Replay, layer: SplitLayer, concepts: Concepts, batch: Batch
+    replay: _Replay, layer: SplitLayer, concepts: Concepts, batch: Batch
 ) -> tuple[int, dict[int, Tensor]]:
     """T, and by channel (2, R, N): logits of the own labels, and 1 where these are the top ones."""
     index, images, labels = batch
@@ -235,102 +225,90 @@ def _run_batch(
     return logits.shape[1], outcomes
 
 
-class AblationSums:
-    """Logits and hits of a channel's runs, summed by class, by concept, and over all other images.
-
-    The groups stand in this order: T classes, K concepts, one for images of no concept.
-    """
+class _AblationSums:
+    """Logits and hits of a channel's runs, summed by T classes, K concepts, and of no concept."""
 
     def __init__(self, concepts: tuple[Concept, ...], n_classes: int) -> None:
-        """Start at zero."""
         self._concepts, self._n_classes = concepts, n_classes
         n_groups = n_classes + len(concepts) + 1
         self._n_images = torch.zeros(n_groups, dtype=torch.float64)
         self._sums = torch.zeros(2, 2 + len(concepts), n_groups, dtype=torch.float64)
 
     def add(self, labels: Tensor, concept: Tensor, outcomes: Tensor) -> None:
-        """Add a batch, of outcomes (2, R, N); concept (N,) is K for images of none."""
+        """Add outcomes (2, R, N) of a batch; concept (N,) is K for images of none."""
         for group in (labels, self._n_classes + concept):
             self._n_images.index_add_(0, group, torch.ones(len(group), dtype=torch.float64))
             self._sums.index_add_(2, group, outcomes)
 
     def class_outputs(self, name: Callable[[int], str]) -> tuple[ClassOutput, ...]:
-        """Return what the network makes of each class with nothing off."""
+        seen = self._seen()
+        means = (self._sums[:, 0, seen] / self._n_images[seen]).T.tolist()
         return tuple(
-            ClassOutput(label, name(label), int(self._n_images[label]), *self._means(0, [label]))
-            for label in self._seen()
+            ClassOutput(label, name(label), int(self._n_images[label]), *mean)
+            for label, mean in zip(seen, means, strict=True)
         )
 
     def result(self, channel: int, name: Callable[[int], str]) -> ChannelAblation:
-        """Return what is lost, by class and by concept."""
-        groups = [self._n_classes + k for k in range(len(self._concepts) + 1)]
-        return ChannelAblation(
-            channel=channel,
-            whole=self._class_drops(1),
-            concepts=tuple(
-                ConceptAblation(
-                    classes=classes,
-                    name=", ".join(map(name, classes)),
-                    own=self._drop([groups[k]], 2 + k),
-                    others=self._drop([*groups[:k], *groups[k + 1 : -1]], 2 + k),
-                    rest=self._drop([groups[-1]], 2 + k),
-                    by_class=self._class_drops(2 + k),
-                )
-                for k, classes in enumerate(self._concepts)
-            ),
+        seen = self._seen()
+        lost = self._sums[:, :1] - self._sums
+
+        def by_class(run: int) -> ClassDrops:
+            return ClassDrops(*map(tuple, (lost[:, run, seen] / self._n_images[seen]).tolist()))
+
+        def drop(run: int, groups: list[int]) -> Drop:
+            n_images = int(self._n_images[groups].sum())
+            if n_images == 0:
+                return Drop(0, math.nan, math.nan, math.nan, math.nan)
+            sums = [values[groups].sum() for values in (*lost[:, run], *lost[:, 1])]
+            return Drop(n_images, *(float(value) / n_images for value in sums))
+
+        *groups, rest = range(self._n_classes, len(self._n_images))
+        concepts = tuple(
+            ConceptAblation(
+                classes=classes,
+                name=", ".join(map(name, classes)),
+                own=drop(2 + k, [groups[k]]),
+                others=drop(2 + k, [*groups[:k], *groups[k + 1 :]]),
+                rest=drop(2 + k, [rest]),
+                by_class=by_class(2 + k),
+            )
+            for k, classes in enumerate(self._concepts)
         )
+        return ChannelAblation(channel, by_class(1), concepts)
 
     def _seen(self) -> list[int]:
         return [int(label) for label in self._n_images[: self._n_classes].nonzero()]
 
-    def _means(self, run: int, groups: list[int], *, lost: bool = False) -> tuple[float, float]:
-        """Mean logit and hits of some groups in a run, or what it lost; NaN without images."""
-        n_images = float(self._n_images[groups].sum())
-        sums = self._sums[:, 0] - self._sums[:, run] if lost else self._sums[:, run]
-        logit, hits = (float(values[groups].sum()) for values in sums)
-        return (logit / n_images, hits / n_images) if n_images else (math.nan, math.nan)
 
-    def _drop(self, groups: list[int], run: int) -> Drop:
-        """What the images of some groups lose in one run, and without the whole channel."""
-        n_images = int(self._n_images[groups].sum())
-        lost = self._means(run, groups, lost=True)
-        return Drop(n_images, *lost, *self._means(1, groups, lost=True))
+@dataclass
+class _Call:
+    """What a module before the layer put out in the first pass."""
 
-    def _class_drops(self, run: int) -> ClassDrops:
-        classes = self._seen()
-        lost = (self._sums[:, 0] - self._sums[:, run])[:, classes] / self._n_images[classes]
-        return ClassDrops(*map(tuple, lost.tolist()))
+    module: nn.Module
+    output: Tensor | None  # None where it must be computed anew
+    version: int  # torch counts how often a tensor was written into
+
+    @property
+    def written(self) -> bool:
+        return self.output is not None and self.output._version != self.version
 
 
-class Replay:
-    """A network whose layer can be given other outputs; made by `replaying`.
-
-    What modules before the layer put out is kept and handed out again in later passes.
-    """
+class _Replay:
+    """A network whose layer can be given other outputs; what lies before it is not run again."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Keep nothing yet."""
-        self.shortened = False  # whether passes after the first leave out what lies before
         self._model = model
-        self._kept: list[_Kept] = []  # in the order of the calls
-        self._place = 0  # in it, in this pass
+        self._calls: list[_Call] = []  # before the layer, in the first pass
+        self._place = 0  # among them, in this pass
         self._output: Tensor | None = None  # of the layer, in the first pass
         self._given: Tensor | None = None  # what the layer is to put out, None in the first pass
         self._n_reached = 0  # how often the layer ran in this pass
-        self._within = False  # inside a module whose output will be kept
+        self._within = False  # inside a module that is one of the calls
+        self._shortened = False  # whether passes leave out the calls
 
     def first(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the network on a batch as it is; return the logits and the layer's output.
-
-        A network may pass values past its modules, in place or by way of attributes. So whether a
-        shortened pass computes the same logits, to the last bit, is tried at once; if it does not,
-        later passes run in full.
-
-        Raises:
-            LayerError: the layer does not run exactly once.
-        """
-        self._kept.clear()
-        self._output = None
+        """Run the network on a batch as it is; return the logits and the layer's output."""
+        self._calls, self._output, self._shortened = [], None, False
         logits = self.again(images, None)
         if self._output is None:
             raise LayerError(f"The layer runs 0 times in a forward pass, so {NOT_IN_FORCE}.")
@@ -339,110 +317,87 @@ class Replay:
                 f"The layer runs {self._n_reached} times in a forward pass, so its output is not "
                 "one thing; choose a layer that runs once."
             )
-        self.shortened = True
+        # A network may pass values past its modules, in place or by way of attributes. So it is
+        # tried whether a shortened pass gives the same logits, to the last bit: with all outputs
+        # as they are now, else without those that were written into. Else passes run in full.
+        written = [call for call in self._calls if call.written]
+        for call in written:
+            call.version = call.output._version
+        if not self._try(images, logits):
+            for call in written:
+                call.output = None
+            self._try(images, logits)
+        return logits, self._output
+
+    def _try(self, images: Tensor, logits: Tensor) -> bool:
+        """Shorten passes from now on, if that gives the same logits."""
+        assert self._output is not None
+        self._shortened = True
         try:
             same = torch.equal(self.again(images, self._output.clone()), logits)
+            same = same and self._n_reached == 1
         except ModelError:
             same = False
-        self.shortened = same
-        for kept in self._kept:
-            kept.lend_if_untouched()
-        return logits, self._output
+        self._shortened = self._shortened and same
+        return self._shortened
 
     def again(self, images: Tensor, output: Tensor | None) -> Tensor:
         """Run the network on the images of `first` with another output of the layer."""
         self._given, self._within = output, False
         self._place = self._n_reached = 0
         logits = run_network(self._model, images)
-        # This pass is sound, the next would not be.
-        spoilt = any(kept.lent and not kept.untouched for kept in self._kept)
-        self.shortened = self.shortened and not spoilt
+        if any(call.written for call in self._calls):
+            self._shortened = False  # this pass is sound, the next would not be
         return logits
 
-    def _at_layer(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(compute)
-        def forward(*args: Any, **named: Any) -> Tensor:
-            self._n_reached += 1
-            if self._given is not None:
-                return self._given
+    def call_layer(self, compute: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
+        """Take the place of the layer's forward."""
+        self._n_reached += 1
+        if self._given is not None:
+            return self._given
+        output = compute(*args, **named)
+        self._output = output.clone()
+        return output
+
+    def call(self, module: nn.Module, compute: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """Take the place of another module's forward."""
+        if self._n_reached or self._within:
+            return compute(*args, **named)
+        if self._shortened and self._place < len(self._calls):
+            call = self._calls[self._place]
+            self._place += 1
+            if call.module is module and call.output is not None:
+                return call.output
+        self._within = True
+        try:
             output = compute(*args, **named)
-            self._output = output.clone()
-            return output
-
-        return forward
-
-    def _before_layer(self, module: nn.Module, compute: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(compute)
-        def forward(*args: Any, **named: Any) -> Any:
-            if self._n_reached or self._within:
-                return compute(*args, **named)
-            if self.shortened and self._given is not None and self._place < len(self._kept):
-                kept = self._kept[self._place]
-                if kept.module is module:
-                    self._place += 1
-                    if kept.has_copy:
-                        return kept.hand_out()
-            self._within = True
-            try:
-                output = compute(*args, **named)
-            finally:
-                self._within = False
-            if self._given is None and not self._n_reached:
-                self._kept.append(_Kept(module, output))
-            return output
-
-        return forward
-
-
-class _Kept:
-    """A module's output in the first pass, handed out as a copy, since it may be written into.
-
-    Once nothing wrote into a copy, that one is lent every time, which spares the copying.
-    """
-
-    def __init__(self, module: nn.Module, output: Any) -> None:
-        self.module = module
-        self.has_copy, self.lent = False, False
-        with suppress(Exception):  # an output of anyone's own kind, which cannot be copied
-            self._value = copy.deepcopy(output)
-            self.has_copy = True
-        self._handed_out: Any = None
-        self._version = 0  # torch counts how often a tensor was written into
-
-    def hand_out(self) -> Any:
-        if not self.lent:
-            self._handed_out = copy.deepcopy(self._value)
-            self._version = getattr(self._handed_out, "_version", 0)
-        return self._handed_out
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing wrote into what was handed out last."""
-        out = self._handed_out
-        return isinstance(out, Tensor) and out._version == self._version
-
-    def lend_if_untouched(self) -> None:
-        if self.untouched:
-            self.lent, self._value = True, None
+        finally:
+            self._within = False
+        if self._given is None and not self._n_reached:
+            known = isinstance(output, Tensor) and not output.is_inference()
+            call = _Call(module, output, output._version) if known else _Call(module, None, 0)
+            self._calls.append(call)
+        return output
 
 
 @contextmanager
-def replaying(model: nn.Module, layer: nn.Module) -> Iterator[Replay]:
+def _replaying(model: nn.Module, layer: nn.Module) -> Iterator[_Replay]:
     """Make it possible to replay a network, in eval mode, from a layer on; put all back."""
-    replay = Replay(model)
-    inside = set(layer.modules())
-    forwards: dict[nn.Module, Callable[..., Any]] = {layer: replay._at_layer(layer.forward)}
-    for module in model.modules():
-        if module not in inside and not any(part is layer for part in module.modules()):
-            forwards[module] = replay._before_layer(module, module.forward)
+    replay = _Replay(model)
+    forwards: dict[nn.Module, Callable[..., Any]] = {
+        module: partial(replay.call, module, module.forward)
+        for module in set(model.modules()) - set(layer.modules())
+        if not any(part is layer for part in module.modules())
+    }
+    forwards[layer] = partial(replay.call_layer, layer.forward)
     # A hook cannot leave out a module's computation; a `forward` of the instance's own can.
-    own = {module: module.__dict__.get("forward") for module in forwards}
+    own = {module: vars(module).get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
-            module.__dict__["forward"] = forward
+            vars(module)["forward"] = forward
         yield replay
     finally:
         for module, before in own.items():
-            del module.__dict__["forward"]
+            del vars(module)["forward"]
             if before is not None:
-                module.__dict__["forward"] = before
+                vars(module)["forward"] = before

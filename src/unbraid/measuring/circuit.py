@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -79,8 +80,7 @@ def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -
     """Say which input channels feed a concept channel most, on images of its concept.
 
     Relevance of an input channel is input x gradient of the concept channel's summed
-    pre-activation, averaged over the images of the concept: the ARV, with the concept channel's
-    row in place of the channel's.
+    pre-activation, mean over the images of the concept: the ARV, by the concept channel's row.
 
     Args:
         split: from `unbraid.split`.
@@ -133,8 +133,7 @@ def circuit_from(
 
     As `unbraid.circuit`, but sources are the channels of a layer before, and of those that were
     split the concept channels, and the residual channels with a minus. Relevance is gradient x
-    activation there, of the concept channel's summed pre-activation; that of a split channel's
-    parts adds up to the whole's. It runs the network on the concept's images once.
+    activation there. It runs the network on the concept's images once.
 
     Args:
         before: the split of the earlier layer.
@@ -150,8 +149,7 @@ def circuit_from(
         progress: show a progress bar on standard error.
 
     Raises:
-        UsageError: there is no such concept channel, n is not positive, or the scan is of another
-            network, layer or data set or has no image of the concept.
+        UsageError: as `unbraid.circuit`, or the data set is another one.
         ModelError: the splits were made for another network.
         LayerError: the earlier layer does not feed the later one.
         DataError: an image cannot be read.
@@ -199,10 +197,10 @@ def _check(split: Split, channel: int, concept: int, n: int) -> tuple[ChannelSpl
     n = whole_number("n", n, 1)
     parts = {part.channel: part for part in split.channels}
     if channel not in parts or concept not in range(len(parts[channel].concepts)):
-        known = [f"{part.channel} (0 to {len(part.concepts) - 1})" for part in split.channels]
+        known = ", ".join(f"{o} (0 to {len(part.concepts) - 1})" for o, part in parts.items())
         raise UsageError(
             f"The split has no concept {concept} of channel {channel}; its channels and their "
-            f"concepts are {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}."
+            f"concepts are {shorten(known, 200, placeholder=' ...')}."
         )
     return parts[channel], concept, n
 

@@ -59,8 +59,7 @@ def compare_outputs(
 
     Raises:
         OutputChangedError: a logit differs by more than the tolerance, or is not a number.
-        ModelError: the original itself gives other logits each time, or the network never runs a
-            split layer of `model2`.
+        ModelError: the original gives other logits each time, or a split layer never runs.
         DataError: an image cannot be read.
         UsageError: tolerance, batch_size or workers is out of range.
     """
@@ -72,7 +71,8 @@ def compare_outputs(
     n_images = size_of(dataset)
     model, model2 = unwrap(model), unwrap(model2)
     device = device_of(model)
-    worst, n_read, n_labelled, n_same, n_before, n_after = 0.0, 0, 0, 0, 0, 0
+    worst = 0.0
+    counts = torch.zeros(5, dtype=torch.int64)  # read, labelled, same, right before and after
     with (
         undisturbed(model),
         undisturbed(model2),
@@ -96,11 +96,9 @@ def compare_outputs(
                     f"than the tolerance {tolerance:g}; do not use it, or raise the tolerance."
                 )
             top, top2 = logits.argmax(1), logits2.argmax(1)
-            n_read += len(index)
-            n_labelled += int((labels != UNLABELLED).sum())
-            n_same += int((top == top2).sum())
-            n_before += int((top == labels).sum())
-            n_after += int((top2 == labels).sum())
+            found = (top >= 0, labels != UNLABELLED, top == top2, top == labels, top2 == labels)
+            counts += torch.stack(found).sum(1).cpu()
+    n_read, n_labelled, n_same, n_before, n_after = counts.tolist()
     if n_read == 0:
         raise DataError("No image could be read, so there is nothing to compare outputs on.")
     accuracies = (n_before / n_labelled, n_after / n_labelled) if n_labelled else (None, None)

@@ -28,11 +28,9 @@ Encode = Callable[[Batch], Tensor]
 class Penultimate(nn.Module):
     """A network's own features: what enters the layer whose output is the logits.
 
-    That layer is looked for among the fully connected layers and 1x1 convolutions: the last one
-    called whose output equals the logits. Its input is averaged over positions if it has any.
-
-    This is the network's own view of the images, perhaps with the analysed channel in it; another
-    network is the more independent judge.
+    That layer is the last fully connected layer or 1x1 convolution called whose output equals the
+    logits. Its input is averaged over positions if it has any. Another network is the more
+    independent judge, since this one may have the analysed channel in it.
 
     Args:
         model: gives logits (N, T) for a batch of images; it stays as it is.
@@ -51,9 +49,7 @@ class Penultimate(nn.Module):
         """
         calls: list[tuple[Tensor, Tensor]] = []
 
-        def keep(
-            _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
-        ) -> None:
+        def keep(_: nn.Module, args: Any, named: Any, output: Tensor) -> None:
             # One number a channel, as logits are; so what is kept is small.
             if output.dim() > 1 and output[0].numel() == output.shape[1]:
                 x = (args[0] if args else named["input"]).detach()
@@ -87,16 +83,15 @@ def _may_classify(module: nn.Module) -> bool:
 
 
 class TimmEncoder(nn.Module):
-    """A network of timm's without its classifier, and with its own preprocessing.
+    """A network of timm's without its classifier, and with its own preprocessing of pictures.
 
-    Where the data set offers `picture(index)`, pictures go through the preprocessing. Images of
-    another kind are taken as they are, only brought to the network's size and number of channels.
+    Images without a picture are only brought to the size (C, H, W) that the network takes.
     """
 
     def __init__(
         self, network: nn.Module, transform: Transform, size: torch.Size, name: str
     ) -> None:
-        """Keep network, preprocessing, the size (C, H, W) that the network takes, and its name."""
+        """Keep network, preprocessing, size and name."""
         super().__init__()
         self.network, self.transform, self.size, self.name = network, transform, size, name
 
@@ -111,16 +106,9 @@ class TimmEncoder(nn.Module):
 
 
 def load_encoder(spec: str, *, pretrained: bool = True, device: str | None = None) -> TimmEncoder:
-    """Load an image encoder by its name.
+    """Load the image encoder `timm:NAME`, with random weights unless `pretrained`.
 
-    Args:
-        spec: `timm:NAME`, the name perhaps with a tag of its weights behind a dot.
-        pretrained: False for random weights.
-        device: for the network; by default an accelerator if there is one.
-
-    Raises:
-        UsageError: no such encoder, or timm is not installed.
-        ModelError: the weights cannot be had.
+    UsageError where there is none or timm is not installed, ModelError without its weights.
     """
     kind, _, name = spec.partition(":")
     if kind != "timm":
@@ -146,15 +134,8 @@ def name_of_encoder(encoder: Encoder) -> str:
 
 @contextmanager
 def ready(encoder: Encoder) -> Iterator[Encode]:
-    """Prepare an encoder, and put it back afterwards.
-
-    A module is used in eval mode, on the device that it is on, and left exactly as it was; so is
-    the module that a method such as `clip.encode_image` belongs to.
-
-    Returns:
-        A function from N images to embeddings, (N, D), on the CPU. It raises ModelError where the
-        encoder fails, or gives something else than finite embeddings.
-    """
+    """Make a function from batches to embeddings, (N, D), on the CPU; leave a module as it was."""
+    # Also the module that a method such as `clip.encode_image` belongs to.
     module = encoder if isinstance(encoder, nn.Module) else getattr(encoder, "__self__", None)
     n_dimensions: int | None = None
 
@@ -162,16 +143,13 @@ def ready(encoder: Encoder) -> Iterator[Encode]:
         nonlocal n_dimensions
         index, images, _ = batch
         embeddings = _call(encoder, images if device is None else images.to(device))
-        if embeddings.dim() != 2 or len(embeddings) != len(images) or not embeddings.shape[1]:
+        shape = tuple(embeddings.shape)
+        if n_dimensions is None and len(shape) == 2:
+            n_dimensions = shape[1]
+        if not n_dimensions or shape != (len(images), n_dimensions):
             raise ModelError(
-                f"The encoder gives {tuple(embeddings.shape)} for {len(images)} images, not one "
-                "embedding each, (images, dimensions); wrap it so that it does."
-            )
-        n_dimensions = n_dimensions or embeddings.shape[1]
-        if embeddings.shape[1] != n_dimensions:
-            raise ModelError(
-                f"The encoder gives embeddings of {embeddings.shape[1]} dimensions from image "
-                f"{int(index[0])} on, but of {n_dimensions} before; it must give as many for all."
+                f"The encoder gives {shape} for {len(images)} images from image {int(index[0])} "
+                "on, not one embedding each of always as many dimensions; wrap it so that it does."
             )
         wrong = ~embeddings.isfinite().all(1).cpu()
         if wrong.any():
@@ -191,7 +169,6 @@ def ready(encoder: Encoder) -> Iterator[Encode]:
 
 
 def _call(encoder: Encoder, images: Tensor) -> Tensor:
-    """Call an encoder, telling in a sentence what goes wrong inside it."""
     try:
         with callers_device():
             embeddings = encoder(images)
@@ -226,7 +203,7 @@ def load_batches(
 
 
 class _Pictures(Dataset[tuple[Tensor, int]]):
-    """A data set's pictures in another preprocessing; labels are of no concern here."""
+    """A data set's pictures in another preprocessing, without labels."""
 
     def __init__(self, dataset: Dataset[Any], transform: Transform) -> None:
         self.dataset, self.transform = dataset, transform

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from unbraid.base.arguments import as_kind, real_number
@@ -35,6 +33,7 @@ from unbraid.measuring.results import (
     Ratio,
     Responses,
     Semantics,
+    join,
 )
 from unbraid.scanning.records import Records, Scan
 from unbraid.splitting.splits import ChannelSplit, Split
@@ -55,20 +54,19 @@ def evaluate(
 
     Args:
         split: whose concept channels to measure.
-        scan: of validation images of the same network and layer. With `positions=True` the
-            rectified measures are computed too; without it they are None.
+        scan: of validation images of the same network and layer; its positions are needed for
+            the rectified measures, which are None without.
         baseline: another split of the same channels and concepts, such as the published one, whose
             mean errors join the summary.
-        tau: smallest share for an image to count in the published table; by default the one that
-            the channels were found with.
+        tau: smallest share for an image to count in the published table; by default that of the
+            findings.
         output: from `unbraid.compare_outputs`, to be kept with the measures.
         ablation: from `unbraid.ablate`, of all or some of the channels, likewise.
         semantics: from `unbraid.measure_semantics`, likewise.
 
     Raises:
         UsageError: tau is out of range; the scan is of another network or layer, or has no image
-            of a concept; the baseline splits other channels or concepts, or has the same method;
-            or the ablation or the semantics are of another split.
+            of a concept; or the baseline, ablation or semantics are of another split.
     """
     as_kind("split", split, Split)
     as_kind("scan", scan, Scan)
@@ -80,17 +78,16 @@ def evaluate(
     if not 0 <= tau <= 1:
         raise UsageError(f"tau is {tau:g}; a share must lie between 0 and 1.")
     responses = gather_responses(split, scan)
+    channels = [_evaluate_channel(split, p, responses[p.channel], tau) for p in split.channels]
     return Evaluation(
-        method=split.method,
-        layer=split.layer.name,
-        channels=tuple(
-            _evaluate_channel(split, part, responses[part.channel], tau) for part in split.channels
-        ),
-        tau=tau,
-        responses=responses,
-        output=output,
-        ablation=ablation,
-        semantics=semantics,
+        split.method,
+        split.layer.name,
+        tuple(channels),
+        tau,
+        responses,
+        output,
+        ablation,
+        semantics,
         baseline=None if baseline is None else evaluate(baseline, scan, tau=tau),
     )
 
@@ -106,21 +103,20 @@ def _refuse_other_results(
                 "The baseline must divide the same channels among the same concepts by another "
                 "method; make both from the same findings."
             )
-    if ablation is not None:
-        ablated = {c.channel: tuple(k.classes for k in c.concepts) for c in ablation.channels}
-        if ablation.layer != split.layer.name or not ablated.items() <= concepts.items():
-            raise UsageError(
-                "The ablation is of another split (its layer, channels or concepts differ); pass "
-                "unbraid.ablate of the network that this split was applied to."
-            )
-    if semantics is not None:
-        numbers = {channel: len(groups) for channel, groups in concepts.items()}
-        measured = {channel: len(one.concepts) for channel, one in semantics.channels.items()}
-        if not measured.items() <= numbers.items():
-            raise UsageError(
-                "The semantics are of another split (its channels or concepts differ); pass "
-                "unbraid.measure_semantics of this split."
-            )
+    ablated = ablation.channels if ablation is not None else ()
+    theirs = {channel.channel: tuple(k.classes for k in channel.concepts) for channel in ablated}
+    other_layer = ablation is not None and ablation.layer != split.layer.name
+    if other_layer or not theirs.items() <= concepts.items():
+        raise UsageError(
+            "The ablation is of another split (its layer, channels or concepts differ); pass "
+            "unbraid.ablate of the network that this split was applied to."
+        )
+    seen = semantics.channels if semantics is not None else {}
+    if any(len(one.concepts) != len(concepts.get(o, ())) for o, one in seen.items()):
+        raise UsageError(
+            "The semantics are of another split (its channels or concepts differ); pass "
+            "unbraid.measure_semantics of this split."
+        )
 
 
 def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
@@ -140,7 +136,7 @@ def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
                     f"The scan has no image of {split.name(concept)}, concept {k} of channel "
                     f"{part.channel}; scan validation images of all concepts."
                 )
-    return {channel: _join(responses) for channel, responses in parts.items()}
+    return {channel: join(responses) for channel, responses in parts.items()}
 
 
 def _respond(members: Members, records: Records, part: ChannelSplit) -> Responses:
@@ -154,9 +150,9 @@ def _respond(members: Members, records: Records, part: ChannelSplit) -> Response
         maps = part.response_maps(members.scan.layer, records.input_map[chosen])
         rectified = maps.clamp(min=0).flatten(2).sum(2)
     return Responses(
-        concept=concept[chosen],
-        label=records.label[chosen],
-        share=records.share_of(part.channel)[chosen],
+        concept[chosen],
+        records.label[chosen],
+        records.share_of(part.channel)[chosen],
         original=z[:, 0],
         concepts=z[:, 1:-1],
         residual=z[:, -1],
@@ -164,64 +160,47 @@ def _respond(members: Members, records: Records, part: ChannelSplit) -> Response
     )
 
 
-def _join(parts: Sequence[Responses]) -> Responses:
-    values = zip(*(vars(part).values() for part in parts), strict=True)
-    columns: list[Any] = [None if one[0] is None else torch.cat(one) for one in values]
-    return Responses(*columns)
-
-
 def _evaluate_channel(
     split: Split, part: ChannelSplit, responses: Responses, tau: float
 ) -> ChannelEvaluation:
     z, new, concept = responses.original, responses.concepts, responses.concept
-    rectified, counted = responses.rectified, responses.share >= tau
+    columns = (*new.T, responses.residual)
+
+    def ratio(z_k: Tensor, images: Tensor) -> float:
+        return float(z_k[images].mean() / z[images].mean())
+
     concepts = []
     for k, classes in enumerate(part.concepts):
-        own = concept == k
-        leakages = [_mean_ratio(new[:, k], z, other) for other in others_than(concept, new, k)]
+        own, z_k = concept == k, new[:, k]
+        counted = (responses.share >= tau) & own
+        ratios = [column[counted] / z[counted] for column in columns if counted.any()]
         concepts.append(
             ConceptEvaluation(
                 classes=classes,
                 name=split.name(classes),
                 n_images=int(own.sum()),
-                retention=_mean_ratio(new[:, k], z, own),
-                leakage=mean(leakages),
-                mimic_error=mimic_error(z, new[:, k], own),
+                retention=ratio(z_k, own),
+                leakage=mean([ratio(z_k, other) for other in others_than(concept, new, k)]),
+                mimic_error=mimic_error(z, z_k, own),
                 silence_error=mean(silence_errors(z, new, concept, k)),
-                auroc=auroc(new[:, k], own),
-                ratios=_ratios(responses, counted & own),
+                auroc=auroc(z_k, own),
+                ratios=tuple(Ratio(float(r.mean()), float(r.quantile(0.5))) for r in ratios),
             )
         )
-    return ChannelEvaluation(
-        layer=split.layer.name,
-        channel=part.channel,
-        concepts=tuple(concepts),
-        separation_error=separation_error(z, new, concept),
-        separation_error_rectified=None
-        if rectified is None
-        else separation_error(rectified[:, 0], rectified[:, 1:], concept),
-    )
+    both = responses.rectified
+    rectified = None if both is None else separation_error(both[:, 0], both[:, 1:], concept)
+    error = separation_error(z, new, concept)
+    return ChannelEvaluation(split.layer.name, part.channel, tuple(concepts), error, rectified)
 
 
 def auroc(score: Tensor, positive: Tensor) -> float:
     """Chance that a positive image scores above another one, ties counted half.
 
+    >>> import torch
     >>> auroc(torch.tensor([3.0, 2.0, 1.0, 2.0]), torch.tensor([True, True, False, False]))
     0.875
     """
     return float(_auroc(np.ones((1, len(score))), score.numpy(), positive.numpy())[0])
-
-
-def _ratios(responses: Responses, counted: Tensor) -> tuple[Ratio, ...]:
-    """One row of the published table: each new channel's part of the original, image by image."""
-    original = responses.original[counted]
-    columns = [*responses.concepts[counted].T, responses.residual[counted]]
-    ratios = [column / original for column in columns]
-    return tuple(Ratio(float(r.mean()), float(r.quantile(0.5))) for r in ratios if len(r))
-
-
-def _mean_ratio(z_k: Tensor, z: Tensor, images: Tensor) -> float:
-    return float(z_k[images].mean() / z[images].mean())
 
 
 # Bootstrap intervals: the same measures, with images counted several times or not at all.
@@ -260,13 +239,9 @@ class ChannelIntervals:
 
 
 def intervals(responses: Responses, seed: int = 0) -> ChannelIntervals | None:
-    """Draw the images of each concept again and again, and see how the measures vary.
+    """Percentile intervals of the measures, with the images of each concept drawn again and again.
 
-    Returns:
-        Percentile intervals; None if a concept has a single image, which tells nothing of others.
-
-    Source:
-        Efron and Tibshirani 1993, chapter 13.
+    None if a concept has a single image. Efron and Tibshirani 1993, chapter 13.
     """
     concept = responses.concept.numpy()
     z = responses.original.double().numpy()
@@ -299,7 +274,6 @@ def _interval(values: np.ndarray) -> Interval:
 
 
 def _draw(rng: np.random.Generator, n_resamples: int, n: int) -> np.ndarray:
-    """How often each of n images is drawn in n draws, (B, n)."""
     draws = rng.integers(n, size=(n_resamples, n)) + n * np.arange(n_resamples)[:, None]
     return np.bincount(draws.ravel(), minlength=n * n_resamples).reshape(n_resamples, n)
 
@@ -307,16 +281,9 @@ def _draw(rng: np.random.Generator, n_resamples: int, n: int) -> np.ndarray:
 def resampled(
     counts: np.ndarray, z: np.ndarray, new: np.ndarray, members: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Compute the measures with images counted several times or not at all, counts (B, N).
+    """The five measures, (B, K, 5), with images counted several times or not at all, counts (B, N).
 
-    Args:
-        counts: how often each image counts.
-        z: of the original channel.
-        new: of the concept channels.
-        members: which of the N images each concept has.
-
-    Returns:
-        (B, K, 5): retention, leakage, mimic error, silence error, AUROC.
+    z and new are the responses, members the images of each concept.
     """
 
     def ratio(above: np.ndarray, below: np.ndarray, images: np.ndarray) -> np.ndarray:

@@ -11,13 +11,7 @@ from torch import Tensor
 
 
 def mimic_error(z: Tensor, z_k: Tensor, own: Tensor) -> float:
-    """Relative error of a concept channel z_k (N,) as a copy of z (N,) on its own images (N,).
-
-    >>> import torch
-    >>> z = torch.tensor([1.0, 3.0])
-    >>> mimic_error(z, z / 2, torch.tensor([True, True]))
-    0.5
-    """
+    """Relative error of a concept channel z_k (N,) as a copy of z (N,) on its own images (N,)."""
     return float(rms(z_k[own] - z[own]) / rms(z[own]))
 
 
@@ -28,13 +22,7 @@ def silence_errors(z: Tensor, new: Tensor, concept: Tensor, k: int) -> list[floa
 
 
 def separation_error(z: Tensor, new: Tensor, concept: Tensor) -> float:
-    """Mean of all mimic and silence errors of a channel: 0 is ideal, halving it gives 0.5.
-
-    >>> import torch
-    >>> z = torch.tensor([1.0, 2.0])
-    >>> separation_error(z, torch.stack([z / 2, z / 2], 1), torch.tensor([0, 1]))
-    0.5
-    """
+    """Mean of all mimic and silence errors of a channel: 0 is ideal, halving it gives 0.5."""
     errors: list[float] = []
     for k in range(new.shape[1]):
         errors += [mimic_error(z, new[:, k], concept == k), *silence_errors(z, new, concept, k)]

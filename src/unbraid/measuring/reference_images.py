@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unbraid.base.arguments import whole_number
+from unbraid.measuring.results import join
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import Split
 
@@ -52,11 +53,9 @@ def reference_images(
         scan: of the images to choose from, from the network that was split.
         split: whose channels to look at.
         n: images per channel; fewer are given where the scan holds fewer.
-        alike: leave out what a stronger image shows already: all images of its group but the
-            strongest, where the data set groups them, and those among the 4 n strongest whose
-            pooled inputs, less their mean over the scan, have a cosine above this with its own.
-            Where fewer than n are left, the cosine may be higher, as little as gives n, up to
-            0.99; if that is not enough, fewer are given. None leaves out nothing.
+        alike: leave out all images of a group but the strongest, where the data set groups them,
+            and what a stronger image shows already: whose pooled inputs, less their mean, have a
+            cosine above this with its own, or above up to 0.99 if that is needed to give n.
 
     Returns:
         By channel. Of equally exciting images the earlier one comes first.
@@ -67,20 +66,15 @@ def reference_images(
     n = whole_number("n", n, 1)
     split.require(scan)
     if alike is None:
-        return _by_channel(_rank(scan, split, n, by_group=False))
-    ranked = _rank(scan, split, _POOL * n, by_group=True)
-    rows, directions = _directions(scan, ranked)
-    different: dict[int, list[TopImages]] = {}
-    for channel, tops in ranked.items():
-        different[channel] = []
-        for top in tops:
-            own = directions[[rows[index] for index in top.index.tolist()]]
-            different[channel].append(top.take(_different(own @ own.T, n, alike)))
-    return _by_channel(different)
-
-
-def _by_channel(tops: dict[int, list[TopImages]]) -> dict[int, ReferenceImages]:
-    return {o: ReferenceImages(own, tuple(concepts)) for o, (own, *concepts) in tops.items()}
+        found = _rank(scan, split, n, by_group=False)
+    else:
+        found = _rank(scan, split, _POOL * n, by_group=True)
+        rows, directions = _directions(scan, found)
+        for tops in found.values():
+            for place, top in enumerate(tops):
+                own = directions[[rows[index] for index in top.index.tolist()]]
+                tops[place] = top.take(_different(own @ own.T, n, alike))
+    return {o: ReferenceImages(own, tuple(concepts)) for o, (own, *concepts) in found.items()}
 
 
 def _rank(scan: Scan, split: Split, n: int, by_group: bool) -> dict[int, list[TopImages]]:
@@ -95,15 +89,10 @@ def _rank(scan: Scan, split: Split, n: int, by_group: bool) -> dict[int, list[To
             concept = members.concept_of(records, part.concepts)
             tops = [TopImages(records.index, records.label, concept, z, group) for z in responses]
             if part.channel in best:
-                tops = list(map(_join, best[part.channel], tops))
+                pairs = zip(best[part.channel], tops, strict=True)
+                tops = [join(pair) for pair in pairs]
             best[part.channel] = [_strongest(top, n) for top in tops]
     return best
-
-
-def _join(one: TopImages, other: TopImages) -> TopImages:
-    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
-    columns: list[Any] = [None if pair[0] is None else torch.cat(pair) for pair in pairs]
-    return TopImages(*columns)
 
 
 def _strongest(top: TopImages, n: int) -> TopImages:
@@ -117,10 +106,7 @@ def _strongest(top: TopImages, n: int) -> TopImages:
 
 
 def _directions(scan: Scan, ranked: dict[int, list[TopImages]]) -> tuple[dict[int, int], Tensor]:
-    """How the layer sees the images that were ranked: the row of each, and the rows.
-
-    Rows (M, G J) are pooled inputs less their mean over the scan, at length 1.
-    """
+    """The row of each ranked image, and rows (M, G J): pooled inputs less the mean, at length 1."""
     wanted = torch.cat([top.index for tops in ranked.values() for top in tops]).unique()
     indices, pooled = [], []
     total, n_images = torch.zeros((), dtype=torch.float64), 0
@@ -136,10 +122,7 @@ def _directions(scan: Scan, ranked: dict[int, list[TopImages]]) -> tuple[dict[in
 
 
 def _different(cosine: Tensor, n: int, alike: float) -> Tensor:
-    """Choose the first n images, of cosines (m, m), none of which repeats an earlier one.
-
-    Those above `alike` repeat one another; the limit rises where that leaves too few.
-    """
+    """Choose the first n images, of cosines (m, m), none alike an earlier one; or as few alike."""
     chosen: list[int] = []
     for limit in np.linspace(alike, max(alike, COPY), _STEPS):
         repeats = cosine > float(limit)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from unbraid.base.arguments import as_path
@@ -18,6 +19,8 @@ from unbraid.base.schema import build, read_json, unread
 from unbraid.base.tables import Table, Tabular, figure
 from unbraid.finding.findings import Concept
 from unbraid.measuring.compare import OutputComparison
+
+Columns = TypeVar("Columns")
 
 
 @dataclass(frozen=True)
@@ -95,16 +98,13 @@ class Ablation(Tabular):
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Ablation:
-        """Build an Ablation from what `to_dict` gave, also after a way through JSON.
-
-        Raises:
-            ValueError: an entry is missing or of another kind, or classes are not all there.
-        """
+        """Build an Ablation from what `to_dict` gave; raise ValueError where that is damaged."""
         ablation = build(cls, _without_parts(content), null_figures=True)
-        drops = [channel.whole for channel in ablation.channels]
-        drops += [concept.by_class for channel in ablation.channels for concept in channel.concepts]
-        n_classes = len(ablation.classes)
-        if any((len(drop.logit), len(drop.accuracy)) != (n_classes,) * 2 for drop in drops):
+        drops = [
+            one for c in ablation.channels for one in (c.whole, *(k.by_class for k in c.concepts))
+        ]
+        lengths = {len(losses) for drop in drops for losses in (drop.logit, drop.accuracy)}
+        if not lengths <= {len(ablation.classes)}:
             raise ValueError("losses by class are not one for each class")
         return ablation
 
@@ -117,14 +117,13 @@ class Ablation(Tabular):
         ]
         for channel in self.channels:
             for k, concept in enumerate(channel.concepts):
-                own, others = concept.own, concept.others
-                cells = [
-                    *(figure(value) for value in (own.logit, own.whole_logit, own.part)),
-                    figure(own.accuracy, ".1%"),
-                    *(figure(value) for value in (others.logit, others.whole_logit, others.part)),
-                    figure(concept.rest.logit),
-                ]
-                rows.append(("" if k else str(channel.channel), concept.name, *cells))
+                own, others = (
+                    [figure(value) for value in (drop.logit, drop.whole_logit, drop.part)]
+                    for drop in (concept.own, concept.others)
+                )
+                accuracy, rest = figure(concept.own.accuracy, ".1%"), figure(concept.rest.logit)
+                place = "" if k else str(channel.channel)
+                rows.append((place, concept.name, *own, accuracy, *others, rest))
         return Table(rows, caption=f"Channels of {self.layer} switched off", n_heads=2)
 
 
@@ -147,10 +146,7 @@ class Likeness:
 
 @dataclass(frozen=True)
 class ChannelSemantics:
-    """One split channel beside its concept channels, as an image encoder sees their images.
-
-    A figure that cannot be computed is NaN.
-    """
+    """A split channel beside its concept channels, as an encoder sees their images; or NaN."""
 
     encoder: str  # its name
     n_images: int
@@ -173,17 +169,13 @@ class Semantics(Tabular):
         """Show the measures, a row per channel and concept channel."""
         rows = [("channel", "", "monosemanticity", "clarity", "within", "between")]
         for channel, one in self.channels.items():
-            whole = _likeness(one.original)
-            rows.append(
-                (str(channel), "original", *whole, f"{one.within:.3f}", f"{one.between:.3f}")
-            )
-            for k, like in enumerate(one.concepts):
-                rows.append(("", f"concept {k}", *_likeness(like), "", ""))
+            for k, like in enumerate((one.original, *one.concepts)):
+                name = ("", f"concept {k - 1}") if k else (str(channel), "original")
+                distances = ("", "") if k else (f"{one.within:.3f}", f"{one.between:.3f}")
+                rows.append(
+                    (*name, f"{like.monosemanticity:.3f}", f"{like.clarity:.3f}", *distances)
+                )
         return Table(rows, caption="How alike the images are that channels answer to")
-
-
-def _likeness(like: Likeness) -> tuple[str, str]:
-    return f"{like.monosemanticity:.3f}", f"{like.clarity:.3f}"
 
 
 @dataclass(frozen=True)
@@ -233,6 +225,12 @@ class Responses:
     rectified: Tensor | None  # (N, 1 + K), original and concepts, only with positions
 
 
+def join(parts: Sequence[Columns]) -> Columns:
+    """Join what was measured of several images, one dataclass of tensors after the other."""
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return type(parts[0])(*(None if one[0] is None else torch.cat(one) for one in columns))
+
+
 @dataclass(frozen=True)
 class Evaluation(Tabular):
     """Measures of all split channels, and of the network's output."""
@@ -250,27 +248,30 @@ class Evaluation(Tabular):
     @property
     def summary(self) -> dict[str, dict[str, float | None]]:
         """Per method, the mean errors over the channels."""
-        own = {
-            name: _mean([getattr(channel, name) for channel in self.channels])
-            for name in ("separation_error", "separation_error_rectified")
-        }
+        own: dict[str, float | None] = {}
+        for name in ("separation_error", "separation_error_rectified"):
+            errors = [getattr(channel, name) for channel in self.channels]
+            known = [error for error in errors if error is not None and math.isfinite(error)]
+            own[name] = sum(known) / len(known) if known else None
         return {self.method: own, **(self.baseline.summary if self.baseline else {})}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what evaluation.json holds; what could not be computed is None."""
-        content: dict[str, Any] = {
-            "output": None if self.output is None else asdict(self.output),
-            "channels": [asdict(channel) for channel in self.channels],
-            "summary": self.summary,
-            "ablation": None if self.ablation is None else self.ablation.to_dict(),
-        }
-        ablated = [] if self.ablation is None else content["ablation"].pop("channels")
+        ablation = None if self.ablation is None else self.ablation.to_dict()
+        ablated = [] if ablation is None else ablation.pop("channels")
         ablations = {entry["channel"]: entry for entry in ablated}
-        semantics = {} if self.semantics is None else self.semantics.channels
-        for entry in content["channels"]:
-            entry["ablation"] = ablations.get(entry["channel"])
-            known = semantics.get(entry["channel"])
-            entry["semantics"] = None if known is None else asdict(known)
+        seen = {} if self.semantics is None else asdict(self.semantics)["channels"]
+        channels = [
+            {
+                **asdict(channel),
+                "ablation": ablations.get(channel.channel),
+                "semantics": seen.get(channel.channel),
+            }
+            for channel in self.channels
+        ]
+        output = None if self.output is None else asdict(self.output)
+        content = {"output": output, "channels": channels}
+        content |= {"summary": self.summary, "ablation": ablation}
         return _finite(content)  # type: ignore[no-any-return]
 
     def save(self, path: str | Path) -> None:
@@ -292,11 +293,6 @@ class Evaluation(Tabular):
         return Table(rows, caption=f"{self.method} split of {self.layer}")
 
 
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    return sum(known) / len(known) if known else None
-
-
 def _finite(value: Any) -> Any:
     """JSON has no NaN; a figure that could not be computed is null."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -308,8 +304,15 @@ def _finite(value: Any) -> Any:
     return value
 
 
-# What evaluation.json holds, read back. All of these raise RunError where the file is missing or
-# damaged, and give None for what was not measured.
+# What evaluation.json holds, read back; None for what was not measured.
+
+
+@contextmanager
+def _evaluation_json(path: Path) -> Iterator[Any]:
+    try:
+        yield read_json(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise unread(error, f"{path} cannot be read ({error}); start the run again.") from None
 
 
 def read_output(path: Path) -> OutputComparison | None:
@@ -332,12 +335,13 @@ def read_ablation(path: Path) -> Ablation | None:
 def read_semantics(path: Path) -> Semantics | None:
     """Read semantic measures from evaluation.json."""
     with _evaluation_json(path) as content:
+        seen = {
+            build(int, entry["channel"]): entry.get("semantics") for entry in content["channels"]
+        }
         known = {
-            build(int, entry["channel"]): build(
-                ChannelSemantics, entry["semantics"], null_figures=True
-            )
-            for entry in content["channels"]
-            if entry.get("semantics") is not None
+            channel: build(ChannelSemantics, one, null_figures=True)
+            for channel, one in seen.items()
+            if one is not None
         }
         return Semantics(known) if known else None
 
@@ -348,11 +352,3 @@ def read_channels(path: Path) -> list[ChannelEvaluation]:
     with _evaluation_json(path) as content:
         entries = [{name: entry[name] for name in measures} for entry in content["channels"]]
         return [build(ChannelEvaluation, entry, null_figures=True) for entry in entries]
-
-
-@contextmanager
-def _evaluation_json(path: Path) -> Iterator[Any]:
-    try:
-        yield read_json(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise unread(error, f"{path} cannot be read ({error}); start the run again.") from None

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +20,8 @@ from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.images.batches import image_progress, in_batches
 from unbraid.images.dataset import labels_of
-from unbraid.measuring.encoders import (
-    Encoder,
-    load_batches,
-    load_encoder,
-    name_of_encoder,
-    ready,
-)
-from unbraid.measuring.reference_images import ReferenceImages, reference_images
+from unbraid.measuring.encoders import Encoder, load_batches, load_encoder, name_of_encoder, ready
+from unbraid.measuring.reference_images import TopImages, reference_images
 from unbraid.measuring.results import ChannelSemantics, Likeness, Semantics
 from unbraid.scanning.records import Records, Scan
 from unbraid.splitting.splits import ChannelSplit, Split
@@ -55,12 +48,9 @@ def measure_semantics(
     """Compare every split channel with its concept channels by the images that they answer to.
 
     What a channel answers is its positive response: sum_p max(z, 0) where the scan holds
-    positions, else max(sum_p z, 0). Negative responses are silence; counted, the single most
-    negative image would set the zero of the scale from 0 to 1.
-
-    PURE's distances are those between the top images of the concept channels: where the scan holds
-    positions of a two-dimensional convolution, between the parts of the images where the concept
-    channels answer, else between whole images.
+    positions, else max(sum_p z, 0). PURE's distances are between the top images of the concept
+    channels: between the parts of them where these answer, where the scan holds positions of a
+    two-dimensional convolution, else between whole images.
 
     Args:
         split: whose channels to measure.
@@ -76,8 +66,7 @@ def measure_semantics(
 
     Raises:
         UsageError: split, scan and data set do not belong together, or n_top is below 2.
-        ModelError: the encoder cannot be loaded, fails, or gives something else than finite
-            embeddings.
+        ModelError: the encoder cannot be loaded, fails, or gives no finite embeddings.
         DataError: an image cannot be read.
 
     Source:
@@ -91,42 +80,40 @@ def measure_semantics(
     _refuse_other_images(scan, dataset)
     if isinstance(encoder, str):
         encoder = load_encoder(encoder)
-    boxes = _boxes(scan, split, top)
-    crops = Crops(dataset, [(index, box) for (_, _, index), box in boxes.items()])
+    tops = {o: (own.original, *own.concepts) for o, own in top.items()}
+    boxes = _boxes(scan, split, tops)
+    crops = _Crops(dataset, [(index, box) for (_, _, index), box in boxes.items()])
     n_images = scan.manifest.n_images - len(scan.broken())
     batches = [b for own in scan.columns("index") for b in in_batches(own.tolist(), batch_size)]
-    batches_of_crops = in_batches(range(len(crops)), batch_size)
     with (
         ready(encoder) as encode,
         image_progress("Embedding images", n_images, show=progress) as advance,
     ):
         loaded = load_batches(encoder, dataset, batches, workers, advance)
-        rows = (row for batch in loaded for row in encode(batch))
-        scores, whole = _embed(scan, split, top, rows)
-        loaded = load_batches(encoder, crops, batches_of_crops, workers)
+        scores, whole = _embed(
+            scan, split, tops, (row for batch in loaded for row in encode(batch))
+        )
+        loaded = load_batches(encoder, crops, in_batches(range(len(crops)), batch_size), workers)
         rows = (row for batch in loaded for row in encode(batch))
         cut = dict(zip(boxes, rows, strict=True))
     channels: dict[int, ChannelSemantics] = {}
-    for channel, own in top.items():
-        tops = (own.original, *own.concepts)
+    for channel, (original, *concepts) in tops.items():
         likes = [
             Likeness(scores.pop(0), clarity(torch.stack([whole[n] for n in one.index.tolist()])))
-            for one in tops
+            for one in (original, *concepts)
         ]
-        places = [(channel, k, n) for k, one in enumerate(own.concepts) for n in one.index.tolist()]
+        places = [(channel, k, n) for k, one in enumerate(concepts) for n in one.index.tolist()]
         embeddings = torch.stack([cut.get(place, whole[place[2]]) for place in places])
         owners = torch.tensor([k for _, k, _ in places], dtype=torch.int64)
-        within, between = pure_distances(embeddings, owners)
         channels[channel] = ChannelSemantics(
-            encoder=name_of_encoder(encoder),
-            n_images=n_images,
-            n_top=len(own.original.index),
-            positions=scan.positions,
-            crops=bool(cut),
-            original=likes[0],
-            concepts=tuple(likes[1:]),
-            within=within,
-            between=between,
+            name_of_encoder(encoder),
+            n_images,
+            len(original.index),
+            scan.positions,
+            bool(cut),
+            likes[0],
+            tuple(likes[1:]),
+            *pure_distances(embeddings, owners),
         )
     return Semantics(channels)
 
@@ -145,17 +132,13 @@ def _refuse_other_images(scan: Scan, dataset: Dataset[Any]) -> None:
 
 
 def _embed(
-    scan: Scan, split: Split, top: dict[int, ReferenceImages], rows: Iterator[Tensor]
+    scan: Scan, split: Split, tops: dict[int, tuple[TopImages, ...]], rows: Iterator[Tensor]
 ) -> tuple[list[float], dict[int, Tensor]]:
-    """Monosemanticity scores of all channels in order, and embeddings of top images by index.
-
-    Shard by shard, so that memory does not grow with the number of images.
-    """
-    tops = [one for own in top.values() for one in (own.original, *own.concepts)]
-    wanted = {index for one in tops for index in one.index.tolist()}
+    """Monosemanticity scores of all channels in order, and embeddings of top images by index."""
+    wanted = {index for own in tops.values() for one in own for index in one.index.tolist()}
     sums = MonosemanticitySums()
     kept: dict[int, Tensor] = {}
-    for records in scan.shards():
+    for records in scan.shards():  # so that memory does not grow with the number of images
         if len(records):  # else every image of the shard was broken
             embeddings = torch.stack(list(islice(rows, len(records))))
             responses = [_responses(scan, records, part) for part in split.channels]
@@ -168,13 +151,14 @@ def _embed(
 
 def _responses(scan: Scan, records: Records, part: ChannelSplit) -> Tensor:
     """Positive responses of a channel and its concept channels, (N, 1 + K)."""
+    # Negative ones are silence: the most negative image would set the zero of the scale.
     if records.input_map is not None:
         return part.response_maps(scan.layer, records.input_map).clamp(min=0).flatten(2).sum(2)
     pooled = records.pooled[:, scan.layer.group_of(part.channel)]
     return part.pooled_responses(pooled, records.n_positions)[:, :-1].clamp(min=0)
 
 
-def _boxes(scan: Scan, split: Split, top: dict[int, ReferenceImages]) -> dict[Place, Box]:
+def _boxes(scan: Scan, split: Split, tops: dict[int, tuple[TopImages, ...]]) -> dict[Place, Box]:
     """Where concept channels answer in their top images; empty if that is not known."""
     boxes: dict[Place, Box] = {}
     if not scan.positions or len(scan.layer.kernel) != 2:
@@ -182,7 +166,7 @@ def _boxes(scan: Scan, split: Split, top: dict[int, ReferenceImages]) -> dict[Pl
     for records in scan.shards():
         assert records.input_map is not None
         for part in split.channels:
-            for k, images in enumerate(top[part.channel].concepts):
+            for k, images in enumerate(tops[part.channel][1:]):
                 here = torch.isin(records.index, images.index)
                 if here.any():
                     maps = part.response_maps(scan.layer, records.input_map[here])[:, 1 + k]
@@ -194,12 +178,8 @@ def _boxes(scan: Scan, split: Split, top: dict[int, ReferenceImages]) -> dict[Pl
 class MonosemanticitySums:
     """Sums over images that monosemanticity scores follow from, in one pass.
 
-    The score is the mean cosine of all pairs of images, each weighted by the product of the two
-    activations, which are first scaled to run from 0 to 1 over all images. Images whose embedding
-    is zero have no direction and are left out.
-
-    Source:
-        Pach et al. 2025, arXiv:2504.02821; "Evaluate" in docs/method.md has the one-pass form.
+    Images whose embedding is zero have no direction and are left out. Pach et al. 2025,
+    arXiv:2504.02821; "Evaluate" in docs/method.md has the one-pass form.
     """
 
     def __init__(self) -> None:
@@ -228,11 +208,7 @@ class MonosemanticitySums:
         self._ae = self._ae + shifted.T @ unit
 
     def scores(self) -> Tensor:
-        """Compute the scores, (C,), at most 1, float64.
-
-        NaN for a channel whose activation is the same in all images, or in all but one: no two
-        images then share it.
-        """
+        """Compute the scores, (C,); NaN where no two images share the activation."""
         assert self._shift is not None  # a scan has an image
         low, n = self._low, self.n_images
         spread = self._high - low
@@ -247,30 +223,14 @@ class MonosemanticitySums:
 
 
 def clarity(embeddings: Tensor) -> float:
-    """Mean pairwise cosine of the images (N, D) that excite a channel most; NaN for less than two.
-
-    Source:
-        Dreyer et al. 2025 (SemanticLens), arXiv:2501.05398.
-
-    >>> clarity(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]))
-    0.3333333333333333
-    """
+    """Mean cosine of pairs of images (N, D), NaN without one; SemanticLens, arXiv:2501.05398."""
     _, unit = _directions(embeddings.double())
     n = len(unit)
     return float((unit.sum(0).square().sum() - n) / (n * (n - 1))) if n > 1 else math.nan
 
 
 def pure_distances(embeddings: Tensor, concept: Tensor) -> tuple[float, float]:
-    """Mean Euclidean distance of embeddings (N, D) within concepts (N,), and between them.
-
-    NaN where there is no such pair.
-
-    Source:
-        Dreyer et al. 2024 (PURE), arXiv:2404.06453.
-
-    >>> pure_distances(torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([0, 0, 1]))
-    (1.0, 4.5)
-    """
+    """Mean distance within concepts (N,) and between, NaN without one; PURE, arXiv:2404.06453."""
     distances: Tensor = F.pdist(embeddings.double())
     i, j = torch.triu_indices(len(concept), len(concept), offset=1)
     same = concept[i] == concept[j]
@@ -284,8 +244,7 @@ def _directions(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     return directed, embeddings[directed] / length[directed, None]
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """A part of an image, in fractions of its height and width."""
 
     top: float
@@ -300,23 +259,15 @@ WHOLE = Box(0.0, 1.0, 0.0, 1.0)
 def answering_box(response: Tensor) -> Box:
     """Box in the positions (h, w) that answer at least half as much as the strongest one.
 
-    A position draws on its surroundings too, so the box has a margin of one position. It is the
-    whole image where no position answers with more than zero.
-
-    >>> response = torch.zeros(8, 8)
-    >>> response[3:5, 0] = 1.0
-    >>> answering_box(response)
-    Box(top=0.25, bottom=0.75, left=0.0, right=0.25)
+    Each draws on its surroundings too, so the box has a margin of one position.
     """
     strongest = response.max()
     if strongest <= 0:
         return WHOLE
-    rows, columns = torch.nonzero(response >= _PART * strongest, as_tuple=True)
-    (top, bottom), (left, right) = (
-        (max(int(places.min()) - 1, 0) / n, min(int(places.max()) + 2, n) / n)
-        for places, n in zip((rows, columns), response.shape, strict=True)
-    )
-    return Box(top, bottom, left, right)
+    sides: list[float] = []
+    for strong, n in zip((response >= _PART * strongest).nonzero().T, response.shape, strict=True):
+        sides += [max(int(strong.min()) - 1, 0) / n, min(int(strong.max()) + 2, n) / n]
+    return Box(*sides)
 
 
 def cut_out(image: Tensor, box: Box) -> Tensor:
@@ -330,19 +281,16 @@ def cut_out(image: Tensor, box: Box) -> Tensor:
     return cut.to(image.dtype)
 
 
-class Crops(Dataset[tuple[Tensor, int]]):
+class _Crops(Dataset[tuple[Tensor, int]]):
     """Parts of a data set's images, as the network sees them."""
 
     def __init__(self, dataset: Dataset[Any], parts: Sequence[tuple[int, Box]]) -> None:
-        """Keep which image each crop is cut from, and what part of it."""
         self.dataset, self.parts = dataset, parts
 
     def __len__(self) -> int:
-        """Number of crops."""
         return len(self.parts)
 
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        """Read one image and cut."""
         index, box = self.parts[place]
         image, label = self.dataset[index]
         return cut_out(image, box), int(label)

@@ -1,0 +1,83 @@
+"""A network of each kind, a split of it, and a scan of other images; each made once."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import oracle
+import unbraid
+from checks import Truth, truth_of
+from tiny_networks import SyntheticImages, build
+from unbraid import Scan, Split
+
+
+@dataclass(eq=False)
+class Case:
+    network: nn.Module
+    split: Split  # with masks of all sizes between 0 and 1, as least squares gives
+    scan: Scan  # of other images than the split was made from
+    images: SyntheticImages
+    layer: str
+
+    @cached_property
+    def truth(self) -> Truth:
+        return truth_of(self.network, self.images, self.layer)
+
+    @cached_property
+    def logits(self) -> list[Tensor]:
+        network = copy.deepcopy(self.network).double().eval()
+        with torch.no_grad():
+            return [network(image.double()[None])[0] for image in self.images.images]
+
+    @functools.cache  # noqa: B019
+    def logits_without(self, channel: int, k: int | None) -> list[Tensor]:
+        """The oracle's logits of each image with a concept channel off, or all of the channel."""
+        row = None if k is None else self.split[channel].rows[k]
+        return [
+            oracle.ablated_logits(self.network, self.layer, image, channel, row)
+            for image in self.images.images
+        ]
+
+
+def make_case(
+    kind: str | nn.Module, folder: Path, *, layer: str = "layer", n_images: int = 13, **scan: Any
+) -> Case:
+    network = build(kind) if isinstance(kind, str) else kind
+    train = unbraid.scan(network, layer, SyntheticImages(12), folder / "train")
+    n_out = train.layer.n_out
+    channels = {1: [[0], [1]], n_out - 2: [[2, 0], [3]], n_out - 1: [[3], [0, 1], [2]]}
+    found = unbraid.find(train, channels=channels)
+    split = unbraid.split(train, found, method="published", rho=0.8)
+    generator = torch.Generator().manual_seed(3)
+    masks = [torch.rand(part.masks.shape, generator=generator).double() for part in split.channels]
+    parts = [replace(part, masks=m) for part, m in zip(split.channels, masks, strict=True)]
+    images = SyntheticImages(n_images, seed=1)
+    options = {"positions": True, "batch_size": 6, **scan}
+    val = unbraid.scan(network, layer, images, folder / "val", **options)
+    return Case(network, replace(split, channels=tuple(parts)), val, images, layer)
+
+
+@pytest.fixture(scope="session")
+def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
+    """The case of a kind of tiny network or of a network; the same one each time it is asked."""
+
+    @functools.cache
+    def case(kind: str | nn.Module, **options: Any) -> Case:
+        return make_case(kind, tmp_path_factory.mktemp("case"), **options)
+
+    return case
+
+
+@pytest.fixture(scope="session")
+def case(case_of: Callable[..., Case]) -> Case:
+    return case_of("reflect")
