@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Distribution, Gamma, StudentT
 
 import cluster_oracle as oracle
 from unbraid.finding.clusters import adjusted_rand_index, chance_of_one, find_clusters, two_means
@@ -49,26 +50,19 @@ def assert_clusters(found: tuple[Tensor, Tensor], points: Tensor) -> None:
         torch.testing.assert_close(centre, total / total.norm())
 
 
-def assert_partition(nearest: Tensor, truth: Tensor, least: float = 1.0) -> None:
+def assert_partition(nearest: Tensor, truth: Tensor) -> None:
     """Two partitions of the same points agree, whatever the names of their parts."""
-    assert oracle.adjusted_rand_index(nearest.tolist(), truth.tolist()) >= least
+    assert oracle.adjusted_rand_index(nearest.tolist(), truth.tolist()) == 1
 
 
 # Known groups.
 
-SIZES = [
-    (100, 100),
-    (300, 30),
-    (100, 100, 100),
-    (200, 100, 30),
-    (60, 60, 60, 60, 60),
-    (150, 100, 60, 40, 20),
-]
+SIZES = [(100, 100), (300, 30), (200, 100, 30), (60,) * 5, (150, 100, 60, 40, 20)]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("noise", [0.1, 0.6])
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.6])
 def test_separated_groups_come_back(sizes, noise, seed):
     points, truth = groups_of(sizes, noise=noise, seed=10 * seed)
     found = find_clusters(points)
@@ -85,13 +79,6 @@ def test_groups_in_much_noise_come_back_nearly_whole(noise):
         points, truth = groups_of((150, 100, 80), noise=noise, seed=10 * seed)
         scores.append(oracle.adjusted_rand_index(find_clusters(points)[0].tolist(), truth.tolist()))
     assert sorted(scores)[1] >= 0.95
-
-
-def test_groups_of_points_without_noise_come_back():
-    points = torch.eye(5).double().repeat_interleave(torch.tensor([8, 9, 10, 20, 40]), 0)
-    nearest, centres = find_clusters(points)
-    assert_partition(nearest, points.argmax(1))
-    assert len(centres) == 5
 
 
 @pytest.mark.parametrize("period", [2, 3, 4])
@@ -116,7 +103,6 @@ def test_the_same_points_give_the_same_clusters_to_the_bit():
 def test_the_check_of_clusters_sees_what_is_wrong():
     points, _ = groups_of((40, 30))
     nearest, centres = find_clusters(points)
-    assert_clusters((nearest, centres), points)
     wrong = nearest.clone()
     wrong[0] = 1 - wrong[0]
     for corrupted in (
@@ -135,16 +121,10 @@ def test_the_check_of_clusters_sees_what_is_wrong():
 # One group stays whole.
 
 
-def gamma(shape: float, n: int, d: int, seed: int) -> Tensor:
+def draw(kind: Distribution, n: int, d: int, seed: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return torch.distributions.Gamma(torch.tensor(shape).double(), 1.0).sample((n, d))
-
-
-def student(freedom: float, n: int, d: int, seed: int) -> Tensor:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return torch.distributions.StudentT(torch.tensor(freedom).double()).sample((n, d))
+        return kind.sample((n, d)).double()
 
 
 def arc(degrees: float, n: int, seed: int) -> Tensor:
@@ -155,7 +135,7 @@ def arc(degrees: float, n: int, seed: int) -> Tensor:
 def part_of_a_mixture(n: int, seed: int) -> Tensor:
     """Sparse, skewed and correlated: positive mixtures of three kinds of input."""
     kinds = normal(3, 64, 7).abs()
-    return (normal(n, 3, seed).exp() @ kinds) * gamma(2.0, n, 64, seed)
+    return (normal(n, 3, seed).exp() @ kinds) * draw(Gamma(2.0, 1.0), n, 64, seed)
 
 
 NULLS: dict[str, Callable[[int, int], Tensor]] = {
@@ -167,10 +147,10 @@ NULLS: dict[str, Callable[[int, int], Tensor]] = {
     "all directions": lambda n, seed: normal(n, 64, seed),
     "rectified": lambda n, seed: (normal(n, 64, seed) + 0.3).clamp(min=0),
     "few rectified": lambda n, seed: (normal(n, 6, seed) + 0.5).clamp(min=0) + 1e-3,
-    "sparse": lambda n, seed: gamma(0.1, n, 512, seed),
+    "sparse": lambda n, seed: draw(Gamma(0.1, 1.0), n, 512, seed),
     "skewed": lambda n, seed: (1.5 * normal(n, 512, seed)).exp(),
-    "heavy tails, 512 dimensions": lambda n, seed: 5 + student(2.0, n, 512, seed),
-    "heavy tails around nothing": lambda n, seed: student(1.5, n, 512, seed),
+    "heavy tails": lambda n, seed: 5 + draw(StudentT(2.0), n, 512, seed),
+    "heavy tails around nothing": lambda n, seed: draw(StudentT(1.5), n, 512, seed),
     "noise of any length": lambda n, seed: (
         torch.eye(32)[0] + normal(n, 32, seed) * normal(n, 1, seed).abs()
     ),
@@ -194,16 +174,13 @@ def test_one_group_stays_whole_in_95_of_100_draws(null, n_points):
 
 
 def test_counting_divided_draws_can_find_some():
-    def two(n: int, seed: int) -> Tensor:
-        return groups_of((n // 2, n // 2), seed=seed)[0]
-
-    assert n_divided(two, 60, 5) == 5
+    assert n_divided(lambda n, seed: groups_of((n // 2, n // 2), seed=seed)[0], 60, 5) == 5
 
 
 # Odd input.
 
 
-@pytest.mark.parametrize("n_points", [1, 2, 3, 8, 15, 16, 17, 100])
+@pytest.mark.parametrize("n_points", [1, 2, 16, 17, 100])
 @pytest.mark.parametrize("length", [0.0, 1.0])
 def test_points_that_do_not_differ_are_one_cluster(n_points, length):
     direction = F.normalize(normal(1, 7, 3), dim=1)
@@ -212,7 +189,7 @@ def test_points_that_do_not_differ_are_one_cluster(n_points, length):
     torch.testing.assert_close(centres, length * direction)
 
 
-@pytest.mark.parametrize("n_points", [0, 1, 2, 7, 15])
+@pytest.mark.parametrize("n_points", [0, 1, 15])
 def test_too_few_points_to_test_are_one_cluster_and_none_are_none(n_points):
     points = torch.eye(2).double()[torch.arange(n_points) % 2]
     nearest, centres = find_clusters(points)
@@ -220,7 +197,7 @@ def test_too_few_points_to_test_are_one_cluster_and_none_are_none(n_points):
     assert centres.shape == (min(n_points, 1), 2)
 
 
-@pytest.mark.parametrize("n_few", [1, 3, 7])
+@pytest.mark.parametrize("n_few", [1, 7])
 def test_a_group_of_fewer_than_eight_is_left_with_the_nearest(n_few):
     points = torch.eye(3).double().repeat_interleave(torch.tensor([40, 40, n_few]), 0)
     nearest, centres = find_clusters(points)
@@ -228,7 +205,7 @@ def test_a_group_of_fewer_than_eight_is_left_with_the_nearest(n_few):
     assert_partition(nearest[:80], points.argmax(1)[:80])
 
 
-@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("d", [1, 2])
 def test_points_of_few_dimensions_are_divided(d):
     signs = torch.where(torch.arange(60) % 2 == 0, 1.0, -1.0).double()
     points = F.normalize(signs[:, None] * torch.ones(1, d).double(), dim=1)
@@ -247,28 +224,15 @@ def test_the_cut_is_the_best_of_all(sizes, seed):
     assert found == pytest.approx(best, rel=1e-9)
 
 
-def test_the_best_cut_is_better_than_any_other():
-    points, _ = groups_of((4, 3), d=4)
-    best = oracle.best_cut(points)
-    for n in range(7):
-        other = best.clone()
-        other[n] = ~other[n]
-        assert oracle.scatter(points, other.tolist()) > oracle.scatter(points, best.tolist())
-
-
-@pytest.mark.parametrize("n_points", [2, 3, 50])
-def test_equal_points_are_not_cut(n_points):
-    side = two_means(normal(1, 9, 4).repeat(n_points, 1))
-    assert side.all() or not side.any()
-
-
-def test_of_several_cuts_the_best_is_taken():
+def test_of_several_cuts_the_best_is_taken_and_equal_points_are_not_cut():
     """Five equal groups have many cuts that stand, some of which run through a group."""
     for seed in range(20):
         points, truth = groups_of([30] * 5, noise=0.6, seed=10 * seed)
         side = two_means(points)
         for k in range(5):
             assert side[truth == k].all() or not side[truth == k].any()
+    for n_points in (2, 3, 50):
+        assert len(two_means(normal(1, 9, 4).repeat(n_points, 1)).unique()) == 1
 
 
 # The test of a cut.
@@ -292,9 +256,8 @@ def test_chance_is_the_oracles_for_many_points(sizes, noise):
 
 def test_chance_has_values_of_all_sizes():
     """So that agreement with the oracle says something."""
-    values = [
-        chance_of_one(groups_of((100, 100), noise=noise, seed=4)[0]) for noise in (0.5, 2.0, 3.0)
-    ]
+    noises = (0.5, 2.0, 3.0)
+    values = [chance_of_one(groups_of((100, 100), noise=noise, seed=4)[0]) for noise in noises]
     assert values[0] < 1e-6 < values[1] < 0.5 < values[2] <= 1
 
 
@@ -309,15 +272,14 @@ def test_chance_without_a_cut_or_a_point_to_count_is_one():
 # Agreement of partitions.
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_agreement_is_that_of_pair_counting(seed):
-    n_things = 2 + 3 * seed
+    n_things = 2 + 8 * seed
     one, other = (
         torch.randint(1 + seed % 4 + k, (n_things,), generator=generator(seed + 100 * k)).tolist()
         for k in range(2)
     )
-    whole, single = [0] * n_things, [*range(n_things)]
-    for first, second in ((one, other), (one, one), (one, whole), (one, single)):
+    for first, second in ((one, other), (one, one), (one, [0] * n_things), (one, range(n_things))):
         expected = oracle.adjusted_rand_index(first, second)
         assert adjusted_rand_index(first, second) == pytest.approx(expected, abs=1e-12)
         assert adjusted_rand_index(second, first) == pytest.approx(expected, abs=1e-12)
