@@ -127,7 +127,7 @@ def test_sensitivity_counts_the_published_pairs(case):
 
 
 def test_sensitivity_counts_what_find_finds(tmp_path):
-    scan = scan_of_causes(tmp_path / "five", 0)
+    scan = scan_of_causes(tmp_path / "five", 0, shard_size=90)
     counted = unbraid.sensitivity(scan, [0.005, 0.02, 0.1], [0.1, 0.3, 0.75], [-0.5, 0.0, 0.5, 0.9])
     assert_agrees_with_find(counted, scan)
     assert len({cell.n_pairs for cell in counted.cells}) > 10
@@ -150,6 +150,7 @@ def test_cosines_at_a_gamma_fall_on_the_same_side_as_with_find(seed, tmp_path):
         labels=labels,
         pooled=length * directions[torch.tensor(labels) % 3],
         weight=torch.ones(9, 7).double(),
+        shard_size=45,
     )
     cosines = {pair.cosine for pair in unbraid.find(scan, tau=0.03, p=0.5, gamma=0.99).pairs}
     assert any(abs(cosine) < 1e-12 for cosine in cosines)
