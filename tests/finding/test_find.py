@@ -101,17 +101,6 @@ def pairs_of(found: Findings) -> list[tuple[int, int, int]]:
     return [(pair.channel, pair.class1, pair.class2) for pair in found.pairs]
 
 
-@pytest.mark.parametrize("shard_size", [1, 4, 100])
-def test_find_does_not_depend_on_how_records_are_divided_among_shards(shard_size, tmp_path):
-    directions = [(1, 0), at_angle(0.9), at_angle(0.2)]
-    shares, labels = [(0.5, 0.1), (0.5, 0.01), (0.5, 0.1)], [0, 1, 2, 2, 1, 0, 0, 2, 1]
-    scan = handmade_scan(tmp_path, directions, shares, labels, shard_size=shard_size)
-    found = unbraid.find(scan, tau=0.05)
-    assert pairs_of(found) == [(0, 0, 2), (1, 0, 2)]
-    assert_close([pair.cosine for pair in found.pairs], [0.2, 0.2])
-    assert found.concepts == {0: ((0, 1), (2,)), 1: ((0,), (2,))}
-
-
 @pytest.mark.parametrize(
     ("directions", "arguments", "pairs"),
     [

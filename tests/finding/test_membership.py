@@ -139,14 +139,6 @@ def test_classes_and_numbers_without_an_image_are_asked_for_as_clusters_are(case
     )
 
 
-def test_mean_responses_are_the_layers_output(case):
-    records = next(case.scan.shards())
-    channels = [3, 0, case.scan.layer.n_out - 1]
-    found = mean_responses(case.scan, records.pooled, records.n_positions, channels)
-    expected = torch.tensor([case.responses(o) for o in channels], dtype=torch.float64)
-    assert_close(found, expected.T[: len(found)])
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", ["3x3", "groups", "tokens"])
 def test_the_images_that_made_clusters_belong_to_them_in_batches_of_any_size(kind, dtype, tmp_path):
