@@ -127,13 +127,13 @@ def _check_fit(scan: Scan, found: Findings) -> None:
 
 
 def _published(members: Members, found: Findings, rho: float | None) -> _Chosen:
-    scan = members.scan
+    scan, concepts = members.scan, found.concepts
     sums = class_sums(scan, [], found.clusters)
     arvs = {
-        o: [averaged_relevance(scan, o, concept_mean(sums, concept)) for concept in concepts]
-        for o, concepts in found.concepts.items()
+        o: [averaged_relevance(scan, o, concept_mean(sums, concept)) for concept in own]
+        for o, own in concepts.items()
     }
-    rhos = choose_rho(members, found.concepts, arvs) if rho is None else dict.fromkeys(arvs, rho)
+    rhos = choose_rho(members, concepts, arvs) if rho is None else dict.fromkeys(arvs, rho)
     taps = scan.layer.taps_per_input
     return {o: (published_masks(arvs[o], rhos[o], taps), {"rho": rhos[o]}) for o in arvs}
 
