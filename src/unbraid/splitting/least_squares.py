@@ -103,10 +103,11 @@ def second_moments(members: Members, keys: Iterable[Key], whole: set[Key]) -> di
     inputs: dict[Key, list[Tensor]] = {key: [] for key in keys}
     sums = {key: torch.zeros(size, size, dtype=torch.float64) for key in keys if key in whole}
 
-    def add_up(key: Key) -> None:
-        rows = torch.cat(inputs[key])
-        sums[key].addmm_(rows.T, rows)
-        inputs[key].clear()
+    def add_up(key: Key, at_least: int) -> None:
+        if sum(map(len, inputs[key])) >= at_least:
+            rows = torch.cat(inputs[key])
+            sums[key].addmm_(rows.T, rows)
+            inputs[key].clear()
 
     for records in members.scan.shards():
         for number, places in members.places(records, groups_of):
@@ -114,11 +115,10 @@ def second_moments(members: Members, keys: Iterable[Key], whole: set[Key]) -> di
                 pooled = records.pooled[places, key[0]]
                 inputs[key].append(augment(pooled, records.n_positions[places]))
                 # To add a few rows takes as long as many, since the whole matrix is read for them.
-                if key in sums and sum(map(len, inputs[key])) >= _ROWS_AT_ONCE:
-                    add_up(key)
+                if key in sums:
+                    add_up(key, _ROWS_AT_ONCE)
     for key in sums:
-        if inputs[key]:
-            add_up(key)
+        add_up(key, 1)
     return {key: Whole(sums[key]) if key in sums else Rows(torch.cat(inputs[key])) for key in keys}
 
 
