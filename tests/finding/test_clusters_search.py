@@ -246,14 +246,6 @@ def test_no_finding_of_clusters_hints_at_the_nearest(planted, found):
 # Odd input.
 
 
-@pytest.mark.parametrize("n_images", [1, 2, 15])
-def test_few_images_have_no_clusters(n_images, tmp_path):
-    pooled = torch.eye(2).double()[torch.arange(n_images) % 2]
-    shares = torch.full((n_images, 3), 0.3)
-    scan = write_scan(tmp_path, shares=shares, labels=[0] * n_images, pooled=pooled)
-    assert not unbraid.find(scan, concepts="clusters").concepts
-
-
 @pytest.mark.parametrize("bias", [0.0, 1 / 3, -0.7, 1e30])
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_channels_that_respond_the_same_to_all_images(bias, weight, tmp_path):

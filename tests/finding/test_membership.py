@@ -21,7 +21,7 @@ from checks import (
     assert_same_outputs,
     assert_same_split,
 )
-from handmade import reshard, write_scan
+from handmade import write_scan
 from tiny_networks import SyntheticImages, build
 from unbraid import Findings, Scan, Split
 from unbraid.base.errors import UsageError
@@ -45,14 +45,11 @@ def assert_top(top: DescribedImages, case, channel: int, n_top: int = 1000) -> N
     assert least - 1e-6 < top.least <= least
 
 
-@pytest.mark.parametrize(("shard_size", "n_top"), [(100, 1000), (1, 1000), (7, 5)])
-def test_top_images_are_those_of_brute_force_whatever_the_shards_and_memory(
-    shard_size, n_top, case, tmp_path, monkeypatch
-):
-    if n_top < 1000:
-        monkeypatch.setattr(clusters, "_BYTES_AT_ONCE", 1)  # a channel at a time
-        monkeypatch.setattr(clusters, "_N_TOP", n_top)
-    found = dict(top_images(reshard(case.scan, tmp_path, shard_size)))
+@pytest.mark.parametrize(("n_top", "n_bytes"), [(1000, 1 << 30), (5, 1)])
+def test_top_images_are_those_of_brute_force_whatever_the_memory(n_top, n_bytes, case, monkeypatch):
+    monkeypatch.setattr(clusters, "_BYTES_AT_ONCE", n_bytes)
+    monkeypatch.setattr(clusters, "_N_TOP", n_top)
+    found = dict(top_images(case.scan))
     assert list(found) == list(range(case.scan.layer.n_out))
     for channel, top in found.items():
         assert_top(top, case, channel, n_top)
@@ -111,13 +108,11 @@ def assert_members(
 
 
 @pytest.mark.parametrize("channel", [0, 3])
-def test_images_belong_to_the_cluster_of_the_nearest_centre(channel, case, tmp_path):
+def test_images_belong_to_the_cluster_of_the_nearest_centre(channel, case):
     made, expected = by_hand(case, channel)
     assert sum(map(len, expected.values())) == 28
     assert min(map(len, expected.values())) > 0
-    for shard_size in (4, 100):
-        scan = reshard(case.scan, tmp_path / str(shard_size), shard_size)
-        assert_members(scan, expected, made)
+    assert_members(case.scan, expected, made)
     for number, images in expected.items():  # the check sees what is wrong
         for wrong in (images[1:], sorted({*images, *range(42)} - {images[0]}), []):
             with pytest.raises(AssertionError):

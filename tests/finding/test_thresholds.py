@@ -16,7 +16,6 @@ from torch import Tensor
 import unbraid
 from checks import assert_agrees_with_find, assert_sensitivity, assert_tau_chosen
 from handmade import random_shares, scan_of_causes, write_scan
-from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import UsageError
 from unbraid.demo.network import LAYER, DemoImages, load_images, load_network
 from unbraid.finding.arv import class_cosines, class_sums, cosines_of
@@ -31,21 +30,13 @@ def uneven_labels(n_images: int, n_classes: int, seed: int = 0) -> list[int]:
     return torch.multinomial(sizes, n_images, replacement=True, generator=generator).tolist()
 
 
-@pytest.mark.parametrize("min_share", [0.005, 0.3])
-def test_tau_is_the_one_of_the_rule_on_networks(case, min_share, tmp_path):
-    scan = unbraid.scan(case.network, "layer", case.images, tmp_path, min_share=min_share)
-    tau = unbraid.find(scan, tau="auto").tau
-    # Of 8 channels, a quarter.
-    assert_tau_chosen(tau, case.truth.shares, case.truth.labels, 2, min_share)
-
-
 @pytest.mark.parametrize(
     ("seed", "n_channels", "n_matter"), [(0, 7, 2), (1, 24, 6), (2, 39, 10), (3, 48, 10)]
 )
 def test_tau_is_the_one_of_the_rule_for_any_shares_and_classes(
     seed, n_channels, n_matter, tmp_path
 ):
-    shares, labels = random_shares(61, n_channels, seed), uneven_labels(61, 9, seed)
+    shares, labels = random_shares(41, n_channels, seed), uneven_labels(41, 9, seed)
     found = unbraid.find(write_scan(tmp_path, shares=shares, labels=labels), tau="auto")
     assert not found.note
     assert_tau_chosen(found.tau, shares, labels, n_matter, 0.005)
@@ -108,12 +99,6 @@ def test_a_trained_network_has_findings_and_shuffled_labels_have_none(shuffled, 
     found = unbraid.find(scan, tau="auto")
     assert bool(found.pairs) is not shuffled
     assert len(found.channels) < scan.layer.n_out / 2
-
-
-@pytest.mark.parametrize("kind", ["3x3", "1x1", "batch norm behind"])
-def test_a_random_network_has_no_flood_of_findings(kind, tmp_path):
-    scan = unbraid.scan(build(kind), "layer", SyntheticImages(60, noise=2.0), tmp_path)
-    assert len(unbraid.find(scan, tau="auto").channels) <= scan.layer.n_out / 4
 
 
 # Sensitivity.
@@ -234,11 +219,10 @@ def test_sensitivity_in_print_and_files(tmp_path):
     )
     with pytest.raises(KeyError):
         small.at(0.02, 0.75, 0.5)
+    columns = ["tau", "p", "gamma", "n_channels", "n_pairs"]
+    assert list(small.to_pandas().columns) == columns
     small.to_csv(tmp_path / "new" / "sensitivity.csv")
     with (tmp_path / "new" / "sensitivity.csv").open(newline="") as file:
         head, *rows = csv.reader(file)
-    frame = small.to_pandas()
-    assert head == list(frame.columns) == ["tau", "p", "gamma", "n_channels", "n_pairs"]
-    expected = [[c.tau, c.p, c.gamma, c.n_channels, c.n_pairs] for c in cells]
-    assert [[float(value) for value in row] for row in rows] == expected
-    assert frame.to_numpy().tolist() == expected
+    assert head == columns
+    assert [tuple(map(float, row)) for row in rows] == [tuple(vars(c).values()) for c in cells]
