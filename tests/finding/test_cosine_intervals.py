@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -51,13 +52,6 @@ def slow_replicates(images: Images) -> list[Tensor]:
     return replicates
 
 
-def slow_quantile(values: Sequence[float], part: float) -> float:
-    ordered = sorted(values)
-    below = math.floor(part * (len(ordered) - 1))
-    rest = part * (len(ordered) - 1) - below
-    return ordered[below] + rest * (ordered[below + 1] - ordered[below])
-
-
 def slow_pull(images: Images, replicates: Sequence[Tensor]) -> float:
     mean, centre = sum(images.values()) / len(images), sum(replicates) / len(replicates)
     length = float((mean**2).sum())
@@ -92,9 +86,7 @@ class SlowChance:
         other, pull2, half2 = self.side(pair.channel, pair.class2)
         cosines = [oracle.cosine(u, v) for u, v in zip(one, other, strict=True)]
         pull = math.sqrt(pull1 * pull2)
-        low, high = (slow_quantile(cosines, part) * pull for part in (0.025, 0.975))
-        if pull == math.inf:
-            low, high = -1.0, 1.0
+        low, high = np.quantile(cosines, (0.025, 0.975)) * pull if pull < math.inf else (-1.0, 1.0)
         return max(low, -1.0), min(high, 1.0), half1, half2
 
 

@@ -1,8 +1,8 @@
 """How sure a cosine is: what other images of the same classes would have made of it.
 
 An ARV is linear in the mean pooled input, so weighted means give every replicate of every ARV.
-Shapes: N images, T classes in any pair, c classes in the pairs of a channel, R replicates, H
-halvings, G groups, J taps, I input channels of a group.
+Shapes: N images, T classes in any pair, c in those of a channel, R replicates, H halvings, G
+groups, J taps, I input channels of a group.
 """
 
 from __future__ import annotations
@@ -120,11 +120,7 @@ def _intervals(
 
 
 def _pull(length: Tensor, noise: Tensor) -> Tensor:
-    """By what factor, squared, noise pulls replicates' cosines below those without noise, (c,).
-
-    >>> _pull(torch.tensor([8.0, 8.0, 0.0]), torch.tensor([2.0, 8.0, 0.0]))
-    tensor([1.6667,    inf, 1.0000])
-    """
+    """By what factor, squared, noise pulls replicates' cosines below those without noise, (c,)."""
     factor = torch.where(noise < length, (length + noise) / (length - noise), torch.inf)
     return torch.where(noise > 0, factor, 1.0)
 
@@ -183,4 +179,4 @@ def _arvs(scan: Scan, case: _Case, means: Tensor) -> Tensor:
 
 
 def _dtype(scan: Scan) -> torch.dtype:
-    return torch.float64 if scan.weight.dtype == torch.float64 else torch.float32
+    return torch.promote_types(scan.weight.dtype, torch.float32)

@@ -71,11 +71,10 @@ def find(
     tau, p, gamma = check_thresholds(tau, p, gamma, scan.manifest.min_share)
     if concepts not in get_args(ConceptKind):
         raise UsageError(f"concepts is {concepts!r}; use 'classes' or 'clusters'.")
-    if concepts == "classes":
-        # A network that is mostly wrong uses its channels for nothing that labels tell.
-        accuracy = scanned_accuracy(scan)
-        if accuracy is not None and accuracy.warning:
-            warnings.warn(accuracy.warning, stacklevel=3)
+    # A network that is mostly wrong uses its channels for nothing that labels tell.
+    accuracy = scanned_accuracy(scan) if concepts == "classes" else None
+    if accuracy is not None and accuracy.warning:
+        warnings.warn(accuracy.warning, stacklevel=3)
     if concepts == "clusters" and channels is not None:
         raise UsageError("Pass your own concepts in channels, or concepts='clusters', not both.")
     auto, note = tau == "auto", ""
@@ -85,12 +84,9 @@ def find(
         found = search_clusters(scan, gamma)
     else:
         sums = class_sums(scan, [tau])
-        if channels is None:
-            found = _search_classes(scan, sums, p, gamma)
-            if not found.pairs:
-                found.hint = nearest_finding(scan, tau, p, gamma)
-        else:
-            found = _own(scan, sums, channels)
+        found = _search(scan, sums, p, gamma) if channels is None else _own(scan, sums, channels)
+        if channels is None and not found.pairs:
+            found.hint = nearest_finding(scan, tau, p, gamma)
         found.pairs = with_chance(scan, sums, found.pairs)
     class_names = dict(enumerate(scan.class_names)) | found.names  # behind classes, clusters
     return Findings(
@@ -111,7 +107,7 @@ def find(
     )
 
 
-def _search_classes(scan: Scan, sums: ClassSums, p: float, gamma: float) -> Found:
+def _search(scan: Scan, sums: ClassSums, p: float, gamma: float) -> Found:
     found = Found()
     for channel, classes in shared_channels(uses(sums, p)[0]):
         cosines = class_cosines(scan, sums, channel, classes)

@@ -252,10 +252,9 @@ def _grid(
 ) -> tuple[float, ...]:
     if values is None:
         values = [*default, *([] if own is None else [own])]
-    grid = sorted(set(real_numbers(name, values)))
-    if not grid:
-        raise UsageError(f"{name} is empty; give a value or more, or None for the default grid.")
-    return tuple(grid)
+    if grid := sorted(set(real_numbers(name, values))):
+        return tuple(grid)
+    raise UsageError(f"{name} is empty; give a value or more, or None for the default grid.")
 
 
 def _pairs_below(
