@@ -17,6 +17,8 @@ import unbraid
 from checks import assert_close, assert_csv
 from handmade import CAUSES, Planted, plant, write_scan
 from unbraid import Findings, Scan, Split
+from unbraid.demo import network as demo
+from unbraid.finding.arv import class_cosines, class_sums
 from unbraid.finding.clusters import top_images
 from unbraid.scanning.records import no_records, write_shard
 
@@ -269,3 +271,32 @@ def test_a_scan_without_an_image_has_no_clusters(tmp_path):
     broken = replace(no_records(scan.layer, positions=False), broken=torch.arange(4))
     write_shard(tmp_path, 0, broken)
     assert not unbraid.find(scan, concepts="clusters").concepts
+
+
+# In a trained network.
+
+
+def test_clusters_agree_with_classes_and_are_there_in_unseen_images_too(tmp_path):
+    network = demo.load_network()
+    train, unseen = (
+        unbraid.scan(network, demo.LAYER, demo.load_images(name), tmp_path / name, batch_size=250)
+        for name in demo.SPLITS
+    )
+    found = unbraid.find(train, concepts="clusters")
+    assert len(found.channels) >= 8
+    assert sum(found.known_agreement) / len(found.known_agreement) > 0.8
+    sums = class_sums(unseen, [], found.clusters)
+    assert all(sums.n_images[number] >= 10 for number in found.clusters)
+    for pair in found.pairs:
+        again = class_cosines(unseen, sums, pair.channel, [pair.class1, pair.class2])[0, 1]
+        assert float(again) == pytest.approx(pair.cosine, abs=0.05)
+
+
+@pytest.mark.parametrize("label", range(10), ids=demo.CLASSES)
+def test_images_of_one_class_have_one_cause(label, tmp_path):
+    """So a channel fed by two random halves of a class is not polysemantic."""
+    network, images = demo.load_network(), demo.load_images("train")
+    own = {"classes": [label], "batch_size": 250}
+    one = unbraid.scan(network, demo.LAYER, images, tmp_path, **own)
+    assert one.manifest.n_images == 500
+    assert unbraid.find(one, concepts="clusters").channels == ()

@@ -139,19 +139,17 @@ def test_uniforms_are_even_unrelated_and_those_of_splitmix():
 # Whatever way records are divided.
 
 
-def random_scan(folder: Path, *, shard_size: int = 7, n_more: int = 0, dtype=torch.float64) -> Scan:
-    """Five classes of twelve images; `n_more` images of a sixth class behind them."""
+def random_scan(folder: Path, shard_size: int = 7, dtype: torch.dtype = torch.float64) -> Scan:
+    """Five classes of twelve images."""
     generator = torch.Generator().manual_seed(3)
-    labels = [n % 5 for n in range(60)] + [5] * n_more
-    causes = torch.randn(6, 6, generator=generator).double()
-    weight = torch.randn(3, 6, generator=generator)
-    noise = torch.randn(69, 6, generator=generator).double()[: len(labels)]
+    labels = [n % 5 for n in range(60)]
+    causes, noise = torch.randn(2, 60, 6, generator=generator).double()
     return write_scan(
         folder,
-        shares=torch.full((len(labels), 3), 0.3, dtype=dtype),
+        shares=torch.full((60, 3), 0.3, dtype=dtype),
         labels=labels,
         pooled=(causes[labels] + noise).to(dtype),
-        weight=weight.to(dtype),
+        weight=torch.randn(3, 6, generator=generator).to(dtype),
         shard_size=shard_size,
     )
 
@@ -176,11 +174,10 @@ def usual(tmp_path_factory) -> Tensor:
         ({"shard_size": 1}, 1 << 30, 1e-9),
         ({"shard_size": 100}, 1, 1e-9),
         ({"shard_size": 100}, 10_000, 1e-9),
-        ({"n_more": 9}, 1 << 30, 1e-9),
         ({"dtype": torch.float32}, 1 << 30, 1e-4),
     ],
 )
-def test_shards_other_classes_memory_and_precision_do_not_matter(
+def test_shards_memory_and_precision_do_not_matter(
     options, n_bytes, tolerance, usual, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(cosine_intervals, "_BYTES_AT_ONCE", n_bytes)

@@ -163,19 +163,19 @@ def test_the_hinted_thresholds_find_the_channel(case):
     assert abs(lowest.cosine - gamma) < 2e-3
 
 
-@pytest.mark.parametrize("cosine", [0.5, 0.8484, 0.8486, 0.99, -0.2, -0.20049])
-def test_a_gamma_just_above_the_hinted_cosine_is_enough(cosine, tmp_path):
-    directions = [(1, 0), at_angle(cosine)]
-    assert_hint_helps(handmade_scan(tmp_path, directions, [(0.0, 0.3)] * 2, [0, 1]), gamma=-0.9)
-
-
-@pytest.mark.parametrize("kept", [False, True])  # rounded, 0.0177147 would be 0.0177
-@pytest.mark.parametrize("step", [1, 2, 5, 6])
-def test_the_hinted_tau_is_enough_for_a_share_of_just_that_size_or_all_kept(step, kept, tmp_path):
-    share = 0.03 * 0.9**step
-    options = {"min_share": share} if kept else {}
-    directions, shares = [(1, 0), (0, 1)], [(0.0, share)] * 2
-    assert_hint_helps(handmade_scan(tmp_path, directions, shares, [0, 1], **options))
+@pytest.mark.parametrize(
+    ("cosine", "share", "gamma", "options"),
+    [
+        *((cosine, 0.3, -0.9, {}) for cosine in (0.5, 0.8484, 0.8486, 0.99, -0.2, -0.20049)),
+        *((0.0, 0.03 * 0.9**step, 0.5, {}) for step in (1, 2, 5, 6)),
+        *((0.0, share, 0.5, {"min_share": share}) for share in (0.03 * 0.9**5, 0.0177147)),
+    ],
+)
+def test_what_is_hinted_is_enough_for_just_such_a_cosine_or_share(
+    cosine, share, gamma, options, tmp_path
+):
+    directions, shares = [(1, 0), at_angle(cosine)], [(0.0, share)] * 2
+    assert_hint_helps(handmade_scan(tmp_path, directions, shares, [0, 1], **options), gamma=gamma)
 
 
 def test_without_a_shared_channel_the_hint_says_so(tmp_path):
