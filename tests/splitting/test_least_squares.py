@@ -162,27 +162,16 @@ def assert_term(term: Term, truth: Truth, channel: int, weight: Tensor) -> None:
         assert_close(value, expected(truth, channel, mask, weight) - silent, 1e-9)
 
 
-def term_of(scan: Scan, channel: int) -> Term:
-    term = background_term(Members(scan), sample_images(scan), channel, CONCEPTS)
-    assert term is not None
-    return term
-
-
 @pytest.mark.parametrize("channel", [0, 3])
 def test_the_term_is_the_distance_from_an_even_share(scanned, channel):
     scan, truth = scanned
-    assert_term(term_of(scan, channel), truth, channel, scan.weight[channel].double())
-
-
-def test_a_wrong_term_is_noticed(scanned):
-    scan, truth = scanned
-    term = term_of(scan, 0)
-    for wrong in (
-        Term(term.rows[1:], term.linear),
-        Term(term.rows, -term.linear),
-    ):
+    weight = scan.weight[channel].double()
+    term = background_term(Members(scan), sample_images(scan), channel, CONCEPTS)
+    assert term is not None
+    assert_term(term, truth, channel, weight)
+    for wrong in (Term(term.rows[1:], term.linear), Term(term.rows, -term.linear)):
         with pytest.raises(AssertionError):
-            assert_term(wrong, truth, 0, scan.weight[0].double())
+            assert_term(wrong, truth, channel, weight)
 
 
 def test_without_other_images_or_answers_nothing_is_asked(scanned):
