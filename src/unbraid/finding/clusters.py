@@ -56,14 +56,12 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
             found.names[n] = f"cluster {k + 1}{_classes(scan, top.label[number == n])}"
         found.agreement[channel] = _agreement(top, number, found.concepts[channel], gamma)
         first += len(numbers)
-    if not found.pairs:
-        least = math.ceil(nearest[0] * 1000) / 1000  # above the cosine as printed, it is found
-        found.hint = (
-            f"Nearest: channel {nearest[1]} has clusters with a cosine of {least:.3f}, which gamma "
-            "would have to exceed."
-            if least < 1
-            else "No channel's top images form clusters that differ."
-        )
+    least = math.ceil(nearest[0] * 1000) / 1000  # above the cosine as printed, it is found
+    if not found.pairs and least < 1:
+        told = f"channel {nearest[1]} has clusters with a cosine of {least:.3f}"
+        found.hint = f"Nearest: {told}, which gamma would have to exceed."
+    elif not found.pairs:
+        found.hint = "No channel's top images form clusters that differ."
     return found
 
 
