@@ -72,13 +72,12 @@ def chance_of_one(points: Tensor, cut: Cut) -> float:
 def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
     """Count pairs of things that two partitions put together or apart."""
     both = only_one = only_other = neither = 0
-    for i in range(len(one)):
-        for j in range(i + 1, len(one)):
-            together = one[i] == one[j], other[i] == other[j]
-            both += together == (True, True)
-            only_one += together == (True, False)
-            only_other += together == (False, True)
-            neither += together == (False, False)
+    for (one1, other1), (one2, other2) in itertools.combinations(zip(one, other, strict=True), 2):
+        together = one1 == one2, other1 == other2
+        both += together == (True, True)
+        only_one += together == (True, False)
+        only_other += together == (False, True)
+        neither += together == (False, False)
     below = (both + only_one) * (only_one + neither) + (both + only_other) * (only_other + neither)
     if below == 0:
         return 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from unbraid.base.files import write_tensors, write_whole
 from unbraid.networks.spec import LayerSpec
 from unbraid.scanning.manifest import Manifest
-from unbraid.scanning.records import Records, Scan, join_records, open_scan, write_shard
+from unbraid.scanning.records import Records, Scan, open_scan, write_shard
 
 
 def write_scan(
@@ -101,30 +101,6 @@ def scan_of_causes(folder: Path, seed: int, n_causes: int = 5, **options: Any) -
         weight=torch.randn(20, 6, generator=generator, dtype=torch.float64),
         **options,
     )
-
-
-def reshard(scan: Scan, folder: Path, shard_size: int) -> Scan:
-    """Write the same records again, so many to a shard."""
-    whole = join_records(list(scan.shards()))
-    manifest = replace(scan.manifest, shard_size=shard_size)
-    for shard in range(manifest.n_shards):
-        first, last = shard * shard_size, min((shard + 1) * shard_size, len(whole))
-        start, stop = whole.share_start[first], whole.share_start[last]
-        own = {
-            name: value[first:last]
-            for name, value in vars(whole).items()
-            if name in ("index", "label", "prediction", "n_positions", "pooled", "input_map")
-            and value is not None
-        }
-        records = Records(
-            **own,
-            share_start=whole.share_start[first : last + 1] - start,
-            share_channel=whole.share_channel[start:stop],
-            share_value=whole.share_value[start:stop],
-            broken=torch.zeros(0).long(),
-        )
-        write_shard(folder, shard, records)
-    return replace(scan, path=folder, manifest=manifest)
 
 
 CAUSES = (("A", "B"), ("A", "B", "C"), ("A",), ())  # of each channel; the last one is constant

@@ -7,6 +7,7 @@ convolution, (F,) or (*tokens, F) for a fully connected layer; positions are fla
 """
 
 import copy
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -21,19 +22,12 @@ Images = Sequence[Tensor] | Tensor  # one map per image, a batch dimension first
 Indices = Sequence[int] | Tensor
 
 
-# --- running a layer ------------------------------------------------------------------------------
+# Running a layer.
 
 
 def _copy64(module: nn.Module) -> nn.Module:
     """A float64 copy in eval mode, so that nothing here can change what was handed in."""
     return copy.deepcopy(module).double().eval().requires_grad_(True)
-
-
-def _check(layer: nn.Module) -> None:
-    if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        raise TypeError(f"the oracle knows nn.Linear and nn.Conv1d/2d/3d, not {type(layer)}")
-    if not isinstance(layer.weight, nn.Parameter):
-        raise TypeError("the oracle wants a plain weight, not a parametrized one")
 
 
 def _n_groups(layer: nn.Module) -> int:
@@ -54,20 +48,18 @@ def _run(layer: nn.Module, x: Tensor) -> Tensor:
 
 def channel_map(layer: nn.Module, o: int, row: Tensor, x: Tensor) -> Tensor:
     """z[o, :] of one image, (P,), were `row` (J,) in the place of W[o]; the bias stands."""
-    _check(layer)
     changed = _copy64(layer)
     with torch.no_grad():
         changed.weight[o] = row.double().reshape(changed.weight[o].shape)
         return _run(changed, x.double())[o]
 
 
-# --- section 2: notation --------------------------------------------------------------------------
+# Section 2: notation.
 
 
 @torch.enable_grad()
 def pooled_input(layer: nn.Module, x: Tensor) -> Tensor:
     """s, (G, J): gradient of sum_p z[o,p] with respect to W[o], o each group's first channel."""
-    _check(layer)
     layer = _copy64(layer)
     n_groups = _n_groups(layer)
     z = _run(layer, x.double())
@@ -92,7 +84,6 @@ def layer_io(model: nn.Module, layer_name: str, image: Tensor) -> tuple[Tensor, 
     """The layer's input x, its output z, and the logits (T,), for one image."""
     model = _copy64(model)
     layer = model.get_submodule(layer_name)
-    _check(layer)
     calls = []
 
     def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -117,7 +108,6 @@ def relevance(model: nn.Module, layer_name: str, image: Tensor, label: int) -> T
     """
     model = _copy64(model)
     layer = model.get_submodule(layer_name)
-    _check(layer)
     leaves = []
 
     def cut(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -146,7 +136,6 @@ def shares(r: Tensor) -> Tensor:
 @torch.enable_grad()
 def channel_input_relevance(layer: nn.Module, x: Tensor) -> Tensor:
     """a[o,i], (C_out, C_in_per_group): input x gradient of sum_p z[o,p] without the bias."""
-    _check(layer)
     layer = _copy64(layer)
     layer.bias = None
     x = x.double().clone().requires_grad_(True)
@@ -174,7 +163,7 @@ def arv(a_per_image: Tensor, labels: Indices, t: int) -> Tensor:
     return total / n_images
 
 
-# --- section 3: the published procedure -----------------------------------------------------------
+# Section 3: the published procedure.
 
 
 def uses(shares: Tensor, labels: Indices, tau: float, p: float) -> Tensor:
@@ -210,10 +199,8 @@ def polysemantic_pairs(
     n_classes, n_channels = uses.shape
     pairs = []
     for c in range(n_channels):
-        for t1 in range(n_classes):
-            for t2 in range(t1 + 1, n_classes):
-                if not (bool(uses[t1, c]) and bool(uses[t2, c])):
-                    continue
+        for t1, t2 in itertools.combinations(range(n_classes), 2):
+            if uses[t1, c] and uses[t2, c]:
                 similarity = cosine(arvs[t1, c], arvs[t2, c])
                 if similarity < gamma:
                     pairs.append((c, t1, t2, similarity))
@@ -278,20 +265,16 @@ def published_rho(
     w_o = layer.weight[o].detach().flatten()
     criterion = {}
     for rho in RHOS:
-        row1, row2, _ = published_rows(w_o, v1, v2, rho, len(w_o) // len(v1))
-        ratios1, ratios2 = [], []
-        for x in inputs1:
-            d1, d2 = _rectified_sum(layer, o, row1, x), _rectified_sum(layer, o, row2, x)
-            ratios1.append(d1 / (d2 + CRITERION_EPS))
-        for x in inputs2:
-            d1, d2 = _rectified_sum(layer, o, row1, x), _rectified_sum(layer, o, row2, x)
-            ratios2.append(d2 / (d1 + CRITERION_EPS))
-        criterion[rho] = sum(ratios1) / len(ratios1) + sum(ratios2) / len(ratios2)
-    best = RHOS[0]
-    for rho in RHOS:
-        if criterion[rho] > criterion[best]:
-            best = rho
-    return best, criterion
+        rows = published_rows(w_o, v1, v2, rho, len(w_o) // len(v1))[:2]
+        criterion[rho] = 0.0
+        for inputs, (own, other) in ((inputs1, rows), (inputs2, rows[::-1])):
+            ratios = [
+                _rectified_sum(layer, o, own, x)
+                / (_rectified_sum(layer, o, other, x) + CRITERION_EPS)
+                for x in inputs
+            ]
+            criterion[rho] += sum(ratios) / len(ratios)
+    return max(RHOS, key=lambda rho: criterion[rho]), criterion
 
 
 def published_table(
@@ -326,7 +309,7 @@ def published_table(
     return table
 
 
-# --- section 6: measures --------------------------------------------------------------------------
+# Section 6: measures.
 # z and z_k are (N,): one pooled (or rectified) value per image of the original channel and of the
 # concept channel. images_k and images_l are the indices of the images of concepts k and l.
 
@@ -395,7 +378,6 @@ def ablated_logits(
     """
     changed = _copy64(model)
     layer = changed.get_submodule(layer_name)
-    _check(layer)
     with torch.no_grad():
         if row is None:
             layer.weight[o] = 0.0
@@ -406,14 +388,7 @@ def ablated_logits(
         return changed(image.double().unsqueeze(0))[0]
 
 
-# --- semantic measures, section 6 -----------------------------------------------------------------
-
-
-def _cosine_or_none(e1: Tensor, e2: Tensor) -> float | None:
-    """Cosine of two embeddings, None where one has no direction."""
-    if not e1.any() or not e2.any():
-        return None
-    return cosine(e1.double(), e2.double())
+# Semantic measures, section 6.
 
 
 def monosemanticity(activation: Tensor, embeddings: Tensor) -> float:
@@ -424,35 +399,26 @@ def monosemanticity(activation: Tensor, embeddings: Tensor) -> float:
         return math.nan
     a = [(value - min(a)) / (max(a) - min(a)) for value in a]
     above = below = 0.0
-    for i in range(len(a)):
-        for j in range(i + 1, len(a)):
-            weight = a[i] * a[j]
-            above += weight * cosine(
-                embeddings[directed[i]].double(), embeddings[directed[j]].double()
-            )
-            below += weight
+    for i, j in itertools.combinations(range(len(a)), 2):
+        above += a[i] * a[j] * cosine(embeddings[directed[i]], embeddings[directed[j]])
+        below += a[i] * a[j]
     return above / below if below else math.nan
 
 
 def clarity(embeddings: Tensor) -> float:
-    """Mean cosine over pairs of images."""
-    cosines = []
-    for i in range(len(embeddings)):
-        for j in range(i + 1, len(embeddings)):
-            one = _cosine_or_none(embeddings[i], embeddings[j])
-            if one is not None:
-                cosines.append(one)
+    """Mean cosine over pairs of images, of those that have a direction."""
+    every = [cosine(e1, e2) for e1, e2 in itertools.combinations(embeddings, 2)]
+    cosines = [value for value in every if not math.isnan(value)]
     return sum(cosines) / len(cosines) if cosines else math.nan
 
 
 def pure_distances(embeddings: Tensor, concept: Indices) -> tuple[float, float]:
     """Mean Euclidean distance over pairs of images of one concept, and of two."""
     distances: dict[bool, list[float]] = {True: [], False: []}
-    for i in range(len(embeddings)):
-        for j in range(i + 1, len(embeddings)):
-            pairs = zip(embeddings[i], embeddings[j], strict=True)
-            squares = [(float(p) - float(q)) ** 2 for p, q in pairs]
-            distances[int(concept[i]) == int(concept[j])].append(math.sqrt(sum(squares)))
+    for i, j in itertools.combinations(range(len(embeddings)), 2):
+        pairs = zip(embeddings[i], embeddings[j], strict=True)
+        squares = [(float(p) - float(q)) ** 2 for p, q in pairs]
+        distances[int(concept[i]) == int(concept[j])].append(math.sqrt(sum(squares)))
     within, between = (
         sum(found) / len(found) if found else math.nan for found in distances.values()
     )

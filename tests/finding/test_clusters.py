@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Distribution, Gamma, StudentT
 
 import cluster_oracle as oracle
 from unbraid.finding.clusters import adjusted_rand_index, chance_of_one, find_clusters, two_means
@@ -49,49 +50,25 @@ def assert_clusters(found: tuple[Tensor, Tensor], points: Tensor) -> None:
         torch.testing.assert_close(centre, total / total.norm())
 
 
-def assert_partition(nearest: Tensor, truth: Tensor, least: float = 1.0) -> None:
+def assert_partition(nearest: Tensor, truth: Tensor) -> None:
     """Two partitions of the same points agree, whatever the names of their parts."""
-    assert oracle.adjusted_rand_index(nearest.tolist(), truth.tolist()) >= least
+    assert oracle.adjusted_rand_index(nearest.tolist(), truth.tolist()) == 1
 
 
 # Known groups.
 
-SIZES = [
-    (100, 100),
-    (300, 30),
-    (100, 100, 100),
-    (200, 100, 30),
-    (60, 60, 60, 60, 60),
-    (150, 100, 60, 40, 20),
-]
+SIZES = [(100, 100), (300, 30), (200, 100, 30), (60,) * 5, (150, 100, 60, 40, 20)]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("noise", [0.1, 0.6])
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.6])
 def test_separated_groups_come_back(sizes, noise, seed):
     points, truth = groups_of(sizes, noise=noise, seed=10 * seed)
     found = find_clusters(points)
     assert len(found[1]) == len(sizes)
     assert_partition(found[0], truth)
     assert_clusters(found, points)
-
-
-@pytest.mark.parametrize("noise", [0.9, 1.1])
-def test_groups_in_much_noise_come_back_nearly_whole(noise):
-    """Noise as long as the centres themselves: two points of a group have a cosine of about 0.5."""
-    scores = []
-    for seed in range(10):
-        points, truth = groups_of((150, 100, 80), noise=noise, seed=10 * seed)
-        scores.append(oracle.adjusted_rand_index(find_clusters(points)[0].tolist(), truth.tolist()))
-    assert sorted(scores)[1] >= 0.95
-
-
-def test_groups_of_points_without_noise_come_back():
-    points = torch.eye(5).double().repeat_interleave(torch.tensor([8, 9, 10, 20, 40]), 0)
-    nearest, centres = find_clusters(points)
-    assert_partition(nearest, points.argmax(1))
-    assert len(centres) == 5
 
 
 @pytest.mark.parametrize("period", [2, 3, 4])
@@ -104,19 +81,15 @@ def test_the_order_of_points_does_not_matter(period):
         assert_partition(find_clusters(points[order])[0], truth[order])
 
 
-def test_the_same_points_give_the_same_clusters_to_the_bit():
-    points, _ = groups_of((50, 40, 30), noise=1.0)
+def test_find_clusters_leaves_torchs_random_numbers_alone():
     state = torch.get_rng_state()
-    first, second = find_clusters(points), find_clusters(points.clone())
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
+    find_clusters(groups_of((50, 40, 30), noise=1.0)[0])
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_check_of_clusters_sees_what_is_wrong():
     points, _ = groups_of((40, 30))
     nearest, centres = find_clusters(points)
-    assert_clusters((nearest, centres), points)
     wrong = nearest.clone()
     wrong[0] = 1 - wrong[0]
     for corrupted in (
@@ -135,16 +108,10 @@ def test_the_check_of_clusters_sees_what_is_wrong():
 # One group stays whole.
 
 
-def gamma(shape: float, n: int, d: int, seed: int) -> Tensor:
+def draw(kind: Distribution, n: int, d: int, seed: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return torch.distributions.Gamma(torch.tensor(shape).double(), 1.0).sample((n, d))
-
-
-def student(freedom: float, n: int, d: int, seed: int) -> Tensor:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return torch.distributions.StudentT(torch.tensor(freedom).double()).sample((n, d))
+        return kind.sample((n, d)).double()
 
 
 def arc(degrees: float, n: int, seed: int) -> Tensor:
@@ -155,22 +122,19 @@ def arc(degrees: float, n: int, seed: int) -> Tensor:
 def part_of_a_mixture(n: int, seed: int) -> Tensor:
     """Sparse, skewed and correlated: positive mixtures of three kinds of input."""
     kinds = normal(3, 64, 7).abs()
-    return (normal(n, 3, seed).exp() @ kinds) * gamma(2.0, n, 64, seed)
+    return (normal(n, 3, seed).exp() @ kinds) * draw(Gamma(2.0, 1.0), n, 64, seed)
 
 
 NULLS: dict[str, Callable[[int, int], Tensor]] = {
     "normal around a centre": lambda n, seed: torch.eye(8)[0] + 0.2 * normal(n, 8, seed),
-    "normal, 512 dimensions": lambda n, seed: torch.eye(512)[0] + normal(n, 512, seed) / 22,
     "normal, longer in some": lambda n, seed: (
         3 * torch.eye(64)[0] + normal(n, 64, seed) / torch.arange(1, 65)
     ),
     "all directions": lambda n, seed: normal(n, 64, seed),
     "rectified": lambda n, seed: (normal(n, 64, seed) + 0.3).clamp(min=0),
-    "few rectified": lambda n, seed: (normal(n, 6, seed) + 0.5).clamp(min=0) + 1e-3,
-    "sparse": lambda n, seed: gamma(0.1, n, 512, seed),
+    "sparse": lambda n, seed: draw(Gamma(0.1, 1.0), n, 512, seed),
     "skewed": lambda n, seed: (1.5 * normal(n, 512, seed)).exp(),
-    "heavy tails, 512 dimensions": lambda n, seed: 5 + student(2.0, n, 512, seed),
-    "heavy tails around nothing": lambda n, seed: student(1.5, n, 512, seed),
+    "heavy tails": lambda n, seed: 5 + draw(StudentT(2.0), n, 512, seed),
     "noise of any length": lambda n, seed: (
         torch.eye(32)[0] + normal(n, 32, seed) * normal(n, 1, seed).abs()
     ),
@@ -194,45 +158,30 @@ def test_one_group_stays_whole_in_95_of_100_draws(null, n_points):
 
 
 def test_counting_divided_draws_can_find_some():
-    def two(n: int, seed: int) -> Tensor:
-        return groups_of((n // 2, n // 2), seed=seed)[0]
-
-    assert n_divided(two, 60, 5) == 5
+    assert n_divided(lambda n, seed: groups_of((n // 2, n // 2), seed=seed)[0], 60, 5) == 5
 
 
 # Odd input.
 
 
-@pytest.mark.parametrize("n_points", [1, 2, 3, 8, 15, 16, 17, 100])
-@pytest.mark.parametrize("length", [0.0, 1.0])
-def test_points_that_do_not_differ_are_one_cluster(n_points, length):
-    direction = F.normalize(normal(1, 7, 3), dim=1)
-    nearest, centres = find_clusters(length * direction.repeat(n_points, 1))
-    assert nearest.tolist() == [0] * n_points
-    torch.testing.assert_close(centres, length * direction)
+@pytest.mark.parametrize(
+    "points",
+    [
+        *(length * torch.ones(n, 2) for n in (16, 17, 100) for length in (0.0, 0.5**0.5)),
+        *(torch.eye(2)[torch.arange(n) % 2] for n in (0, 1, 15)),  # too few to test
+    ],
+)
+def test_points_that_do_not_differ_or_are_few_are_one_cluster_and_none_are_none(points):
+    nearest, centres = find_clusters(points.double())
+    assert nearest.tolist() == [0] * len(points)
+    assert centres.shape == (min(len(points), 1), 2)
 
 
-@pytest.mark.parametrize("n_points", [0, 1, 2, 7, 15])
-def test_too_few_points_to_test_are_one_cluster_and_none_are_none(n_points):
-    points = torch.eye(2).double()[torch.arange(n_points) % 2]
-    nearest, centres = find_clusters(points)
-    assert nearest.tolist() == [0] * n_points
-    assert centres.shape == (min(n_points, 1), 2)
-
-
-@pytest.mark.parametrize("n_few", [1, 3, 7])
-def test_a_group_of_fewer_than_eight_is_left_with_the_nearest(n_few):
-    points = torch.eye(3).double().repeat_interleave(torch.tensor([40, 40, n_few]), 0)
+def test_a_group_of_fewer_than_eight_is_left_with_the_nearest():
+    points = torch.eye(3).double().repeat_interleave(torch.tensor([40, 40, 7]), 0)
     nearest, centres = find_clusters(points)
     assert len(centres) == 2
     assert_partition(nearest[:80], points.argmax(1)[:80])
-
-
-@pytest.mark.parametrize("d", [1, 2, 3])
-def test_points_of_few_dimensions_are_divided(d):
-    signs = torch.where(torch.arange(60) % 2 == 0, 1.0, -1.0).double()
-    points = F.normalize(signs[:, None] * torch.ones(1, d).double(), dim=1)
-    assert_partition(find_clusters(points)[0], (signs > 0).long())
 
 
 # The cut.
@@ -247,55 +196,26 @@ def test_the_cut_is_the_best_of_all(sizes, seed):
     assert found == pytest.approx(best, rel=1e-9)
 
 
-def test_the_best_cut_is_better_than_any_other():
-    points, _ = groups_of((4, 3), d=4)
-    best = oracle.best_cut(points)
-    for n in range(7):
-        other = best.clone()
-        other[n] = ~other[n]
-        assert oracle.scatter(points, other.tolist()) > oracle.scatter(points, best.tolist())
-
-
-@pytest.mark.parametrize("n_points", [2, 3, 50])
-def test_equal_points_are_not_cut(n_points):
-    side = two_means(normal(1, 9, 4).repeat(n_points, 1))
-    assert side.all() or not side.any()
-
-
-def test_of_several_cuts_the_best_is_taken():
+def test_of_several_cuts_the_best_is_taken_and_equal_points_are_not_cut():
     """Five equal groups have many cuts that stand, some of which run through a group."""
     for seed in range(20):
         points, truth = groups_of([30] * 5, noise=0.6, seed=10 * seed)
         side = two_means(points)
         for k in range(5):
             assert side[truth == k].all() or not side[truth == k].any()
+    for n_points in (2, 3, 50):
+        assert len(two_means(normal(1, 9, 4).repeat(n_points, 1)).unique()) == 1
 
 
 # The test of a cut.
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("noise", [0.2, 0.4, 0.6])
-def test_chance_is_the_oracles_for_few_points(noise, seed):
-    points, _ = groups_of((9, 9), d=5, noise=noise, seed=10 * seed)
-    expected = oracle.chance_of_one(points, oracle.best_cut)
-    assert chance_of_one(points) == pytest.approx(expected, rel=1e-9)
-
-
 @pytest.mark.parametrize("sizes", [(100,), (150, 100), (90, 9), (101, 100, 60)], ids=str)
 @pytest.mark.parametrize("noise", [0.5, 2.0, 4.0])
-def test_chance_is_the_oracles_for_many_points(sizes, noise):
+def test_chance_is_the_oracles(sizes, noise):
     points, _ = groups_of(sizes, noise=noise)
     expected = oracle.chance_of_one(points, two_means)
     assert chance_of_one(points) == pytest.approx(expected, rel=1e-9)
-
-
-def test_chance_has_values_of_all_sizes():
-    """So that agreement with the oracle says something."""
-    values = [
-        chance_of_one(groups_of((100, 100), noise=noise, seed=4)[0]) for noise in (0.5, 2.0, 3.0)
-    ]
-    assert values[0] < 1e-6 < values[1] < 0.5 < values[2] <= 1
 
 
 def test_chance_without_a_cut_or_a_point_to_count_is_one():
@@ -309,15 +229,14 @@ def test_chance_without_a_cut_or_a_point_to_count_is_one():
 # Agreement of partitions.
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_agreement_is_that_of_pair_counting(seed):
-    n_things = 2 + 3 * seed
+    n_things = 2 + 8 * seed
     one, other = (
         torch.randint(1 + seed % 4 + k, (n_things,), generator=generator(seed + 100 * k)).tolist()
         for k in range(2)
     )
-    whole, single = [0] * n_things, [*range(n_things)]
-    for first, second in ((one, other), (one, one), (one, whole), (one, single)):
+    for first, second in ((one, other), (one, one), (one, [0] * n_things), (one, range(n_things))):
         expected = oracle.adjusted_rand_index(first, second)
         assert adjusted_rand_index(first, second) == pytest.approx(expected, abs=1e-12)
         assert adjusted_rand_index(second, first) == pytest.approx(expected, abs=1e-12)

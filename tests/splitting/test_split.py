@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,7 @@ def test_a_split_says_what_it_was_made_of(world):
     split = world.split
     assert split.method == "least_squares"
     assert split.settings == {"tau": 0.04, "p": 0.6, "gamma": 0.3}
-    assert split.weights == world.scan.manifest.weights
-    assert split.layer == world.scan.layer
-    assert split[5].channel == 5
+    assert (split.weights, split.layer) == (world.scan.manifest.weights, world.scan.layer)
     assert split.name((2, 0)) == "class 2, class 0"
     assert split.name((9,)) == "9"
     with pytest.raises(KeyError, match="channel 7 was not split"):
@@ -55,7 +54,6 @@ def test_a_split_says_what_it_was_made_of(world):
     assert head == "least_squares split of 2 channels of layer"
     assert columns.split() == ["channel", "concept", "classes", "weight", "kept"]
     assert [row.split()[:2] for row in rows] == [["1", "0"], ["1", "1"], ["5", "0"], ["5", "1"]]
-    assert split._repr_html_().count("<tr>") == 5
 
 
 def test_an_earlier_split_to_begin_with_changes_no_answer(world):
@@ -94,10 +92,8 @@ def test_split_refuses_what_makes_no_sense(world, arguments, message):
 
 def test_no_finding_cannot_be_split_and_the_hint_is_told(world):
     nothing = unbraid.find(world.scan, gamma=-1.0)
-    assert nothing.hint
-    with pytest.raises(UsageError, match="nothing to split") as caught:
+    with pytest.raises(UsageError, match=f"nothing to split: .*{re.escape(nothing.hint)}$"):
         unbraid.split(world.scan, nothing)
-    assert nothing.hint in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +105,6 @@ def saved(tmp_path_factory) -> Path:
     split.save(home / "split.safetensors")
     assert_same_split(Split.load(home / "split.safetensors"), split)
     return home / "split.safetensors"
-
-
-def change(values: Any, path: str, value: Any) -> Any:
-    """Change what stands at a path, a list's members by number."""
-    first, _, rest = path.partition(".")
-    key = int(first) if isinstance(values, list) else first
-    inner = change(values[key], rest, value) if rest else value
-    if isinstance(values, list):
-        return [*values[:key], inner, *values[key + 1 :]]
-    return {**values, key: inner}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +127,12 @@ def change(values: Any, path: str, value: Any) -> Any:
 )
 def test_a_description_that_cannot_be_is_refused(path, value, message, saved, tmp_path):
     tensors, about = read_tensors(saved)
-    write_tensors(tmp_path / "split.safetensors", tensors, change(about, path, value))
+    *keys, last = path.split(".")
+    place: Any = about
+    for key in keys:
+        place = place[int(key) if isinstance(place, list) else key]
+    place[last] = value
+    write_tensors(tmp_path / "split.safetensors", tensors, about)
     with pytest.raises(RunError, match=f"is not a split that can be read .*{message}"):
         Split.load(tmp_path / "split.safetensors")
 

@@ -51,7 +51,7 @@ def class_sums(
 
 
 def uses(sums: ClassSums, p: float) -> Tensor:
-    """Say which class uses which channel, (tau, T, C_out)."""
+    """Which class uses which channel, (tau, T, C_out)."""
     fraction = sums.n_matters / sums.n_images.clamp(min=1).double()[:, None]
     return (fraction >= p) & (sums.n_images > 0)[:, None]
 
@@ -88,6 +88,8 @@ def cosines_of(arvs: Tensor) -> Tensor:
 
 def group_classes(classes: Sequence[int], cosines: Tensor, gamma: float) -> tuple[Concept, ...]:
     """Group classes by complete linkage: within a group every two are at least gamma alike."""
+    if len(classes) == 1:
+        return (tuple(classes),)
     apart = 4.0  # beyond any 1 - cosine, so that rounding cannot join what gamma parts
     distances = np.where(cosines.numpy() < gamma, apart, 1 - cosines.numpy())
     numbers = fcluster(linkage(squareform(distances, checks=False), "complete"), 3.0, "distance")

@@ -1,8 +1,6 @@
 """Concepts without labels: the images that a channel responds to most, clustered by what fed it.
 
-A cut by two-means is tested on other points: those of one cluster, projected on the line between
-the centres, are at least as dense half-way as at the rarer centre. Shapes: N points, D dimensions,
-K clusters, S starts.
+Shapes: N points, D dimensions, K clusters, S starts of a cut.
 """
 
 from __future__ import annotations
@@ -60,10 +58,8 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
         first += len(numbers)
     least = math.ceil(nearest[0] * 1000) / 1000  # above the cosine as printed, it is found
     if not found.pairs and least < 1:
-        found.hint = (
-            f"Nearest: channel {nearest[1]} has clusters with a cosine of {least:.3f}, which gamma "
-            "would have to exceed."
-        )
+        told = f"channel {nearest[1]} has clusters with a cosine of {least:.3f}"
+        found.hint = f"Nearest: {told}, which gamma would have to exceed."
     elif not found.pairs:
         found.hint = "No channel's top images form clusters that differ."
     return found
@@ -101,16 +97,12 @@ def _agreement(
     labels = [int(c) for c in top.label.unique() if (top.label == c).sum() >= _ENOUGH]
     if not labels:
         return float("nan")
-    groups: Sequence[Concept] = [(labels[0],)]
-    if len(labels) > 1:
-        groups = group_classes(labels, _cosines(top, top.label, labels), gamma)
+    groups = group_classes(labels, _cosines(top, top.label, labels), gamma)
     of_label = {c: k for k, group in enumerate(groups) for c in group}
     of_number = {n: k for k, concept in enumerate(concepts) for n in concept}
-    known = torch.isin(top.label, torch.tensor(labels, dtype=torch.int64))
-    return adjusted_rand_index(
-        [of_label[c] for c in top.label[known].tolist()],
-        [of_number[n] for n in number[known].tolist()],
-    )
+    both = zip(top.label.tolist(), number.tolist(), strict=True)
+    known = [(of_label[c], of_number[n]) for c, n in both if c in of_label]
+    return adjusted_rand_index(*zip(*known, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,15 +163,13 @@ def _gather(scan: Scan, chosen: Mapping[int, Tensor]) -> dict[int, tuple[Tensor,
     parts: dict[int, list[tuple[Tensor, Tensor]]] = {o: [] for o in chosen}
     start = 0
     for records in scan.shards():
-        bounds = torch.tensor([start, start + len(records)], dtype=torch.int64)
+        end = start + len(records)
         for o, places in chosen.items():
-            low, high = torch.searchsorted(places, bounds).tolist()
-            here = places[low:high] - start
+            here = places[(places >= start) & (places < end)] - start
             pooled = records.pooled[here, scan.layer.group_of(o)]
             parts[o].append((records.label[here], pooled))
-        start += len(records)
-    columns = {o: zip(*own, strict=True) for o, own in parts.items()}
-    return {o: tuple(map(torch.cat, own)) for o, own in columns.items()}
+        start = end
+    return {o: tuple(map(torch.cat, zip(*own, strict=True))) for o, own in parts.items()}
 
 
 def cluster_images(
@@ -220,7 +210,11 @@ def _divide(points: Tensor, members: Tensor) -> list[Tensor]:
 
 
 def chance_of_one(points: Tensor) -> float:
-    """Probability that so few of (N, D) points lie half-way if all come from one cluster."""
+    """Probability that so few of (N, D) points lie half-way if all come from one cluster.
+
+    A cut of half the points is tested on the others: those of one cluster, projected on the line
+    between the centres, are at least as dense half-way as at the rarer centre.
+    """
     halves = points[0::2], points[1::2]
     smaller = half_way = 0
     for half, other in (halves, halves[::-1]):
@@ -258,8 +252,8 @@ def _parts(centred: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _principal_directions(centred: Tensor) -> Tensor:
-    size = centred.shape[1], _N_STARTS
-    generator = torch.Generator().manual_seed(0)  # anything that is orthogonal to none of them
+    size, generator = (centred.shape[1], _N_STARTS), torch.Generator().manual_seed(0)
+    # Anything that is orthogonal to none of them.
     directions = torch.randn(size, generator=generator, dtype=torch.float32).to(centred.dtype)
     for _ in range(_N_TURNS):
         directions = torch.linalg.qr(centred.T @ (centred @ directions))[0]

@@ -1,8 +1,8 @@
 """How sure a cosine is: what other images of the same classes would have made of it.
 
 An ARV is linear in the mean pooled input, so weighted means give every replicate of every ARV.
-Shapes: N images, T classes in any pair, c classes in the pairs of a channel, R replicates, H
-halvings, G groups, J taps, I input channels of a group.
+Shapes: N images, T classes in any pair, c in those of a channel, R replicates, H halvings, G
+groups, J taps, I input channels of a group.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -44,13 +43,16 @@ def with_chance(scan: Scan, sums: ClassSums, pairs: Sequence[Pair]) -> list[Pair
     """
     if not pairs:
         return []
-    classes = _sides(pairs).unique()
     by_channel: dict[int, list[Pair]] = {}
     for pair in pairs:
         by_channel.setdefault(pair.channel, []).append(pair)
+    classes = torch.tensor(
+        sorted({c for p in pairs for c in (p.class1, p.class2)}), dtype=torch.int64
+    )
     cases = []
     for channel, own in by_channel.items():
-        chosen, sides = _sides(own).unique(return_inverse=True)
+        both = torch.tensor([[p.class1 for p in own], [p.class2 for p in own]], dtype=torch.int64)
+        chosen, sides = both.unique(return_inverse=True)
         cases.append(_Case(channel, own, torch.searchsorted(classes, chosen), sides))
     intervals = _intervals(scan, sums, cases, classes)
     yardsticks = _yardsticks(scan, cases, classes)
@@ -77,13 +79,6 @@ def uniforms(index: Tensor, first: int, n: int) -> Tensor:
     return torch.from_numpy(((z >> np.uint64(11)) + 0.5) / 2.0**53)
 
 
-def _sides(pairs: Sequence[Pair]) -> Tensor:
-    """The classes of each pair, (2, pairs)."""
-    return torch.tensor(
-        [[pair.class1 for pair in pairs], [pair.class2 for pair in pairs]], dtype=torch.int64
-    )
-
-
 def _intervals(
     scan: Scan, sums: ClassSums, cases: Sequence[_Case], classes: Tensor
 ) -> Iterator[Tensor]:
@@ -101,8 +96,11 @@ def _intervals(
     each = (means.numel() + most * (3 * means.shape[2] + 2 * most)) * means.element_size()
     every = torch.arange(N_REPLICATES, dtype=torch.int64)
     for part in every.split(max(1, _BYTES_AT_ONCE // each)):
-        weigh = partial(_exponentials, int(part[0]), len(part))
-        replicates = _weighted_means(scan, classes, len(part), weigh)
+
+        def exponentials(_: Tensor, index: Tensor, part: Tensor = part) -> Tensor:
+            return -uniforms(index, int(part[0]), len(part)).log()
+
+        replicates = _weighted_means(scan, classes, len(part), exponentials)
         unstretched = means[:, None].expand_as(replicates)
         torch.lerp(unstretched, replicates, stretch, out=replicates)
         centre += replicates.sum(1) / N_REPLICATES
@@ -121,17 +119,8 @@ def _intervals(
         yield torch.where(factor.isinf(), whole, ends)
 
 
-def _exponentials(first: int, n: int, _: Tensor, index: Tensor) -> Tensor:
-    """Weights of images of any class, (N, n), in the replicates from `first` on."""
-    return -uniforms(index, first, n).log()
-
-
 def _pull(length: Tensor, noise: Tensor) -> Tensor:
-    """By what factor, squared, noise pulls replicates' cosines below those without noise, (c,).
-
-    >>> _pull(torch.tensor([8.0, 8.0, 0.0]), torch.tensor([2.0, 8.0, 0.0]))
-    tensor([1.6667,    inf, 1.0000])
-    """
+    """By what factor, squared, noise pulls replicates' cosines below those without noise, (c,)."""
     factor = torch.where(noise < length, (length + noise) / (length - noise), torch.inf)
     return torch.where(noise > 0, factor, 1.0)
 
@@ -190,4 +179,4 @@ def _arvs(scan: Scan, case: _Case, means: Tensor) -> Tensor:
 
 
 def _dtype(scan: Scan) -> torch.dtype:
-    return torch.float64 if scan.weight.dtype == torch.float64 else torch.float32
+    return torch.promote_types(scan.weight.dtype, torch.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 
@@ -25,6 +25,8 @@ from unbraid.finding.findings import Concept, ConceptKind, Findings, Found, pair
 from unbraid.finding.thresholds import Tau, check_thresholds, choose_tau, nearest_finding
 from unbraid.scanning.accuracy import scanned_accuracy
 from unbraid.scanning.records import Scan
+
+_EXAMPLE = "such as {1660: [[530], [938]]}"
 
 
 @in_plain_modes
@@ -69,11 +71,10 @@ def find(
     tau, p, gamma = check_thresholds(tau, p, gamma, scan.manifest.min_share)
     if concepts not in get_args(ConceptKind):
         raise UsageError(f"concepts is {concepts!r}; use 'classes' or 'clusters'.")
-    if concepts == "classes":
-        # A network that is mostly wrong uses its channels for nothing that labels tell.
-        accuracy = scanned_accuracy(scan)
-        if accuracy is not None and accuracy.warning:
-            warnings.warn(accuracy.warning, stacklevel=3)
+    # A network that is mostly wrong uses its channels for nothing that labels tell.
+    accuracy = scanned_accuracy(scan) if concepts == "classes" else None
+    if accuracy is not None and accuracy.warning:
+        warnings.warn(accuracy.warning, stacklevel=3)
     if concepts == "clusters" and channels is not None:
         raise UsageError("Pass your own concepts in channels, or concepts='clusters', not both.")
     auto, note = tau == "auto", ""
@@ -83,12 +84,9 @@ def find(
         found = search_clusters(scan, gamma)
     else:
         sums = class_sums(scan, [tau])
-        if channels is None:
-            found = _search_classes(scan, sums, p, gamma)
-            if not found.pairs:
-                found.hint = nearest_finding(scan, tau, p, gamma)
-        else:
-            found = _own(scan, sums, channels)
+        found = _search(scan, sums, p, gamma) if channels is None else _own(scan, sums, channels)
+        if channels is None and not found.pairs:
+            found.hint = nearest_finding(scan, tau, p, gamma)
         found.pairs = with_chance(scan, sums, found.pairs)
     class_names = dict(enumerate(scan.class_names)) | found.names  # behind classes, clusters
     return Findings(
@@ -109,7 +107,7 @@ def find(
     )
 
 
-def _search_classes(scan: Scan, sums: ClassSums, p: float, gamma: float) -> Found:
+def _search(scan: Scan, sums: ClassSums, p: float, gamma: float) -> Found:
     found = Found()
     for channel, classes in shared_channels(uses(sums, p)[0]):
         cosines = class_cosines(scan, sums, channel, classes)
@@ -122,10 +120,8 @@ def _search_classes(scan: Scan, sums: ClassSums, p: float, gamma: float) -> Foun
 
 def _own(scan: Scan, sums: ClassSums, channels: Any) -> Found:
     if not isinstance(channels, Mapping):
-        raise UsageError(
-            f"channels is a {type(channels).__name__}; give groups of classes per channel, for "
-            "example {1660: [[530], [938]]}."
-        )
+        kind = type(channels).__name__
+        raise UsageError(f"channels is a {kind}; give groups of classes per channel, {_EXAMPLE}.")
     found = Found()
     for key, groups in channels.items():
         channel = whole_number("a channel in channels", key)
@@ -142,20 +138,17 @@ def _own(scan: Scan, sums: ClassSums, channels: Any) -> Found:
 def _use(sums: ClassSums, channel: int, classes: Sequence[int]) -> list[float]:
     """In what fraction of the images of each class a channel matters."""
     chosen = list(classes)
-    use: list[float] = (
-        sums.n_matters[0, chosen, channel] / sums.n_images[chosen].double()
-    ).tolist()
-    return use
+    fraction = sums.n_matters[0, chosen, channel] / sums.n_images[chosen].double()
+    return cast(list[float], fraction.tolist())
 
 
 def _own_concepts(
     scan: Scan, sums: ClassSums, channel: int, groups: Sequence[Sequence[int]]
 ) -> tuple[Concept, ...]:
-    if not 0 <= channel < scan.layer.n_out:
-        raise UsageError(
-            f"channels names channel {channel}, but layer {scan.layer.name!r} has channels 0 to "
-            f"{scan.layer.n_out - 1}."
-        )
+    layer = scan.layer
+    if not 0 <= channel < layer.n_out:
+        there = f"layer {layer.name!r} has channels 0 to {layer.n_out - 1}"
+        raise UsageError(f"channels names channel {channel}, but {there}.")
     try:
         concepts = tuple(tuple(whole_numbers("a concept", group)) for group in groups)
     except (TypeError, UsageError):
@@ -164,7 +157,7 @@ def _own_concepts(
     if len(concepts) < 2 or not all(concepts) or len(set(classes)) < len(classes):
         raise UsageError(
             f"The concepts of channel {channel} must be two or more groups of classes that share "
-            "no class, such as [[530], [938]]."
+            f"no class, {_EXAMPLE}."
         )
     for label in classes:
         if not 0 <= label < len(sums.n_images) or sums.n_images[label] == 0:

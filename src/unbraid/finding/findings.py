@@ -20,10 +20,14 @@ COLUMNS = (
     *("channel", "class1", "class2", "cosine", "use1", "use2", "name1", "name2"),
     *("low", "high", "half1", "half2", "uncertain"),
 )
-_LEGEND = (
+_SIDE = ("used in", "halves")
+_CLASS_HEADS = ("channel", "cosine", "interval", "class 1", *_SIDE, "class 2", *_SIDE)
+_CLASS_LEGEND = (
     "interval: where, with 95 % confidence, the cosine lies that unlimited images would give; "
     "halves: cosine between two halves of the images of one class (- for a single image)."
 )
+_CLUSTER_HEADS = ("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")
+_CLUSTER_LEGEND = "top images: the cluster's part of the images that the channel answers to most."
 
 
 @dataclass(frozen=True)
@@ -125,49 +129,37 @@ class Findings(Tabular, Exported):
         note = f"\nNote: {self.note}" if self.note else ""
         if not self.pairs:
             return Table((), note=f"{head}. {self.hint}".rstrip() + note)
-        rows, legend = self._class_rows() if of_classes else self._cluster_rows()
-        return Table(rows, head, legend + note)
+        heads = _CLASS_HEADS if of_classes else _CLUSTER_HEADS
+        rows = [self._cells(pair, of_classes) for pair in self.pairs]
+        return Table([heads, *rows], head, self._legend(of_classes) + note)
 
-    def _cluster_rows(self) -> tuple[list[tuple[str, ...]], str]:
-        heads = ("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")
-        rows = [
-            (
-                str(pair.channel),
-                f"{pair.cosine:.4f}",
-                *(self.name(pair.class1), f"{pair.use1:.0%}"),
-                *(self.name(pair.class2), f"{pair.use2:.0%}"),
-            )
-            for pair in self.pairs
-        ]
-        legend = "top images: the cluster's part of the images that the channel answers to most."
-        known = self.known_agreement
+    def _cells(self, pair: Pair, of_classes: bool) -> list[str]:
+        cells = [str(pair.channel), f"{pair.cosine:.4f}"]
+        if of_classes:
+            known = not math.isnan(pair.low)
+            interval = f"{pair.low:.3f} to {pair.high:.3f}" if known else "-"
+            cells.append(interval + " *" * self.uncertain(pair))
+        sides = (pair.class1, pair.use1, pair.half1), (pair.class2, pair.use2, pair.half2)
+        for number, use, half in sides:
+            cells += [self.name(number), f"{use:.0%}", *([figure(half)] if of_classes else [])]
+        return cells
+
+    def _legend(self, of_classes: bool) -> str:
+        if of_classes:
+            legend, n_uncertain = _CLASS_LEGEND, sum(map(self.uncertain, self.pairs))
+            if n_uncertain:
+                legend += (
+                    f"\n* {n_uncertain} of {count(len(self.pairs), 'pair')} uncertain: with other "
+                    "images of the same classes the cosine could lie on the other side of gamma."
+                )
+            return legend
+        legend, known = _CLUSTER_LEGEND, self.known_agreement
         if known:
             legend += (
                 f"\nMean agreement with what classes make of them: {sum(known) / len(known):.3f} "
                 "(adjusted Rand index: 1 the same, 0 chance)."
             )
-        return [heads, *rows], legend
-
-    def _class_rows(self) -> tuple[list[tuple[str, ...]], str]:
-        side = ("used in", "halves")
-        heads = ("channel", "cosine", "interval", "class 1", *side, "class 2", *side)
-        rows = [
-            (
-                str(pair.channel),
-                f"{pair.cosine:.4f}",
-                _interval(pair) + (" *" if self.uncertain(pair) else ""),
-                *(self.name(pair.class1), f"{pair.use1:.0%}", figure(pair.half1)),
-                *(self.name(pair.class2), f"{pair.use2:.0%}", figure(pair.half2)),
-            )
-            for pair in self.pairs
-        ]
-        legend, n_uncertain = _LEGEND, sum(map(self.uncertain, self.pairs))
-        if n_uncertain:
-            legend += (
-                f"\n* {n_uncertain} of {count(len(self.pairs), 'pair')} uncertain: with other "
-                "images of the same classes the cosine could lie on the other side of gamma."
-            )
-        return [heads, *rows], legend
+        return legend
 
     @property
     def known_agreement(self) -> list[float]:
@@ -191,7 +183,3 @@ class Findings(Tabular, Exported):
             figures = tuple(vars(pair).values())
             names = (self.name(pair.class1), self.name(pair.class2))
             yield (*figures[:6], *names, *figures[6:], self.uncertain(pair))
-
-
-def _interval(pair: Pair) -> str:
-    return "-" if math.isnan(pair.low) else f"{pair.low:.3f} to {pair.high:.3f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -38,7 +39,7 @@ class Members:
     clusters: Clusters = field(default_factory=dict)
 
     def of(self, records: Records, number: int) -> Tensor:
-        """Say which images of some records belong to a class or cluster, (N,)."""
+        """Which images belong to a class or cluster, (N,)."""
         cluster = self.clusters.get(number)
         if cluster is None:
             return records.label == number
@@ -52,7 +53,7 @@ class Members:
         return member
 
     def concept_of(self, records: Records, concepts: Sequence[Sequence[int]]) -> Tensor:
-        """Say which concept each image of some records belongs to, (N,), -1 for none."""
+        """Which concept each image belongs to, (N,), -1 for none."""
         concept = torch.full_like(records.label, -1)
         for k, numbers in enumerate(concepts):
             for number in numbers:
@@ -60,7 +61,7 @@ class Members:
         return concept
 
     def indices(self, numbers: Iterable[int]) -> list[int]:
-        """Give the indices in the data set of all images of some classes and clusters."""
+        """Indices in the data set of all images of some classes and clusters."""
         wanted = [tuple(numbers)]
         return [
             index
@@ -69,7 +70,7 @@ class Members:
         ]
 
     def places(self, records: Records, numbers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-        """Give the images of each number that has some, as places in the records, in order."""
+        """The images of each number that has some, as places in the records."""
         labels = set(records.label.tolist())
         for number in numbers:
             if number in labels or number in self.clusters:
@@ -80,15 +81,13 @@ class Members:
     def count(self, numbers: Iterable[int]) -> dict[int, int]:
         """Count the images of each number; where all are classes, only labels are read."""
         counts = dict.fromkeys(numbers, 0)
-        if counts.keys() & self.clusters.keys():
-            for records in self.scan.shards():
-                for number, places in self.places(records, counts):
-                    counts[number] += len(places)
-        else:
-            for labels in self.scan.columns("label"):
-                for label, n in zip(*labels.unique(return_counts=True), strict=True):
-                    if int(label) in counts:
-                        counts[int(label)] += int(n)
+        if not counts.keys() & self.clusters.keys():
+            labels = (label for column in self.scan.columns("label") for label in column.tolist())
+            sizes = Counter(labels)
+            return {number: sizes[number] for number in counts}
+        for records in self.scan.shards():
+            for number, places in self.places(records, counts):
+                counts[number] += len(places)
         return counts
 
     def first(
@@ -98,13 +97,10 @@ class Members:
         parts: dict[int, list[dict[str, Tensor]]] = {number: [] for number in sorted(set(numbers))}
         missing = dict.fromkeys(parts, n)
         for records in self.scan.shards():
-            columns = {name: getattr(records, name) for name in names}
+            columns = {k: v for k, v in vars(records).items() if k in names and v is not None}
             for number, places in self.places(records, missing):
                 some = places[: missing[number]]
-                taken = {
-                    name: column[some] for name, column in columns.items() if column is not None
-                }
-                parts[number].append(taken)
+                parts[number].append({name: column[some] for name, column in columns.items()})
                 missing[number] -= len(some)
             missing = {number: left for number, left in missing.items() if left}
             if not missing:
@@ -129,6 +125,5 @@ def mean_responses(
 
 def relevance_for_channel(scan: Scan, pooled: Tensor, channel: int) -> Tensor:
     """Relevance of the input channels, (..., C), from pooled inputs of their group, (..., J)."""
-    return input_relevance(
-        scan.weight[channel].double(), pooled.double(), scan.layer.taps_per_input
-    )
+    weight = scan.weight[channel].double()
+    return input_relevance(weight, pooled.double(), scan.layer.taps_per_input)

@@ -61,7 +61,7 @@ def check_thresholds(
 
 
 def choose_tau(scan: Scan) -> tuple[float, str]:
-    """Choose the largest share that ten channels of a typical image have (docs/thresholds.md)."""
+    """The largest share that ten channels of a typical image have; a note where it is bounded."""
     n_matter = min(N_MATTER, math.ceil(scan.layer.n_out / _ONE_IN))
     least = scan.manifest.min_share
     parts = [
@@ -106,22 +106,27 @@ def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:
     least = scan.manifest.min_share
     tried = [float(f"{tau * 0.9**k:.3g}") for k in range(1, 60)]
     taus = [tau, *(t for t in tried if least < t < tau), *([least] if least < tau else [])]
-    nearest = (float("inf"), 0.0, 0)  # cosine, negative tau, channel
+    n_classes = max(len(scan.class_names), max(scan.labels_seen(), default=0) + 1)
+    at_once = max(1, _COUNTS_AT_ONCE // (n_classes * scan.layer.n_out))
+    nearest = (math.inf, 0.0, 0)  # cosine, negative tau, channel
     known: dict[int, list[int]] = {}  # the classes last compared, by channel
-    for sums, lower, users in _users(scan, taus, p):
-        for channel, classes in shared_channels(users):
-            if known.get(channel) != classes:
-                known[channel] = classes
-                cosine = float(class_cosines(scan, sums, channel, classes).min())
-                nearest = min(nearest, (cosine, -lower, channel))
-        if nearest[0] < gamma:
-            return f"Nearest: tau {_exact(lower)} finds channel {nearest[2]}."
-    if nearest[0] > 1:
+    for first in range(0, len(taus), at_once):
+        portion = taus[first : first + at_once]
+        sums = class_sums(scan, portion)
+        for lower, users in zip(portion, uses(sums, p), strict=True):
+            for channel, classes in shared_channels(users):
+                if known.get(channel) != classes:
+                    known[channel] = classes
+                    cosine = float(class_cosines(scan, sums, channel, classes).min())
+                    nearest = min(nearest, (cosine, -lower, channel))
+            if nearest[0] < gamma:
+                return f"Nearest: tau {_exact(lower)} finds channel {nearest[2]}."
+    cosine, negative_tau, channel = nearest
+    if cosine > 1:
         return (
             f"No two classes use the same channel at any tau down to {_exact(least)}; lower p, or "
             "scan with a smaller min_share."
         )
-    cosine, negative_tau, channel = nearest
     return (
         f"Nearest: at tau {_exact(-negative_tau)} channel {channel} has a cosine of "
         f"{math.ceil(cosine * 1000) / 1000:.3f}, which gamma would have to exceed."
@@ -129,22 +134,8 @@ def nearest_finding(scan: Scan, tau: float, p: float, gamma: float) -> str:
 
 
 def _exact(tau: float) -> str:
-    """Print a tau in few digits where these are enough to read it back."""
-    short = f"{tau:.15g}"
-    return short if float(short) == tau else repr(tau)
-
-
-def _users(
-    scan: Scan, taus: Sequence[float], p: float
-) -> Iterator[tuple[ClassSums, float, Tensor]]:
-    """For each tau, class sums and who uses which channel, (T, C_out), in few readings."""
-    n_classes = max(len(scan.class_names), max(scan.labels_seen(), default=0) + 1)
-    at_once = max(1, _COUNTS_AT_ONCE // (n_classes * scan.layer.n_out))
-    for first in range(0, len(taus), at_once):
-        portion = taus[first : first + at_once]
-        sums = class_sums(scan, portion)
-        for tau, users in zip(portion, uses(sums, p), strict=True):
-            yield sums, tau, users
+    """Print a tau so that it can be read back."""
+    return repr(tau).removesuffix(".0")
 
 
 @dataclass(frozen=True)
@@ -184,14 +175,13 @@ class Sensitivity(Exported):
 
     def __str__(self) -> str:
         """Show a table per p, taus down and gammas across: channels and, in brackets, pairs."""
-        parts = [
-            f"Polysemantic channels, and pairs of classes in brackets, of the "
-            f"{count(self.n_out, 'channel')} of layer {self.layer}"
-        ]
+        n_out = count(self.n_out, "channel")
+        head = "Polysemantic channels, and pairs of classes in brackets, of the"
+        parts = [f"{head} {n_out} of layer {self.layer}"]
         for p in self.ps:
             rows = [(f"p {p:g}", *(f"gamma {gamma:g}" for gamma in self.gammas))]
             for tau in self.taus:
-                cells = [self.at(tau, p, gamma) for gamma in self.gammas]
+                cells = (self.at(tau, p, gamma) for gamma in self.gammas)
                 figures = (f"{cell.n_channels:,} ({cell.n_pairs:,})" for cell in cells)
                 rows.append((f"tau {tau:g}", *figures))
             parts.append(align(rows))
@@ -262,10 +252,9 @@ def _grid(
 ) -> tuple[float, ...]:
     if values is None:
         values = [*default, *([] if own is None else [own])]
-    grid = sorted(set(real_numbers(name, values)))
-    if not grid:
-        raise UsageError(f"{name} is empty; give a value or more, or None for the default grid.")
-    return tuple(grid)
+    if grid := sorted(set(real_numbers(name, values))):
+        return tuple(grid)
+    raise UsageError(f"{name} is empty; give a value or more, or None for the default grid.")
 
 
 def _pairs_below(
@@ -276,7 +265,7 @@ def _pairs_below(
     users: Tensor,
     gammas: Sequence[float],
 ) -> Tensor:
-    """Count the pairs of users (S, c) of a channel that have different reasons, (S, gammas)."""
+    """Count the pairs of users (S, c) that have different reasons, (S, gammas)."""
     cosines = class_cosines(scan, sums, channel, classes)
     columns = []
     for gamma in gammas:

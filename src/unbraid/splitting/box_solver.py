@@ -97,11 +97,9 @@ class Rows:
         part = scaled @ rows.T
         part.diagonal().add_(1)
         factor = torch.linalg.cholesky(part)
-
-        def solve(x: Tensor) -> Tensor:
-            return x / weight - torch.cholesky_solve((scaled @ x)[:, None], factor)[:, 0] @ scaled
-
-        return solve
+        return lambda x: (
+            x / weight - torch.cholesky_solve((scaled @ x)[:, None], factor)[:, 0] @ scaled
+        )
 
 
 Gram = Whole | Rows
@@ -154,8 +152,7 @@ class _Box:
     ridge: float
     linear: Tensor  # (J,)
 
-    def pull(self, m: Tensor) -> Tensor:
-        """Which way the objective falls, (J,)."""
+    def pull(self, m: Tensor) -> Tensor:  # which way the objective falls, (J,)
         return self.linear - self.gram.times(m) - self.ridge * m
 
     def residual(self, m: Tensor) -> Tensor:
@@ -192,10 +189,10 @@ def kkt_residual(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tensor:
 def _switch_bounds(box: _Box, m: Tensor) -> Tensor:
     """Guess which unknowns lie at which bound, solve for the others, and guess again, (J,)."""
     bound = _beyond(m + box.pull(m) / (box.gram.diagonal + box.ridge))
-    for exact in (False, True):  # exact answers to wrong guesses only where rough ones lead nowhere
-        bound, m, settled = _go_round(box, bound, m, exact)
-        if settled:
-            break
+    # Exact answers to wrong guesses only where rough ones lead nowhere.
+    bound, m, settled = _go_round(box, bound, m, exact=False)
+    if not settled:
+        m = _go_round(box, bound, m, exact=True)[1]
     return m.clamp(0, 1)
 
 

@@ -103,10 +103,11 @@ def second_moments(members: Members, keys: Iterable[Key], whole: set[Key]) -> di
     inputs: dict[Key, list[Tensor]] = {key: [] for key in keys}
     sums = {key: torch.zeros(size, size, dtype=torch.float64) for key in keys if key in whole}
 
-    def add_up(key: Key) -> None:
-        rows = torch.cat(inputs[key])
-        sums[key].addmm_(rows.T, rows)
-        inputs[key].clear()
+    def add_up(key: Key, at_least: int) -> None:
+        if sum(map(len, inputs[key])) >= at_least:
+            rows = torch.cat(inputs[key])
+            sums[key].addmm_(rows.T, rows)
+            inputs[key].clear()
 
     for records in members.scan.shards():
         for number, places in members.places(records, groups_of):
@@ -114,11 +115,10 @@ def second_moments(members: Members, keys: Iterable[Key], whole: set[Key]) -> di
                 pooled = records.pooled[places, key[0]]
                 inputs[key].append(augment(pooled, records.n_positions[places]))
                 # To add a few rows takes as long as many, since the whole matrix is read for them.
-                if key in sums and sum(map(len, inputs[key])) >= _ROWS_AT_ONCE:
-                    add_up(key)
+                if key in sums:
+                    add_up(key, _ROWS_AT_ONCE)
     for key in sums:
-        if inputs[key]:
-            add_up(key)
+        add_up(key, 1)
     return {key: Whole(sums[key]) if key in sums else Rows(torch.cat(inputs[key])) for key in keys}
 
 
@@ -145,7 +145,7 @@ class Problem:
         return replace(self, gram=gram, linear=self.linear + term.linear)
 
     def loss(self, masks: Tensor) -> Tensor:
-        """Objectives without penalty, (K,): squared mimic and silence errors."""
+        """Squared mimic and silence errors, without penalty, (K,)."""
         return (masks * (self.gram.times(masks) - 2 * self.linear)).sum(1) + self.constant
 
 
@@ -203,10 +203,8 @@ def sample_images(scan: Scan) -> Records:
     step = max(1, sum(sizes) // _N_BACKGROUND_IMAGES)
     parts, start = [], 0
     for tensors in scan.tensors("index", "label", "prediction", "n_positions", "pooled"):
-        n_images = len(tensors["label"])
-        places = torch.arange(min(-start % step, n_images), n_images, step, dtype=torch.int64)
-        parts.append({name: tensor[places] for name, tensor in tensors.items()})
-        start += n_images
+        parts.append({name: tensor[-start % step :: step] for name, tensor in tensors.items()})
+        start += len(tensors["label"])
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     no_share = torch.zeros(len(joined["label"]) + 1, dtype=torch.int64)
     return replace(no_records(scan.layer, False), share_start=no_share, **joined)
@@ -215,7 +213,7 @@ def sample_images(scan: Scan) -> Records:
 def background_term(
     members: Members, sample: Records, channel: int, concepts: Sequence[Concept]
 ) -> Term | None:
-    """Ask in images of no concept that every mask answers with an even share."""
+    """Ask that in images of no concept every mask responds with an even share."""
     outside = members.concept_of(sample, concepts) < 0
     pooled = sample.pooled[outside, members.scan.layer.group_of(channel)]
     inputs = augment(pooled, sample.n_positions[outside])  # (N, J + 1)
@@ -247,8 +245,8 @@ def fit_least_squares(
             whole |= needs[channel]
 
     def n_bytes(key: Key) -> int:
-        n_rows = layer.n_taps + 1 if key in whole else counts[key[1]]
-        return (layer.n_taps + 1) * 8 * n_rows
+        n_columns = layer.n_taps + 1
+        return 8 * n_columns * (n_columns if key in whole else counts[key[1]])
 
     def fit(sums: dict[Key, Gram], channel: int) -> Fit:
         group = layer.group_of(channel)
@@ -311,8 +309,8 @@ def _held_out_losses(row: Tensor, inputs: Sequence[Tensor], ids: Sequence[Tensor
 def _pose_first(row: Tensor, inputs: Sequence[Tensor]) -> Problem:
     """The problems of a channel's first concepts, from the inputs of all of them, (n, J + 1)."""
     whole = pose(row, [Moment([Rows(x)], len(x)) for x in inputs])
-    some = slice(_N_CONCEPTS)
-    return Problem(whole.gram, whole.linear[some], whole.prior[some], whole.constant[some])
+    some = {name: getattr(whole, name)[:_N_CONCEPTS] for name in ("linear", "prior", "constant")}
+    return replace(whole, **some)
 
 
 def deal(ids: Sequence[Tensor], n_folds: int) -> list[Tensor]:

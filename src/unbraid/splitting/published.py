@@ -10,7 +10,6 @@ from torch import Tensor
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Members
 from unbraid.networks.spec import respond, widen
-from unbraid.scanning.records import Records, Scan
 
 RHOS = tuple(k / 20 for k in range(1, 21))
 _EPSILON = 1e-5  # the published guard against division by zero
@@ -29,7 +28,7 @@ def published_masks(arvs: Sequence[Tensor], rho: float, taps_per_input: int) -> 
         mine = torch.stack(wins).all(0) & ~taken
         taken = taken | mine
         owned.append(mine)
-    masks = torch.stack([~(taken & ~mine) for mine in owned])
+    masks = torch.stack([~taken | mine for mine in owned])
     return masks.repeat_interleave(taps_per_input, 1).double()
 
 
@@ -42,18 +41,23 @@ def choose_rho(
 
     The criterion sums over concepts the mean of its own response over the others', on its images.
     """
-    scan = members.scan
+    scan, layer = members.scan, members.scan.layer
     n_images = {o: torch.zeros(len(own), 1, dtype=torch.int64) for o, own in concepts.items()}
     sums = {o: torch.zeros(len(own), len(RHOS), dtype=torch.float64) for o, own in concepts.items()}
     rows: dict[int, Tensor] = {}  # (rho * K, J), those that every rho would make
     for o in concepts:
-        masks = [published_masks(arvs[o], rho, scan.layer.taps_per_input) for rho in RHOS]
+        masks = [published_masks(arvs[o], rho, layer.taps_per_input) for rho in RHOS]
         rows[o] = torch.cat(masks).to(scan.weight.dtype) * scan.weight[o]
     for records in scan.shards():
+        assert records.input_map is not None
         for o, own in concepts.items():
             concept = members.concept_of(records, own)
+            bias = widen(scan.bias[o]).expand(len(rows[o]))
             for k in concept[concept >= 0].unique().tolist():
-                responses = _responses(scan, records, concept == k, o, rows[o])  # (n, rho, K)
+                maps = widen(records.input_map[concept == k])
+                z = respond(layer, maps, widen(rows[o]), bias, [o] * len(bias))
+                summed = z.clamp(min=0).flatten(2).sum(2, dtype=torch.float64)
+                responses = summed.view(len(maps), len(RHOS), -1)  # (n, rho, K)
                 others = responses.sum(2) - responses[:, :, k]
                 sums[o][k] += (responses[:, :, k] / (others + _EPSILON)).sum(0)
                 n_images[o][k] += len(responses)
@@ -65,17 +69,3 @@ def choose_rho(
         first_equal = [int((by_rho == own).all(1).nonzero()[0]) for own in by_rho]
         chosen[o] = RHOS[int(criterion[first_equal].argmax())]
     return chosen
-
-
-def _responses(scan: Scan, records: Records, chosen: Tensor, channel: int, rows: Tensor) -> Tensor:
-    """Rectified responses summed over positions, (n, rho, K), float64."""
-    assert records.input_map is not None
-    z = respond(
-        scan.layer,
-        widen(records.input_map[chosen]),
-        widen(rows),
-        widen(scan.bias[channel]).expand(len(rows)),
-        [channel] * len(rows),
-    )
-    summed = z.clamp(min=0).flatten(2).sum(2, dtype=torch.float64)
-    return summed.view(len(summed), len(RHOS), -1)

@@ -36,7 +36,7 @@ class Images:
     concept: Tensor  # (N,)
 
     def rectified(self, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Responses of masked channels, (K, N) float64, and where they are positive, (K, N, P)."""
+        """Responses of masked channels, (K, N), and where they are positive, (K, N, P)."""
         z = torch.einsum("njp,kj->knp", self.taps, masks.to(self.taps)) + self.bias
         return z.clamp(min=0).sum(2, dtype=torch.float64), z > 0
 

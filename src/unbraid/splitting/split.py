@@ -75,7 +75,7 @@ def split(
     else:
         if everything is not None:
             _check_fit(as_kind("everything", everything, Scan), found)
-        chosen = _least_squares(members, found, everything or scan, _begin(scan, found, start))
+        chosen = _least_squares(members, found, everything or scan, start)
     return Split(
         layer=scan.layer,
         weights=scan.manifest.weights,
@@ -99,12 +99,10 @@ def split(
 
 def check_rho(rho: float | None) -> float | None:
     """Return rho in a plain type, None if it is to be chosen; raises UsageError."""
-    if rho is None:
-        return None
-    rho = real_number("rho", rho)
-    if not 0 < rho <= 1:
-        raise UsageError(f"rho is {rho:g}; it must lie above 0 and not above 1.")
-    return rho
+    number = None if rho is None else real_number("rho", rho)
+    if number is not None and not 0 < number <= 1:
+        raise UsageError(f"rho is {number:g}; it must lie above 0 and not above 1.")
+    return number
 
 
 def _check_fit(scan: Scan, found: Findings) -> None:
@@ -116,9 +114,8 @@ def _check_fit(scan: Scan, found: Findings) -> None:
             f"The channels were found in layer {found.layer!r} of a network that this scan, of "
             f"layer {scan.layer.name!r}, is not of; pass a scan of the same network and layer."
         )
-    counts = found.members_in(scan).count(found.classes)
-    for number in found.classes:
-        if not counts[number]:
+    for number, n_images in found.members_in(scan).count(found.classes).items():
+        if not n_images:
             name = f"{'' if number in found.clusters else 'class '}{found.name(number)}"
             raise UsageError(
                 f"The scan has no image of {name}, which a concept names; pass the scan that the "
@@ -127,41 +124,36 @@ def _check_fit(scan: Scan, found: Findings) -> None:
 
 
 def _published(members: Members, found: Findings, rho: float | None) -> _Chosen:
-    scan = members.scan
+    scan, concepts = members.scan, found.concepts
     sums = class_sums(scan, [], found.clusters)
     arvs = {
-        o: [averaged_relevance(scan, o, concept_mean(sums, concept)) for concept in concepts]
-        for o, concepts in found.concepts.items()
+        o: [averaged_relevance(scan, o, concept_mean(sums, concept)) for concept in own]
+        for o, own in concepts.items()
     }
-    rhos = choose_rho(members, found.concepts, arvs) if rho is None else dict.fromkeys(arvs, rho)
+    rhos = choose_rho(members, concepts, arvs) if rho is None else dict.fromkeys(arvs, rho)
     taps = scan.layer.taps_per_input
     return {o: (published_masks(arvs[o], rhos[o], taps), {"rho": rhos[o]}) for o in arvs}
 
 
-def _begin(scan: Scan, found: Findings, start: Split | None) -> dict[int, Tensor]:
-    if start is None:
-        return {}
-    as_kind("start", start, Split)
-    if (start.layer.name, start.layer.n_taps) != (scan.layer.name, scan.layer.n_taps):
-        raise UsageError(
-            f"start is a split of layer {start.layer.name!r}, the scan of {scan.layer.name!r}; "
-            "pass an earlier split of the same layer, or none."
-        )
-    return {
-        part.channel: part.masks
-        for part in start.channels
-        if len(part.concepts) == len(found.concepts.get(part.channel, ()))
-    }
-
-
 def _least_squares(
-    members: Members, found: Findings, everything: Scan, start: dict[int, Tensor]
+    members: Members, found: Findings, everything: Scan, start: Split | None
 ) -> _Chosen:
+    scan, concepts = members.scan, found.concepts
+    begin: dict[int, Tensor] = {}
+    if start is not None:
+        as_kind("start", start, Split)
+        if (start.layer.name, start.layer.n_taps) != (scan.layer.name, scan.layer.n_taps):
+            raise UsageError(
+                f"start is a split of layer {start.layer.name!r}, the scan of "
+                f"{scan.layer.name!r}; pass an earlier split of the same layer, or none."
+            )
+        parts = [p for p in start.channels if len(p.concepts) == len(concepts.get(p.channel, ()))]
+        begin = {part.channel: part.masks for part in parts}
     sample = sample_images(everything)
-    penalty = choose_penalty(members, found.concepts)
-    fits = fit_least_squares(members, found.concepts, penalty, sample, start)
-    if members.scan.positions:
-        fits = refine_fits(members, found.concepts, fits, sample)
+    penalty = choose_penalty(members, concepts)
+    fits = fit_least_squares(members, concepts, penalty, sample, begin)
+    if scan.positions:
+        fits = refine_fits(members, concepts, fits, sample)
     return {
         o: (fit.masks, {"lambda": fit.penalty, "kkt_residual": fit.kkt_residual})
         for o, fit in fits.items()

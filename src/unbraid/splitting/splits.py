@@ -187,27 +187,33 @@ class _About:
 
 def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
     """Make a Split of a file's description and tensors; ValueError or KeyError if it cannot be."""
-    spec, n_channels = about.layer, len(about.channels)
+    spec, n_names = about.layer, len(about.class_names)
     spec.check()
     for name, tensor in tensors.items():
         if not sound_figures(tensor):
             raise ValueError(f"{reprlib.repr(name)} is not of finite numbers")
-    weight, bias = tensors["weight"], tensors["bias"]
+    weight, bias, n_channels = tensors["weight"], tensors["bias"], len(about.channels)
     if (weight.shape, bias.shape) != ((n_channels, spec.n_taps), (n_channels,)):
         raise ValueError("weight and bias do not fit the layer")
     if len({entry.channel for entry in about.channels}) < n_channels:
         raise ValueError("a channel stands there twice")
-    in_range("the number of class_names", len(about.class_names), 0, most_classes(spec))
+    in_range("the number of class_names", n_names, 0, most_classes(spec))
     in_range("tau", about.settings.get("tau", math.inf), 0, 1)
     channels = []
     for entry, row, own_bias in zip(about.channels, weight, bias.tolist(), strict=True):
-        masks = tensors[f"masks.{entry.channel}"]
-        _check_channel(spec, entry, masks)
-        one = ChannelSplit(entry.channel, entry.concepts, masks, row, own_bias, entry.info)
-        channels.append(one)
+        o, concepts, masks = entry.channel, entry.concepts, tensors[f"masks.{entry.channel}"]
+        in_range("a channel", o, 0, spec.n_out - 1)
+        numbers = [number for concept in concepts for number in concept]
+        if len(concepts) < 2 or not all(concepts) or len(set(numbers)) < len(numbers):
+            raise ValueError(f"the concepts of channel {o} are not two or more groups")
+        for number in numbers:
+            in_range("a class", number, 0, MAX_CLASSES - 1)
+        if masks.shape != (len(concepts), spec.n_taps) or masks.min() < 0 or masks.max() > 1:
+            raise ValueError(f"the masks of channel {o} do not fit its layer")
+        channels.append(ChannelSplit(o, concepts, masks, row, own_bias, entry.info))
     clusters = {}
     for number, own in about.clusters.items():
-        in_range("a cluster's number", number, 0, len(about.class_names) - 1)  # named like classes
+        in_range("a cluster's number", number, 0, n_names - 1)  # named like classes
         in_range("a cluster's channel", own.channel, 0, spec.n_out - 1)
         centres = tensors[f"centres.{own.channel}"]
         if centres.dim() != 2 or centres.shape[1] != spec.n_in_per_group:
@@ -215,22 +221,11 @@ def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
         in_range("a cluster's place", own.place, 0, len(centres) - 1)
         clusters[number] = Cluster(own.channel, own.place, centres, own.least)
     return Split(
-        spec,
-        about.weights,
-        about.method,
-        about.settings,
-        about.class_names,
-        tuple(channels),
-        clusters,
+        layer=spec,
+        weights=about.weights,
+        method=about.method,
+        settings=about.settings,
+        class_names=about.class_names,
+        channels=tuple(channels),
+        clusters=clusters,
     )
-
-
-def _check_channel(spec: LayerSpec, entry: _ChannelEntry, masks: Tensor) -> None:
-    in_range("a channel", entry.channel, 0, spec.n_out - 1)
-    numbers = [number for concept in entry.concepts for number in concept]
-    if len(entry.concepts) < 2 or not all(entry.concepts) or len(set(numbers)) < len(numbers):
-        raise ValueError(f"the concepts of channel {entry.channel} are not two or more groups")
-    for number in numbers:
-        in_range("a class", number, 0, MAX_CLASSES - 1)
-    if masks.shape != (len(entry.concepts), spec.n_taps) or masks.min() < 0 or masks.max() > 1:
-        raise ValueError(f"the masks of channel {entry.channel} do not fit its layer")
