@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_apply import TWO, make_split
+from pairs import TWO, make_split
 from torch import Tensor, nn
 
 import unbraid
@@ -23,7 +23,7 @@ IMAGES = SyntheticImages(11, seed=5)
 class Case:
     def __init__(self, kind: str, tmp_path) -> None:
         self.network = build(kind)
-        self.split = make_split(self.network, tmp_path / "train")
+        self.split = make_split(self.network)
         self.scan = unbraid.scan(self.network, "layer", IMAGES, tmp_path / "scan")
 
 
