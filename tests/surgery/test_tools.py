@@ -161,6 +161,20 @@ def test_concepts_less_residuals_have_the_relevance_of_the_channel_in_captum(pai
     assert_close(total / expected.abs().max(), expected / expected.abs().max(), 1e-4)
 
 
+def test_integrated_gradients_of_concept_channels_add_up_in_captum(one_pair):
+    """To the logit less the logit with the concept channels of the black image."""
+    attr = pytest.importorskip("captum.attr", reason="needs captum")
+    changed, concepts = one_pair.changed, one_pair.changed.layer.concepts
+    method = attr.LayerIntegratedGradients(changed, concepts)
+    relevance = method.attribute(single(), target=TARGET, n_steps=400)
+    black = attr.LayerActivation(changed, concepts).attribute(torch.zeros_like(single()))
+    logits = changed(single())
+    concepts.register_forward_hook(lambda _m, _a, _output: black)
+    expected = (logits - changed(single()))[:, TARGET]
+    assert expected.abs().max() > 0
+    assert_close(relevance.flatten(1).sum(1), expected, 1e-2)  # of 400 steps
+
+
 def relevances(network: nn.Module, names: list[str]) -> list[Tensor]:
     """LRP by EpsilonPlusFlat with batch norms merged: of layers' outputs, (N, C) each."""
     composites = pytest.importorskip("zennit.composites", reason="needs zennit")

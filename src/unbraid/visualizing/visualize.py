@@ -41,8 +41,6 @@ Target = tuple[int, int | None]  # a channel and a concept, None for the whole c
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How images are made."""
-
     n: int
     steps: int
     objective: Literal["contrast", "plain"]
@@ -70,9 +68,8 @@ def visualize(
 
     Of each channel an image is optimised for the mean pre-activation z over positions; of each
     concept channel k one for the mean of z_k, less that of max(z_l, 0) of every other concept
-    channel l of the same channel (objective "contrast"). Images of one seed start from the same
-    noise, are optimised side by side, and do not depend on one another. The network stays as it
-    was and computes in eval mode, with the gates and clamps that are in force.
+    channel l of the same channel (objective "contrast"). Images do not depend on one another. The
+    network stays as it was and computes in eval mode, with the gates and clamps that are in force.
 
     Args:
         model: from `unbraid.apply` in the exact form; of any other network only whole channels are
@@ -121,9 +118,8 @@ def visualize(
     pixels = pixels_of(dataset, size)
     watched = watch(unwrap(model), layer)
     targets = _targets_of(watched, channels)
-    device = device_of(watched.layer)
-    pixels = pixels.to(device)
-    at_once = _PIXELS if device.type == "cpu" else _PIXELS_OF_ACCELERATORS
+    pixels = pixels.to(watched.device)
+    at_once = _PIXELS if watched.device.type == "cpu" else _PIXELS_OF_ACCELERATORS
     most = max(1, at_once // math.prod(pixels.size))
     n_images = recipe.n * sum(map(len, targets.values()))
     features: list[Feature] = []
@@ -165,9 +161,13 @@ class Watched:
     spec: LayerSpec
     rows: dict[Target, int]  # where each channel and each concept channel stands in responses
 
-    def concepts_of(self, channel: int) -> list[int]:
-        """Concepts of a channel, in order; none if it is not split."""
-        return sorted(k for o, k in self.rows if o == channel and k is not None)
+    @property
+    def device(self) -> torch.device:  # noqa: D102
+        return device_of(self.layer)
+
+    def targets_of(self, channel: int) -> list[Target]:
+        """The whole channel, then each of its concept channels, in the order of the rows."""
+        return [target for target in self.rows if target[0] == channel]
 
     def respond(self, images: Tensor) -> Tensor:
         """Show images to the network; return pre-activations, (N, rows, P positions)."""
@@ -201,20 +201,15 @@ class Watched:
 def watch(model: nn.Module, layer: str | nn.Module) -> Watched:
     """Find a layer, split or not, in a network."""
     name, module = resolve_layer(model, layer)
-    names: list[str] = []  # of concept channels
-    if isinstance(module, SplitLayer):
-        spec, names = module.spec, module.names
-    else:
-        spec = describe(name, module)
+    spec: LayerSpec = module.spec if isinstance(module, SplitLayer) else describe(name, module)
     targets: list[Target] = [(o, None) for o in range(spec.n_out)]
-    for own in names:
-        channel, concept = own.split(".")
-        targets.append((int(channel), int(concept)))
+    if isinstance(module, SplitLayer):
+        targets += [(int(o), int(k)) for o, k in (own.split(".") for own in module.names)]
     return Watched(model, module, spec, {target: row for row, target in enumerate(targets)})
 
 
 def _targets_of(watched: Watched, channels: Sequence[int] | None) -> dict[int, list[Target]]:
-    """List by channel what to visualise: the whole channel, then each concept channel."""
+    """List by channel what to visualise."""
     if channels is None:
         channels = sorted({channel for channel, k in watched.rows if k is not None})
     channels = whole_numbers("channels", channels)
@@ -227,7 +222,7 @@ def _targets_of(watched: Watched, channels: Sequence[int] | None) -> dict[int, l
         )
     if not channels:
         raise UsageError("No channel of this network was split; say which channels to visualise.")
-    return {o: [(o, None), *((o, k) for k in watched.concepts_of(o))] for o in channels}
+    return {channel: watched.targets_of(channel) for channel in channels}
 
 
 def _blocks(targets: dict[int, list[Target]], n: int, most: int) -> list[list[int]]:
@@ -285,8 +280,7 @@ def _optimise(
         )
     made = []
     for image, (channel, concept) in enumerate(targets):
-        names = (None, *watched.concepts_of(channel))
-        rows = [watched.rows[channel, k] for k in names]
+        rows = [watched.rows[target] for target in watched.targets_of(channel)]
         means = tuple(responses[image, rows].float().mean(-1).tolist())
         picture = _picture(images[image], _opacity(drawn_on[image]))
         made.append((float(scores[image]), Feature(channel, concept, 0, picture, means)))
@@ -301,16 +295,14 @@ class Score:
 
     def __init__(self, watched: Watched, targets: Sequence[Target], contrast: bool) -> None:
         """Prepare what counts for which image, as matrices of zeros and ones."""
-        shape, device = (len(targets), len(watched.rows)), device_of(watched.layer)
-        self._own, self._others = (
-            torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2)
-        )
-        for image, (channel, concept) in enumerate(targets):
-            if concept is not None and contrast:
-                siblings = [watched.rows[channel, k] for k in watched.concepts_of(channel)]
-                self._others[image, siblings] = 1
-            row = watched.rows[channel, concept]
-            self._own[image, row], self._others[image, row] = 1, 0
+        size = (len(targets), len(watched.rows))
+        self._own, self._others = torch.zeros(2, *size, dtype=torch.float32, device=watched.device)
+        for image, target in enumerate(targets):
+            self._own[image, watched.rows[target]] = 1
+            if contrast and target[1] is not None:
+                _, *concepts = watched.targets_of(target[0])
+                others = [watched.rows[other] for other in concepts if other != target]
+                self._others[image, others] = 1
 
     def __call__(self, responses: Tensor) -> Tensor:
         """Compute scores, (N,), in units of the mean pre-activation."""
