@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import unbraid
 from checks import assert_close, assert_untouched, snapshot
 from tiny_networks import SyntheticImages, WithBroken
-from unbraid.base.errors import DataError, ModelError, OutputChangedError
+from unbraid.base.errors import DataError, ModelError, OutputChangedError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,8 @@ def test_compare_outputs_notices_a_small_change_and_leaves_networks_as_they_were
     before = snapshot(pair.network), snapshot(other)
     with pytest.raises(OutputChangedError, match="more than the tolerance 0"):
         unbraid.compare_outputs(pair.network, other, SyntheticImages(9), tolerance=0.0)
+    with pytest.raises(UsageError, match="must be 0 or more"):
+        unbraid.compare_outputs(pair.network, other, SyntheticImages(9), tolerance=-1.0)
     unbraid.compare_outputs(pair.network, other, SyntheticImages(9), tolerance=1.0)
     assert_untouched(before[0], snapshot(pair.network))
     assert_untouched(before[1], snapshot(other))

@@ -452,27 +452,3 @@ def test_concepts_are_seen_by_a_hook_on_all_modules(pair):
     finally:
         handle.remove()
     assert any(module is pair.changed.layer.concepts for module in seen)
-
-
-class Encoder(nn.Module):
-    """torch's own transformer, which in eval mode reads the weights of its layers past them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 8, 2, stride=2)
-        block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        self.blocks = nn.TransformerEncoder(block, 1)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.patches(x).flatten(2).mT).mean(1))
-
-
-def test_gate_has_the_same_effect_with_and_without_a_graph_in_torchs_transformer():
-    network, name = Encoder().double().eval(), "blocks.layers.0.linear1"
-    changed = split_network(network, layer=name)
-    with changed.gate(name, 1, 0, -9.0):
-        moved = changed(images())
-        with torch.no_grad():
-            assert_close(changed(images()), moved)
-    assert not torch.allclose(moved, network(images()))

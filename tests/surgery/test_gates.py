@@ -92,6 +92,8 @@ def test_gate_and_clamp_of_what_cannot_be_are_refused_without_a_trace(
     with pytest.raises(UsageError, match=sentence):
         getattr(pair.changed, move)(*arguments)
     assert pair.changed.layer.moves == []
+    with pytest.raises(UsageError, match=r"has no concept channels; pass one from unbraid\.apply"):
+        getattr(unbraid, move)(pair.network, *arguments)
 
 
 def test_clamp_takes_bounds_by_name_and_singly(pair):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ways import reaching
 
 import unbraid
-from checks import assert_same_outputs, assert_untouched, snapshot
+from checks import assert_close, assert_same_outputs, assert_untouched, snapshot
 from structures import Around
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import LayerError, ModelError, OutputChangedError
@@ -73,16 +73,16 @@ class RefusesToo(Refuses):
     ],
 )
 def test_apply_shares_what_cannot_be_copied(make):
-    network, own = reaching("module"), make()
+    network, own, inner = reaching("module"), make(), make()
     network.own = network.layer.own = own
-    network.held = {"locks": [own, {"more": (own,)}]}
+    network.held = {"locks": [inner, {"more": (inner,)}]}
     network.layer.forward = types.MethodType(nn.Conv2d.forward, network.layer)  # to be probed
     changed = split_network(network)
     assert_same_outputs(network, changed, images())
     locks = changed.held["locks"]
     assert locks is not network.held["locks"]
-    for kept in (changed.own, changed.layer.own, locks[0], locks[1]["more"][0]):
-        assert kept is own
+    assert changed.own is changed.layer.own is own
+    assert locks[0] is locks[1]["more"][0] is inner
 
 
 def test_copy_network_copies_what_can_be_copied():
@@ -289,6 +289,30 @@ def test_check_in_force_tells_a_network_that_depends_on_the_layers_type_from_a_r
         lambda self, x: self.layer(x) + torch.rand(1, dtype=x.dtype), network
     )
     check_in_force(network, "layer", images(1))  # which is left to others
+
+
+class Encoder(nn.Module):
+    """torch's own transformer, which in eval mode reads the weights of its layers past them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 2, stride=2)
+        block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.blocks = nn.TransformerEncoder(block, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.patches(x).flatten(2).mT).mean(1))
+
+
+def test_gate_has_the_same_effect_with_and_without_a_graph_in_torchs_transformer():
+    network, name = Encoder().double().eval(), "blocks.layers.0.linear1"
+    changed = split_network(network, layer=name)
+    with changed.gate(name, 1, 0, -9.0):
+        moved = changed(images())
+        with torch.no_grad():
+            assert_close(changed(images()), moved)
+    assert not torch.allclose(moved, network(images()))
 
 
 # --- names ----------------------------------------------------------------------------------------

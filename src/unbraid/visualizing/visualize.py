@@ -118,12 +118,13 @@ def visualize(
     pixels = pixels_of(dataset, size)
     watched = watch(unwrap(model), layer)
     targets = _targets_of(watched, channels)
-    pixels = pixels.to(watched.device)
-    at_once = _PIXELS if watched.device.type == "cpu" else _PIXELS_OF_ACCELERATORS
+    device = device_of(watched.layer)
+    pixels = pixels.to(device)
+    at_once = _PIXELS if device.type == "cpu" else _PIXELS_OF_ACCELERATORS
     most = max(1, at_once // math.prod(pixels.size))
     n_images = recipe.n * sum(map(len, targets.values()))
     features: list[Feature] = []
-    begun, n_done = time.monotonic(), 0
+    begun = time.monotonic()
     with (
         image_progress("Visualising", n_images, show=progress) as advance,
         undisturbed(watched.model),
@@ -131,7 +132,7 @@ def visualize(
         torch.enable_grad(),
     ):
         for block in _blocks(targets, recipe.n, most):
-            if n_done and time.monotonic() - begun > seconds:
+            if features and time.monotonic() - begun > seconds:
                 break
             wanted = [(t, i) for o in block for t in targets[o] for i in range(recipe.n)]
             made: list[tuple[float, Feature]] = []
@@ -142,14 +143,12 @@ def visualize(
             for start in range(0, len(wanted), recipe.n):
                 best = sorted(made[start : start + recipe.n], key=lambda m: m[0], reverse=True)
                 features += [replace(f, place=place) for place, (_, f) in enumerate(best)]
-            n_done += len(block)
-    return Features(
-        layer=watched.spec.name,
-        weights=hash_weights(watched.model),
-        features=tuple(features),
-        settings={**asdict(recipe), "size": list(pixels.size)},
-        left_out=len(targets) - n_done,
+    settings = {**asdict(recipe), "size": list(pixels.size)}
+    weights, left_out = (
+        hash_weights(watched.model),
+        len(targets) - len({f.channel for f in features}),
     )
+    return Features(watched.spec.name, weights, tuple(features), settings, left_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,10 +159,6 @@ class Watched:
     layer: nn.Module
     spec: LayerSpec
     rows: dict[Target, int]  # where each channel and each concept channel stands in responses
-
-    @property
-    def device(self) -> torch.device:  # noqa: D102
-        return device_of(self.layer)
 
     def targets_of(self, channel: int) -> list[Target]:
         """The whole channel, then each of its concept channels, in the order of the rows."""
@@ -213,13 +208,12 @@ def _targets_of(watched: Watched, channels: Sequence[int] | None) -> dict[int, l
     if channels is None:
         channels = sorted({channel for channel, k in watched.rows if k is not None})
     channels = whole_numbers("channels", channels)
-    n_out = watched.spec.n_out
-    unknown = [channel for channel in channels if channel not in range(n_out)]
-    if unknown:
-        raise UsageError(
-            f"Layer {watched.spec.name!r} has no channel {unknown[0]}; give numbers from 0 to "
-            f"{n_out - 1}."
-        )
+    for channel in channels:
+        if (channel, None) not in watched.rows:
+            raise UsageError(
+                f"Layer {watched.spec.name!r} has no channel {channel}; give numbers from 0 to "
+                f"{watched.spec.n_out - 1}."
+            )
     if not channels:
         raise UsageError("No channel of this network was split; say which channels to visualise.")
     return {channel: watched.targets_of(channel) for channel in channels}
@@ -295,8 +289,8 @@ class Score:
 
     def __init__(self, watched: Watched, targets: Sequence[Target], contrast: bool) -> None:
         """Prepare what counts for which image, as matrices of zeros and ones."""
-        size = (len(targets), len(watched.rows))
-        self._own, self._others = torch.zeros(2, *size, dtype=torch.float32, device=watched.device)
+        size, device = (len(targets), len(watched.rows)), device_of(watched.layer)
+        self._own, self._others = torch.zeros(2, *size, dtype=torch.float32, device=device)
         for image, target in enumerate(targets):
             self._own[image, watched.rows[target]] = 1
             if contrast and target[1] is not None:
