@@ -169,7 +169,8 @@ def _scale(z: Tensor, value: float | Tensor) -> Tensor:
             f"A gate holds values for {len(value)} images and the layer runs on {z.shape[0]}, "
             "windows of images perhaps; give one value for each, or one number for all."
         )
-    return z * value.to(z).view(-1, *[1] * (z.dim() - 1)) if value.dim() else z * value.to(z)
+    factor = value.to(z)
+    return z * (factor.view(-1, *[1] * (z.dim() - 1)) if factor.dim() else factor)
 
 
 # The plain form: the same split made of two standard layers, for exporters and other tools.
