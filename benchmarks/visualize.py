@@ -67,14 +67,13 @@ def measure(
     """Summarise what the images excite, as cells of a table."""
     own, other, least_of_whole = [], [], []
     for feature in features.features:
-        concepts = watched.concepts_of(feature.channel)
-        rows = [watched.rows[feature.channel, k] for k in concepts]
+        rows = [watched.rows[target] for target in watched.targets_of(feature.channel)[1:]]
         answers = (torch.tensor(feature.responses[1:]) - usual[0][rows]) / usual[1][rows]
         if feature.concept is None:
             least_of_whole.append(float(answers.min()))
             continue
         own.append(float(answers[feature.concept]))
-        other.append(max(float(answers[k]) for k in concepts if k != feature.concept))
+        other.append(max(float(a) for k, a in enumerate(answers) if k != feature.concept))
     right = sum(a > b for a, b in zip(own, other, strict=True))
     means = [sum(values) / len(values) for values in (own, other, least_of_whole)]
     return [

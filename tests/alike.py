@@ -9,11 +9,9 @@ import numpy as np
 from PIL import Image
 
 CELLS = 48  # in a row: coarse, so that letters a pixel aside change little
-UNLIKE = 24  # levels of 255 by which a cell differs
-SHARE = 0.003  # of the cells may; a photograph of a teaser takes about five times that
+UNLIKE, SHARE = 24, 0.003  # levels by which a cell differs, and how many may; a photograph takes 5x
 FREQUENT = 0.012  # share of the pixels: more than the blurred edges of frames have
-VIVID = 60  # levels between a colour's channels; photographs of the demo are grey
-SAME = 12  # levels
+VIVID, SAME = 60, 12  # levels: between a colour's channels, where grey has none; between colours
 
 
 def open_white(content: bytes | Path) -> Image.Image:
@@ -23,32 +21,23 @@ def open_white(content: bytes | Path) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
 
 
-def unlike_share(one: Image.Image, other: Image.Image) -> float:
-    """Share of coarse cells in which two pictures differ."""
-    size = CELLS, round(CELLS * one.height / one.width)
-    coarse = [
-        np.asarray(picture.resize(size, Image.Resampling.BOX)).astype(float)
-        for picture in (one, other)
-    ]
-    return float((np.abs(coarse[0] - coarse[1]).max(-1) > UNLIKE).mean())
-
-
-def colours(picture: Image.Image) -> list[np.ndarray]:
-    """The vivid colours that a picture was drawn with."""
+def vivid_colours(picture: Image.Image) -> np.ndarray:
+    """The vivid colours that a picture was drawn with, (n, 3)."""
     found, counts = np.unique(np.asarray(picture).reshape(-1, 3), axis=0, return_counts=True)
     frequent = found[counts > FREQUENT * counts.sum()].astype(int)
-    return [colour for colour in frequent if np.ptp(colour) > VIVID]
+    return frequent[np.ptp(frequent, axis=1) > VIVID]
 
 
 def assert_alike(one: bytes | Path, other: bytes | Path) -> None:
-    """Two pictures have one size, the same colours, and differ in few places only."""
+    """Two pictures have one size, the same colours, and differ in few coarse cells only."""
     pictures = open_white(one), open_white(other)
-    for side, again in zip(*(picture.size for picture in pictures), strict=True):
-        assert abs(side - again) <= 0.01 * side
-    drawn = [colours(picture) for picture in pictures]
-    for mine, others in (drawn, drawn[::-1]):
-        assert mine
-        for colour in mine:
-            assert min((np.abs(colour - o).max() for o in others), default=255) <= SAME, colour
-    share = unlike_share(*pictures)
+    assert np.allclose(pictures[0].size, pictures[1].size, rtol=0.01)
+    mine, others = map(vivid_colours, pictures)
+    apart = np.abs(mine[:, None] - others).max(-1)
+    assert apart.size
+    assert apart.min(0).max() <= SAME
+    assert apart.min(1).max() <= SAME
+    size = CELLS, round(CELLS * pictures[0].height / pictures[0].width)
+    cells = [np.asarray(p.resize(size, Image.Resampling.BOX)).astype(int) for p in pictures]
+    share = float((np.abs(cells[0] - cells[1]).max(-1) > UNLIKE).mean())
     assert share <= SHARE, share

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
 
 import oracle
 from tiny_networks import IMAGE_SIZE, N_CLASSES, OverwritesInput, SyntheticImages
@@ -24,11 +23,13 @@ from tiny_networks import IMAGE_SIZE, N_CLASSES, OverwritesInput, SyntheticImage
 class Around(nn.Module):
     """A stem, a body with the layer, and a head on what is averaged over positions."""
 
-    def __init__(self, layer: nn.Module | None = None, n_logits: int = N_CLASSES) -> None:
+    def __init__(
+        self, layer: nn.Module | None = None, n_logits: int = N_CLASSES, n_features: int = 6
+    ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 6, 3, padding=1)
         self.layer = nn.Conv2d(6, 6, 3, padding=1) if layer is None else layer
-        self.head = nn.Linear(6, n_logits)
+        self.head = nn.Linear(n_features, n_logits)
 
     def body(self, x: Tensor) -> Tensor:
         return self.layer(x).relu_()
@@ -37,45 +38,21 @@ class Around(nn.Module):
         return self.head(self.body(self.stem(x)).flatten(2).mean(2))
 
 
-class Concatenates(Around):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(12, N_CLASSES)
-
-    def body(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.layer(x)], 1).relu_()
+def _body(body: Callable[[Any, Tensor], Tensor], n_features: int = 6) -> Callable[[], nn.Module]:
+    """A network with a body of its own."""
+    return lambda: type("Own", (Around,), {"body": body})(n_features=n_features)
 
 
-class DropsPaths(Around):
-    def __init__(self) -> None:
-        super().__init__()
-        self.drop = StochasticDepth(0.5, "row")
-
-    def body(self, x: Tensor) -> Tensor:
-        return (x + self.drop(self.layer(x))).relu()
-
-
-class RunsAgain(Around):
-    """The second run is behind the first."""
-
-    def body(self, x: Tensor) -> Tensor:
-        return self.layer(self.layer(x).relu_()).relu_()
-
-
-class RunsOnTwoSizes(Around):
+def _on_two_sizes(self: Around, x: Tensor) -> Tensor:
     """Both runs lead to the head, one on a smaller map."""
-
-    def body(self, x: Tensor) -> Tensor:
-        small = self.layer(F.avg_pool2d(x, 2)).relu_()
-        return self.layer(x).relu_() + small.mean((2, 3), keepdim=True)
+    small = self.layer(F.avg_pool2d(x, 2)).relu_()
+    return self.layer(x).relu_() + small.mean((2, 3), keepdim=True)
 
 
-class Frames(Around):
+def _in_frames(self: Around, x: Tensor) -> Tensor:
     """Cuts each image into halves and lays them into the batch."""
-
-    def body(self, x: Tensor) -> Tensor:
-        halves = x.unflatten(3, (2, 3)).movedim(3, 1)  # (N, 2, C, H, 3)
-        return self.layer(halves.flatten(0, 1)).relu_().unflatten(0, (-1, 2)).sum(1)
+    halves = x.unflatten(3, (2, 3)).movedim(3, 1)  # (N, 2, C, H, 3)
+    return self.layer(halves.flatten(0, 1)).relu_().unflatten(0, (-1, 2)).sum(1)
 
 
 class Tokens(Around):
@@ -102,13 +79,13 @@ class Checkpointed(Around):
         super().__init__()
         self.reentrant = reentrant
 
-    def body(self, x: Tensor) -> Tensor:
-        def block(x: Tensor) -> Tensor:
-            return (self.layer(x).sigmoid() * 2).sin()
+    def block(self, x: Tensor) -> Tensor:
+        return (self.layer(x).sigmoid() * 2).sin()
 
+    def body(self, x: Tensor) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return checkpoint(block, x, use_reentrant=self.reentrant)
+            return checkpoint(self.block, x, use_reentrant=self.reentrant)
 
 
 class Standardised(nn.Conv2d):
@@ -127,10 +104,6 @@ def _divided_rows(g: Tensor, v: Tensor) -> Tensor:
     return torch.stack([a * b / b.square().sum().sqrt() for a, b in zip(g, v, strict=True)])
 
 
-def _old_norm(layer: nn.Module) -> Tensor:
-    return _divided_rows(layer.weight_g, layer.weight_v)
-
-
 def _new_norm(layer: nn.Module) -> Tensor:
     made = layer.parametrizations.weight
     return _divided_rows(made.original0, made.original1)
@@ -145,10 +118,13 @@ def _old_spectral(layer: nn.Module) -> Tensor:
     return layer.weight_orig / (layer.weight_u @ layer.weight_orig.flatten(1) @ layer.weight_v)
 
 
-def _normed(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the older ways are deprecated, and in use
-        return Around(norm(nn.Conv2d(6, 6, 3, padding=1)))
+def _normed(norm: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the older ways are deprecated, and in use
+            return Around(norm(nn.Conv2d(6, 6, 3, padding=1)))
+
+    return build
 
 
 @dataclass
@@ -164,11 +140,15 @@ class Structured:
 STRUCTURES: dict[str, Structured] = {
     "plain": Structured(Around),
     "in place": Structured(OverwritesInput, differentiable=False),
-    "concatenated": Structured(Concatenates),
-    "dropped paths": Structured(DropsPaths),
-    "runs again": Structured(RunsAgain, once=False),
-    "two sizes": Structured(RunsOnTwoSizes, once=False),
-    "frames": Structured(Frames, once=False),
+    "concatenated": Structured(
+        _body(lambda self, x: torch.cat([x, self.layer(x)], 1).relu_(), n_features=12)
+    ),
+    "added": Structured(_body(lambda self, x: (x + self.layer(x)).relu())),
+    "runs again": Structured(
+        _body(lambda self, x: self.layer(self.layer(x).relu_()).relu_()), once=False
+    ),
+    "two sizes": Structured(_body(_on_two_sizes), once=False),
+    "frames": Structured(_body(_in_frames), once=False),
     "tokens": Structured(lambda: Tokens(lambda x: x)),
     "windows": Structured(lambda: Tokens(lambda x: x.reshape(len(x) * 6, 7, 6))),
     "flat tokens": Structured(lambda: Tokens(lambda x: x.flatten(0, 1))),
@@ -176,10 +156,12 @@ STRUCTURES: dict[str, Structured] = {
     "checkpointed": Structured(lambda: Checkpointed(False)),
     "checkpointed, reentrant": Structured(lambda: Checkpointed(True), differentiable=False),
     "standardised": Structured(lambda: Around(Standardised(6, 6, 3)), _standardised),
-    "weight norm": Structured(lambda: _normed(parametrizations.weight_norm), _new_norm),
-    "old weight norm": Structured(lambda: _normed(nn.utils.weight_norm), _old_norm),
-    "spectral norm": Structured(lambda: _normed(parametrizations.spectral_norm), _new_spectral),
-    "old spectral norm": Structured(lambda: _normed(nn.utils.spectral_norm), _old_spectral),
+    "weight norm": Structured(_normed(parametrizations.weight_norm), _new_norm),
+    "old weight norm": Structured(
+        _normed(nn.utils.weight_norm), lambda layer: _divided_rows(layer.weight_g, layer.weight_v)
+    ),
+    "spectral norm": Structured(_normed(parametrizations.spectral_norm), _new_spectral),
+    "old spectral norm": Structured(_normed(nn.utils.spectral_norm), _old_spectral),
 }
 
 
@@ -188,9 +170,6 @@ def build(kind: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         return STRUCTURES[kind].build().double().eval()
-
-
-# --- the truth, image by image --------------------------------------------------------------------
 
 
 @dataclass
@@ -214,7 +193,7 @@ def trace(kind: str, image: Tensor, label: int) -> Traced:
 
     handle = network.layer.register_forward_hook(keep)
     if isinstance(network, Checkpointed):
-        network.body = lambda x: (network.layer(x).sigmoid() * 2).sin()
+        network.body = network.block
     logit = network(image[None])[0, label]
     handle.remove()
     gradients = torch.autograd.grad(logit, [z for _, z in calls])

@@ -124,25 +124,14 @@ def _built(net: Any, x: Tensor) -> Tensor:
     return net.late(x)
 
 
-def stem_without_numbers() -> nn.Module:
-    network = Small()
-    network.stem.to("meta")
-    return network
-
-
 def quantised() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(Small().eval(), {nn.Linear})
 
 
-def scripted() -> nn.Module:
+def scripted(freeze: bool) -> nn.Module:
     network = Small()
-    network.stem = torch.jit.script(nn.Sequential(network.stem, nn.BatchNorm2d(6)))
-    return network
-
-
-def frozen() -> nn.Module:
-    network = Small()
-    network.stem = torch.jit.freeze(torch.jit.script(nn.Sequential(network.stem).eval()))
+    part = torch.jit.script(nn.Sequential(network.stem, nn.BatchNorm2d(6)).eval())
+    network.stem = torch.jit.freeze(part) if freeze else part
     return network
 
 
@@ -176,9 +165,7 @@ MIXING: Makers = {
         lambda net, x: net.norm(x), norm=nn.BatchNorm1d(8, track_running_stats=False)
     ),
     "mean": lambda: Small(lambda _, x: x - x.mean(0)),
-    "neighbours": lambda: Small(lambda _, x: x + 0.3 * x.roll(1, 0)),
     "range": lambda: Begins(lambda _, x: (x - x.min()) / (x.max() - x.min())),
-    "sum so far": lambda: Small(lambda _, x: x.cumsum(0)),
 }
 SOUND: Makers = {
     "half": lambda: Small(_in_half),
@@ -194,8 +181,8 @@ SOUND: Makers = {
         sparse=torch.eye(3).to_sparse(),
         complex=torch.ones(3, dtype=torch.complex64).conj(),
     ),
-    "scripted": scripted,
-    "frozen": frozen,
+    "scripted": lambda: scripted(False),
+    "frozen": lambda: scripted(True),
     "inference": of_inference_mode,
 }
 TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -210,7 +197,10 @@ TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Small(lambda net, x: net.late(x), late=nn.Linear(8, 8, device="meta")),
         "cannot run on images .*meta",
     ),
-    "meta stem": (stem_without_numbers, "A Conv2d of the network is on the meta device"),
+    "meta stem": (
+        lambda: Small(stem=nn.Conv2d(3, 6, 3, device="meta")),
+        "A Conv2d of the network is on the meta device",
+    ),
     "mapped": (Mapped, "cannot run on images .*functorch transform"),
     "lazy": (lambda: Small(lambda net, x: net.late(x), late=nn.LazyLinear(8)), "run it once"),
     "built": (lambda: Small(_built), "run it once"),

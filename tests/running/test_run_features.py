@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from pairs import Pair
 from PIL import Image
-from test_apply import Pair, Splits
 
 from tiny_networks import SyntheticImages
 from unbraid.running import run as step
@@ -44,8 +44,8 @@ class Step:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Pair:
-    return Pair("3x3", Splits(tmp_path_factory.mktemp)("3x3"))
+def pair() -> Pair:
+    return Pair("3x3")
 
 
 @pytest.fixture

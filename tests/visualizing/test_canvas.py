@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import cmath
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from checks import assert_close
-from tiny_networks import SyntheticImages
+from tiny_networks import SyntheticImages, WithBroken
 from unbraid.base.errors import DataError, UsageError
-from unbraid.visualizing.canvas import Canvas, Pixels, blank_canvas, pixels_of, shake
+from unbraid.visualizing.canvas import Pixels, blank_canvas, pixels_of, shake
 
 SIZES = [(6, 5), (5, 6), (4, 4), (7, 3)]
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("n_colours", [1, 3])
-def test_pixels_are_what_loops_say(size, n_colours):
+def test_pixels_of_images_are_what_loops_say(size, n_colours):
     dataset = SyntheticImages(9, size=(n_colours, *size))
     found = pixels_of(dataset)
     values = [[dataset.images[:, c].min(), dataset.images[:, c].max()] for c in range(n_colours)]
@@ -46,36 +46,17 @@ def test_pixels_are_what_loops_say(size, n_colours):
         assert_close(found.magnitude[c], torch.from_numpy(expected), tolerance=1e-5)
 
 
-def test_pixels_of_another_size():
-    assert pixels_of(SyntheticImages(4), (9, 8)).magnitude.shape == (3, 9, 5)
-
-
-def test_grey_pictures_stored_in_three_colours_have_pixels():
-    dataset = SyntheticImages(6)
-    dataset.images[:, 1:] = dataset.images[:, :1]
+def test_pixels_of_broken_images_grey_ones_and_another_size():
+    dataset = WithBroken(6)
+    dataset.broken = (0, 2, 3, 5)
     found = pixels_of(dataset)
+    assert_close(found.low, dataset.images[[1, 4]].amin((0, 2, 3)), tolerance=1e-6)
+    grey = SyntheticImages(6)
+    grey.images[:, 1:] = grey.images[:, :1]  # stored in three colours
+    found = pixels_of(grey, (9, 8))
+    assert found.magnitude.shape == (3, 9, 5)
     assert bool(found.magnitude.isfinite().all())
     assert bool(found.colours.isfinite().all())
-
-
-class Holes(Dataset[tuple[Tensor, int]]):
-    """A data set of which only some images can be read."""
-
-    def __init__(self, good: set[int]) -> None:
-        self.inner, self.good = SyntheticImages(6), good
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if index not in self.good:
-            raise OSError("damaged")
-        return self.inner[index]
-
-
-def test_pixels_of_broken_images_are_left_out():
-    found = pixels_of(Holes({1, 4}))
-    assert_close(found.low, SyntheticImages(6).images[[1, 4]].amin((0, 2, 3)), tolerance=1e-6)
 
 
 class Sizes(SyntheticImages):
@@ -83,23 +64,32 @@ class Sizes(SyntheticImages):
         return torch.rand(3, 5 + index, 5), 0
 
 
-def with_nan() -> SyntheticImages:
+def all_broken() -> SyntheticImages:
+    dataset = WithBroken(6)
+    dataset.broken = range(6)
+    return dataset
+
+
+def with_value(value: float, n_images: int) -> SyntheticImages:
     dataset = SyntheticImages(4)
-    dataset.images[2, 0, 0, 0] = float("nan")
+    dataset.images[:n_images] = value
     return dataset
 
 
 @pytest.mark.parametrize(
-    ("dataset", "size", "error", "message"),
+    ("dataset", "size", "error", "sentence"),
     [
-        (Holes(set()), None, DataError, "None of 6 images"),
+        (all_broken(), None, DataError, "None of 6 images"),
         (Sizes(4), None, DataError, "bring all to one size"),
-        (with_nan(), None, DataError, "NaN"),
+        (with_value(math.nan, 1), None, DataError, "NaN"),
+        (with_value(0.5, 4), None, DataError, "one colour"),
+        (SyntheticImages(4, size=(3, 12)), None, DataError, "channels, height, width"),
         (SyntheticImages(4), (9, 1), UsageError, "size is"),
+        (SyntheticImages(4), (5000, 50), UsageError, "size is"),
     ],
 )
-def test_pixels_of_what_cannot_be_measured_are_refused(dataset, size, error, message):
-    with pytest.raises(error, match=message):
+def test_pixels_of_what_cannot_be_measured_are_refused(dataset, size, error, sentence):
+    with pytest.raises(error, match=sentence):
         pixels_of(dataset, size)
 
 
@@ -142,16 +132,11 @@ def test_a_free_canvas_is_a_sum_of_waves(size):
     assert_close(canvas.images()[0].detach(), torch.from_numpy(expected), tolerance=1e-5)
 
 
-def measured_spectrum(image: Tensor, pixels: Pixels) -> Tensor:
-    plain = torch.einsum(
-        "dc,chw->dhw", torch.linalg.inv(pixels.colours), image - pixels.mean[:, None, None]
-    )
-    return torch.fft.rfft2(plain, norm="ortho").abs()
-
-
 def assert_spectrum(image: Tensor, pixels: Pixels) -> None:
     """Magnitudes are those of the data set, but for one factor and the mean."""
-    found, wanted = measured_spectrum(image, pixels), pixels.magnitude.clone()
+    uncorrelated = torch.linalg.inv(pixels.colours)
+    plain = torch.einsum("dc,chw->dhw", uncorrelated, image - pixels.mean[:, None, None])
+    found, wanted = torch.fft.rfft2(plain, norm="ortho").abs(), pixels.magnitude.clone()
     found[:, 0, 0] = wanted[:, 0, 0] = 0
     assert_close(found / found.norm(), wanted / wanted.norm(), tolerance=1e-3)
 
@@ -160,27 +145,24 @@ def assert_spectrum(image: Tensor, pixels: Pixels) -> None:
 def test_a_canvas_of_fixed_spectrum_keeps_it_whatever_the_phases(size):
     whole = pixels_of(SyntheticImages(9, size=(3, *size)))
     # Pale colours around grey, so that nothing is clamped.
-    fields = {**vars(whole), "colours": 0.02 * whole.colours, "mean": torch.full((3,), 0.5)}
-    pixels = Pixels(**fields)
+    pixels = replace(whole, colours=0.02 * whole.colours, mean=torch.full((3,), 0.5))
     canvas = blank_canvas(pixels, [0, 1], fixed_spectrum=True)
-    for image in canvas.images().detach():
+    numbers = canvas.numbers.detach()
+    moved = replace(canvas, numbers=numbers + torch.randn(numbers.shape))
+    for image in (*canvas.images().detach(), *moved.images()):
         assert_spectrum(image, pixels)
-    moved = Canvas(canvas.numbers.detach() + torch.randn(canvas.numbers.shape), pixels)
-    assert_spectrum(moved.images()[0], pixels)
     with pytest.raises(AssertionError):
         assert_spectrum(torch.rand(3, *size), pixels)
 
 
 @pytest.mark.parametrize("spectrum", [False, True])
 def test_images_stay_in_range(spectrum):
-    pixels = pixels_of(SyntheticImages(9))
-    canvas = blank_canvas(pixels, [0], spectrum)
-    wild = Canvas(100 * torch.randn_like(canvas.numbers), pixels)
-    assert bool((wild.images() >= 0).all())
-    assert bool((wild.images() <= 1).all())
+    canvas = blank_canvas(pixels_of(SyntheticImages(9)), [0], spectrum)
+    wild = replace(canvas, numbers=100 * torch.randn_like(canvas.numbers)).images()
+    assert 0 <= float(wild.min()) < float(wild.max()) <= 1
 
 
-def test_shaking_moves_all_images_alike_and_is_reproducible():
+def test_shake_moves_all_images_alike_and_is_reproducible():
     one = torch.rand(1, 3, 20, 30)
     both = shake(torch.cat([one, one]), torch.Generator().manual_seed(3))
     assert torch.equal(both[0], both[1])
@@ -188,14 +170,14 @@ def test_shaking_moves_all_images_alike_and_is_reproducible():
     assert not torch.equal(shake(one, torch.Generator().manual_seed(4))[0], both[0])
 
 
-def test_shaking_turns_without_squeezing():
+def test_shake_turns_without_squeezing():
     """A disc stays a disc, of about its size and near its place, also where sides differ."""
     down, right = torch.meshgrid(torch.arange(60), torch.arange(120), indexing="ij")
     disc = ((down - 30) ** 2 + (right - 60) ** 2 < 15**2).float()[None, None]
     for seed in range(20):
         moved = shake(disc, torch.Generator().manual_seed(seed))[0, 0] > 0.5
         rows, columns = moved.nonzero(as_tuple=True)
-        height, width = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+        height, width = (int(line.max() - line.min()) + 1 for line in (rows, columns))
         assert abs(height - width) <= 2
         assert 26 <= height <= 34
         assert abs(float(rows.float().mean()) - 30) <= 7

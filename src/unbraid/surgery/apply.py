@@ -119,15 +119,15 @@ def _split_copy(model: nn.Module, splits: Sequence[Split], form: Form) -> nn.Mod
     changed = copy_network(model)
     for one in splits:
         _replace(changed, one, form)
-    refuse_ways_past(model, changed, [resolve_layer(model, s.layer.name)[0] for s in splits])
+    _refuse_ways_past(model, changed, [resolve_layer(model, s.layer.name)[0] for s in splits])
     return changed
 
 
 def _replace(model: nn.Module, split: Split, form: Form) -> None:
     """Make a layer its split form, for everything that leads to it."""
     name, layer = resolve_layer(model, split.layer.name)
-    build = SplitLayer if form == "exact" else plain_layer
-    inner = double(layer, SplitLayer if form == "exact" else nn.Sequential)
+    kind, build = {"exact": (SplitLayer, SplitLayer), "plain": (nn.Sequential, plain_layer)}[form]
+    inner = double(layer, kind)
     new = build(layer if inner is None else inner, describe(name, layer), split.channels)
     if isinstance(new, SplitLayer):
         new.clusters = split.clusters
@@ -187,7 +187,12 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 @contextmanager
 def in_force(model2: nn.Module) -> Iterator[None]:
     """Raise ModelError at the end if the network ran, but one of its split layers never did."""
-    layers = {name: module for name, module in model2.named_modules() if _is_split(module)}
+    layers = {
+        name: module
+        for name, module in model2.named_modules()
+        if isinstance(module, SplitLayer)
+        or (isinstance(module, nn.Sequential) and "names" in vars(module))  # the plain form
+    }
     ran: set[str] = set()
 
     def refuse() -> None:
@@ -211,13 +216,7 @@ def in_force(model2: nn.Module) -> Iterator[None]:
     refuse()
 
 
-def _is_split(module: nn.Module) -> bool:
-    """Whether a module is a split layer, in either form."""
-    plain = isinstance(module, nn.Sequential) and "names" in vars(module)
-    return isinstance(module, SplitLayer) or (plain and {"wide", "merge"} <= set(module._modules))
-
-
-def refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str]) -> None:
+def _refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str]) -> None:
     """Raise ModelError if a copy, with these layers split, is seen to run the network's own."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in layers:

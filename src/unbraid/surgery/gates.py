@@ -82,21 +82,20 @@ def clamp(
 def _find_row(
     model: nn.Module, layer: str | nn.Module, channel: int, concept: int
 ) -> tuple[SplitLayer, int]:
-    model = unwrap(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(unwrap(model).named_modules(remove_duplicate=False))
+    known = [name for name, module in modules.items() if isinstance(module, SplitLayer)]
+    if not known:
+        raise UsageError(
+            "The network has no concept channels; pass one from unbraid.apply in its exact form."
+        )
     module: object = layer
     if isinstance(layer, str):
         module = modules.get(layer, modules.get(unwrapped_name(layer)))
     if isinstance(module, nn.Module):
         module = unwrap(module)  # of a layer compiled by itself
     if not isinstance(module, SplitLayer):
-        known = ", ".join(name for name, m in modules.items() if isinstance(m, SplitLayer))
         given = repr(layer) if isinstance(layer, str) else f"of type {type(layer).__name__}"
-        if known:
-            raise UsageError(f"Layer {given} has no concept channels; name one of {known}.")
-        raise UsageError(
-            "The network has no concept channels; pass one from unbraid.apply in its exact form."
-        )
+        raise UsageError(f"Layer {given} has no concept channels; name one of {', '.join(known)}.")
     name = f"{whole_number('channel', channel)}.{whole_number('concept', concept)}"
     if name not in module.names:
         raise UsageError(

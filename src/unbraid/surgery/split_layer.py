@@ -26,8 +26,9 @@ _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_
 class SplitLayer(nn.Module):
     """A layer with concept channels beside it; R rows are all concept channels, then residuals."""
 
-    def __init__(self, original: nn.Module, spec: LayerSpec, parts: Sequence[ChannelSplit]) -> None:
-        """Build the new rows in the kind and place of the original's weights."""
+    def __init__(  # noqa: D107
+        self, original: nn.Module, spec: LayerSpec, parts: Sequence[ChannelSplit]
+    ) -> None:
         super().__init__()
         like = weight_rows(original)
         rows = torch.cat([*(p.rows for p in parts), *(p.residual_row[None] for p in parts)])
@@ -75,9 +76,7 @@ class SplitLayer(nn.Module):
             new = respond(self.spec, input, self.rows, self.row_bias, self._row_channels)
         concepts, changed = _pass(self.concepts, new.narrow(dim, 0, n_concepts))
         residuals, changed_too = _pass(self.residuals, new.narrow(dim, n_concepts, n_residuals))
-        if self.moves:
-            n_behind = 0 if self.spec.channels_last else len(self.spec.kernel)
-            concepts = make_moves(concepts, self.moves, n_concepts, n_behind)
+        concepts = make_moves(concepts, self.moves, dim)
         correction = (-z.index_select(dim, self.channels) - residuals).index_add(
             dim, self.owners, concepts
         )
@@ -149,53 +148,34 @@ class Move:
         self.remove()
 
 
-def make_moves(concepts: Tensor, moves: Sequence[Move], n_rows: int, n_behind: int) -> Tensor:
+def make_moves(concepts: Tensor, moves: Sequence[Move], dim: int) -> Tensor:
     """Do to concept channels (N, R, positions ...) what the moves say; the latest of each counts.
 
     Nothing is written in place and no size is asked for that can be known otherwise, for tracers.
     """
-    n_images = concepts.shape[0]  # not len(), which an exporter would take for a constant
-    behind = [1] * n_behind
-    latest = {move.row: move for move in moves}.values()
-    gates = [(move.row, move.value) for move in latest if move.value is not None]
-    clamps = [move for move in latest if move.value is None]
-    if gates:
-        per_image = any(isinstance(value, Tensor) and value.dim() for _, value in gates)
-        n_scales = n_images if per_image else 1
-        scale = concepts.new_ones(n_scales, n_rows)
-        for row, value in gates:
-            values = _gate_values(value, n_images).to(scale).expand(n_scales)
-            scale = torch.select_scatter(scale, values, 1, row)
-        between = [1] * (concepts.dim() - 2) if per_image and not behind else []
-        concepts = concepts * scale.view(-1, *between, n_rows, *behind)
-    if clamps:
-        low, high = [-torch.inf] * n_rows, [torch.inf] * n_rows
-        for clamp in clamps:
-            low[clamp.row], high[clamp.row] = clamp.low, clamp.high
-        bounds = (_on_processor(bound).to(concepts).view(-1, *behind) for bound in (low, high))
-        concepts = concepts.clamp(*bounds)
+    for move in {move.row: move for move in moves}.values():
+        z = concepts.select(dim, move.row)
+        moved = z.clamp(move.low, move.high) if move.value is None else _scale(z, move.value)
+        concepts = torch.select_scatter(concepts, moved, dim, move.row)
     return concepts
 
 
-def _gate_values(value: float | Tensor, n_images: int) -> Tensor:
-    values = value if isinstance(value, Tensor) else _on_processor(value)
-    if values.shape not in ((), (n_images,)):
+def _scale(z: Tensor, value: float | Tensor) -> Tensor:
+    """Multiply a concept channel, (N, positions ...), by a number, or by one per image, (N,)."""
+    if not isinstance(value, Tensor):  # a tensor that is the same whatever torch's defaults are
+        value = torch.tensor(value, dtype=torch.float64, device="cpu")
+    if value.dim() and value.shape != z.shape[:1]:
         raise UsageError(
-            f"A gate holds values for {len(values)} images and the layer runs on {n_images}, "
+            f"A gate holds values for {len(value)} images and the layer runs on {z.shape[0]}, "
             "windows of images perhaps; give one value for each, or one number for all."
         )
-    return values
-
-
-def _on_processor(values: float | list[float]) -> Tensor:
-    """A tensor that is the same whatever torch's defaults are."""
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
+    factor = value.to(z)
+    return z * (factor.view(-1, *[1] * (z.dim() - 1)) if factor.dim() else factor)
 
 
 # The plain form: the same split made of two standard layers, for exporters and other tools.
 
-
-_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class _Row(NamedTuple):
@@ -209,13 +189,11 @@ class _Row(NamedTuple):
 class Pad(nn.Module):
     """The padding of a layer that pads in a way of its own."""
 
-    def __init__(self, spec: LayerSpec) -> None:
-        """Take the padding from a layer."""
+    def __init__(self, spec: LayerSpec) -> None:  # noqa: D107
         super().__init__()
         self.spec = spec
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pad (N, C_in, positions ...)."""
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return pad_input(self.spec, x)
 
 
@@ -262,20 +240,12 @@ def _rows(original: nn.Module, spec: LayerSpec, parts: Sequence[ChannelSplit]) -
 
 def _standard_pair(original: nn.Module, spec: LayerSpec, n_rows: int, pads: bool) -> list[Any]:
     rows = weight_rows(original)
-    kind: dict[str, Any] = {"dtype": rows.dtype, "device": rows.device}
+    place: dict[str, Any] = {"dtype": rows.dtype, "device": rows.device}
     if spec.channels_last:
-        wide = nn.Linear(spec.n_in, n_rows, **kind)
-        return [wide, nn.Linear(n_rows, spec.n_out, bias=False, **kind)]
-    convolution = _CONV[len(spec.kernel)]
-    wide = convolution(
-        spec.n_in,
-        n_rows,
-        spec.kernel,
-        stride=spec.stride,
-        padding=0 if pads else original.padding,
-        dilation=spec.dilation,
-        groups=spec.groups,
-        padding_mode="zeros" if pads else spec.pad_mode,
-        **kind,
-    )
-    return [wide, convolution(n_rows, spec.n_out, 1, bias=False, **kind)]
+        wide = nn.Linear(spec.n_in, n_rows, **place)
+        return [wide, nn.Linear(n_rows, spec.n_out, bias=False, **place)]
+    kind = _CONVOLUTIONS[len(spec.kernel)]
+    padding, mode = (0, "zeros") if pads else (original.padding, spec.pad_mode)
+    how = (spec.kernel, spec.stride, padding, spec.dilation, spec.groups)
+    wide = kind(spec.n_in, n_rows, *how, padding_mode=mode, **place)
+    return [wide, kind(n_rows, spec.n_out, 1, bias=False, **place)]

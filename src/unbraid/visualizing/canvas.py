@@ -172,9 +172,8 @@ def _amplitudes(height: int, width: int) -> Tensor:
     down = torch.fft.fftfreq(height, dtype=torch.float32)[:, None]
     right = torch.fft.rfftfreq(width, dtype=torch.float32)
     frequency = (down.square() + right.square()).sqrt().clamp(min=1 / max(height, width))
-    amplitude = frequency.pow(-_DECAY)
-    normal: Tensor = amplitude / amplitude.square().mean().sqrt()
-    return normal
+    amplitude: Tensor = frequency.pow(-_DECAY)
+    return amplitude / amplitude.square().mean().sqrt()
 
 
 def _mix(colours: Tensor, painted: Tensor) -> Tensor:

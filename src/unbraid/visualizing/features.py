@@ -4,23 +4,43 @@ from __future__ import annotations
 
 import io
 import json
-import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
 from PIL import Image
 
 from unbraid.base.arguments import as_path
 from unbraid.base.errors import brief
 from unbraid.base.files import write_whole
-from unbraid.base.schema import check_schema, read_json, unread
+from unbraid.base.schema import build, check_schema, read_json, unread
 
 SCHEMA = 1
 MAX_SIDE = 4096  # pixels; a larger picture in a folder is none of ours
 MAX_PIXELS = 2**28  # of all pictures together, 1 GiB of memory
 INDEX = "features.json"
+
+Count = Annotated[int, Meta(ge=0)]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    channel: Count
+    concept: Count | None
+    place: Count
+    responses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _About:
+    schema: int
+    layer: str
+    weights: str
+    settings: dict[str, Any]
+    left_out: Count
+    features: tuple[_Entry, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,16 +122,11 @@ class Features:
         """
         folder = as_path("folder", folder)
         try:
-            index = folder / INDEX
-            about = read_json(index)
-            check_schema(about, SCHEMA)
-            return cls(
-                layer=str(about["layer"]),
-                weights=str(about["weights"]),
-                features=tuple(_read_features(folder, about["features"])),
-                settings=dict(about["settings"]),
-                left_out=_number(about["left_out"]),
-            )
+            read = read_json(folder / INDEX)
+            check_schema(read, SCHEMA)
+            about = build(_About, read)
+            features = tuple(_read_features(folder, about.features))
+            return cls(about.layer, about.weights, features, about.settings, about.left_out)
         except Exception as error:  # a damaged picture fails in any way
             text = (
                 f"{folder} holds no feature visualisations that can be read ({brief(error)}); make "
@@ -120,46 +135,26 @@ class Features:
             raise unread(error, text) from None
 
 
-def _read_features(folder: Path, entries: Sequence[dict[str, Any]]) -> Iterator[Feature]:
+def _read_features(folder: Path, entries: Sequence[_Entry]) -> Iterator[Feature]:
     """Read the pictures, unless they are too many or one stands there twice."""
-    keys = [
-        (
-            _number(entry["channel"]),
-            None if entry["concept"] is None else _number(entry["concept"]),
-            _number(entry["place"]),
-        )
-        for entry in entries
-    ]
-    if len(set(keys)) < len(keys):
+    # By number, never by a name that the file gives: that might lead anywhere.
+    names = [f"{_name(entry.channel, entry.concept, entry.place)}.png" for entry in entries]
+    if len(set(names)) < len(names):
         raise ValueError("a picture stands there twice")
     n_pixels = 0
-    for key in keys:  # before any picture takes memory
-        with _opened(folder, *key) as file:
+    for name in names:  # before any picture takes memory
+        with Image.open(folder / name, formats=("PNG",)) as file:
             n_pixels += file.width * file.height
+            if max(file.size) > MAX_SIDE:
+                raise ValueError(f"{name} has {file.width} x {file.height} pixels")
     if n_pixels > MAX_PIXELS:
         raise ValueError(f"its pictures have {n_pixels} pixels")
-    for key, entry in zip(keys, entries, strict=True):
-        with _opened(folder, *key) as file:
-            responses = tuple(float(response) for response in entry["responses"])
-            yield Feature(*key, file.convert("RGBA"), responses)
-
-
-def _opened(folder: Path, channel: int, concept: int | None, place: int) -> Image.Image:
-    # By number, never by a name that the file gives: that might lead anywhere.
-    name = f"{_name(channel, concept, place)}.png"
-    file = Image.open(folder / name, formats=("PNG",))
-    if max(file.size) > MAX_SIDE:
-        file.close()
-        raise ValueError(f"{name} has {file.size[0]} x {file.size[1]} pixels")
-    return file
+    for name, entry in zip(names, entries, strict=True):
+        with Image.open(folder / name, formats=("PNG",)) as file:
+            picture = file.convert("RGBA")
+        yield Feature(entry.channel, entry.concept, entry.place, picture, entry.responses)
 
 
 def _name(channel: int, concept: int | None, place: int) -> str:
     part = "" if concept is None else f".{concept}"
     return f"{channel}{part}" + (f"_{place}" if place else "")
-
-
-def _number(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{reprlib.repr(value)} is no count or number of a channel")
-    return value

@@ -41,8 +41,6 @@ Target = tuple[int, int | None]  # a channel and a concept, None for the whole c
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How images are made."""
-
     n: int
     steps: int
     objective: Literal["contrast", "plain"]
@@ -70,9 +68,8 @@ def visualize(
 
     Of each channel an image is optimised for the mean pre-activation z over positions; of each
     concept channel k one for the mean of z_k, less that of max(z_l, 0) of every other concept
-    channel l of the same channel (objective "contrast"). Images of one seed start from the same
-    noise, are optimised side by side, and do not depend on one another. The network stays as it
-    was and computes in eval mode, with the gates and clamps that are in force.
+    channel l of the same channel (objective "contrast"). Images do not depend on one another. The
+    network stays as it was and computes in eval mode, with the gates and clamps that are in force.
 
     Args:
         model: from `unbraid.apply` in the exact form; of any other network only whole channels are
@@ -127,7 +124,7 @@ def visualize(
     most = max(1, at_once // math.prod(pixels.size))
     n_images = recipe.n * sum(map(len, targets.values()))
     features: list[Feature] = []
-    begun, n_done = time.monotonic(), 0
+    begun = time.monotonic()
     with (
         image_progress("Visualising", n_images, show=progress) as advance,
         undisturbed(watched.model),
@@ -135,7 +132,7 @@ def visualize(
         torch.enable_grad(),
     ):
         for block in _blocks(targets, recipe.n, most):
-            if n_done and time.monotonic() - begun > seconds:
+            if features and time.monotonic() - begun > seconds:
                 break
             wanted = [(t, i) for o in block for t in targets[o] for i in range(recipe.n)]
             made: list[tuple[float, Feature]] = []
@@ -146,14 +143,12 @@ def visualize(
             for start in range(0, len(wanted), recipe.n):
                 best = sorted(made[start : start + recipe.n], key=lambda m: m[0], reverse=True)
                 features += [replace(f, place=place) for place, (_, f) in enumerate(best)]
-            n_done += len(block)
-    return Features(
-        layer=watched.spec.name,
-        weights=hash_weights(watched.model),
-        features=tuple(features),
-        settings={**asdict(recipe), "size": list(pixels.size)},
-        left_out=len(targets) - n_done,
+    settings = {**asdict(recipe), "size": list(pixels.size)}
+    weights, left_out = (
+        hash_weights(watched.model),
+        len(targets) - len({f.channel for f in features}),
     )
+    return Features(watched.spec.name, weights, tuple(features), settings, left_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,9 +160,9 @@ class Watched:
     spec: LayerSpec
     rows: dict[Target, int]  # where each channel and each concept channel stands in responses
 
-    def concepts_of(self, channel: int) -> list[int]:
-        """Concepts of a channel, in order; none if it is not split."""
-        return sorted(k for o, k in self.rows if o == channel and k is not None)
+    def targets_of(self, channel: int) -> list[Target]:
+        """The whole channel, then each of its concept channels, in the order of the rows."""
+        return [target for target in self.rows if target[0] == channel]
 
     def respond(self, images: Tensor) -> Tensor:
         """Show images to the network; return pre-activations, (N, rows, P positions)."""
@@ -201,33 +196,27 @@ class Watched:
 def watch(model: nn.Module, layer: str | nn.Module) -> Watched:
     """Find a layer, split or not, in a network."""
     name, module = resolve_layer(model, layer)
-    names: list[str] = []  # of concept channels
-    if isinstance(module, SplitLayer):
-        spec, names = module.spec, module.names
-    else:
-        spec = describe(name, module)
+    spec: LayerSpec = module.spec if isinstance(module, SplitLayer) else describe(name, module)
     targets: list[Target] = [(o, None) for o in range(spec.n_out)]
-    for own in names:
-        channel, concept = own.split(".")
-        targets.append((int(channel), int(concept)))
+    if isinstance(module, SplitLayer):
+        targets += [(int(o), int(k)) for o, k in (own.split(".") for own in module.names)]
     return Watched(model, module, spec, {target: row for row, target in enumerate(targets)})
 
 
 def _targets_of(watched: Watched, channels: Sequence[int] | None) -> dict[int, list[Target]]:
-    """List by channel what to visualise: the whole channel, then each concept channel."""
+    """List by channel what to visualise."""
     if channels is None:
         channels = sorted({channel for channel, k in watched.rows if k is not None})
     channels = whole_numbers("channels", channels)
-    n_out = watched.spec.n_out
-    unknown = [channel for channel in channels if channel not in range(n_out)]
-    if unknown:
-        raise UsageError(
-            f"Layer {watched.spec.name!r} has no channel {unknown[0]}; give numbers from 0 to "
-            f"{n_out - 1}."
-        )
+    for channel in channels:
+        if (channel, None) not in watched.rows:
+            raise UsageError(
+                f"Layer {watched.spec.name!r} has no channel {channel}; give numbers from 0 to "
+                f"{watched.spec.n_out - 1}."
+            )
     if not channels:
         raise UsageError("No channel of this network was split; say which channels to visualise.")
-    return {o: [(o, None), *((o, k) for k in watched.concepts_of(o))] for o in channels}
+    return {channel: watched.targets_of(channel) for channel in channels}
 
 
 def _blocks(targets: dict[int, list[Target]], n: int, most: int) -> list[list[int]]:
@@ -285,8 +274,7 @@ def _optimise(
         )
     made = []
     for image, (channel, concept) in enumerate(targets):
-        names = (None, *watched.concepts_of(channel))
-        rows = [watched.rows[channel, k] for k in names]
+        rows = [watched.rows[target] for target in watched.targets_of(channel)]
         means = tuple(responses[image, rows].float().mean(-1).tolist())
         picture = _picture(images[image], _opacity(drawn_on[image]))
         made.append((float(scores[image]), Feature(channel, concept, 0, picture, means)))
@@ -301,16 +289,14 @@ class Score:
 
     def __init__(self, watched: Watched, targets: Sequence[Target], contrast: bool) -> None:
         """Prepare what counts for which image, as matrices of zeros and ones."""
-        shape, device = (len(targets), len(watched.rows)), device_of(watched.layer)
-        self._own, self._others = (
-            torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2)
-        )
-        for image, (channel, concept) in enumerate(targets):
-            if concept is not None and contrast:
-                siblings = [watched.rows[channel, k] for k in watched.concepts_of(channel)]
-                self._others[image, siblings] = 1
-            row = watched.rows[channel, concept]
-            self._own[image, row], self._others[image, row] = 1, 0
+        size, device = (len(targets), len(watched.rows)), device_of(watched.layer)
+        self._own, self._others = torch.zeros(2, *size, dtype=torch.float32, device=device)
+        for image, target in enumerate(targets):
+            self._own[image, watched.rows[target]] = 1
+            if contrast and target[1] is not None:
+                _, *concepts = watched.targets_of(target[0])
+                others = [watched.rows[other] for other in concepts if other != target]
+                self._others[image, others] = 1
 
     def __call__(self, responses: Tensor) -> Tensor:
         """Compute scores, (N,), in units of the mean pre-activation."""

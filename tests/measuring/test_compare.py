@@ -1,0 +1,121 @@
+"""Outputs of two networks compared."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from pairs import Pair
+from torch import Tensor, nn
+
+import unbraid
+from checks import assert_close, assert_untouched, snapshot
+from tiny_networks import SyntheticImages, WithBroken
+from unbraid.base.errors import DataError, ModelError, OutputChangedError, UsageError
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return Pair("3x3")
+
+
+def nudged(network: nn.Module, name: str, by: float) -> nn.Module:
+    changed = copy.deepcopy(network)
+    with torch.no_grad():
+        changed.state_dict()[name].flatten()[0].add_(by)
+    return changed
+
+
+def accuracy(network: nn.Module, dataset: SyntheticImages) -> float:
+    correct = [
+        int(network(image[None]).argmax()) == label
+        for image, label in zip(dataset.images, dataset.targets, strict=True)
+    ]
+    return sum(correct) / len(correct)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_compare_outputs_counts_over_all_images(batch_size, pair):
+    dataset, network = SyntheticImages(9, seed=2), pair.network
+    other = nudged(network, "head.bias", 0.3)
+    result = unbraid.compare_outputs(network, other, dataset, tolerance=1.0, batch_size=batch_size)
+    with torch.no_grad():
+        before, after = network(dataset.images), other(dataset.images)
+    same = before.argmax(1) == after.argmax(1)
+    assert 0 < same.double().mean() < 1  # else the test could not tell
+    assert_close(result.max_abs_logit_diff, 0.3)
+    assert_close(result.top1_agreement, same.double().mean())
+    assert result.top1_before == accuracy(network, dataset)
+    assert result.top1_after == accuracy(other, dataset)
+
+
+def test_compare_outputs_passes_the_plain_form_within_rounding(pair):
+    result = unbraid.compare_outputs(pair.network, pair.plain, SyntheticImages(9))
+    assert 0 < result.max_abs_logit_diff < 1e-12
+
+
+@pytest.mark.parametrize("name", ["layer.original.weight", "stem.weight", "head.bias"])
+def test_compare_outputs_notices_a_small_change_and_leaves_networks_as_they_were(name, pair):
+    other = nudged(pair.changed, name, 1e-3).train()
+    before = snapshot(pair.network), snapshot(other)
+    with pytest.raises(OutputChangedError, match="more than the tolerance 0"):
+        unbraid.compare_outputs(pair.network, other, SyntheticImages(9), tolerance=0.0)
+    with pytest.raises(UsageError, match="must be 0 or more"):
+        unbraid.compare_outputs(pair.network, other, SyntheticImages(9), tolerance=-1.0)
+    unbraid.compare_outputs(pair.network, other, SyntheticImages(9), tolerance=1.0)
+    assert_untouched(before[0], snapshot(pair.network))
+    assert_untouched(before[1], snapshot(other))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_compare_outputs_refuses_what_are_no_numbers_whatever_the_tolerance(value, pair):
+    class LastIsBroken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = pair.changed(x).clone()
+            logits[x[:, 0, 0, 0] == 77.0] = value
+            return logits
+
+    dataset = SyntheticImages(9)
+    dataset.images[8, 0, 0, 0] = 77.0  # in the last batch
+    broken = nudged(pair.network, "head.weight", float("nan"))
+    for one, other in ((pair.network, LastIsBroken()), (broken, broken)):
+        with pytest.raises(OutputChangedError):
+            unbraid.compare_outputs(one, other, dataset, tolerance=1e9, batch_size=4)
+
+
+def test_compare_outputs_leaves_out_a_broken_image(pair):
+    result = unbraid.compare_outputs(
+        pair.network, pair.changed, WithBroken(5), batch_size=1, skip_broken=True
+    )
+    rest = SyntheticImages(5)
+    rest.images, rest.targets = rest.images[[0, 1, 2, 4]], [0, 1, 2, 0]
+    assert result.top1_before == accuracy(pair.network, rest)
+
+
+def _all_broken() -> SyntheticImages:
+    dataset = WithBroken(2)
+    dataset.broken = (0, 1)
+    return dataset
+
+
+def _of_many_sizes() -> SyntheticImages:
+    dataset = SyntheticImages(4)
+    dataset.images = [image[:, :, : 6 - n // 2] for n, image in enumerate(dataset.images)]
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("dataset", "skip", "error", "sentence"),
+    [
+        (WithBroken(5), False, DataError, r"Image 3 .*picture-3\.jpg"),
+        (_all_broken(), True, DataError, "No image could be read"),  # nor has the network run
+        (_of_many_sizes(), True, DataError, "Image 2"),
+        (SyntheticImages(4, size=(1, 7, 6)), True, ModelError, r"shape \(1, 7, 6\)"),
+    ],
+)
+def test_compare_outputs_of_what_cannot_be_compared_is_refused(
+    dataset, skip, error, sentence, pair
+):
+    with pytest.raises(error, match=sentence):
+        unbraid.compare_outputs(pair.network, pair.changed, dataset, skip_broken=skip)

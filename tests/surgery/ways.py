@@ -1,0 +1,129 @@
+"""Ways in which a network's code can reach a layer."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structures import Around
+
+Run = Callable[..., Tensor]
+
+
+@dataclass(slots=True, frozen=True)
+class Held:
+    layers: tuple[nn.Module, ...]
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
+
+
+class Calls:
+    """Runs a layer, and cannot be copied."""
+
+    def __init__(self, layer: Run) -> None:
+        self.layer, self.lock = layer, threading.Lock()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class NeverCopied(Calls):
+    def __deepcopy__(self, _memo: Any) -> NeverCopied:
+        return self
+
+
+class WithSlots(nn.Conv2d):
+    __slots__ = ("own",)
+
+
+def calling_itself(_: Around, layer: nn.Module) -> Run:
+    def middle(x: Tensor, n: int = 2) -> Tensor:
+        return layer(x) if n == 0 else middle(x, n - 1)
+
+    return middle
+
+
+def weak_references(network: Around, layer: nn.Module) -> Run:
+    one, whole = weakref.ref(layer), weakref.proxy(network)
+    by_name = weakref.WeakValueDictionary(layer=layer)
+    return lambda x: (one()(x) + whole.layer(x) + by_name["layer"](x)) / 3
+
+
+def compiled_by_itself(_: Around, layer: nn.Module) -> Run:
+    compiled = torch.compile(layer, backend="eager")
+    return lambda x: compiled(x)
+
+
+def wrapper(network: Around, layer: nn.Module) -> nn.Module:
+    network.body = lambda x: layer(x)
+    return nn.DataParallel(network)
+
+
+def slots_and_two_names(network: Around, _: nn.Module) -> Run:
+    network.layer = network.again = WithSlots(6, 6, 3, padding=1).double()
+    return types.MethodType(lambda self, x: self.again(x), network)
+
+
+def own_forward_around_the_old(_: Around, layer: nn.Module) -> None:
+    layer.old = layer.forward
+    layer.forward = functools.partial(lambda layer, x: layer.old(x), layer)
+
+
+def own_forward_by_a_method(_: Around, layer: nn.Module) -> None:
+    layer.forward = types.MethodType(lambda self, x: nn.Conv2d.forward(self, x), layer)
+
+
+def own_forward_that_asks_for_the_kind(_: Around, layer: nn.Module) -> None:
+    layer.forward = lambda x: type(layer).forward(layer, x)
+
+
+def own_forward_by_an_object(_: Around, layer: nn.Module) -> None:
+    layer.forward = Calls(layer.forward)
+
+
+FUNCTIONS = (
+    *(calling_itself, weak_references, compiled_by_itself, wrapper, slots_and_two_names),
+    *(own_forward_around_the_old, own_forward_by_a_method, own_forward_by_an_object),
+    own_forward_that_asks_for_the_kind,
+)
+# Each takes the network and its layer, and returns its `body`, or another network, or None.
+WAYS: dict[str, Callable[[Around, nn.Module], Any]] = {
+    "module": lambda network, layer: None,
+    "closure": lambda network, layer: lambda x: layer(x),
+    "default": lambda network, layer: lambda x, layer=layer: layer(x),
+    "keyword default": lambda network, layer: lambda x, *, layer=layer: layer(x),
+    "static method": lambda network, layer: staticmethod(lambda x: layer(x)),
+    "partial": lambda network, layer: functools.partial(lambda net, x: net.layer(x), network),
+    "its own call": lambda network, layer: layer.__call__,
+    "cached function": lambda network, layer: functools.lru_cache(lambda x: layer(x)),
+    "method of a dictionary": lambda network, layer: functools.partial(
+        lambda get, x: get("layer")(x), {"layer": layer}.get
+    ),
+    "object with slots": lambda network, layer: Held((layer,)).run,
+    "object with a lock": lambda network, layer: Calls(layer),
+    "object that copies to itself": lambda network, layer: NeverCopied(layer),
+    "compiled function": lambda network, layer: torch.compile(lambda x: layer(x), backend="eager"),
+    "compile method": lambda network, layer: layer.compile(backend="eager"),
+    **{function.__name__.replace("_", " "): function for function in FUNCTIONS},
+}
+
+
+def reaching(way: str) -> nn.Module:
+    """A network that reaches its layer in one of the ways."""
+    torch.manual_seed(0)
+    network = Around().double()
+    made = WAYS[way](network, network.layer)
+    if isinstance(made, nn.Module):
+        return made.eval()
+    if made is not None:
+        network.body = made
+    return network.eval()
