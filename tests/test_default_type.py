@@ -26,7 +26,10 @@ from unbraid.networks.layers import describe
 from unbraid.networks.models import load_model
 from unbraid.networks.spec import pooled_input
 from unbraid.networks.weights import hash_weights
+from unbraid.running.folders import Thresholds
+from unbraid.running.run import run
 from unbraid.scanning.scan import usable_layers
+from unbraid.scanning.scan_options import Loading
 
 SOURCE = Path(unbraid.__file__).parent
 MAKES = re.compile(
@@ -72,9 +75,6 @@ def test_every_call_that_makes_a_tensor_says_its_type():
     assert found
 
 
-# --- what comes out -------------------------------------------------------------------------------
-
-
 def fingerprint_of(value: Any) -> Any:
     """Text and bytes, to compare by."""
     if isinstance(value, Tensor):
@@ -82,67 +82,57 @@ def fingerprint_of(value: Any) -> Any:
     return repr(value)
 
 
-def of_scans(network: nn.Module, out: Path) -> dict[str, Any]:
-    """All that comes of scans of a network, and of what is split after them."""
+def of_run(network: nn.Module, out: Path) -> dict[str, Any]:
+    """Every file of a run, and what is done with its split after it."""
     with torch.device("cpu"), default_type(torch.float32):
         images = SyntheticImages(12, dtype=torch.float32)
-    options: dict[str, Any] = {"batch_size": 6, "threads": 1}
-    layer = "layer"
-    scan = unbraid.scan(network, layer, images, out / "scan", **options)
-    maps = unbraid.scan(network, layer, images, out / "maps", positions=True, **options)
-    unbraid.find(scan, tau=0.01, p=0.1, gamma=0.999).to_csv(out / "pairs.csv")
-    found = unbraid.find(maps, channels={1: [[0], [1]], 3: [[0, 3], [2]]})
-    splits = [unbraid.split(one, found) for one in (scan, maps)]
-    splits.append(unbraid.split(maps, found, method="published"))
-    for k, split in enumerate(splits):
-        split.save(out / f"split-{k}")
-    split = splits[1]
+    options: dict[str, Any] = {"thresholds": Thresholds(0.01, 0.1, 0.999), "features": False}
+    options |= {"loading": Loading(batch_size=6, threads=1), "source": {}, "title": "x"}
+    done = run(network, "layer", images, images, out, say=lambda _: None, **options)
+    split, channel = done.split, done.split.channels[0].channel
     model2 = unbraid.apply(network, split)
-    x = torch.stack([images[k][0] for k in range(4)]).to(next(network.parameters()).dtype)
-    with torch.no_grad(), unbraid.gate(model2, layer, 1, 0, 0.3):
-        gated = model2(x)
-    with torch.no_grad(), unbraid.clamp(model2, layer, 3, 1, -0.1, 0.3):
-        clamped = model2(x)
     plain = unbraid.apply(network, split, form="plain")
-    encoder = unbraid.Penultimate(network)
+    x = torch.stack([images[k][0] for k in range(4)]).to(next(network.parameters()).dtype)
+    with torch.no_grad(), unbraid.gate(model2, "layer", channel, 0, 0.3):
+        gated = model2(x)
+    with torch.no_grad(), unbraid.clamp(model2, "layer", channel, 1, -0.1, 0.3):
+        clamped = model2(x)
     made = {
         "gated": gated,
         "clamped": clamped,
-        "sensitivity": unbraid.sensitivity(scan, found=found),
-        "output": unbraid.compare_outputs(network, model2, images, tolerance=0.0),
         "plain form": unbraid.compare_outputs(network, plain, images, tolerance=1.0),
-        "ablation": unbraid.ablate(model2, images, scan=scan),
-        "evaluation": unbraid.evaluate(split, maps, baseline=splits[2], tau=0.01),
-        "evaluation of sums": unbraid.evaluate(splits[0], scan),
-        "semantics": unbraid.measure_semantics(split, maps, images, encoder, n_top=3),
-        "circuit": unbraid.circuit(split, scan, 1, 0),
+        "sums": unbraid.evaluate(unbraid.split(done.train_scan, done.found), done.train_scan),
+        "circuit": unbraid.circuit(split, done.train_scan, channel, 0),
+        "semantics": done.evaluation,
     }
-    page = {"scan": maps, "found": found, "split": split, "dataset": images, "maps": maps}
-    unbraid.report(out / "page.html", **page)
-    files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    return files | {name: fingerprint_of(value) for name, value in made.items()}
+    made |= {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    return {name: fingerprint_of(value) for name, value in made.items()}
 
 
 def of_demo(network: nn.Module, out: Path) -> dict[str, Any]:
     """What takes an image network: features, clusters, circuits through it, figures."""
     images = Subset(load_images("train"), range(0, 2400, 8))
-    scan = unbraid.scan(network, "mix", images, out / "scan", batch_size=50, threads=1)
+    scan, before = (
+        unbraid.scan(network, layer, images, out / layer, batch_size=50, threads=1)
+        for layer in ("mix", "look.4")
+    )
     clusters = unbraid.find(scan, concepts="clusters")
     split = unbraid.split(scan, unbraid.find(scan, channels={0: [[0], [1, 2]]}))
-    before = unbraid.scan(network, "look.4", images, out / "before", batch_size=50, threads=1)
     early = unbraid.split(before, unbraid.find(before, channels={2: [[0], [3]]}))
     model2 = unbraid.apply(network, split)
     features = [
-        unbraid.visualize(model2, "mix", images, [0], steps=2, spectrum=spectrum)
+        feature
         for spectrum in (False, True)
+        for feature in unbraid.visualize(
+            model2, "mix", images, [0], steps=2, spectrum=spectrum
+        ).features
     ]
     made: dict[str, Any] = {
         "weights": hash_weights(network),
         "clusters": clusters.concepts,
         "centres": [cluster.centres.tolist() for cluster in clusters.clusters.values()],
         "circuit": unbraid.circuit_from(early, split, scan, network, images, 0, 0),
-        "pictures": [f.picture.tobytes() for one in features for f in one.features],
-        "answers": [f.responses for one in features for f in one.features],
+        "features": [(f.picture.tobytes(), f.responses) for f in features],
         "layers": [spec.name for spec in usable_layers(network, torch.stack([images[0][0]]))],
         "crops": unbraid.measure_semantics(split, scan, images, unbraid.Penultimate(network)),
     }
@@ -161,9 +151,9 @@ def elsewhere() -> Iterator[Callable[[], None]]:
 
 
 CASES = {  # what is made, of a network of a type, and another default type
-    "3x3": (of_scans, torch.float32, torch.float64),
-    "tokens": (of_scans, torch.bfloat16, torch.float16),
-    "pooled features": (of_scans, torch.float64, torch.bfloat16),
+    "3x3": (of_run, torch.float32, torch.float64),
+    "tokens": (of_run, torch.bfloat16, torch.float16),
+    "pooled features": (of_run, torch.float64, torch.bfloat16),
     "demo": (of_demo, None, torch.bfloat16),
 }
 
@@ -173,7 +163,7 @@ def test_what_is_made_depends_on_no_default_type_or_device(case, tmp_path, elsew
     make, own, other = CASES[case]
     network = load_network() if own is None else build(case, own)
     expected = make(network, tmp_path / "usual")
-    assert len(expected) > (7 if own is None else 20)
+    assert len(expected) > (6 if own is None else 20)
     with default_type(other):
         assert differing(expected, make(network, tmp_path / "other")) == []
     elsewhere()
