@@ -87,7 +87,7 @@ def of_run(network: nn.Module, out: Path) -> dict[str, Any]:
     with torch.device("cpu"), default_type(torch.float32):
         images = SyntheticImages(12, dtype=torch.float32)
     options: dict[str, Any] = {"thresholds": Thresholds(0.01, 0.1, 0.999), "features": False}
-    options |= {"loading": Loading(batch_size=6, threads=1), "source": {}, "title": "x"}
+    options |= {"loading": Loading(batch_size=6), "source": {}, "title": "x"}
     done = run(network, "layer", images, images, out, say=lambda _: None, **options)
     split, channel = done.split, done.split.channels[0].channel
     model2 = unbraid.apply(network, split)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError, ModelError, RunError, UnbraidError
 from unbraid.base.files import set_aside
+from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
 from unbraid.finding.find import find
 from unbraid.finding.findings import Findings
@@ -244,6 +245,7 @@ def run_layers(
     return LayerRuns(runs, output)
 
 
+@in_plain_modes
 def _run_each(job: Job, places: Mapping[str, Path], *, named: bool = False) -> dict[str, Run]:
     """Scan all layers at once, then make a run of each in its folder."""
     encoder = prepare(job, places)
