@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -17,10 +17,7 @@ from command_place import LEFT_OUT, Place
 from documents import PAGES, ROOT, Command, commands
 from unbraid import cli
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-MARKS = [mark.split(":")[0] for mark in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
-
-
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 NOWHERE = "unbraid demo --out nowhere"
 
 
@@ -29,14 +26,13 @@ def check_requirements(words: list[str]) -> None:
     for word in words[2:]:
         match = re.fullmatch(r"-e|\.(?:\[(\w+)\])?", word)
         assert match, word
-        assert match[1] is None or match[1] in PROJECT["project"]["optional-dependencies"], word
+        assert match[1] is None or match[1] in EXTRAS, word
 
 
-def check_tests(words: list[str]) -> None:
-    """`pytest` of files that are there, with marks that are known."""
-    rest = iter(words[words.index("pytest") + 1 :])
-    for word in rest:
-        assert next(rest) in MARKS if word == "-m" else (ROOT / word).exists(), word
+def check_files(words: list[str]) -> None:
+    """`pytest` or `python` of files that are there."""
+    named = [word for word in words if "/" in word or word.endswith(".py")]
+    assert all((ROOT / word).exists() for word in named), words
 
 
 class Parsed(Exception):
@@ -57,52 +53,45 @@ def check_script(words: list[str]) -> None:
             runpy.run_path(str(ROOT / words[1]), run_name="__main__")
 
 
-def check_file(words: list[str]) -> None:
-    assert len(words) == 2
-    assert (ROOT / words[1]).is_file()
-
-
-# What is looked at in place of a run, by how commands begin.
-PARSED: dict[str, Callable[[list[str]], None]] = {
-    "pip install ": check_requirements,  # takes minutes; `.ci/run` does it
-    "python -m pytest ": check_tests,  # is what runs this test
-    "pytest ": check_tests,
-    "python benchmarks/": check_script,  # takes minutes to hours and gigabytes
-    "python examples/execute.py ": check_file,  # test_walkthrough.py runs it on a copy
-    "python examples/steering.py ": check_file,  # test_steering.py runs it
-}
-
-
-def how(command: Command) -> str:
-    """Say what is done with a command: "run", "nothing", or how it begins if it is only parsed.
-
-    "named" is what the text only mentions, such as `unbraid run` or `--data`.
-    """
-    words = shlex.split(command.text)
-    for start in PARSED:
-        if f"{command.text} ".startswith(start):
-            return start
-    if command.inline and command.text not in LEFT_OUT:
-        alone = len(words) == 1 and words[0].startswith("--")
-        bare = words[0] == "unbraid" and all(word.startswith("--") for word in words[2:])
-        if alone or bare:  # every command asks for more than that
-            return "named"
-    known = words[0] in ("unbraid", "torchrun") or command.text in LEFT_OUT
-    return "run" if known else "nothing"
-
-
 def options_of(name: str) -> set[str]:
     """The options that a command of unbraid takes."""
     return {n for argument in cli.app[name].assemble_argument_collection() for n in argument.names}
 
 
-def assert_named_rightly(words: list[str]) -> None:
-    """A command that is only named is there, and so are its options."""
+def check_names(words: list[str]) -> None:
+    """A command that the text only mentions is there, and so are its options."""
     if words[0] == "unbraid":
         assert set(words[2:]) <= options_of(words[1])
     else:
         names = [name for name in cli.app if not name.startswith("-")]
         assert words[0] in set().union(*map(options_of, names))
+
+
+# What is looked at in place of a run, by how commands begin.
+LOOKED_AT: dict[str, Callable[[list[str]], None]] = {
+    "pip install ": check_requirements,  # takes minutes; `.ci/run` does it
+    "python -m pytest ": check_files,  # is what runs this test
+    "pytest ": check_files,
+    "python benchmarks/": check_script,  # takes minutes to hours and gigabytes
+    "python examples/": check_files,  # test_walkthrough.py and test_steering.py run them
+}
+
+
+def check_of(command: Command) -> Callable[[list[str]], None] | None:
+    """What is looked at in place of a run, if anything is."""
+    for start, check in LOOKED_AT.items():
+        if f"{command.text} ".startswith(start):
+            return check
+    words = shlex.split(command.text)
+    alone = len(words) == 1 and words[0].startswith("--")
+    bare = words[0] == "unbraid" and all(word.startswith("--") for word in words[2:])
+    named = command.inline and command.text not in LEFT_OUT
+    return check_names if named and (alone or bare) else None  # commands ask for more than that
+
+
+def is_run(command: Command) -> bool:
+    known = command.text.split()[0] in ("unbraid", "torchrun") or command.text in LEFT_OUT
+    return known and check_of(command) is None
 
 
 def all_commands() -> list[Command]:
@@ -112,7 +101,7 @@ def all_commands() -> list[Command]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     yield Place(folder)
     shutil.rmtree(folder)  # half a gigabyte
@@ -120,34 +109,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @pytest.mark.filterwarnings("ignore::Warning")
 @pytest.mark.parametrize("command", all_commands(), ids=str)
-def test_a_command_is_run_parsed_or_named(command: Command, place: Place) -> None:
-    kind = how(command)
-    assert kind != "nothing"
-    if kind == "run":
-        place.run(command)
+def test_a_command_is_run_or_looked_at(command, place):
+    check = check_of(command)
+    if check is not None:
+        check(shlex.split(command.text))
     else:
-        PARSED.get(kind, assert_named_rightly)(shlex.split(command.text))
+        assert is_run(command)
+        place.run(command)
 
 
-def test_every_benchmark_is_in_the_docs_and_has_help(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = (ROOT / "docs/benchmarks.md").read_text()
-    for script in sorted((ROOT / "benchmarks").glob("*.py")):
-        assert f"benchmarks/{script.name}" in page
-        if "__main__" in script.read_text():
-            monkeypatch.setattr(sys, "argv", [script.name, "--help"])
-            with pytest.raises(SystemExit) as stopped:
-                runpy.run_path(str(script), run_name="__main__")
-            assert not stopped.value.code
-            assert capsys.readouterr().out.startswith(f"usage: {script.name}")
+SCRIPTS = [p for p in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in p.read_text()]
 
 
-def test_the_tables_hold_nothing_that_the_docs_do_not() -> None:
-    texts = [command.text for command in all_commands()]
-    assert [text for text in LEFT_OUT if text not in texts] == []
-    unused = [start for start in PARSED if not any(f"{t} ".startswith(start) for t in texts)]
-    assert unused == []
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_benchmark_has_help(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not stopped.value.code
+    assert capsys.readouterr().out.startswith(f"usage: {script.name}")
 
 
 @pytest.mark.parametrize(
@@ -158,16 +138,16 @@ def test_the_tables_hold_nothing_that_the_docs_do_not() -> None:
         "With `--encoder timm:resnet18` it differs.\n",
     ],
 )
-def test_a_new_command_that_nothing_is_done_with_is_told(text: str) -> None:
-    assert "nothing" in [how(command) for command in commands(text)]
+def test_a_new_command_that_nothing_is_done_with_is_told(text):
+    assert [c for c in commands(text) if not is_run(c) and check_of(c) is None]
 
 
 @pytest.mark.parametrize(
     "text", ["unbraid layers torchvision:resnet51", "unbraid demo --onto x", NOWHERE]
 )
-def test_a_command_that_fails_or_leaves_nothing_is_told(text: str, place: Place) -> None:
+def test_a_command_that_fails_or_leaves_nothing_is_told(text, place):
     place.done[NOWHERE] = (0, "Report: nowhere")
-    assert how(Command(text)) == "run"
+    assert is_run(Command(text))
     with pytest.raises(AssertionError):
         place.run(Command(text))
 
@@ -180,16 +160,11 @@ def test_a_command_that_fails_or_leaves_nothing_is_told(text: str, place: Place)
         ("--outs", AssertionError),
         ("pip install '.[onyx]'", AssertionError),
         ("pip install 'unbraid[onnx]'", AssertionError),
-        ("pytest -m slowly", AssertionError),
         ("pytest tests/fault", AssertionError),
         ("python benchmarks/scan.py --round 3 --color", SystemExit),
         ("python benchmarks/scans.py", FileNotFoundError),
-        ("python examples/steering.py --fast", AssertionError),
     ],
 )
-def test_a_command_that_would_not_be_understood_is_told(
-    text: str, told: type[BaseException]
-) -> None:
-    command = Command(text, inline=True)
+def test_a_command_that_would_not_be_understood_is_told(text, told):
     with pytest.raises(told):
-        PARSED.get(how(command), assert_named_rightly)(shlex.split(text))
+        check_of(Command(text, inline=True))(shlex.split(text))
