@@ -12,18 +12,17 @@ import itertools
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import checks
 import unbraid
-from checks import Truth
 from tiny_networks import SyntheticImages, build, layer_input
 from unbraid.finding.arv import averaged_relevance, class_sums, concept_mean, uses
 from unbraid.finding.membership import Cluster
@@ -33,6 +32,7 @@ from unbraid.networks.spec import pooled_input, respond
 
 TAU, P = 0.1, 0.5
 SHARD, NETWORKS = "shard-000000.safetensors", ("network", "other")
+World = SimpleNamespace
 Arguments = dict[str, Any]
 Change = Callable[[Any], Any]
 CHECKS = {
@@ -42,47 +42,30 @@ CHECKS = {
 }
 
 
-@dataclass
-class World:
-    """One network of groups with a scan, findings, a split and its measures, all sound."""
-
-    folder: Path
-    network: nn.Module
-    images: Tensor
-    truth: Truth
-    scan: unbraid.Scan
-    found: unbraid.Findings
-    split: unbraid.Split
-    evaluation: unbraid.Evaluation
-    grid: unbraid.Sensitivity
-    pooled: Tensor
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
+    """One network of groups with a scan, findings, a split and its measures, all sound."""
     folder = tmp_path_factory.mktemp("world")
     network, dataset = build("groups"), SyntheticImages(13)
     scan = unbraid.scan(network, "layer", dataset, folder / "scan", positions=True, min_share=0.05)
     own = unbraid.find(scan, tau=TAU, channels={1: [[0], [1]], 6: [[2, 0], [3]]})
     split = unbraid.split(scan, own, method="published")
-    world = World(
-        folder,
-        network,
-        dataset.images,
-        checks.truth_of(network, dataset),
-        scan,
+    found, evaluation = (
         unbraid.find(scan, tau=TAU, p=P, gamma=1.0),
-        split,
         unbraid.evaluate(split, scan, tau=TAU),
-        unbraid.sensitivity(scan, [0.05, TAU, 0.3], [P, 0.75], [0.0, 0.5, 1.0]),
-        pooled_input(describe("layer", network.layer), layer_input(network, dataset.images)),
     )
-    used = uses(class_sums(scan, [TAU]), P)[0]  # data in which each corruption can be told
-    assert 0 < int(used.sum()) < used.numel()
-    assert len(world.found.pairs) >= 3
-    assert len(world.evaluation.channels[1].concepts[0].ratios) == 3
+    used = uses(class_sums(scan, [TAU]), P)[0]
+    assert 0 < int(used.sum()) < used.numel()  # or corruptions could not be told
+    assert len(found.pairs) >= 3
+    assert len(evaluation.channels[1].concepts[0].ratios) == 3
     assert split.channels[1].info["rho"] != 0.05
-    return world
+    return World(
+        **{"folder": folder, "network": network, "images": dataset.images, "scan": scan},
+        **{"found": found, "split": split, "evaluation": evaluation},
+        truth=checks.truth_of(network, dataset),
+        grid=unbraid.sensitivity(scan, [0.05, TAU, 0.3], [P, 0.75], [0.0, 0.5, 1.0]),
+        pooled=pooled_input(describe("layer", network.layer), layer_input(network, dataset.images)),
+    )
 
 
 def two_folders(world: World) -> Arguments:
