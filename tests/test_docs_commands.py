@@ -118,18 +118,6 @@ def test_a_command_is_run_or_looked_at(command, place):
         place.run(command)
 
 
-SCRIPTS = [p for p in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in p.read_text()]
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_every_benchmark_has_help(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(script), run_name="__main__")
-    assert not stopped.value.code
-    assert capsys.readouterr().out.startswith(f"usage: {script.name}")
-
-
 @pytest.mark.parametrize(
     "text",
     [

@@ -251,17 +251,6 @@ def test_run_that_fails_leaves_what_is_there(out, monkeypatch: pytest.MonkeyPatc
     assert_kept(out, before)
 
 
-def test_run_killed_before_its_settings_leaves_the_folder_free(tmp_path):
-    class Fails(SyntheticImages):
-        def __getitem__(self, index: int) -> Any:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(tmp_path / "run", val=Fails(24))
-    assert run(tmp_path / "run", STRICT).page == tmp_path / "run/report.html"
-    assert run(tmp_path / "run").page == tmp_path / "run/settings-2/report.html"
-
-
 def test_run_on_results_of_another_network_or_without_settings_keeps_them(out):
     (out / "settings.json").rename(out / "settings.json.damaged")
     before = content(out)
