@@ -222,15 +222,6 @@ def assert_untouched(before: Mapping[str, Any], after: Mapping[str, Any]) -> Non
                 assert_bit_equal(after[part][name], value)
 
 
-def assert_uses(uses: Tensor, truth: Truth, tau: float, p: float) -> None:
-    """(T, C): which class uses which channel."""
-    assert torch.equal(uses, oracle.uses(truth.shares, truth.labels, tau, p))
-
-
-def assert_arv(arv: Tensor, truth: Truth, concept: Concept, channel: int) -> None:
-    assert_close(arv, truth.arv(concept, channel))
-
-
 def assert_pairs(pairs: Sequence[Pair], truth: Truth, tau: float, p: float, gamma: float) -> None:
     """Exactly the published pairs, lowest cosine first, each with its cosine and fractions."""
     expected = {(o, t1, t2): cosine for o, t1, t2, cosine in truth.pairs(tau, p, gamma)}

@@ -24,7 +24,7 @@ from torch import Tensor
 import checks
 import unbraid
 from tiny_networks import SyntheticImages, build, layer_input
-from unbraid.finding.arv import averaged_relevance, class_sums, concept_mean, uses
+from unbraid.finding.arv import class_sums, uses
 from unbraid.finding.membership import Cluster
 from unbraid.networks.layers import bias_of, describe, weight_rows
 from unbraid.networks.relevance import input_relevance
@@ -118,11 +118,6 @@ def input_relevance_of(world: World) -> Arguments:
     return {"input_relevance": input_relevance(weight_rows(world.network.layer), pooled, 9)}
 
 
-def arv_of(world: World) -> Arguments:
-    arv = averaged_relevance(world.scan, 6, concept_mean(class_sums(world.scan, []), (0, 2)))
-    return {"arv": arv, "concept": (0, 2), "channel": 6}
-
-
 def tau_of(world: World) -> Arguments:
     own = {"shares": world.truth.shares, "labels": world.truth.labels, "min_share": 0.05}
     tau = unbraid.find(world.scan, tau="auto").tau
@@ -171,8 +166,6 @@ SOUND: dict[str, Callable[[World], Arguments]] = {  # beside the truth
     "same_files": two_folders,
     "same_tensors": two_folders,
     "untouched": two_snapshots,
-    "uses": lambda w: {"uses": uses(class_sums(w.scan, [TAU]), P)[0], "tau": TAU, "p": P},
-    "arv": arv_of,
     "pairs": lambda w: {"pairs": w.found.pairs, "tau": TAU, "p": P, "gamma": 1.0},
     "grouped": grouped,
     "csv": csv_of,
@@ -347,8 +340,6 @@ SENSITIVE = {
     "input_maps": "shards/0/input_map",
     "untouched": under("after", "state gradients modes wants gradients/stem.weight")
     + " after/state/stem_norm.running_mean",
-    "uses": "uses",
-    "arv": "arv",
     "pairs": "pairs " + under("pairs/0", "channel class1 class2 cosine use1 use2"),
     "tau_chosen": "tau",
     "sensitivity": under("counted/cells", "2/tau 2/n_channels -1/n_pairs") + " counted/cells",
@@ -383,11 +374,10 @@ FURTHER: dict[str, list[tuple[str, Change]]] = {
         ("before/gradients/stem.weight", to(None)),
         ("after/hooks", lambda hooks: {**hooks, ("layer", "_forward_hooks"): [17]}),
     ],
-    "uses": [("tau", to(0.2)), ("p", to(1.0))],
-    "arv": [("concept", to((0,))), ("channel", to(5))],
     "pairs": [
         ("pairs", lambda v: (v[0], *v)),
         ("", lambda a: {**a, "gamma": a["pairs"][-1].cosine - 1e-6}),
+        *(("tau", to(0.2)), ("p", to(1.0))),
     ],
     "tau_chosen": [("tau", lambda t: t - 0.001), ("n_matter", to(3)), ("min_share", to(0.9))],
     "agrees_with_find": [("counted/cells", to(())), ("counted/cells/2/tau", to(0.3))],
