@@ -9,6 +9,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 import unbraid
 from tiny_networks import SyntheticImages, build
@@ -25,7 +26,7 @@ from unbraid.demo.network import load_images, load_network
 from unbraid.networks.layers import describe
 from unbraid.networks.models import load_model
 from unbraid.networks.spec import pooled_input
-from unbraid.networks.weights import hash_weights
+from unbraid.running import run as running
 from unbraid.running.folders import Thresholds
 from unbraid.running.run import run
 from unbraid.scanning.scan import usable_layers
@@ -82,20 +83,23 @@ def fingerprint_of(value: Any) -> Any:
     return repr(value)
 
 
-def of_run(network: nn.Module, out: Path) -> dict[str, Any]:
+def made_of(network: nn.Module, layer: str, out: Path) -> dict[str, Any]:
     """Every file of a run, and what is done with its split after it."""
-    with torch.device("cpu"), default_type(torch.float32):
-        images = SyntheticImages(12, dtype=torch.float32)
-    options: dict[str, Any] = {"thresholds": Thresholds(0.01, 0.1, 0.999), "features": False}
-    options |= {"loading": Loading(batch_size=6), "source": {}, "title": "x"}
-    done = run(network, "layer", images, images, out, say=lambda _: None, **options)
+    images: Dataset[Any] = Subset(load_images("train"), range(0, 2400, 16))
+    options: dict[str, Any] = {"thresholds": Thresholds(concepts="clusters")}
+    if layer == "layer":  # of a tiny network
+        with torch.device("cpu"), default_type(torch.float32):
+            images = SyntheticImages(12, dtype=torch.float32)
+        options = {"thresholds": Thresholds(0.01, 0.1, 0.999)}
+    options |= {"loading": Loading(batch_size=len(images) // 2), "source": {}, "title": "x"}
+    done = run(network, layer, images, images, out, say=lambda _: None, **options)
     split, channel = done.split, done.split.channels[0].channel
     model2 = unbraid.apply(network, split)
     plain = unbraid.apply(network, split, form="plain")
     x = torch.stack([images[k][0] for k in range(4)]).to(next(network.parameters()).dtype)
-    with torch.no_grad(), unbraid.gate(model2, "layer", channel, 0, 0.3):
+    with torch.no_grad(), unbraid.gate(model2, layer, channel, 0, 0.3):
         gated = model2(x)
-    with torch.no_grad(), unbraid.clamp(model2, "layer", channel, 1, -0.1, 0.3):
+    with torch.no_grad(), unbraid.clamp(model2, layer, channel, 1, -0.1, 0.3):
         clamped = model2(x)
     made = {
         "gated": gated,
@@ -103,39 +107,10 @@ def of_run(network: nn.Module, out: Path) -> dict[str, Any]:
         "plain form": unbraid.compare_outputs(network, plain, images, tolerance=1.0),
         "sums": unbraid.evaluate(unbraid.split(done.train_scan, done.found), done.train_scan),
         "circuit": unbraid.circuit(split, done.train_scan, channel, 0),
-        "semantics": done.evaluation,
+        "evaluation": done.evaluation,
+        "layers": [spec.name for spec in usable_layers(network, x[:1])],
     }
     made |= {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    return {name: fingerprint_of(value) for name, value in made.items()}
-
-
-def of_demo(network: nn.Module, out: Path) -> dict[str, Any]:
-    """What takes an image network: features, clusters, circuits through it, figures."""
-    images = Subset(load_images("train"), range(0, 2400, 8))
-    scan, before = (
-        unbraid.scan(network, layer, images, out / layer, batch_size=50, threads=1)
-        for layer in ("mix", "look.4")
-    )
-    clusters = unbraid.find(scan, concepts="clusters")
-    split = unbraid.split(scan, unbraid.find(scan, channels={0: [[0], [1, 2]]}))
-    early = unbraid.split(before, unbraid.find(before, channels={2: [[0], [3]]}))
-    model2 = unbraid.apply(network, split)
-    features = [
-        feature
-        for spectrum in (False, True)
-        for feature in unbraid.visualize(
-            model2, "mix", images, [0], steps=2, spectrum=spectrum
-        ).features
-    ]
-    made: dict[str, Any] = {
-        "weights": hash_weights(network),
-        "clusters": clusters.concepts,
-        "centres": [cluster.centres.tolist() for cluster in clusters.clusters.values()],
-        "circuit": unbraid.circuit_from(early, split, scan, network, images, 0, 0),
-        "features": [(f.picture.tobytes(), f.responses) for f in features],
-        "layers": [spec.name for spec in usable_layers(network, torch.stack([images[0][0]]))],
-        "crops": unbraid.measure_semantics(split, scan, images, unbraid.Penultimate(network)),
-    }
     return {name: fingerprint_of(value) for name, value in made.items()}
 
 
@@ -150,24 +125,27 @@ def elsewhere() -> Iterator[Callable[[], None]]:
     torch.set_default_device(None)
 
 
-CASES = {  # what is made, of a network of a type, and another default type
-    "3x3": (of_run, torch.float32, torch.float64),
-    "tokens": (of_run, torch.bfloat16, torch.float16),
-    "pooled features": (of_run, torch.float64, torch.bfloat16),
-    "demo": (of_demo, None, torch.bfloat16),
+CASES = {  # networks of a type, and another default type
+    "3x3": (torch.float32, torch.float64),
+    "tokens": (torch.bfloat16, torch.float16),
+    "pooled features": (torch.float64, torch.bfloat16),
+    "demo": (torch.float32, torch.bfloat16),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_made_depends_on_no_default_type_or_device(case, tmp_path, elsewhere):
-    make, own, other = CASES[case]
-    network = load_network() if own is None else build(case, own)
-    expected = make(network, tmp_path / "usual")
-    assert len(expected) > (6 if own is None else 20)
+def test_what_is_made_depends_on_no_default_type_or_device(case, tmp_path, elsewhere, monkeypatch):
+    quick = partial(running.visualize, steps=2, spectrum=case == "3x3")
+    monkeypatch.setattr(running, "visualize", quick)
+    monkeypatch.setattr(running, "SECONDS", 0.0)
+    own, other = CASES[case]
+    network, layer = (load_network(), "mix") if case == "demo" else (build(case, own), "layer")
+    expected = made_of(network, layer, tmp_path / "usual")
+    assert len(expected) > 20
     with default_type(other):
-        assert differing(expected, make(network, tmp_path / "other")) == []
+        assert differing(expected, made_of(network, layer, tmp_path / "other")) == []
     elsewhere()
-    assert differing(expected, make(network, tmp_path / "elsewhere")) == []
+    assert differing(expected, made_of(network, layer, tmp_path / "elsewhere")) == []
     assert torch.get_default_device().type == "meta"
 
 
