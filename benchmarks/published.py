@@ -75,15 +75,28 @@ def _by_channel(layer: nn.Module, values: Tensor) -> Tensor:
     return values.flatten(2)
 
 
-def _batches(
-    model: nn.Module, dataset: Dataset, batch_size: int, label: int | None = None
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yield indices, images and labels, of one class where a label is given."""
-    device = next(model.parameters()).device
-    indices = [i for i, t in enumerate(dataset.targets) if label is None or t == label]
-    loader = DataLoader(Subset(dataset, indices), batch_size=batch_size)
-    for start, (images, labels) in zip(range(0, len(indices), batch_size), loader, strict=True):
-        yield indices[start : start + batch_size], images.to(device), labels.to(device)
+@dataclass
+class Images:
+    """Images, the network that sees them, and how it is run."""
+
+    model: nn.Module
+    layer_name: str
+    dataset: Dataset
+    batch_size: int
+    save_views: bool
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer that is looked at."""
+        return self.model.get_submodule(self.layer_name)
+
+    def batches(self, label: int | None = None) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Yield indices, images and labels, of one class where a label is given."""
+        device, size = next(self.model.parameters()).device, self.batch_size
+        indices = [i for i, t in enumerate(self.dataset.targets) if label is None or t == label]
+        loader = DataLoader(Subset(self.dataset, indices), batch_size=size)
+        for start, (images, labels) in zip(range(0, len(indices), size), loader, strict=True):
+            yield indices[start : start + size], images.to(device), labels.to(device)
 
 
 def _save(values: Tensor, indices: list[int], folder: Path, save_views: bool) -> int:
@@ -107,61 +120,42 @@ def published_image_step(
     return relevance / relevance.clamp(min=0).sum(1, keepdim=True)
 
 
-def scan_shares(
-    model: nn.Module,
-    layer_name: str,
-    dataset: Dataset,
-    folder: str | Path,
-    *,
-    batch_size: int,
-    save_views: bool,
-) -> int:
+def scan_shares(train: Images, folder: Path) -> int:
     """Save the channel shares of every image to `folder`, and return the bytes written."""
-    layer = model.get_submodule(layer_name)
     n_bytes = 0
-    for indices, images, labels in _batches(model, dataset, batch_size):
-        shares = published_image_step(model, layer, images, labels).cpu()
-        n_bytes += _save(shares, indices, Path(folder), save_views)
+    for indices, images, labels in train.batches():
+        shares = published_image_step(train.model, train.layer, images, labels).cpu()
+        n_bytes += _save(shares, indices, folder, train.save_views)
     return n_bytes
 
 
-def find_users(folder: str | Path, targets: list[int], *, tau: float, p: float) -> Users:
+def find_users(folder: Path, targets: list[int], *, tau: float, p: float) -> Users:
     """Read the saved shares; a class uses a channel with share >= tau in >= p of its images."""
     matters: dict[int, list[Tensor]] = {label: [] for label in sorted(set(targets))}
     for index, label in enumerate(targets):
-        shares = torch.load(Path(folder) / f"{index:08d}.pt", weights_only=True)
+        shares = torch.load(folder / f"{index:08d}.pt", weights_only=True)
         matters[label].append(shares.double() >= tau)
     fractions = {label: torch.stack(rows).double().mean(0) for label, rows in matters.items()}
     return {label: (f >= p).nonzero().flatten().tolist() for label, f in fractions.items()}
 
 
-def input_relevances(
-    model: nn.Module,
-    layer_name: str,
-    dataset: Dataset,
-    users: Users,
-    folder: str | Path,
-    *,
-    batch_size: int,
-    save_views: bool,
-) -> tuple[Arvs, int]:
+def input_relevances(train: Images, users: Users, folder: Path) -> tuple[Arvs, int]:
     """Save each image's input relevances for its class's channels; return ARVs and bytes."""
-    layer = model.get_submodule(layer_name)
-    arvs, n_bytes = {}, 0
+    layer, arvs, n_bytes = train.layer, {}, 0
     for label, channels in filter(lambda item: item[1], users.items()):
         totals = dict.fromkeys(channels, 0.0)
-        for indices, images, _ in _batches(model, dataset, batch_size, label):
+        for indices, images, _ in train.batches(label):
             with _watch(layer, stop=True) as seen:
-                model(images.requires_grad_())
+                train.model(images.requires_grad_())
             pooled = _by_channel(layer, seen.z).sum(2)
             for channel in channels:
                 total = pooled[:, channel].sum()
                 (gradient,) = torch.autograd.grad(total, seen.x, retain_graph=True)
                 values = _by_channel(layer, seen.x.detach() * gradient).sum(2).cpu()
-                n_bytes += _save(values, indices, Path(folder) / str(channel), save_views)
+                n_bytes += _save(values, indices, folder / str(channel), train.save_views)
                 totals[channel] += values.to(gradient.dtype).sum(0)
         for channel, total in totals.items():
-            arvs[channel, label] = total / list(dataset.targets).count(label)
+            arvs[channel, label] = total / list(train.dataset.targets).count(label)
     return arvs, n_bytes
 
 
@@ -195,48 +189,34 @@ def split_layer(layer: nn.Module, pair: Pair, arvs: Arvs, rho: float) -> nn.Modu
     return new
 
 
-def choose_rho(
-    model: nn.Module, layer_name: str, dataset: Dataset, pair: Pair, arvs: Arvs, *, batch_size: int
-) -> float:
+def choose_rho(train: Images, pair: Pair, arvs: Arvs) -> float:
     """Return the rho with the largest criterion."""
-    layer = model.get_submodule(layer_name)
     rhos, criteria = [round(0.05 * step, 2) for step in range(1, 21)], []
     for rho in rhos:
-        rows = split_layer(layer, pair, arvs, rho)
+        rows = split_layer(train.layer, pair, arvs, rho)
         criteria.append(0.0)
         for own, label in enumerate((pair.class1, pair.class2), start=1):
             ratios = []
-            for _, images, _ in _batches(model, dataset, batch_size, label):
-                with torch.no_grad(), _watch(layer, rows, stop=True) as seen:
-                    model(images)
-                rectified = _by_channel(layer, seen.beside).clamp(min=0).sum(2)
+            for _, images, _ in train.batches(label):
+                with torch.no_grad(), _watch(train.layer, rows, stop=True) as seen:
+                    train.model(images)
+                rectified = _by_channel(train.layer, seen.beside).clamp(min=0).sum(2)
                 ratios.append(rectified[:, own] / (rectified[:, 3 - own] + 1e-5))
             criteria[-1] += torch.cat(ratios).mean().item()
     return rhos[criteria.index(max(criteria))]
 
 
-def evaluate_pair(
-    model: nn.Module,
-    layer_name: str,
-    dataset: Dataset,
-    pair: Pair,
-    arvs: Arvs,
-    rho: float,
-    *,
-    tau: float,
-    batch_size: int,
-) -> Tensor:
+def evaluate_pair(val: Images, pair: Pair, arvs: Arvs, rho: float, tau: float) -> Tensor:
     """Measure the split on validation images, as a table of mean ratios (2, 3)."""
-    layer = model.get_submodule(layer_name)
-    rows = split_layer(layer, pair, arvs, rho)
+    rows = split_layer(val.layer, pair, arvs, rho)
     table = torch.empty(2, 3)
     for row, label in enumerate((pair.class1, pair.class2)):
         pooled, shares = [], []
-        for _, images, labels in _batches(model, dataset, batch_size, label):
-            with _watch(layer, rows) as seen:
-                share = published_image_step(model, layer, images, labels)
+        for _, images, labels in val.batches(label):
+            with _watch(val.layer, rows) as seen:
+                share = published_image_step(val.model, val.layer, images, labels)
             shares.append(share[:, pair.channel].cpu())
-            pooled.append(_by_channel(layer, seen.beside).sum(2).cpu())
+            pooled.append(_by_channel(val.layer, seen.beside).sum(2).cpu())
         sums, share = torch.cat(pooled), torch.cat(shares)
         table[row] = (sums[:, 1:] / sums[:, :1])[share >= tau].mean(0)
     return table
@@ -258,8 +238,9 @@ def run(
 ) -> PublishedResult:
     """Run the whole procedure, and time its steps."""
     model.eval()
-    train, val = (model, layer_name, train_set), (model, layer_name, val_set)
-    size = {"batch_size": batch_size}
+    train, val = (
+        Images(model, layer_name, images, batch_size, save_views) for images in (train_set, val_set)
+    )
     seconds: dict[str, float] = {}
 
     def timed(step: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -268,15 +249,14 @@ def run(
         seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start
         return answer
 
-    saving = {**size, "save_views": save_views}
     shares, inputs = Path(folder, "shares"), Path(folder, "relevances")
-    n_bytes = timed("scan", scan_shares, *train, shares, **saving)
+    n_bytes = timed("scan", scan_shares, train, shares)
     users = timed("users", find_users, shares, train_set.targets, tau=tau, p=p)
-    arvs, n_more = timed("relevances", input_relevances, *train, users, inputs, **saving)
+    arvs, n_more = timed("relevances", input_relevances, train, users, inputs)
     pairs = timed("pairs", find_pairs, arvs, gamma=gamma)
-    rhos = [timed("rho", choose_rho, *train, pair, arvs, **size) for pair in pairs[:max_pairs]]
+    rhos = [timed("rho", choose_rho, train, pair, arvs) for pair in pairs[:max_pairs]]
     tables = [
-        timed("evaluate", evaluate_pair, *val, pair, arvs, rho, tau=tau, **size)
+        timed("evaluate", evaluate_pair, val, pair, arvs, rho, tau)
         for pair, rho in zip(pairs, rhos, strict=False)
     ]
     return PublishedResult(pairs, rhos, tables, seconds, n_bytes + n_more)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = ("python", "sh", "text")  # what a block may be: run, run, and shown
+LANGUAGES = {"python", "sh", "text"}  # what a block may be: run, run, and shown
 
 # Programs that a command in the text may begin with; those that no test runs are noticed.
 PROGRAMS = (
@@ -47,18 +47,13 @@ class Command:
 
 
 def blocks(text: str) -> list[Block]:
-    """List a page's blocks, and make sure that none is missed.
-
-    Raises:
-        AssertionError: a fence that is not closed, is indented or has no known language, or a
-            mark of what is printed that follows no block; or a command is in a block of text.
-    """
+    """List a page's blocks; AssertionError for one that this would miss, or a hidden command."""
     text = text.rstrip("\n") + "\n"
     found = [Block(m["language"], m["code"], m["prints"]) for m in _FENCE.finditer(text)]
     printing = sum(block.prints is not None for block in found)
     assert text.count("```") + text.count("~~~") == 2 * (len(found) + printing)
     assert text.count("<!-- prints -->") == printing
-    assert {block.language for block in found} <= {*LANGUAGES}
+    assert {block.language for block in found} <= LANGUAGES
     shown = [block.code for block in found if block.language == "text"]
     shown += re.findall(r"^ {4,}[^ ].*$", _FENCE.sub("", text), re.MULTILINE)
     for line in "\n".join(shown).splitlines():
@@ -74,12 +69,9 @@ def spans(text: str) -> list[str]:
 
 def commands(text: str) -> list[Command]:
     """List every command of a page, those of its text and options alone included, each once."""
-    found = []
-    for block in blocks(text):
-        if block.language == "sh":
-            for line in block.code.replace("\\\n", " ").splitlines():
-                for part in re.split(r"&&|\|\||[;|]", line):
-                    found.append(Command(_words(part)))
+    scripts = [block.code for block in blocks(text) if block.language == "sh"]
+    lines = "\n".join(scripts).replace("\\\n", " ")
+    found = [Command(_words(part)) for part in re.split(r"&&|\|\||[;|\n]", lines)]
     for span in spans(text):
         first, *more = span.split()
         if (first in PROGRAMS and more) or span.startswith("--"):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -41,7 +42,7 @@ N_IMAGES = 8  # in `images`
 
 
 def run(text: str, names: Names) -> str:
-    """Run all of a page's Python; what a block prints must be as shown. All that was printed."""
+    """Run all of a page's Python; what a block prints must be as shown. Return all of it."""
     printed = ""
     for block in blocks(text):
         if block.language == "python":
@@ -97,58 +98,39 @@ def few_rows(name: str, *, split: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
 
 
-# What is there when a page has been run.
-CHECKS: dict[str, Callable[[Names, str, Path], object]] = {}
+# What is there when a page has been run: `n` holds the page's own names.
+HOLDS: dict[str, Callable[[SimpleNamespace], list[bool]]] = {
+    "README.md": lambda n: [
+        "max_abs_logit_diff=0.0" in n.printed,
+        "concept 0 of channel 0" in n.printed,
+        n.logits.shape == (N_IMAGES, 10),
+        not torch.equal(n.logits, n.model(n.known)),
+    ],
+    "data.md": lambda n: [
+        (len(n.images), n.images.classes) == (6, list(CLASSES)),
+        n.images[0][0].tolist() == [28, 28],
+        [n.images[k][1] for k in range(6)] == load_images("test").targets[:6],
+    ],
+    "figures.md": lambda _: [Path("densities.pdf").read_bytes().startswith(b"%PDF")],
+    "networks.md": lambda n: [torch.equal(n.network(n.known), load_network()(n.known))],
+    "steering.md": lambda n: [
+        n.logits.shape == (N_IMAGES, 10),
+        "concept 1 of channel 0" in n.printed,
+        torch.equal(n.model2(n.images), load_network()(n.images)),
+    ],
+    "tools.md": lambda n: [
+        Path("split.onnx").stat().st_size > 0,
+        *(len(v) == N_IMAGES and bool(v.abs().max() > 0) for v in (n.values, n.relevance)),
+        explained_alike(n.composite, n.plain, n.images),
+        bool(n.model2.get_submodule(LAYER).names),
+        torch.equal(n.model2(n.images), n.model(n.images)),
+    ],
+}
 
 
-def checks(page: str) -> Callable[[Callable[[Names, str, Path], None]], None]:
-    return lambda function: CHECKS.update({page: function})
-
-
-@checks("README.md")
-def _(names: Names, printed: str, _folder: Path) -> None:
-    assert "max_abs_logit_diff=0.0" in printed
-    assert "concept 0 of channel 0" in printed
-    assert names["logits"].shape == (N_IMAGES, 10)
-    assert not torch.equal(names["logits"], names["model"](names["images"]))
-
-
-@checks("data.md")
-def _(names: Names, _printed: str, _folder: Path) -> None:
-    images = names["images"]
-    assert (len(images), images.classes) == (6, list(CLASSES))
-    assert images[0][0].tolist() == [28, 28]
-    assert [images[n][1] for n in range(6)] == load_images("test").targets[:6]
-
-
-@checks("figures.md")
-def _(_names: Names, _printed: str, folder: Path) -> None:
-    assert (folder / "densities.pdf").read_bytes().startswith(b"%PDF")
-
-
-@checks("networks.md")
-def _(names: Names, _printed: str, _folder: Path) -> None:
-    images = torch.zeros(2, 1, 28, 28)
-    assert torch.equal(names["network"](images), load_network()(images))
-
-
-@checks("steering.md")
-def _(names: Names, printed: str, _folder: Path) -> None:
-    assert names["logits"].shape == (N_IMAGES, 10)
-    assert "concept 1 of channel 0" in printed
-    assert torch.equal(names["model2"](names["images"]), load_network()(names["images"]))
-
-
-@checks("tools.md")
-def _(names: Names, _printed: str, folder: Path) -> None:
-    assert (folder / "split.onnx").stat().st_size > 0
-    for name in ("values", "relevance"):
-        assert names[name].shape[0] == N_IMAGES
-        assert names[name].abs().max() > 0
-    with names["composite"].context(names["plain"]) as explained:
-        assert torch.equal(explained(names["images"]), names["plain"](names["images"]))
-    assert names["model2"].get_submodule(LAYER).names
-    assert torch.equal(names["model2"](names["images"]), names["model"](names["images"]))
+def explained_alike(composite: Any, network: nn.Module, images: torch.Tensor) -> bool:
+    with composite.context(network) as explained:
+        return torch.equal(explained(images), network(images))
 
 
 WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
@@ -162,43 +144,26 @@ def test_a_documents_python_runs_and_prints_what_is_shown(page, known, tmp_path,
     known["split"].save("split.safetensors")
     names = {name: known[name] for name in TAKEN.get(page.name, ())}
     printed = run(page.read_text(), names)
-    CHECKS.get(page.name, lambda *_: None)(names, printed, tmp_path)
-
-
-def test_what_a_page_takes_for_granted_is_used_there_and_checked():
-    assert TAKEN.keys() == CHECKS.keys()
-    for page, names in TAKEN.items():
-        (path,) = (p for p in PAGES if p.name == page)
-        code = "".join(block.code for block in blocks(path.read_text()))
-        assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
-
-
-def test_a_document_that_shows_something_else_is_told():
-    with pytest.raises(AssertionError):
-        run("```python\nprint(1)\n```\n<!-- prints -->\n```text\n2\n```\n", {})
-
-
-def test_a_block_is_run_whether_marked_or_not():
-    with pytest.raises(NameError):
-        run("Words.\n\n```python\nx = 1\n```\n\n```python\nprint(x, nobody_made_this)\n```\n", {})
+    if page.name in HOLDS:
+        held = SimpleNamespace(**names, printed=printed, known=known["images"])
+        assert all(HOLDS[page.name](held))
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "told"),
     [
-        "```py\nprint(1)\n```\n",
-        "```\nprint(1)\n```\n",
-        "- so:\n  ```python\n  print(1)\n  ```\n",
-        "~~~python\nprint(1)\n~~~\n",
-        "```python\nprint(1)\n",
-        "```python\nprint(1)\n```\n\n<!-- prints -->\n```text\n1\n```\n",
-        "```text\n$ unbraid demo --out x\n```\n",
-        "Start\n\n    unbraid demo --out x\n\nfirst.\n",
+        ("```python\nprint(1)\n```\n<!-- prints -->\n```text\n2\n```\n", AssertionError),
+        ("```python\nx = 1\n```\n\n```python\nprint(x, nobody_made_this)\n```\n", NameError),
+        ("```py\nprint(1)\n```\n", AssertionError),  # a block that would be passed over
+        ("- so:\n  ```python\n  print(1)\n  ```\n", AssertionError),
+        ("```python\nprint(1)\n", AssertionError),
+        ("```python\nprint(1)\n```\n\n<!-- prints -->\n```text\n1\n```\n", AssertionError),
+        ("```text\n$ unbraid demo --out x\n```\n", AssertionError),
     ],
 )
-def test_a_block_that_would_be_passed_over_is_told(text):
-    with pytest.raises(AssertionError):
-        blocks(text)
+def test_a_document_that_shows_something_else_or_hides_a_block_is_told(text, told):
+    with pytest.raises(told):
+        run(text, {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -17,8 +17,8 @@ from command_place import LEFT_OUT, Place
 from documents import PAGES, ROOT, Command, commands
 from unbraid import cli
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-MARKS = [mark.split(":")[0] for mark in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+NOWHERE = "unbraid demo --out nowhere"
 
 
 def check_requirements(words: list[str]) -> None:
@@ -26,14 +26,13 @@ def check_requirements(words: list[str]) -> None:
     for word in words[2:]:
         match = re.fullmatch(r"-e|\.(?:\[(\w+)\])?", word)
         assert match, word
-        assert match[1] is None or match[1] in PROJECT["project"]["optional-dependencies"], word
+        assert match[1] is None or match[1] in EXTRAS, word
 
 
-def check_tests(words: list[str]) -> None:
-    """`pytest` of files that are there, with marks that are known."""
-    rest = iter(words[words.index("pytest") + 1 :])
-    for word in rest:
-        assert next(rest) in MARKS if word == "-m" else (ROOT / word).exists(), word
+def check_files(words: list[str]) -> None:
+    """`pytest` or `python` of files that are there."""
+    named = [word for word in words if "/" in word or word.endswith(".py")]
+    assert all((ROOT / word).exists() for word in named), words
 
 
 class Parsed(Exception):
@@ -54,53 +53,45 @@ def check_script(words: list[str]) -> None:
             runpy.run_path(str(ROOT / words[1]), run_name="__main__")
 
 
-def check_file(words: list[str]) -> None:
-    assert len(words) == 2
-    assert (ROOT / words[1]).is_file()
-
-
-# What is looked at in place of a run, by how commands begin.
-PARSED: dict[str, Callable[[list[str]], None]] = {
-    "pip install ": check_requirements,  # takes minutes; `.ci/run` does it
-    "python -m pytest ": check_tests,  # is what runs this test
-    "pytest ": check_tests,
-    "python benchmarks/": check_script,  # takes minutes to hours and gigabytes
-    "python examples/execute.py ": check_file,  # test_walkthrough.py runs it on a copy
-    "python examples/steering.py ": check_file,  # test_steering.py runs it
-}
-
-
-def how(command: Command) -> str:
-    """Say what is done with a command: "run", "named", how it begins if parsed only, "nothing".
-
-    Named is what the text only mentions, such as `unbraid run` or `--data`, with nothing to run.
-    """
-    words = shlex.split(command.text)
-    for start in PARSED:
-        if f"{command.text} ".startswith(start):
-            return start
-    if command.inline and command.text not in LEFT_OUT:
-        alone = len(words) == 1 and words[0].startswith("--")
-        bare = words[0] == "unbraid" and all(word.startswith("--") for word in words[2:])
-        if alone or bare:  # every command asks for more than that
-            return "named"
-    known = words[0] in ("unbraid", "torchrun") or command.text in LEFT_OUT
-    return "run" if known else "nothing"
-
-
 def options_of(name: str) -> set[str]:
     """The options that a command of unbraid takes."""
     return {n for argument in cli.app[name].assemble_argument_collection() for n in argument.names}
 
 
-def assert_named_rightly(command: Command) -> None:
-    """A command that is only named is there, and so are its options."""
-    words = shlex.split(command.text)
+def check_names(words: list[str]) -> None:
+    """A command that the text only mentions is there, and so are its options."""
     if words[0] == "unbraid":
         assert set(words[2:]) <= options_of(words[1])
     else:
         names = [name for name in cli.app if not name.startswith("-")]
         assert words[0] in set().union(*map(options_of, names))
+
+
+# What is looked at in place of a run, by how commands begin.
+LOOKED_AT: dict[str, Callable[[list[str]], None]] = {
+    "pip install ": check_requirements,  # takes minutes; `.ci/run` does it
+    "python -m pytest ": check_files,  # is what runs this test
+    "pytest ": check_files,
+    "python benchmarks/": check_script,  # takes minutes to hours and gigabytes
+    "python examples/": check_files,  # test_walkthrough.py and test_steering.py run them
+}
+
+
+def check_of(command: Command) -> Callable[[list[str]], None] | None:
+    """What is looked at in place of a run, if anything is."""
+    for start, check in LOOKED_AT.items():
+        if f"{command.text} ".startswith(start):
+            return check
+    words = shlex.split(command.text)
+    alone = len(words) == 1 and words[0].startswith("--")
+    bare = words[0] == "unbraid" and all(word.startswith("--") for word in words[2:])
+    named = command.inline and command.text not in LEFT_OUT
+    return check_names if named and (alone or bare) else None  # commands ask for more than that
+
+
+def is_run(command: Command) -> bool:
+    known = command.text.split()[0] in ("unbraid", "torchrun") or command.text in LEFT_OUT
+    return known and check_of(command) is None
 
 
 def all_commands() -> list[Command]:
@@ -110,7 +101,7 @@ def all_commands() -> list[Command]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     yield Place(folder)
     shutil.rmtree(folder)  # half a gigabyte
@@ -118,97 +109,50 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @pytest.mark.filterwarnings("ignore::Warning")
 @pytest.mark.parametrize("command", all_commands(), ids=str)
-def test_a_command_is_run_parsed_or_named(command: Command, place: Place) -> None:
-    kind = how(command)
-    assert kind != "nothing"
-    if kind == "run":
-        place.run(command)
-    elif kind == "named":
-        assert_named_rightly(command)
+def test_a_command_is_run_or_looked_at(command, place):
+    check = check_of(command)
+    if check is not None:
+        check(shlex.split(command.text))
     else:
-        PARSED[kind](shlex.split(command.text))
-
-
-def test_every_benchmark_is_in_the_docs_and_has_help(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = (ROOT / "docs/benchmarks.md").read_text()
-    for script in sorted((ROOT / "benchmarks").glob("*.py")):
-        assert f"benchmarks/{script.name}" in page
-        if "__main__" in script.read_text():
-            monkeypatch.setattr(sys, "argv", [script.name, "--help"])
-            with pytest.raises(SystemExit) as stopped:
-                runpy.run_path(str(script), run_name="__main__")
-            assert not stopped.value.code
-            assert capsys.readouterr().out.startswith(f"usage: {script.name}")
-
-
-def test_the_tables_hold_nothing_that_the_docs_do_not() -> None:
-    texts = [command.text for command in all_commands()]
-    assert [text for text in LEFT_OUT if text not in texts] == []
-    unused = [start for start in PARSED if not any(f"{t} ".startswith(start) for t in texts)]
-    assert unused == []
-
-
-# --- and what is wrong is told --------------------------------------------------------------------
+        assert is_run(command)
+        place.run(command)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "```sh\nmake docs\n```\n",
         "```sh\npip install . && python tools/new.py\n```\n",
         "```sh\nunbraid demo --out x | tee log\n```\n",
-        "Start `python tools/new.py` first.\n",
         "With `--encoder timm:resnet18` it differs.\n",
     ],
 )
-def test_a_new_command_that_nothing_is_done_with_is_told(text: str) -> None:
-    assert "nothing" in [how(command) for command in commands(text)]
+def test_a_new_command_that_nothing_is_done_with_is_told(text):
+    assert [c for c in commands(text) if not is_run(c) and check_of(c) is None]
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "```sh\nunbraid layers torchvision:resnet51\n```\n",
-        "```sh\nunbraid demo --onto x\n```\n",
-        "Say `unbraid layers clothes.py:builds`.\n",
-    ],
+    "text", ["unbraid layers torchvision:resnet51", "unbraid demo --onto x", NOWHERE]
 )
-def test_a_command_that_fails_is_told(text: str, place: Place) -> None:
-    (command,) = commands(text)
-    assert how(command) == "run"
+def test_a_command_that_fails_or_leaves_nothing_is_told(text, place):
+    place.done[NOWHERE] = (0, "Report: nowhere")
+    assert is_run(Command(text))
     with pytest.raises(AssertionError):
-        place.run(command)
-
-
-def test_a_command_that_leaves_nothing_is_told(place: Place) -> None:
-    place.done["unbraid demo --out nowhere"] = (0, "Report: nowhere")
-    with pytest.raises(AssertionError):
-        place.run(Command("unbraid demo --out nowhere"))
-
-
-@pytest.mark.parametrize("text", ["unbraid runs", "unbraid demo --layer", "--outs"])
-def test_a_name_that_is_not_there_is_told(text: str) -> None:
-    with pytest.raises((AssertionError, KeyError)):
-        assert_named_rightly(Command(text, inline=True))
+        place.run(Command(text))
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("unbraid runs", KeyError),
+        ("unbraid demo --layer", AssertionError),
+        ("--outs", AssertionError),
         ("pip install '.[onyx]'", AssertionError),
         ("pip install 'unbraid[onnx]'", AssertionError),
-        ("pytest -m slowly", AssertionError),
         ("pytest tests/fault", AssertionError),
         ("python benchmarks/scan.py --round 3 --color", SystemExit),
-        ("python benchmarks/growth.py 3", SystemExit),
         ("python benchmarks/scans.py", FileNotFoundError),
-        ("python examples/steering.py --fast", AssertionError),
     ],
 )
-def test_a_command_that_would_not_be_understood_is_told(
-    text: str, told: type[BaseException]
-) -> None:
+def test_a_command_that_would_not_be_understood_is_told(text, told):
     with pytest.raises(told):
-        PARSED[how(Command(text))](shlex.split(text))
+        check_of(Command(text, inline=True))(shlex.split(text))

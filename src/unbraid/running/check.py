@@ -25,7 +25,6 @@ T = TypeVar("T")
 
 ASIDE = ".damaged"  # added to a damaged file's name
 _TEXTS = ("name1", "name2", "uncertain")  # columns that are not of numbers
-_IF_FOUND = ("split.safetensors", "split-published.safetensors", "evaluation.json")
 _PARTS = {  # of a run, in plain words
     "split.safetensors": "split",
     "evaluation.json": "evaluation",
@@ -64,14 +63,7 @@ class Checkup:
     def look(
         self, path: Path, read: Callable[[], T], *, needed: bool = False, mend: bool = True
     ) -> T | None:
-        """Read a file and tell what comes up; return what `read` gave, None where it failed.
-
-        Args:
-            path: the file.
-            read: reads it, and raises RunError where it is damaged.
-            needed: whether it must be there.
-            mend: whether it can be made anew, so that a damaged one is set aside.
-        """
+        """Read a file, note what comes up, and set it aside if it is damaged and `mend`."""
         try:
             if path.is_file() or not path.exists():  # a pipe might never end
                 _read_through(path)
@@ -116,8 +108,7 @@ def check(folder: str | Path) -> Checkup:
     Raises:
         RunError: there is no scan and no run.
     """
-    folder = Path(folder)
-    found = Checkup()
+    folder, found = Path(folder), Checkup()
     there = list(_folders(folder, found))
     scans = [path for path in there if _holds_scan(path)]
     runs = [path for path in there if _holds_any(path, SETTINGS, f"{SETTINGS}*{ASIDE}")]
@@ -138,10 +129,9 @@ def _folders(folder: Path, found: Checkup, depth: int = 3) -> Iterator[Path]:
         found.unreadable.append(f"{folder} cannot be read ({_reason(error)}).")
         return
     yield folder
-    if depth:
-        for path in inside:
-            between = is_numbered(path) and not is_numbered(folder)  # other settings of one run
-            yield from _folders(path, found, depth if between else depth - 1)
+    for path in inside if depth else ():
+        between = is_numbered(path) and not is_numbered(folder)  # other settings of one run
+        yield from _folders(path, found, depth if between else depth - 1)
 
 
 def _holds_scan(folder: Path) -> bool:
@@ -165,18 +155,18 @@ def _check_scan(folder: Path, found: Checkup) -> str:
     found.look(folder / "layer.safetensors", layer, needed=True)
     n_shards, there = manifest.n_shards, shards_there(folder, manifest)
     if len(there) < n_shards:
-        text = f"{count(n_shards - len(there), 'shard')} of {n_shards} in {folder}"
-        found.missing.append(text)
+        missing = count(n_shards - len(there), "shard")
+        found.missing.append(f"{missing} of {n_shards} in {folder}")
     for shard in there:
         found.look(shard_path(folder, shard), partial(read_shard, folder, shard, manifest))
-    images = count(manifest.n_images, "image")
-    if manifest.classes is not None:
-        images += f" of {count(len(manifest.classes), 'class', 'classes')}"
-    if manifest.positions:
-        images += ", with positions"
     n_there = len(shards_there(folder, manifest))
+    told = [f"a scan of layer {manifest.layer.name}", count(manifest.n_images, "image")]
+    if manifest.classes is not None:
+        told[-1] += f" of {count(len(manifest.classes), 'class', 'classes')}"
+    if manifest.positions:
+        told.append("with positions")
     done = "finished" if n_there == n_shards else f"{n_there} of {count(n_shards, 'shard')} there"
-    return f"a scan of layer {manifest.layer.name}, {images}, {done}"
+    return ", ".join([*told, done])
 
 
 def _check_run(folder: Path, found: Checkup) -> str:
@@ -184,35 +174,23 @@ def _check_run(folder: Path, found: Checkup) -> str:
     for inside in (folder, folder / FEATURES):
         remove_leftovers(inside)
     for name in SCANS:
-        scan = home_of(folder) / name
-        text = f"the scan in {scan}"
-        if not _holds_scan(scan) and text not in found.missing:
+        text = f"the scan in {home_of(folder) / name}"
+        if not _holds_scan(home_of(folder) / name) and text not in found.missing:
             found.missing.append(text)
     settings = found.look(folder / SETTINGS, partial(read_settings, folder), needed=True)
-    channels = _channels_in(folder)
-    for name, read in _READERS.items():
-        needed = name == "findings.csv" or (name in _IF_FOUND and bool(channels))
-        found.look(folder / name, partial(read, folder / name), needed=needed)
+    path = folder / "findings.csv"
+    rows = found.look(path, partial(_read_table, FINDINGS, path), needed=True)
+    for name, (read, if_found) in _READERS.items():
+        path = folder / name
+        found.look(path, partial(read, path), needed=if_found and bool(rows))
     if not (folder / "report.html").exists():
         found.missing.append(str(folder / "report.html"))
-    told = "nothing found"
-    if channels is None or not (folder / "findings.csv").exists():
-        told = "findings not there"
-    elif channels:
-        told = f"{count(len(channels), 'pair')} in {count(len(set(channels)), 'channel')}"
-    parts = [word for name, word in _PARTS.items() if (folder / name).exists()]
-    return (
-        f"a run with {settings or 'unknown settings'}; {told}; {', '.join(parts) or 'no results'}"
-    )
-
-
-def _channels_in(folder: Path) -> list[str] | None:
-    """The channel of each pair found; None if that cannot be read."""
-    try:
-        with (folder / "findings.csv").open(encoding="utf-8", newline="") as file:
-            return [row["channel"] for row in csv.DictReader(file, strict=True)]
-    except (OSError, ValueError, KeyError, csv.Error):
-        return None
+    told = "findings not there" if rows is None else "nothing found"
+    if rows:
+        channels = {row[FINDINGS.index("channel")] for row in rows}
+        told = f"{count(len(rows), 'pair')} in {count(len(channels), 'channel')}"
+    parts = ", ".join(word for name, word in _PARTS.items() if (folder / name).exists())
+    return f"a run with {settings or 'unknown settings'}; {told}; {parts or 'no results'}"
 
 
 def _read_evaluation(path: Path) -> None:
@@ -220,22 +198,20 @@ def _read_evaluation(path: Path) -> None:
         reader(path)
 
 
-def _read_table(columns: Sequence[str], path: Path) -> None:
+def _read_table(columns: Sequence[str], path: Path) -> list[list[str]]:
     """Raise unless a file is a table of ours, of numbers but for some columns of text."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file, strict=True)
-            head = next(rows, None)
-            if head is None:
-                raise ValueError("it is empty")
-            if head != list(columns):
-                raise UnreadableError(f"{path} has other columns than those of this version.")
-            for row in rows:
-                for name, cell in zip(head, row, strict=True):
-                    if cell and name not in _TEXTS:
-                        float(cell)
+            head, *rows = csv.reader(file, strict=True)
+        if head != list(columns):
+            raise UnreadableError(f"{path} has other columns than those of this version.")
+        for row in rows:
+            for name, cell in zip(head, row, strict=True):
+                if cell and name not in _TEXTS:
+                    float(cell)
     except (ValueError, csv.Error) as error:
         raise RunError(f"{path} cannot be read ({brief(error)}); start the run again.") from None
+    return rows
 
 
 def _read_through(path: Path) -> None:
@@ -249,11 +225,11 @@ def _reason(error: OSError) -> str:
     return error.strerror or brief(error)
 
 
-_READERS: dict[str, Callable[[Path], object]] = {  # of a run's files but settings.json
-    "findings.csv": partial(_read_table, FINDINGS),
-    "sensitivity.csv": partial(_read_table, SENSITIVITY),
-    "split.safetensors": Split.load,
-    "split-published.safetensors": Split.load,
-    "evaluation.json": _read_evaluation,
-    f"{FEATURES}/features.json": lambda path: Features.load(path.parent),
+# Of a run's other files: what reads them, and whether they must be there if it found something.
+_READERS: dict[str, tuple[Callable[[Path], object], bool]] = {
+    "sensitivity.csv": (partial(_read_table, SENSITIVITY), False),
+    "split.safetensors": (Split.load, True),
+    "split-published.safetensors": (Split.load, True),
+    "evaluation.json": (_read_evaluation, True),
+    f"{FEATURES}/features.json": (lambda path: Features.load(path.parent), False),
 }

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -45,7 +44,6 @@ _RESULTS = (
     "evaluation.json",
     "report.html",
 )
-_SLOW = ("split.safetensors", "evaluation.json", FEATURES)  # what took time to make
 _OWN = {  # files by what else lies in their folder
     SETTINGS: (SETTINGS, *_RESULTS),
     "manifest.json": ("manifest.json", "layer.safetensors", "shard-*.safetensors"),
@@ -105,11 +103,7 @@ class Settings:
 
 
 def read_settings(out: Path) -> Settings | None:
-    """Read a run's settings, None if there is no run.
-
-    Raises:
-        RunError: settings.json is something else.
-    """
+    """Read a run's settings, None if there is no run; RunError if they are something else."""
     path = out / SETTINGS
     try:
         entries = read_json(path)
@@ -150,16 +144,13 @@ def results_in(home: Path) -> list[Path]:
 
 
 def holds_results(folder: Path) -> bool:
-    """Whether a run has begun to write its results into a folder."""
-    return any(os.path.lexists(folder / name) for name in (SETTINGS, *_SLOW))
+    """Whether a run has begun to write results that took time into a folder."""
+    names = (SETTINGS, "split.safetensors", "evaluation.json", FEATURES)
+    return any(os.path.lexists(folder / name) for name in names)
 
 
 def refuse_result(file: Path | None) -> None:
-    """Raise if a file to be written is part of a run or scan, which a single step must not change.
-
-    Raises:
-        UsageError: it is.
-    """
+    """UsageError if a file is part of a run or scan, which a single step must not change."""
     if file is None or not file.exists():
         return
     for mark, patterns in _OWN.items():
@@ -173,43 +164,38 @@ def take_folder(out: Path, settings: Settings, found: Findings) -> Path:
 
     A folder is taken for good by whoever writes `settings.json` there first, so two runs that start
     at once never share one unless they are the same.
-    Results whose settings are gone are this run's if it found the same.
     """
-    text = (json.dumps(asdict(settings), indent=2) + "\n").encode()
-    while True:
-        folder = _folder_for(out, settings, found)
+    home, text = home_of(out), (json.dumps(asdict(settings), indent=2) + "\n").encode()
+
+    def is_same(folder: Path) -> bool:
+        before = read_settings(folder)
+        if before is None or not settings.same_results(before):
+            return False
+        if before != settings:  # such as where the images now are
+            write_whole(folder / SETTINGS, text)
+        return True
+
+    def take(folder: Path) -> bool:
         remove_leftovers(folder)
-        if write_new(folder / SETTINGS, text):
-            return folder
-        before = read_settings(folder)
-        if before is not None and settings.same_results(before):
-            if before != settings:  # such as where the images now are
-                write_whole(folder / SETTINGS, text)
-            return folder
+        return write_new(folder / SETTINGS, text) or is_same(folder)
 
-
-def _folder_for(out: Path, settings: Settings, found: Findings) -> Path:
-    """Return the folder that holds a run with these settings, else the first that holds none."""
-    home = home_of(out)
     for folder in (out, *results_in(home)):
-        before = read_settings(folder)
-        if before is not None and settings.same_results(before):
+        if is_same(folder):
             return folder
-    numbered = (home / f"settings-{number}" for number in count(2))
-    return next(folder for folder in chain((out, home), numbered) if _is_free(folder, found))
+    every = chain((out, home), (home / f"settings-{number}" for number in count(2)))
+    return next(folder for folder in every if _is_free(folder, found) and take(folder))
 
 
 def _is_free(folder: Path, found: Findings) -> bool:
-    """Whether no results of another run would be lost."""
+    """Whether no results of another run would be lost: those without settings found the same."""
     if os.path.lexists(folder / SETTINGS) or (folder.exists() and not folder.is_dir()):
         return False
     if not holds_results(folder):
         return True
-    try:
+    with suppress(OSError):
         table = (folder / "findings.csv").read_bytes()
-    except OSError:
-        return False
-    return table == csv_text(COLUMNS, found.rows()).encode()
+        return table == csv_text(COLUMNS, found.rows()).encode()
+    return False
 
 
 def tell_folder(out: Path, folder: Path, *, replaces: bool) -> str:
@@ -242,29 +228,18 @@ def replace_results(out: Path, by: Path) -> None:
         by.rmdir()
 
 
-def positions_folder(
-    results: Path,
-    kind: str,
-    scan: Scan,
-    *,
-    classes: Sequence[int] | None = None,
-    indices: Sequence[int] | None = None,
-) -> Path:
+def positions_folder(results: Path, kind: str, scan: Scan, **which: Any) -> Path:
     """Return the folder of a scan with positions of some images: one that is there, or a new one.
 
     Args:
         results: the folder with the run's results.
         kind: "train" or "val".
         scan: of all images.
-        classes: whose images are concerned, as in `unbraid.scan`.
-        indices: of the images concerned, likewise.
+        which: `classes` or `indices` of the images concerned, as in `unbraid.scan`.
     """
-    wanted = replace(
-        scan.manifest,
-        classes=None if classes is None else tuple(sorted(set(classes))),
-        indices=hash_places(None if indices is None else sorted(set(indices))),
-        positions=True,
-    )
+    own = {name: sorted(set(chosen)) for name, chosen in which.items()}
+    classes, indices = tuple(own["classes"]) if "classes" in own else None, own.get("indices")
+    wanted = replace(scan.manifest, classes=classes, indices=hash_places(indices), positions=True)
     others = [folder for folder in results_in(home_of(results)) if folder != results]
     for folder in (results, *others):
         for path in sorted(folder.glob(f"positions-{kind}*")):
@@ -297,12 +272,9 @@ def as_labelled(images: Dataset[Any], scan: Scan) -> Dataset[Any]:
 def validation_images(
     source: dict[str, Any], scan: Scan, sight: Sight | None = None
 ) -> Dataset[Any]:
-    """Open a run's validation images again, for looking at; `scan` is of them.
+    """Open a run's validation images again, to look at the part that the network saw if known.
 
-    Of each picture only the part is shown that the network saw, where that is known.
-
-    Raises:
-        DataError: they are gone.
+    `scan` is of them; DataError if they are gone.
     """
     if "demo" in source:
         from unbraid.demo.network import load_images

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError, ModelError, RunError, UnbraidError
 from unbraid.base.files import set_aside
+from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
 from unbraid.finding.find import find
 from unbraid.finding.findings import Findings
@@ -140,33 +141,26 @@ class Run:
 
     def report(self) -> Path:
         """Write the page; RunError if the run is not finished, DataError if its images are gone."""
-        shown: dict[str, Any] = {"evaluation": self.evaluation}
+        shown: dict[str, Any] = {"scan": self.val_scan, "train_scan": self.train_scan}
+        shown |= {"found": self.found, "sensitivity": self.sensitivity, "dataset": self.images}
         if self.evaluation is not None:
-            shown |= {"split": self.split, "maps": self.val_maps, "features": self.features}
-        return write_report(
-            self.page,
-            scan=self.val_scan,
-            train_scan=self.train_scan,
-            found=self.found,
-            sensitivity=self.sensitivity,
-            dataset=self.images,
-            title=self.settings.title,
-            **shown,
-        )
+            shown |= {"evaluation": self.evaluation, "split": self.split}
+            shown |= {"maps": self.val_maps, "features": self.features}
+        return write_report(self.page, title=self.settings.title, **shown)
 
     def figure(
         self, channel: int, kind: Literal["teaser", "densities", "sources"] = "teaser"
     ) -> Figure:
         """Draw a split channel as `unbraid.teaser_figure` and its like; RunError if none is."""
         if not (self.folder / "split.safetensors").exists():
-            finished = self.page.exists()
-            rest = "see its report.html" if finished else "start the run again to finish it"
-            raise RunError(f"{self.folder} holds no split, so there is nothing to draw; {rest}.")
+            raise RunError(
+                f"{self.folder} holds no split, so there is nothing to draw; start the run again "
+                "unless its report says that nothing was found."
+            )
+        drawn = (self.split, self.val_scan, channel)
         if kind == "teaser":
-            shown: dict[str, Any] = {"dataset": self.images, "features": self.features}
-            return teaser_figure(self.split, self.val_scan, channel, **shown)
-        draw = density_figure if kind == "densities" else source_figure
-        return draw(self.split, self.val_scan, channel)
+            return teaser_figure(*drawn, dataset=self.images, features=self.features)
+        return (density_figure if kind == "densities" else source_figure)(*drawn)
 
 
 @dataclass(frozen=True)
@@ -207,10 +201,10 @@ class Job:
 def run(
     model: nn.Module, layer: str, train: Dataset[Any], val: Dataset[Any], out: Path, **options: Any
 ) -> Run:
-    """Do everything for one layer; started again, finished scans are not repeated.
+    """Do everything for one layer; `options` are the other fields of `Job`.
 
-    Where the folder `out` holds a run with other settings, results go into `settings-2` in it, and
-    so on; scans are shared. `options` are the other fields of `Job`.
+    Started again, finished scans are not repeated. Where `out` holds a run with other settings,
+    results go into `settings-2` in it, and so on; scans are shared.
     """
     return _run_each(Job(model, train, val, **options), {layer: out})[layer]
 
@@ -235,15 +229,15 @@ def run_layers(
         return LayerRuns(_run_each(job, {names[0]: out}, named=True), None)
     runs = _run_each(job, {name: layer_folder(out, name) for name in names}, named=True)
     splits = [done.split for done in runs.values() if done.found.concepts]
-    output = None
-    if splits:
-        job.say("Checking the outputs with all layers split.")
-        loading = job.loading_of(runs[names[0]])
-        model2 = apply(model, splits)
-        output = compare_outputs(model, model2, val, tolerance=0.0, progress=True, **loading)
+    if not splits:
+        return LayerRuns(runs, None)
+    job.say("Checking the outputs with all layers split.")
+    model2, loading = apply(model, splits), job.loading_of(runs[names[0]])
+    output = compare_outputs(model, model2, val, tolerance=0.0, progress=True, **loading)
     return LayerRuns(runs, output)
 
 
+@in_plain_modes
 def _run_each(job: Job, places: Mapping[str, Path], *, named: bool = False) -> dict[str, Run]:
     """Scan all layers at once, then make a run of each in its folder."""
     encoder = prepare(job, places)
@@ -266,9 +260,9 @@ def _run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: E
     """Find, choose a folder for the results, and make them there."""
     found = seen_in(val_scan, find(train_scan, **job.thresholds.of_find))
     scans = (train_scan.manifest.scan_id, val_scan.manifest.scan_id)
-    sight = sight_of(job.val)  # a report that is written again knows no preprocessing
     asked = (job.title, job.thresholds, job.source, job.encoder, job.labels)
-    settings = Settings(*asked, sight, scans)
+    # A report that is written again knows no preprocessing.
+    settings = Settings(*asked, sight_of(job.val), scans)
     # Only now is it sure that the folder is this network's and these images'.
     folder = folders.take_folder(out, settings, found)
     if folder != out:
@@ -325,12 +319,11 @@ def _measure(job: Job, made: Run, model2: nn.Module, encoder: Encoder) -> Evalua
         job.say(f"Switching off only the {len(ablated)} channels with the lowest cosines.")
     members = made.val_scan if made.found.clusters else None
     ablation = ablate(model2, made.images, channels=ablated, scan=members, **options)
-    del options["skip_broken"]
     measures: dict[str, Any] = {"output": output, "ablation": ablation}
+    del options["skip_broken"]
+    asked = (made.split, made.val_scan, made.images, encoder)
     try:
-        measures["semantics"] = measure_semantics(
-            made.split, made.val_scan, made.images, encoder, **options
-        )
+        measures["semantics"] = measure_semantics(*asked, **options)
     except ModelError as error:  # a network may have no features of its own
         if not isinstance(encoder, Penultimate):
             raise
@@ -382,10 +375,9 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
     model = unwrap(job.model)
     image = first_readable(job.train, range(size_of(job.train)))
     if image is not None:
-        # Two, as some networks run on no single image.
-        twice = [Loaded(0, image, 0), Loaded(1, image, 0)]
-        # As a run will scan the images of what it finds, whatever their labels.
+        # As a run will scan what it finds; two, as some networks run on no single image.
         tried: dict[str, Any] = {"min_share": MIN_SHARE, "positions": True, "predicted": True}
+        twice = [Loaded(0, image, 0), Loaded(1, image, 0)]
         images = torch.stack([image, image]).to(device_of(model))
         for layer in places:
             name, module = resolve_layer(model, layer)
