@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -38,7 +37,7 @@ from checks import (
 )
 from structures import STRUCTURES
 from tiny_networks import KINDS, PadsSame, SyntheticImages, build
-from unbraid.base.errors import ModelError, RunError, UsageError
+from unbraid.base.errors import ModelError, UsageError
 from unbraid.networks.copying import copy_network, unwrap
 from unbraid.surgery.apply import check_in_force
 from unbraid.surgery.split_layer import Pad
@@ -110,15 +109,6 @@ def can_be_ablated(make: Callable[[], nn.Module]) -> None:
     assert [part.channel for part in found.channels] == sorted(TWO)
 
 
-def refuses_other_weights(make: Callable[[], nn.Module]) -> None:
-    network = make()
-    split = make_split(network)
-    with torch.no_grad():
-        next(unwrap(network).layer.parameters()).view(-1)[0] += 0.1
-    with pytest.raises((ModelError, RunError)):
-        unbraid.apply(network, split)
-
-
 INVARIANTS = [
     keeps_outputs_to_the_last_bit,
     keeps_gradients_by_the_image,
@@ -127,7 +117,6 @@ INVARIANTS = [
     leaves_the_original_untouched,
     passes_comparison,
     can_be_ablated,
-    refuses_other_weights,
 ]
 EXCEPTIONS = {
     ("reached: weak references", can_be_ablated),  # runs its layer more than once
@@ -325,10 +314,6 @@ def test_apply_refuses_a_network_with_other_weights(pair):
 # --- copies ---------------------------------------------------------------------------------------
 
 
-def _pickled(network: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(network))
-
-
 def _saved_whole(network: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(network, file)
@@ -346,10 +331,8 @@ def _in_a_list() -> nn.Module:
     ("duplicate", "make"),
     [
         (copy.deepcopy, NETWORKS["built in: weight norm"]),
-        (copy_network, NETWORKS["built in: weight norm"]),
         (copy_network, _in_a_list),
         (_saved_whole, _in_a_list),
-        (lambda one: copy.deepcopy(_pickled(one)), _in_a_list),
     ],
 )
 def test_gates_of_a_copy_work_on_the_copy_alone(duplicate, make):
@@ -373,25 +356,18 @@ def test_gates_of_a_copy_work_on_the_copy_alone(duplicate, make):
 # --- hooks on the concept channels ----------------------------------------------------------------
 
 
-def _returned(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    layer.register_forward_hook(lambda _module, _args, output: change(output.clone()))
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", ["groups", "tokens"])
+def test_concepts_and_residuals_what_a_hook_makes_of_them_counts(kind, in_place, before):
+    def intervene(layer, change):
+        def hook(_module, args, *output):
+            (values,) = output or args
+            changed = change(values if in_place else values.clone())
+            return None if in_place else changed
 
+        (layer.register_forward_pre_hook if before else layer.register_forward_hook)(hook)
 
-def _in_place(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    layer.register_forward_hook(lambda _module, _args, output: (change(output), None)[1])
-
-
-def _before(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    layer.register_forward_pre_hook(lambda _module, args: (change(args[0].clone()),))
-
-
-def _before_in_place(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    layer.register_forward_pre_hook(lambda _module, args: (change(args[0]), None)[1])
-
-
-@pytest.mark.parametrize("intervene", [_returned, _in_place, _before, _before_in_place])
-@pytest.mark.parametrize("kind", ["3x3", "groups", "pooled features", "tokens"])
-def test_concepts_and_residuals_what_a_hook_makes_of_them_counts(kind, intervene):
     pair = Pair(kind)
     row, z_k = pair.changed.layer.names.index("1.0"), pair.concept_map(1, 0)
 
@@ -434,21 +410,12 @@ def test_concepts_gradients_can_be_read_and_taken_by_hooks(pair):
 
 
 def test_concepts_a_module_in_their_place_is_run(pair):
-    class Silence(nn.Module):
-        def forward(self, concepts: Tensor) -> Tensor:
-            return torch.zeros_like(concepts)
-
-    pair.changed.layer.concepts = Silence()
+    pair.changed.layer.concepts = nn.Threshold(torch.inf, 0.0)  # which silences all
     assert_close(pair.change()[1], -pair.concept_map(1, 0) - pair.concept_map(1, 1))
 
 
 def test_concepts_are_seen_by_a_hook_on_all_modules(pair):
-    seen: list[nn.Module] = []
-    handle = nn.modules.module.register_module_forward_hook(
-        lambda module, _args, _output: seen.append(module)
-    )
-    try:
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
         pair.changed(images())
-    finally:
-        handle.remove()
     assert any(module is pair.changed.layer.concepts for module in seen)

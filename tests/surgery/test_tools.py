@@ -6,7 +6,6 @@ import copy
 import io
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ def single(n_images: int = 5) -> Tensor:
     return images(n_images, SINGLE)
 
 
-@pytest.fixture(params=["groups", "same", "batch norm behind", "tokens", "pooled features"])
+@pytest.fixture(params=["groups", "same", "tokens"])
 def pair(request) -> Pair:
     return Pair(request.param, dtype=SINGLE)
 
@@ -76,22 +75,17 @@ quiet = pytest.mark.filterwarnings("ignore::Warning")  # the tools', of what the
 
 @quiet
 @pytest.mark.parametrize("tool", [traced, torch.jit.script, exported, compiled, in_onnx])
-def test_the_plain_form_computes_the_same_in_other_tools(tool, pair):
-    elsewhere = tool(pair.plain)
-    for n_images in (5, 3):
-        assert_close(elsewhere(single(n_images)), pair.network(single(n_images)), ROUNDING)
-
-
-@quiet
-@pytest.mark.parametrize("tool", [traced, exported, compiled, in_onnx])
-def test_the_exact_form_computes_the_same_in_other_tools(tool, pair):
-    for graph in (True, False) if tool is not in_onnx else (False,):
+@pytest.mark.parametrize("form", ["plain", "exact"])
+def test_both_forms_compute_the_same_in_other_tools(form, tool, pair):
+    if (form, tool) == ("exact", torch.jit.script):
+        return  # which cannot read it
+    for graph in (True, False) if (form == "exact" and tool is not in_onnx) else (False,):
         with torch.set_grad_enabled(graph):
-            elsewhere = tool(pair.changed)
+            elsewhere = tool(pair.plain if form == "plain" else pair.changed)
             for n_images in (5, 3):
                 there, here = elsewhere(single(n_images)), pair.network(single(n_images))
                 assert_close(there, here, ROUNDING)
-                if tool is not in_onnx:
+                if form == "exact" and tool is not in_onnx:
                     assert_bit_equal(there, here)
 
 
@@ -159,20 +153,6 @@ def test_concepts_less_residuals_have_the_relevance_of_the_channel_in_captum(pai
     assert concepts.abs().max() > 0
     expected = attribute(pair.network, pair.network.layer)[:, layer.channels]
     assert_close(total / expected.abs().max(), expected / expected.abs().max(), 1e-4)
-
-
-def test_integrated_gradients_of_concept_channels_add_up_in_captum(one_pair):
-    """To the logit less the logit with the concept channels of the black image."""
-    attr = pytest.importorskip("captum.attr", reason="needs captum")
-    changed, concepts = one_pair.changed, one_pair.changed.layer.concepts
-    method = attr.LayerIntegratedGradients(changed, concepts)
-    relevance = method.attribute(single(), target=TARGET, n_steps=400)
-    black = attr.LayerActivation(changed, concepts).attribute(torch.zeros_like(single()))
-    logits = changed(single())
-    concepts.register_forward_hook(lambda _m, _a, _output: black)
-    expected = (logits - changed(single()))[:, TARGET]
-    assert expected.abs().max() > 0
-    assert_close(relevance.flatten(1).sum(1), expected, 1e-2)  # of 400 steps
 
 
 def relevances(network: nn.Module, names: list[str]) -> list[Tensor]:
@@ -267,12 +247,6 @@ def test_a_split_network_can_go_to_another_device(one_pair):
         assert there(single().to("meta")).shape == (5, 4)
 
 
-def scale_weight(path: Path, factor: float) -> None:
-    """Change a split's file and its checksums."""
-    tensors, about = read_tensors(path)
-    write_tensors(path, {**tensors, "weight": tensors["weight"] * factor}, about)
-
-
 def test_load_split_puts_a_file_into_the_network_that_it_was_made_for(one_pair, tmp_path):
     path, network = tmp_path / "split.safetensors", build("3x3", SINGLE)
     one_pair.split.save(path)
@@ -281,8 +255,9 @@ def test_load_split_puts_a_file_into_the_network_that_it_was_made_for(one_pair, 
         assert_same_outputs(one_pair.changed, changed, single())
     with pytest.raises(ModelError, match="made for a network with other weights"):
         unbraid.load_split(build("3x3", SINGLE, seed=1), path)
-    scale_weight(path, 1 + 1e-6)  # as a layer may compute its weights
-    assert_same_outputs(network, unbraid.load_split(network, path), single())
-    scale_weight(path, 1.1)
+    tensors, about = read_tensors(path)
+    write_tensors(path, {**tensors, "weight": tensors["weight"] * (1 + 1e-6)}, about)
+    assert_same_outputs(network, unbraid.load_split(network, path), single())  # computed, perhaps
+    write_tensors(path, {**tensors, "weight": tensors["weight"] * 1.1}, about)
     with pytest.raises(RunError, match=r"not the network's .* file is damaged"):
         unbraid.load_split(network, path)

@@ -170,7 +170,7 @@ def _scale(z: Tensor, value: float | Tensor) -> Tensor:
             "windows of images perhaps; give one value for each, or one number for all."
         )
     factor = value.to(z)
-    return z * (factor.view(-1, *[1] * (z.dim() - 1)) if factor.dim() else factor)
+    return z * (factor.view(-1, *[1] * (z.dim() - 1)) if value.dim() else factor)
 
 
 # The plain form: the same split made of two standard layers, for exporters and other tools.
