@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,6 @@ def _on_two_sizes(self: Around, x: Tensor) -> Tensor:
 
 
 def _in_frames(self: Around, x: Tensor) -> Tensor:
-    """Cuts each image into halves and lays them into the batch."""
     halves = x.unflatten(3, (2, 3)).movedim(3, 1)  # (N, 2, C, H, 3)
     return self.layer(halves.flatten(0, 1)).relu_().unflatten(0, (-1, 2)).sum(1)
 
@@ -58,20 +57,15 @@ def _in_frames(self: Around, x: Tensor) -> Tensor:
 class Tokens(Around):
     """A block of a transformer, on tokens in the shape that `shape` gives them."""
 
-    def __init__(
-        self,
-        shape: Callable[[Tensor], Tensor],
-        unshape: Callable[[Tensor], Tensor] = lambda x: x,
-    ) -> None:
+    def __init__(self, shape: Callable[[Tensor], Tensor]) -> None:
         super().__init__(nn.Linear(6, 10))
         self.shape, self.norm, self.back = shape, nn.LayerNorm(6), nn.Linear(10, 6)
-        self.unshape = unshape
 
     def body(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).mT
         mixed = tokens + F.scaled_dot_product_attention(tokens, tokens, tokens)
         mlp = self.back(F.gelu(self.layer(self.shape(self.norm(mixed)))))
-        return (mixed + self.unshape(mlp).reshape(mixed.shape)).mT
+        return (mixed + mlp.reshape(mixed.shape)).mT
 
 
 class Checkpointed(Around):
@@ -89,8 +83,6 @@ class Checkpointed(Around):
 
 
 class Standardised(nn.Conv2d):
-    """Standardises its weights on its own."""
-
     def forward(self, x: Tensor) -> Tensor:
         std, mean = torch.std_mean(self.weight, (1, 2, 3), keepdim=True)
         return self._conv_forward(x, (self.weight - mean) / std, self.bias)
@@ -100,13 +92,10 @@ def _standardised(layer: nn.Module) -> Tensor:
     return torch.stack([(row - row.mean()) / row.std() for row in layer.weight])
 
 
-def _divided_rows(g: Tensor, v: Tensor) -> Tensor:
-    return torch.stack([a * b / b.square().sum().sqrt() for a, b in zip(g, v, strict=True)])
-
-
 def _new_norm(layer: nn.Module) -> Tensor:
     made = layer.parametrizations.weight
-    return _divided_rows(made.original0, made.original1)
+    rows = zip(made.original0, made.original1, strict=True)
+    return torch.stack([g * v / v.square().sum().sqrt() for g, v in rows])
 
 
 def _new_spectral(layer: nn.Module) -> Tensor:
@@ -129,8 +118,6 @@ def _normed(norm: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
 
 @dataclass
 class Structured:
-    """A network, and what to make of its output."""
-
     build: Callable[[], nn.Module]
     weight: Callable[[nn.Module], Tensor] | None = None  # how the layer computes its weights
     once: bool = True  # the layer runs once on each image, on a whole
@@ -157,9 +144,6 @@ STRUCTURES: dict[str, Structured] = {
     "checkpointed, reentrant": Structured(lambda: Checkpointed(True), differentiable=False),
     "standardised": Structured(lambda: Around(Standardised(6, 6, 3)), _standardised),
     "weight norm": Structured(_normed(parametrizations.weight_norm), _new_norm),
-    "old weight norm": Structured(
-        _normed(nn.utils.weight_norm), lambda layer: _divided_rows(layer.weight_g, layer.weight_v)
-    ),
     "spectral norm": Structured(_normed(parametrizations.spectral_norm), _new_spectral),
     "old spectral norm": Structured(_normed(nn.utils.spectral_norm), _old_spectral),
 }
@@ -172,10 +156,7 @@ def build(kind: str) -> nn.Module:
         return STRUCTURES[kind].build().double().eval()
 
 
-@dataclass
-class Traced:
-    """What is true of one image: sums over the layer's runs and the parts of the image."""
-
+class Traced(NamedTuple):  # of one image: sums over the layer's runs and the image's parts
     pooled: Tensor  # (G, J)
     relevance: Tensor  # (C_out,)
     n_positions: int
@@ -191,11 +172,10 @@ def trace(kind: str, image: Tensor, label: int) -> Traced:
         calls.append((args[0].detach().clone(), output))
         return output.clone()
 
-    handle = network.layer.register_forward_hook(keep)
     if isinstance(network, Checkpointed):
         network.body = network.block
-    logit = network(image[None])[0, label]
-    handle.remove()
+    with network.layer.register_forward_hook(keep):
+        logit = network(image[None])[0, label]
     gradients = torch.autograd.grad(logit, [z for _, z in calls])
     pooled, relevance, n_positions = 0.0, 0.0, 0
     for (x, z), gradient in zip(calls, gradients, strict=True):
@@ -208,10 +188,9 @@ def trace(kind: str, image: Tensor, label: int) -> Traced:
 
 def bare_layer(kind: str, network: nn.Module) -> nn.Module:
     """The layer with its computed weights written down."""
-    made = STRUCTURES[kind].weight
+    made, old = STRUCTURES[kind].weight, network.layer
     if made is None:
-        return network.layer
-    old = network.layer
+        return old
     layer = nn.Conv2d(6, 6, 3, padding=old.padding).double().eval()
     with torch.no_grad():
         layer.weight.copy_(made(old))

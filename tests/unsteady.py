@@ -19,8 +19,6 @@ from tiny_networks import N_CLASSES
 
 
 class Small(nn.Module):
-    """Two convolutions and a head."""
-
     def __init__(self, change: Callable[[Any, Tensor], Any] | None = None, **parts: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -41,43 +39,19 @@ class Small(nn.Module):
         return self.head(features if self.change is None else self.change(self, features))
 
 
-class Ends(Small):
-    """Changes the logits."""
-
+class Ends(Small):  # by changing the logits
     def forward(self, x: Tensor) -> Any:
         return self.change(self, self.head(self.features(x)))
 
 
-class Begins(Small):
-    """Changes the images."""
-
+class Begins(Small):  # by changing the images
     def forward(self, x: Tensor) -> Any:
         return self.head(self.features(self.change(self, x)))
 
 
-class Mapped(Small):
-    """Runs its layer image by image."""
-
-    def features(self, x: Tensor) -> Tensor:
-        each = torch.vmap(lambda one: self.layer(one[None])[0])
-        return each(self.stem(x).relu()).relu().mean((2, 3))
-
-
-class Loses(Small):
-    """Loses the batch dimension of a single image."""
-
+class Loses(Small):  # the batch dimension of a single image
     def features(self, x: Tensor) -> Tensor:
         return self.layer(self.stem(x).relu().squeeze(0)).relu().mean((-2, -1))
-
-
-def _reassigned(net: Any, x: Tensor) -> Tensor:
-    net.mean = 0.9 * net.mean + 0.1 * x.detach().mean(0)
-    return x - net.mean
-
-
-def _counted(net: Any, x: Tensor) -> Tensor:
-    net.n += 1
-    return x * (1 + net.n)
 
 
 def _cached(net: Any, x: Tensor) -> Tensor:
@@ -118,20 +92,14 @@ def _fails(net: Any, x: Tensor) -> Tensor:
     raise RuntimeError("no")
 
 
-def _built(net: Any, x: Tensor) -> Tensor:
-    if not hasattr(net, "late"):
-        net.late = nn.Linear(8, 8)
-    return net.late(x)
-
-
 def quantised() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(Small().eval(), {nn.Linear})
 
 
-def scripted(freeze: bool) -> nn.Module:
+def frozen() -> nn.Module:
     network = Small()
     part = torch.jit.script(nn.Sequential(network.stem, nn.BatchNorm2d(6)).eval())
-    network.stem = torch.jit.freeze(part) if freeze else part
+    network.stem = torch.jit.freeze(part)
     return network
 
 
@@ -147,16 +115,14 @@ RANDOM: Makers = {
     "generator": lambda: Small(
         lambda net, x: x + torch.randn(8, generator=net.own), own=torch.Generator()
     ),
-    "numpy": lambda: Small(lambda _, x: x * (1 + np.random.rand())),
     "python": lambda: Small(lambda _, x: x * (1 + (random.random() < 0.4))),
+    "numpy": lambda: Small(lambda _, x: x * (1 + np.random.rand())),
 }
 FOLLOWING: Makers = {
     "slow": lambda: Small(
         lambda net, x: x - net.mean.mul_(0.9999).add_(1e-4 * x.detach().mean(0)),
         mean=torch.zeros(8),
     ),
-    "reassigned": lambda: Small(_reassigned, mean=torch.zeros(8)),
-    "number": lambda: Small(_counted, n=0),
     "cache": lambda: Small(_cached, last=None),
     "list": lambda: Small(_banked, bank=[]),
 }
@@ -181,8 +147,7 @@ SOUND: Makers = {
         sparse=torch.eye(3).to_sparse(),
         complex=torch.ones(3, dtype=torch.complex64).conj(),
     ),
-    "scripted": lambda: scripted(False),
-    "frozen": lambda: scripted(True),
+    "frozen": frozen,
     "inference": of_inference_mode,
 }
 TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -193,17 +158,11 @@ TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Small(lambda net, x: x.detach() + net.free, free=torch.ones(8).requires_grad_()),
         "does not reach the logits",
     ),
-    "meta": (
-        lambda: Small(lambda net, x: net.late(x), late=nn.Linear(8, 8, device="meta")),
-        "cannot run on images .*meta",
-    ),
     "meta stem": (
         lambda: Small(stem=nn.Conv2d(3, 6, 3, device="meta")),
         "A Conv2d of the network is on the meta device",
     ),
-    "mapped": (Mapped, "cannot run on images .*functorch transform"),
     "lazy": (lambda: Small(lambda net, x: net.late(x), late=nn.LazyLinear(8)), "run it once"),
-    "built": (lambda: Small(_built), "run it once"),
     "lost dimension": (Loses, "meets a single image as"),
     "failing": (lambda: Small(_fails, mean=torch.zeros(8)), r"\(no\)"),
 }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from public_calls import Call, call, sound_calls
+from public_calls import call, sound_calls
 from unbraid.base.errors import UsageError
 
 WHOLE, REAL = "give a whole number", "give a number."
@@ -18,7 +18,7 @@ ONE = "give one object of type"
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Call]:
+def calls(tmp_path_factory):
     return sound_calls(tmp_path_factory.mktemp("calls"))
 
 
@@ -28,56 +28,36 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Call]:
         ("find", "scan", "runs/train", f"scan is 'runs/train'; {ONE} Scan."),
         ("find", "tau", None, f"tau is None; {REAL}"),
         ("find", "p", "0.75", f"p is '0.75'; {REAL}"),
-        ("find", "p", True, f"p is True; {REAL}"),
-        ("find", "gamma", [0.5], f"gamma is [0.5]; {REAL}"),
         ("find", "channels", [[0], [1]], "channels is a list; give groups of classes per channel"),
-        ("find", "channels", {True: [[0], [1]]}, f"a channel in channels is True; {WHOLE}."),
         ("find", "channels", {1: [["0"], [1]]}, "The concepts of channel 1 must be two or more"),
         ("sensitivity", "taus", 0.03, f"taus is 0.03; {REALS}"),
         ("sensitivity", "ps", ["0.5"], f"ps holds '0.5'; {REALS}"),
-        ("sensitivity", "gammas", [True], f"gammas holds True; {REALS}"),
-        ("split", "found", None, f"found is None; {ONE} Findings."),
-        ("split", "everything", "runs/train", f"everything is 'runs/train'; {ONE}"),
         ("split", "start", "a.safetensors", f"start is 'a.safetensors'; {ONE}"),
         ("published", "rho", "0.7", f"rho is '0.7'; {REAL}"),
         ("evaluate", "tau", math.nan, "tau is nan; a share must lie between 0 and 1."),
         ("evaluate", "baseline", 3, f"baseline is 3; {ONE} Split."),
         ("apply", "split", "a.safetensors", f"split is 'a.safetensors'; {ONE}"),
-        ("apply", "split", [3], f"split is 3; {ONE} Split."),
         ("apply", "model", None, "The network is a NoneType; pass a torch.nn.Module."),
         ("circuit", "n", 2.5, f"n is 2.5; {WHOLE}, 1 or more."),
-        ("circuit_from", "n", None, f"n is None; {WHOLE}, 1 or more."),
-        ("circuit_from", "channel", True, f"channel is True; {WHOLE}."),
         ("circuit_from", "batch_size", "8", f"batch_size is '8'; {WHOLE}, 1 or more."),
         ("ablate", "channels", 1, f"channels is 1; {WHOLES}"),
-        ("ablate", "batch_size", 2.5, f"batch_size is 2.5; {WHOLE}, 1 or more."),
         ("ablate", "workers", None, f"workers is None; {WHOLE} from 0 to 4096."),
         ("ablate", "skip_broken", "no", "skip_broken is 'no'; give True or False."),
-        ("ablate", "scan", "runs/val", f"scan is 'runs/val'; {ONE} Scan."),
         ("compare_outputs", "tolerance", -1, "tolerance is -1; it must be 0 or more."),
-        ("compare_outputs", "skip_broken", "no", "skip_broken is 'no'; give True or False."),
         ("measure_semantics", "n_top", 1, f"n_top is 1; {WHOLE}, 2 or more."),
-        ("measure_semantics", "workers", 1.5, f"workers is 1.5; {WHOLE} from 0 to 4096."),
         ("measure_semantics", "scan", "runs/val", f"scan is 'runs/val'; {ONE}"),
         ("visualize", "channels", [1.0], f"channels holds 1.0; {WHOLES}"),
         ("visualize", "n", "1", f"n is '1'; {WHOLE}, 1 or more."),
-        ("visualize", "steps", 1.5, f"steps is 1.5; {WHOLE}, 1 or more."),
-        ("visualize", "seed", None, f"seed is None; {WHOLE}."),
         ("visualize", "seconds", math.nan, "seconds is nan; it must be 0 or more."),
-        ("visualize", "size", (8.0, 8), f"size holds 8.0; {WHOLES}"),
         ("visualize", "size", (8,), "size is (8,); give height and width, 2 to"),
         ("visualize", "spectrum", "yes", "spectrum is 'yes'; give True or False."),
         ("gate", "value", "0", f"The value of a gate is '0'; {REAL}"),
         ("clamp", "low", None, f"low is None; {REAL}"),
-        ("clamp", "high", "1", f"high is '1'; {REAL}"),
         ("teaser_figure", "n", 2.5, f"n is 2.5; {WHOLE}, 1 or more."),
         ("density_figure", "width", "3", f"width is '3'; {REAL}"),
-        ("source_figure", "n", "6", f"n is '6'; {WHOLE}, 1 or more."),
         ("open_scan", "path", None, "path is None; give a path."),
         ("load_split", "path", 3, "path is 3; give a path."),
-        ("report", "path", None, "path is None; give a path."),
         ("report", "scan", "runs/val", f"scan is 'runs/val'; {ONE} Scan."),
-        ("report", "found", None, f"found is None; {ONE} Findings."),
     ],
 )
 def test_a_wrong_type_is_told_in_a_sentence(function, argument, value, sentence, calls):
@@ -90,20 +70,12 @@ def test_a_wrong_type_is_told_in_a_sentence(function, argument, value, sentence,
     ("function", "plain", "others"),
     [
         ("find", {"channels": {1: [[0], [1]]}}, {"channels": {np.int64(1): np.array([[0], [1]])}}),
-        (
-            "find",
-            {"tau": 0.03125, "p": 0.75},
-            {"tau": np.float32(0.03125), "p": torch.tensor(0.75)},
-        ),
+        ("find", {"p": 0.75, "gamma": 0.5}, {"p": np.float32(0.75), "gamma": torch.tensor(0.5)}),
         ("circuit", {"channel": 1, "n": 3}, {"channel": np.int64(1), "n": torch.tensor(3)}),
         ("ablate", {"channels": [2, 1]}, {"channels": torch.tensor([2, 1]), "workers": np.int8(0)}),
-        ("visualize", {"channels": [2, 1]}, {"channels": torch.tensor([2, 1])}),
-        ("measure_semantics", {"n_top": 3}, {"n_top": np.int64(3), "workers": np.int64(0)}),
     ],
 )
 def test_numbers_of_other_libraries_are_numbers(function, plain, others, calls):
     made, again = (call(calls[function], **numbers) for numbers in (plain, others))
-    if function == "visualize":  # whose pictures have addresses
-        made, again = ((one.channels, one.settings) for one in (made, again))
     assert repr(again) == repr(made)
     assert "int64" not in repr(made)

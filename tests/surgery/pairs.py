@@ -73,27 +73,10 @@ def split_network(network: nn.Module, **options: Any) -> nn.Module:
 def layer_output(network: nn.Module, x: Tensor, layer: str = "layer") -> Tensor:
     """What leaves the layer, copied before the next module can write into it."""
     seen = []
-    handle = network.get_submodule(layer).register_forward_hook(
-        lambda _module, _args, output: seen.append(output.detach().clone())
-    )
-    network(x)
-    handle.remove()
+    module = network.get_submodule(layer)
+    with module.register_forward_hook(lambda _m, _a, output: seen.append(output.detach().clone())):
+        network(x)
     return seen[0]
-
-
-def output_gradient(network: nn.Module, x: Tensor) -> Tensor:
-    """Gradient of logit 2 by the layer's output."""
-    kept: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        output.retain_grad()
-        kept.append(output)
-        return output.clone()
-
-    handle = network.layer.register_forward_hook(keep)
-    network(x)[:, 2].sum().backward()
-    handle.remove()
-    return kept[0].grad
 
 
 class Pair:
@@ -115,8 +98,8 @@ class Pair:
         """Where the channels are in the layer's output."""
         return -1 if isinstance(self.network.layer, nn.Linear) else 1
 
-    def images(self, n_images: int = 5) -> Tensor:
-        return images(n_images, self.dtype)
+    def images(self) -> Tensor:
+        return images(dtype=self.dtype)
 
     def concept_map(self, channel: int, concept: int) -> Tensor:
         """z_k of every image by the oracle, (N, P)."""

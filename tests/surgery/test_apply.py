@@ -6,7 +6,6 @@ import copy
 import io
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from pairs import (
     images,
     layer_output,
     make_split,
-    output_gradient,
     split_network,
 )
 from torch import Tensor, nn
@@ -36,7 +34,7 @@ from checks import (
     snapshot,
 )
 from structures import STRUCTURES
-from tiny_networks import KINDS, PadsSame, SyntheticImages, build
+from tiny_networks import KINDS, build
 from unbraid.base.errors import ModelError, UsageError
 from unbraid.networks.copying import copy_network, unwrap
 from unbraid.surgery.apply import check_in_force
@@ -97,35 +95,17 @@ def leaves_the_original_untouched(make: Callable[[], nn.Module]) -> None:
     assert not hasattr(network, "gate")
 
 
-def passes_comparison(make: Callable[[], nn.Module]) -> None:
-    network = make()
-    changed, dataset = split_network(network), SyntheticImages(9)
-    result = unbraid.compare_outputs(network, changed, dataset, tolerance=0.0)
-    assert (result.max_abs_logit_diff, result.top1_agreement) == (0.0, 1.0)
-
-
-def can_be_ablated(make: Callable[[], nn.Module]) -> None:
-    found = unbraid.ablate(split_network(make()), SyntheticImages(5))
-    assert [part.channel for part in found.channels] == sorted(TWO)
-
-
 INVARIANTS = [
     keeps_outputs_to_the_last_bit,
     keeps_gradients_by_the_image,
     has_a_plain_form_that_agrees_up_to_rounding,
     is_in_force_until_taken_back,
     leaves_the_original_untouched,
-    passes_comparison,
-    can_be_ablated,
 ]
 EXCEPTIONS = {
-    ("reached: weak references", can_be_ablated),  # runs its layer more than once
-    *((f"built in: {k}", can_be_ablated) for k, about in STRUCTURES.items() if not about.once),
-    *(
-        (f"built in: {kind}", keeps_gradients_by_the_image)
-        for kind, about in STRUCTURES.items()
-        if not about.differentiable
-    ),
+    (f"built in: {kind}", keeps_gradients_by_the_image)
+    for kind, about in STRUCTURES.items()
+    if not about.differentiable
 }
 
 
@@ -202,10 +182,7 @@ def other_number_formats_are_the_originals(pair: Pair) -> None:
 def the_plain_form_is_of_standard_modules(pair: Pair) -> None:
     layer, names = pair.plain.layer, pair.plain.layer.names
     kinds = {type(module) for module in layer.modules()}
-    if isinstance(pair.network.layer, PadsSame):
-        assert kinds == {nn.Sequential, nn.Conv2d, Pad}
-    else:
-        assert kinds == {nn.Sequential, type(pair.network.layer)}
+    assert kinds - {Pad} == {nn.Sequential, type(layer.wide)}
     weight = layer.wide.weight.flatten(1)
     assert len(names) == len(weight)
     for part in pair.split.channels:
@@ -266,17 +243,11 @@ def test_apply_keeps_outputs_in_every_mode():
 
 
 def test_apply_keeps_even_the_sign_of_a_zero(pair):
-    zeros: list[Tensor] = []
-
-    def minus_zero(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        zeros.append(torch.full_like(output, -0.0))
-        return zeros[-1]
-
-    pair.changed.layer.original.register_forward_hook(minus_zero)
+    pair.changed.layer.original.register_forward_hook(lambda _m, _a, z: torch.full_like(z, -0.0))
     for graph in (torch.enable_grad, torch.no_grad):
         with graph():
             output = layer_output(pair.changed, images())
-        assert_bit_equal(output, zeros[-1])
+        assert_bit_equal(output, torch.full_like(output, -0.0))
 
 
 def test_apply_keeps_modes_wanted_gradients_and_attributes_of_the_layer():
@@ -389,33 +360,23 @@ def test_concepts_and_residuals_what_a_hook_makes_of_them_counts(kind, in_place,
 
 def test_concepts_gradients_can_be_read_and_taken_by_hooks(pair):
     layer, n_concepts = pair.changed.layer, len(CONCEPTS)
-    seen: list[Tensor] = []
-
-    def take(_module: nn.Module, inputs: Any, outputs: Any) -> Any:
-        seen.append(outputs[0])
-        return (torch.zeros_like(inputs[0]),)
-
-    for register in (
-        lambda: layer.concepts.register_full_backward_hook(take),
-        lambda: layer.concepts.register_forward_hook(lambda _m, _a, output: output.detach()),
+    seen = []
+    with layer.concepts.register_full_backward_hook(lambda _m, _i, out: seen.append(out[0])):
+        pair.changed(images())[:, 2].sum().backward()
+    assert seen[0].any()
+    assert_close(layer.row_bias.grad[:n_concepts], seen[0].sum((0, 2, 3)))
+    for register, take in (
+        (layer.concepts.register_full_backward_hook, lambda _m, grads, _o: (0 * grads[0],)),
+        (layer.concepts.register_forward_hook, lambda _m, _a, output: output.detach()),
     ):
-        hook = register()
-        logits = pair.changed(images())
-        assert_close(logits, pair.network(images()), 1e-12)
-        logits[:, 2].sum().backward()
+        layer.rows.grad = None
+        with register(take):
+            logits = pair.changed(images())
+            assert_close(logits, pair.network(images()), 1e-12)
+            logits[:, 2].sum().backward()
         assert not layer.rows.grad[:n_concepts].any()
-        hook.remove()
-    expected = output_gradient(pair.network, images())[:, layer.channels[layer.owners]]
-    assert_close(seen[0], expected, 1e-10)
 
 
 def test_concepts_a_module_in_their_place_is_run(pair):
     pair.changed.layer.concepts = nn.Threshold(torch.inf, 0.0)  # which silences all
     assert_close(pair.change()[1], -pair.concept_map(1, 0) - pair.concept_map(1, 1))
-
-
-def test_concepts_are_seen_by_a_hook_on_all_modules(pair):
-    seen = []
-    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
-        pair.changed(images())
-    assert any(module is pair.changed.layer.concepts for module in seen)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import oracle
 import unbraid
 from checks import assert_bit_equal, assert_close, assert_untouched, snapshot
-from structures import STRUCTURES, Around, Tokens, build, images, trace
+from structures import STRUCTURES, Around, build, images, trace
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import LayerError, ModelError
 from unbraid.networks.layers import describe, splittable_layers, why_not
@@ -42,13 +42,20 @@ def assert_traced(records: Records, kind: str, min_share: float) -> None:
 @pytest.mark.parametrize("kind", STRUCTURES)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_records_hold_what_a_run_on_each_image_alone_says(kind, batch_size, tmp_path):
-    network = build(kind)
+    network, once = build(kind), STRUCTURES[kind].once
     before = snapshot(network)
     assert "layer" in [spec.name for spec in usable_layers(network, images(2).images)]
-    scan = unbraid.scan(network, "layer", images(), tmp_path, batch_size=batch_size)
+    options = {"dataset": images(), "out": tmp_path, "batch_size": batch_size}
+    if not once:
+        with pytest.raises(LayerError, match="more than once on each image"):
+            unbraid.scan(network, "layer", positions=True, **options)
+    scan = unbraid.scan(network, "layer", positions=once, **options)
     assert_untouched(before, snapshot(network))
     (records,) = scan.shards()
     assert_traced(records, kind, scan.manifest.min_share)
+    if once:
+        seen = torch.einsum("njp->nj", tap_inputs(scan.layer, records.input_map, 0))
+        assert_close(seen, records.pooled[:, scan.layer.group_of(2)])
     if batch_size == 3 and kind == "runs again":  # that a wrong record is noticed
         for damage in ("pooled", "n_positions", "share_value", "index"):
             (wrong,) = scan.shards()
@@ -57,106 +64,59 @@ def test_records_hold_what_a_run_on_each_image_alone_says(kind, batch_size, tmp_
                 assert_traced(wrong, kind, scan.manifest.min_share)
 
 
-@pytest.mark.parametrize("kind", STRUCTURES)
-def test_input_maps_are_kept_where_there_is_one(kind, tmp_path):
-    network = build(kind)
-    if not STRUCTURES[kind].once:
-        with pytest.raises(LayerError, match="more than once on each image"):
-            unbraid.scan(network, "layer", images(), tmp_path, positions=True)
-        return
-    scan = unbraid.scan(network, "layer", images(), tmp_path, batch_size=3, positions=True)
-    (records,) = scan.shards()
-    seen = torch.einsum("njp->nj", tap_inputs(scan.layer, records.input_map, 0))
-    assert_close(seen, records.pooled[:, scan.layer.group_of(2)])
-
-
-class AddsCodes(Around):
-    """Adds codes of positions, computed by a layer of their own from positions alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.codes = nn.Linear(2, 6)
-
-    def body(self, x: Tensor) -> Tensor:
-        places = torch.cartesian_prod(torch.arange(7.0), torch.arange(6.0)).to(x)
-        return self.layer(x + self.codes(input=places).T.reshape(6, 7, 6)).relu_()
-
-
 @pytest.mark.parametrize("n_images", [1, 2])
 def test_a_layer_that_sees_no_image_is_not_listed(n_images):
-    network = AddsCodes().double().eval()
+    network = Around().double().eval()
+    codes = network.codes = nn.Linear(2, 6).double()  # of positions alone
+    places = torch.cartesian_prod(torch.arange(7.0), torch.arange(6.0)).double()
+    network.stem.register_forward_hook(
+        lambda _module, _args, z: z + codes(input=places).T.reshape(6, 7, 6)
+    )
     for x in (images(n_images).images, torch.zeros(n_images, 3, 7, 6)):
         assert [spec.name for spec in usable_layers(network, x)] == ["stem", "layer", "head"]
 
 
+def putting_out(wrap: Callable[[Tensor], Any], n_logits: int = 4) -> nn.Module:
+    """A network that wraps its logits as other libraries do."""
+    torch.manual_seed(5)
+    network = Around(n_logits=n_logits).eval()
+    network.register_forward_hook(lambda _module, _args, logits: wrap(logits))
+    return network.double()
+
+
 class Mixes(Around):
-    """Lays halves of images into the batch, first all left ones and then all right ones."""
+    """Lays halves of images into the batch, all left ones first."""
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.layer(torch.cat(self.stem(x).chunk(2, 3))).relu().chunk(2)
         return self.head((left + 2 * right).flatten(2).mean(2))
 
 
-class PutsOut(Around):
-    """Wraps its logits as other libraries do."""
-
-    def __init__(self, wrap: Callable[[Tensor], Any], n_logits: int = 4) -> None:
-        super().__init__(n_logits=n_logits)
-        self.wrap = wrap
-
-    def forward(self, x: Tensor) -> Any:
-        return self.wrap(super().forward(x))
-
-
-def _turned(x: Tensor) -> Tensor:
-    return x.transpose(0, 1)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "sentence"),
-    [
-        (Mixes, LayerError, r"\(8, 6, 7, 3\) for 4 images.*use batch_size=1"),
-        (lambda: Tokens(_turned, _turned), LayerError, r"\(42, 4, 10\) for 4 images"),
-        (lambda: PutsOut(lambda z: torch.cat([z, z])), ModelError, "2 rows of logits for 1 images"),
-    ],
-)
-def test_scan_of_what_is_not_one_row_an_image_is_refused(make, error, sentence, tmp_path):
-    with pytest.raises(error, match=sentence):
-        unbraid.scan(make().double().eval(), "layer", images(4), tmp_path)
-
-
-def test_scan_of_images_mixed_in_the_batch_works_one_by_one(tmp_path):
-    scan = unbraid.scan(Mixes().double(), "layer", images(4), tmp_path, batch_size=1)
+def test_scan_of_what_is_not_one_row_an_image_is_refused(tmp_path):
+    mixed, doubled = Mixes().double().eval(), putting_out(lambda z: torch.cat([z, z]))
+    with pytest.raises(LayerError, match=r"\(8, 6, 7, 3\) for 4 images.*use batch_size=1"):
+        unbraid.scan(mixed, "layer", images(4), tmp_path)
+    with pytest.raises(ModelError, match="2 rows of logits for 1 images"):
+        unbraid.scan(doubled, "layer", images(4), tmp_path)
+    scan = unbraid.scan(mixed, "layer", images(4), tmp_path, batch_size=1)
     assert next(scan.shards()).n_positions.tolist() == [42] * 4
 
 
 # --- what counts as a layer -----------------------------------------------------------------------
 
 
-def needs_two(module: nn.Linear, x: Tensor, scale: Tensor) -> Tensor:
-    return nn.Linear.forward(module, x) * scale
-
-
 @pytest.mark.parametrize(
     ("kind", "forward", "reason"),
     [
-        (nn.Conv2d, lambda module, x: 2 * nn.Conv2d.forward(module, x), "weights of its own say"),
-        (
-            nn.Conv2d,
-            lambda module, x: nn.Conv2d.forward(module, x * x.mean()),
-            "weights of its own say",
-        ),
-        (
-            nn.Linear,
-            lambda module, x: nn.Linear.forward(module, x) + nn.Linear.forward(module, x * x),
-            "runs 2 convolutions",
-        ),
-        (nn.Linear, needs_two, "cannot be run by itself"),
+        (nn.Conv2d, lambda own, x: nn.Conv2d.forward(own, x * x.mean()), "weights of its own say"),
+        (nn.Linear, lambda own, x: own.forward_(x) + own.forward_(x * x), "runs 2 convolutions"),
+        (nn.Linear, lambda own, x, scale: own.forward_(x) * scale, "cannot be run by itself"),
     ],
 )
 def test_a_layer_that_is_more_than_its_weights_is_refused(kind, forward, reason):
-    own = type("Own", (kind,), {"forward": forward})
-    by_class, by_itself = (made(6, 8, 3) for made in (own, kind))
+    bare = type("Bare", (kind,), {"forward_": kind.forward})
+    own = type("Own", (bare,), {"forward": forward})
+    by_class, by_itself = (made(6, 8, 3) for made in (own, bare))
     by_itself.forward = types.MethodType(forward, by_itself)
     for module in (by_class, by_itself):
         assert reason in why_not(module)
@@ -166,33 +126,16 @@ def test_a_layer_that_is_more_than_its_weights_is_refused(kind, forward, reason)
     assert "without running it" in why_not(nn.MultiheadAttention(4, 2).out_proj)
 
 
-class Counts(nn.Conv2d):
-    """Keeps how often it ran, as quantisation's observers do."""
-
-    def __init__(self) -> None:
-        super().__init__(6, 8, 3)
-        self.register_buffer("n_runs", torch.zeros(0))
-        self.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.n_runs = torch.cat([self.n_runs, torch.ones(1)])
-        return super().forward(x)
-
-
 def test_looking_into_a_layer_leaves_no_trace_in_it():
-    norms = (build(kind).train().layer for kind in ("spectral norm", "old spectral norm"))
-    for layer in (Counts(), *norms):
+    for kind in ("plain", "spectral norm", "old spectral norm"):
+        layer = build(kind).train().layer
+        layer.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
         before = snapshot(layer)
         assert describe("layer", layer).n_taps == 54
         assert_untouched(before, snapshot(layer))
 
 
 # --- what a network puts out, wrappers ------------------------------------------------------------
-
-
-def putting_out(wrap: Callable[[Tensor], Any], n_logits: int = 4) -> nn.Module:
-    torch.manual_seed(5)
-    return PutsOut(wrap, n_logits).double().eval()
 
 
 def test_logits_are_picked_out_the_same_everywhere(tmp_path):
@@ -232,14 +175,9 @@ def test_a_single_logit_tells_two_classes_apart(flat, tmp_path):
             assert_close(records.share_of(o)[n], share if share >= 0.005 else 0.0)
 
 
-def compiled(network: nn.Module) -> nn.Module:
-    return torch.compile(network, backend="eager")
-
-
-@pytest.mark.parametrize("wrap", [compiled, lambda network: nn.DataParallel(compiled(network))])
-def test_a_wrapped_network_is_the_network(wrap, tmp_path):
+def test_a_wrapped_network_is_the_network(tmp_path):
     network = build("plain")
-    wrapped = wrap(network)
+    wrapped = nn.DataParallel(torch.compile(network, backend="eager"))
     inside = next(name for name, module in wrapped.named_modules() if module is network.layer)
     for number, layer in enumerate(("layer", inside, network.layer)):
         assert_same_shares(wrapped, layer, network, tmp_path / str(number))
@@ -247,10 +185,3 @@ def test_a_wrapped_network_is_the_network(wrap, tmp_path):
     assert unbraid.compare_outputs(wrapped, changed, images(), tolerance=0.0).top1_agreement == 1
     names = [spec.name for spec in usable_layers(wrapped, images(1).images)]
     assert names == ["stem", "layer", "head"]
-
-
-def test_a_network_with_a_compiled_part_is_scanned(tmp_path):
-    network, bare = nn.Sequential(build("plain")), nn.Sequential(build("plain"))
-    network[0] = compiled(network[0])
-    network(images().images)  # compiled now, without hooks
-    assert_same_shares(network, "0._orig_mod.layer", bare, tmp_path)

@@ -33,13 +33,11 @@ def test_features_come_back_from_disk(tmp_path):
     files = {path.name for path in (tmp_path / "features").iterdir()}
     assert files == {"3.png", "3.0.png", "3.0_1.png", "12.1.png", "features.json"}
     back = Features.load(tmp_path / "features")
-    kept = ("layer", "weights", "settings", "left_out")
-    assert [getattr(back, name) for name in kept] == ["layer", "abc", {"steps": 3}, 2]
     assert back.channels == (3, 12)
     for a, b in zip(made.features, back.features, strict=True):
-        assert (a.channel, a.concept, a.place) == (b.channel, b.concept, b.place)
-        assert a.responses == b.responses
+        assert {**vars(a), "picture": None} == {**vars(b), "picture": None}
         assert (a.picture.mode, a.picture.tobytes()) == ("RGBA", b.picture.tobytes())
+    assert {**vars(back), "features": ()} == {**vars(made), "features": ()}
 
 
 def test_pictures_are_found_by_channel_and_concept():
@@ -72,19 +70,13 @@ def rewritten(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], o
     [
         lambda folder: (folder / "features.json").unlink(),
         rewritten("features.json", lambda content: content[:100]),
-        rewritten("features.json", lambda _: b"[1]"),
         rewritten("features.json", lambda content: content.replace(b'"schema": 1', b'"schema": 7')),
         lambda folder: (folder / "3.0.png").unlink(),
         rewritten("3.png", lambda content: content[:60]),
-        lambda folder: Image.new("RGB", (3, 3)).save(folder / "3.png", "JPEG"),
         lambda folder: Image.new("L", (5000, 1)).save(folder / "3.png"),
         entry(concept=0),  # which stands there already
         entry(channel="../3"),
         entry(channel=-1),
-        entry(channel=True),
-        entry(concept=0.5),
-        entry(place=None),
-        entry(responses=1.0),
         entry(responses=["x"]),
     ],
 )
