@@ -63,11 +63,12 @@ def test_build_refuses_what_does_not_fit(entries, message):
     "text",
     [
         "[" * 33 + "]" * 33,
+        "[" * 100_000 + "]" * 100_000,
         "[" + "[]," * 2**20 + "1]",
         "1" * 10_000,
         '"' + "x" * (64 * 2**20) + '"',
     ],
-    ids=["deep", "many parts", "long number", "long text"],
+    ids=["too deep", "deep list", "many parts", "long number", "long text"],
 )
 def test_parse_json_refuses_what_would_take_the_machine(text):
     with pytest.raises(ValueError, match=r"deep|large|digits"):

@@ -71,6 +71,7 @@ def test_copy_network_copies_what_can_be_copied():
     network.computed = [2 * network.stem.bias]
     network.round = [{}]
     network.round[0]["again"] = network.round
+    network.scripted = torch.jit.script(nn.Linear(2, 3))
     network.stem.requires_grad_(False)
     twin = copy_network(network)
     for name in ("numbers", "tensor"):
@@ -79,8 +80,9 @@ def test_copy_network_copies_what_can_be_copied():
     assert twin.round[0]["again"] is twin.round is not network.round
     twin.computed[0].data.zero_()
     assert network.computed[0].any()
-    assert twin.head.weight.is_leaf
-    assert [p.requires_grad for p in twin.stem.parameters()] == [False, False]
+    assert all(own.is_leaf for own in twin.parameters())
+    wanted = [[own.requires_grad for own in one.parameters()] for one in (network, twin)]
+    assert wanted[0] == wanted[1]
 
 
 # --- what is not in force, and told ---------------------------------------------------------------
