@@ -6,12 +6,14 @@ Written from docs/concepts.md and METHOD.md section 5; independent of the fast p
 from __future__ import annotations
 
 import itertools
-import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
+
+from oracle import cosine
 
 Cut = Callable[[Tensor], Tensor]  # from points (N, D) to true on one side
 
@@ -71,13 +73,10 @@ def chance_of_one(points: Tensor, cut: Cut) -> float:
 
 def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
     """Count pairs of things that two partitions put together or apart."""
-    both = only_one = only_other = neither = 0
-    for (one1, other1), (one2, other2) in itertools.combinations(zip(one, other, strict=True), 2):
-        together = one1 == one2, other1 == other2
-        both += together == (True, True)
-        only_one += together == (True, False)
-        only_other += together == (False, True)
-        neither += together == (False, False)
+    pairs = itertools.combinations(zip(one, other, strict=True), 2)
+    counts = Counter((one1 == one2, other1 == other2) for (one1, other1), (one2, other2) in pairs)
+    both, neither = counts[True, True], counts[False, False]
+    only_one, only_other = counts[True, False], counts[False, True]
     below = (both + only_one) * (only_one + neither) + (both + only_other) * (only_other + neither)
     if below == 0:
         return 1.0
@@ -108,12 +107,8 @@ def members(
     """Per cluster, the images that belong to it: of the nearest centre by angle."""
     found: list[list[int]] = [[] for _ in centres]
     for n, answer in enumerate(answers):
-        length = math.sqrt(sum(a * a for a in relevance[n].tolist()))
-        if answer < least or length == 0:
+        if answer < least or not relevance[n].any():
             continue
-        cosines = [
-            sum(a * c for a, c in zip(relevance[n].tolist(), centre.tolist(), strict=True)) / length
-            for centre in centres
-        ]
+        cosines = [cosine(relevance[n], centre) for centre in centres]
         found[cosines.index(max(cosines))].append(n)
     return found

@@ -26,13 +26,8 @@ def write_scan(
     bias: Tensor | None = None,
     min_share: float = 0.005,
     shard_size: int = 7,
-    class_names: Sequence[str] = (),
 ) -> Scan:
-    """Write a fully connected layer's scan: shares (N, C_out), pooled (N, J), weight (C_out, J).
-
-    Without pooled inputs or weights they are ones, and every ARV is the same. Without bias (C_out,)
-    it is zero.
-    """
+    """Write a fully connected layer's scan: shares (N, C_out), pooled (N, J), weight (C_out, J)."""
     n_images, n_out = shares.shape
     pooled = torch.ones(n_images, 2).double() if pooled is None else pooled
     n_in = pooled.shape[1]
@@ -43,7 +38,7 @@ def write_scan(
         layer=LayerSpec("layer", "Linear", n_out, n_in, one, one, none, one, 1, "zeros", True),
         data="by hand",
         n_images=n_images,
-        class_names=tuple(class_names),
+        class_names=(),
         preprocessing="",
         dtype=str(pooled.dtype).removeprefix("torch."),
         min_share=min_share,
@@ -57,8 +52,7 @@ def write_scan(
     )
     for shard in range(manifest.n_shards):
         index = torch.arange(shard * shard_size, min((shard + 1) * shard_size, n_images))
-        label = torch.tensor(labels)[index]
-        own = shares[index]
+        label, own = torch.tensor(labels)[index], shares[index]
         kept = own >= min_share
         records = Records(
             index=index,
@@ -115,8 +109,6 @@ class Planted:
 def plant(
     folder: Path,
     *,
-    sizes: Sequence[int] = (90, 60, 40),
-    n_rest: int = 150,
     labels: Sequence[int] | None = None,
     seed: int = 0,
     shard_size: int = 64,
@@ -126,19 +118,15 @@ def plant(
     Inputs are skewed and noisy. Without labels, they tell the causes, with 3 for none.
     """
     generator = torch.Generator().manual_seed(seed)
-    cause = torch.arange(3).repeat_interleave(torch.tensor(sizes))
-    cause = torch.cat([cause, torch.full((n_rest,), -1)])
+    cause = torch.tensor([0, 1, 2, -1]).repeat_interleave(torch.tensor([90, 60, 40, 150]))
     cause = cause[torch.randperm(len(cause), generator=generator)]
     noise = torch.randn(len(cause), 16, generator=generator, dtype=torch.float64)
     pooled = 0.1 * (0.8 * noise).exp()
     for k in range(3):
         strength = torch.rand(len(cause), 4, generator=generator, dtype=torch.float64) + 1
         pooled[:, 4 * k : 4 * k + 4] += strength * (cause == k)[:, None]
-    weight = torch.full((4, 16), 0.1).double()
-    for channel, own in enumerate(CAUSES):
-        for name in own:
-            first = 4 * "ABC".index(name)
-            weight[channel, first : first + 4] = 1.0
+    own = torch.tensor([[name in names for name in "ABCD"] for names in CAUSES])
+    weight = torch.where(own.repeat_interleave(4, 1), 1.0, 0.1).double()
     weight[3] = 0.0
     scan = write_scan(
         folder,

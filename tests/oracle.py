@@ -1,9 +1,8 @@
 """Slow reference implementations, written straight from the definitions of the method.
 
-Every figure of the fast path is tested against these. They are independent of it: one image at a
-time, float64, the layer itself run forward and differentiated by autograd, plain loops otherwise.
-Sections refer to METHOD.md. One image `x` has no batch dimension: (C_in, *spatial) for a
-convolution, (F,) or (*tokens, F) for a fully connected layer; positions are flattened.
+They are independent of the fast path: one image at a time, float64, the layer itself run forward
+and differentiated by autograd, plain loops otherwise. Sections refer to METHOD.md. One image `x`
+has no batch dimension; positions are flattened.
 """
 
 import copy
@@ -71,66 +70,44 @@ def pooled_input(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _strip_batch(layer: nn.Module, value: Tensor) -> Tensor:
-    """Drop the batch dimension; some networks fold windows of tokens in, those are positions."""
-    if value.shape[0] == 1:
-        return value[0]
-    if isinstance(layer, nn.Linear):
-        return value
-    raise ValueError(f"expected a batch of one image at the layer, got {tuple(value.shape)}")
+@torch.enable_grad()
+def _run_cut(model: nn.Module, layer_name: str, image: Tensor):
+    """The layer, its input x and its output z as a leaf, with batch, and logits (T,) from z."""
+    model = _copy64(model)
+    layer, calls = model.get_submodule(layer_name), []
+
+    def cut(_module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Tensor], output: Tensor):
+        (x,) = (*args, *kwargs.values())
+        # Cloned, because the next module may write into the output.
+        calls.append((x.detach().clone(), output.detach().clone().requires_grad_()))
+        return calls[-1][1].clone()
+
+    layer.register_forward_hook(cut, with_kwargs=True)
+    logits = model(image.double().unsqueeze(0))[0]
+    ((x, z),) = calls  # it runs once
+    assert len(x) == 1 or isinstance(layer, nn.Linear)
+    return layer, x, z, logits
 
 
 def layer_io(model: nn.Module, layer_name: str, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The layer's input x, its output z, and the logits (T,), for one image."""
-    model = _copy64(model)
-    layer = model.get_submodule(layer_name)
-    calls = []
-
-    def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        # Cloned, because the next module may write into the output.
-        calls.append((args[0].detach().clone(), output.detach().clone()))
-
-    layer.register_forward_hook(keep)
-    with torch.no_grad():
-        logits = model(image.double().unsqueeze(0))[0]
-    if len(calls) != 1:
-        raise ValueError(f"{layer_name} ran {len(calls)} times, expected once")
-    x, z = calls[0]
-    return _strip_batch(layer, x), _strip_batch(layer, z), logits
+    _, x, z, logits = _run_cut(model, layer_name, image)
+    x, z = (value.detach()[0] if len(value) == 1 else value.detach() for value in (x, z))
+    return x, z, logits.detach()
 
 
-@torch.enable_grad()
 def relevance(model: nn.Module, layer_name: str, image: Tensor, label: int) -> Tensor:
-    """r[o] = sum_p z[o,p] * d logit_label / d z[o,p], (C_out,).
-
-    The layer's output is replaced by a copy of a leaf, so the gradient is that of the map from z
-    to the logits, and modules that write in place write into the copy.
-    """
-    model = _copy64(model)
-    layer = model.get_submodule(layer_name)
-    leaves = []
-
-    def cut(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        leaf = output.detach().clone().requires_grad_(True)
-        leaves.append(leaf)
-        return leaf.clone()
-
-    layer.register_forward_hook(cut)
-    logits = model(image.double().unsqueeze(0))[0]
-    if len(leaves) != 1:
-        raise ValueError(f"{layer_name} ran {len(leaves)} times, expected once")
-    (gradient,) = torch.autograd.grad(logits[int(label)], leaves[0])
-    product = _strip_batch(layer, leaves[0].detach() * gradient)
-    return _by_channel(layer, product).sum(dim=1)
+    """r[o] = sum_p z[o,p] * d logit_label / d z[o,p], (C_out,)."""
+    layer, _, z, logits = _run_cut(model, layer_name, image)
+    (gradient,) = torch.autograd.grad(logits[int(label)], z)
+    product = z.detach() * gradient
+    return _by_channel(layer, product[0] if len(product) == 1 else product).sum(dim=1)
 
 
 def shares(r: Tensor) -> Tensor:
     """share[o] = r[o] / sum_o max(r[o], 0), (C_out,); all zero if no relevance is positive."""
-    r = r.double()
-    positive = sum(max(value, 0.0) for value in r.tolist())
-    if positive == 0:
-        return torch.zeros_like(r)
-    return r / positive
+    positive = sum(max(value, 0.0) for value in r.double().tolist())
+    return r.double() / positive if positive else torch.zeros_like(r.double())
 
 
 @torch.enable_grad()
@@ -152,15 +129,8 @@ def channel_input_relevance(layer: nn.Module, x: Tensor) -> Tensor:
 
 def arv(a_per_image: Tensor, labels: Indices, t: int) -> Tensor:
     """ARV[:,t], (C_out, C_in): mean of a, (N, C_out, C_in), over the images of class t."""
-    total = torch.zeros(a_per_image.shape[1:], dtype=torch.float64)
-    n_images = 0
-    for a, label in zip(a_per_image, labels, strict=True):
-        if int(label) == t:
-            total += a.double()
-            n_images += 1
-    if n_images == 0:
-        raise ValueError(f"class {t} has no image")
-    return total / n_images
+    chosen = [a.double() for a, label in zip(a_per_image, labels, strict=True) if int(label) == t]
+    return sum(chosen) / len(chosen)
 
 
 # Section 3: the published procedure.
@@ -174,11 +144,9 @@ def uses(shares: Tensor, labels: Indices, tau: float, p: float) -> Tensor:
     labels = [int(label) for label in labels]
     n_classes, n_channels = max(labels) + 1, shares.shape[1]
     used = torch.zeros(n_classes, n_channels, dtype=torch.bool)
-    for t in range(n_classes):
-        images = [n for n, label in enumerate(labels) if label == t]
-        for c in range(n_channels):
-            n_matters = sum(1 for n in images if float(shares[n, c]) >= tau)
-            used[t, c] = bool(images) and n_matters / len(images) >= p
+    for t, c in itertools.product(range(n_classes), range(n_channels)):
+        matters = [float(shares[n, c]) >= tau for n, label in enumerate(labels) if label == t]
+        used[t, c] = bool(matters) and sum(matters) / len(matters) >= p
     return used
 
 
@@ -196,15 +164,13 @@ def polysemantic_pairs(
 
     arvs is (T, C, C_in), uses (T, C). Negative cosines count; a zero ARV makes no pair.
     """
-    n_classes, n_channels = uses.shape
-    pairs = []
-    for c in range(n_channels):
-        for t1, t2 in itertools.combinations(range(n_classes), 2):
-            if uses[t1, c] and uses[t2, c]:
-                similarity = cosine(arvs[t1, c], arvs[t2, c])
-                if similarity < gamma:
-                    pairs.append((c, t1, t2, similarity))
-    return pairs
+    pairs = [
+        (c, t1, t2, cosine(arvs[t1, c], arvs[t2, c]))
+        for c in range(uses.shape[1])
+        for t1, t2 in itertools.combinations(range(len(uses)), 2)
+        if uses[t1, c] and uses[t2, c]
+    ]
+    return [pair for pair in pairs if pair[3] < gamma]
 
 
 def automatic_tau(shares: Tensor, labels: Indices, n_matter: int) -> float:
@@ -238,20 +204,11 @@ def published_rows(
     row1, row2, residual = w_o.clone(), w_o.clone(), w_o.clone()
     for j in range(len(w_o)):
         a, b = float(v1[j // taps_per_channel]), float(v2[j // taps_per_channel])
-        in_s1 = rho * a > b
-        in_s2 = rho * b > a and not in_s1
-        if in_s2:
-            row1[j] = 0.0
-        if in_s1:
-            row2[j] = 0.0
-        if in_s1 or in_s2:
-            residual[j] = 0.0
+        if rho * a > b:  # the tap is concept 1's
+            row2[j] = residual[j] = 0.0
+        elif rho * b > a:
+            row1[j] = residual[j] = 0.0
     return row1, row2, residual
-
-
-def _rectified_sum(layer: nn.Module, o: int, row: Tensor, x: Tensor) -> float:
-    """d = sum_p max(z, 0) of one image with `row` in the place of W[o]."""
-    return sum(max(value, 0.0) for value in channel_map(layer, o, row, x).tolist())
 
 
 def published_rho(
@@ -263,15 +220,17 @@ def published_rho(
     v1 and v2 hold one value per input channel of the group, or one per tap.
     """
     w_o = layer.weight[o].detach().flatten()
+
+    def rectified_sum(row: Tensor, x: Tensor) -> float:
+        return sum(max(value, 0.0) for value in channel_map(layer, o, row, x).tolist())
+
     criterion = {}
     for rho in RHOS:
         rows = published_rows(w_o, v1, v2, rho, len(w_o) // len(v1))[:2]
         criterion[rho] = 0.0
         for inputs, (own, other) in ((inputs1, rows), (inputs2, rows[::-1])):
             ratios = [
-                _rectified_sum(layer, o, own, x)
-                / (_rectified_sum(layer, o, other, x) + CRITERION_EPS)
-                for x in inputs
+                rectified_sum(own, x) / (rectified_sum(other, x) + CRITERION_EPS) for x in inputs
             ]
             criterion[rho] += sum(ratios) / len(ratios)
     return max(RHOS, key=lambda rho: criterion[rho]), criterion
@@ -287,20 +246,17 @@ def published_table(
 ) -> dict[str, dict[str, float]]:
     """Step 5: mean and median of sum_p z_new / sum_p z over the images with share >= tau.
 
-    rows is (W1, W2, R), share_o (N,) the channel's share in each image of `inputs`. Keys are
-    "concept_1", "concept_2" and "residual", below them "mean", "median" (of an even number of
-    images the middle of the two) and "n_images"; nan if no image has the share. All rows carry
-    the layer's bias: of the residual it is (K - 1) * b, and K is 2.
+    rows is (W1, W2, R), share_o (N,) the channel's share in each image of `inputs`; nan without
+    an image. All rows carry the layer's bias: of the residual it is (K - 1) * b, and K is 2.
     """
     original = layer.weight[o].detach().flatten()
     chosen = [x for x, share in zip(inputs, share_o, strict=True) if float(share) >= tau]
     table = {}
     for name, row in zip(("concept_1", "concept_2", "residual"), rows, strict=True):
-        ratios = []
-        for x in chosen:
-            z_new = channel_map(layer, o, row, x).sum()
-            z_orig = channel_map(layer, o, original, x).sum()
-            ratios.append((z_new / z_orig).item())
+        ratios = [
+            float(channel_map(layer, o, row, x).sum() / channel_map(layer, o, original, x).sum())
+            for x in chosen
+        ]
         table[name] = {
             "mean": sum(ratios) / len(ratios) if ratios else math.nan,
             "median": statistics.median(ratios) if ratios else math.nan,
@@ -309,9 +265,8 @@ def published_table(
     return table
 
 
-# Section 6: measures.
-# z and z_k are (N,): one pooled (or rectified) value per image of the original channel and of the
-# concept channel. images_k and images_l are the indices of the images of concepts k and l.
+# Section 6: measures. z and z_k are (N,), one value per image of the original channel and of the
+# concept channel; images_k and images_l are the indices of the images of concepts k and l.
 
 
 def _at(values: Tensor, images: Indices) -> Tensor:
@@ -327,9 +282,7 @@ def retention(z: Tensor, z_k: Tensor, images_k: Indices) -> float:
     return (_at(z_k, images_k).mean() / _at(z, images_k).mean()).item()
 
 
-def leakage(z: Tensor, z_k: Tensor, images_l: Indices) -> float:
-    """mean_{D_l} z_k / mean_{D_l} z, of k on another concept l."""
-    return (_at(z_k, images_l).mean() / _at(z, images_l).mean()).item()
+leakage = retention  # of k on the images of another concept
 
 
 def mimic_error(z: Tensor, z_k: Tensor, images_k: Indices) -> float:
@@ -343,27 +296,20 @@ def silence_error(z: Tensor, z_k: Tensor, images_l: Indices) -> float:
 
 
 def separation_error(z: Tensor, z_new: Sequence[Tensor], images: Sequence[Indices]) -> float:
-    """Mean of all K mimic errors and all K (K - 1) silence errors.
-
-    z_new holds z_k of each concept, images the indices D_k of each concept.
-    """
-    errors = []
-    for k, z_k in enumerate(z_new):
-        for other, images_l in enumerate(images):
-            error = mimic_error if other == k else silence_error
-            errors.append(error(z, z_k, images_l))
+    """Mean of all K mimic errors and all K (K - 1) silence errors of z_k of each concept."""
+    errors = [
+        (mimic_error if k == other else silence_error)(z, z_k, own)
+        for k, z_k in enumerate(z_new)
+        for other, own in enumerate(images)
+    ]
     return sum(errors) / len(errors)
 
 
 def auroc(z_k: Tensor, images_k: Indices, images_other: Indices) -> float:
     """Fraction of pairs (own, other) in which the image of the own concept has the larger z_k."""
     wins = 0.0
-    for own in _at(z_k, images_k).tolist():
-        for other in _at(z_k, images_other).tolist():
-            if own > other:
-                wins += 1.0
-            elif own == other:
-                wins += 0.5
+    for own, other in itertools.product(_at(z_k, images_k), _at(z_k, images_other)):
+        wins += 1.0 if own > other else 0.5 * (own == other).item()
     return wins / (len(images_k) * len(images_other))
 
 
@@ -372,17 +318,14 @@ def ablated_logits(
 ) -> Tensor:
     """Logits (T,) for one image, by weights alone: W[o] without `row` (J,), or o without all of it.
 
-    With K concept channels, z = sum_k z_k - z_R. Without z_k, whose weights are `row`, channel o
-    has the weights W[o] - row, and no bias: K times b, less (K - 1) times b, less b. Without all
-    of them it is zero.
+    As z = sum_k z_k - z_R, channel o without z_k, whose weights are `row`, has the weights
+    W[o] - row, and no bias: K times b, less (K - 1) times b, less b.
     """
     changed = _copy64(model)
     layer = changed.get_submodule(layer_name)
     with torch.no_grad():
-        if row is None:
-            layer.weight[o] = 0.0
-        else:
-            layer.weight[o] -= row.double().reshape(layer.weight[o].shape)
+        own = layer.weight[o]
+        own -= own.clone() if row is None else row.double().reshape(own.shape)
         if layer.bias is not None:
             layer.bias[o] = 0.0
         return changed(image.double().unsqueeze(0))[0]
@@ -419,7 +362,4 @@ def pure_distances(embeddings: Tensor, concept: Indices) -> tuple[float, float]:
         pairs = zip(embeddings[i], embeddings[j], strict=True)
         squares = [(float(p) - float(q)) ** 2 for p, q in pairs]
         distances[int(concept[i]) == int(concept[j])].append(math.sqrt(sum(squares)))
-    within, between = (
-        sum(found) / len(found) if found else math.nan for found in distances.values()
-    )
-    return within, between
+    return tuple(sum(found) / len(found) if found else math.nan for found in distances.values())

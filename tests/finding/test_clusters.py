@@ -1,35 +1,26 @@
 """Clusters of points: known groups come back, one group stays whole, figures are the oracle's."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.distributions import Distribution, Gamma, StudentT
 
 import cluster_oracle as oracle
 from unbraid.finding.clusters import adjusted_rand_index, chance_of_one, find_clusters, two_means
 
 
-def generator(seed: int) -> torch.Generator:
+def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def normal(n: int, d: int, seed: int) -> Tensor:
+def normal(n, d, seed):
     return torch.randn(n, d, generator=generator(seed), dtype=torch.float64)
 
 
-def groups_of(
-    sizes: Sequence[int], *, d: int = 32, noise: float = 0.5, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Points of length one around orthogonal centres, shuffled, and the group of each.
-
-    noise: length of what is added to a centre, of length one.
-    """
+def groups_of(sizes, *, d=32, noise=0.5, seed=0):
+    """Points of length one around orthogonal centres, shuffled, and the group of each."""
     truth = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     truth = truth[torch.randperm(len(truth), generator=generator(seed))]
     centres = torch.linalg.qr(normal(d, len(sizes), seed + 1))[0].T
@@ -37,35 +28,30 @@ def groups_of(
     return F.normalize(points, dim=1), truth
 
 
-def assert_clusters(found: tuple[Tensor, Tensor], points: Tensor) -> None:
+def assert_clusters(found, points):
     """Every point belongs to the nearest centre, and every centre is that of its points."""
     nearest, centres = found
-    assert nearest.shape == (len(points),)
-    assert sorted(set(nearest.tolist())) == list(range(len(centres)))
-    for n, point in enumerate(points):
-        nearness = [float(point @ centre) for centre in centres]
-        assert nearness[int(nearest[n])] >= max(nearness) - 1e-12
+    assert set(nearest.tolist()) == set(range(len(centres)))
+    nearness = points @ centres.T
+    assert (nearness[range(len(points)), nearest] >= nearness.max(1).values - 1e-12).all()
     for k, centre in enumerate(centres):
-        total = sum(point for n, point in enumerate(points) if nearest[n] == k)
+        total = points[nearest == k].sum(0)
         torch.testing.assert_close(centre, total / total.norm())
 
 
-def assert_partition(nearest: Tensor, truth: Tensor) -> None:
+def assert_partition(nearest, truth):
     """Two partitions of the same points agree, whatever the names of their parts."""
     assert oracle.adjusted_rand_index(nearest.tolist(), truth.tolist()) == 1
 
 
-# Known groups.
-
-SIZES = [(100, 100), (300, 30), (200, 100, 30), (60,) * 5, (150, 100, 60, 40, 20)]
-
-
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", [(100, 100), (300, 30), (150, 100, 60, 40, 20)], ids=str)
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.6])
 def test_separated_groups_come_back(sizes, noise, seed):
     points, truth = groups_of(sizes, noise=noise, seed=10 * seed)
+    state = torch.get_rng_state()
     found = find_clusters(points)
+    assert torch.equal(torch.get_rng_state(), state)
     assert len(found[1]) == len(sizes)
     assert_partition(found[0], truth)
     assert_clusters(found, points)
@@ -76,18 +62,11 @@ def test_the_order_of_points_does_not_matter(period):
     """Data sets may go round their classes, and halves by place would part the groups."""
     points, truth = groups_of([80] * period, seed=3)
     turns = truth.argsort(stable=True).view(period, 80).T.flatten()
-    assert truth[turns][: 2 * period].tolist() == 2 * list(range(period))
-    for order in (turns, torch.randperm(80 * period, generator=generator(0)), truth.argsort()):
+    for order in (turns, truth.argsort()):
         assert_partition(find_clusters(points[order])[0], truth[order])
 
 
-def test_find_clusters_leaves_torchs_random_numbers_alone():
-    state = torch.get_rng_state()
-    find_clusters(groups_of((50, 40, 30), noise=1.0)[0])
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_the_check_of_clusters_sees_what_is_wrong():
+def test_the_checks_of_clusters_see_what_is_wrong():
     points, _ = groups_of((40, 30))
     nearest, centres = find_clusters(points)
     wrong = nearest.clone()
@@ -95,9 +74,7 @@ def test_the_check_of_clusters_sees_what_is_wrong():
     for corrupted in (
         (wrong, centres),
         (nearest, centres.flip(0)),
-        (nearest, torch.cat([centres, centres[:1]])),
         (nearest, F.normalize(centres + 0.01, dim=1)),
-        (nearest[1:], centres),
     ):
         with pytest.raises(AssertionError):
             assert_clusters(corrupted, points)
@@ -105,69 +82,52 @@ def test_the_check_of_clusters_sees_what_is_wrong():
         assert_partition(wrong, nearest)
 
 
-# One group stays whole.
-
-
-def draw(kind: Distribution, n: int, d: int, seed: int) -> Tensor:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return kind.sample((n, d)).double()
-
-
-def arc(degrees: float, n: int, seed: int) -> Tensor:
-    angle = math.radians(degrees) * (torch.rand(n, generator=generator(seed)).double() - 0.5)
-    return torch.stack([angle.cos(), angle.sin(), 0 * angle], 1)
-
-
-def part_of_a_mixture(n: int, seed: int) -> Tensor:
+def mixtures(rng, n):
     """Sparse, skewed and correlated: positive mixtures of three kinds of input."""
-    kinds = normal(3, 64, 7).abs()
-    return (normal(n, 3, seed).exp() @ kinds) * draw(Gamma(2.0, 1.0), n, 64, seed)
+    kinds = np.abs(np.random.default_rng(7).normal(size=(3, 64)))
+    return np.exp(rng.normal(size=(n, 3))) @ kinds * rng.gamma(2.0, size=(n, 64))
 
 
-NULLS: dict[str, Callable[[int, int], Tensor]] = {
-    "normal around a centre": lambda n, seed: torch.eye(8)[0] + 0.2 * normal(n, 8, seed),
-    "normal, longer in some": lambda n, seed: (
-        3 * torch.eye(64)[0] + normal(n, 64, seed) / torch.arange(1, 65)
-    ),
-    "all directions": lambda n, seed: normal(n, 64, seed),
-    "rectified": lambda n, seed: (normal(n, 64, seed) + 0.3).clamp(min=0),
-    "sparse": lambda n, seed: draw(Gamma(0.1, 1.0), n, 512, seed),
-    "skewed": lambda n, seed: (1.5 * normal(n, 512, seed)).exp(),
-    "heavy tails": lambda n, seed: 5 + draw(StudentT(2.0), n, 512, seed),
-    "noise of any length": lambda n, seed: (
-        torch.eye(32)[0] + normal(n, 32, seed) * normal(n, 1, seed).abs()
-    ),
-    "mixtures": part_of_a_mixture,
-    "an arc of 60 degrees": lambda n, seed: arc(60, n, seed),
-    "an arc of 90 degrees": lambda n, seed: arc(90, n, seed),
+def arc(rng, n):
+    """Ninety degrees of a circle."""
+    angle = math.radians(90) * (rng.random(n) - 0.5)
+    return np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+NULLS = {
+    "a ball": lambda rng, n: np.eye(8)[0] + 0.2 * rng.normal(size=(n, 8)),
+    "longer in some": lambda rng, n: 3 * np.eye(64)[0] + rng.normal(0, 1 / np.r_[1:65], (n, 64)),
+    "all directions": lambda rng, n: rng.normal(size=(n, 64)),
+    "rectified": lambda rng, n: rng.normal(0.3, size=(n, 64)).clip(min=0),
+    "sparse": lambda rng, n: rng.gamma(0.1, size=(n, 512)),
+    "skewed": lambda rng, n: rng.lognormal(0, 1.5, (n, 512)),
+    "heavy tails": lambda rng, n: 5 + rng.standard_t(2, (n, 512)),
+    "mixtures": mixtures,
+    "an arc": arc,
 }
 
 
-def n_divided(null: Callable[[int, int], Tensor], n_points: int, n_draws: int) -> int:
+def n_divided(null, n_points, n_draws):
     """How many draws of a null come out as more than one cluster."""
-    draws = (F.normalize(null(n_points, 1000 + seed).double(), dim=1) for seed in range(n_draws))
+    rngs = (np.random.default_rng(1000 + seed) for seed in range(n_draws))
+    draws = (F.normalize(torch.as_tensor(null(rng, n_points)), dim=1) for rng in rngs)
     return sum(len(find_clusters(points)[1]) > 1 for points in draws)
 
 
 @pytest.mark.parametrize("n_points", [60, 250])
 @pytest.mark.parametrize("null", NULLS.values(), ids=NULLS.keys())
 def test_one_group_stays_whole_in_95_of_100_draws(null, n_points):
-    n_draws = 40
-    assert n_divided(null, n_points, n_draws) <= 0.05 * n_draws
+    assert n_divided(null, n_points, 40) <= 0.05 * 40
 
 
 def test_counting_divided_draws_can_find_some():
-    assert n_divided(lambda n, seed: groups_of((n // 2, n // 2), seed=seed)[0], 60, 5) == 5
-
-
-# Odd input.
+    assert n_divided(lambda rng, n: groups_of((n // 2, n // 2))[0], 60, 5) == 5
 
 
 @pytest.mark.parametrize(
     "points",
     [
-        *(length * torch.ones(n, 2) for n in (16, 17, 100) for length in (0.0, 0.5**0.5)),
+        *(length * torch.ones(100, 2) for length in (0.0, 0.5**0.5)),
         *(torch.eye(2)[torch.arange(n) % 2] for n in (0, 1, 15)),  # too few to test
     ],
 )
@@ -182,9 +142,6 @@ def test_a_group_of_fewer_than_eight_is_left_with_the_nearest():
     nearest, centres = find_clusters(points)
     assert len(centres) == 2
     assert_partition(nearest[:80], points.argmax(1)[:80])
-
-
-# The cut.
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -207,9 +164,6 @@ def test_of_several_cuts_the_best_is_taken_and_equal_points_are_not_cut():
         assert len(two_means(normal(1, 9, 4).repeat(n_points, 1)).unique()) == 1
 
 
-# The test of a cut.
-
-
 @pytest.mark.parametrize("sizes", [(100,), (150, 100), (90, 9), (101, 100, 60)], ids=str)
 @pytest.mark.parametrize("noise", [0.5, 2.0, 4.0])
 def test_chance_is_the_oracles(sizes, noise):
@@ -226,17 +180,10 @@ def test_chance_without_a_cut_or_a_point_to_count_is_one():
     assert chance_of_one(far) == oracle.chance_of_one(far, two_means)
 
 
-# Agreement of partitions.
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_agreement_is_that_of_pair_counting(seed):
-    n_things = 2 + 8 * seed
-    one, other = (
-        torch.randint(1 + seed % 4 + k, (n_things,), generator=generator(seed + 100 * k)).tolist()
-        for k in range(2)
-    )
-    for first, second in ((one, other), (one, one), (one, [0] * n_things), (one, range(n_things))):
-        expected = oracle.adjusted_rand_index(first, second)
-        assert adjusted_rand_index(first, second) == pytest.approx(expected, abs=1e-12)
-        assert adjusted_rand_index(second, first) == pytest.approx(expected, abs=1e-12)
+    rng = np.random.default_rng(seed)
+    one, other = (rng.integers(1 + seed % 4 + k, size=2 + 8 * seed).tolist() for k in range(2))
+    for second in (other, one, [0] * len(one), range(len(one))):
+        expected = oracle.adjusted_rand_index(one, second)
+        assert adjusted_rand_index(one, second) == pytest.approx(expected, abs=1e-12)

@@ -1,26 +1,20 @@
 """Findings: which class uses which channel, for what reasons, and how these are grouped."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import unbraid
-from checks import assert_close, assert_csv, assert_grouped, assert_pairs
+from checks import assert_close, assert_grouped, assert_pairs
 from handmade import write_scan
-from unbraid import Findings, Scan
 from unbraid.base.errors import UsageError
 from unbraid.finding.arv import class_cosines, class_sums, group_classes, uses
 
 
-def middle_cosine(scan: Scan) -> float:
+def middle_cosine(scan):
     """A gamma that some pairs are below and some are not, at tau 0.05 and p 0.5."""
     cosines = sorted(pair.cosine for pair in unbraid.find(scan, tau=0.05, p=0.5, gamma=1).pairs)
     assert len(cosines) >= 8
@@ -33,11 +27,10 @@ def test_find_gives_the_published_pairs_whatever_the_thresholds(case, tau, p, ga
     gamma = middle_cosine(case.scan) if gamma == "middle" else gamma
     found = unbraid.find(case.scan, tau=tau, p=p, gamma=gamma)
     assert_pairs(found.pairs, case.truth, tau, p, gamma)
-    assert (found.tau, found.p, found.gamma) == (tau, p, gamma)
     assert bool(found.hint) == (not found.pairs)
 
 
-def test_find_groups_the_classes_that_use_a_channel_by_complete_linkage(case, tmp_path):
+def test_find_groups_the_classes_that_use_a_channel_by_complete_linkage(case):
     tau, p, gamma = 0.05, 0.5, middle_cosine(case.scan)
     found = unbraid.find(case.scan, tau=tau, p=p, gamma=gamma)
     (used,) = uses(class_sums(case.scan, [tau]), p)
@@ -47,14 +40,9 @@ def test_find_groups_the_classes_that_use_a_channel_by_complete_linkage(case, tm
         pairs = itertools.combinations(classes, 2)
         cosines = {pair: case.truth.cosine(channel, *pair) for pair in pairs}
         assert_grouped(concepts, classes, cosines, gamma)
-    for pair in found.pairs:
-        own = [{pair.class1, pair.class2} & set(c) for c in found.concepts[pair.channel]]
-        assert sorted(len(part) for part in own if part) == [1, 1]
     every = [concept for groups in found.concepts.values() for concept in groups]
     assert any(len(concept) > 1 for concept in every)
     assert found.classes == tuple(sorted({c for concept in every for c in concept}))
-    found.to_csv(tmp_path / "new folder" / "findings.csv")
-    assert_csv(tmp_path / "new folder" / "findings.csv", found)
 
 
 @pytest.mark.parametrize("gamma", [-0.5, 0.0, 0.3, 0.6, 0.9])
@@ -69,35 +57,19 @@ def test_group_classes_holds_for_any_cosines(seed, gamma):
     assert_grouped(group_classes(classes, cosines, gamma), classes, between, gamma)
 
 
-# Scans written by hand: every figure is known.
+def handmade_scan(folder, directions, shares, **options):
+    """A class an image, with the ARV and the shares that are given."""
+    directions, shares = (torch.tensor(of, dtype=torch.float64) for of in (directions, shares))
+    labels = range(len(directions))
+    return write_scan(folder, shares=shares, labels=labels, pooled=directions, **options)
 
 
-def handmade_scan(
-    folder: Path,
-    directions: Sequence[Sequence[float]],
-    shares: Sequence[Sequence[float]],
-    labels: Sequence[int],
-    **options: Any,
-) -> Scan:
-    """All weights are one, so an ARV is the mean pooled input.
-
-    directions: pooled input of the images of each class. shares: (class, channel).
-    """
-    return write_scan(
-        folder,
-        shares=torch.tensor(shares, dtype=torch.float64)[list(labels)],
-        labels=labels,
-        pooled=torch.tensor(directions, dtype=torch.float64)[list(labels)],
-        **options,
-    )
-
-
-def at_angle(cosine: float) -> tuple[float, float]:
+def at_angle(cosine):
     """A direction whose cosine with (1, 0) is known."""
     return (cosine, math.sqrt(1 - cosine**2))
 
 
-def pairs_of(found: Findings) -> list[tuple[int, int, int]]:
+def pairs_of(found):
     return [(pair.channel, pair.class1, pair.class2) for pair in found.pairs]
 
 
@@ -112,41 +84,28 @@ def pairs_of(found: Findings) -> list[tuple[int, int, int]]:
     ],
 )
 def test_find_on_the_edges_of_its_thresholds(directions, arguments, pairs, tmp_path):
-    labels = list(range(len(directions)))
-    scan = handmade_scan(tmp_path, directions, [(0.3,)] * len(directions), labels)
+    scan = handmade_scan(tmp_path, directions, [(0.3,)] * len(directions))
     assert pairs_of(unbraid.find(scan, **arguments)) == pairs
 
 
 def test_find_at_a_cosine_of_exactly_gamma_gives_no_pair_and_one_concept(tmp_path):
-    scan = handmade_scan(tmp_path, [(1, 0), (3, 4), (-1, 0)], [(0.3,)] * 3, [0, 1, 2])
+    scan = handmade_scan(tmp_path, [(1, 0), (3, 4), (-1, 0)], [(0.3,)] * 3)
     gamma = float(class_cosines(scan, class_sums(scan, []), 0, [0, 1])[0, 1])
     found = unbraid.find(scan, gamma=gamma)
     assert pairs_of(found) == [(0, 0, 2), (0, 1, 2)]
     assert found.concepts == {0: ((0, 1), (2,))}
 
 
-def test_find_takes_classes_without_names_or_images(tmp_path):
-    directions, labels = [(1, 0)] * 7 + [(0, 1)], [0, 0, 7, 7, 7, 0]
-    scan = handmade_scan(tmp_path, directions, [(0.3,)] * 8, labels, class_names=["zero", ""])
-    found = unbraid.find(scan)
-    assert pairs_of(found) == [(0, 0, 7)]
-    assert [found.name(label) for label in (0, 1, 7)] == ["zero", "1", "7"]
+HINT = r"Nearest: (?:at )?tau (\S+) (?:finds )?channel (\d+)(?: has a cosine of (\S+), which .*)?\."
 
 
-# What comes nearest.
-
-HINT = r"Nearest: (at )?tau (\S+) (?:finds )?channel (\d+)(?: has a cosine of (\S+), which .*)?\."
-
-
-def read_hint(hint: str, gamma: float) -> tuple[float, float, int]:
+def read_hint(hint, gamma):
     """The tau, gamma and channel that a hint names; gamma is to be exceeded."""
-    told = re.fullmatch(HINT, hint)
-    assert told, hint
-    assert bool(told[1]) == bool(told[4])
-    return float(told[2]), float(told[4]) + 1e-9 if told[4] else gamma, int(told[3])
+    tau, channel, higher = re.fullmatch(HINT, hint).groups()
+    return float(tau), float(higher) + 1e-9 if higher else gamma, int(channel)
 
 
-def assert_hint_helps(scan: Scan, tau: float = 0.03, p: float = 0.75, gamma: float = 0.5) -> None:
+def assert_hint_helps(scan, tau=0.03, p=0.75, gamma=0.5):
     """Nothing is found, but with the thresholds that the hint names."""
     found = unbraid.find(scan, tau=tau, p=p, gamma=gamma)
     assert not found.pairs
@@ -159,34 +118,26 @@ def test_the_hinted_thresholds_find_the_channel(case):
     assert_hint_helps(case.scan, 0.9, 0.5, middle_cosine(case.scan))
     tau, gamma, channel = read_hint(unbraid.find(case.scan, tau=0.05, p=0.5, gamma=-1.0).hint, -1)
     lowest = unbraid.find(case.scan, tau=tau, p=0.5, gamma=1.0).pairs[0]
-    assert lowest.channel == channel
-    assert abs(lowest.cosine - gamma) < 2e-3
+    assert (lowest.channel, lowest.cosine) == (channel, pytest.approx(gamma, abs=2e-3))
 
 
 @pytest.mark.parametrize(
     ("cosine", "share", "gamma", "options"),
     [
-        *((cosine, 0.3, -0.9, {}) for cosine in (0.5, 0.8484, 0.8486, 0.99, -0.2, -0.20049)),
-        *((0.0, 0.03 * 0.9**step, 0.5, {}) for step in (1, 2, 5, 6)),
-        *((0.0, share, 0.5, {"min_share": share}) for share in (0.03 * 0.9**5, 0.0177147)),
+        *((cosine, 0.3, -0.9, {}) for cosine in (0.8484, 0.8486, -0.20049)),
+        *((0.0, 0.03 * 0.9**step, 0.5, {}) for step in (1, 6)),
+        (0.0, 0.0177147, 0.5, {"min_share": 0.0177147}),
     ],
 )
-def test_what_is_hinted_is_enough_for_just_such_a_cosine_or_share(
-    cosine, share, gamma, options, tmp_path
-):
-    directions, shares = [(1, 0), at_angle(cosine)], [(0.0, share)] * 2
-    assert_hint_helps(handmade_scan(tmp_path, directions, shares, [0, 1], **options), gamma=gamma)
+def test_find_hint_is_enough_for_a_cosine_or_share(cosine, share, gamma, options, tmp_path):
+    scan = handmade_scan(tmp_path, [(1, 0), at_angle(cosine)], [(0.0, share)] * 2, **options)
+    assert_hint_helps(scan, gamma=gamma)
 
 
 def test_without_a_shared_channel_the_hint_says_so(tmp_path):
-    scan = handmade_scan(tmp_path, [(1, 0), (0, 1)], [(0.3, 0.0), (0.0, 0.3)], [0, 1])
+    scan = handmade_scan(tmp_path, [(1, 0), (0, 1)], [(0.3, 0.0), (0.0, 0.3)])
     found = unbraid.find(scan, p=1.0)
     assert found.hint.startswith("No two classes use the same channel")
-    assert "lower p" in found.hint
-    assert str(found).endswith(found.hint)
-
-
-# The user's own concepts.
 
 
 def test_find_takes_own_concepts_as_given_with_all_pairs_across_them(case):
@@ -197,33 +148,25 @@ def test_find_takes_own_concepts_as_given_with_all_pairs_across_them(case):
     assert set(pairs_of(found)) == expected
     for pair in found.pairs:
         assert_close(pair.cosine, case.truth.cosine(pair.channel, pair.class1, pair.class2))
-    assert [pair.cosine for pair in found.pairs] == sorted(pair.cosine for pair in found.pairs)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"channels": {8: [[0], [1]]}}, "names channel 8, but .* channels 0 to 7"),
-        ({"channels": {-1: [[0], [1]]}}, "names channel -1"),
         *(
             ({"channels": {1: concepts}}, "two or more groups of classes that share no class")
-            for concepts in ([[0, 1]], [], [[0], []], [0, 1], [[0, 1], [1]], [[0, 0], [1]])
+            for concepts in ([[0, 1]], [0, 1], [[0], []], [[0, 1], [1]], [[0, 0], [1]])
         ),
         ({"channels": {1: [[0], [6]]}}, "class 6, of which there is no image"),
-        ({"channels": {1: [[-1], [0]]}}, "class -1, of which"),
         ({"channels": [[0], [1]]}, "channels is a list; give groups of classes per channel"),
         ({"channels": {1: [[0], [1]]}, "concepts": "clusters"}, "not both"),
         ({"concepts": "Clusters"}, "use 'classes' or 'clusters'"),
-        ({"concepts": None}, "use 'classes' or 'clusters'"),
-        ({"tau": 0.0}, "tau is 0; a share must lie above 0"),
-        ({"tau": 1.1}, "tau is 1.1"),
         ({"tau": math.nan}, "tau is nan"),
         ({"tau": 0.004}, "tau is 0.004, but the scan keeps no share below 0.005"),
         ({"tau": "Auto"}, "tau is 'Auto'; give a share such as 0.03, or 'auto'."),
-        ({"p": 0.0}, "p is 0; a fraction of images"),
         ({"p": math.nan, "channels": {1: [[0], [1]]}}, "p is nan"),
-        ({"gamma": 1.01}, "gamma is 1.01; a cosine must lie between -1 and 1"),
-        ({"gamma": math.nan, "concepts": "clusters"}, "gamma is nan"),
+        ({"gamma": 1.01, "concepts": "clusters"}, "gamma is 1.01; a cosine must lie between"),
     ],
 )
 def test_find_refuses_what_makes_no_sense(tmp_path, arguments, message):

@@ -1,7 +1,5 @@
 """What `find` returns: in print, in files, and what counts as uncertain."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import replace
@@ -13,7 +11,6 @@ from checks import assert_csv
 from unbraid.finding.findings import Findings, Pair
 from unbraid.finding.membership import Cluster
 
-SIDE = ("used in", "halves")
 COLUMNS = "channel,class1,class2,cosine,use1,use2,name1,name2,low,high,half1,half2,uncertain"
 FINDINGS = Findings(
     tau=0.03,
@@ -35,11 +32,9 @@ FINDINGS = Findings(
 def test_csv_and_pandas_hold_the_pairs(tmp_path):
     path = tmp_path / "findings.csv"
     FINDINGS.to_csv(path)
-    assert path.read_text().splitlines()[0] == COLUMNS
     assert_csv(path, FINDINGS)
+    assert ",".join(FINDINGS.to_pandas().columns) == COLUMNS == path.read_text().splitlines()[0]
     table = FINDINGS.to_pandas()
-    assert ",".join(table.columns) == COLUMNS
-    assert table.cosine.tolist() == [1 / 3, 0.4, 0.45]
     assert table.name2.tolist() == ["cauliflower\nhead", "4", "cauliflower\nhead"]
     assert table.low.isna().tolist() == [False, True, False]
     assert table.uncertain.tolist() == [False, True, True]
@@ -47,26 +42,18 @@ def test_csv_and_pandas_hold_the_pairs(tmp_path):
 
 def test_findings_print_as_a_table():
     named = replace(FINDINGS, class_names=("clock", "snake", "cauliflower"))
-    head, *table, legend, mark = str(named).splitlines()
-    assert head == "3 pairs of classes in 2 polysemantic channels (tau 0.03, p 0.75, gamma 0.5)"
-    assert [line.split("  ")[0] for line in table] == ["channel", "12", "3", "3"]
-    one, other = ("snake", "88%"), ("cauliflower", "80%")
-    assert [re.split("  +", line) for line in table] == [
-        ["channel", "cosine", "interval", "class 1", *SIDE, "class 2", *SIDE],
-        ["12", "0.3333", "0.300 to 0.412", "clock", "100%", "0.988", *other, "1.000"],
-        ["3", "0.4000", "- *", *one, "0.750", "4", "100%", "-"],
-        ["3", "0.4500", "-0.250 to 0.500 *", *one, "0.750", *other, "0.500"],
+    _head, *table, _legend, mark = str(named).splitlines()
+    assert [re.sub("  +", "  ", line) for line in table] == [
+        "channel  cosine  interval  class 1  used in  halves  class 2  used in  halves",
+        "12  0.3333  0.300 to 0.412  clock  100%  0.988  cauliflower  80%  1.000",
+        "3  0.4000  - *  snake  88%  0.750  4  100%  -",
+        "3  0.4500  -0.250 to 0.500 *  snake  88%  0.750  cauliflower  80%  0.500",
     ]
-    assert legend.startswith("interval: where, with 95 % confidence, the cosine lies")
     assert mark.startswith("* 2 of 3 pairs uncertain: ")
-    sure = str(replace(FINDINGS, pairs=FINDINGS.pairs[:1]))
-    assert "*" not in sure
-    assert "uncertain" not in sure
-    none = replace(FINDINGS, pairs=(), concepts={}, hint="Nearest: tau 0.02 finds channel 7.")
-    assert str(none) == (
-        "0 pairs of classes in 0 polysemantic channels (tau 0.03, p 0.75, gamma 0.5). "
-        "Nearest: tau 0.02 finds channel 7."
-    )
+    assert "uncertain" not in str(replace(FINDINGS, pairs=FINDINGS.pairs[:1]))
+    none = replace(FINDINGS, pairs=(), concepts={}, hint="Nearest: ...")
+    head = "0 pairs of classes in 0 polysemantic channels (tau 0.03, p 0.75, gamma 0.5)."
+    assert str(none) == f"{head} Nearest: ..."
 
 
 @pytest.mark.parametrize(
@@ -76,13 +63,10 @@ def test_findings_print_as_a_table():
         (0.4, 0.3, 0.5, True),
         (0.4, 0.55, 0.9, True),  # what noise has made low
         (0.4, math.nan, math.nan, True),
-        (0.7, 0.5, 0.9, False),
         (0.7, 0.49, 0.9, True),
     ],
 )
-def test_a_pair_is_uncertain_unless_its_interval_lies_on_its_side_of_gamma(
-    cosine, low, high, uncertain
-):
+def test_uncertain_unless_the_interval_lies_on_its_side_of_gamma(cosine, low, high, uncertain):
     pair = Pair(3, 0, 1, cosine, 1.0, 1.0, low, high)
     assert FINDINGS.uncertain(pair) is uncertain
     cluster = Cluster(3, 0, torch.eye(2), 0.0)

@@ -1,29 +1,21 @@
 """A tau that fits the layer, and what other thresholds find: against the oracle and `find`."""
 
-from __future__ import annotations
-
 import csv
 import math
 import re
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import unbraid
 from checks import assert_agrees_with_find, assert_sensitivity, assert_tau_chosen
 from handmade import random_shares, scan_of_causes, write_scan
 from unbraid.base.errors import UsageError
-from unbraid.demo.network import LAYER, DemoImages, load_images, load_network
-from unbraid.finding.arv import class_cosines, class_sums, cosines_of
 from unbraid.finding.thresholds import GAMMAS, PS, TAUS, Cell, Sensitivity
 from unbraid.scanning import records
 
 
-def uneven_labels(n_images: int, n_classes: int, seed: int = 0) -> list[int]:
+def uneven_labels(n_images, n_classes, seed=0):
     """Classes of very different sizes, of one image up to most of them; some have none."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.rand(n_classes, generator=generator) ** 3
@@ -31,30 +23,17 @@ def uneven_labels(n_images: int, n_classes: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("seed", "n_channels", "n_matter"), [(0, 7, 2), (1, 24, 6), (2, 39, 10), (3, 48, 10)]
+    ("seed", "n_channels", "n_matter", "shard_size"),
+    [(0, 7, 2, 7), (1, 24, 6, 1), (2, 39, 10, 64), (3, 48, 10, 7)],
 )
-def test_tau_is_the_one_of_the_rule_for_any_shares_and_classes(
-    seed, n_channels, n_matter, tmp_path
+def test_find_tau_auto_is_that_of_the_rule_for_any_shares_and_classes(
+    seed, n_channels, n_matter, shard_size, tmp_path
 ):
     shares, labels = random_shares(41, n_channels, seed), uneven_labels(41, 9, seed)
-    found = unbraid.find(write_scan(tmp_path, shares=shares, labels=labels), tau="auto")
+    scan = write_scan(tmp_path, shares=shares, labels=labels, shard_size=shard_size)
+    found = unbraid.find(scan, tau="auto")
     assert not found.note
     assert_tau_chosen(found.tau, shares, labels, n_matter, 0.005)
-
-
-def chosen(folder: Path, shares: Tensor, labels: list[int], **options: Any) -> float:
-    return unbraid.find(write_scan(folder, shares=shares, labels=labels, **options), tau="auto").tau
-
-
-def test_tau_does_not_depend_on_shards_or_order_or_shares_left_out(tmp_path):
-    shares, labels = random_shares(50, 48), uneven_labels(50, 5)
-    order = torch.randperm(50)
-    tau = chosen(tmp_path / "1", shares, labels, shard_size=1)
-    assert chosen(tmp_path / "2", shares, labels, shard_size=64) == tau
-    assert chosen(tmp_path / "3", shares[order], [labels[n] for n in order.tolist()]) == tau
-    shares, labels = random_shares(40, 200), [n % 4 for n in range(40)]
-    fine = chosen(tmp_path / "fine", shares, labels, min_share=1e-6)
-    assert fine == chosen(tmp_path / "coarse", shares, labels, min_share=0.01) > 0.01
 
 
 def test_tau_is_never_below_the_smallest_share_kept_and_a_note_says_where_that_bounds_it(tmp_path):
@@ -62,10 +41,7 @@ def test_tau_is_never_below_the_smallest_share_kept_and_a_note_says_where_that_b
     scan = write_scan(tmp_path / "a", shares=random_shares(20, 60), labels=labels, min_share=0.2)
     found = unbraid.find(scan, tau="auto")
     assert found.tau == 0.2
-    assert found.note == (
-        "The tau chosen is the smallest share that the scan kept, 0.2: fewer than 10 channels of a "
-        "typical image reach it; scan with a smaller min_share to go lower."
-    )
+    assert found.note.startswith("The tau chosen is the smallest share that the scan kept, 0.2: ")
     assert str(found).endswith(f"\nNote: {found.note}")
     shares = torch.full((20, 8), 0.01239, dtype=torch.float64)  # cut to three digits, 0.0123
     scan = write_scan(tmp_path / "b", shares=shares, labels=labels, min_share=0.0123456)
@@ -79,29 +55,9 @@ def test_the_tau_as_printed_finds_the_same(tmp_path):
     scan = write_scan(tmp_path, shares=shares, labels=labels, pooled=pooled)
     auto = unbraid.find(scan, tau="auto", p=0.5)
     printed = re.search(r"\(tau (\S+) \(auto\), p 0\.5, gamma 0\.5\)", str(auto))
-    assert printed
     by_hand = unbraid.find(scan, tau=float(printed[1]), p=0.5)
     assert auto.pairs == by_hand.pairs != ()
     assert (auto.auto, by_hand.auto) == (True, False)
-    assert f"(tau {by_hand.tau:g}, p 0.5, gamma 0.5)" in str(by_hand)
-    own = unbraid.find(scan, tau="auto", channels={3: [[0], [1]]})
-    assert (own.tau, own.channels) == (auto.tau, (3,))
-
-
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_a_trained_network_has_findings_and_shuffled_labels_have_none(shuffled, tmp_path):
-    images = load_images("train")
-    labels = np.array(images.targets)[::4]
-    if shuffled:
-        labels = np.random.default_rng(0).permutation(labels)
-    some = DemoImages(images.pictures[::4], labels)
-    scan = unbraid.scan(load_network(), LAYER, some, tmp_path, batch_size=250)
-    found = unbraid.find(scan, tau="auto")
-    assert bool(found.pairs) is not shuffled
-    assert len(found.channels) < scan.layer.n_out / 2
-
-
-# Sensitivity.
 
 
 def test_sensitivity_counts_the_published_pairs(case):
@@ -122,43 +78,19 @@ def test_sensitivity_counts_what_find_finds(tmp_path):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_cosines_at_a_gamma_fall_on_the_same_side_as_with_find(seed, tmp_path):
-    """Equal and opposite causes give cosines of 1, -1 and 0 up to rounding, which is not equal."""
+    """Classes with equal, opposite and orthogonal causes have cosines of 1, -1 and 0, rounded."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(3, 7, generator=generator, dtype=torch.float64)
     directions[1] = -directions[0] / 3
     directions[2] -= directions[0] * (directions[2] @ directions[0]) / directions[0].square().sum()
     labels = [n % 9 for n in range(45)]
     length = torch.rand(45, 1, generator=generator, dtype=torch.float64) + 0.5
-    scan = write_scan(
-        tmp_path,
-        shares=random_shares(45, 9, seed, spread=1.0),
-        labels=labels,
-        pooled=length * directions[torch.tensor(labels) % 3],
-        weight=torch.ones(9, 7).double(),
-        shard_size=45,
-    )
+    pooled = length * directions[torch.tensor(labels) % 3]
+    shares = random_shares(45, 9, seed, spread=1.0)
+    scan = write_scan(tmp_path, shares=shares, labels=labels, pooled=pooled)
     cosines = {pair.cosine for pair in unbraid.find(scan, tau=0.03, p=0.5, gamma=0.99).pairs}
-    assert any(abs(cosine) < 1e-12 for cosine in cosines)
     gammas = [-1.0, *sorted(cosines)[::5], 0.0, 1.0]
     assert_agrees_with_find(unbraid.sensitivity(scan, [0.03, 0.1], [0.2, 0.5], gammas), scan)
-
-
-def test_a_class_is_never_unlike_itself(tmp_path):
-    """Rounding can put a cosine of one below one; a class's with itself is still no finding."""
-    draw = torch.Generator().manual_seed(0)
-    vectors = (torch.rand(1, 5, generator=draw, dtype=torch.float64) for _ in range(1000))
-    pooled = next(
-        pair
-        for pair in (torch.cat([v, 3 * v]) for v in vectors)
-        if (cosines_of(pair).diagonal() < 1).any() and cosines_of(pair)[0, 1] == 1
-    )
-    shares = torch.full((2, 3), 0.3, dtype=torch.float64)
-    weight = torch.ones(3, 5, dtype=torch.float64)
-    scan = write_scan(tmp_path, shares=shares, labels=[0, 1], pooled=pooled, weight=weight)
-    assert (class_cosines(scan, class_sums(scan, []), 0, [0, 1]) < 1).any()
-    counted = unbraid.sensitivity(scan, gammas=[1.0])
-    assert {(cell.n_channels, cell.n_pairs) for cell in counted.cells} == {(0, 0)}
-    assert unbraid.find(scan, gamma=1.0).concepts == {}
 
 
 def test_sensitivity_reads_the_scan_once_however_it_is_divided(tmp_path, monkeypatch):
@@ -170,9 +102,7 @@ def test_sensitivity_reads_the_scan_once_however_it_is_divided(tmp_path, monkeyp
     assert read == list(range(9))
 
 
-def test_the_default_grid_holds_the_published_thresholds_those_found_and_none_below_the_scan(
-    tmp_path,
-):
+def test_sensitivity_default_grid_has_published_thresholds_and_those_found(tmp_path):
     scan = scan_of_causes(tmp_path / "5", 0)
     default = unbraid.sensitivity(scan)
     assert (default.taus, default.ps, default.gammas) == (TAUS, PS, GAMMAS)
@@ -182,10 +112,8 @@ def test_the_default_grid_holds_the_published_thresholds_those_found_and_none_be
     assert around.at(found.tau, 0.4, 0.55).n_pairs == len(found.pairs) > 0
     own = unbraid.sensitivity(scan, [0.1, 0.02, 0.1], [1], [0.5, -1], found=found)
     assert (own.taus, own.ps, own.gammas) == ((0.02, 0.1), (1.0,), (-1.0, 0.5))
-    for least in (0.0123, 0.4):
-        scan = scan_of_causes(tmp_path / f"{least}", 0, min_share=least)
-        expected = (least, *(tau for tau in TAUS if tau > least))
-        assert unbraid.sensitivity(scan).taus == expected
+    scan = scan_of_causes(tmp_path / "few", 0, min_share=0.0123)
+    assert min(unbraid.sensitivity(scan).taus) == 0.0123
 
 
 @pytest.mark.parametrize(
@@ -193,11 +121,7 @@ def test_the_default_grid_holds_the_published_thresholds_those_found_and_none_be
     [
         ({"taus": []}, "taus is empty; give a value or more, or None for the default grid."),
         ({"taus": ["auto"]}, "taus holds 'auto'; give a list of numbers."),
-        ({"gammas": 0.03}, "gammas is 0.03; give a list of numbers."),
-        ({"taus": [0.03, 0.001]}, "tau is 0.001, but the scan keeps no share below 0.005;"),
-        ({"taus": [math.nan]}, "tau is nan; a share must lie above 0"),
-        ({"ps": [0.0, 0.5]}, "p is 0; a fraction"),
-        ({"gammas": [0.5, 2]}, "gamma is 2; a cosine must lie between -1 and 1."),
+        ({"gammas": [math.nan]}, "gamma is nan; a cosine must lie between -1 and 1."),
     ],
 )
 def test_sensitivity_refuses_a_grid_that_makes_no_sense(grid, told, tmp_path):
@@ -206,23 +130,15 @@ def test_sensitivity_refuses_a_grid_that_makes_no_sense(grid, told, tmp_path):
 
 
 def test_sensitivity_in_print_and_files(tmp_path):
-    numbers = [(580, 2841), (700, 220_153), (9, 20), (0, 0)]
-    choices = [(tau, 0.75, gamma) for tau in (0.01, 0.03) for gamma in (0.5, 0.6)]
+    numbers = [(580, 2841), (700, 220_153)]
+    choices = [(tau, 0.75, 0.5) for tau in (0.01, 0.03)]
     cells = tuple(Cell(*c, *n) for c, n in zip(choices, numbers, strict=True))
-    small = Sensitivity("layer4.2.conv3", "0" * 64, 2048, (0.01, 0.03), (0.75,), (0.5, 0.6), cells)
-    assert str(small) == (
-        "Polysemantic channels, and pairs of classes in brackets, of the 2,048 channels of layer "
-        "layer4.2.conv3\n\n"
-        "p 0.75    gamma 0.5    gamma 0.6\n"
-        "tau 0.01  580 (2,841)  700 (220,153)\n"
-        "tau 0.03  9 (20)       0 (0)"
-    )
+    small = Sensitivity("layer", "0" * 64, 2048, (0.01, 0.03), (0.75,), (0.5,), cells)
+    table = "p 0.75    gamma 0.5\ntau 0.01  580 (2,841)\ntau 0.03  700 (220,153)"
+    assert str(small).endswith(f" of the 2,048 channels of layer layer\n\n{table}")
     with pytest.raises(KeyError):
         small.at(0.02, 0.75, 0.5)
-    columns = ["tau", "p", "gamma", "n_channels", "n_pairs"]
-    assert list(small.to_pandas().columns) == columns
     small.to_csv(tmp_path / "new" / "sensitivity.csv")
-    with (tmp_path / "new" / "sensitivity.csv").open(newline="") as file:
-        head, *rows = csv.reader(file)
-    assert head == columns
+    head, *rows = csv.reader((tmp_path / "new" / "sensitivity.csv").read_text().splitlines())
+    assert head == list(small.to_pandas().columns) == list(vars(cells[0]))
     assert [tuple(map(float, row)) for row in rows] == [tuple(vars(c).values()) for c in cells]

@@ -1,22 +1,16 @@
 """A network of each kind, a split of it, and a scan of other images; each made once."""
 
-from __future__ import annotations
-
-import copy
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import oracle
 import unbraid
-from checks import Truth, truth_of
+from checks import truth_of
 from tiny_networks import SyntheticImages, build
 from unbraid import Scan, Split
 
@@ -30,17 +24,15 @@ class Case:
     layer: str
 
     @cached_property
-    def truth(self) -> Truth:
+    def truth(self):
         return truth_of(self.network, self.images, self.layer)
 
     @cached_property
-    def logits(self) -> list[Tensor]:
-        network = copy.deepcopy(self.network).double().eval()
-        with torch.no_grad():
-            return [network(image.double()[None])[0] for image in self.images.images]
+    def logits(self):
+        return [oracle.layer_io(self.network, self.layer, x)[2] for x in self.images.images]
 
     @functools.cache  # noqa: B019
-    def logits_without(self, channel: int, k: int | None) -> list[Tensor]:
+    def logits_without(self, channel, k):
         """The oracle's logits of each image with a concept channel off, or all of the channel."""
         row = None if k is None else self.split[channel].rows[k]
         return [
@@ -49,9 +41,7 @@ class Case:
         ]
 
 
-def make_case(
-    kind: str | nn.Module, folder: Path, *, layer: str = "layer", n_images: int = 13, **scan: Any
-) -> Case:
+def make_case(kind, folder, *, layer="layer", n_images=13, **scan):
     network = build(kind) if isinstance(kind, str) else kind
     train = unbraid.scan(network, layer, SyntheticImages(12), folder / "train")
     n_out = train.layer.n_out
@@ -68,16 +58,16 @@ def make_case(
 
 
 @pytest.fixture(scope="session")
-def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
+def case_of(tmp_path_factory):
     """The case of a kind of tiny network or of a network; the same one each time it is asked."""
 
     @functools.cache
-    def case(kind: str | nn.Module, **options: Any) -> Case:
+    def case(kind, **options):
         return make_case(kind, tmp_path_factory.mktemp("case"), **options)
 
     return case
 
 
 @pytest.fixture(scope="session")
-def case(case_of: Callable[..., Case]) -> Case:
+def case(case_of):
     return case_of("reflect")

