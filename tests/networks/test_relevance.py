@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import nn
@@ -12,8 +10,6 @@ from checks import (
     assert_input_relevance,
     assert_relevance,
     assert_shares,
-    assert_untouched,
-    snapshot,
     truth_of,
 )
 from tiny_networks import KINDS, SyntheticImages, build, layer_input
@@ -69,20 +65,3 @@ def test_cut_at_keeps_input_and_output_as_the_layer_meets_them_and_no_graph_in_f
     assert torch.equal(cut.outputs[0], z)
     assert torch.equal(cut.inputs[0], x)
     assert z.min() < 0  # else an activation could not be told
-
-
-@pytest.mark.parametrize("fault", [None, lambda x: x[..., :0]])  # which is too small
-def test_undisturbed_leaves_a_network_as_it_was(fault):
-    network = build("batch norm behind").train()  # modes and wanted gradients differ by module
-    network.behind.eval()
-    network.stem.weight.requires_grad_(False)
-    network(IMAGES.images).sum().backward()
-    network.layer.register_forward_hook(lambda *_: None)
-    before = snapshot(network)
-    expected = nullcontext() if fault is None else pytest.raises(RuntimeError)
-    with expected, undisturbed(network), cut_at(network.layer, torch.clone):
-        assert not any(module.training for module in network.modules())
-        assert not any(parameter.requires_grad for parameter in network.parameters())
-        network(IMAGES.images)
-        network(IMAGES.images if fault is None else fault(IMAGES.images))
-    assert_untouched(before, snapshot(network))
