@@ -27,10 +27,14 @@ def scan(network: nn.Module, folder: Any, n: int = 17, **options: Any) -> unbrai
     return unbraid.scan(network, "layer", images(n), folder, batch_size=16, **options)
 
 
+def random_state() -> list[Any]:
+    numpy = np.random.get_state()[1].tolist()
+    return [torch.get_rng_state().tolist(), random.getstate(), numpy]
+
+
 def state(network: nn.Module) -> list[Any]:
     """All that a call must leave as it was, tensors as themselves, where they are and as bytes."""
-    found: list[Any] = [torch.get_rng_state().tolist(), random.getstate()]
-    found.append(np.random.get_state()[1].tolist())
+    found: list[Any] = random_state()
     for module in network.modules():
         found += [module.training, len(module._forward_hooks), len(module._forward_pre_hooks)]
         if not isinstance(module, torch.jit.ScriptModule):
@@ -106,13 +110,11 @@ def calls(tmp_path_factory) -> dict[str, Call]:
 @pytest.mark.parametrize("mode", MODES)
 def test_public_calls_in_any_mode_move_no_random_numbers(mode, calls, tmp_path):
     for name, function in calls.items():
-        random.seed(1), np.random.seed(1), torch.manual_seed(1)
-        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        before = random_state()
         with MODES[mode]():
             call(function, **({"out": tmp_path} if name == "scan" else {}))
             assert torch.is_inference_mode_enabled() == (mode == "inference"), name
-        assert torch.equal(torch.get_rng_state(), before[0]), name
-        assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:], name
+        assert random_state() == before, name
 
 
 def test_scan_in_any_mode_and_of_images_of_any_has_the_same_records(tmp_path):
@@ -145,12 +147,3 @@ def test_compare_outputs_blames_the_original():
     ):
         with pytest.raises(UnbraidError, match=told):
             unbraid.compare_outputs(original, Small(), images(), tolerance=0)
-
-
-def test_calls_under_deterministic_algorithms_work(tmp_path):
-    torch.use_deterministic_algorithms(True)
-    try:
-        through_all(Small(), tmp_path)
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)

@@ -42,10 +42,9 @@ def test_accuracy_tells_predictions_at_random_and_no_network_that_knows_its_clas
         assert found.n_right == (labels == at_random).sum()
 
 
-EVERY = np.arange(30)
 TWO = np.array([5] * 15 + [9] * 15)
-HALF_RIGHT = np.where(EVERY % 2 == 0, TWO, EVERY + 100)
-FEWER_RIGHT = np.where(EVERY % 4 == 0, 14 - TWO, HALF_RIGHT)
+HALF_RIGHT = np.where(np.arange(30) % 2 == 0, TWO, 100)
+FEWER_RIGHT = np.where(np.arange(30) % 4 == 0, 14 - TWO, HALF_RIGHT)
 JUDGED: dict[str, tuple[Any, Any, int, str]] = {  # labels, predictions, outputs, part of a warning
     "one answer to all": ([0] * 240 + [1] * 16, [0] * 256, 2, "not above chance"),
     "too few images": ([0, 1, 2], [2, 0, 1], 1000, ""),
@@ -86,13 +85,17 @@ def test_accuracy_tells_a_usual_misreading_by_its_name(words):
     assert (told, float(right) > 50) == (words, True)
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 4, 3), (2, 3, 4, 0, 1)])
-def test_accuracy_tells_classes_that_were_exchanged(order):
+@pytest.mark.parametrize(
+    ("order", "told"),
+    [
+        ([0, 1, 2, 4, 3], "3 stood for output 4 (class dog)"),
+        ([2, 3, 4, 0, 1], "0 stood for output 2"),
+    ],
+)
+def test_accuracy_tells_classes_that_were_exchanged(order, told):
     labels, names = np.arange(300) % 5, ["ant", "bee", "cat", "dog", "4"]
     found = judge(labels, predictions(np.array(order)[labels], 5, 0.9), 5, names)
-    moved = next(k for k in range(5) if order[k] != k)
-    told = f"label {moved} stood for output {order[moved]} (class {names[moved]})"
-    assert told in found.warning
+    assert f"label {told}" in found.warning
 
 
 def test_accuracy_takes_confusions_and_true_orders_for_no_other_reading():
@@ -152,8 +155,7 @@ def test_accuracy_of_a_scan_is_that_of_all_its_images_if_it_took_given_labels(tm
     assert "accuracy" not in capsys.readouterr().err
     assert scanned_accuracy(scan) is None
     found = scanned_accuracy(unbraid.scan(network, LAYER, data, tmp_path / "given"))
-    with torch.no_grad():
-        right = sum(int(network(image[None]).argmax()) == label for image, label in data)
+    right = sum(int(network(image[None]).argmax()) == label for image, label in data)
     assert (found.n_images, found.n_right) == (256, right)
 
 

@@ -9,45 +9,19 @@ import torch
 from torch import nn
 
 import unbraid
-from checks import assert_records, assert_same_files, assert_untouched, snapshot, truth_of
+from checks import assert_records, assert_same_files, truth_of
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import ModelError
 from unbraid.scanning import batch
 from unbraid.scanning.batch import batch_size_for, bytes_of_one
 
-IMAGE = torch.ones(3, 6, 6)
-
-
-class Recurrent(nn.Module):
-    """A network of which one module gives two tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1)
-        self.lstm, self.head = nn.LSTM(8, 5, batch_first=True), nn.Linear(5, 2)
-
-    def forward(self, x):
-        z = self.second(self.first(x)).flatten(2).movedim(1, 2)
-        return self.head(self.lstm(z)[0].mean(1))
-
-
-def test_bytes_are_those_of_the_widest_module_and_of_all_behind_the_layer():
-    model = Recurrent().train()
-    before = snapshot(model)
-    widest = (8 + 5) * 36 + 5 + 5  # the recurrent module, with its two states
-    behind_second = 8 * 36 + (5 * 36 + 5 + 5) + 2  # the layer, sequence and two states, the head
-    assert bytes_of_one(model, [model.second], IMAGE) == 4 * (3 * widest + behind_second)
-    both = bytes_of_one(model, [model.second, model.first], IMAGE)
-    assert both == 4 * (3 * widest + behind_second + 4 * 36)
-    assert_untouched(before, snapshot(model))
-
 
 @pytest.mark.parametrize(("memory", "expected"), [(1, 1), (7.9, 4), (8.0, 8), (1e6, 64)])
 def test_as_many_as_fit_rounded_down_to_a_power_of_two(memory, expected, monkeypatch):
-    model = Recurrent().eval()
-    monkeypatch.setattr(batch, "_MEMORY", int(memory * bytes_of_one(model, [model.first], IMAGE)))
-    assert batch_size_for(model, [model.first], IMAGE) == expected
-    assert batch_size_for(model, [model.first], None) == 64  # where no image can be read
+    model, image = build("1x1"), SyntheticImages(1).images[0]
+    monkeypatch.setattr(batch, "_MEMORY", int(memory * bytes_of_one(model, [model.layer], image)))
+    assert batch_size_for(model, [model.layer], image) == expected
+    assert batch_size_for(model, [model.layer], None) == 64  # where no image can be read
 
 
 def test_a_scan_takes_it_keeps_it_and_goes_on_with_it(tmp_path, monkeypatch):

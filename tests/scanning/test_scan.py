@@ -26,9 +26,7 @@ from checks import (
 )
 from tiny_networks import (
     KINDS,
-    CallsByKeyword,
     CountingNetwork,
-    OverwritesInput,
     SyntheticImages,
     Unlabelled,
     build,
@@ -71,7 +69,8 @@ def test_records_hold_what_the_oracle_says(kind, tmp_path):
     assert_records(list(scan.shards()), truth, 0.06, range(9))
     kept = sum(len(records.share_channel) for records in scan.shards())
     assert 0 < kept < truth.shares.numel()  # the threshold kept some and dropped some
-    maps = unbraid.scan(network, network.layer, dataset, tmp_path, positions=True, batch_size=3)
+    network.train()  # in which it is not scanned
+    maps = unbraid.scan(network, network.layer, dataset, tmp_path, positions=True, batch_size=100)
     assert (scan.positions, maps.positions) == (False, True)
     assert_records(list(maps.shards()), truth, 0.005, range(9))
     assert_input_maps(list(maps.shards()), truth)
@@ -79,24 +78,10 @@ def test_records_hold_what_the_oracle_says(kind, tmp_path):
     assert (scan.layer.name, scan.class_names) == ("layer", tuple(dataset.classes))
 
 
-CASES: dict[str, Any] = {  # network, how it is called, and options of the scan
-    "all at once": (lambda: build("batch norm behind"), nn.Module.eval, {"batch_size": 1000}),
-    "training mode": (lambda: build("batch norm behind"), nn.Module.train, {"batch_size": 7}),
-    "input overwritten": (OverwritesInput, nn.Module.eval, {"positions": True}),
-    "input by keyword": (lambda: build("3x3"), CallsByKeyword, {}),
-    "two sizes": (lambda: build("3x3"), nn.Module.eval, {"batch_size": 1}),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_records_do_not_depend_on_how_the_network_is_run(case, tmp_path):
-    make, call, options = CASES[case]
-    network, dataset = make(), of_sizes(*([6, 5] if case == "two sizes" else [6, 6]) * 5)
-    truth = truth_of(network, dataset)
-    scan = unbraid.scan(call(network), "layer", dataset, tmp_path, **options)
-    assert_records(list(scan.shards()), truth, 0.005, range(10))
-    if scan.positions:
-        assert_input_maps(list(scan.shards()), truth)
+def test_images_of_two_sizes_are_run_one_by_one(tmp_path):
+    network, dataset = build("3x3"), of_sizes(*[6, 5] * 5)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, batch_size=1)
+    assert_records(list(scan.shards()), truth_of(network, dataset), 0.005, range(10))
 
 
 @pytest.mark.parametrize("kind", ["folders", "csv", "folder of tars"])

@@ -120,11 +120,7 @@ def splits(scans):
 def test_outputs_and_gradients_stay_with_several_layers_split(network, splits):
     changed = unbraid.apply(network, splits)
     assert_bit_equal(changed(IMAGES.images), network(IMAGES.images))
-    assert [n for n, m in changed.named_modules() if n.endswith(".concepts")] == [
-        f"{name}.concepts" for name in splits
-    ]
     plain = unbraid.apply(network, splits, form="plain")
-    assert "1.residual" in plain.blocks[1].names
     results = []
     for model in (network, changed, unbraid.apply(network, list(splits.values())[::-1]), plain):
         x = IMAGES.images.clone().requires_grad_()
@@ -161,12 +157,12 @@ def test_gates_and_ablation_act_each_on_the_layer_named(network, splits):
 def test_a_gate_takes_a_value_for_each_window_of_an_image(tmp_path):
     network, images = structures.build("windows"), structures.images()
     changed = unbraid.apply(network, split(unbraid.scan(network, "layer", images, tmp_path)))
-    expected, off = network(images.images), torch.arange(len(images)) == 3
-    values = (~off).to(expected.dtype)
+    expected, values = network(images.images), torch.ones(len(images)).double()
+    values[3] = 0
     with changed.gate("layer", 1, 0, 0.0):
         without = changed(images.images)
-    assert not torch.allclose(without[off], expected[off])
-    expected[off] = without[off]
+    assert not torch.allclose(without[3], expected[3])
+    expected[3] = without[3]
     with changed.gate("layer", 1, 0, values.repeat_interleave(6)):  # windows of an image
         torch.testing.assert_close(changed(images.images), expected)
     wrong = pytest.raises(UsageError, match="8 images and the layer runs on 48, windows")

@@ -235,7 +235,7 @@ def test_scan_leaves_the_network_as_it_was(kind, error, tmp_path, monkeypatch):
     if error is RunError:  # the disk is full
         monkeypatch.setattr(Path, "replace", stop_at(3, FULL))
     with pytest.raises(error) if error else nullcontext():
-        unbraid.scan(network, "layer", kind(9), tmp_path, batch_size=3, positions=True)
+        unbraid.scan(network, "layer", kind(9), tmp_path, positions=True)
     assert_untouched(before, snapshot(network))
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -243,10 +243,10 @@ def test_scan_leaves_the_network_as_it_was(kind, error, tmp_path, monkeypatch):
 def test_progress_goes_to_standard_error_only_when_asked(tmp_path, capsys):
     for progress in (False, True):
         out = tmp_path / str(progress)
-        unbraid.scan(build("1x1"), "layer", SyntheticImages(4), out, progress=progress)
+        unbraid.scan(build("head"), "layer", SyntheticImages(1120), out, progress=progress)
         out, err = capsys.readouterr()
         assert (out, bool(err)) == ("", progress)
-    for told in ("Scanning layer", "4/4", "Top-1 accuracy", "preprocessing: not told by"):
+    for told in ("of 70 images (chance 2", ": not told by", "Scanning layer", "1120/1120"):
         assert told in err
 
 
