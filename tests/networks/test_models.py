@@ -50,11 +50,6 @@ def test_load_model_of_a_function_takes_what_it_returns(returned, names, assumed
     assert loaded.model[0].unused.weight.is_meta  # which is not used
 
 
-@pytest.mark.parametrize("spec", ["torchvision:resnet18", "timm:resnet18"])
-def test_load_model_with_random_weights_needs_no_download(spec):
-    assert load_model(spec, "random", "cpu").n_outputs() == 1000
-
-
 @pytest.mark.parametrize(
     ("spec", "weights", "hint"),
     [
