@@ -22,8 +22,7 @@ from documents import Command
 from unbraid.__main__ import main
 from unbraid.demo.network import CLASSES, load_images
 
-# What a command holds in place of something of the reader's own.
-PLACEHOLDERS = {
+PLACEHOLDERS = {  # what a command holds in place of something of the reader's own
     "demo --out DIR": "demo --out demo-run",
     "DIR": "photos",
     "imagenet/train": "photos/train",
@@ -34,11 +33,9 @@ PLACEHOLDERS = {
     "N": "2",
     "torchrun --nproc-per-node 8": "torchrun --standalone --nproc-per-node 2",  # two cores
 }
-
-# What the text leaves out of a command, or the command to which it names an option.
 _SCAN = "unbraid scan --model clothes.py:build --layer mix --data clothes/train --out scans"
 _RUN = "unbraid run --model clothes.py:build --layer mix --data clothes --out"
-LEFT_OUT = {
+LEFT_OUT = {  # what the text leaves out of a command, or the command to which it names an option
     "unbraid run --layer look.8 --layer mix": "--model clothes.py:build --data clothes --out two",
     "--concepts clusters": f"{_RUN} clusters",
     "--labels predicted": f"{_SCAN}/predicted",
@@ -88,10 +85,10 @@ class Place:
             for label, kind in enumerate(CLASSES):
                 own = [k for k, other in enumerate(images.targets) if other == label][:n]
                 for name, first in (("clothes", n), ("photos", n // 5 if label < 2 else 0)):
-                    inside = folder / name / part / kind
                     for k in own[:first]:
-                        inside.mkdir(parents=True, exist_ok=True)
-                        images.picture(k).save(inside / f"{k}.png")
+                        file = folder / name / part / kind / f"{k}.png"
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        images.picture(k).save(file)
         hub = folder / "torch/hub/checkpoints"
         hub.mkdir(parents=True)
         torch.save(models.resnet50().state_dict(), hub / "random")
@@ -112,9 +109,8 @@ class Place:
         assert SAYS.get(name, "") in said
         if "--out" in words:
             out = self.folder / words[words.index("--out") + 1]
-            made = [out, *out.rglob("*")]
-            assert any(file.is_file() and file.stat().st_size for file in made)
-            assert name not in ("demo", "run") or any(f.name == "report.html" for f in made)
+            assert any(f.is_file() and f.stat().st_size for f in (out, *out.rglob("*")))
+            assert name not in ("demo", "run") or list(out.rglob("report.html"))
 
     def call(self, words: list[str]) -> tuple[int, str]:
         """Run one command: exit code, and all that it said."""

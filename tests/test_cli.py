@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from torch import nn
 
 import unbraid
 from unbraid.__main__ import main
-from unbraid.measuring.encoders import TimmEncoder, load_encoder
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -34,22 +34,15 @@ def preprocess(picture):
     pixels = np.asarray(picture.resize((12, 12)), dtype=np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
-def build(*more, of=nn.Sequential):
+def build(*more):
     torch.manual_seed(0)
-    return of(
+    return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 6, 1),
         nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3), *more,
     ), preprocess
 
 def build_soft():
     return build(nn.LogSoftmax(1))
-
-class Fails(nn.Sequential):
-    def forward(self, x):
-        assert x.shape[2] == 999
-
-def build_failing():
-    return build(of=Fails)
 
 class Pads(nn.Conv2d):
     def forward(self, x):
@@ -69,7 +62,7 @@ class Mixed(nn.Module):
 
     def forward(self, x):
         x = self.scales(self.pads(self.depthwise(self.stem(x)).relu_()).relu_()).flatten(2).mean(2)
-        return {"features": self.aside(x), "scores": self.head(x)}
+        return [self.aside(x), self.head(x)]
 
 def build_mixed():
     return Mixed(), preprocess
@@ -85,21 +78,20 @@ FILES = {
 }
 
 
-def draw(label: int, seed: int) -> Image.Image:
-    """A picture of stripes whose direction and colour tell the class."""
+def draw(label: int, seed: int, file: Path | None = None) -> Image.Image:
+    """A picture of stripes whose direction and colour tell the class, perhaps saved."""
     pixels = np.random.default_rng(seed).integers(0, 60, (16, 16, 3))
     y, x = np.mgrid[:16, :16]
     pixels[..., label] += 180 * [(x % 4 < 2), (y % 4 < 2), ((x + y) % 6 < 3)][label]
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def save(picture: Image.Image, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(file)
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
+    return picture
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory):
     """A folder with networks of one's own, images by class, and much that fails."""
     home = tmp_path_factory.mktemp("home")
     for name, text in FILES.items():
@@ -108,17 +100,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, n in (("train", 20), ("val", 10)):
         for label, name in enumerate(CLASSES):
             for k in range(n):
-                ending = ("png", "jpg", "webp")[k % 3]
-                picture = draw(label, 1000 * n + 10 * k + label)
-                save(picture, home / "data" / part / name / f"{k}.{ending}")
+                file = home / "data" / part / name / f"{k}.{('png', 'jpg', 'webp')[k % 3]}"
+                draw(label, 1000 * n + 10 * k + label, file)
         for k in range(9 * n):
-            save(draw(k % 3, 5000 * 9 * n + k), home / "flat" / part / f"{k:03d}.png")
+            draw(k % 3, 5000 * 9 * n + k, home / "flat" / part / f"{k:03d}.png")
     for folder in ("half/ant", "no-val/train", *(f"many/{name}" for name in "abcd")):
-        save(draw(0, 1), home / folder / "b.png")
+        draw(0, 1, home / folder / "b.png")
     (home / "no-val/val").mkdir()
-    namespace: dict[str, object] = {}
-    exec(OWN, namespace)
-    network, preprocess = namespace["build"]()  # type: ignore[operator]
+    own = runpy.run_path(str(home / "own.py"))
+    network, preprocess = own["build"]()
     images = torch.stack([preprocess(draw(k % 3, k)) for k in range(90)])
     labels = torch.arange(90) % 3
     optimiser = torch.optim.Adam(network.parameters(), lr=0.02)
@@ -134,7 +124,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def call(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call(home, monkeypatch, capsys) -> Call:
     """Run the command line in `home`: exit code, standard output, standard error."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -177,7 +167,7 @@ def assert_report_again(call: Call, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def ran(home: Path) -> subprocess.CompletedProcess[str]:
+def ran(home):
     """A finished run, in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "unbraid", *RUN, "--out", "runs/a", *LOOSE],
@@ -186,15 +176,15 @@ def ran(home: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def again(ran, home: Path, tmp_path: Path) -> Path:
+def again(ran, home, tmp_path):
     """A copy of the finished run."""
     return Path(shutil.copytree(home / "runs/a", tmp_path / "again"))
 
 
-def test_run_does_everything(ran, home: Path) -> None:
+def test_run_does_everything(ran, home):
     assert ran.returncode == 0, ran.stderr
-    for told in ("Report: runs/a/report.html", "Largest logit difference 0;", "Visualising ch"):
-        assert told in ran.stdout + ran.stderr
+    for told in ("Report: runs/a/report.html", "Largest logit difference 0;"):
+        assert told in ran.stdout
     folder = home / "runs/a"
     evaluation = evaluation_in(folder)
     assert evaluation["output"]["max_abs_logit_diff"] == 0
@@ -210,38 +200,28 @@ def test_run_does_everything(ran, home: Path) -> None:
     assert [row["n_pairs"] for row in counted if row["tau"] == "0.02"].count(str(len(rows))) > 0
 
 
-def test_run_with_other_thresholds_goes_beside_the_first_or_when_asked_in_its_place(
-    again: Path, call: Call
-) -> None:
-    before, strict = contents(again), ("--tau", "0.9", "--p", "1", "--gamma")
-    code, out, err = call(*RUN, "--out", str(again), *strict, "-1")
-    assert (code, "0 pairs" in out) == (0, True)
-    told = f"{again} holds a run with tau 0.02, p 0.5, gamma 0.95; this one goes into "
-    assert f"{told}{again}/settings-2." in err
-    assert f"{again}/settings-2/report.html" in out
+def test_run_with_other_thresholds_goes_beside_the_first_or_when_asked_in_its_place(again, call):
+    before, strict = contents(again), ("--out", str(again), "--tau", "0.9", "--p", "1", "--gamma")
+    code, out, err = call(*RUN, *strict, "-1")
+    assert (code, "0 pairs" in out, f"{again}/settings-2/report.html" in out) == (0, True, True)
+    assert f"gamma 0.95; this one goes into {again}/settings-2." in err
     after = contents(again)
     assert {path: after[path] for path in before} == before
-    assert call(*RUN, "--out", str(again), "--overwrite", "--tau", "1.03")[0] == 2  # a slip
-    assert contents(again) == after
-    code, out, err = call(*RUN, "--out", str(again), "--overwrite", *strict, "-0.9")
+    code, _, err = call(*RUN, *strict, "-0.9", "--overwrite")
     assert (code, "takes its place when it is finished" in err) == (0, True), err
-    assert f"Report: {again}/report.html" in out
     assert json.loads((again / "settings.json").read_text())["thresholds"]["gamma"] == -0.9
 
 
-def test_check_tells_what_a_run_holds_and_what_is_damaged(again: Path, call: Call) -> None:
+def test_check_tells_what_is_damaged(again, call):
     code, out, _ = call("check", str(again))
-    listed = out.splitlines()
-    assert listed[0].startswith(f"{again}: a run with tau 0.02, p 0.5, gamma 0.95; ")
-    assert f"{again}/scan-train: a scan of layer 2, 60 images, finished." in listed
-    assert (code, listed[-1]) == (0, "19 files sound.")
+    assert (code, out.splitlines()[-1]) == (0, "19 files sound.")
     split = again / "split.safetensors"
     split.write_bytes(split.read_bytes()[:-8])
     code, out, _ = call("check", str(again))
     assert (code, "18 files sound." in out, "split.safetensors" in out) == (1, True, True)
 
 
-def test_step_by_step_gives_the_same(ran, home: Path, call: Call) -> None:
+def test_step_by_step_gives_the_same(ran, home, call):
     for part in ("train", "val"):
         assert call(*scan(data=f"data/{part}", out=f"steps/{part}"), "--positions")[0] == 0
     assert call("find", "steps/train", *LOOSE, "--out", "steps/findings.csv")[0] == 0
@@ -259,58 +239,30 @@ def test_step_by_step_gives_the_same(ran, home: Path, call: Call) -> None:
     assert len((home / "counted.csv").read_text().splitlines()) == 5
 
 
-def test_scan_of_a_pattern_has_a_folder_for_each_layer(home: Path, call: Call) -> None:
-    code, out, err = call(*scan(layer="2*", out="pattern"))
-    assert (code, "Scanned 30 images" in out) == (0, True), err
-    assert (home / "pattern/2/manifest.json").exists()
-    code, _, err = call("find", "pattern")
-    assert (code, "scans of several layers: 2;" in err) == (1, True)
-
-
-def test_tau_that_fits_and_an_encoder_are_kept_and_shown(
-    again: Path, call: Call, monkeypatch
-) -> None:
-    def at_random(spec: str, device: str) -> TimmEncoder:
-        return load_encoder(spec, pretrained=False, device=device)
-
-    monkeypatch.setattr("unbraid.running.run.load_encoder", at_random)
-    options = ("--tau", "auto", *LOOSE[2:], "--encoder", "timm:test_resnet", "--no-features")
-    code, out, err = call(*RUN, "--out", str(again), *options)
-    assert code == 0, err
-    found = unbraid.find(unbraid.open_scan(again / "scan-train"), tau="auto", p=0.5, gamma=0.95)
-    assert f"(tau {found.tau:g} (auto), p 0.5, gamma 0.95)" in out
-    beside = again / "settings-2"
-    assert json.loads((beside / "settings.json").read_text())["thresholds"]["tau"] == "auto"
-    assert f"{found.tau:g} (auto)" in assert_report_again(call, beside)
-    assert unbraid.Split.load(beside / "split.safetensors").settings["tau"] == found.tau
-    assert not list(beside.glob("positions-*"))  # the first run's
-    channels = evaluation_in(beside)["channels"]
-    assert {channel["semantics"]["encoder"] for channel in channels} == {"timm:test_resnet"}
-
-
-def test_run_of_a_network_without_features_does_without(home: Path, call: Call) -> None:
+def test_run_of_a_network_without_features_does_without(home, call):
     network = ("--model", "own.py:build_soft", *NETWORK[2:])
-    loose = ("--tau", "0.01", "--p", "0.3", "--gamma", "1", "--no-features")
-    code, _, err = call("run", *network, "--data", "data", "--out", "runs/soft", *loose)
+    loose = ("--tau", "auto", "--p", "0.3", "--gamma", "1", "--no-features")
+    code, out, err = call("run", *network, "--data", "data", "--out", "runs/soft", *loose)
     assert (code, "Semantic measures are left out" in err) == (0, True), err
+    assert "(auto), p 0.3" in out
     channels = evaluation_in(home / "runs/soft")["channels"]
     assert {channel["semantics"] for channel in channels} == {None}
     assert "Semantic measures are left out" in (home / "runs/soft/report.html").read_text()
 
 
-def test_layers_lists_exactly_what_scan_takes(call: Call) -> None:
-    def listed(*network: str) -> list[str]:
+def test_layers_lists_exactly_what_scan_takes(home, call):
+    mixed = ("own.py:build_mixed", "--output", "-1")
+    for network, layers in ((["neighbour.py:build"], ["0", "2", "6"]), (mixed, ["stem", "head"])):
         code, out, _ = call("layers", *network)
-        assert code == 0
-        return [line.split()[0] for line in out.splitlines()[1:]]
-
-    assert listed("own.py:build") == listed("neighbour.py:build") == ["0", "2", "6"]
-    mixed = ("own.py:build_mixed", "--output", "scores")
-    assert listed(*mixed) == ["stem", "head"]
-    for layer in ("stem", "depthwise", "pads", "scales", "unused", "aside", "head"):
+        assert (code, [line.split()[0] for line in out.splitlines()[1:]]) == (0, layers)
+    for layer in ("depthwise", "pads", "scales", "unused", "aside", "*"):
         options = ("--model", *mixed, "--layer", layer, "--data", "data/val")
-        code, _, err = call("scan", *options, "--out", f"mixed-{layer}")
-        assert code == (0 if layer in ("stem", "head") else 2), err
+        code, out, err = call("scan", *options, "--out", "mixed" if layer == "*" else "refused")
+        assert code == (0 if layer == "*" else 2), err
+    assert "Scanned 30 images" in out
+    assert sorted(path.name for path in (home / "mixed").iterdir()) == ["head", "stem"]
+    code, _, err = call("find", "mixed")
+    assert (code, "scans of several layers: head" in err) == (1, True), err
 
 
 def scan(**changed: str) -> tuple[str, ...]:
@@ -333,64 +285,51 @@ INTO = {  # what a step would overwrite
 MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usage, says
     (("run", "--layer", "2"), 2, "requires an argument"),
     (("rnu",), 2, "Unknown command"),
-    ((*FIND, "--tau", "autom"), 2, "autom"),
     ((*EARLY, "--concepts", "cluster"), 2, "--concepts"),
     ((*scan(), "--compiled"), 2, "--compiled"),
     (("layers", "syntax.py:build"), 2, "SyntaxError"),
     (("layers", "own.py:build_mixed"), 1, "--output"),
     (("find", "nowhere"), 1, "holds no scan"),
-    (("report", "nowhere"), 1, "holds no finished run"),
-    (("check", "data"), 1, "data"),
-    (("evaluate", "nothing.safetensors", "nowhere"), 1, "nothing.safetensors"),
     ((*FIND, "--tau", "0"), 2, "tau"),
     *(((*step, "--out", f"runs/a/{name}"), 2, "name another file") for name, step in INTO.items()),
     (("run", *NETWORK[:2], *NETWORK[4:], "--data", "data", "--out", "runs/a"), 1, "'s weights"),
     ((*RUN, "--labels", "predicted", "--out", "runs/a"), 1, "labels are given or predicted"),
-    ((*EARLY, "--rho", "5"), 2, "rho"),
     ((*EARLY, "--encoder", "timm:resnet17"), 2, "Did you mean"),
     ((*RUN[:-1], "no-val", "--out", "mistake"), 1, "no-val/val holds no image"),
     ((*RUN, "--out", "theirs"), 1, "theirs/settings.json"),
-    (scan(layer="22"), 2, "Did you mean 2"),
     (scan(weights="nan.safetensors"), 1, "NaN or infinite"),
-    (scan(model="own.py:build_failing"), 1, "cannot run"),
     (scan(data="many"), 1, "4 classes but the network has 3 outputs"),
     (scan(data="wrong.csv"), 1, "wrong.csv"),
     (scan(data="flat/val", classes="0"), 2, "classes names [0]"),
     (scan(out="own.py"), 2, "is a file"),
-    (scan(out=""), 2, "--out is empty"),
     ((*scan()[:-2], "--out="), 2, "--out is empty"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "code", "told"), MISTAKES, ids=str)
-def test_mistake_is_told_in_a_sentence_and_leaves_nothing(
-    ran, home: Path, call: Call, arguments: tuple[str, ...], code: int, told: str
-) -> None:
-    before = {path for path in home.iterdir()} | set(contents(home / "runs/a").items())
+def test_mistake_is_told_in_a_sentence_and_leaves_nothing(ran, home, call, arguments, code, told):
+    before = [*home.iterdir(), contents(home / "runs/a")]
     got, _, err = call(*arguments)
     assert got == code, err
     assert told in " ".join(err.split())
-    assert {path for path in home.iterdir()} | set(contents(home / "runs/a").items()) == before
+    assert [*home.iterdir(), contents(home / "runs/a")] == before
     assert (home / "theirs/settings.json").read_text() == "{}"
 
 
-def test_broken_image_is_named_or_skipped_and_listed(home: Path, call: Call) -> None:
+def test_broken_image_is_named_or_skipped_and_listed(home, call):
     code, _, err = call(*scan(data="half", out="s[/x]", layer="0"))
     assert (code, "half/ant/a.png" in err) == (1, True)
     code, out, err = call(*scan(data="half", out="s[/x]"), "--skip-broken")  # the folder is free
     assert (code, "Left out 1 image that" in err, "half/ant/a.png" in err) == (0, True, True)
     assert "s[/x]" in out  # what looks like markup is only a name
-    code, _, err = call(*scan(data="half", out="s[/x]", layer="0"), "--skip-broken")
-    assert (code, "the layer differ" in err) == (1, True)
     code, _, err = call(*scan(data="junk", out="junk-scan"), "--skip-broken")
     assert (code, "None of the 1 images" in err) == (1, True)
 
 
-def test_predicted_labels_stand_in_for_given_ones(home: Path, call: Call) -> None:
-    shutil.copytree(home / "data", home / "wrong")
+def test_predicted_labels_stand_in_for_given_ones(home, call):
     for part in ("train", "val"):  # folders that say nothing
-        for source, name in ((CLASSES[0], "x"), (CLASSES[1], CLASSES[0]), ("x", CLASSES[1])):
-            (home / "wrong" / part / source).rename(home / "wrong" / part / name)
+        for name, other in zip(CLASSES, (*CLASSES[1:], CLASSES[0]), strict=True):
+            shutil.copytree(home / "data" / part / name, home / "wrong" / part / other)
     run = ("run", *NETWORK, "--data", "wrong", "--out", "runs/wrong", *LOOSE, "--no-features")
     code, _, err = call(*run, "--labels", "predicted")
     assert code == 0, err
@@ -398,7 +337,7 @@ def test_predicted_labels_stand_in_for_given_ones(home: Path, call: Call) -> Non
     assert evaluation_in(home / "runs/wrong")["output"]["top1_before"] < 0.5  # by given labels
 
 
-def test_run_of_a_folder_without_classes_from_scan_to_report(home: Path, call: Call) -> None:
+def test_run_of_a_folder_without_classes_from_scan_to_report(home, call):
     clusters = ("--concepts", "clusters", "--gamma", "0.95", "--no-features")
     code, out, err = call(*RUN[:-1], "flat", "--out", "runs/flat", *clusters)
     assert code == 0, err

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import TensorDataset
 
 import unbraid
 
@@ -28,16 +28,11 @@ class Slow(nn.Sequential):
         return super().forward(x)
 
 
-class Images(Dataset[tuple[Tensor, int]]):
+class Images(TensorDataset):
     def __init__(self) -> None:
+        pixels = torch.randn(N_IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         self.targets = [n % 3 for n in range(N_IMAGES)]
-
-    def __len__(self) -> int:
-        return N_IMAGES
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        generator = torch.Generator().manual_seed(index)
-        return torch.randn(3, 8, 8, generator=generator), index % 3
+        super().__init__(pixels, torch.tensor(self.targets))
 
 
 def network() -> nn.Module:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore
 
-from faults.test_faults import SCANNING, TORCHRUN, assert_same
+from faults.test_faults import assert_same, start
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import RunError
 from unbraid.scanning import shards
@@ -20,7 +16,7 @@ from unbraid.scanning.shards import Target, Team, claim_together
 
 
 @pytest.fixture
-def target(tmp_path: Path) -> Target:
+def target(tmp_path):
     network = build("1x1")
     made = scan(network, "layer", SyntheticImages(4), tmp_path / "made")
     return Target(network.get_submodule("layer"), made.manifest, tmp_path / "scan")
@@ -62,15 +58,8 @@ def test_what_a_file_system_shows_late_is_waited_for_and_what_never_comes_is_not
 
 
 def test_torchrun_may_start_a_dead_rank_anew(undisturbed, tmp_path):
-    command = [*TORCHRUN, "--max-restarts", "1", "--nproc-per-node", "2", str(SCANNING)]
-    done = subprocess.run(
-        [sys.executable, *command, str(tmp_path), "named 7"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ready") == 4
+    process = start(tmp_path, 2, "named 7", ("--max-restarts", "1"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert output.count("ready") == 4
     assert_same(tmp_path, undisturbed)

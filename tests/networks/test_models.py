@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -24,7 +25,7 @@ def build():
     return """
 
 
-def returning(returned: str, folder: Path) -> str:
+def own(returned: str, folder: Path) -> str:
     """The spec of a function that returns this."""
     (folder / "own.py").write_text(OWN + returned)
     return f"{folder}/own.py:build"
@@ -41,17 +42,12 @@ def returning(returned: str, folder: Path) -> str:
     ],
 )
 def test_load_model_of_a_function_takes_what_it_returns(returned, names, assumed, tmp_path):
-    loaded = load_model(returning(returned, tmp_path), device="cpu")
+    loaded = load_model(own(returned, tmp_path), device="cpu")
     assert loaded.class_names == names
     assert ("ImageNet's usual one is assumed" in loaded.note) == assumed
     assert assumed or loaded.n_outputs() == 2
     assert not loaded.model.training
     assert loaded.model[0].unused.weight.is_meta  # which is not used
-
-
-@pytest.mark.parametrize("spec", ["torchvision:resnet18", "timm:resnet18"])
-def test_load_model_with_random_weights_needs_no_download(spec: str) -> None:
-    assert load_model(spec, "random", "cpu").n_outputs() == 1000
 
 
 @pytest.mark.parametrize(
@@ -69,36 +65,27 @@ def test_load_model_with_random_weights_needs_no_download(spec: str) -> None:
         ("OWN net\n\n1 / 0", None, r"cannot be run \(ZeroDivisionError: division by zero\)"),
         ("OWN 1 / 0", None, r"fails \(ZeroDivisionError: .*\); it is called without arguments"),
         ("OWN 3", None, r"must return a network.* not int\."),
-        ("OWN (net, None, ['a'], 3)", None, "must return a network"),
         ("OWN (net, None, 'ab')", None, "a str for output names; give a list of texts"),
-        ("OWN (net, None, {'a': 0})", None, "a dict for output names"),
     ],
 )
 def test_load_model_of_what_is_none_says_what_there_is(spec, weights, hint, tmp_path):
     if spec.startswith("OWN "):
-        spec = returning(spec.removeprefix("OWN "), tmp_path)
+        spec = own(spec.removeprefix("OWN "), tmp_path)
     with pytest.raises(UsageError, match=hint):
         load_model(spec, weights, "nonsense")
 
 
-def test_load_model_without_a_connection_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError("no route")
-
+def test_load_model_without_a_connection_says_what_to_do(monkeypatch):
+    refuse = Mock(side_effect=OSError("no route"))
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
     with pytest.raises(ModelError, match=r"\(no route\); give --weights FILE"):
         load_model("torchvision:resnet18", "IMAGENET1K_V1", "cpu")
 
 
-def test_import_torchvision_built_for_another_torch_is_explained(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Broken:
-        def find_spec(self, name: str, *_: object) -> None:
-            if name == "torchvision":
-                raise RuntimeError("operator torchvision::nms does not exist")
-
+def test_import_torchvision_built_for_another_torch_is_explained(monkeypatch):
+    broken = Mock()
+    broken.find_spec.side_effect = RuntimeError("operator torchvision::nms does not exist")
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [broken])
     with pytest.raises(ModelError, match="install both together"):
         import_torchvision()
