@@ -23,9 +23,6 @@ from unbraid.images.identity import ids_of
 from unbraid.images.open import open_images
 from unbraid.images.tar import expand, list_shards, members, read_content, stamp_of
 
-LONG = "folder/" * 30 + "name.png"
-FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
-
 
 def samples(n):
     endings = (("png", lambda k: bytes([k]) * (300 * k + 1)), ("cls", lambda k: b"%d" % (k % 3)))
@@ -50,10 +47,10 @@ def refuse(path, content, match="no sound, uncompressed tar file"):
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_lie_where_they_are_said_to(kind, tmp_path):
     names = ["a.png", "./b.png", "../c.png", "/d.png", "x/é.png", "y/" + "z" * 90 + ".png"]
-    names += [] if kind == tarfile.USTAR_FORMAT else [LONG, "n" * 300]
+    names += [] if kind == tarfile.USTAR_FORMAT else ["folder/" * 30 + "name.png", "n" * 300]
     path = write_tar(tmp_path / "a.tar", *((name, name.encode() * 7) for name in names), kind=kind)
     found = list(members(str(path)))
     assert [member.name for member in found] == [name.removeprefix("./") for name in names]
@@ -104,18 +101,12 @@ def test_members_of_a_file_padded_to_records_of_any_usual_size(record, tmp_path)
     refuse(path, content + more, "bytes are zeros")
 
 
-KINDS = (tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE)
-SAID = (b"12 size=1e5\n", b"5010 size=" + b"9" * 4999 + b"\n", bytes(2 << 20))
-LIES = [header("a.png", size, kind) for kind in KINDS for size in (-512, 2**62)]
-LIES += [header("x", len(one), tarfile.XHDTYPE) + one + bytes(-len(one) % 512) for one in SAID]
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("size", [-512, 2**62])
+def test_members_whose_headers_lie_are_refused(kind, size, tmp_path):
+    rest = write_tar(tmp_path / "a.tar", *samples(2)).read_bytes()
+    refuse(tmp_path / "b.tar", header("a.png", size, kind) + rest)
 
-
-@pytest.mark.parametrize("lie", LIES, ids=range(len(LIES)))
-def test_members_whose_headers_lie_are_refused(lie, tmp_path):
-    refuse(tmp_path / "b.tar", lie + write_tar(tmp_path / "a.tar", *samples(2)).read_bytes())
-
-
-# --- shards ---------------------------------------------------------------------------------------
 
 IMAGE = ("a.png", b"x")
 
@@ -128,9 +119,7 @@ IMAGE = ("a.png", b"x")
         ([IMAGE, ("a.cls", b"1"), ("b.png", b"")], r"shard\.tar/b has no label"),
         ([IMAGE, ("a.cls", b"-1")], r"^a in .* has the label"),
         ([IMAGE, ("a.json", b'{"label": true}')], r"^a in .* has the label"),
-        ([IMAGE, ("a.cls", b"\xff")], r"The label of a in .* cannot be read"),
         ([IMAGE, ("a.json", b"[" * 99999)], r"The label of a in .* cannot be read"),
-        ([IMAGE, ("a.cls", b"9" * 5000)], "a label of 5000 characters"),
         ([IMAGE, ("a.json", b'{"label": %d}' % 10**30)], "a class of number"),
         ([IMAGE, ("a.cls", bytes(2 << 20))], "more than 1048576; remove it"),
         ([IMAGE, ("2.HEIC", b"x")], r"2\.HEIC in .* is a picture of a kind that is not read"),
@@ -171,9 +160,6 @@ def test_list_shards_names_that_climb_touch_nothing(tmp_path, monkeypatch):
     climbing = ("../climbs", "/tmp/absolute", "a/../../b")
     assert (listing.ids, listing.sizes) == ([f"shard.tar/{key}" for key in climbing], [1, 1, 1])
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["inside", "shard.tar"]
-
-
-# --- changed since it was listed ------------------------------------------------------------------
 
 
 def write_pictures(path, order):
@@ -244,9 +230,6 @@ def test_list_shards_that_change_or_fail_while_they_are_read_are_told(tmp_path, 
     monkeypatch.setattr("unbraid.images.tar._Headers.read", fail)
     with pytest.raises(OutOfReach, match=r"a\.tar cannot be reached \(Input/output error\); mend"):
         list_shards(str(path))
-
-
-# --- where shards are -----------------------------------------------------------------------------
 
 
 def test_expand_writes_ranges_out():
