@@ -48,12 +48,15 @@ class Wrapped(Dataset):
 
 
 class SubsetWith(Subset):
+    def __init__(self, dataset, indices, transform):
+        super().__init__(dataset, indices)
+        self.transform = transform
+
     def __getitem__(self, index):
         image, label = super().__getitem__(index)
         return self.transform(image), label
 
-    def __getitems__(self, indices):
-        return [self[index] for index in indices]
+    __getitems__ = None  # which torch asks for
 
 
 class Delegating(Dataset):
@@ -95,12 +98,6 @@ def transform(other):
     return v2.Compose([v2.ToImage(), TO_FLOAT, *([v2.RandomInvert(1.0)] if other else [])])
 
 
-def subset_with(folder, other):
-    subset = SubsetWith(ImageFolder(folder), range(20))
-    subset.transform = transform(other)
-    return subset
-
-
 def listed(root, other=False):
     return ImageFolder(root, transform(other))
 
@@ -120,7 +117,7 @@ NESTED = {
     ),
     "wrapper": lambda a, _, o: Wrapped(Subset(ImageFolder(a), range(20)), transform(o)),
     "another name": lambda a, _, o: Wrapped(Subset(ImageFolder(a), range(20)), transform(o), "how"),
-    "part with a transform": lambda a, _, o: subset_with(a, o),
+    "part with a transform": lambda a, _, o: SubsetWith(ImageFolder(a), range(20), transform(o)),
     "delegating": lambda a, _, o: Delegating(listed(a), 0.5 * o),
     "reversed": lambda a, _, o: Reversed(listed(a, o)),
 }

@@ -64,9 +64,7 @@ def read(classes, names=(), n=None, **how):
         (["CARDIGAN"], IMAGENET, 1000, [264], BY_NAME, "fits the outputs 264, 474; the first is"),
     ],
 )
-def test_read_classes_finds_the_output_of_each_and_notes_guesses(
-    classes, names, n, labels, how, note
-):
+def test_read_classes_finds_outputs_and_notes_guesses(classes, names, n, labels, how, note):
     reading = read(classes, names, n)
     assert [reading.labels[name] for name in classes] == labels
     assert reading.how == how
@@ -102,9 +100,7 @@ def test_read_classes_refuses_what_contradicts_itself(classes, names, n, fault):
         ([NFC, NFD], ["tea", NFC]),
     ],
 )
-def test_read_classes_of_two_folders_for_one_output_are_refused_unless_labels_are_given(
-    folders, names, tmp_path
-):
+def test_read_classes_two_folders_for_one_output_are_refused(folders, names, tmp_path):
     with pytest.raises(DataError, match=r"'.*' and '.*', which both stand for output .; join or"):
         read(folders, names, of_folders=True)
     assert len({read(folders, names).labels[name] for name in folders}) == 1  # as lists may say

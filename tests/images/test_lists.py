@@ -68,9 +68,7 @@ def test_list_table_what_is_wrong_is_told(folder, content, told):
         (errno.ENOTDIR, DataError, r"2 of 3 files .* are not there, the first is"),
     ],
 )
-def test_list_table_files_that_cannot_be_looked_at_are_not_missing(
-    number, kind, told, folder, monkeypatch
-):
+def test_list_table_files_out_of_reach_are_not_missing(number, kind, told, folder, monkeypatch):
     (folder / "list.csv").write_text(GOOD + "gone.png,ant\nant/1.png,ant\n")
     fail_at(monkeypatch, "ant/1.png", number)
     with pytest.raises(DataError, match=told) as error:

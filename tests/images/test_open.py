@@ -224,9 +224,7 @@ def test_list_images_no_tar_file_of_a_folder_is_passed_over(folder):
         ("http://127.0.0.1:9/a.tar", "pip install webdataset"),
     ],
 )
-def test_list_images_what_is_no_source_or_needs_a_library_is_told(
-    source, told, folder, tmp_path, monkeypatch
-):
+def test_list_images_what_is_no_source_is_told(source, told, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if told.startswith("pip install"):
         monkeypatch.setitem(sys.modules, told.split()[-1], None)
