@@ -148,6 +148,7 @@ SOURCES = {
     "csv": (as_csv, PATHS),
     "odd csv": (as_odd_csv, PATHS),
     "parquet": (as_parquet, PATHS),
+    "tar": (as_tar, keys(8)),
     "folder of tars": (lambda root, m: write_shards(root, m, 3, 1, 4), keys(3, 1, 4)),
     "webdataset's own": (as_webdataset, keys(8, name="written.tar")),
     "rows": (as_rows, PATHS),

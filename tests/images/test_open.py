@@ -216,6 +216,8 @@ def test_list_images_no_tar_file_of_a_folder_is_passed_over(folder):
         ("empty", "no class folders"),
         ("nowhere.csv", "No such file"),
         ("nowhere.tar", r"There is no shard .*nowhere\.tar"),
+        ("nowhere-*.tar", "There is no shard"),
+        ("hollow", "Folder .*inside holds no image"),
         ("images/ant/0.png", "is no source of images"),
         ("hf:nowhere", "no data set that `save_to_disk` saved"),
         ("pipe:touch ran", r"Commands \(pipe:\) are not run"),
@@ -229,6 +231,7 @@ def test_list_images_what_is_no_source_is_told(source, told, folder, tmp_path, m
     if told.startswith("pip install"):
         monkeypatch.setitem(sys.modules, told.split()[-1], None)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "hollow/inside").mkdir(parents=True)
     with pytest.raises((DataError, UsageError), match=told):
         open_images(source)
     assert not (tmp_path / "ran").exists()
