@@ -1,7 +1,5 @@
 """A folder of eight images, and caches of libraries that no other test sees."""
 
-from __future__ import annotations
-
 import pytest
 from sources import MEMBERS, write
 

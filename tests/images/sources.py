@@ -1,7 +1,5 @@
 """One small data set, written as every kind of source, with the ids that each gives."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """How batches come from worker processes, and what is said when these die."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

@@ -1,7 +1,5 @@
 """When an image counts as broken and may be left out, and when a fault stops the work."""
 
-from __future__ import annotations
-
 import errno
 import http.client
 import io

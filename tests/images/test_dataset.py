@@ -1,7 +1,5 @@
 """Labels, groups and names of any data set: what is seen inside others, what is not claimed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What identifies images: ids, fingerprints, and preprocessing as text."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

@@ -1,7 +1,5 @@
 """Which output each class stands for: one rule, whatever the source, in Python and beside it."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 

@@ -1,7 +1,5 @@
 """Folders of images: what is left out is told, and what cannot be read."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import os

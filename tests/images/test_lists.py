@@ -1,7 +1,5 @@
 """What is wrong with a CSV or Parquet list, or with rows of Hugging Face's, is told."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The same images from every source: the same records, labels, names and ids."""
 
-from __future__ import annotations
-
 import errno
 import pickle
 import sys

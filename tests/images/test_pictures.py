@@ -1,7 +1,5 @@
 """Pictures of more than 8 bits a sample: read right, or refused in words; never black or white."""
 
-from __future__ import annotations
-
 import errno
 import io
 import shutil

@@ -1,7 +1,5 @@
 """Tar files: members and labels, every damage told, and nothing read of a file that was changed."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import gzip
