@@ -1,20 +1,16 @@
 """A folder of eight images, and caches of libraries that no other test sees."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 from sources import MEMBERS, write
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     return write(tmp_path / "images", MEMBERS)
 
 
 @pytest.fixture
-def _caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _caches(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     datasets = pytest.importorskip("datasets", reason="needs .[datasets]")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")

@@ -1,41 +1,31 @@
 """One small data set, written as every kind of source, with the ids that each gives."""
 
-from __future__ import annotations
-
-import csv
 import io
 import json
 import os
 import tarfile
-from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
 import unbraid
 from tiny_networks import build
-from unbraid.scanning.records import Scan
 
-Members = dict[str, int]  # images by class
-MEMBERS: Members = {"ant": 5, "bee": 3}
+MEMBERS = {"ant": 5, "bee": 3}  # images by class
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
+def to_tensor(picture):
     """What the networks of these tests take: (3, 7, 6), float64."""
     return torch.from_numpy(np.array(picture)).movedim(-1, 0).double() / 255
 
 
-def scanned(images: Dataset[Any], out: Path, **options: Any) -> Scan:
+def scanned(images, out, **options):
     return unbraid.scan(build("3x3"), "layer", images, out, batch_size=3, **options)
 
 
-def write(root: Path, members: Members) -> Path:
+def write(root, members):
     """Class folders of noise, whose first pixel tells the class and the image."""
     for place, (name, n) in enumerate(members.items()):
         (root / name).mkdir(parents=True)
@@ -46,7 +36,7 @@ def write(root: Path, members: Members) -> Path:
     return root
 
 
-def rows(members: Members) -> list[tuple[str, str, int]]:
+def rows(members):
     """Path, class and the class's place of every image, in order."""
     classes = enumerate(members.items())
     return [(f"{name}/{k}.png", name, place) for place, (name, n) in classes for k in range(n)]
@@ -55,7 +45,7 @@ def rows(members: Members) -> list[tuple[str, str, int]]:
 PATHS = [path for path, *_ in rows(MEMBERS)]
 
 
-def keys(*sizes: int, name: str = "train-{:03d}.tar") -> list[str]:
+def keys(*sizes, name="train-{:03d}.tar"):
     """Ids of images in shards of so many."""
     shards = [name.format(k) for k, size in enumerate(sizes) for _ in range(size)]
     return [f"{shard}/{path[:-4]}" for shard, path in zip(shards, PATHS, strict=True)]
@@ -64,13 +54,13 @@ def keys(*sizes: int, name: str = "train-{:03d}.tar") -> list[str]:
 # Each writes a source beside the class folders, and says what it is.
 
 
-def as_csv(root: Path, members: Members) -> Path:
-    with (root / "list.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("path", "label"), *(row[:2] for row in rows(members))])
+def as_csv(root, members):
+    lines = ["path,label", *(f"{path},{name}" for path, name, _ in rows(members))]
+    (root / "list.csv").write_text("\n".join(lines))
     return root / "list.csv"
 
 
-def as_odd_csv(root: Path, members: Members) -> Path:
+def as_odd_csv(root, members):
     """With a byte order mark, semicolons, other columns, quotes, blank lines; absolute paths."""
     text = 'note;label; path;group\r\n"a;b";' + "\r\n\r\nx;".join(
         f'"{name}";{root / path if place else "./" + path};g' for path, name, place in rows(members)
@@ -79,7 +69,7 @@ def as_odd_csv(root: Path, members: Members) -> Path:
     return root / "odd.csv"
 
 
-def as_parquet(root: Path, members: Members) -> Path:
+def as_parquet(root, members):
     import pyarrow
     from pyarrow import parquet
 
@@ -90,7 +80,7 @@ def as_parquet(root: Path, members: Members) -> Path:
     return root / "list.parquet"
 
 
-def write_tar(path: Path, *files: tuple[str, bytes], kind: int = tarfile.GNU_FORMAT) -> Path:
+def write_tar(path, *files, kind=tarfile.GNU_FORMAT):
     with tarfile.open(path, "w", format=kind) as tar:
         for name, content in files:
             member = tarfile.TarInfo(name)
@@ -99,7 +89,7 @@ def write_tar(path: Path, *files: tuple[str, bytes], kind: int = tarfile.GNU_FOR
     return path
 
 
-def write_shards(root: Path, members: Members, *sizes: int) -> Path:
+def write_shards(root, members, *sizes):
     """WebDataset shards, by the convention's own words rather than by a library."""
     left, shards = iter(rows(members)), root.parent / "shards"
     shards.mkdir(exist_ok=True)
@@ -115,11 +105,11 @@ def write_shards(root: Path, members: Members, *sizes: int) -> Path:
     return shards
 
 
-def as_tar(root: Path, members: Members) -> Path:
+def as_tar(root, members):
     return write_shards(root, members) / "train-000.tar"
 
 
-def as_webdataset(root: Path, members: Members) -> Path:
+def as_webdataset(root, members):
     """As the library writes shards."""
     from webdataset import TarWriter
 
@@ -130,12 +120,12 @@ def as_webdataset(root: Path, members: Members) -> Path:
     return root.parent / "written.tar"
 
 
-def as_rows(root: Path, members: Members, **columns: Any) -> Any:
+def as_rows(root, members, **columns):
     """With class labels, whose numbers are of their own order."""
     import datasets
 
     order = sorted(members, reverse=True)
-    content: dict[str, Any] = {
+    content = {
         "image": [{"bytes": (root / p).read_bytes(), "path": p} for p, *_ in rows(members)],
         "label": [order.index(name) for _, name, _ in rows(members)],
     }
@@ -145,17 +135,18 @@ def as_rows(root: Path, members: Members, **columns: Any) -> Any:
     return datasets.Dataset.from_dict(content, features=datasets.Features(features))
 
 
-def as_saved(root: Path, members: Members) -> str:
+def as_saved(root, members):
     as_rows(root, members).save_to_disk(root.parent / "saved")
     return f"hf:{root.parent / 'saved'}"
 
 
 # Saving to disk keeps the names of files but not of their folders, so that some are equal.
-SOURCES: dict[str, tuple[Callable[[Path, Members], Any], list[str] | None]] = {
+SOURCES = {
     "folders": (lambda root, _: root, PATHS),
     "csv": (as_csv, PATHS),
     "odd csv": (as_odd_csv, PATHS),
     "parquet": (as_parquet, PATHS),
+    "tar": (as_tar, keys(8)),
     "folder of tars": (lambda root, m: write_shards(root, m, 3, 1, 4), keys(3, 1, 4)),
     "webdataset's own": (as_webdataset, keys(8, name="written.tar")),
     "rows": (as_rows, PATHS),
@@ -163,17 +154,17 @@ SOURCES: dict[str, tuple[Callable[[Path, Members], Any], list[str] | None]] = {
 }
 
 
-def opened(kind: str, root: Path, members: Members = MEMBERS, **options: Any) -> Any:
+def opened(kind, root, members=MEMBERS, **options):
     source = SOURCES[kind][0](root, members)
     open_it = unbraid.from_hugging_face if kind == "rows" else unbraid.open_images
     return open_it(source, **{"transform": to_tensor, **options})
 
 
-def fail_at(monkeypatch: Any, ending: str, number: int) -> None:
+def fail_at(monkeypatch, ending, number):
     """Let the system fail to look at a file."""
     look = os.stat
 
-    def stat(path: Any, *rest: Any, **options: Any) -> os.stat_result:
+    def stat(path, *rest, **options):
         if str(path).endswith(ending):
             raise OSError(number, os.strerror(number), str(path))
         return look(path, *rest, **options)

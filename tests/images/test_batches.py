@@ -1,12 +1,9 @@
 """How batches come from worker processes, and what is said when these die."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +20,7 @@ from unbraid.images.batches import as_batch, deaths_told, load
 from unbraid.images.broken import sort_out
 
 
-def test_load_batch_takes_a_file_and_not_one_for_each_image(tmp_path: Path):
+def test_load_batch_takes_a_file_and_not_one_for_each_image(tmp_path):
     """Else some hundred images are more than the files that a process may usually open."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     n_open = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 60
@@ -39,7 +36,7 @@ def test_load_batch_takes_a_file_and_not_one_for_each_image(tmp_path: Path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_as_batch_copies_only_what_does_not_lie_in_a_row(workers):
-    (items,) = load(SyntheticImages(9), [[3, 1, 4, 0, 5]], workers=workers, pinned=False)
+    (items,) = load(SyntheticImages(9), [[3, 1, 4, 0, 5]], workers=workers)
     images = [item.image for item in items]
     one, two, three, *_ = images
     in_a_row = (images, images[2:], images[1:3], images[:1])
@@ -52,7 +49,7 @@ def test_as_batch_copies_only_what_does_not_lie_in_a_row(workers):
         as_batch([one, two[:, 1:]], torch.tensor([4, 5]))
 
 
-def test_load_never_hands_over_images_of_the_data_set_itself(tmp_path: Path):
+def test_load_never_hands_over_images_of_the_data_set_itself(tmp_path):
     """Which may write into what it is given."""
     images, kept = SyntheticImages(8), SyntheticImages(8)
     assert images[0][0]._base is images.images
@@ -60,17 +57,14 @@ def test_load_never_hands_over_images_of_the_data_set_itself(tmp_path: Path):
     unbraid.scan(changing, "1.layer", images, tmp_path, batch_size=4)
     assert torch.equal(images.images, kept.images)
     images.images = [images.images[0], *images.images[1:, :, 1:]]  # of two sizes
-    (mixed,) = load(images, [[0, 1, 2]], workers=0, pinned=False)
+    (mixed,) = load(images, [[0, 1, 2]], workers=0)
     for item in mixed:
         assert torch.equal(item.image, images.images[item.index])
         assert item.image.data_ptr() != images.images[item.index].data_ptr()
 
 
-# --- what goes wrong between processes ------------------------------------------------------------
-
-
 class Deadly(SyntheticImages):
-    def __getitem__(self, index: int):
+    def __getitem__(self, index):
         if index == 7 and get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         if index == 8:
@@ -78,7 +72,7 @@ class Deadly(SyntheticImages):
         return super().__getitem__(index)
 
 
-def test_load_worker_that_dies_or_leaves_is_told_and_the_next_start_goes_on(tmp_path: Path):
+def test_load_worker_that_dies_or_leaves_is_told_and_the_next_start_goes_on(tmp_path):
     with pytest.raises(RunError, match=r"loads images died .* with fewer workers"):
         scanned(Deadly(8), tmp_path, workers=1)
     assert len(list(scanned(Deadly(8), tmp_path).shards())) == 1
@@ -94,27 +88,25 @@ def test_deaths_told_of_a_team_but_not_of_other_errors():
 
 
 def test_load_images_that_cannot_be_handed_over_or_received_are_told(monkeypatch):
+    for content, sentence in ((b"torn", "hand them over"), (b"", "loads images died")):
+        sealed = iter([loading._Sealed(content).pin_memory()])
+        with pytest.raises(DataError, match=sentence):
+            sort_out(next(loading._unpacked(sealed)), skip_broken=True)
+
     class Full:
         @staticmethod
-        def dumps(_: Any) -> Any:
+        def dumps(_):
             raise RuntimeError("No space left on device")
 
-    for content, sentence in ((b"torn", "hand them over"), (b"", "loads images died")):
-        sealed = loading._Sealed(content)
-        with pytest.raises(RunError, match=sentence):
-            sealed.open()
-        with pytest.raises(DataError, match=sentence):
-            sort_out(next(loading._unpacked(iter([sealed.pin_memory()]))), skip_broken=True)
     monkeypatch.setattr(loading, "ForkingPickler", Full)
     (items,) = load(SyntheticImages(4), [[0, 1]], workers=1)
     with pytest.raises(DataError, match=r"hand them over \(No space left on device\).*fewer"):
         sort_out(items, skip_broken=True)
 
 
-@pytest.mark.parametrize("what", [lambda: (k for k in ()), lambda: lambda: 0])
-def test_load_data_set_that_cannot_be_sent_is_told(what):
+def test_load_data_set_that_cannot_be_sent_is_told():
     images = SyntheticImages(4)
-    images.kept = what()
+    images.kept = lambda: 0
     torch.multiprocessing.set_start_method("spawn", force=True)
     try:
         with pytest.raises(UsageError, match=r"cannot be sent .* workers=0"):

@@ -1,17 +1,13 @@
 """What identifies images: ids, fingerprints, and preprocessing as text."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torchvision.transforms as v1
 from PIL import Image
-from sources import MEMBERS, PATHS, as_csv, as_tar, scanned, to_tensor
-from torch import Tensor, nn
+from sources import MEMBERS, as_csv, as_tar, scanned, to_tensor
+from torch import nn
 from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -21,7 +17,7 @@ from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import DataError, RunError
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import labels_of, name_of
-from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of
+from unbraid.images.identity import as_recorded, fingerprint, preprocessing_of
 from unbraid.images.open import open_images
 from unbraid.networks.models import imagenet_transform
 from unbraid.scanning.scan import as_scanned
@@ -29,17 +25,8 @@ from unbraid.scanning.scan import as_scanned
 TO_FLOAT = v2.ToDtype(torch.float32, scale=True)
 
 
-def transform() -> v2.Compose:
+def transform():
     return v2.Compose([v2.ToImage(), TO_FLOAT])
-
-
-def test_ids_are_those_of_the_source(folder):
-    images = open_images(folder)
-    assert ids_of(images) == PATHS
-    assert ids_of(Subset(images, [6, 0])) == ["bee/1.png", "ant/0.png"]
-    assert ids_of(Subset(images, [6, 6])) is None  # one image twice has no id of its own
-    assert ids_of(SyntheticImages(4)) is None
-    assert name_of(Subset(images, [6]), 0) == str(folder / "bee/1.png")
 
 
 def test_the_fingerprint_knows_ids_and_sizes(folder, tmp_path):
@@ -72,77 +59,63 @@ def test_images_are_found_again_by_id_where_their_order_changed(folder, tmp_path
 
 
 class Drawn(SyntheticImages):
-    """Images that are others each time."""
+    generator = None
 
-    def __init__(self, generator: torch.Generator | None) -> None:
-        super().__init__(20)
-        self.generator = generator
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index):
         image, label = super().__getitem__(index)
         return image + torch.randn(image.shape, generator=self.generator), label
 
 
 def test_fingerprint_knows_images_but_for_what_is_drawn_anew_each_time():
-    for generator in (None, torch.Generator()):
+    dataset = Drawn(20)
+    for dataset.generator in (None, torch.Generator()):
         state = torch.get_rng_state()
-        first = fingerprint(Drawn(generator), [0] * 20)
+        first = fingerprint(dataset, [0] * 20)
         assert torch.equal(torch.get_rng_state(), state)
         torch.rand(3)
-        assert fingerprint(Drawn(generator), [0] * 20) == first
+        assert fingerprint(dataset, [0] * 20) == first
     one, other = (fingerprint(SyntheticImages(20, seed=seed), [0] * 20) for seed in (1, 2))
     assert one != other
 
 
-# --- transforms that hide what they do ------------------------------------------------------------
-
-
-class Times:
-    def __init__(self, k: float) -> None:
-        self.k = k
-
-    def __call__(self, image: Any) -> Tensor:
-        return transform()(image) * self.k
-
-
-class TimesModule(nn.Module):
-    def __init__(self, k: float) -> None:
+class Times(nn.Module):
+    def __init__(self, k):
         super().__init__()
         self._k = k
 
-    def forward(self, image: Tensor) -> Tensor:
-        return image * self._k
+    def forward(self, image):
+        return transform()(image) * self._k
 
 
-def times(image: Any, k: float) -> Tensor:
+def times(image, k):
     return Times(k)(image)
 
 
-def closed(k: float) -> Callable[[Any], Tensor]:
+def closed(k):
     return lambda image: times(image, k)
 
 
-def holding(k: int) -> Callable[[Any], Any]:
+def holding(k):
     kept = [{k}, v2.Resize(k), v2.functional.resize]
     return lambda image: [kept for _ in image]
 
 
-def grey(path: str) -> Image.Image:
+def grey(path):
     return Image.open(path).convert("L").convert("RGB")
 
 
-def then(*more: Any) -> v2.Compose:
+def then(*more):
     return v2.Compose([*transform().transforms, *more])
 
 
 # By a number, 1 or 2; the second is another transform.
-HIDDEN: dict[str, Callable[[int], Any]] = {
+HIDDEN = {
     "lambda inside": lambda k: v1.Lambda((lambda x: -x) if k > 1 else (lambda x: +x)),
     "closure": closed,
     "partial": lambda k: functools.partial(times, k=k),
     "object": Times,
-    "method": lambda k: Times(k).__call__,
-    "module inside": lambda k: then(TimesModule(k)),
+    "method": lambda k: Times(k).forward,
+    "module inside": lambda k: then(Times(k)),
     "number format": lambda k: then(v2.ToDtype((torch.float32, torch.float16)[k - 1])),
     "weights": lambda k: then(v2.LinearTransformation(k * torch.eye(126), torch.zeros(126))),
     "what is held": holding,
@@ -184,5 +157,5 @@ def test_a_scan_of_an_earlier_version_goes_on_with_a_warning(folder, tmp_path):
     (tmp_path / "shard-000000.safetensors").unlink()
     with pytest.warns(UserWarning, match="make sure that it is still the same"):
         scan = unbraid.scan(network, "layer", dataset, tmp_path, threads=1)
-    assert scan.manifest.preprocessing == "custom"
+    assert scan.manifest.preprocessing == "Times()"
     assert not as_recorded(preprocessing_of(dataset), "something else")

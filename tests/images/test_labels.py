@@ -1,26 +1,15 @@
 """Which output each class stands for: one rule, whatever the source, in Python and beside it."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 from sources import to_tensor, write
+from torchvision.models import ResNet50_Weights
 
 from unbraid.base.errors import DataError
-from unbraid.images.labels import (
-    BY_ID,
-    BY_NAME,
-    BY_NUMBER,
-    GUESSED,
-    IN_ORDER,
-    Classes,
-    Outputs,
-    read_classes,
-)
+from unbraid.images import labels as of
+from unbraid.images.labels import BY_ID, BY_NAME, BY_NUMBER, GUESSED, IN_ORDER
 from unbraid.images.open import images_like, open_images
 from unbraid.networks.class_names import imagenet_classes, output_names
 
@@ -31,23 +20,19 @@ FROM_ONE = [str(k) for k in range(1, 13)]
 
 def test_names_of_imagenet_and_of_timms_networks_are_those_of_their_libraries():
     timm = pytest.importorskip("timm", reason="needs .[timm]")
-    from torchvision.models import ResNet50_Weights
-
     assert list(imagenet_classes()) == timm.data.ImageNetInfo("imagenet-1k").label_names()
     assert list(IMAGENET) == ResNet50_Weights.DEFAULT.meta["categories"]
     network = timm.create_model("lcnet_035")
     assert output_names(network) == IMAGENET
-    assert output_names(timm.create_model("lcnet_035", num_classes=10)) == ()
     names = ["cat", "dog"] * 500
     network.pretrained_cfg = {**network.pretrained_cfg, "label_names": names}
     assert output_names(network) == tuple(names)
+    assert output_names(timm.create_model("lcnet_035", num_classes=10)) == ()
 
 
-def read(
-    classes: Sequence[str], names: Sequence[str] = (), n: int | None = None, **how: bool
-) -> Any:
-    outputs = Outputs(tuple(names), n or len(names) or None)
-    return read_classes(Classes(classes, "The list", classes, **how), outputs)
+def read(classes, names=(), n=None, **how):
+    outputs = of.Outputs(tuple(names), n or len(names) or None)
+    return of.read_classes(of.Classes(classes, "The list", classes, **how), outputs)
 
 
 @pytest.mark.parametrize(
@@ -55,36 +40,29 @@ def read(
     [
         (["10", "9"], (), None, [10, 9], BY_NUMBER, ""),
         (["010", "2.0", "3."], (), 12, [10, 2, 3], BY_NUMBER, ""),
-        (["0", "9"], list("0123456789"), 10, [0, 9], BY_NUMBER, ""),
         (FROM_ONE, FROM_ONE, 12, list(range(12)), BY_NAME, ""),
-        (["Dog", "CAT "], ["cat", "dog"], 2, [1, 0], BY_NAME, ""),
         (["great-White_shark"], IMAGENET, 1000, [2], BY_NAME, ""),
         (["Cardigan", "cardigan"], IMAGENET, 1000, [264, 474], BY_NAME, ""),
         (["Tinca_tinca", "goldfish"], ["goldfish", "tench, Tinca tinca"], 2, [1, 0], BY_NAME, ""),
         (["n01440764"], ["n15075141 toilet tissue", "n01440764 tench, Tinca"], 2, [1], BY_NAME, ""),
         ([NFD, "tea"], ["tea", NFC], 2, [1, 0], BY_NAME, ""),
         (["ﬁsh", "STRASSE"], ["straße", "fish"], 2, [1, 0], BY_NAME, ""),
-        (["n01440764", "n15075141_tissue"], ["toilet tissue", "tench"], 2, [1, 0], BY_NAME, ""),
         (["n02012849_crane"], ["crane", "crane bird"], 2, [1], BY_NAME, ""),
         (["n01440764", "n15075141"], (), 1000, [0, 999], BY_ID, ""),
         (["n01440764-tench", "N15075141_x"], IMAGENET, 1000, [0, 999], BY_ID, ""),
-        (["n01440764", "n15075141"], (), 2, [0, 1], IN_ORDER, ""),
         ([f"n0000{k:04d}" for k in range(1000)], (), 1000, list(range(1000)), IN_ORDER, ""),
         (["ant", "bee"], (), 2, [0, 1], IN_ORDER, ""),
         (["ant", "bee"], (), 5, [0, 1], GUESSED, "2 classes for 5 outputs; taken in order"),
         (["ant", "bee"], ["cat", "dog"], 2, [0, 1], GUESSED, "none by an output's name; taken"),
         (["n01440764", "n15075141"], (), None, [0, 1], GUESSED, "2 WordNet ids .*outputs=1000"),
         (["1", "2", "ant"], (), 3, [0, 1, 2], GUESSED, "as texts, such as '1' as output 0"),
-        (["c1", "c10", "c2"], (), 3, [0, 1, 2], GUESSED, "as texts, such as 'c10' as output 1"),
         (["Ant", "ant"], (), None, [0, 1], GUESSED, "'Ant' and 'ant', taken for two"),
         (["train", "val"], (), 2, [0, 1], GUESSED, "look like parts of a data set"),
         (["plane", "train"], (), 2, [0, 1], IN_ORDER, ""),
         (["CARDIGAN"], IMAGENET, 1000, [264], BY_NAME, "fits the outputs 264, 474; the first is"),
     ],
 )
-def test_read_classes_finds_the_output_of_each_and_notes_guesses(
-    classes, names, n, labels, how, note
-):
+def test_read_classes_finds_outputs_and_notes_guesses(classes, names, n, labels, how, note):
     reading = read(classes, names, n)
     assert [reading.labels[name] for name in classes] == labels
     assert reading.how == how
@@ -120,9 +98,7 @@ def test_read_classes_refuses_what_contradicts_itself(classes, names, n, fault):
         ([NFC, NFD], ["tea", NFC]),
     ],
 )
-def test_read_classes_of_two_folders_for_one_output_are_refused_unless_labels_are_given(
-    folders, names, tmp_path
-):
+def test_read_classes_two_folders_for_one_output_are_refused(folders, names, tmp_path):
     with pytest.raises(DataError, match=r"'.*' and '.*', which both stand for output .; join or"):
         read(folders, names, of_folders=True)
     assert len({read(folders, names).labels[name] for name in folders}) == 1  # as lists may say

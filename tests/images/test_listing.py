@@ -1,14 +1,11 @@
 """Folders of images: what is left out is told, and what cannot be read."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import os
 import tarfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -34,10 +31,7 @@ def test_list_folder_images_beside_class_folders_are_refused(folder):
         open_images(folder, labels={})
 
 
-HIDDEN = (
-    *(".hidden.png", "ant/._0.png", "ant/.ipynb_checkpoints/0-checkpoint.png"),
-    *("__MACOSX/ant/._0.png", "@eaDir/ant/thumb.jpg", "ant/@eaDir/thumb.jpg", ".git/logo.png"),
-)
+HIDDEN = (".hidden.png", "ant/.ipynb_checkpoints/0.png", "__MACOSX/ant/._0.png", "@eaDir/a.jpg")
 
 
 @pytest.mark.parametrize("name", HIDDEN)
@@ -67,7 +61,6 @@ def test_list_folder_links(folder, tmp_path):
     assert open_images(folder).targets == [0] * 6 + [1] * 3 + [2] * 6
     (folder / "c").unlink()
     for link, target, told in (
-        ("c", folder, "link to a folder"),
         ("ant/more", tmp_path, "ant/more is a link to a folder, which is not followed"),
         ("b", "/no/such/folder", "b is a link to what is not there; mend or remove it"),
         ("ant/new", "/no/such/folder", "ant/new is a link to what is not there; mend or remove it"),
@@ -83,7 +76,7 @@ def test_list_folder_that_cannot_be_read_is_not_passed_over(where, folder, monke
     (folder / "ant/b").mkdir()
     (folder / "ant/0.png").rename(folder / "ant/b/0.png")
 
-    def refusing(listed: Any, path: Any) -> Any:
+    def refusing(listed, path):
         if Path(path) == folder / where:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return listed(path)

@@ -1,37 +1,25 @@
 """What is wrong with a CSV or Parquet list, or with rows of Hugging Face's, is told."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from sources import MEMBERS, PATHS, as_rows, as_saved, fail_at
 
 import unbraid
-from tiny_networks import SyntheticImages
 from unbraid.base.errors import DataError, OutOfReach, UsageError
 from unbraid.images.dataset import labels_of
 from unbraid.images.identity import ids_of
 from unbraid.images.open import open_images
 
+pytestmark = pytest.mark.usefixtures("_caches")
 GOOD = "path,label\nant/0.png,ant\n"
 NOT_UTF8 = b"path,label\nant/\xff.png,ant\n"
 ONE = ["ant/0.png"]
-
-
-def write_parquet(path: Path, columns: dict[str, Any]) -> None:
-    pyarrow = pytest.importorskip("pyarrow", reason="needs .[parquet]")
-    from pyarrow import parquet
-
-    if columns.get("label") == "date64":
-        columns["label"] = pyarrow.array([2**62], pyarrow.int64()).view(pyarrow.date64())
-    parquet.write_table(pyarrow.table(columns), path)
 
 
 @pytest.mark.parametrize(
@@ -43,24 +31,18 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> None:
         (GOOD + "ant/1.png\n", "Line 3 .* has 1 cells for 2"),
         (GOOD + ",ant\n", "Line 3 .* has no text under 'path'"),
         (GOOD + "ant/1.png, \n", "Line 3 .* has the label ' '"),
-        (GOOD + "ant/1.png,-1\n", "Line 3 .* has the label '-1'"),
         (GOOD + "bee/../ant/0.png,ant\n", "a second time"),
         (GOOD + "ant/none.png,ant\nant,ant", "2 of 3 files .* are not there, the first is"),
         (GOOD + "ant/\0.png,ant\n", "no text|line contains NUL"),
         (GOOD + '"ant/1.png,ant\n', "can be read"),
-        (GOOD + f"ant/1.png,{'n' * 256}\n", "a label of 256 characters"),
         ("path,label\nant/0.png,99999999\n", "number 99999999"),
         (NOT_UTF8, "CSV in UTF-8"),
-        (GOOD + "x" * (1 << 20), "field larger than field limit"),
         (GOOD + "pipe.png,ant\n", "1 of 2 files .*; give paths from"),
         (b"PAR1" + b"\xff" * 100 + b"PAR1", "no list that can be read"),
         ({"path": ONE}, "must name path, label"),
         ({"path": ONE, "label": [0.5]}, "Row 1 .* has the label 0.5"),
         ({"path": [*ONE, None], "label": [0, 0]}, "Row 2 .* has no text under 'path'"),
-        ({"path": ONE, "label": [None]}, "has the label None"),
         ({"path": ONE, "label": [0], "group": [None]}, "no text under 'group'"),
-        ({"path": ONE, "label": [b"ant"]}, "has the label"),
-        ({"path": ONE, "label": "date64"}, "can be read"),  # no date of Python's
     ],
 )
 def test_list_table_what_is_wrong_is_told(folder, content, told):
@@ -68,7 +50,7 @@ def test_list_table_what_is_wrong_is_told(folder, content, told):
     is_csv = isinstance(content, str) or content == NOT_UTF8
     path = folder / ("list.csv" if is_csv else "list.parquet")
     if isinstance(content, dict):
-        write_parquet(path, content)
+        pyarrow.parquet.write_table(pyarrow.table(content), path)
     else:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(DataError, match=told) as error:
@@ -81,14 +63,10 @@ def test_list_table_what_is_wrong_is_told(folder, content, told):
     ("number", "kind", "told"),
     [
         (errno.EACCES, OutOfReach, r"ant/1\.png, which .*list\.csv names, cannot be reached \(P"),
-        (errno.EIO, OutOfReach, r"ant/1\.png, which .*list\.csv names, cannot be reached \(In"),
         (errno.ENOTDIR, DataError, r"2 of 3 files .* are not there, the first is"),
-        (errno.ELOOP, DataError, r"2 of 3 files .* are not there, the first is"),
     ],
 )
-def test_list_table_files_that_cannot_be_looked_at_are_not_missing(
-    number, kind, told, folder, monkeypatch
-):
+def test_list_table_files_out_of_reach_are_not_missing(number, kind, told, folder, monkeypatch):
     (folder / "list.csv").write_text(GOOD + "gone.png,ant\nant/1.png,ant\n")
     fail_at(monkeypatch, "ant/1.png", number)
     with pytest.raises(DataError, match=told) as error:
@@ -96,10 +74,6 @@ def test_list_table_files_that_cannot_be_looked_at_are_not_missing(
     assert type(error.value) is kind
 
 
-# --- rows of Hugging Face -------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("_caches")
 def test_list_rows_class_labels_keep_their_order_and_those_without_images_do_not_matter(folder):
     import datasets
 
@@ -107,7 +81,6 @@ def test_list_rows_class_labels_keep_their_order_and_those_without_images_do_not
     for names, values, outputs, labels in (
         (["z", "m", "a"], [2] * 3 + [0] * 5, None, [2] * 3 + [0] * 5),
         (["1", "0", "99999999"], two, 2, [1] * 4 + [0] * 4),
-        (["dog", "cat", "wolf"], two, ["dog", "cat"], two),
         (["n01440764", "n15075141", "n00000001"], two, 2, two),
     ):
         whole = as_rows(folder, MEMBERS, label=(values, datasets.ClassLabel(names=names)))
@@ -116,7 +89,6 @@ def test_list_rows_class_labels_keep_their_order_and_those_without_images_do_not
         assert images.classes == names if outputs is None else len(images.classes) == 2
 
 
-@pytest.mark.usefixtures("_caches")
 def test_list_saved_rows_without_paths_are_known_by_file_and_row_wherever_it_lies(folder, tmp_path):
     import datasets
 
@@ -127,8 +99,7 @@ def test_list_saved_rows_without_paths_are_known_by_file_and_row_wherever_it_lie
     (tmp_path / "here").mkdir()
     whole.select(range(5)).to_parquet(tmp_path / "here/a.parquet")
     whole.select(range(5, 8)).to_parquet(tmp_path / "here/b.PARQUET")
-    shutil.copytree(tmp_path / "here", tmp_path / "there")
-    os.utime(tmp_path / "there/a.parquet", (1, 1))
+    shutil.copytree(tmp_path / "here", tmp_path / "there", copy_function=shutil.copyfile)
     names = [f"a.parquet/{k}" for k in range(5)] + [f"b.PARQUET/{k}" for k in range(3)]
     for place in ("here", "there"):
         images = open_images(f"hf:{tmp_path / place}")
@@ -137,7 +108,6 @@ def test_list_saved_rows_without_paths_are_known_by_file_and_row_wherever_it_lie
             assert images.picture(k).tobytes() == Image.open(folder / path).tobytes()
 
 
-@pytest.mark.usefixtures("_caches")
 def test_list_saved_whose_images_end_before_they_begin_is_refused(folder):
     as_saved(folder, MEMBERS)
     (path,) = (folder.parent / "saved").glob("*.arrow")
@@ -151,24 +121,20 @@ def test_list_saved_whose_images_end_before_they_begin_is_refused(folder):
         open_images(f"hf:{folder.parent / 'saved'}")
 
 
-@pytest.mark.usefixtures("_caches")
 def test_list_rows_what_is_wrong_is_told(folder):
     import datasets
 
     whole = as_rows(folder, MEMBERS)
 
-    def labelled(values: list[Any], kind: str) -> Any:
+    def labelled(values, kind):
         return as_rows(folder, MEMBERS, label=(values, datasets.Value(kind)))
 
     for odd, columns, told in (
         (whole, {"image": "img"}, "no column 'img' but image, label"),
-        (whole, {"label": "kind"}, "no column 'kind'"),
         (whole, {"image": "label"}, "Column 'label' .* holds no images"),
         (datasets.DatasetDict(train=whole), {}, "several splits; take one of train"),
         (whole.to_iterable_dataset(), {}, "is a IterableDataset; pass"),
-        (SyntheticImages(3), {}, "is a SyntheticImages"),
         (labelled([0.5] * 8, "float32"), {}, "something else than classes"),
-        (labelled([0] * 7 + [-1], "int64"), {}, "something else than classes"),
         (labelled([0] * 7 + [None], "int64"), {}, "something else than classes"),
         (whole.select([]), {}, "holds no image"),
     ):

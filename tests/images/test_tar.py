@@ -1,7 +1,5 @@
 """Tar files: members and labels, every damage told, and nothing read of a file that was changed."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import gzip
@@ -13,9 +11,6 @@ import shutil
 import struct
 import tarfile
 import threading
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -26,42 +21,34 @@ from unbraid.images.identity import ids_of
 from unbraid.images.open import open_images
 from unbraid.images.tar import expand, list_shards, members, read_content, stamp_of
 
-LONG = "folder/" * 30 + "name.png"
-FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+
+def samples(n):
+    images = [(f"{k:03d}.png", bytes([k]) * (300 * k + 1)) for k in range(n)]
+    return [one for image in images for one in (image, (f"{image[0][:3]}.cls", b"1"))]
 
 
-def samples(n: int) -> list[tuple[str, bytes]]:
-    return [
-        (f"{k:03d}.{ending}", content)
-        for k in range(n)
-        for ending, content in (("png", bytes([k]) * (300 * k + 1)), ("cls", b"%d" % (k % 3)))
-    ]
-
-
-def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+def header(name, size, kind=tarfile.REGTYPE):
     """One block, with a size of any kind."""
     member = tarfile.TarInfo(name)
     member.type = kind
     block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
-    block[124:128] = b"\xff" * 4 if size < 0 else b"\x80\0\0\0"
-    block[128:136] = struct.pack(">q", size)
+    block[124:136] = (b"\xff" * 4 if size < 0 else b"\x80\0\0\0") + struct.pack(">q", size)
     block[148:156] = b"        "
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
 
 
-def refuse(path: Path, content: bytes, match: str = "no sound, uncompressed tar file") -> None:
-    """What a tar file with such content is told to be."""
+def refuse(path, content, match="no sound, uncompressed tar file"):
     path.write_bytes(content)
     with pytest.raises(DataError, match=match) as told:
         list(members(str(path)))
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_lie_where_they_are_said_to(kind, tmp_path):
     names = ["a.png", "./b.png", "../c.png", "/d.png", "x/é.png", "y/" + "z" * 90 + ".png"]
-    names += [] if kind == tarfile.USTAR_FORMAT else [LONG, "n" * 300]
+    names += [] if kind == tarfile.USTAR_FORMAT else ["folder/" * 30 + "name.png", "n" * 300]
     path = write_tar(tmp_path / "a.tar", *((name, name.encode() * 7) for name in names), kind=kind)
     found = list(members(str(path)))
     assert [member.name for member in found] == [name.removeprefix("./") for name in names]
@@ -112,39 +99,12 @@ def test_members_of_a_file_padded_to_records_of_any_usual_size(record, tmp_path)
     refuse(path, content + more, "bytes are zeros")
 
 
-LIES = [
-    header("a.png", size, kind)
-    for kind in (tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE)
-    for size in (-512, 2**20, 2**62)
-] + [
-    header("x", len(said), tarfile.XHDTYPE) + said + bytes(-len(said) % 512)
-    for said in (
-        b"0 path=a\n",
-        b"12 size=1e5\n",
-        b"5010 size=" + b"9" * 4999 + b"\n",
-        bytes(2 << 20),
-    )
-]
-
-
-@pytest.mark.parametrize("lie", LIES, ids=range(len(LIES)))
-def test_members_whose_headers_lie_are_refused(lie, tmp_path):
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("size", [-512, 2**62])
+def test_members_whose_headers_lie_are_refused(kind, size, tmp_path):
     rest = write_tar(tmp_path / "a.tar", *samples(2)).read_bytes()
-    refuse(tmp_path / "b.tar", lie + rest)
+    refuse(tmp_path / "b.tar", header("a.png", size, kind) + rest)
 
-
-def test_members_that_the_system_fails_to_give_are_not_called_damaged(tmp_path, monkeypatch):
-    path = write_tar(tmp_path / "a.tar", *samples(3))
-
-    def fail(*_: Any, **__: Any) -> Any:
-        raise OSError(errno.EIO, "Input/output error", str(path))
-
-    monkeypatch.setattr("unbraid.images.tar._Headers.read", fail)
-    with pytest.raises(OutOfReach, match=r"a\.tar cannot be reached \(Input/output error\); mend"):
-        list_shards(str(path))
-
-
-# --- shards ---------------------------------------------------------------------------------------
 
 IMAGE = ("a.png", b"x")
 
@@ -153,15 +113,11 @@ IMAGE = ("a.png", b"x")
     ("files", "match"),
     [
         ([IMAGE, ("a.jpg", b"x")], r"a\.jpg in .* is a second 'image' of one image"),
-        ([IMAGE, ("a.cls", b"1"), ("a.cls", b"1")], "is a second 'cls' of one image"),
         ([IMAGE, ("a.cls", b"1"), ("b.cls", b"1")], r"a label but no image for b;"),
         ([IMAGE, ("a.cls", b"1"), ("b.png", b"")], r"shard\.tar/b has no label"),
-        ([IMAGE, ("a.cls", b"")], r"^a in .* has the label"),
         ([IMAGE, ("a.cls", b"-1")], r"^a in .* has the label"),
         ([IMAGE, ("a.json", b'{"label": true}')], r"^a in .* has the label"),
-        ([IMAGE, ("a.cls", b"\xff")], r"The label of a in .* cannot be read"),
         ([IMAGE, ("a.json", b"[" * 99999)], r"The label of a in .* cannot be read"),
-        ([IMAGE, ("a.cls", b"9" * 5000)], "a label of 5000 characters"),
         ([IMAGE, ("a.json", b'{"label": %d}' % 10**30)], "a class of number"),
         ([IMAGE, ("a.cls", bytes(2 << 20))], "more than 1048576; remove it"),
         ([IMAGE, ("2.HEIC", b"x")], r"2\.HEIC in .* is a picture of a kind that is not read"),
@@ -174,34 +130,19 @@ def test_list_shards_what_is_wrong_is_told(files, match, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_list_shards_image_that_is_no_regular_file_or_absurdly_large_is_told(tmp_path):
-    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, b"S"):
-        (tmp_path / "a.tar").write_bytes(header("a.png", 0, kind) + bytes(1024))
-        with pytest.raises(DataError, match=r"a\.png in .* is no regular file"):
-            list_shards(str(tmp_path / "a.tar"))
-    size = 3 << 30
-    with (tmp_path / "a.tar").open("wb") as file:  # with a hole, so that it takes no room
-        file.write(header("a.png", size))
-        file.truncate(512 + size)
-        file.seek(0, 2)
-        file.write(bytes(1024))
-    with pytest.raises(DataError, match=f"a.png in .* has {size} bytes"):
-        list_shards(str(tmp_path / "a.tar"))
-
-
 def test_list_shards_label_may_stand_before_its_image_or_in_json_beside_a_number(tmp_path):
-    files: list[Any] = [("b.cls", b"2"), ("a.cls", b" 10\n"), ("a.png", b"x"), ("b.png", b"xy")]
+    files = [("b.cls", b"2"), ("a.cls", b" 10\n"), ("a.png", b"x"), ("b.png", b"xy")]
     listing = list_shards(str(write_tar(tmp_path / "s.tar", *files, ("a.json", b"nonsense"))))
     assert listing.ids == ["s.tar/b", "s.tar/a"]
     assert (listing.classes, listing.class_of, listing.sizes) == (["2", "10"], [0, 1], [2, 1])
-    for name in ("b", "c"):
+    for name in "bc":
         (tmp_path / name).mkdir()
-        write_tar(tmp_path / name / "s.tar", *samples(1))
+        shutil.copy(tmp_path / "s.tar", tmp_path / name)
     with pytest.raises(DataError, match=r"two shards called s\.tar"):
         list_shards(f"{tmp_path}/*/s.tar")
 
 
-def test_list_shards_names_that_climb_touch_nothing(tmp_path, monkeypatch):
+def test_list_shards_names_that_climb_and_links_touch_nothing(tmp_path, monkeypatch):
     (tmp_path / "inside").mkdir()
     monkeypatch.chdir(tmp_path / "inside")
     names = ["../climbs.png", "/tmp/absolute.png", "a/../../b.png", "..png", ".png", "no-ending"]
@@ -210,22 +151,22 @@ def test_list_shards_names_that_climb_touch_nothing(tmp_path, monkeypatch):
     climbing = ("../climbs", "/tmp/absolute", "a/../../b")
     assert (listing.ids, listing.sizes) == ([f"shard.tar/{key}" for key in climbing], [1, 1, 1])
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["inside", "shard.tar"]
+    for kind in (tarfile.SYMTYPE, tarfile.CHRTYPE, b"S"):
+        path.write_bytes(header("a.png", 0, kind) + bytes(1024))
+        with pytest.raises(DataError, match=r"a\.png in .* is no regular file"):
+            list_shards(str(path))
 
 
-# --- changed since it was listed ------------------------------------------------------------------
-
-
-def write_pictures(path: Path, order: list[int]) -> Path:
+def write_pictures(path, order):
     """Pictures of their number's colour; all are of one size, so each may lie where another did."""
-    files = []
-    for k in order:
-        file = io.BytesIO()
+    files = [io.BytesIO() for _ in order]
+    for k, file in zip(order, files, strict=True):
         Image.new("RGB", (6, 7), (k, k, k)).save(file, "BMP")
-        files.append((f"{k}.bmp", file.getvalue()))
-    return write_tar(path, *files)
+    names = (f"{k}.bmp" for k in order)
+    return write_tar(path, *zip(names, (file.getvalue() for file in files), strict=True))
 
 
-def assert_own_pictures(images: Any) -> None:
+def assert_own_pictures(images):
     """Each id has the picture of that colour."""
     for k, one in enumerate(images.ids):
         colour = int(one.partition("/")[2])
@@ -258,7 +199,7 @@ def test_members_of_a_shard_that_was_changed_are_not_read(change, workers, tmp_p
             assert_own_pictures(images)
 
 
-def test_list_shards_that_change_meanwhile_or_while_they_are_read_are_told(tmp_path, monkeypatch):
+def test_list_shards_that_change_or_fail_while_they_are_read_are_told(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a.tar", ("a.png", b"old"), ("a.cls", b"1"))
     member = next(members(str(path)))
     place = (str(path), stamp_of(path.stat()), member.offset_data, member.size)
@@ -267,53 +208,48 @@ def test_list_shards_that_change_meanwhile_or_while_they_are_read_are_told(tmp_p
         read_content(*place[:3], path.stat().st_size)
     look = os.fstat
 
-    def changed(handle: int) -> os.stat_result:
+    def changed(handle):
         os.utime(path, ns=(0, 0))
         return look(handle)
 
-    monkeypatch.setattr(os, "fstat", changed)
-    for read in (lambda: read_content(*place), lambda: list_shards(str(path))):
-        os.utime(path, ns=place[1][2:] * 2)
-        with pytest.raises(OutOfReach, match="was changed since it was listed"):
-            read()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", changed)
+        for read in (lambda: read_content(*place), lambda: list_shards(str(path))):
+            os.utime(path, ns=place[1][2:] * 2)
+            with pytest.raises(OutOfReach, match="was changed since it was listed"):
+                read()
 
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error", str(path))
 
-# --- where shards are -----------------------------------------------------------------------------
+    monkeypatch.setattr("unbraid.images.tar._Headers.read", fail)
+    with pytest.raises(OutOfReach, match=r"a\.tar cannot be reached \(Input/output error\); mend"):
+        list_shards(str(path))
 
 
 def test_expand_writes_ranges_out():
     assert expand("a{8..10}b{0..1}") == ["a8b0", "a8b1", "a9b0", "a9b1", "a10b0", "a10b1"]
     assert expand("{x}.tar") == ["{x}.tar"]
-    for many in ("{0..99999999999}", "{1..1000}{1..1000}{1..2}"):
-        with pytest.raises(UsageError, match="more than"):
-            expand(many)
-
-
-@pytest.fixture
-def address(folder: Path) -> Iterator[str]:
-    """A server of two shards on this machine."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    handler = functools.partial(Quiet, directory=str(write_shards(folder, MEMBERS, 3, 5)))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with pytest.raises(UsageError, match="more than"):
+        expand("{1..1000}{1..1000}{1..2}")
 
 
 @pytest.mark.usefixtures("_caches")
-def test_fetch_shards_behind_a_url_once(address, folder, tmp_path):
-    url = address + "/train-{000..001}.tar"
-    images = open_images(url, to_tensor)
-    assert ids_of(images) == keys(3, 5)
-    for k, path in enumerate(PATHS):
-        assert images.picture(k).tobytes() == Image.open(folder / path).tobytes()
-    shutil.rmtree(folder.parent / "shards")  # from now on, nothing can be fetched
-    assert ids_of(open_images(url)) == ids_of(images)
-    with pytest.raises(DataError, match=r"train-009\.tar cannot be fetched"):
-        open_images(address + "/train-009.tar")
+def test_fetch_shards_behind_a_url_once(folder, tmp_path):
+    shards = write_shards(folder, MEMBERS, 3, 5)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        url = address + "/train-{000..001}.tar"
+        images = open_images(url, to_tensor)
+        assert ids_of(images) == keys(3, 5)
+        for k, path in enumerate(PATHS):
+            assert images.picture(k).tobytes() == Image.open(folder / path).tobytes()
+        shutil.rmtree(shards)  # from now on, nothing can be fetched
+        assert ids_of(open_images(url)) == ids_of(images)
+        with pytest.raises(DataError, match=r"train-009\.tar cannot be fetched"):
+            open_images(address + "/train-009.tar")
+        server.shutdown()
     kept = sorted(path.name for path in (tmp_path / "cache").rglob("*.t*"))
     assert kept == ["train-000.tar", "train-001.tar"]
