@@ -4,8 +4,6 @@ Figures are compared with the oracle's, computed image by image from the network
 from records. test_checks.py feeds every function corrupted data and demands that it fails.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import math

@@ -1,7 +1,5 @@
 """What README and the docs hold: blocks of code, code in the text, commands."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A check that compares and forgets to say so would let everything through; here it is found out.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import inspect

@@ -3,8 +3,6 @@
 Nor on its default device, which only code of the caller's own sees.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Callable, Iterator

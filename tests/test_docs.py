@@ -4,8 +4,6 @@ A page's blocks are run in one namespace, one after the other. What a page takes
 as `model`, is listed here, and stands for the demo's network and images.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -69,7 +67,7 @@ class Scores(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Names:
+def known(tmp_path_factory) -> Names:
     """Everything that a page may take for granted."""
     folder = tmp_path_factory.mktemp("known")
     model, train, test = load_network(), load_images("train"), load_images("test")

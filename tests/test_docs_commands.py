@@ -1,7 +1,5 @@
 """Every command of the documents, in blocks and in the text, is run, or parsed, with a reason."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import runpy

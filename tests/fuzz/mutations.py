@@ -1,7 +1,5 @@
 """Damage and lies of every kind, drawn by hypothesis."""
 
-from __future__ import annotations
-
 import copy
 import json
 import struct

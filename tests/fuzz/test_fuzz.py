@@ -3,8 +3,6 @@
 A short run comes with every test run; `-m slow` tries 100,000 inputs (UNBRAID_FUZZ, if set).
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -76,7 +74,7 @@ class Seeds:
 
 
 @pytest.fixture(scope="module")
-def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
+def seeds(tmp_path_factory) -> Seeds:
     folder = tmp_path_factory.mktemp("seeds")
     network = build("uneven")  # padded, so that lies about padding matter
     images = SyntheticImages(9)

@@ -3,8 +3,6 @@
 An image that cannot be read is told when it is read, which is one sentence too.
 """
 
-from __future__ import annotations
-
 import io
 import tarfile
 from functools import partial
@@ -32,7 +30,7 @@ WORDS = st.sampled_from((*CELLS, *map(str, HOSTILE)))
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(tmp_path_factory) -> Path:
     import datasets
     import pyarrow
     from pyarrow import parquet
