@@ -25,7 +25,6 @@ from tiny_networks import SyntheticImages, build, layer_input
 from unbraid.finding.arv import class_sums, uses
 from unbraid.finding.membership import Cluster
 from unbraid.networks.layers import bias_of, describe, weight_rows
-from unbraid.networks.relevance import input_relevance
 from unbraid.networks.spec import pooled_input, respond
 
 TAU, P = 0.1, 0.5
@@ -111,11 +110,6 @@ def rows_of(world: World) -> Arguments:
     return {**own, "pooled": world.pooled, "n_positions": torch.tensor(positions)}
 
 
-def input_relevance_of(world: World) -> Arguments:
-    pooled = world.pooled.repeat_interleave(4, 1)
-    return {"input_relevance": input_relevance(weight_rows(world.network.layer), pooled, 9)}
-
-
 def tau_of(world: World) -> Arguments:
     own = {"shares": world.truth.shares, "labels": world.truth.labels, "min_share": 0.05}
     tau = unbraid.find(world.scan, tau="auto").tau
@@ -156,9 +150,6 @@ SOUND: dict[str, Callable[[World], Arguments]] = {  # beside the truth
     "pooled_inputs": lambda w: {"pooled": w.pooled},
     "rows_explain_output": rows_of,
     "responses": responses_of,
-    "relevance": lambda w: {"relevance": w.truth.relevance},
-    "shares": lambda w: {"shares": w.truth.shares},
-    "input_relevance": input_relevance_of,
     "records": lambda w: {"shards": [*w.scan.shards()], "min_share": 0.05, "images": [*range(13)]},
     "input_maps": lambda w: {"shards": list(w.scan.shards())},
     "same_files": two_folders,
@@ -306,8 +297,7 @@ def other_bit(content: bytes) -> bytes:
 
 
 def turn_certain(content: bytes) -> bytes:
-    swapped = content.replace(b"True\n", b"?").replace(b"False\n", b"True\n")
-    return swapped.replace(b"?", b"False\n")
+    return content.replace(b"True\n", b"?").replace(b"False\n", b"True\n").replace(b"?", b"False\n")
 
 
 def hooked(hook: Any, *networks: str, module: str = "") -> Change:
@@ -329,9 +319,6 @@ SENSITIVE = {
     "pooled_inputs": "pooled",
     "rows_explain_output": "rows bias pooled n_positions",
     "responses": "responses channels rows",
-    "relevance": "relevance",
-    "shares": "shares",
-    "input_relevance": "input_relevance",
     "records": "images "
     + under("shards/0", "index label prediction n_positions pooled share_start")
     + under(" shards/0", "share_channel share_value"),

@@ -80,11 +80,11 @@ def check_of(command: Command) -> Callable[[list[str]], None] | None:
     for start, check in LOOKED_AT.items():
         if f"{command.text} ".startswith(start):
             return check
-    words = shlex.split(command.text)
-    alone = len(words) == 1 and words[0].startswith("--")
-    bare = words[0] == "unbraid" and all(word.startswith("--") for word in words[2:])
+    first, *rest = shlex.split(command.text)
+    asks_nothing = not rest and first.startswith("--")  # commands ask for more than that
+    bare = first == "unbraid" and all(word.startswith("--") for word in rest[1:])
     named = command.inline and command.text not in LEFT_OUT
-    return check_names if named and (alone or bare) else None  # commands ask for more than that
+    return check_names if named and (asks_nothing or bare) else None
 
 
 def is_run(command: Command) -> bool:
@@ -128,12 +128,9 @@ def test_a_new_command_that_nothing_is_done_with_is_told(text):
     assert [c for c in commands(text) if not is_run(c) and check_of(c) is None]
 
 
-@pytest.mark.parametrize(
-    "text", ["unbraid layers torchvision:resnet51", "unbraid demo --onto x", NOWHERE]
-)
+@pytest.mark.parametrize("text", ["unbraid layers torchvision:resnet51", NOWHERE])
 def test_a_command_that_fails_or_leaves_nothing_is_told(text, place):
     place.done[NOWHERE] = (0, "Report: nowhere")
-    assert is_run(Command(text))
     with pytest.raises(AssertionError):
         place.run(Command(text))
 
@@ -145,10 +142,8 @@ def test_a_command_that_fails_or_leaves_nothing_is_told(text, place):
         ("unbraid demo --layer", AssertionError),
         ("--outs", AssertionError),
         ("pip install '.[onyx]'", AssertionError),
-        ("pip install 'unbraid[onnx]'", AssertionError),
         ("pytest tests/fault", AssertionError),
         ("python benchmarks/scan.py --round 3 --color", SystemExit),
-        ("python benchmarks/scans.py", FileNotFoundError),
     ],
 )
 def test_a_command_that_would_not_be_understood_is_told(text, told):
