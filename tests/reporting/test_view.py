@@ -33,14 +33,11 @@ def write(material: dict[str, Any], folder: Path, **changed: Any) -> Element:
 
 def test_report_speaks_of_clusters(material, tmp_path):
     page, found = write(material, tmp_path), material["found"]
-    for words in (f"{len(found)} pairs of clusters", "labels play no part"):
-        assert words in page.text
+    assert f"{len(found)} pairs of clusters" in page.text
     for words in ("airs of classes", "other classes", "Interval", "Halves", "its class"):
         assert words not in page.text
     settings = page.all("dl", "settings")[0]
-    names, values = ([e.text for e in settings.all(tag)] for tag in ("dt", "dd"))
-    assert {"tau", "p"}.isdisjoint(names)
-    assert {("concepts", "clusters"), ("gamma", "0.5")} <= set(zip(names, values, strict=True))
+    assert {e.text for e in settings.all("dt")}.isdisjoint({"tau", "p"})
     assert page.all("table", "pairs")[0].rows() == [
         [
             *(str(pair.channel), number(pair.cosine)),
@@ -64,10 +61,9 @@ def test_report_shows_agreement_with_classes(material, tmp_path, agreement):
     assert (mean in page.all("ul", "facts")[0].text) != bool(agreement)
 
 
-@pytest.mark.parametrize("labels", ["given", "predicted"])
-def test_report_calls_predicted_classes_so(material, tmp_path, labels):
-    scan = material["scan"]
-    changed = replace(scan, manifest=replace(scan.manifest, labels=labels))
-    page = write(material, tmp_path, scan=changed).text
-    for words in ("with predicted class and", "as their predicted classes would"):
-        assert (words in page) == (labels == "predicted")
+def test_report_calls_predicted_classes_so(material, tmp_path):
+    manifest = material["scan"].manifest
+    for labels in ("given", "predicted"):
+        scan = replace(material["scan"], manifest=replace(manifest, labels=labels))
+        page = write(material, tmp_path, scan=scan)
+        assert ("with predicted class and" in page.text) == (labels == "predicted")
