@@ -5,11 +5,8 @@ as `model`, is listed here, and stands for the demo's network and images.
 """
 
 import re
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -39,9 +36,8 @@ TAKEN = {
 N_IMAGES = 8  # in `images`
 
 
-def run(text: str, names: Names) -> str:
-    """Run all of a page's Python; what a block prints must be as shown. Return all of it."""
-    printed = ""
+def run(text: str, names: Names) -> None:
+    """Run all of a page's Python; what a block prints must be as shown."""
     for block in blocks(text):
         if block.language == "python":
             code = block.code
@@ -50,8 +46,6 @@ def run(text: str, names: Names) -> str:
             with redirect_stdout(StringIO()) as out:
                 exec(code, names)
             assert block.prints in (None, out.getvalue())
-            printed += out.getvalue()
-    return printed
 
 
 class Scores(nn.Module):
@@ -95,37 +89,6 @@ def few_rows(name: str, *, split: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
 
 
-# What is there when a page has been run: `n` holds the page's own names.
-HOLDS: dict[str, Callable[[SimpleNamespace], list[bool]]] = {
-    "README.md": lambda n: [
-        "max_abs_logit_diff=0.0" in n.printed,
-        "concept 0 of channel 0" in n.printed,
-        not torch.equal(n.logits, n.model(n.known)),
-    ],
-    "data.md": lambda n: [
-        n.images.classes == list(CLASSES),
-        [n.images[k][1] for k in range(6)] == load_images("test").targets[:6],
-    ],
-    "figures.md": lambda _: [Path("densities.pdf").read_bytes().startswith(b"%PDF")],
-    "networks.md": lambda n: [torch.equal(n.network(n.known), load_network()(n.known))],
-    "steering.md": lambda n: [
-        "concept 1 of channel 0" in n.printed,
-        torch.equal(n.model2(n.images), load_network()(n.images)),
-    ],
-    "tools.md": lambda n: [
-        Path("split.onnx").stat().st_size > 0,
-        *(len(v) == N_IMAGES and bool(v.abs().max() > 0) for v in (n.values, n.relevance)),
-        explained_alike(n.composite, n.plain, n.images),
-        torch.equal(n.model2(n.images), n.model(n.images)),
-    ],
-}
-
-
-def explained_alike(composite: Any, network: nn.Module, images: torch.Tensor) -> bool:
-    with composite.context(network) as explained:
-        return torch.equal(explained(images), network(images))
-
-
 @pytest.mark.filterwarnings("ignore::Warning")  # the exporter's and zennit's, of what will change
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_documents_python_runs_and_prints_what_is_shown(page, known, tmp_path, monkeypatch):
@@ -133,10 +96,10 @@ def test_a_documents_python_runs_and_prints_what_is_shown(page, known, tmp_path,
     monkeypatch.setattr(datasets, "load_dataset", few_rows)
     known["split"].save("split.safetensors")
     names = {name: known[name] for name in TAKEN.get(page.name, ())}
-    printed = run(page.read_text(), names)
-    if page.name in HOLDS:
-        held = SimpleNamespace(**names, printed=printed, known=known["images"])
-        assert all(HOLDS[page.name](held))
+    run(page.read_text(), names)
+    for name in {"model2", "network"} & names.keys():  # still computes the same
+        logits = names[name](known["images"])
+        assert torch.equal(logits, known["model"](known["images"]))
 
 
 @pytest.mark.parametrize(

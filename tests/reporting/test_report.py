@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,8 +30,6 @@ from unbraid.measuring.reference_images import ALIKE, reference_images
 from unbraid.reporting import report as report_module
 from unbraid.reporting import view
 from unbraid.reporting.words import ABSENT, number, percent, significant
-
-Write = Callable[..., str]
 
 
 @pytest.mark.parametrize(
@@ -64,18 +61,15 @@ def test_report_shows_hostile_names_as_text_that_turns_no_other_around(page):
     assert in_elements + in_plain_text == page.count("\u202e")
 
 
-def test_report_bounds_notes_hints_and_how_channels_were_split(run, write):
+def test_report_bounds_notes_and_how_channels_were_split(run, write):
     harm = "<script>x</script>\u2069\u202e" + 100_000 * "y"
-    none = replace(unbraid.find(run.train_scan, gamma=-1.0), hint=harm)
     info = {"lambda": 0.031622, "kkt_residual": 1e-13, "<b>": 300 * "x"}
     parts = tuple(replace(part, info=info) for part in run.split.channels)
     noted = {"found": replace(run.found, note=harm), "split": replace(run.split, channels=parts)}
-    for changed in (noted, {"found": none, "split": None, "evaluation": None}):
-        text = write(**changed)
-        cut = f"<script>x</script>\ufffd\u202e{1979 * 'y'}…"
-        assert cut in [bdi.text for bdi in read(text).all("bdi")]
-        for section in sections(text).values():
-            assert f"lambda 0.03162 <b> {199 * 'x'}…" in section.all("p", "info")[0].text
+    text = write(**noted)
+    assert f"<script>x</script>\ufffd\u202e{1979 * 'y'}…" in [b.text for b in read(text).all("bdi")]
+    for section in sections(text).values():
+        assert f"lambda 0.03162 <b> {199 * 'x'}…" in section.all("p", "info")[0].text
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -83,11 +77,9 @@ def test_report_bounds_notes_hints_and_how_channels_were_split(run, write):
 
 def figures_in(section: Element) -> list[Any]:
     """The tables of a channel's section, and the figures that stand alone."""
-    alone = [p for kind in ("errors", "distances") for p in section.all("p", kind)]
-    return [
-        *(table.rows() for table in section.all("table")),
-        [b.text for p in alone for b in p.all("b")],
-    ]
+    alone = [*section.all("p", "errors"), *section.all("p", "distances")]
+    tables = [table.rows() for table in section.all("table")]
+    return [*tables, [b.text for p in alone for b in p.all("b")]]
 
 
 def figures_of(evaluation: Any, channel: int) -> list[Any]:
@@ -98,11 +90,10 @@ def figures_of(evaluation: Any, channel: int) -> list[Any]:
     sure: Any = intervals(evaluation.responses[channel])
     measures, effects = [], []
     for concept, known in zip(measured.concepts, map(vars, sure.concepts), strict=True):
-        row = [str(concept.n_images)]
+        measures.append([str(concept.n_images)])
         for name in ("retention", "leakage", "mimic_error", "silence_error", "auroc"):
-            low, high = map(number, known[name])
-            row.append(f"{number(getattr(concept, name))} {low} to {high}")
-        measures.append(row)
+            interval = " to ".join(map(number, known[name]))
+            measures[-1].append(f"{number(getattr(concept, name))} {interval}")
     for concept in off.concepts:
         two, rest = (concept.own, concept.others), concept.rest
         row = [f"{percent(d.part)} {number(d.logit)} of {number(d.whole_logit)}" for d in two]
@@ -211,7 +202,7 @@ def test_endless_lists_of_endless_names_stay_below_the_limit(run, write):
     concepts = {n: tuple((c,) for c in range(120)) for n in range(3000)}
     first = run.found.pairs[0]
     pairs = tuple(
-        replace(first, channel=n % 3000, cosine=n * 7919 % 30_000 / 1e5, class1=n % 120, class2=0)
+        replace(first, channel=n % 3000, cosine=n * 7919 % 30_000 / 1e5, class1=n % 120)
         for n in range(30_000)
     )
     found = replace(run.found, concepts=concepts, pairs=pairs, class_names=names)
@@ -219,7 +210,6 @@ def test_endless_lists_of_endless_names_stay_below_the_limit(run, write):
     assert len(page.encode()) <= 10_000_000
     channels, listed = (read(page).all("table", kind)[0].rows() for kind in ("overview", "pairs"))
     assert 10 < len(channels) < 3000
-    assert "and 94 more" in channels[0][0]
     n = len(listed)
     assert [row[1] for row in listed] == [*map(number, sorted(pair.cosine for pair in pairs)[:n])]
     told = f"the {n:,} with the lowest cosines of 30,000; the other {30_000 - n:,} are in"
@@ -286,21 +276,18 @@ def test_report_of_nothing_found_says_why(run, write):
 @pytest.mark.parametrize(
     ("note", "missing"),
     [
-        ("Measures and the output check are left out", ["evaluation"]),
-        ("Nothing was switched off", ["evaluation.ablation"]),
-        ("Semantic measures are left out", ["evaluation.semantics"]),
-        ("The output check is left out", ["evaluation.output"]),
-        ("Input channels are left out", ["train_scan"]),
-        ("Pictures are left out", ["dataset"]),
-        ("Details of the channels", ["split", "evaluation"]),
+        ("Measures and the output check are left out", "evaluation"),
+        ("Nothing was switched off", "evaluation.ablation"),
+        ("Semantic measures are left out", "evaluation.semantics"),
+        ("The output check is left out", "evaluation.output"),
+        ("Input channels are left out", "train_scan"),
+        ("Pictures are left out", "dataset"),
     ],
 )
 def test_report_says_what_is_missing(run, page, write, note, missing):
-    changed = dict.fromkeys(missing)
-    whole, _, part = missing[0].partition(".")
-    if part:
-        changed = {whole: replace(run.evaluation, **{part: None})}
-    assert note in notes(write(**changed))
+    whole, _, part = missing.partition(".")
+    changed = replace(run.evaluation, **{part: None}) if part else None
+    assert note in notes(write(**{whole: changed}))
     assert note not in notes(page)
 
 

@@ -1,18 +1,14 @@
 """The embedded demo: what is in the package, the script that made it, and the command."""
 
 import collections
-import gzip
 import json
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-import train_demo as train
 import unbraid
 from alike import assert_alike
 from unbraid.base.errors import UsageError
@@ -85,27 +81,3 @@ def test_the_documents_show_what_the_demo_draws(ran, tmp_path, monkeypatch):
     monkeypatch.setattr(matplotlib_style, "COLOURS", ("#0072b2", "#d55e00"))
     with pytest.raises(AssertionError):
         assert_alike(draw(), SHOWN / "sources-demo.png")
-
-
-def test_the_training_script_writes_what_the_package_reads(tmp_path, monkeypatch):
-    for prefix, n in (("train", 40), ("t10k", 20)):  # as Fashion-MNIST's files, of noise
-        pictures = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        images = struct.pack(">BBBBIII", 0, 0, 8, 3, n, 28, 28) + pictures.tobytes()
-        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
-        labels = struct.pack(">BBBBI", 0, 0, 8, 1, n) + bytes(k % 10 for k in range(n))
-        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
-    for name, path in (("WEIGHTS", tmp_path / "w.safetensors"), ("IMAGES", tmp_path / "i.npz")):
-        monkeypatch.setattr(train, name, path)
-        monkeypatch.setattr(demo, name, path)
-    monkeypatch.setattr(train, "EPOCHS", 1)
-    monkeypatch.setattr(train, "BATCH_SIZE", 10)
-    monkeypatch.setattr(train, "N_PER_CLASS", {"train": 3, "test": 2})
-    written = []
-    for _ in range(2):
-        train.make(tmp_path, seed=0)
-        written.append((tmp_path / "w.safetensors").read_bytes())
-    assert written[0] == written[1]
-    assert demo.load_network()(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
-    assert len(demo.load_images("train")) == 30
-    first = train.read_split(tmp_path, "train")[0][0]
-    assert (np.asarray(demo.load_images("train").picture(0)) == first).all()
