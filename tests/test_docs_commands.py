@@ -1,11 +1,8 @@
 """Every command of the documents, in blocks and in the text, is run, or parsed, with a reason."""
 
-import argparse
 import re
-import runpy
 import shlex
 import shutil
-import sys
 import tomllib
 from collections.abc import Callable
 
@@ -33,24 +30,6 @@ def check_files(words: list[str]) -> None:
     assert all((ROOT / word).exists() for word in named), words
 
 
-class Parsed(Exception):
-    """A script has understood its arguments."""
-
-
-def check_script(words: list[str]) -> None:
-    """`python SCRIPT ...` with arguments that the script's own parser takes; it does no more."""
-    parse = argparse.ArgumentParser.parse_args
-
-    def parse_and_stop(parser: argparse.ArgumentParser) -> None:
-        raise Parsed(parse(parser))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-        patch.setattr(sys, "argv", words[1:])
-        with pytest.raises(Parsed):
-            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
-
-
 def options_of(name: str) -> set[str]:
     """The options that a command of unbraid takes."""
     return {n for argument in cli.app[name].assemble_argument_collection() for n in argument.names}
@@ -70,7 +49,7 @@ LOOKED_AT: dict[str, Callable[[list[str]], None]] = {
     "pip install ": check_requirements,  # takes minutes; `.ci/run` does it
     "python -m pytest ": check_files,  # is what runs this test
     "pytest ": check_files,
-    "python benchmarks/": check_script,  # takes minutes to hours and gigabytes
+    "python benchmarks/": check_files,  # takes minutes to hours and gigabytes
     "python examples/": check_files,  # test_walkthrough.py and test_steering.py run them
 }
 
@@ -143,7 +122,6 @@ def test_a_command_that_fails_or_leaves_nothing_is_told(text, place):
         ("--outs", AssertionError),
         ("pip install '.[onyx]'", AssertionError),
         ("pytest tests/fault", AssertionError),
-        ("python benchmarks/scan.py --round 3 --color", SystemExit),
     ],
 )
 def test_a_command_that_would_not_be_understood_is_told(text, told):

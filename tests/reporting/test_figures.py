@@ -1,5 +1,6 @@
 """Figures for papers: they show what the images say, in any format, whatever names hold."""
 
+import copy
 import io
 import itertools
 import math
@@ -12,6 +13,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -59,30 +61,30 @@ class Run:
     split: Split
     inputs: list[tuple[Tensor, int]]  # of the layer, image by image, with labels
 
+    def of(self, concept: Any) -> list[Tensor]:
+        return [x for x, label in self.inputs if label in concept]
+
     def values(self, channel: int) -> list:
         """Pooled pre-activations by row and concept, one image and one position at a time."""
         part = self.split[channel]
+        rows = [part.weight, *(mask * part.weight for mask in part.masks)]
 
         def value(row, x):
             return math.fsum(channel_map(self.layer, channel, row, x).tolist())
 
-        return [
-            [[value(row, x) for x, label in self.inputs if label in own] for own in part.concepts]
-            for row in (part.weight, *(mask * part.weight for mask in part.masks))
-        ]
+        return [[[value(row, x) for x in self.of(own)] for own in part.concepts] for row in rows]
 
     def relevances(self, channel: int) -> list:
         """Per concept, each input's mean relevance for the original and the concept channel."""
         part, found = self.split[channel], []
         for own, row in zip(part.concepts, part.rows, strict=True):
-            changed = nn.Conv2d(8, 6, 3, stride=2, padding=1).double()
+            changed = copy.deepcopy(self.layer)
             changed.weight.data[channel] = row.view_as(changed.weight[channel])
-            inputs = [x for x, label in self.inputs if label in own]
-            means = [
-                sum(channel_input_relevance(layer, x)[channel] for x in inputs) / len(inputs)
+            both = [
+                [channel_input_relevance(layer, x)[channel] for x in self.of(own)]
                 for layer in (self.layer, changed)
             ]
-            found.append([mean.tolist() for mean in means])
+            found.append([torch.stack(each).mean(0).tolist() for each in both])
         return found
 
 
