@@ -185,7 +185,7 @@ def test_a_hundred_channels_fit_and_veils_need_a_transform_that_says_how_it_cuts
         *(nn.Conv2d(3, 100, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
         *(nn.Flatten(), nn.Linear(100, 4)),
     )
-    images = Photographs(240)
+    images = Photographs(240, lambda picture: FLOAT(v2.functional.resize(picture, [16, 16])))
     scan = unbraid.scan(network, "0", images, tmp_path / "scan", positions=True)
     found = unbraid.find(scan, channels={o: [[0, 1], [2, 3]] for o in range(100)})
     split = unbraid.split(scan, found, method="published", rho=0.5)
