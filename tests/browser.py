@@ -1,7 +1,5 @@
 """A real browser for the tests of the report, where the machine has one."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

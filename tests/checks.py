@@ -4,8 +4,7 @@ Figures are compared with the oracle's, computed image by image from the network
 from records. test_checks.py feeds every function corrupted data and demands that it fails.
 """
 
-from __future__ import annotations
-
+import copy
 import csv
 import itertools
 import math
@@ -101,8 +100,7 @@ def assert_bit_equal(actual: Tensor, expected: Tensor) -> None:
     """Same kind, same shape, same bits; even the sign of a zero counts."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     bits = [v.detach().contiguous().flatten().view(torch.uint8) for v in (actual, expected)]
-    n_different = int((bits[0] != bits[1]).sum())
-    assert n_different == 0
+    assert int((bits[0] != bits[1]).sum()) == 0
 
 
 def assert_pooled_inputs(pooled: Tensor, truth: Truth) -> None:
@@ -130,18 +128,6 @@ def assert_responses(
             assert_close(z, oracle.channel_map(truth.layer, o, row, x))
 
 
-def assert_relevance(relevance: Tensor, truth: Truth) -> None:
-    assert_close(relevance, truth.relevance)
-
-
-def assert_shares(shares: Tensor, truth: Truth) -> None:
-    assert_close(shares, truth.shares)
-
-
-def assert_input_relevance(input_relevance: Tensor, truth: Truth) -> None:
-    assert_close(input_relevance, truth.input_relevance)
-
-
 def assert_records(
     shards: Sequence[Records], truth: Truth, min_share: float, images: Sequence[int]
 ) -> None:
@@ -157,12 +143,11 @@ def assert_records(
             assert records.n_positions[row] == truth.z[n].shape[1]
             assert_close(records.pooled[row], truth.pooled(n))
             first, last = records.share_start[row], records.share_start[row + 1]
-            wanted = [o for o, share in enumerate(truth.shares[n].tolist()) if share >= min_share]
+            shares = torch.where(truth.shares[n] >= min_share, truth.shares[n], 0.0)
+            wanted = (truth.shares[n] >= min_share).nonzero().flatten().tolist()
             assert records.share_channel[first:last].tolist() == wanted
-            assert_close(records.share_value[first:last], truth.shares[n, wanted])
-            for o in range(truth.shares.shape[1]):
-                share = truth.shares[n, o] if o in wanted else 0.0
-                assert_close(records.share_of(o)[row], share)
+            assert_close(records.share_value[first:last], shares[wanted])
+            assert_close([records.share_of(o)[row] for o in range(len(shares))], shares)
 
 
 def assert_input_maps(shards: Sequence[Records], truth: Truth) -> None:
@@ -178,10 +163,9 @@ def assert_input_maps(shards: Sequence[Records], truth: Truth) -> None:
 
 def assert_same_files(folder1: Path, folder2: Path) -> None:
     """Two folders hold the same files, byte for byte."""
-    names1, names2 = (sorted(path.name for path in f.iterdir()) for f in (folder1, folder2))
-    assert names1 == names2
-    for name in names1:
-        assert (folder1 / name).read_bytes() == (folder2 / name).read_bytes(), name
+    one, other = ({p.name: p.read_bytes() for p in f.iterdir()} for f in (folder1, folder2))
+    assert sorted(one) == sorted(other)
+    assert [name for name in one if one[name] != other[name]] == []
 
 
 def assert_same_tensors(folder1: Path, folder2: Path) -> None:
@@ -190,21 +174,19 @@ def assert_same_tensors(folder1: Path, folder2: Path) -> None:
     assert names1 == names2 != []
     for name in names1:
         one, other = (safetensors.torch.load_file(f / name) for f in (folder1, folder2))
-        assert sorted(one) == sorted(other)
+        assert one.keys() == other.keys()
         for key, tensor in one.items():
-            assert tensor.dtype == other[key].dtype
-            assert torch.equal(tensor, other[key]), (name, key)
+            assert_bit_equal(tensor, other[key])
 
 
 def snapshot(network: nn.Module) -> dict[str, Any]:
     """All that a scan could leave behind in a network."""
     parameters, modules = dict(network.named_parameters()), dict(network.named_modules())
-    gradients = {name: p.grad for name, p in parameters.items()}
     return {
         "state": {name: value.clone() for name, value in network.state_dict().items()},
         "modes": {name: module.training for name, module in modules.items()},
         "wants": {name: p.requires_grad for name, p in parameters.items()},
-        "gradients": {n: None if g is None else g.clone() for n, g in gradients.items()},
+        "gradients": {name: copy.deepcopy(p.grad) for name, p in parameters.items()},
         "hooks": {(name, k): list(getattr(m, k)) for name, m in modules.items() for k in HOOKS},
     }
 
@@ -275,8 +257,7 @@ def assert_grouped(
     """
     assert sorted(itertools.chain(*concepts)) == sorted(classes)
     for concept in concepts:
-        for pair in itertools.combinations(sorted(concept), 2):
-            assert cosines[pair] >= gamma, pair
+        assert all(cosines[pair] >= gamma for pair in itertools.combinations(sorted(concept), 2))
     for one, other in itertools.combinations(concepts, 2):
         across = [cosines[min(s, t), max(s, t)] for s in one for t in other]
         assert min(across) < gamma, (one, other)
@@ -342,25 +323,27 @@ def assert_adds_up(part: ChannelSplit, tolerance: float = 1e-14) -> None:
 def assert_same_split(split1: Split, split2: Split) -> None:
     """Two splits are the same, tensors to the bit."""
 
-    def assert_same(one: Any, other: Any, plain: str, tensors: str) -> None:
-        for name in plain.split():
-            assert getattr(one, name) == getattr(other, name), name
-        for name in tensors.split():
-            assert_bit_equal(getattr(one, name), getattr(other, name))
+    def assert_same(one: Any, other: Any, names: str) -> None:
+        for name in names.split():
+            value, expected = getattr(one, name), getattr(other, name)
+            if isinstance(value, Tensor):
+                assert_bit_equal(value, expected)
+            else:
+                assert value == expected, name
 
-    assert_same(split1, split2, "layer weights method settings class_names", "")
+    assert_same(split1, split2, "layer weights method settings class_names")
     for part1, part2 in zip(split1.channels, split2.channels, strict=True):
-        assert_same(part1, part2, "channel concepts info bias", "masks weight rows residual_row")
+        assert_same(part1, part2, "channel concepts info bias masks weight rows residual_row")
     assert split1.clusters.keys() == split2.clusters.keys()
     for number, cluster in split1.clusters.items():
-        assert_same(cluster, split2.clusters[number], "channel place least", "centres")
+        assert_same(cluster, split2.clusters[number], "channel place least centres")
 
 
 def assert_same_outputs(network: nn.Module, other: nn.Module, images: Tensor) -> None:
     """Two networks compute the same, bit for bit, with and without a graph."""
-    assert_bit_equal(other(images), network(images))
-    with torch.no_grad():
-        assert_bit_equal(other(images), network(images))
+    for graph in (True, False):
+        with torch.set_grad_enabled(graph):
+            assert_bit_equal(other(images), network(images))
 
 
 def assert_same_input_gradients(network: nn.Module, other: nn.Module, images: Tensor) -> None:
@@ -389,31 +372,32 @@ def assert_evaluation(result: Evaluation, split: Split, truth: Truth) -> None:
     errors: dict[str, list[float]] = {name: [] for name in kinds}
     for measured, part in zip(result.channels, split.channels, strict=True):
         assert measured.channel == part.channel
+        assert [one.classes for one in measured.concepts] == list(part.concepts)
         images = [truth.images(concept) for concept in part.concepts]
+        responses = {}
         for name, rectified in kinds.items():
             z, *z_new = (
                 truth.pooled_response(part.channel, row, rectified=rectified)
                 for row in (part.weight, *part.rows)
             )
+            responses[name] = z, z_new
             errors[name].append(oracle.separation_error(z, z_new, images))
             _assert_measure(getattr(measured, name), errors[name][-1])
-            if rectified:
-                continue
-            for k, concept in enumerate(measured.concepts):
-                own, others = images[k], images[:k] + images[k + 1 :]
-                assert (concept.classes, concept.n_images) == (part.concepts[k], len(own))
-                leakages = [oracle.leakage(z, z_new[k], other) for other in others]
-                silences = [oracle.silence_error(z, z_new[k], other) for other in others]
-                expected = (
-                    oracle.retention(z, z_new[k], own),
-                    sum(leakages) / len(others),
-                    oracle.mimic_error(z, z_new[k], own),
-                    sum(silences) / len(others),
-                    oracle.auroc(z_new[k], own, list(itertools.chain(*others))),
-                )
-                for measure, value in zip(MEASURES, expected, strict=True):
-                    _assert_measure(getattr(concept, measure), value)
-        assert len(measured.concepts) == len(part.concepts)
+        z, z_new = responses["separation_error"]
+        for k, concept in enumerate(measured.concepts):
+            own, others = images[k], images[:k] + images[k + 1 :]
+            assert concept.n_images == len(own)
+            leakages = [oracle.leakage(z, z_new[k], other) for other in others]
+            silences = [oracle.silence_error(z, z_new[k], other) for other in others]
+            expected = (
+                oracle.retention(z, z_new[k], own),
+                sum(leakages) / len(others),
+                oracle.mimic_error(z, z_new[k], own),
+                sum(silences) / len(others),
+                oracle.auroc(z_new[k], own, list(itertools.chain(*others))),
+            )
+            for measure, value in zip(MEASURES, expected, strict=True):
+                _assert_measure(getattr(concept, measure), value)
     for name, values in errors.items():
         if all(map(math.isfinite, values)):
             _assert_measure(result.summary[split.method][name], sum(values) / len(values))

@@ -1,7 +1,5 @@
 """What README and the docs hold: blocks of code, code in the text, commands."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import dataclass
@@ -13,9 +11,9 @@ LANGUAGES = {"python", "sh", "text"}  # what a block may be: run, run, and shown
 
 # Programs that a command in the text may begin with; those that no test runs are noticed.
 PROGRAMS = (
-    *("unbraid", "python", "python3", "pip", "pip3", "pytest", "torchrun", "ruff", "mypy"),
-    *("lint-imports", "uv", "conda", "apt", "apt-get", "git", "make", "docker", "bash", "sh"),
-    *("curl", "wget", "cd", "export", "cp", "mv", "rm", "tar"),
+    *("unbraid", "python", "python3", "pip", "pytest", "torchrun", "ruff", "mypy", "lint-imports"),
+    *("uv", "conda", "apt", "apt-get", "git", "make", "docker", "bash", "sh", "curl", "wget"),
+    *("cd", "export", "cp", "mv", "rm", "tar"),
 )
 
 _FENCE = re.compile(

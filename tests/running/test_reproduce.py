@@ -1,7 +1,5 @@
 """The comparison with the published list, and that it can fail."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +29,6 @@ def test_the_list_is_the_published_one():
         # Rounding, and negative cosines, which the script dropped, are no difference.
         ([replace(p, cosine=p.cosine + 0.0009) for p in FOUND], 20, 20),
         ([*FOUND, Pair(3, 1, 2, -0.1, 1.0, 1.0)], 20, 20),
-        (REST, 19, 20),
         ([*FOUND, Pair(3, 1, 2, 0.4, 1.0, 1.0)], 20, 21),
         ([replace(FIRST, cosine=FIRST.cosine + 0.003), *REST], 19, 20),
         ([replace(FIRST, channel=1), *REST], 19, 21),

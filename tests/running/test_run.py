@@ -1,10 +1,7 @@
 """A run makes each result once; a second one destroys nothing of the first, however it ends."""
 
-from __future__ import annotations
-
-import json
+import itertools
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +13,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-import unbraid
 from tiny_networks import SyntheticImages
 from unbraid.base import files
 from unbraid.base.errors import ModelError, RunError, UsageError
@@ -61,7 +57,7 @@ def assert_kept(out: Path, before: dict[str, bytes]) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory) -> Path:
     """A run; one in it with positions of its own, one that shares the first run's."""
     folder = tmp_path_factory.mktemp("first") / "run"
     n_found = [len(run(folder, thresholds).found) for thresholds in (LOOSE, STRICT, WITH_RHO)]
@@ -70,21 +66,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def family(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def family(made, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(running, "validation_images", lambda *_: VAL)
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 @pytest.fixture
-def out(made: Path, tmp_path: Path) -> Path:
+def out(made, tmp_path) -> Path:
     """The first run alone."""
     ignored = shutil.ignore_patterns("settings-*")
     return Path(shutil.copytree(made, tmp_path / "run", ignore=ignored))
 
 
-OTHERS: dict[str, tuple[Thresholds, dict[str, Any]]] = {
+OTHERS = {
     "tau that fits": (replace(LOOSE, tau="auto"), {}),
-    "p": (replace(LOOSE, p=0.75), {}),
     "clusters": (replace(LOOSE, concepts="clusters"), {}),
     "nothing found": (NOTHING, {}),
     "encoder": (LOOSE, {"encoder": "timm:any"}),
@@ -98,8 +93,7 @@ def test_run_with_other_settings_gets_a_folder_of_its_own(name, out, monkeypatch
     thresholds, options = OTHERS[name]
     done = run(out, thresholds, say=said.append, **options)
     assert done.page == out / "settings-2/report.html"
-    told = f"{out} holds a run with tau 0.01, p 0.5, gamma 0.99; this one goes into "
-    assert f"{told}{out / 'settings-2'}." in said
+    assert any(f"{out} holds a run with tau 0.01, p 0.5, gamma 0.99; this" in text for text in said)
     assert_kept(out, before)
     own = {path.name for path in (out / "settings-2").glob("positions-*")}
     shares = done.found.classes in ((), (0, 1, 2, 3))  # of which the first run has positions
@@ -118,15 +112,6 @@ def test_run_into_a_folder_of_other_settings_by_name(family):
     assert free.folder == family / "settings-7"
     assert run(family / "settings-9").folder == family  # where these settings are
     assert sorted(p.name for p in family.glob("**/scan-*")) == ["scan-train", "scan-val"]
-
-
-def test_run_with_what_changes_no_result_makes_no_folder(out):
-    before, same = content(out), {"title": "y", "source": {"data": "moved"}}
-    assert run(out, **same).page == out / "report.html"
-    changed = {name for name, now in content(out).items() if now != before.get(name)}
-    assert changed <= {"settings.json", "report.html"}
-    settings = json.loads((out / "settings.json").read_text())
-    assert {name: settings[name] for name in same} == same
 
 
 def test_run_with_other_settings_scans_only_what_is_not_there(family, monkeypatch):
@@ -149,7 +134,6 @@ def test_run_with_other_settings_scans_only_what_is_not_there(family, monkeypatc
 def test_run_layers_leaves_what_a_run_of_each_does(out):
     both = out.with_name("both")
     done = run_layers(network(), ["0", "2"], TRAIN, VAL, both, **USUAL)
-    assert done.output is not None
     assert done.output.max_abs_logit_diff == 0
     alone = content(out)
     for name, now in content(both / "2").items():
@@ -168,33 +152,29 @@ def test_run_layers_tells_classes_without_validation_images_first(made, tmp_path
     done = run_layers(network(), ["2"], TRAIN, fewer, tmp_path / "run", **options).runs["2"]
     assert "have none of 1 class (class 0); channels that one of them uses" in said[0]
     assert 0 < len(done.found.concepts) < len(Run(made).found.concepts)
-    assert "left out, as the validation images have none" in done.found.note
-    assert "left out, as the validation images" in done.page.read_text()
-    assert check(tmp_path / "run").whole
+    for told in (done.found.note, done.page.read_text()):
+        assert "left out, as the validation images have none" in told
 
 
 class Killed(BaseException):
     """Nothing catches it, as nothing catches a kill."""
 
 
-def die_until_done(
-    start: Callable[[], Run], check_between: Callable[[], None], holder: Any, name: str
-) -> tuple[Run, int]:
+def die_until_done(start, check_between, holder: Any, name: str) -> tuple[Run, int]:
     """Start again and again, each start killed one call of a function later than the one before."""
     function = getattr(holder, name)
-    for number in range(1, 100):
-        calls: list[Any] = []
+    for last in range(1, 100):
+        calls = itertools.count(1)
 
-        def call_or_die(*args: Any, calls: list[Any] = calls, last: int = number) -> Any:
-            calls.append(args)
-            if len(calls) == last:
+        def call_or_die(*args: Any, calls: Any = calls, last: int = last) -> Any:
+            if next(calls) == last:
                 raise Killed
             return function(*args)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(holder, name, call_or_die)
             try:
-                return start(), number
+                return start(), last
             except Killed:
                 check_between()
     raise AssertionError("it never came to an end")
@@ -232,7 +212,7 @@ def test_run_killed_while_replacing_is_finished_by_the_next(out, made):
     assert check(out).whole
 
 
-def test_run_that_fails_leaves_what_is_there(out, monkeypatch: pytest.MonkeyPatch):
+def test_run_that_fails_leaves_what_is_there(out, monkeypatch):
     before = content(out)
 
     def fail(*_: Any, **__: Any) -> None:
@@ -246,8 +226,6 @@ def test_run_that_fails_leaves_what_is_there(out, monkeypatch: pytest.MonkeyPatc
         run(out, Thresholds(tau=3.0), overwrite=True)
     with pytest.raises(RunError, match="weights"):
         run(out, STRICT, seed=1, overwrite=True)
-    with pytest.raises(RunError, match="whether positions are kept"):
-        unbraid.scan(network(), "2", VAL, out / "scan-val", positions=True)
     assert_kept(out, before)
 
 
@@ -264,37 +242,30 @@ def test_run_on_results_of_another_network_or_without_settings_keeps_them(out):
     assert_kept(out, before)
 
 
-@pytest.mark.parametrize("place", [".", "settings-2"])
-def test_run_tells_settings_of_no_run_before_anything_is_scanned(place, tmp_path):
-    (tmp_path / place).mkdir(exist_ok=True)
-    (tmp_path / place / "settings.json").write_text("{}")
-    with pytest.raises(RunError, match="not that of a run"):
-        run(tmp_path)
-    assert sorted(content(tmp_path)) == [str(Path(place, "settings.json"))]
-
-
-def test_run_tells_an_encoder_that_fails_before_anything_is_scanned(tmp_path, monkeypatch):
+def test_run_tells_what_cannot_be_used_before_anything_is_scanned(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "load_encoder", lambda *_, **__: lambda x: x @ x)
     with pytest.raises(ModelError, match="cannot run on images"):
-        run(tmp_path / "run", encoder="timm:any")
-    assert not (tmp_path / "run").exists()
+        run(tmp_path, encoder="timm:any")
+    (tmp_path / "settings-2").mkdir()
+    (tmp_path / "settings-2/settings.json").write_text("{}")
+    with pytest.raises(RunError, match="not that of a run"):
+        run(tmp_path)
+    assert sorted(content(tmp_path)) == ["settings-2/settings.json"]
 
 
-@pytest.mark.parametrize("name", [".", "settings-2", "settings-3"])
+@pytest.mark.parametrize("name", [".", "settings-2"])
 def test_report_and_figure_of_every_run_in_a_folder(name, family):
-    folder = family / name
-    page = (folder / "report.html").read_bytes()
-    (folder / "report.html").unlink()
-    assert check(family).missing == [str(folder / "report.html")]
-    assert Run(folder).report() == folder / "report.html"
-    assert (folder / "report.html").read_bytes() == page
-    channel = Run(folder).split.channels[0].channel
-    assert Run(folder).figure(channel, "densities").axes
-    assert check(folder).whole
+    page = family / name / "report.html"
+    before = page.read_bytes()
+    page.unlink()
+    assert check(family).missing == [str(page)]
+    assert Run(family / name).report() == page
+    assert page.read_bytes() == before
+    channel = Run(family / name).split.channels[0].channel
+    assert Run(family / name).figure(channel, "densities").axes
 
 
 def test_report_of_a_run_that_lacks_something_says_what_makes_it(family):
-    page = (family / "report.html").read_bytes()
     shutil.rmtree(family / "positions-val")
     with pytest.raises(RunError, match=r"positions-val is gone.*start the run again"):
         Run(family).report()
@@ -302,39 +273,24 @@ def test_report_of_a_run_that_lacks_something_says_what_makes_it(family):
     (family / "evaluation.json").unlink()
     with pytest.raises(RunError, match="holds an unfinished run; start it again"):
         Run(family).report()
-    assert (family / "report.html").read_bytes() == page
 
 
 def test_check_lists_what_a_folder_holds_and_what_is_not_whole(family):
     found = len((family / "findings.csv").read_text().splitlines()) - 1
-    holds = check(family).holds
-    run_lines = [line for line in holds if ": a run " in line]
-    usual = "tau 0.01, p 0.5, gamma 0.99"
-    assert run_lines[0].startswith(f"{family}: a run with {usual}; {found} pairs in ")
-    strict = "tau 0.2, p 0.5, gamma 0.99; 2 pairs in 1 channel; "
-    assert run_lines[1].startswith(f"{family / 'settings-2'}: a run with {strict}")
-    assert f"a run with {usual}, rho 0.5; {found} pairs in " in run_lines[2]
-    assert all(line.endswith("; split, evaluation, report.") for line in run_lines)
-    assert f"{family / 'scan-train'}: a scan of layer 2, 48 images, finished." in holds
-    own = f"{family / 'settings-2/positions-val'}: a scan of layer 2, "
-    assert any(line.startswith(own) and "with positions, finished" in line for line in holds)
-    (family / "scan-val/shard-000000.safetensors").unlink()
+    told = " ".join(check(family).holds)
+    assert f"a run with tau 0.01, p 0.5, gamma 0.99, rho 0.5; {found} pairs in " in told
+    assert f"{family / 'scan-train'}: a scan of layer 2, 48 images, finished." in told
     (family / "settings-2/settings.json").write_text("{")
     (family / "findings.csv").unlink()
-    less = check(family)
-    told = " ".join(less.holds)
-    assert "24 images, 0 of 1 shard there." in told
-    assert f"{family / 'settings-2'}: a run with unknown settings; " in told
-    assert "; findings not there; split" in told
-    assert (len(less.damaged), len(less.missing)) == (1, 2)
     shutil.rmtree(family / "scan-val")
-    missing = check(family).missing
-    assert missing.count(f"the scan in {family / 'scan-val'}") == 1  # though three runs lack it
-    assert str(family / "settings-2/settings.json") in missing
-
-
-def raise_model_error(*_: Any, **__: Any) -> None:
-    raise ModelError("It cannot be seen.")
+    less = check(family)
+    for told in ("a run with unknown settings; ", "; findings not there; split"):
+        assert told in " ".join(less.holds)
+    assert str(family / "findings.csv") in less.missing
+    assert (
+        less.missing.count(f"the scan in {family / 'scan-val'}") == 1
+    )  # though three runs lack it
+    assert len(less.damaged) == 1
 
 
 def visualized(folder: Path) -> tuple[Features | None, list[str]]:
@@ -344,16 +300,14 @@ def visualized(folder: Path) -> tuple[Features | None, list[str]]:
     return Run(folder).features, [text for text in said if "isuali" in text]
 
 
-def test_run_makes_visualisations_once_and_anew_where_they_are_damaged_or_of_another_split(
-    out, monkeypatch
-):
+def test_run_makes_visualisations_once_and_anew_where_they_are_damaged(out, monkeypatch):
     monkeypatch.setattr(running, "visualize", partial(running.visualize, steps=2))
     picture = Image.fromarray(np.zeros((7, 6, 4), dtype=np.uint8))
     Features("2", "abc", (Feature(12, 1, 0, picture, (2.0,)),)).save(out / "features")
     made, said = visualized(out)
     assert made.channels == Run(out).found.channels
     assert len(said) == 1
-    assert not (out / "features" / "12.1.png").exists()
+    assert not (out / "features" / "12.1.png").exists()  # of another split
     before = content(out / "features")
     assert visualized(out)[1] == []
     assert content(out / "features") == before
@@ -363,13 +317,16 @@ def test_run_makes_visualisations_once_and_anew_where_they_are_damaged_or_of_ano
 
 
 def test_run_tells_visualisations_left_out(out, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise ModelError("It cannot be seen.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "visualize", fail)
+        made, said = visualized(out)
+    assert made is None
+    assert said[-1] == "Feature visualisations are left out: It cannot be seen."
     monkeypatch.setattr(running, "SECONDS", 0.0)
     monkeypatch.setattr(making, "_PIXELS", 3 * 42)  # a channel at once
     made, said = visualized(out)
     assert (len(made.channels), made.left_out) == (1, len(Run(out).found.channels) - 1)
     assert said[-1] == "Visualised only the 1 channel with the lowest cosines."
-    shutil.rmtree(out / "features")
-    monkeypatch.setattr(running, "visualize", raise_model_error)
-    made, said = visualized(out)
-    assert made is None
-    assert said[-1] == "Feature visualisations are left out: It cannot be seen."
