@@ -46,11 +46,17 @@ def read_picture(path: str | Path) -> Image.Image:
         raise away or DataError(f"Image {path} cannot be read (there is no such file).") from None
     if not stat.S_ISREG(mode):  # opening a pipe might never end
         raise DataError(f"Image {path} cannot be read (it is no regular file).")
-    return decode_picture(path, str(path))
+    try:
+        # Opened here, as Pillow 13 maps a TIFF that it is given by name, and turns it wrongly.
+        with open(path, "rb") as file:
+            return decode_picture(file, str(path))
+    except OSError as error:
+        away = out_of_reach(f"Image {path}", error)
+        raise away or DataError(f"Image {path} cannot be read ({brief(error)}).") from None
 
 
-def decode_picture(file: str | Path | BinaryIO, name: str) -> Image.Image:
-    """Read an image from a file, open or not."""
+def decode_picture(file: BinaryIO, name: str) -> Image.Image:
+    """Read an image from an open file."""
     try:
         with _SWITCH, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error stays on
@@ -71,7 +77,7 @@ def decode_picture(file: str | Path | BinaryIO, name: str) -> Image.Image:
         raise away or DataError(f"Image {name} cannot be read ({brief(error)}).") from None
 
 
-def _decoded(file: str | Path | BinaryIO) -> Image.Image:
+def _decoded(file: BinaryIO) -> Image.Image:
     with Image.open(file, formats=_KINDS) as opened:
         if opened.width * opened.height > _MOST_PIXELS:
             raise ValueError(f"it has {opened.width * opened.height} pixels")
