@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from html.parser import HTMLParser
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 import unbraid
 from unbraid import Evaluation, Findings, Scan, Split
-from unbraid.finding.findings import Pair
 
-SCRIPT, QUOTES, REVERSED = "<script>x</script>", "\"'><img src=x>&amp;", "\u202egnirts"
-NAMES = (SCRIPT, QUOTES, REVERSED, "digital clock, \udcff")  # the last as of a folder's bad name
+HOSTILE = ("<script>x</script>", "\"'><img src=x>&amp;", "\u202egnirts")
+NAMES = (*HOSTILE, "digital clock, \udcff")  # the last as of a folder's bad name
 LONG = "long" * 25_000
-LONG_NAMES = (
-    "German short-haired pointer, Deutsch Kurzhaar",
-    "wheelbarrow and a digital clock",
-    24 * "W",
-    "T-shirt, of any colour",
-)
-CONCEPTS = {0: [[0], [1], [2, 3]], 1: [[0, 1], [2, 3]], 2: [[0], [1], [2], [3]]}
 BROKEN = 5
 
 
-class Blobs(Dataset[tuple[Tensor, int]]):
+class Blobs(Dataset):
     """Images of four classes; one cannot be read."""
 
-    classes = NAMES
+    classes, broken = NAMES, BROKEN
 
-    def __init__(self, n: int, seed: int):
+    def __init__(self, n, seed):
         noise = torch.Generator().manual_seed(seed)
         bases = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(9))
         self.targets = [n % 4 for n in range(n)]
@@ -50,7 +38,7 @@ class Blobs(Dataset[tuple[Tensor, int]]):
         return len(self.targets)
 
     def __getitem__(self, index):
-        if index == BROKEN:
+        if index == self.broken:
             raise OSError("truncated")
         return self.x[index], self.targets[index]
 
@@ -65,20 +53,20 @@ class Run:
     split: Split
     evaluation: Evaluation
 
-    def report(self, path: Path, **changed: Any) -> str:
+    def report(self, path, **changed):
         names = ("scan", "found", "split", "evaluation", "train_scan")
         arguments = {name: getattr(self, name) for name in names} | {"dataset": self.images}
         return unbraid.report(path, **(arguments | changed)).read_text(encoding="utf-8")
 
 
-def make_network() -> nn.Sequential:
+def make_network():
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1)),
         *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
     )
 
 
-def make_run(folder: Path) -> Run:
+def make_run(folder):
     torch.manual_seed(0)
     network = make_network()
     train, val = Blobs(160, 0), Blobs(150, 1)
@@ -103,77 +91,55 @@ def make_run(folder: Path) -> Run:
     return Run(network, val, train_scan, scan, found, split, evaluation)
 
 
-def hostile(run: Run, path: Path) -> None:
-    """Write a report with a channel that is only listed, without figures, and an endless name."""
-    nowhere = Pair(77, 0, 1, math.nan, 0.9, 0.9, math.nan, math.nan, math.nan, math.nan)
-    concepts = {**run.found.concepts, 77: ((0,), (1,))}
-    found = replace(run.found, concepts=concepts, pairs=(*run.found.pairs, nowhere))
-    run.report(path, found=replace(found, class_names=(*run.found.class_names[:3], LONG)))
-
-
-def crowded(run: Run, path: Path) -> None:
-    """Write one with three and four concepts a channel, long names and a map of thresholds."""
-    scan, train_scan = (
-        replace(one, manifest=replace(one.manifest, class_names=LONG_NAMES))
-        for one in (run.scan, run.train_scan)
-    )
-    found = unbraid.find(train_scan, channels=CONCEPTS)
-    split = unbraid.split(train_scan, found, method="published", rho=0.7)
-    changed = {"scan": scan, "train_scan": train_scan, "found": found, "split": split}
-    changed["evaluation"] = unbraid.evaluate(split, scan)
-    changed["sensitivity"] = unbraid.sensitivity(train_scan, found=found, gammas=[0.5, 0.8, 0.99])
-    run.report(path, **changed)
-
-
 @dataclass
 class Element:
     tag: str
     attributes: dict[str, str] = field(default_factory=dict)
     children: list[Element | str] = field(default_factory=list)
 
-    def walk(self) -> Iterator[Element]:
+    def walk(self):
         yield self
         for child in self.children:
             if isinstance(child, Element):
                 yield from child.walk()
 
-    def all(self, tag: str, kind: str = "") -> list[Element]:
+    def all(self, tag, kind=""):
         found = (e for e in self.walk() if e.tag == tag)
         return [e for e in found if not kind or kind in e.attributes.get("class", "").split()]
 
-    def rows(self, tag: str = "td") -> list[list[str]]:
+    def rows(self, tag="td"):
         """The texts of a table's cells."""
         return [[cell.text for cell in row.all(tag)] for row in self.all("tbody")[0].all("tr")]
 
     @property
-    def text(self) -> str:
+    def text(self):
         parts = (child if isinstance(child, str) else child.text for child in self.children)
         return re.sub(r"\s+", " ", "".join(parts)).strip()
 
 
 class _Reader(HTMLParser):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.open = [Element("root")]
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_startendtag(self, tag, attrs):
         self.open[-1].children.append(Element(tag, {key: value or "" for key, value in attrs}))
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         self.handle_startendtag(tag, attrs)
         if tag not in ("meta", "img", "link", "input"):  # these have no end
             self.open.append(self.open[-1].children[-1])
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         last = self.open.pop().tag
         assert last == tag, f"</{tag}> closes <{last}>"
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         self.open[-1].children.append(data)
 
 
 @cache
-def read(text: str) -> Element:
+def read(text):
     reader = _Reader()
     reader.feed(text)
     reader.close()
@@ -181,22 +147,22 @@ def read(text: str) -> Element:
     return root
 
 
-def sections(text: str) -> dict[int, Element]:
+def sections(text):
     """The sections of channels."""
     articles = read(text).all("article")
     return {int(a.attributes["id"].removeprefix("channel-")): a for a in articles}
 
 
-def notes(text: str) -> str:
+def notes(text):
     return " ".join(aside.text for aside in read(text).all("aside"))
 
 
-def shots(row: Element) -> list[Element]:
+def shots(row):
     """The pictures in a row, without what is laid over them."""
     return [image for image in row.all("img") if image not in row.all("img", "veil")]
 
 
-def assert_harmless(text: str) -> None:
+def assert_harmless(text):
     """Nothing runs but the page's own script, and nothing comes from anywhere else."""
     root = read(text)
     (policy,) = (e.attributes["content"] for e in root.all("meta") if "http-equiv" in e.attributes)

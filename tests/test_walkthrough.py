@@ -8,19 +8,19 @@ import re
 
 import pytest
 from execute import WALKTHROUGH, execute, read
-from nbformat import NotebookNode
 from PIL import ImageOps
 
 from alike import assert_alike, open_white
 
+KEPT = read(WALKTHROUGH)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
-def outputs(notebook: NotebookNode) -> list[NotebookNode]:
+def outputs(notebook):
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
-def texts(notebook: NotebookNode) -> list[str]:
+def texts(notebook):
     """What the notebook's outputs say, in order; pictures by their kind."""
     said = []
     for output in outputs(notebook):
@@ -30,12 +30,11 @@ def texts(notebook: NotebookNode) -> list[str]:
     return said
 
 
-def pictures(notebook: NotebookNode) -> list[NotebookNode]:
-    """The outputs with a picture."""
+def pictures(notebook):
     return [output.data for output in outputs(notebook) if "image/png" in output.get("data", {})]
 
 
-def assert_same(notebook: NotebookNode, other: NotebookNode) -> None:
+def assert_same(notebook, other):
     """The same words and pictures, and the same figures but for rounding on another machine."""
     for one, two in zip(texts(notebook), texts(other), strict=True):
         # Columns are as wide as their figures.
@@ -48,34 +47,29 @@ def assert_same(notebook: NotebookNode, other: NotebookNode) -> None:
         assert_alike(*(base64.b64decode(data["image/png"]) for data in pair))
 
 
-@pytest.fixture(scope="module")
-def kept() -> NotebookNode:
-    return read(WALKTHROUGH)
-
-
-def test_the_notebook_says_and_shows_the_same_when_run_anew(kept):
-    emptied = copy.deepcopy(kept)
+def test_the_notebook_says_and_shows_the_same_when_run_anew():
+    emptied = copy.deepcopy(KEPT)
     for cell in emptied.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    assert_same(kept, execute(emptied))
-    assert [texts(kept).count(f"with {kind}") for kind in ("text/html", "image/png")] == [4, 2]
-    assert not re.search(r"/tmp|/home|/work|/root|https?:|C:\\", "".join(texts(kept)))
+    assert_same(KEPT, execute(emptied))
+    assert [texts(KEPT).count(f"with {kind}") for kind in ("text/html", "image/png")] == [4, 2]
+    assert not re.search(r"/tmp|/home|/work|/root|https?:|C:\\", "".join(texts(KEPT)))
 
 
 @pytest.mark.parametrize(("old", "new"), [("0.1", "0.2"), ("mean", "median"), ("\n", "\n0.1")])
-def test_other_figures_and_words_are_noticed(kept, old, new):
-    other = copy.deepcopy(kept)
+def test_other_figures_and_words_are_noticed(old, new):
+    other = copy.deepcopy(KEPT)
     output = next(o for o in outputs(other) if "mean separation error 0" in o.get("text", ""))
     output.text = output.text.replace(old, new)
     with pytest.raises((AssertionError, ValueError)):
-        assert_same(kept, other)
+        assert_same(KEPT, other)
 
 
-def test_other_pictures_are_noticed(kept):
-    drawn, content = copy.deepcopy(kept), io.BytesIO()
+def test_other_pictures_are_noticed():
+    drawn, content = copy.deepcopy(KEPT), io.BytesIO()
     data = pictures(drawn)[-1]
     ImageOps.mirror(open_white(base64.b64decode(data["image/png"]))).save(content, "PNG")
     data["image/png"] = base64.b64encode(content.getvalue()).decode()
     with pytest.raises(AssertionError):
-        assert_same(kept, drawn)
+        assert_same(KEPT, drawn)

@@ -14,8 +14,6 @@ from unbraid.measuring.reference_images import reference_images
 from unbraid.reporting import channel as channel_module
 from unbraid.reporting.words import significant
 
-# --- reference images -----------------------------------------------------------------------------
-
 
 def test_rows_end_with_the_first_image_of_a_concept_that_is_missing(run, write):
     targets = run.images.targets
@@ -60,9 +58,6 @@ def test_reference_images_are_those_of_brute_force_however_sharded(run, tmp_path
                 assert mine.index.tolist() == others.index.tolist() == best
                 assert mine.label.tolist() == [run.images.targets[i] for i in best]
                 torch.testing.assert_close(mine.activation.float(), z[best], rtol=1e-4, atol=1e-4)
-
-
-# --- densities and single classes -----------------------------------------------------------------
 
 
 def test_curves_and_points_are_those_of_all_images_by_concept_and_class(run, monkeypatch):

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from pages import Element, Run, read, sections
+from pages import read, sections
 from unbraid.measuring.results import Responses
-from unbraid.reporting.channel import Scatter, by_class, concept_views, densities, ridges, scatter
+from unbraid.reporting.channel import by_class, concept_views, densities, ridges, scatter
 from unbraid.reporting.charts import draw_densities, draw_ridges, draw_scatter
 from unbraid.reporting.words import isolate, significant
 
 
-def points_of(line: str) -> list[tuple[float, float]]:
+def points_of(line):
     """The points of a line, or of single dots."""
     figures = [float(v) for v in re.findall(r"-?\d+\.?\d*", line.replace("h0", " "))]
     return list(zip(figures[::2], figures[1::2], strict=True))
@@ -36,7 +36,7 @@ def test_any_responses_can_be_drawn(values, run):
         assert not re.search(r"\b(nan|inf)\b", drawn)
 
 
-def assert_scatter(drawn: Element, data: Scatter) -> None:
+def assert_scatter(drawn, data):
     """Every point lies where its image's responses are, on one scale for both axes."""
     clouds, n = drawn.all("path", "dots"), len(data.classes)
     all_axes = list(combinations(range(data.points[0].shape[1]), 2))
@@ -75,10 +75,7 @@ def test_charts_follow_their_data(run):
             assert_scatter(dots, data._replace(points=wrong))
 
 
-# --- alternative texts ----------------------------------------------------------------------------
-
-
-def assert_spoken(page: str, run: Run) -> None:
+def assert_spoken(page, run):
     """Every chart names its channel and concepts and has its main numbers."""
 
     def in_words(values):
@@ -87,7 +84,7 @@ def assert_spoken(page: str, run: Run) -> None:
     (records,) = run.train_scan.shards()
     for part in run.split.channels:
         section = sections(page)[part.channel]
-        told: dict[str, str] = {}
+        told = {}
         for figure in section.all("figure"):
             for chart in figure.all("svg", "chart"):
                 heading = figure.all("h3")[0].text

@@ -1,4 +1,4 @@
-"""Figures for papers: they show what the images say, in any format, whatever names hold."""
+"""Figures for papers show what the images say, whatever names hold, in colours told apart."""
 
 import copy
 import io
@@ -8,14 +8,12 @@ import re
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import gaussian_kde
 from torch import Tensor, nn
@@ -39,15 +37,12 @@ class Images(Blobs):
 
     classes = ("$x_1$", "<b>&", "\u202edrawkcab\n", "w" * 5000)
 
-    def __init__(self, gone: tuple[int, ...]) -> None:
+    def __init__(self, gone=None):
         super().__init__(52, 1)
-        self.x, self.gone = self.x.double(), gone
+        self.x, self.gone, self.broken = self.x.double(), gone, None
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.x[index], self.targets[index]
-
-    def picture(self, index: int) -> Image.Image:
-        if index in self.gone:
+    def picture(self, index):
+        if index == self.gone:
             raise OSError("gone")
         values = np.arange(99, dtype=np.uint8)[:, None] + index
         return Image.fromarray(values.repeat(3, 1).reshape(9, 11, 3))
@@ -61,10 +56,10 @@ class Run:
     split: Split
     inputs: list[tuple[Tensor, int]]  # of the layer, image by image, with labels
 
-    def of(self, concept: Any) -> list[Tensor]:
+    def of(self, concept):
         return [x for x, label in self.inputs if label in concept]
 
-    def values(self, channel: int) -> list:
+    def values(self, channel):
         """Pooled pre-activations by row and concept, one image and one position at a time."""
         part = self.split[channel]
         rows = [part.weight, *(mask * part.weight for mask in part.masks)]
@@ -74,7 +69,7 @@ class Run:
 
         return [[[value(row, x) for x in self.of(own)] for own in part.concepts] for row in rows]
 
-    def relevances(self, channel: int) -> list:
+    def relevances(self, channel):
         """Per concept, each input's mean relevance for the original and the concept channel."""
         part, found = self.split[channel], []
         for own, row in zip(part.concepts, part.rows, strict=True):
@@ -89,44 +84,33 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    network, images = make_network().double(), Images(gone=())
+def run(tmp_path_factory):
+    network, images = make_network().double(), Images()
     scan = unbraid.scan(network, "2", images, tmp_path_factory.mktemp("run"), min_share=1e-6)
     split = unbraid.split(scan, unbraid.find(scan, tau=1e-5, channels=CONCEPTS))
     inputs = [(layer_io(network, "2", images[n][0])[0], images[n][1]) for n in range(52)]
     return Run(network[2], images, scan, split, inputs)
 
 
-def draw(run: Run, kind: str, channel: int = 4, **options: Any) -> Figure:
-    function = getattr(unbraid, f"{kind}_figure")
-    return function(run.split, run.scan, channel, **options)
+def draw(run, kind, channel=4, **options):
+    return getattr(unbraid, f"{kind}_figure")(run.split, run.scan, channel, **options)
 
 
-# --- reading a figure -----------------------------------------------------------------------------
-
-
-def panels(figure: Figure) -> list[Axes]:
+def panels(figure):
     """The axes with densities, from above."""
     return [a for a in figure.axes if any("density" in str(x.get_label()) for x in a.lines)]
 
 
-def tiles(figure: Figure) -> list[list[Axes]]:
+def tiles(figure):
     """The axes with pictures, row by row from above, from the left."""
-    rows: dict[float, list[Axes]] = {}
+    rows = {}
     for axes in figure.axes:
         if axes not in panels(figure):
             rows.setdefault(-round(axes.get_position().y0, 6), []).append(axes)
     return [sorted(rows[y], key=lambda axes: axes.get_position().x0) for y in sorted(rows)]
 
 
-def kernel_density(values: list[float], grid: np.ndarray) -> np.ndarray:
-    """Gaussian kernels of Scott's width, or of a step of the grid if that is more; peak 1."""
-    least = (grid[1] - grid[0]) / np.std(values, ddof=1)
-    heights = gaussian_kde(values, max(len(values) ** -0.2, least))(grid)
-    return heights / heights.max()
-
-
-def assert_densities(figure: Figure, values: list[list[list[float]]]) -> None:
+def assert_densities(figure, values):
     """Each panel holds each concept's density and mean, and nothing else, on one grid."""
     everything = [v for row in values for concept in row for v in concept]
     for axes, row in zip(panels(figure), values, strict=True):
@@ -138,7 +122,10 @@ def assert_densities(figure: Figure, values: list[list[list[float]]]) -> None:
         for name, colour, concept in zip(LETTERS, COLOURS, row, strict=False):
             density, mean = drawn.pop(f"density {name}"), drawn.pop(f"mean {name}")
             x = np.asarray(density.get_xdata())
-            expected = kernel_density(concept, x)
+            # Gaussian kernels of Scott's width, or of a step of the grid if that is more; peak 1.
+            least = (x[1] - x[0]) / np.std(concept, ddof=1)
+            expected = gaussian_kde(concept, max(len(concept) ** -0.2, least))(x)
+            expected /= expected.max()
             expected[expected <= 0.004] = np.nan
             np.testing.assert_allclose(density.get_ydata(), expected, rtol=1e-6, atol=1e-9)
             assert mean.get_xdata() == pytest.approx([math.fsum(concept) / len(concept)], rel=1e-9)
@@ -146,13 +133,13 @@ def assert_densities(figure: Figure, values: list[list[list[float]]]) -> None:
         assert not drawn
 
 
-def assert_sources(figure: Figure, truth: list[list[list[float]]], n: int = 5) -> None:
+def assert_sources(figure, truth):
     """One panel per concept, its bars the relevances of the strongest inputs, taken in turns."""
     orders = [sorted(range(8), key=lambda i: -abs(original[i])) for original, _ in truth]
     turns = dict.fromkeys(order[place] for place in range(8) for order in orders)
     said = [text.get_text() for text in figure.texts]
     inputs = [int(words) for words in said if words.isdigit()]
-    assert sorted(inputs) == sorted(list(turns)[:n])
+    assert sorted(inputs) == sorted(list(turns)[:5])
     for axes, relevances, name in zip(figure.axes, truth, LETTERS[: len(truth)], strict=True):
         assert name in said
         for bars, values in zip(axes.containers, relevances, strict=True):
@@ -161,9 +148,9 @@ def assert_sources(figure: Figure, truth: list[list[list[float]]], n: int = 5) -
             assert all(low <= values[i] <= high for i in inputs)
 
 
-def assert_tiles(figure: Figure, run: Run, channel: int, n: int = 3, skip: int = 0) -> None:
+def assert_tiles(figure, run, channel, skip=0):
     """Each row holds the middle of its reference images, framed by what they belong to."""
-    top = reference_images(run.scan, run.split, n=n, alike=ALIKE)[channel]
+    top = reference_images(run.scan, run.split, n=3, alike=ALIKE)[channel]
     for row, images in zip(tiles(figure), (top.original, *top.concepts), strict=True):
         pairs = zip(images.index.tolist(), images.concept.tolist(), strict=True)
         for axes, (index, concept) in zip(row[skip:], pairs, strict=True):
@@ -174,10 +161,7 @@ def assert_tiles(figure: Figure, run: Run, channel: int, n: int = 3, skip: int =
             assert [text.get_text() for text in axes.texts] == [*LETTERS[concept : concept + 1]]
 
 
-# --- what figures show ----------------------------------------------------------------------------
-
-
-def assert_true(run: Run, kind: str, channel: int, spoil: Any = lambda figure: None) -> None:
+def assert_true(run, kind, channel, spoil=lambda figure: None):
     """A figure's densities, bars and pictures are those of the images."""
     options = {"teaser": {"dataset": run.images, "n": 3}, "source": {"n": 5}}.get(kind, {})
     figure = draw(run, kind, channel, **options)
@@ -196,8 +180,8 @@ def test_figures_show_what_the_images_say(run, kind, channel):
     assert_true(run, kind, channel)
 
 
-def _shift(axes: Axes, label: str) -> None:
-    line = next(line for line in axes.lines if line.get_label() == label)
+def _shift(axes, label):
+    (line,) = (line for line in axes.lines if line.get_label() == label)
     line.set_xdata(np.asarray(line.get_xdata()) + 0.01)
 
 
@@ -229,7 +213,7 @@ def test_teaser_figure_shows_visualisations_and_crosses_out_what_is_gone(run):
     assert_tiles(draw(run, "teaser", dataset=run.images, features=fewer, n=3), run, 4)
     assert [len(row) for row in tiles(draw(run, "teaser", features=features))] == [1, 1, 1]
     top = reference_images(run.scan, run.split, n=3, alike=ALIKE)[4].original.index.tolist()
-    row = tiles(draw(run, "teaser", dataset=Images(gone=(top[1],)), n=3))[0]
+    row = tiles(draw(run, "teaser", dataset=Images(gone=top[1]), n=3))[0]
     assert [(len(axes.images), len(axes.lines)) for axes in row] == [(1, 0), (0, 2), (1, 0)]
 
 
@@ -303,3 +287,51 @@ def test_figures_refuse_another_network_absent_images_and_no_matplotlib(run, mon
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UnbraidError, match="pip install matplotlib"):
         draw(run, kind)
+
+
+STYLE = (Path(unbraid.__file__).parent / "reporting" / "style.css").read_text()
+LIGHT, DARK = zip(*[iter(re.findall(r"--c\d: (#\w{6})", STYLE))] * 8, strict=True)
+APART = 10.0  # CIELAB; about 2 is a just noticeable difference
+
+# Machado, Oliveira and Fernandes 2009, doi:10.1109/TVCG.2009.113, table 1, severity 1: a kind of
+# cone is missing. On linear RGB.
+SIGHTS = {
+    "all cones": "1 0 0  0 1 0  0 0 1",
+    "protanopia": "0.152286 1.052583 -0.204868  0.114503 0.786281 0.099216"
+    "  -0.003882 -0.048116 1.051998",
+    "deuteranopia": "0.367322 0.860646 -0.227968  0.280085 0.672501 0.047413"
+    "  -0.011820 0.042940 0.968881",
+    "tritanopia": "1.255528 -0.076749 -0.178779  -0.078411 0.930809 0.147602"
+    "  0.004733 0.691367 0.303900",
+}
+# IEC 61966-2-1: sRGB to XYZ, with the white of D65.
+XYZ = np.array([(0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505)])
+WHITE = (0.9505, 1.0, 1.089)
+
+
+def lab(colour, sight):
+    """CIELAB of a colour as somebody with these cones sees it."""
+    cones = np.array(SIGHTS[sight].split(), dtype=float).reshape(3, 3)
+    parts = np.array([int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    t = XYZ @ (cones @ linear).clip(0, 1) / WHITE
+    x, y, z = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+def least_distance(colours, sight):
+    places = [lab(colour, sight) for colour in colours]
+    return min(math.dist(one, other) for one, other in itertools.combinations(places, 2))
+
+
+FORMER = ["#0072b2", "#bd4f00", "#00845f", "#b0508e", "#8a6f00", "#33475b", "#7b5a45", "#5b5fc7"]
+
+
+@pytest.mark.parametrize(("colours", "fine"), [(LIGHT, True), (DARK, True), (FORMER, False)])
+def test_every_two_colours_are_told_apart_by_colour_blind_people(colours, fine):
+    assert least_distance(colours, "all cones") > APART
+    assert all(least_distance(colours, sight) >= APART for sight in SIGHTS) == fine
+
+
+def test_colours_of_figures_are_those_of_the_page():
+    assert COLOURS == LIGHT

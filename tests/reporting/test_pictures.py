@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from unbraid.reporting.pictures import Sight, Spot
 from unbraid.visualizing.features import Feature, Features
 
 
-def image_in(uri: str) -> Image.Image:
+def image_in(uri):
     return Image.open(io.BytesIO(base64.b64decode(uri.split("base64,")[1])))
 
 
@@ -47,8 +46,6 @@ def test_encode_keeps_tiny_pictures_and_veil_hides_what_does_not_count():
     np.testing.assert_allclose(opacity, 0.72 * (1 - shade.numpy()), atol=0.003)
     assert len(pictures.veil(torch.rand(200, 300))) < 2500
 
-
-# --- which part of a picture a network sees -------------------------------------------------------
 
 TENSOR, FLOAT = v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)
 NORMAL = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -84,14 +81,12 @@ def test_declared_sight_is_what_the_transform_shows(name, size):
     assert np.abs(values - mine)[2:-2, 2:-2].max() < 0.03
 
 
-class Photographs(Dataset[tuple[Any, int]]):
+class Photographs(Dataset):
     """Pictures that do not compress well, and what a transform makes of them."""
 
-    classes = tuple(f"class {n}" for n in range(4))
-
-    def __init__(self, n, transform=None, size=(128, 160)):
+    def __init__(self, n, transform=None):
         coarse = torch.rand(n, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-        self.x = F.interpolate(coarse, size, mode="bilinear")
+        self.x = F.interpolate(coarse, (128, 160), mode="bilinear")
         self.targets = [n % 4 for n in range(n)]
         self.transform = transform
 
@@ -120,9 +115,6 @@ def test_pictures_are_from_before_the_transform_and_cut_as_it_says():
         (ConcatDataset(both), None),
     ):
         assert pictures.sight_of(dataset) == sight
-
-
-# --- where a channel responds ---------------------------------------------------------------------
 
 
 def test_find_where_is_the_layers_own_output_image_by_image(run):
@@ -181,10 +173,8 @@ def test_veils_lie_over_their_pictures(run, page, write, tmp_path):
 
 
 def test_a_hundred_channels_fit_and_veils_need_a_transform_that_says_how_it_cuts(tmp_path):
-    network = nn.Sequential(
-        *(nn.Conv2d(3, 100, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
-        *(nn.Flatten(), nn.Linear(100, 4)),
-    )
+    pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(nn.Conv2d(3, 100, 3, padding=1), nn.ReLU(), *pool, nn.Linear(100, 4))
     images = Photographs(240, lambda picture: FLOAT(v2.functional.resize(picture, [16, 16])))
     scan = unbraid.scan(network, "0", images, tmp_path / "scan", positions=True)
     found = unbraid.find(scan, channels={o: [[0, 1], [2, 3]] for o in range(100)})

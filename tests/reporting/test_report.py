@@ -3,27 +3,13 @@
 import math
 import re
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from torch.utils.data import Subset
 
 import unbraid
-from pages import (
-    BROKEN,
-    LONG,
-    QUOTES,
-    REVERSED,
-    SCRIPT,
-    Blobs,
-    Element,
-    assert_harmless,
-    notes,
-    read,
-    sections,
-    shots,
-)
-from unbraid import Findings
+from handmade import plant
+from pages import BROKEN, HOSTILE, LONG, Blobs, assert_harmless, notes, read, sections, shots
 from unbraid.base.errors import UsageError
 from unbraid.measuring.evaluate import intervals
 from unbraid.measuring.reference_images import ALIKE, reference_images
@@ -52,8 +38,8 @@ def test_report_is_harmless_and_the_checker_sees_harm(page, old, new):
 def test_report_shows_hostile_names_as_text_that_turns_no_other_around(page):
     root = read(page)
     drawn = " ".join(text.text for text in root.all("text"))
-    assert {SCRIPT, QUOTES, REVERSED} <= {bdi.text for bdi in root.all("bdi")}
-    assert all(name in drawn for name in (SCRIPT, QUOTES, REVERSED))
+    assert set(HOSTILE) <= {bdi.text for bdi in root.all("bdi")}
+    assert all(name in drawn for name in HOSTILE)
     in_elements = sum(bdi.text.count("\u202e") for bdi in root.all("bdi"))
     in_plain_text = len(re.findall("\u2068[^\u2069]*\u202e[^\u2069]*\u2069", page))
     assert in_elements + in_plain_text == page.count("\u202e")
@@ -70,22 +56,19 @@ def test_report_bounds_notes_and_how_channels_were_split(run, write):
         assert f"lambda 0.03162 <b> {199 * 'x'}…" in section.all("p", "info")[0].text
 
 
-# --- figures --------------------------------------------------------------------------------------
-
-
-def figures_in(section: Element) -> list[Any]:
+def figures_in(section):
     """The tables of a channel's section, and the figures that stand alone."""
     alone = [*section.all("p", "errors"), *section.all("p", "distances")]
     tables = [table.rows() for table in section.all("table")]
     return [*tables, [b.text for p in alone for b in p.all("b")]]
 
 
-def figures_of(evaluation: Any, channel: int) -> list[Any]:
+def figures_of(evaluation, channel):
     """What they should be: measures with intervals, ratios, likeness, effects, and the rest."""
     measured = next(c for c in evaluation.channels if c.channel == channel)
     off = next(c for c in evaluation.ablation.channels if c.channel == channel)
     seen = evaluation.semantics.channels[channel]
-    sure: Any = intervals(evaluation.responses[channel])
+    sure = intervals(evaluation.responses[channel])
     measures, effects = [], []
     for concept, known in zip(measured.concepts, map(vars, sure.concepts), strict=True):
         measures.append([str(concept.n_images)])
@@ -122,15 +105,13 @@ def test_every_figure_is_the_evaluations(page, run):
 
 def test_report_shows_facts_and_settings(page, run):
     facts, settings = (
-        read(page).all(*one)[0].text for one in (("ul", "facts"), ("dl", "settings"))
+        read(page).all("ul", "facts")[0].text,
+        read(page).all("dl", "settings")[0].text,
     )
     top1 = percent(run.evaluation.output.top1_before, 1)
     mean = number(run.evaluation.summary["published"]["separation_error"])
-    for told in (
-        f"0 largest logit difference top-1 {top1} before",
-        f"{mean} mean separation error",
-    ):
-        assert told in facts
+    assert f"0 largest logit difference top-1 {top1} before" in facts
+    assert f"{mean} mean separation error" in facts
     broken = f"149; 1 broken image left out (places {BROKEN})"
     for told in (run.scan.manifest.weights, run.scan.manifest.data, broken):
         assert told in settings
@@ -153,10 +134,7 @@ def test_report_has_no_ratio_to_a_mean_not_told_from_zero(run, write):
         assert ["not told from 0" in cell.text for cell in cells] == dashes
 
 
-# --- the lists of channels and pairs --------------------------------------------------------------
-
-
-def pairs_in(root: Element) -> list[Any]:
+def pairs_in(root):
     """The list of pairs without names, the lowest of each channel, and how many are uncertain."""
     (overview,), (pairs,) = (root.all("table", kind) for kind in ("overview", "pairs"))
     lowest = zip(overview.rows("th"), overview.rows(), strict=True)
@@ -168,7 +146,7 @@ def pairs_in(root: Element) -> list[Any]:
     ]
 
 
-def pairs_of(found: Findings) -> list[Any]:
+def pairs_of(found):
     rows = []
     for pair in found.pairs:
         certain = pair.high < found.gamma if pair.cosine < found.gamma else pair.low >= found.gamma
@@ -198,11 +176,9 @@ def test_pairs_are_listed_with_how_sure_they_are(run, page, write):
 def test_endless_lists_of_endless_names_stay_below_the_limit(run, write):
     names = tuple(f"{n}<&'\"{LONG[:300]}" for n in range(120))
     concepts = {n: tuple((c,) for c in range(120)) for n in range(3000)}
+    changes = [(n % 3000, n % 120, n * 7919 % 30_000 / 1e5) for n in range(30_000)]
     first = run.found.pairs[0]
-    pairs = tuple(
-        replace(first, channel=n % 3000, cosine=n * 7919 % 30_000 / 1e5, class1=n % 120)
-        for n in range(30_000)
-    )
+    pairs = tuple(replace(first, channel=o, class1=c, cosine=cosine) for o, c, cosine in changes)
     found = replace(run.found, concepts=concepts, pairs=pairs, class_names=names)
     page = write(found=found, split=None, evaluation=None)
     assert len(page.encode()) <= 10_000_000
@@ -210,15 +186,13 @@ def test_endless_lists_of_endless_names_stay_below_the_limit(run, write):
     assert 10 < len(channels) < 3000
     n = len(listed)
     assert [row[1] for row in listed] == [*map(number, sorted(pair.cosine for pair in pairs)[:n])]
+    assert f"The list of channels has {len(channels):,} of 3,000" in notes(page)
     told = f"the {n:,} with the lowest cosines of 30,000; the other {30_000 - n:,} are in"
-    for note in (f"The list of channels has {len(channels):,} of 3,000", told):
-        assert note in notes(page)
+    assert told in notes(page)
 
 
 @pytest.mark.parametrize("limit", [0, 100_000])
-def test_report_leaves_out_channels_beyond_the_limits_but_lists_those_in_full(
-    run, write, monkeypatch, limit
-):
+def test_report_leaves_out_channels_beyond_its_limits(run, write, monkeypatch, limit):
     nearer = [replace(run.found.pairs[0], channel=90 + k, cosine=-0.9) for k in range(5)]
     concepts = {**run.found.concepts, **{pair.channel: ((0,), (1,)) for pair in nearer}}
     found = replace(run.found, concepts=concepts, pairs=(*nearer, *run.found.pairs))
@@ -235,9 +209,6 @@ def test_report_leaves_out_channels_beyond_the_limits_but_lists_those_in_full(
     listed = {int(row[0]) for row in read(page).all("table", "overview")[0].rows("th")}
     assert set(lowest) <= listed < set(concepts)
     assert f"The list of channels has {len(listed)} of {len(concepts)}" in notes(page)
-
-
-# --- images, what is missing, and what does not fit -----------------------------------------------
 
 
 class Half(Blobs):
@@ -265,10 +236,10 @@ def test_sections_show_the_strongest_images_and_say_which_cannot_be_read(page, r
 
 def test_report_of_nothing_found_says_why(run, write):
     none = unbraid.find(run.train_scan, gamma=-1.0)
-    page = read(write(found=none, split=None, evaluation=None, title=SCRIPT + "\udcff"))
+    page = read(write(found=none, split=None, evaluation=None, title=HOSTILE[0] + "\udcff"))
     assert none.hint in page.text
     assert not page.all("article")
-    assert page.all("h1")[0].text == SCRIPT + "\\udcff"
+    assert page.all("h1")[0].text == HOSTILE[0] + "\\udcff"
 
 
 @pytest.mark.parametrize(
@@ -289,7 +260,7 @@ def test_report_says_what_is_missing(run, page, write, note, missing):
     assert note not in notes(page)
 
 
-def foreign(one: Any, **changes: str) -> Any:
+def foreign(one, **changes):
     return replace(one, manifest=replace(one.manifest, **changes))
 
 
@@ -309,3 +280,56 @@ def test_report_refuses_strangers(run, tmp_path, said, change):
     with pytest.raises(UsageError, match=said):
         run.report(tmp_path / "r.html", **change(run))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def clusters(tmp_path_factory):
+    """What a report on concepts that are clusters of images is made from."""
+    home = tmp_path_factory.mktemp("clusters")
+    train, val = (plant(home / name, seed=seed).scan for name, seed in (("train", 0), ("val", 7)))
+    found = unbraid.find(train, concepts="clusters")
+    split = unbraid.split(train, found)
+    known = {"scan": val, "train_scan": train, "found": found, "split": split}
+    return known | {"evaluation": unbraid.evaluate(split, val)}
+
+
+def write_clusters(clusters, folder, **changed):
+    text = unbraid.report(folder / "report.html", **(clusters | changed)).read_text()
+    assert_harmless(text)
+    return read(text)
+
+
+def test_report_speaks_of_clusters(clusters, tmp_path):
+    page, found = write_clusters(clusters, tmp_path), clusters["found"]
+    assert f"{len(found)} pairs of clusters" in page.text
+    for words in ("airs of classes", "other classes", "Interval", "Halves", "its class"):
+        assert words not in page.text
+    settings = page.all("dl", "settings")[0]
+    assert {e.text for e in settings.all("dt")}.isdisjoint({"tau", "p"})
+    assert page.all("table", "pairs")[0].rows() == [
+        [
+            *(str(pair.channel), number(pair.cosine)),
+            *(found.name(pair.class1), f"{100 * pair.use1:.0f}%"),
+            *(found.name(pair.class2), f"{100 * pair.use2:.0f}%"),
+        ]
+        for pair in found.pairs
+    ]
+
+
+@pytest.mark.parametrize("agreement", [{}, {0: math.nan, 1: math.nan}])
+def test_report_shows_agreement_with_classes(clusters, tmp_path, agreement):
+    found = replace(clusters["found"], agreement=clusters["found"].agreement | agreement)
+    known = list(found.agreement.values())
+    page = write_clusters(clusters, tmp_path, found=found)
+    (table,) = page.all("table", "overview")
+    channels = [int(name) for (name,) in table.rows("th")]
+    assert sorted(channels) == sorted(found.agreement)
+    assert [row[-1] for row in table.rows()] == [number(found.agreement[o]) for o in channels]
+    mean = f"agreement with classes {number(sum(known) / len(known))}"
+    assert (mean in page.all("ul", "facts")[0].text) != bool(agreement)
+
+
+def test_report_calls_predicted_classes_so(clusters, tmp_path):
+    for labels in ("given", "predicted"):
+        page = write_clusters(clusters, tmp_path, scan=foreign(clusters["scan"], labels=labels))
+        assert ("with predicted class and" in page.text) == (labels == "predicted")

@@ -8,12 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from checks import assert_close
 from tiny_networks import SyntheticImages, WithBroken
 from unbraid.base.errors import DataError, UsageError
-from unbraid.visualizing.canvas import Pixels, blank_canvas, pixels_of, shake
+from unbraid.visualizing.canvas import blank_canvas, pixels_of, shake
 
 SIZES = [(6, 5), (4, 4), (7, 3)]
 
@@ -22,12 +21,10 @@ SIZES = [(6, 5), (4, 4), (7, 3)]
 def test_pixels_of_images_are_what_loops_say(size, n_colours):
     dataset = SyntheticImages(9, size=(n_colours, *size))
     found = pixels_of(dataset)
-    values = [[dataset.images[:, c].min(), dataset.images[:, c].max()] for c in range(n_colours)]
-    assert_close(found.low, torch.tensor([v[0] for v in values]), tolerance=1e-6)
-    assert_close(found.high, torch.tensor([v[1] for v in values]), tolerance=1e-6)
-    scaled = torch.stack(
-        [(dataset.images[:, c] - low) / (high - low) for c, (low, high) in enumerate(values)], 1
-    )
+    low, high = dataset.images.amin((0, 2, 3)), dataset.images.amax((0, 2, 3))
+    assert_close(found.low, low, tolerance=1e-6)
+    assert_close(found.high, high, tolerance=1e-6)
+    scaled = (dataset.images - low[:, None, None]) / (high - low)[:, None, None]
     assert found.size == size
     assert_close(found.mean, scaled.mean((0, 2, 3)), tolerance=1e-6)
     covariance = np.cov(scaled.movedim(1, 0).flatten(1).numpy()).reshape(n_colours, n_colours)
@@ -37,9 +34,8 @@ def test_pixels_of_images_are_what_loops_say(size, n_colours):
     for c in range(n_colours):
         expected = np.zeros((size[0], size[1] // 2 + 1))
         for image in scaled:
-            plain = sum(
-                uncorrelated[c, d] * (image[d] - found.mean[d].double()) for d in range(n_colours)
-            )
+            centred = image - found.mean.double()[:, None, None]
+            plain = sum(uncorrelated[c, d] * centred[d] for d in range(n_colours))
             expected += np.abs(np.fft.rfft2(plain.numpy(), norm="ortho")) / len(scaled)
         assert_close(found.magnitude[c], torch.from_numpy(expected), tolerance=1e-5)
 
@@ -76,9 +72,6 @@ def test_pixels_of_what_cannot_be_measured_are_refused(images, size, error, sent
         pixels_of([(image, 0) for image in images], size)
 
 
-# --- canvas ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_a_free_canvas_is_a_sum_of_waves(size):
     pixels = pixels_of(SyntheticImages(9, size=(3, *size)))
@@ -96,7 +89,7 @@ def test_a_free_canvas_is_a_sum_of_waves(size):
     assert_close(canvas.images()[0].detach(), torch.from_numpy(expected), tolerance=1e-5)
 
 
-def assert_spectrum(image: Tensor, pixels: Pixels) -> None:
+def assert_spectrum(image, pixels):
     """Magnitudes are those of the data set, but for one factor and the mean."""
     uncorrelated = torch.linalg.inv(pixels.colours)
     plain = torch.einsum("dc,chw->dhw", uncorrelated, image - pixels.mean[:, None, None])

@@ -1,10 +1,6 @@
 """Feature visualisations on disk: they come back, and what is damaged is told."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +12,7 @@ from unbraid.visualizing import features
 from unbraid.visualizing.features import Feature, Features
 
 
-def some_features() -> Features:
+def some_features():
     random = np.random.default_rng(0)
     pictures = random.integers(0, 256, (4, 7, 6, 4), dtype=np.uint8)
     keys = [(3, None, 0), (3, 0, 0), (3, 0, 1), (12, 1, 0)]
@@ -27,7 +23,7 @@ def some_features() -> Features:
     return Features("layer", "abc", tuple(made), {"steps": 3}, left_out=2)
 
 
-def test_features_come_back_from_disk(tmp_path):
+def test_features_come_back_from_disk_and_are_found_by_channel_and_concept(tmp_path):
     made = some_features()
     made.save(tmp_path / "features")
     files = {path.name for path in (tmp_path / "features").iterdir()}
@@ -38,10 +34,6 @@ def test_features_come_back_from_disk(tmp_path):
         assert {**vars(a), "picture": None} == {**vars(b), "picture": None}
         assert (a.picture.mode, a.picture.tobytes()) == ("RGBA", b.picture.tobytes())
     assert {**vars(back), "features": ()} == {**vars(made), "features": ()}
-
-
-def test_pictures_are_found_by_channel_and_concept():
-    made = some_features()
     assert made.image(3) is made.features[0].picture
     assert made.image(3, 0) is made.features[1].picture
     assert [f.place for f in made.of(3, 0)] == [0, 1]
@@ -50,19 +42,19 @@ def test_pictures_are_found_by_channel_and_concept():
         made.image(3, 1)
 
 
-def entry(**changed: object) -> Callable[[Path], object]:
+def rewritten(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def entry(**changed):
     """Change the first entry, that of channel 3."""
 
-    def damage(folder: Path) -> None:
-        about = json.loads((folder / "features.json").read_text())
+    def change(content):
+        about = json.loads(content)
         about["features"][0] |= changed
-        (folder / "features.json").write_text(json.dumps(about))
+        return json.dumps(about).encode()
 
-    return damage
-
-
-def rewritten(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+    return rewritten("features.json", change)
 
 
 @pytest.mark.parametrize(

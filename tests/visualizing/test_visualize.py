@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,36 +18,29 @@ from checks import assert_bit_equal, assert_close, assert_untouched, snapshot
 from tiny_networks import KINDS, SyntheticImages
 from unbraid.base.errors import LayerError, ModelError, UsageError
 from unbraid.demo.network import LAYER, load_images, load_network
-from unbraid.splitting.splits import ChannelSplit, Split
+from unbraid.splitting.splits import Split
 from unbraid.visualizing import visualize as making
 from unbraid.visualizing.features import Features
 from unbraid.visualizing.visualize import Score, watch
 
 
-def visualize(
-    network: nn.Module, channels: Sequence[int] | None = None, **options: Any
-) -> Features:
+def visualize(network, channels=None, steps=3, **options):
     """A few steps on small images."""
-    return unbraid.visualize(
-        network, "layer", SyntheticImages(8), channels, **{"steps": 3, **options}
-    )
+    return unbraid.visualize(network, "layer", SyntheticImages(8), channels, steps=steps, **options)
 
 
 @pytest.fixture
-def pair() -> Pair:
+def pair():
     return Pair("3x3")
 
 
-def assert_same_pictures(one: Features, other: Features, levels: int = 0) -> None:
+def assert_same_pictures(one, other, levels=0):
     """The same images of the same channels, up to some of 255 levels of brightness."""
     keys = [[(f.channel, f.concept, f.place) for f in made.features] for made in (one, other)]
     assert keys[0] == keys[1]
     for a, b in zip(one.features, other.features, strict=True):
         shown = [np.asarray(f.picture.convert("RGB")).astype(int) for f in (a, b)]
         assert np.abs(shown[0] - shown[1]).max() <= levels
-
-
-# --- what the images excite, in a trained network -------------------------------------------------
 
 
 @dataclass
@@ -61,15 +52,15 @@ class Trained:
     split: Split
     features: Features
 
-    def inputs(self, images: Tensor) -> Tensor:
+    def inputs(self, images):
         """Mean over positions of what the layer is given, (N, J)."""
-        seen: list[Tensor] = []
+        seen = []
         layer = self.network.get_submodule(LAYER)
         with layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((2, 3)))):
             self.network(images)
         return seen[0].detach()
 
-    def shown(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def shown(self, pictures):
         """Pictures as the network takes them."""
         values = np.stack([np.asarray(picture.convert("L")) for picture in pictures])
         low, high = self.images.min(), self.images.max()
@@ -77,7 +68,7 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Trained:
+def demo(tmp_path_factory):
     network, images = load_network(), load_images("train")
     folder = tmp_path_factory.mktemp("demo") / "scan"
     scan = unbraid.scan(network, LAYER, images, folder, batch_size=250)
@@ -88,14 +79,14 @@ def demo(tmp_path_factory) -> Trained:
     return Trained(network, real, split, features)
 
 
-def concept_responses(part: ChannelSplit, inputs: Tensor) -> Tensor:
+def concept_responses(part, inputs):
     """Mean over positions of each concept channel, straight from its row, (N, K)."""
     return inputs @ part.rows.float().T + part.bias
 
 
-def assert_excites_its_own(trained: Trained, features: Features, split: Split) -> None:
+def assert_excites_its_own(trained, features):
     """The image of concept k excites z_k far more than the others, in spreads over real images."""
-    for part in split.channels:
+    for part in trained.split.channels:
         usual = concept_responses(part, trained.inputs(trained.images))
         concepts = range(len(part.concepts))
         pictures = [features.image(part.channel, k) for k in concepts]
@@ -112,7 +103,7 @@ def test_the_image_of_a_concept_channel_excites_it_and_not_the_others(demo):
     features, split = demo.features, demo.split
     assert features.channels == tuple(sorted(part.channel for part in split.channels))
     assert len(features.channels) >= 3
-    assert_excites_its_own(demo, features, split)
+    assert_excites_its_own(demo, features)
     turned = {None: None, 0: 1, 1: 0}
     swapped = [replace(f, concept=turned.get(f.concept, f.concept)) for f in features.features]
     shape = (*demo.images.shape[2:], 4)
@@ -120,44 +111,41 @@ def test_the_image_of_a_concept_channel_excites_it_and_not_the_others(demo):
     noisy = [replace(f, picture=noise) for f in features.features]
     for wrong in (swapped, noisy):
         with pytest.raises(AssertionError):
-            assert_excites_its_own(demo, replace(features, features=tuple(wrong)), split)
+            assert_excites_its_own(demo, replace(features, features=tuple(wrong)))
 
 
 def test_responses_are_those_of_the_pictures_and_beyond_all_real_ones(demo):
-    def whole_channel(images: Tensor, channel: int) -> Tensor:
-        return layer_output(demo.network, images, LAYER).mean((2, 3))[:, channel]
-
     for feature in demo.features.features:
         picture, channel = demo.shown([feature.picture]), feature.channel
-        whole = whole_channel(picture, channel)
+        whole, real = (
+            layer_output(demo.network, images, LAYER).mean((2, 3))[:, channel]
+            for images in (picture, demo.images)
+        )
         own = concept_responses(demo.split[channel], demo.inputs(picture))
         expected = torch.cat([whole, own[0]])
         told = torch.tensor(feature.responses)
         # A picture has 256 levels, so the image that was measured is not quite the picture.
         assert_close(told, expected, tolerance=0.02 * float(told.max()))
         if feature.concept is None:
-            assert float(whole) > float(whole_channel(demo.images, channel).max())
-
-
-# --- a truth that is known ------------------------------------------------------------------------
+            assert float(whole) > float(real.max())
 
 
 class Colours(nn.Module):
     """A layer whose channel 0 answers to red in the left half, and not to green and blue."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.layer, self.head = nn.Conv2d(3, 2, 1, bias=False), nn.Linear(2, 4)
         self.layer.weight.data = torch.tensor([[1.0, -1, -1], [-1, 1, 1]])[..., None, None]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.head(self.layer(x[..., : x.shape[-1] // 2]).mean((2, 3)))
 
 
 class Uniform(SyntheticImages):
     """Noise of independent colours between -1 and 3, so that every colour may be made."""
 
-    def __init__(self, shape: tuple[int, ...] = (3, 12, 12)) -> None:
+    def __init__(self, shape=(3, 12, 12)):
         super().__init__(6, dtype=torch.float32)
         self.images = 4 * torch.rand(6, *shape, generator=torch.Generator().manual_seed(0)) - 1
 
@@ -176,9 +164,6 @@ def test_an_image_has_the_colour_and_the_place_that_the_channel_wants():
     # Responses are bounded by the range of real images.
     low, high = Uniform().images.min(), Uniform().images.max()
     assert 0.8 * (high - 2 * low) < made.of(0)[0].responses[0] <= high - 2 * low
-
-
-# --- responses and scores -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,12 +186,10 @@ def test_responses_over_several_calls_and_windows_count_all_positions(kind):
     network, x, seen = structures.build(kind), images(3), []
     dim = -1 if kind == "windows" else 1
 
-    def keep(_module: nn.Module, _args: Any, z: Tensor) -> None:
-        seen.append(z.detach().movedim(dim, -1).reshape(3, -1, z.shape[dim]).clone())
-
-    with network.layer.register_forward_hook(keep):
+    with network.layer.register_forward_hook(lambda _module, _args, z: seen.append(z.clone())):
         found = watch(network, "layer").respond(x)
-    assert_close(found.mean(-1), torch.cat(seen, 1).mean(1))
+    positions = [z.movedim(dim, -1).reshape(3, -1, z.shape[dim]) for z in seen]
+    assert_close(found.mean(-1), torch.cat(positions, 1).mean(1))
 
 
 @pytest.mark.parametrize("contrast", [False, True])
@@ -224,9 +207,6 @@ def test_scores_are_what_a_loop_says(contrast):
             if other != concept:
                 expected -= sum(max(float(v), 0.0) for v in z) / len(z)
         assert_close(float(found[n]), expected, tolerance=1e-5)
-
-
-# --- reproducible, and nothing left behind --------------------------------------------------------
 
 
 @pytest.mark.parametrize("spectrum", [False, True])
@@ -253,12 +233,11 @@ def test_an_image_does_not_depend_on_the_others(pair, monkeypatch):
 
 
 def test_several_images_differ_and_the_best_comes_first(pair):
-    made = visualize(pair.changed, [1], n=3, steps=20)
-    first, second, third = made.of(1)
-    assert (first.place, second.place, third.place) == (0, 1, 2)
-    assert first.responses[0] >= second.responses[0] >= third.responses[0]
-    assert made.image(1) is first.picture
-    assert len({f.picture.tobytes() for f in (first, second, third)}) == 3
+    several = visualize(pair.changed, [1], n=3, steps=20).of(1)
+    assert [f.place for f in several] == [0, 1, 2]
+    first, second, third = (f.responses[0] for f in several)
+    assert first >= second >= third
+    assert len({f.picture.tobytes() for f in several}) == 3
 
 
 def test_the_network_is_left_as_it_was_and_gates_in_force_count(pair):
@@ -274,16 +253,10 @@ def test_the_network_is_left_as_it_was_and_gates_in_force_count(pair):
     assert made.of(1)[0].responses[0] != usual.of(1)[0].responses[0]
 
 
-# --- what may be asked for ------------------------------------------------------------------------
-
-
-def test_a_network_that_was_not_split_has_whole_channels_only(pair):
+def test_unsplit_and_half_precision_networks_are_visualised_at_any_size(pair):
     made = visualize(pair.network, [2, 5])
     assert [(f.channel, f.concept) for f in made.features] == [(2, None), (5, None)]
     assert all(len(f.responses) == 1 for f in made.features)
-
-
-def test_half_precision_networks_are_visualised_at_any_size():
     changed, dataset = Pair("1x1").changed.bfloat16(), SyntheticImages(8, dtype=torch.bfloat16)
     made = unbraid.visualize(changed, "layer", dataset, [1], size=(15, 11), steps=3)
     assert made.image(1).size == (11, 15)
@@ -303,11 +276,11 @@ class OneWay(torch.autograd.Function):
     """An operation that nobody wrote a gradient for."""
 
     @staticmethod
-    def forward(_context: object, x: Tensor) -> Tensor:
+    def forward(_context, x):
         return 2 * x
 
 
-def looking(look: Callable[[Tensor], Any]) -> nn.Module:
+def looking(look):
     network = Colours()
     network.spare = nn.Linear(2, 2)
     network.register_forward_pre_hook(lambda _, args: (look(args[0]),))
