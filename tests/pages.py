@@ -1,7 +1,5 @@
 """A small real run, and its report: written, read back, and hard to show."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re
@@ -95,7 +93,7 @@ def make_run(folder):
 class Element:
     tag: str
     attributes: dict[str, str] = field(default_factory=dict)
-    children: list[Element | str] = field(default_factory=list)
+    children: list = field(default_factory=list)
 
     def walk(self):
         yield self

@@ -13,6 +13,8 @@ from pages import LONG
 from unbraid.finding.findings import Pair
 from unbraid.reporting.words import ABSENT
 
+# Also what is off the screen.
+LAY_OUT = "document.querySelectorAll('article').forEach(a => a.style.contentVisibility = 'visible')"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -88,13 +90,6 @@ def open_page(browser, reports):
 @pytest.fixture
 def page(open_page):
     return open_page()
-
-
-def lay_out(page):
-    """Have all laid out, also what is off the screen."""
-    page.evaluate(
-        "document.querySelectorAll('article').forEach(a => {a.style.contentVisibility = 'visible'})"
-    )
 
 
 def channels(page, selector="table.overview tr[data-channel]"):
@@ -185,7 +180,7 @@ def test_keyboard(page):
 @pytest.mark.parametrize("width", [360, 1600])
 def test_nothing_is_wider_than_the_screen_nor_too_small_to_tap(open_page, width):
     page = open_page(width=width, has_touch=width < 500)
-    lay_out(page)
+    page.evaluate(LAY_OUT)
     small = """selector => [...document.querySelectorAll(selector)].filter(e => {
         const { width, height } = e.getBoundingClientRect();
         return width && (width < 23.9 || height < 23.9);
@@ -205,7 +200,7 @@ def test_pictures_are_shown_whole_or_where_and_all_on_paper(page):
     page.wait_for_load_state("load")
     pictures = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
     assert {*pictures} == {True}
-    lay_out(page)
+    page.evaluate(LAY_OUT)
     for look in ("whole", "answer"):
         page.click(f"label[for=look-{look}]")
         assert page.locator(".veil").first.is_visible() == (look == "answer")
@@ -259,7 +254,7 @@ def assert_legible(page):
 def test_charts_are_legible_and_the_checker_sees_what_is_not(open_page, reports, width):
     for report in reports:
         page = open_page(report, width=width)
-        lay_out(page)
+        page.evaluate(LAY_OUT)
         assert_legible(page)
     for selector, size in ((".tick", 4), ("svg text.letter", 200)):
         page.evaluate(f"document.querySelector('{selector}').style.fontSize = '{size}px'")

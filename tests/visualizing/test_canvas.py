@@ -1,7 +1,5 @@
 """What images are like to a network, and images as functions of Fourier coefficients."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
