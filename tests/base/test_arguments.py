@@ -1,7 +1,5 @@
 """What public functions are given: a wrong type is told in a sentence."""
 
-from __future__ import annotations
-
 import math
 import re
 

@@ -1,12 +1,8 @@
 """Results as tables: every figure, harmless whatever names hold."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
-from typing import Any
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
@@ -25,9 +21,9 @@ ALLOWED = {"table", "caption", "thead", "tbody", "tr", "th", "td", "p", "br"}
 class Tables(HTMLParser):
     """Reads rows of cells, and refuses what a table has no need of."""
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, html):
         super().__init__()
-        self.rows: list[list[str]] = []
+        self.rows = []
         self.n_heads = 0
         self.around = ""  # caption and notes
         self._in_cell = False
@@ -35,7 +31,7 @@ class Tables(HTMLParser):
         self.feed(html)
         self.close()
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         assert tag in ALLOWED, tag
         assert {name for name, _ in attrs} <= {"dir", "colspan", "style"}, attrs
         if tag == "tr":
@@ -45,32 +41,32 @@ class Tables(HTMLParser):
             self._in_cell = True
             self.rows[-1].append("")
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         self._in_cell = self._in_cell and tag not in ("td", "th")
         if tag == "thead":
             self.n_heads = len(self.rows)
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         if self._in_cell:
             self.rows[-1][-1] += data
         else:
             self.around += data
 
 
-def as_shown(name: str) -> str:
+def as_shown(name):
     """A name in a cell: all of it, unless it is endless or no text."""
     text = name if len(name) <= 300 else name[:299] + "…"
     return text.replace("\udcff", "\\udcff")
 
 
-def assert_table(html: str, expected: Sequence[Sequence[str]], n_heads: int = 1) -> None:
+def assert_table(html, expected, n_heads=1):
     """The table's body holds exactly these cells."""
     shown = Tables(html)
     assert shown.n_heads == n_heads
     assert shown.rows[n_heads:] == [[as_shown(cell) for cell in row] for row in expected]
 
 
-def findings(n: int = 3, **changes: Any) -> Findings:
+def findings(n=3, **changes):
     pairs = tuple(
         Pair(o, 0, 1 + o % 4, 0.1 + 0.001 * o, 0.9, 0.8, 0.05, 0.2, 0.99, 0.98) for o in range(n)
     )
@@ -79,7 +75,7 @@ def findings(n: int = 3, **changes: Any) -> Findings:
     return replace(found, **changes)
 
 
-def expected_findings(found: Findings) -> list[list[str]]:
+def expected_findings(found):
     sides = [(NAMES[0], "90%", "0.990"), ("80%", "0.980")]
     return [
         [str(p.channel), f"{p.cosine:.4f}", "0.050 to 0.200", *sides[0], NAMES[p.class2], *sides[1]]
@@ -87,8 +83,8 @@ def expected_findings(found: Findings) -> list[list[str]]:
     ]
 
 
-def evaluation() -> Evaluation:
-    def concept(name: str, x: float) -> results.ConceptEvaluation:
+def evaluation():
+    def concept(name, x):
         return results.ConceptEvaluation((0,), name, 7, x, x + 1, x + 2, x + 3, x + 4, ())
 
     both = (concept(SCRIPT, 0.1), concept(QUOTES, 0.2))
@@ -99,7 +95,7 @@ def evaluation() -> Evaluation:
     return Evaluation("published", "mix", channels, 0.03, {})
 
 
-def ablation() -> Ablation:
+def ablation():
     own = [results.Drop(4, x, x / 10, 2 * x, x / 5) for x in (1.0, 0.5, 0.25)]
     drops = results.ClassDrops((0.0,), (0.0,))
     concept = results.ConceptAblation((0,), SCRIPT, *own, drops)
@@ -107,13 +103,13 @@ def ablation() -> Ablation:
     return Ablation("mix", (results.ClassOutput(0, SCRIPT, 4, 1.0, 1.0),), (channel,))
 
 
-def semantics() -> results.Semantics:
+def semantics():
     whole, *parts = [results.Likeness(x, y) for x, y in ((0.1, 0.2), (0.3, 0.4), (0.5, math.nan))]
     one = results.ChannelSemantics("pixels", 9, 3, True, True, whole, tuple(parts), 0.25, 0.75)
     return results.Semantics({5: one})
 
 
-RESULTS: dict[str, tuple[Any, str, list[list[str]]]] = {
+RESULTS = {
     "findings": (findings(5, note="a <b>"), "a <b>", expected_findings(findings(5))),
     "evaluation": (
         evaluation(),
@@ -147,7 +143,7 @@ RESULTS: dict[str, tuple[Any, str, list[list[str]]]] = {
 
 
 @pytest.mark.parametrize(("result", "around", "rows"), RESULTS.values(), ids=RESULTS)
-def test_result_is_shown_with_every_figure_in_html_and_in_plain_text(result, around, rows) -> None:
+def test_result_is_shown_with_every_figure_in_html_and_in_plain_text(result, around, rows):
     formats, _ = InteractiveShell.instance().display_formatter.format(result)
     text, html = formats.pop("text/plain"), formats.pop("text/html")
     assert not formats
@@ -173,7 +169,7 @@ def test_the_table_checker_notices_a_wrong_figure_a_lost_row_and_markup():
             assert_table(html.replace(old, new), expected_findings(found))
 
 
-def test_html_of_long_tables_is_cut_and_says_by_how_much() -> None:
+def test_html_of_long_tables_is_cut_and_says_by_how_much():
     found = findings(1000)
     assert_table(found._repr_html_(), [*expected_findings(found)[:60], ["and 940 more"]])
     assert Table([("a",), *[("1",)] * 60]).html().count("<td") == 60  # not a row too early
@@ -183,7 +179,7 @@ def test_html_of_long_tables_is_cut_and_says_by_how_much() -> None:
 
 
 @pytest.mark.parametrize("start", ["=", "@", "\t=", "＝"])  # noqa: RUF001
-def test_csv_text_gives_spreadsheets_no_formula(start: str) -> None:
+def test_csv_text_gives_spreadsheets_no_formula(start):
     cell = f"{start}cmd|' /C calc'!A0"
     text = csv_text(("name", "figure"), [(cell, -1.5), ("clock-face", 2)])
     assert f"'{cell}" in text.replace('"', "")

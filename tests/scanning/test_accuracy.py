@@ -1,11 +1,8 @@
 """Accuracy by given labels: what it says, and what scan and find say of it before anything else."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +11,14 @@ import torch
 import unbraid
 from tiny_networks import SyntheticImages
 from unbraid.demo.network import LAYER, load_images, load_network
-from unbraid.scanning.accuracy import Accuracy, accuracy_of, sampled_accuracy, scanned_accuracy
+from unbraid.scanning.accuracy import accuracy_of, sampled_accuracy, scanned_accuracy
 
 
-def judge(labels: Any, predictions: Any, n_outputs: int, names: Any = ()) -> Accuracy:
+def judge(labels, predictions, n_outputs, names=()):
     return accuracy_of(np.asarray(labels), np.asarray(predictions), n_outputs, names)
 
 
-def predictions(labels: np.ndarray, n_outputs: int, accuracy: float, seed: int = 0) -> np.ndarray:
+def predictions(labels, n_outputs, accuracy, seed=0):
     """They are right in a part of the images, else any."""
     random = np.random.default_rng(seed)
     right = random.random(len(labels)) < accuracy
@@ -45,7 +42,7 @@ def test_accuracy_tells_predictions_at_random_and_no_network_that_knows_its_clas
 TWO = np.array([5] * 15 + [9] * 15)
 HALF_RIGHT = np.where(np.arange(30) % 2 == 0, TWO, 100)
 FEWER_RIGHT = np.where(np.arange(30) % 4 == 0, 14 - TWO, HALF_RIGHT)
-JUDGED: dict[str, tuple[Any, Any, int, str]] = {  # labels, predictions, outputs, part of a warning
+JUDGED = {  # labels, predictions, outputs, part of a warning
     "one answer to all": ([0] * 240 + [1] * 16, [0] * 256, 2, "not above chance"),
     "too few images": ([0, 1, 2], [2, 0, 1], 1000, ""),
     "one class": ([7] * 64, [7] * 40 + [1] * 24, 1000, ""),
@@ -116,7 +113,7 @@ def test_accuracy_leaves_out_images_without_a_label():
 class Demo(SyntheticImages):
     """Some of the demo's images, with labels and brightness changed on the way."""
 
-    def __init__(self, change: Any = lambda label: label, factor: float = 1) -> None:
+    def __init__(self, change=lambda label: label, factor=1):
         super().__init__(0)
         every = load_images("test")
         chosen = torch.linspace(0, len(every) - 1, 256).long().tolist()

@@ -1,7 +1,5 @@
 """One batch: how many images are run at a time, and what is done where they are too many."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest
@@ -39,7 +37,7 @@ def test_a_scan_takes_it_keeps_it_and_goes_on_with_it(tmp_path, monkeypatch):
 class NeedsRoom(nn.Module):
     """Has room for so many images, in the pass or in the gradient, and writes into what it gets."""
 
-    def __init__(self, room: int, behind: bool, real: bool = False) -> None:
+    def __init__(self, room, behind, real=False):
         super().__init__()
         self.network, self.room, self.behind, self.real = build("1x1"), room, behind, real
 

@@ -1,12 +1,8 @@
 """Networks of half precision and of either memory format: sums in float32, equal outputs, gates."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import oracle
 import unbraid
@@ -18,18 +14,18 @@ CONCEPTS = {1: [[0], [1], [2]], 3: [[0, 3], [1, 2]]}
 MIN_SHARE = 0.005
 
 
-def pictures(n_images: int = 8, gain: float = 1.0, height: int = 7) -> SyntheticImages:
+def pictures(n_images=8, gain=1.0, height=7):
     """In float32, as a data set gives them."""
     dataset = SyntheticImages(n_images, size=(3, height, 6), dtype=torch.float32)
     dataset.images *= gain
     return dataset
 
 
-def wide_sums(network: nn.Module, dataset: SyntheticImages) -> tuple[Tensor, Tensor]:
+def wide_sums(network, dataset):
     """Pooled inputs (N, G, J) and shares (N, C): the network in its own format, sums in float64."""
     seen, leaves = [], []
 
-    def cut(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def cut(_module, args, output):
         seen.append(args[0].detach().clone())
         leaves.append(output.detach().clone().requires_grad_())
         return leaves[-1].clone()
@@ -44,7 +40,7 @@ def wide_sums(network: nn.Module, dataset: SyntheticImages) -> tuple[Tensor, Ten
     return torch.stack(pooled), torch.stack([oracle.shares(r) for r in relevance])
 
 
-def assert_summed_in_single(actual: Tensor, expected: Tensor) -> None:
+def assert_summed_in_single(actual, expected):
     """Sums in float64 and what is recorded differ by no more than float32 rounds."""
     assert actual.dtype == torch.float32
     assert actual.shape == expected.shape
@@ -52,7 +48,7 @@ def assert_summed_in_single(actual: Tensor, expected: Tensor) -> None:
     assert difference <= 2e-6 * float(expected.abs().max())
 
 
-def assert_scanned_in_single(network: nn.Module, dataset: SyntheticImages, scan: Any) -> Tensor:
+def assert_scanned_in_single(network, dataset, scan):
     """Records are of sums in float32; return the pooled inputs in float64."""
     (records,) = scan.shards()
     pooled, shares = wide_sums(network, dataset)

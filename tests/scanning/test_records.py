@@ -1,7 +1,5 @@
 """The table of a record's fields: what is made of it, and that damage to any field is noticed."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

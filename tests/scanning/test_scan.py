@@ -1,17 +1,14 @@
 """Scans: what the records of a layer hold, beside the oracle, whatever images and labels are."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sources import MEMBERS, opened, write
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Subset
 
 import structures
@@ -24,20 +21,14 @@ from checks import (
     assert_same_tensors,
     truth_of,
 )
-from tiny_networks import (
-    KINDS,
-    CountingNetwork,
-    SyntheticImages,
-    Unlabelled,
-    build,
-)
+from tiny_networks import KINDS, CountingNetwork, SyntheticImages, Unlabelled, build
 from unbraid.base.errors import DataError, LayerError, ModelError, RunError, UsageError
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import labels_of
 from unbraid.running.run import as_labelled
 
 
-def dataset_of(n_images: int, images=(), labels=()) -> SyntheticImages:
+def dataset_of(n_images, images=(), labels=()):
     """Some of whose images are of one value, and some with labels of their own."""
     dataset = SyntheticImages(n_images)
     for index, value in dict(images).items():
@@ -47,7 +38,7 @@ def dataset_of(n_images: int, images=(), labels=()) -> SyntheticImages:
     return dataset
 
 
-def predicted(kind: str, dataset: SyntheticImages) -> SyntheticImages:
+def predicted(kind, dataset):
     """The data set under the labels that the network would give."""
     relabelled = copy.copy(dataset)
     with torch.no_grad():
@@ -55,7 +46,7 @@ def predicted(kind: str, dataset: SyntheticImages) -> SyntheticImages:
     return relabelled
 
 
-def of_sizes(*widths: int) -> SyntheticImages:
+def of_sizes(*widths):
     dataset = SyntheticImages(len(widths))
     dataset.images = [image[..., :n] for image, n in zip(dataset.images, widths, strict=True)]
     return dataset
@@ -96,7 +87,7 @@ def test_workers_give_the_same_bytes_whatever_the_source(kind, tmp_path):
 GAIN = 1.0
 
 
-def scaled(picture: Any) -> Tensor:
+def scaled(picture):
     return torch.full((3, 7, 6), GAIN * picture.getpixel((0, 0))[0], dtype=torch.float64)
 
 
@@ -179,7 +170,7 @@ def test_listed_label_that_is_no_output_is_told_before_the_first_batch(label, tm
     assert not list(tmp_path.glob("shard-*"))
 
 
-def changed(change, name: str = "") -> nn.Module:
+def changed(change, name=""):
     """A network of which one part puts out what is made of it; a part is never run."""
     network = build("3x3")
     network.head.add_module("spare", nn.Linear(4, 4).double())
@@ -188,7 +179,7 @@ def changed(change, name: str = "") -> nn.Module:
 
 
 class InPlace(structures.Around):
-    def body(self, x: Tensor) -> Tensor:
+    def body(self, x):
         y = self.layer(x).exp()
         y += 1
         return y
@@ -199,7 +190,7 @@ NO_LABEL = "image 0 is a {}, not a class's"
 BROKEN = build("3x3")
 BROKEN.head.weight.data.fill_(math.nan)
 PREDICTED = {"labels": "predicted"}
-REFUSED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [  # network or images, options
+REFUSED = [  # network or images, options
     (BROKEN, {}, ModelError, "'head.weight' holds"),
     (dataset_of(8, images={5: math.nan}), {"batch_size": 4}, ModelError, NAN.format(5)),
     (dataset_of(8, images={5: 1e308}), {"batch_size": 4}, ModelError, NAN.format(5)),

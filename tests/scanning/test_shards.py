@@ -1,15 +1,11 @@
 """The pass: going on after a stop, folders of something else, the network left alone."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,13 +29,13 @@ SHARD = 128  # images in a shard with positions
 N_IMAGES = 2 * SHARD + 9
 
 
-def images(kind: type = SyntheticImages, **changes: Any) -> SyntheticImages:
+def images(kind=SyntheticImages, **changes):
     dataset = kind(changes.pop("n_images", N_IMAGES))
     vars(dataset).update(changes)
     return dataset
 
 
-def long_scan(out: Path, network: nn.Module | None = None, **settings: Any) -> unbraid.Scan:
+def long_scan(out, network=None, **settings):
     """Three shards, the last of 9 images."""
     usual = {"dataset": images(), "layer": "network.layer", "positions": True}
     network = network or CountingNetwork(build("1x1"))
@@ -47,13 +43,13 @@ def long_scan(out: Path, network: nn.Module | None = None, **settings: Any) -> u
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def finished(tmp_path_factory):
     """A finished scan, not to be changed."""
     return long_scan(tmp_path_factory.mktemp("finished")).path
 
 
 @pytest.fixture
-def folder(finished, tmp_path) -> Path:
+def folder(finished, tmp_path):
     """A copy of a finished scan, to be changed."""
     return Path(shutil.copytree(finished, tmp_path / "scan"))
 
@@ -80,11 +76,11 @@ def test_only_the_images_of_a_missing_shard_are_run_again(shard, n_images, finis
     assert_same_files(folder, finished)
 
 
-def stop_at(write: int, error: BaseException) -> Callable[..., Any]:
+def stop_at(write, error):
     """Path.replace, but one call fails; the manifest's and the layer's come before the shards'."""
     replace, calls = Path.replace, []
 
-    def replace_or_fail(self: Path, target: Path) -> Path:
+    def replace_or_fail(self, target):
         calls.append(target)
         if len(calls) == write:
             raise error
@@ -153,7 +149,7 @@ def test_a_folder_that_another_scan_takes_before_the_first_shard_is_not_written_
             stolen.append(None)
             long_scan(tmp_path, CountingNetwork(build("1x1", seed=1)))
 
-    stolen: list[None] = []
+    stolen = []
     with pytest.raises(RunError, match="was taken by another scan meanwhile"):
         long_scan(tmp_path, dataset=images(Watched, look=steal))
     fresh = long_scan(tmp_path, CountingNetwork(build("1x1", seed=1)))
@@ -171,7 +167,7 @@ def test_images_are_let_go_batch_by_batch(tmp_path):
     assert max(n_alive) <= 2 * 5 + 1  # a batch, the one before, and one image for the fingerprint
 
 
-def other_network(name: str) -> nn.Module:
+def other_network(name):
     network = CountingNetwork(build("1x1"))
     network.network.state_dict()[name].flatten()[0].mul_(1 + 1e-12)
     return network
@@ -251,7 +247,7 @@ def test_progress_goes_to_standard_error_only_when_asked(tmp_path, capsys):
 
 
 def test_files_are_synced_before_they_get_their_name(tmp_path, monkeypatch):
-    order: list[str] = []
+    order = []
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: order.append("sync") or fsync(fd))
     monkeypatch.setattr(Path, "replace", lambda *paths: order.append("name") or replace(*paths))

@@ -1,10 +1,7 @@
 """What holds of a split network, whatever its layer and however the layer is reached."""
 
-from __future__ import annotations
-
 import copy
 import io
-from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -45,7 +42,7 @@ FORMATS = [(torch.float32, THREE, 1e-4), (torch.float64, TWO, 1e-10)]
 # --- networks x what holds of each ----------------------------------------------------------------
 
 
-def keeps_outputs_to_the_last_bit(make: Callable[[], nn.Module]) -> None:
+def keeps_outputs_to_the_last_bit(make):
     for dtype, channels, _ in FORMATS:
         network = make().to(dtype)
         changed = split_network(network, channels=channels)
@@ -54,12 +51,12 @@ def keeps_outputs_to_the_last_bit(make: Callable[[], nn.Module]) -> None:
             assert_same_outputs(network, changed, images(n_images, dtype))
 
 
-def keeps_gradients_by_the_image(make: Callable[[], nn.Module]) -> None:
+def keeps_gradients_by_the_image(make):
     network = make()
     assert_same_input_gradients(network, split_network(network, channels=THREE), images())
 
 
-def has_a_plain_form_that_agrees_up_to_rounding(make: Callable[[], nn.Module]) -> None:
+def has_a_plain_form_that_agrees_up_to_rounding(make):
     for dtype, channels, tolerance in FORMATS:
         network, x = make().to(dtype), images(5, dtype)
         plain = unbraid.apply(network, make_split(network, channels), form="plain")
@@ -69,7 +66,7 @@ def has_a_plain_form_that_agrees_up_to_rounding(make: Callable[[], nn.Module]) -
         assert not torch.allclose(plain(x), network(x), rtol=1e-3)
 
 
-def is_in_force_until_taken_back(make: Callable[[], nn.Module]) -> None:
+def is_in_force_until_taken_back(make):
     network, x = make(), images()
     check_in_force(network, "layer", x[:1])
     changed, expected = split_network(network), network(x)
@@ -80,7 +77,7 @@ def is_in_force_until_taken_back(make: Callable[[], nn.Module]) -> None:
     assert_same_outputs(network, changed, x)
 
 
-def leaves_the_original_untouched(make: Callable[[], nn.Module]) -> None:
+def leaves_the_original_untouched(make):
     network = unwrap(make().train())
     before, modules, split = snapshot(network), list(network.modules()), make_split(network)
     for form in ("exact", "plain"):
@@ -125,7 +122,7 @@ def test_apply_on_every_network(invariant, network):
 # --- kinds of layers x what the oracle says of each -----------------------------------------------
 
 
-def gates_scale_their_concept_channel(pair: Pair) -> None:
+def gates_scale_their_concept_channel(pair):
     for channel, concept, value in ((1, 0, 0.0), (1, 1, 3.0), (3, 1, -0.5), (0, 0, VALUES)):
         z_k = pair.concept_map(channel, concept)
         wanted = value[:, None] * z_k if isinstance(value, Tensor) else value * z_k
@@ -134,7 +131,7 @@ def gates_scale_their_concept_channel(pair: Pair) -> None:
     assert_same_outputs(pair.network, pair.changed, images())
 
 
-def clamps_bound_their_concept_channel(pair: Pair) -> None:
+def clamps_bound_their_concept_channel(pair):
     z_k = pair.concept_map(3, 0)
     some, more = (float(z_k.quantile(part)) for part in (0.3, 0.7))
     for low, high in ((some, more), (more, more), (-torch.inf, some), (more, torch.inf)):
@@ -143,8 +140,8 @@ def clamps_bound_their_concept_channel(pair: Pair) -> None:
     assert_same_outputs(pair.network, pair.changed, images())
 
 
-def concepts_can_be_read(pair: Pair) -> None:
-    seen: list[Tensor] = []
+def concepts_can_be_read(pair):
+    seen = []
     pair.changed.layer.concepts.register_forward_hook(
         lambda _module, _args, output: seen.append(output.detach().clone())
     )
@@ -156,7 +153,7 @@ def concepts_can_be_read(pair: Pair) -> None:
         assert_close(read.reshape(5, -1), pair.concept_map(channel, concept))
 
 
-def rows_have_the_gradients_of_their_channel(pair: Pair) -> None:
+def rows_have_the_gradients_of_their_channel(pair):
     for network in (pair.network, pair.changed):
         network(images()).square().sum().backward()
     original, layer = pair.network.layer.weight.grad.flatten(1), pair.changed.layer
@@ -173,13 +170,13 @@ def rows_have_the_gradients_of_their_channel(pair: Pair) -> None:
             assert_close(after[name].grad, parameter.grad, 1e-10)
 
 
-def other_number_formats_are_the_originals(pair: Pair) -> None:
+def other_number_formats_are_the_originals(pair):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         changed, network = (copy.deepcopy(one).to(dtype) for one in (pair.changed, pair.network))
         assert_same_outputs(network, changed, images(5, dtype))
 
 
-def the_plain_form_is_of_standard_modules(pair: Pair) -> None:
+def the_plain_form_is_of_standard_modules(pair):
     layer, names = pair.plain.layer, pair.plain.layer.names
     kinds = {type(module) for module in layer.modules()}
     assert kinds - {Pad} == {nn.Sequential, type(layer.wide)}
@@ -223,7 +220,7 @@ def test_assert_moved_tells_a_move_that_did_something_else(pair):
 
 
 @pytest.fixture
-def pair() -> Pair:
+def pair():
     return Pair("3x3")
 
 
@@ -285,14 +282,14 @@ def test_apply_refuses_a_network_with_other_weights(pair):
 # --- copies ---------------------------------------------------------------------------------------
 
 
-def _saved_whole(network: nn.Module) -> nn.Module:
+def _saved_whole(network):
     file = io.BytesIO()
     torch.save(network, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
 
 
-def _in_a_list() -> nn.Module:
+def _in_a_list():
     network = build("3x3")
     network.steps = [network.layer]
     return network
@@ -342,7 +339,7 @@ def test_concepts_and_residuals_what_a_hook_makes_of_them_counts(kind, in_place,
     pair = Pair(kind)
     row, z_k = pair.changed.layer.names.index("1.0"), pair.concept_map(1, 0)
 
-    def double(output: Tensor) -> Tensor:
+    def double(output):
         output.select(pair.dim, row).mul_(2)
         return output
 
