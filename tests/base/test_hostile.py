@@ -137,11 +137,12 @@ def test_scan_that_would_be_refused_when_opened_is_not_begun(tmp_path, monkeypat
     assert not (tmp_path / "scan").exists()
 
 
-def test_find_chooses_no_tau_by_a_scan_without_an_image(tmp_path):
+def test_find_in_a_scan_of_broken_images_alone_finds_nothing(tmp_path):
     scan = unbraid.scan(build("1x1"), "layer", SyntheticImages(9), tmp_path)
     records = replace(no_records(scan.layer, positions=False), broken=torch.arange(9))
     write_shard(scan.path, 0, records)
     assert unbraid.find(scan).pairs == ()
+    assert unbraid.find(scan, concepts="clusters").concepts == {}
     with pytest.raises(DataError, match="holds no image to choose tau by"):
         unbraid.find(scan, tau="auto")
 

@@ -11,16 +11,9 @@ from sources import MEMBERS, opened, write
 from torch import nn
 from torch.utils.data import Subset
 
+import checks
 import structures
 import unbraid
-from checks import (
-    assert_bit_equal,
-    assert_input_maps,
-    assert_records,
-    assert_same_files,
-    assert_same_tensors,
-    truth_of,
-)
 from tiny_networks import KINDS, CountingNetwork, SyntheticImages, Unlabelled, build
 from unbraid.base.errors import DataError, LayerError, ModelError, RunError, UsageError
 from unbraid.images.broken import UNLABELLED
@@ -55,24 +48,24 @@ def of_sizes(*widths):
 @pytest.mark.parametrize("kind", KINDS)
 def test_records_hold_what_the_oracle_says(kind, tmp_path):
     network, dataset = build(kind), SyntheticImages(9)
-    truth = truth_of(network, dataset)
+    truth = checks.truth_of(network, dataset)
     scan = unbraid.scan(network, "layer", dataset, tmp_path / "a", min_share=0.06, batch_size=4)
-    assert_records(list(scan.shards()), truth, 0.06, range(9))
+    checks.assert_records(list(scan.shards()), truth, 0.06, range(9))
     kept = sum(len(records.share_channel) for records in scan.shards())
     assert 0 < kept < truth.shares.numel()  # the threshold kept some and dropped some
     network.train()  # in which it is not scanned
     maps = unbraid.scan(network, network.layer, dataset, tmp_path, positions=True, batch_size=100)
     assert (scan.positions, maps.positions) == (False, True)
-    assert_records(list(maps.shards()), truth, 0.005, range(9))
-    assert_input_maps(list(maps.shards()), truth)
-    assert_bit_equal(scan.weight, network.layer.weight.flatten(1))
+    checks.assert_records(list(maps.shards()), truth, 0.005, range(9))
+    checks.assert_input_maps(list(maps.shards()), truth)
+    checks.assert_bit_equal(scan.weight, network.layer.weight.flatten(1))
     assert (scan.layer.name, scan.class_names) == ("layer", tuple(dataset.classes))
 
 
 def test_images_of_two_sizes_are_run_one_by_one(tmp_path):
     network, dataset = build("3x3"), of_sizes(*[6, 5] * 5)
     scan = unbraid.scan(network, "layer", dataset, tmp_path, batch_size=1)
-    assert_records(list(scan.shards()), truth_of(network, dataset), 0.005, range(10))
+    checks.assert_records(list(scan.shards()), checks.truth_of(network, dataset), 0.005, range(10))
 
 
 @pytest.mark.parametrize("kind", ["folders", "csv", "folder of tars"])
@@ -81,7 +74,7 @@ def test_workers_give_the_same_bytes_whatever_the_source(kind, tmp_path):
     for workers in (0, 1):
         options = {"positions": True, "batch_size": 3, "workers": workers}
         unbraid.scan(build("3x3"), "layer", images, tmp_path / str(workers), **options)
-    assert_same_files(tmp_path / "0", tmp_path / "1")
+    checks.assert_same_files(tmp_path / "0", tmp_path / "1")
 
 
 GAIN = 1.0
@@ -117,8 +110,8 @@ def test_scan_runs_only_the_chosen_images(chosen, positions, tmp_path):
     indices = sorted({int(n) for n in chosen.get("indices", ())})
     indices = indices or [n for n, label in enumerate(dataset.targets) if label in (1, 3)]
     assert network.n_images == len(indices)
-    truth = truth_of(network, dataset, "network.layer")
-    assert_records(list(scan.shards()), truth, 0.005, indices)
+    truth = checks.truth_of(network, dataset, "network.layer")
+    checks.assert_records(list(scan.shards()), truth, 0.005, indices)
     network.n_images = 0
     again = unbraid.scan(network, "network.layer", dataset, tmp_path, **options)
     assert (network.n_images, again.manifest) == (0, scan.manifest)
@@ -145,7 +138,7 @@ def test_predicted_labels_are_those_of_a_data_set_labelled_by_the_network(kind, 
     for labels, images in (("predicted", dataset), ("given", relabelled)):
         options = {"labels": labels, "batch_size": 5}
         unbraid.scan(build(kind), "layer", images, tmp_path / labels, **options)
-    assert_same_tensors(tmp_path / "predicted", tmp_path / "given")
+    checks.assert_same_tensors(tmp_path / "predicted", tmp_path / "given")
 
 
 @pytest.mark.parametrize("label", [UNLABELLED, 99])
@@ -153,7 +146,9 @@ def test_any_number_stands_for_a_label_that_is_not_there(label, tmp_path):
     network, dataset = build("3x3"), Unlabelled(9, label)
     scan = unbraid.scan(network, "layer", dataset, tmp_path, labels="predicted")
     relabelled = predicted("3x3", SyntheticImages(9))
-    assert_records(list(scan.shards()), truth_of(network, relabelled), 0.005, range(9))
+    checks.assert_records(
+        list(scan.shards()), checks.truth_of(network, relabelled), 0.005, range(9)
+    )
     assert (scan.class_names, scan.manifest.labels) == ((), "predicted")
     assert labels_of(as_labelled(dataset, scan)) == relabelled.targets
     given = unbraid.scan(network, "layer", dataset.inner, tmp_path / "given")

@@ -11,15 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+import checks
 import unbraid
-from checks import (
-    assert_records,
-    assert_same_files,
-    assert_same_tensors,
-    assert_untouched,
-    snapshot,
-    truth_of,
-)
 from tiny_networks import CountingNetwork, SyntheticImages, WithBroken, build
 from unbraid.base.errors import DataError, RunError
 from unbraid.networks.relevance import kept_channels_last
@@ -60,8 +53,8 @@ def test_records_of_many_shards_are_in_order_and_whole(finished, folder):
     for scan in (unbraid.open_scan(finished), goes_on):
         shards = list(scan.shards())
         assert [len(records) for records in shards] == [SHARD, SHARD, 9]  # no multiple of a batch
-        truth = truth_of(build("1x1"), SyntheticImages(N_IMAGES))
-        assert_records(shards, truth, 0.005, range(N_IMAGES))
+        truth = checks.truth_of(build("1x1"), SyntheticImages(N_IMAGES))
+        checks.assert_records(shards, truth, 0.005, range(N_IMAGES))
 
 
 @pytest.mark.parametrize(("shard", "n_images"), [(None, 0), (0, SHARD), (2, 9)])
@@ -73,7 +66,7 @@ def test_only_the_images_of_a_missing_shard_are_run_again(shard, n_images, finis
     network = CountingNetwork(build("1x1"))
     long_scan(folder, network)
     assert network.n_images == n_images
-    assert_same_files(folder, finished)
+    checks.assert_same_files(folder, finished)
 
 
 def stop_at(write, error):
@@ -112,7 +105,7 @@ def test_scan_that_was_stopped_while_writing_is_completed_by_the_next(
     long_scan(tmp_path, network)
     n_kept = SHARD * max(0, write - 3)  # the shards that were whole before the stop
     assert network.n_images == N_IMAGES - n_kept
-    assert_same_files(tmp_path, finished)
+    checks.assert_same_files(tmp_path, finished)
 
 
 def test_another_scans_shard_and_a_shard_under_another_number_are_told(finished, folder, tmp_path):
@@ -195,7 +188,7 @@ DIFFERENT = [
 def test_a_folder_of_another_scan_is_refused(settings, difference, finished, folder):
     with pytest.raises(RunError, match=rf"scan of something else: [^.]*{difference}[^.]* differ"):
         long_scan(folder, **settings)
-    assert_same_files(folder, finished)
+    checks.assert_same_files(folder, finished)
 
 
 def test_shards_without_a_manifest_are_not_taken_for_the_new_scans(finished, folder):
@@ -203,7 +196,7 @@ def test_shards_without_a_manifest_are_not_taken_for_the_new_scans(finished, fol
     with pytest.raises(RunError, match="manifest is gone"):
         long_scan(folder)
     shutil.copy(finished / "manifest.json", folder)
-    assert_same_files(folder, finished)
+    checks.assert_same_files(folder, finished)
 
 
 def test_a_shard_of_nothing_but_broken_images_is_empty(tmp_path):
@@ -213,7 +206,7 @@ def test_a_shard_of_nothing_but_broken_images_is_empty(tmp_path):
     empty, last = scan.shards()
     assert (len(empty), scan.broken()) == (0, broken)
     sound = [k for k in range(n) if k not in broken]
-    assert_records([last], truth_of(build("1x1"), SyntheticImages(n)), 0.005, sound)
+    checks.assert_records([last], checks.truth_of(build("1x1"), SyntheticImages(n)), 0.005, sound)
     assert unbraid.find(scan, gamma=1.0, tau=0.01, p=0.1).classes == (0, 1, 2, 3)
 
 
@@ -227,12 +220,12 @@ def test_scan_leaves_the_network_as_it_was(kind, error, tmp_path, monkeypatch):
     network.stem.weight.requires_grad_(False)
     network(SyntheticImages(4).images).sum().backward()
     network.layer.register_forward_hook(lambda *_: None)
-    before = snapshot(network)
+    before = checks.snapshot(network)
     if error is RunError:  # the disk is full
         monkeypatch.setattr(Path, "replace", stop_at(3, FULL))
     with pytest.raises(error) if error else nullcontext():
         unbraid.scan(network, "layer", kind(9), tmp_path, positions=True)
-    assert_untouched(before, snapshot(network))
+    checks.assert_untouched(before, checks.snapshot(network))
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -266,7 +259,7 @@ def test_channels_last_is_as_if_the_network_were_and_the_network_is_left_as_it_w
         raise KeyError
     assert [(weight.data_ptr(), weight.stride()) for weight in network.parameters()] == before
     unbraid.scan(so_already, "layer", images, tmp_path / "already")
-    assert_same_tensors(tmp_path / "told", tmp_path / "already")
+    checks.assert_same_tensors(tmp_path / "told", tmp_path / "already")
 
 
 def test_threads_are_fixed_for_the_scan_and_given_back(tmp_path):

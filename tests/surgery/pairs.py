@@ -1,6 +1,5 @@
 """Networks of every kind, each beside what it is with concept channels."""
 
-from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -17,14 +16,10 @@ from unbraid.networks.layers import bias_of, describe, resolve_layer, weight_row
 from unbraid.networks.weights import hash_weights
 from unbraid.splitting.splits import ChannelSplit, Split
 
-Channels = Mapping[int, Sequence[Sequence[int]]]
-
 TWO = {1: [[0], [1]], 0: [[2, 0], [3]], 3: [[3], [1, 2]]}  # two concepts each
 THREE = {2: [[0], [1, 3], [2]], 0: [[3], [0]]}  # three in one channel, two in another
 VALUES = torch.tensor([0.0, 1.0, -2.0, 0.5, 3.0], dtype=torch.float64)  # one per image
 CONCEPTS = [(channel, k) for channel, concepts in TWO.items() for k in range(len(concepts))]
-
-
 NETWORKS = {
     **{kind: partial(build, kind) for kind in KINDS},
     **{f"built in: {kind}": partial(structures.build, kind) for kind in structures.STRUCTURES},

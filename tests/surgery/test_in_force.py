@@ -18,8 +18,6 @@ from unbraid.base.errors import LayerError, ModelError, OutputChangedError
 from unbraid.networks.copying import copy_network
 from unbraid.surgery.apply import check_in_force
 
-# --- what is copied -------------------------------------------------------------------------------
-
 
 def test_two_functions_that_share_a_variable_do_so_in_a_copy():
     network = reaching("module")
@@ -80,9 +78,6 @@ def test_copy_network_copies_what_can_be_copied():
     assert all(own.is_leaf for own in twin.parameters())
     wanted = [[own.requires_grad for own in one.parameters()] for one in (network, twin)]
     assert wanted[0] == wanted[1]
-
-
-# --- what is not in force, and told ---------------------------------------------------------------
 
 
 def by_a_class(network):
@@ -217,9 +212,6 @@ def test_gate_has_the_same_effect_with_and_without_a_graph_in_torchs_transformer
         with torch.no_grad():
             assert_close(changed(images()), moved)
     assert not torch.allclose(moved, network(images()))
-
-
-# --- names ----------------------------------------------------------------------------------------
 
 
 def test_gate_finds_layers_of_a_network_that_has_a_part_named_as_a_wrapper():

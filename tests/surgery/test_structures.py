@@ -17,8 +17,6 @@ from unbraid.networks.layers import describe, splittable_layers, why_not
 from unbraid.networks.spec import tap_inputs
 from unbraid.scanning.scan import usable_layers
 
-# --- records --------------------------------------------------------------------------------------
-
 
 def assert_traced(records, kind, min_share):
     """Every record is what a run on that image alone says, with nothing cut."""
@@ -96,9 +94,6 @@ def test_scan_of_what_is_not_one_row_an_image_is_refused(tmp_path):
     assert next(scan.shards()).n_positions.tolist() == [42] * 4
 
 
-# --- what counts as a layer -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("kind", "forward", "reason"),
     [
@@ -127,9 +122,6 @@ def test_looking_into_a_layer_leaves_no_trace_in_it():
         before = snapshot(layer)
         assert describe("layer", layer).n_taps == 54
         assert_untouched(before, snapshot(layer))
-
-
-# --- what a network puts out, wrappers ------------------------------------------------------------
 
 
 def test_logits_are_picked_out_the_same_everywhere(tmp_path):

@@ -36,9 +36,6 @@ def one_pair():
     return Pair("3x3", dtype=SINGLE)
 
 
-# --- exporters and compilers ----------------------------------------------------------------------
-
-
 def traced(network):
     return torch.jit.trace(network, single())
 
@@ -133,9 +130,6 @@ def test_torch_fx_traces_both_forms_and_takes_out_concept_channels(kind):
     assert_close(read.reshape(5, -1), pair.concept_map(1, 0), ROUNDING)
 
 
-# --- Captum and zennit ----------------------------------------------------------------------------
-
-
 def test_concepts_less_residuals_have_the_relevance_of_the_channel_in_captum(pair):
     attr = pytest.importorskip("captum.attr", reason="needs captum")
 
@@ -180,9 +174,6 @@ def test_relevance_of_concept_channels_sums_to_the_channels_in_zennit(kind):
         assert_close(wide[:, mine].sum(1), merged[:, part.channel], 1e-4)
         assert wide[:, mine[:-1]].any(0).all()
     assert_close(pair.plain(single()), pair.network(single()), ROUNDING)  # all undone
-
-
-# --- training, files, devices ---------------------------------------------------------------------
 
 
 def train(network):

@@ -4,14 +4,11 @@ import functools
 import threading
 import types
 import weakref
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from structures import Around
-
-Run = Callable[..., Tensor]
 
 
 class Calls:
