@@ -16,12 +16,7 @@ from unbraid.base.files import remove_leftovers, temporary_for, write_whole
 def at_fsync(monkeypatch, act):
     """Do something just before a file, or a folder, is synced."""
     fsync = os.fsync
-
-    def act_and_sync(handle):
-        act(handle)
-        fsync(handle)
-
-    monkeypatch.setattr(os, "fsync", act_and_sync)
+    monkeypatch.setattr(os, "fsync", lambda handle: act(handle) or fsync(handle))
 
 
 def leave(path, *, host=files._HOST, age=0.0):
@@ -86,9 +81,7 @@ def test_remove_leftovers_where_files_cannot_be_locked_takes_old_ones(tmp_path, 
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
-def test_write_whole_tells_a_folder_that_fails_but_not_one_that_cannot_be_synced(
-    number, tmp_path, monkeypatch
-):
+def test_write_whole_tells_a_folder_that_fails_when_synced(number, tmp_path, monkeypatch):
     def fail(handle):
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(number, os.strerror(number))

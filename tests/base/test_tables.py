@@ -60,16 +60,14 @@ def as_shown(name):
 
 
 def assert_table(html, expected, n_heads=1):
-    """The table's body holds exactly these cells."""
     shown = Tables(html)
     assert shown.n_heads == n_heads
     assert shown.rows[n_heads:] == [[as_shown(cell) for cell in row] for row in expected]
 
 
 def findings(n=3, **changes):
-    pairs = tuple(
-        Pair(o, 0, 1 + o % 4, 0.1 + 0.001 * o, 0.9, 0.8, 0.05, 0.2, 0.99, 0.98) for o in range(n)
-    )
+    same = (0.9, 0.8, 0.05, 0.2, 0.99, 0.98)
+    pairs = tuple(Pair(o, 0, 1 + o % 4, 0.1 + 0.001 * o, *same) for o in range(n))
     concepts = {pair.channel: ((0,), (pair.class2,)) for pair in pairs}
     found = Findings(0.03, 0.75, 0.5, pairs, concepts, NAMES, "Nearest: tau <0.01>.", "mix", "")
     return replace(found, **changes)
@@ -83,36 +81,25 @@ def expected_findings(found):
     ]
 
 
-def evaluation():
-    def concept(name, x):
-        return results.ConceptEvaluation((0,), name, 7, x, x + 1, x + 2, x + 3, x + 4, ())
-
-    both = (concept(SCRIPT, 0.1), concept(QUOTES, 0.2))
-    channels = (
-        results.ChannelEvaluation("mix", 4, both, 0.25, None),
-        results.ChannelEvaluation("mix", 9, (concept(REVERSED, 0.3),), math.nan, None),
-    )
-    return Evaluation("published", "mix", channels, 0.03, {})
+def evaluated(name, x):
+    return results.ConceptEvaluation((0,), name, 7, x, x + 1, x + 2, x + 3, x + 4, ())
 
 
-def ablation():
-    own = [results.Drop(4, x, x / 10, 2 * x, x / 5) for x in (1.0, 0.5, 0.25)]
-    drops = results.ClassDrops((0.0,), (0.0,))
-    concept = results.ConceptAblation((0,), SCRIPT, *own, drops)
-    channel = results.ChannelAblation(5, drops, (concept,))
-    return Ablation("mix", (results.ClassOutput(0, SCRIPT, 4, 1.0, 1.0),), (channel,))
-
-
-def semantics():
-    whole, *parts = [results.Likeness(x, y) for x, y in ((0.1, 0.2), (0.3, 0.4), (0.5, math.nan))]
-    one = results.ChannelSemantics("pixels", 9, 3, True, True, whole, tuple(parts), 0.25, 0.75)
-    return results.Semantics({5: one})
-
-
+BOTH = (evaluated(SCRIPT, 0.1), evaluated(QUOTES, 0.2))
+EVALUATED = (
+    results.ChannelEvaluation("mix", 4, BOTH, 0.25, None),
+    results.ChannelEvaluation("mix", 9, (evaluated(REVERSED, 0.3),), math.nan, None),
+)
+CLASS, NO_DROPS = results.ClassOutput(0, SCRIPT, 4, 1.0, 1.0), results.ClassDrops((0.0,), (0.0,))
+DROPS = [results.Drop(4, x, x / 10, 2 * x, x / 5) for x in (1.0, 0.5, 0.25)]
+ABLATED = results.ConceptAblation((0,), SCRIPT, *DROPS, NO_DROPS)
+LIKE, *PARTS = [results.Likeness(x, y) for x, y in ((0.1, 0.2), (0.3, 0.4), (0.5, math.nan))]
+ALIKE = results.ChannelSemantics("pixels", 9, 3, True, True, LIKE, tuple(PARTS), 0.25, 0.75)
+SOURCES = (Source(3, 2.0, 0.5, 0.9), Source(1, -1.0, 0.0, 0.25))
 RESULTS = {
     "findings": (findings(5, note="a <b>"), "a <b>", expected_findings(findings(5))),
     "evaluation": (
-        evaluation(),
+        Evaluation("published", "mix", EVALUATED, 0.03, {}),
         "published split of mix",
         [
             ["4", SCRIPT, "0.100", "1.100", "2.100", "3.100", "4.100", "0.250"],
@@ -121,12 +108,12 @@ RESULTS = {
         ],
     ),
     "circuit": (
-        Circuit("mix", 5, 1, (0,), SCRIPT, (Source(3, 2.0, 0.5, 0.9), Source(1, -1.0, 0.0, 0.25))),
+        Circuit("mix", 5, 1, (0,), SCRIPT, SOURCES),
         f"mix, concept 1 of channel 5 ({SCRIPT})",
         [["3", "50.0%", "90.0%"], ["1", "0.0%", "25.0%"]],
     ),
     "semantics": (
-        semantics(),
+        results.Semantics({5: ALIKE}),
         "How alike the images are",
         [
             ["5", "original", "0.100", "0.200", "0.250", "0.750"],
@@ -135,7 +122,7 @@ RESULTS = {
         ],
     ),
     "ablation": (
-        ablation(),
+        Ablation("mix", (CLASS,), (results.ChannelAblation(5, NO_DROPS, (ABLATED,)),)),
         "Channels of mix switched off",
         [["5", SCRIPT, "1.000", "2.000", "0.500", "10.0%", "0.500", "1.000", "0.500", "0.250"]],
     ),

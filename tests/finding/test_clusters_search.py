@@ -65,7 +65,6 @@ def test_find_clusters_finds_planted_causes_and_leaves_single_ones_whole(planted
 
 
 def assert_same_findings(one, other, tolerance=0.0):
-    """Pairs, concepts and clusters are the same."""
     assert one.concepts == other.concepts
     assert one.clusters.keys() == other.clusters.keys()
     for pair, twin in zip(one.pairs, other.pairs, strict=True):

@@ -26,9 +26,7 @@ def predictions(labels, n_outputs, accuracy, seed=0):
 
 
 @pytest.mark.parametrize(("n_outputs", "accuracy"), [(2, 0.7), (10, 0.3), (100, 1), (1000, 0.3)])
-def test_accuracy_tells_predictions_at_random_and_no_network_that_knows_its_classes(
-    n_outputs, accuracy
-):
+def test_accuracy_tells_predictions_at_random_from_those_that_know(n_outputs, accuracy):
     labels = np.arange(256) * n_outputs // 256
     found = judge(labels, predictions(labels, n_outputs, accuracy), n_outputs)
     assert found.warning == ""
@@ -84,14 +82,11 @@ def test_accuracy_tells_a_usual_misreading_by_its_name(words):
 
 @pytest.mark.parametrize(
     ("order", "told"),
-    [
-        ([0, 1, 2, 4, 3], "3 stood for output 4 (class dog)"),
-        ([2, 3, 4, 0, 1], "0 stood for output 2"),
-    ],
+    [("01243", "3 stood for output 4 (class dog)"), ("23401", "0 stood for output 2")],
 )
 def test_accuracy_tells_classes_that_were_exchanged(order, told):
     labels, names = np.arange(300) % 5, ["ant", "bee", "cat", "dog", "4"]
-    found = judge(labels, predictions(np.array(order)[labels], 5, 0.9), 5, names)
+    found = judge(labels, predictions(np.array([*map(int, order)])[labels], 5, 0.9), 5, names)
     assert f"label {told}" in found.warning
 
 

@@ -32,7 +32,6 @@ def dataset_of(n_images, images=(), labels=()):
 
 
 def predicted(kind, dataset):
-    """The data set under the labels that the network would give."""
     relabelled = copy.copy(dataset)
     with torch.no_grad():
         relabelled.targets = build(kind)(dataset.images).argmax(1).tolist()
@@ -146,9 +145,8 @@ def test_any_number_stands_for_a_label_that_is_not_there(label, tmp_path):
     network, dataset = build("3x3"), Unlabelled(9, label)
     scan = unbraid.scan(network, "layer", dataset, tmp_path, labels="predicted")
     relabelled = predicted("3x3", SyntheticImages(9))
-    checks.assert_records(
-        list(scan.shards()), checks.truth_of(network, relabelled), 0.005, range(9)
-    )
+    truth = checks.truth_of(network, relabelled)
+    checks.assert_records(list(scan.shards()), truth, 0.005, range(9))
     assert (scan.class_names, scan.manifest.labels) == ((), "predicted")
     assert labels_of(as_labelled(dataset, scan)) == relabelled.targets
     given = unbraid.scan(network, "layer", dataset.inner, tmp_path / "given")
@@ -206,9 +204,7 @@ REFUSED = [  # network or images, options
 
 
 @pytest.mark.parametrize(("given", "options", "error", "message"), REFUSED, ids=range(len(REFUSED)))
-def test_scan_of_what_cannot_be_scanned_is_refused_without_a_shard(
-    given, options, error, message, tmp_path
-):
+def test_scan_is_refused_without_a_shard(given, options, error, message, tmp_path):
     is_network = isinstance(given, nn.Module)
     network, images = (given, SyntheticImages(4)) if is_network else (build("3x3"), given)
     with pytest.raises(error, match=message):

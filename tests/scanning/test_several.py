@@ -200,18 +200,15 @@ def assert_circuit(found, network, splits, channel, concept):
 
 
 @pytest.mark.parametrize("batch_size", [2, 64])
-def test_concept_channels_are_sources_of_the_next_layers_concepts(
-    batch_size, network, splits, scans
-):
+def test_concept_channels_are_sources_in_the_next_layer(batch_size, network, splits, scans):
     arguments = (splits["first"], splits["blocks.1"], scans["blocks.1"], network, IMAGES)
     for channel, concepts in CONCEPTS.items():
         for concept in range(len(concepts)):
             options = {"n": 100, "batch_size": batch_size}
             found = unbraid.circuit_from(*arguments, channel, concept, **options)
             assert_circuit(found, network, splits, channel, concept)
-    assert {s.name for s in found.sources} == set(
-        ["0", "2", "4", "5", "1.0", "1.1", "1.residual", "3.0", "3.1", "3.2", "3.residual"]
-    )
+    names = "0 2 4 5 1.0 1.1 1.residual 3.0 3.1 3.2 3.residual"
+    assert {source.name for source in found.sources} == set(names.split())
     first, *others = found.sources
     wrong = replace(first, relevance=first.relevance * 1.01)
     with pytest.raises(AssertionError):

@@ -20,6 +20,9 @@ from unbraid.scanning import records as records_module
 
 SHARD = 128  # images in a shard with positions
 N_IMAGES = 2 * SHARD + 9
+FULL = OSError(errno.ENOSPC, "No space left on device")
+REFUSED = OSError(errno.EROFS, "Read-only file system")
+TOLD = {FULL: r"disk is full.*make room and start", REFUSED: r"cannot be written .*Read-only"}
 
 
 def images(kind=SyntheticImages, **changes):
@@ -37,13 +40,11 @@ def long_scan(out, network=None, **settings):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished scan, not to be changed."""
     return long_scan(tmp_path_factory.mktemp("finished")).path
 
 
 @pytest.fixture
 def folder(finished, tmp_path):
-    """A copy of a finished scan, to be changed."""
     return Path(shutil.copytree(finished, tmp_path / "scan"))
 
 
@@ -82,19 +83,12 @@ def stop_at(write, error):
     return replace_or_fail
 
 
-FULL = OSError(errno.ENOSPC, "No space left on device")
-REFUSED = OSError(errno.EROFS, "Read-only file system")
-TOLD = {FULL: r"disk is full.*make room and start", REFUSED: r"cannot be written .*Read-only"}
-
-
 @pytest.mark.parametrize(
     ("error", "write"),
     [*((KeyboardInterrupt(), n) for n in range(1, 6)), *((error, 4) for error in TOLD)],
     ids=range(7),
 )
-def test_scan_that_was_stopped_while_writing_is_completed_by_the_next(
-    error, write, finished, tmp_path
-):
+def test_a_scan_stopped_while_writing_is_completed_by_the_next(error, write, finished, tmp_path):
     told = TOLD.get(error)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "replace", stop_at(write, error))
@@ -128,8 +122,6 @@ def test_another_scans_shard_and_a_shard_under_another_number_are_told(finished,
 
 
 class Watched(SyntheticImages):
-    """Calls a function with every image that it gives."""
-
     def __getitem__(self, index):
         image = self.images[index].clone()
         self.look(image)
@@ -210,11 +202,8 @@ def test_a_shard_of_nothing_but_broken_images_is_empty(tmp_path):
     assert unbraid.find(scan, gamma=1.0, tau=0.01, p=0.1).classes == (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize(
-    ("kind", "error"),
-    [(SyntheticImages, None), (SyntheticImages, RunError), (WithBroken, DataError)],
-)
-def test_scan_leaves_the_network_as_it_was(kind, error, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [None, RunError, DataError])
+def test_scan_leaves_the_network_as_it_was(error, tmp_path, monkeypatch):
     network = build("batch norm behind").train()  # modes and wanted gradients differ by module
     network.stem_norm.eval()
     network.stem.weight.requires_grad_(False)
@@ -224,7 +213,8 @@ def test_scan_leaves_the_network_as_it_was(kind, error, tmp_path, monkeypatch):
     if error is RunError:  # the disk is full
         monkeypatch.setattr(Path, "replace", stop_at(3, FULL))
     with pytest.raises(error) if error else nullcontext():
-        unbraid.scan(network, "layer", kind(9), tmp_path, positions=True)
+        dataset = WithBroken(9) if error is DataError else SyntheticImages(9)
+        unbraid.scan(network, "layer", dataset, tmp_path, positions=True)
     checks.assert_untouched(before, checks.snapshot(network))
     assert not list(tmp_path.glob("*.tmp"))
 

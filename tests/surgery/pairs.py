@@ -70,8 +70,6 @@ def layer_output(network, x, layer="layer"):
 
 
 class Pair:
-    """A network of a kind, a split of it, and the network split."""
-
     def __init__(self, kind, channels=TWO, dtype=torch.float64):
         self.network, self.dtype = build(kind, dtype), dtype
         self.split = make_split(self.network, channels)

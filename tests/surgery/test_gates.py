@@ -37,9 +37,8 @@ def test_gate_can_be_learned(pair):
     one = torch.ones((), dtype=torch.float64, requires_grad=True)
     row = pair.changed.layer.names.index("1.0")
     kept = []
-    pair.changed.layer.concepts.register_forward_hook(
-        lambda _m, _a, output: (output.retain_grad(), kept.append(output), None)[2]
-    )
+    concepts = pair.changed.layer.concepts
+    concepts.register_forward_hook(lambda _m, _a, z: kept.append(z) or z.retain_grad())
     for gate in (value, one):
         with pair.changed.gate("layer", 1, 0, gate):
             pair.changed(images())[:, 2].sum().backward()
@@ -71,9 +70,7 @@ def test_gate_for_another_number_of_images_is_refused_when_run(pair, n_values):
         ("gate", ("layer", 2, 0, 0.0), "has no concept 0 of channel 2; it has"),
     ],
 )
-def test_gate_and_clamp_of_what_cannot_be_are_refused_without_a_trace(
-    pair, move, arguments, sentence
-):
+def test_a_move_that_cannot_be_is_refused_without_a_trace(pair, move, arguments, sentence):
     with pytest.raises(UsageError, match=sentence):
         getattr(pair.changed, move)(*arguments)
     assert pair.changed.layer.moves == []

@@ -190,14 +190,14 @@ def test_check_in_force_takes_few_passes_and_leaves_the_network():
 
 def test_check_in_force_tells_a_network_that_depends_on_the_layers_type_from_a_random_one():
     network = reaching("module")
-    network.body = types.MethodType(
-        lambda self, x: self.layer(x) * (1 + (type(self.layer) is nn.Conv2d)), network
-    )
+
+    def by_type(self, x):
+        return self.layer(x) * (1 + (type(self.layer) is nn.Conv2d))
+
+    network.body = types.MethodType(by_type, network)
     with pytest.raises(OutputChangedError, match="'layer' split the network computes something"):
         check_in_force(network, "layer", images(1))
-    network.body = types.MethodType(
-        lambda self, x: self.layer(x) + torch.rand(1, dtype=x.dtype), network
-    )
+    network.body = types.MethodType(lambda self, x: self.layer(x) + torch.rand(1), network)
     check_in_force(network, "layer", images(1))  # which is left to others
 
 

@@ -61,9 +61,7 @@ def test_a_layer_that_sees_no_image_is_not_listed(n_images):
     network = Around().double().eval()
     codes = network.codes = nn.Linear(2, 6).double()  # of positions alone
     places = torch.cartesian_prod(torch.arange(7.0), torch.arange(6.0)).double()
-    network.stem.register_forward_hook(
-        lambda _module, _args, z: z + codes(input=places).T.reshape(6, 7, 6)
-    )
+    network.stem.register_forward_hook(lambda *seen: seen[2] + codes(input=places).T.view(6, 7, 6))
     for x in (images(n_images).images, torch.zeros(n_images, 3, 7, 6)):
         assert [spec.name for spec in usable_layers(network, x)] == ["stem", "layer", "head"]
 
@@ -137,7 +135,6 @@ def test_logits_are_picked_out_the_same_everywhere(tmp_path):
 
 
 def assert_same_shares(one, layer, other, folder):
-    """A layer of a network is the same to a scan as that of another one."""
     (other_layer,) = (name for name, _ in other.named_modules() if name.endswith("layer"))
     scans = [
         unbraid.scan(network, name, images(), folder / str(n))

@@ -20,6 +20,7 @@ from unbraid.base.files import read_tensors, write_tensors
 SINGLE = torch.float32
 ROUNDING = 1e-5
 TARGET = 2  # logit
+quiet = pytest.mark.filterwarnings("ignore::Warning")  # the tools', of what they will change
 
 
 def single(n_images=5):
@@ -53,17 +54,11 @@ def compiled(network):
 def in_onnx(network):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs .[onnx]")
     pytest.importorskip("onnxscript", reason="needs .[onnx]")
-    file, any_number = io.BytesIO(), ({0: torch.export.Dim("n_images")},)
-    program = torch.onnx.export(
-        network, (single(),), dynamo=True, verbose=False, dynamic_shapes=any_number
-    )
-    program.save(file)
+    file, options = io.BytesIO(), {"dynamic_shapes": ({0: torch.export.Dim("n_images")},)}
+    torch.onnx.export(network, (single(),), dynamo=True, verbose=False, **options).save(file)
     session = onnxruntime.InferenceSession(file.getvalue())
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
-
-
-quiet = pytest.mark.filterwarnings("ignore::Warning")  # the tools', of what they will change
 
 
 @quiet

@@ -77,7 +77,6 @@ WAYS = {
 
 
 def reaching(way):
-    """A network that reaches its layer in one of the ways."""
     torch.manual_seed(0)
     network = Around().double()
     made = WAYS[way](network, network.layer)
