@@ -152,15 +152,17 @@ class Counting(nn.Module):
 class Body(Around):
     def __init__(self):
         super().__init__()
-        self.count = Counting()
-        self.stem = nn.Sequential(self.count, self.stem, nn.ReLU(inplace=True))
+        self.count, self.act = Counting(), nn.ReLU(inplace=True)
         self.double()
+
+    def forward(self, x):
+        return self.head(self.body(self.act(self.stem(self.count(x)))).flatten(2).mean(2))
 
 
 class AddsInPlace(Body):
     def body(self, x):
         x += self.layer(x)
-        return x.relu_()
+        return self.act(x)
 
 
 class TakesFromShelf(Body):
