@@ -1,7 +1,5 @@
 """What public functions are given: a wrong type is told in a sentence."""
 
-from __future__ import annotations
-
 import math
 import re
 
@@ -28,7 +26,6 @@ def calls(tmp_path_factory):
         ("find", "scan", "runs/train", f"scan is 'runs/train'; {ONE} Scan."),
         ("find", "tau", None, f"tau is None; {REAL}"),
         ("find", "p", "0.75", f"p is '0.75'; {REAL}"),
-        ("find", "channels", [[0], [1]], "channels is a list; give groups of classes per channel"),
         ("find", "channels", {1: [["0"], [1]]}, "The concepts of channel 1 must be two or more"),
         ("sensitivity", "taus", 0.03, f"taus is 0.03; {REALS}"),
         ("sensitivity", "ps", ["0.5"], f"ps holds '0.5'; {REALS}"),
@@ -43,7 +40,6 @@ def calls(tmp_path_factory):
         ("ablate", "channels", 1, f"channels is 1; {WHOLES}"),
         ("ablate", "workers", None, f"workers is None; {WHOLE} from 0 to 4096."),
         ("ablate", "skip_broken", "no", "skip_broken is 'no'; give True or False."),
-        ("compare_outputs", "tolerance", -1, "tolerance is -1; it must be 0 or more."),
         ("measure_semantics", "n_top", 1, f"n_top is 1; {WHOLE}, 2 or more."),
         ("measure_semantics", "scan", "runs/val", f"scan is 'runs/val'; {ONE}"),
         ("visualize", "channels", [1.0], f"channels holds 1.0; {WHOLES}"),

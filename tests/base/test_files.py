@@ -1,14 +1,10 @@
 """Writing of files: whole or not at all, beside other writers, and on odd file systems."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -17,18 +13,13 @@ from unbraid.base.errors import RunError
 from unbraid.base.files import remove_leftovers, temporary_for, write_whole
 
 
-def at_fsync(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
+def at_fsync(monkeypatch, act):
     """Do something just before a file, or a folder, is synced."""
     fsync = os.fsync
-
-    def act_and_sync(handle: int) -> None:
-        act(handle)
-        fsync(handle)
-
-    monkeypatch.setattr(os, "fsync", act_and_sync)
+    monkeypatch.setattr(os, "fsync", lambda handle: act(handle) or fsync(handle))
 
 
-def leave(path: Path, *, host: str = files._HOST, age: float = 0.0) -> Path:
+def leave(path, *, host=files._HOST, age=0.0):
     """Leave a temporary file as a killed writer does."""
     with suppress(KeyboardInterrupt), temporary_for(path) as (left, _):
         raise KeyboardInterrupt
@@ -38,9 +29,9 @@ def leave(path: Path, *, host: str = files._HOST, age: float = 0.0) -> Path:
 
 
 def test_remove_leftovers_spares_a_living_writer(tmp_path, monkeypatch):
-    seen: list[int] = []
+    seen = []
 
-    def clean(_: int) -> None:
+    def clean(_):
         seen.append(len(list(tmp_path.glob("*.tmp"))))
         remove_leftovers(tmp_path)
 
@@ -54,7 +45,7 @@ def test_remove_leftovers_spares_a_living_writer(tmp_path, monkeypatch):
 def test_write_whole_starts_again_if_its_file_went_before_it_was_locked(tmp_path, monkeypatch):
     lock, calls = files._lock, []
 
-    def clean_and_lock(file: object) -> bool | None:
+    def clean_and_lock(file):
         calls.append(file)
         if len(calls) == 1:
             remove_leftovers(tmp_path)
@@ -90,10 +81,8 @@ def test_remove_leftovers_where_files_cannot_be_locked_takes_old_ones(tmp_path, 
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
-def test_write_whole_tells_a_folder_that_fails_but_not_one_that_cannot_be_synced(
-    number, tmp_path, monkeypatch
-):
-    def fail(handle: int) -> None:
+def test_write_whole_tells_a_folder_that_fails_when_synced(number, tmp_path, monkeypatch):
+    def fail(handle):
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(number, os.strerror(number))
 

@@ -1,15 +1,10 @@
 """Files that mean harm: refused in one sentence, before they cost anything."""
 
-from __future__ import annotations
-
 import json
 import os
 import struct
 import zlib
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,18 +17,18 @@ from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.images.pictures import read_picture
 from unbraid.running.check import check
-from unbraid.scanning.records import Scan, no_records, shard_path, write_shard
+from unbraid.scanning.records import no_records, shard_path, write_shard
 
 GONE = object()
 
 
 @pytest.fixture
-def scan(tmp_path: Path) -> Scan:
+def scan(tmp_path):
     shares = torch.full((21, 3), 1 / 3, dtype=torch.float64)
     return write_scan(tmp_path / "scan", shares=shares, labels=[n % 3 for n in range(21)])
 
 
-def lie(scan: Scan, **entries: Any) -> Path:
+def lie(scan, **entries):
     """Give the manifest, or the layer in it, other entries, or leave some out."""
     path = scan.path / "manifest.json"
     content = json.loads(path.read_text())
@@ -43,7 +38,7 @@ def lie(scan: Scan, **entries: Any) -> Path:
     return scan.path
 
 
-def forge(path: Path, **changes: Callable[[Tensor], Tensor]) -> None:
+def forge(path, **changes):
     """Other tensors, with checksums that fit."""
     tensors, _ = read_tensors(path)
     write_tensors(path, {**tensors, **{k: make(tensors[k]) for k, make in changes.items()}}, {})
@@ -142,17 +137,18 @@ def test_scan_that_would_be_refused_when_opened_is_not_begun(tmp_path, monkeypat
     assert not (tmp_path / "scan").exists()
 
 
-def test_find_chooses_no_tau_by_a_scan_without_an_image(tmp_path):
+def test_find_in_a_scan_of_broken_images_alone_finds_nothing(tmp_path):
     scan = unbraid.scan(build("1x1"), "layer", SyntheticImages(9), tmp_path)
     records = replace(no_records(scan.layer, positions=False), broken=torch.arange(9))
     write_shard(scan.path, 0, records)
     assert unbraid.find(scan).pairs == ()
+    assert unbraid.find(scan, concepts="clusters").concepts == {}
     with pytest.raises(DataError, match="holds no image to choose tau by"):
         unbraid.find(scan, tau="auto")
 
 
-def png(width: int, height: int, rows: bytes) -> bytes:
-    def chunk(kind: bytes, content: bytes) -> bytes:
+def png(width, height, rows):
+    def chunk(kind, content):
         crc = zlib.crc32(kind + content)
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
 

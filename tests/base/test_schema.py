@@ -1,7 +1,5 @@
 """Values from files: built as their types say, or refused in one sentence."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,12 +1,8 @@
 """Results as tables: every figure, harmless whatever names hold."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
-from typing import Any
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
@@ -25,9 +21,9 @@ ALLOWED = {"table", "caption", "thead", "tbody", "tr", "th", "td", "p", "br"}
 class Tables(HTMLParser):
     """Reads rows of cells, and refuses what a table has no need of."""
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, html):
         super().__init__()
-        self.rows: list[list[str]] = []
+        self.rows = []
         self.n_heads = 0
         self.around = ""  # caption and notes
         self._in_cell = False
@@ -35,7 +31,7 @@ class Tables(HTMLParser):
         self.feed(html)
         self.close()
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         assert tag in ALLOWED, tag
         assert {name for name, _ in attrs} <= {"dir", "colspan", "style"}, attrs
         if tag == "tr":
@@ -45,41 +41,39 @@ class Tables(HTMLParser):
             self._in_cell = True
             self.rows[-1].append("")
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         self._in_cell = self._in_cell and tag not in ("td", "th")
         if tag == "thead":
             self.n_heads = len(self.rows)
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         if self._in_cell:
             self.rows[-1][-1] += data
         else:
             self.around += data
 
 
-def as_shown(name: str) -> str:
+def as_shown(name):
     """A name in a cell: all of it, unless it is endless or no text."""
     text = name if len(name) <= 300 else name[:299] + "…"
     return text.replace("\udcff", "\\udcff")
 
 
-def assert_table(html: str, expected: Sequence[Sequence[str]], n_heads: int = 1) -> None:
-    """The table's body holds exactly these cells."""
+def assert_table(html, expected, n_heads=1):
     shown = Tables(html)
     assert shown.n_heads == n_heads
     assert shown.rows[n_heads:] == [[as_shown(cell) for cell in row] for row in expected]
 
 
-def findings(n: int = 3, **changes: Any) -> Findings:
-    pairs = tuple(
-        Pair(o, 0, 1 + o % 4, 0.1 + 0.001 * o, 0.9, 0.8, 0.05, 0.2, 0.99, 0.98) for o in range(n)
-    )
+def findings(n=3, **changes):
+    same = (0.9, 0.8, 0.05, 0.2, 0.99, 0.98)
+    pairs = tuple(Pair(o, 0, 1 + o % 4, 0.1 + 0.001 * o, *same) for o in range(n))
     concepts = {pair.channel: ((0,), (pair.class2,)) for pair in pairs}
     found = Findings(0.03, 0.75, 0.5, pairs, concepts, NAMES, "Nearest: tau <0.01>.", "mix", "")
     return replace(found, **changes)
 
 
-def expected_findings(found: Findings) -> list[list[str]]:
+def expected_findings(found):
     sides = [(NAMES[0], "90%", "0.990"), ("80%", "0.980")]
     return [
         [str(p.channel), f"{p.cosine:.4f}", "0.050 to 0.200", *sides[0], NAMES[p.class2], *sides[1]]
@@ -87,36 +81,25 @@ def expected_findings(found: Findings) -> list[list[str]]:
     ]
 
 
-def evaluation() -> Evaluation:
-    def concept(name: str, x: float) -> results.ConceptEvaluation:
-        return results.ConceptEvaluation((0,), name, 7, x, x + 1, x + 2, x + 3, x + 4, ())
-
-    both = (concept(SCRIPT, 0.1), concept(QUOTES, 0.2))
-    channels = (
-        results.ChannelEvaluation("mix", 4, both, 0.25, None),
-        results.ChannelEvaluation("mix", 9, (concept(REVERSED, 0.3),), math.nan, None),
-    )
-    return Evaluation("published", "mix", channels, 0.03, {})
+def evaluated(name, x):
+    return results.ConceptEvaluation((0,), name, 7, x, x + 1, x + 2, x + 3, x + 4, ())
 
 
-def ablation() -> Ablation:
-    own = [results.Drop(4, x, x / 10, 2 * x, x / 5) for x in (1.0, 0.5, 0.25)]
-    drops = results.ClassDrops((0.0,), (0.0,))
-    concept = results.ConceptAblation((0,), SCRIPT, *own, drops)
-    channel = results.ChannelAblation(5, drops, (concept,))
-    return Ablation("mix", (results.ClassOutput(0, SCRIPT, 4, 1.0, 1.0),), (channel,))
-
-
-def semantics() -> results.Semantics:
-    whole, *parts = [results.Likeness(x, y) for x, y in ((0.1, 0.2), (0.3, 0.4), (0.5, math.nan))]
-    one = results.ChannelSemantics("pixels", 9, 3, True, True, whole, tuple(parts), 0.25, 0.75)
-    return results.Semantics({5: one})
-
-
-RESULTS: dict[str, tuple[Any, str, list[list[str]]]] = {
+BOTH = (evaluated(SCRIPT, 0.1), evaluated(QUOTES, 0.2))
+EVALUATED = (
+    results.ChannelEvaluation("mix", 4, BOTH, 0.25, None),
+    results.ChannelEvaluation("mix", 9, (evaluated(REVERSED, 0.3),), math.nan, None),
+)
+CLASS, NO_DROPS = results.ClassOutput(0, SCRIPT, 4, 1.0, 1.0), results.ClassDrops((0.0,), (0.0,))
+DROPS = [results.Drop(4, x, x / 10, 2 * x, x / 5) for x in (1.0, 0.5, 0.25)]
+ABLATED = results.ConceptAblation((0,), SCRIPT, *DROPS, NO_DROPS)
+LIKE, *PARTS = [results.Likeness(x, y) for x, y in ((0.1, 0.2), (0.3, 0.4), (0.5, math.nan))]
+ALIKE = results.ChannelSemantics("pixels", 9, 3, True, True, LIKE, tuple(PARTS), 0.25, 0.75)
+SOURCES = (Source(3, 2.0, 0.5, 0.9), Source(1, -1.0, 0.0, 0.25))
+RESULTS = {
     "findings": (findings(5, note="a <b>"), "a <b>", expected_findings(findings(5))),
     "evaluation": (
-        evaluation(),
+        Evaluation("published", "mix", EVALUATED, 0.03, {}),
         "published split of mix",
         [
             ["4", SCRIPT, "0.100", "1.100", "2.100", "3.100", "4.100", "0.250"],
@@ -125,12 +108,12 @@ RESULTS: dict[str, tuple[Any, str, list[list[str]]]] = {
         ],
     ),
     "circuit": (
-        Circuit("mix", 5, 1, (0,), SCRIPT, (Source(3, 2.0, 0.5, 0.9), Source(1, -1.0, 0.0, 0.25))),
+        Circuit("mix", 5, 1, (0,), SCRIPT, SOURCES),
         f"mix, concept 1 of channel 5 ({SCRIPT})",
         [["3", "50.0%", "90.0%"], ["1", "0.0%", "25.0%"]],
     ),
     "semantics": (
-        semantics(),
+        results.Semantics({5: ALIKE}),
         "How alike the images are",
         [
             ["5", "original", "0.100", "0.200", "0.250", "0.750"],
@@ -139,7 +122,7 @@ RESULTS: dict[str, tuple[Any, str, list[list[str]]]] = {
         ],
     ),
     "ablation": (
-        ablation(),
+        Ablation("mix", (CLASS,), (results.ChannelAblation(5, NO_DROPS, (ABLATED,)),)),
         "Channels of mix switched off",
         [["5", SCRIPT, "1.000", "2.000", "0.500", "10.0%", "0.500", "1.000", "0.500", "0.250"]],
     ),
@@ -147,7 +130,7 @@ RESULTS: dict[str, tuple[Any, str, list[list[str]]]] = {
 
 
 @pytest.mark.parametrize(("result", "around", "rows"), RESULTS.values(), ids=RESULTS)
-def test_result_is_shown_with_every_figure_in_html_and_in_plain_text(result, around, rows) -> None:
+def test_result_is_shown_with_every_figure_in_html_and_in_plain_text(result, around, rows):
     formats, _ = InteractiveShell.instance().display_formatter.format(result)
     text, html = formats.pop("text/plain"), formats.pop("text/html")
     assert not formats
@@ -173,7 +156,7 @@ def test_the_table_checker_notices_a_wrong_figure_a_lost_row_and_markup():
             assert_table(html.replace(old, new), expected_findings(found))
 
 
-def test_html_of_long_tables_is_cut_and_says_by_how_much() -> None:
+def test_html_of_long_tables_is_cut_and_says_by_how_much():
     found = findings(1000)
     assert_table(found._repr_html_(), [*expected_findings(found)[:60], ["and 940 more"]])
     assert Table([("a",), *[("1",)] * 60]).html().count("<td") == 60  # not a row too early
@@ -183,7 +166,7 @@ def test_html_of_long_tables_is_cut_and_says_by_how_much() -> None:
 
 
 @pytest.mark.parametrize("start", ["=", "@", "\t=", "＝"])  # noqa: RUF001
-def test_csv_text_gives_spreadsheets_no_formula(start: str) -> None:
+def test_csv_text_gives_spreadsheets_no_formula(start):
     cell = f"{start}cmd|' /C calc'!A0"
     text = csv_text(("name", "figure"), [(cell, -1.5), ("clock-face", 2)])
     assert f"'{cell}" in text.replace('"', "")

@@ -13,7 +13,6 @@ from tiny_networks import SyntheticImages, build
 
 @pytest.fixture(scope="session", params=["3x3", "groups", "batch norm behind", "tokens"])
 def case(request, tmp_path_factory):
-    """A network of six classes."""
     network, images = build(request.param), SyntheticImages(42, n_classes=6)
     network.head = nn.Linear(network.head.in_features, 6).double()
     with torch.no_grad():

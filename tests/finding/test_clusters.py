@@ -11,18 +11,15 @@ import cluster_oracle as oracle
 from unbraid.finding.clusters import adjusted_rand_index, chance_of_one, find_clusters, two_means
 
 
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 def normal(n, d, seed):
-    return torch.randn(n, d, generator=generator(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64)
 
 
 def groups_of(sizes, *, d=32, noise=0.5, seed=0):
     """Points of length one around orthogonal centres, shuffled, and the group of each."""
     truth = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    truth = truth[torch.randperm(len(truth), generator=generator(seed))]
+    truth = truth[torch.randperm(len(truth), generator=torch.Generator().manual_seed(seed))]
     centres = torch.linalg.qr(normal(d, len(sizes), seed + 1))[0].T
     points = centres[truth] + noise / math.sqrt(d) * normal(len(truth), d, seed + 2)
     return F.normalize(points, dim=1), truth
@@ -71,11 +68,8 @@ def test_the_checks_of_clusters_see_what_is_wrong():
     nearest, centres = find_clusters(points)
     wrong = nearest.clone()
     wrong[0] = 1 - wrong[0]
-    for corrupted in (
-        (wrong, centres),
-        (nearest, centres.flip(0)),
-        (nearest, F.normalize(centres + 0.01, dim=1)),
-    ):
+    moved = F.normalize(centres + 0.01, dim=1)
+    for corrupted in ((wrong, centres), (nearest, centres.flip(0)), (nearest, moved)):
         with pytest.raises(AssertionError):
             assert_clusters(corrupted, points)
     with pytest.raises(AssertionError):
@@ -89,7 +83,6 @@ def mixtures(rng, n):
 
 
 def arc(rng, n):
-    """Ninety degrees of a circle."""
     angle = math.radians(90) * (rng.random(n) - 0.5)
     return np.stack([np.cos(angle), np.sin(angle)], 1)
 
@@ -108,7 +101,6 @@ NULLS = {
 
 
 def n_divided(null, n_points, n_draws):
-    """How many draws of a null come out as more than one cluster."""
     rngs = (np.random.default_rng(1000 + seed) for seed in range(n_draws))
     draws = (F.normalize(torch.as_tensor(null(rng, n_points)), dim=1) for rng in rngs)
     return sum(len(find_clusters(points)[1]) > 1 for points in draws)

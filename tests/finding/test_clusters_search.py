@@ -18,7 +18,6 @@ from unbraid import Split
 from unbraid.demo import network as demo
 from unbraid.finding.arv import class_cosines, class_sums
 from unbraid.finding.clusters import top_images
-from unbraid.scanning.records import no_records, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,6 @@ def test_find_clusters_finds_planted_causes_and_leaves_single_ones_whole(planted
 
 
 def assert_same_findings(one, other, tolerance=0.0):
-    """Pairs, concepts and clusters are the same."""
     assert one.concepts == other.concepts
     assert one.clusters.keys() == other.clusters.keys()
     for pair, twin in zip(one.pairs, other.pairs, strict=True):
@@ -199,14 +197,6 @@ def test_channels_that_respond_the_same_to_all_images(bias, weight, tmp_path):
     assert [len(top.label) for _, top in top_images(scan)] == [60 if weight else 0] * 3
     none = unbraid.find(scan, concepts="clusters")
     assert none.hint == "No channel's top images form clusters that differ."
-
-
-def test_a_scan_without_an_image_has_no_clusters(tmp_path):
-    """What is left where a scan found every image broken."""
-    scan = write_scan(tmp_path, shares=torch.full((4, 3), 0.3), labels=[0, 1, 2, 0])
-    broken = replace(no_records(scan.layer, positions=False), broken=torch.arange(4))
-    write_shard(tmp_path, 0, broken)
-    assert not unbraid.find(scan, concepts="clusters").concepts
 
 
 def test_clusters_agree_with_classes_and_are_there_in_unseen_images_too(tmp_path):

@@ -65,7 +65,6 @@ def handmade_scan(folder, directions, shares, **options):
 
 
 def at_angle(cosine):
-    """A direction whose cosine with (1, 0) is known."""
     return (cosine, math.sqrt(1 - cosine**2))
 
 

@@ -12,21 +12,14 @@ from unbraid.finding.findings import Findings, Pair
 from unbraid.finding.membership import Cluster
 
 COLUMNS = "channel,class1,class2,cosine,use1,use2,name1,name2,low,high,half1,half2,uncertain"
-FINDINGS = Findings(
-    tau=0.03,
-    p=0.75,
-    gamma=0.5,
-    pairs=(
-        Pair(12, 0, 2, 1 / 3, 1.0, 0.8, 0.3, 0.4123, 0.9876, 1.0),
-        Pair(3, 1, 4, 0.4, 0.875, 1.0, half1=0.75),
-        Pair(3, 1, 2, 0.45, 0.875, 0.8, -0.25, 0.5, 0.75, 0.5),
-    ),
-    concepts={12: ((0,), (2,)), 3: ((1,), (4,))},
-    class_names=('digital clock, "LED"', "snake", "cauliflower\nhead"),
-    hint="",
-    layer="layer",
-    weights="0" * 64,
+PAIRS = (
+    Pair(12, 0, 2, 1 / 3, 1.0, 0.8, 0.3, 0.4123, 0.9876, 1.0),
+    Pair(3, 1, 4, 0.4, 0.875, 1.0, half1=0.75),
+    Pair(3, 1, 2, 0.45, 0.875, 0.8, -0.25, 0.5, 0.75, 0.5),
 )
+CONCEPTS = {12: ((0,), (2,)), 3: ((1,), (4,))}
+NAMES = ('digital clock, "LED"', "snake", "cauliflower\nhead")
+FINDINGS = Findings(0.03, 0.75, 0.5, PAIRS, CONCEPTS, NAMES, "", "layer", "0" * 64)
 
 
 def test_csv_and_pandas_hold_the_pairs(tmp_path):

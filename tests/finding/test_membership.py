@@ -16,7 +16,6 @@ from tiny_networks import SyntheticImages, build
 from unbraid import Split
 from unbraid.base.errors import UsageError
 from unbraid.finding import clusters
-from unbraid.finding.clusters import cluster_images, top_images
 from unbraid.finding.membership import Cluster, Members, mean_responses
 from unbraid.measuring.reference_images import reference_images
 
@@ -24,7 +23,6 @@ FIRST = 10  # a number behind all classes
 
 
 def described(case, channel):
-    """Mean response and relevance of every image, at a channel."""
     responses = [float(z[channel].mean()) for z in case.truth.z]
     return responses, case.truth.input_relevance[:, channel]
 
@@ -42,7 +40,7 @@ def assert_top(top, case, channel, n_top=1000):
 def test_top_images_are_those_of_brute_force_whatever_the_memory(n_top, n_bytes, case, monkeypatch):
     monkeypatch.setattr(clusters, "_BYTES_AT_ONCE", n_bytes)
     monkeypatch.setattr(clusters, "_N_TOP", n_top)
-    found = dict(top_images(case.scan))
+    found = dict(clusters.top_images(case.scan))
     assert list(found) == list(range(case.scan.layer.n_out))
     for channel, top in found.items():
         assert_top(top, case, channel, n_top)
@@ -62,7 +60,6 @@ def by_hand(case, channel):
 
 
 def assert_members(scan, expected, found=MappingProxyType({})):
-    """The images of each number, however they are asked for, are these."""
     members = Members(scan, found)
     assert {number: members.indices([number]) for number in expected} == expected
     assert members.indices(expected) == sorted(itertools.chain(*expected.values()))
@@ -105,8 +102,8 @@ def test_images_that_made_clusters_belong_to_them_in_batches_of_any_size(kind, d
     again = unbraid.scan(network, "layer", images, tmp_path / "b", batch_size=3)
     (records,) = scan.shards()
     responses = mean_responses(scan, records.pooled, records.n_positions, range(8))
-    for channel, top in top_images(scan):
-        made, number = cluster_images(top, channel, FIRST)
+    for channel, top in clusters.top_images(scan):
+        made, number = clusters.cluster_images(top, channel, FIRST)
         relevance = list(torch.ones(40, 1))  # no image of these is without
         images, _ = cluster_oracle.top_images(responses[:, channel].tolist(), relevance)
         expected = {n: torch.tensor(images)[number == n].tolist() for n in made}

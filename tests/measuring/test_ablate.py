@@ -13,6 +13,7 @@ from torch import nn
 
 import unbraid
 from checks import assert_close, assert_untouched, snapshot
+from structures import Around
 from tiny_networks import KINDS, CallsByKeyword, SyntheticImages, WithBroken, build
 from unbraid import Ablation
 from unbraid.base.errors import DataError, LayerError, ModelError, UsageError
@@ -25,7 +26,6 @@ def ablate(case, **options):
 
 
 def expected_ablation(case, channels, members):
-    """What networks whose weights were edited lose, image by image."""
     labels = case.images.targets
     by_class = {t: [n for n, label in enumerate(labels) if label == t] for t in range(4)}
 
@@ -47,9 +47,8 @@ def expected_ablation(case, channels, members):
         own = members or [[n for t in classes for n in by_class[t]] for classes in concepts]
         others = [n for other, theirs in enumerate(own) if other != k for n in theirs]
         rest = [n for n in range(len(labels)) if n not in own[k] and n not in others]
-        drops = [
-            results.Drop(len(n), *lost(o, k, n), *lost(o, None, n)) for n in (own[k], others, rest)
-        ]
+        groups = (own[k], others, rest)
+        drops = [results.Drop(len(n), *lost(o, k, n), *lost(o, None, n)) for n in groups]
         names = [f"class {t}" if t < 4 else str(t) for t in concepts[k]]
         return results.ConceptAblation(concepts[k], ", ".join(names), *drops, by_classes(o, k))
 
@@ -66,7 +65,6 @@ def expected_ablation(case, channels, members):
 
 
 def leaves(content, *way):
-    """All figures and names of nested lists and dictionaries, and the ways to them."""
     if not isinstance(content, (dict, list, tuple)):
         yield way, content
         return
@@ -87,11 +85,10 @@ def assert_ablation(result, case, channels=None, members=None):
             assert found[way] == value
 
 
-@pytest.mark.parametrize(
-    ("kind", "batch_size"), [*((kind, 4) for kind in KINDS), ("reflect", 1), ("reflect", 64)]
-)
-def test_ablate_any_layer_is_the_oracles(kind, batch_size, case_of):
-    assert_ablation(ablate(case_of(kind), batch_size=batch_size), case_of(kind))
+@pytest.mark.parametrize("kind", KINDS)
+def test_ablate_any_layer_is_the_oracles(kind, case_of):
+    for batch_size in (1, 4, 64) if kind == "reflect" else (4,):
+        assert_ablation(ablate(case_of(kind), batch_size=batch_size), case_of(kind))
 
 
 def test_assert_ablation_fails_on_every_wrong_figure(case):
@@ -152,51 +149,35 @@ class Counting(nn.Module):
         return x * 1.0
 
 
-class Body(nn.Module):
+class Body(Around):
     def __init__(self):
         super().__init__()
-        self.count, self.stem = Counting(), nn.Conv2d(3, 6, 3, padding=1)
-        self.act = nn.ReLU(inplace=True)
-        self.layer, self.head = nn.Conv2d(6, 6, 1), nn.Linear(6, 4)
+        self.count, self.act = Counting(), nn.ReLU(inplace=True)
         self.double()
 
-    def before(self, x):
-        return self.act(self.stem(self.count(x)))
-
-    def behind(self, x):
-        return self.head(self.act(x).flatten(2).mean(2))
-
     def forward(self, x):
-        return self.behind(self.layer(self.before(x)))
+        return self.head(self.body(self.act(self.stem(self.count(x)))).flatten(2).mean(2))
 
 
 class AddsInPlace(Body):
-    def forward(self, x):
-        x = self.before(x)
+    def body(self, x):
         x += self.layer(x)
-        return self.behind(x)
+        return self.act(x)
 
 
 class TakesFromShelf(Body):
     """A connection by way of what a module keeps, which is gone once it was taken."""
 
-    def forward(self, x):
-        z = self.layer(self.before(x))
-        return self.behind(z + self.count.__dict__.pop("seen").mean((1, 2, 3), keepdim=True))
+    def body(self, x):
+        return self.layer(x) + self.count.__dict__.pop("seen").mean((1, 2, 3), keepdim=True)
 
 
 class WritesWhenOff(Body):
-    def forward(self, x):
-        x = self.before(x)
+    def body(self, x):
         z = self.layer(x)
         if not z[:, 1].any():
             x += 0.3
-        return self.behind(z + x)
-
-
-class RunsTwice(Body):
-    def forward(self, x):
-        return self.behind(self.layer(self.layer(self.before(x))))
+        return (z + x).relu_()
 
 
 @pytest.mark.parametrize("kind", [Body, AddsInPlace, TakesFromShelf, WritesWhenOff])
@@ -213,8 +194,9 @@ def test_ablate_networks_of_any_code_runs_what_lies_before_the_layer_once(kind, 
 def test_ablate_a_layer_called_by_keyword_is_the_oracles_and_one_that_runs_twice_refused(case_of):
     case = case_of(CallsByKeyword(build("1x1")))
     assert_ablation(ablate(case), case)
-    case, network = case_of(Body()), RunsTwice()
-    network.load_state_dict(case.network.state_dict())
+    case = case_of(Body())
+    network = copy.deepcopy(case.network)
+    network.body = lambda x: network.layer(network.layer(x)).relu_()
     with pytest.raises(LayerError, match="runs 2 times"):
         ablate(replace(case, network=network))
 

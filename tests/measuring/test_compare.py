@@ -83,18 +83,11 @@ def test_compare_outputs_leaves_out_a_broken_image(pair):
     assert result.top1_before == accuracy(pair.network, rest)
 
 
-def _of_many_sizes():
-    dataset = SyntheticImages(4)
-    dataset.images = [image[:, :, : 6 - n // 2] for n, image in enumerate(dataset.images)]
-    return dataset
-
-
 @pytest.mark.parametrize(
     ("dataset", "skip", "error", "sentence"),
     [
         (WithBroken(5), False, DataError, r"Image 3 .*picture-3\.jpg"),
         (Subset(WithBroken(5), [3]), True, DataError, "No image could be read"),
-        (_of_many_sizes(), True, DataError, "Image 2"),
         (SyntheticImages(4, size=(1, 7, 6)), True, ModelError, r"shape \(1, 7, 6\)"),
     ],
 )

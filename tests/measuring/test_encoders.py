@@ -13,7 +13,7 @@ from unbraid.base.errors import ModelError, UsageError
 from unbraid.images.batches import in_batches
 from unbraid.measuring.encoders import Penultimate, load_batches, load_encoder, ready
 
-IMAGES = SyntheticImages(11)
+IMAGES, NAME = SyntheticImages(11), "timm:test_resnet"
 
 
 def embed(encoder, dataset=IMAGES, batch_size=4):
@@ -24,7 +24,6 @@ def embed(encoder, dataset=IMAGES, batch_size=4):
 
 
 def assert_embeddings(embeddings, encoder):
-    """One row an image, in order, as the encoder gives for each alone."""
     with torch.no_grad():
         assert_close(embeddings, torch.cat([encoder(image[None]) for image in IMAGES.images]))
 
@@ -98,7 +97,6 @@ class OnlyLogits(nn.Module):
 
 
 def take_away(z):
-    """Logits that are no longer where the head put them."""
     logits = z.clone()
     z.zero_()
     return logits
@@ -127,16 +125,6 @@ def test_penultimate_of_a_network_without_one_is_told_and_leaves_it():
     assert_untouched(before, snapshot(network))
 
 
-NAME = "timm:test_resnet"
-
-
-class Photographs(SyntheticImages):
-    """Pictures, and tensors that show something else."""
-
-    def picture(self, index):
-        return Image.linear_gradient("L").rotate(90 * index).convert("RGBA")
-
-
 @pytest.fixture(scope="module")
 def timm_encoder():
     torch.manual_seed(0)
@@ -144,7 +132,8 @@ def timm_encoder():
 
 
 def test_timm_encoder_puts_pictures_through_its_own_preprocessing(timm_encoder):
-    photographs = Photographs(3)
+    photographs = SyntheticImages(3)  # whose tensors show something else
+    photographs.picture = lambda n: Image.linear_gradient("L").rotate(90 * n).convert("RGBA")
     pictures = [photographs.picture(n).convert("RGB") for n in range(3)]
     with torch.no_grad():
         expected = timm_encoder.network(torch.stack(list(map(timm_encoder.transform, pictures))))

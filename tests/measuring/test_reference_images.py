@@ -88,24 +88,16 @@ def test_reference_images_alike_gives_no_copies(noise, network, split, tmp_path)
                     assert_different(of_all, of_all, scan, n)
 
 
-def test_reference_images_alike_gives_only_the_strongest_of_a_group(network, split, tmp_path):
-    dataset = Repeats(0.5, [f"photograph {n // 3}" for n in range(150)])
-    scan = unbraid.scan(network, "2", dataset, tmp_path, positions=True)
-    found = reference_images(scan, split, n=20, alike=1.1)
+@pytest.mark.parametrize(("n", "large"), [(20, False), (1000, True)])
+def test_reference_images_alike_gives_the_strongest_of_a_group(n, large, network, split, tmp_path):
+    groups = [("large" if k // 3 % 4 else k) if large else f"three {k // 3}" for k in range(150)]
+    scan = unbraid.scan(network, "2", Repeats(0.5, groups), tmp_path, positions=True)
+    found = reference_images(scan, split, n=n, alike=1.1)
     every = reference_images(scan, split, n=1000)
     for images, of_all in zip(rows_of(found), rows_of(every), strict=True):
         best = {}
         for index in of_all.index.tolist():
-            best.setdefault(index // 3, index)
-        assert images.index.tolist() == list(best.values())[:20]
+            best.setdefault(groups[index], index)
+        assert images.index.tolist() == list(best.values())[:n]
         assert list(best.values()) != of_all.index[: len(best)].tolist()
         assert of_all.group is None  # who asks for all gets all
-
-
-def test_reference_images_one_large_group_leaves_room_for_others(network, split, tmp_path):
-    targets = Repeats(0.5).targets
-    dataset = Repeats(0.5, ["the same" if target else n for n, target in enumerate(targets)])
-    scan = unbraid.scan(network, "2", dataset, tmp_path)
-    for images in rows_of(reference_images(scan, split, n=1000, alike=1.1)):
-        assert len(images.index) == 1 + targets.count(0)
-        assert sum(targets[index] != 0 for index in images.index.tolist()) == 1

@@ -76,12 +76,9 @@ def test_reading_a_damaged_file_is_told(damage, result, tmp_path):
 def test_evaluate_results_of_another_split_are_refused(case, result):
     ablation, one = result.ablation, result.semantics.channels[1]
     first, *rest = ablation.channels
-    others = [
-        replace(ablation, channels=(replace(first, concepts=first.concepts[:-1]), *rest)),
-        replace(ablation, layer="stem"),
-        Semantics({7: one}),  # two concepts, not three
-    ]
-    for other in others:
+    fewer = replace(ablation, channels=(replace(first, concepts=first.concepts[:-1]), *rest))
+    # The last is of two concepts, not three.
+    for other in (fewer, replace(ablation, layer="stem"), Semantics({7: one})):
         name = type(other).__name__.lower()
         with pytest.raises(UsageError, match=f"The {name} (is|are) of another split"):
             unbraid.evaluate(case.split, case.scan, **{name: other})

@@ -42,7 +42,6 @@ def box_by_hand(answer):
 
 
 def crop_embedding(case, channel, row, image):
-    """Embedding of where the row answers; of the whole image where that is not known."""
     shown, layer, x = case.images.images[image], case.truth.layer, case.truth.x[image]
     if case.scan.positions and isinstance(layer, nn.Conv2d):
         answer = oracle.channel_map(layer, channel, row, x)
@@ -51,7 +50,6 @@ def crop_embedding(case, channel, row, image):
 
 
 def assert_semantics(result, case, n_top=N_TOP):
-    """Every figure is that of double loops over the network's own responses."""
     truth, positions = case.truth, case.scan.positions
     embeddings = torch.stack([encode(x[None])[0] for x in case.images.images])
     assert list(result.channels) == [part.channel for part in case.split.channels]
@@ -156,7 +154,6 @@ def some_images(n=23):
 
 
 def scores_of(activations, embeddings, sizes=1000):
-    """Scores of images that come in parts of some sizes."""
     sums = semantics.MonosemanticitySums()
     for a, e in zip(activations.split(sizes), embeddings.split(sizes), strict=True):
         sums.add(a, e)

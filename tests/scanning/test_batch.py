@@ -1,7 +1,5 @@
 """One batch: how many images are run at a time, and what is done where they are too many."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest
@@ -13,20 +11,20 @@ from checks import assert_records, assert_same_files, truth_of
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import ModelError
 from unbraid.scanning import batch
-from unbraid.scanning.batch import batch_size_for, bytes_of_one
 
 
 @pytest.mark.parametrize(("memory", "expected"), [(1, 1), (7.9, 4), (8.0, 8), (1e6, 64)])
 def test_as_many_as_fit_rounded_down_to_a_power_of_two(memory, expected, monkeypatch):
     model, image = build("1x1"), SyntheticImages(1).images[0]
-    monkeypatch.setattr(batch, "_MEMORY", int(memory * bytes_of_one(model, [model.layer], image)))
-    assert batch_size_for(model, [model.layer], image) == expected
-    assert batch_size_for(model, [model.layer], None) == 64  # where no image can be read
+    n_bytes = memory * batch.bytes_of_one(model, [model.layer], image)
+    monkeypatch.setattr(batch, "_MEMORY", int(n_bytes))
+    assert batch.batch_size_for(model, [model.layer], image) == expected
+    assert batch.batch_size_for(model, [model.layer], None) == 64  # where no image can be read
 
 
 def test_a_scan_takes_it_keeps_it_and_goes_on_with_it(tmp_path, monkeypatch):
     network, images, out = build("1x1"), SyntheticImages(9), tmp_path / "scan"
-    memory = 5 * bytes_of_one(network, [network.layer], images[0][0])
+    memory = 5 * batch.bytes_of_one(network, [network.layer], images[0][0])
     monkeypatch.setattr(batch, "_MEMORY", memory)
     assert unbraid.scan(network, "layer", images, out).manifest.batch_size == 4
     shutil.copytree(out, tmp_path / "before")
@@ -39,7 +37,7 @@ def test_a_scan_takes_it_keeps_it_and_goes_on_with_it(tmp_path, monkeypatch):
 class NeedsRoom(nn.Module):
     """Has room for so many images, in the pass or in the gradient, and writes into what it gets."""
 
-    def __init__(self, room: int, behind: bool, real: bool = False) -> None:
+    def __init__(self, room, behind, real=False):
         super().__init__()
         self.network, self.room, self.behind, self.real = build("1x1"), room, behind, real
 

@@ -1,7 +1,5 @@
 """The table of a record's fields: what is made of it, and that damage to any field is noticed."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest
@@ -22,11 +20,11 @@ CORRUPTORS = {
     "negative": lambda x: -1 - x if x.dtype.is_signed else x[:1],
 }
 SOUND = {("dropped", "group"), ("negative", "pooled"), ("negative", "input_map")}
+DAMAGES = [(how, name) for how in CORRUPTORS for name in COLUMNS if (how, name) not in SOUND]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A scan whose records have every field."""
     images = WithBroken(9)
     images.groups, images.ids = [n // 2 for n in range(9)], [f"é/{n}" for n in range(9)]
     options = {"positions": True, "skip_broken": True}
@@ -48,9 +46,7 @@ def shards_with(whole, tmp_path):
     return read
 
 
-@pytest.mark.parametrize(
-    ("how", "name"), [(h, n) for h in CORRUPTORS for n in COLUMNS if (h, n) not in SOUND]
-)
+@pytest.mark.parametrize(("how", "name"), DAMAGES)
 def test_shards_of_a_scan_with_a_damaged_field_are_refused(how, name, whole, shards_with):
     (records,) = whole.shards()
     with pytest.raises(RunError, match=r"shard-000000\.safetensors (holds|is not a shard)"):

@@ -1,43 +1,27 @@
 """Scans: what the records of a layer hold, beside the oracle, whatever images and labels are."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sources import MEMBERS, opened, write
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Subset
 
+import checks
 import structures
 import unbraid
-from checks import (
-    assert_bit_equal,
-    assert_input_maps,
-    assert_records,
-    assert_same_files,
-    assert_same_tensors,
-    truth_of,
-)
-from tiny_networks import (
-    KINDS,
-    CountingNetwork,
-    SyntheticImages,
-    Unlabelled,
-    build,
-)
+from tiny_networks import KINDS, CountingNetwork, SyntheticImages, Unlabelled, build
 from unbraid.base.errors import DataError, LayerError, ModelError, RunError, UsageError
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import labels_of
 from unbraid.running.run import as_labelled
 
 
-def dataset_of(n_images: int, images=(), labels=()) -> SyntheticImages:
+def dataset_of(n_images, images=(), labels=()):
     """Some of whose images are of one value, and some with labels of their own."""
     dataset = SyntheticImages(n_images)
     for index, value in dict(images).items():
@@ -47,15 +31,14 @@ def dataset_of(n_images: int, images=(), labels=()) -> SyntheticImages:
     return dataset
 
 
-def predicted(kind: str, dataset: SyntheticImages) -> SyntheticImages:
-    """The data set under the labels that the network would give."""
+def predicted(kind, dataset):
     relabelled = copy.copy(dataset)
     with torch.no_grad():
         relabelled.targets = build(kind)(dataset.images).argmax(1).tolist()
     return relabelled
 
 
-def of_sizes(*widths: int) -> SyntheticImages:
+def of_sizes(*widths):
     dataset = SyntheticImages(len(widths))
     dataset.images = [image[..., :n] for image, n in zip(dataset.images, widths, strict=True)]
     return dataset
@@ -64,24 +47,24 @@ def of_sizes(*widths: int) -> SyntheticImages:
 @pytest.mark.parametrize("kind", KINDS)
 def test_records_hold_what_the_oracle_says(kind, tmp_path):
     network, dataset = build(kind), SyntheticImages(9)
-    truth = truth_of(network, dataset)
+    truth = checks.truth_of(network, dataset)
     scan = unbraid.scan(network, "layer", dataset, tmp_path / "a", min_share=0.06, batch_size=4)
-    assert_records(list(scan.shards()), truth, 0.06, range(9))
+    checks.assert_records(list(scan.shards()), truth, 0.06, range(9))
     kept = sum(len(records.share_channel) for records in scan.shards())
     assert 0 < kept < truth.shares.numel()  # the threshold kept some and dropped some
     network.train()  # in which it is not scanned
     maps = unbraid.scan(network, network.layer, dataset, tmp_path, positions=True, batch_size=100)
     assert (scan.positions, maps.positions) == (False, True)
-    assert_records(list(maps.shards()), truth, 0.005, range(9))
-    assert_input_maps(list(maps.shards()), truth)
-    assert_bit_equal(scan.weight, network.layer.weight.flatten(1))
+    checks.assert_records(list(maps.shards()), truth, 0.005, range(9))
+    checks.assert_input_maps(list(maps.shards()), truth)
+    checks.assert_bit_equal(scan.weight, network.layer.weight.flatten(1))
     assert (scan.layer.name, scan.class_names) == ("layer", tuple(dataset.classes))
 
 
 def test_images_of_two_sizes_are_run_one_by_one(tmp_path):
     network, dataset = build("3x3"), of_sizes(*[6, 5] * 5)
     scan = unbraid.scan(network, "layer", dataset, tmp_path, batch_size=1)
-    assert_records(list(scan.shards()), truth_of(network, dataset), 0.005, range(10))
+    checks.assert_records(list(scan.shards()), checks.truth_of(network, dataset), 0.005, range(10))
 
 
 @pytest.mark.parametrize("kind", ["folders", "csv", "folder of tars"])
@@ -90,13 +73,13 @@ def test_workers_give_the_same_bytes_whatever_the_source(kind, tmp_path):
     for workers in (0, 1):
         options = {"positions": True, "batch_size": 3, "workers": workers}
         unbraid.scan(build("3x3"), "layer", images, tmp_path / str(workers), **options)
-    assert_same_files(tmp_path / "0", tmp_path / "1")
+    checks.assert_same_files(tmp_path / "0", tmp_path / "1")
 
 
 GAIN = 1.0
 
 
-def scaled(picture: Any) -> Tensor:
+def scaled(picture):
     return torch.full((3, 7, 6), GAIN * picture.getpixel((0, 0))[0], dtype=torch.float64)
 
 
@@ -126,8 +109,8 @@ def test_scan_runs_only_the_chosen_images(chosen, positions, tmp_path):
     indices = sorted({int(n) for n in chosen.get("indices", ())})
     indices = indices or [n for n, label in enumerate(dataset.targets) if label in (1, 3)]
     assert network.n_images == len(indices)
-    truth = truth_of(network, dataset, "network.layer")
-    assert_records(list(scan.shards()), truth, 0.005, indices)
+    truth = checks.truth_of(network, dataset, "network.layer")
+    checks.assert_records(list(scan.shards()), truth, 0.005, indices)
     network.n_images = 0
     again = unbraid.scan(network, "network.layer", dataset, tmp_path, **options)
     assert (network.n_images, again.manifest) == (0, scan.manifest)
@@ -154,7 +137,7 @@ def test_predicted_labels_are_those_of_a_data_set_labelled_by_the_network(kind, 
     for labels, images in (("predicted", dataset), ("given", relabelled)):
         options = {"labels": labels, "batch_size": 5}
         unbraid.scan(build(kind), "layer", images, tmp_path / labels, **options)
-    assert_same_tensors(tmp_path / "predicted", tmp_path / "given")
+    checks.assert_same_tensors(tmp_path / "predicted", tmp_path / "given")
 
 
 @pytest.mark.parametrize("label", [UNLABELLED, 99])
@@ -162,7 +145,8 @@ def test_any_number_stands_for_a_label_that_is_not_there(label, tmp_path):
     network, dataset = build("3x3"), Unlabelled(9, label)
     scan = unbraid.scan(network, "layer", dataset, tmp_path, labels="predicted")
     relabelled = predicted("3x3", SyntheticImages(9))
-    assert_records(list(scan.shards()), truth_of(network, relabelled), 0.005, range(9))
+    truth = checks.truth_of(network, relabelled)
+    checks.assert_records(list(scan.shards()), truth, 0.005, range(9))
     assert (scan.class_names, scan.manifest.labels) == ((), "predicted")
     assert labels_of(as_labelled(dataset, scan)) == relabelled.targets
     given = unbraid.scan(network, "layer", dataset.inner, tmp_path / "given")
@@ -179,7 +163,7 @@ def test_listed_label_that_is_no_output_is_told_before_the_first_batch(label, tm
     assert not list(tmp_path.glob("shard-*"))
 
 
-def changed(change, name: str = "") -> nn.Module:
+def changed(change, name=""):
     """A network of which one part puts out what is made of it; a part is never run."""
     network = build("3x3")
     network.head.add_module("spare", nn.Linear(4, 4).double())
@@ -188,7 +172,7 @@ def changed(change, name: str = "") -> nn.Module:
 
 
 class InPlace(structures.Around):
-    def body(self, x: Tensor) -> Tensor:
+    def body(self, x):
         y = self.layer(x).exp()
         y += 1
         return y
@@ -199,7 +183,7 @@ NO_LABEL = "image 0 is a {}, not a class's"
 BROKEN = build("3x3")
 BROKEN.head.weight.data.fill_(math.nan)
 PREDICTED = {"labels": "predicted"}
-REFUSED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [  # network or images, options
+REFUSED = [  # network or images, options
     (BROKEN, {}, ModelError, "'head.weight' holds"),
     (dataset_of(8, images={5: math.nan}), {"batch_size": 4}, ModelError, NAN.format(5)),
     (dataset_of(8, images={5: 1e308}), {"batch_size": 4}, ModelError, NAN.format(5)),
@@ -220,9 +204,7 @@ REFUSED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [  # network o
 
 
 @pytest.mark.parametrize(("given", "options", "error", "message"), REFUSED, ids=range(len(REFUSED)))
-def test_scan_of_what_cannot_be_scanned_is_refused_without_a_shard(
-    given, options, error, message, tmp_path
-):
+def test_scan_is_refused_without_a_shard(given, options, error, message, tmp_path):
     is_network = isinstance(given, nn.Module)
     network, images = (given, SyntheticImages(4)) if is_network else (build("3x3"), given)
     with pytest.raises(error, match=message):

@@ -1,7 +1,5 @@
 """The options of a scan: what each may be, and that signature, commands and manifest follow."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import math

@@ -1,26 +1,23 @@
 """Several layers at once: one pass, each with the records of a scan of its own; one network."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import structures
 import unbraid
 from checks import assert_bit_equal, assert_close, assert_same_files
 from tiny_networks import N_CLASSES, CountingNetwork, SyntheticImages, WithBroken
 from unbraid.base.errors import LayerError, ModelError, UsageError
-from unbraid.measuring.circuit import Circuit
 
 IMAGES = SyntheticImages(11, seed=5)
 CONCEPTS = {1: [[0], [1]], 3: [[0], [1], [2]]}
 
 
 class Deep(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.first = nn.Conv2d(3, 6, 3, padding=1)
         self.norm = nn.BatchNorm2d(6)
@@ -28,7 +25,7 @@ class Deep(nn.Module):
         self.head = nn.Linear(6, N_CLASSES)
         self.unused = nn.Linear(6, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.norm(self.first(x)).relu_()
         x = (self.blocks[0](x) + self.blocks[1](x)).relu_()
         return self.head(x.mean((2, 3)))
@@ -103,7 +100,7 @@ def test_layers_that_cannot_be_scanned_are_named(network, tmp_path):
     assert not list(tmp_path.glob("**/shard-*"))
 
 
-def split(scan: unbraid.Scan) -> unbraid.Split:
+def split(scan):
     return unbraid.split(scan, unbraid.find(scan, channels=CONCEPTS))
 
 
@@ -170,7 +167,7 @@ def test_a_gate_takes_a_value_for_each_window_of_an_image(tmp_path):
         changed(images.images)
 
 
-def source_relevances(network, before, row, classes) -> dict[str, float]:
+def source_relevances(network, before, row, classes):
     """Gradient x activation of every source: the parts of a channel share its gradient."""
     x = IMAGES.images[[label in classes for label in IMAGES.targets]]
     z = network.first(x).detach().requires_grad_()
@@ -188,7 +185,7 @@ def source_relevances(network, before, row, classes) -> dict[str, float]:
     return {name: float((gradient[:, o] * z).sum()) / len(x) for name, (o, z) in parts.items()}
 
 
-def assert_circuit(found: Circuit, network, splits, channel: int, concept: int) -> None:
+def assert_circuit(found, network, splits, channel, concept):
     part = splits["blocks.1"][channel]
     own, whole = (
         source_relevances(network, splits["first"], row, part.concepts[concept])
@@ -203,18 +200,15 @@ def assert_circuit(found: Circuit, network, splits, channel: int, concept: int) 
 
 
 @pytest.mark.parametrize("batch_size", [2, 64])
-def test_concept_channels_are_sources_of_the_next_layers_concepts(
-    batch_size, network, splits, scans
-):
+def test_concept_channels_are_sources_in_the_next_layer(batch_size, network, splits, scans):
     arguments = (splits["first"], splits["blocks.1"], scans["blocks.1"], network, IMAGES)
     for channel, concepts in CONCEPTS.items():
         for concept in range(len(concepts)):
             options = {"n": 100, "batch_size": batch_size}
             found = unbraid.circuit_from(*arguments, channel, concept, **options)
             assert_circuit(found, network, splits, channel, concept)
-    assert {s.name for s in found.sources} == set(
-        ["0", "2", "4", "5", "1.0", "1.1", "1.residual", "3.0", "3.1", "3.2", "3.residual"]
-    )
+    names = "0 2 4 5 1.0 1.1 1.residual 3.0 3.1 3.2 3.residual"
+    assert {source.name for source in found.sources} == set(names.split())
     first, *others = found.sources
     wrong = replace(first, relevance=first.relevance * 1.01)
     with pytest.raises(AssertionError):

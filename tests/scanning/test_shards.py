@@ -1,29 +1,18 @@
 """The pass: going on after a stop, folders of something else, the network left alone."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import checks
 import unbraid
-from checks import (
-    assert_records,
-    assert_same_files,
-    assert_same_tensors,
-    assert_untouched,
-    snapshot,
-    truth_of,
-)
 from tiny_networks import CountingNetwork, SyntheticImages, WithBroken, build
 from unbraid.base.errors import DataError, RunError
 from unbraid.networks.relevance import kept_channels_last
@@ -31,15 +20,18 @@ from unbraid.scanning import records as records_module
 
 SHARD = 128  # images in a shard with positions
 N_IMAGES = 2 * SHARD + 9
+FULL = OSError(errno.ENOSPC, "No space left on device")
+REFUSED = OSError(errno.EROFS, "Read-only file system")
+TOLD = {FULL: r"disk is full.*make room and start", REFUSED: r"cannot be written .*Read-only"}
 
 
-def images(kind: type = SyntheticImages, **changes: Any) -> SyntheticImages:
+def images(kind=SyntheticImages, **changes):
     dataset = kind(changes.pop("n_images", N_IMAGES))
     vars(dataset).update(changes)
     return dataset
 
 
-def long_scan(out: Path, network: nn.Module | None = None, **settings: Any) -> unbraid.Scan:
+def long_scan(out, network=None, **settings):
     """Three shards, the last of 9 images."""
     usual = {"dataset": images(), "layer": "network.layer", "positions": True}
     network = network or CountingNetwork(build("1x1"))
@@ -47,14 +39,12 @@ def long_scan(out: Path, network: nn.Module | None = None, **settings: Any) -> u
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A finished scan, not to be changed."""
+def finished(tmp_path_factory):
     return long_scan(tmp_path_factory.mktemp("finished")).path
 
 
 @pytest.fixture
-def folder(finished, tmp_path) -> Path:
-    """A copy of a finished scan, to be changed."""
+def folder(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "scan"))
 
 
@@ -64,8 +54,8 @@ def test_records_of_many_shards_are_in_order_and_whole(finished, folder):
     for scan in (unbraid.open_scan(finished), goes_on):
         shards = list(scan.shards())
         assert [len(records) for records in shards] == [SHARD, SHARD, 9]  # no multiple of a batch
-        truth = truth_of(build("1x1"), SyntheticImages(N_IMAGES))
-        assert_records(shards, truth, 0.005, range(N_IMAGES))
+        truth = checks.truth_of(build("1x1"), SyntheticImages(N_IMAGES))
+        checks.assert_records(shards, truth, 0.005, range(N_IMAGES))
 
 
 @pytest.mark.parametrize(("shard", "n_images"), [(None, 0), (0, SHARD), (2, 9)])
@@ -77,14 +67,14 @@ def test_only_the_images_of_a_missing_shard_are_run_again(shard, n_images, finis
     network = CountingNetwork(build("1x1"))
     long_scan(folder, network)
     assert network.n_images == n_images
-    assert_same_files(folder, finished)
+    checks.assert_same_files(folder, finished)
 
 
-def stop_at(write: int, error: BaseException) -> Callable[..., Any]:
+def stop_at(write, error):
     """Path.replace, but one call fails; the manifest's and the layer's come before the shards'."""
     replace, calls = Path.replace, []
 
-    def replace_or_fail(self: Path, target: Path) -> Path:
+    def replace_or_fail(self, target):
         calls.append(target)
         if len(calls) == write:
             raise error
@@ -93,19 +83,12 @@ def stop_at(write: int, error: BaseException) -> Callable[..., Any]:
     return replace_or_fail
 
 
-FULL = OSError(errno.ENOSPC, "No space left on device")
-REFUSED = OSError(errno.EROFS, "Read-only file system")
-TOLD = {FULL: r"disk is full.*make room and start", REFUSED: r"cannot be written .*Read-only"}
-
-
 @pytest.mark.parametrize(
     ("error", "write"),
     [*((KeyboardInterrupt(), n) for n in range(1, 6)), *((error, 4) for error in TOLD)],
     ids=range(7),
 )
-def test_scan_that_was_stopped_while_writing_is_completed_by_the_next(
-    error, write, finished, tmp_path
-):
+def test_a_scan_stopped_while_writing_is_completed_by_the_next(error, write, finished, tmp_path):
     told = TOLD.get(error)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "replace", stop_at(write, error))
@@ -116,7 +99,7 @@ def test_scan_that_was_stopped_while_writing_is_completed_by_the_next(
     long_scan(tmp_path, network)
     n_kept = SHARD * max(0, write - 3)  # the shards that were whole before the stop
     assert network.n_images == N_IMAGES - n_kept
-    assert_same_files(tmp_path, finished)
+    checks.assert_same_files(tmp_path, finished)
 
 
 def test_another_scans_shard_and_a_shard_under_another_number_are_told(finished, folder, tmp_path):
@@ -139,8 +122,6 @@ def test_another_scans_shard_and_a_shard_under_another_number_are_told(finished,
 
 
 class Watched(SyntheticImages):
-    """Calls a function with every image that it gives."""
-
     def __getitem__(self, index):
         image = self.images[index].clone()
         self.look(image)
@@ -153,7 +134,7 @@ def test_a_folder_that_another_scan_takes_before_the_first_shard_is_not_written_
             stolen.append(None)
             long_scan(tmp_path, CountingNetwork(build("1x1", seed=1)))
 
-    stolen: list[None] = []
+    stolen = []
     with pytest.raises(RunError, match="was taken by another scan meanwhile"):
         long_scan(tmp_path, dataset=images(Watched, look=steal))
     fresh = long_scan(tmp_path, CountingNetwork(build("1x1", seed=1)))
@@ -171,7 +152,7 @@ def test_images_are_let_go_batch_by_batch(tmp_path):
     assert max(n_alive) <= 2 * 5 + 1  # a batch, the one before, and one image for the fingerprint
 
 
-def other_network(name: str) -> nn.Module:
+def other_network(name):
     network = CountingNetwork(build("1x1"))
     network.network.state_dict()[name].flatten()[0].mul_(1 + 1e-12)
     return network
@@ -199,7 +180,7 @@ DIFFERENT = [
 def test_a_folder_of_another_scan_is_refused(settings, difference, finished, folder):
     with pytest.raises(RunError, match=rf"scan of something else: [^.]*{difference}[^.]* differ"):
         long_scan(folder, **settings)
-    assert_same_files(folder, finished)
+    checks.assert_same_files(folder, finished)
 
 
 def test_shards_without_a_manifest_are_not_taken_for_the_new_scans(finished, folder):
@@ -207,7 +188,7 @@ def test_shards_without_a_manifest_are_not_taken_for_the_new_scans(finished, fol
     with pytest.raises(RunError, match="manifest is gone"):
         long_scan(folder)
     shutil.copy(finished / "manifest.json", folder)
-    assert_same_files(folder, finished)
+    checks.assert_same_files(folder, finished)
 
 
 def test_a_shard_of_nothing_but_broken_images_is_empty(tmp_path):
@@ -217,26 +198,24 @@ def test_a_shard_of_nothing_but_broken_images_is_empty(tmp_path):
     empty, last = scan.shards()
     assert (len(empty), scan.broken()) == (0, broken)
     sound = [k for k in range(n) if k not in broken]
-    assert_records([last], truth_of(build("1x1"), SyntheticImages(n)), 0.005, sound)
+    checks.assert_records([last], checks.truth_of(build("1x1"), SyntheticImages(n)), 0.005, sound)
     assert unbraid.find(scan, gamma=1.0, tau=0.01, p=0.1).classes == (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize(
-    ("kind", "error"),
-    [(SyntheticImages, None), (SyntheticImages, RunError), (WithBroken, DataError)],
-)
-def test_scan_leaves_the_network_as_it_was(kind, error, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [None, RunError, DataError])
+def test_scan_leaves_the_network_as_it_was(error, tmp_path, monkeypatch):
     network = build("batch norm behind").train()  # modes and wanted gradients differ by module
     network.stem_norm.eval()
     network.stem.weight.requires_grad_(False)
     network(SyntheticImages(4).images).sum().backward()
     network.layer.register_forward_hook(lambda *_: None)
-    before = snapshot(network)
+    before = checks.snapshot(network)
     if error is RunError:  # the disk is full
         monkeypatch.setattr(Path, "replace", stop_at(3, FULL))
     with pytest.raises(error) if error else nullcontext():
-        unbraid.scan(network, "layer", kind(9), tmp_path, positions=True)
-    assert_untouched(before, snapshot(network))
+        dataset = WithBroken(9) if error is DataError else SyntheticImages(9)
+        unbraid.scan(network, "layer", dataset, tmp_path, positions=True)
+    checks.assert_untouched(before, checks.snapshot(network))
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -251,7 +230,7 @@ def test_progress_goes_to_standard_error_only_when_asked(tmp_path, capsys):
 
 
 def test_files_are_synced_before_they_get_their_name(tmp_path, monkeypatch):
-    order: list[str] = []
+    order = []
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: order.append("sync") or fsync(fd))
     monkeypatch.setattr(Path, "replace", lambda *paths: order.append("name") or replace(*paths))
@@ -270,7 +249,7 @@ def test_channels_last_is_as_if_the_network_were_and_the_network_is_left_as_it_w
         raise KeyError
     assert [(weight.data_ptr(), weight.stride()) for weight in network.parameters()] == before
     unbraid.scan(so_already, "layer", images, tmp_path / "already")
-    assert_same_tensors(tmp_path / "told", tmp_path / "already")
+    checks.assert_same_tensors(tmp_path / "told", tmp_path / "already")
 
 
 def test_threads_are_fixed_for_the_scan_and_given_back(tmp_path):

@@ -1,14 +1,10 @@
 """Networks of every kind, each beside what it is with concept channels."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 import ways
-from torch import Tensor, nn
+from torch import nn
 
 import oracle
 import structures
@@ -20,15 +16,11 @@ from unbraid.networks.layers import bias_of, describe, resolve_layer, weight_row
 from unbraid.networks.weights import hash_weights
 from unbraid.splitting.splits import ChannelSplit, Split
 
-Channels = Mapping[int, Sequence[Sequence[int]]]
-
-TWO: Channels = {1: [[0], [1]], 0: [[2, 0], [3]], 3: [[3], [1, 2]]}  # two concepts each
-THREE: Channels = {2: [[0], [1, 3], [2]], 0: [[3], [0]]}  # three in one channel, two in another
+TWO = {1: [[0], [1]], 0: [[2, 0], [3]], 3: [[3], [1, 2]]}  # two concepts each
+THREE = {2: [[0], [1, 3], [2]], 0: [[3], [0]]}  # three in one channel, two in another
 VALUES = torch.tensor([0.0, 1.0, -2.0, 0.5, 3.0], dtype=torch.float64)  # one per image
 CONCEPTS = [(channel, k) for channel, concepts in TWO.items() for k in range(len(concepts))]
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
+NETWORKS = {
     **{kind: partial(build, kind) for kind in KINDS},
     **{f"built in: {kind}": partial(structures.build, kind) for kind in structures.STRUCTURES},
     **{f"reached: {way}": partial(ways.reaching, way) for way in ways.WAYS},
@@ -37,20 +29,18 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def images(n_images: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
+def images(n_images=5, dtype=torch.float64):
     return SyntheticImages(n_images, seed=7, dtype=dtype).images
 
 
-def make_split(
-    network: nn.Module, channels: Channels = TWO, layer: str | nn.Module = "layer"
-) -> Split:
+def make_split(network, channels=TWO, layer="layer"):
     """A split with masks of all sizes between 0 and 1, since outputs must not depend on them."""
     network = unwrap(network)
     name, module = resolve_layer(network, layer)
     rows, bias = weight_rows(module).detach(), bias_of(module)
     generator = torch.Generator().manual_seed(3)
 
-    def divide(channel: int, concepts: Sequence[Sequence[int]]) -> ChannelSplit:
+    def divide(channel, concepts):
         masks = 1.5 * torch.rand(len(concepts), rows.shape[1], generator=generator) - 0.25
         named = tuple(tuple(sorted(concept)) for concept in concepts)
         masks = masks.clamp(0, 1).to(rows)
@@ -66,11 +56,11 @@ def make_split(
     )
 
 
-def split_network(network: nn.Module, **options: Any) -> nn.Module:
+def split_network(network, **options):
     return unbraid.apply(network, make_split(network, **options))
 
 
-def layer_output(network: nn.Module, x: Tensor, layer: str = "layer") -> Tensor:
+def layer_output(network, x, layer="layer"):
     """What leaves the layer, copied before the next module can write into it."""
     seen = []
     module = network.get_submodule(layer)
@@ -80,41 +70,37 @@ def layer_output(network: nn.Module, x: Tensor, layer: str = "layer") -> Tensor:
 
 
 class Pair:
-    """A network of a kind, a split of it, and the network split."""
-
-    def __init__(
-        self, kind: str, channels: Channels = TWO, dtype: torch.dtype = torch.float64
-    ) -> None:
+    def __init__(self, kind, channels=TWO, dtype=torch.float64):
         self.network, self.dtype = build(kind, dtype), dtype
         self.split = make_split(self.network, channels)
         self.changed = unbraid.apply(self.network, self.split)
 
     @cached_property
-    def plain(self) -> nn.Module:
+    def plain(self):
         return unbraid.apply(self.network, self.split, form="plain")
 
     @property
-    def dim(self) -> int:
+    def dim(self):
         """Where the channels are in the layer's output."""
         return -1 if isinstance(self.network.layer, nn.Linear) else 1
 
-    def images(self) -> Tensor:
+    def images(self):
         return images(dtype=self.dtype)
 
-    def concept_map(self, channel: int, concept: int) -> Tensor:
+    def concept_map(self, channel, concept):
         """z_k of every image by the oracle, (N, P)."""
         row, inputs = self.split[channel].rows[concept], layer_input(self.network, self.images())
         maps = [oracle.channel_map(self.network.layer, channel, row, one) for one in inputs]
         return torch.stack(maps)
 
-    def change(self) -> Tensor:
+    def change(self):
         """What differs in the layer's output, (C_out, N, P)."""
         x = self.images()
         change = layer_output(self.changed, x) - layer_output(self.network, x)
         return change.movedim(self.dim, 0).unsqueeze(2).flatten(2)
 
 
-def assert_moved(pair: Pair, channel: int, concept: int, wanted: Tensor) -> None:
+def assert_moved(pair, channel, concept, wanted):
     """The concept channel answers as wanted, (N, P), and no other channel is touched."""
     z_k = pair.concept_map(channel, concept)
     assert not torch.allclose(wanted, z_k)  # else the test could not tell

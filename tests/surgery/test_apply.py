@@ -1,38 +1,16 @@
 """What holds of a split network, whatever its layer and however the layer is reached."""
 
-from __future__ import annotations
-
 import copy
 import io
-from collections.abc import Callable
 from contextlib import suppress
 
+import pairs
 import pytest
 import torch
-from pairs import (
-    CONCEPTS,
-    NETWORKS,
-    THREE,
-    TWO,
-    VALUES,
-    Pair,
-    assert_moved,
-    images,
-    layer_output,
-    make_split,
-    split_network,
-)
 from torch import Tensor, nn
 
+import checks
 import unbraid
-from checks import (
-    assert_bit_equal,
-    assert_close,
-    assert_same_input_gradients,
-    assert_same_outputs,
-    assert_untouched,
-    snapshot,
-)
 from structures import STRUCTURES
 from tiny_networks import KINDS, build
 from unbraid.base.errors import ModelError, UsageError
@@ -40,49 +18,49 @@ from unbraid.networks.copying import copy_network, unwrap
 from unbraid.surgery.apply import check_in_force
 from unbraid.surgery.split_layer import Pad
 
-FORMATS = [(torch.float32, THREE, 1e-4), (torch.float64, TWO, 1e-10)]
-
-# --- networks x what holds of each ----------------------------------------------------------------
+FORMATS = [(torch.float32, pairs.THREE, 1e-4), (torch.float64, pairs.TWO, 1e-10)]
 
 
-def keeps_outputs_to_the_last_bit(make: Callable[[], nn.Module]) -> None:
+def keeps_outputs_to_the_last_bit(make):
     for dtype, channels, _ in FORMATS:
         network = make().to(dtype)
-        changed = split_network(network, channels=channels)
+        changed = pairs.split_network(network, channels=channels)
         assert changed.layer.rows.dtype == dtype
         for n_images in (1, 6):
-            assert_same_outputs(network, changed, images(n_images, dtype))
+            checks.assert_same_outputs(network, changed, pairs.images(n_images, dtype))
 
 
-def keeps_gradients_by_the_image(make: Callable[[], nn.Module]) -> None:
+def keeps_gradients_by_the_image(make):
     network = make()
-    assert_same_input_gradients(network, split_network(network, channels=THREE), images())
+    changed = pairs.split_network(network, channels=pairs.THREE)
+    checks.assert_same_input_gradients(network, changed, pairs.images())
 
 
-def has_a_plain_form_that_agrees_up_to_rounding(make: Callable[[], nn.Module]) -> None:
+def has_a_plain_form_that_agrees_up_to_rounding(make):
     for dtype, channels, tolerance in FORMATS:
-        network, x = make().to(dtype), images(5, dtype)
-        plain = unbraid.apply(network, make_split(network, channels), form="plain")
-        assert_close(plain(x), network(x), tolerance)
+        network, x = make().to(dtype), pairs.images(5, dtype)
+        plain = unbraid.apply(network, pairs.make_split(network, channels), form="plain")
+        checks.assert_close(plain(x), network(x), tolerance)
         with torch.no_grad():
             plain.layer.merge.weight.zero_()
         assert not torch.allclose(plain(x), network(x), rtol=1e-3)
 
 
-def is_in_force_until_taken_back(make: Callable[[], nn.Module]) -> None:
-    network, x = make(), images()
+def is_in_force_until_taken_back(make):
+    network, x = make(), pairs.images()
     check_in_force(network, "layer", x[:1])
-    changed, expected = split_network(network), network(x)
+    changed, expected = pairs.split_network(network), network(x)
     with suppress(ZeroDivisionError), changed.gate("layer", 1, 0, 0.0):
         assert not torch.allclose(changed(x), expected, rtol=1e-3)
-        assert_bit_equal(network(x), expected)
+        checks.assert_bit_equal(network(x), expected)
         raise ZeroDivisionError
-    assert_same_outputs(network, changed, x)
+    checks.assert_same_outputs(network, changed, x)
 
 
-def leaves_the_original_untouched(make: Callable[[], nn.Module]) -> None:
+def leaves_the_original_untouched(make):
     network = unwrap(make().train())
-    before, modules, split = snapshot(network), list(network.modules()), make_split(network)
+    before, modules = checks.snapshot(network), list(network.modules())
+    split = pairs.make_split(network)
     for form in ("exact", "plain"):
         changed = unbraid.apply(network, split, form=form)
         assert changed.training
@@ -90,7 +68,7 @@ def leaves_the_original_untouched(make: Callable[[], nn.Module]) -> None:
         with torch.no_grad():
             for parameter in changed.parameters():
                 parameter.add_(1)
-    assert_untouched(before, snapshot(network))
+    checks.assert_untouched(before, checks.snapshot(network))
     assert list(network.modules()) == modules
     assert not hasattr(network, "gate")
 
@@ -109,77 +87,74 @@ EXCEPTIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("invariant", "network"),
-    [
-        pytest.param(invariant, network, id=f"{invariant.__name__}-{network}")
-        for network in NETWORKS
-        for invariant in INVARIANTS
-        if (network, invariant) not in EXCEPTIONS
-    ],
-)
+@pytest.mark.parametrize("invariant", INVARIANTS)
+@pytest.mark.parametrize("network", pairs.NETWORKS)
 def test_apply_on_every_network(invariant, network):
-    invariant(NETWORKS[network])
+    if (network, invariant) not in EXCEPTIONS:
+        invariant(pairs.NETWORKS[network])
 
 
-# --- kinds of layers x what the oracle says of each -----------------------------------------------
-
-
-def gates_scale_their_concept_channel(pair: Pair) -> None:
-    for channel, concept, value in ((1, 0, 0.0), (1, 1, 3.0), (3, 1, -0.5), (0, 0, VALUES)):
+def gates_scale_their_concept_channel(pair):
+    for channel, concept, value in ((1, 0, 0.0), (1, 1, 3.0), (3, 1, -0.5), (0, 0, pairs.VALUES)):
         z_k = pair.concept_map(channel, concept)
         wanted = value[:, None] * z_k if isinstance(value, Tensor) else value * z_k
         with pair.changed.gate("layer", channel, concept, value):
-            assert_moved(pair, channel, concept, wanted)
-    assert_same_outputs(pair.network, pair.changed, images())
+            pairs.assert_moved(pair, channel, concept, wanted)
+    checks.assert_same_outputs(pair.network, pair.changed, pairs.images())
 
 
-def clamps_bound_their_concept_channel(pair: Pair) -> None:
+def clamps_bound_their_concept_channel(pair):
     z_k = pair.concept_map(3, 0)
     some, more = (float(z_k.quantile(part)) for part in (0.3, 0.7))
     for low, high in ((some, more), (more, more), (-torch.inf, some), (more, torch.inf)):
         with pair.changed.clamp("layer", 3, 0, low, high):
-            assert_moved(pair, 3, 0, z_k.clip(low, high))
-    assert_same_outputs(pair.network, pair.changed, images())
+            pairs.assert_moved(pair, 3, 0, z_k.clip(low, high))
+    checks.assert_same_outputs(pair.network, pair.changed, pairs.images())
 
 
-def concepts_can_be_read(pair: Pair) -> None:
-    seen: list[Tensor] = []
-    pair.changed.layer.concepts.register_forward_hook(
-        lambda _module, _args, output: seen.append(output.detach().clone())
-    )
-    assert_bit_equal(pair.changed(images()), pair.network(images()))
+def concepts_can_be_read(pair):
+    seen = []
+    concepts = pair.changed.layer.concepts
+    concepts.register_forward_hook(lambda _m, _a, output: seen.append(output.detach().clone()))
+    checks.assert_bit_equal(pair.changed(pairs.images()), pair.network(pairs.images()))
     names = pair.changed.layer.names
-    assert sorted(names) == sorted(f"{channel}.{concept}" for channel, concept in CONCEPTS)
-    for channel, concept in CONCEPTS:
+    assert sorted(names) == sorted(f"{channel}.{concept}" for channel, concept in pairs.CONCEPTS)
+    for channel, concept in pairs.CONCEPTS:
         read = seen[0].select(pair.dim, names.index(f"{channel}.{concept}"))
-        assert_close(read.reshape(5, -1), pair.concept_map(channel, concept))
+        checks.assert_close(read.reshape(5, -1), pair.concept_map(channel, concept))
 
 
-def rows_have_the_gradients_of_their_channel(pair: Pair) -> None:
+def rows_have_the_gradients_of_their_channel(pair):
     for network in (pair.network, pair.changed):
-        network(images()).square().sum().backward()
+        network(pairs.images()).square().sum().backward()
     original, layer = pair.network.layer.weight.grad.flatten(1), pair.changed.layer
     owners = [int(name.split(".")[0]) for name in layer.names]
     signed = [original[o] for o in owners] + [-original[o] for o in layer.channels]
     assert all(row.any() for row in signed)
-    assert_close(layer.rows.grad, torch.stack(signed), 1e-10)  # residuals are subtracted
+    checks.assert_close(layer.rows.grad, torch.stack(signed), 1e-10)  # residuals are subtracted
     expected = original.clone()
     expected[layer.channels] = 0
-    assert_close(layer.original.weight.grad.flatten(1), expected, 1e-10)
+    checks.assert_close(layer.original.weight.grad.flatten(1), expected, 1e-10)
     after = dict(pair.changed.named_parameters())
     for name, parameter in pair.network.named_parameters():
         if not name.startswith("layer."):
-            assert_close(after[name].grad, parameter.grad, 1e-10)
+            checks.assert_close(after[name].grad, parameter.grad, 1e-10)
 
 
-def other_number_formats_are_the_originals(pair: Pair) -> None:
+def other_number_formats_are_the_originals(pair):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        changed, network = (copy.deepcopy(one).to(dtype) for one in (pair.changed, pair.network))
-        assert_same_outputs(network, changed, images(5, dtype))
+        kinds = (pair.network, pair.changed, pair.plain)
+        network, changed, plain = (copy.deepcopy(one).to(dtype) for one in kinds)
+        x = pairs.images(5, dtype)
+        checks.assert_same_outputs(network, changed, x)
+        with changed.gate("layer", 1, 0, 0.0), pytest.raises(AssertionError):
+            checks.assert_same_outputs(network, changed, x)
+        expected = network(x).detach()
+        rounding = 20 * torch.finfo(dtype).eps * float(expected.abs().max())
+        torch.testing.assert_close(plain(x), expected, rtol=0, atol=rounding)
 
 
-def the_plain_form_is_of_standard_modules(pair: Pair) -> None:
+def the_plain_form_is_of_standard_modules(pair):
     layer, names = pair.plain.layer, pair.plain.layer.names
     kinds = {type(module) for module in layer.modules()}
     assert kinds - {Pad} == {nn.Sequential, type(layer.wide)}
@@ -188,7 +163,7 @@ def the_plain_form_is_of_standard_modules(pair: Pair) -> None:
     for part in pair.split.channels:
         rows = {f"{part.channel}.{k}": row for k, row in enumerate(part.rows)}
         for name, row in {**rows, f"{part.channel}.residual": part.residual_row}.items():
-            assert_bit_equal(weight[names.index(name)], row)
+            checks.assert_bit_equal(weight[names.index(name)], row)
     for name, row in zip(names, weight, strict=True):
         assert bool(row.any()) == (name != "")
 
@@ -206,60 +181,55 @@ def the_plain_form_is_of_standard_modules(pair: Pair) -> None:
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_apply_on_every_kind_of_layer(invariant, kind):
-    invariant(Pair(kind))
+    invariant(pairs.Pair(kind))
 
 
 def test_assert_moved_tells_a_move_that_did_something_else(pair):
     z_k = pair.concept_map(1, 0)
     with pair.changed.gate("layer", 1, 0, 0.5):
-        assert_moved(pair, 1, 0, 0.5 * z_k)
+        pairs.assert_moved(pair, 1, 0, 0.5 * z_k)
         with pytest.raises(AssertionError):
-            assert_moved(pair, 1, 0, 0.51 * z_k)
+            pairs.assert_moved(pair, 1, 0, 0.51 * z_k)
         with pair.changed.gate("layer", 3, 0, 0.5), pytest.raises(AssertionError):
-            assert_moved(pair, 1, 0, 0.5 * z_k)
-
-
-# --- modes, zeros, every channel ------------------------------------------------------------------
+            pairs.assert_moved(pair, 1, 0, 0.5 * z_k)
 
 
 @pytest.fixture
-def pair() -> Pair:
-    return Pair("3x3")
+def pair():
+    return pairs.Pair("3x3")
 
 
 def test_apply_keeps_outputs_in_every_mode():
-    norms = Pair("batch norm behind")
-    assert_bit_equal(norms.changed.train()(images()), norms.network.train()(images()))
-    single = Pair("3x3", dtype=torch.float32)
+    norms, x = pairs.Pair("batch norm behind"), pairs.images()
+    checks.assert_bit_equal(norms.changed.train()(x), norms.network.train()(x))
+    single = pairs.Pair("3x3", dtype=torch.float32)
     with torch.inference_mode():
-        assert_bit_equal(single.changed(single.images()), single.network(single.images()))
+        checks.assert_bit_equal(single.changed(single.images()), single.network(single.images()))
     with torch.autocast("cpu", torch.bfloat16):
-        assert_same_outputs(single.network, single.changed, single.images())
+        checks.assert_same_outputs(single.network, single.changed, single.images())
     network = build("3x3", torch.float32).to(memory_format=torch.channels_last)
-    changed = split_network(network)
+    changed = pairs.split_network(network)
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = images(5, torch.float32).contiguous(memory_format=memory_format)
-        assert_same_outputs(network, changed, x)
+        x = pairs.images(5, torch.float32).contiguous(memory_format=memory_format)
+        checks.assert_same_outputs(network, changed, x)
 
 
 def test_apply_keeps_even_the_sign_of_a_zero(pair):
     pair.changed.layer.original.register_forward_hook(lambda _m, _a, z: torch.full_like(z, -0.0))
     for graph in (torch.enable_grad, torch.no_grad):
         with graph():
-            output = layer_output(pair.changed, images())
-        assert_bit_equal(output, torch.full_like(output, -0.0))
+            output = pairs.layer_output(pair.changed, pairs.images())
+        checks.assert_bit_equal(output, torch.full_like(output, -0.0))
 
 
 def test_apply_keeps_modes_wanted_gradients_and_attributes_of_the_layer():
     network = build("batch norm behind").train()
     network.stem_norm.eval()
     network.stem.weight.requires_grad_(False)
-    changed = split_network(network)
-    modes = {name: module.training for name, module in changed.named_modules()}
-    assert modes["layer.original"]
-    assert {name: modes[name] for name, _ in network.named_modules()} == {
-        name: module.training for name, module in network.named_modules()
-    }
+    changed = pairs.split_network(network)
+    for name, module in network.named_modules():
+        assert changed.get_submodule(name).training == module.training
+    assert changed.layer.original.training
     wants = {name: parameter.requires_grad for name, parameter in changed.named_parameters()}
     assert (wants["layer.rows"], wants["stem.weight"]) == (True, False)
     layer = changed.layer
@@ -282,17 +252,14 @@ def test_apply_refuses_a_network_with_other_weights(pair):
         unbraid.apply(pair.network, pair.split, form="both")
 
 
-# --- copies ---------------------------------------------------------------------------------------
-
-
-def _saved_whole(network: nn.Module) -> nn.Module:
+def _saved_whole(network):
     file = io.BytesIO()
     torch.save(network, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
 
 
-def _in_a_list() -> nn.Module:
+def _in_a_list():
     network = build("3x3")
     network.steps = [network.layer]
     return network
@@ -301,30 +268,26 @@ def _in_a_list() -> nn.Module:
 @pytest.mark.parametrize(
     ("duplicate", "make"),
     [
-        (copy.deepcopy, NETWORKS["built in: weight norm"]),
-        (copy_network, _in_a_list),
-        (_saved_whole, _in_a_list),
+        (copy.deepcopy, pairs.NETWORKS["built in: weight norm"]),
+        *((duplicate, _in_a_list) for duplicate in (copy_network, _saved_whole)),
     ],
 )
 def test_gates_of_a_copy_work_on_the_copy_alone(duplicate, make):
-    network, x = make(), images()
-    changed = split_network(network)
+    network, x = make(), pairs.images()
+    changed = pairs.split_network(network)
     twin = duplicate(changed)
     if hasattr(network, "steps"):
         assert twin.steps[0] is twin.layer
-    assert_same_outputs(network, twin, x)
+    checks.assert_same_outputs(network, twin, x)
     for one, other in ((twin, changed), (changed, twin)):
         with one.gate("layer", 1, 0, 0.0):
-            assert_same_outputs(network, other, x)
+            checks.assert_same_outputs(network, other, x)
             assert not torch.equal(one(x), network(x))
     with changed.gate("layer", 1, 0, 0.5):  # which stays so in the copy
         twin = duplicate(changed)
         moved = changed(x)
-    assert_bit_equal(twin(x), moved)
-    assert_same_outputs(network, changed, x)
-
-
-# --- hooks on the concept channels ----------------------------------------------------------------
+    checks.assert_bit_equal(twin(x), moved)
+    checks.assert_same_outputs(network, changed, x)
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -339,44 +302,44 @@ def test_concepts_and_residuals_what_a_hook_makes_of_them_counts(kind, in_place,
 
         (layer.register_forward_pre_hook if before else layer.register_forward_hook)(hook)
 
-    pair = Pair(kind)
+    pair = pairs.Pair(kind)
     row, z_k = pair.changed.layer.names.index("1.0"), pair.concept_map(1, 0)
 
-    def double(output: Tensor) -> Tensor:
+    def double(output):
         output.select(pair.dim, row).mul_(2)
         return output
 
     intervene(pair.changed.layer.concepts, double)
     for graph in (torch.enable_grad, torch.no_grad):
         with graph():
-            assert_moved(pair, 1, 0, 2 * z_k)
+            pairs.assert_moved(pair, 1, 0, 2 * z_k)
     with pair.changed.gate("layer", 1, 0, 0.25):  # which scales what the hook left
-        assert_moved(pair, 1, 0, 2 * 0.25 * z_k)
-    pair = Pair(kind)
+        pairs.assert_moved(pair, 1, 0, 2 * 0.25 * z_k)
+    pair = pairs.Pair(kind)
     intervene(pair.changed.layer.residuals, lambda output: output.add_(1))
     for o, change in enumerate(pair.change()):
-        assert_close(change, torch.full_like(change, -1.0 if o in TWO else 0.0))
+        checks.assert_close(change, torch.full_like(change, -1.0 if o in pairs.TWO else 0.0))
 
 
 def test_concepts_gradients_can_be_read_and_taken_by_hooks(pair):
-    layer, n_concepts = pair.changed.layer, len(CONCEPTS)
+    layer, n_concepts = pair.changed.layer, len(pairs.CONCEPTS)
     seen = []
     with layer.concepts.register_full_backward_hook(lambda _m, _i, out: seen.append(out[0])):
-        pair.changed(images())[:, 2].sum().backward()
+        pair.changed(pairs.images())[:, 2].sum().backward()
     assert seen[0].any()
-    assert_close(layer.row_bias.grad[:n_concepts], seen[0].sum((0, 2, 3)))
+    checks.assert_close(layer.row_bias.grad[:n_concepts], seen[0].sum((0, 2, 3)))
     for register, take in (
         (layer.concepts.register_full_backward_hook, lambda _m, grads, _o: (0 * grads[0],)),
         (layer.concepts.register_forward_hook, lambda _m, _a, output: output.detach()),
     ):
         layer.rows.grad = None
         with register(take):
-            logits = pair.changed(images())
-            assert_close(logits, pair.network(images()), 1e-12)
+            logits = pair.changed(pairs.images())
+            checks.assert_close(logits, pair.network(pairs.images()), 1e-12)
             logits[:, 2].sum().backward()
         assert not layer.rows.grad[:n_concepts].any()
 
 
 def test_concepts_a_module_in_their_place_is_run(pair):
     pair.changed.layer.concepts = nn.Threshold(torch.inf, 0.0)  # which silences all
-    assert_close(pair.change()[1], -pair.concept_map(1, 0) - pair.concept_map(1, 1))
+    checks.assert_close(pair.change()[1], -pair.concept_map(1, 0) - pair.concept_map(1, 1))

@@ -1,14 +1,12 @@
 """Concept channels moved: several gates and clamps at once, and that all of it is taken back."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import steering
 import torch
 from pairs import VALUES, Pair, assert_moved, images, split_network
-from torch import Tensor, nn
+from torch import nn
 
 import unbraid
 from checks import assert_close, assert_same_outputs
@@ -17,17 +15,13 @@ from unbraid.base.errors import UsageError
 
 
 @pytest.fixture
-def pair() -> Pair:
+def pair():
     return Pair("3x3")
 
 
 def test_gates_of_several_concepts_per_image_and_for_all_work_together(pair):
     gate = pair.changed.gate
-    with (
-        gate("layer", 1, 0, VALUES),
-        gate("layer", 3, 1, 0.0),
-        gate("layer", 0, 0, VALUES > 0),
-    ):
+    with gate("layer", 1, 0, VALUES), gate("layer", 3, 1, 0.0), gate("layer", 0, 0, VALUES > 0):
         change = pair.change()
         on_graph = pair.changed(images())
         with torch.no_grad():
@@ -42,10 +36,9 @@ def test_gate_can_be_learned(pair):
     value = torch.ones(5, dtype=torch.float64, requires_grad=True)
     one = torch.ones((), dtype=torch.float64, requires_grad=True)
     row = pair.changed.layer.names.index("1.0")
-    kept: list[Tensor] = []
-    pair.changed.layer.concepts.register_forward_hook(
-        lambda _m, _a, output: (output.retain_grad(), kept.append(output), None)[2]
-    )
+    kept = []
+    concepts = pair.changed.layer.concepts
+    concepts.register_forward_hook(lambda _m, _a, z: kept.append(z) or z.retain_grad())
     for gate in (value, one):
         with pair.changed.gate("layer", 1, 0, gate):
             pair.changed(images())[:, 2].sum().backward()
@@ -77,9 +70,7 @@ def test_gate_for_another_number_of_images_is_refused_when_run(pair, n_values):
         ("gate", ("layer", 2, 0, 0.0), "has no concept 0 of channel 2; it has"),
     ],
 )
-def test_gate_and_clamp_of_what_cannot_be_are_refused_without_a_trace(
-    pair, move, arguments, sentence
-):
+def test_a_move_that_cannot_be_is_refused_without_a_trace(pair, move, arguments, sentence):
     with pytest.raises(UsageError, match=sentence):
         getattr(pair.changed, move)(*arguments)
     assert pair.changed.layer.moves == []

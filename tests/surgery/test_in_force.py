@@ -1,16 +1,13 @@
 """Splits are in force, or it is told that they are not; what is copied and what cannot be."""
 
-from __future__ import annotations
-
 import threading
 import types
 from collections import OrderedDict
-from typing import Any
 
 import pytest
 import torch
 from pairs import images, make_split, split_network
-from torch import Tensor, nn
+from torch import nn
 from ways import reaching
 
 import unbraid
@@ -21,18 +18,16 @@ from unbraid.base.errors import LayerError, ModelError, OutputChangedError
 from unbraid.networks.copying import copy_network
 from unbraid.surgery.apply import check_in_force
 
-# --- what is copied -------------------------------------------------------------------------------
-
 
 def test_two_functions_that_share_a_variable_do_so_in_a_copy():
     network = reaching("module")
     layer, seen = network.layer, []
 
-    def put(other: nn.Module) -> None:
+    def put(other):
         nonlocal layer
         layer = other
 
-    def middle(x: Tensor) -> Tensor:
+    def middle(x):
         seen.append(len(x))
         return layer(x)
 
@@ -46,7 +41,7 @@ def test_two_functions_that_share_a_variable_do_so_in_a_copy():
 
 
 class Refuses:
-    def __reduce_ex__(self, _protocol: Any) -> Any:
+    def __reduce_ex__(self, _protocol):
         raise ValueError("not to be copied")
 
 
@@ -85,17 +80,14 @@ def test_copy_network_copies_what_can_be_copied():
     assert wanted[0] == wanted[1]
 
 
-# --- what is not in force, and told ---------------------------------------------------------------
-
-
-def by_a_class(network: Around) -> Any:
+def by_a_class(network):
     class Middle:
         layer = network.layer
 
     return lambda x: Middle.layer(x)
 
 
-def by_its_weights(network: Around) -> Any:
+def by_its_weights(network):
     layer = network.layer
     return lambda x: torch.conv2d(x, layer.weight, layer.bias, padding=1)
 
@@ -115,16 +107,16 @@ def test_a_split_that_never_runs_is_told(past):
         check_in_force(network, "layer", images(1))
 
 
-GLOBAL: Any = None
-GLOBALS: Any = None
+GLOBAL = None
+GLOBALS = None
 
 
-def by_a_helper(x: Tensor) -> Tensor:
+def by_a_helper(x):
     return GLOBAL(x)
 
 
 class Stem(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return GLOBAL(x)
 
 
@@ -159,13 +151,13 @@ def test_apply_takes_a_hook_that_keeps_outputs_in_a_global_variable(monkeypatch)
 class Held:
     """Takes the function that it holds for a constant when it is copied."""
 
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run):
         self.run = run
 
-    def __deepcopy__(self, _memo: Any) -> Any:
+    def __deepcopy__(self, _memo):
         return Held(self.run)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x):
         return self.run(x)
 
 
@@ -174,7 +166,7 @@ def test_apply_refuses_a_function_that_still_runs_the_original(by_its_class):
     network = reaching("module")
     layer = network.layer
 
-    def run(*args: Any) -> Tensor:
+    def run(*args):
         return layer(args[-1])
 
     if by_its_class:
@@ -187,7 +179,7 @@ def test_apply_refuses_a_function_that_still_runs_the_original(by_its_class):
 
 def test_check_in_force_takes_few_passes_and_leaves_the_network():
     network = reaching("closure")
-    n_runs: list[int] = []
+    n_runs = []
     network.register_forward_hook(lambda *_: n_runs.append(1))
     before, state = snapshot(network), torch.get_rng_state()
     check_in_force(network, network.layer, images(1))
@@ -198,14 +190,14 @@ def test_check_in_force_takes_few_passes_and_leaves_the_network():
 
 def test_check_in_force_tells_a_network_that_depends_on_the_layers_type_from_a_random_one():
     network = reaching("module")
-    network.body = types.MethodType(
-        lambda self, x: self.layer(x) * (1 + (type(self.layer) is nn.Conv2d)), network
-    )
+
+    def by_type(self, x):
+        return self.layer(x) * (1 + (type(self.layer) is nn.Conv2d))
+
+    network.body = types.MethodType(by_type, network)
     with pytest.raises(OutputChangedError, match="'layer' split the network computes something"):
         check_in_force(network, "layer", images(1))
-    network.body = types.MethodType(
-        lambda self, x: self.layer(x) + torch.rand(1, dtype=x.dtype), network
-    )
+    network.body = types.MethodType(lambda self, x: self.layer(x) + torch.rand(1), network)
     check_in_force(network, "layer", images(1))  # which is left to others
 
 
@@ -220,9 +212,6 @@ def test_gate_has_the_same_effect_with_and_without_a_graph_in_torchs_transformer
         with torch.no_grad():
             assert_close(changed(images()), moved)
     assert not torch.allclose(moved, network(images()))
-
-
-# --- names ----------------------------------------------------------------------------------------
 
 
 def test_gate_finds_layers_of_a_network_that_has_a_part_named_as_a_wrapper():

@@ -1,11 +1,6 @@
 """Layers built in in every way: records, what counts as a layer, outputs, wrappers."""
 
-from __future__ import annotations
-
 import types
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,13 +15,10 @@ from tiny_networks import SyntheticImages
 from unbraid.base.errors import LayerError, ModelError
 from unbraid.networks.layers import describe, splittable_layers, why_not
 from unbraid.networks.spec import tap_inputs
-from unbraid.scanning.records import Records
 from unbraid.scanning.scan import usable_layers
 
-# --- records --------------------------------------------------------------------------------------
 
-
-def assert_traced(records: Records, kind: str, min_share: float) -> None:
+def assert_traced(records, kind, min_share):
     """Every record is what a run on that image alone says, with nothing cut."""
     dataset = images()
     assert records.index.tolist() == list(range(len(dataset)))
@@ -69,14 +61,12 @@ def test_a_layer_that_sees_no_image_is_not_listed(n_images):
     network = Around().double().eval()
     codes = network.codes = nn.Linear(2, 6).double()  # of positions alone
     places = torch.cartesian_prod(torch.arange(7.0), torch.arange(6.0)).double()
-    network.stem.register_forward_hook(
-        lambda _module, _args, z: z + codes(input=places).T.reshape(6, 7, 6)
-    )
+    network.stem.register_forward_hook(lambda *seen: seen[2] + codes(input=places).T.view(6, 7, 6))
     for x in (images(n_images).images, torch.zeros(n_images, 3, 7, 6)):
         assert [spec.name for spec in usable_layers(network, x)] == ["stem", "layer", "head"]
 
 
-def putting_out(wrap: Callable[[Tensor], Any], n_logits: int = 4) -> nn.Module:
+def putting_out(wrap, n_logits=4):
     """A network that wraps its logits as other libraries do."""
     torch.manual_seed(5)
     network = Around(n_logits=n_logits).eval()
@@ -87,7 +77,7 @@ def putting_out(wrap: Callable[[Tensor], Any], n_logits: int = 4) -> nn.Module:
 class Mixes(Around):
     """Lays halves of images into the batch, all left ones first."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         left, right = self.layer(torch.cat(self.stem(x).chunk(2, 3))).relu().chunk(2)
         return self.head((left + 2 * right).flatten(2).mean(2))
 
@@ -100,9 +90,6 @@ def test_scan_of_what_is_not_one_row_an_image_is_refused(tmp_path):
         unbraid.scan(doubled, "layer", images(4), tmp_path / "doubled")
     scan = unbraid.scan(mixed, "layer", images(4), tmp_path, batch_size=1)
     assert next(scan.shards()).n_positions.tolist() == [42] * 4
-
-
-# --- what counts as a layer -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -135,9 +122,6 @@ def test_looking_into_a_layer_leaves_no_trace_in_it():
         assert_untouched(before, snapshot(layer))
 
 
-# --- what a network puts out, wrappers ------------------------------------------------------------
-
-
 def test_logits_are_picked_out_the_same_everywhere(tmp_path):
     network, bare = putting_out(lambda z: [[-z], [z]]), putting_out(lambda z: z)
     picked = unbraid.with_logits(network, lambda output: output[1][0])
@@ -150,8 +134,7 @@ def test_logits_are_picked_out_the_same_everywhere(tmp_path):
     assert not isinstance(network(images().images), Tensor)  # the given one is as it was
 
 
-def assert_same_shares(one: nn.Module, layer: Any, other: nn.Module, folder: Path) -> None:
-    """A layer of a network is the same to a scan as that of another one."""
+def assert_same_shares(one, layer, other, folder):
     (other_layer,) = (name for name, _ in other.named_modules() if name.endswith("layer"))
     scans = [
         unbraid.scan(network, name, images(), folder / str(n))

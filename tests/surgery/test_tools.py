@@ -1,17 +1,14 @@
 """Split networks in other people's tools: exporters, compilers, Captum, zennit, files, training."""
 
-from __future__ import annotations
-
 import copy
 import io
-from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
 from pairs import Pair, images
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import unbraid
@@ -23,53 +20,45 @@ from unbraid.base.files import read_tensors, write_tensors
 SINGLE = torch.float32
 ROUNDING = 1e-5
 TARGET = 2  # logit
+quiet = pytest.mark.filterwarnings("ignore::Warning")  # the tools', of what they will change
 
 
-def single(n_images: int = 5) -> Tensor:
+def single(n_images=5):
     return images(n_images, SINGLE)
 
 
 @pytest.fixture(params=["groups", "same", "tokens"])
-def pair(request) -> Pair:
+def pair(request):
     return Pair(request.param, dtype=SINGLE)
 
 
 @pytest.fixture
-def one_pair() -> Pair:
+def one_pair():
     return Pair("3x3", dtype=SINGLE)
 
 
-# --- exporters and compilers ----------------------------------------------------------------------
-
-
-def traced(network: nn.Module) -> Callable[[Tensor], Tensor]:
+def traced(network):
     return torch.jit.trace(network, single())
 
 
-def exported(network: nn.Module) -> Callable[[Tensor], Tensor]:
+def exported(network):
     any_number = ({0: torch.export.Dim("n_images")},)
     return torch.export.export(network, (single(),), dynamic_shapes=any_number).module()
 
 
-def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
+def compiled(network):
     torch.compiler.reset()
     return torch.compile(network, backend="aot_eager", fullgraph=True)
 
 
-def in_onnx(network: nn.Module) -> Callable[[Tensor], Tensor]:
+def in_onnx(network):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs .[onnx]")
     pytest.importorskip("onnxscript", reason="needs .[onnx]")
-    file, any_number = io.BytesIO(), ({0: torch.export.Dim("n_images")},)
-    program = torch.onnx.export(
-        network, (single(),), dynamo=True, verbose=False, dynamic_shapes=any_number
-    )
-    program.save(file)
+    file, options = io.BytesIO(), {"dynamic_shapes": ({0: torch.export.Dim("n_images")},)}
+    torch.onnx.export(network, (single(),), dynamo=True, verbose=False, **options).save(file)
     session = onnxruntime.InferenceSession(file.getvalue())
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
-
-
-quiet = pytest.mark.filterwarnings("ignore::Warning")  # the tools', of what they will change
 
 
 @quiet
@@ -136,13 +125,10 @@ def test_torch_fx_traces_both_forms_and_takes_out_concept_channels(kind):
     assert_close(read.reshape(5, -1), pair.concept_map(1, 0), ROUNDING)
 
 
-# --- Captum and zennit ----------------------------------------------------------------------------
-
-
 def test_concepts_less_residuals_have_the_relevance_of_the_channel_in_captum(pair):
     attr = pytest.importorskip("captum.attr", reason="needs captum")
 
-    def attribute(network: nn.Module, layer: nn.Module) -> Tensor:
+    def attribute(network, layer):
         method = attr.LayerGradientXActivation(network, layer)
         return method.attribute(single(), target=TARGET).movedim(pair.dim, 1)
 
@@ -154,12 +140,12 @@ def test_concepts_less_residuals_have_the_relevance_of_the_channel_in_captum(pai
     assert_close(total / expected.abs().max(), expected / expected.abs().max(), 1e-4)
 
 
-def relevances(network: nn.Module, names: list[str]) -> list[Tensor]:
+def relevances(network, names):
     """LRP by EpsilonPlusFlat with batch norms merged: of layers' outputs, (N, C) each."""
     composites = pytest.importorskip("zennit.composites", reason="needs zennit")
     canonizers = pytest.importorskip("zennit.canonizers", reason="needs zennit")
     norms = canonizers.SequentialMergeBatchNorm()
-    kept: list[Tensor] = []
+    kept = []
     composite = composites.EpsilonPlusFlat(canonizers=[norms], zero_params="bias")
     with composite.context(network) as ruled, ExitStack() as hooks:
         for module in map(network.get_submodule, names):
@@ -185,10 +171,7 @@ def test_relevance_of_concept_channels_sums_to_the_channels_in_zennit(kind):
     assert_close(pair.plain(single()), pair.network(single()), ROUNDING)  # all undone
 
 
-# --- training, files, devices ---------------------------------------------------------------------
-
-
-def train(network: nn.Module) -> list[float]:
+def train(network):
     optimizer = torch.optim.SGD(network.layer.parameters(), lr=0.05)
     dataset, losses = SyntheticImages(16, dtype=SINGLE), []
     for _ in range(8):
@@ -205,7 +188,7 @@ def test_trained_rows_lower_the_loss_and_are_what_the_outputs_are_made_of(pair):
     losses = train(pair.changed)
     assert losses[-1] < losses[0]
     assert not torch.allclose(pair.changed(single()), before)
-    seen: list[Tensor] = []
+    seen = []
     for module in (layer.concepts, layer.residuals, layer):
         module.register_forward_hook(lambda _m, _args, output: seen.append(output.clone()))
     pair.changed(single())

@@ -1,34 +1,28 @@
 """Ways in which a network's code can reach a layer."""
 
-from __future__ import annotations
-
 import functools
 import threading
 import types
 import weakref
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from structures import Around
-
-Run = Callable[..., Tensor]
 
 
 class Calls:
     """Runs a layer, and cannot be copied."""
 
-    def __init__(self, layer: Run) -> None:
+    def __init__(self, layer):
         self.layer, self.lock = layer, threading.Lock()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x):
         return self.layer(x)
 
 
 class NeverCopied(Calls):
-    def __deepcopy__(self, _memo: Any) -> NeverCopied:
+    def __deepcopy__(self, _memo):
         return self
 
 
@@ -36,31 +30,31 @@ class WithSlots(nn.Conv2d):
     __slots__ = ("own",)
 
 
-def calling_itself(_: Around, layer: nn.Module) -> Run:
-    def middle(x: Tensor, n: int = 2) -> Tensor:
+def calling_itself(_, layer):
+    def middle(x, n=2):
         return layer(x) if n == 0 else middle(x, n - 1)
 
     return middle
 
 
-def weak_references(network: Around, layer: nn.Module) -> Run:
+def weak_references(network, layer):
     one, whole = weakref.ref(layer), weakref.proxy(network)
     by_name = weakref.WeakValueDictionary(layer=layer)
     return lambda x: (one()(x) + whole.layer(x) + by_name["layer"](x)) / 3
 
 
-def slots_and_two_names(network: Around, _: nn.Module) -> Run:
+def slots_and_two_names(network, _):
     network.layer = network.again = WithSlots(6, 6, 3, padding=1).double()
     return types.MethodType(lambda self, x: self.again(x), network)
 
 
-def own_forward(_: Around, layer: nn.Module) -> None:
+def own_forward(_, layer):
     layer.old = layer.forward
     layer.forward = Calls(functools.partial(lambda layer, x: layer.old(x), layer))
 
 
 # Each takes the network and its layer, and returns its `body` or None.
-WAYS: dict[str, Callable[[Around, nn.Module], Any]] = {
+WAYS = {
     "module": lambda network, layer: None,
     "closure": lambda network, layer: lambda x: layer(x),
     "keyword default": lambda network, layer: lambda x, *, layer=layer: layer(x),
@@ -82,8 +76,7 @@ WAYS: dict[str, Callable[[Around, nn.Module], Any]] = {
 }
 
 
-def reaching(way: str) -> nn.Module:
-    """A network that reaches its layer in one of the ways."""
+def reaching(way):
     torch.manual_seed(0)
     network = Around().double()
     made = WAYS[way](network, network.layer)
