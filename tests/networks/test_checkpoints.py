@@ -1,7 +1,5 @@
 """Weights in files of every kind: what training scripts write loads, else a sentence says why."""
 
-from __future__ import annotations
-
 import argparse
 import collections
 import copy
@@ -12,7 +10,6 @@ import shutil
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,13 +21,13 @@ from unbraid.base.errors import ModelError
 from unbraid.networks.checkpoints import load_weights
 
 
-def network(n_classes: int = 4) -> nn.Module:
+def network(n_classes=4):
     torch.manual_seed(1)
     parts = {"c1": nn.Conv2d(3, 4, 3), "bn": nn.BatchNorm2d(4), "fc": nn.Linear(4, n_classes)}
     return nn.Sequential(collections.OrderedDict(parts))
 
 
-def plus(number: float, state: dict[str, Any]) -> dict[str, Any]:
+def plus(number, state):
     return {name: tensor + number for name, tensor in state.items()}
 
 
@@ -40,13 +37,13 @@ HALF = {name: t.half() if t.is_floating_point() else t for name, t in STATE.item
 UNCOUNTED = {name: tensor for name, tensor in STATE.items() if "num_batches" not in name}
 
 
-def under(prefix: str, state: dict[str, Any] = STATE) -> dict[str, Any]:
+def under(prefix, state=STATE):
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def in_circles() -> dict[str, Any]:
+def in_circles():
     """Each dictionary twice in the one around: 2**60 ways to the innermost; and around itself."""
-    circle: dict[str, Any] = {"model": STATE}
+    circle = {"model": STATE}
     inner = circle
     for _ in range(60):
         inner["a"] = inner["b"] = {}
@@ -54,12 +51,12 @@ def in_circles() -> dict[str, Any]:
     return circle | {"self": circle}
 
 
-def saved(tmp_path: Path, content: Any, name: str = "w.pt", **options: Any) -> Path:
+def saved(tmp_path, content, name="w.pt", **options):
     torch.save(content, tmp_path / name, **options)
     return tmp_path / name
 
 
-def rewrite(path: Path, old: bytes, new: bytes, how: int = zipfile.ZIP_STORED) -> None:
+def rewrite(path, old, new, how=zipfile.ZIP_STORED):
     """Change the description in a torch file of either format, under checksums that fit."""
     if not zipfile.is_zipfile(path):
         path.write_bytes(path.read_bytes().replace(old, new))
@@ -71,13 +68,13 @@ def rewrite(path: Path, old: bytes, new: bytes, how: int = zipfile.ZIP_STORED) -
             target.writestr(name, content.replace(old, new) if "data.pkl" in name else content)
 
 
-def write_damaged(path: Path) -> None:
+def write_damaged(path):
     torch.save(STATE, path)
     bias = STATE["fc.bias"].numpy().tobytes()
     path.write_bytes(path.read_bytes().replace(bias, bytes(len(bias))))
 
 
-def loaded(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
+def loaded(path, model=None):
     model = network() if model is None else model
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -85,7 +82,7 @@ def loaded(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
     return model.state_dict()
 
 
-def assert_is(state: dict[str, Any], expected: dict[str, Any] = STATE) -> None:
+def assert_is(state, expected=STATE):
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
@@ -131,10 +128,10 @@ def test_load_weights_beside_what_training_scripts_keep_loads(tmp_path):
 class Calls:
     """Would call a function if it was made."""
 
-    def __init__(self, *call: Any) -> None:
+    def __init__(self, *call):
         self.call = call
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self):
         return self.call[0], self.call[1:]
 
 
@@ -198,7 +195,7 @@ LACKS = (
     r"do not fit the network: the file lacks 7 of 9 tensors \(c1.bias, bn.weight, bn.bias, and "
     r"4 more\); its keys are model, epoch; give --model"
 )
-SAID: dict[str, tuple[Any, str]] = {  # what is saved, or how it is written
+SAID = {  # what is saved, or how it is written
     "other classes": ({"state_dict": under("model.", network(10).state_dict())}, SHAPES),
     "missing": ({"model": {"c1.weight": STATE["c1.weight"]}, "epoch": 1}, LACKS),
     "model": ({"model": network(), "epoch": 1}, rf"{NEVER}, as safetensors; its keys are model, e"),
@@ -234,7 +231,7 @@ def test_load_weights_that_do_not_fit_says_why(kind, tmp_path):
 
 TALL, TALLER = b"K\x07K\x0b\x86", b"K\x07Jzzz\x7f\x86"  # (7, 11) in a pickle, and with a lie
 STATE_OF_LINEAR = {"weight": torch.zeros(7, 11)}
-HOSTILE: dict[str, tuple[Any, tuple[Any, ...]]] = {  # what is saved, and what is changed then
+HOSTILE = {  # what is saved, and what is changed then
     "sizes lie": (STATE_OF_LINEAR, (TALL, TALLER)),
     "call": (STATE_OF_LINEAR | {"large": Calls(bytearray, 2**40)}, ()),
     "call of torch": (STATE_OF_LINEAR | {"large": Calls(torch.Tensor, 10**13)}, ()),

@@ -1,12 +1,8 @@
 """Names for classes from a file, and where people read them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import warnings
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,19 +16,19 @@ from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import DataError
 from unbraid.images.labels import AS_GIVEN, Reading, show_names
 from unbraid.images.open import images_for
-from unbraid.networks.class_names import Names, imagenet_classes, read_names
+from unbraid.networks.class_names import imagenet_classes, read_names
 from unbraid.networks.models import LoadedModel
 from unbraid.running.run import validation_images
 
 INDEX = {"0": ["n02012849", "crane"], "1": ["n03126707", "crane"], "2": ["n01440764", "tench"]}
 
 
-def loaded(n_outputs: int, names: Any = ()) -> LoadedModel:
+def loaded(n_outputs, names=()):
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 7 * 6, n_outputs)).eval()
     return LoadedModel(network, lambda _: torch.zeros(3, 7, 6), tuple(names), {})
 
 
-def names_of(tmp_path: Path, name: str, content: Any) -> Names:
+def names_of(tmp_path, name, content):
     """Those read from a file with this content; None is no file."""
     path = tmp_path / name
     if content is not None:
@@ -108,7 +104,7 @@ def test_read_names_of_any_file_gives_names_or_tells(tmp_path_factory, ending, c
     assert all(text.strip() for text in (*names.by_output.values(), *names.by_class.values()))
 
 
-def named(tmp_path: Path, content: Any, model: LoadedModel) -> LoadedModel:
+def named(tmp_path, content, model):
     return dataclasses.replace(model, names=names_of(tmp_path, "a.json", content))
 
 

@@ -1,9 +1,6 @@
 """Model specs: what people give and get wrong."""
 
-from __future__ import annotations
-
 import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -25,7 +22,7 @@ def build():
     return """
 
 
-def own(returned: str, folder: Path) -> str:
+def own(returned, folder):
     """The spec of a function that returns this."""
     (folder / "own.py").write_text(OWN + returned)
     return f"{folder}/own.py:build"

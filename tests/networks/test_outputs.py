@@ -1,10 +1,7 @@
 """Where logits are in what a network puts out: by `--output` and `with_logits`, or told."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,14 +16,14 @@ MAP = torch.ones(5, 2, 3, 3)
 
 
 class PutsOut(nn.Module):
-    def __init__(self, output: Any) -> None:
+    def __init__(self, output):
         super().__init__()
         self.forward = lambda _: output
 
 
 Two = namedtuple("Two", "features scores")
 
-PICKED: dict[str, tuple[Any, list[Any]]] = {
+PICKED = {
     "list": ([MAP, LOGITS], [1, -1, "1", "-1", "+1"]),
     "keys that look like numbers": ({"0": MAP, "1": LOGITS}, [1, "1"]),
     "keys that are numbers": ({0: MAP, -1: LOGITS}, [-1, "-1"]),
@@ -56,7 +53,7 @@ def test_with_logits_by_a_function_hides_no_error_of_it():
         unbraid.with_logits(PutsOut(LOGITS), lambda output: output + None)(LOGITS)
 
 
-SAID: dict[str, tuple[Any, Any, str]] = {
+SAID = {
     "out of range": ([MAP, LOGITS], -3, r"has no -3 .* a list; .*: --output 1 \(5, 4\)"),
     "no such key": ({"a": LOGITS, "b": LOGITS}, "c", r"--output a \(5, 4\) or --output b \(5, 4\)"),
     "a map": ([MAP, LOGITS], 0, r"Part 0 .* is a tensor \(5, 2, 3, 3\), not logits .*--output 1"),

@@ -1,40 +1,36 @@
 """What a network must not do, and that every call leaves everything as it was."""
 
-from __future__ import annotations
-
 import random
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.nn.parameter import is_lazy
 
 import unbraid
 from checks import assert_same_tensors
-from public_calls import Call, call, sound_calls
+from public_calls import call, sound_calls
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import UnbraidError
 from unsteady import MIXING, RANDOM, REFUSED, SOUND, Ends, Small, of_inference_mode, quantised
 
 
-def images(n: int = 17) -> SyntheticImages:
+def images(n=17):
     return SyntheticImages(n, dtype=torch.float32)
 
 
-def scan(network: nn.Module, folder: Any, n: int = 17, **options: Any) -> unbraid.Scan:
+def scan(network, folder, n=17, **options):
     return unbraid.scan(network, "layer", images(n), folder, batch_size=16, **options)
 
 
-def random_state() -> list[Any]:
+def random_state():
     numpy = np.random.get_state()[1].tolist()
     return [torch.get_rng_state().tolist(), random.getstate(), numpy]
 
 
-def state(network: nn.Module) -> list[Any]:
+def state(network):
     """All that a call must leave as it was, tensors as themselves, where they are and as bytes."""
-    found: list[Any] = random_state()
+    found = random_state()
     for module in network.modules():
         found += [module.training, len(module._forward_hooks), len(module._forward_pre_hooks)]
         if not isinstance(module, torch.jit.ScriptModule):
@@ -48,7 +44,7 @@ def state(network: nn.Module) -> list[Any]:
     return found
 
 
-def through_all(network: nn.Module, folder: Any) -> None:
+def through_all(network, folder):
     seen = scan(network, folder, positions=True)
     split = unbraid.split(seen, unbraid.find(seen, channels={0: [[0], [1]], 3: [[2], [3]]}))
     changed = unbraid.apply(network, split)
@@ -103,7 +99,7 @@ MODES = {
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory) -> dict[str, Call]:
+def calls(tmp_path_factory):
     return sound_calls(tmp_path_factory.mktemp("calls"))
 
 

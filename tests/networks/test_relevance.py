@@ -1,10 +1,7 @@
 """Relevance of channels and of their inputs, and a network left as it was."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import nn
 
 from checks import assert_close, truth_of
 from tiny_networks import KINDS, SyntheticImages, build, layer_input
@@ -28,7 +25,7 @@ def network(request):
     return build(request.param)
 
 
-def relevance_of(network: nn.Module) -> torch.Tensor:
+def relevance_of(network):
     """Of channels for each image's own class, (N, C_out), by the fast path on one batch."""
     with undisturbed(network), cut_at(network.layer, torch.clone) as cut:
         own = network(IMAGES.images).gather(1, LABELS[:, None]).sum()

@@ -1,7 +1,5 @@
 """Layers seen as rows of weights: what is pooled, what rows compute, what is refused."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,10 +1,6 @@
 """The hash of a network's weights, and weights that are broken."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,33 +17,33 @@ from unbraid.networks.weights import hash_weights, refuse_broken_weights
 class Extra(nn.Linear):
     """Keeps anything beside its weights."""
 
-    def __init__(self, extra: Any) -> None:
+    def __init__(self, extra):
         torch.manual_seed(0)
         super().__init__(2, 3)
         self.extra = extra
 
-    def get_extra_state(self) -> Any:
+    def get_extra_state(self):
         return self.extra() if callable(self.extra) else self.extra
 
 
-def linear(add: float) -> nn.Module:
+def linear(add):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 4)).eval()
     network[0].weight.data[0, 0] += add
     return network
 
 
-def quantised(add: float) -> nn.Module:
+def quantised(add):
     return torch.ao.quantization.quantize_dynamic(linear(add), {nn.Linear})
 
 
-def holding(tensor: Tensor) -> nn.Module:
+def holding(tensor):
     module = nn.Module()
     module.register_buffer("held", tensor)
     return module
 
 
-MADE: dict[str, tuple[Callable[[Any], nn.Module], Any, Any]] = {  # with one thing, and another
+MADE = {  # with one thing, and another
     "quantised": (quantised, 0.0, 0.5),
     "scripted": (lambda add: nn.Sequential(script(linear(add))), 0.0, 0.5),
     "frozen": (lambda add: nn.Sequential(freeze(script(linear(add)))), 0.0, 0.5),
