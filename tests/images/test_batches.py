@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -92,13 +93,8 @@ def test_load_images_that_cannot_be_handed_over_or_received_are_told(monkeypatch
         sealed = iter([loading._Sealed(content).pin_memory()])
         with pytest.raises(DataError, match=sentence):
             sort_out(next(loading._unpacked(sealed)), skip_broken=True)
-
-    class Full:
-        @staticmethod
-        def dumps(_):
-            raise RuntimeError("No space left on device")
-
-    monkeypatch.setattr(loading, "ForkingPickler", Full)
+    full = Mock(side_effect=RuntimeError("No space left on device"))
+    monkeypatch.setattr(loading, "ForkingPickler", Mock(dumps=full))
     (items,) = load(SyntheticImages(4), [[0, 1]], workers=1)
     with pytest.raises(DataError, match=r"hand them over \(No space left on device\).*fewer"):
         sort_out(items, skip_broken=True)

@@ -87,37 +87,21 @@ class Times(nn.Module):
         return transform()(image) * self._k
 
 
-def times(image, k):
-    return Times(k)(image)
-
-
-def closed(k):
-    return lambda image: times(image, k)
-
-
 def holding(k):
     kept = [{k}, v2.Resize(k), v2.functional.resize]
     return lambda image: [kept for _ in image]
 
 
-def grey(path):
-    return Image.open(path).convert("L").convert("RGB")
-
-
-def then(*more):
-    return v2.Compose([*transform().transforms, *more])
-
-
 # By a number, 1 or 2; the second is another transform.
 HIDDEN = {
     "lambda inside": lambda k: v1.Lambda((lambda x: -x) if k > 1 else (lambda x: +x)),
-    "closure": closed,
-    "partial": lambda k: functools.partial(times, k=k),
+    "closure": lambda k: lambda image: Times(k)(image),
+    "partial": lambda k: functools.partial(v2.functional.adjust_gamma, gamma=k),
     "object": Times,
     "method": lambda k: Times(k).forward,
-    "module inside": lambda k: then(Times(k)),
-    "number format": lambda k: then(v2.ToDtype((torch.float32, torch.float16)[k - 1])),
-    "weights": lambda k: then(v2.LinearTransformation(k * torch.eye(126), torch.zeros(126))),
+    "module inside": lambda k: v2.Compose([TO_FLOAT, Times(k)]),
+    "number format": lambda k: v2.ToDtype((torch.float32, torch.float16)[k - 1]),
+    "weights": lambda k: v2.LinearTransformation(k * torch.eye(126), torch.zeros(126)),
     "what is held": holding,
     "constants": lambda k: (lambda x: x in {1, 2}) if k > 1 else (lambda x: x in {1, 3}),
 }
@@ -132,7 +116,8 @@ def test_preprocessing_of_sees_a_change_that_no_text_shows(kind, folder):
 
 
 def test_preprocessing_of_sees_another_loader(folder):
-    usual, other = ImageFolder(folder, transform()), ImageFolder(folder, transform(), loader=grey)
+    usual, other = (ImageFolder(folder, transform()) for _ in range(2))
+    other.loader = lambda path: Image.open(path).convert("L").convert("RGB")
     assert preprocessing_of(usual) != preprocessing_of(other)
 
 

@@ -4,13 +4,13 @@ import errno
 import functools
 import gzip
 import http.server
-import io
 import os
 import random
 import shutil
 import struct
 import tarfile
 import threading
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -20,6 +20,8 @@ from unbraid.base.errors import DataError, OutOfReach, UsageError
 from unbraid.images.identity import ids_of
 from unbraid.images.open import open_images
 from unbraid.images.tar import expand, list_shards, members, read_content, stamp_of
+
+IMAGE = ("a.png", b"x")
 
 
 def samples(n):
@@ -106,9 +108,6 @@ def test_members_whose_headers_lie_are_refused(kind, size, tmp_path):
     refuse(tmp_path / "b.tar", header("a.png", size, kind) + rest)
 
 
-IMAGE = ("a.png", b"x")
-
-
 @pytest.mark.parametrize(
     ("files", "match"),
     [
@@ -159,15 +158,10 @@ def test_list_shards_names_that_climb_and_links_touch_nothing(tmp_path, monkeypa
 
 def write_pictures(path, order):
     """Pictures of their number's colour; all are of one size, so each may lie where another did."""
-    files = [io.BytesIO() for _ in order]
-    for k, file in zip(order, files, strict=True):
-        Image.new("RGB", (6, 7), (k, k, k)).save(file, "BMP")
-    names = (f"{k}.bmp" for k in order)
-    return write_tar(path, *zip(names, (file.getvalue() for file in files), strict=True))
+    return write_tar(path, *((f"{k}.ppm", b"P6 6 7 255\n" + bytes([k] * 126)) for k in order))
 
 
 def assert_own_pictures(images):
-    """Each id has the picture of that colour."""
     for k, one in enumerate(images.ids):
         colour = int(one.partition("/")[2])
         assert images.picture(k).getpixel((0, 0)) == (colour,) * 3, one
@@ -219,9 +213,7 @@ def test_list_shards_that_change_or_fail_while_they_are_read_are_told(tmp_path, 
             with pytest.raises(OutOfReach, match="was changed since it was listed"):
                 read()
 
-    def fail(*_):
-        raise OSError(errno.EIO, "Input/output error", str(path))
-
+    fail = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
     monkeypatch.setattr("unbraid.images.tar._Headers.read", fail)
     with pytest.raises(OutOfReach, match=r"a\.tar cannot be reached \(Input/output error\); mend"):
         list_shards(str(path))

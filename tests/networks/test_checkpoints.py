@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import copy
 import os
 import pickle
 import resource
@@ -155,10 +154,7 @@ def test_load_weights_beside_code_runs_none_of_it(blocked, tmp_path):
     [
         ({"state_dict_ema": OTHER, "state_dict": STATE}, "one under state_dict is taken, not"),
         ({**under("net."), **under("net_swa.", OTHER)}, "the one under net is taken, not"),
-        (
-            {"net": {**under("model."), "loss.weight": torch.ones(2)}},
-            "only what lies under net.model is loaded, not net.loss.weight",
-        ),
+        ({"net": {**under("model."), "w": torch.ones(2)}}, "under net.model is loaded, not net.w"),
     ],
 )
 def test_load_weights_beside_others_tells(content, sentence, tmp_path):
@@ -187,14 +183,8 @@ def test_load_weights_of_older_names_that_the_network_knows_loads(tmp_path):
 
 NEVER = "holds Python code or objects, which are never loaded; save the state dict alone"
 BOTH = {"state_dict": {**under("module.encoder_q."), **under("module.encoder_k.", OTHER)}}
-SHAPES = (
-    r"2 have another shape \(fc.weight is \(10, 4\), not \(4, 4\), fc.bias is \(10,\), not "
-    r"\(4,\)\); give --model FILE.py:FUNCTION, where FUNCTION builds the network"
-)
-LACKS = (
-    r"do not fit the network: the file lacks 7 of 9 tensors \(c1.bias, bn.weight, bn.bias, and "
-    r"4 more\); its keys are model, epoch; give --model"
-)
+SHAPES = r"2 have another shape \(fc.weight is \(10, 4\), not \(4, 4\), fc.bias .*; give --model"
+LACKS = r"lacks 7 of 9 tensors \(c1.bias, .*, and 4 more\); its keys are model, epoch; give --model"
 SAID = {  # what is saved, or how it is written
     "other classes": ({"state_dict": under("model.", network(10).state_dict())}, SHAPES),
     "missing": ({"model": {"c1.weight": STATE["c1.weight"]}, "epoch": 1}, LACKS),
@@ -217,7 +207,6 @@ SAID = {  # what is saved, or how it is written
 def test_load_weights_that_do_not_fit_says_why(kind, tmp_path):
     content, message = SAID[kind]
     path, model = tmp_path / "w.pt", network()
-    before = copy.deepcopy(model.state_dict())
     if callable(content):
         content(path)
     else:
@@ -226,21 +215,21 @@ def test_load_weights_that_do_not_fit_says_why(kind, tmp_path):
         loaded(path, model)
     assert "\n" not in str(caught.value)
     if kind == "complex":
-        assert_is(model.state_dict(), before)
+        assert_is(model.state_dict(), network().state_dict())
 
 
 TALL, TALLER = b"K\x07K\x0b\x86", b"K\x07Jzzz\x7f\x86"  # (7, 11) in a pickle, and with a lie
-STATE_OF_LINEAR = {"weight": torch.zeros(7, 11)}
+LINEAR = {"weight": torch.zeros(7, 11)}
 HOSTILE = {  # what is saved, and what is changed then
-    "sizes lie": (STATE_OF_LINEAR, (TALL, TALLER)),
-    "call": (STATE_OF_LINEAR | {"large": Calls(bytearray, 2**40)}, ()),
-    "call of torch": (STATE_OF_LINEAR | {"large": Calls(torch.Tensor, 10**13)}, ()),
+    "sizes lie": (LINEAR, (TALL, TALLER)),
+    "call": (LINEAR | {"large": Calls(bytearray, 2**40)}, ()),
+    "call of torch": (LINEAR | {"large": Calls(torch.Tensor, 10**13)}, ()),
     "packed": ({"weight": torch.zeros(1000, 1000)}, (b"", b"", zipfile.ZIP_DEFLATED)),
 }
 
 
 @pytest.mark.parametrize(
-    ("kind", "old"), [*((k, False) for k in HOSTILE), ("sizes lie", True), ("call", True)]
+    ("kind", "old"), [*((kind, False) for kind in HOSTILE), ("sizes lie", True), ("call", True)]
 )
 def test_load_weights_that_would_take_memory_is_refused(kind, old, tmp_path):
     content, change = HOSTILE[kind]

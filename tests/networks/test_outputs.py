@@ -13,6 +13,7 @@ from unbraid.networks.outputs import as_logits
 
 LOGITS = torch.arange(20.0).reshape(5, 4)
 MAP = torch.ones(5, 2, 3, 3)
+Two = namedtuple("Two", "features scores")
 
 
 class PutsOut(nn.Module):
@@ -20,8 +21,6 @@ class PutsOut(nn.Module):
         super().__init__()
         self.forward = lambda _: output
 
-
-Two = namedtuple("Two", "features scores")
 
 PICKED = {
     "list": ([MAP, LOGITS], [1, -1, "1", "-1", "+1"]),

@@ -14,6 +14,13 @@ from tiny_networks import SyntheticImages
 from unbraid.base.errors import UnbraidError
 from unsteady import MIXING, RANDOM, REFUSED, SOUND, Ends, Small, of_inference_mode, quantised
 
+MODES = {
+    "plain": torch.enable_grad,
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
 
 def images(n=17):
     return SyntheticImages(n, dtype=torch.float32)
@@ -44,21 +51,17 @@ def state(network):
     return found
 
 
-def through_all(network, folder):
-    seen = scan(network, folder, positions=True)
-    split = unbraid.split(seen, unbraid.find(seen, channels={0: [[0], [1]], 3: [[2], [3]]}))
-    changed = unbraid.apply(network, split)
-    assert unbraid.compare_outputs(network, changed, images(), tolerance=0).top1_agreement == 1
-    unbraid.ablate(changed, images())
-    unbraid.visualize(changed, "layer", images(), steps=2, n=1)
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", SOUND)
 def test_scan_of_sound_network_works_and_leaves_it_as_it_was(name, tmp_path):
     network = SOUND[name]().train()
     before = state(network)
-    through_all(network, tmp_path)
+    seen = scan(network, tmp_path, positions=True)
+    split = unbraid.split(seen, unbraid.find(seen, channels={0: [[0], [1]], 3: [[2], [3]]}))
+    changed = unbraid.apply(network, split)
+    assert unbraid.compare_outputs(network, changed, images(), tolerance=0).top1_agreement == 1
+    unbraid.ablate(changed, images())
+    unbraid.visualize(changed, "layer", images(), steps=2, n=1)
     assert state(network) == before
 
 
@@ -88,14 +91,6 @@ def test_scan_of_squeezed_head_has_the_records_of_the_whole_one(tmp_path):
     for name, network in (("whole", Small()), ("squeezed", SOUND["squeezed"]())):
         unbraid.scan(network, "head", images(), tmp_path / name, batch_size=16)
     assert_same_tensors(tmp_path / "whole", tmp_path / "squeezed")
-
-
-MODES = {
-    "plain": torch.enable_grad,
-    "inference": torch.inference_mode,
-    "no_grad": torch.no_grad,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-}
 
 
 @pytest.fixture(scope="module")

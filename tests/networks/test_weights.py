@@ -13,6 +13,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from unbraid.base.errors import ModelError
 from unbraid.networks.weights import hash_weights, refuse_broken_weights
 
+TWO = TwoTensor(torch.ones(2), torch.ones(2))
+
 
 class Extra(nn.Linear):
     """Keeps anything beside its weights."""
@@ -73,15 +75,15 @@ def test_hash_weights_of_ordinary_network_is_that_of_its_tensors():
     assert hash_weights(network) == digest.hexdigest()
 
 
-TWO = TwoTensor(torch.ones(2), torch.ones(2))
-
-
 @pytest.mark.parametrize(
     ("module", "sentence"),
     [
         (Extra(lambda: 1 / 0), r"cannot tell its state \(division by zero\)"),
         (Extra({"a": np.ones(2)}), r"'_extra_state' is a ndarray, which cannot be hashed"),
-        (holding(TWO), "'held' is a TwoTensor, whose numbers cannot be read"),
+        (
+            holding(TWO),
+            "'held' is a TwoTensor, whose numbers cannot be read",
+        ),
     ],
 )
 def test_hash_weights_of_what_cannot_be_read_is_told(module, sentence):
