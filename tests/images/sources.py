@@ -51,9 +51,6 @@ def keys(*sizes, name="train-{:03d}.tar"):
     return [f"{shard}/{path[:-4]}" for shard, path in zip(shards, PATHS, strict=True)]
 
 
-# Each writes a source beside the class folders, and says what it is.
-
-
 def as_csv(root, members):
     lines = ["path,label", *(f"{path},{name}" for path, name, _ in rows(members))]
     (root / "list.csv").write_text("\n".join(lines))

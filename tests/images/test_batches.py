@@ -22,7 +22,6 @@ from unbraid.images.broken import sort_out
 
 
 def test_load_batch_takes_a_file_and_not_one_for_each_image(tmp_path):
-    """Else some hundred images are more than the files that a process may usually open."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     n_open = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 60
     images, options = SyntheticImages(240), {"batch_size": 120, "threads": 1}
@@ -51,7 +50,6 @@ def test_as_batch_copies_only_what_does_not_lie_in_a_row(workers):
 
 
 def test_load_never_hands_over_images_of_the_data_set_itself(tmp_path):
-    """Which may write into what it is given."""
     images, kept = SyntheticImages(8), SyntheticImages(8)
     assert images[0][0]._base is images.images
     changing = torch.nn.Sequential(torch.nn.ReLU(inplace=True), build("1x1"))

@@ -109,6 +109,10 @@ def test_sort_out_what_is_no_image_is_told_in_a_sentence(kind, workers):
 
 def test_labels_of_a_broken_image_does_not_stop_the_search(tmp_path):
     dataset = failing(OSError("truncated"), 7)
+    assert labels_of(dataset, needed=False) == [UNLABELLED] * 9
+    assert dataset.read == []
+    scan = scanned(dataset, tmp_path / "own", skip_broken=True, labels="predicted", classes=[3])
+    assert torch.cat(list(scan.columns("index"))).tolist() == [3]
     assert labels_of(dataset) == [0, 1, 2, 3, 0, 1, 2, UNLABELLED, UNLABELLED]
     scan = scanned(dataset, tmp_path / "skipped", skip_broken=True)
     assert scan.broken() == [7, 8]
@@ -117,14 +121,6 @@ def test_labels_of_a_broken_image_does_not_stop_the_search(tmp_path):
         scanned(dataset, tmp_path / "stopped")
     with pytest.raises(DataError, match=r"No image can be read: .*truncated"):
         scanned(Subset(dataset, [8, 8]), tmp_path / "none", skip_broken=True)
-
-
-def test_labels_of_images_that_the_network_labels_are_not_read(tmp_path):
-    dataset = failing(OSError("truncated"), 8)
-    assert labels_of(dataset, needed=False) == [UNLABELLED] * 9
-    assert dataset.read == []
-    scan = scanned(dataset, tmp_path, skip_broken=True, labels="predicted", classes=[3])
-    assert torch.cat(list(scan.columns("index"))).tolist() == [3, 7]
 
 
 def linked(**links):

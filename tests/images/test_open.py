@@ -35,7 +35,6 @@ pytestmark = pytest.mark.usefixtures("_caches")
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_open_images_any_source_gives_the_same_records(kind, folder, tmp_path):
-    """Bit for bit the same pooled inputs, shares and labels, image by image."""
     expected = scanned(open_images(folder, to_tensor), tmp_path / "expected")
     images = opened(kind, folder, outputs=["ant", "bee"])
     ids = SOURCES[kind][1] or ids_of(images)
@@ -123,19 +122,16 @@ def test_images_without_labels_are_unlabelled(folder, tmp_path):
         assert (bare.classes, set(labels_of(bare))) == (names, {UNLABELLED})
 
 
-@pytest.mark.parametrize(
-    ("options", "fault"),
-    [
+def test_open_images_outputs_of_another_kind_are_refused(folder):
+    for options, fault in (
         ({"outputs": 0}, "outputs is 0; give the names"),
         ({"outputs": [1, 2]}, r"outputs is \[1, 2\]; give the names"),
         ({"outputs": network(2)}, "give transform too, or outputs as a number"),
         ({"outputs": 2, "labels": {"ant": 0, "bee": 1}}, "labels and outputs both say"),
         ({"outputs": nn.Conv2d(1, 2, 3), "transform": to_tensor}, "cannot run on the first image"),
-    ],
-)
-def test_open_images_outputs_of_another_kind_are_refused(options, fault, folder):
-    with pytest.raises((UsageError, ModelError), match=fault):
-        open_images(folder, **options)
+    ):
+        with pytest.raises((UsageError, ModelError), match=fault):
+            open_images(folder, **options)
 
 
 def test_open_images_leaves_a_network_that_is_asked_for_its_outputs_as_it_was(folder):

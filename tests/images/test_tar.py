@@ -4,6 +4,7 @@ import errno
 import functools
 import gzip
 import http.server
+import itertools
 import os
 import random
 import shutil
@@ -73,6 +74,9 @@ def test_members_of_a_file_that_is_cut_off_anywhere_are_refused(tmp_path):
 def test_members_behind_a_damaged_header_or_zeros_are_not_lost_without_a_word(tmp_path):
     path = write_tar(tmp_path / "a.tar", *samples(24))
     whole = path.read_bytes()
+    for size, kind in itertools.product((-512, 2**62), (b"0", b"L", b"x")):  # headers that lie
+        refuse(path, header("a.png", size, kind) + whole)
+    path.write_bytes(whole)
     starts = [member.offset_data - 512 for member in members(str(path))]
     draw = random.Random(0)
     for start in starts:
@@ -99,13 +103,6 @@ def test_members_of_a_file_padded_to_records_of_any_usual_size(record, tmp_path)
     assert len(list(members(str(path)))) == 8
     more = bytes(-len(content) % record + 4 * max(record, 10_240))
     refuse(path, content + more, "bytes are zeros")
-
-
-@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
-@pytest.mark.parametrize("size", [-512, 2**62])
-def test_members_whose_headers_lie_are_refused(kind, size, tmp_path):
-    rest = write_tar(tmp_path / "a.tar", *samples(2)).read_bytes()
-    refuse(tmp_path / "b.tar", header("a.png", size, kind) + rest)
 
 
 @pytest.mark.parametrize(

@@ -120,18 +120,15 @@ def test_names_of_a_file_are_shown_and_matched(tmp_path):
             assert (images.labels, note) == ({"ant": 1, "bee": 0}, "")
 
 
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
+def test_names_of_something_else_are_refused(tmp_path):
+    source = str(write(tmp_path / "data", MEMBERS))
+    for content, fault in (
         (["a", "b", "c"], "names outputs 0 to 2, but the network's go from 0 to 1; give names for"),
         ({"1": "Ant", "2": "Bee"}, r"counts outputs from 1; count from 0\.$"),
         ({"wasp": "Wasp"}, "no name for any class, such as 'ant'; give names for these"),
-    ],
-)
-def test_names_of_something_else_are_refused(content, fault, tmp_path):
-    source = str(write(tmp_path / "data", MEMBERS))
-    with pytest.raises(DataError, match=fault):
-        images_for(loaded(2, names=names_of(tmp_path, "a.json", content)), source)
+    ):
+        with pytest.raises(DataError, match=fault):
+            images_for(loaded(2, names=names_of(tmp_path, "a.json", content)), source)
 
 
 def test_wordnet_ids_are_shown_with_their_names_and_equal_ones_apart(tmp_path):

@@ -23,7 +23,6 @@ def build():
 
 
 def own(returned, folder):
-    """The spec of a function that returns this."""
     (folder / "own.py").write_text(OWN + returned)
     return f"{folder}/own.py:build"
 
