@@ -28,8 +28,6 @@ from unbraid.images.identity import fingerprint
 
 
 class Made(Dataset):
-    """Gives whatever is made of an image, its label and its index."""
-
     def __init__(self, make, **told):
         self.images, self.make, self.read = SyntheticImages(9).images, make, []
         vars(self).update(told)
@@ -204,7 +202,6 @@ def test_out_of_reach_has_an_end_where_causes_go_round_in_circles_or_on_and_on()
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
 def test_out_of_reach_is_no_picture_that_is_cut_off_or_damaged(kind):
-    """As Pillow itself fails, outside of this library's reader."""
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(file, kind)

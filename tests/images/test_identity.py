@@ -80,7 +80,7 @@ class Times(nn.Module):
         self._k = k
 
     def forward(self, image):
-        return v2.functional.pil_to_tensor(image) * self._k
+        return TO_FLOAT(v2.functional.pil_to_tensor(image)) * self._k
 
 
 def holding(k):

@@ -70,9 +70,8 @@ def test_read_classes_finds_outputs_and_notes_guesses(classes, names, n, labels,
     assert bool(reading.note) == bool(note)
 
 
-@pytest.mark.parametrize(
-    ("classes", "names", "n", "fault"),
-    [
+def test_read_classes_refuses_what_contradicts_itself():
+    for classes, names, n, fault in (
         (FROM_ONE, (), 12, "number 12, but .* from 0 to 11; number classes as .* count from 0"),
         (["1", "2"], FROM_ONE, 12, "'1', which is output 1 by number but output 0 by name"),
         (["99999999"], (), None, "number 99999999; number classes from 0 on"),
@@ -81,12 +80,10 @@ def test_read_classes_finds_outputs_and_notes_guesses(classes, names, n, labels,
         (["Ant", "ant", "bee"], (), 2, "3 classes .* 2 outputs; .* such as 'Ant', 'ant'"),
         (["a", "b", "c"], ["x", "y"], 2, "3 classes but the network has 2 outputs"),
         *(([odd, "1"], (), 2, "no number of an output") for odd in ("1.5", "0x10", "9" * 300)),
-    ],
-)
-def test_read_classes_refuses_what_contradicts_itself(classes, names, n, fault):
-    with pytest.raises(DataError, match=fault) as error:
-        read(classes, names, n)
-    assert len(str(error.value)) < 250
+    ):
+        with pytest.raises(DataError, match=fault) as error:
+            read(classes, names, n)
+        assert len(str(error.value)) < 250
 
 
 def test_read_classes_two_folders_for_one_output_are_refused(tmp_path):

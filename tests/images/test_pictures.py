@@ -27,18 +27,15 @@ MODES = {"png": "1 L LA P RGB RGBA", "jpg": "L RGB CMYK", "webp": "RGB RGBA", "t
 TRANSFORM = v2.Compose([v2.Resize((6, 6)), v2.PILToTensor(), v2.ToDtype(torch.float64, scale=True)])
 
 
-def tiff(values, dtype, photometric=1, deflate=False, planes=1, more=()):
-    """A TIFF of one strip, or one for each plane, in the byte order that the type says."""
+def tiff(values, dtype, photometric=1, deflate=False, more=()):
+    """A TIFF of one strip, in the byte order that the type says."""
     values = np.asarray(values).astype(dtype)
     height, width, n = (*values.shape, 1)[:3]
-    content = (values if planes == 1 else values.transpose(2, 0, 1)).tobytes()
-    content = zlib.compress(content) if deflate else content
-    n_strips = 1 if planes == 1 else n
-    size = len(content) // n_strips
+    content = zlib.compress(values.tobytes()) if deflate else values.tobytes()
     directory = ImageFileDirectory_v2({"<": b"II*\0", ">": b"MM\0*"}[dtype[0]] + bytes(4))
     tags = {256: width, 257: height, 258: (8 * values.dtype.itemsize,) * n, 262: photometric}
-    tags |= {259: 8 if deflate else 1, 277: n, 278: height, 284: planes, 279: (size,) * n_strips}
-    tags |= {273: tuple(size * k for k in range(n_strips))}  # which Pillow counts from the start
+    tags |= {259: 8 if deflate else 1, 277: n, 278: height, 284: 1, 279: len(content)}
+    tags |= {273: 0}  # where the strip is, which Pillow counts from the start
     tags |= {339: ("uif".index(values.dtype.kind) + 1,) * n, **dict(more)}
     for tag, value in tags.items():
         directory[tag] = value
@@ -129,7 +126,7 @@ PNM = "PNM or PFM of more than 8 bits"
 UNFIT = {
     "floats": (tiff(RAMP, "<f4"), "floating-point numbers of 32 bits"),
     "wide": (tiff(RAMP * U16, "<u4"), "whole numbers of 32 bits"),
-    "planes": (tiff(COLOURS * U16, "<u2", 2, planes=2), "16-bit numbers plane by plane"),
+    "planes": (tiff(COLOURS * U16, "<u2", 2, more={284: 2}), "16-bit numbers plane by plane"),
     "says 15 bits": (tiff(RAMP * 32767, "<u2", more={281: 32767}), "of which 32767 is white"),
     "pfm": (b"Pf\n64 4\n-1.0\n" + RAMP.astype("<f4").tobytes(), PNM),
     "ppm": (pnm(COLOURS * 4095, 4095), PNM),

@@ -105,9 +105,8 @@ def test_members_of_a_file_padded_to_records_of_any_usual_size(record, tmp_path)
     refuse(path, content + more, "bytes are zeros")
 
 
-@pytest.mark.parametrize(
-    ("files", "match"),
-    [
+def test_list_shards_what_is_wrong_is_told(tmp_path):
+    for files, match in (
         ([IMAGE, ("a.jpg", b"x")], r"a\.jpg in .* is a second 'image' of one image"),
         ([IMAGE, ("a.cls", b"1"), ("b.cls", b"1")], r"a label but no image for b;"),
         ([IMAGE, ("a.cls", b"1"), ("b.png", b"")], r"shard\.tar/b has no label"),
@@ -117,13 +116,11 @@ def test_members_of_a_file_padded_to_records_of_any_usual_size(record, tmp_path)
         ([IMAGE, ("a.json", b'{"label": %d}' % 10**30)], "a class of number"),
         ([IMAGE, ("a.cls", bytes(2 << 20))], "more than 1048576; remove it"),
         ([IMAGE, ("2.HEIC", b"x")], r"2\.HEIC in .* is a picture of a kind that is not read"),
-    ],
-)
-def test_list_shards_what_is_wrong_is_told(files, match, tmp_path):
-    path = write_tar(tmp_path / "shard.tar", *files)
-    with pytest.raises(DataError, match=match) as error:
-        open_images(path)
-    assert "\n" not in str(error.value)
+    ):
+        path = write_tar(tmp_path / "shard.tar", *files)
+        with pytest.raises(DataError, match=match) as error:
+            open_images(path)
+        assert "\n" not in str(error.value)
 
 
 def test_list_shards_label_may_stand_before_its_image_or_in_json_beside_a_number(tmp_path):

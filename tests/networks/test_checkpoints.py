@@ -26,12 +26,8 @@ def network(n_classes=4):
     return nn.Sequential(collections.OrderedDict(parts))
 
 
-def plus(number, state):
-    return {name: tensor + number for name, tensor in state.items()}
-
-
-STATE = plus(1, network().state_dict())
-OTHER = plus(1, STATE)
+STATE = {name: tensor + 1 for name, tensor in network().state_dict().items()}
+OTHER = {name: tensor + 1 for name, tensor in STATE.items()}
 HALF = {name: t.half() if t.is_floating_point() else t for name, t in STATE.items()}
 UNCOUNTED = {name: tensor for name, tensor in STATE.items() if "num_batches" not in name}
 

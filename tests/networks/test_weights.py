@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-import torch.ao.quantization
 from torch import Tensor, nn
+from torch.ao.quantization import quantize_dynamic
 from torch.jit import freeze, script
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -35,10 +35,6 @@ def linear(add):
     return network
 
 
-def quantised(add):
-    return torch.ao.quantization.quantize_dynamic(linear(add), {nn.Linear})
-
-
 def holding(tensor):
     module = nn.Module()
     module.register_buffer("held", tensor)
@@ -46,7 +42,7 @@ def holding(tensor):
 
 
 MADE = {  # with one thing, and another
-    "quantised": (quantised, 0.0, 0.5),
+    "quantised": (lambda add: quantize_dynamic(linear(add), {nn.Linear}), 0.0, 0.5),
     "scripted": (lambda add: nn.Sequential(script(linear(add))), 0.0, 0.5),
     "frozen": (lambda add: nn.Sequential(freeze(script(linear(add)))), 0.0, 0.5),
     "lazy": (lambda dtype: nn.LazyLinear(3, dtype=dtype), torch.float32, torch.float64),
