@@ -193,9 +193,11 @@ def test_list_images_no_tar_file_of_a_folder_is_passed_over(folder):
     assert open_images(folder).classes == ["ant", "bee"]  # class folders, in spite of a tar file
 
 
-@pytest.mark.parametrize(
-    ("source", "told"),
-    [
+def test_list_images_what_is_no_source_is_told(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hollow/inside").mkdir(parents=True)
+    for source, told in (
         ("nowhere", "There is no folder"),
         ("empty", "no class folders"),
         ("nowhere.csv", "No such file"),
@@ -208,14 +210,9 @@ def test_list_images_no_tar_file_of_a_folder_is_passed_over(folder):
         ("list.parquet", "pip install pyarrow"),
         ("hf:saved", "pip install datasets"),
         ("http://127.0.0.1:9/a.tar", "pip install webdataset"),
-    ],
-)
-def test_list_images_what_is_no_source_is_told(source, told, folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    if told.startswith("pip install"):
-        monkeypatch.setitem(sys.modules, told.split()[-1], None)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "hollow/inside").mkdir(parents=True)
-    with pytest.raises((DataError, UsageError), match=told):
-        open_images(source)
+    ):
+        if told.startswith("pip install"):
+            monkeypatch.setitem(sys.modules, told.split()[-1], None)
+        with pytest.raises((DataError, UsageError), match=told):
+            open_images(source)
     assert not (tmp_path / "ran").exists()

@@ -75,10 +75,7 @@ def test_hash_weights_of_what_cannot_be_read_is_told():
     for module, sentence in (
         (Extra(lambda: 1 / 0), r"cannot tell its state \(division by zero\)"),
         (Extra({"a": np.ones(2)}), r"'_extra_state' is a ndarray, which cannot be hashed"),
-        (
-            holding(TWO),
-            "'held' is a TwoTensor, whose numbers cannot be read",
-        ),
+        (holding(TWO), "'held' is a TwoTensor, whose numbers cannot be read"),
     ):
         with pytest.raises(ModelError, match=sentence):
             hash_weights(module)
