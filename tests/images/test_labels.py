@@ -35,9 +35,8 @@ def read(classes, names=(), n=None, **how):
     return of.read_classes(of.Classes(classes, "The list", classes, **how), outputs)
 
 
-@pytest.mark.parametrize(
-    ("classes", "names", "n", "labels", "how", "note"),
-    [
+def test_read_classes_finds_outputs_and_notes_guesses():
+    for classes, names, n, labels, how, note in (
         (["10", "9"], (), None, [10, 9], BY_NUMBER, ""),
         (["010", "2.0", "3."], (), 12, [10, 2, 3], BY_NUMBER, ""),
         (FROM_ONE, FROM_ONE, 12, list(range(12)), BY_NAME, ""),
@@ -60,14 +59,12 @@ def read(classes, names=(), n=None, **how):
         (["train", "val"], (), 2, [0, 1], GUESSED, "look like parts of a data set"),
         (["plane", "train"], (), 2, [0, 1], IN_ORDER, ""),
         (["CARDIGAN"], IMAGENET, 1000, [264], BY_NAME, "fits the outputs 264, 474; the first is"),
-    ],
-)
-def test_read_classes_finds_outputs_and_notes_guesses(classes, names, n, labels, how, note):
-    reading = read(classes, names, n)
-    assert [reading.labels[name] for name in classes] == labels
-    assert reading.how == how
-    assert re.search(note, reading.note)
-    assert bool(reading.note) == bool(note)
+    ):
+        reading = read(classes, names, n)
+        assert [reading.labels[name] for name in classes] == labels
+        assert reading.how == how
+        assert re.search(note, reading.note)
+        assert bool(reading.note) == bool(note)
 
 
 def test_read_classes_refuses_what_contradicts_itself():

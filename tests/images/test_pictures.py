@@ -63,43 +63,51 @@ def pnm(values, maximum):
     return head + values.tobytes()
 
 
-def with_alpha(values):
-    values = values if np.ndim(values) == 3 else np.asarray(values)[..., None]
-    return np.concatenate([values, np.full_like(values[..., :1], U16)], -1)
-
-
 def read(content):
     return np.asarray(decode_picture(io.BytesIO(content), "it")).astype(int)
-
-
-FORMS = {  # from 16-bit values, (height, width), or of colours (height, width, 3)
-    "grey <u2": lambda v: tiff(v, "<u2"),
-    "packed grey >u2": lambda v: tiff(v, ">u2", deflate=True),
-    "png": lambda v: png(v, 0),
-    "png, alpha": lambda v: png(with_alpha(v), 4),
-    "colours <u2": lambda v: tiff(v, "<u2", 2),
-    "packed colours >u2": lambda v: tiff(v, ">u2", 2, deflate=True),
-    "png, colours": lambda v: png(v, 2),
-    "png, colours and alpha": lambda v: png(with_alpha(v), 6),
-}
 
 
 def ramp(kind):
     return COLOURS if "colours" in kind else RAMP
 
 
+FORMS = {  # from 16-bit values, (height, width), or of colours (height, width, 3)
+    "grey <u2": lambda v: tiff(v, "<u2"),
+    "packed grey >u2": lambda v: tiff(v, ">u2", deflate=True),
+    "png": lambda v: png(v, 0),
+    "png, alpha": lambda v: png(np.dstack([v, np.full(v.shape[:2], U16)]), 4),
+    "colours <u2": lambda v: tiff(v, "<u2", 2),
+    "packed colours >u2": lambda v: tiff(v, ">u2", 2, deflate=True),
+    "png, colours": lambda v: png(v, 2),
+    "png, colours and alpha": lambda v: png(np.dstack([v, np.full(v.shape[:2], U16)]), 6),
+}
 READ = {
     **{kind: FORMS[kind](ramp(kind) * U16) for kind in FORMS},
     "packed white is zero": tiff(U16 - RAMP * U16, "<u2", 0, deflate=True),
     "pgm": pnm(RAMP * 255, 255),
     "ppm of colours": pnm(COLOURS * 255, 255),
 }
+PNM = "PNM or PFM of more than 8 bits"
+UNFIT = {
+    "floats": (tiff(RAMP, "<f4"), "floating-point numbers of 32 bits"),
+    "wide": (tiff(RAMP * U16, "<u4"), "whole numbers of 32 bits"),
+    "planes": (tiff(COLOURS * U16, "<u2", 2, more={284: 2}), "16-bit numbers plane by plane"),
+    "says 15 bits": (tiff(RAMP * 32767, "<u2", more={281: 32767}), "of which 32767 is white"),
+    "pfm": (b"Pf\n64 4\n-1.0\n" + RAMP.astype("<f4").tobytes(), PNM),
+    "ppm": (pnm(COLOURS * 4095, 4095), PNM),
+    "palette": (tiff(RAMP * 255, "<u1", 3, more={320: (*range(256),) * 3}), "palette of nearly bl"),
+}
+BROKEN = {  # whatever a program lets Pillow read
+    "cut": (tiff(RAMP * U16, "<u2")[:300], "cannot be read"),
+    "none": (b"no picture", "of no known kind"),
+    "enormous": (png(RAMP, 0, 8, (20_000, 10_000)), r"cannot be read \(it has 200000000 pixels\)"),
+    "a line": (pnm(np.zeros((1, 300)), 255), "its sides are 300 and 1 pixels"),
+}
 
 
 @pytest.mark.parametrize("kind", READ)
 def test_decode_picture_of_many_bits_goes_from_black_to_white(kind):
-    values, expected = read(READ[kind]), ramp(kind) * 255
-    expected = expected if expected.ndim == 3 else expected[..., None]
+    values, expected = read(READ[kind]), np.atleast_3d(ramp(kind) * 255)
     assert np.abs(values - expected).max() <= 1.01
     assert (values.min(), values.max()) == (0, 255)
     whites = (0.5, 1.0) if "alpha" in kind or "colours" in kind else (0.0, 0.5, 1.0)
@@ -120,24 +128,6 @@ def test_decode_picture_of_fewer_bits_than_16_is_refused_with_what_to_do(kind, b
     form = FORMS.get(kind, lambda v: tiff(v, "<u2", 0))
     with pytest.raises(UnfitPicture, match=r"so it is dark, or of fewer bits; save .* 8 bits"):
         read(form(ramp(kind) * (2**bits - 1)))
-
-
-PNM = "PNM or PFM of more than 8 bits"
-UNFIT = {
-    "floats": (tiff(RAMP, "<f4"), "floating-point numbers of 32 bits"),
-    "wide": (tiff(RAMP * U16, "<u4"), "whole numbers of 32 bits"),
-    "planes": (tiff(COLOURS * U16, "<u2", 2, more={284: 2}), "16-bit numbers plane by plane"),
-    "says 15 bits": (tiff(RAMP * 32767, "<u2", more={281: 32767}), "of which 32767 is white"),
-    "pfm": (b"Pf\n64 4\n-1.0\n" + RAMP.astype("<f4").tobytes(), PNM),
-    "ppm": (pnm(COLOURS * 4095, 4095), PNM),
-    "palette": (tiff(RAMP * 255, "<u1", 3, more={320: (*range(256),) * 3}), "palette of nearly bl"),
-}
-BROKEN = {  # whatever a program lets Pillow read
-    "cut": (tiff(RAMP * U16, "<u2")[:300], "cannot be read"),
-    "none": (b"no picture", "of no known kind"),
-    "enormous": (png(RAMP, 0, 8, (20_000, 10_000)), r"cannot be read \(it has 200000000 pixels\)"),
-    "a line": (pnm(np.zeros((1, 300)), 255), "its sides are 300 and 1 pixels"),
-}
 
 
 @pytest.mark.parametrize("kind", [*UNFIT, *BROKEN])

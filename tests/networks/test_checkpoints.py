@@ -192,6 +192,14 @@ SAID = {  # what is saved, or how it is written
     "missing file": (lambda _: None, "there is no such file"),
     "changed bytes": (write_damaged, r"cannot be read \(Bad CRC-32"),
 }
+TALL, TALLER = b"K\x07K\x0b\x86", b"K\x07Jzzz\x7f\x86"  # (7, 11) in a pickle, and with a lie
+LINEAR = {"weight": torch.zeros(7, 11)}
+HOSTILE = {  # what is saved, and what is changed then
+    "sizes lie": (LINEAR, (TALL, TALLER)),
+    "call": (LINEAR | {"large": Calls(bytearray, 2**40)}, ()),
+    "call of torch": (LINEAR | {"large": Calls(torch.Tensor, 10**13)}, ()),
+    "packed": ({"weight": torch.zeros(1000, 1000)}, (b"", b"", zipfile.ZIP_DEFLATED)),
+}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -208,16 +216,6 @@ def test_load_weights_that_do_not_fit_says_why(kind, tmp_path):
     assert "\n" not in str(caught.value)
     if kind == "complex":
         assert_is(model.state_dict(), network().state_dict())
-
-
-TALL, TALLER = b"K\x07K\x0b\x86", b"K\x07Jzzz\x7f\x86"  # (7, 11) in a pickle, and with a lie
-LINEAR = {"weight": torch.zeros(7, 11)}
-HOSTILE = {  # what is saved, and what is changed then
-    "sizes lie": (LINEAR, (TALL, TALLER)),
-    "call": (LINEAR | {"large": Calls(bytearray, 2**40)}, ()),
-    "call of torch": (LINEAR | {"large": Calls(torch.Tensor, 10**13)}, ()),
-    "packed": ({"weight": torch.zeros(1000, 1000)}, (b"", b"", zipfile.ZIP_DEFLATED)),
-}
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,8 @@ def names_of(tmp_path, name, content):
     return read_names(path)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "by_output", "by_class"),
-    [
+def test_read_names_takes_what_is_usual(tmp_path):
+    for name, content, by_output, by_class in (
         ("a.csv", 'folder,name\nant,"Ant, red"\nbee,Bee\n', {}, {"ant": "Ant, red", "bee": "Bee"}),
         ("a.csv", "name;note;id\nAnt;x;n00000001\n", {}, {"n00000001": "Ant"}),
         ("a.csv", "\ufeffnumber,name\r\n0,Ant\r\n10,Bee\r\n", {0: "Ant", 10: "Bee"}, {}),
@@ -52,11 +51,9 @@ def names_of(tmp_path, name, content):
         ("a.txt", "['Ant',\n 'Bee',\n]", {0: "Ant", 1: "Bee"}, {}),
         ("a.txt", "n00000001 1 a\nn00000002 2 b\n", {}, {"n00000001": "a", "n00000002": "b"}),
         ("a.json", {"2": ["n01440764", "tench"]}, {2: "tench"}, {"n01440764": "tench"}),
-    ],
-)
-def test_read_names_takes_what_is_usual(name, content, by_output, by_class, tmp_path):
-    names = names_of(tmp_path, name, content)
-    assert (names.by_output, names.by_class) == (by_output, by_class)
+    ):
+        names = names_of(tmp_path, name, content)
+        assert (names.by_output, names.by_class) == (by_output, by_class)
 
 
 def test_read_names_of_a_file_without_names_is_told(tmp_path):

@@ -31,6 +31,15 @@ PICKED = {
     "parts of parts": ({"out": SimpleNamespace(heads=[MAP, LOGITS])}, ["out.heads.-1"]),
     "logits in a part": ([MAP, {"logits": LOGITS}], ["1.logits", "-1.logits"]),
 }
+SAID = {
+    "out of range": ([MAP, LOGITS], -3, r"has no -3 .* a list; .*: --output 1 \(5, 4\)"),
+    "no such key": ({"a": LOGITS, "b": LOGITS}, "c", r"--output a \(5, 4\) or --output b \(5, 4\)"),
+    "a map": ([MAP, LOGITS], 0, r"Part 0 .* is a tensor \(5, 2, 3, 3\), not logits .*--output 1"),
+    "no part": ([MAP, MAP], -1, r"Part -1 .* no part of it is, so compute them in FILE.py:FUNCTIO"),
+    "a row": (LOGITS, -1, "it is logits itself, so leave --output out"),
+    "layers stacked": (torch.ones(2, 5, 4), 0, "by a function that unbraid.with_logits takes"),
+    "a method": ({"a": LOGITS}, "keys", r"has no 'keys' .*: --output a \(5, 4\)"),
+}
 
 
 @pytest.mark.parametrize("kind", PICKED)
@@ -50,17 +59,6 @@ def test_with_logits_takes_a_part_by_number_key_or_attribute_which_errors_name(k
 def test_with_logits_by_a_function_hides_no_error_of_it():
     with pytest.raises(TypeError, match="NoneType"):
         unbraid.with_logits(PutsOut(LOGITS), lambda output: output + None)(LOGITS)
-
-
-SAID = {
-    "out of range": ([MAP, LOGITS], -3, r"has no -3 .* a list; .*: --output 1 \(5, 4\)"),
-    "no such key": ({"a": LOGITS, "b": LOGITS}, "c", r"--output a \(5, 4\) or --output b \(5, 4\)"),
-    "a map": ([MAP, LOGITS], 0, r"Part 0 .* is a tensor \(5, 2, 3, 3\), not logits .*--output 1"),
-    "no part": ([MAP, MAP], -1, r"Part -1 .* no part of it is, so compute them in FILE.py:FUNCTIO"),
-    "a row": (LOGITS, -1, "it is logits itself, so leave --output out"),
-    "layers stacked": (torch.ones(2, 5, 4), 0, "by a function that unbraid.with_logits takes"),
-    "a method": ({"a": LOGITS}, "keys", r"has no 'keys' .*: --output a \(5, 4\)"),
-}
 
 
 @pytest.mark.parametrize("kind", SAID)
