@@ -23,8 +23,6 @@ TO_FLOAT = v2.ToDtype(torch.float32, scale=True)
 
 
 class Wrapped(Dataset):
-    """As people write them: a part of a data set, with a transform, under whatever name."""
-
     def __init__(self, subset, transform=None, name="transform"):
         self.subset, self.name = subset, name
         setattr(self, name, transform)

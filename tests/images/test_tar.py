@@ -31,7 +31,6 @@ def samples(n):
 
 
 def header(name, size, kind=tarfile.REGTYPE):
-    """One block, with a size of any kind."""
     member = tarfile.TarInfo(name)
     member.type = kind
     block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
