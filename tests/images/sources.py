@@ -146,7 +146,6 @@ def opened(kind, root, members=MEMBERS, **options):
 
 
 def fail_at(monkeypatch, ending, number):
-    """Let the system fail to look at a file."""
     look = os.stat
 
     def stat(path, *rest, **options):

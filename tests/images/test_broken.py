@@ -128,8 +128,7 @@ def linked(**links):
     return error
 
 
-# How an error may lie behind another.
-CONTEXT = (
+CONTEXT = (  # how an error may lie behind another
     lambda error: error,
     lambda error: linked(__context__=error),
     lambda error: linked(__context__=error, __suppress_context__=True),

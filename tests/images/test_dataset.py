@@ -135,7 +135,7 @@ def test_ids_of_one_source_stay_and_those_of_two_are_told_apart(folders):
     assert ids_of(Wrapped(one)) is ids_of(Reversed(one)) is ids_of(SyntheticImages(4)) is None
 
 
-def test_names_that_contradict_each_other_are_refused(folders, tmp_path):
+def test_class_names_that_contradict_each_other_are_refused(folders, tmp_path):
     both = ConcatDataset([listed(folders[0]), listed(write(tmp_path, {"ant": 6, "cow": 6}))])
     with pytest.raises(DataError, match="label 1 'bee' and 'cow'"):
         class_names_of(Subset(both, range(3)))
