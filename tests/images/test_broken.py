@@ -5,7 +5,6 @@ import http.client
 import io
 import os
 import socket
-import struct
 import threading
 from urllib.error import HTTPError
 
@@ -154,7 +153,6 @@ OF_IMAGE = (
     *(OSError("image file is truncated"), OSError(errno.EINVAL, "Invalid argument")),
     *(OSError(-2, "decoder error -2"), UnidentifiedImageError("cannot identify image file")),
     *(SyntaxError("broken PNG file (chunk b'IDAT')"), ValueError("odd"), EOFError("no more")),
-    struct.error("unpack requires a buffer of 4 bytes"),
     FileNotFoundError(errno.ENOENT, "No such file", f"{__file__}.png"),
     IsADirectoryError(errno.EISDIR, "Is a directory", "/"),
     DataError("Image a cannot be read (truncated)."),

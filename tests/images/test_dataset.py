@@ -23,17 +23,15 @@ TO_FLOAT = v2.ToDtype(torch.float32, scale=True)
 
 
 class Wrapped(Dataset):
-    def __init__(self, subset, transform=None, name="transform"):
-        self.subset, self.name = subset, name
-        setattr(self, name, transform)
+    def __init__(self, subset, transform=None):
+        self.subset, self.how = subset, transform  # under whatever name
 
     def __len__(self):
         return len(self.subset)
 
     def __getitem__(self, index):
         image, label = self.subset[index]
-        transform = getattr(self, self.name)
-        return (image if transform is None else transform(image)), label
+        return (image if self.how is None else self.how(image)), label
 
 
 class SubsetWith(Subset):
@@ -96,7 +94,6 @@ NESTED = {
     "two of which one differs": lambda a, b, o: ConcatDataset([listed(a), listed(b, o)]),
     "two in two": lambda a, b, o: ConcatDataset([joined(a, b, other=o), listed(a, o)]),
     "wrapper": lambda a, _, o: Wrapped(Subset(ImageFolder(a), range(20)), transform(o)),
-    "another name": lambda a, _, o: Wrapped(Subset(ImageFolder(a), range(20)), transform(o), "how"),
     "part with a transform": lambda a, _, o: SubsetWith(ImageFolder(a), range(20), transform(o)),
     "delegating": lambda a, _, o: Delegating(listed(a), 0.5 * o),
     "reversed": lambda a, _, o: Reversed(listed(a, o)),

@@ -105,9 +105,7 @@ HIDDEN = {
 
 @pytest.mark.parametrize("kind", HIDDEN)
 def test_preprocessing_of_sees_a_change_that_no_text_shows(kind, folder):
-    one, again, other = (
-        preprocessing_of(Subset(ImageFolder(folder, HIDDEN[kind](k)), range(3))) for k in (1, 1, 2)
-    )
+    one, again, other = (preprocessing_of(ImageFolder(folder, HIDDEN[kind](k))) for k in (1, 1, 2))
     assert one == again != other
 
 

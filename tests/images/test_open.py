@@ -53,8 +53,7 @@ def test_open_images_any_source_gives_the_same_records(kind, folder, tmp_path):
 
 
 def network(n_outputs):
-    layers = nn.Flatten(), nn.Dropout(), nn.Linear(126, n_outputs, dtype=torch.float64)
-    return nn.Sequential(*layers).eval()
+    return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(126, n_outputs).double()).eval()
 
 
 def loaded(n_outputs=4, *names):
@@ -202,7 +201,6 @@ def test_list_images_what_is_no_source_is_told(folder, tmp_path, monkeypatch):
         ("empty", "no class folders"),
         ("nowhere.csv", "No such file"),
         ("nowhere.tar", r"There is no shard .*nowhere\.tar"),
-        ("nowhere-*.tar", "There is no shard"),
         ("hollow", "Folder .*inside holds no image"),
         ("images/ant/0.png", "is no source of images"),
         ("hf:nowhere", "no data set that `save_to_disk` saved"),

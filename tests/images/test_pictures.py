@@ -114,11 +114,8 @@ def test_decode_picture_of_many_bits_goes_from_black_to_white(kind):
     for white in whites if kind in FORMS else ():  # of one colour
         flat = np.zeros_like(ramp(kind)) + white
         assert np.abs(read(FORMS[kind](flat * U16)) - 255 * white).max() <= 1
-
-
-def test_decode_picture_of_16_bits_keeps_the_high_byte():
-    every = np.arange(65536).reshape(256, 256)
-    for kind in ("grey <u2", "packed grey >u2", "png"):
+    if kind in ("grey <u2", "packed grey >u2", "png"):  # whose high bytes are kept
+        every = np.arange(65536).reshape(256, 256)
         assert (read(FORMS[kind](every))[..., 0] == every >> 8).all()
 
 
