@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ from unbraid.images.broken import sort_out
 
 
 def test_load_batch_takes_a_file_and_not_one_for_each_image(tmp_path):
-    """Else some hundred images are more than the files that a process may usually open."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     n_open = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 60
     images, options = SyntheticImages(240), {"batch_size": 120, "threads": 1}
@@ -50,7 +50,6 @@ def test_as_batch_copies_only_what_does_not_lie_in_a_row(workers):
 
 
 def test_load_never_hands_over_images_of_the_data_set_itself(tmp_path):
-    """Which may write into what it is given."""
     images, kept = SyntheticImages(8), SyntheticImages(8)
     assert images[0][0]._base is images.images
     changing = torch.nn.Sequential(torch.nn.ReLU(inplace=True), build("1x1"))
@@ -72,39 +71,19 @@ class Deadly(SyntheticImages):
         return super().__getitem__(index)
 
 
-def test_load_worker_that_dies_or_leaves_is_told_and_the_next_start_goes_on(tmp_path):
+def test_processes_that_die_or_leave_are_told_and_the_next_start_goes_on(tmp_path):
     with pytest.raises(RunError, match=r"loads images died .* with fewer workers"):
         scanned(Deadly(8), tmp_path, workers=1)
     assert len(list(scanned(Deadly(8), tmp_path).shards())) == 1
     with pytest.raises(RunError, match="loads images died"):
         list(load(Deadly(9), [[0, 8]], workers=1))
-
-
-def test_deaths_told_of_a_team_but_not_of_other_errors():
     with pytest.raises(RunError, match=r"other processes are gone .*goes on"), deaths_told():
         raise DistNetworkError("connection reset by peer")
     with pytest.raises(RuntimeError, match="of the network"), deaths_told():
         raise RuntimeError("of the network")
 
 
-def test_load_images_that_cannot_be_handed_over_or_received_are_told(monkeypatch):
-    for content, sentence in ((b"torn", "hand them over"), (b"", "loads images died")):
-        sealed = iter([loading._Sealed(content).pin_memory()])
-        with pytest.raises(DataError, match=sentence):
-            sort_out(next(loading._unpacked(sealed)), skip_broken=True)
-
-    class Full:
-        @staticmethod
-        def dumps(_):
-            raise RuntimeError("No space left on device")
-
-    monkeypatch.setattr(loading, "ForkingPickler", Full)
-    (items,) = load(SyntheticImages(4), [[0, 1]], workers=1)
-    with pytest.raises(DataError, match=r"hand them over \(No space left on device\).*fewer"):
-        sort_out(items, skip_broken=True)
-
-
-def test_load_data_set_that_cannot_be_sent_is_told():
+def test_load_what_cannot_be_sent_or_handed_over_or_received_is_told(monkeypatch):
     images = SyntheticImages(4)
     images.kept = lambda: 0
     torch.multiprocessing.set_start_method("spawn", force=True)
@@ -113,3 +92,12 @@ def test_load_data_set_that_cannot_be_sent_is_told():
             list(load(images, [[0]], workers=1))
     finally:
         torch.multiprocessing.set_start_method("fork", force=True)
+    for content, sentence in ((b"torn", "hand them over"), (b"", "loads images died")):
+        sealed = iter([loading._Sealed(content).pin_memory()])
+        with pytest.raises(DataError, match=sentence):
+            sort_out(next(loading._unpacked(sealed)), skip_broken=True)
+    full = Mock(side_effect=RuntimeError("No space left on device"))
+    monkeypatch.setattr(loading, "ForkingPickler", Mock(dumps=full))
+    (items,) = load(images, [[0, 1]], workers=1)
+    with pytest.raises(DataError, match=r"hand them over \(No space left on device\).*fewer"):
+        sort_out(items, skip_broken=True)

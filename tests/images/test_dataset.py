@@ -14,14 +14,7 @@ from torchvision.transforms import v2
 import unbraid
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import DataError
-from unbraid.images.dataset import (
-    Relabelled,
-    class_names_of,
-    groups_of,
-    labels_of,
-    name_of,
-    picture_of,
-)
+from unbraid.images.dataset import class_names_of, groups_of, labels_of, name_of, picture_of
 from unbraid.images.identity import fingerprint, ids_of, preprocessing_of
 from unbraid.scanning.scan import AsScanned
 
@@ -30,19 +23,15 @@ TO_FLOAT = v2.ToDtype(torch.float32, scale=True)
 
 
 class Wrapped(Dataset):
-    """As people write them: a part of a data set, with a transform, under whatever name."""
-
-    def __init__(self, subset, transform=None, name="transform"):
-        self.subset, self.name = subset, name
-        setattr(self, name, transform)
+    def __init__(self, subset, transform=None):
+        self.subset, self.how = subset, transform  # under whatever name
 
     def __len__(self):
         return len(self.subset)
 
     def __getitem__(self, index):
         image, label = self.subset[index]
-        transform = getattr(self, self.name)
-        return (image if transform is None else transform(image)), label
+        return (image if self.how is None else self.how(image)), label
 
 
 class SubsetWith(Subset):
@@ -58,8 +47,6 @@ class SubsetWith(Subset):
 
 
 class Delegating(Dataset):
-    """Passes on whatever it does not have."""
-
     def __init__(self, inner, by=0.0):
         self.inner, self.by = inner, by
 
@@ -87,11 +74,6 @@ def folders(tmp_path_factory):
     return [write(root / part, dict.fromkeys(NAMES, 6)) for part in ("one", "two")]
 
 
-@pytest.fixture
-def folder(folders):
-    return folders[0]
-
-
 def transform(other):
     return v2.Compose([v2.ToImage(), TO_FLOAT, *([v2.RandomInvert(1.0)] if other else [])])
 
@@ -110,11 +92,8 @@ NESTED = {
     "split of a split": lambda a, _, o: Subset(Subset(listed(a, o), range(22)), [19, 3, 8, 0, 15]),
     "part of two": lambda a, b, o: Subset(joined(a, b, other=o), range(9, 40)),
     "two of which one differs": lambda a, b, o: ConcatDataset([listed(a), listed(b, o)]),
-    "two in two": lambda a, b, o: ConcatDataset(
-        [joined(a, b, other=o), Subset(listed(a, o), range(5))]
-    ),
+    "two in two": lambda a, b, o: ConcatDataset([joined(a, b, other=o), listed(a, o)]),
     "wrapper": lambda a, _, o: Wrapped(Subset(ImageFolder(a), range(20)), transform(o)),
-    "another name": lambda a, _, o: Wrapped(Subset(ImageFolder(a), range(20)), transform(o), "how"),
     "part with a transform": lambda a, _, o: SubsetWith(ImageFolder(a), range(20), transform(o)),
     "delegating": lambda a, _, o: Delegating(listed(a), 0.5 * o),
     "reversed": lambda a, _, o: Reversed(listed(a, o)),
@@ -153,8 +132,8 @@ def test_ids_of_one_source_stay_and_those_of_two_are_told_apart(folders):
     assert ids_of(Wrapped(one)) is ids_of(Reversed(one)) is ids_of(SyntheticImages(4)) is None
 
 
-def test_names_that_contradict_each_other_are_refused(folder, tmp_path):
-    both = ConcatDataset([listed(folder), listed(write(tmp_path, {"ant": 6, "cow": 6}))])
+def test_class_names_that_contradict_each_other_are_refused(folders, tmp_path):
+    both = ConcatDataset([listed(folders[0]), listed(write(tmp_path, {"ant": 6, "cow": 6}))])
     with pytest.raises(DataError, match="label 1 'bee' and 'cow'"):
         class_names_of(Subset(both, range(3)))
     assert class_names_of(ConcatDataset([SyntheticImages(4), SyntheticImages(5)])) == tuple(
@@ -173,9 +152,8 @@ def test_a_part_without_images_is_passed_over(folders):
 
 
 @pytest.mark.parametrize("labels", [np.array(NAMES), np.eye(4, dtype=np.float32)])
-def test_labels_are_read_where_only_what_makes_them_is_listed(labels, folder):
-    """As many notebooks keep it."""
-    dataset = Wrapped(listed(folder))
+def test_labels_are_read_where_only_what_makes_them_is_listed(labels, folders):
+    dataset = Wrapped(listed(folders[0]))
     dataset.labels = labels.repeat(6, 0)
     assert labels_of(dataset) == labels_of(Subset(dataset, range(24))) == dataset.subset.targets
 
@@ -192,9 +170,9 @@ def test_groups_of_parts_are_joined_by_text_and_told_apart_by_number():
     assert groups_of(ConcatDataset([SyntheticImages(2)])) is None
 
 
-def test_our_own_wrappers_are_seen_through(folder):
-    images = Subset(unbraid.open_images(str(folder), transform=transform(False)), range(20))
-    relabelled = Relabelled(images, {0: 3, 19: 1})
+def test_our_own_wrappers_are_seen_through(folders):
+    images = Subset(unbraid.open_images(str(folders[0]), transform=transform(False)), range(20))
+    relabelled = unbraid.images.dataset.Relabelled(images, {0: 3, 19: 1})
     labels = [3, *labels_of(images)[1:19], 1]
     assert labels_of(relabelled) == relabelled.targets == labels
     assert [relabelled[k][1] for k in range(len(relabelled))] == labels
@@ -208,23 +186,14 @@ def test_our_own_wrappers_are_seen_through(folder):
     assert (name_of(moved, 1), name_of(moved, 2)) == ("ant/4.png", "gone")
 
 
-class Ten(SyntheticImages):
-    """Ten images, whatever is told of them."""
-
-    def __init__(self, **attributes):
-        super().__init__(10)
-        vars(self).update(attributes)
-
-    def __len__(self):
-        return 10
-
-    def __getitem__(self, index):
-        return self.images[index], index % 4
+def ten(**told):
+    dataset = Wrapped(SyntheticImages(10))
+    vars(dataset).update(told)
+    return dataset
 
 
-@pytest.mark.parametrize(
-    ("told", "match"),
-    [
+def test_lists_that_do_not_fit_the_images_are_refused(tmp_path):
+    for told, match in (
         ({"targets": [0, 1, 2]}, "targets are 3 for 10 images"),
         ({"targets": None, "labels": [0] * 3}, "labels are 3 for 10 images"),
         *(({"targets": [*range(9), odd]}, "image 9") for odd in (None, "cat", 0.5, 2**70)),
@@ -235,23 +204,21 @@ class Ten(SyntheticImages):
         ({"ids": [f"\ud800{k}" for k in range(10)]}, "cannot be written as UTF-8"),
         ({"ids": [*"abcdefghi", None]}, "NoneType"),
         ({"ids": ["1", 1, *range(2, 10)]}, "Two images have the id '1'"),
-    ],
-)
-def test_lists_that_do_not_fit_the_images_are_refused(told, match, tmp_path):
-    dataset = Ten(**told)
-    with pytest.raises(DataError, match=match):
-        scanned(dataset, tmp_path / "scan")
-    assert not (tmp_path / "scan").exists()
-    if "targets" in told:
+    ):
+        dataset = ten(**told)
         with pytest.raises(DataError, match=match):
-            labels_of(Subset(dataset, [0, 1]))
+            scanned(dataset, tmp_path / "scan")
+        assert not (tmp_path / "scan").exists()
+        if "targets" in told:
+            with pytest.raises(DataError, match=match):
+                labels_of(Subset(dataset, [0, 1]))
 
 
 def test_lists_that_fit_are_taken():
     ids = ["\udc80"] + [f"é{k}" for k in range(9)]
-    dataset = Ten(groups=["a", "b"] * 5, ids=ids, sizes=[1] * 10)
+    dataset = ten(groups=["a", "b"] * 5, ids=ids, sizes=[1] * 10)
     assert labels_of(dataset) == [k % 4 for k in range(10)]
     assert groups_of(dataset) == [0, 1] * 5
     assert ids_of(dataset) == ids
-    assert ids_of(Ten(ids=torch.arange(10))) == [str(k) for k in range(10)]
-    assert fingerprint(dataset, labels_of(dataset)) != fingerprint(Ten(), labels_of(dataset))
+    assert ids_of(ten(ids=torch.arange(10))) == [str(k) for k in range(10)]
+    assert fingerprint(dataset, labels_of(dataset)) != fingerprint(ten(), labels_of(dataset))

@@ -35,9 +35,8 @@ def read(classes, names=(), n=None, **how):
     return of.read_classes(of.Classes(classes, "The list", classes, **how), outputs)
 
 
-@pytest.mark.parametrize(
-    ("classes", "names", "n", "labels", "how", "note"),
-    [
+def test_read_classes_finds_outputs_and_notes_guesses():
+    for classes, names, n, labels, how, note in (
         (["10", "9"], (), None, [10, 9], BY_NUMBER, ""),
         (["010", "2.0", "3."], (), 12, [10, 2, 3], BY_NUMBER, ""),
         (FROM_ONE, FROM_ONE, 12, list(range(12)), BY_NAME, ""),
@@ -60,19 +59,16 @@ def read(classes, names=(), n=None, **how):
         (["train", "val"], (), 2, [0, 1], GUESSED, "look like parts of a data set"),
         (["plane", "train"], (), 2, [0, 1], IN_ORDER, ""),
         (["CARDIGAN"], IMAGENET, 1000, [264], BY_NAME, "fits the outputs 264, 474; the first is"),
-    ],
-)
-def test_read_classes_finds_outputs_and_notes_guesses(classes, names, n, labels, how, note):
-    reading = read(classes, names, n)
-    assert [reading.labels[name] for name in classes] == labels
-    assert reading.how == how
-    assert re.search(note, reading.note)
-    assert bool(reading.note) == bool(note)
+    ):
+        reading = read(classes, names, n)
+        assert [reading.labels[name] for name in classes] == labels
+        assert reading.how == how
+        assert re.search(note, reading.note)
+        assert bool(reading.note) == bool(note)
 
 
-@pytest.mark.parametrize(
-    ("classes", "names", "n", "fault"),
-    [
+def test_read_classes_refuses_what_contradicts_itself():
+    for classes, names, n, fault in (
         (FROM_ONE, (), 12, "number 12, but .* from 0 to 11; number classes as .* count from 0"),
         (["1", "2"], FROM_ONE, 12, "'1', which is output 1 by number but output 0 by name"),
         (["99999999"], (), None, "number 99999999; number classes from 0 on"),
@@ -81,29 +77,24 @@ def test_read_classes_finds_outputs_and_notes_guesses(classes, names, n, labels,
         (["Ant", "ant", "bee"], (), 2, "3 classes .* 2 outputs; .* such as 'Ant', 'ant'"),
         (["a", "b", "c"], ["x", "y"], 2, "3 classes but the network has 2 outputs"),
         *(([odd, "1"], (), 2, "no number of an output") for odd in ("1.5", "0x10", "9" * 300)),
-    ],
-)
-def test_read_classes_refuses_what_contradicts_itself(classes, names, n, fault):
-    with pytest.raises(DataError, match=fault) as error:
-        read(classes, names, n)
-    assert len(str(error.value)) < 250
+    ):
+        with pytest.raises(DataError, match=fault) as error:
+            read(classes, names, n)
+        assert len(str(error.value)) < 250
 
 
-@pytest.mark.parametrize(
-    ("folders", "names"),
-    [
+def test_read_classes_two_folders_for_one_output_are_refused(tmp_path):
+    for folders, names in (
         (["1", "01"], ()),
         (["n01440764", "n01440764_tench"], IMAGENET),
         (["Dog", "dog"], ["cat", "dog"]),
         ([NFC, NFD], ["tea", NFC]),
-    ],
-)
-def test_read_classes_two_folders_for_one_output_are_refused(folders, names, tmp_path):
-    with pytest.raises(DataError, match=r"'.*' and '.*', which both stand for output .; join or"):
-        read(folders, names, of_folders=True)
-    assert len({read(folders, names).labels[name] for name in folders}) == 1  # as lists may say
-    root = write(tmp_path, dict.fromkeys(folders, 1))
-    assert open_images(root, labels=dict.fromkeys(folders, 1)).targets == [1, 1]
+    ):
+        with pytest.raises(DataError, match=r"'.*' and '.*', which both stand for output .; join"):
+            read(folders, names, of_folders=True)
+        assert len({read(folders, names).labels[name] for name in folders}) == 1  # as in lists
+        root = write(tmp_path / folders[0], dict.fromkeys(folders, 1))
+        assert open_images(root, labels=dict.fromkeys(folders, 1)).targets == [1, 1]
 
 
 def test_images_like_takes_labels_of_training_in_whatever_form(tmp_path):

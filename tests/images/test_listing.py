@@ -15,6 +15,10 @@ from unbraid.base.errors import DataError
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.open import open_images
 
+HIDDEN = (".hidden.png", "ant/.ipynb_checkpoints/0.png", "__MACOSX/ant/._0.png", "@eaDir/a.jpg")
+KINDS = {"GIF": "gif GIF", "JPEG": "jpg jpeg jfif JPG", "PPM": "ppm pgm pbm pnm"}
+KINDS |= {"TIFF": "tif tiff", "WEBP": "webp", "BMP": "bmp"}
+
 
 def test_list_folder_images_beside_class_folders_are_refused(folder):
     Image.new("RGB", (4, 4)).save(folder / "cover.png")
@@ -29,9 +33,6 @@ def test_list_folder_images_beside_class_folders_are_refused(folder):
     (folder / "cover.png").unlink()
     with pytest.raises(DataError, match=r"holds no image \(.*\.png.*\); fill or remove it\."):
         open_images(folder, labels={})
-
-
-HIDDEN = (".hidden.png", "ant/.ipynb_checkpoints/0.png", "__MACOSX/ant/._0.png", "@eaDir/a.jpg")
 
 
 @pytest.mark.parametrize("name", HIDDEN)
@@ -85,10 +86,6 @@ def test_list_folder_that_cannot_be_read_is_not_passed_over(where, folder, monke
         monkeypatch.setattr(os, name, functools.partial(refusing, getattr(os, name)))
     with pytest.raises(DataError, match=rf"Folder {folder / where} cannot be read \(Permission"):
         open_images(folder)
-
-
-KINDS = {"GIF": "gif GIF", "JPEG": "jpg jpeg jfif JPG", "PPM": "ppm pgm pbm pnm"}
-KINDS |= {"TIFF": "tif tiff", "WEBP": "webp", "BMP": "bmp"}
 
 
 def test_list_folder_every_kind_that_is_read_and_no_other_passed_over(folder):

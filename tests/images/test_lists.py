@@ -16,15 +16,15 @@ from unbraid.images.dataset import labels_of
 from unbraid.images.identity import ids_of
 from unbraid.images.open import open_images
 
+datasets = pytest.importorskip("datasets", reason="needs .[datasets]")
 pytestmark = pytest.mark.usefixtures("_caches")
 GOOD = "path,label\nant/0.png,ant\n"
-NOT_UTF8 = b"path,label\nant/\xff.png,ant\n"
 ONE = ["ant/0.png"]
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
+def test_list_table_what_is_wrong_is_told(folder):
+    os.mkfifo(folder / "pipe.png")  # which is not waited for
+    for content, told in (
         ("", "must name path, label"),
         ("path,label,path\na,b,c", "has the columns path, label, path; .* group, each once"),
         ("path,label\n", "holds no image"),
@@ -36,47 +36,38 @@ ONE = ["ant/0.png"]
         (GOOD + "ant/\0.png,ant\n", "no text|line contains NUL"),
         (GOOD + '"ant/1.png,ant\n', "can be read"),
         ("path,label\nant/0.png,99999999\n", "number 99999999"),
-        (NOT_UTF8, "CSV in UTF-8"),
+        (GOOD + "ant/\udcff.png,ant\n", "CSV in UTF-8"),
         (GOOD + "pipe.png,ant\n", "1 of 2 files .*; give paths from"),
         (b"PAR1" + b"\xff" * 100 + b"PAR1", "no list that can be read"),
         ({"path": ONE}, "must name path, label"),
         ({"path": ONE, "label": [0.5]}, "Row 1 .* has the label 0.5"),
         ({"path": [*ONE, None], "label": [0, 0]}, "Row 2 .* has no text under 'path'"),
         ({"path": ONE, "label": [0], "group": [None]}, "no text under 'group'"),
-    ],
-)
-def test_list_table_what_is_wrong_is_told(folder, content, told):
-    os.mkfifo(folder / "pipe.png")  # which is not waited for
-    is_csv = isinstance(content, str) or content == NOT_UTF8
-    path = folder / ("list.csv" if is_csv else "list.parquet")
-    if isinstance(content, dict):
-        pyarrow.parquet.write_table(pyarrow.table(content), path)
-    else:
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(DataError, match=told) as error:
-        open_images(path)
-    assert str(error.value).endswith(".")
-    assert "\n" not in str(error.value)
+    ):
+        path = folder / ("list.csv" if isinstance(content, str) else "list.parquet")
+        if isinstance(content, dict):
+            pyarrow.parquet.write_table(pyarrow.table(content), path)
+        elif isinstance(content, str):
+            path.write_text(content, errors="surrogateescape")
+        else:
+            path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"{told}[^\n]*\.$"):
+            open_images(path)
 
 
-@pytest.mark.parametrize(
-    ("number", "kind", "told"),
-    [
+def test_list_table_files_out_of_reach_are_not_missing(folder, monkeypatch):
+    (folder / "list.csv").write_text(GOOD + "gone.png,ant\nant/1.png,ant\n")
+    for number, kind, told in (
         (errno.EACCES, OutOfReach, r"ant/1\.png, which .*list\.csv names, cannot be reached \(P"),
         (errno.ENOTDIR, DataError, r"2 of 3 files .* are not there, the first is"),
-    ],
-)
-def test_list_table_files_out_of_reach_are_not_missing(number, kind, told, folder, monkeypatch):
-    (folder / "list.csv").write_text(GOOD + "gone.png,ant\nant/1.png,ant\n")
-    fail_at(monkeypatch, "ant/1.png", number)
-    with pytest.raises(DataError, match=told) as error:
-        open_images(folder / "list.csv")
-    assert type(error.value) is kind
+    ):
+        fail_at(monkeypatch, "ant/1.png", number)
+        with pytest.raises(DataError, match=told) as error:
+            open_images(folder / "list.csv")
+        assert type(error.value) is kind
 
 
 def test_list_rows_class_labels_keep_their_order_and_those_without_images_do_not_matter(folder):
-    import datasets
-
     two = [0] * 4 + [1] * 4
     for names, values, outputs, labels in (
         (["z", "m", "a"], [2] * 3 + [0] * 5, None, [2] * 3 + [0] * 5),
@@ -90,8 +81,6 @@ def test_list_rows_class_labels_keep_their_order_and_those_without_images_do_not
 
 
 def test_list_saved_rows_without_paths_are_known_by_file_and_row_wherever_it_lies(folder, tmp_path):
-    import datasets
-
     content = [{"bytes": (folder / path).read_bytes(), "path": None} for path in PATHS]
     whole = as_rows(folder, MEMBERS, image=(content, datasets.Image()))
     fingerprint = whole._fingerprint
@@ -122,20 +111,16 @@ def test_list_saved_whose_images_end_before_they_begin_is_refused(folder):
 
 
 def test_list_rows_what_is_wrong_is_told(folder):
-    import datasets
-
     whole = as_rows(folder, MEMBERS)
-
-    def labelled(values, kind):
-        return as_rows(folder, MEMBERS, label=(values, datasets.Value(kind)))
-
+    halves = as_rows(folder, MEMBERS, label=([0.5] * 8, datasets.Value("float32")))
+    holes = as_rows(folder, MEMBERS, label=([0] * 7 + [None], datasets.Value("int64")))
     for odd, columns, told in (
         (whole, {"image": "img"}, "no column 'img' but image, label"),
         (whole, {"image": "label"}, "Column 'label' .* holds no images"),
         (datasets.DatasetDict(train=whole), {}, "several splits; take one of train"),
         (whole.to_iterable_dataset(), {}, "is a IterableDataset; pass"),
-        (labelled([0.5] * 8, "float32"), {}, "something else than classes"),
-        (labelled([0] * 7 + [None], "int64"), {}, "something else than classes"),
+        (halves, {}, "something else than classes"),
+        (holes, {}, "something else than classes"),
         (whole.select([]), {}, "holds no image"),
     ):
         with pytest.raises((DataError, UsageError), match=told):

@@ -6,6 +6,7 @@ import shutil
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,20 +23,19 @@ from unbraid.images.pictures import decode_picture, read_picture
 RAMP = np.linspace(0, 1, 64)[None].repeat(4, 0)
 COLOURS = np.stack([RAMP, RAMP[:, ::-1], RAMP], -1)
 U16 = 65535
+MODES = {"png": "1 L LA P RGB RGBA", "jpg": "L RGB CMYK", "webp": "RGB RGBA", "tif": "1 P CMYK"}
+TRANSFORM = v2.Compose([v2.Resize((6, 6)), v2.PILToTensor(), v2.ToDtype(torch.float64, scale=True)])
 
 
-def tiff(values, dtype, photometric=1, deflate=False, planes=1, more=()):
-    """A TIFF of one strip, or one for each plane, in the byte order that the type says."""
+def tiff(values, dtype, photometric=1, deflate=False, more=()):
+    """A TIFF of one strip, in the byte order that the type says."""
     values = np.asarray(values).astype(dtype)
     height, width, n = (*values.shape, 1)[:3]
-    content = (values if planes == 1 else values.transpose(2, 0, 1)).tobytes()
-    content = zlib.compress(content) if deflate else content
-    n_strips = 1 if planes == 1 else n
-    size = len(content) // n_strips
+    content = zlib.compress(values.tobytes()) if deflate else values.tobytes()
     directory = ImageFileDirectory_v2({"<": b"II*\0", ">": b"MM\0*"}[dtype[0]] + bytes(4))
     tags = {256: width, 257: height, 258: (8 * values.dtype.itemsize,) * n, 262: photometric}
-    tags |= {259: 8 if deflate else 1, 277: n, 278: height, 284: planes, 279: (size,) * n_strips}
-    tags |= {273: tuple(size * k for k in range(n_strips))}  # which Pillow counts from the start
+    tags |= {259: 8 if deflate else 1, 277: n, 278: height, 284: 1, 279: len(content)}
+    tags |= {273: 0}  # where the strip is, which Pillow counts from the start
     tags |= {339: ("uif".index(values.dtype.kind) + 1,) * n, **dict(more)}
     for tag, value in tags.items():
         directory[tag] = value
@@ -56,64 +56,67 @@ def png(values, colours, bits=16, size=None):
     return b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
 
 
-def pnm(values, maximum, plain=False):
+def pnm(values, maximum):
     values = np.asarray(values).astype(">u2" if maximum > 255 else "u1")
-    letter = (5 if values.ndim == 2 else 6) - 3 * plain
-    head = f"P{letter}\n{values.shape[1]} {values.shape[0]}\n{maximum}\n".encode()
-    return head + (" ".join(map(str, values.ravel())).encode() if plain else values.tobytes())
-
-
-def with_alpha(values):
-    values = values if np.ndim(values) == 3 else np.asarray(values)[..., None]
-    return np.concatenate([values, np.full_like(values[..., :1], U16)], -1)
+    kind = 5 if values.ndim == 2 else 6
+    head = f"P{kind}\n{values.shape[1]} {values.shape[0]}\n{maximum}\n".encode()
+    return head + values.tobytes()
 
 
 def read(content):
     return np.asarray(decode_picture(io.BytesIO(content), "it")).astype(int)
 
 
-GREY = {  # from 16-bit values, (height, width)
-    "grey <u2": lambda v: tiff(v, "<u2"),
-    "packed grey >u2": lambda v: tiff(v, ">u2", deflate=True),
-    "png": lambda v: png(v, 0),
-    "png, alpha": lambda v: png(with_alpha(v), 4),
-}
-FORMS = GREY | {  # from (height, width, 3)
-    "colours <u2": lambda v: tiff(v, "<u2", 2),
-    "packed colours >u2": lambda v: tiff(v, ">u2", 2, deflate=True),
-    "png, colours": lambda v: png(v, 2),
-    "png, colours and alpha": lambda v: png(with_alpha(v), 6),
-}
-
-
 def ramp(kind):
     return COLOURS if "colours" in kind else RAMP
 
 
+FORMS = {  # from 16-bit values, (height, width), or of colours (height, width, 3)
+    "grey <u2": lambda v: tiff(v, "<u2"),
+    "packed grey >u2": lambda v: tiff(v, ">u2", deflate=True),
+    "png": lambda v: png(v, 0),
+    "png, alpha": lambda v: png(np.dstack([v, np.full(v.shape[:2], U16)]), 4),
+    "colours <u2": lambda v: tiff(v, "<u2", 2),
+    "packed colours >u2": lambda v: tiff(v, ">u2", 2, deflate=True),
+    "png, colours": lambda v: png(v, 2),
+    "png, colours and alpha": lambda v: png(np.dstack([v, np.full(v.shape[:2], U16)]), 6),
+}
 READ = {
     **{kind: FORMS[kind](ramp(kind) * U16) for kind in FORMS},
     "packed white is zero": tiff(U16 - RAMP * U16, "<u2", 0, deflate=True),
     "pgm": pnm(RAMP * 255, 255),
     "ppm of colours": pnm(COLOURS * 255, 255),
 }
+PNM = "PNM or PFM of more than 8 bits"
+UNFIT = {
+    "floats": (tiff(RAMP, "<f4"), "floating-point numbers of 32 bits"),
+    "wide": (tiff(RAMP * U16, "<u4"), "whole numbers of 32 bits"),
+    "planes": (tiff(COLOURS * U16, "<u2", 2, more={284: 2}), "16-bit numbers plane by plane"),
+    "says 15 bits": (tiff(RAMP * 32767, "<u2", more={281: 32767}), "of which 32767 is white"),
+    "pfm": (b"Pf\n64 4\n-1.0\n" + RAMP.astype("<f4").tobytes(), PNM),
+    "ppm": (pnm(COLOURS * 4095, 4095), PNM),
+    "palette": (tiff(RAMP * 255, "<u1", 3, more={320: (*range(256),) * 3}), "palette of nearly bl"),
+}
+BROKEN = {  # whatever a program lets Pillow read
+    "cut": (tiff(RAMP * U16, "<u2")[:300], "cannot be read"),
+    "none": (b"no picture", "of no known kind"),
+    "enormous": (png(RAMP, 0, 8, (20_000, 10_000)), r"cannot be read \(it has 200000000 pixels\)"),
+    "a line": (pnm(np.zeros((1, 300)), 255), "its sides are 300 and 1 pixels"),
+}
 
 
 @pytest.mark.parametrize("kind", READ)
 def test_decode_picture_of_many_bits_goes_from_black_to_white(kind):
-    values, expected = read(READ[kind]), ramp(kind) * 255
-    expected = expected if expected.ndim == 3 else expected[..., None]
+    values, expected = read(READ[kind]), np.atleast_3d(ramp(kind) * 255)
     assert np.abs(values - expected).max() <= 1.01
     assert (values.min(), values.max()) == (0, 255)
-    for white in (0.0, 0.5, 1.0) if kind in FORMS else ():  # of one colour
-        if white or (kind in GREY and "alpha" not in kind):
-            flat = np.zeros_like(ramp(kind)) + white
-            assert np.abs(read(FORMS[kind](flat * U16)) - 255 * white).max() <= 1
-
-
-def test_decode_picture_of_16_bits_keeps_the_high_byte():
-    every = np.arange(65536).reshape(256, 256)
-    for kind in ("grey <u2", "packed grey >u2", "png"):
-        assert (read(GREY[kind](every))[..., 0] == every >> 8).all()
+    whites = (0.5, 1.0) if "alpha" in kind or "colours" in kind else (0.0, 0.5, 1.0)
+    for white in whites if kind in FORMS else ():  # of one colour
+        flat = np.zeros_like(ramp(kind)) + white
+        assert np.abs(read(FORMS[kind](flat * U16)) - 255 * white).max() <= 1
+    if kind in ("grey <u2", "packed grey >u2", "png"):  # whose high bytes are kept
+        every = np.arange(65536).reshape(256, 256)
+        assert (read(FORMS[kind](every))[..., 0] == every >> 8).all()
 
 
 @pytest.mark.parametrize("bits", [8, 12, 14])
@@ -122,26 +125,6 @@ def test_decode_picture_of_fewer_bits_than_16_is_refused_with_what_to_do(kind, b
     form = FORMS.get(kind, lambda v: tiff(v, "<u2", 0))
     with pytest.raises(UnfitPicture, match=r"so it is dark, or of fewer bits; save .* 8 bits"):
         read(form(ramp(kind) * (2**bits - 1)))
-
-
-PNM = "PNM or PFM of more than 8 bits"
-PALETTE = {320: tuple(range(256)) * 3}
-UNFIT = {
-    "floats": (tiff(RAMP, "<f4"), "floating-point numbers of 32 bits"),
-    "wide": (tiff(RAMP * U16, "<u4"), "whole numbers of 32 bits"),
-    "planes": (tiff(COLOURS * U16, "<u2", 2, planes=2), "16-bit numbers plane by plane"),
-    "says 15 bits": (tiff(RAMP * 32767, "<u2", more={281: 32767}), "of which 32767 is white"),
-    "pfm": (b"Pf\n64 4\n-1.0\n" + RAMP.astype("<f4").tobytes(), PNM),
-    "ppm": (pnm(COLOURS * 4095, 4095), PNM),
-    "plain pgm": (pnm(RAMP * 4095, 4095, plain=True), PNM),
-    "palette": (tiff(RAMP * 255, "<u1", 3, more=PALETTE), "palette of nearly black colours"),
-}
-BROKEN = {  # whatever a program lets Pillow read
-    "cut": (tiff(RAMP * U16, "<u2")[:300], "cannot be read"),
-    "none": (b"no picture", "of no known kind"),
-    "enormous": (png(RAMP, 0, 8, (20_000, 10_000)), r"cannot be read \(it has 200000000 pixels\)"),
-    "a line": (pnm(np.zeros((1, 300)), 255), "its sides are 300 and 1 pixels"),
-}
 
 
 @pytest.mark.parametrize("kind", [*UNFIT, *BROKEN])
@@ -168,9 +151,6 @@ def test_decode_picture_that_is_cut_off_is_refused_whatever_pillow_was_told(tmp_
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(read_once, range(100)))) == 100
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
-
-
-TRANSFORM = v2.Compose([v2.Resize((6, 6)), v2.PILToTensor(), v2.ToDtype(torch.float64, scale=True)])
 
 
 @pytest.mark.parametrize("source", ["data", "data.tar"])
@@ -206,15 +186,9 @@ def test_read_picture_a_missing_file_is_broken_but_a_folder_that_is_gone_out_of_
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
 @pytest.mark.parametrize("call", ["os.stat", "PIL.Image.open"])
 def test_read_picture_out_of_reach_is_not_missing(call, number, folder, monkeypatch):
-    def fail(path, *_, **__):
-        raise OSError(number, "it fails", str(path))
-
-    monkeypatch.setattr(call, fail)
+    monkeypatch.setattr(call, Mock(side_effect=OSError(number, "it fails")))
     with pytest.raises(OutOfReach, match=r"^Image .*1\.png cannot be reached \(it fails\)"):
         read_picture(folder / "bee/1.png")
-
-
-MODES = {"png": "1 L LA P RGB RGBA", "jpg": "L RGB CMYK", "webp": "RGB RGBA", "tif": "1 P CMYK"}
 
 
 @pytest.mark.parametrize(("kind", "modes"), MODES.items())

@@ -1,10 +1,7 @@
 """Weights in files of every kind: what training scripts write loads, else a sentence says why."""
 
-from __future__ import annotations
-
 import argparse
 import collections
-import copy
 import os
 import pickle
 import resource
@@ -12,7 +9,6 @@ import shutil
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,29 +20,25 @@ from unbraid.base.errors import ModelError
 from unbraid.networks.checkpoints import load_weights
 
 
-def network(n_classes: int = 4) -> nn.Module:
+def network(n_classes=4):
     torch.manual_seed(1)
     parts = {"c1": nn.Conv2d(3, 4, 3), "bn": nn.BatchNorm2d(4), "fc": nn.Linear(4, n_classes)}
     return nn.Sequential(collections.OrderedDict(parts))
 
 
-def plus(number: float, state: dict[str, Any]) -> dict[str, Any]:
-    return {name: tensor + number for name, tensor in state.items()}
-
-
-STATE = plus(1, network().state_dict())
-OTHER = plus(1, STATE)
+STATE = {name: tensor + 1 for name, tensor in network().state_dict().items()}
+OTHER = {name: tensor + 1 for name, tensor in STATE.items()}
 HALF = {name: t.half() if t.is_floating_point() else t for name, t in STATE.items()}
 UNCOUNTED = {name: tensor for name, tensor in STATE.items() if "num_batches" not in name}
 
 
-def under(prefix: str, state: dict[str, Any] = STATE) -> dict[str, Any]:
+def under(prefix, state=STATE):
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def in_circles() -> dict[str, Any]:
+def in_circles():
     """Each dictionary twice in the one around: 2**60 ways to the innermost; and around itself."""
-    circle: dict[str, Any] = {"model": STATE}
+    circle = {"model": STATE}
     inner = circle
     for _ in range(60):
         inner["a"] = inner["b"] = {}
@@ -54,12 +46,12 @@ def in_circles() -> dict[str, Any]:
     return circle | {"self": circle}
 
 
-def saved(tmp_path: Path, content: Any, name: str = "w.pt", **options: Any) -> Path:
+def saved(tmp_path, content, name="w.pt", **options):
     torch.save(content, tmp_path / name, **options)
     return tmp_path / name
 
 
-def rewrite(path: Path, old: bytes, new: bytes, how: int = zipfile.ZIP_STORED) -> None:
+def rewrite(path, old, new, how=zipfile.ZIP_STORED):
     """Change the description in a torch file of either format, under checksums that fit."""
     if not zipfile.is_zipfile(path):
         path.write_bytes(path.read_bytes().replace(old, new))
@@ -71,13 +63,13 @@ def rewrite(path: Path, old: bytes, new: bytes, how: int = zipfile.ZIP_STORED) -
             target.writestr(name, content.replace(old, new) if "data.pkl" in name else content)
 
 
-def write_damaged(path: Path) -> None:
+def write_damaged(path):
     torch.save(STATE, path)
     bias = STATE["fc.bias"].numpy().tobytes()
     path.write_bytes(path.read_bytes().replace(bias, bytes(len(bias))))
 
 
-def loaded(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
+def loaded(path, model=None):
     model = network() if model is None else model
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -85,7 +77,7 @@ def loaded(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
     return model.state_dict()
 
 
-def assert_is(state: dict[str, Any], expected: dict[str, Any] = STATE) -> None:
+def assert_is(state, expected=STATE):
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
@@ -131,10 +123,10 @@ def test_load_weights_beside_what_training_scripts_keep_loads(tmp_path):
 class Calls:
     """Would call a function if it was made."""
 
-    def __init__(self, *call: Any) -> None:
+    def __init__(self, *call):
         self.call = call
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self):
         return self.call[0], self.call[1:]
 
 
@@ -153,23 +145,16 @@ def test_load_weights_beside_code_runs_none_of_it(blocked, tmp_path):
     assert mark.exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
+def test_load_weights_beside_others_tells(tmp_path):
+    for content, sentence in (
         ({"state_dict_ema": OTHER, "state_dict": STATE}, "one under state_dict is taken, not"),
         ({**under("net."), **under("net_swa.", OTHER)}, "the one under net is taken, not"),
-        (
-            {"net": {**under("model."), "loss.weight": torch.ones(2)}},
-            "only what lies under net.model is loaded, not net.loss.weight",
-        ),
-    ],
-)
-def test_load_weights_beside_others_tells(content, sentence, tmp_path):
-    model = network()
-    with pytest.warns(UserWarning, match="the one under|lies under") as told:
-        load_weights(model, saved(tmp_path, content))
-    assert sentence in str(told[0].message)
-    assert_is(model.state_dict())
+        ({"net": {**under("model."), "w": torch.ones(2)}}, "under net.model is loaded, not net.w"),
+    ):
+        model = network()
+        with pytest.warns(UserWarning, match=sentence):
+            load_weights(model, saved(tmp_path, content))
+        assert_is(model.state_dict())
 
 
 def test_load_weights_of_tied_tensors_needs_one_of_them(tmp_path):
@@ -190,15 +175,9 @@ def test_load_weights_of_older_names_that_the_network_knows_loads(tmp_path):
 
 NEVER = "holds Python code or objects, which are never loaded; save the state dict alone"
 BOTH = {"state_dict": {**under("module.encoder_q."), **under("module.encoder_k.", OTHER)}}
-SHAPES = (
-    r"2 have another shape \(fc.weight is \(10, 4\), not \(4, 4\), fc.bias is \(10,\), not "
-    r"\(4,\)\); give --model FILE.py:FUNCTION, where FUNCTION builds the network"
-)
-LACKS = (
-    r"do not fit the network: the file lacks 7 of 9 tensors \(c1.bias, bn.weight, bn.bias, and "
-    r"4 more\); its keys are model, epoch; give --model"
-)
-SAID: dict[str, tuple[Any, str]] = {  # what is saved, or how it is written
+SHAPES = r"2 have another shape \(fc.weight is \(10, 4\), not \(4, 4\), fc.bias .*; give --model"
+LACKS = r"lacks 7 of 9 tensors \(c1.bias, .*, and 4 more\); its keys are model, epoch; give --model"
+SAID = {  # what is saved, or how it is written
     "other classes": ({"state_dict": under("model.", network(10).state_dict())}, SHAPES),
     "missing": ({"model": {"c1.weight": STATE["c1.weight"]}, "epoch": 1}, LACKS),
     "model": ({"model": network(), "epoch": 1}, rf"{NEVER}, as safetensors; its keys are model, e"),
@@ -213,6 +192,14 @@ SAID: dict[str, tuple[Any, str]] = {  # what is saved, or how it is written
     "missing file": (lambda _: None, "there is no such file"),
     "changed bytes": (write_damaged, r"cannot be read \(Bad CRC-32"),
 }
+TALL, TALLER = b"K\x07K\x0b\x86", b"K\x07Jzzz\x7f\x86"  # (7, 11) in a pickle, and with a lie
+LINEAR = {"weight": torch.zeros(7, 11)}
+HOSTILE = {  # what is saved, and what is changed then
+    "sizes lie": (LINEAR, (TALL, TALLER)),
+    "call": (LINEAR | {"large": Calls(bytearray, 2**40)}, ()),
+    "call of torch": (LINEAR | {"large": Calls(torch.Tensor, 10**13)}, ()),
+    "packed": ({"weight": torch.zeros(1000, 1000)}, (b"", b"", zipfile.ZIP_DEFLATED)),
+}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -220,7 +207,6 @@ SAID: dict[str, tuple[Any, str]] = {  # what is saved, or how it is written
 def test_load_weights_that_do_not_fit_says_why(kind, tmp_path):
     content, message = SAID[kind]
     path, model = tmp_path / "w.pt", network()
-    before = copy.deepcopy(model.state_dict())
     if callable(content):
         content(path)
     else:
@@ -229,21 +215,11 @@ def test_load_weights_that_do_not_fit_says_why(kind, tmp_path):
         loaded(path, model)
     assert "\n" not in str(caught.value)
     if kind == "complex":
-        assert_is(model.state_dict(), before)
-
-
-TALL, TALLER = b"K\x07K\x0b\x86", b"K\x07Jzzz\x7f\x86"  # (7, 11) in a pickle, and with a lie
-STATE_OF_LINEAR = {"weight": torch.zeros(7, 11)}
-HOSTILE: dict[str, tuple[Any, tuple[Any, ...]]] = {  # what is saved, and what is changed then
-    "sizes lie": (STATE_OF_LINEAR, (TALL, TALLER)),
-    "call": (STATE_OF_LINEAR | {"large": Calls(bytearray, 2**40)}, ()),
-    "call of torch": (STATE_OF_LINEAR | {"large": Calls(torch.Tensor, 10**13)}, ()),
-    "packed": ({"weight": torch.zeros(1000, 1000)}, (b"", b"", zipfile.ZIP_DEFLATED)),
-}
+        assert_is(model.state_dict(), network().state_dict())
 
 
 @pytest.mark.parametrize(
-    ("kind", "old"), [*((k, False) for k in HOSTILE), ("sizes lie", True), ("call", True)]
+    ("kind", "old"), [*((kind, False) for kind in HOSTILE), ("sizes lie", True), ("call", True)]
 )
 def test_load_weights_that_would_take_memory_is_refused(kind, old, tmp_path):
     content, change = HOSTILE[kind]

@@ -1,9 +1,6 @@
 """Model specs: what people give and get wrong."""
 
-from __future__ import annotations
-
 import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -25,29 +22,25 @@ def build():
     return """
 
 
-def own(returned: str, folder: Path) -> str:
-    """The spec of a function that returns this."""
+def own(returned, folder):
     (folder / "own.py").write_text(OWN + returned)
     return f"{folder}/own.py:build"
 
 
-@pytest.mark.parametrize(
-    ("returned", "names", "assumed"),
-    [
+def test_load_model_of_a_function_takes_what_it_returns(tmp_path):
+    for returned, names, assumed in (
         ("net", (), True),
         ("(net, to_tensor)", (), False),
         ("(net, to_tensor, ['cat', 'dog'])", ("cat", "dog"), False),
         ("(net, None, {1: 'b', 0: 'a'})", ("a", "b"), True),
         ("(net, to_tensor, range(2))", ("0", "1"), False),
-    ],
-)
-def test_load_model_of_a_function_takes_what_it_returns(returned, names, assumed, tmp_path):
-    loaded = load_model(own(returned, tmp_path), device="cpu")
-    assert loaded.class_names == names
-    assert ("ImageNet's usual one is assumed" in loaded.note) == assumed
-    assert assumed or loaded.n_outputs() == 2
-    assert not loaded.model.training
-    assert loaded.model[0].unused.weight.is_meta  # which is not used
+    ):
+        loaded = load_model(own(returned, tmp_path), device="cpu")
+        assert loaded.class_names == names
+        assert ("ImageNet's usual one is assumed" in loaded.note) == assumed
+        assert assumed or loaded.n_outputs() == 2
+        assert not loaded.model.training
+        assert loaded.model[0].unused.weight.is_meta  # which is not used
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,7 @@
 """Where logits are in what a network puts out: by `--output` and `with_logits`, or told."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,17 +13,16 @@ from unbraid.networks.outputs import as_logits
 
 LOGITS = torch.arange(20.0).reshape(5, 4)
 MAP = torch.ones(5, 2, 3, 3)
+Two = namedtuple("Two", "features scores")
 
 
 class PutsOut(nn.Module):
-    def __init__(self, output: Any) -> None:
+    def __init__(self, output):
         super().__init__()
         self.forward = lambda _: output
 
 
-Two = namedtuple("Two", "features scores")
-
-PICKED: dict[str, tuple[Any, list[Any]]] = {
+PICKED = {
     "list": ([MAP, LOGITS], [1, -1, "1", "-1", "+1"]),
     "keys that look like numbers": ({"0": MAP, "1": LOGITS}, [1, "1"]),
     "keys that are numbers": ({0: MAP, -1: LOGITS}, [-1, "-1"]),
@@ -34,6 +30,15 @@ PICKED: dict[str, tuple[Any, list[Any]]] = {
     "named tuple": (Two(MAP, LOGITS), ["scores", 1, -1]),
     "parts of parts": ({"out": SimpleNamespace(heads=[MAP, LOGITS])}, ["out.heads.-1"]),
     "logits in a part": ([MAP, {"logits": LOGITS}], ["1.logits", "-1.logits"]),
+}
+SAID = {
+    "out of range": ([MAP, LOGITS], -3, r"has no -3 .* a list; .*: --output 1 \(5, 4\)"),
+    "no such key": ({"a": LOGITS, "b": LOGITS}, "c", r"--output a \(5, 4\) or --output b \(5, 4\)"),
+    "a map": ([MAP, LOGITS], 0, r"Part 0 .* is a tensor \(5, 2, 3, 3\), not logits .*--output 1"),
+    "no part": ([MAP, MAP], -1, r"Part -1 .* no part of it is, so compute them in FILE.py:FUNCTIO"),
+    "a row": (LOGITS, -1, "it is logits itself, so leave --output out"),
+    "layers stacked": (torch.ones(2, 5, 4), 0, "by a function that unbraid.with_logits takes"),
+    "a method": ({"a": LOGITS}, "keys", r"has no 'keys' .*: --output a \(5, 4\)"),
 }
 
 
@@ -54,17 +59,6 @@ def test_with_logits_takes_a_part_by_number_key_or_attribute_which_errors_name(k
 def test_with_logits_by_a_function_hides_no_error_of_it():
     with pytest.raises(TypeError, match="NoneType"):
         unbraid.with_logits(PutsOut(LOGITS), lambda output: output + None)(LOGITS)
-
-
-SAID: dict[str, tuple[Any, Any, str]] = {
-    "out of range": ([MAP, LOGITS], -3, r"has no -3 .* a list; .*: --output 1 \(5, 4\)"),
-    "no such key": ({"a": LOGITS, "b": LOGITS}, "c", r"--output a \(5, 4\) or --output b \(5, 4\)"),
-    "a map": ([MAP, LOGITS], 0, r"Part 0 .* is a tensor \(5, 2, 3, 3\), not logits .*--output 1"),
-    "no part": ([MAP, MAP], -1, r"Part -1 .* no part of it is, so compute them in FILE.py:FUNCTIO"),
-    "a row": (LOGITS, -1, "it is logits itself, so leave --output out"),
-    "layers stacked": (torch.ones(2, 5, 4), 0, "by a function that unbraid.with_logits takes"),
-    "a method": ({"a": LOGITS}, "keys", r"has no 'keys' .*: --output a \(5, 4\)"),
-}
 
 
 @pytest.mark.parametrize("kind", SAID)

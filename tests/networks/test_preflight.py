@@ -1,40 +1,43 @@
 """What a network must not do, and that every call leaves everything as it was."""
 
-from __future__ import annotations
-
 import random
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.nn.parameter import is_lazy
 
 import unbraid
 from checks import assert_same_tensors
-from public_calls import Call, call, sound_calls
+from public_calls import call, sound_calls
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import UnbraidError
 from unsteady import MIXING, RANDOM, REFUSED, SOUND, Ends, Small, of_inference_mode, quantised
 
+MODES = {
+    "plain": torch.enable_grad,
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
 
-def images(n: int = 17) -> SyntheticImages:
+
+def images(n=17):
     return SyntheticImages(n, dtype=torch.float32)
 
 
-def scan(network: nn.Module, folder: Any, n: int = 17, **options: Any) -> unbraid.Scan:
+def scan(network, folder, n=17, **options):
     return unbraid.scan(network, "layer", images(n), folder, batch_size=16, **options)
 
 
-def random_state() -> list[Any]:
+def random_state():
     numpy = np.random.get_state()[1].tolist()
     return [torch.get_rng_state().tolist(), random.getstate(), numpy]
 
 
-def state(network: nn.Module) -> list[Any]:
+def state(network):
     """All that a call must leave as it was, tensors as themselves, where they are and as bytes."""
-    found: list[Any] = random_state()
+    found = random_state()
     for module in network.modules():
         found += [module.training, len(module._forward_hooks), len(module._forward_pre_hooks)]
         if not isinstance(module, torch.jit.ScriptModule):
@@ -48,21 +51,17 @@ def state(network: nn.Module) -> list[Any]:
     return found
 
 
-def through_all(network: nn.Module, folder: Any) -> None:
-    seen = scan(network, folder, positions=True)
-    split = unbraid.split(seen, unbraid.find(seen, channels={0: [[0], [1]], 3: [[2], [3]]}))
-    changed = unbraid.apply(network, split)
-    assert unbraid.compare_outputs(network, changed, images(), tolerance=0).top1_agreement == 1
-    unbraid.ablate(changed, images())
-    unbraid.visualize(changed, "layer", images(), steps=2, n=1)
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", SOUND)
 def test_scan_of_sound_network_works_and_leaves_it_as_it_was(name, tmp_path):
     network = SOUND[name]().train()
     before = state(network)
-    through_all(network, tmp_path)
+    seen = scan(network, tmp_path, positions=True)
+    split = unbraid.split(seen, unbraid.find(seen, channels={0: [[0], [1]], 3: [[2], [3]]}))
+    changed = unbraid.apply(network, split)
+    assert unbraid.compare_outputs(network, changed, images(), tolerance=0).top1_agreement == 1
+    unbraid.ablate(changed, images())
+    unbraid.visualize(changed, "layer", images(), steps=2, n=1)
     assert state(network) == before
 
 
@@ -94,16 +93,8 @@ def test_scan_of_squeezed_head_has_the_records_of_the_whole_one(tmp_path):
     assert_same_tensors(tmp_path / "whole", tmp_path / "squeezed")
 
 
-MODES = {
-    "plain": torch.enable_grad,
-    "inference": torch.inference_mode,
-    "no_grad": torch.no_grad,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-}
-
-
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory) -> dict[str, Call]:
+def calls(tmp_path_factory):
     return sound_calls(tmp_path_factory.mktemp("calls"))
 
 

@@ -1,7 +1,5 @@
 """Layers seen as rows of weights: what is pooled, what rows compute, what is refused."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -58,32 +56,26 @@ def test_resolve_layer_finds_a_layer_by_name_and_by_itself():
     assert resolve_layer(network, layer) == ("0.layer", layer)
 
 
-@pytest.mark.parametrize(
-    ("layer", "sentence"),
-    [
+def test_resolve_layer_of_what_is_none_says_what_there_is():
+    network = stack(("norm", nn.BatchNorm2d(4)), ("layer", nn.Linear(4, 2)))
+    for layer, sentence in (
         ("lay.er", r"no layer 'lay.er'.* Did you mean layer\?"),
         ("norms", r"no layer 'norms'\. `unbraid layers` lists"),  # near to what cannot be split
         ("module.", "no layer ''"),
         (build("1x1").layer, "not part of the network"),
         (3, "3 is no layer"),
-    ],
-)
-def test_resolve_layer_of_what_is_none_says_what_there_is(layer, sentence):
-    network = stack(("norm", nn.BatchNorm2d(4)), ("layer", nn.Linear(4, 2)))
-    with pytest.raises(LayerError, match=sentence):
-        resolve_layer(network, layer)
+    ):
+        with pytest.raises(LayerError, match=sentence):
+            resolve_layer(network, layer)
 
 
-@pytest.mark.parametrize(
-    ("module", "reason"),
-    [
+def test_describe_of_what_cannot_be_split_says_why():
+    for module, reason in (
         (nn.Conv2d(6, 12, 3, groups=6), "single input channel"),
         (nn.Linear(1, 8), "single input"),
         (nn.ReLU(), "not a convolution"),
         (nn.ConvTranspose2d(6, 8, 3), "transposed convolution"),
-    ],
-)
-def test_describe_of_what_cannot_be_split_says_why(module, reason):
-    assert reason in why_not(module)
-    with pytest.raises(LayerError, match=rf"Layer 'it' \({type(module).__name__}\).*{reason}"):
-        describe("it", module)
+    ):
+        assert reason in why_not(module)
+        with pytest.raises(LayerError, match=rf"Layer 'it' \({type(module).__name__}\).*{reason}"):
+            describe("it", module)

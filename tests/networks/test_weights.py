@@ -1,54 +1,48 @@
 """The hash of a network's weights, and weights that are broken."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.ao.quantization
 from torch import Tensor, nn
+from torch.ao.quantization import quantize_dynamic
 from torch.jit import freeze, script
 from torch.testing._internal.two_tensor import TwoTensor
 
 from unbraid.base.errors import ModelError
 from unbraid.networks.weights import hash_weights, refuse_broken_weights
 
+TWO = TwoTensor(torch.ones(2), torch.ones(2))
+
 
 class Extra(nn.Linear):
     """Keeps anything beside its weights."""
 
-    def __init__(self, extra: Any) -> None:
+    def __init__(self, extra):
         torch.manual_seed(0)
         super().__init__(2, 3)
         self.extra = extra
 
-    def get_extra_state(self) -> Any:
+    def get_extra_state(self):
         return self.extra() if callable(self.extra) else self.extra
 
 
-def linear(add: float) -> nn.Module:
+def linear(add):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 4)).eval()
     network[0].weight.data[0, 0] += add
     return network
 
 
-def quantised(add: float) -> nn.Module:
-    return torch.ao.quantization.quantize_dynamic(linear(add), {nn.Linear})
-
-
-def holding(tensor: Tensor) -> nn.Module:
+def holding(tensor):
     module = nn.Module()
     module.register_buffer("held", tensor)
     return module
 
 
-MADE: dict[str, tuple[Callable[[Any], nn.Module], Any, Any]] = {  # with one thing, and another
-    "quantised": (quantised, 0.0, 0.5),
+MADE = {  # with one thing, and another
+    "quantised": (lambda add: quantize_dynamic(linear(add), {nn.Linear}), 0.0, 0.5),
     "scripted": (lambda add: nn.Sequential(script(linear(add))), 0.0, 0.5),
     "frozen": (lambda add: nn.Sequential(freeze(script(linear(add)))), 0.0, 0.5),
     "lazy": (lambda dtype: nn.LazyLinear(3, dtype=dtype), torch.float32, torch.float64),
@@ -77,20 +71,14 @@ def test_hash_weights_of_ordinary_network_is_that_of_its_tensors():
     assert hash_weights(network) == digest.hexdigest()
 
 
-TWO = TwoTensor(torch.ones(2), torch.ones(2))
-
-
-@pytest.mark.parametrize(
-    ("module", "sentence"),
-    [
+def test_hash_weights_of_what_cannot_be_read_is_told():
+    for module, sentence in (
         (Extra(lambda: 1 / 0), r"cannot tell its state \(division by zero\)"),
         (Extra({"a": np.ones(2)}), r"'_extra_state' is a ndarray, which cannot be hashed"),
         (holding(TWO), "'held' is a TwoTensor, whose numbers cannot be read"),
-    ],
-)
-def test_hash_weights_of_what_cannot_be_read_is_told(module, sentence):
-    with pytest.raises(ModelError, match=sentence):
-        hash_weights(module)
+    ):
+        with pytest.raises(ModelError, match=sentence):
+            hash_weights(module)
 
 
 @pytest.mark.parametrize("make", [Tensor.to_sparse, Tensor.to_sparse_csr, Tensor.clone])
