@@ -40,11 +40,11 @@ class Command:
     text: str
     inline: bool = False
 
-    def __str__(self) -> str:
+    def __str__(self):
         return self.text
 
 
-def blocks(text: str) -> list[Block]:
+def blocks(text):
     """List a page's blocks; AssertionError for one that this would miss, or a hidden command."""
     text = text.rstrip("\n") + "\n"
     found = [Block(m["language"], m["code"], m["prints"]) for m in _FENCE.finditer(text)]
@@ -60,12 +60,12 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
-def spans(text: str) -> list[str]:
+def spans(text):
     """List the pieces of code that stand in the text itself."""
     return _SPAN.findall(_FENCE.sub("", text.rstrip("\n") + "\n"))
 
 
-def commands(text: str) -> list[Command]:
+def commands(text):
     """List every command of a page, those of its text and options alone included, each once."""
     scripts = [block.code for block in blocks(text) if block.language == "sh"]
     lines = "\n".join(scripts).replace("\\\n", " ")
@@ -77,5 +77,5 @@ def commands(text: str) -> list[Command]:
     return [command for command in dict.fromkeys(found) if command.text]
 
 
-def _words(line: str) -> str:
+def _words(line):
     return shlex.join(shlex.split(line, comments=True))

@@ -5,7 +5,6 @@ Nor on its default device, which only code of the caller's own sees.
 
 import ast
 import re
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 import unbraid
@@ -37,7 +36,7 @@ MAKES = re.compile(
 
 
 @contextmanager
-def default_type(dtype: torch.dtype) -> Iterator[None]:
+def default_type(dtype):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -56,14 +55,14 @@ def test_every_call_that_makes_a_tensor_says_its_type():
     assert n_calls > 20
 
 
-def fingerprint_of(value: Any) -> Any:
+def fingerprint_of(value):
     """Text and bytes, to compare by."""
     if isinstance(value, Tensor):
         return value.dtype, tuple(value.shape), value.double().numpy().tobytes()
     return repr(value)
 
 
-def made_of(network: nn.Module, layer: str, out: Path) -> dict[str, Any]:
+def made_of(network, layer, out):
     """Every file of a run, and what is done with its split after it."""
     images: Dataset[Any] = Subset(load_images("train"), range(0, 2400, 16))
     options: dict[str, Any] = {"thresholds": Thresholds(concepts="clusters")}
@@ -93,12 +92,12 @@ def made_of(network: nn.Module, layer: str, out: Path) -> dict[str, Any]:
     return {name: fingerprint_of(value) for name, value in made.items()}
 
 
-def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def differing(one, other):
     return [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
 
 
 @pytest.fixture
-def elsewhere() -> Iterator[Callable[[], None]]:
+def elsewhere():
     """Numbers are made without content unless told otherwise; stands for an accelerator."""
     yield lambda: torch.set_default_device("meta")
     torch.set_default_device(None)

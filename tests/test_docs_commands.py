@@ -16,7 +16,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 NOWHERE = "unbraid demo --out nowhere"
 
 
-def check_requirements(words: list[str]) -> None:
+def check_requirements(words):
     """`pip install` of the clone, with extras that it has; an index may not have the name."""
     for word in words[2:]:
         match = re.fullmatch(r"-e|\.(?:\[(\w+)\])?", word)
@@ -24,18 +24,18 @@ def check_requirements(words: list[str]) -> None:
         assert match[1] is None or match[1] in EXTRAS, word
 
 
-def check_files(words: list[str]) -> None:
+def check_files(words):
     """`pytest` or `python` of files that are there."""
     named = [word for word in words if "/" in word or word.endswith(".py")]
     assert all((ROOT / word).exists() for word in named), words
 
 
-def options_of(name: str) -> set[str]:
+def options_of(name):
     """The options that a command of unbraid takes."""
     return {n for argument in cli.app[name].assemble_argument_collection() for n in argument.names}
 
 
-def check_names(words: list[str]) -> None:
+def check_names(words):
     """A command that the text only mentions is there, and so are its options."""
     if words[0] == "unbraid":
         assert set(words[2:]) <= options_of(words[1])
@@ -54,7 +54,7 @@ LOOKED_AT: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def check_of(command: Command) -> Callable[[list[str]], None] | None:
+def check_of(command):
     """What is looked at in place of a run, if anything is."""
     for start, check in LOOKED_AT.items():
         if f"{command.text} ".startswith(start):
@@ -66,12 +66,12 @@ def check_of(command: Command) -> Callable[[list[str]], None] | None:
     return check_names if named and (asks_nothing or bare) else None
 
 
-def is_run(command: Command) -> bool:
+def is_run(command):
     known = command.text.split()[0] in ("unbraid", "torchrun") or command.text in LEFT_OUT
     return known and check_of(command) is None
 
 
-def all_commands() -> list[Command]:
+def all_commands():
     found = [command for page in PAGES for command in commands(page.read_text())]
     # Many processes first: a run alone goes on from what they made.
     return sorted(dict.fromkeys(found), key=lambda c: not c.text.startswith("torchrun"))

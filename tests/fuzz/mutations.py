@@ -3,14 +3,11 @@
 import copy
 import json
 import struct
-from pathlib import Path
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from unbraid.base.files import write_tensors
 
@@ -31,7 +28,7 @@ Draw = st.DrawFn
 
 
 @st.composite
-def damaged(draw: Draw, content: bytes) -> bytes:
+def damaged(draw, content):
     """Bytes that are cut, flipped, spliced, overwritten with telling numbers, or noise."""
     kind = draw(st.sampled_from(("flip", "cut", "drop", "repeat", "number", "noise", "empty")))
     if kind == "noise":
@@ -62,7 +59,7 @@ def damaged(draw: Draw, content: bytes) -> bytes:
 
 
 @st.composite
-def edited(draw: Draw, value: Any) -> Any:
+def edited(draw, value):
     """JSON with one to three parts replaced, dropped, repeated or put elsewhere."""
     root = {"root": copy.deepcopy(value)}
     for _ in range(draw(st.integers(1, 3))):
@@ -88,7 +85,7 @@ def edited(draw: Draw, value: Any) -> Any:
     return root["root"]
 
 
-def _spots(value: Any) -> Any:
+def _spots(value):
     """Where a value may be put: every place in every object and list, two hundred at most."""
     level, n_spots = [value], 0
     while level and n_spots < 200:
@@ -103,13 +100,13 @@ def _spots(value: Any) -> Any:
         level = below
 
 
-def as_json(value: Any, depth: int = 100_000) -> str:
+def as_json(value, depth=100_000):
     """Write JSON, nan and infinity too, and what is nested deeper than Python can write."""
     return json.dumps(value).replace(f'"{DEEP}"', "[" * depth + "]" * depth)
 
 
 @st.composite
-def changed(draw: Draw, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def changed(draw, tensors):
     """Tensors of which one or two have other numbers, types, shapes or names."""
     out = {name: tensor.clone() for name, tensor in tensors.items()}
     for _ in range(draw(st.integers(1, 2))):
@@ -141,7 +138,7 @@ def changed(draw: Draw, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @st.composite
-def _reshaped(draw: Draw, tensor: Tensor) -> Tensor:
+def _reshaped(draw, tensor):
     kind = draw(st.sampled_from(("flat", "more", "scalar", "none", "less", "twice", "hollow")))
     if kind == "hollow":  # no number in it, and yet longer than memory
         return tensor.new_zeros(draw(st.sampled_from(((2**40, 0), (0, 2**40), (0,), (1, 0)))))
@@ -156,7 +153,7 @@ def _reshaped(draw: Draw, tensor: Tensor) -> Tensor:
     return tensor[:-1].clone() if kind == "less" else torch.cat([tensor, tensor])
 
 
-def read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_whole(path):
     """All that a safetensors file of ours holds, without the checks of the reader under test."""
     with safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {}).get("unbraid", "{}"))
@@ -164,7 +161,7 @@ def read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 @st.composite
-def lying(draw: Draw, path: Path) -> bytes:
+def lying(draw, path):
     """A safetensors file whose header says of its tensors what is not so."""
     content = path.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
@@ -175,7 +172,7 @@ def lying(draw: Draw, path: Path) -> bytes:
 
 
 @st.composite
-def tampered(draw: Draw, path: Path) -> bytes:
+def tampered(draw, path):
     """A safetensors file that is damaged, that lies, or with checksums that fit its lies."""
     kind = draw(st.sampled_from(("bytes", "header", "tensors", "tensors", "about", "about")))
     if kind == "bytes":
@@ -196,7 +193,7 @@ def tampered(draw: Draw, path: Path) -> bytes:
 
 
 @st.composite
-def tampered_json(draw: Draw, path: Path) -> bytes:
+def tampered_json(draw, path):
     """A JSON file that is damaged, or with other values."""
     content = path.read_bytes()
     if draw(st.integers(0, 3)) == 0:

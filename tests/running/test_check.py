@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,12 +31,12 @@ KINDS = ("damaged", "missing", "unreadable", "lost")
 Act = Callable[[Path], object]
 
 
-def scan(folder: Path) -> None:
+def scan(folder):
     unbraid.scan(build("1x1"), "layer", IMAGES, folder, positions=True)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def whole(tmp_path_factory):
     """Every file of a run."""
     run = tmp_path_factory.mktemp("run")
     scan(run / "scan-train")
@@ -59,11 +58,11 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(whole, tmp_path) -> Path:
+def run(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def content(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.endswith(".damaged")}
 
 
@@ -75,31 +74,31 @@ def test_check_of_a_whole_scan_or_run_finds_nothing(run):
     assert content(run / "scan-train") == before
 
 
-def flip(path: Path) -> None:
+def flip(path):
     """One bit of the last tensor, which safetensors itself does not notice."""
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
 
 
-def cut(path: Path) -> None:
+def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def edit(old: str, new: str) -> Act:
+def edit(old, new):
     return lambda path: path.write_text(path.read_text().replace(old, new))
 
 
-def schema(value: Any) -> Act:
+def schema(value):
     return lambda path: path.write_text(
         json.dumps({**json.loads(path.read_text()), "schema": value})
     )
 
 
-def rewrite(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Act:
+def rewrite(name, change):
     """Impossible records, with checksums that fit."""
 
-    def damage(path: Path) -> None:
+    def damage(path):
         tensors, _ = read_tensors(path)
         write_tensors(path, {**tensors, name: change(tensors[name])}, {})
 
@@ -175,11 +174,11 @@ def test_check_removes_what_a_killed_process_left_and_nothing_else(run):
     assert (leftover.exists(), mine.exists()) == (False, True)
 
 
-def fail_to(patch: pytest.MonkeyPatch, method: str, name: str, number: int, after: int = 0) -> None:
+def fail_to(patch, method, name, number, after=0):
     """Make a method of `Path` fail for files of a name from a certain call on."""
     own, calls = getattr(Path, method), itertools.count()
 
-    def fail(self: Path, *args: Any, **kwargs: Any) -> Any:
+    def fail(self, *args, **kwargs):
         if name in self.name and next(calls) >= after:
             raise OSError(number, os.strerror(number))
         return own(self, *args, **kwargs)

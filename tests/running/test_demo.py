@@ -37,7 +37,7 @@ def test_load_images_of_each_class_as_many_that_the_network_knows(split, least):
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "run"
     command = [sys.executable, "-m", "unbraid", "demo", "--out", str(out)]
     return out, subprocess.run(command, capture_output=True, text=True, check=False)

@@ -25,7 +25,7 @@ SETTINGS = Settings("", Thresholds(), {})
 FOUND = Findings(0.03, 0.75, 0.5, (), {}, (), "", "2", "")
 
 
-def of(tau: float) -> Settings:
+def of(tau):
     return replace(SETTINGS, thresholds=Thresholds(tau))
 
 

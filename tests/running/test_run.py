@@ -33,7 +33,7 @@ USUAL |= {"thresholds": LOOSE, "loading": Loading(batch_size=16)}
 TRAIN, VAL = SyntheticImages(48, seed=48), SyntheticImages(24, seed=24)
 
 
-def network(seed: int = 0) -> nn.Module:
+def network(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 10, 1), nn.ReLU()),
@@ -41,23 +41,23 @@ def network(seed: int = 0) -> nn.Module:
     ).double()
 
 
-def run(out: Path, thresholds: Thresholds = LOOSE, seed: int = 0, **options: Any) -> Run:
+def run(out, thresholds=LOOSE, seed=0, **options):
     options = {**USUAL, "thresholds": thresholds, **options}
     train, val = options.pop("train", TRAIN), options.pop("val", VAL)
     return running.run(network(seed), "2", train, val, out, **options)
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def content(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def assert_kept(out: Path, before: dict[str, bytes]) -> None:
+def assert_kept(out, before):
     after = content(out)
     assert [name for name in before if after.get(name) != before[name]] == []
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def made(tmp_path_factory):
     """A run; one in it with positions of its own, one that shares the first run's."""
     folder = tmp_path_factory.mktemp("first") / "run"
     n_found = [len(run(folder, thresholds).found) for thresholds in (LOOSE, STRICT, WITH_RHO)]
@@ -66,13 +66,13 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def family(made, tmp_path, monkeypatch) -> Path:
+def family(made, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "validation_images", lambda *_: VAL)
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 @pytest.fixture
-def out(made, tmp_path) -> Path:
+def out(made, tmp_path):
     """The first run alone."""
     ignored = shutil.ignore_patterns("settings-*")
     return Path(shutil.copytree(made, tmp_path / "run", ignore=ignored))
@@ -160,13 +160,13 @@ class Killed(BaseException):
     """Nothing catches it, as nothing catches a kill."""
 
 
-def die_until_done(start, check_between, holder: Any, name: str) -> tuple[Run, int]:
+def die_until_done(start, check_between, holder, name):
     """Start again and again, each start killed one call of a function later than the one before."""
     function = getattr(holder, name)
     for last in range(1, 100):
         calls = itertools.count(1)
 
-        def call_or_die(*args: Any, calls: Any = calls, last: int = last) -> Any:
+        def call_or_die(*args, calls=calls, last=last):
             if next(calls) == last:
                 raise Killed
             return function(*args)
@@ -215,7 +215,7 @@ def test_run_killed_while_replacing_is_finished_by_the_next(out, made):
 def test_run_that_fails_leaves_what_is_there(out, monkeypatch):
     before = content(out)
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_, **__):
         raise RunError("The network has gone.")
 
     monkeypatch.setattr(running, "ablate", fail)
@@ -293,7 +293,7 @@ def test_check_lists_what_a_folder_holds_and_what_is_not_whole(family):
     assert len(less.damaged) == 1
 
 
-def visualized(folder: Path) -> tuple[Features | None, list[str]]:
+def visualized(folder):
     """A run with visualisations, and what it told of them."""
     said: list[str] = []
     run(folder, features=True, say=said.append)
@@ -317,7 +317,7 @@ def test_run_makes_visualisations_once_and_anew_where_they_are_damaged(out, monk
 
 
 def test_run_tells_visualisations_left_out(out, monkeypatch):
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_, **__):
         raise ModelError("It cannot be seen.")
 
     with monkeypatch.context() as patch:
