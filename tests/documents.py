@@ -25,15 +25,6 @@ _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 
 @dataclass(frozen=True)
-class Block:
-    """A block of code, and what the page says that it prints (None: nothing is said)."""
-
-    language: str
-    code: str
-    prints: str | None
-
-
-@dataclass(frozen=True)
 class Command:
     """A command, its words as a shell would have them; `inline` where it stands in the text."""
 
@@ -45,14 +36,17 @@ class Command:
 
 
 def blocks(text):
-    """List a page's blocks; AssertionError for one that this would miss, or a hidden command."""
+    """List a page's blocks, each with its "language", "code" and what it "prints", if said.
+
+    AssertionError for one that this would miss, or a hidden command.
+    """
     text = text.rstrip("\n") + "\n"
-    found = [Block(m["language"], m["code"], m["prints"]) for m in _FENCE.finditer(text)]
-    printing = sum(block.prints is not None for block in found)
+    found = list(_FENCE.finditer(text))
+    printing = sum(block["prints"] is not None for block in found)
     assert text.count("```") + text.count("~~~") == 2 * (len(found) + printing)
     assert text.count("<!-- prints -->") == printing
-    assert {block.language for block in found} <= LANGUAGES
-    shown = [block.code for block in found if block.language == "text"]
+    assert {block["language"] for block in found} <= LANGUAGES
+    shown = [block["code"] for block in found if block["language"] == "text"]
     shown += re.findall(r"^ {4,}[^ ].*$", _FENCE.sub("", text), re.MULTILINE)
     for line in "\n".join(shown).splitlines():
         first, *more = line.strip(" $").split() or [""]
@@ -67,7 +61,7 @@ def spans(text):
 
 def commands(text):
     """List every command of a page, those of its text and options alone included, each once."""
-    scripts = [block.code for block in blocks(text) if block.language == "sh"]
+    scripts = [block["code"] for block in blocks(text) if block["language"] == "sh"]
     lines = "\n".join(scripts).replace("\\\n", " ")
     found = [Command(_words(part)) for part in re.split(r"&&|\|\||[;|\n]", lines)]
     for span in spans(text):

@@ -127,11 +127,6 @@ def plain(value, names):
     return SimpleNamespace(**{name: getattr(value, name) for name in names.split()})
 
 
-def adding_up(world):
-    names = "concepts weight bias rows residual_row residual_bias"
-    return {"part": plain(world.split.channels[1], names)}
-
-
 def table_of(world):
     ratios = world.evaluation.channels[1].concepts[0].ratios
     return {"ratios": ratios, "part": world.split.channels[1], "k": 0, "tau": TAU}
@@ -142,7 +137,6 @@ SOUND = {  # beside the truth
     "rows_explain_output": rows_of,
     "responses": responses_of,
     "records": lambda w: {"shards": [*w.scan.shards()], "min_share": 0.05, "images": [*range(13)]},
-    "input_maps": lambda w: {"shards": list(w.scan.shards())},
     "same_files": two_folders,
     "same_tensors": two_folders,
     "untouched": two_snapshots,
@@ -155,7 +149,9 @@ SOUND = {  # beside the truth
     "published_rows": lambda w: {"part": w.split[6], "rho": w.split[6].info["rho"]},
     "published_rho": lambda w: {"part": w.split[1]},
     "extended_masks": extended_masks,
-    "adds_up": adding_up,
+    "adds_up": lambda w: {
+        "part": plain(w.split[1], "concepts weight bias rows residual_row residual_bias")
+    },
     "same_split": two_splits,
     "bit_equal": lambda _: dict.fromkeys(("actual", "expected"), torch.tensor([1.0, 0.0, 3.0])),
     "same_outputs": two_networks,
@@ -296,7 +292,7 @@ def hooked(hook, *networks, module=""):
 
 
 def under(place, names):
-    return " ".join(f"{place}/{name}" for name in names.split())
+    return "".join(f" {place}/{name}" for name in names.split())
 
 
 # What is nudged, dropped, swapped and made NaN, whichever changes it: paths through the arguments.
@@ -304,35 +300,32 @@ SENSITIVE = {
     "close": "actual",
     "rows_explain_output": "rows bias pooled n_positions",
     "responses": "responses channels rows",
-    "records": "images "
+    "records": "images"
     + under("shards/0", "index label prediction n_positions pooled share_start")
-    + under(" shards/0", "share_channel share_value"),
-    "input_maps": "shards/0/input_map",
+    + under("shards/0", "share_channel share_value input_map"),
     "untouched": under("after", "state gradients modes wants gradients/stem.weight")
     + " after/state/stem_norm.running_mean",
-    "pairs": "pairs " + under("pairs/0", "channel class1 class2 cosine use1 use2"),
+    "pairs": "pairs" + under("pairs/0", "channel class1 class2 cosine use1 use2"),
     "tau_chosen": "tau",
     "sensitivity": under("counted/cells", "2/tau 2/n_channels -1/n_pairs") + " counted/cells",
     "agrees_with_find": under("counted/cells", "2/n_channels -1/n_pairs"),
-    "csv": "found/pairs found/class_names "
-    + under("found/pairs/0", "class1 cosine use1 low half2"),
+    "csv": "found/pairs found/class_names" + under("found/pairs/0", "class1 cosine use1 low half2"),
     "published_rows": under("part", "masks weight bias"),
     "published_rho": "part/info/rho",
     "extended_masks": "masks",
     "same_split": under("split2", "channels class_names settings/tau clusters")
-    + under(" split2/channels/0", "masks bias concepts info")
-    + under(" split2/clusters/5", "channel place least centres"),
+    + under("split2/channels/0", "masks bias concepts info")
+    + under("split2/clusters/5", "channel place least centres"),
     "bit_equal": "actual",
     "evaluation": under("result", "channels channels/0/concepts summary/published/separation_error")
-    + under(" result/channels/0", "separation_error separation_error_rectified")
-    + under(" result/channels/0/concepts/0", " ".join(("n_images", *checks.MEASURES))),
+    + under("result/channels/0", "separation_error separation_error_rectified")
+    + under("result/channels/0/concepts/0", " ".join(("n_images", *checks.MEASURES))),
     "published_table": "ratios ratios/0/mean ratios/-1/median",
 }
 # What these do not reach. An empty path leads to all arguments.
 FURTHER = {
     "close": [("actual", at(1, 0.0)), ("actual", lambda v: v[None])],
     "records": [("shards/0", lose_share)],
-    "input_maps": [("shards/0/input_map", to(None))],
     "same_files": [("folder2", in_file(SHARD, flip)), ("folder1", in_file(SHARD, to(None)))],
     "same_tensors": [("folder2", in_file(SHARD, flip)), ("folder1", in_file(SHARD, to(None)))],
     "untouched": [

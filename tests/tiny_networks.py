@@ -119,21 +119,6 @@ def _linear_on_pooled(layer_is_head):
     return stack(*parts, ("layer", nn.Linear(6, 8, bias=False)), ("act", act), ("head", head))
 
 
-class OverwritesInput(nn.Module):
-    """A residual block that adds what the layer computes to the layer's own input, in place."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.layer = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
-        self.head = nn.Linear(6, N_CLASSES)
-        self.double()
-
-    def forward(self, x):
-        x = self.stem(x)
-        x += self.layer(x)
-        return self.head(x.relu_().flatten(2).mean(2))
-
-
 class CallsByKeyword(nn.Module):
     """A network of the kind "1x1", "tokens" or alike that hands the layer its input by keyword."""
 

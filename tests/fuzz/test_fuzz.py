@@ -9,10 +9,8 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +36,6 @@ from unbraid.networks.checkpoints import load_weights
 from unbraid.running.check import check
 from unbraid.running.folders import read_settings
 from unbraid.scanning import manifest, records
-from unbraid.scanning.records import Scan
 from unbraid.splitting import splits
 from unbraid.splitting.splits import Split
 from unbraid.visualizing import features
@@ -55,13 +52,6 @@ KINDS = ("png", "jpeg", "webp", "bmp", "tiff", "gif", "ppm")
 
 class Escaped(AssertionError):
     """Something else than UnbraidError came out of a reader."""
-
-
-@dataclass
-class Seeds:
-    folder: Path  # of sound files
-    scan: Scan
-    split: Split
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +89,7 @@ def seeds(tmp_path_factory):
     torch.save(layer.state_dict(), folder / "weights.pt")
     torch.save(layer.state_dict(), folder / "old.pt", _use_new_zipfile_serialization=False)
     files.write_tensors(folder / "weights.safetensors", dict(layer.state_dict()), {})
-    return Seeds(folder, scan, split)
+    return SimpleNamespace(folder=folder, scan=scan, split=split)
 
 
 def tamper(data, path, to=None):
@@ -195,8 +185,7 @@ def use_weights(data, seeds, folder):
     sound_or_refused(lambda: load_weights(torch.nn.Linear(3, 2), folder / name))
 
 
-Use = Callable[[st.DataObject, Seeds, Path], None]
-READERS: dict[str, Use] = {
+READERS = {
     "scan": use_scan,
     "manifest": use_manifest,
     "split": use_split,
@@ -298,7 +287,7 @@ def without_types_of_meanings(kind, values, **options):
 
 BUILD = strict.build
 # Each check, and what it protects: without it, something else than UnbraidError comes out.
-CHECKS: dict[str, tuple[Any, str, Any, str]] = {
+CHECKS = {
     "records": (records, "records_fault", lambda *_: None, "scan"),
     "weights of a layer": (records, "layer_fault", lambda *_: None, "scan"),
     "numbers of a layer": (layers.LayerSpec, "check", lambda _: None, "manifest"),

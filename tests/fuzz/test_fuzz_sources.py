@@ -134,7 +134,7 @@ pytestmark = [needs_proc, pytest.mark.filterwarnings("ignore")]
 @pytest.mark.parametrize("n", [2 * EXAMPLES, many_of(len(READERS))])
 @pytest.mark.parametrize("reader", READERS)
 def test_a_source_is_sound_or_refused(reader, n, sound, tmp_path):
-    fuzz(READERS[reader], sound, tmp_path, n)  # type: ignore[arg-type]
+    fuzz(READERS[reader], sound, tmp_path, n)
 
 
 def test_sources_that_are_sound_are_read(sound):

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,6 @@ IMAGES = SyntheticImages(2 * 128 + 9)
 SHARD = "scan-train/shard-000001.safetensors"
 IF_FOUND = ("split.safetensors", "split-published.safetensors", "evaluation.json")
 KINDS = ("damaged", "missing", "unreadable", "lost")
-Act = Callable[[Path], object]
 
 
 def scan(folder):
@@ -90,9 +88,10 @@ def edit(old, new):
 
 
 def schema(value):
-    return lambda path: path.write_text(
-        json.dumps({**json.loads(path.read_text()), "schema": value})
-    )
+    def damage(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "schema": value}))
+
+    return damage
 
 
 def rewrite(name, change):
@@ -105,7 +104,7 @@ def rewrite(name, change):
     return damage
 
 
-FAULTS: dict[tuple[str, str], tuple[Act, ...]] = {  # to a file, and what it is told as
+FAULTS = {  # to a file, and what it is told as
     (SHARD, "damaged"): (
         *(flip, cut, lambda path: save_file({"strange": torch.zeros(3)}, path)),
         rewrite("label", lambda x: x - 5),
@@ -186,14 +185,12 @@ def fail_to(patch, method, name, number, after=0):
     patch.setattr(Path, method, fail)
 
 
+READS = [("open", name, after) for name in ("shard-000001", "layer") for after in (0, 1)]
+READS += [("open", "manifest", 0), ("iterdir", "scan-train", 0)]
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
-@pytest.mark.parametrize(
-    ("method", "name", "after"),
-    [
-        *(("open", name, after) for name in ("shard-000001", "layer") for after in (0, 1)),
-        *(("open", "manifest", 0), ("iterdir", "scan-train", 0)),
-    ],
-)
+@pytest.mark.parametrize(("method", "name", "after"), READS)
 def test_check_leaves_what_cannot_be_read(method, name, number, after, run, monkeypatch):
     before = content(run / "scan-train")
     with monkeypatch.context() as patch:
@@ -215,13 +212,10 @@ def test_check_of_damage_that_cannot_be_set_aside_tells(run, monkeypatch):
     assert (run / SHARD).exists()
 
 
-def test_check_of_a_run_that_found_nothing_lacks_nothing(run):
+def test_check_of_a_run_that_found_nothing_lacks_nothing_and_a_folder_of_neither_is_refused(run):
     (run / "findings.csv").write_text(csv_text(FINDINGS, []))
     for name in IF_FOUND:
         (run / name).unlink()
     assert check(run).whole
-
-
-def test_check_of_a_folder_without_either_refuses_it(tmp_path):
     with pytest.raises(RunError, match="holds no scan and no run"):
-        check(tmp_path)
+        check(run / "features")
