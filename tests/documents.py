@@ -2,12 +2,11 @@
 
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = {"python", "sh", "text"}  # what a block may be: run, run, and shown
 
 # Programs that a command in the text may begin with; those that no test runs are noticed.
 PROGRAMS = (
@@ -24,15 +23,11 @@ _FENCE = re.compile(
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """A command, its words as a shell would have them; `inline` where it stands in the text."""
 
     text: str
     inline: bool = False
-
-    def __str__(self):
-        return self.text
 
 
 def blocks(text):
@@ -45,7 +40,7 @@ def blocks(text):
     printing = sum(block["prints"] is not None for block in found)
     assert text.count("```") + text.count("~~~") == 2 * (len(found) + printing)
     assert text.count("<!-- prints -->") == printing
-    assert {block["language"] for block in found} <= LANGUAGES
+    assert {block["language"] for block in found} <= {"python", "sh", "text"}
     shown = [block["code"] for block in found if block["language"] == "text"]
     shown += re.findall(r"^ {4,}[^ ].*$", _FENCE.sub("", text), re.MULTILINE)
     for line in "\n".join(shown).splitlines():

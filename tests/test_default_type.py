@@ -25,7 +25,6 @@ from unbraid.running.run import run
 from unbraid.scanning.scan import usable_layers
 from unbraid.scanning.scan_options import Loading
 
-SOURCE = Path(unbraid.__file__).parent
 MAKES = re.compile(
     r"torch(\.fft)?\.(zeros|ones|full|empty|rand|randn|normal|arange|linspace|logspace|eye|tensor"
     r"|as_tensor|asarray|scalar_tensor|r?fftfreq|hann_window|Tensor|FloatTensor)|.*\.new_tensor"
@@ -47,7 +46,7 @@ def set_defaults():
 
 def test_every_call_that_makes_a_tensor_says_its_type():
     n_calls = 0
-    for file in SOURCE.rglob("*.py"):
+    for file in Path(unbraid.__file__).parent.rglob("*.py"):
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and MAKES.fullmatch(ast.unparse(call.func)):
                 n_calls += 1
@@ -76,8 +75,7 @@ def made_of(network, layer, images, out):
     with torch.no_grad(), unbraid.clamp(model2, layer, channel, 1, -0.1, 0.3):
         clamped = model2(x)
     made = {
-        "gated": gated,
-        "clamped": clamped,
+        **{"gated": gated, "clamped": clamped},
         "plain form": unbraid.compare_outputs(network, plain, images, tolerance=1.0),
         "sums": unbraid.evaluate(unbraid.split(done.train_scan, done.found), done.train_scan),
         "circuit": unbraid.circuit(split, done.train_scan, channel, 0),

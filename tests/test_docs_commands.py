@@ -78,7 +78,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore::Warning")
-@pytest.mark.parametrize("command", FOUND, ids=str)
+@pytest.mark.parametrize("command", FOUND, ids=lambda command: command.text)
 def test_a_command_is_run_or_looked_at(command, place):
     action = action_of(command)
     if action == RUN:

@@ -66,18 +66,12 @@ def seeds(tmp_path_factory):
     records.write_shard(nameless, 0, records.read_shard(scan.path, 0))
     split = unbraid.split(scan, unbraid.find(scan, channels=OWN), method="published", rho=0.7)
     split.save(folder / "split.safetensors")
-    model2 = unbraid.apply(network, split)
     like = results.Likeness(0.5, 0.25)
     rest = (False, False, like, (like, like), 1.0, float("nan"))
-    semantics = {0: results.ChannelSemantics("it", 9, 2, *rest)}
-    result = unbraid.evaluate(
-        split,
-        scan,
-        output=OutputComparison(0.0, 1.0, 0.5, 0.5),
-        ablation=ablate(model2, images),
-        semantics=results.Semantics(semantics),
-    )
-    result.save(folder / "evaluation.json")
+    measured = {"ablation": ablate(unbraid.apply(network, split), images)}
+    measured["output"] = OutputComparison(0.0, 1.0, 0.5, 0.5)
+    measured["semantics"] = results.Semantics({0: results.ChannelSemantics("it", 9, 2, *rest)})
+    unbraid.evaluate(split, scan, **measured).save(folder / "evaluation.json")
     run = {"title": "t", "thresholds": {"tau": "auto", "concepts": "classes"}, "source": {}}
     (folder / "settings.json").write_text(json.dumps(run))
     feature = Feature(0, None, 0, Image.new("RGBA", (8, 8)), (1.0, 2.0))

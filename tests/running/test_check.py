@@ -2,7 +2,6 @@
 
 import errno
 import itertools
-import json
 import os
 import shutil
 from pathlib import Path
@@ -87,13 +86,6 @@ def edit(old, new):
     return lambda path: path.write_text(path.read_text().replace(old, new))
 
 
-def schema(value):
-    def damage(path):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "schema": value}))
-
-    return damage
-
-
 def rewrite(name, change):
     """Impossible records, with checksums that fit."""
 
@@ -107,16 +99,14 @@ def rewrite(name, change):
 FAULTS = {  # to a file, and what it is told as
     (SHARD, "damaged"): (
         *(flip, cut, lambda path: save_file({"strange": torch.zeros(3)}, path)),
-        rewrite("label", lambda x: x - 5),
-        rewrite("share_channel", lambda x: x + 99),
-        rewrite("share_start", lambda x: x.flip(0)),
-        rewrite("pooled", lambda x: x[..., :-1]),
+        *(rewrite("label", lambda x: x - 5), rewrite("share_channel", lambda x: x + 99)),
+        *(rewrite("share_start", lambda x: x.flip(0)), rewrite("pooled", lambda x: x[..., :-1])),
     ),
     (SHARD, "missing"): (Path.unlink,),
     ("scan-train/layer.safetensors", "missing"): (Path.unlink,),
     ("scan-train/layer.safetensors", "damaged"): (flip,),
-    ("scan-train/manifest.json", "lost"): (Path.unlink, cut, schema("two")),
-    ("scan-train/manifest.json", "unreadable"): (schema(2),),
+    ("scan-train/manifest.json", "lost"): (Path.unlink, cut, edit('"schema": 1', '"schema": ""')),
+    ("scan-train/manifest.json", "unreadable"): (edit('"schema": 1', '"schema": 2'),),
     ("scan-train", "missing"): (shutil.rmtree,),
     ("settings.json", "damaged"): (cut,),
     ("findings.csv", "damaged"): (
@@ -133,7 +123,7 @@ FAULTS = {  # to a file, and what it is told as
         *(edit('"auroc": ', '"auroc": "a", "rest": '), edit('"semantics": null', '"semantics": 7')),
     ),
     ("features/features.json", "damaged"): (cut, lambda path: cut(path.with_name("0.png"))),
-    ("features/features.json", "unreadable"): (schema(2),),
+    ("features/features.json", "unreadable"): (edit('"schema": 1', '"schema": 2'),),
 }
 CASES = [(name, kind, act) for (name, kind), acts in FAULTS.items() for act in acts]
 CASES += [(name, "missing", Path.unlink) for name in ("findings.csv", "report.html", *IF_FOUND)]
