@@ -157,7 +157,7 @@ SOUND = {  # beside the truth
     "same_input_gradients": two_networks,
     "evaluation": lambda w: {"result": plain(w.evaluation, "channels summary"), "split": w.split},
     "published_table": lambda w: {
-        **{"ratios": w.evaluation.channels[1].concepts[0].ratios, "part": w.split[1]},
+        **{"ratios": w.evaluation.channels[1].concepts[0].ratios, "part": w.split.channels[1]},
         **{"k": 0, "tau": TAU},
     },
 }
