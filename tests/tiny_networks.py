@@ -6,7 +6,6 @@ the fast path and the oracle must agree to rounding.
 
 import zlib
 from collections import OrderedDict
-from functools import partial
 
 import torch
 from torch import nn
@@ -51,18 +50,30 @@ class CountingNetwork(nn.Module):
         return self.network(x)
 
 
-class Computes(nn.Module):
-    """A function as a part of a network."""
+class Tokens(nn.Module):
+    """(N, C, H, W) to a row of tokens, (N, H * W, C), or to a grid of them, (N, H, W, C)."""
 
-    def __init__(self, function):
+    def __init__(self, grid: bool):
         super().__init__()
-        self.function = function
+        self.grid = grid
 
     def forward(self, x):
-        return self.function(x)
+        x = x.movedim(1, -1)
+        return x if self.grid else x.flatten(1, 2)
 
 
-PooledFeatures = partial(Computes, lambda x: x.flatten(2).mean(2))  # (N, C, ...) to (N, C)
+class MeanToken(nn.Module):
+    """Average over tokens, (N, ..., F) to (N, F)."""
+
+    def forward(self, x):
+        return x.flatten(1, -2).mean(1)
+
+
+class PooledFeatures(nn.Module):
+    """Average over all positions, (N, C, ...) to (N, C)."""
+
+    def forward(self, x):
+        return x.flatten(2).mean(2)
 
 
 def randomise_batch_norms(network):
@@ -98,11 +109,11 @@ def around(layer, *behind):
     )
 
 
-def _linear_on_tokens(shape):
+def _linear_on_tokens(grid):
     parts = {
-        **{"patches": nn.Conv2d(3, 6, 2), "tokens": Computes(shape), "norm": nn.LayerNorm(6)},
+        **{"patches": nn.Conv2d(3, 6, 2), "tokens": Tokens(grid), "norm": nn.LayerNorm(6)},
         **{"layer": nn.Linear(6, 8), "act": nn.GELU()},
-        **{"mean": Computes(lambda x: x.flatten(1, -2).mean(1)), "head": nn.Linear(8, N_CLASSES)},
+        **{"mean": MeanToken(), "head": nn.Linear(8, N_CLASSES)},
     }
     return stack(*parts.items())
 
@@ -164,8 +175,8 @@ KINDS = {
     "three dimensions": lambda: around(nn.Conv3d(6, 8, (1, 3, 2), padding=(0, 1, 0), groups=2)),
     "pooled features": lambda: _linear_on_pooled(layer_is_head=False),
     "head": lambda: _linear_on_pooled(layer_is_head=True),
-    "tokens": lambda: _linear_on_tokens(lambda x: x.movedim(1, -1).flatten(1, 2)),
-    "grid of tokens": lambda: _linear_on_tokens(lambda x: x.movedim(1, -1)),
+    "tokens": lambda: _linear_on_tokens(grid=False),
+    "grid of tokens": lambda: _linear_on_tokens(grid=True),
     "pads by size": lambda: around(PadsSame(6, 8, (3, 5), stride=(2, 3), groups=2)),
 }
 
