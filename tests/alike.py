@@ -1,9 +1,6 @@
 """Whether two figures show the same, whatever versions of fonts and libraries drew them."""
 
-from __future__ import annotations
-
 import io
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -14,21 +11,21 @@ FREQUENT = 0.012  # share of the pixels: more than the blurred edges of frames h
 VIVID, SAME = 60, 12  # levels: between a colour's channels, where grey has none; between colours
 
 
-def open_white(content: bytes | Path) -> Image.Image:
+def open_white(content):
     """Open a picture, on white paper."""
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as picture:
         shown = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
 
 
-def vivid_colours(picture: Image.Image) -> np.ndarray:
+def vivid_colours(picture):
     """The vivid colours that a picture was drawn with, (n, 3)."""
     found, counts = np.unique(np.asarray(picture).reshape(-1, 3), axis=0, return_counts=True)
     frequent = found[counts > FREQUENT * counts.sum()].astype(int)
     return frequent[np.ptp(frequent, axis=1) > VIVID]
 
 
-def assert_alike(one: bytes | Path, other: bytes | Path) -> None:
+def assert_alike(one, other):
     """Two pictures have one size, the same colours, and differ in few coarse cells only."""
     pictures = open_white(one), open_white(other)
     assert np.allclose(pictures[0].size, pictures[1].size, rtol=0.01)

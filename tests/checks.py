@@ -8,22 +8,15 @@ import copy
 import csv
 import itertools
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import oracle
-from unbraid import Evaluation, Findings, Scan, Sensitivity, Split, find
-from unbraid.finding.findings import Concept, Pair
-from unbraid.measuring.results import Ratio
-from unbraid.scanning.records import Records
-from unbraid.splitting.splits import ChannelSplit
+from unbraid import find
+from unbraid.finding.findings import Pair
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 MEASURES = ("retention", "leakage", "mimic_error", "silence_error", "auroc")
@@ -42,35 +35,32 @@ class Truth:
     shares: Tensor  # (N, C)
     input_relevance: Tensor  # (N, C, C_in / G)
 
-    def pooled(self, image: int) -> Tensor:
+    def pooled(self, image):
         return oracle.pooled_input(self.layer, self.x[image])
 
-    def images(self, concept: Concept) -> list[int]:
+    def images(self, concept):
         return [n for n, label in enumerate(self.labels) if label in concept]
 
-    def arv(self, concept: Concept, channel: int) -> Tensor:
+    def arv(self, concept, channel):
         own = [0 if label in concept else 1 for label in self.labels]
         return oracle.arv(self.input_relevance, own, 0)[channel]
 
-    def cosine(self, channel: int, class1: int, class2: int) -> float:
+    def cosine(self, channel, class1, class2):
         return oracle.cosine(self.arv((class1,), channel), self.arv((class2,), channel))
 
-    def pairs(self, tau: float, p: float, gamma: float) -> list[tuple[int, int, int, float]]:
+    def pairs(self, tau, p, gamma):
         """The published pairs: channel, classes and cosine."""
         used = oracle.uses(self.shares, self.labels, tau, p)
         arvs = [oracle.arv(self.input_relevance, self.labels, t) for t in range(len(used))]
         return oracle.polysemantic_pairs(torch.stack(arvs), used, gamma)
 
-    def pooled_response(self, channel: int, row: Tensor, *, rectified: bool = False) -> Tensor:
+    def pooled_response(self, channel, row, *, rectified=False):
         """Sum over positions of the channel were `row` its weights, (N,); the bias stands."""
         maps = [oracle.channel_map(self.layer, channel, row, x) for x in self.x]
         return torch.stack([(z.clamp(min=0) if rectified else z).sum() for z in maps])
 
-    def rectified_response(self, channel: int, row: Tensor) -> Tensor:
-        return self.pooled_response(channel, row, rectified=True)
 
-
-def truth_of(network: nn.Module, dataset: Dataset[Any], layer: str = "layer") -> Truth:
+def truth_of(network, dataset, layer="layer"):
     module = network.get_submodule(layer)
     images, labels = zip(*(dataset[n] for n in range(len(dataset))), strict=True)
     xs, zs, logits = zip(*(oracle.layer_io(network, layer, x) for x in images), strict=True)
@@ -88,29 +78,20 @@ def truth_of(network: nn.Module, dataset: Dataset[Any], layer: str = "layer") ->
     )
 
 
-def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
+def assert_close(actual, expected, tolerance=1e-9):
     """Agree to a tolerance, relative and absolute; nan agrees with nan, shapes must be the same."""
-    actual, expected = (
-        torch.as_tensor(v, dtype=torch.float64).detach() for v in (actual, expected)
-    )
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    values = [torch.as_tensor(v, dtype=torch.float64).detach() for v in (actual, expected)]
+    torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def assert_bit_equal(actual: Tensor, expected: Tensor) -> None:
+def assert_bit_equal(actual, expected):
     """Same kind, same shape, same bits; even the sign of a zero counts."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     bits = [v.detach().contiguous().flatten().view(torch.uint8) for v in (actual, expected)]
     assert int((bits[0] != bits[1]).sum()) == 0
 
 
-def assert_pooled_inputs(pooled: Tensor, truth: Truth) -> None:
-    """(N, G, J) are the oracle's: the gradients of the summed output by the weights."""
-    assert_close(pooled, torch.stack([truth.pooled(n) for n in range(len(truth.x))]))
-
-
-def assert_rows_explain_output(
-    pooled: Tensor, rows: Tensor, bias: Tensor, n_positions: Sequence[int] | Tensor, truth: Truth
-) -> None:
+def assert_rows_explain_output(pooled, rows, bias, n_positions, truth):
     """W[o] . s[n] + P * b[o] = sum_p z[n, o, p], with the s of the group of o."""
     per_group = len(rows) // pooled.shape[1]
     for n, z in enumerate(truth.z):
@@ -119,18 +100,14 @@ def assert_rows_explain_output(
             assert_close(row @ s + float(n_positions[n]) * bias[o], z[o].sum())
 
 
-def assert_responses(
-    responses: Tensor, channels: Sequence[int], rows: Tensor, truth: Truth
-) -> None:
+def assert_responses(responses, channels, rows, truth):
     """(N, R, P): each row answers as its channel would with that row for weights."""
     for n, x in enumerate(truth.x):
         for z, o, row in zip(responses[n], channels, rows, strict=True):
             assert_close(z, oracle.channel_map(truth.layer, o, row, x))
 
 
-def assert_records(
-    shards: Sequence[Records], truth: Truth, min_share: float, images: Sequence[int]
-) -> None:
+def assert_records(shards, truth, min_share, images):
     """The shards hold exactly these images, in order, each with what the oracle says of it."""
     assert [int(n) for records in shards for n in records.index] == list(images)
     for records in shards:
@@ -148,27 +125,19 @@ def assert_records(
             assert records.share_channel[first:last].tolist() == wanted
             assert_close(records.share_value[first:last], shares[wanted])
             assert_close([records.share_of(o)[row] for o in range(len(shares))], shares)
+            if records.input_map is not None:  # as it was, channels first
+                x = truth.x[n]
+                x = x.reshape(-1, x.shape[-1]).T if isinstance(truth.layer, nn.Linear) else x
+                assert_close(records.input_map[row], x)
 
 
-def assert_input_maps(shards: Sequence[Records], truth: Truth) -> None:
-    """The layer's input is kept as it was, channels first."""
-    for records in shards:
-        assert records.input_map is not None
-        for row, n in enumerate(records.index.tolist()):
-            x = truth.x[n]
-            if isinstance(truth.layer, nn.Linear):
-                x = x.reshape(-1, x.shape[-1]).T
-            assert_close(records.input_map[row], x)
-
-
-def assert_same_files(folder1: Path, folder2: Path) -> None:
+def assert_same_files(folder1, folder2):
     """Two folders hold the same files, byte for byte."""
     one, other = ({p.name: p.read_bytes() for p in f.iterdir()} for f in (folder1, folder2))
-    assert sorted(one) == sorted(other)
-    assert [name for name in one if one[name] != other[name]] == []
+    assert [name for name in {**one, **other} if one.get(name) != other.get(name)] == []
 
 
-def assert_same_tensors(folder1: Path, folder2: Path) -> None:
+def assert_same_tensors(folder1, folder2):
     """Two scans, of which their shards say that they are different, hold the same, to the bit."""
     names1, names2 = (sorted(path.name for path in f.glob("shard-*")) for f in (folder1, folder2))
     assert names1 == names2 != []
@@ -179,7 +148,7 @@ def assert_same_tensors(folder1: Path, folder2: Path) -> None:
             assert_bit_equal(tensor, other[key])
 
 
-def snapshot(network: nn.Module) -> dict[str, Any]:
+def snapshot(network):
     """All that a scan could leave behind in a network."""
     parameters, modules = dict(network.named_parameters()), dict(network.named_modules())
     return {
@@ -191,7 +160,7 @@ def snapshot(network: nn.Module) -> dict[str, Any]:
     }
 
 
-def assert_untouched(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+def assert_untouched(before, after):
     """State, modes, wanted gradients, gradients and hooks are the same, tensors to the bit."""
     for part in ("modes", "wants", "hooks"):
         assert after[part] == before[part], part
@@ -204,7 +173,7 @@ def assert_untouched(before: Mapping[str, Any], after: Mapping[str, Any]) -> Non
                 assert_bit_equal(after[part][name], value)
 
 
-def assert_pairs(pairs: Sequence[Pair], truth: Truth, tau: float, p: float, gamma: float) -> None:
+def assert_pairs(pairs, truth, tau, p, gamma):
     """Exactly the published pairs, lowest cosine first, each with its cosine and fractions."""
     expected = {(o, t1, t2): cosine for o, t1, t2, cosine in truth.pairs(tau, p, gamma)}
     found = [(pair.channel, pair.class1, pair.class2) for pair in pairs]
@@ -217,9 +186,7 @@ def assert_pairs(pairs: Sequence[Pair], truth: Truth, tau: float, p: float, gamm
             assert_close(use, (shares >= tau).double().mean())
 
 
-def assert_tau_chosen(
-    tau: float, shares: Tensor, labels: Sequence[int], n_matter: int, min_share: float
-) -> None:
+def assert_tau_chosen(tau, shares, labels, n_matter, min_share):
     """The tau by the documented rule, cut behind three digits; what the scan kept is no bound."""
     exact = oracle.automatic_tau(shares, labels, n_matter)
     if exact < min_share:
@@ -230,7 +197,7 @@ def assert_tau_chosen(
     assert tau + 10.0 ** (math.floor(math.log10(tau)) - 2) > exact
 
 
-def assert_sensitivity(counted: Sensitivity, truth: Truth) -> None:
+def assert_sensitivity(counted, truth):
     """Every choice of thresholds in the grid, each with the number of published pairs."""
     grid = list(itertools.product(counted.taus, counted.ps, counted.gammas))
     assert [(cell.tau, cell.p, cell.gamma) for cell in counted.cells] == grid
@@ -240,7 +207,7 @@ def assert_sensitivity(counted: Sensitivity, truth: Truth) -> None:
         assert (cell.n_channels, cell.n_pairs) == (n_channels, len(pairs)), cell
 
 
-def assert_agrees_with_find(counted: Sensitivity, scan: Scan) -> None:
+def assert_agrees_with_find(counted, scan):
     """Every choice of thresholds finds exactly what `find` finds with them."""
     assert counted.cells
     for cell in counted.cells:
@@ -248,9 +215,7 @@ def assert_agrees_with_find(counted: Sensitivity, scan: Scan) -> None:
         assert (cell.n_channels, cell.n_pairs) == (len(found.concepts), len(found.pairs)), cell
 
 
-def assert_grouped(
-    concepts: Sequence[Concept], classes: Sequence[int], cosines: Mapping[Any, float], gamma: float
-) -> None:
+def assert_grouped(concepts, classes, cosines, gamma):
     """Complete linkage: every class in one concept, alike within, and no two could be one.
 
     cosines maps (class1, class2), class1 < class2, to the cosine of their ARVs.
@@ -263,7 +228,7 @@ def assert_grouped(
         assert min(across) < gamma, (one, other)
 
 
-def assert_csv(path: Path, found: Findings) -> None:
+def assert_csv(path, found):
     """The file holds the pairs, in order, with names, figures to the last digit, and no nan."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -279,7 +244,7 @@ def assert_csv(path: Path, found: Findings) -> None:
         assert told == [str(found.uncertain(pair)), *names]
 
 
-def assert_published_rows(part: ChannelSplit, rho: float, truth: Truth) -> None:
+def assert_published_rows(part, rho, truth):
     """The rows of two concepts, and the residual, are those of the published rule."""
     v1, v2 = (truth.arv(concept, part.channel) for concept in part.concepts)
     original = truth.layer.weight[part.channel].detach().flatten()
@@ -291,7 +256,7 @@ def assert_published_rows(part: ChannelSplit, rho: float, truth: Truth) -> None:
     assert part.bias == part.residual_bias == bias
 
 
-def assert_extended_masks(masks: Tensor, arvs: Sequence[Tensor], rho: float, taps: int) -> None:
+def assert_extended_masks(masks, arvs, rho, taps):
     """(K, J): a tap is dropped where its input channel belongs to another concept.
 
     It belongs to the first concept k with rho * v_k > v_l for all other concepts l.
@@ -307,23 +272,23 @@ def assert_extended_masks(masks: Tensor, arvs: Sequence[Tensor], rho: float, tap
     assert torch.equal(masks, expected.flatten(1).to(masks))
 
 
-def assert_published_rho(part: ChannelSplit, truth: Truth) -> None:
+def assert_published_rho(part, truth):
     """The rho of two concepts is the one that the published criterion chooses."""
     xs = [[truth.x[n] for n in truth.images(concept)] for concept in part.concepts]
     arvs = [truth.arv(concept, part.channel) for concept in part.concepts]
     assert part.info["rho"] == oracle.published_rho(truth.layer, part.channel, *xs, *arvs)[0]
 
 
-def assert_adds_up(part: ChannelSplit, tolerance: float = 1e-14) -> None:
+def assert_adds_up(part, tolerance=1e-14):
     """Concept channels minus residual are the original, in weights and in bias."""
     assert_close(part.rows.sum(0) - part.residual_row, part.weight, tolerance)
     assert_close(len(part.concepts) * part.bias - part.residual_bias, part.bias, tolerance)
 
 
-def assert_same_split(split1: Split, split2: Split) -> None:
+def assert_same_split(split1, split2):
     """Two splits are the same, tensors to the bit."""
 
-    def assert_same(one: Any, other: Any, names: str) -> None:
+    def assert_same(one, other, names):
         for name in names.split():
             value, expected = getattr(one, name), getattr(other, name)
             if isinstance(value, Tensor):
@@ -339,14 +304,14 @@ def assert_same_split(split1: Split, split2: Split) -> None:
         assert_same(cluster, split2.clusters[number], "channel place least centres")
 
 
-def assert_same_outputs(network: nn.Module, other: nn.Module, images: Tensor) -> None:
+def assert_same_outputs(network, other, images):
     """Two networks compute the same, bit for bit, with and without a graph."""
     for graph in (True, False):
         with torch.set_grad_enabled(graph):
             assert_bit_equal(other(images), network(images))
 
 
-def assert_same_input_gradients(network: nn.Module, other: nn.Module, images: Tensor) -> None:
+def assert_same_input_gradients(network, other, images):
     """The gradient of every logit by the image is the same, up to rounding."""
     gradients = []
     for one in (network, other):
@@ -358,7 +323,7 @@ def assert_same_input_gradients(network: nn.Module, other: nn.Module, images: Te
         assert_close(actual, expected, 1e-10)
 
 
-def _assert_measure(measured: float | None, expected: float) -> None:
+def _assert_measure(measured, expected):
     """Agree, where a measure that cannot be computed (a channel that is silent) is no number."""
     known = measured is not None and math.isfinite(measured)
     assert known == math.isfinite(expected), (measured, expected)
@@ -366,25 +331,22 @@ def _assert_measure(measured: float | None, expected: float) -> None:
         assert_close(measured, expected)
 
 
-def assert_evaluation(result: Evaluation, split: Split, truth: Truth) -> None:
+def assert_evaluation(result, split, truth):
     """Every measure of every concept and channel, rectified ones included, is the oracle's."""
-    kinds = {"separation_error": False, "separation_error_rectified": True}
+    kinds = {"separation_error_rectified": True, "separation_error": False}
     errors: dict[str, list[float]] = {name: [] for name in kinds}
     for measured, part in zip(result.channels, split.channels, strict=True):
         assert measured.channel == part.channel
         assert [one.classes for one in measured.concepts] == list(part.concepts)
         images = [truth.images(concept) for concept in part.concepts]
-        responses = {}
         for name, rectified in kinds.items():
             z, *z_new = (
                 truth.pooled_response(part.channel, row, rectified=rectified)
                 for row in (part.weight, *part.rows)
             )
-            responses[name] = z, z_new
             errors[name].append(oracle.separation_error(z, z_new, images))
             _assert_measure(getattr(measured, name), errors[name][-1])
-        z, z_new = responses["separation_error"]
-        for k, concept in enumerate(measured.concepts):
+        for k, concept in enumerate(measured.concepts):  # by the responses that are not rectified
             own, others = images[k], images[:k] + images[k + 1 :]
             assert concept.n_images == len(own)
             leakages = [oracle.leakage(z, z_new[k], other) for other in others]
@@ -403,9 +365,7 @@ def assert_evaluation(result: Evaluation, split: Split, truth: Truth) -> None:
             _assert_measure(result.summary[split.method][name], sum(values) / len(values))
 
 
-def assert_published_table(
-    ratios: Sequence[Ratio], part: ChannelSplit, k: int, truth: Truth, tau: float
-) -> None:
+def assert_published_table(ratios, part, k, truth, tau):
     """Mean and median part of each new channel in the original, over images of concept k."""
     images = truth.images(part.concepts[k])
     rows, shares = (*part.rows, part.residual_row), truth.shares[images, part.channel]

@@ -2,12 +2,11 @@
 
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = {"python", "sh", "text"}  # what a block may be: run, run, and shown
 
 # Programs that a command in the text may begin with; those that no test runs are noticed.
 PROGRAMS = (
@@ -24,35 +23,25 @@ _FENCE = re.compile(
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 
-@dataclass(frozen=True)
-class Block:
-    """A block of code, and what the page says that it prints (None: nothing is said)."""
-
-    language: str
-    code: str
-    prints: str | None
-
-
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """A command, its words as a shell would have them; `inline` where it stands in the text."""
 
     text: str
     inline: bool = False
 
-    def __str__(self) -> str:
-        return self.text
 
+def blocks(text):
+    """List a page's blocks, each with its "language", "code" and what it "prints", if said.
 
-def blocks(text: str) -> list[Block]:
-    """List a page's blocks; AssertionError for one that this would miss, or a hidden command."""
+    AssertionError for one that this would miss, or a hidden command.
+    """
     text = text.rstrip("\n") + "\n"
-    found = [Block(m["language"], m["code"], m["prints"]) for m in _FENCE.finditer(text)]
-    printing = sum(block.prints is not None for block in found)
+    found = list(_FENCE.finditer(text))
+    printing = sum(block["prints"] is not None for block in found)
     assert text.count("```") + text.count("~~~") == 2 * (len(found) + printing)
     assert text.count("<!-- prints -->") == printing
-    assert {block.language for block in found} <= LANGUAGES
-    shown = [block.code for block in found if block.language == "text"]
+    assert {block["language"] for block in found} <= {"python", "sh", "text"}
+    shown = [block["code"] for block in found if block["language"] == "text"]
     shown += re.findall(r"^ {4,}[^ ].*$", _FENCE.sub("", text), re.MULTILINE)
     for line in "\n".join(shown).splitlines():
         first, *more = line.strip(" $").split() or [""]
@@ -60,14 +49,14 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
-def spans(text: str) -> list[str]:
+def spans(text):
     """List the pieces of code that stand in the text itself."""
     return _SPAN.findall(_FENCE.sub("", text.rstrip("\n") + "\n"))
 
 
-def commands(text: str) -> list[Command]:
+def commands(text):
     """List every command of a page, those of its text and options alone included, each once."""
-    scripts = [block.code for block in blocks(text) if block.language == "sh"]
+    scripts = [block["code"] for block in blocks(text) if block["language"] == "sh"]
     lines = "\n".join(scripts).replace("\\\n", " ")
     found = [Command(_words(part)) for part in re.split(r"&&|\|\||[;|\n]", lines)]
     for span in spans(text):
@@ -77,5 +66,5 @@ def commands(text: str) -> list[Command]:
     return [command for command in dict.fromkeys(found) if command.text]
 
 
-def _words(line: str) -> str:
+def _words(line):
     return shlex.join(shlex.split(line, comments=True))

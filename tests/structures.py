@@ -3,12 +3,9 @@
 As in networks.py the layer under test is called "layer", and numbers are float64.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,39 +14,43 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import oracle
-from tiny_networks import IMAGE_SIZE, N_CLASSES, OverwritesInput, SyntheticImages
+from tiny_networks import N_CLASSES, SyntheticImages
 
 
 class Around(nn.Module):
     """A stem, a body with the layer, and a head on what is averaged over positions."""
 
-    def __init__(
-        self, layer: nn.Module | None = None, n_logits: int = N_CLASSES, n_features: int = 6
-    ) -> None:
+    def __init__(self, layer=None, n_logits=N_CLASSES, n_features=6):
         super().__init__()
         self.stem = nn.Conv2d(3, 6, 3, padding=1)
         self.layer = nn.Conv2d(6, 6, 3, padding=1) if layer is None else layer
         self.head = nn.Linear(n_features, n_logits)
 
-    def body(self, x: Tensor) -> Tensor:
+    def body(self, x):
         return self.layer(x).relu_()
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x):
         return self.head(self.body(self.stem(x)).flatten(2).mean(2))
 
 
-def _body(body: Callable[[Any, Tensor], Tensor], n_features: int = 6) -> Callable[[], nn.Module]:
+def _body(body, n_features=6):
     """A network with a body of its own."""
     return lambda: type("Own", (Around,), {"body": body})(n_features=n_features)
 
 
-def _on_two_sizes(self: Around, x: Tensor) -> Tensor:
+def _overwriting(self, x):
+    """A residual block that adds what the layer computes to the layer's own input."""
+    x += self.layer(x)
+    return x.relu_()
+
+
+def _on_two_sizes(self, x):
     """Both runs lead to the head, one on a smaller map."""
     small = self.layer(F.avg_pool2d(x, 2)).relu_()
     return self.layer(x).relu_() + small.mean((2, 3), keepdim=True)
 
 
-def _in_frames(self: Around, x: Tensor) -> Tensor:
+def _in_frames(self, x):
     halves = x.unflatten(3, (2, 3)).movedim(3, 1)  # (N, 2, C, H, 3)
     return self.layer(halves.flatten(0, 1)).relu_().unflatten(0, (-1, 2)).sum(1)
 
@@ -57,11 +58,11 @@ def _in_frames(self: Around, x: Tensor) -> Tensor:
 class Tokens(Around):
     """A block of a transformer, on tokens in the shape that `shape` gives them."""
 
-    def __init__(self, shape: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, shape):
         super().__init__(nn.Linear(6, 10))
         self.shape, self.norm, self.back = shape, nn.LayerNorm(6), nn.Linear(10, 6)
 
-    def body(self, x: Tensor) -> Tensor:
+    def body(self, x):
         tokens = x.flatten(2).mT
         mixed = tokens + F.scaled_dot_product_attention(tokens, tokens, tokens)
         mlp = self.back(F.gelu(self.layer(self.shape(self.norm(mixed)))))
@@ -69,51 +70,46 @@ class Tokens(Around):
 
 
 class Checkpointed(Around):
-    def __init__(self, reentrant: bool) -> None:
+    def __init__(self, reentrant):
         super().__init__()
         self.reentrant = reentrant
 
-    def block(self, x: Tensor) -> Tensor:
+    def block(self, x):
         return (self.layer(x).sigmoid() * 2).sin()
 
-    def body(self, x: Tensor) -> Tensor:
+    def body(self, x):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return checkpoint(self.block, x, use_reentrant=self.reentrant)
 
 
 class Standardised(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         std, mean = torch.std_mean(self.weight, (1, 2, 3), keepdim=True)
         return self._conv_forward(x, (self.weight - mean) / std, self.bias)
 
 
-def _standardised(layer: nn.Module) -> Tensor:
+def _standardised(layer):
     return torch.stack([(row - row.mean()) / row.std() for row in layer.weight])
 
 
-def _new_norm(layer: nn.Module) -> Tensor:
+def _new_norm(layer):
     made = layer.parametrizations.weight
     rows = zip(made.original0, made.original1, strict=True)
     return torch.stack([g * v / v.square().sum().sqrt() for g, v in rows])
 
 
-def _new_spectral(layer: nn.Module) -> Tensor:
+def _new_spectral(layer):
     made = layer.parametrizations.weight
     return made.original / (made[0]._u @ made.original.flatten(1) @ made[0]._v)
 
 
-def _old_spectral(layer: nn.Module) -> Tensor:
+def _old_spectral(layer):
     return layer.weight_orig / (layer.weight_u @ layer.weight_orig.flatten(1) @ layer.weight_v)
 
 
-def _normed(norm: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the older ways are deprecated, and in use
-            return Around(norm(nn.Conv2d(6, 6, 3, padding=1)))
-
-    return build
+def _normed(norm):
+    return lambda: Around(norm(nn.Conv2d(6, 6, 3, padding=1)))
 
 
 @dataclass
@@ -124,12 +120,10 @@ class Structured:
     differentiable: bool = True  # torch can take gradients by the image
 
 
-STRUCTURES: dict[str, Structured] = {
+STRUCTURES = {
     "plain": Structured(Around),
-    "in place": Structured(OverwritesInput, differentiable=False),
-    "concatenated": Structured(
-        _body(lambda self, x: torch.cat([x, self.layer(x)], 1).relu_(), n_features=12)
-    ),
+    "in place": Structured(_body(_overwriting), differentiable=False),
+    "concatenated": Structured(_body(lambda net, x: torch.cat([x, net.layer(x)], 1).relu_(), 12)),
     "added": Structured(_body(lambda self, x: (x + self.layer(x)).relu())),
     "runs again": Structured(
         _body(lambda self, x: self.layer(self.layer(x).relu_()).relu_()), once=False
@@ -149,26 +143,23 @@ STRUCTURES: dict[str, Structured] = {
 }
 
 
-def build(kind: str) -> nn.Module:
+def build(kind):
     """A network of a kind with random weights, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         return STRUCTURES[kind].build().double().eval()
 
 
-class Traced(NamedTuple):  # of one image: sums over the layer's runs and the image's parts
-    pooled: Tensor  # (G, J)
-    relevance: Tensor  # (C_out,)
-    n_positions: int
+def trace(kind, image, label):
+    """Run a network of a kind on one image, with nothing cut, and add up what the layer did.
 
-
-def trace(kind: str, image: Tensor, label: int) -> Traced:
-    """Run a network of a kind on one image, with nothing cut, and add up what the layer did."""
+    Over its runs and the image's parts: pooled input (G, J), relevance (C_out,) and n_positions.
+    """
     network = build(kind)
     layer = bare_layer(kind, network)
     calls = []
 
-    def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def keep(_module, args, output):
         calls.append((args[0].detach().clone(), output))
         return output.clone()
 
@@ -183,10 +174,10 @@ def trace(kind: str, image: Tensor, label: int) -> Traced:
             pooled = pooled + oracle.pooled_input(layer, part)
             relevance = relevance + oracle._by_channel(layer, own * slope).sum(1)
             n_positions += oracle._by_channel(layer, own).shape[1]
-    return Traced(pooled, relevance, n_positions)
+    return pooled, relevance, n_positions
 
 
-def bare_layer(kind: str, network: nn.Module) -> nn.Module:
+def bare_layer(kind, network):
     """The layer with its computed weights written down."""
     made, old = STRUCTURES[kind].weight, network.layer
     if made is None:
@@ -198,5 +189,5 @@ def bare_layer(kind: str, network: nn.Module) -> nn.Module:
     return layer
 
 
-def images(n_images: int = 8) -> SyntheticImages:
-    return SyntheticImages(n_images, size=IMAGE_SIZE)
+def images(n_images=8):
+    return SyntheticImages(n_images)

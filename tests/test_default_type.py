@@ -5,18 +5,15 @@ Nor on its default device, which only code of the caller's own sees.
 
 import ast
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch import Tensor
+from torch.utils.data import Subset
 
 import unbraid
 from tiny_networks import SyntheticImages, build
@@ -28,7 +25,6 @@ from unbraid.running.run import run
 from unbraid.scanning.scan import usable_layers
 from unbraid.scanning.scan_options import Loading
 
-SOURCE = Path(unbraid.__file__).parent
 MAKES = re.compile(
     r"torch(\.fft)?\.(zeros|ones|full|empty|rand|randn|normal|arange|linspace|logspace|eye|tensor"
     r"|as_tensor|asarray|scalar_tensor|r?fftfreq|hann_window|Tensor|FloatTensor)|.*\.new_tensor"
@@ -36,19 +32,21 @@ MAKES = re.compile(
 )
 
 
-@contextmanager
-def default_type(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+@pytest.fixture
+def set_defaults():
+    """Choose what numbers are made as unless told otherwise; "meta" stands for an accelerator."""
+
+    def choose(dtype=torch.float32, device=None):
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+
+    yield choose
+    choose()
 
 
 def test_every_call_that_makes_a_tensor_says_its_type():
     n_calls = 0
-    for file in SOURCE.rglob("*.py"):
+    for file in Path(unbraid.__file__).parent.rglob("*.py"):
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and MAKES.fullmatch(ast.unparse(call.func)):
                 n_calls += 1
@@ -56,23 +54,19 @@ def test_every_call_that_makes_a_tensor_says_its_type():
     assert n_calls > 20
 
 
-def fingerprint_of(value: Any) -> Any:
+def fingerprint_of(value):
     """Text and bytes, to compare by."""
     if isinstance(value, Tensor):
         return value.dtype, tuple(value.shape), value.double().numpy().tobytes()
     return repr(value)
 
 
-def made_of(network: nn.Module, layer: str, out: Path) -> dict[str, Any]:
+def made_of(network, layer, images, out):
     """Every file of a run, and what is done with its split after it."""
-    images: Dataset[Any] = Subset(load_images("train"), range(0, 2400, 16))
-    options: dict[str, Any] = {"thresholds": Thresholds(concepts="clusters")}
-    if layer == "layer":  # of a tiny network
-        with torch.device("cpu"), default_type(torch.float32):
-            images = SyntheticImages(12, dtype=torch.float32)
-        options = {"thresholds": Thresholds(0.01, 0.1, 0.999)}
-    options |= {"loading": Loading(batch_size=len(images) // 2), "source": {}, "title": "x"}
-    done = run(network, layer, images, images, out, say=lambda _: None, **options)
+    tiny = layer == "layer"
+    options = {"loading": Loading(batch_size=len(images) // 2), "source": {}, "title": "x"}
+    thresholds = Thresholds(0.01, 0.1, 0.999) if tiny else Thresholds(concepts="clusters")
+    done = run(network, layer, images, images, out, thresholds=thresholds, say=str, **options)
     split, channel = done.split, done.split.channels[0].channel
     model2, plain = (unbraid.apply(network, split, form=form) for form in ("exact", "plain"))
     x = torch.stack([images[k][0] for k in range(4)]).to(next(network.parameters()).dtype)
@@ -81,8 +75,7 @@ def made_of(network: nn.Module, layer: str, out: Path) -> dict[str, Any]:
     with torch.no_grad(), unbraid.clamp(model2, layer, channel, 1, -0.1, 0.3):
         clamped = model2(x)
     made = {
-        "gated": gated,
-        "clamped": clamped,
+        **{"gated": gated, "clamped": clamped},
         "plain form": unbraid.compare_outputs(network, plain, images, tolerance=1.0),
         "sums": unbraid.evaluate(unbraid.split(done.train_scan, done.found), done.train_scan),
         "circuit": unbraid.circuit(split, done.train_scan, channel, 0),
@@ -93,15 +86,8 @@ def made_of(network: nn.Module, layer: str, out: Path) -> dict[str, Any]:
     return {name: fingerprint_of(value) for name, value in made.items()}
 
 
-def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def differing(one, other):
     return [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
-
-
-@pytest.fixture
-def elsewhere() -> Iterator[Callable[[], None]]:
-    """Numbers are made without content unless told otherwise; stands for an accelerator."""
-    yield lambda: torch.set_default_device("meta")
-    torch.set_default_device(None)
 
 
 @pytest.mark.parametrize(
@@ -113,33 +99,36 @@ def elsewhere() -> Iterator[Callable[[], None]]:
     ],
 )
 def test_no_default_type_or_device_changes_a_result(
-    case, own, other, tmp_path, elsewhere, monkeypatch
+    case, own, other, tmp_path, set_defaults, monkeypatch
 ):
     quick = partial(running.visualize, steps=2, spectrum=case == "3x3")
     monkeypatch.setattr(running, "visualize", quick)
     monkeypatch.setattr(running, "SECONDS", 0.0)
-    network, layer = (load_network(), "mix") if case == "demo" else (build(case, own), "layer")
-    expected = made_of(network, layer, tmp_path / "usual")
+    if case == "demo":
+        made = load_network(), "mix", Subset(load_images("train"), range(0, 2400, 16))
+    else:
+        made = build(case, own), "layer", SyntheticImages(12, dtype=torch.float32)
+    expected = made_of(*made, tmp_path / "usual")
     assert len(expected) > 20
-    with default_type(other):
-        assert differing(expected, made_of(network, layer, tmp_path / "other")) == []
-    elsewhere()
-    assert differing(expected, made_of(network, layer, tmp_path / "elsewhere")) == []
+    set_defaults(other)
+    assert differing(expected, made_of(*made, tmp_path / "other")) == []
+    set_defaults(device="meta")
+    assert differing(expected, made_of(*made, tmp_path / "elsewhere")) == []
     assert torch.get_default_device().type == "meta"
 
 
-def test_a_number_of_the_default_type_is_noticed():
+def test_a_number_of_the_default_type_is_noticed(set_defaults):
     layer, images = build("1x1", torch.float32), SyntheticImages(2, dtype=torch.float32).images
     found = []
     for other in (torch.float32, torch.bfloat16):
-        with default_type(other), torch.no_grad():
-            careless = layer(images) * torch.tensor(1 / 3).to(images)
-            found.append({"careless": fingerprint_of(careless), "sound": repr(3)})
+        set_defaults(other)
+        careless = layer(images).detach() * torch.tensor(1 / 3).to(images)
+        found.append({"careless": fingerprint_of(careless), "sound": repr(3)})
     assert differing(*found) == ["careless"]
 
 
-def test_code_of_the_caller_keeps_the_caller_s_default_device(tmp_path, elsewhere):
-    met: list[str] = []
+def test_code_of_the_caller_keeps_the_caller_s_default_device(tmp_path, set_defaults):
+    met = []
 
     class NotingImages(SyntheticImages):
         def __getitem__(self, index):
@@ -149,16 +138,16 @@ def test_code_of_the_caller_keeps_the_caller_s_default_device(tmp_path, elsewher
     network = build("3x3", torch.float32)
     network.register_forward_pre_hook(lambda *_: met.append(f"on {torch.empty(1).device.type}"))
     images = NotingImages(8, dtype=torch.float32)
-    elsewhere()
+    set_defaults(device="meta")
     unbraid.scan(network, "layer", images, tmp_path)
     assert set(met) == {"images on meta", "on meta"}
 
 
 @pytest.mark.parametrize("spec", ["timm:resnet18", "torchvision:resnet18"])
-def test_networks_of_a_library_are_of_single_precision(spec):
+def test_networks_of_a_library_are_of_single_precision(spec, set_defaults):
     picture = Image.fromarray(np.arange(90 * 80 * 3, dtype=np.uint8).reshape(90, 80, 3))
     usual = load_model(spec, "random", device="cpu")
-    with default_type(torch.bfloat16):
-        loaded = load_model(spec, "random", device="cpu")
-        assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
-        assert torch.equal(loaded.transform(picture), usual.transform(picture))
+    set_defaults(torch.bfloat16)
+    loaded = load_model(spec, "random", device="cpu")
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    assert torch.equal(loaded.transform(picture), usual.transform(picture))

@@ -7,80 +7,70 @@ as `model`, is listed here, and stands for the demo's network and images.
 import re
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import Any
 
 import datasets
 import pytest
 import torch
-from torch import nn
 
 import unbraid
 from documents import PAGES, ROOT, blocks, spans
-from unbraid.demo.network import CLASSES, LAYER, load_images, load_network
-
-Names = dict[str, Any]
+from unbraid.demo.network import CLASSES, LAYER, DemoNet, load_images, load_network
 
 # Names of the pages' ResNet-50, and what stands in for them.
 STAND_INS = {"layer4.2.conv3": LAYER, "1660": "0"}
 TAKEN = {
-    "README.md": ("model", "train_set", "val_set", "images"),
-    "data.md": ("preprocess",),
-    "figures.md": ("unbraid", "split", "val_scan", "val_set", "features"),
-    "networks.md": ("unbraid", "network"),
-    "steering.md": (
-        *("unbraid", "model2", "layer", "channel", "concept"),
-        *("values", "images", "split", "scan"),
-    ),
-    "tools.md": ("unbraid", "torch", "model", "model2", "split", "images", "labels"),
+    "README.md": "model train_set val_set images",
+    "data.md": "preprocess",
+    "figures.md": "unbraid split val_scan val_set features",
+    "networks.md": "unbraid network",
+    "steering.md": "unbraid model2 layer channel concept values images split scan",
+    "tools.md": "unbraid torch model model2 split images labels",
 }
-N_IMAGES = 8  # in `images`
 
 
-def run(text: str, names: Names) -> None:
+def run(text, names):
     """Run all of a page's Python; what a block prints must be as shown."""
     for block in blocks(text):
-        if block.language == "python":
-            code = block.code
+        if block["language"] == "python":
+            code = block["code"]
             for name, stand_in in STAND_INS.items():
                 code = code.replace(name, stand_in)
             with redirect_stdout(StringIO()) as out:
                 exec(code, names)
-            assert block.prints in (None, out.getvalue())
+            assert block["prints"] in (None, out.getvalue())
 
 
-class Scores(nn.Module):
+class Scores(DemoNet):
     """A network that puts out more than its logits."""
 
-    def __init__(self):
-        super().__init__()
-        self.inner = load_network()
-
     def forward(self, images):
-        return {"scores": self.inner(images), "images": images}
+        return {"scores": super().forward(images), "images": images}
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory) -> Names:
+def known(tmp_path_factory):
     """Everything that a page may take for granted."""
     folder = tmp_path_factory.mktemp("known")
     model, train, test = load_network(), load_images("train"), load_images("test")
     scan = unbraid.scan(model, LAYER, train, folder / "train", batch_size=250)
     split = unbraid.split(scan, unbraid.find(scan))
     model2 = unbraid.apply(model, split)
-    images = torch.stack([train[n][0] for n in range(N_IMAGES)])
+    images = torch.stack([train[n][0] for n in range(8)])
+    network = Scores().eval()
+    network.load_state_dict(model.state_dict())
     return {
         **{"unbraid": unbraid, "torch": torch, "model": model, "model2": model2},
         **{"train_set": train, "val_set": test, "scan": scan, "split": split},
-        **{"images": images, "labels": torch.tensor(train.targets[:N_IMAGES])},
-        **{"layer": LAYER, "channel": 0, "concept": 1, "values": torch.zeros(N_IMAGES)},
+        **{"images": images, "labels": torch.tensor(train.targets[:8])},
+        **{"layer": LAYER, "channel": 0, "concept": 1, "values": torch.zeros(8)},
         "val_scan": unbraid.scan(model, LAYER, test, folder / "val", batch_size=250),
         "features": unbraid.visualize(model2, LAYER, train, [0], steps=8),
-        "network": Scores().eval(),
+        "network": network,
         "preprocess": lambda picture: torch.tensor(picture.size),
     }
 
 
-def few_rows(name: str, *, split: str) -> datasets.Dataset:
+def few_rows(name, *, split):
     """Stand in for the download of a data set."""
     assert (name, split) == ("food101", "train")
     test = load_images("test")
@@ -95,7 +85,7 @@ def test_a_documents_python_runs_and_prints_what_is_shown(page, known, tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", few_rows)
     known["split"].save("split.safetensors")
-    names = {name: known[name] for name in TAKEN.get(page.name, ())}
+    names = {name: known[name] for name in TAKEN.get(page.name, "").split()}
     run(page.read_text(), names)
     for name in {"model2", "network"} & names.keys():  # still computes the same
         logits = names[name](known["images"])

@@ -4,7 +4,6 @@ import re
 import shlex
 import shutil
 import tomllib
-from collections.abc import Callable
 
 import pytest
 
@@ -13,29 +12,28 @@ from documents import PAGES, ROOT, Command, commands
 from unbraid import cli
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+RUN = "run"
 NOWHERE = "unbraid demo --out nowhere"
 
 
-def check_requirements(words: list[str]) -> None:
+def check_requirements(words):
     """`pip install` of the clone, with extras that it has; an index may not have the name."""
-    for word in words[2:]:
-        match = re.fullmatch(r"-e|\.(?:\[(\w+)\])?", word)
-        assert match, word
-        assert match[1] is None or match[1] in EXTRAS, word
+    own = re.compile(rf"-e|\.(\[({'|'.join(EXTRAS)})\])?")
+    assert all(map(own.fullmatch, words[2:])), words
 
 
-def check_files(words: list[str]) -> None:
+def check_files(words):
     """`pytest` or `python` of files that are there."""
     named = [word for word in words if "/" in word or word.endswith(".py")]
     assert all((ROOT / word).exists() for word in named), words
 
 
-def options_of(name: str) -> set[str]:
+def options_of(name):
     """The options that a command of unbraid takes."""
     return {n for argument in cli.app[name].assemble_argument_collection() for n in argument.names}
 
 
-def check_names(words: list[str]) -> None:
+def check_names(words):
     """A command that the text only mentions is there, and so are its options."""
     if words[0] == "unbraid":
         assert set(words[2:]) <= options_of(words[1])
@@ -45,7 +43,7 @@ def check_names(words: list[str]) -> None:
 
 
 # What is looked at in place of a run, by how commands begin.
-LOOKED_AT: dict[str, Callable[[list[str]], None]] = {
+LOOKED_AT = {
     "pip install ": check_requirements,  # takes minutes; `.ci/run` does it
     "python -m pytest ": check_files,  # is what runs this test
     "pytest ": check_files,
@@ -54,27 +52,22 @@ LOOKED_AT: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def check_of(command: Command) -> Callable[[list[str]], None] | None:
-    """What is looked at in place of a run, if anything is."""
+def action_of(command):
+    """RUN, or what is looked at in place of a run; None where nothing is done with a command."""
     for start, check in LOOKED_AT.items():
         if f"{command.text} ".startswith(start):
             return check
     first, *rest = shlex.split(command.text)
     asks_nothing = not rest and first.startswith("--")  # commands ask for more than that
     bare = first == "unbraid" and all(word.startswith("--") for word in rest[1:])
-    named = command.inline and command.text not in LEFT_OUT
-    return check_names if named and (asks_nothing or bare) else None
+    if command.inline and command.text not in LEFT_OUT and (asks_nothing or bare):
+        return check_names
+    return RUN if first in ("unbraid", "torchrun") or command.text in LEFT_OUT else None
 
 
-def is_run(command: Command) -> bool:
-    known = command.text.split()[0] in ("unbraid", "torchrun") or command.text in LEFT_OUT
-    return known and check_of(command) is None
-
-
-def all_commands() -> list[Command]:
-    found = [command for page in PAGES for command in commands(page.read_text())]
-    # Many processes first: a run alone goes on from what they made.
-    return sorted(dict.fromkeys(found), key=lambda c: not c.text.startswith("torchrun"))
+FOUND = [command for page in PAGES for command in commands(page.read_text())]
+# Many processes first: a run alone goes on from what they made.
+FOUND = sorted(dict.fromkeys(FOUND), key=lambda c: not c.text.startswith("torchrun"))
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +78,13 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore::Warning")
-@pytest.mark.parametrize("command", all_commands(), ids=str)
+@pytest.mark.parametrize("command", FOUND, ids=lambda command: command.text)
 def test_a_command_is_run_or_looked_at(command, place):
-    check = check_of(command)
-    if check is not None:
-        check(shlex.split(command.text))
-    else:
-        assert is_run(command)
+    action = action_of(command)
+    if action == RUN:
         place.run(command)
+    else:
+        action(shlex.split(command.text))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +96,7 @@ def test_a_command_is_run_or_looked_at(command, place):
     ],
 )
 def test_a_new_command_that_nothing_is_done_with_is_told(text):
-    assert [c for c in commands(text) if not is_run(c) and check_of(c) is None]
+    assert None in map(action_of, commands(text))
 
 
 @pytest.mark.parametrize("text", ["unbraid layers torchvision:resnet51", NOWHERE])
@@ -126,4 +118,4 @@ def test_a_command_that_fails_or_leaves_nothing_is_told(text, place):
 )
 def test_a_command_that_would_not_be_understood_is_told(text, told):
     with pytest.raises(told):
-        check_of(Command(text, inline=True))(shlex.split(text))
+        action_of(Command(text, inline=True))(shlex.split(text))

@@ -4,15 +4,11 @@ The layer under test is always called "layer". Numbers are float64 unless asked 
 the fast path and the oracle must agree to rounding.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from unbraid.images.broken import UNLABELLED
@@ -21,61 +17,47 @@ N_CLASSES = 4
 IMAGE_SIZE = (3, 7, 6)  # not square, so that swapped dimensions show
 
 
-class SyntheticImages(Dataset[tuple[Tensor, int]]):
+class SyntheticImages(Dataset):
     """A fixed pattern per class, and noise; labels go round, so any part has all classes."""
 
     def __init__(
-        self,
-        n_images: int = 16,
-        *,
-        n_classes: int = N_CLASSES,
-        size: tuple[int, ...] = IMAGE_SIZE,
-        seed: int = 0,
-        noise: float = 0.7,
-        dtype: torch.dtype = torch.float64,
-    ) -> None:
+        self, n_images=16, *, n_classes=N_CLASSES, size=IMAGE_SIZE, seed=0, dtype=torch.float64
+    ):
         patterns = torch.randn(n_classes, *size, generator=torch.Generator().manual_seed(99))
         own = torch.randn(n_images, *size, generator=torch.Generator().manual_seed(seed))
         self.targets = [n % n_classes for n in range(n_images)]
         self.classes = [f"class {t}" for t in range(n_classes)]
-        self.transform: Any = None
-        self.images = (patterns[self.targets] + noise * own).to(dtype)
+        self.transform = None
+        self.images = (patterns[self.targets] + 0.7 * own).to(dtype)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index):
         return self.images[index], self.targets[index]
 
 
 class CountingNetwork(nn.Module):
     """Counts the images that a network is run on."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network):
         super().__init__()
         self.network = network
         self.n_images = 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         self.n_images += len(x)
         return self.network(x)
-
-
-class PooledFeatures(nn.Module):
-    """Average over all positions, (N, C, ...) to (N, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(2).mean(2)
 
 
 class Tokens(nn.Module):
     """(N, C, H, W) to a row of tokens, (N, H * W, C), or to a grid of them, (N, H, W, C)."""
 
-    def __init__(self, grid: bool) -> None:
+    def __init__(self, grid: bool):
         super().__init__()
         self.grid = grid
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = x.movedim(1, -1)
         return x if self.grid else x.flatten(1, 2)
 
@@ -83,11 +65,18 @@ class Tokens(nn.Module):
 class MeanToken(nn.Module):
     """Average over tokens, (N, ..., F) to (N, F)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return x.flatten(1, -2).mean(1)
 
 
-def randomise_batch_norms(network: nn.Module) -> None:
+class PooledFeatures(nn.Module):
+    """Average over all positions, (N, C, ...) to (N, C)."""
+
+    def forward(self, x):
+        return x.flatten(2).mean(2)
+
+
+def randomise_batch_norms(network):
     """Give batch norms something to do: fresh ones are the identity."""
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -97,11 +86,11 @@ def randomise_batch_norms(network: nn.Module) -> None:
                 value.uniform_(-0.2, 0.2)
 
 
-def stack(*parts: tuple[str, nn.Module]) -> nn.Sequential:
+def stack(*parts):
     return nn.Sequential(OrderedDict(parts))
 
 
-def around(layer: nn.Module, *behind: nn.Module) -> nn.Sequential:
+def around(layer, *behind):
     """A network around a convolution of 6 input channels; by default an in-place ReLU behind it."""
     stem_kind, norm_kind, reshape = {
         1: (nn.Conv1d, nn.BatchNorm1d, nn.Flatten(2)),
@@ -120,19 +109,16 @@ def around(layer: nn.Module, *behind: nn.Module) -> nn.Sequential:
     )
 
 
-def _linear_on_tokens(grid: bool) -> nn.Sequential:
-    return stack(
-        ("patches", nn.Conv2d(3, 6, 2)),
-        ("tokens", Tokens(grid)),
-        ("norm", nn.LayerNorm(6)),
-        ("layer", nn.Linear(6, 8)),
-        ("act", nn.GELU()),
-        ("mean", MeanToken()),
-        ("head", nn.Linear(8, N_CLASSES)),
-    )
+def _linear_on_tokens(grid):
+    parts = {
+        **{"patches": nn.Conv2d(3, 6, 2), "tokens": Tokens(grid), "norm": nn.LayerNorm(6)},
+        **{"layer": nn.Linear(6, 8), "act": nn.GELU()},
+        **{"mean": MeanToken(), "head": nn.Linear(8, N_CLASSES)},
+    }
+    return stack(*parts.items())
 
 
-def _linear_on_pooled(layer_is_head: bool) -> nn.Sequential:
+def _linear_on_pooled(layer_is_head):
     parts = [
         ("stem", nn.Conv2d(3, 6, 3)),
         ("stem_act", nn.ReLU(inplace=True)),
@@ -144,51 +130,33 @@ def _linear_on_pooled(layer_is_head: bool) -> nn.Sequential:
     return stack(*parts, ("layer", nn.Linear(6, 8, bias=False)), ("act", act), ("head", head))
 
 
-class OverwritesInput(nn.Module):
-    """A residual block that adds what the layer computes to the layer's own input, in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.layer = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
-        self.head = nn.Linear(6, N_CLASSES)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x += self.layer(x)
-        return self.head(x.relu_().flatten(2).mean(2))
-
-
 class CallsByKeyword(nn.Module):
     """A network of the kind "1x1", "tokens" or alike that hands the layer its input by keyword."""
 
-    def __init__(self, network: nn.Sequential) -> None:
+    def __init__(self, network):
         super().__init__()
         for name, part in network.named_children():
             self.add_module(name, part)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         for name, part in self.named_children():
             x = part(input=x) if name == "layer" else part(x)
         return x
 
 
 class PadsSame(nn.Conv2d):
-    """Pads on its own, with as many zeros as the size of the input asks for."""
+    """Pads on its own, with as many zeros as the size of the input asks for; never dilated."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        pads: list[int] = []
-        for k, size in enumerate(x.shape[2:]):
-            n_positions = -(-size // self.stride[k])
-            reach = (n_positions - 1) * self.stride[k] + self.dilation[k] * (
-                self.kernel_size[k] - 1
-            )
-            missing = max(reach + 1 - size, 0)
+    def forward(self, x):
+        pads = []
+        for size, stride, n_taps in zip(x.shape[2:], self.stride, self.kernel_size, strict=True):
+            n_positions = -(-size // stride)
+            missing = max((n_positions - 1) * stride + n_taps - size, 0)
             pads = [missing // 2, missing - missing // 2, *pads]
         return super().forward(nn.functional.pad(x, pads))
 
 
-KINDS: dict[str, Callable[[], nn.Sequential]] = {
+KINDS = {
     "1x1": lambda: around(nn.Conv2d(6, 8, 1)),
     "3x3": lambda: around(nn.Conv2d(6, 8, 3)),
     "no bias": lambda: around(nn.Conv2d(6, 8, 1, bias=False)),
@@ -197,9 +165,7 @@ KINDS: dict[str, Callable[[], nn.Sequential]] = {
     "same": lambda: around(nn.Conv2d(6, 8, (4, 3), padding="same", dilation=(1, 2))),
     "dilation": lambda: around(nn.Conv2d(6, 8, 3, padding=1, dilation=(2, 1))),
     "reflect": lambda: around(nn.Conv2d(6, 8, 3, padding=(2, 1), padding_mode="reflect")),
-    "circular": lambda: around(
-        nn.Conv2d(6, 8, 3, stride=2, padding=(1, 2), padding_mode="circular")
-    ),
+    "circular": lambda: around(nn.Conv2d(6, 8, 3, 2, (1, 2), padding_mode="circular")),
     "replicate": lambda: around(nn.Conv2d(6, 8, 3, padding=2, padding_mode="replicate")),
     "groups": lambda: around(nn.Conv2d(6, 8, 3, padding=1, groups=2)),
     "batch norm behind": lambda: around(
@@ -215,7 +181,7 @@ KINDS: dict[str, Callable[[], nn.Sequential]] = {
 }
 
 
-def build(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
+def build(kind, dtype=torch.float64, seed=0):
     """A network of a kind with random weights, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000 * seed + zlib.crc32(kind.encode()) % 1000)
@@ -224,35 +190,32 @@ def build(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Se
     return network.to(dtype).eval()
 
 
-def layer_input(network: nn.Module, images: Tensor) -> Tensor:
+def layer_input(network, images):
     """What reaches the layer, (N, ...)."""
     seen = []
-    handle = network.get_submodule("layer").register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].detach().clone())
-    )
-    with torch.no_grad():
+    handle = network.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with handle, torch.no_grad():
         network(images)
-    handle.remove()
     return seen[0]
 
 
-class Unlabelled(Dataset[tuple[Tensor, Any]]):
+class Unlabelled(Dataset):
     """Images with a stand-in for a label, and no list of labels."""
 
-    def __init__(self, n_images: int, label: Any = UNLABELLED) -> None:
+    def __init__(self, n_images, label=UNLABELLED):
         self.inner, self.label = SyntheticImages(n_images), label
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.inner)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+    def __getitem__(self, index):
         return self.inner[index][0], self.label
 
 
 class WithBroken(SyntheticImages):
-    broken: Sequence[int] = (3,)
+    broken = (3,)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index):
         if index in self.broken:
             raise OSError("cannot identify picture-3.jpg")
         return super().__getitem__(index)

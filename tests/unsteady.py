@@ -3,11 +3,7 @@
 All share a layer "layer" and run on `SyntheticImages` in float32.
 """
 
-from __future__ import annotations
-
 import random
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +15,7 @@ from tiny_networks import N_CLASSES
 
 
 class Small(nn.Module):
-    def __init__(self, change: Callable[[Any, Tensor], Any] | None = None, **parts: Any) -> None:
+    def __init__(self, change=None, **parts):
         super().__init__()
         torch.manual_seed(0)
         self.stem, self.layer = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3)
@@ -31,94 +27,94 @@ class Small(nn.Module):
             else:
                 setattr(self, name, part)
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x):
         return self.layer(self.stem(x).relu()).relu().mean((2, 3))
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x):
         features = self.features(x)
         return self.head(features if self.change is None else self.change(self, features))
 
 
 class Ends(Small):  # by changing the logits
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x):
         return self.change(self, self.head(self.features(x)))
 
 
 class Begins(Small):  # by changing the images
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x):
         return self.head(self.features(self.change(self, x)))
 
 
 class Loses(Small):  # the batch dimension of a single image
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x):
         return self.layer(self.stem(x).relu().squeeze(0)).relu().mean((-2, -1))
 
 
-def _cached(net: Any, x: Tensor) -> Tensor:
+def _normed(net, x):
+    return net.norm(x)
+
+
+def _cached(net, x):
     """As a transformer keeps keys: of the same images again they change nothing."""
     before, net.last = net.last, x.detach()
     return x if before is None or before.shape != x.shape else (x + before) / 2
 
 
-def _banked(net: Any, x: Tensor) -> Tensor:
+def _banked(net, x):
     net.bank.append(x.detach().mean(0))
     return x - len(net.bank) * net.bank[0]
 
 
-def _logged(net: Any, x: Tensor) -> Tensor:
+def _logged(net, x):
     net.log.append(x.mean().item())
     net.kept["x"] = x
     return x
 
 
-def _lone_refused(_: Any, x: Tensor) -> Tensor:
+def _lone_refused(_, x):
     if len(x) == 1:
         raise ValueError("give two or more")
     return x
 
 
-def _in_half(net: Any, x: Tensor) -> Tensor:
+def _in_half(net, x):
     return F.linear(x.half(), net.head.weight[:8, :8].half().repeat(2, 1)).float()
 
 
-def _drawn(net: Any, x: Tensor) -> Tensor:
+def _drawn(net, x):
     torch.rand(1), random.random(), np.random.rand()
     net.n.add_(1)
     return x
 
 
-def _fails(net: Any, x: Tensor) -> Tensor:
+def _fails(net, x):
     net.mean.add_(1)
     raise RuntimeError("no")
 
 
-def quantised() -> nn.Module:
+def quantised():
     return torch.ao.quantization.quantize_dynamic(Small().eval(), {nn.Linear})
 
 
-def frozen() -> nn.Module:
+def frozen():
     network = Small()
     part = torch.jit.script(nn.Sequential(network.stem, nn.BatchNorm2d(6)).eval())
     network.stem = torch.jit.freeze(part)
     return network
 
 
-def of_inference_mode() -> nn.Module:
+def of_inference_mode():
     with torch.inference_mode():
-        return Small(norm=nn.BatchNorm1d(8), change=lambda net, x: net.norm(x))
+        return Small(_normed, norm=nn.BatchNorm1d(8))
 
 
-Makers = dict[str, Callable[[], nn.Module]]
-
-RANDOM: Makers = {
+RANDOM = {
     "noise": lambda: Small(lambda _, x: x + 1e-4 * torch.randn_like(x)),
-    "generator": lambda: Small(
-        lambda net, x: x + torch.randn(8, generator=net.own), own=torch.Generator()
-    ),
+    "own": lambda: Small(lambda net, x: x + torch.randn(8, generator=net.g), g=torch.Generator()),
     "python": lambda: Small(lambda _, x: x * (1 + (random.random() < 0.4))),
     "numpy": lambda: Small(lambda _, x: x * (1 + np.random.rand())),
 }
-FOLLOWING: Makers = {
+FOLLOWING = {
     "slow": lambda: Small(
         lambda net, x: x - net.mean.mul_(0.9999).add_(1e-4 * x.detach().mean(0)),
         mean=torch.zeros(8),
@@ -126,14 +122,12 @@ FOLLOWING: Makers = {
     "cache": lambda: Small(_cached, last=None),
     "list": lambda: Small(_banked, bank=[]),
 }
-MIXING: Makers = {
-    "norm": lambda: Small(
-        lambda net, x: net.norm(x), norm=nn.BatchNorm1d(8, track_running_stats=False)
-    ),
+MIXING = {
+    "norm": lambda: Small(_normed, norm=nn.BatchNorm1d(8, track_running_stats=False)),
     "mean": lambda: Small(lambda _, x: x - x.mean(0)),
     "range": lambda: Begins(lambda _, x: (x - x.min()) / (x.max() - x.min())),
 }
-SOUND: Makers = {
+SOUND = {
     "half": lambda: Small(_in_half),
     "draws and counts": lambda: Small(_drawn, n=torch.zeros((), dtype=torch.int64)),
     "list": lambda: Ends(lambda _, x: [x]),
@@ -150,7 +144,7 @@ SOUND: Makers = {
     "frozen": frozen,
     "inference": of_inference_mode,
 }
-TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
+TOLD = {
     "lone": (lambda: Small(_lone_refused), r"not on one image \(give two or more\)"),
     "quantised": (quantised, "depend on the other images"),  # a scale is taken from the batch
     "detached": (lambda: Small(lambda _, x: x.detach()), "a forward pass that detaches"),
@@ -158,10 +152,7 @@ TOLD: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Small(lambda net, x: x.detach() + net.free, free=torch.ones(8).requires_grad_()),
         "does not reach the logits",
     ),
-    "meta stem": (
-        lambda: Small(stem=nn.Conv2d(3, 6, 3, device="meta")),
-        "A Conv2d of the network is on the meta device",
-    ),
+    "meta stem": (lambda: Small(stem=nn.Conv2d(3, 6, 3, device="meta")), "Conv2d .* meta device"),
     "lazy": (lambda: Small(lambda net, x: net.late(x), late=nn.LazyLinear(8)), "run it once"),
     "lost dimension": (Loses, "meets a single image as"),
     "failing": (lambda: Small(_fails, mean=torch.zeros(8)), r"\(no\)"),

@@ -3,14 +3,11 @@
 import copy
 import json
 import struct
-from pathlib import Path
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
+from safetensors.torch import load_file, save
 
 from unbraid.base.files import write_tensors
 
@@ -27,11 +24,9 @@ DTYPES = (
     *(torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.float8_e5m2),
 )
 
-Draw = st.DrawFn
-
 
 @st.composite
-def damaged(draw: Draw, content: bytes) -> bytes:
+def damaged(draw, content):
     """Bytes that are cut, flipped, spliced, overwritten with telling numbers, or noise."""
     kind = draw(st.sampled_from(("flip", "cut", "drop", "repeat", "number", "noise", "empty")))
     if kind == "noise":
@@ -62,7 +57,7 @@ def damaged(draw: Draw, content: bytes) -> bytes:
 
 
 @st.composite
-def edited(draw: Draw, value: Any) -> Any:
+def edited(draw, value):
     """JSON with one to three parts replaced, dropped, repeated or put elsewhere."""
     root = {"root": copy.deepcopy(value)}
     for _ in range(draw(st.integers(1, 3))):
@@ -88,7 +83,7 @@ def edited(draw: Draw, value: Any) -> Any:
     return root["root"]
 
 
-def _spots(value: Any) -> Any:
+def _spots(value):
     """Where a value may be put: every place in every object and list, two hundred at most."""
     level, n_spots = [value], 0
     while level and n_spots < 200:
@@ -103,13 +98,13 @@ def _spots(value: Any) -> Any:
         level = below
 
 
-def as_json(value: Any, depth: int = 100_000) -> str:
+def as_json(value, depth=100_000):
     """Write JSON, nan and infinity too, and what is nested deeper than Python can write."""
     return json.dumps(value).replace(f'"{DEEP}"', "[" * depth + "]" * depth)
 
 
 @st.composite
-def changed(draw: Draw, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def changed(draw, tensors):
     """Tensors of which one or two have other numbers, types, shapes or names."""
     out = {name: tensor.clone() for name, tensor in tensors.items()}
     for _ in range(draw(st.integers(1, 2))):
@@ -131,9 +126,7 @@ def changed(draw: Draw, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             out[name] = draw(_reshaped(tensor))
         elif kind == "name":
             out.pop(name, None)
-            out[draw(st.sampled_from(("strange", "group", "input_map", "id_start", "weight")))] = (
-                tensor
-            )
+            out[draw(st.sampled_from(("odd", "group", "input_map", "id_start", "weight")))] = tensor
         else:
             other = draw(st.sampled_from(sorted(out) or ["none"]))
             out[name], out[other] = out.get(other, tensor).clone(), tensor.clone()
@@ -141,7 +134,7 @@ def changed(draw: Draw, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @st.composite
-def _reshaped(draw: Draw, tensor: Tensor) -> Tensor:
+def _reshaped(draw, tensor):
     kind = draw(st.sampled_from(("flat", "more", "scalar", "none", "less", "twice", "hollow")))
     if kind == "hollow":  # no number in it, and yet longer than memory
         return tensor.new_zeros(draw(st.sampled_from(((2**40, 0), (0, 2**40), (0,), (1, 0)))))
@@ -156,15 +149,8 @@ def _reshaped(draw: Draw, tensor: Tensor) -> Tensor:
     return tensor[:-1].clone() if kind == "less" else torch.cat([tensor, tensor])
 
 
-def read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All that a safetensors file of ours holds, without the checks of the reader under test."""
-    with safe_open(path, framework="pt") as file:
-        about = json.loads((file.metadata() or {}).get("unbraid", "{}"))
-        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-
-
 @st.composite
-def lying(draw: Draw, path: Path) -> bytes:
+def lying(draw, path):
     """A safetensors file whose header says of its tensors what is not so."""
     content = path.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
@@ -175,14 +161,16 @@ def lying(draw: Draw, path: Path) -> bytes:
 
 
 @st.composite
-def tampered(draw: Draw, path: Path) -> bytes:
+def tampered(draw, path):
     """A safetensors file that is damaged, that lies, or with checksums that fit its lies."""
     kind = draw(st.sampled_from(("bytes", "header", "tensors", "tensors", "about", "about")))
     if kind == "bytes":
         return draw(damaged(path.read_bytes()))
     if kind == "header":
         return draw(lying(path))
-    tensors, about = read_whole(path)
+    tensors = load_file(path)  # without the checks of the reader under test
+    with safe_open(path, framework="pt") as file:
+        about = json.loads((file.metadata() or {}).get("unbraid", "{}"))
     about.pop("crc32", None)
     if kind == "tensors" or not about:
         tensors = draw(changed(tensors))
@@ -196,7 +184,7 @@ def tampered(draw: Draw, path: Path) -> bytes:
 
 
 @st.composite
-def tampered_json(draw: Draw, path: Path) -> bytes:
+def tampered_json(draw, path):
     """A JSON file that is damaged, or with other values."""
     content = path.read_bytes()
     if draw(st.integers(0, 3)) == 0:

@@ -9,10 +9,8 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +36,6 @@ from unbraid.networks.checkpoints import load_weights
 from unbraid.running.check import check
 from unbraid.running.folders import read_settings
 from unbraid.scanning import manifest, records
-from unbraid.scanning.records import Scan
 from unbraid.splitting import splits
 from unbraid.splitting.splits import Split
 from unbraid.visualizing import features
@@ -57,15 +54,8 @@ class Escaped(AssertionError):
     """Something else than UnbraidError came out of a reader."""
 
 
-@dataclass
-class Seeds:
-    folder: Path  # of sound files
-    scan: Scan
-    split: Split
-
-
 @pytest.fixture(scope="module")
-def seeds(tmp_path_factory) -> Seeds:
+def seeds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("seeds")
     network = build("uneven")  # padded, so that lies about padding matter
     images = SyntheticImages(9)
@@ -76,18 +66,12 @@ def seeds(tmp_path_factory) -> Seeds:
     records.write_shard(nameless, 0, records.read_shard(scan.path, 0))
     split = unbraid.split(scan, unbraid.find(scan, channels=OWN), method="published", rho=0.7)
     split.save(folder / "split.safetensors")
-    model2 = unbraid.apply(network, split)
     like = results.Likeness(0.5, 0.25)
     rest = (False, False, like, (like, like), 1.0, float("nan"))
-    semantics = {0: results.ChannelSemantics("it", 9, 2, *rest)}
-    result = unbraid.evaluate(
-        split,
-        scan,
-        output=OutputComparison(0.0, 1.0, 0.5, 0.5),
-        ablation=ablate(model2, images),
-        semantics=results.Semantics(semantics),
-    )
-    result.save(folder / "evaluation.json")
+    measured = {"ablation": ablate(unbraid.apply(network, split), images)}
+    measured["output"] = OutputComparison(0.0, 1.0, 0.5, 0.5)
+    measured["semantics"] = results.Semantics({0: results.ChannelSemantics("it", 9, 2, *rest)})
+    unbraid.evaluate(split, scan, **measured).save(folder / "evaluation.json")
     run = {"title": "t", "thresholds": {"tau": "auto", "concepts": "classes"}, "source": {}}
     (folder / "settings.json").write_text(json.dumps(run))
     feature = Feature(0, None, 0, Image.new("RGBA", (8, 8)), (1.0, 2.0))
@@ -99,17 +83,17 @@ def seeds(tmp_path_factory) -> Seeds:
     torch.save(layer.state_dict(), folder / "weights.pt")
     torch.save(layer.state_dict(), folder / "old.pt", _use_new_zipfile_serialization=False)
     files.write_tensors(folder / "weights.safetensors", dict(layer.state_dict()), {})
-    return Seeds(folder, scan, split)
+    return SimpleNamespace(folder=folder, scan=scan, split=split)
 
 
-def tamper(data: st.DataObject, path: Path, to: Path | None = None) -> None:
+def tamper(data, path, to=None):
     """Write a damaged or lying twin of a file, in its place or to another."""
     kind = {".json": tampered_json, ".safetensors": tampered}.get(path.suffix)
     changed = kind(path) if kind else damaged(path.read_bytes())
     (to or path).write_bytes(data.draw(changed))
 
 
-def use_scan(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
+def use_scan(data, seeds, folder):
     """A scan of which one file is tampered with: opened, searched, split and measured."""
     own = fresh(folder / "scan", seeds.folder / "scan")
     names = ("manifest.json", "layer.safetensors", *["shard-000000.safetensors"] * 2)
@@ -127,25 +111,25 @@ def use_scan(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
     sound_or_refused(lambda: str(check(own)))
 
 
-def use_manifest(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
+def use_manifest(data, seeds, folder):
     own = fresh(folder / "scan", seeds.folder / "nameless")
     tamper(data, own / "manifest.json")
     sound_or_refused(lambda: list(unbraid.open_scan(own).shards()))
     sound_or_refused(lambda: str(check(own)))
 
 
-def work(scan: Scan, folder: Path) -> None:
+def work(scan, folder):
     found = unbraid.find(scan, channels=OWN)
     found.to_csv(folder / "findings.csv")
     unbraid.evaluate(unbraid.split(scan, found, method="published"), scan)
     unbraid.evaluate(unbraid.split(scan, found), scan).save(folder / "evaluation.json")
 
 
-def use_split(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
+def use_split(data, seeds, folder):
     path = folder / "split.safetensors"
     tamper(data, seeds.folder / path.name, path)
 
-    def use() -> None:
+    def use():
         split = Split.load(path)
         evaluation = unbraid.evaluate(split, seeds.scan)
         assert str(evaluation) + str(split)
@@ -154,11 +138,11 @@ def use_split(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
     sound_or_refused(use)
 
 
-def use_evaluation(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
+def use_evaluation(data, seeds, folder):
     path, kinds = folder / "evaluation.json", ("output", "ablation", "semantics")
     tamper(data, seeds.folder / path.name, path)
 
-    def use() -> None:
+    def use():
         measured = {kind: getattr(results, f"read_{kind}")(path) for kind in kinds}
         result = unbraid.evaluate(seeds.split, seeds.scan, **measured)
         result.save(folder / "again.json")
@@ -167,21 +151,21 @@ def use_evaluation(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
     sound_or_refused(use)
 
 
-def use_settings(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
+def use_settings(data, seeds, folder):
     tamper(data, seeds.folder / "settings.json", folder / "settings.json")
     sound_or_refused(lambda: read_settings(folder))
 
 
-def use_features(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
+def use_features(data, seeds, folder):
     own = fresh(folder / "features", seeds.folder / "features")
     tamper(data, own / data.draw(st.sampled_from(("features.json", "0.png"))))
     sound_or_refused(lambda: Features.load(own).save(folder / "again"))
 
 
-def use_picture(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
+def use_picture(data, seeds, folder):
     tamper(data, seeds.folder / f"picture.{data.draw(st.sampled_from(KINDS))}", folder / "picture")
 
-    def use() -> None:
+    def use():
         picture = read_picture(folder / "picture")
         assert picture.mode == "RGB"
         picture.load()
@@ -189,14 +173,13 @@ def use_picture(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
     sound_or_refused(use)
 
 
-def use_weights(data: st.DataObject, seeds: Seeds, folder: Path) -> None:
+def use_weights(data, seeds, folder):
     name = data.draw(st.sampled_from(("weights.pt", "old.pt", "weights.safetensors")))
     tamper(data, seeds.folder / name, folder / name)
     sound_or_refused(lambda: load_weights(torch.nn.Linear(3, 2), folder / name))
 
 
-Use = Callable[[st.DataObject, Seeds, Path], None]
-READERS: dict[str, Use] = {
+READERS = {
     "scan": use_scan,
     "manifest": use_manifest,
     "split": use_split,
@@ -208,12 +191,12 @@ READERS: dict[str, Use] = {
 }
 
 
-def fresh(folder: Path, sound: Path) -> Path:
+def fresh(folder, sound):
     shutil.rmtree(folder, ignore_errors=True)
     return Path(shutil.copytree(sound, folder))
 
 
-def sound_or_refused(read: Callable[[], object]) -> None:
+def sound_or_refused(read):
     try:
         read()
     except UnbraidError as error:
@@ -225,7 +208,7 @@ def sound_or_refused(read: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def bounded_memory() -> Iterator[None]:
+def bounded_memory():
     """Let allocations beyond a bound fail, as what is not UnbraidError then comes out."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -236,7 +219,7 @@ def bounded_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def fuzz(use: Use, seeds: Seeds, folder: Path, n: int, phases: tuple[Phase, ...] = ()) -> None:
+def fuzz(use, seeds, folder, n, phases=()):
     """Try n inputs, always the same ones."""
 
     @settings(
@@ -246,7 +229,7 @@ def fuzz(use: Use, seeds: Seeds, folder: Path, n: int, phases: tuple[Phase, ...]
         phases=phases or (Phase.generate, Phase.shrink),
     )
     @given(data=st.data())
-    def run(data: st.DataObject) -> None:
+    def run(data):
         use(data, seeds, folder)
 
     # What could only be written to the screen is not looked at here.
@@ -258,7 +241,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="b
 pytestmark = [needs_proc, pytest.mark.filterwarnings("ignore")]
 
 
-def many_of(n_readers: int) -> Any:
+def many_of(n_readers):
     """How many inputs each reader gets where all are fuzzed for long."""
     return pytest.param(-(-MANY // n_readers), marks=pytest.mark.slow)
 
@@ -291,14 +274,14 @@ def test_memory_beyond_the_bound_is_noticed():
         sound_or_refused(lambda: bytearray(2 * MEMORY))
 
 
-def without_types_of_meanings(kind: Any, values: Any, **options: Any) -> Any:
+def without_types_of_meanings(kind, values, **options):
     """Build semantic measures of whatever is there, all else as it should be."""
     return kind(**values) if kind is results.ChannelSemantics else BUILD(kind, values, **options)
 
 
 BUILD = strict.build
 # Each check, and what it protects: without it, something else than UnbraidError comes out.
-CHECKS: dict[str, tuple[Any, str, Any, str]] = {
+CHECKS = {
     "records": (records, "records_fault", lambda *_: None, "scan"),
     "weights of a layer": (records, "layer_fault", lambda *_: None, "scan"),
     "numbers of a layer": (layers.LayerSpec, "check", lambda _: None, "manifest"),

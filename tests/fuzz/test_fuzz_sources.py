@@ -6,7 +6,6 @@ An image that cannot be read is told when it is read, which is one sentence too.
 import io
 import tarfile
 from functools import partial
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -23,7 +22,6 @@ from fuzz.test_fuzz import EXAMPLES, Escaped, fresh, fuzz, many_of, needs_proc, 
 from unbraid.images import lists
 from unbraid.images import tar as shards
 from unbraid.images.identity import fingerprint, ids_of
-from unbraid.images.listing import ListedImages
 from unbraid.images.open import open_images
 
 LIST = "path,label,group\n0.png,ant,a\n1.png,bee,a\n2.png,ant,b\n"
@@ -33,7 +31,7 @@ WORDS = st.sampled_from((*CELLS, *map(str, HOSTILE)))
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> Path:
+def sound(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound")
     for k in range(3):
         noise = np.random.default_rng(k).integers(0, 255, (6, 5, 3)).astype(np.uint8)
@@ -53,7 +51,7 @@ def sound(tmp_path_factory) -> Path:
     return folder
 
 
-def read_all(source: str | Path) -> None:
+def read_all(source):
     images = open_images(source)
     assert len(fingerprint(images, images.targets)) == 64
     assert len(set(ids_of(images) or ())) == len(images) > 0
@@ -61,12 +59,12 @@ def read_all(source: str | Path) -> None:
         sound_or_refused(partial(read_one, images, k))
 
 
-def read_one(images: ListedImages, k: int) -> None:
+def read_one(images, k):
     picture, label = images[k]
     assert (picture.mode, images.targets[k]) == ("RGB", label)
 
 
-def use_list(data: st.DataObject, sound: Path, folder: Path) -> None:
+def use_list(data, sound, folder):
     words = st.lists(WORDS, max_size=8).map(",".join)
     longer = words.map(lambda line: (LIST + line).encode("utf-8", "surrogatepass"))
     content = data.draw(st.one_of(damaged(LIST.encode()), longer))
@@ -75,7 +73,7 @@ def use_list(data: st.DataObject, sound: Path, folder: Path) -> None:
 
 
 @st.composite
-def odd_parquet(draw: st.DrawFn) -> bytes:
+def odd_parquet(draw):
     """Parquet that is whole, with a column or two of any type and any numbers."""
     names = ["0.png", "1.png", "2.png"]
     columns = {"path": pyarrow.array(names), "label": pyarrow.array(["ant", "bee", "ant"])}
@@ -103,21 +101,21 @@ def odd_parquet(draw: st.DrawFn) -> bytes:
     return file.getvalue()
 
 
-def use_parquet(data: st.DataObject, sound: Path, folder: Path) -> None:
+def use_parquet(data, sound, folder):
     content = (sound / "list.parquet").read_bytes()
     content = data.draw(st.one_of(damaged(content), odd_parquet()))
     (sound / "other.parquet").write_bytes(content)
     sound_or_refused(lambda: read_all(sound / "other.parquet"))
 
 
-def use_saved(data: st.DataObject, sound: Path, folder: Path) -> None:
+def use_saved(data, sound, folder):
     own = fresh(sound / "other", sound / "saved")
     path = own / data.draw(st.sampled_from(sorted(path.name for path in own.iterdir())))
     path.write_bytes(data.draw(damaged(path.read_bytes())))
     sound_or_refused(lambda: read_all(f"hf:{own}"))
 
 
-def use_tar(data: st.DataObject, sound: Path, folder: Path) -> None:
+def use_tar(data, sound, folder):
     content = (sound / data.draw(st.sampled_from(("gnu.tar", "pax.tar")))).read_bytes()
     changed = bytearray(data.draw(st.one_of(damaged(content), st.just(content))))
     for start in data.draw(st.lists(st.integers(0, len(content) // 512 - 1), max_size=2)):
@@ -136,7 +134,7 @@ pytestmark = [needs_proc, pytest.mark.filterwarnings("ignore")]
 @pytest.mark.parametrize("n", [2 * EXAMPLES, many_of(len(READERS))])
 @pytest.mark.parametrize("reader", READERS)
 def test_a_source_is_sound_or_refused(reader, n, sound, tmp_path):
-    fuzz(READERS[reader], sound, tmp_path, n)  # type: ignore[arg-type]
+    fuzz(READERS[reader], sound, tmp_path, n)
 
 
 def test_sources_that_are_sound_are_read(sound):

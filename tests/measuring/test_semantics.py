@@ -63,7 +63,7 @@ def assert_semantics(result, case, n_top=N_TOP):
         likes = (measured.original, *measured.concepts)
         for k, (like, row) in enumerate(zip(likes, (part.weight, *part.rows), strict=True)):
             pooled = truth.pooled_response(part.channel, row)
-            rectified = truth.rectified_response(part.channel, row)
+            rectified = truth.pooled_response(part.channel, row, rectified=True)
             answer = rectified if positions else pooled.clamp(min=0)
             assert_close(like.monosemanticity, oracle.monosemanticity(answer, embeddings))
             top = sorted(range(len(pooled)), key=lambda n: (-float(pooled[n]), n))[:n_top]

@@ -37,7 +37,7 @@ def test_load_images_of_each_class_as_many_that_the_network_knows(split, least):
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "run"
     command = [sys.executable, "-m", "unbraid", "demo", "--out", str(out)]
     return out, subprocess.run(command, capture_output=True, text=True, check=False)
@@ -72,12 +72,10 @@ def test_the_documents_show_what_the_demo_draws(ran, tmp_path, monkeypatch):
         unbraid.save_figure(Run(ran[0]).figure(channel, kind), tmp_path / "drawn.png")
         return tmp_path / "drawn.png"
 
-    assert_alike(draw(kind="teaser"), SHOWN / "figure-demo.png")
-    with pytest.raises(AssertionError):
-        assert_alike(draw(1, "teaser"), SHOWN / "figure-demo.png")
-    assert_alike(draw(), SHOWN / "sources-demo.png")
-    with pytest.raises(AssertionError):
-        assert_alike(draw(1), SHOWN / "sources-demo.png")
+    for kind, shown in (("teaser", "figure-demo.png"), ("sources", "sources-demo.png")):
+        assert_alike(draw(kind=kind), SHOWN / shown)
+        with pytest.raises(AssertionError):
+            assert_alike(draw(1, kind), SHOWN / shown)
     monkeypatch.setattr(matplotlib_style, "COLOURS", ("#0072b2", "#d55e00"))
     with pytest.raises(AssertionError):
         assert_alike(draw(), SHOWN / "sources-demo.png")

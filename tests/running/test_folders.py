@@ -12,34 +12,24 @@ from unbraid.base import files
 from unbraid.base.files import set_aside, write_new
 from unbraid.finding.findings import Findings
 from unbraid.reporting.pictures import Sight
-from unbraid.running.folders import (
-    Settings,
-    Thresholds,
-    home_of,
-    is_numbered,
-    read_settings,
-    take_folder,
-)
+from unbraid.running import folders
+from unbraid.running.folders import Settings, Thresholds, home_of, read_settings, take_folder
 
 SETTINGS = Settings("", Thresholds(), {})
 FOUND = Findings(0.03, 0.75, 0.5, (), {}, (), "", "2", "")
 
 
-def of(tau: float) -> Settings:
-    return replace(SETTINGS, thresholds=Thresholds(tau))
-
-
 def test_take_folder_of_many_at_once_gives_each_its_own_and_fills_gaps(tmp_path):
-    taus = [0.01 * n for n in range(1, 25)]
-    with ThreadPoolExecutor(len(taus)) as pool:
-        taken = list(pool.map(lambda tau: take_folder(tmp_path, of(tau), FOUND), taus))
+    settings = [replace(SETTINGS, thresholds=Thresholds(0.01 * n)) for n in range(1, 25)]
+    with ThreadPoolExecutor(len(settings)) as pool:
+        taken = list(pool.map(lambda one: take_folder(tmp_path, one, FOUND), settings))
     assert set(taken) == {tmp_path, *(tmp_path / f"settings-{n}" for n in range(2, 25))}
-    assert [read_settings(folder) for folder in taken] == [of(tau) for tau in taus]
-    gone = taus.pop(taken.index(tmp_path / "settings-2"))
+    assert [read_settings(folder) for folder in taken] == settings
+    gone = settings.pop(taken.index(tmp_path / "settings-2"))
     shutil.rmtree(tmp_path / "settings-2")
     taken.remove(tmp_path / "settings-2")
-    assert [take_folder(tmp_path, of(tau), FOUND) for tau in taus] == taken
-    assert take_folder(tmp_path, of(gone), FOUND) == tmp_path / "settings-2"
+    assert [take_folder(tmp_path, one, FOUND) for one in settings] == taken
+    assert take_folder(tmp_path, gone, FOUND) == tmp_path / "settings-2"
 
 
 def test_take_folder_leaves_a_link_that_leads_nowhere_and_a_file(tmp_path):
@@ -51,7 +41,7 @@ def test_take_folder_leaves_a_link_that_leads_nowhere_and_a_file(tmp_path):
 
 def test_is_numbered_by_name():
     names = [f"settings-{n}" for n in ("2", "10", "1", "0", "02", "x", "")]
-    assert [n for n in names if is_numbered(Path("run") / n)] == ["settings-2", "settings-10"]
+    assert [n for n in names if folders.is_numbered(Path("a", n))] == ["settings-2", "settings-10"]
 
 
 def test_home_of_a_folder_however_it_is_named(tmp_path, monkeypatch):
