@@ -180,15 +180,57 @@ class WritesWhenOff(Body):
         return (z + x).relu_()
 
 
-@pytest.mark.parametrize("kind", [Body, AddsInPlace, TakesFromShelf, WritesWhenOff])
+class RunsInside(Body):
+    """The layer runs inside a module that does not own it."""
+
+    def body(self, x):
+        runner = nn.Module()
+        runner.forward = lambda x: self.act(self.layer(x.clone()))
+        return runner(x)
+
+
+class SharesParts(Body):
+    """One module runs within another before the layer, twice by itself, and behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(self.act, self.act)
+
+    def body(self, x):
+        x = self.act(self.block(x - 0.2) - 0.2)
+        return self.act(self.layer(x) + x)
+
+
+@pytest.mark.parametrize(
+    "kind", [Body, AddsInPlace, TakesFromShelf, WritesWhenOff, RunsInside, SharesParts]
+)
 def test_ablate_networks_of_any_code_runs_what_lies_before_the_layer_once(kind, case_of):
     case = case_of(kind())
     changed = unbraid.apply(case.network, case.split)
     changed.count.n_runs = 0
     # One image a batch, as the oracle has it; WritesWhenOff looks at the whole batch.
     result = unbraid.ablate(changed, case.images, batch_size=1)
-    assert (changed.count.n_runs == len(case.images)) == (kind in (Body, AddsInPlace))
+    is_known = kind not in (TakesFromShelf, WritesWhenOff)
+    assert (changed.count.n_runs == len(case.images)) == is_known
     assert_ablation(result, case)
+
+
+class Encoder(nn.Module):
+    """torch's own transformer, which in eval mode reads the weights of its layers past them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 2, stride=2), nn.Linear(8, 4)
+        block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.patches(x).flatten(2).mT).mean(1))
+
+
+def test_ablate_in_torchs_own_transformer_is_the_oracles(case_of):
+    case = case_of(Encoder().double().eval(), layer="blocks.layers.1.linear1")
+    assert_ablation(ablate(case), case)
 
 
 def test_ablate_a_layer_called_by_keyword_is_the_oracles_and_one_that_runs_twice_refused(case_of):

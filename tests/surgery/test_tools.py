@@ -16,6 +16,7 @@ from checks import assert_bit_equal, assert_close, assert_same_outputs
 from tiny_networks import KINDS, SyntheticImages, build
 from unbraid.base.errors import ModelError, RunError
 from unbraid.base.files import read_tensors, write_tensors
+from unbraid.networks.relevance import cut_at
 
 SINGLE = torch.float32
 ROUNDING = 1e-5
@@ -138,6 +139,40 @@ def test_concepts_less_residuals_have_the_relevance_of_the_channel_in_captum(pai
     assert concepts.abs().max() > 0
     expected = attribute(pair.network, pair.network.layer)[:, layer.channels]
     assert_close(total / expected.abs().max(), expected / expected.abs().max(), 1e-4)
+
+
+def test_captum_attributes_to_the_image_as_in_the_original_and_by_grad_cam(one_pair):
+    attr = pytest.importorskip("captum.attr", reason="needs captum")
+    by_image = [
+        attr.IntegratedGradients(network).attribute(single(), target=TARGET, n_steps=16)
+        for network in (one_pair.changed, one_pair.network)
+    ]
+    assert by_image[1].abs().max() > 0
+    assert_close(*by_image, 1e-4)
+    layer = one_pair.changed.layer
+    values = attr.LayerActivation(one_pair.changed, layer.concepts).attribute(single())
+    with cut_at(one_pair.network.layer, torch.clone) as cut:
+        logit = one_pair.network(single())[:, TARGET].sum()
+    (gradient,) = torch.autograd.grad(logit, cut.outputs)
+    weight = gradient[:, layer.channels[layer.owners]].mean((2, 3), keepdim=True)
+    cam = attr.LayerGradCam(one_pair.changed, layer.concepts).attribute(single(), target=TARGET)
+    assert cam.abs().max() > 0
+    assert_close(cam, (weight * values).sum(1, keepdim=True), 1e-4)
+
+
+def test_integrated_gradients_of_concept_channels_add_up_in_captum(one_pair):
+    """To the logit less the logit with the concept channels of the black image."""
+    attr = pytest.importorskip("captum.attr", reason="needs captum")
+    changed, concepts = one_pair.changed, one_pair.changed.layer.concepts
+    method = attr.LayerIntegratedGradients(changed, concepts)
+    relevance = method.attribute(single(), target=TARGET, n_steps=400)
+    black = attr.LayerActivation(changed, concepts).attribute(torch.zeros_like(single()))
+    logits = changed(single())
+    handle = concepts.register_forward_hook(lambda _module, _arguments, _output: black)
+    expected = (logits - changed(single()))[:, TARGET]
+    handle.remove()
+    assert expected.abs().max() > 0
+    assert_close(relevance.flatten(1).sum(1), expected, 1e-2)  # of 400 steps
 
 
 def relevances(network, names):
