@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import nn
 
 import unbraid
 from unbraid.__main__ import main
+from unbraid.measuring.encoders import load_encoder
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -237,6 +239,17 @@ def test_step_by_step_gives_the_same(ran, home, call):
     opened = unbraid.open_scan(home / "steps/train")
     assert out.strip() == str(unbraid.sensitivity(opened, [0.02, 0.1], [0.5], [0.5, 0.95]))
     assert len((home / "counted.csv").read_text().splitlines()) == 5
+
+
+def test_run_with_an_encoder_embeds_pictures_by_it(again, call, monkeypatch):
+    untrained = partial(load_encoder, pretrained=False)
+    monkeypatch.setattr("unbraid.running.run.load_encoder", untrained)
+    code, _, err = call(*RUN, "--out", str(again), "--encoder", "timm:test_resnet", *LOOSE)
+    assert code == 0, err
+    channels = evaluation_in(again / "settings-2")["channels"]
+    assert {channel["semantics"]["encoder"] for channel in channels} == {"timm:test_resnet"}
+    assert not list((again / "settings-2").glob("positions-*"))  # the first run's
+    assert_report_again(call, again / "settings-2")
 
 
 def test_run_of_a_network_without_features_does_without(home, call):

@@ -7,14 +7,11 @@ import io
 import tarfile
 from functools import partial
 
-import datasets
 import numpy as np
-import pyarrow
 import pytest
 from hypothesis import Phase
 from hypothesis import strategies as st
 from PIL import Image
-from pyarrow import parquet
 from sources import write_tar
 
 from fuzz.mutations import HOSTILE, damaged
@@ -24,6 +21,9 @@ from unbraid.images import tar as shards
 from unbraid.images.identity import fingerprint, ids_of
 from unbraid.images.open import open_images
 
+datasets = pytest.importorskip("datasets", reason="needs .[datasets]")
+pyarrow = pytest.importorskip("pyarrow", reason="needs .[datasets]")
+parquet = pytest.importorskip("pyarrow.parquet")
 LIST = "path,label,group\n0.png,ant,a\n1.png,bee,a\n2.png,ant,b\n"
 CELLS = ("0.png", "1.png", "../0.png", "ant", "0", "-1", "path")
 CELLS += ('"', ",", ";", "\n", "\r", "\ufeff")

@@ -7,6 +7,7 @@ import tarfile
 from itertools import islice
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -67,9 +68,8 @@ def as_odd_csv(root, members):
 
 
 def as_parquet(root, members):
-    import pyarrow
-    from pyarrow import parquet
-
+    pyarrow = pytest.importorskip("pyarrow", reason="needs .[parquet]")
+    parquet = pytest.importorskip("pyarrow.parquet")
     labels = [float(name) if name.isdecimal() else name for _, name, _ in rows(members)]
     coded = pyarrow.array(labels).dictionary_encode()
     table = {"path": [path for path, *_ in rows(members)], "label": coded}
@@ -108,8 +108,7 @@ def as_tar(root, members):
 
 def as_rows(root, members, **columns):
     """With class labels, whose numbers are of their own order."""
-    import datasets
-
+    datasets = pytest.importorskip("datasets", reason="needs .[datasets]")
     order = sorted(members, reverse=True)
     content = {
         "image": [{"bytes": (root / p).read_bytes(), "path": p} for p, *_ in rows(members)],

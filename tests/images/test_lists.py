@@ -5,7 +5,6 @@ import os
 import shutil
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 from PIL import Image
 from sources import MEMBERS, PATHS, as_rows, as_saved, fail_at
@@ -16,8 +15,6 @@ from unbraid.images.dataset import labels_of
 from unbraid.images.identity import ids_of
 from unbraid.images.open import open_images
 
-datasets = pytest.importorskip("datasets", reason="needs .[datasets]")
-pytestmark = pytest.mark.usefixtures("_caches")
 GOOD = "path,label\nant/0.png,ant\n"
 ONE = ["ant/0.png"]
 
@@ -45,8 +42,12 @@ def test_list_table_what_is_wrong_is_told(folder):
         ({"path": ONE, "label": [0], "group": [None]}, "no text under 'group'"),
     ):
         path = folder / ("list.csv" if isinstance(content, str) else "list.parquet")
+        if path.suffix == ".parquet":
+            pytest.importorskip("pyarrow", reason="needs .[parquet]")
         if isinstance(content, dict):
-            pyarrow.parquet.write_table(pyarrow.table(content), path)
+            from pyarrow import parquet, table
+
+            parquet.write_table(table(content), path)
         elif isinstance(content, str):
             path.write_text(content, errors="surrogateescape")
         else:
@@ -67,7 +68,9 @@ def test_list_table_files_out_of_reach_are_not_missing(folder, monkeypatch):
         assert type(error.value) is kind
 
 
-def test_list_rows_class_labels_keep_their_order_and_those_without_images_do_not_matter(folder):
+def test_list_rows_class_labels_keep_their_order_and_those_without_images_do_not_matter(
+    folder, datasets
+):
     two = [0] * 4 + [1] * 4
     for names, values, outputs, labels in (
         (["z", "m", "a"], [2] * 3 + [0] * 5, None, [2] * 3 + [0] * 5),
@@ -80,7 +83,9 @@ def test_list_rows_class_labels_keep_their_order_and_those_without_images_do_not
         assert images.classes == names if outputs is None else len(images.classes) == 2
 
 
-def test_list_saved_rows_without_paths_are_known_by_file_and_row_wherever_it_lies(folder, tmp_path):
+def test_list_saved_rows_without_paths_are_known_by_file_and_row_wherever_it_lies(
+    folder, tmp_path, datasets
+):
     content = [{"bytes": (folder / path).read_bytes(), "path": None} for path in PATHS]
     whole = as_rows(folder, MEMBERS, image=(content, datasets.Image()))
     fingerprint = whole._fingerprint
@@ -97,7 +102,7 @@ def test_list_saved_rows_without_paths_are_known_by_file_and_row_wherever_it_lie
             assert images.picture(k).tobytes() == Image.open(folder / path).tobytes()
 
 
-def test_list_saved_whose_images_end_before_they_begin_is_refused(folder):
+def test_list_saved_whose_images_end_before_they_begin_is_refused(folder, datasets):
     as_saved(folder, MEMBERS)
     (path,) = (folder.parent / "saved").glob("*.arrow")
     content = path.read_bytes()
@@ -110,7 +115,7 @@ def test_list_saved_whose_images_end_before_they_begin_is_refused(folder):
         open_images(f"hf:{folder.parent / 'saved'}")
 
 
-def test_list_rows_what_is_wrong_is_told(folder):
+def test_list_rows_what_is_wrong_is_told(folder, datasets):
     whole = as_rows(folder, MEMBERS)
     halves = as_rows(folder, MEMBERS, label=([0.5] * 8, datasets.Value("float32")))
     holes = as_rows(folder, MEMBERS, label=([0] * 7 + [None], datasets.Value("int64")))

@@ -203,7 +203,7 @@ def test_list_images_what_is_no_source_is_told(folder, tmp_path, monkeypatch):
         ("nowhere.tar", r"There is no shard .*nowhere\.tar"),
         ("hollow", "Folder .*inside holds no image"),
         ("images/ant/0.png", "is no source of images"),
-        ("hf:nowhere", "no data set that `save_to_disk` saved"),
+        ("hf:nowhere", "no data set that `save_to_disk` saved|pip install datasets"),
         ("pipe:touch ran", r"Commands \(pipe:\) are not run"),
         ("list.parquet", "pip install pyarrow"),
         ("hf:saved", "pip install datasets"),

@@ -67,6 +67,9 @@ def test_read_names_of_a_file_without_names_is_told(tmp_path):
         ("a.csv", 'folder,name\nant,"Ant\n'),
         ("a.csv", "number,name\n99999999,Ant\n"),
         ("a.json", {}),
+        ("a.json", "{"),
+        ("a.json", "[" * 100_000),
+        ("a.json", {"0": {"name": "Ant"}}),
         ("a.json", '["\\ud800"]'),
         ("a.txt", "Ant\n\nBee\n"),
     ):
@@ -75,7 +78,7 @@ def test_read_names_of_a_file_without_names_is_told(tmp_path):
 
 
 @given(
-    st.sampled_from([".csv", ".json", ".txt"]),
+    st.sampled_from([".csv", ".json", ".txt", ".tsv"]),
     st.binary(max_size=60)
     | st.text("01n,;\"'\n\t[]{}: é-.", max_size=40).map(str.encode)
     | st.recursive(
@@ -83,7 +86,7 @@ def test_read_names_of_a_file_without_names_is_told(tmp_path):
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     ).map(lambda told: json.dumps(told).encode()),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_read_names_of_any_file_gives_names_or_tells(tmp_path_factory, ending, content):
     path = tmp_path_factory.getbasetemp() / f"names{ending}"
     path.write_bytes(content)
