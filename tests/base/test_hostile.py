@@ -17,6 +17,7 @@ from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.images.pictures import read_picture
 from unbraid.running.check import check
+from unbraid.scanning.manifest import MAX_CLASSES
 from unbraid.scanning.records import no_records, shard_path, write_shard
 
 GONE = object()
@@ -55,6 +56,13 @@ def test_open_scan_of_a_billion_claimed_shards_costs_nothing(scan):
     ("entries", "message"),
     [
         ({"shard_size": 0}, "shard_size is 0"),
+        ({"n_images": 0}, "n_images is 0"),
+        ({"threads": 10**9}, "threads is 1000000000"),
+        ({"class_names": [""] * (MAX_CLASSES + 1)}, "number of class_names is 1048577"),
+        ({"strange": 1}, "unknown entries"),
+        ({"kernel": [1] * 9}, "not of one to three numbers"),
+        ({"stride": [0]}, "stride is 0"),
+        ({"groups": 0}, "groups is 0"),
         ({"groups": 2}, "cannot be divided among the groups"),
         ({"pad_mode": "x" * 10**6}, "pad_mode is none that is known"),
         ({"n_images": GONE}, "missing required field `n_images`"),
@@ -84,8 +92,17 @@ def test_a_pipe_is_not_waited_for(scan, tmp_path):
     ("name", "change", "message"),
     [
         ("label", lambda x: x + 2**62, "'label' with numbers that cannot be"),
+        ("label", lambda x: x.double(), "'label' that is no list of whole numbers"),
+        ("prediction", lambda x: x + 2**40, "'prediction' with numbers that cannot be"),
+        ("n_positions", lambda x: x * 0, "'n_positions' with numbers that cannot be"),
+        ("pooled", lambda x: x * float("nan"), "'pooled' that is not of finite numbers"),
+        ("pooled", lambda x: x.long(), "'pooled' that is not of finite numbers"),
+        ("pooled", lambda x: x.half(), "'pooled' of another type than the network's"),
         ("pooled", lambda x: x.new_zeros(2**40, 0), "'pooled' of a wrong shape"),
+        ("share_value", lambda x: x + 5, "'share_value' with numbers that cannot be"),
         ("share_value", lambda x: x[:-1], "holds shares of no image"),
+        ("share_start", lambda x: x[:0], "holds shares of no image"),
+        ("index", lambda x: x - 100, "'index' with numbers that cannot be"),
         ("broken", lambda x: x.new_zeros(10**6), "'broken' of a wrong shape"),
     ],
 )
@@ -93,19 +110,31 @@ def test_shards_of_records_that_cannot_be_are_refused(name, change, message, sca
     forge(shard_path(scan.path, 1), **{name: change})
     with pytest.raises(RunError, match=message):
         list(scan.shards())
-    if name == "label":  # which is checked when read alone too
+    if name in ("label", "prediction", "share_start"):  # which are checked when read alone too
         with pytest.raises(RunError, match="shard-000001"):
             list(scan.columns(name))
-    if name == "share_value":
+    if name.startswith("share_"):
         with pytest.raises(RunError, match="shard-000001"):
             unbraid.find(scan, tau="auto")
 
 
-def test_split_of_maps_of_zeros_is_finite(tmp_path):
+def test_split_of_maps_of_zeros_is_finite_and_of_another_type_refused(tmp_path):
     scan = unbraid.scan(build("uneven"), "layer", SyntheticImages(9), tmp_path, positions=True)
-    forge(shard_path(scan.path, 0), input_map=torch.zeros_like)
     found = unbraid.find(scan, channels={0: [[0], [1, 2]]})
+    forge(shard_path(scan.path, 0), input_map=torch.zeros_like)
     assert unbraid.split(scan, found).channels[0].masks.isfinite().all()
+    forge(shard_path(scan.path, 0), input_map=Tensor.half)
+    with pytest.raises(RunError, match="'input_map' of another type than the network's"):
+        unbraid.split(scan, found, method="published")
+
+
+def test_find_in_a_scan_whose_labels_go_beyond_its_classes_does_not_take_all_memory(scan):
+    """Sums by class have a row for every number up to the largest label."""
+    wide = replace(scan.manifest, layer=replace(scan.layer, n_in=2**20))
+    assert wide.most_classes * (wide.layer.n_taps + wide.layer.n_out) <= 2**30
+    forge(shard_path(scan.path, 0), label=lambda x: x + scan.manifest.most_classes - 2)
+    with pytest.raises(RunError, match="'label'"):
+        unbraid.find(scan)
 
 
 def test_open_scan_of_weights_that_do_not_fit_is_refused(scan):
@@ -161,6 +190,7 @@ def test_read_picture_that_would_grow_or_run_is_refused(tmp_path):
     path = tmp_path / "a.png"
     for content, message in (
         (png(40_000, 40_000, zlib.compress(b"")), "decompression bomb"),
+        (png(2**31 - 1, 1, zlib.compress(b"")), "cannot be read"),
         (png(10**6, 1, zlib.compress(bytes(10**6 + 1))), "sides are 1000000 and 1 pixels"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known kind"),
     ):

@@ -45,7 +45,12 @@ def test_build_makes_what_the_types_say():
     [
         ({"name": 1}, r"Expected `str`, got `int` - at `\$.name`"),
         ({"parts": [{"n": 1, "m": 2}]}, r"unknown entries \['m'\]"),
+        ({"parts": [{}]}, r"missing required field `n` - at `\$.parts\[0\]`"),
+        ({"parts": [{"n": True}]}, "Expected `int`, got `bool`"),
+        ({"parts": [{"n": 1.0}]}, "Expected `int`, got `float`"),
         ({"parts": [{"n": 2**63}]}, "does not fit into 64 bits"),
+        ({"parts": [{"n": -(2**63)}]}, "does not fit into 64 bits"),
+        ({"parts": [{"n": 1, "share": math.nan}]}, "nan is no finite number"),
         ({"parts": [{"n": 1, "share": math.inf}]}, "inf is no finite number"),
         ({"parts": [{"n": 1, "share": None}]}, "Expected `float`, got `null`"),
         ({"kind": "x" * 10**6}, "Invalid enum value 'xxx"),
@@ -62,11 +67,12 @@ def test_build_refuses_what_does_not_fit(entries, message):
     [
         "[" * 33 + "]" * 33,
         "[" * 100_000 + "]" * 100_000,
+        '{"a":' * 5000 + "1" + "}" * 5000,
         "[" + "[]," * 2**20 + "1]",
         "1" * 10_000,
         '"' + "x" * (64 * 2**20) + '"',
     ],
-    ids=["too deep", "deep list", "many parts", "long number", "long text"],
+    ids=["too deep", "deep list", "deep object", "many parts", "long number", "long text"],
 )
 def test_parse_json_refuses_what_would_take_the_machine(text):
     with pytest.raises(ValueError, match=r"deep|large|digits"):
