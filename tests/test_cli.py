@@ -339,14 +339,44 @@ def test_broken_image_is_named_or_skipped_and_listed(home, call):
     assert (code, "None of the 1 images" in err) == (1, True)
 
 
-def test_predicted_labels_stand_in_for_given_ones(home, call):
+def test_report_whose_images_are_gone_stays_as_it_is(again, home, call):
+    page = (again / "report.html").read_bytes()
+    (home / "data").rename(home / "moved")
+    code, _, err = call("report", str(again))
+    (home / "moved").rename(home / "data")
+    assert (code, "unbraid: " in err) == (1, True)
+    assert (again / "report.html").read_bytes() == page
+
+
+def test_run_of_lists_is_that_of_class_folders(ran, home, call):
+    (home / "listed").mkdir()
+    for part in ("train", "val"):
+        paths = sorted((home / "data" / part).glob("*/*"))
+        lines = [f"../data/{part}/{p.parent.name}/{p.name},{p.parent.name}" for p in paths]
+        (home / f"listed/{part}.csv").write_text("\n".join(["path,label", *lines]))
+    code, _, err = call(*RUN[:-1], "listed", "--out", "runs/listed", *LOOSE, "--no-features")
+    assert code == 0, err
+    for name in ("findings.csv", "evaluation.json"):
+        same = (home / "runs/a" / name).read_bytes()
+        assert (home / "runs/listed" / name).read_bytes() == same
+    lines = (home / "listed/val.csv").read_text().splitlines()
+    (home / "listed/val.csv").write_text("\n".join([lines[0], *lines[:0:-1]]))
+    assert_report_again(call, home / "runs/listed")  # images are found again by id
+
+
+def test_predicted_labels_stand_in_for_given_ones(ran, home, call):
     for part in ("train", "val"):  # folders that say nothing
         for name, other in zip(CLASSES, (*CLASSES[1:], CLASSES[0]), strict=True):
             shutil.copytree(home / "data" / part / name, home / "wrong" / part / other)
     run = ("run", *NETWORK, "--data", "wrong", "--out", "runs/wrong", *LOOSE, "--no-features")
     code, _, err = call(*run, "--labels", "predicted")
     assert code == 0, err
-    assert unbraid.open_scan(home / "runs/wrong/scan-train").manifest.labels == "predicted"
+    scans = [unbraid.open_scan(home / f"runs/{name}/scan-train") for name in ("wrong", "a")]
+    assert scans[0].manifest.labels == "predicted"
+    for records in scans[0].shards():
+        assert records.label.equal(records.prediction)
+    found, right = (unbraid.find(scan, tau=0.02, p=0.5, gamma=0.95) for scan in scans)
+    assert found.concepts.keys() & right.concepts.keys()
     assert evaluation_in(home / "runs/wrong")["output"]["top1_before"] < 0.5  # by given labels
 
 

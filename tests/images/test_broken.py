@@ -52,6 +52,11 @@ def failing(error, first=3, **told):
     return Made(fail, **told)
 
 
+class Speechless(ValueError):
+    def __str__(self):
+        raise ZeroDivisionError
+
+
 UNSENT = Exception("torn")
 UNSENT.lock = threading.Lock()  # which cannot be pickled
 SOUND = {
@@ -73,10 +78,18 @@ UNSOUND = {
     "row": (Made(lambda x, y, _: {"pixels": x, "n": y, "of": 1}), "'pixels', 'n', 'of'", False),
     "triple": (Made(lambda x, y, n: (x, y, f"{n}.png")), "a tuple of 3", False),
     "labels": (Made(lambda x, y, _: (x, torch.tensor([y, y]))), r"of shape \(2,\); give", False),
+    "complex": (made(lambda x: torch.complex(x, x)), "complex", False),
+    "text": (Made(lambda *_: "ab"), "a str for image", False),
     "error of its own": (failing(UNSENT), r"cannot be reached \(torn\)", False),
     "end of a stream": (failing(StopIteration), "StopIteration", False),
     "no image": (Made(lambda x, y, n: (None if n == 3 else x, y)), "is None", True),
+    "none": (
+        Made(lambda x, y, n: None if n == 3 else (x, y)),
+        "Image 3 of the data set is None",
+        True,
+    ),
     "odd": (failing(ValueError("odd")), "odd", True),
+    "error without words": (failing(Speechless()), "ZeroDivisionError|Speechless", True),
 }
 
 

@@ -28,6 +28,9 @@ def test_list_table_what_is_wrong_is_told(folder):
         (GOOD + "ant/1.png\n", "Line 3 .* has 1 cells for 2"),
         (GOOD + ",ant\n", "Line 3 .* has no text under 'path'"),
         (GOOD + "ant/1.png, \n", "Line 3 .* has the label ' '"),
+        (GOOD + "ant/1.png,-1\n", "Line 3 .* has the label '-1'"),
+        (GOOD + f"ant/1.png,{'n' * 256}\n", "a label of 256 characters"),
+        ("x" * (1 << 21), "can be read"),  # a line without an end
         (GOOD + "bee/../ant/0.png,ant\n", "a second time"),
         (GOOD + "ant/none.png,ant\nant,ant", "2 of 3 files .* are not there, the first is"),
         (GOOD + "ant/\0.png,ant\n", "no text|line contains NUL"),
@@ -38,6 +41,7 @@ def test_list_table_what_is_wrong_is_told(folder):
         (b"PAR1" + b"\xff" * 100 + b"PAR1", "no list that can be read"),
         ({"path": ONE}, "must name path, label"),
         ({"path": ONE, "label": [0.5]}, "Row 1 .* has the label 0.5"),
+        *(({"path": ONE, "label": [odd]}, "has the label") for odd in (None, -1, [1], b"ant")),
         ({"path": [*ONE, None], "label": [0, 0]}, "Row 2 .* has no text under 'path'"),
         ({"path": ONE, "label": [0], "group": [None]}, "no text under 'group'"),
     ):

@@ -77,8 +77,11 @@ def test_members_of_a_file_that_is_cut_off_anywhere_or_goes_on_in_zeros_are_refu
 def test_members_behind_a_damaged_header_or_zeros_are_not_lost_without_a_word(tmp_path):
     path = write_tar(tmp_path / "a.tar", *samples(24))
     whole = path.read_bytes()
-    for size, kind in itertools.product((-512, 2**62), (b"0", b"L", b"x")):  # headers that lie
+    sizes = (-512, -(2**62), 2**20, 2**62)
+    for size, kind in itertools.product(sizes, (b"0", b"L", b"x")):  # headers that lie
         refuse(path, header("a.png", size, kind) + whole)
+    for said in (b"0 path=a\n", b"11 size=-9\n", b"5010 size=%b\n" % (b"9" * 4999), bytes(2 << 20)):
+        refuse(path, header("x", len(said), b"x") + said + bytes(-len(said) % 512) + whole)
     path.write_bytes(whole)
     starts = [member.offset_data - 512 for member in members(str(path))]
     draw = random.Random(0)
@@ -104,6 +107,8 @@ def test_list_shards_what_is_wrong_is_told(tmp_path):
         ([IMAGE, ("a.cls", b"1"), ("b.png", b"")], r"shard\.tar/b has no label"),
         ([IMAGE, ("a.cls", b"-1")], r"^a in .* has the label"),
         ([IMAGE, ("a.json", b'{"label": true}')], r"^a in .* has the label"),
+        ([IMAGE, ("a.cls", b"\xff")], r"The label of a in .* cannot be read"),
+        ([IMAGE, ("a.cls", b"9" * 5000)], "a label of 5000 characters"),
         ([IMAGE, ("a.json", b"[" * 99999)], r"The label of a in .* cannot be read"),
         ([IMAGE, ("a.json", b'{"label": %d}' % 10**30)], "a class of number"),
         ([IMAGE, ("a.cls", bytes(2 << 20))], "more than 1048576; remove it"),
@@ -136,10 +141,21 @@ def test_list_shards_names_that_climb_and_links_touch_nothing(tmp_path, monkeypa
     climbing = ("../climbs", "/tmp/absolute", "a/../../b")
     assert (listing.ids, listing.sizes) == ([f"shard.tar/{key}" for key in climbing], [1, 1, 1])
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["inside", "shard.tar"]
-    for kind in (tarfile.SYMTYPE, tarfile.CHRTYPE, b"S"):
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, b"S"):
         path.write_bytes(header("a.png", 0, kind) + bytes(1024))
         with pytest.raises(DataError, match=r"a\.png in .* is no regular file"):
             list_shards(str(path))
+
+
+def test_list_shards_image_that_is_absurdly_large_is_told(tmp_path):
+    path, size = tmp_path / "a.tar", 3 << 30
+    with path.open("wb") as file:  # with a hole, so that it takes no room
+        file.write(header("a.png", size))
+        file.truncate(512 + size)
+        file.seek(0, os.SEEK_END)
+        file.write(bytes(1024))
+    with pytest.raises(DataError, match=rf"a\.png in .* has {size} bytes"):
+        list_shards(str(path))
 
 
 def write_pictures(path, order):
@@ -208,8 +224,9 @@ def test_list_shards_that_change_or_fail_while_they_are_read_are_told(tmp_path, 
 def test_expand_writes_ranges_out():
     assert expand("a{8..10}b{0..1}") == ["a8b0", "a8b1", "a9b0", "a9b1", "a10b0", "a10b1"]
     assert expand("{x}.tar") == ["{x}.tar"]
-    with pytest.raises(UsageError, match="more than"):
-        expand("{1..1000}{1..1000}{1..2}")
+    for many in ("{0..99999999999}", "{0..999999}-{0..999999}.tar", "{1..1000}{1..1000}{1..2}"):
+        with pytest.raises(UsageError, match="more than"):
+            expand(many)
 
 
 @pytest.mark.usefixtures("_caches")

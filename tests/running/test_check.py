@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -100,6 +101,7 @@ FAULTS = {  # to a file, and what it is told as
     (SHARD, "damaged"): (
         *(flip, cut, lambda path: save_file({"strange": torch.zeros(3)}, path)),
         *(rewrite("label", lambda x: x - 5), rewrite("share_channel", lambda x: x + 99)),
+        *(rewrite("index", lambda x: x.flip(0)), lambda path: path.write_bytes(b"")),
         *(rewrite("share_start", lambda x: x.flip(0)), rewrite("pooled", lambda x: x[..., :-1])),
     ),
     (SHARD, "missing"): (Path.unlink,),
@@ -179,7 +181,7 @@ READS = [("open", name, after) for name in ("shard-000001", "layer") for after i
 READS += [("open", "manifest", 0), ("iterdir", "scan-train", 0)]
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE])
 @pytest.mark.parametrize(("method", "name", "after"), READS)
 def test_check_leaves_what_cannot_be_read(method, name, number, after, run, monkeypatch):
     before = content(run / "scan-train")
@@ -191,6 +193,13 @@ def test_check_leaves_what_cannot_be_read(method, name, number, after, run, monk
     assert os.strerror(number) in told
     assert [found.damaged, found.missing, found.lost, found.whole] == [[], [], [], False]
     assert content(run / "scan-train") == before
+
+
+def test_check_of_what_torch_cannot_map_leaves_it(run, monkeypatch):
+    too_many = RuntimeError("unable to open file in read-only mode: Too many open files (24)")
+    monkeypatch.setattr("unbraid.base.files.safe_open", Mock(side_effect=too_many))
+    found = check(run / "scan-train")
+    assert (len(found.unreadable), found.damaged) == (4, [])
 
 
 def test_check_of_damage_that_cannot_be_set_aside_tells(run, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import unbraid
 from alike import assert_alike
@@ -62,11 +63,12 @@ def test_what_the_demo_shows_is_there_also_in_unseen_images(ran):
     for pair in run.found.pairs:
         assert there[pair.channel, pair.class1, pair.class2] == pytest.approx(pair.cosine, abs=0.05)
     assert run.features.channels == tuple(sorted(part.channel for part in run.split.channels))
+    assert run.features.left_out == 0
     assert run.features.image(run.split.channels[0].channel, None).size == (28, 28)
 
 
 def test_the_documents_show_what_the_demo_draws(ran, tmp_path, monkeypatch):
-    """And not what it drew of another channel or in other colours."""
+    """And not what it drew of another channel, with other images or in other colours."""
 
     def draw(channel=0, kind="sources"):
         unbraid.save_figure(Run(ran[0]).figure(channel, kind), tmp_path / "drawn.png")
@@ -76,6 +78,12 @@ def test_the_documents_show_what_the_demo_draws(ran, tmp_path, monkeypatch):
         assert_alike(draw(kind=kind), SHOWN / shown)
         with pytest.raises(AssertionError):
             assert_alike(draw(1, kind), SHOWN / shown)
+    with Image.open(SHOWN / "figure-demo.png") as picture:
+        side = picture.width // 13
+        picture.paste(picture.crop((side, 0, 2 * side, picture.height)), (2 * side, 0))
+        picture.save(tmp_path / "changed.png")
+    with pytest.raises(AssertionError):
+        assert_alike(tmp_path / "changed.png", SHOWN / "figure-demo.png")
     monkeypatch.setattr(matplotlib_style, "COLOURS", ("#0072b2", "#d55e00"))
     with pytest.raises(AssertionError):
         assert_alike(draw(), SHOWN / "sources-demo.png")

@@ -31,6 +31,7 @@ def test_the_list_is_the_published_one():
         ([*FOUND, Pair(3, 1, 2, -0.1, 1.0, 1.0)], 20, 20),
         ([*FOUND, Pair(3, 1, 2, 0.4, 1.0, 1.0)], 20, 21),
         ([replace(FIRST, cosine=FIRST.cosine + 0.003), *REST], 19, 20),
+        (REST, 19, 20),
         ([replace(FIRST, channel=1), *REST], 19, 21),
     ],
 )

@@ -205,6 +205,18 @@ def test_run_killed_while_replacing_is_finished_by_the_next(out, made):
     assert check(out).whole
 
 
+def test_run_killed_before_its_settings_leaves_the_folder_free(tmp_path):
+    class Fails(SyntheticImages):
+        def __getitem__(self, index):
+            if (tmp_path / "scan-val/manifest.json").exists():
+                raise Killed
+            return super().__getitem__(index)
+
+    with pytest.raises(Killed):
+        running.run(network(), "2", TRAIN, Fails(24, seed=24), tmp_path, **USUAL)
+    assert run(tmp_path, STRICT).page == tmp_path / "report.html"
+
+
 def test_run_that_fails_leaves_what_is_there(out, monkeypatch):
     before = content(out)
     monkeypatch.setattr(running, "ablate", Mock(side_effect=RunError("The network has gone.")))

@@ -7,10 +7,34 @@ import torch
 from torch import nn
 
 import unbraid
-from checks import assert_records, assert_same_files, truth_of
+from checks import assert_records, assert_same_files, assert_untouched, snapshot, truth_of
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import ModelError
 from unbraid.scanning import batch
+
+
+class Functional(nn.Module):
+    """A network of which one module gives two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1)
+        self.lstm, self.head = nn.LSTM(8, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x):
+        z = self.second(self.first(x)).flatten(2).movedim(1, 2)
+        return self.head(self.lstm(z)[0].mean(1))
+
+
+def test_bytes_are_those_of_the_widest_module_and_of_all_behind_the_layer():
+    model, image = Functional(), torch.randn(3, 6, 6)
+    before = snapshot(model)
+    widest = (8 + 5) * 36 + 5 + 5  # the recurrent module, with its two states
+    behind = 8 * 36 + (5 * 36 + 5 + 5) + 2  # the layer, sequence and two states, the head
+    for layers, more in (([model.second], 0), ([model.second, model.first], 4 * 36)):
+        expected = 4 * (3 * widest + behind + more)
+        assert batch.bytes_of_one(model, layers, image) == expected
+    assert_untouched(before, snapshot(model))
 
 
 @pytest.mark.parametrize(("memory", "expected"), [(1, 1), (7.9, 4), (8.0, 8), (1e6, 64)])

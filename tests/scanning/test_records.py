@@ -9,7 +9,7 @@ import unbraid
 from tiny_networks import WithBroken, build
 from unbraid.base.errors import RunError
 from unbraid.base.files import read_tensors, write_tensors
-from unbraid.scanning.records import COLUMNS, shard_path
+from unbraid.scanning.records import COLUMNS, join_records, no_records, shard_path
 
 CORRUPTORS = {
     "dropped": lambda _: None,
@@ -57,3 +57,15 @@ def test_shards_of_a_scan_with_a_damaged_field_are_refused(how, name, whole, sha
 def test_shards_of_a_scan_that_is_whole_are_read(dropped, shards_with):
     (records,) = shards_with(dict.fromkeys(dropped))
     assert (len(records), records.broken.tolist()) == (8, [3])
+
+
+def test_join_records_of_parts_gives_the_whole(whole):
+    (records,) = whole.shards()
+    empty = no_records(whole.layer, positions=True)
+    joined = join_records([empty, records, records, empty])
+    for name, column in COLUMNS.items():
+        own, twice = getattr(records, name), getattr(joined, name)
+        if column.starts:
+            own, twice = own.diff(), twice.diff()
+        assert torch.equal(twice, torch.cat([own, own])), name
+    assert joined.ids == records.ids * 2

@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 import checks
 import structures
 import unbraid
-from tiny_networks import KINDS, CountingNetwork, SyntheticImages, Unlabelled, build
+from tiny_networks import KINDS, CallsByKeyword, CountingNetwork, SyntheticImages, Unlabelled, build
 from unbraid.base.errors import DataError, LayerError, ModelError, RunError, UsageError
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import labels_of
@@ -59,6 +59,13 @@ def test_records_hold_what_the_oracle_says(kind, tmp_path):
     assert all(records.input_map is not None for records in maps.shards())
     checks.assert_bit_equal(scan.weight, network.layer.weight.flatten(1))
     assert (scan.layer.name, scan.class_names) == ("layer", tuple(dataset.classes))
+
+
+def test_records_of_a_layer_that_gets_its_input_by_keyword(tmp_path):
+    network, dataset = build("3x3"), SyntheticImages(5)
+    truth, options = checks.truth_of(network, dataset), {"positions": True, "batch_size": 1}
+    scan = unbraid.scan(CallsByKeyword(network), "layer", dataset, tmp_path, **options)
+    checks.assert_records(list(scan.shards()), truth, 0.005, range(5))
 
 
 def test_images_of_two_sizes_are_run_one_by_one(tmp_path):
@@ -182,15 +189,21 @@ NAN = "Image {} drives the network to NaN"
 NO_LABEL = "image 0 is a {}, not a class's"
 BROKEN = build("3x3")
 BROKEN.head.weight.data.fill_(math.nan)
+INFINITE = build("3x3")
+INFINITE.stem_norm.running_var.fill_(math.inf)
 PREDICTED = {"labels": "predicted"}
 REFUSED = [  # network or images, options
     (BROKEN, {}, ModelError, "'head.weight' holds"),
+    (INFINITE, {}, ModelError, "'stem_norm.running_var' holds"),
     (dataset_of(8, images={5: math.nan}), {"batch_size": 4}, ModelError, NAN.format(5)),
     (dataset_of(8, images={5: 1e308}), {"batch_size": 4}, ModelError, NAN.format(5)),
     (changed(lambda logits: (logits - 1e6).sqrt()), {}, ModelError, NAN.format(0)),
     (dataset_of(8, labels={3: 4}), {}, DataError, "Image 3 has label 4, but the network has 4 out"),
+    (dataset_of(8, labels={3: -1}), {}, DataError, "Image 3 has label -1, but the network has 4"),
     (Unlabelled(4), {}, UsageError, r"no labels; pass labels='predicted'\.$"),
     (Unlabelled(4, torch.tensor([0, 1])), PREDICTED, DataError, NO_LABEL.format("Tensor")),
+    (Unlabelled(4, "cat"), {}, DataError, NO_LABEL.format("str")),
+    (Unlabelled(4, 0.5), PREDICTED, DataError, NO_LABEL.format("float")),
     (Unlabelled(4, 2**70), PREDICTED, DataError, NO_LABEL.format("int")),
     (SyntheticImages(4, size=(1, 7, 6)), {}, ModelError, r"cannot run on .* \(1, 7, 6\)"),
     (of_sizes(6, 6, 5, 5), {}, DataError, r"Image 2 is \(3, 7, 5\) where image 0 is \(3, 7, 6\)"),

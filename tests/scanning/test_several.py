@@ -1,5 +1,6 @@
 """Several layers at once: one pass, each with the records of a scan of its own; one network."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -57,7 +58,7 @@ def test_one_pass_keeps_of_every_layer_what_a_pass_of_its_own_keeps(network, tmp
         assert_same_files(scan.path, tmp_path / name)
 
 
-@pytest.mark.parametrize("kind", ["in place", "runs again", "windows", "checkpointed, reentrant"])
+@pytest.mark.parametrize("kind", structures.STRUCTURES)
 def test_every_structure_can_be_scanned_layer_beside_layer(kind, tmp_path):
     network, images = structures.build(kind), structures.images()
     scans = unbraid.scan(network, "*", images, tmp_path / "all")
@@ -93,6 +94,8 @@ def test_layers_that_cannot_be_scanned_are_named(network, tmp_path):
     for asked, error, message in (
         ([], UsageError, "No layer is named"),
         ("*.conv9", LayerError, r"No layer that can be split fits '\*.conv9'"),
+        (["first", "second"], LayerError, "no layer 'second'"),
+        (["first", "unused"], LayerError, "'unused' does not run"),
         (["first", "norm"], LayerError, r"'norm' \(BatchNorm2d\) cannot be split"),
     ):
         with pytest.raises(error, match=message):
@@ -126,6 +129,14 @@ def test_outputs_and_gradients_stay_with_several_layers_split(network, splits):
         results.append(torch.cat([outputs.flatten(), x.grad.flatten()]))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-12)
+
+
+def test_outputs_stay_to_the_last_bit_in_single_precision(network, tmp_path):
+    single, images = copy.deepcopy(network).float(), copy.copy(IMAGES)
+    images.images = IMAGES.images.float()
+    scans = unbraid.scan(single, ["first", "blocks.*"], images, tmp_path)
+    changed = unbraid.apply(single, [split(scan) for scan in scans.values()])
+    assert_bit_equal(changed(images.images), single(images.images))
 
 
 def test_gates_and_ablation_act_each_on_the_layer_named(network, splits):

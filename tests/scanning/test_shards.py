@@ -141,6 +141,16 @@ def test_a_folder_that_another_scan_takes_before_the_first_shard_is_not_written_
     assert sum(len(records) for records in fresh.shards()) == N_IMAGES
 
 
+def test_shards_are_read_one_at_a_time_and_let_go(finished, monkeypatch):
+    read, calls = records_module.read_shard, []
+    counted = lambda *given: calls.append(given[1]) or read(*given)  # noqa: E731
+    monkeypatch.setattr(records_module, "read_shard", counted)
+    shards = unbraid.open_scan(finished).shards()
+    assert calls == []
+    alive = weakref.ref(next(shards))
+    assert (calls, alive()) == ([0], None)
+
+
 def test_images_are_let_go_batch_by_batch(tmp_path):
     alive, n_alive = weakref.WeakSet(), []
 
