@@ -165,7 +165,7 @@ def test_html_of_long_tables_is_cut_and_says_by_how_much():
     assert "Nearest: tau <0.01>." in nothing.around
 
 
-@pytest.mark.parametrize("start", ["=", "@", "\t=", "＝"])  # noqa: RUF001
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r", " =", "＝", "＠"])  # noqa: RUF001
 def test_csv_text_gives_spreadsheets_no_formula(start):
     cell = f"{start}cmd|' /C calc'!A0"
     text = csv_text(("name", "figure"), [(cell, -1.5), ("clock-face", 2)])

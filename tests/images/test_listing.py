@@ -63,6 +63,8 @@ def test_list_folder_links(folder, tmp_path):
     (folder / "c").unlink()
     for link, target, told in (
         ("ant/more", tmp_path, "ant/more is a link to a folder, which is not followed"),
+        ("c", ".", "c is a link to a folder"),
+        ("c", "c", "c is a link to what is not there"),
         ("b", "/no/such/folder", "b is a link to what is not there; mend or remove it"),
         ("ant/new", "/no/such/folder", "ant/new is a link to what is not there; mend or remove it"),
     ):

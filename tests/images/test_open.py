@@ -199,6 +199,7 @@ def test_list_images_what_is_no_source_is_told(folder, tmp_path, monkeypatch):
     for source, told in (
         ("nowhere", "There is no folder"),
         ("empty", "no class folders"),
+        ("x" * 5000, "cannot be read"),
         ("nowhere.csv", "No such file"),
         ("nowhere.tar", r"There is no shard .*nowhere\.tar"),
         ("hollow", "Folder .*inside holds no image"),
