@@ -5,13 +5,17 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from IPython.core.interactiveshell import InteractiveShell
+from torch import nn
 
-from unbraid import Ablation, Circuit, Evaluation, Findings
+from unbraid import Ablation, Circuit, Evaluation, Findings, Split
 from unbraid.base.tables import Table, csv_text, one_line
 from unbraid.finding.findings import Pair
 from unbraid.measuring import results
 from unbraid.measuring.circuit import Source
+from unbraid.networks.layers import describe
+from unbraid.splitting.splits import ChannelSplit
 
 SCRIPT, QUOTES, REVERSED = "<script>alert(1)</script>", "\"'><img src=x>&amp;", "\u202egnirts"
 NAMES = (SCRIPT, QUOTES, REVERSED, "bad \udcff", "\x1b]0;x\x07" + "x" * 100_000)
@@ -95,6 +99,10 @@ DROPS = [results.Drop(4, x, x / 10, 2 * x, x / 5) for x in (1.0, 0.5, 0.25)]
 ABLATED = results.ConceptAblation((0,), SCRIPT, *DROPS, NO_DROPS)
 LIKE, *PARTS = [results.Likeness(x, y) for x, y in ((0.1, 0.2), (0.3, 0.4), (0.5, math.nan))]
 ALIKE = results.ChannelSemantics("pixels", 9, 3, True, True, LIKE, tuple(PARTS), 0.25, 0.75)
+SPEC = describe("mix", nn.Conv2d(4, 8, 1))
+MASKS = torch.tensor([[1.0, 0, 0.5, 0], [0, 1, 0.5, 0]])
+PART = ChannelSplit(5, ((0,), (1, 2)), MASKS, torch.tensor([1.0, -2, 4, 1]), 0.0, {})
+SILENT = replace(PART, channel=6, weight=torch.zeros(4))
 SOURCES = (Source(3, 2.0, 0.5, 0.9), Source(1, -1.0, 0.0, 0.25))
 RESULTS = {
     "findings": (findings(5, note="a <b>"), "a <b>", expected_findings(findings(5))),
@@ -105,6 +113,26 @@ RESULTS = {
             ["4", SCRIPT, "0.100", "1.100", "2.100", "3.100", "4.100", "0.250"],
             ["", QUOTES, "0.200", "1.200", "2.200", "3.200", "4.200", ""],
             ["9", REVERSED, "0.300", "1.300", "2.300", "3.300", "4.300", "nan"],
+        ],
+    ),
+    "split": (  # of |1| + |-2| + |4| + |1| = 8 the first keeps 1 + 2, the second 2 + 2
+        Split(SPEC, "", "least_squares", {}, NAMES, (PART, SILENT)),
+        "least_squares split of 2 channels of mix",
+        [
+            [channel, concept, name, kept]
+            for channel, kept_by in (("5", ("38%", "50%")), ("6", ("0%", "0%")))
+            for concept, name, kept in (
+                ("0", SCRIPT, kept_by[0]),
+                ("1", f"{QUOTES}, {REVERSED}", kept_by[1]),
+            )
+        ],
+    ),
+    "clusters": (
+        findings(kind="clusters", note="beware of <b>"),
+        "beware of <b>",
+        [
+            [str(p.channel), f"{p.cosine:.4f}", NAMES[0], "90%", NAMES[p.class2], "80%"]
+            for p in findings().pairs
         ],
     ),
     "circuit": (
