@@ -28,7 +28,7 @@ def test_ranks_that_would_scan_another_network_are_told_and_touch_nothing(target
     claimed = {path: path.read_bytes() for path in target.folder.iterdir()}
     claim_together([target], Team(store, 1, 2))  # the same work
     other = replace(target, manifest=replace(target.manifest, weights="of another seed"))
-    with pytest.raises(RunError, match="the network's weights of this one and the first differ"):
+    with pytest.raises(RunError, match="a difference in the network's weights;"):
         claim_together([other], Team(store, 1, 2))
     with pytest.raises(RunError, match="the number of layers"):
         claim_together([target, target], Team(store, 1, 2))

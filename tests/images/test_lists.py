@@ -22,10 +22,10 @@ ONE = ["ant/0.png"]
 def test_list_table_what_is_wrong_is_told(folder):
     os.mkfifo(folder / "pipe.png")  # which is not waited for
     for content, told in (
-        ("", "must name path, label"),
+        ("", "has no columns; its first row must name path, label"),
         ("path,label,path\na,b,c", "has the columns path, label, path; .* group, each once"),
         ("path,label\n", "holds no image"),
-        (GOOD + "ant/1.png\n", "Line 3 .* has 1 cells for 2"),
+        (GOOD + "ant/1.png\n", "Line 3 .* has 1 cell for 2 columns"),
         (GOOD + ",ant\n", "Line 3 .* has no text under 'path'"),
         (GOOD + "ant/1.png, \n", "Line 3 .* has the label ' '"),
         (GOOD + "ant/1.png,-1\n", "Line 3 .* has the label '-1'"),

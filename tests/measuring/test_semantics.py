@@ -125,14 +125,16 @@ def test_measure_semantics_tells_concept_channels_of_one_thing_each(tmp_path):
     assert one.within < 0.1 < 1.3 < one.between
 
 
-def test_measure_semantics_leaves_out_images_that_could_not_be_read(tmp_path, case_of):
+def test_measure_semantics_leaves_out_images_that_could_not_be_read(tmp_path, case_of, capsys):
     images = WithBroken(150, seed=1)
     images.broken = range(130)  # all of the first shard
     split, network, measured = case_of("1x1").split, case_of("1x1").network, []
     for dataset in (images, Subset(images, range(130, 150))):
         folder, options = tmp_path / str(len(dataset)), {"positions": True, "skip_broken": True}
         scan = unbraid.scan(network, "layer", dataset, folder, **options)
-        measured.append(unbraid.measure_semantics(split, scan, dataset, encode, n_top=N_TOP))
+        options = {"n_top": N_TOP, "progress": True}
+        measured.append(unbraid.measure_semantics(split, scan, dataset, encode, **options))
+        assert "20/20" in capsys.readouterr().err
     assert {one.n_images for one in measured[0].channels.values()} == {20}
     assert repr(measured[0]) == repr(measured[1])
 

@@ -214,8 +214,7 @@ def test_load_weights_that_do_not_fit_says_why(kind, tmp_path):
     with pytest.raises(ModelError, match=message) as caught:
         loaded(path, model)
     assert "\n" not in str(caught.value)
-    if kind == "complex":
-        assert_is(model.state_dict(), network().state_dict())
+    assert_is(model.state_dict(), network().state_dict())
 
 
 @pytest.mark.parametrize(

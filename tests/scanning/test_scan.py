@@ -95,7 +95,7 @@ def test_a_scan_goes_on_only_with_the_same_global_that_its_transform_uses(tmp_pa
     unbraid.scan(build("3x3"), "layer", images, tmp_path / "scan")
     unbraid.scan(build("3x3"), "layer", images, tmp_path / "scan")
     monkeypatch.setitem(globals(), "GAIN", 2.0)
-    with pytest.raises(RunError, match="the preprocessing differ"):
+    with pytest.raises(RunError, match="a difference in the preprocessing;"):
         unbraid.scan(build("3x3"), "layer", images, tmp_path / "scan")
 
 
@@ -132,7 +132,7 @@ def test_scan_of_an_older_version_can_be_opened_and_one_that_ran_compiled_too(tm
     path.write_text(json.dumps(older))
     assert unbraid.open_scan(tmp_path).manifest == scan.manifest
     path.write_text(json.dumps({**older, "compiled": True}))
-    with pytest.raises(RunError, match="whether it runs compiled differ"):
+    with pytest.raises(RunError, match="a difference in whether it runs compiled;"):
         unbraid.scan(build("1x1"), "layer", SyntheticImages(6), tmp_path)
 
 

@@ -85,7 +85,7 @@ def test_scan_of_what_is_not_one_row_an_image_is_refused(tmp_path):
     mixed, doubled = Mixes().double().eval(), putting_out(lambda z: torch.cat([z, z]))
     with pytest.raises(LayerError, match=r"\(8, 6, 7, 3\) for 4 images.*use batch_size=1"):
         unbraid.scan(mixed, "layer", images(4), tmp_path)
-    with pytest.raises(ModelError, match="2 rows of logits for 1 images"):
+    with pytest.raises(ModelError, match="2 rows of logits for 1 image;"):
         unbraid.scan(doubled, "layer", images(4), tmp_path / "doubled")
     scan = unbraid.scan(mixed, "layer", images(4), tmp_path, batch_size=1)
     assert next(scan.shards()).n_positions.tolist() == [42] * 4

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from unbraid.base.errors import DataError, UnbraidError, UsageError, brief, out_of_reach
-from unbraid.base.tables import one_line
+from unbraid.base.tables import count, one_line
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.listing import Files, Listing, label_text, look_at, make_listing, seen_from
 from unbraid.images.pictures import decode_picture, read_picture
@@ -71,9 +71,10 @@ def _columns(names: list[str], path: Path) -> list[str]:
     """The columns to read."""
     wanted: list[str] = [name for name in ("path", "label", "group") if name in names]
     if wanted[:2] != ["path", "label"] or any(names.count(name) > 1 for name in wanted):
+        found = one_line(", ".join(names))[:200]
         raise DataError(
-            f"{path} has the columns {one_line(', '.join(names))[:200]}; its first row must name "
-            "path, label and, if images belong together, group, each once."
+            f"{path} has {f'the columns {found}' if found else 'no columns'}; its first row must "
+            "name path, label and, if images belong together, group, each once."
         )
     return wanted
 
@@ -91,8 +92,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             where = f"Line {reader.line_num + 1} of {path}"
             if len(cells) != len(names):
                 raise DataError(
-                    f"{where} has {len(cells)} cells for {len(names)} columns; put cells that hold "
-                    f"{delimiter!r} in quotes."
+                    f"{where} has {count(len(cells), 'cell')} for {count(len(names), 'column')}; "
+                    f"put cells that hold {delimiter!r} in quotes."
                 )
             yield where, {name: cells[k] for name, k in columns.items()}
 

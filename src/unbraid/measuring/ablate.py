@@ -287,10 +287,15 @@ class _Call:
     module: nn.Module
     output: Tensor | None  # None where it must be computed anew
     version: int  # torch counts how often a tensor was written into
+    copied: bool  # handed out as a copy, which may be written into
+
+    @property
+    def version_now(self) -> int:
+        return 0 if self.output is None else self.output._version
 
     @property
     def written(self) -> bool:
-        return self.output is not None and self.output._version != self.version
+        return self.version_now != self.version
 
 
 class _Replay:
@@ -299,6 +304,7 @@ class _Replay:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._calls: list[_Call] = []  # before the layer, in the first pass
+        self._copied: set[int] = set()  # which of them are kept as copies
         self._place = 0  # among them, in this pass
         self._output: Tensor | None = None  # of the layer, in the first pass
         self._given: Tensor | None = None  # what the layer is to put out, None in the first pass
@@ -308,6 +314,22 @@ class _Replay:
 
     def first(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Run the network on a batch as it is; return the logits and the layer's output."""
+        # A network may pass values past its modules, in place or by way of attributes. So it is
+        # tried whether a shortened pass gives the same logits, to the last bit: with all outputs
+        # as they are now, else with copies of those that were written into, as they were before.
+        # Else passes run in full.
+        logits = self._keep(images)
+        written = {place for place, call in enumerate(self._calls) if call.written}
+        for place in written:
+            self._calls[place].version = self._calls[place].version_now
+        if not self._try(images, logits) and written:
+            self._copied |= written
+            self._try(images, self._keep(images))
+        assert self._output is not None
+        return logits, self._output
+
+    def _keep(self, images: Tensor) -> Tensor:
+        """Run the network in full, and keep what its modules put out."""
         self._calls, self._output, self._shortened = [], None, False
         logits = self.again(images, None)
         if self._output is None:
@@ -317,17 +339,7 @@ class _Replay:
                 f"The layer runs {self._n_reached} times in a forward pass, so its output is not "
                 "one thing; choose a layer that runs once."
             )
-        # A network may pass values past its modules, in place or by way of attributes. So it is
-        # tried whether a shortened pass gives the same logits, to the last bit: with all outputs
-        # as they are now, else without those that were written into. Else passes run in full.
-        written = [call for call in self._calls if call.written]
-        for call in written:
-            call.version = call.output._version
-        if not self._try(images, logits):
-            for call in written:
-                call.output = None
-            self._try(images, logits)
-        return logits, self._output
+        return logits
 
     def _try(self, images: Tensor, logits: Tensor) -> bool:
         """Shorten passes from now on, if that gives the same logits."""
@@ -367,17 +379,22 @@ class _Replay:
             call = self._calls[self._place]
             self._place += 1
             if call.module is module and call.output is not None:
-                return call.output
+                return call.output.clone() if call.copied else call.output
         self._within = True
         try:
             output = compute(*args, **named)
         finally:
             self._within = False
         if self._given is None and not self._n_reached:
-            known = isinstance(output, Tensor) and not output.is_inference()
-            call = _Call(module, output, output._version) if known else _Call(module, None, 0)
-            self._calls.append(call)
+            self._calls.append(self._kept(module, output))
         return output
+
+    def _kept(self, module: nn.Module, output: Any) -> _Call:
+        if not isinstance(output, Tensor) or output.is_inference():
+            return _Call(module, None, 0, copied=False)
+        copied = len(self._calls) in self._copied
+        kept = output.clone() if copied else output
+        return _Call(module, kept, kept._version, copied)
 
 
 @contextmanager

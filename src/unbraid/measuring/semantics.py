@@ -90,9 +90,9 @@ def measure_semantics(
         image_progress("Embedding images", n_images, show=progress) as advance,
     ):
         loaded = load_batches(encoder, dataset, batches, workers, advance)
-        scores, whole = _embed(
-            scan, split, tops, (row for batch in loaded for row in encode(batch))
-        )
+        rows = (row for batch in loaded for row in encode(batch))
+        scores, whole = _embed(scan, split, tops, rows)
+        next(rows, None)  # so that the last batch is counted
         loaded = load_batches(encoder, crops, in_batches(range(len(crops)), batch_size), workers)
         rows = (row for batch in loaded for row in encode(batch))
         cut = dict(zip(boxes, rows, strict=True))

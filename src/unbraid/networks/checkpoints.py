@@ -81,9 +81,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 f"{path} holds {one_line(name)} as {kind}, which are no real weights; save them as "
                 "floating-point numbers, dequantised if need be."
             )
+    before = {
+        name: value.detach().clone()
+        for name, value in own.items()
+        if isinstance(value, Tensor) and not is_lazy(value)
+    }
     try:
         model.load_state_dict(state)
     except Exception as error:  # also of a network of anyone's own
+        with torch.inference_mode():  # torch keeps those that fit
+            for name, value in before.items():
+                own[name].copy_(value)
         reasons = _differences(state, own, keys) or brief(error)
         raise ModelError(
             f"Weights {path} do not fit the network: {reasons}; give --model FILE.py:FUNCTION, "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unbraid.base.errors import DataError, ModelError, OutOfMemory, UnbraidError, brief, memory_full
 from unbraid.base.modes import callers_device, in_plain_modes
+from unbraid.base.tables import count
 from unbraid.networks.copying import device_of, number_format, unwrap
 from unbraid.networks.relevance import undisturbed
 
@@ -189,8 +190,8 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
         raise ModelError("The network's weights are on the meta device; load weights first.")
     if len(logits) != len(images):
         raise ModelError(
-            f"The network gives {len(logits)} rows of logits for {len(images)} images; wrap it so "
-            "that it gives one for each."
+            f"The network gives {count(len(logits), 'row')} of logits for "
+            f"{count(len(images), 'image')}; wrap it so that it gives one for each."
         )
     return logits
 

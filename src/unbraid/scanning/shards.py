@@ -146,7 +146,7 @@ def claim(targets: Sequence[Target]) -> None:
             )
         if differences := target.manifest.differences(before):
             raise RunError(
-                f"{folder} holds a scan of something else: {', '.join(differences)} differ. Name "
+                f"{folder} holds another scan, with a difference in {', '.join(differences)}; name "
                 "another folder, or delete this one."
             )
     for target, before in zip(targets, manifests, strict=True):
@@ -175,9 +175,9 @@ def claim_together(targets: Sequence[Target], team: Team) -> None:
         for words in target.manifest.differences(other)
     }
     raise RunError(
-        "The processes do not scan the same thing: "
-        f"{', '.join(sorted(differing)) or 'the number of layers'} of this one and the first "
-        "differ. Give all the same weights, seed and images."
+        "This process does not scan what the first does, with a difference in "
+        f"{', '.join(sorted(differing)) or 'the number of layers'}; give all the same weights, "
+        "seed and images."
     )
 
 
