@@ -54,7 +54,7 @@ _NUMBERED = re.compile(r"settings-([2-9]|[1-9]\d+)")
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a channel counts as polysemantic; METHOD.md section 3."""
+    """When a channel counts as polysemantic; "Find" in docs/method.md."""
 
     tau: Tau = 0.03
     p: float = 0.75
