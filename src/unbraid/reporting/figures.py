@@ -100,7 +100,7 @@ def teaser_figure(
 
 @in_plain_modes
 def density_figure(split: Split, scan: Scan, channel: int, *, width: float = 3.25) -> Figure:
-    """Show how a channel, and each of its concept channels, answers to each concept's images.
+    """Show how a channel, and each of its concept channels, responds to each concept's images.
 
     A panel for the original and one for each concept channel, with one curve per concept: the
     density of the summed pre-activation over the concept's images, by a Gaussian kernel of Scott's
