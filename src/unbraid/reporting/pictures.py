@@ -120,12 +120,11 @@ def read_pictures(
     is opened without the network.
     """
     fits = max(labels, default=0) < size_of(dataset)
-    pairs = set()  # of a label that was scanned and that of now
+    pairs = set()  # of the label that was scanned and that of now, which should be one to one
     for index, scanned in list(labels.items())[:_N_CHECKED] if fits else ():
         with suppress(Exception):  # an image that cannot be read is shown as such
             pairs.add((scanned, int(dataset[index][1])))
-    one_to_one = all(len({pair[k] for pair in pairs}) == len(pairs) for k in (0, 1))
-    if not (fits and one_to_one):
+    if not fits or any(len({pair[k] for pair in pairs}) < len(pairs) for k in (0, 1)):
         raise UsageError(
             "The data set is not the one that was scanned (its labels differ); pass the data set "
             "that the validation scan was made of."
