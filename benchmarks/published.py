@@ -1,8 +1,8 @@
 """The published procedure for splitting polysemantic channels, as a plain script would do it.
 
-The baseline for unbraid: Hesse et al. 2025 (arXiv:2504.12939), written from METHOD.md section 3
-alone, with its costs: the whole graph down to the image, one file per image, one backward pass per
-batch and channel, one pass through the network per rho. A cost left open there is kept low.
+The baseline for unbraid: Hesse et al. 2025 (arXiv:2504.12939), written without unbraid's code, with
+its costs: the whole graph down to the image, one file per image, one backward pass per batch and
+channel, one pass through the network per rho. A cost that the paper leaves open is kept low.
 
 Datasets are map-style, of (image, int label), with a list `targets`; a label is also the index of
 its logit. Layers are `nn.Conv2d` or `nn.Linear`. Models are in eval mode.

@@ -5,7 +5,7 @@
 
 Per network, both rules divide the same channels among the same concepts, found and fitted on
 training images, and are measured on the same test images; the published rule chooses its own rho
-on the training images. Then, on the same scans, the truth tests of METHOD.md section 7: random
+on the training images. Then, on the same scans, truth tests: random
 halves of a class, shuffled labels, and planted channels. Prints Markdown.
 
 The demo needs nothing but unbraid. Other networks are trained on Fashion-MNIST as IDX files

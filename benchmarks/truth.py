@@ -1,4 +1,4 @@
-"""Truth tests of METHOD.md section 7 on a Scan: nulls, shuffled labels, planted channels.
+"""Truth tests on a Scan: halves of a class, shuffled labels, planted channels.
 
 Needs nothing but unbraid.
 """

@@ -53,11 +53,11 @@ def split_network(name: str) -> tuple[nn.Module, unbraid.Split, Dataset[Any]]:
 
 
 def usual_responses(watched: Watched, images: Dataset[Any]) -> tuple[Tensor, Tensor]:
-    """Mean and spread over images of each concept channel's mean pre-activation, (R,) each."""
+    """Mean and spread over images of each channel's mean pre-activation, in rows of responses."""
     places = torch.linspace(0, len(images) - 1, N_MEASURED).long().tolist()
     some = torch.stack([image for image, _ in Subset(images, places)])
     with torch.no_grad():
-        means = torch.cat([watched.respond(batch).concepts.mean(-1) for batch in some.split(20)])
+        means = torch.cat([watched.respond(batch).mean(-1) for batch in some.split(20)])
     return means.mean(0), means.std(0)
 
 
@@ -128,7 +128,7 @@ def main() -> None:
         model2, split, images = split_network(name)
         watched = watch(model2, split.layer.name)
         usual = usual_responses(watched, images)
-        channels = sorted({channel for channel, _ in watched.rows})[: asked.channels]
+        channels = [part.channel for part in split.channels][: asked.channels]
         for steps, way in ((steps, way) for steps in asked.steps for way in asked.ways):
             made: list[unbraid.Features] = []
             job = (model2, split.layer.name, images, channels)

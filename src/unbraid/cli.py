@@ -445,5 +445,5 @@ app = App(
 )
 _COMMANDS: list[Callable[..., int | None]] = [demo, run, layers, scan, find, sensitivity, split]
 _COMMANDS += [evaluate, report, figure, check, reproduce]
-for place, command in enumerate(_COMMANDS):
-    app.command(command, sort_key=place)
+for n, command in enumerate(_COMMANDS):
+    app.command(command, sort_key=n)

@@ -46,6 +46,14 @@ def test_compare_outputs_counts_over_all_images(batch_size, pair):
     assert result.top1_after == accuracy(other, dataset)
 
 
+def test_compare_outputs_takes_no_unused_part_for_a_split_layer(pair):
+    network = copy.deepcopy(pair.network)
+    network.stem.spare = nn.Sequential(nn.ReLU())
+    network.stem.spare.names = ["spare"]
+    result = unbraid.compare_outputs(network, network, SyntheticImages(3))
+    assert result.max_abs_logit_diff == 0
+
+
 @pytest.mark.parametrize("name", ["layer.original.weight", "stem.weight", "head.bias"])
 def test_compare_outputs_notices_a_small_change_and_leaves_networks_as_they_were(name, pair):
     other = nudged(pair.changed, name, 1e-3).train()

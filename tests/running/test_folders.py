@@ -74,7 +74,10 @@ def test_same_results_by_what_decides_on_them(other, same):
 def test_read_settings_of_another_version_passes_over_what_is_not_known(tmp_path):
     text = '{"title": "x", "thresholds": {"tau": 0.1}, "source": {}, "mood": {"width": 1.0}}'
     (tmp_path / "settings.json").write_text(text)
-    assert read_settings(tmp_path) == Settings("x", Thresholds(0.1), {})
+    settings = read_settings(tmp_path)
+    assert settings == Settings("x", Thresholds(0.1), {})
+    assert str(settings) == "tau 0.1, p 0.75, gamma 0.5"
+    assert settings.thresholds.of_find == Thresholds(0.1).of_find
 
 
 def test_set_aside_never_takes_a_name_that_is_taken(tmp_path):

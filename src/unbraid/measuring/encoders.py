@@ -149,7 +149,7 @@ def ready(encoder: Encoder) -> Iterator[Encode]:
         if not n_dimensions or shape != (len(images), n_dimensions):
             raise ModelError(
                 f"The encoder gives {shape} for {len(images)} images from image {int(index[0])} "
-                "on, not one embedding each of always as many dimensions; wrap it so that it does."
+                "on, not one embedding for each, all equally long; wrap it so that it does."
             )
         wrong = ~embeddings.isfinite().all(1).cpu()
         if wrong.any():

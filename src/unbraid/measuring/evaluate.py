@@ -288,7 +288,7 @@ def resampled(
 
     def ratio(above: np.ndarray, below: np.ndarray, images: np.ndarray) -> np.ndarray:
         counted = counts[:, images]
-        with np.errstate(all="ignore"):  # a channel that answers nothing has no measures
+        with np.errstate(all="ignore"):  # a channel that never responds has no measures
             return np.asarray((counted @ above[images]) / (counted @ below[images]))
 
     measures = []
@@ -307,9 +307,9 @@ def resampled(
 
 def _auroc(counts: np.ndarray, score: np.ndarray, positive: np.ndarray) -> np.ndarray:
     """Chance that a positive image scores above another one, ties counted half, (B,)."""
-    values, place = np.unique(score, return_inverse=True)
-    order = place.argsort(kind="stable")
-    starts = np.searchsorted(place[order], np.arange(len(values)))
+    values, rank = np.unique(score, return_inverse=True)
+    order = rank.argsort(kind="stable")
+    starts = np.searchsorted(rank[order], np.arange(len(values)))
     wins, others = (
         np.add.reduceat((counts * part)[:, order], starts, axis=1) for part in (positive, ~positive)
     )

@@ -1,6 +1,6 @@
 """How well concept channels keep apart: mimic, silence and separation errors (docs/method.md).
 
-N images; z (N,) the whole channel, new (N, K) its concept channels, concept (N,) who is whose.
+N images; z (N,) the whole channel, new (N, K) its concept channels, concept (N,) an image's own.
 """
 
 from __future__ import annotations

@@ -71,9 +71,9 @@ def reference_images(
         found = _rank(scan, split, _POOL * n, by_group=True)
         rows, directions = _directions(scan, found)
         for tops in found.values():
-            for place, top in enumerate(tops):
+            for k, top in enumerate(tops):
                 own = directions[[rows[index] for index in top.index.tolist()]]
-                tops[place] = top.take(_different(own @ own.T, n, alike))
+                tops[k] = top.take(_different(own @ own.T, n, alike))
     return {o: ReferenceImages(own, tuple(concepts)) for o, (own, *concepts) in found.items()}
 
 
@@ -122,7 +122,7 @@ def _directions(scan: Scan, ranked: dict[int, list[TopImages]]) -> tuple[dict[in
 
 
 def _different(cosine: Tensor, n: int, alike: float) -> Tensor:
-    """Choose the first n images, of cosines (m, m), none alike an earlier one; or as few alike."""
+    """Choose n images in order, none with a cosine (m, m) above a limit, which rises as needed."""
     chosen: list[int] = []
     for limit in np.linspace(alike, max(alike, COPY), _STEPS):
         repeats = cosine > float(limit)

@@ -122,8 +122,8 @@ class Ablation(Tabular):
                     for drop in (concept.own, concept.others)
                 )
                 accuracy, rest = figure(concept.own.accuracy, ".1%"), figure(concept.rest.logit)
-                place = "" if k else str(channel.channel)
-                rows.append((place, concept.name, *own, accuracy, *others, rest))
+                number = "" if k else str(channel.channel)
+                rows.append((number, concept.name, *own, accuracy, *others, rest))
         return Table(rows, caption=f"Channels of {self.layer} switched off", n_heads=2)
 
 
@@ -138,9 +138,9 @@ def _without_parts(content: Any) -> Any:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How alike the images are that one channel answers to; see "Evaluate" in docs/method.md."""
+    """How alike the images are that excite one channel; see "Evaluate" in docs/method.md."""
 
-    monosemanticity: float  # mean cosine of pairs of images, weighted by what it answers to both
+    monosemanticity: float  # mean cosine of pairs of images, weighted by its responses to both
     clarity: float  # mean cosine of pairs of its top images
 
 
@@ -152,7 +152,7 @@ class ChannelSemantics:
     n_images: int
     n_top: int  # top images of each channel, for clarity and PURE's distances
     positions: bool  # whether responses were rectified position by position
-    crops: bool  # whether distances are of the parts of images where concept channels answer
+    crops: bool  # whether distances are of the parts of images where concept channels respond
     original: Likeness
     concepts: tuple[Likeness, ...]
     within: float  # PURE's mean distance of top images of the same concept channel
@@ -214,7 +214,7 @@ class ChannelEvaluation:
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """What a channel and its concept channels answer to the images of its concepts."""
+    """Responses of a channel and its concept channels to the images of its concepts."""
 
     concept: Tensor  # (N,), which concept each image belongs to
     label: Tensor  # (N,)

@@ -1,4 +1,4 @@
-"""Measure how alike the images are that a channel and its concept channels answer to.
+"""Measure how alike the images are that excite a channel and its concept channels.
 
 Shapes: N images, K concepts, C channels in all (originals and concept channels), D dimensions.
 """
@@ -45,12 +45,11 @@ def measure_semantics(
     workers: int = 0,
     progress: bool = False,
 ) -> Semantics:
-    """Compare every split channel with its concept channels by the images that they answer to.
+    """Compare every split channel with its concept channels by the images that excite them.
 
-    What a channel answers is its positive response: sum_p max(z, 0) where the scan holds
-    positions, else max(sum_p z, 0). PURE's distances are between the top images of the concept
-    channels: between the parts of them where these answer, where the scan holds positions of a
-    two-dimensional convolution, else between whole images.
+    Only positive responses count: sum_p max(z, 0) where the scan holds positions, else
+    max(sum_p z, 0). PURE's distances are between top images of the concept channels; where the scan
+    holds positions of a two-dimensional convolution, between the parts that excite these.
 
     Args:
         split: whose channels to measure.
@@ -97,18 +96,19 @@ def measure_semantics(
         rows = (row for batch in loaded for row in encode(batch))
         cut = dict(zip(boxes, rows, strict=True))
     channels: dict[int, ChannelSemantics] = {}
-    for channel, (original, *concepts) in tops.items():
+    of_channels = scores.split([len(own) for own in tops.values()])
+    for (channel, own), of_channel in zip(tops.items(), of_channels, strict=True):
         likes = [
-            Likeness(scores.pop(0), clarity(torch.stack([whole[n] for n in one.index.tolist()])))
-            for one in (original, *concepts)
+            Likeness(score, clarity(torch.stack([whole[n] for n in one.index.tolist()])))
+            for score, one in zip(of_channel.tolist(), own, strict=True)
         ]
-        places = [(channel, k, n) for k, one in enumerate(concepts) for n in one.index.tolist()]
+        places = [(channel, k, n) for k, one in enumerate(own[1:]) for n in one.index.tolist()]
         embeddings = torch.stack([cut.get(place, whole[place[2]]) for place in places])
         owners = torch.tensor([k for _, k, _ in places], dtype=torch.int64)
         channels[channel] = ChannelSemantics(
             name_of_encoder(encoder),
             n_images,
-            len(original.index),
+            len(own[0].index),
             scan.positions,
             bool(cut),
             likes[0],
@@ -133,8 +133,8 @@ def _refuse_other_images(scan: Scan, dataset: Dataset[Any]) -> None:
 
 def _embed(
     scan: Scan, split: Split, tops: dict[int, tuple[TopImages, ...]], rows: Iterator[Tensor]
-) -> tuple[list[float], dict[int, Tensor]]:
-    """Monosemanticity scores of all channels in order, and embeddings of top images by index."""
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Monosemanticity scores of all C channels in order, and embeddings of top images by index."""
     wanted = {index for own in tops.values() for one in own for index in one.index.tolist()}
     sums = MonosemanticitySums()
     kept: dict[int, Tensor] = {}
@@ -146,7 +146,7 @@ def _embed(
             for index, row in zip(records.index.tolist(), embeddings, strict=True):
                 if index in wanted:
                     kept[index] = row.clone()  # which alone would keep the whole shard's in memory
-    return sums.scores().tolist(), kept
+    return sums.scores(), kept
 
 
 def _responses(scan: Scan, records: Records, part: ChannelSplit) -> Tensor:
@@ -159,7 +159,7 @@ def _responses(scan: Scan, records: Records, part: ChannelSplit) -> Tensor:
 
 
 def _boxes(scan: Scan, split: Split, tops: dict[int, tuple[TopImages, ...]]) -> dict[Place, Box]:
-    """Where concept channels answer in their top images; empty if that is not known."""
+    """Where concept channels respond in their top images; empty if that is not known."""
     boxes: dict[Place, Box] = {}
     if not scan.positions or len(scan.layer.kernel) != 2:
         return boxes
@@ -257,7 +257,7 @@ WHOLE = Box(0.0, 1.0, 0.0, 1.0)
 
 
 def answering_box(response: Tensor) -> Box:
-    """Box in the positions (h, w) that answer at least half as much as the strongest one.
+    """Box around the positions (h, w) of at least half the largest response.
 
     Each draws on its surroundings too, so the box has a margin of one position.
     """
@@ -290,7 +290,7 @@ class _Crops(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        index, box = self.parts[place]
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        index, box = self.parts[number]
         image, label = self.dataset[index]
         return cut_out(image, box), int(label)

@@ -119,11 +119,11 @@ def read_pictures(
     whose pictures would illustrate nothing. Classes may go by other numbers now, as when a folder
     is opened without the network.
     """
-    pairs = set()
-    if fits := max(labels, default=0) < size_of(dataset):
-        for index, recorded in list(labels.items())[:_N_CHECKED]:
-            with suppress(Exception):  # an image that cannot be read is shown as such
-                pairs.add((recorded, int(dataset[index][1])))
+    fits = max(labels, default=0) < size_of(dataset)
+    pairs = set()  # of the label that was scanned and that of now, which should be one to one
+    for index, scanned in list(labels.items())[:_N_CHECKED] if fits else ():
+        with suppress(Exception):  # an image that cannot be read is shown as such
+            pairs.add((scanned, int(dataset[index][1])))
     if not fits or any(len({pair[k] for pair in pairs}) < len(pairs) for k in (0, 1)):
         raise UsageError(
             "The data set is not the one that was scanned (its labels differ); pass the data set "

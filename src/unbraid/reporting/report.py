@@ -73,7 +73,7 @@ def report(
         train_scan: of the training images, for the input channels that feed each concept.
         sensitivity: what other thresholds would find.
         maps: of the same images as `scan`, or some of them, with positions: for where in its
-            reference images a channel answers. Not needed if `scan` itself has positions.
+            reference images a channel responds. Not needed if `scan` itself has positions.
         features: images made to excite the channels, from `unbraid.visualize`.
         dataset: the images that `scan` was made of, for their pictures; where it has ids, their
             order may have changed.

@@ -202,7 +202,9 @@ def _read_table(columns: Sequence[str], path: Path) -> list[list[str]]:
     """Raise unless a file is a table of ours, of numbers but for some columns of text."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            head, *rows = csv.reader(file, strict=True)
+            head, *rows = list(csv.reader(file, strict=True)) or [[]]
+        if not head:
+            raise ValueError("it is empty")
         if head != list(columns):
             raise UnreadableError(f"{path} has other columns than those of this version.")
         for row in rows:

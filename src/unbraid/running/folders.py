@@ -54,7 +54,7 @@ _NUMBERED = re.compile(r"settings-([2-9]|[1-9]\d+)")
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a channel counts as polysemantic; METHOD.md section 3."""
+    """When a channel counts as polysemantic; "Find" in docs/method.md."""
 
     tau: Tau = 0.03
     p: float = 0.75
@@ -65,7 +65,7 @@ class Thresholds:
     @property
     def of_find(self) -> dict[str, Any]:
         """The arguments of `unbraid.find`."""
-        return {name: value for name, value in vars(self).items() if name != "rho"}
+        return {name: value for name, value in asdict(self).items() if name != "rho"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Settings:
 
     def __str__(self) -> str:
         """Name what results depend on, thresholds always and the rest where it is unusual."""
-        told = vars(self.thresholds) | {"labels": self.labels, "encoder": self.encoder}
+        told = asdict(self.thresholds) | {"labels": self.labels, "encoder": self.encoder}
         usual = {"rho": None, "concepts": "classes", "labels": "given", "encoder": None}
         return ", ".join(
             f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"

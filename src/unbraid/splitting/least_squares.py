@@ -1,6 +1,6 @@
 """Divide a channel's weights among its concepts by box-constrained least squares.
 
-The objective (docs/method.md section 5) asks of a scan only second moments of pooled inputs.
+The objective ("Split" in docs/method.md) asks of a scan only second moments of pooled inputs.
 Whatever else is asked joins it as a `Term`. Shapes: N images, G groups, J taps, K concepts.
 """
 
@@ -45,7 +45,7 @@ def by_portion(
     work: Callable[[Material, int], Answer],
     at_once: int = 1 << 30,
 ) -> dict[int, Answer]:
-    """Do the work of all channels side by side, as many at a time as memory holds the needs of."""
+    """Work on channels side by side, as many at a time as there is memory for what they need."""
     portions: list[tuple[list[int], set[Need]]] = []
     for channel, own in needs.items():
         if not portions or sum(map(n_bytes, portions[-1][1] | own)) > at_once:
@@ -300,9 +300,9 @@ def _held_out_losses(row: Tensor, inputs: Sequence[Tensor], ids: Sequence[Tensor
         fitted = _pose_first(row, [x[~part] for x, part in zip(inputs, out, strict=True)])
         judged = _pose_first(row, [x[part] for x, part in zip(inputs, out, strict=True)])
         start = None
-        for place in reversed(range(len(PENALTIES))):  # from stiff to loose, each from the last
-            start = solve(fitted, PENALTIES[place], start).masks
-            losses[place] += judged.loss(start).mean()
+        for n, penalty in reversed(list(enumerate(PENALTIES))):  # each starts from a stiffer one's
+            start = solve(fitted, penalty, start).masks
+            losses[n] += judged.loss(start).mean()
     return losses
 
 

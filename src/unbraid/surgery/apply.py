@@ -35,6 +35,7 @@ NOT_IN_FORCE = (
     "to, not by a global variable, its forward or its weights"
 )
 
+_PLAIN_FORM = ("wide", "merge", "names")  # what a layer in the plain form has
 # What may run a layer; anything else that a function names is taken to be harmless.
 _RUNNABLE = (nn.Module, dict, list, tuple, types.FunctionType, types.MethodType, partial)
 
@@ -191,7 +192,7 @@ def in_force(model2: nn.Module) -> Iterator[None]:
         name: module
         for name, module in model2.named_modules()
         if isinstance(module, SplitLayer)
-        or (isinstance(module, nn.Sequential) and "names" in vars(module))  # the plain form
+        or (isinstance(module, nn.Sequential) and all(hasattr(module, n) for n in _PLAIN_FORM))
     }
     ran: set[str] = set()
 

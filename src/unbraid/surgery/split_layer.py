@@ -240,12 +240,12 @@ def _rows(original: nn.Module, spec: LayerSpec, parts: Sequence[ChannelSplit]) -
 
 def _standard_pair(original: nn.Module, spec: LayerSpec, n_rows: int, pads: bool) -> list[Any]:
     rows = weight_rows(original)
-    place: dict[str, Any] = {"dtype": rows.dtype, "device": rows.device}
+    like: dict[str, Any] = {"dtype": rows.dtype, "device": rows.device}
     if spec.channels_last:
-        wide = nn.Linear(spec.n_in, n_rows, **place)
-        return [wide, nn.Linear(n_rows, spec.n_out, bias=False, **place)]
+        wide = nn.Linear(spec.n_in, n_rows, **like)
+        return [wide, nn.Linear(n_rows, spec.n_out, bias=False, **like)]
     kind = _CONVOLUTIONS[len(spec.kernel)]
     padding, mode = (0, "zeros") if pads else (original.padding, spec.pad_mode)
     how = (spec.kernel, spec.stride, padding, spec.dilation, spec.groups)
-    wide = kind(spec.n_in, n_rows, *how, padding_mode=mode, **place)
-    return [wide, kind(n_rows, spec.n_out, 1, bias=False, **place)]
+    wide = kind(spec.n_in, n_rows, *how, padding_mode=mode, **like)
+    return [wide, kind(n_rows, spec.n_out, 1, bias=False, **like)]

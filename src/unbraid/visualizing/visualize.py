@@ -144,10 +144,8 @@ def visualize(
                 best = sorted(made[start : start + recipe.n], key=lambda m: m[0], reverse=True)
                 features += [replace(f, place=place) for place, (_, f) in enumerate(best)]
     settings = {**asdict(recipe), "size": list(pixels.size)}
-    weights, left_out = (
-        hash_weights(watched.model),
-        len(targets) - len({f.channel for f in features}),
-    )
+    weights = hash_weights(watched.model)
+    left_out = len(targets) - len({f.channel for f in features})
     return Features(watched.spec.name, weights, tuple(features), settings, left_out)
 
 
