@@ -1,9 +1,11 @@
 """When an image counts as broken and may be left out, and when a fault stops the work."""
 
 import errno
+import gzip
 import http.client
 import io
 import os
+import pickle
 import socket
 import threading
 from urllib.error import HTTPError
@@ -156,6 +158,8 @@ OF_IMAGE = (
     FileNotFoundError(errno.ENOENT, "No such file", f"{__file__}.png"),
     IsADirectoryError(errno.EISDIR, "Is a directory", "/"),
     DataError("Image a cannot be read (truncated)."),
+    *(gzip.BadGzipFile("Not a gzipped file"), pickle.UnpicklingError("truncated")),
+    StopIteration(1),  # which is behind an error of json's
 )
 
 

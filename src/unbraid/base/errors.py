@@ -14,8 +14,9 @@ _MOST = 64  # errors looked at behind one
 _MEMORY_FULL = ("allocate memory", "out of memory", "start new thread")
 # What libraries raise on content that they cannot decode, beside OSError without a number.
 _OF_CONTENT: tuple[type[Exception], ...] = (ValueError, TypeError, LookupError, ArithmeticError)
-_OF_CONTENT += (RuntimeError, EOFError, SyntaxError)
-_DECODERS = {"PIL", "cv2", "struct", "zlib", "_lzma", "tarfile", "zipfile", "_csv"}
+_OF_CONTENT += (RuntimeError, EOFError, SyntaxError, StopIteration)  # the last lies behind json's
+_DECODERS = {"PIL", "cv2", "struct", "zlib", "gzip", "tarfile", "zipfile"}
+_DECODERS |= {"_csv", "_lzma", "_pickle"}  # those written in C
 _OF_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # The last is what a seek by a number out of a damaged file gives.
 _OF_FILE_BY_NUMBER = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
