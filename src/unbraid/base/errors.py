@@ -149,7 +149,7 @@ def is_of_file(error: object) -> bool:
 def memory_full(error: BaseException) -> bool:
     """Whether memory, of the machine or of an accelerator, was too small."""
     text = str(error)
-    return isinstance(error, MemoryError) or (
+    return isinstance(error, (MemoryError, OutOfMemory)) or (
         isinstance(error, (RuntimeError, OSError)) and any(words in text for words in _MEMORY_FULL)
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from unbraid.base.errors import DataError, nearest
 from unbraid.base.tables import count, one_line
 from unbraid.networks.class_names import (
+    HIGHEST,
     N_IMAGENET,
     are_imagenet_names,
     counted,
@@ -32,7 +33,6 @@ GUESSED = "the classes in order are the first outputs, a guess"
 AS_GIVEN = "labels as given"
 NO_LABELS = "there are no labels"
 
-HIGHEST = 1_000_000  # of a class's number; names are kept for all below
 _QUOTED = 60  # characters of a name in a message
 _SHOWN = 3  # outputs in a message
 _MOST_SHOWN = 6  # classes in a message

@@ -32,7 +32,7 @@ _WORDNET = re.compile(r"(n\d{8})(?:[-_ ]+(.*))?", re.IGNORECASE)
 _MISSING = {"none", "null", "na", "n/a", "<na>"}
 _PASSED_OVER = re.compile(r"[\s_\-'’/]")  # noqa: RUF001
 _LARGEST = 1 << 24  # bytes of a file
-_HIGHEST = 1_000_000  # of an output's number
+HIGHEST = 1_000_000  # number of an output or class; names are kept for all below
 _NUMBER_BEFORE = re.compile(r"(?P<number>\d{1,6})[\s,;:|]\s*(?P<name>\S.*)", re.ASCII)
 _NUMBER_BEHIND = re.compile(r"(?P<name>.*\S)[\s,;:|]\s*(?P<number>\d{1,6})", re.ASCII)
 _KEYS = {"id", "wnid", "synset", "folder", "class", "number", "label", "index", "output", "key"}
@@ -332,7 +332,7 @@ def _by_output_and_class(pairs: Pairs) -> tuple[dict[int, str], dict[str, str]]:
         number = number_in(key)
         if number is None:
             by_class[key] = name.strip()
-        elif number < _HIGHEST:
+        elif number < HIGHEST:
             by_output[number] = name.strip()
         else:
             raise ValueError(f"there is no output {number}")
