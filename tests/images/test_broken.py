@@ -4,6 +4,7 @@ import errno
 import gzip
 import http.client
 import io
+import json
 import os
 import pickle
 import socket
@@ -151,6 +152,8 @@ OF_SYSTEM = (
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
     *(RuntimeError("can't start new thread"), OutOfReach("Image a cannot be reached (it fails).")),
 )
+with pytest.raises(ValueError, match="Expecting value") as OF_JSON:
+    json.loads("[")  # behind which lies a StopIteration
 OF_IMAGE = (
     *(OSError("image file is truncated"), OSError(errno.EINVAL, "Invalid argument")),
     *(OSError(-2, "decoder error -2"), UnidentifiedImageError("cannot identify image file")),
@@ -159,7 +162,7 @@ OF_IMAGE = (
     IsADirectoryError(errno.EISDIR, "Is a directory", "/"),
     DataError("Image a cannot be read (truncated)."),
     *(gzip.BadGzipFile("Not a gzipped file"), pickle.UnpicklingError("truncated")),
-    StopIteration(1),  # which is behind an error of json's
+    OF_JSON.value,
 )
 
 
