@@ -152,8 +152,8 @@ def by_class(labels: Sequence[str], source: str) -> tuple[list[str], list[int]]:
     else:
         own = {label: str(n) for label, n in numbers.items()}
         classes = sorted(set(own.values()), key=int)
-    places = {name: k for k, name in enumerate(classes)}
-    return classes, [places[own[label]] for label in labels]
+    number = {name: k for k, name in enumerate(classes)}
+    return classes, [number[own[label]] for label in labels]
 
 
 def label_text(value: Any, where: str) -> str:
@@ -217,13 +217,13 @@ def list_folder(root: Path, with_classes: bool = True) -> Listing:
             f"Folder {root / empty} holds no image ({', '.join(EXTENSIONS)}); fill or remove it."
         )
     paths = [path for files in of_class.values() for path in files]
-    places = [k for k, files in enumerate(of_class.values()) for _ in files]
+    class_of = [k for k, files in enumerate(of_class.values()) for _ in files]
     return Listing(
         source=str(root),
         ids=[seen_from(str(root), path) for path in paths],
         read=Files(paths),
         classes=classes,
-        class_of=places if classes else [UNLABELLED] * len(paths),
+        class_of=class_of if classes else [UNLABELLED] * len(paths),
         root=str(root),
     )
 

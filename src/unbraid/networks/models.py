@@ -94,9 +94,9 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
         rank = os.environ.get("LOCAL_RANK", "0")  # of this process, where torchrun has started it
         device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     try:
-        place = torch.device(device)
+        target = torch.device(device)
         # What is on the meta device stays; whether it is used shows in a run.
-        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(place))
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(target))
     except RuntimeError as error:
         raise UsageError(f"Device {device!r} cannot be used ({brief(error)}).") from None
     source = {"model": spec, "weights": weights}

@@ -118,7 +118,7 @@ def channels_first(spec: LayerSpec, x: Tensor) -> Tensor:
 
 
 def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
-    """Sum what each tap meets over all output positions, (N, G, J); METHOD.md sections 2 and 4.
+    """Sum what each tap meets over all output positions, (N, G, J); docs/method.md, "One layer".
 
     It equals the gradient of the summed output by the weights. A window sum separates over the
     spatial dimensions, and padding of any mode only says which input a tap meets; so one small

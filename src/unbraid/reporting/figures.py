@@ -110,7 +110,7 @@ def density_figure(split: Split, scan: Scan, channel: int, *, width: float = 3.2
     Arguments, result and errors are as of `teaser_figure`; 3.25 inches is a column of many a paper.
 
     Source:
-        METHOD.md section 3, step 5: densities of the published results.
+        arXiv:2504.12939, densities of the published results.
     """
     return _draw_channel(split, _find_part(split, scan, channel), scan, width)
 
@@ -129,7 +129,7 @@ def source_figure(
     is a column of many a paper.
 
     Source:
-        METHOD.md section 2.
+        "One layer" in docs/method.md.
     """
     n, part = whole_number("n", n, 1), _find_part(split, scan, channel)
     return _draw_sources(

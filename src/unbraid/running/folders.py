@@ -29,7 +29,7 @@ from unbraid.images.labels import Outputs, read_classes
 from unbraid.images.listing import ListedImages
 from unbraid.images.open import list_images, part_of
 from unbraid.reporting.pictures import Sight
-from unbraid.scanning.manifest import hash_places, read_manifest
+from unbraid.scanning.manifest import hash_indices, read_manifest
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import as_scanned
 
@@ -54,7 +54,7 @@ _NUMBERED = re.compile(r"settings-([2-9]|[1-9]\d+)")
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a channel counts as polysemantic; METHOD.md section 3."""
+    """When a channel counts as polysemantic; "Find" in docs/method.md."""
 
     tau: Tau = 0.03
     p: float = 0.75
@@ -239,7 +239,7 @@ def positions_folder(results: Path, kind: str, scan: Scan, **which: Any) -> Path
     """
     own = {name: sorted(set(chosen)) for name, chosen in which.items()}
     classes, indices = tuple(own["classes"]) if "classes" in own else None, own.get("indices")
-    wanted = replace(scan.manifest, classes=classes, indices=hash_places(indices), positions=True)
+    wanted = replace(scan.manifest, classes=classes, indices=hash_indices(indices), positions=True)
     others = [folder for folder in results_in(home_of(results)) if folder != results]
     for folder in (results, *others):
         for path in sorted(folder.glob(f"positions-{kind}*")):

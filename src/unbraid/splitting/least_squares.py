@@ -1,6 +1,6 @@
 """Divide a channel's weights among its concepts by box-constrained least squares.
 
-The objective (docs/method.md section 5) asks of a scan only second moments of pooled inputs.
+The objective ("Split" in docs/method.md) asks of a scan only second moments of pooled inputs.
 Whatever else is asked joins it as a `Term`. Shapes: N images, G groups, J taps, K concepts.
 """
 

@@ -1,4 +1,4 @@
-"""The published rule for dividing weights: docs/method.md section 3, Hesse et al. 2025."""
+"""The published rule for dividing weights: "Split" in docs/method.md, Hesse et al. 2025."""
 
 from __future__ import annotations
 

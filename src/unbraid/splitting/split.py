@@ -52,7 +52,7 @@ def split(
             scan, the scan lacks images of a concept, or `start` is of another layer.
 
     Source:
-        docs/method.md sections 3 and 5.
+        "Split" in docs/method.md.
     """
     as_kind("scan", scan, Scan)
     as_kind("found", found, Findings)
