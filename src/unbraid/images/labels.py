@@ -210,8 +210,8 @@ def _by_name(matches: Matches, classes: Classes, outputs: Outputs) -> Reading:
     return Reading(
         labels,
         BY_NAME,
-        f"{count(len(several), 'class', 'classes')} of {source}, such as {_quote(several[0])}, "
-        f"which fits the outputs {shown}; the first is taken.",
+        f"{source} has {count(len(several), 'class', 'classes')} that several outputs fit, such as "
+        f"{_quote(several[0])}, which fits the outputs {shown}; the first is taken.",
     )
 
 
