@@ -1,7 +1,5 @@
 """Layers seen as rows of weights: what is pooled, what rows compute, what is refused."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +8,7 @@ from checks import assert_close, assert_responses, assert_rows_explain_output, t
 from tiny_networks import KINDS, SyntheticImages, build, layer_input, stack
 from unbraid.base.errors import LayerError, ModelError
 from unbraid.networks.layers import bias_of, describe, resolve_layer, weight_rows, why_not
-from unbraid.networks.spec import LayerSpec, channels_first, pooled_input, respond
+from unbraid.networks.spec import channels_first, pooled_input, respond
 
 IMAGES = SyntheticImages(3)
 
@@ -26,7 +24,7 @@ def case(request):
 def test_pooled_input_is_the_gradient_of_the_summed_output_by_the_weights(case):
     network, spec, x = case
     assert why_not(network.layer) is None
-    assert LayerSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    spec.check()
     truth = truth_of(network, IMAGES)
     pooled = pooled_input(spec, x)
     assert_close(pooled, torch.stack([truth.pooled(n) for n in range(len(x))]))

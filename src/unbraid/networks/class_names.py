@@ -25,7 +25,7 @@ from unbraid.base.tables import one_line
 T = TypeVar("T")
 
 N_IMAGENET = 1000
-_LONGEST = 255  # characters of a class's name, as of a folder's
+LONGEST = 255  # characters of a class's name, as of a folder's
 _NUMBER = re.compile(r"(\d+)(\.0*)?")  # the latter is what pandas writes of whole numbers
 _NUMBERED = re.compile(r"\d+[-_. ]+([^\W\d].*)")  # as 01_cat
 _WORDNET = re.compile(r"(n\d{8})(?:[-_ ]+(.*))?", re.IGNORECASE)
@@ -82,7 +82,7 @@ def number_in(name: str) -> int | None:
     >>> number_in("010"), number_in("2.0"), number_in("2.5"), number_in("-1"), number_in("cat")
     (10, 2, None, None, None)
     """
-    found = _NUMBER.fullmatch(name.strip()) if len(name) <= _LONGEST else None
+    found = _NUMBER.fullmatch(name.strip()) if len(name) <= LONGEST else None
     return int(found[1]) if found else None
 
 

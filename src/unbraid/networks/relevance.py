@@ -137,7 +137,6 @@ def output_relevance(
             "part, or a forward pass that detaches or is under no_grad); choose a layer on the way "
             "to the output."
         )
-
     wide = [widen(output.detach()) for output in outputs]
     return [
         torch.zeros_like(z) if gradient is None else z * gradient
