@@ -1,9 +1,12 @@
 """When an image counts as broken and may be left out, and when a fault stops the work."""
 
 import errno
+import gzip
 import http.client
 import io
+import json
 import os
+import pickle
 import socket
 import threading
 from urllib.error import HTTPError
@@ -162,6 +165,8 @@ OF_SYSTEM = (
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
     *(RuntimeError("can't start new thread"), OutOfReach("Image a cannot be reached (it fails).")),
 )
+with pytest.raises(ValueError, match="Expecting value") as OF_JSON:
+    json.loads("[")  # behind which lies a StopIteration
 OF_IMAGE = (
     *(OSError("image file is truncated"), OSError(errno.EINVAL, "Invalid argument")),
     *(OSError(-2, "decoder error -2"), UnidentifiedImageError("cannot identify image file")),
@@ -169,6 +174,8 @@ OF_IMAGE = (
     FileNotFoundError(errno.ENOENT, "No such file", f"{__file__}.png"),
     IsADirectoryError(errno.EISDIR, "Is a directory", "/"),
     DataError("Image a cannot be read (truncated)."),
+    *(gzip.BadGzipFile("Not a gzipped file"), pickle.UnpicklingError("truncated")),
+    OF_JSON.value,
 )
 
 

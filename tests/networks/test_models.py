@@ -58,6 +58,7 @@ def test_load_model_of_a_function_takes_what_it_returns(tmp_path):
         ("OWN net\n\n1 / 0", None, r"cannot be run \(ZeroDivisionError: division by zero\)"),
         ("OWN 1 / 0", None, r"fails \(ZeroDivisionError: .*\); it is called without arguments"),
         ("OWN 3", None, r"must return a network.* not int\."),
+        ("OWN ()", None, r"must return a network.* not tuple\."),
         ("OWN (net, None, 'ab')", None, "a str for output names; give a list of texts"),
     ],
 )

@@ -1,16 +1,14 @@
 """Layers seen as rows of weights: what is pooled, what rows compute, what is refused."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
 from checks import assert_close, assert_responses, assert_rows_explain_output, truth_of
 from tiny_networks import KINDS, SyntheticImages, build, layer_input, stack
-from unbraid.base.errors import LayerError
+from unbraid.base.errors import LayerError, ModelError
 from unbraid.networks.layers import bias_of, describe, resolve_layer, weight_rows, why_not
-from unbraid.networks.spec import LayerSpec, channels_first, pooled_input, respond
+from unbraid.networks.spec import channels_first, pooled_input, respond
 
 IMAGES = SyntheticImages(3)
 
@@ -26,7 +24,7 @@ def case(request):
 def test_pooled_input_is_the_gradient_of_the_summed_output_by_the_weights(case):
     network, spec, x = case
     assert why_not(network.layer) is None
-    assert LayerSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    spec.check()
     truth = truth_of(network, IMAGES)
     pooled = pooled_input(spec, x)
     assert_close(pooled, torch.stack([truth.pooled(n) for n in range(len(x))]))
@@ -79,3 +77,11 @@ def test_describe_of_what_cannot_be_split_says_why():
         assert reason in why_not(module)
         with pytest.raises(LayerError, match=rf"Layer 'it' \({type(module).__name__}\).*{reason}"):
             describe("it", module)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.LazyConv2d(4, 3), nn.Conv2d(3, 4, 3, device="meta")], ids=["lazy", "meta"]
+)
+def test_weight_rows_of_a_layer_without_numbers_is_told_in_a_sentence(layer):
+    with pytest.raises(ModelError, match=r"makes weights \(in a Lazy|meta device, so holds no num"):
+        weight_rows(layer)

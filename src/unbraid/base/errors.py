@@ -7,6 +7,7 @@ import errno
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
+from json import JSONDecodeError
 
 _LONGEST = 300  # characters of what another library says
 _MOST = 64  # errors looked at behind one
@@ -15,7 +16,8 @@ _MEMORY_FULL = ("allocate memory", "out of memory", "start new thread")
 # What libraries raise on content that they cannot decode, beside OSError without a number.
 _OF_CONTENT: tuple[type[Exception], ...] = (ValueError, TypeError, LookupError, ArithmeticError)
 _OF_CONTENT += (RuntimeError, EOFError, SyntaxError)
-_DECODERS = {"PIL", "cv2", "struct", "zlib", "_lzma", "tarfile", "zipfile", "_csv"}
+_DECODERS = {"PIL", "cv2", "struct", "zlib", "gzip", "tarfile", "zipfile"}
+_DECODERS |= {"_csv", "_lzma", "_pickle"}  # those written in C
 _OF_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # The last is what a seek by a number out of a damaged file gives.
 _OF_FILE_BY_NUMBER = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
@@ -119,7 +121,8 @@ def _causes(error: BaseException, before: BaseException | None) -> Iterator[Base
             ahead += one.exceptions
         else:
             yield one
-        if not isinstance(one, UnbraidError):  # whose own causes were judged where it was raised
+        # Ours were judged where they were raised; what lies behind one of json's is its own.
+        if not isinstance(one, (UnbraidError, JSONDecodeError)):
             ahead += (one.__cause__, one.__context__, vars(one).get("reason"), *one.args)
 
 
@@ -148,7 +151,7 @@ def is_of_file(error: object) -> bool:
 def memory_full(error: BaseException) -> bool:
     """Whether memory, of the machine or of an accelerator, was too small."""
     text = str(error)
-    return isinstance(error, MemoryError) or (
+    return isinstance(error, (MemoryError, OutOfMemory)) or (
         isinstance(error, (RuntimeError, OSError)) and any(words in text for words in _MEMORY_FULL)
     )
 

@@ -120,6 +120,13 @@ def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
             _refuse_lazy(module)
 
 
+def refuse_missing_weights(module: nn.Module) -> None:
+    """Raise ModelError if a layer's weights are yet to be made, or hold no numbers."""
+    if any(is_lazy(p) for p in module.parameters(recurse=False)):
+        _refuse_lazy(module)
+    _refuse_meta(module)
+
+
 def _refuse_lazy(module: nn.Module, *_: Any) -> None:
     raise ModelError(
         f"The network makes weights (in a {type(module).__name__}) when it first runs; run it once "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import reprlib
 import types
 from functools import cache
@@ -21,8 +20,6 @@ T = TypeVar("T")
 MAX_BYTES = 64 * 2**20  # of JSON in one file
 _MAX_PARTS = 2**20  # objects and lists in it; an empty one takes many times its two characters
 _MAX_DEPTH = 32
-# An escaped backslash or pair of surrogates, which stays; or half a pair, which no file can hold.
-_ESCAPES = re.compile(r"(\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..)|\\u[dD][89a-fA-F]..")
 
 
 class SchemaError(ValueError):
@@ -51,7 +48,7 @@ def parse_json(text: str) -> Any:
     if len(text) > MAX_BYTES or text.count("[") + text.count("{") > _MAX_PARTS:
         raise ValueError("it is too large")
     try:
-        value = json.loads(_ESCAPES.sub(lambda found: found[1] or "?", text))
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level: list[Any] = [[value]]
@@ -95,6 +92,8 @@ def _checked(kind: Any, value: Any, null_figures: bool) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
+    if isinstance(value, str):  # half of a pair of surrogates could never be written out
+        return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError(f"{reprlib.repr(value)} does not fit into 64 bits")
     if isinstance(value, float) and not math.isfinite(value):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,9 +55,9 @@ class DemoNet(nn.Module):
 
 
 def _convolve(n_in: int, n_out: int) -> tuple[nn.Module, ...]:
-    kind: dict[str, Any] = {"dtype": torch.float32}
-    convolution = nn.Conv2d(n_in, n_out, kernel_size=3, padding=1, bias=False, **kind)
-    return convolution, nn.BatchNorm2d(n_out, **kind), nn.ReLU()
+    single = torch.float32
+    convolution = nn.Conv2d(n_in, n_out, kernel_size=3, padding=1, bias=False, dtype=single)
+    return convolution, nn.BatchNorm2d(n_out, dtype=single), nn.ReLU()
 
 
 class DemoImages(Dataset[tuple[Tensor, int]]):

@@ -1,4 +1,4 @@
-"""Find polysemantic channels in a scan: docs/method.md section 3."""
+"""Find polysemantic channels in a scan: "Find" in docs/method.md."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def find(
         p: fraction of a class's images, in (0, 1].
         gamma: cosine below which two classes have different reasons, in [-1, 1].
         channels: your own concepts in place of a search, such as `{1660: [[530], [938]]}`.
-        concepts: with "clusters" labels, tau and p play no part: the images that a channel answers
+        concepts: with "clusters" labels, tau and p play no part: the images that a channel responds
             to most are clustered by what fed it; clusters, numbered behind the last class, take
             the place of classes.
 
@@ -65,7 +65,7 @@ def find(
             kept, or `channels` names a channel or class that the scan has not.
 
     Source:
-        Hesse et al. 2025, arXiv:2504.12939; docs/method.md sections 3 and 5.
+        Hesse et al. 2025, arXiv:2504.12939; "Find" in docs/method.md.
     """
     as_kind("scan", scan, Scan)
     tau, p, gamma = check_thresholds(tau, p, gamma, scan.manifest.min_share)

@@ -222,7 +222,7 @@ def sensitivity(
             that the scan kept.
 
     Source:
-        docs/method.md section 3.
+        "Find" in docs/method.md.
     """
     least = as_kind("scan", scan, Scan).manifest.min_share
     own = (None, None, None) if found is None else (found.tau, found.p, found.gamma)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from unbraid.base.errors import DataError, nearest
 from unbraid.base.tables import count, one_line
 from unbraid.networks.class_names import (
+    HIGHEST,
     N_IMAGENET,
     are_imagenet_names,
     counted,
@@ -32,7 +33,6 @@ GUESSED = "the classes in order are the first outputs, a guess"
 AS_GIVEN = "labels as given"
 NO_LABELS = "there are no labels"
 
-HIGHEST = 1_000_000  # of a class's number; names are kept for all below
 _QUOTED = 60  # characters of a name in a message
 _SHOWN = 3  # outputs in a message
 _MOST_SHOWN = 6  # classes in a message
@@ -135,11 +135,11 @@ def _by_number(
             f"{n - 1}; number classes as outputs, so count from 0."
         )
     for name in classes.seen:
-        places = matches.get(name)
-        if places and own[name] not in places:
+        fitting = matches.get(name)
+        if fitting and own[name] not in fitting:
             raise DataError(
                 f"{source} has the class {_quote(name)}, which is output {own[name]} by number "
-                f"but output {places[0]} by name; rename classes or outputs so that only one fits."
+                f"but output {fitting[0]} by name; rename classes or outputs so that only one fits."
             )
     if highest >= HIGHEST:
         raise DataError(f"{source} has a class of number {highest}; number classes from 0 on.")
@@ -151,8 +151,8 @@ def _by_id(classes: Classes, outputs: Outputs) -> Reading | None:
     """Look up WordNet ids; None where the outputs are not known to be those of ImageNet."""
     if outputs.n != N_IMAGENET or (outputs.names and not are_imagenet_names(outputs.names)):
         return None
-    places = {one: k for k, one in enumerate(imagenet_classes())}
-    labels = {name: places.get(wordnet_id(name) or "") for name in classes.names}
+    numbers = {one: k for k, one in enumerate(imagenet_classes())}
+    labels = {name: numbers.get(wordnet_id(name) or "") for name in classes.names}
     unknown = [name for name in classes.seen if labels[name] is None]
     if unknown and len(classes.seen) >= N_IMAGENET and not outputs.names:
         return None  # a thousand others
@@ -169,22 +169,22 @@ def _match(classes: Sequence[str], outputs: Sequence[str]) -> Matches:
     exact: dict[str, list[int]] = {}
     whole: dict[str, list[int]] = {}
     parts: dict[str, list[int]] = {}
-    for place, name in enumerate(outputs):
+    for number, name in enumerate(outputs):
         if name:
-            exact.setdefault(unicodedata.normalize("NFC", name), []).append(place)
-            whole.setdefault(normal_form(name), []).append(place)
+            exact.setdefault(unicodedata.normalize("NFC", name), []).append(number)
+            whole.setdefault(normal_form(name), []).append(number)
             for part in [*name.split(","), *meanings(name)]:
-                parts.setdefault(normal_form(part), []).append(place)
+                parts.setdefault(normal_form(part), []).append(number)
 
-    def places(wording: str) -> list[int]:
-        own, text = normal_form(wording), unicodedata.normalize("NFC", wording)
-        return exact.get(text) or whole.get(own) or list(dict.fromkeys(parts.get(own, [])))
+    def fitting(wording: str) -> list[int]:
+        form, text = normal_form(wording), unicodedata.normalize("NFC", wording)
+        return exact.get(text) or whole.get(form) or list(dict.fromkeys(parts.get(form, [])))
 
     found: dict[str, list[int]] = {}
     for name in classes:
         synonyms = [one for one in name.split(",") if one.strip()] if "," in name else []
         wordings = [name, *meanings(name), *synonyms]
-        found[name] = next(filter(None, map(places, wordings)), [])
+        found[name] = next(filter(None, map(fitting, wordings)), [])
     return found
 
 
@@ -202,16 +202,16 @@ def _by_name(matches: Matches, classes: Classes, outputs: Outputs) -> Reading:
             f"{len(seen) - len(lost)} of its {count(len(seen), 'class', 'classes')} are; rename or "
             f"remove it.{nearest(lost[0], outputs.names)}"
         )
-    labels = {name: places[0] for name, places in matches.items() if places}
+    labels = {name: fitting[0] for name, fitting in matches.items() if fitting}
     several = [name for name in seen if len(matches[name]) > 1]
     if not several:
         return Reading(labels, BY_NAME)
-    places = ", ".join(map(str, matches[several[0]][:_SHOWN]))
+    shown = ", ".join(map(str, matches[several[0]][:_SHOWN]))
     return Reading(
         labels,
         BY_NAME,
-        f"{count(len(several), 'class', 'classes')} of {source}, such as {_quote(several[0])}, "
-        f"which fits the outputs {places}; the first is taken.",
+        f"{source} has {count(len(several), 'class', 'classes')} that several outputs fit, such as "
+        f"{_quote(several[0])}, which fits the outputs {shown}; the first is taken.",
     )
 
 

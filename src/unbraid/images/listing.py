@@ -19,11 +19,10 @@ from unbraid.base.tables import count, one_line
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.labels import NO_LABELS, Classes, Reading, reading_of, show_names
 from unbraid.images.pictures import EXTENSIONS, UNREAD, read_picture
-from unbraid.networks.class_names import number_in, output_number
+from unbraid.networks.class_names import LONGEST, number_in, output_number
 
 Transform = Callable[[Image.Image], Any]
 
-_LONGEST = 255  # characters of a class's name, as of a folder's
 # Folders that systems, file servers and archives leave beside what is in them.
 _OF_PROGRAMS = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
 
@@ -141,10 +140,10 @@ def by_class(labels: Sequence[str], source: str) -> tuple[list[str], list[int]]:
     """
     numbers = {label: number_in(label) for label in set(labels)}
     for label in numbers:
-        if not label or len(label) > _LONGEST:
+        if not label or len(label) > LONGEST:
             raise DataError(
                 f"{source} has a label of {len(label)} characters; name classes with 1 to "
-                f"{_LONGEST}."
+                f"{LONGEST}."
             )
     if None in numbers.values():
         own = {label: unicodedata.normalize("NFC", label) for label in numbers}
@@ -152,8 +151,8 @@ def by_class(labels: Sequence[str], source: str) -> tuple[list[str], list[int]]:
     else:
         own = {label: str(n) for label, n in numbers.items()}
         classes = sorted(set(own.values()), key=int)
-    places = {name: k for k, name in enumerate(classes)}
-    return classes, [places[own[label]] for label in labels]
+    number = {name: k for k, name in enumerate(classes)}
+    return classes, [number[own[label]] for label in labels]
 
 
 def label_text(value: Any, where: str) -> str:
@@ -217,13 +216,13 @@ def list_folder(root: Path, with_classes: bool = True) -> Listing:
             f"Folder {root / empty} holds no image ({', '.join(EXTENSIONS)}); fill or remove it."
         )
     paths = [path for files in of_class.values() for path in files]
-    places = [k for k, files in enumerate(of_class.values()) for _ in files]
+    class_of = [k for k, files in enumerate(of_class.values()) for _ in files]
     return Listing(
         source=str(root),
         ids=[seen_from(str(root), path) for path in paths],
         read=Files(paths),
         classes=classes,
-        class_of=places if classes else [UNLABELLED] * len(paths),
+        class_of=class_of if classes else [UNLABELLED] * len(paths),
         root=str(root),
     )
 

@@ -25,14 +25,14 @@ from unbraid.base.tables import one_line
 T = TypeVar("T")
 
 N_IMAGENET = 1000
-_LONGEST = 255  # characters of a class's name, as of a folder's
+LONGEST = 255  # characters of a class's name, as of a folder's
 _NUMBER = re.compile(r"(\d+)(\.0*)?")  # the latter is what pandas writes of whole numbers
 _NUMBERED = re.compile(r"\d+[-_. ]+([^\W\d].*)")  # as 01_cat
 _WORDNET = re.compile(r"(n\d{8})(?:[-_ ]+(.*))?", re.IGNORECASE)
 _MISSING = {"none", "null", "na", "n/a", "<na>"}
 _PASSED_OVER = re.compile(r"[\s_\-'’/]")  # noqa: RUF001
 _LARGEST = 1 << 24  # bytes of a file
-_HIGHEST = 1_000_000  # of an output's number
+HIGHEST = 1_000_000  # number of an output or class; names are kept for all below
 _NUMBER_BEFORE = re.compile(r"(?P<number>\d{1,6})[\s,;:|]\s*(?P<name>\S.*)", re.ASCII)
 _NUMBER_BEHIND = re.compile(r"(?P<name>.*\S)[\s,;:|]\s*(?P<number>\d{1,6})", re.ASCII)
 _KEYS = {"id", "wnid", "synset", "folder", "class", "number", "label", "index", "output", "key"}
@@ -82,7 +82,7 @@ def number_in(name: str) -> int | None:
     >>> number_in("010"), number_in("2.0"), number_in("2.5"), number_in("-1"), number_in("cat")
     (10, 2, None, None, None)
     """
-    found = _NUMBER.fullmatch(name.strip()) if len(name) <= _LONGEST else None
+    found = _NUMBER.fullmatch(name.strip()) if len(name) <= LONGEST else None
     return int(found[1]) if found else None
 
 
@@ -332,7 +332,7 @@ def _by_output_and_class(pairs: Pairs) -> tuple[dict[int, str], dict[str, str]]:
         number = number_in(key)
         if number is None:
             by_class[key] = name.strip()
-        elif number < _HIGHEST:
+        elif number < HIGHEST:
             by_output[number] = name.strip()
         else:
             raise ValueError(f"there is no output {number}")

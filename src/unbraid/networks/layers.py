@@ -23,6 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from unbraid.base.errors import LayerError, UsageError, brief, nearest
+from unbraid.base.modes import refuse_missing_weights
 from unbraid.networks.copying import copy_network, unwrap, unwrapped_name
 from unbraid.networks.relevance import undisturbed
 from unbraid.networks.spec import SAME, LayerSpec, channels_first, respond
@@ -258,6 +259,7 @@ def _applied(module: nn.Module) -> tuple[Tensor, Tensor]:
             if isinstance(hook, (WeightNorm, SpectralNorm)):
                 hook(module, ())
         if _computes_as_torch(module):
+            refuse_missing_weights(module)
             found: tuple[Any, Any] = module.weight, module.bias
         else:
             with _Watch() as watch:

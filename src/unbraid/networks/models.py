@@ -94,9 +94,9 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
         rank = os.environ.get("LOCAL_RANK", "0")  # of this process, where torchrun has started it
         device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     try:
-        place = torch.device(device)
+        target = torch.device(device)
         # What is on the meta device stays; whether it is used shows in a run.
-        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(place))
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(target))
     except RuntimeError as error:
         raise UsageError(f"Device {device!r} cannot be used ({brief(error)}).") from None
     source = {"model": spec, "weights": weights}
@@ -235,20 +235,20 @@ def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[st
             f"{path}:{function} fails ({what}); it is called without arguments."
         ) from error
     parts = list(made) if isinstance(made, tuple) else [made]
-    if not isinstance(parts[0], nn.Module) or len(parts) > 3:
+    if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
         raise UsageError(
             f"{path}:{function} must return a network, (network, preprocessing) or (network, "
             f"preprocessing, output names), not {type(made).__name__}."
         )
-    rest: list[Any] = [None, []]
-    network, transform, names = [*parts, *rest[len(parts) - 1 :]]
+    transform = parts[1] if len(parts) > 1 else None
+    names = parts[2] if len(parts) > 2 else []
     if isinstance(names, Mapping) and set(names) == set(range(len(names))):
         names = [names[output] for output in range(len(names))]
     if isinstance(names, (str, Mapping, Set)) or not isinstance(names, Iterable):
         raise UsageError(
             f"{path} gives a {type(names).__name__} for output names; give a list of texts."
         )
-    return network, transform, [str(name) for name in names]
+    return parts[0], transform, [str(name) for name in names]
 
 
 def _download(build: Callable[[], nn.Module], what: str, hint: str = _HINT) -> nn.Module:

@@ -130,15 +130,15 @@ def _is_logits(output: Any) -> TypeGuard[Tensor]:
 
 def _advice(output: Any) -> str:
     """Say how to take logits out of an output: only what can be done."""
-    places = [(place, part) for place, part in _parts(output) if _is_logits(part)]
+    parts = [(pick, part) for pick, part in _parts(output) if _is_logits(part)]
     if _is_logits(output):
         return "it is logits itself, so leave --output out"
-    if not places:
+    if not parts:
         return (
             "no part of it is, so compute them in FILE.py:FUNCTION or by a function that "
             "unbraid.with_logits takes"
         )
-    choices = " or ".join(f"--output {place} {tuple(part.shape)}" for place, part in places[:5])
+    choices = " or ".join(f"--output {pick} {tuple(part.shape)}" for pick, part in parts[:5])
     return f"say where they are: {choices}, or in Python by unbraid.with_logits"
 
 
@@ -162,10 +162,10 @@ def _describe(output: Any) -> str:
 
 def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
     """Make a batch of images of one size; `index` says where they are in the data set."""
-    for image, place in zip(images, index.tolist(), strict=True):
+    for image, own in zip(images, index.tolist(), strict=True):
         if image.shape != images[0].shape:
             raise DataError(
-                f"Image {place} is {tuple(image.shape)} where image {int(index[0])} is "
+                f"Image {own} is {tuple(image.shape)} where image {int(index[0])} is "
                 f"{tuple(images[0].shape)}; bring all to one size in the data set's transform."
             )
     return torch.stack(list(images))

@@ -1,6 +1,6 @@
 """Gradient x activation at a layer, with the graph cut there.
 
-Shapes: N images, C_out channels, T classes, G groups, J taps; see METHOD.md section 2.
+Shapes: N images, C_out channels, T classes, G groups, J taps; see "One layer" in docs/method.md.
 """
 
 from __future__ import annotations
@@ -137,7 +137,6 @@ def output_relevance(
             "part, or a forward pass that detaches or is under no_grad); choose a layer on the way "
             "to the output."
         )
-
     wide = [widen(output.detach()) for output in outputs]
     return [
         torch.zeros_like(z) if gradient is None else z * gradient
@@ -167,7 +166,7 @@ def input_relevance(weight: Tensor, pooled: Tensor, taps_per_input: int) -> Tens
     """How much each input channel contributed to channels' summed pre-activations, without bias.
 
     Rows and pooled inputs, (..., J), give (..., J / taps_per_input); linear in `pooled`, so a mean
-    of it gives an averaged relevance vector (ARV). METHOD.md section 2; arXiv:2504.12939.
+    of it gives an averaged relevance vector (ARV). "One layer" in docs/method.md; arXiv:2504.12939.
     """
     by_input: Tensor = (weight * pooled).unflatten(-1, (-1, taps_per_input))
     return by_input.sum(-1)

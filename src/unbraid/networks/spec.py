@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unbraid.base.schema import build, in_range
+from unbraid.base.schema import in_range
 
 SAME = "same"  # a padding mode: zeros, as many as the input's size asks for, as in TensorFlow
 
@@ -71,17 +70,6 @@ class LayerSpec:
         total = max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
         return total // 2, total - total // 2
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LayerSpec:
-        """Build one from what `to_dict` gave, after JSON; ValueError if there can be none."""
-        spec = build(cls, values)
-        spec.check()
-        return spec
-
     def check(self) -> None:
         """Raise ValueError unless there can be such a layer."""
         sizes = {"kernel": self.kernel, "stride": self.stride, "dilation": self.dilation}
@@ -118,7 +106,7 @@ def channels_first(spec: LayerSpec, x: Tensor) -> Tensor:
 
 
 def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
-    """Sum what each tap meets over all output positions, (N, G, J); METHOD.md sections 2 and 4.
+    """Sum what each tap meets over all output positions, (N, G, J); docs/method.md, "One layer".
 
     It equals the gradient of the summed output by the weights. A window sum separates over the
     spatial dimensions, and padding of any mode only says which input a tap meets; so one small

@@ -29,7 +29,7 @@ from unbraid.images.labels import Outputs, read_classes
 from unbraid.images.listing import ListedImages
 from unbraid.images.open import list_images, part_of
 from unbraid.reporting.pictures import Sight
-from unbraid.scanning.manifest import hash_places, read_manifest
+from unbraid.scanning.manifest import hash_indices, read_manifest
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import as_scanned
 
@@ -239,7 +239,7 @@ def positions_folder(results: Path, kind: str, scan: Scan, **which: Any) -> Path
     """
     own = {name: sorted(set(chosen)) for name, chosen in which.items()}
     classes, indices = tuple(own["classes"]) if "classes" in own else None, own.get("indices")
-    wanted = replace(scan.manifest, classes=classes, indices=hash_places(indices), positions=True)
+    wanted = replace(scan.manifest, classes=classes, indices=hash_indices(indices), positions=True)
     others = [folder for folder in results_in(home_of(results)) if folder != results]
     for folder in (results, *others):
         for path in sorted(folder.glob(f"positions-{kind}*")):

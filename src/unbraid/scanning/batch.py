@@ -39,7 +39,8 @@ def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor 
     if image is None:
         return _MOST
     device = device_of(model)
-    memory, most = _MEMORY, _MOST if device.type == "cpu" else _MOST_ON_ACCELERATOR
+    memory = _MEMORY
+    most = _MOST if device.type == "cpu" else _MOST_ON_ACCELERATOR
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory // 4
     told: list[Exception] = []
@@ -48,17 +49,12 @@ def batch_size_for(model: nn.Module, layers: Sequence[nn.Module], image: Tensor 
             room = memory // (bytes_of_one(model, layers, image.to(device), n) // n)
             return min(most, 1 << max(room, 1).bit_length() - 1)
         except Exception as error:
-            if is_memory_full(error):
+            if memory_full(error):
                 return 1  # which is tried again, and told
             if not isinstance(error, ModelError):
                 raise
             told.append(error)
     raise told[0]
-
-
-def is_memory_full(error: Exception) -> bool:
-    """Whether an error, ours or torch's, says that the device's memory is full."""
-    return isinstance(error, OutOfMemory) or memory_full(error)
 
 
 def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor, n: int = 1) -> int:

@@ -146,7 +146,7 @@ def most_classes(layer: LayerSpec) -> int:
     return min(MAX_CLASSES, _MOST_SUMS // (layer.n_out + layer.groups * layer.n_taps))
 
 
-def hash_places(indices: Sequence[int] | None) -> str:
+def hash_indices(indices: Sequence[int] | None) -> str:
     """Identify images by their indices in a data set, in order; empty for all of it."""
     if indices is None:
         return ""

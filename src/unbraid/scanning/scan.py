@@ -47,7 +47,7 @@ from unbraid.scanning.accuracy import (
     scanned_accuracy,
 )
 from unbraid.scanning.batch import batch_size_for
-from unbraid.scanning.manifest import Manifest, hash_places, read_manifest
+from unbraid.scanning.manifest import Manifest, hash_indices, read_manifest
 from unbraid.scanning.records import Scan, open_scan
 from unbraid.scanning.scan_options import Options, ScanOptions
 from unbraid.scanning.shards import Target, claim_together, images_per_shard, join_team, scan_shards
@@ -112,7 +112,7 @@ def scan(
         labels: "predicted" takes each image for what the network takes it for, whatever the data
             set's label, so data sets without labels will do (any number stands for a label).
         classes: scan only images with these given labels.
-        indices: scan only the images at these places in the data set.
+        indices: scan only the images of these indices in the data set.
         positions: also keep the layer's input maps, which the published rho criterion and the
             rectified measures need.
         min_share: the smallest share kept; thresholds below it need a new scan.
@@ -143,7 +143,7 @@ def scan(
         UsageError: an argument is out of range or of another type.
 
     Source:
-        METHOD.md sections 2 and 4.
+        "One layer" in docs/method.md.
     """
     model = unwrap(model)
     out = as_path("out", out)
@@ -257,7 +257,7 @@ def _describe_all(
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         },
-        "indices": hash_places(options.indices),
+        "indices": hash_indices(options.indices),
         "output": picked_by(model),
     }
 

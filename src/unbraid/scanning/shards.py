@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import Dataset
 
-from unbraid.base.errors import DataError, OutOfMemory, RunError
+from unbraid.base.errors import DataError, OutOfMemory, RunError, memory_full
 from unbraid.base.files import remove_leftovers, write_tensors, write_whole
 from unbraid.images.batches import as_batch, deaths_told, image_progress, in_batches, load
 from unbraid.images.broken import Loaded, sort_out
@@ -34,7 +34,7 @@ from unbraid.networks.layers import bias_of, weight_rows
 from unbraid.networks.outputs import check_labels
 from unbraid.networks.preflight import look_first
 from unbraid.networks.relevance import kept_channels_last, undisturbed
-from unbraid.scanning.batch import Place, is_memory_full, scan_batch
+from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.manifest import Manifest, read_manifest
 from unbraid.scanning.records import Records, join_records, shard_path, write_shard
 from unbraid.scanning.scan_options import ScanOptions
@@ -216,10 +216,12 @@ def scan_shards(
     sizes = [same.images_in(k) for k in missing]
     n_fewest = min(((n - 1) % same.batch_size + 1 for n in sizes), default=1)  # in a batch
     groups, ids = groups_of(dataset), ids_of(dataset)
-    work, pinned = _batches(targets, indices, team), device_of(model).type == "cuda"
+    pinned = device_of(model).type == "cuda"
+    work = _batches(targets, indices, team)
     batches = load(dataset, work, workers=options.workers, pinned=pinned)
     title = f"Scanning {', '.join(target.manifest.layer.name for target in targets)}"
-    show, n_done = options.progress and team.first, len(indices) - sum(sizes)
+    n_done = len(indices) - sum(sizes)
+    show = options.progress and team.first
     with ExitStack() as stack:
         advance = stack.enter_context(image_progress(title, len(indices), n_done, show=show))
         stack.enter_context(deaths_told())
@@ -293,7 +295,7 @@ def _in_portions(
             done.append(run(items[start : start + at_once]))
             start += at_once
         except Exception as error:
-            if not is_memory_full(error):
+            if not memory_full(error):
                 raise
             if at_once == 1:
                 raise OutOfMemory("The device's memory holds not even one image.") from None

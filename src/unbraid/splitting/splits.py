@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ class Split(Tabular):
             tensors[f"centres.{cluster.channel}"] = cluster.centres
         about = {
             "schema": SCHEMA,
-            "layer": self.layer.to_dict(),
+            "layer": asdict(self.layer),
             "weights": self.weights,
             "method": self.method,
             "settings": self.settings,
