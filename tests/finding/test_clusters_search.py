@@ -16,6 +16,7 @@ from cluster_oracle import adjusted_rand_index
 from handmade import CAUSES, plant, write_scan
 from unbraid import Split
 from unbraid.finding.clusters import top_images
+from unbraid.scanning.records import no_records, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +200,12 @@ def test_channels_that_respond_the_same_to_all_images(bias, weight, tmp_path):
     assert [len(top.label) for _, top in top_images(scan)] == [60 if weight else 0] * 3
     none = unbraid.find(scan, concepts="clusters")
     assert none.hint == "No channel's top images form clusters that differ."
+
+
+def test_a_scan_of_broken_images_alone_has_no_clusters(tmp_path):
+    scan = write_scan(tmp_path, shares=torch.full((4, 3), 0.3), labels=[0, 1, 2, 0])
+    broken = replace(no_records(scan.layer, positions=False), broken=torch.arange(4))
+    write_shard(tmp_path, 0, broken)
+    assert scan.broken() == [0, 1, 2, 3]
+    assert list(top_images(scan)) == []
+    assert not unbraid.find(scan, concepts="clusters").concepts

@@ -136,6 +136,17 @@ def test_the_order_of_records_does_not_matter(usual, tmp_path):
     assert_close(figures_in(some), usual)
 
 
+def pair_of(folder, one, other):
+    """The pair of two classes whose images have these relevance vectors."""
+    pooled = torch.tensor([*one, *other], dtype=torch.float64)
+    labels = [0] * len(one) + [1] * len(other)
+    scan = write_scan(
+        folder, shares=torch.full((len(labels), 1), 0.5), labels=labels, pooled=pooled
+    )
+    (pair,) = unbraid.find(scan, channels={0: [[0], [1]]}).pairs
+    return pair
+
+
 @pytest.mark.parametrize(
     ("one", "other", "expected"),
     [
@@ -154,11 +165,7 @@ def test_the_order_of_records_does_not_matter(usual, tmp_path):
     ],
 )
 def test_few_images_no_noise_and_nothing_but_noise(one, other, expected, tmp_path):
-    pooled = torch.tensor([*one, *other], dtype=torch.float64)
-    labels = [0] * len(one) + [1] * len(other)
-    shares = torch.full((len(labels), 1), 0.5).double()
-    scan = write_scan(tmp_path, shares=shares, labels=labels, pooled=pooled)
-    (pair,) = unbraid.find(scan, channels={0: [[0], [1]]}).pairs
+    pair = pair_of(tmp_path, one, other)
     assert math.isfinite(pair.cosine)
     assert not pair.low > pair.high
     for name, value in zip(FIGURES, expected, strict=True):
@@ -167,11 +174,7 @@ def test_few_images_no_noise_and_nothing_but_noise(one, other, expected, tmp_pat
 
 
 def test_where_there_is_more_than_noise_something_is_known(tmp_path):
-    pooled = torch.tensor([*[(2.0, 0.01), (0.0, 0.01)] * 4, *NOISY], dtype=torch.float64)
-    scan = write_scan(
-        tmp_path, shares=torch.full((12, 1), 0.5), labels=[0] * 8 + [1] * 4, pooled=pooled
-    )
-    (pair,) = unbraid.find(scan, channels={0: [[0], [1]]}).pairs
+    pair = pair_of(tmp_path, [(2.0, 0.01), (0.0, 0.01)] * 4, NOISY)
     assert pair.low > 0.5
     assert pair.half2 > 0.9
 

@@ -131,16 +131,9 @@ def test_find_however_records_are_divided_and_with_classes_that_lack_images(shar
     labels = [0, 1, 7, 7, 1, 0, 0, 7, 1]
     angles = {0: (1, 0), 1: at_angle(0.9), 7: at_angle(0.2)}
     shares = {0: (0.5, 0.1), 1: (0.5, 0.01), 7: (0.5, 0.1)}
-    found = unbraid.find(
-        write_scan(
-            tmp_path,
-            shares=torch.tensor([shares[t] for t in labels]),
-            labels=labels,
-            pooled=torch.tensor([angles[t] for t in labels], dtype=torch.float64),
-            shard_size=shard_size,
-        ),
-        tau=0.05,
-    )
+    pooled = torch.tensor([angles[t] for t in labels], dtype=torch.float64)
+    own = {"shares": torch.tensor([shares[t] for t in labels]), "labels": labels, "pooled": pooled}
+    found = unbraid.find(write_scan(tmp_path, **own, shard_size=shard_size), tau=0.05)
     assert pairs_of(found) == [(0, 0, 7), (1, 0, 7)]
     assert_close([pair.cosine for pair in found.pairs], [0.2, 0.2])
     assert found.concepts == {0: ((0, 1), (7,)), 1: ((0,), (7,))}
