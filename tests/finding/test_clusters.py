@@ -151,6 +151,12 @@ def test_one_group_stays_whole_in_95_of_100_draws(null, n_points):
     assert n_divided(null, n_points, 40) <= 0.05 * 40
 
 
+def test_two_random_halves_of_a_group_are_one():
+    points = torch.as_tensor(np.random.default_rng(5).gamma(0.5, size=(300, 40)) + 0.2)
+    for half in (points[:150], points[150:], points):
+        assert len(find_clusters(F.normalize(half, dim=1))[1]) == 1
+
+
 def test_counting_divided_draws_can_find_some():
     assert n_divided(lambda rng, n: groups_of((n // 2, n // 2))[0], 60, 5) == 5
 

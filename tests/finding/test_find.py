@@ -31,9 +31,11 @@ def middle_cosine(scan):
 
 @pytest.mark.parametrize(("tau", "p"), [(0.05, 0.5), (0.1, 0.5), (0.1, 5 / 7), (0.2, 1.0)])
 def test_a_class_uses_a_channel_that_matters_in_enough_of_its_images(case, tau, p):
-    _, found, _ = uses(class_sums(case.scan, [0.3, tau, 0.07]), p)
-    assert 0 < found.sum() < found.numel()
-    assert torch.equal(found, oracle.uses(case.truth.shares, case.truth.labels, tau, p))
+    taus = [0.3, tau, 0.07]
+    used = uses(class_sums(case.scan, taus), p)
+    assert 0 < used[1].sum() < used[1].numel()
+    for found, one in zip(used, taus, strict=True):
+        assert torch.equal(found, oracle.uses(case.truth.shares, case.truth.labels, one, p))
 
 
 @pytest.mark.parametrize("concept", [(0,), (3,), (1, 4), (0, 2, 5)])

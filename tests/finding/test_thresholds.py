@@ -25,7 +25,8 @@ def uneven_labels(n_images, n_classes, seed=0):
     return torch.multinomial(sizes, n_images, replacement=True, generator=generator).tolist()
 
 
-@pytest.mark.parametrize(("kind", "min_share"), [("3x3", 0.005), ("groups", 0.08), ("tokens", 0.3)])
+@pytest.mark.parametrize("kind", ["3x3", "groups", "tokens"])
+@pytest.mark.parametrize("min_share", [0.005, 0.08, 0.3])
 def test_tau_auto_is_that_of_the_rule_on_networks(kind, min_share, tmp_path):
     network, images = build(kind), SyntheticImages(22)
     scan = unbraid.scan(network, "layer", images, tmp_path, batch_size=6, min_share=min_share)
@@ -40,6 +41,17 @@ def test_tau_auto_is_that_of_the_rule_for_any_shares_and_classes(seed, tmp_path)
     found = unbraid.find(write_scan(tmp_path, shares=shares, labels=labels), tau="auto")
     assert not found.note
     assert_tau_chosen(found.tau, shares, labels, n_matter, 0.005)
+
+
+@pytest.mark.parametrize(
+    ("n_channels", "n_matter"), [(1, 1), (4, 1), (5, 2), (24, 6), (36, 9), (37, 10), (200, 10)]
+)
+def test_tau_auto_lets_as_many_channels_matter_as_the_layer_has_room_for(
+    n_channels, n_matter, tmp_path
+):
+    shares = torch.arange(n_channels, 0, -1).double()[None] / 1000  # 0.2, 0.199 ... at most
+    scan = write_scan(tmp_path, shares=shares, labels=[0], min_share=0.0001)
+    assert int((shares >= unbraid.find(scan, tau="auto").tau).sum()) == n_matter
 
 
 def test_tau_auto_depends_neither_on_shards_nor_order_nor_shares_left_out(tmp_path):
