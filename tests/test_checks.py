@@ -327,7 +327,7 @@ SENSITIVE = {
 # What these do not reach. An empty path leads to all arguments.
 FURTHER = {
     "close": [("actual", at(1, 0.0)), ("actual", lambda v: v[None])],
-    "records": [("shards/0", lose_share)],
+    "records": [("shards/0", lose_share), ("min_share", to(0.08))],
     "same_files": [("folder2", in_file(SHARD, flip)), ("folder1", in_file(SHARD, to(None)))],
     "same_tensors": [("folder2", in_file(SHARD, flip)), ("folder1", in_file(SHARD, to(None)))],
     "untouched": [
@@ -357,7 +357,10 @@ FURTHER = {
         ("", hooked(lambda _m, _a, z: z + 1e-6 * (z - z.detach()), "other", module="layer")),
         ("", hooked(lambda _m, a, z: z.detach() + 0 * a[0].sum(), *NETWORKS, module="stem")),
     ],
-    "evaluation": [("result/channels/0/separation_error_rectified", to(None))],
+    "evaluation": [
+        ("result/channels/0/separation_error_rectified", to(None)),
+        ("result/channels/0", lambda c: replace(c, separation_error_rectified=c.separation_error)),
+    ],
     "published_table": [("ratios", to(())), ("k", to(1)), ("tau", to(0.999))],  # no image counts
 }
 

@@ -20,6 +20,9 @@ def case(request, tmp_path_factory):
         network.head.weight.copy_(torch.randn(network.head.weight.shape, generator=generator))
         network.head.bias.zero_()
     folder = tmp_path_factory.mktemp("scan")
-    scan = unbraid.scan(network, "layer", images, folder, batch_size=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unbraid.scanning.scan.images_per_shard", lambda _: 16)  # so, three shards
+        scan = unbraid.scan(network, "layer", images, folder, batch_size=16)
+    assert scan.manifest.n_shards == 3
     truth = truth_of(network, images)
     return SimpleNamespace(network=network, images=images, scan=scan, truth=truth)

@@ -70,6 +70,7 @@ def slow_figures(truth, pair):
 
 
 def assert_chance(pairs, truth):
+    assert pairs
     for pair in pairs:
         assert_close([getattr(pair, name) for name in FIGURES], slow_figures(truth, pair))
 
@@ -80,9 +81,25 @@ def test_intervals_and_yardsticks_are_those_of_replicates_made_one_by_one(case):
     assert len(pairs) == 12
     assert len({(pair.low, pair.high) for pair in pairs}) > 8
     assert_chance(pairs, case.truth)
-    for wrong in ({name: getattr(pairs[0], name) + 1e-6} for name in FIGURES):
+    other = next(pair for pair in pairs if pair.channel != pairs[0].channel)
+    elsewhere = {name: getattr(other, name) for name in FIGURES}
+    off = ({name: elsewhere[name] + by} for name in FIGURES for by in (1e-6, -1e-6))
+    for wrong in (replace(pairs[0], **elsewhere), *(replace(other, **by) for by in off)):
         with pytest.raises(AssertionError):
-            assert_chance([replace(pairs[0], **wrong)], case.truth)
+            assert_chance([wrong], case.truth)
+
+
+def test_uniforms_are_even_and_unrelated():
+    numbers = cosine_intervals.uniforms(torch.arange(2000), 0, 200)
+    assert 0 < numbers.min() < numbers.max() < 1
+    assert abs(numbers.mean() - 1 / 2) < 0.002  # 4 standard errors
+    assert abs(numbers.var() - 1 / 12) < 0.001
+    for one, other in (
+        (numbers[1:], numbers[:-1]),  # neighbours in the data set
+        (numbers[:, 1:], numbers[:, :-1]),  # neighbours among replicates
+        (numbers, cosine_intervals.uniforms(torch.arange(2000), 1 << 19, 200)),  # halvings
+    ):
+        assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.007
 
 
 def test_uniforms_are_those_of_splitmix():
@@ -103,9 +120,10 @@ def usual(tmp_path_factory):
 
 
 def test_shards_and_memory_do_not_matter(usual, tmp_path, monkeypatch):
-    for shard_size, n_bytes, tolerance in ((7, 1 << 30, 0), (1, 1 << 30, 1e-9), (100, 1, 1e-9)):
+    sizes = ((7, 1 << 30, 0), (1, 1 << 30, 1e-9), (100, 10_000, 1e-9), (100, 1, 1e-9))
+    for shard_size, n_bytes, tolerance in sizes:
         monkeypatch.setattr(cosine_intervals, "_BYTES_AT_ONCE", n_bytes)
-        scan = scan_of_causes(tmp_path / str(shard_size), 3, shard_size=shard_size)
+        scan = scan_of_causes(tmp_path / f"{shard_size}-{n_bytes}", 3, shard_size=shard_size)
         assert_close(figures_in(scan), usual, tolerance)
 
 
@@ -116,6 +134,17 @@ def test_the_order_of_records_does_not_matter(usual, tmp_path):
         write_shard(scan.path, shard, records)
     some = replace(scan, manifest=replace(scan.manifest, indices="in no order of places"))
     assert_close(figures_in(some), usual)
+
+
+def pair_of(folder, one, other):
+    """The pair of two classes whose images have these relevance vectors."""
+    pooled = torch.tensor([*one, *other], dtype=torch.float64)
+    labels = [0] * len(one) + [1] * len(other)
+    scan = write_scan(
+        folder, shares=torch.full((len(labels), 1), 0.5), labels=labels, pooled=pooled
+    )
+    (pair,) = unbraid.find(scan, channels={0: [[0], [1]]}).pairs
+    return pair
 
 
 @pytest.mark.parametrize(
@@ -129,19 +158,25 @@ def test_the_order_of_records_does_not_matter(usual, tmp_path):
         ([(0.6, 0.8)] * 5, [(2.0, 0.0)] * 3, (0.6, 0.6, 1.0, 1.0)),
         ([(0.0, 0.0)] * 4, [(0.0, 0.0)] * 3, (1.0, 1.0, 1.0, 1.0)),
         # Where there may be nothing but noise, 1/7 of a squared unit, the cosine can be anything.
-        ([(1.3, 0.01), (-0.7, 0.01)] * 4, NOISY, (-1.0, 1.0, None, None)),
+        *(
+            ([(mean + 1, 0.01), (mean - 1, 0.01)] * 4, NOISY, (-1.0, 1.0, None, None))
+            for mean in (0.01, 0.2, 0.3)
+        ),
     ],
 )
 def test_few_images_no_noise_and_nothing_but_noise(one, other, expected, tmp_path):
-    pooled = torch.tensor([*one, *other], dtype=torch.float64)
-    labels = [0] * len(one) + [1] * len(other)
-    shares = torch.full((len(labels), 1), 0.5).double()
-    scan = write_scan(tmp_path, shares=shares, labels=labels, pooled=pooled)
-    (pair,) = unbraid.find(scan, channels={0: [[0], [1]]}).pairs
+    pair = pair_of(tmp_path, one, other)
+    assert math.isfinite(pair.cosine)
     assert not pair.low > pair.high
     for name, value in zip(FIGURES, expected, strict=True):
         if value is not None:
             assert getattr(pair, name) == pytest.approx(value, abs=1e-9, nan_ok=True)
+
+
+def test_where_there_is_more_than_noise_something_is_known(tmp_path):
+    pair = pair_of(tmp_path, [(2.0, 0.01), (0.0, 0.01)] * 4, NOISY)
+    assert pair.low > 0.5
+    assert pair.half2 > 0.9
 
 
 def trials(folder, cosine, n_images, noise):
@@ -176,6 +211,8 @@ def test_intervals_hold_the_truth_mostly(cosine, n_images, noise, most_missed, t
     assert_covered(pairs, cosine, most_missed)
     for corrupt in (
         lambda p: replace(p, low=(3 * p.low + p.high) / 4, high=(p.low + 3 * p.high) / 4),
+        lambda p: replace(p, low=p.low - 0.1, high=p.high - 0.1),
+        lambda p: replace(p, low=p.low + 0.1, high=p.high + 0.1),
         lambda p: replace(p, low=-1.0, high=1.0),
     ):
         with pytest.raises(AssertionError):

@@ -7,11 +7,19 @@ import re
 import pytest
 import torch
 
+import oracle
 import unbraid
 from checks import assert_close, assert_grouped, assert_pairs
 from handmade import write_scan
 from unbraid.base.errors import UsageError
-from unbraid.finding.arv import class_cosines, class_sums, group_classes, uses
+from unbraid.finding.arv import (
+    averaged_relevance,
+    class_cosines,
+    class_sums,
+    concept_mean,
+    group_classes,
+    uses,
+)
 
 
 def middle_cosine(scan):
@@ -21,25 +29,56 @@ def middle_cosine(scan):
     return (cosines[len(cosines) // 2 - 1] + cosines[len(cosines) // 2]) / 2
 
 
-@pytest.mark.parametrize(("tau", "p"), [(0.05, 0.5), (0.05, 0.75), (0.1, 5 / 7), (0.2, 0.1)])
+@pytest.mark.parametrize(("tau", "p"), [(0.05, 0.5), (0.1, 0.5), (0.1, 5 / 7), (0.2, 1.0)])
+def test_a_class_uses_a_channel_that_matters_in_enough_of_its_images(case, tau, p):
+    taus = [0.3, tau, 0.07]
+    used = uses(class_sums(case.scan, taus), p)
+    assert 0 < used[1].sum() < used[1].numel()
+    for found, one in zip(used, taus, strict=True):
+        assert torch.equal(found, oracle.uses(case.truth.shares, case.truth.labels, one, p))
+
+
+@pytest.mark.parametrize("concept", [(0,), (3,), (1, 4), (0, 2, 5)])
+def test_arvs_of_classes_and_concepts_are_means_over_their_images(case, concept):
+    mean = concept_mean(class_sums(case.scan, []), concept)
+    for channel in range(case.scan.layer.n_out):
+        arv = averaged_relevance(case.scan, channel, mean)
+        assert_close(arv, case.truth.arv(concept, channel))
+
+
+def test_class_cosines_are_those_of_the_arvs(case):
+    classes, sums = [0, 2, 3, 5], class_sums(case.scan, [])
+    for channel in range(case.scan.layer.n_out):
+        expected = [[case.truth.cosine(channel, s, t) for t in classes] for s in classes]
+        assert_close(class_cosines(case.scan, sums, channel, classes), expected)
+
+
+@pytest.mark.parametrize(
+    ("tau", "p"), [(0.05, 0.5), (0.05, 0.75), (0.1, 0.3), (0.1, 5 / 7), (0.2, 0.1)]
+)
 @pytest.mark.parametrize("gamma", ["middle", 1.0, -1.0])
 def test_find_gives_the_published_pairs_whatever_the_thresholds(case, tau, p, gamma):
     gamma = middle_cosine(case.scan) if gamma == "middle" else gamma
     found = unbraid.find(case.scan, tau=tau, p=p, gamma=gamma)
     assert_pairs(found.pairs, case.truth, tau, p, gamma)
+    assert (found.tau, found.p, found.gamma) == (tau, p, gamma)
     assert bool(found.hint) == (not found.pairs)
 
 
 def test_find_groups_the_classes_that_use_a_channel_by_complete_linkage(case):
     tau, p, gamma = 0.05, 0.5, middle_cosine(case.scan)
     found = unbraid.find(case.scan, tau=tau, p=p, gamma=gamma)
-    (used,) = uses(class_sums(case.scan, [tau]), p)
+    assert 0 < len(found) < len(unbraid.find(case.scan, tau=tau, p=p, gamma=1.0))
+    used = oracle.uses(case.truth.shares, case.truth.labels, tau, p)
     assert set(found.concepts) == {pair.channel for pair in found.pairs} == set(found.channels)
     for channel, concepts in found.concepts.items():
         classes = used[:, channel].nonzero()[:, 0].tolist()
         pairs = itertools.combinations(classes, 2)
         cosines = {pair: case.truth.cosine(channel, *pair) for pair in pairs}
         assert_grouped(concepts, classes, cosines, gamma)
+    for pair in found.pairs:
+        own = [{pair.class1, pair.class2} & set(c) for c in found.concepts[pair.channel]]
+        assert sorted(map(len, own))[-2:] == [1, 1]
     every = [concept for groups in found.concepts.values() for concept in groups]
     assert any(len(concept) > 1 for concept in every)
     assert found.classes == tuple(sorted({c for concept in every for c in concept}))
@@ -76,15 +115,31 @@ def pairs_of(found):
     ("directions", "arguments", "pairs"),
     [
         # A share of exactly tau matters, and a fraction of exactly p is enough.
-        ([(1, 0), (0, 1)], {"tau": 0.3, "p": 1.0}, [(0, 0, 1)]),
-        ([(1, 0), (0, 1)], {"tau": math.nextafter(0.3, 1), "p": 1.0}, []),
+        ([(1, 0), (0, 1)], {"tau": 0.3, "p": 1.0}, {(0, 0, 1): 0.0}),
+        ([(1, 0), (0, 1)], {"tau": math.nextafter(0.3, 1), "p": 1.0}, {}),
         # Cosines may be negative, and a class without relevance makes no pair.
-        ([(0, 0), (1, 0), at_angle(-0.7)], {}, [(0, 1, 2)]),
+        ([(0, 0), (1, 0), at_angle(-0.7)], {}, {(0, 1, 2): -0.7}),
     ],
 )
 def test_find_on_the_edges_of_its_thresholds(directions, arguments, pairs, tmp_path):
     scan = handmade_scan(tmp_path, directions, [(0.3,)] * len(directions))
-    assert pairs_of(unbraid.find(scan, **arguments)) == pairs
+    found = unbraid.find(scan, **arguments)
+    assert pairs_of(found) == list(pairs)
+    assert_close([pair.cosine for pair in found.pairs], list(pairs.values()))
+
+
+@pytest.mark.parametrize("shard_size", [1, 4, 100])
+def test_find_however_records_are_divided_and_with_classes_that_lack_images(shard_size, tmp_path):
+    labels = [0, 1, 7, 7, 1, 0, 0, 7, 1]
+    angles = {0: (1, 0), 1: at_angle(0.9), 7: at_angle(0.2)}
+    shares = {0: (0.5, 0.1), 1: (0.5, 0.01), 7: (0.5, 0.1)}
+    pooled = torch.tensor([angles[t] for t in labels], dtype=torch.float64)
+    own = {"shares": torch.tensor([shares[t] for t in labels]), "labels": labels, "pooled": pooled}
+    found = unbraid.find(write_scan(tmp_path, **own, shard_size=shard_size), tau=0.05)
+    assert pairs_of(found) == [(0, 0, 7), (1, 0, 7)]
+    assert_close([pair.cosine for pair in found.pairs], [0.2, 0.2])
+    assert found.concepts == {0: ((0, 1), (7,)), 1: ((0,), (7,))}
+    assert found.name(7) == "7"
 
 
 def test_find_at_a_cosine_of_exactly_gamma_gives_no_pair_and_one_concept(tmp_path):
@@ -123,8 +178,8 @@ def test_the_hinted_thresholds_find_the_channel(case):
 @pytest.mark.parametrize(
     ("cosine", "share", "gamma", "options"),
     [
-        *((cosine, 0.3, -0.9, {}) for cosine in (0.8484, 0.8486, -0.20049)),
-        *((0.0, 0.03 * 0.9**step, 0.5, {}) for step in (1, 6)),
+        *((cosine, 0.3, -0.9, {}) for cosine in (0.5, 0.8484, 0.8486, 0.99, -0.2, -0.20049)),
+        *((0.0, 0.03 * 0.9**step, 0.5, {}) for step in range(1, 7)),
         (0.0, 0.0177147, 0.5, {"min_share": 0.0177147}),
     ],
 )
@@ -147,6 +202,7 @@ def test_find_takes_own_concepts_as_given_with_all_pairs_across_them(case):
     assert set(pairs_of(found)) == expected
     for pair in found.pairs:
         assert_close(pair.cosine, case.truth.cosine(pair.channel, pair.class1, pair.class2))
+    assert [pair.cosine for pair in found.pairs] == sorted(pair.cosine for pair in found.pairs)
 
 
 @pytest.mark.parametrize(

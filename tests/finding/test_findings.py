@@ -56,7 +56,9 @@ def test_findings_print_as_a_table():
         (0.4, 0.3, 0.5, True),
         (0.4, 0.55, 0.9, True),  # what noise has made low
         (0.4, math.nan, math.nan, True),
+        (0.7, 0.5, 0.9, False),
         (0.7, 0.49, 0.9, True),
+        (0.7, 0.2, 0.4, True),
     ],
 )
 def test_uncertain_unless_the_interval_lies_on_its_side_of_gamma(cosine, low, high, uncertain):

@@ -16,10 +16,13 @@ from tiny_networks import SyntheticImages, build
 from unbraid import Split
 from unbraid.base.errors import UsageError
 from unbraid.finding import clusters
+from unbraid.finding.arv import class_sums
 from unbraid.finding.membership import Cluster, Members, mean_responses
 from unbraid.measuring.reference_images import reference_images
 
 FIRST = 10  # a number behind all classes
+KINDS = ["3x3", "groups", "batch norm behind", "tokens", "pooled features"]
+of_every_kind = pytest.mark.parametrize("case", KINDS, indirect=True)
 
 
 def described(case, channel):
@@ -36,6 +39,7 @@ def assert_top(top, case, channel, n_top=1000):
     assert least - 1e-6 < top.least <= least
 
 
+@of_every_kind
 @pytest.mark.parametrize(("n_top", "n_bytes"), [(1000, 1 << 30), (5, 1)])
 def test_top_images_are_those_of_brute_force_whatever_the_memory(n_top, n_bytes, case, monkeypatch):
     monkeypatch.setattr(clusters, "_BYTES_AT_ONCE", n_bytes)
@@ -44,9 +48,16 @@ def test_top_images_are_those_of_brute_force_whatever_the_memory(n_top, n_bytes,
     assert list(found) == list(range(case.scan.layer.n_out))
     for channel, top in found.items():
         assert_top(top, case, channel, n_top)
-        for wrong in ({"relevance": top.relevance + 1e-6}, {"least": top.least - 1e-3}):
+        for wrong in (
+            *({"relevance": value} for value in (top.relevance + 1e-6, top.relevance.flip(0))),
+            *({"least": top.least + by} for by in (1e-3, -1e-3)),
+            {"label": (top.label + 1) % 6},
+            {"label": top.label[1:], "relevance": top.relevance[1:]},
+        ):
             with pytest.raises(AssertionError):
                 assert_top(replace(top, **wrong), case, channel, n_top)
+        with pytest.raises(AssertionError):
+            assert_top(top, case, channel, len(top.label) - 1)
 
 
 def by_hand(case, channel):
@@ -72,13 +83,40 @@ def assert_members(scan, expected, found=MappingProxyType({})):
     assert torch.equal(torch.cat(parts), wanted)
 
 
+@of_every_kind
 @pytest.mark.parametrize("channel", [0, 3])
 def test_images_belong_to_the_cluster_of_the_nearest_centre(channel, case):
     made, expected = by_hand(case, channel)
     assert min(map(len, expected.values())) > 0
+    assert sum(map(len, expected.values())) == 42 - 42 // 3
     assert_members(case.scan, expected, made)
-    with pytest.raises(AssertionError):
-        assert_members(case.scan, {**expected, FIRST: expected[FIRST][1:]}, made)
+    for number, images in expected.items():
+        others = sorted(set(range(42)) - {images[0]})
+        for wrong in (images[1:], others, []):
+            with pytest.raises(AssertionError):
+                assert_members(case.scan, {**expected, number: wrong}, made)
+
+
+@of_every_kind
+@pytest.mark.parametrize("channel", [0, 3])
+def test_class_sums_of_clusters_and_classes_are_those_of_their_images(channel, case):
+    made, own = by_hand(case, channel)
+    own |= {t: case.truth.images((t,)) for t in range(6)}
+    sums = class_sums(case.scan, [0.1], made)
+    assert sums.n_images.sum() == sum(map(len, own.values()))
+    for number, images in own.items():
+        assert sums.n_images[number] == len(images)
+        checks.assert_close(sums.pooled[number], sum(case.truth.pooled(n) for n in images))
+
+
+@of_every_kind
+def test_mean_responses_are_the_layers_output(case):
+    channels = [3, 0, case.scan.layer.n_out - 1]
+    found = [
+        mean_responses(case.scan, records.pooled, records.n_positions, channels)
+        for records in case.scan.shards()
+    ]
+    checks.assert_close(torch.cat(found), torch.stack([z[channels].mean(1) for z in case.truth.z]))
 
 
 def test_members_of_classes_and_numbers_without_an_image(case, tmp_path):
@@ -95,7 +133,7 @@ def test_members_of_classes_and_numbers_without_an_image(case, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("kind", ["3x3", "tokens"])
+@pytest.mark.parametrize("kind", ["3x3", "groups", "tokens"])
 def test_images_that_made_clusters_belong_to_them_in_batches_of_any_size(kind, dtype, tmp_path):
     network, images = build(kind, dtype), SyntheticImages(40, dtype=dtype)
     scan = unbraid.scan(network, "layer", images, tmp_path / "a", batch_size=40)
@@ -125,10 +163,13 @@ def divided(case):
     return found, replace(case.truth, labels=labels)
 
 
-@pytest.mark.parametrize("method", ["least_squares", "published"])
-def test_a_split_of_clusters_has_the_oracles_measures(method, case, divided, tmp_path):
+@of_every_kind
+@pytest.mark.parametrize(
+    ("method", "which"), [("least_squares", "own"), ("published", "own"), ("published", "all")]
+)
+def test_a_split_of_clusters_has_the_oracles_measures(method, which, case, divided, tmp_path):
     found, truth = divided
-    images = found.members_in(case.scan).indices(found.classes)
+    images = found.members_in(case.scan).indices(found.classes) if which == "own" else range(42)
     settings = {"indices": images, "positions": True, "batch_size": 5}
     maps = unbraid.scan(case.network, "layer", case.images, tmp_path / "maps", **settings)
     assert maps.manifest.n_images == len(images)

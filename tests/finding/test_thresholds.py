@@ -8,9 +8,12 @@ import pytest
 import torch
 
 import unbraid
-from checks import assert_agrees_with_find, assert_sensitivity, assert_tau_chosen
+from checks import assert_agrees_with_find, assert_sensitivity, assert_tau_chosen, truth_of
 from handmade import random_shares, scan_of_causes, write_scan
+from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import UsageError
+from unbraid.demo.network import LAYER, load_images, load_network
+from unbraid.finding.arv import class_cosines, class_sums, cosines_of
 from unbraid.finding.thresholds import GAMMAS, PS, TAUS, Cell, Sensitivity
 from unbraid.scanning import records
 
@@ -22,14 +25,47 @@ def uneven_labels(n_images, n_classes, seed=0):
     return torch.multinomial(sizes, n_images, replacement=True, generator=generator).tolist()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["3x3", "groups", "tokens"])
+@pytest.mark.parametrize("min_share", [0.005, 0.08, 0.3])
+def test_tau_auto_is_that_of_the_rule_on_networks(kind, min_share, tmp_path):
+    network, images = build(kind), SyntheticImages(22)
+    scan = unbraid.scan(network, "layer", images, tmp_path, batch_size=6, min_share=min_share)
+    truth, tau = truth_of(network, images), unbraid.find(scan, tau="auto").tau
+    assert_tau_chosen(tau, truth.shares, truth.labels, 2, min_share)  # a quarter of 8 channels
+
+
+@pytest.mark.parametrize("seed", range(6))
 def test_tau_auto_is_that_of_the_rule_for_any_shares_and_classes(seed, tmp_path):
-    n_channels, n_matter, shard_size = [(7, 2, 7), (24, 6, 1), (39, 10, 64), (48, 10, 7)][seed]
+    n_channels, n_matter = [(7, 2), (24, 6), (39, 10), (48, 10), (64, 10), (90, 10)][seed]
     shares, labels = random_shares(41, n_channels, seed), uneven_labels(41, 9, seed)
-    scan = write_scan(tmp_path, shares=shares, labels=labels, shard_size=shard_size)
-    found = unbraid.find(scan, tau="auto")
+    found = unbraid.find(write_scan(tmp_path, shares=shares, labels=labels), tau="auto")
     assert not found.note
     assert_tau_chosen(found.tau, shares, labels, n_matter, 0.005)
+
+
+@pytest.mark.parametrize(
+    ("n_channels", "n_matter"), [(1, 1), (4, 1), (5, 2), (24, 6), (36, 9), (37, 10), (200, 10)]
+)
+def test_tau_auto_lets_as_many_channels_matter_as_the_layer_has_room_for(
+    n_channels, n_matter, tmp_path
+):
+    shares = torch.arange(n_channels, 0, -1).double()[None] / 1000  # 0.2, 0.199 ... at most
+    scan = write_scan(tmp_path, shares=shares, labels=[0], min_share=0.0001)
+    assert int((shares >= unbraid.find(scan, tau="auto").tau).sum()) == n_matter
+
+
+def test_tau_auto_depends_neither_on_shards_nor_order_nor_shares_left_out(tmp_path):
+    shares, labels = random_shares(40, 200), [n % 4 for n in range(40)]
+    order = torch.randperm(40)
+    mixed = {"shares": shares[order], "labels": [labels[n] for n in order.tolist()]}
+    scans = (
+        write_scan(tmp_path / "1", shares=shares, labels=labels, shard_size=1),
+        write_scan(tmp_path / "2", **mixed, shard_size=64, min_share=1e-6),
+        write_scan(tmp_path / "3", **mixed, min_share=0.01),
+    )
+    one, *others = (unbraid.find(scan, tau="auto").tau for scan in scans)
+    assert others == [one, one]
+    assert one > 0.01
 
 
 def test_tau_is_never_below_the_smallest_share_kept_and_a_note_says_where_that_bounds_it(tmp_path):
@@ -54,6 +90,27 @@ def test_the_tau_as_printed_finds_the_same(tmp_path):
     by_hand = unbraid.find(scan, tau=float(printed[1]), p=0.5)
     assert auto.pairs == by_hand.pairs != ()
     assert (auto.auto, by_hand.auto) == (True, False)
+    own = unbraid.find(scan, tau="auto", channels={3: [[0], [1]]})
+    assert (own.tau, own.channels) == (auto.tau, (3,))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_tau_auto_finds_in_a_trained_network_but_nothing_with_shuffled_labels(shuffled, tmp_path):
+    images = load_images("train")
+    some = range(0, len(images), 4)
+    labels = torch.tensor(images.targets)[some]
+    labels = labels[torch.randperm(len(labels))] if shuffled else labels
+    dataset = [(images[n][0], int(label)) for n, label in zip(some, labels, strict=True)]
+    scan = unbraid.scan(load_network(), LAYER, dataset, tmp_path, batch_size=250)
+    found = unbraid.find(scan, tau="auto")
+    assert bool(found.pairs) is not shuffled
+    assert len(found.channels) < scan.layer.n_out / 2
+
+
+@pytest.mark.parametrize("kind", ["3x3", "1x1", "batch norm behind"])
+def test_tau_auto_makes_no_flood_of_findings_in_a_random_network(kind, tmp_path):
+    scan = unbraid.scan(build(kind), "layer", SyntheticImages(60), tmp_path)
+    assert len(unbraid.find(scan, tau="auto").channels) <= scan.layer.n_out / 4
 
 
 def test_sensitivity_counts_the_published_pairs(case):
@@ -63,8 +120,9 @@ def test_sensitivity_counts_the_published_pairs(case):
     assert len({cell.n_pairs for cell in counted.cells}) > 2
 
 
-def test_sensitivity_counts_what_find_finds(tmp_path):
-    scan = scan_of_causes(tmp_path / "five", 0, shard_size=90)
+@pytest.mark.parametrize("seed", range(2))
+def test_sensitivity_counts_what_find_finds(seed, tmp_path):
+    scan = scan_of_causes(tmp_path / "five", seed, shard_size=90)
     counted = unbraid.sensitivity(scan, [0.005, 0.02, 0.1], [0.1, 0.3, 0.75], [-0.5, 0.0, 0.5, 0.9])
     assert_agrees_with_find(counted, scan)
     assert len({cell.n_pairs for cell in counted.cells}) > 10
@@ -72,21 +130,38 @@ def test_sensitivity_counts_what_find_finds(tmp_path):
     assert one.at(0.005, 0.1, 0.3) == Cell(0.005, 0.1, 0.3, 0, 0)  # all classes share the cause
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(3))
 def test_cosines_at_a_gamma_fall_on_the_same_side_as_with_find(seed, tmp_path):
     """Classes with equal, opposite and orthogonal causes have cosines of 1, -1 and 0, rounded."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(3, 7, generator=generator, dtype=torch.float64)
     directions[1] = -directions[0] / 3
     directions[2] -= directions[0] * (directions[2] @ directions[0]) / directions[0].square().sum()
-    labels = [n % 9 for n in range(45)]
-    length = torch.rand(45, 1, generator=generator, dtype=torch.float64) + 0.5
+    labels = [n % 9 for n in range(27)]
+    length = torch.rand(27, 1, generator=generator, dtype=torch.float64) + 0.5
     pooled = length * directions[torch.tensor(labels) % 3]
-    shares = random_shares(45, 9, seed, spread=1.0)
+    shares = random_shares(27, 6, seed, spread=1.0)
     scan = write_scan(tmp_path, shares=shares, labels=labels, pooled=pooled)
     cosines = {pair.cosine for pair in unbraid.find(scan, tau=0.03, p=0.5, gamma=0.99).pairs}
+    assert any(abs(cosine) < 1e-12 for cosine in cosines)
     gammas = [-1.0, *sorted(cosines)[::5], 0.0, 1.0]
     assert_agrees_with_find(unbraid.sensitivity(scan, [0.03, 0.1], [0.2, 0.5], gammas), scan)
+
+
+def test_a_class_is_never_unlike_itself(tmp_path):
+    """Rounding can put a cosine of one below one; a class's with itself is still no finding."""
+    draw = torch.Generator().manual_seed(0)
+    vectors = (torch.rand(1, 5, generator=draw, dtype=torch.float64) for _ in range(1000))
+    pooled = next(
+        pair
+        for pair in (torch.cat([v, 3 * v]) for v in vectors)
+        if (cosines_of(pair).diagonal() < 1).any() and cosines_of(pair)[0, 1] == 1
+    )
+    scan = write_scan(tmp_path, shares=torch.full((2, 3), 0.3), labels=[0, 1], pooled=pooled)
+    assert (class_cosines(scan, class_sums(scan, []), 0, [0, 1]) < 1).any()
+    counted = unbraid.sensitivity(scan, gammas=[1.0])
+    assert {(cell.n_channels, cell.n_pairs) for cell in counted.cells} == {(0, 0)}
+    assert unbraid.find(scan, gamma=1.0).concepts == {}
 
 
 def test_sensitivity_reads_the_scan_once_however_it_is_divided(tmp_path, monkeypatch):

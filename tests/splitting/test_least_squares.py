@@ -163,7 +163,7 @@ def test_without_other_images_or_answers_nothing_is_asked(scanned):
     assert ls.background_term(Members(silent), sample, 0, CONCEPTS) is None
 
 
-@pytest.mark.parametrize(("n_sampled", "step"), [(400, 1), (3, 200)])
+@pytest.mark.parametrize(("n_sampled", "step"), [(400, 1), (200, 3), (3, 200)])
 def test_sample_images_is_spread_over_all_shards(n_sampled, step, tmp_path, monkeypatch):
     monkeypatch.setattr(ls, "_N_BACKGROUND_IMAGES", n_sampled)
     scan = unbraid.scan(build("3x3"), "layer", SyntheticImages(600), tmp_path, positions=True)

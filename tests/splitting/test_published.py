@@ -39,6 +39,7 @@ def test_rho_is_the_one_that_the_published_criterion_chooses(case):
     for part in split.channels:
         checks.assert_published_rho(part, case.truth)
         checks.assert_published_rows(part, part.info["rho"], case.truth)
+    assert len({part.info["rho"] for part in split.channels}) > 1  # each has its own
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -52,8 +52,10 @@ def test_an_earlier_split_to_begin_with_changes_no_answer(world):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "published", "rho": 0.0}, "rho is 0; it must lie above 0"),
-        ({"method": "published", "rho": math.nan}, "rho is nan; it must lie above 0"),
+        *(
+            ({"method": "published", "rho": r}, f"rho is {r:g}; it must lie above 0")
+            for r in (0.0, -0.5, 1.05, math.nan)
+        ),
         ({"method": "magic"}, "no method 'magic'"),
         ({"rho": 0.7}, "rho belongs to the published method"),
         ({"method": "published", "rho": 0.7, "start": "split"}, "start belongs to least squares"),
@@ -95,12 +97,15 @@ def saved(tmp_path_factory):
         ("schema", 2, "schema 2, this version reads 1"),
         ("layer.n_out", 0, ""),
         ("settings", {}, "tau is inf"),
+        ("class_names", 7, "class_names"),
+        ("channels.0.channel", 9, ""),
         ("channels.1.channel", 0, "a channel stands there twice"),
         ("channels.0.concepts", [[4, 5]], "the concepts of channel 0 are not two or more groups"),
         ("channels.0.concepts", [[4], [10**12]], "a class is 1000000000000"),
         ("channels.0.concepts", [[4], [5], [6]], "the masks of channel 0 do not fit"),
         ("clusters.4.channel", 9, "a cluster's channel is 9"),
         ("clusters.4.place", 9, "a cluster's place is 9"),
+        ("clusters.-1", {"channel": 0, "place": 0, "least": 0.0}, "a cluster's number is -1"),
         ("clusters.99", {"channel": 0, "place": 0, "least": 0.0}, "a cluster's number is 99"),
     ],
 )
