@@ -2,7 +2,8 @@
 
 import copy
 import io
-from contextlib import suppress
+import itertools
+from contextlib import nullcontext, suppress
 
 import pairs
 import pytest
@@ -10,19 +11,21 @@ import torch
 from torch import Tensor, nn
 
 import checks
+import oracle
 import unbraid
 from structures import STRUCTURES
-from tiny_networks import KINDS, build
+from tiny_networks import KINDS, SyntheticImages, build, layer_input
 from unbraid.base.errors import ModelError, UsageError
 from unbraid.networks.copying import copy_network, unwrap
 from unbraid.surgery.apply import check_in_force
 from unbraid.surgery.split_layer import Pad
 
-FORMATS = [(torch.float32, pairs.THREE, 1e-4), (torch.float64, pairs.TWO, 1e-10)]
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the plain form
+FORMATS = list(itertools.product(TOLERANCES, (pairs.TWO, pairs.THREE)))
 
 
 def keeps_outputs_to_the_last_bit(make):
-    for dtype, channels, _ in FORMATS:
+    for dtype, channels in FORMATS:
         network = make().to(dtype)
         changed = pairs.split_network(network, channels=channels)
         assert changed.layer.rows.dtype == dtype
@@ -37,10 +40,11 @@ def keeps_gradients_by_the_image(make):
 
 
 def has_a_plain_form_that_agrees_up_to_rounding(make):
-    for dtype, channels, tolerance in FORMATS:
+    for dtype, channels in FORMATS:
         network, x = make().to(dtype), pairs.images(5, dtype)
         plain = unbraid.apply(network, pairs.make_split(network, channels), form="plain")
-        checks.assert_close(plain(x), network(x), tolerance)
+        scale = network(x).abs().max()
+        checks.assert_close(plain(x) / scale, network(x) / scale, TOLERANCES[dtype])
         with torch.no_grad():
             plain.layer.merge.weight.zero_()
         assert not torch.allclose(plain(x), network(x), rtol=1e-3)
@@ -55,6 +59,7 @@ def is_in_force_until_taken_back(make):
         checks.assert_bit_equal(network(x), expected)
         raise ZeroDivisionError
     checks.assert_same_outputs(network, changed, x)
+    unbraid.compare_outputs(network, changed, SyntheticImages(5), tolerance=0.0)
 
 
 def leaves_the_original_untouched(make):
@@ -184,6 +189,88 @@ def test_apply_on_every_kind_of_layer(invariant, kind):
     invariant(pairs.Pair(kind))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_apply_in_other_number_and_memory_formats_is_the_original_until_a_gate_moves(kind, dtype):
+    pair = pairs.Pair(kind, dtype=dtype, channels_last=True)
+    for form in (pair.changed, pair.plain):
+        assert {parameter.dtype for parameter in form.parameters()} == {dtype}
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = pair.images().contiguous(memory_format=memory_format)
+        checks.assert_same_outputs(pair.network, pair.changed, x)
+        before, after = (pairs.layer_output(one, x) for one in (pair.network, pair.changed))
+        assert before.stride() == after.stride()
+    maps = [pair.concept_map(1, concept) for concept in (0, 1)]
+    row, inputs = pair.split[1].weight, layer_input(pair.network, x)
+    whole = torch.stack([oracle.channel_map(pair.network.layer, 1, row, one) for one in inputs])
+    rounding = 6 * torch.finfo(dtype).eps * max(float(z.abs().max()) for z in (whole, *maps))
+
+    def assert_is(network, wanted):
+        actual = pairs.layer_output(network, x).select(pair.dim, 1).reshape(5, -1).double()
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=rounding)
+
+    assert_is(pair.plain, whole)
+    with pair.changed.gate("layer", 1, 0, 0.0):
+        assert_is(pair.changed, whole - maps[0])
+        with pytest.raises(AssertionError):
+            assert_is(pair.changed, whole - maps[1])
+    assert_is(pair.changed, whole)
+
+
+def putting_out(corrupt):
+    """Makes a network put out what `corrupt` makes of its logits."""
+    return lambda _, changed: changed.register_forward_hook(lambda _m, _a, z: corrupt(z))
+
+
+def last_bit(dtype, channels):
+    """Changes outputs by a bit or two, in one number format and with one split."""
+
+    def corrupt(_, changed):
+        if changed.layer.rows.dtype == dtype and set(changed.layer.divided) == set(channels):
+            putting_out(lambda z: z * (1 + 2 * torch.finfo(dtype).eps))(None, changed)
+
+    return corrupt
+
+
+def mislabel(_, changed):
+    changed.layer.names.reverse()
+
+
+def without_gates(_, changed):
+    changed.gate = lambda *_: nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("invariant", "corrupt"),
+    [
+        *((keeps_outputs_to_the_last_bit, last_bit(*which)) for which in FORMATS),
+        (keeps_gradients_by_the_image, putting_out(lambda z: z + 1e-8 * (z - z.detach()))),
+        (has_a_plain_form_that_agrees_up_to_rounding, putting_out(lambda z: z * (1 + 1e-11))),
+        (is_in_force_until_taken_back, last_bit(torch.float64, pairs.TWO)),
+        (is_in_force_until_taken_back, without_gates),
+        (leaves_the_original_untouched, lambda network, _: network.layer.eval()),
+        (gates_scale_their_concept_channel, mislabel),
+        (clamps_bound_their_concept_channel, mislabel),
+        (concepts_can_be_read, mislabel),
+        (the_plain_form_is_of_standard_modules, mislabel),
+        (
+            rows_have_the_gradients_of_their_channel,
+            lambda _, one: one.layer.rows.register_hook(lambda gradient: gradient * 1.001),
+        ),
+        (other_number_formats_are_the_originals, putting_out(lambda z: z * 1.01)),
+    ],
+)
+def test_every_invariant_fails_on_a_network_that_breaks_it(invariant, corrupt, monkeypatch):
+    def apply(network, *arguments, apply=unbraid.apply, **options):
+        changed = apply(network, *arguments, **options)
+        corrupt(network, changed)
+        return changed
+
+    monkeypatch.setattr(unbraid, "apply", apply)
+    with pytest.raises(AssertionError):
+        invariant((lambda: build("3x3")) if invariant in INVARIANTS else pairs.Pair("3x3"))
+
+
 def test_assert_moved_tells_a_move_that_did_something_else(pair):
     z_k = pair.concept_map(1, 0)
     with pair.changed.gate("layer", 1, 0, 0.5):
@@ -207,11 +294,6 @@ def test_apply_keeps_outputs_in_every_mode():
         checks.assert_bit_equal(single.changed(single.images()), single.network(single.images()))
     with torch.autocast("cpu", torch.bfloat16):
         checks.assert_same_outputs(single.network, single.changed, single.images())
-    network = build("3x3", torch.float32).to(memory_format=torch.channels_last)
-    changed = pairs.split_network(network)
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = pairs.images(5, torch.float32).contiguous(memory_format=memory_format)
-        checks.assert_same_outputs(network, changed, x)
 
 
 def test_apply_keeps_even_the_sign_of_a_zero(pair):
