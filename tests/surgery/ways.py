@@ -67,10 +67,6 @@ def hook(network, layer):
     return network.around.__call__
 
 
-def decorated(network, layer):
-    return functools.wraps(network.body)(lambda x, body=network.body: body(x))
-
-
 def of(layer):
     return lambda x: layer(x)
 
@@ -96,10 +92,9 @@ WAYS = {
     "object that copies to itself": lambda network, layer: NeverCopied(layer),
     "compiled function": lambda network, layer: torch.compile(lambda x: layer(x), backend="eager"),
     "compile method": lambda network, layer: layer.compile(backend="eager"),
-    "closure in a closure": lambda network, layer: (lambda get: lambda x: get()(x))(lambda: layer),
+    "closure in a closure": lambda network, layer: of(of(layer)),
     "compiled layer": lambda network, layer: of(torch.compile(layer, backend="eager")),
     "old weight norm": lambda network, layer: of(nn.utils.weight_norm(layer)),
-    "new weight norm": lambda network, layer: of(nn.utils.parametrizations.weight_norm(layer)),
     "method as forward": lambda network, layer: setattr(
         layer, "forward", types.MethodType(lambda self, x: nn.Conv2d.forward(self, x), layer)
     ),
@@ -107,7 +102,6 @@ WAYS = {
         layer, "forward", lambda x: type(layer).forward(layer, x)
     ),
     "hook": hook,
-    "decorated method": decorated,
     "slots and a list": held_in_slots,
     "calling itself": calling_itself,
     "weak references": weak_references,
