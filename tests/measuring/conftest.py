@@ -71,3 +71,9 @@ def case_of(tmp_path_factory):
 @pytest.fixture(scope="session")
 def case(case_of):
     return case_of("reflect")
+
+
+@pytest.fixture(scope="session")
+def other_weights(case_of):
+    """As `case`, of a network with other weights."""
+    return case_of(build("reflect", seed=1))

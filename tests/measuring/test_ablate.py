@@ -19,7 +19,10 @@ from unbraid import Ablation
 from unbraid.base.errors import DataError, LayerError, ModelError, UsageError
 from unbraid.finding.membership import Cluster
 from unbraid.measuring import results
-from unbraid.measuring.ablate import _Replay
+from unbraid.measuring.ablate import _Replay, _replaying
+from unbraid.networks.weights import hash_weights
+
+SINGLE = torch.float32
 
 
 def ablate(case, **options):
@@ -119,6 +122,43 @@ def test_ablate_takes_gates_as_one_and_leaves_them_and_random_numbers_alone(case
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_ablate_switches_off_what_a_users_hook_made_of_a_concept_channel(case):
+    changed = unbraid.apply(case.network, case.split)
+    row = torch.tensor([changed.layer.names.index("1.0")])
+    changed.layer.concepts.register_forward_hook(lambda _m, _a, z: z.index_fill(1, row, 0.0))
+    silenced, other = unbraid.ablate(changed, case.images).channels[0].concepts
+    assert silenced.own.logit == pytest.approx(0.0, abs=1e-12)
+    assert abs(other.own.logit) > 1e-6
+
+
+def test_ablate_in_single_precision_is_close_to_the_oracle(case):
+    network, images = copy.deepcopy(case.network).float(), SyntheticImages(13, seed=1, dtype=SINGLE)
+    split = replace(case.split, weights=hash_weights(network))
+    single = dict(leaves(unbraid.ablate(unbraid.apply(network, split), images).to_dict()))
+    for way, value in leaves(ablate(case).to_dict()):
+        if way[-1] != "part":  # which follows from others
+            assert single[way] == pytest.approx(value, abs=1e-5, nan_ok=True)
+
+
+def test_ablate_uses_a_forward_of_an_instances_own_and_puts_it_back(case):
+    changed = unbraid.apply(case.network, case.split)
+    plain = changed.stem.forward
+    changed.stem.forward = doubled = lambda x: 2 * plain(x)
+    result = unbraid.ablate(changed, case.images)
+    assert changed.stem.forward is doubled
+    logits = changed(case.images.images)[torch.tensor(case.images.targets) == 0, 0]
+    assert_close(result.classes[0].logit, logits.mean())
+    assert result != ablate(case)
+
+
+def test_ablate_leaves_out_broken_images_when_asked(case):
+    rest = SyntheticImages(13, seed=1)
+    keep = [n for n in range(13) if n != 3]
+    rest.images, rest.targets = rest.images[keep], [rest.targets[n] for n in keep]
+    broken = replace(case, images=WithBroken(13, seed=1))
+    assert_ablation(ablate(broken, skip_broken=True), replace(case, images=rest))
+
+
 def test_ablate_clusters_takes_the_images_that_the_scan_tells(case, case_of):
     """Those that channel 1 answers to, by the nearer of two centres; others are no one's."""
     answers = torch.stack([z[1].mean() for z in case.truth.z])
@@ -134,6 +174,8 @@ def test_ablate_clusters_takes_the_images_that_the_scan_tells(case, case_of):
     clustered = replace(case, split=replace(case.split, channels=(part,), clusters=clusters))
     result = ablate(clustered, scan=case.scan, batch_size=4)
     assert_ablation(result, clustered, members=members)
+    with pytest.raises(AssertionError):
+        assert_ablation(result, clustered, members=members[::-1])
     assert ablate(case, scan=case.scan) == ablate(case)  # classes are told as by labels
     with pytest.raises(UsageError, match="clusters of images"):
         ablate(clustered)
@@ -173,6 +215,39 @@ class TakesFromShelf(Body):
         return self.layer(x) + self.count.__dict__.pop("seen").mean((1, 2, 3), keepdim=True)
 
 
+class DropsReturn(Body):
+    """A module's work is taken from its input, not from its output."""
+
+    def body(self, x):
+        x = x - 0.2
+        self.act(x)
+        return self.layer(x) + x
+
+
+class Pieces:
+    """A kind of output that nobody knows and that cannot be copied."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __deepcopy__(self, _):
+        raise TypeError("no copies")
+
+
+class HandsOnObjects(Body):
+    """Modules before the layer give dictionaries, and objects of the network's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.wrap = nn.Module()
+        self.wrap.forward = lambda x: Pieces({"x": (x, [None, 3])})
+
+    def body(self, x):
+        x = self.wrap(x).x["x"][0]
+        x += 0.5
+        return self.layer(x) + x
+
+
 class WritesWhenOff(Body):
     def body(self, x):
         z = self.layer(x)
@@ -202,19 +277,33 @@ class SharesParts(Body):
         return self.act(self.layer(x) + x)
 
 
-@pytest.mark.parametrize(
-    "kind", [Body, AddsInPlace, TakesFromShelf, WritesWhenOff, RunsInside, SharesParts]
-)
+IN_FULL = [TakesFromShelf, WritesWhenOff, DropsReturn]  # since they pass values past modules
+SHORTENED = [Body, AddsInPlace, RunsInside, SharesParts, HandsOnObjects]
+
+
+@pytest.mark.parametrize("kind", IN_FULL + SHORTENED)
 def test_ablate_networks_of_any_code_runs_what_lies_before_once(kind, case_of, monkeypatch):
     case = case_of(kind())
     changed = unbraid.apply(case.network, case.split)
     changed.count.n_runs = 0
     # One image a batch, as the oracle has it; WritesWhenOff looks at the whole batch.
     result = unbraid.ablate(changed, case.images, batch_size=1)
-    is_known = kind not in (TakesFromShelf, WritesWhenOff)
+    is_known = kind in SHORTENED
     at_most = len(case.images) + 1  # once more where it is found out what is written into
     assert (changed.count.n_runs <= at_most) == is_known
     assert_ablation(result, case)
+    network, images = case.network, SyntheticImages(3, seed=5).images
+    expected = network(images)
+    with torch.no_grad(), _replaying(network, network.layer) as replay:
+        logits, output = replay.first(images)
+        assert torch.equal(logits, expected)
+        for channel in (1, 0, 1, 2):  # to the last bit what a hook of torch's own gives
+            given = output.index_fill(1, torch.tensor([channel]), 0.0)
+            hooked = kind()
+            hooked.load_state_dict(network.state_dict())
+            hooked.layer.register_forward_hook(lambda *_, given=given: given)
+            assert torch.equal(replay.again(images, given.clone()), hooked(images))
+    assert torch.equal(network(images), expected)
     monkeypatch.setattr(_Replay, "_try", lambda replay, *_: setattr(replay, "_shortened", False))
     assert unbraid.ablate(changed, case.images, batch_size=1) == result
     assert changed.count.n_runs > 2 * at_most
@@ -259,6 +348,8 @@ def spoilt(image=0.0, label=0):
     [
         (SyntheticImages(0), UsageError, "holds no image"),
         (spoilt(image=math.nan), ModelError, "Image 4 .*NaN"),
+        (WithBroken(5), DataError, r"Image 3 .*picture-3\.jpg"),
+        (spoilt(label=-1), DataError, "Image 4 has label -1"),
         (spoilt(label=4), DataError, "Image 4 has label 4, but the network has 4 outputs; labels"),
     ],
 )
@@ -281,6 +372,9 @@ def test_ablate_leaves_the_network_as_it_was_also_where_it_fails(dataset, error,
     with pytest.raises(error, match=told):
         unbraid.ablate(changed, dataset, batch_size=2)
     assert_untouched(before, everything())
+    changed.gate("layer", 1, 0, 0.5)
+    with pytest.raises(AssertionError):
+        assert_untouched(before, everything())
 
 
 def test_ablate_networks_and_channels_that_do_not_fit_are_refused(case):

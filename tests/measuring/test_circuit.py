@@ -72,12 +72,12 @@ def test_circuit_leaves_out_a_source_of_which_nothing_is_kept(case):
     assert sorted(source.channel for source in sources) == [1, 2, 3, 4, 5]
 
 
-def test_circuit_what_does_not_fit_is_refused(case, case_of, tmp_path):
+def test_circuit_what_does_not_fit_is_refused(case, other_weights, tmp_path):
     few = unbraid.scan(case.network, "layer", case.images, tmp_path, classes=[0])
     assert unbraid.circuit(case.split, few, 1, 0).sources
     for scan, arguments, told in (
         (case.scan, (2, 0), "no concept 0 of channel 2; its channels and their concepts are"),
-        (case_of("1x1").scan, (1, 0), "of another network or layer"),
+        (other_weights.scan, (1, 0), "of another network or layer"),
         (few, (1, 1), "no image of class 1, concept 1 of channel 1"),
     ):
         with pytest.raises(UsageError, match=told):

@@ -54,6 +54,11 @@ def test_compare_outputs_takes_no_unused_part_for_a_split_layer(pair):
     assert result.max_abs_logit_diff == 0
 
 
+def test_compare_outputs_passes_the_plain_form_with_a_tolerance(pair):
+    result = unbraid.compare_outputs(pair.network, pair.plain, SyntheticImages(9))
+    assert 0 < result.max_abs_logit_diff < 1e-12
+
+
 @pytest.mark.parametrize("name", ["layer.original.weight", "stem.weight", "head.bias"])
 def test_compare_outputs_notices_a_small_change_and_leaves_networks_as_they_were(name, pair):
     other = nudged(pair.changed, name, 1e-3).train()

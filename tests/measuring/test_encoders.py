@@ -6,12 +6,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import Subset
 
 from checks import assert_close, assert_untouched, snapshot
-from tiny_networks import KINDS, N_CLASSES, SyntheticImages, build
+from tiny_networks import KINDS, N_CLASSES, PooledFeatures, SyntheticImages, build, stack
 from unbraid.base.errors import ModelError, UsageError
 from unbraid.images.batches import in_batches
 from unbraid.measuring.encoders import Penultimate, load_batches, load_encoder, ready
+from unbraid.networks.models import load_model
 
 IMAGES, NAME = SyntheticImages(11), "timm:test_resnet"
 
@@ -125,6 +127,31 @@ def test_penultimate_of_a_network_without_one_is_told_and_leaves_it():
     assert_untouched(before, snapshot(network))
 
 
+def test_penultimate_of_two_layers_that_give_the_logits_is_before_the_last():
+    same = nn.Linear(N_CLASSES, N_CLASSES, bias=False)
+    same.weight.data = torch.eye(N_CLASSES)
+    parts = {"pool": PooledFeatures(), "first": nn.Linear(3, N_CLASSES), "last": same}
+    network = stack(*parts.items()).double()
+    assert_embeddings(embed(Penultimate(network)), network)
+
+
+@pytest.mark.parametrize(
+    ("spec", "head"),
+    [
+        ("torchvision:resnet18", "fc"),
+        ("torchvision:mobilenet_v3_small", "classifier.3"),
+        ("timm:vit_tiny_patch16_224", "head"),
+        ("timm:mobilenetv3_small_050", "classifier"),
+    ],
+)
+def test_penultimate_of_networks_that_people_use_enters_their_head(spec, head):
+    model = load_model(spec, "random", "cpu").model
+    image = torch.randn(3, 224, 224)
+    embedding = embed(Penultimate(model), [(image, 0)])
+    with torch.no_grad():
+        assert_close(model.get_submodule(head)(embedding), model(image[None]), 1e-5)
+
+
 @pytest.fixture(scope="module")
 def timm_encoder():
     torch.manual_seed(0)
@@ -138,6 +165,11 @@ def test_timm_encoder_puts_pictures_through_its_own_preprocessing(timm_encoder):
     with torch.no_grad():
         expected = timm_encoder.network(torch.stack(list(map(timm_encoder.transform, pictures))))
     assert_close(embed(timm_encoder, photographs), expected, 1e-5)
+    subset = Subset(Subset(photographs, [2, 0, 1]), [1, 2])
+    assert_close(embed(timm_encoder, subset, batch_size=1), expected[:2], 1e-4)
+    own = PooledFeatures()
+    own.transform = None  # which does not make it one of timm's: it gets the images
+    assert_close(embed(own, photographs), mean_colour(photographs.images))
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, (20, 30)), (3, (20, 30)), (5, (160, 160))])

@@ -7,6 +7,8 @@ from torch.utils.data import Dataset, Subset
 
 import oracle
 import unbraid
+from tiny_networks import SyntheticImages
+from unbraid.demo import network as demo
 from unbraid.measuring.reference_images import ALIKE, reference_images
 
 
@@ -101,3 +103,42 @@ def test_reference_images_alike_gives_the_strongest_of_a_group(n, large, network
         assert images.index.tolist() == list(best.values())[:n]
         assert list(best.values()) != of_all.index[: len(best)].tolist()
         assert of_all.group is None  # who asks for all gets all
+
+
+@pytest.fixture(scope="module")
+def demo_split(tmp_path_factory):
+    images, folder = demo.load_images("train"), tmp_path_factory.mktemp("demo")
+    scan = unbraid.scan(demo.load_network(), demo.LAYER, images, folder, batch_size=250)
+    return unbraid.split(scan, unbraid.find(scan))
+
+
+def assert_few_twice(found):
+    """Hardly an image that is given is a copy of another in the same row."""
+    pairs = [[index // 2 for index in row.index.tolist()] for row in rows_of(found)]
+    assert sum(len(row) - len(set(row)) for row in pairs) <= 0.05 * sum(map(len, pairs))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda images: images + 0.01 * torch.randn(images.shape),
+        lambda images: 1.1 * images,
+        lambda images: images.roll(1, -1),
+    ],
+)
+def test_reference_images_alike_leaves_out_planted_copies(change, demo_split, tmp_path):
+    clothes, copied = demo.load_images("test"), SyntheticImages(0)
+    real = torch.stack([clothes[n][0] for n in range(0, len(clothes), 4)])
+    low, high = real.min(), real.max()
+    changed = change((real - low) / (high - low)).clamp(0, 1) * (high - low) + low
+    copied.images = torch.stack([real, changed], 1).flatten(0, 1)
+    copied.targets = [clothes[n][1] for n in range(0, len(clothes), 4) for _ in range(2)]
+    scan = unbraid.scan(demo.load_network(), demo.LAYER, copied, tmp_path, batch_size=250)
+    different = reference_images(scan, demo_split, n=8, alike=ALIKE)
+    strongest = reference_images(scan, demo_split, n=8)
+    assert_few_twice(different)
+    with pytest.raises(AssertionError):
+        assert_few_twice(strongest)
+    for images, of_all in zip(rows_of(different), rows_of(strongest), strict=True):
+        assert len(images.index) == 8
+        assert images.activation.mean() >= 0.75 * of_all.activation.mean()  # and still is strong

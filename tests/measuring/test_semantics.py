@@ -77,7 +77,9 @@ def assert_semantics(result, case, n_top=N_TOP):
 
 
 @pytest.mark.parametrize("positions", [True, False])
-@pytest.mark.parametrize("kind", ["1x1", "uneven", "groups", "one dimension", "tokens"])
+@pytest.mark.parametrize(
+    "kind", ["1x1", "3x3", "uneven", "groups", "one dimension", "tokens", "pooled features"]
+)
 def test_measure_semantics_any_layer_is_the_oracles(kind, positions, case_of):
     case = case_of(kind, positions=positions)
     assert_semantics(measure(case, batch_size=4), case)
@@ -98,11 +100,26 @@ def test_assert_semantics_fails_on_every_corruption(case):
         {"concepts": first.concepts[::-1]},
         {"within": first.between},
         {"n_images": 12, "n_top": 6},
+        {"between": math.nan},
+        *({"positions": False}, {"crops": False}, {"encoder": "another"}),
     ]
     wrongs = [Semantics({**sound.channels, 6: replace(first, **wrong)}) for wrong in corrupted]
     for wrong in (*wrongs, Semantics({6: first})):
         with pytest.raises(AssertionError):
             assert_semantics(wrong, case)
+    rolled = SyntheticImages(13, seed=1)
+    rolled.images = rolled.images.roll(1, 0)
+    with pytest.raises(AssertionError):
+        assert_semantics(measure(case, dataset=rolled), case)
+
+
+def test_measure_semantics_of_a_concept_channel_never_above_zero_has_no_score(case):
+    parts = [replace(p, masks=torch.zeros_like(p.masks), bias=-1e-6) for p in case.split.channels]
+    result = measure(case, split=replace(case.split, channels=tuple(parts)))
+    for one in result.channels.values():
+        assert math.isfinite(one.original.monosemanticity)
+        assert all(math.isnan(like.monosemanticity) for like in one.concepts)
+        assert all(math.isfinite(like.clarity) for like in one.concepts)
 
 
 def test_measure_semantics_tells_concept_channels_of_one_thing_each(tmp_path):
@@ -147,6 +164,8 @@ def test_measure_semantics_of_predicted_labels_needs_no_others(case_of, tmp_path
     seen = sorted(scan.labels_seen())
     split = unbraid.split(scan, unbraid.find(scan, channels={1: [seen[:1], seen[1:]]}))
     assert measure(case, scan=scan, split=split).channels[1].n_images == 13
+    some = unbraid.scan(case.network, "layer", case.images, tmp_path / "some", classes=[0, 2])
+    assert {one.n_images for one in measure(case, scan=some).channels.values()} == {7}
 
 
 def some_images(n=23):
@@ -166,8 +185,11 @@ def scores_of(activations, embeddings, sizes=1000):
     "change",
     [
         lambda a: a,
+        lambda a: a.clamp(min=0),
         lambda a: (a - 1.2).clamp(min=0),
+        lambda a: a - 10,
         lambda a: 1e6 + 1e-3 * a,
+        lambda a: a + 1e5 * (torch.arange(23) == 3)[:, None],
         lambda a: a - 1e5 * (torch.arange(23) == 0)[:, None],
         lambda a: a.float(),
     ],
@@ -179,6 +201,9 @@ def test_scores_of_images_in_any_parts_are_those_of_the_double_loop(change):
         found = scores_of(a, e, sizes)
         assert found.dtype == torch.float64
         assert_close(found, [oracle.monosemanticity(one, e) for one in a.T])
+        assert_close(
+            scores_of(7 * a - 3, e * (0.1 + torch.rand(23, 1))), found, 1e-5
+        )  # in any unit
         e[[2, 7, 8, 9]] = 0  # without a direction, also all of a part
 
 
@@ -197,9 +222,11 @@ def test_scores_of_channels_without_a_pair_of_images_are_nan(level):
 
 
 def test_clarity_leaves_out_images_without_direction_and_is_nan_of_one():
-    e = some_images(20)[1].float()
-    e[-1] = 0
-    assert_close(semantics.clarity(e), oracle.clarity(e))
+    for n in (2, 3, 20):
+        e = some_images(n + 1)[1].float()
+        e[-1] = 0
+        assert_close(semantics.clarity(e), oracle.clarity(e))
+        assert_close(semantics.clarity(e[:-1].double()), semantics.clarity(e))
     for few in (e[:1], e[-2:], e[:0]):
         assert math.isnan(semantics.clarity(few))
 
@@ -215,6 +242,13 @@ def test_pure_distances_are_those_of_the_double_loop_and_nan_without_pairs(conce
     assert semantics.pure_distances(same, torch.arange(40) % 2) == (0.0, 0.0)
 
 
+def test_answering_box_is_that_of_the_slow_way():
+    for answer in torch.randn(30, 6, 5):
+        assert semantics.answering_box(answer) == box_by_hand(answer)
+    for answer in (torch.ones(1, 1), -torch.ones(3, 4), -torch.eye(5), torch.eye(5) - 1):
+        assert semantics.answering_box(answer) == semantics.WHOLE  # no answer above zero, or one
+
+
 def test_cut_out_gives_that_part_of_the_image_in_its_size():
     image = torch.zeros(3, 8, 6)
     image[:, 2:4, 3:6] = torch.tensor([1.0, 2.0, 3.0])[:, None, None]
@@ -224,7 +258,6 @@ def test_cut_out_gives_that_part_of_the_image_in_its_size():
     one_pixel = semantics.Box(0.5, 0.5, 0.99, 1.0)
     assert semantics.cut_out(image, one_pixel).shape == image.shape
     assert semantics.cut_out(image.byte(), semantics.WHOLE).dtype == torch.uint8
-    assert semantics.answering_box(torch.eye(5) - 1) == semantics.WHOLE  # no answer above zero
 
 
 @pytest.mark.parametrize(

@@ -82,9 +82,13 @@ def assert_is(state, expected=STATE):
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-FSDP = "_fsdp_wrapped_module."
+FSDP, CHECKPOINT = "_fsdp_wrapped_module.", "_checkpoint_wrapped_module"
 LOADS = {  # what is saved, and what is then in the network
     "DDP of compiled": (under("module._orig_mod."), STATE),
+    "Lightning": ({"state_dict": under("model.module._orig_mod."), "epoch": 1}, STATE),
+    "checkpointed": ({n.replace("c1", f"c1.{CHECKPOINT}"): t for n, t in STATE.items()}, STATE),
+    "in a list": ([1, {"weights": STATE}], STATE),
+    "average alone": ({"ema_state_dict": STATE}, STATE),
     "FSDP": ({FSDP + n.replace("fc.", f"{FSDP}fc."): t for n, t in STATE.items()}, STATE),
     "deep": ({"state": {"trainer": {"model": under("a.b.c.")}}}, STATE),
     "another network too": ({"net": STATE, "critic": {"c9.weight": torch.ones(1)}}, STATE),
@@ -148,7 +152,9 @@ def test_load_weights_beside_code_runs_none_of_it(blocked, tmp_path):
 def test_load_weights_beside_others_tells(tmp_path):
     for content, sentence in (
         ({"state_dict_ema": OTHER, "state_dict": STATE}, "one under state_dict is taken, not"),
+        ({"teacher": OTHER, "student": STATE}, "the one under student is taken, not"),
         ({**under("net."), **under("net_swa.", OTHER)}, "the one under net is taken, not"),
+        ({"schema": STATE, "ema": OTHER}, "the one under schema is taken, not"),
         ({"net": {**under("model."), "w": torch.ones(2)}}, "under net.model is loaded, not net.w"),
     ):
         model = network()
@@ -165,6 +171,14 @@ def test_load_weights_of_tied_tensors_needs_one_of_them(tmp_path):
     assert_is(loaded(tmp_path / "w.safetensors", other), one.state_dict())
 
 
+def test_load_weights_without_a_checksum_loads(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        assert_is(loaded(saved(tmp_path, STATE)))
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_load_weights_of_older_names_that_the_network_knows_loads(tmp_path):
     old = nn.utils.weight_norm(nn.Linear(2, 2))
@@ -173,6 +187,7 @@ def test_load_weights_of_older_names_that_the_network_knows_loads(tmp_path):
     assert torch.equal(new.weight, old.weight)
 
 
+CODE = Calls(shutil.rmtree, "x")
 NEVER = "holds Python code or objects, which are never loaded; save the state dict alone"
 BOTH = {"state_dict": {**under("module.encoder_q."), **under("module.encoder_k.", OTHER)}}
 SHAPES = r"2 have another shape \(fc.weight is \(10, 4\), not \(4, 4\), fc.bias .*; give --model"
@@ -184,6 +199,15 @@ SAID = {  # what is saved, or how it is written
     "two encoders": (BOTH, "several state dicts that fit the network, under"),
     "larger": (under("module.", {"c0.weight": STATE["c1.weight"], **STATE}), r"c0.weight"),
     "folder": (Path.mkdir, "it is a folder; name the file in it"),
+    "two averages": ({"ema": STATE, "swa": OTHER}, "several state dicts that fit the network, un"),
+    "arrays": ({name: t.numpy() for name, t in STATE.items()}, NEVER),
+    "code for a tensor": ({"fc.weight": CODE}, NEVER),
+    "pickle of code": (lambda path: path.write_bytes(pickle.dumps(CODE, 2)), NEVER),
+    "protocol": (lambda path: torch.save(STATE, path, pickle_protocol=4), NEVER),
+    "no tensors": ({"epoch": 1}, r"no state dict; save .*; its keys are epoch"),
+    "one tensor": (torch.ones(3), "holds no state dict"),
+    "empty": (Path.touch, "it is no file of torch"),
+    "int8": ({**STATE, "fc.weight": STATE["fc.weight"].char()}, "fc.weight as int8, which are no"),
     "complex": ({**STATE, "fc.weight": torch.ones(4, 4) * 1j}, "fc.weight as complex64, which are"),
     "script": (lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path), NEVER),
     "pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})), r"cannot be read .* sound file"),
@@ -196,10 +220,16 @@ TALL, TALLER = b"K\x07K\x0b\x86", b"K\x07Jzzz\x7f\x86"  # (7, 11) in a pickle, a
 LINEAR = {"weight": torch.zeros(7, 11)}
 HOSTILE = {  # what is saved, and what is changed then
     "sizes lie": (LINEAR, (TALL, TALLER)),
+    "sizes below zero lie": (LINEAR, (TALL, b"K\x07J\xff\xff\xff\xff\x86")),
+    "sizes of three lie": (LINEAR, (TALL, b"K\x07K\x0bK\x01\x87")),
+    "sizes in all lie": (LINEAR, (b"KM", b"K\x4e")),
+    "sizes in all lie much": (LINEAR, (b"KM", b"J\xff\xff\xff\x7f")),
     "call": (LINEAR | {"large": Calls(bytearray, 2**40)}, ()),
     "call of torch": (LINEAR | {"large": Calls(torch.Tensor, 10**13)}, ()),
     "packed": ({"weight": torch.zeros(1000, 1000)}, (b"", b"", zipfile.ZIP_DEFLATED)),
+    "two descriptions": (LINEAR, ()),
 }
+ZIP = ("packed", "two descriptions")  # of the newer format alone
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -218,15 +248,19 @@ def test_load_weights_that_do_not_fit_says_why(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "old"), [*((kind, False) for kind in HOSTILE), ("sizes lie", True), ("call", True)]
+    ("kind", "old"),
+    [*((kind, False) for kind in HOSTILE), *((kind, True) for kind in HOSTILE if kind not in ZIP)],
 )
 def test_load_weights_that_would_take_memory_is_refused(kind, old, tmp_path):
     content, change = HOSTILE[kind]
     path = saved(tmp_path, content, _use_new_zipfile_serialization=not old)
-    if kind == "sizes lie":
+    if content is LINEAR:
         load_weights(nn.Linear(11, 7, bias=False), path)  # while they do not
     if change:
         rewrite(path, *change)
+    if kind == "two descriptions":
+        with zipfile.ZipFile(path, "a") as file:
+            file.writestr("w/DATA.PKL", b"")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ModelError, match=r"cannot be read \(.*\); give a sound file"):
         load_weights(nn.Linear(11, 7, bias=False), path)

@@ -41,6 +41,16 @@ def test_read_names_takes_what_is_usual(tmp_path):
         ("a.csv", 'folder,name\nant,"Ant, red"\nbee,Bee\n', {}, {"ant": "Ant, red", "bee": "Bee"}),
         ("a.csv", "name;note;id\nAnt;x;n00000001\n", {}, {"n00000001": "Ant"}),
         ("a.csv", "\ufeffnumber,name\r\n0,Ant\r\n10,Bee\r\n", {0: "Ant", 10: "Bee"}, {}),
+        ("a.csv", "1,Bee\n0,Ant\n", {0: "Ant", 1: "Bee"}, {}),
+        ("a.csv", "idx,label\n0,Ant\n1,Bee\n", {0: "Ant", 1: "Bee"}, {}),
+        ("a.csv", "label,id\nAnt,0\nBee,1\n", {0: "Ant", 1: "Bee"}, {}),
+        ("a.txt", "n00000001 tench, Tinca tinca\n", {}, {"n00000001": "tench, Tinca tinca"}),
+        ("a.txt", "0 Ant\n1 Bee\n", {0: "Ant", 1: "Bee"}, {}),
+        ("a.txt", "1: Ant\n2: Bee\n", {0: "Ant", 1: "Bee"}, {}),
+        ("a.txt", "/a/abbey 0\n/b/bar 1\n", {0: "/a/abbey", 1: "/b/bar"}, {}),
+        ("a.txt", "7 up\n8 up\n", {0: "7 up", 1: "8 up"}, {}),
+        ("a.json", ["Ant", "Bee"], {0: "Ant", 1: "Bee"}, {}),
+        ("a.json", {"Ant": "1", "Bee": "0"}, {1: "Ant", 0: "Bee"}, {}),
         ("a.tsv", "ant\tAnt, red\n", {}, {"ant": "Ant, red"}),
         ("a.json", {"ant": "Ant", "3": "Bee"}, {3: "Bee"}, {"ant": "Ant"}),
         ("a.json", {"Ant": 1, "Bee": 0}, {1: "Ant", 0: "Bee"}, {}),
@@ -63,6 +73,9 @@ def test_read_names_of_a_file_without_names_is_told(tmp_path):
         ("a.txt", "{'Ant', open('x')}"),
         ("a.json", [1, 2]),
         ("a.txt", "['\\d', 1]"),
+        ("a.txt", "[" * 100_000),
+        ("a.json", "[" * 100_000),
+        ("a.csv", "folder,name\nant,\n"),
         ("a.csv", "folder,name\nant,Ant\nANT,Bee\n"),
         ("a.csv", 'folder,name\nant,"Ant\n'),
         ("a.csv", "number,name\n99999999,Ant\n"),
@@ -137,6 +150,8 @@ def test_wordnet_ids_are_shown_with_their_names_and_equal_ones_apart(tmp_path):
     assert sorted(shown) == ["crane (n02012849)", "crane (n03126707)", "tench"]
     reading = Reading({"x": 0, "n00000001": 1, "n00000002-dog": 3}, AS_GIVEN)
     assert show_names(reading, {}, reading.labels) == ["x", "n00000001", "", "dog"]
+    same = Reading({"a": 0, "b": 1}, AS_GIVEN)
+    assert show_names(same, {"a": "b", "b": "b"}, ["a", "b"]) == ["b (a)", "b (1)"]
 
 
 def test_a_scan_that_is_there_takes_other_names_without_running_again(tmp_path):
@@ -149,7 +164,9 @@ def test_a_scan_that_is_there_takes_other_names_without_running_again(tmp_path):
     assert times == [times[0]] * 3
 
 
-@pytest.mark.parametrize(("classes", "names"), [("Ab", ("b", "a", "c", "d")), ("03", ())])
+@pytest.mark.parametrize(
+    ("classes", "names"), [("ab", ()), ("Ab", tuple("bacd")), ("03", ()), ("03", ("x",) * 4)]
+)
 def test_a_report_finds_its_images_again_whatever_they_are_called(classes, names, tmp_path):
     source = str(write(tmp_path / "data/val", dict.fromkeys(classes, 2)))
     network = LoadedModel(build("3x3"), to_tensor, names, {})

@@ -38,6 +38,7 @@ SAID = {
     "no part": ([MAP, MAP], -1, r"Part -1 .* no part of it is, so compute them in FILE.py:FUNCTIO"),
     "a row": (LOGITS, -1, "it is logits itself, so leave --output out"),
     "layers stacked": (torch.ones(2, 5, 4), 0, "by a function that unbraid.with_logits takes"),
+    "nothing": (None, 0, "it is a NoneType; no part of it is"),
     "a method": ({"a": LOGITS}, "keys", r"has no 'keys' .*: --output a \(5, 4\)"),
 }
 

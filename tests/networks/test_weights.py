@@ -1,6 +1,10 @@
 """The hash of a network's weights, and weights that are broken."""
 
 import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,10 +49,12 @@ MADE = {  # with one thing, and another
     "quantised": (lambda add: quantize_dynamic(linear(add), {nn.Linear}), 0.0, 0.5),
     "scripted": (lambda add: nn.Sequential(script(linear(add))), 0.0, 0.5),
     "frozen": (lambda add: nn.Sequential(freeze(script(linear(add)))), 0.0, 0.5),
+    "meta": (lambda n: nn.Linear(n, 2, device="meta"), 2, 3),
     "lazy": (lambda dtype: nn.LazyLinear(3, dtype=dtype), torch.float32, torch.float64),
     "sparse": (lambda a: holding((a * torch.eye(2)).to_sparse()), 1, -1),
     "complex": (lambda turn: holding(turn(torch.tensor([1 + 2j]))), torch.conj, torch.clone),
     "extra number": (Extra, 1, 2),
+    "extra none": (Extra, None, "None"),
     "extra parts": (Extra, {"a": [1, (2.5, b"x")]}, {"a": [1, (2.5, b"y")]}),
 }
 
@@ -59,6 +65,21 @@ def test_hash_weights_is_the_same_for_the_same_alone(name):
     make, one, other = MADE[name]
     assert hash_weights(make(one)) == hash_weights(make(one)) != hash_weights(make(other))
     refuse_broken_weights(make(one))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hash_weights_is_the_same_in_another_process_with_another_hash_seed():
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "from test_weights import MADE, hash_weights\n"
+        "print(hash('a'), *(hash_weights(make(one)) for make, one, _ in MADE.values()))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "4711"}
+    ran = subprocess.check_output(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, text=True
+    ).split()
+    assert ran[0] != str(hash("a"))
+    assert ran[1:] == [hash_weights(make(one)) for make, one, _ in MADE.values()]
 
 
 def test_hash_weights_of_ordinary_network_is_that_of_its_tensors():

@@ -37,8 +37,9 @@ def test_solve_box_finds_scipys_answer_whatever_the_start(size, images, form):
         y = np.concatenate([target, np.zeros(size)])
         expected = lsq_linear(x, y, (0, 1), method="bvls", tol=1e-14).x
         np.testing.assert_allclose(answer, expected, atol=1e-7)
-    other = solve_box(gram, ridge, linear, torch.rand_like(linear))
-    torch.testing.assert_close(other, answers, rtol=0, atol=1e-7)
+    for start in (torch.zeros_like(linear), torch.ones_like(linear), torch.rand_like(linear)):
+        other = solve_box(gram, ridge, linear, start)
+        torch.testing.assert_close(other, answers, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("place", range(3))

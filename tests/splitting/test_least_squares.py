@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import unbraid
-from checks import assert_close, truth_of
+from checks import assert_close, assert_same_split, truth_of
 from tiny_networks import SyntheticImages, build
 from unbraid.finding.membership import Members
 from unbraid.measuring.mimic_and_silence import separation_error
@@ -78,6 +78,15 @@ def test_it_does_better_than_any_rho_on_what_it_minimises(case):
             assert all(a <= b + 1e-6 for a, b in zip(ours, theirs, strict=True))
 
 
+def test_a_stiff_penalty_gives_the_prior_and_a_split_twice_the_same_bits(case):
+    scan, found = case
+    stiff = ls.fit_least_squares(Members(scan), found.concepts, 1e9, ls.sample_images(scan))
+    for fit in stiff.values():
+        torch.testing.assert_close(fit.masks, fit.prior, rtol=0, atol=1e-6)
+    assert_same_split(*(unbraid.split(scan, found) for _ in range(2)))
+    assert ls.choose_penalty(Members(scan), found.concepts) in ls.PENALTIES
+
+
 def test_refining_never_makes_the_rectified_objective_worse(case):
     scan, found = case
     fits = ls.fit_least_squares(Members(scan), found.concepts, 0.01, ls.sample_images(scan))
@@ -104,7 +113,7 @@ def test_one_image_a_concept_and_silent_channels_are_no_trouble(tmp_path):
     assert unbraid.compare_outputs(network, unbraid.apply(network, split), images, tolerance=0.0)
 
 
-@pytest.mark.parametrize("kind", ["3x3", "uneven", "dilation", "circular", "groups"])
+@pytest.mark.parametrize("kind", ["1x1", "3x3", "uneven", "dilation", "circular", "groups"])
 def test_tap_inputs_add_up_to_the_pooled_input(kind):
     layer = build(kind).get_submodule("layer")
     spec = describe("layer", layer)

@@ -11,7 +11,7 @@ from tiny_networks import SyntheticImages, build
 from unbraid.splitting.published import RHOS, published_masks
 
 # In all of these an in-place ReLU or a smooth activation comes behind; two have no bias.
-KINDS = ["1x1", "no bias", "3x3", "uneven", "stride", "groups", "tokens"]
+KINDS = ["1x1", "no bias", "3x3", "uneven", "stride", "same", "groups", "tokens"]
 OWN = {1: [[0], [1]], 5: [[2, 0], [3]], 6: [[3, 1], [0, 2]]}
 
 
@@ -29,9 +29,15 @@ def test_rows_are_those_of_the_published_rule(case, rho):
     split = unbraid.split(case.scan, case.found, method="published", rho=rho)
     assert [part.channel for part in split.channels] == [1, 5, 6]
     for part in split.channels:
-        assert part.info["rho"] == rho
+        assert (part.info["rho"], part.concepts) == (rho, case.found.concepts[part.channel])
         checks.assert_published_rows(part, rho, case.truth)
         checks.assert_adds_up(part)
+
+
+def test_the_rule_divides_some_taps_and_shares_others(case):
+    parts = [p for rho in (0.3, 0.9) for p in parts_of(case.scan, case.found, rho=rho).values()]
+    kept = torch.cat([part.masks.sum(0) for part in parts])
+    assert set(kept.tolist()) == {1.0, 2.0}  # no tap is lost, some belong to one, some to both
 
 
 def test_rho_is_the_one_that_the_published_criterion_chooses(case):
@@ -43,11 +49,15 @@ def test_rho_is_the_one_that_the_published_criterion_chooses(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_lowest_of_equally_good_rhos_is_chosen(dtype, tmp_path):
-    network, dataset = build("3x3", dtype), SyntheticImages(14, dtype=dtype)
+@pytest.mark.parametrize("kind", ["1x1", "3x3", "groups", "tokens"])
+def test_the_lowest_of_equally_good_rhos_is_chosen(kind, dtype, tmp_path):
+    network, dataset = build(kind, dtype), SyntheticImages(14, dtype=dtype)
     scan = unbraid.scan(network, "layer", dataset, tmp_path, positions=True)
     found = unbraid.find(scan, channels={o: [[0, 1], [2, 3]] for o in range(scan.layer.n_out)})
     chosen = parts_of(scan, found)
+    for o, part in chosen.items():  # in the number format of the network
+        checks.assert_bit_equal(part.weight, network.layer.weight[o].flatten())
+        assert part.rows.dtype == part.residual_row.dtype == dtype
     for lower in RHOS[:-1]:
         for o, part in parts_of(scan, found, rho=lower).items():
             if lower < chosen[o].info["rho"]:  # with the same masks it would have been as good

@@ -70,8 +70,10 @@ def layer_output(network, x, layer="layer"):
 
 
 class Pair:
-    def __init__(self, kind, channels=TWO, dtype=torch.float64):
+    def __init__(self, kind, channels=TWO, dtype=torch.float64, channels_last=False):
         self.network, self.dtype = build(kind, dtype), dtype
+        if channels_last and any(isinstance(one, nn.Conv2d) for one in self.network.modules()):
+            self.network.to(memory_format=torch.channels_last)
         self.split = make_split(self.network, channels)
         self.changed = unbraid.apply(self.network, self.split)
 

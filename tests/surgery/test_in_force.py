@@ -1,7 +1,9 @@
 """Splits are in force, or it is told that they are not; what is copied and what cannot be."""
 
+import tempfile
 import threading
 import types
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -45,7 +47,13 @@ class Refuses:
         raise ValueError("not to be copied")
 
 
-@pytest.mark.parametrize("make", [threading.Lock, lambda: torch, Refuses])
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(threading.Lock, threading.Thread, tempfile.TemporaryFile, Refuses, lambda: torch),
+        *(lambda: (n for n in range(3)), lambda: weakref.ref(Refuses)),
+    ],
+)
 def test_apply_shares_what_cannot_be_copied(make):
     network, own, inner = reaching("module"), make(), make()
     network.own = network.layer.own = own
@@ -80,6 +88,16 @@ def test_copy_network_copies_what_can_be_copied():
     assert wanted[0] == wanted[1]
 
 
+def test_copy_network_copies_what_a_traced_network_holds():
+    network = torch.fx.symbolic_trace(reaching("module"))
+    layer = network.layer
+    network.stem.register_forward_hook(lambda _module, _args, z: z + 0 * layer.weight.sum())
+    twin = copy_network(network)
+    layer.weight.data.fill_(torch.nan)
+    assert twin(images()).isfinite().all()
+    assert network(images()).isnan().all()
+
+
 def by_a_class(network):
     class Middle:
         layer = network.layer
@@ -92,7 +110,14 @@ def by_its_weights(network):
     return lambda x: torch.conv2d(x, layer.weight, layer.bias, padding=1)
 
 
-@pytest.mark.parametrize("past", [lambda net: net.layer.forward, by_its_weights, by_a_class])
+def by_a_weak_method(network):
+    method = weakref.WeakMethod(network.layer.__call__)
+    return lambda x: method()(x)
+
+
+@pytest.mark.parametrize(
+    "past", [lambda net: net.layer.forward, by_its_weights, by_a_weak_method, by_a_class]
+)
 def test_a_split_that_never_runs_is_told(past):
     network = reaching("module")
     network.body = past(network)

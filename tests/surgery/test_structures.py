@@ -10,9 +10,9 @@ from torch import Tensor, nn
 import oracle
 import unbraid
 from checks import assert_bit_equal, assert_close, assert_untouched, snapshot
-from structures import STRUCTURES, Around, build, images, trace
+from structures import STRUCTURES, Around, Tokens, build, images, trace
 from tiny_networks import SyntheticImages
-from unbraid.base.errors import LayerError, ModelError
+from unbraid.base.errors import LayerError, ModelError, RunError
 from unbraid.networks.layers import describe, splittable_layers, why_not
 from unbraid.networks.spec import tap_inputs
 from unbraid.scanning.scan import usable_layers
@@ -55,6 +55,18 @@ def test_records_hold_what_a_run_on_each_image_alone_says(kind, batch_size, tmp_
                 assert_traced(wrong, kind, scan.manifest.min_share)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in STRUCTURES if STRUCTURES[kind].weight])
+def test_apply_of_computed_weights_survives_state_dicts_and_refuses_others(kind):
+    network, x = build(kind), images().images
+    split, expected = make_split(network), network(x)
+    again = unbraid.apply(network, split)
+    again.load_state_dict(unbraid.apply(network, split).state_dict())
+    assert_bit_equal(again(x), expected)
+    next(network.layer.parameters()).data.view(-1)[0] += 0.1
+    with pytest.raises(ModelError, match="other weights"):
+        unbraid.apply(network, split)
+
+
 @pytest.mark.parametrize("n_images", [1, 2])
 def test_a_layer_that_sees_no_image_is_not_listed(n_images):
     network = Around().double().eval()
@@ -87,6 +99,10 @@ def test_scan_of_what_is_not_one_row_an_image_is_refused(tmp_path):
         unbraid.scan(mixed, "layer", images(4), tmp_path)
     with pytest.raises(ModelError, match="2 rows of logits for 1 image;"):
         unbraid.scan(doubled, "layer", images(4), tmp_path / "doubled")
+    turned = Tokens(lambda x: x.transpose(0, 1)).double().eval()  # tokens before images
+    turned.back.register_forward_hook(lambda _module, _args, z: z.transpose(0, 1))
+    with pytest.raises(LayerError, match=r"\(42, 4, 10\) for 4 images"):
+        unbraid.scan(turned, "layer", images(4), tmp_path / "turned")
     scan = unbraid.scan(mixed, "layer", images(4), tmp_path, batch_size=1)
     assert next(scan.shards()).n_positions.tolist() == [42] * 4
 
@@ -131,6 +147,8 @@ def test_logits_are_picked_out_the_same_everywhere(tmp_path):
     assert unbraid.compare_outputs(picked, changed, images(), tolerance=0.0).top1_agreement == 1
     assert unbraid.ablate(changed, images()) == unbraid.ablate(unbraid.apply(bare, split), images())
     assert not isinstance(network(images().images), Tensor)  # the given one is as it was
+    with pytest.raises(RunError, match="which part of the output is the logits"):
+        unbraid.scan(unbraid.with_logits(network, "0.0"), "layer", images(), tmp_path / "0")
 
 
 def assert_same_shares(one, layer, other, folder):
@@ -167,3 +185,6 @@ def test_a_wrapped_network_is_the_network(tmp_path):
     assert unbraid.compare_outputs(wrapped, changed, images(), tolerance=0.0).top1_agreement == 1
     names = [spec.name for spec in usable_layers(wrapped, images(1).images)]
     assert names == ["stem", "layer", "head"]
+    part = nn.Sequential(torch.compile(build("plain"), backend="eager"))
+    part(images().images)  # compiled now, without hooks
+    assert_same_shares(part, "0._orig_mod.layer", nn.Sequential(build("plain")), tmp_path / "part")

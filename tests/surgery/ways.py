@@ -4,6 +4,7 @@ import functools
 import threading
 import types
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -48,6 +49,28 @@ def slots_and_two_names(network, _):
     return types.MethodType(lambda self, x: self.again(x), network)
 
 
+@dataclass(slots=True, frozen=True)
+class Held:
+    layers: tuple
+
+
+def held_in_slots(network, layer):
+    network.held, network.steps = Held((layer,)), [layer]
+    return types.MethodType(
+        lambda self, x: (self.held.layers[0](x) + self.steps[0](x)) / 2, network
+    )
+
+
+def hook(network, layer):
+    network.around = nn.Identity()
+    network.around.register_forward_hook(lambda _module, _args, output: layer(output))
+    return network.around.__call__
+
+
+def of(layer):
+    return lambda x: layer(x)
+
+
 def own_forward(_, layer):
     layer.old = layer.forward
     layer.forward = Calls(functools.partial(lambda layer, x: layer.old(x), layer))
@@ -56,7 +79,7 @@ def own_forward(_, layer):
 # Each takes the network and its layer, and returns its `body` or None.
 WAYS = {
     "module": lambda network, layer: None,
-    "closure": lambda network, layer: lambda x: layer(x),
+    "closure": lambda network, layer: of(layer),
     "keyword default": lambda network, layer: lambda x, *, layer=layer: layer(x),
     "static method": lambda network, layer: staticmethod(lambda x: layer(x)),
     "partial": lambda network, layer: functools.partial(lambda net, x: net.layer(x), network),
@@ -69,6 +92,17 @@ WAYS = {
     "object that copies to itself": lambda network, layer: NeverCopied(layer),
     "compiled function": lambda network, layer: torch.compile(lambda x: layer(x), backend="eager"),
     "compile method": lambda network, layer: layer.compile(backend="eager"),
+    "closure in a closure": lambda network, layer: of(of(layer)),
+    "compiled layer": lambda network, layer: of(torch.compile(layer, backend="eager")),
+    "old weight norm": lambda network, layer: of(nn.utils.weight_norm(layer)),
+    "method as forward": lambda network, layer: setattr(
+        layer, "forward", types.MethodType(lambda self, x: nn.Conv2d.forward(self, x), layer)
+    ),
+    "forward by the kind": lambda network, layer: setattr(
+        layer, "forward", lambda x: type(layer).forward(layer, x)
+    ),
+    "hook": hook,
+    "slots and a list": held_in_slots,
     "calling itself": calling_itself,
     "weak references": weak_references,
     "slots and two names": slots_and_two_names,
