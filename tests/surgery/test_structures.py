@@ -151,6 +151,17 @@ def test_logits_are_picked_out_the_same_everywhere(tmp_path):
         unbraid.scan(unbraid.with_logits(network, "0.0"), "layer", images(), tmp_path / "0")
 
 
+def test_a_scan_goes_on_only_where_the_same_function_picks_logits(tmp_path):
+    network = putting_out(lambda z: [z, -z])
+    one, again, other = (
+        unbraid.with_logits(network, lambda output, place=k: output[place]) for k in (0, 0, 1)
+    )
+    scan = unbraid.scan(one, "layer", images(), tmp_path)
+    assert unbraid.scan(again, "layer", images(), tmp_path).manifest == scan.manifest
+    with pytest.raises(RunError, match="which part of the output is the logits"):
+        unbraid.scan(other, "layer", images(), tmp_path)
+
+
 def assert_same_shares(one, layer, other, folder):
     (other_layer,) = (name for name, _ in other.named_modules() if name.endswith("layer"))
     scans = [
