@@ -107,11 +107,7 @@ class Planted:
 
 
 def plant(
-    folder: Path,
-    *,
-    labels: Sequence[int] | None = None,
-    seed: int = 0,
-    shard_size: int = 64,
+    folder: Path, *, labels: Sequence[int] | None = None, seed: int = 0, shard_size: int = 64
 ) -> Planted:
     """Images with one of three causes, each four inputs of its own, among others with none.
 
