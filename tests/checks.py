@@ -334,7 +334,7 @@ def _assert_measure(measured, expected):
 def assert_evaluation(result, split, truth):
     """Every measure of every concept and channel, rectified ones included, is the oracle's."""
     kinds = {"separation_error_rectified": True, "separation_error": False}
-    errors: dict[str, list[float]] = {name: [] for name in kinds}
+    errors = {name: [] for name in kinds}
     for measured, part in zip(result.channels, split.channels, strict=True):
         assert measured.channel == part.channel
         assert [one.classes for one in measured.concepts] == list(part.concepts)

@@ -1,7 +1,5 @@
 """Settings shared by the tests of the core."""
 
-from __future__ import annotations
-
 import signal
 
 import pytest
@@ -14,12 +12,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config):
     # Even kernels with padding="same" are tested on purpose, because they pad unevenly.
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same'")
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
+def _same_random_numbers():
     """Every test starts from the same random numbers, whatever ran before."""
     torch.manual_seed(0)

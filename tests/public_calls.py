@@ -1,21 +1,13 @@
 """Every public function, with sound values for what it must be given."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
 
 import unbraid
 from tiny_networks import SyntheticImages
 from unsteady import Small
 
-Call = tuple[Callable[..., Any], dict[str, Any]]
 
-
-def sound_calls(folder: Path) -> dict[str, Call]:
+def sound_calls(folder):
     """Functions and arguments by name; those that write do so into a folder."""
     network, images = Small().eval(), SyntheticImages(17, dtype=torch.float32)
     chosen = {1: [[0], [1]], 2: [[2], [3]]}
@@ -65,6 +57,6 @@ def sound_calls(folder: Path) -> dict[str, Call]:
     }
 
 
-def call(function: Call, **changes: Any) -> Any:
+def call(function, **changes):
     """Call a function with some other arguments."""
     return function[0](**{**function[1], **changes})

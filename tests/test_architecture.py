@@ -1,7 +1,5 @@
 """The house rules that a machine can hold: imports run one way, importing is light."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -14,7 +12,7 @@ import unbraid
 ROOT = Path(__file__).parent.parent
 
 
-def lint_imports(configuration: Path) -> subprocess.CompletedProcess[str]:
+def lint_imports(configuration):
     command = Path(sys.executable).with_name("lint-imports")
     arguments = [str(command), "--config", str(configuration), "--no-cache"]
     return subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, check=False)

@@ -1,15 +1,11 @@
 """The command line as a new user meets it: whole jobs on small folders, and every mistake."""
 
-from __future__ import annotations
-
 import csv
 import json
 import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +17,6 @@ from torch import nn
 
 import unbraid
 from unbraid.__main__ import main
-from unbraid.measuring.encoders import load_encoder
-
-Call = Callable[..., tuple[int, str, str]]
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -46,28 +39,16 @@ def build(*more):
 def build_soft():
     return build(nn.LogSoftmax(1))
 
-class Pads(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(nn.functional.pad(x, (1, 0, 1, 0)))
-
-class Scales(nn.Conv2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-class Mixed(nn.Module):
+class Both(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3)
-        self.depthwise = nn.Conv2d(6, 6, 3, groups=6)
-        self.pads, self.scales = Pads(6, 6, 2), Scales(6, 6, 1)
-        self.unused, self.aside, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.own = build()[0]
 
     def forward(self, x):
-        x = self.scales(self.pads(self.depthwise(self.stem(x)).relu_()).relu_()).flatten(2).mean(2)
-        return [self.aside(x), self.head(x)]
+        return [x, self.own(x)]
 
-def build_mixed():
-    return Mixed(), preprocess
+def build_both():
+    return Both(), preprocess
 """
 FILES = {
     "own.py": OWN,
@@ -80,7 +61,7 @@ FILES = {
 }
 
 
-def draw(label: int, seed: int, file: Path | None = None) -> Image.Image:
+def draw(label, seed, file=None):
     """A picture of stripes whose direction and colour tell the class, perhaps saved."""
     pixels = np.random.default_rng(seed).integers(0, 60, (16, 16, 3))
     y, x = np.mgrid[:16, :16]
@@ -126,10 +107,10 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def call(home, monkeypatch, capsys) -> Call:
+def call(home, monkeypatch, capsys):
     """Run the command line in `home`: exit code, standard output, standard error."""
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments):
         monkeypatch.chdir(home)
         monkeypatch.setattr(sys, "argv", ["unbraid", *arguments])
         with pytest.raises(SystemExit) as stopped:
@@ -149,15 +130,15 @@ LOOSE = ("--tau", "0.02", "--p", "0.5", "--gamma", "0.95")
 RUN = ("run", *NETWORK, "--data", "data")
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
+def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def evaluation_in(folder: Path) -> dict:
+def evaluation_in(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
 
-def assert_report_again(call: Call, folder: Path) -> str:
+def assert_report_again(call, folder):
     """The report is written again to the last byte; its text."""
     page = folder / "report.html"
     before = page.read_bytes()
@@ -241,17 +222,6 @@ def test_step_by_step_gives_the_same(ran, home, call):
     assert len((home / "counted.csv").read_text().splitlines()) == 5
 
 
-def test_run_with_an_encoder_embeds_pictures_by_it(again, call, monkeypatch):
-    untrained = partial(load_encoder, pretrained=False)
-    monkeypatch.setattr("unbraid.running.run.load_encoder", untrained)
-    code, _, err = call(*RUN, "--out", str(again), "--encoder", "timm:test_resnet", *LOOSE)
-    assert code == 0, err
-    channels = evaluation_in(again / "settings-2")["channels"]
-    assert {channel["semantics"]["encoder"] for channel in channels} == {"timm:test_resnet"}
-    assert not list((again / "settings-2").glob("positions-*"))  # the first run's
-    assert_report_again(call, again / "settings-2")
-
-
 def test_run_of_a_network_without_features_does_without(home, call):
     network = ("--model", "own.py:build_soft", *NETWORK[2:])
     loose = ("--tau", "auto", "--p", "0.3", "--gamma", "1", "--no-features")
@@ -264,21 +234,19 @@ def test_run_of_a_network_without_features_does_without(home, call):
 
 
 def test_layers_lists_exactly_what_scan_takes(home, call):
-    mixed = ("own.py:build_mixed", "--output", "-1")
-    for network, layers in ((["neighbour.py:build"], ["0", "2", "6"]), (mixed, ["stem", "head"])):
+    both = ("own.py:build_both", "--output", "-1")
+    for network, prefix in ((["neighbour.py:build"], ""), (both, "own.")):
         code, out, _ = call("layers", *network)
+        layers = [f"{prefix}{k}" for k in (0, 2, 6)]
         assert (code, [line.split()[0] for line in out.splitlines()[1:]]) == (0, layers)
-    for layer in ("depthwise", "pads", "scales", "unused", "aside", "*"):
-        options = ("--model", *mixed, "--layer", layer, "--data", "data/val")
-        code, out, err = call("scan", *options, "--out", "mixed" if layer == "*" else "refused")
-        assert code == (0 if layer == "*" else 2), err
-    assert "Scanned 30 images" in out
-    assert sorted(path.name for path in (home / "mixed").iterdir()) == ["head", "stem"]
-    code, _, err = call("find", "mixed")
-    assert (code, "scans of several layers: head" in err) == (1, True), err
+    options = ("--model", *both, "--layer", "*", "--data", "data/val", "--out", "both")
+    assert "Scanned 30 images" in call("scan", *options)[1]
+    assert sorted(path.name for path in (home / "both").iterdir()) == layers
+    code, _, err = call("find", "both")
+    assert (code, "scans of several layers: own.0" in err) == (1, True), err
 
 
-def scan(**changed: str) -> tuple[str, ...]:
+def scan(**changed):
     """The arguments of a scan of validation images, but for some."""
     options = dict(zip(NETWORK[::2], NETWORK[1::2], strict=True))
     options |= {"--data": "data/val", "--out": "mistake"}
@@ -301,7 +269,7 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     ((*EARLY, "--concepts", "cluster"), 2, "--concepts"),
     ((*scan(), "--compiled"), 2, "--compiled"),
     (("layers", "syntax.py:build"), 2, "SyntaxError"),
-    (("layers", "own.py:build_mixed"), 1, "--output"),
+    (("layers", "own.py:build_both"), 1, "--output"),
     (("find", "nowhere"), 1, "holds no scan"),
     ((*FIND, "--tau", "0"), 2, "tau"),
     *(((*step, "--out", f"runs/a/{name}"), 2, "name another file") for name, step in INTO.items()),

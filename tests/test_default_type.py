@@ -3,10 +3,7 @@
 Nor on its default device, which only code of the caller's own sees.
 """
 
-import ast
-import re
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,13 +24,6 @@ from unbraid.running.run import run
 from unbraid.scanning.scan import usable_layers
 from unbraid.scanning.scan_options import Loading
 
-MAKES = re.compile(
-    r"torch(\.fft)?\.(zeros|ones|full|empty|rand|randn|normal|a?range|linspace|logspace|eye|tensor"
-    r"|empty_strided|as_tensor|asarray|scalar_tensor|sparse_coo_tensor|r?fftfreq|hann_window|Tensor"
-    r"|FloatTensor)|.*\.new_tensor|(torch\.)?nn\.(Linear|Bilinear|Conv.d|BatchNorm.d|LayerNorm"
-    r"|GroupNorm|Embedding|PReLU|MultiheadAttention)"
-)
-
 
 @pytest.fixture
 def set_defaults():
@@ -45,34 +35,6 @@ def set_defaults():
 
     yield choose
     choose()
-
-
-def untyped(code):
-    """Calls that make tensors, or modules with weights, of torch's default type."""
-    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    making = [call for call in calls if MAKES.fullmatch(ast.unparse(call.func))]
-    return [ast.unparse(c) for c in making if not {"dtype", None} & {w.arg for w in c.keywords}]
-
-
-def test_every_call_that_makes_a_tensor_says_its_type():
-    sources = [path.read_text() for path in Path(unbraid.__file__).parent.rglob("*.py")]
-    assert [call for code in sources for call in untyped(code)] == []
-    assert len(sources) > 50
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        "torch.full((2,), 0.5{})",
-        "torch.fft.rfftfreq(8{})[None]",
-        "f(torch.rand(4, generator=g{}))",
-        "nn.Conv2d(3, 4, 1{})",
-        "torch.as_tensor(value{})",
-    ],
-)
-def test_a_call_without_a_type_is_noticed(call):
-    assert len(untyped(call.format(""))) == 1
-    assert untyped(call.format(", dtype=torch.float32")) == []
 
 
 def fingerprint_of(value):

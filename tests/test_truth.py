@@ -4,28 +4,24 @@ Channels that share a job, as nearly all do in a small network, cannot be told a
 the rule; `benchmarks/split.py` measures that too.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 import fashion
 import unbraid
 from truth import halves_told_apart, shuffled_findings
 from unbraid.demo.network import load_images, load_network, normalise
 from unbraid.finding.clusters import adjusted_rand_index, cluster_images, top_images
-from unbraid.scanning.records import Scan
 
 N_SETS = 6  # of planted channels, for each number of them
 
 
 @pytest.fixture(scope="module")
-def scan(tmp_path_factory) -> Scan:
+def scan(tmp_path_factory):
     images = load_images("train")
     with torch.random.fork_rng(devices=[]):
         pictures, labels = normalise(images.pictures), torch.tensor(images.targets)
@@ -35,16 +31,16 @@ def scan(tmp_path_factory) -> Scan:
     )
 
 
-def answers(scan: Scan, rows: Tensor) -> Tensor:
+def answers(scan, rows):
     """What rows (K, J) answer to every image, (N, K), without bias."""
     return torch.cat([r.pooled[:, 0].double() @ rows.double().T for r in scan.shards()])
 
 
-def correlation(one: Tensor, other: Tensor) -> float:
+def correlation(one, other):
     return float(torch.corrcoef(torch.stack([one, other]))[0, 1])
 
 
-def plant(scan: Scan, channels: tuple[int, ...]) -> Scan:
+def plant(scan, channels):
     """Add the weights of channels up, in the place of the first."""
     weight, bias = scan.weight.clone(), scan.bias.clone()
     weight[channels[0]] = scan.weight[list(channels)].sum(0)
@@ -52,13 +48,13 @@ def plant(scan: Scan, channels: tuple[int, ...]) -> Scan:
     return replace(scan, weight=weight, bias=bias)
 
 
-def sets_of(n_concepts: int) -> list[tuple[int, ...]]:
+def sets_of(n_concepts):
     """Sets of the ten taught channels; channel c was taught class c."""
     every = list(itertools.combinations(range(10), n_concepts))
     return random.Random(n_concepts).sample(every, N_SETS)
 
 
-def recovered(scan: Scan, channels: tuple[int, ...], masks: Tensor | None = None) -> list[float]:
+def recovered(scan, channels, masks=None):
     """Correlations of concept channels with the channels they were made of, over all images."""
     one = plant(scan, channels)
     found = unbraid.find(one, channels={channels[0]: [[c] for c in channels]})

@@ -53,7 +53,7 @@ class CountingNetwork(nn.Module):
 class Tokens(nn.Module):
     """(N, C, H, W) to a row of tokens, (N, H * W, C), or to a grid of them, (N, H, W, C)."""
 
-    def __init__(self, grid: bool):
+    def __init__(self, grid):
         super().__init__()
         self.grid = grid
 
