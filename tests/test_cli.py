@@ -183,18 +183,6 @@ def test_run_does_everything(ran, home):
     assert [row["n_pairs"] for row in counted if row["tau"] == "0.02"].count(str(len(rows))) > 0
 
 
-def test_run_with_other_thresholds_goes_beside_the_first_or_when_asked_in_its_place(again, call):
-    before, strict = contents(again), ("--out", str(again), "--tau", "0.9", "--p", "1", "--gamma")
-    code, out, err = call(*RUN, *strict, "-1")
-    assert (code, "0 pairs" in out, f"{again}/settings-2/report.html" in out) == (0, True, True)
-    assert f"gamma 0.95; this one goes into {again}/settings-2." in err
-    after = contents(again)
-    assert {path: after[path] for path in before} == before
-    code, _, err = call(*RUN, *strict, "-0.9", "--overwrite")
-    assert (code, "takes its place when it is finished" in err) == (0, True), err
-    assert json.loads((again / "settings.json").read_text())["thresholds"]["gamma"] == -0.9
-
-
 def test_check_tells_what_is_damaged(again, call):
     code, out, _ = call("check", str(again))
     assert (code, out.splitlines()[-1]) == (0, "19 files sound.")
@@ -314,38 +302,6 @@ def test_report_whose_images_are_gone_stays_as_it_is(again, home, call):
     (home / "moved").rename(home / "data")
     assert (code, "unbraid: " in err) == (1, True)
     assert (again / "report.html").read_bytes() == page
-
-
-def test_run_of_lists_is_that_of_class_folders(ran, home, call):
-    (home / "listed").mkdir()
-    for part in ("train", "val"):
-        paths = sorted((home / "data" / part).glob("*/*"))
-        lines = [f"../data/{part}/{p.parent.name}/{p.name},{p.parent.name}" for p in paths]
-        (home / f"listed/{part}.csv").write_text("\n".join(["path,label", *lines]))
-    code, _, err = call(*RUN[:-1], "listed", "--out", "runs/listed", *LOOSE, "--no-features")
-    assert code == 0, err
-    for name in ("findings.csv", "evaluation.json"):
-        same = (home / "runs/a" / name).read_bytes()
-        assert (home / "runs/listed" / name).read_bytes() == same
-    lines = (home / "listed/val.csv").read_text().splitlines()
-    (home / "listed/val.csv").write_text("\n".join([lines[0], *lines[:0:-1]]))
-    assert_report_again(call, home / "runs/listed")  # images are found again by id
-
-
-def test_predicted_labels_stand_in_for_given_ones(ran, home, call):
-    for part in ("train", "val"):  # folders that say nothing
-        for name, other in zip(CLASSES, (*CLASSES[1:], CLASSES[0]), strict=True):
-            shutil.copytree(home / "data" / part / name, home / "wrong" / part / other)
-    run = ("run", *NETWORK, "--data", "wrong", "--out", "runs/wrong", *LOOSE, "--no-features")
-    code, _, err = call(*run, "--labels", "predicted")
-    assert code == 0, err
-    scans = [unbraid.open_scan(home / f"runs/{name}/scan-train") for name in ("wrong", "a")]
-    assert scans[0].manifest.labels == "predicted"
-    for records in scans[0].shards():
-        assert records.label.equal(records.prediction)
-    found, right = (unbraid.find(scan, tau=0.02, p=0.5, gamma=0.95) for scan in scans)
-    assert found.concepts.keys() & right.concepts.keys()
-    assert evaluation_in(home / "runs/wrong")["output"]["top1_before"] < 0.5  # by given labels
 
 
 def test_run_of_a_folder_without_classes_from_scan_to_report(home, call):

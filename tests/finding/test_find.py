@@ -205,9 +205,8 @@ def test_find_takes_own_concepts_as_given_with_all_pairs_across_them(case):
     assert [pair.cosine for pair in found.pairs] == sorted(pair.cosine for pair in found.pairs)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_find_refuses_what_makes_no_sense(tmp_path):
+    for arguments, message in (
         ({"channels": {8: [[0], [1]]}}, "names channel 8, but .* channels 0 to 7"),
         *(
             ({"channels": {1: concepts}}, "two or more groups of classes that share no class")
@@ -222,10 +221,8 @@ def test_find_takes_own_concepts_as_given_with_all_pairs_across_them(case):
         ({"tau": "Auto"}, "tau is 'Auto'; give a share such as 0.03, or 'auto'."),
         ({"p": math.nan, "channels": {1: [[0], [1]]}}, "p is nan"),
         ({"gamma": 1.01, "concepts": "clusters"}, "gamma is 1.01; a cosine must lie between"),
-    ],
-)
-def test_find_refuses_what_makes_no_sense(tmp_path, arguments, message):
-    shares = torch.full((6, 8), 0.1)
-    scan = write_scan(tmp_path, shares=shares, labels=list(range(6)))
-    with pytest.raises(UsageError, match=message):
-        unbraid.find(scan, **arguments)
+    ):
+        shares = torch.full((6, 8), 0.1)
+        scan = write_scan(tmp_path, shares=shares, labels=list(range(6)))
+        with pytest.raises(UsageError, match=message):
+            unbraid.find(scan, **arguments)

@@ -4,7 +4,6 @@ import math
 import re
 from dataclasses import replace
 
-import pytest
 import torch
 
 from checks import assert_csv
@@ -49,9 +48,8 @@ def test_findings_print_as_a_table():
     assert str(none) == f"{head} Nearest: ..."
 
 
-@pytest.mark.parametrize(
-    ("cosine", "low", "high", "uncertain"),
-    [
+def test_uncertain_unless_the_interval_lies_on_its_side_of_gamma():
+    for cosine, low, high, uncertain in (
         (0.4, 0.3, 0.49, False),
         (0.4, 0.3, 0.5, True),
         (0.4, 0.55, 0.9, True),  # what noise has made low
@@ -59,10 +57,8 @@ def test_findings_print_as_a_table():
         (0.7, 0.5, 0.9, False),
         (0.7, 0.49, 0.9, True),
         (0.7, 0.2, 0.4, True),
-    ],
-)
-def test_uncertain_unless_the_interval_lies_on_its_side_of_gamma(cosine, low, high, uncertain):
-    pair = Pair(3, 0, 1, cosine, 1.0, 1.0, low, high)
-    assert FINDINGS.uncertain(pair) is uncertain
-    cluster = Cluster(3, 0, torch.eye(2), 0.0)
-    assert not replace(FINDINGS, clusters={0: cluster, 1: cluster}).uncertain(pair)
+    ):
+        pair = Pair(3, 0, 1, cosine, 1.0, 1.0, low, high)
+        assert FINDINGS.uncertain(pair) is uncertain
+        cluster = Cluster(3, 0, torch.eye(2), 0.0)
+        assert not replace(FINDINGS, clusters={0: cluster, 1: cluster}).uncertain(pair)

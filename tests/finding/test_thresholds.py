@@ -187,16 +187,13 @@ def test_sensitivity_default_grid_has_published_thresholds_and_those_found(tmp_p
     assert min(unbraid.sensitivity(scan).taus) == 0.0123
 
 
-@pytest.mark.parametrize(
-    ("grid", "told"),
-    [
+def test_sensitivity_refuses_a_grid_that_makes_no_sense(tmp_path):
+    for grid, told in (
         ({"taus": []}, "taus is empty; give a value or more, or None for the default grid."),
         ({"gammas": [math.nan]}, "gamma is nan; a cosine must lie between -1 and 1."),
-    ],
-)
-def test_sensitivity_refuses_a_grid_that_makes_no_sense(grid, told, tmp_path):
-    with pytest.raises(UsageError, match=f"^{re.escape(told)}"):
-        unbraid.sensitivity(scan_of_causes(tmp_path, 0), **grid)
+    ):
+        with pytest.raises(UsageError, match=f"^{re.escape(told)}"):
+            unbraid.sensitivity(scan_of_causes(tmp_path, 0), **grid)
 
 
 def test_sensitivity_in_print_and_files(tmp_path):

@@ -181,9 +181,8 @@ def scores_of(activations, embeddings, sizes=1000):
     return sums.scores()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_scores_of_images_in_any_parts_are_those_of_the_double_loop():
+    for change in (
         lambda a: a,
         lambda a: a.clamp(min=0),
         lambda a: (a - 1.2).clamp(min=0),
@@ -192,19 +191,17 @@ def scores_of(activations, embeddings, sizes=1000):
         lambda a: a + 1e5 * (torch.arange(23) == 3)[:, None],
         lambda a: a - 1e5 * (torch.arange(23) == 0)[:, None],
         lambda a: a.float(),
-    ],
-)
-def test_scores_of_images_in_any_parts_are_those_of_the_double_loop(change):
-    a, e = some_images()
-    a = change(a)
-    for sizes in ([23], [1] * 23, [7, 3, 13]):
-        found = scores_of(a, e, sizes)
-        assert found.dtype == torch.float64
-        assert_close(found, [oracle.monosemanticity(one, e) for one in a.T])
-        assert_close(
-            scores_of(7 * a - 3, e * (0.1 + torch.rand(23, 1))), found, 1e-5
-        )  # in any unit
-        e[[2, 7, 8, 9]] = 0  # without a direction, also all of a part
+    ):
+        a, e = some_images()
+        a = change(a)
+        for sizes in ([23], [1] * 23, [7, 3, 13]):
+            found = scores_of(a, e, sizes)
+            assert found.dtype == torch.float64
+            assert_close(found, [oracle.monosemanticity(one, e) for one in a.T])
+            assert_close(
+                scores_of(7 * a - 3, e * (0.1 + torch.rand(23, 1))), found, 1e-5
+            )  # in any unit
+            e[[2, 7, 8, 9]] = 0  # without a direction, also all of a part
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1, -300.0])
@@ -260,16 +257,13 @@ def test_cut_out_gives_that_part_of_the_image_in_its_size():
     assert semantics.cut_out(image.byte(), semantics.WHOLE).dtype == torch.uint8
 
 
-@pytest.mark.parametrize(
-    ("changed", "error", "told"),
-    [
+def test_measure_semantics_what_does_not_fit_is_refused(case, case_of):
+    for changed, error, told in (
         ({"encoder": "clip"}, UsageError, "'clip' names no encoder"),
         ({"dataset": WithBroken(13, seed=1)}, DataError, r"picture-3\.jpg"),
         ({"dataset": SyntheticImages(13, n_classes=3)}, UsageError, "not the one that was"),
-    ],
-)
-def test_measure_semantics_what_does_not_fit_is_refused(case, case_of, changed, error, told):
-    with pytest.raises(error, match=told):
-        measure(case, **changed)
-    with pytest.raises(UsageError, match="another network or layer"):
-        measure(case_of("1x1"), split=case.split)
+    ):
+        with pytest.raises(error, match=told):
+            measure(case, **changed)
+        with pytest.raises(UsageError, match="another network or layer"):
+            measure(case_of("1x1"), split=case.split)

@@ -43,9 +43,8 @@ def test_load_model_of_a_function_takes_what_it_returns(tmp_path):
         assert loaded.model[0].unused.weight.is_meta  # which is not used
 
 
-@pytest.mark.parametrize(
-    ("spec", "weights", "hint"),
-    [
+def test_load_model_of_what_is_none_says_what_there_is(tmp_path):
+    for spec, weights, hint in (
         ("torchvision:resnet5", None, "resnet50"),
         ("timm:resnet17", None, "resnet18"),
         ("timm:resnet18", "some", "timm's own tag goes into the name"),
@@ -60,13 +59,11 @@ def test_load_model_of_a_function_takes_what_it_returns(tmp_path):
         ("OWN 3", None, r"must return a network.* not int\."),
         ("OWN ()", None, r"must return a network.* not tuple\."),
         ("OWN (net, None, 'ab')", None, "a str for output names; give a list of texts"),
-    ],
-)
-def test_load_model_of_what_is_none_says_what_there_is(spec, weights, hint, tmp_path):
-    if spec.startswith("OWN "):
-        spec = own(spec.removeprefix("OWN "), tmp_path)
-    with pytest.raises(UsageError, match=hint):
-        load_model(spec, weights, "nonsense")
+    ):
+        if spec.startswith("OWN "):
+            spec = own(spec.removeprefix("OWN "), tmp_path)
+        with pytest.raises(UsageError, match=hint):
+            load_model(spec, weights, "nonsense")
 
 
 def test_load_model_without_a_connection_says_what_to_do(monkeypatch):

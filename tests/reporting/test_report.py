@@ -18,20 +18,17 @@ from unbraid.reporting import view
 from unbraid.reporting.words import ABSENT, number, percent, significant
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
+def test_the_checker_of_harmless_reports_sees_harm(page):
+    for old, new in (
         ("</main>", '<img src="https://example.org/x.png"></main>'),
         ("</main>", "<script>1</script></main>"),
         ("</main>", '<p onclick="x()"></p></main>'),
         ("</main>", "<b><i></b></i></main>"),
         ("</style>", "@import 'x';</style>"),
         ("default-src 'none'", "default-src *"),
-    ],
-)
-def test_the_checker_of_harmless_reports_sees_harm(page, old, new):
-    with pytest.raises((AssertionError, ValueError)):
-        assert_harmless(page.replace(old, new))
+    ):
+        with pytest.raises((AssertionError, ValueError)):
+            assert_harmless(page.replace(old, new))
 
 
 def test_report_shows_hostile_names_as_text_that_turns_no_other_around(page):
@@ -235,31 +232,27 @@ def test_report_of_nothing_found_says_why(run, write):
     assert page.all("h1")[0].text == HOSTILE[0] + "\\udcff"
 
 
-@pytest.mark.parametrize(
-    ("note", "missing"),
-    [
+def test_report_says_what_is_missing(run, page, write):
+    for note, missing in (
         ("Measures and the output check are left out", "evaluation"),
         ("Nothing was switched off", "evaluation.ablation"),
         ("Semantic measures are left out", "evaluation.semantics"),
         ("The output check is left out", "evaluation.output"),
         ("Input channels are left out", "train_scan"),
         ("Pictures are left out", "dataset"),
-    ],
-)
-def test_report_says_what_is_missing(run, page, write, note, missing):
-    whole, _, part = missing.partition(".")
-    changed = replace(run.evaluation, **{part: None}) if part else None
-    assert note in notes(write(**{whole: changed}))
-    assert note not in notes(page)
+    ):
+        whole, _, part = missing.partition(".")
+        changed = replace(run.evaluation, **{part: None}) if part else None
+        assert note in notes(write(**{whole: changed}))
+        assert note not in notes(page)
 
 
 def foreign(one, **changes):
     return replace(one, manifest=replace(one.manifest, **changes))
 
 
-@pytest.mark.parametrize(
-    ("said", "change"),
-    [
+def test_report_refuses_strangers(run, tmp_path):
+    for said, change in (
         ("split", lambda run: {"split": replace(run.split, weights="x"), "evaluation": None}),
         ("training scan", lambda run: {"train_scan": foreign(run.scan, weights="x")}),
         ("evaluation", lambda run: {"split": replace(run.split, channels=run.split.channels[1:])}),
@@ -267,12 +260,10 @@ def foreign(one, **changes):
         ("`maps`", lambda run: {"maps": run.train_scan}),  # without positions
         ("`maps`", lambda run: {"maps": foreign(run.scan, data="x")}),
         ("visualisations", lambda run: {"features": unbraid.Features("another", "any", ())}),
-    ],
-)
-def test_report_refuses_strangers(run, tmp_path, said, change):
-    with pytest.raises(UsageError, match=said):
-        run.report(tmp_path / "r.html", **change(run))
-    assert not list(tmp_path.iterdir())
+    ):
+        with pytest.raises(UsageError, match=said):
+            run.report(tmp_path / "r.html", **change(run))
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -55,20 +55,17 @@ def test_home_of_a_folder_however_it_is_named(tmp_path, monkeypatch):
     assert home_of(inside) == inside
 
 
-@pytest.mark.parametrize(
-    ("other", "same"),
-    [
+def test_same_results_by_what_decides_on_them():
+    for other, same in (
         ({"title": "y", "source": {"data": "x"}, "sight": Sight(1.0)}, True),
         ({"scans": ()}, True),  # of an older version
         ({"scans": ("a", "c")}, False),
         ({"thresholds": Thresholds(tau=0.05)}, False),
         ({"encoder": "timm:x"}, False),
         ({"labels": "predicted"}, False),
-    ],
-)
-def test_same_results_by_what_decides_on_them(other, same):
-    settings = replace(SETTINGS, scans=("a", "b"))
-    assert settings.same_results(replace(settings, **other)) is same
+    ):
+        settings = replace(SETTINGS, scans=("a", "b"))
+        assert settings.same_results(replace(settings, **other)) is same
 
 
 def test_read_settings_of_another_version_passes_over_what_is_not_known(tmp_path):

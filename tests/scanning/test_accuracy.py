@@ -80,14 +80,14 @@ def test_accuracy_tells_a_usual_misreading_by_its_name(words):
     assert (told, float(right) > 50) == (words, True)
 
 
-@pytest.mark.parametrize(
-    ("order", "told"),
-    [("01243", "3 stood for output 4 (class dog)"), ("23401", "0 stood for output 2")],
-)
-def test_accuracy_tells_classes_that_were_exchanged(order, told):
-    labels, names = np.arange(300) % 5, ["ant", "bee", "cat", "dog", "4"]
-    found = judge(labels, predictions(np.array([*map(int, order)])[labels], 5, 0.9), 5, names)
-    assert f"label {told}" in found.warning
+def test_accuracy_tells_classes_that_were_exchanged():
+    for order, told in (
+        ("01243", "3 stood for output 4 (class dog)"),
+        ("23401", "0 stood for output 2"),
+    ):
+        labels, names = np.arange(300) % 5, ["ant", "bee", "cat", "dog", "4"]
+        found = judge(labels, predictions(np.array([*map(int, order)])[labels], 5, 0.9), 5, names)
+        assert f"label {told}" in found.warning
 
 
 def test_accuracy_takes_confusions_and_true_orders_for_no_other_reading():

@@ -315,29 +315,26 @@ def _in_a_list():
     return network
 
 
-@pytest.mark.parametrize(
-    ("duplicate", "make"),
-    [
+def test_gates_of_a_copy_work_on_the_copy_alone():
+    for duplicate, make in (
         (copy.deepcopy, pairs.NETWORKS["built in: weight norm"]),
         *((duplicate, _in_a_list) for duplicate in (copy_network, _saved_whole)),
-    ],
-)
-def test_gates_of_a_copy_work_on_the_copy_alone(duplicate, make):
-    network, x = make(), pairs.images()
-    changed = pairs.split_network(network)
-    twin = duplicate(changed)
-    if hasattr(network, "steps"):
-        assert twin.steps[0] is twin.layer
-    checks.assert_same_outputs(network, twin, x)
-    for one, other in ((twin, changed), (changed, twin)):
-        with one.gate("layer", 1, 0, 0.0):
-            checks.assert_same_outputs(network, other, x)
-            assert not torch.equal(one(x), network(x))
-    with changed.gate("layer", 1, 0, 0.5):  # which stays so in the copy
+    ):
+        network, x = make(), pairs.images()
+        changed = pairs.split_network(network)
         twin = duplicate(changed)
-        moved = changed(x)
-    checks.assert_bit_equal(twin(x), moved)
-    checks.assert_same_outputs(network, changed, x)
+        if hasattr(network, "steps"):
+            assert twin.steps[0] is twin.layer
+        checks.assert_same_outputs(network, twin, x)
+        for one, other in ((twin, changed), (changed, twin)):
+            with one.gate("layer", 1, 0, 0.0):
+                checks.assert_same_outputs(network, other, x)
+                assert not torch.equal(one(x), network(x))
+        with changed.gate("layer", 1, 0, 0.5):  # which stays so in the copy
+            twin = duplicate(changed)
+            moved = changed(x)
+        checks.assert_bit_equal(twin(x), moved)
+        checks.assert_same_outputs(network, changed, x)
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -58,9 +58,8 @@ def test_gate_for_another_number_of_images_is_refused_when_run(pair, n_values):
     assert_same_outputs(pair.network, pair.changed, images())
 
 
-@pytest.mark.parametrize(
-    ("move", "arguments", "sentence"),
-    [
+def test_a_move_that_cannot_be_is_refused_without_a_trace(pair):
+    for move, arguments, sentence in (
         ("gate", ("layer", 1, 0, torch.ones(5, 2)), r"one per image, not one of shape \(5, 2\)"),
         ("gate", ("layer", 1, 0, math.nan), "cannot be NaN"),
         ("clamp", ("layer", 1, 0, 1.0, 0.0), "needs low <= high"),
@@ -68,14 +67,14 @@ def test_gate_for_another_number_of_images_is_refused_when_run(pair, n_values):
         ("gate", ("head", 1, 0, 0.0), "'head' has no concept channels; name one of layer"),
         ("gate", (nn.ReLU(), 1, 0, 0.0), "Layer of type ReLU has no concept channels"),
         ("gate", ("layer", 2, 0, 0.0), "has no concept 0 of channel 2; it has"),
-    ],
-)
-def test_a_move_that_cannot_be_is_refused_without_a_trace(pair, move, arguments, sentence):
-    with pytest.raises(UsageError, match=sentence):
-        getattr(pair.changed, move)(*arguments)
-    assert pair.changed.layer.moves == []
-    with pytest.raises(UsageError, match=r"has no concept channels; pass one from unbraid\.apply"):
-        getattr(unbraid, move)(pair.network, *arguments)
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            getattr(pair.changed, move)(*arguments)
+        assert pair.changed.layer.moves == []
+        with pytest.raises(
+            UsageError, match=r"has no concept channels; pass one from unbraid\.apply"
+        ):
+            getattr(unbraid, move)(pair.network, *arguments)
 
 
 def test_of_several_moves_of_a_concept_channel_the_latest_counts(pair):

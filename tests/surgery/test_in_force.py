@@ -47,24 +47,21 @@ class Refuses:
         raise ValueError("not to be copied")
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
+def test_apply_shares_what_cannot_be_copied():
+    for make in (
         *(threading.Lock, threading.Thread, tempfile.TemporaryFile, Refuses, lambda: torch),
         *(lambda: (n for n in range(3)), lambda: weakref.ref(Refuses)),
-    ],
-)
-def test_apply_shares_what_cannot_be_copied(make):
-    network, own, inner = reaching("module"), make(), make()
-    network.own = network.layer.own = own
-    network.held = {"locks": [inner, {"more": (inner,)}]}
-    network.layer.forward = types.MethodType(nn.Conv2d.forward, network.layer)  # to be probed
-    changed = split_network(network)
-    assert_same_outputs(network, changed, images())
-    locks = changed.held["locks"]
-    assert locks is not network.held["locks"]
-    assert changed.own is changed.layer.own is own
-    assert locks[0] is locks[1]["more"][0] is inner
+    ):
+        network, own, inner = reaching("module"), make(), make()
+        network.own = network.layer.own = own
+        network.held = {"locks": [inner, {"more": (inner,)}]}
+        network.layer.forward = types.MethodType(nn.Conv2d.forward, network.layer)  # to be probed
+        changed = split_network(network)
+        assert_same_outputs(network, changed, images())
+        locks = changed.held["locks"]
+        assert locks is not network.held["locks"]
+        assert changed.own is changed.layer.own is own
+        assert locks[0] is locks[1]["more"][0] is inner
 
 
 def test_copy_network_copies_what_can_be_copied():
@@ -115,21 +112,24 @@ def by_a_weak_method(network):
     return lambda x: method()(x)
 
 
-@pytest.mark.parametrize(
-    "past", [lambda net: net.layer.forward, by_its_weights, by_a_weak_method, by_a_class]
-)
-def test_a_split_that_never_runs_is_told(past):
-    network = reaching("module")
-    network.body = past(network)
-    never, split = r"never runs layer 'layer' .* not in force", make_split(network)
-    changed, plain = (unbraid.apply(network, split, form=form) for form in ("exact", "plain"))
-    for one in (changed, plain):
+def test_a_split_that_never_runs_is_told():
+    for past in (
+        lambda net: net.layer.forward,
+        by_its_weights,
+        by_a_weak_method,
+        by_a_class,
+    ):
+        network = reaching("module")
+        network.body = past(network)
+        never, split = r"never runs layer 'layer' .* not in force", make_split(network)
+        changed, plain = (unbraid.apply(network, split, form=form) for form in ("exact", "plain"))
+        for one in (changed, plain):
+            with pytest.raises(ModelError, match=never):
+                unbraid.compare_outputs(network, one, SyntheticImages(5))
+        with pytest.raises(LayerError, match=r"runs 0 times .* not in force"):
+            unbraid.ablate(changed, SyntheticImages(5))
         with pytest.raises(ModelError, match=never):
-            unbraid.compare_outputs(network, one, SyntheticImages(5))
-    with pytest.raises(LayerError, match=r"runs 0 times .* not in force"):
-        unbraid.ablate(changed, SyntheticImages(5))
-    with pytest.raises(ModelError, match=never):
-        check_in_force(network, "layer", images(1))
+            check_in_force(network, "layer", images(1))
 
 
 GLOBAL = None

@@ -54,20 +54,17 @@ def test_pixels_of_broken_images_grey_ones_and_another_size():
     assert bool(found.colours.isfinite().all())
 
 
-@pytest.mark.parametrize(
-    ("images", "size", "error", "sentence"),
-    [
+def test_pixels_of_what_cannot_be_measured_are_refused():
+    for images, size, error, sentence in (
         ([torch.rand(3, 5, 5), torch.rand(3, 6, 5)], None, DataError, "bring all to one size"),
         ([torch.rand(3, 5, 5), torch.full((3, 5, 5), math.nan)], None, DataError, "NaN"),
         ([torch.full((3, 5, 5), 0.5)] * 2, None, DataError, "one colour"),
         ([torch.rand(3, 12)], None, DataError, "channels, height, width"),
         ([torch.rand(3, 5, 5)], (9, 1), UsageError, "size is"),
         ([torch.rand(3, 5, 5)], (5000, 50), UsageError, "size is"),
-    ],
-)
-def test_pixels_of_what_cannot_be_measured_are_refused(images, size, error, sentence):
-    with pytest.raises(error, match=sentence):
-        pixels_of([(image, 0) for image in images], size)
+    ):
+        with pytest.raises(error, match=sentence):
+            pixels_of([(image, 0) for image in images], size)
 
 
 @pytest.mark.parametrize("size", SIZES)

