@@ -1,7 +1,4 @@
-"""Slow reference for concepts that are clusters of images: plain loops, brute force, float64.
-
-Written from docs/concepts.md and METHOD.md section 5; independent of the fast path, as `oracle`.
-"""
+"""Slow reference for clusters of images, written from docs/concepts.md and METHOD.md section 5."""
 
 import itertools
 from collections import Counter
@@ -42,8 +39,7 @@ def best_cut(points):
 def chance_of_one(points, cut):
     """Cut every other point, and test on the others that as many lie half-way as at the rarer end.
 
-    Points within a sixth of the distance between the two centres count, in both directions of
-    testing; the rarer end of each counts.
+    Points within a sixth of the distance between the centres count, in both directions of testing.
     """
     smaller = half_way = 0
     for start in (0, 1):

@@ -20,30 +20,19 @@ def write_scan(
     weight = torch.ones(n_out, n_in).double() if weight is None else weight
     one, none = (1,), ((0, 0),)
     manifest = Manifest(
-        weights="0" * 64,
         layer=LayerSpec("layer", "Linear", n_out, n_in, one, one, none, one, 1, "zeros", True),
-        data="by hand",
-        n_images=n_images,
-        class_names=(),
-        preprocessing="",
         dtype=str(pooled.dtype).removeprefix("torch."),
-        min_share=min_share,
-        classes=None,
-        positions=False,
-        shard_size=shard_size,
-        batch_size=shard_size,
-        skip_broken=False,
-        source={},
-        versions={},
+        **{"weights": "0" * 64, "data": "by hand", "preprocessing": "", "min_share": min_share},
+        **{"n_images": n_images, "shard_size": shard_size, "batch_size": shard_size},
+        **{"class_names": (), "classes": None, "positions": False, "skip_broken": False},
+        **{"source": {}, "versions": {}},
     )
     for shard in range(manifest.n_shards):
         index = torch.arange(shard * shard_size, min((shard + 1) * shard_size, n_images))
         label, own = torch.tensor(labels)[index], shares[index]
         kept = own >= min_share
         records = Records(
-            index=index,
-            label=label,
-            prediction=label.clone(),
+            **{"index": index, "label": label, "prediction": label.clone()},
             n_positions=torch.ones_like(index),
             pooled=pooled[index][:, None],
             share_start=torch.cat([torch.zeros(1).long(), kept.sum(1).cumsum(0)]),
@@ -93,10 +82,7 @@ class Planted:
 
 
 def plant(folder, *, labels=None, seed=0, shard_size=64):
-    """Images with one of three causes, each four inputs of its own, among others with none.
-
-    Inputs are skewed and noisy. Without labels, they tell the causes, with 3 for none.
-    """
+    """Images with one of three causes, four inputs each, among others (label 3) with none."""
     generator = torch.Generator().manual_seed(seed)
     cause = torch.tensor([0, 1, 2, -1]).repeat_interleave(torch.tensor([90, 60, 40, 150]))
     cause = cause[torch.randperm(len(cause), generator=generator)]

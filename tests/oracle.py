@@ -1,8 +1,6 @@
-"""Slow reference implementations, written straight from the definitions of the method.
+"""Slow reference implementations, written straight from the definitions in METHOD.md.
 
-They are independent of the fast path: one image at a time, float64, the layer itself run forward
-and differentiated by autograd, plain loops otherwise. Sections refer to METHOD.md. One image `x`
-has no batch dimension; positions are flattened.
+One image at a time, float64, by autograd and plain loops; one image `x` has no batch dimension.
 """
 
 import copy
@@ -137,10 +135,7 @@ def arv(a_per_image, labels, t):
 
 
 def uses(shares, labels, tau, p):
-    """Step 1, bool (T, C): does channel c matter in at least a fraction p of the images of t?
-
-    shares is (N, C). T is the largest label plus one; a class without images uses nothing.
-    """
+    """Step 1, bool (T, C): does channel c matter in at least a fraction p of the images of t?"""
     labels = [int(label) for label in labels]
     n_classes, n_channels = max(labels) + 1, shares.shape[1]
     used = torch.zeros(n_classes, n_channels, dtype=torch.bool)
@@ -158,10 +153,7 @@ def cosine(v1, v2):
 
 
 def polysemantic_pairs(arvs, uses, gamma):
-    """Step 2: all (channel, t1, t2, cosine), t1 < t2, both using the channel, cosine < gamma.
-
-    arvs is (T, C, C_in), uses (T, C). Negative cosines count; a zero ARV makes no pair.
-    """
+    """Step 2: all (channel, t1, t2, cosine), t1 < t2, both using the channel, cosine < gamma."""
     pairs = [
         (c, t1, t2, cosine(arvs[t1, c], arvs[t2, c]))
         for c in range(uses.shape[1])
@@ -172,10 +164,7 @@ def polysemantic_pairs(arvs, uses, gamma):
 
 
 def automatic_tau(shares, labels, n_matter):
-    """Largest share that n_matter channels reach in half of the images of half of the classes.
-
-    shares is (N, C). Zero if there is none; see docs/thresholds.md.
-    """
+    """Largest share that n_matter channels reach in half of the images of half of the classes."""
     labels = [int(label) for label in labels]
     candidates = {float(share) for share in shares.flatten() if share > 0}
     for tau in sorted(candidates, reverse=True):
@@ -191,11 +180,7 @@ def automatic_tau(shares, labels, n_matter):
 
 
 def published_rows(w_o, v1, v2, rho, taps_per_channel=1):
-    """Step 3: the rows (W1, W2, R), each (J,), of the published rule.
-
-    v1 and v2 hold one value per input channel, each valid for `taps_per_channel` neighbouring
-    taps of w_o (J,); with the default of 1 they hold one value per tap.
-    """
+    """Step 3: the rows (W1, W2, R), each (J,); v1 and v2 hold one value per input channel."""
     w_o = w_o.double().flatten()
     row1, row2, residual = w_o.clone(), w_o.clone(), w_o.clone()
     for j in range(len(w_o)):
@@ -208,11 +193,7 @@ def published_rows(w_o, v1, v2, rho, taps_per_channel=1):
 
 
 def published_rho(layer, o, inputs1, inputs2, v1, v2):
-    """Step 4: the best rho, the lowest on a tie, and the criterion at every rho.
-
-    inputs1 and inputs2 are the layer's input maps for the training images of the two classes.
-    v1 and v2 hold one value per input channel of the group, or one per tap.
-    """
+    """Step 4: the best rho, the lowest on a tie, and the criterion at every rho."""
     w_o = layer.weight[o].detach().flatten()
 
     def rectified_sum(row, x):
@@ -233,8 +214,7 @@ def published_rho(layer, o, inputs1, inputs2, v1, v2):
 def published_table(layer, o, rows, inputs, share_o, tau):
     """Step 5: mean and median of sum_p z_new / sum_p z over the images with share >= tau.
 
-    rows is (W1, W2, R), share_o (N,) the channel's share in each image of `inputs`; nan without
-    an image. All rows carry the layer's bias: of the residual it is (K - 1) * b, and K is 2.
+    All rows carry the layer's bias: of the residual it is (K - 1) * b, and K is 2.
     """
     original = layer.weight[o].detach().flatten()
     chosen = [x for x, share in zip(inputs, share_o, strict=True) if float(share) >= tau]

@@ -1,7 +1,4 @@
-"""Tiny networks of every way in which a layer can be built in, and what is true of them.
-
-As in networks.py the layer under test is called "layer", and numbers are float64.
-"""
+"""Tiny float64 networks of every way in which "layer" can be built in, and what is true of them."""
 
 import warnings
 from collections.abc import Callable
@@ -151,10 +148,7 @@ def build(kind):
 
 
 def trace(kind, image, label):
-    """Run a network of a kind on one image, with nothing cut, and add up what the layer did.
-
-    Over its runs and the image's parts: pooled input (G, J), relevance (C_out,) and n_positions.
-    """
+    """Add up pooled input (G, J), relevance (C_out,) and n_positions over all runs on an image."""
     network = build(kind)
     layer = bare_layer(kind, network)
     calls = []

@@ -1,7 +1,4 @@
-"""The checks check: each passes on sound data and fails on every corruption of it.
-
-A check that compares and forgets to say so would let everything through; here it is found out.
-"""
+"""The checks check: each passes on sound data and fails on every corruption of it."""
 
 import copy
 import functools

@@ -1,7 +1,4 @@
-"""No number depends on torch's default type: whatever makes a tensor says the tensor's own.
-
-Nor on its default device, which only code of the caller's own sees.
-"""
+"""No number depends on torch's default type or device, which only code of the caller's sees."""
 
 from functools import partial
 

@@ -5,11 +5,9 @@ A page's blocks are run in one namespace; what it takes for granted stands for t
 
 import re
 import shlex
-import tomllib
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import pytest
@@ -23,19 +21,12 @@ from unbraid.demo.network import CLASSES, LAYER, DemoNet, load_images, load_netw
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-PROGRAMS = ("unbraid", "python", "pip", "pytest", "torchrun")  # with which commands begin
-
 _FENCE = re.compile(
     r"^```(?P<language>\w*)\n(?P<code>.*?)^```\n"
     r"(?:<!-- prints -->\n```text\n(?P<prints>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
 )
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-
-
-class Command(NamedTuple):
-    text: str
-    inline: bool = False  # in the text, not in a block
 
 
 def blocks(text):
@@ -52,22 +43,6 @@ def blocks(text):
 def spans(text):
     """List the pieces of code that stand in the text itself."""
     return _SPAN.findall(_FENCE.sub("", text.rstrip("\n") + "\n"))
-
-
-def commands(text):
-    """List every command of a page, those of its text and options alone included, each once."""
-    scripts = [block["code"] for block in blocks(text) if block["language"] == "sh"]
-    lines = "\n".join(scripts).replace("\\\n", " ")
-    found = [Command(_words(part)) for part in re.split(r"&&|\|\||[;|\n]", lines)]
-    for span in spans(text):
-        first, *more = span.split()
-        if (first in PROGRAMS and more) or span.startswith("--"):
-            found.append(Command(_words(span), inline=True))
-    return [command for command in dict.fromkeys(found) if command.text]
-
-
-def _words(line):
-    return shlex.join(shlex.split(line, comments=True))
 
 
 # Names of the pages' ResNet-50, and what stands in for them.
@@ -170,88 +145,38 @@ def test_links_and_files_that_a_page_names_are_there(page):
     assert [span for span in named if not (ROOT / span).exists()] == []
 
 
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+def check_command(text, whole=True):
+    """A command of unbraid has what it needs and no more; a part of one names what there is."""
+    words = shlex.split(text, comments=True)
+    own = words[words.index("unbraid") + 1 :] if "unbraid" in words else words
+    if whole:
+        cli.app.parse_args(own, exit_on_error=False, print_error=False)
+        return
+    named = [name for name in cli.app if not name.startswith("-")] if own is words else own[:1]
+    arguments = [one for name in named for one in cli.app[name].assemble_argument_collection()]
+    known = {name for argument in arguments for name in argument.names}
+    assert {word for word in own if word.startswith("--")} <= known
 
 
-def check_requirements(words):
-    """`pip install` of the clone, with extras that it has; an index may not have the name."""
-    own = re.compile(rf"-e|\.(\[({'|'.join(EXTRAS)})\])?")
-    assert all(map(own.fullmatch, words[2:])), words
-
-
-def check_files(words):
-    """`pytest` or `python` of files that are there."""
-    named = [word for word in words if "/" in word or word.endswith(".py")]
-    assert all((ROOT / word).exists() for word in named), words
-
-
-def options_of(name):
-    """The options that a command of unbraid takes."""
-    return {n for argument in cli.app[name].assemble_argument_collection() for n in argument.names}
-
-
-def check_names(words):
-    """A command that the text only mentions is there, and so are its options."""
-    options = {word for word in words if word.startswith("--")}
-    if words[0] == "unbraid":
-        assert options <= options_of(words[1])
-    else:
-        names = [name for name in cli.app if not name.startswith("-")]
-        assert words[0] in set().union(*map(options_of, names))
-
-
-def check_unbraid(words):
-    """A whole command of unbraid, perhaps of many processes, has what it needs and no more."""
-    own = words[words.index("unbraid") + 1 :]
-    cli.app.parse_args(own, exit_on_error=False, print_error=False)
-
-
-# What is looked at, by how commands begin.
-LOOKED_AT = {
-    "pip install ": check_requirements,  # takes minutes; `.ci/run` does it
-    "python -m pytest ": check_files,  # is what runs this test
-    "pytest ": check_files,
-    "python benchmarks/": check_files,  # takes minutes to hours and gigabytes
-    "python examples/": check_files,  # test_walkthrough.py and test_steering.py run them
-}
-
-
-def check_of(command):
-    """What to look at a command with; None where nothing is done with it."""
-    for start, check in LOOKED_AT.items():
-        if f"{command.text} ".startswith(start):
-            return check
-    first = shlex.split(command.text)[0]
-    if command.inline and (first == "unbraid" or first.startswith("--")):
-        return check_names
-    return check_unbraid if first in ("unbraid", "torchrun") else None
-
-
-FOUND = list(dict.fromkeys(command for page in PAGES for command in commands(page.read_text())))
-
-
-@pytest.mark.parametrize("command", FOUND, ids=lambda command: command.text)
-def test_a_command_of_the_documents_is_one_that_there_is(command):
-    check_of(command)(shlex.split(command.text))
-
-
-def test_a_new_command_that_nothing_is_done_with_is_told():
-    for text in (
-        "```sh\npip install . && python tools/new.py\n```\n",
-        "```sh\nunbraid demo --out x | tee log\n```\n",
-    ):
-        assert None in map(check_of, commands(text))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_unbraid_that_a_page_names_are_there(page):
+    text = page.read_text()
+    scripts = [block["code"].replace("\\\n", " ") for block in blocks(text)]
+    for part in re.split(r"&&|\n", "\n".join(scripts)):
+        if re.match(r"\s*(unbraid|torchrun) ", part):
+            check_command(part)
+    for span in spans(text):
+        if span.startswith(("unbraid ", "--")):
+            check_command(span, whole=False)
 
 
 def test_a_command_that_would_not_be_understood_is_told():
-    for text, inline, told in (
-        ("unbraid runs", True, KeyError),
-        ("unbraid demo --layer", True, AssertionError),
-        ("--outs", True, AssertionError),
-        ("pip install '.[onyx]'", False, AssertionError),
-        ("pytest tests/fault", False, AssertionError),
-        ("unbraid demo", False, CycloptsError),
-        ("torchrun -m unbraid find x --tau high", False, CycloptsError),
+    for text, whole, told in (
+        ("unbraid runs", False, KeyError),
+        ("unbraid demo --layer", False, AssertionError),
+        ("--outs", False, AssertionError),
+        ("unbraid demo", True, CycloptsError),
+        ("torchrun -m unbraid find x --tau high", True, CycloptsError),
     ):
         with pytest.raises(told):
-            check_of(Command(text, inline))(shlex.split(text))
+            check_command(text, whole)

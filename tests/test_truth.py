@@ -1,8 +1,4 @@
-"""Truth tests of METHOD.md section 7, on a small network whose channels are taught a job each.
-
-Channels that share a job, as nearly all do in a small network, cannot be told apart again whatever
-the rule; `benchmarks/split.py` measures that too.
-"""
+"""Truth tests of METHOD.md section 7, on a small network whose channels are taught a job each."""
 
 import itertools
 import random

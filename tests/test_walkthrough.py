@@ -46,17 +46,6 @@ def test_the_notebook_says_and_shows_the_same_when_run_anew():
     assert not re.search(r"/tmp|/home|/work|/root|https?:|C:\\", "".join(texts(KEPT)))
 
 
-def test_its_prose_agrees_with_its_figures():
-    """The gate takes from the sandals' logit far more than from the others'; outputs agree."""
-    said = "\n".join(texts(KEPT))
-    assert "max_abs_logit_diff=0.0" in said
-    others, sandals = re.findall(r"right class ([\d.]+), now ([\d.]+)", said)
-    drops = [float(was) - float(now) for was, now in (others, sandals)]
-    assert drops[1] > 5 * abs(drops[0])
-    ours, published = map(float, re.findall(r"mean separation error ([\d.]+)", said))
-    assert ours < published / 2
-
-
 @pytest.mark.parametrize(("old", "new"), [("0.1", "0.2"), ("mean", "median"), ("\n", "\n0.1")])
 def test_other_figures_and_words_are_noticed(old, new):
     other = copy.deepcopy(KEPT)

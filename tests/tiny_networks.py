@@ -1,8 +1,4 @@
-"""Tiny networks with a splittable layer of every kind, and images of a few classes to run on them.
-
-The layer under test is always called "layer". Numbers are float64 unless asked otherwise, so that
-the fast path and the oracle must agree to rounding.
-"""
+"""Tiny float64 networks with a "layer" of every kind that can be split, and images for them."""
 
 import zlib
 from collections import OrderedDict

@@ -25,7 +25,7 @@ class Whole:
     free: Any = None
 
 
-def test_build_makes_what_the_types_say():
+def test_build_makes_what_the_types_say_and_text_writable_but_for_what_may_be_a_path():
     values = {
         "name": "it",
         "parts": [{"n": 1, "share": None}, {"n": 2**63 - 1, "share": 1}],
@@ -38,9 +38,6 @@ def test_build_makes_what_the_types_say():
     assert made.parts[1] == Part(2**63 - 1, 1.0)
     assert (made.pair, made.kind, made.by_name) == ((3, 0.5), "a", {"x": Part(0)})
     assert made.free == [{"any": 2**70}]
-
-
-def test_build_makes_text_writable_but_keeps_what_may_be_the_path_of_a_folder():
     made = build(Whole, parse_json(r'{"name": "a\ud800\ud83d\ude00", "free": ["d\udcff"]}'))
     assert (made.name, made.free) == ("a?😀", ["d\udcff"])
 

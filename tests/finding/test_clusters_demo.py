@@ -97,10 +97,7 @@ def top_images(responses):
 
 
 def pairs_of_jobs(train):
-    """Pairs of channels whose sum has two causes, below gamma, with a fifth of its top images each.
-
-    The cause of an image is the channel that responds more to it.
-    """
+    """Pairs of channels whose sum has two causes: the channel that responds more to an image."""
     responses, pooled, weight = mean_responses(train), pooled_of(train), train.weight.double()
     for one, other in itertools.combinations(range(train.layer.n_out), 2):
         top = top_images(responses[:, one] + responses[:, other])
@@ -143,10 +140,7 @@ def assert_told_apart(concept, causes):
 
 
 def assert_given_back(one, rows):
-    """Over the concepts' images, each concept channel follows one of the two, and the sum neither.
-
-    Both had channels of the layer before in common, so none can follow to the last bit.
-    """
+    """Over its images each concept channel follows one of the two, and the sum neither."""
     own = one.concept >= 0
     rows = torch.cat([one.part.weight[None], rows]).double()  # the sum, then two concept channels
     likeness = torch.corrcoef(torch.cat([(one.pooled @ rows.T)[own].T, one.causes[own].T]))[:3, 3:]

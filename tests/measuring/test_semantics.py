@@ -239,14 +239,11 @@ def test_pure_distances_are_those_of_the_double_loop_and_nan_without_pairs(conce
     assert semantics.pure_distances(same, torch.arange(40) % 2) == (0.0, 0.0)
 
 
-def test_answering_box_is_that_of_the_slow_way():
+def test_answering_box_is_that_of_the_slow_way_and_cut_out_gives_it_in_the_images_size():
     for answer in torch.randn(30, 6, 5):
         assert semantics.answering_box(answer) == box_by_hand(answer)
     for answer in (torch.ones(1, 1), -torch.ones(3, 4), -torch.eye(5), torch.eye(5) - 1):
         assert semantics.answering_box(answer) == semantics.WHOLE  # no answer above zero, or one
-
-
-def test_cut_out_gives_that_part_of_the_image_in_its_size():
     image = torch.zeros(3, 8, 6)
     image[:, 2:4, 3:6] = torch.tensor([1.0, 2.0, 3.0])[:, None, None]
     crop = semantics.cut_out(image, semantics.Box(0.25, 0.5, 0.5, 1.0))

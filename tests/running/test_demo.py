@@ -38,7 +38,7 @@ def ran(tmp_path_factory):
     return out, subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_demo_ends_with_a_table_and_the_report(ran):
+def test_the_demo_ends_with_a_report_of_what_is_there_also_in_unseen_images(ran):
     out, done = ran
     assert done.returncode == 0, done.stderr
     assert "images/s" in done.stderr  # progress
@@ -47,9 +47,6 @@ def test_the_demo_ends_with_a_table_and_the_report(ran):
     output = json.loads((out / "evaluation.json").read_text())["output"]
     assert output["max_abs_logit_diff"] == 0
     assert output["top1_before"] == output["top1_after"] > 0.9
-
-
-def test_what_the_demo_shows_is_there_also_in_unseen_images(ran):
     run = Run(ran[0])
     unseen = unbraid.find(run.val_scan, channels=run.found.concepts)
     there = {(p.channel, p.class1, p.class2): p.cosine for p in unseen.pairs}

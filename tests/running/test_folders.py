@@ -39,12 +39,9 @@ def test_take_folder_leaves_a_link_that_leads_nowhere_and_a_file(tmp_path):
     assert (tmp_path / "settings-2").read_text() == "mine"
 
 
-def test_is_numbered_by_name():
+def test_is_numbered_and_home_of_a_folder_however_it_is_named(tmp_path, monkeypatch):
     names = [f"settings-{n}" for n in ("2", "10", "1", "0", "02", "x", "")]
     assert [n for n in names if folders.is_numbered(Path("a", n))] == ["settings-2", "settings-10"]
-
-
-def test_home_of_a_folder_however_it_is_named(tmp_path, monkeypatch):
     inside = tmp_path / "settings-2"
     inside.mkdir()
     assert home_of(inside) == inside  # nothing else there

@@ -254,7 +254,7 @@ def pair():
     return pairs.Pair("3x3")
 
 
-def test_apply_keeps_outputs_in_every_mode():
+def test_apply_keeps_outputs_in_every_mode_and_even_the_sign_of_a_zero(pair):
     norms, x = pairs.Pair("batch norm behind"), pairs.images()
     checks.assert_bit_equal(norms.changed.train()(x), norms.network.train()(x))
     single = pairs.Pair("3x3", dtype=torch.float32)
@@ -262,9 +262,6 @@ def test_apply_keeps_outputs_in_every_mode():
         checks.assert_bit_equal(single.changed(single.images()), single.network(single.images()))
     with torch.autocast("cpu", torch.bfloat16):
         checks.assert_same_outputs(single.network, single.changed, single.images())
-
-
-def test_apply_keeps_even_the_sign_of_a_zero(pair):
     pair.changed.layer.original.register_forward_hook(lambda _m, _a, z: torch.full_like(z, -0.0))
     for graph in (torch.enable_grad, torch.no_grad):
         with graph():

@@ -64,7 +64,7 @@ def test_apply_shares_what_cannot_be_copied():
         assert locks[0] is locks[1]["more"][0] is inner
 
 
-def test_copy_network_copies_what_can_be_copied():
+def test_copy_network_copies_what_can_be_copied_and_what_a_traced_network_holds():
     network = reaching("module")
     network.own = {"numbers": [1, 2], "tensor": torch.ones(2)}
     network.again = network.own["numbers"]
@@ -83,9 +83,6 @@ def test_copy_network_copies_what_can_be_copied():
     assert all(own.is_leaf for own in twin.parameters())
     wanted = [[own.requires_grad for own in one.parameters()] for one in (network, twin)]
     assert wanted[0] == wanted[1]
-
-
-def test_copy_network_copies_what_a_traced_network_holds():
     network = torch.fx.symbolic_trace(reaching("module"))
     layer = network.layer
     network.stem.register_forward_hook(lambda _module, _args, z: z + 0 * layer.weight.sum())

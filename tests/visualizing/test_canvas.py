@@ -107,16 +107,12 @@ def test_a_canvas_of_fixed_spectrum_keeps_it_whatever_the_phases(size):
         assert_spectrum(torch.rand(3, *size), pixels)
 
 
-def test_shake_moves_all_images_alike_and_is_reproducible():
+def test_shake_moves_all_images_alike_and_turns_without_squeezing():
     one = torch.rand(1, 3, 20, 30)
     both = shake(torch.cat([one, one]), torch.Generator().manual_seed(3))
     assert torch.equal(both[0], both[1])
     assert torch.equal(shake(one, torch.Generator().manual_seed(3))[0], both[0])
     assert not torch.equal(shake(one, torch.Generator().manual_seed(4))[0], both[0])
-
-
-def test_shake_turns_without_squeezing():
-    """A disc stays a disc, of about its size and near its place, also where sides differ."""
     down, right = torch.meshgrid(torch.arange(60), torch.arange(120), indexing="ij")
     disc = ((down - 30) ** 2 + (right - 60) ** 2 < 15**2).float()[None, None]
     for seed in range(20):
