@@ -7,17 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from public_calls import call, sound_calls
+from public_calls import call
 from unbraid.base.errors import UsageError
 
 WHOLE, REAL = "give a whole number", "give a number."
 WHOLES, REALS = "give a list of whole numbers.", "give a list of numbers."
 ONE = "give one object of type"
-
-
-@pytest.fixture(scope="module")
-def calls(tmp_path_factory):
-    return sound_calls(tmp_path_factory.mktemp("calls"))
 
 
 def test_a_wrong_type_is_told_in_a_sentence(calls):

@@ -111,21 +111,18 @@ def pairs_of(found):
     return [(pair.channel, pair.class1, pair.class2) for pair in found.pairs]
 
 
-@pytest.mark.parametrize(
-    ("directions", "arguments", "pairs"),
-    [
+def test_find_on_the_edges_of_its_thresholds(tmp_path):
+    for directions, arguments, pairs in (
         # A share of exactly tau matters, and a fraction of exactly p is enough.
         ([(1, 0), (0, 1)], {"tau": 0.3, "p": 1.0}, {(0, 0, 1): 0.0}),
         ([(1, 0), (0, 1)], {"tau": math.nextafter(0.3, 1), "p": 1.0}, {}),
         # Cosines may be negative, and a class without relevance makes no pair.
         ([(0, 0), (1, 0), at_angle(-0.7)], {}, {(0, 1, 2): -0.7}),
-    ],
-)
-def test_find_on_the_edges_of_its_thresholds(directions, arguments, pairs, tmp_path):
-    scan = handmade_scan(tmp_path, directions, [(0.3,)] * len(directions))
-    found = unbraid.find(scan, **arguments)
-    assert pairs_of(found) == list(pairs)
-    assert_close([pair.cosine for pair in found.pairs], list(pairs.values()))
+    ):
+        scan = handmade_scan(tmp_path, directions, [(0.3,)] * len(directions))
+        found = unbraid.find(scan, **arguments)
+        assert pairs_of(found) == list(pairs)
+        assert_close([pair.cosine for pair in found.pairs], list(pairs.values()))
 
 
 @pytest.mark.parametrize("shard_size", [1, 4, 100])
@@ -175,17 +172,14 @@ def test_the_hinted_thresholds_find_the_channel(case):
     assert (lowest.channel, lowest.cosine) == (channel, pytest.approx(gamma, abs=2e-3))
 
 
-@pytest.mark.parametrize(
-    ("cosine", "share", "gamma", "options"),
-    [
+def test_find_hint_is_enough_for_a_cosine_or_share(tmp_path):
+    for cosine, share, gamma, options in (
         *((cosine, 0.3, -0.9, {}) for cosine in (0.5, 0.8484, 0.8486, 0.99, -0.2, -0.20049)),
         *((0.0, 0.03 * 0.9**step, 0.5, {}) for step in range(1, 7)),
         (0.0, 0.0177147, 0.5, {"min_share": 0.0177147}),
-    ],
-)
-def test_find_hint_is_enough_for_a_cosine_or_share(cosine, share, gamma, options, tmp_path):
-    scan = handmade_scan(tmp_path, [(1, 0), at_angle(cosine)], [(0.0, share)] * 2, **options)
-    assert_hint_helps(scan, gamma=gamma)
+    ):
+        scan = handmade_scan(tmp_path, [(1, 0), at_angle(cosine)], [(0.0, share)] * 2, **options)
+        assert_hint_helps(scan, gamma=gamma)
 
 
 def test_without_a_shared_channel_the_hint_says_so(tmp_path):

@@ -43,15 +43,11 @@ def test_tau_auto_is_that_of_the_rule_for_any_shares_and_classes(seed, tmp_path)
     assert_tau_chosen(found.tau, shares, labels, n_matter, 0.005)
 
 
-@pytest.mark.parametrize(
-    ("n_channels", "n_matter"), [(1, 1), (4, 1), (5, 2), (24, 6), (36, 9), (37, 10), (200, 10)]
-)
-def test_tau_auto_lets_as_many_channels_matter_as_the_layer_has_room_for(
-    n_channels, n_matter, tmp_path
-):
-    shares = torch.arange(n_channels, 0, -1).double()[None] / 1000  # 0.2, 0.199 ... at most
-    scan = write_scan(tmp_path, shares=shares, labels=[0], min_share=0.0001)
-    assert int((shares >= unbraid.find(scan, tau="auto").tau).sum()) == n_matter
+def test_tau_auto_lets_as_many_channels_matter_as_the_layer_has_room_for(tmp_path):
+    for n_channels, n_matter in ((1, 1), (4, 1), (5, 2), (24, 6), (36, 9), (37, 10), (200, 10)):
+        shares = torch.arange(n_channels, 0, -1).double()[None] / 1000  # 0.2, 0.199 ... at most
+        scan = write_scan(tmp_path, shares=shares, labels=[0], min_share=0.0001)
+        assert int((shares >= unbraid.find(scan, tau="auto").tau).sum()) == n_matter
 
 
 def test_tau_auto_depends_neither_on_shards_nor_order_nor_shares_left_out(tmp_path):

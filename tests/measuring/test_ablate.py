@@ -337,38 +337,35 @@ def spoilt(image=0.0, label=0):
     return dataset
 
 
-@pytest.mark.parametrize(
-    ("dataset", "error", "told"),
-    [
+def test_ablate_leaves_the_network_as_it_was_also_where_it_fails(case_of):
+    for dataset, error, told in (
         (SyntheticImages(0), UsageError, "holds no image"),
         (spoilt(image=math.nan), ModelError, "Image 4 .*NaN"),
         (WithBroken(5), DataError, r"Image 3 .*picture-3\.jpg"),
         (spoilt(label=-1), DataError, "Image 4 has label -1"),
         (spoilt(label=4), DataError, "Image 4 has label 4, but the network has 4 outputs; labels"),
-    ],
-)
-def test_ablate_leaves_the_network_as_it_was_also_where_it_fails(dataset, error, told, case_of):
-    network = copy.deepcopy(case_of("batch norm behind").network).train()
-    network.stem_norm.eval()
-    network.stem.weight.requires_grad_(False)
-    changed = unbraid.apply(network, case_of("batch norm behind").split)
-    changed.gate("layer", 1, 0, 0.5)
-    changed.stem_norm.forward = changed.stem_norm.forward
+    ):
+        network = copy.deepcopy(case_of("batch norm behind").network).train()
+        network.stem_norm.eval()
+        network.stem.weight.requires_grad_(False)
+        changed = unbraid.apply(network, case_of("batch norm behind").split)
+        changed.gate("layer", 1, 0, 0.5)
+        changed.stem_norm.forward = changed.stem_norm.forward
 
-    def everything():
-        own = [sorted(vars(module)) for module in changed.modules()]
-        snapped = snapshot(changed)
-        return {**snapped, "hooks": [snapped["hooks"], list(changed.layer.moves), own]}
+        def everything(changed=changed):
+            own = [sorted(vars(module)) for module in changed.modules()]
+            snapped = snapshot(changed)
+            return {**snapped, "hooks": [snapped["hooks"], list(changed.layer.moves), own]}
 
-    before = everything()
-    unbraid.ablate(changed, SyntheticImages(5), batch_size=2)
-    assert_untouched(before, everything())
-    with pytest.raises(error, match=told):
-        unbraid.ablate(changed, dataset, batch_size=2)
-    assert_untouched(before, everything())
-    changed.gate("layer", 1, 0, 0.5)
-    with pytest.raises(AssertionError):
+        before = everything()
+        unbraid.ablate(changed, SyntheticImages(5), batch_size=2)
         assert_untouched(before, everything())
+        with pytest.raises(error, match=told):
+            unbraid.ablate(changed, dataset, batch_size=2)
+        assert_untouched(before, everything())
+        changed.gate("layer", 1, 0, 0.5)
+        with pytest.raises(AssertionError):
+            assert_untouched(before, everything())
 
 
 def test_ablate_networks_and_channels_that_do_not_fit_are_refused(case):

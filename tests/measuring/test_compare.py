@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from pairs import Pair
 from torch import nn
 from torch.utils.data import Subset
 
@@ -12,11 +11,6 @@ import unbraid
 from checks import assert_close, assert_untouched, snapshot
 from tiny_networks import SyntheticImages, WithBroken
 from unbraid.base.errors import DataError, ModelError, OutputChangedError, UsageError
-
-
-@pytest.fixture(scope="module")
-def pair():
-    return Pair("3x3")
 
 
 def nudged(network, name, by):

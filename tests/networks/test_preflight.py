@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 import unbraid
 from checks import assert_same_tensors
-from public_calls import call, sound_calls
+from public_calls import call
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import UnbraidError
 from unsteady import MIXING, RANDOM, REFUSED, SOUND, Ends, Small, of_inference_mode, quantised
@@ -91,11 +91,6 @@ def test_scan_of_squeezed_head_has_the_records_of_the_whole_one(tmp_path):
     for name, network in (("whole", Small()), ("squeezed", SOUND["squeezed"]())):
         unbraid.scan(network, "head", images(), tmp_path / name, batch_size=16)
     assert_same_tensors(tmp_path / "whole", tmp_path / "squeezed")
-
-
-@pytest.fixture(scope="module")
-def calls(tmp_path_factory):
-    return sound_calls(tmp_path_factory.mktemp("calls"))
 
 
 @pytest.mark.parametrize("mode", MODES)

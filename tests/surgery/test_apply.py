@@ -249,11 +249,6 @@ def test_assert_moved_tells_a_move_that_did_something_else(pair):
             pairs.assert_moved(pair, 1, 0, 0.5 * z_k)
 
 
-@pytest.fixture
-def pair():
-    return pairs.Pair("3x3")
-
-
 def test_apply_keeps_outputs_in_every_mode_and_even_the_sign_of_a_zero(pair):
     norms, x = pairs.Pair("batch norm behind"), pairs.images()
     checks.assert_bit_equal(norms.changed.train()(x), norms.network.train()(x))

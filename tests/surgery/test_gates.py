@@ -5,18 +5,13 @@ import math
 import pytest
 import steering
 import torch
-from pairs import VALUES, Pair, assert_moved, images, split_network
+from pairs import VALUES, assert_moved, images, split_network
 from torch import nn
 
 import unbraid
 from checks import assert_close, assert_same_outputs
 from tiny_networks import build
 from unbraid.base.errors import UsageError
-
-
-@pytest.fixture
-def pair():
-    return Pair("3x3")
 
 
 def test_gates_of_several_concepts_per_image_and_for_all_work_together(pair):

@@ -110,12 +110,7 @@ def by_a_weak_method(network):
 
 
 def test_a_split_that_never_runs_is_told():
-    for past in (
-        lambda net: net.layer.forward,
-        by_its_weights,
-        by_a_weak_method,
-        by_a_class,
-    ):
+    for past in (lambda net: net.layer.forward, by_its_weights, by_a_weak_method, by_a_class):
         network = reaching("module")
         network.body = past(network)
         never, split = r"never runs layer 'layer' .* not in force", make_split(network)
@@ -142,24 +137,21 @@ class Stem(nn.Module):
         return GLOBAL(x)
 
 
-@pytest.mark.parametrize(
-    ("middle", "variable"),
-    [
+def test_apply_refuses_a_global_variable_that_runs_the_original(monkeypatch):
+    for middle, variable in (
         (lambda _: lambda x: GLOBAL(x), "GLOBAL"),
         (lambda _: lambda x: (lambda: GLOBALS[0](x))(), "GLOBALS"),
         (lambda _: lambda x: by_a_helper(x), "GLOBAL"),
         (lambda network: Stem().__call__, "GLOBAL"),
-    ],
-)
-def test_apply_refuses_a_global_variable_that_runs_the_original(middle, variable, monkeypatch):
-    network = reaching("module")
-    network.body = middle(network)
-    monkeypatch.setitem(globals(), "GLOBAL", network.layer.__call__)
-    monkeypatch.setitem(globals(), "GLOBALS", [network.layer])
-    with pytest.raises(ModelError, match=f"uses the global variable '{variable}'"):
-        split_network(network)
-    with pytest.raises(ModelError, match=f"uses the global variable '{variable}'"):
-        check_in_force(network, "layer", images(1))
+    ):
+        network = reaching("module")
+        network.body = middle(network)
+        monkeypatch.setitem(globals(), "GLOBAL", network.layer.__call__)
+        monkeypatch.setitem(globals(), "GLOBALS", [network.layer])
+        with pytest.raises(ModelError, match=f"uses the global variable '{variable}'"):
+            split_network(network)
+        with pytest.raises(ModelError, match=f"uses the global variable '{variable}'"):
+            check_in_force(network, "layer", images(1))
 
 
 def test_apply_takes_a_hook_that_keeps_outputs_in_a_global_variable(monkeypatch):

@@ -27,11 +27,6 @@ def visualize(network, channels=None, steps=3, **options):
     return unbraid.visualize(network, "layer", SyntheticImages(8), channels, steps=steps, **options)
 
 
-@pytest.fixture
-def pair():
-    return Pair("3x3")
-
-
 def assert_same_pictures(one, other, levels=0):
     """The same images of the same channels, up to some of 255 levels of brightness."""
     keys = [[(f.channel, f.concept, f.place) for f in made.features] for made in (one, other)]
