@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 RHOS = tuple(i / 20 for i in range(1, 21))  # 0.05, 0.10 ... 1.00
-CRITERION_EPS = 1e-5
+EPS = 1e-5
 
 Images = Sequence[Tensor] | Tensor  # one map per image, a batch dimension first if a tensor
 Indices = Sequence[int] | Tensor
@@ -204,9 +204,7 @@ def published_rho(layer, o, inputs1, inputs2, v1, v2):
         rows = published_rows(w_o, v1, v2, rho, len(w_o) // len(v1))[:2]
         criterion[rho] = 0.0
         for inputs, (own, other) in ((inputs1, rows), (inputs2, rows[::-1])):
-            ratios = [
-                rectified_sum(own, x) / (rectified_sum(other, x) + CRITERION_EPS) for x in inputs
-            ]
+            ratios = [rectified_sum(own, x) / (rectified_sum(other, x) + EPS) for x in inputs]
             criterion[rho] += sum(ratios) / len(ratios)
     return max(RHOS, key=lambda rho: criterion[rho]), criterion
 

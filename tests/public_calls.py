@@ -16,11 +16,13 @@ def sound_calls(folder):
     splits = {name: unbraid.split(scans[name], found) for name, found in founds.items()}
     scan, found, split = scans["layer"], founds["layer"], splits["layer"]
     changed = unbraid.apply(network, split)
-    split.save(folder / "split.safetensors")
+    path = folder / "split.safetensors"
+    split.save(path)
     data = {"model": network, "dataset": images}
     start, both = {"scan": scan, "found": found}, {"split": split, "scan": scan}
     ends = {"model2": changed, "dataset": images}
     tool = {"model": changed, "layer": "layer", "channel": 1, "concept": 0}
+    alike = {**both, "dataset": images, "encoder": unbraid.Penultimate(network)}
     source = {**both, "channel": 1, "concept": 0}
     page = {**start, "split": split, "dataset": images, "path": folder / "page.html"}
     view = {"model": changed, "layer": "layer", "dataset": images, "channels": [1], "steps": 1}
@@ -38,10 +40,7 @@ def sound_calls(folder):
         "circuit_from": (unbraid.circuit_from, {**source, **data, "before": splits["stem"]}),
         "ablate": (unbraid.ablate, ends),
         "compare_outputs": (unbraid.compare_outputs, {**ends, "model": network}),
-        "measure_semantics": (
-            unbraid.measure_semantics,
-            {**both, "dataset": images, "encoder": unbraid.Penultimate(network)},
-        ),
+        "measure_semantics": (unbraid.measure_semantics, alike),
         "visualize": (unbraid.visualize, view),
         "gate": (unbraid.gate, {**tool, "value": 0.5}),
         "clamp": (unbraid.clamp, tool),
@@ -49,10 +48,7 @@ def sound_calls(folder):
         "density_figure": (unbraid.density_figure, {**both, "channel": 1}),
         "source_figure": (unbraid.source_figure, {**both, "channel": 1}),
         "open_scan": (unbraid.open_scan, {"path": folder / "scans" / "layer"}),
-        "load_split": (
-            unbraid.load_split,
-            {"model": network, "path": folder / "split.safetensors"},
-        ),
+        "load_split": (unbraid.load_split, {"model": network, "path": path}),
         "report": (unbraid.report, page),
     }
 

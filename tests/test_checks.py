@@ -108,12 +108,8 @@ def tau_of(world):
 def grouped(_):
     classes = [1, 4, 5, 7, 9]
     cosines = dict.fromkeys(itertools.combinations(classes, 2), 0.1) | {(1, 4): 0.9, (5, 7): 0.9}
-    return {
-        "concepts": [(1, 4), (5, 7), (9,)],
-        "classes": classes,
-        "cosines": cosines,
-        "gamma": 0.5,
-    }
+    concepts = [(1, 4), (5, 7), (9,)]
+    return {"concepts": concepts, "classes": classes, "cosines": cosines, "gamma": 0.5}
 
 
 def extended_masks(_):

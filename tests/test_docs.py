@@ -1,8 +1,9 @@
-"""What the documents say: their Python is run, their commands are parsed, their links lead on.
+"""What the documents say: their Python and the notebook run, commands and links are there.
 
 A page's blocks are run in one namespace; what it takes for granted stands for the demo's.
 """
 
+import copy
 import re
 import shlex
 from contextlib import redirect_stdout
@@ -13,6 +14,7 @@ import datasets
 import pytest
 import torch
 from cyclopts import CycloptsError
+from execute import WALKTHROUGH, execute, read
 
 import unbraid
 from unbraid import cli
@@ -21,6 +23,7 @@ from unbraid.demo.network import CLASSES, LAYER, DemoNet, load_images, load_netw
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 _FENCE = re.compile(
     r"^```(?P<language>\w*)\n(?P<code>.*?)^```\n"
     r"(?:<!-- prints -->\n```text\n(?P<prints>.*?)^```$)?",
@@ -180,3 +183,34 @@ def test_a_command_that_would_not_be_understood_is_told():
     ):
         with pytest.raises(told):
             check_command(text, whole)
+
+
+def said_by(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    texts = [o.get("text", o.get("data", {}).get("text/plain", "")) for o in outputs]
+    return "\n".join(texts), [sorted(output.get("data", {})) for output in outputs]
+
+
+def assert_same_notebook(one, other):
+    """The same words and kinds of output; figures may be rounded as on another machine."""
+    (text, kinds), (again, kinds_again) = said_by(one), said_by(other)
+    words = [NUMBER.sub("#", told).split() for told in (text, again)]  # columns may be wider
+    assert (words[0], kinds) == (words[1], kinds_again)
+    figures = [list(map(float, NUMBER.findall(told))) for told in (text, again)]
+    assert figures[0] == pytest.approx(figures[1], rel=0.02, abs=0.02)
+
+
+def test_the_walkthrough_says_the_same_when_run_anew_and_other_words_are_noticed():
+    kept = read(WALKTHROUGH)
+    emptied = copy.deepcopy(kept)
+    for cell in emptied.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    assert_same_notebook(kept, execute(emptied))
+    assert not re.search(r"/tmp|/home|/work|/root|https?:|C:\\", said_by(kept)[0])
+    for old, new in (("error 0.1", "error 0.2"), ("mean", "median"), ("\n", "\n0.1")):
+        other = copy.deepcopy(kept)
+        for output in [o for cell in other.cells for o in cell.get("outputs", []) if "text" in o]:
+            output.text = output.text.replace(old, new)
+        with pytest.raises(AssertionError):
+            assert_same_notebook(kept, other)

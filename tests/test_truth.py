@@ -22,9 +22,8 @@ def scan(tmp_path_factory):
     with torch.random.fork_rng(devices=[]):
         pictures, labels = normalise(images.pictures), torch.tensor(images.targets)
         network = fashion.train("jobs", pictures, labels, seed=1)
-    return unbraid.scan(
-        network, fashion.LAYER, images, tmp_path_factory.mktemp("jobs"), batch_size=250
-    )
+    folder = tmp_path_factory.mktemp("jobs")
+    return unbraid.scan(network, fashion.LAYER, images, folder, batch_size=250)
 
 
 def answers(scan, rows):

@@ -99,15 +99,12 @@ def test_pairs_are_clusters_of_two_concepts_with_their_cosine_and_size(planted, 
     assert [pair.cosine for pair in found.pairs] == sorted(pair.cosine for pair in found.pairs)
 
 
-def test_shards_tau_and_p_play_no_part(planted, found, tmp_path):
+def test_shards_tau_and_p_play_no_part_and_labels_only_in_names(planted, found, tmp_path):
     scan = plant(tmp_path, shard_size=5).scan
     assert_same_findings(unbraid.find(scan, concepts="clusters"), found, 1e-9)
     other = unbraid.find(planted.scan, concepts="clusters", tau="auto", p=0.01)
     assert_same_findings(other, found)
     assert str(other) == str(found)
-
-
-def test_labels_change_names_and_agreement_only(planted, found, tmp_path):
     order = torch.randperm(len(planted.cause), generator=torch.Generator().manual_seed(3))
     labels = (torch.tensor(planted.cause) % 4)[order].tolist()
     other = unbraid.find(plant(tmp_path / "mixed", labels=labels).scan, concepts="clusters")
@@ -169,7 +166,7 @@ def test_the_concept_channels_of_other_images_follow_their_causes(method, plante
     assert_causes_found(other.scan, other.cause, found)
 
 
-def test_findings_of_clusters_in_print_and_files(found, tmp_path):
+def test_findings_of_clusters_in_print_and_files_and_the_hint_of_none(found, tmp_path, planted):
     printed, pair = re.sub("  +", "  ", str(found)), found.pairs[0]
     one, other = found.name(pair.class1), found.name(pair.class2)
     assert printed.startswith(
@@ -181,9 +178,6 @@ def test_findings_of_clusters_in_print_and_files(found, tmp_path):
     assert f" {mean:.3f} (adjusted Rand index" in printed
     found.to_csv(tmp_path / "findings.csv")
     assert_csv(tmp_path / "findings.csv", found)
-
-
-def test_no_finding_of_clusters_hints_at_the_nearest(planted, found):
     nearest = found.pairs[0]
     none = unbraid.find(planted.scan, concepts="clusters", gamma=nearest.cosine)
     assert (none.pairs, none.concepts, none.clusters, none.kind) == ((), {}, {}, "clusters")

@@ -134,9 +134,8 @@ def pair_of(folder, one, other):
     """The pair of two classes whose images have these relevance vectors."""
     pooled = torch.tensor([*one, *other], dtype=torch.float64)
     labels = [0] * len(one) + [1] * len(other)
-    scan = write_scan(
-        folder, shares=torch.full((len(labels), 1), 0.5), labels=labels, pooled=pooled
-    )
+    shares = torch.full((len(labels), 1), 0.5)
+    scan = write_scan(folder, shares=shares, labels=labels, pooled=pooled)
     (pair,) = unbraid.find(scan, channels={0: [[0], [1]]}).pairs
     return pair
 

@@ -192,7 +192,7 @@ def ten(**told):
     return dataset
 
 
-def test_lists_that_do_not_fit_the_images_are_refused(tmp_path):
+def test_lists_that_fit_are_taken_and_those_that_do_not_are_refused(tmp_path):
     for told, match in (
         ({"targets": [0, 1, 2]}, "targets are 3 for 10 images"),
         ({"targets": None, "labels": [0] * 3}, "labels are 3 for 10 images"),
@@ -212,9 +212,6 @@ def test_lists_that_do_not_fit_the_images_are_refused(tmp_path):
         if "targets" in told:
             with pytest.raises(DataError, match=match):
                 labels_of(Subset(dataset, [0, 1]))
-
-
-def test_lists_that_fit_are_taken():
     ids = ["\udc80"] + [f"é{k}" for k in range(9)]
     dataset = ten(groups=["a", "b"] * 5, ids=ids, sizes=[1] * 10)
     assert labels_of(dataset) == [k % 4 for k in range(10)]

@@ -115,15 +115,12 @@ def test_penultimate_finds_the_classifier_by_its_output_not_by_its_place(head, b
     assert_embeddings(embed(Penultimate(network)), network.features)
 
 
-def test_penultimate_of_a_network_without_one_is_told_and_leaves_it():
+def test_penultimate_of_no_classifier_is_told_and_of_two_is_before_the_last():
     network = OnlyLogits(lambda z: 2 * z).train()
     before = snapshot(network)
     with pytest.raises(ModelError, match="no penultimate layer"):
         embed(Penultimate(network))
     assert_untouched(before, snapshot(network))
-
-
-def test_penultimate_of_two_layers_that_give_the_logits_is_before_the_last():
     same = nn.Linear(N_CLASSES, N_CLASSES, bias=False)
     same.weight.data = torch.eye(N_CLASSES)
     parts = {"pool": PooledFeatures(), "first": nn.Linear(3, N_CLASSES), "last": same}

@@ -66,9 +66,7 @@ def test_reading_a_damaged_file_is_told(result, tmp_path):
         content = json.loads(json.dumps(result.to_dict()))
         damage(content)
         path.write_text(json.dumps(content))
-        with pytest.raises(
-            RunError, match=r"evaluation\.json cannot be read .* start the run again"
-        ):
+        with pytest.raises(RunError, match=r"evaluation\.json cannot be .* start the run again"):
             (results.read_ablation(path), results.read_semantics(path))
 
 

@@ -99,10 +99,8 @@ def test_every_figure_is_the_evaluations(page, run):
 
 
 def test_report_shows_facts_and_settings(page, run):
-    facts, settings = (
-        read(page).all("ul", "facts")[0].text,
-        read(page).all("dl", "settings")[0].text,
-    )
+    lists = (("ul", "facts"), ("dl", "settings"))
+    facts, settings = (read(page).all(*kind)[0].text for kind in lists)
     top1 = percent(run.evaluation.output.top1_before, 1)
     mean = number(run.evaluation.summary["published"]["separation_error"])
     assert f"0 largest logit difference top-1 {top1} before" in facts

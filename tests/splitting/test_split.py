@@ -123,8 +123,7 @@ def test_tensors_that_do_not_fit_are_refused(saved, tmp_path):
         ("centres.0", lambda x: x[:, 1:], "the centres of channel 0 do not fit"),
     ):
         tensors, about = read_tensors(saved)
-        write_tensors(
-            tmp_path / "split.safetensors", {**tensors, name: corrupt(tensors[name])}, about
-        )
+        tensors[name] = corrupt(tensors[name])
+        write_tensors(tmp_path / "split.safetensors", tensors, about)
         with pytest.raises(RunError, match=f"is not a split that can be read .*{message}"):
             Split.load(tmp_path / "split.safetensors")

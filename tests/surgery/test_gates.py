@@ -66,9 +66,7 @@ def test_a_move_that_cannot_be_is_refused_without_a_trace(pair):
         with pytest.raises(UsageError, match=sentence):
             getattr(pair.changed, move)(*arguments)
         assert pair.changed.layer.moves == []
-        with pytest.raises(
-            UsageError, match=r"has no concept channels; pass one from unbraid\.apply"
-        ):
+        with pytest.raises(UsageError, match=r"has no concept channels; pass .* unbraid\.apply"):
             getattr(unbraid, move)(pair.network, *arguments)
 
 
