@@ -2,15 +2,11 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
 
 import torch
 from scipy.stats import binomtest
-from torch import Tensor
 
 from oracle import cosine
-
-Cut = Callable[[Tensor], Tensor]  # from points (N, D) to true on one side
 
 
 def scatter(points, side):

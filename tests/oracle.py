@@ -7,16 +7,12 @@ import copy
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 RHOS = tuple(i / 20 for i in range(1, 21))  # 0.05, 0.10 ... 1.00
 EPS = 1e-5
-
-Images = Sequence[Tensor] | Tensor  # one map per image, a batch dimension first if a tensor
-Indices = Sequence[int] | Tensor
 
 
 # Running a layer.

@@ -139,12 +139,15 @@ def test_find_however_records_are_divided_and_with_classes_that_lack_images(shar
     assert found.name(7) == "7"
 
 
-def test_find_at_a_cosine_of_exactly_gamma_gives_no_pair_and_one_concept(tmp_path):
+def test_find_at_a_cosine_of_exactly_gamma_and_without_a_shared_channel_gives_no_pair(tmp_path):
     scan = handmade_scan(tmp_path, [(1, 0), (3, 4), (-1, 0)], [(0.3,)] * 3)
     gamma = float(class_cosines(scan, class_sums(scan, []), 0, [0, 1])[0, 1])
     found = unbraid.find(scan, gamma=gamma)
     assert pairs_of(found) == [(0, 0, 2), (0, 1, 2)]
     assert found.concepts == {0: ((0, 1), (2,))}
+    scan = handmade_scan(tmp_path, [(1, 0), (0, 1)], [(0.3, 0.0), (0.0, 0.3)])
+    found = unbraid.find(scan, p=1.0)
+    assert found.hint.startswith("No two classes use the same channel")
 
 
 HINT = r"Nearest: (?:at )?tau (\S+) (?:finds )?channel (\d+)(?: has a cosine of (\S+), which .*)?\."
@@ -180,12 +183,6 @@ def test_find_hint_is_enough_for_a_cosine_or_share(tmp_path):
     ):
         scan = handmade_scan(tmp_path, [(1, 0), at_angle(cosine)], [(0.0, share)] * 2, **options)
         assert_hint_helps(scan, gamma=gamma)
-
-
-def test_without_a_shared_channel_the_hint_says_so(tmp_path):
-    scan = handmade_scan(tmp_path, [(1, 0), (0, 1)], [(0.3, 0.0), (0.0, 0.3)])
-    found = unbraid.find(scan, p=1.0)
-    assert found.hint.startswith("No two classes use the same channel")
 
 
 def test_find_takes_own_concepts_as_given_with_all_pairs_across_them(case):

@@ -79,15 +79,12 @@ def test_compare_outputs_refuses_what_are_no_numbers_whatever_the_tolerance(valu
             unbraid.compare_outputs(one, other, dataset, tolerance=1e9, batch_size=4)
 
 
-def test_compare_outputs_leaves_out_a_broken_image(pair):
+def test_compare_outputs_leaves_out_a_broken_image_and_refuses_what_cannot_be_compared(pair):
     networks, options = (pair.network, pair.changed), {"batch_size": 1, "skip_broken": True}
     result = unbraid.compare_outputs(*networks, WithBroken(5), **options)
     rest = SyntheticImages(5)
     rest.images, rest.targets = rest.images[[0, 1, 2, 4]], [0, 1, 2, 0]
     assert result.top1_before == accuracy(pair.network, rest)
-
-
-def test_compare_outputs_refuses_what_cannot_be_compared(pair):
     for dataset, skip, error, sentence in (
         (WithBroken(5), False, DataError, r"Image 3 .*picture-3\.jpg"),
         (Subset(WithBroken(5), [3]), True, DataError, "No image could be read"),

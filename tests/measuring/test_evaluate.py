@@ -88,11 +88,18 @@ def test_evaluate_scans_of_some_classes_needs_images_of_each_concept(case, tmp_p
         unbraid.evaluate(case.split, scan)
 
 
-def test_evaluate_without_positions_leaves_out_the_rectified_measures_only(case, case_of):
+def test_evaluate_without_positions_or_of_what_does_not_fit(case, case_of, other_weights):
     result = unbraid.evaluate(case.split, case_of("reflect", positions=False).scan)
     expected = unbraid.evaluate(case.split, case.scan).channels
     assert all(channel.separation_error_rectified for channel in expected)
     assert result.channels == tuple(replace(c, separation_error_rectified=None) for c in expected)
+    for scan, options, told in (
+        (other_weights.scan, {}, "another network"),
+        (case_of(case.network, layer="stem").scan, {}, "another network or layer"),
+        (case.scan, {"baseline": case.split}, "baseline must divide the same .* another method"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            unbraid.evaluate(case.split, scan, **options)
 
 
 @pytest.mark.parametrize("silence", ["bias", "weight"])
@@ -111,16 +118,6 @@ def test_evaluate_a_silent_channel_has_unknown_measures(silence, case_of):
     known = [one.separation_error_rectified for one in result.channels]
     known = [value for value in known if math.isfinite(value)]
     assert_close(result.summary["published"]["separation_error_rectified"], sum(known) / len(known))
-
-
-def test_evaluate_scans_and_arguments_that_do_not_fit_are_refused(case, case_of, other_weights):
-    for scan, options, told in (
-        (other_weights.scan, {}, "another network"),
-        (case_of(case.network, layer="stem").scan, {}, "another network or layer"),
-        (case.scan, {"baseline": case.split}, "baseline must divide the same .* another method"),
-    ):
-        with pytest.raises(UsageError, match=told):
-            unbraid.evaluate(case.split, scan, **options)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The report in a real browser: silent, searchable, usable by keyboard, the same on paper."""
+"""The report in a real browser: silent, searchable, usable by keyboard."""
 
 import math
 import os
@@ -11,8 +11,6 @@ from pages import LONG
 from unbraid.finding.findings import Pair
 from unbraid.reporting.words import ABSENT
 
-# Also what is off the screen.
-LAY_OUT = "document.querySelectorAll('article').forEach(a => a.style.contentVisibility = 'visible')"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -159,21 +157,6 @@ def test_keyboard(page):
     page.keyboard.type(order[1].removeprefix("channel-"))
     page.keyboard.press("Enter")
     wait_for_focus(page, order[1])
-
-
-def test_pictures_are_shown_whole_or_where_and_all_on_paper(page):
-    page.wait_for_load_state("load")
-    pictures = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
-    assert {*pictures} == {True}
-    page.evaluate(LAY_OUT)
-    for look in ("whole", "answer"):
-        page.click(f"label[for=look-{look}]")
-        assert page.locator(".veil").first.is_visible() == (look == "answer")
-    image, veil = (page.locator(one).first.bounding_box() for one in (".frame img", ".veil"))
-    assert image == veil
-    page.emulate_media(media="print")
-    assert page.locator(".words dt").first.is_visible()
-    assert not page.locator("#tools").is_visible()
 
 
 def test_without_script_all_is_there(page, open_page):

@@ -41,7 +41,7 @@ def test_report_shows_hostile_names_as_text_that_turns_no_other_around(page):
     assert in_elements + in_plain_text == page.count("\u202e")
 
 
-def test_report_bounds_notes_and_how_channels_were_split(run, write):
+def test_report_bounds_notes_and_how_channels_were_split_and_of_nothing_found_says_why(run, write):
     harm = "<script>x</script>\u2069\u202e" + 100_000 * "y"
     info = {"lambda": 0.031622, "kkt_residual": 1e-13, "<b>": 300 * "x"}
     parts = tuple(replace(part, info=info) for part in run.split.channels)
@@ -49,6 +49,11 @@ def test_report_bounds_notes_and_how_channels_were_split(run, write):
     assert f"<script>x</script>\ufffd\u202e{1979 * 'y'}…" in [b.text for b in read(text).all("bdi")]
     for section in sections(text).values():
         assert f"lambda 0.03162 <b> {199 * 'x'}…" in section.all("p", "info")[0].text
+    none = unbraid.find(run.train_scan, gamma=-1.0)
+    page = read(write(found=none, split=None, evaluation=None, title=HOSTILE[0] + "\udcff"))
+    assert none.hint in page.text
+    assert not page.all("article")
+    assert page.all("h1")[0].text == HOSTILE[0] + "\\udcff"
 
 
 def figures_in(section):
@@ -220,14 +225,6 @@ def test_sections_show_the_strongest_images_and_say_which_cannot_be_read(page, r
             gone = [f"image {i} cannot be read" for i in shown if i % 2]
             assert [box.text for box in half.all("span", "unreadable")] == gone
             assert len(shots(half)) == 8 - len(gone)
-
-
-def test_report_of_nothing_found_says_why(run, write):
-    none = unbraid.find(run.train_scan, gamma=-1.0)
-    page = read(write(found=none, split=None, evaluation=None, title=HOSTILE[0] + "\udcff"))
-    assert none.hint in page.text
-    assert not page.all("article")
-    assert page.all("h1")[0].text == HOSTILE[0] + "\\udcff"
 
 
 def test_report_says_what_is_missing(run, page, write):

@@ -14,7 +14,7 @@ from tiny_networks import build
 from unbraid.base.errors import UsageError
 
 
-def test_gates_of_several_concepts_per_image_and_for_all_work_together(pair):
+def test_gates_of_several_concepts_per_image_and_for_all_work_together_and_can_be_learned(pair):
     gate = pair.changed.gate
     with gate("layer", 1, 0, VALUES), gate("layer", 3, 1, 0.0), gate("layer", 0, 0, VALUES > 0):
         change = pair.change()
@@ -24,10 +24,6 @@ def test_gates_of_several_concepts_per_image_and_for_all_work_together(pair):
     assert_close(change[1], (VALUES[:, None] - 1) * pair.concept_map(1, 0))
     assert_close(change[3], -pair.concept_map(3, 1))
     assert_close(change[0], torch.where(VALUES[:, None] > 0, 0.0, -pair.concept_map(0, 0)))
-
-
-def test_gate_can_be_learned(pair):
-    """The gradient by a gate is the gradient by the channel, times the concept channel."""
     value = torch.ones(5, dtype=torch.float64, requires_grad=True)
     one = torch.ones((), dtype=torch.float64, requires_grad=True)
     row = pair.changed.layer.names.index("1.0")

@@ -215,7 +215,7 @@ def test_check_in_force_tells_a_network_that_depends_on_the_layers_type_from_a_r
     check_in_force(network, "layer", images(1))  # which is left to others
 
 
-def test_gate_has_the_same_effect_with_and_without_a_graph_in_torchs_transformer():
+def test_gate_works_in_torchs_transformer_and_where_a_part_is_named_as_a_wrapper():
     """Which in eval mode reads the weights of its layers past them."""
     block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     parts = (nn.Flatten(2), nn.Linear(42, 8), block, nn.Flatten(), nn.Linear(24, 4))
@@ -226,9 +226,6 @@ def test_gate_has_the_same_effect_with_and_without_a_graph_in_torchs_transformer
         with torch.no_grad():
             assert_close(changed(images()), moved)
     assert not torch.allclose(moved, network(images()))
-
-
-def test_gate_finds_layers_of_a_network_that_has_a_part_named_as_a_wrapper():
     network = nn.Sequential(OrderedDict(module=reaching("module")))
     changed = split_network(network, layer="module.layer")
     with unbraid.gate(changed, "module.layer", 0, 0, 0.0):
