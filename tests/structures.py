@@ -123,7 +123,7 @@ STRUCTURES = {
     "concatenated": Structured(_body(lambda net, x: torch.cat([x, net.layer(x)], 1).relu_(), 12)),
     "added": Structured(_body(lambda self, x: (x + self.layer(x)).relu())),
     "runs again": Structured(
-        _body(lambda self, x: self.layer(self.layer(x).relu_()).relu_()), once=False
+        _body(lambda net, x: net.layer(net.layer(x).relu_()).relu_()), once=False
     ),
     "two sizes": Structured(_body(_on_two_sizes), once=False),
     "frames": Structured(_body(_in_frames), once=False),

@@ -242,9 +242,7 @@ INTO = {  # what a step would overwrite
 }
 MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usage, says
     (("run", "--layer", "2"), 2, "requires an argument"),
-    (("rnu",), 2, "Unknown command"),
     ((*EARLY, "--concepts", "cluster"), 2, "--concepts"),
-    ((*scan(), "--compiled"), 2, "--compiled"),
     (("layers", "syntax.py:build"), 2, "SyntaxError"),
     (("layers", "own.py:build_both"), 1, "--output"),
     (("find", "nowhere"), 1, "holds no scan"),

@@ -115,11 +115,8 @@ def _linear_on_tokens(grid):
 
 
 def _linear_on_pooled(layer_is_head):
-    parts = [
-        ("stem", nn.Conv2d(3, 6, 3)),
-        ("stem_act", nn.ReLU(inplace=True)),
-        ("pool", PooledFeatures()),
-    ]
+    stem, act, pool = nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), PooledFeatures()
+    parts = [("stem", stem), ("stem_act", act), ("pool", pool)]
     if layer_is_head:
         return stack(*parts, ("layer", nn.Linear(6, N_CLASSES)))
     act, head = nn.ReLU(inplace=True), nn.Linear(8, N_CLASSES)

@@ -1,6 +1,8 @@
 """What is shown of a channel is what the responses, relevances and masks say."""
 
+import re
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -9,10 +11,13 @@ import torch.nn.functional as F
 from scipy.stats import gaussian_kde
 
 import unbraid
-from pages import BROKEN, sections, shots
+from pages import BROKEN, read, sections, shots
 from unbraid.measuring.reference_images import reference_images
+from unbraid.measuring.results import Responses
 from unbraid.reporting import channel as channel_module
-from unbraid.reporting.words import significant
+from unbraid.reporting.channel import by_class, concept_views, densities, ridges, scatter
+from unbraid.reporting.charts import draw_densities, draw_ridges, draw_scatter
+from unbraid.reporting.words import isolate, significant
 
 
 def test_rows_end_with_the_first_image_of_a_concept_that_is_missing(run, write):
@@ -84,3 +89,113 @@ def test_curves_and_points_are_those_of_all_images_by_concept_and_class(run, mon
     mixed = replace(responses, label=torch.arange(len(responses.label)) % 5)
     few = channel_module.ridges(channel_module.by_class(found, views, mixed), mixed)
     assert [one.concept for one in few.classes] == list(views)
+
+
+def points_of(line):
+    """The points of a line, or of single dots."""
+    figures = [float(v) for v in re.findall(r"-?\d+\.?\d*", line.replace("h0", " "))]
+    return list(zip(figures[::2], figures[1::2], strict=True))
+
+
+@pytest.mark.parametrize("values", [[0.0] * 4, [1e-30, 0, 0, 0], [-1e12, 0, 1, 1e12]])
+def test_any_responses_can_be_drawn(values, run):
+    z = torch.tensor(values, dtype=torch.float64)
+    views = concept_views(run.found, [[0], [1], [2], [3]])
+    each = torch.arange(4)
+    responses = Responses(each, each, z, z, torch.stack([z, -z, 0 * z, z], 1), z, None)
+    classes = by_class(run.found, views, responses)
+    curves = draw_densities(densities(responses), views, 7)
+    assert len(read(curves).all("path", "curve")) == 20
+    points = draw_scatter(scatter(classes, responses), views, 7)
+    for drawn in (curves, points, draw_ridges(ridges(classes, responses), views, 7)):
+        read(drawn)
+        assert not re.search(r"\b(nan|inf)\b", drawn)
+
+
+def assert_scatter(drawn, data):
+    """Every point lies where its image's responses are, on one scale for both axes."""
+    clouds, n = drawn.all("path", "dots"), len(data.classes)
+    all_axes = list(combinations(range(data.points[0].shape[1]), 2))
+    assert len(clouds) == len(all_axes) * n
+    for a, axes in enumerate(all_axes):
+        spots = [points_of(one.attributes["d"]) for one in clouds[a * n : (a + 1) * n]]
+        assert list(map(len, spots)) == list(map(len, data.points))
+        x, y = np.concatenate(spots).T
+        z1, z2 = np.concatenate(data.points)[:, axes].T
+        (slope, offset), (slope2, offset2) = np.polyfit(z1, x, 1), np.polyfit(z2, y, 1)
+        assert slope > 0
+        assert slope2 == pytest.approx(-slope, rel=0.02)
+        assert np.abs(slope * z1 + offset - x).max() < 0.11
+        assert np.abs(slope2 * z2 + offset2 - y).max() < 0.11
+
+
+def test_charts_follow_their_data(run):
+    part = run.split.channels[0]
+    responses = run.evaluation.responses[part.channel]
+    views = concept_views(run.found, part.concepts)
+    classes = by_class(run.found, views, responses)
+    curves, rows = densities(responses), ridges(classes, responses)
+    drawn = read(draw_densities(curves, views, 7)).all("path", "curve")
+    assert len(drawn) == curves.heights[..., 0].size
+    for element in drawn:
+        ys = [y for _, y in points_of(element.attributes["d"])]
+        assert max(ys) - min(ys) == pytest.approx(46, abs=0.11)
+    chart = read(draw_ridges(rows, views, 7))
+    assert len(chart.all("path", "outline")) == len(rows.classes)
+    assert len(chart.all("path", "curve")) == len(rows.classes) * len(views)
+    data = scatter(classes, responses)
+    dots = read(draw_scatter(data, views, 7))
+    assert_scatter(dots, data)
+    for wrong in (data.points[::-1], [points[:, ::-1] for points in data.points]):
+        with pytest.raises((AssertionError, ValueError)):
+            assert_scatter(dots, data._replace(points=wrong))
+
+
+def assert_spoken(page, run):
+    """Every chart names its channel and concepts and has its main numbers."""
+
+    def in_words(values):
+        return " and ".join(significant(float(value)) for value in values)
+
+    (records,) = run.train_scan.shards()
+    for part in run.split.channels:
+        section = sections(page)[part.channel]
+        told = {}
+        for figure in section.all("figure"):
+            for chart in figure.all("svg", "chart"):
+                heading = figure.all("h3")[0].text
+                told[heading] = told.get(heading, "") + chart.attributes["aria-label"]
+        assert len(told) == 4
+        names = [run.found.name(label) for concept in part.concepts for label in concept]
+        for words in told.values():
+            assert re.match(rf"Channel {part.channel}[:,]", words)
+            assert all(isolate(name[:40]) in words for name in names)
+        responses = run.evaluation.responses[part.channel]
+        columns = [z.double() for z in (responses.original, *responses.concepts.T)]
+        for z in columns:
+            means = [z[responses.concept == k].mean() for k in range(len(part.concepts))]
+            assert in_words(means) in told["How it answers to each concept"]
+        for label in set(responses.label.tolist()):
+            means = [z[responses.label == label].mean() for z in columns]
+            assert in_words(means) in told["Class by class"]
+        titles = {title.text for title in section.all("title")}
+        for name, row, concept in zip("ABCD", part.rows, part.concepts, strict=False):
+            pooled = records.pooled[np.isin(records.label.numpy(), concept), 0].double()
+            full, kept = ((pooled * r).mean(0).view(8, 9).sum(1) for r in (part.weight, row))
+            assert titles >= {
+                f"input channel {i}, concept {name}: {significant(float(full[i]))} in the original "
+                f"channel, {significant(float(kept[i]))} in concept channel {name}"
+                for i in range(8)
+            }
+
+
+def test_charts_say_what_they_show(page, run):
+    assert_spoken(page, run)
+    first, second = (part.channel for part in run.split.channels[:2])
+    known = run.evaluation.responses[first]
+    shifted = {**run.evaluation.responses, first: replace(known, concepts=known.concepts + 100)}
+    wrong = replace(run, evaluation=replace(run.evaluation, responses=shifted))
+    swapped = page.replace(f"Channel {first}: densities", f"Channel {second}: densities")
+    for text, other in ((page, wrong), (swapped, run)):
+        with pytest.raises(AssertionError):
+            assert_spoken(text, other)

@@ -18,7 +18,7 @@ from unbraid.reporting import view
 from unbraid.reporting.words import ABSENT, number, percent, significant
 
 
-def test_the_checker_of_harmless_reports_sees_harm(page):
+def test_report_shows_hostile_names_as_text_and_the_checker_sees_harm(page):
     for old, new in (
         ("</main>", '<img src="https://example.org/x.png"></main>'),
         ("</main>", "<script>1</script></main>"),
@@ -29,9 +29,6 @@ def test_the_checker_of_harmless_reports_sees_harm(page):
     ):
         with pytest.raises((AssertionError, ValueError)):
             assert_harmless(page.replace(old, new))
-
-
-def test_report_shows_hostile_names_as_text_that_turns_no_other_around(page):
     root = read(page)
     drawn = " ".join(text.text for text in root.all("text"))
     assert set(HOSTILE) <= {bdi.text for bdi in root.all("bdi")}
@@ -91,7 +88,7 @@ def figures_of(evaluation, channel):
     ]
 
 
-def test_every_figure_is_the_evaluations(page, run):
+def test_every_figure_fact_and_setting_is_the_evaluations(page, run):
     for channel, section in sections(page).items():
         expected = figures_of(run.evaluation, channel)
         assert figures_in(section) == expected
@@ -101,9 +98,6 @@ def test_every_figure_is_the_evaluations(page, run):
             kept, cell.children = cell.children, ["9.999"]
             assert figures_in(section) != expected
             cell.children = kept
-
-
-def test_report_shows_facts_and_settings(page, run):
     lists = (("ul", "facts"), ("dl", "settings"))
     facts, settings = (read(page).all(*kind)[0].text for kind in lists)
     top1 = percent(run.evaluation.output.top1_before, 1)
