@@ -97,7 +97,7 @@ def test_no_default_type_or_device_changes_a_result(
     assert torch.get_default_device().type == "meta"
 
 
-def test_a_number_of_the_default_type_is_noticed(set_defaults):
+def test_a_number_of_the_default_type_is_noticed_and_tokens_are_counted_right(set_defaults):
     layer, images = build("1x1", torch.float32), SyntheticImages(2, dtype=torch.float32).images
     found = []
     for other in (torch.float32, torch.bfloat16):
@@ -105,6 +105,11 @@ def test_a_number_of_the_default_type_is_noticed(set_defaults):
         careless = layer(images).detach() * torch.tensor(1 / 3).to(images)
         found.append({"careless": fingerprint_of(careless), "sound": repr(3)})
     assert differing(*found) == ["careless"]
+    spec = describe("layer", nn.Conv1d(2, 3, 1, dtype=torch.float32))
+    x = torch.ones(1, 2, 3000, dtype=torch.float32)
+    for other in (torch.float64, torch.bfloat16, torch.float16):
+        set_defaults(other)
+        assert pooled_input(spec, x).flatten().tolist() == [3000.0, 3000.0]
 
 
 def test_code_of_the_caller_keeps_the_caller_s_default_device(tmp_path, set_defaults):
@@ -121,14 +126,6 @@ def test_code_of_the_caller_keeps_the_caller_s_default_device(tmp_path, set_defa
     set_defaults(device="meta")
     unbraid.scan(network, "layer", images, tmp_path)
     assert set(met) == {"images on meta", "on meta"}
-
-
-def test_tokens_beyond_half_precision_are_counted_right_under_any_default_type(set_defaults):
-    spec = describe("layer", nn.Conv1d(2, 3, 1, dtype=torch.float32))
-    x = torch.ones(1, 2, 3000, dtype=torch.float32)
-    for other in (torch.float64, torch.bfloat16, torch.float16):
-        set_defaults(other)
-        assert pooled_input(spec, x).flatten().tolist() == [3000.0, 3000.0]
 
 
 @pytest.mark.parametrize("spec", ["timm:resnet18", "torchvision:resnet18"])

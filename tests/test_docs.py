@@ -139,13 +139,20 @@ def test_a_document_that_shows_something_else_or_hides_a_block_is_told():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_files_that_a_page_names_are_there(page):
+def test_links_files_and_commands_that_a_page_names_are_there(page):
     text = page.read_text()
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) + re.findall(r'src="([^":]+)"', text)
     assert [link for link in links if not (page.parent / link).exists()] == []
     own = re.compile(r"(\.ci|benchmarks|docs|examples|src|tests)/[\w./-]*")
     named = [span for span in spans(text) if own.fullmatch(span)]
     assert [span for span in named if not (ROOT / span).exists()] == []
+    scripts = [block["code"].replace("\\\n", " ") for block in blocks(text)]
+    for part in re.split(r"&&|\n", "\n".join(scripts)):
+        if re.match(r"\s*(unbraid|torchrun) ", part):
+            check_command(part)
+    for span in spans(text):
+        if span.startswith(("unbraid ", "--")):
+            check_command(span, whole=False)
 
 
 def check_command(text, whole=True):
@@ -159,18 +166,6 @@ def check_command(text, whole=True):
     arguments = [one for name in named for one in cli.app[name].assemble_argument_collection()]
     known = {name for argument in arguments for name in argument.names}
     assert {word for word in own if word.startswith("--")} <= known
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_of_unbraid_that_a_page_names_are_there(page):
-    text = page.read_text()
-    scripts = [block["code"].replace("\\\n", " ") for block in blocks(text)]
-    for part in re.split(r"&&|\n", "\n".join(scripts)):
-        if re.match(r"\s*(unbraid|torchrun) ", part):
-            check_command(part)
-    for span in spans(text):
-        if span.startswith(("unbraid ", "--")):
-            check_command(span, whole=False)
 
 
 def test_a_command_that_would_not_be_understood_is_told():

@@ -85,13 +85,10 @@ def test_clusters_find_planted_channels_without_labels(scan, n_concepts):
     assert sorted(agreements)[1] >= 0.7  # all sets but one: two of the classes may be fed alike
 
 
-def test_halves_of_a_class_are_one_concept(scan, tmp_path):
+def test_halves_of_a_class_are_one_concept_and_shuffled_labels_find_nothing(scan, tmp_path):
     apart, total = halves_told_apart(scan, 0.5, tmp_path / "halves")
     assert total == 240
     assert apart <= 0.05 * total
-
-
-def test_shuffled_labels_find_nothing(scan, tmp_path):
     demo = unbraid.scan(load_network(), "mix", load_images("train"), tmp_path / "demo")
     thresholds = {"tau": 0.03, "p": 0.75, "gamma": 0.5}
     assert len(unbraid.find(demo, **thresholds)) > 0

@@ -76,11 +76,7 @@ def test_build_refuses_what_does_not_fit():
 def test_parse_json_refuses_what_would_take_the_machine(text):
     with pytest.raises(ValueError, match=r"deep|large|digits"):
         parse_json(text)
-
-
-def test_parse_json_takes_what_ours_hold():
-    assert parse_json('{"a": 1, "a": 2}') == {"a": 2}
-    assert parse_json("[" * 32 + "]" * 32)
+    assert parse_json('{"a": 1, "a": 2, "b": ' + "[" * 31 + "]" * 31 + "}")["a"] == 2
 
 
 @pytest.mark.parametrize("values", [[], {}, {"schema": 2}])

@@ -140,7 +140,7 @@ def pair_of(folder, one, other):
     return pair
 
 
-def test_few_images_no_noise_and_nothing_but_noise(tmp_path):
+def test_few_images_no_noise_and_nothing_but_noise_or_more(tmp_path):
     for one, other, expected in (
         # Of a single image nothing is known.
         ([(0.1, 1.0)], NOISY, (math.nan, math.nan, math.nan, None)),
@@ -161,9 +161,6 @@ def test_few_images_no_noise_and_nothing_but_noise(tmp_path):
         for name, value in zip(FIGURES, expected, strict=True):
             if value is not None:
                 assert getattr(pair, name) == pytest.approx(value, abs=1e-9, nan_ok=True)
-
-
-def test_where_there_is_more_than_noise_something_is_known(tmp_path):
     pair = pair_of(tmp_path, [(2.0, 0.01), (0.0, 0.01)] * 4, NOISY)
     assert pair.low > 0.5
     assert pair.half2 > 0.9

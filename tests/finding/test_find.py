@@ -226,7 +226,7 @@ NAMES = ('digital clock, "LED"', "snake", "cauliflower\nhead")
 FINDINGS = Findings(0.03, 0.75, 0.5, PAIRS, CONCEPTS, NAMES, "", "layer", "0" * 64)
 
 
-def test_csv_and_pandas_hold_the_pairs(tmp_path):
+def test_csv_and_pandas_hold_the_pairs_and_findings_print_as_a_table(tmp_path):
     path = tmp_path / "findings.csv"
     FINDINGS.to_csv(path)
     assert_csv(path, FINDINGS)
@@ -235,9 +235,6 @@ def test_csv_and_pandas_hold_the_pairs(tmp_path):
     assert table.name2.tolist() == ["cauliflower\nhead", "4", "cauliflower\nhead"]
     assert table.low.isna().tolist() == [False, True, False]
     assert table.uncertain.tolist() == [False, True, True]
-
-
-def test_findings_print_as_a_table():
     named = replace(FINDINGS, class_names=("clock", "snake", "cauliflower"))
     _head, *table, _legend, mark = str(named).splitlines()
     assert [re.sub("  +", "  ", line) for line in table] == [

@@ -59,7 +59,7 @@ def test_evaluate_copies_gives_what_is_known(case_of):
             assert_close([one.retention for one in channel.concepts], masks)
 
 
-def test_evaluate_a_baseline_joins_the_summary(case):
+def test_evaluate_a_baseline_joins_the_summary_and_tau_changes_only_the_table(case):
     ours = replace(case.split, method="least_squares")
     summary = unbraid.evaluate(ours, case.scan, baseline=case.split).summary
     assert list(summary) == ["least_squares", "published"]
@@ -67,9 +67,6 @@ def test_evaluate_a_baseline_joins_the_summary(case):
     fewer = replace(case.split, channels=case.split.channels[1:])
     with pytest.raises(UsageError, match="baseline must divide the same channels"):
         unbraid.evaluate(ours, case.scan, baseline=fewer)
-
-
-def test_evaluate_tau_changes_only_the_table_and_defaults_to_that_of_the_findings(case):
     default = replace(case.split, settings={**case.split.settings, "tau": 0.1})
     given = unbraid.evaluate(case.split, case.scan, tau=0.1)
     assert unbraid.evaluate(default, case.scan).channels == given.channels

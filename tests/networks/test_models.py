@@ -66,14 +66,11 @@ def test_load_model_of_what_is_none_says_what_there_is(tmp_path):
             load_model(spec, weights, "nonsense")
 
 
-def test_load_model_without_a_connection_says_what_to_do(monkeypatch):
+def test_load_model_without_a_connection_or_with_torchvision_for_another_torch_is_told(monkeypatch):
     refuse = Mock(side_effect=OSError("no route"))
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
     with pytest.raises(ModelError, match=r"\(no route\); give --weights FILE"):
         load_model("torchvision:resnet18", "IMAGENET1K_V1", "cpu")
-
-
-def test_import_torchvision_built_for_another_torch_is_explained(monkeypatch):
     broken = Mock()
     broken.find_spec.side_effect = RuntimeError("operator torchvision::nms does not exist")
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)

@@ -30,7 +30,7 @@ def world(tmp_path_factory):
     return SimpleNamespace(scan=scan, some=some, other=other, found=found, split=split)
 
 
-def test_a_split_says_what_it_was_made_of(world):
+def test_a_split_says_what_it_was_made_of_and_is_the_same_from_an_earlier_one(world):
     split = world.split
     assert split.method == "least_squares"
     assert split.settings == {"tau": 0.04, "p": 0.6, "gamma": 0.3}
@@ -41,15 +41,12 @@ def test_a_split_says_what_it_was_made_of(world):
     _, columns, *rows = str(split).splitlines()
     assert columns.split() == ["channel", "concept", "classes", "weight", "kept"]
     assert [row.split()[:2] for row in rows] == [["1", "0"], ["1", "1"], ["5", "0"], ["5", "1"]]
-
-
-def test_an_earlier_split_to_begin_with_changes_no_answer(world):
     again = unbraid.split(world.scan, world.found, start=world.split)
     for part, twin in zip(again.channels, world.split.channels, strict=True):
         torch.testing.assert_close(part.masks, twin.masks, rtol=0, atol=1e-6)
 
 
-def test_split_refuses_what_makes_no_sense(world):
+def test_split_refuses_what_makes_no_sense_and_of_no_finding_tells_the_hint(world):
     for arguments, message in (
         *(
             ({"method": "published", "rho": r}, f"rho is {r:g}; it must lie above 0")
@@ -69,9 +66,6 @@ def test_split_refuses_what_makes_no_sense(world):
         given = {name: known.get(value, value) for name, value in given.items()}
         with pytest.raises(UsageError, match=message):
             unbraid.split(**given)
-
-
-def test_no_finding_cannot_be_split_and_the_hint_is_told(world):
     nothing = unbraid.find(world.scan, gamma=-1.0)
     with pytest.raises(UsageError, match=f"nothing to split: .*{re.escape(nothing.hint)}$"):
         unbraid.split(world.scan, nothing)

@@ -41,17 +41,13 @@ class Trained:
     """A network with a layer of kernel 1, real images, (N, C, H, W), and what was made of them."""
 
     network: nn.Module
-    layer: str
     images: Tensor
     split: Split
     features: Features
 
-    def __post_init__(self):
-        self.usual = self.inputs(self.images)
-
     def inputs(self, images):
         """Mean over positions of what the layer is given, (N, J)."""
-        seen, layer = [], self.network.get_submodule(self.layer)
+        seen, layer = [], self.network.get_submodule(LAYER)
         hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((2, 3))))
         with torch.no_grad(), hook:
             self.network(images)
@@ -74,7 +70,7 @@ def demo(tmp_path_factory):
     features = unbraid.visualize(unbraid.apply(network, split), LAYER, images)
     unseen = load_images("test")
     real = torch.stack([unseen[n][0] for n in range(0, len(unseen), 5)])
-    return Trained(network, LAYER, real, split, features)
+    return Trained(network, real, split, features)
 
 
 def concept_responses(part, inputs):
@@ -85,7 +81,7 @@ def concept_responses(part, inputs):
 def assert_excites_its_own(trained):
     """The image of concept k excites z_k far more than the others, in spreads over real images."""
     for part in trained.split.channels:
-        usual = concept_responses(part, trained.usual)
+        usual = concept_responses(part, trained.inputs(trained.images))
         concepts = range(len(part.concepts))
         pictures = [trained.features.image(part.channel, k) for k in concepts]
         answers = concept_responses(part, trained.inputs(trained.shown(pictures)))
@@ -227,16 +223,13 @@ def test_the_same_seed_gives_the_same_pictures_and_more_steps_reach_more(pair, s
     assert many.of(1)[0].responses[0] > first.of(1)[0].responses[0] + 0.1
 
 
-def test_an_image_does_not_depend_on_the_others(pair, monkeypatch):
+def test_an_image_does_not_depend_on_others_and_of_several_the_best_comes_first(pair, monkeypatch):
     everything = visualize(pair.changed, n=2)
     some = visualize(pair.changed, [3], n=2)
     only = replace(everything, features=tuple(f for f in everything.features if f.channel == 3))
     assert_same_pictures(some, only, levels=1)
     monkeypatch.setattr(making, "_PIXELS", 4 * 42)  # four images at once, of 7 x 6 pixels
     assert_same_pictures(everything, visualize(pair.changed, n=2), levels=1)
-
-
-def test_several_images_differ_and_the_best_comes_first(pair):
     several = visualize(pair.changed, [1], n=3, steps=20).of(1)
     assert [f.place for f in several] == [0, 1, 2]
     first, second, third = (f.responses[0] for f in several)
@@ -257,7 +250,7 @@ def test_the_network_is_left_as_it_was_and_gates_in_force_count(pair):
     assert made.of(1)[0].responses[0] != usual.of(1)[0].responses[0]
 
 
-def test_unsplit_and_half_precision_networks_are_visualised_at_any_size(pair):
+def test_unsplit_and_half_precision_networks_are_visualised_and_time_is_kept(pair, monkeypatch):
     made = visualize(pair.network, [2, 5])
     assert [(f.channel, f.concept) for f in made.features] == [(2, None), (5, None)]
     assert all(len(f.responses) == 1 for f in made.features)
@@ -265,9 +258,6 @@ def test_unsplit_and_half_precision_networks_are_visualised_at_any_size(pair):
     made = unbraid.visualize(changed, "layer", dataset, [1], size=(15, 11), steps=3)
     assert made.image(1).size == (11, 15)
     assert made.settings["size"] == [15, 11]
-
-
-def test_time_is_kept_and_what_is_left_out_is_told(pair, monkeypatch):
     monkeypatch.setattr(making, "_PIXELS", 3 * 42)  # a channel at once
     made = visualize(pair.changed, [3, 0, 1], seconds=0.0)
     assert (made.channels, made.left_out) == ((3,), 2)
