@@ -85,9 +85,7 @@ def test_measure_semantics_any_layer_is_the_oracles(kind, positions, case_of):
     assert_semantics(measure(case, batch_size=4), case)
 
 
-def test_measure_semantics_over_several_shards_of_few_images_and_of_silent_concept_channels(
-    case, case_of
-):
+def test_measure_semantics_over_several_shards_of_few_images_and_silent_channels(case, case_of):
     many = case_of("1x1", n_images=140)
     assert_semantics(measure(many, batch_size=50), many)
     assert_semantics(measure(case, n_top=100), case, 100)
