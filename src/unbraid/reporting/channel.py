@@ -162,6 +162,7 @@ def channel_views(
     top, ids = reference_images(scan, split, n=N_IMAGES, alike=ALIKE), scan.ids()
     firsts = first_images(scan, split, {c: missing_concepts(images) for c, images in top.items()})
     sums = class_sums(train_scan, [], found.clusters) if train_scan else None
+    there = set(sums.n_images.nonzero().flatten().tolist()) if sums else set()
     semantics = evaluation.semantics if evaluation else None
     ablation = evaluation.ablation if evaluation else None
     off = {one.channel: one for one in ablation.channels} if ablation else {}
@@ -176,9 +177,9 @@ def channel_views(
         own, sources = responses.get(channel), None
         classes = by_class(found, views, own) if own else []
         if train_scan and sums:
-            try:
+            if {label for concept in part.concepts for label in concept} <= there:
                 sources = bars(split, part, train_scan, sums)
-            except UsageError:
+            else:
                 bare.append(str(channel))
         masks = part.masks.double().view(len(views), -1, scan.layer.taps_per_input)
         channels.append(

@@ -19,7 +19,7 @@ from unbraid.reporting.alt_text import (
     describe_scatter,
 )
 from unbraid.reporting.channel import Bars, ConceptView, Curves, Ridges, Scatter
-from unbraid.reporting.words import MINUS, ems, isolate, listed, significant
+from unbraid.reporting.words import MINUS, ems, isolate, listed, short, significant
 
 Concepts = Sequence[ConceptView]
 WIDTH = 440.0  # units of most charts; the page scales them to their box
@@ -410,14 +410,12 @@ def draw_thresholds(
     parts.append(_text("label", left - 8, 31, "tau", "end"))
     for column, gamma in enumerate(counted.gammas):
         parts.append(_text("value", left + (column + 0.5) * wide, 31, f"{gamma:g}", "middle"))
-    numbers = []
     for row, tau in enumerate(counted.taus):
         y = top + row * high
         parts.append(_text("value", left - 8, y + 20, f"{tau:g}", "end"))
         for column, gamma in enumerate(counted.gammas):
             x, cell = left + column * wide, counted.at(tau, p, gamma)
             n, n_pairs = cell.n_channels, cell.n_pairs
-            numbers.append(n)
             words = (
                 f"tau {tau:g}, p {p:g}, gamma {gamma:g}: {count(n, 'channel')}, "
                 f"{count(n_pairs, 'pair')}"
@@ -433,21 +431,11 @@ def draw_thresholds(
             kind, at = ("count", y + 15) if n else ("count none", y + 20)
             tile += _text(kind, x + wide / 2, at, f"{n:,}", "middle")
             if n_pairs:
-                tile += _text("value", x + wide / 2, y + 27, _short(n_pairs), "middle")
+                tile += _text("value", x + wide / 2, y + 27, short(n_pairs), "middle")
             parts.append(Markup("<g><title>{}</title>{}</g>").format(words, tile))
+    numbers = [cell.n_channels for cell in counted.cells if cell.p == p]
     title = (
         f"Polysemantic channels by tau and gamma at p {p:g}, from {min(numbers):,} to "
         f"{max(numbers):,}; the table below has all numbers"
     )
     return _svg(title, bottom, parts, width)
-
-
-def _short(number: int) -> str:
-    """Write a number so that a tile holds it.
-
-    >>> _short(2841), _short(220_153), _short(499_500_000)
-    ('2,841', '220k', '500M')
-    """
-    if number < 100_000:
-        return f"{number:,}"
-    return f"{number / 1e3:.0f}k" if number < 10_000_000 else f"{number / 1e6:.0f}M"

@@ -198,12 +198,12 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
         difference = significant(output.max_abs_logit_diff, 2)
         facts.append((difference, "largest logit difference", note))
     if evaluation is not None:
-        note, baseline = "halving a channel gives 0.5", evaluation.baseline
+        note, baseline = "ideal 0; halving a channel gives 0.5", evaluation.baseline
         if baseline is not None:
             error = baseline.summary[baseline.method]["separation_error"]
-            note = f"{baseline.method.replace('_', ' ')} rule: {number(error)}"
+            note = f"{baseline.method.replace('_', ' ')} rule: {number(error)}; ideal 0"
         error = evaluation.summary[evaluation.method]["separation_error"]
-        facts.append((number(error), "mean separation error", f"{note}; ideal 0"))
+        facts.append((number(error), "mean separation error", note))
     return facts
 
 

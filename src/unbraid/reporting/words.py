@@ -67,6 +67,17 @@ def ordinal(n: int) -> str:
     return f"{n:,}{'th' if teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"
 
 
+def short(n: int) -> str:
+    """Write a number in at most six characters, if it is below a billion.
+
+    >>> short(2841), short(220_153), short(499_500_000)
+    ('2,841', '220k', '500M')
+    """
+    if n < 100_000:
+        return f"{n:,}"
+    return f"{n / 1e3:.0f}k" if n < 10_000_000 else f"{n / 1e6:.0f}M"
+
+
 def percent(value: float | None, digits: int = 0) -> str:
     """Write a fraction as a percentage, rounding towards 100 only what is 1.
 
