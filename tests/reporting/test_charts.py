@@ -8,17 +8,25 @@ import numpy as np
 import pytest
 import torch
 
+import unbraid
 from pages import read, sections
 from unbraid.measuring.results import Responses
-from unbraid.reporting.channel import by_class, concept_views, densities, ridges, scatter
-from unbraid.reporting.charts import draw_densities, draw_ridges, draw_scatter
+from unbraid.reporting.channel import Bars, by_class, concept_views, densities, ridges, scatter
+from unbraid.reporting.charts import (
+    draw_bars,
+    draw_densities,
+    draw_masks,
+    draw_ridges,
+    draw_scatter,
+)
 from unbraid.reporting.words import isolate, significant
 
 
 def points_of(line):
-    """The points of a line, or of single dots."""
-    figures = [float(v) for v in re.findall(r"-?\d+\.?\d*", line.replace("h0", " "))]
-    return list(zip(figures[::2], figures[1::2], strict=True))
+    """The points of a line, each written from the one before, or of single dots."""
+    figures = re.findall(r"-?(?:\d+\.?\d*|\.\d+)", line.replace("h0", " "))
+    points = np.array(figures, dtype=float).reshape(-1, 2)
+    return points.cumsum(0) if "l" in line else points
 
 
 @pytest.mark.parametrize("values", [[0.0] * 4, [1e-30, 0, 0, 0], [-1e12, 0, 1, 1e12]])
@@ -62,8 +70,10 @@ def test_charts_follow_their_data(run):
     drawn = read(draw_densities(curves, views, 7)).all("path", "curve")
     assert len(drawn) == curves.heights[..., 0].size
     for element in drawn:
-        ys = [y for _, y in points_of(element.attributes["d"])]
-        assert max(ys) - min(ys) == pytest.approx(46, abs=0.11)
+        xs, ys = points_of(element.attributes["d"]).T
+        assert np.ptp(ys) == pytest.approx(46, abs=0.11)
+        assert (np.diff(xs)[1:-1] > 0).all()
+        assert ys[0] == pytest.approx(ys[-1], abs=0.11)
     chart = read(draw_ridges(rows, views, 7))
     assert len(chart.all("path", "outline")) == len(rows.classes)
     assert len(chart.all("path", "curve")) == len(rows.classes) * len(views)
@@ -73,6 +83,97 @@ def test_charts_follow_their_data(run):
     for wrong in (data.points[::-1], [points[:, ::-1] for points in data.points]):
         with pytest.raises((AssertionError, ValueError)):
             assert_scatter(dots, data._replace(points=wrong))
+
+
+def assert_masks(drawn, kept):
+    """Steps are as high as what is kept of each input channel, in one order for all concepts."""
+    heights = []
+    for element in drawn.all("path", "kept"):
+        base, *steps = re.findall(r"[,V](-?[\d.]+)", element.attributes["d"])[:-1]
+        heights.append([(float(base) - float(step)) / 30 for step in steps])
+    columns, expected = (sorted(zip(*rows, strict=True)) for rows in (heights, kept.tolist()))
+    np.testing.assert_allclose(columns, expected, atol=0.002)
+
+
+def test_masks_are_drawn_as_they_are_and_many_input_channels_averaged(run):
+    views = concept_views(run.found, [[0], [1], [2, 3]])
+    rng = np.random.default_rng(0)
+    kept = rng.integers(0, 11, (3, 8)) / 10  # tenths, so that rounding does not matter
+    drawn = read(draw_masks(kept, views, 7))
+    assert_masks(drawn, kept)
+    with pytest.raises(AssertionError):
+        assert_masks(drawn, 1 - kept)
+    wide = rng.random((3, 1000))
+    drawn = draw_masks(wide, views, 7)
+    assert drawn.count("V") == 3 * 221
+    averages = re.findall(r"\) (\d+%)", read(drawn).all("svg")[0].attributes["aria-label"])
+    assert averages == [f"{share:.0%}" for share in wide.mean(1)]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_bars_are_as_long_as_relevances_mirrored_or_below_each_other(run, n):
+    views = concept_views(run.found, [[0], [1], [2]][:n])
+    relevance = np.random.default_rng(n).normal(size=(n, 5))
+    relevance[0, 0] = 0.0  # no bar
+    kept = relevance / 2
+    drawn = read(draw_bars(Bars(range(5), relevance, kept), views, 7))
+    signs = [-1, 1] if n == 2 else [1] * n
+    starts = {
+        float(re.match(r"M([\d.]+)", a.attributes["d"])[1]) for a in drawn.all("path", "axis")
+    }
+    assert len(starts) == len(set(signs))
+    for k, sign in enumerate(signs):
+        start = min(starts) if sign < 0 or n > 2 else max(starts)
+        for kind, values in (("full", relevance), ("kept", kept)):
+            bars = [
+                b for b in drawn.all("rect", kind) if b.attributes["class"].split()[1] == f"k{k}"
+            ]
+            x, width = (np.array([float(b.attributes[a]) for b in bars]) for a in ("x", "width"))
+            shown = values[k][values[k] != 0]
+            scale = width.max() / abs(shown).max()
+            np.testing.assert_allclose(width, abs(shown) * scale, atol=0.11)
+            np.testing.assert_allclose(x + width * (sign < 0), start, atol=0.11)
+            hollow = ["against" in bar.attributes["class"] for bar in bars]
+            assert hollow == (shown < 0).tolist()
+
+
+def numbers_in(root):
+    """What the tiles of thresholds tell a pointer and show, the one outlined, and the table."""
+    tiles = [tile for tile in root.all("g") if tile.all("rect", "tile")]
+    pattern = r"tau (\S+), p (\S+), gamma (\S+): ([\d,]+) channels?, ([\d,]+) pairs?"
+    words = [re.fullmatch(pattern, tile.all("title")[0].text).groups() for tile in tiles]
+    numbers = [tuple(float(n.replace(",", "")) for n in one) for one in words]
+    for tile, (*_, n, n_pairs) in zip(tiles, numbers, strict=True):
+        assert [t.text for t in tile.all("text")] == [
+            f"{n:.0f}",
+            *([f"{n_pairs:.0f}"] if n_pairs else []),
+        ]
+    outlined = [n for n, tile in zip(numbers, tiles, strict=True) if tile.all("rect", "chosen")]
+    table = root.all("details", "aside")[0].all("td", "figure")
+    return numbers, outlined, [cell.text for cell in table]
+
+
+@pytest.mark.parametrize("p", [0.5, 0.33])
+def test_other_thresholds_are_tiles_shaded_by_their_channels_and_a_table(run, write, p):
+    found = unbraid.find(run.train_scan, p=p, gamma=0.9)
+    counted = unbraid.sensitivity(run.train_scan, gammas=[0.5, 0.8, 0.9, 0.99])
+    page = write(found=found, split=None, evaluation=None, sensitivity=counted)
+    (section,) = (s for s in read(page).all("section") if s.all("div", "maps"))
+    numbers, outlined, table = numbers_in(section)
+    assert sorted(numbers) == sorted(map(tuple, counted.rows()))
+    assert outlined == [n for n in numbers if n[:3] == (found.tau, p, 0.9)]
+    assert len(outlined) == (p in counted.ps) == ("outlined" in section.text)
+    told = [
+        f"{n:.0f} channel{'s' * (n != 1)}, {m:.0f} pair{'s' * (m != 1)}" for *_, n, m in numbers
+    ]
+    assert table == told
+    shades = {}
+    for (*_, n, _), rect in zip(numbers, section.all("rect", "tile"), strict=True):
+        assert ("some" in rect.attributes["class"]) == (n > 0)
+        shades.setdefault(n, set()).add(float(rect.attributes["fill-opacity"]))
+    ordered = [shades[n] for n in sorted(shades) if n]
+    assert len(ordered) > 1
+    assert ordered == [{shade} for shade in sorted(set.union(*ordered))]
 
 
 def assert_spoken(page, run):
@@ -89,7 +190,7 @@ def assert_spoken(page, run):
             for chart in figure.all("svg", "chart"):
                 heading = figure.all("h3")[0].text
                 told[heading] = told.get(heading, "") + chart.attributes["aria-label"]
-        assert len(told) == 4
+        assert len(told) == 5
         names = [run.found.name(label) for concept in part.concepts for label in concept]
         for words in told.values():
             assert re.match(rf"Channel {part.channel}[:,]", words)
@@ -102,6 +203,9 @@ def assert_spoken(page, run):
         for label in set(responses.label.tolist()):
             means = [z[responses.label == label].mean() for z in columns]
             assert in_words(means) in told["Class by class"]
+        kept = part.masks.double().mean(1).tolist()
+        shares = re.findall(r"\) (\d+%)", told["What each concept channel keeps"])
+        assert shares == [f"{share:.0%}" for share in kept]
         titles = {title.text for title in section.all("title")}
         for name, row, concept in zip("ABCD", part.rows, part.concepts, strict=False):
             pooled = records.pooled[np.isin(records.label.numpy(), concept), 0].double()
