@@ -36,7 +36,7 @@ Item = TypeVar("Item")
 
 # Bytes of the file that the sections of channels and each of the two lists may have. All else on
 # the page is bounded, so it has less than 10 MB.
-SECTIONS, LIST = 7_600_000, 800_000
+SECTIONS, LIST = 7_200_000, 800_000
 _MAX_CHIPS = 26  # concepts of a channel in the list
 _MAX_WORDS = 4000  # characters of names that a channel is found by
 _HERE = Path(__file__).parent
