@@ -11,7 +11,15 @@ import torch
 import unbraid
 from pages import read, sections
 from unbraid.measuring.results import Responses
-from unbraid.reporting.channel import Bars, by_class, concept_views, densities, ridges, scatter
+from unbraid.reporting.channel import (
+    Bars,
+    ConceptView,
+    by_class,
+    concept_views,
+    densities,
+    ridges,
+    scatter,
+)
 from unbraid.reporting.charts import (
     draw_bars,
     draw_densities,
@@ -20,6 +28,8 @@ from unbraid.reporting.charts import (
     draw_scatter,
 )
 from unbraid.reporting.words import isolate, significant
+
+VIEWS = [ConceptView(name, k, (name,), (name,), "") for k, name in enumerate("ABC")]
 
 
 def points_of(line):
@@ -86,42 +96,46 @@ def test_charts_follow_their_data(run):
 
 
 def assert_masks(drawn, kept):
-    """Steps are as high as what is kept of each input channel, in one order for all concepts."""
+    """Steps are as high as what is kept of each input channel."""
     heights = []
     for element in drawn.all("path", "kept"):
         base, *steps = re.findall(r"[,V](-?[\d.]+)", element.attributes["d"])[:-1]
         heights.append([(float(base) - float(step)) / 30 for step in steps])
-    columns, expected = (sorted(zip(*rows, strict=True)) for rows in (heights, kept.tolist()))
-    np.testing.assert_allclose(columns, expected, atol=0.002)
+    np.testing.assert_allclose(heights, kept, atol=0.002)
 
 
-def test_masks_are_drawn_as_they_are_and_many_input_channels_averaged(run):
-    views = concept_views(run.found, [[0], [1], [2, 3]])
-    rng = np.random.default_rng(0)
-    kept = rng.integers(0, 11, (3, 8)) / 10  # tenths, so that rounding does not matter
-    drawn = read(draw_masks(kept, views, 7))
-    assert_masks(drawn, kept)
+def by_owner(kept):
+    """Put input channels in the order of the concept that keeps most, and of how much."""
+    return kept[
+        :, sorted(range(kept.shape[1]), key=lambda i: (kept[:, i].argmax(), -max(kept[:, i])))
+    ]
+
+
+def test_masks_are_drawn_as_they_are_and_many_input_channels_averaged():
+    kept, wide = (np.random.default_rng(0).random((3, n)) for n in (8, 880))  # four to a step
+    drawn = read(draw_masks(kept, VIEWS, 7))
+    assert_masks(drawn, by_owner(kept))
     with pytest.raises(AssertionError):
-        assert_masks(drawn, 1 - kept)
-    wide = rng.random((3, 1000))
-    drawn = draw_masks(wide, views, 7)
-    assert drawn.count("V") == 3 * 221
-    averages = re.findall(r"\) (\d+%)", read(drawn).all("svg")[0].attributes["aria-label"])
+        assert_masks(drawn, by_owner(1 - kept))
+    drawn = read(draw_masks(wide, VIEWS, 7))
+    assert_masks(drawn, by_owner(wide).reshape(3, 220, 4).mean(2))
+    averages = re.findall(r"\) (\d+%)", drawn.all("svg")[0].attributes["aria-label"])
     assert averages == [f"{share:.0%}" for share in wide.mean(1)]
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_bars_are_as_long_as_relevances_mirrored_or_below_each_other(run, n):
-    views = concept_views(run.found, [[0], [1], [2]][:n])
+def test_bars_are_as_long_as_relevances_mirrored_or_below_each_other(n):
     relevance = np.random.default_rng(n).normal(size=(n, 5))
     relevance[0, 0] = 0.0  # no bar
     kept = relevance / 2
-    drawn = read(draw_bars(Bars(range(5), relevance, kept), views, 7))
+    drawn = read(draw_bars(Bars(range(5), relevance, kept), VIEWS[:n], 7))
     signs = [-1, 1] if n == 2 else [1] * n
     starts = {
         float(re.match(r"M([\d.]+)", a.attributes["d"])[1]) for a in drawn.all("path", "axis")
     }
     assert len(starts) == len(set(signs))
+    longest = max(float(bar.attributes["width"]) for bar in drawn.all("rect"))
+    scale = longest / abs(relevance).max()
     for k, sign in enumerate(signs):
         start = min(starts) if sign < 0 or n > 2 else max(starts)
         for kind, values in (("full", relevance), ("kept", kept)):
@@ -130,7 +144,6 @@ def test_bars_are_as_long_as_relevances_mirrored_or_below_each_other(run, n):
             ]
             x, width = (np.array([float(b.attributes[a]) for b in bars]) for a in ("x", "width"))
             shown = values[k][values[k] != 0]
-            scale = width.max() / abs(shown).max()
             np.testing.assert_allclose(width, abs(shown) * scale, atol=0.11)
             np.testing.assert_allclose(x + width * (sign < 0), start, atol=0.11)
             hollow = ["against" in bar.attributes["class"] for bar in bars]
