@@ -173,7 +173,11 @@ def test_run_does_everything(ran, home):
     assert [row["n_pairs"] for row in counted if row["tau"] == "0.02"].count(str(len(rows))) > 0
 
 
-def test_check_tells_what_is_damaged(again, call):
+def test_figure_is_drawn_and_check_tells_what_is_damaged(again, call):
+    channel = str(unbraid.Split.load(again / "split.safetensors").channels[0].channel)
+    options = ("--channel", channel, "--kind", "sources", "--out", str(again / "own.png"))
+    assert call("figure", str(again), *options)[0] == 0
+    assert Image.open(again / "own.png").width > 500
     code, out, _ = call("check", str(again))
     assert (code, out.splitlines()[-1]) == (0, "19 files sound.")
     split = again / "split.safetensors"
@@ -200,15 +204,16 @@ def test_step_by_step_gives_the_same(ran, home, call):
     assert len((home / "counted.csv").read_text().splitlines()) == 5
 
 
-def test_run_of_a_network_without_features_does_without(home, call):
-    network = ("--model", "own.py:build_soft", *NETWORK[2:])
+def test_run_of_layers_of_a_network_without_features_does_without(home, call):
+    network = ("--model", "own.py:build_soft", *NETWORK[2:], "--layer", "0")
     loose = ("--tau", "auto", "--p", "0.3", "--gamma", "1", "--no-features")
     code, out, err = call("run", *network, "--data", "data", "--out", "runs/soft", *loose)
     assert (code, "Semantic measures are left out" in err) == (0, True), err
-    assert "(auto), p 0.3" in out
-    channels = evaluation_in(home / "runs/soft")["channels"]
+    for told in ("(auto), p 0.3", "With all layers split, largest logit difference 0"):
+        assert told in out
+    channels = evaluation_in(home / "runs/soft/2")["channels"]
     assert {channel["semantics"] for channel in channels} == {None}
-    assert "Semantic measures are left out" in (home / "runs/soft/report.html").read_text()
+    assert "Semantic measures are left out" in (home / "runs/soft/2/report.html").read_text()
 
 
 def test_layers_lists_exactly_what_scan_takes(home, call):
@@ -259,6 +264,7 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     (scan(data="wrong.csv"), 1, "wrong.csv"),
     (scan(data="flat/val", classes="0"), 2, "classes names [0]"),
     (scan(out="own.py"), 2, "is a file"),
+    (scan(names="syntax.py"), 1, "names outputs 0 to 0"),
     ((*scan()[:-2], "--out="), 2, "--out is empty"),
 ]
 
@@ -316,6 +322,12 @@ def test_run_of_a_folder_without_classes_from_scan_to_report(home, call):
     assert call("report", str(folder))[0] == 0
     assert (folder / "report.html").read_bytes() == before
     assert b"Other thresholds" not in before
+
+
+def test_reproduce_tells_that_another_network_has_none_of_the_published_pairs(home, call):
+    options = ("--weights", "random", "--out", "published")
+    code, out, _ = call("reproduce", "--imagenet", "data", *options)
+    assert (code, "0 of 20 pairs agree." in out) == (1, True)
 
 
 def test_importing_is_light_and_every_public_name_is_there_and_is_no_module():

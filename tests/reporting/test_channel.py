@@ -110,11 +110,8 @@ def test_any_responses_can_be_drawn(values, run):
     curves = charts.draw_densities(channel_module.densities(responses), views, 7)
     assert len(read(curves).all("path", "curve")) == 20
     points = charts.draw_scatter(channel_module.scatter(classes, responses), views, 7)
-    for drawn in (
-        curves,
-        points,
-        charts.draw_ridges(channel_module.ridges(classes, responses), views, 7),
-    ):
+    rows = charts.draw_ridges(channel_module.ridges(classes, responses), views, 7)
+    for drawn in (curves, points, rows):
         read(drawn)
         assert not re.search(r"\b(nan|inf)\b", drawn)
 

@@ -48,6 +48,7 @@ def test_the_demo_ends_with_a_report_of_what_is_there_also_in_unseen_images(ran)
     assert output["max_abs_logit_diff"] == 0
     assert output["top1_before"] == output["top1_after"] > 0.9
     run = Run(ran[0])
+    assert all(run.figure(0, kind).axes for kind in ("teaser", "sources"))
     unseen = unbraid.find(run.val_scan, channels=run.found.concepts)
     there = {(p.channel, p.class1, p.class2): p.cosine for p in unseen.pairs}
     assert len(run.found.channels) >= 4
