@@ -1,0 +1,140 @@
+"""A folder in which the commands of the documents run, as they stand but for their placeholders.
+
+Weights that would be downloaded are random ones, put where torch keeps what it has downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision import models
+
+from documents import Command
+from unbraid.__main__ import main
+from unbraid.demo.network import CLASSES, load_images
+
+PLACEHOLDERS = {  # what a command holds in place of something of the reader's own
+    "demo --out DIR": "demo --out demo-run",
+    "DIR": "photos",
+    "imagenet/train": "photos/train",
+    "RUN": "demo-run",
+    "FOLDER": "demo-run",
+    "SCAN": "demo-run/scan-train",
+    "MODEL": "clothes.py:build",
+    "N": "2",
+    "torchrun --nproc-per-node 8": "torchrun --standalone --nproc-per-node 2",  # two cores
+}
+_SCAN = "unbraid scan --model clothes.py:build --layer mix --data clothes/train --out scans"
+_RUN = "unbraid run --model clothes.py:build --layer mix --data clothes --out"
+LEFT_OUT = {  # what the text leaves out of a command, or the command to which it names an option
+    "unbraid run --layer look.8 --layer mix": "--model clothes.py:build --data clothes --out two",
+    "--concepts clusters": f"{_RUN} clusters",
+    "--labels predicted": f"{_SCAN}/predicted",
+    "--workers N": f"{_SCAN}/workers",
+    "--autocast": f"{_SCAN}/autocast",
+    "--channels-last": f"{_SCAN}/channels-last",
+    "--no-features": f"{_RUN} plain",
+    "--output scores": "unbraid layers clothes.py:build_scores",
+    "--layer 'layer4.*.conv3'": (
+        "unbraid scan --model torchvision:resnet50 --weights random --data photos/val --out pattern"
+    ),
+}
+SAYS = {  # a command, and what it prints; one that says none of them only writes
+    **dict.fromkeys(["demo", "run", "report"], "Report: "),
+    **{"layers": " Conv2d ", "scan": "Scanned ", "sensitivity": "gamma", "check": " sound."},
+    "reproduce": "0 of 20 pairs agree.",  # with random weights, hence exit code 1
+}
+OWN = '''
+"""The demo's network as anyone's own."""
+import numpy as np
+from unbraid.demo.network import CLASSES, DemoNet, load_network, normalise
+
+class Scores(DemoNet):
+    def forward(self, images):
+        return {"images": images, "scores": super().forward(images)}
+
+def preprocess(picture):
+    return normalise(np.asarray(picture.convert("L").resize((28, 28))))
+
+def build():
+    return load_network(), preprocess, CLASSES
+
+def build_scores():
+    return Scores(), preprocess, CLASSES
+'''
+
+
+class Place:
+    """A folder with what the commands ask for; what was run there is not run again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.done: dict[str, tuple[int, str]] = {}
+        (folder / "clothes.py").write_text(OWN)
+        for split, part, n in (("train", "train", 20), ("test", "val", 10)):
+            images = load_images(split)
+            for label, kind in enumerate(CLASSES):
+                own = [k for k, other in enumerate(images.targets) if other == label][:n]
+                for name, first in (("clothes", n), ("photos", n // 5 if label < 2 else 0)):
+                    for k in own[:first]:
+                        file = folder / name / part / kind / f"{k}.png"
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        images.picture(k).save(file)
+        hub = folder / "torch/hub/checkpoints"
+        hub.mkdir(parents=True)
+        torch.save(models.resnet50().state_dict(), hub / "random")
+        for weights in models.ResNet50_Weights:
+            os.link(hub / "random", hub / Path(weights.url).name)
+
+    def run(self, command: Command) -> None:
+        """Run a command with its placeholders filled in, and look at what it leaves and says."""
+        text = filled_in(command.text)
+        if "demo-run" in text and not text.startswith("unbraid demo"):
+            self.run(Command("unbraid demo --out demo-run"))
+        words = shlex.split(text)
+        if text not in self.done:
+            self.done[text] = self.call(words)
+        code, said = self.done[text]
+        name = words[words.index("unbraid") + 1]
+        assert code == int(name == "reproduce"), said
+        assert SAYS.get(name, "") in said
+        if "--out" in words:
+            out = self.folder / words[words.index("--out") + 1]
+            assert any(f.is_file() and f.stat().st_size for f in (out, *out.rglob("*")))
+            assert name not in ("demo", "run") or list(out.rglob("report.html"))
+
+    def call(self, words: list[str]) -> tuple[int, str]:
+        """Run one command: exit code, and all that it said."""
+        hub = {"TORCH_HOME": str(self.folder / "torch")}
+        if words[0] == "torchrun":
+            done = subprocess.run(
+                [sys.executable, "-m", "torch.distributed.run", *words[1:]],
+                **{"cwd": self.folder, "env": os.environ | hub, "check": False},
+                **{"capture_output": True, "text": True},
+            )
+            return done.returncode, done.stdout + done.stderr
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
+            patch.chdir(self.folder)
+            patch.setattr(sys, "argv", words)
+            patch.setenv("TORCH_HOME", hub["TORCH_HOME"])
+            with redirect_stderr(said), pytest.raises(SystemExit) as stopped:
+                main()
+        return int(stopped.value.code or 0), said.getvalue()
+
+
+def filled_in(text: str) -> str:
+    """Add what the text leaves out, and put something in every placeholder's place."""
+    rest = LEFT_OUT.get(text, "")
+    text = f"{rest} {text}" if text.startswith("--") else f"{text} {rest}".strip()
+    for name, something in PLACEHOLDERS.items():
+        text = re.sub(rf"(?<!\S){re.escape(name)}(?!\S)", something, text)
+    return text
