@@ -303,6 +303,7 @@ class Scan:
         """Read one tensor of every shard, and nothing else."""
         return (tensors[name] for tensors in self.tensors(name))
 
+    @in_plain_modes
     def spread(self, group: int) -> Tensor | None:
         """Tap inputs of a group's channels less their image's mean, (M, J) float64.
 
