@@ -101,7 +101,7 @@ def use_scan(data, seeds, folder):
     for use in (
         lambda scan: list(scan.shards()),
         lambda scan: [scan.broken(), scan.labels_seen()],
-        lambda scan: scan.ids(),
+        lambda scan: [scan.ids(), scan.spread(0)],
         lambda scan: str(unbraid.find(scan, tau="auto")),
         lambda scan: str(unbraid.find(scan, concepts="clusters")),
         lambda scan: work(scan, own),

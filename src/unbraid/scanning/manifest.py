@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from unbraid.base.schema import build, check_schema, in_range, parse_json, read_json, unread
-from unbraid.networks.spec import LayerSpec
+from unbraid.networks.spec import SAMPLED_IMAGES, LayerSpec
 from unbraid.scanning.scan_options import MAX_THREADS
 
 SCHEMA = 1
@@ -77,6 +77,11 @@ class Manifest:
     def images_in(self, shard: int) -> int:
         """Images that a shard holds, broken ones included."""
         return min(self.shard_size, self.n_images - shard * self.shard_size)
+
+    @property
+    def sampled(self) -> list[int]:
+        """Which of the images concerned, by number, are kept tap inputs of at some positions."""
+        return sorted({k * self.n_images // SAMPLED_IMAGES for k in range(SAMPLED_IMAGES)})
 
     @property
     def most_classes(self) -> int:
