@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class Manifest:
             if getattr(self, name) != getattr(other, name)
         ]
 
-    @property
+    @cached_property
     def scan_id(self) -> str:
         """What tells this scan's shards from those of any other scan."""
         whole = asdict(self)

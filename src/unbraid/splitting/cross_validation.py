@@ -129,8 +129,12 @@ def _folds(row: Tensor, images: Images) -> list[_Fold]:
         if all(len(part.concept[part.concept >= 0].unique()) == n_concepts for part in parts):
             # Groups that concepts share can leave a fold without images of one.
             problems = [
-                _first(pose(row, [moment(part.inputs[part.concept == k], shrink)
-                                  for k in range(n_concepts)]))
+                _first(
+                    pose(
+                        row,
+                        [moment(part.inputs[part.concept == k], shrink) for k in range(n_concepts)],
+                    )
+                )
                 for part, shrink in zip(parts, (True, False), strict=True)
             ]
             folds.append(_Fold(problems[0], parts[0], problems[1], parts[1]))

@@ -6,7 +6,7 @@ and `Term`s, errors of single images. Shapes: N images, J taps, K concepts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Members
-from unbraid.splitting.box_solver import Whole, solve_box
+from unbraid.splitting.box_solver import kkt_residual, solve_box
 from unbraid.splitting.moments import (
     Moment,
     RowPrior,
@@ -40,7 +40,8 @@ _MAX_STEPS = 8
 _LEAST_GAIN = 1e-5  # part of the objective for which another step is worth it
 _HALVINGS = 8
 _LEAST_RIDGE = 1e-9  # of the mean curvature, so that there is one answer
-_POOLED_WEIGHT = 0.3 / 1.3  # at least, of pooled responses beside rectified ones
+_ROUGH_GAIN = 1e-3  # where another objective follows
+_POOLED_SHARE = 0.25  # at least, of pooled responses beside rectified ones
 
 
 def by_portion(
@@ -110,6 +111,10 @@ class Beyond:
         errors = self.errors(mask)
         on = errors > 0
         return errors[on], self.reach[on]
+
+    def times(self, weight: float) -> Beyond:
+        """The same errors, whose squares count as much less."""
+        return Beyond(self.reach * weight**0.5, self.start * weight**0.5)
 
 
 @dataclass(frozen=True)
@@ -193,21 +198,17 @@ class Objective:
         errors = sum(float(term.errors(mask).square().sum()) for term in self.terms)
         return float(mask @ (self.gram @ mask) - 2 * self.linear @ mask) + errors
 
-    def solve(self, mask: Tensor) -> tuple[Tensor, float]:
-        """Go down from a mask while it pays; returns the mask and its residual (`kkt_residual`).
+    def solve(self, mask: Tensor, gain: float = _LEAST_GAIN) -> Tensor:
+        """Go down from a mask while a step gains more than a part of the objective.
 
         Each step holds which errors are active, and how they change, and solves what is left.
         """
         value = self.value(mask)
-        for step in range(_MAX_STEPS + 1):
+        for _ in range(_MAX_STEPS):
             gram, linear = self._held(mask)
-            scale = gram.diagonal().amax().clamp(min=torch.finfo(gram.dtype).tiny)
-            residual = (mask - (mask - (gram @ mask - linear) / scale).clamp(0, 1)).abs().amax()
-            if step == _MAX_STEPS:
-                break
             ridge = _LEAST_RIDGE * float(gram.diagonal().mean())
             ridge = max(ridge, torch.finfo(gram.dtype).tiny)  # a channel that never responds
-            change = solve_box(Whole(gram), ridge, linear[None] + ridge * mask, mask[None])[0] - mask
+            change = solve_box(gram, ridge, linear + ridge * mask, mask) - mask
             for _ in range(_HALVINGS):
                 ahead = self.value(mask + change)
                 if ahead < value:
@@ -215,12 +216,15 @@ class Objective:
                 change = change / 2
             else:
                 break
-            mask, gain, value = mask + change, value - ahead, ahead
-            if gain <= _LEAST_GAIN * abs(value):
-                gram, linear = self._held(mask)
-                residual = (mask - (mask - (gram @ mask - linear) / scale).clamp(0, 1)).abs().amax()
+            mask, before, value = mask + change, value, ahead
+            if before - value <= gain * abs(value):
                 break
-        return mask, float(residual)
+        return mask
+
+    def residual(self, mask: Tensor) -> float:
+        """How far a mask is from the nearest answer: a projected gradient step's change."""
+        gram, linear = self._held(mask)
+        return float(kkt_residual(gram, 0.0, linear, mask))
 
     def _held(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The quadratic that is like the objective near a mask."""
@@ -244,21 +248,23 @@ def solve(
     n_concepts, n_taps = problem.linear.shape
     even = torch.full((n_taps,), 1 / n_concepts, dtype=torch.float64)
     penalty = weights.penalty * float(problem.gram.diagonal().mean()) * prior
+    pull = penalty @ even
+    share = 1.0  # of pooled responses, which say more than rectified ones where images are few
+    if spread is not None:
+        share = _POOLED_SHARE + (1 - _POOLED_SHARE) * problem.shrinkage
     masks, residuals = [], []
     for k in range(n_concepts):
         mask = even if start is None else start[k].double().clamp(0, 1)
         beyond = problem.beyond(images, weights.silence, k)
-        pull = penalty @ even
-        pooled = Objective(problem.gram + penalty, problem.linear[k] + pull, [beyond])
-        mask, residual = pooled.solve(mask)
+        objective = Objective(problem.gram + penalty, problem.linear[k] + pull, [beyond])
+        mask = objective.solve(mask, _LEAST_GAIN if spread is None else _ROUGH_GAIN)
         if spread is not None:
-            share = _POOLED_WEIGHT + (1 - _POOLED_WEIGHT) * problem.shrinkage
             shaped = Rectified.of(problem.row, images, spread, k, weights.silence, 1 - share)
-            part = Beyond(beyond.reach * share**0.5, beyond.start * share**0.5)
             gram, linear = share * problem.gram + penalty, share * problem.linear[k] + pull
-            mask, residual = Objective(gram, linear, [part, shaped]).solve(mask)
+            objective = Objective(gram, linear, [beyond.times(share), shaped])
+            mask = objective.solve(mask)
         masks.append(mask)
-        residuals.append(residual)
+        residuals.append(objective.residual(mask))
     return Fit(torch.stack(masks), weights, max(residuals), problem.shrinkage)
 
 
