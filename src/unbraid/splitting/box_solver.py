@@ -98,7 +98,7 @@ class _Box:
 def solve_box(
     matrix: Tensor, ridge: float, linear: Tensor, start: Tensor, tolerance: float = 1e-9
 ) -> Tensor:
-    """Solve a problem of a Gram matrix (J, J) and linear part (J,) to a KKT residual of `tolerance`.
+    """Solve a problem of a matrix (J, J) and linear part (J,) to a KKT residual of `tolerance`.
 
     The answer, (J,), does not depend on the start, (J,), the time does.
     """

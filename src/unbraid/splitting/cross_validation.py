@@ -27,14 +27,15 @@ from unbraid.splitting.least_squares import (
 from unbraid.splitting.moments import RowPrior, augmented_row, moment
 from unbraid.splitting.silence import Images, Rest
 
-PENALTIES = tuple(10.0**e for e in (-1.5, -1, -0.5, 0, 0.5))
-SILENCES = (10.0, 5.0, 2.5, 1.2, 0.6)
+PENALTIES = tuple(10.0**e for e in (-1.5, -1, -0.5, 0))
+SILENCES = (12.0, 6.0, 3.0, 1.5, 0.75)
 RETENTION = 0.78  # at least, the median over concepts; fits on all images keep some .03 more
 _DEFAULT_PENALTY = 1.0  # where there are too few images to choose one
-_N_CHANNELS = 8
-_N_CONCEPTS = 3  # of each of these channels, whose masks are fitted
+_N_CHANNELS = 6
+_N_CONCEPTS = 2  # of each of these channels, whose masks are fitted
 _N_IMAGES = 200  # of each of their classes or clusters
-_N_FOLDS = 5
+_N_FOLDS = 4
+_GAIN = 1e-3  # part of the objective for which another step is worth it
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,12 @@ def choose_weights(
     found = on_images(members, sampled, rest, _N_IMAGES, judge).values()
     losses = torch.stack([loss for loss, _ in found]).sum(0)  # (PENALTIES,)
     penalty = PENALTIES[int(losses.argmin())] if losses.any() else _DEFAULT_PENALTY
-    for place, silence in enumerate(SILENCES):
-        figures = [kept[place] for _, kept in found if kept]
-        if not figures:
-            return Weights(penalty, SILENCES[0])
-        if torch.cat(figures).nan_to_num(0).median() >= RETENTION:
-            break
-    return Weights(penalty, silence)
+    kept = [torch.stack(own) for _, own in found if own]  # (SILENCES, K) each
+    if not kept:
+        return Weights(penalty, SILENCES[0])
+    medians = torch.cat(kept, 1).nan_to_num(0).quantile(0.5, 1).tolist()
+    enough = [omega for omega, own in zip(SILENCES, medians, strict=True) if own >= RETENTION]
+    return Weights(penalty, max(enough, default=SILENCES[-1]))
 
 
 def _judge(row: Tensor, images: Images, prior: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -94,11 +94,11 @@ def _judge(row: Tensor, images: Images, prior: Tensor) -> tuple[Tensor, list[Ten
     kept: list[list[Tensor]] = [[] for _ in SILENCES]
     folds = _folds(row, images)
     fits: dict[int, list[Fit]] = {}
-    for n, fold in enumerate(folds):
+    for fold in folds:
         start = None
         for place in reversed(range(len(PENALTIES))):  # from stiff to loose, each from the last
             weights = Weights(PENALTIES[place], SILENCES[0])
-            fit = solve(fold.fitted, fold.images, weights, prior, start)
+            fit = solve(fold.fitted, fold.images, weights, prior, start, gain=_GAIN)
             start = fit.masks
             losses[place] += fold.loss(fit)
             fits.setdefault(place, []).append(fit)
@@ -109,7 +109,7 @@ def _judge(row: Tensor, images: Images, prior: Tensor) -> tuple[Tensor, list[Ten
         for place, silence in enumerate(SILENCES):
             if place:
                 weights = Weights(PENALTIES[best], silence)
-                fit = solve(fold.fitted, fold.images, weights, prior, fit.masks)
+                fit = solve(fold.fitted, fold.images, weights, prior, fit.masks, gain=_GAIN)
             kept[place].append(fold.retention(fit))
     return losses, [torch.stack(folds).mean(0) for folds in kept]
 

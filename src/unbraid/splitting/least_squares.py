@@ -27,7 +27,7 @@ from unbraid.splitting.moments import (
     moment,
 )
 from unbraid.splitting.rectified import Rectified
-from unbraid.splitting.silence import MARGIN, Images, Rest, join_images
+from unbraid.splitting.silence import MARGIN, N_EVEN, N_TOP, Images, Rest, join_images
 
 Need = TypeVar("Need")
 Material = TypeVar("Material")
@@ -49,12 +49,15 @@ def by_portion(
     n_bytes: Callable[[Need], int],
     read: Callable[[set[Need], Sequence[int]], Material],
     work: Callable[[Material, int], Answer],
-    at_once: int = _BYTES_AT_ONCE,
+    bytes_each: int = 0,
 ) -> dict[int, Answer]:
     """Do the work of all channels side by side, as many at a time as memory holds the needs of."""
     portions: list[tuple[list[int], set[Need]]] = []
     for channel, own in needs.items():
-        if not portions or sum(map(n_bytes, portions[-1][1] | own)) > at_once:
+        if not portions or (
+            sum(map(n_bytes, portions[-1][1] | own)) + bytes_each * len(portions[-1][0])
+            > _BYTES_AT_ONCE
+        ):
             portions.append(([], set()))
         portions[-1][0].append(channel)
         portions[-1][1].update(own)
@@ -198,7 +201,7 @@ class Objective:
         errors = sum(float(term.errors(mask).square().sum()) for term in self.terms)
         return float(mask @ (self.gram @ mask) - 2 * self.linear @ mask) + errors
 
-    def solve(self, mask: Tensor, gain: float = _LEAST_GAIN) -> Tensor:
+    def solve(self, mask: Tensor, gain: float) -> Tensor:
         """Go down from a mask while a step gains more than a part of the objective.
 
         Each step holds which errors are active, and how they change, and solves what is left.
@@ -243,6 +246,7 @@ def solve(
     prior: Tensor,
     start: Tensor | None = None,
     spread: Tensor | None = None,
+    gain: float = _LEAST_GAIN,
 ) -> Fit:
     """Solve the problems of one channel, on pooled and, with a spread, on rectified responses."""
     n_concepts, n_taps = problem.linear.shape
@@ -257,12 +261,12 @@ def solve(
         mask = even if start is None else start[k].double().clamp(0, 1)
         beyond = problem.beyond(images, weights.silence, k)
         objective = Objective(problem.gram + penalty, problem.linear[k] + pull, [beyond])
-        mask = objective.solve(mask, _LEAST_GAIN if spread is None else _ROUGH_GAIN)
+        mask = objective.solve(mask, gain if spread is None else _ROUGH_GAIN)
         if spread is not None:
             shaped = Rectified.of(problem.row, images, spread, k, weights.silence, 1 - share)
             gram, linear = share * problem.gram + penalty, share * problem.linear[k] + pull
             objective = Objective(gram, linear, [beyond.times(share), shaped])
-            mask = objective.solve(mask)
+            mask = objective.solve(mask, gain)
         masks.append(mask)
         residuals.append(objective.residual(mask))
     return Fit(torch.stack(masks), weights, max(residuals), problem.shrinkage)
@@ -321,9 +325,10 @@ def on_images(
             for o in channels
         }
 
-    return by_portion(
-        numbers, lambda number: n_bytes_each * min(counts[number], n_images), read, work
-    )
+    def n_bytes(number: int) -> int:
+        return n_bytes_each * min(counts[number], n_images)
+
+    return by_portion(numbers, n_bytes, read, work, n_bytes_each * (N_TOP + N_EVEN))
 
 
 def _gather(
