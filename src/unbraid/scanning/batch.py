@@ -101,7 +101,7 @@ def scan_batch(
     layers: Sequence[Place],
     items: Sequence[Loaded],
     *,
-    sampled: Container[int],
+    sampled: Container[int] = (),
     min_share: float,
     positions: bool,
     predicted: bool,
