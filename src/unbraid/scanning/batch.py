@@ -101,7 +101,7 @@ def scan_batch(
     layers: Sequence[Place],
     items: Sequence[Loaded],
     *,
-    sampled: Container[int],
+    sampled: Container[int] = (),
     min_share: float,
     positions: bool,
     predicted: bool,
@@ -121,7 +121,8 @@ def scan_batch(
     images = as_batch([item.image for item in items], index)
     # A copy in any case, as a network may write into it, and then have to begin anew.
     images = images.to(device, non_blocking=True, copy=True)
-    chosen = torch.tensor([not positions and item.index in sampled for item in items])
+    flags = [not positions and item.index in sampled for item in items]
+    chosen = torch.tensor(flags, dtype=torch.bool)
     with ExitStack() as stack:
         cuts = [
             stack.enter_context(cut_at(layer.module, partial(_keep, layer.spec, positions, chosen)))
