@@ -290,7 +290,7 @@ def fit_least_squares(
     """Fit the masks of all channels."""
     scan = members.scan
     prior = RowPrior(scan)
-    spreads = {group: scan.spread(group) for group in range(scan.layer.groups)}
+    spreads = [rest[0].scan.spread(group) for group in range(scan.layer.groups)]
 
     def fit(material: Mapping[int, ChannelImages], channel: int) -> Fit:
         own = material[channel]
