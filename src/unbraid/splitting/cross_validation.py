@@ -27,7 +27,7 @@ from unbraid.splitting.least_squares import (
 from unbraid.splitting.moments import RowPrior, augmented_row, moment
 from unbraid.splitting.silence import Images, Rest
 
-PENALTIES = tuple(10.0**e for e in (-1.5, -1, -0.5, 0))
+PENALTIES = (0.3, 1.0, 3.0)
 SILENCES = (12.0, 6.0, 3.0, 1.5, 0.75)
 RETENTION = 0.78  # at least, the median over concepts; fits on all images keep some .03 more
 _DEFAULT_PENALTY = 1.0  # where there are too few images to choose one
