@@ -25,7 +25,7 @@ _N_STRONGEST = 10  # that tell how strong a response can be
 _LEAST_PART = 0.25  # of the way from the mean response to the strongest
 _BYTES_AT_ONCE = 1 << 30  # of pooled inputs held in memory
 _ENOUGH = 8  # top images of a class, for it to be compared with clusters
-_NAMED = 0.2  # part of a cluster's images, for a class to be named
+_NAMED = 0.1  # part of a cluster's images, for a class to be named beside the largest
 _LEVEL = 0.01  # of the test of one cut; a divided set has had several
 _SMALLEST = 8  # points in a cluster: fewer cannot be tested
 _MAX_STEPS = 30
@@ -36,8 +36,7 @@ _N_TURNS = 10  # that bring the starts near the principal directions
 def search_clusters(scan: Scan, gamma: float) -> Found:
     """Cluster the top images of every channel, and compare the clusters by their ARVs."""
     found = Found()
-    seen = scan.labels_seen() | {int(c) for column in scan.columns("prediction") for c in column}
-    first = max(len(scan.class_names), max(seen, default=-1) + 1)  # the first that is no class
+    first = first_free(scan)
     nearest = (1.0, -1)  # lowest cosine, and channel
     for channel, top in top_images(scan):
         clusters, number = cluster_images(top, channel, first)
@@ -53,7 +52,7 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
         found.concepts[channel] = group_classes(numbers, cosines, gamma)
         found.clusters |= clusters
         for k, n in enumerate(numbers):
-            found.names[n] = f"cluster {k + 1}{_classes(scan, top.label[number == n])}"
+            found.names[n] = name_cluster(scan, k, top.label[number == n])
         found.agreement[channel] = _agreement(top, number, found.concepts[channel], gamma)
         first += len(numbers)
     least = math.ceil(nearest[0] * 1000) / 1000  # above the cosine as printed, it is found
@@ -79,15 +78,21 @@ def _cosines(top: DescribedImages, number: Tensor, numbers: Sequence[int]) -> Te
     return cosines_of(torch.stack([top.relevance[number == n].mean(0) for n in numbers]))
 
 
-def _classes(scan: Scan, labels: Tensor) -> str:
-    """Name the classes that a cluster mostly holds, in brackets."""
+def first_free(scan: Scan) -> int:
+    """The first number that is no class."""
+    seen = scan.labels_seen() | {int(c) for column in scan.columns("prediction") for c in column}
+    return max(len(scan.class_names), max(seen, default=-1) + 1)
+
+
+def name_cluster(scan: Scan, place: int, labels: Tensor) -> str:
+    """Name a cluster by the classes that it mostly holds, with their share of its images."""
     counts = labels.bincount()
-    names = [
-        name_of(scan.class_names, c)
-        for c in counts.argsort(descending=True).tolist()[:3]
-        if counts[c] >= _NAMED * len(labels)
+    named = [
+        f"{name_of(scan.class_names, c)} {int(counts[c]) / len(labels):.0%}"
+        for k, c in enumerate(counts.argsort(descending=True, stable=True).tolist()[:3])
+        if k == 0 or counts[c] >= _NAMED * len(labels)
     ]
-    return f" ({', '.join(names)})" if names else ""
+    return f"cluster {place + 1} ({', '.join(named)})"
 
 
 def _agreement(
@@ -114,25 +119,28 @@ class DescribedImages:
     least: float  # the smallest response among them
 
 
-def top_images(scan: Scan) -> Iterator[tuple[int, DescribedImages]]:
-    """Gather the top images of every channel, as many channels at a time as memory holds."""
-    channels = list(range(scan.layer.n_out))
+def top_images(
+    scan: Scan, channels: Sequence[int] | None = None
+) -> Iterator[tuple[int, DescribedImages]]:
+    """Gather the top images of channels, or all, as many channels at a time as memory holds."""
+    channels = range(scan.layer.n_out) if channels is None else channels
     values, places = _strongest(scan, channels)
     if not len(values):  # no image could be read
         return
     bytes_each = scan.layer.n_taps * scan.weight.element_size() * len(values)
     at_once = max(1, _BYTES_AT_ONCE // bytes_each)
     for first in range(0, len(channels), at_once):
-        strong = {o: values[:, o].isfinite() for o in channels[first : first + at_once]}
-        chosen = {o: places[own, o].sort().values for o, own in strong.items()}
+        some = range(first, min(first + at_once, len(channels)))
+        strong = {channels[k]: values[:, k][values[:, k].isfinite()] for k in some}
+        chosen = {channels[k]: places[values[:, k].isfinite(), k].sort().values for k in some}
         for o, (labels, pooled) in _gather(scan, chosen).items():
             relevance = relevance_for_channel(scan, pooled, o)
-            some = relevance.norm(dim=1) > 0
-            responses = values[strong[o], o]
+            fed = relevance.norm(dim=1) > 0
+            responses = strong[o]
             # A little less, since the same response may be rounded otherwise in another batch.
             rounding = torch.finfo(scan.weight.dtype).eps ** 0.5 * responses.abs().max()
             least = float(responses.min() - rounding)
-            yield o, DescribedImages(labels[some], relevance[some], least)
+            yield o, DescribedImages(labels[fed], relevance[fed], least)
 
 
 def _strongest(scan: Scan, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
