@@ -1,7 +1,6 @@
 """Concepts without labels: planted causes are found, and labels play no part."""
 
 import itertools
-import math
 import re
 from collections import Counter
 from dataclasses import astuple, replace
@@ -185,8 +184,9 @@ def test_no_finding_of_clusters_hints_at_the_nearest(planted, found):
     nearest = found.pairs[0]
     none = unbraid.find(planted.scan, concepts="clusters", gamma=nearest.cosine)
     assert (none.pairs, none.concepts, none.clusters, none.kind) == ((), {}, {}, "clusters")
-    hinted = math.ceil(nearest.cosine * 1000) / 1000
-    assert f"channel {nearest.channel} has clusters with a cosine of {hinted:.3f}" in none.hint
+    told = rf"channel {nearest.channel} has clusters with a cosine of (0\.\d{{3}}),"
+    hinted = float(re.search(told, none.hint)[1])  # unseen images may be more alike
+    assert nearest.cosine <= hinted < nearest.cosine + 0.02
     followed = unbraid.find(planted.scan, concepts="clusters", gamma=hinted + 0.001)
     assert followed.pairs[0].channel == nearest.channel
 
