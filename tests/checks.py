@@ -295,7 +295,9 @@ def assert_same_split(split1, split2):
         assert_same(part1, part2, "channel concepts info bias masks weight rows residual_row")
     assert split1.clusters.keys() == split2.clusters.keys()
     for number, cluster in split1.clusters.items():
-        assert_same(cluster, split2.clusters[number], "channel place least centres")
+        assert_same(
+            cluster, split2.clusters[number], "channel place least centres origin alike named"
+        )
 
 
 def assert_same_outputs(network, other, images):

@@ -2,63 +2,95 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
-from scipy.stats import binomtest
+from torch import Tensor
 
 from oracle import cosine
 
-
-def scatter(points, side):
-    """Sum of squared distances to the centres of the two sides."""
-    total = 0.0
-    for wanted in (True, False):
-        own = [point for point, on in zip(points.tolist(), side, strict=True) if on == wanted]
-        if not own:
-            continue
-        centre = [sum(column) / len(own) for column in zip(*own, strict=True)]
-        total += sum(
-            (value - middle) ** 2
-            for point in own
-            for value, middle in zip(point, centre, strict=True)
-        )
-    return total
+ALIKE = 0.45
 
 
-def best_cut(points):
-    """The cut with the least scatter, of all that there are."""
-    cuts = itertools.product([False, True], repeat=len(points) - 1)
-    best = min(((False, *cut) for cut in cuts), key=lambda cut: scatter(points, cut))
-    return torch.tensor(best)
+def direction(relevance: Tensor, origin: Tensor) -> Tensor:
+    """What feeds an image other than the mean image, of length one."""
+    own = relevance - origin
+    return own / own.norm() if own.norm() > 0 else own
 
 
-def chance_of_one(points, cut):
-    """Cut every other point, and test on the others that as many lie half-way as at the rarer end.
+def nearest(point: Tensor, centres: Sequence[Tensor]) -> int:
+    """The most alike of some centres, -1 if none is alike."""
+    nearness = [float((point * centre).sum()) for centre in centres]
+    if not nearness or max(nearness) < ALIKE:
+        return -1
+    return nearness.index(max(nearness))
 
-    Points within a sixth of the distance between the centres count, in both directions of testing.
+
+def settle(points: Sequence[Tensor], centres: Sequence[Tensor]) -> list[Tensor]:
+    """Move centres eight times to the mean direction of the points that are alike to them."""
+    for _ in range(8):
+        own = [nearest(point, centres) for point in points]
+        sums = [
+            sum((p for p, k in zip(points, own, strict=True) if k == n), torch.zeros_like(centre))
+            for n, centre in enumerate(centres)
+        ]
+        centres = [
+            total / total.norm() if total.norm() > 0 else centre
+            for total, centre in zip(sums, centres, strict=True)
+        ]
+    return list(centres)
+
+
+def halves(things: Sequence[Tensor], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    order = torch.randperm(len(things), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [things[n] for n in order[::2]], [things[n] for n in order[1::2]]
+
+
+def cover(points: Sequence[Tensor]) -> list[Tensor]:
+    """Centres where points are dense that no centre has, as many as cover most unseen points."""
+    half, rest = halves(points)
+    tried: list[Tensor] = []
+    best: tuple[int, list[Tensor]] = (0, [])
+    for _ in range(8):
+        free = [p for p in half if nearest(p, tried) < 0]
+        if not free:
+            break
+        density = [sum(max(float((p * q).sum()), 0) ** 4 for q in free) for p in free]
+        tried = settle(half, [*tried, free[density.index(max(density))]])
+        counts = Counter(nearest(p, tried) for p in rest)
+        large = [k for k in range(len(tried)) if counts[k] >= 4]
+        n_covered = sum(counts[k] for k in large)
+        if n_covered > best[0]:
+            best = (n_covered, [tried[k] for k in large])
+    centres = settle(points, best[1])
+    counts = Counter(nearest(p, centres) for p in points)
+    order = sorted(range(len(centres)), key=lambda k: -counts[k])
+    return [centres[k] for k in order if counts[k] >= 8]
+
+
+def find_clusters(relevance: Tensor, origin: Tensor) -> tuple[Tensor, float]:
+    """Centres of one half of the images; the lowest cosine of ARVs of the other half.
+
+    An ARV is of inputs by which its images were not put into the cluster.
     """
-    smaller = half_way = 0
-    for start in (0, 1):
-        own = [n for n in range(len(points)) if n % 2 == start]
-        others = [n for n in range(len(points)) if n % 2 != start]
-        side = cut(points[own]).tolist()
-        if all(side) or not any(side):
-            return 1.0
-        centres = []
-        for wanted in (False, True):
-            members = [points[n] for n, on in zip(own, side, strict=True) if on == wanted]
-            centres.append(sum(members) / len(members))
-        line = centres[1] - centres[0]
-        counts = [0, 0, 0]
-        for n in others:
-            place = float(((points[n] - centres[0]) * line).sum() / (line * line).sum())
-            for k, at in enumerate((0.0, 0.5, 1.0)):
-                counts[k] += abs(place - at) <= 1 / 6
-        half_way += counts[1]
-        smaller += min(counts[0], counts[2])
-    if half_way + smaller == 0:
-        return 1.0
-    return float(binomtest(half_way, half_way + smaller, 0.5, alternative="less").pvalue)
+    half, rest = halves(list(relevance))
+    centres = cover([direction(a, origin) for a in half])
+    inputs = torch.randperm(len(origin), generator=torch.Generator().manual_seed(1))
+    arvs = [torch.zeros_like(origin) for _ in centres]
+    kept = set(range(len(centres)))
+    for seen, unseen in ((inputs[::2], inputs[1::2]), (inputs[1::2], inputs[::2])):
+        parts = [centre[seen] / centre[seen].norm() for centre in centres]
+        own = [nearest(direction(a[seen], origin[seen]), parts) for a in rest]
+        for k in range(len(centres)):
+            images = [a[unseen] for a, n in zip(rest, own, strict=True) if n == k]
+            if len(images) < 4:
+                kept.discard(k)
+            if images:
+                arvs[k][unseen] = sum(images) / len(images)
+    pairs = itertools.combinations(sorted(kept), 2)
+    lowest = min((cosine(arvs[k], arvs[n]) for k, n in pairs), default=1.0)
+    found = [centres[k] for k in sorted(kept)]
+    return torch.stack(found) if found else relevance[:0], lowest
 
 
 def adjusted_rand_index(one, other):

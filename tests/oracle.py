@@ -65,7 +65,7 @@ def pooled_input(layer, x):
 
 
 @torch.no_grad()
-def tap_inputs(layer: nn.Module, x: Tensor) -> Tensor:
+def tap_inputs(layer, x):
     """What each tap meets at each position of one image, (P, G, J): z of rows with one weight."""
     layer, n_groups = _copy64(layer), _n_groups(layer)
     rows = layer.weight.flatten(1)
@@ -83,7 +83,7 @@ def tap_inputs(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.cat(met, 1).movedim(2, 0)
 
 
-def spread(layer: nn.Module, inputs: Images) -> Tensor:
+def spread(layer, inputs):
     """Section 5, Lambda: tap inputs less their mean at up to 64 positions of one image, (M, G, J).
 
     inputs are those of the layer's runs on the image and its parts, in order.

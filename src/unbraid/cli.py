@@ -74,13 +74,14 @@ class Finding:
         tau: Smallest share of an image's relevance that matters; auto: fit to the layer.
         p: Fraction of a class's images in which a channel matters.
         gamma: Cosine below which two classes have different reasons.
-        concepts: What concepts are made of; clusters of images need no labels.
+        concepts: What concepts are made of; clusters of images need no labels; whole: classes, and
+            clusters of what else excites a channel.
     """
 
     tau: float | Literal["auto"] = 0.03
     p: float = 0.75
     gamma: float = 0.5
-    concepts: Literal["classes", "clusters"] = "classes"
+    concepts: Literal["classes", "clusters", "whole"] = "classes"
 
 
 def load(network: Network) -> LoadedModel:

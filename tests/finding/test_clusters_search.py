@@ -1,7 +1,6 @@
 """Concepts without labels: planted causes are found, and labels play no part."""
 
 import itertools
-import math
 import re
 from collections import Counter
 from dataclasses import astuple, replace
@@ -74,8 +73,9 @@ def assert_same_findings(one, other, tolerance=0.0):
     for pair, twin in zip(one.pairs, other.pairs, strict=True):
         assert_close(astuple(pair), astuple(twin), tolerance)
     for number, cluster in one.clusters.items():
-        for name, value in vars(cluster).items():
-            assert_close(value, getattr(other.clusters[number], name), tolerance)
+        twin = other.clusters[number]
+        for name in ("channel", "place", "centres", "least"):
+            assert_close(getattr(cluster, name), getattr(twin, name), tolerance)
 
 
 def test_pairs_are_clusters_of_two_concepts_with_their_cosine_and_size(planted, found):
@@ -136,7 +136,7 @@ def test_agreement_is_that_of_pair_counting(planted, found, tmp_path):
         assert_close(other.agreement[channel], expected)
 
 
-def test_clusters_are_named_by_up_to_three_classes_of_a_fifth_of_their_images(planted, tmp_path):
+def test_clusters_are_named_by_up_to_three_classes_of_a_tenth_of_their_images(planted, tmp_path):
     """Of B's images a tenth is of another class, and C's are of four classes."""
     labels = [(0, n % 10 == 0, 2 + n % 4, 9)[c] for n, c in enumerate(planted.cause)]
     scan = plant(tmp_path, labels=list(map(int, labels))).scan
@@ -148,8 +148,9 @@ def test_clusters_are_named_by_up_to_three_classes_of_a_fifth_of_their_images(pl
         own = Counter(labels[n] for n in found.members_in(scan).indices([number]))
         start, classes = found.name(number).rstrip(")").split(" (")
         assert start == f"cluster {cluster.place + 1}"
-        shown = [own[names.index(name)] for name in classes.split(", ")]
-        assert shown == [n for _, n in own.most_common(3) if n >= 0.2 * own.total()]
+        shown = [(own[names.index(c.split()[0])], c.split()[1]) for c in classes.split(", ")]
+        largest = [n for _, n in own.most_common(3) if n >= 0.1 * own.total()]
+        assert shown == [(n, f"{n / own.total():.0%}") for n in largest]
 
 
 @pytest.mark.parametrize("method", ["least_squares", "published"])
@@ -181,8 +182,9 @@ def test_findings_of_clusters_in_print_and_files_and_the_hint_of_none(found, tmp
     nearest = found.pairs[0]
     none = unbraid.find(planted.scan, concepts="clusters", gamma=nearest.cosine)
     assert (none.pairs, none.concepts, none.clusters, none.kind) == ((), {}, {}, "clusters")
-    hinted = math.ceil(nearest.cosine * 1000) / 1000
-    assert f"channel {nearest.channel} has clusters with a cosine of {hinted:.3f}" in none.hint
+    told = rf"channel {nearest.channel} has clusters with a cosine of (0\.\d{{3}}),"
+    hinted = float(re.search(told, none.hint)[1])  # unseen images may be more alike
+    assert nearest.cosine <= hinted < nearest.cosine + 0.02
     followed = unbraid.find(planted.scan, concepts="clusters", gamma=hinted + 0.001)
     assert followed.pairs[0].channel == nearest.channel
 

@@ -202,7 +202,7 @@ def test_find_refuses_what_makes_no_sense(tmp_path):
         ({"channels": {1: [[0], [6]]}}, "class 6, of which there is no image"),
         ({"channels": [[0], [1]]}, "channels is a list; give groups of classes per channel"),
         ({"channels": {1: [[0], [1]]}, "concepts": "clusters"}, "not both"),
-        ({"concepts": "Clusters"}, "use 'classes' or 'clusters'"),
+        ({"concepts": "Clusters"}, "use 'classes', 'clusters' or 'whole'"),
         ({"tau": math.nan}, "tau is nan"),
         ({"tau": 0.004}, "tau is 0.004, but the scan keeps no share below 0.005"),
         ({"tau": "Auto"}, "tau is 'Auto'; give a share such as 0.03, or 'auto'."),

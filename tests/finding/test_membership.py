@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import checks
 import cluster_oracle
+import oracle
 import unbraid
 from handmade import write_scan
 from tiny_networks import SyntheticImages, build
@@ -132,6 +133,33 @@ def test_members_of_classes_and_numbers_without_an_image(case, tmp_path):
     assert_members(scan, {5: [1], 6: [2]}, made)
 
 
+@of_every_kind
+@pytest.mark.parametrize("alike", [-1.0, 0.2, 0.9])
+@pytest.mark.parametrize("named", [(), (1, 4)])
+def test_members_are_alike_apart_from_the_mean_image_and_of_no_named_class(alike, named, case):
+    responses, relevance = described(case, 2)
+    origin = relevance.mean(0)
+    least = sorted(responses)[10]
+    centred = [a - origin for a in relevance]
+    top = torch.tensor(responses).topk(3).indices.tolist()
+    centres = torch.stack([centred[n] / centred[n].norm() for n in top])
+    expected = {FIRST + k: [] for k in range(3)}
+    for n, response in enumerate(responses):
+        cosines = [oracle.cosine(centred[n], centre) for centre in centres]
+        fits = response >= least and max(cosines) >= alike
+        if fits and case.truth.labels[n] not in named:
+            expected[FIRST + cosines.index(max(cosines))].append(n)
+    made = {
+        FIRST + k: Cluster(2, k, centres, least - 1e-9, origin, alike - 1e-9, named)
+        for k in range(3)
+    }
+    assert_members(case.scan, expected, made)
+    for other in ({"origin": None}, {"origin": -origin}, {"named": (0, 1, 2, 3, 4, 5)}):
+        changed = {n: replace(cluster, **other) for n, cluster in made.items()}
+        with pytest.raises(AssertionError):
+            assert_members(case.scan, expected, changed)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", ["3x3", "groups", "tokens"])
 def test_images_that_made_clusters_belong_to_them_in_batches_of_any_size(kind, dtype, tmp_path):
@@ -141,10 +169,15 @@ def test_images_that_made_clusters_belong_to_them_in_batches_of_any_size(kind, d
     (records,) = scan.shards()
     responses = mean_responses(scan, records.pooled, records.n_positions, range(8))
     for channel, top in clusters.top_images(scan):
-        made, number = clusters.cluster_images(top, channel, FIRST)
+        origin = top.relevance.mean(0)
+        centres = clusters.directions(top.relevance[:2], origin)
+        number = clusters.nearest_centres(clusters.directions(top.relevance, origin), centres)
+        options = (centres, top.least, origin, clusters.ALIKE)
+        made = {FIRST + k: Cluster(channel, k, *options) for k in range(2)}
         relevance = list(torch.ones(40, 1))  # no image of these is without
         images, _ = cluster_oracle.top_images(responses[:, channel].tolist(), relevance)
-        expected = {n: torch.tensor(images)[number == n].tolist() for n in made}
+        expected = {FIRST + k: torch.tensor(images)[number == k].tolist() for k in range(2)}
+        assert all(expected.values())
         assert_members(scan, expected, made)
         assert_members(again, expected, made)
 

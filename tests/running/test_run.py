@@ -80,6 +80,7 @@ def out(made, tmp_path):
 OTHERS = {
     "tau that fits": (replace(LOOSE, tau="auto"), {}),
     "clusters": (replace(LOOSE, concepts="clusters"), {}),
+    "whole": (replace(LOOSE, concepts="whole"), {}),
     "nothing found": (NOTHING, {}),
     "encoder": (LOOSE, {"encoder": "timm:any"}),
 }

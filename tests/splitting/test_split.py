@@ -95,6 +95,8 @@ def test_a_description_that_cannot_be_is_refused(saved, tmp_path):
         ("channels.0.concepts", [[4], [5], [6]], "the masks of channel 0 do not fit"),
         ("clusters.4.channel", 9, "a cluster's channel is 9"),
         ("clusters.4.place", 9, "a cluster's place is 9"),
+        ("clusters.4.alike", 2.0, "the least cosine of a cluster's images is 2"),
+        ("clusters.4.named", [-1], "a class is -1"),
         ("clusters.-1", {"channel": 0, "place": 0, "least": 0.0}, "a cluster's number is -1"),
         ("clusters.99", {"channel": 0, "place": 0, "least": 0.0}, "a cluster's number is 99"),
     ):
@@ -121,3 +123,18 @@ def test_tensors_that_do_not_fit_are_refused(saved, tmp_path):
         write_tensors(tmp_path / "split.safetensors", tensors, about)
         with pytest.raises(RunError, match=f"is not a split that can be read .*{message}"):
             Split.load(tmp_path / "split.safetensors")
+
+
+def test_a_split_without_origin_and_nearness_is_that_of_an_earlier_version(saved, tmp_path):
+    tensors, about = read_tensors(saved)
+    for entry in about["clusters"].values():
+        del entry["alike"], entry["named"]
+    older = {name: tensor for name, tensor in tensors.items() if not name.startswith("origin")}
+    assert len(older) < len(tensors)
+    write_tensors(tmp_path / "split.safetensors", older, about)
+    for cluster in Split.load(tmp_path / "split.safetensors").clusters.values():
+        assert (cluster.origin, cluster.alike, cluster.named) == (None, -1.0, ())
+    wrong = {**older, "origin.0": torch.ones(3).double()}
+    write_tensors(tmp_path / "split.safetensors", wrong, about)
+    with pytest.raises(RunError, match="the origin of channel 0 does not fit its layer"):
+        Split.load(tmp_path / "split.safetensors")

@@ -1,6 +1,6 @@
 """Concepts without labels: the images that a channel responds to most, clustered by what fed it.
 
-Shapes: N points, D dimensions, K clusters, S starts of a cut.
+Shapes: N images or points, C input channels, D dimensions, K clusters.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import binom
 from scipy.stats.contingency import crosstab
 from torch import Tensor
 
-from unbraid.finding.arv import cosines_of, group_classes
+from unbraid.finding.arv import averaged_relevance, cosines_of, group_classes
 from unbraid.finding.findings import Concept, Found, pairs_of
 from unbraid.finding.membership import Cluster, mean_responses, name_of, relevance_for_channel
 from unbraid.scanning.records import Scan
@@ -25,35 +24,38 @@ _N_STRONGEST = 10  # that tell how strong a response can be
 _LEAST_PART = 0.25  # of the way from the mean response to the strongest
 _BYTES_AT_ONCE = 1 << 30  # of pooled inputs held in memory
 _ENOUGH = 8  # top images of a class, for it to be compared with clusters
-_NAMED = 0.2  # part of a cluster's images, for a class to be named
-_LEVEL = 0.01  # of the test of one cut; a divided set has had several
-_SMALLEST = 8  # points in a cluster: fewer cannot be tested
-_MAX_STEPS = 30
-_N_STARTS = 4  # of a cut; with several equal clusters one alone often ends within a cluster
-_N_TURNS = 10  # that bring the starts near the principal directions
+_NAMED = 0.1  # part of a cluster's images, for a class to be named beside the largest
+ALIKE = 0.45  # smallest cosine of an image with the centre of its cluster
+_SHARPNESS = 4  # power of the cosines that make up a density
+_MOST_CLUSTERS = 8  # of a channel
+_SMALLEST = 8  # images of a cluster, half of them not seen when its centre was made
+_N_RENEWALS = 8
 
 
 def search_clusters(scan: Scan, gamma: float) -> Found:
     """Cluster the top images of every channel, and compare the clusters by their ARVs."""
     found = Found()
-    seen = scan.labels_seen() | {int(c) for column in scan.columns("prediction") for c in column}
-    first = max(len(scan.class_names), max(seen, default=-1) + 1)  # the first that is no class
+    first = first_free(scan)
+    everywhere = mean_pooled(scan)
     nearest = (1.0, -1)  # lowest cosine, and channel
     for channel, top in top_images(scan):
-        clusters, number = cluster_images(top, channel, first)
-        if len(clusters) < 2:
+        origin = averaged_relevance(scan, channel, everywhere)
+        centres, unseen_cosine = find_clusters(top.relevance, origin)
+        if len(centres) < 2:
             continue
-        numbers = sorted(clusters)
+        number = nearest_centres(directions(top.relevance, origin), centres) + first
+        numbers = list(range(first, first + len(centres)))
         cosines = _cosines(top, number, numbers)
-        nearest = min(nearest, (float(cosines.min()), channel))
-        if not (cosines < gamma).any():
+        cosine = max(float(cosines.min()), unseen_cosine)
+        nearest = min(nearest, (cosine, channel))
+        if cosine >= gamma:
             continue
         part = [float((number == n).double().mean()) for n in numbers]
         found.pairs += pairs_of(channel, numbers, cosines, cosines < gamma, part)
         found.concepts[channel] = group_classes(numbers, cosines, gamma)
-        found.clusters |= clusters
         for k, n in enumerate(numbers):
-            found.names[n] = f"cluster {k + 1}{_classes(scan, top.label[number == n])}"
+            found.clusters[n] = Cluster(channel, k, centres, top.least, origin, ALIKE)
+            found.names[n] = name_cluster(scan, k, top.label[number == n])
         found.agreement[channel] = _agreement(top, number, found.concepts[channel], gamma)
         first += len(numbers)
     least = math.ceil(nearest[0] * 1000) / 1000  # above the cosine as printed, it is found
@@ -63,6 +65,16 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
     elif not found.pairs:
         found.hint = "No channel's top images form clusters that differ."
     return found
+
+
+def mean_pooled(scan: Scan) -> Tensor:
+    """Mean pooled input of all images, (G, J)."""
+    layer, n_images = scan.layer, 0
+    total = torch.zeros(layer.groups, layer.n_taps, dtype=torch.float64)
+    for pooled in scan.columns("pooled"):
+        total += pooled.double().sum(0)
+        n_images += len(pooled)
+    return total / max(n_images, 1)
 
 
 def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
@@ -79,15 +91,21 @@ def _cosines(top: DescribedImages, number: Tensor, numbers: Sequence[int]) -> Te
     return cosines_of(torch.stack([top.relevance[number == n].mean(0) for n in numbers]))
 
 
-def _classes(scan: Scan, labels: Tensor) -> str:
-    """Name the classes that a cluster mostly holds, in brackets."""
+def first_free(scan: Scan) -> int:
+    """The first number that is no class."""
+    seen = scan.labels_seen() | {int(c) for column in scan.columns("prediction") for c in column}
+    return max(len(scan.class_names), max(seen, default=-1) + 1)
+
+
+def name_cluster(scan: Scan, place: int, labels: Tensor) -> str:
+    """Name a cluster by the classes that it mostly holds, with their share of its images."""
     counts = labels.bincount()
-    names = [
-        name_of(scan.class_names, c)
-        for c in counts.argsort(descending=True).tolist()[:3]
-        if counts[c] >= _NAMED * len(labels)
+    named = [
+        f"{name_of(scan.class_names, c)} {int(counts[c]) / len(labels):.0%}"
+        for k, c in enumerate(counts.argsort(descending=True, stable=True).tolist()[:3])
+        if k == 0 or counts[c] >= _NAMED * len(labels)
     ]
-    return f" ({', '.join(names)})" if names else ""
+    return f"cluster {place + 1} ({', '.join(named)})"
 
 
 def _agreement(
@@ -101,7 +119,7 @@ def _agreement(
     of_label = {c: k for k, group in enumerate(groups) for c in group}
     of_number = {n: k for k, concept in enumerate(concepts) for n in concept}
     both = zip(top.label.tolist(), number.tolist(), strict=True)
-    known = [(of_label[c], of_number[n]) for c, n in both if c in of_label]
+    known = [(of_label[c], of_number[n]) for c, n in both if c in of_label and n in of_number]
     return adjusted_rand_index(*zip(*known, strict=True))
 
 
@@ -114,25 +132,28 @@ class DescribedImages:
     least: float  # the smallest response among them
 
 
-def top_images(scan: Scan) -> Iterator[tuple[int, DescribedImages]]:
-    """Gather the top images of every channel, as many channels at a time as memory holds."""
-    channels = list(range(scan.layer.n_out))
+def top_images(
+    scan: Scan, channels: Sequence[int] | None = None
+) -> Iterator[tuple[int, DescribedImages]]:
+    """Gather the top images of channels, or all, as many channels at a time as memory holds."""
+    channels = range(scan.layer.n_out) if channels is None else channels
     values, places = _strongest(scan, channels)
     if not len(values):  # no image could be read
         return
     bytes_each = scan.layer.n_taps * scan.weight.element_size() * len(values)
     at_once = max(1, _BYTES_AT_ONCE // bytes_each)
     for first in range(0, len(channels), at_once):
-        strong = {o: values[:, o].isfinite() for o in channels[first : first + at_once]}
-        chosen = {o: places[own, o].sort().values for o, own in strong.items()}
+        some = range(first, min(first + at_once, len(channels)))
+        strong = {channels[k]: values[:, k][values[:, k].isfinite()] for k in some}
+        chosen = {channels[k]: places[values[:, k].isfinite(), k].sort().values for k in some}
         for o, (labels, pooled) in _gather(scan, chosen).items():
             relevance = relevance_for_channel(scan, pooled, o)
-            some = relevance.norm(dim=1) > 0
-            responses = values[strong[o], o]
+            fed = relevance.norm(dim=1) > 0
+            responses = strong[o]
             # A little less, since the same response may be rounded otherwise in another batch.
             rounding = torch.finfo(scan.weight.dtype).eps ** 0.5 * responses.abs().max()
             least = float(responses.min() - rounding)
-            yield o, DescribedImages(labels[some], relevance[some], least)
+            yield o, DescribedImages(labels[fed], relevance[fed], least)
 
 
 def _strongest(scan: Scan, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -172,89 +193,82 @@ def _gather(scan: Scan, chosen: Mapping[int, Tensor]) -> dict[int, tuple[Tensor,
     return {o: tuple(map(torch.cat, zip(*own, strict=True))) for o, own in parts.items()}
 
 
-def cluster_images(
-    top: DescribedImages, channel: int, first: int
-) -> tuple[dict[int, Cluster], Tensor]:
-    """Cluster a channel's images: clusters by number from `first` on; each image's, (N,)."""
-    nearest, centres = find_clusters(F.normalize(top.relevance, dim=1))
-    clusters = {first + k: Cluster(channel, k, centres, top.least) for k in range(len(centres))}
-    return clusters, nearest + first
+def find_clusters(relevance: Tensor, origin: Tensor) -> tuple[Tensor, float]:
+    """Centres of clusters of images (N, C), and the lowest cosine of two clusters' ARVs.
+
+    Centres (K, C) are made of every other image, ARVs of the rest, and only of input channels by
+    which an image was not put into its cluster; so noise, which no two input channels share, has
+    ARVs that are alike.
+    """
+    order = torch.randperm(len(relevance), generator=torch.Generator().manual_seed(0))
+    half, rest = relevance[order[::2]], relevance[order[1::2]]
+    centres = cover(directions(half, origin))
+    arvs, counts = torch.zeros_like(centres), torch.zeros(2, len(centres), dtype=torch.int64)
+    inputs = torch.randperm(relevance.shape[1], generator=torch.Generator().manual_seed(1))
+    for k, (own, others) in enumerate(((inputs[::2], inputs[1::2]), (inputs[1::2], inputs[::2]))):
+        points = directions(rest[:, own], origin[own])
+        nearest = nearest_centres(points, F.normalize(centres[:, own], dim=1))
+        for cluster in range(len(centres)):
+            images = nearest == cluster
+            counts[k, cluster] = images.sum()
+            arvs[cluster, others] = rest[images][:, others].mean(0)
+    kept = (counts >= _SMALLEST / 2).all(0)
+    lowest = float(cosines_of(arvs[kept]).min()) if kept.any() else 1.0
+    return centres[kept], lowest
 
 
-def find_clusters(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide unit vectors (N, D) into clusters: the nearest of each, (N,), and centres (K, D)."""
-    # Shuffled, since halves that are tested must not follow an order of classes in the data set.
+def directions(relevance: Tensor, origin: Tensor) -> Tensor:
+    """What feeds each image (N, C) other than the mean image, as unit vectors."""
+    return F.normalize(relevance - origin, dim=1)
+
+
+def nearest_centres(points: Tensor, centres: Tensor) -> Tensor:
+    """The nearest centre to each unit vector, (N,), and -1 where none is alike."""
+    if not len(centres):
+        return torch.full((len(points),), -1, dtype=torch.int64)
+    nearness, nearest = (points @ centres.T).max(1)
+    return torch.where(nearness >= ALIKE, nearest, -1)
+
+
+def cover(points: Tensor) -> Tensor:
+    """Centres (K, D), largest cluster first, of clusters of unit vectors (N, D).
+
+    Of every other point, one around which most lie that no centre has yet becomes a centre, and all
+    centres move to the mean direction of the points alike to them; and so on. Counted is what is
+    alike to a centre among the other half. The number of centres is that which covers most.
+    """
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
-    parts = _divide(points, order)
-    centres = F.normalize(torch.stack([points[part].mean(0) for part in parts]), dim=1)
-    nearest = (points @ centres.T).argmax(1)
-    for _ in range(_MAX_STEPS):
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+    half, rest = points[order[::2]], points[order[1::2]]
+    density = (half @ half.T).clamp(min=0) ** _SHARPNESS
+    tried = centres = points[:0]
+    best = 0
+    for _ in range(_MOST_CLUSTERS):
+        free = nearest_centres(half, tried) < 0
+        if not free.any():
+            break
+        densest = (density[:, free].sum(1) * free).argmax()
+        tried = _renew(half, torch.cat([tried, half[densest, None]]))
+        counts = _counts(rest, tried)
+        large = counts >= _SMALLEST / 2
+        if counts[large].sum() > best:
+            best, centres = int(counts[large].sum()), tried[large]
+    centres = _renew(points, centres)
+    counts = _counts(points, centres)
+    order = counts.argsort(descending=True, stable=True)
+    return centres[order[counts[order] >= _SMALLEST]]
+
+
+def _counts(points: Tensor, centres: Tensor) -> Tensor:
+    """How many points are alike to each centre, and nearest to it, (K,)."""
+    return (nearest_centres(points, centres) + 1).bincount(minlength=len(centres) + 1)[1:]
+
+
+def _renew(points: Tensor, centres: Tensor) -> Tensor:
+    """Move centres to the mean direction of the points that are alike to them."""
+    for _ in range(_N_RENEWALS):
+        nearest = nearest_centres(points, centres)
+        alike = nearest >= 0
+        sums = torch.zeros_like(centres).index_add_(0, nearest[alike], points[alike])
         empty = sums.norm(dim=1, keepdim=True) == 0
         centres = torch.where(empty, centres, F.normalize(sums, dim=1))
-        before, nearest = nearest, (points @ centres.T).argmax(1)
-        if nearest.equal(before):
-            break
-    used, nearest = nearest.unique(return_inverse=True)
-    return nearest, centres[used]
-
-
-def _divide(points: Tensor, members: Tensor) -> list[Tensor]:
-    """Cut a set for as long as the parts' unity can be rejected."""
-    if len(members) < 2 * _SMALLEST or chance_of_one(points[members]) >= _LEVEL:
-        return [members]
-    side = two_means(points[members])
-    if min(int(side.sum()), int((~side).sum())) < _SMALLEST:
-        return [members]
-    return [*_divide(points, members[side]), *_divide(points, members[~side])]
-
-
-def chance_of_one(points: Tensor) -> float:
-    """Probability that so few of (N, D) points lie half-way if all come from one cluster.
-
-    A cut of half the points is tested on the others: those of one cluster, projected on the line
-    between the centres, are at least as dense half-way as at the rarer centre.
-    """
-    halves = points[0::2], points[1::2]
-    smaller = half_way = 0
-    for half, other in (halves, halves[::-1]):
-        side = two_means(half)
-        if side.all() or not side.any():
-            return 1.0
-        start, line = half[~side].mean(0), half[side].mean(0) - half[~side].mean(0)
-        place = (other - start) @ line / (line @ line)  # 0 at one centre, 1 at the other
-        near, middle, far = (int(((place - at).abs() <= 1 / 6).sum()) for at in (0, 0.5, 1))
-        half_way += middle
-        smaller += min(near, far)
-    return float(binom.cdf(half_way, half_way + smaller, 0.5))
-
-
-def two_means(points: Tensor) -> Tensor:
-    """Cut points (N, D) in two, (N,), where squared distances are least; all alike if none."""
-    n_points, centred = len(points), points - points.mean(0)
-    sides = centred @ _principal_directions(centred) > 0  # (N, S)
-    for _ in range(_MAX_STEPS):
-        n_one, sums, lengths = _parts(centred, sides)
-        one = n_one.float()  # whole numbers would be divided in torch's default type
-        # Nearer to the one centre, sums / n_one, than to the other, -sums / (N - n_one).
-        before, sides = sides, centred @ sums > lengths * (1 / one - 1 / (n_points - one)) / 2
-        if sides.equal(before):
-            break
-    n_one, _, lengths = _parts(centred, sides)
-    return sides[:, (lengths / (n_one * (n_points - n_one))).argmax()]
-
-
-def _parts(centred: Tensor, sides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Size (S,), sum (D, S) and its squared length (S,) of the one part of each cut (N, S)."""
-    n_one = sides.sum(0).clamp(1, len(sides) - 1)  # an empty part has sum zero, whatever its size
-    sums = centred.T @ sides.to(centred.dtype)
-    return n_one, sums, sums.square().sum(0)
-
-
-def _principal_directions(centred: Tensor) -> Tensor:
-    size, generator = (centred.shape[1], _N_STARTS), torch.Generator().manual_seed(0)
-    # Anything that is orthogonal to none of them.
-    directions = torch.randn(size, generator=generator, dtype=torch.float32).to(centred.dtype)
-    for _ in range(_N_TURNS):
-        directions = torch.linalg.qr(centred.T @ (centred @ directions))[0]
-    return directions
+    return centres

@@ -23,6 +23,7 @@ from unbraid.finding.clusters import search_clusters
 from unbraid.finding.cosine_intervals import with_chance
 from unbraid.finding.findings import Concept, ConceptKind, Findings, Found, pairs_of
 from unbraid.finding.thresholds import Tau, check_thresholds, choose_tau, nearest_finding
+from unbraid.finding.whole import add_clusters
 from unbraid.scanning.accuracy import scanned_accuracy
 from unbraid.scanning.records import Scan
 
@@ -54,7 +55,8 @@ def find(
         channels: your own concepts in place of a search, such as `{1660: [[530], [938]]}`.
         concepts: with "clusters" labels, tau and p play no part: the images that a channel responds
             to most are clustered by what fed it; clusters, numbered behind the last class, take
-            the place of classes.
+            the place of classes. With "whole" they stand beside the classes that use a channel:
+            clusters of what else excites it.
 
     Returns:
         Findings, perhaps empty; then `Findings.hint` says which thresholds come nearest. Pairs of
@@ -70,9 +72,9 @@ def find(
     as_kind("scan", scan, Scan)
     tau, p, gamma = check_thresholds(tau, p, gamma, scan.manifest.min_share)
     if concepts not in get_args(ConceptKind):
-        raise UsageError(f"concepts is {concepts!r}; use 'classes' or 'clusters'.")
+        raise UsageError(f"concepts is {concepts!r}; use 'classes', 'clusters' or 'whole'.")
     # A network that is mostly wrong uses its channels for nothing that labels tell.
-    accuracy = scanned_accuracy(scan) if concepts == "classes" else None
+    accuracy = scanned_accuracy(scan) if concepts != "clusters" else None
     if accuracy is not None and accuracy.warning:
         warnings.warn(accuracy.warning, stacklevel=3)
     if concepts == "clusters" and channels is not None:
@@ -88,6 +90,8 @@ def find(
         if channels is None and not found.pairs:
             found.hint = nearest_finding(scan, tau, p, gamma)
         found.pairs = with_chance(scan, sums, found.pairs)
+        if concepts == "whole":
+            add_clusters(scan, sums, found)
     class_names = dict(enumerate(scan.class_names)) | found.names  # behind classes, clusters
     return Findings(
         tau,

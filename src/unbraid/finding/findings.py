@@ -14,7 +14,7 @@ from unbraid.finding.membership import Cluster, Clusters, Members, name_of
 from unbraid.scanning.records import Scan
 
 Concept = tuple[int, ...]  # the classes, or clusters, that share one cause
-ConceptKind = Literal["classes", "clusters"]
+ConceptKind = Literal["classes", "clusters", "whole"]
 
 COLUMNS = (
     *("channel", "class1", "class2", "cosine", "use1", "use2", "name1", "name2"),
@@ -105,6 +105,11 @@ class Findings(Tabular, Exported):
         return tuple(sorted(every))
 
     @property
+    def sides(self) -> str:
+        """What the pairs are of."""
+        return "clusters" if self.kind == "clusters" else "classes"
+
+    @property
     def tau_in_words(self) -> str:
         """Tau as people read it, and whether it was chosen for them."""
         return f"{self.tau:g} (auto)" if self.auto else f"{self.tau:g}"
@@ -119,11 +124,11 @@ class Findings(Tabular, Exported):
 
     def table(self) -> Table:
         """Show the pairs, or say what comes nearest to a finding."""
-        of_classes = self.kind == "classes"
+        of_classes = self.kind != "clusters"
         n_channels = count(len(self.concepts), "polysemantic channel")
         asked = f"tau {self.tau_in_words}, p {self.p:g}, " if of_classes else ""
         head = (
-            f"{count(len(self.pairs), 'pair')} of {self.kind} in {n_channels} "
+            f"{count(len(self.pairs), 'pair')} of {self.sides} in {n_channels} "
             f"({asked}gamma {self.gamma:g})"
         )
         note = f"\nNote: {self.note}" if self.note else ""
@@ -152,7 +157,7 @@ class Findings(Tabular, Exported):
                     f"\n* {n_uncertain} of {count(len(self.pairs), 'pair')} uncertain: with other "
                     "images of the same classes the cosine could lie on the other side of gamma."
                 )
-            return legend
+            return "\n".join([legend, *self._concepts_with_clusters()])
         legend, known = _CLUSTER_LEGEND, self.known_agreement
         if known:
             legend += (
@@ -160,6 +165,14 @@ class Findings(Tabular, Exported):
                 "(adjusted Rand index: 1 the same, 0 chance)."
             )
         return legend
+
+    def _concepts_with_clusters(self) -> Iterator[str]:
+        """A line per channel, where clusters of what else excites it stand beside classes."""
+        if self.clusters:
+            yield "Concepts, with clusters of what else excites the channel:"
+            for channel, concepts in sorted(self.concepts.items()):
+                names = (", ".join(map(self.name, concept)) for concept in concepts)
+                yield f"  channel {channel}: {'; '.join(names)}"
 
     @property
     def known_agreement(self) -> list[float]:

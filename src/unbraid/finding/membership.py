@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unbraid.networks.relevance import input_relevance
@@ -21,6 +22,9 @@ class Cluster:
     place: int  # among the clusters of the channel
     centres: Tensor  # (K, C), of all clusters of the channel, in relevance, of length one
     least: float  # smallest response of an image, mean pre-activation
+    origin: Tensor | None = None  # (C,), taken from relevance before it is compared with centres
+    alike: float = -1.0  # smallest cosine of an image with its centre
+    named: tuple[int, ...] = ()  # classes whose images are of other concepts of the channel
 
 
 Clusters = Mapping[int, Cluster]  # by number
@@ -48,9 +52,14 @@ class Members:
         member = response[:, 0] >= cluster.least
         pooled = records.pooled[member, self.scan.layer.group_of(channel)]
         relevance = relevance_for_channel(self.scan, pooled, channel)
-        nearest = (relevance @ cluster.centres.double().T).argmax(1)
-        member[member.clone()] = (nearest == cluster.place) & (relevance.norm(dim=1) > 0)
-        return member
+        fed = relevance.norm(dim=1) > 0
+        if cluster.origin is not None:
+            relevance = relevance - cluster.origin.double()
+        centres = cluster.centres.double()
+        nearness, nearest = (F.normalize(relevance, dim=1) @ centres.T).max(1)
+        own = (nearest == cluster.place) & (nearness >= cluster.alike) & fed
+        member[member.clone()] = own
+        return member & ~torch.isin(records.label, torch.tensor(cluster.named, dtype=torch.int64))
 
     def concept_of(self, records: Records, concepts: Sequence[Sequence[int]]) -> Tensor:
         """Which concept each image belongs to, (N,), -1 for none."""

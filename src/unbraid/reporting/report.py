@@ -109,7 +109,7 @@ def render(material: Material, *, dataset: Dataset[Any] | None, title: str | Non
         "found": found,
         "pictures": pictures,
         "of_clusters": found.kind == "clusters",
-        "judged": bool(found.pairs) and not found.clusters,
+        "judged": bool(found.pairs) and found.kind != "clusters",
         "predicted": material.scan.manifest.labels == "predicted",
         "n_images": material.n_images,
     }

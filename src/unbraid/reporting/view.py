@@ -186,7 +186,13 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
     note = f"lowest cosine {number(cosine)}"
     if agreement := found.known_agreement:
         note += f"; agreement with classes {number(sum(agreement) / len(agreement))}"
-    facts.append((f"{len(found.pairs):,}", f"pairs of {found.kind}", note))
+    facts.append(
+        (
+            f"{len(found.pairs):,}",
+            f"pairs of {found.sides}",
+            note,
+        )
+    )
     if split is not None:
         note = f"method: {split.method.replace('_', ' ')}"
         facts.append((f"{material.n_concepts:,}", "concept channels", note))

@@ -422,16 +422,20 @@ def concerned_in(scan: Scan, found: Findings) -> dict[str, Any]:
 
 
 def seen_in(val_scan: Scan, found: Findings) -> Findings:
-    """Leave out channels of which a concept has no validation image, and note how many."""
+    """Leave out channels of which a concept has no validation image, and note how many.
+
+    Of what else excites a channel, beside its classes, only the concept without images is left out.
+    """
     counts = found.members_in(val_scan).count(found.classes)
-    concepts = {
-        channel: groups
-        for channel, groups in found.concepts.items()
-        if all(any(counts[number] for number in group) for group in groups)
-    }
+    concepts = {}
+    for channel, groups in found.concepts.items():
+        seen = tuple(group for group in groups if any(counts[number] for number in group))
+        unseen = [number for group in groups if group not in seen for number in group]
+        if not unseen or (found.kind == "whole" and found.clusters.keys() >= set(unseen)):
+            concepts[channel] = seen
     n_left_out = len(found.concepts) - len(concepts)
     if n_left_out == 0:
-        return found
+        return replace(found, concepts=concepts)
     pairs = tuple(pair for pair in found.pairs if pair.channel in concepts)
     clusters = {n: c for n, c in found.clusters.items() if c.channel in concepts}
     note = (

@@ -125,6 +125,8 @@ class Split(Tabular):
         tensors["bias"] = torch.tensor([part.bias for part in parts], dtype=torch.float64)
         for cluster in self.clusters.values():  # of one channel they share their centres
             tensors[f"centres.{cluster.channel}"] = cluster.centres
+            if cluster.origin is not None:
+                tensors[f"origin.{cluster.channel}"] = cluster.origin
         about = {
             "schema": SCHEMA,
             "layer": asdict(self.layer),
@@ -136,7 +138,7 @@ class Split(Tabular):
                 {"channel": p.channel, "concepts": p.concepts, "info": p.info} for p in parts
             ],
             "clusters": {
-                number: {"channel": c.channel, "place": c.place, "least": c.least}
+                number: {name: getattr(c, name) for name in _ClusterEntry.__dataclass_fields__}
                 for number, c in self.clusters.items()
             },
         }
@@ -170,6 +172,8 @@ class _ClusterEntry:
     channel: int
     place: int
     least: float
+    alike: float = -1.0
+    named: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,14 @@ def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
         if centres.dim() != 2 or centres.shape[1] != spec.n_in_per_group:
             raise ValueError(f"the centres of channel {own.channel} do not fit its layer")
         in_range("a cluster's place", own.place, 0, len(centres) - 1)
-        clusters[number] = Cluster(own.channel, own.place, centres, own.least)
+        origin = tensors.get(f"origin.{own.channel}")
+        if origin is not None and origin.shape != centres.shape[1:]:
+            raise ValueError(f"the origin of channel {own.channel} does not fit its layer")
+        in_range("the least cosine of a cluster's images", own.alike, -1, 1)
+        for label in own.named:
+            in_range("a class", label, 0, MAX_CLASSES - 1)
+        at = (own.channel, own.place, centres, own.least)
+        clusters[number] = Cluster(*at, origin, own.alike, own.named)
     return Split(
         layer=spec,
         weights=about.weights,
