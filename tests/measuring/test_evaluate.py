@@ -12,7 +12,7 @@ from checks import assert_close, assert_evaluation, assert_published_table
 from tiny_networks import build
 from unbraid.base.errors import UsageError
 from unbraid.measuring import evaluate
-from unbraid.measuring.mimic_and_silence import mimic_error, separation_error, silence_errors
+from unbraid.measuring.formulas import mimic_error, separation_error, silence_errors
 from unbraid.measuring.results import Responses
 
 KINDS = ["no bias", "3x3", "uneven", "groups", "pooled features", "tokens"]

@@ -18,7 +18,9 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.finding.membership import Members
 from unbraid.images.batches import in_batches
 from unbraid.measuring.compare import OutputComparison
-from unbraid.measuring.mimic_and_silence import (
+from unbraid.measuring.formulas import (
+    auroc,
+    counted_auroc,
     mean,
     mimic_error,
     others_than,
@@ -193,16 +195,6 @@ def _evaluate_channel(
     return ChannelEvaluation(split.layer.name, part.channel, tuple(concepts), error, rectified)
 
 
-def auroc(score: Tensor, positive: Tensor) -> float:
-    """Chance that a positive image scores above another one, ties counted half.
-
-    >>> import torch
-    >>> auroc(torch.tensor([3.0, 2.0, 1.0, 2.0]), torch.tensor([True, True, False, False]))
-    0.875
-    """
-    return float(_auroc(np.ones((1, len(score))), score.numpy(), positive.numpy())[0])
-
-
 # Bootstrap intervals: the same measures, with images counted several times or not at all.
 
 N_RESAMPLES = 200
@@ -300,18 +292,6 @@ def resampled(
         mimic = np.sqrt(ratio((z_k - z) ** 2, z**2, own))
         silence = np.mean([np.sqrt(ratio(z_k**2, z**2, images)) for images in others], axis=0)
         positive = np.isin(np.arange(len(z)), own)
-        aurocs = _auroc(counts, z_k, positive)
+        aurocs = counted_auroc(counts, z_k, positive)
         measures.append(np.stack([retention, leakage, mimic, silence, aurocs], axis=1))
     return np.stack(measures, axis=1)
-
-
-def _auroc(counts: np.ndarray, score: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Chance that a positive image scores above another one, ties counted half, (B,)."""
-    values, rank = np.unique(score, return_inverse=True)
-    order = rank.argsort(kind="stable")
-    starts = np.searchsorted(rank[order], np.arange(len(values)))
-    wins, others = (
-        np.add.reduceat((counts * part)[:, order], starts, axis=1) for part in (positive, ~positive)
-    )
-    below = others.cumsum(1) - others / 2
-    return np.asarray((wins * below).sum(1) / (wins.sum(1) * others.sum(1)))
