@@ -23,7 +23,7 @@ from unbraid.measuring.compare import OutputComparison
 
 Columns = TypeVar("Columns")
 
-# Measures, and what tables call them: of channels, of concepts over all images, of channels likewise.
+# Measures of channels, of concepts over all images and of channels likewise, and their heads.
 _ERRORS = {"separation_error": "error", "separation_error_rectified": "rectified"}
 _OVER_ALL = {"r_precision": "R-precision", "auroc_all": "auroc all", "off": "off"}
 _OF_CHANNEL = {
