@@ -140,9 +140,8 @@ def test_evaluate_a_scan_of_some_images_needs_one_of_all(some, case, case_of, tm
 
 @pytest.mark.parametrize("n_bytes", [1, 13 * 8 * 5 * 2])
 def test_evaluate_over_all_images_goes_by_portions(n_bytes, case, monkeypatch):
-    whole = unbraid.evaluate(case.split, case.scan)
     monkeypatch.setattr(evaluate, "_MAX_BYTES", n_bytes)  # of one channel, of two
-    assert unbraid.evaluate(case.split, case.scan).channels == whole.channels
+    assert_over_all(unbraid.evaluate(case.split, case.scan), case.split, case.truth)
 
 
 def test_evaluate_without_positions_leaves_out_the_rectified_measures_only(case, case_of):
