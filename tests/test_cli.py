@@ -163,6 +163,8 @@ def test_run_does_everything(ran, home):
     assert evaluation["output"]["max_abs_logit_diff"] == 0
     assert evaluation["output"]["top1_before"] > 0.9
     assert set(evaluation["summary"]) == {"least_squares", "published"}
+    for figures in evaluation["summary"].values():  # also of those over all images
+        assert None not in figures.values()
     rows = list(csv.DictReader((folder / "findings.csv").open()))
     found = {int(row["channel"]) for row in rows}
     assert {channel["channel"] for channel in evaluation["channels"]} == found != set()

@@ -8,11 +8,18 @@ import pytest
 import torch
 
 import unbraid
-from checks import assert_close, assert_evaluation, assert_published_table
+from checks import (
+    OF_CHANNEL,
+    OVER_ALL,
+    assert_close,
+    assert_evaluation,
+    assert_over_all,
+    assert_published_table,
+)
 from tiny_networks import build
 from unbraid.base.errors import UsageError
 from unbraid.measuring import evaluate
-from unbraid.measuring.mimic_and_silence import mimic_error, separation_error, silence_errors
+from unbraid.measuring.formulas import mimic_error, separation_error, silence_errors
 from unbraid.measuring.results import Responses
 
 KINDS = ["no bias", "3x3", "uneven", "groups", "pooled features", "tokens"]
@@ -25,6 +32,7 @@ def test_evaluate_any_layer_gives_the_oracles_measures(kind, n_shards, case_of):
     for tau in (0.005, 0.1, 0.2):
         result = unbraid.evaluate(case.split, case.scan, tau=tau)
         assert_evaluation(result, case.split, case.truth)
+        assert_over_all(result, case.split, case.truth)
         for measured, part in zip(result.channels, case.split.channels, strict=True):
             for k, concept in enumerate(measured.concepts):
                 if len(part.concepts) == 2:
@@ -64,6 +72,11 @@ def test_evaluate_a_baseline_joins_the_summary_and_tau_changes_only_the_table(ca
     summary = unbraid.evaluate(ours, case.scan, baseline=case.split).summary
     assert list(summary) == ["least_squares", "published"]
     assert summary["published"] == unbraid.evaluate(case.split, case.scan).summary["published"]
+    table = unbraid.evaluate(ours, case.scan, baseline=case.split).summary_table()
+    names = ["least squares", "published"]
+    assert [name for name, *_ in table.rows] == ["means", *names]
+    for (_, *cells), means in zip(table.rows[1:], summary.values(), strict=True):
+        assert cells == [f"{value:.3f}" for value in means.values()]
     fewer = replace(case.split, channels=case.split.channels[1:])
     with pytest.raises(UsageError, match="baseline must divide the same channels"):
         unbraid.evaluate(ours, case.scan, baseline=fewer)
@@ -83,6 +96,51 @@ def test_evaluate_scans_of_some_classes_needs_images_of_each_concept(case, tmp_p
     assert [concept.n_images for concept in channel.concepts] == [3, 3]
     with pytest.raises(UsageError, match="no image of class 0, concept 0 of channel 1"):
         unbraid.evaluate(case.split, scan)
+
+
+def without_all(channels):
+    """The measures without those over all images."""
+    none = dict.fromkeys(OVER_ALL)
+    return tuple(
+        replace(
+            channel,
+            concepts=tuple(replace(concept, **none) for concept in channel.concepts),
+            **dict.fromkeys(OF_CHANNEL),
+        )
+        for channel in channels
+    )
+
+
+@pytest.mark.parametrize("some", [{"classes": [0, 1, 2, 3]}, {"indices": [*range(12)]}])
+def test_evaluate_a_scan_of_some_images_needs_one_of_all(some, case, case_of, tmp_path):
+    scan = unbraid.scan(case.network, "layer", case.images, tmp_path, positions=True, **some)
+    alone = unbraid.evaluate(case.split, scan)
+    assert alone.channels == without_all(alone.channels)
+    summary = alone.summary["published"]
+    over_all = {*OVER_ALL[:3], *OF_CHANNEL}
+    assert {name for name, value in summary.items() if value is None} == over_all
+    assert "over all images is left out: the scan is of some" in str(alone)
+    assert len(alone.summary_table().rows[0]) == 1 + len(summary) - len(over_all)
+    assert "left out" not in str(unbraid.evaluate(case.split, case.scan))
+    ours = replace(case.split, method="ours")
+    both = unbraid.evaluate(ours, scan, baseline=case.split, everything=case.scan)
+    assert without_all(both.channels) == alone.channels
+    for result in (both, both.baseline):
+        assert_over_all(result, replace(case.split, method=result.method), case.truth)
+    others = case_of("reflect", n_images=14).scan
+    for other, told in (
+        (scan, "of some images only, or of others"),
+        (others, "of some images only, or of others"),
+        (case_of("groups").scan, "another network"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            unbraid.evaluate(case.split, scan, everything=other)
+
+
+@pytest.mark.parametrize("n_bytes", [1, 13 * 8 * 5 * 2])
+def test_evaluate_over_all_images_goes_by_portions(n_bytes, case, monkeypatch):
+    monkeypatch.setattr(evaluate, "_MAX_BYTES", n_bytes)  # of one channel, of two
+    assert_over_all(unbraid.evaluate(case.split, case.scan), case.split, case.truth)
 
 
 def test_evaluate_without_positions_or_of_what_does_not_fit(case, case_of, other_weights):
