@@ -314,12 +314,13 @@ def auroc(z_k: Tensor, images_k: Indices, images_other: Indices) -> float:
 
 
 def ablated_logits(
-    model: nn.Module, layer_name: str, image: Tensor, o: int, row: Tensor | None
+    model: nn.Module, layer_name: str, image: Tensor, o: int, row: Tensor | None, n_biases: int = 0
 ) -> Tensor:
     """Logits (T,) for one image, by weights alone: W[o] without `row` (J,), or o without all of it.
 
     As z = sum_k z_k - z_R, channel o without z_k, whose weights are `row`, has the weights
-    W[o] - row, and no bias: K times b, less (K - 1) times b, less b.
+    W[o] - row, and no bias: K times b, less (K - 1) times b, less b. Without the rest, -z_R, it
+    has K biases.
     """
     changed = _copy64(model)
     layer = changed.get_submodule(layer_name)
@@ -327,7 +328,7 @@ def ablated_logits(
         own = layer.weight[o]
         own -= own.clone() if row is None else row.double().reshape(own.shape)
         if layer.bias is not None:
-            layer.bias[o] = 0.0
+            layer.bias[o] *= n_biases
         return changed(image.double().unsqueeze(0))[0]
 
 

@@ -16,7 +16,6 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.networks.copying import unwrap, unwrapped_name
 from unbraid.surgery.split_layer import Move, SplitLayer
 
-
 _REST = "rest"
 
 
