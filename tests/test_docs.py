@@ -1,20 +1,52 @@
-"""What the documents say in Python is run, every block of it, and prints what they show.
+"""What the documents say: their Python and the notebook run, commands and links are there.
 
-A page's blocks are run in one namespace, one after the other. What a page takes for granted, such
-as `model`, is listed here, and stands for the demo's network and images.
+A page's blocks are run in one namespace; what it takes for granted stands for the demo's.
 """
 
+import copy
 import re
+import shlex
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from cyclopts import CycloptsError
+from execute import WALKTHROUGH, execute, read
 
 import unbraid
-from documents import PAGES, ROOT, blocks, spans
+from unbraid import cli
 from unbraid.demo.network import CLASSES, LAYER, DemoNet, load_images, load_network
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+_FENCE = re.compile(
+    r"^```(?P<language>\w*)\n(?P<code>.*?)^```\n"
+    r"(?:<!-- prints -->\n```text\n(?P<prints>.*?)^```$)?",
+    re.MULTILINE | re.DOTALL,
+)
+_SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+
+
+def blocks(text):
+    """List a page's blocks; AssertionError for one that this would miss."""
+    text = text.rstrip("\n") + "\n"
+    found = list(_FENCE.finditer(text))
+    printing = sum(block["prints"] is not None for block in found)
+    assert text.count("```") + text.count("~~~") == 2 * (len(found) + printing)
+    assert text.count("<!-- prints -->") == printing
+    assert {block["language"] for block in found} <= {"python", "sh", "text"}
+    return found
+
+
+def spans(text):
+    """List the pieces of code that stand in the text itself."""
+    return _SPAN.findall(_FENCE.sub("", text.rstrip("\n") + "\n"))
+
 
 # Names of the pages' ResNet-50, and what stands in for them.
 STAND_INS = {"layer4.2.conv3": LAYER, "1660": "0"}
@@ -92,30 +124,88 @@ def test_a_documents_python_runs_and_prints_what_is_shown(page, known, tmp_path,
         assert torch.equal(logits, known["model"](known["images"]))
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
+def test_a_document_that_shows_something_else_or_hides_a_block_is_told():
+    for text, told in (
         ("```python\nprint(1)\n```\n<!-- prints -->\n```text\n2\n```\n", AssertionError),
         ("```python\nx = 1\n```\n\n```python\nprint(x, nobody_made_this)\n```\n", NameError),
         ("```py\nprint(1)\n```\n", AssertionError),  # a block that would be passed over
         ("```\nprint(1)\n```\n", AssertionError),
         ("~~~python\nprint(1)\n~~~\n", AssertionError),
         ("```python\nprint(1)\n", AssertionError),
-        ("Start\n\n    unbraid demo --out x\n\nfirst.\n", AssertionError),
         ("- so:\n  ```python\n  print(1)\n  ```\n", AssertionError),
-        ("```text\n$ unbraid demo --out x\n```\n", AssertionError),
-    ],
-)
-def test_a_document_that_shows_something_else_or_hides_a_block_is_told(text, told):
-    with pytest.raises(told):
-        run(text, {})
+    ):
+        with pytest.raises(told):
+            run(text, {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_files_that_a_page_names_are_there(page):
+def test_links_files_and_commands_that_a_page_names_are_there(page):
     text = page.read_text()
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) + re.findall(r'src="([^":]+)"', text)
     assert [link for link in links if not (page.parent / link).exists()] == []
     own = re.compile(r"(\.ci|benchmarks|docs|examples|src|tests)/[\w./-]*")
     named = [span for span in spans(text) if own.fullmatch(span)]
     assert [span for span in named if not (ROOT / span).exists()] == []
+    scripts = [block["code"].replace("\\\n", " ") for block in blocks(text)]
+    for part in re.split(r"&&|\n", "\n".join(scripts)):
+        if re.match(r"\s*(unbraid|torchrun) ", part):
+            check_command(part)
+    for span in spans(text):
+        if span.startswith(("unbraid ", "--")):
+            check_command(span, whole=False)
+
+
+def check_command(text, whole=True):
+    """A command of unbraid has what it needs and no more; a part of one names what there is."""
+    words = shlex.split(text, comments=True)
+    own = words[words.index("unbraid") + 1 :] if "unbraid" in words else words
+    if whole:
+        cli.app.parse_args(own, exit_on_error=False, print_error=False)
+        return
+    named = [name for name in cli.app if not name.startswith("-")] if own is words else own[:1]
+    arguments = [one for name in named for one in cli.app[name].assemble_argument_collection()]
+    known = {name for argument in arguments for name in argument.names}
+    assert {word for word in own if word.startswith("--")} <= known
+
+
+def test_a_command_that_would_not_be_understood_is_told():
+    for text, whole, told in (
+        ("unbraid runs", False, KeyError),
+        ("unbraid demo --layer", False, AssertionError),
+        ("--outs", False, AssertionError),
+        ("unbraid demo", True, CycloptsError),
+        ("torchrun -m unbraid find x --tau high", True, CycloptsError),
+    ):
+        with pytest.raises(told):
+            check_command(text, whole)
+
+
+def said_by(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    texts = [o.get("text", o.get("data", {}).get("text/plain", "")) for o in outputs]
+    return "\n".join(texts), [sorted(output.get("data", {})) for output in outputs]
+
+
+def assert_same_notebook(one, other):
+    """The same words and kinds of output; figures may be rounded as on another machine."""
+    (text, kinds), (again, kinds_again) = said_by(one), said_by(other)
+    words = [NUMBER.sub("#", told).split() for told in (text, again)]  # columns may be wider
+    assert (words[0], kinds) == (words[1], kinds_again)
+    figures = [list(map(float, NUMBER.findall(told))) for told in (text, again)]
+    assert figures[0] == pytest.approx(figures[1], rel=0.02, abs=0.02)
+
+
+def test_the_walkthrough_says_the_same_when_run_anew_and_other_words_are_noticed():
+    kept = read(WALKTHROUGH)
+    emptied = copy.deepcopy(kept)
+    for cell in emptied.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    assert_same_notebook(kept, execute(emptied))
+    assert not re.search(r"/tmp|/home|/work|/root|https?:|C:\\", said_by(kept)[0])
+    for old, new in (("error 0.1", "error 0.2"), ("mean", "median"), ("\n", "\n0.1")):
+        other = copy.deepcopy(kept)
+        for output in [o for cell in other.cells for o in cell.get("outputs", []) if "text" in o]:
+            output.text = output.text.replace(old, new)
+        with pytest.raises(AssertionError):
+            assert_same_notebook(kept, other)

@@ -67,22 +67,19 @@ def test_a_file_from_before_rest_channels_were_switched_off_is_read(result, tmp_
     assert repr(results.read_ablation(path)) == repr(older) != repr(result.ablation)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
+def test_reading_a_damaged_file_is_told(result, tmp_path):
+    for damage in (
         lambda content: content["channels"][2]["ablation"]["concepts"][0].pop("own"),
         lambda content: content["channels"][2]["ablation"]["rest_channel"].pop("others"),
         lambda content: content["ablation"]["classes"].pop(),
         lambda content: content["channels"][0]["semantics"].pop("within"),
-    ],
-)
-def test_reading_a_damaged_file_is_told(damage, result, tmp_path):
-    path = tmp_path / "evaluation.json"
-    content = json.loads(json.dumps(result.to_dict()))
-    damage(content)
-    path.write_text(json.dumps(content))
-    with pytest.raises(RunError, match=r"evaluation\.json cannot be read .* start the run again"):
-        (results.read_ablation(path), results.read_semantics(path))
+    ):
+        path = tmp_path / "evaluation.json"
+        content = json.loads(json.dumps(result.to_dict()))
+        damage(content)
+        path.write_text(json.dumps(content))
+        with pytest.raises(RunError, match=r"evaluation\.json cannot be .* start the run again"):
+            (results.read_ablation(path), results.read_semantics(path))
 
 
 def test_evaluate_results_of_another_split_are_refused(case, result):

@@ -20,23 +20,17 @@ from unbraid.reporting import view
 from unbraid.reporting.words import ABSENT, number, percent, significant
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
+def test_report_shows_hostile_names_as_text_and_the_checker_sees_harm(page):
+    for old, new in (
         ("</main>", '<img src="https://example.org/x.png"></main>'),
         ("</main>", "<script>1</script></main>"),
         ("</main>", '<p onclick="x()"></p></main>'),
         ("</main>", "<b><i></b></i></main>"),
         ("</style>", "@import 'x';</style>"),
         ("default-src 'none'", "default-src *"),
-    ],
-)
-def test_the_checker_of_harmless_reports_sees_harm(page, old, new):
-    with pytest.raises((AssertionError, ValueError)):
-        assert_harmless(page.replace(old, new))
-
-
-def test_report_shows_hostile_names_as_text_that_turns_no_other_around(page):
+    ):
+        with pytest.raises((AssertionError, ValueError)):
+            assert_harmless(page.replace(old, new))
     root = read(page)
     drawn = " ".join(text.text for text in root.all("text"))
     assert set(HOSTILE) <= {bdi.text for bdi in root.all("bdi")}
@@ -46,7 +40,7 @@ def test_report_shows_hostile_names_as_text_that_turns_no_other_around(page):
     assert in_elements + in_plain_text == page.count("\u202e")
 
 
-def test_report_bounds_notes_and_how_channels_were_split(run, write):
+def test_report_bounds_notes_and_how_channels_were_split_and_of_nothing_found_says_why(run, write):
     harm = "<script>x</script>\u2069\u202e" + 100_000 * "y"
     info = {"lambda": 0.031622, "kkt_residual": 1e-13, "<b>": 300 * "x"}
     parts = tuple(replace(part, info=info) for part in run.split.channels)
@@ -54,6 +48,11 @@ def test_report_bounds_notes_and_how_channels_were_split(run, write):
     assert f"<script>x</script>\ufffd\u202e{1979 * 'y'}…" in [b.text for b in read(text).all("bdi")]
     for section in sections(text).values():
         assert f"lambda 0.03162 <b> {199 * 'x'}…" in section.all("p", "info")[0].text
+    none = unbraid.find(run.train_scan, gamma=-1.0)
+    page = read(write(found=none, split=None, evaluation=None, title=HOSTILE[0] + "\udcff"))
+    assert none.hint in page.text
+    assert not page.all("article")
+    assert page.all("h1")[0].text == HOSTILE[0] + "\\udcff"
 
 
 def figures_in(section):
@@ -110,7 +109,7 @@ def figures_of(evaluation, channel):
     ]
 
 
-def test_every_figure_is_the_evaluations(page, run):
+def test_every_figure_fact_and_setting_is_the_evaluations(page, run):
     for channel, section in sections(page).items():
         expected = figures_of(run.evaluation, channel)
         assert figures_in(section) == expected
@@ -120,6 +119,15 @@ def test_every_figure_is_the_evaluations(page, run):
             kept, cell.children = cell.children, ["9.999"]
             assert figures_in(section) != expected
             cell.children = kept
+    lists = (("ul", "facts"), ("dl", "settings"))
+    facts, settings = (read(page).all(*kind)[0].text for kind in lists)
+    top1 = percent(run.evaluation.output.top1_before, 1)
+    mean = number(run.evaluation.summary["published"]["separation_error"])
+    assert f"0 largest logit difference top-1 {top1} before" in facts
+    assert f"{mean} mean separation error" in facts
+    broken = f"149; 1 broken image left out (places {BROKEN})"
+    for told in (run.scan.manifest.weights, run.scan.manifest.data, broken):
+        assert told in settings
 
 
 def test_report_lists_few_classes_of_no_concept_that_lose_most(run, write, monkeypatch):
@@ -129,20 +137,6 @@ def test_report_lists_few_classes_of_no_concept_that_lose_most(run, write, monke
         assert len(section.all("table")[-1].rows()) == own
         left_out = f"{count(4 - own, 'class', 'classes')} that lose or gain less are left out"
         assert (left_out in section.text) == (own < 4)
-
-
-def test_report_shows_facts_and_settings(page, run):
-    facts, settings = (
-        read(page).all("ul", "facts")[0].text,
-        read(page).all("dl", "settings")[0].text,
-    )
-    top1 = percent(run.evaluation.output.top1_before, 1)
-    mean = number(run.evaluation.summary["published"]["separation_error"])
-    assert f"0 largest logit difference top-1 {top1} before" in facts
-    assert f"{mean} mean separation error" in facts
-    broken = f"149; 1 broken image left out (places {BROKEN})"
-    for told in (run.scan.manifest.weights, run.scan.manifest.data, broken):
-        assert told in settings
 
 
 def test_report_has_no_ratio_to_a_mean_not_told_from_zero(run, write):
@@ -257,30 +251,19 @@ def test_sections_show_the_strongest_images_and_say_which_cannot_be_read(page, r
             assert len(shots(half)) == 8 - len(gone)
 
 
-def test_report_of_nothing_found_says_why(run, write):
-    none = unbraid.find(run.train_scan, gamma=-1.0)
-    page = read(write(found=none, split=None, evaluation=None, title=HOSTILE[0] + "\udcff"))
-    assert none.hint in page.text
-    assert not page.all("article")
-    assert page.all("h1")[0].text == HOSTILE[0] + "\\udcff"
-
-
-@pytest.mark.parametrize(
-    ("note", "missing"),
-    [
+def test_report_says_what_is_missing(run, page, write):
+    for note, missing in (
         ("Measures and the output check are left out", "evaluation"),
         ("Nothing was switched off", "evaluation.ablation"),
         ("Semantic measures are left out", "evaluation.semantics"),
         ("The output check is left out", "evaluation.output"),
         ("Input channels are left out", "train_scan"),
         ("Pictures are left out", "dataset"),
-    ],
-)
-def test_report_says_what_is_missing(run, page, write, note, missing):
-    whole, _, part = missing.partition(".")
-    changed = replace(run.evaluation, **{part: None}) if part else None
-    assert note in notes(write(**{whole: changed}))
-    assert note not in notes(page)
+    ):
+        whole, _, part = missing.partition(".")
+        changed = replace(run.evaluation, **{part: None}) if part else None
+        assert note in notes(write(**{whole: changed}))
+        assert note not in notes(page)
 
 
 def test_report_over_scans_without_images_of_a_concept_leaves_out_what_needs_them(
@@ -311,9 +294,8 @@ def foreign(one, **changes):
     return replace(one, manifest=replace(one.manifest, **changes))
 
 
-@pytest.mark.parametrize(
-    ("said", "change"),
-    [
+def test_report_refuses_strangers(run, tmp_path):
+    for said, change in (
         ("split", lambda run: {"split": replace(run.split, weights="x"), "evaluation": None}),
         ("training scan", lambda run: {"train_scan": foreign(run.scan, weights="x")}),
         ("evaluation", lambda run: {"split": replace(run.split, channels=run.split.channels[1:])}),
@@ -321,12 +303,10 @@ def foreign(one, **changes):
         ("`maps`", lambda run: {"maps": run.train_scan}),  # without positions
         ("`maps`", lambda run: {"maps": foreign(run.scan, data="x")}),
         ("visualisations", lambda run: {"features": unbraid.Features("another", "any", ())}),
-    ],
-)
-def test_report_refuses_strangers(run, tmp_path, said, change):
-    with pytest.raises(UsageError, match=said):
-        run.report(tmp_path / "r.html", **change(run))
-    assert not list(tmp_path.iterdir())
+    ):
+        with pytest.raises(UsageError, match=said):
+            run.report(tmp_path / "r.html", **change(run))
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

