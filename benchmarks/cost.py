@@ -121,7 +121,7 @@ def compare_ablation(layer: str, n_images: int, rounds: int) -> list[str]:
     }
     taken = in_turn(ways, rounds, aloud=False)
     ablation, gate = (ratios(taken[name], taken["bare"], 1) for name in ("ablate", "gate"))
-    gates = statistics.median(gate) * 3 * N_ABLATED
+    gates = statistics.median(gate) * 4 * N_ABLATED  # two concepts, the rest, the whole
     return [f"{median(taken['bare'], 1):.2f}", f"{statistics.median(ablation):.2f}", f"{gates:.1f}"]
 
 

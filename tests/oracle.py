@@ -334,11 +334,12 @@ def explained_share(z, z_new):
     return above / below if below else math.nan
 
 
-def ablated_logits(model, layer_name, image, o, row):
+def ablated_logits(model, layer_name, image, o, row, n_biases=0):
     """Logits (T,) for one image, by weights alone: W[o] without `row` (J,), or o without all of it.
 
     As z = sum_k z_k - z_R, channel o without z_k, whose weights are `row`, has the weights
-    W[o] - row, and no bias: K times b, less (K - 1) times b, less b.
+    W[o] - row, and no bias: K times b, less (K - 1) times b, less b. Without the rest, -z_R, it
+    has K biases.
     """
     changed = _copy64(model)
     layer = changed.get_submodule(layer_name)
@@ -346,7 +347,7 @@ def ablated_logits(model, layer_name, image, o, row):
         own = layer.weight[o]
         own -= own.clone() if row is None else row.double().reshape(own.shape)
         if layer.bias is not None:
-            layer.bias[o] = 0.0
+            layer.bias[o] *= n_biases
         return changed(image.double().unsqueeze(0))[0]
 
 

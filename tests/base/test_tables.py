@@ -72,6 +72,9 @@ EVALUATED = (
 CLASS, NO_DROPS = results.ClassOutput(0, SCRIPT, 4, 1.0, 1.0), results.ClassDrops((0.0,), (0.0,))
 DROPS = [results.Drop(4, x, x / 10, 2 * x, x / 5) for x in (1.0, 0.5, 0.25)]
 ABLATED = results.ConceptAblation((0,), SCRIPT, *DROPS, NO_DROPS)
+REST = results.RestAblation(DROPS[1], DROPS[2], NO_DROPS)
+OLDER = results.ChannelAblation(5, NO_DROPS, (ABLATED,))
+NEWER = results.ChannelAblation(6, NO_DROPS, (ABLATED,), REST)
 LIKE, *PARTS = [results.Likeness(x, y) for x, y in ((0.1, 0.2), (0.3, 0.4), (0.5, math.nan))]
 ALIKE = results.ChannelSemantics("pixels", 9, 3, True, True, LIKE, tuple(PARTS), 0.25, 0.75)
 SPEC = describe("mix", nn.Conv2d(4, 8, 1))
@@ -125,9 +128,13 @@ RESULTS = {
         ],
     ),
     "ablation": (
-        Ablation("mix", (CLASS,), (results.ChannelAblation(5, NO_DROPS, (ABLATED,)),)),
+        Ablation("mix", (CLASS,), (OLDER, NEWER)),
         "Channels of mix switched off",
-        [["5", SCRIPT, "1.000", "2.000", "0.500", "10.0%", "0.500", "1.000", "0.500", "0.250"]],
+        [
+            ["5", SCRIPT, "1.000", "2.000", "0.500", "10.0%", "0.500", "1.000", "0.500", "0.250"],
+            ["6", SCRIPT, "1.000", "2.000", "0.500", "10.0%", "0.500", "1.000", "0.500", "0.250"],
+            ["", "the rest", "0.500", "1.000", "0.500", "5.0%", "", "", "", "0.250"],
+        ],
     ),
 }
 

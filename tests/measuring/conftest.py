@@ -33,10 +33,12 @@ class Case:
 
     @functools.cache  # noqa: B019
     def logits_without(self, channel, k):
-        """The oracle's logits of each image with a concept channel off, or all of the channel."""
-        row = None if k is None else self.split[channel].rows[k]
+        """The oracle's logits of each image with a concept channel or the rest off, or all."""
+        part = self.split[channel]
+        row = None if k is None else part.weight - part.rows.sum(0) if k == "rest" else part.rows[k]
+        n_biases = len(part.rows) if k == "rest" else 0
         return [
-            oracle.ablated_logits(self.network, self.layer, image, channel, row)
+            oracle.ablated_logits(self.network, self.layer, image, channel, row, n_biases)
             for image in self.images.images
         ]
 

@@ -46,15 +46,25 @@ def expected_ablation(case, channels, members):
         drops = [lost(o, k, chosen) for chosen in by_class.values()]
         return results.ClassDrops(*zip(*drops, strict=True))
 
-    def concept(o, k):
+    def images_of(o):
         concepts = case.split[o].concepts
         own = members or [[n for t in classes for n in by_class[t]] for classes in concepts]
+        together = [n for theirs in own for n in theirs]
+        return own, together, [n for n in range(len(labels)) if n not in together]
+
+    def drops(o, k, *groups):
+        return [results.Drop(len(n), *lost(o, k, n), *lost(o, None, n)) for n in groups]
+
+    def concept(o, k):
+        classes, (own, _, rest) = case.split[o].concepts[k], images_of(o)
         others = [n for other, theirs in enumerate(own) if other != k for n in theirs]
-        rest = [n for n in range(len(labels)) if n not in own[k] and n not in others]
-        groups = (own[k], others, rest)
-        drops = [results.Drop(len(n), *lost(o, k, n), *lost(o, None, n)) for n in groups]
-        names = [f"class {t}" if t < 4 else str(t) for t in concepts[k]]
-        return results.ConceptAblation(concepts[k], ", ".join(names), *drops, by_classes(o, k))
+        names = ", ".join(f"class {t}" if t < 4 else str(t) for t in classes)
+        losses = drops(o, k, own[k], others, rest)
+        return results.ConceptAblation(classes, names, *losses, by_classes(o, k))
+
+    def rest_channel(o):
+        losses = drops(o, "rest", *images_of(o)[1:])
+        return results.RestAblation(*losses, by_classes(o, "rest"))
 
     intact = outcomes(case.logits)
     classes = [
@@ -64,7 +74,8 @@ def expected_ablation(case, channels, members):
     measured = []
     for o in channels:
         concepts = tuple(concept(o, k) for k in range(len(case.split[o].concepts)))
-        measured.append(results.ChannelAblation(o, by_classes(o, None), concepts))
+        whole = by_classes(o, None)
+        measured.append(results.ChannelAblation(o, whole, concepts, rest_channel(o)))
     return Ablation(case.layer, tuple(classes), tuple(measured))
 
 
@@ -124,11 +135,15 @@ def test_ablate_takes_gates_as_one_and_leaves_them_and_random_numbers_alone(case
 
 def test_ablate_uses_a_users_hook_and_an_instances_own_forward_and_puts_it_back(case):
     changed = unbraid.apply(case.network, case.split)
-    row = torch.tensor([changed.layer.names.index("1.0")])
+    row, first = torch.tensor([changed.layer.names.index("1.0")]), torch.tensor([0])
     changed.layer.concepts.register_forward_hook(lambda _m, _a, z: z.index_fill(1, row, 0.0))
-    silenced, other = unbraid.ablate(changed, case.images).channels[0].concepts
+    changed.layer.residuals.register_forward_hook(lambda _m, _a, z: z.index_fill(1, first, 0.0))
+    one, *others = unbraid.ablate(changed, case.images).channels
+    silenced, other = one.concepts
     assert silenced.own.logit == pytest.approx(0.0, abs=1e-12)
-    assert abs(other.own.logit) > 1e-6
+    assert one.rest_channel.concepts.logit == pytest.approx(0.0, abs=1e-12)
+    for drop in (other.own, *(channel.rest_channel.concepts for channel in others)):
+        assert abs(drop.logit) > 1e-6
     changed = unbraid.apply(case.network, case.split)
     plain = changed.stem.forward
     changed.stem.forward = doubled = lambda x: 2 * plain(x)

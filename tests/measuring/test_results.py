@@ -72,9 +72,21 @@ def test_a_file_of_before_measures_over_all_images_opens(result, tmp_path):
         assert {getattr(k, name) for k in one.concepts for name in OVER_ALL} == {None}
 
 
+def test_a_file_from_before_rest_channels_were_switched_off_is_read(result, tmp_path):
+    path, content = tmp_path / "evaluation.json", json.loads(json.dumps(result.to_dict()))
+    for entry in content["channels"]:
+        if entry["ablation"] is not None:
+            del entry["ablation"]["rest_channel"]
+    path.write_text(json.dumps(content))
+    channels = [replace(channel, rest_channel=None) for channel in result.ablation.channels]
+    older = replace(result.ablation, channels=tuple(channels))
+    assert repr(results.read_ablation(path)) == repr(older) != repr(result.ablation)
+
+
 def test_reading_a_damaged_file_is_told(result, tmp_path):
     for damage in (
         lambda content: content["channels"][2]["ablation"]["concepts"][0].pop("own"),
+        lambda content: content["channels"][2]["ablation"]["rest_channel"].pop("others"),
         lambda content: content["ablation"]["classes"].pop(),
         lambda content: content["channels"][0]["semantics"].pop("within"),
     ):

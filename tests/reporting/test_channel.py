@@ -141,6 +141,16 @@ def test_charts_follow_their_data(run):
     curves, rows = channel_module.densities(responses), channel_module.ridges(classes, responses)
     drawn = read(charts.draw_densities(curves, views, 7)).all("path", "curve")
     assert len(drawn) == curves.heights[..., 0].size
+    with_rest = channel_module.densities(responses, rest=True)
+    left = (responses.original - responses.concepts.sum(1)).double().numpy()  # by the concepts
+    means = [left[responses.concept.numpy() == k].mean() for k in range(len(views))]
+    np.testing.assert_allclose(with_rest.means[-1], means, atol=1e-4)
+    assert np.abs(with_rest.means[-1]).min() > 1e-2
+    chart = read(charts.draw_densities(with_rest, views, 7))
+    assert len(chart.all("path", "curve")) == len(drawn) + len(views)
+    assert [one.text for one in chart.all("text", "title")][-1].startswith("The rest")
+    said = "; the rest " + " and ".join(map(significant, with_rest.means[-1]))
+    assert said in chart.all("svg")[0].attributes["aria-label"]
     for element in drawn:
         xs, ys = points_of(element.attributes["d"]).T
         assert np.ptp(ys) == pytest.approx(46, abs=0.11)

@@ -71,7 +71,8 @@ def figures_of(evaluation, channel):
     off = next(c for c in evaluation.ablation.channels if c.channel == channel)
     seen = evaluation.semantics.channels[channel]
     sure = intervals(evaluation.responses[channel])
-    measures, effects, runs = [], [], [off.whole, *(concept.by_class for concept in off.concepts)]
+    last, measures, effects = off.rest_channel, [], []
+    runs = [off.whole, *(part.by_class for part in (*off.concepts, last))]
     for concept, known in zip(measured.concepts, map(vars, sure.concepts), strict=True):
         measures.append([str(concept.n_images)])
         for name in ("retention", "leakage", "mimic_error", "silence_error", "auroc"):
@@ -86,6 +87,16 @@ def figures_of(evaluation, channel):
         row.append(f"{number(rest.logit)} whole {number(rest.whole_logit)}")
         row += [f"{percent(d.accuracy, 1)} whole {percent(d.whole_accuracy, 1)}" for d in two]
         effects.append(row)
+    own, rest = last.concepts, last.others
+    effects.append(
+        [
+            f"{percent(own.part)} {number(own.logit)} of {number(own.whole_logit)}",
+            "",
+            f"{number(rest.logit)} whole {number(rest.whole_logit)}",
+            f"{percent(own.accuracy, 1)} whole {percent(own.whole_accuracy, 1)}",
+            "",
+        ]
+    )
     own = [label for concept in off.concepts for label in concept.classes]
     losses = []
     for n, output in enumerate(evaluation.ablation.classes):

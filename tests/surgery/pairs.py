@@ -90,10 +90,16 @@ class Pair:
         return images(dtype=self.dtype)
 
     def concept_map(self, channel, concept):
-        """z_k of every image by the oracle, (N, P)."""
-        row, inputs = self.split[channel].rows[concept], layer_input(self.network, self.images())
-        maps = [oracle.channel_map(self.network.layer, channel, row, one) for one in inputs]
-        return torch.stack(maps)
+        """z_k of every image by the oracle, (N, P); of the rest, what they lack to the whole."""
+        part, inputs = self.split[channel], layer_input(self.network, self.images())
+
+        def channel_map(row):
+            maps = [oracle.channel_map(self.network.layer, channel, row, one) for one in inputs]
+            return torch.stack(maps).double()
+
+        if concept == "rest":
+            return channel_map(part.weight) - sum(map(channel_map, part.rows))
+        return channel_map(part.rows[concept])
 
     def change(self):
         """What differs in the layer's output, (C_out, N, P)."""

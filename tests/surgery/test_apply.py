@@ -100,7 +100,9 @@ def test_apply_on_every_network(invariant, network):
 
 
 def gates_scale_their_concept_channel(pair):
-    for channel, concept, value in ((1, 0, 0.0), (1, 1, 3.0), (3, 1, -0.5), (0, 0, pairs.VALUES)):
+    moves = [(1, 0, 0.0), (1, 1, 3.0), (3, 1, -0.5), (0, 0, pairs.VALUES)]
+    moves += [(1, "rest", 0.0), (3, "rest", -0.5), (0, "rest", pairs.VALUES)]
+    for channel, concept, value in moves:
         z_k = pair.concept_map(channel, concept)
         wanted = value[:, None] * z_k if isinstance(value, Tensor) else value * z_k
         with pair.changed.gate("layer", channel, concept, value):
@@ -109,12 +111,31 @@ def gates_scale_their_concept_channel(pair):
 
 
 def clamps_bound_their_concept_channel(pair):
-    z_k = pair.concept_map(3, 0)
-    some, more = (float(z_k.quantile(part)) for part in (0.3, 0.7))
-    for low, high in ((some, more), (more, more), (-torch.inf, some), (more, torch.inf)):
-        with pair.changed.clamp("layer", 3, 0, low, high):
-            pairs.assert_moved(pair, 3, 0, z_k.clip(low, high))
+    for concept in (0, "rest"):
+        z_k = pair.concept_map(3, concept)
+        some, more = (float(z_k.quantile(part)) for part in (0.3, 0.7))
+        for low, high in ((some, more), (more, more), (-torch.inf, some), (more, torch.inf)):
+            with pair.changed.clamp("layer", 3, concept, low, high):
+                pairs.assert_moved(pair, 3, concept, z_k.clip(low, high))
     checks.assert_same_outputs(pair.network, pair.changed, pairs.images())
+
+
+def without_its_rest_a_channel_is_the_sum_of_its_concept_channels(pair):
+    for part in pair.split.channels:
+        row, n = part.channel, pair.plain.layer.names.index(f"{part.channel}.residual")
+        wanted = sum(pair.concept_map(row, k) for k in range(len(part.concepts)))
+
+        def assert_sum(network, row=row, wanted=wanted):
+            actual = pairs.layer_output(network, pair.images()).select(pair.dim, row)
+            checks.assert_close(actual.reshape(5, -1), wanted)
+
+        for network in (pair.changed, pair.plain):
+            with pytest.raises(AssertionError):  # while the rest is on
+                assert_sum(network)
+        with pair.changed.gate("layer", row, "rest", 0.0), torch.no_grad():
+            assert_sum(pair.changed)
+            pair.plain.layer.merge.weight[row, n] = 0
+            assert_sum(pair.plain)
 
 
 def concepts_can_be_read(pair):
@@ -163,6 +184,7 @@ def the_plain_form_is_of_standard_modules(pair):
 OF_LAYERS = [
     gates_scale_their_concept_channel,
     clamps_bound_their_concept_channel,
+    without_its_rest_a_channel_is_the_sum_of_its_concept_channels,
     concepts_can_be_read,
     rows_have_the_gradients_of_their_channel,
     the_plain_form_is_of_standard_modules,

@@ -5,7 +5,7 @@ import math
 import pytest
 import steering
 import torch
-from pairs import VALUES, assert_moved, images, split_network
+from pairs import THREE, VALUES, Pair, assert_moved, images, split_network
 from torch import nn
 
 import unbraid
@@ -58,6 +58,8 @@ def test_a_move_that_cannot_be_is_refused_without_a_trace(pair):
         ("gate", ("head", 1, 0, 0.0), "'head' has no concept channels; name one of layer"),
         ("gate", (nn.ReLU(), 1, 0, 0.0), "Layer of type ReLU has no concept channels"),
         ("gate", ("layer", 2, 0, 0.0), "has no concept 0 of channel 2; it has"),
+        ("gate", ("layer", 2, "rest", 0.0), "no concept rest of channel 2; .* and 'rest' of each"),
+        ("clamp", ("layer", 1, "residual"), "concept is 'residual'; give a number .* or 'rest'"),
     ):
         with pytest.raises(UsageError, match=sentence):
             getattr(pair.changed, move)(*arguments)
@@ -76,6 +78,32 @@ def test_of_several_moves_of_a_concept_channel_the_latest_counts(pair):
             gate.remove()
             assert_moved(pair, 1, 0, z_k.clamp(max=0.05))
         assert_moved(pair, 1, 0, 3 * z_k)
+    assert_same_outputs(pair.network, pair.changed, images())
+
+
+@pytest.mark.parametrize("kind", ["3x3", "tokens"])
+def test_the_rest_is_scaled_beside_concepts_by_the_sum_that_the_split_says(kind):
+    """All of z is told by hand: the rest's row W - sum_k W_k, its bias (1 - K) b, K = 3."""
+    pair = Pair(kind, channels=THREE)
+    part, gate = pair.split[2], pair.changed.gate
+    assert_close(part.rest_row, part.weight - part.masks.sum(0) * part.weight)
+    assert part.rest_bias == -2 * part.bias
+    assert part.bias
+    z = [pair.concept_map(2, k) for k in (0, 1, 2, "rest")]
+
+    def assert_sum():
+        with gate("layer", 2, 1, 0.0), gate("layer", 2, "rest", VALUES):
+            change = pair.change()[2]
+        assert_close(change, (VALUES[:, None] - 1) * z[3] - z[1])
+
+    assert_sum()
+    for corrupt in (pair.changed.layer.rows, pair.changed.layer.row_bias):
+        kept, place = corrupt.detach().clone(), len(pair.changed.layer.names) + 1  # channel 2's
+        with torch.no_grad():
+            corrupt[place] *= 1.001
+            with pytest.raises(AssertionError):
+                assert_sum()
+            corrupt.copy_(kept)
     assert_same_outputs(pair.network, pair.changed, images())
 
 

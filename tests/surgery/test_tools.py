@@ -82,6 +82,7 @@ MOVES = {
     "gate": lambda network: network.gate("layer", 1, 0, 0.0),
     "gate per image": lambda network: network.gate("layer", 1, 0, torch.arange(5.0)),
     "clamp": lambda network: network.clamp("layer", 3, 1, low=9.0),
+    "rest": lambda network: network.gate("layer", 1, "rest", 0.0),
     "nothing": lambda _: nullcontext(),
 }
 
@@ -115,7 +116,7 @@ def test_gates_and_clamps_move_in_a_compiled_network(one_pair):
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"pads by size"}))
 def test_torch_fx_traces_both_forms_and_takes_out_concept_channels(kind):
     pair, followed = Pair(kind, dtype=SINGLE), torch.fx.symbolic_trace
-    for name in ("gate", "clamp", "nothing"):
+    for name in ("gate", "clamp", "rest", "nothing"):
         with MOVES[name](pair.changed):
             moved, elsewhere = pair.changed(single()), followed(pair.changed)
         assert torch.equal(moved, pair.network(single())) == (name == "nothing")

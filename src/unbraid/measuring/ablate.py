@@ -1,7 +1,7 @@
 """Switch concept channels off, one at a time, and measure what the network loses by it.
 
-Shapes: N images of a batch, T outputs, K concepts of a channel, R = 2 + K runs for a channel:
-nothing off, the whole channel off, each of its concept channels off.
+Shapes: N images of a batch, T outputs, K concepts of a channel, R = 3 + K runs for a channel:
+nothing off, the whole channel off, each of its concept channels off, its rest channel off.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from unbraid.measuring.results import (
     ClassOutput,
     ConceptAblation,
     Drop,
+    RestAblation,
 )
 from unbraid.networks.copying import unwrap
 from unbraid.networks.outputs import check_labels, refuse_broken_values, run_network
@@ -57,11 +58,12 @@ def ablate(
     skip_broken: bool = False,
     progress: bool = False,
 ) -> Ablation:
-    """Switch off each concept channel, and each whole channel, and measure what is lost.
+    """Switch off each concept channel, rest and whole channel, and measure what is lost.
 
-    Lost is the logit of an image's own label, and top-1 accuracy. A concept channel is off when
-    its gate is 0; a whole channel is off when its pre-activation is 0. The network is used in eval
-    mode, on its device, and left exactly as it was; gates and clamps do not count meanwhile.
+    Lost is the logit of an image's own label, and top-1 accuracy. A concept channel or the rest of
+    a channel is off when its gate is 0, a whole channel when its pre-activation is 0. The network
+    is used in eval mode, on its device, and left exactly as it was; gates and clamps do not count
+    meanwhile.
 
     Args:
         model2: a split network, from `unbraid.apply` in the exact form.
@@ -200,8 +202,11 @@ def _run_batch(
     """T, and by channel (2, R, N): logits of the own labels, and 1 where these are the top ones."""
     index, images, labels = batch
     images = images.to(layer.rows.device)
-    responses: list[Tensor] = []
-    with layer.concepts.register_forward_hook(lambda *args: responses.append(args[-1].clone())):
+    concepts_seen, residuals_seen = [], []
+    with (
+        layer.concepts.register_forward_hook(lambda *args: concepts_seen.append(args[-1].clone())),
+        layer.residuals.register_forward_hook(lambda *a: residuals_seen.append(a[-1].clone())),
+    ):
         logits, output = replay.first(images)
     check_labels(labels, index, logits)
     own = labels.to(logits.device)
@@ -216,10 +221,12 @@ def _run_batch(
     for channel, groups in concepts.items():
         runs, whole = [intact], output.select(dim, channel)
         rows = (layer.names.index(f"{channel}.{k}") for k in range(len(groups)))
-        rests = (whole - responses[0].select(dim, row) for row in rows)
-        for rest in (torch.zeros_like(whole), *rests):
+        left = [whole - concepts_seen[0].select(dim, row) for row in rows]
+        # The rest is the residual with its sign turned, so what is left without it is their sum.
+        left.append(whole + residuals_seen[0].select(dim, list(layer.divided).index(channel)))
+        for values in (torch.zeros_like(whole), *left):
             changed = output.clone()
-            changed.select(dim, channel).copy_(rest)
+            changed.select(dim, channel).copy_(values)
             runs.append(outcome(replay.again(images, changed)))
         outcomes[channel] = torch.stack(runs, 1).cpu()
     return logits.shape[1], outcomes
@@ -232,7 +239,7 @@ class _AblationSums:
         self._concepts, self._n_classes = concepts, n_classes
         n_groups = n_classes + len(concepts) + 1
         self._n_images = torch.zeros(n_groups, dtype=torch.float64)
-        self._sums = torch.zeros(2, 2 + len(concepts), n_groups, dtype=torch.float64)
+        self._sums = torch.zeros(2, 3 + len(concepts), n_groups, dtype=torch.float64)
 
     def add(self, labels: Tensor, concept: Tensor, outcomes: Tensor) -> None:
         """Add outcomes (2, R, N) of a batch; concept (N,) is K for images of none."""
@@ -262,19 +269,21 @@ class _AblationSums:
             sums = [values[groups].sum() for values in (*lost[:, run], *lost[:, 1])]
             return Drop(n_images, *(float(value) / n_images for value in sums))
 
-        *groups, rest = range(self._n_classes, len(self._n_images))
+        *groups, others = range(self._n_classes, len(self._n_images))
         concepts = tuple(
             ConceptAblation(
                 classes=classes,
                 name=", ".join(map(name, classes)),
                 own=drop(2 + k, [groups[k]]),
                 others=drop(2 + k, [*groups[:k], *groups[k + 1 :]]),
-                rest=drop(2 + k, [rest]),
+                rest=drop(2 + k, [others]),
                 by_class=by_class(2 + k),
             )
             for k, classes in enumerate(self._concepts)
         )
-        return ChannelAblation(channel, by_class(1), concepts)
+        last = 2 + len(concepts)
+        rest = RestAblation(drop(last, groups), drop(last, [others]), by_class(last))
+        return ChannelAblation(channel, by_class(1), concepts, rest)
 
     def _seen(self) -> list[int]:
         return [int(label) for label in self._n_images[: self._n_classes].nonzero()]

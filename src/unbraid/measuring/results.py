@@ -62,7 +62,7 @@ class Drop:
     """What some images lose on average; a gain is negative, without images it is NaN."""
 
     n_images: int
-    logit: float  # with the concept channel off
+    logit: float  # with the concept channel, or the rest channel, off
     accuracy: float
     whole_logit: float  # with the whole original channel off
     whole_accuracy: float
@@ -86,12 +86,28 @@ class ConceptAblation:
 
 
 @dataclass(frozen=True)
+class RestAblation:
+    """What is lost with the rest channel off, which no concept names."""
+
+    concepts: Drop  # over the images of the channel's concepts
+    others: Drop  # over all other images
+    by_class: ClassDrops
+
+
+@dataclass(frozen=True)
 class ChannelAblation:
-    """What is lost with one channel off, whole or a concept channel at a time."""
+    """What is lost with one channel off, whole or a concept channel or the rest at a time."""
 
     channel: int
     whole: ClassDrops
     concepts: tuple[ConceptAblation, ...]
+    rest_channel: RestAblation | None = None  # older files have none
+
+    @property
+    def runs(self) -> tuple[ClassDrops, ...]:
+        """With the whole channel off, each concept channel, and, where measured, the rest."""
+        rest = () if self.rest_channel is None else (self.rest_channel.by_class,)
+        return (self.whole, *(concept.by_class for concept in self.concepts), *rest)
 
 
 @dataclass(frozen=True)
@@ -106,25 +122,25 @@ class Ablation(Tabular):
         """Return plain lists and numbers, each drop with its part of the whole channel's."""
         content = asdict(self)
         for channel, entry in zip(self.channels, content["channels"], strict=True):
-            for concept, values in zip(channel.concepts, entry["concepts"], strict=True):
-                for name in ("own", "others", "rest"):
-                    values[name]["part"] = getattr(concept, name).part
+            parts = zip(channel.concepts, entry["concepts"], strict=True)
+            for one, values in (*parts, (channel.rest_channel, entry["rest_channel"])):
+                for name, drop in vars(one).items() if one else ():
+                    if isinstance(drop, Drop):
+                        values[name]["part"] = drop.part
         return content
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Ablation:
         """Build an Ablation from what `to_dict` gave; raise ValueError where that is damaged."""
         ablation = build(cls, _without_parts(content), null_figures=True)
-        drops = [
-            one for c in ablation.channels for one in (c.whole, *(k.by_class for k in c.concepts))
-        ]
+        drops = [one for channel in ablation.channels for one in channel.runs]
         lengths = {len(losses) for drop in drops for losses in (drop.logit, drop.accuracy)}
         if not lengths <= {len(ablation.classes)}:
             raise ValueError("losses by class are not one for each class")
         return ablation
 
     def table(self) -> Table:
-        """Show the drops in target logit and own accuracy, a row per concept channel."""
+        """Show the drops in target logit and own accuracy, a row per concept channel and rest."""
         figures = ("logit", "whole", "part")
         rows: list[tuple[str, ...]] = [
             ("", "", "own classes", "", "", "", "other concepts", "", "", "all others"),
@@ -132,14 +148,19 @@ class Ablation(Tabular):
         ]
         for channel in self.channels:
             for k, concept in enumerate(channel.concepts):
-                own, others = (
-                    [figure(value) for value in (drop.logit, drop.whole_logit, drop.part)]
-                    for drop in (concept.own, concept.others)
-                )
+                own, others = map(_shown, (concept.own, concept.others))
                 accuracy, rest = figure(concept.own.accuracy, ".1%"), figure(concept.rest.logit)
                 number = "" if k else str(channel.channel)
                 rows.append((number, concept.name, *own, accuracy, *others, rest))
+            if channel.rest_channel is not None:
+                off, own = channel.rest_channel, _shown(channel.rest_channel.concepts)
+                accuracy = figure(off.concepts.accuracy, ".1%")
+                rows.append(("", "the rest", *own, accuracy, *[""] * 3, figure(off.others.logit)))
         return Table(rows, caption=f"Channels of {self.layer} switched off", n_heads=2)
+
+
+def _shown(drop: Drop) -> list[str]:
+    return [figure(value) for value in (drop.logit, drop.whole_logit, drop.part)]
 
 
 def _without_parts(content: Any) -> Any:

@@ -16,7 +16,7 @@ _N_SOURCES = 3  # of each concept
 
 def describe_densities(data: Curves, concepts: Sequence[ConceptView], channel: int) -> str:
     """Tell the means of every channel over the images of every concept."""
-    panels = map(_numbers, _channels(concepts), data.means)
+    panels = map(_numbers, [*_channels(concepts), "the rest"], data.means)
     return (
         f"Channel {channel}: densities of the summed pre-activation over the images of "
         f"{', '.join(map(_concept, concepts))}. Means, in this order: {'; '.join(panels)}."

@@ -130,7 +130,7 @@ class ClassLoss(NamedTuple):
     name: str
     concept: ConceptView | None  # that it belongs to
     n_images: int
-    lost: Sequence[tuple[float, float]]  # logit and accuracy: whole channel, each concept channel
+    lost: Sequence[tuple[float, float]]  # logit and accuracy: whole, each concept channel, rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,7 @@ class ChannelView:
     info: Mapping[str, str]  # how it was split
     rows: Sequence[ReferenceRow]
     intervals: ChannelIntervals | None  # of the measures
-    densities: Curves | None  # a row for the original and each concept channel, columns: concepts
+    densities: Curves | None  # rows: the original, each concept channel, the rest; a column each
     ridges: Ridges | None
     scatter: Scatter | None
     bars: Bars | None
@@ -189,7 +189,7 @@ def channel_views(
                 info=_how_split(part.info),
                 rows=reference_rows(found, views, top[channel], ids, firsts[channel]),
                 intervals=intervals(own) if own else None,
-                densities=densities(own) if own else None,
+                densities=densities(own, rest=True) if own else None,
                 ridges=ridges(classes, own) if own else None,
                 scatter=scatter(classes, own) if own else None,
                 bars=sources,
@@ -325,11 +325,16 @@ def _estimate(rows: Sequence[Sequence[np.ndarray]], n: int) -> Curves:
     return Curves(grid, heights, np.array([[group.mean() for group in row] for row in rows]))
 
 
-def densities(responses: Responses, n_grid: int = 121) -> Curves:
-    """Estimate how the channels' responses are distributed over the images of each concept."""
-    concept = responses.concept.numpy()
+def densities(responses: Responses, n_grid: int = 121, *, rest: bool = False) -> Curves:
+    """Estimate how the channels' responses are distributed over the images of each concept.
+
+    A row for the original and each concept channel, and if asked for one for the rest channel.
+    """
+    concept, channels = responses.concept.numpy(), _channels(responses)
+    if rest:
+        channels.append(-responses.residual.double().numpy())
     members = [concept == k for k in range(responses.concepts.shape[1])]
-    return _estimate([[z[own] for own in members] for z in _channels(responses)], n_grid)
+    return _estimate([[z[own] for own in members] for z in channels], n_grid)
 
 
 def _channels(responses: Responses) -> list[np.ndarray]:
@@ -415,7 +420,6 @@ def class_losses(
     """List what classes lose when a channel is off: the concepts' own, then a few hit hardest."""
     if ablation is None or channel is None:
         return []
-    runs = [channel.whole, *(concept.by_class for concept in channel.concepts)]
     owner = {
         label: view
         for view, concept in zip(views, channel.concepts, strict=True)
@@ -426,7 +430,7 @@ def class_losses(
             bounded(output.name),
             owner.get(output.label),
             output.n_images,
-            [(run.logit[n], run.accuracy[n]) for run in runs],
+            [(run.logit[n], run.accuracy[n]) for run in channel.runs],
         )
         for n, output in enumerate(ablation.classes)
     ]

@@ -174,7 +174,7 @@ class _Axis:
 
 
 def draw_densities(data: Curves, concepts: Concepts, channel: int) -> Markup:
-    """Draw one panel for the original channel and one for each concept channel."""
+    """Draw one panel for the original channel, one for each concept channel, one for the rest."""
     side, panel, title, base, peak = 10.0, 102.0, 14.0, 86.0, 46.0
     across = _Axis(data.grid, side, WIDTH - side)
     head = Markup(
@@ -185,12 +185,13 @@ def draw_densities(data: Curves, concepts: Concepts, channel: int) -> Markup:
     for row, (heights, means) in enumerate(zip(data.heights, data.means.tolist(), strict=True)):
         top, bottom = row * panel, row * panel + base
         parts += across.lines(top + title + 8, bottom)
-        if row:
+        if 0 < row <= len(concepts):
             names = listed(concepts[row - 1].names, 21.0)
             at = (units(side), units(top + title))
             parts.append(head.format(*at, concepts[row - 1].letter, names))
         else:
-            parts.append(_text("title", side, top + title, "Original channel"))
+            words = "The rest, what no concept names" if row else "Original channel"
+            parts.append(_text("title", side, top + title, words))
         parts.append(_line("axis", side, bottom, WIDTH - side, bottom))
         for concept, curve in zip(concepts, heights, strict=True):
             parts.append(across.curve(f"curve k{concept.tone}", curve, bottom, peak, 0.004))

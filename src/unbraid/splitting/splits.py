@@ -47,6 +47,11 @@ class ChannelSplit:
         """(J,), what is subtracted so that the concept channels add up to the original."""
         return self.rows.sum(0) - self.weight
 
+    @property
+    def rest_row(self) -> Tensor:
+        """(J,), the rest channel's weights: what no concept channel keeps of the original."""
+        return -self.residual_row
+
     def pooled_responses(self, pooled: Tensor, n_positions: Tensor) -> Tensor:
         """Pooled pre-activations of original, concepts, residual: (N, J) to (N, K + 2)."""
         rows = torch.cat([self.weight[None], self.rows, self.residual_row[None]]).double()
@@ -64,6 +69,11 @@ class ChannelSplit:
     def residual_bias(self) -> float:
         """(K - 1) times the bias, since it stands in every row."""
         return (len(self.concepts) - 1) * self.bias
+
+    @property
+    def rest_bias(self) -> float:
+        """1 - K times the bias: concept channels and rest channel add up to the original."""
+        return -self.residual_bias
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,12 @@
-"""Gates and clamps, which switch concept channels off, scale and bound them; each can be undone."""
+"""Gates and clamps, which switch concept channels off, scale and bound them; each can be undone.
+
+The rest of a channel, what no concept names, is moved like a concept channel.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -12,20 +16,27 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.networks.copying import unwrap, unwrapped_name
 from unbraid.surgery.split_layer import Move, SplitLayer
 
+_REST = "rest"
+
 
 @in_plain_modes
 def gate(
-    model: nn.Module, layer: str | nn.Module, channel: int, concept: int, value: float | Tensor
+    model: nn.Module,
+    layer: str | nn.Module,
+    channel: int,
+    concept: int | Literal["rest"],
+    value: float | Tensor,
 ) -> Move:
     """Scale a concept channel of a split network; a split network has this as its method.
 
     Of several moves of a concept channel, gates or clamps, the latest counts until it is removed.
+    With the rest off, a channel is the sum of its concept channels.
 
     Args:
         model: from `apply` in the exact form.
         layer: the split layer, by name or itself.
         channel: a split channel.
-        concept: 0 to K - 1.
+        concept: 0 to K - 1, or "rest" for what no concept names.
         value: 0 switches off, 1 leaves as it is; a tensor (N,) has one value per image.
 
     Returns:
@@ -52,7 +63,7 @@ def clamp(
     model: nn.Module,
     layer: str | nn.Module,
     channel: int,
-    concept: int,
+    concept: int | Literal["rest"],
     low: float = -math.inf,
     high: float = math.inf,
 ) -> Move:
@@ -62,7 +73,7 @@ def clamp(
         model: from `apply` in the exact form.
         layer: the split layer, by name or itself.
         channel: a split channel.
-        concept: 0 to K - 1.
+        concept: 0 to K - 1, or "rest" for what no concept names.
         low: lower bound at every position, in units of the pre-activation.
         high: upper bound likewise; equal to `low` it fixes the value.
 
@@ -80,7 +91,7 @@ def clamp(
 
 
 def _find_row(
-    model: nn.Module, layer: str | nn.Module, channel: int, concept: int
+    model: nn.Module, layer: str | nn.Module, channel: int, concept: int | Literal["rest"]
 ) -> tuple[SplitLayer, int]:
     modules = dict(unwrap(model).named_modules(remove_duplicate=False))
     known = [name for name, module in modules.items() if isinstance(module, SplitLayer)]
@@ -96,10 +107,15 @@ def _find_row(
     if not isinstance(module, SplitLayer):
         given = repr(layer) if isinstance(layer, str) else f"of type {type(layer).__name__}"
         raise UsageError(f"Layer {given} has no concept channels; name one of {', '.join(known)}.")
-    name = f"{whole_number('channel', channel)}.{whole_number('concept', concept)}"
-    if name not in module.names:
+    if isinstance(concept, str) and concept != _REST:
+        raise UsageError(f"concept is {concept!r}; give a number from 0, or {_REST!r}.")
+    own = concept if isinstance(concept, str) else whole_number("concept", concept)
+    name = f"{whole_number('channel', channel)}.{own}"
+    names = [*module.names, *(f"{o}.{_REST}" for o in module.divided)]  # in the order of the rows
+    if name not in names:
         raise UsageError(
             f"Layer {layer!r} has no concept {concept} of channel {channel}; it has "
-            f"{', '.join(module.names[:20])}{' ...' if len(module.names) > 20 else ''}."
+            f"{', '.join(module.names[:20])}{' ...' if len(module.names) > 20 else ''}, and "
+            f"{_REST!r} of each channel."
         )
-    return module, module.names.index(name)
+    return module, names.index(name)

@@ -76,8 +76,9 @@ class SplitLayer(nn.Module):
             new = respond(self.spec, input, self.rows, self.row_bias, self._row_channels)
         concepts, changed = _pass(self.concepts, new.narrow(dim, 0, n_concepts))
         residuals, changed_too = _pass(self.residuals, new.narrow(dim, n_concepts, n_residuals))
-        concepts = make_moves(concepts, self.moves, dim)
-        correction = (-z.index_select(dim, self.channels) - residuals).index_add(
+        concepts = make_moves(concepts, self.moves, dim, range(n_concepts))
+        rests = make_moves(-residuals, self.moves, dim, range(n_concepts, n_concepts + n_residuals))
+        correction = (rests - z.index_select(dim, self.channels)).index_add(
             dim, self.owners, concepts
         )
         if not self.moves:
@@ -119,7 +120,7 @@ def _keep_slow_path(layer: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 class Move:
-    """A concept channel that was moved; `remove()` or leaving its `with` block moves it back."""
+    """A channel that was moved; `remove()` or leaving its `with` block moves it back."""
 
     def __init__(
         self,
@@ -129,13 +130,16 @@ class Move:
         low: float = -math.inf,
         high: float = math.inf,
     ) -> None:
-        """Scale one row by a number, or by one per image, (N,); or bound it at every position."""
+        """Scale one row by a number, or by one per image, (N,); or bound it at every position.
+
+        The row of a residual stands for the rest channel, which has the other sign.
+        """
         self.row, self.value, self.low, self.high = row, value, low, high
         self._layer = layer  # not its list, in whose place exporters put another
         layer.moves.append(self)
 
     def remove(self) -> None:
-        """Take this move back; moves of the same concept channel still in force stay so."""
+        """Take this move back; moves of the same channel still in force stay so."""
         if self in self._layer.moves:
             self._layer.moves.remove(self)
 
@@ -144,24 +148,25 @@ class Move:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Move the concept channel back, also after an exception."""
+        """Move the channel back, also after an exception."""
         self.remove()
 
 
-def make_moves(concepts: Tensor, moves: Sequence[Move], dim: int) -> Tensor:
-    """Do to concept channels (N, R, positions ...) what the moves say; the latest of each counts.
+def make_moves(values: Tensor, moves: Sequence[Move], dim: int, rows: range) -> Tensor:
+    """Do to some rows' values (N, R, positions ...) what the moves say; the latest of each counts.
 
     Nothing is written in place and no size is asked for that can be known otherwise, for tracers.
     """
-    for move in {move.row: move for move in moves}.values():
-        z = concepts.select(dim, move.row)
+    for move in {move.row: move for move in moves if move.row in rows}.values():
+        place = move.row - rows.start
+        z = values.select(dim, place)
         moved = z.clamp(move.low, move.high) if move.value is None else _scale(z, move.value)
-        concepts = torch.select_scatter(concepts, moved, dim, move.row)
-    return concepts
+        values = torch.select_scatter(values, moved, dim, place)
+    return values
 
 
 def _scale(z: Tensor, value: float | Tensor) -> Tensor:
-    """Multiply a concept channel, (N, positions ...), by a number, or by one per image, (N,)."""
+    """Multiply a channel, (N, positions ...), by a number, or by one per image, (N,)."""
     if not isinstance(value, Tensor):  # a tensor that is the same whatever torch's defaults are
         value = torch.tensor(value, dtype=torch.float64, device="cpu")
     if value.dim() and value.shape != z.shape[:1]:
