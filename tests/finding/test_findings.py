@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from checks import assert_csv
-from unbraid.finding.findings import Findings, Pair
+from unbraid.finding.findings import Candidate, Findings, Pair
 from unbraid.finding.membership import Cluster
 
 COLUMNS = "channel,class1,class2,cosine,use1,use2,name1,name2,low,high,half1,half2,uncertain"
@@ -43,10 +43,25 @@ def test_findings_print_as_a_table():
         "3  0.4500  -0.250 to 0.500 *  snake  88%  0.750  cauliflower  80%  0.500",
     ]
     assert mark.startswith("* 2 of 3 pairs uncertain: ")
-    assert "uncertain" not in str(replace(FINDINGS, pairs=FINDINGS.pairs[:1]))
+    assert str(named).startswith(
+        "1 sure, 2 uncertain pairs of classes in 1 sure, 1 uncertain polysemantic channel (tau 0.03"
+    )
+    sure = replace(FINDINGS, pairs=FINDINGS.pairs[:1], concepts={12: CONCEPTS[12]})
+    assert "uncertain" not in str(sure)
+    assert str(sure).startswith("1 pair of classes in 1 polysemantic channel (tau 0.03")
     none = replace(FINDINGS, pairs=(), concepts={}, hint="Nearest: ...")
-    head = "0 pairs of classes in 0 polysemantic channels (tau 0.03, p 0.75, gamma 0.5)."
-    assert str(none) == f"{head} Nearest: ..."
+    head = "No polysemantic channel (tau 0.03, p 0.75, gamma 0.5). Nearest: ..."
+    assert str(none) == head
+    candidates = (
+        Candidate(replace(PAIRS[0], cosine=0.3), 0.02, 0.5, ((7, 3), (5,))),
+        Candidate(PAIRS[1], 0.005, 0.401),
+    )
+    first, *table, _legend = str(replace(none, nearest=candidates)).splitlines()
+    assert first == head
+    assert [re.sub("  +", "  ", line) for line in table[1:]] == [
+        '12  0.3000  0.300 to 0.412  digital clock, "LED"  7 3  cauliflower head  5  --tau 0.02',
+        "3  0.4000  -  snake  4  --tau 0.005 --gamma 0.401",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,13 @@ from unbraid.finding.arv import (
 from unbraid.finding.clusters import search_clusters
 from unbraid.finding.cosine_intervals import with_chance
 from unbraid.finding.findings import Concept, ConceptKind, Findings, Found, pairs_of
-from unbraid.finding.thresholds import Tau, check_thresholds, choose_tau, nearest_finding
+from unbraid.finding.thresholds import (
+    Tau,
+    check_thresholds,
+    choose_tau,
+    nearest_findings,
+    typical_taus,
+)
 from unbraid.scanning.accuracy import scanned_accuracy
 from unbraid.scanning.records import Scan
 
@@ -57,8 +63,9 @@ def find(
             the place of classes.
 
     Returns:
-        Findings, perhaps empty; then `Findings.hint` says which thresholds come nearest. Pairs of
-        classes come with the interval of their cosine (docs/chance.md).
+        Findings, perhaps empty; then `Findings.hint` says which thresholds come nearest, and
+        `Findings.nearest` ranks the candidates. Pairs of classes come with the interval of their
+        cosine (docs/chance.md).
 
     Raises:
         UsageError: a threshold is out of range, tau lies below the smallest share that the scan
@@ -79,14 +86,15 @@ def find(
         raise UsageError("Pass your own concepts in channels, or concepts='clusters', not both.")
     auto, note = tau == "auto", ""
     if tau == "auto":
-        tau, note = choose_tau(scan)
+        by_class = concepts == "classes"
+        tau, *_, note = choose_tau(scan, p, gamma) if by_class else typical_taus(scan)
     if concepts == "clusters":
         found = search_clusters(scan, gamma)
     else:
         sums = class_sums(scan, [tau])
         found = _search(scan, sums, p, gamma) if channels is None else _own(scan, sums, channels)
         if channels is None and not found.pairs:
-            found.hint = nearest_finding(scan, tau, p, gamma)
+            found.hint, found.nearest = nearest_findings(scan, tau, p, gamma)
         found.pairs = with_chance(scan, sums, found.pairs)
     class_names = dict(enumerate(scan.class_names)) | found.names  # behind classes, clusters
     return Findings(
@@ -104,6 +112,7 @@ def find(
         kind=concepts,
         auto=auto,
         note=note,
+        nearest=found.nearest,
     )
 
 

@@ -26,6 +26,11 @@ _CLASS_LEGEND = (
     "interval: where, with 95 % confidence, the cosine lies that unlimited images would give; "
     "halves: cosine between two halves of the images of one class (- for a single image)."
 )
+_NEAREST_HEADS = ("channel", "cosine", "interval", "class 1", "images", "class 2", "images", "with")
+_NEAREST_LEGEND = (
+    "What comes nearest, best first. with: options, or arguments of find, that take it; images: of "
+    "the class, those that excite the channel most, by their places in the training images."
+)
 _CLUSTER_HEADS = ("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")
 _CLUSTER_LEGEND = "top images: the cluster's part of the images that the channel answers to most."
 
@@ -49,6 +54,40 @@ class Pair:
     half2: float = math.nan
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A pair that was not found, and the thresholds that find it."""
+
+    pair: Pair
+    tau: float
+    gamma: float
+    # Of each class, those that excite the channel most, by their places in the data set.
+    images: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+    def options(self, found: Findings) -> str:
+        """The options of `unbraid run` and `unbraid find` that take it, where other than asked."""
+        asked = {"tau": (self.tau, found.tau), "gamma": (self.gamma, found.gamma)}
+        # As repr, so that a number can be read back.
+        return " ".join(f"--{name} {own!r}" for name, (own, was) in asked.items() if own != was)
+
+
+def interval_in_words(pair: Pair) -> str:
+    """Write the interval of a pair's cosine, "-" where it is not known."""
+    return "-" if math.isnan(pair.low) else f"{pair.low:.3f} to {pair.high:.3f}"
+
+
+def sure_in_words(n_sure: int, n: int, what: str) -> str:
+    """Count things, those that are sure first and apart from those that are not."""
+    if n_sure == n:
+        return count(n, what)
+    return f"{n_sure:,} sure, {count(n - n_sure, f'uncertain {what}')}"
+
+
+def is_sure(pair: Pair, gamma: float) -> bool:
+    """Whether a pair's cosine and its whole interval lie on one side of gamma."""
+    return pair.high < gamma if pair.cosine < gamma else pair.low >= gamma
+
+
 def pairs_of(
     channel: int, numbers: Sequence[int], cosines: Tensor, wanted: Tensor, use: Sequence[float]
 ) -> list[Pair]:
@@ -69,6 +108,7 @@ class Found:
     names: dict[int, str] = field(default_factory=dict)  # of clusters
     agreement: dict[int, float] = field(default_factory=dict)  # per channel
     hint: str = ""  # if nothing was found, what comes nearest
+    nearest: tuple[Candidate, ...] = ()  # likewise, best first
 
 
 @dataclass(frozen=True)
@@ -90,6 +130,7 @@ class Findings(Tabular, Exported):
     kind: ConceptKind = "classes"  # what concepts are made of
     auto: bool = False  # whether tau was chosen by rule
     note: str = ""  # what to know of the tau chosen
+    nearest: tuple[Candidate, ...] = ()  # if nothing was found, what comes nearest, best first
 
     columns = COLUMNS
 
@@ -97,6 +138,26 @@ class Findings(Tabular, Exported):
     def channels(self) -> tuple[int, ...]:
         """The polysemantic channels, in order."""
         return tuple(sorted(self.concepts))
+
+    @property
+    def sure_channels(self) -> tuple[int, ...]:
+        """The channels with a pair that is not uncertain, in order."""
+        return tuple(sorted({pair.channel for pair in self.pairs if not self.uncertain(pair)}))
+
+    @property
+    def channels_in_words(self) -> str:
+        """Count the channels; those that chance may have decided, apart."""
+        return sure_in_words(len(self.sure_channels), len(self.concepts), "polysemantic channel")
+
+    @property
+    def n_sure(self) -> int:
+        """Number of pairs that are not uncertain."""
+        return sum(not self.uncertain(pair) for pair in self.pairs)
+
+    @property
+    def pairs_in_words(self) -> str:
+        """Count the pairs; those that chance may have decided, apart."""
+        return sure_in_words(self.n_sure, len(self.pairs), "pair")
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -120,15 +181,16 @@ class Findings(Tabular, Exported):
     def table(self) -> Table:
         """Show the pairs, or say what comes nearest to a finding."""
         of_classes = self.kind == "classes"
-        n_channels = count(len(self.concepts), "polysemantic channel")
         asked = f"tau {self.tau_in_words}, p {self.p:g}, " if of_classes else ""
-        head = (
-            f"{count(len(self.pairs), 'pair')} of {self.kind} in {n_channels} "
-            f"({asked}gamma {self.gamma:g})"
-        )
+        asked = f"({asked}gamma {self.gamma:g})"
         note = f"\nNote: {self.note}" if self.note else ""
         if not self.pairs:
-            return Table((), note=f"{head}. {self.hint}".rstrip() + note)
+            head = f"No polysemantic channel {asked}. {self.hint}".rstrip()
+            if not self.nearest:
+                return Table((), note=head + note)
+            rows = [self._nearest_cells(candidate) for candidate in self.nearest]
+            return Table([_NEAREST_HEADS, *rows], head, _NEAREST_LEGEND + note)
+        head = f"{self.pairs_in_words} of {self.kind} in {self.channels_in_words} {asked}"
         heads = _CLASS_HEADS if of_classes else _CLUSTER_HEADS
         rows = [self._cells(pair, of_classes) for pair in self.pairs]
         return Table([heads, *rows], head, self._legend(of_classes) + note)
@@ -136,13 +198,18 @@ class Findings(Tabular, Exported):
     def _cells(self, pair: Pair, of_classes: bool) -> list[str]:
         cells = [str(pair.channel), f"{pair.cosine:.4f}"]
         if of_classes:
-            known = not math.isnan(pair.low)
-            interval = f"{pair.low:.3f} to {pair.high:.3f}" if known else "-"
-            cells.append(interval + " *" * self.uncertain(pair))
+            cells.append(interval_in_words(pair) + " *" * self.uncertain(pair))
         sides = (pair.class1, pair.use1, pair.half1), (pair.class2, pair.use2, pair.half2)
         for number, use, half in sides:
             cells += [self.name(number), f"{use:.0%}", *([figure(half)] if of_classes else [])]
         return cells
+
+    def _nearest_cells(self, candidate: Candidate) -> list[str]:
+        pair = candidate.pair
+        cells = [str(pair.channel), f"{pair.cosine:.4f}", interval_in_words(pair)]
+        for number, images in zip((pair.class1, pair.class2), candidate.images, strict=True):
+            cells += [self.name(number), " ".join(map(str, images))]
+        return [*cells, candidate.options(self)]
 
     def _legend(self, of_classes: bool) -> str:
         if of_classes:
@@ -174,8 +241,7 @@ class Findings(Tabular, Exported):
         """Whether a pair's interval is unknown or not all on its side of gamma; no cluster's is."""
         if pair.class1 in self.clusters:
             return False
-        sure = pair.high < self.gamma if pair.cosine < self.gamma else pair.low >= self.gamma
-        return not sure
+        return not is_sure(pair, self.gamma)
 
     def rows(self) -> Iterator[tuple[int | float | str, ...]]:
         """Give one row per pair, in the order of the CSV columns."""

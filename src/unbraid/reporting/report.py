@@ -102,7 +102,7 @@ def report(
 def render(material: Material, *, dataset: Dataset[Any] | None, title: str | None) -> str:
     """Return the page; arguments as in `unbraid.report`."""
     page, found = build_page(material, has_images=dataset is not None, title=title), material.found
-    pictures = take_pictures(page.channels, material, dataset)
+    pictures = take_pictures(page, material, dataset)
     environment = _environment()
     environment.globals |= {
         "page": page,
