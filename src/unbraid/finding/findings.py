@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from unbraid.base.arguments import as_path
+from unbraid.base.errors import UsageError
+from unbraid.base.files import read_tensors, write_tensors
+from unbraid.base.modes import in_plain_modes
+from unbraid.base.schema import build, check_schema, in_range, unread
 from unbraid.base.tables import Exported, Table, Tabular, count, figure
-from unbraid.finding.membership import Cluster, Clusters, Members, name_of
+from unbraid.finding.membership import (
+    Cluster,
+    ClusterEntry,
+    Clusters,
+    Members,
+    find_images,
+    first_free,
+    name_of,
+    pack,
+    put_together,
+    sort_anew,
+    unpack,
+)
+from unbraid.scanning.manifest import MAX_CLASSES
 from unbraid.scanning.records import Scan
 
 Concept = tuple[int, ...]  # the classes, or clusters, that share one cause
 ConceptKind = Literal["classes", "clusters"]
+Kind = Literal["classes", "clusters", "groups"]  # groups of images, put together by hand
 
+SCHEMA = 1
 COLUMNS = (
     *("channel", "class1", "class2", "cosine", "use1", "use2", "name1", "name2"),
     *("low", "high", "half1", "half2", "uncertain"),
@@ -111,6 +133,26 @@ class Found:
     nearest: tuple[Candidate, ...] = ()  # likewise, best first
 
 
+def found_by_hand(scan: Scan, channel: int, groups: Sequence[Sequence[int]], first: int) -> Found:
+    """Groups of images, by index, as a channel's concepts, with numbers from the first on."""
+    made = put_together(scan, channel, groups, first)
+    numbers, sizes = list(made.clusters), [len(group) for group in groups]
+    part = [size / sum(sizes) for size in sizes]
+    every = torch.ones_like(made.cosines, dtype=torch.bool)
+    return Found(
+        pairs=pairs_of(channel, numbers, made.cosines, every, part),
+        concepts={channel: tuple((number,) for number in numbers)},
+        clusters=made.clusters,
+        names=made.names,
+    )
+
+
+def with_names(scan: Scan, names: Mapping[int, str]) -> tuple[str, ...]:
+    """Names of classes and, behind them, of clusters, by number."""
+    every = dict(enumerate(scan.class_names)) | dict(names)
+    return tuple(every.get(n, "") for n in range(max(every, default=-1) + 1))
+
+
 @dataclass(frozen=True)
 class Findings(Tabular, Exported):
     """The polysemantic channels of a layer: concepts by channel, pairs by lowest cosine first."""
@@ -127,7 +169,7 @@ class Findings(Tabular, Exported):
     clusters: Clusters = field(default_factory=dict)  # by number, where they stand for classes
     # Per channel, adjusted Rand index of clusters' concepts and classes' concepts; see docs.
     agreement: Mapping[int, float] = field(default_factory=dict)
-    kind: ConceptKind = "classes"  # what concepts are made of
+    kind: Kind = "classes"  # what concepts are made of
     auto: bool = False  # whether tau was chosen by rule
     note: str = ""  # what to know of the tau chosen
     nearest: tuple[Candidate, ...] = ()  # if nothing was found, what comes nearest, best first
@@ -172,7 +214,110 @@ class Findings(Tabular, Exported):
 
     def members_in(self, scan: Scan) -> Members:
         """Say which images of a scan of this layer belong to which class or cluster."""
+        sizes = {c.centres.shape[1] for c in self.clusters.values()}
+        if max(self.channels, default=0) >= scan.layer.n_out or sizes - {scan.layer.n_in_per_group}:
+            raise UsageError("The findings are of a layer of another size than the scan's.")
         return Members(scan, self.clusters)
+
+    def correct(
+        self,
+        scan: Scan,
+        channel: int,
+        *,
+        groups: Sequence[Sequence[int | str]] | None = None,
+        join: Sequence[Sequence[int]] = (),
+        move: Mapping[int | str, int | None] | None = None,
+        part: Mapping[int, Sequence[Sequence[int | str]]] | None = None,
+    ) -> Findings:
+        """Sort the images of one channel anew by hand; all its concepts become groups of images.
+
+        Concepts count from 0 as in `concepts[channel]`; images go by index or id.
+
+        Args:
+            scan: that the findings are of.
+            channel: one that was found, or with `groups` any.
+            groups: its images, a list for each concept, in place of what was found.
+            join: concepts that are one, such as `[[0, 2]]`.
+            move: the concept that an image belongs to, such as `{7: 1}`; None for no concept.
+            part: examples of each part of a concept, such as `{0: [[3, 5], [8]]}`; its other
+                images follow the nearest centre.
+
+        Returns:
+            New findings, for `unbraid.split`.
+
+        Raises:
+            UsageError: a concept or image is not there, or named twice, or less than two concepts
+                are left, or one without images.
+        """
+        if (self.weights, self.layer) != (scan.manifest.weights, scan.layer.name):
+            raise UsageError("The scan is not of the network and layer that the findings are of.")
+        if groups is not None and (join or move or part):
+            raise UsageError("Pass groups, or what to join, move and part, not both.")
+        if groups is None:
+            if channel not in self.concepts:
+                raise UsageError(f"Channel {channel} was not found, so give its groups whole.")
+            before = [self.members_in(scan).indices(own) for own in self.concepts[channel]]
+            sorted_anew = sort_anew(scan, channel, before, join, move or {}, part or {})
+        else:
+            sorted_anew = find_images(scan, channel, groups)
+        kept = {n: c for n, c in self.clusters.items() if c.channel != channel}
+        new = found_by_hand(scan, channel, sorted_anew, first_free(scan, kept))
+        concepts = {o: own for o, own in self.concepts.items() if o != channel} | new.concepts
+        pairs = [pair for pair in self.pairs if pair.channel != channel] + new.pairs
+        names = {n: self.name(n) for n in kept} | new.names
+        clusters = kept | new.clusters
+        by_hand = all(c.images is not None for c in clusters.values())
+        only = all(n in clusters for own in concepts.values() for group in own for n in group)
+        return replace(
+            self,
+            pairs=tuple(sorted(pairs, key=lambda pair: (pair.cosine, pair.channel))),
+            concepts=concepts,
+            clusters=clusters,
+            class_names=with_names(scan, names),
+            agreement={o: a for o, a in self.agreement.items() if o != channel},
+            kind="groups" if by_hand and only else self.kind,
+            hint="",
+            nearest=(),
+        )
+
+    @in_plain_modes
+    def save(self, path: str | Path) -> None:
+        """Write the findings to one safetensors file (docs/format.md).
+
+        Raises:
+            RunError: the disk is full or may not be written.
+        """
+        tensors, clusters = pack(self.clusters)
+        own = {name: _plain(value) for name, value in vars(self).items() if name != "clusters"}
+        write_tensors(
+            as_path("path", path), tensors, {"schema": SCHEMA, **own, "clusters": clusters}
+        )
+
+    @classmethod
+    @in_plain_modes
+    def load(cls, path: str | Path) -> Findings:
+        """Read findings from their file.
+
+        Raises:
+            RunError: the file is missing, damaged or holds no findings.
+        """
+        tensors, about = read_tensors(as_path("path", path))
+        try:
+            check_schema(about, SCHEMA)
+            entries = vars(build(_About, about, null_figures=True))
+            own = {name: entries[name] for name in cls.__dataclass_fields__ if name != "clusters"}
+            for channel, concepts in own["concepts"].items():
+                in_range("a channel", channel, 0, MAX_CLASSES - 1)
+                numbers = [number for concept in concepts for number in concept]
+                if len(concepts) < 2 or not all(concepts) or len(set(numbers)) < len(numbers):
+                    raise ValueError(
+                        f"the concepts of channel {channel} are not two or more groups"
+                    )
+                for number in numbers:
+                    in_range("a class", number, 0, MAX_CLASSES - 1)
+            return cls(**own, clusters=unpack(entries["clusters"], tensors))
+        except (KeyError, ValueError) as error:
+            raise unread(error, f"{path} holds no findings that can be read ({error}).") from None
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -249,3 +394,35 @@ class Findings(Tabular, Exported):
             figures = tuple(vars(pair).values())
             names = (self.name(pair.class1), self.name(pair.class2))
             yield (*figures[:6], *names, *figures[6:], self.uncertain(pair))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, null where a figure is not known."""
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(own) for name, own in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(own) for own in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+@dataclass(frozen=True)
+class _About:
+    schema: int
+    tau: float
+    p: float
+    gamma: float
+    pairs: tuple[Pair, ...]
+    concepts: dict[int, tuple[Concept, ...]]
+    class_names: tuple[str, ...]
+    hint: str
+    layer: str
+    weights: str
+    agreement: dict[int, float]
+    kind: Kind
+    auto: bool
+    note: str
+    nearest: tuple[Candidate, ...]
+    clusters: dict[int, ClusterEntry]
+    crc32: dict[str, int] = field(default_factory=dict)

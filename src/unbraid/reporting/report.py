@@ -109,7 +109,7 @@ def render(material: Material, *, dataset: Dataset[Any] | None, title: str | Non
         "material": material,
         "found": found,
         "pictures": pictures,
-        "of_clusters": found.kind == "clusters",
+        "of_clusters": found.kind != "classes",
         "judged": bool(found.pairs) and not found.clusters,
         "predicted": material.scan.manifest.labels == "predicted",
         "n_images": material.n_images,

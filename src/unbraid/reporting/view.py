@@ -174,7 +174,7 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
     found, split, evaluation = material.found, material.split, material.evaluation
     note = f"of {count(material.scan.layer.n_out, 'channel')}"
     if not material.chosen:
-        tau = "" if found.kind == "clusters" else f"tau {found.tau_in_words}, p {found.p:g}, "
+        tau = "" if found.kind != "classes" else f"tau {found.tau_in_words}, p {found.p:g}, "
         note += f" at {tau}gamma {found.gamma:g}"
     # What chance may have decided does not count.
     n = len(found.concepts) if material.chosen else len(found.sure_channels)
