@@ -54,6 +54,8 @@ _NEAREST_LEGEND = (
     "the class, those that excite the channel most, by their places in the training images."
 )
 _CLUSTER_HEADS = ("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")
+_GROUP_HEADS = ("channel", "cosine", "group 1", "images", "group 2", "images")
+_GROUP_LEGEND = "images: the group's part of the images in all groups of the channel."
 _CLUSTER_LEGEND = "top images: the cluster's part of the images that the channel answers to most."
 
 
@@ -336,7 +338,8 @@ class Findings(Tabular, Exported):
             rows = [self._nearest_cells(candidate) for candidate in self.nearest]
             return Table([_NEAREST_HEADS, *rows], head, _NEAREST_LEGEND + note)
         head = f"{self.pairs_in_words} of {self.kind} in {self.channels_in_words} {asked}"
-        heads = _CLASS_HEADS if of_classes else _CLUSTER_HEADS
+        kinds = {"classes": _CLASS_HEADS, "clusters": _CLUSTER_HEADS, "groups": _GROUP_HEADS}
+        heads = kinds[self.kind]
         rows = [self._cells(pair, of_classes) for pair in self.pairs]
         return Table([heads, *rows], head, self._legend(of_classes) + note)
 
@@ -365,6 +368,8 @@ class Findings(Tabular, Exported):
                     "images of the same classes the cosine could lie on the other side of gamma."
                 )
             return legend
+        if self.kind == "groups":
+            return _GROUP_LEGEND
         legend, known = _CLUSTER_LEGEND, self.known_agreement
         if known:
             legend += (

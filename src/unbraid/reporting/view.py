@@ -81,8 +81,9 @@ class Material:
 
     @cached_property
     def chosen(self) -> bool:
-        """Whether the user named the concepts: only then can a pair lie above the threshold."""
-        return any(pair.cosine >= self.found.gamma for pair in self.found.pairs)
+        """Whether the user named the concepts: else no pair lies above the threshold."""
+        found = self.found
+        return found.kind == "groups" or any(pair.cosine >= found.gamma for pair in found.pairs)
 
     @cached_property
     def measures(self) -> dict[int, ChannelEvaluation]:
