@@ -205,7 +205,11 @@ def test_run_does_everything(ran, home):
 def test_run_with_other_thresholds_goes_beside_the_first_or_when_asked_in_its_place(again, call):
     before, strict = contents(again), ("--out", str(again), "--tau", "0.9", "--p", "1", "--gamma")
     code, out, err = call(*RUN, *strict, "-1")
-    assert (code, "0 pairs" in out, f"{again}/settings-2/report.html" in out) == (0, True, True)
+    assert (code, "No polysemantic channel" in out, f"{again}/settings-2/report.html" in out) == (
+        0,
+        True,
+        True,
+    )
     assert f"gamma 0.95; this one goes into {again}/settings-2." in err
     after = contents(again)
     assert {path: after[path] for path in before} == before
