@@ -216,10 +216,7 @@ def assert_agrees_with_find(counted, scan):
 
 
 def assert_grouped(concepts, classes, cosines, gamma):
-    """Complete linkage: every class in one concept, alike within, and no two could be one.
-
-    cosines maps (class1, class2), class1 < class2, to the cosine of their ARVs.
-    """
+    """Complete linkage; cosines of ARVs by (class1, class2), where class1 < class2."""
     assert sorted(itertools.chain(*concepts)) == sorted(classes)
     for concept in concepts:
         assert all(cosines[pair] >= gamma for pair in itertools.combinations(sorted(concept), 2))
@@ -257,10 +254,7 @@ def assert_published_rows(part, rho, truth):
 
 
 def assert_extended_masks(masks, arvs, rho, taps):
-    """(K, J): a tap is dropped where its input channel belongs to another concept.
-
-    It belongs to the first concept k with rho * v_k > v_l for all other concepts l.
-    """
+    """(K, J): an input channel belongs to the first concept k with rho * v_k > all other v_l."""
     expected = torch.ones(len(arvs), len(arvs[0]), taps)
     for j in range(len(arvs[0])):
         values = [float(v[j]) for v in arvs]
@@ -334,7 +328,7 @@ def _assert_measure(measured, expected):
 def assert_evaluation(result, split, truth):
     """Every measure of every concept and channel, rectified ones included, is the oracle's."""
     kinds = {"separation_error_rectified": True, "separation_error": False}
-    errors: dict[str, list[float]] = {name: [] for name in kinds}
+    errors = {name: [] for name in kinds}
     for measured, part in zip(result.channels, split.channels, strict=True):
         assert measured.channel == part.channel
         assert [one.classes for one in measured.concepts] == list(part.concepts)

@@ -1,24 +1,15 @@
-"""Slow reference for concepts that are clusters of images: plain loops, brute force, float64.
-
-Written from docs/concepts.md and METHOD.md section 5; independent of the fast path, as `oracle`.
-"""
-
-from __future__ import annotations
+"""Slow reference for clusters of images, written from docs/concepts.md and METHOD.md section 5."""
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
 
 import torch
 from scipy.stats import binomtest
-from torch import Tensor
 
 from oracle import cosine
 
-Cut = Callable[[Tensor], Tensor]  # from points (N, D) to true on one side
 
-
-def scatter(points: Tensor, side: Sequence[bool]) -> float:
+def scatter(points, side):
     """Sum of squared distances to the centres of the two sides."""
     total = 0.0
     for wanted in (True, False):
@@ -34,18 +25,17 @@ def scatter(points: Tensor, side: Sequence[bool]) -> float:
     return total
 
 
-def best_cut(points: Tensor) -> Tensor:
+def best_cut(points):
     """The cut with the least scatter, of all that there are."""
     cuts = itertools.product([False, True], repeat=len(points) - 1)
     best = min(((False, *cut) for cut in cuts), key=lambda cut: scatter(points, cut))
     return torch.tensor(best)
 
 
-def chance_of_one(points: Tensor, cut: Cut) -> float:
+def chance_of_one(points, cut):
     """Cut every other point, and test on the others that as many lie half-way as at the rarer end.
 
-    Points within a sixth of the distance between the two centres count, in both directions of
-    testing; the rarer end of each counts.
+    Points within a sixth of the distance between the centres count, in both directions of testing.
     """
     smaller = half_way = 0
     for start in (0, 1):
@@ -71,7 +61,7 @@ def chance_of_one(points: Tensor, cut: Cut) -> float:
     return float(binomtest(half_way, half_way + smaller, 0.5, alternative="less").pvalue)
 
 
-def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
+def adjusted_rand_index(one, other):
     """Count pairs of things that two partitions put together or apart."""
     pairs = itertools.combinations(zip(one, other, strict=True), 2)
     counts = Counter((one1 == one2, other1 == other2) for (one1, other1), (one2, other2) in pairs)
@@ -83,9 +73,7 @@ def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
     return 2 * (both * neither - only_one * only_other) / below
 
 
-def top_images(
-    answers: Sequence[float], relevance: Sequence[Tensor], n_top: int = 1000
-) -> tuple[list[int], float]:
+def top_images(answers, relevance, n_top=1000):
     """The images that a channel answers to most, in order, and the smallest answer among them.
 
     They are at most n_top, answer with a quarter of the way from the mean answer to that of the
@@ -101,11 +89,9 @@ def top_images(
     return sorted(n for n in kept if any(a != 0 for a in relevance[n].tolist())), least
 
 
-def members(
-    answers: Sequence[float], relevance: Sequence[Tensor], centres: Tensor, least: float
-) -> list[list[int]]:
+def members(answers, relevance, centres, least):
     """Per cluster, the images that belong to it: of the nearest centre by angle."""
-    found: list[list[int]] = [[] for _ in centres]
+    found = [[] for _ in centres]
     for n, answer in enumerate(answers):
         if answer < least or not relevance[n].any():
             continue

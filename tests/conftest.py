@@ -1,25 +1,37 @@
 """Settings shared by the tests of the core."""
 
-from __future__ import annotations
-
 import signal
 
 import pytest
 import torch
 
-pytest.register_assert_rewrite("checks")
+pytest.register_assert_rewrite("checks", "pairs")
 torch.set_num_threads(1)  # networks this small only lose by more
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has its background jobs ignore ctrl-C, and what the tests start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config):
     # Even kernels with padding="same" are tested on purpose, because they pad unevenly.
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same'")
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
+def _same_random_numbers():
     """Every test starts from the same random numbers, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def pair():
+    from pairs import Pair
+
+    return Pair("3x3")
+
+
+@pytest.fixture(scope="session")
+def calls(tmp_path_factory):
+    from public_calls import sound_calls
+
+    return sound_calls(tmp_path_factory.mktemp("calls"))

@@ -1,14 +1,8 @@
 """Scans written by hand, whose every share and ARV is known."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from unbraid.base.files import write_tensors, write_whole
 from unbraid.networks.spec import LayerSpec
@@ -17,16 +11,8 @@ from unbraid.scanning.records import Records, Scan, open_scan, write_shard
 
 
 def write_scan(
-    folder: Path,
-    *,
-    shares: Tensor,
-    labels: Sequence[int],
-    pooled: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    min_share: float = 0.005,
-    shard_size: int = 7,
-) -> Scan:
+    folder, *, shares, labels, pooled=None, weight=None, bias=None, min_share=0.005, shard_size=7
+):
     """Write a fully connected layer's scan: shares (N, C_out), pooled (N, J), weight (C_out, J)."""
     n_images, n_out = shares.shape
     pooled = torch.ones(n_images, 2).double() if pooled is None else pooled
@@ -34,30 +20,19 @@ def write_scan(
     weight = torch.ones(n_out, n_in).double() if weight is None else weight
     one, none = (1,), ((0, 0),)
     manifest = Manifest(
-        weights="0" * 64,
         layer=LayerSpec("layer", "Linear", n_out, n_in, one, one, none, one, 1, "zeros", True),
-        data="by hand",
-        n_images=n_images,
-        class_names=(),
-        preprocessing="",
         dtype=str(pooled.dtype).removeprefix("torch."),
-        min_share=min_share,
-        classes=None,
-        positions=False,
-        shard_size=shard_size,
-        batch_size=shard_size,
-        skip_broken=False,
-        source={},
-        versions={},
+        **{"weights": "0" * 64, "data": "by hand", "preprocessing": "", "min_share": min_share},
+        **{"n_images": n_images, "shard_size": shard_size, "batch_size": shard_size},
+        **{"class_names": (), "classes": None, "positions": False, "skip_broken": False},
+        **{"source": {}, "versions": {}},
     )
     for shard in range(manifest.n_shards):
         index = torch.arange(shard * shard_size, min((shard + 1) * shard_size, n_images))
         label, own = torch.tensor(labels)[index], shares[index]
         kept = own >= min_share
         records = Records(
-            index=index,
-            label=label,
-            prediction=label.clone(),
+            **{"index": index, "label": label, "prediction": label.clone()},
             n_positions=torch.ones_like(index),
             pooled=pooled[index][:, None],
             share_start=torch.cat([torch.zeros(1).long(), kept.sum(1).cumsum(0)]),
@@ -72,7 +47,7 @@ def write_scan(
     return open_scan(folder)
 
 
-def random_shares(n_images: int, n_channels: int, seed: int = 0, spread: float = 2.0) -> Tensor:
+def random_shares(n_images, n_channels, seed=0, spread=2.0):
     """Shares that add up to one, few large and many small, with channels and images of note."""
     generator = torch.Generator().manual_seed(seed)
     of_channel = torch.randn(n_channels, generator=generator, dtype=torch.float64)
@@ -80,7 +55,7 @@ def random_shares(n_images: int, n_channels: int, seed: int = 0, spread: float =
     return (spread * own + of_channel).softmax(1)
 
 
-def scan_of_causes(folder: Path, seed: int, n_causes: int = 5, **options: Any) -> Scan:
+def scan_of_causes(folder, seed, n_causes=5, **options):
     """Many classes, some alike, one without images, that share channels for many reasons."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 12, (90,), generator=generator)
@@ -106,17 +81,8 @@ class Planted:
     cause: list[int]  # of each image, -1 for none
 
 
-def plant(
-    folder: Path,
-    *,
-    labels: Sequence[int] | None = None,
-    seed: int = 0,
-    shard_size: int = 64,
-) -> Planted:
-    """Images with one of three causes, each four inputs of its own, among others with none.
-
-    Inputs are skewed and noisy. Without labels, they tell the causes, with 3 for none.
-    """
+def plant(folder, *, labels=None, seed=0, shard_size=64):
+    """Images with one of three causes, four inputs each, among others (label 3) with none."""
     generator = torch.Generator().manual_seed(seed)
     cause = torch.tensor([0, 1, 2, -1]).repeat_interleave(torch.tensor([90, 60, 40, 150]))
     cause = cause[torch.randperm(len(cause), generator=generator)]

@@ -1,51 +1,45 @@
-"""Slow reference implementations, written straight from the definitions of the method.
+"""Slow reference implementations, written straight from the definitions in METHOD.md.
 
-They are independent of the fast path: one image at a time, float64, the layer itself run forward
-and differentiated by autograd, plain loops otherwise. Sections refer to METHOD.md. One image `x`
-has no batch dimension; positions are flattened.
+One image at a time, float64, by autograd and plain loops; one image `x` has no batch dimension.
 """
 
 import copy
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 RHOS = tuple(i / 20 for i in range(1, 21))  # 0.05, 0.10 ... 1.00
-CRITERION_EPS = 1e-5
-
-Images = Sequence[Tensor] | Tensor  # one map per image, a batch dimension first if a tensor
-Indices = Sequence[int] | Tensor
+EPS = 1e-5
 
 
 # Running a layer.
 
 
-def _copy64(module: nn.Module) -> nn.Module:
+def _copy64(module):
     """A float64 copy in eval mode, so that nothing here can change what was handed in."""
     return copy.deepcopy(module).double().eval().requires_grad_(True)
 
 
-def _n_groups(layer: nn.Module) -> int:
+def _n_groups(layer):
     return 1 if isinstance(layer, nn.Linear) else layer.groups
 
 
-def _by_channel(layer: nn.Module, z: Tensor) -> Tensor:
+def _by_channel(layer, z):
     """z of one image as (C, P); channels are last in a fully connected layer, else first."""
     if isinstance(layer, nn.Linear):
         z = z.movedim(-1, 0)
     return z.reshape(z.shape[0], -1)
 
 
-def _run(layer: nn.Module, x: Tensor) -> Tensor:
+def _run(layer, x):
     """The layer's output for one image, (C_out, P)."""
     return _by_channel(layer, layer(x.unsqueeze(0)).squeeze(0))
 
 
-def channel_map(layer: nn.Module, o: int, row: Tensor, x: Tensor) -> Tensor:
+def channel_map(layer, o, row, x):
     """z[o, :] of one image, (P,), were `row` (J,) in the place of W[o]; the bias stands."""
     changed = _copy64(layer)
     with torch.no_grad():
@@ -57,7 +51,7 @@ def channel_map(layer: nn.Module, o: int, row: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def pooled_input(layer: nn.Module, x: Tensor) -> Tensor:
+def pooled_input(layer, x):
     """s, (G, J): gradient of sum_p z[o,p] with respect to W[o], o each group's first channel."""
     layer = _copy64(layer)
     n_groups = _n_groups(layer)
@@ -71,12 +65,12 @@ def pooled_input(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def _run_cut(model: nn.Module, layer_name: str, image: Tensor):
+def _run_cut(model, layer_name, image):
     """The layer, its input x and its output z as a leaf, with batch, and logits (T,) from z."""
     model = _copy64(model)
     layer, calls = model.get_submodule(layer_name), []
 
-    def cut(_module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Tensor], output: Tensor):
+    def cut(_module, args, kwargs, output):
         (x,) = (*args, *kwargs.values())
         # Cloned, because the next module may write into the output.
         calls.append((x.detach().clone(), output.detach().clone().requires_grad_()))
@@ -89,14 +83,14 @@ def _run_cut(model: nn.Module, layer_name: str, image: Tensor):
     return layer, x, z, logits
 
 
-def layer_io(model: nn.Module, layer_name: str, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def layer_io(model, layer_name, image):
     """The layer's input x, its output z, and the logits (T,), for one image."""
     _, x, z, logits = _run_cut(model, layer_name, image)
     x, z = (value.detach()[0] if len(value) == 1 else value.detach() for value in (x, z))
     return x, z, logits.detach()
 
 
-def relevance(model: nn.Module, layer_name: str, image: Tensor, label: int) -> Tensor:
+def relevance(model, layer_name, image, label):
     """r[o] = sum_p z[o,p] * d logit_label / d z[o,p], (C_out,)."""
     layer, _, z, logits = _run_cut(model, layer_name, image)
     (gradient,) = torch.autograd.grad(logits[int(label)], z)
@@ -104,14 +98,14 @@ def relevance(model: nn.Module, layer_name: str, image: Tensor, label: int) -> T
     return _by_channel(layer, product[0] if len(product) == 1 else product).sum(dim=1)
 
 
-def shares(r: Tensor) -> Tensor:
+def shares(r):
     """share[o] = r[o] / sum_o max(r[o], 0), (C_out,); all zero if no relevance is positive."""
     positive = sum(max(value, 0.0) for value in r.double().tolist())
     return r.double() / positive if positive else torch.zeros_like(r.double())
 
 
 @torch.enable_grad()
-def channel_input_relevance(layer: nn.Module, x: Tensor) -> Tensor:
+def channel_input_relevance(layer, x):
     """a[o,i], (C_out, C_in_per_group): input x gradient of sum_p z[o,p] without the bias."""
     layer = _copy64(layer)
     layer.bias = None
@@ -127,7 +121,7 @@ def channel_input_relevance(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def arv(a_per_image: Tensor, labels: Indices, t: int) -> Tensor:
+def arv(a_per_image, labels, t):
     """ARV[:,t], (C_out, C_in): mean of a, (N, C_out, C_in), over the images of class t."""
     chosen = [a.double() for a, label in zip(a_per_image, labels, strict=True) if int(label) == t]
     return sum(chosen) / len(chosen)
@@ -136,11 +130,8 @@ def arv(a_per_image: Tensor, labels: Indices, t: int) -> Tensor:
 # Section 3: the published procedure.
 
 
-def uses(shares: Tensor, labels: Indices, tau: float, p: float) -> Tensor:
-    """Step 1, bool (T, C): does channel c matter in at least a fraction p of the images of t?
-
-    shares is (N, C). T is the largest label plus one; a class without images uses nothing.
-    """
+def uses(shares, labels, tau, p):
+    """Step 1, bool (T, C): does channel c matter in at least a fraction p of the images of t?"""
     labels = [int(label) for label in labels]
     n_classes, n_channels = max(labels) + 1, shares.shape[1]
     used = torch.zeros(n_classes, n_channels, dtype=torch.bool)
@@ -150,20 +141,15 @@ def uses(shares: Tensor, labels: Indices, tau: float, p: float) -> Tensor:
     return used
 
 
-def cosine(v1: Tensor, v2: Tensor) -> float:
+def cosine(v1, v2):
     """The cosine of two vectors; nan if one of them is zero."""
     v1, v2 = v1.double().flatten(), v2.double().flatten()
     norms = math.sqrt(float((v1 * v1).sum())) * math.sqrt(float((v2 * v2).sum()))
     return float((v1 * v2).sum()) / norms if norms > 0 else math.nan
 
 
-def polysemantic_pairs(
-    arvs: Tensor, uses: Tensor, gamma: float
-) -> list[tuple[int, int, int, float]]:
-    """Step 2: all (channel, t1, t2, cosine), t1 < t2, both using the channel, cosine < gamma.
-
-    arvs is (T, C, C_in), uses (T, C). Negative cosines count; a zero ARV makes no pair.
-    """
+def polysemantic_pairs(arvs, uses, gamma):
+    """Step 2: all (channel, t1, t2, cosine), t1 < t2, both using the channel, cosine < gamma."""
     pairs = [
         (c, t1, t2, cosine(arvs[t1, c], arvs[t2, c]))
         for c in range(uses.shape[1])
@@ -173,11 +159,8 @@ def polysemantic_pairs(
     return [pair for pair in pairs if pair[3] < gamma]
 
 
-def automatic_tau(shares: Tensor, labels: Indices, n_matter: int) -> float:
-    """Largest share that n_matter channels reach in half of the images of half of the classes.
-
-    shares is (N, C). Zero if there is none; see docs/thresholds.md.
-    """
+def automatic_tau(shares, labels, n_matter):
+    """Largest share that n_matter channels reach in half of the images of half of the classes."""
     labels = [int(label) for label in labels]
     candidates = {float(share) for share in shares.flatten() if share > 0}
     for tau in sorted(candidates, reverse=True):
@@ -192,14 +175,8 @@ def automatic_tau(shares: Tensor, labels: Indices, n_matter: int) -> float:
     return 0.0
 
 
-def published_rows(
-    w_o: Tensor, v1: Tensor, v2: Tensor, rho: float, taps_per_channel: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Step 3: the rows (W1, W2, R), each (J,), of the published rule.
-
-    v1 and v2 hold one value per input channel, each valid for `taps_per_channel` neighbouring
-    taps of w_o (J,); with the default of 1 they hold one value per tap.
-    """
+def published_rows(w_o, v1, v2, rho, taps_per_channel=1):
+    """Step 3: the rows (W1, W2, R), each (J,); v1 and v2 hold one value per input channel."""
     w_o = w_o.double().flatten()
     row1, row2, residual = w_o.clone(), w_o.clone(), w_o.clone()
     for j in range(len(w_o)):
@@ -211,17 +188,11 @@ def published_rows(
     return row1, row2, residual
 
 
-def published_rho(
-    layer: nn.Module, o: int, inputs1: Images, inputs2: Images, v1: Tensor, v2: Tensor
-) -> tuple[float, dict[float, float]]:
-    """Step 4: the best rho, the lowest on a tie, and the criterion at every rho.
-
-    inputs1 and inputs2 are the layer's input maps for the training images of the two classes.
-    v1 and v2 hold one value per input channel of the group, or one per tap.
-    """
+def published_rho(layer, o, inputs1, inputs2, v1, v2):
+    """Step 4: the best rho, the lowest on a tie, and the criterion at every rho."""
     w_o = layer.weight[o].detach().flatten()
 
-    def rectified_sum(row: Tensor, x: Tensor) -> float:
+    def rectified_sum(row, x):
         return sum(max(value, 0.0) for value in channel_map(layer, o, row, x).tolist())
 
     criterion = {}
@@ -229,25 +200,15 @@ def published_rho(
         rows = published_rows(w_o, v1, v2, rho, len(w_o) // len(v1))[:2]
         criterion[rho] = 0.0
         for inputs, (own, other) in ((inputs1, rows), (inputs2, rows[::-1])):
-            ratios = [
-                rectified_sum(own, x) / (rectified_sum(other, x) + CRITERION_EPS) for x in inputs
-            ]
+            ratios = [rectified_sum(own, x) / (rectified_sum(other, x) + EPS) for x in inputs]
             criterion[rho] += sum(ratios) / len(ratios)
     return max(RHOS, key=lambda rho: criterion[rho]), criterion
 
 
-def published_table(
-    layer: nn.Module,
-    o: int,
-    rows: tuple[Tensor, Tensor, Tensor],
-    inputs: Images,
-    share_o: Tensor,
-    tau: float,
-) -> dict[str, dict[str, float]]:
+def published_table(layer, o, rows, inputs, share_o, tau):
     """Step 5: mean and median of sum_p z_new / sum_p z over the images with share >= tau.
 
-    rows is (W1, W2, R), share_o (N,) the channel's share in each image of `inputs`; nan without
-    an image. All rows carry the layer's bias: of the residual it is (K - 1) * b, and K is 2.
+    All rows carry the layer's bias: of the residual it is (K - 1) * b, and K is 2.
     """
     original = layer.weight[o].detach().flatten()
     chosen = [x for x, share in zip(inputs, share_o, strict=True) if float(share) >= tau]
@@ -269,15 +230,15 @@ def published_table(
 # concept channel; images_k and images_l are the indices of the images of concepts k and l.
 
 
-def _at(values: Tensor, images: Indices) -> Tensor:
+def _at(values, images):
     return torch.stack([values[int(n)] for n in images]).double()
 
 
-def _rms(values: Tensor) -> Tensor:
+def _rms(values):
     return (values**2).mean().sqrt()
 
 
-def retention(z: Tensor, z_k: Tensor, images_k: Indices) -> float:
+def retention(z, z_k, images_k):
     """mean_{D_k} z_k / mean_{D_k} z."""
     return (_at(z_k, images_k).mean() / _at(z, images_k).mean()).item()
 
@@ -285,17 +246,17 @@ def retention(z: Tensor, z_k: Tensor, images_k: Indices) -> float:
 leakage = retention  # of k on the images of another concept
 
 
-def mimic_error(z: Tensor, z_k: Tensor, images_k: Indices) -> float:
+def mimic_error(z, z_k, images_k):
     """rms_{D_k}(z_k - z) / rms_{D_k}(z)."""
     return (_rms(_at(z_k, images_k) - _at(z, images_k)) / _rms(_at(z, images_k))).item()
 
 
-def silence_error(z: Tensor, z_k: Tensor, images_l: Indices) -> float:
+def silence_error(z, z_k, images_l):
     """rms_{D_l}(z_k) / rms_{D_l}(z), of k on another concept l."""
     return (_rms(_at(z_k, images_l)) / _rms(_at(z, images_l))).item()
 
 
-def separation_error(z: Tensor, z_new: Sequence[Tensor], images: Sequence[Indices]) -> float:
+def separation_error(z, z_new, images):
     """Mean of all K mimic errors and all K (K - 1) silence errors of z_k of each concept."""
     errors = [
         (mimic_error if k == other else silence_error)(z, z_k, own)
@@ -305,7 +266,7 @@ def separation_error(z: Tensor, z_new: Sequence[Tensor], images: Sequence[Indice
     return sum(errors) / len(errors)
 
 
-def auroc(z_k: Tensor, images_k: Indices, images_other: Indices) -> float:
+def auroc(z_k, images_k, images_other):
     """Fraction of pairs (own, other) in which the image of the own concept has the larger z_k."""
     wins = 0.0
     for own, other in itertools.product(_at(z_k, images_k), _at(z_k, images_other)):
@@ -313,9 +274,7 @@ def auroc(z_k: Tensor, images_k: Indices, images_other: Indices) -> float:
     return wins / (len(images_k) * len(images_other))
 
 
-def ablated_logits(
-    model: nn.Module, layer_name: str, image: Tensor, o: int, row: Tensor | None
-) -> Tensor:
+def ablated_logits(model, layer_name, image, o, row):
     """Logits (T,) for one image, by weights alone: W[o] without `row` (J,), or o without all of it.
 
     As z = sum_k z_k - z_R, channel o without z_k, whose weights are `row`, has the weights
@@ -334,7 +293,7 @@ def ablated_logits(
 # Semantic measures, section 6.
 
 
-def monosemanticity(activation: Tensor, embeddings: Tensor) -> float:
+def monosemanticity(activation, embeddings):
     """Mean cosine over pairs of images, weighted by both activations, scaled to 0 ... 1."""
     directed = [n for n in range(len(embeddings)) if embeddings[n].any()]
     a = [float(activation[n]) for n in directed]
@@ -348,16 +307,16 @@ def monosemanticity(activation: Tensor, embeddings: Tensor) -> float:
     return above / below if below else math.nan
 
 
-def clarity(embeddings: Tensor) -> float:
+def clarity(embeddings):
     """Mean cosine over pairs of images, of those that have a direction."""
     every = [cosine(e1, e2) for e1, e2 in itertools.combinations(embeddings, 2)]
     cosines = [value for value in every if not math.isnan(value)]
     return sum(cosines) / len(cosines) if cosines else math.nan
 
 
-def pure_distances(embeddings: Tensor, concept: Indices) -> tuple[float, float]:
+def pure_distances(embeddings, concept):
     """Mean Euclidean distance over pairs of images of one concept, and of two."""
-    distances: dict[bool, list[float]] = {True: [], False: []}
+    distances = {True: [], False: []}
     for i, j in itertools.combinations(range(len(embeddings)), 2):
         pairs = zip(embeddings[i], embeddings[j], strict=True)
         squares = [(float(p) - float(q)) ** 2 for p, q in pairs]

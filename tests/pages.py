@@ -126,7 +126,7 @@ class _Reader(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.handle_startendtag(tag, attrs)
-        if tag not in ("meta", "img", "link", "input"):  # these have no end
+        if tag not in ("meta", "img", "link", "input", "br"):  # these have no end
             self.open.append(self.open[-1].children[-1])
 
     def handle_endtag(self, tag):

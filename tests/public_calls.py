@@ -1,21 +1,13 @@
 """Every public function, with sound values for what it must be given."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
 
 import unbraid
 from tiny_networks import SyntheticImages
 from unsteady import Small
 
-Call = tuple[Callable[..., Any], dict[str, Any]]
 
-
-def sound_calls(folder: Path) -> dict[str, Call]:
+def sound_calls(folder):
     """Functions and arguments by name; those that write do so into a folder."""
     network, images = Small().eval(), SyntheticImages(17, dtype=torch.float32)
     chosen = {1: [[0], [1]], 2: [[2], [3]]}
@@ -24,11 +16,13 @@ def sound_calls(folder: Path) -> dict[str, Call]:
     splits = {name: unbraid.split(scans[name], found) for name, found in founds.items()}
     scan, found, split = scans["layer"], founds["layer"], splits["layer"]
     changed = unbraid.apply(network, split)
-    split.save(folder / "split.safetensors")
+    path = folder / "split.safetensors"
+    split.save(path)
     data = {"model": network, "dataset": images}
     start, both = {"scan": scan, "found": found}, {"split": split, "scan": scan}
     ends = {"model2": changed, "dataset": images}
     tool = {"model": changed, "layer": "layer", "channel": 1, "concept": 0}
+    alike = {**both, "dataset": images, "encoder": unbraid.Penultimate(network)}
     source = {**both, "channel": 1, "concept": 0}
     page = {**start, "split": split, "dataset": images, "path": folder / "page.html"}
     view = {"model": changed, "layer": "layer", "dataset": images, "channels": [1], "steps": 1}
@@ -46,10 +40,7 @@ def sound_calls(folder: Path) -> dict[str, Call]:
         "circuit_from": (unbraid.circuit_from, {**source, **data, "before": splits["stem"]}),
         "ablate": (unbraid.ablate, ends),
         "compare_outputs": (unbraid.compare_outputs, {**ends, "model": network}),
-        "measure_semantics": (
-            unbraid.measure_semantics,
-            {**both, "dataset": images, "encoder": unbraid.Penultimate(network)},
-        ),
+        "measure_semantics": (unbraid.measure_semantics, alike),
         "visualize": (unbraid.visualize, view),
         "gate": (unbraid.gate, {**tool, "value": 0.5}),
         "clamp": (unbraid.clamp, tool),
@@ -57,14 +48,11 @@ def sound_calls(folder: Path) -> dict[str, Call]:
         "density_figure": (unbraid.density_figure, {**both, "channel": 1}),
         "source_figure": (unbraid.source_figure, {**both, "channel": 1}),
         "open_scan": (unbraid.open_scan, {"path": folder / "scans" / "layer"}),
-        "load_split": (
-            unbraid.load_split,
-            {"model": network, "path": folder / "split.safetensors"},
-        ),
+        "load_split": (unbraid.load_split, {"model": network, "path": path}),
         "report": (unbraid.report, page),
     }
 
 
-def call(function: Call, **changes: Any) -> Any:
+def call(function, **changes):
     """Call a function with some other arguments."""
     return function[0](**{**function[1], **changes})

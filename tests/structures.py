@@ -1,7 +1,4 @@
-"""Tiny networks of every way in which a layer can be built in, and what is true of them.
-
-As in networks.py the layer under test is called "layer", and numbers are float64.
-"""
+"""Tiny float64 networks of every way in which "layer" can be built in, and what is true of them."""
 
 import warnings
 from collections.abc import Callable
@@ -126,7 +123,7 @@ STRUCTURES = {
     "concatenated": Structured(_body(lambda net, x: torch.cat([x, net.layer(x)], 1).relu_(), 12)),
     "added": Structured(_body(lambda self, x: (x + self.layer(x)).relu())),
     "runs again": Structured(
-        _body(lambda self, x: self.layer(self.layer(x).relu_()).relu_()), once=False
+        _body(lambda net, x: net.layer(net.layer(x).relu_()).relu_()), once=False
     ),
     "two sizes": Structured(_body(_on_two_sizes), once=False),
     "frames": Structured(_body(_in_frames), once=False),
@@ -151,10 +148,7 @@ def build(kind):
 
 
 def trace(kind, image, label):
-    """Run a network of a kind on one image, with nothing cut, and add up what the layer did.
-
-    Over its runs and the image's parts: pooled input (G, J), relevance (C_out,) and n_positions.
-    """
+    """Add up pooled input (G, J), relevance (C_out,) and n_positions over all runs on an image."""
     network = build(kind)
     layer = bare_layer(kind, network)
     calls = []

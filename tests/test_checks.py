@@ -1,7 +1,4 @@
-"""The checks check: each passes on sound data and fails on every corruption of it.
-
-A check that compares and forgets to say so would let everything through; here it is found out.
-"""
+"""The checks check: each passes on sound data and fails on every corruption of it."""
 
 import copy
 import functools
@@ -111,12 +108,8 @@ def tau_of(world):
 def grouped(_):
     classes = [1, 4, 5, 7, 9]
     cosines = dict.fromkeys(itertools.combinations(classes, 2), 0.1) | {(1, 4): 0.9, (5, 7): 0.9}
-    return {
-        "concepts": [(1, 4), (5, 7), (9,)],
-        "classes": classes,
-        "cosines": cosines,
-        "gamma": 0.5,
-    }
+    concepts = [(1, 4), (5, 7), (9,)]
+    return {"concepts": concepts, "classes": classes, "cosines": cosines, "gamma": 0.5}
 
 
 def extended_masks(_):

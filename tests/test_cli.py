@@ -1,14 +1,11 @@
 """The command line as a new user meets it: whole jobs on small folders, and every mistake."""
 
-from __future__ import annotations
-
 import csv
 import json
 import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +18,6 @@ from torch import nn
 
 import unbraid
 from unbraid.__main__ import main
-from unbraid.measuring.encoders import load_encoder
-
-Call = Callable[..., tuple[int, str, str]]
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -46,28 +40,16 @@ def build(*more):
 def build_soft():
     return build(nn.LogSoftmax(1))
 
-class Pads(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(nn.functional.pad(x, (1, 0, 1, 0)))
-
-class Scales(nn.Conv2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-class Mixed(nn.Module):
+class Both(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3)
-        self.depthwise = nn.Conv2d(6, 6, 3, groups=6)
-        self.pads, self.scales = Pads(6, 6, 2), Scales(6, 6, 1)
-        self.unused, self.aside, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.own = build()[0]
 
     def forward(self, x):
-        x = self.scales(self.pads(self.depthwise(self.stem(x)).relu_()).relu_()).flatten(2).mean(2)
-        return [self.aside(x), self.head(x)]
+        return [x, self.own(x)]
 
-def build_mixed():
-    return Mixed(), preprocess
+def build_both():
+    return Both(), preprocess
 """
 FILES = {
     "own.py": OWN,
@@ -80,7 +62,7 @@ FILES = {
 }
 
 
-def draw(label: int, seed: int, file: Path | None = None) -> Image.Image:
+def draw(label, seed, file=None):
     """A picture of stripes whose direction and colour tell the class, perhaps saved."""
     pixels = np.random.default_rng(seed).integers(0, 60, (16, 16, 3))
     y, x = np.mgrid[:16, :16]
@@ -126,10 +108,10 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def call(home, monkeypatch, capsys) -> Call:
+def call(home, monkeypatch, capsys):
     """Run the command line in `home`: exit code, standard output, standard error."""
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments):
         monkeypatch.chdir(home)
         monkeypatch.setattr(sys, "argv", ["unbraid", *arguments])
         with pytest.raises(SystemExit) as stopped:
@@ -149,23 +131,12 @@ LOOSE = ("--tau", "0.02", "--p", "0.5", "--gamma", "0.95")
 RUN = ("run", *NETWORK, "--data", "data")
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
+def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def evaluation_in(folder: Path) -> dict:
+def evaluation_in(folder):
     return json.loads((folder / "evaluation.json").read_text())
-
-
-def assert_report_again(call: Call, folder: Path) -> str:
-    """The report is written again to the last byte; its text."""
-    page = folder / "report.html"
-    before = page.read_bytes()
-    page.unlink()
-    code, out, err = call("report", str(folder))
-    assert (code, "report.html" in out) == (0, True), err
-    assert page.read_bytes() == before
-    return before.decode()
 
 
 @pytest.fixture(scope="module")
@@ -202,23 +173,11 @@ def test_run_does_everything(ran, home):
     assert [row["n_pairs"] for row in counted if row["tau"] == "0.02"].count(str(len(rows))) > 0
 
 
-def test_run_with_other_thresholds_goes_beside_the_first_or_when_asked_in_its_place(again, call):
-    before, strict = contents(again), ("--out", str(again), "--tau", "0.9", "--p", "1", "--gamma")
-    code, out, err = call(*RUN, *strict, "-1")
-    assert (code, "No polysemantic channel" in out, f"{again}/settings-2/report.html" in out) == (
-        0,
-        True,
-        True,
-    )
-    assert f"gamma 0.95; this one goes into {again}/settings-2." in err
-    after = contents(again)
-    assert {path: after[path] for path in before} == before
-    code, _, err = call(*RUN, *strict, "-0.9", "--overwrite")
-    assert (code, "takes its place when it is finished" in err) == (0, True), err
-    assert json.loads((again / "settings.json").read_text())["thresholds"]["gamma"] == -0.9
-
-
-def test_check_tells_what_is_damaged(again, call):
+def test_figure_is_drawn_and_check_tells_what_is_damaged(again, call):
+    channel = str(unbraid.Split.load(again / "split.safetensors").channels[0].channel)
+    options = ("--channel", channel, "--kind", "sources", "--out", str(again / "own.png"))
+    assert call("figure", str(again), *options)[0] == 0
+    assert Image.open(again / "own.png").width > 500
     code, out, _ = call("check", str(again))
     assert (code, out.splitlines()[-1]) == (0, "19 files sound.")
     split = again / "split.safetensors"
@@ -245,44 +204,32 @@ def test_step_by_step_gives_the_same(ran, home, call):
     assert len((home / "counted.csv").read_text().splitlines()) == 5
 
 
-def test_run_with_an_encoder_embeds_pictures_by_it(again, call, monkeypatch):
-    untrained = partial(load_encoder, pretrained=False)
-    monkeypatch.setattr("unbraid.running.run.load_encoder", untrained)
-    code, _, err = call(*RUN, "--out", str(again), "--encoder", "timm:test_resnet", *LOOSE)
-    assert code == 0, err
-    channels = evaluation_in(again / "settings-2")["channels"]
-    assert {channel["semantics"]["encoder"] for channel in channels} == {"timm:test_resnet"}
-    assert not list((again / "settings-2").glob("positions-*"))  # the first run's
-    assert_report_again(call, again / "settings-2")
-
-
-def test_run_of_a_network_without_features_does_without(home, call):
-    network = ("--model", "own.py:build_soft", *NETWORK[2:])
+def test_run_of_layers_of_a_network_without_features_does_without(home, call):
+    network = ("--model", "own.py:build_soft", *NETWORK[2:], "--layer", "0")
     loose = ("--tau", "auto", "--p", "0.3", "--gamma", "1", "--no-features")
     code, out, err = call("run", *network, "--data", "data", "--out", "runs/soft", *loose)
     assert (code, "Semantic measures are left out" in err) == (0, True), err
-    assert "(auto), p 0.3" in out
-    channels = evaluation_in(home / "runs/soft")["channels"]
+    for told in ("(auto), p 0.3", "With all layers split, largest logit difference 0"):
+        assert told in out
+    channels = evaluation_in(home / "runs/soft/2")["channels"]
     assert {channel["semantics"] for channel in channels} == {None}
-    assert "Semantic measures are left out" in (home / "runs/soft/report.html").read_text()
+    assert "Semantic measures are left out" in (home / "runs/soft/2/report.html").read_text()
 
 
 def test_layers_lists_exactly_what_scan_takes(home, call):
-    mixed = ("own.py:build_mixed", "--output", "-1")
-    for network, layers in ((["neighbour.py:build"], ["0", "2", "6"]), (mixed, ["stem", "head"])):
+    both = ("own.py:build_both", "--output", "-1")
+    for network, prefix in ((["neighbour.py:build"], ""), (both, "own.")):
         code, out, _ = call("layers", *network)
+        layers = [f"{prefix}{k}" for k in (0, 2, 6)]
         assert (code, [line.split()[0] for line in out.splitlines()[1:]]) == (0, layers)
-    for layer in ("depthwise", "pads", "scales", "unused", "aside", "*"):
-        options = ("--model", *mixed, "--layer", layer, "--data", "data/val")
-        code, out, err = call("scan", *options, "--out", "mixed" if layer == "*" else "refused")
-        assert code == (0 if layer == "*" else 2), err
-    assert "Scanned 30 images" in out
-    assert sorted(path.name for path in (home / "mixed").iterdir()) == ["head", "stem"]
-    code, _, err = call("find", "mixed")
-    assert (code, "scans of several layers: head" in err) == (1, True), err
+    options = ("--model", *both, "--layer", "*", "--data", "data/val", "--out", "both")
+    assert "Scanned 30 images" in call("scan", *options)[1]
+    assert sorted(path.name for path in (home / "both").iterdir()) == layers
+    code, _, err = call("find", "both")
+    assert (code, "scans of several layers: own.0" in err) == (1, True), err
 
 
-def scan(**changed: str) -> tuple[str, ...]:
+def scan(**changed):
     """The arguments of a scan of validation images, but for some."""
     options = dict(zip(NETWORK[::2], NETWORK[1::2], strict=True))
     options |= {"--data": "data/val", "--out": "mistake"}
@@ -301,11 +248,9 @@ INTO = {  # what a step would overwrite
 }
 MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usage, says
     (("run", "--layer", "2"), 2, "requires an argument"),
-    (("rnu",), 2, "Unknown command"),
     ((*EARLY, "--concepts", "cluster"), 2, "--concepts"),
-    ((*scan(), "--compiled"), 2, "--compiled"),
     (("layers", "syntax.py:build"), 2, "SyntaxError"),
-    (("layers", "own.py:build_mixed"), 1, "--output"),
+    (("layers", "own.py:build_both"), 1, "--output"),
     (("find", "nowhere"), 1, "holds no scan"),
     ((*FIND, "--tau", "0"), 2, "tau"),
     *(((*step, "--out", f"runs/a/{name}"), 2, "name another file") for name, step in INTO.items()),
@@ -319,6 +264,7 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     (scan(data="wrong.csv"), 1, "wrong.csv"),
     (scan(data="flat/val", classes="0"), 2, "classes names [0]"),
     (scan(out="own.py"), 2, "is a file"),
+    (scan(names="syntax.py"), 1, "names outputs 0 to 0"),
     ((*scan()[:-2], "--out="), 2, "--out is empty"),
 ]
 
@@ -352,38 +298,6 @@ def test_report_whose_images_are_gone_stays_as_it_is(again, home, call):
     assert (again / "report.html").read_bytes() == page
 
 
-def test_run_of_lists_is_that_of_class_folders(ran, home, call):
-    (home / "listed").mkdir()
-    for part in ("train", "val"):
-        paths = sorted((home / "data" / part).glob("*/*"))
-        lines = [f"../data/{part}/{p.parent.name}/{p.name},{p.parent.name}" for p in paths]
-        (home / f"listed/{part}.csv").write_text("\n".join(["path,label", *lines]))
-    code, _, err = call(*RUN[:-1], "listed", "--out", "runs/listed", *LOOSE, "--no-features")
-    assert code == 0, err
-    for name in ("findings.csv", "evaluation.json"):
-        same = (home / "runs/a" / name).read_bytes()
-        assert (home / "runs/listed" / name).read_bytes() == same
-    lines = (home / "listed/val.csv").read_text().splitlines()
-    (home / "listed/val.csv").write_text("\n".join([lines[0], *lines[:0:-1]]))
-    assert_report_again(call, home / "runs/listed")  # images are found again by id
-
-
-def test_predicted_labels_stand_in_for_given_ones(ran, home, call):
-    for part in ("train", "val"):  # folders that say nothing
-        for name, other in zip(CLASSES, (*CLASSES[1:], CLASSES[0]), strict=True):
-            shutil.copytree(home / "data" / part / name, home / "wrong" / part / other)
-    run = ("run", *NETWORK, "--data", "wrong", "--out", "runs/wrong", *LOOSE, "--no-features")
-    code, _, err = call(*run, "--labels", "predicted")
-    assert code == 0, err
-    scans = [unbraid.open_scan(home / f"runs/{name}/scan-train") for name in ("wrong", "a")]
-    assert scans[0].manifest.labels == "predicted"
-    for records in scans[0].shards():
-        assert records.label.equal(records.prediction)
-    found, right = (unbraid.find(scan, tau=0.02, p=0.5, gamma=0.95) for scan in scans)
-    assert found.concepts.keys() & right.concepts.keys()
-    assert evaluation_in(home / "runs/wrong")["output"]["top1_before"] < 0.5  # by given labels
-
-
 def test_run_of_a_folder_without_classes_from_scan_to_report(home, call):
     clusters = ("--concepts", "clusters", "--gamma", "0.95", "--no-features")
     code, out, err = call(*RUN[:-1], "flat", "--out", "runs/flat", *clusters)
@@ -403,4 +317,31 @@ def test_run_of_a_folder_without_classes_from_scan_to_report(home, call):
     rows = list(csv.DictReader((folder / "findings.csv").open()))
     assert [int(row["class1"]) for row in rows] == [pair.class1 for pair in found.pairs]
     assert not (folder / "sensitivity.csv").exists()  # which is of classes
-    assert "Other thresholds" not in assert_report_again(call, folder)
+    before = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    assert call("report", str(folder))[0] == 0
+    assert (folder / "report.html").read_bytes() == before
+    assert b"Other thresholds" not in before
+
+
+def test_reproduce_tells_that_another_network_has_none_of_the_published_pairs(home, call):
+    options = ("--weights", "random", "--out", "published")
+    code, out, _ = call("reproduce", "--imagenet", "data", *options)
+    assert (code, "0 of 20 pairs agree." in out) == (1, True)
+
+
+def test_importing_is_light_and_every_public_name_is_there_and_is_no_module():
+    python = partial(subprocess.run, capture_output=True, text=True, check=True)
+    for statement in ("import unbraid", "import unbraid.cli"):
+        code = f"import sys; {statement}; print('torch' in sys.modules)"
+        assert python([sys.executable, "-c", code]).stdout.strip() == "False"
+    code = (
+        "import json, types, unbraid, unbraid.cli, unbraid.running.run\n"
+        "names = {n: getattr(unbraid, n) for n in unbraid.__all__}\n"
+        "print(json.dumps([n for n, v in names.items() if isinstance(v, types.ModuleType)]))"
+    )
+    assert json.loads(python([sys.executable, "-c", code]).stdout) == []
+    contract = {"scan", "open_scan", "find", "split", "apply", "evaluate", "report"}
+    assert contract | {"compare_outputs", "Split"} <= set(unbraid.__all__)
+    with pytest.raises(AttributeError, match="nonsense"):
+        unbraid.nonsense  # noqa: B018

@@ -1,12 +1,6 @@
-"""No number depends on torch's default type: whatever makes a tensor says the tensor's own.
+"""No number depends on torch's default type or device, which only code of the caller's sees."""
 
-Nor on its default device, which only code of the caller's own sees.
-"""
-
-import ast
-import re
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,13 +21,6 @@ from unbraid.running.run import run
 from unbraid.scanning.scan import usable_layers
 from unbraid.scanning.scan_options import Loading
 
-MAKES = re.compile(
-    r"torch(\.fft)?\.(zeros|ones|full|empty|rand|randn|normal|a?range|linspace|logspace|eye|tensor"
-    r"|empty_strided|as_tensor|asarray|scalar_tensor|sparse_coo_tensor|r?fftfreq|hann_window|Tensor"
-    r"|FloatTensor)|.*\.new_tensor|(torch\.)?nn\.(Linear|Bilinear|Conv.d|BatchNorm.d|LayerNorm"
-    r"|GroupNorm|Embedding|PReLU|MultiheadAttention)"
-)
-
 
 @pytest.fixture
 def set_defaults():
@@ -45,34 +32,6 @@ def set_defaults():
 
     yield choose
     choose()
-
-
-def untyped(code):
-    """Calls that make tensors, or modules with weights, of torch's default type."""
-    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    making = [call for call in calls if MAKES.fullmatch(ast.unparse(call.func))]
-    return [ast.unparse(c) for c in making if not {"dtype", None} & {w.arg for w in c.keywords}]
-
-
-def test_every_call_that_makes_a_tensor_says_its_type():
-    sources = [path.read_text() for path in Path(unbraid.__file__).parent.rglob("*.py")]
-    assert [call for code in sources for call in untyped(code)] == []
-    assert len(sources) > 50
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        "torch.full((2,), 0.5{})",
-        "torch.fft.rfftfreq(8{})[None]",
-        "f(torch.rand(4, generator=g{}))",
-        "nn.Conv2d(3, 4, 1{})",
-        "torch.as_tensor(value{})",
-    ],
-)
-def test_a_call_without_a_type_is_noticed(call):
-    assert len(untyped(call.format(""))) == 1
-    assert untyped(call.format(", dtype=torch.float32")) == []
 
 
 def fingerprint_of(value):
@@ -138,7 +97,7 @@ def test_no_default_type_or_device_changes_a_result(
     assert torch.get_default_device().type == "meta"
 
 
-def test_a_number_of_the_default_type_is_noticed(set_defaults):
+def test_a_number_of_the_default_type_is_noticed_and_tokens_are_counted_right(set_defaults):
     layer, images = build("1x1", torch.float32), SyntheticImages(2, dtype=torch.float32).images
     found = []
     for other in (torch.float32, torch.bfloat16):
@@ -146,6 +105,11 @@ def test_a_number_of_the_default_type_is_noticed(set_defaults):
         careless = layer(images).detach() * torch.tensor(1 / 3).to(images)
         found.append({"careless": fingerprint_of(careless), "sound": repr(3)})
     assert differing(*found) == ["careless"]
+    spec = describe("layer", nn.Conv1d(2, 3, 1, dtype=torch.float32))
+    x = torch.ones(1, 2, 3000, dtype=torch.float32)
+    for other in (torch.float64, torch.bfloat16, torch.float16):
+        set_defaults(other)
+        assert pooled_input(spec, x).flatten().tolist() == [3000.0, 3000.0]
 
 
 def test_code_of_the_caller_keeps_the_caller_s_default_device(tmp_path, set_defaults):
@@ -162,14 +126,6 @@ def test_code_of_the_caller_keeps_the_caller_s_default_device(tmp_path, set_defa
     set_defaults(device="meta")
     unbraid.scan(network, "layer", images, tmp_path)
     assert set(met) == {"images on meta", "on meta"}
-
-
-def test_tokens_beyond_half_precision_are_counted_right_under_any_default_type(set_defaults):
-    spec = describe("layer", nn.Conv1d(2, 3, 1, dtype=torch.float32))
-    x = torch.ones(1, 2, 3000, dtype=torch.float32)
-    for other in (torch.float64, torch.bfloat16, torch.float16):
-        set_defaults(other)
-        assert pooled_input(spec, x).flatten().tolist() == [3000.0, 3000.0]
 
 
 @pytest.mark.parametrize("spec", ["timm:resnet18", "torchvision:resnet18"])

@@ -1,10 +1,4 @@
-"""Truth tests of METHOD.md section 7, on a small network whose channels are taught a job each.
-
-Channels that share a job, as nearly all do in a small network, cannot be told apart again whatever
-the rule; `benchmarks/split.py` measures that too.
-"""
-
-from __future__ import annotations
+"""Truth tests of METHOD.md section 7, on a small network whose channels are taught a job each."""
 
 import itertools
 import random
@@ -12,39 +6,36 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 import fashion
 import unbraid
 from truth import halves_told_apart, shuffled_findings
 from unbraid.demo.network import load_images, load_network, normalise
 from unbraid.finding.clusters import adjusted_rand_index, cluster_images, top_images
-from unbraid.scanning.records import Scan
 
 N_SETS = 6  # of planted channels, for each number of them
 
 
 @pytest.fixture(scope="module")
-def scan(tmp_path_factory) -> Scan:
+def scan(tmp_path_factory):
     images = load_images("train")
     with torch.random.fork_rng(devices=[]):
         pictures, labels = normalise(images.pictures), torch.tensor(images.targets)
         network = fashion.train("jobs", pictures, labels, seed=1)
-    return unbraid.scan(
-        network, fashion.LAYER, images, tmp_path_factory.mktemp("jobs"), batch_size=250
-    )
+    folder = tmp_path_factory.mktemp("jobs")
+    return unbraid.scan(network, fashion.LAYER, images, folder, batch_size=250)
 
 
-def answers(scan: Scan, rows: Tensor) -> Tensor:
+def answers(scan, rows):
     """What rows (K, J) answer to every image, (N, K), without bias."""
     return torch.cat([r.pooled[:, 0].double() @ rows.double().T for r in scan.shards()])
 
 
-def correlation(one: Tensor, other: Tensor) -> float:
+def correlation(one, other):
     return float(torch.corrcoef(torch.stack([one, other]))[0, 1])
 
 
-def plant(scan: Scan, channels: tuple[int, ...]) -> Scan:
+def plant(scan, channels):
     """Add the weights of channels up, in the place of the first."""
     weight, bias = scan.weight.clone(), scan.bias.clone()
     weight[channels[0]] = scan.weight[list(channels)].sum(0)
@@ -52,13 +43,13 @@ def plant(scan: Scan, channels: tuple[int, ...]) -> Scan:
     return replace(scan, weight=weight, bias=bias)
 
 
-def sets_of(n_concepts: int) -> list[tuple[int, ...]]:
+def sets_of(n_concepts):
     """Sets of the ten taught channels; channel c was taught class c."""
     every = list(itertools.combinations(range(10), n_concepts))
     return random.Random(n_concepts).sample(every, N_SETS)
 
 
-def recovered(scan: Scan, channels: tuple[int, ...], masks: Tensor | None = None) -> list[float]:
+def recovered(scan, channels, masks=None):
     """Correlations of concept channels with the channels they were made of, over all images."""
     one = plant(scan, channels)
     found = unbraid.find(one, channels={channels[0]: [[c] for c in channels]})
@@ -94,13 +85,10 @@ def test_clusters_find_planted_channels_without_labels(scan, n_concepts):
     assert sorted(agreements)[1] >= 0.7  # all sets but one: two of the classes may be fed alike
 
 
-def test_halves_of_a_class_are_one_concept(scan, tmp_path):
+def test_halves_of_a_class_are_one_concept_and_shuffled_labels_find_nothing(scan, tmp_path):
     apart, total = halves_told_apart(scan, 0.5, tmp_path / "halves")
     assert total == 240
     assert apart <= 0.05 * total
-
-
-def test_shuffled_labels_find_nothing(scan, tmp_path):
     demo = unbraid.scan(load_network(), "mix", load_images("train"), tmp_path / "demo")
     thresholds = {"tau": 0.03, "p": 0.75, "gamma": 0.5}
     assert len(unbraid.find(demo, **thresholds)) > 0

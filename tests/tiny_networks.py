@@ -1,8 +1,4 @@
-"""Tiny networks with a splittable layer of every kind, and images of a few classes to run on them.
-
-The layer under test is always called "layer". Numbers are float64 unless asked otherwise, so that
-the fast path and the oracle must agree to rounding.
-"""
+"""Tiny float64 networks with a "layer" of every kind that can be split, and images for them."""
 
 import zlib
 from collections import OrderedDict
@@ -53,7 +49,7 @@ class CountingNetwork(nn.Module):
 class Tokens(nn.Module):
     """(N, C, H, W) to a row of tokens, (N, H * W, C), or to a grid of them, (N, H, W, C)."""
 
-    def __init__(self, grid: bool):
+    def __init__(self, grid):
         super().__init__()
         self.grid = grid
 
@@ -119,11 +115,8 @@ def _linear_on_tokens(grid):
 
 
 def _linear_on_pooled(layer_is_head):
-    parts = [
-        ("stem", nn.Conv2d(3, 6, 3)),
-        ("stem_act", nn.ReLU(inplace=True)),
-        ("pool", PooledFeatures()),
-    ]
+    stem, act, pool = nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), PooledFeatures()
+    parts = [("stem", stem), ("stem_act", act), ("pool", pool)]
     if layer_is_head:
         return stack(*parts, ("layer", nn.Linear(6, N_CLASSES)))
     act, head = nn.ReLU(inplace=True), nn.Linear(8, N_CLASSES)

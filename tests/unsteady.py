@@ -1,7 +1,4 @@
-"""Networks that do more than to compute logits of images: what a first look has to tell apart.
-
-All share a layer "layer" and run on `SyntheticImages` in float32.
-"""
+"""Networks (float32) that do more than to compute logits of images: what a first look tells."""
 
 import random
 

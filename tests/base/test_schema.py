@@ -25,7 +25,7 @@ class Whole:
     free: Any = None
 
 
-def test_build_makes_what_the_types_say():
+def test_build_makes_what_the_types_say_and_text_writable_but_for_what_may_be_a_path():
     values = {
         "name": "it",
         "parts": [{"n": 1, "share": None}, {"n": 2**63 - 1, "share": 1}],
@@ -38,16 +38,12 @@ def test_build_makes_what_the_types_say():
     assert made.parts[1] == Part(2**63 - 1, 1.0)
     assert (made.pair, made.kind, made.by_name) == ((3, 0.5), "a", {"x": Part(0)})
     assert made.free == [{"any": 2**70}]
-
-
-def test_build_makes_text_writable_but_keeps_what_may_be_the_path_of_a_folder():
     made = build(Whole, parse_json(r'{"name": "a\ud800\ud83d\ude00", "free": ["d\udcff"]}'))
     assert (made.name, made.free) == ("a?😀", ["d\udcff"])
 
 
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
+def test_build_refuses_what_does_not_fit():
+    for entries, message in (
         ({"name": 1}, r"Expected `str`, got `int` - at `\$.name`"),
         ({"parts": [{"n": 1, "m": 2}]}, r"unknown entries \['m'\]"),
         ({"parts": [{}]}, r"missing required field `n` - at `\$.parts\[0\]`"),
@@ -59,12 +55,10 @@ def test_build_makes_text_writable_but_keeps_what_may_be_the_path_of_a_folder():
         ({"parts": [{"n": 1, "share": math.inf}]}, "inf is no finite number"),
         ({"parts": [{"n": 1, "share": None}]}, "Expected `float`, got `null`"),
         ({"kind": "x" * 10**6}, "Invalid enum value 'xxx"),
-    ],
-)
-def test_build_refuses_what_does_not_fit(entries, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        build(Whole, {"name": "it", **entries})
-    assert len(str(caught.value)) <= 300
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            build(Whole, {"name": "it", **entries})
+        assert len(str(caught.value)) <= 300
 
 
 @pytest.mark.parametrize(
@@ -82,11 +76,7 @@ def test_build_refuses_what_does_not_fit(entries, message):
 def test_parse_json_refuses_what_would_take_the_machine(text):
     with pytest.raises(ValueError, match=r"deep|large|digits"):
         parse_json(text)
-
-
-def test_parse_json_takes_what_ours_hold():
-    assert parse_json('{"a": 1, "a": 2}') == {"a": 2}
-    assert parse_json("[" * 32 + "]" * 32)
+    assert parse_json('{"a": 1, "a": 2, "b": ' + "[" * 31 + "]" * 31 + "}")["a"] == 2
 
 
 @pytest.mark.parametrize("values", [[], {}, {"schema": 2}])

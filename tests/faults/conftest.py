@@ -1,7 +1,5 @@
 """One undisturbed scan for all tests of faults."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

@@ -4,8 +4,6 @@ It says `ready RANK PID` before it begins. Five shards of two layers; a batch ta
 milliseconds, so that a kill at random finds it anywhere.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -13,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import unbraid
@@ -23,31 +21,31 @@ N_IMAGES = 4 * 128 + 40  # with positions a shard holds 128
 
 
 class Slow(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         time.sleep(0.003)
         return super().forward(x)
 
 
 class Images(TensorDataset):
-    def __init__(self) -> None:
+    def __init__(self):
         pixels = torch.randn(N_IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         self.targets = [n % 3 for n in range(N_IMAGES)]
         super().__init__(pixels, torch.tensor(self.targets))
 
 
-def network() -> nn.Module:
+def network():
     torch.manual_seed(0)
     slow1, slow2 = (Slow(nn.Softplus(), nn.ReLU()) for _ in range(2))
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
     return nn.Sequential(slow1, nn.Conv2d(3, 6, 3), slow2, nn.Conv2d(6, 6, 1), head)
 
 
-def die_at(moment: str) -> None:
+def die_at(moment):
     """Arrange for the end: `rename 3` just before the third file gets its name, `named 3` after."""
     kind, number = moment.split()
     replace, calls = Path.replace, []
 
-    def replace_and_die(self: Path, target: Path) -> Path:
+    def replace_and_die(self, target):
         calls.append(target)
         last = len(calls) == int(number)
         if last and kind == "rename":
@@ -60,7 +58,7 @@ def die_at(moment: str) -> None:
     Path.replace = replace_and_die  # type: ignore[method-assign]
 
 
-def main() -> None:
+def main():
     out = Path(sys.argv[1])
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     rank = os.environ.get("RANK", "0")

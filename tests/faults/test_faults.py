@@ -1,7 +1,5 @@
 """Whatever happens to a scan, the next start makes of it what an undisturbed one would be."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil
@@ -21,9 +19,7 @@ N_FILES = 2 * (2 + 5)  # layer, manifest and shards of two layers
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 
-def start(
-    folder: Path, n_ranks: int = 1, moment: str = "", more: tuple[str, ...] = ()
-) -> subprocess.Popen[str]:
+def start(folder, n_ranks=1, moment="", more=()):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     many = () if n_ranks == 1 else (*TORCHRUN, *more, "--nproc-per-node", str(n_ranks))
@@ -31,16 +27,16 @@ def start(
     return subprocess.Popen(command, env=env, **pipes)
 
 
-def finish(folder: Path, n_ranks: int = 1) -> None:
+def finish(folder, n_ranks=1):
     done = start(folder, n_ranks)
     output, _ = done.communicate(timeout=300)
     assert done.returncode == 0, output
 
 
-def ready(process: subprocess.Popen[str], n_ranks: int = 1) -> dict[int, int]:
+def ready(process, n_ranks=1):
     """Wait until all ranks begin; their process ids."""
     assert process.stdout is not None
-    begun: dict[int, int] = {}
+    begun = {}
     for line in process.stdout:
         if line.startswith("ready"):
             rank, pid = map(int, line.split()[1:])
@@ -50,13 +46,13 @@ def ready(process: subprocess.Popen[str], n_ranks: int = 1) -> dict[int, int]:
     raise AssertionError("it did not begin")
 
 
-def is_finished(folder: Path) -> bool:
+def is_finished(folder):
     """Whether all files of a scan have their names."""
     there = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".tmp"]
     return len(there) == N_FILES
 
 
-def assert_same(folder: Path, undisturbed: Path) -> None:
+def assert_same(folder, undisturbed):
     """The same files, byte for byte, and nothing else."""
     ours, theirs = (
         {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
@@ -66,7 +62,7 @@ def assert_same(folder: Path, undisturbed: Path) -> None:
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
-def kill_at_random(folder: Path, n_ranks: int, seed: int, seconds: float) -> None:
+def kill_at_random(folder, n_ranks, seed, seconds):
     """Kill one of the ranks while the scan is on; where it ended before, try again and sooner."""
     draw = random.Random(seed)
     victim, latest = draw.randrange(n_ranks), seconds / n_ranks
@@ -177,7 +173,7 @@ def test_a_signal_ends_the_command_line_with_a_line_that_says_how_to_go_on(sign,
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
-def mount_small_disk(folder: Path, kilobytes: int) -> bool:
+def mount_small_disk(folder, kilobytes):
     """Say also whether that is allowed."""
     folder.mkdir()
     if shutil.which("mount") is None:

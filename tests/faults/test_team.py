@@ -1,7 +1,5 @@
 """Processes that scan together: what they must agree on, and that torchrun may start them anew."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -45,10 +43,8 @@ def test_what_was_claimed_before_a_restart_does_not_count(monkeypatch):
         assert list(shards.join_team().claims(3)) == [0, 1, 2]
 
 
-def test_what_a_file_system_shows_late_is_waited_for_and_what_never_comes_is_not(
-    target, monkeypatch
-):
-    looks: list[bool] = []
+def test_what_a_file_system_shows_late_is_waited_for_but_not_for_ever(target, monkeypatch):
+    looks = []
     monkeypatch.setattr(shards, "_PAUSE", 0.0)
     monkeypatch.setattr(Target, "lacks", lambda _, __: looks.append(len(looks) < 4) or looks[-1])
     shards.await_shards([target], 60.0)

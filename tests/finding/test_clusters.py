@@ -151,13 +151,10 @@ def test_one_group_stays_whole_in_95_of_100_draws(null, n_points):
     assert n_divided(null, n_points, 40) <= 0.05 * 40
 
 
-def test_two_random_halves_of_a_group_are_one():
+def test_two_random_halves_of_a_group_are_one_and_two_groups_are_two():
     points = torch.as_tensor(np.random.default_rng(5).gamma(0.5, size=(300, 40)) + 0.2)
     for half in (points[:150], points[150:], points):
         assert len(find_clusters(F.normalize(half, dim=1))[1]) == 1
-
-
-def test_counting_divided_draws_can_find_some():
     assert n_divided(lambda rng, n: groups_of((n // 2, n // 2))[0], 60, 5) == 5
 
 
@@ -230,14 +227,11 @@ def test_chance_is_the_oracles_for_many_points(sizes, noise):
     assert chance_of_one(points) == pytest.approx(expected, rel=1e-9)
 
 
-def test_chance_has_values_of_all_sizes():
+def test_chance_has_values_of_all_sizes_and_is_one_without_a_cut_or_a_point_to_count():
     """So that agreement with the oracle says something."""
     points = [groups_of((100, 100), noise=noise, seed=4)[0] for noise in (0.5, 2.0, 3.0)]
     values = [chance_of_one(of_noise) for of_noise in points]
     assert values[0] < 1e-6 < values[1] < 0.5 < values[2] <= 1
-
-
-def test_chance_without_a_cut_or_a_point_to_count_is_one():
     assert chance_of_one(normal(1, 4, 0).repeat(20, 1)) == 1.0
     ends = torch.tensor([-1.0, 1.0]).repeat_interleave(8)
     far = torch.stack([ends.repeat_interleave(2), 100 * torch.ones(32)], 1).double()

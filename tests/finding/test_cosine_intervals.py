@@ -89,7 +89,7 @@ def test_intervals_and_yardsticks_are_those_of_replicates_made_one_by_one(case):
             assert_chance([wrong], case.truth)
 
 
-def test_uniforms_are_even_and_unrelated():
+def test_uniforms_are_those_of_splitmix_even_and_unrelated():
     numbers = cosine_intervals.uniforms(torch.arange(2000), 0, 200)
     assert 0 < numbers.min() < numbers.max() < 1
     assert abs(numbers.mean() - 1 / 2) < 0.002  # 4 standard errors
@@ -100,9 +100,6 @@ def test_uniforms_are_even_and_unrelated():
         (numbers, cosine_intervals.uniforms(torch.arange(2000), 1 << 19, 200)),  # halvings
     ):
         assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.007
-
-
-def test_uniforms_are_those_of_splitmix():
     numbers = cosine_intervals.uniforms(torch.tensor([0, 1, 41, 1_281_166]), 7, 5)
     expected = [[slow_uniform(i, k) for k in range(7, 12)] for i in (0, 1, 41, 1_281_166)]
     assert_close(numbers, expected, 0)
@@ -119,15 +116,12 @@ def usual(tmp_path_factory):
     return figures_in(scan_of_causes(tmp_path_factory.mktemp("usual"), 3))
 
 
-def test_shards_and_memory_do_not_matter(usual, tmp_path, monkeypatch):
+def test_shards_memory_and_the_order_of_records_do_not_matter(usual, tmp_path, monkeypatch):
     sizes = ((7, 1 << 30, 0), (1, 1 << 30, 1e-9), (100, 10_000, 1e-9), (100, 1, 1e-9))
     for shard_size, n_bytes, tolerance in sizes:
         monkeypatch.setattr(cosine_intervals, "_BYTES_AT_ONCE", n_bytes)
         scan = scan_of_causes(tmp_path / f"{shard_size}-{n_bytes}", 3, shard_size=shard_size)
         assert_close(figures_in(scan), usual, tolerance)
-
-
-def test_the_order_of_records_does_not_matter(usual, tmp_path):
     scan = scan_of_causes(tmp_path, 3, shard_size=30)
     every = [read_shard(scan.path, shard) for shard in range(3)]
     for shard, records in enumerate(reversed(every)):
@@ -140,16 +134,14 @@ def pair_of(folder, one, other):
     """The pair of two classes whose images have these relevance vectors."""
     pooled = torch.tensor([*one, *other], dtype=torch.float64)
     labels = [0] * len(one) + [1] * len(other)
-    scan = write_scan(
-        folder, shares=torch.full((len(labels), 1), 0.5), labels=labels, pooled=pooled
-    )
+    shares = torch.full((len(labels), 1), 0.5)
+    scan = write_scan(folder, shares=shares, labels=labels, pooled=pooled)
     (pair,) = unbraid.find(scan, channels={0: [[0], [1]]}).pairs
     return pair
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "expected"),
-    [
+def test_few_images_no_noise_and_nothing_but_noise_or_more(tmp_path):
+    for one, other, expected in (
         # Of a single image nothing is known.
         ([(0.1, 1.0)], NOISY, (math.nan, math.nan, math.nan, None)),
         # Two images are each other's halves.
@@ -162,18 +154,13 @@ def pair_of(folder, one, other):
             ([(mean + 1, 0.01), (mean - 1, 0.01)] * 4, NOISY, (-1.0, 1.0, None, None))
             for mean in (0.01, 0.2, 0.3)
         ),
-    ],
-)
-def test_few_images_no_noise_and_nothing_but_noise(one, other, expected, tmp_path):
-    pair = pair_of(tmp_path, one, other)
-    assert math.isfinite(pair.cosine)
-    assert not pair.low > pair.high
-    for name, value in zip(FIGURES, expected, strict=True):
-        if value is not None:
-            assert getattr(pair, name) == pytest.approx(value, abs=1e-9, nan_ok=True)
-
-
-def test_where_there_is_more_than_noise_something_is_known(tmp_path):
+    ):
+        pair = pair_of(tmp_path, one, other)
+        assert math.isfinite(pair.cosine)
+        assert not pair.low > pair.high
+        for name, value in zip(FIGURES, expected, strict=True):
+            if value is not None:
+                assert getattr(pair, name) == pytest.approx(value, abs=1e-9, nan_ok=True)
     pair = pair_of(tmp_path, [(2.0, 0.01), (0.0, 0.01)] * 4, NOISY)
     assert pair.low > 0.5
     assert pair.half2 > 0.9

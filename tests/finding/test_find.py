@@ -1,25 +1,21 @@
-"""Findings: which class uses which channel, for what reasons, and how these are grouped."""
+"""Findings: which class uses which channel for what reasons, grouped, in print and in files."""
 
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 import oracle
 import unbraid
-from checks import assert_close, assert_grouped, assert_pairs
+from checks import assert_close, assert_csv, assert_grouped, assert_pairs
 from handmade import write_scan
 from unbraid.base.errors import UsageError
-from unbraid.finding.arv import (
-    averaged_relevance,
-    class_cosines,
-    class_sums,
-    concept_mean,
-    group_classes,
-    uses,
-)
+from unbraid.finding import arv
+from unbraid.finding.findings import Candidate, Findings, Pair
+from unbraid.finding.membership import Cluster
 
 
 def middle_cosine(scan):
@@ -32,7 +28,7 @@ def middle_cosine(scan):
 @pytest.mark.parametrize(("tau", "p"), [(0.05, 0.5), (0.1, 0.5), (0.1, 5 / 7), (0.2, 1.0)])
 def test_a_class_uses_a_channel_that_matters_in_enough_of_its_images(case, tau, p):
     taus = [0.3, tau, 0.07]
-    used = uses(class_sums(case.scan, taus), p)
+    used = arv.uses(arv.class_sums(case.scan, taus), p)
     assert 0 < used[1].sum() < used[1].numel()
     for found, one in zip(used, taus, strict=True):
         assert torch.equal(found, oracle.uses(case.truth.shares, case.truth.labels, one, p))
@@ -40,17 +36,17 @@ def test_a_class_uses_a_channel_that_matters_in_enough_of_its_images(case, tau, 
 
 @pytest.mark.parametrize("concept", [(0,), (3,), (1, 4), (0, 2, 5)])
 def test_arvs_of_classes_and_concepts_are_means_over_their_images(case, concept):
-    mean = concept_mean(class_sums(case.scan, []), concept)
+    mean = arv.concept_mean(arv.class_sums(case.scan, []), concept)
     for channel in range(case.scan.layer.n_out):
-        arv = averaged_relevance(case.scan, channel, mean)
-        assert_close(arv, case.truth.arv(concept, channel))
+        found = arv.averaged_relevance(case.scan, channel, mean)
+        assert_close(found, case.truth.arv(concept, channel))
 
 
 def test_class_cosines_are_those_of_the_arvs(case):
-    classes, sums = [0, 2, 3, 5], class_sums(case.scan, [])
+    classes, sums = [0, 2, 3, 5], arv.class_sums(case.scan, [])
     for channel in range(case.scan.layer.n_out):
         expected = [[case.truth.cosine(channel, s, t) for t in classes] for s in classes]
-        assert_close(class_cosines(case.scan, sums, channel, classes), expected)
+        assert_close(arv.class_cosines(case.scan, sums, channel, classes), expected)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +89,7 @@ def test_group_classes_holds_for_any_cosines(seed, gamma):
     cosines, classes = unit @ unit.T, range(10, 19)
     pairs = itertools.combinations(classes, 2)
     between = {(s, t): float(cosines[s - 10, t - 10]) for s, t in pairs}
-    assert_grouped(group_classes(classes, cosines, gamma), classes, between, gamma)
+    assert_grouped(arv.group_classes(classes, cosines, gamma), classes, between, gamma)
 
 
 def handmade_scan(folder, directions, shares, **options):
@@ -111,21 +107,18 @@ def pairs_of(found):
     return [(pair.channel, pair.class1, pair.class2) for pair in found.pairs]
 
 
-@pytest.mark.parametrize(
-    ("directions", "arguments", "pairs"),
-    [
+def test_find_on_the_edges_of_its_thresholds(tmp_path):
+    for directions, arguments, pairs in (
         # A share of exactly tau matters, and a fraction of exactly p is enough.
         ([(1, 0), (0, 1)], {"tau": 0.3, "p": 1.0}, {(0, 0, 1): 0.0}),
         ([(1, 0), (0, 1)], {"tau": math.nextafter(0.3, 1), "p": 1.0}, {}),
         # Cosines may be negative, and a class without relevance makes no pair.
         ([(0, 0), (1, 0), at_angle(-0.7)], {}, {(0, 1, 2): -0.7}),
-    ],
-)
-def test_find_on_the_edges_of_its_thresholds(directions, arguments, pairs, tmp_path):
-    scan = handmade_scan(tmp_path, directions, [(0.3,)] * len(directions))
-    found = unbraid.find(scan, **arguments)
-    assert pairs_of(found) == list(pairs)
-    assert_close([pair.cosine for pair in found.pairs], list(pairs.values()))
+    ):
+        scan = handmade_scan(tmp_path, directions, [(0.3,)] * len(directions))
+        found = unbraid.find(scan, **arguments)
+        assert pairs_of(found) == list(pairs)
+        assert_close([pair.cosine for pair in found.pairs], list(pairs.values()))
 
 
 @pytest.mark.parametrize("shard_size", [1, 4, 100])
@@ -142,12 +135,15 @@ def test_find_however_records_are_divided_and_with_classes_that_lack_images(shar
     assert found.name(7) == "7"
 
 
-def test_find_at_a_cosine_of_exactly_gamma_gives_no_pair_and_one_concept(tmp_path):
+def test_find_at_a_cosine_of_exactly_gamma_and_without_a_shared_channel_gives_no_pair(tmp_path):
     scan = handmade_scan(tmp_path, [(1, 0), (3, 4), (-1, 0)], [(0.3,)] * 3)
-    gamma = float(class_cosines(scan, class_sums(scan, []), 0, [0, 1])[0, 1])
+    gamma = float(arv.class_cosines(scan, arv.class_sums(scan, []), 0, [0, 1])[0, 1])
     found = unbraid.find(scan, gamma=gamma)
     assert pairs_of(found) == [(0, 0, 2), (0, 1, 2)]
     assert found.concepts == {0: ((0, 1), (2,))}
+    scan = handmade_scan(tmp_path, [(1, 0), (0, 1)], [(0.3, 0.0), (0.0, 0.3)])
+    found = unbraid.find(scan, p=1.0)
+    assert found.hint.startswith("No two classes use the same channel")
 
 
 HINT = r"Nearest: (?:at )?tau (\S+) (?:finds )?channel (\d+)(?: has a cosine of (\S+), which .*)?\."
@@ -175,23 +171,14 @@ def test_the_hinted_thresholds_find_the_channel(case):
     assert (lowest.channel, lowest.cosine) == (channel, pytest.approx(gamma, abs=2e-3))
 
 
-@pytest.mark.parametrize(
-    ("cosine", "share", "gamma", "options"),
-    [
+def test_find_hint_is_enough_for_a_cosine_or_share(tmp_path):
+    for cosine, share, gamma, options in (
         *((cosine, 0.3, -0.9, {}) for cosine in (0.5, 0.8484, 0.8486, 0.99, -0.2, -0.20049)),
         *((0.0, 0.03 * 0.9**step, 0.5, {}) for step in range(1, 7)),
         (0.0, 0.0177147, 0.5, {"min_share": 0.0177147}),
-    ],
-)
-def test_find_hint_is_enough_for_a_cosine_or_share(cosine, share, gamma, options, tmp_path):
-    scan = handmade_scan(tmp_path, [(1, 0), at_angle(cosine)], [(0.0, share)] * 2, **options)
-    assert_hint_helps(scan, gamma=gamma)
-
-
-def test_without_a_shared_channel_the_hint_says_so(tmp_path):
-    scan = handmade_scan(tmp_path, [(1, 0), (0, 1)], [(0.3, 0.0), (0.0, 0.3)])
-    found = unbraid.find(scan, p=1.0)
-    assert found.hint.startswith("No two classes use the same channel")
+    ):
+        scan = handmade_scan(tmp_path, [(1, 0), at_angle(cosine)], [(0.0, share)] * 2, **options)
+        assert_hint_helps(scan, gamma=gamma)
 
 
 def test_find_takes_own_concepts_as_given_with_all_pairs_across_them(case):
@@ -205,9 +192,8 @@ def test_find_takes_own_concepts_as_given_with_all_pairs_across_them(case):
     assert [pair.cosine for pair in found.pairs] == sorted(pair.cosine for pair in found.pairs)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_find_refuses_what_makes_no_sense(tmp_path):
+    for arguments, message in (
         ({"channels": {8: [[0], [1]]}}, "names channel 8, but .* channels 0 to 7"),
         *(
             ({"channels": {1: concepts}}, "two or more groups of classes that share no class")
@@ -222,10 +208,73 @@ def test_find_takes_own_concepts_as_given_with_all_pairs_across_them(case):
         ({"tau": "Auto"}, "tau is 'Auto'; give a share such as 0.03, or 'auto'."),
         ({"p": math.nan, "channels": {1: [[0], [1]]}}, "p is nan"),
         ({"gamma": 1.01, "concepts": "clusters"}, "gamma is 1.01; a cosine must lie between"),
-    ],
+    ):
+        shares = torch.full((6, 8), 0.1)
+        scan = write_scan(tmp_path, shares=shares, labels=list(range(6)))
+        with pytest.raises(UsageError, match=message):
+            unbraid.find(scan, **arguments)
+
+
+COLUMNS = "channel,class1,class2,cosine,use1,use2,name1,name2,low,high,half1,half2,uncertain"
+PAIRS = (
+    Pair(12, 0, 2, 1 / 3, 1.0, 0.8, 0.3, 0.4123, 0.9876, 1.0),
+    Pair(3, 1, 4, 0.4, 0.875, 1.0, half1=0.75),
+    Pair(3, 1, 2, 0.45, 0.875, 0.8, -0.25, 0.5, 0.75, 0.5),
 )
-def test_find_refuses_what_makes_no_sense(tmp_path, arguments, message):
-    shares = torch.full((6, 8), 0.1)
-    scan = write_scan(tmp_path, shares=shares, labels=list(range(6)))
-    with pytest.raises(UsageError, match=message):
-        unbraid.find(scan, **arguments)
+CONCEPTS = {12: ((0,), (2,)), 3: ((1,), (4,))}
+NAMES = ('digital clock, "LED"', "snake", "cauliflower\nhead")
+FINDINGS = Findings(0.03, 0.75, 0.5, PAIRS, CONCEPTS, NAMES, "", "layer", "0" * 64)
+
+
+def test_csv_and_pandas_hold_the_pairs_and_findings_print_as_a_table(tmp_path):
+    path = tmp_path / "findings.csv"
+    FINDINGS.to_csv(path)
+    assert_csv(path, FINDINGS)
+    assert ",".join(FINDINGS.to_pandas().columns) == COLUMNS == path.read_text().splitlines()[0]
+    table = FINDINGS.to_pandas()
+    assert table.name2.tolist() == ["cauliflower\nhead", "4", "cauliflower\nhead"]
+    assert table.low.isna().tolist() == [False, True, False]
+    assert table.uncertain.tolist() == [False, True, True]
+    named = replace(FINDINGS, class_names=("clock", "snake", "cauliflower"))
+    _head, *table, _legend, mark = str(named).splitlines()
+    assert [re.sub("  +", "  ", line) for line in table] == [
+        "channel  cosine  interval  class 1  used in  halves  class 2  used in  halves",
+        "12  0.3333  0.300 to 0.412  clock  100%  0.988  cauliflower  80%  1.000",
+        "3  0.4000  - *  snake  88%  0.750  4  100%  -",
+        "3  0.4500  -0.250 to 0.500 *  snake  88%  0.750  cauliflower  80%  0.500",
+    ]
+    assert mark.startswith("* 2 of 3 pairs uncertain: ")
+    assert str(named).startswith(
+        "1 sure, 2 uncertain pairs of classes in 1 sure, 1 uncertain polysemantic channel (tau 0.03"
+    )
+    sure = replace(FINDINGS, pairs=FINDINGS.pairs[:1], concepts={12: CONCEPTS[12]})
+    assert "uncertain" not in str(sure)
+    none = replace(FINDINGS, pairs=(), concepts={}, hint="Nearest: ...")
+    head = "No polysemantic channel (tau 0.03, p 0.75, gamma 0.5). Nearest: ..."
+    assert str(none) == head
+    candidates = (
+        Candidate(replace(PAIRS[0], cosine=0.3), 0.02, 0.5, ((7, 3), (5,))),
+        Candidate(PAIRS[1], 0.005, 0.401),
+    )
+    first, *table, _legend = str(replace(none, nearest=candidates)).splitlines()
+    assert first == head
+    assert [re.sub("  +", "  ", line) for line in table[1:]] == [
+        '12  0.3000  0.300 to 0.412  digital clock, "LED"  7 3  cauliflower head  5  --tau 0.02',
+        "3  0.4000  -  snake  4  --tau 0.005 --gamma 0.401",
+    ]
+
+
+def test_uncertain_unless_the_interval_lies_on_its_side_of_gamma():
+    for cosine, low, high, uncertain in (
+        (0.4, 0.3, 0.49, False),
+        (0.4, 0.3, 0.5, True),
+        (0.4, 0.55, 0.9, True),  # what noise has made low
+        (0.4, math.nan, math.nan, True),
+        (0.7, 0.5, 0.9, False),
+        (0.7, 0.49, 0.9, True),
+        (0.7, 0.2, 0.4, True),
+    ):
+        pair = Pair(3, 0, 1, cosine, 1.0, 1.0, low, high)
+        assert FINDINGS.uncertain(pair) is uncertain
+        cluster = Cluster(3, 0, torch.eye(2), 0.0)
+        assert not replace(FINDINGS, clusters={0: cluster, 1: cluster}).uncertain(pair)

@@ -19,13 +19,6 @@ from unbraid.finding.thresholds import GAMMAS, PS, TAUS, Cell, Sensitivity
 from unbraid.scanning import records
 
 
-def uneven_labels(n_images, n_classes, seed=0):
-    """Classes of very different sizes, of one image up to most of them; some have none."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = torch.rand(n_classes, generator=generator) ** 3
-    return torch.multinomial(sizes, n_images, replacement=True, generator=generator).tolist()
-
-
 @pytest.mark.parametrize("kind", ["3x3", "groups", "tokens"])
 @pytest.mark.parametrize("min_share", [0.005, 0.08, 0.3])
 def test_tau_auto_is_that_of_the_rule_on_networks(kind, min_share, tmp_path):
@@ -38,21 +31,19 @@ def test_tau_auto_is_that_of_the_rule_on_networks(kind, min_share, tmp_path):
 @pytest.mark.parametrize("seed", range(6))
 def test_tau_auto_is_that_of_the_rule_for_any_shares_and_classes(seed, tmp_path):
     n_channels, n_matter = [(7, 2), (24, 6), (39, 10), (48, 10), (64, 10), (90, 10)][seed]
-    shares, labels = random_shares(41, n_channels, seed), uneven_labels(41, 9, seed)
+    shares, generator = random_shares(41, n_channels, seed), torch.Generator().manual_seed(seed)
+    sizes = torch.rand(9, generator=generator) ** 3  # from one image up to most; some have none
+    labels = torch.multinomial(sizes, 41, replacement=True, generator=generator).tolist()
     found = unbraid.find(write_scan(tmp_path, shares=shares, labels=labels), tau="auto")
     assert not found.note
     assert_tau_chosen(found.tau, shares, labels, n_matter, 0.005)
 
 
-@pytest.mark.parametrize(
-    ("n_channels", "n_matter"), [(1, 1), (4, 1), (5, 2), (24, 6), (36, 9), (37, 10), (200, 10)]
-)
-def test_tau_auto_lets_as_many_channels_matter_as_the_layer_has_room_for(
-    n_channels, n_matter, tmp_path
-):
-    shares = torch.arange(n_channels, 0, -1).double()[None] / 1000  # 0.2, 0.199 ... at most
-    scan = write_scan(tmp_path, shares=shares, labels=[0], min_share=0.0001)
-    assert int((shares >= unbraid.find(scan, tau="auto").tau).sum()) == n_matter
+def test_tau_auto_lets_as_many_channels_matter_as_the_layer_has_room_for(tmp_path):
+    for n_channels, n_matter in ((1, 1), (4, 1), (5, 2), (24, 6), (36, 9), (37, 10), (200, 10)):
+        shares = torch.arange(n_channels, 0, -1).double()[None] / 1000  # 0.2, 0.199 ... at most
+        scan = write_scan(tmp_path, shares=shares, labels=[0], min_share=0.0001)
+        assert int((shares >= unbraid.find(scan, tau="auto").tau).sum()) == n_matter
 
 
 def test_tau_auto_depends_neither_on_shards_nor_order_nor_shares_left_out(tmp_path):
@@ -226,7 +217,7 @@ def test_sensitivity_reads_the_scan_once_however_it_is_divided(tmp_path, monkeyp
     assert read == list(range(9))
 
 
-def test_sensitivity_default_grid_has_published_thresholds_and_those_found(tmp_path):
+def test_sensitivity_takes_published_thresholds_and_those_found_and_refuses_nonsense(tmp_path):
     scan = scan_of_causes(tmp_path / "5", 0)
     default = unbraid.sensitivity(scan)
     assert (default.taus, default.ps, default.gammas) == (TAUS, PS, GAMMAS)
@@ -238,18 +229,12 @@ def test_sensitivity_default_grid_has_published_thresholds_and_those_found(tmp_p
     assert (own.taus, own.ps, own.gammas) == ((0.02, 0.1), (1.0,), (-1.0, 0.5))
     scan = scan_of_causes(tmp_path / "few", 0, min_share=0.0123)
     assert min(unbraid.sensitivity(scan).taus) == 0.0123
-
-
-@pytest.mark.parametrize(
-    ("grid", "told"),
-    [
+    for grid, told in (
         ({"taus": []}, "taus is empty; give a value or more, or None for the default grid."),
         ({"gammas": [math.nan]}, "gamma is nan; a cosine must lie between -1 and 1."),
-    ],
-)
-def test_sensitivity_refuses_a_grid_that_makes_no_sense(grid, told, tmp_path):
-    with pytest.raises(UsageError, match=f"^{re.escape(told)}"):
-        unbraid.sensitivity(scan_of_causes(tmp_path, 0), **grid)
+    ):
+        with pytest.raises(UsageError, match=f"^{re.escape(told)}"):
+            unbraid.sensitivity(scan_of_causes(tmp_path, 0), **grid)
 
 
 def test_sensitivity_in_print_and_files(tmp_path):

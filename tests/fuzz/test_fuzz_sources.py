@@ -1,7 +1,4 @@
-"""Lists, shards and saved data sets are sound, and can be read, or are refused in one sentence.
-
-An image that cannot be read is told when it is read, which is one sentence too.
-"""
+"""Lists, shards and saved data sets are sound, and can be read, or are refused in one sentence."""
 
 import io
 import tarfile

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import struct
 import tarfile
+import zlib
 from itertools import islice
 
 import numpy as np
@@ -142,6 +144,18 @@ def opened(kind, root, members=MEMBERS, **options):
     source = SOURCES[kind][0](root, members)
     open_it = unbraid.from_hugging_face if kind == "rows" else unbraid.open_images
     return open_it(source, **{"transform": to_tensor, **options})
+
+
+def png(values, colours, bits=16, size=None):
+    def chunk(kind, content):
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + crc
+
+    rows = np.asarray(values).astype(">u2")
+    width, height = size or (rows.shape[1], rows.shape[0])
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
 
 
 def fail_at(monkeypatch, ending, number):

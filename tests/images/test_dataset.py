@@ -121,7 +121,7 @@ def test_what_is_claimed_of_images_at_any_depth_is_true_of_them(kind, folders):
             assert ids[index].endswith("/".join(Path(name).parts[-2:]))
 
 
-def test_ids_of_one_source_stay_and_those_of_two_are_told_apart(folders):
+def test_ids_of_one_source_stay_those_of_two_are_told_apart_and_empty_parts_passed_over(folders):
     one, other = map(listed, folders)
     assert ids_of(Subset(Subset(one, range(9)), [8, 0])) == ["bee/2.png", "ant/0.png"]
     assert ids_of(Subset(one, [6, 6])) is None  # one image twice has no id of its own
@@ -130,6 +130,13 @@ def test_ids_of_one_source_stay_and_those_of_two_are_told_apart(folders):
     parts = ConcatDataset([Subset(one, [0]), Subset(other, [5])])
     assert ids_of(parts) == ["ant/0.png", "ant/5.png"]
     assert ids_of(Wrapped(one)) is ids_of(Reversed(one)) is ids_of(SyntheticImages(4)) is None
+    some, none = listed(folders[0]), Subset(listed(folders[1]), [])
+    both = ConcatDataset([none, some, none])
+    assert (labels_of(both), class_names_of(both)) == (some.targets, NAMES)
+    assert ids_of(both) == ids_of(some)
+    some.groups = [0] * 12 + [1] * 12
+    assert groups_of(both) == some.groups
+    assert preprocessing_of(both) == preprocessing_of(some)
 
 
 def test_class_names_that_contradict_each_other_are_refused(folders, tmp_path):
@@ -139,16 +146,6 @@ def test_class_names_that_contradict_each_other_are_refused(folders, tmp_path):
     assert class_names_of(ConcatDataset([SyntheticImages(4), SyntheticImages(5)])) == tuple(
         f"class {t}" for t in range(4)
     )
-
-
-def test_a_part_without_images_is_passed_over(folders):
-    some, none = listed(folders[0]), Subset(listed(folders[1]), [])
-    both = ConcatDataset([none, some, none])
-    assert (labels_of(both), class_names_of(both)) == (some.targets, NAMES)
-    assert ids_of(both) == ids_of(some)
-    some.groups = [0] * 12 + [1] * 12
-    assert groups_of(both) == some.groups
-    assert preprocessing_of(both) == preprocessing_of(some)
 
 
 @pytest.mark.parametrize("labels", [np.array(NAMES), np.eye(4, dtype=np.float32)])
@@ -192,7 +189,7 @@ def ten(**told):
     return dataset
 
 
-def test_lists_that_do_not_fit_the_images_are_refused(tmp_path):
+def test_lists_that_fit_are_taken_and_those_that_do_not_are_refused(tmp_path):
     for told, match in (
         ({"targets": [0, 1, 2]}, "targets are 3 for 10 images"),
         ({"targets": None, "labels": [0] * 3}, "labels are 3 for 10 images"),
@@ -212,9 +209,6 @@ def test_lists_that_do_not_fit_the_images_are_refused(tmp_path):
         if "targets" in told:
             with pytest.raises(DataError, match=match):
                 labels_of(Subset(dataset, [0, 1]))
-
-
-def test_lists_that_fit_are_taken():
     ids = ["\udc80"] + [f"é{k}" for k in range(9)]
     dataset = ten(groups=["a", "b"] * 5, ids=ids, sizes=[1] * 10)
     assert labels_of(dataset) == [k % 4 for k in range(10)]

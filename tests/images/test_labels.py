@@ -35,7 +35,7 @@ def read(classes, names=(), n=None, **how):
     return of.read_classes(of.Classes(classes, "The list", classes, **how), outputs)
 
 
-def test_read_classes_finds_outputs_and_notes_guesses():
+def test_read_classes_finds_outputs_notes_guesses_and_refuses_what_contradicts_itself():
     for classes, names, n, labels, how, note in (
         (["10", "9"], (), None, [10, 9], BY_NUMBER, ""),
         (["010", "2.0", "3."], (), 12, [10, 2, 3], BY_NUMBER, ""),
@@ -65,9 +65,6 @@ def test_read_classes_finds_outputs_and_notes_guesses():
         assert reading.how == how
         assert re.search(note, reading.note)
         assert bool(reading.note) == bool(note)
-
-
-def test_read_classes_refuses_what_contradicts_itself():
     for classes, names, n, fault in (
         (FROM_ONE, (), 12, "number 12, but .* from 0 to 11; number classes as .* count from 0"),
         (["1", "2"], FROM_ONE, 12, "'1', which is output 1 by number but output 0 by name"),

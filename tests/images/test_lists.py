@@ -71,9 +71,7 @@ def test_list_table_files_out_of_reach_are_not_missing(folder, monkeypatch):
         assert type(error.value) is kind
 
 
-def test_list_rows_class_labels_keep_their_order_and_those_without_images_do_not_matter(
-    folder, datasets
-):
+def test_list_rows_class_labels_keep_their_order_also_those_without_images(folder, datasets):
     two = [0] * 4 + [1] * 4
     for names, values, outputs, labels in (
         (["z", "m", "a"], [2] * 3 + [0] * 5, None, [2] * 3 + [0] * 5),

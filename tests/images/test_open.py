@@ -121,7 +121,7 @@ def test_images_without_labels_are_unlabelled(folder, tmp_path):
         assert (bare.classes, set(labels_of(bare))) == (names, {UNLABELLED})
 
 
-def test_open_images_outputs_of_another_kind_are_refused(folder):
+def test_open_images_leaves_a_network_asked_for_outputs_as_it_was_and_refuses_other_kinds(folder):
     for options, fault in (
         ({"outputs": 0}, "outputs is 0; give the names"),
         ({"outputs": [1, 2]}, r"outputs is \[1, 2\]; give the names"),
@@ -131,9 +131,6 @@ def test_open_images_outputs_of_another_kind_are_refused(folder):
     ):
         with pytest.raises((UsageError, ModelError), match=fault):
             open_images(folder, **options)
-
-
-def test_open_images_leaves_a_network_that_is_asked_for_its_outputs_as_it_was(folder):
     asked = network(2)
     asked.training = asked[2].training = True
     state = torch.get_rng_state()

@@ -3,7 +3,6 @@
 import errno
 import io
 import shutil
-import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
@@ -13,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
-from sources import scanned, write_tar
+from sources import png, scanned, write_tar
 from torchvision.transforms import v2
 
 import unbraid
@@ -42,18 +41,6 @@ def tiff(values, dtype, photometric=1, deflate=False, more=()):
     file = io.BytesIO()
     directory.save(file)
     return file.getvalue() + content
-
-
-def png(values, colours, bits=16, size=None):
-    def chunk(kind, content):
-        crc = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + crc
-
-    rows = np.asarray(values).astype(">u2")
-    width, height = size or (rows.shape[1], rows.shape[0])
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0))
-    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
-    return b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
 
 
 def pnm(values, maximum):

@@ -122,13 +122,21 @@ def test_ablate_takes_gates_as_one_and_leaves_them_and_random_numbers_alone(case
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_ablate_switches_off_what_a_users_hook_made_of_a_concept_channel(case):
+def test_ablate_uses_a_users_hook_and_an_instances_own_forward_and_puts_it_back(case):
     changed = unbraid.apply(case.network, case.split)
     row = torch.tensor([changed.layer.names.index("1.0")])
     changed.layer.concepts.register_forward_hook(lambda _m, _a, z: z.index_fill(1, row, 0.0))
     silenced, other = unbraid.ablate(changed, case.images).channels[0].concepts
     assert silenced.own.logit == pytest.approx(0.0, abs=1e-12)
     assert abs(other.own.logit) > 1e-6
+    changed = unbraid.apply(case.network, case.split)
+    plain = changed.stem.forward
+    changed.stem.forward = doubled = lambda x: 2 * plain(x)
+    result = unbraid.ablate(changed, case.images)
+    assert changed.stem.forward is doubled
+    logits = changed(case.images.images)[torch.tensor(case.images.targets) == 0, 0]
+    assert_close(result.classes[0].logit, logits.mean())
+    assert result != ablate(case)
 
 
 def test_ablate_in_single_precision_is_close_to_the_oracle(case):
@@ -138,17 +146,6 @@ def test_ablate_in_single_precision_is_close_to_the_oracle(case):
     for way, value in leaves(ablate(case).to_dict()):
         if way[-1] != "part":  # which follows from others
             assert single[way] == pytest.approx(value, abs=1e-5, nan_ok=True)
-
-
-def test_ablate_uses_a_forward_of_an_instances_own_and_puts_it_back(case):
-    changed = unbraid.apply(case.network, case.split)
-    plain = changed.stem.forward
-    changed.stem.forward = doubled = lambda x: 2 * plain(x)
-    result = unbraid.ablate(changed, case.images)
-    assert changed.stem.forward is doubled
-    logits = changed(case.images.images)[torch.tensor(case.images.targets) == 0, 0]
-    assert_close(result.classes[0].logit, logits.mean())
-    assert result != ablate(case)
 
 
 def test_ablate_leaves_out_broken_images_when_asked(case):
@@ -322,12 +319,9 @@ class Encoder(nn.Module):
         return self.head(self.blocks(self.patches(x).flatten(2).mT).mean(1))
 
 
-def test_ablate_in_torchs_own_transformer_is_the_oracles(case_of):
+def test_ablate_in_torchs_transformer_or_by_keyword_is_the_oracles_and_of_two_runs_refused(case_of):
     case = case_of(Encoder().double().eval(), layer="blocks.layers.1.linear1")
     assert_ablation(ablate(case), case)
-
-
-def test_ablate_a_layer_called_by_keyword_is_the_oracles_and_one_that_runs_twice_refused(case_of):
     case = case_of(CallsByKeyword(build("1x1")))
     assert_ablation(ablate(case), case)
     case = case_of(Body())
@@ -343,38 +337,35 @@ def spoilt(image=0.0, label=0):
     return dataset
 
 
-@pytest.mark.parametrize(
-    ("dataset", "error", "told"),
-    [
+def test_ablate_leaves_the_network_as_it_was_also_where_it_fails(case_of):
+    for dataset, error, told in (
         (SyntheticImages(0), UsageError, "holds no image"),
         (spoilt(image=math.nan), ModelError, "Image 4 .*NaN"),
         (WithBroken(5), DataError, r"Image 3 .*picture-3\.jpg"),
         (spoilt(label=-1), DataError, "Image 4 has label -1"),
         (spoilt(label=4), DataError, "Image 4 has label 4, but the network has 4 outputs; labels"),
-    ],
-)
-def test_ablate_leaves_the_network_as_it_was_also_where_it_fails(dataset, error, told, case_of):
-    network = copy.deepcopy(case_of("batch norm behind").network).train()
-    network.stem_norm.eval()
-    network.stem.weight.requires_grad_(False)
-    changed = unbraid.apply(network, case_of("batch norm behind").split)
-    changed.gate("layer", 1, 0, 0.5)
-    changed.stem_norm.forward = changed.stem_norm.forward
+    ):
+        network = copy.deepcopy(case_of("batch norm behind").network).train()
+        network.stem_norm.eval()
+        network.stem.weight.requires_grad_(False)
+        changed = unbraid.apply(network, case_of("batch norm behind").split)
+        changed.gate("layer", 1, 0, 0.5)
+        changed.stem_norm.forward = changed.stem_norm.forward
 
-    def everything():
-        own = [sorted(vars(module)) for module in changed.modules()]
-        snapped = snapshot(changed)
-        return {**snapped, "hooks": [snapped["hooks"], list(changed.layer.moves), own]}
+        def everything(changed=changed):
+            own = [sorted(vars(module)) for module in changed.modules()]
+            snapped = snapshot(changed)
+            return {**snapped, "hooks": [snapped["hooks"], list(changed.layer.moves), own]}
 
-    before = everything()
-    unbraid.ablate(changed, SyntheticImages(5), batch_size=2)
-    assert_untouched(before, everything())
-    with pytest.raises(error, match=told):
-        unbraid.ablate(changed, dataset, batch_size=2)
-    assert_untouched(before, everything())
-    changed.gate("layer", 1, 0, 0.5)
-    with pytest.raises(AssertionError):
+        before = everything()
+        unbraid.ablate(changed, SyntheticImages(5), batch_size=2)
         assert_untouched(before, everything())
+        with pytest.raises(error, match=told):
+            unbraid.ablate(changed, dataset, batch_size=2)
+        assert_untouched(before, everything())
+        changed.gate("layer", 1, 0, 0.5)
+        with pytest.raises(AssertionError):
+            assert_untouched(before, everything())
 
 
 def test_ablate_networks_and_channels_that_do_not_fit_are_refused(case):

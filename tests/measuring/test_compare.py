@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from pairs import Pair
 from torch import nn
 from torch.utils.data import Subset
 
@@ -12,11 +11,6 @@ import unbraid
 from checks import assert_close, assert_untouched, snapshot
 from tiny_networks import SyntheticImages, WithBroken
 from unbraid.base.errors import DataError, ModelError, OutputChangedError, UsageError
-
-
-@pytest.fixture(scope="module")
-def pair():
-    return Pair("3x3")
 
 
 def nudged(network, name, by):
@@ -46,15 +40,12 @@ def test_compare_outputs_counts_over_all_images(batch_size, pair):
     assert result.top1_after == accuracy(other, dataset)
 
 
-def test_compare_outputs_takes_no_unused_part_for_a_split_layer(pair):
+def test_compare_outputs_passes_the_plain_form_and_an_unused_part(pair):
     network = copy.deepcopy(pair.network)
     network.stem.spare = nn.Sequential(nn.ReLU())
     network.stem.spare.names = ["spare"]
     result = unbraid.compare_outputs(network, network, SyntheticImages(3))
     assert result.max_abs_logit_diff == 0
-
-
-def test_compare_outputs_passes_the_plain_form_with_a_tolerance(pair):
     result = unbraid.compare_outputs(pair.network, pair.plain, SyntheticImages(9))
     assert 0 < result.max_abs_logit_diff < 1e-12
 
@@ -88,22 +79,16 @@ def test_compare_outputs_refuses_what_are_no_numbers_whatever_the_tolerance(valu
             unbraid.compare_outputs(one, other, dataset, tolerance=1e9, batch_size=4)
 
 
-def test_compare_outputs_leaves_out_a_broken_image(pair):
+def test_compare_outputs_leaves_out_a_broken_image_and_refuses_what_cannot_be_compared(pair):
     networks, options = (pair.network, pair.changed), {"batch_size": 1, "skip_broken": True}
     result = unbraid.compare_outputs(*networks, WithBroken(5), **options)
     rest = SyntheticImages(5)
     rest.images, rest.targets = rest.images[[0, 1, 2, 4]], [0, 1, 2, 0]
     assert result.top1_before == accuracy(pair.network, rest)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "skip", "error", "sentence"),
-    [
+    for dataset, skip, error, sentence in (
         (WithBroken(5), False, DataError, r"Image 3 .*picture-3\.jpg"),
         (Subset(WithBroken(5), [3]), True, DataError, "No image could be read"),
         (SyntheticImages(4, size=(1, 7, 6)), True, ModelError, r"shape \(1, 7, 6\)"),
-    ],
-)
-def test_compare_outputs_refuses_what_cannot_be_compared(dataset, skip, error, sentence, pair):
-    with pytest.raises(error, match=sentence):
-        unbraid.compare_outputs(pair.network, pair.changed, dataset, skip_broken=skip)
+    ):
+        with pytest.raises(error, match=sentence):
+            unbraid.compare_outputs(pair.network, pair.changed, dataset, skip_broken=skip)

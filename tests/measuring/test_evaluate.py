@@ -35,29 +35,31 @@ def test_evaluate_any_layer_gives_the_oracles_measures(kind, n_shards, case_of):
                     assert_close(sum(parts) - residual, 1.0, 1e-7)
 
 
-@pytest.mark.parametrize(
-    ("masks", "mimic", "silence", "error"),
-    [  # whole copies, half copies; of three concepts each error counts the same
+def test_evaluate_copies_gives_what_is_known(case_of):
+    for (
+        masks,
+        mimic,
+        silence,
+        error,
+    ) in (  # whole copies, half copies; of three concepts each error counts the same
         ([1.0, 1.0], [0.0, 0.0], [1.0, 1.0], 0.5),
         ([0.5, 0.5], [0.5, 0.5], [0.5, 0.5], 0.5),
         ([1.0, 0.0, 0.25], [0.0, 1.0, 0.75], [1.0, 0.0, 0.25], (1.75 + 2 * 1.25) / 9),
-    ],
-)
-def test_evaluate_copies_gives_what_is_known(masks, mimic, silence, error, case_of):
-    case = case_of("no bias")
-    masks = torch.tensor(masks).double()
-    parts = [part for part in case.split.channels if len(part.concepts) == len(masks)]
-    parts = [replace(part, masks=masks[:, None].expand_as(part.masks)) for part in parts]
-    result = unbraid.evaluate(replace(case.split, channels=tuple(parts)), case.scan)
-    for channel in result.channels:
-        assert_close(channel.separation_error, error)
-        assert_close(channel.separation_error_rectified, error)
-        assert_close([one.mimic_error for one in channel.concepts], mimic)
-        assert_close([one.silence_error for one in channel.concepts], silence)
-        assert_close([one.retention for one in channel.concepts], masks)
+    ):
+        case = case_of("no bias")
+        masks = torch.tensor(masks).double()
+        parts = [part for part in case.split.channels if len(part.concepts) == len(masks)]
+        parts = [replace(part, masks=masks[:, None].expand_as(part.masks)) for part in parts]
+        result = unbraid.evaluate(replace(case.split, channels=tuple(parts)), case.scan)
+        for channel in result.channels:
+            assert_close(channel.separation_error, error)
+            assert_close(channel.separation_error_rectified, error)
+            assert_close([one.mimic_error for one in channel.concepts], mimic)
+            assert_close([one.silence_error for one in channel.concepts], silence)
+            assert_close([one.retention for one in channel.concepts], masks)
 
 
-def test_evaluate_a_baseline_joins_the_summary(case):
+def test_evaluate_a_baseline_joins_the_summary_and_tau_changes_only_the_table(case):
     ours = replace(case.split, method="least_squares")
     summary = unbraid.evaluate(ours, case.scan, baseline=case.split).summary
     assert list(summary) == ["least_squares", "published"]
@@ -65,9 +67,6 @@ def test_evaluate_a_baseline_joins_the_summary(case):
     fewer = replace(case.split, channels=case.split.channels[1:])
     with pytest.raises(UsageError, match="baseline must divide the same channels"):
         unbraid.evaluate(ours, case.scan, baseline=fewer)
-
-
-def test_evaluate_tau_changes_only_the_table_and_defaults_to_that_of_the_findings(case):
     default = replace(case.split, settings={**case.split.settings, "tau": 0.1})
     given = unbraid.evaluate(case.split, case.scan, tau=0.1)
     assert unbraid.evaluate(default, case.scan).channels == given.channels
@@ -86,11 +85,18 @@ def test_evaluate_scans_of_some_classes_needs_images_of_each_concept(case, tmp_p
         unbraid.evaluate(case.split, scan)
 
 
-def test_evaluate_without_positions_leaves_out_the_rectified_measures_only(case, case_of):
+def test_evaluate_without_positions_or_of_what_does_not_fit(case, case_of, other_weights):
     result = unbraid.evaluate(case.split, case_of("reflect", positions=False).scan)
     expected = unbraid.evaluate(case.split, case.scan).channels
     assert all(channel.separation_error_rectified for channel in expected)
     assert result.channels == tuple(replace(c, separation_error_rectified=None) for c in expected)
+    for scan, options, told in (
+        (other_weights.scan, {}, "another network"),
+        (case_of(case.network, layer="stem").scan, {}, "another network or layer"),
+        (case.scan, {"baseline": case.split}, "baseline must divide the same .* another method"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            unbraid.evaluate(case.split, scan, **options)
 
 
 @pytest.mark.parametrize("silence", ["bias", "weight"])
@@ -109,16 +115,6 @@ def test_evaluate_a_silent_channel_has_unknown_measures(silence, case_of):
     known = [one.separation_error_rectified for one in result.channels]
     known = [value for value in known if math.isfinite(value)]
     assert_close(result.summary["published"]["separation_error_rectified"], sum(known) / len(known))
-
-
-def test_evaluate_scans_and_arguments_that_do_not_fit_are_refused(case, case_of, other_weights):
-    for scan, options, told in (
-        (other_weights.scan, {}, "another network"),
-        (case_of(case.network, layer="stem").scan, {}, "another network or layer"),
-        (case.scan, {"baseline": case.split}, "baseline must divide the same .* another method"),
-    ):
-        with pytest.raises(UsageError, match=told):
-            unbraid.evaluate(case.split, scan, **options)
 
 
 @pytest.fixture

@@ -2,43 +2,34 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 import oracle
 import unbraid
+from pages import Blobs, make_network
 from tiny_networks import SyntheticImages
 from unbraid.demo import network as demo
 from unbraid.measuring.reference_images import ALIKE, reference_images
 
 
-class Repeats(Dataset):
+class Repeats(Blobs):
     """Fifty images of four classes, each followed by two near-copies; perhaps known as groups."""
 
+    broken = ()
+
     def __init__(self, noise, groups=None):
-        generator = torch.Generator().manual_seed(1)
+        super().__init__(50, 1)
         self.targets = [n % 4 for n in range(50) for _ in range(3)]
-        bases = torch.randn(4, 3, 8, 8, generator=generator)[[n % 4 for n in range(50)]]
-        images = bases + 0.7 * torch.randn(50, 3, 8, 8, generator=generator)
-        jitter = torch.randn(50, 3, 3, 8, 8, generator=generator)
-        self.x = (images[:, None] + noise * jitter).flatten(0, 1)
+        jitter = torch.randn(50, 3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        self.x = (self.x[:, None] + noise * jitter).flatten(0, 1)
         if groups is not None:
             self.groups = groups
-
-    def __len__(self):
-        return len(self.targets)
-
-    def __getitem__(self, index):
-        return self.x[index], self.targets[index]
 
 
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2, padding=1)),
-        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
-    )
+    return make_network()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +83,7 @@ def test_reference_images_alike_gives_no_copies(noise, network, split, tmp_path)
 
 @pytest.mark.parametrize(("n", "large"), [(20, False), (1000, True)])
 def test_reference_images_alike_gives_the_strongest_of_a_group(n, large, network, split, tmp_path):
-    groups = [("large" if k // 3 % 4 else k) if large else f"three {k // 3}" for k in range(150)]
+    groups = [("large" if k // 3 % 5 else k) if large else f"three {k // 3}" for k in range(150)]
     scan = unbraid.scan(network, "2", Repeats(0.5, groups), tmp_path, positions=True)
     found = reference_images(scan, split, n=n, alike=1.1)
     every = reference_images(scan, split, n=1000)

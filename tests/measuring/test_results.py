@@ -56,21 +56,18 @@ def test_to_dict_has_the_measures_under_the_keys_of_the_contract(result):
     assert content["channels"][2]["semantics"] is None
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
+def test_reading_a_damaged_file_is_told(result, tmp_path):
+    for damage in (
         lambda content: content["channels"][2]["ablation"]["concepts"][0].pop("own"),
         lambda content: content["ablation"]["classes"].pop(),
         lambda content: content["channels"][0]["semantics"].pop("within"),
-    ],
-)
-def test_reading_a_damaged_file_is_told(damage, result, tmp_path):
-    path = tmp_path / "evaluation.json"
-    content = json.loads(json.dumps(result.to_dict()))
-    damage(content)
-    path.write_text(json.dumps(content))
-    with pytest.raises(RunError, match=r"evaluation\.json cannot be read .* start the run again"):
-        (results.read_ablation(path), results.read_semantics(path))
+    ):
+        path = tmp_path / "evaluation.json"
+        content = json.loads(json.dumps(result.to_dict()))
+        damage(content)
+        path.write_text(json.dumps(content))
+        with pytest.raises(RunError, match=r"evaluation\.json cannot be .* start the run again"):
+            (results.read_ablation(path), results.read_semantics(path))
 
 
 def test_evaluate_results_of_another_split_are_refused(case, result):

@@ -163,15 +163,12 @@ def test_load_weights_beside_others_tells(tmp_path):
         assert_is(model.state_dict())
 
 
-def test_load_weights_of_tied_tensors_needs_one_of_them(tmp_path):
+def test_load_weights_of_one_of_tied_tensors_or_without_a_checksum_loads(tmp_path):
     one, other = (nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]) for _ in range(2))
     for model in (one, other):
         model[1].weight = model[0].weight
     safetensors.torch.save_model(one, str(tmp_path / "w.safetensors"))
     assert_is(loaded(tmp_path / "w.safetensors", other), one.state_dict())
-
-
-def test_load_weights_without_a_checksum_loads(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:
         assert_is(loaded(saved(tmp_path, STATE)))

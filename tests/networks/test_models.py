@@ -43,9 +43,8 @@ def test_load_model_of_a_function_takes_what_it_returns(tmp_path):
         assert loaded.model[0].unused.weight.is_meta  # which is not used
 
 
-@pytest.mark.parametrize(
-    ("spec", "weights", "hint"),
-    [
+def test_load_model_of_what_is_none_says_what_there_is(tmp_path):
+    for spec, weights, hint in (
         ("torchvision:resnet5", None, "resnet50"),
         ("timm:resnet17", None, "resnet18"),
         ("timm:resnet18", "some", "timm's own tag goes into the name"),
@@ -60,23 +59,18 @@ def test_load_model_of_a_function_takes_what_it_returns(tmp_path):
         ("OWN 3", None, r"must return a network.* not int\."),
         ("OWN ()", None, r"must return a network.* not tuple\."),
         ("OWN (net, None, 'ab')", None, "a str for output names; give a list of texts"),
-    ],
-)
-def test_load_model_of_what_is_none_says_what_there_is(spec, weights, hint, tmp_path):
-    if spec.startswith("OWN "):
-        spec = own(spec.removeprefix("OWN "), tmp_path)
-    with pytest.raises(UsageError, match=hint):
-        load_model(spec, weights, "nonsense")
+    ):
+        if spec.startswith("OWN "):
+            spec = own(spec.removeprefix("OWN "), tmp_path)
+        with pytest.raises(UsageError, match=hint):
+            load_model(spec, weights, "nonsense")
 
 
-def test_load_model_without_a_connection_says_what_to_do(monkeypatch):
+def test_load_model_without_a_connection_or_with_torchvision_for_another_torch_is_told(monkeypatch):
     refuse = Mock(side_effect=OSError("no route"))
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
     with pytest.raises(ModelError, match=r"\(no route\); give --weights FILE"):
         load_model("torchvision:resnet18", "IMAGENET1K_V1", "cpu")
-
-
-def test_import_torchvision_built_for_another_torch_is_explained(monkeypatch):
     broken = Mock()
     broken.find_spec.side_effect = RuntimeError("operator torchvision::nms does not exist")
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 import unbraid
 from checks import assert_same_tensors
-from public_calls import call, sound_calls
+from public_calls import call
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import UnbraidError
 from unsteady import MIXING, RANDOM, REFUSED, SOUND, Ends, Small, of_inference_mode, quantised
@@ -78,24 +78,16 @@ def test_scan_of_network_that_cannot_be_scanned_says_why(name, tmp_path):
     assert not list(tmp_path.glob("shard-*"))
 
 
-def test_scan_of_network_of_one_batch_size_works_with_it(tmp_path):
+def test_scan_of_network_of_one_batch_size_or_with_a_squeezed_head_works(tmp_path):
     network = MIXING["mean"]()
     assert len(unbraid.scan(network, "layer", images(3), tmp_path, batch_size=1).labels_seen()) == 3
     network = Ends(lambda _, x: x.view(16, 4))  # and one of a fixed size takes full ones
     assert scan(network, tmp_path / "full", n=32).manifest.n_images == 32
     with pytest.raises(UnbraidError, match=r"does not reach the logits .*a quantised part"):
         unbraid.scan(quantised(), "layer", images(3), tmp_path / "other", batch_size=1)
-
-
-def test_scan_of_squeezed_head_has_the_records_of_the_whole_one(tmp_path):
     for name, network in (("whole", Small()), ("squeezed", SOUND["squeezed"]())):
         unbraid.scan(network, "head", images(), tmp_path / name, batch_size=16)
     assert_same_tensors(tmp_path / "whole", tmp_path / "squeezed")
-
-
-@pytest.fixture(scope="module")
-def calls(tmp_path_factory):
-    return sound_calls(tmp_path_factory.mktemp("calls"))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -31,13 +31,10 @@ def relevance_of(network):
     return channels_first(describe("layer", network.layer), product).flatten(2).sum(2)
 
 
-def test_relevance_is_gradient_times_activation_of_each_images_own_class(network):
+def test_relevance_and_input_relevance_are_the_oracles(network):
     found, truth = relevance_of(network), truth_of(network, IMAGES)
     assert_close(found, truth.relevance)
     assert_close(relevance.shares(found), truth.shares)
-
-
-def test_input_relevance_is_input_times_gradient_of_the_summed_channel(network):
     spec = describe("layer", network.layer)
     pooled = pooled_input(spec, channels_first(spec, layer_input(network, IMAGES.images)))
     by_channel = pooled.repeat_interleave(spec.n_out // spec.groups, 1)  # (N, C_out, J)

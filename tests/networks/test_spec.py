@@ -47,14 +47,11 @@ def test_respond_is_the_layer_and_new_rows_in_any_order_are_in_the_group_of_thei
     assert_responses(new.flatten(2), channels, rows, truth_of(network, IMAGES))
 
 
-def test_resolve_layer_finds_a_layer_by_name_and_by_itself():
+def test_resolve_layer_finds_a_layer_by_name_and_by_itself_or_says_what_there_is():
     network = nn.Sequential(build("1x1"), nn.Identity())
     layer = network[0].layer
     assert resolve_layer(network, "0.layer") == ("0.layer", layer)
     assert resolve_layer(network, layer) == ("0.layer", layer)
-
-
-def test_resolve_layer_of_what_is_none_says_what_there_is():
     network = stack(("norm", nn.BatchNorm2d(4)), ("layer", nn.Linear(4, 2)))
     for layer, sentence in (
         ("lay.er", r"no layer 'lay.er'.* Did you mean layer\?"),

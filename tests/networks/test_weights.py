@@ -82,7 +82,7 @@ def test_hash_weights_is_the_same_in_another_process_with_another_hash_seed():
     assert ran[1:] == [hash_weights(make(one)) for make, one, _ in MADE.values()]
 
 
-def test_hash_weights_of_ordinary_network_is_that_of_its_tensors():
+def test_hash_weights_is_that_of_the_tensors_and_what_cannot_be_read_is_told():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)).half()
     digest = hashlib.sha256()
@@ -90,9 +90,6 @@ def test_hash_weights_of_ordinary_network_is_that_of_its_tensors():
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     assert hash_weights(network) == digest.hexdigest()
-
-
-def test_hash_weights_of_what_cannot_be_read_is_told():
     for module, sentence in (
         (Extra(lambda: 1 / 0), r"cannot tell its state \(division by zero\)"),
         (Extra({"a": np.ones(2)}), r"'_extra_state' is a ndarray, which cannot be hashed"),

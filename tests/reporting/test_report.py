@@ -13,30 +13,26 @@ import unbraid
 from handmade import plant
 from pages import BROKEN, HOSTILE, LONG, Blobs, assert_harmless, notes, read, sections, shots
 from unbraid.base.errors import UsageError
+from unbraid.base.tables import count
 from unbraid.measuring.evaluate import intervals
 from unbraid.measuring.reference_images import ALIKE, reference_images
+from unbraid.reporting import channel as channel_module
 from unbraid.reporting import report as report_module
 from unbraid.reporting import view
 from unbraid.reporting.words import ABSENT, number, percent, significant
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
+def test_report_shows_hostile_names_as_text_and_the_checker_sees_harm(page):
+    for old, new in (
         ("</main>", '<img src="https://example.org/x.png"></main>'),
         ("</main>", "<script>1</script></main>"),
         ("</main>", '<p onclick="x()"></p></main>'),
         ("</main>", "<b><i></b></i></main>"),
         ("</style>", "@import 'x';</style>"),
         ("default-src 'none'", "default-src *"),
-    ],
-)
-def test_the_checker_of_harmless_reports_sees_harm(page, old, new):
-    with pytest.raises((AssertionError, ValueError)):
-        assert_harmless(page.replace(old, new))
-
-
-def test_report_shows_hostile_names_as_text_that_turns_no_other_around(page):
+    ):
+        with pytest.raises((AssertionError, ValueError)):
+            assert_harmless(page.replace(old, new))
     root = read(page)
     drawn = " ".join(text.text for text in root.all("text"))
     assert set(HOSTILE) <= {bdi.text for bdi in root.all("bdi")}
@@ -46,7 +42,7 @@ def test_report_shows_hostile_names_as_text_that_turns_no_other_around(page):
     assert in_elements + in_plain_text == page.count("\u202e")
 
 
-def test_report_bounds_notes_and_how_channels_were_split(run, write):
+def test_report_bounds_notes_and_how_channels_were_split_and_of_nothing_found_says_why(run, write):
     harm = "<script>x</script>\u2069\u202e" + 100_000 * "y"
     info = {"lambda": 0.031622, "kkt_residual": 1e-13, "<b>": 300 * "x"}
     parts = tuple(replace(part, info=info) for part in run.split.channels)
@@ -54,6 +50,11 @@ def test_report_bounds_notes_and_how_channels_were_split(run, write):
     assert f"<script>x</script>\ufffd\u202e{1979 * 'y'}…" in [b.text for b in read(text).all("bdi")]
     for section in sections(text).values():
         assert f"lambda 0.03162 <b> {199 * 'x'}…" in section.all("p", "info")[0].text
+    none = unbraid.find(run.train_scan, gamma=-1.0)
+    page = read(write(found=none, split=None, evaluation=None, title=HOSTILE[0] + "\udcff"))
+    assert none.hint in page.text
+    assert not page.all("article")
+    assert page.all("h1")[0].text == HOSTILE[0] + "\\udcff"
 
 
 def figures_in(section):
@@ -69,7 +70,7 @@ def figures_of(evaluation, channel):
     off = next(c for c in evaluation.ablation.channels if c.channel == channel)
     seen = evaluation.semantics.channels[channel]
     sure = intervals(evaluation.responses[channel])
-    measures, effects = [], []
+    measures, effects, runs = [], [], [off.whole, *(concept.by_class for concept in off.concepts)]
     for concept, known in zip(measured.concepts, map(vars, sure.concepts), strict=True):
         measures.append([str(concept.n_images)])
         for name in ("retention", "leakage", "mimic_error", "silence_error", "auroc"):
@@ -81,17 +82,25 @@ def figures_of(evaluation, channel):
         row.append(f"{number(rest.logit)} whole {number(rest.whole_logit)}")
         row += [f"{percent(d.accuracy, 1)} whole {percent(d.whole_accuracy, 1)}" for d in two]
         effects.append(row)
+    own = [label for concept in off.concepts for label in concept.classes]
+    losses = []
+    for n, output in enumerate(evaluation.ablation.classes):
+        lost = [f"{number(run.logit[n])} {percent(run.accuracy[n], 1)}" for run in runs]
+        place = own.index(output.label) if output.label in own else len(own)
+        hardest = -max(abs(run.logit[n]) for run in runs)
+        losses.append((place, hardest, [*lost, str(output.n_images)]))
     errors = (measured.separation_error, measured.separation_error_rectified)
     return [
         measures,
         [[f"{number(r.mean)} ({number(r.median)})" for r in k.ratios] for k in measured.concepts],
         [[number(a.monosemanticity), number(a.clarity)] for a in (seen.original, *seen.concepts)],
         effects,
+        [row for *_, row in sorted(losses)],
         [*map(number, errors), *map(significant, (seen.within, seen.between))],
     ]
 
 
-def test_every_figure_is_the_evaluations(page, run):
+def test_every_figure_fact_and_setting_is_the_evaluations(page, run):
     for channel, section in sections(page).items():
         expected = figures_of(run.evaluation, channel)
         assert figures_in(section) == expected
@@ -101,13 +110,8 @@ def test_every_figure_is_the_evaluations(page, run):
             kept, cell.children = cell.children, ["9.999"]
             assert figures_in(section) != expected
             cell.children = kept
-
-
-def test_report_shows_facts_and_settings(page, run):
-    facts, settings = (
-        read(page).all("ul", "facts")[0].text,
-        read(page).all("dl", "settings")[0].text,
-    )
+    lists = (("ul", "facts"), ("dl", "settings"))
+    facts, settings = (read(page).all(*kind)[0].text for kind in lists)
     top1 = percent(run.evaluation.output.top1_before, 1)
     mean = number(run.evaluation.summary["published"]["separation_error"])
     assert f"0 largest logit difference top-1 {top1} before" in facts
@@ -115,6 +119,15 @@ def test_report_shows_facts_and_settings(page, run):
     broken = f"149; 1 broken image left out (places {BROKEN})"
     for told in (run.scan.manifest.weights, run.scan.manifest.data, broken):
         assert told in settings
+
+
+def test_report_lists_few_classes_of_no_concept_that_lose_most(run, write, monkeypatch):
+    monkeypatch.setattr(channel_module, "N_OTHERS", 0)
+    for channel, section in sections(write()).items():
+        own = sum(map(len, run.split[channel].concepts))
+        assert len(section.all("table")[-1].rows()) == own
+        left_out = f"{count(4 - own, 'class', 'classes')} that lose or gain less are left out"
+        assert (left_out in section.text) == (own < 4)
 
 
 def test_report_has_no_ratio_to_a_mean_not_told_from_zero(run, write):
@@ -264,31 +277,51 @@ def test_what_chance_may_have_decided_does_not_count_in_the_headline(run, write)
     assert "surely answers to several" in page.text
 
 
-@pytest.mark.parametrize(
-    ("note", "missing"),
-    [
+def test_report_says_what_is_missing(run, page, write):
+    for note, missing in (
         ("Measures and the output check are left out", "evaluation"),
         ("Nothing was switched off", "evaluation.ablation"),
         ("Semantic measures are left out", "evaluation.semantics"),
         ("The output check is left out", "evaluation.output"),
         ("Input channels are left out", "train_scan"),
         ("Pictures are left out", "dataset"),
-    ],
-)
-def test_report_says_what_is_missing(run, page, write, note, missing):
-    whole, _, part = missing.partition(".")
-    changed = replace(run.evaluation, **{part: None}) if part else None
-    assert note in notes(write(**{whole: changed}))
-    assert note not in notes(page)
+    ):
+        whole, _, part = missing.partition(".")
+        changed = replace(run.evaluation, **{part: None}) if part else None
+        assert note in notes(write(**{whole: changed}))
+        assert note not in notes(page)
+
+
+def test_report_over_scans_without_images_of_a_concept_leaves_out_what_needs_them(
+    run, write, tmp_path
+):
+    some = [i for i, label in enumerate(run.images.targets) if label != 0]
+    few = unbraid.scan(
+        run.network, "2", Subset(run.images, some), tmp_path / "few", skip_broken=True
+    )
+    hit = [part.channel for part in run.split.channels if 0 in sum(part.concepts, ())]
+    with pytest.raises(UsageError) as refused:
+        unbraid.evaluate(run.split, few)
+    page = write(scan=few, train_scan=few, evaluation=None, dataset=None)
+    assert f"Densities are left out: {refused.value}" in notes(page)
+    told = (
+        f"The input channels of channel {', '.join(map(str, hit))} are left out: the training scan"
+    )
+    assert told in notes(page)
+    headings = {o: [h.text for h in s.all("h3")] for o, s in sections(page).items()}
+    assert set(headings) == {part.channel for part in run.split.channels}
+    for channel, own in headings.items():
+        assert "What each concept channel keeps" in own
+        assert ("Where each concept comes from" in own) == (channel not in hit)
+        assert {"How it answers to each concept", "Class by class"}.isdisjoint(own)
 
 
 def foreign(one, **changes):
     return replace(one, manifest=replace(one.manifest, **changes))
 
 
-@pytest.mark.parametrize(
-    ("said", "change"),
-    [
+def test_report_refuses_strangers(run, tmp_path):
+    for said, change in (
         ("split", lambda run: {"split": replace(run.split, weights="x"), "evaluation": None}),
         ("training scan", lambda run: {"train_scan": foreign(run.scan, weights="x")}),
         ("evaluation", lambda run: {"split": replace(run.split, channels=run.split.channels[1:])}),
@@ -296,12 +329,10 @@ def foreign(one, **changes):
         ("`maps`", lambda run: {"maps": run.train_scan}),  # without positions
         ("`maps`", lambda run: {"maps": foreign(run.scan, data="x")}),
         ("visualisations", lambda run: {"features": unbraid.Features("another", "any", ())}),
-    ],
-)
-def test_report_refuses_strangers(run, tmp_path, said, change):
-    with pytest.raises(UsageError, match=said):
-        run.report(tmp_path / "r.html", **change(run))
-    assert not list(tmp_path.iterdir())
+    ):
+        with pytest.raises(UsageError, match=said):
+            run.report(tmp_path / "r.html", **change(run))
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

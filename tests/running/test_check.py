@@ -64,12 +64,18 @@ def content(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.endswith(".damaged")}
 
 
-def test_check_of_a_whole_scan_or_run_finds_nothing(run):
+def test_check_of_a_whole_scan_or_run_removes_only_what_a_killed_process_left(run):
     before = content(run / "scan-train")
     for folder, n_files in ((run, 17), (run / "scan-train", 5)):
         found = check(folder)
         assert (found.whole, str(found)) == (True, f"{n_files} files sound.")
     assert content(run / "scan-train") == before
+    leftover = run / f"{SHARD}.{temporary._HOST}.1.0123abcd.tmp"
+    mine = run / "scan-train/mine.tmp"
+    leftover.touch()
+    mine.touch()
+    assert check(run).whole
+    assert (leftover.exists(), mine.exists()) == (False, True)
 
 
 def flip(path):
@@ -154,15 +160,6 @@ def test_check_of_a_fault_sets_damage_aside_to_be_made_anew(name, kind, act, run
         assert check(run).whole
     elif not again and folder.exists():
         assert content(folder) == before
-
-
-def test_check_removes_what_a_killed_process_left_and_nothing_else(run):
-    leftover = run / f"{SHARD}.{temporary._HOST}.1.0123abcd.tmp"
-    mine = run / "scan-train/mine.tmp"
-    leftover.touch()
-    mine.touch()
-    assert check(run).whole
-    assert (leftover.exists(), mine.exists()) == (False, True)
 
 
 def fail_to(patch, method, name, number, after=0):

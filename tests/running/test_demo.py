@@ -4,20 +4,14 @@ import collections
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import unbraid
-from alike import assert_alike
 from unbraid.base.errors import UsageError
 from unbraid.demo import network as demo
-from unbraid.reporting import matplotlib_style
 from unbraid.running.run import Run
-
-SHOWN = Path(__file__).parents[2] / "docs" / "images"
 
 
 @pytest.mark.parametrize(("split", "least"), [("train", 300), ("test", 200)])
@@ -44,7 +38,7 @@ def ran(tmp_path_factory):
     return out, subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_demo_ends_with_a_table_and_the_report(ran):
+def test_the_demo_ends_with_a_report_of_what_is_there_also_in_unseen_images(ran):
     out, done = ran
     assert done.returncode == 0, done.stderr
     assert "images/s" in done.stderr  # progress
@@ -53,10 +47,8 @@ def test_the_demo_ends_with_a_table_and_the_report(ran):
     output = json.loads((out / "evaluation.json").read_text())["output"]
     assert output["max_abs_logit_diff"] == 0
     assert output["top1_before"] == output["top1_after"] > 0.9
-
-
-def test_what_the_demo_shows_is_there_also_in_unseen_images(ran):
     run = Run(ran[0])
+    assert all(run.figure(0, kind).axes for kind in ("teaser", "sources"))
     unseen = unbraid.find(run.val_scan, channels=run.found.concepts)
     there = {(p.channel, p.class1, p.class2): p.cosine for p in unseen.pairs}
     assert len(run.found.channels) >= 4
@@ -65,25 +57,3 @@ def test_what_the_demo_shows_is_there_also_in_unseen_images(ran):
     assert run.features.channels == tuple(sorted(part.channel for part in run.split.channels))
     assert run.features.left_out == 0
     assert run.features.image(run.split.channels[0].channel, None).size == (28, 28)
-
-
-def test_the_documents_show_what_the_demo_draws(ran, tmp_path, monkeypatch):
-    """And not what it drew of another channel, with other images or in other colours."""
-
-    def draw(channel=0, kind="sources"):
-        unbraid.save_figure(Run(ran[0]).figure(channel, kind), tmp_path / "drawn.png")
-        return tmp_path / "drawn.png"
-
-    for kind, shown in (("teaser", "figure-demo.png"), ("sources", "sources-demo.png")):
-        assert_alike(draw(kind=kind), SHOWN / shown)
-        with pytest.raises(AssertionError):
-            assert_alike(draw(1, kind), SHOWN / shown)
-    with Image.open(SHOWN / "figure-demo.png") as picture:
-        side = picture.width // 13
-        picture.paste(picture.crop((side, 0, 2 * side, picture.height)), (2 * side, 0))
-        picture.save(tmp_path / "changed.png")
-    with pytest.raises(AssertionError):
-        assert_alike(tmp_path / "changed.png", SHOWN / "figure-demo.png")
-    monkeypatch.setattr(matplotlib_style, "COLOURS", ("#0072b2", "#d55e00"))
-    with pytest.raises(AssertionError):
-        assert_alike(draw(), SHOWN / "sources-demo.png")

@@ -41,12 +41,9 @@ def test_take_folder_leaves_a_link_that_leads_nowhere_and_a_file(tmp_path):
     assert (tmp_path / "settings-2").read_text() == "mine"
 
 
-def test_is_numbered_by_name():
+def test_is_numbered_and_home_of_a_folder_however_it_is_named(tmp_path, monkeypatch):
     names = [f"settings-{n}" for n in ("2", "10", "1", "0", "02", "x", "")]
     assert [n for n in names if folders.is_numbered(Path("a", n))] == ["settings-2", "settings-10"]
-
-
-def test_home_of_a_folder_however_it_is_named(tmp_path, monkeypatch):
     inside = tmp_path / "settings-2"
     inside.mkdir()
     assert home_of(inside) == inside  # nothing else there
@@ -57,20 +54,17 @@ def test_home_of_a_folder_however_it_is_named(tmp_path, monkeypatch):
     assert home_of(inside) == inside
 
 
-@pytest.mark.parametrize(
-    ("other", "same"),
-    [
+def test_same_results_by_what_decides_on_them():
+    for other, same in (
         ({"title": "y", "source": {"data": "x"}, "sight": Sight(1.0)}, True),
         ({"scans": ()}, True),  # of an older version
         ({"scans": ("a", "c")}, False),
         ({"thresholds": Thresholds(tau=0.05)}, False),
         ({"encoder": "timm:x"}, False),
         ({"labels": "predicted"}, False),
-    ],
-)
-def test_same_results_by_what_decides_on_them(other, same):
-    settings = replace(SETTINGS, scans=("a", "b"))
-    assert settings.same_results(replace(settings, **other)) is same
+    ):
+        settings = replace(SETTINGS, scans=("a", "b"))
+        assert settings.same_results(replace(settings, **other)) is same
 
 
 def test_read_settings_of_another_version_passes_over_what_is_not_known(tmp_path):

@@ -143,7 +143,7 @@ def test_run_layers_leaves_what_a_run_of_each_does(out):
 
 
 def test_run_layers_tells_classes_without_validation_images_first(made, tmp_path):
-    said: list[str] = []
+    said = []
     fewer = SyntheticImages(24, seed=24)
     keep = [n for n, label in enumerate(fewer.targets) if label != 0]
     fewer.targets, fewer.images = [fewer.targets[n] for n in keep], fewer.images[keep]
@@ -294,7 +294,7 @@ def test_check_lists_what_a_folder_holds_and_what_is_not_whole(family):
 
 def visualized(folder):
     """A run with visualisations, and what it told of them."""
-    said: list[str] = []
+    said = []
     run(folder, features=True, say=said.append)
     return Run(folder).features, [text for text in said if "isuali" in text]
 

@@ -61,16 +61,13 @@ def test_records_hold_what_the_oracle_says(kind, tmp_path):
     assert (scan.layer.name, scan.class_names) == ("layer", tuple(dataset.classes))
 
 
-def test_records_of_a_layer_that_gets_its_input_by_keyword(tmp_path):
+def test_records_of_a_layer_called_by_keyword_and_of_images_of_two_sizes(tmp_path):
     network, dataset = build("3x3"), SyntheticImages(5)
     truth, options = checks.truth_of(network, dataset), {"positions": True, "batch_size": 1}
     scan = unbraid.scan(CallsByKeyword(network), "layer", dataset, tmp_path, **options)
     checks.assert_records(list(scan.shards()), truth, 0.005, range(5))
-
-
-def test_images_of_two_sizes_are_run_one_by_one(tmp_path):
-    network, dataset = build("3x3"), of_sizes(*[6, 5] * 5)
-    scan = unbraid.scan(network, "layer", dataset, tmp_path, batch_size=1)
+    dataset = of_sizes(*[6, 5] * 5)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path / "sizes", batch_size=1)
     checks.assert_records(list(scan.shards()), checks.truth_of(network, dataset), 0.005, range(10))
 
 

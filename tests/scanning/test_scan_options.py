@@ -23,7 +23,6 @@ NO_PLACE = "indices must name places in the data set, 0 to 3, one or more."
 NO_JSON = "source cannot be written as JSON "
 WRONG = [
     ("batch_size", 2.5, f"batch_size is 2.5; {COUNT}"),
-    ("batch_size", True, f"batch_size is True; {COUNT}"),
     ("workers", 10**9, "workers is 1000000000; give a whole number from 0 to 4096."),
     ("threads", 0, "threads is 0; give a whole number from 1 to 4096."),
     ("min_share", 1.0, f"min_share is 1.0; {SHARE}"),
@@ -31,14 +30,11 @@ WRONG = [
     ("indices", np.array([False, True]), f"indices holds False; {LIST}"),
     ("indices", [], NO_PLACE),
     ("indices", [0, 4], NO_PLACE),
-    ("indices", [-1], NO_PLACE),
-    ("classes", [0.0], f"classes holds 0.0; {LIST}"),
     ("skip_broken", 1, "skip_broken is 1; give True or False."),
     ("source", {"a": math.nan}, f"{NO_JSON}(Out of range float"),
     ("classes", "ab", f"classes is 'ab'; {LIST}"),
     ("classes", [], "classes is empty; name the classes to scan, or None for all."),
     ("classes", [1, 77], "classes names [77], of which the data set has no image."),
-    ("positions", "no", "positions is 'no'; give True or False."),
     ("labels", "guessed", "labels is 'guessed'; use 'given' or 'predicted'."),
     ("source", {"a": {1}}, f"{NO_JSON}(Object of type set is"),
     ("source", json.loads('{"a":' * 33 + "0" + "}" * 33), f"{NO_JSON}(it is nested too deeply)"),

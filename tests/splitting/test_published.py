@@ -34,13 +34,10 @@ def test_rows_are_those_of_the_published_rule(case, rho):
         checks.assert_adds_up(part)
 
 
-def test_the_rule_divides_some_taps_and_shares_others(case):
+def test_taps_are_divided_or_shared_and_rho_is_the_one_that_the_criterion_chooses(case):
     parts = [p for rho in (0.3, 0.9) for p in parts_of(case.scan, case.found, rho=rho).values()]
     kept = torch.cat([part.masks.sum(0) for part in parts])
     assert set(kept.tolist()) == {1.0, 2.0}  # no tap is lost, some belong to one, some to both
-
-
-def test_rho_is_the_one_that_the_published_criterion_chooses(case):
     split = unbraid.split(case.scan, case.found, method="published")
     for part in split.channels:
         checks.assert_published_rho(part, case.truth)

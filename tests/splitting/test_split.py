@@ -30,7 +30,7 @@ def world(tmp_path_factory):
     return SimpleNamespace(scan=scan, some=some, other=other, found=found, split=split)
 
 
-def test_a_split_says_what_it_was_made_of(world):
+def test_a_split_says_what_it_was_made_of_and_is_the_same_from_an_earlier_one(world):
     split = world.split
     assert split.method == "least_squares"
     assert split.settings == {"tau": 0.04, "p": 0.6, "gamma": 0.3}
@@ -41,17 +41,13 @@ def test_a_split_says_what_it_was_made_of(world):
     _, columns, *rows = str(split).splitlines()
     assert columns.split() == ["channel", "concept", "classes", "weight", "kept"]
     assert [row.split()[:2] for row in rows] == [["1", "0"], ["1", "1"], ["5", "0"], ["5", "1"]]
-
-
-def test_an_earlier_split_to_begin_with_changes_no_answer(world):
     again = unbraid.split(world.scan, world.found, start=world.split)
     for part, twin in zip(again.channels, world.split.channels, strict=True):
         torch.testing.assert_close(part.masks, twin.masks, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_split_refuses_what_makes_no_sense_and_of_no_finding_tells_the_hint(world):
+    for arguments, message in (
         *(
             ({"method": "published", "rho": r}, f"rho is {r:g}; it must lie above 0")
             for r in (0.0, -0.5, 1.05, math.nan)
@@ -64,17 +60,12 @@ def test_an_earlier_split_to_begin_with_changes_no_answer(world):
         ({"scan": "other"}, "pass a scan of the same network and layer"),
         ({"everything": "other"}, "pass a scan of the same network and layer"),
         ({"start": "of other"}, "start is a split of layer 'head', the scan of 'layer'"),
-    ],
-)
-def test_split_refuses_what_makes_no_sense(world, arguments, message):
-    known = {**vars(world), "of other": replace(world.split, layer=world.other.layer)}
-    given = {"scan": "scan", "found": "found", **arguments}
-    given = {name: known.get(value, value) for name, value in given.items()}
-    with pytest.raises(UsageError, match=message):
-        unbraid.split(**given)
-
-
-def test_no_finding_cannot_be_split_and_the_hint_is_told(world):
+    ):
+        known = {**vars(world), "of other": replace(world.split, layer=world.other.layer)}
+        given = {"scan": "scan", "found": "found", **arguments}
+        given = {name: known.get(value, value) for name, value in given.items()}
+        with pytest.raises(UsageError, match=message):
+            unbraid.split(**given)
     nothing = unbraid.find(world.scan, gamma=-1.0)
     with pytest.raises(UsageError, match=f"nothing to split: .*{re.escape(nothing.hint)}$"):
         unbraid.split(world.scan, nothing)
@@ -91,9 +82,8 @@ def saved(tmp_path_factory):
     return home / "split.safetensors"
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
+def test_a_description_that_cannot_be_is_refused(saved, tmp_path):
+    for path, value, message in (
         ("schema", 2, "schema 2, this version reads 1"),
         ("layer.n_out", 0, ""),
         ("settings", {}, "tau is inf"),
@@ -107,31 +97,27 @@ def saved(tmp_path_factory):
         ("clusters.4.place", 9, "a cluster's place is 9"),
         ("clusters.-1", {"channel": 0, "place": 0, "least": 0.0}, "a cluster's number is -1"),
         ("clusters.99", {"channel": 0, "place": 0, "least": 0.0}, "a cluster's number is 99"),
-    ],
-)
-def test_a_description_that_cannot_be_is_refused(path, value, message, saved, tmp_path):
-    tensors, about = read_tensors(saved)
-    *keys, last = path.split(".")
-    place = about
-    for key in keys:
-        place = place[int(key) if isinstance(place, list) else key]
-    place[last] = value
-    write_tensors(tmp_path / "split.safetensors", tensors, about)
-    with pytest.raises(RunError, match=f"is not a split that can be read .*{message}"):
-        Split.load(tmp_path / "split.safetensors")
+    ):
+        tensors, about = read_tensors(saved)
+        *keys, last = path.split(".")
+        place = about
+        for key in keys:
+            place = place[int(key) if isinstance(place, list) else key]
+        place[last] = value
+        write_tensors(tmp_path / "split.safetensors", tensors, about)
+        with pytest.raises(RunError, match=f"is not a split that can be read .*{message}"):
+            Split.load(tmp_path / "split.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("name", "corrupt", "message"),
-    [
+def test_tensors_that_do_not_fit_are_refused(saved, tmp_path):
+    for name, corrupt, message in (
         ("weight", lambda x: x * math.nan, "'weight' is not of finite numbers"),
         ("weight", lambda x: x[:, 1:], "weight and bias do not fit"),
         ("masks.0", lambda x: x + 2, "the masks of channel 0 do not fit"),
         ("centres.0", lambda x: x[:, 1:], "the centres of channel 0 do not fit"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_refused(name, corrupt, message, saved, tmp_path):
-    tensors, about = read_tensors(saved)
-    write_tensors(tmp_path / "split.safetensors", {**tensors, name: corrupt(tensors[name])}, about)
-    with pytest.raises(RunError, match=f"is not a split that can be read .*{message}"):
-        Split.load(tmp_path / "split.safetensors")
+    ):
+        tensors, about = read_tensors(saved)
+        tensors[name] = corrupt(tensors[name])
+        write_tensors(tmp_path / "split.safetensors", tensors, about)
+        with pytest.raises(RunError, match=f"is not a split that can be read .*{message}"):
+            Split.load(tmp_path / "split.safetensors")

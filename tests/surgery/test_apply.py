@@ -249,12 +249,7 @@ def test_assert_moved_tells_a_move_that_did_something_else(pair):
             pairs.assert_moved(pair, 1, 0, 0.5 * z_k)
 
 
-@pytest.fixture
-def pair():
-    return pairs.Pair("3x3")
-
-
-def test_apply_keeps_outputs_in_every_mode():
+def test_apply_keeps_outputs_in_every_mode_and_even_the_sign_of_a_zero(pair):
     norms, x = pairs.Pair("batch norm behind"), pairs.images()
     checks.assert_bit_equal(norms.changed.train()(x), norms.network.train()(x))
     single = pairs.Pair("3x3", dtype=torch.float32)
@@ -262,9 +257,6 @@ def test_apply_keeps_outputs_in_every_mode():
         checks.assert_bit_equal(single.changed(single.images()), single.network(single.images()))
     with torch.autocast("cpu", torch.bfloat16):
         checks.assert_same_outputs(single.network, single.changed, single.images())
-
-
-def test_apply_keeps_even_the_sign_of_a_zero(pair):
     pair.changed.layer.original.register_forward_hook(lambda _m, _a, z: torch.full_like(z, -0.0))
     for graph in (torch.enable_grad, torch.no_grad):
         with graph():
@@ -315,29 +307,26 @@ def _in_a_list():
     return network
 
 
-@pytest.mark.parametrize(
-    ("duplicate", "make"),
-    [
+def test_gates_of_a_copy_work_on_the_copy_alone():
+    for duplicate, make in (
         (copy.deepcopy, pairs.NETWORKS["built in: weight norm"]),
         *((duplicate, _in_a_list) for duplicate in (copy_network, _saved_whole)),
-    ],
-)
-def test_gates_of_a_copy_work_on_the_copy_alone(duplicate, make):
-    network, x = make(), pairs.images()
-    changed = pairs.split_network(network)
-    twin = duplicate(changed)
-    if hasattr(network, "steps"):
-        assert twin.steps[0] is twin.layer
-    checks.assert_same_outputs(network, twin, x)
-    for one, other in ((twin, changed), (changed, twin)):
-        with one.gate("layer", 1, 0, 0.0):
-            checks.assert_same_outputs(network, other, x)
-            assert not torch.equal(one(x), network(x))
-    with changed.gate("layer", 1, 0, 0.5):  # which stays so in the copy
+    ):
+        network, x = make(), pairs.images()
+        changed = pairs.split_network(network)
         twin = duplicate(changed)
-        moved = changed(x)
-    checks.assert_bit_equal(twin(x), moved)
-    checks.assert_same_outputs(network, changed, x)
+        if hasattr(network, "steps"):
+            assert twin.steps[0] is twin.layer
+        checks.assert_same_outputs(network, twin, x)
+        for one, other in ((twin, changed), (changed, twin)):
+            with one.gate("layer", 1, 0, 0.0):
+                checks.assert_same_outputs(network, other, x)
+                assert not torch.equal(one(x), network(x))
+        with changed.gate("layer", 1, 0, 0.5):  # which stays so in the copy
+            twin = duplicate(changed)
+            moved = changed(x)
+        checks.assert_bit_equal(twin(x), moved)
+        checks.assert_same_outputs(network, changed, x)
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -47,27 +47,24 @@ class Refuses:
         raise ValueError("not to be copied")
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
+def test_apply_shares_what_cannot_be_copied():
+    for make in (
         *(threading.Lock, threading.Thread, tempfile.TemporaryFile, Refuses, lambda: torch),
         *(lambda: (n for n in range(3)), lambda: weakref.ref(Refuses)),
-    ],
-)
-def test_apply_shares_what_cannot_be_copied(make):
-    network, own, inner = reaching("module"), make(), make()
-    network.own = network.layer.own = own
-    network.held = {"locks": [inner, {"more": (inner,)}]}
-    network.layer.forward = types.MethodType(nn.Conv2d.forward, network.layer)  # to be probed
-    changed = split_network(network)
-    assert_same_outputs(network, changed, images())
-    locks = changed.held["locks"]
-    assert locks is not network.held["locks"]
-    assert changed.own is changed.layer.own is own
-    assert locks[0] is locks[1]["more"][0] is inner
+    ):
+        network, own, inner = reaching("module"), make(), make()
+        network.own = network.layer.own = own
+        network.held = {"locks": [inner, {"more": (inner,)}]}
+        network.layer.forward = types.MethodType(nn.Conv2d.forward, network.layer)  # to be probed
+        changed = split_network(network)
+        assert_same_outputs(network, changed, images())
+        locks = changed.held["locks"]
+        assert locks is not network.held["locks"]
+        assert changed.own is changed.layer.own is own
+        assert locks[0] is locks[1]["more"][0] is inner
 
 
-def test_copy_network_copies_what_can_be_copied():
+def test_copy_network_copies_what_can_be_copied_and_what_a_traced_network_holds():
     network = reaching("module")
     network.own = {"numbers": [1, 2], "tensor": torch.ones(2)}
     network.again = network.own["numbers"]
@@ -86,9 +83,6 @@ def test_copy_network_copies_what_can_be_copied():
     assert all(own.is_leaf for own in twin.parameters())
     wanted = [[own.requires_grad for own in one.parameters()] for one in (network, twin)]
     assert wanted[0] == wanted[1]
-
-
-def test_copy_network_copies_what_a_traced_network_holds():
     network = torch.fx.symbolic_trace(reaching("module"))
     layer = network.layer
     network.stem.register_forward_hook(lambda _module, _args, z: z + 0 * layer.weight.sum())
@@ -115,21 +109,19 @@ def by_a_weak_method(network):
     return lambda x: method()(x)
 
 
-@pytest.mark.parametrize(
-    "past", [lambda net: net.layer.forward, by_its_weights, by_a_weak_method, by_a_class]
-)
-def test_a_split_that_never_runs_is_told(past):
-    network = reaching("module")
-    network.body = past(network)
-    never, split = r"never runs layer 'layer' .* not in force", make_split(network)
-    changed, plain = (unbraid.apply(network, split, form=form) for form in ("exact", "plain"))
-    for one in (changed, plain):
+def test_a_split_that_never_runs_is_told():
+    for past in (lambda net: net.layer.forward, by_its_weights, by_a_weak_method, by_a_class):
+        network = reaching("module")
+        network.body = past(network)
+        never, split = r"never runs layer 'layer' .* not in force", make_split(network)
+        changed, plain = (unbraid.apply(network, split, form=form) for form in ("exact", "plain"))
+        for one in (changed, plain):
+            with pytest.raises(ModelError, match=never):
+                unbraid.compare_outputs(network, one, SyntheticImages(5))
+        with pytest.raises(LayerError, match=r"runs 0 times .* not in force"):
+            unbraid.ablate(changed, SyntheticImages(5))
         with pytest.raises(ModelError, match=never):
-            unbraid.compare_outputs(network, one, SyntheticImages(5))
-    with pytest.raises(LayerError, match=r"runs 0 times .* not in force"):
-        unbraid.ablate(changed, SyntheticImages(5))
-    with pytest.raises(ModelError, match=never):
-        check_in_force(network, "layer", images(1))
+            check_in_force(network, "layer", images(1))
 
 
 GLOBAL = None
@@ -145,24 +137,21 @@ class Stem(nn.Module):
         return GLOBAL(x)
 
 
-@pytest.mark.parametrize(
-    ("middle", "variable"),
-    [
+def test_apply_refuses_a_global_variable_that_runs_the_original(monkeypatch):
+    for middle, variable in (
         (lambda _: lambda x: GLOBAL(x), "GLOBAL"),
         (lambda _: lambda x: (lambda: GLOBALS[0](x))(), "GLOBALS"),
         (lambda _: lambda x: by_a_helper(x), "GLOBAL"),
         (lambda network: Stem().__call__, "GLOBAL"),
-    ],
-)
-def test_apply_refuses_a_global_variable_that_runs_the_original(middle, variable, monkeypatch):
-    network = reaching("module")
-    network.body = middle(network)
-    monkeypatch.setitem(globals(), "GLOBAL", network.layer.__call__)
-    monkeypatch.setitem(globals(), "GLOBALS", [network.layer])
-    with pytest.raises(ModelError, match=f"uses the global variable '{variable}'"):
-        split_network(network)
-    with pytest.raises(ModelError, match=f"uses the global variable '{variable}'"):
-        check_in_force(network, "layer", images(1))
+    ):
+        network = reaching("module")
+        network.body = middle(network)
+        monkeypatch.setitem(globals(), "GLOBAL", network.layer.__call__)
+        monkeypatch.setitem(globals(), "GLOBALS", [network.layer])
+        with pytest.raises(ModelError, match=f"uses the global variable '{variable}'"):
+            split_network(network)
+        with pytest.raises(ModelError, match=f"uses the global variable '{variable}'"):
+            check_in_force(network, "layer", images(1))
 
 
 def test_apply_takes_a_hook_that_keeps_outputs_in_a_global_variable(monkeypatch):
@@ -226,7 +215,7 @@ def test_check_in_force_tells_a_network_that_depends_on_the_layers_type_from_a_r
     check_in_force(network, "layer", images(1))  # which is left to others
 
 
-def test_gate_has_the_same_effect_with_and_without_a_graph_in_torchs_transformer():
+def test_gate_works_in_torchs_transformer_and_where_a_part_is_named_as_a_wrapper():
     """Which in eval mode reads the weights of its layers past them."""
     block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     parts = (nn.Flatten(2), nn.Linear(42, 8), block, nn.Flatten(), nn.Linear(24, 4))
@@ -237,9 +226,6 @@ def test_gate_has_the_same_effect_with_and_without_a_graph_in_torchs_transformer
         with torch.no_grad():
             assert_close(changed(images()), moved)
     assert not torch.allclose(moved, network(images()))
-
-
-def test_gate_finds_layers_of_a_network_that_has_a_part_named_as_a_wrapper():
     network = nn.Sequential(OrderedDict(module=reaching("module")))
     changed = split_network(network, layer="module.layer")
     with unbraid.gate(changed, "module.layer", 0, 0, 0.0):

@@ -107,25 +107,22 @@ def test_scan_of_what_is_not_one_row_an_image_is_refused(tmp_path):
     assert next(scan.shards()).n_positions.tolist() == [42] * 4
 
 
-@pytest.mark.parametrize(
-    ("kind", "forward", "reason"),
-    [
+def test_a_layer_that_is_more_than_its_weights_is_refused():
+    for kind, forward, reason in (
         (nn.Conv2d, lambda own, x: nn.Conv2d.forward(own, x * x.mean()), "weights of its own say"),
         (nn.Linear, lambda own, x: own.forward_(x) + own.forward_(x * x), "runs 2 convolutions"),
         (nn.Linear, lambda own, x, scale: own.forward_(x) * scale, "cannot be run by itself"),
-    ],
-)
-def test_a_layer_that_is_more_than_its_weights_is_refused(kind, forward, reason):
-    bare = type("Bare", (kind,), {"forward_": kind.forward})
-    own = type("Own", (bare,), {"forward": forward})
-    by_class, by_itself = (made(6, 8, 3) for made in (own, bare))
-    by_itself.forward = types.MethodType(forward, by_itself)
-    for module in (by_class, by_itself):
-        assert reason in why_not(module)
-        assert splittable_layers(nn.Sequential(module)) == []
-        with pytest.raises(LayerError, match="cannot be split"):
-            describe("it", module)
-    assert "without running it" in why_not(nn.MultiheadAttention(4, 2).out_proj)
+    ):
+        bare = type("Bare", (kind,), {"forward_": kind.forward})
+        own = type("Own", (bare,), {"forward": forward})
+        by_class, by_itself = (made(6, 8, 3) for made in (own, bare))
+        by_itself.forward = types.MethodType(forward, by_itself)
+        for module in (by_class, by_itself):
+            assert reason in why_not(module)
+            assert splittable_layers(nn.Sequential(module)) == []
+            with pytest.raises(LayerError, match="cannot be split"):
+                describe("it", module)
+        assert "without running it" in why_not(nn.MultiheadAttention(4, 2).out_proj)
 
 
 def test_looking_into_a_layer_leaves_no_trace_in_it():
@@ -149,6 +146,17 @@ def test_logits_are_picked_out_the_same_everywhere(tmp_path):
     assert not isinstance(network(images().images), Tensor)  # the given one is as it was
     with pytest.raises(RunError, match="which part of the output is the logits"):
         unbraid.scan(unbraid.with_logits(network, "0.0"), "layer", images(), tmp_path / "0")
+
+
+def test_a_scan_goes_on_only_where_the_same_function_picks_logits(tmp_path):
+    network = putting_out(lambda z: [z, -z])
+    one, again, other = (
+        unbraid.with_logits(network, lambda output, place=k: output[place]) for k in (0, 0, 1)
+    )
+    scan = unbraid.scan(one, "layer", images(), tmp_path)
+    assert unbraid.scan(again, "layer", images(), tmp_path).manifest == scan.manifest
+    with pytest.raises(RunError, match="which part of the output is the logits"):
+        unbraid.scan(other, "layer", images(), tmp_path)
 
 
 def assert_same_shares(one, layer, other, folder):

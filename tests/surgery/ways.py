@@ -56,9 +56,7 @@ class Held:
 
 def held_in_slots(network, layer):
     network.held, network.steps = Held((layer,)), [layer]
-    return types.MethodType(
-        lambda self, x: (self.held.layers[0](x) + self.steps[0](x)) / 2, network
-    )
+    return types.MethodType(lambda own, x: (own.held.layers[0](x) + own.steps[0](x)) / 2, network)
 
 
 def hook(network, layer):

@@ -54,20 +54,17 @@ def test_pixels_of_broken_images_grey_ones_and_another_size():
     assert bool(found.colours.isfinite().all())
 
 
-@pytest.mark.parametrize(
-    ("images", "size", "error", "sentence"),
-    [
+def test_pixels_of_what_cannot_be_measured_are_refused():
+    for images, size, error, sentence in (
         ([torch.rand(3, 5, 5), torch.rand(3, 6, 5)], None, DataError, "bring all to one size"),
         ([torch.rand(3, 5, 5), torch.full((3, 5, 5), math.nan)], None, DataError, "NaN"),
         ([torch.full((3, 5, 5), 0.5)] * 2, None, DataError, "one colour"),
         ([torch.rand(3, 12)], None, DataError, "channels, height, width"),
         ([torch.rand(3, 5, 5)], (9, 1), UsageError, "size is"),
         ([torch.rand(3, 5, 5)], (5000, 50), UsageError, "size is"),
-    ],
-)
-def test_pixels_of_what_cannot_be_measured_are_refused(images, size, error, sentence):
-    with pytest.raises(error, match=sentence):
-        pixels_of([(image, 0) for image in images], size)
+    ):
+        with pytest.raises(error, match=sentence):
+            pixels_of([(image, 0) for image in images], size)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -110,16 +107,12 @@ def test_a_canvas_of_fixed_spectrum_keeps_it_whatever_the_phases(size):
         assert_spectrum(torch.rand(3, *size), pixels)
 
 
-def test_shake_moves_all_images_alike_and_is_reproducible():
+def test_shake_moves_all_images_alike_and_turns_without_squeezing():
     one = torch.rand(1, 3, 20, 30)
     both = shake(torch.cat([one, one]), torch.Generator().manual_seed(3))
     assert torch.equal(both[0], both[1])
     assert torch.equal(shake(one, torch.Generator().manual_seed(3))[0], both[0])
     assert not torch.equal(shake(one, torch.Generator().manual_seed(4))[0], both[0])
-
-
-def test_shake_turns_without_squeezing():
-    """A disc stays a disc, of about its size and near its place, also where sides differ."""
     down, right = torch.meshgrid(torch.arange(60), torch.arange(120), indexing="ij")
     disc = ((down - 30) ** 2 + (right - 60) ** 2 < 15**2).float()[None, None]
     for seed in range(20):

@@ -48,9 +48,8 @@ def replaced(old, new):
     return rewritten("features.json", lambda content: content.replace(old, new, 1))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
+def test_load_of_damaged_features_is_refused(tmp_path):
+    for damage in (
         lambda folder: (folder / "features.json").unlink(),
         rewritten("features.json", lambda content: content[:100]),
         replaced(b'"schema": 1', b'"schema": 7'),
@@ -61,13 +60,11 @@ def replaced(old, new):
         replaced(b'"channel": 3', b'"channel": "../3"'),
         replaced(b'"channel": 3', b'"channel": -1'),
         replaced(b"0.75", b'"x"'),
-    ],
-)
-def test_load_of_damaged_features_is_refused(tmp_path, damage):
-    some_features().save(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(RunError, match="make them anew"):
-        Features.load(tmp_path)
+    ):
+        some_features().save(tmp_path)
+        damage(tmp_path)
+        with pytest.raises(RunError, match="make them anew"):
+            Features.load(tmp_path)
 
 
 def test_load_of_more_than_memory_should_hold_is_refused_before_it_is_read(tmp_path, monkeypatch):

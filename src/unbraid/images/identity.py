@@ -162,15 +162,15 @@ def preprocessing_of(dataset: Dataset[Any]) -> str:
     inner = inner_of(dataset)
     before = list(dict.fromkeys(map(preprocessing_of, inner)))
     inside = before[0] if len(before) == 1 else " | ".join(f"({text})" for text in before)
-    texts = [inside, *map(_text_of, _transforms(dataset))]
+    texts = [inside, *map(text_of, _transforms(dataset))]
     loader = getattr(dataset, "loader", None) if not inner else None  # of torchvision's folders
     if callable(loader) and not _of_library(loader):
-        texts.append(_text_of(loader))
+        texts.append(text_of(loader))
     return " then ".join(filter(None, texts))
 
 
 def as_recorded(now: str, before: str) -> bool:
-    """Whether an earlier version recorded a preprocessing, which did not look at anyone's code."""
+    """Whether an earlier version recorded a text of functions, which did not look at their code."""
     return now != before and _CODE.sub("", now) == before
 
 
@@ -193,7 +193,8 @@ def _transforms(dataset: Dataset[Any]) -> list[Any]:
     return [one for one in (found, *others) if one is not None]
 
 
-def _text_of(transform: Any) -> str:
+def text_of(transform: Any) -> str:
+    """Describe a transform, or another function, with the code it runs and what it holds."""
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32)  # which the texts of tensors leave out

@@ -42,9 +42,9 @@ def with_logits(model: nn.Module, pick: Pick) -> nn.Module:
     return picked
 
 
-def picked_by(model: nn.Module) -> str:
-    """Say which part of the output `with_logits` picks, empty where it was not used."""
-    return " ".join(str(h) for h in model._forward_hooks.values() if isinstance(h, _Picking))
+def picks_of(model: nn.Module) -> list[Pick]:
+    """List what `with_logits` picks of the output, none where it was not used."""
+    return [hook.pick for hook in model._forward_hooks.values() if isinstance(hook, _Picking)]
 
 
 class _Picking:
@@ -52,9 +52,6 @@ class _Picking:
 
     def __init__(self, pick: Pick) -> None:
         self.pick = pick
-
-    def __str__(self) -> str:
-        return str(getattr(self.pick, "__qualname__", self.pick))
 
     def __call__(self, _model: nn.Module, _args: Any, output: Any) -> Tensor:
         if callable(self.pick):

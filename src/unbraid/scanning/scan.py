@@ -23,7 +23,7 @@ from unbraid.base.errors import DataError, ModelError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.dataset import Around, class_names_of, labels_of, size_of
-from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of
+from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of, text_of
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.layers import (
     LayerName,
@@ -35,7 +35,7 @@ from unbraid.networks.layers import (
     splittable_layers,
     weight_rows,
 )
-from unbraid.networks.outputs import picked_by, run_network
+from unbraid.networks.outputs import picks_of, run_network
 from unbraid.networks.relevance import Cut, cut_at, gradients_at, undisturbed
 from unbraid.networks.spec import LayerSpec
 from unbraid.networks.weights import hash_weights, refuse_broken_weights
@@ -227,16 +227,20 @@ def _describe_all(
 ) -> dict[str, Any]:
     """What the manifests of all layers have in common; in doubt as in a scan that goes on."""
     weights, data = hash_weights(model), fingerprint(dataset, labels)
-    preprocessing = preprocessing_of(dataset)
+    picks = [text_of(pick) if callable(pick) else str(pick) for pick in picks_of(model)]
+    told = {"preprocessing": preprocessing_of(dataset), "output": " ".join(picks)}
     if begun:
         usual = {"threads": begun.threads, "batch_size": begun.batch_size}
-        if as_recorded(preprocessing, begun.preprocessing):
-            warnings.warn(
-                "The scan was begun by a version that did not see changes of a transform's own "
-                "code; make sure that it is still the same.",
-                stacklevel=3,
-            )
-            preprocessing = begun.preprocessing
+        for name, text in told.items():
+            before = getattr(begun, name)
+            if as_recorded(text, before):
+                what = "a transform's" if name == "preprocessing" else "with_logits'"
+                warnings.warn(
+                    f"The scan was begun by a version that did not see changes of {what} own "
+                    "code; make sure that it is still the same.",
+                    stacklevel=3,
+                )
+                told[name] = before
     else:  # looked at in any case, so that a data set of something else is told first
         image = first_readable(dataset, indices)
         size = options.batch_size or batch_size_for(model, modules, image)
@@ -246,11 +250,11 @@ def _describe_all(
     return {
         **asked,
         **{name: asked[name] or value for name, value in usual.items()},
+        **told,
         "weights": weights,
         "data": data,
         "n_images": len(indices),
         "class_names": class_names_of(dataset),
-        "preprocessing": preprocessing,
         "shard_size": images_per_shard(options.positions),
         "versions": {
             "unbraid": version("unbraid"),
@@ -258,7 +262,6 @@ def _describe_all(
             "python": platform.python_version(),
         },
         "indices": hash_indices(options.indices),
-        "output": picked_by(model),
     }
 
 
