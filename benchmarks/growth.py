@@ -109,7 +109,7 @@ def random_findings(n_channels: int) -> Findings:
 
 def choose(folder: str) -> None:
     """Choose tau."""
-    choose_tau(unbraid.open_scan(folder))
+    choose_tau(unbraid.open_scan(folder), 0.75, 0.5)
 
 
 def count(folder: str) -> None:

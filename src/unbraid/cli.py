@@ -50,6 +50,7 @@ Table = Annotated[Path | None, Parameter(help="CSV file to write or replace.")]
 ScanPath = Annotated[Path, Parameter(help="Folder of a finished scan.")]
 RunPath = Annotated[Path, Parameter(help="Folder of a finished run.")]
 FigureKind = Literal["teaser", "densities", "sources"]
+Tau = Annotated[float | Literal["auto"], Parameter(help="Smallest share that matters, or auto.")]
 Grid = Annotated[list[float] | None, Parameter(consume_multiple=True)]
 
 
@@ -68,17 +69,15 @@ class Network:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """The arguments of `unbraid.find`.
+    """The arguments of `unbraid.find` but tau.
 
     Args:
-        tau: Smallest share of an image's relevance that matters; auto: fit to the layer.
         p: Fraction of a class's images in which a channel matters.
         gamma: Cosine below which two classes have different reasons.
         concepts: What concepts are made of; clusters of images need no labels; whole: classes, and
             clusters of what else excites a channel.
     """
 
-    tau: float | Literal["auto"] = 0.03
     p: float = 0.75
     gamma: float = 0.5
     concepts: Literal["classes", "clusters", "whole"] = "classes"
@@ -162,7 +161,7 @@ def demo(*, out: Out, features: Features = True) -> None:
         load_images("train"),
         load_images("test"),
         out,
-        thresholds=Thresholds(),
+        thresholds=Thresholds(tau=0.03),  # those of the docs, and of the published runs
         loading=Loading(batch_size=250),
         source={"demo": True},
         say=say,
@@ -178,6 +177,7 @@ def run(
     layer: Layers,
     data: str,
     out: Out,
+    tau: Tau = "auto",
     finding: Finding = Finding(),
     labels: Labels = "given",
     rho: float | None = None,
@@ -219,7 +219,7 @@ def run(
         train,
         images_like(train, part_of(data, "val")),
         out,
-        thresholds=Thresholds(rho=rho, **vars(finding)),
+        thresholds=Thresholds(tau=tau, rho=rho, **vars(finding)),
         loading=loading,
         source={**loaded.source, "data": absolute(data), "class_folders": labelled(train)},
         say=say,
@@ -252,8 +252,8 @@ def layers(model: Model, *, weights: Weights = "random", output: Output = None) 
     blank = loaded.transform(Image.new("RGB", (256, 256)))
     for spec in usable_layers(loaded.model, blank[None]):
         kernel = "" if spec.channels_last else "x".join(map(str, spec.kernel))
-        numbers = (str(n) for n in (spec.n_in, spec.n_out, kernel, spec.groups))
-        rows.append([spec.name, spec.kind, *numbers])
+        cells = (spec.name, spec.kind, spec.n_in, spec.n_out, kernel, spec.groups)
+        rows.append(list(map(str, cells)))
     show(align(rows))
 
 
@@ -291,7 +291,9 @@ def scan(
     show(f"Scanned {count(one.manifest.n_images - len(broken), 'image')} into {out}")
 
 
-def find(scan: ScanPath, *, finding: Finding = Finding(), out: Table = None) -> None:
+def find(
+    scan: ScanPath, *, tau: Tau = 0.03, finding: Finding = Finding(), out: Table = None
+) -> None:
     """Find the polysemantic channels in a scan of training images."""
     from unbraid.scanning.accuracy import describe_fit, scanned_accuracy
 
@@ -299,7 +301,7 @@ def find(scan: ScanPath, *, finding: Finding = Finding(), out: Table = None) -> 
     opened = unbraid.open_scan(scan)
     if (accuracy := scanned_accuracy(opened)) is not None:
         say(describe_fit(accuracy, opened.manifest.preprocessing))
-    found = unbraid.find(opened, **vars(finding))
+    found = unbraid.find(opened, tau=tau, **vars(finding))
     if out is not None:
         found.to_csv(out)
     show(str(found))
@@ -326,6 +328,7 @@ def split(
     scan: ScanPath,
     *,
     out: Out,
+    tau: Tau = 0.03,
     finding: Finding = Finding(),
     method: Literal["least_squares", "published"] = "least_squares",
     rho: float | None = None,
@@ -338,7 +341,7 @@ def split(
     """
     refuse_result(out)
     opened = unbraid.open_scan(scan)
-    found = unbraid.find(opened, **vars(finding))
+    found = unbraid.find(opened, tau=tau, **vars(finding))
     divided = unbraid.split(opened, found, method=method, rho=rho)
     divided.save(out)
     show(f"Split {len(divided.channels)} channels into {out}")
@@ -394,9 +397,7 @@ def check(run: Path) -> int:
     from unbraid.running.check import check as check_folder
 
     found = check_folder(run)
-    for line in found.holds:
-        show(one_line(line))
-    show(str(found))
+    show("\n".join([*map(one_line, found.holds), str(found)]))
     return 0 if found.whole else 1
 
 

@@ -14,7 +14,7 @@ from checks import assert_close, assert_csv, assert_grouped, assert_pairs
 from handmade import write_scan
 from unbraid.base.errors import UsageError
 from unbraid.finding import arv
-from unbraid.finding.findings import Findings, Pair
+from unbraid.finding.findings import Candidate, Findings, Pair
 from unbraid.finding.membership import Cluster
 
 
@@ -244,10 +244,24 @@ def test_csv_and_pandas_hold_the_pairs_and_findings_print_as_a_table(tmp_path):
         "3  0.4500  -0.250 to 0.500 *  snake  88%  0.750  cauliflower  80%  0.500",
     ]
     assert mark.startswith("* 2 of 3 pairs uncertain: ")
-    assert "uncertain" not in str(replace(FINDINGS, pairs=FINDINGS.pairs[:1]))
+    assert str(named).startswith(
+        "1 sure, 2 uncertain pairs of classes in 1 sure, 1 uncertain polysemantic channel (tau 0.03"
+    )
+    sure = replace(FINDINGS, pairs=FINDINGS.pairs[:1], concepts={12: CONCEPTS[12]})
+    assert "uncertain" not in str(sure)
     none = replace(FINDINGS, pairs=(), concepts={}, hint="Nearest: ...")
-    head = "0 pairs of classes in 0 polysemantic channels (tau 0.03, p 0.75, gamma 0.5)."
-    assert str(none) == f"{head} Nearest: ..."
+    head = "No polysemantic channel (tau 0.03, p 0.75, gamma 0.5). Nearest: ..."
+    assert str(none) == head
+    candidates = (
+        Candidate(replace(PAIRS[0], cosine=0.3), 0.02, 0.5, ((7, 3), (5,))),
+        Candidate(PAIRS[1], 0.005, 0.401),
+    )
+    first, *table, _legend = str(replace(none, nearest=candidates)).splitlines()
+    assert first == head
+    assert [re.sub("  +", "  ", line) for line in table[1:]] == [
+        '12  0.3000  0.300 to 0.412  digital clock, "LED"  7 3  cauliflower head  5  --tau 0.02',
+        "3  0.4000  -  snake  4  --tau 0.005 --gamma 0.401",
+    ]
 
 
 def test_uncertain_unless_the_interval_lies_on_its_side_of_gamma():

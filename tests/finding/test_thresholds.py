@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+import oracle
 import unbraid
 from checks import assert_agrees_with_find, assert_sensitivity, assert_tau_chosen, truth_of
 from handmade import random_shares, scan_of_causes, write_scan
@@ -81,8 +82,60 @@ def test_the_tau_as_printed_finds_the_same(tmp_path):
     by_hand = unbraid.find(scan, tau=float(printed[1]), p=0.5)
     assert auto.pairs == by_hand.pairs != ()
     assert (auto.auto, by_hand.auto) == (True, False)
-    own = unbraid.find(scan, tau="auto", channels={3: [[0], [1]]})
+    own = unbraid.find(scan, tau="auto", p=0.5, channels={3: [[0], [1]]})
     assert (own.tau, own.channels) == (auto.tau, (3,))
+
+
+def lowered(scan, shares, labels, gamma):
+    """Tau by the rule of docs/thresholds.md, one call of `find` per tau."""
+    n = scan.layer.n_out
+    highest, lowest = (
+        max(float(f"{math.floor(1e6 * tau) / 1e6:.6f}"), scan.manifest.min_share)
+        for tau in (
+            oracle.automatic_tau(shares, labels, min(10, math.ceil(n / 4))),
+            oracle.automatic_tau(shares, labels, min(40, math.ceil(n / 2))),
+        )
+    )
+    most, best, tau, step = -1, None, highest, 0
+    while tau > lowest * 1.02 and most < min(8, math.ceil(n / 4)):
+        pairs = unbraid.find(scan, tau=tau, p=0.2, gamma=gamma).pairs
+        sure = len({pair.channel for pair in pairs if pair.high < gamma})
+        most, best = (sure, tau) if sure > most else (most, best)
+        step += 1
+        tau = highest * 0.9**step
+    return best, most
+
+
+@pytest.mark.parametrize(("seed", "gamma"), [(0, 0.5), (1, 0.8), (3, 0.0), (4, -0.9), (5, 0.9)])
+def test_tau_auto_is_lowered_as_far_as_sure_findings_ask(seed, gamma, tmp_path):
+    scan = scan_of_causes(tmp_path, seed)
+    labels = torch.cat(list(scan.columns("label"))).tolist()
+    expected, most = lowered(scan, random_shares(90, 20, seed), labels, gamma)
+    found = unbraid.find(scan, tau="auto", p=0.2, gamma=gamma)
+    assert found.tau == pytest.approx(expected, rel=0.02)
+    assert len(found.sure_channels) >= most
+
+
+def test_candidates_are_found_with_their_thresholds_best_first(case):
+    gamma = -0.5
+    found = unbraid.find(case.scan, tau=0.9, p=0.5, gamma=gamma)
+    assert not found.pairs
+    assert found.nearest
+    ranks = [(c.gamma > gamma, -c.tau if c.gamma == gamma else c.gamma) for c in found.nearest]
+    assert ranks == sorted(ranks)
+    assert found.nearest[0].pair.channel == int(re.findall(r"channel (\d+)", found.hint)[0])
+    assert len({c.pair.channel for c in found.nearest}) == len(found.nearest) <= 8
+    pooled = torch.cat([r.pooled for r in case.scan.shards()]).double()
+    positions, labels = (torch.cat(list(case.scan.columns(n))) for n in ("n_positions", "label"))
+    for candidate in found.nearest:
+        pair, o = candidate.pair, candidate.pair.channel
+        taken = unbraid.find(case.scan, tau=candidate.tau, p=0.5, gamma=candidate.gamma)
+        assert pair in taken.pairs, candidate
+        z = pooled[:, case.scan.layer.group_of(o)] @ case.scan.weight[o].double()
+        z = z / positions + case.scan.bias[o].double()
+        for label, images in zip((pair.class1, pair.class2), candidate.images, strict=True):
+            own = sorted((labels == label).nonzero()[:, 0].tolist(), key=lambda n: -z[n])
+            assert list(images) == own[:3]
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

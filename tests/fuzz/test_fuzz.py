@@ -25,6 +25,7 @@ from tiny_networks import SyntheticImages, build
 from unbraid.base import files
 from unbraid.base import schema as strict
 from unbraid.base.errors import UnbraidError
+from unbraid.finding.findings import Findings
 from unbraid.images import pictures
 from unbraid.images.pictures import read_picture
 from unbraid.measuring import results
@@ -67,6 +68,8 @@ def seeds(tmp_path_factory):
     records.write_shard(nameless, 0, records.read_shard(scan.path, 0))
     split = unbraid.split(scan, unbraid.find(scan, channels=OWN), method="published", rho=0.7)
     split.save(folder / "split.safetensors")
+    by_hand = unbraid.find(scan, channels=OWN).correct(scan, 1, groups=[[0, 1], [2, 3]])
+    by_hand.save(folder / "found.safetensors")
     like = results.Likeness(0.5, 0.25)
     rest = (False, False, like, (like, like), 1.0, float("nan"))
     measured = {"ablation": ablate(unbraid.apply(network, split), images)}
@@ -155,6 +158,19 @@ def use_split(data, seeds, folder):
     sound_or_refused(use)
 
 
+def use_findings(data, seeds, folder):
+    path = folder / "found.safetensors"
+    tamper(data, seeds.folder / path.name, path)
+
+    def use():
+        found = Findings.load(path)
+        assert str(found)
+        unbraid.split(seeds.scan, found, method="published", rho=0.7)
+        found.save(folder / "again.safetensors")
+
+    sound_or_refused(use)
+
+
 def use_evaluation(data, seeds, folder):
     path, kinds = folder / "evaluation.json", ("output", "ablation", "semantics")
     tamper(data, seeds.folder / path.name, path)
@@ -201,6 +217,7 @@ READERS = {
     "pooled": use_pooled,
     "manifest": use_manifest,
     "split": use_split,
+    "findings": use_findings,
     "evaluation": use_evaluation,
     "settings": use_settings,
     "features": use_features,

@@ -3,8 +3,10 @@
 import math
 import re
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
+import torch
 from torch.utils.data import Subset
 
 import unbraid
@@ -257,6 +259,41 @@ def test_sections_show_the_strongest_images_and_say_which_cannot_be_read(page, r
             gone = [f"image {i} cannot be read" for i in shown if i % 2]
             assert [box.text for box in half.all("span", "unreadable")] == gone
             assert len(shots(half)) == 8 - len(gone)
+
+
+def test_report_of_nothing_found_says_why(run, write):
+    none = unbraid.find(run.train_scan, gamma=-1.0)
+    page = read(write(found=none, split=None, evaluation=None, title=HOSTILE[0] + "\udcff"))
+    assert none.hint in page.text
+    assert not page.all("article")
+    assert page.all("h1")[0].text == HOSTILE[0] + "\\udcff"
+    table = page.all("table", "nearest")[0]
+    heads = [cell.text for cell in table.all("th", "number")[1:]]
+    assert heads == [str(c.pair.channel) for c in none.nearest]
+    options = [c.options(none) for c in none.nearest]
+    assert [code.text for code in table.all("code")] == options != []
+    index, label = (torch.cat(list(run.scan.columns(name))) for name in ("index", "label"))
+    labels = dict(zip(index.tolist(), label.tolist(), strict=True))
+    seen = [labels[int(image.attributes["alt"])] for image in table.all("img")]
+    told = [n for c in none.nearest for n in (c.pair.class1, c.pair.class2)]
+    assert [label for label, _ in groupby(seen)] == [label for label, _ in groupby(told)]
+
+
+def test_what_chance_may_have_decided_does_not_count_in_the_headline(run, write):
+    first, *others = run.found.channels
+    pairs = [replace(p, high=2.0) if p.channel == first else p for p in run.found.pairs]
+    found = replace(run.found, pairs=tuple(pairs))
+    sure = len(found.sure_channels)
+    assert first not in found.sure_channels
+    page = read(write(found=found))
+    facts = [item.text for item in page.all("ul", "facts")[0].all("li")]
+    assert re.match(
+        rf"{sure} polysemantic channels? and {1 + len(others) - sure} uncertain", facts[0]
+    )
+    none = replace(found, pairs=tuple(replace(p, high=2.0) for p in pairs))
+    page = read(write(found=none))
+    assert page.all("ul", "facts")[0].all("li")[0].text.startswith(f"{1 + len(others)} uncertain")
+    assert "surely answers to several" in page.text
 
 
 def test_report_says_what_is_missing(run, page, write):

@@ -1,5 +1,6 @@
 """Where results lie: each run takes a folder for good, and what is there is told apart."""
 
+import inspect
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from unbraid import cli
 from unbraid.base import files
 from unbraid.base.files import set_aside, write_new
 from unbraid.finding.findings import Findings
@@ -88,3 +90,8 @@ def test_write_new_writes_only_where_nothing_is(links, tmp_path, monkeypatch):
     assert write_new(tmp_path / "a/b", b"one")
     assert not write_new(tmp_path / "a/b", b"two")
     assert [(p.name, p.read_bytes()) for p in (tmp_path / "a").iterdir()] == [("b", b"one")]
+
+
+def test_a_run_chooses_tau_unless_one_is_given_and_find_has_the_published_one():
+    defaults = [inspect.signature(f).parameters["tau"].default for f in (cli.run, cli.find)]
+    assert [Thresholds().tau, *defaults] == ["auto", "auto", 0.03]

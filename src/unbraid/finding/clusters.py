@@ -16,7 +16,13 @@ from torch import Tensor
 
 from unbraid.finding.arv import averaged_relevance, cosines_of, group_classes
 from unbraid.finding.findings import Concept, Found, pairs_of
-from unbraid.finding.membership import Cluster, mean_responses, name_of, relevance_for_channel
+from unbraid.finding.membership import (
+    Cluster,
+    first_free,
+    mean_responses,
+    name_of,
+    relevance_for_channel,
+)
 from unbraid.scanning.records import Scan
 
 _N_TOP = 1000  # images of a channel
@@ -89,12 +95,6 @@ def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
 
 def _cosines(top: DescribedImages, number: Tensor, numbers: Sequence[int]) -> Tensor:
     return cosines_of(torch.stack([top.relevance[number == n].mean(0) for n in numbers]))
-
-
-def first_free(scan: Scan) -> int:
-    """The first number that is no class."""
-    seen = scan.labels_seen() | {int(c) for column in scan.columns("prediction") for c in column}
-    return max(len(scan.class_names), max(seen, default=-1) + 1)
 
 
 def name_cluster(scan: Scan, place: int, labels: Tensor) -> str:

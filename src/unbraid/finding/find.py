@@ -21,8 +21,23 @@ from unbraid.finding.arv import (
 )
 from unbraid.finding.clusters import search_clusters
 from unbraid.finding.cosine_intervals import with_chance
-from unbraid.finding.findings import Concept, ConceptKind, Findings, Found, pairs_of
-from unbraid.finding.thresholds import Tau, check_thresholds, choose_tau, nearest_finding
+from unbraid.finding.findings import (
+    Concept,
+    ConceptKind,
+    Findings,
+    Found,
+    found_by_hand,
+    pairs_of,
+    with_names,
+)
+from unbraid.finding.membership import find_images, first_free
+from unbraid.finding.thresholds import (
+    Tau,
+    check_thresholds,
+    choose_tau,
+    nearest_findings,
+    typical_taus,
+)
 from unbraid.finding.whole import add_clusters
 from unbraid.scanning.accuracy import scanned_accuracy
 from unbraid.scanning.records import Scan
@@ -39,6 +54,7 @@ def find(
     gamma: float = 0.5,
     channels: Mapping[int, Sequence[Sequence[int]]] | None = None,
     concepts: ConceptKind = "classes",
+    images: Mapping[int, Sequence[Sequence[int | str]]] | None = None,
 ) -> Findings:
     """Find the channels that two or more classes use for different reasons.
 
@@ -57,10 +73,13 @@ def find(
             to most are clustered by what fed it; clusters, numbered behind the last class, take
             the place of classes. With "whole" they stand beside the classes that use a channel:
             clusters of what else excites it.
+        images: your own concepts as groups of images, by index in the data set or by id, such as
+            `{1660: [[3, 17], [8, 21, 40]]}`; labels and thresholds play no part.
 
     Returns:
-        Findings, perhaps empty; then `Findings.hint` says which thresholds come nearest. Pairs of
-        classes come with the interval of their cosine (docs/chance.md).
+        Findings, perhaps empty; then `Findings.hint` says which thresholds come nearest, and
+        `Findings.nearest` ranks the candidates. Pairs of classes come with the interval of their
+        cosine (docs/chance.md).
 
     Raises:
         UsageError: a threshold is out of range, tau lies below the smallest share that the scan
@@ -74,40 +93,45 @@ def find(
     if concepts not in get_args(ConceptKind):
         raise UsageError(f"concepts is {concepts!r}; use 'classes', 'clusters' or 'whole'.")
     # A network that is mostly wrong uses its channels for nothing that labels tell.
-    accuracy = scanned_accuracy(scan) if concepts != "clusters" else None
+    if images is not None and (channels is not None or concepts != "classes"):
+        raise UsageError("Pass images alone, without channels and without concepts.")
+    of_classes = concepts != "clusters" and images is None
+    accuracy = scanned_accuracy(scan) if of_classes else None
     if accuracy is not None and accuracy.warning:
         warnings.warn(accuracy.warning, stacklevel=3)
     if concepts == "clusters" and channels is not None:
         raise UsageError("Pass your own concepts in channels, or concepts='clusters', not both.")
     auto, note = tau == "auto", ""
     if tau == "auto":
-        tau, note = choose_tau(scan)
+        tau, *_, note = choose_tau(scan, p, gamma) if of_classes else typical_taus(scan)
     if concepts == "clusters":
         found = search_clusters(scan, gamma)
+    elif images is not None:
+        found = _by_hand(scan, images)
     else:
         sums = class_sums(scan, [tau])
         found = _search(scan, sums, p, gamma) if channels is None else _own(scan, sums, channels)
         if channels is None and not found.pairs:
-            found.hint = nearest_finding(scan, tau, p, gamma)
+            found.hint, found.nearest = nearest_findings(scan, tau, p, gamma)
         found.pairs = with_chance(scan, sums, found.pairs)
         if concepts == "whole":
             add_clusters(scan, sums, found)
-    class_names = dict(enumerate(scan.class_names)) | found.names  # behind classes, clusters
     return Findings(
         tau,
         p,
         gamma,
         pairs=tuple(sorted(found.pairs, key=lambda pair: (pair.cosine, pair.channel))),
         concepts=found.concepts,
-        class_names=tuple(class_names.get(n, "") for n in range(max(class_names, default=-1) + 1)),
+        class_names=with_names(scan, found.names),
         hint=found.hint,
         layer=scan.layer.name,
         weights=scan.manifest.weights,
         clusters=found.clusters,
         agreement=found.agreement,
-        kind=concepts,
+        kind=concepts if images is None else "groups",
         auto=auto,
         note=note,
+        nearest=found.nearest,
     )
 
 
@@ -139,6 +163,30 @@ def _own(scan: Scan, sums: ClassSums, channels: Any) -> Found:
     return found
 
 
+def _by_hand(scan: Scan, images: Any) -> Found:
+    example = "such as {1660: [[3, 17], [8]]}"
+    if not isinstance(images, Mapping) or not images:
+        raise UsageError(f"images are no groups of images per channel; give some, {example}.")
+    found, first = Found(), first_free(scan)
+    for key, groups in images.items():
+        channel = whole_number("a channel in images", key)
+        _check_channel(scan, channel, "images")
+        new = found_by_hand(scan, channel, find_images(scan, channel, groups), first)
+        first += len(new.clusters)
+        found.pairs += new.pairs
+        found.concepts |= new.concepts
+        found.clusters |= new.clusters
+        found.names |= new.names
+    return found
+
+
+def _check_channel(scan: Scan, channel: int, argument: str) -> None:
+    layer = scan.layer
+    if not 0 <= channel < layer.n_out:
+        there = f"layer {layer.name!r} has channels 0 to {layer.n_out - 1}"
+        raise UsageError(f"{argument} names channel {channel}, but {there}.")
+
+
 def _use(sums: ClassSums, channel: int, classes: Sequence[int]) -> list[float]:
     """In what fraction of the images of each class a channel matters."""
     chosen = list(classes)
@@ -149,10 +197,7 @@ def _use(sums: ClassSums, channel: int, classes: Sequence[int]) -> list[float]:
 def _own_concepts(
     scan: Scan, sums: ClassSums, channel: int, groups: Sequence[Sequence[int]]
 ) -> tuple[Concept, ...]:
-    layer = scan.layer
-    if not 0 <= channel < layer.n_out:
-        there = f"layer {layer.name!r} has channels 0 to {layer.n_out - 1}"
-        raise UsageError(f"channels names channel {channel}, but {there}.")
+    _check_channel(scan, channel, "channels")
     try:
         concepts = tuple(tuple(whole_numbers("a concept", group)) for group in groups)
     except (TypeError, UsageError):

@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from unbraid.base.arguments import as_path
+from unbraid.base.errors import UsageError
+from unbraid.base.files import read_tensors, write_tensors
+from unbraid.base.modes import in_plain_modes
+from unbraid.base.schema import build, check_schema, in_range, unread
 from unbraid.base.tables import Exported, Table, Tabular, count, figure
-from unbraid.finding.membership import Cluster, Clusters, Members, name_of
+from unbraid.finding.membership import (
+    Cluster,
+    ClusterEntry,
+    Clusters,
+    Members,
+    find_images,
+    first_free,
+    name_of,
+    pack,
+    put_together,
+    sort_anew,
+    unpack,
+)
+from unbraid.scanning.manifest import MAX_CLASSES
 from unbraid.scanning.records import Scan
 
 Concept = tuple[int, ...]  # the classes, or clusters, that share one cause
 ConceptKind = Literal["classes", "clusters", "whole"]
+Kind = Literal["classes", "clusters", "whole", "groups"]  # groups put together by hand
 
+SCHEMA = 1
 COLUMNS = (
     *("channel", "class1", "class2", "cosine", "use1", "use2", "name1", "name2"),
     *("low", "high", "half1", "half2", "uncertain"),
@@ -26,7 +48,14 @@ _CLASS_LEGEND = (
     "interval: where, with 95 % confidence, the cosine lies that unlimited images would give; "
     "halves: cosine between two halves of the images of one class (- for a single image)."
 )
+_NEAREST_HEADS = ("channel", "cosine", "interval", "class 1", "images", "class 2", "images", "with")
+_NEAREST_LEGEND = (
+    "What comes nearest, best first. with: options, or arguments of find, that take it; images: of "
+    "the class, those that excite the channel most, by their places in the training images."
+)
 _CLUSTER_HEADS = ("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")
+_GROUP_HEADS = ("channel", "cosine", "group 1", "images", "group 2", "images")
+_GROUP_LEGEND = "images: the group's part of the images in all groups of the channel."
 _CLUSTER_LEGEND = "top images: the cluster's part of the images that the channel answers to most."
 
 
@@ -49,6 +78,40 @@ class Pair:
     half2: float = math.nan
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A pair that was not found, and the thresholds that find it."""
+
+    pair: Pair
+    tau: float
+    gamma: float
+    # Of each class, those that excite the channel most, by their places in the data set.
+    images: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+    def options(self, found: Findings) -> str:
+        """The options of `unbraid run` and `unbraid find` that take it, where other than asked."""
+        asked = {"tau": (self.tau, found.tau), "gamma": (self.gamma, found.gamma)}
+        # As repr, so that a number can be read back.
+        return " ".join(f"--{name} {own!r}" for name, (own, was) in asked.items() if own != was)
+
+
+def interval_in_words(pair: Pair) -> str:
+    """Write the interval of a pair's cosine, "-" where it is not known."""
+    return "-" if math.isnan(pair.low) else f"{pair.low:.3f} to {pair.high:.3f}"
+
+
+def sure_in_words(n_sure: int, n: int, what: str) -> str:
+    """Count things, those that are sure first and apart from those that are not."""
+    if n_sure == n:
+        return count(n, what)
+    return f"{n_sure:,} sure, {count(n - n_sure, f'uncertain {what}')}"
+
+
+def is_sure(pair: Pair, gamma: float) -> bool:
+    """Whether a pair's cosine and its whole interval lie on one side of gamma."""
+    return pair.high < gamma if pair.cosine < gamma else pair.low >= gamma
+
+
 def pairs_of(
     channel: int, numbers: Sequence[int], cosines: Tensor, wanted: Tensor, use: Sequence[float]
 ) -> list[Pair]:
@@ -69,6 +132,27 @@ class Found:
     names: dict[int, str] = field(default_factory=dict)  # of clusters
     agreement: dict[int, float] = field(default_factory=dict)  # per channel
     hint: str = ""  # if nothing was found, what comes nearest
+    nearest: tuple[Candidate, ...] = ()  # likewise, best first
+
+
+def found_by_hand(scan: Scan, channel: int, groups: Sequence[Sequence[int]], first: int) -> Found:
+    """Groups of images, by index, as a channel's concepts, with numbers from the first on."""
+    made = put_together(scan, channel, groups, first)
+    numbers, sizes = list(made.clusters), [len(group) for group in groups]
+    part = [size / sum(sizes) for size in sizes]
+    every = torch.ones_like(made.cosines, dtype=torch.bool)
+    return Found(
+        pairs=pairs_of(channel, numbers, made.cosines, every, part),
+        concepts={channel: tuple((number,) for number in numbers)},
+        clusters=made.clusters,
+        names=made.names,
+    )
+
+
+def with_names(scan: Scan, names: Mapping[int, str]) -> tuple[str, ...]:
+    """Names of classes and, behind them, of clusters, by number."""
+    every = dict(enumerate(scan.class_names)) | dict(names)
+    return tuple(every.get(n, "") for n in range(max(every, default=-1) + 1))
 
 
 @dataclass(frozen=True)
@@ -87,9 +171,10 @@ class Findings(Tabular, Exported):
     clusters: Clusters = field(default_factory=dict)  # by number, where they stand for classes
     # Per channel, adjusted Rand index of clusters' concepts and classes' concepts; see docs.
     agreement: Mapping[int, float] = field(default_factory=dict)
-    kind: ConceptKind = "classes"  # what concepts are made of
+    kind: Kind = "classes"  # what concepts are made of
     auto: bool = False  # whether tau was chosen by rule
     note: str = ""  # what to know of the tau chosen
+    nearest: tuple[Candidate, ...] = ()  # if nothing was found, what comes nearest, best first
 
     columns = COLUMNS
 
@@ -97,6 +182,26 @@ class Findings(Tabular, Exported):
     def channels(self) -> tuple[int, ...]:
         """The polysemantic channels, in order."""
         return tuple(sorted(self.concepts))
+
+    @property
+    def sure_channels(self) -> tuple[int, ...]:
+        """The channels with a pair that is not uncertain, in order."""
+        return tuple(sorted({pair.channel for pair in self.pairs if not self.uncertain(pair)}))
+
+    @property
+    def channels_in_words(self) -> str:
+        """Count the channels; those that chance may have decided, apart."""
+        return sure_in_words(len(self.sure_channels), len(self.concepts), "polysemantic channel")
+
+    @property
+    def n_sure(self) -> int:
+        """Number of pairs that are not uncertain."""
+        return sum(not self.uncertain(pair) for pair in self.pairs)
+
+    @property
+    def pairs_in_words(self) -> str:
+        """Count the pairs; those that chance may have decided, apart."""
+        return sure_in_words(self.n_sure, len(self.pairs), "pair")
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -107,7 +212,7 @@ class Findings(Tabular, Exported):
     @property
     def sides(self) -> str:
         """What the pairs are of."""
-        return "clusters" if self.kind == "clusters" else "classes"
+        return self.kind if self.kind in ("clusters", "groups") else "classes"
 
     @property
     def tau_in_words(self) -> str:
@@ -116,7 +221,110 @@ class Findings(Tabular, Exported):
 
     def members_in(self, scan: Scan) -> Members:
         """Say which images of a scan of this layer belong to which class or cluster."""
+        sizes = {c.centres.shape[1] for c in self.clusters.values()}
+        if max(self.channels, default=0) >= scan.layer.n_out or sizes - {scan.layer.n_in_per_group}:
+            raise UsageError("The findings are of a layer of another size than the scan's.")
         return Members(scan, self.clusters)
+
+    def correct(
+        self,
+        scan: Scan,
+        channel: int,
+        *,
+        groups: Sequence[Sequence[int | str]] | None = None,
+        join: Sequence[Sequence[int]] = (),
+        move: Mapping[int | str, int | None] | None = None,
+        part: Mapping[int, Sequence[Sequence[int | str]]] | None = None,
+    ) -> Findings:
+        """Sort the images of one channel anew by hand; all its concepts become groups of images.
+
+        Concepts count from 0 as in `concepts[channel]`; images go by index or id.
+
+        Args:
+            scan: that the findings are of.
+            channel: one that was found, or with `groups` any.
+            groups: its images, a list for each concept, in place of what was found.
+            join: concepts that are one, such as `[[0, 2]]`.
+            move: the concept that an image belongs to, such as `{7: 1}`; None for no concept.
+            part: examples of each part of a concept, such as `{0: [[3, 5], [8]]}`; its other
+                images follow the nearest centre.
+
+        Returns:
+            New findings, for `unbraid.split`.
+
+        Raises:
+            UsageError: a concept or image is not there, or named twice, or less than two concepts
+                are left, or one without images.
+        """
+        if (self.weights, self.layer) != (scan.manifest.weights, scan.layer.name):
+            raise UsageError("The scan is not of the network and layer that the findings are of.")
+        if groups is not None and (join or move or part):
+            raise UsageError("Pass groups, or what to join, move and part, not both.")
+        if groups is None:
+            if channel not in self.concepts:
+                raise UsageError(f"Channel {channel} was not found, so give its groups whole.")
+            before = [self.members_in(scan).indices(own) for own in self.concepts[channel]]
+            sorted_anew = sort_anew(scan, channel, before, join, move or {}, part or {})
+        else:
+            sorted_anew = find_images(scan, channel, groups)
+        kept = {n: c for n, c in self.clusters.items() if c.channel != channel}
+        new = found_by_hand(scan, channel, sorted_anew, first_free(scan, kept))
+        concepts = {o: own for o, own in self.concepts.items() if o != channel} | new.concepts
+        pairs = [pair for pair in self.pairs if pair.channel != channel] + new.pairs
+        names = {n: self.name(n) for n in kept} | new.names
+        clusters = kept | new.clusters
+        by_hand = all(c.images is not None for c in clusters.values())
+        only = all(n in clusters for own in concepts.values() for group in own for n in group)
+        return replace(
+            self,
+            pairs=tuple(sorted(pairs, key=lambda pair: (pair.cosine, pair.channel))),
+            concepts=concepts,
+            clusters=clusters,
+            class_names=with_names(scan, names),
+            agreement={o: a for o, a in self.agreement.items() if o != channel},
+            kind="groups" if by_hand and only else self.kind,
+            hint="",
+            nearest=(),
+        )
+
+    @in_plain_modes
+    def save(self, path: str | Path) -> None:
+        """Write the findings to one safetensors file (docs/format.md).
+
+        Raises:
+            RunError: the disk is full or may not be written.
+        """
+        tensors, clusters = pack(self.clusters)
+        own = {name: _plain(value) for name, value in vars(self).items() if name != "clusters"}
+        write_tensors(
+            as_path("path", path), tensors, {"schema": SCHEMA, **own, "clusters": clusters}
+        )
+
+    @classmethod
+    @in_plain_modes
+    def load(cls, path: str | Path) -> Findings:
+        """Read findings from their file.
+
+        Raises:
+            RunError: the file is missing, damaged or holds no findings.
+        """
+        tensors, about = read_tensors(as_path("path", path))
+        try:
+            check_schema(about, SCHEMA)
+            entries = vars(build(_About, about, null_figures=True))
+            own = {name: entries[name] for name in cls.__dataclass_fields__ if name != "clusters"}
+            for channel, concepts in own["concepts"].items():
+                in_range("a channel", channel, 0, MAX_CLASSES - 1)
+                numbers = [number for concept in concepts for number in concept]
+                if len(concepts) < 2 or not all(concepts) or len(set(numbers)) < len(numbers):
+                    raise ValueError(
+                        f"the concepts of channel {channel} are not two or more groups"
+                    )
+                for number in numbers:
+                    in_range("a class", number, 0, MAX_CLASSES - 1)
+            return cls(**own, clusters=unpack(entries["clusters"], tensors))
+        except (KeyError, ValueError) as error:
+            raise unread(error, f"{path} holds no findings that can be read ({error}).") from None
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -124,30 +332,37 @@ class Findings(Tabular, Exported):
 
     def table(self) -> Table:
         """Show the pairs, or say what comes nearest to a finding."""
-        of_classes = self.kind != "clusters"
-        n_channels = count(len(self.concepts), "polysemantic channel")
+        of_classes = self.sides == "classes"
         asked = f"tau {self.tau_in_words}, p {self.p:g}, " if of_classes else ""
-        head = (
-            f"{count(len(self.pairs), 'pair')} of {self.sides} in {n_channels} "
-            f"({asked}gamma {self.gamma:g})"
-        )
+        asked = f"({asked}gamma {self.gamma:g})"
         note = f"\nNote: {self.note}" if self.note else ""
         if not self.pairs:
-            return Table((), note=f"{head}. {self.hint}".rstrip() + note)
-        heads = _CLASS_HEADS if of_classes else _CLUSTER_HEADS
+            head = f"No polysemantic channel {asked}. {self.hint}".rstrip()
+            if not self.nearest:
+                return Table((), note=head + note)
+            rows = [self._nearest_cells(candidate) for candidate in self.nearest]
+            return Table([_NEAREST_HEADS, *rows], head, _NEAREST_LEGEND + note)
+        head = f"{self.pairs_in_words} of {self.sides} in {self.channels_in_words} {asked}"
+        kinds = {"classes": _CLASS_HEADS, "clusters": _CLUSTER_HEADS, "groups": _GROUP_HEADS}
+        heads = kinds[self.sides]
         rows = [self._cells(pair, of_classes) for pair in self.pairs]
         return Table([heads, *rows], head, self._legend(of_classes) + note)
 
     def _cells(self, pair: Pair, of_classes: bool) -> list[str]:
         cells = [str(pair.channel), f"{pair.cosine:.4f}"]
         if of_classes:
-            known = not math.isnan(pair.low)
-            interval = f"{pair.low:.3f} to {pair.high:.3f}" if known else "-"
-            cells.append(interval + " *" * self.uncertain(pair))
+            cells.append(interval_in_words(pair) + " *" * self.uncertain(pair))
         sides = (pair.class1, pair.use1, pair.half1), (pair.class2, pair.use2, pair.half2)
         for number, use, half in sides:
             cells += [self.name(number), f"{use:.0%}", *([figure(half)] if of_classes else [])]
         return cells
+
+    def _nearest_cells(self, candidate: Candidate) -> list[str]:
+        pair = candidate.pair
+        cells = [str(pair.channel), f"{pair.cosine:.4f}", interval_in_words(pair)]
+        for number, images in zip((pair.class1, pair.class2), candidate.images, strict=True):
+            cells += [self.name(number), " ".join(map(str, images))]
+        return [*cells, candidate.options(self)]
 
     def _legend(self, of_classes: bool) -> str:
         if of_classes:
@@ -158,6 +373,8 @@ class Findings(Tabular, Exported):
                     "images of the same classes the cosine could lie on the other side of gamma."
                 )
             return "\n".join([legend, *self._concepts_with_clusters()])
+        if self.kind == "groups":
+            return _GROUP_LEGEND
         legend, known = _CLUSTER_LEGEND, self.known_agreement
         if known:
             legend += (
@@ -187,8 +404,7 @@ class Findings(Tabular, Exported):
         """Whether a pair's interval is unknown or not all on its side of gamma; no cluster's is."""
         if pair.class1 in self.clusters:
             return False
-        sure = pair.high < self.gamma if pair.cosine < self.gamma else pair.low >= self.gamma
-        return not sure
+        return not is_sure(pair, self.gamma)
 
     def rows(self) -> Iterator[tuple[int | float | str, ...]]:
         """Give one row per pair, in the order of the CSV columns."""
@@ -196,3 +412,35 @@ class Findings(Tabular, Exported):
             figures = tuple(vars(pair).values())
             names = (self.name(pair.class1), self.name(pair.class2))
             yield (*figures[:6], *names, *figures[6:], self.uncertain(pair))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, null where a figure is not known."""
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(own) for name, own in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(own) for own in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+@dataclass(frozen=True)
+class _About:
+    schema: int
+    tau: float
+    p: float
+    gamma: float
+    pairs: tuple[Pair, ...]
+    concepts: dict[int, tuple[Concept, ...]]
+    class_names: tuple[str, ...]
+    hint: str
+    layer: str
+    weights: str
+    agreement: dict[int, float]
+    kind: Kind
+    auto: bool
+    note: str
+    nearest: tuple[Candidate, ...]
+    clusters: dict[int, ClusterEntry]
+    crc32: dict[str, int] = field(default_factory=dict)

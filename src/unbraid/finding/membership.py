@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unbraid.base.arguments import whole_number
+from unbraid.base.errors import UsageError
+from unbraid.base.schema import in_range
+from unbraid.base.tables import count
 from unbraid.networks.relevance import input_relevance
+from unbraid.scanning.manifest import MAX_CLASSES
 from unbraid.scanning.records import Records, Scan
 
 
 @dataclass(frozen=True, eq=False)
 class Cluster:
-    """Images in which a channel responds for one cause."""
+    """Images in which a channel responds for one cause, found so or put together by hand."""
 
     channel: int
     place: int  # among the clusters of the channel
@@ -25,6 +31,9 @@ class Cluster:
     origin: Tensor | None = None  # (C,), taken from relevance before it is compared with centres
     alike: float = -1.0  # smallest cosine of an image with its centre
     named: tuple[int, ...] = ()  # classes whose images are of other concepts of the channel
+    # Of a group by hand, its images (n,), sorted, by index in the data set of this fingerprint.
+    images: Tensor | None = None
+    data: str = ""
 
 
 Clusters = Mapping[int, Cluster]  # by number
@@ -47,6 +56,8 @@ class Members:
         cluster = self.clusters.get(number)
         if cluster is None:
             return records.label == number
+        if cluster.images is not None and cluster.data == self.scan.manifest.data:
+            return torch.isin(records.index, cluster.images)
         channel = cluster.channel
         response = mean_responses(self.scan, records.pooled, records.n_positions, [channel])
         member = response[:, 0] >= cluster.least
@@ -118,6 +129,242 @@ class Members:
             number: {name: torch.cat([part[name] for part in own]) for name in own[0]}
             for number, own in parts.items()
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Groups of images that were put together by hand, as clusters of a channel."""
+
+    clusters: dict[int, Cluster]  # by number
+    names: dict[int, str]
+    cosines: Tensor  # (K, K), of the mean relevance of the groups
+
+
+def put_together(scan: Scan, channel: int, groups: Sequence[Sequence[int]], first: int) -> Groups:
+    """Describe groups of images, by index, by what feeds the channel in them.
+
+    On the scan's data set the given images are the members; elsewhere, as of clusters, images that
+    excite the channel as much as the weakest of all, in the group whose centre is nearest.
+    """
+    group_of = {index: k for k, group in enumerate(groups) for index in group}
+    wanted = torch.tensor(sorted(group_of), dtype=torch.int64)
+    place = torch.tensor([group_of[index] for index in wanted.tolist()], dtype=torch.int64)
+    label, response, relevance = described(scan, channel, wanted)
+    unit = F.normalize(relevance, dim=1)
+    numbers = range(first, first + len(groups))
+    own = [place == k for k in range(len(groups))]
+    centres = F.normalize(torch.stack([unit[chosen].mean(0) for chosen in own]), dim=1)
+    arvs = F.normalize(torch.stack([relevance[chosen].mean(0) for chosen in own]), dim=1)
+    # A little less, since the same response may be rounded otherwise in another batch.
+    rounding = torch.finfo(scan.weight.dtype).eps ** 0.5 * response.abs().max()
+    least, data = float(response.min() - rounding), scan.manifest.data
+    clusters = {
+        n: Cluster(channel, k, centres, least, images=wanted[own[k]], data=data)
+        for k, n in enumerate(numbers)
+    }
+    names = {
+        n: f"group {k + 1}{_mostly(scan, label[own[k]].tolist())}" for k, n in enumerate(numbers)
+    }
+    return Groups(clusters, names, (arvs @ arvs.T).clamp(-1, 1))
+
+
+def described(scan: Scan, channel: int, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels (n,), mean responses (n,) and relevance (n, C) of some images, by sorted index."""
+    parts = []
+    for own in scan.tensors("index", "label", "n_positions", "pooled"):
+        chosen = torch.isin(own["index"], wanted)
+        pooled = own["pooled"][chosen]
+        responses = mean_responses(scan, pooled, own["n_positions"][chosen], [channel])[:, 0]
+        relevance = relevance_for_channel(scan, pooled[:, scan.layer.group_of(channel)], channel)
+        parts.append((own["index"][chosen], own["label"][chosen], responses, relevance))
+    index, *columns = (torch.cat(part) for part in zip(*parts, strict=True))
+    label, response, relevance = (column[index.argsort()] for column in columns)
+    return label, response, relevance
+
+
+def _mostly(scan: Scan, labels: Sequence[int]) -> str:
+    """Name up to three classes that a fifth of some images have, in brackets."""
+    often = [c for c, n in Counter(labels).most_common(3) if 5 * n >= len(labels)]
+    return f" ({', '.join(name_of(scan.class_names, c) for c in often)})" if often else ""
+
+
+def pack(clusters: Clusters) -> tuple[dict[str, Tensor], dict[int, dict[str, Any]]]:
+    """Tensors and descriptions of clusters, by number, for a file."""
+    tensors: dict[str, Tensor] = {}
+    entries: dict[int, dict[str, Any]] = {}
+    for number, c in clusters.items():  # of one channel they share their centres
+        tensors[f"centres.{c.channel}"] = c.centres
+        if c.origin is not None:
+            tensors[f"origin.{c.channel}"] = c.origin
+        own = ("channel", "place", "least", "alike", "named")
+        entries[number] = {name: getattr(c, name) for name in own}
+        if c.images is not None:
+            tensors[f"images.{number}"] = c.images
+            entries[number]["data"] = c.data
+    return tensors, entries
+
+
+@dataclass(frozen=True)
+class ClusterEntry:
+    """How a file describes a cluster."""
+
+    channel: int
+    place: int
+    least: float
+    alike: float = -1.0
+    named: tuple[int, ...] = ()
+    data: str = ""
+
+
+def unpack(
+    entries: Mapping[int, ClusterEntry], tensors: Mapping[str, Tensor], n_in: int | None = None
+) -> dict[int, Cluster]:
+    """Clusters of what a file holds, their relevance of n_in channels; ValueError if unsound."""
+    clusters = {}
+    for number, own in entries.items():
+        centres, images = tensors[f"centres.{own.channel}"], tensors.get(f"images.{number}")
+        if centres.dim() != 2 or (n_in is not None and centres.shape[1] != n_in):
+            raise ValueError(f"the centres of channel {own.channel} do not fit its layer")
+        in_range("a cluster's place", own.place, 0, len(centres) - 1)
+        origin = tensors.get(f"origin.{own.channel}")
+        if origin is not None and origin.shape != centres.shape[1:]:
+            raise ValueError(f"the origin of channel {own.channel} does not fit its layer")
+        in_range("the least cosine of a cluster's images", own.alike, -1, 1)
+        for label in own.named:
+            in_range("a class", label, 0, MAX_CLASSES - 1)
+        if images is not None and (
+            images.dtype != torch.int64
+            or images.dim() != 1
+            or not len(images)
+            or images[0] < 0
+            or (images.diff() <= 0).any()
+        ):
+            raise ValueError(f"the images of group {number} are no list of images in order")
+        at = (own.channel, own.place, centres, own.least)
+        clusters[number] = Cluster(*at, origin, own.alike, own.named, images, own.data)
+    return clusters
+
+
+def first_free(scan: Scan, clusters: Iterable[int] = ()) -> int:
+    """The first number that is no class's, and no cluster's of some."""
+    columns = (column for name in ("label", "prediction") for column in scan.columns(name))
+    seen = [int(column.max()) for column in columns if len(column)]
+    return max(len(scan.class_names), *(n + 1 for n in (*seen, *clusters)), 0)
+
+
+def find_images(scan: Scan, channel: int, groups: Any) -> list[list[int]]:
+    """Check groups of images, and turn ids into indices; UsageError if they are no such groups."""
+    example = "such as {1660: [[3, 'clocks/7.jpg'], [12]]}"
+    try:
+        lists = [list(group) for group in groups if not isinstance(group, str)]
+        if len(lists) < len(groups):
+            raise TypeError
+    except TypeError:
+        raise UsageError(
+            f"The groups of channel {channel} are no lists of images; give some, {example}."
+        ) from None
+    if len(lists) < 2:
+        raise UsageError(
+            f"Channel {channel} has {count(len(lists), 'group')} of images; give two or more, "
+            f"{example}."
+        )
+    known = Images(scan)
+    found = [[known.index(channel, image) for image in group] for group in lists]
+    if not all(found):
+        raise UsageError(f"A group of channel {channel} is empty; give each an image or more.")
+    ((most, n_times),) = Counter(index for group in found for index in group).most_common(1)
+    if n_times > 1:
+        raise UsageError(
+            f"Channel {channel} names image {known.name(most)} twice; leave it in one group."
+        )
+    return found
+
+
+def sort_anew(
+    scan: Scan,
+    channel: int,
+    groups: Sequence[Sequence[int]],
+    join: Sequence[Sequence[int]],
+    move: Mapping[int | str, int | None],
+    part: Mapping[int, Sequence[Sequence[int | str]]],
+) -> list[list[int]]:
+    """Correct groups of images, by index; see `Findings.correct`."""
+    for number in (*(k for own in join for k in own), *move.values(), *part):
+        if number is not None and number not in range(len(groups)):
+            raise UsageError(
+                f"Channel {channel} has no concept {number!r}; give one of 0 to {len(groups) - 1}."
+            )
+    known, goes_to = Images(scan), list(range(len(groups)))
+    for own in join:
+        same = {goes_to[k] for k in own}
+        goes_to = [min(same) if k in same else k for k in goes_to]
+    anew: dict[int, list[int]] = {k: [] for k in goes_to}
+    for k, group in zip(goes_to, groups, strict=True):
+        anew[k] += group
+    for image, wanted in move.items():
+        index = known.index(channel, image)
+        anew = {k: [i for i in group if i != index] for k, group in anew.items()}
+        if wanted is not None:
+            anew[goes_to[wanted]].append(index)
+    examples = {goes_to[k]: own for k, own in part.items()}
+    parted: list[list[int]] = []
+    for k, group in anew.items():
+        if k in examples:
+            own_parts = find_images(scan, channel, examples[k])
+            parted += _follow(scan, channel, group, own_parts)
+        else:
+            parted.append(group)
+    return find_images(scan, channel, parted)
+
+
+def _follow(
+    scan: Scan, channel: int, group: Sequence[int], parts: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """Let the images of a concept follow the nearest of the examples of its parts."""
+    strange = sorted({i for own in parts for i in own} - set(group))
+    if strange:
+        raise UsageError(
+            f"Image {strange[0]} is not of the concept of channel {channel} that is to be parted; "
+            "move it there first."
+        )
+    named = {i for own in parts for i in own}
+    rest = torch.tensor(sorted(set(group) - named), dtype=torch.int64)
+    if not len(rest):
+        return [list(own) for own in parts]
+    centres = next(iter(put_together(scan, channel, parts, 0).clusters.values())).centres
+    nearest = (described(scan, channel, rest)[2] @ centres.T).argmax(1)
+    return [[*own, *rest[nearest == k].tolist()] for k, own in enumerate(parts)]
+
+
+class Images:
+    """The images of a scan by index and id."""
+
+    def __init__(self, scan: Scan) -> None:
+        """Read what the scan knows of its images."""
+        self.indices = {index for column in scan.columns("index") for index in column.tolist()}
+        self.ids = scan.ids()
+        self.by_id = {name: index for index, name in self.ids.items()}
+
+    def index(self, channel: int, image: Any) -> int:
+        """Return an image's index; UsageError if there is none."""
+        if isinstance(image, str):
+            index = self.by_id.get(image, -1)
+            if not self.by_id:
+                raise UsageError(
+                    "The scan knows no ids of its images; name them by index, as integers."
+                )
+        else:
+            index = whole_number(f"an image of channel {channel}", image)
+        if index not in self.indices:
+            raise UsageError(
+                f"Channel {channel} names image {image!r}, which the scan has not; name images by "
+                "their place in the data set, or by id."
+            )
+        return index
+
+    def name(self, index: int) -> str:
+        """What people call an image."""
+        return repr(self.ids[index]) if index in self.ids else str(index)
 
 
 def mean_responses(

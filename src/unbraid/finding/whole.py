@@ -10,14 +10,13 @@ from unbraid.finding.clusters import (
     ALIKE,
     cover,
     directions,
-    first_free,
     mean_pooled,
     name_cluster,
     nearest_centres,
     top_images,
 )
 from unbraid.finding.findings import Concept, Found
-from unbraid.finding.membership import Cluster
+from unbraid.finding.membership import Cluster, first_free
 from unbraid.scanning.records import Scan
 
 

@@ -24,8 +24,7 @@ from unbraid.images.broken import plain
 from unbraid.images.dataset import holder_of, picture_of, size_of
 from unbraid.images.identity import preprocessing_of
 from unbraid.networks.spec import LayerSpec, respond
-from unbraid.reporting.channel import ChannelView
-from unbraid.reporting.view import Material
+from unbraid.reporting.view import Material, Page
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit
 
@@ -80,10 +79,9 @@ class Pictures:
     note: str = ""  # why there are no veils
 
 
-def take_pictures(
-    channels: Sequence[ChannelView], material: Material, dataset: Dataset[Any] | None
-) -> Pictures:
-    """Read and encode what is shown of channels."""
+def take_pictures(page: Page, material: Material, dataset: Dataset[Any] | None) -> Pictures:
+    """Read and encode what is shown of channels, or of candidates."""
+    channels = page.channels
     n_rows = sum(len(channel.rows) for channel in channels)
     side, quality = next(size for most, *size in _SIZES if n_rows <= most)
     shown, pictures = {channel.number for channel in channels}, Pictures()
@@ -112,6 +110,11 @@ def take_pictures(
             drawn = None if source is None else veil(source)
             pictures.veils[spot] = Veil(veil(response), drawn)
     labels = {spot.image: label for spot, label in spots.items()}
+    for candidate, shown_of in zip(material.found.nearest, page.nearest, strict=True):
+        for label, own in zip(
+            (candidate.pair.class1, candidate.pair.class2), shown_of, strict=True
+        ):
+            labels |= dict.fromkeys(own, label)
     pictures.shots = read_pictures(
         dataset, labels, lambda image: encode(sight(image) if sight else image, side, quality)
     )

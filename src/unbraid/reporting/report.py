@@ -101,15 +101,15 @@ def report(
 def render(material: Material, *, dataset: Dataset[Any] | None, title: str | None) -> str:
     """Return the page; arguments as in `unbraid.report`."""
     page, found = build_page(material, has_images=dataset is not None, title=title), material.found
-    pictures = take_pictures(page.channels, material, dataset)
+    pictures = take_pictures(page, material, dataset)
     environment = _environment()
     environment.globals |= {
         "page": page,
         "material": material,
         "found": found,
         "pictures": pictures,
-        "of_clusters": found.kind == "clusters",
-        "judged": bool(found.pairs) and found.kind != "clusters",
+        "of_clusters": found.sides != "classes",
+        "judged": bool(found.pairs) and found.sides == "classes",
         "predicted": material.scan.manifest.labels == "predicted",
         "n_images": material.n_images,
     }

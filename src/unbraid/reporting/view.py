@@ -11,7 +11,7 @@ from typing import Any
 from unbraid.base.errors import UsageError
 from unbraid.base.tables import count
 from unbraid.finding.findings import Findings, Pair
-from unbraid.finding.thresholds import Sensitivity
+from unbraid.finding.thresholds import Sensitivity, top_images
 from unbraid.measuring.results import ChannelAblation, ChannelEvaluation, Evaluation
 from unbraid.networks.spec import LayerSpec
 from unbraid.reporting.channel import ChannelView, channel_views
@@ -81,8 +81,9 @@ class Material:
 
     @cached_property
     def chosen(self) -> bool:
-        """Whether the user named the concepts: only then can a pair lie above the threshold."""
-        return any(pair.cosine >= self.found.gamma for pair in self.found.pairs)
+        """Whether the user named the concepts: else no pair lies above the threshold."""
+        found = self.found
+        return found.kind == "groups" or any(pair.cosine >= found.gamma for pair in found.pairs)
 
     @property
     def has_too_many_thresholds(self) -> bool:
@@ -144,6 +145,7 @@ class Page:
     notes: Sequence[str]  # what is left out and why, and what to beware of
     settings: Mapping[str, str]
     sensitivity: Sensitivity | None  # what other thresholds find
+    nearest: Sequence[tuple[tuple[int, ...], ...]]  # candidates' images, of both classes
 
 
 def build_page(material: Material, *, has_images: bool, title: str | None) -> Page:
@@ -167,6 +169,7 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
         notes=[bounded(note, MAX_TEXT) for note in notes],
         settings={k: bounded(v, MAX_TEXT) for k, v in _settings(material).items()},
         sensitivity=None if material.has_too_many_thresholds else material.sensitivity,
+        nearest=top_images(material.scan, material.found.nearest),
     )
 
 
@@ -175,24 +178,29 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
     found, split, evaluation = material.found, material.split, material.evaluation
     note = f"of {count(material.scan.layer.n_out, 'channel')}"
     if not material.chosen:
-        tau = "" if found.kind == "clusters" else f"tau {found.tau_in_words}, p {found.p:g}, "
+        tau = "" if found.sides != "classes" else f"tau {found.tau_in_words}, p {found.p:g}, "
         note += f" at {tau}gamma {found.gamma:g}"
-    n = len(found.concepts)
-    what = f"{'chosen' if material.chosen else 'polysemantic'} channel{'' if n == 1 else 's'}"
+    # What chance may have decided does not count.
+    n = len(found.concepts) if material.chosen else len(found.sure_channels)
+    n_unsure, kind = len(found.concepts) - n, "chosen" if material.chosen else "polysemantic"
+    if n == 0 and n_unsure:
+        n, kind, note = n_unsure, "uncertain", f"none is sure; {note}"
+    elif n_unsure:
+        note = f"and {n_unsure:,} uncertain; {note}"
+    elif n == 0 and found.nearest:
+        return [(f"{len(found.nearest):,}", "nearest candidates", f"none passes; {note}")]
+    what = f"{kind} channel{'' if n == 1 else 's'}"
     facts = [(f"{n:,}", what, note)]
     if not found.concepts:
         return facts
     cosine = min((pair.cosine for pair in material.lowest.values()), default=None)
     note = f"lowest cosine {number(cosine)}"
+    n_pairs = len(found.pairs) if material.chosen else found.n_sure
+    if n_pairs < len(found.pairs):
+        note = f"and {len(found.pairs) - n_pairs:,} uncertain; {note}"
     if agreement := found.known_agreement:
         note += f"; agreement with classes {number(sum(agreement) / len(agreement))}"
-    facts.append(
-        (
-            f"{len(found.pairs):,}",
-            f"pairs of {found.sides}",
-            note,
-        )
-    )
+    facts.append((f"{n_pairs:,}", f"pair{'' if n_pairs == 1 else 's'} of {found.sides}", note))
     if split is not None:
         note = f"method: {split.method.replace('_', ' ')}"
         facts.append((f"{material.n_concepts:,}", "concept channels", note))
@@ -267,7 +275,7 @@ def _settings(material: Material) -> dict[str, str]:
     scan, found, split = material.scan, material.found, material.split
     manifest = scan.manifest
     rows: dict[str, str] = {"concepts": found.kind}
-    if found.kind == "classes":
+    if found.sides == "classes":
         rows |= {"tau": found.tau_in_words, "p": f"{found.p:g}"}
     rows["gamma"] = f"{found.gamma:g}"
     if split is not None:

@@ -56,7 +56,7 @@ _NUMBERED = re.compile(r"settings-([2-9]|[1-9]\d+)")
 class Thresholds:
     """When a channel counts as polysemantic; "Find" in docs/method.md."""
 
-    tau: Tau = 0.03
+    tau: Tau = "auto"
     p: float = 0.75
     gamma: float = 0.5
     rho: float | None = None  # of the published baseline; None: chosen per channel
@@ -73,7 +73,7 @@ class Settings:
     """What a run was asked for, kept in its folder so that it can be told from another.
 
     >>> str(Settings("a title", Thresholds(rho=0.5, concepts="clusters"), {}, encoder="timm:x"))
-    'tau 0.03, p 0.75, gamma 0.5, rho 0.5, concepts clusters, encoder timm:x'
+    'tau auto, p 0.75, gamma 0.5, rho 0.5, concepts clusters, encoder timm:x'
     """
 
     title: str

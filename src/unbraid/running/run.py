@@ -287,8 +287,10 @@ def _make(job: Job, made: Run, encoder: Encoder) -> None:
     if made.sensitivity is not None:
         made.sensitivity.to_csv(folder / "sensitivity.csv")
     if found.concepts:
-        pairs, channels = count(len(found), "pair"), count(len(found.concepts), "channel")
-        job.say(f"Found {pairs} in {channels}; scanning their images again, with positions.")
+        job.say(
+            f"Found {found.pairs_in_words} in {found.channels_in_words}; scanning their images "
+            "again, with positions."
+        )
         train_maps = _scan_positions(job, made, "train")
         made.val_maps = _scan_positions(job, made, "val")
         job.say("Splitting and checking the outputs.")

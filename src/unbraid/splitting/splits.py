@@ -18,7 +18,7 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.base.schema import build, check_schema, in_range, unread
 from unbraid.base.tables import Table, Tabular, count
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import Cluster, Clusters, Members, name_of
+from unbraid.finding.membership import ClusterEntry, Clusters, Members, name_of, pack, unpack
 from unbraid.networks.spec import LayerSpec, respond, widen
 from unbraid.scanning.manifest import MAX_CLASSES, most_classes
 from unbraid.scanning.records import Scan, sound_figures
@@ -133,10 +133,8 @@ class Split(Tabular):
         tensors = {f"masks.{part.channel}": part.masks for part in parts}
         tensors["weight"] = torch.stack([part.weight for part in parts])
         tensors["bias"] = torch.tensor([part.bias for part in parts], dtype=torch.float64)
-        for cluster in self.clusters.values():  # of one channel they share their centres
-            tensors[f"centres.{cluster.channel}"] = cluster.centres
-            if cluster.origin is not None:
-                tensors[f"origin.{cluster.channel}"] = cluster.origin
+        of_clusters, clusters = pack(self.clusters)
+        tensors |= of_clusters
         about = {
             "schema": SCHEMA,
             "layer": asdict(self.layer),
@@ -147,10 +145,7 @@ class Split(Tabular):
             "channels": [
                 {"channel": p.channel, "concepts": p.concepts, "info": p.info} for p in parts
             ],
-            "clusters": {
-                number: {name: getattr(c, name) for name in _ClusterEntry.__dataclass_fields__}
-                for number, c in self.clusters.items()
-            },
+            "clusters": clusters,
         }
         write_tensors(as_path("path", path), tensors, about)
 
@@ -178,15 +173,6 @@ class _ChannelEntry:
 
 
 @dataclass(frozen=True)
-class _ClusterEntry:
-    channel: int
-    place: int
-    least: float
-    alike: float = -1.0
-    named: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
 class _About:
     schema: int
     layer: LayerSpec
@@ -195,7 +181,7 @@ class _About:
     settings: dict[str, float]
     class_names: tuple[str, ...]
     channels: tuple[_ChannelEntry, ...]
-    clusters: dict[int, _ClusterEntry] = field(default_factory=dict)
+    clusters: dict[int, ClusterEntry] = field(default_factory=dict)
     crc32: dict[str, int] = field(default_factory=dict)
 
 
@@ -204,7 +190,7 @@ def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
     spec, n_names = about.layer, len(about.class_names)
     spec.check()
     for name, tensor in tensors.items():
-        if not sound_figures(tensor):
+        if not name.startswith("images.") and not sound_figures(tensor):
             raise ValueError(f"{reprlib.repr(name)} is not of finite numbers")
     weight, bias, n_channels = tensors["weight"], tensors["bias"], len(about.channels)
     if (weight.shape, bias.shape) != ((n_channels, spec.n_taps), (n_channels,)):
@@ -225,22 +211,9 @@ def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
         if masks.shape != (len(concepts), spec.n_taps) or masks.min() < 0 or masks.max() > 1:
             raise ValueError(f"the masks of channel {o} do not fit its layer")
         channels.append(ChannelSplit(o, concepts, masks, row, own_bias, entry.info))
-    clusters = {}
     for number, own in about.clusters.items():
         in_range("a cluster's number", number, 0, n_names - 1)  # named like classes
         in_range("a cluster's channel", own.channel, 0, spec.n_out - 1)
-        centres = tensors[f"centres.{own.channel}"]
-        if centres.dim() != 2 or centres.shape[1] != spec.n_in_per_group:
-            raise ValueError(f"the centres of channel {own.channel} do not fit its layer")
-        in_range("a cluster's place", own.place, 0, len(centres) - 1)
-        origin = tensors.get(f"origin.{own.channel}")
-        if origin is not None and origin.shape != centres.shape[1:]:
-            raise ValueError(f"the origin of channel {own.channel} does not fit its layer")
-        in_range("the least cosine of a cluster's images", own.alike, -1, 1)
-        for label in own.named:
-            in_range("a class", label, 0, MAX_CLASSES - 1)
-        at = (own.channel, own.place, centres, own.least)
-        clusters[number] = Cluster(*at, origin, own.alike, own.named)
     return Split(
         layer=spec,
         weights=about.weights,
@@ -248,5 +221,5 @@ def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
         settings=about.settings,
         class_names=about.class_names,
         channels=tuple(channels),
-        clusters=clusters,
+        clusters=unpack(about.clusters, tensors, spec.n_in_per_group),
     )
