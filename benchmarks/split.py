@@ -32,7 +32,7 @@ from train_demo import DEBIAN_FOLDER, first_of_each_class, read_split
 from truth import halves_told_apart, planted, shuffled_findings
 from unbraid.demo.network import DemoImages, normalise
 from unbraid.finding.findings import Findings
-from unbraid.measuring.mimic_and_silence import separation_error
+from unbraid.measuring.formulas import separation_error
 from unbraid.measuring.results import Evaluation, Responses
 from unbraid.scanning.records import Scan
 

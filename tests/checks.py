@@ -20,6 +20,8 @@ from unbraid.finding.findings import Pair
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 MEASURES = ("retention", "leakage", "mimic_error", "silence_error", "auroc")
+OVER_ALL = ("auroc_all", "r_precision", "off", "whole_auroc_all", "whole_r_precision")
+OF_CHANNEL = ("coverage", "top_coverage", "explained_share")
 
 
 @dataclass
@@ -363,6 +365,44 @@ def assert_evaluation(result, split, truth):
     for name, values in errors.items():
         if all(map(math.isfinite, values)):
             _assert_measure(result.summary[split.method][name], sum(values) / len(values))
+
+
+def assert_over_all(result, split, truth):
+    """Every measure over all images is the oracle's, and so are their means in the summary."""
+    found, of_concepts, n_images = [], [], len(truth.labels)
+    for measured, part in zip(result.channels, split.channels, strict=True):
+        z, *z_new = (truth.pooled_response(part.channel, row) for row in (part.weight, *part.rows))
+        images = [truth.images(concept) for concept in part.concepts]
+        for concept, z_k, own in zip(measured.concepts, z_new, images, strict=True):
+            others = [n for n in range(n_images) if n not in own]
+            expected = (
+                oracle.auroc(z_k, own, others),
+                oracle.top_part(z_k, own, len(own)),
+                oracle.positive_part(z_k, others),
+                oracle.auroc(z, own, others),
+                oracle.top_part(z, own, len(own)),
+            )
+            of_concepts.append(expected)
+            for measure, value in zip(OVER_ALL, expected, strict=True):
+                _assert_measure(getattr(concept, measure), value)
+        named = [image for own in images for image in own]
+        expected = (
+            oracle.positive_part(z, named),
+            oracle.top_part(z, named, max(1, n_images // 100)),
+            oracle.explained_share(z, z_new),
+        )
+        found.append(expected)
+        for measure, value in zip(OF_CHANNEL, expected, strict=True):
+            _assert_measure(getattr(measured, measure), value)
+    summary = result.summary[split.method]
+    columns = [
+        *zip(OVER_ALL, zip(*of_concepts, strict=True), strict=True),
+        *zip(OF_CHANNEL, zip(*found, strict=True), strict=True),
+    ]
+    for name, values in columns:
+        known = [value for value in values if math.isfinite(value)]
+        if not name.startswith("whole") and known:
+            _assert_measure(summary[name], sum(known) / len(known))
 
 
 def assert_published_table(ratios, part, k, truth, tau):

@@ -313,6 +313,37 @@ def auroc(z_k: Tensor, images_k: Indices, images_other: Indices) -> float:
     return wins / (len(images_k) * len(images_other))
 
 
+def top_part(z_k: Tensor, images_k: Indices, n: int) -> float:
+    """Part of the n images with the largest z_k that is in D_k; R-precision where n is N_k.
+
+    Of images with the same z_k that do not all have a place, each has an equal chance of one.
+    """
+    values, own = [float(value) for value in z_k], {int(image) for image in images_k}
+    found = 0.0
+    for image in own:
+        larger = sum(1 for value in values if value > values[image])
+        equal = sum(1 for value in values if value == values[image])
+        found += min(1.0, max(0.0, (n - larger) / equal))
+    return found / n
+
+
+def positive_part(z: Tensor, images: Indices) -> float:
+    """Sum of max(z, 0) over some images, to that over all: coverage, and `off` of the others."""
+    positive = [max(float(value), 0.0) for value in z]
+    whole = sum(positive)
+    return sum(positive[int(image)] for image in images) / whole if whole else math.nan
+
+
+def explained_share(z: Tensor, z_new: Sequence[Tensor]) -> float:
+    """sum_n min(max(sum_k z_k, 0), max(z, 0)) / sum_n max(z, 0)."""
+    above = below = 0.0
+    for n in range(len(z)):
+        together, whole = sum(float(z_k[n]) for z_k in z_new), max(float(z[n]), 0.0)
+        above += min(max(together, 0.0), whole)
+        below += whole
+    return above / below if below else math.nan
+
+
 def ablated_logits(
     model: nn.Module, layer_name: str, image: Tensor, o: int, row: Tensor | None
 ) -> Tensor:

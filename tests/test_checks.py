@@ -156,6 +156,7 @@ SOUND = {  # beside the truth
     "same_outputs": two_networks,
     "same_input_gradients": two_networks,
     "evaluation": lambda w: {"result": plain(w.evaluation, "channels summary"), "split": w.split},
+    "over_all": lambda w: {"result": plain(w.evaluation, "channels summary"), "split": w.split},
     "published_table": lambda w: {
         **{"ratios": w.evaluation.channels[1].concepts[0].ratios, "part": w.split.channels[1]},
         **{"k": 0, "tau": TAU},
@@ -322,6 +323,10 @@ SENSITIVE = {
     "evaluation": under("result", "channels channels/0/concepts summary/published/separation_error")
     + under("result/channels/0", "separation_error separation_error_rectified")
     + under("result/channels/0/concepts/0", " ".join(("n_images", *checks.MEASURES))),
+    "over_all": "result/channels result/channels/0/concepts"
+    + under("result/channels/0", " ".join(checks.OF_CHANNEL))
+    + under("result/channels/0/concepts/0", " ".join(checks.OVER_ALL))
+    + under("result/summary/published", " ".join((*checks.OVER_ALL[:3], *checks.OF_CHANNEL))),
     "published_table": "ratios ratios/0/mean ratios/-1/median",
 }
 # What these do not reach. An empty path leads to all arguments.

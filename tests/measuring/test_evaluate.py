@@ -8,11 +8,18 @@ import pytest
 import torch
 
 import unbraid
-from checks import assert_close, assert_evaluation, assert_published_table
+from checks import (
+    OF_CHANNEL,
+    OVER_ALL,
+    assert_close,
+    assert_evaluation,
+    assert_over_all,
+    assert_published_table,
+)
 from tiny_networks import build
 from unbraid.base.errors import UsageError
 from unbraid.measuring import evaluate
-from unbraid.measuring.mimic_and_silence import mimic_error, separation_error, silence_errors
+from unbraid.measuring.formulas import mimic_error, separation_error, silence_errors
 from unbraid.measuring.results import Responses
 
 KINDS = ["no bias", "3x3", "uneven", "groups", "pooled features", "tokens"]
@@ -25,6 +32,7 @@ def test_evaluate_any_layer_gives_the_oracles_measures(kind, n_shards, case_of):
     for tau in (0.005, 0.1, 0.2):
         result = unbraid.evaluate(case.split, case.scan, tau=tau)
         assert_evaluation(result, case.split, case.truth)
+        assert_over_all(result, case.split, case.truth)
         for measured, part in zip(result.channels, case.split.channels, strict=True):
             for k, concept in enumerate(measured.concepts):
                 if len(part.concepts) == 2:
@@ -84,6 +92,51 @@ def test_evaluate_scans_of_some_classes_needs_images_of_each_concept(case, tmp_p
     assert [concept.n_images for concept in channel.concepts] == [3, 3]
     with pytest.raises(UsageError, match="no image of class 0, concept 0 of channel 1"):
         unbraid.evaluate(case.split, scan)
+
+
+def without_all(channels):
+    """The measures without those over all images."""
+    none = dict.fromkeys(OVER_ALL)
+    return tuple(
+        replace(
+            channel,
+            concepts=tuple(replace(concept, **none) for concept in channel.concepts),
+            **dict.fromkeys(OF_CHANNEL),
+        )
+        for channel in channels
+    )
+
+
+@pytest.mark.parametrize("some", [{"classes": [0, 1, 2, 3]}, {"indices": [*range(12)]}])
+def test_evaluate_a_scan_of_some_images_needs_one_of_all(some, case, case_of, tmp_path):
+    scan = unbraid.scan(case.network, "layer", case.images, tmp_path, positions=True, **some)
+    alone = unbraid.evaluate(case.split, scan)
+    assert alone.channels == without_all(alone.channels)
+    summary = alone.summary["published"]
+    over_all = {*OVER_ALL[:3], *OF_CHANNEL}
+    assert {name for name, value in summary.items() if value is None} == over_all
+    assert "over all images is left out: the scan is of some" in str(alone)
+    assert "R-precision" not in str(unbraid.evaluate(case.split, case.scan))
+    ours = replace(case.split, method="ours")
+    both = unbraid.evaluate(ours, scan, baseline=case.split, everything=case.scan)
+    assert without_all(both.channels) == alone.channels
+    for result in (both, both.baseline):
+        assert_over_all(result, replace(case.split, method=result.method), case.truth)
+    others = case_of("reflect", n_images=14).scan
+    for other, told in (
+        (scan, "of some images only, or of others"),
+        (others, "of some images only, or of others"),
+        (case_of("groups").scan, "another network"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            unbraid.evaluate(case.split, scan, everything=other)
+
+
+@pytest.mark.parametrize("n_bytes", [1, 13 * 8 * 5 * 2])
+def test_evaluate_over_all_images_goes_by_portions(n_bytes, case, monkeypatch):
+    whole = unbraid.evaluate(case.split, case.scan)
+    monkeypatch.setattr(evaluate, "_MAX_BYTES", n_bytes)  # of one channel, of two
+    assert unbraid.evaluate(case.split, case.scan).channels == whole.channels
 
 
 def test_evaluate_without_positions_leaves_out_the_rectified_measures_only(case, case_of):

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 import unbraid
+from checks import OF_CHANNEL, OVER_ALL
 from tiny_networks import SyntheticImages
 from unbraid import Semantics
 from unbraid.base.errors import RunError, UsageError
@@ -47,13 +48,28 @@ def test_to_dict_has_the_measures_under_the_keys_of_the_contract(result):
     content = result.to_dict()
     assert content["output"] == asdict(result.output)
     assert content["summary"] == result.summary
-    errors = {"separation_error", "separation_error_rectified"}
+    errors = {"separation_error", "separation_error_rectified", *OF_CHANNEL}
     for entry, channel in zip(content["channels"], result.channels, strict=True):
         assert set(entry) == {"layer", "channel", "concepts", *errors, "ablation", "semantics"}
         for part, concept in zip(entry["concepts"], channel.concepts, strict=True):
             assert part.keys() == vars(concept).keys()
     assert content["channels"][1]["semantics"]["original"]["monosemanticity"] is None
     assert content["channels"][2]["semantics"] is None
+
+
+def test_a_file_of_before_measures_over_all_images_opens(result, tmp_path):
+    path = tmp_path / "evaluation.json"
+    content = json.loads(json.dumps(result.to_dict()))
+    for channel in content["channels"]:
+        for part, names in ((channel, OF_CHANNEL), *((k, OVER_ALL) for k in channel["concepts"])):
+            for name in names:
+                del part[name]
+    path.write_text(json.dumps(content))
+    old = results.read_channels(path)
+    for channel, one in zip(result.channels, old, strict=True):
+        assert one.separation_error == channel.separation_error
+        assert {getattr(one, name) for name in OF_CHANNEL} == {None}
+        assert {getattr(k, name) for k in one.concepts for name in OVER_ALL} == {None}
 
 
 @pytest.mark.parametrize(

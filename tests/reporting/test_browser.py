@@ -164,7 +164,8 @@ def test_a_link_opens_its_channel_also_when_the_search_hides_it(open_page):
 
 def test_keyboard(page):
     order = [f"channel-{channel}" for channel in channels(page, "article")]
-    for key, n in (("j", 0), ("j", 1), ("k", 0), ("k", 0)):  # there is none before the first
+    keys = (("j", 0), ("ArrowRight", 1), ("k", 0), ("ArrowLeft", 0))  # none is before the first
+    for key, n in keys:
         page.keyboard.press(key)
         wait_for_focus(page, order[n])
     page.keyboard.press("/")
@@ -175,6 +176,29 @@ def test_keyboard(page):
     page.keyboard.type(order[1].removeprefix("channel-"))
     page.keyboard.press("Enter")
     wait_for_focus(page, order[1])
+    page.click("label[for=look-source]")
+    page.keyboard.press("ArrowLeft")  # chooses, and does not leave for another channel
+    assert page.is_checked("#look-answer")
+    wait_for_focus(page, "look-answer")
+    stopped = """shiftKey => !document.body.dispatchEvent(new KeyboardEvent("keydown",
+        { key: "ArrowRight", shiftKey, bubbles: true, cancelable: true }))"""
+    assert [page.evaluate(stopped, shift) for shift in (True, False)] == [False, True]
+
+
+def test_a_number_finds_its_own_channel_first_and_the_order_comes_back(page):
+    before, shown = channels(page), channels(page, "article")
+    page.evaluate(
+        """channels => channels.forEach(([old, number]) => {
+            document.querySelector(`.overview tr[data-channel='${old}']`).dataset.channel = number;
+            document.getElementById(`channel-${old}`).id = `channel-${number}`;
+        })""",
+        [[shown[0], "12"], [shown[1], "1"]],
+    )
+    page.fill("#search", "1")
+    assert channels(page)[:2] == channels(page, "article")[:2] == ["1", "12"]
+    page.fill("#search", "")
+    assert channels(page) == ["12", "1", *before[2:]]
+    assert channels(page, "article") == ["12", "1", *shown[2:]]
 
 
 @pytest.mark.parametrize("width", [360, 1600])
@@ -201,14 +225,30 @@ def test_pictures_are_shown_whole_or_where_and_all_on_paper(page):
     pictures = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
     assert {*pictures} == {True}
     page.evaluate(LAY_OUT)
-    for look in ("whole", "answer"):
+    for look in ("whole", "source", "answer"):
         page.click(f"label[for=look-{look}]")
-        assert page.locator(".veil").first.is_visible() == (look == "answer")
-    image, veil = (page.locator(one).first.bounding_box() for one in (".frame img", ".veil"))
+        for kind in ("answer", "source"):
+            assert page.locator(f".veil.{kind}").first.is_visible() == (look == kind)
+    image, veil = (page.locator(one).first.bounding_box() for one in (".frame img", ".veil.answer"))
     assert image == veil
+
+
+def test_print_folds_nothing_but_what_is_said_once_more_and_hides_the_tools(open_page):
+    page = open_page(width=680)  # A4 without margins
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open], .aside)").count() == 0
+    assert page.locator("details.aside[open]").count() == 0
     page.emulate_media(media="print")
     assert page.locator(".words dt").first.is_visible()
     assert not page.locator("#tools").is_visible()
+    assert not page.locator("details.aside summary").first.is_visible()
+    widest = """() => Math.max(...[...document.querySelectorAll('table')]
+        .map(t => t.getBoundingClientRect().right))"""
+    assert page.evaluate(widest) <= 681
+    page.evaluate("document.querySelector('.effects td').style.paddingLeft = '700px'")
+    assert page.evaluate(widest) > 681
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details[open]").count() == 0
 
 
 def test_without_script_all_is_there(page, open_page):

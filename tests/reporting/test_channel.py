@@ -12,7 +12,7 @@ import unbraid
 from pages import BROKEN, sections, shots
 from unbraid.measuring.reference_images import reference_images
 from unbraid.reporting import channel as channel_module
-from unbraid.reporting.words import significant
+from unbraid.reporting.words import ordinal, significant
 
 
 def test_rows_end_with_the_first_image_of_a_concept_that_is_missing(run, write):
@@ -32,9 +32,9 @@ def test_rows_end_with_the_first_image_of_a_concept_that_is_missing(run, write):
     (last,) = section.all("li", "first")
     assert section.all("ol", "shots")[0].all("li")[7:] == [last]
     assert shots(last)[0].attributes["alt"].endswith(f"image {best}\u2069")
-    assert last.all("span", "activation")[0].text == f"{significant(value)}, rank {rank:,}"
+    assert last.all("span", "activation")[0].text == f"{significant(value)}, {ordinal(rank)}"
     row = section.all("div", "row")[0].text
-    assert f"B comes first at rank {rank:,} of {len(run.images) - 1} images" in row
+    assert f"B comes first at {ordinal(rank)} of {len(run.images) - 1} images" in row
     (first,) = channel_module.first_images(run.scan, split, {channel: {1}})[channel].values()
     assert first == pytest.approx((best, targets[best], value, rank), rel=1e-4)
 

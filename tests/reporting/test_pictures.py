@@ -122,13 +122,27 @@ def test_find_where_is_the_layers_own_output_image_by_image(run):
     known = pictures.find_where(run.scan, parts, spots)
     assert set(known) == spots
     for spot, where in known.items():
-        x = run.network[:2](run.images.x[[spot.image]]).detach().double()
+        x = run.network[:2](run.images.x[[spot.image]]).detach().double().requires_grad_()
         kernel = rows[spot.channel, spot.concept].double().view(1, *layer.weight.shape[1:])
-        z = F.conv2d(x, kernel, None, stride=2, padding=1)[0, 0] + run.split[spot.channel].bias
-        expected = z.clamp(min=0) / z.max().clamp(min=1e-30)
-        torch.testing.assert_close(where, expected, rtol=1e-4, atol=1e-5)
+        z = F.conv2d(x, kernel, None, stride=2, padding=1)
+        (gradient,) = torch.autograd.grad(z.sum(), x)
+        source = (x * gradient).sum(1)[0].detach()
+        assert float(source.sum()) == pytest.approx(z.sum().item(), rel=1e-9)
+        response = z[0, 0].detach() + run.split[spot.channel].bias
+        for mine, values in zip(where, (response, source), strict=True):
+            expected = values.clamp(min=0) / values.max().clamp(min=1e-30)
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
     assert pictures.find_where(run.scan, parts, {Spot(parts[0].channel, None, BROKEN)}) == {}
     assert pictures.find_where(run.train_scan, parts, spots) == {}  # without positions
+
+
+def test_find_where_of_a_layer_without_kernel_has_no_map_of_its_input(tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 4))
+    scan = unbraid.scan(network, "0", Subset(Blobs(12, 0), range(5)), tmp_path, positions=True)
+    found = unbraid.find(scan, channels={0: [[0], [1]]})
+    split = unbraid.split(scan, found, method="published", rho=0.5)
+    (where,) = pictures.find_where(scan, split.channels, {Spot(0, 0, 1)}).values()
+    assert where.source is None
 
 
 def test_visualisations_stand_at_the_head_of_their_rows(run, write):
@@ -159,8 +173,8 @@ def test_veils_lie_over_their_pictures(run, page, write, tmp_path):
         for frame in row.all("span", "frame"):
             index = int(re.findall(r"\d+", frame.all("img")[0].attributes["alt"])[-1])
             spot = Spot(part.channel, k, index)
-            veil = pictures.veil(pictures.find_where(run.scan, [part], {spot})[spot])
-            assert [image.attributes["src"] for image in frame.all("img")[1:]] == [veil]
+            veils = [*map(pictures.veil, pictures.find_where(run.scan, [part], {spot})[spot])]
+            assert [image.attributes["src"] for image in frame.all("img")[1:]] == veils
     bare = unbraid.scan(run.network, "2", run.images, tmp_path / "bare", skip_broken=True)
     without = write(scan=bare)
     assert not read(without).all("img", "veil")

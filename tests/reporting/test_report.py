@@ -11,8 +11,10 @@ import unbraid
 from handmade import plant
 from pages import BROKEN, HOSTILE, LONG, Blobs, assert_harmless, notes, read, sections, shots
 from unbraid.base.errors import UsageError
+from unbraid.base.tables import count
 from unbraid.measuring.evaluate import intervals
 from unbraid.measuring.reference_images import ALIKE, reference_images
+from unbraid.reporting import channel as channel_module
 from unbraid.reporting import report as report_module
 from unbraid.reporting import view
 from unbraid.reporting.words import ABSENT, number, percent, significant
@@ -67,7 +69,7 @@ def figures_of(evaluation, channel):
     off = next(c for c in evaluation.ablation.channels if c.channel == channel)
     seen = evaluation.semantics.channels[channel]
     sure = intervals(evaluation.responses[channel])
-    measures, effects = [], []
+    measures, effects, runs = [], [], [off.whole, *(concept.by_class for concept in off.concepts)]
     for concept, known in zip(measured.concepts, map(vars, sure.concepts), strict=True):
         measures.append([str(concept.n_images)])
         for name in ("retention", "leakage", "mimic_error", "silence_error", "auroc"):
@@ -79,12 +81,20 @@ def figures_of(evaluation, channel):
         row.append(f"{number(rest.logit)} whole {number(rest.whole_logit)}")
         row += [f"{percent(d.accuracy, 1)} whole {percent(d.whole_accuracy, 1)}" for d in two]
         effects.append(row)
+    own = [label for concept in off.concepts for label in concept.classes]
+    losses = []
+    for n, output in enumerate(evaluation.ablation.classes):
+        lost = [f"{number(run.logit[n])} {percent(run.accuracy[n], 1)}" for run in runs]
+        place = own.index(output.label) if output.label in own else len(own)
+        hardest = -max(abs(run.logit[n]) for run in runs)
+        losses.append((place, hardest, [*lost, str(output.n_images)]))
     errors = (measured.separation_error, measured.separation_error_rectified)
     return [
         measures,
         [[f"{number(r.mean)} ({number(r.median)})" for r in k.ratios] for k in measured.concepts],
         [[number(a.monosemanticity), number(a.clarity)] for a in (seen.original, *seen.concepts)],
         effects,
+        [row for *_, row in sorted(losses)],
         [*map(number, errors), *map(significant, (seen.within, seen.between))],
     ]
 
@@ -99,6 +109,15 @@ def test_every_figure_is_the_evaluations(page, run):
             kept, cell.children = cell.children, ["9.999"]
             assert figures_in(section) != expected
             cell.children = kept
+
+
+def test_report_lists_few_classes_of_no_concept_that_lose_most(run, write, monkeypatch):
+    monkeypatch.setattr(channel_module, "N_OTHERS", 0)
+    for channel, section in sections(write()).items():
+        own = sum(map(len, run.split[channel].concepts))
+        assert len(section.all("table")[-1].rows()) == own
+        left_out = f"{count(4 - own, 'class', 'classes')} that lose or gain less are left out"
+        assert (left_out in section.text) == (own < 4)
 
 
 def test_report_shows_facts_and_settings(page, run):
@@ -251,6 +270,30 @@ def test_report_says_what_is_missing(run, page, write, note, missing):
     changed = replace(run.evaluation, **{part: None}) if part else None
     assert note in notes(write(**{whole: changed}))
     assert note not in notes(page)
+
+
+def test_report_over_scans_without_images_of_a_concept_leaves_out_what_needs_them(
+    run, write, tmp_path
+):
+    some = [i for i, label in enumerate(run.images.targets) if label != 0]
+    few = unbraid.scan(
+        run.network, "2", Subset(run.images, some), tmp_path / "few", skip_broken=True
+    )
+    hit = [part.channel for part in run.split.channels if 0 in sum(part.concepts, ())]
+    with pytest.raises(UsageError) as refused:
+        unbraid.evaluate(run.split, few)
+    page = write(scan=few, train_scan=few, evaluation=None, dataset=None)
+    assert f"Densities are left out: {refused.value}" in notes(page)
+    told = (
+        f"The input channels of channel {', '.join(map(str, hit))} are left out: the training scan"
+    )
+    assert told in notes(page)
+    headings = {o: [h.text for h in s.all("h3")] for o, s in sections(page).items()}
+    assert set(headings) == {part.channel for part in run.split.channels}
+    for channel, own in headings.items():
+        assert "What each concept channel keeps" in own
+        assert ("Where each concept comes from" in own) == (channel not in hit)
+        assert {"How it answers to each concept", "Class by class"}.isdisjoint(own)
 
 
 def foreign(one, **changes):

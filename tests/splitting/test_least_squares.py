@@ -9,7 +9,7 @@ import unbraid
 from checks import assert_close, assert_same_split, truth_of
 from tiny_networks import SyntheticImages, build
 from unbraid.finding.membership import Members
-from unbraid.measuring.mimic_and_silence import separation_error
+from unbraid.measuring.formulas import separation_error
 from unbraid.networks.layers import describe
 from unbraid.networks.spec import pooled_input, tap_inputs
 from unbraid.splitting import least_squares as ls

@@ -6,10 +6,11 @@ pooled pre-activation, new (N, K) the concept channels', concept (N,) which one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from unbraid.base.arguments import as_kind, real_number
@@ -18,12 +19,19 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.finding.membership import Members
 from unbraid.images.batches import in_batches
 from unbraid.measuring.compare import OutputComparison
-from unbraid.measuring.mimic_and_silence import (
+from unbraid.measuring.formulas import (
+    auroc,
+    counted_auroc,
+    coverage,
+    explained_share,
     mean,
     mimic_error,
+    off_concept,
     others_than,
+    r_precision,
     separation_error,
     silence_errors,
+    top_coverage,
 )
 from unbraid.measuring.results import (
     Ablation,
@@ -35,8 +43,10 @@ from unbraid.measuring.results import (
     Semantics,
     join,
 )
-from unbraid.scanning.records import Records, Scan
+from unbraid.scanning.records import Records, Scan, no_records
 from unbraid.splitting.splits import ChannelSplit, Split
+
+_MAX_BYTES = 2**28  # of responses to all images held at a time
 
 
 @in_plain_modes
@@ -49,6 +59,7 @@ def evaluate(
     output: OutputComparison | None = None,
     ablation: Ablation | None = None,
     semantics: Semantics | None = None,
+    everything: Scan | None = None,
 ) -> Evaluation:
     """Compute the measures of "Evaluate" in docs/method.md for every split channel.
 
@@ -63,10 +74,15 @@ def evaluate(
         output: from `unbraid.compare_outputs`, to be kept with the measures.
         ablation: from `unbraid.ablate`, of all or some of the channels, likewise.
         semantics: from `unbraid.measure_semantics`, likewise.
+        everything: a scan of all validation images, where `scan` is of some. Measures over all
+            images, such as R-precision and coverage, are None without either. They hold 8 bytes
+            an image for each response, of so many channels at a time as take 256 MiB, and read the
+            records once for every such portion.
 
     Raises:
-        UsageError: tau is out of range; the scan is of another network or layer, or has no image
-            of a concept; or the baseline, ablation or semantics are of another split.
+        UsageError: tau is out of range; a scan is of another network or layer, or has no image
+            of a concept; `everything` is of some images, or of others; or the baseline, ablation
+            or semantics are of another split.
     """
     as_kind("split", split, Split)
     as_kind("scan", scan, Scan)
@@ -74,11 +90,18 @@ def evaluate(
         as_kind("baseline", baseline, Split)
     _refuse_other_results(split, baseline, ablation, semantics)
     split.require(scan)
+    if everything is not None:
+        _refuse_part(split, scan, as_kind("everything", everything, Scan))
+    elif _is_whole(scan):
+        everything = scan
     tau = float(split.settings["tau"]) if tau is None else real_number("tau", tau)
     if not 0 <= tau <= 1:
         raise UsageError(f"tau is {tau:g}; a share must lie between 0 and 1.")
     responses = gather_responses(split, scan)
     channels = [_evaluate_channel(split, p, responses[p.channel], tau) for p in split.channels]
+    if everything is not None:
+        pairs = zip(channels, respond_to_all(split, everything), strict=True)
+        channels = [_over_all(channel, *responses) for channel, responses in pairs]
     return Evaluation(
         split.method,
         split.layer.name,
@@ -88,8 +111,23 @@ def evaluate(
         output,
         ablation,
         semantics,
-        baseline=None if baseline is None else evaluate(baseline, scan, tau=tau),
+        baseline=None
+        if baseline is None
+        else evaluate(baseline, scan, tau=tau, everything=everything),
     )
+
+
+def _is_whole(scan: Scan) -> bool:
+    return scan.manifest.classes is None and not scan.manifest.indices
+
+
+def _refuse_part(split: Split, scan: Scan, everything: Scan) -> None:
+    split.require(everything)
+    if not _is_whole(everything) or everything.manifest.data != scan.manifest.data:
+        raise UsageError(
+            "`everything` is a scan of some images only, or of others than `scan`; scan all images "
+            "of the validation set."
+        )
 
 
 def _refuse_other_results(
@@ -160,6 +198,56 @@ def _respond(members: Members, records: Records, part: ChannelSplit) -> Response
     )
 
 
+def respond_to_all(split: Split, scan: Scan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield of each channel, in order, the concept of every image (N,), -1 for none, z and new."""
+    members, n_images = split.members_in(scan), scan.manifest.n_images
+    widest = max((2 + len(part.concepts) for part in split.channels), default=1)
+    n_at_a_time = max(1, _MAX_BYTES // (8 * n_images * widest))
+    for start in range(0, len(split.channels), n_at_a_time):
+        parts = split.channels[start : start + n_at_a_time]
+        concept = torch.empty(len(parts), n_images, dtype=torch.int64)
+        z = [torch.empty(n_images, 1 + len(p.concepts), dtype=torch.float64) for p in parts]
+        n = 0
+        # Without input maps, which may be much larger than all else.
+        for tensors in scan.tensors("index", "label", "n_positions", "pooled"):
+            records = replace(no_records(scan.layer, positions=False), **tensors)
+            here = slice(n, n + len(records))
+            for row, part in enumerate(parts):
+                pooled = records.pooled[:, scan.layer.group_of(part.channel)]
+                responses = part.pooled_responses(pooled, records.n_positions)
+                z[row][here] = responses[:, : 1 + len(part.concepts)]
+                concept[row, here] = members.concept_of(records, part.concepts)
+            n = here.stop
+        for row in range(len(parts)):  # those that were broken are left out
+            yield concept[row, :n], z[row][:n, 0], z[row][:n, 1:]
+
+
+def _over_all(
+    channel: ChannelEvaluation, concept: Tensor, z: Tensor, new: Tensor
+) -> ChannelEvaluation:
+    """Add what is measured over all images."""
+    named, concepts = concept >= 0, []
+    for k, measured in enumerate(channel.concepts):
+        own, z_k = concept == k, new[:, k]
+        concepts.append(
+            replace(
+                measured,
+                auroc_all=auroc(z_k, own),
+                r_precision=r_precision(z_k, own),
+                off=off_concept(z_k, own),
+                whole_auroc_all=auroc(z, own),
+                whole_r_precision=r_precision(z, own),
+            )
+        )
+    return replace(
+        channel,
+        concepts=tuple(concepts),
+        coverage=coverage(z, named),
+        top_coverage=top_coverage(z, named),
+        explained_share=explained_share(z, new),
+    )
+
+
 def _evaluate_channel(
     split: Split, part: ChannelSplit, responses: Responses, tau: float
 ) -> ChannelEvaluation:
@@ -191,16 +279,6 @@ def _evaluate_channel(
     rectified = None if both is None else separation_error(both[:, 0], both[:, 1:], concept)
     error = separation_error(z, new, concept)
     return ChannelEvaluation(split.layer.name, part.channel, tuple(concepts), error, rectified)
-
-
-def auroc(score: Tensor, positive: Tensor) -> float:
-    """Chance that a positive image scores above another one, ties counted half.
-
-    >>> import torch
-    >>> auroc(torch.tensor([3.0, 2.0, 1.0, 2.0]), torch.tensor([True, True, False, False]))
-    0.875
-    """
-    return float(_auroc(np.ones((1, len(score))), score.numpy(), positive.numpy())[0])
 
 
 # Bootstrap intervals: the same measures, with images counted several times or not at all.
@@ -300,18 +378,6 @@ def resampled(
         mimic = np.sqrt(ratio((z_k - z) ** 2, z**2, own))
         silence = np.mean([np.sqrt(ratio(z_k**2, z**2, images)) for images in others], axis=0)
         positive = np.isin(np.arange(len(z)), own)
-        aurocs = _auroc(counts, z_k, positive)
+        aurocs = counted_auroc(counts, z_k, positive)
         measures.append(np.stack([retention, leakage, mimic, silence, aurocs], axis=1))
     return np.stack(measures, axis=1)
-
-
-def _auroc(counts: np.ndarray, score: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Chance that a positive image scores above another one, ties counted half, (B,)."""
-    values, rank = np.unique(score, return_inverse=True)
-    order = rank.argsort(kind="stable")
-    starts = np.searchsorted(rank[order], np.arange(len(values)))
-    wins, others = (
-        np.add.reduceat((counts * part)[:, order], starts, axis=1) for part in (positive, ~positive)
-    )
-    below = others.cumsum(1) - others / 2
-    return np.asarray((wins * below).sum(1) / (wins.sum(1) * others.sum(1)))

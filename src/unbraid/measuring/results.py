@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean, median
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,14 @@ from unbraid.finding.findings import Concept
 from unbraid.measuring.compare import OutputComparison
 
 Columns = TypeVar("Columns")
+
+_ERRORS = ("separation_error", "separation_error_rectified")
+_OVER_ALL = ("r_precision", "auroc_all", "off")
+_OF_CHANNEL = ("coverage", "top_coverage", "explained_share")
+_NOT_OVER_ALL = (
+    "R-precision, coverage and all else over all images is left out: the scan is of some images "
+    "only; pass a scan of all."
+)
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,12 @@ class ConceptEvaluation:
     silence_error: float  # mean over the other concepts, ideal 0
     auroc: float  # ideal 1
     ratios: tuple[Ratio, ...]  # published table: each concept channel, then the residual
+    # Over all images; None without a scan of all. Of the whole original channel, as far as told.
+    auroc_all: float | None = None  # against every other image, ideal 1
+    r_precision: float | None = None  # ideal 1
+    off: float | None = None  # part of its positive activity not on its concept, ideal 0
+    whole_auroc_all: float | None = None
+    whole_r_precision: float | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +225,12 @@ class ChannelEvaluation:
     concepts: tuple[ConceptEvaluation, ...]
     separation_error: float
     separation_error_rectified: float | None  # None without positions
+    # Over all images; None without a scan of all.
+    coverage: float | None = None  # part of its positive activity on images of any concept
+    top_coverage: float | None = None  # part of its top 1 % of images that are of any concept
+    explained_share: float | None = (
+        None  # of its positive activity by all concept channels, ideal 1
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,12 +268,14 @@ class Evaluation(Tabular):
 
     @property
     def summary(self) -> dict[str, dict[str, float | None]]:
-        """Per method, the mean errors over the channels."""
-        own: dict[str, float | None] = {}
-        for name in ("separation_error", "separation_error_rectified"):
-            errors = [getattr(channel, name) for channel in self.channels]
-            known = [error for error in errors if error is not None and math.isfinite(error)]
-            own[name] = sum(known) / len(known) if known else None
+        """Per method, means over the channels or concepts, and the median retention."""
+        concepts = [concept for channel in self.channels for concept in channel.concepts]
+        own = {
+            **{name: _of_known(self.channels, name) for name in _ERRORS},
+            **{name: _of_known(concepts, name) for name in ("mimic_error", *_OVER_ALL)},
+            **{name: _of_known(self.channels, name) for name in _OF_CHANNEL},
+            "median_retention": _of_known(concepts, "retention", median),
+        }
         return {self.method: own, **(self.baseline.summary if self.baseline else {})}
 
     def to_dict(self) -> dict[str, Any]:
@@ -282,15 +305,32 @@ class Evaluation(Tabular):
     def table(self) -> Table:
         """Show the measures, a row per concept channel."""
         measures = ("retention", "leakage", "mimic_error", "silence_error", "auroc")
-        rows: list[tuple[str, ...]] = [
-            ("channel", "concept", "retention", "leakage", "mimic", "silence", "auroc", "error")
-        ]
+        heads = ["channel", "concept", "retention", "leakage", "mimic", "silence", "auroc"]
+        known = all(channel.coverage is not None for channel in self.channels)
+        over_all, of_channel = (_OVER_ALL, _OF_CHANNEL) if known else ((), ())
+        heads += [*map(_words, over_all), "error", *map(_words, of_channel)]
+        rows = [tuple(heads)]
         for channel in self.channels:
+            own = [figure(getattr(channel, name)) for name in ("separation_error", *of_channel)]
             for k, concept in enumerate(channel.concepts):
-                figures = [f"{getattr(concept, name):.3f}" for name in measures]
-                error = "" if k else f"{channel.separation_error:.3f}"
-                rows.append(("" if k else str(channel.channel), concept.name, *figures, error))
-        return Table(rows, caption=f"{self.method} split of {self.layer}")
+                figures = [figure(getattr(concept, name)) for name in (*measures, *over_all)]
+                number = "" if k else str(channel.channel)
+                rows.append((number, concept.name, *figures, *([""] * len(own) if k else own)))
+        note, caption = "" if known else _NOT_OVER_ALL, f"{self.method} split of {self.layer}"
+        return Table(rows, note=note, caption=caption)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _of_known(
+    parts: Sequence[object], name: str, by: Callable[[Sequence[float]], float] = mean
+) -> float | None:
+    """A mean or so of the figures of a name that are known."""
+    figures = [getattr(part, name) for part in parts]
+    known = [value for value in figures if value is not None and math.isfinite(value)]
+    return by(known) if known else None
 
 
 def _finite(value: Any) -> Any:
@@ -350,5 +390,8 @@ def read_channels(path: Path) -> list[ChannelEvaluation]:
     """Read the measures of all channels from evaluation.json."""
     measures = ChannelEvaluation.__dataclass_fields__  # an entry has more beside them
     with _evaluation_json(path) as content:
-        entries = [{name: entry[name] for name in measures} for entry in content["channels"]]
+        entries = [
+            {name: entry[name] for name in measures if name in entry}  # older files have fewer
+            for entry in content["channels"]
+        ]
         return [build(ChannelEvaluation, entry, null_figures=True) for entry in entries]

@@ -68,6 +68,18 @@ def describe_bars(data: Bars, concepts: Sequence[ConceptView], channel: int) -> 
     return f"Channel {channel}: relevance of the strongest input channels, {'; '.join(told)}."
 
 
+def describe_masks(kept: np.ndarray, concepts: Sequence[ConceptView], channel: int) -> str:
+    """Tell how much every concept channel keeps on average."""
+    shares = [
+        f"{_concept(concept)} {share:.0%}"
+        for concept, share in zip(concepts, kept.mean(1).tolist(), strict=True)
+    ]
+    return (
+        f"Channel {channel}: how much each concept channel keeps of "
+        f"{count(kept.shape[1], 'input channel')}, on average {', '.join(shares)}."
+    )
+
+
 def _channels(concepts: Sequence[ConceptView]) -> list[str]:
     return ["original channel", *(f"concept channel {concept.letter}" for concept in concepts)]
 

@@ -20,7 +20,13 @@ from unbraid.reporting.words import bounded, first_few, letter
 if TYPE_CHECKING:
     from unbraid.finding.findings import Findings
     from unbraid.measuring.evaluate import ChannelIntervals
-    from unbraid.measuring.results import ChannelSemantics, Evaluation, Responses
+    from unbraid.measuring.results import (
+        Ablation,
+        ChannelAblation,
+        ChannelSemantics,
+        Evaluation,
+        Responses,
+    )
     from unbraid.scanning.records import Scan
     from unbraid.splitting.splits import ChannelSplit, Split
 
@@ -30,6 +36,7 @@ N_CLASSES = 12  # classes with a ridge of their own
 N_POINTS = 240  # of a scatter plot; spread evenly over each class's images
 N_SHADES = 3  # of a concept's colour
 N_SOURCES = 12  # input channels in the bars
+N_OTHERS = 12  # classes of no concept that are listed when a channel is switched off
 N_FIRSTS = 4  # images in a row that are not there for their strength
 _MAX_VALUES = 2000  # images that a density is estimated from; more would not change the curve
 _REACH = 3.5  # kernel widths beyond the data; there a kernel is down to 0.2 % of its peak
@@ -117,6 +124,15 @@ class Bars(NamedTuple):
     kept: np.ndarray  # (K, n), of that, what the concept's own channel keeps
 
 
+class ClassLoss(NamedTuple):
+    """What one class loses when a channel is switched off."""
+
+    name: str
+    concept: ConceptView | None  # that it belongs to
+    n_images: int
+    lost: Sequence[tuple[float, float]]  # logit and accuracy: whole channel, each concept channel
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelView:
     """One channel's section of the page; what is None is left out."""
@@ -126,10 +142,12 @@ class ChannelView:
     info: Mapping[str, str]  # how it was split
     rows: Sequence[ReferenceRow]
     intervals: ChannelIntervals | None  # of the measures
-    densities: Curves  # a row for the original and each concept channel, columns: concepts
-    ridges: Ridges
-    scatter: Scatter
+    densities: Curves | None  # a row for the original and each concept channel, columns: concepts
+    ridges: Ridges | None
+    scatter: Scatter | None
     bars: Bars | None
+    kept: np.ndarray  # (K, C_in), what a concept channel keeps of each input channel, 0 to 1
+    losses: Sequence[ClassLoss]  # when it is switched off
     semantics: ChannelSemantics | None
 
 
@@ -139,33 +157,53 @@ def channel_views(
     scan: Scan,
     train_scan: Scan | None,
     evaluation: Evaluation | None,
-) -> list[ChannelView]:
-    """Describe every channel of a split; `scan` is of the validation images."""
+) -> tuple[list[ChannelView], list[str]]:
+    """Describe every channel of a split, and say what is left out; `scan` is for validation."""
     top, ids = reference_images(scan, split, n=N_IMAGES, alike=ALIKE), scan.ids()
     firsts = first_images(scan, split, {c: missing_concepts(images) for c, images in top.items()})
-    responses = evaluation.responses if evaluation else gather_responses(split, scan)
-    semantics = evaluation.semantics if evaluation else None
     sums = class_sums(train_scan, [], found.clusters) if train_scan else None
-    channels = []
+    there = set(sums.n_images.nonzero().flatten().tolist()) if sums else set()
+    semantics = evaluation.semantics if evaluation else None
+    ablation = evaluation.ablation if evaluation else None
+    off = {one.channel: one for one in ablation.channels} if ablation else {}
+    responses: Mapping[int, Responses] = {}
+    notes, bare, channels = [], [], []
+    try:
+        responses = evaluation.responses if evaluation else gather_responses(split, scan)
+    except UsageError as error:
+        notes.append(f"Densities are left out: {error}")
     for part in split.channels:
         channel, views = part.channel, concept_views(found, part.concepts)
-        own = responses[channel]
-        classes = by_class(found, views, own)
+        own, sources = responses.get(channel), None
+        classes = by_class(found, views, own) if own else []
+        if train_scan and sums:
+            if {label for concept in part.concepts for label in concept} <= there:
+                sources = bars(split, part, train_scan, sums)
+            else:
+                bare.append(str(channel))
+        masks = part.masks.double().view(len(views), -1, scan.layer.taps_per_input)
         channels.append(
             ChannelView(
                 number=channel,
                 concepts=views,
                 info=_how_split(part.info),
                 rows=reference_rows(found, views, top[channel], ids, firsts[channel]),
-                intervals=intervals(own),
-                densities=densities(own),
-                ridges=ridges(classes, own),
-                scatter=scatter(classes, own),
-                bars=bars(split, part, train_scan, sums) if train_scan and sums else None,
+                intervals=intervals(own) if own else None,
+                densities=densities(own) if own else None,
+                ridges=ridges(classes, own) if own else None,
+                scatter=scatter(classes, own) if own else None,
+                bars=sources,
+                kept=masks.mean(2).numpy(),
+                losses=class_losses(ablation, off.get(channel), views),
                 semantics=semantics.channels.get(channel) if semantics else None,
             )
         )
-    return channels
+    if bare:
+        notes.append(
+            f"The input channels of channel {', '.join(bare)} are left out: the training scan has "
+            "no image of a concept."
+        )
+    return channels, notes
 
 
 def _how_split(info: Mapping[str, Any]) -> dict[str, str]:
@@ -327,8 +365,12 @@ def scatter(classes: Sequence[ClassImages], responses: Responses) -> Scatter:
     """Choose images of every class to set the concept channels' responses against each other."""
     z = responses.concepts.double().numpy()
     n_points = max(1, N_POINTS // max(1, len(classes)))
-    chosen = [one.images[:: -(-len(one.images) // n_points)] for one in classes]
-    return Scatter(classes, [z[images] for images in chosen])
+    points = []
+    for one in classes:
+        n = len(one.images)
+        chosen = np.unique(np.linspace(0, n - 1, min(n, n_points)).round().astype(np.int64))
+        points.append(z[one.images[chosen]])
+    return Scatter(classes, points)
 
 
 def bars(
@@ -365,3 +407,29 @@ def strongest_sources(arvs: np.ndarray, n: int) -> list[int]:
     orders = (-strength).argsort(axis=1, kind="stable")  # (K, C_in)
     turns = dict.fromkeys(orders.T.flatten().tolist())
     return sorted(list(turns)[:n], key=lambda i: (strength[:, i].argmax(), -strength[:, i].max()))
+
+
+def class_losses(
+    ablation: Ablation | None, channel: ChannelAblation | None, views: Sequence[ConceptView]
+) -> list[ClassLoss]:
+    """List what classes lose when a channel is off: the concepts' own, then a few hit hardest."""
+    if ablation is None or channel is None:
+        return []
+    runs = [channel.whole, *(concept.by_class for concept in channel.concepts)]
+    owner = {
+        label: view
+        for view, concept in zip(views, channel.concepts, strict=True)
+        for label in concept.classes
+    }
+    losses = [
+        ClassLoss(
+            bounded(output.name),
+            owner.get(output.label),
+            output.n_images,
+            [(run.logit[n], run.accuracy[n]) for run in runs],
+        )
+        for n, output in enumerate(ablation.classes)
+    ]
+    others = [one for one in losses if one.concept is None]
+    others.sort(key=lambda one: -max(abs(logit) for logit, _ in one.lost))
+    return [*(one for view in views for one in losses if one.concept is view), *others[:N_OTHERS]]

@@ -23,7 +23,7 @@ from unbraid.base.errors import UsageError
 from unbraid.images.broken import plain
 from unbraid.images.dataset import holder_of, picture_of, size_of
 from unbraid.images.identity import preprocessing_of
-from unbraid.networks.spec import respond
+from unbraid.networks.spec import LayerSpec, respond
 from unbraid.reporting.channel import ChannelView
 from unbraid.reporting.view import Material
 from unbraid.scanning.records import Scan
@@ -55,6 +55,13 @@ class Spot(NamedTuple):
     image: int  # its index
 
 
+class Veil(NamedTuple):
+    """What is laid over a picture to show where, as images."""
+
+    response: str
+    source: str | None  # None where it is the same as the response
+
+
 class Picture(NamedTuple):
     """One picture as the template takes it."""
 
@@ -68,7 +75,7 @@ class Pictures:
     """All pictures, ready for the template."""
 
     shots: dict[int, Picture | None] | None = None  # by index; None: none at all, or not readable
-    veils: dict[Spot, str] = field(default_factory=dict)  # over places without response
+    veils: dict[Spot, Veil] = field(default_factory=dict)
     features: dict[tuple[int, int | None], Picture] = field(default_factory=dict)
     note: str = ""  # why there are no veils
 
@@ -101,8 +108,9 @@ def take_pictures(
             "of a picture the network sees."
         )
     elif maps is not None:
-        where = find_where(maps, material.parts, spots)
-        pictures.veils = {spot: veil(shade) for spot, shade in where.items()}
+        for spot, (response, source) in find_where(maps, material.parts, spots).items():
+            drawn = None if source is None else veil(source)
+            pictures.veils[spot] = Veil(veil(response), drawn)
     labels = {spot.image: label for spot, label in spots.items()}
     pictures.shots = read_pictures(
         dataset, labels, lambda image: encode(sight(image) if sight else image, side, quality)
@@ -246,29 +254,60 @@ def declared_sight(transform: Any) -> Sight | None:
     return Sight(width / resize[0], height / resize[0], width / height)
 
 
+class Where(NamedTuple):
+    """What lies where in an image, in parts of the strongest place; zero where it is negative."""
+
+    response: Tensor  # (h, w), pre-activation
+    source: Tensor | None  # (H, W), input relevance; None where it is the same up to the bias
+
+
 def find_where(
     maps: Scan, parts: Sequence[ChannelSplit], spots: Iterable[Spot]
-) -> dict[Spot, Tensor]:
-    """Compute where split channels respond in the images that `maps` holds.
+) -> dict[Spot, Where]:
+    """Compute where split channels respond in the images that `maps` holds, and what feeds them.
 
-    Each map (h, w) is the pre-activation, where positive, in parts of the largest. Nothing is known
-    without positions, or of a layer whose positions are not those of a picture.
+    Nothing is known without positions, or of a layer whose positions are not those of a picture.
     """
-    if not maps.positions or len(maps.layer.kernel) != 2:
+    layer = maps.layer
+    if not maps.positions or len(layer.kernel) != 2:
         return {}
     by_channel = {part.channel: part for part in parts}
     wanted: dict[int, list[Spot]] = {}
     for spot in spots:
         wanted.setdefault(spot.image, []).append(spot)
-    known: dict[Spot, Tensor] = {}
+    known: dict[Spot, Where] = {}
     for records in maps.shards():
         assert records.input_map is not None
-        for index, image in zip(records.index.tolist(), records.input_map, strict=True):
+        for index, image in zip(records.index.tolist(), records.input_map.double(), strict=True):
             for spot in wanted.get(index, ()):
-                part = by_channel[spot.channel]
+                part, source = by_channel[spot.channel], None
                 row = (part.weight if spot.concept is None else part.rows[spot.concept]).double()
                 bias = torch.tensor([part.bias], dtype=torch.float64)
-                z = respond(maps.layer, image.double()[None], row[None], bias, [part.channel])
-                positive = z[0, 0].clamp(min=0)
-                known[spot] = positive / positive.max() if positive.max() > 0 else positive
+                z = respond(layer, image[None], row[None], bias, [part.channel])[0, 0]
+                if layer.taps_per_input > 1 or z.shape != image.shape[1:]:
+                    source = _shade(source_map(layer, part.channel, image, row))
+                known[spot] = Where(_shade(z), source)
     return known
+
+
+def source_map(layer: LayerSpec, channel: int, image: Tensor, row: Tensor) -> Tensor:
+    """Compute, position by position, how much of a summed pre-activation comes in there.
+
+    Of an image (C_in, H, W) and a row (J,) of a channel's, both float64, it is the input times the
+    gradient of the summed pre-activation, summed over input channels (H, W). Over all positions it
+    adds up to the summed pre-activation without the bias.
+
+    Source:
+        METHOD.md section 2, before the sum over positions.
+    """
+    leaf = image[None].detach().requires_grad_()
+    with torch.enable_grad():
+        summed = respond(layer, leaf, row[None], torch.zeros(1).double(), [channel]).sum()
+        (gradient,) = torch.autograd.grad(summed, leaf)
+    return (image * gradient[0]).sum(0)
+
+
+def _shade(values: Tensor) -> Tensor:
+    """Divide by the largest value, if any is above zero."""
+    positive = values.clamp(min=0)
+    return positive / positive.max() if positive.max() > 0 else positive

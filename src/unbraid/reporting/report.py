@@ -27,7 +27,7 @@ from unbraid.scanning.scan import as_scanned
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-    from unbraid.finding.thresholds import Cell, Sensitivity
+    from unbraid.finding.thresholds import Sensitivity
     from unbraid.measuring.results import Evaluation
     from unbraid.splitting.splits import Split
     from unbraid.visualizing.features import Features
@@ -36,7 +36,7 @@ Item = TypeVar("Item")
 
 # Bytes of the file that the sections of channels and each of the two lists may have. All else on
 # the page is bounded, so it has less than 10 MB.
-SECTIONS, LIST = 7_600_000, 800_000
+SECTIONS, LIST = 7_200_000, 800_000
 _MAX_CHIPS = 26  # concepts of a channel in the list
 _MAX_WORDS = 4000  # characters of names that a channel is found by
 _HERE = Path(__file__).parent
@@ -83,8 +83,7 @@ def report(
         The path of the file.
 
     Raises:
-        UsageError: scans, split, evaluation, features and data set do not belong together, or a
-            scan has no image of a concept that was split.
+        UsageError: scans, split, evaluation, features and data set do not belong together.
         RunError: the file cannot be written, or a scan is damaged.
     """
     file = as_path("path", path)
@@ -189,19 +188,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for write in (words.number, words.significant, words.percent, words.isolate, words.bounded):
-        environment.filters[write.__name__] = write
-    for draw in (charts.draw_densities, charts.draw_bars, charts.draw_ridges, charts.draw_scatter):
-        environment.globals[draw.__name__] = draw
-    known = {"count": count, "absent": words.ABSENT, "shade_of": _shade_of, "max_text": MAX_TEXT}
-    environment.globals |= known
+    for name in ("number", "value", "significant", "ordinal", "percent", "isolate", "bounded"):
+        environment.filters[name] = getattr(words, name)
+    for name in ("densities", "bars", "ridges", "scatter", "masks", "thresholds"):
+        environment.globals[f"draw_{name}"] = getattr(charts, f"draw_{name}")
+    environment.globals |= {"count": count, "absent": words.ABSENT, "max_text": MAX_TEXT}
     return environment
-
-
-def _shade_of(counted: Sensitivity, cell: Cell) -> int:
-    """How strong the colour of a choice of thresholds is, 0 to 5, by the log of its channels."""
-    largest = max(1, *(cell.n_channels for cell in counted.cells))
-    return round(5 * math.log1p(cell.n_channels) / math.log1p(largest))
 
 
 def _hash_of(content: str) -> str:

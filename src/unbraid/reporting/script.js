@@ -17,31 +17,57 @@
   const sections = () => (details ? [...details.children] : []).filter((s) => !s.hidden);
 
   // --- search ---
-  // "Channel 7" and "#7" are as good as "7".
-  const words = () => search.value.toLowerCase().replaceAll(/#|\bchannels?\b/g, " ").split(/\s+/).filter(Boolean);
+  const matches = (row, terms) => {
+    const { channel, names } = row.dataset;
+    return terms.every((t) => channel.startsWith(t.replace(/^#/, "")) || names.toLowerCase().includes(t));
+  };
+  // A number's own channel stands above those that begin with it; the order comes back after.
+  let order = null;
+  const put = (sorted) => {
+    table.tBodies[0].append(...sorted);
+    if (details) details.append(...sorted.map((r) => sectionOf(r.dataset.channel)).filter(Boolean));
+  };
+  const exactFirst = (terms) => {
+    if (order) put(order);
+    order = null;
+    const number = terms.length === 1 && terms[0].replace(/^#/, "");
+    const exact = rows.find((r) => r.dataset.channel === number);
+    if (!exact) return;
+    order = [...table.tBodies[0].rows];
+    put([exact, ...order.filter((r) => r !== exact)]);
+  };
+  const toList = () => {
+    const { top, bottom } = table.parentElement.getBoundingClientRect(); // which may scroll itself
+    const edge = tools.getBoundingClientRect().bottom;
+    if (bottom < edge + 24 || top > innerHeight) heading.scrollIntoView();
+  };
   const filter = () => {
-    const terms = words();
-    const found = new Set(rows.map((r) => r.dataset)
-      .filter(({ channel, names }) => terms.every((t) => channel.startsWith(t) || names.toLowerCase().includes(t)))
-      .map(({ channel }) => channel));
-    for (const row of document.querySelectorAll("tr[data-channel]")) row.hidden = !found.has(row.dataset.channel);
-    for (const row of rows) sectionOf(row.dataset.channel)?.toggleAttribute("hidden", row.hidden);
-    count.textContent = found.size ? `${found.size} of ${rows.length}` : "No channel matches; Esc clears";
+    // "Channel 7" and "#7" are as good as "7".
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const terms = words.filter((t) => !/^(#|channels?)$/.test(t));
+    const found = new Set(rows.filter((r) => matches(r, terms)).map((r) => r.dataset.channel));
+    for (const row of document.querySelectorAll("tr[data-channel]")) {
+      row.hidden = !found.has(row.dataset.channel);
+    }
+    for (const row of rows) {
+      const section = sectionOf(row.dataset.channel);
+      if (section) section.hidden = row.hidden;
+    }
+    exactFirst(terms);
+    count.textContent = terms.length && !found.size
+      ? "No channel matches; Esc clears"
+      : terms.length ? `${found.size} of ${rows.length}`
+      : `${rows.length} channel${rows.length === 1 ? "" : "s"}`;
   };
   const clear = () => {
     search.value = "";
     filter();
   };
-  search.addEventListener("input", () => {
-    filter();
-    const { top, bottom } = table.parentElement.getBoundingClientRect(); // which may scroll itself
-    if (bottom < tools.getBoundingClientRect().bottom + 24 || top > innerHeight) heading.scrollIntoView();
-  });
 
   // --- sort ---
-  const figureOf = (cell) => parseFloat(cell.textContent.replace("−", "-").match(/-?\d[\d.e+-]*/)?.[0]);
+  const figureOf = (cell) => (cell.dataset.value === "" ? NaN : Number(cell.dataset.value));
   const compare = (a, b, sign) => {
-    if (!a.matches(".number, .figure")) {
+    if (!("value" in a.dataset)) {
       return sign * a.textContent.trim().localeCompare(b.textContent.trim(), undefined, { numeric: true });
     }
     const [x, y] = [figureOf(a), figureOf(b)];
@@ -55,10 +81,9 @@
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
     const body = owner.tBodies[0];
     const sorted = [...body.rows].sort((a, b) => compare(a.cells[column], b.cells[column], down ? -1 : 1));
-    body.append(...sorted);
-    if (owner === table && details) {
-      details.append(...sorted.map((r) => sectionOf(r.dataset.channel)).filter(Boolean));
-    }
+    if (owner !== table) return body.append(...sorted);
+    order = null; // the new one counts from now on
+    put(sorted);
   };
   for (const head of document.querySelectorAll("table.sortable thead th")) {
     const button = document.createElement("button");
@@ -69,51 +94,83 @@
   }
 
   // --- from channel to channel ---
-  const show = (target) => {
+  const open = () => {
+    const channel = /^#channel-(\d+)$/.exec(location.hash)?.[1];
+    if (channel === undefined) return;
+    const row = rows.find((r) => r.dataset.channel === channel);
+    if (row?.hidden) clear();
+    const target = sectionOf(channel) ?? row; // one that is only listed has no section
     if (!target) return;
     target.tabIndex = -1;
     target.focus({ preventScroll: true });
     target.scrollIntoView();
   };
-  const open = () => {
-    const channel = /^#channel-(\d+)$/.exec(location.hash)?.[1];
-    const row = rows.find((r) => r.dataset.channel === channel);
-    if (row?.hidden) clear();
-    show(channel && (sectionOf(channel) ?? row)); // one that is only listed has no section
+  const here = (shown) => {
+    const focused = shown.findIndex((s) => s.contains(document.activeElement));
+    if (focused >= 0) {
+      const box = shown[focused].getBoundingClientRect();
+      if (box.bottom > 0 && box.top < innerHeight) return focused;
+    }
+    const edge = tools.getBoundingClientRect().bottom + 24;
+    return shown.findLastIndex((s) => s.getBoundingClientRect().top <= edge);
   };
   const go = (section) => {
     if (location.hash === `#${section.id}`) open(); // no change of the address tells of it
     else location.replace(`#${section.id}`);
   };
   const step = (by) => {
-    const edge = tools.getBoundingClientRect().bottom + 24;
     const shown = sections();
-    const here = shown.findLastIndex((s) => s.getBoundingClientRect().top <= edge);
-    const next = shown[Math.max(0, Math.min(shown.length - 1, here + by))];
+    const next = shown[Math.max(0, Math.min(shown.length - 1, here(shown) + by))];
     if (next) go(next);
   };
   document.getElementById("previous").addEventListener("click", () => step(-1));
   document.getElementById("next").addEventListener("click", () => step(1));
 
   // --- keyboard ---
+  const escape = () => {
+    if (search.value) return clear();
+    heading.tabIndex = -1;
+    heading.focus({ preventScroll: true });
+    heading.scrollIntoView();
+  };
   const keys = {
     "/": () => search.focus(),
     j: () => step(1),
     k: () => step(-1),
-    Escape: () => (search.value ? clear() : show(heading)),
+    ArrowRight: () => step(1),
+    ArrowLeft: () => step(-1),
+    Escape: escape,
   };
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const arrow = event.key.startsWith("Arrow");
+    if (arrow && event.shiftKey) return; // it selects text
     if (event.target === search) {
-      // A number's own channel comes before those that begin with it.
-      if (event.key === "Enter" && sections().length) go(sectionOf(words().join(" ")) ?? sections()[0]);
+      if (event.key === "Enter" && sections().length) go(sections()[0]);
       if (event.key !== "Escape") return;
+    } else if (arrow && event.target.closest(".scroll, input")) {
+      return; // they scroll a wide table, or choose
     }
-    if (!(event.key in keys)) return;
+    const act = keys[event.key];
+    if (!act) return;
     event.preventDefault();
-    keys[event.key]();
+    act();
   });
 
+  // --- print: nothing folded but what only says the same once more, or in more detail ---
+  let folded = [];
+  addEventListener("beforeprint", () => {
+    folded = [...document.querySelectorAll("details:not([open], .aside)")];
+    for (const part of folded) part.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const part of folded) part.open = false;
+  });
+
+  search.addEventListener("input", () => {
+    filter();
+    toList();
+  });
   addEventListener("hashchange", open);
   for (const part of tools.querySelectorAll(".scripted")) part.hidden = false;
   filter();

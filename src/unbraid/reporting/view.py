@@ -84,6 +84,11 @@ class Material:
         """Whether the user named the concepts: only then can a pair lie above the threshold."""
         return any(pair.cosine >= self.found.gamma for pair in self.found.pairs)
 
+    @property
+    def has_too_many_thresholds(self) -> bool:
+        """Whether other thresholds have more choices than a page holds."""
+        return self.sensitivity is not None and len(self.sensitivity.cells) > MAX_CELLS
+
     @cached_property
     def measures(self) -> dict[int, ChannelEvaluation]:
         """Measures by channel."""
@@ -146,15 +151,13 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
     n_rows = accumulate(1 + len(part.concepts) for part in material.parts)
     shown = [p for p, n in zip(material.parts, n_rows, strict=True) if n <= MAX_ROWS]
     channels: list[ChannelView] = []
+    notes = _notes(material, has_images)
     if material.split:
         split = replace(material.split, channels=tuple(shown or material.parts[:1]))
-        channels = channel_views(
+        channels, left_out = channel_views(
             split, material.found, material.scan, material.train_scan, material.evaluation
         )
-    notes, counted = _notes(material, has_images), material.sensitivity
-    if counted is not None and len(counted.cells) > MAX_CELLS:
-        notes.append("Other thresholds are left out: there are too many choices for a page.")
-        counted = None
+        notes += left_out
     name = material.scan.layer.name
     named = name if name.startswith("layer") else f"layer {name}"
     return Page(
@@ -163,7 +166,7 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
         channels=channels,
         notes=[bounded(note, MAX_TEXT) for note in notes],
         settings={k: bounded(v, MAX_TEXT) for k, v in _settings(material).items()},
-        sensitivity=counted,
+        sensitivity=None if material.has_too_many_thresholds else material.sensitivity,
     )
 
 
@@ -195,12 +198,12 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
         difference = significant(output.max_abs_logit_diff, 2)
         facts.append((difference, "largest logit difference", note))
     if evaluation is not None:
-        note, baseline = "halving a channel gives 0.5", evaluation.baseline
+        note, baseline = "ideal 0; halving a channel gives 0.5", evaluation.baseline
         if baseline is not None:
             error = baseline.summary[baseline.method]["separation_error"]
-            note = f"{baseline.method.replace('_', ' ')} rule: {number(error)}"
+            note = f"{baseline.method.replace('_', ' ')} rule: {number(error)}; ideal 0"
         error = evaluation.summary[evaluation.method]["separation_error"]
-        facts.append((number(error), "mean separation error", f"{note}; ideal 0"))
+        facts.append((number(error), "mean separation error", note))
     return facts
 
 
@@ -211,6 +214,8 @@ def _notes(material: Material, has_images: bool) -> list[str]:
     if material.broken:
         images = count(len(material.broken), "validation image")
         notes.append(f"{images} could not be read; all figures are without.")
+    if material.has_too_many_thresholds:
+        notes.append("Other thresholds are left out: there are too many choices for a page.")
     if train_scan is not None and train_scan.manifest.data == material.scan.manifest.data:
         notes.append(
             "Training and validation images are the same, so the measures flatter the split."
@@ -224,14 +229,7 @@ def _notes(material: Material, has_images: bool) -> list[str]:
     missing = sum(part.channel not in drawn for part in material.parts)
     why = "for want of time" if features and features.left_out else "none were given"
     left_out: dict[str, Any] = {
-        "Measures and the output check are left out: no evaluation was given.": not known,
-        "Input channels are left out: no training scan was given.": train_scan is None,
-        "Pictures are left out: no data set was given.": not has_images,
-        "Feature visualisations are left out: none were given.": features is None,
-        f"Feature visualisations of {count(missing, 'channel')} are left out: {why}.": (
-            features is not None and missing
-        ),
-        "Where channels answer is left out: no scan with positions was given.": positions is None,
+        "Measures and the output check are left out: no evaluation was given.": not known
     }
     if known:
         errors = [channel.separation_error_rectified for channel in known.channels]
@@ -244,6 +242,15 @@ def _notes(material: Material, has_images: bool) -> list[str]:
             "cosines unless chosen otherwise.": known.ablation and n_off < n,
             "Semantic measures are left out: the evaluation holds none.": known.semantics is None,
         }
+    left_out |= {
+        "Input channels are left out: no training scan was given.": train_scan is None,
+        "Pictures are left out: no data set was given.": not has_images,
+        "Feature visualisations are left out: none were given.": features is None,
+        f"Feature visualisations of {count(missing, 'channel')} are left out: {why}.": (
+            features is not None and missing
+        ),
+        "Where channels answer is left out: no scan with positions was given.": positions is None,
+    }
     return [*notes, *(note for note, holds in left_out.items() if holds)]
 
 

@@ -48,6 +48,36 @@ def significant(value: float, digits: int = 3) -> str:
     return text.replace("-", MINUS)
 
 
+def value(figure: float | None) -> str:
+    """Write a figure for sorting by; nothing if it is absent.
+
+    >>> value(0.5), value(None), value(math.nan)
+    ('0.5', '', '')
+    """
+    return "" if figure is None or not math.isfinite(figure) else f"{figure:.9g}"
+
+
+def ordinal(n: int) -> str:
+    """Write a rank.
+
+    >>> [ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 112, 1143)]
+    ['1st', '2nd', '3rd', '4th', '11th', '12th', '13th', '21st', '112th', '1,143rd']
+    """
+    teen = n % 100 in (11, 12, 13)
+    return f"{n:,}{'th' if teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"
+
+
+def short(n: int) -> str:
+    """Write a number in at most six characters, if it is below a billion.
+
+    >>> short(2841), short(220_153), short(499_500_000)
+    ('2,841', '220k', '500M')
+    """
+    if n < 100_000:
+        return f"{n:,}"
+    return f"{n / 1e3:.0f}k" if n < 10_000_000 else f"{n / 1e6:.0f}M"
+
+
 def percent(value: float | None, digits: int = 0) -> str:
     """Write a fraction as a percentage, rounding towards 100 only what is 1.
 

@@ -125,7 +125,8 @@ class Run:
             "ablation": read_ablation(path),
             "semantics": read_semantics(path),
         }
-        return evaluate(self.split, self.val_maps, baseline=self.baseline, **measures)
+        measures |= {"baseline": self.baseline, "everything": self.val_scan}
+        return evaluate(self.split, self.val_maps, **measures)
 
     @cached_property
     def features(self) -> Features | None:
@@ -328,7 +329,8 @@ def _measure(job: Job, made: Run, model2: nn.Module, encoder: Encoder) -> Evalua
         if not isinstance(encoder, Penultimate):
             raise
         job.say(f"Semantic measures are left out: {error}")
-    return evaluate(made.split, made.val_maps, baseline=made.baseline, **measures)
+    measures |= {"baseline": made.baseline, "everything": made.val_scan}
+    return evaluate(made.split, made.val_maps, **measures)
 
 
 def _visualize(job: Job, made: Run, model2: nn.Module) -> Features | None:
