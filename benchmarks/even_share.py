@@ -66,9 +66,11 @@ def fit_even_share(
 
     The scan is one with positions, of a layer without groups.
     """
-    assert scan.layer.groups == 1 and scan.positions
+    assert scan.layer.groups == 1
     records = _read(scan)
-    sample = records.take(torch.arange(0, len(records.label), max(1, len(records.label) // _N_BACKGROUND)))
+    sample = records.take(
+        torch.arange(0, len(records.label), max(1, len(records.label) // _N_BACKGROUND))
+    )
     if penalty is None:
         penalty = _choose_penalty(scan, found, records)
     masks = {}
@@ -114,7 +116,10 @@ def _pose(row: Tensor, bias: float, own: Sequence[_Records]) -> _Problem:
         pulls.append(weight * held @ reach)
         rest.append(weight * held.square().sum())
         strength.append((records.n_positions @ reach / records.n_positions.square().mean()).abs())
-    pull, share = torch.stack(pulls), torch.stack(strength) / torch.tensor([[len(r.label)] for r in own])
+    pull, share = (
+        torch.stack(pulls),
+        torch.stack(strength) / torch.tensor([[len(r.label)] for r in own]),
+    )
     everywhere, constant = pull.sum(0), torch.stack(rest)
     linear = torch.stack(mimic)
     return _Problem(

@@ -1,74 +1,126 @@
-"""Measures of one channel's concept channels over all images ("Measure" in docs/method.md).
+"""Figures of a way to get concept channels, on held-out images, and how sure they are.
 
-N images; z (N,) the whole channel, new (N, K) its concept channels, concept (N,) which concept an
-image belongs to, -1 for none.
+Formulas are those of `unbraid.evaluate` ("Evaluate" in docs/method.md). N images; concept (N,) says
+which concept an image belongs to, -1 for none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-TOP = 0.01  # of the images, for the coverage of those that excite a channel most
-N_DRAWS = 2000  # of channels, for intervals
+import interpretability
+from interpretability import Embedded
+from rivals import Fitted, Images
+from unbraid.finding.findings import Findings
+from unbraid.measuring.formulas import (
+    auroc,
+    coverage,
+    explained_share,
+    mimic_error,
+    off_concept,
+    r_precision,
+    separation_error,
+    top_coverage,
+)
+from unbraid.measuring.semantics import MonosemanticitySums
+
+N_RESAMPLES = 2000  # of channels, for intervals
 _SURE = 0.95
+PER_CONCEPT = ("R-precision", "AUROC", "retention", "mimic", "off", "MS", "C2", "MIS", "MIS solved")
+PER_CHANNEL = ("coverage", "coverage of top 1 %", "explained", "separation", "rectified")
+
+Figures = dict[str, dict[int, list[float]]]  # by measure and channel
 
 
-def r_precision(score: Tensor, own: Tensor) -> float:
-    """Of the n highest scores, n the number of own images, the part that is own's.
+@dataclass
+class Held:
+    """Held-out images, and what an encoder makes of them."""
 
-    Equal scores at the edge count by the part of them that is own's, so that the order of images
-    plays no part.
-    """
-    n_own = int(own.sum())
-    edge = score.topk(n_own).values[-1]
-    above, equal = score > edge, score == edge
-    left = n_own - int(above.sum())
-    by_chance = float(own[equal].double().mean()) * left
-    return (int(own[above].sum()) + by_chance) / n_own
+    images: Images
+    embedded: Embedded
 
 
-def auroc(score: Tensor, own: Tensor) -> float:
-    """How often an own image scores higher than another; equal scores count half."""
-    others, _ = score[~own].double().sort()
-    scores = score[own].double()
-    below = torch.searchsorted(others, scores)
-    not_above = torch.searchsorted(others, scores, right=True)
-    return float((below + not_above).double().mean() / 2 / len(others))
+def measure(fitted: Fitted, found: Findings, held: Held) -> Figures:
+    """All measures of all channels on held-out images."""
+    figures: Figures = {name: {} for name in (*PER_CONCEPT, *PER_CHANNEL)}
+    for channel, concepts in found.concepts.items():
+        own = measure_channel(fitted, channel, held, held.images.concept(concepts))
+        for name, values in own.items():
+            figures[name][channel] = values
+    return figures
 
 
-def off_concept(z_k: Tensor, own: Tensor) -> float:
-    """The part of a concept channel's positive activity that is on other images; NaN of none."""
-    positive = z_k.clamp(min=0)
-    return float(positive[~own].sum() / positive.sum())
+def measure_channel(
+    fitted: Fitted, channel: int, held: Held, concept: Tensor
+) -> dict[str, list[float]]:
+    """All measures of one channel; NaN for what a way has not."""
+    images, embedded = held.images, held.embedded
+    z, new = images.response(channel), fitted.pooled(channel, images)
+    maps = fitted.maps(channel, images)  # (N, K, P)
+    positive = maps.clamp(min=0).sum(2, dtype=torch.float64)
+    sums = MonosemanticitySums()
+    sums.add(positive, embedded.whole)
+    figures: dict[str, list[float]] = {name: [] for name in PER_CONCEPT}
+    figures["MS"] = sums.scores().tolist()
+    for k, score in enumerate(new.T):
+        own = concept == k
+        figures["R-precision"].append(r_precision(score, own))
+        figures["AUROC"].append(auroc(score, own))
+        figures["off"].append(off_concept(score, own))
+        figures["retention"].append(float(score[own].mean() / z[own].mean()))
+        figures["mimic"].append(mimic_error(z, score, own))
+        patches = interpretability.onto_grid(maps[:, k], images.grid, embedded.grid)
+        figures["C2"].append(interpretability.c2_score(positive[:, k], patches, embedded))
+        probability, solved = interpretability.mis(score, embedded.whole)
+        figures["MIS"].append(probability)
+        figures["MIS solved"].append(solved)
+    whole = torch.einsum("njp,j->np", images.taps, images.scan.weight[channel].float())
+    rectified = (whole + float(images.scan.bias[channel])).clamp(min=0).sum(1, dtype=torch.float64)
+    some = concept >= 0
+    figures["explained"] = [explained_share(z, new)]
+    figures["separation"] = [separation_error(z[some], new[some], concept[some])]
+    figures["rectified"] = [separation_error(rectified[some], positive[some], concept[some])]
+    if not fitted.in_units:
+        for name in ("retention", "mimic", "explained", "separation", "rectified"):
+            figures[name] = [float("nan")] * len(figures[name])
+    figures["coverage"] = [coverage(z, some)]
+    figures["coverage of top 1 %"] = [top_coverage(z, some)]
+    return figures
 
 
-def coverage(z: Tensor, concept: Tensor) -> tuple[float, float]:
-    """The part of a channel's positive activity on images of any concept; of its top images."""
-    positive, some = z.clamp(min=0), concept >= 0
-    top = z.topk(max(1, round(TOP * len(z)))).indices
-    return float(positive[some].sum() / positive.sum()), float(some[top].double().mean())
+def precision(fitted: Fitted, found: Findings, images: Images) -> dict[int, list[float]]:
+    """R-precision alone."""
+    return {
+        o: [
+            r_precision(score, images.concept(concepts) == k)
+            for k, score in enumerate(fitted.pooled(o, images).T)
+        ]
+        for o, concepts in found.concepts.items()
+    }
 
 
-def explained_share(z: Tensor, new: Tensor) -> float:
-    """The part of a channel's positive activity that its concept channels add up to."""
-    positive = z.clamp(min=0)
-    return float(torch.minimum(new.sum(1).clamp(min=0), positive).sum() / positive.sum())
+def averaged(draws: list[dict[int, list[float]]]) -> dict[int, list[float]]:
+    """Mean over draws, of each concept."""
+    return {o: torch.tensor([d[o] for d in draws]).mean(0).tolist() for o in draws[0]}
 
 
-def retention(z: Tensor, z_k: Tensor, own: Tensor) -> float:
-    """Mean response of a concept channel on its images, relative to the channel's."""
-    return float(z_k[own].mean() / z[own].mean())
+def less(
+    one: Mapping[int, list[float]], other: Mapping[int, list[float]]
+) -> dict[int, list[float]]:
+    """Differences, of each concept."""
+    return {o: [a - b for a, b in zip(own, other[o], strict=True)] for o, own in one.items()}
 
 
-Figures = Mapping[int, Sequence[float]]  # by channel, of its concepts or of the whole
+ByChannel = Mapping[int, Sequence[float]]  # by channel, of its concepts or of the whole
 
 
 def bootstrap(
-    figures: Figures, base: Figures | None = None, middle: str = "mean"
+    figures: ByChannel, base: ByChannel | None = None, middle: str = "mean"
 ) -> tuple[float, float, float]:
     """A mean (or median) over concepts, or its difference to a base, and the interval of it.
 
@@ -86,7 +138,7 @@ def bootstrap(
 
     if np.isnan(own).all() or (other is not None and np.isnan(other).all()):
         return float("nan"), float("nan"), float("nan")
-    draws = np.random.default_rng(0).integers(len(channels), size=(N_DRAWS, len(channels)))
+    draws = np.random.default_rng(0).integers(len(channels), size=(N_RESAMPLES, len(channels)))
     parts = [np.arange(first[n], first[n + 1]) for n in range(len(channels))]
     values = [statistic(np.concatenate([parts[n] for n in draw])) for draw in draws]
     low, high = np.nanquantile(values, [(1 - _SURE) / 2, (1 + _SURE) / 2])

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purity_measures import auroc
 from unbraid.finding.findings import Concept, Findings
 from unbraid.finding.membership import relevance_for_channel
+from unbraid.measuring.formulas import auroc
 from unbraid.networks.spec import tap_inputs
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import Split
@@ -41,7 +41,7 @@ class Images:
     @classmethod
     def of(cls, scan: Scan) -> Images:
         """Read them."""
-        assert scan.layer.groups == 1 and scan.positions
+        assert scan.layer.groups == 1
         parts = [records for records in scan.shards() if len(records)]
         maps = [r.input_map for r in parts if r.input_map is not None]
         taps = torch.cat([tap_inputs(scan.layer, m, 0) for m in maps])
@@ -234,7 +234,9 @@ def train_autoencoder(train: Images, n_units: int, top_k: int) -> Autoencoder:
     """
     import matplotlib
 
-    if not hasattr(matplotlib.cm, "get_cmap"):  # which overcomplete 0.3 asks of matplotlib below 3.9
+    if not hasattr(
+        matplotlib.cm, "get_cmap"
+    ):  # which overcomplete 0.3 asks of matplotlib below 3.9
         import matplotlib.pyplot as plt
 
         matplotlib.cm.get_cmap = plt.get_cmap
@@ -301,3 +303,6 @@ def ranks(scores: Tensor) -> Tensor:
     from scipy.stats import rankdata
 
     return torch.from_numpy(rankdata(scores.numpy(), axis=0))
+
+
+Fitted = Linear | Pure | Sparse
