@@ -138,9 +138,7 @@ def _picture(images: Any, index: int) -> Image.Image:
     return picture
 
 
-def compare(
-    setting: Setting, train: Images, held: Held, found: Findings, folder: Path
-) -> dict[str, Way]:
+def compare(setting: Setting, train: Images, held: Held, found: Findings) -> dict[str, Way]:
     """Fit and measure all ways and controls."""
     ways = {name: Way(fit) for name, fit in ways_for(train.scan.layer.n_out).items()}
     classes = sorted(train.scan.labels_seen())
@@ -210,7 +208,7 @@ def _reconstructing(setting: Setting, fitted: Sparse) -> nn.Module:
     return changed
 
 
-def plant(train: Images, ways: dict[str, Way], n_sets: int) -> None:
+def plant(train: Images, found: Findings, ways: dict[str, Way], n_sets: int) -> None:
     """Give back channels whose weights were added into one: correlations by number of concepts."""
     weight, bias = train.scan.weight, train.scan.bias
     for n_concepts in (2, 3, 5):
@@ -219,7 +217,7 @@ def plant(train: Images, ways: dict[str, Way], n_sets: int) -> None:
             one = replace(train.scan, weight=weight.clone(), bias=bias.clone())
             one.weight[place], one.bias[place] = weight[together].sum(0), bias[together].sum()
             images = replace(train, scan=one)
-            found = unbraid.find(one, channels={place: [[c] for c in classes]})
+            found = replace(found, concepts={place: tuple((c,) for c in classes)})
             truth = [train.response(o) for o in channels]
             for name, way in ways.items():
                 if not way.figures or name.startswith(("sparse", "control")):
@@ -303,12 +301,10 @@ def main() -> None:
             print(f"{len(found.concepts)} of {len(chosen)} channels, {n_concepts} concepts")
             train, images = map(Images.of, scans)
             held = Held(images, embed(setting, images, kept / "embedded.pt"))
-            ways = compare(setting, train, held, found, Path(folder))
+            ways = compare(setting, train, held, found)
+            plant(train, found, ways, asked.planted)
             print_figures(setting, ways, held.embedded.name, len(images.label))
             print_differences(ways)
-            if asked.planted:
-                plant(train, ways, asked.planted)
-                print_figures(setting, ways, held.embedded.name, len(images.label))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,25 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import interpretability
 import unbraid
 from even_share import fit_even_share
 from purity_measures import averaged, bootstrap, less
 from purity_ways import permuted, shuffled
-from rivals import Images, best_units, of_masks, ranks
+from rivals import (
+    Autoencoder,
+    Images,
+    Pure,
+    best_units,
+    cluster_references,
+    fit_probe,
+    match_units,
+    of_masks,
+    ranks,
+)
+from unbraid.measuring.formulas import auroc
 
 
 def test_intervals_are_paired_over_channels_with_all_their_concepts():
@@ -136,3 +148,56 @@ def test_concepts_are_shuffled_in_the_same_sizes(demo):
     assert one != other
     assert averaged([{0: [1.0, 2.0]}, {0: [3.0, 4.0]}]) == {0: [2.0, 3.0]}
     assert less({0: [3.0]}, {0: [1.0]}) == {0: [2.0]}
+
+
+def test_virtual_channels_share_images_out_among_them(demo):
+    pytest.importorskip("sklearn")
+    scan, found, channel = demo
+    images = Images.of(scan)
+    centres = cluster_references(images, found)
+    every = Pure(centres, {channel: list(range(len(centres[channel])))}, 0)
+    pooled = every.pooled(channel, images)
+    torch.testing.assert_close(pooled.sum(1), images.response(channel))
+    assert ((pooled != 0).sum(1) <= 1).all()
+    summed = every.maps(channel, images).sum(2).double()
+    torch.testing.assert_close(summed, pooled, rtol=1e-3, atol=1e-2)
+    twice = Pure(centres, {channel: [0] * len(centres[channel])}, 0)  # the twin
+    assert not torch.allclose(twice.pooled(channel, images).sum(1), images.response(channel))
+
+
+def test_a_probe_tells_concepts_better_than_the_channel_and_answers_at_positions(demo):
+    pytest.importorskip("sklearn")
+    scan, found, channel = demo
+    images = Images.of(scan)
+    probe, concept = fit_probe(images, found), images.concept(found.concepts[channel])
+    pooled = probe.pooled(channel, images)
+    summed = probe.maps(channel, images).sum(2).double()
+    torch.testing.assert_close(summed, pooled, rtol=1e-3, atol=1e-3)
+    for k, score in enumerate(pooled.T):
+        assert auroc(score, concept == k) > max(0.9, auroc(images.response(channel), concept == k))
+
+
+class Coder(nn.Module):
+    """Stands in for an autoencoder of the layer's outputs: its units are some of them."""
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        strongest = x.relu().topk(3)
+        return x, torch.zeros_like(x).scatter(1, strongest.indices, strongest.values)
+
+
+def test_codes_are_those_of_the_layers_outputs_at_positions(demo):
+    scan, found, channel = demo
+    images = Images.of(scan)
+    coder = Autoencoder(Coder(), 2.0, scan.layer.n_out, 3)
+    outputs = images.outputs(slice(None)) / 2
+    dense = Coder().encode(outputs.movedim(1, 2).flatten(0, 1))[1]
+    dense = dense.unflatten(0, (len(outputs), -1)).movedim(1, 2)  # (N, U, P)
+    torch.testing.assert_close(coder.pooled_codes(images), dense.sum(2))
+    sparse = match_units(images, found, coder)
+    chosen = sparse.chosen[channel]
+    torch.testing.assert_close(sparse.maps(channel, images), dense[:, chosen])
+    scores = dense.sum(2).double()
+    concepts = found.concepts[channel]
+    assert chosen == best_units(scores, images.concept(concepts), len(concepts))
+    z = outputs[:, channel].sum(1).double() * 2
+    torch.testing.assert_close(z, images.response(channel), rtol=1e-3, atol=1e-2)
