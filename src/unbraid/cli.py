@@ -134,9 +134,7 @@ def show_run(result: Run) -> None:
     show(str(result.found))
     if result.evaluation is not None:
         show(f"\n{result.evaluation}\n")
-        for method, errors in result.evaluation.summary.items():
-            known = (f"{name} {value:.3f}" for name, value in errors.items() if value is not None)
-            show(f"{method}: mean {', '.join(known)}".replace("_", " "))
+        show(f"{result.evaluation.summary_table()}\n")
         assert result.evaluation.output is not None
         show_comparison("Largest logit difference", result.evaluation.output)
     show(f"Report: {result.page}")

@@ -70,6 +70,11 @@ def test_evaluate_a_baseline_joins_the_summary(case):
     summary = unbraid.evaluate(ours, case.scan, baseline=case.split).summary
     assert list(summary) == ["least_squares", "published"]
     assert summary["published"] == unbraid.evaluate(case.split, case.scan).summary["published"]
+    table = unbraid.evaluate(ours, case.scan, baseline=case.split).summary_table()
+    names = ["least squares", "published"]
+    assert [name for name, *_ in table.rows] == ["means", *names]
+    for (_, *cells), means in zip(table.rows[1:], summary.values(), strict=True):
+        assert cells == [f"{value:.3f}" for value in means.values()]
     fewer = replace(case.split, channels=case.split.channels[1:])
     with pytest.raises(UsageError, match="baseline must divide the same channels"):
         unbraid.evaluate(ours, case.scan, baseline=fewer)
@@ -116,7 +121,8 @@ def test_evaluate_a_scan_of_some_images_needs_one_of_all(some, case, case_of, tm
     over_all = {*OVER_ALL[:3], *OF_CHANNEL}
     assert {name for name, value in summary.items() if value is None} == over_all
     assert "over all images is left out: the scan is of some" in str(alone)
-    assert "R-precision" not in str(unbraid.evaluate(case.split, case.scan))
+    assert len(alone.summary_table().rows[0]) == 1 + len(summary) - len(over_all)
+    assert "left out" not in str(unbraid.evaluate(case.split, case.scan))
     ours = replace(case.split, method="ours")
     both = unbraid.evaluate(ours, scan, baseline=case.split, everything=case.scan)
     assert without_all(both.channels) == alone.channels
@@ -134,9 +140,8 @@ def test_evaluate_a_scan_of_some_images_needs_one_of_all(some, case, case_of, tm
 
 @pytest.mark.parametrize("n_bytes", [1, 13 * 8 * 5 * 2])
 def test_evaluate_over_all_images_goes_by_portions(n_bytes, case, monkeypatch):
-    whole = unbraid.evaluate(case.split, case.scan)
     monkeypatch.setattr(evaluate, "_MAX_BYTES", n_bytes)  # of one channel, of two
-    assert unbraid.evaluate(case.split, case.scan).channels == whole.channels
+    assert_over_all(unbraid.evaluate(case.split, case.scan), case.split, case.truth)
 
 
 def test_evaluate_without_positions_leaves_out_the_rectified_measures_only(case, case_of):

@@ -56,9 +56,12 @@ def test_report_bounds_notes_and_how_channels_were_split(run, write):
         assert f"lambda 0.03162 <b> {199 * 'x'}…" in section.all("p", "info")[0].text
 
 
+ALONE = ("errors", "coverage", "distances")  # kinds of paragraphs with figures
+
+
 def figures_in(section):
     """The tables of a channel's section, and the figures that stand alone."""
-    alone = [*section.all("p", "errors"), *section.all("p", "distances")]
+    alone = [p for kind in ALONE for p in section.all("p", kind)]
     tables = [table.rows() for table in section.all("table")]
     return [*tables, [b.text for p in alone for b in p.all("b")]]
 
@@ -75,6 +78,9 @@ def figures_of(evaluation, channel):
         for name in ("retention", "leakage", "mimic_error", "silence_error", "auroc"):
             interval = " to ".join(map(number, known[name]))
             measures[-1].append(f"{number(getattr(concept, name))} {interval}")
+        for name in ("r_precision", "auroc_all"):
+            whole = number(getattr(concept, f"whole_{name}"))
+            measures[-1].append(f"{number(getattr(concept, name))} whole {whole}")
     for concept in off.concepts:
         two, rest = (concept.own, concept.others), concept.rest
         row = [f"{percent(d.part)} {number(d.logit)} of {number(d.whole_logit)}" for d in two]
@@ -89,13 +95,15 @@ def figures_of(evaluation, channel):
         hardest = -max(abs(run.logit[n]) for run in runs)
         losses.append((place, hardest, [*lost, str(output.n_images)]))
     errors = (measured.separation_error, measured.separation_error_rectified)
+    covered = (measured.coverage, measured.explained_share, measured.top_coverage)
+    parts = [percent(part, 1) for part in covered]
     return [
         measures,
         [[f"{number(r.mean)} ({number(r.median)})" for r in k.ratios] for k in measured.concepts],
         [[number(a.monosemanticity), number(a.clarity)] for a in (seen.original, *seen.concepts)],
         effects,
         [row for *_, row in sorted(losses)],
-        [*map(number, errors), *map(significant, (seen.within, seen.between))],
+        [*map(number, errors), *parts, *map(significant, (seen.within, seen.between))],
     ]
 
 
@@ -103,7 +111,7 @@ def test_every_figure_is_the_evaluations(page, run):
     for channel, section in sections(page).items():
         expected = figures_of(run.evaluation, channel)
         assert figures_in(section) == expected
-        bold = [b for kind in ("errors", "distances") for b in section.all("p", kind)[0].all("b")]
+        bold = [b for kind in ALONE for b in section.all("p", kind)[0].all("b")]
         cells = [cell for body in section.all("tbody") for cell in body.all("td")]
         for cell in [*cells, *bold]:  # a wrong one is noticed
             kept, cell.children = cell.children, ["9.999"]
@@ -145,7 +153,7 @@ def test_report_has_no_ratio_to_a_mean_not_told_from_zero(run, write):
     zero = [low <= 0 <= high for low, high in intervals(changed).means]
     assert zero[0]
     for k, row in enumerate(sections(page)[channel].all("table")[0].all("tbody")[0].all("tr")):
-        dashes = [zero[k], any(zero[:k] + zero[k + 1 :]), False, False, False]
+        dashes = [zero[k], any(zero[:k] + zero[k + 1 :]), *[False] * 5]
         cells = row.all("td")[1:]
         assert [cell.text.startswith(ABSENT) for cell in cells] == dashes
         assert ["not told from 0" in cell.text for cell in cells] == dashes
@@ -270,6 +278,17 @@ def test_report_says_what_is_missing(run, page, write, note, missing):
     changed = replace(run.evaluation, **{part: None}) if part else None
     assert note in notes(write(**{whole: changed}))
     assert note not in notes(page)
+
+
+def test_report_without_measures_over_all_images_says_so(run, page, write):
+    note, channels = "R-precision and coverage are left out", run.evaluation.channels
+    some = tuple(replace(channel, coverage=None) for channel in channels)
+    text = write(evaluation=replace(run.evaluation, channels=some))
+    assert (note in notes(text), note in notes(page)) == (True, False)
+    for section, whole in zip(sections(text).values(), sections(page).values(), strict=True):
+        rows, more = (one.all("table")[0].rows() for one in (section, whole))
+        assert rows == [row[:-2] for row in more]
+        assert not section.all("p", "coverage")
 
 
 def test_report_over_scans_without_images_of_a_concept_leaves_out_what_needs_them(

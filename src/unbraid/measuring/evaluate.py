@@ -200,26 +200,36 @@ def _respond(members: Members, records: Records, part: ChannelSplit) -> Response
 
 def respond_to_all(split: Split, scan: Scan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield of each channel, in order, the concept of every image (N,), -1 for none, z and new."""
-    members, n_images = split.members_in(scan), scan.manifest.n_images
     widest = max((2 + len(part.concepts) for part in split.channels), default=1)
-    n_at_a_time = max(1, _MAX_BYTES // (8 * n_images * widest))
+    n_at_a_time = max(1, _MAX_BYTES // (8 * scan.manifest.n_images * widest))
     for start in range(0, len(split.channels), n_at_a_time):
         parts = split.channels[start : start + n_at_a_time]
-        concept = torch.empty(len(parts), n_images, dtype=torch.int64)
-        z = [torch.empty(n_images, 1 + len(p.concepts), dtype=torch.float64) for p in parts]
-        n = 0
-        # Without input maps, which may be much larger than all else.
-        for tensors in scan.tensors("index", "label", "n_positions", "pooled"):
-            records = replace(no_records(scan.layer, positions=False), **tensors)
-            here = slice(n, n + len(records))
-            for row, part in enumerate(parts):
-                pooled = records.pooled[:, scan.layer.group_of(part.channel)]
-                responses = part.pooled_responses(pooled, records.n_positions)
-                z[row][here] = responses[:, : 1 + len(part.concepts)]
-                concept[row, here] = members.concept_of(records, part.concepts)
-            n = here.stop
-        for row in range(len(parts)):  # those that were broken are left out
-            yield concept[row, :n], z[row][:n, 0], z[row][:n, 1:]
+        concept, responses = _respond_to_all(split.members_in(scan), parts)
+        sizes = [1 + len(part.concepts) for part in parts]
+        for own, z in zip(concept, responses.split(sizes), strict=True):
+            yield own, z[0], z[1:].T
+
+
+def _respond_to_all(members: Members, parts: Sequence[ChannelSplit]) -> tuple[Tensor, Tensor]:
+    """Concepts (channels, N), and responses (originals and concept channels in order, N)."""
+    scan, n_images = members.scan, members.scan.manifest.n_images
+    rows = torch.cat([torch.cat([part.weight[None], part.rows]) for part in parts]).double()
+    origin = [part for part in parts for _ in range(1 + len(part.concepts))]
+    bias = torch.tensor([part.bias for part in origin], dtype=torch.float64)
+    group = torch.tensor([scan.layer.group_of(p.channel) for p in origin], dtype=torch.int64)
+    responses = torch.empty(len(rows), n_images, dtype=torch.float64)
+    concept, n = torch.empty(len(parts), n_images, dtype=torch.int64), 0
+    # Without input maps, which may be much larger than all else.
+    for tensors in scan.tensors("index", "label", "n_positions", "pooled"):
+        records = replace(no_records(scan.layer, positions=False), **tensors)
+        here = slice(n, n + len(records))
+        for g in group.unique().tolist():
+            z = rows[group == g] @ records.pooled[:, g].double().T
+            responses[group == g, here] = z + bias[group == g, None] * records.n_positions
+        for row, part in enumerate(parts):
+            concept[row, here] = members.concept_of(records, part.concepts)
+        n = here.stop
+    return concept[:, :n], responses[:, :n]  # without images that were broken
 
 
 def _over_all(

@@ -42,7 +42,13 @@ def auroc(score: Tensor, own: Tensor) -> float:
     >>> auroc(torch.tensor([3.0, 2.0, 1.0, 2.0]), torch.tensor([True, True, False, False]))
     0.875
     """
-    return float(counted_auroc(np.ones((1, len(score))), score.numpy(), own.numpy())[0])
+    mine, others = score[own].sort().values, score[~own]
+    # Own images below each other one, and those that equal it as well; whole numbers, so exact.
+    beneath = sum(
+        int(torch.searchsorted(mine, others, right=right).sum()) for right in (False, True)
+    )
+    n_pairs = len(mine) * len(others)
+    return 1 - beneath / (2 * n_pairs) if n_pairs else math.nan
 
 
 def counted_auroc(counts: np.ndarray, score: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -54,8 +60,7 @@ def counted_auroc(counts: np.ndarray, score: np.ndarray, own: np.ndarray) -> np.
         np.add.reduceat((counts * part)[:, order], starts, axis=1) for part in (own, ~own)
     )
     below = others.cumsum(1) - others / 2
-    with np.errstate(invalid="ignore"):  # without images of either kind
-        return np.asarray((wins * below).sum(1) / (wins.sum(1) * others.sum(1)))
+    return np.asarray((wins * below).sum(1) / (wins.sum(1) * others.sum(1)))
 
 
 def r_precision(score: Tensor, own: Tensor) -> float:

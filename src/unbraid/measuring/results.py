@@ -23,9 +23,15 @@ from unbraid.measuring.compare import OutputComparison
 
 Columns = TypeVar("Columns")
 
-_ERRORS = ("separation_error", "separation_error_rectified")
-_OVER_ALL = ("r_precision", "auroc_all", "off")
-_OF_CHANNEL = ("coverage", "top_coverage", "explained_share")
+# Measures of channels, of concepts over all images and of channels likewise, and their heads.
+_ERRORS = {"separation_error": "error", "separation_error_rectified": "rectified"}
+_OVER_ALL = {"r_precision": "R-precision", "auroc_all": "auroc all", "off": "off"}
+_OF_CHANNEL = {
+    "coverage": "coverage",
+    "top_coverage": "of top 1 %",
+    "explained_share": "explained",
+}
+_MEANS = {**_ERRORS, "mimic_error": "mimic", **_OVER_ALL, **_OF_CHANNEL}
 _NOT_OVER_ALL = (
     "R-precision, coverage and all else over all images is left out: the scan is of some images "
     "only; pass a scan of all."
@@ -270,13 +276,28 @@ class Evaluation(Tabular):
     def summary(self) -> dict[str, dict[str, float | None]]:
         """Per method, means over the channels or concepts, and the median retention."""
         concepts = [concept for channel in self.channels for concept in channel.concepts]
-        own = {
-            **{name: _of_known(self.channels, name) for name in _ERRORS},
-            **{name: _of_known(concepts, name) for name in ("mimic_error", *_OVER_ALL)},
-            **{name: _of_known(self.channels, name) for name in _OF_CHANNEL},
-            "median_retention": _of_known(concepts, "retention", median),
-        }
+        own: dict[str, float | None] = {}
+        for name in _MEANS:
+            parts = self.channels if name in {**_ERRORS, **_OF_CHANNEL} else concepts
+            own[name] = _of_known(parts, name, mean)
+        own["median_retention"] = _of_known(concepts, "retention", median)
         return {self.method: own, **(self.baseline.summary if self.baseline else {})}
+
+    def summary_table(self) -> Table:
+        """Show the summary, a row per method; what no method knows is left out."""
+        summary = self.summary
+        words = {**_MEANS, "median_retention": "median retention"}
+        known = {
+            name: told
+            for name, told in words.items()
+            if any(figures[name] is not None for figures in summary.values())
+        }
+        rows = [("means", *known.values())]
+        for method, figures in summary.items():
+            values = [figures[name] for name in known]
+            cells = [figure(math.nan if value is None else value) for value in values]
+            rows.append((method.replace("_", " "), *cells))
+        return Table(rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what evaluation.json holds; what could not be computed is None."""
@@ -307,8 +328,8 @@ class Evaluation(Tabular):
         measures = ("retention", "leakage", "mimic_error", "silence_error", "auroc")
         heads = ["channel", "concept", "retention", "leakage", "mimic", "silence", "auroc"]
         known = all(channel.coverage is not None for channel in self.channels)
-        over_all, of_channel = (_OVER_ALL, _OF_CHANNEL) if known else ((), ())
-        heads += [*map(_words, over_all), "error", *map(_words, of_channel)]
+        over_all, of_channel = (_OVER_ALL, _OF_CHANNEL) if known else ({}, {})
+        heads += [*over_all.values(), "error", *of_channel.values()]
         rows = [tuple(heads)]
         for channel in self.channels:
             own = [figure(getattr(channel, name)) for name in ("separation_error", *of_channel)]
@@ -320,12 +341,8 @@ class Evaluation(Tabular):
         return Table(rows, note=note, caption=caption)
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _of_known(
-    parts: Sequence[object], name: str, by: Callable[[Sequence[float]], float] = mean
+    parts: Sequence[object], name: str, by: Callable[[Sequence[float]], float]
 ) -> float | None:
     """A mean or so of the figures of a name that are known."""
     figures = [getattr(part, name) for part in parts]

@@ -237,6 +237,8 @@ def _notes(material: Material, has_images: bool) -> list[str]:
             "The output check is left out: the evaluation compared no outputs.": known.output
             is None,
             "Rectified errors are left out: they need a scan with positions.": None in errors,
+            "R-precision and coverage are left out: the evaluation had a scan of some images "
+            "only.": None in [channel.coverage for channel in known.channels],
             "Nothing was switched off: the evaluation holds no ablation.": known.ablation is None,
             f"Only {n_off:,} of {count(n, 'channel')} were switched off, those with the lowest "
             "cosines unless chosen otherwise.": known.ablation and n_off < n,
