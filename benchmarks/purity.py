@@ -9,7 +9,7 @@ measured on the same held-out images in one run. Prints Markdown: a table of fig
 differences, with 95 % intervals by drawing channels again (paired).
 
 `lite0` needs what `benchmarks/lite0.py` says; DIR holds class folders, or Fashion-MNIST as IDX
-files. The rest: `pip install unbraid[benchmarks]`; what is not installed is left out, with a word.
+files. The rest: `pip install -e ".[benchmarks]"`; what is not installed is left out, with a word.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from purity_measures import (
     PER_CONCEPT,
     Figures,
     Held,
+    average,
     averaged,
     bootstrap,
     less,
@@ -246,7 +247,7 @@ def print_figures(setting: Setting, ways: dict[str, Way], encoder: str, n_images
         for column in columns:
             figures = way.figures.get(column)
             middle = "median" if column == "retention" else "mean"
-            cells.append(figure(bootstrap(figures, middle=middle)[0] if figures else None))
+            cells.append(figure(average(figures, middle) if figures else None))
         r = [sum(own) / len(own) for own in way.planted.values()]
         planted = " / ".join(map(figure, r)) or "-"
         fit = f"{way.seconds:.1f}" if way.seconds else "-"

@@ -119,27 +119,28 @@ def less(
 ByChannel = Mapping[int, Sequence[float]]  # by channel, of its concepts or of the whole
 
 
-def bootstrap(
-    figures: ByChannel, base: ByChannel | None = None, middle: str = "mean"
-) -> tuple[float, float, float]:
-    """A mean (or median) over concepts, or its difference to a base, and the interval of it.
+def average(figures: ByChannel, middle: str = "mean") -> float:
+    """Mean (or median) over concepts of all channels, or over channels; NaN of none."""
+    values = np.concatenate([np.asarray(own, float) for own in figures.values()])
+    if np.isnan(values).all():
+        return float("nan")
+    return float(np.nanmedian(values) if middle == "median" else np.nanmean(values))
+
+
+def bootstrap(figures: ByChannel, base: ByChannel | None = None) -> tuple[float, float, float]:
+    """A mean over concepts, or its difference to a base, and the interval of it.
 
     Channels are drawn again with all their concepts, the same ones on both sides.
     """
     channels = sorted(figures)
-    own = np.concatenate([np.asarray(figures[o], float) for o in channels])
-    other = None if base is None else np.concatenate([np.asarray(base[o], float) for o in channels])
-    first = np.cumsum([0, *(len(figures[o]) for o in channels)])
-    average = np.nanmedian if middle == "median" else np.nanmean
-
-    def statistic(chosen: np.ndarray) -> float:
-        value = average(own[chosen])
-        return float(value if other is None else value - average(other[chosen]))
-
-    if np.isnan(own).all() or (other is not None and np.isnan(other).all()):
-        return float("nan"), float("nan"), float("nan")
     draws = np.random.default_rng(0).integers(len(channels), size=(N_RESAMPLES, len(channels)))
-    parts = [np.arange(first[n], first[n + 1]) for n in range(len(channels))]
-    values = [statistic(np.concatenate([parts[n] for n in draw])) for draw in draws]
-    low, high = np.nanquantile(values, [(1 - _SURE) / 2, (1 + _SURE) / 2])
-    return statistic(np.arange(len(own))), float(low), float(high)
+    draws = np.concatenate([np.arange(len(channels))[None], draws])  # first, those that there are
+    means = np.zeros(len(draws))
+    for side, sign in ((figures, 1), (base or {}, -1)):
+        if side:
+            own = [np.asarray(side[o], float) for o in channels]
+            sums, counts = np.array([[np.nansum(v), (~np.isnan(v)).sum()] for v in own]).T
+            with np.errstate(invalid="ignore"):  # of none
+                means += sign * sums[draws].sum(1) / counts[draws].sum(1)
+    low, high = np.nanquantile(means[1:], [(1 - _SURE) / 2, (1 + _SURE) / 2])
+    return float(means[0]), float(low), float(high)

@@ -23,7 +23,7 @@ from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import Split
 
 N_REFERENCE = 100  # images of a channel that PURE clusters
-N_POSITIONS, N_EPOCHS, BATCH, RATE = 24_000, 5, 512, 1e-3  # of training the autoencoder
+N_POSITIONS, N_EPOCHS, BATCH, RATE = 50_000, 5, 1024, 1e-3  # of training the autoencoder
 _ALPHAS = tuple(10.0**e for e in range(-1, 6))  # among which the probe chooses
 
 

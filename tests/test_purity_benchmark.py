@@ -11,7 +11,7 @@ from torch import nn
 import interpretability
 import unbraid
 from even_share import fit_even_share
-from purity_measures import averaged, bootstrap, less
+from purity_measures import average, averaged, bootstrap, less
 from purity_ways import permuted, shuffled
 from rivals import (
     Autoencoder,
@@ -34,7 +34,8 @@ def test_intervals_are_paired_over_channels_with_all_their_concepts():
     mean, low, high = bootstrap(base)
     assert mean == 9.5
     assert low < 8 < 11 < high
-    assert bootstrap({0: [1.0, 5, 9], 1: [1.0]}, middle="median")[0] == 3
+    assert average({0: [1.0, 5, 9], 1: [1.0]}, "median") == 3
+    assert bootstrap({0: [1.0, 5, 9], 1: [1.0]})[0] == average({0: [1.0, 5, 9], 1: [1.0]}) == 4
     noise = {o: [v + (-1) ** o for v in own] for o, own in base.items()}
     _, low, high = bootstrap(noise, base)  # the twin: no difference
     assert low < 0 < high
