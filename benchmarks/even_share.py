@@ -16,7 +16,7 @@ from torch import Tensor
 from unbraid.finding.findings import Findings
 from unbraid.networks.spec import tap_inputs
 from unbraid.scanning.records import Scan
-from unbraid.splitting.box_solver import Whole, solve_box
+from unbraid.splitting.box_solver import solve_box
 
 _PENALTIES = tuple(10.0**e for e in (-2, -1.5, -1, -0.5, 0, 0.5, 1))
 _BACKGROUND, _POOLED = 0.1, 0.3  # weights of the even share, and of pooled responses in refining
@@ -50,7 +50,9 @@ class _Problem:
     def solve(self, penalty: float, start: Tensor | None = None) -> Tensor:
         ridge = penalty * float(self.gram.diagonal().mean())
         begin = self.prior if start is None else start
-        return solve_box(Whole(self.gram), ridge, self.linear + ridge * self.prior, begin.clone())
+        wanted = self.linear + ridge * self.prior
+        solved = [solve_box(self.gram, ridge, *own) for own in zip(wanted, begin, strict=True)]
+        return torch.stack(solved)
 
     def first(self, n: int) -> _Problem:
         return _Problem(self.gram, self.linear[:n], self.prior[:n], self.constant[:n])
@@ -203,7 +205,7 @@ def _refine(
             wanted = mine[k] * original - bias * positive[k].sum(1)
             held = (active * weight[:, None]).T @ active + gram
             pull = (weight * wanted) @ active + linear[k] + ridge * prior[k]
-            step[k] = solve_box(Whole(held), ridge, pull[None], mask[None].clone())[0] - mask
+            step[k] = solve_box(held, ridge, pull, mask) - mask
         for _ in range(_N_HALVINGS):
             worse = ~(values(masks + step) < before)
             if not worse.any():

@@ -70,6 +70,35 @@ def pooled_input(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+@torch.no_grad()
+def tap_inputs(layer: nn.Module, x: Tensor) -> Tensor:
+    """What each tap meets at each position of one image, (P, G, J): z of rows with one weight."""
+    layer, n_groups = _copy64(layer), _n_groups(layer)
+    rows = layer.weight.flatten(1)
+    n_rows, n_taps = len(rows) // n_groups, rows.shape[1]
+    one_each = torch.eye(n_taps).double()
+    if layer.bias is not None:
+        layer.bias.zero_()
+    met = []
+    for ones in one_each.split(n_rows):
+        layer.weight.zero_()
+        for group in range(n_groups):
+            own = layer.weight[group * n_rows :][: len(ones)]
+            own += ones.reshape(own.shape)
+        met.append(_run(layer, x.double()).unflatten(0, (n_groups, -1))[:, : len(ones)])
+    return torch.cat(met, 1).movedim(2, 0)
+
+
+def spread(layer: nn.Module, inputs: Images) -> Tensor:
+    """Section 5, Lambda: tap inputs less their mean at up to 64 positions of one image, (M, G, J).
+
+    inputs are those of the layer's runs on the image and its parts, in order.
+    """
+    met = torch.cat([tap_inputs(layer, x) for x in inputs])
+    n = min(64, len(met)) if len(met) > 1 else 0
+    return (met - met.mean(0))[[k * len(met) // n for k in range(n)]]
+
+
 @torch.enable_grad()
 def _run_cut(model: nn.Module, layer_name: str, image: Tensor):
     """The layer, its input x and its output z as a leaf, with batch, and logits (T,) from z."""

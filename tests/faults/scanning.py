@@ -1,5 +1,7 @@
 """A scan in a process of its own, to be killed: `python scanning.py FOLDER [how to die]`.
 
+With POOLED in the environment it keeps no positions, but deviations within images.
+
 It says `ready RANK PID` before it begins. Five shards of two layers; a batch takes a few
 milliseconds, so that a kill at random finds it anywhere.
 """
@@ -17,9 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import unbraid
+import unbraid.scanning.scan as scanning
 
 LAYERS = ["1", "3"]
-N_IMAGES = 4 * 128 + 40  # with positions a shard holds 128
+SHARD = 128  # with positions, and here without
+N_IMAGES = 4 * SHARD + 40
 
 
 class Slow(nn.Sequential):
@@ -68,7 +72,8 @@ def main() -> None:
     if how and rank == "0" and first_start:
         die_at(how)
     os.write(1, f"ready {rank} {os.getpid()}\n".encode())  # at once, as other ranks write too
-    options = {"positions": True, "batch_size": 16, "threads": 1}
+    scanning.images_per_shard = lambda _: SHARD  # type: ignore[assignment]
+    options = {"positions": "POOLED" not in os.environ, "batch_size": 16, "threads": 1}
     unbraid.scan(network(), LAYERS, Images(), out, **options)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import unbraid
+
 SCANNING = Path(__file__).with_name("scanning.py")
 N_FILES = 2 * (2 + 5)  # layer, manifest and shards of two layers
 # With a meeting point of its own, as other tests may be running on the machine.
@@ -127,6 +129,22 @@ def test_killed_around_a_rename_it_goes_on(moment, undisturbed, tmp_path):
 def test_many_processes_leave_the_same_bytes(n_ranks, undisturbed, tmp_path):
     finish(tmp_path, n_ranks)
     assert_same(tmp_path, undisturbed)
+
+
+def test_deviations_within_images_are_the_same_whoever_scans(tmp_path, monkeypatch):
+    monkeypatch.setenv("POOLED", "1")
+    alone, together, killed = (tmp_path / name for name in ("alone", "together", "killed"))
+    finish(alone)
+    finish(together, 2)
+    start(killed, moment="named 7").communicate(timeout=300)
+    assert not is_finished(killed)
+    finish(killed)
+    for other in (together, killed):
+        assert_same(other, alone)
+    for layer, n_taps in {"1": 27, "3": 6}.items():
+        spread = unbraid.open_scan(alone / layer).spread(0)
+        assert spread.shape == (50 * 36, n_taps)
+        assert spread.any(1).all()
 
 
 def test_two_equal_starts_at_once_leave_the_same_bytes(undisturbed, tmp_path):

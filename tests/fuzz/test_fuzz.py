@@ -61,6 +61,7 @@ def seeds(tmp_path_factory):
     images = SyntheticImages(9)
     images.ids = [f"folder/{k}.png" for k in range(9)]
     scan = unbraid.scan(network, "layer", images, folder / "scan", positions=True)
+    unbraid.scan(network, "layer", images, folder / "pooled")
     # Shards that do not say whose they are, as any manifest that is lied about would disown them.
     nameless = Path(shutil.copytree(scan.path, folder / "nameless"))
     records.write_shard(nameless, 0, records.read_shard(scan.path, 0))
@@ -101,7 +102,7 @@ def use_scan(data, seeds, folder):
     for use in (
         lambda scan: list(scan.shards()),
         lambda scan: [scan.broken(), scan.labels_seen()],
-        lambda scan: scan.ids(),
+        lambda scan: [scan.ids(), spread_within(scan)],
         lambda scan: str(unbraid.find(scan, tau="auto")),
         lambda scan: str(unbraid.find(scan, concepts="clusters")),
         lambda scan: work(scan, own),
@@ -109,6 +110,22 @@ def use_scan(data, seeds, folder):
     ):
         sound_or_refused(lambda use=use: use(unbraid.open_scan(own)))
     sound_or_refused(lambda: str(check(own)))
+
+
+def use_pooled(data, seeds, folder):
+    """A scan without positions, of which a shard is tampered with."""
+    own = fresh(folder / "scan", seeds.folder / "pooled")
+    tamper(data, own / "shard-000000.safetensors")
+    for use in (lambda scan: list(scan.shards()), spread_within):
+        sound_or_refused(lambda use=use: use(unbraid.open_scan(own)))
+    sound_or_refused(lambda: str(check(own)))
+
+
+def spread_within(scan):
+    spread = scan.spread(0)
+    if spread is not None:
+        assert (spread.dtype, spread.shape[1:]) == (torch.float64, (scan.layer.n_taps,))
+        assert (spread.T @ spread).isfinite().all()
 
 
 def use_manifest(data, seeds, folder):
@@ -181,6 +198,7 @@ def use_weights(data, seeds, folder):
 
 READERS = {
     "scan": use_scan,
+    "pooled": use_pooled,
     "manifest": use_manifest,
     "split": use_split,
     "evaluation": use_evaluation,
@@ -257,6 +275,8 @@ def test_what_is_sound_is_read(seeds, tmp_path):
     scan, evaluation = unbraid.open_scan(seeds.folder / "scan"), seeds.folder / "evaluation.json"
     assert sum(map(len, scan.shards())) == 9
     work(scan, tmp_path)
+    spreads = [unbraid.open_scan(seeds.folder / name).spread(0) for name in ("scan", "pooled")]
+    assert torch.equal(*spreads)
     assert Split.load(seeds.folder / "split.safetensors").channels[0].channel == 0
     assert results.read_ablation(evaluation).channels[0].concepts[1].classes == (1, 2)
     assert None not in (results.read_semantics(evaluation), results.read_output(evaluation))

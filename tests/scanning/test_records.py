@@ -19,25 +19,33 @@ CORRUPTORS = {
     "of more dimensions": lambda x: x[..., None],
     "negative": lambda x: -1 - x if x.dtype.is_signed else x[:1],
 }
-SOUND = {("dropped", "group"), ("negative", "pooled"), ("negative", "input_map")}
+SOUND = {("dropped", "group"), *(("negative", n) for n in ("pooled", "input_map", "spread"))}
+ABSENT = {True: ("spread_start", "spread"), False: ("input_map",)}  # with positions, and without
 DAMAGES = [(how, name) for how in CORRUPTORS for name in COLUMNS if (how, name) not in SOUND]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def scans(tmp_path_factory):
+    """By whether they keep positions."""
     images = WithBroken(9)
     images.groups, images.ids = [n // 2 for n in range(9)], [f"é/{n}" for n in range(9)]
-    options = {"positions": True, "skip_broken": True}
-    return unbraid.scan(build("groups"), "layer", images, tmp_path_factory.mktemp("a"), **options)
+    return {
+        positions: unbraid.scan(
+            *(build("groups"), "layer", images, tmp_path_factory.mktemp("a")),
+            **{"positions": positions, "skip_broken": True},
+        )
+        for positions in (True, False)
+    }
 
 
 @pytest.fixture
-def shards_with(whole, tmp_path):
-    """Read the shards of the scan with other tensors, under checksums that fit."""
+def shards_with(scans, tmp_path):
+    """Read the shards of a scan with other tensors, under checksums that fit."""
 
-    def read(columns):
-        folder = shutil.copytree(whole.path, tmp_path / "scan")
-        tensors, about = read_tensors(shard_path(whole.path, 0))
+    def read(columns, positions=True):
+        whole = scans[positions].path
+        folder = shutil.copytree(whole, tmp_path / "scan", dirs_exist_ok=True)
+        tensors, about = read_tensors(shard_path(whole, 0))
         changed = {k: v for k, v in {**tensors, **columns}.items() if v is not None}
         about.pop("crc32", None)
         write_tensors(shard_path(folder, 0), changed, about)
@@ -47,10 +55,11 @@ def shards_with(whole, tmp_path):
 
 
 @pytest.mark.parametrize(("how", "name"), DAMAGES)
-def test_shards_of_a_scan_with_a_damaged_field_are_refused(how, name, whole, shards_with):
-    (records,) = whole.shards()
+def test_shards_of_a_scan_with_a_damaged_field_are_refused(how, name, scans, shards_with):
+    positions = name not in ABSENT[True]
+    (records,) = scans[positions].shards()
     with pytest.raises(RunError, match=r"shard-000000\.safetensors (holds|is not a shard)"):
-        shards_with({name: CORRUPTORS[how](getattr(records, name))})
+        shards_with({name: CORRUPTORS[how](getattr(records, name))}, positions)
 
 
 @pytest.mark.parametrize("dropped", [(), ("group",), ("id_start", "id_bytes")])
@@ -59,12 +68,16 @@ def test_shards_of_a_scan_that_is_whole_are_read(dropped, shards_with):
     assert (len(records), records.broken.tolist()) == (8, [3])
 
 
-def test_join_records_of_parts_gives_the_whole(whole):
-    (records,) = whole.shards()
-    empty = no_records(whole.layer, positions=True)
+@pytest.mark.parametrize("positions", [True, False])
+def test_join_records_of_parts_gives_the_whole(positions, scans):
+    (records,) = scans[positions].shards()
+    empty = no_records(scans[positions].layer, positions)
     joined = join_records([empty, records, records, empty])
     for name, column in COLUMNS.items():
         own, twice = getattr(records, name), getattr(joined, name)
+        if name in ABSENT[positions]:
+            assert (own, twice) == (None, None)
+            continue
         if column.starts:
             own, twice = own.diff(), twice.diff()
         assert torch.equal(twice, torch.cat([own, own])), name

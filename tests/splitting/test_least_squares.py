@@ -1,112 +1,242 @@
-"""Least-squares masks: the optimum against scipy, its optimality, and what it is good for."""
-
-from dataclasses import replace
+"""Least-squares masks: the objective image by image, its optimum, and what it is good for."""
 
 import pytest
 import torch
+from scipy.optimize import minimize
 
 import unbraid
-from checks import assert_close, assert_same_split, truth_of
+from checks import assert_same_split
 from tiny_networks import SyntheticImages, build
 from unbraid.finding.membership import Members
-from unbraid.measuring.formulas import separation_error
 from unbraid.networks.layers import describe
 from unbraid.networks.spec import pooled_input, tap_inputs
+from unbraid.splitting import cross_validation, silence
 from unbraid.splitting import least_squares as ls
-from unbraid.splitting.box_solver import Rows
-from unbraid.splitting.rectified import images_of, pose_rectified, refine
+from unbraid.splitting.moments import RowPrior, augment, augmented_row, join_moments, moment
+from unbraid.splitting.silence import Images, choose_rest
 
-OWN = {1: [[0], [1]], 4: [[0, 1], [2], [3]]}
+OWN = {1: [[0], [1]], 4: [[0, 1], [2]]}
+WEIGHTS = ls.Weights(penalty=0.1, silence=3.0)
 
 
 @pytest.fixture(scope="module", params=["1x1", "3x3", "groups", "tokens"])
 def case(request, tmp_path_factory):
-    """A scan with positions, and findings of K = 2 and K = 3 concepts in it."""
+    """A scan, and findings of two channels in it."""
     network, images = build(request.param), SyntheticImages(80)
-    folder = tmp_path_factory.mktemp(request.param)
-    scan = unbraid.scan(network, "layer", images, folder, positions=True)
+    scan = unbraid.scan(network, "layer", images, tmp_path_factory.mktemp(request.param))
     return scan, unbraid.find(scan, channels=OWN)
 
 
-def slow_objective(scan, channel, concepts, masks):
-    """METHOD.md section 5 without its penalty, image by image."""
-    records = next(scan.shards())
-    group, row = scan.layer.group_of(channel), ls.augmented_row(scan, channel)
-    taps = ls.augment(records.pooled[:, group], records.n_positions) * row
-    images = [torch.isin(records.label, torch.tensor(concept)) for concept in concepts]
-    power = [taps[chosen].sum(1).square().mean() for chosen in images]
-    values = []
-    for k, mask in enumerate(masks):
-        whole = torch.cat([mask, torch.ones(1, dtype=torch.float64)])
-        total = 0.0
-        for other, chosen in enumerate(images):
-            z, z_k = taps[chosen].sum(1), taps[chosen] @ whole
-            wanted = z if k == other else torch.zeros_like(z)
-            total += float((z_k - wanted).square().mean() / power[other])
-        values.append(total)
-    return values
+def rest_of(scan, found):
+    members = found.members_in(scan)
+    return members, choose_rest(members, found.concepts)
 
 
-def test_the_problem_is_that_of_the_method_page(case):
+def pooled_of(scan, channel):
+    """Each image's augmented inputs and label."""
+    records = list(scan.shards())
+    group = scan.layer.group_of(channel)
+    inputs = [augment(r.pooled[:, group], r.n_positions) for r in records]
+    return torch.cat(inputs), torch.cat([r.label for r in records])
+
+
+def slow_shrunk(inputs):
+    """A class's moment, pair of columns by pair of columns (METHOD.md section 5)."""
+    n, size = inputs.shape
+    mean = inputs.mean(0)
+    u = (inputs - mean) / inputs.var(0, correction=0).sqrt()
+    above = below = 0.0
+    for i in range(size - 1):
+        for j in range(size - 1):
+            if i != j:
+                w = u[:, i] * u[:, j]
+                above += float(n / (n - 1) ** 3 * (w - w.mean()).square().sum())
+                below += float(w.mean()) ** 2
+    alpha = min(max(above / below, 0), 1)
+    covariance = (inputs - mean).T @ (inputs - mean) / n
+    kept = (1 - alpha) * covariance + alpha * torch.diag(covariance.diagonal())
+    return kept + torch.outer(mean, mean), alpha
+
+
+def slow_objective(scan, channel, concepts, k, mask, weights):
+    """The pooled objective of one mask, without shrinkage, image by image."""
+    inputs, label = pooled_of(scan, channel)
+    row = augmented_row(scan, channel)
+    whole = torch.cat([mask, torch.ones(1).double()])
+    z, z_k = inputs @ row, (inputs * row) @ whole
+    images = [torch.isin(label, torch.tensor(concept)) for concept in concepts]
+    total = 0.0
+    for other, own in enumerate(images):
+        wanted = z[own] if other == k else 0 * z[own]
+        total += float((z_k[own] - wanted).square().mean() / z[own].square().mean())
+    foreign = ~images[k]
+    margin = 0.5 * max(float(z[images[k]].mean()), 0.0)
+    beyond = (z_k[foreign] - margin).clamp(min=0).square().mean()
+    return total + weights.silence * float(beyond / z[images[k]].square().mean())
+
+
+def problem_of(scan, found, channel, shrink=False):
+    inputs, label = pooled_of(scan, channel)
+    parts = [
+        join_moments([moment(inputs[label == number], shrink) for number in concept])
+        for concept in found.concepts[channel]
+    ]
+    return ls.pose(augmented_row(scan, channel), parts)
+
+
+def images_of(scan, found, channel):
+    """All images, each standing for itself."""
+    inputs, label = pooled_of(scan, channel)
+    concept = torch.full_like(label, -1)
+    for k, numbers in enumerate(found.concepts[channel]):
+        concept[torch.isin(label, torch.tensor(numbers))] = k
+    return Images(inputs, concept, torch.ones(len(label)).double(), torch.arange(len(label)))
+
+
+@pytest.mark.parametrize("n", [4, 9, 60])
+def test_moment_is_shrunk_as_pair_by_pair(n):
+    torch.manual_seed(n)
+    inputs = torch.randn(n, 6).double() @ torch.randn(6, 6).double() + 1
+    expected, alpha = slow_shrunk(inputs)
+    found = moment(inputs)
+    x = torch.randn(6).double()
+    assert found.shrinkage == pytest.approx(alpha)
+    torch.testing.assert_close(found.times(x), expected @ x)
+    plain = moment(inputs, shrink=False)
+    torch.testing.assert_close(plain.times(x), inputs.T @ inputs @ x / n)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(plain.times(x), expected @ x)
+    both = join_moments([plain, moment(2 * inputs[:3], shrink=False)])
+    every = torch.cat([inputs, 2 * inputs[:3]])
+    torch.testing.assert_close(both.times(x), every.T @ every @ x / len(every))
+    torch.testing.assert_close(both.mean, every.mean(0))
+
+
+def test_moment_of_constant_inputs_or_few_images_is_its_diagonal():
+    for inputs in (torch.ones(8, 4), torch.eye(2, 4)):
+        found = moment(inputs.double())
+        assert found.shrinkage == 1
+        assert found.rows.isfinite().all()
+
+
+def test_problem_and_silence_are_those_of_the_method_page(case):
     scan, found = case
-    fits = ls.fit_least_squares(Members(scan), found.concepts, 0.1, ls.sample_images(scan))
-    records = next(scan.shards())
     for channel, concepts in found.concepts.items():
+        problem, images = problem_of(scan, found, channel), images_of(scan, found, channel)
+        for masks in (torch.rand_like(problem.linear), torch.ones_like(problem.linear)):
+            quadratic = problem.loss(masks)
+            for k, mask in enumerate(masks):
+                beyond = problem.beyond(images, WEIGHTS.silence, k)
+                fast = float(quadratic[k] + beyond.errors(mask).square().sum())
+                slow = slow_objective(scan, channel, concepts, k, mask, WEIGHTS)
+                assert fast == pytest.approx(slow, rel=1e-9)
+                assert fast != pytest.approx(
+                    slow_objective(scan, channel, concepts, k, 0.9 * mask, WEIGHTS), rel=1e-6
+                )
+
+
+def test_row_prior_is_from_the_other_rows(case):
+    scan, _ = case
+    prior, n_per_group = RowPrior(scan), scan.layer.n_out // scan.layer.groups
+    for channel in (1, 4):
         group = scan.layer.group_of(channel)
-        moments = []
-        for concept in concepts:
-            chosen = torch.isin(records.label, torch.tensor(concept))
-            inputs = ls.augment(records.pooled[chosen, group], records.n_positions[chosen])
-            moments.append(ls.Moment([Rows(inputs)], len(inputs)))
-        problem = ls.pose(ls.augmented_row(scan, channel), moments)
-        for masks in (fits[channel].masks, problem.prior, torch.rand_like(problem.prior)):
-            slow = slow_objective(scan, channel, concepts, masks)
-            assert problem.loss(masks).tolist() == pytest.approx(slow, rel=1e-6)
-        assert fits[channel].kkt_residual < 1e-8
-        torch.testing.assert_close(problem.prior.sum(0), torch.ones(scan.layer.n_taps).double())
+        rows = scan.weight.double()[group * n_per_group : (group + 1) * n_per_group]
+        outer = rows.T @ rows
+        ridge = 0.1 * outer.diagonal().mean()
+        own = scan.weight[channel].double()
+        others = outer - torch.outer(own, own) + ridge * torch.eye(len(own)).double()
+        expected = torch.linalg.inv(others) * torch.outer(own, own)
+        expected = expected / expected.diagonal().mean()
+        torch.testing.assert_close(prior.matrix(channel), expected, rtol=1e-5, atol=1e-8)
 
 
-def test_it_does_better_than_any_rho_on_what_it_minimises(case):
+@pytest.mark.parametrize("rectified", [False, True])
+def test_solve_finds_the_optimum_that_scipy_finds(case, rectified):
     scan, found = case
-    members, sample = Members(scan), ls.sample_images(scan)
-    fits = ls.fit_least_squares(members, found.concepts, ls.PENALTIES[0], sample)
-    for rho in (0.3, 0.7, 1.0):
-        published = unbraid.split(scan, found, method="published", rho=rho)
-        for part in published.channels:
-            ours = slow_objective(scan, part.channel, part.concepts, fits[part.channel].masks)
-            theirs = slow_objective(scan, part.channel, part.concepts, part.masks.double())
-            assert all(a <= b + 1e-6 for a, b in zip(ours, theirs, strict=True))
+    for channel in found.concepts:
+        problem, images = problem_of(scan, found, channel, True), images_of(scan, found, channel)
+        prior = RowPrior(scan).matrix(channel)
+        spread = scan.spread(scan.layer.group_of(channel)) if rectified else None
+        fit = ls.solve(problem, images, WEIGHTS, prior, spread=spread, gain=1e-12)
+        assert ((fit.masks >= 0) & (fit.masks <= 1)).all()
+        share = 0.25 + 0.75 * problem.shrinkage if rectified else 1.0
+        penalty = WEIGHTS.penalty * float(problem.gram.diagonal().mean()) * prior
+        for k, mask in enumerate(fit.masks):
+            even = torch.full_like(mask, 1 / len(fit.masks))
+            terms = [problem.beyond(images, WEIGHTS.silence, k).times(share)]
+            if rectified:
+                own = (problem.row, images, spread, k, WEIGHTS.silence, 1 - share)
+                terms.append(ls.Rectified.of(*own))
+            gram = share * problem.gram + penalty
+            objective = ls.Objective(gram, share * problem.linear[k] + penalty @ even, terms)
+
+            def value(m, objective=objective):
+                return objective.value(torch.as_tensor(m))
+
+            best = minimize(value, mask.numpy(), method="L-BFGS-B", bounds=[(0, 1)] * len(mask))
+            # What rectified responses ask for is not convex, and eight steps are all it gets.
+            slack = (5e-3 if rectified else 1e-5) * abs(best.fun)
+            assert value(mask) <= best.fun + slack
+            worse = torch.rand_like(mask)
+            assert value(worse) > best.fun + slack
 
 
-def test_a_stiff_penalty_gives_the_prior_and_a_split_twice_the_same_bits(case):
+def test_a_stiff_penalty_gives_even_shares_and_a_split_twice_the_same_bits(case):
     scan, found = case
-    stiff = ls.fit_least_squares(Members(scan), found.concepts, 1e9, ls.sample_images(scan))
-    for fit in stiff.values():
-        torch.testing.assert_close(fit.masks, fit.prior, rtol=0, atol=1e-6)
+    stiff = ls.Weights(1e9, 0.0)
+    fits = ls.fit_least_squares(Members(scan), found.concepts, stiff, rest_of(scan, found))
+    for fit in fits.values():
+        even = torch.full_like(fit.masks, 1 / len(fit.masks))
+        torch.testing.assert_close(fit.masks, even, rtol=0, atol=1e-4)
     assert_same_split(*(unbraid.split(scan, found) for _ in range(2)))
-    assert ls.choose_penalty(Members(scan), found.concepts) in ls.PENALTIES
+    chosen = cross_validation.choose_weights(Members(scan), found.concepts, rest_of(scan, found))
+    assert chosen.penalty in cross_validation.PENALTIES
+    assert chosen.silence in cross_validation.SILENCES
 
 
-def test_refining_never_makes_the_rectified_objective_worse(case):
+def test_more_silence_is_asked_for_only_while_concepts_are_kept(case, monkeypatch):
     scan, found = case
-    fits = ls.fit_least_squares(Members(scan), found.concepts, 0.01, ls.sample_images(scan))
-    maps = found.members_in(scan).first(found.classes, 100, ["input_map"])
-    for channel, fit in fits.items():
-        images = images_of(scan, channel, found.concepts[channel], maps)
-        refined = refine(pose_rectified(images, fit.prior, fit.penalty), fit.masks)
-        assert ((refined >= 0) & (refined <= 1)).all()
-        original = images.rectified(torch.ones(1, refined.shape[1]))[0][0]
-        before, after = (
-            separation_error(original, images.rectified(masks)[0].T, images.concept)
-            for masks in (fit.masks, refined)
+    chosen = []
+    for least in (0.0, 2.0):
+        monkeypatch.setattr(cross_validation, "RETENTION", least)
+        weights = cross_validation.choose_weights(
+            Members(scan), found.concepts, rest_of(scan, found)
         )
-        assert after <= before + 0.02
+        chosen.append(weights.silence)
+    assert chosen == [cross_validation.SILENCES[0], cross_validation.SILENCES[-1]]
+
+
+@pytest.mark.parametrize(("n_top", "n_even"), [(1000, 1000), (5, 10), (0, 7)])
+def test_choose_rest_takes_the_most_exciting_and_evenly_spaced_images(
+    n_top, n_even, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(silence, "N_TOP", n_top)
+    monkeypatch.setattr(silence, "N_EVEN", n_even)
+    scan = unbraid.scan(build("3x3"), "layer", SyntheticImages(80), tmp_path)
+    found = unbraid.find(scan, channels=OWN)
+    members, rest = rest_of(scan, found)
+    read = rest.read(members, list(OWN))
+    for channel, concepts in found.concepts.items():
+        inputs, label = pooled_of(scan, channel)
+        foreign = ~torch.isin(label, torch.tensor([n for concept in concepts for n in concept]))
+        z = inputs @ augmented_row(scan, channel)
+        places = foreign.nonzero()[:, 0].tolist()
+        top = sorted(places, key=lambda n: -float(z[n]))[:n_top]
+        step = max(1, 80 // n_even)
+        even = [n for n in places if n % step == 0 and n not in top]
+        assert rest.place[channel].tolist() == sorted(top + even)
+        counted = dict(
+            zip(rest.place[channel].tolist(), rest.weight[channel].tolist(), strict=True)
+        )
+        assert all(counted[n] == 1 for n in top)
+        assert len(even) == 0 or sum(counted.values()) == pytest.approx(len(places))
+        torch.testing.assert_close(read[channel].inputs, inputs[rest.place[channel]])
 
 
 def test_one_image_a_concept_and_silent_channels_are_no_trouble(tmp_path):
     network, images = build("3x3"), SyntheticImages(4)
     network.get_submodule("layer").weight.data[1] = 0
-    scan = unbraid.scan(network, "layer", images, tmp_path, positions=True)
+    scan = unbraid.scan(network, "layer", images, tmp_path)
     split = unbraid.split(scan, unbraid.find(scan, channels={1: [[0], [1]], 2: [[2], [3]]}))
     assert all(part.masks.isfinite().all() for part in split.channels)
     assert unbraid.evaluate(split, scan).summary["least_squares"]["separation_error"] is not None
@@ -120,64 +250,6 @@ def test_tap_inputs_add_up_to_the_pooled_input(kind):
     x = torch.randn(2, layer.in_channels, 6, 7, dtype=torch.float64)
     summed = [tap_inputs(spec, x, group).sum(2) for group in range(spec.groups)]
     torch.testing.assert_close(torch.stack(summed, 1), pooled_input(spec, x))
-
-
-CONCEPTS = ((0,), (2,))  # of the four classes
-
-
-@pytest.fixture(scope="module", params=["3x3", "groups", "tokens"])
-def scanned(request, tmp_path_factory):
-    network, images = build(request.param), SyntheticImages(40)
-    scan = unbraid.scan(network, "layer", images, tmp_path_factory.mktemp("scan"), batch_size=8)
-    return scan, truth_of(network, images)
-
-
-def expected(truth, channel, mask, weight):
-    """The term of one mask, image by image: squared distance from an even share."""
-    responses = truth.pooled_response(channel, weight)
-    masked = truth.pooled_response(channel, mask * weight)
-    error = power = 0.0
-    for n, label in enumerate(truth.labels):
-        if label not in (0, 2):
-            error += float(masked[n] - responses[n] / 2) ** 2
-            power += float(responses[n]) ** 2
-    return ls.BACKGROUND_WEIGHT * error / power
-
-
-def assert_term(term, truth, channel, weight):
-    generator = torch.Generator().manual_seed(channel)
-    for _ in range(3):
-        mask = torch.rand(len(weight), generator=generator, dtype=torch.float64)
-        value = (term.rows @ mask).square().sum() - 2 * term.linear @ mask
-        silent = expected(truth, channel, torch.zeros_like(mask), weight)
-        assert_close(value, expected(truth, channel, mask, weight) - silent, 1e-9)
-
-
-@pytest.mark.parametrize("channel", [0, 3])
-def test_the_term_is_the_distance_from_an_even_share(scanned, channel):
-    scan, truth = scanned
-    weight = scan.weight[channel].double()
-    term = ls.background_term(Members(scan), ls.sample_images(scan), channel, CONCEPTS)
-    assert_term(term, truth, channel, weight)
-    for wrong in (ls.Term(term.rows[1:], term.linear), ls.Term(term.rows, -term.linear)):
-        with pytest.raises(AssertionError):
-            assert_term(wrong, truth, channel, weight)
-
-
-def test_without_other_images_or_answers_nothing_is_asked(scanned):
-    scan, _ = scanned
-    sample = ls.sample_images(scan)
-    assert ls.background_term(Members(scan), sample, 0, ((0, 1), (2, 3))) is None
-    silent = replace(scan, weight=0 * scan.weight, bias=0 * scan.bias)
-    assert ls.background_term(Members(silent), sample, 0, CONCEPTS) is None
-
-
-@pytest.mark.parametrize(("n_sampled", "step"), [(400, 1), (200, 3), (3, 200)])
-def test_sample_images_is_spread_over_all_shards(n_sampled, step, tmp_path, monkeypatch):
-    monkeypatch.setattr(ls, "_N_BACKGROUND_IMAGES", n_sampled)
-    scan = unbraid.scan(build("3x3"), "layer", SyntheticImages(600), tmp_path, positions=True)
-    assert scan.manifest.n_shards > 4
-    assert ls.sample_images(scan).index.tolist() == list(range(0, 600, step))
 
 
 def test_a_scan_of_everything_stands_for_the_rest(tmp_path):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ SAME = "same"  # a padding mode: zeros, as many as the input's size asks for, as
 _PAD_MODES = {"zeros": "constant", SAME: "constant"} | {
     mode: mode for mode in ("reflect", "replicate", "circular")
 }
+SAMPLED_IMAGES = 50  # of a scan, whose tap inputs are kept at some positions
+_SAMPLED_POSITIONS = 64  # of each
+_SAMPLED_NUMBERS = 2**24  # of all: 64 MiB in float32
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _MOST = 2**24  # channels, or any other number of a layer
 
@@ -135,15 +139,52 @@ def _tap_counts(spec: LayerSpec, dim: int, size: int) -> Tensor:
 
 def tap_inputs(spec: LayerSpec, x: Tensor, group: int) -> Tensor:
     """What each tap of a group's channels meets at each position, (N, J, P); the sum is pooled."""
-    x = pad_input(spec, _inputs_of(spec, x, group))
+    x = _windows(spec, _inputs_of(spec, x, group))
     n_dims = len(spec.kernel)
-    steps = tuple(slice(None, None, step) for step in spec.dilation)
+    windows = range(2 + n_dims, 2 + 2 * n_dims)
+    return x.permute(0, 1, *windows, *range(2, 2 + n_dims)).reshape(len(x), spec.n_taps, -1)
+
+
+def spread_inputs(spec: LayerSpec, calls: Sequence[Tensor], pooled: Tensor) -> Tensor:
+    """Tap inputs less their image's mean, at positions spread evenly over the image's.
+
+    `calls` are inputs of the layer, (N * parts, C_in, positions ...), `pooled` (N, G, J) the sums
+    over all of their positions, in the order of calls, parts and positions. The result is
+    (N, M, G, J): 64 positions or what there are, fewer of a layer of very many taps, and none if
+    there is but one.
+    """
+    if not len(pooled):
+        return pooled[:, None]
+    n_dims = len(spec.kernel)
+    # (N, parts, output positions ..., channels, kernel offsets ...)
+    met = [
+        _windows(spec, widen(x)).unflatten(0, (len(pooled), -1)).movedim(2, 2 + n_dims)
+        for x in calls
+    ]
+    sizes = [math.prod(x.shape[1 : 2 + n_dims]) for x in met]
+    n_positions, n_numbers = sum(sizes), SAMPLED_IMAGES * spec.groups * spec.n_taps
+    most = max(1, min(_SAMPLED_POSITIONS, n_positions, _SAMPLED_NUMBERS // n_numbers))
+    n = most if n_positions > 1 else 0
+    chosen = torch.arange(n, dtype=torch.int64, device=pooled.device) * n_positions // max(n, 1)
+    taken = []
+    for x, size, end in zip(met, sizes, accumulate(sizes), strict=True):
+        own = chosen[(end - size <= chosen) & (chosen < end)] - (end - size)
+        at = torch.unravel_index(own, x.shape[1 : 2 + n_dims])
+        taken.append(x[(slice(None), *at)].reshape(len(pooled), len(own), *pooled.shape[1:]))
+    # On the processor, as not every device knows float64.
+    mean = pooled.cpu().double() / n_positions
+    spread: Tensor = (torch.cat(taken, 1).cpu().double() - mean[:, None]).to(pooled.dtype)
+    return spread
+
+
+def _windows(spec: LayerSpec, x: Tensor) -> Tensor:
+    """A view of what kernels meet, (N, channels, output positions ..., kernel offsets ...)."""
+    x, n_dims = pad_input(spec, x), len(spec.kernel)
     for dim in range(n_dims):
         reach = spec.dilation[dim] * (spec.kernel[dim] - 1) + 1
         x = x.unfold(2 + dim, reach, spec.stride[dim])  # windows go last
-    x = x[(slice(None),) * (2 + n_dims) + steps]
-    windows = range(2 + n_dims, 2 + 2 * n_dims)
-    return x.permute(0, 1, *windows, *range(2, 2 + n_dims)).reshape(len(x), spec.n_taps, -1)
+    steps = tuple(slice(None, None, step) for step in spec.dilation)
+    return x[(slice(None),) * (2 + n_dims) + steps]
 
 
 def pad_input(spec: LayerSpec, x: Tensor) -> Tensor:

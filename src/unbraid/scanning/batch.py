@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from unbraid.networks.relevance import (
     shares,
     undisturbed,
 )
-from unbraid.networks.spec import LayerSpec, channels_first, pooled_input
+from unbraid.networks.spec import LayerSpec, channels_first, pooled_input, spread_inputs
 from unbraid.scanning.records import Records, no_records
 
 _MEMORY = 2**31  # bytes; of an accelerator a quarter of what it has
@@ -87,7 +87,13 @@ class Place:
     spec: LayerSpec
 
 
-Kept = tuple[Tensor, Tensor | None]  # of a layer's input: pooled (N, G, J), and the map
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a layer's input at one call, for N images in parts, such as windows."""
+
+    pooled: Tensor  # (N * parts, G, J)
+    input_map: Tensor | None  # (N * parts, C_in, positions ...)
+    sampled: Tensor  # the same of the sampled images alone
 
 
 def scan_batch(
@@ -95,6 +101,7 @@ def scan_batch(
     layers: Sequence[Place],
     items: Sequence[Loaded],
     *,
+    sampled: Container[int] = (),
     min_share: float,
     positions: bool,
     predicted: bool,
@@ -103,7 +110,9 @@ def scan_batch(
 ) -> list[Records]:
     """Run the network on some images once and keep their records, layer by layer.
 
-    With `check` it is made sure that the layers compute what is thought, image by image.
+    Of images whose index is in `sampled` tap inputs at some positions are kept, unless all
+    positions are. With `check` it is made sure that the layers compute what is thought, image by
+    image.
     """
     if not items:
         return [no_records(layer.spec, positions) for layer in layers]
@@ -112,9 +121,11 @@ def scan_batch(
     images = as_batch([item.image for item in items], index)
     # A copy in any case, as a network may write into it, and then have to begin anew.
     images = images.to(device, non_blocking=True, copy=True)
+    flags = [not positions and item.index in sampled for item in items]
+    chosen = torch.tensor(flags, dtype=torch.bool)
     with ExitStack() as stack:
         cuts = [
-            stack.enter_context(cut_at(layer.module, partial(_keep, layer.spec, positions)))
+            stack.enter_context(cut_at(layer.module, partial(_keep, layer.spec, positions, chosen)))
             for layer in layers
         ]
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -135,14 +146,15 @@ def scan_batch(
     refuse_broken_values(logits, index)
     known = {"index": index, "label": label, "prediction": prediction}
     return [
-        _records_of(layer, cut, gradient, known, min_share, positions, check)
+        _records_of(layer, cut, gradient, known, chosen, min_share, positions, check)
         for layer, cut, gradient in zip(layers, cuts, gradients, strict=True)
     ]
 
 
-def _keep(spec: LayerSpec, positions: bool, x: Tensor) -> Kept:
+def _keep(spec: LayerSpec, positions: bool, chosen: Tensor, x: Tensor) -> Kept:
     x = channels_first(spec, x)
-    return pooled_input(spec, x), x.cpu().clone() if positions else None
+    rows = chosen.repeat_interleave(len(x) // len(chosen)).nonzero()[:, 0].to(x.device)
+    return Kept(pooled_input(spec, x), x.cpu().clone() if positions else None, x[rows])
 
 
 def _gradients_of_each(
@@ -166,15 +178,19 @@ def _records_of(
     cut: Cut[Kept],
     gradients: Sequence[Tensor | None],
     known: dict[str, Tensor],
+    chosen: Tensor,
     min_share: float,
     positions: bool,
     check: bool,
 ) -> Records:
-    """Make the records of one layer; `known` are those that are the same for all, (N,) each."""
+    """Make the records of one layer; `known` are those that are the same for all, (N,) each.
+
+    `chosen` (N,) says which images are sampled.
+    """
     spec, index = layer.spec, known["index"]
     n_images = len(index)
     relevance = output_relevance(spec.name, cut.outputs, gradients)
-    pooled = _sum_calls(n_images, [call[0] for call in cut.inputs])
+    pooled = _sum_calls(n_images, [call.pooled for call in cut.inputs])
     z = [channels_first(spec, output.detach()).flatten(2) for output in cut.outputs]
     summed = _sum_calls(
         n_images,
@@ -187,16 +203,29 @@ def _records_of(
         _check_linear(spec, layer.module, pooled, z, n_positions)
     share = shares(summed)
     kept = share >= min_share
+    extra: dict[str, Tensor] = {}
+    if positions:
+        extra["input_map"] = _input_map(spec, n_images, [call.input_map for call in cut.inputs])
+    else:
+        own = pooled[chosen.to(pooled.device)]
+        spread = spread_inputs(spec, [call.sampled for call in cut.inputs], own)
+        extra["spread"] = spread.flatten(0, 1)
+        extra["spread_start"] = _starts(spread.shape[1] * chosen)
     return Records(
         **known,
         n_positions=torch.full_like(index, n_positions),
         pooled=pooled.cpu(),
-        share_start=torch.cat([index.new_zeros(1), kept.sum(1).cumsum(0).cpu()]),
+        share_start=_starts(kept.sum(1).cpu()),
         share_channel=kept.nonzero()[:, 1].to(torch.int32).cpu(),
         share_value=share[kept].cpu(),
         broken=index[:0],
-        input_map=_input_map(spec, n_images, [c[1] for c in cut.inputs]) if positions else None,
+        **extra,
     )
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Where each image's own begin, and at last the end, (N + 1,)."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def _sum_calls(n_images: int, calls: Sequence[Tensor]) -> Tensor:

@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unbraid.base.schema import build, check_schema, in_range, parse_json, read_json, unread
-from unbraid.networks.spec import LayerSpec
+from unbraid.networks.spec import SAMPLED_IMAGES, LayerSpec
 from unbraid.scanning.scan_options import MAX_THREADS
 
 SCHEMA = 1
@@ -79,6 +80,11 @@ class Manifest:
         return min(self.shard_size, self.n_images - shard * self.shard_size)
 
     @property
+    def sampled(self) -> list[int]:
+        """Which of the images concerned, by number, are kept tap inputs of at some positions."""
+        return sorted({k * self.n_images // SAMPLED_IMAGES for k in range(SAMPLED_IMAGES)})
+
+    @property
     def most_classes(self) -> int:
         """Classes that sums of shares and pooled inputs per class have room for."""
         return most_classes(self.layer)
@@ -91,7 +97,7 @@ class Manifest:
             if getattr(self, name) != getattr(other, name)
         ]
 
-    @property
+    @cached_property
     def scan_id(self) -> str:
         """What tells this scan's shards from those of any other scan."""
         whole = asdict(self)

@@ -11,12 +11,12 @@ from typing import Annotated, Literal, get_type_hints
 import torch
 from torch import Tensor
 
-from unbraid.base.arguments import as_path
+from unbraid.base.arguments import as_path, whole_number
 from unbraid.base.errors import DataError, RunError
 from unbraid.base.files import names_in, read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
 from unbraid.images.identity import unpack_ids
-from unbraid.networks.spec import LayerSpec
+from unbraid.networks.spec import LayerSpec, spread_inputs
 from unbraid.scanning.manifest import MAX_CLASSES, Manifest, read_manifest
 
 _LARGEST = torch.finfo(torch.float32).max  # of a sound number; squares of it still fit into float64
@@ -45,7 +45,8 @@ class Records:
     """The records of some images: N images, S shares kept, B broken images, L bytes of ids.
 
     All that is made of records or asked of them follows from this table of fields. What may be None
-    is there if the scan keeps positions, or the data set has groups or ids.
+    is there if the scan keeps positions, or if it does not (M positions of its sampled images), or
+    if the data set has groups or ids.
     """
 
     # (N,): index in the data set, class, the network's top class, positions that sums run over
@@ -68,6 +69,12 @@ class Records:
     # (N, C_in, positions ...)
     input_map: Annotated[
         Tensor | None, Column(dtype="network's", inner=lambda s: (s.n_in, *[None] * len(s.kernel)))
+    ] = None
+    # (N + 1,): image n has the positions spread_start[n]:spread_start[n + 1]; then (M, G, J), what
+    # taps meet there less the image's mean
+    spread_start: Annotated[Tensor | None, Column(starts="position")] = None
+    spread: Annotated[
+        Tensor | None, Column(per="position", dtype="wide", inner=lambda s: (s.groups, s.n_taps))
     ] = None
     # (N,): which images belong together
     group: Annotated[Tensor | None, Column()] = None
@@ -111,7 +118,7 @@ _NEEDED = {own.name for own in fields(Records) if own.default is MISSING}
 def no_records(spec: LayerSpec, positions: bool) -> Records:
     """Records of no image: what remains of a batch in which every image was broken."""
     tensors = {}
-    for name in _NEEDED | ({"input_map"} if positions else set()):
+    for name in _NEEDED | ({"input_map"} if positions else {"spread_start", "spread"}):
         column = COLUMNS[name]
         shape = (int(bool(column.starts)), *(size or 0 for size in column.inner(spec)))
         dtype = torch.float32 if isinstance(column.dtype, str) else column.dtype
@@ -157,11 +164,12 @@ def records_fault(manifest: Manifest, shard: int, tensors: Mapping[str, Tensor])
             counted[column.starts].add(int(tensor[-1]))
     if len(counted["image"]) > 1:
         return "holds tensors of different numbers of images"
-    for kind in ("share", "id"):
+    for kind in ("share", "id", "position"):
         if len(counted[kind]) > 1:
             return f"holds {kind}s of no image"
-    if ("id_start" in tensors) != ("id_bytes" in tensors):
-        return "holds ids of no image"
+    for kind, own in {"id": "id_bytes", "position": "spread"}.items():
+        if (own in tensors) != any(COLUMNS[name].starts == kind for name in tensors):
+            return f"holds {kind}s of no image"
     if counted["image"] and counted["broken"]:
         n_images = sum((*counted["image"], *counted["broken"]))
         if n_images != manifest.images_in(shard):
@@ -183,10 +191,10 @@ def _column_fault(manifest: Manifest, shard: int, name: str, tensor: Tensor) -> 
     elif tensor.dtype != column.dtype or tensor.dim() != 1:
         return f"holds a {name!r} that is no list of whole numbers"
     inner = column.inner(spec)
-    longest = {"share": n_images * spec.n_out, "id": _LAST_INDEX}.get(column.per, n_images)
+    longest = {"image": n_images, "broken": n_images, "share": n_images * spec.n_out}
     if (
         tensor.dim() != 1 + len(inner)
-        or len(tensor) - bool(column.starts) > longest
+        or len(tensor) - bool(column.starts) > longest.get(column.per, _LAST_INDEX)
         or any(size not in (None, own) for size, own in zip(inner, tensor.shape[1:], strict=True))
     ):
         return f"holds a {name!r} of a wrong shape"
@@ -294,6 +302,40 @@ class Scan:
     def columns(self, name: str) -> Iterator[Tensor]:
         """Read one tensor of every shard, and nothing else."""
         return (tensors[name] for tensors in self.tensors(name))
+
+    @in_plain_modes
+    def spread(self, group: int) -> Tensor | None:
+        """Tap inputs of a group's channels less their image's mean, (M, J) float64.
+
+        They are of at most 64 positions of each of some 50 images spread evenly over those scanned,
+        in order; their second moment, `spread.T @ spread / M`, is the layer's mean covariance
+        within an image. Of a layer with one position M is 0. None for scans of earlier versions,
+        but those with positions, whose input maps tell.
+        """
+        group = whole_number("group", group, 0, self.layer.groups - 1)
+        parts = []
+        for shard in sorted({k // self.manifest.shard_size for k in self.manifest.sampled}):
+            spread = self._spread_of_maps(shard) if self.positions else self._spread_kept(shard)
+            if spread is None:
+                return None
+            parts.append(spread[:, group].double())
+        return torch.cat(parts)
+
+    def _spread_kept(self, shard: int) -> Tensor | None:
+        if "spread" not in names_in(shard_path(self.path, shard)):
+            return None
+        names = ("spread_start", "spread")
+        return sound_tensors(self.path, self.manifest, shard, names)["spread"]
+
+    def _spread_of_maps(self, shard: int) -> Tensor:
+        names = ("index", "broken", "pooled", "input_map")
+        own = sound_tensors(self.path, self.manifest, shard, names)
+        scanned = torch.cat([own["index"], own["broken"]]).sort().values
+        first = shard * self.manifest.shard_size
+        sampled = [k - first for k in self.manifest.sampled if 0 <= k - first < len(scanned)]
+        rows = torch.isin(own["index"], scanned[sampled])
+        spread = spread_inputs(self.layer, [own["input_map"][rows]], own["pooled"][rows])
+        return spread.flatten(0, 1)
 
     def broken(self) -> list[int]:
         """Indices of images that could not be read and were left out."""

@@ -216,6 +216,7 @@ def scan_shards(
     sizes = [same.images_in(k) for k in missing]
     n_fewest = min(((n - 1) % same.batch_size + 1 for n in sizes), default=1)  # in a batch
     groups, ids = groups_of(dataset), ids_of(dataset)
+    sampled = frozenset(indices[k] for k in same.sampled)
     pinned = device_of(model).type == "cuda"
     work = _batches(targets, indices, team)
     batches = load(dataset, work, workers=options.workers, pinned=pinned)
@@ -249,6 +250,7 @@ def scan_shards(
                     scan_batch,
                     model,
                     [Place(target.module, target.manifest.layer) for target in lacking],
+                    sampled=sampled,
                     min_share=options.min_share,
                     positions=options.positions,
                     predicted=options.labels == "predicted",

@@ -1,10 +1,10 @@
-"""Box-constrained least squares: small strictly convex problems that share their curvature.
+"""Box-constrained least squares: small strictly convex problems.
 
     minimise  m.H.m / 2 - c.m   over  0 <= m <= 1,   H = gram + ridge, ridge > 0
 
 Guessing which unknowns lie at which bound finds the answer to rounding in a few guesses. Where they
-go round in circles, an interior point comes near enough for the next guess to be right. Shapes: K
-problems, J unknowns, F free ones. Everything is float64.
+go round in circles, an interior point comes near enough for the next guess to be right. Shapes: J
+unknowns, F free ones. Everything is float64.
 
 Source: Hintermueller, Ito, Kunisch 2002, SIAM J. Optimization 13(3), primal-dual active sets;
 Mehrotra 1992, SIAM J. Optimization 2(4), interior points.
@@ -12,7 +12,7 @@ Mehrotra 1992, SIAM J. Optimization 2(4), interior points.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,6 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 Ridge = float | Tensor  # added to the diagonal, one number or (F,)
 Solver = Callable[[Tensor], Tensor]
 
-MOST_ROWS = 4  # rows are quicker than a whole matrix while they are a fourth of the taps or fewer
 _REFINEMENTS = 8  # of an answer from float32; three or four are usual
 _SMALLEST_REST = 1e-11  # of a system's right-hand side
 _PATIENCE = 5  # guesses without progress; four to ten guesses in all are usual
@@ -33,28 +32,20 @@ _LEAST_RIDGE = 1e-12  # of the whole curvature: with less, rounding makes the sy
 
 
 @dataclass(frozen=True)
-class Whole:
+class Gram:
     """A Gram matrix, (J, J): symmetric and positive semidefinite."""
 
     matrix: Tensor
-
-    def times(self, x: Tensor) -> Tensor:
-        """Multiply vectors, (..., J)."""
-        return x @ self.matrix
 
     @property
     def diagonal(self) -> Tensor:
         """The diagonal, (J,)."""
         return self.matrix.diagonal()
 
-    def weighted(self, row: Tensor) -> Whole:
-        """Keep the first inputs, as many as a row of weights has, and multiply them by it."""
-        return Whole(self.matrix[: len(row), : len(row)] * row * row[:, None])
-
     @cached_property
-    def rough(self) -> Whole:
+    def rough(self) -> Gram:
         """The same in float32."""
-        return Whole(self.matrix.float())
+        return Gram(self.matrix.float())
 
     def solver(self, ridge: Ridge, free: Tensor) -> Solver:
         """Prepare to solve (gram + ridge) y = x for free unknowns (F,); may raise LinAlgError."""
@@ -63,61 +54,6 @@ class Whole:
         part.diagonal().add_(ridge)
         factor = torch.linalg.cholesky(part)
         return lambda x: torch.cholesky_solve(x[:, None], factor)[:, 0]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The Gram matrix rows^T rows, kept as its few rows, (R, J)."""
-
-    rows: Tensor
-
-    def times(self, x: Tensor) -> Tensor:
-        """Multiply vectors, (..., J)."""
-        return (x @ self.rows.T) @ self.rows
-
-    @cached_property
-    def diagonal(self) -> Tensor:
-        """The diagonal, (J,)."""
-        return self.rows.square().sum(0)
-
-    def weighted(self, row: Tensor) -> Rows:
-        """Do the same as `Whole.weighted`."""
-        return Rows(self.rows[:, : len(row)] * row)
-
-    @cached_property
-    def rough(self) -> Rows:
-        """The same in float32."""
-        return Rows(self.rows.float())
-
-    def solver(self, ridge: Ridge, free: Tensor) -> Solver:
-        """Prepare the same as `Whole.solver`, by Woodbury's identity."""
-        rows = self.rows.index_select(1, free)
-        weight = ridge.to(rows) if isinstance(ridge, Tensor) else ridge
-        scaled = rows / weight
-        part = scaled @ rows.T
-        part.diagonal().add_(1)
-        factor = torch.linalg.cholesky(part)
-        return lambda x: (
-            x / weight - torch.cholesky_solve((scaled @ x)[:, None], factor)[:, 0] @ scaled
-        )
-
-
-Gram = Whole | Rows
-
-
-def add(parts: Sequence[Gram], weights: Sequence[float]) -> Gram:
-    """Add up matrices, each times a weight of zero or more; kept as rows if those are few."""
-    rows = [part.rows for part in parts if isinstance(part, Rows)]
-    n_rows, size = sum(map(len, rows)), len(parts[0].diagonal)
-    if len(rows) == len(parts) and n_rows * MOST_ROWS <= size:
-        return Rows(torch.cat([r * w**0.5 for r, w in zip(rows, weights, strict=True)]))
-    total = parts[0].diagonal.new_zeros(size, size)
-    for part, weight in zip(parts, weights, strict=True):
-        if isinstance(part, Rows):
-            total.addmm_(part.rows.T, part.rows, alpha=weight)
-        else:
-            total.add_(part.matrix, alpha=weight)
-    return Whole(total)
 
 
 class System:
@@ -140,7 +76,7 @@ class System:
         for _ in range(_REFINEMENTS if self._rough is not None else 0):
             y = y + self.nearly(rest)
             spread = x.new_zeros(len(self.gram.diagonal)).index_copy(0, self.free, y)
-            rest = x - self.gram.times(spread)[self.free] - self.ridge * y
+            rest = x - (self.gram.matrix @ spread)[self.free] - self.ridge * y
             if rest.norm() <= _SMALLEST_REST * x.norm():
                 return y
         return self.gram.solver(self.ridge, self.free)(x)
@@ -153,37 +89,34 @@ class _Box:
     linear: Tensor  # (J,)
 
     def pull(self, m: Tensor) -> Tensor:  # which way the objective falls, (J,)
-        return self.linear - self.gram.times(m) - self.ridge * m
+        return self.linear - self.gram.matrix @ m - self.ridge * m
 
     def residual(self, m: Tensor) -> Tensor:
-        return kkt_residual(self.gram, self.ridge, self.linear, m)
+        return kkt_residual(self.gram.matrix, self.ridge, self.linear, m)
 
 
 def solve_box(
-    gram: Gram, ridge: float, linear: Tensor, start: Tensor, tolerance: float = 1e-9
+    matrix: Tensor, ridge: float, linear: Tensor, start: Tensor, tolerance: float = 1e-9
 ) -> Tensor:
-    """Solve K problems, given and answered as (K, J), to a KKT residual of `tolerance`.
+    """Solve a problem of a matrix (J, J) and linear part (J,) to a KKT residual of `tolerance`.
 
-    The answer does not depend on the start, the time does.
+    The answer, (J,), does not depend on the start, (J,), the time does.
     """
-    ridge = max(ridge, _LEAST_RIDGE * float(gram.diagonal.sum()))
-    answers = []
-    for c, m in zip(linear, start.clamp(0, 1), strict=True):
-        box = _Box(gram, ridge, c)
-        m = _switch_bounds(box, m)
-        if box.residual(m) > tolerance:
-            inner = _interior_point(box)
-            near = torch.stack([inner, _switch_bounds(box, inner)])
-            m = near[box.residual(near).argmin()]
-        answers.append(m)
-    return torch.stack(answers)
+    ridge = max(ridge, _LEAST_RIDGE * float(matrix.diagonal().sum()))
+    box = _Box(Gram(matrix), ridge, linear)
+    m = _switch_bounds(box, start.clamp(0, 1))
+    if box.residual(m) > tolerance:
+        inner = _interior_point(box)
+        near = [inner, _switch_bounds(box, inner)]
+        m = min(near, key=lambda one: float(box.residual(one)))
+    return m
 
 
-def kkt_residual(gram: Gram, ridge: float, linear: Tensor, m: Tensor) -> Tensor:
-    """How far points m (..., J) are from the answer, (...,): a projected gradient step's change."""
-    scale = gram.diagonal.amax() + ridge
-    gradient = gram.times(m) + ridge * m - linear
-    return (m - (m - gradient / scale).clamp(0, 1)).abs().amax(-1)
+def kkt_residual(matrix: Tensor, ridge: float, linear: Tensor, m: Tensor) -> Tensor:
+    """How far a point m (J,) is from the answer, (): a projected gradient step's change."""
+    scale = (matrix.diagonal().amax() + ridge).clamp(min=torch.finfo(m.dtype).tiny)
+    gradient = matrix @ m + ridge * m - linear
+    return (m - (m - gradient / scale).clamp(0, 1)).abs().amax()
 
 
 def _switch_bounds(box: _Box, m: Tensor) -> Tensor:

@@ -1,61 +1,70 @@
 """Divide a channel's weights among its concepts by box-constrained least squares.
 
-The objective ("Split" in docs/method.md) asks of a scan only second moments of pooled inputs.
-Whatever else is asked joins it as a `Term`. Shapes: N images, G groups, J taps, K concepts.
+The objective (docs/method.md, "Split") is a quadratic, which second moments of pooled inputs give,
+and `Term`s, errors of single images. Shapes: N images, J taps, K concepts.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Members
-from unbraid.scanning.records import Records, Scan, no_records
-from unbraid.splitting.box_solver import MOST_ROWS, Gram, Rows, Whole, add, kkt_residual, solve_box
+from unbraid.splitting.box_solver import kkt_residual, solve_box
+from unbraid.splitting.moments import (
+    Moment,
+    RowPrior,
+    augment,
+    augmented_row,
+    join_moments,
+    moment,
+)
+from unbraid.splitting.rectified import Rectified
+from unbraid.splitting.silence import MARGIN, N_EVEN, N_TOP, Images, Rest, join_images
 
 Need = TypeVar("Need")
 Material = TypeVar("Material")
 Answer = TypeVar("Answer")
-Key = tuple[int, int]  # group of the layer, class or cluster
 
-PENALTIES = tuple(10.0**e for e in (-2, -1.5, -1, -0.5, 0, 0.5, 1))
-_DEFAULT_PENALTY = 1.0  # where there are too few images to choose one: close to the prior
-_N_CHANNELS = 8  # for choosing the penalty
-_N_CONCEPTS = 4  # of each of these channels, whose masks are fitted
-_N_IMAGES = 200  # of each of their classes or clusters
-_N_FOLDS = 5
-BACKGROUND_WEIGHT = 0.1  # beside 1 for each concept; docs/splitting.md tells what others gave
-_N_BACKGROUND_IMAGES = 400  # of the whole scan, spread evenly
-_BYTES_AT_ONCE = 3 << 30  # of moments; all classes of ImageNet fit in at 512 inputs
-_ROWS_AT_ONCE = 64  # images of a class whose outer products are added up together
+N_IMAGES = 5000  # of a class or cluster, which the fit looks at
+_N_SHAPED = 500  # of a concept, for rectified responses
+_BYTES_AT_ONCE = 3 << 30  # of inputs
+_MAX_STEPS = 8
+_LEAST_GAIN = 1e-5  # part of the objective for which another step is worth it
+_HALVINGS = 8
+_LEAST_RIDGE = 1e-9  # of the mean curvature, so that there is one answer
+_ROUGH_GAIN = 1e-3  # where another objective follows
+_POOLED_SHARE = 0.25  # at least, of pooled responses beside rectified ones
 
 
 def by_portion(
     needs: Mapping[int, set[Need]],
     n_bytes: Callable[[Need], int],
-    read: Callable[[set[Need]], Material],
+    read: Callable[[set[Need], Sequence[int]], Material],
     work: Callable[[Material, int], Answer],
-    at_once: int = 1 << 30,
+    bytes_each: int = 0,
 ) -> dict[int, Answer]:
-    """Work on channels side by side, as many at a time as there is memory for what they need."""
+    """Do the work of all channels side by side, as many at a time as memory holds the needs of."""
     portions: list[tuple[list[int], set[Need]]] = []
     for channel, own in needs.items():
-        if not portions or sum(map(n_bytes, portions[-1][1] | own)) > at_once:
+        if not portions or (
+            sum(map(n_bytes, portions[-1][1] | own)) + bytes_each * len(portions[-1][0])
+            > _BYTES_AT_ONCE
+        ):
             portions.append(([], set()))
         portions[-1][0].append(channel)
         portions[-1][1].update(own)
     answers: dict[int, Answer] = {}
     n_threads = torch.get_num_threads()
     for channels, wanted in portions:
-        material = read(wanted)
+        material = read(wanted, channels)
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(n_threads, "", torch.set_num_threads, (1,)) as pool:
@@ -72,95 +81,75 @@ def numbers_of(concepts: Mapping[int, Sequence[Concept]]) -> dict[int, set[int]]
 
 
 @dataclass(frozen=True)
-class Moment:
-    """The mean outer product, (J + 1, J + 1), of augmented pooled inputs over some images."""
+class Weights:
+    """What the parts of the objective count beside mimicking and silence, which count 1."""
 
-    parts: Sequence[Gram]  # sums
-    n_images: int
-
-    def times(self, x: Tensor) -> Tensor:
-        """Multiply vectors, (..., J + 1), by the mean."""
-        return torch.stack([part.times(x) for part in self.parts]).sum(0) / self.n_images
+    penalty: float  # lambda, in units of the mean curvature
+    silence: float  # omega, of all images that are not of the concept
 
 
-def augment(pooled: Tensor, n_positions: Tensor) -> Tensor:
-    """Put the number of positions behind the inputs: (N, ..., J) to (N, ..., J + 1), float64."""
-    positions = n_positions.double().reshape(-1, *[1] * (pooled.dim() - 1))
-    return torch.cat([pooled.double(), positions.expand(*pooled.shape[:-1], 1)], -1)
+class Term(Protocol):
+    """Errors of single images, beyond the quadratic."""
 
+    def errors(self, mask: Tensor) -> Tensor:
+        """Weighted errors, (N,), whose squares count."""
 
-def augmented_row(scan: Scan, channel: int) -> Tensor:
-    """Put a channel's bias behind its weights: (J + 1,), float64."""
-    return torch.cat([scan.weight[channel], scan.bias[channel, None]]).double()
-
-
-def second_moments(members: Members, keys: Iterable[Key], whole: set[Key]) -> dict[Key, Gram]:
-    """Sum outer products of augmented pooled inputs, as matrices for keys in `whole`."""
-    size = members.scan.layer.n_taps + 1
-    groups_of: dict[int, list[int]] = {}
-    for group, number in sorted(keys):
-        groups_of.setdefault(number, []).append(group)
-    inputs: dict[Key, list[Tensor]] = {key: [] for key in keys}
-    sums = {key: torch.zeros(size, size, dtype=torch.float64) for key in keys if key in whole}
-
-    def add_up(key: Key, at_least: int) -> None:
-        if sum(map(len, inputs[key])) >= at_least:
-            rows = torch.cat(inputs[key])
-            sums[key].addmm_(rows.T, rows)
-            inputs[key].clear()
-
-    for records in members.scan.shards():
-        for number, places in members.places(records, groups_of):
-            for key in ((group, number) for group in groups_of[number]):
-                pooled = records.pooled[places, key[0]]
-                inputs[key].append(augment(pooled, records.n_positions[places]))
-                # To add a few rows takes as long as many, since the whole matrix is read for them.
-                if key in sums:
-                    add_up(key, _ROWS_AT_ONCE)
-    for key in sums:
-        add_up(key, 1)
-    return {key: Whole(sums[key]) if key in sums else Rows(torch.cat(inputs[key])) for key in keys}
+    def active(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors that are not zero, and how they change with the mask: (A,) and (A, J)."""
 
 
 @dataclass(frozen=True)
-class Term:
-    """A squared error up to a constant: |rows m|^2 - 2 linear.m, for every mask m of a channel."""
+class Beyond:
+    """What pooled responses of a concept channel to foreign images go beyond its margin."""
 
-    rows: Tensor  # (N, J)
-    linear: Tensor  # (J,)
+    reach: Tensor  # (N, J), inputs times weights, times the root of the image's weight
+    start: Tensor  # (N,), bias less margin, likewise
+
+    def errors(self, mask: Tensor) -> Tensor:
+        """Errors, (N,)."""
+        return (self.reach @ mask + self.start).clamp(min=0)
+
+    def active(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors that are not zero, and their slopes."""
+        errors = self.errors(mask)
+        on = errors > 0
+        return errors[on], self.reach[on]
+
+    def times(self, weight: float) -> Beyond:
+        """The same errors, whose squares count as much less."""
+        return Beyond(self.reach * weight**0.5, self.start * weight**0.5)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The quadratic problems of one channel: K objectives that share their curvature."""
+    """The quadratic part of the problems of one channel: K objectives of the same curvature."""
 
-    gram: Gram  # (J, J), without penalty
+    row: Tensor  # (J + 1,), weights and bias
+    gram: Tensor  # (J, J), without penalty
     linear: Tensor  # (K, J), without penalty
-    prior: Tensor  # (K, J)
     constant: Tensor  # (K,)
-
-    def plus(self, term: Term) -> Problem:
-        """Ask for something more, of every mask alike; losses leave its constant out."""
-        gram = add([self.gram, Rows(term.rows)], [1, 1])
-        return replace(self, gram=gram, linear=self.linear + term.linear)
+    power: Tensor  # (K,), mean square of the whole channel on each concept's images
+    mean: Tensor  # (K,), its mean there
+    shrinkage: float
 
     def loss(self, masks: Tensor) -> Tensor:
         """Squared mimic and silence errors, without penalty, (K,)."""
-        return (masks * (self.gram.times(masks) - 2 * self.linear)).sum(1) + self.constant
+        return (masks * (masks @ self.gram - 2 * self.linear)).sum(1) + self.constant
 
-
-@dataclass(frozen=True)
-class Fit:
-    """Masks of one channel, and how they were found."""
-
-    masks: Tensor  # (K, J), float64
-    prior: Tensor  # (K, J)
-    penalty: float  # lambda, in units of the mean curvature
-    kkt_residual: float
+    def beyond(self, images: Images, omega: float, k: int) -> Beyond:
+        """Ask for silence on the images that are not of concept k."""
+        foreign = images.of(images.concept != k)
+        total, power = float(foreign.weight.sum()), float(self.power[k])
+        if not total or not power:
+            return Beyond(torch.zeros(0, len(self.row) - 1).double(), torch.zeros(0).double())
+        root = (omega / (total * power) * foreign.weight).sqrt()
+        margin = MARGIN * max(float(self.mean[k]), 0.0)
+        reach = foreign.inputs[:, :-1] * self.row[:-1] * root[:, None]
+        return Beyond(reach, (foreign.inputs[:, -1] * self.row[-1] - margin) * root)
 
 
 def pose(row: Tensor, moments: Sequence[Moment]) -> Problem:
-    """Write down the problems of one channel, from its weights and bias, (J + 1,)."""
+    """Write down the quadratic of one channel, from its weights and bias, (J + 1,)."""
     tiny = torch.finfo(row.dtype).tiny
     taps, bias = slice(None, -1), -1
     weights, held = row.clone(), torch.zeros_like(row)  # what masks can reach, and the bias
@@ -171,164 +160,204 @@ def pose(row: Tensor, moments: Sequence[Moment]) -> Problem:
     inverse = torch.where(power > tiny, 1 / power, 0)  # a concept that never moves it says nothing
     own = by_taps[:, taps] * inverse[:, None]
     pull = by_bias[:, taps] * inverse[:, None]  # of the bias, which no mask can silence
-    everywhere, rest = pull.sum(0), by_bias[:, bias] * inverse
-    one = torch.zeros_like(row)
-    one[bias] = 1  # times the number of positions: proportional to the ARVs, and to their squares
-    means = torch.stack([m.times(one) for m in moments])
-    strength = (means[:, taps] * row[taps] / means[:, bias, None]).abs()
-    parts = [part for moment in moments for part in moment.parts]
-    shares = [float(i) / m.n_images for m, i in zip(moments, inverse, strict=True) for _ in m.parts]
+    rest = by_bias[:, bias] * inverse
+    rows = torch.cat([m.rows * i**0.5 for m, i in zip(moments, inverse, strict=True)])
+    rows = rows[:, taps] * row[taps]
+    diagonal = sum(m.diagonal * i for m, i in zip(moments, inverse, strict=True))
+    gram = rows.T @ rows
+    gram.diagonal().add_(diagonal[taps] * row[taps].square())
+    n_images = sum(m.n_images for m in moments)
     return Problem(
-        gram=add(parts, shares).weighted(row[taps]),
-        linear=own - (everywhere - pull),
-        prior=strength / strength.sum(0).clamp(min=tiny),
+        row=row,
+        gram=gram,
+        linear=own - (pull.sum(0) - pull),
         constant=own.sum(1) + rest.sum() - rest,
+        power=power,
+        mean=torch.stack([m.mean @ row for m in moments]),
+        shrinkage=sum(m.shrinkage * m.n_images for m in moments) / n_images,
     )
 
 
-def solve(problem: Problem, penalty: float, start: Tensor | None = None) -> Fit:
-    """Solve the problems of one channel, from the prior or a nearby answer."""
-    ridge = penalty * float(problem.gram.diagonal.mean())
-    ridge = max(ridge, torch.finfo(torch.float64).tiny)  # a channel that never responds
-    linear = problem.linear + ridge * problem.prior
-    begin = problem.prior if start is None else start.to(problem.prior)
-    masks = solve_box(problem.gram, ridge, linear, begin)
-    residual = kkt_residual(problem.gram, ridge, linear, masks).max()
-    return Fit(masks, problem.prior, penalty, float(residual))
+@dataclass(frozen=True)
+class Fit:
+    """Masks of one channel, and how they were found."""
+
+    masks: Tensor  # (K, J), float64
+    weights: Weights
+    kkt_residual: float
+    shrinkage: float
 
 
-def sample_images(scan: Scan) -> Records:
-    """Take records of some images, spread evenly over the scan, without shares and input maps."""
-    sizes = [len(labels) for labels in scan.columns("label")]
-    step = max(1, sum(sizes) // _N_BACKGROUND_IMAGES)
-    parts, start = [], 0
-    for tensors in scan.tensors("index", "label", "prediction", "n_positions", "pooled"):
-        parts.append({name: tensor[-start % step :: step] for name, tensor in tensors.items()})
-        start += len(tensors["label"])
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    no_share = torch.zeros(len(joined["label"]) + 1, dtype=torch.int64)
-    return replace(no_records(scan.layer, False), share_start=no_share, **joined)
+@dataclass(frozen=True)
+class Objective:
+    """What one mask should minimise: m.G.m - 2 l.m plus the squared errors of terms."""
+
+    gram: Tensor  # (J, J)
+    linear: Tensor  # (J,)
+    terms: Sequence[Term]
+
+    def value(self, mask: Tensor) -> float:
+        """The objective, up to a constant."""
+        errors = sum(float(term.errors(mask).square().sum()) for term in self.terms)
+        return float(mask @ (self.gram @ mask) - 2 * self.linear @ mask) + errors
+
+    def solve(self, mask: Tensor, gain: float) -> Tensor:
+        """Go down from a mask while a step gains more than a part of the objective.
+
+        Each step holds which errors are active, and how they change, and solves what is left.
+        """
+        value = self.value(mask)
+        for _ in range(_MAX_STEPS):
+            gram, linear = self._held(mask)
+            ridge = _LEAST_RIDGE * float(gram.diagonal().mean())
+            ridge = max(ridge, torch.finfo(gram.dtype).tiny)  # a channel that never responds
+            change = solve_box(gram, ridge, linear + ridge * mask, mask) - mask
+            for _ in range(_HALVINGS):
+                ahead = self.value(mask + change)
+                if ahead < value:
+                    break
+                change = change / 2
+            else:
+                break
+            mask, before, value = mask + change, value, ahead
+            if before - value <= gain * abs(value):
+                break
+        return mask
+
+    def residual(self, mask: Tensor) -> float:
+        """How far a mask is from the nearest answer: a projected gradient step's change."""
+        gram, linear = self._held(mask)
+        return float(kkt_residual(gram, 0.0, linear, mask))
+
+    def _held(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The quadratic that is like the objective near a mask."""
+        gram, linear = self.gram, self.linear
+        for term in self.terms:
+            errors, slopes = term.active(mask)
+            gram = gram + slopes.T @ slopes
+            linear = linear + slopes.T @ (slopes @ mask - errors)
+        return gram, linear
 
 
-def background_term(
-    members: Members, sample: Records, channel: int, concepts: Sequence[Concept]
-) -> Term | None:
-    """Ask that in images of no concept every mask responds with an even share."""
-    outside = members.concept_of(sample, concepts) < 0
-    pooled = sample.pooled[outside, members.scan.layer.group_of(channel)]
-    inputs = augment(pooled, sample.n_positions[outside])  # (N, J + 1)
-    row = augmented_row(members.scan, channel)
-    responses = inputs @ row
-    if not responses.any():
-        return None
-    weight = BACKGROUND_WEIGHT / responses.square().sum()
-    wanted = responses / len(concepts) - inputs[:, -1] * row[-1]  # no mask can change the bias
-    reach = inputs[:, :-1] * row[:-1]
-    return Term(weight.sqrt() * reach, weight * (wanted @ reach))
+def solve(
+    problem: Problem,
+    images: Images,
+    weights: Weights,
+    prior: Tensor,
+    start: Tensor | None = None,
+    spread: Tensor | None = None,
+    gain: float = _LEAST_GAIN,
+) -> Fit:
+    """Solve the problems of one channel, on pooled and, with a spread, on rectified responses."""
+    n_concepts, n_taps = problem.linear.shape
+    even = torch.full((n_taps,), 1 / n_concepts, dtype=torch.float64)
+    penalty = weights.penalty * float(problem.gram.diagonal().mean()) * prior
+    pull = penalty @ even
+    share = 1.0  # of pooled responses, which say more than rectified ones where images are few
+    if spread is not None:
+        share = _POOLED_SHARE + (1 - _POOLED_SHARE) * problem.shrinkage
+    masks, residuals = [], []
+    for k in range(n_concepts):
+        mask = even if start is None else start[k].double().clamp(0, 1)
+        beyond = problem.beyond(images, weights.silence, k)
+        objective = Objective(problem.gram + penalty, problem.linear[k] + pull, [beyond])
+        mask = objective.solve(mask, gain if spread is None else _ROUGH_GAIN)
+        if spread is not None:
+            shaped = Rectified.of(problem.row, images, spread, k, weights.silence, 1 - share)
+            gram, linear = share * problem.gram + penalty, share * problem.linear[k] + pull
+            objective = Objective(gram, linear, [beyond.times(share), shaped])
+            mask = objective.solve(mask, gain)
+        masks.append(mask)
+        residuals.append(objective.residual(mask))
+    return Fit(torch.stack(masks), weights, max(residuals), problem.shrinkage)
+
+
+@dataclass(frozen=True)
+class ChannelImages:
+    """What the fit of one channel looks at."""
+
+    moments: list[Moment]  # of its concepts
+    images: Images
 
 
 def fit_least_squares(
     members: Members,
     concepts: Mapping[int, Sequence[Concept]],
-    penalty: float,
-    sample: Records,
+    weights: Weights,
+    rest: tuple[Members, Rest],
     start: Mapping[int, Tensor] | None = None,
 ) -> dict[int, Fit]:
-    """Fit the masks of all channels, for lambda in units of a problem's mean curvature."""
-    scan, layer = members.scan, members.scan.layer
-    numbers = numbers_of(concepts)
+    """Fit the masks of all channels."""
+    scan = members.scan
+    prior = RowPrior(scan)
+    spreads = [rest[0].scan.spread(group) for group in range(scan.layer.groups)]
+
+    def fit(material: Mapping[int, ChannelImages], channel: int) -> Fit:
+        own = material[channel]
+        problem = pose(augmented_row(scan, channel), own.moments)
+        spread = spreads[scan.layer.group_of(channel)]
+        begin = (start or {}).get(channel)
+        return solve(problem, own.images, weights, prior.matrix(channel), begin, spread)
+
+    return on_images(members, concepts, rest, N_IMAGES, fit)
+
+
+def on_images(
+    members: Members,
+    concepts: Mapping[int, Sequence[Concept]],
+    rest: tuple[Members, Rest],
+    n_images: int,
+    work: Callable[[Mapping[int, ChannelImages], int], Answer],
+) -> dict[int, Answer]:
+    """Do the work of all channels on the first images of each class and the chosen rest."""
+    scan, numbers = members.scan, numbers_of(concepts)
     counts = members.count({number for own in numbers.values() for number in own})
-    needs = {o: {(layer.group_of(o), number) for number in own} for o, own in numbers.items()}
-    whole: set[Key] = set()  # moments; of a class in small concepts alone inputs are quicker
-    for channel, own in numbers.items():
-        if sum(counts[number] for number in own) * MOST_ROWS > layer.n_taps:
-            whole |= needs[channel]
+    n_bytes_each = 8 * (scan.layer.n_taps + 1) * scan.layer.groups
 
-    def n_bytes(key: Key) -> int:
-        n_columns = layer.n_taps + 1
-        return 8 * n_columns * (n_columns if key in whole else counts[key[1]])
+    def read(wanted: set[int], channels: Sequence[int]) -> dict[int, ChannelImages]:
+        names = ("index", "group", "pooled", "n_positions")
+        columns = members.first(wanted, n_images, names)
+        others, chosen = rest
+        foreign = chosen.read(others, channels)
+        known: dict[tuple[int, int], Moment] = {}
+        return {
+            o: _gather(scan.layer.group_of(o), concepts[o], columns, foreign[o], known)
+            for o in channels
+        }
 
-    def fit(sums: dict[Key, Gram], channel: int) -> Fit:
-        group = layer.group_of(channel)
-        moments = [
-            Moment([sums[group, n] for n in concept], sum(counts[n] for n in concept))
-            for concept in concepts[channel]
-        ]
-        problem = pose(augmented_row(scan, channel), moments)
-        term = background_term(members, sample, channel, concepts[channel])
-        problem = problem.plus(term) if term else problem
-        return solve(problem, penalty, (start or {}).get(channel))
+    def n_bytes(number: int) -> int:
+        return n_bytes_each * min(counts[number], n_images)
 
-    read = partial(second_moments, members, whole=whole)
-    return by_portion(needs, n_bytes, read, fit, _BYTES_AT_ONCE)
+    return by_portion(numbers, n_bytes, read, work, n_bytes_each * (N_TOP + N_EVEN))
 
 
-def choose_penalty(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> float:
-    """Choose lambda for the layer, in units of the mean curvature, on sampled channels."""
-    scan, every = members.scan, sorted(concepts)
-    sampled = every[:: -(-len(every) // _N_CHANNELS)]
-    needs = numbers_of({o: concepts[o] for o in sampled})
-    bytes_each = _N_IMAGES * scan.layer.groups * (scan.layer.n_taps + 1) * 8
-
-    def read(numbers: set[int]) -> dict[int, dict[str, Tensor]]:
-        return members.first(numbers, _N_IMAGES, ("index", "group", "pooled", "n_positions"))
-
-    def losses(columns: dict[int, dict[str, Tensor]], channel: int) -> Tensor:
-        inputs, ids = [], []
-        for concept in concepts[channel]:
-            own = [columns[number] for number in concept]
-            pooled = torch.cat([part["pooled"][:, scan.layer.group_of(channel)] for part in own])
-            inputs.append(augment(pooled, torch.cat([part["n_positions"] for part in own])))
-            # Where the data set knows of no groups, each image is one of its own.
-            ids.append(torch.cat([part.get("group", part["index"]) for part in own]))
-        return _held_out_losses(augmented_row(scan, channel), inputs, ids)
-
-    by_channel = by_portion(needs, lambda _: bytes_each, read, losses)
-    total = torch.stack(list(by_channel.values())).sum(0)
-    return PENALTIES[int(total.argmin())] if total.any() else _DEFAULT_PENALTY
-
-
-def _held_out_losses(row: Tensor, inputs: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:
-    """Losses of one channel on images held out, (PENALTIES,), from inputs (n, J + 1)."""
-    losses = torch.zeros(len(PENALTIES), dtype=torch.float64)
-    n_folds = min(_N_FOLDS, *(len(own.unique()) for own in ids))
-    folds = deal(ids, n_folds)
-    for fold in range(n_folds):
-        out = [own == fold for own in folds]
-        if not all(part.any() and not part.all() for part in out):
-            continue  # groups that concepts share can leave a fold without images of one
-        fitted = _pose_first(row, [x[~part] for x, part in zip(inputs, out, strict=True)])
-        judged = _pose_first(row, [x[part] for x, part in zip(inputs, out, strict=True)])
-        start = None
-        for n, penalty in reversed(list(enumerate(PENALTIES))):  # each starts from a stiffer one's
-            start = solve(fitted, penalty, start).masks
-            losses[n] += judged.loss(start).mean()
-    return losses
-
-
-def _pose_first(row: Tensor, inputs: Sequence[Tensor]) -> Problem:
-    """The problems of a channel's first concepts, from the inputs of all of them, (n, J + 1)."""
-    whole = pose(row, [Moment([Rows(x)], len(x)) for x in inputs])
-    some = {name: getattr(whole, name)[:_N_CONCEPTS] for name in ("linear", "prior", "constant")}
-    return replace(whole, **some)
-
-
-def deal(ids: Sequence[Tensor], n_folds: int) -> list[Tensor]:
-    """Deal images to folds, concept by concept, no group (n,) to two: the fold of each, (n,).
-
-    >>> deal([torch.tensor([5, 5, 6, 7]), torch.tensor([6, 8])], 2)
-    [tensor([0, 0, 1, 1]), tensor([1, 0])]
-    """
-    fold_of: dict[int, int] = {}
-    dealt = []
-    for own in ids:
-        sizes = Counter(own.tolist())
-        filled = [0] * n_folds
-        for group in sizes.keys() & fold_of.keys():
-            filled[fold_of[group]] += sizes[group]
-        for group in sizes:
-            if group not in fold_of:
-                fold_of[group] = filled.index(min(filled))
-                filled[fold_of[group]] += sizes[group]
-        dealt.append(torch.tensor([fold_of[group] for group in own.tolist()], dtype=torch.int64))
-    return dealt
+def _gather(
+    group: int,
+    concepts: Sequence[Concept],
+    columns: Mapping[int, Mapping[str, Tensor]],
+    rest: Images,
+    known: dict[tuple[int, int], Moment],
+) -> ChannelImages:
+    """Put together what one channel's fit looks at."""
+    parts, moments = [rest], []
+    for k, concept in enumerate(concepts):
+        own = []
+        for number in concept:
+            column = columns[number]
+            inputs = augment(column["pooled"][:, group], column["n_positions"])
+            if (group, number) not in known:
+                known[group, number] = moment(inputs)
+            own.append(known[group, number])
+            n_shaped = max(1, _N_SHAPED // len(concept))
+            inputs = inputs[:n_shaped]
+            parts.append(
+                Images(
+                    inputs,
+                    torch.full((len(inputs),), k, dtype=torch.int64),
+                    torch.full((len(inputs),), own[-1].n_images / len(inputs)).double(),
+                    # Where the data set knows of no groups, each image is one of its own.
+                    column.get("group", column["index"])[: len(inputs)],
+                )
+            )
+        moments.append(join_moments(own))
+    return ChannelImages(moments, join_images(parts))

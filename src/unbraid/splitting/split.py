@@ -13,9 +13,10 @@ from unbraid.finding.arv import averaged_relevance, class_sums, concept_mean
 from unbraid.finding.findings import Findings
 from unbraid.finding.membership import Members
 from unbraid.scanning.records import Scan
-from unbraid.splitting.least_squares import choose_penalty, fit_least_squares, sample_images
+from unbraid.splitting.cross_validation import choose_weights
+from unbraid.splitting.least_squares import fit_least_squares
 from unbraid.splitting.published import choose_rho, published_masks
-from unbraid.splitting.rectified import refine_fits
+from unbraid.splitting.silence import choose_rest
 from unbraid.splitting.splits import ChannelSplit, Split
 
 Method = Literal["least_squares", "published"]
@@ -149,12 +150,19 @@ def _least_squares(
             )
         parts = [p for p in start.channels if len(p.concepts) == len(concepts.get(p.channel, ()))]
         begin = {part.channel: part.masks for part in parts}
-    sample = sample_images(everything)
-    penalty = choose_penalty(members, concepts)
-    fits = fit_least_squares(members, concepts, penalty, sample, begin)
-    if scan.positions:
-        fits = refine_fits(members, concepts, fits, sample)
+    others = found.members_in(everything)
+    rest = (others, choose_rest(others, concepts))
+    weights = choose_weights(members, concepts, rest)
+    fits = fit_least_squares(members, concepts, weights, rest, begin)
     return {
-        o: (fit.masks, {"lambda": fit.penalty, "kkt_residual": fit.kkt_residual})
+        o: (
+            fit.masks,
+            {
+                "lambda": fit.weights.penalty,
+                "omega": fit.weights.silence,
+                "shrinkage": fit.shrinkage,
+                "kkt_residual": fit.kkt_residual,
+            },
+        )
         for o, fit in fits.items()
     }
