@@ -75,6 +75,7 @@ N_OUTPUTS = 64  # held-out images on which outputs are compared
 PICTURES = {"tau": 0.01, "p": 0.5, "gamma": 0.5}  # thresholds that find something in a few classes
 PERMUTED, SHUFFLED = "control: masks permuted", "control: concepts shuffled"
 MARGIN = "margin"
+MIDDLE = {"retention": "median"}  # as small responses rule the mean
 
 
 @dataclass
@@ -246,8 +247,7 @@ def print_figures(setting: Setting, ways: dict[str, Way], encoder: str, n_images
         cells = []
         for column in columns:
             figures = way.figures.get(column)
-            middle = "median" if column == "retention" else "mean"
-            cells.append(figure(average(figures, middle) if figures else None))
+            cells.append(figure(average(figures, MIDDLE.get(column, "mean")) if figures else None))
         r = [sum(own) / len(own) for own in way.planted.values()]
         planted = " / ".join(map(figure, r)) or "-"
         fit = f"{way.seconds:.1f}" if way.seconds else "-"
@@ -257,7 +257,7 @@ def print_figures(setting: Setting, ways: dict[str, Way], encoder: str, n_images
 def print_differences(ways: dict[str, Way]) -> None:
     """Print differences to the published rule and, of unbraid, to controls and first version."""
     columns = ("R-precision", MARGIN, *PER_CONCEPT[1:5], *PER_CHANNEL[2:], *PER_CONCEPT[5:])
-    print("\nDifferences of means, with 95 % intervals over channels, paired")
+    print("\nDifferences, with 95 % intervals over channels, paired")
     print_head("difference", *columns)
     pairs = [(name, PUBLISHED) for name in ways if name != PUBLISHED]
     pairs += [(UNBRAID, base) for base in (WHOLE, EVEN, PERMUTED, SHUFFLED)]
@@ -268,7 +268,7 @@ def print_differences(ways: dict[str, Way]) -> None:
             own, other = (ways[n].figures.get(column) for n in (name, base))
             cells.append("-")
             if own and other:
-                mean, low, high = bootstrap(own, other)
+                mean, low, high = bootstrap(own, other, MIDDLE.get(column, "mean"))
                 if mean == mean:
                     cells[-1] = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
         print_row(f"{name} - {base}", *cells)

@@ -6,6 +6,7 @@ which concept an image belongs to, -1 for none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,24 +124,33 @@ def average(figures: ByChannel, middle: str = "mean") -> float:
     """Mean (or median) over concepts of all channels, or over channels; NaN of none."""
     values = np.concatenate([np.asarray(own, float) for own in figures.values()])
     if np.isnan(values).all():
-        return float("nan")
+        return math.nan
     return float(np.nanmedian(values) if middle == "median" else np.nanmean(values))
 
 
-def bootstrap(figures: ByChannel, base: ByChannel | None = None) -> tuple[float, float, float]:
-    """A mean over concepts, or its difference to a base, and the interval of it.
+def bootstrap(
+    figures: ByChannel, base: ByChannel | None = None, middle: str = "mean"
+) -> tuple[float, float, float]:
+    """A mean (or median) over concepts, or its difference to a base, and the interval of it.
 
     Channels are drawn again with all their concepts, the same ones on both sides.
     """
     channels = sorted(figures)
+    if any(np.isnan(average(side)) for side in (figures, base) if side):
+        return math.nan, math.nan, math.nan
     draws = np.random.default_rng(0).integers(len(channels), size=(N_RESAMPLES, len(channels)))
     draws = np.concatenate([np.arange(len(channels))[None], draws])  # first, those that there are
-    means = np.zeros(len(draws))
-    for side, sign in ((figures, 1), (base or {}, -1)):
-        if side:
-            own = [np.asarray(side[o], float) for o in channels]
-            sums, counts = np.array([[np.nansum(v), (~np.isnan(v)).sum()] for v in own]).T
-            with np.errstate(invalid="ignore"):  # of none
-                means += sign * sums[draws].sum(1) / counts[draws].sum(1)
-    low, high = np.nanquantile(means[1:], [(1 - _SURE) / 2, (1 + _SURE) / 2])
-    return float(means[0]), float(low), float(high)
+    values = _over(figures, channels, draws, middle)
+    if base:
+        values = values - _over(base, channels, draws, middle)
+    low, high = np.nanquantile(values[1:], [(1 - _SURE) / 2, (1 + _SURE) / 2])
+    return float(values[0]), float(low), float(high)
+
+
+def _over(figures: ByChannel, channels: list[int], draws: np.ndarray, middle: str) -> np.ndarray:
+    """The mean or median over the concepts of each draw of channels."""
+    own = [np.asarray(figures[o], float) for o in channels]
+    if middle == "median":
+        return np.array([np.nanmedian(np.concatenate([own[n] for n in draw])) for draw in draws])
+    sums, counts = np.array([[np.nansum(v), (~np.isnan(v)).sum()] for v in own]).T
+    return sums[draws].sum(1) / counts[draws].sum(1)

@@ -36,6 +36,9 @@ def test_intervals_are_paired_over_channels_with_all_their_concepts():
     assert low < 8 < 11 < high
     assert average({0: [1.0, 5, 9], 1: [1.0]}, "median") == 3
     assert bootstrap({0: [1.0, 5, 9], 1: [1.0]})[0] == average({0: [1.0, 5, 9], 1: [1.0]}) == 4
+    assert bootstrap(better, base, "median") == (1, 1, 1)
+    nothing = {o: [math.nan] * 2 for o in base}
+    assert all(map(math.isnan, bootstrap(better, nothing)))
     noise = {o: [v + (-1) ** o for v in own] for o, own in base.items()}
     _, low, high = bootstrap(noise, base)  # the twin: no difference
     assert low < 0 < high
