@@ -46,7 +46,7 @@ from unbraid.measuring.results import (
 from unbraid.scanning.records import Records, Scan, no_records
 from unbraid.splitting.splits import ChannelSplit, Split
 
-_MAX_BYTES = 2**28  # of responses to all images held at a time
+_MAX_BYTES = 2**27  # of responses to all images held at a time
 
 
 @in_plain_modes
@@ -75,9 +75,9 @@ def evaluate(
         ablation: from `unbraid.ablate`, of all or some of the channels, likewise.
         semantics: from `unbraid.measure_semantics`, likewise.
         everything: a scan of all validation images, where `scan` is of some. Measures over all
-            images, such as R-precision and coverage, are None without either. They hold 8 bytes
-            an image for each response, of so many channels at a time as take 256 MiB, and read the
-            records once for every such portion.
+            images, such as R-precision and coverage, are None without either. They take 8 bytes
+            an image for each response, of so many channels at a time as fill 128 MiB (two such
+            portions are in memory at once), and read the records once for every portion.
 
     Raises:
         UsageError: tau is out of range; a scan is of another network or layer, or has no image
