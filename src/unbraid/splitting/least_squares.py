@@ -253,6 +253,8 @@ def solve(
     even = torch.full((n_taps,), 1 / n_concepts, dtype=torch.float64)
     penalty = weights.penalty * float(problem.gram.diagonal().mean()) * prior
     pull = penalty @ even
+    if not (problem.mean > 0).all():
+        spread = None  # zero is not where this channel begins to count, as before a batch norm
     share = 1.0  # of pooled responses, which say more than rectified ones where images are few
     if spread is not None:
         share = _POOLED_SHARE + (1 - _POOLED_SHARE) * problem.shrinkage
