@@ -85,7 +85,7 @@ def test_no_default_type_or_device_changes_a_result(
     monkeypatch.setattr(running, "visualize", quick)
     monkeypatch.setattr(running, "SECONDS", 0.0)
     if case == "demo":
-        made = load_network(), "mix", Subset(load_images("train"), range(0, 2400, 16))
+        made = load_network(), "mix", Subset(load_images("train"), range(0, 4800, 16))
     else:
         made = build(case, own), "layer", SyntheticImages(12, dtype=torch.float32)
     expected = made_of(*made, tmp_path / "usual")

@@ -301,11 +301,13 @@ def source_map(layer: LayerSpec, channel: int, image: Tensor, row: Tensor) -> Te
     adds up to the summed pre-activation without the bias.
 
     Source:
-        METHOD.md section 2, before the sum over positions.
+        "One layer" in docs/method.md, before the sum over positions.
     """
     leaf = image[None].detach().requires_grad_()
     with torch.enable_grad():
-        summed = respond(layer, leaf, row[None], torch.zeros(1).double(), [channel]).sum()
+        summed = respond(
+            layer, leaf, row[None], torch.zeros(1, dtype=torch.float64), [channel]
+        ).sum()
         (gradient,) = torch.autograd.grad(summed, leaf)
     return (image * gradient[0]).sum(0)
 

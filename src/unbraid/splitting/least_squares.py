@@ -141,7 +141,7 @@ class Problem:
         foreign = images.of(images.concept != k)
         total, power = float(foreign.weight.sum()), float(self.power[k])
         if not total or not power:
-            return Beyond(torch.zeros(0, len(self.row) - 1).double(), torch.zeros(0).double())
+            return Beyond(self.row.new_zeros(0, len(self.row) - 1), self.row.new_zeros(0))
         root = (omega / (total * power) * foreign.weight).sqrt()
         margin = MARGIN * max(float(self.mean[k]), 0.0)
         reach = foreign.inputs[:, :-1] * self.row[:-1] * root[:, None]
@@ -356,7 +356,7 @@ def _gather(
                 Images(
                     inputs,
                     torch.full((len(inputs),), k, dtype=torch.int64),
-                    torch.full((len(inputs),), own[-1].n_images / len(inputs)).double(),
+                    inputs.new_full((len(inputs),), own[-1].n_images / len(inputs)),
                     # Where the data set knows of no groups, each image is one of its own.
                     column.get("group", column["index"])[: len(inputs)],
                 )

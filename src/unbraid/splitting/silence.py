@@ -7,7 +7,7 @@ N images, J taps, K concepts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ class Images:
     inputs: Tensor  # (N, J + 1), augmented
     concept: Tensor  # (N,), -1 for none
     weight: Tensor  # (N,), how many images each stands for
-    group: Tensor  # (N,): images of one group are not to be parted
+    group: Tensor  # (N,): images of one group are not to be parted; of no concept, their index
 
     def of(self, chosen: Tensor) -> Images:
         """Some of the images."""
@@ -55,7 +55,6 @@ class Rest:
         parts: dict[int, list[Images]] = {o: [] for o in channels}
         start = 0
         for records in _light(members):
-            groups = records.index if records.group is None else records.group
             for o in channels:
                 inside = (self.place[o] >= start) & (self.place[o] < start + len(records))
                 own = self.place[o][inside] - start
@@ -65,7 +64,7 @@ class Rest:
                         augment(pooled, records.n_positions[own]),
                         torch.full_like(own, -1),
                         self.weight[o][inside],
-                        groups[own],
+                        records.index[own],
                     )
                 )
             start += len(records)
@@ -77,7 +76,7 @@ def choose_rest(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> 
     n_images = sum(len(label) for label in members.scan.columns("label"))
     step = max(1, n_images // N_EVEN)
     rows = torch.stack([augmented_row(members.scan, o) for o in concepts])
-    top = {o: (torch.empty(0).double(), torch.empty(0, dtype=torch.int64)) for o in concepts}
+    top = {o: (rows.new_empty(0), torch.empty(0, dtype=torch.int64)) for o in concepts}
     even: dict[int, list[Tensor]] = {o: [] for o in concepts}
     count = dict.fromkeys(concepts, 0)
     start = 0
@@ -99,16 +98,16 @@ def choose_rest(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> 
         spread = spread[~torch.isin(spread, top[o][1])]
         each = (count[o] - len(top[o][1])) / max(1, len(spread))
         place = torch.cat([top[o][1], spread])
-        weight = torch.cat([torch.ones(len(top[o][1])), torch.full((len(spread),), each)]).double()
+        weight = torch.cat([rows.new_ones(len(top[o][1])), rows.new_full((len(spread),), each)])
         order = place.argsort()
         places[o], weights[o] = place[order], weight[order]
     return Rest(places, weights)
 
 
-def _light(members: Members):  # type: ignore[no-untyped-def]
-    """Records without shares and input maps, shard by shard."""
-    names = ["index", "label", "prediction", "n_positions", "pooled"]
+def _light(members: Members) -> Iterator[Records]:
+    """Read records without shares and input maps, shard by shard."""
+    empty = vars(no_records(members.scan.layer, False))
+    names = ("index", "label", "prediction", "n_positions", "pooled")
     for tensors in members.scan.tensors(*names):
         no_share = torch.zeros(len(tensors["label"]) + 1, dtype=torch.int64)
-        empty = vars(no_records(members.scan.layer, False))
         yield Records(**{**empty, **tensors, "share_start": no_share})
