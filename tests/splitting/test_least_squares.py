@@ -1,5 +1,7 @@
 """Least-squares masks: the objective image by image, its optimum, and what it is good for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scipy.optimize import minimize
@@ -155,6 +157,8 @@ def test_solve_finds_the_optimum_that_scipy_finds(case, rectified):
     scan, found = case
     for channel in found.concepts:
         problem, images = problem_of(scan, found, channel, True), images_of(scan, found, channel)
+        if rectified:  # else only where a channel is positive on its concepts
+            problem = replace(problem, mean=problem.mean.abs() + 1e-3)
         prior = RowPrior(scan).matrix(channel)
         spread = scan.spread(scan.layer.group_of(channel)) if rectified else None
         fit = ls.solve(problem, images, WEIGHTS, prior, spread=spread, gain=1e-12)
@@ -179,6 +183,15 @@ def test_solve_finds_the_optimum_that_scipy_finds(case, rectified):
             assert value(mask) <= best.fun + slack
             worse = torch.rand_like(mask)
             assert value(worse) > best.fun + slack
+
+
+def test_solve_leaves_out_rectified_responses_of_a_channel_that_is_negative(case):
+    scan, found = case
+    problem, images = problem_of(scan, found, 1), images_of(scan, found, 1)
+    problem = replace(problem, mean=torch.tensor([1.0, -1.0]).double())
+    prior, spread = RowPrior(scan).matrix(1), scan.spread(scan.layer.group_of(1))
+    fits = [ls.solve(problem, images, WEIGHTS, prior, spread=own) for own in (spread, None)]
+    assert torch.equal(fits[0].masks, fits[1].masks)
 
 
 def test_a_stiff_penalty_gives_even_shares_and_a_split_twice_the_same_bits(case):
