@@ -137,6 +137,23 @@ def test_problem_and_silence_are_those_of_the_method_page(case):
                 )
 
 
+def test_background_is_the_relative_response_to_images_of_no_concept(case):
+    scan, found = case
+    for channel in found.concepts:
+        problem, images = problem_of(scan, found, channel), images_of(scan, found, channel)
+        asked, rest = ls.with_background(problem, images), images.concept < 0
+        row = augmented_row(scan, channel)
+        z = (images.inputs @ row)[rest]
+        for mask in torch.rand_like(problem.linear):
+            held = torch.cat([mask, torch.ones(1).double()])
+            z_k, z_0 = ((images.inputs * row) @ whole for whole in (held, held * (held == 1)))
+            slow = 0.2 * (z_k[rest].square().sum() - z_0[rest].square().sum()) / z.square().sum()
+            fast = (asked.loss(mask[None]) - problem.loss(mask[None]))[0]
+            assert float(fast) == pytest.approx(float(slow), rel=1e-6, abs=1e-9)
+        alone = images.of(images.concept >= 0)
+        assert torch.equal(ls.with_background(problem, alone).gram, problem.gram)
+
+
 def test_row_prior_is_from_the_other_rows(case):
     scan, _ = case
     prior, n_per_group = RowPrior(scan), scan.layer.n_out // scan.layer.groups
@@ -163,7 +180,8 @@ def test_solve_finds_the_optimum_that_scipy_finds(case, rectified):
         spread = scan.spread(scan.layer.group_of(channel)) if rectified else None
         fit = ls.solve(problem, images, WEIGHTS, prior, spread=spread, gain=1e-12)
         assert ((fit.masks >= 0) & (fit.masks <= 1)).all()
-        share = 0.25 + 0.75 * problem.shrinkage if rectified else 1.0
+        share = 0.45 + 0.55 * problem.shrinkage if rectified else 1.0
+        problem = ls.with_background(problem, images)
         penalty = WEIGHTS.penalty * float(problem.gram.diagonal().mean()) * prior
         for k, mask in enumerate(fit.masks):
             even = torch.full_like(mask, 1 / len(fit.masks))

@@ -27,8 +27,8 @@ from unbraid.splitting.least_squares import (
 from unbraid.splitting.moments import RowPrior, augmented_row, moment
 from unbraid.splitting.silence import Images, Rest
 
-PENALTIES = (0.3, 1.0, 3.0)
-SILENCES = (12.0, 6.0, 3.0, 1.5, 0.75)
+PENALTIES = (0.1, 0.3, 1.0, 3.0)
+SILENCES = (6.25, 3.1, 1.6, 0.8)
 RETENTION = 0.78  # at least, the median over concepts; fits on all images keep some .03 more
 _DEFAULT_PENALTY = 1.0  # where there are too few images to choose one
 _N_CHANNELS = 6

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -37,11 +37,12 @@ N_IMAGES = 5000  # of a class or cluster, which the fit looks at
 _N_SHAPED = 500  # of a concept, for rectified responses
 _BYTES_AT_ONCE = 3 << 30  # of inputs
 _MAX_STEPS = 8
+BACKGROUND = 0.2  # of two-sided silence on images of no concept
 _LEAST_GAIN = 1e-5  # part of the objective for which another step is worth it
 _HALVINGS = 8
 _LEAST_RIDGE = 1e-9  # of the mean curvature, so that there is one answer
 _ROUGH_GAIN = 1e-3  # where another objective follows
-_POOLED_SHARE = 0.25  # at least, of pooled responses beside rectified ones
+_POOLED_SHARE = 0.45  # at least, of pooled responses beside rectified ones; docs/splitting.md
 
 
 def by_portion(
@@ -148,6 +149,19 @@ class Problem:
         return Beyond(reach, (foreign.inputs[:, -1] * self.row[-1] - margin) * root)
 
 
+def with_background(problem: Problem, images: Images) -> Problem:
+    """Ask of every mask for a small response, of either sign, to images of no concept."""
+    rest = images.of(images.concept < 0)
+    taps = rest.inputs[:, :-1] * problem.row[:-1]
+    held = rest.inputs[:, -1] * problem.row[-1]
+    power = rest.weight @ (taps.sum(1) + held).square()
+    if not power:
+        return problem
+    weight = BACKGROUND * rest.weight / power
+    gram = problem.gram + (taps * weight[:, None]).T @ taps
+    return replace(problem, gram=gram, linear=problem.linear - (weight * held) @ taps)
+
+
 def pose(row: Tensor, moments: Sequence[Moment]) -> Problem:
     """Write down the quadratic of one channel, from its weights and bias, (J + 1,)."""
     tiny = torch.finfo(row.dtype).tiny
@@ -249,6 +263,7 @@ def solve(
     gain: float = _LEAST_GAIN,
 ) -> Fit:
     """Solve the problems of one channel, on pooled and, with a spread, on rectified responses."""
+    problem = with_background(problem, images)
     n_concepts, n_taps = problem.linear.shape
     even = torch.full((n_taps,), 1 / n_concepts, dtype=torch.float64)
     penalty = weights.penalty * float(problem.gram.diagonal().mean()) * prior
