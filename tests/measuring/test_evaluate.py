@@ -147,7 +147,12 @@ def test_evaluate_without_positions_or_of_what_does_not_fit(case, case_of, other
     result = unbraid.evaluate(case.split, case_of("reflect", positions=False).scan)
     expected = unbraid.evaluate(case.split, case.scan).channels
     assert all(channel.separation_error_rectified for channel in expected)
-    assert result.channels == tuple(replace(c, separation_error_rectified=None) for c in expected)
+    for one, whole in zip(result.channels, expected, strict=True):  # sums differ in the last bit
+        same = [replace(c, concepts=(), separation_error_rectified=None) for c in (one, whole)]
+        assert same[0] == same[1]
+        for k, known in zip(one.concepts, whole.concepts, strict=True):
+            assert replace(k, off=known.off) == known
+            assert k.off == pytest.approx(known.off, rel=1e-12)
     for scan, options, told in (
         (other_weights.scan, {}, "another network"),
         (case_of(case.network, layer="stem").scan, {}, "another network or layer"),

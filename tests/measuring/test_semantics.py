@@ -131,6 +131,8 @@ def test_measure_semantics_tells_concept_channels_of_one_thing_each(tmp_path):
     images.images[range(30), images.targets] = 1 + 0.1 * torch.rand(30, 4, 4).double()
     scan = unbraid.scan(network, "layer", images, tmp_path)
     split = unbraid.split(scan, unbraid.find(scan, channels={0: [[0], [1]]}))
+    (part,) = split.channels
+    split = replace(split, channels=(replace(part, masks=torch.eye(2, 3).double()),))
     colours = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     one = unbraid.measure_semantics(split, scan, images, colours, n_top=8).channels[0]
     assert one.original.monosemanticity == pytest.approx(9 / 19, abs=0.01)  # pairs of one colour
