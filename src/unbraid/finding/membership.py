@@ -85,7 +85,7 @@ class Members:
         wanted = [tuple(numbers)]
         return [
             index
-            for records in self.scan.shards()
+            for records in self.scan.light_shards()
             for index in records.index[self.concept_of(records, wanted) == 0].tolist()
         ]
 
@@ -105,7 +105,7 @@ class Members:
             labels = (label for column in self.scan.columns("label") for label in column.tolist())
             sizes = Counter(labels)
             return {number: sizes[number] for number in counts}
-        for records in self.scan.shards():
+        for records in self.scan.light_shards():
             for number, places in self.places(records, counts):
                 counts[number] += len(places)
         return counts
@@ -116,7 +116,7 @@ class Members:
         """Take columns of the records, as far as they have them, of the first n images of each."""
         parts: dict[int, list[dict[str, Tensor]]] = {number: [] for number in sorted(set(numbers))}
         missing = dict.fromkeys(parts, n)
-        for records in self.scan.shards():
+        for records in self.scan.light_shards():
             columns = {k: v for k, v in vars(records).items() if k in names and v is not None}
             for number, places in self.places(records, missing):
                 some = places[: missing[number]]

@@ -43,7 +43,7 @@ from unbraid.measuring.results import (
     Semantics,
     join,
 )
-from unbraid.scanning.records import Records, Scan, no_records
+from unbraid.scanning.records import Records, Scan
 from unbraid.splitting.splits import ChannelSplit, Split
 
 _MAX_BYTES = 2**27  # of responses to all images held at a time
@@ -219,9 +219,7 @@ def _respond_to_all(members: Members, parts: Sequence[ChannelSplit]) -> tuple[Te
     group = torch.tensor([scan.layer.group_of(p.channel) for p in origin], dtype=torch.int64)
     responses = torch.empty(len(rows), n_images, dtype=torch.float64)
     concept, n = torch.empty(len(parts), n_images, dtype=torch.int64), 0
-    # Without input maps, which may be much larger than all else.
-    for tensors in scan.tensors("index", "label", "n_positions", "pooled"):
-        records = replace(no_records(scan.layer, positions=False), **tensors)
+    for records in scan.light_shards():
         here = slice(n, n + len(records))
         for g in group.unique().tolist():
             z = rows[group == g] @ records.pooled[:, g].double().T

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
 
@@ -113,6 +114,8 @@ COLUMNS: dict[str, Column] = {
     for name, hint in get_type_hints(Records, globals(), include_extras=True).items()
 }
 _NEEDED = {own.name for own in fields(Records) if own.default is MISSING}
+# What most steps ask for; all else may be many times as large.
+_LIGHT = ("index", "label", "prediction", "n_positions", "pooled", "broken")
 
 
 def no_records(spec: LayerSpec, positions: bool) -> Records:
@@ -294,6 +297,16 @@ class Scan:
         for shard in range(self.manifest.n_shards):
             yield read_shard(self.path, shard, self.manifest)
 
+    def light_shards(self) -> Iterator[Records]:
+        """Read the records as `shards` does, without shares, input maps, positions and ids."""
+        empty = vars(no_records(self.layer, positions=True)) | {"input_map": None}
+        for shard in range(self.manifest.n_shards):
+            has_groups = "group" in names_in(shard_path(self.path, shard))
+            names = (*_LIGHT, "group") if has_groups else _LIGHT
+            own = sound_tensors(self.path, self.manifest, shard, names)
+            no_share = torch.zeros(len(own["index"]) + 1, dtype=torch.int64)
+            yield Records(**{**empty, **own, "share_start": no_share})
+
     def tensors(self, *names: str) -> Iterator[dict[str, Tensor]]:
         """Read some tensors of every shard, and nothing else."""
         for shard in range(self.manifest.n_shards):
@@ -313,12 +326,17 @@ class Scan:
         but those with positions, whose input maps tell.
         """
         group = whole_number("group", group, 0, self.layer.groups - 1)
+        return None if self._spread is None else self._spread[:, group].double()
+
+    @cached_property
+    def _spread(self) -> Tensor | None:
+        """The same of all groups, (M, G, J); kept, since a fit asks for it each time."""
         parts = []
         for shard in sorted({k // self.manifest.shard_size for k in self.manifest.sampled}):
             spread = self._spread_of_maps(shard) if self.positions else self._spread_kept(shard)
             if spread is None:
                 return None
-            parts.append(spread[:, group].double())
+            parts.append(spread)
         return torch.cat(parts)
 
     def _spread_kept(self, shard: int) -> Tensor | None:

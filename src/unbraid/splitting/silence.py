@@ -7,7 +7,7 @@ N images, J taps, K concepts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Members
-from unbraid.scanning.records import Records, no_records
 from unbraid.splitting.moments import augment, augmented_row
 
 MARGIN = 0.5  # of the concept's mean response; docs/splitting.md tells what others gave
@@ -54,7 +53,7 @@ class Rest:
         """Read the images of some channels from the scan."""
         parts: dict[int, list[Images]] = {o: [] for o in channels}
         start = 0
-        for records in _light(members):
+        for records in members.scan.light_shards():
             for o in channels:
                 inside = (self.place[o] >= start) & (self.place[o] < start + len(records))
                 own = self.place[o][inside] - start
@@ -80,7 +79,7 @@ def choose_rest(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> 
     even: dict[int, list[Tensor]] = {o: [] for o in concepts}
     count = dict.fromkeys(concepts, 0)
     start = 0
-    for records in _light(members):
+    for records in members.scan.light_shards():
         place = torch.arange(start, start + len(records), dtype=torch.int64)
         for row, (o, own) in zip(rows, concepts.items(), strict=True):
             rest = members.concept_of(records, own) < 0
@@ -102,12 +101,3 @@ def choose_rest(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> 
         order = place.argsort()
         places[o], weights[o] = place[order], weight[order]
     return Rest(places, weights)
-
-
-def _light(members: Members) -> Iterator[Records]:
-    """Read records without shares and input maps, shard by shard."""
-    empty = vars(no_records(members.scan.layer, False))
-    names = ("index", "label", "prediction", "n_positions", "pooled")
-    for tensors in members.scan.tensors(*names):
-        no_share = torch.zeros(len(tensors["label"]) + 1, dtype=torch.int64)
-        yield Records(**{**empty, **tensors, "share_start": no_share})
