@@ -39,6 +39,17 @@ class Cluster:
 Clusters = Mapping[int, Cluster]  # by number
 
 
+def same_clusters(some: Clusters, others: Clusters) -> bool:
+    """Whether two sets of clusters are of the same numbers, with the same images."""
+    return some.keys() == others.keys() and all(
+        torch.equal(own, its)
+        if isinstance(own, Tensor) and isinstance(its, Tensor)
+        else own is its or own == its
+        for number, cluster in some.items()
+        for own, its in zip(vars(cluster).values(), vars(others[number]).values(), strict=True)
+    )
+
+
 def name_of(names: Sequence[str], number: int) -> str:
     """The name of a class or cluster, or its number where it has none."""
     return (names[number] if number < len(names) else "") or str(number)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -11,10 +13,10 @@ from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.finding.arv import averaged_relevance, class_sums, concept_mean
 from unbraid.finding.findings import Findings
-from unbraid.finding.membership import Members
+from unbraid.finding.membership import Members, same_clusters
 from unbraid.scanning.records import Scan
 from unbraid.splitting.cross_validation import choose_weights
-from unbraid.splitting.least_squares import fit_least_squares
+from unbraid.splitting.least_squares import Weights, fit_least_squares
 from unbraid.splitting.published import choose_rho, published_masks
 from unbraid.splitting.silence import choose_rest
 from unbraid.splitting.splits import ChannelSplit, Split
@@ -32,6 +34,7 @@ def split(
     rho: float | None = None,
     start: Split | None = None,
     everything: Scan | None = None,
+    refit: Split | None = None,
 ) -> Split:
     """Divide the incoming weights of every polysemantic channel among its concepts.
 
@@ -44,13 +47,16 @@ def split(
         rho: for the published method, in (0, 1]; by default chosen per channel.
         start: for least squares, an earlier split of this layer to begin with; saves time.
         everything: for least squares, a scan of all training images, where `scan` is of some.
+        refit: for least squares, an earlier split made from this scan, to be brought up to date in
+            a moment: channels whose concepts are as they were are taken from it, and all others
+            are fitted with its lambda and omega in place of cross-validation.
 
     Returns:
         A Split for `unbraid.apply` and `unbraid.evaluate`.
 
     Raises:
         UsageError: nothing was found, rho is out of range, misplaced or cannot be chosen from this
-            scan, the scan lacks images of a concept, or `start` is of another layer.
+            scan, the scan lacks images of a concept, or `start` or `refit` is of another layer.
 
     Source:
         "Split" in docs/method.md.
@@ -61,22 +67,44 @@ def split(
         raise UsageError(f"There is no method {method!r}; use {' or '.join(get_args(Method))}.")
     if rho is not None and method != "published":
         raise UsageError("rho belongs to the published method; pass method='published' with it.")
-    if start is not None and method != "least_squares":
-        raise UsageError("start belongs to least squares; leave it out for the published method.")
+    for name, earlier in {"start": start, "refit": refit}.items():
+        if earlier is not None and method != "least_squares":
+            raise UsageError(
+                f"{name} belongs to least squares; leave it out for the published method."
+            )
     rho = check_rho(rho)
     if method == "published" and rho is None and not scan.positions:
         raise UsageError(
             "The published criterion for rho needs positions: scan the training images again with "
             "positions=True, classes=found.classes and pass that scan, or give rho=0.7."
         )
-    _check_fit(scan, found)
-    members = found.members_in(scan)
+    scans = [scan]
+    if everything is not None and method == "least_squares":
+        scans.append(as_kind("everything", everything, Scan))
+    for own in scans:
+        _check_layer(own, found)
+    weights, kept = (None, ()) if refit is None else _kept(scan, found, refit)
+    done = {part.channel for part in kept}
+    anew = replace(found, concepts={o: own for o, own in found.concepts.items() if o not in done})
+    for own in scans:
+        _check_images(own, anew)
+    members = anew.members_in(scan)
+    chosen: _Chosen = {}
     if method == "published":
-        chosen = _published(members, found, rho)
-    else:
-        if everything is not None:
-            _check_fit(as_kind("everything", everything, Scan), found)
-        chosen = _least_squares(members, found, everything or scan, start)
+        chosen = _published(members, anew, rho)
+    elif anew.concepts:
+        chosen = _least_squares(members, anew, scans[-1], start, weights)
+    parts = [
+        ChannelSplit(
+            channel=o,
+            concepts=found.concepts[o],
+            masks=masks.to(scan.weight.dtype),
+            weight=scan.weight[o],
+            bias=float(scan.bias[o]),
+            info=info,
+        )
+        for o, (masks, info) in chosen.items()
+    ]
     return Split(
         layer=scan.layer,
         weights=scan.manifest.weights,
@@ -84,17 +112,7 @@ def split(
         settings={"tau": found.tau, "p": found.p, "gamma": found.gamma},
         class_names=found.class_names,
         clusters=found.clusters,
-        channels=tuple(
-            ChannelSplit(
-                channel=o,
-                concepts=found.concepts[o],
-                masks=masks.to(scan.weight.dtype),
-                weight=scan.weight[o],
-                bias=float(scan.bias[o]),
-                info=info,
-            )
-            for o, (masks, info) in sorted(chosen.items())
-        ),
+        channels=tuple(sorted([*kept, *parts], key=lambda part: part.channel)),
     )
 
 
@@ -106,8 +124,29 @@ def check_rho(rho: float | None) -> float | None:
     return number
 
 
-def _check_fit(scan: Scan, found: Findings) -> None:
-    """Raise unless something was found, in a scan such as this one."""
+def _kept(scan: Scan, found: Findings, earlier: Split) -> tuple[Weights, tuple[ChannelSplit, ...]]:
+    """The weights of an earlier split, and its channels whose concepts are as they were."""
+    as_kind("refit", earlier, Split).require(scan)
+    info = earlier.channels[0].info if earlier.channels else {}
+    penalty, silence = info.get("lambda", 0.0), info.get("omega", 0.0)
+    if not (0 < penalty < math.inf and 0 < silence < math.inf):
+        raise UsageError(
+            "refit is a split without lambda and omega; pass one by least squares, or none."
+        )
+
+    def is_same(part: ChannelSplit) -> bool:
+        numbers = {number for concept in part.concepts for number in concept}
+        before, now = (
+            {n: c[n] for n in numbers & c.keys()} for c in (earlier.clusters, found.clusters)
+        )
+        return part.concepts == found.concepts.get(part.channel) and same_clusters(before, now)
+
+    kept = tuple(part for part in earlier.channels if is_same(part))
+    return Weights(penalty, silence), kept
+
+
+def _check_layer(scan: Scan, found: Findings) -> None:
+    """Raise unless something was found, in the layer of a scan."""
     if not found.concepts:
         raise UsageError(f"There is nothing to split: no channel was found. {found.hint}".strip())
     if (found.weights, found.layer) != (scan.manifest.weights, scan.layer.name):
@@ -115,6 +154,10 @@ def _check_fit(scan: Scan, found: Findings) -> None:
             f"The channels were found in layer {found.layer!r} of a network that this scan, of "
             f"layer {scan.layer.name!r}, is not of; pass a scan of the same network and layer."
         )
+
+
+def _check_images(scan: Scan, found: Findings) -> None:
+    """Raise unless a scan has images of all concepts."""
     for number, n_images in found.members_in(scan).count(found.classes).items():
         if not n_images:
             name = f"{'' if number in found.clusters else 'class '}{found.name(number)}"
@@ -137,7 +180,11 @@ def _published(members: Members, found: Findings, rho: float | None) -> _Chosen:
 
 
 def _least_squares(
-    members: Members, found: Findings, everything: Scan, start: Split | None
+    members: Members,
+    found: Findings,
+    everything: Scan,
+    start: Split | None,
+    weights: Weights | None,
 ) -> _Chosen:
     scan, concepts = members.scan, found.concepts
     begin: dict[int, Tensor] = {}
@@ -152,7 +199,7 @@ def _least_squares(
         begin = {part.channel: part.masks for part in parts}
     others = found.members_in(everything)
     rest = (others, choose_rest(others, concepts))
-    weights = choose_weights(members, concepts, rest)
+    weights = weights or choose_weights(members, concepts, rest)
     fits = fit_least_squares(members, concepts, weights, rest, begin)
     return {
         o: (
