@@ -15,6 +15,8 @@ from tiny_networks import SyntheticImages
 from unbraid.base.errors import RunError, UsageError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.finding.findings import Findings
+from unbraid.splitting.least_squares import Weights, fit_least_squares
+from unbraid.splitting.silence import choose_rest
 
 GROUPS = [[30, 3, 12, 7], [8, 41], [0, 1, 2, 5, 40]]
 of_every_kind = pytest.mark.parametrize("case", ["3x3", "groups", "tokens"], indirect=True)
@@ -156,14 +158,74 @@ def test_wrong_corrections_are_refused(case):
         ({"part": {0: [[own[0]], [own[1]]]}}, "is not of the concept"),
         ({"groups": GROUPS, "join": [[0, 1]]}, "not both"),
         ({"move": {"a.png": 1}}, "knows no ids"),
+        ({"join": [0, 1]}, "join, move or part is not of the form"),
+        ({"join": 3}, "join, move or part is not of the form"),
+        ({"move": [1]}, "join, move or part is not of the form"),
+        ({"part": [1]}, "join, move or part is not of the form"),
+        ({"move": {own[0]: True}}, "has no concept True"),
+        ({"join": [[0, 1]], "part": {0: [[0], [1]], 1: [[2], [3]]}}, "are joined"),
     ):
         with pytest.raises(UsageError, match=told):
             found.correct(case.scan, 1, **options)
+    for channel in (-1, 80, 2.5):
+        with pytest.raises(UsageError, match="channel"):
+            found.correct(case.scan, channel, groups=GROUPS)
+    with pytest.raises(UsageError, match="scan is 'x'"):
+        found.correct("x", 1, groups=GROUPS)
     with pytest.raises(UsageError, match="was not found"):
         found.correct(case.scan, 3, join=[[0, 1]])
     for other in ({"channels": {1: [[0], [1]]}}, {"concepts": "clusters"}):
         with pytest.raises(UsageError, match="Pass images alone"):
             unbraid.find(case.scan, images={1: GROUPS}, **other)
+
+
+@pytest.mark.parametrize("case", ["3x3", "groups"], indirect=True)
+def test_a_refit_fits_what_changed_with_the_same_weights_and_keeps_the_rest(case):
+    found = unbraid.find(case.scan, images={1: GROUPS, 4: GROUPS[:2]})
+    before = unbraid.split(case.scan, found)
+    corrected = found.correct(case.scan, 1, move={12: 1}).correct(case.scan, 2, groups=GROUPS)
+    split = unbraid.split(case.scan, corrected, refit=before)
+    assert [part.channel for part in split.channels] == [1, 2, 4]
+    assert split[4] is before[4]
+    assert not torch.equal(split[1].masks, before[1].masks)
+    members = corrected.members_in(case.scan)
+    info = before[4].info
+    rest = (members, choose_rest(members, corrected.concepts))
+    weights = Weights(info["lambda"], info["omega"])
+    fits = fit_least_squares(members, corrected.concepts, weights, rest)
+    for part in split.channels:
+        assert torch.equal(part.masks, fits[part.channel].masks.to(part.masks.dtype))
+    again = unbraid.split(case.scan, corrected, refit=split)
+    assert all(part is split[part.channel] for part in again.channels)
+    assert [part.channel for part in unbraid.split(case.scan, found, refit=split).channels] == [
+        1,
+        4,
+    ]
+
+
+@pytest.mark.parametrize("case", ["3x3"], indirect=True)
+def test_a_refit_refuses_splits_that_tell_no_weights_or_are_of_other_layers(case):
+    found = unbraid.find(case.scan, images={1: GROUPS})
+    before = unbraid.split(case.scan, found)
+    published = unbraid.split(case.scan, found, method="published", rho=0.7)
+    other = replace(before, layer=replace(before.layer, name="other"))
+    for options, told in (
+        ({"refit": published}, "refit is a split without lambda and omega"),
+        ({"refit": other}, "of another network or layer than the split"),
+        ({"refit": before, "method": "published", "rho": 0.7}, "refit belongs to least squares"),
+        ({"refit": "split"}, "refit is 'split'; give one object of type Split"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            unbraid.split(case.scan, found, **options)
+
+
+@pytest.mark.parametrize("case", ["3x3"], indirect=True)
+def test_groups_of_one_image_each_are_found_split_and_corrected(case):
+    found = unbraid.find(case.scan, images={1: [[3], [8]]})
+    assert members_of(case.scan, found, 1) == [[3], [8]]
+    split = unbraid.split(case.scan, found)
+    assert [k.n_images for k in unbraid.evaluate(split, case.scan).channels[0].concepts] == [1, 1]
+    assert members_of(case.scan, found.correct(case.scan, 1, move={9: 0}), 1) == [[3, 9], [8]]
 
 
 def without_clusters(found):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unbraid.base.arguments import as_path
+from unbraid.base.arguments import as_kind, as_path, whole_number
 from unbraid.base.errors import UsageError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
@@ -256,8 +256,10 @@ class Findings(Tabular, Exported):
             UsageError: a concept or image is not there, or named twice, or less than two concepts
                 are left, or one without images.
         """
+        as_kind("scan", scan, Scan)
         if (self.weights, self.layer) != (scan.manifest.weights, scan.layer.name):
             raise UsageError("The scan is not of the network and layer that the findings are of.")
+        channel = whole_number("the channel", channel, 0, scan.layer.n_out - 1)
         if groups is not None and (join or move or part):
             raise UsageError("Pass groups, or what to join, move and part, not both.")
         if groups is None:

@@ -300,13 +300,23 @@ def sort_anew(
     part: Mapping[int, Sequence[Sequence[int | str]]],
 ) -> list[list[int]]:
     """Correct groups of images, by index; see `Findings.correct`."""
-    for number in (*(k for own in join for k in own), *move.values(), *part):
-        if number is not None and number not in range(len(groups)):
+    try:
+        joined = [list(own) for own in join]
+        named = [*(k for own in joined for k in own), *dict(move).values(), *dict(part)]
+    except (TypeError, ValueError):
+        raise UsageError(
+            "join, move or part is not of the form of join=[[0, 2]], move={7: 1} and "
+            "part={0: [[3, 5], [8]]}; give them so."
+        ) from None
+    for number in named:
+        if number is not None and (
+            not isinstance(number, int) or type(number) is bool or number not in range(len(groups))
+        ):
             raise UsageError(
                 f"Channel {channel} has no concept {number!r}; give one of 0 to {len(groups) - 1}."
             )
     known, goes_to = Images(scan), list(range(len(groups)))
-    for own in join:
+    for own in joined:
         same = {goes_to[k] for k in own}
         goes_to = [min(same) if k in same else k for k in goes_to]
     anew: dict[int, list[int]] = {k: [] for k in goes_to}
@@ -318,6 +328,11 @@ def sort_anew(
         if wanted is not None:
             anew[goes_to[wanted]].append(index)
     examples = {goes_to[k]: own for k, own in part.items()}
+    if len(examples) < len(part):
+        raise UsageError(
+            f"Two concepts of channel {channel} are joined and both to be parted; give the parts "
+            "of one."
+        )
     parted: list[list[int]] = []
     for k, group in anew.items():
         if k in examples:
