@@ -3,6 +3,7 @@
     python benchmarks/growth.py scan          # 1k, 10k, 100k small images; 64 to 2048 channels
     python benchmarks/growth.py find          # 2048 channels, 1000 classes of 20 images
     python benchmarks/growth.py split         # 580 channels of 2 to 20 concepts
+    python benchmarks/growth.py refit         # groups of images by hand, corrected
     python benchmarks/growth.py imagenet DIR  # find, split, evaluate on 1.28 million records
 
 Each measurement runs in a process of its own, which tells its seconds, wall and processor, and the
@@ -23,7 +24,9 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +82,7 @@ def write_shared(folder: Path, labels: Tensor, n_used: int) -> Scan:
     return write_scan(folder, pointwise(N_OUT, N_IN), weight, labels, pooled, torch.stack(used))
 
 
-def write_mixed(folder: Path, n_images: int, kernel: int) -> Scan:
+def write_mixed(folder: Path, n_images: int, kernel: int, varied: bool = False) -> Scan:
     """Write a scan without shares whose images mix the causes of their classes."""
     layer = pointwise(N_OUT, N_IN, kernel)
     causes = torch.rand(N_CLASSES, N_IN) ** 4
@@ -93,7 +96,8 @@ def write_mixed(folder: Path, n_images: int, kernel: int) -> Scan:
         return (inputs[:, :, None] * offsets * noise).flatten(1)
 
     labels = torch.arange(N_CLASSES).repeat_interleave(n_images)
-    return write_scan(folder, layer, torch.randn(N_OUT, layer.n_taps) / 20, labels, pooled)
+    weight = torch.randn(N_OUT, layer.n_taps) / 20
+    return write_scan(folder, layer, weight, labels, pooled, varied=varied)
 
 
 def random_findings(n_channels: int) -> Findings:
@@ -152,6 +156,28 @@ def split_random(folder: str, n_channels: str) -> None:
     )
 
 
+def refit(n_images: int, n_groups: int, n_in_group: int) -> None:
+    """Put images of a channel in groups, move one, and print what each step takes, in s."""
+    with tempfile.TemporaryDirectory() as name:
+        scan = write_mixed(Path(name), n_images // N_CLASSES, 1, varied=True)
+        drawn = random.Random(0).sample(range(n_images), n_groups * n_in_group)
+        groups = [drawn[k::n_groups] for k in range(n_groups)]
+        found = unbraid.find(scan, images={5: groups})
+        split = unbraid.split(scan, found)
+        made: list[Any] = [split]
+        for image in groups[0][:4]:  # the first round reads what is kept, and modules
+            correct = partial(found.correct, scan, 5, move={image: 1})
+            taken = [seconds(lambda: made.append(correct()))]  # noqa: B023
+            taken.append(
+                seconds(lambda: made.append(unbraid.split(scan, made[-1], refit=made[-2])))
+            )
+            found = made[-2]
+            taken.append(seconds(lambda: unbraid.evaluate(made[-1], scan)))
+        wall, cpu = (sum(own[kind] for own in taken) for kind in (0, 1))
+        steps = [f"{own[1]:.2f}" for own in taken]
+        print_row(n_groups, n_in_group, *steps, f"{cpu:.2f}", f"{wall:.2f}")
+
+
 STEPS: dict[str, Callable[..., None]] = {
     **{"scan": scan_small, "inference": infer_small, "tau": choose, "sensitivity": count},
     **{"find": find, "find, split": split_found, "evaluate": evaluate, "split": split_random},
@@ -173,7 +199,7 @@ def print_step(step: str, *arguments: object, name: str = "") -> None:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("scan", "find", "split", "imagenet", "one"))
+    parser.add_argument("what", choices=("scan", "find", "split", "refit", "imagenet", "one"))
     parser.add_argument("rest", nargs="*", help="for imagenet: the folder of the Scan")
     parser.add_argument("--images", type=int, help="the most to scan, or of each class")
     parser.add_argument("--channels", type=int, default=580, help="to split")
@@ -194,6 +220,12 @@ def main() -> None:
             wall, cpu, memory = measure("scan", *size)
             plain = measure("inference", *size)[1]
             print_row(*size, f"{wall:.1f}", f"{cpu:.1f}", f"{memory:.2f}", f"{plain:.1f}")
+        return
+    if asked.what == "refit":
+        steps = ("correct, processor s", "split", "evaluate", "all three", "all three, s")
+        print_head("groups", "images each", *steps)
+        for n_groups, n_in_group in ((2, 10), (2, 100), (5, 100)):
+            refit(asked.images or 10_000, n_groups, n_in_group)
         return
     print_head("step", *columns)
     with tempfile.TemporaryDirectory() as name:

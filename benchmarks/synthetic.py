@@ -99,6 +99,8 @@ def write_scan(
     labels: Tensor,
     pooled_of: Callable[[Tensor], Tensor],
     used: Tensor | None = None,
+    *,
+    varied: bool = False,
 ) -> Scan:
     """Write a scan of images of 49 positions.
 
@@ -109,6 +111,7 @@ def write_scan(
         labels: (N,), of the images in order.
         pooled_of: gives pooled inputs (n, J) for the next labels (n,).
         used: (T, U), the channels that each class uses, in order; no shares without.
+        varied: whether to keep, as scans do, how inputs vary within some images.
     """
     n_classes = int(labels.max()) + 1
     manifest = Manifest(
@@ -145,6 +148,12 @@ def write_scan(
             share_value=torch.linspace(1.68, 0.32, n_used).div(n_used).repeat(len(label)),
             broken=torch.zeros(0, dtype=torch.int64),
         )
+        if varied:
+            chosen = torch.isin(records.index, torch.tensor(manifest.sampled))
+            inputs = records.pooled[chosen, None] / 49 * 5 * torch.rand(49, 1, layer.n_taps) ** 4
+            records.spread = (inputs - inputs.mean(1, keepdim=True)).flatten(0, 1)
+            ends = (49 * chosen).cumsum(0)
+            records.spread_start = torch.cat([ends.new_zeros(1), ends])
         write_shard(folder, shard, records)
     write_whole(folder / "manifest.json", manifest.to_json().encode())
     return unbraid.open_scan(folder)
