@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -220,3 +221,12 @@ def test_scan_is_refused_without_a_shard(given, options, error, message, tmp_pat
     with pytest.raises(error, match=message):
         unbraid.scan(network, **{"layer": "layer", "dataset": images, "out": tmp_path, **options})
     assert not list(tmp_path.glob("shard-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"), [("batchsize", "use batch_size"), ("shuffle", "leave it out")]
+)
+def test_an_unknown_argument_is_told_in_the_words_of_scan(name, instead, tmp_path):
+    sentence = re.escape(f"scan() takes no argument '{name}'; {instead}.")
+    with pytest.raises(TypeError, match=sentence):
+        unbraid.scan(build("3x3"), "layer", SyntheticImages(4), tmp_path, **{name: 2})

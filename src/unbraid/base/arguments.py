@@ -72,6 +72,12 @@ def loading(batch_size: Any, workers: Any) -> tuple[int, int]:
     return whole_number("batch_size", batch_size, 1), n_workers
 
 
+def a_type(value: Any) -> str:
+    """Name the type of an object, with its article."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 def _refuse(what: str, value: Any, instead: str) -> NoReturn:
     shown = " ".join(reprlib.repr(value).split())
     raise UsageError(f"{what} {shown}; give {instead}.")

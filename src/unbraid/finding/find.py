@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 import torch
 
-from unbraid.base.arguments import as_kind, whole_number, whole_numbers
+from unbraid.base.arguments import a_type, as_kind, whole_number, whole_numbers
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.finding.arv import (
@@ -148,8 +148,9 @@ def _search(scan: Scan, sums: ClassSums, p: float, gamma: float) -> Found:
 
 def _own(scan: Scan, sums: ClassSums, channels: Any) -> Found:
     if not isinstance(channels, Mapping):
-        kind = type(channels).__name__
-        raise UsageError(f"channels is a {kind}; give groups of classes per channel, {_EXAMPLE}.")
+        raise UsageError(
+            f"channels is {a_type(channels)}; give groups of classes per channel, {_EXAMPLE}."
+        )
     found = Found()
     for key, groups in channels.items():
         channel = whole_number("a channel in channels", key)

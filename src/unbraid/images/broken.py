@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from unbraid.base.arguments import a_type
 from unbraid.base.errors import DataError, OutOfReach, UnfitPicture, brief, out_of_reach
 from unbraid.base.modes import callers_device
 
@@ -137,7 +138,7 @@ def to_label(label: Any, index: int) -> int:
     shape = tuple(getattr(label, "shape", ()))
     of_shape = f"it is of shape {shape}; " if shape else ""
     raise DataError(
-        f"The label of image {index} is a {type(label).__name__}, not a class's number; {of_shape}"
+        f"The label of image {index} is {a_type(label)}, not a class's number; {of_shape}"
         f"give one image and one number at a time, {UNLABELLED} where none is known (and scan with "
         "labels='predicted')."
     )
@@ -149,7 +150,7 @@ def plain(image: Any, index: int) -> Tensor:
     if not isinstance(image, Tensor):
         is_picture = isinstance(image, (Image.Image, np.ndarray))
         remedy = "give the data set a transform" if is_picture else "let it give (image, label)"
-        raise DataError(f"Image {index} is a {kind}, not a tensor; {remedy}.")
+        raise DataError(f"Image {index} is {a_type(image)}, not a tensor; {remedy}.")
     is_odd = image.is_nested or image.layout != torch.strided or image.device.type == "meta"
     if not (is_odd or image.is_complex() or image.is_quantized):
         with suppress(Exception), torch.no_grad():  # of a type of anyone's own

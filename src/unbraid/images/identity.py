@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset
 
+from unbraid.base.arguments import a_type
 from unbraid.base.errors import DataError, UnfitPicture
 from unbraid.images.broken import BrokenImage, plain, read_pair
 from unbraid.images.dataset import (
@@ -57,7 +58,7 @@ def ids_of(dataset: Dataset[Any]) -> list[str] | None:
 def _checked(ids: Sequence[Any]) -> list[str]:
     odd = next((one for one in ids if not isinstance(one, (str, int))), None)
     if odd is not None or None in ids:
-        raise DataError(f"An id is a {type(odd).__name__}; give texts or numbers as ids.")
+        raise DataError(f"An id is {a_type(odd)}; give texts or numbers as ids.")
     texts = [str(one) for one in ids]
     twice = next((one for one, n in Counter(texts).items() if n > 1), None)
     if twice is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from unbraid.base.arguments import a_type
 from unbraid.base.errors import DataError, UnbraidError, UsageError, brief, out_of_reach
 from unbraid.base.tables import count, one_line
 from unbraid.images.broken import UNLABELLED
@@ -164,7 +165,7 @@ def list_rows(
         raise UsageError(f"{source} has several splits; take one of {', '.join(dataset)}.")
     if not isinstance(dataset, library.Dataset):
         raise UsageError(
-            f"{source} is a {type(dataset).__name__}; pass a datasets.Dataset, which has a length."
+            f"{source} is {a_type(dataset)}; pass a datasets.Dataset, which has a length."
         )
     columns = [image] if label is None else [image, label]
     missing = next((name for name in columns if name not in dataset.column_names), None)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from unbraid.base.arguments import a_type
 from unbraid.base.errors import UsageError
 
 _NOTHING_INSIDE: tuple[type, ...] = (
@@ -37,7 +38,7 @@ _MISSING = object()
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the network inside of torch.compile, DataParallel and DistributedDataParallel."""
     if not isinstance(model, nn.Module):
-        raise UsageError(f"The network is a {type(model).__name__}; pass a torch.nn.Module.")
+        raise UsageError(f"The network is {a_type(model)}; pass a torch.nn.Module.")
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while "_orig_mod" in model._modules or isinstance(model, parallel):
         name = "_orig_mod" if "_orig_mod" in model._modules else "module"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from unbraid.base.arguments import a_type
 from unbraid.base.errors import ModelError, brief
 from unbraid.networks.copying import unwrap
 
@@ -84,7 +85,7 @@ def _pieces(name: str, value: Any) -> Iterator[bytes]:
             yield from _pieces(name, part)
     else:
         raise ModelError(
-            f"The network's {name!r} is a {type(value).__name__}, which cannot be hashed; keep it "
+            f"The network's {name!r} is {a_type(value)}, which cannot be hashed; keep it "
             "out of the network's state."
         )
 
@@ -103,6 +104,6 @@ def _numbers(name: str, tensor: Tensor) -> Tensor:
             return plain.resolve_conj().resolve_neg().contiguous()
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"The network's {name!r} is a {type(tensor).__name__}, whose numbers cannot be read "
+            f"The network's {name!r} is {a_type(tensor)}, whose numbers cannot be read "
             f"({brief(error)}); give it as an ordinary tensor."
         ) from error

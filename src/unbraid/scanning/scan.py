@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -164,6 +165,10 @@ def scan_into(
     **given: Unpack[Options],
 ) -> dict[str, Scan]:
     """Scan several layers in one pass, each into a folder of its own; the rest is as in `scan`."""
+    for name in given.keys() - ScanOptions.__dataclass_fields__.keys():
+        near = get_close_matches(name, ScanOptions.__dataclass_fields__, 1)
+        instead = f"use {near[0]}" if near else "leave it out"
+        raise TypeError(f"scan() takes no argument {name!r}; {instead}.")
     options = ScanOptions(**given).checked()
     model = unwrap(model)
     modules = {name: resolve_layer(model, name)[1] for name in folders}

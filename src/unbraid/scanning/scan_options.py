@@ -12,7 +12,14 @@ from typing import Annotated, Any, Literal, TypedDict, get_args
 
 from cyclopts import Parameter
 
-from unbraid.base.arguments import MAX_WORKERS, flag, real_number, whole_number, whole_numbers
+from unbraid.base.arguments import (
+    MAX_WORKERS,
+    a_type,
+    flag,
+    real_number,
+    whole_number,
+    whole_numbers,
+)
 from unbraid.base.errors import UsageError, brief
 from unbraid.base.schema import parse_json
 
@@ -96,7 +103,7 @@ class ScanOptions(Loading):
                 "numbers, and lists and dictionaries of them."
             ) from None
         if not isinstance(plain["source"], dict):
-            raise UsageError(f"source is a {type(source).__name__}; give a dictionary, or None.")
+            raise UsageError(f"source is {a_type(source)}; give a dictionary, or None.")
         return replace(self, **plain)
 
 
