@@ -34,7 +34,7 @@ import unbraid
 from interpretability import Embedded
 from lite0 import LAYER as LITE0_LAYER
 from lite0 import load_lite0
-from pipeline import Setting, setting_of
+from pipeline import Setting
 from purity_measures import (
     PER_CHANNEL,
     PER_CONCEPT,
@@ -60,7 +60,7 @@ from purity_ways import (
     ways_for,
 )
 from rivals import Fitted, Images, Linear, Pure, Sparse
-from split import fashion_setting
+from split import load_setting, scans_of
 from timing import print_head, print_row
 from train_demo import DEBIAN_FOLDER
 from truth import different_jobs
@@ -98,26 +98,6 @@ def picture_setting(folder: Path) -> Setting:
     transform = v2.Compose([v2.PILToTensor(), size, *values])
     parts = [open_images(folder / part, transform, outputs=model) for part in ("train", "val")]
     return Setting("lite0", model, LITE0_LAYER, *parts, PICTURES, 64)
-
-
-def load_setting(name: str, data: Path, cache: Path) -> Setting:
-    """The network and images of one name."""
-    if name == "lite0" and (data / "val").is_dir():
-        return picture_setting(data)
-    return (
-        setting_of(name, data) if name in ("demo", "lite0") else fashion_setting(name, data, cache)
-    )
-
-
-def scans_of(setting: Setting, folder: Path) -> list[unbraid.Scan]:
-    """Scan training and held-out images with positions, or open what is there already."""
-    scans = []
-    for name, images in (("train", setting.train), ("val", setting.val)):
-        if not (folder / name / "manifest.json").exists():
-            options: dict[str, Any] = {"positions": True, "batch_size": setting.batch_size}
-            unbraid.scan(setting.model, setting.layer, images, folder / name, **options)
-        scans.append(unbraid.open_scan(folder / name))
-    return scans
 
 
 def embed(setting: Setting, held: Images, path: Path) -> Embedded:
@@ -285,14 +265,19 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", default=["demo"])
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER)
     parser.add_argument("--cache", type=Path, default=Path("benchmarks/cache"))
-    parser.add_argument("--scans", type=Path, help="folder that keeps scans and embeddings")
+    parser.add_argument(
+        "--scans", type=Path, help="folder that keeps scans and embeddings, by network"
+    )
     parser.add_argument("--channels", type=int, help="at most so many, evenly spaced")
     parser.add_argument("--planted", type=int, default=10, help="sets of planted channels")
     asked = parser.parse_args()
     for name in asked.network:
-        setting = load_setting(name, asked.data, asked.cache)
+        pictures = name == "lite0" and (asked.data / "val").is_dir()
+        setting = (
+            picture_setting(asked.data) if pictures else load_setting(name, asked.data, asked.cache)
+        )
         with tempfile.TemporaryDirectory() as folder:
-            kept = asked.scans or Path(folder)
+            kept = (asked.scans or Path(folder)) / name
             scans = scans_of(setting, kept)
             found = unbraid.find(scans[0], **setting.thresholds)
             chosen = sorted(found.concepts.items())
