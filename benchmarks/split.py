@@ -105,11 +105,11 @@ def separation_row(name: str, train: Scan, val: Scan, found: Findings) -> list[s
         for m in ("least_squares", "published")
     )
     means, worse = [], []
-    for measure, name in (
+    for measure, error in (
         ("pooled", "separation_error"),
         ("rectified", "separation_error_rectified"),
     ):
-        mine, other = (e.summary[e.method][name] for e in (ours, theirs))
+        mine, other = (e.summary[e.method][error] for e in (ours, theirs))
         means += [f"{other:.3f}", f"{mine:.3f}", f"**{other / mine:.1f}**"]
         channels = worse_by_more_than_noise(ours, theirs, measure)
         worse += [f"{measure}: {', '.join(map(str, channels))}"] if channels else []
