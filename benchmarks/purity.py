@@ -2,7 +2,7 @@
 
     python benchmarks/purity.py                              # the embedded demo
     python benchmarks/purity.py --network lite0 --data DIR   # pictures in DIR/train and DIR/val
-    python benchmarks/purity.py --network 3x3 wide           # those of benchmarks/split.py
+    python benchmarks/purity.py --network demo 1x1 3x3 linear wide jobs lite0  # as split.py has
 
 All ways work on the same layer, channels and concepts, found and fitted on training images, and are
 measured on the same held-out images in one run. Prints Markdown: a table of figures, and one of
@@ -18,6 +18,7 @@ import argparse
 import copy
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ import unbraid
 from interpretability import Embedded
 from lite0 import LAYER as LITE0_LAYER
 from lite0 import load_lite0
-from pipeline import Setting, setting_of
+from pipeline import Setting
 from purity_measures import (
     PER_CHANNEL,
     PER_CONCEPT,
@@ -43,6 +44,7 @@ from purity_measures import (
     average,
     averaged,
     bootstrap,
+    bootstrap_mean,
     less,
     measure,
     precision,
@@ -60,7 +62,7 @@ from purity_ways import (
     ways_for,
 )
 from rivals import Fitted, Images, Linear, Pure, Sparse
-from split import fashion_setting
+from split import load_setting, scans_of
 from timing import print_head, print_row
 from train_demo import DEBIAN_FOLDER
 from truth import different_jobs
@@ -98,26 +100,6 @@ def picture_setting(folder: Path) -> Setting:
     transform = v2.Compose([v2.PILToTensor(), size, *values])
     parts = [open_images(folder / part, transform, outputs=model) for part in ("train", "val")]
     return Setting("lite0", model, LITE0_LAYER, *parts, PICTURES, 64)
-
-
-def load_setting(name: str, data: Path, cache: Path) -> Setting:
-    """The network and images of one name."""
-    if name == "lite0" and (data / "val").is_dir():
-        return picture_setting(data)
-    return (
-        setting_of(name, data) if name in ("demo", "lite0") else fashion_setting(name, data, cache)
-    )
-
-
-def scans_of(setting: Setting, folder: Path) -> list[unbraid.Scan]:
-    """Scan training and held-out images with positions, or open what is there already."""
-    scans = []
-    for name, images in (("train", setting.train), ("val", setting.val)):
-        if not (folder / name / "manifest.json").exists():
-            options: dict[str, Any] = {"positions": True, "batch_size": setting.batch_size}
-            unbraid.scan(setting.model, setting.layer, images, folder / name, **options)
-        scans.append(unbraid.open_scan(folder / name))
-    return scans
 
 
 def embed(setting: Setting, held: Images, path: Path) -> Embedded:
@@ -244,14 +226,9 @@ def print_figures(setting: Setting, ways: dict[str, Way], encoder: str, n_images
     columns = ("R-precision", MARGIN, *PER_CONCEPT[1:5], *PER_CHANNEL, *PER_CONCEPT[5:])
     print_head("way", *columns, "planted r", "output", "fit, s", "bytes")
     for name, way in ways.items():
-        cells = []
-        for column in columns:
-            figures = way.figures.get(column)
-            cells.append(figure(average(figures, MIDDLE.get(column, "mean")) if figures else None))
-        r = [sum(own) / len(own) for own in way.planted.values()]
-        planted = " / ".join(map(figure, r)) or "-"
         fit = f"{way.seconds:.1f}" if way.seconds else "-"
-        print_row(name, *cells, planted, way.output, fit, way.n_bytes or "-")
+        cells = [*main_cells(way, columns), planted_cell(way)]
+        print_row(name, *cells, way.output, fit, way.n_bytes or "-")
 
 
 def print_differences(ways: dict[str, Way]) -> None:
@@ -268,10 +245,52 @@ def print_differences(ways: dict[str, Way]) -> None:
             own, other = (ways[n].figures.get(column) for n in (name, base))
             cells.append("-")
             if own and other:
-                mean, low, high = bootstrap(own, other, MIDDLE.get(column, "mean"))
-                if mean == mean:
-                    cells[-1] = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+                cells[-1] = difference(bootstrap(own, other, MIDDLE.get(column, "mean")))
         print_row(f"{name} - {base}", *cells)
+
+
+def print_networks(results: dict[str, dict[str, Way]]) -> None:
+    """Print the main figures of all networks, and differences to the published rule."""
+    columns = ("R-precision", MARGIN, *PER_CONCEPT[1:5], "explained", "separation", "rectified")
+    print("\nAll networks")
+    print_head("network", "way", *columns, "planted r")
+    for network, ways in results.items():
+        for name, way in ways.items():
+            if way.figures:
+                print_row(network, name, *main_cells(way, columns), planted_cell(way))
+    print("\nunbraid - published rule, with 95 % intervals over channels, paired")
+    compared = (*columns[:3], "off", "separation", "rectified")
+    print_head("network", *compared)
+    pairs = {
+        column: [
+            (ways[UNBRAID].figures[column], ways[PUBLISHED].figures[column])
+            for ways in results.values()
+        ]
+        for column in compared
+    }
+    for place, network in enumerate(results):
+        print_row(network, *(difference(bootstrap(*pairs[column][place])) for column in compared))
+    print_row("mean", *(difference(bootstrap_mean(pairs[column])) for column in compared))
+
+
+def main_cells(way: Way, columns: Sequence[str]) -> list[str]:
+    """Means over concepts or channels, of retention the median."""
+    all_figures = [way.figures.get(column) for column in columns]
+    return [
+        figure(average(own, MIDDLE.get(column, "mean")) if own else None)
+        for column, own in zip(columns, all_figures, strict=True)
+    ]
+
+
+def planted_cell(way: Way) -> str:
+    """Mean correlations with planted channels, by number of concepts."""
+    return " / ".join(figure(sum(own) / len(own)) for own in way.planted.values()) or "-"
+
+
+def difference(found: tuple[float, float, float]) -> str:
+    """A difference and its interval, a dash for none."""
+    mean, low, high = found
+    return "-" if mean != mean else f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def figure(value: float | None) -> str:
@@ -285,14 +304,20 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", default=["demo"])
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER)
     parser.add_argument("--cache", type=Path, default=Path("benchmarks/cache"))
-    parser.add_argument("--scans", type=Path, help="folder that keeps scans and embeddings")
+    parser.add_argument(
+        "--scans", type=Path, help="folder that keeps scans and embeddings, by network"
+    )
     parser.add_argument("--channels", type=int, help="at most so many, evenly spaced")
     parser.add_argument("--planted", type=int, default=10, help="sets of planted channels")
     asked = parser.parse_args()
+    results = {}
     for name in asked.network:
-        setting = load_setting(name, asked.data, asked.cache)
+        pictures = name == "lite0" and (asked.data / "val").is_dir()
+        setting = (
+            picture_setting(asked.data) if pictures else load_setting(name, asked.data, asked.cache)
+        )
         with tempfile.TemporaryDirectory() as folder:
-            kept = asked.scans or Path(folder)
+            kept = (asked.scans or Path(folder)) / name
             scans = scans_of(setting, kept)
             found = unbraid.find(scans[0], **setting.thresholds)
             chosen = sorted(found.concepts.items())
@@ -306,6 +331,9 @@ def main() -> None:
             plant(train, found, ways, asked.planted)
             print_figures(setting, ways, held.embedded.name, len(images.label))
             print_differences(ways)
+            results[name] = ways
+    if len(results) > 1:
+        print_networks(results)
 
 
 if __name__ == "__main__":

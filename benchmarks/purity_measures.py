@@ -135,14 +135,35 @@ def bootstrap(
 
     Channels are drawn again with all their concepts, the same ones on both sides.
     """
+    return interval(drawn_again(figures, base, middle))
+
+
+def bootstrap_mean(pairs: Sequence[tuple[ByChannel, ByChannel]]) -> tuple[float, float, float]:
+    """The mean over networks of their differences, and the interval of it.
+
+    Channels are drawn again within each network, on its own.
+    """
+    draws = [drawn_again(one, base, seed=seed) for seed, (one, base) in enumerate(pairs)]
+    return interval(np.mean(draws, 0))
+
+
+def drawn_again(
+    figures: ByChannel, base: ByChannel | None = None, middle: str = "mean", seed: int = 0
+) -> np.ndarray:
+    """A mean (or median) over concepts, or its difference to a base; then those of all draws."""
     channels = sorted(figures)
     if any(np.isnan(average(side)) for side in (figures, base) if side):
-        return math.nan, math.nan, math.nan
-    draws = np.random.default_rng(0).integers(len(channels), size=(N_RESAMPLES, len(channels)))
+        return np.full(1 + N_RESAMPLES, math.nan)
+    draws = np.random.default_rng(seed).integers(len(channels), size=(N_RESAMPLES, len(channels)))
     draws = np.concatenate([np.arange(len(channels))[None], draws])  # first, those that there are
     values = _over(figures, channels, draws, middle)
-    if base:
-        values = values - _over(base, channels, draws, middle)
+    return values - _over(base, channels, draws, middle) if base else values
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """The first value, and the interval that holds 95 % of the others."""
+    if np.isnan(values).all():
+        return math.nan, math.nan, math.nan
     low, high = np.nanquantile(values[1:], [(1 - _SURE) / 2, (1 + _SURE) / 2])
     return float(values[0]), float(low), float(high)
 

@@ -8,6 +8,8 @@ training images, and are measured on the same test images; the published rule ch
 on the training images. Then, on the same scans, truth tests: random
 halves of a class, shuffled labels, and planted channels. Prints Markdown.
 
+With --scans FOLDER scans are kept and used again, also by `benchmarks/purity.py`.
+
 The demo needs nothing but unbraid. Other networks are trained on Fashion-MNIST as IDX files
 (--data; Debian: `dataset-fashion-mnist`) and kept in --cache; `lite0` needs what
 `benchmarks/lite0.py` says.
@@ -17,9 +19,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,16 +41,6 @@ N_IMAGES = {"train": 500, "test": 250}  # of each class of Fashion-MNIST
 N_DRAWS = 200  # of test images, for the noise of a channel's errors
 
 
-@dataclass
-class Scans:
-    """Pooled scans of a setting, what was found, and scans of its classes with positions."""
-
-    train: Scan
-    found: Findings
-    train_maps: Scan
-    test_maps: Scan
-
-
 def fashion_setting(kind: str, data: Path, cache: Path) -> Setting:
     """Load or train a network, and load its images."""
     pictures, labels = read_split(data, "train")
@@ -62,17 +53,22 @@ def fashion_setting(kind: str, data: Path, cache: Path) -> Setting:
     return Setting(kind, model, LAYER, *parts, PUBLISHED, 250)
 
 
-def scan_all(setting: Setting, folder: Path) -> Scans:
-    """Scan the training images, find, and scan the classes concerned with positions."""
-    scan = partial(unbraid.scan, setting.model, setting.layer, batch_size=setting.batch_size)
-    train = scan(setting.train, folder / "train")
-    found = unbraid.find(train, **setting.thresholds)
-    maps = [
-        scan(images, folder / name, classes=found.classes, positions=True)
-        for name, images in (("train-maps", setting.train), ("test-maps", setting.val))
-        if found.classes
-    ]
-    return Scans(train, found, *(maps or (train, train)))
+def load_setting(name: str, data: Path, cache: Path) -> Setting:
+    """The network and images of one name."""
+    return (
+        setting_of(name, data) if name in ("demo", "lite0") else fashion_setting(name, data, cache)
+    )
+
+
+def scans_of(setting: Setting, folder: Path) -> list[Scan]:
+    """Scan training and held-out images with positions, or open what is there already."""
+    scans = []
+    for name, images in (("train", setting.train), ("val", setting.val)):
+        if not (folder / name / "manifest.json").exists():
+            options: dict[str, Any] = {"positions": True, "batch_size": setting.batch_size}
+            unbraid.scan(setting.model, setting.layer, images, folder / name, **options)
+        scans.append(unbraid.open_scan(folder / name))
+    return scans
 
 
 def worse_by_more_than_noise(ours: Evaluation, theirs: Evaluation, measure: str) -> list[int]:
@@ -102,39 +98,39 @@ def _error(answers: Responses, measure: str, chosen: Tensor) -> float:
     return separation_error(z[chosen], new[chosen], answers.concept[chosen])
 
 
-def separation_row(setting: Setting, scans: Scans) -> list[str]:
+def separation_row(name: str, train: Scan, val: Scan, found: Findings) -> list[str]:
     """Compare both rules on one network, as a row of the table."""
     ours, theirs = (
-        unbraid.evaluate(unbraid.split(scans.train_maps, scans.found, method=m), scans.test_maps)
+        unbraid.evaluate(unbraid.split(train, found, method=m), val)
         for m in ("least_squares", "published")
     )
     means, worse = [], []
-    for measure, name in (
+    for measure, error in (
         ("pooled", "separation_error"),
         ("rectified", "separation_error_rectified"),
     ):
-        mine, other = (e.summary[e.method][name] for e in (ours, theirs))
+        mine, other = (e.summary[e.method][error] for e in (ours, theirs))
         means += [f"{other:.3f}", f"{mine:.3f}", f"**{other / mine:.1f}**"]
         channels = worse_by_more_than_noise(ours, theirs, measure)
         worse += [f"{measure}: {', '.join(map(str, channels))}"] if channels else []
-    n_concepts = sum(len(groups) for groups in scans.found.concepts.values())
-    spec = scans.train.layer
+    n_concepts = sum(len(groups) for groups in found.concepts.values())
+    spec = train.layer
     shape = f"{spec.kind} {'x'.join(map(str, spec.kernel))}, {spec.n_in} to {spec.n_out}"
-    counts = f"{len(scans.found.concepts)} ({n_concepts})"
-    return [setting.name, shape, counts, *means, "; ".join(worse) or "none"]
+    counts = f"{len(found.concepts)} ({n_concepts})"
+    return [name, shape, counts, *means, "; ".join(worse) or "none"]
 
 
-def truth_rows(setting: Setting, scans: Scans, folder: Path) -> list[list[str]]:
+def truth_rows(setting: Setting, train: Scan, folder: Path) -> list[list[str]]:
     """Run the truth tests on one network, as rows of a table."""
     gamma = setting.thresholds["gamma"]
-    apart, n_halves = halves_told_apart(scans.train, gamma, folder / "halves")
-    shuffled = shuffled_findings(scans.train, setting.thresholds, folder / "shuffled")
+    apart, n_halves = halves_told_apart(train, gamma, folder / "halves")
+    shuffled = shuffled_findings(train, setting.thresholds, folder / "shuffled")
     rows = [
         ["halves of a class told apart", f"{apart} of {n_halves}"],
         ["pairs found with shuffled labels", str(shuffled)],
     ]
     for n_concepts in (2, 3, 5):
-        for kind, figures in planted(scans.train, n_concepts).items():
+        for kind, figures in planted(train, n_concepts).items():
             rows.append([f"{n_concepts} planted channels, {kind}", figures])
     return [[setting.name, *row] for row in rows]
 
@@ -145,6 +141,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["demo", *KINDS, "lite0"])
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER)
     parser.add_argument("--cache", type=Path, default=Path("benchmarks/cache"))
+    parser.add_argument("--scans", type=Path, help="folder that keeps scans, by network")
     asked = parser.parse_args()
     truth = []
     figures = [
@@ -154,15 +151,13 @@ def main() -> None:
     ]
     print_head("network", "layer", "channels (concepts)", *figures, "worse by more than noise")
     for name in asked.networks:
-        if name in ("demo", "lite0"):
-            setting = setting_of(name, asked.data)
-        else:
-            setting = fashion_setting(name, asked.data, asked.cache)
+        setting = load_setting(name, asked.data, asked.cache)
         with tempfile.TemporaryDirectory() as folder:
-            scans = scan_all(setting, Path(folder))
-            if scans.found.concepts:
-                print_row(*separation_row(setting, scans))
-            truth += truth_rows(setting, scans, Path(folder))
+            train, val = scans_of(setting, (asked.scans or Path(folder)) / name)
+            found = unbraid.find(train, **setting.thresholds)
+            if found.concepts:
+                print_row(*separation_row(name, train, val, found))
+            truth += truth_rows(setting, train, Path(folder))
     print_head("network", "truth test", "result")
     for row in truth:
         print_row(*row)

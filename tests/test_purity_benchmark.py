@@ -11,7 +11,7 @@ from torch import nn
 import interpretability
 import unbraid
 from even_share import fit_even_share
-from purity_measures import average, averaged, bootstrap, less
+from purity_measures import average, averaged, bootstrap, bootstrap_mean, less
 from purity_ways import permuted, shuffled
 from rivals import (
     Autoencoder,
@@ -42,6 +42,14 @@ def test_intervals_are_paired_over_channels_with_all_their_concepts():
     noise = {o: [v + (-1) ** o for v in own] for o, own in base.items()}
     _, low, high = bootstrap(noise, base)  # the twin: no difference
     assert low < 0 < high
+
+
+def test_mean_over_networks_counts_each_network_once_and_draws_in_each():
+    small = {0: [1.0], 1: [3.0, 2.0]}
+    large = {o: [0.0] for o in range(50)}
+    nothing = [{o: [0.0] * len(own) for o, own in n.items()} for n in (small, large)]
+    mean, low, high = bootstrap_mean(list(zip((small, large), nothing, strict=True)))
+    assert (mean, low, high) == (1, 0.5, 1.25)  # as only channels of the small one differ
 
 
 def embedded(n_images: int = 200, n_patches: int = 4) -> interpretability.Embedded:
