@@ -17,7 +17,7 @@ from unbraid.splitting import least_squares as ls
 from unbraid.splitting.moments import RowPrior, augment, augmented_row, join_moments, moment
 from unbraid.splitting.silence import Images, choose_rest
 
-OWN = {1: [[0], [1]], 4: [[0, 1], [2]]}
+OWN = {1: [[0], [1]], 4: [[0, 1], [2]], 5: [[0], [1], [2]]}
 WEIGHTS = ls.Weights(penalty=0.1, silence=3.0)
 
 
@@ -70,7 +70,8 @@ def slow_objective(scan, channel, concepts, k, mask, weights):
     total = 0.0
     for other, own in enumerate(images):
         wanted = z[own] if other == k else 0 * z[own]
-        total += float((z_k[own] - wanted).square().mean() / z[own].square().mean())
+        n_alike = 1 if other == k else len(images) - 1
+        total += float((z_k[own] - wanted).square().mean() / z[own].square().mean()) / n_alike
     foreign = ~images[k]
     margin = 0.5 * max(float(z[images[k]].mean()), 0.0)
     beyond = (z_k[foreign] - margin).clamp(min=0).square().mean()
@@ -182,14 +183,15 @@ def test_solve_finds_the_optimum_that_scipy_finds(case, rectified):
         assert ((fit.masks >= 0) & (fit.masks <= 1)).all()
         share = 0.45 + 0.55 * problem.shrinkage if rectified else 1.0
         problem = ls.with_background(problem, images)
-        penalty = WEIGHTS.penalty * float(problem.gram.diagonal().mean()) * prior
         for k, mask in enumerate(fit.masks):
+            curvature = problem.curvature(k)
+            penalty = WEIGHTS.penalty * float(curvature.diagonal().mean()) * prior
             even = torch.full_like(mask, 1 / len(fit.masks))
             terms = [problem.beyond(images, WEIGHTS.silence, k).times(share)]
             if rectified:
                 own = (problem.row, images, spread, k, WEIGHTS.silence, 1 - share)
                 terms.append(ls.Rectified.of(*own))
-            gram = share * problem.gram + penalty
+            gram = share * curvature + penalty
             objective = ls.Objective(gram, share * problem.linear[k] + penalty @ even, terms)
 
             def value(m, objective=objective):

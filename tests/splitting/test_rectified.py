@@ -58,10 +58,11 @@ def _plain(shape, mask):
 
 
 @pytest.mark.parametrize("k", [0, 1])
-def test_errors_are_relative_and_those_of_no_concept_one_sided(k):
+@pytest.mark.parametrize("n_concepts", [2, 3])
+def test_errors_are_relative_and_those_of_no_concept_one_sided(k, n_concepts):
     torch.manual_seed(k)
     inputs = torch.cat([torch.randn(9, 4), torch.full((9, 1), 6.0)], 1).double()
-    concept = torch.tensor([0, 0, 0, 1, 1, -1, -1, -1, -1])
+    concept = torch.tensor([0, 0, 0, 1, 1, n_concepts - 1, -1, -1, -1])
     weight = torch.tensor([1.0, 1, 1, 2, 2, 1, 5, 5, 5]).double()
     images = Images(inputs, concept, weight, torch.arange(9))
     row, spread = torch.randn(5).double(), torch.randn(30, 4).double()
@@ -73,11 +74,12 @@ def test_errors_are_relative_and_those_of_no_concept_one_sided(k):
     whole, part = slow_response(shape, torch.ones(4).double()), slow_response(shape, mask)
     own = concept == k
     total = 0.0
-    for other in (0, 1):
+    for other in range(n_concepts):
         these = concept == other
         wanted = whole if other == k else torch.zeros(9).double()
         error = (weight * (part - wanted).square())[these].sum()
-        total += float(error / (weight * whole.square())[these].sum())
+        n_alike = 1 if other == k else n_concepts - 1
+        total += float(error / (weight * whole.square())[these].sum()) / n_alike
     rest = concept < 0
     power = float((weight * whole.square())[own].sum() / weight[own].sum())
     margin = 0.5 * float(whole[own].mean())

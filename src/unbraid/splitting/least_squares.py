@@ -123,19 +123,36 @@ class Beyond:
 
 @dataclass(frozen=True)
 class Problem:
-    """The quadratic part of the problems of one channel: K objectives of the same curvature."""
+    """The quadratic part of the problems of one channel: K objectives.
+
+    Silence on the images of other concepts counts as much as mimicking, however many they are.
+    """
 
     row: Tensor  # (J + 1,), weights and bias
-    gram: Tensor  # (J, J), without penalty
+    gram: Tensor  # (J, J), without penalty, of silence on all concepts' images
+    # Rows (R, J) and diagonal (J,) by which mimicking a concept counts more than silence on it.
+    own: Sequence[tuple[Tensor, Tensor]]  # (K,); none where there is one other concept
     linear: Tensor  # (K, J), without penalty
     constant: Tensor  # (K,)
     power: Tensor  # (K,), mean square of the whole channel on each concept's images
     mean: Tensor  # (K,), its mean there
     shrinkage: float
 
+    def curvature(self, k: int) -> Tensor:
+        """The quadratic of one concept, (J, J), without penalty."""
+        if not self.own:
+            return self.gram
+        rows, diagonal = self.own[k]
+        gram = self.gram + rows.T @ rows
+        gram.diagonal().add_(diagonal)
+        return gram
+
     def loss(self, masks: Tensor) -> Tensor:
-        """Squared mimic and silence errors, without penalty, (K,)."""
-        return (masks * (masks @ self.gram - 2 * self.linear)).sum(1) + self.constant
+        """Squared mimic and mean silence errors, without penalty, (K,)."""
+        loss = (masks * (masks @ self.gram - 2 * self.linear)).sum(1) + self.constant
+        for k, (mask, (rows, diagonal)) in enumerate(zip(masks, self.own, strict=False)):
+            loss[k] += (rows @ mask).square().sum() + diagonal @ mask.square()
+        return loss
 
     def beyond(self, images: Images, omega: float, k: int) -> Beyond:
         """Ask for silence on the images that are not of concept k."""
@@ -175,17 +192,22 @@ def pose(row: Tensor, moments: Sequence[Moment]) -> Problem:
     own = by_taps[:, taps] * inverse[:, None]
     pull = by_bias[:, taps] * inverse[:, None]  # of the bias, which no mask can silence
     rest = by_bias[:, bias] * inverse
-    rows = torch.cat([m.rows * i**0.5 for m, i in zip(moments, inverse, strict=True)])
-    rows = rows[:, taps] * row[taps]
-    diagonal = sum(m.diagonal * i for m, i in zip(moments, inverse, strict=True))
+    part = 1 / max(1, len(moments) - 1)  # of silence, for each of the other concepts
+    scaled = [
+        (m.rows[:, taps] * (part * i) ** 0.5 * row[taps], m.diagonal[taps] * (part * i))
+        for m, i in zip(moments, inverse, strict=True)
+    ]
+    rows = torch.cat([rows for rows, _ in scaled])
     gram = rows.T @ rows
-    gram.diagonal().add_(diagonal[taps] * row[taps].square())
+    gram.diagonal().add_(sum(diagonal for _, diagonal in scaled) * row[taps].square())
+    more = 1 / part - 1  # of mimicking, beyond what counts of silence
     n_images = sum(m.n_images for m in moments)
     return Problem(
         row=row,
         gram=gram,
-        linear=own - (pull.sum(0) - pull),
-        constant=own.sum(1) + rest.sum() - rest,
+        own=[(r * more**0.5, d * row[taps].square() * more) for r, d in scaled] if more else (),
+        linear=own - part * (pull.sum(0) - pull),
+        constant=own.sum(1) + part * (rest.sum() - rest),
         power=power,
         mean=torch.stack([m.mean @ row for m in moments]),
         shrinkage=sum(m.shrinkage * m.n_images for m in moments) / n_images,
@@ -266,8 +288,6 @@ def solve(
     problem = with_background(problem, images)
     n_concepts, n_taps = problem.linear.shape
     even = torch.full((n_taps,), 1 / n_concepts, dtype=torch.float64)
-    penalty = weights.penalty * float(problem.gram.diagonal().mean()) * prior
-    pull = penalty @ even
     if not (problem.mean > 0).all():
         spread = None  # zero is not where this channel begins to count, as before a batch norm
     share = 1.0  # of pooled responses, which say more than rectified ones where images are few
@@ -276,12 +296,15 @@ def solve(
     masks, residuals = [], []
     for k in range(n_concepts):
         mask = even if start is None else start[k].double().clamp(0, 1)
+        curvature = problem.curvature(k)
+        penalty = weights.penalty * float(curvature.diagonal().mean()) * prior
+        pull = penalty @ even
         beyond = problem.beyond(images, weights.silence, k)
-        objective = Objective(problem.gram + penalty, problem.linear[k] + pull, [beyond])
+        objective = Objective(curvature + penalty, problem.linear[k] + pull, [beyond])
         mask = objective.solve(mask, gain if spread is None else _ROUGH_GAIN)
         if spread is not None:
             shaped = Rectified.of(problem.row, images, spread, k, weights.silence, 1 - share)
-            gram, linear = share * problem.gram + penalty, share * problem.linear[k] + pull
+            gram, linear = share * curvature + penalty, share * problem.linear[k] + pull
             objective = Objective(gram, linear, [beyond.times(share), shaped])
             mask = objective.solve(mask, gain)
         masks.append(mask)

@@ -73,11 +73,12 @@ class Rectified:
         original = shape.responses(torch.ones(len(row) - 1, dtype=torch.float64))
         tiny = torch.finfo(torch.float32).tiny
         count = torch.zeros_like(original)  # what an image counts
-        for concept in images.concept.unique().tolist():
+        concepts = [concept for concept in images.concept.unique().tolist() if concept >= 0]
+        for concept in concepts:
             own = images.concept == concept
-            if concept >= 0:
-                total = images.weight[own] @ original[own].square()
-                count[own] = images.weight[own] / total.clamp(min=tiny)
+            total = images.weight[own] @ original[own].square()
+            part = 1 if concept == k else max(1, len(concepts) - 1)
+            count[own] = images.weight[own] / (part * total.clamp(min=tiny))
         own, rest = images.concept == k, images.concept < 0
         power = (images.weight[own] @ original[own].square()) / images.weight[own].sum()
         n_rest = images.weight[rest].sum().clamp(min=tiny)
