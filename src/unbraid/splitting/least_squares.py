@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import Members
+from unbraid.finding.membership import Clusters, Members
 from unbraid.splitting.box_solver import kkt_residual, solve_box
 from unbraid.splitting.moments import (
     Moment,
@@ -125,13 +125,14 @@ class Beyond:
 class Problem:
     """The quadratic part of the problems of one channel: K objectives.
 
-    Silence on the images of other concepts counts as much as mimicking, however many they are.
+    Mimicking counts 1, and silence on the images of each other concept a part of that.
     """
 
     row: Tensor  # (J + 1,), weights and bias
     gram: Tensor  # (J, J), without penalty, of silence on all concepts' images
     # Rows (R, J) and diagonal (J,) by which mimicking a concept counts more than silence on it.
-    own: Sequence[tuple[Tensor, Tensor]]  # (K,); none where there is one other concept
+    own: Sequence[tuple[Tensor, Tensor]]  # (K,); none where both count the same
+    part: float  # what silence counts
     linear: Tensor  # (K, J), without penalty
     constant: Tensor  # (K,)
     power: Tensor  # (K,), mean square of the whole channel on each concept's images
@@ -179,7 +180,7 @@ def with_background(problem: Problem, images: Images) -> Problem:
     return replace(problem, gram=gram, linear=problem.linear - (weight * held) @ taps)
 
 
-def pose(row: Tensor, moments: Sequence[Moment]) -> Problem:
+def pose(row: Tensor, moments: Sequence[Moment], part: float = 1.0) -> Problem:
     """Write down the quadratic of one channel, from its weights and bias, (J + 1,)."""
     tiny = torch.finfo(row.dtype).tiny
     taps, bias = slice(None, -1), -1
@@ -192,7 +193,6 @@ def pose(row: Tensor, moments: Sequence[Moment]) -> Problem:
     own = by_taps[:, taps] * inverse[:, None]
     pull = by_bias[:, taps] * inverse[:, None]  # of the bias, which no mask can silence
     rest = by_bias[:, bias] * inverse
-    part = 1 / max(1, len(moments) - 1)  # of silence, for each of the other concepts
     scaled = [
         (m.rows[:, taps] * (part * i) ** 0.5 * row[taps], m.diagonal[taps] * (part * i))
         for m, i in zip(moments, inverse, strict=True)
@@ -206,6 +206,7 @@ def pose(row: Tensor, moments: Sequence[Moment]) -> Problem:
         row=row,
         gram=gram,
         own=[(r * more**0.5, d * row[taps].square() * more) for r, d in scaled] if more else (),
+        part=part,
         linear=own - part * (pull.sum(0) - pull),
         constant=own.sum(1) + part * (rest.sum() - rest),
         power=power,
@@ -303,7 +304,8 @@ def solve(
         objective = Objective(curvature + penalty, problem.linear[k] + pull, [beyond])
         mask = objective.solve(mask, gain if spread is None else _ROUGH_GAIN)
         if spread is not None:
-            shaped = Rectified.of(problem.row, images, spread, k, weights.silence, 1 - share)
+            counts = weights.silence, 1 - share, problem.part
+            shaped = Rectified.of(problem.row, images, spread, k, *counts)
             gram, linear = share * curvature + penalty, share * problem.linear[k] + pull
             objective = Objective(gram, linear, [beyond.times(share), shaped])
             mask = objective.solve(mask, gain)
@@ -318,6 +320,7 @@ class ChannelImages:
 
     moments: list[Moment]  # of its concepts
     images: Images
+    part: float  # what silence on each other concept counts
 
 
 def fit_least_squares(
@@ -334,7 +337,7 @@ def fit_least_squares(
 
     def fit(material: Mapping[int, ChannelImages], channel: int) -> Fit:
         own = material[channel]
-        problem = pose(augmented_row(scan, channel), own.moments)
+        problem = pose(augmented_row(scan, channel), own.moments, own.part)
         spread = spreads[scan.layer.group_of(channel)]
         begin = (start or {}).get(channel)
         return solve(problem, own.images, weights, prior.matrix(channel), begin, spread)
@@ -361,7 +364,14 @@ def on_images(
         foreign = chosen.read(others, channels)
         known: dict[tuple[int, int], Moment] = {}
         return {
-            o: _gather(scan.layer.group_of(o), concepts[o], columns, foreign[o], known)
+            o: _gather(
+                scan.layer.group_of(o),
+                concepts[o],
+                columns,
+                foreign[o],
+                known,
+                _part(concepts[o], members.clusters),
+            )
             for o in channels
         }
 
@@ -371,12 +381,22 @@ def on_images(
     return by_portion(numbers, n_bytes, read, work, n_bytes_each * (N_TOP + N_EVEN))
 
 
+def _part(concepts: Sequence[Concept], clusters: Clusters) -> float:
+    """What silence on each other concept counts.
+
+    Clusters can be many; so that they do not silence each other, all others then count as one.
+    """
+    some = any(number in clusters for concept in concepts for number in concept)
+    return 1 / max(1, len(concepts) - 1) if some else 1.0
+
+
 def _gather(
     group: int,
     concepts: Sequence[Concept],
     columns: Mapping[int, Mapping[str, Tensor]],
     rest: Images,
     known: dict[tuple[int, int], Moment],
+    part: float,
 ) -> ChannelImages:
     """Put together what one channel's fit looks at."""
     parts, moments = [rest], []
@@ -400,4 +420,4 @@ def _gather(
                 )
             )
         moments.append(join_moments(own))
-    return ChannelImages(moments, join_images(parts))
+    return ChannelImages(moments, join_images(parts), part)
