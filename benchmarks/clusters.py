@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
+from statistics import fmean, median
 
 import torch
 from torch import Tensor
 
 import unbraid
+from purity_ways import shuffled
 from unbraid.finding.arv import averaged_relevance
 from unbraid.finding.clusters import (
     adjusted_rand_index,
@@ -22,8 +25,19 @@ from unbraid.finding.clusters import (
     top_images,
 )
 from unbraid.finding.findings import Concept, Findings
-from unbraid.finding.membership import mean_responses, relevance_for_channel
+from unbraid.finding.membership import relevance_for_channel
+from unbraid.measuring.formulas import (
+    auroc,
+    explained_share,
+    mimic_error,
+    off_concept,
+    r_precision,
+    top_coverage,
+)
 from unbraid.scanning.records import Scan
+from unbraid.splitting.splits import Split
+
+N_DRAWS = 2  # of concepts at random
 
 
 def concept_of(scan: Scan, found: Findings, concepts: dict[int, tuple[Concept, ...]]) -> dict:
@@ -90,33 +104,85 @@ def agreement(scan: Scan, classes: Findings, clusters: Findings) -> None:
     )
 
 
-def hits(score: Tensor, own: Tensor) -> float:
-    """R-precision: the part of the images with the largest scores that are of the concept."""
-    return float(own[score.topk(int(own.sum())).indices].double().mean())
+def dealt(scan: Scan, found: Findings, member: dict, seed: int) -> tuple[Findings, dict]:
+    """The images of each channel's clusters, dealt to them at random: findings, and who has what.
+
+    Clusters that joined classes stay as they are. Members of the findings are right in this scan.
+    """
+    draw, clusters, all_dealt = torch.Generator().manual_seed(seed), dict(found.clusters), {}
+    index = torch.cat(list(scan.columns("index")))
+    for o, groups in found.concepts.items():
+        alone = [k for k, group in enumerate(groups) if set(group) <= found.clusters.keys()]
+        places = torch.isin(member[o], torch.tensor(alone, dtype=torch.int64)).nonzero()[:, 0]
+        concept = member[o].clone()
+        concept[places] = member[o][places[torch.randperm(len(places), generator=draw)]]
+        all_dealt[o] = concept
+        for k in alone:
+            images = index[concept == k].sort().values
+            for number in groups[k]:
+                own = replace(clusters[number], images=images, data=scan.manifest.data)
+                clusters[number] = own
+    return replace(found, clusters=clusters), all_dealt
+
+
+Rows = dict[str, list[tuple[float, ...]]]  # by kind of concept, figures of each
+FIGURES = ("R-precision", "of the whole channel", "AUROC", "retention", "mimic", "off")
+
+
+def figures_of(val: Scan, split: Split, found: Findings, member: dict) -> tuple[Rows, float, float]:
+    """Figures of concepts by kind, and of channels coverage of the top 1 % and explained share."""
+    pooled = torch.cat(list(val.columns("pooled")))
+    n_positions = torch.cat(list(val.columns("n_positions")))
+    rows: Rows = {}
+    covered, explained = [], []
+    for part in split.channels:
+        concept = member[part.channel]
+        new = part.pooled_responses(pooled[:, val.layer.group_of(part.channel)], n_positions)
+        z = new[:, 0]
+        covered.append(top_coverage(z, concept >= 0))
+        explained.append(explained_share(z, new[:, 1:-1]))
+        for k, group in enumerate(part.concepts):
+            own, z_k = concept == k, new[:, k + 1]
+            if own.any():
+                n_clusters = len(set(group) & found.clusters.keys())
+                kind = "of clusters" if n_clusters == len(group) else "of classes"
+                figures = (
+                    r_precision(z_k, own),
+                    r_precision(z, own),
+                    auroc(z_k, own),
+                    float(z_k[own].mean() / z[own].mean()),
+                    mimic_error(z, z_k, own),
+                    off_concept(z_k, own),
+                )
+                rows.setdefault(kind, []).append(figures)
+    return rows, fmean(covered), fmean(explained)
 
 
 def whole_channels(train: Scan, val: Scan, found: Findings, name: str) -> None:
-    """Coverage, and R-precision of concepts of classes and of clusters, of the whole channel's."""
-    split = unbraid.split(train, found)
+    """Coverage, and figures of concepts of classes and of clusters, beside what chance gives."""
     member = concept_of(val, found, found.concepts)
-    pooled = torch.cat(list(val.columns("pooled")))
-    n_positions = torch.cat(list(val.columns("n_positions")))
-    covered, rows = [], {"of classes": [], "of clusters": []}
-    for part in split.channels:
-        o, concept = part.channel, member[part.channel]
-        z = mean_responses(val, pooled, n_positions, [o])[:, 0]
-        covered.append((concept[z.topk(round(len(z) / 100)).indices] >= 0).double().mean())
-        new = part.pooled_responses(pooled[:, val.layer.group_of(o)], n_positions)
-        for k, group in enumerate(part.concepts):
-            own = concept == k
-            if own.any():
-                kind = "of clusters" if set(group) <= found.clusters.keys() else "of classes"
-                rows[kind].append((hits(new[:, k + 1], own), hits(new[:, 0], own)))
-    print(f"{name}: {torch.stack(covered).mean():.3f} of the top hundredth covered")
-    for kind, own in rows.items():
-        if own:
-            one, whole = torch.tensor(own).mean(0).tolist()
-            print(f"  {len(own)} {kind}: R-precision {one:.3f}, of the whole channel {whole:.3f}")
+    rows, covered, explained = figures_of(val, unbraid.split(train, found), found, member)
+    by_chance: Rows = {}
+    own = concept_of(train, found, found.concepts) if found.clusters else {}
+    classes = sorted(train.labels_seen())
+    for seed in range(N_DRAWS):
+        if found.clusters:
+            drawn, _ = dealt(train, found, own, seed)
+            judged = dealt(val, found, member, seed)[1]
+        else:
+            drawn = shuffled(found, classes, seed)
+            judged = concept_of(val, drawn, drawn.concepts)
+        for kind, some in figures_of(val, unbraid.split(train, drawn), drawn, judged)[0].items():
+            by_chance.setdefault(kind, []).extend(some)
+    print(f"{name}: {covered:.3f} of the top hundredth covered, {explained:.3f} explained")
+    for kind, some in rows.items():
+        both = zip(FIGURES, zip(*some, strict=True), strict=True)
+        means = [median(own) if name == "retention" else fmean(own) for name, own in both]
+        told = ", ".join(f"{n} {v:.3f}" for n, v in zip(FIGURES, means, strict=True))
+        chance = fmean(row[0] for row in by_chance[kind])
+        mixed = kind == "of classes" and found.clusters
+        ratio = "" if mixed else f", shuffled {chance:.3f} ({means[0] / chance:.1f} times)"
+        print(f"  {len(some)} {kind}: {told}; {means[0] / means[1]:.1f} times the whole{ratio}")
 
 
 def main() -> None:

@@ -89,8 +89,29 @@ def find_clusters(relevance: Tensor, origin: Tensor) -> tuple[Tensor, float]:
                 arvs[k][unseen] = sum(images) / len(images)
     pairs = itertools.combinations(sorted(kept), 2)
     lowest = min((cosine(arvs[k], arvs[n]) for k, n in pairs), default=1.0)
+    if lowest < 1 and not denser(relevance, origin):
+        lowest = 1.0
     found = [centres[k] for k in sorted(kept)]
     return torch.stack(found) if found else relevance[:0], lowest
+
+
+def denser(relevance: Tensor, origin: Tensor) -> bool:
+    """Whether images lie a quarter denser than normal ones with their mean and covariance.
+
+    Sums of the images' deviations with normal weights are such.
+    """
+    mean, n = relevance.mean(0), len(relevance)
+    weights = torch.randn(n, n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    cloud = [
+        mean + sum(w * (a - mean) for w, a in zip(own, relevance, strict=True)) / n**0.5
+        for own in weights
+    ]
+
+    def density(images: Sequence[Tensor]) -> float:
+        points = [direction(a, origin) for a in images]
+        return sum(max(float(p @ q), 0) ** 8 for p, q in itertools.combinations(points, 2))
+
+    return density(list(relevance)) >= 1.25 * density(cloud)
 
 
 def adjusted_rand_index(one, other):

@@ -17,7 +17,7 @@ from unbraid.splitting import least_squares as ls
 from unbraid.splitting.moments import RowPrior, augment, augmented_row, join_moments, moment
 from unbraid.splitting.silence import Images, choose_rest
 
-OWN = {1: [[0], [1]], 4: [[0, 1], [2]]}
+OWN = {1: [[0], [1]], 4: [[0, 1], [2]], 5: [[0], [1], [2]]}
 WEIGHTS = ls.Weights(penalty=0.1, silence=3.0)
 
 
@@ -60,7 +60,7 @@ def slow_shrunk(inputs):
     return kept + torch.outer(mean, mean), alpha
 
 
-def slow_objective(scan, channel, concepts, k, mask, weights):
+def slow_objective(scan, channel, concepts, k, mask, weights, part=1.0):
     """The pooled objective of one mask, without shrinkage, image by image."""
     inputs, label = pooled_of(scan, channel)
     row = augmented_row(scan, channel)
@@ -70,20 +70,21 @@ def slow_objective(scan, channel, concepts, k, mask, weights):
     total = 0.0
     for other, own in enumerate(images):
         wanted = z[own] if other == k else 0 * z[own]
-        total += float((z_k[own] - wanted).square().mean() / z[own].square().mean())
+        counts = 1 if other == k else part
+        total += counts * float((z_k[own] - wanted).square().mean() / z[own].square().mean())
     foreign = ~images[k]
     margin = 0.5 * max(float(z[images[k]].mean()), 0.0)
     beyond = (z_k[foreign] - margin).clamp(min=0).square().mean()
     return total + weights.silence * float(beyond / z[images[k]].square().mean())
 
 
-def problem_of(scan, found, channel, shrink=False):
+def problem_of(scan, found, channel, shrink=False, part=1.0):
     inputs, label = pooled_of(scan, channel)
     parts = [
         join_moments([moment(inputs[label == number], shrink) for number in concept])
         for concept in found.concepts[channel]
     ]
-    return ls.pose(augmented_row(scan, channel), parts)
+    return ls.pose(augmented_row(scan, channel), parts, part)
 
 
 def images_of(scan, found, channel):
@@ -121,20 +122,35 @@ def test_moment_of_constant_inputs_or_few_images_is_its_diagonal():
         assert found.rows.isfinite().all()
 
 
-def test_problem_and_silence_are_those_of_the_method_page(case):
+@pytest.mark.parametrize("part", [1.0, 0.5])
+def test_problem_and_silence_are_those_of_the_method_page(case, part):
     scan, found = case
     for channel, concepts in found.concepts.items():
-        problem, images = problem_of(scan, found, channel), images_of(scan, found, channel)
+        problem = problem_of(scan, found, channel, part=part)
+        images = images_of(scan, found, channel)
         for masks in (torch.rand_like(problem.linear), torch.ones_like(problem.linear)):
             quadratic = problem.loss(masks)
             for k, mask in enumerate(masks):
                 beyond = problem.beyond(images, WEIGHTS.silence, k)
                 fast = float(quadratic[k] + beyond.errors(mask).square().sum())
-                slow = slow_objective(scan, channel, concepts, k, mask, WEIGHTS)
+                slow = slow_objective(scan, channel, concepts, k, mask, WEIGHTS, part)
+                curved = mask @ problem.curvature(k) @ mask - 2 * mask @ problem.linear[k]
+                assert float(curved + problem.constant[k]) == pytest.approx(float(quadratic[k]))
                 assert fast == pytest.approx(slow, rel=1e-9)
                 assert fast != pytest.approx(
-                    slow_objective(scan, channel, concepts, k, 0.9 * mask, WEIGHTS), rel=1e-6
+                    slow_objective(scan, channel, concepts, k, 0.9 * mask, WEIGHTS, part), rel=1e-6
                 )
+
+
+def test_silence_on_other_concepts_counts_once_where_clusters_are_among_them(case):
+    scan, found = case
+    index = torch.cat(list(scan.columns("index")))
+    label = torch.cat(list(scan.columns("label")))
+    groups = {5: [index[label == number].tolist() for number in range(3)]}
+    for own, expected in ((found, 1.0), (unbraid.find(scan, images=groups), 0.5)):
+        rest = rest_of(scan, own)
+        parts = ls.on_images(rest[0], own.concepts, rest, 20, lambda material, o: material[o].part)
+        assert parts[5] == expected
 
 
 def test_background_is_the_relative_response_to_images_of_no_concept(case):
@@ -169,11 +185,13 @@ def test_row_prior_is_from_the_other_rows(case):
         torch.testing.assert_close(prior.matrix(channel), expected, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("part", [1.0, 0.5])
 @pytest.mark.parametrize("rectified", [False, True])
-def test_solve_finds_the_optimum_that_scipy_finds(case, rectified):
+def test_solve_finds_the_optimum_that_scipy_finds(case, rectified, part):
     scan, found = case
     for channel in found.concepts:
-        problem, images = problem_of(scan, found, channel, True), images_of(scan, found, channel)
+        problem = problem_of(scan, found, channel, True, part)
+        images = images_of(scan, found, channel)
         if rectified:  # else only where a channel is positive on its concepts
             problem = replace(problem, mean=problem.mean.abs() + 1e-3)
         prior = RowPrior(scan).matrix(channel)
@@ -182,14 +200,15 @@ def test_solve_finds_the_optimum_that_scipy_finds(case, rectified):
         assert ((fit.masks >= 0) & (fit.masks <= 1)).all()
         share = 0.45 + 0.55 * problem.shrinkage if rectified else 1.0
         problem = ls.with_background(problem, images)
-        penalty = WEIGHTS.penalty * float(problem.gram.diagonal().mean()) * prior
         for k, mask in enumerate(fit.masks):
+            curvature = problem.curvature(k)
+            penalty = WEIGHTS.penalty * float(curvature.diagonal().mean()) * prior
             even = torch.full_like(mask, 1 / len(fit.masks))
             terms = [problem.beyond(images, WEIGHTS.silence, k).times(share)]
             if rectified:
-                own = (problem.row, images, spread, k, WEIGHTS.silence, 1 - share)
+                own = (problem.row, images, spread, k, WEIGHTS.silence, 1 - share, part)
                 terms.append(ls.Rectified.of(*own))
-            gram = share * problem.gram + penalty
+            gram = share * curvature + penalty
             objective = ls.Objective(gram, share * problem.linear[k] + penalty @ even, terms)
 
             def value(m, objective=objective):

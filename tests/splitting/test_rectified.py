@@ -58,7 +58,8 @@ def _plain(shape, mask):
 
 
 @pytest.mark.parametrize("k", [0, 1])
-def test_errors_are_relative_and_those_of_no_concept_one_sided(k):
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_errors_are_relative_and_those_of_no_concept_one_sided(k, share):
     torch.manual_seed(k)
     inputs = torch.cat([torch.randn(9, 4), torch.full((9, 1), 6.0)], 1).double()
     concept = torch.tensor([0, 0, 0, 1, 1, -1, -1, -1, -1])
@@ -66,7 +67,7 @@ def test_errors_are_relative_and_those_of_no_concept_one_sided(k):
     images = Images(inputs, concept, weight, torch.arange(9))
     row, spread = torch.randn(5).double(), torch.randn(30, 4).double()
     omega, mask = 3.0, torch.rand(4).double()
-    term = Rectified.of(row, images, spread, k, omega, 0.7)
+    term = Rectified.of(row, images, spread, k, omega, 0.7, share)
     shape = Shape(
         inputs[:, :-1] * row[:-1], inputs[:, -1], float(row[-1]), spread * row[:-1] / 30**0.5
     )
@@ -77,7 +78,8 @@ def test_errors_are_relative_and_those_of_no_concept_one_sided(k):
         these = concept == other
         wanted = whole if other == k else torch.zeros(9).double()
         error = (weight * (part - wanted).square())[these].sum()
-        total += float(error / (weight * whole.square())[these].sum())
+        counts = 1 if other == k else share
+        total += counts * float(error / (weight * whole.square())[these].sum())
     rest = concept < 0
     power = float((weight * whole.square())[own].sum() / weight[own].sum())
     margin = 0.5 * float(whole[own].mean())

@@ -36,6 +36,8 @@ _SHARPNESS = 4  # power of the cosines that make up a density
 _MOST_CLUSTERS = 8  # of a channel
 _SMALLEST = 8  # images of a cluster, half of them not seen when its centre was made
 _N_RENEWALS = 8
+_LOCAL = 8  # power of the cosines that tell how densely images lie
+_DENSER = 1.25  # at least, how much denser than a normal cloud
 
 
 def search_clusters(scan: Scan, gamma: float) -> Found:
@@ -198,7 +200,8 @@ def find_clusters(relevance: Tensor, origin: Tensor) -> tuple[Tensor, float]:
 
     Centres (K, C) are made of every other image, ARVs of the rest, and only of input channels by
     which an image was not put into its cluster; so noise, which no two input channels share, has
-    ARVs that are alike.
+    ARVs that are alike. Noise that they share need not have: so where images lie hardly denser than
+    in a normal cloud, the cosine is 1.
     """
     order = torch.randperm(len(relevance), generator=torch.Generator().manual_seed(0))
     half, rest = relevance[order[::2]], relevance[order[1::2]]
@@ -214,7 +217,24 @@ def find_clusters(relevance: Tensor, origin: Tensor) -> tuple[Tensor, float]:
             arvs[cluster, others] = rest[images][:, others].mean(0)
     kept = (counts >= _SMALLEST / 2).all(0)
     lowest = float(cosines_of(arvs[kept]).min()) if kept.any() else 1.0
+    if lowest < 1 and not is_denser(relevance, origin):
+        lowest = 1.0
     return centres[kept], lowest
+
+
+def is_denser(relevance: Tensor, origin: Tensor) -> bool:
+    """Whether images (N, C) lie denser than one normal cloud of their mean and covariance."""
+    mean, generator = relevance.mean(0), torch.Generator().manual_seed(2)
+    size = (len(relevance), len(relevance))
+    mix = torch.randn(size, generator=generator, dtype=torch.float64) / len(relevance) ** 0.5
+    cloud = mean + mix @ (relevance - mean)
+    return _density(directions(relevance, origin)) >= _DENSER * _density(directions(cloud, origin))
+
+
+def _density(points: Tensor) -> float:
+    """How alike two different unit vectors (N, D) are on average, near ones counting most."""
+    alike = (points @ points.T).clamp(min=0) ** _LOCAL
+    return float(alike.fill_diagonal_(0).mean())
 
 
 def directions(relevance: Tensor, origin: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def choose_weights(
 
     def judge(material: Mapping[int, ChannelImages], channel: int) -> tuple[Tensor, list[Tensor]]:
         row, q = augmented_row(members.scan, channel), prior.matrix(channel)
-        return _judge(row, material[channel].images, q)
+        return _judge(row, material[channel], q)
 
     found = on_images(members, sampled, rest, _N_IMAGES, judge).values()
     losses = torch.stack([loss for loss, _ in found]).sum(0)  # (PENALTIES,)
@@ -88,11 +88,11 @@ def choose_weights(
     return Weights(penalty, max(enough, default=SILENCES[-1]))
 
 
-def _judge(row: Tensor, images: Images, prior: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _judge(row: Tensor, own: ChannelImages, prior: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Losses by penalty, (PENALTIES,), and retention of concept channels by silence, (K,) each."""
     losses = torch.zeros(len(PENALTIES), dtype=torch.float64)
     kept: list[list[Tensor]] = [[] for _ in SILENCES]
-    folds = _folds(row, images)
+    folds = _folds(row, own.images, own.part)
     fits: dict[int, list[Fit]] = {}
     for fold in folds:
         start = None
@@ -114,7 +114,7 @@ def _judge(row: Tensor, images: Images, prior: Tensor) -> tuple[Tensor, list[Ten
     return losses, [torch.stack(folds).mean(0) for folds in kept]
 
 
-def _folds(row: Tensor, images: Images) -> list[_Fold]:
+def _folds(row: Tensor, images: Images, share: float) -> list[_Fold]:
     """Part the images of a channel several times in those to fit and those to judge."""
     n_concepts = int(images.concept.max()) + 1
     by_concept = [(images.concept == k).nonzero()[:, 0] for k in (*range(n_concepts), -1)]
@@ -133,6 +133,7 @@ def _folds(row: Tensor, images: Images) -> list[_Fold]:
                     pose(
                         row,
                         [moment(part.inputs[part.concept == k], shrink) for k in range(n_concepts)],
+                        share,
                     )
                 )
                 for part, shrink in zip(parts, (True, False), strict=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import Members
+from unbraid.finding.membership import Clusters, Members
 from unbraid.splitting.box_solver import kkt_residual, solve_box
 from unbraid.splitting.moments import (
     Moment,
@@ -123,19 +123,37 @@ class Beyond:
 
 @dataclass(frozen=True)
 class Problem:
-    """The quadratic part of the problems of one channel: K objectives of the same curvature."""
+    """The quadratic part of the problems of one channel: K objectives.
+
+    Mimicking counts 1, and silence on the images of each other concept a part of that.
+    """
 
     row: Tensor  # (J + 1,), weights and bias
-    gram: Tensor  # (J, J), without penalty
+    gram: Tensor  # (J, J), without penalty, of silence on all concepts' images
+    # Rows (R, J) and diagonal (J,) by which mimicking a concept counts more than silence on it.
+    own: Sequence[tuple[Tensor, Tensor]]  # (K,); none where both count the same
+    part: float  # what silence counts
     linear: Tensor  # (K, J), without penalty
     constant: Tensor  # (K,)
     power: Tensor  # (K,), mean square of the whole channel on each concept's images
     mean: Tensor  # (K,), its mean there
     shrinkage: float
 
+    def curvature(self, k: int) -> Tensor:
+        """The quadratic of one concept, (J, J), without penalty."""
+        if not self.own:
+            return self.gram
+        rows, diagonal = self.own[k]
+        gram = self.gram + rows.T @ rows
+        gram.diagonal().add_(diagonal)
+        return gram
+
     def loss(self, masks: Tensor) -> Tensor:
-        """Squared mimic and silence errors, without penalty, (K,)."""
-        return (masks * (masks @ self.gram - 2 * self.linear)).sum(1) + self.constant
+        """Squared mimic and mean silence errors, without penalty, (K,)."""
+        loss = (masks * (masks @ self.gram - 2 * self.linear)).sum(1) + self.constant
+        for k, (mask, (rows, diagonal)) in enumerate(zip(masks, self.own, strict=False)):
+            loss[k] += (rows @ mask).square().sum() + diagonal @ mask.square()
+        return loss
 
     def beyond(self, images: Images, omega: float, k: int) -> Beyond:
         """Ask for silence on the images that are not of concept k."""
@@ -162,7 +180,7 @@ def with_background(problem: Problem, images: Images) -> Problem:
     return replace(problem, gram=gram, linear=problem.linear - (weight * held) @ taps)
 
 
-def pose(row: Tensor, moments: Sequence[Moment]) -> Problem:
+def pose(row: Tensor, moments: Sequence[Moment], part: float = 1.0) -> Problem:
     """Write down the quadratic of one channel, from its weights and bias, (J + 1,)."""
     tiny = torch.finfo(row.dtype).tiny
     taps, bias = slice(None, -1), -1
@@ -175,17 +193,22 @@ def pose(row: Tensor, moments: Sequence[Moment]) -> Problem:
     own = by_taps[:, taps] * inverse[:, None]
     pull = by_bias[:, taps] * inverse[:, None]  # of the bias, which no mask can silence
     rest = by_bias[:, bias] * inverse
-    rows = torch.cat([m.rows * i**0.5 for m, i in zip(moments, inverse, strict=True)])
-    rows = rows[:, taps] * row[taps]
-    diagonal = sum(m.diagonal * i for m, i in zip(moments, inverse, strict=True))
+    scaled = [
+        (m.rows[:, taps] * (part * i) ** 0.5 * row[taps], m.diagonal[taps] * (part * i))
+        for m, i in zip(moments, inverse, strict=True)
+    ]
+    rows = torch.cat([rows for rows, _ in scaled])
     gram = rows.T @ rows
-    gram.diagonal().add_(diagonal[taps] * row[taps].square())
+    gram.diagonal().add_(sum(diagonal for _, diagonal in scaled) * row[taps].square())
+    more = 1 / part - 1  # of mimicking, beyond what counts of silence
     n_images = sum(m.n_images for m in moments)
     return Problem(
         row=row,
         gram=gram,
-        linear=own - (pull.sum(0) - pull),
-        constant=own.sum(1) + rest.sum() - rest,
+        own=[(r * more**0.5, d * row[taps].square() * more) for r, d in scaled] if more else (),
+        part=part,
+        linear=own - part * (pull.sum(0) - pull),
+        constant=own.sum(1) + part * (rest.sum() - rest),
         power=power,
         mean=torch.stack([m.mean @ row for m in moments]),
         shrinkage=sum(m.shrinkage * m.n_images for m in moments) / n_images,
@@ -266,8 +289,6 @@ def solve(
     problem = with_background(problem, images)
     n_concepts, n_taps = problem.linear.shape
     even = torch.full((n_taps,), 1 / n_concepts, dtype=torch.float64)
-    penalty = weights.penalty * float(problem.gram.diagonal().mean()) * prior
-    pull = penalty @ even
     if not (problem.mean > 0).all():
         spread = None  # zero is not where this channel begins to count, as before a batch norm
     share = 1.0  # of pooled responses, which say more than rectified ones where images are few
@@ -276,12 +297,16 @@ def solve(
     masks, residuals = [], []
     for k in range(n_concepts):
         mask = even if start is None else start[k].double().clamp(0, 1)
+        curvature = problem.curvature(k)
+        penalty = weights.penalty * float(curvature.diagonal().mean()) * prior
+        pull = penalty @ even
         beyond = problem.beyond(images, weights.silence, k)
-        objective = Objective(problem.gram + penalty, problem.linear[k] + pull, [beyond])
+        objective = Objective(curvature + penalty, problem.linear[k] + pull, [beyond])
         mask = objective.solve(mask, gain if spread is None else _ROUGH_GAIN)
         if spread is not None:
-            shaped = Rectified.of(problem.row, images, spread, k, weights.silence, 1 - share)
-            gram, linear = share * problem.gram + penalty, share * problem.linear[k] + pull
+            counts = weights.silence, 1 - share, problem.part
+            shaped = Rectified.of(problem.row, images, spread, k, *counts)
+            gram, linear = share * curvature + penalty, share * problem.linear[k] + pull
             objective = Objective(gram, linear, [beyond.times(share), shaped])
             mask = objective.solve(mask, gain)
         masks.append(mask)
@@ -295,6 +320,7 @@ class ChannelImages:
 
     moments: list[Moment]  # of its concepts
     images: Images
+    part: float  # what silence on each other concept counts
 
 
 def fit_least_squares(
@@ -311,7 +337,7 @@ def fit_least_squares(
 
     def fit(material: Mapping[int, ChannelImages], channel: int) -> Fit:
         own = material[channel]
-        problem = pose(augmented_row(scan, channel), own.moments)
+        problem = pose(augmented_row(scan, channel), own.moments, own.part)
         spread = spreads[scan.layer.group_of(channel)]
         begin = (start or {}).get(channel)
         return solve(problem, own.images, weights, prior.matrix(channel), begin, spread)
@@ -338,7 +364,14 @@ def on_images(
         foreign = chosen.read(others, channels)
         known: dict[tuple[int, int], Moment] = {}
         return {
-            o: _gather(scan.layer.group_of(o), concepts[o], columns, foreign[o], known)
+            o: _gather(
+                scan.layer.group_of(o),
+                concepts[o],
+                columns,
+                foreign[o],
+                known,
+                _part(concepts[o], members.clusters),
+            )
             for o in channels
         }
 
@@ -348,12 +381,22 @@ def on_images(
     return by_portion(numbers, n_bytes, read, work, n_bytes_each * (N_TOP + N_EVEN))
 
 
+def _part(concepts: Sequence[Concept], clusters: Clusters) -> float:
+    """What silence on each other concept counts.
+
+    Clusters can be many; so that they do not silence each other, all others then count as one.
+    """
+    some = any(number in clusters for concept in concepts for number in concept)
+    return 1 / max(1, len(concepts) - 1) if some else 1.0
+
+
 def _gather(
     group: int,
     concepts: Sequence[Concept],
     columns: Mapping[int, Mapping[str, Tensor]],
     rest: Images,
     known: dict[tuple[int, int], Moment],
+    part: float,
 ) -> ChannelImages:
     """Put together what one channel's fit looks at."""
     parts, moments = [rest], []
@@ -377,4 +420,4 @@ def _gather(
                 )
             )
         moments.append(join_moments(own))
-    return ChannelImages(moments, join_images(parts))
+    return ChannelImages(moments, join_images(parts), part)

@@ -60,9 +60,19 @@ class Rectified:
 
     @classmethod
     def of(
-        cls, row: Tensor, images: Images, spread: Tensor, k: int, omega: float, weight: float
+        cls,
+        row: Tensor,
+        images: Images,
+        spread: Tensor,
+        k: int,
+        omega: float,
+        weight: float,
+        part: float = 1.0,
     ) -> Rectified:
-        """Write down the errors of concept k, from the channel's weights and bias, (J + 1,)."""
+        """Write down the errors of concept k, from the channel's weights and bias, (J + 1,).
+
+        Silence on the images of each other concept counts a part of mimicking.
+        """
         n_spread = max(1, len(spread))
         shape = Shape(
             images.inputs[:, :-1] * row[:-1],
@@ -77,7 +87,8 @@ class Rectified:
             own = images.concept == concept
             if concept >= 0:
                 total = images.weight[own] @ original[own].square()
-                count[own] = images.weight[own] / total.clamp(min=tiny)
+                counts = images.weight[own] / total.clamp(min=tiny)
+                count[own] = counts if concept == k else part * counts
         own, rest = images.concept == k, images.concept < 0
         power = (images.weight[own] @ original[own].square()) / images.weight[own].sum()
         n_rest = images.weight[rest].sum().clamp(min=tiny)
