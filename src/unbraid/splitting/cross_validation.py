@@ -20,15 +20,18 @@ from unbraid.splitting.least_squares import (
     Fit,
     Problem,
     Weights,
+    aim,
     on_images,
     pose,
+    shaped_by,
     solve,
+    with_background,
 )
 from unbraid.splitting.moments import RowPrior, augmented_row, moment
 from unbraid.splitting.silence import Images, Rest
 
 PENALTIES = (0.1, 0.3, 1.0, 3.0)
-SILENCES = (6.25, 3.1, 1.6, 0.8)
+SILENCES = (20.0, 10.0, 5.0, 2.5, 1.2, 0.6)
 RETENTION = 0.78  # at least, the median over concepts; fits on all images keep some .03 more
 _DEFAULT_PENALTY = 1.0  # where there are too few images to choose one
 _N_CHANNELS = 6
@@ -44,17 +47,18 @@ class _Fold:
 
     fitted: Problem
     images: Images
-    judged: Problem
+    judged: Problem  # with the background of unseen images
     unseen: Images
+    spread: Tensor | None  # for rectified responses
+    share: float  # of pooled ones beside them
 
     def loss(self, fit: Fit) -> float:
-        """The objective on unseen images, without penalty."""
-        n_concepts = len(fit.masks)
-        total = float(self.judged.loss(fit.masks).sum())
-        for k, mask in enumerate(fit.masks):
-            beyond = self.judged.beyond(self.unseen, fit.weights.silence, k)
-            total += float(beyond.errors(mask).square().sum())
-        return total / n_concepts
+        """The objective of the fit on unseen images, without penalty, up to a constant."""
+        shaped, omega = (self.spread, self.share), fit.weights.silence
+        return sum(
+            aim(self.judged, self.unseen, omega, k, *shaped).value(mask)
+            for k, mask in enumerate(fit.masks)
+        ) / len(fit.masks)
 
     def retention(self, fit: Fit) -> Tensor:
         """What each concept channel keeps of the whole on its own unseen images, (K,)."""
@@ -65,6 +69,36 @@ class _Fold:
         return torch.stack(figures)
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """Fits of one channel, of every fold by every penalty, all at the largest silence."""
+
+    folds: list[_Fold]
+    prior: Tensor
+    fits: list[list[Fit]]  # by fold and penalty
+    losses: Tensor  # (folds, PENALTIES)
+
+    def again(self, weights: Weights, place: int) -> list[Fit]:
+        """The fits of all folds with other weights, from those of a penalty."""
+        return [
+            solve(
+                fold.fitted,
+                fold.images,
+                weights,
+                self.prior,
+                fits[place].masks,
+                fold.spread,
+                _GAIN,
+            )
+            for fold, fits in zip(self.folds, self.fits, strict=True)
+        ]
+
+    def retention(self, fits: Sequence[Fit]) -> Tensor:
+        """What concept channels keep on unseen images, the mean over folds, (K,)."""
+        kept = [fold.retention(fit) for fold, fit in zip(self.folds, fits, strict=True)]
+        return torch.stack(kept).mean(0)
+
+
 def choose_weights(
     members: Members, concepts: Mapping[int, Sequence[Concept]], rest: tuple[Members, Rest]
 ) -> Weights:
@@ -72,49 +106,63 @@ def choose_weights(
     every = sorted(concepts)
     sampled = {o: concepts[o] for o in every[:: -(-len(every) // _N_CHANNELS)]}
     prior = RowPrior(members.scan)
+    spreads = [rest[0].scan.spread(group) for group in range(members.scan.layer.groups)]
 
-    def judge(material: Mapping[int, ChannelImages], channel: int) -> tuple[Tensor, list[Tensor]]:
+    def attempt(material: Mapping[int, ChannelImages], channel: int) -> _Trial:
         row, q = augmented_row(members.scan, channel), prior.matrix(channel)
-        return _judge(row, material[channel], q)
+        spread = spreads[members.scan.layer.group_of(channel)]
+        return _try(row, material[channel], q, spread)
 
-    found = on_images(members, sampled, rest, _N_IMAGES, judge).values()
-    losses = torch.stack([loss for loss, _ in found]).sum(0)  # (PENALTIES,)
-    penalty = PENALTIES[int(losses.argmin())] if losses.any() else _DEFAULT_PENALTY
-    kept = [torch.stack(own) for _, own in found if own]  # (SILENCES, K) each
-    if not kept:
-        return Weights(penalty, SILENCES[0])
-    medians = torch.cat(kept, 1).nan_to_num(0).quantile(0.5, 1).tolist()
-    enough = [omega for omega, own in zip(SILENCES, medians, strict=True) if own >= RETENTION]
-    return Weights(penalty, max(enough, default=SILENCES[-1]))
+    done = on_images(members, sampled, rest, _N_IMAGES, attempt).values()
+    trials = [trial for trial in done if trial.folds]
+    if not trials:
+        return Weights(_DEFAULT_PENALTY, SILENCES[0])
+    place = stiffest(torch.cat([trial.losses for trial in trials]))
+    for silence in SILENCES:
+        weights = Weights(PENALTIES[place], silence)
+        kept = []
+        for trial in trials:
+            fits = [own[place] for own in trial.fits]
+            kept.append(
+                trial.retention(fits if silence == SILENCES[0] else trial.again(weights, place))
+            )
+        if float(torch.cat(kept).nan_to_num(0).quantile(0.5)) >= RETENTION:
+            break
+    return weights
 
 
-def _judge(row: Tensor, own: ChannelImages, prior: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Losses by penalty, (PENALTIES,), and retention of concept channels by silence, (K,) each."""
-    losses = torch.zeros(len(PENALTIES), dtype=torch.float64)
-    kept: list[list[Tensor]] = [[] for _ in SILENCES]
-    folds = _folds(row, own.images, own.part)
-    fits: dict[int, list[Fit]] = {}
+def stiffest(losses: Tensor) -> int:
+    """The last column of losses (N, C) that is the best but for one standard error.
+
+    Source:
+        The one-standard-error rule of Breiman, Friedman, Olshen and Stone 1984, on paired losses.
+
+    >>> stiffest(torch.tensor([[1.0, 0.9, 1.1, 2.0], [1.0, 0.9, 0.8, 2.1]]))
+    2
+    """
+    worse = losses - losses[:, losses.mean(0).argmin(), None]
+    error = worse.std(0, correction=0) / max(1, len(losses) - 1) ** 0.5
+    return int((worse.mean(0) <= error).nonzero().max())
+
+
+def _try(row: Tensor, own: ChannelImages, prior: Tensor, spread: Tensor | None) -> _Trial:
+    """Fit a channel on parts of its images, and judge by the others."""
+    folds = _folds(row, own.images, own.part, spread)
+    fits = []
     for fold in folds:
         start = None
-        for place in reversed(range(len(PENALTIES))):  # from stiff to loose, each from the last
-            weights = Weights(PENALTIES[place], SILENCES[0])
-            fit = solve(fold.fitted, fold.images, weights, prior, start, gain=_GAIN)
+        found: list[Fit] = []
+        for penalty in reversed(PENALTIES):  # from stiff to loose, each from the last
+            weights = Weights(penalty, SILENCES[0])
+            fit = solve(fold.fitted, fold.images, weights, prior, start, spread, _GAIN)
             start = fit.masks
-            losses[place] += fold.loss(fit)
-            fits.setdefault(place, []).append(fit)
-    if not folds:
-        return losses, []
-    best = int(losses.argmin())
-    for fold, fit in zip(folds, fits[best], strict=True):
-        for place, silence in enumerate(SILENCES):
-            if place:
-                weights = Weights(PENALTIES[best], silence)
-                fit = solve(fold.fitted, fold.images, weights, prior, fit.masks, gain=_GAIN)
-            kept[place].append(fold.retention(fit))
-    return losses, [torch.stack(folds).mean(0) for folds in kept]
+            found.insert(0, fit)
+        fits.append(found)
+    losses = [[fold.loss(fit) for fit in own] for fold, own in zip(folds, fits, strict=True)]
+    return _Trial(folds, prior, fits, torch.tensor(losses, dtype=torch.float64))
 
 
-def _folds(row: Tensor, images: Images, share: float) -> list[_Fold]:
+def _folds(row: Tensor, images: Images, part_of: float, spread: Tensor | None) -> list[_Fold]:
     """Part the images of a channel several times in those to fit and those to judge."""
     n_concepts = int(images.concept.max()) + 1
     by_concept = [(images.concept == k).nonzero()[:, 0] for k in (*range(n_concepts), -1)]
@@ -133,12 +181,15 @@ def _folds(row: Tensor, images: Images, share: float) -> list[_Fold]:
                     pose(
                         row,
                         [moment(part.inputs[part.concept == k], shrink) for k in range(n_concepts)],
-                        share,
+                        part_of,
                     )
                 )
                 for part, shrink in zip(parts, (True, False), strict=True)
             ]
-            folds.append(_Fold(problems[0], parts[0], problems[1], parts[1]))
+            fitted, judged = problems
+            judged = replace(with_background(judged, parts[1]), shrinkage=fitted.shrinkage)
+            shaped = shaped_by(fitted, spread)
+            folds.append(_Fold(fitted, parts[0], judged, parts[1], *shaped))
     return folds
 
 

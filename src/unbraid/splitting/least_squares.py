@@ -38,6 +38,8 @@ _N_SHAPED = 500  # of a concept, for rectified responses
 _BYTES_AT_ONCE = 3 << 30  # of inputs
 _MAX_STEPS = 8
 BACKGROUND = 0.2  # of two-sided silence on images of no concept
+PRESENCE = 3.0  # of responses to own images that fall short of a part of the rms there
+LEAST_PENALTY = 5.0  # times alpha: what few images leave open, other rows of the layer must say
 _LEAST_GAIN = 1e-5  # part of the objective for which another step is worth it
 _HALVINGS = 8
 _LEAST_RIDGE = 1e-9  # of the mean curvature, so that there is one answer
@@ -85,7 +87,7 @@ def numbers_of(concepts: Mapping[int, Sequence[Concept]]) -> dict[int, set[int]]
 class Weights:
     """What the parts of the objective count beside mimicking and silence, which count 1."""
 
-    penalty: float  # lambda, in units of the mean curvature
+    penalty: float  # lambda, in units of the mean curvature; at least `LEAST_PENALTY` alpha
     silence: float  # omega, of all images that are not of the concept
 
 
@@ -101,10 +103,10 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class Beyond:
-    """What pooled responses of a concept channel to foreign images go beyond its margin."""
+    """How far pooled responses of a concept channel go beyond bounds, up or down."""
 
     reach: Tensor  # (N, J), inputs times weights, times the root of the image's weight
-    start: Tensor  # (N,), bias less margin, likewise
+    start: Tensor  # (N,), bias less bound, likewise; both turned around for a lower bound
 
     def errors(self, mask: Tensor) -> Tensor:
         """Errors, (N,)."""
@@ -156,15 +158,32 @@ class Problem:
         return loss
 
     def beyond(self, images: Images, omega: float, k: int) -> Beyond:
-        """Ask for silence on the images that are not of concept k."""
-        foreign = images.of(images.concept != k)
-        total, power = float(foreign.weight.sum()), float(self.power[k])
+        """Ask for silence on images that are not of concept k, and for an answer to its own.
+
+        A response falls short below a part of the whole channel's rms on the concept's images:
+        where positive and negative parts cancel there, to mimic it would be to answer nothing. The
+        part is half, and more where few images, with the penalty they need, weaken all responses.
+        A channel that is negative on its concept's images on the whole is only mimicked.
+        """
+        own = images.concept == k
+        power, mean = float(self.power[k]), float(self.mean[k])
+        foreign = self._beyond(images.of(~own), omega, MARGIN * max(mean, 0.0), power)
+        if mean <= 0:
+            return foreign
+        least = min(1.0, 0.5 + self.shrinkage) * power**0.5
+        short = self._beyond(images.of(own), PRESENCE, least, power)
+        return Beyond(
+            torch.cat([foreign.reach, -short.reach]), torch.cat([foreign.start, -short.start])
+        )
+
+    def _beyond(self, images: Images, weight: float, bound: float, power: float) -> Beyond:
+        """Mean squares of what goes beyond an upper bound, in units of a power."""
+        total = float(images.weight.sum())
         if not total or not power:
             return Beyond(self.row.new_zeros(0, len(self.row) - 1), self.row.new_zeros(0))
-        root = (omega / (total * power) * foreign.weight).sqrt()
-        margin = MARGIN * max(float(self.mean[k]), 0.0)
-        reach = foreign.inputs[:, :-1] * self.row[:-1] * root[:, None]
-        return Beyond(reach, (foreign.inputs[:, -1] * self.row[-1] - margin) * root)
+        root = (weight / (total * power) * images.weight).sqrt()
+        reach = images.inputs[:, :-1] * self.row[:-1] * root[:, None]
+        return Beyond(reach, (images.inputs[:, -1] * self.row[-1] - bound) * root)
 
 
 def with_background(problem: Problem, images: Images) -> Problem:
@@ -233,6 +252,10 @@ class Objective:
     linear: Tensor  # (J,)
     terms: Sequence[Term]
 
+    def near(self, center: Tensor, penalty: Tensor) -> Objective:
+        """The same, with a penalty (J, J) on being far from a mask."""
+        return replace(self, gram=self.gram + penalty, linear=self.linear + penalty @ center)
+
     def value(self, mask: Tensor) -> float:
         """The objective, up to a constant."""
         errors = sum(float(term.errors(mask).square().sum()) for term in self.terms)
@@ -289,29 +312,46 @@ def solve(
     problem = with_background(problem, images)
     n_concepts, n_taps = problem.linear.shape
     even = torch.full((n_taps,), 1 / n_concepts, dtype=torch.float64)
-    if not (problem.mean > 0).all():
-        spread = None  # zero is not where this channel begins to count, as before a batch norm
-    share = 1.0  # of pooled responses, which say more than rectified ones where images are few
-    if spread is not None:
-        share = _POOLED_SHARE + (1 - _POOLED_SHARE) * problem.shrinkage
+    spread, share = shaped_by(problem, spread)
+    weights = replace(weights, penalty=max(weights.penalty, LEAST_PENALTY * problem.shrinkage))
     masks, residuals = [], []
     for k in range(n_concepts):
         mask = even if start is None else start[k].double().clamp(0, 1)
-        curvature = problem.curvature(k)
-        penalty = weights.penalty * float(curvature.diagonal().mean()) * prior
-        pull = penalty @ even
-        beyond = problem.beyond(images, weights.silence, k)
-        objective = Objective(curvature + penalty, problem.linear[k] + pull, [beyond])
+        scale = weights.penalty * float(problem.curvature(k).diagonal().mean())
+        objective = aim(problem, images, weights.silence, k).near(even, scale * prior)
         mask = objective.solve(mask, gain if spread is None else _ROUGH_GAIN)
         if spread is not None:
-            counts = weights.silence, 1 - share, problem.part
-            shaped = Rectified.of(problem.row, images, spread, k, *counts)
-            gram, linear = share * curvature + penalty, share * problem.linear[k] + pull
-            objective = Objective(gram, linear, [beyond.times(share), shaped])
+            both = aim(problem, images, weights.silence, k, spread, share)
+            objective = both.near(even, scale * prior)
             mask = objective.solve(mask, gain)
         masks.append(mask)
         residuals.append(objective.residual(mask))
     return Fit(torch.stack(masks), weights, max(residuals), problem.shrinkage)
+
+
+def shaped_by(problem: Problem, spread: Tensor | None) -> tuple[Tensor | None, float]:
+    """The spread where rectified responses count, and the share of pooled ones beside them."""
+    if spread is None or not (problem.mean > 0).all():
+        return None, 1.0  # zero is not where this channel begins to count, as before a batch norm
+    # Pooled responses say more than rectified ones where images are few.
+    return spread, _POOLED_SHARE + (1 - _POOLED_SHARE) * problem.shrinkage
+
+
+def aim(
+    problem: Problem,
+    images: Images,
+    omega: float,
+    k: int,
+    spread: Tensor | None = None,
+    share: float = 1.0,
+) -> Objective:
+    """What the mask of concept k should minimise, without penalty."""
+    gram, linear = problem.curvature(k), problem.linear[k]
+    beyond = problem.beyond(images, omega, k)
+    if spread is None:
+        return Objective(gram, linear, [beyond])
+    shaped = Rectified.of(problem.row, images, spread, k, omega, 1 - share, problem.part)
+    return Objective(share * gram, share * linear, [beyond.times(share), shaped])
 
 
 @dataclass(frozen=True)

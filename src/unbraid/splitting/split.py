@@ -127,8 +127,9 @@ def check_rho(rho: float | None) -> float | None:
 def _kept(scan: Scan, found: Findings, earlier: Split) -> tuple[Weights, tuple[ChannelSplit, ...]]:
     """The weights of an earlier split, and its channels whose concepts are as they were."""
     as_kind("refit", earlier, Split).require(scan)
-    info = earlier.channels[0].info if earlier.channels else {}
-    penalty, silence = info.get("lambda", 0.0), info.get("omega", 0.0)
+    # A channel of few images has a larger lambda than the layer's, hence the least.
+    penalty = min((part.info.get("lambda", 0.0) for part in earlier.channels), default=0.0)
+    silence = min((part.info.get("omega", 0.0) for part in earlier.channels), default=0.0)
     if not (0 < penalty < math.inf and 0 < silence < math.inf):
         raise UsageError(
             "refit is a split without lambda and omega; pass one by least squares, or none."
