@@ -189,9 +189,9 @@ def test_a_refit_fits_what_changed_with_the_same_weights_and_keeps_the_rest(case
     assert split[4] is before[4]
     assert not torch.equal(split[1].masks, before[1].masks)
     members = corrected.members_in(case.scan)
-    info = before[4].info
+    penalty = min(part.info["lambda"] for part in before.channels)
     rest = (members, choose_rest(members, corrected.concepts))
-    weights = Weights(info["lambda"], info["omega"])
+    weights = Weights(penalty, before[4].info["omega"])
     fits = fit_least_squares(members, corrected.concepts, weights, rest)
     for part in split.channels:
         assert torch.equal(part.masks, fits[part.channel].masks.to(part.masks.dtype))

@@ -75,7 +75,12 @@ def slow_objective(scan, channel, concepts, k, mask, weights, part=1.0):
     foreign = ~images[k]
     margin = 0.5 * max(float(z[images[k]].mean()), 0.0)
     beyond = (z_k[foreign] - margin).clamp(min=0).square().mean()
-    return total + weights.silence * float(beyond / z[images[k]].square().mean())
+    total += weights.silence * float(beyond / z[images[k]].square().mean())
+    if float(z[images[k]].mean()) > 0:
+        least = 0.5 * float(z[images[k]].square().mean().sqrt())  # at no shrinkage
+        short = (least - z_k[images[k]]).clamp(min=0).square().mean()
+        total += 3 * float(short / z[images[k]].square().mean())
+    return total
 
 
 def problem_of(scan, found, channel, shrink=False, part=1.0):
@@ -142,6 +147,21 @@ def test_problem_and_silence_are_those_of_the_method_page(case, part):
                 )
 
 
+def test_more_is_asked_of_own_images_the_fewer_there_are(case):
+    scan, found = case
+    problem, images = problem_of(scan, found, 5), images_of(scan, found, 5)
+    nothing = torch.zeros(scan.layer.n_taps).double()
+    problem = replace(
+        problem,
+        mean=problem.power.sqrt(),
+        row=problem.row.index_fill(0, torch.tensor([-1 + len(problem.row)]), 0),
+    )
+    for alpha, part in ((0.0, 0.5), (0.3, 0.8), (0.9, 1.0)):
+        beyond = replace(problem, shrinkage=alpha).beyond(images, 0.0, 0)
+        asked = float(beyond.errors(nothing).square().sum())
+        assert asked == pytest.approx(3 * part**2)
+
+
 def test_silence_on_other_concepts_counts_once_where_clusters_are_among_them(case):
     scan, found = case
     index = torch.cat(list(scan.columns("index")))
@@ -202,7 +222,8 @@ def test_solve_finds_the_optimum_that_scipy_finds(case, rectified, part):
         problem = ls.with_background(problem, images)
         for k, mask in enumerate(fit.masks):
             curvature = problem.curvature(k)
-            penalty = WEIGHTS.penalty * float(curvature.diagonal().mean()) * prior
+            least = max(WEIGHTS.penalty, 5 * problem.shrinkage)
+            penalty = least * float(curvature.diagonal().mean()) * prior
             even = torch.full_like(mask, 1 / len(fit.masks))
             terms = [problem.beyond(images, WEIGHTS.silence, k).times(share)]
             if rectified:
@@ -215,7 +236,7 @@ def test_solve_finds_the_optimum_that_scipy_finds(case, rectified, part):
                 return objective.value(torch.as_tensor(m))
 
             best = minimize(value, mask.numpy(), method="L-BFGS-B", bounds=[(0, 1)] * len(mask))
-            # What rectified responses ask for is not convex, and eight steps are all it gets.
+            # What rectified responses ask for is not convex.
             slack = (5e-3 if rectified else 1e-5) * abs(best.fun)
             assert value(mask) <= best.fun + slack
             worse = torch.rand_like(mask)
