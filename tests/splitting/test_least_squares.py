@@ -77,7 +77,8 @@ def slow_objective(scan, channel, concepts, k, mask, weights, part=1.0):
     beyond = (z_k[foreign] - margin).clamp(min=0).square().mean()
     total += weights.silence * float(beyond / z[images[k]].square().mean())
     if float(z[images[k]].mean()) > 0:
-        least = 0.5 * float(z[images[k]].square().mean().sqrt())  # at no shrinkage
+        own = z[images[k]]  # without shrinkage, a part of .6
+        least = max(0.5 * float(own.square().mean().sqrt()), 0.6 * float(own.mean()))
         short = (least - z_k[images[k]]).clamp(min=0).square().mean()
         total += 3 * float(short / z[images[k]].square().mean())
     return total
@@ -152,14 +153,17 @@ def test_more_is_asked_of_own_images_the_fewer_there_are(case):
     problem, images = problem_of(scan, found, 5), images_of(scan, found, 5)
     nothing = torch.zeros(scan.layer.n_taps).double()
     without_bias = torch.cat([problem.row[:-1], nothing[:1]])
-    problem = replace(
-        problem,
-        mean=problem.power.sqrt(),
-        row=without_bias,
-    )
-    for alpha, part in ((0.0, 0.5), (0.3, 0.8), (0.9, 1.0)):
-        beyond = replace(problem, shrinkage=alpha).beyond(images, 0.0, 0)
-        asked = float(beyond.errors(nothing).square().sum())
+    problem = replace(problem, row=without_bias)
+    rms = problem.power.sqrt()
+    for mean, alpha, part in (
+        (1.0, 0.0, 0.6),
+        (1.0, 0.3, 0.9),
+        (1.0, 0.9, 1.2),
+        (0.1, 0.0, 0.5),
+        (-1.0, 0.0, 0.0),
+    ):
+        own = replace(problem, shrinkage=alpha, mean=mean * rms)
+        asked = float(own.beyond(images, 0.0, 0).errors(nothing).square().sum())
         assert asked == pytest.approx(3 * part**2)
 
 

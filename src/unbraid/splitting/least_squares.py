@@ -38,7 +38,7 @@ _N_SHAPED = 500  # of a concept, for rectified responses
 _BYTES_AT_ONCE = 3 << 30  # of inputs
 _MAX_STEPS = 30
 BACKGROUND = 0.2  # of two-sided silence on images of no concept
-PRESENCE = 3.0  # of responses to own images that fall short of a part of the rms there
+PRESENCE = 3.0  # of responses to own images that fall short; docs/splitting.md tells of what
 LEAST_PENALTY = 5.0  # times alpha: what few images leave open, other rows of the layer must say
 _LEAST_GAIN = 1e-5  # part of the objective for which another step is worth it
 _HALVINGS = 8
@@ -160,17 +160,17 @@ class Problem:
     def beyond(self, images: Images, omega: float, k: int) -> Beyond:
         """Ask for silence on images that are not of concept k, and for an answer to its own.
 
-        A response falls short below a part of the whole channel's rms on the concept's images:
-        where positive and negative parts cancel there, to mimic it would be to answer nothing. The
-        part is half, and more where few images, with the penalty they need, weaken all responses.
-        A channel that is negative on its concept's images on the whole is only mimicked.
+        A response falls short below half the whole channel's rms on the concept's images: where
+        positive and negative parts cancel there, to mimic it would be to answer nothing. It also
+        does below a part of the mean, a larger one where few images, with the penalty they need,
+        weaken all responses. A channel that is negative there on average is only mimicked.
         """
         own = images.concept == k
         power, mean = float(self.power[k]), float(self.mean[k])
         foreign = self._beyond(images.of(~own), omega, MARGIN * max(mean, 0.0), power)
         if mean <= 0:
             return foreign
-        least = min(1.0, 0.5 + self.shrinkage) * power**0.5
+        least = max(0.5 * power**0.5, min(1.2, 0.6 + self.shrinkage) * mean)
         short = self._beyond(images.of(own), PRESENCE, least, power)
         return Beyond(
             torch.cat([foreign.reach, -short.reach]), torch.cat([foreign.start, -short.start])
