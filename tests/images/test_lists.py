@@ -124,7 +124,7 @@ def test_list_rows_what_is_wrong_is_told(folder, datasets):
         (whole, {"image": "img"}, "no column 'img' but image, label"),
         (whole, {"image": "label"}, "Column 'label' .* holds no images"),
         (datasets.DatasetDict(train=whole), {}, "several splits; take one of train"),
-        (whole.to_iterable_dataset(), {}, "is a IterableDataset; pass"),
+        (whole.to_iterable_dataset(), {}, "is an IterableDataset; pass"),
         (halves, {}, "something else than classes"),
         (holes, {}, "something else than classes"),
         (whole.select([]), {}, "holds no image"),

@@ -92,7 +92,7 @@ def test_hash_weights_is_that_of_the_tensors_and_what_cannot_be_read_is_told():
     assert hash_weights(network) == digest.hexdigest()
     for module, sentence in (
         (Extra(lambda: 1 / 0), r"cannot tell its state \(division by zero\)"),
-        (Extra({"a": np.ones(2)}), r"'_extra_state' is an ndarray, which cannot be hashed"),
+        (Extra({"a": np.ones(2)}), r"'_extra_state' is a ndarray, which cannot be hashed"),
         (holding(TWO), "'held' is a TwoTensor, whose numbers cannot be read"),
     ):
         with pytest.raises(ModelError, match=sentence):

@@ -184,7 +184,7 @@ class InPlace(structures.Around):
 
 
 NAN = "Image {} drives the network to NaN"
-NO_LABEL = "image 0 is a {}, not a class's"
+NO_LABEL = "image 0 is {}, not a class's"
 BROKEN = build("3x3")
 BROKEN.head.weight.data.fill_(math.nan)
 INFINITE = build("3x3")
@@ -199,10 +199,10 @@ REFUSED = [  # network or images, options
     (dataset_of(8, labels={3: 4}), {}, DataError, "Image 3 has label 4, but the network has 4 out"),
     (dataset_of(8, labels={3: -1}), {}, DataError, "Image 3 has label -1, but the network has 4"),
     (Unlabelled(4), {}, UsageError, r"no labels; pass labels='predicted'\.$"),
-    (Unlabelled(4, torch.tensor([0, 1])), PREDICTED, DataError, NO_LABEL.format("Tensor")),
-    (Unlabelled(4, "cat"), {}, DataError, NO_LABEL.format("str")),
-    (Unlabelled(4, 0.5), PREDICTED, DataError, NO_LABEL.format("float")),
-    (Unlabelled(4, 2**70), PREDICTED, DataError, NO_LABEL.format("int")),
+    (Unlabelled(4, torch.tensor([0, 1])), PREDICTED, DataError, NO_LABEL.format("a Tensor")),
+    (Unlabelled(4, "cat"), {}, DataError, NO_LABEL.format("a str")),
+    (Unlabelled(4, 0.5), PREDICTED, DataError, NO_LABEL.format("a float")),
+    (Unlabelled(4, 2**70), PREDICTED, DataError, NO_LABEL.format("an int")),
     (SyntheticImages(4, size=(1, 7, 6)), {}, ModelError, r"cannot run on .* \(1, 7, 6\)"),
     (of_sizes(6, 6, 5, 5), {}, DataError, r"Image 2 is \(3, 7, 5\) where image 0 is \(3, 7, 6\)"),
     (of_sizes(6, 5), {"batch_size": 1, "positions": True}, DataError, "maps of different sizes"),

@@ -107,7 +107,7 @@ def imagenet(tmp_path_factory):
     lowest = list(dict.fromkeys(pair.channel for pair in found.pairs))[:3]
     split = unbraid.split(scan, unbraid.find(scan, channels={o: found.concepts[o] for o in lowest}))
     features = unbraid.visualize(unbraid.apply(network, split), layer, dataset, steps=64)
-    return Trained(network, layer, dataset.images, split, features, (-math.inf, 0.5, 2.5, 2))
+    return Trained(network, layer, dataset.images, split, features, (-math.inf, 0.5, 1.5, 2))
 
 
 def concept_responses(part, inputs):
