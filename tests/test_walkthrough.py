@@ -69,7 +69,9 @@ def test_its_prose_agrees_with_its_figures():
     assert ours < published / 2
 
 
-@pytest.mark.parametrize(("old", "new"), [("error 0", "error 1"), ("mean", "median"), ("\n", "\n0.1")])
+@pytest.mark.parametrize(
+    ("old", "new"), [("error 0", "error 1"), ("mean", "median"), ("\n", "\n0.1")]
+)
 def test_other_figures_and_words_are_noticed(old, new):
     other = copy.deepcopy(KEPT)
     output = next(o for o in outputs(other) if "mean separation error 0" in o.get("text", ""))
