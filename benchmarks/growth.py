@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py scan          # 1k, 10k, 100k small images; 64 to 2048 channels
     python benchmarks/growth.py find          # 2048 channels, 1000 classes of 20 images
-    python benchmarks/growth.py split         # 580 channels of 2 or 3 concepts
+    python benchmarks/growth.py split         # 580 channels of 2 to 20 concepts
     python benchmarks/growth.py refit         # groups of images by hand, corrected
     python benchmarks/growth.py imagenet DIR  # find, split, evaluate on 1.28 million records
 
@@ -23,6 +23,7 @@ import json
 import random
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from torch.utils.data import DataLoader
 import unbraid
 from synthetic import FleetingImages, pointwise, write_scan
 from timing import alone, peak_memory, print_head, print_row, seconds
+from unbraid.finding.arv import class_sums
 from unbraid.finding.findings import Findings
 from unbraid.finding.thresholds import choose_tau
 from unbraid.scanning.records import Scan
@@ -74,12 +76,13 @@ def write_shared(folder: Path, labels: Tensor, n_used: int) -> Scan:
     generator = torch.Generator().manual_seed(1)  # the same causes in every scan
     weight = torch.randn(N_OUT, N_IN, generator=generator)
     causes = torch.rand(N_CLASSES, N_IN, generator=generator)
-    used = [torch.randperm(N_OUT, generator=generator)[:n_used].sort().values for _ in causes]
+    excited = (causes @ weight.T > 0).float()  # a class uses channels that it excites
+    used = excited.multinomial(n_used, generator=generator).sort().values
 
     def pooled(label: Tensor) -> Tensor:
         return causes[label] * (0.75 + 0.5 * torch.rand(len(label), N_IN))
 
-    return write_scan(folder, pointwise(N_OUT, N_IN), weight, labels, pooled, torch.stack(used))
+    return write_scan(folder, pointwise(N_OUT, N_IN), weight, labels, pooled, used)
 
 
 def write_mixed(folder: Path, n_images: int, kernel: int, varied: bool = False) -> Scan:
@@ -100,12 +103,16 @@ def write_mixed(folder: Path, n_images: int, kernel: int, varied: bool = False) 
     return write_scan(folder, layer, weight, labels, pooled, varied=varied)
 
 
-def random_findings(n_channels: int) -> Findings:
-    """Concepts at random: 2 or 3 a channel, of one or two classes."""
+def random_findings(scan: Scan, n_channels: int, n_concepts: int) -> Findings:
+    """Concepts at random, two or more a channel, of one or two classes that excite it."""
     draw, concepts = random.Random(0), {}
-    for channel in sorted(draw.sample(range(N_OUT), n_channels)):
-        sizes = [draw.choice((1, 1, 2)) for _ in range(draw.choice((2, 2, 3, 3, 3)))]
-        classes = iter(draw.sample(range(N_CLASSES), sum(sizes)))
+    sums = class_sums(scan, []).pooled[:, 0].float()
+    channels = sorted(draw.sample(range(N_OUT), n_channels))
+    counts = Counter(draw.choices(channels, k=n_concepts - 2 * n_channels))
+    for channel in channels:
+        sizes = [draw.choice((1, 1, 2)) for _ in range(2 + counts[channel])]
+        exciting = (sums @ scan.weight[channel]).topk(N_CLASSES // 4).indices.tolist()
+        classes = iter(draw.sample(exciting, sum(sizes)))
         concepts[channel] = tuple(tuple(sorted(next(classes) for _ in range(n))) for n in sizes)
     names = tuple(map(str, range(N_CLASSES)))
     return Findings(0.01, 0.75, 0.5, (), concepts, names, "", "layer", "synthetic")
@@ -139,21 +146,12 @@ def evaluate(folder: str) -> None:
     print(unbraid.evaluate(split, unbraid.open_scan(f"{folder}/val")).summary, file=sys.stderr)
 
 
-def split_random(folder: str, n_channels: str) -> None:
-    """Split channels whose concepts are drawn, once anew and once from the first answer."""
-    scan, found = unbraid.open_scan(folder), random_findings(int(n_channels))
-    first = unbraid.split(scan, found)
-    again: list[unbraid.Split] = []
-    taken = seconds(lambda: again.append(unbraid.split(scan, found, start=first)))
-    pairs = zip(first.channels, again[0].channels, strict=True)
-    change = max(float((a.masks - b.masks).abs().max()) for a, b in pairs)
-    residual = max(part.info["kkt_residual"] for part in first.channels)
-    n_concepts = sum(map(len, found.concepts.values()))
-    print(
-        f"{n_concepts} concepts; the second time {taken[0]:.1f} s, of processors {taken[1]:.1f} s; "
-        f"largest KKT residual {residual:.1e}, largest change of a mask {change:.1e}",
-        file=sys.stderr,
-    )
+def split_random(folder: str, n_channels: str, n_concepts: str) -> None:
+    """Split channels whose concepts are drawn."""
+    scan = unbraid.open_scan(folder)
+    made = unbraid.split(scan, random_findings(scan, int(n_channels), int(n_concepts)))
+    residual = max(part.info["kkt_residual"] for part in made.channels)
+    print(f"largest KKT residual {residual:.1e}", file=sys.stderr)
 
 
 def refit(n_images: int, n_groups: int, n_in_group: int) -> None:
@@ -237,7 +235,7 @@ def main() -> None:
             for gamma in (0.5, 0.9):
                 print_step("find", folder, 0.01, gamma, name=f"find, gamma {gamma}")
         elif asked.what == "split":
-            write_mixed(folder, asked.images or 50, asked.kernel, varied=True)
+            write_mixed(folder, asked.images or 50, asked.kernel)
             print_step("split", folder, asked.channels, name="split, twice")
         else:
             for part, n_images in (("train", N_TRAIN), ("val", N_VAL)):
