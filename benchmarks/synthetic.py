@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -103,7 +102,7 @@ def write_scan(
     *,
     varied: bool = False,
 ) -> Scan:
-    """Write a scan of images of 49 positions, which differ as much as they are high on average.
+    """Write a scan of images of 49 positions.
 
     Args:
         folder: for it.
@@ -138,18 +137,12 @@ def write_scan(
         folder / "layer.safetensors", {"weight": weight, "bias": torch.zeros(len(weight))}, {}
     )
     for shard, label in enumerate(labels.split(manifest.shard_size)):
-        index = torch.arange(len(label)) + shard * manifest.shard_size
-        pooled = pooled_of(label)[:, None]
-        sampled = torch.isin(index, torch.tensor(manifest.sampled))
-        met = torch.empty(int(sampled.sum()), 49, *pooled.shape[1:]).exponential_()
         records = Records(
-            index=index,
+            index=torch.arange(len(label)) + shard * manifest.shard_size,
             label=label.clone(),
             prediction=label.clone(),
             n_positions=torch.full_like(label, 49),
-            pooled=pooled,
-            spread_start=F.pad(49 * sampled.cumsum(0), (1, 0)),
-            spread=((met - met.mean(1, keepdim=True)) * pooled[sampled, None] / 49).flatten(0, 1),
+            pooled=pooled_of(label)[:, None],
             share_start=torch.arange(len(label) + 1) * n_used,
             share_channel=used[label].flatten().int(),
             share_value=torch.linspace(1.68, 0.32, n_used).div(n_used).repeat(len(label)),
