@@ -8,7 +8,8 @@ N images, J taps, K concepts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,15 +32,38 @@ class Images:
     weight: Tensor  # (N,), how many images each stands for
     group: Tensor  # (N,): images of one group are not to be parted; of no concept, their index
 
+    @cached_property
+    def rough(self) -> Tensor:
+        """The inputs in float32."""
+        return self.inputs.float()
+
+    def respond(self, row: Tensor, mask: Tensor) -> Tensor:
+        """Pooled responses, (N,), of a masked channel of weights and bias (J + 1,)."""
+        return self.inputs @ (row * torch.cat([mask, mask.new_ones(1)]))
+
     def of(self, chosen: Tensor) -> Images:
         """Some of the images."""
-        return Images(*(column[chosen] for column in vars(self).values()))
+        return Images(*(getattr(self, column.name)[chosen] for column in fields(self)))
 
 
 def join_images(parts: Sequence[Images]) -> Images:
     """Put images together."""
-    names = ("inputs", "concept", "weight", "group")
+    names = [column.name for column in fields(Images)]
     return Images(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+@dataclass(frozen=True)
+class Near:
+    """Errors of images near a mask, and how they change with it.
+
+    The slope of an error is `along` times the image's inputs and the channel's weights, and
+    `across` times `turn`.
+    """
+
+    errors: Tensor  # (N,)
+    along: Tensor  # (N,)
+    across: Tensor  # (N,)
+    turn: Tensor  # (J,)
 
 
 @dataclass(frozen=True)
@@ -51,53 +75,98 @@ class Rest:
 
     def read(self, members: Members, channels: Sequence[int]) -> dict[int, Images]:
         """Read the images of some channels from the scan."""
-        parts: dict[int, list[Images]] = {o: [] for o in channels}
-        start = 0
+        parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {o: [] for o in channels}
+        start, done = 0, dict.fromkeys(channels, 0)
         for records in members.scan.light_shards():
+            end = start + len(records)
             for o in channels:
-                inside = (self.place[o] >= start) & (self.place[o] < start + len(records))
-                own = self.place[o][inside] - start
-                pooled = records.pooled[own, members.scan.layer.group_of(o)]
-                parts[o].append(
-                    Images(
-                        augment(pooled, records.n_positions[own]),
-                        torch.full_like(own, -1),
-                        self.weight[o][inside],
-                        records.index[own],
-                    )
-                )
-            start += len(records)
-        return {o: join_images(own) for o, own in parts.items()}
+                upto = int(torch.searchsorted(self.place[o], end))
+                if upto > done[o] or not parts[o]:
+                    own = self.place[o][done[o] : upto] - start
+                    pooled = records.pooled[own, members.scan.layer.group_of(o)]
+                    parts[o].append((pooled, records.n_positions[own], records.index[own]))
+                    done[o] = upto
+            start = end
+        found = {}
+        for o in channels:
+            pooled, n_positions, index = map(torch.cat, zip(*parts.pop(o), strict=True))
+            none = torch.full_like(index, -1)
+            found[o] = Images(augment(pooled, n_positions), none, self.weight[o], index)
+        return found
 
 
 def choose_rest(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> Rest:
     """Choose images of no concept: half that excite a channel most, half spread evenly."""
-    n_images = sum(len(label) for label in members.scan.columns("label"))
-    step = max(1, n_images // N_EVEN)
-    rows = torch.stack([augmented_row(members.scan, o) for o in concepts])
-    top = {o: (rows.new_empty(0), torch.empty(0, dtype=torch.int64)) for o in concepts}
-    even: dict[int, list[Tensor]] = {o: [] for o in concepts}
-    count = dict.fromkeys(concepts, 0)
-    start = 0
-    for records in members.scan.light_shards():
+    scan, channels = members.scan, list(concepts)
+    step = max(1, sum(len(label) for label in scan.columns("label")) // N_EVEN)
+    rows = torch.stack([augmented_row(scan, o) for o in channels])
+    groups = torch.tensor([scan.layer.group_of(o) for o in channels], dtype=torch.int64)
+    named: dict[int, list[int]] = {}  # which channels have a concept of a class or cluster
+    for c, own in enumerate(concepts.values()):
+        for number in {number for concept in own for number in concept}:
+            named.setdefault(number, []).append(c)
+    top, count, start = _Top(len(channels)), torch.zeros(len(channels), dtype=torch.int64), 0
+    even: list[tuple[Tensor, Tensor]] = []  # places, and of which channels they are no concept's
+    for records in scan.light_shards():
         place = torch.arange(start, start + len(records), dtype=torch.int64)
-        for row, (o, own) in zip(rows, concepts.items(), strict=True):
-            rest = members.concept_of(records, own) < 0
-            pooled = records.pooled[rest, members.scan.layer.group_of(o)]
-            z = augment(pooled, records.n_positions[rest]) @ row
-            both = torch.cat([top[o][0], z]), torch.cat([top[o][1], place[rest]])
-            order = both[0].argsort(descending=True, stable=True)[:N_TOP]
-            top[o] = both[0][order], both[1][order]
-            even[o].append(place[rest & (place % step == 0)])
-            count[o] += int(rest.sum())
+        rest = torch.ones(len(records), len(channels), dtype=torch.bool)
+        for number, places in members.places(records, named):
+            rest[places[:, None], torch.tensor(named[number])] = False
+        z = rows.new_empty(rest.shape)
+        for g in groups.unique().tolist():
+            z[:, groups == g] = augment(records.pooled[:, g], records.n_positions) @ (
+                rows[groups == g].T
+            )
+        top.add(z, rest, place)
+        chosen = place % step == 0
+        even.append((place[chosen], rest[chosen]))
+        count += rest.sum(0)
         start += len(records)
+    best = top.places()
+    spread, is_rest = map(torch.cat, zip(*even, strict=True))
     places, weights = {}, {}
-    for o in concepts:
-        spread = torch.cat(even[o])
-        spread = spread[~torch.isin(spread, top[o][1])]
-        each = (count[o] - len(top[o][1])) / max(1, len(spread))
-        place = torch.cat([top[o][1], spread])
-        weight = torch.cat([rows.new_ones(len(top[o][1])), rows.new_full((len(spread),), each)])
+    for c, o in enumerate(channels):
+        own = spread[is_rest[:, c]]
+        own = own[~torch.isin(own, best[c])]
+        each = (int(count[c]) - len(best[c])) / max(1, len(own))
+        place = torch.cat([best[c], own])
+        weight = torch.cat([rows.new_ones(len(best[c])), rows.new_full((len(own),), each)])
         order = place.argsort()
         places[o], weights[o] = place[order], weight[order]
     return Rest(places, weights)
+
+
+class _Top:
+    """The images that excite each of C channels most, of those seen so far."""
+
+    def __init__(self, n_channels: int) -> None:
+        """Have seen none."""
+        self.n_channels = n_channels
+        self.least = torch.full((n_channels,), -torch.inf, dtype=torch.float64)
+        none = torch.empty(0, dtype=torch.int64)
+        self.found = [(self.least.new_empty(0), none, none)]  # responses, channels, places
+
+    def add(self, z: Tensor, rest: Tensor, place: Tensor) -> None:
+        """See the chosen ones (N, C) of some images' responses (N, C)."""
+        chosen = rest & (z > self.least)
+        image, channel = chosen.nonzero().T
+        self.found.append((z[image, channel], channel, place[image]))
+        if sum(len(own) for own, _, _ in self.found) > 3 * N_TOP * self.n_channels:
+            self._sift()
+
+    def places(self) -> list[Tensor]:
+        """Where the images of each channel lie, of equal ones the first."""
+        self._sift()
+        ((_, channel, place),) = self.found
+        return list(place.split(channel.bincount(minlength=self.n_channels).tolist()))
+
+    def _sift(self) -> None:
+        z, channel, place = map(torch.cat, zip(*self.found, strict=True))
+        order = z.argsort(descending=True, stable=True)
+        order = order[channel[order].argsort(stable=True)]
+        n_each = channel.bincount(minlength=self.n_channels)
+        rank = torch.arange(len(z)) - (n_each.cumsum(0) - n_each)[channel[order]]
+        order = order[rank < N_TOP]
+        self.found = [(z[order], channel[order], place[order])]
+        full = n_each >= N_TOP
+        self.least[full] = z[order][n_each.clamp(max=N_TOP).cumsum(0)[full] - 1]
