@@ -28,6 +28,7 @@ from unbraid.splitting.least_squares import (
     with_background,
 )
 from unbraid.splitting.moments import RowPrior, augmented_row, moment
+from unbraid.splitting.rectified import spreads_of
 from unbraid.splitting.silence import Images, Rest
 
 PENALTIES = (0.1, 0.3, 1.0, 3.0)
@@ -106,7 +107,7 @@ def choose_weights(
     every = sorted(concepts)
     sampled = {o: concepts[o] for o in every[:: -(-len(every) // _N_CHANNELS)]}
     prior = RowPrior(members.scan)
-    spreads = [rest[0].scan.spread(group) for group in range(members.scan.layer.groups)]
+    spreads = spreads_of(rest[0].scan)
 
     def attempt(material: Mapping[int, ChannelImages], channel: int) -> _Trial:
         row, q = augmented_row(members.scan, channel), prior.matrix(channel)

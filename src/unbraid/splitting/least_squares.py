@@ -26,8 +26,8 @@ from unbraid.splitting.moments import (
     join_moments,
     moment,
 )
-from unbraid.splitting.rectified import Rectified
-from unbraid.splitting.silence import MARGIN, N_EVEN, N_TOP, Images, Rest, join_images
+from unbraid.splitting.rectified import Rectified, spreads_of
+from unbraid.splitting.silence import MARGIN, N_EVEN, N_TOP, Images, Near, Rest, join_images
 
 Need = TypeVar("Need")
 Material = TypeVar("Material")
@@ -43,6 +43,7 @@ LEAST_PENALTY = 5.0  # times alpha: what few images leave open, other rows of th
 _LEAST_GAIN = 1e-5  # part of the objective for which another step is worth it
 _HALVINGS = 8
 _LEAST_RIDGE = 1e-9  # of the mean curvature, so that there is one answer
+_ROUGH_RIDGE = 1e-5  # part of the diagonal of what float32 gives
 _ROUGH_GAIN = 1e-3  # where another objective follows
 _POOLED_SHARE = 0.45  # at least, of pooled responses beside rectified ones; docs/splitting.md
 
@@ -92,35 +93,49 @@ class Weights:
 
 
 class Term(Protocol):
-    """Errors of single images, beyond the quadratic."""
+    """Errors of single images, beyond the quadratic, whose squares count.
 
-    def errors(self, mask: Tensor) -> Tensor:
-        """Weighted errors, (N,), whose squares count."""
+    `response` is what the images give on the whole with a mask, where it is known already.
+    """
 
-    def active(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors that are not zero, and how they change with the mask: (A,) and (A, J)."""
+    @property
+    def images(self) -> Images:
+        """The N images, the same of all terms."""
+
+    @property
+    def row(self) -> Tensor:
+        """The channel's weights and bias, (J + 1,)."""
+
+    def errors(self, mask: Tensor, response: Tensor | None = None) -> Tensor:
+        """Weighted errors, (N,)."""
+
+    def near(self, mask: Tensor, response: Tensor | None = None) -> Near:
+        """The same, and how they change with the mask."""
 
 
 @dataclass(frozen=True)
 class Beyond:
     """How far pooled responses of a concept channel go beyond bounds, up or down."""
 
-    reach: Tensor  # (N, J), inputs times weights, times the root of the image's weight
-    start: Tensor  # (N,), bias less bound, likewise; both turned around for a lower bound
+    images: Images
+    row: Tensor  # (J + 1,)
+    root: Tensor  # (N,), root of what an image counts, below zero where the bound is a lower one
+    bound: Tensor  # (N,)
 
-    def errors(self, mask: Tensor) -> Tensor:
+    def errors(self, mask: Tensor, response: Tensor | None = None) -> Tensor:
         """Errors, (N,)."""
-        return (self.reach @ mask + self.start).clamp(min=0)
+        z = self.images.respond(self.row, mask) if response is None else response
+        return ((z - self.bound) * self.root).clamp(min=0)
 
-    def active(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors that are not zero, and their slopes."""
-        errors = self.errors(mask)
-        on = errors > 0
-        return errors[on], self.reach[on]
+    def near(self, mask: Tensor, response: Tensor | None = None) -> Near:
+        """The same, and how they change with the mask."""
+        errors = self.errors(mask, response)
+        none = torch.zeros_like(errors)
+        return Near(errors, torch.where(errors > 0, self.root, none), none, torch.zeros_like(mask))
 
     def times(self, weight: float) -> Beyond:
         """The same errors, whose squares count as much less."""
-        return Beyond(self.reach * weight**0.5, self.start * weight**0.5)
+        return replace(self, root=self.root * weight**0.5)
 
 
 @dataclass(frozen=True)
@@ -167,36 +182,32 @@ class Problem:
         """
         own = images.concept == k
         power, mean = float(self.power[k]), float(self.mean[k])
-        foreign = self._beyond(images.of(~own), omega, MARGIN * max(mean, 0.0), power)
-        if mean <= 0:
-            return foreign
         least = max(0.5 * power**0.5, min(1.2, 0.6 + self.shrinkage) * mean)
-        short = self._beyond(images.of(own), PRESENCE, least, power)
-        return Beyond(
-            torch.cat([foreign.reach, -short.reach]), torch.cat([foreign.start, -short.start])
-        )
+        root = _relative(images, ~own, omega, power)
+        if mean > 0:
+            root = root - _relative(images, own, PRESENCE, power)
+        bound = torch.where(own, least, MARGIN * max(mean, 0.0))
+        return Beyond(images, self.row, root, bound)
 
-    def _beyond(self, images: Images, weight: float, bound: float, power: float) -> Beyond:
-        """Mean squares of what goes beyond an upper bound, in units of a power."""
-        total = float(images.weight.sum())
-        if not total or not power:
-            return Beyond(self.row.new_zeros(0, len(self.row) - 1), self.row.new_zeros(0))
-        root = (weight / (total * power) * images.weight).sqrt()
-        reach = images.inputs[:, :-1] * self.row[:-1] * root[:, None]
-        return Beyond(reach, (images.inputs[:, -1] * self.row[-1] - bound) * root)
+
+def _relative(images: Images, chosen: Tensor, weight: float, power: float) -> Tensor:
+    """Roots of what images count, (N,), for mean squares over the chosen in units of a power."""
+    counts = images.weight * chosen
+    total = float(counts.sum()) * power
+    return (weight / total * counts).sqrt() if total else torch.zeros_like(counts)
 
 
 def with_background(problem: Problem, images: Images) -> Problem:
     """Ask of every mask for a small response, of either sign, to images of no concept."""
-    rest = images.of(images.concept < 0)
-    taps = rest.inputs[:, :-1] * problem.row[:-1]
-    held = rest.inputs[:, -1] * problem.row[-1]
-    power = rest.weight @ (taps.sum(1) + held).square()
+    counts = images.weight * (images.concept < 0)
+    power = counts @ (images.inputs @ problem.row).square()
     if not power:
         return problem
-    weight = BACKGROUND * rest.weight / power
-    gram = problem.gram + (taps * weight[:, None]).T @ taps
-    return replace(problem, gram=gram, linear=problem.linear - (weight * held) @ taps)
+    counted = images.inputs * (BACKGROUND * counts / power)[:, None]
+    moments = counted.T @ images.inputs * torch.outer(problem.row, problem.row)  # (J + 1, J + 1)
+    return replace(
+        problem, gram=problem.gram + moments[:-1, :-1], linear=problem.linear - moments[-1, :-1]
+    )
 
 
 def pose(row: Tensor, moments: Sequence[Moment], part: float = 1.0) -> Problem:
@@ -258,20 +269,27 @@ class Objective:
 
     def value(self, mask: Tensor) -> float:
         """The objective, up to a constant."""
-        errors = sum(float(term.errors(mask).square().sum()) for term in self.terms)
+        response = self._respond(mask)
+        errors = sum(float(term.errors(mask, response).square().sum()) for term in self.terms)
         return float(mask @ (self.gram @ mask) - 2 * self.linear @ mask) + errors
 
     def solve(self, mask: Tensor, gain: float) -> Tensor:
         """Go down from a mask while a step gains more than a part of the objective.
 
-        Each step holds which errors are active, and how they change, and solves what is left.
+        Each step holds which errors are active, and how they change, and solves what is left. How
+        they change on the whole is exact, and their curvature as float32 has it, which changes the
+        way, not where it ends.
         """
         value = self.value(mask)
         for _ in range(_MAX_STEPS):
-            gram, linear = self._held(mask)
+            gradient, nears = self._gradient(mask)
+            held = self._curvature(nears)
+            held.diagonal().mul_(1 + _ROUGH_RIDGE)  # that its rounding is outweighed
+            gram = self.gram + held
             ridge = _LEAST_RIDGE * float(gram.diagonal().mean())
             ridge = max(ridge, torch.finfo(gram.dtype).tiny)  # a channel that never responds
-            change = solve_box(gram, ridge, linear + ridge * mask, mask) - mask
+            linear = gram @ mask + ridge * mask - gradient
+            change = solve_box(gram, ridge, linear, mask) - mask
             for _ in range(_HALVINGS):
                 ahead = self.value(mask + change)
                 if ahead < value:
@@ -286,17 +304,39 @@ class Objective:
 
     def residual(self, mask: Tensor) -> float:
         """How far a mask is from the nearest answer: a projected gradient step's change."""
-        gram, linear = self._held(mask)
-        return float(kkt_residual(gram, 0.0, linear, mask))
+        gradient, nears = self._gradient(mask)
+        gram = self.gram + self._curvature(nears)
+        return float(kkt_residual(gram, 0.0, gram @ mask - gradient, mask))
 
-    def _held(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The quadratic that is like the objective near a mask."""
-        gram, linear = self.gram, self.linear
-        for term in self.terms:
-            errors, slopes = term.active(mask)
-            gram = gram + slopes.T @ slopes
-            linear = linear + slopes.T @ (slopes @ mask - errors)
-        return gram, linear
+    def _respond(self, mask: Tensor) -> Tensor:
+        """Pooled responses, (N,)."""
+        return self.terms[0].images.respond(self.terms[0].row, mask)
+
+    def _gradient(self, mask: Tensor) -> tuple[Tensor, list[Near]]:
+        """Half the gradient at a mask, (J,), and the errors near it."""
+        response = self._respond(mask)
+        nears = [term.near(mask, response) for term in self.terms]
+        pull = torch.stack([near.along * near.errors for near in nears]).sum(0)  # (N,)
+        gradient = self.gram @ mask - self.linear
+        gradient += (pull @ self.terms[0].images.inputs * self.terms[0].row)[:-1]
+        for near in nears:
+            gradient += (near.across @ near.errors) * near.turn
+        return gradient, nears
+
+    def _curvature(self, nears: Sequence[Near]) -> Tensor:
+        """The errors' part of half the curvature near a mask, (J, J), as good as float32 is."""
+        images, row = self.terms[0].images, self.terms[0].row
+        counts = torch.stack([near.along.square() for near in nears]).sum(0)  # (N,)
+        most = float(counts.amax())
+        if not most:
+            return torch.zeros_like(self.gram)
+        rows = images.rough[counts > 0] * (counts[counts > 0] / most).sqrt().float()[:, None]
+        curvature = ((rows.T @ rows).to(row) * torch.outer(most * row, row))[:-1, :-1]
+        for near in nears:
+            cross = ((near.along * near.across) @ images.inputs * row)[:-1]
+            cross = torch.outer(cross + near.across.square().sum() / 2 * near.turn, near.turn)
+            curvature += cross + cross.T
+        return curvature
 
 
 def solve(
@@ -373,7 +413,7 @@ def fit_least_squares(
     """Fit the masks of all channels."""
     scan = members.scan
     prior = RowPrior(scan)
-    spreads = [rest[0].scan.spread(group) for group in range(scan.layer.groups)]
+    spreads = spreads_of(rest[0].scan)
 
     def fit(material: Mapping[int, ChannelImages], channel: int) -> Fit:
         own = material[channel]

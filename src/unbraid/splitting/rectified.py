@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unbraid.splitting.silence import MARGIN, Images
+from unbraid.scanning.records import Scan
+from unbraid.splitting.silence import MARGIN, Images, Near
 
 _LEAST_SIGMA = 1e-6  # of the rms of mean responses
 
@@ -22,37 +23,46 @@ _LEAST_SIGMA = 1e-6  # of the rms of mean responses
 class Shape:
     """What a channel's taps do in some images."""
 
-    reach: Tensor  # (N, J), pooled inputs times weights
-    n_positions: Tensor  # (N,)
-    bias: float
+    images: Images
+    row: Tensor  # (J + 1,), weights and bias
     spread: Tensor  # (M, J), deviations within images times weights, over the root of M
 
-    def respond(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Rectified responses of a masked channel, (N,), and how they change with it, (N, J)."""
-        response, below, density, turned = self._parts(mask)
-        slopes = below[:, None] * self.reach + (self.n_positions * density)[:, None] * turned
-        return response, slopes
+    def near(self, mask: Tensor, pooled: Tensor | None = None) -> Near:
+        """Rectified responses of a masked channel, and how they change with it.
 
-    def responses(self, mask: Tensor) -> Tensor:
-        """Rectified responses alone, (N,)."""
-        return self._parts(mask)[0]
-
-    def _parts(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean = self.reach @ mask / self.n_positions + self.bias
+        `pooled` are its responses before the rectifier, where they are known already.
+        """
+        pooled = self.images.respond(self.row, mask) if pooled is None else pooled
+        n_positions = self.images.inputs[:, -1]
+        mean = pooled / n_positions
         deviations = self.spread @ mask
         floor = _LEAST_SIGMA * float(mean.square().mean().sqrt()) if len(mean) else 0.0
         sigma = max(float(deviations.norm()), floor, torch.finfo(mean.dtype).tiny)
         u = mean / sigma
         below = 0.5 * (1 + torch.erf(u / math.sqrt(2)))
         density = torch.exp(-u.square() / 2) / math.sqrt(2 * math.pi)
-        response = self.n_positions * (mean * below + sigma * density)
-        return response, below, density, self.spread.T @ deviations / sigma
+        response = n_positions * (mean * below + sigma * density)
+        return Near(response, below, n_positions * density, self.spread.T @ deviations / sigma)
+
+
+def spreads_of(scan: Scan) -> list[Tensor | None]:
+    """For each group of a layer, deviations with the second moment of `Scan.spread`, (M, J)."""
+    spreads = [scan.spread(group) for group in range(scan.layer.groups)]
+    return [spread if spread is None else condense(spread) for spread in spreads]
+
+
+def condense(spread: Tensor) -> Tensor:
+    """At most J deviations of the same second moment, from those at M positions, (M, J)."""
+    n, n_taps = spread.shape
+    return torch.linalg.qr(spread)[1] * (n_taps / n) ** 0.5 if n > n_taps else spread
 
 
 @dataclass(frozen=True)
 class Rectified:
     """Errors of rectified responses: like the whole channel's on own images, else silent."""
 
+    images: Images
+    row: Tensor  # (J + 1,)
     shape: Shape
     target: Tensor  # (N,), of a concept's images, else the margin
     root: Tensor  # (N,), root of what an image counts
@@ -74,13 +84,8 @@ class Rectified:
         Silence on the images of each other concept counts a part of mimicking.
         """
         n_spread = max(1, len(spread))
-        shape = Shape(
-            images.inputs[:, :-1] * row[:-1],
-            images.inputs[:, -1],
-            float(row[-1]),
-            spread * row[:-1] / n_spread**0.5,
-        )
-        original = shape.responses(torch.ones(len(row) - 1, dtype=torch.float64))
+        shape = Shape(images, row, spread * row[:-1] / n_spread**0.5)
+        original = shape.near(torch.ones(len(row) - 1, dtype=torch.float64)).errors
         tiny = torch.finfo(torch.float32).tiny
         count = torch.zeros_like(original)  # what an image counts
         for concept in images.concept.unique().tolist():
@@ -95,19 +100,16 @@ class Rectified:
         count[rest] = omega * images.weight[rest] / (n_rest * power.clamp(min=tiny))
         margin = MARGIN * original[own].mean()
         target = torch.where(own, original, torch.where(rest, margin, 0.0))
-        return cls(shape, target, (weight * count).sqrt(), rest)
+        return cls(images, row, shape, target, (weight * count).sqrt(), rest)
 
-    def errors(self, mask: Tensor) -> Tensor:
+    def errors(self, mask: Tensor, response: Tensor | None = None) -> Tensor:
         """Weighted errors, (N,)."""
-        return self._from(self.shape.responses(mask))
+        return self.near(mask, response).errors
 
-    def active(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors that are not zero, and their slopes."""
-        response, slopes = self.shape.respond(mask)
-        errors = self._from(response)
-        on = ~self.one_sided | (errors > 0)
-        return errors[on], slopes[on] * self.root[on, None]
-
-    def _from(self, response: Tensor) -> Tensor:
-        errors = (response - self.target) * self.root
-        return torch.where(self.one_sided, errors.clamp(min=0), errors)
+    def near(self, mask: Tensor, response: Tensor | None = None) -> Near:
+        """The same, and how they change with the mask."""
+        near = self.shape.near(mask, response)
+        errors = (near.errors - self.target) * self.root
+        root = torch.where(self.one_sided & (errors <= 0), 0.0, self.root)
+        errors = torch.where(root > 0, errors, 0.0)
+        return Near(errors, near.along * root, near.across * root, near.turn)
