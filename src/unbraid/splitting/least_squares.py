@@ -1,7 +1,7 @@
 """Divide a channel's weights among its concepts by box-constrained least squares.
 
 The objective (docs/method.md, "Split") is a quadratic, which second moments of pooled inputs give,
-and `Term`s, errors of single images. Shapes: N images, J taps, K concepts.
+and errors of single images (`Objective`). Shapes: N images, J taps, K concepts.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Clusters, Members
-from unbraid.splitting.box_solver import kkt_residual, solve_box
 from unbraid.splitting.moments import (
     Moment,
     RowPrior,
@@ -26,8 +25,9 @@ from unbraid.splitting.moments import (
     join_moments,
     moment,
 )
+from unbraid.splitting.objective import Beyond, Objective
 from unbraid.splitting.rectified import Rectified, spreads_of
-from unbraid.splitting.silence import MARGIN, N_EVEN, N_TOP, Images, Near, Rest, join_images
+from unbraid.splitting.silence import MARGIN, N_EVEN, N_TOP, Images, Rest, join_images, numbers_of
 
 Need = TypeVar("Need")
 Material = TypeVar("Material")
@@ -36,14 +36,10 @@ Answer = TypeVar("Answer")
 N_IMAGES = 5000  # of a class or cluster, which the fit looks at
 _N_SHAPED = 500  # of a concept, for rectified responses
 _BYTES_AT_ONCE = 3 << 30  # of inputs
-_MAX_STEPS = 30
 BACKGROUND = 0.2  # of two-sided silence on images of no concept
 PRESENCE = 3.0  # of responses to own images that fall short; docs/splitting.md tells of what
 LEAST_PENALTY = 5.0  # times alpha: what few images leave open, other rows of the layer must say
 _LEAST_GAIN = 1e-5  # part of the objective for which another step is worth it
-_HALVINGS = 8
-_LEAST_RIDGE = 1e-9  # of the mean curvature, so that there is one answer
-_ROUGH_RIDGE = 1e-5  # part of the diagonal of what float32 gives
 _ROUGH_GAIN = 1e-3  # where another objective follows
 _POOLED_SHARE = 0.45  # at least, of pooled responses beside rectified ones; docs/splitting.md
 
@@ -79,63 +75,12 @@ def by_portion(
     return answers
 
 
-def numbers_of(concepts: Mapping[int, Sequence[Concept]]) -> dict[int, set[int]]:
-    """The classes and clusters of each channel's concepts."""
-    return {o: {number for concept in own for number in concept} for o, own in concepts.items()}
-
-
 @dataclass(frozen=True)
 class Weights:
     """What the parts of the objective count beside mimicking and silence, which count 1."""
 
     penalty: float  # lambda, in units of the mean curvature; at least `LEAST_PENALTY` alpha
     silence: float  # omega, of all images that are not of the concept
-
-
-class Term(Protocol):
-    """Errors of single images, beyond the quadratic, whose squares count.
-
-    `response` is what the images give on the whole with a mask, where it is known already.
-    """
-
-    @property
-    def images(self) -> Images:
-        """The N images, the same of all terms."""
-
-    @property
-    def row(self) -> Tensor:
-        """The channel's weights and bias, (J + 1,)."""
-
-    def errors(self, mask: Tensor, response: Tensor | None = None) -> Tensor:
-        """Weighted errors, (N,)."""
-
-    def near(self, mask: Tensor, response: Tensor | None = None) -> Near:
-        """The same, and how they change with the mask."""
-
-
-@dataclass(frozen=True)
-class Beyond:
-    """How far pooled responses of a concept channel go beyond bounds, up or down."""
-
-    images: Images
-    row: Tensor  # (J + 1,)
-    root: Tensor  # (N,), root of what an image counts, below zero where the bound is a lower one
-    bound: Tensor  # (N,)
-
-    def errors(self, mask: Tensor, response: Tensor | None = None) -> Tensor:
-        """Errors, (N,)."""
-        z = self.images.respond(self.row, mask) if response is None else response
-        return ((z - self.bound) * self.root).clamp(min=0)
-
-    def near(self, mask: Tensor, response: Tensor | None = None) -> Near:
-        """The same, and how they change with the mask."""
-        errors = self.errors(mask, response)
-        none = torch.zeros_like(errors)
-        return Near(errors, torch.where(errors > 0, self.root, none), none, torch.zeros_like(mask))
-
-    def times(self, weight: float) -> Beyond:
-        """The same errors, whose squares count as much less."""
-        return replace(self, root=self.root * weight**0.5)
 
 
 @dataclass(frozen=True)
@@ -253,90 +198,6 @@ class Fit:
     weights: Weights
     kkt_residual: float
     shrinkage: float
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What one mask should minimise: m.G.m - 2 l.m plus the squared errors of terms."""
-
-    gram: Tensor  # (J, J)
-    linear: Tensor  # (J,)
-    terms: Sequence[Term]
-
-    def near(self, center: Tensor, penalty: Tensor) -> Objective:
-        """The same, with a penalty (J, J) on being far from a mask."""
-        return replace(self, gram=self.gram + penalty, linear=self.linear + penalty @ center)
-
-    def value(self, mask: Tensor) -> float:
-        """The objective, up to a constant."""
-        response = self._respond(mask)
-        errors = sum(float(term.errors(mask, response).square().sum()) for term in self.terms)
-        return float(mask @ (self.gram @ mask) - 2 * self.linear @ mask) + errors
-
-    def solve(self, mask: Tensor, gain: float) -> Tensor:
-        """Go down from a mask while a step gains more than a part of the objective.
-
-        Each step holds which errors are active, and how they change, and solves what is left. How
-        they change on the whole is exact, and their curvature as float32 has it, which changes the
-        way, not where it ends.
-        """
-        value = self.value(mask)
-        for _ in range(_MAX_STEPS):
-            gradient, nears = self._gradient(mask)
-            held = self._curvature(nears)
-            held.diagonal().mul_(1 + _ROUGH_RIDGE)  # that its rounding is outweighed
-            gram = self.gram + held
-            ridge = _LEAST_RIDGE * float(gram.diagonal().mean())
-            ridge = max(ridge, torch.finfo(gram.dtype).tiny)  # a channel that never responds
-            linear = gram @ mask + ridge * mask - gradient
-            change = solve_box(gram, ridge, linear, mask) - mask
-            for _ in range(_HALVINGS):
-                ahead = self.value(mask + change)
-                if ahead < value:
-                    break
-                change = change / 2
-            else:
-                break
-            mask, before, value = mask + change, value, ahead
-            if before - value <= gain * abs(value):
-                break
-        return mask
-
-    def residual(self, mask: Tensor) -> float:
-        """How far a mask is from the nearest answer: a projected gradient step's change."""
-        gradient, nears = self._gradient(mask)
-        gram = self.gram + self._curvature(nears)
-        return float(kkt_residual(gram, 0.0, gram @ mask - gradient, mask))
-
-    def _respond(self, mask: Tensor) -> Tensor:
-        """Pooled responses, (N,)."""
-        return self.terms[0].images.respond(self.terms[0].row, mask)
-
-    def _gradient(self, mask: Tensor) -> tuple[Tensor, list[Near]]:
-        """Half the gradient at a mask, (J,), and the errors near it."""
-        response = self._respond(mask)
-        nears = [term.near(mask, response) for term in self.terms]
-        pull = torch.stack([near.along * near.errors for near in nears]).sum(0)  # (N,)
-        gradient = self.gram @ mask - self.linear
-        gradient += (pull @ self.terms[0].images.inputs * self.terms[0].row)[:-1]
-        for near in nears:
-            gradient += (near.across @ near.errors) * near.turn
-        return gradient, nears
-
-    def _curvature(self, nears: Sequence[Near]) -> Tensor:
-        """The errors' part of half the curvature near a mask, (J, J), as good as float32 is."""
-        images, row = self.terms[0].images, self.terms[0].row
-        counts = torch.stack([near.along.square() for near in nears]).sum(0)  # (N,)
-        most = float(counts.amax())
-        if not most:
-            return torch.zeros_like(self.gram)
-        rows = images.rough[counts > 0] * (counts[counts > 0] / most).sqrt().float()[:, None]
-        curvature = ((rows.T @ rows).to(row) * torch.outer(most * row, row))[:-1, :-1]
-        for near in nears:
-            cross = ((near.along * near.across) @ images.inputs * row)[:-1]
-            cross = torch.outer(cross + near.across.square().sum() / 2 * near.turn, near.turn)
-            curvature += cross + cross.T
-        return curvature
 
 
 def solve(

@@ -95,6 +95,11 @@ class Rest:
         return found
 
 
+def numbers_of(concepts: Mapping[int, Sequence[Concept]]) -> dict[int, set[int]]:
+    """The classes and clusters of each channel's concepts."""
+    return {o: {number for concept in own for number in concept} for o, own in concepts.items()}
+
+
 def choose_rest(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> Rest:
     """Choose images of no concept: half that excite a channel most, half spread evenly."""
     scan, channels = members.scan, list(concepts)
@@ -102,16 +107,16 @@ def choose_rest(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> 
     rows = torch.stack([augmented_row(scan, o) for o in channels])
     groups = torch.tensor([scan.layer.group_of(o) for o in channels], dtype=torch.int64)
     named: dict[int, list[int]] = {}  # which channels have a concept of a class or cluster
-    for c, own in enumerate(concepts.values()):
-        for number in {number for concept in own for number in concept}:
+    for c, numbers in enumerate(numbers_of(concepts).values()):
+        for number in numbers:
             named.setdefault(number, []).append(c)
     top, count, start = _Top(len(channels)), torch.zeros(len(channels), dtype=torch.int64), 0
     even: list[tuple[Tensor, Tensor]] = []  # places, and of which channels they are no concept's
     for records in scan.light_shards():
         place = torch.arange(start, start + len(records), dtype=torch.int64)
         rest = torch.ones(len(records), len(channels), dtype=torch.bool)
-        for number, places in members.places(records, named):
-            rest[places[:, None], torch.tensor(named[number])] = False
+        for number, own in members.places(records, named):
+            rest[own[:, None], torch.tensor(named[number])] = False
         z = rows.new_empty(rest.shape)
         for g in groups.unique().tolist():
             z[:, groups == g] = augment(records.pooled[:, g], records.n_positions) @ (
@@ -122,15 +127,15 @@ def choose_rest(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> 
         even.append((place[chosen], rest[chosen]))
         count += rest.sum(0)
         start += len(records)
-    best = top.places()
     spread, is_rest = map(torch.cat, zip(*even, strict=True))
-    places, weights = {}, {}
-    for c, o in enumerate(channels):
-        own = spread[is_rest[:, c]]
-        own = own[~torch.isin(own, best[c])]
-        each = (int(count[c]) - len(best[c])) / max(1, len(own))
-        place = torch.cat([best[c], own])
-        weight = torch.cat([rows.new_ones(len(best[c])), rows.new_full((len(own),), each)])
+    places: dict[int, Tensor] = {}
+    weights: dict[int, Tensor] = {}
+    for c, (o, best) in enumerate(zip(channels, top.places(), strict=True)):
+        others = spread[is_rest[:, c]]
+        others = others[~torch.isin(others, best)]
+        each = (int(count[c]) - len(best)) / max(1, len(others))
+        place = torch.cat([best, others])
+        weight = torch.cat([rows.new_ones(len(best)), rows.new_full((len(others),), each)])
         order = place.argsort()
         places[o], weights[o] = place[order], weight[order]
     return Rest(places, weights)
