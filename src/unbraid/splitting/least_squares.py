@@ -131,7 +131,8 @@ class Problem:
         root = _relative(images, ~own, omega, power)
         if mean > 0:
             root = root - _relative(images, own, PRESENCE, power)
-        bound = torch.where(own, least, MARGIN * max(mean, 0.0))
+        margin = torch.full_like(root, MARGIN * max(mean, 0.0))
+        bound = torch.where(own, least, margin)
         return Beyond(images, self.row, root, bound)
 
 

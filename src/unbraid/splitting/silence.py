@@ -169,9 +169,10 @@ class _Top:
         z, channel, place = map(torch.cat, zip(*self.found, strict=True))
         order = z.argsort(descending=True, stable=True)
         order = order[channel[order].argsort(stable=True)]
+        z, channel, place = z[order], channel[order], place[order]
         n_each = channel.bincount(minlength=self.n_channels)
-        rank = torch.arange(len(z)) - (n_each.cumsum(0) - n_each)[channel[order]]
-        order = order[rank < N_TOP]
-        self.found = [(z[order], channel[order], place[order])]
-        full = n_each >= N_TOP
-        self.least[full] = z[order][n_each.clamp(max=N_TOP).cumsum(0)[full] - 1]
+        rank = torch.arange(len(z), dtype=torch.int64) - (n_each.cumsum(0) - n_each)[channel]
+        last = rank == N_TOP - 1
+        self.least[channel[last]] = z[last]
+        kept = rank < N_TOP
+        self.found = [(z[kept], channel[kept], place[kept])]
