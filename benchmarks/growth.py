@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py scan          # 1k, 10k, 100k small images; 64 to 2048 channels
     python benchmarks/growth.py find          # 2048 channels, 1000 classes of 20 images
-    python benchmarks/growth.py split         # 580 channels of 2 to 20 concepts
+    python benchmarks/growth.py split         # 580 channels, 1500 concepts
     python benchmarks/growth.py refit         # groups of images by hand, corrected
     python benchmarks/growth.py imagenet DIR  # find, split, evaluate on 1.28 million records
 
@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("rest", nargs="*", help="for imagenet: the folder of the Scan")
     parser.add_argument("--images", type=int, help="the most to scan, or of each class")
     parser.add_argument("--channels", type=int, default=580, help="to split")
+    parser.add_argument("--concepts", type=int, default=1500, help="of all channels to split")
     parser.add_argument("--kernel", type=int, default=1, help="of the layer that is split")
     asked = parser.parse_args()
     torch.manual_seed(0)
@@ -235,8 +236,8 @@ def main() -> None:
             for gamma in (0.5, 0.9):
                 print_step("find", folder, 0.01, gamma, name=f"find, gamma {gamma}")
         elif asked.what == "split":
-            write_mixed(folder, asked.images or 50, asked.kernel)
-            print_step("split", folder, asked.channels, name="split, twice")
+            write_mixed(folder, asked.images or 50, asked.kernel, varied=True)
+            print_step("split", folder, asked.channels, asked.concepts)
         else:
             for part, n_images in (("train", N_TRAIN), ("val", N_VAL)):
                 if not (folder / part / "manifest.json").exists():
