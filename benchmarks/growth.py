@@ -82,7 +82,8 @@ def write_shared(folder: Path, labels: Tensor, n_used: int) -> Scan:
     def pooled(label: Tensor) -> Tensor:
         return causes[label] * (0.75 + 0.5 * torch.rand(len(label), N_IN))
 
-    return write_scan(folder, pointwise(N_OUT, N_IN), weight, labels, pooled, used)
+    layer = pointwise(N_OUT, N_IN)
+    return write_scan(folder, layer, weight, labels, pooled, used, varied=True)
 
 
 def write_mixed(folder: Path, n_images: int, kernel: int, varied: bool = False) -> Scan:

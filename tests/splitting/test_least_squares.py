@@ -174,7 +174,7 @@ def test_silence_on_other_concepts_counts_once_where_clusters_are_among_them(cas
     groups = {5: [index[label == number].tolist() for number in range(3)]}
     for own, expected in ((found, 1.0), (unbraid.find(scan, images=groups), 0.5)):
         rest = rest_of(scan, own)
-        parts = ls.on_images(rest[0], own.concepts, rest, 20, lambda material, o: material[o].part)
+        parts = ls.on_images(rest[0], own.concepts, rest, 20, lambda images, _: images.part)
         assert parts[5] == expected
 
 

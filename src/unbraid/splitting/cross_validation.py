@@ -109,10 +109,10 @@ def choose_weights(
     prior = RowPrior(members.scan)
     spreads = spreads_of(rest[0].scan)
 
-    def attempt(material: Mapping[int, ChannelImages], channel: int) -> _Trial:
+    def attempt(own: ChannelImages, channel: int) -> _Trial:
         row, q = augmented_row(members.scan, channel), prior.matrix(channel)
         spread = spreads[members.scan.layer.group_of(channel)]
-        return _try(row, material[channel], q, spread)
+        return _try(row, own, q, spread)
 
     done = on_images(members, sampled, rest, _N_IMAGES, attempt).values()
     trials = [trial for trial in done if trial.folds]

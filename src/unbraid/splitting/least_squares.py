@@ -265,6 +265,15 @@ class ChannelImages:
     part: float  # what silence on each other concept counts
 
 
+@dataclass(frozen=True)
+class _Material:
+    """What some channels' fits look at, before it is put together."""
+
+    columns: Mapping[int, Mapping[str, Tensor]]  # of the images of each class or cluster
+    rest: dict[int, Images]  # by channel
+    known: dict[tuple[int, int], Moment]  # by group and class or cluster
+
+
 def fit_least_squares(
     members: Members,
     concepts: Mapping[int, Sequence[Concept]],
@@ -277,8 +286,7 @@ def fit_least_squares(
     prior = RowPrior(scan)
     spreads = spreads_of(rest[0].scan)
 
-    def fit(material: Mapping[int, ChannelImages], channel: int) -> Fit:
-        own = material[channel]
+    def fit(own: ChannelImages, channel: int) -> Fit:
         problem = pose(augmented_row(scan, channel), own.moments, own.part)
         spread = spreads[scan.layer.group_of(channel)]
         begin = (start or {}).get(channel)
@@ -292,35 +300,26 @@ def on_images(
     concepts: Mapping[int, Sequence[Concept]],
     rest: tuple[Members, Rest],
     n_images: int,
-    work: Callable[[Mapping[int, ChannelImages], int], Answer],
+    work: Callable[[ChannelImages, int], Answer],
 ) -> dict[int, Answer]:
     """Do the work of all channels on the first images of each class and the chosen rest."""
     scan, numbers = members.scan, numbers_of(concepts)
     counts = members.count({number for own in numbers.values() for number in own})
     n_bytes_each = 8 * (scan.layer.n_taps + 1) * scan.layer.groups
 
-    def read(wanted: set[int], channels: Sequence[int]) -> dict[int, ChannelImages]:
+    def read(wanted: set[int], channels: Sequence[int]) -> _Material:
         names = ("index", "group", "pooled", "n_positions")
-        columns = members.first(wanted, n_images, names)
         others, chosen = rest
-        foreign = chosen.read(others, channels)
-        known: dict[tuple[int, int], Moment] = {}
-        return {
-            o: _gather(
-                scan.layer.group_of(o),
-                concepts[o],
-                columns,
-                foreign[o],
-                known,
-                _part(concepts[o], members.clusters),
-            )
-            for o in channels
-        }
+        return _Material(members.first(wanted, n_images, names), chosen.read(others, channels), {})
+
+    def gather(material: _Material, channel: int) -> Answer:
+        own, group = concepts[channel], scan.layer.group_of(channel)
+        return work(_gather(group, own, channel, material, members.clusters), channel)
 
     def n_bytes(number: int) -> int:
         return n_bytes_each * min(counts[number], n_images)
 
-    return by_portion(numbers, n_bytes, read, work, n_bytes_each * (N_TOP + N_EVEN))
+    return by_portion(numbers, n_bytes, read, gather, n_bytes_each * (N_TOP + N_EVEN))
 
 
 def _part(concepts: Sequence[Concept], clusters: Clusters) -> float:
@@ -333,15 +332,11 @@ def _part(concepts: Sequence[Concept], clusters: Clusters) -> float:
 
 
 def _gather(
-    group: int,
-    concepts: Sequence[Concept],
-    columns: Mapping[int, Mapping[str, Tensor]],
-    rest: Images,
-    known: dict[tuple[int, int], Moment],
-    part: float,
+    group: int, concepts: Sequence[Concept], channel: int, material: _Material, clusters: Clusters
 ) -> ChannelImages:
-    """Put together what one channel's fit looks at."""
-    parts, moments = [rest], []
+    """Put together what one channel's fit looks at, when its turn comes: it is large."""
+    columns, known = material.columns, material.known
+    parts, moments = [material.rest.pop(channel)], []
     for k, concept in enumerate(concepts):
         own = []
         for number in concept:
@@ -362,4 +357,4 @@ def _gather(
                 )
             )
         moments.append(join_moments(own))
-    return ChannelImages(moments, join_images(parts), part)
+    return ChannelImages(moments, join_images(parts), _part(concepts, clusters))
