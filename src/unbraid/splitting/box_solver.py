@@ -121,7 +121,11 @@ def kkt_residual(matrix: Tensor, ridge: float, linear: Tensor, m: Tensor) -> Ten
 
 def _switch_bounds(box: _Box, m: Tensor) -> Tensor:
     """Guess which unknowns lie at which bound, solve for the others, and guess again, (J,)."""
-    bound = _beyond(m + box.pull(m) / (box.gram.diagonal + box.ridge))
+    pull, bound = box.pull(m), (m == 1).to(m) - (m == 0).to(m)
+    if bound.any():  # an answer to a similar problem
+        bound = torch.where(bound * pull >= 0, bound, 0)
+    else:
+        bound = _beyond(m + pull / (box.gram.diagonal + box.ridge))
     # Exact answers to wrong guesses only where rough ones lead nowhere.
     bound, m, settled = _go_round(box, bound, m, exact=False)
     if not settled:

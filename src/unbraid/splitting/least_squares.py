@@ -25,7 +25,7 @@ from unbraid.splitting.moments import (
     join_moments,
     moment,
 )
-from unbraid.splitting.objective import Beyond, Objective
+from unbraid.splitting.objective import Beyond, Objective, weighted_moments
 from unbraid.splitting.rectified import Rectified, spreads_of
 from unbraid.splitting.silence import MARGIN, N_EVEN, N_TOP, Images, Rest, join_images, numbers_of
 
@@ -40,7 +40,6 @@ BACKGROUND = 0.2  # of two-sided silence on images of no concept
 PRESENCE = 3.0  # of responses to own images that fall short; docs/splitting.md tells of what
 LEAST_PENALTY = 5.0  # times alpha: what few images leave open, other rows of the layer must say
 _LEAST_GAIN = 1e-5  # part of the objective for which another step is worth it
-_ROUGH_GAIN = 1e-3  # where another objective follows
 _POOLED_SHARE = 0.45  # at least, of pooled responses beside rectified ones; docs/splitting.md
 
 
@@ -149,8 +148,8 @@ def with_background(problem: Problem, images: Images) -> Problem:
     power = counts @ (images.inputs @ problem.row).square()
     if not power:
         return problem
-    counted = images.inputs * (BACKGROUND * counts / power)[:, None]
-    moments = counted.T @ images.inputs * torch.outer(problem.row, problem.row)  # (J + 1, J + 1)
+    moments = weighted_moments(images, BACKGROUND * counts / power)
+    moments = moments * torch.outer(problem.row, problem.row)  # (J + 1, J + 1)
     return replace(
         problem, gram=problem.gram + moments[:-1, :-1], linear=problem.linear - moments[-1, :-1]
     )
@@ -220,12 +219,9 @@ def solve(
     for k in range(n_concepts):
         mask = even if start is None else start[k].double().clamp(0, 1)
         scale = weights.penalty * float(problem.curvature(k).diagonal().mean())
-        objective = aim(problem, images, weights.silence, k).near(even, scale * prior)
-        mask = objective.solve(mask, gain if spread is None else _ROUGH_GAIN)
-        if spread is not None:
-            both = aim(problem, images, weights.silence, k, spread, share)
-            objective = both.near(even, scale * prior)
-            mask = objective.solve(mask, gain)
+        target = aim(problem, images, weights.silence, k, spread, share)
+        objective = target.near(even, scale * prior)
+        mask = objective.solve(mask, gain)
         masks.append(mask)
         residuals.append(objective.residual(mask))
     return Fit(torch.stack(masks), weights, max(residuals), problem.shrinkage)

@@ -82,9 +82,7 @@ class Objective:
 
     def value(self, mask: Tensor) -> float:
         """The objective, up to a constant."""
-        response = self._respond(mask)
-        errors = sum(float(term.errors(mask, response).square().sum()) for term in self.terms)
-        return float(mask @ (self.gram @ mask) - 2 * self.linear @ mask) + errors
+        return self._at(mask).value
 
     def solve(self, mask: Tensor, gain: float) -> Tensor:
         """Go down from a mask while a step gains more than a part of the objective.
@@ -93,72 +91,83 @@ class Objective:
         they change on the whole is exact, and their curvature as float32 has it, which changes the
         way, not where it ends.
         """
-        value, curvature = self.value(mask), Curvature(self.terms[0].images)
+        point, curvature = self._at(mask), Curvature(self.terms[0].images)
         for _ in range(_MAX_STEPS):
-            gradient, nears = self._gradient(mask)
-            curvature.follow(_counts(nears))
-            gram = self._curved(curvature.matrix, nears)
+            gradient, crosses = self._slopes(point)
+            curvature.follow(_counts(point.nears))
+            gram = self._curved(curvature.matrix, point.nears, crosses)
             # So that neither rounding nor what has not been followed makes a step too long.
             gram.diagonal().add_(_ROUGH_RIDGE * (gram - self.gram).diagonal())
             ridge = _LEAST_RIDGE * float(gram.diagonal().mean())
             ridge = max(ridge, torch.finfo(gram.dtype).tiny)  # a channel that never responds
-            linear = gram @ mask + ridge * mask - gradient
-            change = solve_box(gram, ridge, linear, mask) - mask
+            linear = gram @ point.mask + ridge * point.mask - gradient
+            change = solve_box(gram, ridge, linear, point.mask) - point.mask
             for _ in range(_HALVINGS):
-                ahead = self.value(mask + change)
-                if ahead < value:
+                ahead = self._at(point.mask + change)
+                if ahead.value < point.value:
                     break
                 change = change / 2
             else:
                 break
-            mask, before, value = mask + change, value, ahead
-            if before - value <= gain * abs(value):
+            before, point = point.value, ahead
+            if before - point.value <= gain * abs(point.value):
                 break
-        return mask
+        return point.mask
 
     def residual(self, mask: Tensor) -> float:
         """How far a mask is from the nearest answer: a projected gradient step's change."""
-        gradient, nears = self._gradient(mask)
+        point = self._at(mask)
+        gradient, crosses = self._slopes(point)
         images, row = self.terms[0].images, self.terms[0].row
-        diagonal = (_counts(nears) @ images.inputs.square() * row.square())[:-1]
+        diagonal = (_counts(point.nears) @ images.inputs.square() * row.square())[:-1]
         diagonal += self.gram.diagonal()
-        for cross, near in zip(self._crosses(nears), nears, strict=True):
+        for cross, near in zip(crosses, point.nears, strict=True):
             diagonal += 2 * cross * near.turn
         scale = diagonal.amax().clamp(min=torch.finfo(diagonal.dtype).tiny)
         return float((mask - (mask - gradient / scale).clamp(0, 1)).abs().amax())
 
-    def _respond(self, mask: Tensor) -> Tensor:
-        """Pooled responses, (N,)."""
-        return self.terms[0].images.respond(self.terms[0].row, mask)
-
-    def _gradient(self, mask: Tensor) -> tuple[Tensor, list[Near]]:
-        """Half the gradient at a mask, (J,), and the errors near it."""
-        response = self._respond(mask)
+    def _at(self, mask: Tensor) -> _Point:
+        """What the objective and its errors are at a mask."""
+        response = self.terms[0].images.respond(self.terms[0].row, mask)
         nears = [term.near(mask, response) for term in self.terms]
-        pull = torch.stack([near.along * near.errors for near in nears]).sum(0)  # (N,)
-        gradient = self.gram @ mask - self.linear
-        gradient += (pull @ self.terms[0].images.inputs * self.terms[0].row)[:-1]
-        for near in nears:
-            gradient += (near.across @ near.errors) * near.turn
-        return gradient, nears
+        held = self.gram @ mask
+        errors = sum(float(near.errors.square().sum()) for near in nears)
+        return _Point(mask, held, nears, float(mask @ (held - 2 * self.linear)) + errors)
 
-    def _curved(self, moments: Tensor, nears: Sequence[Near]) -> Tensor:
+    def _slopes(self, point: _Point) -> tuple[Tensor, Tensor]:
+        """Half the gradient, (J,), and what each near's turn meets in half the curvature, (T, J).
+
+        The latter is to be taken once from either side.
+        """
+        images, row = self.terms[0].images, self.terms[0].row
+        pull = torch.stack([near.along * near.errors for near in point.nears]).sum(0)  # (N,)
+        gradient = point.held - self.linear + (pull @ images.inputs * row)[:-1]
+        crosses = torch.zeros(len(point.nears), len(gradient), dtype=gradient.dtype)
+        for near, cross in zip(point.nears, crosses, strict=True):
+            if near.across.any():
+                gradient += (near.across @ near.errors) * near.turn
+                cross += ((near.along * near.across) @ images.inputs * row)[:-1]
+                cross += near.across.square().sum() / 2 * near.turn
+        return gradient, crosses
+
+    def _curved(self, moments: Tensor, nears: Sequence[Near], crosses: Tensor) -> Tensor:
         """Half the curvature near a mask, (J, J), from weighted moments of augmented inputs."""
         row = self.terms[0].row[:-1]
         gram = moments[:-1, :-1] * row[:, None]
         gram.mul_(row).add_(self.gram)
-        for cross, near in zip(self._crosses(nears), nears, strict=True):
+        for cross, near in zip(crosses, nears, strict=True):
             gram.addr_(cross, near.turn).addr_(near.turn, cross)
         return gram
 
-    def _crosses(self, nears: Sequence[Near]) -> list[Tensor]:
-        """What each near's turn meets in half the curvature, (J,), once from either side."""
-        images, row = self.terms[0].images, self.terms[0].row
-        return [
-            ((near.along * near.across) @ images.inputs * row)[:-1]
-            + near.across.square().sum() / 2 * near.turn
-            for near in nears
-        ]
+
+@dataclass(frozen=True)
+class _Point:
+    """A mask, and what an objective is there."""
+
+    mask: Tensor  # (J,)
+    held: Tensor  # (J,), the quadratic's matrix times the mask
+    nears: Sequence[Near]
+    value: float
 
 
 class Curvature:
@@ -181,10 +190,16 @@ class Curvature:
             self.matrix, self.counts = torch.zeros_like(self.matrix), torch.zeros_like(counts)
             change, changed = counts, counts > 0
         if changed.any():
-            most = change[changed].abs().amax()  # or float32 could overflow
-            rows, shares = self.images.rough[changed], (change[changed] / most).float()
-            self.matrix = self.matrix + ((rows * shares[:, None]).T @ rows).double() * most
+            self.matrix = self.matrix + weighted_moments(self.images, change * changed)
             self.counts = torch.where(changed, counts, self.counts)
+
+
+def weighted_moments(images: Images, weights: Tensor) -> Tensor:
+    """Weighted second moments of augmented inputs, (J + 1, J + 1), as float32 has them."""
+    some = weights.nonzero()[:, 0]
+    most = weights.abs().amax()  # or float32 could overflow
+    rows, shares = images.rough[some], (weights[some] / most).float()
+    return ((rows * shares[:, None]).T @ rows).double() * most
 
 
 def _counts(nears: Sequence[Near]) -> Tensor:
