@@ -26,7 +26,7 @@ from unbraid.networks.relevance import (
     undisturbed,
 )
 from unbraid.networks.spec import LayerSpec, channels_first, pooled_input, spread_inputs
-from unbraid.scanning.records import Records, no_records
+from unbraid.scanning.fields import Records, no_records
 
 _MEMORY = 2**31  # bytes; of an accelerator a quarter of what it has
 _MOST = 64  # more brings a processor nothing
