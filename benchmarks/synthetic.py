@@ -17,8 +17,9 @@ from unbraid.base.files import write_tensors, write_whole
 from unbraid.networks.layers import bias_of, describe, weight_rows
 from unbraid.networks.spec import LayerSpec
 from unbraid.networks.weights import hash_weights
+from unbraid.scanning.fields import Records
 from unbraid.scanning.manifest import Manifest
-from unbraid.scanning.records import Records, Scan, write_shard
+from unbraid.scanning.records import Scan, write_shard
 from unbraid.splitting.splits import ChannelSplit, Split
 
 

@@ -6,8 +6,9 @@ import torch
 
 from unbraid.base.files import write_tensors, write_whole
 from unbraid.networks.spec import LayerSpec
+from unbraid.scanning.fields import Records
 from unbraid.scanning.manifest import Manifest
-from unbraid.scanning.records import Records, Scan, open_scan, write_shard
+from unbraid.scanning.records import Scan, open_scan, write_shard
 
 
 def write_scan(

@@ -241,6 +241,7 @@ def scan(**changed):
 
 FIND = ("find", "runs/a/scan-train")
 EARLY = (*RUN, "--out", "mistake")
+PUBLISHED = ("--method", "published", "--out", "x")
 INTO = {  # what a step would overwrite
     "findings.csv": FIND,
     "split.safetensors": ("split", "runs/a/scan-train"),
@@ -255,6 +256,13 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     (("layers", "own.py:build_both"), 1, "--output"),
     (("find", "nowhere"), 1, "holds no scan"),
     ((*FIND, "--tau", "0"), 2, "tau"),
+    ((*FIND, "--tau", "1e-4"), 2, "scan anew with a smaller --min-share."),
+    (
+        ("split", *FIND[1:], *LOOSE, *PUBLISHED),
+        2,
+        "with --positions and pass that scan, or give --",
+    ),
+    (("split", *FIND[1:], *LOOSE, "--rho", ".5", "--out", "x"), 2, "pass --method published with"),
     *(((*step, "--out", f"runs/a/{name}"), 2, "name another file") for name, step in INTO.items()),
     (("run", *NETWORK[:2], *NETWORK[4:], "--data", "data", "--out", "runs/a"), 1, "'s weights"),
     ((*RUN, "--labels", "predicted", "--out", "runs/a"), 1, "labels are given or predicted"),
@@ -283,7 +291,11 @@ def test_mistake_is_told_in_a_sentence_and_leaves_nothing(ran, home, call, argum
 
 def test_broken_image_is_named_or_skipped_and_listed(home, call):
     code, _, err = call(*scan(data="half", out="s[/x]", layer="0"))
-    assert (code, "half/ant/a.png" in err) == (1, True)
+    assert (code, "half/ant/a.png" in err, "or leave it out with --skip-broken." in err) == (
+        1,
+        True,
+        True,
+    )
     code, out, err = call(*scan(data="half", out="s[/x]"), "--skip-broken")  # the folder is free
     assert (code, "Left out 1 image that" in err, "half/ant/a.png" in err) == (0, True, True)
     assert "s[/x]" in out  # what looks like markup is only a name

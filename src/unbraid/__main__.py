@@ -11,6 +11,7 @@ from cyclopts import CycloptsError
 
 from unbraid.base.errors import UnbraidError, UsageError
 from unbraid.cli import app, note, say
+from unbraid.scanning.scan_options import in_command_words
 
 
 def _terminate(_signal: int, _frame: object) -> None:
@@ -35,7 +36,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     # What the library warns of is shown once, without the line of code it came from.
     note_once = functools.cache(note)
-    warnings.showwarning = lambda message, *_about, **_more: note_once(str(message))
+    warnings.showwarning = lambda message, *_about, **_more: note_once(
+        in_command_words(str(message))
+    )
     try:
         _refuse_empty(sys.argv)
         words = sys.argv[1:]
@@ -43,7 +46,7 @@ def main() -> None:
     except CycloptsError:
         code = 2
     except UnbraidError as error:
-        say(f"unbraid: {error}", style="bold red")
+        say(f"unbraid: {in_command_words(str(error))}", style="bold red")
         code = error.exit_code
     except OSError as error:  # a path that may not be read, is too long, and so on
         say(f"unbraid: {error}; name another path.", style="bold red")

@@ -13,7 +13,7 @@ from rich.console import Console
 import unbraid
 from unbraid.base.errors import UsageError
 from unbraid.base.tables import align, count, one_line
-from unbraid.scanning.scan_options import Labels, Loading, ScanOptions
+from unbraid.scanning.scan_options import Labels, Loading, ScanOptions, in_command_words
 
 if TYPE_CHECKING:
     from unbraid.images.listing import ListedImages
@@ -131,7 +131,7 @@ def show_broken(names: list[str]) -> None:
 def show_run(result: Run) -> None:
     """End a run: a short table and where the report is."""
     show_broken(result.broken)
-    show(str(result.found))
+    show(in_command_words(str(result.found)))
     if result.evaluation is not None:
         show(f"\n{result.evaluation}\n")
         show(f"{result.evaluation.summary_table()}\n")
@@ -304,7 +304,7 @@ def find(
     found = unbraid.find(opened, tau=tau, **vars(finding))
     if out is not None:
         found.to_csv(out)
-    show(str(found))
+    show(in_command_words(str(found)))
 
 
 def sensitivity(

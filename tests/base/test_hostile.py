@@ -18,8 +18,9 @@ from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.images.pictures import read_picture
 from unbraid.running.check import check
+from unbraid.scanning.fields import no_records
 from unbraid.scanning.manifest import MAX_CLASSES
-from unbraid.scanning.records import no_records, shard_path, write_shard
+from unbraid.scanning.records import shard_path, write_shard
 
 GONE = object()
 

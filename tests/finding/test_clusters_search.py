@@ -19,7 +19,8 @@ from unbraid import Split
 from unbraid.demo import network as demo
 from unbraid.finding.arv import class_cosines, class_sums
 from unbraid.finding.clusters import top_images
-from unbraid.scanning.records import no_records, write_shard
+from unbraid.scanning.fields import no_records
+from unbraid.scanning.records import write_shard
 
 
 @pytest.fixture(scope="module")

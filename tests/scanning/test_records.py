@@ -9,7 +9,8 @@ import unbraid
 from tiny_networks import WithBroken, build
 from unbraid.base.errors import RunError
 from unbraid.base.files import read_tensors, write_tensors
-from unbraid.scanning.records import COLUMNS, join_records, no_records, shard_path
+from unbraid.scanning.fields import COLUMNS, join_records, no_records
+from unbraid.scanning.records import shard_path
 
 CORRUPTORS = {
     "dropped": lambda _: None,

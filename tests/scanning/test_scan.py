@@ -176,6 +176,18 @@ def changed(change, name=""):
     return network
 
 
+class Swapping(structures.Around):
+    """Hooks swap images and tokens before the layer, and back behind it."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(6, 6))
+        self.layer.register_forward_pre_hook(lambda _, args: (args[0].transpose(0, 1),))
+        self.layer.register_forward_hook(lambda *seen: seen[-1].transpose(0, 1))
+
+    def body(self, x):
+        return self.layer(x.flatten(2).mT).mT
+
+
 class InPlace(structures.Around):
     def body(self, x):
         y = self.layer(x).exp()
@@ -210,6 +222,7 @@ REFUSED = [  # network or images, options
     (changed(lambda logits: logits[:, :, None]), {}, ModelError, r"a tensor \(1, 4, 1\), not"),
     (changed(torch.clone), {"layer": "head.spare"}, LayerError, "'head.spare' does not run"),
     (changed(lambda z: 2 * z, "layer"), {}, LayerError, "does not compute"),
+    (Swapping().double(), {}, LayerError, "has 42 rows of numbers for 4 images, perhaps because a"),
     (InPlace().double(), {}, ModelError, r"no gradient at the layer .* choose a layer behind"),
 ]
 
@@ -224,9 +237,10 @@ def test_scan_is_refused_without_a_shard(given, options, error, message, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "instead"), [("batchsize", "use batch_size"), ("shuffle", "leave it out")]
+    ("names", "instead"),
+    [(["batchsize", "a", "b", "c"], "use batch_size"), (["shuffle", "batchsize"], "leave it out")],
 )
-def test_an_unknown_argument_is_told_in_the_words_of_scan(name, instead, tmp_path):
-    sentence = re.escape(f"scan() takes no argument '{name}'; {instead}.")
+def test_the_first_unknown_argument_is_told_in_the_words_of_scan(names, instead, tmp_path):
+    sentence = re.escape(f"scan() takes no argument '{names[0]}'; {instead}.")
     with pytest.raises(TypeError, match=sentence):
-        unbraid.scan(build("3x3"), "layer", SyntheticImages(4), tmp_path, **{name: 2})
+        unbraid.scan(build("3x3"), "layer", SyntheticImages(4), tmp_path, **dict.fromkeys(names))

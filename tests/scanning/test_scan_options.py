@@ -14,7 +14,7 @@ from tiny_networks import SyntheticImages, build
 from unbraid import cli
 from unbraid.base.errors import LayerError, UsageError
 from unbraid.scanning.manifest import Manifest
-from unbraid.scanning.scan_options import Options, ScanOptions
+from unbraid.scanning.scan_options import Options, ScanOptions, in_command_words
 
 COUNT = "give a whole number, 1 or more."
 SHARE = "it must lie between 0 and 1."
@@ -68,3 +68,20 @@ def test_options_are_those_of_the_signature_the_command_and_the_manifest():
     assert usual.keys() - {"progress", "workers"} <= {own.name for own in fields(Manifest)}
     with pytest.raises(TypeError, match="takes no argument 'compiled'; leave it out"):
         unbraid.scan(build("1x1"), "layer", SyntheticImages(4), "never", compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("pass labels='predicted'.", "pass --labels predicted."),
+        ("(and min_share, batch_size)", "(and --min-share, --batch-size)"),
+        ("scan with workers=0.", "scan with --workers 0."),
+        *[(text, text) for text in ("a/batch_size.csv", "'skip_broken=True'", "rho is 2; workers")],
+        *[
+            (text, text)
+            for text in ("join=[[0, 2]]", "http://x/y?labels=1", "n_images", "threads.a")
+        ],
+    ],
+)
+def test_in_command_words_turns_arguments_into_options_and_leaves_all_else(text, told):
+    assert in_command_words(text) == told

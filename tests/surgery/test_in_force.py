@@ -191,6 +191,39 @@ def test_apply_refuses_a_function_that_still_runs_the_original(by_its_class):
         split_network(network)
 
 
+def by_variable(*seen):
+    return GLOBALS[0](seen[-1])
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+@pytest.mark.parametrize("name", ["", "layer", "head"])
+@pytest.mark.parametrize("way", ["variable", "object"])
+def test_apply_names_the_hook_that_leads_to_the_original(kind, name, way, monkeypatch):
+    network = reaching("module")
+    monkeypatch.setitem(globals(), "GLOBALS", [network.layer])
+    hook = by_variable if way == "variable" else Leading(network)
+    getattr(network.get_submodule(name), f"register_{kind}_hook")(hook)
+    called = "'by_variable'" if way == "variable" else "of type Leading"
+    of = f"layer '{name}'" if name else "the network"
+    told = f"the {kind.replace('full_', '').replace('_', ' ')} hook {called} of {of} "
+    with pytest.raises(ModelError, match=f"{told}.*; remove that hook first, and give it to the"):
+        split_network(network)
+
+
+class Leading:
+    """Cannot be copied, and holds a network."""
+
+    __slots__ = ("network",)
+
+    def __init__(self, network):
+        self.network = network
+
+    __reduce_ex__ = Refuses.__reduce_ex__
+
+    def __call__(self, *_seen):
+        pass
+
+
 def test_check_in_force_takes_few_passes_and_leaves_the_network():
     network = reaching("closure")
     n_runs = []

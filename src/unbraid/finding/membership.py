@@ -16,8 +16,9 @@ from unbraid.base.errors import UsageError
 from unbraid.base.schema import in_range
 from unbraid.base.tables import count
 from unbraid.networks.relevance import input_relevance
+from unbraid.scanning.fields import Records
 from unbraid.scanning.manifest import MAX_CLASSES
-from unbraid.scanning.records import Records, Scan
+from unbraid.scanning.records import Scan
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,7 +53,7 @@ def sort_out(items: Sequence[Loaded], skip_broken: bool) -> tuple[list[Loaded], 
             # A copy, as one that holds itself by its traceback would hold worker processes too.
             raise type(item.fault)(str(item.fault))
     if broken and not skip_broken:
-        remedy = "Mend or remove it, or leave it out with skip_broken (--skip-broken)."
+        remedy = "Mend or remove it, or leave it out with skip_broken=True."
         raise DataError(f"{broken[0].fault} {remedy}")
     return [item for item in items if item.fault is None], [item.index for item in broken]
 

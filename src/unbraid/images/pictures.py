@@ -119,7 +119,7 @@ def _is_deep_tiff(opened: Tiff.TiffImageFile) -> bool:
     bits, white = max(values(Tiff.BITSPERSAMPLE)), max(values(_MAX_SAMPLE_VALUE, _WHITE))
     odd = set(values(Tiff.SAMPLEFORMAT)) & _NUMBERS.keys()
     if odd or (bits > 8 and bits != 16):
-        numbers = _NUMBERS[odd.pop()] if odd else "whole numbers"
+        numbers = _NUMBERS[min(odd)] if odd else "whole numbers"
         raise _UnfitNumbers(f"holds {numbers} of {bits} bits")
     if 0 < max(values(Tiff.COLORMAP, _WHITE)) < 256:  # Pillow keeps the high byte
         raise _UnfitNumbers("has a palette of nearly black colours")

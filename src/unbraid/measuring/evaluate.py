@@ -43,7 +43,8 @@ from unbraid.measuring.results import (
     Semantics,
     join,
 )
-from unbraid.scanning.records import Records, Scan
+from unbraid.scanning.fields import Records
+from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit, Split
 
 _MAX_BYTES = 2**27  # of responses to all images held at a time

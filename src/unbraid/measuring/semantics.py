@@ -23,7 +23,8 @@ from unbraid.images.dataset import labels_of
 from unbraid.measuring.encoders import Encoder, load_batches, load_encoder, name_of_encoder, ready
 from unbraid.measuring.reference_images import TopImages, reference_images
 from unbraid.measuring.results import ChannelSemantics, Likeness, Semantics
-from unbraid.scanning.records import Records, Scan
+from unbraid.scanning.fields import Records
+from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit, Split
 
 N_TOP = 20

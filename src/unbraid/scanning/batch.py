@@ -26,7 +26,7 @@ from unbraid.networks.relevance import (
     undisturbed,
 )
 from unbraid.networks.spec import LayerSpec, channels_first, pooled_input, spread_inputs
-from unbraid.scanning.records import Records, no_records
+from unbraid.scanning.fields import Records, no_records
 
 _MEMORY = 2**31  # bytes; of an accelerator a quarter of what it has
 _MOST = 64  # more brings a processor nothing
@@ -190,9 +190,10 @@ def _records_of(
     spec, index = layer.spec, known["index"]
     n_images = len(index)
     relevance = output_relevance(spec.name, cut.outputs, gradients)
-    pooled = _sum_calls(n_images, [call.pooled for call in cut.inputs])
+    pooled = _sum_calls(spec, n_images, [call.pooled for call in cut.inputs])
     z = [channels_first(spec, output.detach()).flatten(2) for output in cut.outputs]
     summed = _sum_calls(
+        spec,
         n_images,
         [channels_first(spec, r).flatten(2).sum(2, dtype=pooled.dtype) for r in relevance],
     )
@@ -228,8 +229,15 @@ def _starts(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _sum_calls(n_images: int, calls: Sequence[Tensor]) -> Tensor:
+def _sum_calls(spec: LayerSpec, n_images: int, calls: Sequence[Tensor]) -> Tensor:
     """Sum (N * parts, ...) over calls of a layer and the parts, such as windows, of an image."""
+    for call in calls:
+        if not len(call) or len(call) % n_images:
+            raise LayerError(
+                f"Layer {spec.name!r} has {len(call)} rows of numbers for {n_images} images, "
+                "perhaps because a hook changes their order; remove that hook, or choose another "
+                "layer."
+            )
     return torch.stack([call.unflatten(0, (n_images, -1)).sum(1) for call in calls]).sum(0)
 
 
@@ -274,12 +282,12 @@ def _check_linear(
     expected = torch.einsum("ngj,goj->ngo", pooled, rows).flatten(1)
     expected += n_positions * bias_of(module).to(pooled.dtype)
     wide = [call.to(pooled.dtype) for call in z]
-    actual = _sum_calls(n_images, [call.sum(2) for call in wide])
-    scale = _sum_calls(n_images, [call.abs().sum(2) for call in wide]).max()
+    actual = _sum_calls(spec, n_images, [call.sum(2) for call in wide])
+    scale = _sum_calls(spec, n_images, [call.abs().sum(2) for call in wide]).max()
     # Rounding is far below, errors above; under autocast the layer's output is the coarser.
     coarsest: float = max(torch.finfo(values.dtype).eps for values in (weight, *z))
     if (actual - expected).abs().max() > coarsest**0.5 * scale + 1e-12:
         raise LayerError(
             f"Layer {spec.name!r} ({spec.kind}) does not compute what its weights say, perhaps "
-            "because a hook changes its output; it cannot be split."
+            "because a hook changes its output; remove that hook, or choose another layer."
         )

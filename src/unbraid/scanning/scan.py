@@ -165,7 +165,7 @@ def scan_into(
     **given: Unpack[Options],
 ) -> dict[str, Scan]:
     """Scan several layers in one pass, each into a folder of its own; the rest is as in `scan`."""
-    for name in given.keys() - ScanOptions.__dataclass_fields__.keys():
+    for name in (name for name in given if name not in ScanOptions.__dataclass_fields__):
         near = get_close_matches(name, ScanOptions.__dataclass_fields__, 1)
         instead = f"use {near[0]}" if near else "leave it out"
         raise TypeError(f"scan() takes no argument {name!r}; {instead}.")

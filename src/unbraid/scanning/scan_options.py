@@ -6,6 +6,7 @@ No torch in here, so that the command line shows its help at once.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, TypedDict, get_args
@@ -105,6 +106,31 @@ class ScanOptions(Loading):
         if not isinstance(plain["source"], dict):
             raise UsageError(f"source is {a_type(source)}; give a dictionary, or None.")
         return replace(self, **plain)
+
+
+def in_command_words(text: str) -> str:
+    """Say what a message advises as the command line has it, its options in place of arguments.
+
+    >>> in_command_words("lower batch_size, scan with positions=True or give rho=0.7.")
+    'lower --batch-size, scan with --positions or give --rho 0.7.'
+    """
+
+    def as_option(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"]
+        if value is None and (name not in _ARGUMENTS or "_" not in name):
+            return found[0]
+        option = f"--{name.replace('_', '-')}"
+        return option if value in (None, "True") else f"{option} {value.strip(chr(39))}"
+
+    return _ARGUMENT.sub(as_option, text)
+
+
+_ARGUMENTS = frozenset(own.name for own in fields(ScanOptions))
+# Neither a part of a path, a pattern or a text in quotes, nor one that goes on.
+_ARGUMENT = re.compile(
+    r"(?<![\w./'\"=?&-])(?P<name>[a-z]+(?:_[a-z]+)*)(?:=(?P<value>True|\d[\d.]*(?<!\.)|'\w+'))?"
+    r"(?![\w/=-]|\.\w)"
+)
 
 
 class Options(TypedDict, total=False):

@@ -35,8 +35,9 @@ from unbraid.networks.outputs import check_labels
 from unbraid.networks.preflight import look_first
 from unbraid.networks.relevance import kept_channels_last, undisturbed
 from unbraid.scanning.batch import Place, scan_batch
+from unbraid.scanning.fields import Records, join_records
 from unbraid.scanning.manifest import Manifest, read_manifest
-from unbraid.scanning.records import Records, join_records, shard_path, write_shard
+from unbraid.scanning.records import shard_path, write_shard
 from unbraid.scanning.scan_options import ScanOptions
 
 _PATIENCE = 60.0  # seconds; NFS shows a folder anew after half of that

@@ -75,8 +75,9 @@ def split(
     rho = check_rho(rho)
     if method == "published" and rho is None and not scan.positions:
         raise UsageError(
-            "The published criterion for rho needs positions: scan the training images again with "
-            "positions=True, classes=found.classes and pass that scan, or give rho=0.7."
+            "The published criterion for rho needs positions: scan the training images again "
+            "(those of the classes found will do) with positions=True and pass that scan, or give "
+            "rho=0.7."
         )
     scans = [scan]
     if everything is not None and method == "least_squares":

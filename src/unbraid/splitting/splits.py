@@ -20,8 +20,9 @@ from unbraid.base.tables import Table, Tabular, count
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import ClusterEntry, Clusters, Members, name_of, pack, unpack
 from unbraid.networks.spec import LayerSpec, respond, widen
+from unbraid.scanning.fields import sound_figures
 from unbraid.scanning.manifest import MAX_CLASSES, most_classes
-from unbraid.scanning.records import Scan, sound_figures
+from unbraid.scanning.records import Scan
 
 SCHEMA = 1
 

@@ -227,14 +227,12 @@ def _refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str]
         reach = Reach(modules[holder] for holder in {"", *chain.from_iterable(paths)})
         why = _way_past(copied, reach)
         if why:
-            raise ModelError(
-                f"The split of layer {name!r} would not be in force: {why}; let the network's code "
-                "reach the layer by self or by an argument."
-            )
+            raise ModelError(f"The split of layer {name!r} would not be in force: {why}.")
 
 
 def _way_past(copied: nn.Module, reach: Reach) -> str:
-    """Say what in a network's copy leads to the original; empty if nothing is seen to."""
+    """Say what in a network's copy leads to the original, and what to do; empty if nothing does."""
+    hooks = _hooks_of(copied)
     way = reach.path(copied)
     reached = list(reach.apart.values())
     kinds = dict.fromkeys(type(one) for one in reached if issubclass(type(one), nn.Module))
@@ -243,19 +241,49 @@ def _way_past(copied: nn.Module, reach: Reach) -> str:
         held = (m for m in methods if isinstance(m, types.FunctionType) and m.__closure__)
         way = next((path for path in map(reach.path, held) if path is not None), None)
     if way is not None:
-        return f"{_name_holder(way)} still leads to the original network"
+        hook = next((hooks[id(one)] for one in way[::-1] if id(one) in hooks), "")
+        return f"{hook or _name_holder(way)} still leads to the original network; {_advise(hook)}"
     forwards = [inspect.getattr_static(kind, "forward") for kind in kinds]
     functions = [f for f in (*reached, *forwards) if type(f) is types.FunctionType]
-    for function in functions:  # which grows
+    users = {function: hooks.get(id(function), "") for function in functions}  # which grow
+    for function in functions:
         for name in _globals_used(function.__code__):
             value = function.__globals__.get(name)
             if type(value) is types.FunctionType and value.__globals__ is function.__globals__:
-                if value not in functions:
+                if value not in users:
+                    users[value] = users[function]
                     functions.append(value)
             elif isinstance(value, _RUNNABLE) and reach.leads(value):
-                user = f"{function.__qualname__!r} uses the global variable {name!r}"
-                return f"{user}, which stays the original's"
+                hook = users[function]
+                user = f"{hook or repr(function.__qualname__)} uses the global variable {name!r}"
+                return f"{user}, which stays the original's; {_advise(hook)}"
     return ""
+
+
+def _advise(hook: str) -> str:
+    if hook:
+        return "remove that hook first, and give it to the split network"
+    return "let the network's code reach the layer by self or by an argument"
+
+
+def _hooks_of(model: nn.Module) -> dict[int, str]:
+    """Name all hooks in a network, by the ids of what is called and of the function behind it."""
+    named: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SplitLayer):  # which keeps those of its layer's there
+            module = module.original
+        for kind, hooks in vars(module).items():
+            if not (kind.endswith("_hooks") and isinstance(hooks, Mapping)):
+                continue
+            words = kind.strip("_").removesuffix("s").replace("_", " ")
+            of = f"layer {name!r}" if name else "the network"
+            for hook in hooks.values():
+                function = getattr(hook, "__func__", hook)
+                called = getattr(function, "__qualname__", None)
+                called = repr(called) if called else f"of type {type(hook).__name__}"
+                named.setdefault(id(hook), f"the {words} {called} of {of}")
+                named.setdefault(id(function), named[id(hook)])
+    return named
 
 
 def _name_holder(way: Sequence[object]) -> str:
