@@ -47,7 +47,8 @@ Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an acceler
 Names = Annotated[Path | None, Parameter(help=_NAMES)]
 Out = Annotated[Path, Parameter(help="Where to write.")]
 Table = Annotated[Path | None, Parameter(help="CSV file to write or replace.")]
-ScanPath = Annotated[Path, Parameter(help="Folder of a finished scan.")]
+_SCANS = "Folder of a finished scan; several, or a pattern such as 'scan-*', are read as one."
+ScanPaths = Annotated[list[Path], Parameter(help=_SCANS, negative="")]
 RunPath = Annotated[Path, Parameter(help="Folder of a finished run.")]
 FigureKind = Literal["teaser", "densities", "sources"]
 Tau = Annotated[float | Literal["auto"], Parameter(help="Smallest share that matters, or auto.")]
@@ -292,7 +293,7 @@ def scan(
 
 
 def find(
-    scan: ScanPath, *, tau: Tau = 0.03, finding: Finding = Finding(), out: Table = None
+    scan: ScanPaths, *, tau: Tau = 0.03, finding: Finding = Finding(), out: Table = None
 ) -> None:
     """Find the polysemantic channels in a scan of training images."""
     from unbraid.scanning.accuracy import describe_fit, scanned_accuracy
@@ -308,7 +309,7 @@ def find(
 
 
 def sensitivity(
-    scan: ScanPath, *, taus: Grid = None, ps: Grid = None, gammas: Grid = None, out: Table = None
+    scan: ScanPaths, *, taus: Grid = None, ps: Grid = None, gammas: Grid = None, out: Table = None
 ) -> None:
     """Count the polysemantic channels for every combination of thresholds, in seconds.
 
@@ -325,7 +326,7 @@ def sensitivity(
 
 
 def split(
-    scan: ScanPath,
+    scan: ScanPaths,
     *,
     out: Out,
     tau: Tau = 0.03,
@@ -347,12 +348,11 @@ def split(
     show(f"Split {len(divided.channels)} channels into {out}")
 
 
-def evaluate(split: Path, scan: Path, *, out: Path | None = None) -> None:
+def evaluate(split: Path, scan: ScanPaths, *, out: Path | None = None) -> None:
     """Measure how well a split's concept channels separate their concepts.
 
     Args:
         split: Split file.
-        scan: Folder of a scan of validation images.
         out: JSON file to write or replace.
     """
     refuse_result(out)

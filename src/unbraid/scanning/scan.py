@@ -49,7 +49,7 @@ from unbraid.scanning.accuracy import (
 )
 from unbraid.scanning.batch import batch_size_for
 from unbraid.scanning.manifest import Manifest, hash_indices, read_manifest
-from unbraid.scanning.records import Scan, open_scan
+from unbraid.scanning.records import Scan, open_one
 from unbraid.scanning.scan_options import Options, ScanOptions
 from unbraid.scanning.shards import Target, claim_together, images_per_shard, join_team, scan_shards
 
@@ -191,7 +191,7 @@ def scan_into(
     if early:
         _tell_fit(sampled_accuracy(model, dataset, indices, common["batch_size"]), common, options)
     scan_shards(model, targets, dataset, labels, indices, team, options)
-    scans = {name: open_scan(folder) for name, folder in folders.items()}
+    scans = {name: open_one(folder) for name, folder in folders.items()}
     for done in scans.values():
         if len(done.broken()) == len(indices):
             raise DataError(f"None of the {len(indices)} images could be read; mend the data set.")
