@@ -100,11 +100,11 @@ def load(network: Network) -> LoadedModel:
     return loaded
 
 
-def open_images(loaded: LoadedModel, source: str) -> ListedImages:
+def open_images(loaded: LoadedModel, source: str, listed: Path | None = None) -> ListedImages:
     """Open images from any source, with a network's preprocessing and labels."""
     from unbraid.images.open import images_for
 
-    images, assumed = images_for(loaded, source)
+    images, assumed = images_for(loaded, source, listed)
     note(assumed)
     return images
 
@@ -201,10 +201,10 @@ def run(
         encoder: timm:NAME, to tell how alike images are; by default the network itself.
         overwrite: Put the results, once finished, in the place of a run with other settings in OUT.
     """
+    from unbraid.base.team import n_ranks
     from unbraid.images.open import absolute, images_like, labelled, part_of
     from unbraid.running.folders import Thresholds
     from unbraid.running.run import run_layers
-    from unbraid.scanning.shards import n_ranks
 
     if n_ranks() > 1:
         raise UsageError(
@@ -270,12 +270,13 @@ def scan(
         data: Folder of images, in class folders or not; list of them (CSV, Parquet); shards
             (FILE.tar, a folder of such, train-{000..012}.tar, a URL); hf:FOLDER.
     """
+    from unbraid.base.team import is_first
     from unbraid.images.dataset import name_of
+    from unbraid.images.kept import LISTED
     from unbraid.images.open import absolute, labelled
-    from unbraid.scanning.shards import is_first
 
     loaded = load(network)
-    images = open_images(loaded, data)
+    images = open_images(loaded, data, out / LISTED)
     options = replace(
         options,
         labels=options.labels if labelled(images) else "predicted",
