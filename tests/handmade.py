@@ -8,7 +8,7 @@ from unbraid.base.files import write_tensors, write_whole
 from unbraid.networks.spec import LayerSpec
 from unbraid.scanning.fields import Records
 from unbraid.scanning.manifest import Manifest
-from unbraid.scanning.records import Scan, open_scan, write_shard
+from unbraid.scanning.records import Scan, open_one, write_shard
 
 
 def write_scan(
@@ -45,7 +45,7 @@ def write_scan(
     layer = {"weight": weight, "bias": torch.zeros(n_out).to(weight) if bias is None else bias}
     write_tensors(folder / "layer.safetensors", layer, {})
     write_whole(folder / "manifest.json", manifest.to_json().encode())
-    return open_scan(folder)
+    return open_one(folder)
 
 
 def random_shares(n_images, n_channels, seed=0, spread=2.0):

@@ -35,8 +35,8 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.reporting.figures import source_figure as source_figure
     from unbraid.reporting.figures import teaser_figure as teaser_figure
     from unbraid.reporting.report import report as report
+    from unbraid.scanning.many import open_scan as open_scan
     from unbraid.scanning.records import Scan as Scan
-    from unbraid.scanning.records import open_scan as open_scan
     from unbraid.scanning.scan import scan as scan
     from unbraid.splitting.split import split as split
     from unbraid.splitting.splits import Split as Split
@@ -65,7 +65,8 @@ _NAMES = {
     "networks.outputs": "with_logits",
     "reporting.figures": "density_figure save_figure source_figure teaser_figure",
     "reporting.report": "report",
-    "scanning.records": "Scan open_scan",
+    "scanning.many": "open_scan",
+    "scanning.records": "Scan",
     "scanning.scan": "scan",
     "splitting.split": "split",
     "splitting.splits": "Split",

@@ -47,7 +47,8 @@ Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an acceler
 Names = Annotated[Path | None, Parameter(help=_NAMES)]
 Out = Annotated[Path, Parameter(help="Where to write.")]
 Table = Annotated[Path | None, Parameter(help="CSV file to write or replace.")]
-ScanPath = Annotated[Path, Parameter(help="Folder of a finished scan.")]
+_SCANS = "Folder of a finished scan; several, or a pattern such as 'scan-*', are read as one."
+ScanPaths = Annotated[list[Path], Parameter(help=_SCANS, negative="")]
 RunPath = Annotated[Path, Parameter(help="Folder of a finished run.")]
 FigureKind = Literal["teaser", "densities", "sources"]
 Tau = Annotated[float | Literal["auto"], Parameter(help="Smallest share that matters, or auto.")]
@@ -99,11 +100,11 @@ def load(network: Network) -> LoadedModel:
     return loaded
 
 
-def open_images(loaded: LoadedModel, source: str) -> ListedImages:
+def open_images(loaded: LoadedModel, source: str, listed: Path | None = None) -> ListedImages:
     """Open images from any source, with a network's preprocessing and labels."""
     from unbraid.images.open import images_for
 
-    images, assumed = images_for(loaded, source)
+    images, assumed = images_for(loaded, source, listed)
     note(assumed)
     return images
 
@@ -200,10 +201,10 @@ def run(
         encoder: timm:NAME, to tell how alike images are; by default the network itself.
         overwrite: Put the results, once finished, in the place of a run with other settings in OUT.
     """
+    from unbraid.base.team import n_ranks
     from unbraid.images.open import absolute, images_like, labelled, part_of
     from unbraid.running.folders import Thresholds
     from unbraid.running.run import run_layers
-    from unbraid.scanning.shards import n_ranks
 
     if n_ranks() > 1:
         raise UsageError(
@@ -269,12 +270,13 @@ def scan(
         data: Folder of images, in class folders or not; list of them (CSV, Parquet); shards
             (FILE.tar, a folder of such, train-{000..012}.tar, a URL); hf:FOLDER.
     """
+    from unbraid.base.team import is_first
     from unbraid.images.dataset import name_of
+    from unbraid.images.kept import LISTED
     from unbraid.images.open import absolute, labelled
-    from unbraid.scanning.shards import is_first
 
     loaded = load(network)
-    images = open_images(loaded, data)
+    images = open_images(loaded, data, out / LISTED)
     options = replace(
         options,
         labels=options.labels if labelled(images) else "predicted",
@@ -292,7 +294,7 @@ def scan(
 
 
 def find(
-    scan: ScanPath, *, tau: Tau = 0.03, finding: Finding = Finding(), out: Table = None
+    scan: ScanPaths, *, tau: Tau = 0.03, finding: Finding = Finding(), out: Table = None
 ) -> None:
     """Find the polysemantic channels in a scan of training images."""
     from unbraid.scanning.accuracy import describe_fit, scanned_accuracy
@@ -308,7 +310,7 @@ def find(
 
 
 def sensitivity(
-    scan: ScanPath, *, taus: Grid = None, ps: Grid = None, gammas: Grid = None, out: Table = None
+    scan: ScanPaths, *, taus: Grid = None, ps: Grid = None, gammas: Grid = None, out: Table = None
 ) -> None:
     """Count the polysemantic channels for every combination of thresholds, in seconds.
 
@@ -325,7 +327,7 @@ def sensitivity(
 
 
 def split(
-    scan: ScanPath,
+    scan: ScanPaths,
     *,
     out: Out,
     tau: Tau = 0.03,
@@ -347,12 +349,11 @@ def split(
     show(f"Split {len(divided.channels)} channels into {out}")
 
 
-def evaluate(split: Path, scan: Path, *, out: Path | None = None) -> None:
+def evaluate(split: Path, scan: ScanPaths, *, out: Path | None = None) -> None:
     """Measure how well a split's concept channels separate their concepts.
 
     Args:
         split: Split file.
-        scan: Folder of a scan of validation images.
         out: JSON file to write or replace.
     """
     refuse_result(out)

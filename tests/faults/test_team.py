@@ -7,10 +7,12 @@ from torch.distributed import HashStore
 
 from faults.test_faults import assert_same, start
 from tiny_networks import SyntheticImages, build
+from unbraid.base import team
 from unbraid.base.errors import RunError
+from unbraid.base.team import Team
 from unbraid.scanning import shards
 from unbraid.scanning.scan import scan
-from unbraid.scanning.shards import Target, Team, claim_together
+from unbraid.scanning.shards import Target, claim_together
 
 
 @pytest.fixture
@@ -35,12 +37,12 @@ def test_ranks_that_would_scan_another_network_are_told_and_touch_nothing(target
 
 def test_what_was_claimed_before_a_restart_does_not_count(monkeypatch):
     store = HashStore()
-    monkeypatch.setattr(shards, "_joined", lambda: (store, 0, 1))
-    monkeypatch.setattr(shards, "n_ranks", lambda: 2)
+    monkeypatch.setattr(team, "_joined", lambda: (store, 0, 1))
+    monkeypatch.setattr(team, "n_ranks", lambda: 2)
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        monkeypatch.setattr(shards, "_works", iter([0]))  # as in a process that has just begun
-        assert list(shards.join_team().claims(3)) == [0, 1, 2]
+        monkeypatch.setattr(team, "_works", iter([0]))  # as in a process that has just begun
+        assert list(team.join_team().claims(3)) == [0, 1, 2]
 
 
 def test_what_a_file_system_shows_late_is_waited_for_but_not_for_ever(target, monkeypatch):

@@ -89,7 +89,12 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, sync it and rename it; raises RunError, UsageError."""
-    _write(path, content, lambda temporary: temporary.replace(path))
+    write_through(path, lambda file: file.write(content))
+
+
+def write_through(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Write a file as `write_whole` does, which `fill` fills, so that memory need not hold it."""
+    _write(path, fill, lambda temporary: temporary.replace(path))
 
 
 def write_new(path: Path, content: bytes) -> bool:
@@ -107,15 +112,15 @@ def write_new(path: Path, content: bytes) -> bool:
         temporary.unlink(missing_ok=True)
 
     if not taken:
-        _write(path, content, name_first)
+        _write(path, lambda file: file.write(content), name_first)
     return not taken
 
 
-def _write(path: Path, content: bytes, name: Callable[[Path], object]) -> None:
+def _write(path: Path, fill: Callable[[BinaryIO], object], name: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_for(path) as (temporary, file):
-            file.write(content)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
             if os.name != "posix":

@@ -18,7 +18,7 @@ from torch import Tensor
 from unbraid.finding.arv import ClassSums, cosines_of
 from unbraid.finding.findings import Pair
 from unbraid.networks.relevance import input_relevance
-from unbraid.scanning.records import Scan, sound_tensors
+from unbraid.scanning.records import Scan
 
 N_REPLICATES = 200  # drawn anew, they would move an end by about a tenth of half the interval
 N_HALVINGS = 10
@@ -158,7 +158,7 @@ def _weighted_means(
         chosen = order[torch.isin(label[order], classes)]
         if not len(chosen):  # then the pooled inputs need not be read
             continue
-        own = sound_tensors(scan.path, scan.manifest, shard, ["index", "pooled"])
+        own = scan.some(shard, ["index", "pooled"])
         pooled = own["pooled"][chosen].flatten(1)
         place = torch.searchsorted(classes, label[chosen])
         weights = weigh(place, own["index"][chosen]).to(dtype)

@@ -18,6 +18,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from unbraid.base.errors import DataError, UsageError, brief
 from unbraid.base.modes import same_random
 from unbraid.images.broken import UNLABELLED, BrokenImage, read_pair, to_label
+from unbraid.images.mapped import Chosen, Numbers, Texts
 
 One = TypeVar("One")
 
@@ -88,9 +89,11 @@ def own(dataset: Dataset[Any], name: str) -> tuple[bool, Any]:
         return False, None
 
 
-def own_list(dataset: Dataset[Any], name: str) -> list[Any] | None:
+def own_list(dataset: Dataset[Any], name: str) -> Sequence[Any] | None:
     """Return a list with an entry for each image that a data set keeps itself, None without."""
     kept = own(dataset, name)[1]
+    if isinstance(kept, (Texts, Numbers, Chosen)):  # which lies in a file
+        return kept
     if hasattr(kept, "tolist"):  # going through a tensor would make one of every value
         kept = kept.tolist()
     if not isinstance(kept, Sequence) or isinstance(kept, str):
@@ -134,12 +137,12 @@ def all_hold(dataset: Dataset[Any], name: str) -> bool:
 
 
 def gathered(
-    dataset: Dataset[Any], listed: Callable[[Dataset[Any]], list[One] | None], *names: str
+    dataset: Dataset[Any], listed: Callable[[Dataset[Any]], Sequence[One] | None], *names: str
 ) -> list[One] | None:
     """Gather what is listed for each image from the data sets inside of one, in its own order."""
     if not is_known(dataset) or any(own(dataset, name)[0] for name in names):
         return None
-    by_part: dict[int, list[One]] = {}
+    by_part: dict[int, Sequence[One]] = {}
     for part in inner_of(dataset):
         found = listed(part)
         if found is None:
@@ -175,7 +178,7 @@ def drawing_alike() -> Iterator[None]:
 # --- labels ---------------------------------------------------------------------------------------
 
 
-def labels_of(dataset: Dataset[Any], needed: bool = True) -> list[int]:
+def labels_of(dataset: Dataset[Any], needed: bool = True) -> Sequence[int]:
     """Return all labels: those that a data set lists, else what its images come with.
 
     Broken images count as unlabelled, and so do all where no list is kept and none is needed.
@@ -197,10 +200,12 @@ def labels_of(dataset: Dataset[Any], needed: bool = True) -> list[int]:
     return labels
 
 
-def listed_labels(dataset: Dataset[Any]) -> list[int] | None:
+def listed_labels(dataset: Dataset[Any]) -> Sequence[int] | None:
     """Return the labels that a data set keeps a list of, None where it keeps none."""
     for name in _OF_LABELS:
         kept = own_list(dataset, name)
+        if isinstance(kept, Numbers):
+            return kept
         if kept is not None:
             change = _target_transform(dataset)
             if kept and change is None and _is_raw(kept[0]):
@@ -239,7 +244,7 @@ class Relabelled(Around):
 # --- groups ---------------------------------------------------------------------------------------
 
 
-def groups_of(dataset: Dataset[Any]) -> list[int] | None:
+def groups_of(dataset: Dataset[Any]) -> Sequence[int] | None:
     """Return which images belong together, as numbers, None where a data set does not say.
 
     In parts of a ConcatDataset equal texts are one group; numbers are each part's own.
@@ -249,6 +254,8 @@ def groups_of(dataset: Dataset[Any]) -> list[int] | None:
     keys = _group_keys(dataset)
     if keys is None:
         return None
+    if isinstance(keys, Chosen):
+        return keys.numbers
     numbers: dict[Any, int] = {}
     try:
         return [numbers.setdefault(key, len(numbers)) for key in keys]
@@ -258,7 +265,7 @@ def groups_of(dataset: Dataset[Any]) -> list[int] | None:
         ) from None
 
 
-def _group_keys(dataset: Dataset[Any]) -> list[Any] | None:
+def _group_keys(dataset: Dataset[Any]) -> Sequence[Any] | None:
     """The group of each image as the data set names it."""
     is_own, kept = own(dataset, "groups")
     if is_own:

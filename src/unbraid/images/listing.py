@@ -6,7 +6,7 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 from PIL import Image
 from torch.utils.data import Dataset
 
-from unbraid.base.errors import DataError, is_of_file, out_of_reach
+from unbraid.base.errors import DataError, OutOfReach, is_of_file, out_of_reach
 from unbraid.base.tables import count, one_line
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.labels import NO_LABELS, Classes, Reading, reading_of, show_names
+from unbraid.images.mapped import Numbers, Pairs, Texts, distinct
 from unbraid.images.pictures import EXTENSIONS, UNREAD, read_picture
 from unbraid.networks.class_names import LONGEST, number_in, output_number
 
@@ -29,13 +30,18 @@ _OF_PROGRAMS = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN",
 
 @dataclass(frozen=True)
 class Files:
-    """Reads image files by index."""
+    """Reads image files by index; where their sizes are known, none that was changed since."""
 
-    paths: list[str]
+    paths: Sequence[str]
+    sizes: Sequence[int] | None = None  # bytes, -1 for a file that was gone
 
     def __call__(self, index: int) -> Image.Image:
         """Read one image."""
-        return read_picture(self.paths[index])
+        path = self.paths[index]
+        found = None if self.sizes is None else look_at(path, f"Image {path}")
+        if found is not None and self.sizes is not None and found.st_size != self.sizes[index]:
+            raise OutOfReach(f"{path} was changed since it was listed; start again.")
+        return read_picture(path)
 
 
 @dataclass(frozen=True)
@@ -43,18 +49,18 @@ class Listing:
     """What a source holds, before it is known which output each class stands for. N images."""
 
     source: str  # for messages
-    ids: list[str]  # (N,), what names each image for good
+    ids: Sequence[str]  # (N,), what names each image for good
     read: Callable[[int], Image.Image]  # by index; goes to worker processes
     classes: list[str]  # names, in their order; none without labels
-    class_of: list[int]  # (N,), index among the classes, UNLABELLED without labels
-    groups: list[str] | None = None  # (N,), which images belong together
-    sizes: list[int] | None = None  # (N,), bytes
+    class_of: Sequence[int]  # (N,), index among the classes, UNLABELLED without labels
+    groups: Sequence[str] | None = None  # (N,), which images belong together
+    sizes: Sequence[int] | None = None  # (N,), bytes
     root: str | None = None  # of a folder, whose images are named by their paths
 
     @property
     def known(self) -> Classes:
         """Its classes, and which have images."""
-        used = set(self.class_of)
+        used = distinct(self.class_of)
         seen = [name for k, name in enumerate(self.classes) if k in used]
         return Classes(self.classes, self.source, seen, of_folders=self.root is not None)
 
@@ -83,15 +89,26 @@ class ListedImages(Dataset[tuple[Any, int]]):
         if labels != {} and listing.classes:
             reading = reading_of(labels, known)
         self.labels, self.reading = reading.labels, reading.how
-        of_class = [self.labels.get(name, UNLABELLED) for name in listing.classes]
-        self.targets = [of_class[k] if self.labels else UNLABELLED for k in listing.class_of]
+        # The last one is what UNLABELLED, -1, stands for.
+        table = [self.labels.get(name, UNLABELLED) for name in listing.classes] + [UNLABELLED]
+        self.targets: Sequence[int] = (
+            listing.class_of.of(table)
+            if isinstance(listing.class_of, Numbers)
+            else [table[k] for k in listing.class_of]
+        )
         self.classes = list(class_names) or show_names(reading, {}, known.seen)
         self.ids, self.sizes, self.groups = listing.ids, listing.sizes, listing.groups
         self.transform = transform
         self._read = listing.read
         if isinstance(listing.read, Files) and listing.root is not None:
             self.root = listing.root
-            self.samples = list(zip(listing.read.paths, self.targets, strict=True))
+            paths = listing.read.paths
+            mapped = isinstance(paths, Texts)
+            self.samples: Sequence[tuple[str, int]] = (
+                Pairs(paths, self.targets)
+                if mapped
+                else list(zip(paths, self.targets, strict=True))
+            )
 
     def __len__(self) -> int:
         """Number of images."""
@@ -191,6 +208,26 @@ def seen_from(root: str, path: str) -> str:
 
 def list_folder(root: Path, with_classes: bool = True) -> Listing:
     """List a folder of class folders, or of images without classes."""
+    classes, found = walk_folder(root, with_classes)
+    paths: list[str] = []
+    class_of: list[int] = []
+    for number, own in found:
+        paths += own
+        class_of += [number] * len(own)
+    return Listing(
+        source=str(root),
+        ids=[seen_from(str(root), path) for path in paths],
+        read=Files(paths),
+        classes=classes,
+        class_of=class_of,
+        root=str(root),
+    )
+
+
+def walk_folder(
+    root: Path, with_classes: bool
+) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """The classes of a folder, and the images of each, with its number, as they are asked for."""
     shown = shown_in(root)
     classes = sorted(path.name for path in shown if path.is_dir()) if with_classes else []
     own = sorted(path.name for path in shown if not path.is_dir() and _is_picture(path))
@@ -198,33 +235,18 @@ def list_folder(root: Path, with_classes: bool = True) -> Listing:
         raise DataError(
             f"{root} has no class folders; put the images of each class into a folder of its own."
         )
-    of_class = {name: _pictures_below(root / name) for name in classes}
-    n_below = sum(map(len, of_class.values()))
-    if own and n_below:
+    n_below = sum(len(_pictures_below(root / name)) for name in classes) if own else 0
+    if n_below:
         raise DataError(
             f"{root} has {count(len(own), 'image')} of its own, such as {one_line(own[0])}, and "
             f"{n_below:,} in folders, so it is not plain whether the folders are classes; move one "
             "or the other elsewhere."
         )
     if own or not classes:
-        classes, of_class = [], {"": _pictures_below(root)}
-    for path in shown if classes else ():
+        return [], iter([(UNLABELLED, _some_below(root))])
+    for path in shown:
         _refuse_dangling(path)
-    empty = next((name for name, files in of_class.items() if not files), None)
-    if empty is not None:
-        raise DataError(
-            f"Folder {root / empty} holds no image ({', '.join(EXTENSIONS)}); fill or remove it."
-        )
-    paths = [path for files in of_class.values() for path in files]
-    class_of = [k for k, files in enumerate(of_class.values()) for _ in files]
-    return Listing(
-        source=str(root),
-        ids=[seen_from(str(root), path) for path in paths],
-        read=Files(paths),
-        classes=classes,
-        class_of=class_of if classes else [UNLABELLED] * len(paths),
-        root=str(root),
-    )
+    return classes, ((k, _some_below(root / name)) for k, name in enumerate(classes))
 
 
 def is_hidden(name: str) -> bool:
@@ -256,6 +278,16 @@ def _is_picture(path: Path) -> bool:
 def _refuse_dangling(path: Path) -> None:
     if path.is_symlink() and not os.path.exists(path):
         raise DataError(f"{path} is a link to what is not there; mend or remove it.")
+
+
+def _some_below(folder: Path) -> list[str]:
+    """List the images; DataError where there is none."""
+    found = _pictures_below(folder)
+    if not found:
+        raise DataError(
+            f"Folder {folder} holds no image ({', '.join(EXTENSIONS)}); fill or remove it."
+        )
+    return found
 
 
 def _pictures_below(folder: Path) -> list[str]:

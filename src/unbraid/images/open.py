@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from unbraid.base.arguments import as_path
 from unbraid.base.errors import DataError, ModelError, UsageError, brief
 from unbraid.base.tables import one_line
 from unbraid.images.broken import UNLABELLED, first_readable
+from unbraid.images.identity import agree
+from unbraid.images.kept import keep, write_folder, write_listing
 from unbraid.images.labels import GUESSED, Outputs, fit_any, read_classes, show_names
 from unbraid.images.listing import ListedImages, Listing, Transform, list_folder, shown_in
 from unbraid.images.lists import CSV, PARQUET, list_rows, list_saved, list_table
+from unbraid.images.mapped import Texts, distinct
 from unbraid.images.pictures import EXTENSIONS, UNREAD
 from unbraid.images.tar import SHARD, is_compressed, is_url, list_shards
 from unbraid.networks.class_names import output_names
@@ -39,6 +43,7 @@ def open_images(
     labels: dict[str, int] | None = None,
     class_names: Sequence[str] = (),
     outputs: GivenOutputs | None = None,
+    listed: str | Path | None = None,
 ) -> ListedImages:
     """Open images, wherever they are; `docs/data.md` says what they may look like.
 
@@ -52,6 +57,9 @@ def open_images(
         outputs: the names of a network's outputs, their number, or the network, which is then run
             on one image; classes are matched with them. By default a class is its number where all
             have numbers for names, else its place among the sorted names.
+        listed: a file for the list of images, which it replaces; then none of the list is in
+            memory, and of processes that torchrun starts the first alone makes it, and the others
+            wait and map it (docs/scale.md).
 
     Returns:
         A data set of (image, label) for `unbraid.scan`. Its `reading` says how labels were found;
@@ -65,8 +73,12 @@ def open_images(
     """
     if labels is not None and outputs is not None:
         raise UsageError("labels and outputs both say what classes stand for; give one of them.")
-    listing = list_images(str(source), with_classes=labels != {})
-    return _open(listing, transform, labels, class_names, outputs)
+    file = None if listed is None else as_path("listed", listed)
+    listing = list_images(str(source), with_classes=labels != {}, listed=file)
+    images = _open(listing, transform, labels, class_names, outputs)
+    if isinstance(listing.ids, Texts):
+        agree(images)
+    return images
 
 
 def from_hugging_face(
@@ -149,9 +161,19 @@ def _settle(outputs: GivenOutputs | None, images: ListedImages) -> Outputs:
     return Outputs(names if len(names) == n else (), n)
 
 
-def images_for(loaded: LoadedModel, where: str) -> tuple[ListedImages, str]:
+def images_for(
+    loaded: LoadedModel, where: str, listed: Path | None = None
+) -> tuple[ListedImages, str]:
     """Open images with a network's preprocessing and labels; a note says what was guessed."""
-    listing, own = list_images(where), loaded.class_names
+    listing = list_images(where, listed=listed)
+    images, note = _fitted(loaded, where, listing)
+    if isinstance(listing.ids, Texts):
+        agree(images)
+    return images, note
+
+
+def _fitted(loaded: LoadedModel, where: str, listing: Listing) -> tuple[ListedImages, str]:
+    own = loaded.class_names
     given: tuple[str, ...] = ()
     if listing.classes or loaded.names.by_output:
         unread = ListedImages(listing, loaded.transform, {})
@@ -187,11 +209,27 @@ def images_like(images: ListedImages, where: str) -> ListedImages:
 
 def labelled(images: ListedImages) -> bool:
     """Say whether images come with labels."""
-    return set(images.targets) != {UNLABELLED}
+    return distinct(images.targets) != {UNLABELLED}
 
 
-def list_images(where: str, with_classes: bool = True) -> Listing:
+def list_images(where: str, with_classes: bool = True, listed: Path | None = None) -> Listing:
     """List the images of a source as `open_images` takes it; folders in a folder may be classes."""
+    if listed is None or where.startswith(SAVED):  # which arrow maps anyway
+        listing = _list_others(where)
+        return list_folder(Path(where), with_classes) if listing is None else listing
+
+    def write() -> None:
+        listing = _list_others(where)
+        if listing is None:
+            write_folder(listed, Path(where), with_classes)
+        else:
+            write_listing(listed, listing)
+
+    return keep(listed, write)
+
+
+def _list_others(where: str) -> Listing | None:
+    """List the images of what is no folder of images; None of one that is."""
     path = Path(where)
     kind = path.suffix.lower()
     if where.startswith(SAVED):
@@ -203,7 +241,7 @@ def list_images(where: str, with_classes: bool = True) -> Listing:
         return list_table(path)
     if not is_folder and os.path.exists(where):
         raise DataError(f"{where} is no source of images; name a folder or {', '.join(_FILES)}.")
-    return list_folder(path, with_classes)
+    return None
 
 
 def _holds_shards(folder: Path) -> bool:

@@ -13,7 +13,7 @@ import shutil
 import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +45,9 @@ class Members:
 
     shards: list[str]
     stamps: list[Stamp] = field(default_factory=list)  # of each, by which it is known again
-    ids: list[str] = field(default_factory=list)
-    places: array[int] = field(default_factory=lambda: array("q"))  # shard, offset, size of each
+    ids: Sequence[str] = field(default_factory=list)
+    # Shard, offset and size of each image.
+    places: Sequence[int] = field(default_factory=lambda: array("q"))
 
     def __call__(self, index: int) -> Image.Image:
         """Read one image."""
@@ -68,18 +69,21 @@ def list_shards(where: str) -> Listing:
     double = next((name for name, n in Counter(names).items() if n > 1), None)
     if double is not None:
         raise DataError(f"{where} has two shards called {double}; give each its own name.")
-    reader = Members(shards)
+    stamps: list[Stamp] = []
+    ids: list[str] = []
+    places = array("q")
     labels: list[str | None] = []
     for k, (shard, name) in enumerate(zip(shards, names, strict=True)):
         found = look_at(shard, f"Shard {shard}")
         if found is None:
             raise DataError(f"There is no shard {shard}; name tar files that are there.")
-        reader.stamps.append(stamp_of(found))
+        stamps.append(stamp_of(found))
         for key, files in _samples(shard).items():
-            reader.ids.append(f"{name}/{key}")
-            reader.places.extend((k, *files["image"]))
-            labels.append(_label(shard, reader.stamps[k], key, files))
-    return make_listing(where, reader.ids, reader, labels, sizes=list(reader.places[2::3]))
+            ids.append(f"{name}/{key}")
+            places.extend((k, *files["image"]))
+            labels.append(_label(shard, stamps[k], key, files))
+    reader = Members(shards, stamps, ids, places)
+    return make_listing(where, ids, reader, labels, sizes=list(places[2::3]))
 
 
 Place = tuple[int, int]  # where a member's content lies, and its size, in bytes

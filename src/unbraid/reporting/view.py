@@ -296,6 +296,9 @@ def _settings(material: Material) -> dict[str, str]:
             places = ", ".join(map(str, broken[:10])) + (" …" if len(broken) > 10 else "")
             images += f"; {count(len(broken), 'broken image')} left out (places {places})"
         rows |= {f"{name} images": images, f"{name} data fingerprint": one.manifest.data}
+        if len(one.parts) > 1:
+            parts = (f"{part.path.name} ({part.manifest.n_images:,})" for part in one.parts)
+            rows[f"{name} scans"] = ", ".join(parts)
     rows["preprocessing"] = manifest.preprocessing or "unknown"
     rows["versions"] = ", ".join(f"{k} {v}" for k, v in manifest.versions.items())
     return rows

@@ -39,7 +39,8 @@ from unbraid.reporting.report import report as write_report
 from unbraid.running import folders
 from unbraid.running.folders import Settings, Thresholds, as_labelled, validation_images
 from unbraid.scanning.batch import Place, scan_batch
-from unbraid.scanning.records import Scan, open_scan
+from unbraid.scanning.many import open_scan
+from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import scan_into, usable_in
 from unbraid.scanning.scan_options import MIN_SHARE, Labels, Loading
 from unbraid.splitting.split import check_rho, split

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unbraid.base.arguments import as_path, whole_number
+from unbraid.base.arguments import whole_number
 from unbraid.base.errors import RunError
 from unbraid.base.files import names_in, read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
@@ -47,25 +47,44 @@ class Scan:
         """Whether the records hold the layer's input maps."""
         return self.manifest.positions
 
+    @property
+    def parts(self) -> tuple[Scan, ...]:
+        """The scans that it is read from: itself, unless several were opened as one."""
+        return (self,)
+
+    @property
+    def n_shards(self) -> int:
+        """How many shards it has."""
+        return self.manifest.n_shards
+
+    def shard(self, number: int) -> Records:
+        """Read one shard."""
+        return read_shard(self.path, number, self.manifest)
+
+    def some(self, shard: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """Read some tensors of one shard, and nothing else."""
+        return sound_tensors(self.path, self.manifest, shard, names)
+
+    def holds(self, shard: int, name: str) -> bool:
+        """Whether one shard has a tensor."""
+        return name in names_in(shard_path(self.path, shard))
+
     def shards(self) -> Iterator[Records]:
         """Read the records shard by shard, so that memory does not grow with their number."""
-        for shard in range(self.manifest.n_shards):
-            yield read_shard(self.path, shard, self.manifest)
+        return map(self.shard, range(self.n_shards))
 
     def light_shards(self) -> Iterator[Records]:
         """Read the records as `shards` does, without shares, input maps, positions and ids."""
         empty = vars(no_records(self.layer, positions=True)) | {"input_map": None}
-        for shard in range(self.manifest.n_shards):
-            has_groups = "group" in names_in(shard_path(self.path, shard))
-            names = (*_LIGHT, "group") if has_groups else _LIGHT
-            own = sound_tensors(self.path, self.manifest, shard, names)
+        for shard in range(self.n_shards):
+            names = (*_LIGHT, "group") if self.holds(shard, "group") else _LIGHT
+            own = self.some(shard, names)
             no_share = torch.zeros(len(own["index"]) + 1, dtype=torch.int64)
             yield Records(**{**empty, **own, "share_start": no_share})
 
     def tensors(self, *names: str) -> Iterator[dict[str, Tensor]]:
         """Read some tensors of every shard, and nothing else."""
-        for shard in range(self.manifest.n_shards):
-            yield sound_tensors(self.path, self.manifest, shard, names)
+        return (self.some(shard, names) for shard in range(self.n_shards))
 
     def columns(self, name: str) -> Iterator[Tensor]:
         """Read one tensor of every shard, and nothing else."""
@@ -95,14 +114,12 @@ class Scan:
         return torch.cat(parts)
 
     def _spread_kept(self, shard: int) -> Tensor | None:
-        if "spread" not in names_in(shard_path(self.path, shard)):
+        if not self.holds(shard, "spread"):
             return None
-        names = ("spread_start", "spread")
-        return sound_tensors(self.path, self.manifest, shard, names)["spread"]
+        return self.some(shard, ("spread_start", "spread"))["spread"]
 
     def _spread_of_maps(self, shard: int) -> Tensor:
-        names = ("index", "broken", "pooled", "input_map")
-        own = sound_tensors(self.path, self.manifest, shard, names)
+        own = self.some(shard, ("index", "broken", "pooled", "input_map"))
         scanned = torch.cat([own["index"], own["broken"]]).sort().values
         first = shard * self.manifest.shard_size
         sampled = [k - first for k in self.manifest.sampled if 0 <= k - first < len(scanned)]
@@ -121,23 +138,17 @@ class Scan:
     def ids(self) -> dict[int, str]:
         """What names each image for good, by index; empty where the data set had no ids."""
         ids: dict[int, str] = {}
-        for shard in range(self.manifest.n_shards):
-            if "id_start" not in names_in(shard_path(self.path, shard)):
+        for shard in range(self.n_shards):
+            if not self.holds(shard, "id_start"):
                 return {}
-            own = sound_tensors(self.path, self.manifest, shard, ("index", "id_start", "id_bytes"))
+            own = self.some(shard, ("index", "id_start", "id_bytes"))
             names = unpack_ids(own["id_start"], own["id_bytes"])
             ids.update(zip(own["index"].tolist(), names, strict=True))
         return ids
 
 
-@in_plain_modes
-def open_scan(path: str | Path) -> Scan:
-    """Open a finished scan.
-
-    Raises:
-        RunError: there is no scan, it is damaged, or it was not finished.
-    """
-    folder = as_path("path", path)
+def open_one(folder: Path) -> Scan:
+    """Open the finished scan in a folder; the rest is as in `unbraid.open_scan`."""
     manifest = read_manifest(folder)
     if manifest is None:
         inside = sorted(path.parent.name for path in folder.glob("*/manifest.json"))

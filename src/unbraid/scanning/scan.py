@@ -22,9 +22,11 @@ from torch.utils.data import Dataset
 from unbraid.base.arguments import as_path
 from unbraid.base.errors import DataError, ModelError, UsageError
 from unbraid.base.modes import in_plain_modes
+from unbraid.base.team import join_team
 from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.dataset import Around, class_names_of, labels_of, size_of
 from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of, text_of
+from unbraid.images.mapped import distinct
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.layers import (
     LayerName,
@@ -49,9 +51,9 @@ from unbraid.scanning.accuracy import (
 )
 from unbraid.scanning.batch import batch_size_for
 from unbraid.scanning.manifest import Manifest, hash_indices, read_manifest
-from unbraid.scanning.records import Scan, open_scan
+from unbraid.scanning.records import Scan, open_one
 from unbraid.scanning.scan_options import Options, ScanOptions
-from unbraid.scanning.shards import Target, claim_together, images_per_shard, join_team, scan_shards
+from unbraid.scanning.shards import Target, claim_together, images_per_shard, scan_shards
 
 
 def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,7 +193,7 @@ def scan_into(
     if early:
         _tell_fit(sampled_accuracy(model, dataset, indices, common["batch_size"]), common, options)
     scan_shards(model, targets, dataset, labels, indices, team, options)
-    scans = {name: open_scan(folder) for name, folder in folders.items()}
+    scans = {name: open_one(folder) for name, folder in folders.items()}
     for done in scans.values():
         if len(done.broken()) == len(indices):
             raise DataError(f"None of the {len(indices)} images could be read; mend the data set.")
@@ -200,9 +202,9 @@ def scan_into(
     return scans
 
 
-def _indices(options: ScanOptions, labels: Sequence[int]) -> list[int]:
+def _indices(options: ScanOptions, labels: Sequence[int]) -> Sequence[int]:
     """Indices in the data set of the images to scan, in order."""
-    if options.labels == "given" and set(labels) == {UNLABELLED}:
+    if options.labels == "given" and distinct(labels) == {UNLABELLED}:
         raise UsageError("The data set has no labels; pass labels='predicted'.")
     if options.indices is not None:
         indices = list(options.indices)
@@ -212,11 +214,11 @@ def _indices(options: ScanOptions, labels: Sequence[int]) -> list[int]:
             )
         return indices
     if options.classes is None:
-        return list(range(len(labels)))
+        return range(len(labels))
     wanted = set(options.classes)
     if not wanted:
         raise UsageError("classes is empty; name the classes to scan, or None for all.")
-    if empty := wanted - set(labels):
+    if empty := wanted - distinct(labels):
         raise UsageError(f"classes names {sorted(empty)}, of which the data set has no image.")
     return [index for index, label in enumerate(labels) if label in wanted]
 
@@ -226,7 +228,7 @@ def _describe_all(
     modules: list[nn.Module],
     dataset: Dataset[Any],
     labels: Sequence[int],
-    indices: list[int],
+    indices: Sequence[int],
     options: ScanOptions,
     begun: Manifest | None,
 ) -> dict[str, Any]:

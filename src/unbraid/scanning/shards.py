@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
-import os
 import time
 import warnings
 from bisect import bisect_left
@@ -18,17 +16,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed import HashStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError, OutOfMemory, RunError, memory_full
 from unbraid.base.files import remove_leftovers, write_tensors, write_whole
+from unbraid.base.team import Team, n_ranks
 from unbraid.images.batches import as_batch, deaths_told, image_progress, in_batches, load
 from unbraid.images.broken import Loaded, sort_out
 from unbraid.images.dataset import groups_of, listed_labels
 from unbraid.images.identity import ids_of, pack_ids
+from unbraid.images.mapped import Numbers
 from unbraid.networks.copying import device_of
 from unbraid.networks.layers import bias_of, weight_rows
 from unbraid.networks.outputs import check_labels
@@ -42,82 +39,11 @@ from unbraid.scanning.scan_options import ScanOptions
 
 _PATIENCE = 60.0  # seconds; NFS shows a folder anew after half of that
 _PAUSE = 0.5
-_LOOK = 0.05  # seconds between looks at what others have done
 
 
 def images_per_shard(positions: bool) -> int:
     """Choose how many images a shard holds: pooled inputs are small, input maps are not."""
     return 128 if positions else 1024
-
-
-class Team:
-    """Processes that scan together, or one alone: they share a store, where shards are claimed.
-
-    Nobody waits for anybody before the end, so no number of processes or shards makes them hang.
-    """
-
-    def __init__(self, store: Store, rank: int, size: int) -> None:
-        """Begin a work, in a store that holds nothing else."""
-        self.first = rank == 0  # who speaks and prepares for all
-        self._store, self._rank, self._size = store, rank, size
-        self._counted = 0
-
-    def lead(self, prepare: Callable[[], None], work: str) -> str:
-        """Let the first prepare; the others wait for it. Return the first's text for the work."""
-        if self.first:
-            prepare()
-            self._store.set("prepared", work)
-        self._wait_for(["prepared"])
-        return bytes(self._store.get("prepared")).decode()
-
-    def claims(self, n_pieces: int) -> Iterator[int]:
-        """Hand out the pieces of the work one by one, each to whoever asks next."""
-        while (piece := self._store.add("claimed", 1) - 1) < n_pieces:
-            yield piece
-
-    def count(self, n: int) -> int:
-        """Add to what all have counted; return by how much that has grown since the last call."""
-        total = self._store.add("counted", n)
-        grown, self._counted = total - self._counted, total
-        return int(grown)
-
-    def finish(self) -> None:
-        """Wait until all have done what they claimed; torchrun ends us if one dies."""
-        self._store.set(f"done {self._rank}", "")
-        self._wait_for([f"done {rank}" for rank in range(self._size)])
-
-    def _wait_for(self, keys: list[str]) -> None:
-        while not self._store.check(keys):  # in short steps, so that a signal is heard
-            time.sleep(_LOOK)
-
-
-def join_team() -> Team:
-    """The team for the next work; every process must ask for the same works in the same order."""
-    if n_ranks() == 1:
-        return Team(HashStore(), 0, 1)
-    store, rank, size = _joined()
-    # The store outlives processes that torchrun starts anew, and what they claimed does not count.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Team(PrefixStore(f"unbraid {attempt} {next(_works)}", store), rank, size)
-
-
-def n_ranks() -> int:
-    """How many processes torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
-def is_first() -> bool:
-    """Whether this process speaks for all."""
-    return os.environ.get("RANK", "0") == "0" or n_ranks() == 1
-
-
-_works = itertools.count()
-
-
-@functools.cache
-def _joined() -> tuple[Store, int, int]:
-    joined: tuple[Any, int, int] = next(rendezvous("env://"))
-    return joined
 
 
 @dataclass(frozen=True)
@@ -165,8 +91,12 @@ def claim(targets: Sequence[Target]) -> None:
 
 def claim_together(targets: Sequence[Target], team: Team) -> None:
     """Let the first process of a team claim the folders; RunError if another makes other scans."""
-    own = json.dumps([target.manifest.to_json() for target in targets])
-    first = team.lead(partial(claim, targets), own)
+
+    def prepare() -> str:
+        claim(targets)
+        return json.dumps([target.manifest.to_json() for target in targets])
+
+    first = team.lead(prepare)
     theirs = [Manifest.from_json(text) for text in json.loads(first)]
     if [target.manifest.scan_id for target in targets] == [other.scan_id for other in theirs]:
         return
@@ -328,8 +258,11 @@ def _look(
     with suppress(OutOfMemory):  # memory is a thing that the scan can deal with
         logits = look_first(model, images.to(device_of(model)), layers, n_fewest)
         if listed is not None:
-            index = torch.tensor(indices, dtype=torch.int64)
-            check_labels(torch.tensor(listed, dtype=torch.int64)[index], index, logits)
+            # Of a list in a file one image of each class will do.
+            mapped = isinstance(listed, Numbers) and isinstance(indices, range)
+            chosen = sorted(listed.first().values()) if mapped else list(indices)  # type: ignore[attr-defined]
+            label = torch.tensor([listed[k] for k in chosen], dtype=torch.int64)
+            check_labels(label, torch.tensor(chosen, dtype=torch.int64), logits)
 
 
 def _check_labels_agree(items: Sequence[Loaded], labels: Sequence[int]) -> None:
@@ -343,7 +276,11 @@ def _check_labels_agree(items: Sequence[Loaded], labels: Sequence[int]) -> None:
 
 
 def _write(
-    target: Target, shard: int, records: Records, groups: list[int] | None, ids: list[str] | None
+    target: Target,
+    shard: int,
+    records: Records,
+    groups: Sequence[int] | None,
+    ids: Sequence[str] | None,
 ) -> None:
     """Write a shard of a layer, with what the data set says of its images."""
     index = records.index.tolist()
