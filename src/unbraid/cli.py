@@ -89,6 +89,7 @@ def load(network: Network) -> LoadedModel:
     from unbraid.networks.models import load_model
     from unbraid.networks.outputs import with_logits
 
+    unbraid.keep_memory()
     loaded = load_model(network.model, network.weights, network.device)
     if network.names is not None:
         loaded = replace(loaded, names=read_names(network.names))
@@ -154,6 +155,7 @@ def demo(*, out: Out, features: Features = True) -> None:
     from unbraid.running.folders import Thresholds
     from unbraid.running.run import run as run_pipeline
 
+    unbraid.keep_memory()
     say("A small network trained on Fashion-MNIST, and a sample of its images.")
     result = run_pipeline(
         load_network(),

@@ -227,7 +227,7 @@ def scan_shards(
         advance = stack.enter_context(image_progress(title, len(indices), n_done, show=show))
         stack.enter_context(deaths_told())
         stack.enter_context(undisturbed(model))
-        if options.channels_last:
+        if same.channels_last:
             stack.enter_context(kept_channels_last(model))
         # Sums round otherwise with another number of threads.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
