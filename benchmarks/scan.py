@@ -6,9 +6,10 @@
     python benchmarks/scan.py files      # JPEG files, and what reading them costs alone
 
 All ways take turns over the same images; with `command` each is a process of its own, as memory is
-kept for all of a process, and its clock starts when everything is imported. Random ones in memory go through ResNet-50 with random
-weights, layer4.2.conv3. JPEG files are drawn, of 500 x 375 pixels and about 110 kB as ImageNet's
-are on average, and go through --network. Processor time is that of workers too.
+kept for all of a process, and its clock starts when everything is imported. Random images in memory
+go through ResNet-50 with random weights, layer4.2.conv3. JPEG files are drawn, of 500 x 375 pixels
+and about 110 kB as ImageNet's are on average, and go through --network. Processor time is that of
+workers too.
 Needs nothing but unbraid, and for lite0 what lite0.py names.
 """
 

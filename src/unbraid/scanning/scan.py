@@ -26,6 +26,7 @@ from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.dataset import Around, class_names_of, labels_of, size_of
 from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of, text_of
 from unbraid.networks.copying import device_of, unwrap
+from unbraid.networks.formats import faster_channels_last
 from unbraid.networks.layers import (
     LayerName,
     describe,
@@ -37,13 +38,7 @@ from unbraid.networks.layers import (
     weight_rows,
 )
 from unbraid.networks.outputs import picks_of, run_network
-from unbraid.networks.relevance import (
-    Cut,
-    cut_at,
-    faster_channels_last,
-    gradients_at,
-    undisturbed,
-)
+from unbraid.networks.relevance import Cut, cut_at, gradients_at, undisturbed
 from unbraid.networks.spec import LayerSpec
 from unbraid.networks.weights import hash_weights, refuse_broken_weights
 from unbraid.scanning.accuracy import (
@@ -136,7 +131,8 @@ def scan(
         autocast: run the network in bfloat16 where torch sees fit, which is faster where the device
             has it; sums are of float32 all the same.
         channels_last: keep the weights of 2-D convolutions channels last meanwhile; by default as
-            the scan which goes on, else where that is known to be faster (docs/scale.md). A network that is so already needs no telling.
+            the scan which goes on, else where that is known to be faster (docs/scale.md). A network
+            that is so already needs no telling.
 
     Returns:
         The finished Scan; for a list or pattern, a dictionary of Scans by the layers' names.

@@ -30,10 +30,11 @@ from unbraid.images.broken import Loaded, sort_out
 from unbraid.images.dataset import groups_of, listed_labels
 from unbraid.images.identity import ids_of, pack_ids
 from unbraid.networks.copying import device_of
+from unbraid.networks.formats import kept_channels_last
 from unbraid.networks.layers import bias_of, weight_rows
 from unbraid.networks.outputs import check_labels
 from unbraid.networks.preflight import look_first
-from unbraid.networks.relevance import kept_channels_last, undisturbed
+from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.manifest import Manifest, read_manifest
 from unbraid.scanning.records import Records, join_records, shard_path, write_shard
