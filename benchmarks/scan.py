@@ -1,13 +1,16 @@
 """What a scan costs beside bare inference.
 
     python benchmarks/scan.py            # also three layers, and the published per-image step
+    python benchmarks/scan.py command    # the command beside inference as a script of one's own
     python benchmarks/scan.py formats    # bfloat16 and channels last, in inference and in a scan
     python benchmarks/scan.py files      # JPEG files, and what reading them costs alone
 
-All ways take turns over the same images. Random ones in memory go through ResNet-50 with random
-weights, layer4.2.conv3. JPEG files are drawn, of 500 x 375 pixels and about 110 kB as ImageNet's
-are on average, and go through --network. Processor time is that of workers too.
-Needs nothing but unbraid.
+All ways take turns over the same images; with `command` each is a process of its own, as memory is
+kept for all of a process, and its clock starts when everything is imported. Random images in memory
+go through ResNet-50 with random weights, layer4.2.conv3. JPEG files are drawn, of 500 x 375 pixels
+and about 110 kB as ImageNet's are on average, and go through --network. Processor time is that of
+workers too.
+Needs nothing but unbraid, and for lite0 what lite0.py names.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import copy
 import cProfile
 import pstats
+import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -28,15 +32,30 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
 
 import unbraid
 from published import published_image_step
 from synthetic import RandomImages
-from timing import alone, in_turn, median, peak_memory, print_head, print_row, ratios, spread
-from unbraid.images.open import open_images
-from unbraid.networks.models import imagenet_transform
+from timing import (
+    alone,
+    in_turn,
+    median,
+    peak_memory,
+    print_head,
+    print_row,
+    ratios,
+    seconds,
+    spread,
+)
+from unbraid import cli
+from unbraid.finding.arv import class_cosines, class_sums
+from unbraid.images.open import images_for, open_images
+from unbraid.networks.models import imagenet_transform, load_model
+from unbraid.scanning.scan_options import ScanOptions
 
-LAYERS = {"resnet18": "layer4.1.conv2", "resnet50": "layer4.2.conv3"}
+LAYERS = {"resnet18": "layer4.1.conv2", "resnet50": "layer4.2.conv3", "lite0": "_conv_head"}
+OWN = {"lite0": f"{Path(__file__).parent}/lite0.py:network"}  # others are torchvision's
 THREE = ["layer4.0.conv3", "layer4.1.conv3", LAYERS["resnet50"]]
 BATCH = 32
 GRAIN = 25  # of 255; with it files are as large as those of ImageNet
@@ -106,6 +125,67 @@ def file_ways(model: nn.Module, layer: str, images: Dataset[Any], workers: int) 
     }
 
 
+def command_ways(name: str, folder: Path, out: Path, threads: int) -> Ways:
+    """A scan by the command, beside inference by a script and a scan before memory was kept."""
+    weights = None if name in OWN else "random"
+    network = cli.Network(model=OWN.get(name, f"torchvision:{name}"), weights=weights)
+
+    def script() -> None:
+        torch.set_num_threads(threads)
+        loaded = load_model(network.model, network.weights)
+        with torch.no_grad():
+            for batch, _ in DataLoader(ImageFolder(folder, loaded.transform), batch_size=BATCH):
+                loaded.model(batch)
+
+    def before() -> None:
+        loaded = load_model(network.model, network.weights)
+        images, _ = images_for(loaded, str(folder))
+        old = {"channels_last": False, "batch_size": 64, "threads": threads}
+        unbraid.scan(loaded.model, LAYERS[name], images, out / "before", **old)
+
+    def scan() -> None:
+        options = ScanOptions(threads=threads)
+        asked = {"layer": [LAYERS[name]], "data": str(folder), "out": out / "scan"}
+        cli.scan(network=network, **asked, options=options)
+
+    return {"inference": script, "scan before": before, "scan": scan}
+
+
+def compare_command(asked: argparse.Namespace, folder: Path, out: Path) -> None:
+    """Run the ways by turns, each in a process of its own, and print a table."""
+    print_head("threads", "way", "wall, s", "to inference's", "processor, s", "ratio", "peak, GiB")
+    for threads in asked.threads:
+        taken: dict[str, list[list[float]]] = {
+            way: [] for way in ("inference", "scan before", "scan")
+        }
+        for number in range(asked.rounds):
+            for way in taken if number % 2 == 0 else reversed(taken):
+                shutil.rmtree(out / way.removeprefix("scan "), ignore_errors=True)
+                given = ("--folder", folder, "--out", out, "--only", way, "--threads", threads)
+                line = alone(__file__, "command", "--network", asked.network, *given)
+                taken[way].append(list(map(float, line.split())))
+        least = {
+            way: [min(column) for column in zip(*rows, strict=True)] for way, rows in taken.items()
+        }
+        base = least["inference"]
+        for way, (wall, processor, _) in least.items():
+            ratio = f"{wall / base[0]:.3f}", f"{processor:.1f}", f"{processor / base[1]:.3f}"
+            peak = max(row[2] for row in taken[way])
+            print_row(threads, way, f"{wall:.1f}", *ratio, f"{peak:.2f}")
+        print(f"Cosines differ by at most {cosine_difference(out / 'before', out / 'scan'):.1e}")
+
+
+def cosine_difference(*folders: Path) -> float:
+    """How far cosines of ARVs of two classes, at any channel, lie apart in two scans."""
+    found = []
+    for folder in folders:
+        scan = unbraid.open_scan(folder)
+        sums, classes = class_sums(scan, [0.01]), sorted(scan.labels_seen())
+        channels = range(scan.layer.n_out)
+        found.append(torch.stack([class_cosines(scan, sums, o, classes) for o in channels]))
+    return float((found[0] - found[1]).abs().max())
+
+
 def draw_pictures(folder: Path, n_images: int) -> None:
     """Draw JPEG pictures with something to decode: smooth colours and some grain."""
     random = np.random.default_rng(0)
@@ -121,16 +201,33 @@ def draw_pictures(folder: Path, n_images: int) -> None:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=("memory", "formats", "files"), default="memory")
+    kinds = ("memory", "command", "formats", "files")
+    parser.add_argument("what", nargs="?", choices=kinds, default="memory")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--network", choices=LAYERS, default="resnet18", help="for files")
+    parser.add_argument("--network", choices=LAYERS, help="for files and command")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="for command")
+    parser.add_argument("--folder", type=Path, help="pictures in class folders, for command")
     parser.add_argument("--workers", type=int, default=0, help="for files")
     parser.add_argument("--profile", action="store_true", help="where a scan's time goes")
     parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     torch.manual_seed(0)
-    name = asked.network if asked.what == "files" else "resnet50"
+    if asked.what == "command":
+        asked.network = asked.network or "resnet50"
+        if asked.only:
+            ways = command_ways(asked.network, asked.folder, asked.out, asked.threads[0])
+            wall, processor = seconds(ways[asked.only])
+            print(f"\n{wall} {processor} {peak_memory()}")
+            return
+        with tempfile.TemporaryDirectory() as drawn:
+            if asked.folder is None:
+                asked.folder = Path(drawn) / "pictures"
+                draw_pictures(asked.folder, asked.images)
+            compare_command(asked, asked.folder, Path(drawn))
+        return
+    name = asked.network or "resnet18" if asked.what == "files" else "resnet50"
     model = torchvision.models.get_model(name).eval()
     with tempfile.TemporaryDirectory() as folder:
         if asked.what == "files":

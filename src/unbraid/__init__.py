@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.base.errors import UnbraidError as UnbraidError
+    from unbraid.base.memory import keep_memory as keep_memory
     from unbraid.finding.find import find as find
     from unbraid.finding.findings import Findings as Findings
     from unbraid.finding.thresholds import Sensitivity as Sensitivity
@@ -51,6 +52,7 @@ __version__ = _version("unbraid")
 
 _NAMES = {
     "base.errors": "UnbraidError",
+    "base.memory": "keep_memory",
     "finding.find": "find",
     "finding.findings": "Findings",
     "finding.thresholds": "Sensitivity sensitivity",

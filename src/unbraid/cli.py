@@ -37,6 +37,10 @@ _MODEL = (
 _WEIGHTS = "A safetensors or torch file, a torchvision weights name, or 'random'."
 _OUTPUT = "Key or index of the logits, if the network puts out more (-1: last)."
 _NAMES = "Names of classes: CSV (folder, WordNet id or output's number; name), JSON, or one a line."
+_BFLOAT16 = (
+    "This processor has bfloat16: with --autocast, into a folder of its own, the scan is faster; "
+    "compare what is found on some classes before you rely on it."
+)
 _FEATURES = "Make images that excite each split channel and concept channel."
 Layers = Annotated[list[str], Parameter(help=_LAYERS, negative="")]
 Features = Annotated[bool, Parameter(help=_FEATURES, negative="--no-features")]
@@ -90,6 +94,7 @@ def load(network: Network) -> LoadedModel:
     from unbraid.networks.models import load_model
     from unbraid.networks.outputs import with_logits
 
+    unbraid.keep_memory()
     loaded = load_model(network.model, network.weights, network.device)
     if network.names is not None:
         loaded = replace(loaded, names=read_names(network.names))
@@ -155,6 +160,7 @@ def demo(*, out: Out, features: Features = True) -> None:
     from unbraid.running.folders import Thresholds
     from unbraid.running.run import run as run_pipeline
 
+    unbraid.keep_memory()
     say("A small network trained on Fashion-MNIST, and a sample of its images.")
     result = run_pipeline(
         load_network(),
@@ -274,6 +280,8 @@ def scan(
     from unbraid.images.dataset import name_of
     from unbraid.images.kept import LISTED
     from unbraid.images.open import absolute, labelled
+    from unbraid.networks.formats import faster_in_bfloat16
+    from unbraid.scanning.accuracy import LONG
 
     loaded = load(network)
     images = open_images(loaded, data, out / LISTED)
@@ -283,6 +291,9 @@ def scan(
         progress=True,
         source={**loaded.source, "data": absolute(data)},
     )
+    suggested = not options.autocast and len(images) >= LONG and is_first()
+    if suggested and faster_in_bfloat16(loaded.model):
+        say(_BFLOAT16)
     asked = layer[0] if len(layer) == 1 else layer
     made = unbraid.scan(loaded.model, asked, images, out, **vars(options))
     if not is_first():

@@ -11,6 +11,7 @@ from unbraid.base import team
 from unbraid.base.errors import RunError
 from unbraid.base.team import Team
 from unbraid.scanning import shards
+from unbraid.scanning.manifest import Manifest
 from unbraid.scanning.scan import scan
 from unbraid.scanning.shards import Target, claim_together
 
@@ -53,6 +54,11 @@ def test_what_a_file_system_shows_late_is_waited_for_but_not_for_ever(target, mo
     assert looks == [True] * 4 + [False]
     monkeypatch.setattr(Target, "lacks", lambda _, __: True)
     shards.await_shards([target], 0.05)
+
+
+def test_what_processes_share_and_kills_strike_is_channels_last(undisturbed):
+    manifests = list(undisturbed.rglob("manifest.json"))
+    assert [Manifest.from_json(m.read_text()).channels_last for m in manifests] == [True, True]
 
 
 def test_torchrun_may_start_a_dead_rank_anew(undisturbed, tmp_path):

@@ -37,13 +37,13 @@ def test_bytes_are_those_of_the_widest_module_and_of_all_behind_the_layer():
     assert_untouched(before, snapshot(model))
 
 
-@pytest.mark.parametrize(("memory", "expected"), [(1, 1), (7.9, 4), (8.0, 8), (1e6, 64)])
+@pytest.mark.parametrize(("memory", "expected"), [(1, 1), (7.9, 4), (8.0, 8), (1e6, 32)])
 def test_as_many_as_fit_rounded_down_to_a_power_of_two(memory, expected, monkeypatch):
     model, image = build("1x1"), SyntheticImages(1).images[0]
     n_bytes = memory * batch.bytes_of_one(model, [model.layer], image)
     monkeypatch.setattr(batch, "_MEMORY", int(n_bytes))
     assert batch.batch_size_for(model, [model.layer], image) == expected
-    assert batch.batch_size_for(model, [model.layer], None) == 64  # where no image can be read
+    assert batch.batch_size_for(model, [model.layer], None) == 32  # where no image can be read
 
 
 def test_a_scan_takes_it_keeps_it_and_goes_on_with_it(tmp_path, monkeypatch):

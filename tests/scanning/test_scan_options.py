@@ -31,6 +31,7 @@ WRONG = [
     ("indices", [], NO_PLACE),
     ("indices", [0, 4], NO_PLACE),
     ("skip_broken", 1, "skip_broken is 1; give True or False."),
+    ("channels_last", "no", "channels_last is 'no'; give True or False."),
     ("source", {"a": math.nan}, f"{NO_JSON}(Out of range float"),
     ("classes", "ab", f"classes is 'ab'; {LIST}"),
     ("classes", [], "classes is empty; name the classes to scan, or None for all."),

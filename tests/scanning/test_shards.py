@@ -15,7 +15,7 @@ import checks
 import unbraid
 from tiny_networks import CountingNetwork, SyntheticImages, WithBroken, build
 from unbraid.base.errors import DataError, RunError
-from unbraid.networks.relevance import kept_channels_last
+from unbraid.networks.formats import kept_channels_last
 from unbraid.scanning import records as records_module
 
 SHARD = 128  # images in a shard with positions

@@ -63,21 +63,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(flag)
 
 
-@contextmanager
-def kept_channels_last(model: nn.Module) -> Iterator[None]:
-    """Keep the weights of 2-D convolutions channels last; put the very same memory back."""
-    dense = [p for p in model.parameters() if not is_lazy(p) and p.layout == torch.strided]
-    maps = [parameter for parameter in dense if parameter.dim() == 4]
-    before = [parameter.data for parameter in maps]
-    try:
-        for parameter in maps:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        yield
-    finally:
-        for parameter, data in zip(maps, before, strict=True):
-            parameter.data = data
-
-
 def _uncompiled() -> AbstractContextManager[Any]:
     """Run compiled parts as they are written, if torch's compiler was ever loaded."""
     if "torch._dynamo" not in sys.modules:

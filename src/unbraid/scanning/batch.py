@@ -29,7 +29,7 @@ from unbraid.networks.spec import LayerSpec, channels_first, pooled_input, sprea
 from unbraid.scanning.fields import Records, no_records
 
 _MEMORY = 2**31  # bytes; of an accelerator a quarter of what it has
-_MOST = 64  # more brings a processor nothing
+_MOST = 32  # more brings a processor nothing but larger blocks
 _MOST_ON_ACCELERATOR = 256
 _AT_ONCE = 3  # times what goes into and comes out of a module: room for what runs beside it
 

@@ -28,6 +28,7 @@ from unbraid.images.dataset import Around, class_names_of, labels_of, size_of
 from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of, text_of
 from unbraid.images.mapped import distinct
 from unbraid.networks.copying import device_of, unwrap
+from unbraid.networks.formats import faster_channels_last
 from unbraid.networks.layers import (
     LayerName,
     describe,
@@ -120,7 +121,7 @@ def scan(
             rectified measures need.
         min_share: the smallest share kept; thresholds below it need a new scan.
         batch_size: images per forward pass; by default that of the scan which goes on, else what
-            2 GiB, or a quarter of an accelerator's memory, are sure to hold, at most 64 or 256.
+            2 GiB, or a quarter of an accelerator's memory, are sure to hold, at most 32 or 256.
             Halved as long as the device's memory is too small.
         workers: processes that load images, 0 for none.
         skip_broken: leave out images that cannot be read instead of stopping at the first.
@@ -131,8 +132,9 @@ def scan(
             and kind of device, whoever computed them.
         autocast: run the network in bfloat16 where torch sees fit, which is faster where the device
             has it; sums are of float32 all the same.
-        channels_last: keep the weights of 2-D convolutions channels last meanwhile, which is
-            faster on most devices; a network that is so already needs no telling.
+        channels_last: keep the weights of 2-D convolutions channels last meanwhile; by default as
+            the scan which goes on, else where that is known to be faster (docs/scale.md). A network
+            that is so already needs no telling.
 
     Returns:
         The finished Scan; for a list or pattern, a dictionary of Scans by the layers' names.
@@ -237,7 +239,7 @@ def _describe_all(
     picks = [text_of(pick) if callable(pick) else str(pick) for pick in picks_of(model)]
     told = {"preprocessing": preprocessing_of(dataset), "output": " ".join(picks)}
     if begun:
-        usual = {"threads": begun.threads, "batch_size": begun.batch_size}
+        usual = {name: getattr(begun, name) for name in ("threads", "batch_size", "channels_last")}
         for name, text in told.items():
             before = getattr(begun, name)
             if as_recorded(text, before):
@@ -251,12 +253,16 @@ def _describe_all(
     else:  # looked at in any case, so that a data set of something else is told first
         image = first_readable(dataset, indices)
         size = options.batch_size or batch_size_for(model, modules, image)
-        usual = {"threads": torch.get_num_threads(), "batch_size": size}
+        usual = {
+            "threads": torch.get_num_threads(),
+            "batch_size": size,
+            "channels_last": faster_channels_last(model),
+        }
     entries = {own.name for own in fields(Manifest)}
     asked = {name: value for name, value in vars(options).items() if name in entries}
     return {
         **asked,
-        **{name: asked[name] or value for name, value in usual.items()},
+        **{name: value if asked[name] is None else asked[name] for name, value in usual.items()},
         **told,
         "weights": weights,
         "data": data,

@@ -61,7 +61,7 @@ class ScanOptions(Loading):
         min_share: Smallest share kept.
         threads: Threads to compute with; the same number gives the same bits.
         autocast: Run the network in bfloat16 where torch sees fit.
-        channels_last: Keep convolutions channels last: faster on most devices.
+        channels_last: Keep convolutions channels last; by default where it is known to be faster.
     """
 
     labels: Labels = "given"
@@ -73,7 +73,7 @@ class ScanOptions(Loading):
     source: Annotated[dict[str, Any] | None, Parameter(parse=False)] = None
     threads: int | None = None
     autocast: bool = False
-    channels_last: bool = False
+    channels_last: Annotated[bool | None, Parameter(negative="--no-channels-last")] = None
 
     def checked(self) -> ScanOptions:
         """Bring the options to plain types, lists in order; UsageError if one is wrong."""
@@ -87,6 +87,8 @@ class ScanOptions(Loading):
         for option in fields(self):
             if isinstance(option.default, bool):
                 plain[option.name] = flag(option.name, getattr(self, option.name))
+        if self.channels_last is not None:
+            plain["channels_last"] = flag("channels_last", self.channels_last)
         for name in ("classes", "indices"):
             if getattr(self, name) is not None:
                 plain[name] = tuple(sorted(set(whole_numbers(name, getattr(self, name)))))
@@ -148,4 +150,4 @@ class Options(TypedDict, total=False):
     source: dict[str, Any] | None
     threads: int | None
     autocast: bool
-    channels_last: bool
+    channels_last: bool | None

@@ -27,10 +27,11 @@ from unbraid.images.dataset import groups_of, listed_labels
 from unbraid.images.identity import ids_of, pack_ids
 from unbraid.images.mapped import Numbers
 from unbraid.networks.copying import device_of
+from unbraid.networks.formats import kept_channels_last
 from unbraid.networks.layers import bias_of, weight_rows
 from unbraid.networks.outputs import check_labels
 from unbraid.networks.preflight import look_first
-from unbraid.networks.relevance import kept_channels_last, undisturbed
+from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.fields import Records, join_records
 from unbraid.scanning.manifest import Manifest, read_manifest
@@ -158,7 +159,7 @@ def scan_shards(
         advance = stack.enter_context(image_progress(title, len(indices), n_done, show=show))
         stack.enter_context(deaths_told())
         stack.enter_context(undisturbed(model))
-        if options.channels_last:
+        if same.channels_last:
             stack.enter_context(kept_channels_last(model))
         # Sums round otherwise with another number of threads.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
