@@ -12,6 +12,7 @@ from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import labels_of, size_of
 from unbraid.images.identity import hash_of, ids_of
 
+SIZES = {"train": 2048, "val": 1024}  # images, in whole shards
 # Where there are more classes, the first look is at these many, so that each has images enough.
 MOST_CLASSES = 128
 
