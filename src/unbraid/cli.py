@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -17,7 +19,6 @@ from unbraid.scanning.scan_options import Labels, Loading, ScanOptions, in_comma
 
 if TYPE_CHECKING:
     from unbraid.images.listing import ListedImages
-    from unbraid.measuring.compare import OutputComparison
     from unbraid.networks.models import LoadedModel
     from unbraid.running.run import Run
 
@@ -79,13 +80,19 @@ class Finding:
     Args:
         p: Fraction of a class's images in which a channel matters.
         gamma: Cosine below which two classes have different reasons.
-        concepts: What concepts are made of; clusters of images need no labels; whole: classes, and
+        concepts: What concepts are made of: classes, which is usual; clusters of images, which need
+            no labels, and are what `unbraid run` makes where there are none; whole: classes, and
             clusters of what else excites a channel.
     """
 
     p: float = 0.75
     gamma: float = 0.5
-    concepts: Literal["classes", "clusters", "whole"] = "classes"
+    concepts: Literal["classes", "clusters", "whole"] | None = None
+
+    def asked(self, *, labelled: bool = True) -> dict[str, Any]:
+        """The arguments by name, those of `find`."""
+        usual: Literal["classes", "clusters"] = "classes" if labelled else "clusters"
+        return vars(self) | {"concepts": self.concepts or usual}
 
 
 def load(network: Network) -> LoadedModel:
@@ -114,6 +121,14 @@ def open_images(loaded: LoadedModel, source: str, listed: Path | None = None) ->
     return images
 
 
+def source_of(loaded: LoadedModel, images: ListedImages, source: str) -> dict[str, Any]:
+    """How to find network and images again, and how the images were divided if they were."""
+    from unbraid.images.open import absolute
+
+    divided = {"divided": images.divided} if images.divided else {}
+    return {**loaded.source, "data": absolute(source), **divided}
+
+
 def refuse_result(file: Path | None) -> None:
     """Refuse to write a file that belongs to a run or scan."""
     from unbraid.running import folders
@@ -136,22 +151,10 @@ def show_broken(names: list[str]) -> None:
 
 def show_run(result: Run) -> None:
     """End a run: a short table and where the report is."""
+    from unbraid.running.told import in_words
+
     show_broken(result.broken)
-    show(in_command_words(str(result.found)))
-    if result.evaluation is not None:
-        show(f"\n{result.evaluation}\n")
-        show(f"{result.evaluation.summary_table()}\n")
-        assert result.evaluation.output is not None
-        show_comparison("Largest logit difference", result.evaluation.output)
-    show(f"Report: {result.page}")
-
-
-def show_comparison(words: str, output: OutputComparison) -> None:
-    """Say how much splitting changed the outputs."""
-    text = f"{words} {output.max_abs_logit_diff:g}"
-    if output.top1_before is not None and output.top1_after is not None:
-        text += f"; accuracy {output.top1_before:.2%} before, {output.top1_after:.2%} after"
-    show(f"{text}.")
+    show(in_command_words(in_words(result)))
 
 
 def demo(*, out: Out, features: Features = True) -> None:
@@ -191,6 +194,7 @@ def run(
     encoder: str | None = None,
     features: Features = True,
     overwrite: bool = False,
+    quick: Annotated[bool | None, Parameter(negative="--no-quick")] = None,
     loading: Loading = Loading(),
 ) -> None:
     """Do everything: scan, find, split, check the outputs, evaluate and report.
@@ -201,16 +205,20 @@ def run(
 
     Args:
         data: Folder with train and val, each a folder of images, in class folders or not, a list
-            (train.csv, train.parquet) or a shard (train.tar); or hf:FOLDER, saved likewise.
+            (train.csv, train.parquet) or a shard (train.tar); or hf:FOLDER, saved likewise. Any
+            other images, as for `unbraid scan`, are divided, a fifth for validation.
         labels: What each image counts as: its folder's class, or what the network says.
         rho: Fix the published rule's rho instead of choosing it per channel.
         encoder: timm:NAME, to tell how alike images are; by default the network itself.
         overwrite: Put the results, once finished, in the place of a run with other settings in OUT.
+        quick: Only a first look, at some thousand images, into OUT/quick; the same command without
+            goes on from there. From 20,000 images on, a run begins with it, unless --no-quick.
     """
     from unbraid.base.team import n_ranks
-    from unbraid.images.open import absolute, images_like, labelled, part_of
+    from unbraid.images.open import images_like, labelled, part_of
+    from unbraid.running.first_look import run_in_turn
     from unbraid.running.folders import Thresholds
-    from unbraid.running.run import run_layers
+    from unbraid.running.told import compared
 
     if n_ranks() > 1:
         raise UsageError(
@@ -220,29 +228,34 @@ def run(
     loaded = load(network)
     say(f"Network {network.model}, layer {', '.join(layer)}.")
     train = open_images(loaded, part_of(data, "train"))
-    done = run_layers(
+    asked = finding.asked(labelled=labelled(train) or labels == "predicted")
+    if asked["concepts"] != (finding.concepts or "classes"):
+        say("Concepts are clusters of images; --labels predicted makes them of predicted classes.")
+    for done in run_in_turn(
         loaded.model,
         layer,
         train,
         images_like(train, part_of(data, "val")),
         out,
-        thresholds=Thresholds(tau=tau, rho=rho, **vars(finding)),
+        quick=quick,
+        command=shlex.join(["unbraid", *(word for word in sys.argv[1:] if word != "--quick")]),
+        thresholds=Thresholds(tau=tau, rho=rho, **asked),
         loading=loading,
-        source={**loaded.source, "data": absolute(data), "class_folders": labelled(train)},
+        source=source_of(loaded, train, data) | {"class_folders": labelled(train)},
         say=say,
         title=network.model,
         encoder=encoder,
         labels=labels if labelled(train) else "predicted",
         features=features,
         overwrite=overwrite,
-    )
-    for name, result in done.runs.items():
-        if len(done.runs) > 1:
-            show(f"\n{name}")
-        show_run(result)
-    if done.output is not None:
-        show()
-        show_comparison("With all layers split, largest logit difference", done.output)
+    ):
+        for name, result in done.runs.items():
+            if len(done.runs) > 1:
+                show(f"\n{name}")
+            show_run(result)
+        if done.output is not None:
+            words = "With all layers split, largest logit difference"
+            show(f"\n{compared(words, done.output)}")
 
 
 def layers(model: Model, *, weights: Weights = "random", output: Output = None) -> None:
@@ -279,7 +292,7 @@ def scan(
     from unbraid.base.team import is_first
     from unbraid.images.dataset import name_of
     from unbraid.images.kept import LISTED
-    from unbraid.images.open import absolute, labelled
+    from unbraid.images.open import labelled
     from unbraid.networks.formats import faster_in_bfloat16
     from unbraid.scanning.accuracy import LONG
 
@@ -289,7 +302,7 @@ def scan(
         options,
         labels=options.labels if labelled(images) else "predicted",
         progress=True,
-        source={**loaded.source, "data": absolute(data)},
+        source=source_of(loaded, images, data),
     )
     suggested = not options.autocast and len(images) >= LONG and is_first()
     if suggested and faster_in_bfloat16(loaded.model):
@@ -314,7 +327,7 @@ def find(
     opened = unbraid.open_scan(scan)
     if (accuracy := scanned_accuracy(opened)) is not None:
         say(describe_fit(accuracy, opened.manifest.preprocessing))
-    found = unbraid.find(opened, tau=tau, **vars(finding))
+    found = unbraid.find(opened, tau=tau, **finding.asked())
     if out is not None:
         found.to_csv(out)
     show(in_command_words(str(found)))
@@ -354,7 +367,7 @@ def split(
     """
     refuse_result(out)
     opened = unbraid.open_scan(scan)
-    found = unbraid.find(opened, tau=tau, **vars(finding))
+    found = unbraid.find(opened, tau=tau, **finding.asked())
     divided = unbraid.split(opened, found, method=method, rho=rho)
     divided.save(out)
     show(f"Split {len(divided.channels)} channels into {out}")

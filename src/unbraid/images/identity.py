@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -37,6 +38,8 @@ from unbraid.images.dataset import (
 )
 from unbraid.images.listing import look_at, seen_from
 from unbraid.images.mapped import Numbers, Texts, in_bytes
+
+N_HASHES = 2**64
 
 
 def ids_of(dataset: Dataset[Any]) -> Sequence[str] | None:
@@ -153,6 +156,17 @@ def _sizes_of(dataset: Dataset[Any]) -> Sequence[int] | None:
         return gathered(dataset, _sizes_of, "sizes", "samples")
     found = [look_at(file, f"Image {file}") for file in files]
     return [-1 if one is None else one.st_size for one in found]
+
+
+def hash_of(one: str) -> int:
+    """Number an id from 0 to 2**64 - 1: the first 8 bytes of the SHA-256 of its UTF-8 in NFC.
+
+    >>> f"{hash_of('ant/1.png'):016x}"  # printf ant/1.png | sha256sum
+    'ac634e41778ffd96'
+    """
+    # Systems write the same name in several forms of Unicode.
+    digest = hashlib.sha256(_encode(unicodedata.normalize("NFC", one))).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def pack_ids(ids: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from unbraid.images.pictures import EXTENSIONS, UNREAD, read_picture
 from unbraid.networks.class_names import LONGEST, number_in, output_number
 
 Transform = Callable[[Image.Image], Any]
+Reader = Callable[[int], Image.Image]
 
 # Folders that systems, file servers and archives leave beside what is in them.
 _OF_PROGRAMS = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
@@ -50,18 +51,20 @@ class Listing:
 
     source: str  # for messages
     ids: Sequence[str]  # (N,), what names each image for good
-    read: Callable[[int], Image.Image]  # by index; goes to worker processes
+    read: Reader  # by index; goes to worker processes
     classes: list[str]  # names, in their order; none without labels
     class_of: Sequence[int]  # (N,), index among the classes, UNLABELLED without labels
     groups: Sequence[str] | None = None  # (N,), which images belong together
     sizes: Sequence[int] | None = None  # (N,), bytes
     root: str | None = None  # of a folder, whose images are named by their paths
+    divided: str = ""  # if this is a part of what the source holds, how it was divided, in words
+    seen: Sequence[str] = ()  # then the classes with images in either part
 
     @property
     def known(self) -> Classes:
         """Its classes, and which have images."""
         used = distinct(self.class_of)
-        seen = [name for k, name in enumerate(self.classes) if k in used]
+        seen = self.seen or [name for k, name in enumerate(self.classes) if k in used]
         return Classes(self.classes, self.source, seen, of_folders=self.root is not None)
 
 
@@ -69,7 +72,8 @@ class ListedImages(Dataset[tuple[Any, int]]):
     """Images of a listing, as a data set of (image, label).
 
     It keeps `targets`, `ids`, and, where known, `groups` and `sizes` in bytes, each (N,);
-    `classes`, names by label; `labels` by class, and how they were found, `reading`.
+    `classes`, names by label; `labels` by class, and how they were found, `reading`; how they were
+    divided into training and validation images, `divided`, empty where they came so.
     """
 
     def __init__(
@@ -98,7 +102,7 @@ class ListedImages(Dataset[tuple[Any, int]]):
         )
         self.classes = list(class_names) or show_names(reading, {}, known.seen)
         self.ids, self.sizes, self.groups = listing.ids, listing.sizes, listing.groups
-        self.transform = transform
+        self.transform, self.divided = transform, listing.divided
         self._read = listing.read
         if isinstance(listing.read, Files) and listing.root is not None:
             self.root = listing.root
@@ -130,7 +134,7 @@ class ListedImages(Dataset[tuple[Any, int]]):
 def make_listing(
     source: str,
     ids: list[str],
-    read: Callable[[int], Image.Image],
+    read: Reader,
     labels: Sequence[str | None],
     groups: list[str] | None = None,
     sizes: list[int] | None = None,

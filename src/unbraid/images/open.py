@@ -15,6 +15,7 @@ from unbraid.base.arguments import as_path
 from unbraid.base.errors import DataError, ModelError, UsageError, brief
 from unbraid.base.tables import one_line
 from unbraid.images.broken import UNLABELLED, first_readable
+from unbraid.images.division import divide, undivided
 from unbraid.images.identity import agree
 from unbraid.images.kept import keep, write_folder, write_listing
 from unbraid.images.labels import GUESSED, Outputs, fit_any, read_classes, show_names
@@ -49,7 +50,8 @@ def open_images(
 
     Args:
         source: a folder, of class folders or not; a CSV or Parquet list; tar files (one, a folder
-            of them, a pattern or a URL); `hf:FOLDER`, a data set saved by `datasets`.
+            of them, a pattern or a URL); `hf:FOLDER`, a data set saved by `datasets`. SOURCE/train
+            and SOURCE/val, where a source has no such parts, are those that it is divided into.
         transform: from an RGB picture to a tensor; None hands on the picture.
         labels: label of each class; by default, what `outputs` says; with none at all, images
             count as unlabelled.
@@ -115,6 +117,8 @@ def _open(
     class_names: Sequence[str],
     outputs: GivenOutputs | None,
 ) -> ListedImages:
+    if listing.divided:
+        warnings.warn(listing.divided, stacklevel=3)
     known = _settle(outputs, ListedImages(listing, transform, {}))
     if labels == {} or not listing.classes:
         return ListedImages(listing, transform, {}, class_names or known.names)
@@ -182,6 +186,7 @@ def _fitted(loaded: LoadedModel, where: str, listing: Listing) -> tuple[ListedIm
     if not listing.classes:
         what = "class folders" if listing.root is not None else "labels"
         note = f"{where} holds images without {what}; the network's predictions are taken."
+        note = f"{listing.divided} {note}".lstrip()
         return ListedImages(listing, loaded.transform, {}, given or own), note
     if own and len(own) != n_outputs:
         if not given:
@@ -198,7 +203,8 @@ def _fitted(loaded: LoadedModel, where: str, listing: Listing) -> tuple[ListedIm
     others = loaded.names.of_classes(of_seen, reading.how == GUESSED)
     shown = replace(reading, outputs=Outputs(given or own, n_outputs))
     names = show_names(shown, others, classes.seen)
-    return ListedImages(listing, loaded.transform, reading, names), reading.note
+    note = f"{listing.divided} {reading.note}".strip()
+    return ListedImages(listing, loaded.transform, reading, names), note
 
 
 def images_like(images: ListedImages, where: str) -> ListedImages:
@@ -214,6 +220,9 @@ def labelled(images: ListedImages) -> bool:
 
 def list_images(where: str, with_classes: bool = True, listed: Path | None = None) -> Listing:
     """List the images of a source as `open_images` takes it; folders in a folder may be classes."""
+    if (source_and_part := undivided(where)) is not None:
+        source, part = source_and_part
+        return divide(list_images(source, with_classes), part)
     if listed is None or where.startswith(SAVED):  # which arrow maps anyway
         listing = _list_others(where)
         return list_folder(Path(where), with_classes) if listing is None else listing
@@ -260,17 +269,24 @@ def _holds_shards(folder: Path) -> bool:
 
 
 def part_of(where: str, part: str) -> str:
-    """Find the part "train" or "val" of a run's data: one file, such as train.csv, or a folder."""
+    """Find the part "train" or "val" of a run's data: one file, such as train.csv, or a folder.
+
+    Where there is none, it is what `list_images` divides the data into.
+    """
     root = Path(where.removeprefix(SAVED))
     if where.startswith(SAVED):  # whose habit it is to say validation
         names = [part, "validation"] if part == "val" else [part]
         return SAVED + str(next((root / n for n in names if os.path.isdir(root / n)), root / part))
-    found = sorted(shown_in(root)) if os.path.isdir(root) else []
+    if not os.path.isdir(root):  # a list, or tar files, perhaps behind a URL
+        return f"{where.rstrip('/')}/{part}"
+    found = sorted(shown_in(root))
     named = [p for p in found if p.stem == part and p.suffix.lower() in _FILES]
     files = [path for path in named if os.path.isfile(path)]
     if len(files) > 1:
         raise DataError(f"{root} holds both {files[0].name} and {files[1].name}; keep one there.")
-    return str(files[0] if files else root / part)  # a list of a folder's images stands beside it
+    if files:  # a list of a folder's images stands beside it
+        return str(files[0])
+    return os.path.join(root, part)
 
 
 def absolute(where: str) -> str:

@@ -56,6 +56,7 @@ def report(
     features: Features | None = None,
     dataset: Dataset[Any] | None = None,
     title: str | None = None,
+    lead: str = "",
 ) -> Path:
     """Write one HTML file that shows what was found, how it was split and how well.
 
@@ -78,6 +79,7 @@ def report(
         dataset: the images that `scan` was made of, for their pictures; where it has ids, their
             order may have changed.
         title: the page's heading; by default it names the layer.
+        lead: what to know before all else, such as how few images were looked at.
 
     Returns:
         The path of the file.
@@ -92,13 +94,15 @@ def report(
     material = Material(scan, found, split, evaluation, train_scan, sensitivity, features, maps)
     material.refuse_strangers()
     images = None if dataset is None else as_scanned(dataset, scan)
-    page = render(material, dataset=images, title=title)
+    page = render(material, dataset=images, title=title, lead=lead)
     # A folder's name may hold bytes that are no text; they are spelt out, not fatal.
     write_whole(file, page.encode("utf-8", "backslashreplace"))
     return file
 
 
-def render(material: Material, *, dataset: Dataset[Any] | None, title: str | None) -> str:
+def render(
+    material: Material, *, dataset: Dataset[Any] | None, title: str | None, lead: str = ""
+) -> str:
     """Return the page; arguments as in `unbraid.report`."""
     page, found = build_page(material, has_images=dataset is not None, title=title), material.found
     pictures = take_pictures(page, material, dataset)
@@ -132,6 +136,7 @@ def render(material: Material, *, dataset: Dataset[Any] | None, title: str | Non
     style, script = (Markup((_HERE / n).read_text("utf-8")) for n in ("style.css", "script.js"))
     left_out = _left_out(material, len(sections), len(rows), len(pairs))
     return environment.get_template("page.html.j2").render(
+        lead=lead,
         sections=sections,
         rows=[rows[channel] for channel in sorted(rows, key=material.rank)],
         pairs=pairs,

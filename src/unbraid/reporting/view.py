@@ -225,6 +225,8 @@ def _notes(material: Material, has_images: bool) -> list[str]:
     """Say what is left out and why, and what to beware of."""
     train_scan, known, features = material.train_scan, material.evaluation, material.features
     notes = [material.found.note] if material.found.note else []
+    if isinstance(divided := material.scan.manifest.source.get("divided"), str):
+        notes.append(divided)
     if material.broken:
         images = count(len(material.broken), "validation image")
         notes.append(f"{images} could not be read; all figures are without.")

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -36,6 +37,7 @@ from unbraid.scanning.scan import as_scanned
 SCANS = ("scan-train", "scan-val")
 SETTINGS = "settings.json"
 FEATURES = "features"
+FIRST_LOOK = "quick"  # folder of a run over some of the images
 _RESULTS = (
     "findings.csv",
     "sensitivity.csv",
@@ -100,6 +102,20 @@ class Settings:
             for name, value in told.items()
             if name not in usual or value != usual[name]
         )
+
+
+def first_look_in_words(source: Mapping[str, Any], found: Findings) -> str:
+    """Say what a first look rests on, how sure it is, and what looks at the rest; else nothing."""
+    look = source.get("first_look")
+    if not isinstance(look, dict) or not all(
+        isinstance(look.get(k), str) for k in ("images", "command")
+    ):
+        return ""
+    n_sure = len(found.sure_channels)
+    return (
+        f"First look at {look['images']}: {n_sure:,} sure, {len(found.concepts) - n_sure:,} "
+        f"uncertain polysemantic channels. The full run: {look['command']}"
+    )
 
 
 def read_settings(out: Path) -> Settings | None:

@@ -22,6 +22,7 @@ from unbraid.finding.findings import Findings
 from unbraid.finding.thresholds import Sensitivity, check_thresholds, sensitivity
 from unbraid.images.broken import UNLABELLED, Loaded, first_readable
 from unbraid.images.dataset import class_names_of, listed_labels, name_of, size_of
+from unbraid.images.sample import SIZES
 from unbraid.measuring.ablate import ablate
 from unbraid.measuring.compare import OutputComparison, compare_outputs
 from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_encoder, ready
@@ -145,6 +146,7 @@ class Run:
         """Write the page; RunError if the run is not finished, DataError if its images are gone."""
         shown: dict[str, Any] = {"scan": self.val_scan, "train_scan": self.train_scan}
         shown |= {"found": self.found, "sensitivity": self.sensitivity, "dataset": self.images}
+        shown["lead"] = folders.first_look_in_words(self.settings.source, self.found)
         if self.evaluation is not None:
             shown |= {"evaluation": self.evaluation, "split": self.split}
             shown |= {"maps": self.val_maps, "features": self.features}
@@ -189,6 +191,7 @@ class Job:
     labels: Labels = "given"  # "predicted" for images without, or to take them for these
     features: bool = True  # make feature visualisations of the split channels
     overwrite: bool = False  # put finished results in the place of those in the folder
+    first_look: Path | None = None  # folder of a run over some of the images, perhaps to come
 
     def scan(self, images: Dataset[Any], into: Mapping[str, Path], **which: Any) -> dict[str, Scan]:
         """Scan layers into their folders."""
@@ -208,7 +211,7 @@ def run(
     Started again, finished scans are not repeated. Where `out` holds a run with other settings,
     results go into `settings-2` in it, and so on; scans are shared.
     """
-    return _run_each(Job(model, train, val, **options), {layer: out})[layer]
+    return _run_each(Job(model, train, val, **options), {layer: out}, {})[layer]
 
 
 def run_layers(
@@ -227,9 +230,15 @@ def run_layers(
     job = Job(model, train, val, **options)
     tell_unseen(job)
     names = layer_names(model, layers, partial(usable_in, model, train))
-    if len(layers) == 1 and not is_pattern(model, layers[0]):
-        return LayerRuns(_run_each(job, {names[0]: out}, named=True), None)
-    runs = _run_each(job, {name: layer_folder(out, name) for name in names}, named=True)
+    one = len(layers) == 1 and not is_pattern(model, layers[0])
+
+    def places(root: Path) -> dict[str, Path]:
+        return {name: root if one else layer_folder(root, name) for name in names}
+
+    looks = places(job.first_look) if job.first_look else {}
+    runs = _run_each(job, places(out), looks, named=True)
+    if one:
+        return LayerRuns(runs, None)
     splits = [done.split for done in runs.values() if done.found.concepts]
     if not splits:
         return LayerRuns(runs, None)
@@ -240,21 +249,26 @@ def run_layers(
 
 
 @in_plain_modes
-def _run_each(job: Job, places: Mapping[str, Path], *, named: bool = False) -> dict[str, Run]:
+def _run_each(
+    job: Job, places: Mapping[str, Path], looks: Mapping[str, Path], *, named: bool = False
+) -> dict[str, Run]:
     """Scan all layers at once, then make a run of each in its folder."""
     encoder = prepare(job, places)
     homes = {name: folders.home_of(out) for name, out in places.items()}
     # The smaller one first: what is wrong with its images is then told before the long one.
-    job.say("Validation images:")
-    val_scans = job.scan(job.val, {name: home / "scan-val" for name, home in homes.items()})
-    job.say("Training images:")
-    train_scans = job.scan(job.train, {name: home / "scan-train" for name, home in homes.items()})
+    scans = {}
+    for kind, what, images in (("val", "Validation", job.val), ("train", "Training", job.train)):
+        job.say(f"{what} images:")
+        own = {name: look / f"scan-{kind}" for name, look in looks.items()}
+        first = {"n_first": SIZES[kind], "looks": own} if own else {}
+        into = {name: home / f"scan-{kind}" for name, home in homes.items()}
+        scans[kind] = job.scan(images, into, **first)
     runs = {}
     for name, out in places.items():
         if len(places) > 1:
             job.say(f"Layer {name}.")
-        own = replace(job, title=f"{job.title} · {name}") if named else job
-        runs[name] = _run_layer(own, out, train_scans[name], val_scans[name], encoder)
+        of_layer = replace(job, title=f"{job.title} · {name}") if named else job
+        runs[name] = _run_layer(of_layer, out, scans["train"][name], scans["val"][name], encoder)
     return runs
 
 

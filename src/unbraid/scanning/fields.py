@@ -205,7 +205,8 @@ def _column_fault(manifest: Manifest, shard: int, name: str, tensor: Tensor) -> 
             return "holds images out of order"
         first = shard * manifest.shard_size
         elsewhere = (tensor < first) | (tensor >= first + n_images)
-        if manifest.classes is None and not manifest.indices and elsewhere.any():
+        in_order = manifest.classes is None and not manifest.indices and not manifest.n_first
+        if in_order and elsewhere.any():
             return "holds images of another shard"
     return None
 

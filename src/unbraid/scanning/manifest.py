@@ -48,6 +48,8 @@ class Manifest:
     channels_last: bool = False
     compiled: bool = False  # whether full batches ran compiled, which earlier versions could
     threads: int = 0  # 0: not known
+    first: str = ""  # hash of the indices of images that come before all others, if some do
+    n_first: int = 0  # how many they are, in whole shards
     schema: int = SCHEMA
 
     # What must agree before a scan goes on in a folder, in words for people.
@@ -62,6 +64,7 @@ class Manifest:
         "labels": "whether labels are given or predicted",
         "output": "which part of the output is the logits",
         "indices": "the places in the data set",
+        "first": "which images come first",
         "positions": "whether positions are kept",
         "autocast": "whether it runs in bfloat16",
         "channels_last": "whether it runs channels last",
@@ -82,7 +85,8 @@ class Manifest:
     @property
     def sampled(self) -> list[int]:
         """Which of the images concerned, by number, are kept tap inputs of at some positions."""
-        return sorted({k * self.n_images // SAMPLED_IMAGES for k in range(SAMPLED_IMAGES)})
+        n = self.n_first or self.n_images  # so that the first ones alone have all of them
+        return sorted({k * n // SAMPLED_IMAGES for k in range(SAMPLED_IMAGES)})
 
     @property
     def most_classes(self) -> int:
@@ -128,6 +132,9 @@ class Manifest:
             in_range(name, getattr(manifest, name), 1, _MOST_IMAGES)
         in_range("min_share", manifest.min_share, 0, 1)
         in_range("threads", manifest.threads, 0, MAX_THREADS)
+        in_range("n_first", manifest.n_first, 0, manifest.n_images)
+        if manifest.n_first % manifest.shard_size:
+            raise ValueError("the images that come first are no whole shards")
         n_names = len(manifest.class_names)
         in_range("the number of class_names", n_names, 0, manifest.most_classes)
         for label in manifest.classes or ():

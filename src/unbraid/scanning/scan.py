@@ -6,7 +6,7 @@ import inspect
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from unbraid.base.arguments import as_path
-from unbraid.base.errors import DataError, ModelError, UsageError
+from unbraid.base.errors import DataError, ModelError, RunError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.team import join_team
 from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.dataset import Around, class_names_of, labels_of, size_of
 from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of, text_of
 from unbraid.images.mapped import distinct
+from unbraid.images.sample import sample_of
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.formats import faster_channels_last
 from unbraid.networks.layers import (
@@ -54,7 +55,13 @@ from unbraid.scanning.batch import batch_size_for
 from unbraid.scanning.manifest import Manifest, hash_indices, read_manifest
 from unbraid.scanning.records import Scan, open_one
 from unbraid.scanning.scan_options import Options, ScanOptions
-from unbraid.scanning.shards import Target, claim_together, images_per_shard, scan_shards
+from unbraid.scanning.shards import (
+    Target,
+    claim_together,
+    images_per_shard,
+    scan_shards,
+    take_over,
+)
 
 
 def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,9 +173,17 @@ def scan_into(
     model: nn.Module,
     folders: Mapping[str, Path],
     dataset: Dataset[Any],
+    *,
+    n_first: int = 0,
+    looks: Mapping[str, Path] | None = None,
     **given: Unpack[Options],
 ) -> dict[str, Scan]:
-    """Scan several layers in one pass, each into a folder of its own; the rest is as in `scan`."""
+    """Scan several layers in one pass, each into a folder of its own; the rest is as in `scan`.
+
+    With `n_first`, so many images of a data set that has more come before all others: those of a
+    first look. Their records are taken from its scans, `looks` by layer, where these are the same.
+    A scan that goes on keeps its order.
+    """
     for name in (name for name in given if name not in ScanOptions.__dataclass_fields__):
         near = get_close_matches(name, ScanOptions.__dataclass_fields__, 1)
         instead = f"use {near[0]}" if near else "leave it out"
@@ -182,7 +197,14 @@ def scan_into(
     labels = labels_of(dataset, needed=options.labels == "given" or options.classes is not None)
     indices = _indices(options, labels)
     begun = next(filter(None, map(read_manifest, folders.values())), None)  # a scan that goes on
-    common = _describe_all(model, list(modules.values()), dataset, labels, indices, options, begun)
+    n_first = begun.n_first if begun else n_first
+    first: list[int] = []
+    if 0 < n_first < len(indices) == len(labels):
+        first = sample_of(dataset, n_first, by_class=options.labels == "given")
+        indices = first + sorted(set(indices) - set(first))
+    before = begun or _look_at(specs, looks or {})
+    common = _describe_all(model, list(modules.values()), dataset, labels, indices, options, before)
+    common |= {"first": hash_indices(first or None), "n_first": len(first)}
     targets = [
         _target(modules[name], specs[name], folder, common) for name, folder in folders.items()
     ]
@@ -194,6 +216,8 @@ def scan_into(
     early = tells and not begun and len(indices) >= LONG
     if early:
         _tell_fit(sampled_accuracy(model, dataset, indices, common["batch_size"]), common, options)
+    if looks and team.first:
+        take_over(targets, looks, dataset, first, options)
     scan_shards(model, targets, dataset, labels, indices, team, options)
     scans = {name: open_one(folder) for name, folder in folders.items()}
     for done in scans.values():
@@ -202,6 +226,16 @@ def scan_into(
     if tells and not early:
         _tell_fit(scanned_accuracy(next(iter(scans.values()))), common, options)
     return scans
+
+
+def _look_at(specs: Mapping[str, LayerSpec], looks: Mapping[str, Path]) -> Manifest | None:
+    """The manifest of a first look at one of these layers, None without one that can be read."""
+    for name, folder in looks.items():
+        with suppress(RunError):
+            look = read_manifest(folder)
+            if look is not None and look.layer == specs[name]:
+                return look
+    return None
 
 
 def _indices(options: ScanOptions, labels: Sequence[int]) -> Sequence[int]:

@@ -7,7 +7,7 @@ import json
 import time
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from unbraid.base.errors import DataError, OutOfMemory, RunError, memory_full
 from unbraid.base.files import remove_leftovers, write_tensors, write_whole
 from unbraid.base.team import Team, n_ranks
 from unbraid.images.batches import as_batch, deaths_told, image_progress, in_batches, load
 from unbraid.images.broken import Loaded, sort_out
-from unbraid.images.dataset import groups_of, listed_labels
-from unbraid.images.identity import ids_of, pack_ids
+from unbraid.images.dataset import groups_of, labels_of, listed_labels
+from unbraid.images.identity import fingerprint, ids_of, pack_ids
 from unbraid.images.mapped import Numbers
 from unbraid.networks.copying import device_of
 from unbraid.networks.formats import kept_channels_last
@@ -35,7 +35,7 @@ from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.fields import Records, join_records
 from unbraid.scanning.manifest import Manifest, read_manifest
-from unbraid.scanning.records import shard_path, write_shard
+from unbraid.scanning.records import read_shard, shard_path, shards_there, write_shard
 from unbraid.scanning.scan_options import ScanOptions
 
 _PATIENCE = 60.0  # seconds; NFS shows a folder anew after half of that
@@ -165,7 +165,7 @@ def scan_shards(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(same.threads or torch.get_num_threads())
         looked = False
-        shard_of = partial(_shard_of, indices, same.shard_size)
+        shard_of = partial(_shard_of, indices, same)
         for number, of_shard in itertools.groupby(batches, key=shard_of):
             lacking = [target for target in targets if target.lacks(number)] or targets
             at_once = same.batch_size
@@ -203,9 +203,13 @@ def scan_shards(
         advance(team.count(0))
 
 
-def _shard_of(indices: Sequence[int], shard_size: int, items: Sequence[Loaded]) -> int:
-    """Which shard a batch belongs to; indices are in order."""
-    return bisect_left(indices, items[0].index) // shard_size
+def _shard_of(indices: Sequence[int], manifest: Manifest, items: Sequence[Loaded]) -> int:
+    """Which shard a batch belongs to; indices are in order, those that come first by themselves."""
+    index, n_first = items[0].index, manifest.n_first
+    place = bisect_left(indices, index, 0, n_first)
+    if place == n_first or indices[place] != index:
+        place = bisect_left(indices, index, n_first)
+    return place // manifest.shard_size
 
 
 def await_shards(targets: Sequence[Target], seconds: float) -> None:
@@ -274,6 +278,40 @@ def _check_labels_agree(items: Sequence[Loaded], labels: Sequence[int]) -> None:
                 f"Image {item.index} comes with label {item.label}, but the data set lists "
                 f"{labels[item.index]} for it; make the two agree."
             )
+
+
+def take_over(
+    targets: Sequence[Target],
+    looks: Mapping[str, Path],
+    dataset: Dataset[Any],
+    first: Sequence[int],
+    options: ScanOptions,
+) -> None:
+    """Write the shards of the images that come first, where a first look made the same records.
+
+    What another network, image or option made, or cannot be read, is left to be scanned.
+    """
+    lacking = [t for t in targets if any(map(t.lacks, range(len(first) // t.manifest.shard_size)))]
+    if not (first and lacking):
+        return
+    alone = Subset(dataset, first)
+    data = fingerprint(alone, labels_of(alone, needed=options.labels == "given"))
+    groups, ids = groups_of(dataset), ids_of(dataset)
+    places = torch.tensor(first, dtype=torch.int64)
+    for target in lacking:
+        own = target.manifest
+        wanted = replace(own, data=data, n_images=len(first), first="", n_first=0)
+        folder = looks[own.layer.name]
+        with suppress(RunError):
+            look = read_manifest(folder)
+            if look is None or look.batch_size != own.batch_size or wanted.differences(look):
+                continue
+            for number in filter(target.lacks, shards_there(folder, look)):
+                records = read_shard(folder, number, look)
+                if len(records.broken) and not options.skip_broken:
+                    break  # the scan tells of them
+                records.index, records.broken = places[records.index], places[records.broken]
+                _write(target, number, records, groups, ids)
 
 
 def _write(
