@@ -166,6 +166,7 @@ def demo(*, out: Out, features: Features = True) -> None:
         source={"demo": True},
         say=say,
         title="Demo: a small network on Fashion-MNIST",
+        everything=True,  # it is quick
         features=features,
     )
     show_run(result)
@@ -182,6 +183,7 @@ def run(
     labels: Labels = "given",
     rho: float | None = None,
     encoder: str | None = None,
+    everything: Annotated[bool, Parameter("--all")] = False,
     features: Features = True,
     overwrite: bool = False,
     loading: Loading = Loading(),
@@ -198,6 +200,7 @@ def run(
         labels: What each image counts as: its folder's class, or what the network says.
         rho: Fix the published rule's rho instead of choosing it per channel.
         encoder: timm:NAME, to tell how alike images are; by default the network itself.
+        everything: Measure on all images, and all channels, instead of a sample (docs/scale.md).
         overwrite: Put the results, once finished, in the place of a run with other settings in OUT.
     """
     from unbraid.images.open import absolute, images_like, labelled, part_of
@@ -226,6 +229,7 @@ def run(
         title=network.model,
         encoder=encoder,
         labels=labels if labelled(train) else "predicted",
+        everything=everything,
         features=features,
         overwrite=overwrite,
     )

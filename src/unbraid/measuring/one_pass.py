@@ -8,7 +8,7 @@ would run the two networks four times and read each image three times.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ def pass_once(
     encoder: Penultimate | None,
     channels: Sequence[int],
     scan: Scan | None,
+    labels: Mapping[int, int] | None,
     batch_size: int,
     workers: int,
     skip_broken: bool,
@@ -57,8 +58,8 @@ def pass_once(
 ) -> Passed:
     """Compare outputs bit for bit, switch channels off and, with an encoder, embed images.
 
-    `scan`, of all images, tells the members of clusters. Errors are those of `compare_outputs` and
-    `ablate`.
+    `scan`, of all images, tells the members of clusters; `labels`, by index, which output is an
+    image's own where that is not its label. Errors are those of `compare_outputs` and `ablate`.
     """
     model, model2 = unwrap(model), unwrap(model2)
     device, sums = device_of(model), OutputSums(model, 0.0)
@@ -85,14 +86,14 @@ def pass_once(
         ablating(model2, size_of(dataset), None, channels, scan) as ablation,
         image_progress(title, len(indices), show=progress) as advance,
     ):
-        for index, images, labels in read_images(
+        for index, images, given in read_images(
             dataset,
             in_batches(indices, batch_size),
             workers=workers,
             skip_broken=skip_broken,
             advance=advance,
         ):
-            batch = index, images.to(device), labels
+            batch = index, images.to(device), given
             own = None
             if encoder is not None and not fault:
                 try:
@@ -102,5 +103,9 @@ def pass_once(
                     fault, embeddings = str(error), []
             read += index.tolist()
             own = run_network(model, batch[1]) if own is None else own
-            sums.add(batch, own, ablation.run(batch))
+            if labels is not None:
+                pairs = zip(index.tolist(), given.tolist(), strict=True)
+                taken = [labels.get(n, label) for n, label in pairs]
+                given = torch.tensor(taken, dtype=torch.int64)
+            sums.add(batch, own, ablation.run((index, batch[1], given)))
     return Passed(sums.result(), ablation.result(class_names_of(dataset)), read, embeddings, fault)
