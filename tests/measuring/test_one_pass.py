@@ -95,8 +95,8 @@ def test_measures_of_some_images_are_those_of_a_data_set_of_these_alone(case):
     few.targets = [case.images.targets[n] for n in SOME]
     of_few = unbraid.compare_outputs(case.network, model2, few)
     assert unbraid.compare_outputs(case.network, model2, case.images, indices=SOME) == of_few
-    of_few = unbraid.ablate(model2, few, channels=[1]).to_dict()
-    assert unbraid.ablate(model2, case.images, channels=[1], indices=SOME).to_dict() == of_few
+    of_few = repr(unbraid.ablate(model2, few, channels=[1]))  # as nan is not itself
+    assert repr(unbraid.ablate(model2, case.images, channels=[1], indices=SOME)) == of_few
     for wrong in ([], [13], [-1], "all"):
         for way in (
             lambda: unbraid.compare_outputs(case.network, model2, case.images, indices=wrong),  # noqa: B023
