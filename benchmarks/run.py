@@ -27,7 +27,7 @@ from unittest.mock import patch
 import torch
 import torchvision
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 import unbraid
 from lite0 import LAYER as LITE0_LAYER
@@ -35,7 +35,7 @@ from lite0 import load_lite0
 from timing import alone, print_head, print_row, spread
 from unbraid.images.open import open_images
 from unbraid.networks.models import imagenet_transform
-from unbraid.running import measures
+from unbraid.running import measures, sample
 from unbraid.running import run as running
 from unbraid.running.folders import Thresholds
 from unbraid.scanning.scan_options import Loading
@@ -62,7 +62,7 @@ STEPS = {
 }
 
 
-def setting(name: str, data: Path) -> tuple[nn.Module, Any, Any]:
+def setting(name: str, data: Path, scale: int) -> tuple[nn.Module, Any, Any]:
     """A network, and its training and validation images."""
     torch.manual_seed(0)
     if name == "lite0":
@@ -70,12 +70,12 @@ def setting(name: str, data: Path) -> tuple[nn.Module, Any, Any]:
 
         model = load_lite0()
         size = v2.Resize(224, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.498] * 3, [0.502] * 3)]
-        transform: Any = v2.Compose([v2.PILToTensor(), size, v2.CenterCrop(224), *scale])
+        values = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.498] * 3, [0.502] * 3)]
+        transform: Any = v2.Compose([v2.PILToTensor(), size, v2.CenterCrop(224), *values])
     else:
         model, transform = torchvision.models.resnet50().eval(), imagenet_transform()
     parts = [open_images(data / part, transform, outputs=model) for part in ("train", "val")]
-    return model, *parts
+    return model, *(Subset(part, range(0, len(part), scale)) for part in parts)
 
 
 def plain(model: nn.Module, train: Any, val: Any, batch_size: int) -> None:
@@ -134,12 +134,14 @@ def told_apart(taken: dict[str, float]) -> Iterator[None]:
         yield
 
 
-def one(way: str, name: str, data: Path, threads: int, batch_size: int, tau: Any) -> dict[str, Any]:
+def one(way: str, name: str, asked: argparse.Namespace) -> dict[str, Any]:
     """Go one way; the seconds by step, and "all"."""
+    threads, batch_size, tau = asked.threads, asked.batch_size, asked.tau
+    sample.LEAST, sample.MOST = sample.LEAST // asked.scale, sample.MOST // asked.scale
     torch.set_num_threads(threads)
     if way != "plain" and hasattr(unbraid, "keep_memory"):
         unbraid.keep_memory()  # as the command does
-    model, train, val = setting(name, data)
+    model, train, val = setting(name, asked.data, asked.scale)
     taken: dict[str, float] = {}
     begun, begun_wall = time.process_time(), time.perf_counter()
     if way == "plain":
@@ -157,7 +159,7 @@ def one(way: str, name: str, data: Path, threads: int, batch_size: int, tau: Any
                 train,
                 val,
                 Path(out) / "run",
-                thresholds=Thresholds(tau=tau),
+                thresholds=Thresholds(tau=tau if tau == "auto" else float(tau)),
                 loading=Loading(batch_size=batch_size),
                 source={},
                 say=lambda text: print(text, flush=True),
@@ -179,17 +181,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--tau", default="auto", help="of Lite0; its channels are found")
+    parser.add_argument("--scale", type=int, default=1, help="of data and sample, one in so many")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    tau = asked.tau if asked.tau == "auto" else float(asked.tau)
     if asked.only:
-        where = (asked.network, asked.data, asked.threads, asked.batch_size, tau)
-        print(json.dumps(one(asked.only, *where)))
+        print(json.dumps(one(asked.only, asked.network, asked)))
         return
     taken: dict[str, list[dict[str, Any]]] = {way: [] for way in asked.ways}
     given = ["--data", asked.data, "--network", asked.network, "--threads", asked.threads]
-    given += ["--batch-size", asked.batch_size, "--tau", asked.tau]
+    given += ["--batch-size", asked.batch_size, "--tau", asked.tau, "--scale", asked.scale]
     for number in range(asked.rounds):
         for way in asked.ways if number % 2 == 0 else reversed(asked.ways):
             taken[way].append(json.loads(alone(__file__, *given, "--only", way)))

@@ -231,7 +231,7 @@ class _Lines:
     def advance(self, n: int) -> None:
         self._done += n
         now = time.monotonic()
-        if now - self._told >= SECONDS_OF_LINES:
+        if now - self._told >= SECONDS_OF_LINES and self._done < self._total:
             self._told = now
             left = (self._total - self._done) / self._rate(now) if self._done > self._begun else 0
             self._tell(now, f", {_clock(left)} left" if left else "")
