@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class OutputComparison:
     top1_agreement: float  # fraction of the images
     top1_before: float | None  # accuracy of the original; None for images without labels
     top1_after: float | None
-    n_images: int | None = None  # compared; older files do not say
+    # Compared; older files do not say.
+    n_images: int | None = field(default=None, repr=False)
 
 
 class OutputSums:
