@@ -176,6 +176,7 @@ def demo(*, out: Out, features: Features = True) -> None:
         source={"demo": True},
         say=say,
         title="Demo: a small network on Fashion-MNIST",
+        everything=True,  # it is quick
         features=features,
     )
     show_run(result)
@@ -192,6 +193,7 @@ def run(
     labels: Labels = "given",
     rho: float | None = None,
     encoder: str | None = None,
+    everything: Annotated[bool, Parameter("--all")] = False,
     features: Features = True,
     overwrite: bool = False,
     quick: Annotated[bool | None, Parameter(negative="--no-quick")] = None,
@@ -210,6 +212,7 @@ def run(
         labels: What each image counts as: its folder's class, or what the network says.
         rho: Fix the published rule's rho instead of choosing it per channel.
         encoder: timm:NAME, to tell how alike images are; by default the network itself.
+        everything: Measure on all images, and all channels, instead of a sample (docs/scale.md).
         overwrite: Put the results, once finished, in the place of a run with other settings in OUT.
         quick: Only a first look, at some thousand images, into OUT/quick; the same command without
             goes on from there. From 20,000 images on, a run begins with it, unless --no-quick.
@@ -246,6 +249,7 @@ def run(
         title=network.model,
         encoder=encoder,
         labels=labels if labelled(train) else "predicted",
+        everything=everything,
         features=features,
         overwrite=overwrite,
     ):

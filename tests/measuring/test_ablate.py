@@ -19,7 +19,7 @@ from unbraid import Ablation
 from unbraid.base.errors import DataError, LayerError, ModelError, UsageError
 from unbraid.finding.membership import Cluster
 from unbraid.measuring import results
-from unbraid.measuring.ablate import _Replay, _replaying
+from unbraid.measuring.replay import Replay, replaying
 from unbraid.networks.weights import hash_weights
 
 SINGLE = torch.float32
@@ -306,7 +306,7 @@ def test_ablate_networks_of_any_code_runs_what_lies_before_once(kind, case_of, m
     assert_ablation(result, case)
     network, images = case.network, SyntheticImages(3, seed=5).images
     expected = network(images)
-    with torch.no_grad(), _replaying(network, network.layer) as replay:
+    with torch.no_grad(), replaying(network, network.layer) as replay:
         logits, output = replay.first(images)
         assert torch.equal(logits, expected)
         for channel in (1, 0, 1, 2):  # to the last bit what a hook of torch's own gives
@@ -316,7 +316,7 @@ def test_ablate_networks_of_any_code_runs_what_lies_before_once(kind, case_of, m
             hooked.layer.register_forward_hook(lambda *_, given=given: given)
             assert torch.equal(replay.again(images, given.clone()), hooked(images))
     assert torch.equal(network(images), expected)
-    monkeypatch.setattr(_Replay, "_try", lambda replay, *_: setattr(replay, "_shortened", False))
+    monkeypatch.setattr(Replay, "_try", lambda replay, *_: setattr(replay, "_shortened", False))
     assert unbraid.ablate(changed, case.images, batch_size=1) == result
     assert changed.count.n_runs > 2 * at_most
 

@@ -16,6 +16,7 @@ from torch import nn
 from tiny_networks import SyntheticImages
 from unbraid.base import files
 from unbraid.base.errors import ModelError, RunError, UsageError
+from unbraid.running import measures
 from unbraid.running import run as running
 from unbraid.running.check import check
 from unbraid.running.folders import Thresholds, is_numbered, read_settings
@@ -220,7 +221,7 @@ def test_run_killed_before_its_settings_leaves_the_folder_free(tmp_path):
 
 def test_run_that_fails_leaves_what_is_there(out, monkeypatch):
     before = content(out)
-    monkeypatch.setattr(running, "ablate", Mock(side_effect=RunError("The network has gone.")))
+    monkeypatch.setattr(measures, "pass_once", Mock(side_effect=RunError("The network has gone.")))
     for overwrite in (True, False):
         with pytest.raises(RunError, match="has gone"):
             run(out, STRICT, overwrite=overwrite)

@@ -9,7 +9,7 @@ import unbraid
 from tiny_networks import WithBroken, build
 from unbraid.base.errors import RunError
 from unbraid.base.files import read_tensors, write_tensors
-from unbraid.scanning.fields import COLUMNS, join_records, no_records
+from unbraid.scanning.fields import COLUMNS, choose_records, join_records, no_records
 from unbraid.scanning.records import shard_path
 
 CORRUPTORS = {
@@ -83,3 +83,18 @@ def test_join_records_of_parts_gives_the_whole(positions, scans):
             own, twice = own.diff(), twice.diff()
         assert torch.equal(twice, torch.cat([own, own])), name
     assert joined.ids == records.ids * 2
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_choose_records_and_the_others_join_to_the_whole(positions, scans):
+    (records,) = scans[positions].shards()
+    for n in range(len(records) + 1):
+        first = torch.arange(len(records)) < n
+        parts = [choose_records(records, chosen) for chosen in (first, ~first)]
+        assert [len(part) for part in parts] == [n, len(records) - n]
+        assert parts[0].ids == records.ids[:n]
+        joined = join_records(parts)
+        joined.broken = records.broken  # which choosing leaves out
+        for name in COLUMNS:
+            own, again = getattr(records, name), getattr(joined, name)
+            assert (own is None and again is None) or torch.equal(own, again), name

@@ -1,5 +1,7 @@
 """The published rule: which taps a concept channel keeps, and which rho is chosen."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 import checks
 import unbraid
 from tiny_networks import SyntheticImages, build
+from unbraid.base.errors import UsageError
 from unbraid.splitting.published import RHOS, published_masks
 
 # In all of these an in-place ReLU or a smooth activation comes behind; two have no bias.
@@ -43,6 +46,29 @@ def test_taps_are_divided_or_shared_and_rho_is_the_one_that_the_criterion_choose
         checks.assert_published_rho(part, case.truth)
         checks.assert_published_rows(part, part.info["rho"], case.truth)
     assert len({part.info["rho"] for part in split.channels}) > 1  # each has its own
+
+
+def test_a_scan_of_some_images_tells_rho_alone_and_says_where_it_cannot(tmp_path):
+    network, images = build("3x3"), SyntheticImages(14)
+    whole = unbraid.scan(network, "layer", images, tmp_path / "whole")
+    found = unbraid.find(whole, channels=OWN)
+    truth = checks.truth_of(network, images)
+    some = [n for n, label in enumerate(images.targets) if label != 3]
+    for indices, known in ((range(14), OWN), (some, [1])):
+        own = {"indices": indices, "positions": True}
+        maps = unbraid.scan(network, "layer", images, tmp_path / str(len(known)), **own)
+        told = pytest.warns(UserWarning, match="lacks images of concepts of 2 channels")
+        with nullcontext() if known == OWN else told:
+            split = unbraid.split(maps, found, method="published", everything=whole)
+        for part in split.channels:
+            checks.assert_published_rows(part, part.info["rho"], truth)  # ARVs are of all images
+            if part.channel in known:
+                checks.assert_published_rho(part, truth)
+            else:
+                assert part.info["rho"] == split[1].info["rho"]
+    nothing = replace(found, concepts={5: OWN[5]})
+    with pytest.raises(UsageError, match="no channel with images of all its concepts"):
+        unbraid.split(maps, nothing, method="published", everything=whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

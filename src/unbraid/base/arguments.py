@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -70,6 +70,18 @@ def loading(batch_size: Any, workers: Any) -> tuple[int, int]:
     """Return how many images to run at a time, and how many processes are to load them."""
     n_workers = whole_number("workers", workers, 0, MAX_WORKERS)
     return whole_number("batch_size", batch_size, 1), n_workers
+
+
+def chosen_indices(indices: Any, n_images: int) -> Sequence[int]:
+    """Return the indices of the images asked for, in order and once each; None asks for all."""
+    if indices is None:
+        return range(n_images)
+    chosen = sorted(set(whole_numbers("indices", indices)))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= n_images:
+        raise UsageError(
+            f"indices must name places in the data set, 0 to {n_images - 1}, one or more."
+        )
+    return chosen
 
 
 def a_type(value: Any) -> str:

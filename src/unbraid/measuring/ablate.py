@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from textwrap import shorten
 from typing import Any
@@ -18,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from unbraid.base.arguments import as_kind, flag, loading, whole_numbers
-from unbraid.base.errors import DataError, LayerError, ModelError, UsageError
+from unbraid.base.arguments import as_kind, chosen_indices, flag, loading, whole_numbers
+from unbraid.base.errors import DataError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Members, name_of
 from unbraid.images.batches import Batch, image_progress, in_batches, read_images
 from unbraid.images.dataset import class_names_of, size_of
+from unbraid.measuring.replay import Replay, replaying
 from unbraid.measuring.results import (
     Ablation,
     ChannelAblation,
@@ -35,11 +35,10 @@ from unbraid.measuring.results import (
     RestAblation,
 )
 from unbraid.networks.copying import unwrap
-from unbraid.networks.outputs import check_labels, refuse_broken_values, run_network
+from unbraid.networks.outputs import check_labels, refuse_broken_values
 from unbraid.networks.preflight import refuse_unsteady
 from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.records import Scan
-from unbraid.surgery.apply import NOT_IN_FORCE
 from unbraid.surgery.split_layer import SplitLayer
 
 Concepts = dict[int, tuple[Concept, ...]]  # by channel
@@ -50,6 +49,7 @@ def ablate(
     model2: nn.Module,
     dataset: Dataset[Any],
     *,
+    indices: Sequence[int] | None = None,
     layer: str | None = None,
     channels: Sequence[int] | None = None,
     scan: Scan | None = None,
@@ -68,6 +68,7 @@ def ablate(
     Args:
         model2: a split network, from `unbraid.apply` in the exact form.
         dataset: map-style, of (image tensor, label).
+        indices: of the images to run on, in the data set; by default all.
         layer: name of the split layer, needed where several are split.
         channels: its split channels to switch off; by default all.
         scan: of the same images, needed where concepts are clusters of images.
@@ -86,42 +87,88 @@ def ablate(
         "Evaluate" in docs/method.md, causal effect.
     """
     model2 = unwrap(model2)
-    split_layers = {name: m for name, m in model2.named_modules() if isinstance(m, SplitLayer)}
-    measured = _layer_of(split_layers, layer)
-    concepts = _concepts_of(measured, channels)
     batch_size, workers = loading(batch_size, workers)
     skip_broken = flag("skip_broken", skip_broken)
     n_images = size_of(dataset)
-    members = _members(measured, concepts, scan, n_images)
-    sums: dict[int, _AblationSums] = {}
+    chosen = chosen_indices(indices, n_images)
     with (
         undisturbed(model2),
         torch.inference_mode(False),  # where torch would not count what is written into
         torch.no_grad(),
-        _all_on(split_layers.values()),
-        _replaying(model2, measured) as replay,
-        image_progress("Switching channels off", n_images, show=progress) as advance,
+        ablating(model2, n_images, layer, channels, scan) as ablation,
+        image_progress("Switching channels off", len(chosen), show=progress) as advance,
     ):
-        batches = in_batches(range(n_images), batch_size)
         for batch in read_images(
-            dataset, batches, workers=workers, skip_broken=skip_broken, advance=advance
+            dataset,
+            in_batches(chosen, batch_size),
+            workers=workers,
+            skip_broken=skip_broken,
+            advance=advance,
         ):
-            index, images, labels = batch
-            if not sums:
-                refuse_unsteady(model2, images.to(measured.rows.device))
-            n_outputs, outcomes = _run_batch(replay, measured, concepts, batch)
-            for channel, outcome in outcomes.items():
-                if channel not in sums:
-                    sums[channel] = _AblationSums(concepts[channel], n_outputs)
-                sums[channel].add(labels, members(channel, index, labels), outcome)
-    if not sums:
-        raise DataError("No image could be read, so there is nothing to switch channels off for.")
-    name = partial(name_of, class_names_of(dataset))
-    return Ablation(
-        layer=measured.spec.name,
-        classes=next(iter(sums.values())).class_outputs(name),
-        channels=tuple(own.result(channel, name) for channel, own in sums.items()),
-    )
+            ablation.run(batch)
+    return ablation.result(class_names_of(dataset))
+
+
+class Ablating:
+    """An ablation under way, batch by batch."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        model2: nn.Module,
+        layer: SplitLayer,
+        concepts: Concepts,
+        members: Callable[[int, Tensor, Tensor], Tensor],
+    ) -> None:
+        """Start without an image."""
+        self._replay, self._model2, self._layer = replay, model2, layer
+        self._concepts, self._members = concepts, members
+        self._sums: dict[int, _AblationSums] = {}
+
+    def run(self, batch: Batch) -> Tensor:
+        """Run a batch as it is, whose logits are returned, and with each thing switched off."""
+        index, images, labels = batch
+        if not self._sums:
+            refuse_unsteady(self._model2, images.to(self._layer.rows.device))
+        logits, outcomes = _run_batch(self._replay, self._layer, self._concepts, batch)
+        for channel, outcome in outcomes.items():
+            if channel not in self._sums:
+                self._sums[channel] = _AblationSums(self._concepts[channel], logits.shape[1])
+            self._sums[channel].add(labels, self._members(channel, index, labels), outcome)
+        return logits
+
+    def result(self, names: Sequence[str]) -> Ablation:
+        """Sum up, with names of classes; DataError if there was no image."""
+        if not self._sums:
+            raise DataError(
+                "No image could be read, so there is nothing to switch channels off for."
+            )
+        name = partial(name_of, names)
+        return Ablation(
+            layer=self._layer.spec.name,
+            classes=next(iter(self._sums.values())).class_outputs(name),
+            channels=tuple(own.result(channel, name) for channel, own in self._sums.items()),
+        )
+
+
+@contextmanager
+def ablating(
+    model2: nn.Module,
+    n_images: int,
+    layer: str | None = None,
+    channels: Sequence[int] | None = None,
+    scan: Scan | None = None,
+) -> Iterator[Ablating]:
+    """Make a split network ready to be run with channels switched off, and put all back.
+
+    It must be in eval mode, without gradients; `n_images` are those of the data set.
+    """
+    split_layers = {name: m for name, m in model2.named_modules() if isinstance(m, SplitLayer)}
+    measured = _layer_of(split_layers, layer)
+    concepts = _concepts_of(measured, channels)
+    members = _members(measured, concepts, scan, n_images)
+    with _all_on(split_layers.values()), replaying(model2, measured) as replay:
+        yield Ablating(replay, model2, measured, concepts, members)
 
 
 def _layer_of(layers: dict[str, SplitLayer], name: str | None) -> SplitLayer:
@@ -197,9 +244,9 @@ def _all_on(layers: Iterable[SplitLayer]) -> Iterator[None]:
 
 
 def _run_batch(
-    replay: _Replay, layer: SplitLayer, concepts: Concepts, batch: Batch
-) -> tuple[int, dict[int, Tensor]]:
-    """T, and by channel (2, R, N): logits of the own labels, and 1 where these are the top ones."""
+    replay: Replay, layer: SplitLayer, concepts: Concepts, batch: Batch
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Logits; by channel (2, R, N), those of the own labels, and 1 where these are the top ones."""
     index, images, labels = batch
     images = images.to(layer.rows.device)
     concepts_seen, residuals_seen = [], []
@@ -229,7 +276,7 @@ def _run_batch(
             changed.select(dim, channel).copy_(values)
             runs.append(outcome(replay.again(images, changed)))
         outcomes[channel] = torch.stack(runs, 1).cpu()
-    return logits.shape[1], outcomes
+    return logits, outcomes
 
 
 class _AblationSums:
@@ -287,143 +334,3 @@ class _AblationSums:
 
     def _seen(self) -> list[int]:
         return [int(label) for label in self._n_images[: self._n_classes].nonzero()]
-
-
-@dataclass
-class _Call:
-    """What a module before the layer put out in the first pass."""
-
-    module: nn.Module
-    output: Tensor | None  # None where it must be computed anew
-    version: int  # torch counts how often a tensor was written into
-    copied: bool  # handed out as a copy, which may be written into
-
-    @property
-    def version_now(self) -> int:
-        return 0 if self.output is None else self.output._version
-
-    @property
-    def written(self) -> bool:
-        return self.version_now != self.version
-
-
-class _Replay:
-    """A network whose layer can be given other outputs; what lies before it is not run again."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._calls: list[_Call] = []  # before the layer, in the first pass
-        self._copied: set[int] = set()  # which of them are kept as copies
-        self._place = 0  # among them, in this pass
-        self._output: Tensor | None = None  # of the layer, in the first pass
-        self._given: Tensor | None = None  # what the layer is to put out, None in the first pass
-        self._n_reached = 0  # how often the layer ran in this pass
-        self._within = False  # inside a module that is one of the calls
-        self._shortened = False  # whether passes leave out the calls
-
-    def first(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the network on a batch as it is; return the logits and the layer's output."""
-        # A network may pass values past its modules, in place or by way of attributes. So it is
-        # tried whether a shortened pass gives the same logits, to the last bit: with all outputs
-        # as they are now, else with copies of those that were written into, as they were before.
-        # Else passes run in full.
-        logits = self._keep(images)
-        written = {place for place, call in enumerate(self._calls) if call.written}
-        for place in written:
-            self._calls[place].version = self._calls[place].version_now
-        if not self._try(images, logits) and written:
-            self._copied |= written
-            self._try(images, self._keep(images))
-        assert self._output is not None
-        return logits, self._output
-
-    def _keep(self, images: Tensor) -> Tensor:
-        """Run the network in full, and keep what its modules put out."""
-        self._calls, self._output, self._shortened = [], None, False
-        logits = self.again(images, None)
-        if self._output is None:
-            raise LayerError(f"The layer runs 0 times in a forward pass, so {NOT_IN_FORCE}.")
-        if self._n_reached > 1:
-            raise LayerError(
-                f"The layer runs {self._n_reached} times in a forward pass, so its output is not "
-                "one thing; choose a layer that runs once."
-            )
-        return logits
-
-    def _try(self, images: Tensor, logits: Tensor) -> bool:
-        """Shorten passes from now on, if that gives the same logits."""
-        assert self._output is not None
-        self._shortened = True
-        try:
-            same = torch.equal(self.again(images, self._output.clone()), logits)
-            same = same and self._n_reached == 1
-        except ModelError:
-            same = False
-        self._shortened = self._shortened and same
-        return self._shortened
-
-    def again(self, images: Tensor, output: Tensor | None) -> Tensor:
-        """Run the network on the images of `first` with another output of the layer."""
-        self._given, self._within = output, False
-        self._place = self._n_reached = 0
-        logits = run_network(self._model, images)
-        if any(call.written for call in self._calls):
-            self._shortened = False  # this pass is sound, the next would not be
-        return logits
-
-    def call_layer(self, compute: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
-        """Take the place of the layer's forward."""
-        self._n_reached += 1
-        if self._given is not None:
-            return self._given
-        output = compute(*args, **named)
-        self._output = output.clone()
-        return output
-
-    def call(self, module: nn.Module, compute: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """Take the place of another module's forward."""
-        if self._n_reached or self._within:
-            return compute(*args, **named)
-        if self._shortened and self._place < len(self._calls):
-            call = self._calls[self._place]
-            self._place += 1
-            if call.module is module and call.output is not None:
-                return call.output.clone() if call.copied else call.output
-        self._within = True
-        try:
-            output = compute(*args, **named)
-        finally:
-            self._within = False
-        if self._given is None and not self._n_reached:
-            self._calls.append(self._kept(module, output))
-        return output
-
-    def _kept(self, module: nn.Module, output: Any) -> _Call:
-        if not isinstance(output, Tensor) or output.is_inference():
-            return _Call(module, None, 0, copied=False)
-        copied = len(self._calls) in self._copied
-        kept = output.clone() if copied else output
-        return _Call(module, kept, kept._version, copied)
-
-
-@contextmanager
-def _replaying(model: nn.Module, layer: nn.Module) -> Iterator[_Replay]:
-    """Make it possible to replay a network, in eval mode, from a layer on; put all back."""
-    replay = _Replay(model)
-    forwards: dict[nn.Module, Callable[..., Any]] = {
-        module: partial(replay.call, module, module.forward)
-        for module in set(model.modules()) - set(layer.modules())
-        if not any(part is layer for part in module.modules())
-    }
-    forwards[layer] = partial(replay.call_layer, layer.forward)
-    # A hook cannot leave out a module's computation; a `forward` of the instance's own can.
-    own = {module: vars(module).get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            vars(module)["forward"] = forward
-        yield replay
-    finally:
-        for module, before in own.items():
-            del vars(module)["forward"]
-            if before is not None:
-                vars(module)["forward"] = before

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from unbraid.base.arguments import flag, loading, real_number
+from unbraid.base.arguments import chosen_indices, flag, loading, real_number
 from unbraid.base.errors import DataError, OutputChangedError, UsageError
 from unbraid.base.modes import in_plain_modes
-from unbraid.images.batches import image_progress, in_batches, read_images
+from unbraid.images.batches import Batch, image_progress, in_batches, read_images
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import size_of
 from unbraid.networks.copying import device_of, unwrap
@@ -31,6 +32,43 @@ class OutputComparison:
     top1_agreement: float  # fraction of the images
     top1_before: float | None  # accuracy of the original; None for images without labels
     top1_after: float | None
+    # Compared; older files do not say.
+    n_images: int | None = field(default=None, repr=False)
+
+
+class OutputSums:
+    """What outputs differ by, batch by batch."""
+
+    def __init__(self, model: nn.Module, tolerance: float) -> None:
+        """Start without an image, with the original network."""
+        self._model, self._tolerance = model, tolerance
+        self._worst = 0.0
+        # Read, labelled, of the same top class, right before and after.
+        self._counts = torch.zeros(5, dtype=torch.int64)
+
+    def add(self, batch: Batch, logits: Tensor, logits2: Tensor) -> None:
+        """Add what both networks say of a batch; OutputChangedError if they differ."""
+        index, images, labels = batch
+        difference = float((logits - logits2).abs().max())
+        self._worst = difference if math.isnan(difference) else max(self._worst, difference)
+        if not self._worst <= self._tolerance:  # a NaN is no pass
+            _refuse_broken_original(logits, index)
+            refuse_unsteady(self._model, images)
+            raise OutputChangedError(
+                f"The split network's logits differ from the original's by {self._worst:.3g}, more "
+                f"than the tolerance {self._tolerance:g}; do not use it, or raise the tolerance."
+            )
+        labels, top, top2 = labels.to(logits.device), logits.argmax(1), logits2.argmax(1)
+        found = (top >= 0, labels != UNLABELLED, top == top2, top == labels, top2 == labels)
+        self._counts += torch.stack(found).sum(1).cpu()
+
+    def result(self) -> OutputComparison:
+        """Sum up; DataError if there was no image."""
+        n_read, n_labelled, n_same, n_before, n_after = self._counts.tolist()
+        if n_read == 0:
+            raise DataError("No image could be read, so there is nothing to compare outputs on.")
+        before, after = (n / n_labelled if n_labelled else None for n in (n_before, n_after))
+        return OutputComparison(self._worst, n_same / n_read, before, after, n_read)
 
 
 @in_plain_modes
@@ -39,6 +77,7 @@ def compare_outputs(
     model2: nn.Module,
     dataset: Dataset[Any],
     *,
+    indices: Sequence[int] | None = None,
     tolerance: float = 1e-4,
     batch_size: int = 64,
     workers: int = 0,
@@ -51,6 +90,7 @@ def compare_outputs(
         model: the original.
         model2: the split network, on the same device.
         dataset: map-style, of (image tensor, label).
+        indices: of the images to compare on, in the data set; by default all.
         tolerance: the largest absolute logit difference that passes; 0 for the exact form.
         batch_size: images per forward pass.
         workers: processes that load images.
@@ -68,41 +108,27 @@ def compare_outputs(
     tolerance = real_number("tolerance", tolerance)
     if not tolerance >= 0:
         raise UsageError(f"tolerance is {tolerance:g}; it must be 0 or more.")
-    n_images = size_of(dataset)
+    chosen = chosen_indices(indices, size_of(dataset))
     model, model2 = unwrap(model), unwrap(model2)
-    device = device_of(model)
-    worst = 0.0
-    counts = torch.zeros(5, dtype=torch.int64)  # read, labelled, same, right before and after
+    device, sums = device_of(model), OutputSums(model, tolerance)
     with (
         undisturbed(model),
         undisturbed(model2),
         in_force(model2),
         torch.no_grad(),
-        image_progress("Comparing outputs", n_images, show=progress) as advance,
+        image_progress("Comparing outputs", len(chosen), show=progress) as advance,
     ):
-        batches = in_batches(range(n_images), batch_size)
         for index, images, labels in read_images(
-            dataset, batches, workers=workers, skip_broken=skip_broken, advance=advance
+            dataset,
+            in_batches(chosen, batch_size),
+            workers=workers,
+            skip_broken=skip_broken,
+            advance=advance,
         ):
-            images, labels = images.to(device), labels.to(device)
+            images = images.to(device)
             logits, logits2 = run_network(model, images), run_network(model2, images)
-            difference = float((logits - logits2).abs().max())
-            worst = difference if math.isnan(difference) else max(worst, difference)
-            if not worst <= tolerance:  # a NaN is no pass
-                _refuse_broken_original(logits, index)
-                refuse_unsteady(model, images)
-                raise OutputChangedError(
-                    f"The split network's logits differ from the original's by {worst:.3g}, more "
-                    f"than the tolerance {tolerance:g}; do not use it, or raise the tolerance."
-                )
-            top, top2 = logits.argmax(1), logits2.argmax(1)
-            found = (top >= 0, labels != UNLABELLED, top == top2, top == labels, top2 == labels)
-            counts += torch.stack(found).sum(1).cpu()
-    n_read, n_labelled, n_same, n_before, n_after = counts.tolist()
-    if n_read == 0:
-        raise DataError("No image could be read, so there is nothing to compare outputs on.")
-    accuracies = (n_before / n_labelled, n_after / n_labelled) if n_labelled else (None, None)
-    return OutputComparison(worst, n_same / n_read, *accuracies)
+            sums.add((index, images, labels), logits, logits2)
+    return sums.result()
 
 
 def _refuse_broken_original(logits: Tensor, index: Tensor) -> None:

@@ -21,6 +21,11 @@ from unbraid.networks.models import RANDOM, Transform, load_timm
 from unbraid.networks.outputs import run_network
 from unbraid.networks.relevance import undisturbed
 
+NO_FEATURES = (
+    "No fully connected layer or 1x1 convolution of the network gives its logits, so it has no "
+    "penultimate layer to embed images with; pass another encoder, such as timm:NAME."
+)
+
 Encoder = Callable[[Tensor], Tensor]  # from images (N, C, H, W) to embeddings (N, D)
 Encode = Callable[[Batch], Tensor]
 
@@ -47,6 +52,13 @@ class Penultimate(nn.Module):
         Raises:
             ModelError: no layer gives the logits, or the network cannot run.
         """
+        features, _ = self.see(images)
+        if features is None:
+            raise ModelError(NO_FEATURES)
+        return features
+
+    def see(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Compute embeddings, None if no layer gives the logits, and the logits, in one pass."""
         calls: list[tuple[Tensor, Tensor]] = []
 
         def keep(_: nn.Module, args: Any, named: Any, output: Tensor) -> None:
@@ -64,12 +76,8 @@ class Penultimate(nn.Module):
             logits = run_network(self.model, images)
         for features, output in reversed(calls):
             if torch.equal(output.flatten(1).to(logits), logits):
-                return features
-        raise ModelError(
-            "No fully connected layer or 1x1 convolution of the network gives its logits, so it "
-            "has no penultimate layer to embed images with; pass another encoder, such as "
-            "timm:NAME."
-        )
+                return features, logits
+        return None, logits
 
     def __str__(self) -> str:
         """Name the encoder, for people."""

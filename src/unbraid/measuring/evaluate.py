@@ -61,6 +61,7 @@ def evaluate(
     ablation: Ablation | None = None,
     semantics: Semantics | None = None,
     everything: Scan | None = None,
+    maps: Scan | None = None,
 ) -> Evaluation:
     """Compute the measures of "Evaluate" in docs/method.md for every split channel.
 
@@ -79,6 +80,8 @@ def evaluate(
             images, such as R-precision and coverage, are None without either. They take 8 bytes
             an image for each response, of so many channels at a time as fill 128 MiB (two such
             portions are in memory at once), and read the records once for every portion.
+        maps: a scan with positions of some of the images, for the rectified measures, where
+            `scan` has none; those of a channel are None if it lacks a concept.
 
     Raises:
         UsageError: tau is out of range; a scan is of another network or layer, or has no image
@@ -91,6 +94,8 @@ def evaluate(
         as_kind("baseline", baseline, Split)
     _refuse_other_results(split, baseline, ablation, semantics)
     split.require(scan)
+    if maps is not None:
+        _refuse_maps(split, scan, as_kind("maps", maps, Scan))
     if everything is not None:
         _refuse_part(split, scan, as_kind("everything", everything, Scan))
     elif _is_whole(scan):
@@ -99,7 +104,11 @@ def evaluate(
     if not 0 <= tau <= 1:
         raise UsageError(f"tau is {tau:g}; a share must lie between 0 and 1.")
     responses = gather_responses(split, scan)
-    channels = [_evaluate_channel(split, p, responses[p.channel], tau) for p in split.channels]
+    shaped = responses if maps is None else _gather(split, maps)
+    channels = [
+        _evaluate_channel(split, part, responses[part.channel], shaped.get(part.channel), tau)
+        for part in split.channels
+    ]
     if everything is not None:
         pairs = zip(channels, respond_to_all(split, everything), strict=True)
         channels = [_over_all(channel, *responses) for channel, responses in pairs]
@@ -114,12 +123,20 @@ def evaluate(
         semantics,
         baseline=None
         if baseline is None
-        else evaluate(baseline, scan, tau=tau, everything=everything),
+        else evaluate(baseline, scan, tau=tau, everything=everything, maps=maps),
     )
 
 
 def _is_whole(scan: Scan) -> bool:
     return scan.manifest.classes is None and not scan.manifest.indices
+
+
+def _refuse_maps(split: Split, scan: Scan, maps: Scan) -> None:
+    split.require(maps)
+    if not maps.positions or maps.manifest.data != scan.manifest.data:
+        raise UsageError(
+            "`maps` is no scan with positions of the same images as `scan`; pass one, or none."
+        )
 
 
 def _refuse_part(split: Split, scan: Scan, everything: Scan) -> None:
@@ -160,6 +177,21 @@ def _refuse_other_results(
 
 def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
     """Read a Scan once and compute all responses to the images of each channel's concepts."""
+    gathered = _gather(split, scan)
+    for part in split.channels:
+        own = gathered.get(part.channel)
+        seen = set() if own is None else set(own.concept.tolist())
+        for k, concept in enumerate(part.concepts):
+            if k not in seen:
+                raise UsageError(
+                    f"The scan has no image of {split.name(concept)}, concept {k} of channel "
+                    f"{part.channel}; scan validation images of all concepts."
+                )
+    return gathered
+
+
+def _gather(split: Split, scan: Scan) -> dict[int, Responses]:
+    """The same, of the channels of whose concepts the scan has an image."""
     parts: dict[int, list[Responses]] = {part.channel: [] for part in split.channels}
     members = split.members_in(scan)
     for records in scan.shards():
@@ -167,15 +199,7 @@ def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
             responses = _respond(members, records, part)
             if len(responses.concept):
                 parts[part.channel].append(responses)
-    for part in split.channels:
-        seen = {int(k) for responses in parts[part.channel] for k in responses.concept.unique()}
-        for k, concept in enumerate(part.concepts):
-            if k not in seen:
-                raise UsageError(
-                    f"The scan has no image of {split.name(concept)}, concept {k} of channel "
-                    f"{part.channel}; scan validation images of all concepts."
-                )
-    return {channel: join(responses) for channel, responses in parts.items()}
+    return {channel: join(responses) for channel, responses in parts.items() if responses}
 
 
 def _respond(members: Members, records: Records, part: ChannelSplit) -> Responses:
@@ -258,7 +282,7 @@ def _over_all(
 
 
 def _evaluate_channel(
-    split: Split, part: ChannelSplit, responses: Responses, tau: float
+    split: Split, part: ChannelSplit, responses: Responses, shaped: Responses | None, tau: float
 ) -> ChannelEvaluation:
     z, new, concept = responses.original, responses.concepts, responses.concept
     columns = (*new.T, responses.residual)
@@ -284,9 +308,11 @@ def _evaluate_channel(
                 ratios=tuple(Ratio(float(r.mean()), float(r.quantile(0.5))) for r in ratios),
             )
         )
-    both = responses.rectified
-    rectified = None if both is None else separation_error(both[:, 0], both[:, 1:], concept)
-    error = separation_error(z, new, concept)
+    rectified, error = None, separation_error(z, new, concept)
+    if shaped is not None and shaped.rectified is not None:
+        both, own_concept = shaped.rectified, shaped.concept
+        if len(own_concept.unique()) == len(part.concepts):
+            rectified = separation_error(both[:, 0], both[:, 1:], own_concept)
     return ChannelEvaluation(split.layer.name, part.channel, tuple(concepts), error, rectified)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from unbraid.base.arguments import whole_number
 from unbraid.measuring.results import join
+from unbraid.scanning.fields import Records, choose_records
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import Split
 
@@ -45,7 +47,12 @@ class ReferenceImages:
 
 
 def reference_images(
-    scan: Scan, split: Split, *, n: int = 8, alike: float | None = None
+    scan: Scan,
+    split: Split,
+    *,
+    n: int = 8,
+    alike: float | None = None,
+    indices: Sequence[int] | None = None,
 ) -> dict[int, ReferenceImages]:
     """Find the images that excite every split channel and its concept channels most.
 
@@ -56,6 +63,7 @@ def reference_images(
         alike: leave out all images of a group but the strongest, where the data set groups them,
             and what a stronger image shows already: whose pooled inputs, less their mean, have a
             cosine above this with its own, or above up to 0.99 if that is needed to give n.
+        indices: of the images to choose from, in the data set; by default all of the scan.
 
     Returns:
         By channel. Of equally exciting images the earlier one comes first.
@@ -66,9 +74,9 @@ def reference_images(
     n = whole_number("n", n, 1)
     split.require(scan)
     if alike is None:
-        found = _rank(scan, split, n, by_group=False)
+        found = _rank(scan, split, n, indices, by_group=False)
     else:
-        found = _rank(scan, split, _POOL * n, by_group=True)
+        found = _rank(scan, split, _POOL * n, indices, by_group=True)
         rows, directions = _directions(scan, found)
         for tops in found.values():
             for k, top in enumerate(tops):
@@ -77,11 +85,24 @@ def reference_images(
     return {o: ReferenceImages(own, tuple(concepts)) for o, (own, *concepts) in found.items()}
 
 
-def _rank(scan: Scan, split: Split, n: int, by_group: bool) -> dict[int, list[TopImages]]:
+def shards_of(scan: Scan, indices: Sequence[int] | None) -> Iterator[Records]:
+    """Read the records of some images, or all, shard by shard."""
+    wanted = None if indices is None else torch.tensor(indices, dtype=torch.int64)
+    for records in scan.shards():
+        yield (
+            records
+            if wanted is None
+            else choose_records(records, torch.isin(records.index, wanted))
+        )
+
+
+def _rank(
+    scan: Scan, split: Split, n: int, indices: Sequence[int] | None, by_group: bool
+) -> dict[int, list[TopImages]]:
     """Find by channel the n strongest images of the original and of each concept channel."""
     best: dict[int, list[TopImages]] = {}
     members = split.members_in(scan)
-    for records in scan.shards():
+    for records in shards_of(scan, indices):
         group = records.group if by_group else None
         for part in split.channels:
             pooled = records.pooled[:, scan.layer.group_of(part.channel)]

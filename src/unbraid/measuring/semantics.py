@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unbraid.base.arguments import as_kind, loading, whole_number
+from unbraid.base.arguments import as_kind, chosen_indices, loading, whole_number
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.images.batches import image_progress, in_batches
-from unbraid.images.dataset import labels_of
+from unbraid.images.dataset import labels_of, size_of
 from unbraid.measuring.encoders import Encoder, load_batches, load_encoder, name_of_encoder, ready
-from unbraid.measuring.reference_images import TopImages, reference_images
+from unbraid.measuring.reference_images import TopImages, reference_images, shards_of
 from unbraid.measuring.results import ChannelSemantics, Likeness, Semantics
 from unbraid.scanning.fields import Records
 from unbraid.scanning.records import Scan
@@ -41,6 +42,7 @@ def measure_semantics(
     dataset: Dataset[Any],
     encoder: Encoder | str,
     *,
+    indices: Sequence[int] | None = None,
     n_top: int = N_TOP,
     batch_size: int = 64,
     workers: int = 0,
@@ -58,6 +60,7 @@ def measure_semantics(
         dataset: the images that `scan` was made of, perhaps in another preprocessing.
         encoder: from images (N, C, H, W) to embeddings (N, D), such as
             `unbraid.Penultimate(model)`; or `timm:NAME`.
+        indices: of the images to compare, in the data set; by default all that were scanned.
         n_top: how many of the images that excite a channel most count for clarity and PURE's
             distances; all, where there are fewer.
         batch_size: images per call of the encoder.
@@ -76,47 +79,105 @@ def measure_semantics(
     as_kind("scan", scan, Scan)
     n_top = whole_number("n_top", n_top, 2)  # to be compared with one another
     batch_size, workers = loading(batch_size, workers)
-    top = reference_images(scan, split, n=n_top)
     _refuse_other_images(scan, dataset)
     if isinstance(encoder, str):
         encoder = load_encoder(encoder)
-    tops = {o: (own.original, *own.concepts) for o, own in top.items()}
-    boxes = _boxes(scan, split, tops)
-    crops = _Crops(dataset, [(index, box) for (_, _, index), box in boxes.items()])
-    n_images = scan.manifest.n_images - len(scan.broken())
-    batches = [b for own in scan.columns("index") for b in in_batches(own.tolist(), batch_size)]
+    if indices is not None:
+        indices = chosen_indices(indices, size_of(dataset))
+    looked = look(split, scan, indices, n_top)
+    crops = _Crops(dataset, [(index, box) for (_, _, index), box in looked.boxes.items()])
     with (
         ready(encoder) as encode,
-        image_progress("Embedding images", n_images, show=progress) as advance,
+        image_progress("Embedding images", looked.n_images, show=progress) as advance,
     ):
+        batches = [b for own in looked.shards() for b in in_batches(own, batch_size)]
         loaded = load_batches(encoder, dataset, batches, workers, advance)
         rows = (row for batch in loaded for row in encode(batch))
-        scores, whole = _embed(scan, split, tops, rows)
+        scores, whole = looked.embed(rows)
         next(rows, None)  # so that the last batch is counted
         loaded = load_batches(encoder, crops, in_batches(range(len(crops)), batch_size), workers)
         rows = (row for batch in loaded for row in encode(batch))
-        cut = dict(zip(boxes, rows, strict=True))
-    channels: dict[int, ChannelSemantics] = {}
-    of_channels = scores.split([len(own) for own in tops.values()])
-    for (channel, own), of_channel in zip(tops.items(), of_channels, strict=True):
-        likes = [
-            Likeness(score, clarity(torch.stack([whole[n] for n in one.index.tolist()])))
-            for score, one in zip(of_channel.tolist(), own, strict=True)
-        ]
-        places = [(channel, k, n) for k, one in enumerate(own[1:]) for n in one.index.tolist()]
-        embeddings = torch.stack([cut.get(place, whole[place[2]]) for place in places])
-        owners = torch.tensor([k for _, k, _ in places], dtype=torch.int64)
-        channels[channel] = ChannelSemantics(
-            name_of_encoder(encoder),
-            n_images,
-            len(own[0].index),
-            scan.positions,
-            bool(cut),
-            likes[0],
-            tuple(likes[1:]),
-            *pure_distances(embeddings, owners),
-        )
-    return Semantics(channels)
+        cut = dict(zip(looked.boxes, rows, strict=True))
+    return looked.judge(name_of_encoder(encoder), scores, whole, cut)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a scan says of the images to be embedded, and of those that excite channels most."""
+
+    split: Split
+    scan: Scan
+    indices: Sequence[int] | None  # of the images; None for all
+    tops: dict[int, tuple[TopImages, ...]]  # by channel: the original's, and concept channels'
+    boxes: dict[Place, Box]
+    n_images: int
+
+    def shards(self) -> Iterator[list[int]]:
+        """Indices of the images to be embedded, in order, shard by shard of the scan."""
+        wanted = None if self.indices is None else set(self.indices)
+        for own in self.scan.columns("index"):
+            yield [index for index in own.tolist() if wanted is None or index in wanted]
+
+    def embed(self, rows: Iterator[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Monosemanticity scores of all C channels in order, and embeddings of top images.
+
+        The rows are the embeddings of all images, in order.
+        """
+        wanted = {i for own in self.tops.values() for one in own for i in one.index.tolist()}
+        sums = MonosemanticitySums()
+        kept: dict[int, Tensor] = {}
+        # So that memory does not grow with the number of images.
+        for records in shards_of(self.scan, self.indices):
+            if len(records):  # else every image of the shard was broken, or not asked for
+                embeddings = torch.stack(list(islice(rows, len(records))))
+                parts = self.split.channels
+                responses = [_responses(self.scan, records, part) for part in parts]
+                sums.add(torch.cat(responses, dim=1), embeddings)
+                for index, row in zip(records.index.tolist(), embeddings, strict=True):
+                    if index in wanted:
+                        kept[index] = row.clone()  # alone it would keep the whole shard's in memory
+        return sums.scores(), kept
+
+    def judge(
+        self, encoder: str, scores: Tensor, whole: dict[int, Tensor], cut: dict[Place, Tensor]
+    ) -> Semantics:
+        """Put the measures together, of an encoder of a name; `cut` are embeddings of boxes."""
+        channels: dict[int, ChannelSemantics] = {}
+        of_channels = scores.split([len(own) for own in self.tops.values()])
+        for (channel, own), of_channel in zip(self.tops.items(), of_channels, strict=True):
+            likes = [
+                Likeness(score, clarity(torch.stack([whole[n] for n in one.index.tolist()])))
+                for score, one in zip(of_channel.tolist(), own, strict=True)
+            ]
+            places = [(channel, k, n) for k, one in enumerate(own[1:]) for n in one.index.tolist()]
+            embeddings = torch.stack([cut.get(place, whole[place[2]]) for place in places])
+            owners = torch.tensor([k for _, k, _ in places], dtype=torch.int64)
+            channels[channel] = ChannelSemantics(
+                encoder,
+                self.n_images,
+                len(own[0].index),
+                self.scan.positions,
+                bool(cut),
+                likes[0],
+                tuple(likes[1:]),
+                *pure_distances(embeddings, owners),
+            )
+        return Semantics(channels)
+
+
+def look(
+    split: Split, scan: Scan, indices: Sequence[int] | None = None, n_top: int = N_TOP
+) -> Looked:
+    """Choose the images that excite channels most; UsageError if scan and split do not fit."""
+    top = reference_images(scan, split, n=n_top, indices=indices)
+    tops = {o: (own.original, *own.concepts) for o, own in top.items()}
+    if indices is None:
+        n_images = scan.manifest.n_images - len(scan.broken())
+    else:
+        n_images = sum(len(records) for records in shards_of(scan, indices))
+    if not n_images:
+        raise UsageError("indices names no image that the scan has; name some of its images.")
+    return Looked(split, scan, indices, tops, _boxes(scan, split, tops), n_images)
 
 
 def _refuse_other_images(scan: Scan, dataset: Dataset[Any]) -> None:
@@ -130,24 +191,6 @@ def _refuse_other_images(scan: Scan, dataset: Dataset[Any]) -> None:
                     "The data set is not the one that was scanned (its labels or number of images "
                     "differ); pass the data set that the scan was made of."
                 )
-
-
-def _embed(
-    scan: Scan, split: Split, tops: dict[int, tuple[TopImages, ...]], rows: Iterator[Tensor]
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Monosemanticity scores of all C channels in order, and embeddings of top images by index."""
-    wanted = {index for own in tops.values() for one in own for index in one.index.tolist()}
-    sums = MonosemanticitySums()
-    kept: dict[int, Tensor] = {}
-    for records in scan.shards():  # so that memory does not grow with the number of images
-        if len(records):  # else every image of the shard was broken
-            embeddings = torch.stack(list(islice(rows, len(records))))
-            responses = [_responses(scan, records, part) for part in split.channels]
-            sums.add(torch.cat(responses, dim=1), embeddings)
-            for index, row in zip(records.index.tolist(), embeddings, strict=True):
-                if index in wanted:
-                    kept[index] = row.clone()  # which alone would keep the whole shard's in memory
-    return sums.scores(), kept
 
 
 def _responses(scan: Scan, records: Records, part: ChannelSplit) -> Tensor:

@@ -248,11 +248,14 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         "Measures and the output check are left out: no evaluation was given.": not known
     }
     if known:
-        errors = [channel.separation_error_rectified for channel in known.channels]
+        shaped = [one.separation_error_rectified is not None for one in known.channels]
         left_out |= {
             "The output check is left out: the evaluation compared no outputs.": known.output
             is None,
-            "Rectified errors are left out: they need a scan with positions.": None in errors,
+            "Rectified errors are left out: they need a scan with positions.": not any(shaped),
+            f"Rectified errors of {count(shaped.count(False), 'channel')} are left out: the scan "
+            "with positions lacks images of a concept.": any(shaped) and not all(shaped),
+            **_of_samples(material, known),
             "R-precision and coverage are left out: the evaluation had a scan of some images "
             "only.": None in [channel.coverage for channel in known.channels],
             "Nothing was switched off: the evaluation holds no ablation.": known.ablation is None,
@@ -270,6 +273,27 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         "Where channels answer is left out: no scan with positions was given.": positions is None,
     }
     return [*notes, *(note for note, holds in left_out.items() if holds)]
+
+
+def _of_samples(material: Material, known: Evaluation) -> dict[str, bool]:
+    """Say which measures are of a sample of the images."""
+    n_images, seen = material.n_images, known.semantics
+    sizes = {
+        "outputs were compared": known.output and known.output.n_images,
+        "channels were switched off": known.ablation
+        and sum(one.n_images for one in known.ablation.classes),
+        "images were compared for likeness": seen
+        and next((one.n_images for one in seen.channels.values()), None),
+    }
+    told = {what: n for what, n in sizes.items() if n and n < n_images}
+    if not told:
+        return {}
+    what, n = ", ".join(told), max(told.values())
+    return {
+        f"On a sample of {n:,} of {count(n_images, 'validation image')} {what}; rectified errors "
+        "and places of answers are of some images too. All other measures are of all images. "
+        "The same command with --all measures all.": True
+    }
 
 
 def _settings(material: Material) -> dict[str, str]:

@@ -85,18 +85,21 @@ class Settings:
     labels: str = "given"
     sight: Sight | None = None  # the part of its pictures that the network sees, if known
     scans: tuple[str, ...] = ()  # what identifies them; older runs do not name theirs
+    everything: bool = False  # whether all is measured on all images, not on a sample
 
     def same_results(self, other: Settings) -> bool:
         """Whether two runs come to the same results: title, source and sight change none."""
         if self.scans and other.scans and self.scans != other.scans:
             return False
-        mine, theirs = ((s.thresholds, s.encoder, s.labels) for s in (self, other))
+        mine, theirs = ((s.thresholds, s.encoder, s.labels, s.everything) for s in (self, other))
         return mine == theirs
 
     def __str__(self) -> str:
         """Name what results depend on, thresholds always and the rest where it is unusual."""
         told = asdict(self.thresholds) | {"labels": self.labels, "encoder": self.encoder}
+        told |= {"images measured": "all" if self.everything else None}
         usual = {"rho": None, "concepts": "classes", "labels": "given", "encoder": None}
+        usual["images measured"] = None
         return ", ".join(
             f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in told.items()
@@ -277,12 +280,18 @@ def _unused(folder: Path, name: str) -> Path:
 
 def as_labelled(images: Dataset[Any], scan: Scan) -> Dataset[Any]:
     """Images with the labels that a scan took them for: predicted ones in place of given ones."""
+    labels = labels_as_scanned(scan)
+    return images if labels is None else Relabelled(images, labels)
+
+
+def labels_as_scanned(scan: Scan) -> dict[int, int] | None:
+    """By index, the labels that a scan took images for where these were not given; else None."""
     if scan.manifest.labels == "given":
-        return images
+        return None
     labels: dict[int, int] = {}
     for own in scan.tensors("index", "label"):
         labels.update(zip(own["index"].tolist(), own["label"].tolist(), strict=True))
-    return Relabelled(images, labels)
+    return labels
 
 
 def validation_images(

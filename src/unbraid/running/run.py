@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from unbraid.base.errors import DataError, ModelError, RunError, UnbraidError
+from unbraid.base.errors import DataError, RunError, UnbraidError
 from unbraid.base.files import set_aside
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
@@ -23,12 +23,10 @@ from unbraid.finding.thresholds import Sensitivity, check_thresholds, sensitivit
 from unbraid.images.broken import UNLABELLED, Loaded, first_readable
 from unbraid.images.dataset import class_names_of, listed_labels, name_of, size_of
 from unbraid.images.sample import SIZES
-from unbraid.measuring.ablate import ablate
 from unbraid.measuring.compare import OutputComparison, compare_outputs
 from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_encoder, ready
 from unbraid.measuring.evaluate import evaluate
 from unbraid.measuring.results import Evaluation, read_ablation, read_output, read_semantics
-from unbraid.measuring.semantics import measure_semantics
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.layers import describe, is_pattern, layer_folder, layer_names, resolve_layer
 from unbraid.networks.preflight import look_first
@@ -39,6 +37,14 @@ from unbraid.reporting.pictures import sight_of
 from unbraid.reporting.report import report as write_report
 from unbraid.running import folders
 from unbraid.running.folders import Settings, Thresholds, as_labelled, validation_images
+from unbraid.running.measures import Measured, Networks, measure
+from unbraid.running.sample import (
+    by_cosine,
+    bytes_of_positions,
+    choose_for_positions,
+    concerned_in,
+    draw_sample,
+)
 from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.many import open_scan
 from unbraid.scanning.records import Scan
@@ -53,7 +59,6 @@ from unbraid.visualizing.visualize import visualize
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_ABLATED = 32  # channels; each takes a pass from the layer on per concept, and one for the whole
 SECONDS = 120.0  # of visualising, after which no more channels are begun
 _N_TRIED = 20  # images, in search of one that can be read
 
@@ -96,11 +101,21 @@ class Run:
     @cached_property
     def val_maps(self) -> Scan:
         """Of the validation images concerned, with positions."""
-        which = concerned_in(self.val_scan, self.found)
-        folder = folders.positions_folder(self.folder, "val", self.val_scan, **which)
-        if not folder.exists():
+        of_all = concerned_in(self.val_scan, self.found)  # as older runs have them
+        for which in (self.with_positions("val"), of_all):
+            folder = folders.positions_folder(self.folder, "val", self.val_scan, **which)
+            if folder.exists():
+                break
+        else:
             raise RunError(f"{folder} is gone, which the page shows; start the run again.")
         return open_scan(folder)
+
+    def with_positions(self, kind: Literal["train", "val"]) -> dict[str, Any]:
+        """Which images are scanned with positions, as `unbraid.scan` takes it."""
+        scan = self.train_scan if kind == "train" else self.val_scan
+        if self.settings.everything:
+            return concerned_in(scan, self.found)
+        return choose_for_positions(scan, self.found, None if kind == "train" else self.split)
 
     @cached_property
     def split(self) -> Split:
@@ -127,8 +142,8 @@ class Run:
             "ablation": read_ablation(path),
             "semantics": read_semantics(path),
         }
-        measures |= {"baseline": self.baseline, "everything": self.val_scan}
-        return evaluate(self.split, self.val_maps, **measures)
+        measures |= {"baseline": self.baseline, "maps": self.val_maps}
+        return evaluate(self.split, self.val_scan, **measures)
 
     @cached_property
     def features(self) -> Features | None:
@@ -189,6 +204,7 @@ class Job:
     say: Callable[[str], None]  # told of each step
     encoder: str | None = None  # for semantic measures; None: the network's penultimate layer
     labels: Labels = "given"  # "predicted" for images without, or to take them for these
+    everything: bool = False  # measure on all images, not on a sample
     features: bool = True  # make feature visualisations of the split channels
     overwrite: bool = False  # put finished results in the place of those in the folder
     first_look: Path | None = None  # folder of a run over some of the images, perhaps to come
@@ -244,8 +260,10 @@ def run_layers(
         return LayerRuns(runs, None)
     job.say("Checking the outputs with all layers split.")
     model2, loading = apply(model, splits), job.loading_of(runs[names[0]])
-    output = compare_outputs(model, model2, val, tolerance=0.0, progress=True, **loading)
-    return LayerRuns(runs, output)
+    first = runs[names[0]]
+    which = None if job.everything else draw_sample(first.val_scan, first.found)
+    loading |= {"indices": which, "tolerance": 0.0, "progress": True}
+    return LayerRuns(runs, compare_outputs(model, model2, val, **loading))
 
 
 @in_plain_modes
@@ -278,7 +296,7 @@ def _run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: E
     scans = (train_scan.manifest.scan_id, val_scan.manifest.scan_id)
     asked = (job.title, job.thresholds, job.source, job.encoder, job.labels)
     # A report that is written again knows no preprocessing.
-    settings = Settings(*asked, sight_of(job.val), scans)
+    settings = Settings(*asked, sight_of(job.val), scans, job.everything)
     # Only now is it sure that the folder is this network's and these images'.
     folder = folders.take_folder(out, settings, found)
     if folder != out:
@@ -302,52 +320,48 @@ def _make(job: Job, made: Run, encoder: Encoder) -> None:
     if made.sensitivity is not None:
         made.sensitivity.to_csv(folder / "sensitivity.csv")
     if found.concepts:
-        job.say(
-            f"Found {found.pairs_in_words} in {found.channels_in_words}; scanning their images "
-            "again, with positions."
-        )
-        train_maps = _scan_positions(job, made, "train")
-        made.val_maps = _scan_positions(job, made, "val")
-        job.say("Splitting and checking the outputs.")
-        made.split = split(train_maps, found, everything=made.train_scan)
+        job.say(f"Found {found.pairs_in_words} in {found.channels_in_words}; splitting them.")
+        made.split = split(made.train_scan, found)
         made.split.save(folder / "split.safetensors")
-        made.baseline = split(train_maps, found, method="published", rho=job.thresholds.rho)
+        made.baseline = _baseline(job, made)
         made.baseline.save(folder / "split-published.safetensors")
         model2 = apply(job.model, made.split)
+        made.val_maps = _scan_positions(job, made, "val")
         made.evaluation = _measure(job, made, model2, encoder)
         made.evaluation.save(folder / "evaluation.json")
         made.features = _visualize(job, made, model2)
     made.report()
 
 
+def _baseline(job: Job, made: Run) -> Split:
+    """Split by the published rule, whose rho, unless it is given, asks for positions."""
+    asked: dict[str, Any] = {"method": "published", "everything": made.train_scan}
+    if job.thresholds.rho is not None:
+        return split(made.train_scan, made.found, rho=job.thresholds.rho, **asked)
+    return split(_scan_positions(job, made, "train"), made.found, **asked)
+
+
 def _scan_positions(job: Job, made: Run, kind: Literal["train", "val"]) -> Scan:
-    """Scan the images of what was found with positions, unless a run in the folder has."""
+    """Scan images of what was found with positions, unless a run in the folder has."""
     images, scan = (job.train, made.train_scan) if kind == "train" else (job.val, made.val_scan)
-    which = concerned_in(scan, made.found)
+    which = made.with_positions(kind)
     folder = folders.positions_folder(made.folder, kind, scan, **which)
+    words = {"train": "training images, for the published rule", "val": "validation images"}[kind]
+    size = ""
+    if "indices" in which:
+        n_bytes = len(which["indices"]) * bytes_of_positions(scan)
+        size = f" of {count(len(which['indices']), 'image')} (about {n_bytes / 1e6:,.0f} MB)"
+    job.say(f"Scanning {words}{size} again, with positions.")
     return job.scan(images, {scan.layer.name: folder}, positions=True, **which)[scan.layer.name]
 
 
 def _measure(job: Job, made: Run, model2: nn.Module, encoder: Encoder) -> Evaluation:
     """Compare outputs, switch concept channels off, and take all measures of a split."""
-    options: dict[str, Any] = {"progress": True, **job.loading_of(made)}
-    output = compare_outputs(job.model, model2, job.val, tolerance=0.0, **options)
-    ablated = _by_cosine(made.found)[:MAX_ABLATED]
-    if len(ablated) < len(made.found.concepts):
-        job.say(f"Switching off only the {len(ablated)} channels with the lowest cosines.")
-    members = made.val_scan if made.found.clusters else None
-    ablation = ablate(model2, made.images, channels=ablated, scan=members, **options)
-    measures: dict[str, Any] = {"output": output, "ablation": ablation}
-    del options["skip_broken"]
-    asked = (made.split, made.val_scan, made.images, encoder)
-    try:
-        measures["semantics"] = measure_semantics(*asked, **options)
-    except ModelError as error:  # a network may have no features of its own
-        if not isinstance(encoder, Penultimate):
-            raise
-        job.say(f"Semantic measures are left out: {error}")
-    measures |= {"baseline": made.baseline, "everything": made.val_scan}
-    return evaluate(made.split, made.val_maps, **measures)
+    nets = Networks(job.model, model2, encoder)
+    measured = Measured(made.found, made.split, made.val_scan, job.val, job.everything)
+    measures = measure(nets, measured, job.say, job.loading_of(made))
+    measures |= {"baseline": made.baseline, "maps": made.val_maps}
+    return evaluate(made.split, made.val_scan, **measures)
 
 
 def _visualize(job: Job, made: Run, model2: nn.Module) -> Features | None:
@@ -361,7 +375,7 @@ def _visualize(job: Job, made: Run, model2: nn.Module) -> Features | None:
     if not job.features:
         return None
     job.say("Visualising channels and concept channels.")
-    asked = (made.found.layer, job.train, _by_cosine(made.found))
+    asked = (made.found.layer, job.train, by_cosine(made.found))
     try:
         features = visualize(model2, *asked, seconds=SECONDS, progress=True)
     except UnbraidError as error:  # a page without them is better than none
@@ -372,12 +386,6 @@ def _visualize(job: Job, made: Run, model2: nn.Module) -> Features | None:
         job.say(f"Visualised only the {n_made} with the lowest cosines.")
     features.save(folder)
     return features
-
-
-def _by_cosine(found: Findings) -> list[int]:
-    """The channels, lowest cosine first, as time may not be enough for all."""
-    by_cosine = dict.fromkeys(pair.channel for pair in found.pairs)
-    return list(by_cosine | dict.fromkeys(found.channels))
 
 
 def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
@@ -430,14 +438,6 @@ def tell_unseen(job: Job) -> None:
             f"The validation images have none of {count(len(missing), 'class', 'classes')} "
             f"({', '.join(told)}{more}); channels that one of them uses may be left out."
         )
-
-
-def concerned_in(scan: Scan, found: Findings) -> dict[str, Any]:
-    """Say which images of a scan with positions are needed, as `unbraid.scan` takes it."""
-    if scan.manifest.labels == "predicted" or found.clusters:
-        return {"indices": found.members_in(scan).indices(found.classes)}
-    seen = scan.labels_seen()
-    return {"classes": [label for label in found.classes if label in seen]}
 
 
 def seen_in(val_scan: Scan, found: Findings) -> Findings:

@@ -146,6 +146,23 @@ def join_records(parts: Sequence[Records]) -> Records:
     return Records(**joined)
 
 
+def choose_records(records: Records, chosen: Tensor) -> Records:
+    """Take some images' records, those where `chosen` (N,) is true, and no broken ones."""
+    taken: dict[str, Tensor | None] = {}
+    within = {"image": chosen, "broken": torch.zeros(len(records.broken), dtype=torch.bool)}
+    for name, column in COLUMNS.items():
+        tensor = getattr(records, name)
+        if tensor is not None and column.starts:
+            within[column.starts] = torch.repeat_interleave(chosen, tensor.diff())
+    for name, column in COLUMNS.items():
+        tensor = getattr(records, name)
+        if tensor is not None and column.starts:
+            taken[name] = torch.cat([tensor.new_zeros(1), tensor.diff()[chosen].cumsum(0)])
+        else:
+            taken[name] = None if tensor is None else tensor[within[column.per]]
+    return Records(**taken)  # type: ignore[arg-type]
+
+
 def records_fault(manifest: Manifest, shard: int, tensors: Mapping[str, Tensor]) -> str | None:
     """Judge those tensors of a shard that are there, each by itself and beside the others."""
     for name, tensor in tensors.items():

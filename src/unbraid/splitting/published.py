@@ -39,6 +39,8 @@ def choose_rho(
 ) -> dict[int, float]:
     """Choose rho per channel, in one reading of a scan with positions; the lowest wins a tie.
 
+    Channels without images of all their concepts are left out.
+
     The criterion sums over concepts the mean of its own response over the others', on its images.
     """
     scan, layer = members.scan, members.scan.layer
@@ -63,6 +65,8 @@ def choose_rho(
                 n_images[o][k] += len(responses)
     chosen = {}
     for o in concepts:
+        if not n_images[o].all():
+            continue
         criterion = (sums[o] / n_images[o]).sum(0)
         # Equal rows are equally good, whatever the rounding made of them.
         by_rho = rows[o].view(len(RHOS), -1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
+from statistics import median_low
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from unbraid.base.arguments import as_kind, real_number
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
+from unbraid.base.tables import count
 from unbraid.finding.arv import averaged_relevance, class_sums, concept_mean
 from unbraid.finding.findings import Findings
 from unbraid.finding.membership import Members, same_clusters
@@ -46,7 +49,9 @@ def split(
             the rule of Hesse et al. 2025.
         rho: for the published method, in (0, 1]; by default chosen per channel.
         start: for least squares, an earlier split of this layer to begin with; saves time.
-        everything: for least squares, a scan of all training images, where `scan` is of some.
+        everything: a scan of all training images, where `scan` is of some. The published rule then
+            takes from `scan` rho alone; channels of whose concepts it has no image take the median
+            of the others' rho, with a warning.
         refit: for least squares, an earlier split made from this scan, to be brought up to date in
             a moment: channels whose concepts are as they were are taken from it, and all others
             are fitted with its lambda and omega in place of cross-validation.
@@ -80,19 +85,19 @@ def split(
             "rho=0.7."
         )
     scans = [scan]
-    if everything is not None and method == "least_squares":
+    if everything is not None:
         scans.append(as_kind("everything", everything, Scan))
     for own in scans:
         _check_layer(own, found)
     weights, kept = (None, ()) if refit is None else _kept(scan, found, refit)
     done = {part.channel for part in kept}
     anew = replace(found, concepts={o: own for o, own in found.concepts.items() if o not in done})
-    for own in scans:
+    for own in scans if method == "least_squares" else scans[-1:]:
         _check_images(own, anew)
     members = anew.members_in(scan)
     chosen: _Chosen = {}
     if method == "published":
-        chosen = _published(members, anew, rho)
+        chosen = _published(members, anew, rho, scans[-1])
     elif anew.concepts:
         chosen = _least_squares(members, anew, scans[-1], start, weights)
     parts = [
@@ -169,14 +174,26 @@ def _check_images(scan: Scan, found: Findings) -> None:
             )
 
 
-def _published(members: Members, found: Findings, rho: float | None) -> _Chosen:
+def _published(members: Members, found: Findings, rho: float | None, everything: Scan) -> _Chosen:
     scan, concepts = members.scan, found.concepts
-    sums = class_sums(scan, [], found.clusters)
+    sums = class_sums(everything, [], found.clusters)
     arvs = {
         o: [averaged_relevance(scan, o, concept_mean(sums, concept)) for concept in own]
         for o, own in concepts.items()
     }
     rhos = choose_rho(members, concepts, arvs) if rho is None else dict.fromkeys(arvs, rho)
+    if missing := arvs.keys() - rhos.keys():
+        if not rhos:
+            raise UsageError(
+                "The scan with positions has no channel with images of all its concepts; scan more "
+                "images, or give rho=0.7."
+            )
+        warnings.warn(
+            f"The scan with positions lacks images of concepts of {count(len(missing), 'channel')},"
+            " which take the median rho of the others; scan more images with positions.",
+            stacklevel=3,
+        )
+        rhos |= dict.fromkeys(missing, median_low(rhos.values()))
     taps = scan.layer.taps_per_input
     return {o: (published_masks(arvs[o], rhos[o], taps), {"rho": rhos[o]}) for o in arvs}
 

@@ -1,0 +1,160 @@
+"""What a run asks of the network after its scans, on one sample of the validation images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from unbraid.base.tables import count
+from unbraid.finding.findings import Findings
+from unbraid.images.broken import UNLABELLED, first_readable
+from unbraid.images.dataset import size_of
+from unbraid.measuring.compare import OutputComparison
+from unbraid.measuring.encoders import Encoder, Penultimate, name_of_encoder
+from unbraid.measuring.one_pass import pass_once
+from unbraid.measuring.results import Semantics
+from unbraid.measuring.semantics import look, measure_semantics
+from unbraid.networks.copying import device_of, tensors_in
+from unbraid.networks.outputs import run_network
+from unbraid.networks.relevance import undisturbed
+from unbraid.running.folders import as_labelled, labels_as_scanned
+from unbraid.running.sample import by_cosine, draw_sample
+from unbraid.scanning.records import Scan
+from unbraid.splitting.splits import Split
+from unbraid.surgery.split_layer import SplitLayer
+
+MAX_ABLATED = 32  # channels; each takes a pass from the layer on per concept, and two more
+MAX_PASSES = 5.0  # of the whole network for each image, which all of these may amount to
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A network, the same split, and what embeds images."""
+
+    model: nn.Module
+    model2: nn.Module
+    encoder: Encoder
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found and split, and on which images it is measured."""
+
+    found: Findings
+    split: Split
+    scan: Scan  # of all validation images
+    images: Dataset[Any]  # these
+    everything: bool  # on all of them, or on a sample
+
+
+def measure(
+    nets: Networks, measured: Measured, say: Callable[[str], None], loading: dict[str, Any]
+) -> dict[str, Any]:
+    """Compare outputs, switch channels off and embed images: further arguments of `evaluate`."""
+    scan, found = measured.scan, measured.found
+    drawn = None if measured.everything else draw_sample(scan, found)
+    indices: Sequence[int] = range(scan.manifest.n_images) if drawn is None else drawn
+    if drawn is not None:
+        say(
+            f"Comparing outputs, switching channels off and embedding on a sample of {len(drawn):,}"
+            f" of {count(scan.manifest.n_images, 'validation image')}; --all takes all."
+        )
+    channels = by_cosine(found) if measured.everything else _affordable(nets.model2, measured)
+    if len(channels) < len(found.concepts):
+        say(
+            f"Switching off only {count(len(channels), 'channel')} of {len(found.concepts):,}, "
+            "those with the lowest cosines; --all takes all."
+        )
+    own = nets.encoder if isinstance(nets.encoder, Penultimate) else None
+    passed = pass_once(
+        nets.model,
+        nets.model2,
+        measured.images,
+        indices,
+        encoder=own,
+        channels=channels,
+        scan=scan if found.clusters else None,
+        labels=labels_as_scanned(scan),
+        progress=True,
+        **loading,
+    )
+    output = passed.output if drawn is None else _of_all(passed.output, scan)
+    measures: dict[str, Any] = {"output": output, "ablation": passed.ablation}
+    if passed.fault:
+        say(f"Semantic measures are left out: {passed.fault}")
+    elif own is not None:
+        measures["semantics"] = _judge(measured, passed.index, passed.embeddings, own)
+    else:
+        asked = (measured.split, scan, as_labelled(measured.images, scan), nets.encoder)
+        del loading["skip_broken"]
+        measures["semantics"] = measure_semantics(*asked, indices=drawn, progress=True, **loading)
+    return measures
+
+
+def _judge(
+    measured: Measured, index: Sequence[int], embeddings: Sequence[Tensor], encoder: Encoder
+) -> Semantics:
+    """Take semantic measures from embeddings of images of these indices."""
+    looked = look(measured.split, measured.scan, index)
+    scores, whole = looked.embed(iter(embeddings))
+    return looked.judge(name_of_encoder(encoder), scores, whole, {})
+
+
+def _of_all(output: OutputComparison, scan: Scan) -> OutputComparison:
+    """Put the accuracy on all images, as scanned, in the place of that on a sample.
+
+    The split network's is the same, since its outputs are the same bit for bit.
+    """
+    n_known = n_right = 0
+    for own in scan.tensors("label", "prediction"):
+        known = own["label"] != UNLABELLED
+        n_known += int(known.sum())
+        n_right += int((own["label"] == own["prediction"])[known].sum())
+    if scan.manifest.labels != "given" or not n_known:
+        return output
+    return replace(output, top1_before=n_right / n_known, top1_after=n_right / n_known)
+
+
+def _affordable(model2: nn.Module, measured: Measured) -> list[int]:
+    """The channels to be switched off, lowest cosine first: at least one, and as many as fit."""
+    image = first_readable(measured.images, range(size_of(measured.images)))
+    each = 0.0 if image is None else part_behind(model2, image)
+    chosen: list[int] = []
+    spent = 0.0
+    for channel in by_cosine(measured.found)[:MAX_ABLATED]:
+        spent += each * (2 + len(measured.found.concepts[channel]))
+        if chosen and spent > MAX_PASSES:
+            break
+        chosen.append(channel)
+    return chosen
+
+
+def part_behind(model2: nn.Module, image: Tensor) -> float:
+    """What part of a network's work comes behind its split layer, by products and outputs."""
+    work = [0, 0]  # before the layer ends, and behind
+    behind = False
+
+    def count_work(module: nn.Module, _: Any, output: Any) -> None:
+        nonlocal behind
+        if isinstance(module, SplitLayer):
+            behind = True
+            return
+        weight = getattr(module, "weight", None)
+        taps = weight[0].numel() if isinstance(weight, Tensor) and weight.dim() > 1 else 1
+        work[behind] += taps * sum(tensor.numel() for tensor in tensors_in(output))
+
+    with ExitStack() as stack:
+        for module in model2.modules():
+            scripted = isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+            leaf = next(module.children(), None) is None
+            if isinstance(module, SplitLayer) or (leaf and not scripted):
+                stack.callback(module.register_forward_hook(count_work).remove)
+        with undisturbed(model2), torch.no_grad():
+            run_network(model2, torch.stack([image] * 2).to(device_of(model2)))
+    return work[True] / max(1, sum(work))
