@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,13 +23,13 @@ from unbraid.finding.thresholds import Sensitivity, check_thresholds, sensitivit
 from unbraid.images.broken import UNLABELLED, Loaded, first_readable
 from unbraid.images.dataset import class_names_of, listed_labels, name_of, size_of
 from unbraid.measuring.ablate import ablate
-from unbraid.measuring.compare import OutputComparison, compare_outputs
+from unbraid.measuring.compare import compare_outputs
 from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_encoder, ready
 from unbraid.measuring.evaluate import evaluate
 from unbraid.measuring.results import Evaluation, read_ablation, read_output, read_semantics
 from unbraid.measuring.semantics import measure_semantics
 from unbraid.networks.copying import device_of, unwrap
-from unbraid.networks.layers import describe, is_pattern, layer_folder, layer_names, resolve_layer
+from unbraid.networks.layers import describe, resolve_layer
 from unbraid.networks.preflight import look_first
 from unbraid.networks.relevance import undisturbed
 from unbraid.networks.weights import hash_weights
@@ -40,7 +40,7 @@ from unbraid.running import folders
 from unbraid.running.folders import Settings, Thresholds, as_labelled, validation_images
 from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.records import Scan, open_scan
-from unbraid.scanning.scan import scan_into, usable_in
+from unbraid.scanning.scan import scan_into
 from unbraid.scanning.scan_options import MIN_SHARE, Labels, Loading
 from unbraid.splitting.split import check_rho, split
 from unbraid.splitting.splits import Split
@@ -140,6 +140,14 @@ class Run:
         opened = validation_images(self.settings.source, self.val_scan, self.settings.sight)
         return as_labelled(opened, self.val_scan)
 
+    def is_finished(self, features: bool) -> bool:
+        """Whether all results are there, those that may be asked for too."""
+        names = ["findings.csv", "report.html"]
+        if self.found.concepts:
+            names += ["split.safetensors", "split-published.safetensors", "evaluation.json"]
+            names += [folders.FEATURES] * features
+        return all((self.folder / name).exists() for name in names)
+
     def report(self) -> Path:
         """Write the page; RunError if the run is not finished, DataError if its images are gone."""
         shown: dict[str, Any] = {"scan": self.val_scan, "train_scan": self.train_scan}
@@ -165,14 +173,6 @@ class Run:
 
 
 @dataclass(frozen=True)
-class LayerRuns:
-    """What a run over several layers leaves: a run's folder for each, in the run's folder."""
-
-    runs: dict[str, Run]  # by layer
-    output: OutputComparison | None  # with all of several layers split; None if none was
-
-
-@dataclass(frozen=True)
 class Job:
     """What is asked of a run."""
 
@@ -188,6 +188,7 @@ class Job:
     labels: Labels = "given"  # "predicted" for images without, or to take them for these
     features: bool = True  # make feature visualisations of the split channels
     overwrite: bool = False  # put finished results in the place of those in the folder
+    keep: bool = False  # leave finished results as they are, instead of making them anew
 
     def scan(self, images: Dataset[Any], into: Mapping[str, Path], **which: Any) -> dict[str, Scan]:
         """Scan layers into their folders."""
@@ -207,57 +208,41 @@ def run(
     Started again, finished scans are not repeated. Where `out` holds a run with other settings,
     results go into `settings-2` in it, and so on; scans are shared.
     """
-    return _run_each(Job(model, train, val, **options), {layer: out})[layer]
-
-
-def run_layers(
-    model: nn.Module,
-    layers: Sequence[str],
-    train: Dataset[Any],
-    val: Dataset[Any],
-    out: Path,
-    **options: Any,
-) -> LayerRuns:
-    """Do everything for one or several layers, which share the passes over all images.
-
-    As `run`, but for `layers`, names or patterns as `unbraid.scan` takes them. Of several layers,
-    or those of a pattern, each has a run's folder of its name in `out`. Titles end in its name.
-    """
-    job = Job(model, train, val, **options)
-    tell_unseen(job)
-    names = layer_names(model, layers, partial(usable_in, model, train))
-    if len(layers) == 1 and not is_pattern(model, layers[0]):
-        return LayerRuns(_run_each(job, {names[0]: out}, named=True), None)
-    runs = _run_each(job, {name: layer_folder(out, name) for name in names}, named=True)
-    splits = [done.split for done in runs.values() if done.found.concepts]
-    if not splits:
-        return LayerRuns(runs, None)
-    job.say("Checking the outputs with all layers split.")
-    model2, loading = apply(model, splits), job.loading_of(runs[names[0]])
-    output = compare_outputs(model, model2, val, tolerance=0.0, progress=True, **loading)
-    return LayerRuns(runs, output)
+    return run_each(Job(model, train, val, **options), {layer: out})[layer]
 
 
 @in_plain_modes
-def _run_each(job: Job, places: Mapping[str, Path], *, named: bool = False) -> dict[str, Run]:
+def run_each(job: Job, places: Mapping[str, Path], *, named: bool = False) -> dict[str, Run]:
     """Scan all layers at once, then make a run of each in its folder."""
     encoder = prepare(job, places)
+    train_scans, val_scans = scan_each(job, places)
+    runs = {}
+    for name, out in places.items():
+        if len(places) > 1:
+            job.say(f"Layer {name}.")
+        own = replace(job, title=f"{job.title} · {name}") if named else job
+        runs[name] = run_layer(own, out, train_scans[name], val_scans[name], encoder)
+    return runs
+
+
+def scan_each(job: Job, places: Mapping[str, Path]) -> tuple[dict[str, Scan], dict[str, Scan]]:
+    """Scan the training and the validation images, all layers in one pass over each."""
     homes = {name: folders.home_of(out) for name, out in places.items()}
     # The smaller one first: what is wrong with its images is then told before the long one.
     job.say("Validation images:")
     val_scans = job.scan(job.val, {name: home / "scan-val" for name, home in homes.items()})
     job.say("Training images:")
     train_scans = job.scan(job.train, {name: home / "scan-train" for name, home in homes.items()})
-    runs = {}
-    for name, out in places.items():
-        if len(places) > 1:
-            job.say(f"Layer {name}.")
-        own = replace(job, title=f"{job.title} · {name}") if named else job
-        runs[name] = _run_layer(own, out, train_scans[name], val_scans[name], encoder)
-    return runs
+    return train_scans, val_scans
 
 
-def _run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: Encoder) -> Run:
+def broken_names(job: Job, train_scan: Scan, val_scan: Scan) -> list[str]:
+    """Names of the images that scans left out."""
+    names = [name_of(job.train, index) for index in train_scan.broken()]
+    return names + [name_of(job.val, index) for index in val_scan.broken()]
+
+
+def run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: Encoder) -> Run:
     """Find, choose a folder for the results, and make them there."""
     found = seen_in(val_scan, find(train_scan, **job.thresholds.of_find))
     scans = (train_scan.manifest.scan_id, val_scan.manifest.scan_id)
@@ -271,8 +256,9 @@ def _run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: E
     made = Run(folder)
     made.train_scan, made.val_scan, made.found = train_scan, val_scan, found
     made.images = as_labelled(job.val, val_scan)
-    made.broken = [name_of(job.train, index) for index in train_scan.broken()]
-    made.broken += [name_of(job.val, index) for index in val_scan.broken()]
+    made.broken = broken_names(job, train_scan, val_scan)
+    if job.keep and made.is_finished(job.features):
+        return made
     _make(job, made, encoder)
     if folder != out and job.overwrite:
         folders.replace_results(out, folder)
@@ -317,7 +303,7 @@ def _measure(job: Job, made: Run, model2: nn.Module, encoder: Encoder) -> Evalua
     """Compare outputs, switch concept channels off, and take all measures of a split."""
     options: dict[str, Any] = {"progress": True, **job.loading_of(made)}
     output = compare_outputs(job.model, model2, job.val, tolerance=0.0, **options)
-    ablated = _by_cosine(made.found)[:MAX_ABLATED]
+    ablated = by_cosine(made.found)[:MAX_ABLATED]
     if len(ablated) < len(made.found.concepts):
         job.say(f"Switching off only the {len(ablated)} channels with the lowest cosines.")
     members = made.val_scan if made.found.clusters else None
@@ -346,7 +332,7 @@ def _visualize(job: Job, made: Run, model2: nn.Module) -> Features | None:
     if not job.features:
         return None
     job.say("Visualising channels and concept channels.")
-    asked = (made.found.layer, job.train, _by_cosine(made.found))
+    asked = (made.found.layer, job.train, by_cosine(made.found))
     try:
         features = visualize(model2, *asked, seconds=SECONDS, progress=True)
     except UnbraidError as error:  # a page without them is better than none
@@ -359,7 +345,7 @@ def _visualize(job: Job, made: Run, model2: nn.Module) -> Features | None:
     return features
 
 
-def _by_cosine(found: Findings) -> list[int]:
+def by_cosine(found: Findings) -> list[int]:
     """The channels, lowest cosine first, as time may not be enough for all."""
     by_cosine = dict.fromkeys(pair.channel for pair in found.pairs)
     return list(by_cosine | dict.fromkeys(found.channels))
@@ -376,20 +362,8 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
     for folder in places.values():
         for own in folders.results_in(folders.home_of(folder)):
             folders.read_settings(own)  # else it would not be known whose results they are
-    model = unwrap(job.model)
-    image = first_readable(job.train, range(size_of(job.train)))
-    if image is not None:
-        # As a run will scan what it finds; two, as some networks run on no single image.
-        tried: dict[str, Any] = {"min_share": MIN_SHARE, "positions": True, "predicted": True}
-        twice = [Loaded(0, image, 0), Loaded(1, image, 0)]
-        images = torch.stack([image, image]).to(device_of(model))
-        for layer in places:
-            name, module = resolve_layer(model, layer)
-            place = Place(module, describe(name, module))
-            with undisturbed(model), torch.enable_grad():
-                look_first(model, images, [(place.spec, module)])
-                scan_batch(model, [place], twice, **tried, autocast=False, check=True)
-            check_in_force(model, layer, images)
+    for layer in places:
+        try_layer(job, layer)
     if job.encoder is None:
         return Penultimate(job.model)
     encoder = load_encoder(job.encoder, device=str(device_of(job.model)))
@@ -399,6 +373,24 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
                 encode(next(load_batches(encoder, job.val, [[index]], 0)))
                 break
     return encoder
+
+
+def try_layer(job: Job, layer: str) -> None:
+    """Run the network on an image, to see that a layer can be scanned, split and switched off."""
+    model = unwrap(job.model)
+    image = first_readable(job.train, range(size_of(job.train)))
+    if image is None:
+        return
+    # As a run will scan what it finds; two, as some networks run on no single image.
+    tried: dict[str, Any] = {"min_share": MIN_SHARE, "positions": True, "predicted": True}
+    twice = [Loaded(0, image, 0), Loaded(1, image, 0)]
+    images = torch.stack([image, image]).to(device_of(model))
+    name, module = resolve_layer(model, layer)
+    place = Place(module, describe(name, module))
+    with undisturbed(model), torch.enable_grad():
+        look_first(model, images, [(place.spec, module)])
+        scan_batch(model, [place], twice, **tried, autocast=False, check=True)
+    check_in_force(model, layer, images)
 
 
 def tell_unseen(job: Job) -> None:

@@ -25,7 +25,9 @@ def scan_bytes(layer: LayerSpec, n_images: int, number: int) -> int:
     taps = layer.groups * layer.n_taps
     n_shares = min(layer.n_out, round(1 / MIN_SHARE))
     fixed = 5 * 8  # index, label, prediction and the like
-    return n_images * (taps * number + n_shares * (4 + number) + fixed) + number * most_spread(layer)
+    return n_images * (taps * number + n_shares * (4 + number) + fixed) + number * most_spread(
+        layer
+    )
 
 
 def within_disk(
