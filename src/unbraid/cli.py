@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from unbraid.images.listing import ListedImages
     from unbraid.networks.models import LoadedModel
     from unbraid.running.run import Run
+    from unbraid.running.several import LayerRuns
 
 # Results go to standard output, all else to standard error.
 show, say = (
@@ -29,7 +30,7 @@ show, say = (
 )
 
 # The options that commands share, with their help; that of others stands in docstrings.
-_LAYERS = "A layer of `unbraid layers`, or a pattern such as 'layer4.*'; may be repeated."
+_LAYERS = "A layer of `unbraid layers`, a pattern such as 'layer4.*', or all; may be repeated."
 _MODEL = (
     "torchvision:NAME, timm:NAME or FILE.py:FUNCTION, which returns the network, (network, "
     "preprocessing) or (network, preprocessing, output names); without preprocessing ImageNet's "
@@ -157,21 +158,37 @@ def show_run(result: Run) -> None:
     show(in_command_words(in_words(result)))
 
 
-def demo(*, out: Out, features: Features = True) -> None:
+def show_runs(done: LayerRuns) -> None:
+    """End a run over one layer or several; of all layers, only how they compare."""
+    from unbraid.running.told import compared
+
+    show_broken(list(done.broken))
+    for name, result in () if done.searched else done.runs.items():
+        if len(done.runs) > 1:
+            show(f"\n{name}")
+        show_run(result)
+    if done.output is not None:
+        show(f"\n{compared('With all layers split, largest logit difference', done.output)}")
+    if done.layers is not None:
+        show(f"\n{done.layers}\nReport: {done.index}")
+
+
+def demo(*, out: Out, layer: Layers | None = None, features: Features = True) -> None:
     """Split a small network on Fashion-MNIST, offline; all comes with the package."""
     from unbraid.demo.network import LAYER, load_images, load_network
     from unbraid.running.folders import Thresholds
-    from unbraid.running.run import run as run_pipeline
+    from unbraid.running.several import run_layers
 
     unbraid.keep_memory()
     say("A small network trained on Fashion-MNIST, and a sample of its images.")
-    result = run_pipeline(
+    done = run_layers(
         load_network(),
-        LAYER,
+        layer or [LAYER],
         load_images("train"),
         load_images("test"),
         out,
-        thresholds=Thresholds(tau=0.03),  # those of the docs, and of the published runs
+        # Without a layer those of the docs, and of the published runs.
+        thresholds=Thresholds() if layer else Thresholds(tau=0.03),
         loading=Loading(batch_size=250),
         source={"demo": True},
         say=say,
@@ -179,7 +196,7 @@ def demo(*, out: Out, features: Features = True) -> None:
         everything=True,  # it is quick
         features=features,
     )
-    show_run(result)
+    show_runs(done)
 
 
 def run(
@@ -221,7 +238,6 @@ def run(
     from unbraid.images.open import images_like, labelled, part_of
     from unbraid.running.first_look import run_in_turn
     from unbraid.running.folders import Thresholds
-    from unbraid.running.told import compared
 
     if n_ranks() > 1:
         raise UsageError(
@@ -253,13 +269,7 @@ def run(
         features=features,
         overwrite=overwrite,
     ):
-        for name, result in done.runs.items():
-            if len(done.runs) > 1:
-                show(f"\n{name}")
-            show_run(result)
-        if done.output is not None:
-            words = "With all layers split, largest logit difference"
-            show(f"\n{compared(words, done.output)}")
+        show_runs(done)
 
 
 def layers(model: Model, *, weights: Weights = "random", output: Output = None) -> None:

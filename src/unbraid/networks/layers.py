@@ -29,6 +29,7 @@ from unbraid.networks.relevance import undisturbed
 from unbraid.networks.spec import SAME, LayerSpec, channels_first, respond
 
 LayerName = str | nn.Module
+ALL = "all"  # stands for every layer that can be scanned
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -76,7 +77,7 @@ def layer_names(
         if is_pattern(model, layer):
             known = [spec.name for spec in usable()]
             # A network may have a part of a wrapper's name itself.
-            fitting: list[str] = []
+            fitting: list[str] = known if layer == ALL else []
             for pattern in (str(layer), unwrapped_name(str(layer))):
                 fitting = fitting or [name for name in known if fnmatchcase(name, pattern)]
             if not fitting:
@@ -98,7 +99,7 @@ def layer_folder(out: Path, name: str) -> Path:
 
 def is_pattern(model: nn.Module, layer: LayerName) -> bool:
     """Whether a name stands for all layers of such names; a name that is there is none."""
-    if not isinstance(layer, str) or not any(sign in layer for sign in "*?["):
+    if not isinstance(layer, str) or not (layer == ALL or any(sign in layer for sign in "*?[")):
         return False
     return layer not in dict(model.named_modules(remove_duplicate=False))
 

@@ -137,6 +137,12 @@ def _tap_counts(spec: LayerSpec, dim: int, size: int) -> Tensor:
     return counts[:, 1:]
 
 
+def most_spread(spec: LayerSpec) -> int:
+    """How many tap inputs at some positions a scan keeps at most."""
+    n_numbers = SAMPLED_IMAGES * spec.groups * spec.n_taps
+    return min(_SAMPLED_POSITIONS * n_numbers, max(_SAMPLED_NUMBERS, n_numbers))
+
+
 def tap_inputs(spec: LayerSpec, x: Tensor, group: int) -> Tensor:
     """What each tap of a group's channels meets at each position, (N, J, P); the sum is pooled."""
     x = _windows(spec, _inputs_of(spec, x, group))

@@ -31,28 +31,30 @@ _N_AXES = 3  # concepts of which every two are set against each other
 _N_STEPS = 220  # of a chart of masks, each two units wide
 
 
-def _svg(title: str, height: float, parts: Iterable[Markup], width: float = WIDTH) -> Markup:
+def svg(title: str, height: float, parts: Iterable[Markup], width: float = WIDTH) -> Markup:
     """Put shapes and words together into a picture with a title for those who cannot see it."""
     return Markup(
         '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
     ).format(units(width), units(height), title, Markup("").join(parts))
 
 
-def _text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> Markup:
+def text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> Markup:
+    """Write words at a place."""
     return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(
         kind, units(x), units(y), anchor, words
     )
 
 
-def _shape(kind: str, d: str, title: str = "") -> Markup:
+def shape(kind: str, d: str, title: str = "") -> Markup:
     """Draw a path, which tells its title to a pointer."""
     if not title:
         return Markup('<path class="{}" d="{}"/>').format(kind, d)
     return Markup('<path class="{}" d="{}"><title>{}</title></path>').format(kind, d, title)
 
 
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
-    return _shape(kind, f"M{units(x1)},{units(y1)}L{units(x2)},{units(y2)}")
+def line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+    """Draw a line from one place to another."""
+    return shape(kind, f"M{units(x1)},{units(y1)}L{units(x2)},{units(y2)}")
 
 
 def _path(points: Iterable[tuple[float, float]]) -> str:
@@ -158,10 +160,10 @@ class _Axis:
 
     def lines(self, top: float, bottom: float) -> list[Markup]:
         places = [(mark, self.place(mark)) for mark, _ in self.marks]
-        return [_line("grid" if mark else "zero", x, top, x, bottom) for mark, x in places]
+        return [line("grid" if mark else "zero", x, top, x, bottom) for mark, x in places]
 
     def numbers(self, y: float) -> list[Markup]:
-        return [_text("tick", self.place(mark), y, label, "middle") for mark, label in self.marks]
+        return [text("tick", self.place(mark), y, label, "middle") for mark, label in self.marks]
 
     def curve(
         self, kind: str, heights: np.ndarray, base: float, peak: float, least: float
@@ -170,7 +172,7 @@ class _Axis:
         visible = np.flatnonzero(heights > least)
         first, last = max(0, visible[0] - 1), min(len(heights) - 1, visible[-1] + 1)
         inner = [(self.xs[i], base - peak * float(heights[i])) for i in range(first, last + 1)]
-        return _shape(kind, _path([(self.xs[first], base), *inner, (self.xs[last], base)]))
+        return shape(kind, _path([(self.xs[first], base), *inner, (self.xs[last], base)]))
 
 
 def draw_densities(data: Curves, concepts: Concepts, channel: int) -> Markup:
@@ -191,20 +193,20 @@ def draw_densities(data: Curves, concepts: Concepts, channel: int) -> Markup:
             parts.append(head.format(*at, concepts[row - 1].letter, names))
         else:
             words = "The rest, what no concept names" if row else "Original channel"
-            parts.append(_text("title", side, top + title, words))
-        parts.append(_line("axis", side, bottom, WIDTH - side, bottom))
+            parts.append(text("title", side, top + title, words))
+        parts.append(line("axis", side, bottom, WIDTH - side, bottom))
         for concept, curve in zip(concepts, heights, strict=True):
             parts.append(across.curve(f"curve k{concept.tone}", curve, bottom, peak, 0.004))
         for concept, mean in zip(concepts, means, strict=True):
             triangle = f"M{units(across.place(mean))},{units(bottom)}l-4,6h8z"
             told = f"mean over images of {concept.letter}: {significant(mean)}"
-            parts.append(_shape(f"mean k{concept.tone}", triangle, told))
+            parts.append(shape(f"mean k{concept.tone}", triangle, told))
         places = spread([across.xs[i] for i in heights.argmax(1)], 16.0, 8.0, WIDTH - 8.0)
         for concept, x in zip(concepts, places, strict=True):
-            parts.append(_text(f"letter k{concept.tone}", x, top + 34, concept.letter, "middle"))
+            parts.append(text(f"letter k{concept.tone}", x, top + 34, concept.letter, "middle"))
     parts += across.numbers(bottom + 21)
-    parts.append(_text("label", WIDTH / 2, bottom + 42, _UNIT, "middle"))
-    return _svg(describe_densities(data, concepts, channel), bottom + 48, parts)
+    parts.append(text("label", WIDTH / 2, bottom + 42, _UNIT, "middle"))
+    return svg(describe_densities(data, concepts, channel), bottom + 48, parts)
 
 
 def draw_ridges(data: Ridges, concepts: Concepts, channel: int) -> Markup:
@@ -228,14 +230,14 @@ def draw_ridges(data: Ridges, concepts: Concepts, channel: int) -> Markup:
             _names_in([one.name], names),
             isolate(one.name),
         )
-        parts += [_text(f"letter k{one.concept.tone}", 0, base, one.concept.letter), name]
-        parts.append(_line("grid", left, base, right, base))
+        parts += [text(f"letter k{one.concept.tone}", 0, base, one.concept.letter), name]
+        parts.append(line("grid", left, base, right, base))
         for concept, curve in zip(concepts, heights[1:], strict=True):
             parts.append(across.curve(f"curve k{concept.tone}", curve, base, peak, least))
         parts.append(across.curve("outline", heights[0], base, peak, least))
     parts += across.numbers(bottom + 19)
-    parts.append(_text("label", (left + right) / 2, bottom + 39, _UNIT, "middle"))
-    return _svg(describe_ridges(data, concepts, channel), bottom + 46, parts)
+    parts.append(text("label", (left + right) / 2, bottom + 39, _UNIT, "middle"))
+    return svg(describe_ridges(data, concepts, channel), bottom + 46, parts)
 
 
 def draw_scatter(data: Scatter, concepts: Concepts, channel: int) -> Markup:
@@ -255,9 +257,9 @@ def draw_scatter(data: Scatter, concepts: Concepts, channel: int) -> Markup:
     frame = []
     for mark, label in marks:
         (x, y), kind = place(mark, mark), "grid" if mark else "zero"
-        frame += [_line(kind, x, top, x, bottom), _line(kind, left, y, left + side, y)]
-        frame.append(_text("tick", x, bottom + 18, label, "middle"))
-        frame.append(_text("tick", left - 5, y + 5, label, "end"))
+        frame += [line(kind, x, top, x, bottom), line(kind, left, y, left + side, y)]
+        frame.append(text("tick", x, bottom + 18, label, "middle"))
+        frame.append(text("tick", left - 5, y + 5, label, "end"))
     titles = (
         f"translate({units(left + side / 2)} {units(bottom + 39)})",
         f"translate({units(font)} {units(top + side / 2)}) rotate(-90)",
@@ -269,7 +271,7 @@ def draw_scatter(data: Scatter, concepts: Concepts, channel: int) -> Markup:
             spots = [place(x, y) for x, y in points[:, axes].tolist()]
             dots = "".join(f"M{units(x)} {units(y)}h0" for x, y in spots)
             kind = f"dots k{one.concept.tone} s{one.shade}"
-            parts.append(_shape(kind, dots, f"{one.concept.letter}: {isolate(one.name)}"))
+            parts.append(shape(kind, dots, f"{one.concept.letter}: {isolate(one.name)}"))
         for where, k in zip(titles, axes, strict=True):
             parts.append(
                 Markup(
@@ -278,7 +280,7 @@ def draw_scatter(data: Scatter, concepts: Concepts, channel: int) -> Markup:
                 ).format(where, concepts[k].tone, concepts[k].letter, _UNIT)
             )
         title = describe_scatter(data, concepts, axes, channel)
-        pictures.append(_svg(title, bottom + 46, parts, width))
+        pictures.append(svg(title, bottom + 46, parts, width))
     return Markup("").join(pictures)
 
 
@@ -287,7 +289,7 @@ def draw_bars(data: Bars, concepts: Concepts, channel: int) -> Markup:
     numbers = NARROW * max(map(ems, ["input", *map(str, data.inputs)]))
     draw = _draw_mirrored if len(concepts) == 2 else _draw_grouped
     bottom, parts = draw(data, concepts, 26.0, numbers)
-    return _svg(describe_bars(data, concepts, channel), bottom + 28, parts)
+    return svg(describe_bars(data, concepts, channel), bottom + 28, parts)
 
 
 def _draw_mirrored(
@@ -307,16 +309,16 @@ def _draw_mirrored(
         names = _names_in(concept.names, middle - half - NARROW * (ems(concept.letter) + 0.5))
         at = units(start + 4 * sign)
         parts.append(head.format(at, anchor, concept.tone, concept.letter, names))
-    parts.append(_text("tick", middle, 14, "input", "middle"))
-    parts += [_line("axis", x, top - 2, x, bottom) for x in starts]
-    parts.append(_text("label", middle, bottom + 20, f"relevance, in {_UNIT}", "middle"))
+    parts.append(text("tick", middle, 14, "input", "middle"))
+    parts += [line("axis", x, top - 2, x, bottom) for x in starts]
+    parts.append(text("label", middle, bottom + 20, f"relevance, in {_UNIT}", "middle"))
     for n, number in enumerate(data.inputs):
         y = top + n * pitch
-        parts.append(_text("source", middle, y + 12.5, str(number), "middle"))
+        parts.append(text("source", middle, y + 12.5, str(number), "middle"))
         for k, (start, sign, anchor) in enumerate(zip(starts, signs, anchors, strict=True)):
             parts.append(_bar(data, concepts[k], k, n, start, y, sign * scale, 15.0))
             end = start + sign * (abs(data.relevance[k, n]) * scale + 5)
-            parts.append(_text("value", end, y + 12.5, values[k][n], anchor))
+            parts.append(text("value", end, y + 12.5, values[k][n], anchor))
     return bottom, parts
 
 
@@ -330,18 +332,18 @@ def _draw_grouped(
     ]
     longest = WIDTH - left - 8 - NARROW * max(ems(value) for row in values for value in row)
     scale = _scale(data, longest)
-    parts, y = [_text("tick", left - 6, 14, "input", "end")], top
+    parts, y = [text("tick", left - 6, 14, "input", "end")], top
     for n, number in enumerate(data.inputs):
         middle = y + len(concepts) * pitch / 2 + 4
-        parts.append(_text("source", left - 6, middle, str(number), "end"))
+        parts.append(text("source", left - 6, middle, str(number), "end"))
         for k, concept in enumerate(concepts):
             parts.append(_bar(data, concept, k, n, left, y, scale, pitch - 3))
             end = left + abs(data.relevance[k, n]) * scale + 5
-            parts.append(_text("value", end, y + 11.5, values[k][n]))
+            parts.append(text("value", end, y + 11.5, values[k][n]))
             y += pitch
         y += gap
-    parts.append(_line("axis", left, top - 2, left, y - gap))
-    parts.append(_text("label", left, y - gap + 20, f"relevance, in {_UNIT}"))
+    parts.append(line("axis", left, top - 2, left, y - gap))
+    parts.append(text("label", left, y - gap + 20, f"relevance, in {_UNIT}"))
     return y - gap, parts
 
 
@@ -381,23 +383,23 @@ def draw_masks(kept: np.ndarray, concepts: Concepts, channel: int) -> Markup:
         edges = np.linspace(0, n_inputs, _N_STEPS + 1).astype(np.int64)
         steps = np.add.reduceat(steps, edges[:-1], axis=1) / np.diff(edges)
     wide = (WIDTH - left) / steps.shape[1]
-    parts, base = [_text("tick", 0, 13, "part of the weights kept")], top + peak
+    parts, base = [text("tick", 0, 13, "part of the weights kept")], top + peak
     for k, (concept, heights) in enumerate(zip(concepts, steps.tolist(), strict=True)):
         base = top + k * pitch + peak
         outline = "".join(
             f"V{units(base - peak * height)}H{units(left + n * wide)}"
             for n, height in enumerate(heights, start=1)
         )
-        shape = f"M{units(left)},{units(base)}{outline}V{units(base)}z"
-        parts.append(_line("grid", left, base - peak, WIDTH, base - peak))
-        parts.append(_shape(f"kept k{concept.tone}", shape))
-        parts.append(_line("axis", left, base, WIDTH, base))
-        parts.append(_text("tick", left - 4, base - peak + 5, "1", "end"))
-        parts.append(_text("tick", left - 4, base + 5, "0", "end"))
-        parts.append(_text(f"letter k{concept.tone}", 0, base - peak / 2 + 6, concept.letter))
+        area = f"M{units(left)},{units(base)}{outline}V{units(base)}z"
+        parts.append(line("grid", left, base - peak, WIDTH, base - peak))
+        parts.append(shape(f"kept k{concept.tone}", area))
+        parts.append(line("axis", left, base, WIDTH, base))
+        parts.append(text("tick", left - 4, base - peak + 5, "1", "end"))
+        parts.append(text("tick", left - 4, base + 5, "0", "end"))
+        parts.append(text(f"letter k{concept.tone}", 0, base - peak / 2 + 6, concept.letter))
     words = f"{count(n_inputs, 'input channel')}, by who keeps most"
-    parts.append(_text("label", (left + WIDTH) / 2, base + 23, words, "middle"))
-    return _svg(describe_masks(kept, concepts, channel), base + 30, parts)
+    parts.append(text("label", (left + WIDTH) / 2, base + 23, words, "middle"))
+    return svg(describe_masks(kept, concepts, channel), base + 30, parts)
 
 
 def draw_thresholds(
@@ -407,13 +409,13 @@ def draw_thresholds(
     left, top, wide, high, gap = 54.0, 40.0, 53.0, 33.0, 2.0
     width, bottom = left + len(counted.gammas) * wide, top + len(counted.taus) * high
     largest = max(1, *(cell.n_channels for cell in counted.cells))
-    parts = [_text("label", (left + width) / 2, 13, "gamma", "middle")]
-    parts.append(_text("label", left - 8, 31, "tau", "end"))
+    parts = [text("label", (left + width) / 2, 13, "gamma", "middle")]
+    parts.append(text("label", left - 8, 31, "tau", "end"))
     for column, gamma in enumerate(counted.gammas):
-        parts.append(_text("value", left + (column + 0.5) * wide, 31, f"{gamma:g}", "middle"))
+        parts.append(text("value", left + (column + 0.5) * wide, 31, f"{gamma:g}", "middle"))
     for row, tau in enumerate(counted.taus):
         y = top + row * high
-        parts.append(_text("value", left - 8, y + 20, f"{tau:g}", "end"))
+        parts.append(text("value", left - 8, y + 20, f"{tau:g}", "end"))
         for column, gamma in enumerate(counted.gammas):
             x, cell = left + column * wide, counted.at(tau, p, gamma)
             n, n_pairs = cell.n_channels, cell.n_pairs
@@ -430,13 +432,13 @@ def draw_thresholds(
                 'fill-opacity="{:.2f}"/>'
             ).format(kind, *map(units, (x + gap / 2, y + gap / 2, wide - gap, high - gap)), opacity)
             kind, at = ("count", y + 15) if n else ("count none", y + 20)
-            tile += _text(kind, x + wide / 2, at, f"{n:,}", "middle")
+            tile += text(kind, x + wide / 2, at, f"{n:,}", "middle")
             if n_pairs:
-                tile += _text("value", x + wide / 2, y + 27, short(n_pairs), "middle")
+                tile += text("value", x + wide / 2, y + 27, short(n_pairs), "middle")
             parts.append(Markup("<g><title>{}</title>{}</g>").format(words, tile))
     numbers = [cell.n_channels for cell in counted.cells if cell.p == p]
     title = (
         f"Polysemantic channels by tau and gamma at p {p:g}, from {min(numbers):,} to "
         f"{max(numbers):,}; the table below has all numbers"
     )
-    return _svg(title, bottom, parts, width)
+    return svg(title, bottom, parts, width)

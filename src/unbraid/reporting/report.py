@@ -106,7 +106,7 @@ def render(
     """Return the page; arguments as in `unbraid.report`."""
     page, found = build_page(material, has_images=dataset is not None, title=title), material.found
     pictures = take_pictures(page, material, dataset)
-    environment = _environment()
+    environment = page_environment()
     environment.globals |= {
         "page": page,
         "material": material,
@@ -133,7 +133,7 @@ def render(
     rows = dict(zip(first, _within(LIST, first, channel_line), strict=False))
     nearest = sorted(found.pairs, key=lambda pair: (math.isnan(pair.cosine), pair.cosine))
     pairs = _within(LIST, nearest, lines.pair_line)
-    style, script = (Markup((_HERE / n).read_text("utf-8")) for n in ("style.css", "script.js"))
+    style, script = map(read_part, ("style.css", "script.js"))
     left_out = _left_out(material, len(sections), len(rows), len(pairs))
     return environment.get_template("page.html.j2").render(
         lead=lead,
@@ -144,8 +144,8 @@ def render(
         notes=[*page.notes, *filter(None, [pictures.note]), *left_out],
         style=style,
         script=script,
-        style_hash=_hash_of(style),
-        script_hash=_hash_of(script),
+        style_hash=hash_of(style),
+        script_hash=hash_of(script),
     )
 
 
@@ -185,7 +185,8 @@ def _left_out(material: Material, n_sections: int, n_rows: int, n_pairs: int) ->
     return notes
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """What a template of a page can use."""
     environment = Environment(
         loader=FileSystemLoader(_HERE / "templates"),
         autoescape=True,
@@ -201,7 +202,12 @@ def _environment() -> Environment:
     return environment
 
 
-def _hash_of(content: str) -> str:
+def read_part(name: str) -> Markup:
+    """Read a style or script, which become part of a page."""
+    return Markup((_HERE / name).read_text("utf-8"))
+
+
+def hash_of(content: str) -> str:
     """Name a style or script in a Content-Security-Policy, so that no other one is let in."""
     digest = hashlib.sha256(content.encode("utf-8")).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"

@@ -17,7 +17,7 @@ from unbraid.base.tables import count
 from unbraid.images.dataset import listed_labels, size_of
 from unbraid.images.sample import SIZES, sample_of
 from unbraid.running.folders import FIRST_LOOK, home_of
-from unbraid.running.run import LayerRuns, run_layers
+from unbraid.running.several import LayerRuns, run_layers
 
 LARGE = 20_000  # training images, from which on a run begins with a first look by itself
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,12 +23,11 @@ from unbraid.finding.thresholds import Sensitivity, check_thresholds, sensitivit
 from unbraid.images.broken import UNLABELLED, Loaded, first_readable
 from unbraid.images.dataset import class_names_of, listed_labels, name_of, size_of
 from unbraid.images.sample import SIZES
-from unbraid.measuring.compare import OutputComparison, compare_outputs
 from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_encoder, ready
 from unbraid.measuring.evaluate import evaluate
 from unbraid.measuring.results import Evaluation, read_ablation, read_output, read_semantics
 from unbraid.networks.copying import device_of, unwrap
-from unbraid.networks.layers import describe, is_pattern, layer_folder, layer_names, resolve_layer
+from unbraid.networks.layers import describe, resolve_layer
 from unbraid.networks.preflight import look_first
 from unbraid.networks.relevance import undisturbed
 from unbraid.networks.weights import hash_weights
@@ -43,12 +42,11 @@ from unbraid.running.sample import (
     bytes_of_positions,
     choose_for_positions,
     concerned_in,
-    draw_sample,
 )
 from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.many import open_scan
 from unbraid.scanning.records import Scan
-from unbraid.scanning.scan import scan_into, usable_in
+from unbraid.scanning.scan import scan_into
 from unbraid.scanning.scan_options import MIN_SHARE, Labels, Loading
 from unbraid.splitting.split import check_rho, split
 from unbraid.splitting.splits import Split
@@ -157,6 +155,14 @@ class Run:
         opened = validation_images(self.settings.source, self.val_scan, self.settings.sight)
         return as_labelled(opened, self.val_scan)
 
+    def is_finished(self, features: bool) -> bool:
+        """Whether all results are there, those that may be asked for too."""
+        names = ["findings.csv", "report.html"]
+        if self.found.concepts:
+            names += ["split.safetensors", "split-published.safetensors", "evaluation.json"]
+            names += [folders.FEATURES] * features
+        return all((self.folder / name).exists() for name in names)
+
     def report(self) -> Path:
         """Write the page; RunError if the run is not finished, DataError if its images are gone."""
         shown: dict[str, Any] = {"scan": self.val_scan, "train_scan": self.train_scan}
@@ -183,14 +189,6 @@ class Run:
 
 
 @dataclass(frozen=True)
-class LayerRuns:
-    """What a run over several layers leaves: a run's folder for each, in the run's folder."""
-
-    runs: dict[str, Run]  # by layer
-    output: OutputComparison | None  # with all of several layers split; None if none was
-
-
-@dataclass(frozen=True)
 class Job:
     """What is asked of a run."""
 
@@ -208,6 +206,7 @@ class Job:
     features: bool = True  # make feature visualisations of the split channels
     overwrite: bool = False  # put finished results in the place of those in the folder
     first_look: Path | None = None  # folder of a run over some of the images, perhaps to come
+    keep: bool = False  # leave finished results as they are, instead of making them anew
 
     def scan(self, images: Dataset[Any], into: Mapping[str, Path], **which: Any) -> dict[str, Scan]:
         """Scan layers into their folders."""
@@ -227,70 +226,59 @@ def run(
     Started again, finished scans are not repeated. Where `out` holds a run with other settings,
     results go into `settings-2` in it, and so on; scans are shared.
     """
-    return _run_each(Job(model, train, val, **options), {layer: out}, {})[layer]
-
-
-def run_layers(
-    model: nn.Module,
-    layers: Sequence[str],
-    train: Dataset[Any],
-    val: Dataset[Any],
-    out: Path,
-    **options: Any,
-) -> LayerRuns:
-    """Do everything for one or several layers, which share the passes over all images.
-
-    As `run`, but for `layers`, names or patterns as `unbraid.scan` takes them. Of several layers,
-    or those of a pattern, each has a run's folder of its name in `out`. Titles end in its name.
-    """
-    job = Job(model, train, val, **options)
-    tell_unseen(job)
-    names = layer_names(model, layers, partial(usable_in, model, train))
-    one = len(layers) == 1 and not is_pattern(model, layers[0])
-
-    def places(root: Path) -> dict[str, Path]:
-        return {name: root if one else layer_folder(root, name) for name in names}
-
-    looks = places(job.first_look) if job.first_look else {}
-    runs = _run_each(job, places(out), looks, named=True)
-    if one:
-        return LayerRuns(runs, None)
-    splits = [done.split for done in runs.values() if done.found.concepts]
-    if not splits:
-        return LayerRuns(runs, None)
-    job.say("Checking the outputs with all layers split.")
-    model2, loading = apply(model, splits), job.loading_of(runs[names[0]])
-    first = runs[names[0]]
-    which = None if job.everything else draw_sample(first.val_scan, first.found)
-    loading |= {"indices": which, "tolerance": 0.0, "progress": True}
-    return LayerRuns(runs, compare_outputs(model, model2, val, **loading))
+    return run_each(Job(model, train, val, **options), {layer: out})[layer]
 
 
 @in_plain_modes
-def _run_each(
-    job: Job, places: Mapping[str, Path], looks: Mapping[str, Path], *, named: bool = False
+def run_each(
+    job: Job,
+    places: Mapping[str, Path],
+    looks: Mapping[str, Path] | None = None,
+    *,
+    named: bool = False,
 ) -> dict[str, Run]:
     """Scan all layers at once, then make a run of each in its folder."""
     encoder = prepare(job, places)
-    homes = {name: folders.home_of(out) for name, out in places.items()}
-    # The smaller one first: what is wrong with its images is then told before the long one.
-    scans = {}
-    for kind, what, images in (("val", "Validation", job.val), ("train", "Training", job.train)):
-        job.say(f"{what} images:")
-        own = {name: look / f"scan-{kind}" for name, look in looks.items()}
-        first = {"n_first": SIZES[kind], "looks": own} if own else {}
-        into = {name: home / f"scan-{kind}" for name, home in homes.items()}
-        scans[kind] = job.scan(images, into, **first)
+    train_scans, val_scans = scan_each(job, places, looks)
     runs = {}
     for name, out in places.items():
         if len(places) > 1:
             job.say(f"Layer {name}.")
-        of_layer = replace(job, title=f"{job.title} · {name}") if named else job
-        runs[name] = _run_layer(of_layer, out, scans["train"][name], scans["val"][name], encoder)
+        own = replace(job, title=f"{job.title} · {name}") if named else job
+        runs[name] = run_layer(own, out, train_scans[name], val_scans[name], encoder)
     return runs
 
 
-def _run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: Encoder) -> Run:
+def scan_each(
+    job: Job, places: Mapping[str, Path], looks: Mapping[str, Path] | None = None
+) -> tuple[dict[str, Scan], dict[str, Scan]]:
+    """Scan training and validation images, all layers in one pass; `looks` are first looks."""
+    homes = {name: folders.home_of(out) for name, out in places.items()}
+    # The smaller one first: what is wrong with its images is then told before the long one.
+    val_scans, train_scans = (
+        _scan_images(job, homes, looks or {}, kind) for kind in ("val", "train")
+    )
+    return train_scans, val_scans
+
+
+def _scan_images(
+    job: Job, homes: Mapping[str, Path], looks: Mapping[str, Path], kind: Literal["train", "val"]
+) -> dict[str, Scan]:
+    """Scan images of a kind, those of a first look first."""
+    what, images = ("Training", job.train) if kind == "train" else ("Validation", job.val)
+    job.say(f"{what} images:")
+    own = {name: look / f"scan-{kind}" for name, look in looks.items()}
+    first = {"n_first": SIZES[kind], "looks": own} if own else {}
+    return job.scan(images, {name: home / f"scan-{kind}" for name, home in homes.items()}, **first)
+
+
+def broken_names(job: Job, train_scan: Scan, val_scan: Scan) -> list[str]:
+    """Names of the images that scans left out."""
+    names = [name_of(job.train, index) for index in train_scan.broken()]
+    return names + [name_of(job.val, index) for index in val_scan.broken()]
+
+
+def run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: Encoder) -> Run:
     """Find, choose a folder for the results, and make them there."""
     found = seen_in(val_scan, find(train_scan, **job.thresholds.of_find))
     scans = (train_scan.manifest.scan_id, val_scan.manifest.scan_id)
@@ -304,8 +292,9 @@ def _run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: E
     made = Run(folder)
     made.train_scan, made.val_scan, made.found = train_scan, val_scan, found
     made.images = as_labelled(job.val, val_scan)
-    made.broken = [name_of(job.train, index) for index in train_scan.broken()]
-    made.broken += [name_of(job.val, index) for index in val_scan.broken()]
+    made.broken = broken_names(job, train_scan, val_scan)
+    if job.keep and made.is_finished(job.features):
+        return made
     _make(job, made, encoder)
     if folder != out and job.overwrite:
         folders.replace_results(out, folder)
@@ -399,20 +388,8 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
     for folder in places.values():
         for own in folders.results_in(folders.home_of(folder)):
             folders.read_settings(own)  # else it would not be known whose results they are
-    model = unwrap(job.model)
-    image = first_readable(job.train, range(size_of(job.train)))
-    if image is not None:
-        # As a run will scan what it finds; two, as some networks run on no single image.
-        tried: dict[str, Any] = {"min_share": MIN_SHARE, "positions": True, "predicted": True}
-        twice = [Loaded(0, image, 0), Loaded(1, image, 0)]
-        images = torch.stack([image, image]).to(device_of(model))
-        for layer in places:
-            name, module = resolve_layer(model, layer)
-            place = Place(module, describe(name, module))
-            with undisturbed(model), torch.enable_grad():
-                look_first(model, images, [(place.spec, module)])
-                scan_batch(model, [place], twice, **tried, autocast=False, check=True)
-            check_in_force(model, layer, images)
+    for layer in places:
+        try_layer(job, layer)
     if job.encoder is None:
         return Penultimate(job.model)
     encoder = load_encoder(job.encoder, device=str(device_of(job.model)))
@@ -422,6 +399,24 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
                 encode(next(load_batches(encoder, job.val, [[index]], 0)))
                 break
     return encoder
+
+
+def try_layer(job: Job, layer: str) -> None:
+    """Run the network on an image, to see that a layer can be scanned, split and switched off."""
+    model = unwrap(job.model)
+    image = first_readable(job.train, range(size_of(job.train)))
+    if image is None:
+        return
+    # As a run will scan what it finds; two, as some networks run on no single image.
+    tried: dict[str, Any] = {"min_share": MIN_SHARE, "positions": True, "predicted": True}
+    twice = [Loaded(0, image, 0), Loaded(1, image, 0)]
+    images = torch.stack([image, image]).to(device_of(model))
+    name, module = resolve_layer(model, layer)
+    place = Place(module, describe(name, module))
+    with undisturbed(model), torch.enable_grad():
+        look_first(model, images, [(place.spec, module)])
+        scan_batch(model, [place], twice, **tried, autocast=False, check=True)
+    check_in_force(model, layer, images)
 
 
 def tell_unseen(job: Job) -> None:

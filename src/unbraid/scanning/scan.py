@@ -52,6 +52,7 @@ from unbraid.scanning.accuracy import (
     scanned_accuracy,
 )
 from unbraid.scanning.batch import batch_size_for
+from unbraid.scanning.every import as_many_as_fit, tell_rest
 from unbraid.scanning.manifest import Manifest, hash_indices, read_manifest
 from unbraid.scanning.records import Scan, open_one
 from unbraid.scanning.scan_options import Options, ScanOptions
@@ -115,7 +116,8 @@ def scan(
             apart; `unbraid.with_logits` picks them out of a larger output.
         layer: a convolution or fully connected layer, by `named_modules()` name or itself. Several
             layers, as a list, are scanned in the same pass; a pattern such as "layer4.*.conv3",
-            alone or in a list, stands for all layers of such names that can be scanned.
+            alone or in a list, stands for all layers of such names that can be scanned; "all" for
+            every layer, or as many, evenly over depth, as 20 GB hold (docs/layers.md).
         dataset: map-style, of (image tensor, label). Its `groups`, one id for each image, may say
             which belong together, such as crops of one photograph; none is then judged by another.
             Its `ids`, a text for each, name images for good, whatever their order (docs/data.md).
@@ -163,7 +165,10 @@ def scan(
         asked, one = [layer], not is_pattern(model, layer)
     else:
         asked, one = list(layer), False
-    names = layer_names(model, asked, partial(usable_in, model, dataset))
+    usable = layer_names(model, asked, partial(usable_in, model, dataset))
+    names, left_out = as_many_as_fit(model, asked, usable, [dataset])
+    if left_out:
+        warnings.warn(tell_rest(names, left_out), stacklevel=4)
     folders = {name: out if one else layer_folder(out, name) for name in names}
     scans = scan_into(model, folders, dataset, **options)
     return scans[names[0]] if one else scans
