@@ -18,6 +18,7 @@ from unbraid.scanning.records import Scan
 from unbraid.splitting.cross_validation import choose_weights
 from unbraid.splitting.least_squares import Weights, fit_least_squares
 from unbraid.splitting.published import choose_rho, published_masks
+from unbraid.splitting.quantiles import with_quantiles
 from unbraid.splitting.silence import choose_rest
 from unbraid.splitting.splits import ChannelSplit, Split
 
@@ -46,7 +47,8 @@ def split(
             the rule of Hesse et al. 2025.
         rho: for the published method, in (0, 1]; by default chosen per channel.
         start: for least squares, an earlier split of this layer to begin with; saves time.
-        everything: for least squares, a scan of all training images, where `scan` is of some.
+        everything: for least squares, and for the quantiles of responses that its split keeps, a
+            scan of all training images, where `scan` is of some.
         refit: for least squares, an earlier split made from this scan, to be brought up to date in
             a moment: channels whose concepts are as they were are taken from it, and all others
             are fitted with its lambda and omega in place of cross-validation.
@@ -94,7 +96,7 @@ def split(
         chosen = _published(members, anew, rho)
     elif anew.concepts:
         chosen = _least_squares(members, anew, scans[-1], start, weights)
-    parts = [
+    made = [
         ChannelSplit(
             channel=o,
             concepts=found.concepts[o],
@@ -105,6 +107,7 @@ def split(
         )
         for o, (masks, info) in chosen.items()
     ]
+    parts = sorted([*kept, *made], key=lambda part: part.channel)
     return Split(
         layer=scan.layer,
         weights=scan.manifest.weights,
@@ -112,7 +115,7 @@ def split(
         settings={"tau": found.tau, "p": found.p, "gamma": found.gamma},
         class_names=found.class_names,
         clusters=found.clusters,
-        channels=tuple(sorted([*kept, *parts], key=lambda part: part.channel)),
+        channels=tuple(with_quantiles(scans[-1], parts)),
     )
 
 
