@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from cyclopts import Parameter
 
 import unbraid
 from unbraid.base.errors import RunError, UsageError
+from unbraid.base.tables import Table
 from unbraid.cli import Device, RunPath, Weights, app, note, show
 
 _MODEL = "The run's network, needed where it is code of your own: FILE.py:FUNCTION."
@@ -56,8 +58,11 @@ def explain(
     note(loaded.note)
     model2 = unbraid.apply(loaded.model, split)
     explained = unbraid.explain(model2, open_pictures(images, loaded), classes=classes or [], n=n)
-    width = shutil.get_terminal_size((0, 0)).columns
-    show("\n\n".join(own.table().fitted(width) if width else str(own) for own in explained.images))
+    tables = [own.table() for own in explained.images]
+    shown = [replace(table, note="") for table in tables]
+    shown += [Table([], note=note) for note in dict.fromkeys(table.note for table in tables)]
+    width = shutil.get_terminal_size((0, 0)).columns  # 0 where it goes elsewhere
+    show("\n\n".join(table.fitted(width) if width else str(table) for table in shown))
     files = explained.save(out or ran.folder / "explained")
     show(f"\nPictures and figures: {', '.join(map(str, files))}")
 

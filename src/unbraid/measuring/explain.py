@@ -19,7 +19,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from unbraid.base.arguments import whole_number
 from unbraid.base.errors import LayerError, ModelError, UsageError, brief, nearest
-from unbraid.base.tables import Table, Tabular, figure
+from unbraid.base.tables import Table, Tabular, figure, one_line
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import name_of
 from unbraid.networks.copying import device_of
@@ -108,7 +108,7 @@ class ImageExplanation(Tabular):
         told = zip(self.class_names, self.logits, strict=True)
         (first, logit), *others = told
         more = "".join(f"; {name} {value:.2f}" for name, value in others)
-        return f"{self.image}: {first}, logit {logit:.2f}{more}"
+        return one_line(f"{_printable(self.image)}: {first}, logit {logit:.2f}{more}")
 
     def table(self) -> Table:
         """Show the strongest concept channels, strongest first."""
@@ -122,12 +122,11 @@ class ImageExplanation(Tabular):
             )
             for concept, whole in self.strongest
         ]
+        n_all = sum(len(own.concepts) for own in self.channels)
         known = any(not math.isnan(own.whole.percentile) for own in self.channels)
-        left = sum(len(own.concepts) for own in self.channels) - len(rows)
-        more = f"; {left} more concept channels with smaller shares" if left > 0 else ""
         missing = "".join(f"; {why}" for why in ("" if known else _UNKNOWN, self.note) if why)
-        note = f"{_NOTE}{missing}{more}."
-        return Table([heads, *rows], self.title, note)
+        title = f"{self.title} ({len(rows)} of {n_all} concept channels)"
+        return Table([heads, *rows], title, f"{_NOTE}{missing}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and numbers, without heatmaps; None for what is not known."""
@@ -149,6 +148,11 @@ class ImageExplanation(Tabular):
                 ]
             }
         )
+
+
+def _printable(name: str) -> str:
+    """Spell out bytes of a file's name that are no text."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _figures(one: Response) -> tuple[str, str, str]:

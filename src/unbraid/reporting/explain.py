@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from unbraid.base.arguments import as_path, flag, whole_number
-from unbraid.base.errors import UsageError
+from unbraid.base.errors import DataError, UsageError
 from unbraid.base.files import write_whole
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import Tabular, one_line
-from unbraid.images.batches import in_batches, read_images
+from unbraid.images.batches import in_batches, load
 from unbraid.images.broken import plain
 from unbraid.images.dataset import class_names_of, name_of, size_of
 from unbraid.measuring.explain import ImageExplanation, Response, explain_images, split_layer_of
@@ -59,7 +59,7 @@ class Explanation(Tabular):
 
     def _repr_html_(self) -> str:
         return "\n".join(
-            f'{own.table().html()}<img alt="{escape(_words(own), quote=True)}" '
+            f'{own.table().html()}<img alt="{escape(own.title, quote=True)}" '
             f'style="max-width:100%" src="data:image/png;base64,'
             f'{base64.b64encode(_png(draw_image(own, picture))).decode()}">'
             for own, picture in zip(self.images, self.pictures, strict=True)
@@ -168,10 +168,11 @@ def _of_tensor(images: Tensor) -> _Named:
 def _of_dataset(images: Dataset[Any]) -> _Named:
     batches = in_batches(range(size_of(images)), 1)
     sight = sight_of(images)
-    for index, batch, _ in read_images(images, batches, workers=0):
-        number, image = int(index), batch[0]
-        picture = to_picture(image) if sight is None else sight(open_picture(images, number))
-        yield name_of(images, number), image, picture
+    for (item,) in load(images, batches, workers=0):
+        if item.fault is not None:
+            raise DataError(f"{item.fault} Mend it, or leave it out.")
+        seen = to_picture(item.image) if sight is None else sight(open_picture(images, item.index))
+        yield name_of(images, item.index), item.image, seen
 
 
 def draw_image(explained: ImageExplanation, picture: Image.Image) -> Image.Image:
@@ -252,10 +253,6 @@ def _clipped(text: str, font: Any, width: int) -> str:
     while line and font.getlength(f"{line}…") > width:
         line = line[:-1]
     return f"{line}…"
-
-
-def _words(explained: ImageExplanation) -> str:
-    return one_line(explained.title.encode("utf-8", "backslashreplace").decode())
 
 
 def _png(picture: Image.Image) -> bytes:
