@@ -321,7 +321,7 @@ def _wanted(classes: Sequence[int | str], logits: Tensor, names: Sequence[str]) 
             found.append(own.index(one))
         elif isinstance(one, str) and not one.isdecimal():
             raise UsageError(
-                f"There is no class {one!r}.{nearest(one, own)} Name one of the run's."
+                f"There is no class {one!r}; name one of the network's.{nearest(one, own)}"
             )
         else:
             number = int(one) if isinstance(one, str) else one

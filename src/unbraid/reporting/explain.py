@@ -268,6 +268,6 @@ def _file_names(names: Sequence[str]) -> list[str]:
     for name in names:
         stem = Path(name.replace("\\", "/")).stem
         safe = re.sub(r"[^\w.-]+", "_", stem, flags=re.ASCII).strip("._-")[:_LONGEST] or "image"
-        taken[safe] = taken.get(safe, 0) + 1
-        found.append(safe if taken[safe] == 1 else f"{safe}~{taken[safe]}")
+        n = taken[safe.lower()] = taken.get(safe.lower(), 0) + 1  # as some systems see no case
+        found.append(safe if n == 1 else f"{safe}~{n}")
     return found
