@@ -50,7 +50,8 @@ LEFT_OUT = {  # what the text leaves out of a command, or the command to which i
 }
 SAYS = {  # a command, and what it prints; one that says none of them only writes
     **dict.fromkeys(["demo", "run", "report"], "Report: "),
-    **{"layers": " Conv2d ", "scan": "Scanned ", "sensitivity": "gamma", "check": " sound."},
+    **{"explain": "Pictures and figures: demo-run/explained/photo.png", "layers": " Conv2d "},
+    **{"scan": "Scanned ", "sensitivity": "gamma", "check": " sound."},
     "reproduce": "0 of 20 pairs agree.",  # with random weights, hence exit code 1
 }
 OWN = '''
@@ -89,6 +90,7 @@ class Place:
                         file = folder / name / part / kind / f"{k}.png"
                         file.parent.mkdir(parents=True, exist_ok=True)
                         images.picture(k).save(file)
+        load_images("test").picture(0).save(folder / "photo.png")
         hub = folder / "torch/hub/checkpoints"
         hub.mkdir(parents=True)
         torch.save(models.resnet50().state_dict(), hub / "random")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from torch import nn
 
 import unbraid
 from unbraid.__main__ import main
+from unbraid.base.files import read_tensors, write_tensors
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -249,6 +251,8 @@ INTO = {  # what a step would overwrite
     "evaluation.json": ("evaluate", "x", "runs/a/scan-val"),
     "scan-val/manifest.json": ("sensitivity", "runs/a/scan-train"),
 }
+PICTURE = "data/val/ant/0.png"
+EXPLAIN = ("explain", "runs/a", PICTURE)
 MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usage, says
     (("run", "--layer", "2"), 2, "requires an argument"),
     ((*EARLY, "--concepts", "cluster"), 2, "--concepts"),
@@ -276,6 +280,19 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     (scan(out="own.py"), 2, "is a file"),
     (scan(names="syntax.py"), 1, "names outputs 0 to 0"),
     ((*scan()[:-2], "--out="), 2, "--out is empty"),
+    (EXPLAIN[:2], 2, "requires an argument"),
+    (EXPLAIN, 2, "own.py:build, which is run only where you name it; add --model own.py:build."),
+    (("explain", "runs", PICTURE), 1, "runs holds no finished run"),
+    ((*EXPLAIN[:2], "gone.png", *NETWORK[:2]), 1, "gone.png cannot be read (there is no such"),
+    ((*EXPLAIN, "junk/ant/a.png", *NETWORK[:2]), 1, "a.png cannot be read"),
+    ((*EXPLAIN, *NETWORK[:2], "--weights", "random"), 1, "a network with other weights"),
+    (
+        (*EXPLAIN, *NETWORK[:2], "--classes", "art"),
+        2,
+        "There is no class 'art'; name one of the network's. Did you",
+    ),
+    ((*EXPLAIN, *NETWORK[:2], "--out", "runs/a"), 2, "holds a run or scan; name another folder"),
+    ((*EXPLAIN, *NETWORK[:2], "--n", "0"), 2, "n is 0"),
 ]
 
 
@@ -301,6 +318,65 @@ def test_broken_image_is_named_or_skipped_and_listed(home, call):
     assert "s[/x]" in out  # what looks like markup is only a name
     code, _, err = call(*scan(data="junk", out="junk-scan"), "--skip-broken")
     assert (code, "None of the 1 images" in err) == (1, True)
+
+
+def test_explain_tells_of_pictures_with_any_name_and_writes_where_it_should(again, home, call):
+    hostile = home / "hostile"
+    hostile.mkdir()
+    names = ["..png", "-n.png", "<b onload=x>&\n\x1b[31m.png", b"\xff\xe2\x80\xae.png", "0.png"]
+    for name in map(os.fsdecode, names):
+        shutil.copy(home / PICTURE, hostile / name)
+    pictures = [PICTURE, *(str(hostile / os.fsdecode(name)) for name in names)]
+    before = contents(again)
+    code, out, err = call("explain", str(again), *pictures, *NETWORK[:2], "--classes", "bee", "2")
+    assert code == 0, err
+    assert out.count("concept  response") == len(pictures)
+    assert ("\x1b" in out, "\u202e" in out) == (False, False)
+    made = {path.name for path in (again / "explained").iterdir()}
+    stems = ["0", "image", "n", "b_onload_x_31m", "image~2", "0~2"]
+    assert made == {f"{stem}{ending}" for stem in stems for ending in (".png", ".json")}
+    for stem in stems:
+        about = json.loads((again / "explained" / f"{stem}.json").read_text())
+        assert {"bee", "cat"} <= set(about["class_names"])
+        assert Image.open(again / "explained" / f"{stem}.png").width > 500
+    now = contents(again)
+    assert {path: now[path] for path in before} == before
+    assert call("check", str(again))[0] == 0
+    options = ("--out", str(again / "other"), *NETWORK[:2])
+    assert call("explain", str(again), PICTURE, *options)[0] == 0
+    assert len(list((again / "other").iterdir())) == 2
+
+
+def test_explain_tells_of_a_split_that_is_damaged_or_of_an_earlier_version(again, call):
+    command = ("explain", str(again), PICTURE, *NETWORK[:2])
+    path = again / "split.safetensors"
+    tensors, about = read_tensors(path)
+    old = {name: tensor for name, tensor in tensors.items() if not name.startswith("quantiles")}
+    assert len(old) < len(tensors)
+    write_tensors(path, old, about)
+    code, out, _ = call(*command)
+    assert (code, "percentiles are unknown" in " ".join(out.split())) == (0, True)
+    for wrong in (lambda x: -x, lambda x: x[:-1], lambda x: x * float("nan")):
+        bent = {n: wrong(t) if n.startswith("quantiles") else t for n, t in tensors.items()}
+        write_tensors(path, bent, about)
+        code, _, err = call(*command)
+        assert (code, "is not a split that can be read" in err) == (1, True)
+    path.unlink()
+    code, _, err = call(*command)
+    assert (code, "holds no split" in err) == (1, True)
+
+
+def test_explain_loads_networks_that_a_folder_names_unless_they_are_code(again, call):
+    settings = json.loads((again / "settings.json").read_text())
+    for source, code, told in (
+        ({"model": "torchvision:resnet18", "weights": "random"}, 1, "other weights"),
+        ({"model": "torchvision:resnet0"}, 2, "Did you mean"),
+        ({"model": 7}, 1, "does not say in words which network"),
+        ({}, 2, "name it with --model"),
+    ):
+        (again / "settings.json").write_text(json.dumps({**settings, "source": source}))
+        got, _, err = call("explain", str(again), PICTURE)
+        assert (got, told in " ".join(err.split())) == (code, True), err
 
 
 def test_report_whose_images_are_gone_stays_as_it_is(again, home, call):

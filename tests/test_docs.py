@@ -21,6 +21,7 @@ STAND_INS = {"layer4.2.conv3": LAYER, "1660": "0"}
 TAKEN = {
     "README.md": "model train_set val_set images",
     "data.md": "preprocess",
+    "explain.md": "unbraid torch model2 val_set",
     "figures.md": "unbraid split val_scan val_set features",
     "networks.md": "unbraid network",
     "steering.md": "unbraid model2 layer channel concept values images split scan",

@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.measuring.results import Semantics as Semantics
     from unbraid.measuring.semantics import measure_semantics as measure_semantics
     from unbraid.networks.outputs import with_logits as with_logits
+    from unbraid.reporting.explain import Explanation as Explanation
+    from unbraid.reporting.explain import explain as explain
     from unbraid.reporting.figures import density_figure as density_figure
     from unbraid.reporting.figures import save_figure as save_figure
     from unbraid.reporting.figures import source_figure as source_figure
@@ -65,6 +67,7 @@ _NAMES = {
     "measuring.results": "Ablation Evaluation Semantics",
     "measuring.semantics": "measure_semantics",
     "networks.outputs": "with_logits",
+    "reporting.explain": "Explanation explain",
     "reporting.figures": "density_figure save_figure source_figure teaser_figure",
     "reporting.report": "report",
     "scanning.many": "open_scan",

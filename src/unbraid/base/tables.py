@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,17 @@ class Table:
         """Line up the cells in columns."""
         parts = (self.title, align(self.rows), self.note)
         return "\n".join(part for part in parts if part)
+
+    def fitted(self, width: int) -> str:
+        """Write text that fits a width: rows are cut off there, words around them wrapped."""
+        from rich.cells import cell_len, set_cell_size
+
+        def cut(line: str) -> str:
+            return line if cell_len(line) <= width else f"{set_cell_size(line, width - 1)}…"
+
+        title, note = textwrap.fill(one_line(self.title), width), textwrap.fill(self.note, width)
+        rows = "\n".join(map(cut, align(self.rows).splitlines()))
+        return "\n".join(part for part in (title, rows, note) if part)
 
     def html(self) -> str:
         """Write HTML: every text escaped, and of a long table the beginning."""

@@ -88,6 +88,11 @@ def normalise(pictures: Pictures) -> Tensor:
     return ((grey - MEAN) / SPREAD).unsqueeze(-3)
 
 
+def preprocess(picture: Image.Image) -> Tensor:
+    """Turn any picture into what the network takes, (1, 28, 28); it knows clothes on black."""
+    return normalise(np.asarray(picture.convert("L").resize((28, 28)), dtype=np.uint8))
+
+
 def load_network() -> DemoNet:
     """Load the trained network, in eval mode, on the CPU."""
     network = DemoNet()

@@ -21,6 +21,7 @@ from unbraid.scanning.records import Scan
 from unbraid.splitting.cross_validation import choose_weights
 from unbraid.splitting.least_squares import Weights, fit_least_squares
 from unbraid.splitting.published import choose_rho, published_masks
+from unbraid.splitting.quantiles import with_quantiles
 from unbraid.splitting.silence import choose_rest
 from unbraid.splitting.splits import ChannelSplit, Split
 
@@ -51,7 +52,7 @@ def split(
         start: for least squares, an earlier split of this layer to begin with; saves time.
         everything: a scan of all training images, where `scan` is of some. The published rule then
             takes from `scan` rho alone; channels of whose concepts it has no image take the median
-            of the others' rho, with a warning.
+            of the others' rho, with a warning. Quantiles of responses are of all these images.
         refit: for least squares, an earlier split made from this scan, to be brought up to date in
             a moment: channels whose concepts are as they were are taken from it, and all others
             are fitted with its lambda and omega in place of cross-validation.
@@ -100,7 +101,7 @@ def split(
         chosen = _published(members, anew, rho, scans[-1])
     elif anew.concepts:
         chosen = _least_squares(members, anew, scans[-1], start, weights)
-    parts = [
+    made = [
         ChannelSplit(
             channel=o,
             concepts=found.concepts[o],
@@ -111,6 +112,7 @@ def split(
         )
         for o, (masks, info) in chosen.items()
     ]
+    parts = sorted([*kept, *made], key=lambda part: part.channel)
     return Split(
         layer=scan.layer,
         weights=scan.manifest.weights,
@@ -118,7 +120,7 @@ def split(
         settings={"tau": found.tau, "p": found.p, "gamma": found.gamma},
         class_names=found.class_names,
         clusters=found.clusters,
-        channels=tuple(sorted([*kept, *parts], key=lambda part: part.channel)),
+        channels=tuple(with_quantiles(scans[-1], parts)),
     )
 
 

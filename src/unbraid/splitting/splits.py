@@ -25,6 +25,7 @@ from unbraid.scanning.manifest import MAX_CLASSES, most_classes
 from unbraid.scanning.records import Scan
 
 SCHEMA = 1
+N_QUANTILES = 201  # one every half percent, from the smallest to the largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,9 @@ class ChannelSplit:
     weight: Tensor  # (J,), the original row
     bias: float  # stands in every row
     info: dict[str, Any]  # how the masks were chosen
+    # (K + 1, N_QUANTILES), of the mean pre-activations of the original, then the concept channels,
+    # among the images of the scan; None in splits of earlier versions
+    quantiles: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -134,6 +138,11 @@ class Split(Tabular):
         tensors = {f"masks.{part.channel}": part.masks for part in parts}
         tensors["weight"] = torch.stack([part.weight for part in parts])
         tensors["bias"] = torch.tensor([part.bias for part in parts], dtype=torch.float64)
+        tensors |= {
+            f"quantiles.{part.channel}": part.quantiles
+            for part in parts
+            if part.quantiles is not None
+        }
         of_clusters, clusters = pack(self.clusters)
         tensors |= of_clusters
         about = {
@@ -211,7 +220,12 @@ def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
             in_range("a class", number, 0, MAX_CLASSES - 1)
         if masks.shape != (len(concepts), spec.n_taps) or masks.min() < 0 or masks.max() > 1:
             raise ValueError(f"the masks of channel {o} do not fit its layer")
-        channels.append(ChannelSplit(o, concepts, masks, row, own_bias, entry.info))
+        quantiles = tensors.get(f"quantiles.{o}")
+        if quantiles is not None and (
+            quantiles.shape != (len(concepts) + 1, N_QUANTILES) or (quantiles.diff() < 0).any()
+        ):
+            raise ValueError(f"the quantiles of channel {o} do not fit it")
+        channels.append(ChannelSplit(o, concepts, masks, row, own_bias, entry.info, quantiles))
     for number, own in about.clusters.items():
         in_range("a cluster's number", number, 0, n_names - 1)  # named like classes
         in_range("a cluster's channel", own.channel, 0, spec.n_out - 1)

@@ -131,7 +131,7 @@ def _replace(model: nn.Module, split: Split, form: Form) -> None:
     inner = double(layer, kind)
     new = build(layer if inner is None else inner, describe(name, layer), split.channels)
     if isinstance(new, SplitLayer):
-        new.clusters = split.clusters
+        new.clusters, new.class_names = split.clusters, split.class_names
     new.train(layer.training)
     if inner is not None:
         become(layer, new)

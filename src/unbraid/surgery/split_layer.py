@@ -42,6 +42,8 @@ class SplitLayer(nn.Module):
         self.names = [f"{p.channel}.{k}" for p in parts for k in range(len(p.concepts))]
         self.divided = {p.channel: p.concepts for p in parts}
         self.clusters: Clusters = {}  # of images, where they stand for classes in concepts
+        self.class_names: tuple[str, ...] = ()  # of classes and clusters, by number
+        self.quantiles = {p.channel: p.quantiles for p in parts if p.quantiles is not None}
         self.moves: list[Move] = []  # in force, in the order in which they were made
         self.register_forward_pre_hook(_keep_slow_path)
         owners = [n for n, p in enumerate(parts) for _ in p.concepts]  # of concepts, among parts

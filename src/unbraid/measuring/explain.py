@@ -1,0 +1,444 @@
+"""Which concept channels one image uses, how much and where.
+
+Shapes: S split channels, R concept channels of all of them, C_out channels, P positions, T classes
+asked for. What is computed of channels stands in S + R rows: whole channels, then concept channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
+
+from unbraid.base.arguments import whole_number
+from unbraid.base.errors import LayerError, ModelError, UsageError, brief, nearest
+from unbraid.base.tables import Table, Tabular, figure, one_line
+from unbraid.finding.findings import Concept
+from unbraid.finding.membership import name_of
+from unbraid.networks.copying import device_of
+from unbraid.networks.outputs import refuse_broken_values, run_network
+from unbraid.networks.preflight import refuse_unsteady
+from unbraid.networks.relevance import cut_at, gradients_at, output_relevance, undisturbed
+from unbraid.networks.spec import channels_first, widen
+from unbraid.splitting.quantiles import percentile
+from unbraid.surgery.apply import in_force
+from unbraid.surgery.split_layer import SplitLayer, make_moves
+
+Part = int | Literal["rest"] | None  # a concept channel, the rest channel, or the whole channel
+
+_MOST_PREFIXES = 16  # tokens before those of the picture: a class token, registers
+_SMOOTHED = 28  # parts of the shorter side of an image; one of them is a standard deviation
+_NOTE = (
+    "share: part of all positive relevance in the layer for the class; pct: percentile of the "
+    "response among the scan's images; whole: the whole channel, by the same"
+)
+_UNKNOWN = "percentiles are unknown, as the split was made by an earlier version"
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """What a channel, one of its concept channels or its rest channel does in one image."""
+
+    channel: int
+    part: Part
+    classes: Concept  # of the concept; empty for the whole channel and the rest
+    concept: str  # its name
+    response: float  # mean pre-activation over positions
+    percentile: float  # of it among the scan's images; NaN where that is not known
+    # Of each class asked for, the predicted one first: gradient x activation in units of its logit,
+    # and that as a part of all positive relevance in the layer.
+    relevance: tuple[float, ...]
+    share: tuple[float, ...]
+    # (h, w), pre-activation at the layer's positions; None where these are no picture's
+    map: Tensor | None = field(default=None, repr=False)
+    # (H, W), how much each pixel adds to it; only of the strongest
+    heatmap: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Such as "7" for a whole channel, "7.0" for a concept channel, "7.rest"."""
+        return str(self.channel) if self.part is None else f"{self.channel}.{self.part}"
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelResponses:
+    """One split channel in one image; its concept channels and its rest add up to it."""
+
+    whole: Response
+    concepts: tuple[Response, ...]
+    rest: Response
+
+
+@dataclass(frozen=True, eq=False)
+class ImageExplanation(Tabular):
+    """What the concept channels of a layer do in one image."""
+
+    image: str  # its name
+    layer: str
+    classes: tuple[int, ...]  # asked for, the predicted one first
+    class_names: tuple[str, ...]  # of these
+    logits: tuple[float, ...]  # of these
+    channels: tuple[ChannelResponses, ...]
+    n: int = 8  # concept channels to show
+    note: str = ""  # what there is not, and why
+
+    def __getitem__(self, channel: int) -> ChannelResponses:
+        """Return one split channel; KeyError if it is none."""
+        for own in self.channels:
+            if own.whole.channel == channel:
+                return own
+        raise KeyError(f"channel {channel} was not split")
+
+    @property
+    def strongest(self) -> list[tuple[Response, Response]]:
+        """The concept channels with the largest shares, below zero too, beside whole channels."""
+        pairs = [(concept, own.whole) for own in self.channels for concept in own.concepts]
+        return sorted(pairs, key=lambda pair: -abs(pair[0].share[0]))[: self.n]
+
+    @property
+    def title(self) -> str:
+        """What the network takes the image for."""
+        told = zip(self.class_names, self.logits, strict=True)
+        (first, logit), *others = told
+        more = "".join(f"; {name} {value:.2f}" for name, value in others)
+        return one_line(f"{_printable(self.image)}: {first}, logit {logit:.2f}{more}")
+
+    def table(self) -> Table:
+        """Show the strongest concept channels, strongest first."""
+        others = [f"for {name}" for name in self.class_names[1:]]
+        heads = ("concept", "response", "pct", "share", *others, "whole", "pct", "share", "classes")
+        rows = [
+            (
+                *(concept.name, *_figures(concept)),
+                *(f"{share:.1%}" for share in concept.share[1:]),
+                *(*_figures(whole), concept.concept),
+            )
+            for concept, whole in self.strongest
+        ]
+        n_all = sum(len(own.concepts) for own in self.channels)
+        known = any(not math.isnan(own.whole.percentile) for own in self.channels)
+        missing = "".join(f"; {why}" for why in ("" if known else _UNKNOWN, self.note) if why)
+        title = f"{self.title} ({len(rows)} of {n_all} concept channels)"
+        return Table([heads, *rows], title, f"{_NOTE}{missing}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists and numbers, without heatmaps; None for what is not known."""
+        kept = ("layer", "classes", "class_names", "logits")
+        # A file's name may hold bytes that are no text.
+        image = self.image.encode("utf-8", "backslashreplace").decode()
+        return (
+            {"image": image}
+            | {name: getattr(self, name) for name in kept}
+            | {
+                "channels": [
+                    {
+                        "channel": own.whole.channel,
+                        "whole": _plain(own.whole),
+                        "concepts": [_plain(concept) for concept in own.concepts],
+                        "rest": _plain(own.rest),
+                    }
+                    for own in self.channels
+                ]
+            }
+        )
+
+
+def _printable(name: str) -> str:
+    """Spell out bytes of a file's name that are no text."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _figures(one: Response) -> tuple[str, str, str]:
+    return f"{one.response:.3g}", figure(one.percentile, ".1f"), f"{one.share[0]:.1%}"
+
+
+def _plain(one: Response) -> dict[str, Any]:
+    known = not math.isnan(one.percentile)
+    kept = {name: getattr(one, name) for name in ("response", "relevance", "share")}
+    named = {"classes": one.classes, "name": one.concept} if isinstance(one.part, int) else {}
+    where = None if one.map is None else one.map.tolist()
+    return {**named, **kept, "percentile": one.percentile if known else None, "map": where}
+
+
+def split_layer_of(model2: nn.Module, name: str | None) -> SplitLayer:
+    """Find the split layer of a network that has one, or the named one; UsageError if none is."""
+    layers = {n: module for n, module in model2.named_modules() if isinstance(module, SplitLayer)}
+    if not layers:
+        raise UsageError(
+            "The network has no concept channels to explain images by; pass one from "
+            "unbraid.apply in its exact form."
+        )
+    if name is None and len(layers) == 1:
+        (name,) = layers
+    if name not in layers:
+        problem = "Several layers are split" if name is None else f"Layer {name!r} is not split"
+        raise UsageError(f"{problem}; name one of {', '.join(map(repr, layers))} in layer.")
+    return layers[name]
+
+
+def explain_images(
+    model2: nn.Module,
+    layer: SplitLayer,
+    images: Iterable[tuple[str, Tensor]],
+    *,
+    classes: Sequence[int | str],
+    class_names: Sequence[str],
+    n: int,
+    heatmaps: bool,
+) -> Iterator[ImageExplanation]:
+    """Explain images one after the other, as `unbraid.explain` says.
+
+    Args:
+        model2: a split network.
+        layer: one of its split layers.
+        images: names and images, (C, H, W) each.
+        classes: numbers or names of outputs to explain besides the predicted one.
+        class_names: of the outputs, by number.
+        n: concept channels to show.
+        heatmaps: whether those get heatmaps.
+    """
+    with undisturbed(model2), torch.enable_grad(), in_force(model2):
+        for number, (name, image) in enumerate(images):
+            x = image[None].to(device_of(model2))
+            if number == 0:
+                refuse_unsteady(model2, x)
+            wanted, logits, measured = _measure(model2, layer, x, classes, class_names)
+            explained = ImageExplanation(
+                image=name,
+                layer=layer.spec.name,
+                classes=wanted,
+                class_names=tuple(name_of(class_names, t) for t in wanted),
+                logits=logits,
+                channels=tuple(_channels(layer, measured)),
+                n=n,
+            )
+            yield _with_heatmaps(explained, model2, layer, x) if heatmaps else explained
+
+
+class _Measured(NamedTuple):
+    mean: Tensor  # (S + R,), pre-activation over positions
+    relevance: Tensor  # (T, S + R)
+    total: Tensor  # (T,), positive relevance in the whole layer
+    maps: Tensor | None  # (S + R, h, w), pre-activation
+
+
+def _measure(
+    model2: nn.Module,
+    layer: SplitLayer,
+    x: Tensor,
+    classes: Sequence[int | str],
+    names: Sequence[str],
+) -> tuple[tuple[int, ...], tuple[float, ...], _Measured]:
+    """Run the network on one image, (1, C, H, W): classes asked for, their logits, the rest."""
+    with (
+        cut_at(layer, lambda _: None) as cut,
+        _concepts_seen(layer) as seen,
+        _grids_seen(model2, layer) as grids,
+    ):
+        logits = run_network(model2, x)
+        cut.recording = False
+        if not cut.outputs:
+            raise LayerError(f"Layer {layer.spec.name!r} does not run when the network does.")
+        refuse_broken_values(logits, torch.zeros(1, dtype=torch.int64))
+        wanted = _wanted(classes, logits[0], names)
+        gradients = [gradients_at(cut.outputs, logits[0, t]) for t in wanted]
+    output_relevance(layer.spec.name, cut.outputs, gradients[0])  # refuses a layer without a way
+    outputs = [_flat(layer, z) for z in cut.outputs]
+    values = [
+        torch.cat([z[:, layer.channels.cpu()], _flat(layer, own)], 1)
+        for z, own in zip(outputs, seen, strict=True)
+    ]
+    n_positions = sum(len(z) * z.shape[2] for z in values)
+    owners = torch.cat([layer.channels, layer.channels[layer.owners]]).cpu()
+    relevance, total = [], []
+    for of_class in gradients:
+        slopes = [
+            torch.zeros_like(z) if g is None else _flat(layer, g)
+            for z, g in zip(outputs, of_class, strict=True)
+        ]
+        every = _summed(z * slope for z, slope in zip(outputs, slopes, strict=True))
+        total.append(every.clamp(min=0).sum())
+        own = (z * slope[:, owners] for z, slope in zip(values, slopes, strict=True))
+        relevance.append(_summed(own))
+    grid = _grid(layer, cut.outputs, grids, x)
+    # A class token and registers come before the tokens of the picture.
+    maps = None if grid is None else values[0][0, :, -prod(grid) :].unflatten(1, grid)
+    measured = _Measured(
+        _summed(values) / n_positions, torch.stack(relevance), torch.stack(total), maps
+    )
+    return tuple(wanted), tuple(logits[0, wanted].tolist()), measured
+
+
+def _channels(layer: SplitLayer, measured: _Measured) -> Iterator[ChannelResponses]:
+    """Put the figures of each split channel together."""
+    mean, relevance, total, maps = measured
+
+    def response(channel: int, part: Part, row: int | None, less: Sequence[int] = ()) -> Response:
+        """Of a row of the figures, or of the first less some others."""
+        rows = list(less)
+        own = mean[row] - mean[rows].sum()
+        relevant = relevance[:, row] - relevance[:, rows].sum(1)
+        where = None if maps is None else maps[row] - maps[rows].sum(0)
+        known = None if part == "rest" else layer.quantiles.get(channel)
+        place = 0 if part is None else int(part) + 1 if part != "rest" else 0
+        concept = layer.divided[channel][part] if isinstance(part, int) else ()
+        return Response(
+            channel=channel,
+            part=part,
+            classes=concept,
+            concept=", ".join(name_of(layer.class_names, number) for number in concept),
+            response=float(own),
+            percentile=math.nan if known is None else percentile(known[place], float(own)),
+            relevance=tuple(relevant.tolist()),
+            share=tuple(torch.where(total > 0, relevant / total, 0.0).tolist()),
+            map=where,
+        )
+
+    for place, (channel, concepts) in enumerate(layer.divided.items()):
+        first = len(layer.divided) + layer.names.index(f"{channel}.0")
+        rows = range(first, first + len(concepts))
+        yield ChannelResponses(
+            whole=response(channel, None, place),
+            concepts=tuple(response(channel, k, row) for k, row in enumerate(rows)),
+            # What concept channels leave of the channel, so that all add up to it.
+            rest=response(channel, "rest", place, rows),
+        )
+
+
+def _wanted(classes: Sequence[int | str], logits: Tensor, names: Sequence[str]) -> list[int]:
+    """Numbers of the predicted class and of those asked for, each once; logits are (T,)."""
+    own = [name_of(names, t) for t in range(len(logits))]
+    found = [int(logits.argmax())]
+    for one in classes:
+        if isinstance(one, str) and one in own:
+            found.append(own.index(one))
+        elif isinstance(one, str) and not one.isdecimal():
+            raise UsageError(
+                f"There is no class {one!r}; name one of the network's.{nearest(one, own)}"
+            )
+        else:
+            number = int(one) if isinstance(one, str) else one
+            found.append(whole_number("A class", number, 0, len(own) - 1))
+    return list(dict.fromkeys(found))
+
+
+def _flat(layer: SplitLayer, z: Tensor) -> Tensor:
+    """Bring what a layer puts out for one image to (windows, channels, P), float64."""
+    return channels_first(layer.spec, z.detach()).flatten(2).cpu().double()
+
+
+def _summed(calls: Iterable[Tensor]) -> Tensor:
+    """Sum over calls, windows and positions, (channels,)."""
+    return torch.stack([z.sum((0, 2)) for z in calls]).sum(0)
+
+
+@contextmanager
+def _concepts_seen(layer: SplitLayer) -> Iterator[list[Tensor]]:
+    """Keep what the concept channels put out, moved by gates and clamps, call by call."""
+    seen: list[Tensor] = []
+    dim, rows = -1 if layer.spec.channels_last else 1, range(len(layer.names))
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(make_moves(output, layer.moves, dim, rows))
+
+    with layer.concepts.register_forward_hook(keep):
+        yield seen
+
+
+@contextmanager
+def _grids_seen(model2: nn.Module, layer: SplitLayer) -> Iterator[list[tuple[int, int]]]:
+    """Note the sizes of maps that convolutions before a layer put out: tokens come of such."""
+    grids: list[tuple[int, int]] = []
+    reached = False
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        nonlocal reached
+        reached = reached or module is layer
+        if not reached and isinstance(output, Tensor) and output.dim() == 4:
+            grids.append((output.shape[2], output.shape[3]))
+
+    with ExitStack() as stack:
+        for module in model2.modules():
+            if module is layer or isinstance(module, nn.Conv2d):
+                stack.enter_context(module.register_forward_hook(note))
+        yield grids
+
+
+def _grid(
+    layer: SplitLayer, outputs: Sequence[Tensor], grids: Sequence[tuple[int, int]], x: Tensor
+) -> tuple[int, int] | None:
+    """Say how a layer's positions lie in the image; None where they are no picture's.
+
+    Tokens in a row lie as the convolution before them put them out, behind a class token and
+    registers, which stay out of the map.
+    """
+    spec, first = layer.spec, outputs[0]
+    if len(outputs) > 1 or len(first) != 1:  # several runs, or windows
+        return None
+    if not spec.channels_last:
+        return (first.shape[2], first.shape[3]) if len(spec.kernel) == 2 else None
+    height, width = x.shape[-2:]
+
+    def fits(h: int, w: int) -> bool:
+        return abs(h * width - w * height) <= max(height, width)
+
+    if first.dim() == 4:
+        return (first.shape[1], first.shape[2]) if fits(*first.shape[1:3]) else None
+    n_tokens = first.shape[1] if first.dim() == 3 else 0
+    close = [g for g in grids if 0 <= n_tokens - prod(g) <= _MOST_PREFIXES and fits(*g)]
+    return max(close, key=prod, default=None)
+
+
+def _with_heatmaps(
+    explained: ImageExplanation, model2: nn.Module, layer: SplitLayer, x: Tensor
+) -> ImageExplanation:
+    """Add heatmaps of the strongest concept channels in an image, (1, C, H, W)."""
+    made: dict[str, Tensor] = {}
+    leaf = x.detach().clone()
+    try:
+        leaf.requires_grad_()
+        with _concepts_seen(layer) as seen:
+            run_network(model2, leaf)
+        for concept, _ in explained.strongest:
+            row = layer.names.index(concept.name)
+            heat = heatmap(
+                [z.select(-1 if layer.spec.channels_last else 1, row) for z in seen], leaf
+            )
+            made[concept.name] = heat
+    except (ModelError, RuntimeError) as error:  # whole numbers, or parts without a gradient
+        why = brief(error.__cause__ or error).rstrip(".")
+        return replace(
+            explained, note=f"there are no heatmaps, as no gradient reaches the image ({why})"
+        )
+    channels = tuple(
+        replace(own, concepts=tuple(replace(c, heatmap=made.get(c.name)) for c in own.concepts))
+        for own in explained.channels
+    )
+    return replace(explained, channels=channels)
+
+
+def heatmap(values: Sequence[Tensor], image: Tensor) -> Tensor:
+    """Compute how much each pixel adds to a channel where it answers, (H, W).
+
+    Each position counts by its positive pre-activation, so that where a channel answers weakly adds
+    little. It is input x gradient of half the summed squares of these, summed over colours and
+    smoothed: by a normal curve, a 28th of the shorter side wide.
+
+    Args:
+        values: the channel's pre-activation at each call, of any shape, made from the image.
+        image: (1, C, H, W), which asks for a gradient.
+    """
+    strength = torch.stack([widen(z).clamp(min=0).square().sum() for z in values]).sum() / 2
+    (gradient,) = torch.autograd.grad(strength, image, retain_graph=True)
+    heat = (image * gradient).detach().sum(1).cpu().float()  # (1, H, W)
+    side = min(heat.shape[1:])
+    reach = math.ceil(3 * side / _SMOOTHED)
+    smooth: Tensor = heat if reach >= side else gaussian_blur(heat, 2 * reach + 1, side / _SMOOTHED)
+    return smooth[0]

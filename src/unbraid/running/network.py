@@ -1,0 +1,53 @@
+"""A run's network again, from what its folder says of it, with what feeds it pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from unbraid.base.errors import RunError, UsageError
+from unbraid.images.broken import UNLABELLED
+from unbraid.images.listing import Files, ListedImages, Listing
+from unbraid.networks.models import LoadedModel, load_model
+from unbraid.networks.outputs import with_logits
+
+
+def load_again(
+    source: dict[str, Any],
+    model: str | None = None,
+    weights: str | None = None,
+    device: str | None = None,
+) -> LoadedModel:
+    """Load a run's network, as its settings' `source` tells or as it is named now.
+
+    Networks of torchvision and timm are loaded as the folder names them. Code is run only where it
+    is named now, since a folder may come from anyone.
+    """
+    if model is None and "demo" in source:
+        from unbraid.demo.network import CLASSES, load_network, preprocess
+
+        return LoadedModel(load_network(), preprocess, CLASSES, {"demo": True})
+    told = {name: source.get(name) for name in ("model", "weights", "output")}
+    if not all(value is None or isinstance(value, str) for value in told.values()):
+        raise RunError("The run does not say in words which network it is of; make it anew.")
+    named = told["model"]
+    if model is None and named is None:
+        raise UsageError("The run does not say which network it is of; name it with --model.")
+    if model is None and ".py:" in str(named):
+        raise UsageError(
+            f"The run's network is code of one's own, {named}, which is run only where you name "
+            f"it; add --model {named}."
+        )
+    loaded = load_model(str(model or named), weights or told["weights"], device)
+    if told["output"] is not None:
+        loaded = replace(loaded, model=with_logits(loaded.model, told["output"]))
+    return loaded
+
+
+def open_pictures(paths: Sequence[Path], loaded: LoadedModel) -> ListedImages:
+    """Open picture files in a network's preprocessing, without labels."""
+    names = [str(path) for path in paths]
+    listing = Listing("The images", names, Files(names), [], [UNLABELLED] * len(names))
+    return ListedImages(listing, loaded.transform)

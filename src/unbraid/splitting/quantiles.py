@@ -1,0 +1,70 @@
+"""How usual a response is: quantiles of each channel's among the images of a scan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from unbraid.scanning.records import Scan
+from unbraid.splitting.splits import N_QUANTILES, ChannelSplit
+
+_MOST_IMAGES = 2**13  # evenly spaced over the scan: a percentile is then off by 1 or so
+_MOST_NUMBERS = 2**25  # of their pooled inputs at once: 128 MiB in float32
+
+
+def with_quantiles(scan: Scan, parts: Sequence[ChannelSplit]) -> list[ChannelSplit]:
+    """Give each division the quantiles of its channels' mean pre-activations in a scan."""
+    pooled, n_positions = _spaced_inputs(scan)
+    if not len(pooled):
+        return [replace(part, quantiles=None) for part in parts]
+    at = torch.linspace(0, 1, N_QUANTILES, dtype=torch.float64)
+    by_group: dict[int, Tensor] = {}
+    made = []
+    for part in parts:
+        group = scan.layer.group_of(part.channel)
+        if group not in by_group:
+            by_group = {group: pooled[:, group].double()}
+        sums = part.pooled_responses(by_group[group], n_positions)[:, :-1]  # without the residual
+        means = (sums / n_positions[:, None]).T.contiguous()  # (K + 1, n)
+        quantiles = torch.quantile(means, at, dim=1).T.contiguous()
+        # Interpolation may round below a neighbour.
+        made.append(replace(part, quantiles=quantiles.cummax(1).values))
+    return made
+
+
+def _spaced_inputs(scan: Scan) -> tuple[Tensor, Tensor]:
+    """Pooled inputs (n, G, J) and numbers of positions (n,) of evenly spaced images."""
+    n_numbers = scan.layer.groups * scan.layer.n_taps
+    most = max(1, min(_MOST_IMAGES, _MOST_NUMBERS // n_numbers))
+    step, seen, parts = math.ceil(scan.manifest.n_images / most), 0, []
+    for own in scan.tensors("pooled", "n_positions"):
+        chosen = slice(-seen % step, None, step)
+        seen += len(own["pooled"])
+        parts.append((own["pooled"][chosen].clone(), own["n_positions"][chosen]))
+    pooled, n_positions = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return pooled, n_positions
+
+
+def percentile(quantiles: Tensor, response: float) -> float:
+    """Say what part of a scan's images, in percent, a channel responds to less; quantiles (Q,).
+
+    Images of the same response count half.
+
+    >>> percentile(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]), 2.5)
+    62.5
+    """
+    values = quantiles.double()
+    here = torch.tensor(response, dtype=torch.float64)
+    low = int(torch.searchsorted(values, here))
+    high = int(torch.searchsorted(values, here, right=True))
+    last = len(values) - 1
+    if low == len(values) or high == 0:
+        return 100.0 if high else 0.0
+    if low == high:  # between two of them
+        before, behind = float(values[low - 1]), float(values[low])
+        return 100 * (low - 1 + (response - before) / (behind - before)) / last
+    return 100 * (low + high - 1) / 2 / last
