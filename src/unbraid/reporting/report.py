@@ -102,17 +102,16 @@ def render(material: Material, *, dataset: Dataset[Any] | None, title: str | Non
     """Return the page; arguments as in `unbraid.report`."""
     page, found = build_page(material, has_images=dataset is not None, title=title), material.found
     pictures = take_pictures(page, material, dataset)
-    environment = _environment()
-    environment.globals |= {
-        "page": page,
-        "material": material,
-        "found": found,
-        "pictures": pictures,
-        "of_clusters": found.sides != "classes",
-        "judged": bool(found.pairs) and found.sides == "classes",
-        "predicted": material.scan.manifest.labels == "predicted",
-        "n_images": material.n_images,
-    }
+    environment = environment_for(
+        page=page,
+        material=material,
+        found=found,
+        pictures=pictures,
+        of_clusters=found.sides != "classes",
+        judged=bool(found.pairs) and found.sides == "classes",
+        predicted=material.scan.manifest.labels == "predicted",
+        n_images=material.n_images,
+    )
     section = environment.get_template("channel.html.j2")
     sections = _within(SECTIONS, page.channels, lambda channel: section.render(channel=channel))
     in_full = {channel.number for channel in page.channels[: len(sections)]}
@@ -139,8 +138,8 @@ def render(material: Material, *, dataset: Dataset[Any] | None, title: str | Non
         notes=[*page.notes, *filter(None, [pictures.note]), *left_out],
         style=style,
         script=script,
-        style_hash=_hash_of(style),
-        script_hash=_hash_of(script),
+        style_hash=hash_of(style),
+        script_hash=hash_of(script),
     )
 
 
@@ -180,7 +179,8 @@ def _left_out(material: Material, n_sections: int, n_rows: int, n_pairs: int) ->
     return notes
 
 
-def _environment() -> Environment:
+def environment_for(**known: Any) -> Environment:
+    """Templates with the filters that pages use, and what they know of the page."""
     environment = Environment(
         loader=FileSystemLoader(_HERE / "templates"),
         autoescape=True,
@@ -193,10 +193,11 @@ def _environment() -> Environment:
     for name in ("densities", "bars", "ridges", "scatter", "masks", "thresholds"):
         environment.globals[f"draw_{name}"] = getattr(charts, f"draw_{name}")
     environment.globals |= {"count": count, "absent": words.ABSENT, "max_text": MAX_TEXT}
+    environment.globals |= known
     return environment
 
 
-def _hash_of(content: str) -> str:
+def hash_of(content: str) -> str:
     """Name a style or script in a Content-Security-Policy, so that no other one is let in."""
     digest = hashlib.sha256(content.encode("utf-8")).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"

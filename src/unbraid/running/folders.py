@@ -16,6 +16,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError, RunError, UsageError
@@ -28,6 +29,8 @@ from unbraid.images.dataset import Relabelled
 from unbraid.images.labels import Outputs, read_classes
 from unbraid.images.listing import ListedImages
 from unbraid.images.open import list_images, part_of
+from unbraid.networks.models import load_model
+from unbraid.networks.outputs import with_logits
 from unbraid.reporting.pictures import Sight
 from unbraid.scanning.manifest import hash_indices, read_manifest
 from unbraid.scanning.records import Scan
@@ -292,3 +295,18 @@ def validation_images(
         except DataError:  # other names were given; without the network numbers may differ
             labels = {name: number for number, name in enumerate(listing.known.seen)}
     return as_scanned(ListedImages(listing, sight, labels, scan.class_names), scan)
+
+
+def load_again(source: dict[str, Any], device: str | None = None) -> nn.Module:
+    """Load a run's network again, in eval mode, on a device (by default an accelerator if any)."""
+    if "demo" in source:
+        from unbraid.demo.network import load_network
+
+        return load_network()
+    if "model" not in source:
+        raise RunError(
+            "The run was made from Python and does not say how to load its network; call the "
+            "function there, with the network."
+        )
+    model = load_model(source["model"], source.get("weights"), device).model
+    return with_logits(model, source["output"]) if "output" in source else model

@@ -123,7 +123,7 @@ def _read(split: Split, scales: Mapping[str, float]) -> dict[int, dict[Concept, 
         if name not in known:
             alike = [other for other in known if other.split(".")[0] == str(name).split(".")[0]]
             has = ", ".join(alike or list(known)[:20])
-            more = " ..." if not alike and len(known) > 20 else ""
+            more = " and more" if not alike and len(known) > 20 else ""
             raise UsageError(f"There is no concept channel {name!r}; there are {has}{more}.")
         channel, concept = known[name]
         scale = real_number(f"The scale of {name}", value)
