@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.splitting.splits import Split as Split
     from unbraid.surgery.apply import apply as apply
     from unbraid.surgery.apply import load_split as load_split
+    from unbraid.surgery.edit import edit as edit
     from unbraid.surgery.gates import clamp as clamp
     from unbraid.surgery.gates import gate as gate
     from unbraid.visualizing.features import Features as Features
@@ -76,6 +77,7 @@ _NAMES = {
     "splitting.split": "split",
     "splitting.splits": "Split",
     "surgery.apply": "apply load_split",
+    "surgery.edit": "edit",
     "surgery.gates": "clamp gate",
     "visualizing.features": "Features",
     "visualizing.visualize": "visualize",

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from cyclopts import CycloptsError
 
+import unbraid.cli_edit
 import unbraid.cli_explain  # noqa: F401
 from unbraid.base.errors import UnbraidError, UsageError
 from unbraid.cli import app, note, say

@@ -32,6 +32,7 @@ LayerName = str | nn.Module
 ALL = "all"  # stands for every layer that can be scanned
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PLAIN_LAYERS = (nn.Linear, *_CONVOLUTIONS)  # of torch, which compute nothing but their product
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FUNCTIONS: set[Callable[..., Any]] = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 
@@ -186,7 +187,7 @@ def _declared(module: nn.Module) -> LayerSpec:
 
 def _computes_as_torch(module: nn.Module) -> bool:
     """Whether the class, also one that only computes its weights, runs torch's own code."""
-    base = next(kind for kind in (nn.Linear, *_CONVOLUTIONS) if isinstance(module, kind))
+    base = next(kind for kind in PLAIN_LAYERS if isinstance(module, kind))
     own = ("forward", "_conv_forward")
     return not any(name in vars(module) for name in own) and all(
         getattr(type(module), name, None) is getattr(base, name, None) for name in own

@@ -79,9 +79,7 @@ def apply(
     names = [one.layer.name for one in splits]
     if not names or len(set(names)) < len(names):
         raise UsageError("Pass one split or more, each of another layer.")
-    weights = hash_weights(model)
-    for one in splits:
-        _check_fit(model, weights, one)
+    check_fit(model, *splits)
     changed = _split_copy(model, splits, form)
     if form == "exact":
         for method in (gate, clamp):
@@ -97,22 +95,25 @@ def _as_list(split: Split | Sequence[Split] | Mapping[str, Split]) -> list[Split
     return [as_kind("split", one, Split) for one in several]
 
 
-def _check_fit(model: nn.Module, weights: str, split: Split) -> None:
-    _, original = resolve_layer(model, split.layer.name)
-    if weights != split.weights:
-        raise ModelError(
-            "The split was made for a network with other weights; load the weights it was made "
-            "for, before any split is applied or the number format is changed, or scan and split "
-            "this network."
-        )
-    rows = weight_rows(original)
-    for part in split.channels:
-        # Not bit by bit, since a layer may compute its weights.
-        if not torch.allclose(part.weight.to(rows), rows[part.channel], rtol=1e-2):
-            raise RunError(
-                f"The split's weights of channel {part.channel} are not the network's although it "
-                "was made for it, so its file is damaged; get or make it anew."
+def check_fit(model: nn.Module, *splits: Split) -> None:
+    """Raise ModelError, LayerError or RunError if splits were not made for a network."""
+    weights = hash_weights(model)
+    for split in splits:
+        _, original = resolve_layer(model, split.layer.name)
+        if weights != split.weights:
+            raise ModelError(
+                "The split was made for a network with other weights; load the weights it was made "
+                "for, before any split is applied or the number format is changed, or scan and "
+                "split this network."
             )
+        rows = weight_rows(original)
+        for part in split.channels:
+            # Not bit by bit, since a layer may compute its weights.
+            if not torch.allclose(part.weight.to(rows), rows[part.channel], rtol=1e-2):
+                raise RunError(
+                    f"The split's weights of channel {part.channel} are not the network's although "
+                    "it was made for it, so its file is damaged; get or make it anew."
+                )
 
 
 def _split_copy(model: nn.Module, splits: Sequence[Split], form: Form) -> nn.Module:
@@ -120,7 +121,7 @@ def _split_copy(model: nn.Module, splits: Sequence[Split], form: Form) -> nn.Mod
     changed = copy_network(model)
     for one in splits:
         _replace(changed, one, form)
-    _refuse_ways_past(model, changed, [resolve_layer(model, s.layer.name)[0] for s in splits])
+    refuse_ways_past(model, changed, [resolve_layer(model, s.layer.name)[0] for s in splits])
     return changed
 
 
@@ -217,7 +218,7 @@ def in_force(model2: nn.Module) -> Iterator[None]:
     refuse()
 
 
-def _refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str]) -> None:
+def refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str]) -> None:
     """Raise ModelError if a copy, with these layers split, is seen to run the network's own."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in layers:
