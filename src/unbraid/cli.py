@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
@@ -12,7 +14,7 @@ from rich.console import Console
 
 import unbraid
 from unbraid.base.errors import UsageError
-from unbraid.base.tables import align, count, one_line
+from unbraid.base.tables import Table, Tabular, align, count, one_line, percent
 from unbraid.scanning.scan_options import Labels, Loading, ScanOptions
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ Output = Annotated[str | None, Parameter(help=_OUTPUT)]
 Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an accelerator if there.")]
 Names = Annotated[Path | None, Parameter(help=_NAMES)]
 Out = Annotated[Path, Parameter(help="Where to write.")]
-Table = Annotated[Path | None, Parameter(help="CSV file to write or replace.")]
+CsvFile = Annotated[Path | None, Parameter(help="CSV file to write or replace.")]
 ScanPath = Annotated[Path, Parameter(help="Folder of a finished scan.")]
 RunPath = Annotated[Path, Parameter(help="Folder of a finished run.")]
 FigureKind = Literal["teaser", "densities", "sources"]
@@ -108,6 +110,12 @@ def open_images(loaded: LoadedModel, source: str) -> ListedImages:
     return images
 
 
+def show_table(result: Tabular | Table) -> None:
+    """Print a result, on a terminal as wide as that is."""
+    table = result.table() if isinstance(result, Tabular) else result
+    show(table.text(get_terminal_size().columns if sys.stdout.isatty() else None))
+
+
 def refuse_result(file: Path | None) -> None:
     """Refuse to write a file that belongs to a run or scan."""
     from unbraid.running import folders
@@ -131,10 +139,13 @@ def show_broken(names: list[str]) -> None:
 def show_run(result: Run) -> None:
     """End a run: a short table and where the report is."""
     show_broken(result.broken)
-    show(str(result.found))
+    show_table(result.found)
     if result.evaluation is not None:
-        show(f"\n{result.evaluation}\n")
-        show(f"{result.evaluation.summary_table()}\n")
+        show()
+        show_table(result.evaluation)
+        show()
+        show_table(result.evaluation.summary_table())
+        show()
         assert result.evaluation.output is not None
         show_comparison("Largest logit difference", result.evaluation.output)
     show(f"Report: {result.page}")
@@ -144,7 +155,8 @@ def show_comparison(words: str, output: OutputComparison) -> None:
     """Say how much splitting changed the outputs."""
     text = f"{words} {output.max_abs_logit_diff:g}"
     if output.top1_before is not None and output.top1_after is not None:
-        text += f"; accuracy {output.top1_before:.2%} before, {output.top1_after:.2%} after"
+        text += f"; accuracy {percent(output.top1_before, 2)} before, "
+        text += f"{percent(output.top1_after, 2)} after"
     show(f"{text}.")
 
 
@@ -292,7 +304,7 @@ def scan(
 
 
 def find(
-    scan: ScanPath, *, tau: Tau = 0.03, finding: Finding = Finding(), out: Table = None
+    scan: ScanPath, *, tau: Tau = 0.03, finding: Finding = Finding(), out: CsvFile = None
 ) -> None:
     """Find the polysemantic channels in a scan of training images."""
     from unbraid.scanning.accuracy import describe_fit, scanned_accuracy
@@ -304,11 +316,11 @@ def find(
     found = unbraid.find(opened, tau=tau, **vars(finding))
     if out is not None:
         found.to_csv(out)
-    show(str(found))
+    show_table(found)
 
 
 def sensitivity(
-    scan: ScanPath, *, taus: Grid = None, ps: Grid = None, gammas: Grid = None, out: Table = None
+    scan: ScanPath, *, taus: Grid = None, ps: Grid = None, gammas: Grid = None, out: CsvFile = None
 ) -> None:
     """Count the polysemantic channels for every combination of thresholds, in seconds.
 
@@ -321,7 +333,7 @@ def sensitivity(
     counted = unbraid.sensitivity(unbraid.open_scan(scan), taus, ps, gammas)
     if out is not None:
         counted.to_csv(out)
-    show(str(counted))
+    show_table(counted)
 
 
 def split(
@@ -359,7 +371,7 @@ def evaluate(split: Path, scan: Path, *, out: Path | None = None) -> None:
     result = unbraid.evaluate(unbraid.Split.load(split), unbraid.open_scan(scan))
     if out is not None:
         result.save(out)
-    show(str(result))
+    show_table(result)
 
 
 def report(run: RunPath) -> None:
