@@ -333,7 +333,7 @@ def sensitivity(
     counted = unbraid.sensitivity(unbraid.open_scan(scan), taus, ps, gammas)
     if out is not None:
         counted.to_csv(out)
-    show_table(counted)
+    show(str(counted))
 
 
 def split(

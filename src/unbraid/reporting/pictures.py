@@ -131,10 +131,10 @@ def take_pictures(page: Page, material: Material, dataset: Dataset[Any] | None) 
         seen = sight(image) if sight else image
         return encode(seen, side, quality), encode(seen, _THUMB, _THUMB_QUALITY)
 
-    drawn = read_pictures(dataset, labels, draw)
-    pictures.shots = {index: both and both[0] for index, both in drawn.items()}
+    taken = read_pictures(dataset, labels, draw)
+    pictures.shots = {index: both and both[0] for index, both in taken.items()}
     for place, index in firsts.items():
-        if (both := drawn[index]) is not None:
+        if (both := taken[index]) is not None:
             pictures.thumbs[place] = both[1]
     return pictures
 
