@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
@@ -14,7 +15,7 @@ from rich.console import Console
 
 import unbraid
 from unbraid.base.errors import UsageError
-from unbraid.base.tables import align, count, one_line
+from unbraid.base.tables import Table, Tabular, align, count, one_line
 from unbraid.scanning.scan_options import Labels, Loading, ScanOptions, in_command_words
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ Output = Annotated[str | None, Parameter(help=_OUTPUT)]
 Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an accelerator if there.")]
 Names = Annotated[Path | None, Parameter(help=_NAMES)]
 Out = Annotated[Path, Parameter(help="Where to write.")]
-Table = Annotated[Path | None, Parameter(help="CSV file to write or replace.")]
+CsvFile = Annotated[Path | None, Parameter(help="CSV file to write or replace.")]
 _SCANS = "Folder of a finished scan; several, or a pattern such as 'scan-*', are read as one."
 ScanPaths = Annotated[list[Path], Parameter(help=_SCANS, negative="")]
 RunPath = Annotated[Path, Parameter(help="Folder of a finished run.")]
@@ -130,6 +131,13 @@ def source_of(loaded: LoadedModel, images: ListedImages, source: str) -> dict[st
     return {**loaded.source, "data": absolute(source), **divided}
 
 
+def show_table(result: Tabular | Table) -> None:
+    """Print a result, on a terminal as wide as that is."""
+    table = result.table() if isinstance(result, Tabular) else result
+    width = get_terminal_size().columns if sys.stdout.isatty() else None
+    show(in_command_words(table.fitted(width) if width else str(table)))
+
+
 def refuse_result(file: Path | None) -> None:
     """Refuse to write a file that belongs to a run or scan."""
     from unbraid.running import folders
@@ -152,10 +160,14 @@ def show_broken(names: list[str]) -> None:
 
 def show_run(result: Run) -> None:
     """End a run: a short table and where the report is."""
-    from unbraid.running.told import in_words
+    from unbraid.running.told import told
 
     show_broken(result.broken)
-    show(in_command_words(in_words(result)))
+    for part in told(result):
+        if isinstance(part, str):
+            show(part)
+        else:
+            show_table(part)
 
 
 def show_runs(done: LayerRuns) -> None:
@@ -170,7 +182,9 @@ def show_runs(done: LayerRuns) -> None:
     if done.output is not None:
         show(f"\n{compared('With all layers split, largest logit difference', done.output)}")
     if done.layers is not None:
-        show(f"\n{done.layers}\nReport: {done.index}")
+        show()
+        show_table(done.layers)
+        show(f"Report: {done.index}")
 
 
 def demo(*, out: Out, layer: Layers | None = None, features: Features = True) -> None:
@@ -332,7 +346,7 @@ def scan(
 
 
 def find(
-    scan: ScanPaths, *, tau: Tau = 0.03, finding: Finding = Finding(), out: Table = None
+    scan: ScanPaths, *, tau: Tau = 0.03, finding: Finding = Finding(), out: CsvFile = None
 ) -> None:
     """Find the polysemantic channels in a scan of training images."""
     from unbraid.scanning.accuracy import describe_fit, scanned_accuracy
@@ -344,11 +358,11 @@ def find(
     found = unbraid.find(opened, tau=tau, **finding.asked())
     if out is not None:
         found.to_csv(out)
-    show(in_command_words(str(found)))
+    show_table(found)
 
 
 def sensitivity(
-    scan: ScanPaths, *, taus: Grid = None, ps: Grid = None, gammas: Grid = None, out: Table = None
+    scan: ScanPaths, *, taus: Grid = None, ps: Grid = None, gammas: Grid = None, out: CsvFile = None
 ) -> None:
     """Count the polysemantic channels for every combination of thresholds, in seconds.
 
@@ -398,7 +412,7 @@ def evaluate(split: Path, scan: ScanPaths, *, out: Path | None = None) -> None:
     result = unbraid.evaluate(unbraid.Split.load(split), unbraid.open_scan(scan))
     if out is not None:
         result.save(out)
-    show(str(result))
+    show_table(result)
 
 
 def report(run: RunPath) -> None:

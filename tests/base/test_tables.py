@@ -10,7 +10,7 @@ from torch import nn
 
 from pages import read
 from unbraid import Ablation, Circuit, Evaluation, Findings, Split
-from unbraid.base.tables import Table, csv_text, one_line
+from unbraid.base.tables import Table, csv_text, fit, one_line
 from unbraid.finding.findings import Pair
 from unbraid.measuring import results
 from unbraid.measuring.circuit import Source
@@ -182,3 +182,18 @@ def test_csv_text_gives_spreadsheets_no_formula(start):
     assert f"'{cell}" in text.replace('"', "")
     assert ",-1.5\n" in text
     assert "\nclock-face,2\n" in text
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
+def test_a_table_fits_a_width_and_keeps_every_figure(width):
+    heads = ("channel", "concept", *(f"figure {n}" for n in range(12)))
+    names = ("a name that is rather long, and more", "short")
+    figures = [f"{n / 7:.3f}" for n in range(24)]
+    rows = [heads, *((str(k), name, *figures[12 * k :][:12]) for k, name in enumerate(names))]
+    text = Table(rows).fitted(width)
+    assert max(map(len, text.splitlines())) <= max(width, len("channel  concept   figure 10"))
+    assert all(figure in text for figure in figures)
+    assert text.count("short") == len(fit(rows, width))
+    assert (names[0] in text) == (width >= 200)
+    if width == 200:
+        assert text == str(Table(rows))

@@ -9,6 +9,7 @@ import pytest
 
 from pages import LONG
 from unbraid.finding.findings import Pair
+from unbraid.reporting import report as report_module
 from unbraid.reporting.words import ABSENT
 
 # Also what is off the screen.
@@ -196,6 +197,30 @@ def test_pictures_are_shown_whole_or_where_and_all_on_paper(page):
             assert page.locator(f".veil.{kind}").first.is_visible() == (look == kind)
     image, veil = (page.locator(one).first.bounding_box() for one in (".frame img", ".veil.answer"))
     assert image == veil
+
+
+def test_a_picture_opens_larger_by_mouse_and_keyboard_and_closes_again(page):
+    frame = page.locator("article .frame").first
+    small = frame.bounding_box()["width"]
+    for act in (frame.click, lambda: frame.press("Enter")):
+        act()
+        shown = page.locator("dialog[open] .frame")
+        assert shown.bounding_box()["width"] > 2 * small
+        assert page.locator("dialog[open] p").inner_text().strip().startswith("Close")
+        page.keyboard.press("Escape")
+        assert page.locator("dialog[open]").count() == 0
+
+
+def test_a_folded_channel_opens_when_it_is_gone_to(browser, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_module, "_FEW", 1)
+    monkeypatch.setattr(report_module, "N_UNFOLDED", 1)
+    run.report(tmp_path / "r.html")
+    page, said, _ = load(browser.new_context(), tmp_path / "r.html")
+    assert page.locator("details.whole-channel[open]").count() == 0
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    assert page.locator("details.whole-channel[open]").count() == 1
+    assert said == []
 
 
 def test_print_folds_nothing_but_what_is_said_once_more_and_hides_the_tools(open_page):

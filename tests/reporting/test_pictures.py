@@ -42,8 +42,10 @@ def test_encode_keeps_tiny_pictures_and_veil_hides_what_does_not_count():
     assert np.array_equal(np.asarray(image_in(tiny.uri)), pixels)
     assert image_in(large.uri).size == (96, 72)
     shade = torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.0, 0.25]])
-    opacity = np.asarray(image_in(pictures.veil(shade)))[:, :, 1] / 255
-    np.testing.assert_allclose(opacity, 0.72 * (1 - shade.numpy()), atol=0.003)
+    *colours, opacity = np.moveaxis(np.asarray(image_in(pictures.veil(shade))).astype(float), 2, 0)
+    np.testing.assert_allclose(opacity / 255, 0.72 - 0.44 * shade.numpy(), atol=0.003)
+    for band, cold, warm in zip(colours, (38, 44, 92), (255, 170, 0), strict=True):
+        np.testing.assert_allclose(band, cold + (warm - cold) * shade.numpy(), atol=0.51)
     assert len(pictures.veil(torch.rand(200, 300))) < 2500
 
 

@@ -133,11 +133,45 @@ def test_every_figure_fact_and_setting_is_the_evaluations(page, run):
     facts, settings = (read(page).all(*kind)[0].text for kind in lists)
     top1 = percent(run.evaluation.output.top1_before, 1)
     mean = number(run.evaluation.summary["published"]["separation_error"])
-    assert f"0 largest logit difference top-1 {top1} before" in facts
+    assert "0 largest logit difference same first choice in 100.0% of the images" in facts
+    assert f"{top1} top-1 accuracy the same when split" in facts
     assert f"{mean} mean separation error" in facts
     broken = f"149; 1 broken image left out (places {BROKEN})"
     for told in (run.scan.manifest.weights, run.scan.manifest.data, broken):
         assert told in settings
+
+
+@pytest.mark.parametrize(("before", "warns"), [(0.49, True), (0.51, False), (None, None)])
+def test_a_low_accuracy_is_a_warning(run, write, before, warns):
+    output = replace(run.evaluation.output, top1_before=before, top1_after=before)
+    root = read(write(evaluation=replace(run.evaluation, output=output)))
+    told = [fact for fact in root.all("ul", "facts")[0].all("li") if "top-1" in fact.text]
+    assert [("check labels" in fact.text, fact in root.all("li", "warns")) for fact in told] == (
+        [] if before is None else [(warns, warns)]
+    )
+
+
+def test_first_channels_are_examples_and_concepts_have_a_thumbnail(page, run):
+    root = read(page)
+    shown = list(sections(page))[:3]
+    examples = root.all("ul", "examples")[0].all("li")
+    for channel, example in zip(shown, examples, strict=True):
+        rows = sections(page)[channel].all("div", "row")[1:]
+        expected = [image.attributes["src"] for row in rows for image in shots(row)[:3]]
+        assert [image.attributes["src"] for image in example.all("img")] == expected
+        assert f"Channel {channel}" in example.text
+    for row in root.all("table", "overview")[0].all("tr")[1:]:
+        channel = int(row.attributes["data-channel"])
+        assert len(row.all("img", "thumb")) == len(run.split[channel].concepts)
+
+
+def test_of_many_channels_all_but_the_first_are_folded(write, monkeypatch):
+    assert not read(write()).all("details", "whole-channel")
+    monkeypatch.setattr(report_module, "_FEW", 1)
+    monkeypatch.setattr(report_module, "N_UNFOLDED", 1)
+    folded = [bool(s.all("details", "whole-channel")) for s in sections(write()).values()]
+    assert folded == [False, *[True] * (len(folded) - 1)]
+    assert len(folded) > 1
 
 
 def test_report_lists_few_classes_of_no_concept_that_lose_most(run, write, monkeypatch):

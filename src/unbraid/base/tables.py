@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _MAX_CELL = 300  # characters of a cell
+_LEAST_TEXT = 8  # characters that a text is cut to
 _MAX_ROWS = 60  # of a table in HTML
 _TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _BREAKS = ("\t", "\r", "\n")  # after which some spreadsheets begin a new cell
@@ -42,14 +43,12 @@ class Table:
         return "\n".join(part for part in parts if part)
 
     def fitted(self, width: int) -> str:
-        """Write text that fits a width: rows are cut off there, words around them wrapped."""
-        from rich.cells import cell_len, set_cell_size
-
-        def cut(line: str) -> str:
-            return line if cell_len(line) <= width else f"{set_cell_size(line, width - 1)}…"
-
-        title, note = textwrap.fill(one_line(self.title), width), textwrap.fill(self.note, width)
-        rows = "\n".join(map(cut, align(self.rows).splitlines()))
+        """Write text that fits a width if it can be: long texts are cut, words around wrapped."""
+        title, note = (
+            "\n".join(textwrap.fill(line, width) for line in words.splitlines())
+            for words in (one_line(self.title), self.note)
+        )
+        rows = "\n\n".join(map(align, fit(self.rows, width))) if self.rows else ""
         return "\n".join(part for part in (title, rows, note) if part)
 
     def html(self) -> str:
@@ -125,6 +124,43 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def fit(rows: Sequence[Sequence[str]], width: int) -> list[list[list[str]]]:
+    """Make rows fit a width: cut the longest texts, then put columns below one another in blocks.
+
+    >>> rows = [("channel", "concept", "error", "mimic"), ("7", "a long name", "0.25", "0.125")]
+    >>> [len(block[0]) for block in fit(rows, 40)], fit(rows, 31)[0][1][1], len(fit(rows, 25))
+    ([4], 'a long …', 2)
+    """
+    flat = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*flat, strict=True)]
+    bodies = list(zip(*flat[1:], strict=True)) or [()] * len(widths)
+    texts = [n for n, cells in enumerate(bodies) if any(_is_text(cell) for cell in cells)]
+    least = {n: min(widths[n], max(_LEAST_TEXT, len(flat[0][n]))) for n in texts}
+    over = sum(widths) + 2 * (len(widths) - 1) - width
+    while over > 0 and any(widths[n] > least[n] for n in texts):
+        longest = max((n for n in texts if widths[n] > least[n]), key=lambda n: widths[n])
+        widths[longest] -= 1
+        over -= 1
+    cut = [
+        [c if len(c) <= w else f"{c[: w - 1]}…" for c, w in zip(row, widths, strict=True)]
+        for row in flat
+    ]
+    heads = [n for n in range(min(2, len(widths))) if n == 0 or n in texts]
+    blocks, used = [list(heads)], sum(widths[n] + 2 for n in heads)
+    for n in range(len(heads), len(widths)):
+        if used + widths[n] > width and len(blocks[-1]) > len(heads):
+            blocks.append(list(heads))
+            used = sum(widths[n] + 2 for n in heads)
+        blocks[-1].append(n)
+        used += widths[n] + 2
+    return [[[row[n] for n in block] for row in cut] for block in blocks]
+
+
+def _is_text(cell: str) -> bool:
+    """Whether a cell is neither empty nor a figure, a percentage or a range of them."""
+    return any(c.isalpha() for c in cell.replace(" to ", "").replace("nan", ""))
+
+
 def one_line(text: str) -> str:
     """Make a text fit for a line on a terminal: no control characters, and an end."""
     line = _cut(" ".join(text[: 4 * _MAX_CELL].split()))
@@ -140,6 +176,20 @@ def count(n: int, one: str, many: str = "") -> str:
 def figure(value: float, form: str = ".3f") -> str:
     """Write a number, "-" where it is not known."""
     return "-" if math.isnan(value) else format(value, form)
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """Write a fraction as a percentage, rounding towards 100 only what is 1.
+
+    >>> percent(0.756), percent(0.9999), percent(1.0), percent(0.76130, 1), percent(-0.001)
+    ('76%', '99%', '100%', '76.1%', '0%')
+    """
+    if math.isnan(value):
+        return "-"
+    text = f"{100 * value:z.{digits}f}"
+    if value < 1 and float(text) >= 100:
+        text = f"{100 - 10.0**-digits:.{digits}f}"
+    return f"{text}%"
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from scipy.stats.contingency import crosstab
 from torch import Tensor
 
+from unbraid.base.tables import percent
 from unbraid.finding.arv import averaged_relevance, cosines_of, group_classes
 from unbraid.finding.findings import Concept, Found, pairs_of
 from unbraid.finding.membership import (
@@ -103,7 +104,7 @@ def name_cluster(scan: Scan, place: int, labels: Tensor) -> str:
     """Name a cluster by the classes that it mostly holds, with their share of its images."""
     counts = labels.bincount()
     named = [
-        f"{name_of(scan.class_names, c)} {int(counts[c]) / len(labels):.0%}"
+        f"{name_of(scan.class_names, c)} {percent(int(counts[c]) / len(labels))}"
         for k, c in enumerate(counts.argsort(descending=True, stable=True).tolist()[:3])
         if k == 0 or counts[c] >= _NAMED * len(labels)
     ]

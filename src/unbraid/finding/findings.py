@@ -16,7 +16,7 @@ from unbraid.base.errors import UsageError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.schema import build, check_schema, in_range, unread
-from unbraid.base.tables import Exported, Table, Tabular, count, figure
+from unbraid.base.tables import Exported, Table, Tabular, count, figure, percent
 from unbraid.finding.membership import (
     Cluster,
     ClusterEntry,
@@ -356,7 +356,7 @@ class Findings(Tabular, Exported):
             cells.append(interval_in_words(pair) + " *" * self.uncertain(pair))
         sides = (pair.class1, pair.use1, pair.half1), (pair.class2, pair.use2, pair.half2)
         for number, use, half in sides:
-            cells += [self.name(number), f"{use:.0%}", *([figure(half)] if of_classes else [])]
+            cells += [self.name(number), percent(use), *([figure(half)] if of_classes else [])]
         return cells
 
     def _nearest_cells(self, candidate: Candidate) -> list[str]:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from unbraid.base.arguments import as_kind, loading, whole_number
 from unbraid.base.errors import LayerError, ModelError, UsageError
 from unbraid.base.modes import in_plain_modes
-from unbraid.base.tables import Table, Tabular
+from unbraid.base.tables import Table, Tabular, percent
 from unbraid.finding.arv import class_sums, concept_mean
 from unbraid.finding.findings import Concept
 from unbraid.images.batches import image_progress, in_batches, read_images
@@ -70,7 +70,7 @@ class Circuit(Tabular):
     def table(self) -> Table:
         """Show the sources."""
         head = f"source in {self.before}" if self.before else "source"
-        rows = [(s.name, f"{s.share:.1%}", f"{s.kept:.1%}") for s in self.sources]
+        rows = [(s.name, percent(s.share, 1), percent(s.kept, 1)) for s in self.sources]
         title = f"{self.layer}, concept {self.concept} of channel {self.channel} ({self.name})"
         return Table([(head, "share", "kept"), *rows], title)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from unbraid.base.arguments import as_path
 from unbraid.base.files import write_whole
 from unbraid.base.schema import build, read_json, unread
-from unbraid.base.tables import Table, Tabular, figure
+from unbraid.base.tables import Table, Tabular, figure, percent
 from unbraid.finding.findings import Concept
 from unbraid.measuring.compare import OutputComparison
 
@@ -149,12 +149,12 @@ class Ablation(Tabular):
         for channel in self.channels:
             for k, concept in enumerate(channel.concepts):
                 own, others = map(_shown, (concept.own, concept.others))
-                accuracy, rest = figure(concept.own.accuracy, ".1%"), figure(concept.rest.logit)
+                accuracy, rest = percent(concept.own.accuracy, 1), figure(concept.rest.logit)
                 number = "" if k else str(channel.channel)
                 rows.append((number, concept.name, *own, accuracy, *others, rest))
             if channel.rest_channel is not None:
                 off, own = channel.rest_channel, _shown(channel.rest_channel.concepts)
-                accuracy = figure(off.concepts.accuracy, ".1%")
+                accuracy = percent(off.concepts.accuracy, 1)
                 rows.append(("", "the rest", *own, accuracy, *[""] * 3, figure(off.others.logit)))
         return Table(rows, caption=f"Channels of {self.layer} switched off", n_heads=2)
 

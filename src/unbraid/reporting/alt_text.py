@@ -8,7 +8,7 @@ import numpy as np
 
 from unbraid.base.tables import count
 from unbraid.reporting.channel import Bars, ConceptView, Curves, Ridges, Scatter
-from unbraid.reporting.words import bounded, isolate, significant
+from unbraid.reporting.words import bounded, isolate, percent, significant
 
 _N_CLASSES = 6
 _N_SOURCES = 3  # of each concept
@@ -71,7 +71,7 @@ def describe_bars(data: Bars, concepts: Sequence[ConceptView], channel: int) -> 
 def describe_masks(kept: np.ndarray, concepts: Sequence[ConceptView], channel: int) -> str:
     """Tell how much every concept channel keeps on average."""
     shares = [
-        f"{_concept(concept)} {share:.0%}"
+        f"{_concept(concept)} {percent(share)}"
         for concept, share in zip(concepts, kept.mean(1).tolist(), strict=True)
     ]
     return (

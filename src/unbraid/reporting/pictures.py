@@ -32,7 +32,7 @@ Changed = TypeVar("Changed")
 
 # Rows of reference images on a page, and what their pictures then are: pixels of a side at most,
 # and quality, 0 to 100.
-_SIZES = ((100, 96, 75), (200, 72, 55), (10**9, 56, 40))
+_SIZES = ((30, 192, 70), (100, 96, 75), (200, 72, 55), (10**9, 56, 40))
 _FEATURE = 1.5  # how much larger a feature visualisation is than a reference image
 _SMALL = 48  # from this size down, enlarging should show the pixels as they are
 _N_CHECKED = 16
@@ -41,8 +41,12 @@ _KEEPS_ALL = (
     *("PILToTensor", "ToTensor", "ToImage", "MaybeToTensor", "MaybePILToTensor", "ToPureTensor"),
     *("ToDtype", "ConvertImageDtype", "Normalize", "Grayscale", "RGB"),
 )
-_DENSEST = 0.72  # opacity of a veil over places that count for nothing
-_GREY = 128  # of a veil: black would not be seen on a dark picture
+# Colours of a veil from nothing to the strongest place, and how opaque: cool and dense where it
+# counts for nothing, clear and warm where it counts most. They differ in lightness too.
+_COLD, _WARM = (38, 44, 92), (255, 170, 0)
+_DENSEST, _CLEAREST = 0.72, 0.28
+_THUMB, _THUMB_QUALITY = 40, 60  # pixels of a side
+_MOST_THUMBS = 100  # channels
 _MAX_POSITIONS = 16  # of a veil, each way: it is shown smoothed anyway
 
 
@@ -76,6 +80,7 @@ class Pictures:
     shots: dict[int, Picture | None] | None = None  # by index; None: none at all, or not readable
     veils: dict[Spot, Veil] = field(default_factory=dict)
     features: dict[tuple[int, int | None], Picture] = field(default_factory=dict)
+    thumbs: dict[tuple[int, int], Picture] = field(default_factory=dict)  # of concepts, to list
     note: str = ""  # why there are no veils
 
 
@@ -115,9 +120,22 @@ def take_pictures(page: Page, material: Material, dataset: Dataset[Any] | None) 
             (candidate.pair.class1, candidate.pair.class2), shown_of, strict=True
         ):
             labels |= dict.fromkeys(own, label)
-    pictures.shots = read_pictures(
-        dataset, labels, lambda image: encode(sight(image) if sight else image, side, quality)
-    )
+    firsts = {
+        (channel.number, row.k): row.shots[0].index
+        for channel in channels[:_MOST_THUMBS]
+        for row in channel.rows
+        if row.k is not None and row.shots
+    }
+
+    def draw(image: Image.Image) -> tuple[Picture, Picture]:
+        seen = sight(image) if sight else image
+        return encode(seen, side, quality), encode(seen, _THUMB, _THUMB_QUALITY)
+
+    taken = read_pictures(dataset, labels, draw)
+    pictures.shots = {index: both and both[0] for index, both in taken.items()}
+    for place, index in firsts.items():
+        if (both := taken[index]) is not None:
+            pictures.thumbs[place] = both[1]
     return pictures
 
 
@@ -179,12 +197,13 @@ def encode(picture: Image.Image, side: int, quality: int) -> Picture:
 
 
 def veil(shade: Tensor) -> str:
-    """Make a picture that hides places of shade (h, w) 0 and leaves those of 1 as they are."""
+    """Veil places of shade (h, w) 0 in dense blue, those of 1 in thin amber."""
     height, width = (min(side, _MAX_POSITIONS) for side in shade.shape)
     shade = adaptive_avg_pool2d(shade[None].float(), (height, width))[0]
-    opacity = (255 * _DENSEST * (1 - shade)).round().to(torch.uint8).numpy()
-    grey = Image.new("L", (width, height), _GREY)
-    return _data_uri(Image.merge("LA", (grey, Image.fromarray(opacity))), "png", optimize=True)
+    ends = [(*_COLD, 255 * _DENSEST), (*_WARM, 255 * _CLEAREST)]
+    bands = (low + (high - low) * shade for low, high in zip(*ends, strict=True))
+    images = [Image.fromarray(band.round().to(torch.uint8).numpy()) for band in bands]
+    return _data_uri(Image.merge("RGBA", images), "png", optimize=True)
 
 
 def _data_uri(picture: Image.Image, kind: str, **options: Any) -> str:

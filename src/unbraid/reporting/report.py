@@ -37,6 +37,8 @@ Item = TypeVar("Item")
 # Bytes of the file that the sections of channels and each of the two lists may have. All else on
 # the page is bounded, so it has less than 10 MB.
 SECTIONS, LIST = 7_200_000, 800_000
+N_UNFOLDED = 3  # channels, where there are more than a few: a page of 89 is 200,000 pixels long
+_FEW = 8
 _MAX_CHIPS = 26  # concepts of a channel in the list
 _MAX_WORDS = 4000  # characters of names that a channel is found by
 _HERE = Path(__file__).parent
@@ -118,7 +120,14 @@ def render(
         "n_images": material.n_images,
     }
     section = environment.get_template("channel.html.j2")
-    sections = _within(SECTIONS, page.channels, lambda channel: section.render(channel=channel))
+    unfolded = {channel.number for channel in page.channels[:N_UNFOLDED]}
+    if len(page.channels) <= _FEW:
+        unfolded = {channel.number for channel in page.channels}
+    sections = _within(
+        SECTIONS,
+        page.channels,
+        lambda channel: section.render(channel=channel, folded=channel.number not in unfolded),
+    )
     in_full = {channel.number for channel in page.channels[: len(sections)]}
     environment.globals["in_full"] = in_full
     lines: Any = environment.get_template("lines.html.j2").module
@@ -199,6 +208,7 @@ def page_environment() -> Environment:
     for name in ("densities", "bars", "ridges", "scatter", "masks", "thresholds"):
         environment.globals[f"draw_{name}"] = getattr(charts, f"draw_{name}")
     environment.globals |= {"count": count, "absent": words.ABSENT, "max_text": MAX_TEXT}
+    environment.globals["glossary"] = words.GLOSSARY
     return environment
 
 

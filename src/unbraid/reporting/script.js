@@ -101,6 +101,8 @@
     if (row?.hidden) clear();
     const target = sectionOf(channel) ?? row; // one that is only listed has no section
     if (!target) return;
+    const folded = target.querySelector("details.whole-channel");
+    if (folded) folded.open = true;
     target.tabIndex = -1;
     target.focus({ preventScroll: true });
     target.scrollIntoView();
@@ -142,7 +144,7 @@
     Escape: escape,
   };
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || large.open) return;
     const arrow = event.key.startsWith("Arrow");
     if (arrow && event.shiftKey) return; // it selects text
     if (event.target === search) {
@@ -155,6 +157,38 @@
     if (!act) return;
     event.preventDefault();
     act();
+  });
+
+  // --- a picture, larger ---
+  const large = document.createElement("dialog");
+  large.className = "large";
+  document.body.append(large);
+  const enlarge = (frame) => {
+    const close = document.createElement("button");
+    close.type = "button";
+    close.textContent = "Close";
+    const words = document.createElement("p");
+    words.append(close, frame.title);
+    words.className = frame.closest("[class^=k]")?.className ?? "";
+    large.replaceChildren(frame.cloneNode(true), words);
+    large.firstChild.removeAttribute("tabindex");
+    large.showModal();
+  };
+  large.addEventListener("click", () => large.close());
+  for (const frame of details?.querySelectorAll(".frame") ?? []) {
+    frame.tabIndex = 0;
+    frame.setAttribute("role", "button");
+  }
+  details?.classList.add("zooms");
+  details?.addEventListener("click", (event) => {
+    const frame = event.target.closest(".frame");
+    if (frame) enlarge(frame);
+  });
+  details?.addEventListener("keydown", (event) => {
+    const frame = event.target.closest(".frame");
+    if (!frame || (event.key !== "Enter" && event.key !== " ")) return;
+    event.preventDefault();
+    enlarge(frame);
   });
 
   // --- print: nothing folded but what only says the same once more, or in more detail ---

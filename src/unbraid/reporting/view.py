@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from unbraid.base.errors import UsageError
 from unbraid.base.tables import count
 from unbraid.finding.findings import Findings, Pair
 from unbraid.finding.thresholds import Sensitivity, top_images
+from unbraid.measuring.compare import OutputComparison
 from unbraid.measuring.results import ChannelAblation, ChannelEvaluation, Evaluation
 from unbraid.networks.spec import LayerSpec
 from unbraid.reporting.channel import ChannelView, channel_views
-from unbraid.reporting.words import ABSENT, bounded, number, percent, significant
+from unbraid.reporting.words import bounded, number, percent, significant
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit, Split
 from unbraid.visualizing.features import Features
@@ -23,6 +24,7 @@ from unbraid.visualizing.features import Features
 MAX_ROWS = 300  # of reference images; with two concepts or more, at most 100 channels
 MAX_TEXT = 2000  # characters of a note or a setting, such as a preprocessing with many steps
 MAX_CELLS = 2000  # choices of thresholds
+LOW_ACCURACY = 0.5  # below it an image's class seldom is what the network sees in it
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,12 +137,21 @@ class Material:
             )
 
 
+class Fact(NamedTuple):
+    """A figure at the top."""
+
+    figure: str
+    what: str
+    note: str
+    warns: bool = False
+
+
 @dataclass(frozen=True)
 class Page:
     """What the page shows beside its material."""
 
     title: str
-    facts: Sequence[tuple[str, str, str]]  # at the top: figure, what it is, a note
+    facts: Sequence[Fact]
     channels: Sequence[ChannelView]
     notes: Sequence[str]  # what is left out and why, and what to beware of
     settings: Mapping[str, str]
@@ -173,7 +184,7 @@ def build_page(material: Material, *, has_images: bool, title: str | None) -> Pa
     )
 
 
-def _facts(material: Material) -> list[tuple[str, str, str]]:
+def _facts(material: Material) -> list[Fact]:
     """Choose the figures at the top: what was found, what was made of it, how well."""
     found, split, evaluation = material.found, material.split, material.evaluation
     note = f"of {count(material.scan.layer.n_out, 'channel')}"
@@ -188,9 +199,9 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
     elif n_unsure:
         note = f"and {n_unsure:,} uncertain; {note}"
     elif n == 0 and found.nearest:
-        return [(f"{len(found.nearest):,}", "nearest candidates", f"none passes; {note}")]
+        return [Fact(f"{len(found.nearest):,}", "nearest candidates", f"none passes; {note}")]
     what = f"{kind} channel{'' if n == 1 else 's'}"
-    facts = [(f"{n:,}", what, note)]
+    facts = [Fact(f"{n:,}", what, note)]
     if not found.concepts:
         return facts
     cosine = min((pair.cosine for pair in material.lowest.values()), default=None)
@@ -200,25 +211,36 @@ def _facts(material: Material) -> list[tuple[str, str, str]]:
         note = f"and {len(found.pairs) - n_pairs:,} uncertain; {note}"
     if agreement := found.known_agreement:
         note += f"; agreement with classes {number(sum(agreement) / len(agreement))}"
-    facts.append((f"{n_pairs:,}", f"pair{'' if n_pairs == 1 else 's'} of {found.sides}", note))
+    facts.append(Fact(f"{n_pairs:,}", f"pair{'' if n_pairs == 1 else 's'} of {found.sides}", note))
     if split is not None:
         note = f"method: {split.method.replace('_', ' ')}"
-        facts.append((f"{material.n_concepts:,}", "concept channels", note))
+        facts.append(Fact(f"{material.n_concepts:,}", "concept channels", note))
     if evaluation is not None and (output := evaluation.output):
-        before, after = percent(output.top1_before, 1), percent(output.top1_after, 1)
-        note = f"top-1 {before} before, {after} after"
-        if before == ABSENT:
-            note = f"same first choice in {percent(output.top1_agreement, 1)} of the images"
+        note = f"same first choice in {percent(output.top1_agreement, 1)} of the images"
         difference = significant(output.max_abs_logit_diff, 2)
-        facts.append((difference, "largest logit difference", note))
+        facts.append(Fact(difference, "largest logit difference", note))
+        facts += _accuracy(material, output)
     if evaluation is not None:
         note, baseline = "ideal 0; halving a channel gives 0.5", evaluation.baseline
         if baseline is not None:
             error = baseline.summary[baseline.method]["separation_error"]
             note = f"{baseline.method.replace('_', ' ')} rule: {number(error)}; ideal 0"
         error = evaluation.summary[evaluation.method]["separation_error"]
-        facts.append((number(error), "mean separation error", note))
+        facts.append(Fact(number(error), "mean separation error", note))
     return facts
+
+
+def _accuracy(material: Material, output: OutputComparison) -> list[Fact]:
+    """How often the network is right, with a warning where classes then say little."""
+    if output.top1_before is None or material.scan.manifest.labels != "given":
+        return []
+    after, note = percent(output.top1_after, 1), "the same when split"
+    if output.top1_after != output.top1_before:
+        note = f"{after} when split"
+    low = output.top1_before < LOW_ACCURACY
+    if low:
+        note = f"low: check labels and preprocessing before you trust what follows; {note}"
+    return [Fact(percent(output.top1_before, 1), "top-1 accuracy", note, low)]
 
 
 def _notes(material: Material, has_images: bool) -> list[str]:

@@ -7,11 +7,35 @@ import string
 import unicodedata
 from collections.abc import Sequence
 
+from unbraid.base import tables
+
 LONGEST = 200  # characters of a name or path; longer ones are anything but names
 ABSENT = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 # Marks in a name that would end what keeps its writing direction in, or take its end for theirs.
 _ISOLATES = dict.fromkeys(range(0x2066, 0x206A), "\N{REPLACEMENT CHARACTER}")
+# What a page's words mean, in a sentence, by the word in lower case.
+GLOSSARY = {
+    "concepts": "Groups of classes or images that drive a channel through the same input channels.",
+    "concept channels": "Channels that a split channel is divided into, one for each concept.",
+    "lowest cosine": "How alike the causes of two concepts are: 1 the same, 0 nothing in common.",
+    "separation error": (
+        "How far concept channels are from answering to their own concept as the whole channel "
+        "does, and to the others with nothing: 0 is ideal, halving a channel gives 0.5."
+    ),
+    "mean separation error": "The mean of the separation errors of the split channels; 0 is ideal.",
+    "rectified": "The separation error of what is above zero at each position, as a ReLU sees it.",
+    "largest logit difference": "How far an output moved when the channels were split; 0: no bit.",
+    "top-1 accuracy": "The part of the validation images whose class has the largest logit.",
+    "polysemantic channels": "Channels that several unrelated concepts drive.",
+    "r-precision": (
+        "Of as many of a channel's strongest images as its concept has, the part that are of it."
+    ),
+    "retention": "How much of the whole channel's response a concept channel keeps on its concept.",
+    "leakage": "What a concept channel still answers to other concepts, as a part of the whole's.",
+    "mimic": "How far a concept channel is from the whole channel on its own images; 0 is ideal.",
+    "silence": "How far a concept channel is from silent on other concepts' images; 0 is ideal.",
+}
 _SLIM = frozenset("iljtfrI.,:;'|!()[]/\\ -\N{FIRST STRONG ISOLATE}\N{POP DIRECTIONAL ISOLATE}")
 _BROAD = frozenset("mwMW@%&…\N{EM DASH}")
 
@@ -79,17 +103,14 @@ def short(n: int) -> str:
 
 
 def percent(value: float | None, digits: int = 0) -> str:
-    """Write a fraction as a percentage, rounding towards 100 only what is 1.
+    """Write a fraction as everywhere else, an absent one as a dash.
 
-    >>> percent(0.756), percent(0.9999), percent(1.0), percent(0.76130, 1), percent(-0.001)
-    ('76%', '99%', '100%', '76.1%', '0%')
+    >>> percent(0.756), percent(0.9999), percent(None) == ABSENT
+    ('76%', '99%', True)
     """
     if value is None or not math.isfinite(value):
         return ABSENT
-    text = f"{100 * value:z.{digits}f}"
-    if value < 1 and float(text) >= 100:
-        text = f"{100 - 10.0**-digits:.{digits}f}"
-    return f"{text}%".replace("-", MINUS)
+    return tables.percent(value, digits).replace("-", MINUS)
 
 
 def letter(k: int) -> str:

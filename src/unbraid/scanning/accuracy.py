@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import UnbraidError
-from unbraid.base.tables import one_line
+from unbraid.base.tables import one_line, percent
 from unbraid.images.batches import in_batches, read_images
 from unbraid.images.dataset import class_names_of
 from unbraid.networks.copying import device_of
@@ -51,8 +51,8 @@ class Accuracy:
     def __str__(self) -> str:
         """Say the accuracy in a few words."""
         return (
-            f"top-1 accuracy by the given labels {self.n_right / self.n_images:.1%} of "
-            f"{self.n_images:,} images (chance {self.chance:.1%})"
+            f"top-1 accuracy by the given labels {percent(self.n_right / self.n_images, 1)} of "
+            f"{self.n_images:,} images (chance {percent(self.chance, 1)})"
         )
 
 
@@ -142,7 +142,8 @@ def _better_reading(labels: Whole, predictions: Whole, n_outputs: int, names: Se
     # Of those that fit about as well, the first says most.
     enough = _ABOUT * max(fitting.values(), default=0)
     return next(
-        (f"{right:.1%} if {words}" for words, right in fitting.items() if right > enough), ""
+        (f"{percent(right, 1)} if {words}" for words, right in fitting.items() if right > enough),
+        "",
     )
 
 

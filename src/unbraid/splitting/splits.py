@@ -16,7 +16,7 @@ from unbraid.base.errors import UsageError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.schema import build, check_schema, in_range, unread
-from unbraid.base.tables import Table, Tabular, count
+from unbraid.base.tables import Table, Tabular, count, percent
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import ClusterEntry, Clusters, Members, name_of, pack, unpack
 from unbraid.networks.spec import LayerSpec, respond, widen
@@ -123,7 +123,7 @@ class Split(Tabular):
             whole = float(part.weight.abs().sum())
             for k, concept in enumerate(part.concepts):
                 kept = float(part.rows[k].abs().sum()) / (whole or 1.0)
-                rows.append((str(part.channel), str(k), self.name(concept), f"{kept:.0%}"))
+                rows.append((str(part.channel), str(k), self.name(concept), percent(kept)))
         n_channels = count(len(self.channels), "channel")
         return Table(rows, f"{self.method} split of {n_channels} of {self.layer.name}")
 
