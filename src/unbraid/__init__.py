@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.measuring.results import Evaluation as Evaluation
     from unbraid.measuring.results import Semantics as Semantics
     from unbraid.measuring.semantics import measure_semantics as measure_semantics
+    from unbraid.measuring.suggest import Suggestions as Suggestions
+    from unbraid.measuring.suggest import suggest as suggest
     from unbraid.networks.outputs import with_logits as with_logits
     from unbraid.reporting.figures import density_figure as density_figure
     from unbraid.reporting.figures import save_figure as save_figure
@@ -62,6 +64,7 @@ _NAMES = {
     "measuring.evaluate": "evaluate",
     "measuring.results": "Ablation Evaluation Semantics",
     "measuring.semantics": "measure_semantics",
+    "measuring.suggest": "Suggestions suggest",
     "networks.outputs": "with_logits",
     "reporting.figures": "density_figure save_figure source_figure teaser_figure",
     "reporting.report": "report",
