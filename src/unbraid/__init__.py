@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.measuring.results import Evaluation as Evaluation
     from unbraid.measuring.results import Semantics as Semantics
     from unbraid.measuring.semantics import measure_semantics as measure_semantics
+    from unbraid.measuring.suggest import Suggestions as Suggestions
+    from unbraid.measuring.suggest import suggest as suggest
     from unbraid.networks.outputs import with_logits as with_logits
     from unbraid.reporting.explain import Explanation as Explanation
     from unbraid.reporting.explain import explain as explain
@@ -67,6 +69,7 @@ _NAMES = {
     "measuring.evaluate": "evaluate",
     "measuring.results": "Ablation Evaluation Semantics",
     "measuring.semantics": "measure_semantics",
+    "measuring.suggest": "Suggestions suggest",
     "networks.outputs": "with_logits",
     "reporting.explain": "Explanation explain",
     "reporting.figures": "density_figure save_figure source_figure teaser_figure",

@@ -287,12 +287,14 @@ class _AblationSums:
         n_groups = n_classes + len(concepts) + 1
         self._n_images = torch.zeros(n_groups, dtype=torch.float64)
         self._sums = torch.zeros(2, 3 + len(concepts), n_groups, dtype=torch.float64)
+        self._squares = torch.zeros_like(self._sums)  # of what is lost
 
     def add(self, labels: Tensor, concept: Tensor, outcomes: Tensor) -> None:
         """Add outcomes (2, R, N) of a batch; concept (N,) is K for images of none."""
         for group in (labels, self._n_classes + concept):
             self._n_images.index_add_(0, group, torch.ones(len(group), dtype=torch.float64))
             self._sums.index_add_(2, group, outcomes)
+            self._squares.index_add_(2, group, (outcomes[:, :1] - outcomes).square())
 
     def class_outputs(self, name: Callable[[int], str]) -> tuple[ClassOutput, ...]:
         seen = self._seen()
@@ -307,7 +309,11 @@ class _AblationSums:
         lost = self._sums[:, :1] - self._sums
 
         def by_class(run: int) -> ClassDrops:
-            return ClassDrops(*map(tuple, (lost[:, run, seen] / self._n_images[seen]).tolist()))
+            n = self._n_images[seen]
+            mean = lost[:, run, seen] / n
+            spread = (self._squares[:, run, seen] / n - mean.square()).clamp(min=0)
+            errors = torch.where(n > 1, (spread / (n - 1)).sqrt(), torch.nan)
+            return ClassDrops(*map(tuple, torch.cat([mean, errors]).tolist()))
 
         def drop(run: int, groups: list[int]) -> Drop:
             n_images = int(self._n_images[groups].sum())

@@ -55,6 +55,9 @@ class ClassDrops:
 
     logit: tuple[float, ...]
     accuracy: tuple[float, ...]
+    # Standard errors of both; of a single image NaN; older files have none.
+    logit_error: tuple[float, ...] = ()
+    accuracy_error: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
