@@ -1,13 +1,15 @@
-"""The command that switches concept channels of a run's network off or scales them, for good."""
+"""Commands that change a run's network for good, and that say what would be worth changing."""
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from unbraid.base.errors import UsageError
-from unbraid.cli import Device, Out, RunPath, Weights, app, say, show
+import unbraid
+from unbraid.base.errors import RunError, UsageError
+from unbraid.cli import Device, Out, RunPath, Weights, app, say, show, show_table
 from unbraid.cli_explain import Model
 from unbraid.scanning.scan_options import Loading
 
@@ -52,9 +54,32 @@ def edit(
     ran = Run(run)
     network = load_again(ran.settings.source, model, weights, device)
     made = edit_run(ran, scales, out, loading=loading, network=network, say=say)
-    show(str(made.changes))
+    show_table(made.changes)
     show(f"Network: {', '.join(map(str, made.files))}")
     show(f"Page: {made.page}")
 
 
-app.command(edit, sort_key=100)
+def suggest(run: RunPath, *, n: int = 10) -> None:
+    """Rank concept channels to look at: those that do harm, and those that matter elsewhere.
+
+    First those whose removal helps, as a shortcut would; then those that a class depends on though
+    their concept has no part in it. All comes from the run's figures, nothing is run.
+
+    Args:
+        n: Of each kind, at most.
+    """
+    from unbraid.running.run import Run
+
+    evaluation = Run(run).evaluation
+    if evaluation is None or evaluation.ablation is None:
+        raise RunError(f"{run} switched nothing off, so there is nothing to suggest.")
+    found = unbraid.suggest(evaluation.ablation, n)
+    show_table(found)
+    if found.rows and found.rows[0].sure:
+        show(f"Try: unbraid edit {shlex.quote(str(run))} --off {found.rows[0].name} --out DIR")
+    elif found.rows:
+        show("None of what helps is sure; more validation images would tell.")
+
+
+app.command(edit, sort_key=101)
+app.command(suggest, sort_key=102)
