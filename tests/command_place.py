@@ -51,6 +51,7 @@ LEFT_OUT = {  # what the text leaves out of a command, or the command to which i
 SAYS = {  # a command, and what it prints; one that says none of them only writes
     **dict.fromkeys(["demo", "run", "report"], "Report: "),
     **{"explain": "Pictures and figures: demo-run/explained/photo.png", "layers": " Conv2d "},
+    **{"edit": "Page: edited/before_after.html", "suggest": "elsewhere"},
     **{"scan": "Scanned ", "sensitivity": "gamma", "check": " sound."},
     "reproduce": "0 of 20 pairs agree.",  # with random weights, hence exit code 1
 }
