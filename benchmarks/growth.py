@@ -40,6 +40,7 @@ from unbraid.finding.arv import class_sums
 from unbraid.finding.findings import Findings
 from unbraid.finding.thresholds import choose_tau
 from unbraid.scanning.records import Scan
+from unbraid.splitting import split as split_module
 
 SIDE, BATCH = 16, 256  # of small images
 N_OUT, N_IN, N_CLASSES = 2048, 512, 1000
@@ -148,9 +149,21 @@ def evaluate(folder: str) -> None:
 
 
 def split_random(folder: str, n_channels: str, n_concepts: str) -> None:
-    """Split channels whose concepts are drawn."""
+    """Split channels whose concepts are drawn, and tell what each part takes."""
+    taken: dict[str, tuple[float, float]] = {}
+
+    def told(name: str, work: Callable[..., Any], *arguments: object) -> Any:
+        answers: list[Any] = []
+        taken[name] = seconds(lambda: answers.append(work(*arguments)))
+        return answers[0]
+
+    for name in ("choose_rest", "choose_weights", "fit_least_squares"):
+        setattr(split_module, name, partial(told, name, getattr(split_module, name)))
     scan = unbraid.open_scan(folder)
-    made = unbraid.split(scan, random_findings(scan, int(n_channels), int(n_concepts)))
+    found = random_findings(scan, int(n_channels), int(n_concepts))
+    made = told("whole split", unbraid.split, scan, found)
+    for name, (wall, cpu) in taken.items():
+        print(f"{name}: {wall:.1f} s, of processors {cpu:.1f} s", file=sys.stderr)
     residual = max(part.info["kkt_residual"] for part in made.channels)
     print(f"largest KKT residual {residual:.1e}", file=sys.stderr)
 

@@ -138,7 +138,7 @@ def test_problem_and_silence_are_those_of_the_method_page(case, part):
             quadratic = problem.loss(masks)
             for k, mask in enumerate(masks):
                 beyond = problem.beyond(images, WEIGHTS.silence, k)
-                fast = float(quadratic[k] + beyond.errors(mask).square().sum())
+                fast = float(quadratic[k] + beyond.near(mask).errors.square().sum())
                 slow = slow_objective(scan, channel, concepts, k, mask, WEIGHTS, part)
                 curved = mask @ problem.curvature(k) @ mask - 2 * mask @ problem.linear[k]
                 assert float(curved + problem.constant[k]) == pytest.approx(float(quadratic[k]))
@@ -163,7 +163,7 @@ def test_more_is_asked_of_own_images_the_fewer_there_are(case):
         (-1.0, 0.0, 0.0),
     ):
         own = replace(problem, shrinkage=alpha, mean=mean * rms)
-        asked = float(own.beyond(images, 0.0, 0).errors(nothing).square().sum())
+        asked = float(own.beyond(images, 0.0, 0).near(nothing).errors.square().sum())
         assert asked == pytest.approx(3 * part**2)
 
 

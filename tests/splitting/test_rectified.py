@@ -111,10 +111,10 @@ def test_errors_are_relative_and_those_of_no_concept_one_sided(k, share):
     margin = 0.5 * float(whole[own].mean())
     beyond = (weight * (part - margin).clamp(min=0).square())[rest].sum() / weight[rest].sum()
     total += omega * float(beyond) / power
-    assert float(term.errors(mask).square().sum()) == pytest.approx(0.7 * total, rel=1e-5)
+    assert float(term.near(mask).errors.square().sum()) == pytest.approx(0.7 * total, rel=1e-5)
     near = term.near(mask)
     errors, slopes = near.errors, slopes_of(near, images, row)
     assert float(errors.square().sum()) == pytest.approx(0.7 * total, rel=1e-5)
     step = 1e-6 * torch.randn(4).double()
-    ahead = term.errors(mask + step).square().sum() - term.errors(mask).square().sum()
+    ahead = term.near(mask + step).errors.square().sum() - term.near(mask).errors.square().sum()
     assert float(ahead) == pytest.approx(float(2 * errors @ slopes @ step), rel=1e-3, abs=1e-12)

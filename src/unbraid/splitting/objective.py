@@ -19,7 +19,7 @@ _MAX_STEPS = 30
 _HALVINGS = 8
 _LEAST_RIDGE = 1e-9  # of the mean curvature, so that there is one answer
 _ROUGH_RIDGE = 1e-5  # part of the diagonal of what float32 gives
-_UNFOLLOWED = 0.01  # part of what an image counts, by which the curvature may be off
+_UNFOLLOWED = 0.1  # part of what an image counts, by which the curvature may be off
 
 
 class Term(Protocol):
@@ -36,11 +36,8 @@ class Term(Protocol):
     def row(self) -> Tensor:
         """The channel's weights and bias, (J + 1,)."""
 
-    def errors(self, mask: Tensor, response: Tensor | None = None) -> Tensor:
-        """Weighted errors, (N,)."""
-
     def near(self, mask: Tensor, response: Tensor | None = None) -> Near:
-        """The same, and how they change with the mask."""
+        """Weighted errors near a mask, and how they change with it."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,10 @@ class Beyond:
     root: Tensor  # (N,), root of what an image counts, below zero where the bound is a lower one
     bound: Tensor  # (N,)
 
-    def errors(self, mask: Tensor, response: Tensor | None = None) -> Tensor:
-        """Errors, (N,)."""
-        z = self.images.respond(self.row, mask) if response is None else response
-        return ((z - self.bound) * self.root).clamp(min=0)
-
     def near(self, mask: Tensor, response: Tensor | None = None) -> Near:
-        """The same, and how they change with the mask."""
-        errors = self.errors(mask, response)
+        """Errors near a mask, and how they change with it."""
+        z = self.images.respond(self.row, mask) if response is None else response
+        errors = ((z - self.bound) * self.root).clamp(min=0)
         none = torch.zeros_like(errors)
         return Near(errors, torch.where(errors > 0, self.root, none), none, torch.zeros_like(mask))
 

@@ -102,12 +102,8 @@ class Rectified:
         target = torch.where(own, original, torch.where(rest, margin, 0.0))
         return cls(images, row, shape, target, (weight * count).sqrt(), rest)
 
-    def errors(self, mask: Tensor, response: Tensor | None = None) -> Tensor:
-        """Weighted errors, (N,)."""
-        return self.near(mask, response).errors
-
     def near(self, mask: Tensor, response: Tensor | None = None) -> Near:
-        """The same, and how they change with the mask."""
+        """Weighted errors near a mask, and how they change with it."""
         near = self.shape.near(mask, response)
         errors = (near.errors - self.target) * self.root
         root = torch.where(self.one_sided & (errors <= 0), 0.0, self.root)
