@@ -81,6 +81,8 @@ def demo(tmp_path_factory):
     features = unbraid.visualize(unbraid.apply(network, split), LAYER, images)
     unseen = load_images("test")
     real = torch.stack([unseen[n][0] for n in range(0, len(unseen), 5)])
+    # Others up to 1.5 spreads: concept channels that answer to each of their own images keep taps
+    # that they share, so a picture of one may excite another as real images do, not beyond.
     return Trained(network, LAYER, real, split, features, (2, 1.5, 2, -math.inf))
 
 
