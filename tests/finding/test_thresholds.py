@@ -116,9 +116,10 @@ def test_tau_auto_is_lowered_as_far_as_sure_findings_ask(seed, gamma, tmp_path):
     assert len(found.sure_channels) >= most
 
 
-def test_candidates_are_found_with_their_thresholds_best_first(case):
+@pytest.mark.parametrize("auto", [False, True])
+def test_candidates_are_found_with_their_thresholds_best_first(case, auto):
     gamma = -0.5
-    found = unbraid.find(case.scan, tau=0.9, p=0.5, gamma=gamma)
+    found = unbraid.find(case.scan, tau="auto" if auto else 0.9, p=0.5, gamma=gamma)
     assert not found.pairs
     assert found.nearest
     ranks = [(c.gamma > gamma, -c.tau if c.gamma == gamma else c.gamma) for c in found.nearest]
@@ -130,6 +131,10 @@ def test_candidates_are_found_with_their_thresholds_best_first(case):
     for candidate in found.nearest:
         pair, o = candidate.pair, candidate.pair.channel
         taken = unbraid.find(case.scan, tau=candidate.tau, p=0.5, gamma=candidate.gamma)
+        words = candidate.options(found).split()
+        given = {name[2:]: float(n) for name, n in zip(words[::2], words[1::2], strict=True)}
+        asked = {"tau": "auto" if auto else 0.9, "gamma": gamma, **given}
+        assert unbraid.find(case.scan, p=0.5, **asked).pairs == taken.pairs
         assert pair in taken.pairs, candidate
         z = pooled[:, case.scan.layer.group_of(o)] @ case.scan.weight[o].double()
         z = z / positions + case.scan.bias[o].double()
