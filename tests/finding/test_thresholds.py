@@ -13,7 +13,7 @@ from checks import assert_agrees_with_find, assert_sensitivity, assert_tau_chose
 from handmade import random_shares, scan_of_causes, write_scan
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import UsageError
-from unbraid.demo.network import LAYER, load_images, load_network
+from unbraid.demo.network import LAYER, DemoNet, load_images, load_network
 from unbraid.finding.arv import class_cosines, class_sums, cosines_of
 from unbraid.finding.thresholds import GAMMAS, PS, TAUS, Cell, Sensitivity
 from unbraid.scanning import records
@@ -116,9 +116,10 @@ def test_tau_auto_is_lowered_as_far_as_sure_findings_ask(seed, gamma, tmp_path):
     assert len(found.sure_channels) >= most
 
 
-def test_candidates_are_found_with_their_thresholds_best_first(case):
+@pytest.mark.parametrize("auto", [False, True])
+def test_candidates_are_found_with_their_thresholds_best_first(case, auto):
     gamma = -0.5
-    found = unbraid.find(case.scan, tau=0.9, p=0.5, gamma=gamma)
+    found = unbraid.find(case.scan, tau="auto" if auto else 0.9, p=0.5, gamma=gamma)
     assert not found.pairs
     assert found.nearest
     ranks = [(c.gamma > gamma, -c.tau if c.gamma == gamma else c.gamma) for c in found.nearest]
@@ -130,6 +131,10 @@ def test_candidates_are_found_with_their_thresholds_best_first(case):
     for candidate in found.nearest:
         pair, o = candidate.pair, candidate.pair.channel
         taken = unbraid.find(case.scan, tau=candidate.tau, p=0.5, gamma=candidate.gamma)
+        words = candidate.options(found).split()
+        given = {name[2:]: float(n) for name, n in zip(words[::2], words[1::2], strict=True)}
+        asked = {"tau": "auto" if auto else 0.9, "gamma": gamma, **given}
+        assert unbraid.find(case.scan, p=0.5, **asked).pairs == taken.pairs
         assert pair in taken.pairs, candidate
         z = pooled[:, case.scan.layer.group_of(o)] @ case.scan.weight[o].double()
         z = z / positions + case.scan.bias[o].double()
@@ -138,17 +143,57 @@ def test_candidates_are_found_with_their_thresholds_best_first(case):
             assert list(images) == own[:3]
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_tau_auto_finds_in_a_trained_network_but_nothing_with_shuffled_labels(shuffled, tmp_path):
+def shuffle(labels, seed):
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+
+
+@pytest.mark.parametrize(
+    ("weights", "order"),
+    [("trained", "given"), ("trained", 0), ("trained", 1), (0, "given"), (1, "given"), (2, 2)],
+)
+def test_tau_auto_finds_surely_only_with_trained_weights_and_true_labels(weights, order, tmp_path):
     images = load_images("train")
-    some = range(0, len(images), 4)
+    some = range(0, len(images), 10)
     labels = torch.tensor(images.targets)[some]
-    labels = labels[torch.randperm(len(labels))] if shuffled else labels
+    labels = labels if order == "given" else shuffle(labels, order)
+    network = load_network()
+    if weights != "trained":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(weights)
+            network = DemoNet().eval()
     dataset = [(images[n][0], int(label)) for n, label in zip(some, labels, strict=True)]
-    scan = unbraid.scan(load_network(), LAYER, dataset, tmp_path, batch_size=250)
+    scan = unbraid.scan(network, LAYER, dataset, tmp_path, batch_size=250)
     found = unbraid.find(scan, tau="auto")
-    assert bool(found.pairs) is not shuffled
+    meant = (weights, order) == ("trained", "given")
+    assert (len(found.sure_channels) >= 4) is meant
+    assert bool(found.pairs) is meant
+    assert bool(found.nearest) is not meant
     assert len(found.channels) < scan.layer.n_out / 2
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.5])
+@pytest.mark.parametrize("n_images", [5, 40])
+def test_tau_auto_finds_nothing_surely_in_many_channels_of_classes_with_one_cause(
+    n_images, noise, tmp_path
+):
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(8).repeat_interleave(n_images)
+        causes = 1 + torch.rand(8, 30, generator=generator, dtype=torch.float64)
+        drawn = torch.randn(8 * n_images, 30, generator=generator, dtype=torch.float64)
+        own = {
+            "shares": random_shares(8 * n_images, 60, seed, spread=0.5),
+            "weight": torch.rand(60, 30, generator=generator, dtype=torch.float64),
+        }
+        n_sure = []
+        for apart in (0, 5):  # how far each class's cause lies from what is common to all
+            pooled = (1 + apart * (causes > 1.7)[labels]) * (noise * drawn).exp()
+            of_labels = labels if apart else shuffle(labels, seed)
+            folder = tmp_path / f"{seed}-{apart}"
+            scan = write_scan(folder, labels=of_labels.tolist(), pooled=pooled, **own)
+            n_sure.append(len(unbraid.find(scan, tau="auto", p=0.5).sure_channels))
+        assert n_sure[0] == 0
+        assert n_sure[1] >= 8 or noise > 1 or n_images < 40  # too little to tell
 
 
 @pytest.mark.parametrize("kind", ["3x3", "1x1", "batch norm behind"])

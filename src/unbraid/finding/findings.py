@@ -50,8 +50,9 @@ _CLASS_LEGEND = (
 )
 _NEAREST_HEADS = ("channel", "cosine", "interval", "class 1", "images", "class 2", "images", "with")
 _NEAREST_LEGEND = (
-    "What comes nearest, best first. with: options, or arguments of find, that take it; images: of "
-    "the class, those that excite the channel most, by their places in the training images."
+    "What comes nearest, best first. with: what takes it, added to the same command or given to "
+    "find; images: of the class, those that excite the channel most, by their places in the "
+    "training images, from 0."
 )
 _CLUSTER_HEADS = ("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")
 _GROUP_HEADS = ("channel", "cosine", "group 1", "images", "group 2", "images")
@@ -90,7 +91,9 @@ class Candidate:
 
     def options(self, found: Findings) -> str:
         """The options of `unbraid run` and `unbraid find` that take it, where other than asked."""
-        asked = {"tau": (self.tau, found.tau), "gamma": (self.gamma, found.gamma)}
+        # With another gamma a tau that is chosen by rule would be another one too.
+        tau = "auto" if found.auto else found.tau
+        asked = {"tau": (self.tau, tau), "gamma": (self.gamma, found.gamma)}
         # As repr, so that a number can be read back.
         return " ".join(f"--{name} {own!r}" for name, (own, was) in asked.items() if own != was)
 

@@ -207,11 +207,15 @@ def _facts(material: Material) -> list[Fact]:
     cosine = min((pair.cosine for pair in material.lowest.values()), default=None)
     note = f"lowest cosine {number(cosine)}"
     n_pairs = len(found.pairs) if material.chosen else found.n_sure
-    if n_pairs < len(found.pairs):
-        note = f"and {len(found.pairs) - n_pairs:,} uncertain; {note}"
+    n_unsure, kind = len(found.pairs) - n_pairs, "pair"
+    if n_pairs == 0 and n_unsure:
+        n_pairs, kind, note = n_unsure, "uncertain pair", f"none is sure; {note}"
+    elif n_unsure:
+        note = f"and {n_unsure:,} uncertain; {note}"
     if agreement := found.known_agreement:
         note += f"; agreement with classes {number(sum(agreement) / len(agreement))}"
-    facts.append(Fact(f"{n_pairs:,}", f"pair{'' if n_pairs == 1 else 's'} of {found.sides}", note))
+    words = f"{kind}{'' if n_pairs == 1 else 's'} of {found.sides}"
+    facts.append(Fact(f"{n_pairs:,}", words, note))
     if split is not None:
         note = f"method: {split.method.replace('_', ' ')}"
         facts.append(Fact(f"{material.n_concepts:,}", "concept channels", note))
