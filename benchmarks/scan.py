@@ -2,6 +2,7 @@
 
     python benchmarks/scan.py            # also three layers, and the published per-image step
     python benchmarks/scan.py command    # the command beside inference as a script of one's own
+    python benchmarks/scan.py layouts    # kinds of networks, channels last to not so
     python benchmarks/scan.py formats    # bfloat16 and channels last, in inference and in a scan
     python benchmarks/scan.py files      # JPEG files, and what reading them costs alone
 
@@ -28,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -51,6 +51,7 @@ from timing import (
 from unbraid import cli
 from unbraid.finding.arv import class_cosines, class_sums
 from unbraid.images.open import images_for, open_images
+from unbraid.networks.formats import faster_channels_last
 from unbraid.networks.models import imagenet_transform, load_model
 from unbraid.scanning.scan_options import ScanOptions
 
@@ -58,6 +59,12 @@ LAYERS = {"resnet18": "layer4.1.conv2", "resnet50": "layer4.2.conv3", "lite0": "
 OWN = {"lite0": f"{Path(__file__).parent}/lite0.py:network"}  # others are torchvision's
 THREE = ["layer4.0.conv3", "layer4.1.conv3", LAYERS["resnet50"]]
 BATCH = 32
+KINDS = (
+    *("torchvision:resnet18", "torchvision:resnext50_32x4d", "torchvision:densenet121"),
+    *("torchvision:squeezenet1_1", "torchvision:mobilenet_v2", "torchvision:efficientnet_b0"),
+    *("torchvision:shufflenet_v2_x1_0", "torchvision:regnet_x_400mf", "torchvision:vit_b_32"),
+    *("torchvision:swin_t", "torchvision:convnext_tiny", "timm:poolformer_s12", "timm:resnest14d"),
+)
 GRAIN = 25  # of 255; with it files are as large as those of ImageNet
 
 Ways = dict[str, Callable[[], object]]
@@ -114,6 +121,21 @@ def format_ways(model: nn.Module, images: Dataset[Any]) -> Ways:
         options = {"autocast": autocast, "channels_last": network is last}
         ways[f"scan{name}"] = partial(scan, model, LAYERS["resnet50"], images, **options)
     return ways
+
+
+def compare_layouts(rounds: int) -> None:
+    """Print how long kinds of networks take channels last, to what they take as they come."""
+    unbraid.keep_memory()
+    print_head("network", "ms an image", "channels last", "ratio", "chosen")
+    for name in KINDS:
+        model, images = load_model(name, "random").model, torch.randn(4, 3, 224, 224)
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            ways = {"as it comes": partial(model, images), "last": partial(last, images)}
+            taken = in_turn(ways, rounds, aloud=False)
+        one, other = (250 * min(processor for _, processor in own) for own in taken.values())
+        cells = f"{one:.1f}", f"{other:.1f}", f"{other / one:.2f}"
+        print_row(name, *cells, "yes" if faster_channels_last(model) else "no")
 
 
 def file_ways(model: nn.Module, layer: str, images: Dataset[Any], workers: int) -> Ways:
@@ -201,7 +223,7 @@ def draw_pictures(folder: Path, n_images: int) -> None:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    kinds = ("memory", "command", "formats", "files")
+    kinds = ("memory", "command", "layouts", "formats", "files")
     parser.add_argument("what", nargs="?", choices=kinds, default="memory")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
@@ -214,6 +236,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     torch.manual_seed(0)
+    if asked.what == "layouts":
+        compare_layouts(asked.rounds)
+        return
     if asked.what == "command":
         asked.network = asked.network or "resnet50"
         if asked.only:
@@ -228,7 +253,8 @@ def main() -> None:
             compare_command(asked, asked.folder, Path(drawn))
         return
     name = asked.network or "resnet18" if asked.what == "files" else "resnet50"
-    model = torchvision.models.get_model(name).eval()
+    weights = None if name in OWN else "random"
+    model = load_model(OWN.get(name, f"torchvision:{name}"), weights, "cpu").model
     with tempfile.TemporaryDirectory() as folder:
         if asked.what == "files":
             draw_pictures(Path(folder), asked.images)
