@@ -122,10 +122,11 @@ def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
         rows, columns = counted
         lying = pooled.movedim(1, -1)  # (N, rows, columns, C_in) as it lies in memory
         summed = (rows @ lying.flatten(2)).unflatten(2, lying.shape[2:])
-        return (columns @ summed).movedim(-1, 1).reshape(len(x), spec.groups, spec.n_taps)
-    for counts in counted:  # (kernel, size)
-        # The dimension just summed goes last, so that after all of them the taps stand in order.
-        pooled = torch.tensordot(pooled, counts, dims=([2], [1]))
+        pooled = (columns @ summed).movedim(-1, 1)
+    else:
+        for counts in counted:  # (kernel, size)
+            # What was just summed goes last, so that after all dimensions taps stand in order.
+            pooled = torch.tensordot(pooled, counts, dims=([2], [1]))
     return pooled.reshape(len(x), spec.groups, spec.n_taps)
 
 
