@@ -165,21 +165,21 @@ def command_ways(name: str, folder: Path, out: Path, threads: int) -> Ways:
         old = {"channels_last": False, "batch_size": 64, "threads": threads}
         unbraid.scan(loaded.model, LAYERS[name], images, out / "before", **old)
 
-    def scan() -> None:
-        options = ScanOptions(threads=threads)
-        asked = {"layer": [LAYERS[name]], "data": str(folder), "out": out / "scan"}
+    def scan(to: str, autocast: bool) -> None:
+        options = ScanOptions(threads=threads, autocast=autocast)
+        asked = {"layer": [LAYERS[name]], "data": str(folder), "out": out / to}
         cli.scan(network=network, **asked, options=options)
 
-    return {"inference": script, "scan before": before, "scan": scan}
+    own = {"scan": partial(scan, "scan", False), "scan bfloat16": partial(scan, "bfloat16", True)}
+    return {"inference": script, "scan before": before, **own}
 
 
 def compare_command(asked: argparse.Namespace, folder: Path, out: Path) -> None:
     """Run the ways by turns, each in a process of its own, and print a table."""
     print_head("threads", "way", "wall, s", "to inference's", "processor, s", "ratio", "peak, GiB")
     for threads in asked.threads:
-        taken: dict[str, list[list[float]]] = {
-            way: [] for way in ("inference", "scan before", "scan")
-        }
+        ways = ("inference", "scan before", "scan", "scan bfloat16")
+        taken: dict[str, list[list[float]]] = {way: [] for way in ways}
         for number in range(asked.rounds):
             for way in taken if number % 2 == 0 else reversed(taken):
                 shutil.rmtree(out / way.removeprefix("scan "), ignore_errors=True)
@@ -194,7 +194,9 @@ def compare_command(asked: argparse.Namespace, folder: Path, out: Path) -> None:
             ratio = f"{wall / base[0]:.3f}", f"{processor:.1f}", f"{processor / base[1]:.3f}"
             peak = max(row[2] for row in taken[way])
             print_row(threads, way, f"{wall:.1f}", *ratio, f"{peak:.2f}")
-        print(f"Cosines differ by at most {cosine_difference(out / 'before', out / 'scan'):.1e}")
+        for other in ("scan", "bfloat16"):
+            apart = cosine_difference(out / "before", out / other)
+            print(f"Cosines of two classes, {other} to before: {apart:.1e} apart at most")
 
 
 def cosine_difference(*folders: Path) -> float:
