@@ -2,6 +2,7 @@
 
     python benchmarks/scan.py            # also three layers, and the published per-image step
     python benchmarks/scan.py command    # the command beside inference as a script of one's own
+    python benchmarks/scan.py layouts    # kinds of networks, channels last to not so
     python benchmarks/scan.py formats    # bfloat16 and channels last, in inference and in a scan
     python benchmarks/scan.py files      # JPEG files, and what reading them costs alone
 
@@ -28,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -51,6 +51,7 @@ from timing import (
 from unbraid import cli
 from unbraid.finding.arv import class_cosines, class_sums
 from unbraid.images.open import images_for, open_images
+from unbraid.networks.formats import faster_channels_last
 from unbraid.networks.models import imagenet_transform, load_model
 from unbraid.scanning.scan_options import ScanOptions
 
@@ -58,6 +59,12 @@ LAYERS = {"resnet18": "layer4.1.conv2", "resnet50": "layer4.2.conv3", "lite0": "
 OWN = {"lite0": f"{Path(__file__).parent}/lite0.py:network"}  # others are torchvision's
 THREE = ["layer4.0.conv3", "layer4.1.conv3", LAYERS["resnet50"]]
 BATCH = 32
+KINDS = (
+    *("torchvision:resnet18", "torchvision:resnext50_32x4d", "torchvision:densenet121"),
+    *("torchvision:squeezenet1_1", "torchvision:mobilenet_v2", "torchvision:efficientnet_b0"),
+    *("torchvision:shufflenet_v2_x1_0", "torchvision:regnet_x_400mf", "torchvision:vit_b_32"),
+    *("torchvision:swin_t", "torchvision:convnext_tiny", "timm:poolformer_s12", "timm:resnest14d"),
+)
 GRAIN = 25  # of 255; with it files are as large as those of ImageNet
 
 Ways = dict[str, Callable[[], object]]
@@ -116,6 +123,21 @@ def format_ways(model: nn.Module, images: Dataset[Any]) -> Ways:
     return ways
 
 
+def compare_layouts(rounds: int) -> None:
+    """Print how long kinds of networks take channels last, to what they take as they come."""
+    unbraid.keep_memory()
+    print_head("network", "ms an image", "channels last", "ratio", "chosen")
+    for name in KINDS:
+        model, images = load_model(name, "random").model, torch.randn(4, 3, 224, 224)
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            ways = {"as it comes": partial(model, images), "last": partial(last, images)}
+            taken = in_turn(ways, rounds, aloud=False)
+        one, other = (250 * min(processor for _, processor in own) for own in taken.values())
+        cells = f"{one:.1f}", f"{other:.1f}", f"{other / one:.2f}"
+        print_row(name, *cells, "yes" if faster_channels_last(model) else "no")
+
+
 def file_ways(model: nn.Module, layer: str, images: Dataset[Any], workers: int) -> Ways:
     """A scan of files beside inference over the same loader."""
     return {
@@ -143,21 +165,21 @@ def command_ways(name: str, folder: Path, out: Path, threads: int) -> Ways:
         old = {"channels_last": False, "batch_size": 64, "threads": threads}
         unbraid.scan(loaded.model, LAYERS[name], images, out / "before", **old)
 
-    def scan() -> None:
-        options = ScanOptions(threads=threads)
-        asked = {"layer": [LAYERS[name]], "data": str(folder), "out": out / "scan"}
+    def scan(to: str, autocast: bool) -> None:
+        options = ScanOptions(threads=threads, autocast=autocast)
+        asked = {"layer": [LAYERS[name]], "data": str(folder), "out": out / to}
         cli.scan(network=network, **asked, options=options)
 
-    return {"inference": script, "scan before": before, "scan": scan}
+    own = {"scan": partial(scan, "scan", False), "scan bfloat16": partial(scan, "bfloat16", True)}
+    return {"inference": script, "scan before": before, **own}
 
 
 def compare_command(asked: argparse.Namespace, folder: Path, out: Path) -> None:
     """Run the ways by turns, each in a process of its own, and print a table."""
     print_head("threads", "way", "wall, s", "to inference's", "processor, s", "ratio", "peak, GiB")
     for threads in asked.threads:
-        taken: dict[str, list[list[float]]] = {
-            way: [] for way in ("inference", "scan before", "scan")
-        }
+        ways = ("inference", "scan before", "scan", "scan bfloat16")
+        taken: dict[str, list[list[float]]] = {way: [] for way in ways}
         for number in range(asked.rounds):
             for way in taken if number % 2 == 0 else reversed(taken):
                 shutil.rmtree(out / way.removeprefix("scan "), ignore_errors=True)
@@ -172,7 +194,9 @@ def compare_command(asked: argparse.Namespace, folder: Path, out: Path) -> None:
             ratio = f"{wall / base[0]:.3f}", f"{processor:.1f}", f"{processor / base[1]:.3f}"
             peak = max(row[2] for row in taken[way])
             print_row(threads, way, f"{wall:.1f}", *ratio, f"{peak:.2f}")
-        print(f"Cosines differ by at most {cosine_difference(out / 'before', out / 'scan'):.1e}")
+        for other in ("scan", "bfloat16"):
+            apart = cosine_difference(out / "before", out / other)
+            print(f"Cosines of two classes, {other} to before: {apart:.1e} apart at most")
 
 
 def cosine_difference(*folders: Path) -> float:
@@ -201,7 +225,7 @@ def draw_pictures(folder: Path, n_images: int) -> None:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    kinds = ("memory", "command", "formats", "files")
+    kinds = ("memory", "command", "layouts", "formats", "files")
     parser.add_argument("what", nargs="?", choices=kinds, default="memory")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
@@ -214,6 +238,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     torch.manual_seed(0)
+    if asked.what == "layouts":
+        compare_layouts(asked.rounds)
+        return
     if asked.what == "command":
         asked.network = asked.network or "resnet50"
         if asked.only:
@@ -228,7 +255,8 @@ def main() -> None:
             compare_command(asked, asked.folder, Path(drawn))
         return
     name = asked.network or "resnet18" if asked.what == "files" else "resnet50"
-    model = torchvision.models.get_model(name).eval()
+    weights = None if name in OWN else "random"
+    model = load_model(OWN.get(name, f"torchvision:{name}"), weights, "cpu").model
     with tempfile.TemporaryDirectory() as folder:
         if asked.what == "files":
             draw_pictures(Path(folder), asked.images)

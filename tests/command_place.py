@@ -42,6 +42,7 @@ LEFT_OUT = {  # what the text leaves out of a command, or the command to which i
     "--workers N": f"{_SCAN}/workers",
     "--autocast": f"{_SCAN}/autocast",
     "--channels-last": f"{_SCAN}/channels-last",
+    "--no-channels-last": f"{_SCAN}/channels-first",
     "--no-features": f"{_RUN} plain",
     "--output scores": "unbraid layers clothes.py:build_scores",
     "--layer 'layer4.*.conv3'": (

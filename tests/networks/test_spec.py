@@ -30,6 +30,9 @@ def test_pooled_input_is_the_gradient_of_the_summed_output_by_the_weights(case):
     assert_close(pooled, torch.stack([truth.pooled(n) for n in range(len(x))]))
     rows, bias = weight_rows(network.layer), bias_of(network.layer)
     assert_rows_explain_output(pooled, rows, bias, [z.shape[1] for z in truth.z], truth)
+    if x.dim() == 4:
+        last = x.contiguous(memory_format=torch.channels_last)
+        assert_close(pooled_input(spec, last), pooled)
     half = pooled_input(spec, x.half())  # which is summed in single precision
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, pooled_input(spec, x.half().double()).float())

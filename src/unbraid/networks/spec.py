@@ -117,10 +117,16 @@ def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
     matrix of counts per dimension does it all. `x` is (N, C_in, positions ...), channels first.
     """
     pooled = widen(x)
-    for dim, size in enumerate(x.shape[2:]):
-        counts = _tap_counts(spec, dim, size).to(pooled)  # (kernel, size)
-        # The dimension just summed goes last, so that after all of them the taps stand in order.
-        pooled = torch.tensordot(pooled, counts, dims=([2], [1]))
+    counted = [_tap_counts(spec, dim, size).to(pooled) for dim, size in enumerate(x.shape[2:])]
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):  # without a copy
+        rows, columns = counted
+        lying = pooled.movedim(1, -1)  # (N, rows, columns, C_in) as it lies in memory
+        summed = (rows @ lying.flatten(2)).unflatten(2, lying.shape[2:])
+        pooled = (columns @ summed).movedim(-1, 1)
+    else:
+        for counts in counted:  # (kernel, size)
+            # What was just summed goes last, so that after all dimensions taps stand in order.
+            pooled = torch.tensordot(pooled, counts, dims=([2], [1]))
     return pooled.reshape(len(x), spec.groups, spec.n_taps)
 
 
