@@ -49,6 +49,7 @@ def keep(file: Path, write: Callable[[], None]) -> Listing:
         write()
         return Mapped(file).identity
 
+    open_mapped.cache_clear()  # the same list may lie in another file now
     return read_list(open_mapped(file, join_team().lead(prepare)))
 
 
