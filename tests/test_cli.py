@@ -240,6 +240,28 @@ def scan(**changed):
     return ("scan", *(word for pair in options.items() for word in pair))
 
 
+def test_several_scans_are_read_as_one(home, call):
+    common = ("--model", "own.py:build", "--layer", "2", "--data")
+    for k, file in enumerate(sorted((home / "data" / "train").rglob("*.*"))):
+        to = home / "parts" / "xy"[k % 2] / file.relative_to(home / "data" / "train")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(file.read_bytes())
+    both = ["parts/scan-x", "parts/scan-y"]
+    for out in both:
+        assert call("scan", *common, f"parts/{out[-1]}", "--out", out)[0] == 0
+    code, told, _ = call("find", *both, *LOOSE)
+    assert code == 0
+    assert call("find", "parts/scan-*", *LOOSE)[:2] == (0, told)
+    assert call("find", *reversed(both), *LOOSE, "--out", "parts/a.csv")[:2] == (0, told)
+    assert call("sensitivity", *both)[0] == 0
+    other = ("--model", "own.py:build", "--layer", "0", "--data", "parts/y", "--out", "parts/other")
+    assert call("scan", *other)[0] == 0
+    code, _, err = call("find", both[0], "parts/other")
+    assert (code, "with a difference in the layer; name scans" in err) == (1, True), err
+    code, _, err = call("find", "parts/none-*")
+    assert (code, "No folder fits parts/none-*" in err) == (1, True), err
+
+
 FIND = ("find", "runs/a/scan-train")
 EARLY = (*RUN, "--out", "mistake")
 INTO = {  # what a step would overwrite
