@@ -272,19 +272,20 @@ def scan(
     """
     from unbraid.base.team import is_first
     from unbraid.images.dataset import name_of
-    from unbraid.images.kept import LISTED
+    from unbraid.images.kept import LISTED, tentative
     from unbraid.images.open import absolute, labelled
 
     loaded = load(network)
-    images = open_images(loaded, data, out / LISTED)
-    options = replace(
-        options,
-        labels=options.labels if labelled(images) else "predicted",
-        progress=True,
-        source={**loaded.source, "data": absolute(data)},
-    )
-    asked = layer[0] if len(layer) == 1 else layer
-    made = unbraid.scan(loaded.model, asked, images, out, **vars(options))
+    with tentative(out / LISTED):
+        images = open_images(loaded, data, out / LISTED)
+        options = replace(
+            options,
+            labels=options.labels if labelled(images) else "predicted",
+            progress=True,
+            source={**loaded.source, "data": absolute(data)},
+        )
+        asked = layer[0] if len(layer) == 1 else layer
+        made = unbraid.scan(loaded.model, asked, images, out, **vars(options))
     if not is_first():
         return
     one = made if isinstance(made, unbraid.Scan) else next(iter(made.values()))

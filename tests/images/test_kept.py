@@ -382,3 +382,23 @@ def test_a_writer_at_work_keeps_its_file(folder, file):
 def test_scanning_with_it_needs_no_labels_list_in_memory(listed, tmp_path):
     made = unbraid.scan(build("3x3"), "layer", listed, tmp_path / "scan", batch_size=3)
     assert torch.equal(next(made.columns("label")), torch.tensor([0] * 5 + [1] * 3))
+
+
+def mistaken(folder, file, begun):
+    with kept.tentative(file):
+        unbraid.open_images(folder, listed=file)
+        if begun:
+            (file.parent / "manifest.json").touch()
+        raise DataError("a mistake")
+
+
+def test_a_list_that_no_scan_came_of_is_taken_back(folder, tmp_path):
+    (tmp_path / "there").mkdir()
+    for begun in (False, True):
+        for place in ("new/deep", "there"):
+            file = tmp_path / place / kept.LISTED
+            with pytest.raises(DataError, match="a mistake"):
+                mistaken(folder, file, begun)
+            assert file.exists() == begun
+        assert (tmp_path / "new").exists() == begun
+        assert (tmp_path / "there").exists()
