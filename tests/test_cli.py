@@ -228,7 +228,8 @@ def test_layers_lists_exactly_what_scan_takes(home, call):
         assert (code, [line.split()[0] for line in out.splitlines()[1:]]) == (0, layers)
     options = ("--model", *both, "--layer", "*", "--data", "data/val", "--out", "both")
     assert "Scanned 30 images" in call("scan", *options)[1]
-    assert sorted(path.name for path in (home / "both").iterdir()) == layers
+    both = (home / "both").iterdir()
+    assert sorted(path.name for path in both if path.is_dir()) == layers
     code, _, err = call("find", "both")
     assert (code, "scans of several layers: own.0" in err) == (1, True), err
 
@@ -239,6 +240,28 @@ def scan(**changed):
     options |= {"--data": "data/val", "--out": "mistake"}
     options |= {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
     return ("scan", *(word for pair in options.items() for word in pair))
+
+
+def test_several_scans_are_read_as_one(home, call):
+    common = ("--model", "own.py:build", "--layer", "2", "--data")
+    for k, file in enumerate(sorted((home / "data" / "train").rglob("*.*"))):
+        to = home / "parts" / "xy"[k % 2] / file.relative_to(home / "data" / "train")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(file.read_bytes())
+    both = ["parts/scan-x", "parts/scan-y"]
+    for out in both:
+        assert call("scan", *common, f"parts/{out[-1]}", "--out", out)[0] == 0
+    code, told, _ = call("find", *both, *LOOSE)
+    assert code == 0
+    assert call("find", "parts/scan-*", *LOOSE)[:2] == (0, told)
+    assert call("find", *reversed(both), *LOOSE, "--out", "parts/a.csv")[:2] == (0, told)
+    assert call("sensitivity", *both)[0] == 0
+    other = ("--model", "own.py:build", "--layer", "0", "--data", "parts/y", "--out", "parts/other")
+    assert call("scan", *other)[0] == 0
+    code, _, err = call("find", both[0], "parts/other")
+    assert (code, "with a difference in the layer; name scans" in err) == (1, True), err
+    code, _, err = call("find", "parts/none-*")
+    assert (code, "No folder fits parts/none-*" in err) == (1, True), err
 
 
 FIND = ("find", "runs/a/scan-train")

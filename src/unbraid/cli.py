@@ -319,24 +319,25 @@ def scan(
     """
     from unbraid.base.team import is_first
     from unbraid.images.dataset import name_of
-    from unbraid.images.kept import LISTED
+    from unbraid.images.kept import LISTED, tentative
     from unbraid.images.open import labelled
     from unbraid.networks.formats import faster_in_bfloat16
     from unbraid.scanning.accuracy import LONG
 
     loaded = load(network)
-    images = open_images(loaded, data, out / LISTED)
-    options = replace(
-        options,
-        labels=options.labels if labelled(images) else "predicted",
-        progress=True,
-        source=source_of(loaded, images, data),
-    )
-    suggested = not options.autocast and len(images) >= LONG and is_first()
-    if suggested and faster_in_bfloat16(loaded.model):
-        say(_BFLOAT16)
-    asked = layer[0] if len(layer) == 1 else layer
-    made = unbraid.scan(loaded.model, asked, images, out, **vars(options))
+    with tentative(out / LISTED):
+        images = open_images(loaded, data, out / LISTED)
+        options = replace(
+            options,
+            labels=options.labels if labelled(images) else "predicted",
+            progress=True,
+            source=source_of(loaded, images, data),
+        )
+        suggested = not options.autocast and len(images) >= LONG and is_first()
+        if suggested and faster_in_bfloat16(loaded.model):
+            say(_BFLOAT16)
+        asked = layer[0] if len(layer) == 1 else layer
+        made = unbraid.scan(loaded.model, asked, images, out, **vars(options))
     if not is_first():
         return
     one = made if isinstance(made, unbraid.Scan) else next(iter(made.values()))

@@ -7,14 +7,15 @@ import os
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from unbraid.base.errors import DataError
+from unbraid.base.errors import DataError, UnbraidError
 from unbraid.base.files import remove_leftovers, write_through
-from unbraid.base.team import join_team
+from unbraid.base.team import is_first, join_team
 from unbraid.images.listing import Files, Listing, look_at, seen_from, walk_folder
 from unbraid.images.mapped import (
     BLOCK,
@@ -49,7 +50,25 @@ def keep(file: Path, write: Callable[[], None]) -> Listing:
         write()
         return Mapped(file).identity
 
+    open_mapped.cache_clear()  # the same list may lie in another file now
     return read_list(open_mapped(file, join_team().lead(prepare)))
+
+
+@contextmanager
+def tentative(file: Path) -> Iterator[None]:
+    """Take back a list, and folders made for it, if an error comes before a scan begins there."""
+    new = [folder for folder in file.parents if not folder.exists()]
+    before = file.exists()
+    try:
+        yield
+    except UnbraidError:
+        begun = any(file.parent.glob("**/manifest.json"))
+        if is_first() and not before and not begun:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+                for folder in new:
+                    folder.rmdir()
+        raise
 
 
 # --- writing --------------------------------------------------------------------------------------

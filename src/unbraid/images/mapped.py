@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unbraid.base.errors import OutOfReach, RunError, brief
-from unbraid.base.schema import parse_json
+from unbraid.base.schema import check_schema, parse_json, unread
 
 HEAD = 4096  # bytes, of the header with its length
 BLOCK = 2**20  # bytes that have one checksum
@@ -66,7 +66,7 @@ class Mapped:
                 raise ValueError("its checksums are not what was written")
             self._sound = np.zeros(last.n, bool)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _refused(path, brief(error)) from None
+            raise unread(error, str(_refused(path, brief(error)))) from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send the file's name to another process, not what is in it."""
@@ -85,6 +85,11 @@ class Mapped:
                 self._check(block)
         found: NDArray[Any] = self._bytes[first:end].view(column.dtype)
         return found
+
+    def check(self) -> None:
+        """Compare all with its checksums; RunError if it is damaged."""
+        for block in range(len(self._sound)):
+            self._check(block)
 
     def _check(self, block: int) -> None:
         first = HEAD + block * BLOCK
@@ -117,8 +122,7 @@ def _refused(path: Path, fault: str) -> RunError:
 
 def _about(head: bytes) -> dict[str, Any]:
     about = parse_json(parse_json(head[8:].decode())["__metadata__"]["unbraid"])
-    if about["schema"] != SCHEMA:
-        raise ValueError(f"it is of schema {about['schema']}, this version reads {SCHEMA}")
+    check_schema(about, SCHEMA)
     return about  # type: ignore[no-any-return]
 
 

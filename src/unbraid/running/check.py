@@ -14,6 +14,8 @@ from unbraid.base.files import remove_leftovers, set_aside
 from unbraid.base.tables import count
 from unbraid.finding.findings import COLUMNS as FINDINGS
 from unbraid.finding.thresholds import COLUMNS as SENSITIVITY
+from unbraid.images.kept import LISTED
+from unbraid.images.mapped import Mapped
 from unbraid.measuring.results import read_ablation, read_channels, read_output, read_semantics
 from unbraid.running.folders import FEATURES, SCANS, SETTINGS, home_of, is_numbered, read_settings
 from unbraid.scanning.manifest import read_manifest
@@ -115,6 +117,8 @@ def check(folder: str | Path) -> Checkup:
     if not (scans or runs or found.unreadable):
         raise RunError(f"{folder} holds no scan and no run; name a folder that does.")
     of_scans = [f"{path}: {_check_scan(path, found)}." for path in scans]
+    for path in (path / LISTED for path in there if (path / LISTED).exists()):
+        found.look(path, partial(_check_list, path))
     found.holds = [f"{path}: {_check_run(path, found)}." for path in runs] + of_scans
     return found
 
@@ -167,6 +171,10 @@ def _check_scan(folder: Path, found: Checkup) -> str:
         told.append("with positions")
     done = "finished" if n_there == n_shards else f"{n_there} of {count(n_shards, 'shard')} there"
     return ", ".join([*told, done])
+
+
+def _check_list(path: Path) -> None:
+    Mapped(path).check()
 
 
 def _check_run(folder: Path, found: Checkup) -> str:

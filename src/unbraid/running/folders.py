@@ -26,6 +26,7 @@ from unbraid.base.tables import csv_text
 from unbraid.finding.findings import COLUMNS, ConceptKind, Findings
 from unbraid.finding.thresholds import Tau
 from unbraid.images.dataset import Relabelled
+from unbraid.images.kept import LISTED
 from unbraid.images.labels import Outputs, read_classes
 from unbraid.images.listing import ListedImages
 from unbraid.images.open import list_images, part_of
@@ -48,7 +49,7 @@ _RESULTS = (
 )
 _OWN = {  # files by what else lies in their folder
     SETTINGS: (SETTINGS, *_RESULTS),
-    "manifest.json": ("manifest.json", "layer.safetensors", "shard-*.safetensors"),
+    "manifest.json": ("manifest.json", "layer.safetensors", LISTED, "shard-*.safetensors"),
     "features.json": ("features.json", "*.png"),
 }
 _NUMBERED = re.compile(r"settings-([2-9]|[1-9]\d+)")
