@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from unbraid.base.errors import ModelError
 from unbraid.base.tables import count
 from unbraid.finding.findings import Findings
 from unbraid.images.broken import UNLABELLED, first_readable
