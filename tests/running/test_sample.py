@@ -151,6 +151,17 @@ def test_run_looks_again_at_no_more_images_than_a_sample_once_for_all_measures(s
     assert n_seen[1] - n_seen[0] == n_positions[1] - n_positions[0] + 24 - 12
 
 
+def test_run_embeds_in_a_pass_of_its_own_where_memory_would_grow(small, tmp_path, monkeypatch):
+    shared = job(tmp_path / "one", everything=True)[0].evaluation.semantics
+    monkeypatch.setattr(measures, "MAX_EMBEDDINGS", 23)
+    apart = job(tmp_path / "two", everything=True)[0].evaluation.semantics
+    for channel, one in shared.channels.items():
+        theirs = apart.channels[channel]
+        assert (one.n_images, one.encoder) == (theirs.n_images, theirs.encoder)
+        assert one.within == pytest.approx(theirs.within, rel=1e-9)
+        assert one.original.clarity == pytest.approx(theirs.original.clarity, rel=1e-9)
+
+
 def test_run_with_all_measures_all_and_has_a_folder_of_its_own(small, tmp_path):
     sampled, *_ = job(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}

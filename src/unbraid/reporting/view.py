@@ -278,7 +278,8 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         left_out |= {
             "The output check is left out: the evaluation compared no outputs.": known.output
             is None,
-            "Rectified errors are left out: they need a scan with positions.": not any(shaped),
+            "Rectified errors are left out: they need a scan with positions.": shaped
+            and not any(shaped),
             f"Rectified errors of {count(shaped.count(False), 'channel')} are left out: the scan "
             "with positions lacks images of a concept.": any(shaped) and not all(shaped),
             **_of_samples(material, known),

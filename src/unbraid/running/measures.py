@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from unbraid.base.errors import ModelError
 from unbraid.base.tables import count
 from unbraid.finding.findings import Findings
 from unbraid.images.broken import UNLABELLED, first_readable
@@ -30,6 +31,7 @@ from unbraid.splitting.splits import Split
 from unbraid.surgery.split_layer import SplitLayer
 
 MAX_ABLATED = 32  # channels; each takes a pass from the layer on per concept, and two more
+MAX_EMBEDDINGS = 20_000  # kept in memory; more are made in a pass of their own
 MAX_PASSES = 5.0  # of the whole network for each image, which all of these may amount to
 
 
@@ -71,7 +73,9 @@ def measure(
             f"Switching off only {count(len(channels), 'channel')} of {len(found.concepts):,}, "
             "those with the lowest cosines; --all takes all."
         )
-    own = nets.encoder if isinstance(nets.encoder, Penultimate) else None
+    own: Penultimate | None = None  # whose embeddings come of the same pass
+    if isinstance(nets.encoder, Penultimate) and len(indices) <= MAX_EMBEDDINGS:
+        own = nets.encoder
     passed = pass_once(
         nets.model,
         nets.model2,
@@ -91,9 +95,15 @@ def measure(
     elif own is not None:
         measures["semantics"] = _judge(measured, passed.index, passed.embeddings, own)
     else:
-        asked = (measured.split, scan, as_labelled(measured.images, scan), nets.encoder)
         del loading["skip_broken"]
-        measures["semantics"] = measure_semantics(*asked, indices=drawn, progress=True, **loading)
+        asked = (measured.split, scan, as_labelled(measured.images, scan), nets.encoder)
+        try:
+            semantics = measure_semantics(*asked, indices=drawn, progress=True, **loading)
+            measures["semantics"] = semantics
+        except ModelError as error:  # a network may have no features of its own
+            if not isinstance(nets.encoder, Penultimate):
+                raise
+            say(f"Semantic measures are left out: {error}")
     return measures
 
 
