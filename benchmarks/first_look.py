@@ -2,9 +2,9 @@
 
     python benchmarks/first_look.py PICTURES MODEL LAYER
 
-PICTURES is a folder of class folders, MODEL a FILE.py:FUNCTION or torchvision:NAME. The time is that
-of the whole command, wall and processor, with torch's own threads; the load says how much of the
-machine it had. It ends with what was found.
+PICTURES is a folder of class folders, MODEL a FILE.py:FUNCTION or torchvision:NAME. The time is
+that of the whole command, wall and processor, with torch's own threads; the load says how much of
+the machine it had. It ends with what was found.
 """
 
 from __future__ import annotations
