@@ -38,6 +38,7 @@ _RUN = "unbraid run --model clothes.py:build --layer mix --data clothes --out"
 LEFT_OUT = {  # what the text leaves out of a command, or the command to which it names an option
     "unbraid run --layer look.8 --layer mix": "--model clothes.py:build --data clothes --out two",
     "--concepts clusters": f"{_RUN} clusters",
+    "unbraid run --quick": "--model clothes.py:build --layer mix --data clothes --out first-look",
     "--labels predicted": f"{_SCAN}/predicted",
     "--workers N": f"{_SCAN}/workers",
     "--autocast": f"{_SCAN}/autocast",

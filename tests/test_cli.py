@@ -1,8 +1,10 @@
 """The command line as a new user meets it: whole jobs on small folders, and every mistake."""
 
 import csv
+import html
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -20,6 +22,8 @@ from torch import nn
 import unbraid
 from unbraid.__main__ import main
 from unbraid.base.files import read_tensors, write_tensors
+from unbraid.images import sample
+from unbraid.scanning import scan as scanning
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -296,6 +300,9 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     ((*EARLY, "--encoder", "timm:resnet17"), 2, "Did you mean"),
     ((*RUN[:-1], "no-val", "--out", "mistake"), 1, "no-val/val holds no image"),
     ((*RUN, "--out", "theirs"), 1, "theirs/settings.json"),
+    ((*RUN[:-1], "many", "--out", "mistake"), 1, "no class of two images"),
+    ((*RUN[:-1], "nowhere", "--out", "mistake", "--quick"), 1, "There is no folder nowhere"),
+    ((*EARLY, "--quick=3"), 2, "--quick"),
     (scan(weights="nan.safetensors"), 1, "NaN or infinite"),
     (scan(data="many"), 1, "4 classes but the network has 3 outputs"),
     (scan(data="wrong.csv"), 1, "wrong.csv"),
@@ -435,6 +442,45 @@ def test_run_of_a_folder_without_classes_from_scan_to_report(home, call):
     assert call("report", str(folder))[0] == 0
     assert (folder / "report.html").read_bytes() == before
     assert b"Other thresholds" not in before
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"), [("data/train", "classes"), ("flat/train", "clusters")]
+)
+def test_run_divides_a_folder_that_is_not_divided(source, kind, home, call, monkeypatch):
+    monkeypatch.setitem(sample.SIZES, "train", 16)
+    monkeypatch.setitem(sample.SIZES, "val", 16)
+    monkeypatch.setattr(scanning, "images_per_shard", lambda positions: 16)
+    folder = f"runs/{kind}"
+    options = (*RUN[:-1], source, "--out", folder, "--p", "0.5", "--gamma", "0.95", "--no-features")
+    code, out, err = call(*options, "--quick")
+    assert code == 0, err
+    told = re.search(rf"{source} has no train and val, so (\d+) of its (\d+) images .*ids\.", err)
+    n_val, n_all = map(int, told.groups())
+    assert ("Concepts are clusters of images" in err) == (kind == "clusters")
+    look = re.search(r"^First look at (.*): .* The full run: (.*)$", out, re.MULTILINE)
+    assert (
+        look[1]
+        == f"16 of {n_all - n_val} training and {min(n_val, 16)} of {n_val} validation images"
+    )
+    assert look[2].split() == ["unbraid", *options]
+    assert f"Report: {folder}/quick/report.html" in out
+    page = (home / folder / "quick/report.html").read_text()
+    assert html.escape(told[0]) in page
+    assert html.escape(look[0]) in page
+    for name in ("scan-train", "scan-val"):
+        scan = unbraid.open_scan(home / folder / "quick" / name)
+        assert scan.manifest.source["divided"] == told[0]
+        assert scan.manifest.labels == ("given" if kind == "classes" else "predicted")
+    assert (
+        json.loads((home / folder / "quick/settings.json").read_text())["thresholds"]["concepts"]
+        == kind
+    )
+    assert call("report", f"{folder}/quick")[0] == 0
+    assert (home / folder / "quick/report.html").read_text() == page
+    scanned = call(*scan(data=f"{source}/val", out=f"{folder}/alone"))
+    assert f"Scanned {n_val} images" in scanned[1]
+    assert told[0] in " ".join(scanned[2].split())
 
 
 def test_reproduce_tells_that_another_network_has_none_of_the_published_pairs(home, call):

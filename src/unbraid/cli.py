@@ -16,6 +16,7 @@ from rich.console import Console
 import unbraid
 from unbraid.base.errors import UsageError
 from unbraid.base.tables import Table, Tabular, align, count, one_line
+from unbraid.finding.find_options import Finding
 from unbraid.scanning.scan_options import Labels, Loading, ScanOptions, in_command_words
 
 if TYPE_CHECKING:
@@ -72,29 +73,6 @@ class Network:
     output: Output = None
     device: Device = None
     names: Names = None
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """The arguments of `unbraid.find` but tau.
-
-    Args:
-        p: Fraction of a class's images in which a channel matters.
-        gamma: Cosine below which two classes have different reasons.
-        concepts: What concepts are made of: classes, which is usual; clusters of images, which need
-            no labels, and are what `unbraid run` makes where there are none; whole: classes, and
-            clusters of what else excites a channel.
-    """
-
-    p: float = 0.75
-    gamma: float = 0.5
-    concepts: Literal["classes", "clusters", "whole"] | None = None
-
-    def asked(self, *, labelled: bool = True) -> dict[str, Any]:
-        """The arguments by name, those of `find`."""
-        usual: Literal["classes", "clusters"] = "classes" if labelled else "clusters"
-        return vars(self) | {"concepts": self.concepts or usual}
 
 
 def load(network: Network) -> LoadedModel:
@@ -271,7 +249,9 @@ def run(
         images_like(train, part_of(data, "val")),
         out,
         quick=quick,
-        command=shlex.join(["unbraid", *(word for word in sys.argv[1:] if word != "--quick")]),
+        command=shlex.join(
+            ["unbraid", *(word for word in sys.argv[1:] if not word.startswith("--quick"))]
+        ),
         thresholds=Thresholds(tau=tau, rho=rho, **asked),
         loading=loading,
         source=source_of(loaded, train, data) | {"class_folders": labelled(train)},

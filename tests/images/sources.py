@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import subprocess
 import tarfile
 import zlib
 from itertools import islice
@@ -46,6 +47,12 @@ def rows(members):
 
 
 PATHS = [path for path, *_ in rows(MEMBERS)]
+
+
+def fraction(name):
+    """As anyone would compute it: the first 16 hexadecimal digits of `printf NAME | sha256sum`."""
+    said = subprocess.run(["sha256sum"], input=name.encode(), capture_output=True, check=True)
+    return int(said.stdout[:16], 16) / 16**16
 
 
 def keys(*sizes):

@@ -1,13 +1,12 @@
 """Sources that are not divided: which images are for validation, by a formula of its own."""
 
 import shutil
-import subprocess
 import unicodedata
 import warnings
 
 import pytest
 import sources
-from sources import SOURCES, to_tensor
+from sources import SOURCES, fraction, to_tensor
 
 from unbraid.base.errors import DataError
 from unbraid.images.broken import UNLABELLED
@@ -17,12 +16,6 @@ from unbraid.images.open import open_images, part_of
 
 MEMBERS = {"ant": 30, "bee": 20, "cow": 2, "doe": 1}
 FIFTH = 0.2
-
-
-def fraction(name):
-    """As anyone would compute it: the first 16 hexadecimal digits of `printf NAME | sha256sum`."""
-    said = subprocess.run(["sha256sum"], input=name.encode(), capture_output=True, check=True)
-    return int(said.stdout[:16], 16) / 16**16
 
 
 def test_hash_of_is_what_sha256sum_says_whatever_the_form_of_unicode():

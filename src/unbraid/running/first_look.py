@@ -42,7 +42,7 @@ def run_in_turn(
         val: images to evaluate on.
         out: the run's folder.
         quick: only the first look (True) or none (False); None: both if there are 20,000 training
-            images or more and no scan of all has begun.
+            images or more, and neither is there yet.
         command: what makes the run over all images, for people.
         options: the other fields of `Job`.
     """
@@ -87,6 +87,7 @@ def _of(part: Dataset[Any], whole: Dataset[Any]) -> str:
 
 
 def _begun(home: Path) -> bool:
-    """Whether a scan of all images was begun, of one layer or of several."""
+    """Whether a first look has its page, or a scan of all images was begun, of any layer."""
     manifests = (*home.glob("scan-*/manifest.json"), *home.glob("*/scan-*/manifest.json"))
-    return any(path.parent.parent.name != FIRST_LOOK for path in manifests)
+    pages = (home / FIRST_LOOK).glob("**/report.html")
+    return any(path.parent.parent.name != FIRST_LOOK for path in manifests) or any(pages)
