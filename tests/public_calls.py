@@ -39,6 +39,7 @@ def sound_calls(folder):
         "circuit": (unbraid.circuit, source),
         "circuit_from": (unbraid.circuit_from, {**source, **data, "before": splits["stem"]}),
         "ablate": (unbraid.ablate, ends),
+        "explain": (unbraid.explain, {"model2": changed, "images": images, "n": 1}),
         "compare_outputs": (unbraid.compare_outputs, {**ends, "model": network}),
         "measure_semantics": (unbraid.measure_semantics, alike),
         "visualize": (unbraid.visualize, view),

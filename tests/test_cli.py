@@ -399,7 +399,7 @@ def test_explain_tells_of_a_split_that_is_damaged_or_of_an_earlier_version(again
 def test_explain_loads_networks_that_a_folder_names_unless_they_are_code(again, call):
     settings = json.loads((again / "settings.json").read_text())
     for source, code, told in (
-        ({"model": "torchvision:resnet18", "weights": "random"}, 1, "other weights"),
+        ({"model": "torchvision:resnet18", "weights": "random"}, 2, "no layer '2'"),
         ({"model": "torchvision:resnet0"}, 2, "Did you mean"),
         ({"model": 7}, 1, "does not say in words which network"),
         ({}, 2, "name it with --model"),

@@ -60,6 +60,7 @@ def made_of(network, layer, images, out):
         "sums": unbraid.evaluate(unbraid.split(done.train_scan, done.found), done.train_scan),
         "circuit": unbraid.circuit(split, done.train_scan, channel, 0),
         "evaluation": done.evaluation,
+        "explained": [own.to_dict() for own in unbraid.explain(model2, x).images],
         "layers": [spec.name for spec in usable_layers(network, x[:1])],
     }
     made |= {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
+from rich.cells import cell_len
 from torch import nn
 
 from pages import read
@@ -197,3 +198,15 @@ def test_a_table_fits_a_width_and_keeps_every_figure(width):
     assert (names[0] in text) == (width >= 200)
     if width == 200:
         assert text == str(Table(rows))
+
+
+def test_fitted_text_is_no_wider_than_asked_and_only_rows_are_cut():
+    rows = [("name", "what"), ("a", "short"), ("b", "画" * 30), ("c", "x" * 100)]
+    table = Table(rows, "a title " * 9, "a note " * 20)
+    lines = table.fitted(40).splitlines()
+    assert max(map(cell_len, lines)) <= 40
+    shown = [line for line in lines if line.startswith(("a  ", "b  ", "c  "))]
+    assert [line.endswith("…") for line in shown] == [False, True, True]
+    words = " ".join(lines).split()
+    assert (words.count("title"), words.count("note")) == (9, 20)
+    assert table.fitted(1000) == str(replace(table, title=table.title.strip()))

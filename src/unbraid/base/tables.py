@@ -13,6 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rich.cells import cell_len, set_cell_size
+
 from unbraid.base.arguments import as_path
 from unbraid.base.errors import UnbraidError
 
@@ -117,9 +119,11 @@ class Exported:
 def align(rows: Sequence[Sequence[str]]) -> str:
     """Line up rows of cells in columns, each cell on one line."""
     flat = [[one_line(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*flat, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(*flat, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        "  ".join(
+            cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
         for row in flat
     )
 
@@ -132,19 +136,16 @@ def fit(rows: Sequence[Sequence[str]], width: int) -> list[list[list[str]]]:
     ([4], 'a long …', 2)
     """
     flat = [[one_line(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*flat, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(*flat, strict=True)]
     bodies = list(zip(*flat[1:], strict=True)) or [()] * len(widths)
     texts = [n for n, cells in enumerate(bodies) if any(_is_text(cell) for cell in cells)]
-    least = {n: min(widths[n], max(_LEAST_TEXT, len(flat[0][n]))) for n in texts}
+    least = {n: min(widths[n], max(_LEAST_TEXT, cell_len(flat[0][n]))) for n in texts}
     over = sum(widths) + 2 * (len(widths) - 1) - width
     while over > 0 and any(widths[n] > least[n] for n in texts):
         longest = max((n for n in texts if widths[n] > least[n]), key=lambda n: widths[n])
         widths[longest] -= 1
         over -= 1
-    cut = [
-        [c if len(c) <= w else f"{c[: w - 1]}…" for c, w in zip(row, widths, strict=True)]
-        for row in flat
-    ]
+    cut = [[_cut_to(cell, width) for cell, width in zip(row, widths, strict=True)] for row in flat]
     heads = [n for n in range(min(2, len(widths))) if n == 0 or n in texts]
     blocks, used = [list(heads)], sum(widths[n] + 2 for n in heads)
     for n in range(len(heads), len(widths)):
@@ -154,6 +155,10 @@ def fit(rows: Sequence[Sequence[str]], width: int) -> list[list[list[str]]]:
         blocks[-1].append(n)
         used += widths[n] + 2
     return [[[row[n] for n in block] for row in cut] for block in blocks]
+
+
+def _cut_to(cell: str, width: int) -> str:
+    return cell if cell_len(cell) <= width else f"{set_cell_size(cell, width - 1)}…"
 
 
 def _is_text(cell: str) -> bool:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -129,6 +130,11 @@ def explain(
     if isinstance(classes, (str, bytes, int)):
         raise UsageError(f"classes is {classes!r}; give a list of names or numbers.")
     names: tuple[str, ...] = ()
+    if isinstance(images, (str, bytes, Path)):
+        raise UsageError(
+            f"images is {reprlib.repr(images)}; give images as the network takes them, or a data "
+            "set, such as unbraid.open_images makes."
+        )
     if isinstance(images, Tensor):
         read = _of_tensor(images)
     else:
