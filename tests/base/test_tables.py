@@ -209,4 +209,5 @@ def test_fitted_text_is_no_wider_than_asked_and_only_rows_are_cut():
     assert [line.endswith("…") for line in shown] == [False, True, True]
     words = " ".join(lines).split()
     assert (words.count("title"), words.count("note")) == (9, 20)
-    assert table.fitted(1000) == str(replace(table, title=table.title.strip()))
+    words = {name: getattr(table, name).strip() for name in ("title", "note")}
+    assert table.fitted(1000) == str(replace(table, **words))
