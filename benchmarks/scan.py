@@ -48,7 +48,7 @@ from timing import (
     seconds,
     spread,
 )
-from unbraid import cli
+from unbraid.cli import make, shared
 from unbraid.finding.arv import class_cosines, class_sums
 from unbraid.images.open import images_for, open_images
 from unbraid.networks.formats import faster_channels_last
@@ -150,7 +150,7 @@ def file_ways(model: nn.Module, layer: str, images: Dataset[Any], workers: int) 
 def command_ways(name: str, folder: Path, out: Path, threads: int) -> Ways:
     """A scan by the command, beside inference by a script and a scan before memory was kept."""
     weights = None if name in OWN else "random"
-    network = cli.Network(model=OWN.get(name, f"torchvision:{name}"), weights=weights)
+    network = shared.Network(model=OWN.get(name, f"torchvision:{name}"), weights=weights)
 
     def script() -> None:
         torch.set_num_threads(threads)
@@ -168,7 +168,7 @@ def command_ways(name: str, folder: Path, out: Path, threads: int) -> Ways:
     def scan(to: str, autocast: bool) -> None:
         options = ScanOptions(threads=threads, autocast=autocast)
         asked = {"layer": [LAYERS[name]], "data": str(folder), "out": out / to}
-        cli.scan(network=network, **asked, options=options)
+        make.scan(network=network, **asked, options=options)
 
     own = {"scan": partial(scan, "scan", False), "scan bfloat16": partial(scan, "bfloat16", True)}
     return {"inference": script, "scan before": before, **own}

@@ -9,8 +9,6 @@ from itertools import pairwise
 
 from cyclopts import CycloptsError
 
-import unbraid.cli_edit
-import unbraid.cli_explain  # noqa: F401
 from unbraid.base.errors import UnbraidError, UsageError
 from unbraid.cli import app, note, say
 from unbraid.scanning.scan_options import in_command_words

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 import unbraid
-from unbraid import cli
 from unbraid.base import memory
+from unbraid.cli import make, shared
 
 # Page faults while blocks of 64 MiB come and go, as layers' outputs do.
 COUNT = """
@@ -120,14 +120,14 @@ def test_commands_that_run_a_network_keep_memory_before_they_load_it(monkeypatch
     monkeypatch.setattr(unbraid, "keep_memory", lambda: asked.append(True), raising=False)
     monkeypatch.setattr("unbraid.networks.models.load_model", None)
     monkeypatch.setattr("unbraid.demo.network.load_network", None)
-    network = cli.Network(model="torchvision:resnet18")
+    network = shared.Network(model="torchvision:resnet18")
     given = {"network": network, "layer": ["fc"], "data": "nowhere", "out": tmp_path / "out"}
     commands = [
-        lambda: cli.run(**given),
-        lambda: cli.scan(**given),
-        lambda: cli.layers("torchvision:resnet18"),
-        lambda: cli.reproduce(imagenet=tmp_path, out=tmp_path),
-        lambda: cli.demo(out=tmp_path),
+        lambda: make.run(**given),
+        lambda: make.scan(**given),
+        lambda: make.layers("torchvision:resnet18"),
+        lambda: make.reproduce(imagenet=tmp_path, out=tmp_path),
+        lambda: make.demo(out=tmp_path),
     ]
     for number, command in enumerate(commands):
         with pytest.raises(TypeError, match="'NoneType' object is not callable"):

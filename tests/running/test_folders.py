@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from unbraid import cli
 from unbraid.base import files
 from unbraid.base.files import set_aside, write_new
+from unbraid.cli import make
 from unbraid.finding.findings import Findings
 from unbraid.reporting.pictures import Sight
 from unbraid.running import folders
@@ -93,5 +93,5 @@ def test_write_new_writes_only_where_nothing_is(links, tmp_path, monkeypatch):
 
 
 def test_a_run_chooses_tau_unless_one_is_given_and_find_has_the_published_one():
-    defaults = [inspect.signature(f).parameters["tau"].default for f in (cli.run, cli.find)]
+    defaults = [inspect.signature(f).parameters["tau"].default for f in (make.run, make.find)]
     assert [Thresholds().tau, *defaults] == ["auto", "auto", 0.03]

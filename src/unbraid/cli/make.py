@@ -1,168 +1,45 @@
-"""Commands, thin twins of functions; what needs torch is imported inside, so help is instant."""
+"""Commands that scan, find, split and measure, one step at a time or all at once."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from shutil import get_terminal_size
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from cyclopts import App, Parameter
-from rich.console import Console
+from cyclopts import Parameter
 
 import unbraid
 from unbraid.base.errors import UsageError
-from unbraid.base.tables import Table, Tabular, align, count, one_line
+from unbraid.base.tables import align, count
+from unbraid.cli.shared import (
+    BFLOAT16,
+    CsvFile,
+    Device,
+    Features,
+    Grid,
+    Layers,
+    Model,
+    Names,
+    Network,
+    Out,
+    Output,
+    ScanPaths,
+    Tau,
+    Weights,
+    load,
+    open_images,
+    refuse_result,
+    say,
+    show,
+    show_broken,
+    show_runs,
+    show_table,
+    source_of,
+)
 from unbraid.finding.find_options import Finding
-from unbraid.scanning.scan_options import Labels, Loading, ScanOptions, in_command_words
-
-if TYPE_CHECKING:
-    from unbraid.images.listing import ListedImages
-    from unbraid.networks.models import LoadedModel
-    from unbraid.running.run import Run
-    from unbraid.running.several import LayerRuns
-
-# Results go to standard output, all else to standard error.
-show, say = (
-    Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False).print
-    for stderr in (False, True)
-)
-
-# The options that commands share, with their help; that of others stands in docstrings.
-_LAYERS = "A layer of `unbraid layers`, a pattern such as 'layer4.*', or all; may be repeated."
-_MODEL = (
-    "torchvision:NAME, timm:NAME or FILE.py:FUNCTION, which returns the network, (network, "
-    "preprocessing) or (network, preprocessing, output names); without preprocessing ImageNet's "
-    "usual one is assumed."
-)
-_WEIGHTS = "A safetensors or torch file, a torchvision weights name, or 'random'."
-_OUTPUT = "Key or index of the logits, if the network puts out more (-1: last)."
-_NAMES = "Names of classes: CSV (folder, WordNet id or output's number; name), JSON, or one a line."
-_BFLOAT16 = (
-    "This processor has bfloat16: with --autocast, into a folder of its own, the scan is faster; "
-    "compare what is found on some classes before you rely on it."
-)
-_FEATURES = "Make images that excite each split channel and concept channel."
-Layers = Annotated[list[str], Parameter(help=_LAYERS, negative="")]
-Features = Annotated[bool, Parameter(help=_FEATURES, negative="--no-features")]
-Model = Annotated[str, Parameter(help=_MODEL)]
-Weights = Annotated[str | None, Parameter(help=_WEIGHTS)]
-Output = Annotated[str | None, Parameter(help=_OUTPUT)]
-Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an accelerator if there.")]
-Names = Annotated[Path | None, Parameter(help=_NAMES)]
-Out = Annotated[Path, Parameter(help="Where to write.")]
-CsvFile = Annotated[Path | None, Parameter(help="CSV file to write or replace.")]
-_SCANS = "Folder of a finished scan; several, or a pattern such as 'scan-*', are read as one."
-ScanPaths = Annotated[list[Path], Parameter(help=_SCANS, negative="")]
-RunPath = Annotated[Path, Parameter(help="Folder of a finished run.")]
-FigureKind = Literal["teaser", "densities", "sources"]
-Tau = Annotated[float | Literal["auto"], Parameter(help="Smallest share that matters, or auto.")]
-Grid = Annotated[list[float] | None, Parameter(consume_multiple=True)]
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """A network as the command line names it."""
-
-    model: Model
-    weights: Weights = None
-    output: Output = None
-    device: Device = None
-    names: Names = None
-
-
-def load(network: Network) -> LoadedModel:
-    """Load a network, and pick the logits out of what it puts out; read names of classes."""
-    from unbraid.networks.class_names import read_names
-    from unbraid.networks.models import load_model
-    from unbraid.networks.outputs import with_logits
-
-    unbraid.keep_memory()
-    loaded = load_model(network.model, network.weights, network.device)
-    if network.names is not None:
-        loaded = replace(loaded, names=read_names(network.names))
-    note(loaded.note)
-    if network.output is not None:
-        picked = with_logits(loaded.model, network.output)
-        loaded = replace(loaded, model=picked, source={**loaded.source, "output": network.output})
-    return loaded
-
-
-def open_images(loaded: LoadedModel, source: str, listed: Path | None = None) -> ListedImages:
-    """Open images from any source, with a network's preprocessing and labels."""
-    from unbraid.images.open import images_for
-
-    images, assumed = images_for(loaded, source, listed)
-    note(assumed)
-    return images
-
-
-def source_of(loaded: LoadedModel, images: ListedImages, source: str) -> dict[str, Any]:
-    """How to find network and images again, and how the images were divided if they were."""
-    from unbraid.images.open import absolute
-
-    divided = {"divided": images.divided} if images.divided else {}
-    return {**loaded.source, "data": absolute(source), **divided}
-
-
-def show_table(result: Tabular | Table) -> None:
-    """Print a result, on a terminal as wide as that is."""
-    table = result.table() if isinstance(result, Tabular) else result
-    width = get_terminal_size().columns if sys.stdout.isatty() else None
-    show(in_command_words(table.fitted(width) if width else str(table)))
-
-
-def refuse_result(file: Path | None) -> None:
-    """Refuse to write a file that belongs to a run or scan."""
-    from unbraid.running import folders
-
-    folders.refuse_result(file)
-
-
-def note(text: str) -> None:
-    """Tell of something to know, if it is something."""
-    if text:
-        say(f"Note: {text}", style="yellow")
-
-
-def show_broken(names: list[str]) -> None:
-    """Count and list images that were left out."""
-    if names:
-        listed = "".join(f"\n  {one_line(name)}" for name in names)
-        say(f"Left out {count(len(names), 'image')} that could not be read:{listed}")
-
-
-def show_run(result: Run) -> None:
-    """End a run: a short table and where the report is."""
-    from unbraid.running.told import told
-
-    show_broken(result.broken)
-    for part in told(result):
-        if isinstance(part, str):
-            show(part)
-        else:
-            show_table(part)
-
-
-def show_runs(done: LayerRuns) -> None:
-    """End a run over one layer or several; of all layers, only how they compare."""
-    from unbraid.running.told import compared
-
-    show_broken(list(done.broken))
-    for name, result in () if done.searched else done.runs.items():
-        if len(done.runs) > 1:
-            show(f"\n{name}")
-        show_run(result)
-    if done.output is not None:
-        show(f"\n{compared('With all layers split, largest logit difference', done.output)}")
-    if done.layers is not None:
-        show()
-        show_table(done.layers)
-        show(f"Report: {done.index}")
+from unbraid.scanning.scan_options import Labels, Loading, ScanOptions
 
 
 def demo(*, out: Out, layer: Layers | None = None, features: Features = True) -> None:
@@ -315,7 +192,7 @@ def scan(
         )
         suggested = not options.autocast and len(images) >= LONG and is_first()
         if suggested and faster_in_bfloat16(loaded.model):
-            say(_BFLOAT16)
+            say(BFLOAT16)
         asked = layer[0] if len(layer) == 1 else layer
         made = unbraid.scan(loaded.model, asked, images, out, **vars(options))
     if not is_first():
@@ -396,45 +273,6 @@ def evaluate(split: Path, scan: ScanPaths, *, out: Path | None = None) -> None:
     show_table(result)
 
 
-def report(run: RunPath) -> None:
-    """Write a run's report again, for instance after an update of unbraid."""
-    from unbraid.running.run import Run
-
-    show(f"Report: {Run(run).report()}")
-
-
-def figure(run: RunPath, *, channel: int, out: Path, kind: FigureKind = "teaser") -> None:
-    """Draw one channel of a finished run as a figure for a paper.
-
-    Args:
-        channel: A channel that the run split.
-        out: File to write or replace: .pdf, .png or .svg.
-        kind: Pictures and densities, densities alone, or what feeds the concepts.
-    """
-    from unbraid.reporting.figures import check_suffix, save_figure
-    from unbraid.running.run import Run
-
-    check_suffix(out)
-    refuse_result(out)
-    save_figure(Run(run).figure(channel, kind), out)
-    show(f"Figure: {out}")
-
-
-def check(run: Path) -> int:
-    """List what a folder holds, and set damaged files aside so that they are made anew.
-
-    What cannot be read is told and left. Exit code 0 if everything is whole, else 1.
-
-    Args:
-        run: Folder of a run or of a scan.
-    """
-    from unbraid.running.check import check as check_folder
-
-    found = check_folder(run)
-    show("\n".join([*map(one_line, found.holds), str(found)]))
-    return 0 if found.whole else 1
-
-
 def reproduce(
     *,
     imagenet: Path,
@@ -468,16 +306,3 @@ def reproduce(
     matches = reproduce.match_pairs(found.pairs, reproduce.published_pairs())
     show(reproduce.show_matches(matches))
     return 0 if all(match.agrees for match in matches) else 1
-
-
-app = App(
-    name="unbraid",
-    help="Find the polysemantic channels of a vision network and split each into one per concept.",
-    help_format="markdown",
-    suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(negative_bool=()),
-)
-_COMMANDS: list[Callable[..., int | None]] = [demo, run, layers, scan, find, sensitivity, split]
-_COMMANDS += [evaluate, report, figure, check, reproduce]
-for n, command in enumerate(_COMMANDS):
-    app.command(command, sort_key=n)

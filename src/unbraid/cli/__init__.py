@@ -1,0 +1,25 @@
+"""Commands, thin twins of functions; what needs torch is imported inside, so help is instant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cyclopts import App, Parameter
+
+from unbraid.cli import look, make
+from unbraid.cli.shared import note, say, show
+
+__all__ = ["app", "note", "say", "show"]
+
+app = App(
+    name="unbraid",
+    help="Find the polysemantic channels of a vision network and split each into one per concept.",
+    help_format="markdown",
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(negative_bool=()),
+)
+_COMMANDS: list[Callable[..., int | None]] = [make.demo, make.run, make.layers, make.scan]
+_COMMANDS += [make.find, make.sensitivity, make.split, make.evaluate, look.report, look.figure]
+_COMMANDS += [look.explain, look.edit, look.suggest, look.check, make.reproduce]
+for n, command in enumerate(_COMMANDS):
+    app.command(command, sort_key=n)
