@@ -31,10 +31,27 @@ def test_bytes_are_those_of_the_widest_module_and_of_all_behind_the_layer():
     before = snapshot(model)
     widest = (8 + 5) * 36 + 5 + 5  # the recurrent module, with its two states
     behind = 8 * 36 + (5 * 36 + 5 + 5) + 2  # the layer, sequence and two states, the head
-    for layers, more in (([model.second], 0), ([model.second, model.first], 4 * 36)):
+    both = 2 * (8 + 4) * 36  # gradients and copies of both layers' outputs
+    for layers, more in (([model.second], 0), ([model.second, model.first], 4 * 36 + both)):
         expected = 4 * (3 * widest + behind + more)
         assert batch.bytes_of_one(model, layers, image) == expected
     assert_untouched(before, snapshot(model))
+
+
+def test_bytes_of_a_layer_with_parts_of_its_own_count():
+    class Padded(nn.Conv2d):
+        def __init__(self):
+            super().__init__(3, 4, 3)
+            self.pad = nn.ZeroPad2d(1)
+
+        def forward(self, x):
+            return super().forward(self.pad(x))
+
+    model = nn.Sequential(Padded(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    behind = 4 * 36 + 4 + 4 + 2  # the layer, pooled, flattened, the head
+    n_bytes = batch.bytes_of_one(model, [model[0]], torch.randn(3, 6, 6))
+    assert n_bytes >= 4 * behind
+    assert n_bytes > batch.bytes_of_one(model, [model[3]], torch.randn(3, 6, 6))
 
 
 @pytest.mark.parametrize(("memory", "expected"), [(1, 1), (7.9, 4), (8.0, 8), (1e6, 32)])

@@ -44,28 +44,10 @@ from unbraid.scanning.scan_options import Labels, Loading, ScanOptions
 
 def demo(*, out: Out, layer: Layers | None = None, features: Features = True) -> None:
     """Split a small network on Fashion-MNIST, offline; all comes with the package."""
-    from unbraid.demo.network import LAYER, load_images, load_network
-    from unbraid.running.folders import Thresholds
-    from unbraid.running.several import run_layers
+    from unbraid.running.demo import run_demo
 
     unbraid.keep_memory()
-    say("A small network trained on Fashion-MNIST, and a sample of its images.")
-    done = run_layers(
-        load_network(),
-        layer or [LAYER],
-        load_images("train"),
-        load_images("test"),
-        out,
-        # Without a layer those of the docs, and of the published runs.
-        thresholds=Thresholds() if layer else Thresholds(tau=0.03),
-        loading=Loading(batch_size=250),
-        source={"demo": True},
-        say=say,
-        title="Demo: a small network on Fashion-MNIST",
-        everything=True,  # it is quick
-        features=features,
-    )
-    show_runs(done)
+    show_runs(run_demo(out, layer, features=features, say=say))
 
 
 def run(

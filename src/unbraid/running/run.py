@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -403,20 +403,27 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
 
 def try_layer(job: Job, layer: str) -> None:
     """Run the network on an image, to see that a layer can be scanned, split and switched off."""
+    images = try_scan(job, [layer], positions=True)  # as a run will scan what it finds
+    if images is not None:
+        check_in_force(unwrap(job.model), layer, images)
+
+
+def try_scan(job: Job, layers: Sequence[str], *, positions: bool) -> torch.Tensor | None:
+    """Run the network on an image twice, to see that layers can be scanned; return both, if any."""
     model = unwrap(job.model)
     image = first_readable(job.train, range(size_of(job.train)))
     if image is None:
-        return
-    # As a run will scan what it finds; two, as some networks run on no single image.
-    tried: dict[str, Any] = {"min_share": MIN_SHARE, "positions": True, "predicted": True}
+        return None
+    # Two, as some networks run on no single image.
+    tried: dict[str, Any] = {"min_share": MIN_SHARE, "positions": positions, "predicted": True}
     twice = [Loaded(0, image, 0), Loaded(1, image, 0)]
     images = torch.stack([image, image]).to(device_of(model))
-    name, module = resolve_layer(model, layer)
-    place = Place(module, describe(name, module))
+    modules = dict(resolve_layer(model, layer) for layer in layers)
+    places = [Place(module, describe(name, module)) for name, module in modules.items()]
     with undisturbed(model), torch.enable_grad():
-        look_first(model, images, [(place.spec, module)])
-        scan_batch(model, [place], twice, **tried, autocast=False, check=True)
-    check_in_force(model, layer, images)
+        look_first(model, images, [(place.spec, place.module) for place in places])
+        scan_batch(model, places, twice, **tried, autocast=False, check=True)
+    return images
 
 
 def tell_unseen(job: Job) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -37,6 +38,7 @@ from unbraid.running.run import (
     seen_in,
     tell_unseen,
     try_layer,
+    try_scan,
 )
 from unbraid.running.sample import by_cosine, draw_sample
 from unbraid.scanning.every import as_many_as_fit, as_options, tell_rest
@@ -133,6 +135,12 @@ def _run_all(job: Job, asked: Sequence[str], every: Sequence[str], out: Path) ->
         if time.monotonic() - begun > FULL_SECONDS:
             break
         name = row.layer
+        try:
+            try_layer(job, name)
+        except (LayerError, ModelError) as error:
+            notes.append(f"Layer {name} has no report: {error}")
+            job.say(notes[-1])
+            continue
         job.say(f"Layer {name} in full.")
         own = replace(job, title=f"{job.title} · {name}", keep=True)
         runs[name] = run_layer(own, places[name], train_scans[name], val_scans[name], encoder)
@@ -150,11 +158,14 @@ def _looks(job: Job, names: Sequence[str]) -> dict[str, Path]:
 
 
 def _usable(job: Job, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Leave out layers that cannot be split after all, and say why; raise if none is left."""
+    """Leave out layers that cannot be scanned after all, and say why; raise if none is left."""
+    with suppress(LayerError, ModelError):
+        try_scan(job, names, positions=False)
+        return list(names), []
     usable, notes, faults = [], [], []
     for name in names:
         try:
-            try_layer(job, name)
+            try_scan(job, [name], positions=False)
             usable.append(name)
         except (LayerError, ModelError) as error:
             faults.append(error)

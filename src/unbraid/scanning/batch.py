@@ -67,12 +67,15 @@ def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor, n
         behind = behind or module in layers
         made = sum(tensor.nbytes for tensor in tensors_in(output))
         widest = max(widest, sum(tensor.nbytes for tensor in tensors_in(given)) + made)
-        kept += behind * made
+        # Of several layers, all outputs and all gradients are there at once, and copies go on.
+        kept += behind * made * (3 if module in layers and len(layers) > 1 else 1)
 
     with ExitStack() as stack:
         for module in model.modules():
             scripted = isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
-            if next(module.children(), None) is None and not scripted:
+            # A layer may have parts of its own, such as its padding.
+            whole = next(module.children(), None) is None or module in layers
+            if whole and not scripted:
                 stack.callback(module.register_forward_hook(count).remove)
         with undisturbed(model), torch.no_grad():
             run_network(model, torch.stack([image] * n))

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, Subset
 
 from unbraid.base.errors import DataError, OutOfMemory, RunError, memory_full
 from unbraid.base.files import remove_leftovers, write_tensors, write_whole
+from unbraid.base.tables import count
 from unbraid.base.team import Team, n_ranks
 from unbraid.images.batches import as_batch, deaths_told, image_progress, in_batches, load
 from unbraid.images.broken import Loaded, sort_out
@@ -40,6 +41,7 @@ from unbraid.scanning.scan_options import ScanOptions
 
 _PATIENCE = 60.0  # seconds; NFS shows a folder anew after half of that
 _PAUSE = 0.5
+_MOST_NAMED = 3  # layers in a title
 
 
 def images_per_shard(positions: bool) -> int:
@@ -152,7 +154,9 @@ def scan_shards(
     pinned = device_of(model).type == "cuda"
     work = _batches(targets, indices, team)
     batches = load(dataset, work, workers=options.workers, pinned=pinned)
-    title = f"Scanning {', '.join(target.manifest.layer.name for target in targets)}"
+    names = [target.manifest.layer.name for target in targets]
+    many = len(names) > _MOST_NAMED
+    title = f"Scanning {count(len(names), 'layer') if many else ', '.join(names)}"
     n_done = len(indices) - sum(sizes)
     show = options.progress and team.first
     with ExitStack() as stack:
