@@ -137,7 +137,7 @@ def test_order_and_pattern_do_not_matter_and_results_are_those_of_one_scan(folde
     dataset = Part(range(N_IMAGES))
     one = everything(scan_of(tmp_path / "whole", range(N_IMAGES)), tmp_path / "whole.html", dataset)
     answers = []
-    ways = [*permutations(folders), str(tmp_path / "scan-*"), [folders[0], tmp_path / "scan-*"]]
+    ways = [folders, folders[::-1], str(tmp_path / "scan-*")]
     for k, way in enumerate(ways):
         answers.append(everything(unbraid.open_scan(way), tmp_path / f"{k}.html", dataset))
     found, split, evaluation, page = answers[0]

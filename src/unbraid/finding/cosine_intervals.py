@@ -127,7 +127,8 @@ def _pull(length: Tensor, noise: Tensor) -> Tensor:
 
 def _yardsticks(scan: Scan, cases: Sequence[_Case], classes: Tensor) -> Iterator[Tensor]:
     """Mean cosine between the ARVs of two halves of each class of each case, (c,)."""
-    label, index = (torch.cat(list(scan.columns(name))) for name in ("label", "index"))
+    own = list(scan.tensors("label", "index"))  # in one pass
+    label, index = (torch.cat([shard[name] for shard in own]) for name in ("label", "index"))
     ranks = (_ranks(index[label == c]) for c in classes)
     # The last rank of the first half of each class in each halving, (T, H).
     middles = torch.stack([r.kthvalue(max(1, len(r) // 2), dim=0).values for r in ranks])
