@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,6 +142,9 @@ def test_candidates_are_found_with_their_thresholds_best_first(case, auto):
         for label, images in zip((pair.class1, pair.class2), candidate.images, strict=True):
             own = sorted((labels == label).nonzero()[:, 0].tolist(), key=lambda n: -z[n])
             assert list(images) == own[:3]
+    # With another gamma, a tau by rule would be another.
+    same = replace(found.nearest[0], tau=found.tau, gamma=0.3)
+    assert same.options(found) == (f"--tau {found.tau!r} --gamma 0.3" if auto else "--gamma 0.3")
 
 
 def shuffle(labels, seed):
