@@ -469,9 +469,9 @@ def test_run_divides_a_folder_that_is_not_divided(source, kind, home, call, monk
     assert html.escape(told[0]) in page
     assert html.escape(look[0]) in page
     for name in ("scan-train", "scan-val"):
-        scan = unbraid.open_scan(home / folder / "quick" / name)
-        assert scan.manifest.source["divided"] == told[0]
-        assert scan.manifest.labels == ("given" if kind == "classes" else "predicted")
+        manifest = unbraid.open_scan(home / folder / "quick" / name).manifest
+        assert manifest.source["divided"] == told[0]
+        assert manifest.labels == ("given" if kind == "classes" else "predicted")
     assert (
         json.loads((home / folder / "quick/settings.json").read_text())["thresholds"]["concepts"]
         == kind

@@ -259,7 +259,8 @@ def positions_folder(results: Path, kind: str, scan: Scan, **which: Any) -> Path
     """
     own = {name: sorted(set(chosen)) for name, chosen in which.items()}
     classes, indices = tuple(own["classes"]) if "classes" in own else None, own.get("indices")
-    wanted = replace(scan.manifest, classes=classes, indices=hash_indices(indices), positions=True)
+    which = {"classes": classes, "indices": hash_indices(indices), "first": "", "n_first": 0}
+    wanted = replace(scan.manifest, **which, positions=True)
     others = [folder for folder in results_in(home_of(results)) if folder != results]
     for folder in (results, *others):
         for path in sorted(folder.glob(f"positions-{kind}*")):
