@@ -28,6 +28,7 @@ from unbraid.images.identity import fingerprint, ids_of
 from unbraid.images.kept import Part, read_list, write_list
 from unbraid.images.mapped import BLOCK, HEAD, Mapped, distinct
 from unbraid.images.open import labelled
+from unbraid.running.check import check
 
 
 def unclassed(root, members):
@@ -294,6 +295,19 @@ def test_cut_files_other_versions_and_lies_are_refused(file, tmp_path):
         Mapped(tmp_path)
 
 
+def test_check_sets_a_damaged_list_aside(folder, tmp_path):
+    file = tmp_path / "scan" / kept.LISTED
+    scanned(unbraid.open_images(folder, to_tensor, listed=file), tmp_path / "scan")
+    assert check(tmp_path / "scan").whole
+    content = bytearray(file.read_bytes())
+    content[HEAD + 3] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+    found = check(tmp_path / "scan")
+    assert "no list of images that can be used" in found.damaged[0]
+    assert not file.exists()
+
+
 def test_whatever_lies_there_is_replaced(folder, file):
     for content in (b"", b"\0" * 9000, b"{}"):
         file.parent.mkdir(exist_ok=True)
@@ -332,8 +346,9 @@ def making(folder, file, how="", n_ranks=1):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("how", ["part0", "part4", "rename"])
+@pytest.mark.parametrize(
+    ("how", "before"), [("part0", False), ("part4", True), ("rename", False), ("rename", True)]
+)
 def test_a_kill_leaves_the_old_list_or_none(how, before, folder, file):
     if before:
         unbraid.open_images(folder, listed=file)
