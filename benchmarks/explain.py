@@ -2,36 +2,41 @@
 
     python benchmarks/explain.py                                  # the demo's network and pictures
     python benchmarks/explain.py --photographs DIR --scans FOLDER # EfficientNet-Lite0
+    python benchmarks/explain.py --others                         # other ways to make heatmaps too
 
 For every split channel and every two of its concepts, a picture of each is drawn, the two are put
 side by side, and it is measured which part of the positive mass of a concept channel's map and of
 its heatmap lies on the half of its own concept; beside it the same for the whole channel, for
 which half is to be expected. Pictures are of the test set, which nothing was fitted to. DIR holds
 train/ and val/ with class folders; a scan of train/ in FOLDER is used again. The demo needs nothing
-but unbraid, photographs what `benchmarks/lite0.py` says. Prints Markdown.
+but unbraid, photographs what `benchmarks/lite0.py` says, other ways zennit: gradients of summed
+responses, not weighted by them; gradients averaged over noisy copies (SmoothGrad); layer-wise
+relevance propagation (EpsilonPlusFlat), on the plain form. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import gaussian_blur
 
 import unbraid
 from timing import print_head, print_row
 from unbraid.demo.network import LAYER, load_images, load_network
 from unbraid.measuring.explain import heatmap
-from unbraid.splitting.splits import ChannelSplit
-from unbraid.surgery.split_layer import SplitLayer
 
-WAYS = ("map", "heatmap")
+N_COPIES, NOISE = 8, 0.3  # of noisy copies, and how noisy they are
 Parts = dict[tuple[str, bool], list[float]]  # by way, and whether of the concept channel alone
 
 
@@ -44,32 +49,78 @@ def part_on(values: Tensor, left: bool) -> float:
     return float(own.sum() / both) if both > 0 else float("nan")
 
 
-def measure(
-    model2: nn.Module, layer: SplitLayer, part: ChannelSplit, image: Tensor, concepts: list[int]
-) -> Iterator[tuple[int, bool, str, float]]:
-    """Concept, whether of it alone, way and part on its half, of an image (1, C, H, 2 W)."""
-    leaf, seen = image.clone().requires_grad_(), []
-    with (
-        layer.concepts.register_forward_hook(lambda *args: seen.append(args[-1])),
-        layer.register_forward_hook(lambda *args: seen.append(args[-1].clone())),
-    ):
-        model2(leaf)
-    whole = seen[1][:, part.channel]
-    of_whole = {"map": whole.detach(), "heatmap": heatmap([whole], leaf)}
-    for place, concept in enumerate(concepts):
-        own = seen[0][:, layer.names.index(f"{part.channel}.{concept}")]
-        of_concept = {"map": own.detach(), "heatmap": heatmap([own], leaf)}
-        for way in WAYS:
-            for alone, values in ((True, of_concept), (False, of_whole)):
-                yield concept, alone, way, part_on(values[way], left=place == 0)
+Heatmaps = Callable[[nn.Module, str, Tensor, "Row"], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A channel, or one of its concept channels."""
+
+    channel: int
+    concept: int | None  # None: the whole channel
+
+    @property
+    def name(self) -> str:
+        """As layers name it."""
+        return str(self.channel) if self.concept is None else f"{self.channel}.{self.concept}"
+
+
+def responses(model2: nn.Module, name: str, images: Tensor, row: Row) -> Tensor:
+    """Pre-activations of a row, (N, h, w)."""
+    layer, seen = model2.get_submodule(name), []
+    module = layer if row.concept is None else layer.concepts
+    with module.register_forward_hook(lambda *args: seen.append(args[-1].clone())):
+        model2(images)
+    return seen[0][:, row.channel if row.concept is None else layer.names.index(row.name)]
+
+
+def own_ways(model2: nn.Module, name: str, image: Tensor, row: Row) -> dict[str, Tensor]:
+    """Map and heatmap as `unbraid.explain` makes them, of an image (1, C, H, W)."""
+    leaf = image.clone().requires_grad_()
+    values = responses(model2, name, leaf, row)
+    return {"map": values.detach(), "heatmap": heatmap([values], leaf)}
+
+
+def other_ways(model2: nn.Module, name: str, image: Tensor, row: Row) -> dict[str, Tensor]:
+    """Heatmaps in other ways, smoothed alike."""
+    leaf = image.clone().requires_grad_()
+    (summed,) = torch.autograd.grad(responses(model2, name, leaf, row).sum(), leaf)
+    copies = (image + NOISE * torch.randn(N_COPIES, *image.shape[1:])).requires_grad_()
+    strength = responses(model2, name, copies, row).clamp(min=0).square().sum() / 2
+    (noisy,) = torch.autograd.grad(strength, copies)
+    spread = min(image.shape[2:]) / 28
+    smooth = partial(gaussian_blur, kernel_size=2 * math.ceil(3 * spread) + 1, sigma=spread)
+    return {
+        "summed responses": smooth((image * summed).sum(1)),
+        "noisy copies": smooth((image * noisy.mean(0)).sum(1)),
+    }
+
+
+def propagate(plain: nn.Module, name: str, image: Tensor, row: Row) -> dict[str, Tensor]:
+    """Layer-wise relevance propagation from the positive responses of a row of the plain form."""
+    from zennit.canonizers import SequentialMergeBatchNorm
+    from zennit.composites import EpsilonPlusFlat
+
+    layer, leaf, seen = plain.get_submodule(name), image.clone().requires_grad_(), []
+    module = layer.merge if row.concept is None else layer.wide
+    place = row.channel if row.concept is None else layer.names.index(row.name)
+    composite = EpsilonPlusFlat(canonizers=[SequentialMergeBatchNorm()], zero_params="bias")
+    with composite.context(plain) as ruled:
+        with module.register_forward_hook(lambda *args: seen.append(args[-1])):
+            ruled(leaf)
+        start = torch.zeros_like(seen[0])
+        start[:, place] = seen[0][:, place].detach().clamp(min=0)
+        (relevance,) = torch.autograd.grad(seen[0], leaf, start)
+    return {"zennit": relevance.detach().sum(1)}
 
 
 def measure_all(
-    model: nn.Module, split: unbraid.Split, images: Dataset[Any], n_pairs: int
+    split: unbraid.Split,
+    images: Dataset[Any],
+    n_pairs: int,
+    ways: Sequence[tuple[Heatmaps, nn.Module]],
 ) -> dict[str, Parts]:
     """Measure all channels; by concept channel, the parts of every pair."""
-    model2 = unbraid.apply(model, split).requires_grad_(False)
-    layer = model2.get_submodule(split.layer.name)
     labels = torch.tensor(images.targets)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Parts] = {}
@@ -83,9 +134,16 @@ def measure_all(
         for concepts in itertools.permutations(range(len(part.concepts)), 2):
             for _ in range(n_pairs):
                 image = torch.cat([draw(part.concepts[k]) for k in concepts], -1)[None]
-                for k, alone, way, value in measure(model2, layer, part, image, list(concepts)):
-                    own = found.setdefault(f"{part.channel}.{k}", {})
-                    own.setdefault((way, alone), []).append(value)
+                for way, network in ways:
+                    whole = way(network, split.layer.name, image, Row(part.channel, None))
+                    for place, k in enumerate(concepts):
+                        row = Row(part.channel, k)
+                        alone = way(network, split.layer.name, image, row)
+                        own = found.setdefault(row.name, {})
+                        for name in alone:
+                            for kind, values in ((True, alone[name]), (False, whole[name])):
+                                value = part_on(values, left=place == 0)
+                                own.setdefault((name, kind), []).append(value)
         print(f"channel {part.channel}", end="\r", flush=True)
     return found
 
@@ -149,16 +207,23 @@ def main() -> None:
     parser.add_argument(
         "--pairs", type=int, default=16, help="of every two concepts, each way round"
     )
+    parser.add_argument("--others", action="store_true", help="other ways to make heatmaps too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model, split, images = load(options.photographs, options.scans or Path(folder))
-    found = measure_all(model, split, images, options.pairs)
+    model2 = unbraid.apply(model, split).requires_grad_(False)
+    ways: list[tuple[Heatmaps, nn.Module]] = [(own_ways, model2)]
+    if options.others:
+        torch.manual_seed(0)
+        plain = unbraid.apply(model, split, form="plain").requires_grad_(False)
+        ways += [(other_ways, model2), (propagate, plain)]
+    found = measure_all(split, images, options.pairs, ways)
     n_channels = len(split.channels)
     print(f"{split.layer.name}: {n_channels} channels, {len(found)} concept channels.\n")
     heads = ["", "concept channel on its own half", "whole channel on the same half"]
     heads += ["concept channels", "with 80 % or more", "without positive mass"]
     print_head(*heads)
-    for way in WAYS:
+    for way in dict.fromkeys(name for own in found.values() for name, _ in own):
         print_row(way, *summarise(found, way))
 
 

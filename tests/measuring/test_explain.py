@@ -343,6 +343,16 @@ def test_quantiles_are_those_of_all_images_and_survive_a_file(case_of, tmp_path)
                 assert_close(quantiles, expected, 1e-9)
 
 
+def test_refitting_a_split_of_an_earlier_version_adds_quantiles(case_of, tmp_path):
+    case = case_of("groups")
+    scan = unbraid.scan(case.network, "layer", case.images, tmp_path / "scan")
+    found = unbraid.find(scan, channels={1: [[0], [1]]})
+    made = unbraid.split(scan, found)
+    old = replace(made, channels=tuple(replace(part, quantiles=None) for part in made.channels))
+    again = unbraid.split(scan, found, refit=old)
+    assert torch.equal(again[1].quantiles, made[1].quantiles)
+
+
 def test_percentiles_of_what_lies_between_outside_and_again():
     steps = torch.tensor([0.0, 1.0, 1.0, 1.0, 2.0])
     for response, expected in (

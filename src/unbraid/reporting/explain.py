@@ -115,6 +115,10 @@ def explain(
             of all.
         heatmaps: compute for those which pixels they answer to.
 
+    Returns:
+        An Explanation: printed as tables, shown with pictures in notebooks, saved by `save`. Its
+        images, such as `explained[0]`, hold all channels, `explained[0][900]` is channel 900.
+
     Raises:
         UsageError: there is no such layer or class, or there is no image.
         DataError: an image cannot be read.
@@ -253,7 +257,7 @@ def _draw_legend(sheet: Image.Image, pen: ImageDraw.ImageDraw, font: Any) -> Non
 
 def _clipped(text: str, font: Any, width: int) -> str:
     """Cut a text to a number of pixels."""
-    line = one_line(text)
+    line = one_line(text.encode("utf-8", "backslashreplace").decode())
     if font.getlength(line) <= width:
         return line
     while line and font.getlength(f"{line}…") > width:
