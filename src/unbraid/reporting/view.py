@@ -306,20 +306,19 @@ def _of_samples(material: Material, known: Evaluation) -> dict[str, bool]:
     """Say which measures are of a sample of the images."""
     n_images, seen = material.n_images, known.semantics
     sizes = {
-        "outputs were compared": known.output and known.output.n_images,
-        "channels were switched off": known.ablation
+        "comparison of outputs": known.output and known.output.n_images,
+        "channels switched off": known.ablation
         and sum(one.n_images for one in known.ablation.classes),
-        "images were compared for likeness": seen
-        and next((one.n_images for one in seen.channels.values()), None),
+        "likeness of images": seen and next((one.n_images for one in seen.channels.values()), None),
     }
     told = {what: n for what, n in sizes.items() if n and n < n_images}
     if not told:
         return {}
     what, n = ", ".join(told), max(told.values())
     return {
-        f"On a sample of {n:,} of {count(n_images, 'validation image')} {what}; rectified errors "
-        "and places of answers are of some images too. All other measures are of all images. "
-        "The same command with --all measures all.": True
+        f"On a sample of {n:,} of {count(n_images, 'validation image')} only: {what}; rectified "
+        "errors and places of answers are of some images too. All other measures are of all "
+        "images. The same command with --all measures all.": True
     }
 
 

@@ -335,12 +335,13 @@ def _scan_positions(job: Job, made: Run, kind: Literal["train", "val"]) -> Scan:
     images, scan = (job.train, made.train_scan) if kind == "train" else (job.val, made.val_scan)
     which = made.with_positions(kind)
     folder = folders.positions_folder(made.folder, kind, scan, **which)
-    words = {"train": "training images, for the published rule", "val": "validation images"}[kind]
-    size = ""
+    what = "training image" if kind == "train" else "validation image"
+    why = ", for the published rule" if kind == "train" else ""
+    n_images = f"the {what}s of concepts"
     if "indices" in which:
         n_bytes = len(which["indices"]) * bytes_of_positions(scan)
-        size = f" of {count(len(which['indices']), 'image')} (about {n_bytes / 1e6:,.0f} MB)"
-    job.say(f"Scanning {words}{size} again, with positions.")
+        n_images = f"{count(len(which['indices']), what)} (about {n_bytes / 1e6:,.0f} MB)"
+    job.say(f"Scanning {n_images} again, with positions{why}.")
     return job.scan(images, {scan.layer.name: folder}, positions=True, **which)[scan.layer.name]
 
 
