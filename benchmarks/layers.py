@@ -30,12 +30,15 @@ class Noise(Dataset[tuple[torch.Tensor, int]]):
     """Images made when asked for, the same each time."""
 
     def __init__(self, n: int) -> None:
+        """Label them in turns."""
         self.targets = [i % 10 for i in range(n)]
 
     def __len__(self) -> int:
+        """How many."""
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """An image and its label."""
         generator = torch.Generator().manual_seed(index)
         return torch.randn(3, 224, 224, generator=generator), self.targets[index]
 
