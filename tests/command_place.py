@@ -37,6 +37,7 @@ _SCAN = "unbraid scan --model clothes.py:build --layer mix --data clothes/train 
 _RUN = "unbraid run --model clothes.py:build --layer mix --data clothes --out"
 LEFT_OUT = {  # what the text leaves out of a command, or the command to which it names an option
     "unbraid run --layer look.8 --layer mix": "--model clothes.py:build --data clothes --out two",
+    "unbraid run --layer all": "--model clothes.py:build --data clothes --out all --no-features",
     "--concepts clusters": f"{_RUN} clusters",
     "unbraid run --quick": "--model clothes.py:build --layer mix --data clothes --out first-look",
     "--labels predicted": f"{_SCAN}/predicted",

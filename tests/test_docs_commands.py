@@ -110,7 +110,7 @@ def test_a_command_that_fails_or_leaves_nothing_is_told(text, place):
     ("text", "told"),
     [
         ("unbraid runs", KeyError),
-        ("unbraid demo --layer", AssertionError),
+        ("unbraid demo --model", AssertionError),
         ("--outs", AssertionError),
         ("pip install '.[onyx]'", AssertionError),
         ("pytest tests/fault", AssertionError),

@@ -142,6 +142,13 @@ def test_a_finished_layer_is_not_made_anew(tmp_path, monkeypatch):
         run(tmp_path)
 
 
+def test_damaged_data_of_layers_are_set_aside_and_made_anew(made, tmp_path):
+    out = Path(shutil.copytree(made[0], tmp_path / "run"))
+    (out / "layers.json").write_text("{")
+    assert "layers.json" in str(check(out).damaged)
+    assert run(out).layers == made[1].layers
+
+
 def test_other_settings_have_an_index_of_their_own(tmp_path):
     run(tmp_path)
     before = data(tmp_path)

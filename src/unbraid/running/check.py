@@ -17,6 +17,7 @@ from unbraid.finding.thresholds import COLUMNS as SENSITIVITY
 from unbraid.images.kept import LISTED
 from unbraid.images.mapped import Mapped
 from unbraid.measuring.results import read_ablation, read_channels, read_output, read_semantics
+from unbraid.reporting.layers import DATA, read_layers
 from unbraid.running.folders import FEATURES, SCANS, SETTINGS, home_of, is_numbered, read_settings
 from unbraid.scanning.manifest import read_manifest
 from unbraid.scanning.records import read_shard, shard_path, shards_there, sound_layer
@@ -116,6 +117,9 @@ def check(folder: str | Path) -> Checkup:
     runs = [path for path in there if _holds_any(path, SETTINGS, f"{SETTINGS}*{ASIDE}")]
     if not (scans or runs or found.unreadable):
         raise RunError(f"{folder} holds no scan and no run; name a folder that does.")
+    for path in there:
+        if (path / DATA).exists():
+            found.look(path / DATA, partial(read_layers, path))
     of_scans = [f"{path}: {_check_scan(path, found)}." for path in scans]
     for path in (path / LISTED for path in there if (path / LISTED).exists()):
         found.look(path, partial(_check_list, path))
