@@ -41,6 +41,7 @@ from unbraid.running.run import (
     try_layer,
     try_scan,
 )
+from unbraid.scanning.accuracy import scanned_accuracy
 from unbraid.scanning.every import as_many_as_fit, as_options, tell_rest
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import usable_in
@@ -115,6 +116,9 @@ def _run_all(job: Job, asked: Sequence[str], every: Sequence[str], out: Path) ->
         job.say(note)
     places = {name: layer_folder(out, name) for name in names}
     train_scans, val_scans = scan_each(job, places)
+    fit = scanned_accuracy(train_scans[names[0]])
+    if fit is not None and fit.warning:  # the run says it too
+        notes.append(fit.warning)
     index = _Index(job, out, every)
     index.notes = notes
     begun = time.monotonic()
