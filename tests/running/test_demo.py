@@ -11,7 +11,7 @@ import torch
 import unbraid
 from unbraid.base.errors import UsageError
 from unbraid.demo import network as demo
-from unbraid.running.run import Run
+from unbraid.running.finished import Run
 
 
 @pytest.mark.parametrize(("split", "least"), [("train", 300), ("test", 200)])

@@ -15,8 +15,8 @@ from unbraid.demo.network import LAYER, load_images, load_network
 from unbraid.running import edit as editing
 from unbraid.running import run as running
 from unbraid.running.edit import edit_run
+from unbraid.running.finished import Run
 from unbraid.running.folders import Thresholds
-from unbraid.running.run import Run
 from unbraid.scanning.scan_options import Loading
 
 SCALES = {"0.0": 0.0, "4.1": 2.0, "1.rest": 0.5}

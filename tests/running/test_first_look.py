@@ -14,8 +14,8 @@ from unbraid.images import sample
 from unbraid.running import first_look
 from unbraid.running import run as running
 from unbraid.running.check import check
+from unbraid.running.finished import Run
 from unbraid.running.folders import first_look_in_words
-from unbraid.running.run import Run
 from unbraid.running.told import in_words
 from unbraid.scanning import scan as scanning
 from unbraid.scanning import shards

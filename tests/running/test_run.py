@@ -19,8 +19,8 @@ from unbraid.base.errors import ModelError, RunError, UsageError
 from unbraid.running import measures
 from unbraid.running import run as running
 from unbraid.running.check import check
+from unbraid.running.finished import Run
 from unbraid.running.folders import Thresholds, is_numbered, read_settings
-from unbraid.running.run import Run
 from unbraid.running.several import run_layers
 from unbraid.scanning.scan_options import Loading
 from unbraid.visualizing import visualize as making

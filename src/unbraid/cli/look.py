@@ -38,7 +38,7 @@ FigureKind = Literal["teaser", "densities", "sources"]
 
 def report(run: RunPath) -> None:
     """Write a run's report again, for instance after an update of unbraid."""
-    from unbraid.running.run import Run
+    from unbraid.running.finished import Run
 
     show(f"Report: {Run(run).report()}")
 
@@ -52,7 +52,7 @@ def figure(run: RunPath, *, channel: int, out: Path, kind: FigureKind = "teaser"
         kind: Pictures and densities, densities alone, or what feeds the concepts.
     """
     from unbraid.reporting.figures import check_suffix, save_figure
-    from unbraid.running.run import Run
+    from unbraid.running.finished import Run
 
     check_suffix(out)
     refuse_result(out)
@@ -97,8 +97,8 @@ def explain(
         n: Concept channels to show of each image, those with the largest shares.
         out: Folder to write into; by default RUN/explained.
     """
+    from unbraid.running.finished import Run
     from unbraid.running.network import load_again, open_pictures
-    from unbraid.running.run import Run
 
     if any((out / name).exists() for name in ("settings.json", "manifest.json") if out):
         raise UsageError(f"{out} holds a run or scan; name another folder.")
@@ -141,8 +141,8 @@ def edit(
     network runs as fast as before.
     """
     from unbraid.running.edit import edit_run
+    from unbraid.running.finished import Run
     from unbraid.running.network import load_again
-    from unbraid.running.run import Run
 
     scales = dict.fromkeys(off or (), 0.0)
     for entry in scale or ():
@@ -172,7 +172,7 @@ def suggest(run: RunPath, *, n: int = 10) -> None:
     Args:
         n: Of each kind, at most.
     """
-    from unbraid.running.run import Run
+    from unbraid.running.finished import Run
 
     evaluation = Run(run).evaluation
     if evaluation is None or evaluation.ablation is None:

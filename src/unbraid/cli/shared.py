@@ -18,7 +18,7 @@ from unbraid.scanning.scan_options import in_command_words
 if TYPE_CHECKING:
     from unbraid.images.listing import ListedImages
     from unbraid.networks.models import LoadedModel
-    from unbraid.running.run import Run
+    from unbraid.running.finished import Run
     from unbraid.running.several import LayerRuns
 
 # Results go to standard output, all else to standard error.

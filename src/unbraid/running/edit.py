@@ -27,8 +27,8 @@ from unbraid.networks.models import LoadedModel
 from unbraid.networks.outputs import run_network
 from unbraid.reporting.before_after import before_after_page
 from unbraid.reporting.pictures import sight_of
+from unbraid.running.finished import Run
 from unbraid.running.network import load_again
-from unbraid.running.run import Run
 from unbraid.scanning.scan_options import Loading
 from unbraid.surgery.edit import check_edit, edit
 

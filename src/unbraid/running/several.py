@@ -26,21 +26,21 @@ from unbraid.measuring.evaluate import evaluate
 from unbraid.networks.layers import ALL, is_pattern, layer_folder, layer_names
 from unbraid.reporting.layers import DATA, LayerRow, Layers, describe_layer, read_layers
 from unbraid.reporting.layers_page import write_index
+from unbraid.running.finished import Run, seen_in
 from unbraid.running.folders import SCANS, Settings
 from unbraid.running.run import (
     Job,
-    Run,
     broken_names,
     prepare,
     run_each,
     run_layer,
     scan_each,
-    seen_in,
     tell_unseen,
     try_layer,
     try_scan,
 )
 from unbraid.running.sample import by_cosine, draw_sample
+from unbraid.scanning.accuracy import scanned_accuracy
 from unbraid.scanning.every import as_many_as_fit, as_options, tell_rest
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import usable_in
@@ -117,6 +117,9 @@ def _run_all(job: Job, asked: Sequence[str], every: Sequence[str], out: Path) ->
         job.say(note)
     places = {name: layer_folder(out, name) for name in names}
     train_scans, val_scans = scan_each(job, places, _looks(job, names))
+    fit = scanned_accuracy(train_scans[names[0]])
+    if fit is not None and fit.warning:  # the run says it too
+        notes.append(fit.warning)
     index = _Index(job, out, every)
     index.notes = notes
     begun = time.monotonic()

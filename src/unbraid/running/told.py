@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from unbraid.base.tables import Table, percent
 from unbraid.measuring.compare import OutputComparison
+from unbraid.running.finished import Run
 from unbraid.running.folders import first_look_in_words
-from unbraid.running.run import Run
 
 
 def told(result: Run) -> list[str | Table]:

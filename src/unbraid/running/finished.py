@@ -1,0 +1,184 @@
+"""A finished run: what lies in its folder, each result read once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch.utils.data import Dataset
+
+from unbraid.base.errors import RunError
+from unbraid.base.tables import count
+from unbraid.finding.find import find
+from unbraid.finding.findings import Findings
+from unbraid.finding.thresholds import Sensitivity, sensitivity
+from unbraid.measuring.evaluate import evaluate
+from unbraid.measuring.results import Evaluation, read_ablation, read_output, read_semantics
+from unbraid.reporting.figures import density_figure, source_figure, teaser_figure
+from unbraid.reporting.report import report as write_report
+from unbraid.running import folders
+from unbraid.running.folders import as_labelled, validation_images
+from unbraid.running.sample import (
+    choose_for_positions,
+    concerned_in,
+)
+from unbraid.scanning.many import open_scan
+from unbraid.scanning.records import Scan
+from unbraid.splitting.splits import Split
+from unbraid.visualizing.features import Features
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Run:
+    """A run over one layer. Each result is read from its folder once, unless it was just made."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the settings; RunError if the folder holds no run."""
+        settings = folders.read_settings(folder)
+        if settings is None:
+            raise RunError(f"{folder} holds no finished run; make one with `unbraid run`.")
+        self.folder, self.settings = folder, settings
+        self.page = folder / "report.html"
+        self.broken: list[str] = []  # names of images that its scans left out
+
+    @cached_property
+    def train_scan(self) -> Scan:
+        """Of all training images."""
+        return open_scan(folders.home_of(self.folder) / "scan-train")
+
+    @cached_property
+    def val_scan(self) -> Scan:
+        """Of all validation images."""
+        return open_scan(folders.home_of(self.folder) / "scan-val")
+
+    @cached_property
+    def found(self) -> Findings:
+        """The polysemantic channels."""
+        found = find(self.train_scan, **self.settings.thresholds.of_find)
+        return seen_in(self.val_scan, found)
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity | None:
+        """What other thresholds would find; None of clusters, which ask neither tau nor p."""
+        if self.settings.thresholds.concepts == "clusters":
+            return None
+        return sensitivity(self.train_scan, found=self.found)
+
+    @cached_property
+    def val_maps(self) -> Scan:
+        """Of the validation images concerned, with positions."""
+        of_all = concerned_in(self.val_scan, self.found)  # as older runs have them
+        for which in (self.with_positions("val"), of_all):
+            folder = folders.positions_folder(self.folder, "val", self.val_scan, **which)
+            if folder.exists():
+                break
+        else:
+            raise RunError(f"{folder} is gone, which the page shows; start the run again.")
+        return open_scan(folder)
+
+    def with_positions(self, kind: Literal["train", "val"]) -> dict[str, Any]:
+        """Which images are scanned with positions, as `unbraid.scan` takes it."""
+        scan = self.train_scan if kind == "train" else self.val_scan
+        if self.settings.everything:
+            return concerned_in(scan, self.found)
+        return choose_for_positions(scan, self.found, None if kind == "train" else self.split)
+
+    @cached_property
+    def split(self) -> Split:
+        """By least squares."""
+        return Split.load(self.folder / "split.safetensors")
+
+    @cached_property
+    def baseline(self) -> Split:
+        """By the published rule."""
+        return Split.load(self.folder / "split-published.safetensors")
+
+    @cached_property
+    def evaluation(self) -> Evaluation | None:
+        """All measures; None if nothing was found."""
+        if not self.found.concepts:
+            return None
+        path = self.folder / "evaluation.json"
+        if not path.exists():
+            raise RunError(
+                f"{path.parent} holds an unfinished run; start it again, it goes on there."
+            )
+        measures: dict[str, Any] = {
+            "output": read_output(path),
+            "ablation": read_ablation(path),
+            "semantics": read_semantics(path),
+        }
+        measures |= {"baseline": self.baseline, "maps": self.val_maps}
+        return evaluate(self.split, self.val_scan, **measures)
+
+    @cached_property
+    def features(self) -> Features | None:
+        """Feature visualisations; None if there are none."""
+        folder = self.folder / folders.FEATURES
+        return Features.load(folder) if folder.exists() else None
+
+    @cached_property
+    def images(self) -> Dataset[Any]:
+        """Validation images to look at, labelled as they were scanned."""
+        opened = validation_images(self.settings.source, self.val_scan, self.settings.sight)
+        return as_labelled(opened, self.val_scan)
+
+    def is_finished(self, features: bool) -> bool:
+        """Whether all results are there, those that may be asked for too."""
+        names = ["findings.csv", "report.html"]
+        if self.found.concepts:
+            names += ["split.safetensors", "split-published.safetensors", "evaluation.json"]
+            names += [folders.FEATURES] * features
+        return all((self.folder / name).exists() for name in names)
+
+    def report(self) -> Path:
+        """Write the page; RunError if the run is not finished, DataError if its images are gone."""
+        shown: dict[str, Any] = {"scan": self.val_scan, "train_scan": self.train_scan}
+        shown |= {"found": self.found, "sensitivity": self.sensitivity, "dataset": self.images}
+        shown["lead"] = folders.first_look_in_words(self.settings.source, self.found)
+        if self.evaluation is not None:
+            shown |= {"evaluation": self.evaluation, "split": self.split}
+            shown |= {"maps": self.val_maps, "features": self.features}
+        return write_report(self.page, title=self.settings.title, **shown)
+
+    def figure(
+        self, channel: int, kind: Literal["teaser", "densities", "sources"] = "teaser"
+    ) -> Figure:
+        """Draw a split channel as `unbraid.teaser_figure` and its like; RunError if none is."""
+        if not (self.folder / "split.safetensors").exists():
+            raise RunError(
+                f"{self.folder} holds no split, so there is nothing to draw; start the run again "
+                "unless its report says that nothing was found."
+            )
+        drawn = (self.split, self.val_scan, channel)
+        if kind == "teaser":
+            return teaser_figure(*drawn, dataset=self.images, features=self.features)
+        return (density_figure if kind == "densities" else source_figure)(*drawn)
+
+
+def seen_in(val_scan: Scan, found: Findings) -> Findings:
+    """Leave out channels of which a concept has no validation image, and note how many.
+
+    Of what else excites a channel, beside its classes, only the concept without images is left out.
+    """
+    counts = found.members_in(val_scan).count(found.classes)
+    concepts = {}
+    for channel, groups in found.concepts.items():
+        seen = tuple(group for group in groups if any(counts[number] for number in group))
+        unseen = [number for group in groups if group not in seen for number in group]
+        if not unseen or (found.kind == "whole" and found.clusters.keys() >= set(unseen)):
+            concepts[channel] = seen
+    n_left_out = len(found.concepts) - len(concepts)
+    if n_left_out == 0:
+        return replace(found, concepts=concepts)
+    pairs = tuple(pair for pair in found.pairs if pair.channel in concepts)
+    clusters = {n: c for n, c in found.clusters.items() if c.channel in concepts}
+    note = (
+        f"{found.note} {count(n_left_out, 'channel')} left out, as the validation images have none "
+        "of one of the concepts; add some."
+    )
+    return replace(found, pairs=pairs, concepts=concepts, clusters=clusters, note=note.lstrip())
