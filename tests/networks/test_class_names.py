@@ -17,7 +17,7 @@ from unbraid.images.labels import AS_GIVEN, Reading, show_names
 from unbraid.images.open import images_for
 from unbraid.networks.class_names import imagenet_classes, read_names
 from unbraid.networks.models import LoadedModel
-from unbraid.running.run import validation_images
+from unbraid.running.folders import validation_images
 
 INDEX = {"0": ["n02012849", "crane"], "1": ["n03126707", "crane"], "2": ["n01440764", "tench"]}
 

@@ -17,6 +17,7 @@ from tiny_networks import SyntheticImages
 from unbraid.base import files
 from unbraid.base.errors import ModelError, RunError, UsageError
 from unbraid.running import measures
+from unbraid.running import finished
 from unbraid.running import run as running
 from unbraid.running.check import check
 from unbraid.running.finished import Run
@@ -68,7 +69,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def family(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "validation_images", lambda *_: VAL)
+    monkeypatch.setattr(finished, "validation_images", lambda *_: VAL)
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 

@@ -19,7 +19,7 @@ from tiny_networks import KINDS, CallsByKeyword, CountingNetwork, SyntheticImage
 from unbraid.base.errors import DataError, LayerError, ModelError, RunError, UsageError
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import labels_of
-from unbraid.running.run import as_labelled
+from unbraid.running.folders import as_labelled
 
 
 def dataset_of(n_images, images=(), labels=()):

@@ -349,9 +349,8 @@ class Findings(Tabular, Exported):
             return Table([_NEAREST_HEADS, *rows], head, _NEAREST_LEGEND + note)
         head = f"{self.pairs_in_words} of {self.sides} in {self.channels_in_words} {asked}"
         kinds = {"classes": _CLASS_HEADS, "clusters": _CLUSTER_HEADS, "groups": _GROUP_HEADS}
-        heads = kinds[self.sides]
         rows = [self._cells(pair, of_classes) for pair in self.pairs]
-        return Table([heads, *rows], head, self._legend(of_classes) + note)
+        return Table([kinds[self.sides], *rows], head, self._legend(of_classes) + note)
 
     def _cells(self, pair: Pair, of_classes: bool) -> list[str]:
         cells = [str(pair.channel), f"{pair.cosine:.4f}"]
