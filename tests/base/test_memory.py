@@ -119,7 +119,7 @@ def test_commands_that_run_a_network_keep_memory_before_they_load_it(monkeypatch
     asked = []
     monkeypatch.setattr(unbraid, "keep_memory", lambda: asked.append(True), raising=False)
     monkeypatch.setattr("unbraid.networks.models.load_model", None)
-    monkeypatch.setattr("unbraid.demo.network.load_network", None)
+    monkeypatch.setattr("unbraid.running.demo.load_network", None)
     network = shared.Network(model="torchvision:resnet18")
     given = {"network": network, "layer": ["fc"], "data": "nowhere", "out": tmp_path / "out"}
     commands = [

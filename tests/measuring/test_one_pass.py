@@ -47,7 +47,9 @@ def test_pass_once_is_what_each_step_tells_by_itself(kind, case_of):
         passed, chosen = once(case, indices), {"indices": indices, "batch_size": 4}
         assert passed.output == unbraid.compare_outputs(case.network, model2, case.images, **chosen)
         assert passed.output.n_images == len(indices)
-        assert passed.ablation == unbraid.ablate(model2, case.images, channels=[1], **chosen)
+        alone = unbraid.ablate(model2, case.images, channels=[1], **chosen)
+        # As text, since the error of a single image is no number, and none equals another.
+        assert str(passed.ablation.to_dict()) == str(alone.to_dict())
         assert passed.index == list(indices)
         with torch.no_grad():
             shown = encoder(case.images.images[list(indices)])

@@ -150,7 +150,7 @@ def test_measure_semantics_leaves_out_images_that_could_not_be_read(tmp_path, ca
         scan = unbraid.scan(network, "layer", dataset, folder, **options)
         options = {"n_top": N_TOP, "progress": True}
         measured.append(unbraid.measure_semantics(split, scan, dataset, encode, **options))
-        assert "20/20" in capsys.readouterr().err
+        assert "20 of 20" in capsys.readouterr().err
     assert {one.n_images for one in measured[0].channels.values()} == {20}
     assert repr(measured[0]) == repr(measured[1])
 

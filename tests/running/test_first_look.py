@@ -16,7 +16,7 @@ from unbraid.running import run as running
 from unbraid.running.check import check
 from unbraid.running.finished import Run
 from unbraid.running.folders import first_look_in_words
-from unbraid.running.told import in_words
+from unbraid.running.told import told as told_of
 from unbraid.scanning import scan as scanning
 from unbraid.scanning import shards
 from unbraid.scanning.records import open_scan
@@ -131,9 +131,9 @@ def test_first_look_says_how_sure_it_is_and_what_goes_on(tmp_path):
         f"{n_sure} sure, {len(result.found.concepts) - n_sure} uncertain polysemantic channels. "
         "The full run: COMMAND"
     )
-    assert told in in_words(result)
+    assert told in told_of(result)
     assert told in result.page.read_text()
-    assert "First look" not in in_words(run(tmp_path, quick=False)[0].runs["2"])
+    assert "First look" not in str(told_of(run(tmp_path, quick=False)[0].runs["2"]))
     assert first_look_in_words({"first_look": {"images": 3}}, result.found) == ""  # not of ours
 
 

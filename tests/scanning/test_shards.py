@@ -235,7 +235,7 @@ def test_progress_goes_to_standard_error_only_when_asked(tmp_path, capsys):
         unbraid.scan(build("head"), "layer", SyntheticImages(1120), out, progress=progress)
         out, err = capsys.readouterr()
         assert (out, bool(err)) == ("", progress)
-    for told in ("of 70 images (chance 2", ": not told by", "Scanning layer", "1120/1120"):
+    for told in ("of 70 images (chance 2", ": not told by", "Scanning layer", "1,120 of 1,120"):
         assert told in err
 
 

@@ -148,7 +148,7 @@ def _depths(n: int) -> list[int]:
     """Numbers to write below: the first, and each that is a round step further.
 
     >>> _depths(4), _depths(54)
-    ([1, 2, 3, 4], [1, 10, 20, 30, 40, 50])
+    ([1, 2, 3, 4], [1, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50])
     """
     step = next(k * 10**power for power in count() for k in (1, 2, 5) if n <= 12 * k * 10**power)
     return [1, *range(max(step, 2), n + 1, step)]

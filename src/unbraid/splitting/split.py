@@ -112,7 +112,10 @@ def split(
         )
         for o, (masks, info) in chosen.items()
     ]
-    parts = sorted([*kept, *made], key=lambda part: part.channel)
+    # What is kept keeps its quantiles; those of an older version have none yet.
+    known = [part for part in kept if part.quantiles is not None]
+    made += [part for part in kept if part.quantiles is None]
+    parts = sorted([*known, *with_quantiles(scans[-1], made)], key=lambda part: part.channel)
     return Split(
         layer=scan.layer,
         weights=scan.manifest.weights,
@@ -120,7 +123,7 @@ def split(
         settings={"tau": found.tau, "p": found.p, "gamma": found.gamma},
         class_names=found.class_names,
         clusters=found.clusters,
-        channels=tuple(with_quantiles(scans[-1], parts)),
+        channels=tuple(parts),
     )
 
 
