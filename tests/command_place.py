@@ -40,6 +40,8 @@ LEFT_OUT = {  # what the text leaves out of a command, or the command to which i
     "unbraid run --layer all": "--model clothes.py:build --data clothes --out all --no-features",
     "--concepts clusters": f"{_RUN} clusters",
     "unbraid run --quick": "--model clothes.py:build --layer mix --data clothes --out first-look",
+    "--concepts classes": f"{_RUN} classes",
+    "--data DIR/train": "unbraid scan --model clothes.py:build --layer mix --out divided",
     "--labels predicted": f"{_SCAN}/predicted",
     "--workers N": f"{_SCAN}/workers",
     "--autocast": f"{_SCAN}/autocast",

@@ -16,8 +16,7 @@ from torch import nn
 from tiny_networks import SyntheticImages
 from unbraid.base import files
 from unbraid.base.errors import ModelError, RunError, UsageError
-from unbraid.running import measures
-from unbraid.running import finished
+from unbraid.running import finished, measures
 from unbraid.running import run as running
 from unbraid.running.check import check
 from unbraid.running.finished import Run
