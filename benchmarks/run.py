@@ -35,9 +35,10 @@ from lite0 import load_lite0
 from timing import alone, print_head, print_row, spread
 from unbraid.images.open import open_images
 from unbraid.networks.models import imagenet_transform
-from unbraid.running import measures, sample
+from unbraid.running import finished, measures, sample
 from unbraid.running import run as running
 from unbraid.running.folders import Thresholds
+from unbraid.running.several import run_layers
 from unbraid.scanning.scan_options import Loading
 
 NETWORKS = {"lite0": LITE0_LAYER, "resnet50": "layer4.2.conv3"}
@@ -48,17 +49,16 @@ STEPS = {
     (running, "prepare"): "a first look",
     (running, "scan_into"): "",  # by the folder that it is for
     (running, "find"): "find",
-    (running, "sensitivity"): "other thresholds",
+    (finished, "sensitivity"): "other thresholds",
     (running, "split"): "split, both rules",
     (running, "apply"): "apply",
     (measures, "pass_once"): "outputs, switching off, embedding",
     (measures, "_judge"): "semantic measures",
-    (running, "draw_sample"): "draw the sample",
     (measures, "draw_sample"): "draw the sample",
-    (running, "choose_for_positions"): "draw the sample",
+    (finished, "choose_for_positions"): "draw the sample",
     (running, "evaluate"): "evaluate",
     (running, "visualize"): "feature visualisations",
-    (running, "write_report"): "report",
+    (finished, "write_report"): "report",
 }
 
 
@@ -153,7 +153,7 @@ def one(way: str, name: str, asked: argparse.Namespace) -> dict[str, Any]:
             patch.object(running, "find", find),
             told_apart(taken),
         ):
-            done = running.run_layers(
+            done = run_layers(
                 model,
                 [NETWORKS[name]],
                 train,
