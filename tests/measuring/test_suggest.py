@@ -11,6 +11,7 @@ from torch import nn
 import unbraid
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import UsageError
+from unbraid.measuring import results
 from unbraid.measuring.suggest import suggest
 
 
@@ -105,3 +106,15 @@ def test_an_older_ablation_is_refused(ablation):
     ]
     with pytest.raises(UsageError, match="older versions"):
         suggest(replace(ablation, channels=tuple(bare)))
+
+
+def test_a_few_images_that_all_come_out_alike_are_not_sure():
+    for n in (2, 5):
+        classes = tuple(results.ClassOutput(t, f"class {t}", n, 0.0, 0.0) for t in range(2))
+        zero, lost = (0.0, 0.0), (0.0, 1.0)
+        drops = results.ClassDrops(zero, lost, zero, zero)
+        drop = results.Drop(n, 0.0, 0.0, 0.0, 0.0)
+        concept = results.ConceptAblation((0,), "class 0", drop, drop, drop, drops)
+        channel = results.ChannelAblation(3, drops, (concept,))
+        (row,) = suggest(results.Ablation("layer", classes, (channel,))).rows
+        assert (row.kind, row.of, row.change, row.sure) == ("elsewhere", "class 1", -1.0, n == 5)

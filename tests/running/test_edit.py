@@ -93,18 +93,28 @@ def test_what_cannot_be_exported_is_told_and_the_rest_is_written(run, tmp_path, 
 
     said = []
     monkeypatch.setattr(torch.export, "export", refuse)
+    (tmp_path / editing.ONNX).write_bytes(b"of an earlier edit")
     found = edit_run(run, SCALES, tmp_path, loading=Loading(), say=said.append)
     assert [path.name for path in found.files] == [editing.STATE]
+    assert not (tmp_path / editing.ONNX).exists()
     assert len(said) == 1
-    assert "torch.export refuses" in said[0]
+    assert "torch.export fails" in said[0]
 
 
 def test_an_onnx_file_that_computes_something_else_is_left_out(run, tmp_path, monkeypatch):
     said, real = [], editing._as_onnx
-    original = editing._export(load_network(), torch.zeros(2, 1, 28, 28))
+    original, _ = editing._export(load_network(), torch.zeros(2, 1, 28, 28))
     monkeypatch.setattr(editing, "_as_onnx", lambda _: real(original))
     found = edit_run(run, SCALES, tmp_path, loading=Loading(), say=said.append)
     assert editing.ONNX not in {path.name for path in found.files}
+    assert "its logits differ by" in said[0]
+
+
+def test_a_program_that_computes_something_else_is_left_out(run, tmp_path, monkeypatch):
+    said, real = [], editing._export
+    monkeypatch.setattr(editing, "_export", lambda _, example: real(load_network(), example))
+    found = edit_run(run, SCALES, tmp_path, loading=Loading(), say=said.append)
+    assert [path.name for path in found.files] == [editing.STATE]
     assert "its logits differ by" in said[0]
 
 

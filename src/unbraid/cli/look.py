@@ -109,6 +109,7 @@ def explain(
             "its report says that nothing was found."
         )
     split = ran.split
+    unbraid.keep_memory()
     loaded = load_again(ran.settings.source, model, weights, device)
     note(loaded.note)
     model2 = unbraid.apply(loaded.model, split)
@@ -155,6 +156,7 @@ def edit(
             raise UsageError(f"--scale {entry} is not as in 12.0=0.5.") from None
     if not scales:
         raise UsageError("Say what to change: --off 900.1, or --scale 12.0=0.5.")
+    unbraid.keep_memory()
     ran = Run(run)
     network = load_again(ran.settings.source, model, weights, device)
     made = edit_run(ran, scales, out, loading=loading, network=network, say=say)
@@ -179,7 +181,8 @@ def suggest(run: RunPath, *, n: int = 10) -> None:
         raise RunError(f"{run} switched nothing off, so there is nothing to suggest.")
     found = unbraid.suggest(evaluation.ablation, n)
     show_table(found)
-    if found.rows and found.rows[0].sure:
-        show(f"Try: unbraid edit {shlex.quote(str(run))} --off {found.rows[0].name} --out DIR")
-    elif found.rows:
+    helps = [row for row in found.rows if row.kind == "helps"]
+    if helps and helps[0].sure:
+        show(f"Try: unbraid edit {shlex.quote(str(run))} --off {helps[0].name} --out DIR")
+    elif helps:
         show("None of what helps is sure; more validation images would tell.")

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 import unbraid
 from unbraid.base.errors import UsageError
-from unbraid.base.tables import align, count
+from unbraid.base.tables import Table, count
 from unbraid.cli.shared import (
     BFLOAT16,
     CsvFile,
@@ -141,7 +141,7 @@ def layers(model: Model, *, weights: Weights = "random", output: Output = None) 
         kernel = "" if spec.channels_last else "x".join(map(str, spec.kernel))
         cells = (spec.name, spec.kind, spec.n_in, spec.n_out, kernel, spec.groups)
         rows.append(list(map(str, cells)))
-    show(align(rows))
+    show_table(Table(rows))
 
 
 def scan(

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from unbraid.base.arguments import flag, loading, whole_numbers
 from unbraid.base.errors import DataError, UsageError
 from unbraid.base.modes import in_plain_modes
-from unbraid.base.tables import Table, Tabular
+from unbraid.base.tables import Table, Tabular, percent
 from unbraid.finding.membership import name_of
 from unbraid.images.batches import image_progress, in_batches, read_images
 from unbraid.images.broken import UNLABELLED
@@ -81,7 +81,7 @@ class BeforeAfter(Tabular):
         all_ = ClassChange(-1, "all", self.n_labelled, self.right_before, self.right_after)
         for own in [*changed, all_] if self.n_labelled else []:
             before, after = own.before / own.n_images, own.after / own.n_images
-            figures = (f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f}")
+            figures = (percent(before, 1), percent(after, 1), f"{100 * (after - before):+.1f}")
             rows.append((own.name, f"{own.n_images:,}", *figures))
         n_flips = len(self.flips)
         note = f"{n_flips:,} of {self.n_images:,} images are taken for another class than before."

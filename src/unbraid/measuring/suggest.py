@@ -18,9 +18,10 @@ from unbraid.measuring.results import Ablation, ChannelAblation, ClassDrops, Cla
 
 _LEVEL = 0.05  # of being wrong about any one of all that is looked at
 _LEGEND = (
-    "Change: of accuracy with the concept channel off, in points; the intervals hold all at once, "
-    "at 95 %. Helps: on images of all classes; elsewhere: on those of a class in which the concept "
-    "has no part. A star marks what chance may have decided."
+    "Change: of accuracy with the concept channel off, in points, on the images that it was "
+    "switched off for; the intervals hold all at once, at 95 %. Helps: on images of all classes; "
+    "elsewhere: on those of a class in which the concept has no part. A star marks what chance may "
+    "have decided."
 )
 
 Kind = Literal["helps", "elsewhere"]
@@ -96,8 +97,8 @@ def suggest(ablation: Ablation, n: int = 20) -> Suggestions:
             total = sum(one.n_images for one in ablation.classes)
             helps.append(_row(name, concept, "helps", "all", total, overall, z))
         for place, output in enumerate(ablation.classes):
-            change, error = -off.accuracy[place], off.accuracy_error[place]
-            if own is not None and output.label not in own and change < 0 and error == error:
+            change, error = -off.accuracy[place], _error(off.accuracy_error[place], output)
+            if own is not None and output.label not in own and change < 0:
                 figures = (change, error)
                 elsewhere.append(
                     _row(name, concept, "elsewhere", output.name, output.n_images, figures, z)
@@ -128,9 +129,13 @@ def _over_all(classes: Sequence[ClassOutput], off: ClassDrops) -> tuple[float, f
     total = sum(one.n_images for one in classes)
     parts = list(zip(classes, off.accuracy, off.accuracy_error, strict=True))
     change = -sum(one.n_images * lost for one, lost, _ in parts) / total
-    # Of a single image the error is not known; it is taken to be all that it lost.
-    errors = (one.n_images * (abs(lost) if e != e else e) for one, lost, e in parts)
-    return change, math.hypot(*errors) / total
+    return change, math.hypot(*(one.n_images * _error(e, one) for one, _, e in parts)) / total
+
+
+def _error(error: float, output: ClassOutput) -> float:
+    """A standard error that is not zero because all of a few images came out alike."""
+    least = 1 / output.n_images
+    return least if math.isnan(error) else max(error, least)
 
 
 def _row(

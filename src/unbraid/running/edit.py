@@ -17,14 +17,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from unbraid.base.errors import RunError, UsageError, brief
+from unbraid.base.errors import OutputChangedError, RunError, UsageError, brief
 from unbraid.base.files import write_whole
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
 from unbraid.images.broken import first_readable
 from unbraid.measuring.before_after import BeforeAfter, compare_before_after
+from unbraid.networks.copying import device_of
 from unbraid.networks.models import LoadedModel
-from unbraid.networks.outputs import run_network
+from unbraid.networks.outputs import as_logits, run_network
 from unbraid.reporting.before_after import before_after_page
 from unbraid.reporting.pictures import sight_of
 from unbraid.running.finished import Run
@@ -79,15 +80,17 @@ def edit_run(
     chosen = range(0, every, math.ceil(every / MOST_IMAGES))
     if len(chosen) < every:
         say(f"Comparing on {count(len(chosen), 'image')} of {every:,}, spread evenly.")
-    first = first_readable(images, chosen)
-    if first is None:
-        raise RunError("None of the run's first validation images can be read.")
-    example = torch.stack([first, first])
+    first, last = (first_readable(images, own) for own in (chosen, chosen[::-1]))
+    if first is None or last is None:
+        raise RunError("None of the run's validation images that were tried can be read.")
+    example = torch.stack([first, last])
     check_edit(model, split, scales, edited, example)
-    options: dict[str, Any] = {**vars(loading), "skip_broken": True, "progress": True}
+    options: dict[str, Any] = {**vars(loading), "progress": True}
     options["batch_size"] = loading.batch_size or run.val_scan.manifest.batch_size
     changes = compare_before_after(model, edited, images, indices=chosen, **options)
     contents = _contents(edited, example, say)
+    for name in (PAGE, FIGURES, ONNX, PROGRAM, STATE):  # those of an earlier edit
+        (out / name).unlink(missing_ok=True)
     for name, content in contents.items():
         write_whole(out / name, content)
     about = {"scales": dict(scales), "split": split.layer.name, **changes.to_dict()}
@@ -125,9 +128,10 @@ def _contents(edited: nn.Module, example: Tensor, say: Callable[[str], None]) ->
     state = {k: v.detach().cpu().contiguous().clone() for k, v in _tensors(edited).items()}
     contents = {STATE: safetensors.torch.save(state)}
     try:
-        program = _export(edited, example)
+        program, images = _export(edited, example)
+        _check_same(program.module()(images), edited, images)
     except Exception as error:  # torch's, of any kind, of a network of anyone's own
-        say(f"{PROGRAM} and {ONNX} are left out: torch.export refuses ({brief(error)}).")
+        say(f"{PROGRAM} and {ONNX} are left out: torch.export fails ({brief(error)}).")
         return contents
     file = io.BytesIO()
     torch.export.save(program, file)
@@ -137,14 +141,10 @@ def _contents(edited: nn.Module, example: Tensor, say: Callable[[str], None]) ->
         return contents
     try:
         content = _as_onnx(program)
-        difference = _difference(content, edited, example)
+        _check_same(_run_onnx(content, images), edited, images)
+        contents[ONNX] = content
     except Exception as error:  # of exporter or runtime, likewise
         say(f"{ONNX} is left out: {brief(error)}.")
-        return contents
-    if difference <= _CLOSE:
-        contents[ONNX] = content
-    else:
-        say(f"{ONNX} is left out: its logits differ by {difference:.2g} of the largest.")
     return contents
 
 
@@ -152,15 +152,14 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-def _export(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    """Export for any number of images, or, where the network allows none, for one."""
-    device = next(model.parameters()).device
-    images = example.to(device)
+def _export(model: nn.Module, example: Tensor) -> tuple[torch.export.ExportedProgram, Tensor]:
+    """Export for any number of images, or, where the network allows none, for one; with such."""
+    images = example.to(device_of(model))
     try:
         free = ({0: torch.export.Dim.DYNAMIC},)
-        return torch.export.export(model.eval(), (images,), dynamic_shapes=free)
+        return torch.export.export(model.eval(), (images,), dynamic_shapes=free), images
     except Exception:  # as where code asks for the number of images
-        return torch.export.export(model.eval(), (images[:1],))
+        return torch.export.export(model.eval(), (images[:1],)), images[:1]
 
 
 def _as_onnx(program: torch.export.ExportedProgram) -> bytes:
@@ -172,14 +171,19 @@ def _as_onnx(program: torch.export.ExportedProgram) -> bytes:
     return content
 
 
-def _difference(content: bytes, edited: nn.Module, example: Tensor) -> float:
-    """How far an ONNX file's logits are from the network's, relative to the largest."""
+def _run_onnx(content: bytes, images: Tensor) -> Tensor:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (entry,) = session.get_inputs()
-    images = example[:1] if isinstance(entry.shape[0], int) else example
-    found = torch.from_numpy(session.run(None, {entry.name: images.cpu().numpy()})[0])
+    return torch.from_numpy(session.run(None, {entry.name: images.cpu().numpy()})[0])
+
+
+def _check_same(output: Any, edited: nn.Module, images: Tensor) -> None:
+    """Raise if logits are not the network's, but for what another runtime may round away."""
     with torch.no_grad():
-        expected = run_network(edited, images.to(next(edited.parameters()).device)).cpu()
-    return float((found - expected).abs().max() / expected.abs().max())
+        expected = run_network(edited, images).cpu()
+    found = as_logits(output, len(images)).detach().cpu()
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= _CLOSE:
+        raise OutputChangedError(f"its logits differ by {difference:.2g} of the largest")

@@ -112,7 +112,10 @@ def _judge(
 ) -> Semantics:
     """Take semantic measures from embeddings of images of these indices."""
     looked = look(measured.split, measured.scan, index)
-    scores, whole = looked.embed(iter(embeddings))
+    # In the scan's order, which begins with a first look's images.
+    by_index = dict(zip(index, embeddings, strict=True))
+    rows = (by_index[image] for own in looked.shards() for image in own)
+    scores, whole = looked.embed(rows)
     return looked.judge(name_of_encoder(encoder), scores, whole, {})
 
 
