@@ -19,7 +19,7 @@ from unbraid.running.folders import first_look_in_words
 from unbraid.running.told import told as told_of
 from unbraid.scanning import scan as scanning
 from unbraid.scanning import shards
-from unbraid.scanning.records import open_scan
+from unbraid.scanning.many import open_scan
 from unbraid.scanning.scan_options import Loading
 
 N_TRAIN, N_VAL = 80, 30
@@ -242,3 +242,12 @@ def test_first_look_without_labels_and_its_report_again(tmp_path, monkeypatch):
         lambda *_: Subset(VAL, sample.sample_of(VAL, 16, by_class=False)),
     )
     assert Run(tmp_path / "quick").report().read_bytes() == page
+
+
+def test_semantic_measures_of_a_run_are_of_the_right_images_though_some_come_first(tmp_path):
+    model = network()
+    made = run(tmp_path / "run", quick=False, model=model, everything=True)[0].runs["2"]
+    first = next(made.val_scan.columns("index")).tolist()
+    assert first != list(range(len(first)))  # else the orders would be the same
+    asked = (made.split, made.val_scan, VAL, unbraid.Penultimate(model))
+    assert str(made.evaluation.semantics) == str(unbraid.measure_semantics(*asked))
