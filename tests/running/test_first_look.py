@@ -11,8 +11,7 @@ from running.test_run import LOOSE, content, die_until_done, network
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import DataError
 from unbraid.images import sample
-from unbraid.running import first_look
-from unbraid.running import run as running
+from unbraid.running import finished, first_look
 from unbraid.running.check import check
 from unbraid.running.finished import Run
 from unbraid.running.folders import first_look_in_words
@@ -237,7 +236,7 @@ def test_first_look_without_labels_and_its_report_again(tmp_path, monkeypatch):
     assert list(result.images.targets) != []
     page = result.page.read_bytes()
     monkeypatch.setattr(
-        running,
+        finished,
         "validation_images",
         lambda *_: Subset(VAL, sample.sample_of(VAL, 16, by_class=False)),
     )

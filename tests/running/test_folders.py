@@ -71,9 +71,20 @@ def test_read_settings_of_another_version_passes_over_what_is_not_known(tmp_path
     text = '{"title": "x", "thresholds": {"tau": 0.1}, "source": {}, "mood": {"width": 1.0}}'
     (tmp_path / "settings.json").write_text(text)
     settings = read_settings(tmp_path)
-    assert settings == Settings("x", Thresholds(0.1), {})
-    assert str(settings) == "tau 0.1, p 0.75, gamma 0.5"
+    assert settings == Settings("x", Thresholds(0.1), {}, everything=True)
+    assert str(settings) == "tau 0.1, p 0.75, gamma 0.5, images measured all"
     assert settings.thresholds.of_find == Thresholds(0.1).of_find
+
+
+def test_results_of_a_version_that_knew_no_sample_are_of_all_images(tmp_path):
+    old = '{"title": "", "thresholds": {"tau": "auto"}, "source": {}}'
+    (tmp_path / "settings.json").write_text(old)
+    assert take_folder(tmp_path, SETTINGS, FOUND) == tmp_path / "settings-2"
+    assert (tmp_path / "settings.json").read_text() == old
+    assert take_folder(tmp_path, replace(SETTINGS, everything=True), FOUND) == tmp_path
+    for settings in (SETTINGS, replace(SETTINGS, everything=True)):
+        own = take_folder(tmp_path / "new", settings, FOUND)
+        assert read_settings(own) == settings
 
 
 def test_set_aside_never_takes_a_name_that_is_taken(tmp_path):

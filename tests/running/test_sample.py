@@ -10,6 +10,7 @@ import unbraid
 from synthetic import pointwise, write_scan
 from tiny_networks import SyntheticImages
 from unbraid.running import measures, sample
+from unbraid.running.finished import Run
 from unbraid.running.folders import Thresholds
 from unbraid.running.measures import part_behind
 from unbraid.running.run import run
@@ -149,6 +150,22 @@ def test_run_looks_again_at_no_more_images_than_a_sample_once_for_all_measures(s
     assert n_positions[0] <= 2 * 12 < n_positions[1]
     # All else is the same: scans, and first looks at each.
     assert n_seen[1] - n_seen[0] == n_positions[1] - n_positions[0] + 24 - 12
+
+
+def test_scans_with_positions_are_made_as_the_scans_of_all_and_found_again(small, tmp_path):
+    val, usual = SyntheticImages(24, seed=24), {"batch_size": 16, "channels_last": False}
+    model = network().float()  # for which a new scan takes another format
+    for kind, images in (("train", SyntheticImages(48, seed=48)), ("val", val)):
+        unbraid.scan(model, "2", images, tmp_path / f"scan-{kind}", **usual)
+    job(tmp_path, model=model)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done, *_ = job(tmp_path, model=model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not list(tmp_path.glob("positions-*-2"))
+    again, page = Run(tmp_path), done.page.read_bytes()
+    again.images = val
+    assert again.val_maps.path == tmp_path / "positions-val"
+    assert again.report().read_bytes() == page
 
 
 def test_run_embeds_in_a_pass_of_its_own_where_memory_would_grow(small, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from unbraid.base.errors import RunError, UsageError
 from unbraid.base.files import write_whole
 from unbraid.scanning.manifest import read_manifest
 from unbraid.scanning.records import COLUMNS
+from unbraid.scanning.scan import scan_into
 
 N_IMAGES = 90
 CUTS = (0, 24, 41, N_IMAGES)
@@ -239,6 +240,25 @@ def test_threads_and_shards_may_differ(small_shards, monkeypatch, tmp_path):
     assert many.n_shards == 2 + 6
     assert many.manifest.threads == 0
     assert len(many.ids()) == 60
+
+
+def test_scans_of_which_some_images_come_first_count_from_the_largest(small_shards, tmp_path):
+    parts = {"a": (range(0, 41), 16), "b": (range(41, 90), 32)}
+    for name, (part, n_first) in parts.items():
+        usual = {"batch_size": 8, "threads": 1, "n_first": n_first}
+        scan_into(build("1x1"), {"layer": tmp_path / name}, Part(list(part)), **usual)
+    many = unbraid.open_scan([tmp_path / "a", tmp_path / "b"])
+    assert sorted(part.manifest.n_first for part in many.parts) == [16, 32]
+    assert (many.manifest.first, many.manifest.n_first) == ("", 0)
+    index = torch.cat(list(many.columns("index"))).tolist()
+    assert sorted(index) == list(range(N_IMAGES))
+    assert index != sorted(index)
+    assert sorted(many.ids().values()) == sorted(f"image-{n}" for n in range(N_IMAGES))
+    found, whole = (
+        unbraid.find(scan, tau=0.01, p=0.5, gamma=0.99)
+        for scan in (many, scan_of(tmp_path / "whole", range(N_IMAGES)))
+    )
+    assert found.concepts == whole.concepts
 
 
 def test_an_image_in_two_scans_is_named(small_shards, tmp_path):

@@ -130,6 +130,7 @@ def read_settings(out: Path) -> Settings | None:
         if isinstance(entries, dict):  # other versions may know of more
             names = {field.name for field in fields(Settings)}
             entries = {name: value for name, value in entries.items() if name in names}
+            entries.setdefault("everything", True)  # as versions did that knew no sample
         settings = build(Settings, entries)
         if not isinstance(settings.source.get("data", ""), str):
             raise ValueError("the folder of the data is no text")

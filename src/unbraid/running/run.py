@@ -209,6 +209,8 @@ def _scan_positions(job: Job, made: Run, kind: Literal["train", "val"]) -> Scan:
         n_bytes = len(which["indices"]) * bytes_of_positions(scan)
         n_images = f"{count(len(which['indices']), what)} (about {n_bytes / 1e6:,.0f} MB)"
     job.say(f"Scanning {n_images} again, with positions{why}.")
+    # As that of all images, however it was made, or it would be looked for in vain later.
+    which |= {n: getattr(scan.manifest, n) for n in ("channels_last", "autocast", "min_share")}
     return job.scan(images, {scan.layer.name: folder}, positions=True, **which)[scan.layer.name]
 
 

@@ -30,6 +30,7 @@ from unbraid.scanning.records import Scan, open_one
 # its last bits.
 _FREE = {
     *("the images or labels", "the classes", "the places in the data set", "the shard size"),
+    "which images come first",
     *("the number of threads", "whether it runs channels last", "whether it runs compiled"),
 }
 
@@ -175,12 +176,17 @@ def _join(scans: list[Scan]) -> Scan:
     first = group = 0
     for scan in scans:
         places.append(_Place(scan, first, group))
-        last = scan.some(scan.n_shards - 1, ("index", "broken"))
-        n_places = 1 + max(int(column[-1]) for column in last.values() if len(column))
+        n_places = _n_places(scan)
         first += n_places
         group += _n_groups(scan) if _has_groups(scan) else n_places
     folder = Path(os.path.commonpath([os.path.realpath(scan.path) for scan in scans]))
     return ManyScans(folder, _joined(scans), scans[0].weight, scans[0].bias, tuple(places))
+
+
+def _n_places(scan: Scan) -> int:
+    """How many places a scan's images take; those that come first may be from anywhere."""
+    columns = (column for own in scan.tensors("index", "broken") for column in own.values())
+    return 1 + max(int(column.max()) for column in columns if len(column))
 
 
 def _has_groups(scan: Scan) -> bool:
@@ -213,6 +219,8 @@ def _joined(scans: Sequence[Scan]) -> Manifest:
         classes=None if n_whole else tuple(sorted(classes)),
         indices=data if is_part else "",
         skip_broken=any(one.skip_broken for one in own),
+        first="",
+        n_first=0,
         threads=first.threads if len({one.threads for one in own}) == 1 else 0,
         source={**same, "scans": told},
         versions={n: ", ".join(sorted({one.versions.get(n, "?") for one in own})) for n in names},
