@@ -19,6 +19,7 @@ from unbraid.running.told import told as told_of
 from unbraid.scanning import scan as scanning
 from unbraid.scanning import shards
 from unbraid.scanning.many import open_scan
+from unbraid.scanning.scan import scan_into
 from unbraid.scanning.scan_options import Loading
 
 N_TRAIN, N_VAL = 80, 30
@@ -167,6 +168,18 @@ def test_records_of_another_first_look_are_not_taken(change, tmp_path, whole):
         (scan / "shard-000001.safetensors").unlink()
     run(tmp_path, quick=False)
     assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_only_a_first_look_at_the_same_network_decides_how_the_rest_is_scanned(seed, tmp_path):
+    usual = {"batch_size": 3, "channels_last": True, "threads": 2, "labels": "given"}
+    images = Subset(TRAIN, chosen(TRAIN, 32))
+    unbraid.scan(network(seed=seed), "2", images, tmp_path / "look", **usual)
+    looks = {"2": tmp_path / "look"}
+    scans = scan_into(network(), {"2": tmp_path / "scan"}, TRAIN, n_first=32, looks=looks)
+    made = scans["2"].manifest
+    taken = (made.batch_size, made.channels_last, made.threads) == (3, True, 2)
+    assert taken == (seed == 0)
 
 
 def test_image_of_the_sample_that_is_broken_is_told_or_left_out(tmp_path):

@@ -12,7 +12,7 @@ from torchvision import models
 
 import unbraid
 from tiny_networks import SyntheticImages
-from unbraid.base.errors import LayerError
+from unbraid.base.errors import LayerError, ModelError, OutputChangedError
 from unbraid.reporting.layers import read_layers
 from unbraid.running import run as running
 from unbraid.running import several
@@ -203,6 +203,27 @@ def test_a_layer_that_cannot_be_scanned_or_split_after_all_is_told(tmp_path, mon
     monkeypatch.setattr(several, "try_scan", refusing(scan, *NAMES))
     with pytest.raises(LayerError, match="0 is odd"):
         run(tmp_path / "b")
+
+
+@pytest.mark.parametrize("fault", [LayerError, ModelError, OutputChangedError])
+def test_a_fault_of_one_layer_leaves_the_others_their_reports(fault, tmp_path, monkeypatch):
+    said, tried, run_layer = [], [], several.run_layer
+
+    def refusing_the_first(job, out, *rest):
+        tried.append(out.name)
+        if len(tried) == 1:
+            raise fault("it is odd.")
+        return run_layer(job, out, *rest)
+
+    monkeypatch.setattr(several, "N_FULL", 2)
+    monkeypatch.setattr(several, "run_layer", refusing_the_first)
+    done = run(tmp_path, said=said)
+    assert len(tried) == 2
+    assert list(done.runs) == tried[1:]
+    told = f"Layer {tried[0]} has no report: it is odd."
+    assert told in said
+    assert told in done.layers.notes
+    assert told in done.index.read_text()
 
 
 def test_layers_named_are_beside_each_other_too(tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from unbraid.base.errors import LayerError, ModelError
+from unbraid.base.errors import LayerError, ModelError, OutputChangedError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
 from unbraid.finding.find import find
@@ -138,16 +138,16 @@ def _run_all(job: Job, asked: Sequence[str], every: Sequence[str], out: Path) ->
         if time.monotonic() - begun > FULL_SECONDS:
             break
         name = row.layer
+        own = replace(job, title=f"{job.title} · {name}", keep=True)
         try:
             try_layer(job, name)
-        except (LayerError, ModelError) as error:
+            job.say(f"Layer {name} in full.")
+            runs[name] = run_layer(own, places[name], train_scans[name], val_scans[name], encoder)
+        except (LayerError, ModelError, OutputChangedError) as error:  # of this layer alone
             notes.append(f"Layer {name} has no report: {error}")
             job.say(notes[-1])
-            continue
-        job.say(f"Layer {name} in full.")
-        own = replace(job, title=f"{job.title} · {name}", keep=True)
-        runs[name] = run_layer(own, places[name], train_scans[name], val_scans[name], encoder)
-        index.put_run(runs[name])
+        else:
+            index.put_run(runs[name])
         index.write()
     index.notes = [*notes, *_tell_without_page(index.layers)]
     output = _compare_together(job, runs) if len(runs) > 1 else None

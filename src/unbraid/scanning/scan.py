@@ -207,7 +207,7 @@ def scan_into(
     if 0 < n_first < len(indices) == len(labels):
         first = sample_of(dataset, n_first, by_class=options.labels == "given")
         indices = first + sorted(set(indices) - set(first))
-    before = begun or _look_at(specs, looks or {})
+    before = begun or _look_at(specs, looks or {}, hash_weights(model) if looks else "")
     common = _describe_all(model, list(modules.values()), dataset, labels, indices, options, before)
     common |= {"first": hash_indices(first or None), "n_first": len(first)}
     targets = [
@@ -233,12 +233,14 @@ def scan_into(
     return scans
 
 
-def _look_at(specs: Mapping[str, LayerSpec], looks: Mapping[str, Path]) -> Manifest | None:
-    """The manifest of a first look at one of these layers, None without one that can be read."""
+def _look_at(
+    specs: Mapping[str, LayerSpec], looks: Mapping[str, Path], weights: str
+) -> Manifest | None:
+    """The manifest of a first look at a layer of this network, None without one to be read."""
     for name, folder in looks.items():
         with suppress(RunError):
             look = read_manifest(folder)
-            if look is not None and look.layer == specs[name]:
+            if look is not None and (look.layer, look.weights) == (specs[name], weights):
                 return look
     return None
 
