@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import shutil
@@ -417,3 +418,27 @@ def test_a_list_that_no_scan_came_of_is_taken_back(folder, tmp_path):
             assert file.exists() == begun
         assert (tmp_path / "new").exists() == begun
         assert (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_list_of_a_finished_scan_stays_when_another_is_refused(
+    links, folder, tmp_path, monkeypatch
+):
+    def scan_into_it(source):
+        with kept.tentative(file):
+            images = unbraid.open_images(source, to_tensor, listed=file)
+            return scanned(images, file.parent)
+
+    file = tmp_path / "scan" / kept.LISTED
+    scan_into_it(folder)
+    before = {path.name: path.read_bytes() for path in file.parent.iterdir()}
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    next(path for path in sorted(other.rglob("*.png"))).unlink()
+    if not links:
+        monkeypatch.setattr(kept.os, "link", lambda *_: os.stat(tmp_path / "nowhere"))
+    with pytest.raises(RunError, match="holds another scan"):
+        scan_into_it(other)
+    assert {path.name: path.read_bytes() for path in file.parent.iterdir()} == before
+    scan_into_it(folder)
+    assert {path.name: path.read_bytes() for path in file.parent.iterdir()} == before

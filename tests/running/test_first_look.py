@@ -1,6 +1,7 @@
 """A first look at some images, and the run over all of them that goes on from its records."""
 
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -144,10 +145,18 @@ def test_first_look_that_is_killed_goes_on_and_so_does_the_run_after_it(tmp_path
     assert (tmp_path / "quick/report.html").exists()
 
 
+DIFFERENCES = {  # once for each of the two scans, unless only training images are others
+    "weights": ["the network's weights"] * 2,
+    "batch size": ["the batch size"] * 2,
+    "labels": ["the images or labels"],
+    "image": ["the images or labels"],
+}
+
+
 @pytest.mark.parametrize(
     "change", ["weights", "batch size", "labels", "damaged", "gone", "incomplete", "image"]
 )
-def test_records_of_another_first_look_are_not_taken(change, tmp_path, whole):
+def test_records_of_another_first_look_are_not_taken(change, tmp_path, whole, recwarn):
     images, options, model = TRAIN, {}, network()
     if change == "weights":
         model = network(seed=1)
@@ -166,8 +175,15 @@ def test_records_of_another_first_look_are_not_taken(change, tmp_path, whole):
         (scan / "manifest.json").write_text("{")
     if change == "incomplete":
         (scan / "shard-000001.safetensors").unlink()
+    warnings.simplefilter("always")
+    recwarn.clear()
     run(tmp_path, quick=False)
     assert_same(tmp_path, whole)
+    told = [str(one.message) for one in recwarn if "are made anew" in str(one.message)]
+    assert told == [
+        f"The records of the first look are made anew, with a difference in {words}."
+        for words in DIFFERENCES.get(change, [])
+    ]
 
 
 @pytest.mark.parametrize("seed", [0, 1])

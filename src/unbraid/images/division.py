@@ -24,7 +24,7 @@ _IS_PART = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Divided:
     """Reads some images of a source by index."""
 
     read: Reader
@@ -71,7 +71,7 @@ def divide(whole: Listing, part: str) -> Listing:
             "for validation; add some."
         )
     own = [index for index, is_val in enumerate(held_out) if is_val == (part == VAL)]
-    read: Reader = Chosen(whole.read, own)
+    read: Reader = Divided(whole.read, own)
     if isinstance(whole.read, Files):
         read = Files([whole.read.paths[index] for index in own])
     return replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from unbraid.base.errors import DataError, UnbraidError
+from unbraid.base.errors import DataError, RunError, UnbraidError
 from unbraid.base.files import remove_leftovers, write_through
 from unbraid.base.team import is_first, join_team
 from unbraid.images.listing import Files, Listing, look_at, seen_from, walk_folder
@@ -56,19 +57,53 @@ def keep(file: Path, write: Callable[[], None]) -> Listing:
 
 @contextmanager
 def tentative(file: Path) -> Iterator[None]:
-    """Take back a list, and folders made for it, if an error comes before a scan begins there."""
+    """Take back a list, and folders made for it, if an error comes before a scan begins there.
+
+    The list that was there before, such as that of a finished scan, is put back.
+    """
     new = [folder for folder in file.parents if not folder.exists()]
-    before = file.exists()
+    before, old = _manifests(file.parent), _hold(file) if is_first() else None
     try:
         yield
     except UnbraidError:
-        begun = any(file.parent.glob("**/manifest.json"))
-        if is_first() and not before and not begun:
+        if is_first() and _manifests(file.parent) == before:
             with suppress(OSError):
-                file.unlink(missing_ok=True)
-                for folder in new:
-                    folder.rmdir()
+                _take_back(file, old, new)
         raise
+    finally:
+        if old is not None:
+            old.unlink(missing_ok=True)
+
+
+def _manifests(folder: Path) -> dict[Path, int]:
+    """When the scans in a folder were begun."""
+    return {path: path.stat().st_mtime_ns for path in folder.glob("**/manifest.json")}
+
+
+def _hold(file: Path) -> Path | None:
+    """Give a list another name, so that it outlives being replaced; None if there is none."""
+    if not file.is_file():
+        return None
+    held = file.with_name(f"{file.name}.before")
+    try:
+        held.unlink(missing_ok=True)  # of a process that was killed
+        try:
+            os.link(file, held)
+        except OSError:  # a file system without hard links
+            shutil.copy2(file, held)
+    except OSError as error:
+        raise RunError(f"{held} cannot be written ({error.strerror}).") from None
+    return held
+
+
+def _take_back(file: Path, old: Path | None, new: Sequence[Path]) -> None:
+    """Put the list of before back, or remove the list and the folders that were made for it."""
+    if old is not None:
+        old.replace(file)
+        return
+    file.unlink(missing_ok=True)
+    for folder in new:
+        folder.rmdir()
 
 
 # --- writing --------------------------------------------------------------------------------------

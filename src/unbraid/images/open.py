@@ -61,7 +61,8 @@ def open_images(
             have numbers for names, else its place among the sorted names.
         listed: a file for the list of images, which it replaces; then none of the list is in
             memory, and of processes that torchrun starts the first alone makes it, and the others
-            wait and map it (docs/scale.md).
+            wait and map it (docs/scale.md). Not used for SOURCE/train and SOURCE/val of a source
+            that is divided, whose list is in memory.
 
     Returns:
         A data set of (image, label) for `unbraid.scan`. Its `reading` says how labels were found;

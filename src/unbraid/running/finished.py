@@ -20,10 +20,7 @@ from unbraid.reporting.figures import density_figure, source_figure, teaser_figu
 from unbraid.reporting.report import report as write_report
 from unbraid.running import folders
 from unbraid.running.folders import as_labelled, validation_images
-from unbraid.running.sample import (
-    choose_for_positions,
-    concerned_in,
-)
+from unbraid.running.sample import choose_for_positions, concerned_in
 from unbraid.scanning.many import open_scan
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import Split

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -34,10 +34,7 @@ from unbraid.running import folders
 from unbraid.running.finished import Run, seen_in
 from unbraid.running.folders import Settings, Thresholds, as_labelled
 from unbraid.running.measures import Measured, Networks, measure
-from unbraid.running.sample import (
-    by_cosine,
-    bytes_of_positions,
-)
+from unbraid.running.sample import by_cosine, bytes_of_positions
 from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import scan_into
@@ -47,9 +44,6 @@ from unbraid.splitting.splits import Split
 from unbraid.surgery.apply import apply, check_in_force
 from unbraid.visualizing.features import INDEX, Features
 from unbraid.visualizing.visualize import visualize
-
-if TYPE_CHECKING:
-    pass
 
 SECONDS = 120.0  # of visualising, after which no more channels are begun
 _N_TRIED = 20  # images, in search of one that can be read

@@ -293,7 +293,8 @@ def take_over(
 ) -> None:
     """Write the shards of the images that come first, where a first look made the same records.
 
-    What another network, image or option made, or cannot be read, is left to be scanned.
+    What another network, image or option made, or cannot be read, is left to be scanned; a warning
+    names what is another.
     """
     lacking = [t for t in targets if any(map(t.lacks, range(len(first) // t.manifest.shard_size)))]
     if not (first and lacking):
@@ -302,13 +303,17 @@ def take_over(
     data = fingerprint(alone, labels_of(alone, needed=options.labels == "given"))
     groups, ids = groups_of(dataset), ids_of(dataset)
     places = torch.tensor(first, dtype=torch.int64)
+    others: set[str] = set()
     for target in lacking:
         own = target.manifest
         wanted = replace(own, data=data, n_images=len(first), first="", n_first=0)
         folder = looks[own.layer.name]
         with suppress(RunError):
             look = read_manifest(folder)
-            if look is None or look.batch_size != own.batch_size or wanted.differences(look):
+            if look is None:
+                continue
+            if differences := _differences(wanted, look):
+                others.update(differences)
                 continue
             for number in filter(target.lacks, shards_there(folder, look)):
                 records = read_shard(folder, number, look)
@@ -316,6 +321,18 @@ def take_over(
                     break  # the scan tells of them
                 records.index, records.broken = places[records.index], places[records.broken]
                 _write(target, number, records, groups, ids)
+    if others:
+        warnings.warn(
+            f"The records of the first look are made anew, with a difference in "
+            f"{', '.join(sorted(others))}.",
+            stacklevel=4,
+        )
+
+
+def _differences(wanted: Manifest, look: Manifest) -> list[str]:
+    """Name, in words, why records of a first look would not be the same to the last bit."""
+    batches = [] if look.batch_size == wanted.batch_size else ["the batch size"]
+    return batches + wanted.differences(look)
 
 
 def _write(
