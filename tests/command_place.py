@@ -25,7 +25,7 @@ from unbraid.demo.network import CLASSES, load_images
 PLACEHOLDERS = {  # what a command holds in place of something of the reader's own
     "demo --out DIR": "demo --out demo-run",
     "DIR": "photos",
-    "imagenet/train": "photos/train",
+    **{"imagenet/train": "photos/train", "DIR/train": "photos/train"},
     "RUN": "demo-run",
     "FOLDER": "demo-run",
     "SCAN": "demo-run/scan-train",
