@@ -39,7 +39,7 @@ from unbraid.networks.outputs import check_labels, refuse_broken_values
 from unbraid.networks.preflight import refuse_unsteady
 from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.records import Scan
-from unbraid.surgery.split_layer import SplitLayer
+from unbraid.surgery.split_layer import SplitLayer, split_layer_of
 
 Concepts = dict[int, tuple[Concept, ...]]  # by channel
 
@@ -164,25 +164,11 @@ def ablating(
     It must be in eval mode, without gradients; `n_images` are those of the data set.
     """
     split_layers = {name: m for name, m in model2.named_modules() if isinstance(m, SplitLayer)}
-    measured = _layer_of(split_layers, layer)
+    measured = split_layer_of(model2, layer, "switch off")
     concepts = _concepts_of(measured, channels)
     members = _members(measured, concepts, scan, n_images)
     with _all_on(split_layers.values()), replaying(model2, measured) as replay:
         yield Ablating(replay, model2, measured, concepts, members)
-
-
-def _layer_of(layers: dict[str, SplitLayer], name: str | None) -> SplitLayer:
-    if not layers:
-        raise UsageError(
-            "The network has no concept channels to switch off; pass one from unbraid.apply in its "
-            "exact form."
-        )
-    if name is None and len(layers) == 1:
-        (name,) = layers
-    if name not in layers:
-        problem = "Several layers are split" if name is None else f"Layer {name!r} is not split"
-        raise UsageError(f"{problem}; name one of {', '.join(map(repr, layers))} in layer.")
-    return layers[name]
 
 
 def _concepts_of(layer: SplitLayer, channels: Sequence[int] | None) -> Concepts:

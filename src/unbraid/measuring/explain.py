@@ -167,22 +167,6 @@ def _plain(one: Response) -> dict[str, Any]:
     return {**named, **kept, "percentile": one.percentile if known else None, "map": where}
 
 
-def split_layer_of(model2: nn.Module, name: str | None) -> SplitLayer:
-    """Find the split layer of a network that has one, or the named one; UsageError if none is."""
-    layers = {n: module for n, module in model2.named_modules() if isinstance(module, SplitLayer)}
-    if not layers:
-        raise UsageError(
-            "The network has no concept channels to explain images by; pass one from "
-            "unbraid.apply in its exact form."
-        )
-    if name is None and len(layers) == 1:
-        (name,) = layers
-    if name not in layers:
-        problem = "Several layers are split" if name is None else f"Layer {name!r} is not split"
-        raise UsageError(f"{problem}; name one of {', '.join(map(repr, layers))} in layer.")
-    return layers[name]
-
-
 def explain_images(
     model2: nn.Module,
     layer: SplitLayer,

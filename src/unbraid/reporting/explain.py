@@ -27,9 +27,10 @@ from unbraid.base.tables import Tabular, one_line
 from unbraid.images.batches import in_batches, load
 from unbraid.images.broken import plain
 from unbraid.images.dataset import class_names_of, name_of, size_of
-from unbraid.measuring.explain import ImageExplanation, Response, explain_images, split_layer_of
+from unbraid.measuring.explain import ImageExplanation, Response, explain_images
 from unbraid.networks.copying import unwrap
 from unbraid.reporting.pictures import open_picture, sight_of, to_picture
+from unbraid.surgery.split_layer import split_layer_of
 
 _TILE, _GAP, _LEFT = 168, 10, 250  # pixels: a picture, between pictures, for words
 _SMALL = 64  # a picture's pixels are shown as they are up to this size
@@ -129,7 +130,7 @@ def explain(
         "Explain" in docs/method.md.
     """
     model2 = unwrap(model2)
-    split_layer = split_layer_of(model2, layer)
+    split_layer = split_layer_of(model2, layer, "explain images by")
     n, heatmaps = whole_number("n", n, 1), flag("heatmaps", heatmaps)
     if isinstance(classes, (str, bytes, int)):
         raise UsageError(f"classes is {classes!r}; give a list of names or numbers.")

@@ -95,6 +95,22 @@ class SplitLayer(nn.Module):
         return torch.cat([self.rows.detach(), self.row_bias.detach()[:, None]], 1)
 
 
+def split_layer_of(model2: nn.Module, name: str | None, purpose: str) -> SplitLayer:
+    """Find the split layer of a network that has one, or the named one; UsageError if none is."""
+    layers = {n: module for n, module in model2.named_modules() if isinstance(module, SplitLayer)}
+    if not layers:
+        raise UsageError(
+            f"The network has no concept channels to {purpose}; pass one from unbraid.apply in its "
+            "exact form."
+        )
+    if name is None and len(layers) == 1:
+        (name,) = layers
+    if name not in layers:
+        problem = "Several layers are split" if name is None else f"Layer {name!r} is not split"
+        raise UsageError(f"{problem}; name one of {', '.join(map(repr, layers))} in layer.")
+    return layers[name]
+
+
 def _pass(point: nn.Module, values: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Send values through a hook point; say, where something may change them, whether it did."""
     hooked = _hooked(point)
