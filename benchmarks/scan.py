@@ -227,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = ("memory", "command", "layouts", "formats", "files")
     parser.add_argument("what", nargs="?", choices=kinds, default="memory")
-    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--images", type=int, default=256, help="drawn; not with --folder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--network", choices=LAYERS, help="for files and command")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="for command")
