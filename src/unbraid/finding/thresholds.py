@@ -29,7 +29,7 @@ TAUS = (0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1)
 PS = (0.5, 0.75, 0.9)
 GAMMAS = (0.3, 0.4, 0.5, 0.6, 0.7)
 
-# How these were chosen, and what other rules gave: docs/thresholds.md.
+# How these were chosen, and what other rules gave: docs/evidence-thresholds.md.
 N_MATTER = 10, 40  # channels that matter in a typical image at the highest and lowest tau tried
 _PART = 0.25, 0.5  # of a narrow layer, and no more of it: half and all of its positive shares
 N_SURE = 8  # channels that tau is lowered for, or the first part of a narrow layer

@@ -37,10 +37,10 @@ N_IMAGES = 5000  # of a class or cluster, which the fit looks at
 _N_SHAPED = 500  # of a concept, for rectified responses
 _BYTES_AT_ONCE = 3 << 30  # of inputs
 BACKGROUND = 0.2  # of two-sided silence on images of no concept
-PRESENCE = 3.0  # of responses to own images that fall short; docs/splitting.md tells of what
+PRESENCE = 3.0  # of responses to own images that fall short; docs/evidence-splitting.md
 LEAST_PENALTY = 5.0  # times alpha: what few images leave open, other rows of the layer must say
 _LEAST_GAIN = 1e-5  # part of the objective for which another step is worth it
-_POOLED_SHARE = 0.45  # at least, of pooled responses beside rectified ones; docs/splitting.md
+_POOLED_SHARE = 0.45  # at least, of pooled beside rectified responses; docs/evidence-splitting.md
 
 
 def by_portion(

@@ -18,7 +18,7 @@ from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Members
 from unbraid.splitting.moments import augment, augmented_row
 
-MARGIN = 0.5  # of the concept's mean response; docs/splitting.md tells what others gave
+MARGIN = 0.5  # of the concept's mean response; docs/evidence-splitting.md tells what others gave
 N_TOP = 1000  # images of no concept that excite a channel most, all of which are looked at
 N_EVEN = 1000  # images spread evenly over the scan, which stand for all others
 
