@@ -158,10 +158,11 @@ def figures_of(val: Scan, split: Split, found: Findings, member: dict) -> tuple[
     return rows, fmean(covered), fmean(explained)
 
 
-def whole_channels(train: Scan, val: Scan, found: Findings, name: str) -> None:
+def whole_channels(train: Scan, val: Scan, found: Findings, name: str) -> Split:
     """Coverage, and figures of concepts of classes and of clusters, beside what chance gives."""
     member = concept_of(val, found, found.concepts)
-    rows, covered, explained = figures_of(val, unbraid.split(train, found), found, member)
+    split = unbraid.split(train, found)
+    rows, covered, explained = figures_of(val, split, found, member)
     by_chance: Rows = {}
     own = concept_of(train, found, found.concepts) if found.clusters else {}
     classes = sorted(train.labels_seen())
@@ -183,6 +184,30 @@ def whole_channels(train: Scan, val: Scan, found: Findings, name: str) -> None:
         mixed = kind == "of classes" and found.clusters
         ratio = "" if mixed else f", shuffled {chance:.3f} ({means[0] / chance:.1f} times)"
         print(f"  {len(some)} {kind}: {told}; {means[0] / means[1]:.1f} times the whole{ratio}")
+    return split
+
+
+def on_their_classes(val: Scan, split: Split, classes: Findings) -> None:
+    """The same concept channels of classes, judged on images of their classes alone."""
+    member = concept_of(val, classes, classes.concepts)
+    pooled = torch.cat(list(val.columns("pooled")))
+    n_positions = torch.cat(list(val.columns("n_positions")))
+    rows = []
+    for part in split.channels:
+        inputs = pooled[:, val.layer.group_of(part.channel)]
+        new = part.pooled_responses(inputs, n_positions)
+        for k, group in enumerate(classes.concepts[part.channel]):
+            own = member[part.channel] == k
+            at = next(i for i, other in enumerate(part.concepts) if set(group) <= set(other))
+            if own.any():
+                z, z_k = new[:, 0], new[:, at + 1]
+                mimic = mimic_error(z, z_k, own)
+                rows.append((r_precision(z_k, own), float(z_k[own].mean() / z[own].mean()), mimic))
+    precision, retention, mimic = zip(*rows, strict=True)
+    print(
+        f"  {len(rows)} of classes on images of their classes: R-precision {fmean(precision):.3f},"
+        f" retention {median(retention):.3f}, mimic {fmean(mimic):.3f}"
+    )
 
 
 def main() -> None:
@@ -200,7 +225,7 @@ def main() -> None:
     false_splits(train, classes)
     whole_channels(train, val, classes, "classes")
     whole = unbraid.find(train, concepts="whole", **thresholds)
-    whole_channels(train, val, whole, "whole channel")
+    on_their_classes(val, whole_channels(train, val, whole, "whole channel"), classes)
     if arguments.clusters:
         agreement(train, classes, unbraid.find(train, concepts="clusters"))
 
