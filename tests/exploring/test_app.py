@@ -118,7 +118,7 @@ def test_a_dropped_picture_is_explained_and_a_gate_moves_its_logits(visit, serve
     drop_on(page, path)
     assert page.locator(".seen figcaption").inner_text() == path.name
     assert page.locator(".concepts li").count() == 8
-    assert page.locator(".concepts li").first.locator(".look img").count() == 2
+    assert page.locator(".concepts li").first.locator(".where img").count() == 2
     before = wait_for_logits(page, served, {})
     name = page.locator(".gate input").first.get_attribute("data-gate")
     set_gate(page, name, 0)
