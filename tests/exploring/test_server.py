@@ -110,7 +110,8 @@ def test_what_nobody_foresaw_is_a_sentence_too(served, monkeypatch, capsys):
     assert capsys.readouterr().err == "unbraid explore: ZeroDivisionError: by zero\n"
 
 
-def test_the_command_serves_until_it_is_stopped(folder):
+@pytest.mark.parametrize("answers", [False, True])  # to a browser that then stays connected
+def test_the_command_serves_until_it_is_stopped(folder, answers):
     taken = socket.create_server(("127.0.0.1", 0))
     port = str(taken.getsockname()[1])
     words = ["explore", str(folder), "--no-open", "--port", port]
@@ -124,10 +125,11 @@ def test_the_command_serves_until_it_is_stopped(folder):
     assert line.startswith("Explore: http://127.0.0.1:")
     address = line.split()[1]
     assert not address.endswith(f":{port}/")
-    with socket.create_connection(
-        (urllib.parse.urlsplit(address).hostname, urllib.parse.urlsplit(address).port)
-    ):
-        pass  # a browser that stays connected does not hold it up
+    if answers:
+        where = urllib.parse.urlsplit(address)
+        connection = http.client.HTTPConnection(where.hostname, where.port, timeout=60)
+        connection.request("GET", "/")
+        assert connection.getresponse().read().startswith(b"<!DOCTYPE html>")
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (0, "")

@@ -52,6 +52,16 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_SERVING: dict[str, Any] = {
+    "log_level": "critical",  # errors are told by _fail
+    "access_log": False,
+    "lifespan": "off",
+    "ws": "none",
+    "http": "h11",
+    "loop": "asyncio",
+    "server_header": False,
+    "timeout_graceful_shutdown": 1,
+}
 _HEADERS = {
     "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -235,21 +245,11 @@ def serve(explorer: Explorer, port: int, *, opens: bool, tell: Callable[[str], o
     """
     own = listen(port)
     address = f"http://{HOST}:{own.getsockname()[1]}/"
-    tell(f"Explore: {address} (ctrl-C ends it)")
-    if opens:
-        threading.Thread(target=_open_browser, args=(address,), daemon=True).start()
-    config = uvicorn.Config(
-        make_app(explorer),
-        log_level="error",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        http="h11",
-        loop="asyncio",
-        server_header=False,
-        timeout_graceful_shutdown=1,
-    )
     try:
+        tell(f"Explore: {address} (ctrl-C ends it)")
+        if opens:
+            threading.Thread(target=_open_browser, args=(address,), daemon=True).start()
+        config = uvicorn.Config(make_app(explorer), **_SERVING)
         uvicorn.Server(config).run(sockets=[own])
     except KeyboardInterrupt as stop:
         if stop.args:  # SIGTERM
