@@ -245,7 +245,8 @@ class Explorer:
 
         def read() -> Seen:
             try:
-                return self._see(bounded(name_of(images, index)), open_picture(images, index))
+                name = "/".join(name_of(images, index).split("/")[-2:])  # with its class's folder
+                return self._see(bounded(one_line(name)), open_picture(images, index))
             except LookupError:
                 raise UsageError(f"The run has no image {index}.") from None
 

@@ -54,7 +54,9 @@ export async function showPicture(view, { picture, channel }) {
 }
 
 function invite(view) {
-  const examples = [...document.querySelectorAll("#channels .thumb img")].slice(0, 8).map((image) => image.getAttribute("src").split("/").slice(4).join("/"));
+  const thumbs = [...document.querySelectorAll("#channels .thumb img")];
+  const pictures = thumbs.map((image) => image.getAttribute("src").split("/").slice(4).join("/"));
+  const examples = [...new Set(pictures)].slice(0, 8);
   view.replaceChildren(
     el("div", { className: "invite" },
       el("h2", {}, "Which concept channels does a picture use?"),
