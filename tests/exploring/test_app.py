@@ -263,6 +263,19 @@ def test_a_broken_picture_and_a_gone_split_are_told_in_a_sentence(visit, served,
     page.wait_for_selector(".shots img")  # and the run's own is shown
 
 
+def test_without_a_picture_some_of_the_run_are_offered(visit):
+    page = visit("#picture")
+    page.locator("#view .shots a").first.click()
+    page.wait_for_selector(".concepts li")
+    assert page.locator(".seen figcaption").inner_text().endswith(".png")
+    page.locator("#channels a").nth(1).click()  # the picture stays, of that channel alone
+    page.wait_for_selector(".choice a:nth-child(2)[aria-current]")
+    gates = page.locator(".gate input").evaluate_all("all => all.map(one => one.dataset.gate)")
+    channel = page.locator("#channels a").nth(1).get_attribute("data-channel")
+    assert gates[0] == f"{channel}.0"
+    assert gates[-1] == f"{channel}.rest"
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_is_wider_than_the_window(visit, served, width):
     channel = served.explorer.opened.split.channels[0].channel

@@ -18,7 +18,7 @@ from unbraid.measuring.reference_images import ReferenceImages, TopImages
 from unbraid.measuring.results import ChannelEvaluation
 from unbraid.reporting.explain import light_up
 from unbraid.reporting.pictures import encode
-from unbraid.reporting.words import ABSENT, bounded, letter, number, percent, significant
+from unbraid.reporting.words import ABSENT, MINUS, bounded, letter, number, percent, significant
 from unbraid.splitting.splits import ChannelSplit, Split
 
 _TILE = 192  # pixels of a side of a map
@@ -167,7 +167,7 @@ def _figures(one: Response) -> Plain:
     return {
         "response": significant(one.response),
         "percentile": f"{one.percentile:.1f}" if known else ABSENT,
-        "share": f"{one.share[0]:.1%}".replace("-", "\N{MINUS SIGN}"),
+        "share": f"{one.share[0]:.1%}".replace("-", MINUS),
     }
 
 
@@ -191,7 +191,7 @@ def logits_view(before: Tensor, now: Tensor, names: Sequence[str]) -> Plain:
                 "name": bounded(name_of(names, t)),
                 "before": float(before[t]),
                 "now": float(now[t]),
-                "words": [number(float(z[t]), 2) for z in (before, now)],
+                "words": [_logit(float(z[t])) for z in (before, now)],
             }
             for t in chosen
         ],
@@ -199,6 +199,10 @@ def logits_view(before: Tensor, now: Tensor, names: Sequence[str]) -> Plain:
         "low": float(torch.minimum(before.min(), now.min())),
         "high": float(torch.maximum(before.max(), now.max())),
     }
+
+
+def _logit(value: float) -> str:
+    return f"{value:.2f}".replace("-", MINUS)
 
 
 def as_file(picture: Image.Image, side: int) -> tuple[bytes, str]:

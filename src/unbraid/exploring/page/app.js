@@ -7,6 +7,7 @@ import { showPicture } from "/picture.js";
 const byId = (id) => document.getElementById(id);
 const views = { channel: showChannel, bench: showBench, picture: showPicture };
 let shown = null; // the split whose channels are listed
+let thumbsOf = null; // and the one whose pictures stand there, or are asked for
 
 // --- where one is ---
 
@@ -28,7 +29,16 @@ async function arrive() {
     place = placeOf(location.hash);
     if (!(await attempt(() => listChannels("run")))) return;
   }
-  if (turn === state.turn) show(place);
+  if (turn !== state.turn) return;
+  await show(place);
+  // What one looks at comes first.
+  const { split } = state;
+  if (thumbsOf === split) return;
+  thumbsOf = split;
+  const thumbs = await attempt(() => ask("thumbs", { split }));
+  if (!thumbs || thumbsOf !== split) return;
+  addThumbs(thumbs);
+  if (turn === state.turn && place.view === "picture" && !place.picture) show(place); // examples
 }
 
 function show(place) {
@@ -53,7 +63,7 @@ function show(place) {
   if (channel !== null) state.lastChannel = channel;
   if (place.picture) state.lastPicture = place.picture;
   byId("split").value = state.split;
-  views[place.view](byId("view"), { ...place, channel });
+  return views[place.view](byId("view"), { ...place, channel });
 }
 
 /** Bring an item of a list into its sight, and leave the page where it is. */
@@ -73,7 +83,7 @@ async function listChannels(split) {
   listSplits();
   byId("channels").replaceChildren(...channels.map(entry));
   filter();
-  attempt(() => ask("thumbs", { split })).then((thumbs) => thumbs && shown === split && addThumbs(thumbs));
+  thumbsOf = null;
   return true;
 }
 

@@ -79,7 +79,7 @@ export const pictureAddress = (picture, side) => `/picture/${state.run.version}/
 /** A picture of the run or a dropped one; where it cannot be shown, its words stand there. */
 export function pictureOf(picture, side, words) {
   const image = el("img", { alt: words, loading: "lazy", draggable: false });
-  image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 96 && side > 96));
+  image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 48 && side > 96));
   image.addEventListener("error", () => image.replaceWith(el("span", { className: "gone" }, name(words || "not readable"))));
   image.src = pictureAddress(picture, side);
   return image;
