@@ -93,6 +93,8 @@ def test_the_bench_lays_out_the_strongest_images_with_their_concepts(explorer):
     assert laid.group.tolist() == expected
     assert {0, 1} <= set(expected)
     assert (laid.response.diff() <= 0).all()
+    shown = [explorer.opened.train_images[index][1] for index in laid.index.tolist()]
+    assert shown == laid.label.tolist()  # training images, not others of the same numbers
     undivided = next(
         c for c in range(scan.layer.n_out) if c not in explorer.opened.run.found.concepts
     )
