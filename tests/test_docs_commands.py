@@ -33,6 +33,11 @@ def options_of(name):
     return {n for argument in cli.app[name].assemble_argument_collection() for n in argument.names}
 
 
+def check_options(words):
+    """A command that ends only when it is stopped; its own tests run it."""
+    assert {word for word in words[2:] if word.startswith("--")} <= options_of(words[1])
+
+
 def check_names(words):
     """A command that the text only mentions is there, and so are its options."""
     if words[0] == "unbraid":
@@ -47,6 +52,7 @@ LOOKED_AT = {
     "pip install ": check_requirements,  # takes minutes; `.ci/run` does it
     "python -m pytest ": check_files,  # is what runs this test
     "pytest ": check_files,
+    "unbraid explore ": check_options,
     "python benchmarks/": check_files,  # takes minutes to hours and gigabytes
     "python examples/": check_files,  # test_walkthrough.py and test_steering.py run them
 }
@@ -111,6 +117,7 @@ def test_a_command_that_fails_or_leaves_nothing_is_told(text, place):
     [
         ("unbraid runs", KeyError),
         ("unbraid demo --model", AssertionError),
+        ("unbraid explore RUN --ports 1", AssertionError),
         ("--outs", AssertionError),
         ("pip install '.[onyx]'", AssertionError),
         ("pytest tests/fault", AssertionError),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 import unbraid
-from unbraid.base.errors import RunError, UsageError
+from unbraid.base.errors import RunError, UnbraidError, UsageError
 from unbraid.base.tables import Table, one_line
 from unbraid.cli.shared import (
     Device,
@@ -33,6 +35,10 @@ _OFF = "A concept channel to switch off, as 900.1, or 900.rest for what no conce
 _SCALE = "A concept channel and what to multiply it by, as 12.0=0.5."
 Off = Annotated[list[str] | None, Parameter(help=_OFF, negative="", consume_multiple=True)]
 Scale = Annotated[list[str] | None, Parameter(help=_SCALE, negative="", consume_multiple=True)]
+_PORT = "To listen at; if it is taken, another one."
+_OPEN = "Open the page in the browser."
+Port = Annotated[int, Parameter(help=_PORT, validator=Number(gte=0, lt=65536))]
+Opens = Annotated[bool, Parameter(name="--open", help=_OPEN, negative="--no-open")]
 FigureKind = Literal["teaser", "densities", "sources"]
 
 
@@ -122,6 +128,37 @@ def explain(
         show()
     files = explained.save(out or ran.folder / "explained")
     show(f"Pictures and figures: {', '.join(map(str, files))}")
+
+
+def explore(
+    run: RunPath,
+    *,
+    port: Port = 8017,
+    opens: Opens = True,
+    out: Path | None = None,
+    model: OwnModel = None,
+    weights: Weights = None,
+    device: Device = None,
+) -> None:
+    """Look at a run in the browser, try pictures and gates, and part channels by hand.
+
+    Serves a page to this machine alone, until ctrl-C, and asks nothing of any network.
+
+    Args:
+        out: Folder to save splits into; by default RUN/splits.
+    """
+    if not all(map(find_spec, ("starlette", "uvicorn"))):
+        raise UnbraidError("The page takes more; pip install 'unbraid[explore]'.")
+    from unbraid.exploring.explorer import open_explorer
+    from unbraid.exploring.opened import open_run
+    from unbraid.exploring.server import serve
+
+    unbraid.keep_memory()
+    opened = open_run(run, model, weights, device)
+    note("" if opened.network is None else opened.network.note)
+    for words in opened.missing:
+        note(words)
+    serve(open_explorer(opened, out), port, opens=opens, tell=show)
 
 
 def edit(

@@ -124,6 +124,12 @@ class Run:
         opened = validation_images(self.settings.source, self.val_scan, self.settings.sight)
         return as_labelled(opened, self.val_scan)
 
+    @cached_property
+    def train_images(self) -> Dataset[Any]:
+        """Training images to look at, likewise."""
+        told = (self.settings.source, self.train_scan, self.settings.sight)
+        return as_labelled(validation_images(*told, part="train"), self.train_scan)
+
     def is_finished(self, features: bool) -> bool:
         """Whether all results are there, those that may be asked for too."""
         names = ["findings.csv", "report.html"]

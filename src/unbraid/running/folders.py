@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
@@ -298,20 +298,24 @@ def labels_as_scanned(scan: Scan) -> dict[int, int] | None:
 
 
 def validation_images(
-    source: dict[str, Any], scan: Scan, sight: Sight | None = None
+    source: dict[str, Any],
+    scan: Scan,
+    sight: Sight | None = None,
+    part: Literal["train", "val"] = "val",
 ) -> Dataset[Any]:
     """Open a run's validation images again, to look at the part that the network saw if known.
 
-    `scan` is of them; DataError if they are gone.
+    `scan` is of them, or, with `part`, of the training images, which then are opened; DataError if
+    they are gone.
     """
     if "demo" in source:
         from unbraid.demo.network import load_images
 
-        return load_images("test")
+        return load_images("test" if part == "val" else "train")
     if "data" not in source:
         raise RunError("The run does not say where its images are; make it anew.")
     with_classes = source.get("class_folders", True)
-    listing = list_images(part_of(source["data"], "val"), with_classes)
+    listing = list_images(part_of(source["data"], part), with_classes)
     labels: dict[str, int] = {}
     if with_classes and listing.classes:
         outputs = Outputs(scan.class_names, len(scan.class_names))
