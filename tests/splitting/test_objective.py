@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unbraid.splitting.objective import Beyond, Curvature, Objective
-from unbraid.splitting.rectified import Rectified
+from unbraid.splitting.rectified import Rectified, Shape
 from unbraid.splitting.silence import Images
 
 
@@ -18,7 +18,7 @@ def objective_of(n_images=60, n_taps=7):
     roots = torch.where(images.concept == 0, -0.3, 0.2).double()
     beyond = Beyond(images, row, roots, torch.full((n_images,), 0.1).double())
     spread = torch.randn(20, n_taps).double()
-    shaped = Rectified.of(row, images, spread, 0, 3.0, 0.5)
+    shaped = Rectified.of(Shape.of(row, images, spread), 0, 3.0, 0.5)
     half = torch.randn(n_taps, n_taps).double()
     return Objective(half @ half.T, torch.randn(n_taps).double(), [beyond, shaped])
 

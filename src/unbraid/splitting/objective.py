@@ -90,7 +90,7 @@ class Objective:
             curvature.follow(_counts(point.nears))
             gram = self._curved(curvature.matrix, point.nears, crosses)
             # So that neither rounding nor what has not been followed makes a step too long.
-            gram.diagonal().add_(_ROUGH_RIDGE * (gram - self.gram).diagonal())
+            gram.diagonal().add_(_ROUGH_RIDGE * (gram.diagonal() - self.gram.diagonal()))
             ridge = _LEAST_RIDGE * float(gram.diagonal().mean())
             ridge = max(ridge, torch.finfo(gram.dtype).tiny)  # a channel that never responds
             linear = gram @ point.mask + ridge * point.mask - gradient
@@ -134,13 +134,15 @@ class Objective:
         """
         images, row = self.terms[0].images, self.terms[0].row
         pull = torch.stack([near.along * near.errors for near in point.nears]).sum(0)  # (N,)
-        gradient = point.held - self.linear + (pull @ images.inputs * row)[:-1]
+        turning = [t for t, near in enumerate(point.nears) if near.across.any()]
+        pulls = [pull, *(point.nears[t].along * point.nears[t].across for t in turning)]
+        met = (torch.stack(pulls) @ images.inputs * row)[:, :-1]  # in one passage through them
+        gradient = point.held - self.linear + met[0]
         crosses = torch.zeros(len(point.nears), len(gradient), dtype=gradient.dtype)
-        for near, cross in zip(point.nears, crosses, strict=True):
-            if near.across.any():
-                gradient += (near.across @ near.errors) * near.turn
-                cross += ((near.along * near.across) @ images.inputs * row)[:-1]
-                cross += near.across.square().sum() / 2 * near.turn
+        for t, along in zip(turning, met[1:], strict=True):
+            near = point.nears[t]
+            gradient += (near.across @ near.errors) * near.turn
+            crosses[t] = along + near.across.square().sum() / 2 * near.turn
         return gradient, crosses
 
     def _curved(self, moments: Tensor, nears: Sequence[Near], crosses: Tensor) -> Tensor:
