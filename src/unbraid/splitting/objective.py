@@ -20,6 +20,7 @@ _HALVINGS = 8
 _LEAST_RIDGE = 1e-9  # of the mean curvature, so that there is one answer
 _ROUGH_RIDGE = 1e-5  # part of the diagonal of what float32 gives
 _UNFOLLOWED = 0.1  # part of what an image counts, by which the curvature may be off
+_BLOCKS, _LEAST_BLOCK = 4, 64  # of inputs, of which products of later ones with earlier are spared
 
 
 class Term(Protocol):
@@ -112,7 +113,8 @@ class Objective:
         point = self._at(mask)
         gradient, crosses = self._slopes(point)
         images, row = self.terms[0].images, self.terms[0].row
-        diagonal = (_counts(point.nears) @ images.inputs.square() * row.square())[:-1]
+        squares = (_counts(point.nears).float() @ images.squares).double()
+        diagonal = (squares * row.square())[:-1]
         diagonal += self.gram.diagonal()
         for cross, near in zip(crosses, point.nears, strict=True):
             diagonal += 2 * cross * near.turn
@@ -194,7 +196,19 @@ def weighted_moments(images: Images, weights: Tensor) -> Tensor:
     some = weights.nonzero()[:, 0]
     most = weights.abs().amax()  # or float32 could overflow
     rows, shares = images.rough[some], (weights[some] / most).float()
-    return ((rows * shares[:, None]).T @ rows).double() * most
+    return _products(rows, rows * shares[:, None]).double() * most
+
+
+def _products(rows: Tensor, others: Tensor) -> Tensor:
+    """Others^T rows (I, I), of (N, I), where it is symmetric: but for the blocks below others."""
+    n_inputs = rows.shape[1]
+    size = max(_LEAST_BLOCK, -(-n_inputs // _BLOCKS))
+    products = rows.new_empty(n_inputs, n_inputs)
+    for first in range(0, n_inputs, size):
+        own, behind = slice(first, first + size), slice(first + size, None)
+        products[own, first:] = others[:, own].T @ rows[:, first:]
+        products[behind, own] = products[own, behind].T
+    return products
 
 
 def _counts(nears: Sequence[Near]) -> Tensor:

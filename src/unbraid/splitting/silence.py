@@ -41,6 +41,11 @@ class Images:
         """The inputs in float32."""
         return self.inputs.float()
 
+    @cached_property
+    def squares(self) -> Tensor:
+        """Squares of the inputs in float32."""
+        return self.rough.square()
+
     def respond(self, row: Tensor, mask: Tensor) -> Tensor:
         """Pooled responses, (N,), of a masked channel of weights and bias (J + 1,)."""
         return self.inputs @ (row * torch.cat([mask, mask.new_ones(1)]))
