@@ -162,9 +162,7 @@ def top_images(
                 advance(1)
 
 
-def _strongest(
-    scan: Scan, channels: Sequence[int], progress: Progress
-) -> tuple[Tensor, Tensor]:
+def _strongest(scan: Scan, channels: Sequence[int], progress: Progress) -> tuple[Tensor, Tensor]:
     """Strongest mean responses and their places in the scan, (n, C_out); -inf where too weak."""
     values = torch.zeros(0, len(channels), dtype=torch.float64)
     places = torch.zeros(0, len(channels), dtype=torch.int64)

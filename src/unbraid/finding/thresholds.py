@@ -66,9 +66,7 @@ def check_thresholds(
     return tau, p, gamma
 
 
-def choose_tau(
-    scan: Scan, p: float, gamma: float, progress: Progress = QUIET
-) -> tuple[float, str]:
+def choose_tau(scan: Scan, p: float, gamma: float, progress: Progress = QUIET) -> tuple[float, str]:
     """Lower tau until eight channels are found surely; a note where the scan bounds it.
 
     From the share that ten channels of a typical image have to that of forty, and no further than

@@ -21,9 +21,7 @@ from unbraid.finding.membership import Cluster, first_free
 from unbraid.scanning.records import Scan
 
 
-def add_clusters(
-    scan: Scan, sums: ClassSums, found: Found, progress: Progress = QUIET
-) -> None:
+def add_clusters(scan: Scan, sums: ClassSums, found: Found, progress: Progress = QUIET) -> None:
     """Add to each channel's concepts clusters of its top images that are of no class among them.
 
     A cluster whose centre is as alike to a concept of classes as an image has to be to its cluster

@@ -184,7 +184,9 @@ def _search(job: Job, scans: tuple[Scan, Scan], depth: int, measured: bool) -> L
     found = seen_in(val_scan, find(train_scan, **job.thresholds.of_find, progress=True))
     evaluation = None
     if found.concepts and measured:
-        evaluation = evaluate(split(train_scan, _lowest(found, N_MEASURED), progress=True), val_scan)
+        evaluation = evaluate(
+            split(train_scan, _lowest(found, N_MEASURED), progress=True), val_scan
+        )
     return describe_layer(train_scan.layer, depth, found, evaluation, _ids(scans))
 
 

@@ -185,9 +185,9 @@ def solve(
         scale = weights.penalty * float(problem.curvature(k).diagonal().mean())
         target = aim(problem, images, weights.silence, k, shape, share)
         objective = target.near(even, scale * prior)
-        mask = objective.solve(mask, gain)
+        mask, residual = objective.solve(mask, gain)
         masks.append(mask)
-        residuals.append(objective.residual(mask))
+        residuals.append(residual)
     return Fit(torch.stack(masks), weights, max(residuals), problem.shrinkage)
 
 

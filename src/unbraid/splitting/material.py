@@ -21,12 +21,11 @@ from unbraid.finding.membership import Clusters, Members
 from unbraid.networks.spec import LayerSpec
 from unbraid.scanning.fields import Records
 from unbraid.splitting.moments import Moment, augment, join_moments, moment
-from unbraid.splitting.silence import N_EVEN, N_TOP, Images, Rest
+from unbraid.splitting.silence import N_EVEN, N_SHAPED, N_TOP, Images, Rest, sample_of
 
 Answer = TypeVar("Answer")
 Need = tuple[int, int]  # a group of the layer, and a class or cluster whose images are looked at
 
-_N_SHAPED = 500  # of a concept, whose responses are looked at one by one
 _BYTES_AT_ONCE = 3 << 30  # of inputs
 
 
@@ -59,13 +58,13 @@ def on_images(
     def gather(columns: _ChosenRest, channel: int) -> Answer:
         own = concepts[channel]
         chosen = [[reader.known[layer.group_of(channel), n] for n in concept] for concept in own]
-        return work(_gather(chosen, columns, channel, _part(own, members.clusters)), channel)
+        n_shaped = sample_of(N_SHAPED, members.scan)
+        part = _part(own, members.clusters)
+        return work(_gather(chosen, n_shaped, columns, channel, part), channel)
 
     total = sum(len(own) for own in concepts.values())
     with progress.of(title, total, "concepts") as advance:
-        return _by_portion(
-            needs, reader, gather, lambda channel: advance(len(concepts[channel]))
-        )
+        return _by_portion(needs, reader, gather, lambda channel: advance(len(concepts[channel])))
 
 
 def _by_portion(
@@ -190,7 +189,9 @@ class Reader:
         self.counts = {number: min(n, n_images) for number, n in counts.items()}
         self.known: dict[Need, _Kind] = {}
         self._size = torch.promote_types(members.scan.weight.dtype, torch.float32).itemsize
-        self.bytes_each = self._size * members.scan.layer.n_taps * (N_TOP + N_EVEN)
+        self.bytes_each = (
+            self._size * members.scan.layer.n_taps * sample_of(N_TOP + N_EVEN, rest[0].scan)
+        )
 
     def n_bytes(self, need: Need) -> int:
         """Bytes of the images of a class or cluster, and of their moment, float64 where few."""
@@ -251,20 +252,24 @@ class _Kinds:
         for k, group in enumerate(self._groups[number]):
             own = _Columns(every.pooled[:, k], every.n_positions, every.group)
             inputs = augment(own.pooled, own.n_positions, own.pooled.dtype)
-            few = own.first(_N_SHAPED)
+            few = own.first(sample_of(N_SHAPED, self._members.scan))
             kept = _Columns(few.pooled.clone(), few.n_positions.clone(), few.group.clone())
             self._done[group, number] = _Kind(moment(inputs), kept)
 
 
 def _gather(
-    kinds: Sequence[Sequence[_Kind]], rest: _ChosenRest, channel: int, part: float
+    kinds: Sequence[Sequence[_Kind]],
+    n_shaped: int,
+    rest: _ChosenRest,
+    channel: int,
+    part: float,
 ) -> ChannelImages:
     """Put together what one channel's fit looks at, when its turn comes: it is large."""
     others, weight = rest.of(channel)
     columns, weights, concept = [others], [weight], [torch.full_like(others.group, -1)]
     for k, own in enumerate(kinds):
         for kind in own:
-            some = kind.some.first(max(1, _N_SHAPED // len(own)))
+            some = kind.some.first(max(1, n_shaped // len(own)))
             columns.append(some)
             n = len(some.group)
             weights.append(weight.new_full((n,), kind.moment.n_images / n))
@@ -276,4 +281,6 @@ def _gather(
         torch.cat(weights),
         every.group,
     )
-    return ChannelImages([join_moments([kind.moment for kind in own]) for own in kinds], images, part)
+    return ChannelImages(
+        [join_moments([kind.moment for kind in own]) for own in kinds], images, part
+    )

@@ -19,6 +19,7 @@ _CONSTANT = 1e-12  # part of a column's rms: a smaller spread is rounding
 _LEAST_IMAGES = 3  # below which correlations say nothing
 _AT_ONCE = 256  # images whose products float32 adds up, before float64 does
 _LARGE = 1e36  # variance that float32 holds
+_BLOCKS, _LEAST_BLOCK = 4, 64  # of inputs, of which products of later ones with earlier are spared
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ class Moment:
         return product if self.square is None else product + self.square.to(x) @ x
 
 
-def augment(
-    pooled: Tensor, n_positions: Tensor, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def augment(pooled: Tensor, n_positions: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Put the number of positions behind the inputs: (n, J) to (n, J + 1)."""
     inputs = pooled.new_empty((len(pooled), pooled.shape[1] + 1), dtype=dtype)
     inputs[:, :-1], inputs[:, -1] = pooled, n_positions
@@ -89,7 +88,7 @@ def _squared(
     u = deviations.div_(torch.where(scale > 0, scale, torch.inf)).to(dtype)
     products = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     for some in u.split(_AT_ONCE):
-        products += some.T @ some
+        products += products_of(some, some)
     alpha = 0.0
     if shrink:
         squares = u[:, :-1].square()
@@ -103,6 +102,18 @@ def _squared(
     products *= scale
     kept = products.to(dtype) if variance.amax() < _LARGE else products
     return Moment(mean[None], alpha * variance, kept, mean, n, alpha)
+
+
+def products_of(rows: Tensor, others: Tensor) -> Tensor:
+    """Others^T rows (I, I), of (N, I), where that is symmetric: half of it is copied."""
+    n_inputs = rows.shape[1]
+    size = max(_LEAST_BLOCK, -(-n_inputs // _BLOCKS))
+    products = rows.new_empty(n_inputs, n_inputs)
+    for first in range(0, n_inputs, size):
+        own, behind = slice(first, first + size), slice(first + size, None)
+        products[own, first:] = others[:, own].T @ rows[:, first:]
+        products[behind, own] = products[own, behind].T
+    return products
 
 
 def _varies(spread: Tensor) -> Tensor:

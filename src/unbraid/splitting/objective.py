@@ -5,6 +5,7 @@ Shapes: N images, J taps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor
 
 from unbraid.splitting.box_solver import solve_box
+from unbraid.splitting.moments import products_of
 from unbraid.splitting.silence import Images, Near
 
 _MAX_STEPS = 30
 _HALVINGS = 8
 _LEAST_RIDGE = 1e-9  # of the mean curvature, so that there is one answer
 _ROUGH_RIDGE = 1e-5  # part of the diagonal of what float32 gives
+_STILL = 10.0  # times the least gain: a step that would move no tap further is not taken
+_NEAR = 1e-6  # KKT residual of a step, whose curvature is no more exact
 _UNFOLLOWED = 0.1  # part of what an image counts, by which the curvature may be off
-_BLOCKS, _LEAST_BLOCK = 4, 64  # of inputs, of which products of later ones with earlier are spared
 
 
 class Term(Protocol):
@@ -78,24 +81,31 @@ class Objective:
         """The objective, up to a constant."""
         return self._at(mask).value
 
-    def solve(self, mask: Tensor, gain: float) -> Tensor:
+    def solve(self, mask: Tensor, gain: float) -> tuple[Tensor, float]:
         """Go down from a mask while a step gains more than a part of the objective.
+
+        The second answer is the residual of the first.
 
         Each step holds which errors are active, and how they change, and solves what is left. How
         they change on the whole is exact, and their curvature as float32 has it, which changes the
         way, not where it ends.
         """
         point, curvature = self._at(mask), Curvature(self.terms[0].images)
+        steepest = 0.0  # the largest of the curvature's diagonal, once it is known
         for _ in range(_MAX_STEPS):
             gradient, crosses = self._slopes(point)
+            left = _moved(point.mask, gradient, steepest) if steepest else math.inf
+            if left <= _STILL * gain:
+                return point.mask, left
             curvature.follow(_counts(point.nears))
             gram = self._curved(curvature.matrix, point.nears, crosses)
             # So that neither rounding nor what has not been followed makes a step too long.
             gram.diagonal().add_(_ROUGH_RIDGE * (gram.diagonal() - self.gram.diagonal()))
+            steepest = float(gram.diagonal().amax())
             ridge = _LEAST_RIDGE * float(gram.diagonal().mean())
             ridge = max(ridge, torch.finfo(gram.dtype).tiny)  # a channel that never responds
             linear = gram @ point.mask + ridge * point.mask - gradient
-            change = solve_box(gram, ridge, linear, point.mask) - point.mask
+            change = solve_box(gram, ridge, linear, point.mask, _NEAR) - point.mask
             for _ in range(_HALVINGS):
                 ahead = self._at(point.mask + change)
                 if ahead.value < point.value:
@@ -106,11 +116,13 @@ class Objective:
             before, point = point.value, ahead
             if before - point.value <= gain * abs(point.value):
                 break
-        return point.mask
+        return point.mask, self._residual(point)
 
     def residual(self, mask: Tensor) -> float:
         """How far a mask is from the nearest answer: a projected gradient step's change."""
-        point = self._at(mask)
+        return self._residual(self._at(mask))
+
+    def _residual(self, point: _Point) -> float:
         gradient, crosses = self._slopes(point)
         images, row = self.terms[0].images, self.terms[0].row
         squares = (_counts(point.nears).float() @ images.squares).double()
@@ -118,8 +130,7 @@ class Objective:
         diagonal += self.gram.diagonal()
         for cross, near in zip(crosses, point.nears, strict=True):
             diagonal += 2 * cross * near.turn
-        scale = diagonal.amax().clamp(min=torch.finfo(diagonal.dtype).tiny)
-        return float((mask - (mask - gradient / scale).clamp(0, 1)).abs().amax())
+        return _moved(point.mask, gradient, float(diagonal.amax()))
 
     def _at(self, mask: Tensor) -> _Point:
         """What the objective and its errors are at a mask."""
@@ -196,19 +207,13 @@ def weighted_moments(images: Images, weights: Tensor) -> Tensor:
     some = weights.nonzero()[:, 0]
     most = weights.abs().amax()  # or float32 could overflow
     rows, shares = images.rough[some], (weights[some] / most).float()
-    return _products(rows, rows * shares[:, None]).double() * most
+    return products_of(rows, rows * shares[:, None]).double() * most
 
 
-def _products(rows: Tensor, others: Tensor) -> Tensor:
-    """Others^T rows (I, I), of (N, I), where it is symmetric: but for the blocks below others."""
-    n_inputs = rows.shape[1]
-    size = max(_LEAST_BLOCK, -(-n_inputs // _BLOCKS))
-    products = rows.new_empty(n_inputs, n_inputs)
-    for first in range(0, n_inputs, size):
-        own, behind = slice(first, first + size), slice(first + size, None)
-        products[own, first:] = others[:, own].T @ rows[:, first:]
-        products[behind, own] = products[own, behind].T
-    return products
+def _moved(mask: Tensor, gradient: Tensor, steepest: float) -> float:
+    """How far a projected gradient step moves a mask, at most in any tap."""
+    scale = max(steepest, torch.finfo(gradient.dtype).tiny)
+    return float((mask - (mask - gradient / scale).clamp(0, 1)).abs().amax())
 
 
 def _counts(nears: Sequence[Near]) -> Tensor:

@@ -32,7 +32,9 @@ def with_quantiles(
             group = scan.layer.group_of(part.channel)
             if group not in by_group:
                 by_group = {group: pooled[:, group].double()}
-            sums = part.pooled_responses(by_group[group], n_positions)[:, :-1]  # without the residual
+            sums = part.pooled_responses(by_group[group], n_positions)[
+                :, :-1
+            ]  # without the residual
             means = (sums / n_positions[:, None]).T.contiguous()  # (K + 1, n)
             quantiles = torch.quantile(means, at, dim=1).T.contiguous()
             # Interpolation may round below a neighbour.

@@ -24,6 +24,8 @@ from unbraid.splitting.moments import augment, augmented_row
 MARGIN = 0.5  # of the concept's mean response; docs/splitting.md tells what others gave
 N_TOP = 1000  # images of no concept that excite a channel most, all of which are looked at
 N_EVEN = 1000  # images spread evenly over the scan, which stand for all others
+N_SHAPED = 500  # images of a concept, whose responses are looked at one by one
+_LARGE = 100_000  # images of a scan of which half as many are looked at
 _MANY = 256  # part of responses that are asked for exactly, above which all of them are quicker
 
 
@@ -83,13 +85,18 @@ class Rest:
     weight: Mapping[int, Tensor]
 
 
+def sample_of(n: int, scan: Scan) -> int:
+    """How many images are looked at, of so many, where a scan is large."""
+    return n // 2 if scan.manifest.n_images > _LARGE else n
+
+
 def choose_rest(
     members: Members, concepts: Mapping[int, Sequence[Concept]], progress: Progress = QUIET
 ) -> Rest:
     """Choose images of no concept: half that excite a channel most, half spread evenly."""
     scan, channels = members.scan, list(concepts)
     n_images = scan.n_by_label.total()
-    step, n_seen = max(1, n_images // N_EVEN), 0
+    step, n_seen = max(1, n_images // sample_of(N_EVEN, scan)), 0
     named: dict[int, list[int]] = {}  # which channels have a concept of a class or cluster
     for c, own in enumerate(concepts.values()):
         for number in {number for concept in own for number in concept}:
@@ -128,8 +135,11 @@ class _Top:
 
     def __init__(self, scan: Scan, channels: Sequence[int]) -> None:
         """Have seen none."""
+        self._n_top = sample_of(N_TOP, scan)
         self._rows = torch.stack([augmented_row(scan, o) for o in channels])
-        self._rough = self._rows.to(torch.promote_types(scan.weight.dtype, torch.float32))  # as exact as the records
+        self._rough = self._rows.to(
+            torch.promote_types(scan.weight.dtype, torch.float32)
+        )  # as exact as the records
         groups = torch.tensor([scan.layer.group_of(o) for o in channels], dtype=torch.int64)
         self._of_group = {g: (groups == g).nonzero()[:, 0] for g in groups.unique().tolist()}
         self._slack = torch.finfo(self._rough.dtype).eps * self._rows.shape[1]
@@ -155,7 +165,7 @@ class _Top:
                 z = exact.mul_(self._rows[own[k]]).sum(1)
             kept = z > self._least[own[k]]
             self._found.append((z[kept], own[k[kept]], place[image[kept]]))
-        if sum(len(z) for z, _, _ in self._found) > 3 * N_TOP * len(self._least):
+        if sum(len(z) for z, _, _ in self._found) > 3 * self._n_top * len(self._least):
             self._sift()
 
     def places(self) -> list[Tensor]:
@@ -171,7 +181,7 @@ class _Top:
         z, channel, place = z[order], channel[order], place[order]
         n_each = channel.bincount(minlength=len(self._least))
         rank = torch.arange(len(z), dtype=torch.int64) - (n_each.cumsum(0) - n_each)[channel]
-        last = rank == N_TOP - 1
+        last = rank == self._n_top - 1
         self._least[channel[last]] = z[last]
-        kept = rank < N_TOP
+        kept = rank < self._n_top
         self._found = [(z[kept], channel[kept], place[kept])]

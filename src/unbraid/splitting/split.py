@@ -197,9 +197,7 @@ def _published(
         for o, own in concepts.items()
     }
     rhos = (
-        choose_rho(members, concepts, arvs, progress)
-        if rho is None
-        else dict.fromkeys(arvs, rho)
+        choose_rho(members, concepts, arvs, progress) if rho is None else dict.fromkeys(arvs, rho)
     )
     if missing := arvs.keys() - rhos.keys():
         if not rhos:
