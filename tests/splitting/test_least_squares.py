@@ -128,6 +128,19 @@ def test_moment_is_shrunk_as_pair_by_pair(n):
     torch.testing.assert_close(both.mean, every.mean(0))
 
 
+def test_moment_of_many_float32_inputs_is_as_exact_as_they_are():
+    torch.manual_seed(0)
+    inputs = (torch.randn(900, 40) @ torch.randn(40, 40) + torch.rand(40) * 100).float()
+    for scale in (1.0, 1e-18, 1e18):
+        scaled = (scale * inputs).float()
+        exact, found = moment(scaled.double()), moment(scaled)
+        x = torch.randn(40).double()
+        assert found.shrinkage == pytest.approx(exact.shrinkage, rel=1e-4)
+        difference = found.times(x) - exact.times(x)
+        assert difference.norm() < 1e-6 * exact.times(x).norm()
+        assert (moment(1.001 * scaled).times(x) - exact.times(x)).norm() > 1e-4 * difference.norm()
+
+
 def test_moment_of_constant_inputs_or_few_images_is_its_diagonal():
     for inputs in (torch.ones(8, 4), torch.eye(2, 4)):
         found = moment(inputs.double())

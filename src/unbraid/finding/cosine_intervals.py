@@ -24,6 +24,7 @@ from unbraid.scanning.records import Scan
 
 N_REPLICATES = 200  # drawn anew, they would move an end by about a tenth of half the interval
 N_HALVINGS = 10
+MOST_JUDGED = 2**18  # pairs, which take a minute or so and 0.2 GiB
 _TAILS = (0.025, 0.975)
 _BYTES_AT_ONCE = 1 << 30  # of replicates in memory
 _PER_IMAGE = 1 << 20  # random numbers of an image: replicates first, halvings from the middle
@@ -43,10 +44,15 @@ def with_chance(
     """Give pairs of classes the interval of their cosine and the yardsticks of both classes.
 
     Intervals are of Bayesian bootstrap replicates (Rubin 1981), with undone what noise pulls them
-    towards zero (Spearman 1904); yardsticks are cosines between halves: docs/chance.md.
+    towards zero (Spearman 1904); yardsticks are cosines between halves: docs/chance.md. Of very
+    many pairs those with the lowest cosines are judged; the others are given back as they are.
     """
     if not pairs:
         return []
+    left: list[Pair] = []
+    if len(pairs) > MOST_JUDGED:
+        order = sorted(pairs, key=lambda pair: (pair.cosine, pair.channel))
+        pairs, left = order[:MOST_JUDGED], order[MOST_JUDGED:]
     by_channel: dict[int, list[Pair]] = {}
     for pair in pairs:
         by_channel.setdefault(pair.channel, []).append(pair)
@@ -69,7 +75,7 @@ def with_chance(
             # The one nan of Python, so that pairs can be compared.
             low, high, half1, half2 = (math.nan if math.isnan(value) else value for value in row)
             judged.append(replace(pair, low=low, high=high, half1=half1, half2=half2))
-    return judged
+    return judged + left
 
 
 def uniforms(index: Tensor, first: int, n: int) -> Tensor:

@@ -21,7 +21,7 @@ from unbraid.finding.arv import (
     uses,
 )
 from unbraid.finding.clusters import search_clusters
-from unbraid.finding.cosine_intervals import with_chance
+from unbraid.finding.cosine_intervals import MOST_JUDGED, with_chance
 from unbraid.finding.findings import (
     Concept,
     ConceptKind,
@@ -116,6 +116,8 @@ def find(
         found = _search(scan, sums, p, gamma) if channels is None else _own(scan, sums, channels)
         if channels is None and not found.pairs:
             found.hint, found.nearest = nearest_findings(scan, tau, p, gamma, told)
+        if len(found.pairs) > MOST_JUDGED:
+            note = f"{note} {_tell_judged(len(found.pairs))}".strip()
         found.pairs = with_chance(scan, sums, found.pairs, told)
         if concepts == "whole":
             add_clusters(scan, sums, found, told)
@@ -147,6 +149,13 @@ def _search(scan: Scan, sums: ClassSums, p: float, gamma: float) -> Found:
             found.pairs += pairs
             found.concepts[channel] = group_classes(classes, cosines, gamma)
     return found
+
+
+def _tell_judged(n_pairs: int) -> str:
+    return (
+        f"Of {n_pairs:,} pairs only the {MOST_JUDGED:,} with the lowest cosines have an interval; "
+        "lower gamma, or name some channels and their concepts in channels=, to have it of others."
+    )
 
 
 def _own(scan: Scan, sums: ClassSums, channels: Any) -> Found:
