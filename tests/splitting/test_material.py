@@ -44,9 +44,9 @@ def test_portions_of_channels_make_the_same_split(case, monkeypatch):
 def test_half_as_many_images_of_a_large_scan_are_looked_at(case, monkeypatch):
     scan, found = case
     monkeypatch.setattr(silence, "N_TOP", 6)
-    monkeypatch.setattr(silence, "N_EVEN", 10)
+    monkeypatch.setattr(silence, "N_EVEN", 8)
     members = found.members_in(scan)
-    for largest, n_top, step in ((300, 6, 30), (299, 3, 60)):
+    for largest, n_top, step in ((300, 6, 37), (299, 3, 75)):
         monkeypatch.setattr(silence, "_LARGE", largest)
         rest = silence.choose_rest(members, found.concepts)
         for place, weight in zip(rest.place.values(), rest.weight.values(), strict=True):
