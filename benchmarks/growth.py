@@ -24,7 +24,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,29 @@ from torch.utils.data import DataLoader
 
 import unbraid
 from synthetic import FleetingImages, pointwise, write_scan
-from timing import alone, peak_memory, print_head, print_row, seconds
+from timing import Seconds, alone, peak_memory, print_head, print_row, seconds
+from unbraid.finding import find as find_module
 from unbraid.finding.arv import class_sums
 from unbraid.finding.findings import Findings
 from unbraid.finding.thresholds import choose_tau
 from unbraid.scanning.records import Scan
+from unbraid.splitting import material
 from unbraid.splitting import split as split_module
 
 SIDE, BATCH = 16, 256  # of small images
 N_OUT, N_IN, N_CLASSES = 2048, 512, 1000
 N_TRAIN, N_VAL = 1_281_167, 50_000
 GAMMA = 0.8  # causes are drawn evenly between 0 and 1, so that cosines are about 0.75
+
+PARTS: dict[str, tuple[Any, str]] = {  # of which some are within others
+    "find: sums of classes": (find_module, "class_sums"),
+    "find: chance": (find_module, "with_chance"),
+    "split: choose images of no concept": (split_module, "choose_rest"),
+    "split: cross-validation": (split_module, "choose_weights"),
+    "split: fit": (split_module, "fit_least_squares"),
+    "split: in fit and cross-validation, reading and moments": (material.Reader, "read"),
+    "split: quantiles": (split_module, "with_quantiles"),
+}
 
 
 def small_network(n_channels: int) -> nn.Module:
@@ -137,9 +149,15 @@ def find(folder: str, tau: str, gamma: str) -> None:
 
 
 def split_found(folder: str) -> None:
-    """Find and split."""
+    """Find and split, and tell what each part takes."""
+    taken = tell_parts()
     scan = unbraid.open_scan(f"{folder}/train")
-    unbraid.split(scan, unbraid.find(scan, gamma=GAMMA)).save(f"{folder}/split.safetensors")
+    found: list[Findings] = []
+    taken["find"] = seconds(lambda: found.append(unbraid.find(scan, gamma=GAMMA)))
+    made: list[unbraid.Split] = []
+    taken["split"] = seconds(lambda: made.append(unbraid.split(scan, found[0])))
+    made[0].save(f"{folder}/split.safetensors")
+    print_parts(taken, made[0])
 
 
 def evaluate(folder: str) -> None:
@@ -150,20 +168,39 @@ def evaluate(folder: str) -> None:
 
 def split_random(folder: str, n_channels: str, n_concepts: str) -> None:
     """Split channels whose concepts are drawn, and tell what each part takes."""
-    taken: dict[str, tuple[float, float]] = {}
-
-    def told(name: str, work: Callable[..., Any], *arguments: object) -> Any:
-        answers: list[Any] = []
-        taken[name] = seconds(lambda: answers.append(work(*arguments)))
-        return answers[0]
-
-    for name in ("choose_rest", "choose_weights", "fit_least_squares"):
-        setattr(split_module, name, partial(told, name, getattr(split_module, name)))
+    taken = tell_parts()
     scan = unbraid.open_scan(folder)
     found = random_findings(scan, int(n_channels), int(n_concepts))
-    made = told("whole split", unbraid.split, scan, found)
-    for name, (wall, cpu) in taken.items():
-        print(f"{name}: {wall:.1f} s, of processors {cpu:.1f} s", file=sys.stderr)
+    made: list[unbraid.Split] = []
+    taken["split"] = seconds(lambda: made.append(unbraid.split(scan, found)))
+    print_parts(taken, made[0])
+
+
+def tell_parts() -> dict[str, Seconds]:
+    """Have the parts of `find` and `split` told, in seconds, as they are done."""
+    taken: dict[str, Seconds] = {}
+
+    def told(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            answers: list[Any] = []
+            once = seconds(lambda: answers.append(work(*arguments, **options)))
+            before = taken.get(name, (0.0, 0.0))
+            taken[name] = (before[0] + once[0], before[1] + once[1])
+            return answers[0]
+
+        return run
+
+    for name, (owner, attribute) in PARTS.items():
+        setattr(owner, attribute, told(name, getattr(owner, attribute)))
+    return taken
+
+
+def print_parts(taken: Mapping[str, Seconds], made: unbraid.Split) -> None:
+    """Print what each part took, and how exact the masks are."""
+    for name in (*PARTS, "find", "split"):
+        if name in taken:
+            wall, cpu = taken[name]
+            print(f"{name}: {wall:.1f} s, of processors {cpu:.1f} s", file=sys.stderr)
     residual = max(part.info["kkt_residual"] for part in made.channels)
     print(f"largest KKT residual {residual:.1e}", file=sys.stderr)
 

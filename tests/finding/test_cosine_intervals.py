@@ -12,6 +12,7 @@ import unbraid
 from checks import assert_close
 from handmade import scan_of_causes, write_scan
 from unbraid.finding import cosine_intervals
+from unbraid.finding import find as find_module
 from unbraid.scanning.records import read_shard, write_shard
 
 FIGURES = ("low", "high", "half1", "half2")
@@ -215,3 +216,21 @@ def test_low_cosines_are_sure_only_where_truly_low(cosine, n_images, noise, leas
     low = [pair for pair in found.pairs if pair.cosine < 0.5]
     assert len(low) > 50
     assert least <= sum(not found.uncertain(pair) for pair in low) / len(low) <= most
+
+
+def test_of_very_many_pairs_those_with_the_lowest_cosines_are_judged(case, monkeypatch):
+    concepts = [[label] for label in range(4)]
+    every = unbraid.find(case.scan, channels={0: concepts, 5: concepts})
+    assert not every.note
+    for module in (cosine_intervals, find_module):
+        monkeypatch.setattr(module, "MOST_JUDGED", 5)
+    some = unbraid.find(case.scan, channels={0: concepts, 5: concepts})
+    assert [pair.cosine for pair in some.pairs] == [pair.cosine for pair in every.pairs]
+    for k, (pair, whole) in enumerate(zip(some.pairs, every.pairs, strict=True)):
+        figures = [getattr(pair, name) for name in FIGURES]
+        if k < 5:
+            assert_close(figures, [getattr(whole, name) for name in FIGURES])
+        else:
+            assert all(map(math.isnan, figures))
+    assert "Of 12 pairs only the 5 with the lowest cosines have an interval" in some.note
+    assert some.note in str(some)

@@ -101,25 +101,3 @@ def test_load_what_cannot_be_sent_or_handed_over_or_received_is_told(monkeypatch
     (items,) = load(images, [[0, 1]], workers=1)
     with pytest.raises(DataError, match=r"hand them over \(No space left on device\).*fewer"):
         sort_out(items, skip_broken=True)
-
-
-def test_image_progress_in_a_log_file_is_a_line_every_half_minute(monkeypatch, capsys):
-    now = 100.0
-    monkeypatch.setattr(loading.time, "monotonic", lambda: now)
-    with loading.image_progress("Scanning x", 4000, 1000, show=True) as advance:
-        for _ in range(90):
-            now += 1.0
-            advance(10)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "Scanning x: 1,300 of 4,000, 10 images/s, 4:30 left",
-        "Scanning x: 1,600 of 4,000, 10 images/s, 4:00 left",
-        "Scanning x: 1,900 of 4,000, 10 images/s, 3:30 left",
-        "Scanning x: 1,900 of 4,000, 10 images/s, 1:30 in all",
-    ]
-    with loading.image_progress("Scanning x", 4000, show=False) as advance:
-        now += 100.0
-        advance(10)
-    with pytest.raises(DataError), loading.image_progress("Scanning x", 10, show=True):
-        raise DataError("It ends here.")
-    assert capsys.readouterr().err == ""

@@ -91,3 +91,18 @@ def test_a_system_is_solved_for_its_free_unknowns():
     system = System(Gram(matrix), 0.7, free)
     torch.testing.assert_close(system.exactly(x[:5]), expected)
     torch.testing.assert_close(system.nearly(x[:5]), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_a_rough_answer_is_near_the_exact_one_and_exact_where_float32_fails(scale, monkeypatch):
+    torch.manual_seed(0)
+    for size, images in ((3, 10), (40, 60), (60, 8)):
+        _, _, gram, linear = random_problem(size, images)
+        gram, linear, ridge = scale * gram, scale * linear, scale * 0.1
+        exact = solve_box(gram, ridge, linear, torch.rand_like(linear))
+        rough = solve_box(gram, ridge, linear, torch.rand_like(linear), 1e-6)
+        torch.testing.assert_close(rough, exact, rtol=0, atol=1e-4)
+        with monkeypatch.context() as patched:
+            patched.setattr(box, "_ROUGH_GUESSES", 0)
+            fallen_back = solve_box(gram, ridge, linear, torch.rand_like(linear), 1e-6)
+        torch.testing.assert_close(fallen_back, exact, rtol=0, atol=1e-7)

@@ -9,11 +9,13 @@ from scipy.optimize import minimize
 import unbraid
 from checks import assert_same_split
 from tiny_networks import SyntheticImages, build
+from unbraid.base.progress import QUIET
 from unbraid.finding.membership import Members
 from unbraid.networks.layers import describe
 from unbraid.networks.spec import pooled_input, tap_inputs
 from unbraid.splitting import cross_validation, silence
 from unbraid.splitting import least_squares as ls
+from unbraid.splitting.material import on_images
 from unbraid.splitting.moments import RowPrior, augment, augmented_row, join_moments, moment
 from unbraid.splitting.silence import Images, choose_rest
 
@@ -32,6 +34,11 @@ def case(request, tmp_path_factory):
 def rest_of(scan, found):
     members = found.members_in(scan)
     return members, choose_rest(members, found.concepts)
+
+
+def parts_of(rest, found, n_images, work):
+    """Do work on the images that the fit of each channel looks at."""
+    return on_images(rest[0], found.concepts, rest, n_images, work, "", QUIET)
 
 
 def pooled_of(scan, channel):
@@ -121,6 +128,19 @@ def test_moment_is_shrunk_as_pair_by_pair(n):
     torch.testing.assert_close(both.mean, every.mean(0))
 
 
+def test_moment_of_many_float32_inputs_is_as_exact_as_they_are():
+    torch.manual_seed(0)
+    inputs = (torch.randn(900, 40) @ torch.randn(40, 40) + torch.rand(40) * 100).float()
+    for scale in (1.0, 1e-18, 1e18):
+        scaled = (scale * inputs).float()
+        exact, found = moment(scaled.double()), moment(scaled)
+        x = torch.randn(40).double()
+        assert found.shrinkage == pytest.approx(exact.shrinkage, rel=1e-4)
+        difference = found.times(x) - exact.times(x)
+        assert difference.norm() < 1e-6 * exact.times(x).norm()
+        assert (moment(1.001 * scaled).times(x) - exact.times(x)).norm() > 1e-4 * difference.norm()
+
+
 def test_moment_of_constant_inputs_or_few_images_is_its_diagonal():
     for inputs in (torch.ones(8, 4), torch.eye(2, 4)):
         found = moment(inputs.double())
@@ -174,7 +194,7 @@ def test_silence_on_other_concepts_counts_once_where_clusters_are_among_them(cas
     groups = {5: [index[label == number].tolist() for number in range(3)]}
     for own, expected in ((found, 1.0), (unbraid.find(scan, images=groups), 0.5)):
         rest = rest_of(scan, own)
-        parts = ls.on_images(rest[0], own.concepts, rest, 20, lambda images, _: images.part)
+        parts = parts_of(rest, own, 20, lambda images, _: images.part)
         assert parts[5] == expected
 
 
@@ -232,8 +252,8 @@ def test_solve_finds_the_optimum_that_scipy_finds(case, rectified, part):
             even = torch.full_like(mask, 1 / len(fit.masks))
             terms = [problem.beyond(images, WEIGHTS.silence, k).times(share)]
             if rectified:
-                own = (problem.row, images, spread, k, WEIGHTS.silence, 1 - share, part)
-                terms.append(ls.Rectified.of(*own))
+                shape = ls.Shape.of(problem.row, images, spread)
+                terms.append(ls.Rectified.of(shape, k, WEIGHTS.silence, 1 - share, part))
             gram = share * curvature + penalty
             objective = ls.Objective(gram, share * problem.linear[k] + penalty @ even, terms)
 
@@ -291,7 +311,7 @@ def test_choose_rest_takes_the_most_exciting_and_evenly_spaced_images(
     scan = unbraid.scan(build("3x3"), "layer", SyntheticImages(80), tmp_path)
     found = unbraid.find(scan, channels=OWN)
     members, rest = rest_of(scan, found)
-    read = rest.read(members, list(OWN))
+    read = parts_of((members, rest), found, 1, lambda images, _: images.images)
     for channel, concepts in found.concepts.items():
         inputs, label = pooled_of(scan, channel)
         foreign = ~torch.isin(label, torch.tensor([n for concept in concepts for n in concept]))
@@ -306,7 +326,9 @@ def test_choose_rest_takes_the_most_exciting_and_evenly_spaced_images(
         )
         assert all(counted[n] == 1 for n in top)
         assert len(even) == 0 or sum(counted.values()) == pytest.approx(len(places))
-        torch.testing.assert_close(read[channel].inputs, inputs[rest.place[channel]])
+        own = read[channel].of(read[channel].concept < 0)
+        torch.testing.assert_close(own.inputs, inputs[rest.place[channel]])
+        assert torch.equal(own.weight, rest.weight[channel])
 
 
 def test_one_image_a_concept_and_silent_channels_are_no_trouble(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unbraid.splitting.objective import Beyond, Curvature, Objective
-from unbraid.splitting.rectified import Rectified
+from unbraid.splitting.rectified import Rectified, Shape
 from unbraid.splitting.silence import Images
 
 
@@ -18,7 +18,7 @@ def objective_of(n_images=60, n_taps=7):
     roots = torch.where(images.concept == 0, -0.3, 0.2).double()
     beyond = Beyond(images, row, roots, torch.full((n_images,), 0.1).double())
     spread = torch.randn(20, n_taps).double()
-    shaped = Rectified.of(row, images, spread, 0, 3.0, 0.5)
+    shaped = Rectified.of(Shape.of(row, images, spread), 0, 3.0, 0.5)
     half = torch.randn(n_taps, n_taps).double()
     return Objective(half @ half.T, torch.randn(n_taps).double(), [beyond, shaped])
 
@@ -44,7 +44,7 @@ def test_residual_is_a_gradient_step_of_the_objective():
     expected = float((mask - moved).abs().amax())
     assert objective.residual(mask) == pytest.approx(expected, rel=1e-4)
     assert objective.residual(0.9 * mask) != pytest.approx(expected, rel=1e-2)
-    assert objective.residual(objective.solve(mask, 1e-14)) < 1e-4
+    assert objective.residual(objective.solve(mask, 1e-14)[0]) < 1e-4
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])

@@ -95,7 +95,7 @@ def test_errors_are_relative_and_those_of_no_concept_one_sided(k, share):
     images = images_of(inputs, concept, weight)
     row, spread = torch.randn(5).double(), torch.randn(30, 4).double()
     omega, mask = 3.0, torch.rand(4).double()
-    term = Rectified.of(row, images, spread, k, omega, 0.7, share)
+    term = Rectified.of(Shape.of(row, images, spread), k, omega, 0.7, share)
     shape = Shape(images, row, spread * row[:-1] / 30**0.5)
     whole, part = slow_response(shape, torch.ones(4).double()), slow_response(shape, mask)
     own = concept == k

@@ -195,7 +195,7 @@ def find(
     opened = unbraid.open_scan(scan)
     if (accuracy := scanned_accuracy(opened)) is not None:
         say(describe_fit(accuracy, opened.manifest.preprocessing))
-    found = unbraid.find(opened, tau=tau, **finding.asked())
+    found = unbraid.find(opened, tau=tau, **finding.asked(), progress=True)
     if out is not None:
         found.to_csv(out)
     show_table(found)
@@ -235,8 +235,8 @@ def split(
     """
     refuse_result(out)
     opened = unbraid.open_scan(scan)
-    found = unbraid.find(opened, tau=tau, **finding.asked())
-    divided = unbraid.split(opened, found, method=method, rho=rho)
+    found = unbraid.find(opened, tau=tau, **finding.asked(), progress=True)
+    divided = unbraid.split(opened, found, method=method, rho=rho, progress=True)
     divided.save(out)
     show(f"Split {len(divided.channels)} channels into {out}")
 

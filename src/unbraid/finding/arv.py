@@ -12,6 +12,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
+from unbraid.base.progress import QUIET, Progress
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Clusters, Members, relevance_for_channel
 from unbraid.scanning.records import Scan
@@ -27,7 +28,10 @@ class ClassSums:
 
 
 def class_sums(
-    scan: Scan, taus: Sequence[float], clusters: Clusters = MappingProxyType({})
+    scan: Scan,
+    taus: Sequence[float],
+    clusters: Clusters = MappingProxyType({}),
+    progress: Progress = QUIET,
 ) -> ClassSums:
     """Read a scan once and sum its records."""
     spec, members = scan.layer, Members(scan, clusters)
@@ -36,17 +40,19 @@ def class_sums(
     n_images = torch.zeros(n_classes, dtype=torch.int64)
     pooled = torch.zeros(n_classes, spec.groups, spec.n_taps, dtype=torch.float64)
     matters = torch.zeros(len(taus), n_classes * spec.n_out, dtype=torch.int64)
-    for records in scan.shards():
-        n_images.index_add_(0, records.label, torch.ones_like(records.label))
-        pooled.index_add_(0, records.label, records.pooled.double())
-        place = records.label[records.share_image] * spec.n_out + records.share_channel
-        for k, tau in enumerate(taus):
-            chosen = place[records.share_value >= tau]
-            matters[k].index_add_(0, chosen, torch.ones_like(chosen))
-        for number in clusters:
-            own = members.of(records, number)
-            n_images[number] += int(own.sum())
-            pooled[number] += records.pooled[own].double().sum(0)
+    with progress.of("Reading the scan", scan.manifest.n_images, "images") as advance:
+        for records in scan.shards():
+            n_images.index_add_(0, records.label, torch.ones_like(records.label))
+            pooled.index_add_(0, records.label, records.pooled.double())
+            place = records.label[records.share_image] * spec.n_out + records.share_channel
+            for k, tau in enumerate(taus):
+                chosen = place[records.share_value >= tau]
+                matters[k].index_add_(0, chosen, torch.ones_like(chosen))
+            for number in clusters:
+                own = members.of(records, number)
+                n_images[number] += int(own.sum())
+                pooled[number] += records.pooled[own].double().sum(0)
+            advance(len(records))
     return ClassSums(n_images, pooled, matters.unflatten(1, (n_classes, spec.n_out)))
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from scipy.stats.contingency import crosstab
 from torch import Tensor
 
+from unbraid.base.progress import QUIET, Progress
 from unbraid.base.tables import percent
 from unbraid.finding.arv import averaged_relevance, cosines_of, group_classes
 from unbraid.finding.findings import Concept, Found, pairs_of
@@ -41,13 +42,13 @@ _LOCAL = 8  # power of the cosines that tell how densely images lie
 _DENSER = 1.25  # at least, how much denser than a normal cloud
 
 
-def search_clusters(scan: Scan, gamma: float) -> Found:
+def search_clusters(scan: Scan, gamma: float, progress: Progress = QUIET) -> Found:
     """Cluster the top images of every channel, and compare the clusters by their ARVs."""
     found = Found()
     first = first_free(scan)
     everywhere = mean_pooled(scan)
     nearest = (1.0, -1)  # lowest cosine, and channel
-    for channel, top in top_images(scan):
+    for channel, top in top_images(scan, progress=progress):
         origin = averaged_relevance(scan, channel, everywhere)
         centres, unseen_cosine = find_clusters(top.relevance, origin)
         if len(centres) < 2:
@@ -136,43 +137,47 @@ class DescribedImages:
 
 
 def top_images(
-    scan: Scan, channels: Sequence[int] | None = None
+    scan: Scan, channels: Sequence[int] | None = None, progress: Progress = QUIET
 ) -> Iterator[tuple[int, DescribedImages]]:
     """Gather the top images of channels, or all, as many channels at a time as memory holds."""
     channels = range(scan.layer.n_out) if channels is None else channels
-    values, places = _strongest(scan, channels)
+    values, places = _strongest(scan, channels, progress)
     if not len(values):  # no image could be read
         return
     bytes_each = scan.layer.n_taps * scan.weight.element_size() * len(values)
     at_once = max(1, _BYTES_AT_ONCE // bytes_each)
-    for first in range(0, len(channels), at_once):
-        some = range(first, min(first + at_once, len(channels)))
-        strong = {channels[k]: values[:, k][values[:, k].isfinite()] for k in some}
-        chosen = {channels[k]: places[values[:, k].isfinite(), k].sort().values for k in some}
-        for o, (labels, pooled) in _gather(scan, chosen).items():
-            relevance = relevance_for_channel(scan, pooled, o)
-            fed = relevance.norm(dim=1) > 0
-            responses = strong[o]
-            # A little less, since the same response may be rounded otherwise in another batch.
-            rounding = torch.finfo(scan.weight.dtype).eps ** 0.5 * responses.abs().max()
-            least = float(responses.min() - rounding)
-            yield o, DescribedImages(labels[fed], relevance[fed], least)
+    with progress.of("Clustering", len(channels), "channels") as advance:
+        for first in range(0, len(channels), at_once):
+            some = range(first, min(first + at_once, len(channels)))
+            strong = {channels[k]: values[:, k][values[:, k].isfinite()] for k in some}
+            chosen = {channels[k]: places[values[:, k].isfinite(), k].sort().values for k in some}
+            for o, (labels, pooled) in _gather(scan, chosen).items():
+                relevance = relevance_for_channel(scan, pooled, o)
+                fed = relevance.norm(dim=1) > 0
+                responses = strong[o]
+                # A little less, since the same response may be rounded otherwise in another batch.
+                rounding = torch.finfo(scan.weight.dtype).eps ** 0.5 * responses.abs().max()
+                least = float(responses.min() - rounding)
+                yield o, DescribedImages(labels[fed], relevance[fed], least)
+                advance(1)
 
 
-def _strongest(scan: Scan, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _strongest(scan: Scan, channels: Sequence[int], progress: Progress) -> tuple[Tensor, Tensor]:
     """Strongest mean responses and their places in the scan, (n, C_out); -inf where too weak."""
     values = torch.zeros(0, len(channels), dtype=torch.float64)
     places = torch.zeros(0, len(channels), dtype=torch.int64)
     total, n_images = torch.zeros(len(channels), dtype=torch.float64), 0
-    for records in scan.shards():
-        new = mean_responses(scan, records.pooled, records.n_positions, channels)
-        place = torch.arange(n_images, n_images + len(new), dtype=torch.int64)
-        total += new.sum(0)
-        n_images += len(new)
-        values = torch.cat([values, new])
-        places = torch.cat([places, place[:, None].expand_as(new)])
-        values, order = values.topk(min(_N_TOP, len(values)), dim=0)
-        places = places.gather(0, order)
+    with progress.of("Looking for top images", scan.manifest.n_images, "images") as advance:
+        for records in scan.shards():
+            new = mean_responses(scan, records.pooled, records.n_positions, channels)
+            place = torch.arange(n_images, n_images + len(new), dtype=torch.int64)
+            total += new.sum(0)
+            n_images += len(new)
+            values = torch.cat([values, new])
+            places = torch.cat([places, place[:, None].expand_as(new)])
+            values, order = values.topk(min(_N_TOP, len(values)), dim=0)
+            places = places.gather(0, order)
+            advance(len(new))
     if n_images == 0:
         return values, places
     mean, strongest = total / n_images, values[:_N_STRONGEST].mean(0)

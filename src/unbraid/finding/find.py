@@ -11,6 +11,7 @@ import torch
 from unbraid.base.arguments import a_type, as_kind, whole_number, whole_numbers
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
+from unbraid.base.progress import Progress
 from unbraid.finding.arv import (
     ClassSums,
     class_cosines,
@@ -20,7 +21,7 @@ from unbraid.finding.arv import (
     uses,
 )
 from unbraid.finding.clusters import search_clusters
-from unbraid.finding.cosine_intervals import with_chance
+from unbraid.finding.cosine_intervals import MOST_JUDGED, with_chance
 from unbraid.finding.findings import (
     Concept,
     ConceptKind,
@@ -55,6 +56,7 @@ def find(
     channels: Mapping[int, Sequence[Sequence[int]]] | None = None,
     concepts: ConceptKind = "classes",
     images: Mapping[int, Sequence[Sequence[int | str]]] | None = None,
+    progress: bool = False,
 ) -> Findings:
     """Find the channels that two or more classes use for different reasons.
 
@@ -75,6 +77,7 @@ def find(
             clusters of what else excites it.
         images: your own concepts as groups of images, by index in the data set or by id, such as
             `{1660: [[3, 17], [8, 21, 40]]}`; labels and thresholds play no part.
+        progress: show, on standard error, how far steps are that take longer than a moment.
 
     Returns:
         Findings, perhaps empty; then `Findings.hint` says which thresholds come nearest, and
@@ -101,21 +104,23 @@ def find(
         warnings.warn(accuracy.warning, stacklevel=3)
     if concepts == "clusters" and channels is not None:
         raise UsageError("Pass your own concepts in channels, or concepts='clusters', not both.")
-    auto, note = tau == "auto", ""
+    auto, note, told = tau == "auto", "", Progress(progress)
     if tau == "auto":
-        tau, *_, note = choose_tau(scan, p, gamma) if of_classes else typical_taus(scan)
+        tau, *_, note = choose_tau(scan, p, gamma, told) if of_classes else typical_taus(scan)
     if concepts == "clusters":
-        found = search_clusters(scan, gamma)
+        found = search_clusters(scan, gamma, told)
     elif images is not None:
         found = _by_hand(scan, images)
     else:
-        sums = class_sums(scan, [tau])
+        sums = class_sums(scan, [tau], progress=told)
         found = _search(scan, sums, p, gamma) if channels is None else _own(scan, sums, channels)
         if channels is None and not found.pairs:
-            found.hint, found.nearest = nearest_findings(scan, tau, p, gamma)
-        found.pairs = with_chance(scan, sums, found.pairs)
+            found.hint, found.nearest = nearest_findings(scan, tau, p, gamma, told)
+        if len(found.pairs) > MOST_JUDGED:
+            note = f"{note} {_tell_judged(len(found.pairs))}".strip()
+        found.pairs = with_chance(scan, sums, found.pairs, told)
         if concepts == "whole":
-            add_clusters(scan, sums, found)
+            add_clusters(scan, sums, found, told)
     return Findings(
         tau,
         p,
@@ -144,6 +149,13 @@ def _search(scan: Scan, sums: ClassSums, p: float, gamma: float) -> Found:
             found.pairs += pairs
             found.concepts[channel] = group_classes(classes, cosines, gamma)
     return found
+
+
+def _tell_judged(n_pairs: int) -> str:
+    return (
+        f"Of {n_pairs:,} pairs only the {MOST_JUDGED:,} with the lowest cosines have an interval; "
+        "lower gamma, or name some channels and their concepts in channels=, to have it of others."
+    )
 
 
 def _own(scan: Scan, sums: ClassSums, channels: Any) -> Found:

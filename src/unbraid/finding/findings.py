@@ -176,7 +176,7 @@ class Findings(Tabular, Exported):
     agreement: Mapping[int, float] = field(default_factory=dict)
     kind: Kind = "classes"  # what concepts are made of
     auto: bool = False  # whether tau was chosen by rule
-    note: str = ""  # what to know of the tau chosen
+    note: str = ""  # what to know of the tau chosen, and of what was left out
     nearest: tuple[Candidate, ...] = ()  # if nothing was found, what comes nearest, best first
 
     columns = COLUMNS

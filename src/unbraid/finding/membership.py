@@ -114,33 +114,11 @@ class Members:
         """Count the images of each number; where all are classes, only labels are read."""
         counts = dict.fromkeys(numbers, 0)
         if not counts.keys() & self.clusters.keys():
-            labels = (label for column in self.scan.columns("label") for label in column.tolist())
-            sizes = Counter(labels)
-            return {number: sizes[number] for number in counts}
+            return {number: self.scan.n_by_label[number] for number in counts}
         for records in self.scan.light_shards():
             for number, places in self.places(records, counts):
                 counts[number] += len(places)
         return counts
-
-    def first(
-        self, numbers: Iterable[int], n: int, names: Sequence[str]
-    ) -> dict[int, dict[str, Tensor]]:
-        """Take columns of the records, as far as they have them, of the first n images of each."""
-        parts: dict[int, list[dict[str, Tensor]]] = {number: [] for number in sorted(set(numbers))}
-        missing = dict.fromkeys(parts, n)
-        for records in self.scan.light_shards():
-            columns = {k: v for k, v in vars(records).items() if k in names and v is not None}
-            for number, places in self.places(records, missing):
-                some = places[: missing[number]]
-                parts[number].append({name: column[some] for name, column in columns.items()})
-                missing[number] -= len(some)
-            missing = {number: left for number, left in missing.items() if left}
-            if not missing:
-                break
-        return {
-            number: {name: torch.cat([part[name] for part in own]) for name in own[0]}
-            for number, own in parts.items()
-        }
 
 
 @dataclass(frozen=True, eq=False)

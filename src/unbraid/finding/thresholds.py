@@ -15,6 +15,7 @@ from torch import Tensor
 from unbraid.base.arguments import as_kind, real_number, real_numbers
 from unbraid.base.errors import DataError, UsageError
 from unbraid.base.modes import in_plain_modes
+from unbraid.base.progress import QUIET, Progress
 from unbraid.base.tables import Exported, align, count
 from unbraid.finding.arv import ClassSums, class_cosines, class_sums, shared_channels, uses
 from unbraid.finding.cosine_intervals import with_chance
@@ -65,7 +66,7 @@ def check_thresholds(
     return tau, p, gamma
 
 
-def choose_tau(scan: Scan, p: float, gamma: float) -> tuple[float, str]:
+def choose_tau(scan: Scan, p: float, gamma: float, progress: Progress = QUIET) -> tuple[float, str]:
     """Lower tau until eight channels are found surely; a note where the scan bounds it.
 
     From the share that ten channels of a typical image have to that of forty, and no further than
@@ -77,7 +78,7 @@ def choose_tau(scan: Scan, p: float, gamma: float) -> tuple[float, str]:
     judged: set[tuple[int, int, int]] = set()  # pairs, by channel and classes
     sure: set[int] = set()  # channels
     known: dict[int, list[int]] = {}  # the classes last compared, by channel
-    for tau, sums, users in _lower(scan, [highest, *_below(highest, lowest)], p):
+    for tau, sums, users in _lower(scan, [highest, *_below(highest, lowest)], p, progress):
         new = []
         for channel, classes in shared_channels(users):
             if known.get(channel) != classes:
@@ -91,7 +92,7 @@ def choose_tau(scan: Scan, p: float, gamma: float) -> tuple[float, str]:
         first = sorted(of_channel.values(), key=_by_cosine)[: _SPARE * goal]
         tried = {_key(pair) for pair in first}
         for some in (first, [pair for pair in new if _key(pair) not in tried]):
-            intervals = with_chance(scan, sums, some)
+            intervals = with_chance(scan, sums, some, progress)
             sure |= {pair.channel for pair in intervals if is_sure(pair, gamma)}
             if len(sure) >= goal:
                 return tau, note
@@ -148,14 +149,14 @@ def _below(tau: float, least: float) -> list[float]:
 
 
 def _lower(
-    scan: Scan, taus: Sequence[float], p: float
+    scan: Scan, taus: Sequence[float], p: float, progress: Progress
 ) -> Iterator[tuple[float, ClassSums, Tensor]]:
     """For tau after tau the sums at this tau alone and who uses which channel, (T, C_out)."""
     n_classes = max(len(scan.class_names), max(scan.labels_seen(), default=0) + 1)
     at_once = max(1, _COUNTS_AT_ONCE // (n_classes * scan.layer.n_out))
     for first in range(0, len(taus), at_once):
         portion = taus[first : first + at_once]
-        sums = class_sums(scan, portion)
+        sums = class_sums(scan, portion, progress=progress)
         for k, (tau, users) in enumerate(zip(portion, uses(sums, p), strict=True)):
             yield tau, replace(sums, n_matters=sums.n_matters[k : k + 1]), users
 
@@ -178,7 +179,7 @@ def _reached_by_half(values: Tensor) -> Tensor:
 
 
 def nearest_findings(
-    scan: Scan, tau: float, p: float, gamma: float
+    scan: Scan, tau: float, p: float, gamma: float, progress: Progress = QUIET
 ) -> tuple[str, tuple[Candidate, ...]]:
     """Rank what comes nearest to being found, one pair a channel: higher tau, then lower cosine.
 
@@ -188,7 +189,7 @@ def nearest_findings(
     others: dict[int, Candidate] = {}
     known: dict[int, list[int]] = {}  # the classes last compared, by channel
     least = scan.manifest.min_share
-    for lower, sums, users in _lower(scan, [tau, *_below(tau, least)], p):
+    for lower, sums, users in _lower(scan, [tau, *_below(tau, least)], p, progress):
         for channel, classes in shared_channels(users):
             if channel in passing or known.get(channel) == classes:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from unbraid.base.progress import QUIET, Progress
 from unbraid.finding.arv import ClassSums, averaged_relevance, concept_mean
 from unbraid.finding.clusters import (
     ALIKE,
@@ -20,7 +21,7 @@ from unbraid.finding.membership import Cluster, first_free
 from unbraid.scanning.records import Scan
 
 
-def add_clusters(scan: Scan, sums: ClassSums, found: Found) -> None:
+def add_clusters(scan: Scan, sums: ClassSums, found: Found, progress: Progress = QUIET) -> None:
     """Add to each channel's concepts clusters of its top images that are of no class among them.
 
     A cluster whose centre is as alike to a concept of classes as an image has to be to its cluster
@@ -28,7 +29,7 @@ def add_clusters(scan: Scan, sums: ClassSums, found: Found) -> None:
     """
     first = first_free(scan)
     everywhere = mean_pooled(scan)
-    for channel, top in top_images(scan, sorted(found.concepts)):
+    for channel, top in top_images(scan, sorted(found.concepts), progress):
         concepts = found.concepts[channel]
         named = tuple(sorted(number for concept in concepts for number in concept))
         origin = averaged_relevance(scan, channel, everywhere)

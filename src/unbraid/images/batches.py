@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,21 +10,17 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
-from rich import progress
-from rich.console import Console
-from rich.progress import Progress, ProgressColumn, Task
-from rich.text import Text
 from torch import Tensor
 from torch.distributed import DistError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from unbraid.base.errors import DataError, RunError, UsageError, brief
+from unbraid.base.progress import counted
 from unbraid.images.broken import NO_IMAGE, Loaded, Readable, failed, sort_out
 from unbraid.networks.outputs import stack_images
 
 _OF_WORKER = "DataLoader worker"  # as torch tells of one's death, wherever the program is
 _AGAIN = "start the same command again and it goes on"
-SECONDS_OF_LINES = 30.0  # between two lines of progress, where there is no terminal
 
 # Of N images: index (N,) in the data set, images (N, C, H, W), labels (N,).
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -189,15 +183,6 @@ def _died(error: BaseException) -> str:
     )
 
 
-class _Rate(ProgressColumn):
-    """Images per second."""
-
-    def render(self, task: Task) -> Text:
-        """Show the rate, once there is one."""
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.0f} images/s", style="progress.data.speed")
-
-
 @contextmanager
 def image_progress(
     title: str, total: int, done: int = 0, *, show: bool
@@ -206,54 +191,5 @@ def image_progress(
 
     On a terminal that is a bar. Elsewhere, as in a log file, it is a line every half minute.
     """
-    console = Console(stderr=True)
-    if show and not console.is_terminal:
-        lines = _Lines(title, total, done)
-        yield lines.advance
-        lines.end()
-        return
-    columns = (
-        *(progress.TextColumn("{task.description}"), progress.BarColumn()),
-        *(progress.MofNCompleteColumn(), _Rate(), progress.TimeRemainingColumn()),
-    )
-    with Progress(*columns, console=console, disable=not show) as bar:
-        task = bar.add_task(title, total=total, completed=done)
-        yield lambda n: bar.advance(task, n)
-
-
-class _Lines:
-    """Progress where nothing can be written over: a line now and then, and one at the end."""
-
-    def __init__(self, title: str, total: int, done: int) -> None:
-        self._title, self._total, self._begun, self._done = title, total, done, done
-        self._start = self._told = time.monotonic()
-
-    def advance(self, n: int) -> None:
-        self._done += n
-        now = time.monotonic()
-        if now - self._told >= SECONDS_OF_LINES and self._done < self._total:
-            self._told = now
-            left = (self._total - self._done) / self._rate(now) if self._done > self._begun else 0
-            self._tell(now, f", {_clock(left)} left" if left else "")
-
-    def end(self) -> None:
-        now = time.monotonic()
-        self._tell(now, f", {_clock(now - self._start)} in all")
-
-    def _rate(self, now: float) -> float:
-        return (self._done - self._begun) / max(now - self._start, 1e-9)
-
-    def _tell(self, now: float, more: str) -> None:
-        text = f"{self._title}: {self._done:,} of {self._total:,}"
-        print(f"{text}, {self._rate(now):.0f} images/s{more}", file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    """Write a time as a clock does.
-
-    >>> _clock(75.4), _clock(3675)
-    ('1:15', '1:01:15')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    with counted(title, total, done, show=show) as advance:
+        yield advance

@@ -141,7 +141,7 @@ def broken_names(job: Job, train_scan: Scan, val_scan: Scan) -> list[str]:
 
 def run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: Encoder) -> Run:
     """Find, choose a folder for the results, and make them there."""
-    found = seen_in(val_scan, find(train_scan, **job.thresholds.of_find))
+    found = seen_in(val_scan, find(train_scan, **job.thresholds.of_find, progress=True))
     scans = (train_scan.manifest.scan_id, val_scan.manifest.scan_id)
     asked = (job.title, job.thresholds, job.source, job.encoder, job.labels)
     # A report that is written again knows no preprocessing.
@@ -171,7 +171,7 @@ def _make(job: Job, made: Run, encoder: Encoder) -> None:
         made.sensitivity.to_csv(folder / "sensitivity.csv")
     if found.concepts:
         job.say(f"Found {found.pairs_in_words} in {found.channels_in_words}; splitting them.")
-        made.split = split(made.train_scan, found)
+        made.split = split(made.train_scan, found, progress=True)
         made.split.save(folder / "split.safetensors")
         made.baseline = _baseline(job, made)
         made.baseline.save(folder / "split-published.safetensors")
@@ -185,7 +185,7 @@ def _make(job: Job, made: Run, encoder: Encoder) -> None:
 
 def _baseline(job: Job, made: Run) -> Split:
     """Split by the published rule, whose rho, unless it is given, asks for positions."""
-    asked: dict[str, Any] = {"method": "published", "everything": made.train_scan}
+    asked: dict[str, Any] = {"method": "published", "everything": made.train_scan, "progress": True}
     if job.thresholds.rho is not None:
         return split(made.train_scan, made.found, rho=job.thresholds.rho, **asked)
     return split(_scan_positions(job, made, "train"), made.found, **asked)

@@ -181,10 +181,12 @@ def _usable(job: Job, names: Sequence[str]) -> tuple[list[str], list[str]]:
 def _search(job: Job, scans: tuple[Scan, Scan], depth: int, measured: bool) -> LayerRow:
     """Find a layer's polysemantic channels; measure some of them, split by the records alone."""
     train_scan, val_scan = scans
-    found = seen_in(val_scan, find(train_scan, **job.thresholds.of_find))
+    found = seen_in(val_scan, find(train_scan, **job.thresholds.of_find, progress=True))
     evaluation = None
     if found.concepts and measured:
-        evaluation = evaluate(split(train_scan, _lowest(found, N_MEASURED)), val_scan)
+        evaluation = evaluate(
+            split(train_scan, _lowest(found, N_MEASURED), progress=True), val_scan
+        )
     return describe_layer(train_scan.layer, depth, found, evaluation, _ids(scans))
 
 

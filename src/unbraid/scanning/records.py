@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,9 +132,18 @@ class Scan:
         """Indices of images that could not be read and were left out."""
         return [int(index) for column in self.columns("broken") for index in column]
 
+    @cached_property
+    def n_by_label(self) -> Counter[int]:
+        """How many images each class has; kept, since several steps ask for it."""
+        counted: Counter[int] = Counter()
+        for label in self.columns("label"):
+            values, counts = label.unique(return_counts=True)
+            counted.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        return counted
+
     def labels_seen(self) -> set[int]:
         """Classes that have an image."""
-        return {int(label) for column in self.columns("label") for label in column.unique()}
+        return set(self.n_by_label)
 
     def ids(self) -> dict[int, str]:
         """What names each image for good, by index; empty where the data set had no ids."""

@@ -29,6 +29,8 @@ _SMALLEST_REST = 1e-11  # of a system's right-hand side
 _PATIENCE = 5  # guesses without progress; four to ten guesses in all are usual
 _MAX_STEPS = 100  # to the interior point; ten to thirty are usual
 _LEAST_RIDGE = 1e-12  # of the whole curvature: with less, rounding makes the systems indefinite
+_ROUGH = 1e-6  # a tolerance that float32 meets
+_ROUGH_GUESSES = 12
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,12 @@ def solve_box(
     """
     ridge = max(ridge, _LEAST_RIDGE * float(matrix.diagonal().sum()))
     box = _Box(Gram(matrix), ridge, linear)
-    m = _switch_bounds(box, start.clamp(0, 1))
+    start = start.clamp(0, 1)
+    if tolerance >= _ROUGH:
+        m = _switch_roughly(box, start)
+        if m is not None and box.residual(m) <= tolerance:
+            return m
+    m = _switch_bounds(box, start)
     if box.residual(m) > tolerance:
         inner = _interior_point(box)
         near = [inner, _switch_bounds(box, inner)]
@@ -131,6 +138,32 @@ def _switch_bounds(box: _Box, m: Tensor) -> Tensor:
     if not settled:
         m = _go_round(box, bound, m, exact=True)[1]
     return m.clamp(0, 1)
+
+
+def _switch_roughly(box: _Box, m: Tensor) -> Tensor | None:
+    """Guess in float32 as `_switch_bounds` does; None where that does not settle, (J,)."""
+    rough = _Box(box.gram.rough, box.ridge, box.linear.float())
+    pull, m = rough.pull(m.float()), m.float()
+    bound = (m == 1).to(m) - (m == 0).to(m)
+    bound = torch.where(bound * pull >= 0, bound, 0)
+    if not bound.any():
+        bound = _beyond(m + pull / (rough.gram.diagonal + rough.ridge))
+    for _ in range(_ROUGH_GUESSES):
+        held = (bound > 0).to(m)
+        free = (bound == 0).nonzero()[:, 0]
+        try:
+            solve = rough.gram.solver(rough.ridge, free)
+        except LinAlgError:
+            return None
+        m = held.index_copy(0, free, solve(rough.pull(held)[free]))
+        guess = torch.where(bound * rough.pull(m) >= 0, bound, 0)
+        guess[free] = _beyond(m)[free]
+        if torch.equal(guess, bound):
+            exact = m.double()
+            rest = box.pull(exact)[free]
+            return exact.index_add(0, free, solve(rest.float()).double()).clamp(0, 1)
+        bound = guess
+    return None
 
 
 def _beyond(m: Tensor) -> Tensor:

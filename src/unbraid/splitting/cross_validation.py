@@ -13,22 +13,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from unbraid.base.progress import QUIET, Progress
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Members
 from unbraid.splitting.least_squares import (
-    ChannelImages,
     Fit,
     Problem,
     Weights,
     aim,
-    on_images,
     pose,
     shaped_by,
     solve,
     with_background,
 )
+from unbraid.splitting.material import ChannelImages, on_images
 from unbraid.splitting.moments import RowPrior, augmented_row, moment
-from unbraid.splitting.rectified import spreads_of
+from unbraid.splitting.rectified import Shape, spreads_of
 from unbraid.splitting.silence import Images, Rest
 
 PENALTIES = (0.1, 0.3, 1.0, 3.0)
@@ -55,9 +55,10 @@ class _Fold:
 
     def loss(self, fit: Fit) -> float:
         """The objective of the fit on unseen images, without penalty, up to a constant."""
-        shaped, omega = (self.spread, self.share), fit.weights.silence
+        omega, spread = fit.weights.silence, self.spread
+        shape = None if spread is None else Shape.of(self.judged.row, self.unseen, spread)
         return sum(
-            aim(self.judged, self.unseen, omega, k, *shaped).value(mask)
+            aim(self.judged, self.unseen, omega, k, shape, self.share).value(mask)
             for k, mask in enumerate(fit.masks)
         ) / len(fit.masks)
 
@@ -101,7 +102,10 @@ class _Trial:
 
 
 def choose_weights(
-    members: Members, concepts: Mapping[int, Sequence[Concept]], rest: tuple[Members, Rest]
+    members: Members,
+    concepts: Mapping[int, Sequence[Concept]],
+    rest: tuple[Members, Rest],
+    progress: Progress = QUIET,
 ) -> Weights:
     """Choose lambda and omega for the layer, on sampled channels."""
     every = sorted(concepts)
@@ -114,21 +118,24 @@ def choose_weights(
         spread = spreads[members.scan.layer.group_of(channel)]
         return _try(row, own, q, spread)
 
-    done = on_images(members, sampled, rest, _N_IMAGES, attempt).values()
+    title = "Choosing the penalty"
+    done = on_images(members, sampled, rest, _N_IMAGES, attempt, title, progress).values()
     trials = [trial for trial in done if trial.folds]
     if not trials:
         return Weights(_DEFAULT_PENALTY, SILENCES[0])
     place = stiffest(torch.cat([trial.losses for trial in trials]))
-    for silence in SILENCES:
-        weights = Weights(PENALTIES[place], silence)
-        kept = []
-        for trial in trials:
-            fits = [own[place] for own in trial.fits]
-            kept.append(
-                trial.retention(fits if silence == SILENCES[0] else trial.again(weights, place))
-            )
-        if float(torch.cat(kept).nan_to_num(0).quantile(0.5)) >= RETENTION:
-            break
+    with progress.of("Choosing silence", len(SILENCES) * len(trials), "fits") as advance:
+        for silence in SILENCES:
+            weights = Weights(PENALTIES[place], silence)
+            kept = []
+            for trial in trials:
+                fits = [own[place] for own in trial.fits]
+                kept.append(
+                    trial.retention(fits if silence == SILENCES[0] else trial.again(weights, place))
+                )
+                advance(1)
+            if float(torch.cat(kept).nan_to_num(0).quantile(0.5)) >= RETENTION:
+                break
     return weights
 
 

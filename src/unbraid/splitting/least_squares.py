@@ -6,72 +6,27 @@ and errors of single images (`Objective`). Shapes: N images, J taps, K concepts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from unbraid.base.progress import QUIET, Progress
 from unbraid.finding.findings import Concept
-from unbraid.finding.membership import Clusters, Members
-from unbraid.splitting.moments import (
-    Moment,
-    RowPrior,
-    augment,
-    augmented_row,
-    join_moments,
-    moment,
-)
+from unbraid.finding.membership import Members
+from unbraid.splitting.material import ChannelImages, on_images
+from unbraid.splitting.moments import Moment, RowPrior, augmented_row
 from unbraid.splitting.objective import Beyond, Objective, weighted_moments
-from unbraid.splitting.rectified import Rectified, spreads_of
-from unbraid.splitting.silence import MARGIN, N_EVEN, N_TOP, Images, Rest, join_images, numbers_of
-
-Need = TypeVar("Need")
-Material = TypeVar("Material")
-Answer = TypeVar("Answer")
+from unbraid.splitting.rectified import Rectified, Shape, spreads_of
+from unbraid.splitting.silence import MARGIN, Images, Rest
 
 N_IMAGES = 5000  # of a class or cluster, which the fit looks at
-_N_SHAPED = 500  # of a concept, for rectified responses
-_BYTES_AT_ONCE = 3 << 30  # of inputs
 BACKGROUND = 0.2  # of two-sided silence on images of no concept
 PRESENCE = 3.0  # of responses to own images that fall short; docs/evidence-splitting.md
 LEAST_PENALTY = 5.0  # times alpha: what few images leave open, other rows of the layer must say
 _LEAST_GAIN = 1e-5  # part of the objective for which another step is worth it
 _POOLED_SHARE = 0.45  # at least, of pooled beside rectified responses; docs/evidence-splitting.md
-
-
-def by_portion(
-    needs: Mapping[int, set[Need]],
-    n_bytes: Callable[[Need], int],
-    read: Callable[[set[Need], Sequence[int]], Material],
-    work: Callable[[Material, int], Answer],
-    bytes_each: int = 0,
-) -> dict[int, Answer]:
-    """Do the work of all channels side by side, as many at a time as memory holds the needs of."""
-    portions: list[tuple[list[int], set[Need]]] = []
-    for channel, own in needs.items():
-        if not portions or (
-            sum(map(n_bytes, portions[-1][1] | own)) + bytes_each * len(portions[-1][0])
-            > _BYTES_AT_ONCE
-        ):
-            portions.append(([], set()))
-        portions[-1][0].append(channel)
-        portions[-1][1].update(own)
-    answers: dict[int, Answer] = {}
-    n_threads = torch.get_num_threads()
-    for channels, wanted in portions:
-        material = read(wanted, channels)
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(n_threads, "", torch.set_num_threads, (1,)) as pool:
-                done = pool.map(partial(work, material), channels)
-                answers.update(zip(channels, done, strict=True))
-        finally:
-            torch.set_num_threads(n_threads)
-    return answers
 
 
 @dataclass(frozen=True)
@@ -91,8 +46,8 @@ class Problem:
 
     row: Tensor  # (J + 1,), weights and bias
     gram: Tensor  # (J, J), without penalty, of silence on all concepts' images
-    # Rows (R, J) and diagonal (J,) by which mimicking a concept counts more than silence on it.
-    own: Sequence[tuple[Tensor, Tensor]]  # (K,); none where both count the same
+    # Moments by which mimicking a concept counts more than silence on it, and how much.
+    own: Sequence[tuple[Moment, float]]  # (K,); none where both count the same
     part: float  # what silence counts
     linear: Tensor  # (K, J), without penalty
     constant: Tensor  # (K,)
@@ -104,16 +59,14 @@ class Problem:
         """The quadratic of one concept, (J, J), without penalty."""
         if not self.own:
             return self.gram
-        rows, diagonal = self.own[k]
-        gram = self.gram + rows.T @ rows
-        gram.diagonal().add_(diagonal)
-        return gram
+        return self.gram + _gram(self.row, [self.own[k]])
 
     def loss(self, masks: Tensor) -> Tensor:
         """Squared mimic and mean silence errors, without penalty, (K,)."""
         loss = (masks * (masks @ self.gram - 2 * self.linear)).sum(1) + self.constant
-        for k, (mask, (rows, diagonal)) in enumerate(zip(masks, self.own, strict=False)):
-            loss[k] += (rows @ mask).square().sum() + diagonal @ mask.square()
+        for k, (mask, (own, weight)) in enumerate(zip(masks, self.own, strict=False)):
+            x = self.row * torch.cat([mask, mask.new_zeros(1)])
+            loss[k] += weight * (x @ own.times(x))
         return loss
 
     def beyond(self, images: Images, omega: float, k: int) -> Beyond:
@@ -168,19 +121,13 @@ def pose(row: Tensor, moments: Sequence[Moment], part: float = 1.0) -> Problem:
     own = by_taps[:, taps] * inverse[:, None]
     pull = by_bias[:, taps] * inverse[:, None]  # of the bias, which no mask can silence
     rest = by_bias[:, bias] * inverse
-    scaled = [
-        (m.rows[:, taps] * (part * i) ** 0.5 * row[taps], m.diagonal[taps] * (part * i))
-        for m, i in zip(moments, inverse, strict=True)
-    ]
-    rows = torch.cat([rows for rows, _ in scaled])
-    gram = rows.T @ rows
-    gram.diagonal().add_(sum(diagonal for _, diagonal in scaled) * row[taps].square())
+    weighted = [(m, part * i) for m, i in zip(moments, inverse.tolist(), strict=True)]
     more = 1 / part - 1  # of mimicking, beyond what counts of silence
     n_images = sum(m.n_images for m in moments)
     return Problem(
         row=row,
-        gram=gram,
-        own=[(r * more**0.5, d * row[taps].square() * more) for r, d in scaled] if more else (),
+        gram=_gram(row, weighted),
+        own=[(m, weight * more) for m, weight in weighted] if more else (),
         part=part,
         linear=own - part * (pull.sum(0) - pull),
         constant=own.sum(1) + part * (rest.sum() - rest),
@@ -188,6 +135,22 @@ def pose(row: Tensor, moments: Sequence[Moment], part: float = 1.0) -> Problem:
         mean=torch.stack([m.mean @ row for m in moments]),
         shrinkage=sum(m.shrinkage * m.n_images for m in moments) / n_images,
     )
+
+
+def _gram(row: Tensor, weighted: Sequence[tuple[Moment, float]]) -> Tensor:
+    """Sum weighted moments of taps that a row multiplies, (J, J)."""
+    taps = slice(None, -1)
+    row = row[taps]
+    rows = torch.cat([m.rows[:, taps] * weight**0.5 * row for m, weight in weighted])
+    gram = rows.T @ rows
+    squares = [(m.square, weight) for m, weight in weighted if m.square is not None]
+    if squares:
+        total = torch.zeros_like(gram)
+        for square, weight in squares:
+            total.add_(square[taps, taps], alpha=weight)
+        gram += total.mul_(row[:, None]).mul_(row)
+    gram.diagonal().add_(sum(m.diagonal[taps] * weight for m, weight in weighted) * row.square())
+    return gram
 
 
 @dataclass(frozen=True)
@@ -214,16 +177,17 @@ def solve(
     n_concepts, n_taps = problem.linear.shape
     even = torch.full((n_taps,), 1 / n_concepts, dtype=torch.float64)
     spread, share = shaped_by(problem, spread)
+    shape = None if spread is None else Shape.of(problem.row, images, spread)
     weights = replace(weights, penalty=max(weights.penalty, LEAST_PENALTY * problem.shrinkage))
     masks, residuals = [], []
     for k in range(n_concepts):
         mask = even if start is None else start[k].double().clamp(0, 1)
         scale = weights.penalty * float(problem.curvature(k).diagonal().mean())
-        target = aim(problem, images, weights.silence, k, spread, share)
+        target = aim(problem, images, weights.silence, k, shape, share)
         objective = target.near(even, scale * prior)
-        mask = objective.solve(mask, gain)
+        mask, residual = objective.solve(mask, gain)
         masks.append(mask)
-        residuals.append(objective.residual(mask))
+        residuals.append(residual)
     return Fit(torch.stack(masks), weights, max(residuals), problem.shrinkage)
 
 
@@ -240,34 +204,16 @@ def aim(
     images: Images,
     omega: float,
     k: int,
-    spread: Tensor | None = None,
+    shape: Shape | None = None,
     share: float = 1.0,
 ) -> Objective:
     """What the mask of concept k should minimise, without penalty."""
     gram, linear = problem.curvature(k), problem.linear[k]
     beyond = problem.beyond(images, omega, k)
-    if spread is None:
+    if shape is None:
         return Objective(gram, linear, [beyond])
-    shaped = Rectified.of(problem.row, images, spread, k, omega, 1 - share, problem.part)
+    shaped = Rectified.of(shape, k, omega, 1 - share, problem.part)
     return Objective(share * gram, share * linear, [beyond.times(share), shaped])
-
-
-@dataclass(frozen=True)
-class ChannelImages:
-    """What the fit of one channel looks at."""
-
-    moments: list[Moment]  # of its concepts
-    images: Images
-    part: float  # what silence on each other concept counts
-
-
-@dataclass(frozen=True)
-class _Material:
-    """What some channels' fits look at, before it is put together."""
-
-    columns: Mapping[int, Mapping[str, Tensor]]  # of the images of each class or cluster
-    rest: dict[int, Images]  # by channel
-    known: dict[tuple[int, int], Moment]  # by group and class or cluster
 
 
 def fit_least_squares(
@@ -276,6 +222,7 @@ def fit_least_squares(
     weights: Weights,
     rest: tuple[Members, Rest],
     start: Mapping[int, Tensor] | None = None,
+    progress: Progress = QUIET,
 ) -> dict[int, Fit]:
     """Fit the masks of all channels."""
     scan = members.scan
@@ -288,69 +235,4 @@ def fit_least_squares(
         begin = (start or {}).get(channel)
         return solve(problem, own.images, weights, prior.matrix(channel), begin, spread)
 
-    return on_images(members, concepts, rest, N_IMAGES, fit)
-
-
-def on_images(
-    members: Members,
-    concepts: Mapping[int, Sequence[Concept]],
-    rest: tuple[Members, Rest],
-    n_images: int,
-    work: Callable[[ChannelImages, int], Answer],
-) -> dict[int, Answer]:
-    """Do the work of all channels on the first images of each class and the chosen rest."""
-    scan, numbers = members.scan, numbers_of(concepts)
-    counts = members.count({number for own in numbers.values() for number in own})
-    n_bytes_each = 8 * (scan.layer.n_taps + 1) * scan.layer.groups
-
-    def read(wanted: set[int], channels: Sequence[int]) -> _Material:
-        names = ("index", "group", "pooled", "n_positions")
-        others, chosen = rest
-        return _Material(members.first(wanted, n_images, names), chosen.read(others, channels), {})
-
-    def gather(material: _Material, channel: int) -> Answer:
-        own, group = concepts[channel], scan.layer.group_of(channel)
-        return work(_gather(group, own, channel, material, members.clusters), channel)
-
-    def n_bytes(number: int) -> int:
-        return n_bytes_each * min(counts[number], n_images)
-
-    return by_portion(numbers, n_bytes, read, gather, n_bytes_each * (N_TOP + N_EVEN))
-
-
-def _part(concepts: Sequence[Concept], clusters: Clusters) -> float:
-    """What silence on each other concept counts.
-
-    Clusters can be many; so that they do not silence each other, all others then count as one.
-    """
-    some = any(number in clusters for concept in concepts for number in concept)
-    return 1 / max(1, len(concepts) - 1) if some else 1.0
-
-
-def _gather(
-    group: int, concepts: Sequence[Concept], channel: int, material: _Material, clusters: Clusters
-) -> ChannelImages:
-    """Put together what one channel's fit looks at, when its turn comes: it is large."""
-    columns, known = material.columns, material.known
-    parts, moments = [material.rest.pop(channel)], []
-    for k, concept in enumerate(concepts):
-        own = []
-        for number in concept:
-            column = columns[number]
-            inputs = augment(column["pooled"][:, group], column["n_positions"])
-            if (group, number) not in known:
-                known[group, number] = moment(inputs)
-            own.append(known[group, number])
-            n_shaped = max(1, _N_SHAPED // len(concept))
-            inputs = inputs[:n_shaped]
-            parts.append(
-                Images(
-                    inputs,
-                    torch.full((len(inputs),), k, dtype=torch.int64),
-                    inputs.new_full((len(inputs),), own[-1].n_images / len(inputs)),
-                    # Where the data set knows of no groups, each image is one of its own.
-                    column.get("group", column["index"])[: len(inputs)],
-                )
-            )
-        moments.append(join_moments(own))
-    return ChannelImages(moments, join_images(parts), _part(concepts, clusters))
+    return on_images(members, concepts, rest, N_IMAGES, fit, "Splitting", progress)

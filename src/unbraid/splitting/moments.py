@@ -1,13 +1,14 @@
 """Second moments of pooled inputs, shrunk as far as few images leave them uncertain.
 
 An augmented input is the pooled input with the number of positions behind it, which a channel's
-bias multiplies. Shapes: n images, J taps. Everything is float64.
+bias multiplies. Shapes: n images, J taps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -16,26 +17,37 @@ from unbraid.scanning.records import Scan
 
 _CONSTANT = 1e-12  # part of a column's rms: a smaller spread is rounding
 _LEAST_IMAGES = 3  # below which correlations say nothing
+_AT_ONCE = 256  # images whose products float32 adds up, before float64 does
+_LARGE = 1e36  # variance that float32 holds
+_BLOCKS, _LEAST_BLOCK = 4, 64  # of inputs, of which products of later ones with earlier are spared
 
 
 @dataclass(frozen=True)
 class Moment:
-    """The mean outer product of augmented inputs over some images: rows^T rows + diag(diagonal)."""
+    """The mean outer product of augmented inputs over some images, of three parts.
+
+    They are rows^T rows + diag(diagonal) + square; the square is there where images are more than
+    inputs, so that it does not grow with them.
+    """
 
     rows: Tensor  # (R, J + 1)
     diagonal: Tensor  # (J + 1,)
+    square: Tensor | None  # (J + 1, J + 1), of the dtype of the inputs
     mean: Tensor  # (J + 1,), of the inputs
     n_images: int
     shrinkage: float  # alpha, between 0 and 1
 
     def times(self, x: Tensor) -> Tensor:
         """Multiply a vector, (J + 1,)."""
-        return self.rows.T @ (self.rows @ x) + self.diagonal * x
+        product = self.rows.T @ (self.rows @ x) + self.diagonal * x
+        return product if self.square is None else product + self.square.to(x) @ x
 
 
-def augment(pooled: Tensor, n_positions: Tensor) -> Tensor:
-    """Put the number of positions behind the inputs: (n, J) to (n, J + 1), float64."""
-    return torch.cat([pooled.double(), n_positions.double()[:, None]], 1)
+def augment(pooled: Tensor, n_positions: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Put the number of positions behind the inputs: (n, J) to (n, J + 1)."""
+    inputs = pooled.new_empty((len(pooled), pooled.shape[1] + 1), dtype=dtype)
+    inputs[:, :-1], inputs[:, -1] = pooled, n_positions
+    return inputs
 
 
 def augmented_row(scan: Scan, channel: int) -> Tensor:
@@ -44,33 +56,87 @@ def augmented_row(scan: Scan, channel: int) -> Tensor:
 
 
 def moment(inputs: Tensor, shrink: bool = True) -> Moment:
-    """The moment of one class's augmented inputs, (n, J + 1).
+    """The moment of one class's augmented inputs, (n, J + 1), of float32 or float64.
 
     The covariance is pulled to its diagonal by the estimated best alpha; the mean stays.
 
     Source:
         Schaefer and Strimmer 2005, Statistical Applications in Genetics and Molecular Biology 4(1).
     """
-    mean = inputs.mean(0)
-    deviations = inputs - mean
+    n, n_inputs = inputs.shape
+    mean = inputs.mean(0, dtype=torch.float64)
+    deviations = inputs - mean  # float64
+    variance = deviations.square().mean(0)
+    if n > n_inputs:
+        return _squared(deviations, mean, variance, inputs.dtype, shrink)
     alpha = _shrinkage(deviations[:, :-1]) if shrink else 0.0
-    rows = torch.cat([deviations * ((1 - alpha) / len(inputs)) ** 0.5, mean[None]])
-    return Moment(rows, alpha * deviations.square().mean(0), mean, len(inputs), alpha)
+    rows = torch.cat([deviations * ((1 - alpha) / n) ** 0.5, mean[None]])
+    return Moment(rows, alpha * variance, None, mean, n, alpha)
+
+
+def _squared(
+    deviations: Tensor, mean: Tensor, variance: Tensor, dtype: torch.dtype, shrink: bool
+) -> Moment:
+    """The same of more images than inputs, from their deviations from the mean, (n, J + 1).
+
+    Float32 is exact enough where the inputs are no more exact: deviations are of length one, their
+    products of some images at a time are added up in float64.
+    """
+    n, spread = len(deviations), variance.sqrt()
+    varies = _varies(spread[:-1])
+    scale = torch.cat([torch.where(varies, spread[:-1], 0), spread[-1:]])
+    u = deviations.div_(torch.where(scale > 0, scale, torch.inf)).to(dtype)
+    products = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for some in u.split(_AT_ONCE):
+        products += products_of(some, some)
+    alpha = 0.0
+    if shrink:
+        squares = u[:, :-1].square()
+        alpha = _alpha(
+            n,
+            correlations=float((products[:-1, :-1] / n).square().sum()) - int(varies.sum()),
+            products=float(squares.sum(1, dtype=torch.float64).square().sum())
+            - float(squares.square().sum(dtype=torch.float64)),
+        )
+    products *= scale[:, None] * ((1 - alpha) / n)
+    products *= scale
+    kept = products.to(dtype) if variance.amax() < _LARGE else products
+    return Moment(mean[None], alpha * variance, kept, mean, n, alpha)
+
+
+def products_of(rows: Tensor, others: Tensor) -> Tensor:
+    """Others^T rows (I, I), of (N, I), where that is symmetric: half of it is copied."""
+    n_inputs = rows.shape[1]
+    size = max(_LEAST_BLOCK, -(-n_inputs // _BLOCKS))
+    products = rows.new_empty(n_inputs, n_inputs)
+    for first in range(0, n_inputs, size):
+        own, behind = slice(first, first + size), slice(first + size, None)
+        products[own, first:] = others[:, own].T @ rows[:, first:]
+        products[behind, own] = products[own, behind].T
+    return products
+
+
+def _varies(spread: Tensor) -> Tensor:
+    return spread > _CONSTANT * spread.amax()
 
 
 def _shrinkage(deviations: Tensor) -> float:
     """Alpha of deviations from the mean, (n, J): sum of Var(r_ij) to that of r_ij^2, i != j."""
-    n = len(deviations)
-    spread = deviations.square().mean(0).sqrt()
-    varies = spread > _CONSTANT * spread.amax()
-    if n < _LEAST_IMAGES or not varies.any():
-        return 1.0
+    n, spread = len(deviations), deviations.square().mean(0).sqrt()
+    varies = _varies(spread)
     u = deviations[:, varies] / spread[varies]
     small = u @ u.T if n < u.shape[1] else u.T @ u  # of either the squares have the same sum
     correlations = float((small / n).square().sum()) - u.shape[1]
     products = float((u.square().sum(1).square() - u.pow(4).sum(1)).sum())
+    return _alpha(n, correlations, products)
+
+
+def _alpha(n: int, correlations: float, products: float) -> float:
+    """The same of n images, from sums over i != j of r_ij^2 and of all images' u_i^2 u_j^2."""
+    if n < _LEAST_IMAGES or correlations <= 0:
+        return 1.0
     variance = n / (n - 1) ** 3 * (products - n * correlations)
-    return min(max(variance / correlations, 0.0), 1.0) if correlations > 0 else 1.0
+    return min(max(variance / correlations, 0.0), 1.0)
 
 
 def join_moments(parts: Sequence[Moment]) -> Moment:
@@ -78,9 +144,11 @@ def join_moments(parts: Sequence[Moment]) -> Moment:
     n_images = sum(part.n_images for part in parts)
     shares = [part.n_images / n_images for part in parts]
     both = list(zip(parts, shares, strict=True))
+    squares = [part.square * share for part, share in both if part.square is not None]
     return Moment(
         rows=torch.cat([part.rows * share**0.5 for part, share in both]),
         diagonal=torch.stack([part.diagonal * share for part, share in both]).sum(0),
+        square=reduce(torch.add, squares) if squares else None,
         mean=torch.stack([part.mean * share for part, share in both]).sum(0),
         n_images=n_images,
         shrinkage=sum(part.shrinkage * share for part, share in both),

@@ -5,6 +5,7 @@ Shapes: N images, J taps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 
 from unbraid.splitting.box_solver import solve_box
+from unbraid.splitting.moments import products_of
 from unbraid.splitting.silence import Images, Near
 
 _MAX_STEPS = 30
 _HALVINGS = 8
 _LEAST_RIDGE = 1e-9  # of the mean curvature, so that there is one answer
 _ROUGH_RIDGE = 1e-5  # part of the diagonal of what float32 gives
+_STILL = 10.0  # times the least gain: a step that would move no tap further is not taken
+_NEAR = 1e-6  # KKT residual of a step, whose curvature is no more exact
 _UNFOLLOWED = 0.1  # part of what an image counts, by which the curvature may be off
 
 
@@ -77,24 +81,31 @@ class Objective:
         """The objective, up to a constant."""
         return self._at(mask).value
 
-    def solve(self, mask: Tensor, gain: float) -> Tensor:
+    def solve(self, mask: Tensor, gain: float) -> tuple[Tensor, float]:
         """Go down from a mask while a step gains more than a part of the objective.
+
+        The second answer is the residual of the first.
 
         Each step holds which errors are active, and how they change, and solves what is left. How
         they change on the whole is exact, and their curvature as float32 has it, which changes the
         way, not where it ends.
         """
         point, curvature = self._at(mask), Curvature(self.terms[0].images)
+        steepest = 0.0  # the largest of the curvature's diagonal, once it is known
         for _ in range(_MAX_STEPS):
             gradient, crosses = self._slopes(point)
+            left = _moved(point.mask, gradient, steepest) if steepest else math.inf
+            if left <= _STILL * gain:
+                return point.mask, left
             curvature.follow(_counts(point.nears))
             gram = self._curved(curvature.matrix, point.nears, crosses)
             # So that neither rounding nor what has not been followed makes a step too long.
-            gram.diagonal().add_(_ROUGH_RIDGE * (gram - self.gram).diagonal())
+            gram.diagonal().add_(_ROUGH_RIDGE * (gram.diagonal() - self.gram.diagonal()))
+            steepest = float(gram.diagonal().amax())
             ridge = _LEAST_RIDGE * float(gram.diagonal().mean())
             ridge = max(ridge, torch.finfo(gram.dtype).tiny)  # a channel that never responds
             linear = gram @ point.mask + ridge * point.mask - gradient
-            change = solve_box(gram, ridge, linear, point.mask) - point.mask
+            change = solve_box(gram, ridge, linear, point.mask, _NEAR) - point.mask
             for _ in range(_HALVINGS):
                 ahead = self._at(point.mask + change)
                 if ahead.value < point.value:
@@ -105,19 +116,21 @@ class Objective:
             before, point = point.value, ahead
             if before - point.value <= gain * abs(point.value):
                 break
-        return point.mask
+        return point.mask, self._residual(point)
 
     def residual(self, mask: Tensor) -> float:
         """How far a mask is from the nearest answer: a projected gradient step's change."""
-        point = self._at(mask)
+        return self._residual(self._at(mask))
+
+    def _residual(self, point: _Point) -> float:
         gradient, crosses = self._slopes(point)
         images, row = self.terms[0].images, self.terms[0].row
-        diagonal = (_counts(point.nears) @ images.inputs.square() * row.square())[:-1]
+        squares = (_counts(point.nears).float() @ images.squares).double()
+        diagonal = (squares * row.square())[:-1]
         diagonal += self.gram.diagonal()
         for cross, near in zip(crosses, point.nears, strict=True):
             diagonal += 2 * cross * near.turn
-        scale = diagonal.amax().clamp(min=torch.finfo(diagonal.dtype).tiny)
-        return float((mask - (mask - gradient / scale).clamp(0, 1)).abs().amax())
+        return _moved(point.mask, gradient, float(diagonal.amax()))
 
     def _at(self, mask: Tensor) -> _Point:
         """What the objective and its errors are at a mask."""
@@ -134,13 +147,15 @@ class Objective:
         """
         images, row = self.terms[0].images, self.terms[0].row
         pull = torch.stack([near.along * near.errors for near in point.nears]).sum(0)  # (N,)
-        gradient = point.held - self.linear + (pull @ images.inputs * row)[:-1]
+        turning = [t for t, near in enumerate(point.nears) if near.across.any()]
+        pulls = [pull, *(point.nears[t].along * point.nears[t].across for t in turning)]
+        met = (torch.stack(pulls) @ images.inputs * row)[:, :-1]  # in one passage through them
+        gradient = point.held - self.linear + met[0]
         crosses = torch.zeros(len(point.nears), len(gradient), dtype=gradient.dtype)
-        for near, cross in zip(point.nears, crosses, strict=True):
-            if near.across.any():
-                gradient += (near.across @ near.errors) * near.turn
-                cross += ((near.along * near.across) @ images.inputs * row)[:-1]
-                cross += near.across.square().sum() / 2 * near.turn
+        for t, along in zip(turning, met[1:], strict=True):
+            near = point.nears[t]
+            gradient += (near.across @ near.errors) * near.turn
+            crosses[t] = along + near.across.square().sum() / 2 * near.turn
         return gradient, crosses
 
     def _curved(self, moments: Tensor, nears: Sequence[Near], crosses: Tensor) -> Tensor:
@@ -192,7 +207,13 @@ def weighted_moments(images: Images, weights: Tensor) -> Tensor:
     some = weights.nonzero()[:, 0]
     most = weights.abs().amax()  # or float32 could overflow
     rows, shares = images.rough[some], (weights[some] / most).float()
-    return ((rows * shares[:, None]).T @ rows).double() * most
+    return products_of(rows, rows * shares[:, None]).double() * most
+
+
+def _moved(mask: Tensor, gradient: Tensor, steepest: float) -> float:
+    """How far a projected gradient step moves a mask, at most in any tap."""
+    scale = max(steepest, torch.finfo(gradient.dtype).tiny)
+    return float((mask - (mask - gradient / scale).clamp(0, 1)).abs().amax())
 
 
 def _counts(nears: Sequence[Near]) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from unbraid.base.progress import QUIET, Progress
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Members
 from unbraid.networks.spec import respond, widen
@@ -36,6 +37,7 @@ def choose_rho(
     members: Members,
     concepts: Mapping[int, Sequence[Concept]],
     arvs: Mapping[int, Sequence[Tensor]],
+    progress: Progress = QUIET,
 ) -> dict[int, float]:
     """Choose rho per channel, in one reading of a scan with positions; the lowest wins a tie.
 
@@ -50,19 +52,21 @@ def choose_rho(
     for o in concepts:
         masks = [published_masks(arvs[o], rho, layer.taps_per_input) for rho in RHOS]
         rows[o] = torch.cat(masks).to(scan.weight.dtype) * scan.weight[o]
-    for records in scan.shards():
-        assert records.input_map is not None
-        for o, own in concepts.items():
-            concept = members.concept_of(records, own)
-            bias = widen(scan.bias[o]).expand(len(rows[o]))
-            for k in concept[concept >= 0].unique().tolist():
-                maps = widen(records.input_map[concept == k])
-                z = respond(layer, maps, widen(rows[o]), bias, [o] * len(bias))
-                summed = z.clamp(min=0).flatten(2).sum(2, dtype=torch.float64)
-                responses = summed.view(len(maps), len(RHOS), -1)  # (n, rho, K)
-                others = responses.sum(2) - responses[:, :, k]
-                sums[o][k] += (responses[:, :, k] / (others + _EPSILON)).sum(0)
-                n_images[o][k] += len(responses)
+    with progress.of("Choosing rho", scan.manifest.n_images, "images") as advance:
+        for records in scan.shards():
+            assert records.input_map is not None
+            for o, own in concepts.items():
+                concept = members.concept_of(records, own)
+                bias = widen(scan.bias[o]).expand(len(rows[o]))
+                for k in concept[concept >= 0].unique().tolist():
+                    maps = widen(records.input_map[concept == k])
+                    z = respond(layer, maps, widen(rows[o]), bias, [o] * len(bias))
+                    summed = z.clamp(min=0).flatten(2).sum(2, dtype=torch.float64)
+                    responses = summed.view(len(maps), len(RHOS), -1)  # (n, rho, K)
+                    others = responses.sum(2) - responses[:, :, k]
+                    sums[o][k] += (responses[:, :, k] / (others + _EPSILON)).sum(0)
+                    n_images[o][k] += len(responses)
+            advance(len(records))
     chosen = {}
     for o in concepts:
         if not n_images[o].all():

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from unbraid.base.progress import QUIET, Progress
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import N_QUANTILES, ChannelSplit
 
@@ -16,7 +17,9 @@ _MOST_IMAGES = 2**13  # evenly spaced over the scan: a percentile is then off by
 _MOST_NUMBERS = 2**25  # of their pooled inputs at once: 128 MiB in float32
 
 
-def with_quantiles(scan: Scan, parts: Sequence[ChannelSplit]) -> list[ChannelSplit]:
+def with_quantiles(
+    scan: Scan, parts: Sequence[ChannelSplit], progress: Progress = QUIET
+) -> list[ChannelSplit]:
     """Give each division the quantiles of its channels' mean pre-activations in a scan."""
     pooled, n_positions = _spaced_inputs(scan)
     if not len(pooled):
@@ -24,15 +27,19 @@ def with_quantiles(scan: Scan, parts: Sequence[ChannelSplit]) -> list[ChannelSpl
     at = torch.linspace(0, 1, N_QUANTILES, dtype=torch.float64)
     by_group: dict[int, Tensor] = {}
     made = []
-    for part in parts:
-        group = scan.layer.group_of(part.channel)
-        if group not in by_group:
-            by_group = {group: pooled[:, group].double()}
-        sums = part.pooled_responses(by_group[group], n_positions)[:, :-1]  # without the residual
-        means = (sums / n_positions[:, None]).T.contiguous()  # (K + 1, n)
-        quantiles = torch.quantile(means, at, dim=1).T.contiguous()
-        # Interpolation may round below a neighbour.
-        made.append(replace(part, quantiles=quantiles.cummax(1).values))
+    with progress.of("How usual responses are", len(parts), "channels") as advance:
+        for part in parts:
+            group = scan.layer.group_of(part.channel)
+            if group not in by_group:
+                by_group = {group: pooled[:, group].double()}
+            sums = part.pooled_responses(by_group[group], n_positions)[
+                :, :-1
+            ]  # without the residual
+            means = (sums / n_positions[:, None]).T.contiguous()  # (K + 1, n)
+            quantiles = torch.quantile(means, at, dim=1).T.contiguous()
+            # Interpolation may round below a neighbour.
+            made.append(replace(part, quantiles=quantiles.cummax(1).values))
+            advance(1)
     return made
 
 

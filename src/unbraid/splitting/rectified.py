@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ class Shape:
     images: Images
     row: Tensor  # (J + 1,), weights and bias
     spread: Tensor  # (M, J), deviations within images times weights, over the root of M
+
+    @classmethod
+    def of(cls, row: Tensor, images: Images, spread: Tensor) -> Shape:
+        """Take a channel's weights and bias, (J + 1,), and deviations within images, (M, J)."""
+        return cls(images, row, spread * row[:-1] / max(1, len(spread)) ** 0.5)
+
+    @cached_property
+    def original(self) -> Tensor:
+        """Rectified responses of the whole channel, (N,)."""
+        return self.near(torch.ones(len(self.row) - 1, dtype=torch.float64)).errors
 
     def near(self, mask: Tensor, pooled: Tensor | None = None) -> Near:
         """Rectified responses of a masked channel, and how they change with it.
@@ -61,31 +72,35 @@ def condense(spread: Tensor) -> Tensor:
 class Rectified:
     """Errors of rectified responses: like the whole channel's on own images, else silent."""
 
-    images: Images
-    row: Tensor  # (J + 1,)
     shape: Shape
     target: Tensor  # (N,), of a concept's images, else the margin
     root: Tensor  # (N,), root of what an image counts
     one_sided: Tensor  # (N,), images on which only what goes beyond the margin counts
 
+    @property
+    def images(self) -> Images:
+        """The N images."""
+        return self.shape.images
+
+    @property
+    def row(self) -> Tensor:
+        """The channel's weights and bias, (J + 1,)."""
+        return self.shape.row
+
     @classmethod
     def of(
         cls,
-        row: Tensor,
-        images: Images,
-        spread: Tensor,
+        shape: Shape,
         k: int,
         omega: float,
         weight: float,
         part: float = 1.0,
     ) -> Rectified:
-        """Write down the errors of concept k, from the channel's weights and bias, (J + 1,).
+        """Write down the errors of concept k.
 
         Silence on the images of each other concept counts a part of mimicking.
         """
-        n_spread = max(1, len(spread))
-        shape = Shape(images, row, spread * row[:-1] / n_spread**0.5)
-        original = shape.near(torch.ones(len(row) - 1, dtype=torch.float64)).errors
+        images, original = shape.images, shape.original
         tiny = torch.finfo(torch.float32).tiny
         count = torch.zeros_like(original)  # what an image counts
         for concept in images.concept.unique().tolist():
@@ -100,7 +115,7 @@ class Rectified:
         count[rest] = omega * images.weight[rest] / (n_rest * power.clamp(min=tiny))
         margin = MARGIN * original[own].mean()
         target = torch.where(own, original, torch.where(rest, margin, 0.0))
-        return cls(images, row, shape, target, (weight * count).sqrt(), rest)
+        return cls(shape, target, (weight * count).sqrt(), rest)
 
     def near(self, mask: Tensor, response: Tensor | None = None) -> Near:
         """Weighted errors near a mask, and how they change with it."""

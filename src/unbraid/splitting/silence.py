@@ -14,13 +14,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from unbraid.base.progress import QUIET, Progress
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Members
+from unbraid.scanning.fields import Records
+from unbraid.scanning.records import Scan
 from unbraid.splitting.moments import augment, augmented_row
 
 MARGIN = 0.5  # of the concept's mean response; docs/evidence-splitting.md tells what others gave
 N_TOP = 1000  # images of no concept that excite a channel most, all of which are looked at
 N_EVEN = 1000  # images spread evenly over the scan, which stand for all others
+N_SHAPED = 500  # images of a concept, whose responses are looked at one by one
+_LARGE = 100_000  # images of a scan of which half as many are looked at
+_MANY = 256  # part of responses that are asked for exactly, above which all of them are quicker
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,11 @@ class Images:
     def rough(self) -> Tensor:
         """The inputs in float32."""
         return self.inputs.float()
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Squares of the inputs in float32."""
+        return self.rough.square()
 
     def respond(self, row: Tensor, mask: Tensor) -> Tensor:
         """Pooled responses, (N,), of a masked channel of weights and bias (J + 1,)."""
@@ -73,106 +84,104 @@ class Rest:
     place: Mapping[int, Tensor]  # by channel, among all images of the scan, ascending
     weight: Mapping[int, Tensor]
 
-    def read(self, members: Members, channels: Sequence[int]) -> dict[int, Images]:
-        """Read the images of some channels from the scan."""
-        parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {o: [] for o in channels}
-        start, done = 0, dict.fromkeys(channels, 0)
-        for records in members.scan.light_shards():
-            end = start + len(records)
-            for o in channels:
-                upto = int(torch.searchsorted(self.place[o], end))
-                if upto > done[o] or not parts[o]:
-                    own = self.place[o][done[o] : upto] - start
-                    pooled = records.pooled[own, members.scan.layer.group_of(o)]
-                    parts[o].append((pooled, records.n_positions[own], records.index[own]))
-                    done[o] = upto
-            start = end
-        found = {}
-        for o in channels:
-            pooled, n_positions, index = map(torch.cat, zip(*parts.pop(o), strict=True))
-            none = torch.full_like(index, -1)
-            found[o] = Images(augment(pooled, n_positions), none, self.weight[o], index)
-        return found
+
+def sample_of(n: int, scan: Scan) -> int:
+    """How many images are looked at, of so many, where a scan is large."""
+    return n // 2 if scan.manifest.n_images > _LARGE else n
 
 
-def numbers_of(concepts: Mapping[int, Sequence[Concept]]) -> dict[int, set[int]]:
-    """The classes and clusters of each channel's concepts."""
-    return {o: {number for concept in own for number in concept} for o, own in concepts.items()}
-
-
-def choose_rest(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> Rest:
+def choose_rest(
+    members: Members, concepts: Mapping[int, Sequence[Concept]], progress: Progress = QUIET
+) -> Rest:
     """Choose images of no concept: half that excite a channel most, half spread evenly."""
     scan, channels = members.scan, list(concepts)
-    step = max(1, sum(len(label) for label in scan.columns("label")) // N_EVEN)
-    rows = torch.stack([augmented_row(scan, o) for o in channels])
-    groups = torch.tensor([scan.layer.group_of(o) for o in channels], dtype=torch.int64)
+    n_images = scan.n_by_label.total()
+    step, n_seen = max(1, n_images // sample_of(N_EVEN, scan)), 0
     named: dict[int, list[int]] = {}  # which channels have a concept of a class or cluster
-    for c, numbers in enumerate(numbers_of(concepts).values()):
-        for number in numbers:
+    for c, own in enumerate(concepts.values()):
+        for number in {number for concept in own for number in concept}:
             named.setdefault(number, []).append(c)
-    top, count, start = _Top(len(channels)), torch.zeros(len(channels), dtype=torch.int64), 0
+    top, count = _Top(scan, channels), torch.zeros(len(channels), dtype=torch.int64)
     even: list[tuple[Tensor, Tensor]] = []  # places, and of which channels they are no concept's
-    for records in scan.light_shards():
-        place = torch.arange(start, start + len(records), dtype=torch.int64)
-        rest = torch.ones(len(records), len(channels), dtype=torch.bool)
-        for number, own in members.places(records, named):
-            rest[own[:, None], torch.tensor(named[number])] = False
-        z = rows.new_empty(rest.shape)
-        for g in groups.unique().tolist():
-            z[:, groups == g] = augment(records.pooled[:, g], records.n_positions) @ (
-                rows[groups == g].T
-            )
-        top.add(z, rest, place)
-        chosen = place % step == 0
-        even.append((place[chosen], rest[chosen]))
-        count += rest.sum(0)
-        start += len(records)
+    with progress.of("Looking for what else excites channels", n_images, "images") as advance:
+        for records in scan.light_shards():
+            place = torch.arange(n_seen, n_seen + len(records), dtype=torch.int64)
+            rest = torch.ones(len(records), len(channels), dtype=torch.bool)
+            for number, places in members.places(records, named):
+                rest[places[:, None], torch.tensor(named[number])] = False
+            top.add(records, rest, place)
+            chosen = place % step == 0
+            even.append((place[chosen], rest[chosen]))
+            count += rest.sum(0)
+            n_seen += len(records)
+            advance(len(records))
     spread, is_rest = map(torch.cat, zip(*even, strict=True))
-    places: dict[int, Tensor] = {}
+    places_of: dict[int, Tensor] = {}
     weights: dict[int, Tensor] = {}
     for c, (o, best) in enumerate(zip(channels, top.places(), strict=True)):
         others = spread[is_rest[:, c]]
         others = others[~torch.isin(others, best)]
         each = (int(count[c]) - len(best)) / max(1, len(others))
         place = torch.cat([best, others])
-        weight = torch.cat([rows.new_ones(len(best)), rows.new_full((len(others),), each)])
+        counts = torch.full(place.shape, each, dtype=torch.float64)
+        counts[: len(best)] = 1
         order = place.argsort()
-        places[o], weights[o] = place[order], weight[order]
-    return Rest(places, weights)
+        places_of[o], weights[o] = place[order], counts[order]
+    return Rest(places_of, weights)
 
 
 class _Top:
     """The images that excite each of C channels most, of those seen so far."""
 
-    def __init__(self, n_channels: int) -> None:
+    def __init__(self, scan: Scan, channels: Sequence[int]) -> None:
         """Have seen none."""
-        self.n_channels = n_channels
-        self.least = torch.full((n_channels,), -torch.inf, dtype=torch.float64)
+        self._n_top = sample_of(N_TOP, scan)
+        self._rows = torch.stack([augmented_row(scan, o) for o in channels])
+        self._rough = self._rows.to(
+            torch.promote_types(scan.weight.dtype, torch.float32)
+        )  # as exact as the records
+        groups = torch.tensor([scan.layer.group_of(o) for o in channels], dtype=torch.int64)
+        self._of_group = {g: (groups == g).nonzero()[:, 0] for g in groups.unique().tolist()}
+        self._slack = torch.finfo(self._rough.dtype).eps * self._rows.shape[1]
+        self._least = torch.full((len(channels),), -torch.inf, dtype=torch.float64)
         none = torch.empty(0, dtype=torch.int64)
-        self.found = [(self.least.new_empty(0), none, none)]  # responses, channels, places
+        self._found = [(self._least.new_empty(0), none, none)]  # responses, channels, places
 
-    def add(self, z: Tensor, rest: Tensor, place: Tensor) -> None:
-        """See the chosen ones (N, C) of some images' responses (N, C)."""
-        chosen = rest & (z > self.least)
-        image, channel = chosen.nonzero().T
-        self.found.append((z[image, channel], channel, place[image]))
-        if sum(len(own) for own, _, _ in self.found) > 3 * N_TOP * self.n_channels:
+    def add(self, records: Records, rest: Tensor, place: Tensor) -> None:
+        """See some images: the chosen ones (N, C), and where they lie, (N,)."""
+        for g, own in self._of_group.items():
+            pooled = records.pooled[:, g]
+            rough = augment(pooled, records.n_positions, self._rough.dtype)
+            length = float(rough.norm(dim=1).amax()) if len(rough) else 0.0
+            # What rounding may have taken from a response.
+            slack = self._slack * length * self._rows[own].norm(dim=1)
+            least = (self._least[own] - slack).to(rough.dtype)
+            z = rough @ self._rough[own].T
+            image, k = (rest[:, own] & ~(z < least)).nonzero().T
+            if len(image) > z.numel() // _MANY:
+                z = (augment(pooled, records.n_positions) @ self._rows[own].T)[image, k]
+            else:
+                exact = augment(pooled[image], records.n_positions[image])
+                z = exact.mul_(self._rows[own[k]]).sum(1)
+            kept = z > self._least[own[k]]
+            self._found.append((z[kept], own[k[kept]], place[image[kept]]))
+        if sum(len(z) for z, _, _ in self._found) > 3 * self._n_top * len(self._least):
             self._sift()
 
     def places(self) -> list[Tensor]:
         """Where the images of each channel lie, of equal ones the first."""
         self._sift()
-        ((_, channel, place),) = self.found
-        return list(place.split(channel.bincount(minlength=self.n_channels).tolist()))
+        ((_, channel, place),) = self._found
+        return list(place.split(channel.bincount(minlength=len(self._least)).tolist()))
 
     def _sift(self) -> None:
-        z, channel, place = map(torch.cat, zip(*self.found, strict=True))
+        z, channel, place = map(torch.cat, zip(*self._found, strict=True))
         order = z.argsort(descending=True, stable=True)
         order = order[channel[order].argsort(stable=True)]
         z, channel, place = z[order], channel[order], place[order]
-        n_each = channel.bincount(minlength=self.n_channels)
+        n_each = channel.bincount(minlength=len(self._least))
         rank = torch.arange(len(z), dtype=torch.int64) - (n_each.cumsum(0) - n_each)[channel]
-        last = rank == N_TOP - 1
-        self.least[channel[last]] = z[last]
-        kept = rank < N_TOP
-        self.found = [(z[kept], channel[kept], place[kept])]
+        last = rank == self._n_top - 1
+        self._least[channel[last]] = z[last]
+        kept = rank < self._n_top
+        self._found = [(z[kept], channel[kept], place[kept])]

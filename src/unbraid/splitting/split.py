@@ -13,6 +13,7 @@ from torch import Tensor
 from unbraid.base.arguments import as_kind, real_number
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
+from unbraid.base.progress import Progress
 from unbraid.base.tables import count
 from unbraid.finding.arv import averaged_relevance, class_sums, concept_mean
 from unbraid.finding.findings import Findings
@@ -39,6 +40,7 @@ def split(
     start: Split | None = None,
     everything: Scan | None = None,
     refit: Split | None = None,
+    progress: bool = False,
 ) -> Split:
     """Divide the incoming weights of every polysemantic channel among its concepts.
 
@@ -56,6 +58,7 @@ def split(
         refit: for least squares, an earlier split made from this scan, to be brought up to date in
             a moment: channels whose concepts are as they were are taken from it, and all others
             are fitted with its lambda and omega in place of cross-validation.
+        progress: show, on standard error, how far steps are that take longer than a moment.
 
     Returns:
         A Split for `unbraid.apply` and `unbraid.evaluate`.
@@ -97,10 +100,11 @@ def split(
         _check_images(own, anew)
     members = anew.members_in(scan)
     chosen: _Chosen = {}
+    told = Progress(progress)
     if method == "published":
-        chosen = _published(members, anew, rho, scans[-1])
+        chosen = _published(members, anew, rho, scans[-1], told)
     elif anew.concepts:
-        chosen = _least_squares(members, anew, scans[-1], start, weights)
+        chosen = _least_squares(members, anew, scans[-1], start, weights, told)
     made = [
         ChannelSplit(
             channel=o,
@@ -115,7 +119,7 @@ def split(
     # What is kept keeps its quantiles; those of an older version have none yet.
     known = [part for part in kept if part.quantiles is not None]
     made += [part for part in kept if part.quantiles is None]
-    parts = sorted([*known, *with_quantiles(scans[-1], made)], key=lambda part: part.channel)
+    parts = sorted([*known, *with_quantiles(scans[-1], made, told)], key=lambda part: part.channel)
     return Split(
         layer=scan.layer,
         weights=scan.manifest.weights,
@@ -179,14 +183,22 @@ def _check_images(scan: Scan, found: Findings) -> None:
             )
 
 
-def _published(members: Members, found: Findings, rho: float | None, everything: Scan) -> _Chosen:
+def _published(
+    members: Members,
+    found: Findings,
+    rho: float | None,
+    everything: Scan,
+    progress: Progress,
+) -> _Chosen:
     scan, concepts = members.scan, found.concepts
-    sums = class_sums(everything, [], found.clusters)
+    sums = class_sums(everything, [], found.clusters, progress)
     arvs = {
         o: [averaged_relevance(scan, o, concept_mean(sums, concept)) for concept in own]
         for o, own in concepts.items()
     }
-    rhos = choose_rho(members, concepts, arvs) if rho is None else dict.fromkeys(arvs, rho)
+    rhos = (
+        choose_rho(members, concepts, arvs, progress) if rho is None else dict.fromkeys(arvs, rho)
+    )
     if missing := arvs.keys() - rhos.keys():
         if not rhos:
             raise UsageError(
@@ -209,6 +221,7 @@ def _least_squares(
     everything: Scan,
     start: Split | None,
     weights: Weights | None,
+    progress: Progress,
 ) -> _Chosen:
     scan, concepts = members.scan, found.concepts
     begin: dict[int, Tensor] = {}
@@ -222,9 +235,9 @@ def _least_squares(
         parts = [p for p in start.channels if len(p.concepts) == len(concepts.get(p.channel, ()))]
         begin = {part.channel: part.masks for part in parts}
     others = found.members_in(everything)
-    rest = (others, choose_rest(others, concepts))
-    weights = weights or choose_weights(members, concepts, rest)
-    fits = fit_least_squares(members, concepts, weights, rest, begin)
+    rest = (others, choose_rest(others, concepts, progress))
+    weights = weights or choose_weights(members, concepts, rest, progress)
+    fits = fit_least_squares(members, concepts, weights, rest, begin, progress)
     return {
         o: (
             fit.masks,

@@ -1,0 +1,139 @@
+"""How far a long step is: a bar on a terminal, a line every half minute in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import rich.progress as bars
+from rich.console import Console
+from rich.text import Text
+
+SECONDS_OF_LINES = 30.0  # between two lines, where there is no terminal
+PATIENCE = 2.0  # seconds that a step of `Progress` takes before anything is shown
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the steps of one piece of work tell of themselves, on standard error or not at all."""
+
+    show: bool = False
+
+    @contextmanager
+    def of(self, title: str, total: int, unit: str) -> Iterator[Advance]:
+        """Count units while a block runs; of a step that is soon done nothing is told."""
+        with counted(title, total, unit=unit, show=self.show, patience=PATIENCE) as advance:
+            yield advance
+
+
+QUIET = Progress()
+
+
+@contextmanager
+def counted(
+    title: str,
+    total: int,
+    done: int = 0,
+    *,
+    unit: str = "images",
+    show: bool,
+    patience: float = 0.0,
+) -> Iterator[Advance]:
+    """Count while a block runs; the function handed out adds to the count.
+
+    On a terminal that is a bar, with the time left. Elsewhere, as in a log file, it is a line every
+    half minute. Nothing is shown before so many seconds of patience are over.
+    """
+    console = Console(stderr=True)
+    if show and not console.is_terminal:
+        lines = _Lines(title, total, done, unit)
+        yield lines.advance
+        lines.end(patience)
+        return
+    columns = (
+        *(bars.TextColumn("{task.description}"), bars.BarColumn()),
+        *(bars.MofNCompleteColumn(), _Rate(unit), bars.TimeRemainingColumn()),
+    )
+    bar = bars.Progress(*columns, console=console, disable=not show)
+    task, start = bar.add_task(title, total=total, completed=done), time.monotonic()
+
+    def advance(n: int) -> None:
+        bar.advance(task, n)
+        if not bar.live.is_started and time.monotonic() - start >= patience:
+            bar.start()
+
+    if not patience:
+        bar.start()
+    try:
+        yield advance
+    finally:
+        bar.stop()
+
+
+class _Rate(bars.ProgressColumn):
+    """Units per second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: bars.Task) -> Text:
+        """Show the rate, once there is one."""
+        speed = task.finished_speed or task.speed
+        text = "" if speed is None else f"{_rate(speed)} {self._unit}/s"
+        return Text(text, style="progress.data.speed")
+
+
+class _Lines:
+    """Progress where nothing can be written over: a line now and then, and one at the end."""
+
+    def __init__(self, title: str, total: int, done: int, unit: str) -> None:
+        self._title, self._total, self._begun, self._done = title, total, done, done
+        self._start = self._told = time.monotonic()
+        self._unit = unit
+
+    def advance(self, n: int) -> None:
+        self._done += n
+        now = time.monotonic()
+        if now - self._told >= SECONDS_OF_LINES and self._done < self._total:
+            self._told = now
+            left = (self._total - self._done) / self._speed(now) if self._done > self._begun else 0
+            self._tell(now, f", {_clock(left)} left" if left else "")
+
+    def end(self, patience: float) -> None:
+        now = time.monotonic()
+        if now - self._start >= patience:
+            self._tell(now, f", {_clock(now - self._start)} in all")
+
+    def _speed(self, now: float) -> float:
+        return (self._done - self._begun) / max(now - self._start, 1e-9)
+
+    def _tell(self, now: float, more: str) -> None:
+        text = f"{self._title}: {self._done:,} of {self._total:,}"
+        speed = f"{_rate(self._speed(now))} {self._unit}/s"
+        print(f"{text}, {speed}{more}", file=sys.stderr, flush=True)
+
+
+def _rate(speed: float) -> str:
+    """Write a number per second, so that a slow one is no zero.
+
+    >>> _rate(312.4), _rate(0.83)
+    ('312', '0.8')
+    """
+    return f"{speed:.0f}" if round(speed) >= 2 else f"{speed:.1f}"
+
+
+def _clock(seconds: float) -> str:
+    """Write a time as a clock does.
+
+    >>> _clock(75.4), _clock(3675)
+    ('1:15', '1:01:15')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

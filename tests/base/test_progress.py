@@ -1,0 +1,63 @@
+"""What is told of long steps while they run."""
+
+import time
+
+import pytest
+
+from unbraid.base.errors import DataError
+from unbraid.base.progress import Progress, counted
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when they are told to."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def work(advance, clock, n_steps, seconds, n):
+    for _ in range(n_steps):
+        clock[0] += seconds
+        advance(n)
+
+
+def test_in_a_log_file_there_is_a_line_every_half_minute(clock, capsys):
+    with counted("Scanning x", 4000, 1000, show=True) as advance:
+        work(advance, clock, 90, 1.0, 10)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "Scanning x: 1,300 of 4,000, 10 images/s, 4:30 left",
+        "Scanning x: 1,600 of 4,000, 10 images/s, 4:00 left",
+        "Scanning x: 1,900 of 4,000, 10 images/s, 3:30 left",
+        "Scanning x: 1,900 of 4,000, 10 images/s, 1:30 in all",
+    ]
+    with counted("Scanning x", 4000, show=False) as advance:
+        work(advance, clock, 1, 100.0, 10)
+    with pytest.raises(DataError), counted("Scanning x", 10, show=True):
+        raise DataError("It ends here.")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("show", "seconds", "told"),
+    [
+        (True, 1.0, []),
+        (True, 8.0, ["Fitting: 1 of 1, 0.1 channels/s, 0:08 in all"]),
+        (False, 8.0, []),
+    ],
+)
+def test_of_a_step_that_is_soon_done_nothing_is_told(clock, capsys, show, seconds, told):
+    with Progress(show).of("Fitting", 1, "channels") as advance:
+        work(advance, clock, 1, seconds, 1)
+    assert capsys.readouterr().err.splitlines() == told
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.5, False), (8.0, True)])
+def test_on_a_terminal_there_is_a_bar_once_a_step_takes_long(
+    clock, capsys, monkeypatch, seconds, shown
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich a terminal
+    with Progress(True).of("Fitting", 2, "channels") as advance:
+        work(advance, clock, 2, seconds, 1)
+    assert ("Fitting" in capsys.readouterr().err) == shown
