@@ -46,6 +46,7 @@ _KEEPS_ALL = (
 _COLD, _WARM = (38, 44, 92), (255, 170, 0)
 _DENSEST, _CLEAREST = 0.72, 0.28
 _THUMB, _THUMB_QUALITY = 40, 60  # pixels of a side
+_NODE = 64  # likewise, in a circuit
 _MOST_THUMBS = 100  # channels
 _MAX_POSITIONS = 16  # of a veil, each way: it is shown smoothed anyway
 
@@ -81,6 +82,7 @@ class Pictures:
     veils: dict[Spot, Veil] = field(default_factory=dict)
     features: dict[tuple[int, int | None], Picture] = field(default_factory=dict)
     thumbs: dict[tuple[int, int], Picture] = field(default_factory=dict)  # of concepts, to list
+    nodes: dict[int, Picture] = field(default_factory=dict)  # of circuits, by index
     note: str = ""  # why there are no veils
 
 
@@ -127,15 +129,28 @@ def take_pictures(page: Page, material: Material, dataset: Dataset[Any] | None) 
         if row.k is not None and row.shots
     }
 
-    def draw(image: Image.Image) -> tuple[Picture, Picture]:
-        seen = sight(image) if sight else image
-        return encode(seen, side, quality), encode(seen, _THUMB, _THUMB_QUALITY)
+    in_circuits = {
+        image.index: image.label
+        for channel in channels
+        for circuit in (channel.circuit, material.through.get(channel.number))
+        for node in (circuit.nodes if circuit else ())
+        for image in node.images[:1]
+    }
 
-    taken = read_pictures(dataset, labels, draw)
-    pictures.shots = {index: both and both[0] for index, both in taken.items()}
+    def draw(image: Image.Image) -> tuple[Picture, Picture, Picture]:
+        seen = sight(image) if sight else image
+        sizes = (side, quality), (_THUMB, _THUMB_QUALITY), (min(_NODE, side), _THUMB_QUALITY)
+        large, thumb, node = (encode(seen, *size) for size in sizes)
+        return large, thumb, node
+
+    taken = read_pictures(dataset, labels | in_circuits, draw)
+    pictures.shots = {index: own and own[0] for index, own in taken.items() if index in labels}
     for place, index in firsts.items():
-        if (both := taken[index]) is not None:
-            pictures.thumbs[place] = both[1]
+        if (own := taken[index]) is not None:
+            pictures.thumbs[place] = own[1]
+    for index in in_circuits:
+        if (own := taken[index]) is not None:
+            pictures.nodes[index] = own[2]
     return pictures
 
 
