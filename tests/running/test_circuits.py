@@ -11,25 +11,37 @@ from pages import sections
 from unbraid.__main__ import main
 from unbraid.base.errors import RunError, UsageError
 from unbraid.demo.network import load_images, load_network
-from unbraid.networks.models import LoadedModel
 from unbraid.running import circuits as module
 from unbraid.running.check import check
 from unbraid.running.circuits import circuits_of, earlier_runs
 from unbraid.running.finished import Run
 from unbraid.running.folders import CIRCUITS, Thresholds
+from unbraid.running.network import load_again
 from unbraid.running.several import run_layers
 from unbraid.scanning.scan_options import Loading
 
-LAYERS = ["look.8", "mix"]
+LAYERS, WHOLE = ["look.8", "mix"], load_images
+
+
+def some_images(split):
+    """Every fifth of the demo's."""
+    images = WHOLE(split)
+    images.pictures, images.targets = images.pictures[::5], images.targets[::5]
+    return images
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _of_some_images():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unbraid.demo.network.load_images", some_images)
+        yield
 
 
 def make(out, layers=LAYERS, said=None, **options):
-    images = load_images("train"), load_images("test")
-    for one in images:
-        one.pictures, one.targets = one.pictures[::5], one.targets[::5]
     usual = {"thresholds": Thresholds(tau=0.015, gamma=0.85), "loading": Loading()}
     usual |= {"features": False, "source": {"demo": True}, "title": "x"}
     usual["say"] = (said if said is not None else []).append
+    images = map(some_images, ("train", "test"))
     return run_layers(load_network(), layers, *images, out, **usual | options)
 
 
@@ -42,20 +54,11 @@ def out(tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def network(monkeypatch):
-    """A demo's network, on the images that the run here was made of."""
-
-    def images(_source, _scan, _transform):
-        one = load_images("test")
-        one.pictures, one.targets = one.pictures[::5], one.targets[::5]
-        return one
-
-    monkeypatch.setattr(module, "validation_images", images)
-    return lambda: LoadedModel(load_network(), None, (), {})
+def network():
+    return load_again({"demo": True})
 
 
-def test_a_layer_is_followed_to_the_one_before_and_its_inputs(out, network):
+def test_a_layer_is_followed_to_the_one_before_and_its_inputs(out):
     run = Run(out / "mix")
     assert [one.folder for one in earlier_runs(run)] == [out / "look.8"]
     assert list(earlier_runs(Run(out / "look.8"))) == []
@@ -65,13 +68,12 @@ def test_a_layer_is_followed_to_the_one_before_and_its_inputs(out, network):
     edges = [edge for edge in own.edges if edge.rank <= 3]
     assert [own.nodes[e.source].channel for e in edges] == [s.channel for s in expected.sources]
     before = Run(out / "look.8")
-    images = module.validation_images({}, None, None)
     expected = unbraid.circuit_from(
         before.split,
         run.split,
         run.val_scan,
         load_network(),
-        images,
+        some_images("test"),
         channel,
         1,
         n=3,
@@ -85,7 +87,13 @@ def test_a_layer_is_followed_to_the_one_before_and_its_inputs(out, network):
 def test_pages_show_circuits_through_layers_and_say_the_same_when_written_again(out):
     run = Run(out / "mix")
     text = run.page.read_text(encoding="utf-8")
-    assert {len(s.all("figure", "circuit")) for s in sections(text).values()} == {2}
+    n_graphs = [len(s.all("figure", "circuit")) for s in sections(text).values()]
+    n_followed = min(module.N_CHANNELS, len(n_graphs))
+    assert n_graphs == [2] * n_followed + [1] * (len(n_graphs) - n_followed)
+    told = (
+        f"Circuits through an earlier layer are shown of {n_followed} of {len(n_graphs)} channels"
+    )
+    assert (told in text) == (n_followed < len(n_graphs))
     assert run.report().read_text(encoding="utf-8") == text
     other = (out / "look.8/report.html").read_text(encoding="utf-8")
     assert {len(s.all("figure", "circuit")) for s in sections(other).values()} == {1}
@@ -141,8 +149,6 @@ def test_the_command_prints_a_table_and_writes_pictures_and_figures(
 ):
     run = Run(out / "look.8")
     channel = run.split.channels[0].channel
-    # Only the demo's whole images are found again by their source.
-    monkeypatch.setattr(Run, "images", property(lambda _: module_images()))
     words = ["unbraid", "circuit", str(out / "look.8"), "--channel", str(channel)]
     for more, stem in ((["--concept", "0"], f"{channel}.0"), ([], f"{channel}")):
         monkeypatch.setattr(sys, "argv", [*words, *more, "--out", str(tmp_path)])
@@ -162,9 +168,3 @@ def test_the_command_prints_a_table_and_writes_pictures_and_figures(
         main()
     assert stopped.value.code == 2
     assert "name another folder" in capsys.readouterr().err
-
-
-def module_images():
-    one = load_images("test")
-    one.pictures, one.targets = one.pictures[::5], one.targets[::5]
-    return one

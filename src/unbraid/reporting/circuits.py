@@ -31,7 +31,9 @@ _N_TOLD = 3  # sources of each concept channel that words tell of
 # Lengths are in inches.
 _MARGIN, _TILE, _BETWEEN, _WORDS, _BELOW = 0.05, 0.46, 0.04, 0.125, 0.14
 _TEXT_BESIDE = 0.3  # that words may be wider than the tiles
-_ALONE = 1.5  # a node's width without pictures
+_ALONE = 1.3  # a node's width without pictures
+_LINES = 0.5  # least room between columns
+_USUAL = 5.5
 
 
 def share_of(edge: Edge) -> str:
@@ -116,7 +118,7 @@ def _tone(node: Node, concepts: Sequence[ConceptView]) -> str:
 
 @in_plain_modes
 def circuit_figure(
-    graph: CircuitGraph, *, dataset: Dataset[Any] | None = None, width: float = 5.5
+    graph: CircuitGraph, *, dataset: Dataset[Any] | None = None, width: float | None = None
 ) -> Figure:
     """Draw a circuit: sources on the left, what they feed on the right, each with its images.
 
@@ -126,7 +128,7 @@ def circuit_figure(
     Args:
         graph: from `unbraid.circuit_graph`.
         dataset: the images that it was chosen from; without it there are no pictures.
-        width: of the figure, in inches.
+        width: of the figure, in inches; by default 5.5, or more where columns ask for it.
 
     Returns:
         A matplotlib Figure; in SVG its text is text.
@@ -137,16 +139,16 @@ def circuit_figure(
     """
     as_kind("graph", graph, CircuitGraph)
     need_matplotlib()
-    width = real_number("width", width)
     labels = {image.index: image.label for node in graph.nodes for image in node.images}
     pictures = {} if dataset is None else read_pictures(dataset, labels, square)
     most = max((len(node.images) for node in graph.nodes), default=0) if pictures else 0
     columns = graph.columns()
     strip = most * (_TILE + _BETWEEN) - _BETWEEN if most else _ALONE
-    free = width - 2 * _MARGIN - len(columns) * strip
-    if len(columns) > 1 and free / (len(columns) - 1) < 0.5:
+    least = 2 * _MARGIN + len(columns) * strip + (len(columns) - 1) * _LINES
+    width = max(_USUAL, least) if width is None else real_number("width", width)
+    if width < least:
         raise UsageError(f"A circuit of {len(columns)} columns does not fit; ask for more width.")
-    step = strip + (free / (len(columns) - 1) if len(columns) > 1 else 0.0)
+    step = (width - 2 * _MARGIN - strip) / max(1, len(columns) - 1)
     tall = (_TILE if most else 0.0) + 2 * _WORDS
     height = max(map(len, columns)) * (tall + _BELOW) + 2 * _MARGIN
     return _draw(graph, pictures, (width, height), (strip, step, tall))

@@ -283,6 +283,7 @@ def _notes(material: Material, has_images: bool) -> list[str]:
     if material.split is None:
         return [*notes, "Details of the channels are left out: no split was given."]
     n, n_off, positions = len(material.parts), len(material.ablated), material.positions
+    n_through = len(material.through)
     drawn = features.channels if features else ()
     missing = sum(part.channel not in drawn for part in material.parts)
     why = "for want of time" if features and features.left_out else "none were given"
@@ -308,6 +309,8 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         }
     left_out |= {
         "Input channels are left out: no training scan was given.": train_scan is None,
+        f"Circuits through an earlier layer are shown of {n_through:,} of {count(n, 'channel')}, "
+        "those with the lowest cosines.": 0 < n_through < n,
         "Pictures are left out: no data set was given.": not has_images,
         "Feature visualisations are left out: none were given.": features is None,
         f"Feature visualisations of {count(missing, 'channel')} are left out: {why}.": (
