@@ -171,8 +171,8 @@ def _draw(
         places: dict[int, tuple[float, float]] = {}  # left, and the middle of a node
         for column, own in enumerate(reversed(columns)):
             pitch = (size[1] - 2 * _MARGIN) / len(own)
-            for k, node in enumerate(own):
-                places[node] = (_MARGIN + column * step, size[1] - _MARGIN - (k + 0.5) * pitch)
+            for k, place in enumerate(own):
+                places[place] = (_MARGIN + column * step, size[1] - _MARGIN - (k + 0.5) * pitch)
         for edge in graph.edges:
             if abs(edge.share) < _LEAST:
                 continue

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import center_crop
 
 from unbraid.base.errors import UsageError
 from unbraid.images.broken import plain
@@ -146,11 +145,9 @@ def take_pictures(page: Page, material: Material, dataset: Dataset[Any] | None) 
     taken = read_pictures(dataset, labels | in_circuits, draw)
     pictures.shots = {index: own and own[0] for index, own in taken.items() if index in labels}
     for place, index in firsts.items():
-        if (own := taken[index]) is not None:
-            pictures.thumbs[place] = own[1]
-    for index in in_circuits:
-        if (own := taken[index]) is not None:
-            pictures.nodes[index] = own[2]
+        if (sizes := taken[index]) is not None:
+            pictures.thumbs[place] = sizes[1]
+    pictures.nodes = {index: own[2] for index, own in taken.items() if own and index in in_circuits}
     return pictures
 
 
@@ -241,7 +238,8 @@ class Sight:
             whole if part is None else min(round(part * min(picture.size)), whole)
             for part, whole in ((self.height, picture.height), (self.width, picture.width))
         )
-        seen: Image.Image = center_crop(picture, [high, wide])
+        left, top = (round((a - b) / 2) for a, b in zip(picture.size, (wide, high), strict=True))
+        seen = picture.crop((left, top, left + wide, top + high))
         if self.ratio is None:
             return seen
         if self.ratio >= 1:
