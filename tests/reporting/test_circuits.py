@@ -44,7 +44,7 @@ def test_the_page_shows_sources_and_lines_of_every_channel(run, page):
         for item, place in zip(sources.all("li"), graph.columns()[1], strict=True):
             assert len(shots(item)) == 1
             for edge in edges_from(graph, place)[:2]:
-                assert percent(edge.share) in item.text
+                assert percent(edge.share, 1) in item.text
         drawn = figure.all("path", "edge")
         assert len(drawn) == sum(len(edges_from(graph, p)) for p in graph.columns()[1])
         (svg,) = figure.all("svg")

@@ -47,6 +47,7 @@ _DENSEST, _CLEAREST = 0.72, 0.28
 _THUMB, _THUMB_QUALITY = 40, 60  # pixels of a side
 _NODE = 64  # likewise, in a circuit
 _MOST_THUMBS = 100  # channels
+_MOST_CIRCUITS = 30  # channels whose circuits have pictures
 _MAX_POSITIONS = 16  # of a veil, each way: it is shown smoothed anyway
 
 
@@ -81,7 +82,8 @@ class Pictures:
     veils: dict[Spot, Veil] = field(default_factory=dict)
     features: dict[tuple[int, int | None], Picture] = field(default_factory=dict)
     thumbs: dict[tuple[int, int], Picture] = field(default_factory=dict)  # of concepts, to list
-    nodes: dict[int, Picture] = field(default_factory=dict)  # of circuits, by index
+    # Of circuits, by channel and index.
+    nodes: dict[tuple[int, int], Picture] = field(default_factory=dict)
     note: str = ""  # why there are no veils
 
 
@@ -129,8 +131,8 @@ def take_pictures(page: Page, material: Material, dataset: Dataset[Any] | None) 
     }
 
     in_circuits = {
-        image.index: image.label
-        for channel in channels
+        (channel.number, image.index): image.label
+        for channel in channels[:_MOST_CIRCUITS]
         for circuit in (channel.circuit, material.through.get(channel.number))
         for node in (circuit.nodes if circuit else ())
         for image in node.images[:1]
@@ -142,12 +144,15 @@ def take_pictures(page: Page, material: Material, dataset: Dataset[Any] | None) 
         large, thumb, node = (encode(seen, *size) for size in sizes)
         return large, thumb, node
 
-    taken = read_pictures(dataset, labels | in_circuits, draw)
+    more = {index: label for (_, index), label in in_circuits.items()}
+    taken = read_pictures(dataset, labels | more, draw)
     pictures.shots = {index: own and own[0] for index, own in taken.items() if index in labels}
     for place, index in firsts.items():
         if (sizes := taken[index]) is not None:
             pictures.thumbs[place] = sizes[1]
-    pictures.nodes = {index: own[2] for index, own in taken.items() if own and index in in_circuits}
+    for node in in_circuits:
+        if (sizes := taken[node[1]]) is not None:
+            pictures.nodes[node] = sizes[2]
     return pictures
 
 

@@ -27,7 +27,8 @@ from unbraid.networks.models import LoadedModel
 from unbraid.reporting.channel import N_DRAWN, N_FOLLOWED, n_sources
 from unbraid.reporting.layers import read_layers
 from unbraid.running.finished import Run
-from unbraid.running.folders import CIRCUITS, as_labelled, home_of, validation_images
+from unbraid.running.folders import CIRCUITS, home_of
+from unbraid.running.network import network_images
 from unbraid.running.run import Job
 from unbraid.running.sample import by_cosine
 from unbraid.splitting.splits import ChannelSplit
@@ -77,9 +78,7 @@ def circuits_of(
     if before and network is not None:
         try:
             loaded = network()
-            transform: Any = loaded.transform
-            images = validation_images(run.settings.source, run.val_scan, transform)
-            images = as_labelled(images, run.val_scan)
+            images = network_images(run, loaded)
             wanted = {channel: [(part, k) for k in concepts]}
             through = through_earlier(run, before, wanted, loaded.model, images, {channel: n})
         except UnbraidError as error:
