@@ -55,6 +55,7 @@ LEFT_OUT = {  # what the text leaves out of a command, or the command to which i
 }
 SAYS = {  # a command, and what it prints; one that says none of them only writes
     **dict.fromkeys(["demo", "run", "report"], "Report: "),
+    **{"circuit": "Circuits: demo-run/circuits/0.json"},
     **{"explain": "Pictures and figures: demo-run/explained/photo.png", "layers": " Conv2d "},
     **{"edit": "Page: edited/before_after.html", "suggest": "elsewhere"},
     **{"scan": "Scanned ", "sensitivity": "gamma", "check": " sound."},

@@ -181,6 +181,23 @@ def test_run_does_everything(ran, home):
     assert [row["n_pairs"] for row in counted if row["tau"] == "0.02"].count(str(len(rows))) > 0
 
 
+def test_a_network_of_ones_own_is_edited_and_its_circuits_are_drawn(again, call):
+    part = unbraid.Split.load(again / "split.safetensors").channels[0]
+    code, out, err = call("circuit", str(again), "--channel", str(part.channel))
+    assert code == 0, err
+    assert f"What feeds channel {part.channel} of 2" in out
+    made = {path.name for path in (again / "circuits").iterdir()}
+    assert made == {f"{part.channel}.{ending}" for ending in ("json", "png", "svg")}
+    edited = again / "edited"
+    words = ("--off", f"{part.channel}.0", "--out", str(edited), *NETWORK[:4])
+    code, out, err = call("edit", str(again), *words)
+    assert code == 0, err
+    about = json.loads((edited / "edit.json").read_text())
+    assert about["n_images"] == 30
+    assert (edited / "before_after.html").exists()
+    assert (edited / "network.safetensors").exists()
+
+
 def test_figure_is_drawn_and_check_tells_what_is_damaged(again, call):
     channel = str(unbraid.Split.load(again / "split.safetensors").channels[0].channel)
     options = ("--channel", channel, "--kind", "sources", "--out", str(again / "own.png"))
@@ -323,6 +340,10 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     ),
     ((*EXPLAIN, *NETWORK[:2], "--out", "runs/a"), 2, "holds a run or scan; name another folder"),
     ((*EXPLAIN, *NETWORK[:2], "--n", "0"), 2, "n is 0"),
+    (("circuit", "runs/a"), 2, "requires an argument"),
+    (("circuit", "runs", "--channel", "0"), 1, "runs holds no finished run"),
+    (("circuit", "runs/a", "--channel", "77"), 2, "Channel 77 was not split; those that were"),
+    (("circuit", "runs/a", "--channel", "x"), 2, "--channel"),
 ]
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.measuring.circuit import Circuit as Circuit
     from unbraid.measuring.circuit import circuit as circuit
     from unbraid.measuring.circuit import circuit_from as circuit_from
+    from unbraid.measuring.circuit_graph import CircuitGraph as CircuitGraph
+    from unbraid.measuring.circuit_graph import circuit_graph as circuit_graph
     from unbraid.measuring.compare import compare_outputs as compare_outputs
     from unbraid.measuring.encoders import Penultimate as Penultimate
     from unbraid.measuring.evaluate import evaluate as evaluate
@@ -33,6 +35,7 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.measuring.suggest import Suggestions as Suggestions
     from unbraid.measuring.suggest import suggest as suggest
     from unbraid.networks.outputs import with_logits as with_logits
+    from unbraid.reporting.circuits import circuit_figure as circuit_figure
     from unbraid.reporting.explain import Explanation as Explanation
     from unbraid.reporting.explain import explain as explain
     from unbraid.reporting.figures import density_figure as density_figure
@@ -64,6 +67,7 @@ _NAMES = {
     "images.open": "from_hugging_face open_images",
     "measuring.ablate": "ablate",
     "measuring.circuit": "Circuit circuit circuit_from",
+    "measuring.circuit_graph": "CircuitGraph circuit_graph",
     "measuring.compare": "compare_outputs",
     "measuring.encoders": "Penultimate",
     "measuring.evaluate": "evaluate",
@@ -71,6 +75,7 @@ _NAMES = {
     "measuring.semantics": "measure_semantics",
     "measuring.suggest": "Suggestions suggest",
     "networks.outputs": "with_logits",
+    "reporting.circuits": "circuit_figure",
     "reporting.explain": "Explanation explain",
     "reporting.figures": "density_figure save_figure source_figure teaser_figure",
     "reporting.report": "report",

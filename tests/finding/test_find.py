@@ -146,13 +146,16 @@ def test_find_at_a_cosine_of_exactly_gamma_and_without_a_shared_channel_gives_no
     assert found.hint.startswith("No two classes use the same channel")
 
 
-HINT = r"Nearest: (?:at )?tau (\S+) (?:finds )?channel (\d+)(?: has a cosine of (\S+), which .*)?\."
+HINT = (
+    r"Nearest: (?:at )?tau (\S+) (?:finds )?channel (\d+)"
+    r"(?: has a cosine of \S+; gamma (\S+) finds it)?\."
+)
 
 
 def read_hint(hint, gamma):
-    """The tau, gamma and channel that a hint names; gamma is to be exceeded."""
+    """The tau, gamma and channel that a hint names."""
     tau, channel, higher = re.fullmatch(HINT, hint).groups()
-    return float(tau), float(higher) + 1e-9 if higher else gamma, int(channel)
+    return float(tau), float(higher) if higher else gamma, int(channel)
 
 
 def assert_hint_helps(scan, tau=0.03, p=0.75, gamma=0.5):

@@ -2,11 +2,13 @@
 
 import math
 import os
+import shlex
 import shutil
 from dataclasses import replace
 
 import pytest
 
+import unbraid
 from pages import LONG
 from unbraid.finding.findings import Pair
 from unbraid.reporting import report as report_module
@@ -249,3 +251,78 @@ def test_without_script_all_is_there(page, open_page):
     assert all(articles.nth(n).is_visible() for n in range(articles.count()))
     articles.locator("details summary").first.click()  # folds open without script
     assert articles.locator("details[open]").count() == 1
+
+
+def empty_report(run, path):
+    """A page of a run in which nothing is found, with candidates."""
+    found = unbraid.find(run.train_scan, p=0.99, gamma=-0.99)
+    assert not found.concepts
+    assert found.nearest
+    command = "unbraid run --data 'a <b> & c' --gamma -0.99"
+    how = {"found": found, "split": None, "evaluation": None, "command": command}
+    run.report(path, **how)
+    return path, found.nearest[0].options(found)
+
+
+def test_a_command_is_copied_by_click_and_keyboard_or_shown_where_that_is_refused(
+    browser, run, tmp_path
+):
+    path, options = empty_report(run, tmp_path / "empty.html")
+    whole = f"unbraid run --data 'a <b> & c' {options}"
+    for can, said in ((True, "Copied"), (False, "Chosen; press Ctrl+C")):
+        context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+        page, logged, _ = load(context, path)
+        if not can:
+            page.evaluate(
+                """() => {
+                    navigator.clipboard.writeText = () => Promise.reject(new Error("no"));
+                    document.execCommand = () => false;
+                }"""
+            )
+        button = page.locator("table.nearest button.copy").first
+        assert button.get_attribute("aria-label") == f"Copy: {whole}"
+        button.focus()
+        page.keyboard.press("Enter")
+        page.wait_for_function("document.querySelector('.told').textContent")
+        assert page.locator(".told").first.text_content() == said
+        if can:
+            assert page.evaluate("navigator.clipboard.readText()") == whole
+        else:
+            assert page.evaluate("getSelection().toString()") == whole
+        assert logged == []
+        context.close()
+
+
+def test_the_page_tells_the_command_that_opens_its_run_wherever_it_lies(browser, run, tmp_path):
+    folder = tmp_path / "it's <here>"
+    run.report(folder / "report.html", command="")
+    page, _, _ = load(browser.new_context(), folder / "report.html")
+    code = page.locator(".explore code").text_content()
+    assert shlex.split(code) == ["unbraid", "explore", str(folder)]
+    bare, _, _ = load(browser.new_context(java_script_enabled=False), folder / "report.html")
+    assert "unbraid explore . in this page\u2019s folder" in bare.locator(".explore").inner_text()
+    assert bare.locator("button.copy").count() == 0
+    run.report(folder / "report.html")
+    assert load(browser.new_context(), folder / "report.html")[0].locator(".explore").count() == 0
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_circuits_stay_within_the_page_and_their_lines_meet_the_nodes(open_page, width):
+    page = open_page(width=width)
+    page.evaluate(LAY_OUT)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    off = """() => {
+        const graph = document.querySelector('.circuit .graph');
+        const [left, between, right] = graph.children;
+        const box = between.getBoundingClientRect();
+        const at = (e) => e.getBoundingClientRect();
+        const middle = (e) => (at(e).top + at(e).bottom) / 2;
+        const ends = [...graph.querySelectorAll('path')].map(p => {
+            const numbers = p.getAttribute('d').match(/[\\d.]+/g);
+            return [numbers[1], numbers[7]].map(y => box.top + y / 100 * box.height);
+        });
+        const nodes = [left, right].map(list => [...list.children].map(middle));
+        return Math.max(...ends.flatMap(pair => pair.map((y, side) =>
+            Math.min(...nodes[side].map(m => Math.abs(m - y))))));
+    }"""
+    assert page.evaluate(off) < 2

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import quote
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -64,6 +66,61 @@ def figure(run: RunPath, *, channel: int, out: Path, kind: FigureKind = "teaser"
     refuse_result(out)
     save_figure(Run(run).figure(channel, kind), out)
     show(f"Figure: {out}")
+
+
+def circuit(
+    run: RunPath,
+    *,
+    channel: int,
+    concept: int | None = None,
+    n: int = 4,
+    out: Path | None = None,
+    model: OwnModel = None,
+    weights: Weights = None,
+    device: Device = None,
+) -> None:
+    """Show what feeds a channel's concept channels, each source with images that excite it most.
+
+    Writes a picture, NAME.png and NAME.svg, and all figures, NAME.json. In a run of several layers
+    also through the nearest layer before it that was split; for that alone the network is run.
+
+    Args:
+        channel: A channel that the run split.
+        concept: One of its concepts, from 0; by default all.
+        n: Sources to show of each concept channel.
+        out: Folder to write into; by default RUN/circuits.
+    """
+    from importlib.util import find_spec
+
+    from unbraid.reporting.circuits import circuit_figure, layer_before
+    from unbraid.reporting.figures import save_figure
+    from unbraid.running.circuits import circuits_of
+    from unbraid.running.finished import Run
+    from unbraid.running.network import load_again
+
+    if any((out / name).exists() for name in ("settings.json", "manifest.json") if out):
+        raise UsageError(f"{out} holds a run or scan; name another folder.")
+    ran = Run(run)
+    unbraid.keep_memory()
+    load = partial(load_again, ran.settings.source, model, weights, device)
+    graphs = circuits_of(ran, channel, concept, n=n, network=load, say=note)
+    name = f"{channel}" if concept is None else f"{channel}.{concept}"
+    files, can_draw = [], find_spec("matplotlib") is not None
+    for graph in graphs:
+        show_table(graph)
+        show()
+        before = layer_before(graph)
+        stem = f"{name}-{quote(before, safe='')}" if before else name
+        files.append((out or ran.folder / "circuits") / f"{stem}.json")
+        graph.save(files[-1])
+        if can_draw:
+            drawn = circuit_figure(graph, dataset=ran.images)
+            for ending in ("png", "svg"):
+                files.append(files[0].with_name(f"{stem}.{ending}"))
+                save_figure(drawn, files[-1])
+    if not can_draw:
+        note("Pictures are left out, as they take matplotlib; pip install matplotlib.")
+    show(f"Circuits: {', '.join(map(str, files))}")
 
 
 def check(run: Path) -> int:

@@ -8,8 +8,6 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from unbraid.base.progress import QUIET, Progress
@@ -94,6 +92,9 @@ def cosines_of(arvs: Tensor) -> Tensor:
 
 def group_classes(classes: Sequence[int], cosines: Tensor, gamma: float) -> tuple[Concept, ...]:
     """Group classes by complete linkage: within a group every two are at least gamma alike."""
+    from scipy.cluster.hierarchy import fcluster, linkage  # slow to import, and seldom asked for
+    from scipy.spatial.distance import squareform
+
     if len(classes) == 1:
         return (tuple(classes),)
     apart = 4.0  # beyond any 1 - cosine, so that rounding cannot join what gamma parts

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from scipy.stats.contingency import crosstab
 from torch import Tensor
 
 from unbraid.base.progress import QUIET, Progress
@@ -89,6 +88,8 @@ def mean_pooled(scan: Scan) -> Tensor:
 
 def adjusted_rand_index(one: Sequence[int], other: Sequence[int]) -> float:
     """Agreement of two partitions: 1 for equal ones, 0 by chance (Hubert, Arabie 1985)."""
+    from scipy.stats.contingency import crosstab  # slow to import, and seldom asked for
+
     table = crosstab(one, other).count
     sizes = table, table.sum(1), table.sum(0), table.sum()
     together, pairs1, pairs2, every = (float((n * (n - 1) / 2).sum()) for n in sizes)

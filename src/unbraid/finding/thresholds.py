@@ -237,8 +237,8 @@ def _hint(nearest: Candidate, gamma: float) -> str:
     if cosine < gamma:
         return f"Nearest: tau {_exact(nearest.tau)} finds channel {channel}."
     return (
-        f"Nearest: at tau {_exact(nearest.tau)} channel {channel} has a cosine of "
-        f"{math.ceil(cosine * 1000) / 1000:.3f}, which gamma would have to exceed."
+        f"Nearest: at tau {_exact(nearest.tau)} channel {channel} has a cosine of {cosine:.3f}; "
+        f"gamma {nearest.gamma:.3f} finds it."
     )
 
 

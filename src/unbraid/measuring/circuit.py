@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from unbraid.base.arguments import as_kind, loading, whole_number
 from unbraid.base.errors import LayerError, ModelError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import Table, Tabular, percent
-from unbraid.finding.arv import class_sums, concept_mean
+from unbraid.finding.arv import ClassSums, class_sums, concept_mean
 from unbraid.finding.findings import Concept
 from unbraid.images.batches import image_progress, in_batches, read_images
 from unbraid.images.dataset import labels_of
@@ -48,6 +48,8 @@ class Source:
     share: float  # of the sum of positive relevances for the concept channel; 0 without any
     kept: float  # part of its relevance for the whole channel that the concept channel keeps
     part: Part | None = None  # of the source, if it was split itself
+    # Of an input channel, its pooled input, mean over the concept's images and over the taps.
+    mean: float = 0.0
 
     @property
     def name(self) -> str:
@@ -100,7 +102,11 @@ def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -
     as_kind("scan", scan, Scan)
     part, concept, n = _check(split, channel, concept, n)
     split.require(scan)
-    sums = class_sums(scan, (), split.clusters)
+    return circuit_of(split, class_sums(scan, (), split.clusters), part, concept, n)
+
+
+def circuit_of(split: Split, sums: ClassSums, part: ChannelSplit, concept: int, n: int) -> Circuit:
+    """Say the same as `unbraid.circuit`, of the sums of a scan."""
     seen = tuple(number for number in part.concepts[concept] if number < len(sums.n_images))
     if not sums.n_images[list(seen)].sum():
         raise _no_image(split, part.channel, concept)
@@ -109,9 +115,10 @@ def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -
     pooled = concept_mean(sums, seen)[group]  # (J,)
     rows = torch.stack([part.rows[concept], part.weight]).double()
     own, whole = input_relevance(rows, pooled, spec.taps_per_input)  # (C_in / G,) each
+    means = pooled.unflatten(0, (-1, spec.taps_per_input)).mean(1)
     first = group * spec.n_in_per_group
     names: list[tuple[int, Part | None]] = [(first + i, None) for i in range(len(own))]
-    return _circuit(split, part, concept, names, own, whole, n)
+    return _circuit(split, part, concept, names, own, whole, n, means=means)
 
 
 @in_plain_modes
@@ -125,6 +132,7 @@ def circuit_from(
     concept: int,
     n: int = 10,
     *,
+    n_images: int | None = None,
     batch_size: int = 64,
     workers: int = 0,
     progress: bool = False,
@@ -144,6 +152,7 @@ def circuit_from(
         channel: a channel that `split` divides.
         concept: 0 to K - 1.
         n: how many sources to give; those without any relevance are left out.
+        n_images: of the concept's images at most so many, spread evenly; by default all.
         batch_size: images per forward pass.
         workers: processes that load images.
         progress: show a progress bar on standard error.
@@ -159,36 +168,73 @@ def circuit_from(
     """
     part, concept, n = _check(split, channel, concept, n)
     batch_size, workers = loading(batch_size, workers)
-    model = unwrap(model)
-    if {before.weights, split.weights} != {hash_weights(model)}:
-        raise ModelError(
-            "The splits were made for a network with other weights; pass the one they were made "
-            "for, before they are applied."
-        )
+    most = None if n_images is None else whole_number("n_images", n_images, 1)
     split.require(scan)
     made = scan.manifest
     needed = made.labels == "given" or made.classes is not None
     if made.data != fingerprint(dataset, labels_of(dataset, needed)):
         raise UsageError("The data set is not the one that was scanned; pass that one.")
-    indices = split.members_in(scan).indices(part.concepts[concept])
-    if not indices:
-        raise _no_image(split, part.channel, concept)
-    names: list[tuple[int, Part | None]] = [(o, None) for o in range(before.layer.n_out)]
-    for one in before.channels:
-        names += [(one.channel, k) for k in (*range(len(one.concepts)), "residual")]
-    rows = torch.stack([part.rows[concept], part.weight])
-    found = torch.zeros(2, len(names), dtype=torch.float64)
-    with (
-        undisturbed(model),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        image_progress("Following the circuit", len(indices), show=progress) as advance,
-    ):
-        batches = in_batches(indices, batch_size)
-        for _, images, _ in read_images(dataset, batches, workers=workers, advance=advance):
-            found += _relevance(model, before, split.layer, part.channel, rows, images)
-    own, whole = found / len(indices)
-    return _circuit(split, part, concept, names, own, whole, n, before.layer.name)
+    through = Through(before, split, scan, unwrap(model), dataset, most, batch_size, workers)
+    (found,) = through.follow([(part, concept)], n, progress=progress)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Through:
+    """A way through a network, from an earlier split layer to a later one."""
+
+    before: Split
+    split: Split
+    scan: Scan  # of the later layer
+    model: nn.Module
+    dataset: Dataset[Any]  # that was scanned
+    n_images: int | None  # of a concept, at most
+    batch_size: int
+    workers: int = 0
+
+    def follow(
+        self, wanted: Sequence[tuple[ChannelSplit, int]], n: int, *, progress: bool = False
+    ) -> list[Circuit]:
+        """Find the n strongest sources of each concept channel; errors as of `circuit_from`."""
+        if {self.before.weights, self.split.weights} != {hash_weights(self.model)}:
+            raise ModelError(
+                "The splits were made for a network with other weights; pass the one they were "
+                "made for, before they are applied."
+            )
+        members, layer = self.split.members_in(self.scan), self.before.layer
+        chosen = []
+        for part, concept in wanted:
+            indices = members.indices(part.concepts[concept])
+            if not indices:
+                raise _no_image(self.split, part.channel, concept)
+            chosen.append(indices[:: -(-len(indices) // (self.n_images or len(indices)))])
+        names: list[tuple[int, Part | None]] = [(o, None) for o in range(layer.n_out)]
+        for one in self.before.channels:
+            names += [(one.channel, k) for k in (*range(len(one.concepts)), "residual")]
+        circuits, total = [], sum(map(len, chosen))
+        with (
+            undisturbed(self.model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            image_progress("Following the circuit", total, show=progress) as advance,
+        ):
+            for (part, concept), indices in zip(wanted, chosen, strict=True):
+                rows = torch.stack([part.rows[concept], part.weight])
+                own, whole = self._sources(part.channel, rows, indices, advance) / len(indices)
+                about = (self.split, part, concept, names, own, whole, n, layer.name)
+                circuits.append(_circuit(*about))
+        return circuits
+
+    def _sources(
+        self, channel: int, rows: Tensor, indices: Sequence[int], advance: Callable[[int], None]
+    ) -> Tensor:
+        """Relevance of all S sources for two rows, summed over images, (2, S)."""
+        found, batches = torch.zeros((), dtype=torch.float64), in_batches(indices, self.batch_size)
+        read = read_images(self.dataset, batches, workers=self.workers, advance=advance)
+        for _, images, _ in read:
+            spec = self.split.layer
+            found = found + _relevance(self.model, self.before, spec, channel, rows, images)
+        return found
 
 
 def _check(split: Split, channel: int, concept: int, n: int) -> tuple[ChannelSplit, int, int]:
@@ -221,12 +267,21 @@ def _circuit(
     whole: Tensor,
     n: int,
     before: str = "",
+    means: Tensor | None = None,
 ) -> Circuit:
     """Choose the n strongest of S sources by their relevance for the concept channel, own (S,)."""
     share = shares(own[None])[0]
+    means = torch.zeros_like(own) if means is None else means
     order = own.abs().argsort(descending=True, stable=True)[:n].tolist()
     sources = tuple(
-        Source(names[i][0], float(own[i]), float(share[i]), float(own[i] / whole[i]), names[i][1])
+        Source(
+            channel=names[i][0],
+            relevance=float(own[i]),
+            share=float(share[i]),
+            kept=float(own[i] / whole[i]),
+            part=names[i][1],
+            mean=float(means[i]),
+        )
         for i in order
         if own[i] != 0
     )

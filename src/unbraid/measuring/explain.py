@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.functional import gaussian_blur
 
 from unbraid.base.arguments import whole_number
 from unbraid.base.errors import LayerError, ModelError, UsageError, brief, nearest
@@ -419,6 +418,8 @@ def heatmap(values: Sequence[Tensor], image: Tensor) -> Tensor:
         values: the channel's pre-activation at each call, of any shape, made from the image.
         image: (1, C, H, W), which asks for a gradient.
     """
+    from torchvision.transforms.functional import gaussian_blur  # slow to import
+
     strength = torch.stack([widen(z).clamp(min=0).square().sum() for z in values]).sum() / 2
     (gradient,) = torch.autograd.grad(strength, image, retain_graph=True)
     heat = (image * gradient).detach().sum(1).cpu().float()  # (1, H, W)

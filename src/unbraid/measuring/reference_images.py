@@ -112,11 +112,11 @@ def _rank(
             if part.channel in best:
                 pairs = zip(best[part.channel], tops, strict=True)
                 tops = [join(pair) for pair in pairs]
-            best[part.channel] = [_strongest(top, n) for top in tops]
+            best[part.channel] = [strongest(top, n) for top in tops]
     return best
 
 
-def _strongest(top: TopImages, n: int) -> TopImages:
+def strongest(top: TopImages, n: int) -> TopImages:
     """Take the n strongest images, of each group only one."""
     # A stable sort, not topk: which of two equal images is shown must not depend on the shards.
     order = top.activation.sort(descending=True, stable=True).indices

@@ -12,6 +12,8 @@ import torch
 
 from unbraid.base.errors import UsageError
 from unbraid.finding.arv import ClassSums, averaged_relevance, class_sums, concept_mean
+from unbraid.measuring.circuit import circuit_of
+from unbraid.measuring.circuit_graph import CircuitGraph, circuit_graphs
 from unbraid.measuring.evaluate import gather_responses, intervals
 from unbraid.measuring.reference_images import ALIKE, ReferenceImages, TopImages, reference_images
 from unbraid.networks.relevance import input_relevance
@@ -37,6 +39,8 @@ N_POINTS = 240  # of a scatter plot; spread evenly over each class's images
 N_SHADES = 3  # of a concept's colour
 N_SOURCES = 12  # input channels in the bars
 N_OTHERS = 12  # classes of no concept that are listed when a channel is switched off
+N_DRAWN, N_NODES = 8, 10  # concepts in a circuit, and input channels that feed them
+N_FOLLOWED = 64  # input channels of a concept that may have a line to it
 N_FIRSTS = 4  # images in a row that are not there for their strength
 _MAX_VALUES = 2000  # images that a density is estimated from; more would not change the curve
 _REACH = 3.5  # kernel widths beyond the data; there a kernel is down to 0.2 % of its peak
@@ -146,6 +150,7 @@ class ChannelView:
     ridges: Ridges | None
     scatter: Scatter | None
     bars: Bars | None
+    circuit: CircuitGraph | None  # from its input channels
     kept: np.ndarray  # (K, C_in), what a concept channel keeps of each input channel, 0 to 1
     losses: Sequence[ClassLoss]  # when it is switched off
     semantics: ChannelSemantics | None
@@ -168,6 +173,7 @@ def channel_views(
     off = {one.channel: one for one in ablation.channels} if ablation else {}
     responses: Mapping[int, Responses] = {}
     notes, bare, channels = [], [], []
+    circuits = draw_circuits(split, scan, sums, there) if sums else {}
     try:
         responses = evaluation.responses if evaluation else gather_responses(split, scan)
     except UsageError as error:
@@ -193,6 +199,7 @@ def channel_views(
                 ridges=ridges(classes, own) if own else None,
                 scatter=scatter(classes, own) if own else None,
                 bars=sources,
+                circuit=circuits.get(channel),
                 kept=masks.mean(2).numpy(),
                 losses=class_losses(ablation, off.get(channel), views),
                 semantics=semantics.channels.get(channel) if semantics else None,
@@ -204,6 +211,31 @@ def channel_views(
             "no image of a concept."
         )
     return channels, notes
+
+
+def draw_circuits(
+    split: Split, scan: Scan, sums: ClassSums, there: Collection[int]
+) -> dict[int, CircuitGraph]:
+    """Draw from which input channels the first concepts of each channel come.
+
+    The sums are of training images, `there` the classes that these have; pictures are of `scan`.
+    """
+    circuits = {
+        part.channel: [
+            circuit_of(split, sums, part, k, N_FOLLOWED)
+            for k in range(len(part.concepts[:N_DRAWN]))
+        ]
+        for part in split.channels
+        if {label for concept in part.concepts for label in concept} <= set(there)
+    }
+    asked = [(own, n_sources(len(own))) for own in circuits.values()]
+    graphs = circuit_graphs(asked, [(split, scan)], n_images=1)
+    return dict(zip(circuits, graphs, strict=True))
+
+
+def n_sources(n_concepts: int) -> int:
+    """How many sources of each concept a circuit has room for."""
+    return max(1, min(4, N_NODES // n_concepts))
 
 
 def _how_split(info: Mapping[str, Any]) -> dict[str, str]:

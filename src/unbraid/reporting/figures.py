@@ -156,10 +156,15 @@ def check_suffix(path: str | Path) -> None:
         raise UsageError(f"{path} ends in none of {', '.join(_SUFFIXES)}; name a file that does.")
 
 
-def _find_part(split: Split, scan: Scan, channel: int) -> ChannelSplit:
-    """Return the split of a channel, or raise and name those that there are."""
+def need_matplotlib() -> None:
+    """Raise an UnbraidError where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UnbraidError("matplotlib is not installed; pip install matplotlib.")
+
+
+def _find_part(split: Split, scan: Scan, channel: int) -> ChannelSplit:
+    """Return the split of a channel, or raise and name those that there are."""
+    need_matplotlib()
     channel = whole_number("channel", channel)
     parts = {part.channel: part for part in split.channels}
     if channel not in parts:
@@ -178,7 +183,7 @@ def _read_tiles(
     labels: dict[int, int] = {}
     for images in rows:
         labels |= zip(images.index.tolist(), images.label.tolist(), strict=True)
-    pictures = read_pictures(dataset, labels, _square)
+    pictures = read_pictures(dataset, labels, square)
     return [
         [
             (concept, pictures[index])
@@ -189,10 +194,10 @@ def _read_tiles(
 
 
 def _on_paper(picture: Image.Image) -> Image.Image:
-    return _square(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture))
+    return square(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture))
 
 
-def _square(picture: Image.Image) -> Image.Image:
+def square(picture: Image.Image) -> Image.Image:
     """Cut out a picture's middle, no larger than print can show."""
     side = min(*picture.size, _SIDE)
     return ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
@@ -303,6 +308,11 @@ def _draw_sources(split: Split, part: ChannelSplit, data: Bars, width: float) ->
 
 
 def _name(split: Split, part: ChannelSplit, concept: int) -> str:
-    """Name a concept on one line, without control characters, not endless."""
-    line = " ".join(bounded(split.name(part.concepts[concept])).split())
+    """Name a concept on one line."""
+    return one_name(split.name(part.concepts[concept]))
+
+
+def one_name(name: str) -> str:
+    """Write a name on one line, without control characters, not endless."""
+    line = " ".join(bounded(name).split())
     return "".join(c for c in line if c.isprintable()) or "(no name)"

@@ -48,16 +48,25 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "unbraid",  # else names within the file are drawn by chance
 }
+_AS_TEXT: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": ["DejaVu Sans", "sans-serif"],
+}
 _NO_DATES = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 _VISIBLE = 0.004  # of a curve's peak; lower, it would only cover the axis
 
 
 @contextmanager
-def own_style() -> Iterator[None]:
-    """Use this style and nothing else; the caller's settings are back afterwards."""
+def own_style(*, text_as_text: bool = False) -> Iterator[None]:
+    """Use this style and nothing else; the caller's settings are back afterwards.
+
+    With `text_as_text` an SVG holds text, for which other fonts may stand in.
+    """
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
+        if text_as_text:
+            mpl.rcParams.update(_AS_TEXT)
         yield
 
 
@@ -67,7 +76,7 @@ class PaperFigure(Figure):
     Lengths are in inches.
     """
 
-    def __init__(self, width: float, height: float) -> None:
+    def __init__(self, width: float, height: float, *, text_as_text: bool = False) -> None:
         """Make a blank figure, or raise a UsageError: its width is none of a figure."""
         if not 2.0 <= width <= 50:
             raise UsageError(
@@ -76,6 +85,7 @@ class PaperFigure(Figure):
             )
         super().__init__(figsize=(width, height), dpi=300, facecolor="white")
         FigureCanvasAgg(self)
+        self._text_as_text = text_as_text
 
     def savefig(self, fname: Any, **options: Any) -> None:
         """Save as matplotlib does, fonts embedded, without the date."""
@@ -83,7 +93,7 @@ class PaperFigure(Figure):
         kind = str(options.get("format") or suffix).lower()
         if kind in _NO_DATES:
             options.setdefault("metadata", _NO_DATES[kind])
-        with own_style():
+        with own_style(text_as_text=self._text_as_text):
             super().savefig(fname, **options)
 
     def _repr_png_(self) -> bytes:

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import center_crop
 
 from unbraid.base.errors import UsageError
 from unbraid.images.broken import plain
@@ -46,7 +45,9 @@ _KEEPS_ALL = (
 _COLD, _WARM = (38, 44, 92), (255, 170, 0)
 _DENSEST, _CLEAREST = 0.72, 0.28
 _THUMB, _THUMB_QUALITY = 40, 60  # pixels of a side
+_NODE = 64  # likewise, in a circuit
 _MOST_THUMBS = 100  # channels
+_MOST_CIRCUITS = 30  # channels whose circuits have pictures
 _MAX_POSITIONS = 16  # of a veil, each way: it is shown smoothed anyway
 
 
@@ -81,6 +82,8 @@ class Pictures:
     veils: dict[Spot, Veil] = field(default_factory=dict)
     features: dict[tuple[int, int | None], Picture] = field(default_factory=dict)
     thumbs: dict[tuple[int, int], Picture] = field(default_factory=dict)  # of concepts, to list
+    # Of circuits, by channel and index.
+    nodes: dict[tuple[int, int], Picture] = field(default_factory=dict)
     note: str = ""  # why there are no veils
 
 
@@ -127,15 +130,29 @@ def take_pictures(page: Page, material: Material, dataset: Dataset[Any] | None) 
         if row.k is not None and row.shots
     }
 
-    def draw(image: Image.Image) -> tuple[Picture, Picture]:
-        seen = sight(image) if sight else image
-        return encode(seen, side, quality), encode(seen, _THUMB, _THUMB_QUALITY)
+    in_circuits = {
+        (channel.number, image.index): image.label
+        for channel in channels[:_MOST_CIRCUITS]
+        for circuit in (channel.circuit, material.through.get(channel.number))
+        for node in (circuit.nodes if circuit else ())
+        for image in node.images[:1]
+    }
 
-    taken = read_pictures(dataset, labels, draw)
-    pictures.shots = {index: both and both[0] for index, both in taken.items()}
+    def draw(image: Image.Image) -> tuple[Picture, Picture, Picture]:
+        seen = sight(image) if sight else image
+        sizes = (side, quality), (_THUMB, _THUMB_QUALITY), (min(_NODE, side), _THUMB_QUALITY)
+        large, thumb, node = (encode(seen, *size) for size in sizes)
+        return large, thumb, node
+
+    more = {index: label for (_, index), label in in_circuits.items()}
+    taken = read_pictures(dataset, labels | more, draw)
+    pictures.shots = {index: own and own[0] for index, own in taken.items() if index in labels}
     for place, index in firsts.items():
-        if (both := taken[index]) is not None:
-            pictures.thumbs[place] = both[1]
+        if (sizes := taken[index]) is not None:
+            pictures.thumbs[place] = sizes[1]
+    for node in in_circuits:
+        if (sizes := taken[node[1]]) is not None:
+            pictures.nodes[node] = sizes[2]
     return pictures
 
 
@@ -226,7 +243,8 @@ class Sight:
             whole if part is None else min(round(part * min(picture.size)), whole)
             for part, whole in ((self.height, picture.height), (self.width, picture.width))
         )
-        seen: Image.Image = center_crop(picture, [high, wide])
+        left, top = (round((a - b) / 2) for a, b in zip(picture.size, (wide, high), strict=True))
+        seen = picture.crop((left, top, left + wide, top + high))
         if self.ratio is None:
             return seen
         if self.ratio >= 1:

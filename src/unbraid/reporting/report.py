@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +18,8 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
 from unbraid.finding.findings import Findings
 from unbraid.reporting import charts, words
-from unbraid.reporting.channel import concept_views
+from unbraid.reporting.channel import N_DRAWN, concept_views
+from unbraid.reporting.circuits import draw_edges, edges_from, layer_before
 from unbraid.reporting.pictures import take_pictures
 from unbraid.reporting.view import MAX_TEXT, Material, build_page
 from unbraid.scanning.records import Scan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from unbraid.finding.thresholds import Sensitivity
+    from unbraid.measuring.circuit_graph import CircuitGraph
     from unbraid.measuring.results import Evaluation
     from unbraid.splitting.splits import Split
     from unbraid.visualizing.features import Features
@@ -59,6 +61,8 @@ def report(
     dataset: Dataset[Any] | None = None,
     title: str | None = None,
     lead: str = "",
+    circuits: Sequence[CircuitGraph] = (),
+    command: str | None = None,
 ) -> Path:
     """Write one HTML file that shows what was found, how it was split and how well.
 
@@ -82,6 +86,9 @@ def report(
             order may have changed.
         title: the page's heading; by default it names the layer.
         lead: what to know before all else, such as how few images were looked at.
+        circuits: through earlier layers, from `unbraid.circuit_graph`, shown with their channels.
+        command: what made the run that the page is of, for its own commands to copy; empty where
+            that is not known, None of a page that is of no run.
 
     Returns:
         The path of the file.
@@ -93,7 +100,8 @@ def report(
     file = as_path("path", path)
     as_kind("scan", scan, Scan)
     as_kind("found", found, Findings)
-    material = Material(scan, found, split, evaluation, train_scan, sensitivity, features, maps)
+    made = (split, evaluation, train_scan, sensitivity, features, maps)
+    material = Material(scan, found, *made, tuple(circuits), command)
     material.refuse_strangers()
     images = None if dataset is None else as_scanned(dataset, scan)
     page = render(material, dataset=images, title=title, lead=lead)
@@ -207,6 +215,9 @@ def page_environment() -> Environment:
         environment.filters[name] = getattr(words, name)
     for name in ("densities", "bars", "ridges", "scatter", "masks", "thresholds"):
         environment.globals[f"draw_{name}"] = getattr(charts, f"draw_{name}")
+    environment.globals |= {"draw_edges": draw_edges, "drawn_from": edges_from}
+    environment.globals |= {"with_options": words.with_options, "n_drawn": N_DRAWN}
+    environment.globals["before_of"] = layer_before
     environment.globals |= {"count": count, "absent": words.ABSENT, "max_text": MAX_TEXT}
     environment.globals["glossary"] = words.GLOSSARY
     return environment

@@ -1,6 +1,54 @@
 "use strict";
-// Sorting, searching and the keyboard. The page is complete without: what needs this is hidden.
+// Commands to copy, sorting, searching and the keyboard. The page is complete without script: what
+// needs it is hidden or made here.
 (() => {
+  // --- commands to copy ---
+  const quoted = (text) => /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
+  const folder = () => {
+    const path = decodeURIComponent(new URL(".", location.href).pathname).replace(/(.)\/$/, "$1");
+    return path.replace(/^\/(?=[A-Za-z]:)/, ""); // of a drive
+  };
+  const choose = (code) => {
+    const range = document.createRange();
+    range.selectNodeContents(code);
+    getSelection().removeAllRanges();
+    getSelection().addRange(range);
+  };
+  const copy = async (code, words) => {
+    try {
+      await navigator.clipboard.writeText(words);
+      return "Copied";
+    } catch { // no permission, or a browser that has no clipboard for files
+      const shown = code.textContent;
+      code.textContent = words;
+      choose(code);
+      let done = false;
+      try { done = document.execCommand("copy"); } catch { /* refused as well */ }
+      if (!done) return "Chosen; press Ctrl+C";
+      code.textContent = shown;
+      return "Copied";
+    }
+  };
+  for (const code of document.querySelectorAll("code.command")) {
+    if (code.dataset.here && location.protocol === "file:") {
+      code.textContent = `${code.dataset.here} ${quoted(folder())}`;
+      code.parentElement.querySelector(".where")?.remove();
+    }
+    const words = code.dataset.command ?? code.textContent;
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "copy";
+    button.textContent = "Copy";
+    button.setAttribute("aria-label", `Copy: ${words}`);
+    const told = document.createElement("span");
+    told.className = "told";
+    told.setAttribute("role", "status");
+    button.addEventListener("click", async () => {
+      told.textContent = await copy(code, words);
+    });
+    code.after(button, told);
+  }
+
   const tools = document.getElementById("tools");
   if (!tools) return; // nothing was found
   const search = document.getElementById("search");

@@ -12,6 +12,7 @@ from unbraid.base.errors import UsageError
 from unbraid.base.tables import count
 from unbraid.finding.findings import Findings, Pair
 from unbraid.finding.thresholds import Sensitivity, top_images
+from unbraid.measuring.circuit_graph import CircuitGraph
 from unbraid.measuring.compare import OutputComparison
 from unbraid.measuring.results import ChannelAblation, ChannelEvaluation, Evaluation
 from unbraid.networks.spec import LayerSpec
@@ -39,6 +40,13 @@ class Material:
     sensitivity: Sensitivity | None = None
     features: Features | None = None
     maps: Scan | None = None
+    circuits: Sequence[CircuitGraph] = ()
+    command: str | None = None  # that made the run, empty if unknown; None where there is no run
+
+    @cached_property
+    def through(self) -> dict[int, CircuitGraph]:
+        """Circuits through an earlier layer, by channel."""
+        return {circuit.channel: circuit for circuit in self.circuits}
 
     @property
     def positions(self) -> Scan | None:
@@ -123,6 +131,14 @@ class Material:
                 raise UsageError(
                     f"The {what} of another network or layer than the validation scan; pass "
                     "those of one run."
+                )
+        concepts = {part.channel: range(len(part.concepts)) for part in self.parts}
+        for circuit in self.circuits:
+            ends = [node.part for node in circuit.nodes if node.column == 0]
+            if circuit.layer != here[1] or not set(ends) <= set(concepts.get(circuit.channel, ())):
+                raise UsageError(
+                    "A circuit is not of this split (its channel or concepts differ); pass those "
+                    "of one run."
                 )
         maps = self.maps
         if maps and not (maps.positions and maps.manifest.data == self.scan.manifest.data):
@@ -267,6 +283,7 @@ def _notes(material: Material, has_images: bool) -> list[str]:
     if material.split is None:
         return [*notes, "Details of the channels are left out: no split was given."]
     n, n_off, positions = len(material.parts), len(material.ablated), material.positions
+    n_through = len(material.through)
     drawn = features.channels if features else ()
     missing = sum(part.channel not in drawn for part in material.parts)
     why = "for want of time" if features and features.left_out else "none were given"
@@ -292,6 +309,8 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         }
     left_out |= {
         "Input channels are left out: no training scan was given.": train_scan is None,
+        f"Circuits through an earlier layer are shown of {n_through:,} of {count(n, 'channel')}, "
+        "those with the lowest cosines.": 0 < n_through < n,
         "Pictures are left out: no data set was given.": not has_images,
         "Feature visualisations are left out: none were given.": features is None,
         f"Feature visualisations of {count(missing, 'channel')} are left out: {why}.": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import string
 import unicodedata
 from collections.abc import Sequence
@@ -167,3 +168,26 @@ def listed(names: Sequence[str], width: float) -> str:
         shown.append(isolate(text))
         width -= ems(f"{text}, ")
     return ", ".join(shown)
+
+
+def with_options(command: str, options: str) -> str:
+    """Give a command other options, in place of those that it has of the same names.
+
+    >>> with_options("unbraid run --tau 0.1 --out 'a b'", "--tau 0.02 --gamma 0.6")
+    "unbraid run --out 'a b' --tau 0.02 --gamma 0.6"
+    >>> with_options("", "--tau 0.02")
+    '--tau 0.02'
+    """
+    new = shlex.split(options)
+    names = tuple(word for word in new if word.startswith("--"))
+    try:
+        old = iter(shlex.split(command))
+    except ValueError:  # nobody's command
+        return options
+    kept = []
+    for word in old:
+        if word in names:
+            next(old, None)
+        elif not word.startswith(tuple(f"{name}=" for name in names)):
+            kept.append(word)
+    return shlex.join([*kept, *new])

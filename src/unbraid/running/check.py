@@ -16,9 +16,18 @@ from unbraid.finding.findings import COLUMNS as FINDINGS
 from unbraid.finding.thresholds import COLUMNS as SENSITIVITY
 from unbraid.images.kept import LISTED
 from unbraid.images.mapped import Mapped
+from unbraid.measuring.circuit_graph import read_graphs
 from unbraid.measuring.results import read_ablation, read_channels, read_output, read_semantics
 from unbraid.reporting.layers import DATA, read_layers
-from unbraid.running.folders import FEATURES, SCANS, SETTINGS, home_of, is_numbered, read_settings
+from unbraid.running.folders import (
+    CIRCUITS,
+    FEATURES,
+    SCANS,
+    SETTINGS,
+    home_of,
+    is_numbered,
+    read_settings,
+)
 from unbraid.scanning.manifest import read_manifest
 from unbraid.scanning.records import read_shard, shard_path, shards_there, sound_layer
 from unbraid.splitting.splits import Split
@@ -246,4 +255,5 @@ _READERS: dict[str, tuple[Callable[[Path], object], bool]] = {
     "split-published.safetensors": (Split.load, True),
     "evaluation.json": (_read_evaluation, True),
     f"{FEATURES}/features.json": (lambda path: Features.load(path.parent), False),
+    CIRCUITS: (read_graphs, False),
 }

@@ -29,7 +29,7 @@ from unbraid.networks.outputs import as_logits, run_network
 from unbraid.reporting.before_after import before_after_page
 from unbraid.reporting.pictures import sight_of
 from unbraid.running.finished import Run
-from unbraid.running.network import load_again
+from unbraid.running.network import load_again, network_images
 from unbraid.scanning.scan_options import Loading
 from unbraid.surgery.edit import check_edit, edit
 
@@ -73,8 +73,8 @@ def edit_run(
         raise RunError(f"{run.folder} holds no split, so there is nothing to switch off.")
     if (out / "settings.json").exists() or (out / "manifest.json").exists():
         raise UsageError(f"{out} holds a run or scan; name another folder.")
-    split, images = run.split, run.images
-    model = (network or load_again(run.settings.source)).model
+    split, loaded = run.split, network or load_again(run.settings.source)
+    model, images = loaded.model, network_images(run, loaded)
     edited = edit(model, split, scales)
     every = run.val_scan.manifest.n_images
     chosen = range(0, every, math.ceil(every / MOST_IMAGES))
@@ -99,8 +99,8 @@ def edit_run(
         changes,
         title=run.settings.title,
         edits=describe_scales(run, scales),
-        dataset=images,
-        sight=sight_of(images),
+        dataset=run.images,
+        sight=sight_of(run.images),
         predicted=run.val_scan.manifest.labels == "predicted",
         files=list(contents),
     )

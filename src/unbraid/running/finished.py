@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +16,7 @@ from unbraid.base.tables import count
 from unbraid.finding.find import find
 from unbraid.finding.findings import Findings
 from unbraid.finding.thresholds import Sensitivity, sensitivity
+from unbraid.measuring.circuit_graph import CircuitGraph, read_graphs
 from unbraid.measuring.evaluate import evaluate
 from unbraid.measuring.results import Evaluation, read_ablation, read_output, read_semantics
 from unbraid.reporting.figures import density_figure, source_figure, teaser_figure
@@ -118,6 +121,24 @@ class Run:
         folder = self.folder / folders.FEATURES
         return Features.load(folder) if folder.exists() else None
 
+    @property
+    def split_hash(self) -> str:
+        """Hash of the split's file."""
+        content = (self.folder / "split.safetensors").read_bytes()
+        return hashlib.sha256(content).hexdigest()
+
+    @property
+    def circuits(self) -> list[CircuitGraph]:
+        """Circuits through earlier layers that fit the split; none where the run has one layer."""
+        with suppress(RunError):  # those that cannot be read are left out
+            stored = read_graphs(self.folder / folders.CIRCUITS)
+            if stored.split == self.split_hash:
+                known = {
+                    index for column in self.val_scan.columns("index") for index in column.tolist()
+                }
+                return [graph for graph in stored.graphs if graph.indices <= known]
+        return []
+
     @cached_property
     def images(self) -> Dataset[Any]:
         """Validation images to look at, labelled as they were scanned."""
@@ -145,7 +166,9 @@ class Run:
         shown["lead"] = folders.first_look_in_words(self.settings.source, self.found)
         if self.evaluation is not None:
             shown |= {"evaluation": self.evaluation, "split": self.split}
-            shown |= {"maps": self.val_maps, "features": self.features}
+            shown |= {"maps": self.val_maps, "features": self.features, "circuits": self.circuits}
+        command = self.settings.source.get("command")
+        shown["command"] = command if isinstance(command, str) else ""
         return write_report(self.page, title=self.settings.title, **shown)
 
     def figure(

@@ -75,11 +75,12 @@ def run_in_turn(
             "source": options["source"] | {"first_look": {"images": told, "command": command}},
         }
         asked = (model, layers, parts["train"], parts["val"], home / FIRST_LOOK)
-        yield run_layers(*asked, **options | own)
+        yield run_layers(*asked, **options | own, command=command)
         if quick:
             return
         say("Now all images.")
-    yield run_layers(model, layers, train, val, out, **options, first_look=home / FIRST_LOOK)
+    options |= {"first_look": home / FIRST_LOOK, "command": command}
+    yield run_layers(model, layers, train, val, out, **options)
 
 
 def _of(part: Dataset[Any], whole: Dataset[Any]) -> str:

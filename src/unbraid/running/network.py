@@ -7,11 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unbraid.base.errors import RunError, UsageError
-from unbraid.images.broken import UNLABELLED
+from torch.utils.data import Dataset
+
+from unbraid.base.errors import DataError, RunError, UsageError
+from unbraid.images.broken import UNLABELLED, first_readable
+from unbraid.images.dataset import size_of
 from unbraid.images.listing import Files, ListedImages, Listing
 from unbraid.networks.models import LoadedModel, load_model
 from unbraid.networks.outputs import with_logits
+from unbraid.running.finished import Run
+from unbraid.running.folders import as_labelled, validation_images
 
 
 def load_again(
@@ -51,3 +56,17 @@ def open_pictures(paths: Sequence[Path], loaded: LoadedModel) -> ListedImages:
     names = [str(path) for path in paths]
     listing = Listing("The images", names, Files(names), [], [UNLABELLED] * len(names))
     return ListedImages(listing, loaded.transform)
+
+
+def network_images(run: Run, loaded: LoadedModel) -> Dataset[Any]:
+    """A run's validation images as its network takes them, labelled as they were scanned.
+
+    Raises a RunError if the run does not say where they are, a DataError if they are gone.
+    """
+    try:
+        first_readable(run.images, range(size_of(run.images)))
+    except DataError:  # they are there to be looked at, without the network's preprocessing
+        transform: Any = loaded.transform
+        opened = validation_images(run.settings.source, run.val_scan, transform)
+        return as_labelled(opened, run.val_scan)
+    return run.images

@@ -68,6 +68,7 @@ class Job:
     overwrite: bool = False  # put finished results in the place of those in the folder
     first_look: Path | None = None  # folder of a run over some of the images, perhaps to come
     keep: bool = False  # leave finished results as they are, instead of making them anew
+    command: str = ""  # that asked for it, for people; kept with the settings
 
     def scan(self, images: Dataset[Any], into: Mapping[str, Path], **which: Any) -> dict[str, Scan]:
         """Scan layers into their folders."""
@@ -143,7 +144,8 @@ def run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: En
     """Find, choose a folder for the results, and make them there."""
     found = seen_in(val_scan, find(train_scan, **job.thresholds.of_find, progress=True))
     scans = (train_scan.manifest.scan_id, val_scan.manifest.scan_id)
-    asked = (job.title, job.thresholds, job.source, job.encoder, job.labels)
+    source = job.source | ({"command": job.command} if job.command else {})
+    asked = (job.title, job.thresholds, source, job.encoder, job.labels)
     # A report that is written again knows no preprocessing.
     settings = Settings(*asked, sight_of(job.val), scans, job.everything)
     # Only now is it sure that the folder is this network's and these images'.

@@ -26,6 +26,7 @@ from unbraid.measuring.evaluate import evaluate
 from unbraid.networks.layers import ALL, is_pattern, layer_folder, layer_names
 from unbraid.reporting.layers import DATA, LayerRow, Layers, describe_layer, read_layers
 from unbraid.reporting.layers_page import write_index
+from unbraid.running.circuits import follow_layers
 from unbraid.running.finished import Run, seen_in
 from unbraid.running.folders import SCANS, Settings
 from unbraid.running.run import (
@@ -102,7 +103,9 @@ def run_layers(
             f"searched; --layer {ALL} searches every one."
         ]
     output = _compare_together(job, runs) if len(runs) > 1 else None
-    return LayerRuns(runs, output, index.layers, index.write())
+    page = index.write()
+    follow_layers(job, runs)
+    return LayerRuns(runs, output, index.layers, page)
 
 
 @in_plain_modes
@@ -152,7 +155,9 @@ def _run_all(job: Job, asked: Sequence[str], every: Sequence[str], out: Path) ->
     index.notes = [*notes, *_tell_without_page(index.layers)]
     output = _compare_together(job, runs) if len(runs) > 1 else None
     broken = broken_names(job, train_scans[names[0]], val_scans[names[0]])
-    return LayerRuns(runs, output, index.layers, index.write(), True, tuple(broken))
+    page = index.write()
+    follow_layers(job, runs)
+    return LayerRuns(runs, output, index.layers, page, True, tuple(broken))
 
 
 def _looks(job: Job, names: Sequence[str]) -> dict[str, Path]:

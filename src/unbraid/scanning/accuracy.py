@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import binom
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -122,6 +120,8 @@ def _p_value(labels: Whole, predictions: Whole, chance: float) -> float:
 
 def _tail(n_right: int, n: int, chance: float) -> float:
     """How likely so many or more are right by chance."""
+    from scipy.stats import binom  # slow to import, and seldom asked for
+
     return float(binom.sf(n_right - 1, n, chance))
 
 
@@ -168,6 +168,8 @@ def _learned(
     labels: Whole, predictions: Whole, n_outputs: int, names: Sequence[str]
 ) -> Iterator[Tried]:
     """The reading that suits half of the images best, to be tried on the other half."""
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     size = max(n_outputs, int(labels.max()) + 1, int(predictions.max()) + 1)
     if size > _MOST_CLASSES or labels.min() == labels.max():
         return
