@@ -64,7 +64,9 @@ class Tower(nn.Module):
         self.patches = nn.Conv2d(3, 24, 8, 8, bias=False)
         self.token = nn.Parameter(torch.randn(24))
         self.places = nn.Parameter(torch.randn(17, 24) / 4)
-        block = nn.TransformerEncoderLayer(24, 2, 48, 0.0, "gelu", batch_first=True, norm_first=True)
+        block = nn.TransformerEncoderLayer(
+            24, 2, 48, 0.0, "gelu", batch_first=True, norm_first=True
+        )
         self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(24)
         self.project = nn.Linear(24, 16, bias=False)
@@ -236,7 +238,7 @@ def test_a_run_with_a_target_keeps_it_and_a_run_with_another_goes_elsewhere(tmp_
 
 def test_a_run_without_a_target_asks_for_clusters_before_it_scans(tmp_path):
     train, val = SyntheticImages(48, seed=48), SyntheticImages(24, seed=24)
-    with pytest.raises(unbraid.UnbraidError, match="Without target there are no classes to find"):
+    with pytest.raises(unbraid.UnbraidError, match="Without a target there are no classes to find"):
         run(Body(), "2", train, val, tmp_path / "a", **job(None))
     assert not (tmp_path / "a").exists()
     clusters = Thresholds(0.01, 0.5, 0.99, concepts="clusters")

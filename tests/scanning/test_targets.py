@@ -8,15 +8,15 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import Subset
 
 import checks
 import unbraid
 from other_networks import NAMED, OUTPUTS, Body, build, images, mean
-from tiny_networks import SyntheticImages, Unlabelled
+from tiny_networks import SyntheticImages
 from tiny_networks import build as build_classifier
 from unbraid.base.errors import DataError, LayerError, ModelError, RunError, UsageError
+from unbraid.measuring.results import read_ablation
 
 COLUMNS = ("pooled", "n_positions", "index", "spread", "spread_start")
 
@@ -50,7 +50,7 @@ def assert_shares(scan, network, dataset, value):
         wanted[wanted < scan.manifest.min_share] = 0
         torch.testing.assert_close(found[n].double(), wanted, rtol=1e-6, atol=1e-9)
         n_seen += int((wanted > 0).sum())
-    assert n_seen > len(dataset)  # else nothing was compared
+    assert n_seen > 5  # else little was compared
 
 
 @pytest.mark.parametrize("kind", NAMED)
@@ -58,8 +58,9 @@ def test_shares_are_those_of_the_target(kind, tmp_path):
     network, dataset = build(kind), images()
     target, value = NAMED[kind]
     if callable(target):
-        target, value = (lambda out: out[1]["inner"][0].square().mean((1, 2, 3))), (
-            lambda out: target(out)[0]
+        target, value = (
+            (lambda out: out[1]["inner"][0].square().mean((1, 2, 3))),
+            (lambda out: target(out)[0]),
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -73,9 +74,7 @@ def test_shares_are_those_of_the_target(kind, tmp_path):
 @pytest.mark.parametrize("write", ["npy", "pt", "safetensors"])
 @pytest.mark.parametrize("kind", ["embedding", "encoder"])
 @pytest.mark.parametrize("by_class", [False, True])
-def test_shares_are_those_of_an_embedding_beside_vectors_of_a_file(
-    write, kind, by_class, tmp_path
-):
+def test_shares_are_those_of_an_embedding_beside_vectors_of_a_file(write, kind, by_class, tmp_path):
     network, dataset = build(kind), images()
     vectors = torch.randn(4, 5, dtype=torch.float64) if by_class else torch.randn(5).double()
     file = tmp_path / f"texts.{write}"
@@ -135,7 +134,10 @@ def test_without_a_target_no_gradient_is_asked_for(kind, tmp_path, monkeypatch):
         raise AssertionError("a gradient was asked for")
 
     monkeypatch.setattr(torch.autograd, "grad", refuse)
-    scan = unbraid.scan(network, "layer", Unlabelled(dataset), tmp_path, target=None, labels="none")
+    dataset.targets = [-1] * len(dataset)
+    with pytest.raises(UsageError, match="pass labels='predicted' or labels='none'"):
+        unbraid.scan(network, "layer", dataset, tmp_path, target=None)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, target=None, labels="none")
     (records,) = scan.shards()
     assert (records.label.unique().tolist(), len(records.share_channel)) == ([0], 0)
     assert (scan.class_names, scan.manifest.target) == (("no label",), "none")
@@ -155,7 +157,9 @@ def test_without_a_target_all_else_is_as_with_labels(tmp_path):
     for name in (*COLUMNS, "label"):
         checks.assert_bit_equal(getattr(other, name), getattr(one, name))
     groups = {0: [[0, 4, 8], [1, 5]]}
-    masks = [unbraid.split(s, unbraid.find(s, images=groups)).channels[0].masks for s in (usual, none)]
+    masks = [
+        unbraid.split(s, unbraid.find(s, images=groups)).channels[0].masks for s in (usual, none)
+    ]
     checks.assert_bit_equal(*masks)
 
 
@@ -172,7 +176,7 @@ def test_a_network_without_gradients_is_scanned_without_a_target(tmp_path):
     with pytest.raises(LayerError, match="does not reach"):
         unbraid.scan(network, "layer", images(), tmp_path / "a")
     unbraid.scan(network, "layer", images(), tmp_path / "b", target=None)
-    with pytest.raises(LayerError, match="no layer|None of|does not reach|has no"):
+    with pytest.raises(LayerError, match="No layer that can be split fits"):
         unbraid.scan(network, "all", images(), tmp_path / "c")
     assert unbraid.scan(network, "all", images(), tmp_path / "d", target=None).keys() >= {"layer"}
 
@@ -187,7 +191,9 @@ class Shuffled(Body):
     def forward(self, x):
         tiles = x.unflatten(3, (2, 4)).movedim(3, 1 if self.together else 0).flatten(0, 1)
         out = super().forward(tiles)
-        return out.unflatten(0, (-1, 2) if self.together else (2, -1)).mean(1 if self.together else 0)
+        return out.unflatten(0, (-1, 2) if self.together else (2, -1)).mean(
+            1 if self.together else 0
+        )
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -239,7 +245,7 @@ BAD_VALUES = {
     "detached": ("map", lambda out: out.detach().mean((1, 2, 3)), "has no gradient, though"),
     "counted": ("map", lambda out: out.argmax(1).sum((1, 2)), "which have no gradient; let it"),
     "NaN": ("map", lambda out: out.mean((1, 2, 3)) * torch.nan, "of image 0 is NaN or infinite"),
-    "wrong key": ("map", lambda out: out["scores"], "fails on the network's output, a tensor"),
+    "wrong key": ("map", lambda out: out.scores, "fails on the network's output, a tensor"),
     "no such class": ("map", "segmentation:5", "have classes 0 to 4"),
     "no map": ("embedding", "segmentation:1", "not maps of logits of shape"),
     "no boxes": ("map", "detection:1", "not a list of dictionaries with scores and labels"),
@@ -271,8 +277,10 @@ def test_a_target_that_does_not_fit_the_network_is_told_in_one_sentence(case, tm
 def test_files_that_are_no_vectors_are_refused(tmp_path):
     for name, content in {"a.npy": b"no", "b.pt": b"no", "c.safetensors": b"no"}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UsageError, match="cannot be read .*give a tensor as .npy"):
-            unbraid.scan(build("map"), "layer", images(), "x", target=f"embedding:{tmp_path / name}")
+        with pytest.raises(UsageError, match=r"cannot be read .*give a tensor as .npy"):
+            unbraid.scan(
+                build("map"), "layer", images(), "x", target=f"embedding:{tmp_path / name}"
+            )
 
 
 def test_scans_of_other_targets_are_not_joined_or_gone_on_with(tmp_path):
@@ -305,7 +313,9 @@ def test_steps_that_need_relevance_or_labels_say_so(tmp_path):
         unbraid.scan(network, "layer", dataset, tmp_path / "c", labels="none")
     with pytest.raises(UsageError, match="labels is 'no'; use 'given', 'predicted' or 'none'"):
         unbraid.scan(network, "layer", dataset, tmp_path / "c", labels="no")
-    changed = unbraid.apply(network, unbraid.split(none, unbraid.find(none, images={0: [[0], [1]]})))
+    changed = unbraid.apply(
+        network, unbraid.split(none, unbraid.find(none, images={0: [[0], [1]]}))
+    )
     with pytest.raises(UsageError, match="Without a target there is no number"):
         unbraid.ablate(changed, dataset, target=None)
     with pytest.raises(UsageError, match="With the target 'none' there is no relevance to tell"):
@@ -324,7 +334,9 @@ class OfSeveral(SyntheticImages):
         return len(self.several)
 
     def __getitem__(self, index):
-        return self.images[index], F.one_hot(torch.tensor(self.several[index]), 4).sum(0)
+        return self.images[index], F.one_hot(
+            torch.tensor(self.several[index], dtype=torch.int64), 4
+        ).sum(0)
 
 
 def test_an_image_of_several_labels_counts_once_for_each(tmp_path):
@@ -376,7 +388,9 @@ def test_a_target_is_what_switching_off_costs(kind, tmp_path):
         assert own.accuracy != own.accuracy  # there is none
     assert told.target == unbraid.scanning.targets.read_target(target).name
     assert [one.n_images for one in told.classes] == [2, 2, 2, 2]
-    assert type(told).from_dict(told.to_dict()).target == told.target
+    split = unbraid.split(scan, found)
+    unbraid.evaluate(split, scan, ablation=told).save(tmp_path / "evaluation.json")
+    assert read_ablation(tmp_path / "evaluation.json").target == told.target
     with pytest.raises(UsageError, match="Suggestions go by accuracy, and with the target"):
         unbraid.suggest(told)
     explained = unbraid.explain(changed, dataset[0][0], target=target, heatmaps=False)[0]

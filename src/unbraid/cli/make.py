@@ -106,7 +106,9 @@ def run(
     classified = labels == "predicted" or (labelled(train) and labels == "given")
     asked = finding.asked(labelled=classified and sought.value is not None)
     if asked["concepts"] != (finding.concepts or "classes"):
-        other = "" if sought.value is None else "; --labels predicted makes them of predicted classes"
+        other = (
+            "" if sought.value is None else "; --labels predicted makes them of predicted classes"
+        )
         say(f"Concepts are clusters of images{other}.")
     for done in run_in_turn(
         loaded.model,

@@ -70,10 +70,10 @@ def find(
         p: fraction of a class's images, in (0, 1].
         gamma: cosine below which two classes have different reasons, in [-1, 1].
         channels: your own concepts in place of a search, such as `{1660: [[530], [938]]}`.
-        concepts: with "clusters" labels, targets, tau and p play no part: the images that a channel responds
-            to most are clustered by what fed it; clusters, numbered behind the last class, take
-            the place of classes. With "whole" they stand beside the classes that use a channel:
-            clusters of what else excites it.
+        concepts: with "clusters" labels, targets, tau and p play no part: the images that a channel
+            responds to most are clustered by what fed it; clusters, numbered behind the last class,
+            take the place of classes. With "whole" they stand beside the classes that use a
+            channel: clusters of what else excites it.
         images: your own concepts as groups of images, by index in the data set or by id, such as
             `{1660: [[3, 17], [8, 21, 40]]}`; labels and thresholds play no part.
 

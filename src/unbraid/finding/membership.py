@@ -195,7 +195,7 @@ def described(scan: Scan, channel: int, wanted: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _mostly(scan: Scan, labels: Sequence[int]) -> str:
-    """Name up to three classes that a fifth of some images have, in brackets; none without labels."""
+    """Name up to three classes that a fifth of some images have, in brackets, if there are."""
     if scan.manifest.labels == "none":
         return ""
     often = [c for c, n in Counter(labels).most_common(3) if 5 * n >= len(labels)]

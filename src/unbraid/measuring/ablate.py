@@ -35,7 +35,7 @@ from unbraid.measuring.results import (
     RestAblation,
 )
 from unbraid.networks.copying import unwrap
-from unbraid.networks.outputs import as_logits
+from unbraid.networks.outputs import logits_of
 from unbraid.networks.preflight import refuse_unsteady
 from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.records import Scan
@@ -266,7 +266,7 @@ def _run_batch(
         value = target.of(replay.raw, own, index).double()
         hit = torch.full_like(value, math.nan)
         if target.name == LABEL:
-            hit = (as_logits(replay.raw, len(own)).argmax(1) == own).double()
+            hit = (logits_of(replay.raw, len(own)).argmax(1) == own).double()
         return torch.stack([value, hit])
 
     outcomes, intact = {}, outcome()

@@ -23,7 +23,7 @@ from unbraid.base.tables import Table, Tabular, figure, one_line
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import name_of
 from unbraid.networks.copying import device_of
-from unbraid.networks.outputs import as_logits, refuse_broken_values, run_network, run_raw
+from unbraid.networks.outputs import logits_of, refuse_broken_values, run_network, run_raw
 from unbraid.networks.preflight import refuse_unsteady
 from unbraid.networks.relevance import cut_at, gradients_at, output_relevance, undisturbed
 from unbraid.networks.spec import channels_first, widen
@@ -249,7 +249,7 @@ def _measure(
         first = torch.zeros(1, dtype=torch.int64)
         wanted: list[int] = []
         if target.of_class:
-            logits = as_logits(output, 1)
+            logits = logits_of(output, 1)
             refuse_broken_values(logits, first)
             wanted = _wanted(classes, logits[0], names)
             values = list(logits[0, wanted])

@@ -205,12 +205,18 @@ def as_rows(output: Any, n_images: int) -> Tensor:
     the image has, and end in zeros where others have more. ModelError if rows are not to be told.
     """
     try:
-        logits = as_logits(output, n_images)
+        as_logits(output, n_images)
     except ModelError:
         rows = _rows_of(output, n_images)
         if rows is None:
             raise
         return rows
+    return logits_of(output, n_images)
+
+
+def logits_of(output: Any, n_images: int) -> Tensor:
+    """Bring an output to logits as `as_logits` does; ModelError unless each image has a row."""
+    logits = as_logits(output, n_images)
     if logits.is_meta:
         raise ModelError("The network's weights are on the meta device; load weights first.")
     if len(logits) != n_images:
@@ -272,7 +278,7 @@ def alike_wide(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 def count_outputs(model: nn.Module, image: Tensor) -> int:
     """Run a network on one image, (C, H, W), and count its logits, T."""
     with undisturbed(model), torch.no_grad():
-        return as_logits(run_raw(model, image[None].to(device_of(model))), 1).shape[1]
+        return logits_of(run_raw(model, image[None].to(device_of(model))), 1).shape[1]
 
 
 def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:

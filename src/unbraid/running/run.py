@@ -255,7 +255,7 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
     check_thresholds(job.thresholds.tau, job.thresholds.p, job.thresholds.gamma, MIN_SHARE)
     check_rho(job.thresholds.rho)
     target = read_target(job.target)
-    without = "target" if target.value is None else "labels" if job.labels == "none" else ""
+    without = "a target" if target.value is None else "labels" if job.labels == "none" else ""
     if without and job.thresholds.concepts != "clusters":
         raise UsageError(
             f"Without {without} there are no classes to find concepts of; ask for "

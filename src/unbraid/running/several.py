@@ -224,9 +224,7 @@ class _Index:
         """Find the folder; read what is there."""
         self.title, self.every, self.notes = job.title, list(every), list[str]()
         named = read_target(job.target).name
-        self.settings = str(
-            Settings("", job.thresholds, {}, job.encoder, job.labels, target=named)
-        )
+        self.settings = str(Settings("", job.thresholds, {}, job.encoder, job.labels, target=named))
         self.folder = out if job.overwrite else self._own_folder(out)
         before = read_layers(self.folder)
         same = before is not None and before.settings == self.settings

@@ -11,17 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unbraid.base.errors import LayerError, ModelError, OutOfMemory, brief, memory_full
+from unbraid.base.errors import DataError, LayerError, ModelError, OutOfMemory, brief, memory_full
 from unbraid.images.batches import as_batch
 from unbraid.images.broken import Loaded
 from unbraid.networks.copying import device_of, tensors_in
 from unbraid.networks.layers import bias_of, weight_rows
-from unbraid.networks.outputs import (
-    as_logits,
-    refuse_broken_values,
-    run_network,
-    run_raw,
-)
+from unbraid.networks.outputs import logits_of, refuse_broken_values, run_network, run_raw
 from unbraid.networks.relevance import (
     Cut,
     cut_at,
@@ -32,6 +27,7 @@ from unbraid.networks.relevance import (
 )
 from unbraid.networks.spec import LayerSpec, channels_first, pooled_input, spread_inputs
 from unbraid.scanning.fields import Records, no_records
+from unbraid.scanning.manifest import most_classes
 from unbraid.scanning.scan_options import Labels
 from unbraid.scanning.targets import Scalar
 
@@ -147,7 +143,8 @@ def scan_batch(
             cut.recording = False
             if not cut.outputs:
                 raise LayerError(f"Layer {layer.spec.name!r} does not run when the network does.")
-        label, prediction = _labels(items, output, labels, target)
+        most = most_classes(layers[0].spec)
+        label, prediction = _labels(items, output, labels, target, most)
         calls = [cut.outputs for cut in cuts]
         gradients: Sequence[Sequence[Tensor | None] | None] = [None] * len(layers)
         if target.value is not None:
@@ -166,15 +163,24 @@ def scan_batch(
 
 
 def _labels(
-    items: Sequence[Loaded], output: Any, labels: Labels, target: Scalar
+    items: Sequence[Loaded], output: Any, labels: Labels, target: Scalar, most: int
 ) -> tuple[Tensor, Tensor]:
-    """Classes of images and the network's top classes, (N,) each, 0 where there are none."""
+    """Classes of images and the network's top classes, (N,) each, 0 where there are none.
+
+    Those that name no outputs must be fewer than `most`; DataError if one is not.
+    """
     label = prediction = torch.zeros(len(items), dtype=torch.int64)
     if target.of_class or labels == "predicted":
-        label = prediction = as_logits(output, len(items)).argmax(1).cpu()
+        label = prediction = logits_of(output, len(items)).argmax(1).cpu()
     if labels != "predicted":
         given = [item.label if labels == "given" else 0 for item in items]
         label = torch.tensor(given, dtype=torch.int64)
+    wrong = [] if target.of_class else ((label < 0) | (label >= most)).nonzero()[:, 0].tolist()
+    if wrong:
+        raise DataError(
+            f"Image {items[wrong[0]].index} has label {int(label[wrong[0]])}; number classes from "
+            f"0 on, fewer than {most:,}, or scan with labels='none'."
+        )
     return label, prediction
 
 
@@ -261,7 +267,7 @@ def _sum_calls(spec: LayerSpec, n_images: int, calls: Sequence[Tensor]) -> Tenso
         if not len(call) or len(call) % n_images:
             raise LayerError(
                 f"Layer {spec.name!r} has {len(call)} rows of numbers for {n_images} images, "
-                "perhaps because a hook changes their order, or images have parts of other numbers; "
+                "perhaps because a hook changes their order, or parts of images are not as many; "
                 "remove that hook, use batch_size=1, or choose another layer."
             )
     return torch.stack([call.unflatten(0, (n_images, -1)).sum(1) for call in calls]).sum(0)
@@ -280,9 +286,7 @@ def _input_map(spec: LayerSpec, n_images: int, calls: Sequence[Tensor | None]) -
     return parts.movedim(1, 2).flatten(2, 3) if len(first) != n_images else first
 
 
-def _check_apart(
-    layers: Sequence[Place], calls: Sequence[Sequence[Tensor]], value: Tensor
-) -> None:
+def _check_apart(layers: Sequence[Place], calls: Sequence[Sequence[Tensor]], value: Tensor) -> None:
     """Raise if parts of an image, such as windows, do not lie together, in the images' order.
 
     No part of another image has a gradient of the first image's target; `value` is (N,).

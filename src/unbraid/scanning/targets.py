@@ -24,9 +24,9 @@ from unbraid.base.errors import DataError, ModelError, UsageError, brief, neares
 from unbraid.base.tables import one_line
 from unbraid.images.identity import text_of
 from unbraid.networks.outputs import (
-    as_logits,
     check_labels,
     describe_output,
+    logits_of,
     numbers_in,
     refuse_broken_values,
 )
@@ -70,7 +70,7 @@ class Scalar:
         """
         assert self.value is not None
         if self.of_class:
-            logits = as_logits(output, len(label))
+            logits = logits_of(output, len(label))
             check_labels(label.cpu(), index, logits)
             refuse_broken_values(logits, index)
             return logits.gather(1, label.to(logits.device)[:, None])[:, 0]
@@ -136,7 +136,7 @@ def read_target(given: Any) -> Scalar:
     if kind == NONE:
         return Scalar(NONE, None)
     if kind in (LABEL, MULTILABEL):
-        return Scalar(kind, lambda output, label: as_logits(output, len(label)), of_class=True)
+        return Scalar(kind, lambda output, label: logits_of(output, len(label)), of_class=True)
     if kind == "embedding":
         return _embedding(rest)
     number = _whole(given, rest, _EXAMPLES[kind])
@@ -228,8 +228,8 @@ def _embedding(path: str) -> Scalar:
             )
         if embeddings.shape[1] != vectors.shape[-1]:
             raise UsageError(
-                f"{path} holds vectors of {vectors.shape[-1]} numbers, but the network's embeddings "
-                f"have {embeddings.shape[1]}; give vectors of the same encoder."
+                f"{path} holds vectors of {vectors.shape[-1]} numbers, but the network's "
+                f"embeddings have {embeddings.shape[1]}; give vectors of the same encoder."
             )
         wanted = vectors.to(embeddings)
         if wanted.dim() == 2:
