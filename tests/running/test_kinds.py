@@ -89,15 +89,15 @@ DINO = {"img_size": 56, "embed_dim": 48, "depth": 2, "num_heads": 3}
 SMALL = (3, 32, 32)
 KINDS = {
     "deeplab": Kind(
-        lambda: segmenter("deeplabv3_mobilenet_v3_large"), "classifier.1", "segmentation:1"
+        lambda: segmenter("deeplabv3_mobilenet_v3_large"), "backbone.2.block.0.0", "segmentation:?"
     ),
     "lraspp": Kind(
-        lambda: segmenter("lraspp_mobilenet_v3_large"), "classifier.cbr.0", "segmentation:1"
+        lambda: segmenter("lraspp_mobilenet_v3_large"), "backbone.2.block.0.0", "segmentation:?"
     ),
     "ssdlite": Kind(
         lambda: detector("ssdlite320_mobilenet_v3_large", score_thresh=0.0, detections_per_img=20),
-        "backbone.features.1.0.0",
-        "detection:1",
+        "backbone.features.0.2.block.0.0",
+        "detection:?",
     ),
     "faster r-cnn": Kind(
         lambda: detector(
@@ -105,16 +105,16 @@ KINDS = {
             **{"box_score_thresh": 0.0, "min_size": 64, "max_size": 64},
             **{"rpn_post_nms_top_n_test": 20, "box_detections_per_img": 10},
         ),
-        "backbone.fpn.inner_blocks.0.0",
-        "detection:1",
+        "backbone.body.2.block.0.0",
+        "detection:?",
     ),
     "regression": Kind(
-        lambda: timm.create_model("resnet10t", num_classes=3), "layer4.0.conv1", "regression:1"
+        lambda: timm.create_model("resnet10t", num_classes=3), "layer2.0.downsample.1", "regression:1"
     ),
     "several labels": Kind(
-        lambda: timm.create_model("resnet10t", num_classes=4), "layer4.0.conv1", "multilabel"
+        lambda: timm.create_model("resnet10t", num_classes=4), "layer2.0.downsample.1", "multilabel"
     ),
-    "encoder": Kind(lambda: encoder("resnet10t"), "layer4.0.conv1", "regression:5"),
+    "encoder": Kind(lambda: encoder("resnet10t"), "layer2.0.downsample.1", "regression:5"),
     "DINO with registers": Kind(
         lambda: encoder("vit_small_patch14_reg4_dinov2", **DINO),
         "blocks.1.mlp.fc1",
@@ -124,7 +124,7 @@ KINDS = {
     "CLIP's tower": Kind(Tower, "blocks.layers.1.linear1", "regression:0", SMALL),
     "Hugging Face's ViT": Kind(
         lambda: HuggingFace(transformers_model("ViT")),
-        "network.encoder.layer.1.intermediate.dense",
+        "network.pooler.dense",
         summed,
         SMALL,
     ),
@@ -148,12 +148,23 @@ def images_of(kind, n=10, **options):
     return SyntheticImages(n, size=kind.size, dtype=torch.float32, **options)
 
 
+@torch.no_grad()
+def commonest(network, dataset):
+    """The class that random weights give most positions, or boxes."""
+    output = network(dataset.images)
+    if isinstance(output, list):
+        return int(torch.cat([own["labels"] for own in output]).mode().values)
+    return int(output["out"].argmax(1).flatten().mode().values)
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("with_target", [False, True])
 def test_a_network_goes_from_scan_to_page(name, with_target, tmp_path):
     kind = KINDS[name]
     network, dataset = network_of(kind), images_of(kind)
     target = kind.target if with_target else None
+    if isinstance(target, str) and target.endswith("?"):
+        target = target.replace("?", str(commonest(network, dataset)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a function as a target
         scan = unbraid.scan(
