@@ -28,7 +28,7 @@ from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.outputs import run_network
 from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.records import Scan
-from unbraid.scanning.targets import Scalar
+from unbraid.scanning.targets import LABEL, Scalar, read_target
 from unbraid.surgery.apply import in_force
 
 
@@ -53,7 +53,7 @@ def pass_once(
     channels: Sequence[int],
     scan: Scan | None,
     labels: Mapping[int, int] | None,
-    target: Scalar,
+    target: Scalar | None = None,
     batch_size: int,
     workers: int,
     skip_broken: bool,
@@ -65,7 +65,7 @@ def pass_once(
     image's own where that is not its label. Without a target nothing is switched off. Errors are
     those of `compare_outputs` and `ablate`.
     """
-    model, model2 = unwrap(model), unwrap(model2)
+    model, model2, target = unwrap(model), unwrap(model2), target or read_target(LABEL)
     device, sums = device_of(model), OutputSums(model, 0.0, target)
     read: list[int] = []
     embeddings: list[Tensor] = []

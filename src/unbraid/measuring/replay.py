@@ -57,6 +57,7 @@ class Replay:
         # as they are now, else with copies of those that were written into, as they were before.
         # Else passes run in full.
         logits = self._keep(images)
+        raw = self.raw
         written = {place for place, call in enumerate(self._calls) if call.written}
         for place in written:
             self._calls[place].version = self._calls[place].version_now
@@ -64,6 +65,7 @@ class Replay:
             self._copied |= written
             self._try(images, self._keep(images))
         assert self._output is not None
+        self.raw = raw  # not that of a pass that was tried
         return logits, self._output
 
     def _keep(self, images: Tensor) -> Tensor:
