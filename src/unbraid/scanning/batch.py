@@ -201,7 +201,7 @@ def _gradients_of_each(
             raise OutOfMemory("The device is out of memory; lower batch_size.") from None
         raise ModelError(
             f"The network gives no gradient at the layer ({brief(error)}); choose a layer behind "
-            "that place, one at a time, or scan with target=None, which needs none."
+            "that place, one at a time, or scan with target='none', which needs none."
         ) from None
     return [[next(flat) for _ in outputs] for outputs in calls]
 

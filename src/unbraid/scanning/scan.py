@@ -252,7 +252,7 @@ def _settled(options: ScanOptions) -> ScanOptions:
     ):
         raise UsageError(
             f"The target {target.name!r} is of each image's class, so labels={options.labels!r} "
-            f"does not go with it; use target=None, or labels={wanted}."
+            f"does not go with it; use target='none', or labels={wanted}."
         )
     if target.is_own:
         warnings.warn(

@@ -110,7 +110,7 @@ class Scalar:
             raise UsageError(
                 f"The target {self.name!r} has no gradient, though the network's output has "
                 "(detach, item, argmax or numpy perhaps); compute it by operations that torch can "
-                "differentiate, or use target=None."
+                "differentiate, or use target='none'."
             )
 
 
