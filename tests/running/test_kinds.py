@@ -109,7 +109,9 @@ KINDS = {
         "detection:?",
     ),
     "regression": Kind(
-        lambda: timm.create_model("resnet10t", num_classes=3), "layer2.0.downsample.1", "regression:1"
+        lambda: timm.create_model("resnet10t", num_classes=3),
+        "layer2.0.downsample.1",
+        "regression:1",
     ),
     "several labels": Kind(
         lambda: timm.create_model("resnet10t", num_classes=4), "layer2.0.downsample.1", "multilabel"
