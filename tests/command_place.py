@@ -49,7 +49,7 @@ LEFT_OUT = {  # what the text leaves out of a command, or the command to which i
     "--no-channels-last": f"{_SCAN}/channels-first",
     "--no-features": f"{_RUN} plain",
     "--target none": f"{_RUN} without-target",
-    "unbraid run --target none": "--model clothes.py:build --layer mix --data clothes --out aimless",
+    "unbraid run --target none": "--model clothes.py:build --layer mix --data clothes --out bare",
     "--labels none": f"{_SCAN}/without-labels --target none",
     "--batch-size 1": f"{_SCAN}/one-by-one",
     "--output scores": "unbraid layers clothes.py:build_scores",
