@@ -48,6 +48,10 @@ LEFT_OUT = {  # what the text leaves out of a command, or the command to which i
     "--channels-last": f"{_SCAN}/channels-last",
     "--no-channels-last": f"{_SCAN}/channels-first",
     "--no-features": f"{_RUN} plain",
+    "--target none": f"{_RUN} without-target",
+    "unbraid run --target none": "--model clothes.py:build --layer mix --data clothes --out bare",
+    "--labels none": f"{_SCAN}/without-labels --target none",
+    "--batch-size 1": f"{_SCAN}/one-by-one",
     "--output scores": "unbraid layers clothes.py:build_scores",
     "--layer 'layer4.*.conv3'": (
         "unbraid scan --model torchvision:resnet50 --weights random --data photos/val --out pattern"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.finding.thresholds import sensitivity as sensitivity
     from unbraid.images.open import from_hugging_face as from_hugging_face
     from unbraid.images.open import open_images as open_images
+    from unbraid.images.several_labels import one_per_label as one_per_label
     from unbraid.measuring.ablate import ablate as ablate
     from unbraid.measuring.circuit import Circuit as Circuit
     from unbraid.measuring.circuit import circuit as circuit
@@ -65,6 +66,7 @@ _NAMES = {
     "finding.findings": "Findings",
     "finding.thresholds": "Sensitivity sensitivity",
     "images.open": "from_hugging_face open_images",
+    "images.several_labels": "one_per_label",
     "measuring.ablate": "ablate",
     "measuring.circuit": "Circuit circuit circuit_from",
     "measuring.circuit_graph": "CircuitGraph circuit_graph",

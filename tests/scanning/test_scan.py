@@ -219,7 +219,7 @@ REFUSED = [  # network or images, options
     (of_sizes(6, 6, 5, 5), {}, DataError, r"Image 2 is \(3, 7, 5\) where image 0 is \(3, 7, 6\)"),
     (of_sizes(6, 5), {"batch_size": 1, "positions": True}, DataError, "maps of different sizes"),
     (iter(()), {}, UsageError, "must be map-style"),
-    (changed(lambda logits: logits[:, :, None]), {}, ModelError, r"a tensor \(1, 4, 1\), not"),
+    (changed(lambda logits: logits[:, :, None]), {}, ModelError, r"a tensor \(4, 4, 1\), not"),
     (changed(torch.clone), {"layer": "head.spare"}, LayerError, "'head.spare' does not run"),
     (changed(lambda z: 2 * z, "layer"), {}, LayerError, "does not compute"),
     (Swapping().double(), {}, LayerError, "has 42 rows of numbers for 4 images, perhaps because a"),

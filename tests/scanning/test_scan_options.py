@@ -36,7 +36,7 @@ WRONG = [
     ("classes", "ab", f"classes is 'ab'; {LIST}"),
     ("classes", [], "classes is empty; name the classes to scan, or None for all."),
     ("classes", [1, 77], "classes names [77], of which the data set has no image."),
-    ("labels", "guessed", "labels is 'guessed'; use 'given' or 'predicted'."),
+    ("labels", "guessed", "labels is 'guessed'; use 'given', 'predicted' or 'none'."),
     ("source", {"a": {1}}, f"{NO_JSON}(Object of type set is"),
     ("source", json.loads('{"a":' * 33 + "0" + "}" * 33), f"{NO_JSON}(it is nested too deeply)"),
     ("both", None, "classes and indices both say what to scan; pass one"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
-from importlib.util import find_spec
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import quote
@@ -171,12 +171,13 @@ def explain(
             f"{run} holds no split, so there are no concept channels; start the run again unless "
             "its report says that nothing was found."
         )
-    split = ran.split
+    split, target = ran.split, ran.target
     unbraid.keep_memory()
     loaded = load_again(ran.settings.source, model, weights, device)
     note(loaded.note)
     model2 = unbraid.apply(loaded.model, split)
-    explained = unbraid.explain(model2, open_pictures(images, loaded), classes=classes or [], n=n)
+    pictures = open_pictures(images, loaded)
+    explained = unbraid.explain(model2, pictures, classes=classes or [], n=n, target=target)
     tables = [own.table() for own in explained.images]
     shown = [replace(table, note="") for table in tables]
     shown += [Table([], note=note) for note in dict.fromkeys(table.note for table in tables)]
@@ -272,7 +273,8 @@ def suggest(run: RunPath, *, n: int = 10) -> None:
 
     evaluation = Run(run).evaluation
     if evaluation is None or evaluation.ablation is None:
-        raise RunError(f"{run} switched nothing off, so there is nothing to suggest.")
+        why = "" if Run(run).settings.target != "none" else ", as it has no target"
+        raise RunError(f"{run} switched nothing off{why}, so there is nothing to suggest.")
     found = unbraid.suggest(evaluation.ablation, n)
     show_table(found)
     helps = [row for row in found.rows if row.kind == "helps"]

@@ -26,8 +26,10 @@ from unbraid.cli.shared import (
     Out,
     Output,
     ScanPaths,
+    Target,
     Tau,
     Weights,
+    labels_for,
     load,
     open_images,
     refuse_result,
@@ -59,6 +61,7 @@ def run(
     tau: Tau = "auto",
     finding: Finding = Finding(),
     labels: Labels = "given",
+    target: Target = "label",
     rho: float | None = None,
     encoder: str | None = None,
     everything: Annotated[bool, Parameter("--all")] = False,
@@ -77,7 +80,7 @@ def run(
         data: Folder with train and val, each a folder of images, in class folders or not, a list
             (train.csv, train.parquet) or a shard (train.tar); or hf:FOLDER, saved likewise. Any
             other images, as for `unbraid scan`, are divided, a fifth for validation.
-        labels: What each image counts as: its folder's class, or what the network says.
+        labels: What each image counts as: its folder's class, what the network says, or nothing.
         rho: Fix the published rule's rho instead of choosing it per channel.
         encoder: timm:NAME, to tell how alike images are; by default the network itself.
         everything: Measure on all images, and all channels, instead of a sample (docs/scale.md).
@@ -89,18 +92,24 @@ def run(
     from unbraid.images.open import images_like, labelled, part_of
     from unbraid.running.first_look import run_in_turn
     from unbraid.running.folders import Thresholds
+    from unbraid.scanning.targets import read_target
 
     if n_ranks() > 1:
         raise UsageError(
             "Several processes can share a scan only; use torchrun with `unbraid scan` into "
             "OUT/scan-train and OUT/scan-val, then start `unbraid run` alone, which goes on there."
         )
+    sought = read_target(target)
     loaded = load(network)
     say(f"Network {network.model}, layer {', '.join(layer)}.")
-    train = open_images(loaded, part_of(data, "train"))
-    asked = finding.asked(labelled=labelled(train) or labels == "predicted")
+    train = open_images(loaded, part_of(data, "train"), of_outputs=sought.of_class)
+    classified = labels == "predicted" or (labelled(train) and labels == "given")
+    asked = finding.asked(labelled=classified and sought.value is not None)
     if asked["concepts"] != (finding.concepts or "classes"):
-        say("Concepts are clusters of images; --labels predicted makes them of predicted classes.")
+        other = (
+            "" if sought.value is None else "; --labels predicted makes them of predicted classes"
+        )
+        say(f"Concepts are clusters of images{other}.")
     for done in run_in_turn(
         loaded.model,
         layer,
@@ -113,11 +122,14 @@ def run(
         ),
         thresholds=Thresholds(tau=tau, rho=rho, **asked),
         loading=loading,
-        source=source_of(loaded, train, data) | {"class_folders": labelled(train)},
+        source=source_of(loaded, train, data)
+        | {"class_folders": labelled(train)}
+        | ({} if target == "label" else {"target": target}),
         say=say,
         title=network.model,
         encoder=encoder,
-        labels=labels if labelled(train) else "predicted",
+        labels=labels_for(labels, train, of_outputs=sought.of_class),
+        target=sought,
         everything=everything,
         features=features,
         overwrite=overwrite,
@@ -145,7 +157,13 @@ def layers(model: Model, *, weights: Weights = "random", output: Output = None) 
 
 
 def scan(
-    *, network: Network, layer: Layers, data: str, out: Out, options: ScanOptions = ScanOptions()
+    *,
+    network: Network,
+    layer: Layers,
+    data: str,
+    out: Out,
+    target: Target = "label",
+    options: ScanOptions = ScanOptions(),
 ) -> None:
     """Run a network over images once and keep a small record of each.
 
@@ -159,16 +177,18 @@ def scan(
     from unbraid.base.team import is_first
     from unbraid.images.dataset import name_of
     from unbraid.images.kept import LISTED, tentative
-    from unbraid.images.open import labelled
     from unbraid.networks.formats import faster_in_bfloat16
     from unbraid.scanning.accuracy import LONG
+    from unbraid.scanning.targets import read_target
 
+    sought = read_target(target)
     loaded = load(network)
     with tentative(out / LISTED):
-        images = open_images(loaded, data, out / LISTED)
+        images = open_images(loaded, data, out / LISTED, of_outputs=sought.of_class)
         options = replace(
             options,
-            labels=options.labels if labelled(images) else "predicted",
+            labels=labels_for(options.labels, images, of_outputs=sought.of_class),
+            target=sought,
             progress=True,
             source=source_of(loaded, images, data),
         )

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import unbraid
 from unbraid.base.tables import Table, Tabular, count, one_line
-from unbraid.scanning.scan_options import in_command_words
+from unbraid.scanning.scan_options import Labels, in_command_words
 
 if TYPE_CHECKING:
     from unbraid.images.listing import ListedImages
@@ -36,6 +36,10 @@ _MODEL = (
 )
 _WEIGHTS = "A safetensors or torch file, a torchvision weights name, or 'random'."
 _OUTPUT = "Key or index of the logits, if the network puts out more (-1: last)."
+_TARGET = (
+    "Whose gradient says which channels matter: label (the logit of the image's class), "
+    "segmentation:CLASS, detection:CLASS, embedding:FILE, regression:INDEX, multilabel, or none."
+)
 _NAMES = "Names of classes: CSV (folder, WordNet id or output's number; name), JSON, or one a line."
 BFLOAT16 = (
     "This processor has bfloat16: with --autocast, into a folder of its own, the scan is faster; "
@@ -47,6 +51,7 @@ Features = Annotated[bool, Parameter(help=_FEATURES, negative="--no-features")]
 Model = Annotated[str, Parameter(help=_MODEL)]
 Weights = Annotated[str | None, Parameter(help=_WEIGHTS)]
 Output = Annotated[str | None, Parameter(help=_OUTPUT)]
+Target = Annotated[str, Parameter(help=_TARGET)]
 Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an accelerator if there.")]
 Names = Annotated[Path | None, Parameter(help=_NAMES)]
 Out = Annotated[Path, Parameter(help="Where to write.")]
@@ -87,13 +92,24 @@ def load(network: Network) -> LoadedModel:
     return loaded
 
 
-def open_images(loaded: LoadedModel, source: str, listed: Path | None = None) -> ListedImages:
+def open_images(
+    loaded: LoadedModel, source: str, listed: Path | None = None, *, of_outputs: bool = True
+) -> ListedImages:
     """Open images from any source, with a network's preprocessing and labels."""
     from unbraid.images.open import images_for
 
-    images, assumed = images_for(loaded, source, listed)
+    images, assumed = images_for(loaded, source, listed, of_outputs=of_outputs)
     note(assumed)
     return images
+
+
+def labels_for(labels: Labels, images: ListedImages, *, of_outputs: bool) -> Labels:
+    """What images count as: as asked, or, of images without labels, what there is to go by."""
+    from unbraid.images.open import labelled
+
+    if labelled(images) or labels != "given":
+        return labels
+    return "predicted" if of_outputs else "none"
 
 
 def source_of(loaded: LoadedModel, images: ListedImages, source: str) -> dict[str, Any]:

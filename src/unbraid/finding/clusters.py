@@ -65,7 +65,8 @@ def search_clusters(scan: Scan, gamma: float, progress: Progress = QUIET) -> Fou
         for k, n in enumerate(numbers):
             found.clusters[n] = Cluster(channel, k, centres, top.least, origin, ALIKE)
             found.names[n] = name_cluster(scan, k, top.label[number == n])
-        found.agreement[channel] = _agreement(top, number, found.concepts[channel], gamma)
+        if scan.manifest.labels != "none":
+            found.agreement[channel] = _agreement(top, number, found.concepts[channel], gamma)
         first += len(numbers)
     least = math.ceil(nearest[0] * 1000) / 1000  # above the cosine as printed, it is found
     if not found.pairs and least < 1:
@@ -103,7 +104,12 @@ def _cosines(top: DescribedImages, number: Tensor, numbers: Sequence[int]) -> Te
 
 
 def name_cluster(scan: Scan, place: int, labels: Tensor) -> str:
-    """Name a cluster by the classes that it mostly holds, with their share of its images."""
+    """Name a cluster by the classes that it mostly holds, with their share of its images.
+
+    Without labels it has its number alone.
+    """
+    if scan.manifest.labels == "none":
+        return f"cluster {place + 1}"
     counts = labels.bincount()
     named = [
         f"{name_of(scan.class_names, c)} {percent(int(counts[c]) / len(labels))}"

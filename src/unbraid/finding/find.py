@@ -37,6 +37,7 @@ from unbraid.finding.thresholds import (
     check_thresholds,
     choose_tau,
     nearest_findings,
+    refuse_no_classes,
     typical_taus,
 )
 from unbraid.finding.whole import add_clusters
@@ -71,10 +72,10 @@ def find(
         p: fraction of a class's images, in (0, 1].
         gamma: cosine below which two classes have different reasons, in [-1, 1].
         channels: your own concepts in place of a search, such as `{1660: [[530], [938]]}`.
-        concepts: with "clusters" labels, tau and p play no part: the images that a channel responds
-            to most are clustered by what fed it; clusters, numbered behind the last class, take
-            the place of classes. With "whole" they stand beside the classes that use a channel:
-            clusters of what else excites it.
+        concepts: with "clusters" labels, targets, tau and p play no part: the images that a channel
+            responds to most are clustered by what fed it; clusters, numbered behind the last class,
+            take the place of classes. With "whole" they stand beside the classes that use a
+            channel: clusters of what else excites it.
         images: your own concepts as groups of images, by index in the data set or by id, such as
             `{1660: [[3, 17], [8, 21, 40]]}`; labels and thresholds play no part.
         progress: show, on standard error, how far steps are that take longer than a moment.
@@ -86,7 +87,8 @@ def find(
 
     Raises:
         UsageError: a threshold is out of range, tau lies below the smallest share that the scan
-            kept, or `channels` names a channel or class that the scan has not.
+            kept, or `channels` names a channel or class that the scan has not; or a scan without a
+            target or labels is asked for classes.
 
     Source:
         Hesse et al. 2025, arXiv:2504.12939; "Find" in docs/method.md.
@@ -99,13 +101,17 @@ def find(
     if images is not None and (channels is not None or concepts != "classes"):
         raise UsageError("Pass images alone, without channels and without concepts.")
     of_classes = concepts != "clusters" and images is None
+    if of_classes:
+        refuse_no_classes(scan)
     accuracy = scanned_accuracy(scan) if of_classes else None
     if accuracy is not None and accuracy.warning:
         warnings.warn(accuracy.warning, stacklevel=3)
     if concepts == "clusters" and channels is not None:
         raise UsageError("Pass your own concepts in channels, or concepts='clusters', not both.")
     auto, note, told = tau == "auto", "", Progress(progress)
-    if tau == "auto":
+    if tau == "auto" and not scan.manifest.has_shares:
+        tau, auto = scan.manifest.min_share, False
+    elif tau == "auto":
         tau, *_, note = choose_tau(scan, p, gamma, told) if of_classes else typical_taus(scan)
     if concepts == "clusters":
         found = search_clusters(scan, gamma, told)

@@ -173,7 +173,9 @@ def described(scan: Scan, channel: int, wanted: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _mostly(scan: Scan, labels: Sequence[int]) -> str:
-    """Name up to three classes that a fifth of some images have, in brackets."""
+    """Name up to three classes that a fifth of some images have, in brackets, if there are."""
+    if scan.manifest.labels == "none":
+        return ""
     often = [c for c, n in Counter(labels).most_common(3) if 5 * n >= len(labels)]
     return f" ({', '.join(name_of(scan.class_names, c) for c in often)})" if often else ""
 

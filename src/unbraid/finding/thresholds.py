@@ -42,6 +42,20 @@ _COUNTS_AT_ONCE = 1 << 26  # of images, per tau, class and channel
 _ROUNDING = 1e-9  # far above that of a cosine, far below what tells two cosines apart
 
 
+def refuse_no_classes(scan: Scan) -> None:
+    """Raise UsageError if a scan does not tell which channels matter for which classes."""
+    if not scan.manifest.has_shares:
+        raise UsageError(
+            "The scan was made without a target, so it does not tell which channels matter; ask "
+            "for concepts='clusters', pass groups of images, or scan with a target."
+        )
+    if scan.manifest.labels == "none":
+        raise UsageError(
+            "The scan was made without labels, so there are no classes to find concepts of; ask "
+            "for concepts='clusters', pass groups of images, or scan with labels."
+        )
+
+
 def check_thresholds(
     tau: Tau, p: float, gamma: float, min_share: float
 ) -> tuple[Tau, float, float]:
@@ -364,6 +378,7 @@ def sensitivity(
         "Find" in docs/method.md.
     """
     least = as_kind("scan", scan, Scan).manifest.min_share
+    refuse_no_classes(scan)
     own = (None, None, None) if found is None else (found.tau, found.p, found.gamma)
     taus = _grid("taus", taus, [max(tau, least) for tau in TAUS], own[0])
     ps = _grid("ps", ps, PS, own[1])

@@ -167,11 +167,14 @@ def _settle(outputs: GivenOutputs | None, images: ListedImages) -> Outputs:
 
 
 def images_for(
-    loaded: LoadedModel, where: str, listed: Path | None = None
+    loaded: LoadedModel, where: str, listed: Path | None = None, *, of_outputs: bool = True
 ) -> tuple[ListedImages, str]:
-    """Open images with a network's preprocessing and labels; a note says what was guessed."""
+    """Open images with a network's preprocessing and labels; a note says what was guessed.
+
+    Labels name outputs of the network, unless it is none that has one for each class.
+    """
     listing = list_images(where, listed=listed)
-    images, note = _fitted(loaded, where, listing)
+    images, note = (_fitted if of_outputs else _unfitted)(loaded, where, listing)
     if isinstance(listing.ids, Texts):
         agree(images)
     return images, note
@@ -206,6 +209,20 @@ def _fitted(loaded: LoadedModel, where: str, listing: Listing) -> tuple[ListedIm
     names = show_names(shown, others, classes.seen)
     note = f"{listing.divided} {reading.note}".strip()
     return ListedImages(listing, loaded.transform, reading, names), note
+
+
+def _unfitted(loaded: LoadedModel, _: str, listing: Listing) -> tuple[ListedImages, str]:
+    """The same where classes need no output: they go by its names, or else are counted in order."""
+    if not listing.classes:
+        return ListedImages(listing, loaded.transform, {}), listing.divided
+    classes, own = listing.known, loaded.class_names
+    try:
+        reading = read_classes(classes, Outputs(own, len(own) or None))
+    except DataError:  # as the classes are others
+        reading = read_classes(classes, Outputs())
+    of_seen = {name: reading.labels[name] for name in classes.seen}
+    names = show_names(reading, loaded.names.of_classes(of_seen, True), classes.seen)
+    return ListedImages(listing, loaded.transform, reading, names), listing.divided
 
 
 def images_like(images: ListedImages, where: str) -> ListedImages:

@@ -35,10 +35,11 @@ from unbraid.measuring.results import (
     RestAblation,
 )
 from unbraid.networks.copying import unwrap
-from unbraid.networks.outputs import check_labels, refuse_broken_values
+from unbraid.networks.outputs import logits_of
 from unbraid.networks.preflight import refuse_unsteady
 from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.records import Scan
+from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target
 from unbraid.surgery.split_layer import SplitLayer, split_layer_of
 
 Concepts = dict[int, tuple[Concept, ...]]  # by channel
@@ -53,6 +54,7 @@ def ablate(
     layer: str | None = None,
     channels: Sequence[int] | None = None,
     scan: Scan | None = None,
+    target: GivenTarget | Scalar = LABEL,
     batch_size: int = 64,
     workers: int = 0,
     skip_broken: bool = False,
@@ -60,7 +62,8 @@ def ablate(
 ) -> Ablation:
     """Switch off each concept channel, rest and whole channel, and measure what is lost.
 
-    Lost is the logit of an image's own label, and top-1 accuracy. A concept channel or the rest of
+    Lost is the logit of an image's own label, and top-1 accuracy; or, with another target, that
+    number alone. A concept channel or the rest of
     a channel is off when its gate is 0, a whole channel when its pre-activation is 0. The network
     is used in eval mode, on its device, and left exactly as it was; gates and clamps do not count
     meanwhile.
@@ -72,13 +75,15 @@ def ablate(
         layer: name of the split layer, needed where several are split.
         channels: its split channels to switch off; by default all.
         scan: of the same images, needed where concepts are clusters of images.
+        target: the number of each image that is lost, as `unbraid.scan` takes it.
         batch_size: images per forward pass.
         workers: processes that load images.
         skip_broken: leave out images that cannot be read.
         progress: show a progress bar on standard error.
 
     Raises:
-        UsageError: there is no such layer or channel, or the scan does not fit.
+        UsageError: there is no such layer or channel, the scan does not fit, or there is no
+            target.
         DataError: an image cannot be read, or its label names no output.
         ModelError: the network computes NaN or infinite numbers, or cannot run.
         LayerError: the split layer does not run exactly once.
@@ -95,7 +100,7 @@ def ablate(
         undisturbed(model2),
         torch.inference_mode(False),  # where torch would not count what is written into
         torch.no_grad(),
-        ablating(model2, n_images, layer, channels, scan) as ablation,
+        ablating(model2, n_images, layer, channels, scan, read_target(target)) as ablation,
         image_progress("Switching channels off", len(chosen), show=progress) as advance,
     ):
         for batch in read_images(
@@ -119,10 +124,11 @@ class Ablating:
         layer: SplitLayer,
         concepts: Concepts,
         members: Callable[[int, Tensor, Tensor], Tensor],
+        target: Scalar,
     ) -> None:
         """Start without an image."""
         self._replay, self._model2, self._layer = replay, model2, layer
-        self._concepts, self._members = concepts, members
+        self._concepts, self._members, self._target = concepts, members, target
         self._sums: dict[int, _AblationSums] = {}
 
     def run(self, batch: Batch) -> Tensor:
@@ -130,10 +136,12 @@ class Ablating:
         index, images, labels = batch
         if not self._sums:
             refuse_unsteady(self._model2, images.to(self._layer.rows.device))
-        logits, outcomes = _run_batch(self._replay, self._layer, self._concepts, batch)
+        asked = (self._layer, self._concepts, self._target)
+        logits, outcomes = _run_batch(self._replay, *asked, batch)
+        n_classes = logits.shape[1] if self._target.of_class else 0
         for channel, outcome in outcomes.items():
             if channel not in self._sums:
-                self._sums[channel] = _AblationSums(self._concepts[channel], logits.shape[1])
+                self._sums[channel] = _AblationSums(self._concepts[channel], n_classes)
             self._sums[channel].add(labels, self._members(channel, index, labels), outcome)
         return logits
 
@@ -148,6 +156,7 @@ class Ablating:
             layer=self._layer.spec.name,
             classes=next(iter(self._sums.values())).class_outputs(name),
             channels=tuple(own.result(channel, name) for channel, own in self._sums.items()),
+            target=self._target.name,
         )
 
 
@@ -158,17 +167,24 @@ def ablating(
     layer: str | None = None,
     channels: Sequence[int] | None = None,
     scan: Scan | None = None,
+    target: Scalar | None = None,
 ) -> Iterator[Ablating]:
     """Make a split network ready to be run with channels switched off, and put all back.
 
     It must be in eval mode, without gradients; `n_images` are those of the data set.
     """
+    target = target or read_target(LABEL)
+    if target.value is None:
+        raise UsageError(
+            "Without a target there is no number that an image could lose; name one that you want "
+            "to see, such as 'segmentation:CLASS', or a function."
+        )
     split_layers = {name: m for name, m in model2.named_modules() if isinstance(m, SplitLayer)}
     measured = split_layer_of(model2, layer, "switch off")
     concepts = _concepts_of(measured, channels)
     members = _members(measured, concepts, scan, n_images)
     with _all_on(split_layers.values()), replaying(model2, measured) as replay:
-        yield Ablating(replay, model2, measured, concepts, members)
+        yield Ablating(replay, model2, measured, concepts, members, target)
 
 
 def _concepts_of(layer: SplitLayer, channels: Sequence[int] | None) -> Concepts:
@@ -230,9 +246,12 @@ def _all_on(layers: Iterable[SplitLayer]) -> Iterator[None]:
 
 
 def _run_batch(
-    replay: Replay, layer: SplitLayer, concepts: Concepts, batch: Batch
+    replay: Replay, layer: SplitLayer, concepts: Concepts, target: Scalar, batch: Batch
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits; by channel (2, R, N), those of the own labels, and 1 where these are the top ones."""
+    """Logits; by channel (2, R, N), the targets, and 1 where the own label is the top one.
+
+    The latter is NaN where there are no classes to be right about.
+    """
     index, images, labels = batch
     images = images.to(layer.rows.device)
     concepts_seen, residuals_seen = [], []
@@ -241,15 +260,16 @@ def _run_batch(
         layer.residuals.register_forward_hook(lambda *a: residuals_seen.append(a[-1].clone())),
     ):
         logits, output = replay.first(images)
-    check_labels(labels, index, logits)
-    own = labels.to(logits.device)
+    own = labels.to(layer.rows.device)
 
-    def outcome(logits: Tensor) -> Tensor:
-        refuse_broken_values(logits, index)
-        target, hit = logits.gather(1, own[:, None])[:, 0], logits.argmax(1) == own
-        return torch.stack([target.double(), hit.double()])
+    def outcome() -> Tensor:
+        value = target.of(replay.raw, own, index).double()
+        hit = torch.full_like(value, math.nan)
+        if target.name == LABEL:
+            hit = (logits_of(replay.raw, len(own)).argmax(1) == own).double()
+        return torch.stack([value, hit])
 
-    outcomes, intact = {}, outcome(logits)
+    outcomes, intact = {}, outcome()
     dim = -1 if layer.spec.channels_last else 1
     for channel, groups in concepts.items():
         runs, whole = [intact], output.select(dim, channel)
@@ -260,7 +280,8 @@ def _run_batch(
         for values in (torch.zeros_like(whole), *left):
             changed = output.clone()
             changed.select(dim, channel).copy_(values)
-            runs.append(outcome(replay.again(images, changed)))
+            replay.again(images, changed)
+            runs.append(outcome())
         outcomes[channel] = torch.stack(runs, 1).cpu()
     return logits, outcomes
 
@@ -277,10 +298,26 @@ class _AblationSums:
 
     def add(self, labels: Tensor, concept: Tensor, outcomes: Tensor) -> None:
         """Add outcomes (2, R, N) of a batch; concept (N,) is K for images of none."""
-        for group in (labels, self._n_classes + concept):
+        self._make_room(int(labels.max()) + 1)
+        labelled = labels >= 0
+        for group, chosen in ((labels, labelled), (self._n_classes + concept, labelled | True)):
+            group, own = group[chosen], outcomes[..., chosen]
             self._n_images.index_add_(0, group, torch.ones(len(group), dtype=torch.float64))
-            self._sums.index_add_(2, group, outcomes)
-            self._squares.index_add_(2, group, (outcomes[:, :1] - outcomes).square())
+            self._sums.index_add_(2, group, own)
+            self._squares.index_add_(2, group, (own[:, :1] - own).square())
+
+    def _make_room(self, n_classes: int) -> None:
+        """Take in classes that were not known of before, where labels name no outputs."""
+        n_new = n_classes - self._n_classes
+        if n_new <= 0:
+            return
+
+        def widened(sums: Tensor) -> Tensor:
+            room = sums.new_zeros(*sums.shape[:-1], n_new)
+            return torch.cat([sums[..., : self._n_classes], room, sums[..., self._n_classes :]], -1)
+
+        self._n_images, self._sums = widened(self._n_images), widened(self._sums)
+        self._squares, self._n_classes = widened(self._squares), n_classes
 
     def class_outputs(self, name: Callable[[int], str]) -> tuple[ClassOutput, ...]:
         seen = self._seen()

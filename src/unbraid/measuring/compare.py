@@ -18,9 +18,10 @@ from unbraid.images.batches import Batch, image_progress, in_batches, read_image
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import size_of
 from unbraid.networks.copying import device_of, unwrap
-from unbraid.networks.outputs import run_network
+from unbraid.networks.outputs import alike_wide, run_network
 from unbraid.networks.preflight import refuse_unsteady
 from unbraid.networks.relevance import undisturbed
+from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target
 from unbraid.surgery.apply import in_force
 
 
@@ -28,8 +29,8 @@ from unbraid.surgery.apply import in_force
 class OutputComparison:
     """How far a network's outputs are from the original's."""
 
-    max_abs_logit_diff: float
-    top1_agreement: float  # fraction of the images
+    max_abs_logit_diff: float  # of all that the network puts out, where that is no logits
+    top1_agreement: float | None  # fraction of the images; None where there are no classes
     top1_before: float | None  # accuracy of the original; None for images without labels
     top1_after: float | None
     # Compared; older files do not say.
@@ -39,9 +40,10 @@ class OutputComparison:
 class OutputSums:
     """What outputs differ by, batch by batch."""
 
-    def __init__(self, model: nn.Module, tolerance: float) -> None:
-        """Start without an image, with the original network."""
+    def __init__(self, model: nn.Module, tolerance: float, target: Scalar | None = None) -> None:
+        """Start without an image, with the original network; classes ask for a target of them."""
         self._model, self._tolerance = model, tolerance
+        self._classes = target is None or target.name == LABEL
         self._worst = 0.0
         # Read, labelled, of the same top class, right before and after.
         self._counts = torch.zeros(5, dtype=torch.int64)
@@ -49,6 +51,9 @@ class OutputSums:
     def add(self, batch: Batch, logits: Tensor, logits2: Tensor) -> None:
         """Add what both networks say of a batch; OutputChangedError if they differ."""
         index, images, labels = batch
+        if logits.shape != logits2.shape:  # as of other boxes
+            self._worst = math.inf
+            logits, logits2 = alike_wide(logits, logits2)
         difference = float((logits - logits2).abs().max())
         self._worst = difference if math.isnan(difference) else max(self._worst, difference)
         if not self._worst <= self._tolerance:  # a NaN is no pass
@@ -67,6 +72,8 @@ class OutputSums:
         n_read, n_labelled, n_same, n_before, n_after = self._counts.tolist()
         if n_read == 0:
             raise DataError("No image could be read, so there is nothing to compare outputs on.")
+        if not self._classes:
+            return OutputComparison(self._worst, None, None, None, n_read)
         before, after = (n / n_labelled if n_labelled else None for n in (n_before, n_after))
         return OutputComparison(self._worst, n_same / n_read, before, after, n_read)
 
@@ -79,12 +86,15 @@ def compare_outputs(
     *,
     indices: Sequence[int] | None = None,
     tolerance: float = 1e-4,
+    target: GivenTarget | Scalar = LABEL,
     batch_size: int = 64,
     workers: int = 0,
     skip_broken: bool = False,
     progress: bool = False,
 ) -> OutputComparison:
-    """Measure how far two networks' logits differ, and raise if they do.
+    """Measure how far two networks' outputs differ, and raise if they do.
+
+    These are logits, or, of a network that gives none, all numbers of its output, of any structure.
 
     Args:
         model: the original.
@@ -92,6 +102,7 @@ def compare_outputs(
         dataset: map-style, of (image tensor, label).
         indices: of the images to compare on, in the data set; by default all.
         tolerance: the largest absolute logit difference that passes; 0 for the exact form.
+        target: that of the scan; with another than "label" there are no classes to compare.
         batch_size: images per forward pass.
         workers: processes that load images.
         skip_broken: leave out images that cannot be read.
@@ -110,7 +121,7 @@ def compare_outputs(
         raise UsageError(f"tolerance is {tolerance:g}; it must be 0 or more.")
     chosen = chosen_indices(indices, size_of(dataset))
     model, model2 = unwrap(model), unwrap(model2)
-    device, sums = device_of(model), OutputSums(model, tolerance)
+    device, sums = device_of(model), OutputSums(model, tolerance, read_target(target))
     with (
         undisturbed(model),
         undisturbed(model2),

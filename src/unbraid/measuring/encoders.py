@@ -63,7 +63,7 @@ class Penultimate(nn.Module):
 
         def keep(_: nn.Module, args: Any, named: Any, output: Tensor) -> None:
             # One number a channel, as logits are; so what is kept is small.
-            if output.dim() > 1 and output[0].numel() == output.shape[1]:
+            if output.dim() > 1 and len(output) and output[0].numel() == output.shape[1]:
                 x = (args[0] if args else named["input"]).detach()
                 # What follows may overwrite either.
                 calls.append((x.flatten(2).mean(2) if x.dim() > 2 else x.clone(), output.clone()))

@@ -22,10 +22,11 @@ from unbraid.base.tables import Table, Tabular, figure, one_line
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import name_of
 from unbraid.networks.copying import device_of
-from unbraid.networks.outputs import refuse_broken_values, run_network
+from unbraid.networks.outputs import logits_of, refuse_broken_values, run_network, run_raw
 from unbraid.networks.preflight import refuse_unsteady
 from unbraid.networks.relevance import cut_at, gradients_at, output_relevance, undisturbed
 from unbraid.networks.spec import channels_first, widen
+from unbraid.scanning.targets import Scalar
 from unbraid.splitting.quantiles import percentile
 from unbraid.surgery.apply import in_force
 from unbraid.surgery.split_layer import SplitLayer, make_moves
@@ -81,12 +82,13 @@ class ImageExplanation(Tabular):
 
     image: str  # its name
     layer: str
-    classes: tuple[int, ...]  # asked for, the predicted one first
-    class_names: tuple[str, ...]  # of these
-    logits: tuple[float, ...]  # of these
+    classes: tuple[int, ...]  # asked for, the predicted one first; none of another target
+    class_names: tuple[str, ...]  # of these, or the target's name
+    logits: tuple[float, ...]  # of these, or the target
     channels: tuple[ChannelResponses, ...]
     n: int = 8  # concept channels to show
     note: str = ""  # what there is not, and why
+    target: str = "label"  # in whose units relevance is
 
     def __getitem__(self, channel: int) -> ChannelResponses:
         """Return one split channel; KeyError if it is none."""
@@ -107,6 +109,8 @@ class ImageExplanation(Tabular):
         told = zip(self.class_names, self.logits, strict=True)
         (first, logit), *others = told
         more = "".join(f"; {name} {value:.2f}" for name, value in others)
+        if not self.classes:
+            return one_line(f"{_printable(self.image)}: {first} {logit:.3g}")
         return one_line(f"{_printable(self.image)}: {first}, logit {logit:.2f}{more}")
 
     def table(self) -> Table:
@@ -175,6 +179,7 @@ def explain_images(
     class_names: Sequence[str],
     n: int,
     heatmaps: bool,
+    target: Scalar,
 ) -> Iterator[ImageExplanation]:
     """Explain images one after the other, as `unbraid.explain` says.
 
@@ -186,18 +191,28 @@ def explain_images(
         class_names: of the outputs, by number.
         n: concept channels to show.
         heatmaps: whether those get heatmaps.
+        target: whose gradient tells relevance.
     """
+    if target.value is None or target.by_label:
+        why = "no relevance to tell" if target.value is None else "no class to compare images with"
+        raise UsageError(
+            f"With the target {target.name!r} there is {why}; give another one, such as "
+            "'regression:INDEX' or a function."
+        )
     with undisturbed(model2), torch.enable_grad(), in_force(model2):
         for number, (name, image) in enumerate(images):
             x = image[None].to(device_of(model2))
             if number == 0:
                 refuse_unsteady(model2, x)
-            wanted, logits, measured = _measure(model2, layer, x, classes, class_names)
+            asked = (classes, class_names, target)
+            wanted, logits, measured = _measure(model2, layer, x, *asked)
+            names = tuple(name_of(class_names, t) for t in wanted) or (target.name,)
             explained = ImageExplanation(
                 image=name,
                 layer=layer.spec.name,
                 classes=wanted,
-                class_names=tuple(name_of(class_names, t) for t in wanted),
+                class_names=names,
+                target=target.name,
                 logits=logits,
                 channels=tuple(_channels(layer, measured)),
                 n=n,
@@ -218,6 +233,7 @@ def _measure(
     x: Tensor,
     classes: Sequence[int | str],
     names: Sequence[str],
+    target: Scalar,
 ) -> tuple[tuple[int, ...], tuple[float, ...], _Measured]:
     """Run the network on one image, (1, C, H, W): classes asked for, their logits, the rest."""
     with (
@@ -225,20 +241,27 @@ def _measure(
         _concepts_seen(layer) as seen,
         _grids_seen(model2, layer) as grids,
     ):
-        logits = run_network(model2, x)
+        output = run_raw(model2, x)
         cut.recording = False
         if not cut.outputs:
             raise LayerError(f"Layer {layer.spec.name!r} does not run when the network does.")
-        refuse_broken_values(logits, torch.zeros(1, dtype=torch.int64))
-        wanted = _wanted(classes, logits[0], names)
-        gradients = [gradients_at(cut.outputs, logits[0, t]) for t in wanted]
+        first = torch.zeros(1, dtype=torch.int64)
+        wanted: list[int] = []
+        if target.of_class:
+            logits = logits_of(output, 1)
+            refuse_broken_values(logits, first)
+            wanted = _wanted(classes, logits[0], names)
+            values = list(logits[0, wanted])
+        else:
+            values = list(target.of(output, first, first))
+        gradients = [gradients_at(cut.outputs, value) for value in values]
     output_relevance(layer.spec.name, cut.outputs, gradients[0])  # refuses a layer without a way
     outputs = [_flat(layer, z) for z in cut.outputs]
-    values = [
+    rows = [
         torch.cat([z[:, layer.channels.cpu()], _flat(layer, own)], 1)
         for z, own in zip(outputs, seen, strict=True)
     ]
-    n_positions = sum(len(z) * z.shape[2] for z in values)
+    n_positions = sum(len(z) * z.shape[2] for z in rows)
     owners = torch.cat([layer.channels, layer.channels[layer.owners]]).cpu()
     relevance, total = [], []
     for of_class in gradients:
@@ -248,15 +271,15 @@ def _measure(
         ]
         every = _summed(z * slope for z, slope in zip(outputs, slopes, strict=True))
         total.append(every.clamp(min=0).sum())
-        own = (z * slope[:, owners] for z, slope in zip(values, slopes, strict=True))
+        own = (z * slope[:, owners] for z, slope in zip(rows, slopes, strict=True))
         relevance.append(_summed(own))
     grid = _grid(layer, cut.outputs, grids, x)
     # A class token and registers come before the tokens of the picture.
-    maps = None if grid is None else values[0][0, :, -prod(grid) :].unflatten(1, grid)
+    maps = None if grid is None else rows[0][0, :, -prod(grid) :].unflatten(1, grid)
     measured = _Measured(
-        _summed(values) / n_positions, torch.stack(relevance), torch.stack(total), maps
+        _summed(rows) / n_positions, torch.stack(relevance), torch.stack(total), maps
     )
-    return tuple(wanted), tuple(logits[0, wanted].tolist()), measured
+    return tuple(wanted), tuple(value.item() for value in values), measured
 
 
 def _channels(layer: SplitLayer, measured: _Measured) -> Iterator[ChannelResponses]:

@@ -9,6 +9,7 @@ would run the two networks four times and read each image three times.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 from unbraid.base.errors import ModelError
 from unbraid.images.batches import image_progress, in_batches, read_images
 from unbraid.images.dataset import class_names_of, size_of
-from unbraid.measuring.ablate import ablating
+from unbraid.measuring.ablate import Ablating, ablating
 from unbraid.measuring.compare import OutputComparison, OutputSums
 from unbraid.measuring.encoders import NO_FEATURES, Penultimate, ready
 from unbraid.measuring.results import Ablation
@@ -27,6 +28,7 @@ from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.outputs import run_network
 from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.records import Scan
+from unbraid.scanning.targets import LABEL, Scalar, read_target
 from unbraid.surgery.apply import in_force
 
 
@@ -35,7 +37,7 @@ class Passed:
     """What one pass of both networks tells."""
 
     output: OutputComparison
-    ablation: Ablation
+    ablation: Ablation | None  # None without a target
     index: list[int]  # of the images that could be read
     embeddings: list[Tensor]  # of these, (D,) each; none unless asked for
     fault: str = ""  # why there are none though they were
@@ -51,6 +53,7 @@ def pass_once(
     channels: Sequence[int],
     scan: Scan | None,
     labels: Mapping[int, int] | None,
+    target: Scalar | None = None,
     batch_size: int,
     workers: int,
     skip_broken: bool,
@@ -59,10 +62,11 @@ def pass_once(
     """Compare outputs bit for bit, switch channels off and, with an encoder, embed images.
 
     `scan`, of all images, tells the members of clusters; `labels`, by index, which output is an
-    image's own where that is not its label. Errors are those of `compare_outputs` and `ablate`.
+    image's own where that is not its label. Without a target nothing is switched off. Errors are
+    those of `compare_outputs` and `ablate`.
     """
-    model, model2 = unwrap(model), unwrap(model2)
-    device, sums = device_of(model), OutputSums(model, 0.0)
+    model, model2, target = unwrap(model), unwrap(model2), target or read_target(LABEL)
+    device, sums = device_of(model), OutputSums(model, 0.0, target)
     read: list[int] = []
     embeddings: list[Tensor] = []
     fault, logits = "", torch.empty(0)
@@ -75,7 +79,11 @@ def pass_once(
             raise ModelError(NO_FEATURES)
         return features
 
-    title = "Comparing outputs, switching channels off"
+    off: AbstractContextManager[Ablating | None] = nullcontext()
+    title = "Comparing outputs"
+    if target.value is not None:
+        off = ablating(model2, size_of(dataset), None, channels, scan, target)
+        title = "Comparing outputs, switching channels off"
     with (
         undisturbed(model),
         undisturbed(model2),
@@ -83,7 +91,7 @@ def pass_once(
         torch.inference_mode(False),
         torch.no_grad(),
         ready(see) as embed,
-        ablating(model2, size_of(dataset), None, channels, scan) as ablation,
+        off as ablation,
         image_progress(title, len(indices), show=progress) as advance,
     ):
         for index, images, given in read_images(
@@ -107,5 +115,9 @@ def pass_once(
                 pairs = zip(index.tolist(), given.tolist(), strict=True)
                 taken = [labels.get(n, label) for n, label in pairs]
                 given = torch.tensor(taken, dtype=torch.int64)
-            sums.add(batch, own, ablation.run((index, batch[1], given)))
-    return Passed(sums.result(), ablation.result(class_names_of(dataset)), read, embeddings, fault)
+            if ablation is None:
+                sums.add(batch, own, run_network(model2, batch[1]))
+            else:
+                sums.add(batch, own, ablation.run((index, batch[1], given)))
+    lost = None if ablation is None else ablation.result(class_names_of(dataset))
+    return Passed(sums.result(), lost, read, embeddings, fault)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.base.errors import LayerError, ModelError
-from unbraid.networks.outputs import run_network
+from unbraid.networks.outputs import as_rows, run_raw
 from unbraid.surgery.apply import NOT_IN_FORCE
 
 
@@ -44,6 +44,7 @@ class Replay:
         self._copied: set[int] = set()  # which of them are kept as copies
         self._place = 0  # among them, in this pass
         self._output: Tensor | None = None  # of the layer, in the first pass
+        self.raw: Any = None  # what the network put out in the last pass
         self._given: Tensor | None = None  # what the layer is to put out, None in the first pass
         self._n_reached = 0  # how often the layer ran in this pass
         self._within = False  # inside a module that is one of the calls
@@ -56,6 +57,7 @@ class Replay:
         # as they are now, else with copies of those that were written into, as they were before.
         # Else passes run in full.
         logits = self._keep(images)
+        raw = self.raw
         written = {place for place, call in enumerate(self._calls) if call.written}
         for place in written:
             self._calls[place].version = self._calls[place].version_now
@@ -63,6 +65,7 @@ class Replay:
             self._copied |= written
             self._try(images, self._keep(images))
         assert self._output is not None
+        self.raw = raw  # not that of a pass that was tried
         return logits, self._output
 
     def _keep(self, images: Tensor) -> Tensor:
@@ -94,7 +97,8 @@ class Replay:
         """Run the network on the images of `first` with another output of the layer."""
         self._given, self._within = output, False
         self._place = self._n_reached = 0
-        logits = run_network(self._model, images)
+        self.raw = run_raw(self._model, images)
+        logits = as_rows(self.raw, len(images))
         if any(call.written for call in self._calls):
             self._shortened = False  # this pass is sound, the next would not be
         return logits

@@ -120,6 +120,7 @@ class Ablation(Tabular):
     layer: str
     classes: tuple[ClassOutput, ...]
     channels: tuple[ChannelAblation, ...]
+    target: str = "label"  # what is lost, where other than logits; accuracies are then NaN
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and numbers, each drop with its part of the whole channel's."""
@@ -143,11 +144,14 @@ class Ablation(Tabular):
         return ablation
 
     def table(self) -> Table:
-        """Show the drops in target logit and own accuracy, a row per concept channel and rest."""
-        figures = ("logit", "whole", "part")
+        """Show the drops in target logit and own accuracy, a row per concept channel and rest.
+
+        With another target than the class, "logit" stands for it, and there is no accuracy.
+        """
+        figures = ("logit" if self.target == "label" else "target", "whole", "part")
         rows: list[tuple[str, ...]] = [
             ("", "", "own classes", "", "", "", "other concepts", "", "", "all others"),
-            ("channel", "concept", *figures, "top-1", *figures, "logit"),
+            ("channel", "concept", *figures, "top-1", *figures, figures[0]),
         ]
         for channel in self.channels:
             for k, concept in enumerate(channel.concepts):

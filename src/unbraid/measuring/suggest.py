@@ -83,6 +83,11 @@ def suggest(ablation: Ablation, n: int = 20) -> Suggestions:
         UsageError: the ablation is of an older version, without standard errors.
     """
     as_kind("ablation", ablation, Ablation)
+    if ablation.target != "label":
+        raise UsageError(
+            f"Suggestions go by accuracy, and with the target {ablation.target!r} there is none; "
+            "look at the target's losses, which the ablation tells."
+        )
     tried = [*_tried(ablation)]
     if any(len(off.accuracy_error) != len(ablation.classes) for _, _, _, off in tried):
         raise UsageError(

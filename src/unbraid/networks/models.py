@@ -135,12 +135,19 @@ def imagenet_transform() -> Transform:
 
 def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, Transform, list[str]]:
     models = import_torchvision().models
-    known = models.list_models(module=models)
+    kinds = (models, models.segmentation, models.detection)
+    known = [own for kind in kinds for own in models.list_models(module=kind)]
     if name not in known:
-        raise UsageError(f"torchvision has no classifier {name!r}.{nearest(name, known)}")
+        raise UsageError(
+            f"torchvision has no classifier, segmenter or detector {name!r}.{nearest(name, known)}"
+        )
+    classifies = name in models.list_models(module=models)
     if weights == RANDOM:
+        # The weights of a segmenter's or detector's own backbone would be downloaded.
+        backbone = {} if classifies else {"weights_backbone": None}
         with _in_single():
-            return models.get_model(name, weights=None), imagenet_transform(), []
+            model = models.get_model(name, weights=None, **backbone)
+        return model, imagenet_transform(), []
     choices = models.get_model_weights(name)
     if weights is not None and weights not in choices.__members__:
         raise UsageError(
@@ -149,7 +156,7 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, Transform, 
         )
     chosen = choices[weights or "DEFAULT"]
     model = _download(lambda: models.get_model(name, weights=chosen), chosen.url)
-    return model, chosen.transforms(), chosen.meta["categories"]
+    return model, chosen.transforms(), chosen.meta["categories"] if classifies else []
 
 
 def load_timm(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unbraid.base.errors import DataError, ModelError, OutOfMemory, UnbraidError, brief, memory_full
@@ -15,6 +17,8 @@ from unbraid.base.modes import callers_device, in_plain_modes
 from unbraid.base.tables import count
 from unbraid.networks.copying import device_of, number_format, unwrap
 from unbraid.networks.relevance import undisturbed
+
+_DEEPEST = 8  # containers inside of one another
 
 Pick = str | int | Callable[[Any], Tensor]
 
@@ -61,12 +65,12 @@ class _Picking:
         except (KeyError, IndexError, TypeError, AttributeError):
             raise ModelError(
                 f"The network's output has no {self.pick!r} to take logits from; it is "
-                f"{_describe(output)}; {_advice(output)}."
+                f"{describe_output(output)}; {_advice(output)}."
             ) from None
         if not _is_logits(_called_logits(part)):
             raise ModelError(
-                f"Part {self.pick!r} of the network's output is {_describe(part)}, not logits of "
-                f"shape (images, classes); {_advice(output)}."
+                f"Part {self.pick!r} of the network's output is {describe_output(part)}, not "
+                f"logits of shape (images, classes); {_advice(output)}."
             )
         return part
 
@@ -101,8 +105,8 @@ def as_logits(output: Any, n_images: int | None = None) -> Tensor:
         logits = logits.reshape(1, -1)
     if not _is_logits(logits):
         raise ModelError(
-            f"The network's output is {_describe(output)}, not logits of shape (images, classes); "
-            f"{_advice(output)}."
+            f"The network's output is {describe_output(output)}, not logits of shape (images, "
+            f"classes); {_advice(output)}."
         )
     if logits.dim() == 1 or logits.shape[1] == 1:
         logits = logits.reshape(-1, 1)
@@ -133,7 +137,7 @@ def _advice(output: Any) -> str:
     if not parts:
         return (
             "no part of it is, so compute them in FILE.py:FUNCTION or by a function that "
-            "unbraid.with_logits takes"
+            "unbraid.with_logits takes, or scan with another target (docs/networks.md)"
         )
     choices = " or ".join(f"--output {pick} {tuple(part.shape)}" for pick, part in parts[:5])
     return f"say where they are: {choices}, or in Python by unbraid.with_logits"
@@ -151,7 +155,8 @@ def _parts(output: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
             yield f"{name}.{inner}", part
 
 
-def _describe(output: Any) -> str:
+def describe_output(output: Any) -> str:
+    """Say what a network's output is, in a few words."""
     if isinstance(output, Tensor):
         return f"a tensor {tuple(output.shape)}"
     return f"a {type(output).__name__}"
@@ -163,16 +168,25 @@ def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
         if image.shape != images[0].shape:
             raise DataError(
                 f"Image {own} is {tuple(image.shape)} where image {int(index[0])} is "
-                f"{tuple(images[0].shape)}; bring all to one size in the data set's transform."
+                f"{tuple(images[0].shape)}; bring all to one size in the data set's transform, "
+                "or use batch_size=1."
             )
     return torch.stack(list(images))
 
 
 def run_network(model: nn.Module, images: Tensor) -> Tensor:
-    """Compute logits, (N, T), from a copy of images in the weights' number format."""
+    """Compute all that a network puts out, a row an image (N, D), from a copy of images.
+
+    Of an output that is, or holds, logits (N, T) these alone; see `as_logits`.
+    """
+    return as_rows(run_raw(model, images), len(images))
+
+
+def run_raw(model: nn.Module, images: Tensor) -> Any:
+    """Compute a network's output, of any kind, from a copy of images in the weights' format."""
     try:
         with callers_device():
-            output = model(images.to(number_format(model, images), copy=True))
+            return model(images.to(number_format(model, images), copy=True))
     except UnbraidError:
         raise
     except Exception as error:  # of a network of anyone's own
@@ -182,21 +196,89 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
             f"The network cannot run on images of shape {tuple(images.shape[1:])} and "
             f"{images.dtype} ({brief(error)}); check size, channels and type of the images."
         ) from error
-    logits = as_logits(output, len(images))
+
+
+def as_rows(output: Any, n_images: int) -> Tensor:
+    """Bring an output to logits, (N, T), or, where it is none, all its numbers to rows, (N, D).
+
+    Of a list of dictionaries, one an image, as detection gives, rows begin with the sizes of what
+    the image has, and end in zeros where others have more. ModelError if rows are not to be told.
+    """
+    try:
+        as_logits(output, n_images)
+    except ModelError:
+        rows = _rows_of(output, n_images)
+        if rows is None:
+            raise
+        return rows
+    return logits_of(output, n_images)
+
+
+def logits_of(output: Any, n_images: int) -> Tensor:
+    """Bring an output to logits as `as_logits` does; ModelError unless each image has a row."""
+    logits = as_logits(output, n_images)
     if logits.is_meta:
         raise ModelError("The network's weights are on the meta device; load weights first.")
-    if len(logits) != len(images):
+    if len(logits) != n_images:
         raise ModelError(
             f"The network gives {count(len(logits), 'row')} of logits for "
-            f"{count(len(images), 'image')}; wrap it so that it gives one for each."
+            f"{count(n_images, 'image')}; wrap it so that it gives one for each."
         )
     return logits
+
+
+def _rows_of(output: Any, n_images: int) -> Tensor | None:
+    """All numbers of an output that is no logits, (N, D); None if some are of no image."""
+    tensors = numbers_in(output)
+    if not tensors or any(tensor.is_meta for tensor in tensors):
+        return None
+    # Whole numbers beside fractions keep all their digits.
+    fractions = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+    exact = len(fractions) == len(tensors)
+    dtype = reduce(torch.promote_types, fractions) if exact else torch.float64
+    if any(tensor.is_complex() for tensor in tensors):
+        return None
+    each = isinstance(output, (list, tuple)) and len(output) == n_images
+    if each and all(isinstance(one, Mapping) for one in output):
+        rows = []
+        for one in output:
+            own = numbers_in(one)
+            sizes = torch.tensor([part.numel() for part in own], dtype=dtype)
+            parts = [part.reshape(-1).to(dtype) for part in own]
+            rows.append(torch.cat([sizes.to(tensors[0].device), *parts]))
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    if n_images == 1:
+        return torch.cat([tensor.reshape(1, -1).to(dtype) for tensor in tensors], 1)
+    if any(tensor.dim() == 0 or len(tensor) != n_images for tensor in tensors):
+        return None
+    return torch.cat([tensor.reshape(n_images, -1).to(dtype) for tensor in tensors], 1)
+
+
+def numbers_in(output: Any, seen: tuple[int, ...] = ()) -> list[Tensor]:
+    """All tensors in a network's output, of any structure, in order."""
+    if isinstance(output, Tensor):
+        return [output]
+    if id(output) in seen or len(seen) > _DEEPEST:
+        return []
+    if isinstance(output, Mapping):
+        parts: Sequence[Any] = list(output.values())
+    elif isinstance(output, (list, tuple)):
+        parts = output
+    else:
+        parts = list(getattr(output, "__dict__", {}).values())
+    return [tensor for part in parts for tensor in numbers_in(part, (*seen, id(output)))]
+
+
+def alike_wide(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring rows, (N, D) each, to the width of the longer ones, by zeros at the end."""
+    width = max(one.shape[1], other.shape[1])
+    return tuple(F.pad(rows, (0, width - rows.shape[1])) for rows in (one, other))  # type: ignore[return-value]
 
 
 def count_outputs(model: nn.Module, image: Tensor) -> int:
     """Run a network on one image, (C, H, W), and count its logits, T."""
     with undisturbed(model), torch.no_grad():
-        return run_network(model, image[None].to(device_of(model))).shape[1]
+        return logits_of(run_raw(model, image[None].to(device_of(model))), 1).shape[1]
 
 
 def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from unbraid.base.errors import LayerError, ModelError, OutOfMemory, brief
 from unbraid.base.modes import restored, same_random
-from unbraid.networks.outputs import run_network
+from unbraid.networks.outputs import alike_wide, run_network
 from unbraid.networks.spec import LayerSpec
 
 _MOST = 4  # images to look at
@@ -116,7 +116,9 @@ def refuse_unsteady(model: nn.Module, images: Tensor) -> Tensor:
         before = _next_random(images.device)
         first = _run(model, images)
         draws = _next_random(images.device) != before
-        allowed = 16 * torch.finfo(first.dtype).eps
+        # Rows of whole numbers and fractions are wider than what computed them.
+        wide = first.dtype == torch.float64
+        allowed = 16 * (_coarsest(model, first) if wide else torch.finfo(first.dtype).eps)
         with restored(model, wholly=True):
             # Of which it may keep something.
             run_network(model, (images.flip(-1) / 2).to(images.dtype))
@@ -145,16 +147,21 @@ def _next_random(device: torch.device) -> tuple[float, ...]:
 
 def _rounding(model: nn.Module, logits: Tensor) -> float:
     """How far logits may differ by rounding, in units of the largest: generously."""
+    return math.sqrt(_coarsest(model, logits))
+
+
+def _coarsest(model: nn.Module, logits: Tensor) -> float:
+    """The relative step of the coarsest number format that logits may have been computed in."""
     weights = (p for p in model.parameters() if not is_lazy(p) and p.is_floating_point())
     formats = {logits.dtype, *(weight.dtype for weight in weights)}
-    coarsest: float = max(torch.finfo(one).eps for one in formats)
-    return math.sqrt(coarsest)
+    return max(torch.finfo(one).eps for one in formats)
 
 
 def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool:
     """Whether logits differ by more than a part of the largest; NaN do not count."""
-    if one.shape != other.shape:
+    if len(one) != len(other):
         return True
+    one, other = alike_wide(one, other)
     finite = one.isfinite().all(1) & other.isfinite().all(1)
     scale = one[one.isfinite()].abs()
     largest = float(scale.max()) if len(scale) else 0.0

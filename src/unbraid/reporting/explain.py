@@ -30,6 +30,7 @@ from unbraid.images.dataset import class_names_of, name_of, size_of
 from unbraid.measuring.explain import ImageExplanation, Response, explain_images
 from unbraid.networks.copying import unwrap
 from unbraid.reporting.pictures import open_picture, sight_of, to_picture
+from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target
 from unbraid.surgery.split_layer import split_layer_of
 
 _TILE, _GAP, _LEFT = 168, 10, 250  # pixels: a picture, between pictures, for words
@@ -99,6 +100,7 @@ def explain(
     classes: Sequence[int | str] = (),
     n: int = 8,
     heatmaps: bool = True,
+    target: GivenTarget | Scalar = LABEL,
 ) -> Explanation:
     """Say which concept channels of a split network some images use, how much and where.
 
@@ -115,13 +117,15 @@ def explain(
         n: concept channels to show of each image, those with the largest shares; figures are there
             of all.
         heatmaps: compute for those which pixels they answer to.
+        target: another number of an image than the predicted class's logit, as `unbraid.scan` takes
+            it; then there are no classes.
 
     Returns:
         An Explanation: printed as tables, shown with pictures in notebooks, saved by `save`. Its
         images, such as `explained[0]`, hold all channels, `explained[0][900]` is channel 900.
 
     Raises:
-        UsageError: there is no such layer or class, or there is no image.
+        UsageError: there is no such layer or class, there is no image, or no target.
         DataError: an image cannot be read.
         ModelError: the network cannot run, or computes NaN or infinite numbers.
         LayerError: the layer does not reach the logits.
@@ -157,6 +161,9 @@ def explain(
             yield name, image
 
     options: dict[str, Any] = {"classes": list(classes), "class_names": names or known}
+    options["target"] = read_target(target)
+    if classes and not options["target"].of_class:
+        raise UsageError("classes go with the target 'label' alone; leave one of them out.")
     found = explain_images(model2, split_layer, shown(), **options, n=n, heatmaps=heatmaps)
     return Explanation(tuple(found), tuple(pictures))
 

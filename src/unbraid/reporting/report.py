@@ -21,7 +21,7 @@ from unbraid.reporting import charts, words
 from unbraid.reporting.channel import N_DRAWN, concept_views
 from unbraid.reporting.circuits import draw_edges, edges_from, layer_before
 from unbraid.reporting.pictures import take_pictures
-from unbraid.reporting.view import MAX_TEXT, Material, build_page
+from unbraid.reporting.view import MAX_TEXT, Material, build_page, output_word
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import as_scanned
 
@@ -125,6 +125,8 @@ def render(
         "of_clusters": found.sides != "classes",
         "judged": bool(found.pairs) and found.sides == "classes",
         "predicted": material.scan.manifest.labels == "predicted",
+        "target": material.scan.manifest.target,
+        "output_word": output_word(material.scan),
         "n_images": material.n_images,
     }
     section = environment.get_template("channel.html.j2")

@@ -236,9 +236,11 @@ def _facts(material: Material) -> list[Fact]:
         note = f"method: {split.method.replace('_', ' ')}"
         facts.append(Fact(f"{material.n_concepts:,}", "concept channels", note))
     if evaluation is not None and (output := evaluation.output):
-        note = f"same first choice in {percent(output.top1_agreement, 1)} of the images"
-        difference = significant(output.max_abs_logit_diff, 2)
-        facts.append(Fact(difference, "largest logit difference", note))
+        note, what = "of all that the network puts out", "largest output difference"
+        if output.top1_agreement is not None:
+            note = f"same first choice in {percent(output.top1_agreement, 1)} of the images"
+            what = "largest logit difference"
+        facts.append(Fact(significant(output.max_abs_logit_diff, 2), what, note))
         facts += _accuracy(material, output)
     if evaluation is not None:
         note, baseline = "ideal 0; halving a channel gives 0.5", evaluation.baseline
@@ -250,9 +252,14 @@ def _facts(material: Material) -> list[Fact]:
     return facts
 
 
+def output_word(scan: Scan) -> str:
+    """What the network puts out, for people: logits, unless its target is another."""
+    return "logits" if scan.manifest.target == "label" else "outputs"
+
+
 def _accuracy(material: Material, output: OutputComparison) -> list[Fact]:
     """How often the network is right, with a warning where classes then say little."""
-    if output.top1_before is None or material.scan.manifest.labels != "given":
+    if output.top1_before is None or not material.scan.manifest.is_classified:
         return []
     after, note = percent(output.top1_after, 1), "the same when split"
     if output.top1_after != output.top1_before:
@@ -302,7 +309,10 @@ def _notes(material: Material, has_images: bool) -> list[str]:
             **_of_samples(material, known),
             "R-precision and coverage are left out: the evaluation had a scan of some images "
             "only.": None in [channel.coverage for channel in known.channels],
-            "Nothing was switched off: the evaluation holds no ablation.": known.ablation is None,
+            "Nothing was switched off: the evaluation holds no ablation.": known.ablation is None
+            and material.scan.manifest.has_shares,
+            "Nothing was switched off, and no relevance for the output is told: the scan has no "
+            "target.": not material.scan.manifest.has_shares,
             f"Only {n_off:,} of {count(n, 'channel')} were switched off, those with the lowest "
             "cosines unless chosen otherwise.": known.ablation and n_off < n,
             "Semantic measures are left out: the evaluation holds none.": known.semantics is None,
@@ -352,6 +362,8 @@ def _settings(material: Material) -> dict[str, str]:
     if split is not None:
         rows["method"] = split.method
     rows["labels"] = manifest.labels
+    if manifest.target != "label":
+        rows["target"] = manifest.target
     if isinstance(manifest.source.get("model"), str):
         rows["network"] = manifest.source["model"]
     rows["layer"] = _layer(scan.layer)

@@ -27,6 +27,7 @@ GLOSSARY = {
     "mean separation error": "The mean of the separation errors of the split channels; 0 is ideal.",
     "rectified": "The separation error of what is above zero at each position, as a ReLU sees it.",
     "largest logit difference": "How far an output moved when the channels were split; 0: no bit.",
+    "largest output difference": "How far an output moved when the channels were split; 0: no bit.",
     "top-1 accuracy": "The part of the validation images whose class has the largest logit.",
     "polysemantic channels": "Channels that several unrelated concepts drive.",
     "r-precision": (

@@ -71,6 +71,11 @@ def edit_run(
     """
     if not (run.folder / "split.safetensors").exists():
         raise RunError(f"{run.folder} holds no split, so there is nothing to switch off.")
+    if run.settings.target != "label":
+        raise UsageError(
+            f"The page of an edit counts classes, and the run's target {run.settings.target!r} is "
+            "of none; unbraid.edit makes the network in Python, unbraid.ablate tells what it loses."
+        )
     if (out / "settings.json").exists() or (out / "manifest.json").exists():
         raise UsageError(f"{out} holds a run or scan; name another folder.")
     split, loaded = run.split, network or load_again(run.settings.source)

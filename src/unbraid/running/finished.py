@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import RunError
-from unbraid.base.tables import count
+from unbraid.base.tables import count, one_line
 from unbraid.finding.find import find
 from unbraid.finding.findings import Findings
 from unbraid.finding.thresholds import Sensitivity, sensitivity
@@ -26,6 +26,7 @@ from unbraid.running.folders import as_labelled, validation_images
 from unbraid.running.sample import choose_for_positions, concerned_in
 from unbraid.scanning.many import open_scan
 from unbraid.scanning.records import Scan
+from unbraid.scanning.targets import read_target
 from unbraid.splitting.splits import Split
 from unbraid.visualizing.features import Features
 
@@ -44,6 +45,17 @@ class Run:
         self.folder, self.settings = folder, settings
         self.page = folder / "report.html"
         self.broken: list[str] = []  # names of images that its scans left out
+
+    @property
+    def target(self) -> str:
+        """What `unbraid.scan` took as its target; RunError if that was a function."""
+        name, told = self.settings.target, self.settings.source.get("target", self.settings.target)
+        if read_target(told).name != name:
+            raise RunError(
+                f"The run's target, {one_line(name)}, is not in its folder; give it to "
+                "unbraid.explain in Python."
+            )
+        return str(told)
 
     @cached_property
     def train_scan(self) -> Scan:

@@ -54,7 +54,7 @@ def run_in_turn(
         say(f"A first look is at no fewer than these {n}, so this is the full run.")
     large = size_of(train) >= LARGE and not _begun(home)
     if is_sample and (quick or (quick is None and large)):
-        by_class = options["labels"] != "predicted"
+        by_class = options["labels"] == "given"
         parts = {
             kind: Subset(images, sample_of(images, SIZES[kind], by_class=by_class))
             for kind, images in (("train", train), ("val", val))

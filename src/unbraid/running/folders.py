@@ -89,20 +89,24 @@ class Settings:
     sight: Sight | None = None  # the part of its pictures that the network sees, if known
     scans: tuple[str, ...] = ()  # what identifies them; older runs do not name theirs
     everything: bool = False  # whether all is measured on all images, not on a sample
+    target: str = "label"  # name of the number of each image whose gradient was taken
 
     def same_results(self, other: Settings) -> bool:
         """Whether two runs come to the same results: title, source and sight change none."""
         if self.scans and other.scans and self.scans != other.scans:
             return False
-        mine, theirs = ((s.thresholds, s.encoder, s.labels, s.everything) for s in (self, other))
+        mine, theirs = (
+            (s.thresholds, s.encoder, s.labels, s.everything, s.target) for s in (self, other)
+        )
         return mine == theirs
 
     def __str__(self) -> str:
         """Name what results depend on, thresholds always and the rest where it is unusual."""
         told = asdict(self.thresholds) | {"labels": self.labels, "encoder": self.encoder}
+        told["target"] = self.target
         told |= {"images measured": "all" if self.everything else None}
         usual = {"rho": None, "concepts": "classes", "labels": "given", "encoder": None}
-        usual["images measured"] = None
+        usual |= {"images measured": None, "target": "label"}
         return ", ".join(
             f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in told.items()

@@ -27,6 +27,7 @@ from unbraid.networks.relevance import undisturbed
 from unbraid.running.folders import as_labelled, labels_as_scanned
 from unbraid.running.sample import by_cosine, draw_sample
 from unbraid.scanning.records import Scan
+from unbraid.scanning.targets import Scalar
 from unbraid.splitting.splits import Split
 from unbraid.surgery.split_layer import SplitLayer
 
@@ -53,6 +54,7 @@ class Measured:
     scan: Scan  # of all validation images
     images: Dataset[Any]  # these
     everything: bool  # on all of them, or on a sample
+    target: Scalar  # of the scan
 
 
 def measure(
@@ -68,7 +70,9 @@ def measure(
             f" of {count(scan.manifest.n_images, 'validation image')}; --all takes all."
         )
     channels = by_cosine(found) if measured.everything else _affordable(nets.model2, measured)
-    if len(channels) < len(found.concepts):
+    if measured.target.value is None:
+        say("Without a target nothing is switched off.")
+    elif len(channels) < len(found.concepts):
         say(
             f"Switching off only {count(len(channels), 'channel')} of {len(found.concepts):,}, "
             "those with the lowest cosines; --all takes all."
@@ -85,6 +89,7 @@ def measure(
         channels=channels,
         scan=scan if found.clusters else None,
         labels=labels_as_scanned(scan),
+        target=measured.target,
         progress=True,
         **loading,
     )
@@ -124,12 +129,14 @@ def _of_all(output: OutputComparison, scan: Scan) -> OutputComparison:
 
     The split network's is the same, since its outputs are the same bit for bit.
     """
+    if not scan.manifest.is_classified:
+        return output
     n_known = n_right = 0
     for own in scan.tensors("label", "prediction"):
         known = own["label"] != UNLABELLED
         n_known += int(known.sum())
         n_right += int((own["label"] == own["prediction"])[known].sum())
-    if scan.manifest.labels != "given" or not n_known:
+    if not n_known:
         return output
     return replace(output, top1_before=n_right / n_known, top1_after=n_right / n_known)
 

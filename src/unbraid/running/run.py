@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from unbraid.base.errors import DataError, RunError, UnbraidError
+from unbraid.base.errors import DataError, RunError, UnbraidError, UsageError
 from unbraid.base.files import set_aside
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
 from unbraid.finding.find import find
 from unbraid.finding.thresholds import check_thresholds
 from unbraid.images.broken import UNLABELLED, Loaded, first_readable
-from unbraid.images.dataset import class_names_of, listed_labels, name_of, size_of
+from unbraid.images.dataset import class_names_of, listed_labels, name_of, size_of, spaced
 from unbraid.images.sample import SIZES
 from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_encoder, ready
 from unbraid.measuring.evaluate import evaluate
@@ -39,6 +39,7 @@ from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import scan_into
 from unbraid.scanning.scan_options import MIN_SHARE, Labels, Loading
+from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target
 from unbraid.splitting.split import check_rho, split
 from unbraid.splitting.splits import Split
 from unbraid.surgery.apply import apply, check_in_force
@@ -63,6 +64,7 @@ class Job:
     say: Callable[[str], None]  # told of each step
     encoder: str | None = None  # for semantic measures; None: the network's penultimate layer
     labels: Labels = "given"  # "predicted" for images without, or to take them for these
+    target: GivenTarget | Scalar = LABEL  # whose gradient says which channels matter
     everything: bool = False  # measure on all images, not on a sample
     features: bool = True  # make feature visualisations of the split channels
     overwrite: bool = False  # put finished results in the place of those in the folder
@@ -73,6 +75,7 @@ class Job:
     def scan(self, images: Dataset[Any], into: Mapping[str, Path], **which: Any) -> dict[str, Scan]:
         """Scan layers into their folders."""
         options = {**vars(self.loading), "source": self.source, "labels": self.labels}
+        options["target"] = self.target
         return scan_into(self.model, into, images, progress=True, **options, **which)
 
     def loading_of(self, made: Run) -> dict[str, Any]:
@@ -146,8 +149,9 @@ def run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: En
     scans = (train_scan.manifest.scan_id, val_scan.manifest.scan_id)
     source = job.source | ({"command": job.command} if job.command else {})
     asked = (job.title, job.thresholds, source, job.encoder, job.labels)
+    named = read_target(job.target).name
     # A report that is written again knows no preprocessing.
-    settings = Settings(*asked, sight_of(job.val), scans, job.everything)
+    settings = Settings(*asked, sight_of(job.val), scans, job.everything, named)
     # Only now is it sure that the folder is this network's and these images'.
     folder = folders.take_folder(out, settings, found)
     if folder != out:
@@ -213,7 +217,8 @@ def _scan_positions(job: Job, made: Run, kind: Literal["train", "val"]) -> Scan:
 def _measure(job: Job, made: Run, model2: nn.Module, encoder: Encoder) -> Evaluation:
     """Compare outputs, switch concept channels off, and take all measures of a split."""
     nets = Networks(job.model, model2, encoder)
-    measured = Measured(made.found, made.split, made.val_scan, job.val, job.everything)
+    about = (made.found, made.split, made.val_scan, job.val, job.everything)
+    measured = Measured(*about, read_target(job.target))
     measures = measure(nets, measured, job.say, job.loading_of(made))
     measures |= {"baseline": made.baseline, "maps": made.val_maps}
     return evaluate(made.split, made.val_scan, **measures)
@@ -251,9 +256,18 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
     """
     check_thresholds(job.thresholds.tau, job.thresholds.p, job.thresholds.gamma, MIN_SHARE)
     check_rho(job.thresholds.rho)
+    target = read_target(job.target)
+    without = "a target" if target.value is None else "labels" if job.labels == "none" else ""
+    if without and job.thresholds.concepts != "clusters":
+        raise UsageError(
+            f"Without {without} there are no classes to find concepts of; ask for "
+            "concepts='clusters'."
+        )
     for folder in places.values():
         for own in folders.results_in(folders.home_of(folder)):
             folders.read_settings(own)  # else it would not be known whose results they are
+    if job.loading.batch_size == 1:
+        _refuse_sizes(job)
     for layer in places:
         try_layer(job, layer)
     if job.encoder is None:
@@ -265,6 +279,17 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
                 encode(next(load_batches(encoder, job.val, [[index]], 0)))
                 break
     return encoder
+
+
+def _refuse_sizes(job: Job) -> None:
+    """Raise DataError if images are seen to be of several sizes, which a run cannot show."""
+    for images in (job.train, job.val):
+        tried = (first_readable(images, [k]) for k in spaced(size_of(images)))
+        if len({image.shape for image in tried if image is not None}) > 1:
+            raise DataError(
+                "Images are of different sizes, and a run keeps positions of some; bring all to "
+                "one size in the preprocessing, or scan, find and split step by step."
+            )
 
 
 def try_layer(job: Job, layer: str) -> None:
@@ -281,7 +306,10 @@ def try_scan(job: Job, layers: Sequence[str], *, positions: bool) -> torch.Tenso
     if image is None:
         return None
     # Two, as some networks run on no single image.
-    tried: dict[str, Any] = {"min_share": MIN_SHARE, "positions": positions, "predicted": True}
+    target = read_target(job.target)
+    labels = "predicted" if target.of_class else "given"
+    tried: dict[str, Any] = {"min_share": MIN_SHARE, "positions": positions, "labels": labels}
+    tried["target"] = target
     twice = [Loaded(0, image, 0), Loaded(1, image, 0)]
     images = torch.stack([image, image]).to(device_of(model))
     modules = dict(resolve_layer(model, layer) for layer in layers)
@@ -295,7 +323,7 @@ def try_scan(job: Job, layers: Sequence[str], *, positions: bool) -> torch.Tenso
 def tell_unseen(job: Job) -> None:
     """Tell of classes without validation images, as their channels will be left out."""
     train, val = (listed_labels(images) for images in (job.train, job.val))
-    if job.labels == "predicted" or train is None or val is None:
+    if job.labels != "given" or train is None or val is None:
         return  # they will be known only when all images were read
     missing = sorted(set(train) - set(val) - {UNLABELLED})
     if missing:

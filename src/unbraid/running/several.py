@@ -45,6 +45,7 @@ from unbraid.scanning.accuracy import scanned_accuracy
 from unbraid.scanning.every import as_many_as_fit, as_options, tell_rest
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import usable_in
+from unbraid.scanning.targets import read_target
 from unbraid.splitting.split import split
 from unbraid.surgery.apply import apply
 
@@ -84,7 +85,7 @@ def run_layers(
     """
     job = Job(model, train, val, **options)
     tell_unseen(job)
-    every = partial(usable_in, model, train)
+    every = partial(usable_in, model, train, job.target)
     names = layer_names(model, layers, every)
     if any(layer == ALL and is_pattern(model, layer) for layer in layers):
         return _run_all(job, layers, names, out)
@@ -229,7 +230,8 @@ class _Index:
     def __init__(self, job: Job, out: Path, every: Sequence[str]) -> None:
         """Find the folder; read what is there."""
         self.title, self.every, self.notes = job.title, list(every), list[str]()
-        self.settings = str(Settings("", job.thresholds, {}, job.encoder, job.labels))
+        named = read_target(job.target).name
+        self.settings = str(Settings("", job.thresholds, {}, job.encoder, job.labels, target=named))
         self.folder = out if job.overwrite else self._own_folder(out)
         before = read_layers(self.folder)
         same = before is not None and before.settings == self.settings
@@ -299,5 +301,5 @@ def _compare_together(job: Job, runs: Mapping[str, Run]) -> OutputComparison | N
     job.say("Checking the outputs with all layers split.")
     model2, loading = apply(job.model, [done.split for done in found]), job.loading_of(found[0])
     which = None if job.everything else draw_sample(found[0].val_scan, found[0].found)
-    loading |= {"indices": which, "tolerance": 0.0, "progress": True}
+    loading |= {"indices": which, "tolerance": 0.0, "progress": True, "target": job.target}
     return compare_outputs(job.model, model2, job.val, **loading)

@@ -14,7 +14,8 @@ def told(result: Run) -> list[str | Table]:
     if result.evaluation is not None:
         assert result.evaluation.output is not None
         parts += ["", result.evaluation.table(), "", result.evaluation.summary_table(), ""]
-        parts.append(compared("Largest logit difference", result.evaluation.output))
+        what = "logit" if result.evaluation.output.top1_agreement is not None else "output"
+        parts.append(compared(f"Largest {what} difference", result.evaluation.output))
     if look := first_look_in_words(result.settings.source, result.found):
         parts.append(look)
     return [*parts, f"Report: {result.page}"]

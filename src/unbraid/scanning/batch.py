@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unbraid.base.errors import LayerError, ModelError, OutOfMemory, brief, memory_full
+from unbraid.base.errors import DataError, LayerError, ModelError, OutOfMemory, brief, memory_full
 from unbraid.images.batches import as_batch
 from unbraid.images.broken import Loaded
 from unbraid.networks.copying import device_of, tensors_in
 from unbraid.networks.layers import bias_of, weight_rows
-from unbraid.networks.outputs import check_labels, refuse_broken_values, run_network
+from unbraid.networks.outputs import logits_of, refuse_broken_values, run_network, run_raw
 from unbraid.networks.relevance import (
     Cut,
     cut_at,
@@ -27,6 +27,9 @@ from unbraid.networks.relevance import (
 )
 from unbraid.networks.spec import LayerSpec, channels_first, pooled_input, spread_inputs
 from unbraid.scanning.fields import Records, no_records
+from unbraid.scanning.manifest import most_classes
+from unbraid.scanning.scan_options import Labels
+from unbraid.scanning.targets import Scalar
 
 _MEMORY = 2**31  # bytes; of an accelerator a quarter of what it has
 _MOST = 32  # more brings a processor nothing but larger blocks
@@ -107,7 +110,8 @@ def scan_batch(
     sampled: Container[int] = (),
     min_share: float,
     positions: bool,
-    predicted: bool,
+    labels: Labels,
+    target: Scalar,
     autocast: bool,
     check: bool,
 ) -> list[Records]:
@@ -115,7 +119,7 @@ def scan_batch(
 
     Of images whose index is in `sampled` tap inputs at some positions are kept, unless all
     positions are. With `check` it is made sure that the layers compute what is thought, image by
-    image.
+    image. Without a target there is no gradient, and no share.
     """
     if not items:
         return [no_records(layer.spec, positions) for layer in layers]
@@ -131,27 +135,53 @@ def scan_batch(
             stack.enter_context(cut_at(layer.module, partial(_keep, layer.spec, positions, chosen)))
             for layer in layers
         ]
+        if target.value is None:
+            stack.enter_context(torch.no_grad())
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            logits = run_network(model, images)
+            output = run_raw(model, images)
         for layer, cut in zip(layers, cuts, strict=True):
             cut.recording = False
             if not cut.outputs:
                 raise LayerError(f"Layer {layer.spec.name!r} does not run when the network does.")
-        label = prediction = logits.argmax(1).cpu()
-        if not predicted:
-            label = torch.tensor([item.label for item in items], dtype=torch.int64)
-        check_labels(label, index, logits)
+        most = most_classes(layers[0].spec)
+        label, prediction = _labels(items, output, labels, target, most)
         calls = [cut.outputs for cut in cuts]
-        if check:
-            _check_apart(layers, calls, logits)
-        own = logits.gather(1, label.to(device)[:, None]).sum()
-        gradients = _gradients_of_each(calls, own)
-    refuse_broken_values(logits, index)
+        gradients: Sequence[Sequence[Tensor | None] | None] = [None] * len(layers)
+        if target.value is not None:
+            value = target.of(output, label.to(device), index)
+            target.refuse_detached(output, value)
+            if check:
+                _check_apart(layers, calls, value)
+            gradients = _gradients_of_each(calls, value.sum())
+    if target.value is None and check and len(items) > 1:
+        _check_apart_by_another(model, layers, images, cuts, autocast)
     known = {"index": index, "label": label, "prediction": prediction}
     return [
         _records_of(layer, cut, gradient, known, chosen, min_share, positions, check)
         for layer, cut, gradient in zip(layers, cuts, gradients, strict=True)
     ]
+
+
+def _labels(
+    items: Sequence[Loaded], output: Any, labels: Labels, target: Scalar, most: int
+) -> tuple[Tensor, Tensor]:
+    """Classes of images and the network's top classes, (N,) each, 0 where there are none.
+
+    Those that name no outputs must be fewer than `most`; DataError if one is not.
+    """
+    label = prediction = torch.zeros(len(items), dtype=torch.int64)
+    if target.of_class or labels == "predicted":
+        label = prediction = logits_of(output, len(items)).argmax(1).cpu()
+    if labels != "predicted":
+        given = [item.label if labels == "given" else 0 for item in items]
+        label = torch.tensor(given, dtype=torch.int64)
+    wrong = [] if target.of_class else ((label < 0) | (label >= most)).nonzero()[:, 0].tolist()
+    if wrong:
+        raise DataError(
+            f"Image {items[wrong[0]].index} has label {int(label[wrong[0]])}; number classes from "
+            f"0 on, fewer than {most:,}, or scan with labels='none'."
+        )
+    return label, prediction
 
 
 def _keep(spec: LayerSpec, positions: bool, chosen: Tensor, x: Tensor) -> Kept:
@@ -171,7 +201,7 @@ def _gradients_of_each(
             raise OutOfMemory("The device is out of memory; lower batch_size.") from None
         raise ModelError(
             f"The network gives no gradient at the layer ({brief(error)}); choose a layer behind "
-            "that place, one at a time."
+            "that place, one at a time, or scan with target='none', which needs none."
         ) from None
     return [[next(flat) for _ in outputs] for outputs in calls]
 
@@ -179,7 +209,7 @@ def _gradients_of_each(
 def _records_of(
     layer: Place,
     cut: Cut[Kept],
-    gradients: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None] | None,
     known: dict[str, Tensor],
     chosen: Tensor,
     min_share: float,
@@ -188,18 +218,17 @@ def _records_of(
 ) -> Records:
     """Make the records of one layer; `known` are those that are the same for all, (N,) each.
 
-    `chosen` (N,) says which images are sampled.
+    `chosen` (N,) says which images are sampled. Without gradients no share is kept.
     """
     spec, index = layer.spec, known["index"]
     n_images = len(index)
-    relevance = output_relevance(spec.name, cut.outputs, gradients)
     pooled = _sum_calls(spec, n_images, [call.pooled for call in cut.inputs])
     z = [channels_first(spec, output.detach()).flatten(2) for output in cut.outputs]
-    summed = _sum_calls(
-        spec,
-        n_images,
-        [channels_first(spec, r).flatten(2).sum(2, dtype=pooled.dtype) for r in relevance],
-    )
+    summed = pooled.new_zeros(n_images, spec.n_out)
+    if gradients is not None:
+        relevance = output_relevance(spec.name, cut.outputs, gradients)
+        by_channel = (channels_first(spec, r).flatten(2) for r in relevance)
+        summed = _sum_calls(spec, n_images, [r.sum(2, dtype=pooled.dtype) for r in by_channel])
     n_positions = sum(len(call) // n_images * call.shape[2] for call in z)
     for values in (pooled, summed):
         refuse_broken_values(values, index)
@@ -238,8 +267,8 @@ def _sum_calls(spec: LayerSpec, n_images: int, calls: Sequence[Tensor]) -> Tenso
         if not len(call) or len(call) % n_images:
             raise LayerError(
                 f"Layer {spec.name!r} has {len(call)} rows of numbers for {n_images} images, "
-                "perhaps because a hook changes their order; remove that hook, or choose another "
-                "layer."
+                "perhaps because a hook changes their order, or parts of images are not as many; "
+                "remove that hook, use batch_size=1, or choose another layer."
             )
     return torch.stack([call.unflatten(0, (n_images, -1)).sum(1) for call in calls]).sum(0)
 
@@ -257,22 +286,58 @@ def _input_map(spec: LayerSpec, n_images: int, calls: Sequence[Tensor | None]) -
     return parts.movedim(1, 2).flatten(2, 3) if len(first) != n_images else first
 
 
-def _check_apart(
-    layers: Sequence[Place], calls: Sequence[Sequence[Tensor]], logits: Tensor
-) -> None:
-    """Raise if parts of an image, such as windows, do not lie together, in the images' order."""
-    n_images = len(logits)
-    own = _gradients_of_each(calls, logits[0].sum())
+def _check_apart(layers: Sequence[Place], calls: Sequence[Sequence[Tensor]], value: Tensor) -> None:
+    """Raise if parts of an image, such as windows, do not lie together, in the images' order.
+
+    No part of another image has a gradient of the first image's target; `value` is (N,).
+    """
+    n_images = len(value)
+    own = _gradients_of_each(calls, value[0])
     for layer, outputs, gradients in zip(layers, calls, own, strict=True):
         for output, gradient in zip(outputs, gradients, strict=True):
             n_parts, rest = divmod(len(output), n_images)
             others = gradient[n_parts:] if gradient is not None else output.new_zeros(0)
             if rest or (others.abs() > 0).any():
-                raise LayerError(
-                    f"Layer {layer.spec.name!r} puts out {tuple(output.shape)} for {n_images} "
-                    "images, where what belongs to one image does not lie together; use "
-                    "batch_size=1."
-                )
+                raise _scattered(layer, output, n_images)
+
+
+def _check_apart_by_another(
+    model: nn.Module,
+    layers: Sequence[Place],
+    images: Tensor,
+    cuts: Sequence[Cut[Kept]],
+    autocast: bool,
+) -> None:
+    """Raise likewise without a gradient: with another first image all others stay as they are."""
+    beside = images.clone()
+    beside[0] = images[-1].flip(-1)
+    with ExitStack() as stack, torch.no_grad():
+        again = [
+            stack.enter_context(cut_at(layer.module, partial(_pooled_only, layer.spec)))
+            for layer in layers
+        ]
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+            run_raw(model, beside)
+    for layer, cut, other in zip(layers, cuts, again, strict=True):
+        for kept, pooled, output in zip(cut.inputs, other.inputs, cut.outputs, strict=False):
+            n_parts, rest = divmod(len(kept.pooled), len(images))
+            if rest or len(pooled) != len(kept.pooled):
+                raise _scattered(layer, output, len(images))
+            before, after = kept.pooled[n_parts:], pooled[n_parts:]
+            scale = float(before.abs().max()) if before.numel() else 0.0
+            if float((before - after).abs().max()) > torch.finfo(output.dtype).eps ** 0.5 * scale:
+                raise _scattered(layer, output, len(images))
+
+
+def _pooled_only(spec: LayerSpec, x: Tensor) -> Tensor:
+    return pooled_input(spec, channels_first(spec, x))
+
+
+def _scattered(layer: Place, output: Tensor, n_images: int) -> LayerError:
+    return LayerError(
+        f"Layer {layer.spec.name!r} puts out {tuple(output.shape)} for {n_images} images, where "
+        "what belongs to one image does not lie together; use batch_size=1."
+    )
 
 
 def _check_linear(

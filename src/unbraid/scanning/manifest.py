@@ -50,6 +50,7 @@ class Manifest:
     threads: int = 0  # 0: not known
     first: str = ""  # hash of the indices of images that come before all others, if some do
     n_first: int = 0  # how many they are, in whole shards
+    target: str = "label"  # name of the number of each image whose gradient was taken
     schema: int = SCHEMA
 
     # What must agree before a scan goes on in a folder, in words for people.
@@ -62,6 +63,7 @@ class Manifest:
         "min_share": "the smallest share kept",
         "classes": "the classes",
         "labels": "whether labels are given or predicted",
+        "target": "the target",
         "output": "which part of the output is the logits",
         "indices": "the places in the data set",
         "first": "which images come first",
@@ -77,6 +79,16 @@ class Manifest:
     def n_shards(self) -> int:
         """Shards that a complete Scan has."""
         return -(-self.n_images // self.shard_size)
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether records tell which channels mattered, as they do with any target."""
+        return self.target != "none"
+
+    @property
+    def is_classified(self) -> bool:
+        """Whether an image's top class can be right or wrong."""
+        return self.labels == "given" and self.target == "label"
 
     def images_in(self, shard: int) -> int:
         """Images that a shard holds, broken ones included."""

@@ -7,7 +7,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
@@ -63,6 +63,7 @@ from unbraid.scanning.shards import (
     scan_shards,
     take_over,
 )
+from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target
 
 
 def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +114,8 @@ def scan(
 
     Args:
         model: gives logits (N, T) for a batch of images, or (N,) or (N, 1) to tell two classes
-            apart; `unbraid.with_logits` picks them out of a larger output.
+            apart; `unbraid.with_logits` picks them out of a larger output. With another target it
+            may give anything.
         layer: a convolution or fully connected layer, by `named_modules()` name or itself. Several
             layers, as a list, are scanned in the same pass; a pattern such as "layer4.*.conv3",
             alone or in a list, stands for all layers of such names that can be scanned; "all" for
@@ -123,7 +125,13 @@ def scan(
             Its `ids`, a text for each, name images for good, whatever their order (docs/data.md).
         out: folder for the records; of several layers, each has a folder of its name in it.
         labels: "predicted" takes each image for what the network takes it for, whatever the data
-            set's label, so data sets without labels will do (any number stands for a label).
+            set's label, so data sets without labels will do (any number stands for a label). "none"
+            goes with a target that asks for no class: every image counts as of class 0.
+        target: the number of each image whose gradient says which channels matter in it. By default
+            the logit of the image's class; or by name "segmentation:CLASS", "detection:CLASS",
+            "embedding:FILE", "regression:INDEX" or "multilabel"; or a function from the network's
+            output to (N,). None: no number, so no gradient and no share; clusters and groups of
+            images can be found all the same (docs/networks.md).
         classes: scan only images with these given labels.
         indices: scan only the images of these indices in the data set.
         positions: also keep the layer's input maps, which the published rho criterion and the
@@ -165,7 +173,8 @@ def scan(
         asked, one = [layer], not is_pattern(model, layer)
     else:
         asked, one = list(layer), False
-    usable = layer_names(model, asked, partial(usable_in, model, dataset))
+    target = read_target(options.get("target", LABEL))
+    usable = layer_names(model, asked, partial(usable_in, model, dataset, target))
     names, left_out = as_many_as_fit(model, asked, usable, [dataset])
     if left_out:
         warnings.warn(tell_rest(names, left_out), stacklevel=4)
@@ -193,7 +202,7 @@ def scan_into(
         near = get_close_matches(name, ScanOptions.__dataclass_fields__, 1)
         instead = f"use {near[0]}" if near else "leave it out"
         raise TypeError(f"scan() takes no argument {name!r}; {instead}.")
-    options = ScanOptions(**given).checked()
+    options = _settled(ScanOptions(**given).checked())
     model = unwrap(model)
     modules = {name: resolve_layer(model, name)[1] for name in folders}
     specs = {name: describe(name, module) for name, module in modules.items()}
@@ -217,7 +226,8 @@ def scan_into(
     claim_together(targets, team)
     # Input maps of a part are asked for after a scan of all, which has told how well it fits.
     again = options.positions and not (options.classes is None and options.indices is None)
-    tells = options.labels == "given" and team.first and not again
+    classified = options.labels == "given" and options.target.name == LABEL
+    tells = classified and team.first and not again
     early = tells and not begun and len(indices) >= LONG
     if early:
         _tell_fit(sampled_accuracy(model, dataset, indices, common["batch_size"]), common, options)
@@ -231,6 +241,26 @@ def scan_into(
     if tells and not early:
         _tell_fit(scanned_accuracy(next(iter(scans.values()))), common, options)
     return scans
+
+
+def _settled(options: ScanOptions) -> ScanOptions:
+    """The options with their target read; UsageError if labels do not go with it."""
+    target = read_target(options.target)
+    wanted = "'given'" if target.by_label else "'given' or 'predicted'"
+    if (target.of_class and options.labels == "none") or (
+        target.by_label and options.labels != "given"
+    ):
+        raise UsageError(
+            f"The target {target.name!r} is of each image's class, so labels={options.labels!r} "
+            f"does not go with it; use target='none', or labels={wanted}."
+        )
+    if target.is_own:
+        warnings.warn(
+            f"The target {target.name!r} is known by its name and code alone; a scan that goes on "
+            "cannot tell whether what it calls has changed.",
+            stacklevel=4,
+        )
+    return replace(options, target=target)
 
 
 def _look_at(
@@ -248,7 +278,8 @@ def _look_at(
 def _indices(options: ScanOptions, labels: Sequence[int]) -> Sequence[int]:
     """Indices in the data set of the images to scan, in order."""
     if options.labels == "given" and distinct(labels) == {UNLABELLED}:
-        raise UsageError("The data set has no labels; pass labels='predicted'.")
+        other = "" if options.target.of_class else " or labels='none'"
+        raise UsageError(f"The data set has no labels; pass labels='predicted'{other}.")
     if options.indices is not None:
         indices = list(options.indices)
         if not indices or indices[0] < 0 or indices[-1] >= len(labels):
@@ -305,10 +336,11 @@ def _describe_all(
         **asked,
         **{name: value if asked[name] is None else asked[name] for name, value in usual.items()},
         **told,
+        "target": options.target.name,
         "weights": weights,
         "data": data,
         "n_images": len(indices),
-        "class_names": class_names_of(dataset),
+        "class_names": ("no label",) if options.labels == "none" else class_names_of(dataset),
         "shard_size": images_per_shard(options.positions),
         "versions": {
             "unbraid": version("unbraid"),
@@ -345,13 +377,17 @@ def _tell_fit(accuracy: Accuracy | None, common: dict[str, Any], options: ScanOp
 
 
 @in_plain_modes
-def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
-    """List the layers, in order, that can be split, see images (N, C, H, W) and reach the logits.
+def usable_layers(
+    model: nn.Module, images: Tensor, target: GivenTarget | Scalar = LABEL
+) -> list[LayerSpec]:
+    """List the layers, in order, that can be split, see images (N, C, H, W) and reach the output.
+
+    Without a target none has to reach it.
 
     Raises:
-        ModelError: the network cannot run on such images, or gives no logits.
+        ModelError: the network cannot run on such images.
     """
-    model = unwrap(model)
+    model, sought = unwrap(model), read_target(target)
     specs = splittable_layers(model)
     seed = torch.Generator().manual_seed(0)
     noise = torch.randn(images.shape, generator=seed, dtype=torch.float32).to(images)
@@ -367,16 +403,18 @@ def usable_layers(model: nn.Module, images: Tensor) -> list[LayerSpec]:
         # What is the same whatever the image are codes of positions and the like.
         if len(of_images) != len(of_noise) or not all(map(torch.equal, of_images, of_noise))
     ]
-    return _reaching(model, seeing, images)
+    return seeing if sought.value is None else _reaching(model, seeing, images)
 
 
-def usable_in(model: nn.Module, dataset: Dataset[Any]) -> list[LayerSpec]:
+def usable_in(
+    model: nn.Module, dataset: Dataset[Any], target: GivenTarget | Scalar = LABEL
+) -> list[LayerSpec]:
     """The same by the first image of a data set that can be read."""
     image = first_readable(dataset, range(size_of(dataset)))
     if image is None:
         raise DataError("None of the first images can be read; mend the data set.")
     # Of two, as some networks lose the dimension of a single one, or take no single one.
-    return usable_layers(model, torch.stack([image] * 2).to(device_of(model)))
+    return usable_layers(model, torch.stack([image] * 2).to(device_of(model)), target)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
@@ -27,7 +27,7 @@ from unbraid.base.schema import parse_json
 MIN_SHARE = 0.005  # with shares adding up to one, at most 200 an image; a few dozen in practice
 MAX_THREADS = 4096
 
-Labels = Literal["given", "predicted"]
+Labels = Literal["given", "predicted", "none"]
 
 # The command line takes these apart into options, and its help from the docstrings, which
 # `unbraid.scan` says more fully.
@@ -55,7 +55,7 @@ class ScanOptions(Loading):
     """What `unbraid.scan` and `unbraid scan` can be asked for.
 
     Args:
-        labels: What each image counts as: its folder's class, or what the network says.
+        labels: What each image counts as: its folder's class, what the network says, or nothing.
         classes: Only images of these classes.
         positions: Also keep the layer's input maps (large).
         min_share: Smallest share kept.
@@ -65,6 +65,7 @@ class ScanOptions(Loading):
     """
 
     labels: Labels = "given"
+    target: Annotated[Any, Parameter(parse=False)] = "label"
     classes: Annotated[Sequence[int] | None, Parameter(consume_multiple=True)] = None
     indices: Annotated[Sequence[int] | None, Parameter(parse=False)] = None
     positions: bool = False
@@ -78,7 +79,7 @@ class ScanOptions(Loading):
     def checked(self) -> ScanOptions:
         """Bring the options to plain types, lists in order; UsageError if one is wrong."""
         if self.labels not in get_args(Labels):
-            raise UsageError(f"labels is {self.labels!r}; use 'given' or 'predicted'.")
+            raise UsageError(f"labels is {self.labels!r}; use 'given', 'predicted' or 'none'.")
         plain: dict[str, Any] = {"min_share": real_number("min_share", self.min_share)}
         if not 0 < plain["min_share"] < 1:
             raise UsageError(f"min_share is {self.min_share}; it must lie between 0 and 1.")
@@ -139,6 +140,7 @@ class Options(TypedDict, total=False):
     """The same in the order of the signature, for type checkers, which read no dataclass there."""
 
     labels: Labels
+    target: str | Callable[[Any], Any] | None
     classes: Sequence[int] | None
     indices: Sequence[int] | None
     positions: bool

@@ -179,7 +179,8 @@ def scan_shards(
                 if options.labels == "given":
                     _check_labels_agree(good, labels)
                 if good and not looked:
-                    listed = listed_labels(dataset) if options.labels == "given" else None
+                    named = options.labels == "given" and options.target.of_class
+                    listed = listed_labels(dataset) if named else None
                     _look(model, targets, good, n_fewest, listed, indices)
                     looked = True
                 run = partial(
@@ -189,7 +190,8 @@ def scan_shards(
                     sampled=sampled,
                     min_share=options.min_share,
                     positions=options.positions,
-                    predicted=options.labels == "predicted",
+                    labels=options.labels,
+                    target=options.target,
                     autocast=options.autocast,
                     # Once a shard is enough, and costs next to nothing.
                     check=not any(len(records[0]) for records in parts),

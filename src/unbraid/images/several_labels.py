@@ -1,0 +1,86 @@
+"""Images of several labels each: as a data set with one label for an image, which scans take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from unbraid.base.errors import DataError
+from unbraid.images.dataset import Around, groups_of, own, size_of
+from unbraid.images.identity import ids_of
+
+
+class OnePerLabel(Around):
+    """A data set with an item for each label of each image; those of an image are one group."""
+
+    def __init__(self, dataset: Dataset[Any], several: Sequence[Sequence[int]]) -> None:
+        """Wrap a data set of (image, labels); `several` holds the numbers of each image's."""
+        self.dataset = dataset
+        self.places = [k for k, labels in enumerate(several) for _ in labels]
+        self.targets = [label for labels in several for label in labels]
+        groups, ids = groups_of(dataset), ids_of(dataset)
+        self.groups = [k if groups is None else groups[k] for k in self.places]
+        self.ids = None
+        if ids is not None:
+            pairs = zip(self.places, self.targets, strict=True)
+            self.ids = [f"{ids[k]} as {label}" for k, label in pairs]
+
+    def __len__(self) -> int:
+        """Number of labels of all images."""
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return an image and one of its labels."""
+        return self.dataset[self.places[index]][0], self.targets[index]
+
+    def source(self, index: int) -> int:
+        """Return the index in `dataset` of an item's image."""
+        return self.places[index]
+
+
+def one_per_label(dataset: Dataset[Any]) -> OnePerLabel:
+    """Make a data set for `unbraid.scan` of one whose images have several labels each.
+
+    An image counts once for each of its labels, in as many classes and concepts; an image without a
+    label is left out. Its items are one group, so none is judged by another. All later steps take
+    the same data set.
+
+    Args:
+        dataset: map-style, of (image, labels), or with a list of these in `targets`: a tensor (T,)
+            of zeros and ones, or a list of numbers of classes.
+
+    Raises:
+        DataError: labels are of another kind, or no image has one.
+    """
+    listed = own(dataset, "targets")[1]
+    if listed is not None and len(listed) != size_of(dataset):
+        raise DataError(
+            f"The data set's targets are {len(listed)} for {size_of(dataset)} images; give labels "
+            "for each image."
+        )
+    told = listed if listed is not None else (dataset[k][1] for k in range(size_of(dataset)))
+    several = [_numbers(labels, k) for k, labels in enumerate(told)]
+    if not any(several):
+        raise DataError("No image of the data set has a label; give some.")
+    return OnePerLabel(dataset, several)
+
+
+def _numbers(labels: Any, index: int) -> list[int]:
+    """Numbers of an image's labels, in order."""
+    hint = "give zeros and ones, a tensor of one for each class, or a list of numbers of classes"
+    try:
+        if isinstance(labels, Tensor) or hasattr(labels, "dtype"):
+            row = torch.as_tensor(labels)
+            if row.dim() != 1 or not bool(((row == 0) | (row == 1)).all()):
+                raise TypeError
+            return [int(number) for number in row.nonzero()[:, 0]]
+        numbers = sorted({int(label) for label in labels})
+        if any(number < 0 for number in numbers) or any(int(one) != one for one in labels):
+            raise TypeError
+    except (TypeError, ValueError):
+        raise DataError(f"The labels of image {index} are no several labels; {hint}.") from None
+    return numbers
