@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.measuring.semantics import measure_semantics as measure_semantics
     from unbraid.measuring.suggest import Suggestions as Suggestions
     from unbraid.measuring.suggest import suggest as suggest
+    from unbraid.networks.layers import heads as heads
     from unbraid.networks.outputs import with_logits as with_logits
     from unbraid.reporting.explain import Explanation as Explanation
     from unbraid.reporting.explain import explain as explain
@@ -70,6 +71,7 @@ _NAMES = {
     "measuring.results": "Ablation Evaluation Semantics",
     "measuring.semantics": "measure_semantics",
     "measuring.suggest": "Suggestions suggest",
+    "networks.layers": "heads",
     "networks.outputs": "with_logits",
     "reporting.explain": "Explanation explain",
     "reporting.figures": "density_figure save_figure source_figure teaser_figure",

@@ -290,7 +290,10 @@ def _check_linear(
     # Rounding is far below, errors above; under autocast the layer's output is the coarser.
     coarsest: float = max(torch.finfo(values.dtype).eps for values in (weight, *z))
     if (actual - expected).abs().max() > coarsest**0.5 * scale + 1e-12:
+        why = "a hook changes its output; remove that hook"
+        if spec.transposed:
+            why = "it is called with an output_size, or a hook changes its output; mend that"
         raise LayerError(
             f"Layer {spec.name!r} ({spec.kind}) does not compute what its weights say, perhaps "
-            "because a hook changes its output; remove that hook, or choose another layer."
+            f"because {why}, or choose another layer."
         )
