@@ -132,14 +132,14 @@ def volumes() -> nn.Module:
 
 
 def fused() -> nn.Module:
-    """torch's own transformer, which runs fused in eval mode."""
+    """Torch's own transformer, which runs fused in eval mode."""
     block = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     encoder = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
     return nn.Sequential(nn.Conv2d(3, 32, 4, 4), Turned(), encoder, MeanToken(), nn.Linear(32, 10))
 
 
 def vit() -> nn.Module:
-    """torchvision's ViT, small."""
+    """Torchvision's ViT, small."""
     return torchvision.models.VisionTransformer(32, 8, 3, 4, 64, 128, num_classes=10)
 
 

@@ -116,7 +116,7 @@ def test_scan_of_a_projection_is_by_hand_what_torchs_own_attention_says(
     names = [f"attention.{part}" for part in parts_of(network)]
     dataset = SyntheticImages(4)
     before = snapshot(network)
-    scans = unbraid.scan(network, names, dataset, tmp_path, min_share=-9.0, batch_size=3)
+    scans = unbraid.scan(network, names, dataset, tmp_path, min_share=1e-9, batch_size=3)
     assert_untouched(before, snapshot(network))
     assert set(dict(network.named_modules())) == set(before_names(network))
     for n, (image, label) in enumerate(dataset):
@@ -128,14 +128,16 @@ def test_scan_of_a_projection_is_by_hand_what_torchs_own_attention_says(
             wanted = [rows] if bias is None else [rows, bias]
             held = held_by(network.attention, name.split(".")[1])
             slopes = torch.autograd.grad(logit, held, retain_graph=True, allow_unused=True)
-            own = slice(None) if name.endswith(OUT) else module.rows
+            own = slice(None) if name.endswith(OUT) else module.at
             packed = name.endswith(OUT) or network.attention.in_proj_weight is None
             slopes = [s[own] if not (packed and k == 0) else s for k, s in enumerate(slopes)]
-            relevance = sum((w * s).reshape(len(w), -1).sum(1) for w, s in zip(wanted, slopes))
+            relevance = sum(
+                (w * s).reshape(len(w), -1).sum(1) for w, s in zip(wanted, slopes, strict=True)
+            )
             share = relevance / relevance.clamp(min=0).sum()
             (records,) = scan.shards()
             found = torch.stack([records.share_of(o)[n] for o in range(scan.layer.n_out)])
-            assert_close(found.double(), share.detach(), 1e-5)
+            assert_close(found.double(), share.detach().clamp(min=0), 1e-5)
             assert int(records.n_positions[n]) == 30
 
 
@@ -214,8 +216,8 @@ def test_what_never_runs_says_so(tmp_path):
     with pytest.raises(LayerError, match="does not run when the network does"):
         unbraid.scan(network, "attention.q_proj", SyntheticImages(3), tmp_path)
     changed = unbraid.apply(network, make_split(network, layer="attention.in_proj"))
-    changed.apart = True
-    with pytest.raises(ModelError, match="never runs layer 'attention.in_proj'"):
+    network.apart = changed.apart = True
+    with pytest.raises(ModelError, match=r"never runs layer 'attention\.in_proj'"):
         unbraid.compare_outputs(network, changed, SyntheticImages(3))
 
     class Own(nn.MultiheadAttention):
@@ -269,9 +271,8 @@ def test_torchs_fused_transformer_layer_is_equal_to_the_last_bit_as_it_runs(part
     assert_bit_equal(both(x), network(x))
     for one in (network, changed):
         one.train()
-        torch.manual_seed(0)
-        one.seen = one(x)
-    assert_close(changed.seen, network.seen, 1e-5)
+        one(x).sum().backward()
+    assert changed.get_submodule(name).rows.grad.abs().sum() > 0
 
 
 def test_a_hook_on_a_projection_sees_what_torch_computes_in_its_place():

@@ -55,7 +55,7 @@ def test_taps_meet_what_a_plain_loop_says(kind):
                 expected[at] += x[(slice(None), slice(spec.n_in_per_group), *i.tolist())]
     assert_close(met, expected.flatten(1 + 1 + n_dims).flatten(1, 1 + n_dims), 1e-12)
     assert_close(pooled_input(spec, x)[:, 0], met.sum(2), 1e-12)
-    wrong = replace(spec, padding=tuple((a - 1, b - 1) for a, b in spec.padding))
+    wrong = replace(spec, padding=tuple((a + 3, b + 3) for a, b in spec.padding))
     with pytest.raises(AssertionError):
         assert_close(pooled_input(wrong, x)[:, 0], met.sum(2), 1e-12)
 

@@ -23,7 +23,6 @@ _MARK = ".py:"
 _named: set[str] = set()  # what was named in this process, not by a folder
 
 
-
 def is_own(where: str) -> bool:
     """Whether a source is a function of a file of code, which no file or folder is called."""
     return _MARK in where and not os.path.exists(where)

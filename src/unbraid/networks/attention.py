@@ -30,7 +30,7 @@ class Projection(nn.Module):
         self.part = part
 
     @property
-    def rows(self) -> slice:
+    def at(self) -> slice:
         """Where its rows stand among those for queries, keys and values."""
         n = self.of[0].embed_dim
         first = 0 if self.part == TOGETHER else n * APART.index(self.part)
@@ -43,13 +43,13 @@ class Projection(nn.Module):
         packed: Tensor | None = attention.in_proj_weight
         if packed is None:
             return getattr(attention, f"{self.part}_weight")  # type: ignore[no-any-return]
-        return packed if self.part == TOGETHER else packed[self.rows]
+        return packed if self.part == TOGETHER else packed[self.at]
 
     @property
     def bias(self) -> Tensor | None:
         """The bias, (E or 3 E,), None if the attention has none."""
         bias: Tensor | None = self.of[0].in_proj_bias
-        return None if bias is None else bias[self.rows]
+        return None if bias is None else bias[self.at]
 
     @property
     def in_features(self) -> int:
@@ -77,8 +77,8 @@ class Projection(nn.Module):
         packed = attention.in_proj_weight is not None
         name = "in_proj_weight" if packed else f"{self.part}_weight"
         for own, at, values in (
-            (name, self.rows if packed else slice(None), rows),
-            ("in_proj_bias", self.rows, bias),
+            (name, self.at if packed else slice(None), rows),
+            ("in_proj_bias", self.at, bias),
         ):
             before = getattr(attention, own)
             if before is not None:
@@ -184,7 +184,7 @@ def attend(
         q, k, v = parts[TOGETHER](lay(query)).chunk(3, -1)
     else:
         q, k, v = (parts[p](lay(x)) for p, x in zip(APART, (query, key, value), strict=True))
-    if attention.bias_k is not None:
+    if attention.bias_k is not None and attention.bias_v is not None:
         k, v = (
             torch.cat([x, more.expand(len(x), 1, -1)], 1)
             for x, more in ((k, attention.bias_k), (v, attention.bias_v))

@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from unbraid.base.errors import LayerError, UsageError, brief, nearest
 from unbraid.base.modes import refuse_missing_weights
+from unbraid.networks.attention import Projection, with_projections
 from unbraid.networks.copying import copy_network, unwrap, unwrapped_name
 from unbraid.networks.relevance import undisturbed
-from unbraid.networks.attention import Projection, with_projections
 from unbraid.networks.spec import SAME, TRANSPOSED, LayerSpec, as_rows, channels_first, respond
 
 LayerName = str | nn.Module
@@ -171,7 +171,9 @@ def describe(name: str, module: nn.Module) -> LayerSpec:
 def weight_rows(module: nn.Module) -> Tensor:
     """Return the weights that a layer applies as one row per output channel, (C_out, J)."""
     weight = _applied(module)[0]
-    return as_rows(_declared(module), weight) if isinstance(module, _TRANSPOSED) else weight.flatten(1)
+    return (
+        as_rows(_declared(module), weight) if isinstance(module, _TRANSPOSED) else weight.flatten(1)
+    )
 
 
 def bias_of(module: nn.Module) -> Tensor:
@@ -200,14 +202,14 @@ def _declared(module: nn.Module) -> LayerSpec:
         n_out, n_in = module.out_features, module.in_features
         return LayerSpec("", kind, n_out, n_in, one, one, none, one, 1, "zeros", channels_last=True)
     assert isinstance(module, _CONVOLUTIONS)
-    pad_mode = module.padding_mode
+    totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    pad_mode: str = module.padding_mode
     if isinstance(module, _TRANSPOSED):
-        sizes = zip(module.dilation, module.kernel_size, module.padding, strict=True)
-        before = [d * (k - 1) - p for d, k, p in sizes]
-        padding = [(b, b + more) for b, more in zip(before, module.output_padding, strict=True)]
         pad_mode = TRANSPOSED
+        cut: list[int] = [int(p) for p in module.padding]
+        before = [total - p for total, p in zip(totals, cut, strict=True)]
+        padding = [(b, b + more) for b, more in zip(before, module.output_padding, strict=True)]
     elif module.padding == "same":  # torch puts the odd one behind
-        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         padding = [(total // 2, total - total // 2) for total in totals]
     elif module.padding == "valid":
         padding = [(0, 0) for _ in module.kernel_size]
@@ -249,7 +251,9 @@ def _probed(module: nn.Module, declared: LayerSpec) -> LayerSpec | str:
     rows = as_rows(declared, weight)
     if rows.shape == (declared.n_out, declared.n_taps):
         none = tuple((0, 0) for _ in declared.kernel)
-        others = () if declared.transposed else (replace(declared, padding=none, pad_mode=SAME),)
+        others: list[LayerSpec] = []
+        if not declared.transposed:
+            others.append(replace(declared, padding=none, pad_mode=SAME))
         for spec in (declared, *others):
             if all(_meets(spec, x, z, rows, bias) for x, z in probes):
                 return spec

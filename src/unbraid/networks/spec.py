@@ -1,8 +1,9 @@
 """A layer that is linear in its weights: its pooled inputs, and new rows beside its own.
 
 Every such layer is seen as a convolution: a fully connected one has kernel 1, and its positions are
-its tokens; a transposed one meets its input with zeros between, by kernels that are flipped. Shapes: N images, C_out and C_in channels, G groups, J = C_in / G * kernel taps of one
-channel, P output positions.
+its tokens; a transposed one meets its input with zeros between, by kernels that are flipped.
+Shapes: N images, C_out and C_in channels, G groups, J = C_in / G * kernel taps of one channel, P
+output positions.
 """
 
 from __future__ import annotations
@@ -85,6 +86,11 @@ class LayerSpec:
         reach, stride = self.reaches[dim], self.stride[dim]
         total = max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
         return total // 2, total - total // 2
+
+    def size_behind(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Return the size of a transposed convolution's output, by that of its input."""
+        whole = zip(sizes, self.stride, self.padding, self.reaches, strict=True)
+        return tuple((n - 1) * step + 1 + sum(pads) - reach for n, step, pads, reach in whole)
 
     def check(self) -> None:
         """Raise ValueError unless there can be such a layer."""
@@ -249,7 +255,9 @@ def respond(
     """
     convolve = partial(_CONVOLVE[len(spec.kernel)], stride=spec.stride, dilation=spec.dilation)
     if spec.transposed:
-        beside = [reach - before for reach, (before, _) in zip(spec.reaches, spec.padding, strict=True)]
+        beside = [
+            reach - before for reach, (before, _) in zip(spec.reaches, spec.padding, strict=True)
+        ]
         more = [after - before for before, after in spec.padding]
         convolve = partial(
             _CONVOLVE_BACK[len(spec.kernel)],
@@ -281,7 +289,7 @@ def as_weight(spec: LayerSpec, rows: Tensor, groups: int | None = None) -> Tenso
     kernels = rows.reshape(-1, spec.n_in_per_group, *spec.kernel)
     if not spec.transposed:
         return kernels
-    by_group = kernels.unflatten(0, (spec.groups if groups is None else groups, -1))
+    by_group: Tensor = kernels.unflatten(0, (spec.groups if groups is None else groups, -1))
     return by_group.transpose(1, 2).flatten(0, 1)
 
 

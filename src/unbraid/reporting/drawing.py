@@ -1,4 +1,4 @@
-"""Pictures of what a network is given: images of any number of bands, signals, clips and volumes."""
+"""Pictures of what a network is given: images of any bands, signals, clips and volumes."""
 
 from __future__ import annotations
 

@@ -204,6 +204,8 @@ def _records_of(
     for values in (pooled, summed):
         refuse_broken_values(values, index)
     if check:
+        if spec.transposed:
+            _check_sizes(spec, cut)
         _check_linear(spec, layer.module, pooled, z, n_positions)
     share = shares(summed)
     kept = share >= min_share
@@ -275,6 +277,18 @@ def _check_apart(
                 )
 
 
+def _check_sizes(spec: LayerSpec, cut: Cut[Kept]) -> None:
+    """Raise if a transposed convolution puts out another size than its own padding gives."""
+    for call, output in zip(cut.inputs, cut.outputs, strict=True):
+        own = spec.size_behind(call.sampled.shape[2:])
+        if own != tuple(output.shape[2:]):
+            raise LayerError(
+                f"Layer {spec.name!r} is called with an output_size, {tuple(output.shape[2:])}, of "
+                f"another size than its own padding gives, {own}; set its output_padding instead, "
+                "or choose another layer."
+            )
+
+
 def _check_linear(
     spec: LayerSpec, module: nn.Module, pooled: Tensor, z: Sequence[Tensor], n_positions: int
 ) -> None:
@@ -290,10 +304,7 @@ def _check_linear(
     # Rounding is far below, errors above; under autocast the layer's output is the coarser.
     coarsest: float = max(torch.finfo(values.dtype).eps for values in (weight, *z))
     if (actual - expected).abs().max() > coarsest**0.5 * scale + 1e-12:
-        why = "a hook changes its output; remove that hook"
-        if spec.transposed:
-            why = "it is called with an output_size, or a hook changes its output; mend that"
         raise LayerError(
             f"Layer {spec.name!r} ({spec.kind}) does not compute what its weights say, perhaps "
-            f"because {why}, or choose another layer."
+            "because a hook changes its output; remove that hook, or choose another layer."
         )

@@ -20,11 +20,11 @@ class SplitAttention(nn.Module):
 
     def __init__(self, original: nn.MultiheadAttention, exact: bool) -> None:  # noqa: D107
         super().__init__()
-        self.exact = exact
+        self.is_exact: bool = exact
         for part, projection in projections(original).items():
             self.add_module(part, projection)
         self.out_proj = original.out_proj
-        original.closed = True  # to those who would let it run its projections: this one does
+        vars(original)["closed"] = True  # to those who would open it, as this one does
         self.original = original  # last, so that the parts go by their own names
         self.register_forward_pre_hook(keep_slow_path)
 
@@ -46,13 +46,14 @@ class SplitAttention(nn.Module):
         if not all(isinstance(parts[name], Projection) for name in APART):
             parts.pop(TOGETHER, None)
         changed = attend(self.original, parts, *given, **named)
-        if not self.exact or (self.training and self.original.dropout):  # which draws anew
+        if not self.is_exact or (self.training and self.original.dropout):  # which draws anew
             return changed
         own = {n: m.original if isinstance(m, SplitLayer) else m for n, m in parts.items()}
         plain = attend(self.original, own, *given, **named)
         output, weights = self.original(*given, **named)
         if weights is not None:
-            assert plain[1] is not None and changed[1] is not None
+            assert plain[1] is not None
+            assert changed[1] is not None
             weights = _beside(weights, plain[1], changed[1])
         return _beside(output, plain[0], changed[0]), weights
 
@@ -90,9 +91,10 @@ class SplitEncoderLayer(nn.Module):
 def _beside(original: Tensor, plain: Tensor, changed: Tensor) -> Tensor:
     """The original's value, moved by what was changed; the gradient goes by what was changed.
 
-    Where nothing was changed zero is taken away, which keeps even the sign of a zero.
+    Where nothing was changed zero is taken away, which keeps even the sign of a zero. It is a copy
+    that keeps the memory format, as modules behind may round by that.
     """
-    return original.detach() - (plain.detach() - changed)
+    return original.detach().clone().sub_(plain.detach() - changed)
 
 
 def _unsplit(module: nn.Module) -> Any:
