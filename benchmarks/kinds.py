@@ -21,7 +21,7 @@ import unbraid
 from unbraid.measuring.ablate import ablate
 
 STEPS = ("scan", "find by classes", "find by clusters", "split", "ablate", "report")
-N_CLASSES, N_TRAIN, N_VAL = 3, 120, 30
+N_CLASSES, N_TRAIN, N_VAL = 3, 60, 18
 BY_HAND = {channel: [[0], [1], [2]] for channel in (0, 1, 2)}
 MARK = "<!-- kinds: written by benchmarks/zoo.py -->"
 
@@ -168,16 +168,16 @@ _SEGMENTER = of_torchvision("lraspp_mobilenet_v3_large", weights_backbone=None, 
 _DETECTOR = of_torchvision(
     *("ssdlite320_mobilenet_v3_large",), weights_backbone=None, num_classes=4
 )
-_DINO = of_timm("vit_small_patch14_reg4_dinov2", img_size=56, num_classes=0)
+_DINO = of_timm("vit_small_patch14_reg4_dinov2", img_size=56, depth=2, num_classes=0)
 PICTURE = (3, 32, 32)
 KINDS = [
-    Kind("convolutional", of_torchvision("resnet18"), (3, 64, 64), "layer4.1.conv2"),
+    Kind("convolutional", of_torchvision("resnet18"), (3, 64, 64), "layer2.1.conv2"),
     Kind("mobile, scales after a pool", of_torchvision("mobilenet_v3_small"), (3, 64, 64),
          "features.7.block.2.fc1"),
     Kind("ConvNeXt", of_timm("convnext_atto", num_classes=10), (3, 64, 64), "stages.2.1.mlp.fc2"),
     Kind("Swin, windows", of_timm("swin_tiny_patch4_window7_224", img_size=56, num_classes=10),
-         (3, 56, 56), "layers.2.blocks.1.attn.qkv"),
-    Kind("timm ViT, attention", of_timm("vit_tiny_patch16_224", img_size=32, num_classes=10),
+         (3, 56, 56), "layers.0.blocks.1.attn.qkv"),
+    Kind("timm ViT, attention", of_timm("vit_tiny_patch16_224", img_size=32, embed_dim=48, num_classes=10),
          PICTURE, "blocks.6.attn.qkv"),
     Kind("torchvision ViT, MLP", vit, PICTURE, f"{_VIT}.mlp.3"),
     Kind("torchvision ViT, attention in", vit, PICTURE, f"{_VIT}.self_attention.in_proj"),
@@ -190,11 +190,11 @@ KINDS = [
     Kind("decoder of signals", lambda: decoder(nn.ConvTranspose1d, nn.Conv1d, 2), (2, 128), "4"),
     Kind("audio, 1-D", audio, (1, 4000), "8"),
     Kind("several leads, 1-D", lambda: decoder(nn.ConvTranspose1d, nn.Conv1d, 12), (12, 512), "2"),
-    Kind("video", of_torchvision("r3d_18", num_classes=10), (3, 8, 32, 32), "layer4.1.conv2.0"),
+    Kind("video", of_torchvision("r3d_18", num_classes=10), (3, 4, 24, 24), "layer2.1.conv2.0"),
     Kind("volumes, 3-D", volumes, (1, 16, 16, 16), "3"),
-    Kind("grey", of_timm("resnet18", in_chans=1, num_classes=10), (1, 64, 64), "layer4.1.conv2"),
+    Kind("grey", of_timm("resnet18", in_chans=1, num_classes=10), (1, 64, 64), "layer2.1.conv2"),
     Kind("many bands", of_timm("resnet18", in_chans=13, num_classes=10), (13, 64, 64),
-         "layer4.1.conv2"),
+         "layer2.1.conv2"),
     Kind("segmenter, logits picked", logits_of(_SEGMENTER, maps), (3, 64, 64),
          "backbone.16.0"),
     # What is no class logit: `target` says which number the gradient is of.
@@ -202,9 +202,9 @@ KINDS = [
     Kind("detector", _DETECTOR, (3, 320, 320), "backbone.features.1.0.1.0", "detection:1"),
     Kind("regression", lambda: nn.Sequential(audio(), nn.Linear(5, 2)), (1, 4000), "0.8",
          "regression:1"),
-    Kind("several labels", of_torchvision("resnet18"), (3, 64, 64), "layer4.1.conv2",
+    Kind("several labels", of_torchvision("resnet18"), (3, 64, 64), "layer2.1.conv2",
          "multilabel"),
-    Kind("encoder (DINOv2 with registers)", _DINO, (3, 56, 56), "blocks.11.mlp.fc2", None),
+    Kind("encoder (DINOv2 with registers)", _DINO, (3, 56, 56), "blocks.1.mlp.fc2", None),
     Kind("encoder, ConvNeXt", of_timm("convnext_atto", num_classes=0), (3, 64, 64),
          "stages.2.1.mlp.fc2", None),
 ]  # fmt: skip
@@ -232,9 +232,9 @@ def try_kind(kind: Kind) -> dict[str, Any]:
             )
             row[step] = True
             found = unbraid.find(scan, tau=0.01, p=0.5, gamma=0.95)
-            row[STEPS[1]] = len(found.concepts) or "none; by hand"
+            row[STEPS[1]] = len(found.concepts) or "none found; by hand"
             clusters = unbraid.find(scan, concepts="clusters")
-            row[STEPS[2]] = len(clusters.concepts) or "none; by hand"
+            row[STEPS[2]] = len(clusters.concepts) or "none found; by hand"
             step = STEPS[3]
             found = found if found.concepts else unbraid.find(scan, channels=BY_HAND)
             split = unbraid.split(scan, found)

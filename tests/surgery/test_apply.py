@@ -171,7 +171,7 @@ def rows_have_the_gradients_of_their_channel(pair):
 def the_plain_form_is_of_standard_modules(pair):
     layer, names = pair.plain.layer, pair.plain.layer.names
     kinds = {type(module) for module in layer.modules()}
-    assert kinds - {Pad} == {nn.Sequential, type(layer.wide)}
+    assert kinds - {Pad} == {nn.Sequential, type(layer.wide), type(layer.merge)}
     weight = oracle.rows_of(layer.wide, layer.wide.weight)
     assert len(names) == len(weight)
     for part in pair.split.channels:
