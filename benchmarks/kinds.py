@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import unbraid
-from unbraid.measuring.ablate import ablate
 
 STEPS = ("scan", "find by classes", "find by clusters", "split", "ablate", "report")
 N_CLASSES, N_TRAIN, N_VAL = 3, 60, 18
@@ -191,9 +190,11 @@ KINDS = [
     Kind("decoder of signals", lambda: decoder(nn.ConvTranspose1d, nn.Conv1d, 2), (2, 128), "4"),
     Kind("audio, 1-D", audio, (1, 4000), "8"),
     Kind("several leads, 1-D", lambda: decoder(nn.ConvTranspose1d, nn.Conv1d, 12), (12, 512), "2"),
-    Kind("video", of_torchvision("r3d_18", num_classes=10), (3, 4, 24, 24), "layer2.0.downsample.0"),
+    Kind("video", of_torchvision("r3d_18", num_classes=10), (3, 4, 24, 24),
+         "layer2.0.downsample.0"),
     Kind("volumes, 3-D", volumes, (1, 16, 16, 16), "3"),
-    Kind("grey", of_timm("resnet18", in_chans=1, num_classes=10), (1, 64, 64), "layer2.0.downsample.0"),
+    Kind("grey", of_timm("resnet18", in_chans=1, num_classes=10), (1, 64, 64),
+         "layer2.0.downsample.0"),
     Kind("many bands", of_timm("resnet18", in_chans=13, num_classes=10), (13, 64, 64),
          "layer2.0.downsample.0"),
     Kind("segmenter, logits picked", logits_of(_SEGMENTER, maps), (3, 64, 64),
@@ -232,19 +233,28 @@ def try_kind(kind: Kind) -> dict[str, Any]:
                 for name, data in (("train", train), ("val", val))
             )
             row[step] = True
-            found = unbraid.find(scan, tau=0.01, p=0.5, gamma=0.95)
-            row[STEPS[1]] = len(found.concepts) or "none found; by hand"
+            if kind.target is None:
+                row[STEPS[1]] = "needs a target; groups by hand"
+                groups = [[k for k, t in enumerate(train.targets) if t == c] for c in (0, 1, 2)]
+                found = unbraid.find(scan, images={channel: groups for channel in BY_HAND})
+            else:
+                step = STEPS[1]
+                found = unbraid.find(scan, tau=0.01, p=0.5, gamma=0.95)
+                row[step] = len(found.concepts) or "none found; by hand"
+                found = found if found.concepts else unbraid.find(scan, channels=BY_HAND)
+            step = STEPS[2]
             clusters = unbraid.find(scan, concepts="clusters")
-            row[STEPS[2]] = len(clusters.concepts) or "none found; by hand"
+            row[step] = len(clusters.concepts) or "none found; by hand"
             step = STEPS[3]
-            found = found if found.concepts else unbraid.find(scan, channels=BY_HAND)
             split = unbraid.split(scan, found)
             changed = unbraid.apply(model, split)
             row[step] = all(equal(model, changed, val.images[:n]) for n in (1, 4))
             step = STEPS[4]
-            of_target = of_target if "target" in inspect.signature(ablate).parameters else {}
-            unbraid.ablate(changed, val, layer=kind.layer, **of_target)
-            row[step] = True
+            if kind.target is None:
+                row[step] = "needs a target"
+            else:
+                unbraid.ablate(changed, val, layer=kind.layer, batch_size=6, **of_target)
+                row[step] = True
             step = STEPS[5]
             shown = {"evaluation": unbraid.evaluate(split, val_scan), "train_scan": scan}
             page = unbraid.report(
