@@ -173,7 +173,7 @@ KINDS = [
     Kind("convolutional", of_torchvision("resnet18"), (3, 64, 64), "layer2.0.downsample.0"),
     Kind("mobile, scales after a pool", of_torchvision("mobilenet_v3_small"), (3, 64, 64),
          "features.7.block.2.fc1"),
-    Kind("ConvNeXt", of_timm("convnext_atto", num_classes=10), (3, 64, 64), "stages.2.1.mlp.fc2"),
+    Kind("ConvNeXt", of_timm("convnext_atto", num_classes=10), (3, 64, 64), "stages.2.blocks.1.mlp.fc2"),
     Kind("Swin, windows", of_timm("swin_tiny_patch4_window7_224", img_size=56, num_classes=10),
          (3, 56, 56), "layers.0.blocks.1.attn.qkv"),
     Kind("timm ViT, attention",
@@ -208,7 +208,7 @@ KINDS = [
          "multilabel"),
     Kind("encoder (DINOv2 with registers)", _DINO, (3, 56, 56), "blocks.1.mlp.fc2", None),
     Kind("encoder, ConvNeXt", of_timm("convnext_atto", num_classes=0), (3, 64, 64),
-         "stages.2.1.mlp.fc2", None),
+         "stages.2.blocks.1.mlp.fc2", None),
 ]  # fmt: skip
 
 
