@@ -4,6 +4,7 @@ import copy
 from itertools import product
 
 import pytest
+import timm
 import torch
 from pairs import make_split
 from torch import nn
@@ -307,3 +308,31 @@ def test_a_projection_that_does_not_do_what_its_weights_say_is_refused(tmp_path)
         changed.attention.original.out_proj.weight.add_(0.1)
     with pytest.raises(OutputChangedError):
         unbraid.compare_outputs(network, changed, SyntheticImages(3))
+
+
+def test_heads_are_the_rows_that_reach_a_heads_scores_and_values():
+    """By derivatives: what head h gives is changed by its rows alone."""
+    network = Around()
+    rows = unbraid.heads(network, "attention.in_proj")
+    assert list(rows) == ["q.h0", "q.h1", "k.h0", "k.h1", "v.h0", "v.h1"]
+    assert unbraid.heads(network, "attention.out_proj") == {"h0": range(3), "h1": range(3, 6)}
+    layer, tokens = network.attention, torch.randn(2, 5, 6).double()
+
+    def met(h):  # what head h hands to out_proj
+        seen = []
+        parts = {**projections(layer), OUT: lambda x: seen.append(x) or x}
+        attend(layer, parts, tokens, tokens, tokens, need_weights=False)
+        return seen[0][..., list(unbraid.heads(network, "attention.out_proj")[f"h{h}"])].sum()
+
+    for h in (0, 1):
+        (slopes,) = torch.autograd.grad(met(h), layer.in_proj_weight)
+        moved = {row for row in range(18) if slopes[row].abs().max() > 1e-9}
+        assert moved == {row for name in rows if name.endswith(f"h{h}") for row in rows[name]}
+    crossed = Around(crossed=True)
+    assert unbraid.heads(crossed, "attention.k_proj") == {"k.h0": range(3), "k.h1": range(3, 6)}
+    for name in ("head", "attention"):
+        with pytest.raises(LayerError, match="has no heads"):
+            unbraid.heads(network, name)
+    timms = timm.layers.Attention(8, num_heads=2)
+    assert unbraid.heads(nn.Sequential(timms), "0.qkv")["v.h1"] == range(20, 24)
+    assert unbraid.heads(nn.Sequential(timms), "0.proj") == {"h0": range(4), "h1": range(4, 8)}
