@@ -202,7 +202,7 @@ KINDS = [
          "backbone.16.0"),
     # What is no class logit: `target` says which number the gradient is of.
     Kind("segmenter", _SEGMENTER, (3, 64, 64), "backbone.16.0", "segmentation:1"),
-    Kind("detector", _DETECTOR, (3, 320, 320), "backbone.features.1.0.1.0", "detection:1"),
+    Kind("detector", _DETECTOR, (3, 320, 320), "backbone.features.1.0.3.0", "detection:1"),
     Kind("regression", lambda: nn.Sequential(audio(), nn.Linear(5, 2)), (1, 4000), "0.8",
          "regression:1"),
     Kind("several labels", of_torchvision("resnet18"), (3, 64, 64), "layer2.0.downsample.0",
