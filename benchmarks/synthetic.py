@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 import unbraid
 from unbraid.base.files import write_tensors, write_whole
-from unbraid.networks.layers import bias_of, describe, weight_rows
+from unbraid.networks.layers import bias_of, describe, resolve_layer, weight_rows
 from unbraid.networks.spec import LayerSpec
 from unbraid.networks.weights import hash_weights
 from unbraid.scanning.fields import Records
@@ -74,7 +74,7 @@ def random_split(
     model: nn.Module, layer: str, concepts: Mapping[int, Sequence[Sequence[int]]]
 ) -> Split:
     """Divide channels among concepts at random, where it does not matter how."""
-    module = model.get_submodule(layer)
+    _, module = resolve_layer(model, layer)
     weight, bias = weight_rows(module), bias_of(module)
     parts = [
         ChannelSplit(

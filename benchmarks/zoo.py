@@ -1,13 +1,16 @@
 """Split layers of every family of networks that timm and torchvision can build.
 
     python benchmarks/zoo.py --cache zoo.jsonl --out docs/zoo.md
+    python benchmarks/zoo.py --kinds docs/networks.md
 
 Of each family the smallest network, with random weights and random norm statistics, on the smallest
 images that it takes. Of each network the last and a middle layer that can be split: scan, three
 concepts in three channels, outputs with `==`, gradients in float64, the plain form. Then all of its
 layers at once: one scan, each split, outputs and gradients. Each family has a process of its own,
 which may take long or much memory. What is in the cache is not run again.
-Needs `pip install timm`.
+
+With --kinds it takes one network of each kind (kinds.py) through every step, from scan to report,
+and writes the matrix into a page. Needs `pip install timm`.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+import kinds
 import unbraid
 from synthetic import RandomImages, random_split
 from timing import describe_machine, peak_memory
@@ -314,15 +318,35 @@ def _amplified(tried: dict[str, Any]) -> str:
     )
 
 
+def try_kinds(page: Path, only: list[str] | None) -> None:
+    """Take every kind of network through every step, and write the matrix into a page."""
+    rows = []
+    for kind in kinds.KINDS:
+        if only and kind.name not in only:
+            continue
+        start = time.perf_counter()
+        rows.append(kinds.try_kind(kind))
+        print(f"{kinds.table(rows[-1:]).splitlines()[-1]} {time.perf_counter() - start:.0f} s")
+    if not only:
+        kinds.write_into(page, rows)
+    print("{} of {} cells hold".format(*kinds.n_green(rows)))
+
+
 def main() -> None:
     """Run what is not in the cache, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, required=True, help="JSON lines, one per family")
+    parser.add_argument("--cache", type=Path, help="JSON lines, one per family")
+    parser.add_argument("--kinds", type=Path, help="page for the matrix of kinds")
     parser.add_argument("--out", type=Path, help="Markdown file for the table")
     parser.add_argument("--seconds", type=int, default=600, help="limit for one family")
     parser.add_argument("--only", nargs="*", help="families to run, whatever the cache holds")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.kinds:
+        try_kinds(options.kinds, options.only)
+        return
+    if not options.cache:
+        parser.error("give --cache or --kinds")
     lines = options.cache.read_text().splitlines() if options.cache.exists() else []
     rows = {(row["library"], row["family"]): row for row in map(json.loads, lines)}
     for library in ("timm", "torchvision"):

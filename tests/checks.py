@@ -246,7 +246,7 @@ def assert_csv(path, found):
 def assert_published_rows(part, rho, truth):
     """The rows of two concepts, and the residual, are those of the published rule."""
     v1, v2 = (truth.arv(concept, part.channel) for concept in part.concepts)
-    original = truth.layer.weight[part.channel].detach().flatten()
+    original = oracle.own_weights(truth.layer, truth.layer.weight, part.channel).detach().flatten()
     row1, row2, residual = oracle.published_rows(original, v1, v2, rho, len(original) // len(v1))
     assert_close(part.weight, original, 0)
     assert_close(part.rows, torch.stack([row1, row2]), 0)

@@ -43,8 +43,24 @@ def channel_map(layer, o, row, x):
     """z[o, :] of one image, (P,), were `row` (J,) in the place of W[o]; the bias stands."""
     changed = _copy64(layer)
     with torch.no_grad():
-        changed.weight[o] = row.double().reshape(changed.weight[o].shape)
+        own = own_weights(changed, changed.weight, o)
+        own.copy_(row.double().reshape(own.shape))
         return _run(changed, x.double())[o]
+
+
+def own_weights(layer, weight, o):
+    """Those of output channel o among weights as a layer holds them, a view."""
+    if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return weight[o]
+    n_out, n_in = layer.out_channels // layer.groups, layer.in_channels // layer.groups
+    group, within = divmod(o, n_out)
+    return weight[group * n_in : (group + 1) * n_in, within]
+
+
+def rows_of(layer, weight):
+    """Weights as a layer holds them, as one row per output channel, (C_out, J)."""
+    n_out = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return torch.stack([own_weights(layer, weight, o).flatten() for o in range(n_out)])
 
 
 # Section 2: notation.
@@ -60,7 +76,7 @@ def pooled_input(layer, x):
     for group in range(n_groups):
         o = group * (z.shape[0] // n_groups)
         (gradient,) = torch.autograd.grad(z[o].sum(), layer.weight, retain_graph=True)
-        rows.append(gradient[o].flatten())
+        rows.append(own_weights(layer, gradient, o).flatten())
     return torch.stack(rows)
 
 
@@ -68,17 +84,18 @@ def pooled_input(layer, x):
 def tap_inputs(layer, x):
     """What each tap meets at each position of one image, (P, G, J): z of rows with one weight."""
     layer, n_groups = _copy64(layer), _n_groups(layer)
-    rows = layer.weight.flatten(1)
-    n_rows, n_taps = len(rows) // n_groups, rows.shape[1]
+    n_out = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    n_rows = n_out // n_groups
+    n_taps = own_weights(layer, layer.weight, 0).numel()
     one_each = torch.eye(n_taps).double()
     if layer.bias is not None:
         layer.bias.zero_()
     met = []
     for ones in one_each.split(n_rows):
         layer.weight.zero_()
-        for group in range(n_groups):
-            own = layer.weight[group * n_rows :][: len(ones)]
-            own += ones.reshape(own.shape)
+        for group, place in itertools.product(range(n_groups), range(len(ones))):
+            own = own_weights(layer, layer.weight, group * n_rows + place)
+            own += ones[place].reshape(own.shape)
         met.append(_run(layer, x.double()).unflatten(0, (n_groups, -1))[:, : len(ones)])
     return torch.cat(met, 1).movedim(2, 0)
 
@@ -219,7 +236,7 @@ def published_rows(w_o, v1, v2, rho, taps_per_channel=1):
 
 def published_rho(layer, o, inputs1, inputs2, v1, v2):
     """Step 4: the best rho, the lowest on a tie, and the criterion at every rho."""
-    w_o = layer.weight[o].detach().flatten()
+    w_o = own_weights(layer, layer.weight, o).detach().flatten()
 
     def rectified_sum(row, x):
         return sum(max(value, 0.0) for value in channel_map(layer, o, row, x).tolist())
@@ -239,7 +256,7 @@ def published_table(layer, o, rows, inputs, share_o, tau):
 
     All rows carry the layer's bias: of the residual it is (K - 1) * b, and K is 2.
     """
-    original = layer.weight[o].detach().flatten()
+    original = own_weights(layer, layer.weight, o).detach().flatten()
     chosen = [x for x, share in zip(inputs, share_o, strict=True) if float(share) >= tau]
     table = {}
     for name, row in zip(("concept_1", "concept_2", "residual"), rows, strict=True):
@@ -344,7 +361,7 @@ def ablated_logits(model, layer_name, image, o, row, n_biases=0):
     changed = _copy64(model)
     layer = changed.get_submodule(layer_name)
     with torch.no_grad():
-        own = layer.weight[o]
+        own = own_weights(layer, layer.weight, o)
         own -= own.clone() if row is None else row.double().reshape(own.shape)
         if layer.bias is not None:
             layer.bias[o] *= n_biases

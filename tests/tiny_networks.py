@@ -101,7 +101,7 @@ def around(layer, *behind):
         ("layer", layer),
         ("behind", nn.Sequential(*behind) if behind else nn.ReLU(inplace=True)),
         ("pool", PooledFeatures()),
-        ("head", nn.Linear(layer.weight.shape[0], N_CLASSES)),
+        ("head", nn.Linear(layer.out_channels, N_CLASSES)),
     )
 
 
@@ -166,6 +166,14 @@ KINDS = {
     ),
     "one dimension": lambda: around(nn.Conv1d(6, 8, 5, stride=3, padding=2)),
     "three dimensions": lambda: around(nn.Conv3d(6, 8, (1, 3, 2), padding=(0, 1, 0), groups=2)),
+    "transposed": lambda: around(nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, bias=False)),
+    "transposed, uneven": lambda: around(
+        nn.ConvTranspose2d(6, 8, (3, 2), (2, 3), (2, 0), (1, 2), groups=2, dilation=(2, 1))
+    ),
+    "transposed, one dimension": lambda: around(nn.ConvTranspose1d(6, 8, 4, 2, 1, dilation=3)),
+    "transposed, three dimensions": lambda: around(
+        nn.ConvTranspose3d(6, 8, (1, 3, 2), (1, 2, 1), (0, 2, 1), groups=2)
+    ),
     "pooled features": lambda: _linear_on_pooled(layer_is_head=False),
     "head": lambda: _linear_on_pooled(layer_is_head=True),
     "tokens": lambda: _linear_on_tokens(grid=False),

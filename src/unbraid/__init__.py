@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.measuring.semantics import measure_semantics as measure_semantics
     from unbraid.measuring.suggest import Suggestions as Suggestions
     from unbraid.measuring.suggest import suggest as suggest
+    from unbraid.networks.layers import heads as heads
     from unbraid.networks.outputs import with_logits as with_logits
     from unbraid.reporting.circuits import circuit_figure as circuit_figure
     from unbraid.reporting.explain import Explanation as Explanation
@@ -76,6 +77,7 @@ _NAMES = {
     "measuring.results": "Ablation Evaluation Semantics",
     "measuring.semantics": "measure_semantics",
     "measuring.suggest": "Suggestions suggest",
+    "networks.layers": "heads",
     "networks.outputs": "with_logits",
     "reporting.circuits": "circuit_figure",
     "reporting.explain": "Explanation explain",

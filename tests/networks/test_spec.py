@@ -72,7 +72,7 @@ def test_describe_of_what_cannot_be_split_says_why():
         (nn.Conv2d(6, 12, 3, groups=6), "single input channel"),
         (nn.Linear(1, 8), "single input"),
         (nn.ReLU(), "not a convolution"),
-        (nn.ConvTranspose2d(6, 8, 3), "transposed convolution"),
+        (nn.ConvTranspose2d(6, 12, 3, groups=6), "single input channel"),
     ):
         assert reason in why_not(module)
         with pytest.raises(LayerError, match=rf"Layer 'it' \({type(module).__name__}\).*{reason}"):

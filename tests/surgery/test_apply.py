@@ -153,14 +153,15 @@ def concepts_can_be_read(pair):
 def rows_have_the_gradients_of_their_channel(pair):
     for network in (pair.network, pair.changed):
         network(pairs.images()).square().sum().backward()
-    original, layer = pair.network.layer.weight.grad.flatten(1), pair.changed.layer
+    layer, own = pair.changed.layer, pair.network.layer
+    original = oracle.rows_of(own, own.weight.grad)
     owners = [int(name.split(".")[0]) for name in layer.names]
     signed = [original[o] for o in owners] + [-original[o] for o in layer.channels]
     assert all(row.any() for row in signed)
     checks.assert_close(layer.rows.grad, torch.stack(signed), 1e-10)  # residuals are subtracted
     expected = original.clone()
     expected[layer.channels] = 0
-    checks.assert_close(layer.original.weight.grad.flatten(1), expected, 1e-10)
+    checks.assert_close(oracle.rows_of(own, layer.original.weight.grad), expected, 1e-10)
     after = dict(pair.changed.named_parameters())
     for name, parameter in pair.network.named_parameters():
         if not name.startswith("layer."):
@@ -170,8 +171,8 @@ def rows_have_the_gradients_of_their_channel(pair):
 def the_plain_form_is_of_standard_modules(pair):
     layer, names = pair.plain.layer, pair.plain.layer.names
     kinds = {type(module) for module in layer.modules()}
-    assert kinds - {Pad} == {nn.Sequential, type(layer.wide)}
-    weight = layer.wide.weight.flatten(1)
+    assert kinds - {Pad} == {nn.Sequential, type(layer.wide), type(layer.merge)}
+    weight = oracle.rows_of(layer.wide, layer.wide.weight)
     assert len(names) == len(weight)
     for part in pair.split.channels:
         rows = {f"{part.channel}.{k}": row for k, row in enumerate(part.rows)}

@@ -78,8 +78,9 @@ def run(
 
     Args:
         data: Folder with train and val, each a folder of images, in class folders or not, a list
-            (train.csv, train.parquet) or a shard (train.tar); or hf:FOLDER, saved likewise. Any
-            other images, as for `unbraid scan`, are divided, a fifth for validation.
+            (train.csv, train.parquet) or a shard (train.tar); or hf:FOLDER, saved likewise; or
+            FILE.py:FUNCTION, which returns data sets of tensors (docs/data.md). Any other images,
+            as for `unbraid scan`, are divided, a fifth for validation.
         labels: What each image counts as: its folder's class, what the network says, or nothing.
         rho: Fix the published rule's rho instead of choosing it per channel.
         encoder: timm:NAME, to tell how alike images are; by default the network itself.
@@ -172,7 +173,7 @@ def scan(
 
     Args:
         data: Folder of images, in class folders or not; list of them (CSV, Parquet); shards
-            (FILE.tar, a folder of such, train-{000..012}.tar, a URL); hf:FOLDER.
+            (FILE.tar, a folder of such, train-{000..012}.tar, a URL); hf:FOLDER; FILE.py:FUNCTION.
     """
     from unbraid.base.team import is_first
     from unbraid.images.dataset import name_of

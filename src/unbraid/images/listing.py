@@ -46,6 +46,18 @@ class Files:
 
 
 @dataclass(frozen=True)
+class Items:
+    """Gives tensors of a data set by index, as the network takes them."""
+
+    dataset: Dataset[Any]
+    bands: Any = None  # by which they are shown
+
+    def __call__(self, index: int) -> Any:
+        """Give one."""
+        return self.dataset[index][0]
+
+
+@dataclass(frozen=True)
 class Listing:
     """What a source holds, before it is known which output each class stands for. N images."""
 
@@ -104,6 +116,8 @@ class ListedImages(Dataset[tuple[Any, int]]):
         self.ids, self.sizes, self.groups = listing.ids, listing.sizes, listing.groups
         self.transform, self.divided = transform, listing.divided
         self._read = listing.read
+        if isinstance(listing.read, Items):
+            self.transform, self.bands = None, listing.read.bands
         if isinstance(listing.read, Files) and listing.root is not None:
             self.root = listing.root
             paths = listing.read.paths
@@ -120,12 +134,15 @@ class ListedImages(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Read one image."""
-        picture = self.picture(index)
+        picture = self._read(index)
         return (picture if self.transform is None else self.transform(picture)), self.targets[index]
 
-    def picture(self, index: int) -> Image.Image:
-        """Read one image as an RGB picture, before the transform."""
-        return self._read(index)
+    @property
+    def picture(self) -> Reader:
+        """Reads one image, by index, as an RGB picture, before the transform."""
+        if isinstance(self._read, Items):
+            raise AttributeError("These images are tensors, not pictures.")
+        return self._read
 
 
 # --- what lists have in common --------------------------------------------------------------------

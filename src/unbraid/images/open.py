@@ -22,6 +22,7 @@ from unbraid.images.labels import GUESSED, Outputs, fit_any, read_classes, show_
 from unbraid.images.listing import ListedImages, Listing, Transform, list_folder, shown_in
 from unbraid.images.lists import CSV, PARQUET, list_rows, list_saved, list_table
 from unbraid.images.mapped import Texts, distinct
+from unbraid.images.own import is_own, list_own, place_of
 from unbraid.images.pictures import EXTENSIONS, UNREAD
 from unbraid.images.tar import SHARD, is_compressed, is_url, list_shards
 from unbraid.networks.class_names import output_names
@@ -241,7 +242,7 @@ def list_images(where: str, with_classes: bool = True, listed: Path | None = Non
     if (source_and_part := undivided(where)) is not None:
         source, part = source_and_part
         return divide(list_images(source, with_classes), part)
-    if listed is None or where.startswith(SAVED):  # which arrow maps anyway
+    if listed is None or where.startswith(SAVED) or is_own(where):  # not of files here
         listing = _list_others(where)
         return list_folder(Path(where), with_classes) if listing is None else listing
 
@@ -257,6 +258,8 @@ def list_images(where: str, with_classes: bool = True, listed: Path | None = Non
 
 def _list_others(where: str) -> Listing | None:
     """List the images of what is no folder of images; None of one that is."""
+    if is_own(where):
+        return list_own(where)
     path = Path(where)
     kind = path.suffix.lower()
     if where.startswith(SAVED):
@@ -311,4 +314,6 @@ def absolute(where: str) -> str:
     """Name a source so that it is found again from any folder."""
     if where.startswith(SAVED):
         return SAVED + str(Path(where.removeprefix(SAVED)).resolve())
+    if is_own(where):
+        return place_of(where)
     return where if is_url(where) else str(Path(where).resolve())

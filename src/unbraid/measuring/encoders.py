@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import ModelError, UsageError, brief, memory_full
@@ -87,7 +88,8 @@ class Penultimate(nn.Module):
 def _may_classify(module: nn.Module) -> bool:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return set(module.kernel_size) == {1}
-    return isinstance(module, nn.Linear)
+    # That of attention is no module that runs, unless it is looked at.
+    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 class TimmEncoder(nn.Module):

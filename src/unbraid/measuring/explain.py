@@ -406,6 +406,8 @@ def _with_heatmaps(
     explained: ImageExplanation, model2: nn.Module, layer: SplitLayer, x: Tensor
 ) -> ImageExplanation:
     """Add heatmaps of the strongest concept channels in an image, (1, C, H, W)."""
+    if x.dim() != 4:
+        return replace(explained, note="there are no heatmaps, as it is no picture")
     made: dict[str, Tensor] = {}
     leaf = x.detach().clone()
     try:

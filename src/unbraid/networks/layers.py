@@ -17,24 +17,34 @@ from urllib.parse import quote
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from unbraid.base.errors import LayerError, UsageError, brief, nearest
 from unbraid.base.modes import refuse_missing_weights
+from unbraid.networks.attention import Projection, with_projections
 from unbraid.networks.copying import copy_network, unwrap, unwrapped_name
 from unbraid.networks.relevance import undisturbed
-from unbraid.networks.spec import SAME, LayerSpec, channels_first, respond
+from unbraid.networks.spec import SAME, TRANSPOSED, LayerSpec, as_rows, channels_first, respond
 
 LayerName = str | nn.Module
 ALL = "all"  # stands for every layer that can be scanned
+# Parts of the projections of attention, by their names, in order; those out of it have heads of
+# inputs.
+_PARTS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("in_proj", "qkv"), ("q", "k", "v")),
+    **{f"{part}_proj": (part,) for part in "qkv"},
+    **dict.fromkeys(("out_proj", "proj"), ("",)),
+}
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-PLAIN_LAYERS = (nn.Linear, *_CONVOLUTIONS)  # of torch, which compute nothing but their product
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_FUNCTIONS: set[Callable[..., Any]] = {F.linear, F.conv1d, F.conv2d, F.conv3d}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+PLAIN_LAYERS = (nn.Linear, *_CONVOLUTIONS)  # of torch, which compute nothing but their product
+_FUNCTIONS: set[Callable[..., Any]] = {
+    *(F.linear, F.conv1d, F.conv2d, F.conv3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+}
 
 
 def resolve_layer(model: nn.Module, layer: LayerName) -> tuple[str, nn.Module]:
@@ -44,9 +54,9 @@ def resolve_layer(model: nn.Module, layer: LayerName) -> tuple[str, nn.Module]:
     """
     if not isinstance(layer, (str, nn.Module)):
         raise LayerError(f"{layer!r} is no layer; give a layer's name, or the module itself.")
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in with_projections(model)}
     if isinstance(layer, str) and layer:
-        known = dict(model.named_modules(remove_duplicate=False))
+        known = dict(with_projections(model, remove_duplicate=False))
         del known[""]  # the network itself
         alike = {_bare(name): module for name, module in known.items()}
         layer = known.get(layer, alike.get(_bare(layer), _bare(layer)))
@@ -98,6 +108,36 @@ def layer_folder(out: Path, name: str) -> Path:
     return out / quote(name, safe="")
 
 
+def heads(model: nn.Module, layer: LayerName) -> dict[str, range]:
+    """Say which channels of a layer of attention belong to which head.
+
+    Args:
+        model: the network.
+        layer: a projection into attention, of nn.MultiheadAttention (in_proj, q_proj, k_proj,
+            v_proj) or timm's qkv: then these are its own channels, by names such as q.h3. Or the
+            projection out of it, out_proj or proj: then its input channels, by names such as h3.
+
+    Raises:
+        LayerError: the network has no such layer, or it is none of attention.
+    """
+    name, module = resolve_layer(unwrap(model), layer)
+    path, _, own = name.rpartition(".")
+    holder = module.of[0] if isinstance(module, Projection) else model.get_submodule(path)
+    n_heads = getattr(holder, "num_heads", None)
+    parts = _PARTS.get(own)
+    if not isinstance(n_heads, int) or parts is None:
+        raise LayerError(
+            f"Layer {name!r} has no heads; name a projection of attention, such as "
+            f"{', '.join(_PARTS)}, whose attention says its num_heads."
+        )
+    spec = describe(name, module)
+    size, rest = divmod(spec.n_in if parts == ("",) else spec.n_out, n_heads * len(parts))
+    if rest:
+        raise LayerError(f"Layer {name!r} has heads of different sizes, so it is not plain which.")
+    names = [f"{part}.h{h}".lstrip(".") for part in parts for h in range(n_heads)]
+    return {name: range(k * size, (k + 1) * size) for k, name in enumerate(names)}
+
+
 def is_pattern(model: nn.Module, layer: LayerName) -> bool:
     """Whether a name stands for all layers of such names; a name that is there is none."""
     if not isinstance(layer, str) or not (layer == ALL or any(sign in layer for sign in "*?[")):
@@ -113,7 +153,7 @@ def why_not(module: nn.Module) -> str | None:
 
 def splittable_layers(model: nn.Module) -> list[LayerSpec]:
     """List the layers of a network that can be split, in its order."""
-    found = ((name, _examine(module)) for name, module in model.named_modules())
+    found = ((name, _examine(module)) for name, module in with_projections(model))
     return [replace(spec, name=name) for name, spec in found if not isinstance(spec, str)]
 
 
@@ -130,7 +170,10 @@ def describe(name: str, module: nn.Module) -> LayerSpec:
 
 def weight_rows(module: nn.Module) -> Tensor:
     """Return the weights that a layer applies as one row per output channel, (C_out, J)."""
-    return _applied(module)[0].flatten(1)
+    weight = _applied(module)[0]
+    return (
+        as_rows(_declared(module), weight) if isinstance(module, _TRANSPOSED) else weight.flatten(1)
+    )
 
 
 def bias_of(module: nn.Module) -> Tensor:
@@ -140,11 +183,7 @@ def bias_of(module: nn.Module) -> Tensor:
 
 def _examine(module: nn.Module) -> LayerSpec | str:
     """Describe a module, without its name, or say why it cannot be split."""
-    if isinstance(module, _TRANSPOSED):
-        return "it is a transposed convolution, whose weights are not divided"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention uses its weights without running it"
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, Projection)):
         if module.in_features == 1:
             return "it has a single input, nothing to divide"
     elif isinstance(module, _CONVOLUTIONS):
@@ -158,13 +197,19 @@ def _examine(module: nn.Module) -> LayerSpec | str:
 
 def _declared(module: nn.Module) -> LayerSpec:
     kind = type(module).__name__
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, Projection)):
         one, none = (1,), ((0, 0),)
         n_out, n_in = module.out_features, module.in_features
         return LayerSpec("", kind, n_out, n_in, one, one, none, one, 1, "zeros", channels_last=True)
     assert isinstance(module, _CONVOLUTIONS)
-    if module.padding == "same":  # torch puts the odd one behind
-        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    pad_mode: str = module.padding_mode
+    if isinstance(module, _TRANSPOSED):
+        pad_mode = TRANSPOSED
+        cut: list[int] = [int(p) for p in module.padding]
+        before = [total - p for total, p in zip(totals, cut, strict=True)]
+        padding = [(b, b + more) for b, more in zip(before, module.output_padding, strict=True)]
+    elif module.padding == "same":  # torch puts the odd one behind
         padding = [(total // 2, total - total // 2) for total in totals]
     elif module.padding == "valid":
         padding = [(0, 0) for _ in module.kernel_size]
@@ -180,15 +225,17 @@ def _declared(module: nn.Module) -> LayerSpec:
         padding=tuple(padding),
         dilation=tuple(module.dilation),
         groups=module.groups,
-        pad_mode=module.padding_mode,
+        pad_mode=pad_mode,
         channels_last=False,
     )
 
 
 def _computes_as_torch(module: nn.Module) -> bool:
     """Whether the class, also one that only computes its weights, runs torch's own code."""
+    if isinstance(module, Projection):
+        return True
     base = next(kind for kind in PLAIN_LAYERS if isinstance(module, kind))
-    own = ("forward", "_conv_forward")
+    own = ("forward", "_conv_forward", "_output_padding")
     return not any(name in vars(module) for name in own) and all(
         getattr(type(module), name, None) is getattr(base, name, None) for name in own
     )
@@ -201,10 +248,13 @@ def _probed(module: nn.Module, declared: LayerSpec) -> LayerSpec | str:
         weight, bias = _applied(module)
     except Exception as error:  # of a module of anyone's own
         return f"it cannot be run by itself ({brief(error)})"
-    rows = weight.flatten(1)
+    rows = as_rows(declared, weight)
     if rows.shape == (declared.n_out, declared.n_taps):
         none = tuple((0, 0) for _ in declared.kernel)
-        for spec in (declared, replace(declared, padding=none, pad_mode=SAME)):
+        others: list[LayerSpec] = []
+        if not declared.transposed:
+            others.append(replace(declared, padding=none, pad_mode=SAME))
+        for spec in (declared, *others):
             if all(_meets(spec, x, z, rows, bias) for x, z in probes):
                 return spec
     return (
@@ -218,8 +268,7 @@ def _probe(module: nn.Module, spec: LayerSpec, more: int) -> tuple[Tensor, Tenso
     alone = copy_network(module).eval()  # since running may leave traces, as observers do
     like = next(alone.parameters())
     # A little larger than the kernel reaches, on both sides.
-    reaches = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
-    sizes = [] if spec.channels_last else [2 * reach + 5 + more for reach in reaches]
+    sizes = [] if spec.channels_last else [2 * reach + 5 + more for reach in spec.reaches]
     generator = torch.Generator().manual_seed(more)
     x = torch.randn(2, spec.n_in, *sizes, generator=generator, dtype=torch.float32).to(like)
     with torch.no_grad():
@@ -270,4 +319,5 @@ def _applied(module: nn.Module) -> tuple[Tensor, Tensor]:
                 raise LayerError(f"it runs {len(watch.seen)} convolutions or matrix products")
             found = watch.seen[0]
     weight, bias = found[0].detach(), found[1]
-    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach()
+    n_out = module.out_channels if isinstance(module, _TRANSPOSED) else len(weight)
+    return weight, weight.new_zeros(n_out) if bias is None else bias.detach()

@@ -216,10 +216,11 @@ class _ToSingle:
         return repr(self._step)
 
 
-def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[str]]:
+def call_function(path: str, function: str, option: str) -> Any:
+    """Run a file of code and call a function of it; UsageError tells what fails."""
     file = Path(path).resolve()
     if not file.is_file():
-        raise UsageError(f"There is no file {path}; --model FILE.py:FUNCTION names one.")
+        raise UsageError(f"There is no file {path}; {option} FILE.py:FUNCTION names one.")
     found = importlib.util.spec_from_file_location(file.stem, file)
     assert found is not None
     assert found.loader is not None
@@ -235,12 +236,16 @@ def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[st
     if not callable(build):
         raise UsageError(f"{path} has no function {function!r}.{nearest(function, vars(module))}")
     try:
-        made = build()
+        return build()
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         raise UsageError(
             f"{path}:{function} fails ({what}); it is called without arguments."
         ) from error
+
+
+def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[str]]:
+    made = call_function(path, function, "--model")
     parts = list(made) if isinstance(made, tuple) else [made]
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
         raise UsageError(

@@ -24,6 +24,7 @@ from unbraid.base.modes import (
     without_autocast,
     without_inference,
 )
+from unbraid.networks.attention import opened
 from unbraid.networks.spec import widen
 
 Kept = TypeVar("Kept")
@@ -43,9 +44,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the network in eval mode without parameter gradients; put everything back afterwards.
 
     With no parameter asking for a gradient, autograd records nothing until the cut layer. Compiled
-    code may pass hooks by, so it runs as it is written; autocast is off.
+    code may pass hooks by, so it runs as it is written; autocast is off. Attentions run projections
+    as modules where these have hooks.
     """
-    with without_inference(), restored(model), same_random():
+    with without_inference(), restored(model), same_random(), opened(model):
         # What was computed from weights, as in copies of scripted parts, cannot be told not to.
         wanted = {
             parameter: parameter.requires_grad

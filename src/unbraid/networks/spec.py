@@ -1,8 +1,9 @@
 """A layer that is linear in its weights: its pooled inputs, and new rows beside its own.
 
 Every such layer is seen as a convolution: a fully connected one has kernel 1, and its positions are
-its tokens. Shapes: N images, C_out and C_in channels, G groups, J = C_in / G * kernel taps of one
-channel, P output positions.
+its tokens; a transposed one meets its input with zeros between, by kernels that are flipped.
+Shapes: N images, C_out and C_in channels, G groups, J = C_in / G * kernel taps of one channel, P
+output positions.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from torch import Tensor
 from unbraid.base.schema import in_range
 
 SAME = "same"  # a padding mode: zeros, as many as the input's size asks for, as in TensorFlow
+TRANSPOSED = "transposed"  # one of transposed convolutions: stride - 1 zeros between inputs too
 
-_PAD_MODES = {"zeros": "constant", SAME: "constant"} | {
+_PAD_MODES = {"zeros": "constant", SAME: "constant", TRANSPOSED: "constant"} | {
     mode: mode for mode in ("reflect", "replicate", "circular")
 }
 SAMPLED_IMAGES = 50  # of a scan, whose tap inputs are kept at some positions
 _SAMPLED_POSITIONS = 64  # of each
 _SAMPLED_NUMBERS = 2**24  # of all: 64 MiB in float32
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONVOLVE_BACK = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _MOST = 2**24  # channels, or any other number of a layer
 
 
@@ -40,7 +43,7 @@ class LayerSpec:
     n_out: int
     n_in: int
     kernel: tuple[int, ...]
-    stride: tuple[int, ...]
+    stride: tuple[int, ...]  # if TRANSPOSED, how far inputs lie apart
     padding: tuple[tuple[int, int], ...]  # before and after, per spatial dimension; unless SAME
     dilation: tuple[int, ...]
     groups: int
@@ -62,6 +65,16 @@ class LayerSpec:
         """Weights of one output channel, J."""
         return self.n_in_per_group * self.taps_per_input
 
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution."""
+        return self.pad_mode == TRANSPOSED
+
+    @property
+    def reaches(self) -> tuple[int, ...]:
+        """How far a kernel's last tap lies from its first, in each dimension."""
+        return tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
+
     def group_of(self, channel: int) -> int:
         """Return the group that an output channel belongs to."""
         return channel // (self.n_out // self.groups)
@@ -70,9 +83,14 @@ class LayerSpec:
         """Return the padding before and after one dimension of an input of a size."""
         if self.pad_mode != SAME:
             return self.padding[dim]
-        reach, stride = self.dilation[dim] * (self.kernel[dim] - 1), self.stride[dim]
+        reach, stride = self.reaches[dim], self.stride[dim]
         total = max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
         return total // 2, total - total // 2
+
+    def size_behind(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Return the size of a transposed convolution's output, by that of its input."""
+        whole = zip(sizes, self.stride, self.padding, self.reaches, strict=True)
+        return tuple((n - 1) * step + 1 + sum(pads) - reach for n, step, pads, reach in whole)
 
     def check(self) -> None:
         """Raise ValueError unless there can be such a layer."""
@@ -93,6 +111,11 @@ class LayerSpec:
             raise ValueError("pad_mode is none that is known")
         if self.channels_last and self.kernel != (1,):
             raise ValueError("a fully connected layer has kernel 1")
+        if self.transposed:
+            by_dim = zip(self.padding, self.reaches, self.stride, self.dilation, strict=True)
+            for (before, after), reach, stride, dilation in by_dim:
+                if before > reach or not 0 <= after - before < max(stride, dilation):
+                    raise ValueError("no transposed convolution has such a padding")
 
 
 def widen(x: Tensor) -> Tensor:
@@ -133,10 +156,13 @@ def pooled_input(spec: LayerSpec, x: Tensor) -> Tensor:
 def _tap_counts(spec: LayerSpec, dim: int, size: int) -> Tensor:
     """Count how often each kernel offset meets each input along one dimension, (kernel, size)."""
     line = torch.arange(1, size + 1, dtype=torch.float64)  # 0 stands for padding with zeros
+    step = spec.stride[dim]
+    if spec.transposed:
+        line, step = _apart(line, 0, step), 1
     met = F.pad(line[None, None], spec.pads(dim, size), mode=_PAD_MODES[spec.pad_mode])[0, 0].long()
-    reach = spec.dilation[dim] * (spec.kernel[dim] - 1)
-    firsts = torch.arange(0, len(met) - reach, spec.stride[dim], dtype=torch.int64)
+    firsts = torch.arange(0, len(met) - spec.reaches[dim], step, dtype=torch.int64)
     offsets = spec.dilation[dim] * torch.arange(spec.kernel[dim], dtype=torch.int64)
+    offsets = offsets.flip(0) if spec.transposed else offsets
     inputs = met[offsets[:, None] + firsts]  # (kernel, output positions)
     counts = torch.zeros(spec.kernel[dim], size + 1, dtype=torch.float32)
     counts.scatter_add_(1, inputs, torch.ones_like(inputs, dtype=torch.float32))
@@ -191,12 +217,24 @@ def spread_inputs(spec: LayerSpec, calls: Sequence[Tensor], pooled: Tensor) -> T
 
 def _windows(spec: LayerSpec, x: Tensor) -> Tensor:
     """A view of what kernels meet, (N, channels, output positions ..., kernel offsets ...)."""
-    x, n_dims = pad_input(spec, x), len(spec.kernel)
-    for dim in range(n_dims):
-        reach = spec.dilation[dim] * (spec.kernel[dim] - 1) + 1
-        x = x.unfold(2 + dim, reach, spec.stride[dim])  # windows go last
+    n_dims = len(spec.kernel)
+    for dim in range(n_dims) if spec.transposed else ():
+        x = _apart(x, 2 + dim, spec.stride[dim])
+    x = pad_input(spec, x)
+    for dim in range(n_dims):  # windows go last
+        x = x.unfold(2 + dim, spec.reaches[dim] + 1, 1 if spec.transposed else spec.stride[dim])
     steps = tuple(slice(None, None, step) for step in spec.dilation)
-    return x[(slice(None),) * (2 + n_dims) + steps]
+    x = x[(slice(None),) * (2 + n_dims) + steps]
+    return x.flip(*range(2 + n_dims, 2 + 2 * n_dims)) if spec.transposed else x
+
+
+def _apart(x: Tensor, dim: int, step: int) -> Tensor:
+    """Put step - 1 zeros between what stands along a dimension."""
+    size = list(x.shape)
+    size[dim] = (size[dim] - 1) * step + 1
+    apart = x.new_zeros(size)
+    apart[(slice(None),) * dim + (slice(None, None, step),)] = x
+    return apart
 
 
 def pad_input(spec: LayerSpec, x: Tensor) -> Tensor:
@@ -215,20 +253,51 @@ def respond(
 
     Input and output are (N, C_in or R, positions ...), channels first.
     """
-    x = pad_input(spec, x)
-    kernels = rows.reshape(-1, spec.n_in_per_group, *spec.kernel)
     convolve = partial(_CONVOLVE[len(spec.kernel)], stride=spec.stride, dilation=spec.dilation)
+    if spec.transposed:
+        beside = [
+            reach - before for reach, (before, _) in zip(spec.reaches, spec.padding, strict=True)
+        ]
+        more = [after - before for before, after in spec.padding]
+        convolve = partial(
+            _CONVOLVE_BACK[len(spec.kernel)],
+            stride=spec.stride,
+            dilation=spec.dilation,
+            padding=beside,
+            output_padding=more,
+        )
+    else:
+        x = pad_input(spec, x)
     if spec.groups == 1:
-        return convolve(x, kernels, bias)
+        return convolve(x, as_weight(spec, rows), bias)
     members: dict[int, list[int]] = {}
     for row, channel in enumerate(channels):
         members.setdefault(spec.group_of(channel), []).append(row)
     parts = [
-        convolve(_inputs_of(spec, x, group), kernels[chosen], bias[chosen])
+        convolve(_inputs_of(spec, x, group), as_weight(spec, rows[chosen], 1), bias[chosen])
         for group, chosen in members.items()
     ]
     order = [row for chosen in members.values() for row in chosen]
     return torch.cat(parts, 1)[:, sorted(range(len(order)), key=order.__getitem__)]
+
+
+def as_weight(spec: LayerSpec, rows: Tensor, groups: int | None = None) -> Tensor:
+    """Rows (R, J), in order of so many groups, the layer's by default, as torch takes weights.
+
+    They are (R, C_in / G, kernel ...), of a transposed convolution (C_in, R / G, kernel ...).
+    """
+    kernels = rows.reshape(-1, spec.n_in_per_group, *spec.kernel)
+    if not spec.transposed:
+        return kernels
+    by_group: Tensor = kernels.unflatten(0, (spec.groups if groups is None else groups, -1))
+    return by_group.transpose(1, 2).flatten(0, 1)
+
+
+def as_rows(spec: LayerSpec, weight: Tensor) -> Tensor:
+    """Weights of a layer as torch holds them, as one row per output channel, (C_out, J)."""
+    if spec.transposed:
+        weight = weight.unflatten(0, (spec.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
 
 
 def _inputs_of(spec: LayerSpec, x: Tensor, group: int) -> Tensor:

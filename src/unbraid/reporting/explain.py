@@ -29,7 +29,8 @@ from unbraid.images.broken import plain
 from unbraid.images.dataset import class_names_of, name_of, size_of
 from unbraid.measuring.explain import ImageExplanation, Response, explain_images
 from unbraid.networks.copying import unwrap
-from unbraid.reporting.pictures import open_picture, sight_of, to_picture
+from unbraid.reporting.drawing import bands_of, to_picture
+from unbraid.reporting.pictures import open_picture, sight_of
 from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target
 from unbraid.surgery.split_layer import split_layer_of
 
@@ -189,7 +190,10 @@ def _of_dataset(images: Dataset[Any]) -> _Named:
     for (item,) in load(images, batches, workers=0):
         if item.fault is not None:
             raise DataError(f"{item.fault} Mend it, or leave it out.")
-        seen = to_picture(item.image) if sight is None else sight(open_picture(images, item.index))
+        if sight is None:
+            seen = to_picture(item.image, bands_of(images, item.index))
+        else:
+            seen = sight(open_picture(images, item.index))
         yield name_of(images, item.index), item.image, seen
 
 

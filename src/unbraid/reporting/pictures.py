@@ -23,6 +23,7 @@ from unbraid.images.broken import plain
 from unbraid.images.dataset import holder_of, picture_of, size_of
 from unbraid.images.identity import preprocessing_of
 from unbraid.networks.spec import LayerSpec, respond
+from unbraid.reporting.drawing import bands_of, tell_bands, to_picture
 from unbraid.reporting.view import Material, Page
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit
@@ -147,6 +148,8 @@ def take_pictures(page: Page, material: Material, dataset: Dataset[Any] | None) 
     more = {index: label for (_, index), label in in_circuits.items()}
     taken = read_pictures(dataset, labels | more, draw)
     pictures.shots = {index: own and own[0] for index, own in taken.items() if index in labels}
+    told = tell_bands(dataset, next(iter(labels))) if labels else ""
+    pictures.note = f"{pictures.note} {told}".strip()
     for place, index in firsts.items():
         if (sizes := taken[index]) is not None:
             pictures.thumbs[place] = sizes[1]
@@ -177,8 +180,12 @@ def read_pictures(
         )
     pictures: dict[int, Changed | None] = dict.fromkeys(labels)
     for index in labels:
-        with suppress(Exception):  # whatever a data set raises, one image is not worth the page
+        try:
             pictures[index] = change(open_picture(dataset, index))
+        except UsageError:  # of how pictures are to be shown
+            raise
+        except Exception:  # whatever a data set raises, one image is not worth the page
+            continue
     return pictures
 
 
@@ -186,22 +193,9 @@ def open_picture(dataset: Dataset[Any], index: int) -> Image.Image:
     """Get a picture as it was before the transform where the data set can give it."""
     picture = picture_of(dataset, index)
     image = dataset[index][0] if picture is None else picture
-    image = image if isinstance(image, Image.Image) else to_picture(plain(image, index))
+    if not isinstance(image, Image.Image):
+        image = to_picture(plain(image, index), bands_of(dataset, index))
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """Make a picture of a tensor, (C, H, W) or (H, W): in colour of three channels, else grey."""
-    image = image.detach().cpu().float().nan_to_num()
-    image = image[None] if image.dim() == 2 else image
-    if image.dim() != 3 or image.numel() == 0:
-        raise ValueError(f"a tensor of shape {tuple(image.shape)} is no picture")
-    if len(image) != 3:
-        image = image.mean(0, keepdim=True)
-    low, high = image.min(), image.max()
-    scaled = (255 * (image - low) / (high - low).clamp(min=1e-12)).round().to(torch.uint8)
-    values = scaled.movedim(0, -1).numpy()
-    return Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values)
 
 
 def encode(picture: Image.Image, side: int, quality: int) -> Picture:

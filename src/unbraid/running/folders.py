@@ -30,6 +30,7 @@ from unbraid.images.kept import LISTED
 from unbraid.images.labels import Outputs, read_classes
 from unbraid.images.listing import ListedImages
 from unbraid.images.open import list_images, part_of
+from unbraid.images.own import refuse_own
 from unbraid.reporting.pictures import Sight
 from unbraid.scanning.manifest import hash_indices, read_manifest
 from unbraid.scanning.records import Scan
@@ -320,6 +321,7 @@ def validation_images(
         return load_images("test" if part == "val" else "train")
     if "data" not in source:
         raise RunError("The run does not say where its images are; make it anew.")
+    refuse_own(source["data"])
     with_classes = source.get("class_folders", True)
     listing = list_images(part_of(source["data"], part), with_classes)
     labels: dict[str, int] = {}

@@ -36,7 +36,9 @@ def bytes_of_positions(scan: Scan) -> int:
     """About how many bytes the layer's input takes of one image."""
     n_positions = next((int(n[0]) for n in scan.columns("n_positions") if len(n)), 1)
     size = torch.empty(0, dtype=getattr(torch, scan.manifest.dtype)).element_size()
-    return size * scan.layer.n_in * n_positions * math.prod(scan.layer.stride)
+    apart = math.prod(scan.layer.stride)
+    n_inputs = -(-n_positions // apart) if scan.layer.transposed else n_positions * apart
+    return size * scan.layer.n_in * n_inputs
 
 
 def n_with_positions(scan: Scan) -> int:

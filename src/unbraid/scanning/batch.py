@@ -233,6 +233,8 @@ def _records_of(
     for values in (pooled, summed):
         refuse_broken_values(values, index)
     if check:
+        if spec.transposed:
+            _check_sizes(spec, cut)
         _check_linear(spec, layer.module, pooled, z, n_positions)
     share = shares(summed)
     kept = share >= min_share
@@ -338,6 +340,18 @@ def _scattered(layer: Place, output: Tensor, n_images: int) -> LayerError:
         f"Layer {layer.spec.name!r} puts out {tuple(output.shape)} for {n_images} images, where "
         "what belongs to one image does not lie together; use batch_size=1."
     )
+
+
+def _check_sizes(spec: LayerSpec, cut: Cut[Kept]) -> None:
+    """Raise if a transposed convolution puts out another size than its own padding gives."""
+    for call, output in zip(cut.inputs, cut.outputs, strict=True):
+        own = spec.size_behind(call.sampled.shape[2:])
+        if own != tuple(output.shape[2:]):
+            raise LayerError(
+                f"Layer {spec.name!r} is called with an output_size, {tuple(output.shape[2:])}, of "
+                f"another size than its own padding gives, {own}; set its output_padding instead, "
+                "or choose another layer."
+            )
 
 
 def _check_linear(

@@ -21,6 +21,7 @@ _LAST_INDEX = 2**62  # more images than any data set has
 _POSITIONS = 2**53  # the last whole number of which float64 knows both neighbours
 # Padding may make an input map so many times larger, or as many numbers larger in any case.
 _PADDED_TIMES, _PADDED_FREE = 16, 2**26
+_APART = 32  # how far a transposed convolution may set inputs apart without a look at their number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,15 +233,19 @@ def _map_fault(spec: LayerSpec, input_map: Tensor) -> str | None:
     if not len(input_map):
         return None
     padded = len(input_map) * spec.n_in
+    times = _PADDED_TIMES
     for dim, size in enumerate(input_map.shape[2:]):
         pads = spec.pads(dim, size)
-        reach = spec.dilation[dim] * (spec.kernel[dim] - 1) + 1
+        reach = spec.reaches[dim] + 1
+        if spec.transposed:  # whose inputs lie apart
+            times *= min(spec.stride[dim], _APART)
+            size = (size - 1) * spec.stride[dim] + 1
         # The modes that repeat the input cannot go beyond it.
         most = {"reflect": size - 1, "circular": size}.get(spec.pad_mode, max(pads))
         if size + sum(pads) < reach or size < 1 or max(pads) > most:
             return "holds an 'input_map' that is too small for the layer"
         padded *= size + sum(pads)
-    if padded > _PADDED_TIMES * input_map.numel() + _PADDED_FREE:
+    if padded > times * input_map.numel() + _PADDED_FREE:
         return "holds an 'input_map' that the layer's padding makes too large"
     return None
 

@@ -28,6 +28,7 @@ from unbraid.images.dataset import Around, class_names_of, labels_of, size_of
 from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of, text_of
 from unbraid.images.mapped import distinct
 from unbraid.images.sample import sample_of
+from unbraid.networks.attention import with_projections
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.formats import faster_channels_last
 from unbraid.networks.layers import (
@@ -422,7 +423,8 @@ def _cuts(
     model: nn.Module, specs: list[LayerSpec], keep: Callable[[Tensor], Any]
 ) -> Iterator[list[Cut[Any]]]:
     with ExitStack() as stack:
-        layers = (model.get_submodule(spec.name) for spec in specs)
+        known = dict(with_projections(model))
+        layers = [known[spec.name] for spec in specs]
         yield [stack.enter_context(cut_at(layer, keep)) for layer in layers]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unbraid.base.arguments import as_kind
 from unbraid.base.errors import ModelError, OutOfMemory, OutputChangedError, RunError, UsageError
 from unbraid.base.modes import in_plain_modes
+from unbraid.networks.attention import Projection, with_projections
 from unbraid.networks.copying import Reach, become, copy_network, double, rebind, unwrap
 from unbraid.networks.layers import bias_of, describe, resolve_layer, weight_rows
 from unbraid.networks.outputs import run_network
@@ -26,6 +27,7 @@ from unbraid.networks.spec import LayerSpec
 from unbraid.networks.weights import hash_weights
 from unbraid.splitting.splits import ChannelSplit, Split
 from unbraid.surgery.gates import clamp, gate
+from unbraid.surgery.split_attention import open_around
 from unbraid.surgery.split_layer import SplitLayer, plain_layer
 
 Form = Literal["exact", "plain"]
@@ -127,9 +129,10 @@ def _split_copy(model: nn.Module, splits: Sequence[Split], form: Form) -> nn.Mod
 
 def _replace(model: nn.Module, split: Split, form: Form) -> None:
     """Make a layer its split form, for everything that leads to it."""
+    open_around(model, resolve_layer(model, split.layer.name)[1], form == "exact")
     name, layer = resolve_layer(model, split.layer.name)
     kind, build = {"exact": (SplitLayer, SplitLayer), "plain": (nn.Sequential, plain_layer)}[form]
-    inner = double(layer, kind)
+    inner = None if isinstance(layer, Projection) else double(layer, kind)
     new = build(layer if inner is None else inner, describe(name, layer), split.channels)
     if isinstance(new, SplitLayer):
         new.clusters, new.class_names = split.clusters, split.class_names
@@ -220,7 +223,7 @@ def in_force(model2: nn.Module) -> Iterator[None]:
 
 def refuse_ways_past(model: nn.Module, copied: nn.Module, layers: Sequence[str]) -> None:
     """Raise ModelError if a copy, with these layers split, is seen to run the network's own."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(with_projections(model, remove_duplicate=False))
     for name in layers:
         names = [other for other, module in modules.items() if module is modules[name]]
         # The network, what in it holds the layer, and the layer.

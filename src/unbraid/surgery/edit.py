@@ -20,10 +20,12 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from unbraid.base.arguments import as_kind, real_number
 from unbraid.base.errors import ModelError, OutputChangedError, UsageError
 from unbraid.base.modes import in_plain_modes
+from unbraid.networks.attention import Projection
 from unbraid.networks.copying import copy_network, unwrap
 from unbraid.networks.layers import PLAIN_LAYERS, bias_of, describe, resolve_layer, weight_rows
 from unbraid.networks.outputs import run_network
 from unbraid.networks.relevance import undisturbed
+from unbraid.networks.spec import LayerSpec, as_weight
 from unbraid.splitting.splits import ChannelSplit, Split
 from unbraid.surgery.apply import apply, check_fit, refuse_ways_past
 from unbraid.surgery.gates import gate
@@ -147,22 +149,27 @@ def _set_weights(name: str, layer: Any, rows: Tensor, bias: Tensor) -> None:
             remove_weight_norm(layer, hook.name)
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(layer, hook.name)
-    if not _take(layer, rows, bias):
+    if isinstance(layer, Projection):
+        layer.put(rows, bias)
+        return
+    spec = describe(name, layer)
+    if not _take(layer, spec, rows, bias):
         # One that computes its weights from others; as torch's own layer it is the same but that.
-        spec = describe(name, layer)
         layer.__class__ = next(kind for kind in PLAIN_LAYERS if isinstance(layer, kind))
-        if replace(describe(name, layer), kind=spec.kind) != spec or not _take(layer, rows, bias):
+        own = replace(describe(name, layer), kind=spec.kind)
+        if own != spec or not _take(layer, spec, rows, bias):
             raise ModelError(
                 f"The weights of layer {name!r} cannot be set, as it computes them in a way of its "
                 "own; use gates, which a split network has."
             )
 
 
-def _take(layer: Any, rows: Tensor, bias: Tensor) -> bool:
+def _take(layer: Any, spec: LayerSpec, rows: Tensor, bias: Tensor) -> bool:
     """Put rows and biases into parameters of a layer's own; whether it applies them then."""
     weight, own_bias = layer.weight, layer.bias
     # New ones, as other layers may share the old.
-    layer.weight = nn.Parameter(rows.reshape(weight.shape).to(weight), weight.requires_grad)
+    own = as_weight(spec, rows).reshape(weight.shape).to(weight)
+    layer.weight = nn.Parameter(own, weight.requires_grad)
     if own_bias is not None:
         layer.bias = nn.Parameter(bias.to(own_bias), own_bias.requires_grad)
     return torch.equal(weight_rows(layer), rows) and torch.equal(bias_of(layer), bias)

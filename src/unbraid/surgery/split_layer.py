@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unbraid.base.errors import UsageError
 from unbraid.finding.membership import Clusters
 from unbraid.networks.layers import bias_of, weight_rows
-from unbraid.networks.spec import SAME, LayerSpec, pad_input, respond
+from unbraid.networks.spec import SAME, LayerSpec, as_weight, pad_input, respond
 from unbraid.splitting.splits import ChannelSplit
 
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
@@ -45,7 +45,7 @@ class SplitLayer(nn.Module):
         self.class_names: tuple[str, ...] = ()  # of classes and clusters, by number
         self.quantiles = {p.channel: p.quantiles for p in parts if p.quantiles is not None}
         self.moves: list[Move] = []  # in force, in the order in which they were made
-        self.register_forward_pre_hook(_keep_slow_path)
+        self.register_forward_pre_hook(keep_slow_path)
         owners = [n for n, p in enumerate(parts) for _ in p.concepts]  # of concepts, among parts
         self._row_channels = [parts[n].channel for n in owners] + [p.channel for p in parts]
         for name, values in (("channels", [p.channel for p in parts]), ("owners", owners)):
@@ -63,13 +63,14 @@ class SplitLayer(nn.Module):
                 raise  # how to be copied, say, is not the original's to answer
             return getattr(self.original, name)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Compute the original output, by way of the concept channels.
 
         While nothing intervenes, the correction is zero in value and alive in gradient. It is minus
         (detached minus live), since adding minus zero keeps even the sign of a zero.
         """
-        z: Tensor = self.original(input)
+        # Transposed convolutions alone take a size, that of the layer's own padding.
+        z: Tensor = self.original(input, *(() if output_size is None else (output_size,)))
         dim = -1 if self.spec.channels_last else 1
         n_concepts, n_residuals = len(self.names), len(self.channels)
         if self.spec.channels_last:
@@ -133,7 +134,7 @@ def _hooked(point: nn.Module) -> bool:
     )
 
 
-def _keep_slow_path(layer: nn.Module, args: tuple[Any, ...]) -> None:
+def keep_slow_path(layer: nn.Module, args: tuple[Any, ...]) -> None:
     """Do nothing, as a hook: torch's fused transformer reads a hookless layer's weights past it."""
 
 
@@ -199,6 +200,7 @@ def _scale(z: Tensor, value: float | Tensor) -> Tensor:
 # The plain form: the same split made of two standard layers, for exporters and other tools.
 
 _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 class _Row(NamedTuple):
@@ -231,13 +233,15 @@ def plain_layer(
     rows = _rows(original, spec, parts)
     wide, merge = _standard_pair(original, spec, len(rows), pads)
     with torch.no_grad():
-        for weights in (wide.weight, wide.bias, merge.weight):
+        weight = wide.weight.new_zeros(len(rows), spec.n_taps)
+        for weights in (wide.bias, merge.weight):
             weights.zero_()
         for n, row in enumerate(rows):
             if row is not None:
-                wide.weight[n] = row.weight.reshape(wide.weight[n].shape)
+                weight[n] = row.weight
                 wide.bias[n] = row.bias
                 merge.weight[row.channel, n] = row.sign
+        wide.weight.copy_(as_weight(spec, weight).reshape(wide.weight.shape))
     modules: list[tuple[str, nn.Module]] = [("pad", Pad(spec))] if pads else []
     layer = nn.Sequential(OrderedDict([*modules, ("wide", wide), ("merge", merge)]))
     layer.names = [row.name if row else "" for row in rows]  # type: ignore[assignment]
@@ -269,6 +273,11 @@ def _standard_pair(original: nn.Module, spec: LayerSpec, n_rows: int, pads: bool
         return [wide, nn.Linear(n_rows, spec.n_out, bias=False, **like)]
     kind = _CONVOLUTIONS[len(spec.kernel)]
     padding, mode = (0, "zeros") if pads else (original.padding, spec.pad_mode)
-    how = (spec.kernel, spec.stride, padding, spec.dilation, spec.groups)
-    wide = kind(spec.n_in, n_rows, *how, padding_mode=mode, **like)
-    return [wide, kind(n_rows, spec.n_out, 1, bias=False, **like)]
+    merge = kind(n_rows, spec.n_out, 1, bias=False, **like)
+    if spec.transposed:
+        names = ("stride", "padding", "output_padding", "groups", "dilation")
+        how = {name: getattr(original, name) for name in names}
+        kind = _TRANSPOSED[len(spec.kernel)]
+        return [kind(spec.n_in, n_rows, spec.kernel, **how, **like), merge]
+    shape = (spec.kernel, spec.stride, padding, spec.dilation, spec.groups)
+    return [kind(spec.n_in, n_rows, *shape, padding_mode=mode, **like), merge]

@@ -1,0 +1,89 @@
+"""A data set of anyone's own, FILE.py:FUNCTION on the command line, listed as other sources are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, Subset
+
+from unbraid.base.arguments import a_type
+from unbraid.base.errors import DataError, UsageError
+from unbraid.images.broken import UNLABELLED
+from unbraid.images.dataset import class_names_of, holder_of, labels_of, size_of
+from unbraid.images.division import TRAIN, VAL, Divided, divide
+from unbraid.images.identity import ids_of
+from unbraid.images.listing import Items, Listing, make_listing
+from unbraid.networks.models import call_function
+
+_MARK = ".py:"
+_named: set[str] = set()  # what was named in this process, not by a folder
+
+
+def is_own(where: str) -> bool:
+    """Whether a source is a function of a file of code, which no file or folder is called."""
+    return _MARK in where and not os.path.exists(where)
+
+
+def refuse_own(where: str) -> None:
+    """Raise DataError of a source that would run code which only a folder names, no one here."""
+    if is_own(where) and place_of(where) not in _named:
+        raise DataError(
+            f"The run's images are code of one's own, {where}, which is run only where you name "
+            "it; start `unbraid run` again with the same options."
+        )
+
+
+def place_of(where: str) -> str:
+    """Name a function of a file of code so that it is found again from any folder."""
+    path, _, function = where.rpartition(":")
+    return f"{Path(path).resolve()}:{function}"
+
+
+def list_own(where: str) -> Listing:
+    """List a data set that FILE.py:FUNCTION returns, or a part of it, FILE.py:FUNCTION/train.
+
+    The function, without arguments, returns a data set of (tensor, label), the tensor as the
+    network takes it, or (training, validation); a single one is divided.
+
+    Raises:
+        UsageError: the file or function is missing or fails, or returns something else.
+    """
+    path, _, called = where.rpartition(":")
+    function, _, part = called.partition("/")
+    _named.add(place_of(f"{path}:{function}"))
+    made = call_function(path, function, "DATA")
+    several = made if isinstance(made, tuple) else (made,)
+    if len(several) > 2 or not all(hasattr(type(one), "__getitem__") for one in several):
+        raise UsageError(
+            f"{path}:{function} must return a data set or (training, validation), not "
+            f"{a_type(made)}."
+        )
+    if len(several) == 2:
+        if part not in (TRAIN, VAL):
+            raise UsageError(
+                f"{path}:{function} returns training and validation images; name {where}/train or "
+                f"{where}/val."
+            )
+        return _list(several[part == VAL], where)
+    whole = _list(several[0], f"{path}:{function}")
+    if not part:
+        return whole
+    own = divide(whole, part)
+    assert isinstance(own.read, Divided)
+    assert isinstance(whole.read, Items)
+    return replace(own, read=replace(whole.read, dataset=Subset(several[0], own.read.indices)))
+
+
+def _list(dataset: Dataset[Any], source: str) -> Listing:
+    labels, names = labels_of(dataset), class_names_of(dataset)
+    ids: Sequence[str] = ids_of(dataset) or [str(index) for index in range(size_of(dataset))]
+    held = holder_of(dataset, 0, "bands")
+    read = Items(dataset, held and held[0].bands)
+    if names and set(labels) != {UNLABELLED}:
+        return Listing(source, ids, read, list(names), labels)
+    told = [None if label == UNLABELLED else str(label) for label in labels]
+    return make_listing(source, [*ids], read, told)

@@ -1,0 +1,145 @@
+"""torch's attention and transformer layers with a split layer inside, equal bit for bit.
+
+They compute from the weights of their parts, in one fused step where nobody looks. So the original
+is computed as ever, and beside it, part by part, what the concept channels change in it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from unbraid.networks.attention import APART, TOGETHER, Projection, attend, opens, projections
+from unbraid.networks.copying import become, double, rebind
+from unbraid.surgery.split_layer import SplitLayer, keep_slow_path
+
+
+class SplitAttention(nn.Module):
+    """nn.MultiheadAttention whose projections are parts, so that they can be split."""
+
+    def __init__(self, original: nn.MultiheadAttention, exact: bool) -> None:  # noqa: D107
+        super().__init__()
+        self.is_exact: bool = exact
+        for part, projection in projections(original).items():
+            self.add_module(part, projection)
+        self.out_proj = original.out_proj
+        vars(original)["closed"] = True  # to those who would open it, as this one does
+        self.original = original  # last, so that the parts go by their own names
+        self.register_forward_pre_hook(keep_slow_path)
+
+    def __getattr__(self, name: str) -> Any:
+        """Give what the surrounding code may ask of attention, such as `batch_first`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original" or name.startswith("__"):
+                raise
+            return getattr(self.original, name)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **named: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the original's output and weights, by way of the concept channels."""
+        given = (query, key, value, *args)
+        parts: dict[str, Any] = {n: m for n, m in self._modules.items() if n != "original"}
+        if not all(isinstance(parts[name], Projection) for name in APART):
+            parts.pop(TOGETHER, None)
+        changed = attend(self.original, parts, *given, **named)
+        if not self.is_exact or (self.training and self.original.dropout):  # which draws anew
+            return changed
+        own = {n: m.original if isinstance(m, SplitLayer) else m for n, m in parts.items()}
+        plain = attend(self.original, own, *given, **named)
+        output, weights = self.original(*given, **named)
+        if weights is not None:
+            assert plain[1] is not None
+            assert changed[1] is not None
+            weights = _beside(weights, plain[1], changed[1])
+        return _beside(output, plain[0], changed[0]), weights
+
+
+class SplitEncoderLayer(nn.Module):
+    """nn.TransformerEncoderLayer with split layers inside, which torch would not run fused."""
+
+    def __init__(self, original: nn.TransformerEncoderLayer) -> None:  # noqa: D107
+        super().__init__()
+        self._modules = original._modules  # under the same names
+        self.original = (original,)  # in a tuple, as it has the same parts
+
+    def __getattr__(self, name: str) -> Any:
+        """Give what the surrounding code may ask of the layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original" or name.startswith("__"):
+                raise
+            return getattr(self.original[0], name)
+
+    def forward(self, src: Tensor, *args: Any, **named: Any) -> Tensor:
+        """Compute the original's output, by way of the concept channels."""
+        changed: Tensor = self.original[0](src, *args, **named)
+        if self.training:  # when torch does not fuse
+            return changed
+        unsplit = _unsplit(self.original[0])
+        output = unsplit(src, *args, **named)
+        slow = nn.Identity()
+        slow.register_forward_pre_hook(keep_slow_path)
+        unsplit._modules["slow"] = slow
+        return _beside(output, unsplit(src, *args, **named), changed)
+
+
+def _beside(original: Tensor, plain: Tensor, changed: Tensor) -> Tensor:
+    """The original's value, moved by what was changed; the gradient goes by what was changed.
+
+    Where nothing was changed zero is taken away, which keeps even the sign of a zero. It is a copy
+    that keeps the memory format, as modules behind may round by that.
+    """
+    return original.detach().clone().sub_(plain.detach() - changed)
+
+
+def _unsplit(module: nn.Module) -> Any:
+    """A module as it was before layers in it were split; it shares all else."""
+    if isinstance(module, SplitLayer):
+        return module.original
+    if isinstance(module, SplitAttention):
+        return _unsplit(module.original)
+    if not any(isinstance(part, SplitLayer) for part in module.modules()):
+        return module
+    twin = object.__new__(type(module))
+    object.__setattr__(twin, "__dict__", dict(vars(module)))
+    vars(twin)["_modules"] = {
+        name: None if child is None else _unsplit(child) for name, child in module._modules.items()
+    }
+    return twin
+
+
+def open_around(model: nn.Module, layer: nn.Module, exact: bool) -> None:
+    """Prepare what runs a layer by its weights alone, so that it runs the layer.
+
+    In a network that nobody else has, the layer's attention becomes a SplitAttention and, in the
+    exact form, a transformer layer that holds it a SplitEncoderLayer.
+    """
+    for module in list(model.modules()):
+        if opens(module) and (
+            module.out_proj is layer or (isinstance(layer, Projection) and layer.of[0] is module)
+        ):
+            inner = double(module, SplitAttention)
+            assert isinstance(inner, nn.MultiheadAttention)
+            become(module, SplitAttention(inner, exact).train(module.training))
+            rebind(inner, module)
+    for module in list(model.modules()):
+        if type(module) is not nn.TransformerEncoderLayer or not _holds(module, layer):
+            continue
+        if not exact:
+            module.register_forward_pre_hook(keep_slow_path)
+            continue
+        fused = double(module, SplitEncoderLayer)
+        assert isinstance(fused, nn.TransformerEncoderLayer)
+        become(module, SplitEncoderLayer(fused).train(module.training))
+        rebind(fused, module)
+
+
+def _holds(module: nn.Module, layer: nn.Module) -> bool:
+    """Whether a layer is in a module; a projection is where its attention is."""
+    known = [*module.modules()]
+    return layer in known or (isinstance(layer, Projection) and layer.of[0] in known)
