@@ -29,7 +29,7 @@ _IN_SDIST = (
     *("src/unbraid/__init__.py", "tests/conftest.py", "docs/index.md", "mkdocs.yml"),
 )
 # A path of somebody's machine in the metadata or a data file.
-_PATH = re.compile(rb"/(home|root|Users|work|tmp)/[\w.-]+")
+_PATH = re.compile(rb"(?<![\w.])/(home|root|Users|work|tmp)/[\w.-]+")
 _READ = {".py", ".md", ".json", ".html", ".csv", ".txt", ".toml", ".safetensors", ""}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 _OUTSIDE = re.compile(r"(?<=\]\()\.\./(?P<path>[\w./-]+)")
+_NAMED = re.compile(r"(?<![\w/])(<code>)?docs/(?P<name>\w+\.md)(?(1)</code>)")
 FOLDER = "source"  # of the site, where they lie
 
 
@@ -26,3 +27,15 @@ def on_files(files: Files, *, config: Any) -> Files:
 def on_page_markdown(markdown: str, **_about: Any) -> str:
     """Lead these links there; one to what is not there is told by MkDocs."""
     return _OUTSIDE.sub(rf"{FOLDER}/\g<path>", markdown)
+
+
+def on_page_content(html: str, *, page: Any, files: Files, **_about: Any) -> str:
+    """Lead from pages that docstrings name, such as docs/data.md, to them."""
+
+    def link(found: re.Match[str]) -> str:
+        target = files.get_file_from_path(found["name"])
+        if target is None:
+            return found[0]
+        return f'<a href="{target.url_relative_to(page.file)}">{found["name"]}</a>'
+
+    return _NAMED.sub(link, html)

@@ -79,10 +79,10 @@ def test_hostile_names_are_text_on_card_and_page(shared):
     assert about["library_name"] == "unbraid"
     assert about["license"] == 'mit" - x: y'
     assert "x: y" not in about
-    assert not re.search(r"<(?!/?(b|sup)?$)\w", body)
-    assert "[x](" not in body.replace("\\[", "").replace("\\]", "")
+    assert "<" not in body
+    assert "[x]" not in body
     rows = [line for line in body.splitlines() if line.startswith("|")]
-    columns = {len(re.findall(r"(?<!\\)\|", row)) - 1 for row in rows}
+    columns = {row.count("|") - 1 for row in rows}
     assert columns == {2, 4}
 
 

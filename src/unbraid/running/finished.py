@@ -145,7 +145,11 @@ class Run:
     def report(self) -> Path:
         """Write the page; RunError if the run is not finished, DataError if its images are gone."""
         lead = folders.first_look_in_words(self.settings.source, self.found)
-        pictured = {"dataset": self.images, "title": self.settings.title, "lead": lead}
+        pictured: dict[str, Any] = {
+            "dataset": self.images,
+            "title": self.settings.title,
+            "lead": lead,
+        }
         return write_report(self.page, **pictured, **self.shown_on_page)
 
     def figure(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from unbraid.base.tables import count, figure, one_line
 from unbraid.measuring.results import Evaluation
 from unbraid.reporting.report import report
 from unbraid.running.finished import Run
+from unbraid.scanning.records import Scan
 from unbraid.splitting.location import FILE
 
 CARD, MEASURES, PAGE = "README.md", "measures.json", "page.html"
@@ -59,10 +61,13 @@ def share_run(
         raise UsageError(f"{out} holds a {CARD} of something else; name another folder.")
     run.split.save(out / FILE)
     run.evaluation.save(out / MEASURES)
-    title = f"{_network(run.settings.source)}, {run.split.layer.name}"
-    report(
-        out / PAGE, title=title, dataset=run.images if pictures else None, **run.shown_on_page
-    )
+    network = _network(run.settings.source)
+    shown = {
+        name: _nameless(one, network) if isinstance(one, Scan) else one
+        for name, one in run.shown_on_page.items()
+    }
+    pictured: dict[str, Any] = {"dataset": run.images if pictures else None}
+    report(out / PAGE, title=f"{network}, {run.split.layer.name}", **pictured, **shown)
     card = _card(run, run.evaluation, one_line(data_name), one_line(license_name))
     write_whole(out / CARD, card.encode("utf-8", "backslashreplace"))
     return [out / name for name in (CARD, FILE, MEASURES, PAGE)]
@@ -108,7 +113,7 @@ def _card(run: Run, evaluation: Evaluation, data_name: str, license_name: str) -
             "",
             "`model` is the network named below, with the very weights that the fingerprint is of; "
             "others are refused. `pip install unbraid` brings what is needed, and "
-            "`pip install \"unbraid[hub]\"` what `hf://` takes.",
+            '`pip install "unbraid[hub]"` what `hf://` takes.',
             "",
             *_rows(["", ""], [[name, value] for name, value in facts.items()]),
             "",
@@ -125,6 +130,11 @@ def _card(run: Run, evaluation: Evaluation, data_name: str, license_name: str) -
             "",
         ]
     )
+
+
+def _nameless(scan: Scan, network: str) -> Scan:
+    """The same scan, but that it does not say where network and images lie."""
+    return replace(scan, manifest=replace(scan.manifest, source={"model": network}))
 
 
 def _network(source: dict[str, Any]) -> str:
@@ -188,7 +198,7 @@ def _rows(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Write any text so that Markdown and HTML show it as it is, on one line.
+    r"""Write any text so that Markdown and HTML show it as it is, on one line.
 
     >>> print(_plain('T-shirt_2, "><b>*x*|'))
     T-shirt\_2, "&#62;&#60;b&#62;\*x\*&#124;

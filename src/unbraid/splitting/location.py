@@ -24,7 +24,7 @@ def split_file(source: str | Path) -> Path:
         RunError: the folder or repository holds no split, or cannot be reached.
     """
     path = as_path("path", source)
-    if (address := path.as_posix()).startswith("hf:/"):  # as a path has one slash for two
+    if (address := path.as_posix()).startswith("hf:"):  # a path has one slash for two
         found = _HUB.fullmatch(address)
         if found is None:
             raise UsageError(
