@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = {"test", "docs", "benchmarks"}  # extras whose versions are no matter of users
+LEFT_OUT = ("unbraid[", "ruff", "mypy", "import-linter", "build", "twine")  # of the tests' own
 _RANGE = re.compile(r"^(?P<name>[\w.-]+)(\[[\w,]+\])?\s*>=\s*(?P<lowest>[\w.]+)")
 
 
@@ -37,6 +38,14 @@ def lowest_versions(project: dict[str, object]) -> dict[str, str]:
     return {one["name"]: one["lowest"] for one in found if one}
 
 
+def asked_of_pip(project: dict[str, object]) -> list[str]:
+    """What to install: unbraid with the extras of users, and what its tests run on."""
+    extras = project["optional-dependencies"]
+    assert isinstance(extras, dict)
+    own = ",".join(sorted(extras.keys() - TOOLS))
+    return [*("-e", f"{ROOT}[{own}]"), *(x for x in extras["test"] if not x.startswith(LEFT_OUT))]
+
+
 def installed(python: Path, names: list[str]) -> str:
     """What versions an environment has, in words."""
     code = "import sys; from importlib.metadata import version as v\n"
@@ -48,11 +57,12 @@ def installed(python: Path, names: list[str]) -> str:
 def main(which: str, folder: Path, tests: list[str]) -> int:
     """Make the environment unless it is there, run tests in it; pytest's exit code."""
     assert which in ("lowest", "newest"), which
-    lowest = lowest_versions(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lowest = lowest_versions(project)
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-        command = [str(python), "-m", "pip", "install", "-e", f"{ROOT}[test]"]
+        command = [str(python), "-m", "pip", "install", *asked_of_pip(project)]
         if which == "lowest":
             pins = folder / "lowest.txt"
             pins.write_text("".join(f"{name}=={one}\n" for name, one in lowest.items()))

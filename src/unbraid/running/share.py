@@ -62,7 +62,7 @@ def share_run(
     run.split.save(out / FILE)
     run.evaluation.save(out / MEASURES)
     network = _network(run.settings.source)
-    shown = {
+    shown: dict[str, Any] = {
         name: _nameless(one, network) if isinstance(one, Scan) else one
         for name, one in run.shown_on_page.items()
     }
