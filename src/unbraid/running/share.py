@@ -140,11 +140,12 @@ def _nameless(scan: Scan, network: str) -> Scan:
 def _network(source: dict[str, Any]) -> str:
     """Name a run's network, and its weights, without the folders that they lie in."""
     if "demo" in source:
-        return "the demo's small network (unbraid.demo.network.load_network)"
+        return "unbraid's demo network"
     model, weights = (_without_folder(source.get(name)) for name in ("model", "weights"))
     if not model:
         return "a network of one's own"
-    return f"{model}, {f'weights {weights}' if weights else 'its usual weights'}"
+    usual = "" if ".py:" in model else ", its usual weights"
+    return f"{model}, weights {weights}" if weights else model + usual
 
 
 def _without_folder(name: object) -> str:
