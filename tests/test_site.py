@@ -12,6 +12,7 @@ import unbraid
 from documents import ROOT
 from unbraid import cli
 
+pytest.importorskip("mkdocs", reason="needs .[docs]")
 CONFIG = (ROOT / "mkdocs.yml").read_text()
 # What a browser fetches by itself, which a link is not.
 _FETCHED = re.compile(
