@@ -33,6 +33,7 @@ def run(tmp_path_factory):
         one.pictures, one.targets, one.classes = one.pictures[::5], one.targets[::5], list(NAMES)
     options = {"thresholds": Thresholds(tau=0.03), "loading": Loading(), "features": False}
     source = {"model": f"{WHERE}/net.py:build", "weights": f"{WHERE}/w.pt", "data": WHERE}
+    source |= {"command": f"unbraid run --data {WHERE}", "divided": f"{WHERE} was divided"}
     options |= {"source": source, "say": lambda _: None, "title": f"{WHERE}/net.py:build"}
     out = tmp_path_factory.mktemp("run") / "run"
     return running.run(load_network(), "mix", *images, out, **options)
