@@ -62,6 +62,7 @@ SAYS = {  # a command, and what it prints; one that says none of them only write
     **{"circuit": "Circuits: demo-run/circuits/0.json"},
     **{"explain": "Pictures and figures: demo-run/explained/photo.png", "layers": " Conv2d "},
     **{"edit": "Page: edited/before_after.html", "suggest": "elsewhere"},
+    **{"share": "Shared: shared/README.md"},
     **{"scan": "Scanned ", "sensitivity": "gamma", "check": " sound."},
     "reproduce": "0 of 20 pairs agree.",  # with random weights, hence exit code 1
 }

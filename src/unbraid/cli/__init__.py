@@ -20,7 +20,7 @@ app = App(
 )
 _COMMANDS: list[Callable[..., int | None]] = [make.demo, make.run, make.layers, make.scan]
 _COMMANDS += [make.find, make.sensitivity, make.split, make.evaluate, look.report, look.figure]
-_COMMANDS += [look.explain, look.circuit, look.explore, look.edit, look.suggest, look.check]
-_COMMANDS += [make.reproduce]
+_COMMANDS += [look.explain, look.circuit, look.explore, look.edit, look.suggest, look.share]
+_COMMANDS += [look.check, make.reproduce]
 for n, command in enumerate(_COMMANDS):
     app.command(command, sort_key=n)

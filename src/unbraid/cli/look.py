@@ -282,3 +282,29 @@ def suggest(run: RunPath, *, n: int = 10) -> None:
         show(f"Try: unbraid edit {shlex.quote(str(run))} --off {helps[0].name} --out DIR")
     elif helps:
         show("None of what helps is sure; more validation images would tell.")
+
+
+def share(
+    run: RunPath,
+    *,
+    out: Out,
+    data_name: str = "",
+    license_name: Annotated[str, Parameter("--license")] = "",
+    pictures: bool = False,
+) -> None:
+    """Write a run's split into a folder that others can load, with a card, its measures and page.
+
+    `unbraid.load_split(model, FOLDER)` puts it into the network that it was made for. The folder
+    holds names of classes, but none of your images and no path.
+
+    Args:
+        data_name: What the images are, in words, for the card.
+        license_name: Licence of what is shared, such as mit, for the card.
+        pictures: Show your images on the page.
+    """
+    from unbraid.running.finished import Run
+    from unbraid.running.share import share_run
+
+    words = {"data_name": data_name, "license_name": license_name}
+    files = share_run(Run(run), out, **words, pictures=pictures)
+    show(f"Shared: {', '.join(map(str, files))}")

@@ -19,6 +19,7 @@ Pictures = npt.NDArray[np.uint8]
 DATA = Path(__file__).parent
 WEIGHTS = DATA / "network.safetensors"
 IMAGES = DATA / "images.npz"
+SPLIT = DATA / "split"  # a folder as `unbraid share` writes it
 
 LAYER = "mix"  # the 1x1 convolution whose channels the demo takes apart
 SPLITS = ("train", "test")

@@ -171,17 +171,29 @@ class Run:
             names += [folders.FEATURES] * features
         return all((self.folder / name).exists() for name in names)
 
-    def report(self) -> Path:
-        """Write the page; RunError if the run is not finished, DataError if its images are gone."""
+    @property
+    def shown_on_page(self) -> dict[str, Any]:
+        """What the page shows, but for pictures, as `unbraid.report` takes it."""
         shown: dict[str, Any] = {"scan": self.val_scan, "train_scan": self.train_scan}
-        shown |= {"found": self.found, "sensitivity": self.sensitivity, "dataset": self.images}
-        shown["lead"] = folders.first_look_in_words(self.settings.source, self.found)
+        shown |= {"found": self.found, "sensitivity": self.sensitivity}
         if self.evaluation is not None:
             shown |= {"evaluation": self.evaluation, "split": self.split}
-            shown |= {"maps": self.val_maps, "features": self.features, "circuits": self.circuits}
+            shown |= {"maps": self.val_maps, "features": self.features}
+        return shown
+
+    def report(self) -> Path:
+        """Write the page; RunError if the run is not finished, DataError if its images are gone."""
+        lead = folders.first_look_in_words(self.settings.source, self.found)
         command = self.settings.source.get("command")
-        shown["command"] = command if isinstance(command, str) else ""
-        return write_report(self.page, title=self.settings.title, **shown)
+        pictured: dict[str, Any] = {
+            "dataset": self.images,
+            "title": self.settings.title,
+            "lead": lead,
+            "command": command if isinstance(command, str) else "",
+        }
+        if self.evaluation is not None:
+            pictured["circuits"] = self.circuits
+        return write_report(self.page, **pictured, **self.shown_on_page)
 
     def figure(
         self, channel: int, kind: Literal["teaser", "densities", "sources"] = "teaser"

@@ -25,6 +25,7 @@ from unbraid.networks.outputs import run_network
 from unbraid.networks.relevance import undisturbed
 from unbraid.networks.spec import LayerSpec
 from unbraid.networks.weights import hash_weights
+from unbraid.splitting.location import split_file
 from unbraid.splitting.splits import ChannelSplit, Split
 from unbraid.surgery.gates import clamp, gate
 from unbraid.surgery.split_attention import open_around
@@ -109,6 +110,11 @@ def check_fit(model: nn.Module, *splits: Split) -> None:
                 "split this network."
             )
         rows = weight_rows(original)
+        if rows.shape != (split.layer.n_out, split.layer.n_taps):
+            raise RunError(
+                f"The split is of a layer {split.layer.name!r} of another shape than the network's "
+                "although it was made for it, so its file is damaged; get or make it anew."
+            )
         for part in split.channels:
             # Not bit by bit, since a layer may compute its weights.
             if not torch.allclose(part.weight.to(rows), rows[part.channel], rtol=1e-2):
@@ -149,13 +155,23 @@ def _replace(model: nn.Module, split: Split, form: Form) -> None:
 
 @in_plain_modes
 def load_split(model: nn.Module, path: str | Path) -> nn.Module:
-    """Put the split of a file from `Split.save` into the network that it was made for.
+    """Put a split from a file, or from someone else, into the network that it was made for.
+
+    Args:
+        model: the network that the split was made for; it is not changed.
+        path: a file from `Split.save`; a folder from `unbraid share`, or of a run; or
+            `hf://OWNER/NAME`, perhaps with `@REVISION` behind it, such a folder on the Hugging
+            Face Hub, which takes `pip install "unbraid[hub]"`.
+
+    Returns:
+        A copy of the network with the concept channels, as `apply` makes it.
 
     Raises:
-        RunError: the file is missing, damaged or not a split.
+        UsageError: the address is none, or huggingface_hub is not installed.
+        RunError: there is no split there; or it cannot be reached, is damaged or not a split.
         ModelError, LayerError: as for `apply`.
     """
-    return apply(model, Split.load(path))
+    return apply(model, Split.load(split_file(path)))
 
 
 @in_plain_modes

@@ -1,0 +1,125 @@
+"""What is published: the checker of wheel and sdist can fail, and versions agree."""
+
+import tomllib
+
+import pytest
+
+from check_package import (
+    ROOT,
+    faults_of_content,
+    faults_of_metadata,
+    faults_of_sdist,
+    faults_of_versions,
+    faults_of_wheel,
+    own_files,
+    version_of,
+)
+from ranges import lowest_versions
+
+VERSION = version_of()
+ABOUT = f"unbraid-{VERSION}.dist-info"
+WHEEL = own_files() | {
+    f"{ABOUT}/{name}"
+    for name in (
+        *("METADATA", "WHEEL", "RECORD", "entry_points.txt"),
+        *("licenses/LICENSE", "licenses/src/unbraid/demo/NOTICE.md"),
+    )
+}
+SDIST = {
+    f"unbraid-{VERSION}/{name}"
+    for name in (
+        *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "llms.txt"),
+        *("src/unbraid/__init__.py", "tests/conftest.py", "docs/index.md", "mkdocs.yml"),
+    )
+}
+METADATA = f"""Metadata-Version: 2.4
+Name: unbraid
+Version: {VERSION}
+Summary: PyTorch interpretability of vision networks
+Keywords: polysemantic
+Classifier: Typing :: Typed
+Description-Content-Type: text/markdown
+
+# unbraid
+"""
+
+
+def test_what_is_right_has_no_faults():
+    assert faults_of_wheel(WHEEL, own_files(), VERSION) == []
+    assert faults_of_sdist(SDIST, VERSION) == []
+    assert faults_of_metadata(METADATA, VERSION) == []
+    assert faults_of_versions() == []
+    assert faults_of_content("unbraid/a.py", b"https://arxiv.org/home/x and runs/home/x") == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tests/test_cli.py", "unbraid/__pycache__/x.pyc", "unbraid/demo/notes.txt"),
+        *("unbraid/base/x.tmp", "docs/index.md"),
+    ],
+)
+def test_a_wheel_that_holds_too_much_is_told(name):
+    assert faults_of_wheel(WHEEL | {name}, own_files(), VERSION) == [f"the wheel holds {name}"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("unbraid/py.typed", "unbraid/demo/images.npz", "unbraid/demo/split/split.safetensors"),
+        *("unbraid/reporting/templates/page.html.j2", "unbraid/reporting/style.css"),
+        *(f"{ABOUT}/licenses/LICENSE", f"{ABOUT}/entry_points.txt"),
+    ],
+)
+def test_a_wheel_that_lacks_something_is_told(name):
+    assert name in WHEEL
+    assert faults_of_wheel(WHEEL - {name}, own_files(), VERSION) == [f"the wheel lacks {name}"]
+
+
+def test_an_sdist_that_holds_too_much_or_lacks_something_is_told():
+    for stray in ("src/x/__pycache__/a.pyc", ".hypothesis/a", "site/index.html", "runs/a/b.html"):
+        faults = faults_of_sdist(SDIST | {f"unbraid-{VERSION}/{stray}"}, VERSION)
+        assert faults == [f"the sdist holds {stray}"]
+    assert faults_of_sdist(SDIST | {"else/a"}, VERSION) == ["the sdist holds else/a"]
+    lacking = SDIST - {f"unbraid-{VERSION}/LICENSE"}
+    assert faults_of_sdist(lacking, VERSION) == ["the sdist lacks LICENSE"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("PyTorch", "Torch", "'pytorch'"),
+        ("Keywords: polysemantic\n", "", "'polysemantic'"),
+        (f"Version: {VERSION}", "Version: 9", "is of 9"),
+        ("text/markdown", "text/plain", "no description in Markdown"),
+        ("Classifier: Typing :: Typed\n", "", "typed"),
+    ],
+)
+def test_metadata_that_lack_something_are_told(before, after, told):
+    assert before in METADATA
+    [fault] = faults_of_metadata(METADATA.replace(before, after), VERSION)
+    assert told in fault
+
+
+def test_a_path_of_a_machine_is_told():
+    path = b"/ho" + b"me/somebody/net.py"
+    assert faults_of_content("unbraid/a.json", b'{"model": "' + path + b'"}') != []
+    assert faults_of_content("unbraid/a.npz", path) == []
+
+
+def test_versions_that_part_ways_are_told(tmp_path):
+    for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    project = (tmp_path / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(project.replace(f'"{VERSION}"', '"9.9"', 1))
+    faults = faults_of_versions(tmp_path)
+    assert faults == [f"{n} names {VERSION}, not 9.9" for n in ("CITATION.cff", "CHANGELOG.md")]
+
+
+def test_every_range_of_users_has_a_beginning():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lowest = lowest_versions(project)
+    assert {"torch", "torchvision", "numpy", "pillow", "timm", "onnx"} <= lowest.keys()
+    assert "pytest" not in lowest
+    with pytest.raises(AssertionError):
+        lowest_versions({"dependencies": ["torch"]})
