@@ -101,6 +101,11 @@ def find(
         warnings.warn(accuracy.warning, stacklevel=3)
     if concepts == "clusters" and channels is not None:
         raise UsageError("Pass your own concepts in channels, or concepts='clusters', not both.")
+    if scan.manifest.places_of and of_classes:
+        raise UsageError(
+            "A scan of places does not say which classes use a channel; pass concepts='clusters', "
+            "or groups of places in images."
+        )
     auto, note = tau == "auto", ""
     if tau == "auto":
         tau, *_, note = choose_tau(scan, p, gamma) if of_classes else typical_taus(scan)

@@ -19,6 +19,7 @@ from unbraid.base.tables import count
 from unbraid.finding.findings import Findings
 from unbraid.reporting import charts, words
 from unbraid.reporting.channel import concept_views
+from unbraid.reporting.crops import Crops
 from unbraid.reporting.pictures import take_pictures
 from unbraid.reporting.view import MAX_TEXT, Material, build_page
 from unbraid.scanning.records import Scan
@@ -95,7 +96,9 @@ def report(
     as_kind("found", found, Findings)
     material = Material(scan, found, split, evaluation, train_scan, sensitivity, features, maps)
     material.refuse_strangers()
-    images = None if dataset is None else as_scanned(dataset, scan)
+    images = None
+    if dataset is not None:
+        images = Crops(dataset, scan) if scan.manifest.places_of else as_scanned(dataset, scan)
     page = render(material, dataset=images, title=title, lead=lead)
     # A folder's name may hold bytes that are no text; they are spelt out, not fatal.
     write_whole(file, page.encode("utf-8", "backslashreplace"))

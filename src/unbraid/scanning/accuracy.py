@@ -219,8 +219,8 @@ def sampled_accuracy(
 
 
 def scanned_accuracy(scan: Scan) -> Accuracy | None:
-    """Judge all images of a scan by their given labels; None if it took predicted ones."""
-    if scan.manifest.labels != "given":
+    """Judge all images of a scan by their given labels; None of predicted ones, or of places."""
+    if scan.manifest.labels != "given" or scan.manifest.places_of:
         return None
     parts = list(scan.tensors("label", "prediction"))
     labels, predictions = (torch.cat([p[name] for p in parts]).numpy() for name in parts[0])

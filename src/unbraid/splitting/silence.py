@@ -123,7 +123,7 @@ def choose_rest(members: Members, concepts: Mapping[int, Sequence[Concept]]) -> 
                 rows[groups == g].T
             )
         top.add(z, rest, place)
-        chosen = place % step == 0
+        chosen = place % step == 0 if records.drawn is None else records.drawn > 0
         even.append((place[chosen], rest[chosen]))
         count += rest.sum(0)
         start += len(records)
