@@ -41,7 +41,7 @@ from unbraid.images.open import open_images
 from unbraid.scanning.records import Scan
 
 LAYERS = ("_conv_head", "_blocks.8._expand_conv")
-N_PLANTED = 40
+N_PLANTED = 24
 PLACES = 200
 SIZE = 224
 PREPROCESS = v2.Compose(
@@ -169,13 +169,17 @@ def compare(train: Scan, val: Scan, pairs: Sequence[tuple[int, int]]) -> Iterato
     split_by, scores = {}, {}
     for way, (own, held_out) in ways.items():
         found = search(own, channels)
+        yield way, "found", f"{len(found.concepts)} of {len(pairs)}"
+        if not found.concepts:
+            return
         split_by[way] = unbraid.split(own, found)
         scores[way] = agreement(held_out, found, truth)
-        yield way, "found", f"{len(found.concepts)} of {len(pairs)}"
         n_concepts = fmean(map(len, found.concepts.values()))
         yield way, "concepts a channel", f"{n_concepts:.2f}"
         yield way, "false: normal clouds found", f"{false_splits(own, channels)} of {len(pairs)}"
     both = sorted(scores["images"].keys() & scores["places"].keys())
+    if not both:
+        return
     for way, split in split_by.items():
         mean, common = fmean(scores[way].values()), fmean(scores[way][o] for o in both)
         yield way, "adjusted Rand, held-out", f"{mean:.3f} (found by both: {common:.3f})"

@@ -122,7 +122,7 @@ def test_other_places_are_noticed(tmp_path):
         ("position", records.position.roll(1)),
         ("image", records.image.roll(1)),
         ("kept_channel", records.kept_channel.roll(1)),
-        ("pooled", records.pooled.roll(1, 1)),
+        ("pooled", records.pooled.roll(1, 2)),
         ("pooled", records.pooled + 1e-6),
     ]
     for name, tensor in wrong:
@@ -140,7 +140,7 @@ class Whole(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer, self.head = nn.Conv2d(2, 5, 2), nn.Linear(5, 3)
+        self.layer, self.head = nn.Conv2d(2, 5, 2), nn.Linear(5, 4)
         draw = torch.Generator().manual_seed(1)
         for weight in self.parameters():
             weight.data = torch.randint(-2, 3, weight.shape, generator=draw).to(weight)
