@@ -24,6 +24,7 @@ TAKEN = {
     "explain.md": "unbraid torch model2 val_set",
     "figures.md": "unbraid split val_scan val_set features",
     "networks.md": "unbraid network",
+    "places.md": "unbraid model train_set val_set",
     "steering.md": "unbraid model2 layer channel concept values images split scan",
     "tools.md": "unbraid torch model model2 split images labels",
 }
