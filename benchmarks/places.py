@@ -2,13 +2,15 @@
 
     python benchmarks/places.py cost [--images 512] [--places 200] [--layer _conv_head]
     python benchmarks/places.py compare --data DIR [--layers _conv_head ...] [--out DIR]
+    python benchmarks/places.py maps --train SCAN --val SCAN
 
 `compare` adds channels to layers of EfficientNet-Lite0, each the sum of two of the layer's own
 (rows brought to one length), which nothing behind the layer sees; so the network stays as it is. It
 scans the pictures of DIR/train and DIR/val (folders of classes) as they are and pasted: the middle
 half of a picture to the left of that of another. From the same scan, whole images and places then
-find the planted channels by clusters and split them. Figures for docs/places.md; needs what
-lite0.py names.
+find the planted channels by clusters and split them. `maps` does the same on the input maps of
+scans with positions, which takes no network: those of two pictures are pasted. Figures for
+docs/places.md; needs what lite0.py names.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import permutations
@@ -73,6 +76,33 @@ class Pasted(Dataset[tuple[Tensor, int]]):
         quarter = SIZE // 4
         halves = [image[:, :, quarter : SIZE - quarter] for image in (left, right)]
         return torch.cat(halves, 2), self.targets[index]
+
+
+class Maps(Dataset[tuple[Tensor, int]]):
+    """A layer's input maps, as images; pasted, the left half of one beside the right of another."""
+
+    def __init__(self, scan: Scan, *, pasted: bool) -> None:
+        """Read all of them."""
+        maps, labels = [], []
+        for records in scan.shards():
+            assert records.input_map is not None
+            maps.append(records.input_map)
+            labels += records.label.tolist()
+        self.maps, self.targets = torch.cat(maps), labels
+        if pasted:
+            order = list(range(len(labels)))
+            random.Random(0).shuffle(order)
+            half = (self.maps.shape[3] + 1) // 2
+            other = self.maps[order]
+            self.maps = torch.cat([self.maps[..., :half], other[..., half:]], 3)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return a map and the label of its left half."""
+        return self.maps[index], self.targets[index]
 
 
 class Planted(nn.Module):
@@ -170,19 +200,20 @@ def compare(train: Scan, val: Scan, pairs: Sequence[tuple[int, int]]) -> Iterato
     for way, (own, held_out) in ways.items():
         found = search(own, channels)
         yield way, "found", f"{len(found.concepts)} of {len(pairs)}"
+        scores[way] = {}
+        yield way, "false: normal clouds found", f"{false_splits(own, channels)} of {len(pairs)}"
         if not found.concepts:
-            return
+            continue
         split_by[way] = unbraid.split(own, found)
         scores[way] = agreement(held_out, found, truth)
         n_concepts = fmean(map(len, found.concepts.values()))
         yield way, "concepts a channel", f"{n_concepts:.2f}"
-        yield way, "false: normal clouds found", f"{false_splits(own, channels)} of {len(pairs)}"
-    both = sorted(scores["images"].keys() & scores["places"].keys())
+    both = sorted(set.intersection(*(set(scores[way]) for way in split_by)))
     if not both:
         return
     for way, split in split_by.items():
         mean, common = fmean(scores[way].values()), fmean(scores[way][o] for o in both)
-        yield way, "adjusted Rand, held-out", f"{mean:.3f} (found by both: {common:.3f})"
+        yield way, "adjusted Rand, held-out", f"{mean:.3f} ({len(both)} channels: {common:.3f})"
         for on, inputs in judged.items():
             figures = [recovery(split[o].rows.double(), truth[o], inputs) for o in both]
             yield way, f"recovery on {on}", f"{fmean(figures):.3f}"
@@ -209,6 +240,25 @@ def run_compare(data: Path, layers: Sequence[str], out: Path, n_images: int | No
         for name, own in pairs.items():
             for way, what, figure in compare(scans["train"][name], scans["val"][name], own):
                 print_row(kind, name, way, what, figure)
+
+
+def run_maps(train: Scan, val: Scan, n_places: int) -> None:
+    """Do the same on the input maps of scans with positions."""
+    own = nn.Conv2d(train.layer.n_in, train.layer.n_out, 1, bias=False)
+    own.weight.data = train.weight.view_as(own.weight)
+    parts = {"layer": own, "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
+    model = nn.Sequential(OrderedDict(parts)).eval()
+    pairs = plant(model, "layer")
+    for kind in ("whole", "pasted"):
+        with tempfile.TemporaryDirectory() as out:
+            options: Any = {"labels": "predicted", "places": n_places}
+            scans = [
+                unbraid.scan(model, "layer.layer", images, Path(out) / part, **options)
+                for part, own_scan in (("train", train), ("val", val))
+                for images in [Maps(own_scan, pasted=kind == "pasted")]
+            ]
+            for way, what, figure in compare(*scans, pairs):
+                print_row(kind, train.layer.name, way, what, figure)
 
 
 def run_cost(layer: str, n_images: int, n_places: int, rounds: int) -> None:
@@ -239,7 +289,9 @@ def run_cost(layer: str, n_images: int, n_places: int, rounds: int) -> None:
 def main() -> None:
     """Read the command line, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("cost", "compare"))
+    parser.add_argument("what", choices=("cost", "compare", "maps"))
+    parser.add_argument("--train", help="a scan with positions")
+    parser.add_argument("--val", help="likewise")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--layers", nargs="+", default=LAYERS)
     parser.add_argument("--layer", default=LAYERS[0])
@@ -250,6 +302,9 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.what == "cost":
         run_cost(asked.layer, asked.images or 512, asked.places, asked.rounds)
+        return
+    if asked.what == "maps":
+        run_maps(unbraid.open_scan(asked.train), unbraid.open_scan(asked.val), asked.places)
         return
     with tempfile.TemporaryDirectory() as scratch:
         run_compare(asked.data, asked.layers, asked.out or Path(scratch), asked.images)

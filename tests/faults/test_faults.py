@@ -143,7 +143,7 @@ def test_deviations_within_images_are_the_same_whoever_scans(tmp_path, monkeypat
         assert spread.any(1).all()
 
 
-# A part without its shard, all parts but one layer's put together by half, and before the last file.
+# A part without its shard, parts put together by half, and all but the last file.
 MOMENTS = ["named 5", "named 25", "rename 30"]
 
 

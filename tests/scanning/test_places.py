@@ -304,8 +304,18 @@ def test_a_scan_of_places_is_a_scan_but_for_classes(tmp_path):
     for concepts in ("classes", "whole"):
         with pytest.raises(UsageError, match="does not say which classes use a channel"):
             unbraid.find(scan.places, concepts=concepts)
+    with pytest.raises(UsageError, match="does not say which classes use a channel"):
+        unbraid.sensitivity(scan.places)
     found = unbraid.find(scan.places, images={0: [[0, 1], [2, 5, 6]]})
     split = unbraid.split(scan.places, found)
+    split.save(tmp_path / "split.safetensors")
+    for one in (split, unbraid.Split.load(tmp_path / "split.safetensors")):
+        assert unbraid.evaluate(one, scan.places).channels[0].coverage > 0
+        with pytest.raises(UsageError, match=r"of places, but the scan is of images; .*places\)"):
+            unbraid.evaluate(one, scan)
+    of_images = unbraid.split(scan, unbraid.find(scan, images={0: [[0, 1], [2, 5, 6]]}))
+    with pytest.raises(UsageError, match="of images, but the scan is of places; pass a scan of im"):
+        unbraid.evaluate(of_images, scan.places)
     images = torch.stack([dataset[n][0] for n in range(8)])
     with torch.no_grad():
         assert torch.equal(network(images), unbraid.apply(network, split)(images))

@@ -63,7 +63,9 @@ def search_clusters(scan: Scan, gamma: float) -> Found:
         found.pairs += pairs_of(channel, numbers, cosines, cosines < gamma, part)
         found.concepts[channel] = group_classes(numbers, cosines, gamma)
         for k, n in enumerate(numbers):
-            found.clusters[n] = Cluster(channel, k, centres, top.least, origin, ALIKE)
+            found.clusters[n] = Cluster(
+                channel, k, centres, top.least, origin, ALIKE, places=bool(scan.manifest.places_of)
+            )
             found.names[n] = name_cluster(scan, k, top.label[number == n])
         found.agreement[channel] = _agreement(top, number, found.concepts[channel], gamma)
         first += len(numbers)

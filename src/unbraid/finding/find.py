@@ -36,6 +36,7 @@ from unbraid.finding.thresholds import (
     check_thresholds,
     choose_tau,
     nearest_findings,
+    refuse_places,
     typical_taus,
 )
 from unbraid.finding.whole import add_clusters
@@ -101,11 +102,8 @@ def find(
         warnings.warn(accuracy.warning, stacklevel=3)
     if concepts == "clusters" and channels is not None:
         raise UsageError("Pass your own concepts in channels, or concepts='clusters', not both.")
-    if scan.manifest.places_of and of_classes:
-        raise UsageError(
-            "A scan of places does not say which classes use a channel; pass concepts='clusters', "
-            "or groups of places in images."
-        )
+    if of_classes:
+        refuse_places(scan)
     auto, note = tau == "auto", ""
     if tau == "auto":
         tau, *_, note = choose_tau(scan, p, gamma) if of_classes else typical_taus(scan)

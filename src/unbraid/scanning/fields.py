@@ -131,6 +131,7 @@ COLUMNS: dict[str, Column] = {
     name: hint.__metadata__[0]
     for name, hint in get_type_hints(Records, globals(), include_extras=True).items()
 }
+OF_PLACES = ("image", "position", "rows", "columns", "drawn", "kept_start", "kept_channel")
 NEEDED = {own.name for own in fields(Records) if own.default is MISSING}
 
 

@@ -16,7 +16,15 @@ from unbraid.base.files import names_in, read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
 from unbraid.images.identity import unpack_ids
 from unbraid.networks.spec import LayerSpec, spread_inputs
-from unbraid.scanning.fields import COLUMNS, NEEDED, Records, layer_fault, no_records, records_fault
+from unbraid.scanning.fields import (
+    COLUMNS,
+    NEEDED,
+    OF_PLACES,
+    Records,
+    layer_fault,
+    no_records,
+    records_fault,
+)
 from unbraid.scanning.manifest import Manifest, read_manifest
 
 # What most steps ask for; all else may be many times as large.
@@ -233,6 +241,8 @@ def read_shard(folder: Path, shard: int, manifest: Manifest | None = None) -> Re
     tensors = sound_tensors(folder, manifest, shard)
     if ("input_map" in tensors) != manifest.positions:
         _refuse(path, "holds input maps where none are, or none")
+    if {name in tensors for name in OF_PLACES} != {bool(manifest.places_of)}:
+        _refuse(path, "holds places where none are, or lacks what is told of them")
     return Records(**tensors)
 
 
