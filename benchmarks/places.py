@@ -45,7 +45,7 @@ from unbraid.scanning.records import Scan
 
 LAYERS = ("_conv_head", "_blocks.8._expand_conv")
 N_PLANTED = 24
-PLACES = 200
+PLACES = 1000
 SIZE = 224
 PREPROCESS = v2.Compose(
     [
@@ -208,7 +208,7 @@ def compare(train: Scan, val: Scan, pairs: Sequence[tuple[int, int]]) -> Iterato
         scores[way] = agreement(held_out, found, truth)
         n_concepts = fmean(map(len, found.concepts.values()))
         yield way, "concepts a channel", f"{n_concepts:.2f}"
-    both = sorted(set.intersection(*(set(scores[way]) for way in split_by)))
+    both = sorted(set.intersection(*(set(scores[way]) for way in ways)))
     if not both:
         return
     for way, split in split_by.items():

@@ -320,7 +320,7 @@ def test_a_scan_of_places_is_a_scan_but_for_classes(tmp_path):
     with torch.no_grad():
         assert torch.equal(network(images), unbraid.apply(network, split)(images))
     for other in (unbraid.scan(network, "layer", dataset, tmp_path / "none"), scan.places):
-        with pytest.raises(UsageError, match=r"keeps no places; scan with places=200"):
+        with pytest.raises(UsageError, match=r"keeps no places; scan with places=1000"):
             other.places  # noqa: B018
     with pytest.raises(RunError, match="how many places are kept"):
         unbraid.scan(network, "layer", dataset, tmp_path, places=21)

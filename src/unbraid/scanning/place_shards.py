@@ -46,7 +46,7 @@ def most_place_bytes(layer: LayerSpec, places: int, number: int) -> int:
 def refuse_too_many(layer: LayerSpec, places: int, number: int) -> None:
     """Raise a UsageError if so many places of each channel do not fit."""
     n_bytes = most_place_bytes(layer, places, number)
-    if n_bytes > _MOST_BYTES:
+    if places and n_bytes > _MOST_BYTES:
         most = places * _MOST_BYTES // n_bytes
         instead = f"ask for {most} at most" if most else "choose another layer"
         raise UsageError(

@@ -71,7 +71,7 @@ class Scan:
             UsageError: none was asked for.
         """
         if not self.manifest.places or self.manifest.places_of or len(self.parts) > 1:
-            raise UsageError(f"{self.path} keeps no places; scan with places=200.")
+            raise UsageError(f"{self.path} keeps no places; scan with places=1000.")
         return open_one(self.path / PLACES)
 
     @property

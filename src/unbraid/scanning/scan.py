@@ -145,11 +145,9 @@ def scan(
         channels_last: keep the weights of 2-D convolutions channels last meanwhile; by default as
             the scan which goes on, else where that is known to be faster (docs/scale.md). A network
             that is so already needs no telling.
-        places: of each channel, how many places that excite it most to keep, one of an image, with
-            what feeds it there, and 1000 that are drawn evenly from all: a scan of its own,
-            `Scan.places`, in which places stand for images (docs/places.md).
-        prefix_tokens: how many tokens come before those of the image, which are no places of it;
-            by default what the network, or else their number, tells.
+        places: of each channel, how many places that excite it most to keep; they and some drawn
+            evenly are a scan of their own, `Scan.places` (docs/places.md).
+        prefix_tokens: tokens before those of the image; by default what the network tells.
 
     Returns:
         The finished Scan; for a list or pattern, a dictionary of Scans by the layers' names.
@@ -336,8 +334,7 @@ def _target(module: nn.Module, spec: LayerSpec, folder: Path, common: dict[str, 
             f"A scan of layer {spec.name!r} would be too large to work with ({error}); "
             "scan a smaller layer, or images of fewer classes."
         ) from None
-    if manifest.places:
-        refuse_too_many(spec, manifest.places, 8 if dtype == "float64" else 4)
+    refuse_too_many(spec, manifest.places, 8 if dtype == "float64" else 4)
     return Target(module, manifest, folder)
 
 

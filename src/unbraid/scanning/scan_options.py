@@ -109,7 +109,7 @@ class ScanOptions(Loading):
                 "prefix_tokens", self.prefix_tokens, 0, MAX_PLACES
             )
             if not plain["places"]:
-                raise UsageError("prefix_tokens is for places; ask for some with places=200.")
+                raise UsageError("prefix_tokens is for places; ask for some with places=1000.")
         plain["workers"] = whole_number("workers", self.workers, 0, MAX_WORKERS)
         source = {} if self.source is None else self.source
         try:
