@@ -1,15 +1,15 @@
 """Places beside whole images: what a scan with them costs, and which find planted concepts better.
 
-    python benchmarks/places.py cost [--images 512] [--places 200] [--layer _conv_head]
+    python benchmarks/places.py cost [--images 512] [--places 1000] [--layer _conv_head]
     python benchmarks/places.py compare --data DIR [--layers _conv_head ...] [--out DIR]
     python benchmarks/places.py maps --train SCAN --val SCAN
 
-`compare` adds channels to layers of EfficientNet-Lite0, each the sum of two of the layer's own
-(rows brought to one length), which nothing behind the layer sees; so the network stays as it is. It
-scans the pictures of DIR/train and DIR/val (folders of classes) as they are and pasted: the middle
-half of a picture to the left of that of another. From the same scan, whole images and places then
-find the planted channels by clusters and split them. `maps` does the same on the input maps of
-scans with positions, which takes no network: those of two pictures are pasted. Figures for
+`compare` adds channels to layers of EfficientNet-Lite0, each the sum of two of the layer's own,
+brought to responses of one strength, which nothing behind the layer sees; so the network stays as
+it is. It scans the pictures of DIR/train and DIR/val (folders of classes) as they are and pasted:
+the middle half of a picture to the left of that of another. From the same scan, whole images and
+places then find the planted channels by clusters and split them. `maps` does the same on the input
+maps of scans with positions, which takes no network: those of two pictures are pasted. Figures for
 docs/places.md; needs what lite0.py names.
 """
 
@@ -45,6 +45,7 @@ from unbraid.scanning.records import Scan
 
 LAYERS = ("_conv_head", "_blocks.8._expand_conv")
 N_PLANTED = 24
+N_SEEN = 64  # images that tell how strong channels respond
 PLACES = 1000
 SIZE = 224
 PREPROCESS = v2.Compose(
@@ -108,12 +109,12 @@ class Maps(Dataset[tuple[Tensor, int]]):
 class Planted(nn.Module):
     """A 1 x 1 convolution with more channels, which it does not hand on."""
 
-    def __init__(self, own: nn.Conv2d, pairs: Sequence[tuple[int, int]]) -> None:
-        """Add a channel for each pair: the sum of both rows, brought to length one."""
+    def __init__(self, own: nn.Conv2d, pairs: Sequence[tuple[int, int]], strength: Tensor) -> None:
+        """Add a channel for each pair: the sum of both rows, by their strength (C_out,)."""
         super().__init__()
         rows = own.weight.detach()
-        unit = nn.functional.normalize(rows.flatten(1), dim=1).view_as(rows)
-        new = torch.stack([unit[a] + unit[b] for a, b in pairs])
+        scaled = rows / strength[:, None, None, None]
+        new = torch.stack([scaled[a] + scaled[b] for a, b in pairs])
         self.n_out = len(rows)
         self.layer = nn.Conv2d(rows.shape[1], len(rows) + len(new), 1, bias=False)
         self.layer.weight = nn.Parameter(torch.cat([rows, new]))
@@ -123,7 +124,17 @@ class Planted(nn.Module):
         return self.layer(x)[:, : self.n_out]
 
 
-def plant(model: nn.Module, name: str) -> list[tuple[int, int]]:
+def strength_of(model: nn.Module, layer: nn.Module, images: Dataset[Any]) -> Tensor:
+    """What the strongest of a thousand places of some images give a layer's channels, (C_out,)."""
+    kept: list[Tensor] = []
+    some = range(0, len(images), max(1, len(images) // N_SEEN))  # type: ignore[arg-type]
+    with layer.register_forward_hook(lambda _, __, z: kept.append(z.flatten(2))), torch.no_grad():
+        for n in some:
+            model(images[n][0][None])
+    return torch.cat(kept, 2)[0].quantile(0.999, dim=1).clamp(min=1e-6)
+
+
+def plant(model: nn.Module, name: str, images: Dataset[Any]) -> list[tuple[int, int]]:
     """Add channels to a layer; of which two each is the sum."""
     own = model.get_submodule(name)
     assert isinstance(own, nn.Conv2d)
@@ -133,7 +144,8 @@ def plant(model: nn.Module, name: str) -> list[tuple[int, int]]:
     channels = draw.sample(range(own.out_channels), 2 * N_PLANTED)
     pairs = list(zip(channels[::2], channels[1::2], strict=True))
     parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent) if parent else model, last, Planted(own, pairs))
+    new = Planted(own, pairs, strength_of(model, own, images))
+    setattr(model.get_submodule(parent) if parent else model, last, new)
     return pairs
 
 
@@ -186,11 +198,18 @@ def false_splits(scan: Scan, channels: Sequence[int]) -> int:
     return n
 
 
+def parts_of(weight: Tensor, channel: int, pair: tuple[int, int]) -> Tensor:
+    """The two rows (2, J) whose sum a planted channel is."""
+    rows = weight.double()
+    both = rows[list(pair)]
+    scale = torch.linalg.lstsq(both.T, rows[channel, :, None]).solution
+    return both * scale
+
+
 def compare(train: Scan, val: Scan, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[Any, ...]]:
     """Figures of whole images and of places, on held-out images and places."""
     channels = range(train.layer.n_out - len(pairs), train.layer.n_out)
-    unit = nn.functional.normalize(train.weight.double(), dim=1)
-    truth = {o: unit[list(pair)] for o, pair in zip(channels, pairs, strict=True)}
+    truth = {o: parts_of(train.weight, o, pair) for o, pair in zip(channels, pairs, strict=True)}
     judged = {
         "images": inputs_of(val, even=False),
         "places": inputs_of(val.places, even=True),
@@ -226,7 +245,8 @@ def run_compare(data: Path, layers: Sequence[str], out: Path, n_images: int | No
     """Scan pictures as they are and pasted, and print all figures."""
     unbraid.keep_memory()
     model = load_lite0()
-    pairs = {f"{name}.layer": plant(model, name) for name in layers}
+    seen: Any = open_images(str(data / "train"), PREPROCESS)
+    pairs = {f"{name}.layer": plant(model, name, seen) for name in layers}
     for kind in ("whole", "pasted"):
         scans = {}
         for part in ("train", "val"):
@@ -248,7 +268,7 @@ def run_maps(train: Scan, val: Scan, n_places: int) -> None:
     own.weight.data = train.weight.view_as(own.weight)
     parts = {"layer": own, "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
     model = nn.Sequential(OrderedDict(parts)).eval()
-    pairs = plant(model, "layer")
+    pairs = plant(model, "layer", Maps(train, pasted=False))
     for kind in ("whole", "pasted"):
         with tempfile.TemporaryDirectory() as out:
             options: Any = {"labels": "predicted", "places": n_places}

