@@ -25,6 +25,7 @@ TAKEN = {
     "figures.md": "unbraid split val_scan val_set features",
     "networks.md": "unbraid network",
     "no-labels.md": "unbraid scan",
+    "places.md": "unbraid model train_set val_set",
     "steering.md": "unbraid model2 layer channel concept values images split scan",
     "tools.md": "unbraid torch model model2 split images labels",
 }

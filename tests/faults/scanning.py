@@ -1,6 +1,7 @@
 """A scan in a process of its own, to be killed: `python scanning.py FOLDER [how to die]`.
 
-With POOLED in the environment it keeps no positions, but deviations within images.
+With POOLED in the environment it keeps no positions, but deviations within images; with PLACES
+places besides.
 
 It says `ready RANK PID` before it begins. Five shards of two layers; a batch takes a few
 milliseconds, so that a kill at random finds it anywhere.
@@ -72,6 +73,8 @@ def main():
     os.write(1, f"ready {rank} {os.getpid()}\n".encode())  # at once, as other ranks write too
     scanning.images_per_shard = lambda _: SHARD  # type: ignore[assignment]
     options = {"positions": "POOLED" not in os.environ, "batch_size": 16, "threads": 1}
+    if "PLACES" in os.environ:
+        options |= {"positions": False, "places": int(os.environ["PLACES"])}
     unbraid.scan(network(), LAYERS, Images(), out, **options)
 
 

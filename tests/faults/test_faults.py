@@ -143,6 +143,31 @@ def test_deviations_within_images_are_the_same_whoever_scans(tmp_path, monkeypat
         assert spread.any(1).all()
 
 
+# A part without its shard, parts put together by half, and all but the last file.
+MOMENTS = ["named 5", "named 25", "rename 30"]
+
+
+def test_places_are_the_same_whoever_scans_and_whatever_happens(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACES", "4")
+    alone = tmp_path / "alone"
+    finish(alone)
+    both = [start(tmp_path / "twice") for _ in range(2)]
+    finish(tmp_path / "together", 3)
+    killed = [(start(tmp_path / moment, moment=moment), tmp_path / moment) for moment in MOMENTS]
+    for process in both:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    for process, folder in killed:
+        process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL
+        assert not (folder / "3/places/manifest.json").exists()
+        finish(folder, 1 + len(folder.name) % 2)
+    for folder in (tmp_path / "twice", tmp_path / "together", *(own for _, own in killed)):
+        assert_same(folder, alone)
+    for layer in ("1", "3"):
+        assert unbraid.open_scan(alone / layer / "places").layer.name == layer
+
+
 def test_two_equal_starts_at_once_leave_the_same_bytes(undisturbed, tmp_path):
     both = [start(tmp_path / "scan"), start(tmp_path / "scan")]
     for process in both:

@@ -9,7 +9,7 @@ import unbraid
 from tiny_networks import WithBroken, build
 from unbraid.base.errors import RunError
 from unbraid.base.files import read_tensors, write_tensors
-from unbraid.scanning.fields import COLUMNS, choose_records, join_records, no_records
+from unbraid.scanning.fields import COLUMNS, OF_PLACES, choose_records, join_records, no_records
 from unbraid.scanning.records import shard_path
 
 CORRUPTORS = {
@@ -21,22 +21,25 @@ CORRUPTORS = {
     "negative": lambda x: -1 - x if x.dtype.is_signed else x[:1],
 }
 SOUND = {("dropped", "group"), *(("negative", n) for n in ("pooled", "input_map", "spread"))}
-ABSENT = {True: ("spread_start", "spread"), False: ("input_map",)}  # with positions, and without
+SPREAD = ("spread_start", "spread")
+# With positions, without, and of places.
+ABSENT = {True: (*SPREAD, *OF_PLACES), False: ("input_map", *OF_PLACES), "places": ("input_map",)}
 DAMAGES = [(how, name) for how in CORRUPTORS for name in COLUMNS if (how, name) not in SOUND]
 
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    """By whether they keep positions."""
+    """By whether they keep positions, and one of places."""
     images = WithBroken(9)
     images.groups, images.ids = [n // 2 for n in range(9)], [f"é/{n}" for n in range(9)]
-    return {
+    made = {
         positions: unbraid.scan(
             *(build("groups"), "layer", images, tmp_path_factory.mktemp("a")),
-            **{"positions": positions, "skip_broken": True},
+            **{"positions": positions, "skip_broken": True, "places": 3 * (not positions)},
         )
         for positions in (True, False)
     }
+    return made | {"places": made[False].places}
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def shards_with(scans, tmp_path):
 
 @pytest.mark.parametrize(("how", "name"), DAMAGES)
 def test_shards_of_a_scan_with_a_damaged_field_are_refused(how, name, scans, shards_with):
-    positions = name not in ABSENT[True]
+    positions = "places" if name in OF_PLACES else name not in SPREAD
     (records,) = scans[positions].shards()
     with pytest.raises(RunError, match=r"shard-000000\.safetensors (holds|is not a shard)"):
         shards_with({name: CORRUPTORS[how](getattr(records, name))}, positions)

@@ -28,12 +28,15 @@ class Team:
         self._store, self._rank, self._size = store, rank, size
         self._counted = 0
 
-    def lead(self, prepare: Callable[[], str]) -> str:
-        """Let the first prepare; the others wait for it. Return what the first has to say."""
+    def lead(self, prepare: Callable[[], str], about: str = "prepared") -> str:
+        """Let the first prepare; the others wait for it. Return what the first has to say.
+
+        Of several things to prepare each has a name.
+        """
         if self.first:
-            self._store.set("prepared", prepare())
-        self._wait_for(["prepared"])
-        return bytes(self._store.get("prepared")).decode()
+            self._store.set(about, prepare())
+        self._wait_for([about])
+        return bytes(self._store.get(about)).decode()
 
     def claims(self, n_pieces: int) -> Iterator[int]:
         """Hand out the pieces of the work one by one, each to whoever asks next."""

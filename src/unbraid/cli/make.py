@@ -204,6 +204,10 @@ def scan(
     broken = one.broken()
     show_broken([name_of(images, index) for index in broken])
     show(f"Scanned {count(one.manifest.n_images - len(broken), 'image')} into {out}")
+    if options.places:
+        scans = [made] if isinstance(made, unbraid.Scan) else list(made.values())
+        for own in scans:
+            show(f"{own.places.manifest.n_images:,} places into {own.places.path}")
 
 
 def find(

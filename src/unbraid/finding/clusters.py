@@ -63,7 +63,9 @@ def search_clusters(scan: Scan, gamma: float, progress: Progress = QUIET) -> Fou
         found.pairs += pairs_of(channel, numbers, cosines, cosines < gamma, part)
         found.concepts[channel] = group_classes(numbers, cosines, gamma)
         for k, n in enumerate(numbers):
-            found.clusters[n] = Cluster(channel, k, centres, top.least, origin, ALIKE)
+            found.clusters[n] = Cluster(
+                channel, k, centres, top.least, origin, ALIKE, places=bool(scan.manifest.places_of)
+            )
             found.names[n] = name_cluster(scan, k, top.label[number == n])
         if scan.manifest.labels != "none":
             found.agreement[channel] = _agreement(top, number, found.concepts[channel], gamma)
@@ -78,10 +80,11 @@ def search_clusters(scan: Scan, gamma: float, progress: Progress = QUIET) -> Fou
 
 
 def mean_pooled(scan: Scan) -> Tensor:
-    """Mean pooled input of all images, (G, J)."""
+    """Mean pooled input of all images, (G, J); of a scan of places, of those drawn evenly."""
     layer, n_images = scan.layer, 0
     total = torch.zeros(layer.groups, layer.n_taps, dtype=torch.float64)
-    for pooled in scan.columns("pooled"):
+    for records in scan.light_shards():
+        pooled = records.pooled if records.drawn is None else records.pooled[records.drawn > 0]
         total += pooled.double().sum(0)
         n_images += len(pooled)
     return total / max(n_images, 1)
@@ -174,12 +177,18 @@ def _strongest(scan: Scan, channels: Sequence[int], progress: Progress) -> tuple
     values = torch.zeros(0, len(channels), dtype=torch.float64)
     places = torch.zeros(0, len(channels), dtype=torch.int64)
     total, n_images = torch.zeros(len(channels), dtype=torch.float64), 0
+    n_even = 0  # images, or places drawn evenly, whose mean it is
     with progress.of("Looking for top images", scan.manifest.n_images, "images") as advance:
         for records in scan.shards():
             new = mean_responses(scan, records.pooled, records.n_positions, channels)
             place = torch.arange(n_images, n_images + len(new), dtype=torch.int64)
-            total += new.sum(0)
+            even = new if records.drawn is None else new[records.drawn > 0]
+            total += even.sum(0)
+            n_even += len(even)
             n_images += len(new)
+            if records.kept_start is not None:  # others excite other channels most
+                kept = torch.stack([records.kept_of(o) for o in channels], 1)
+                new = new.masked_fill(~kept, -torch.inf)
             values = torch.cat([values, new])
             places = torch.cat([places, place[:, None].expand_as(new)])
             values, order = values.topk(min(_N_TOP, len(values)), dim=0)
@@ -187,7 +196,7 @@ def _strongest(scan: Scan, channels: Sequence[int], progress: Progress) -> tuple
             advance(len(new))
     if n_images == 0:
         return values, places
-    mean, strongest = total / n_images, values[:_N_STRONGEST].mean(0)
+    mean, strongest = total / max(n_even, 1), values[:_N_STRONGEST].mean(0)
     least = mean + _LEAST_PART * (strongest - mean)
     # Rounding must not put the mean of equal responses above them all.
     weak = values < least.minimum(values[0])

@@ -38,6 +38,7 @@ from unbraid.finding.thresholds import (
     choose_tau,
     nearest_findings,
     refuse_no_classes,
+    refuse_places,
     typical_taus,
 )
 from unbraid.finding.whole import add_clusters
@@ -108,6 +109,8 @@ def find(
         warnings.warn(accuracy.warning, stacklevel=3)
     if concepts == "clusters" and channels is not None:
         raise UsageError("Pass your own concepts in channels, or concepts='clusters', not both.")
+    if of_classes:
+        refuse_places(scan)
     auto, note, told = tau == "auto", "", Progress(progress)
     if tau == "auto" and not scan.manifest.has_shares:
         tau, auto = scan.manifest.min_share, False

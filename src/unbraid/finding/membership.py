@@ -35,6 +35,7 @@ class Cluster:
     # Of a group by hand, its images (n,), sorted, by index in the data set of this fingerprint.
     images: Tensor | None = None
     data: str = ""
+    places: bool = False  # whether it is of places, with the response and relevance at one each
 
 
 Clusters = Mapping[int, Cluster]  # by number
@@ -70,6 +71,12 @@ class Members:
             return records.label == number
         if cluster.images is not None and cluster.data == self.scan.manifest.data:
             return torch.isin(records.index, cluster.images)
+        if cluster.places != bool(self.scan.manifest.places_of):
+            whose, other = ("places", "images") if cluster.places else ("images", "places")
+            raise UsageError(
+                f"The clusters are of {whose}, but the scan is of {other}; pass a scan of {whose}"
+                f"{' (Scan.places)' if cluster.places else ''}."
+            )
         channel = cluster.channel
         response = mean_responses(self.scan, records.pooled, records.n_positions, [channel])
         member = response[:, 0] >= cluster.least
@@ -148,8 +155,9 @@ def put_together(scan: Scan, channel: int, groups: Sequence[Sequence[int]], firs
     # A little less, since the same response may be rounded otherwise in another batch.
     rounding = torch.finfo(scan.weight.dtype).eps ** 0.5 * response.abs().max()
     least, data = float(response.min() - rounding), scan.manifest.data
+    of_places = bool(scan.manifest.places_of)
     clusters = {
-        n: Cluster(channel, k, centres, least, images=wanted[own[k]], data=data)
+        n: Cluster(channel, k, centres, least, images=wanted[own[k]], data=data, places=of_places)
         for k, n in enumerate(numbers)
     }
     names = {
@@ -190,6 +198,8 @@ def pack(clusters: Clusters) -> tuple[dict[str, Tensor], dict[int, dict[str, Any
             tensors[f"origin.{c.channel}"] = c.origin
         own = ("channel", "place", "least", "alike", "named")
         entries[number] = {name: getattr(c, name) for name in own}
+        if c.places:
+            entries[number]["places"] = True
         if c.images is not None:
             tensors[f"images.{number}"] = c.images
             entries[number]["data"] = c.data
@@ -206,6 +216,7 @@ class ClusterEntry:
     alike: float = -1.0
     named: tuple[int, ...] = ()
     data: str = ""
+    places: bool = False
 
 
 def unpack(
@@ -233,7 +244,7 @@ def unpack(
         ):
             raise ValueError(f"the images of group {number} are no list of images in order")
         at = (own.channel, own.place, centres, own.least)
-        clusters[number] = Cluster(*at, origin, own.alike, own.named, images, own.data)
+        clusters[number] = Cluster(*at, origin, own.alike, own.named, images, own.data, own.places)
     return clusters
 
 

@@ -346,6 +346,15 @@ class Sensitivity(Exported):
             yield tuple(vars(cell).values())
 
 
+def refuse_places(scan: Scan) -> None:
+    """Raise a UsageError for a scan of places, which have no shares of a logit."""
+    if scan.manifest.places_of:
+        raise UsageError(
+            "A scan of places does not say which classes use a channel; pass concepts='clusters', "
+            "or groups of places in images."
+        )
+
+
 @in_plain_modes
 def sensitivity(
     scan: Scan,
@@ -372,12 +381,13 @@ def sensitivity(
 
     Raises:
         UsageError: a grid is empty, or a threshold is out of range or below the smallest share
-            that the scan kept.
+            that the scan kept; or the scan is of places.
 
     Source:
         "Find" in docs/method.md.
     """
     least = as_kind("scan", scan, Scan).manifest.min_share
+    refuse_places(scan)
     refuse_no_classes(scan)
     own = (None, None, None) if found is None else (found.tau, found.p, found.gamma)
     taus = _grid("taus", taus, [max(tau, least) for tau in TAUS], own[0])

@@ -215,6 +215,27 @@ def spread_inputs(spec: LayerSpec, calls: Sequence[Tensor], pooled: Tensor) -> T
     return spread
 
 
+def inputs_at(
+    spec: LayerSpec, calls: Sequence[Tensor], n_images: int, image: Tensor, position: Tensor
+) -> Tensor:
+    """What taps meet at some positions of some images, (M,) each, as (M, G, J) on the processor.
+
+    `calls` are as in `spread_inputs`, and positions counted in that order.
+    """
+    n_dims, end = len(spec.kernel), 0
+    met = torch.empty(len(image), spec.groups, spec.n_taps, dtype=widen(calls[0][:0]).dtype)
+    for call in calls:
+        # (N, parts, output positions ..., channels, kernel offsets ...)
+        x = _windows(spec, widen(call)).unflatten(0, (n_images, -1)).movedim(2, 2 + n_dims)
+        sizes = x.shape[1 : 2 + n_dims]
+        start, end = end, end + math.prod(sizes)
+        own = (position >= start) & (position < end)
+        at = torch.unravel_index((position[own] - start).to(x.device), sizes)
+        taken = x[(image[own].to(x.device), *at)]
+        met[own] = taken.reshape(len(taken), spec.groups, spec.n_taps).cpu()
+    return met
+
+
 def _windows(spec: LayerSpec, x: Tensor) -> Tensor:
     """A view of what kernels meet, (N, channels, output positions ..., kernel offsets ...)."""
     n_dims = len(spec.kernel)

@@ -20,6 +20,7 @@ from unbraid.finding.findings import Findings
 from unbraid.reporting import charts, words
 from unbraid.reporting.channel import N_DRAWN, concept_views
 from unbraid.reporting.circuits import draw_edges, edges_from, layer_before
+from unbraid.reporting.crops import Crops
 from unbraid.reporting.pictures import take_pictures
 from unbraid.reporting.view import MAX_TEXT, Material, build_page, output_word
 from unbraid.scanning.records import Scan
@@ -103,7 +104,9 @@ def report(
     made = (split, evaluation, train_scan, sensitivity, features, maps)
     material = Material(scan, found, *made, tuple(circuits), command)
     material.refuse_strangers()
-    images = None if dataset is None else as_scanned(dataset, scan)
+    images = None
+    if dataset is not None:
+        images = Crops(dataset, scan) if scan.manifest.places_of else as_scanned(dataset, scan)
     page = render(material, dataset=images, title=title, lead=lead)
     # A folder's name may hold bytes that are no text; they are spelt out, not fatal.
     write_whole(file, page.encode("utf-8", "backslashreplace"))

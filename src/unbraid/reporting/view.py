@@ -276,6 +276,12 @@ def _notes(material: Material, has_images: bool) -> list[str]:
     notes = [material.found.note] if material.found.note else []
     if isinstance(divided := material.scan.manifest.source.get("divided"), str):
         notes.append(divided)
+    if material.scan.manifest.places_of:
+        notes.append(
+            "What this page calls images are places in images: those that excite a channel most, "
+            "one of an image at most, and some drawn evenly from all. A picture shows what lies "
+            "around its place. Figures over all images are over these places."
+        )
     if material.broken:
         images = count(len(material.broken), "validation image")
         notes.append(f"{images} could not be read; all figures are without.")

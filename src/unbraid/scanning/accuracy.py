@@ -221,8 +221,11 @@ def sampled_accuracy(
 
 
 def scanned_accuracy(scan: Scan) -> Accuracy | None:
-    """Judge all images of a scan by their given labels; None if its top classes are no answers."""
-    if not scan.manifest.is_classified:
+    """Judge all images of a scan by their given labels; None if its top classes are no answers.
+
+    So it is of places, too.
+    """
+    if not scan.manifest.is_classified or scan.manifest.places_of:
         return None
     parts = list(scan.tensors("label", "prediction"))
     labels, predictions = (torch.cat([p[name] for p in parts]).numpy() for name in parts[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from unbraid.networks.relevance import (
 from unbraid.networks.spec import LayerSpec, channels_first, pooled_input, spread_inputs
 from unbraid.scanning.fields import Records, no_records
 from unbraid.scanning.manifest import most_classes
+from unbraid.scanning.places import PlaceKeeper
 from unbraid.scanning.scan_options import Labels
 from unbraid.scanning.targets import Scalar
 
@@ -91,6 +92,7 @@ class Place:
 
     module: nn.Module
     spec: LayerSpec
+    keeper: PlaceKeeper | None = None  # of the places that excite its channels most
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Kept:
     pooled: Tensor  # (N * parts, G, J)
     input_map: Tensor | None  # (N * parts, C_in, positions ...)
     sampled: Tensor  # the same of the sampled images alone
+    whole: Tensor | None  # the same as `input_map`, on the network's device, for places
 
 
 def scan_batch(
@@ -107,6 +110,7 @@ def scan_batch(
     layers: Sequence[Place],
     items: Sequence[Loaded],
     *,
+    number_of: Callable[[int], int] = int,
     sampled: Container[int] = (),
     min_share: float,
     positions: bool,
@@ -119,7 +123,8 @@ def scan_batch(
 
     Of images whose index is in `sampled` tap inputs at some positions are kept, unless all
     positions are. With `check` it is made sure that the layers compute what is thought, image by
-    image. Without a target there is no gradient, and no share.
+    image. Without a target there is no gradient, and no share. Keepers of places learn of the batch
+    once all is done; `number_of` gives an image's number among those concerned, by its index.
     """
     if not items:
         return [no_records(layer.spec, positions) for layer in layers]
@@ -132,7 +137,7 @@ def scan_batch(
     chosen = torch.tensor(flags, dtype=torch.bool)
     with ExitStack() as stack:
         cuts = [
-            stack.enter_context(cut_at(layer.module, partial(_keep, layer.spec, positions, chosen)))
+            stack.enter_context(cut_at(layer.module, partial(_keep, layer, positions, chosen)))
             for layer in layers
         ]
         if target.value is None:
@@ -156,10 +161,12 @@ def scan_batch(
     if target.value is None and check and len(items) > 1:
         _check_apart_by_another(model, layers, images, cuts, autocast)
     known = {"index": index, "label": label, "prediction": prediction}
-    return [
+    records = [
         _records_of(layer, cut, gradient, known, chosen, min_share, positions, check)
         for layer, cut, gradient in zip(layers, cuts, gradients, strict=True)
     ]
+    _see_places(layers, cuts, known, number_of)
+    return records
 
 
 def _labels(
@@ -184,10 +191,36 @@ def _labels(
     return label, prediction
 
 
-def _keep(spec: LayerSpec, positions: bool, chosen: Tensor, x: Tensor) -> Kept:
-    x = channels_first(spec, x)
+def _keep(layer: Place, positions: bool, chosen: Tensor, x: Tensor) -> Kept:
+    x = channels_first(layer.spec, x)
     rows = chosen.repeat_interleave(len(x) // len(chosen)).nonzero()[:, 0].to(x.device)
-    return Kept(pooled_input(spec, x), x.cpu().clone() if positions else None, x[rows])
+    return Kept(
+        pooled_input(layer.spec, x),
+        x.cpu().clone() if positions else None,
+        x[rows],
+        None if layer.keeper is None else x.clone(),  # before anything writes into it
+    )
+
+
+def _see_places(
+    layers: Sequence[Place],
+    cuts: Sequence[Cut[Kept]],
+    known: dict[str, Tensor],
+    number_of: Callable[[int], int],
+) -> None:
+    """Show keepers of places a batch, all or, if memory is full, none."""
+    numbers = [number_of(index) for index in known["index"].tolist()]
+    order = torch.tensor(numbers, dtype=torch.int64)
+    own = {"order": order, "image": known["index"]}
+    own |= {name: known[name] for name in ("label", "prediction")}
+    looked = [
+        (layer.keeper, layer.keeper.look(cut.outputs, wholes, own))
+        for layer, cut in zip(layers, cuts, strict=True)
+        if layer.keeper is not None
+        for wholes in [[call.whole for call in cut.inputs if call.whole is not None]]
+    ]
+    for keeper, places in looked:
+        keeper.add(places)
 
 
 def _gradients_of_each(

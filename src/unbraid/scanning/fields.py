@@ -43,7 +43,7 @@ class Records:
 
     All that is made of records or asked of them follows from this table of fields. What may be None
     is there if the scan keeps positions, or if it does not (M positions of its sampled images), or
-    if the data set has groups or ids.
+    if the data set has groups or ids, or if it is a scan of places.
     """
 
     # (N,): index in the data set, class, the network's top class, positions that sums run over
@@ -78,6 +78,20 @@ class Records:
     # (N + 1,): image n has the id id_bytes[id_start[n]:id_start[n + 1]]; then (L,)
     id_start: Annotated[Tensor | None, Column(starts="id")] = None
     id_bytes: Annotated[Tensor | None, Column(per="id", dtype=torch.uint8)] = None
+    # Of a scan of places, (N,) each: the image that it lies in, its position there, of how many
+    # rows and columns, and whether it was drawn evenly from all places
+    image: Annotated[Tensor | None, Column()] = None
+    position: Annotated[Tensor | None, Column()] = None
+    rows: Annotated[Tensor | None, Column(least=1)] = None
+    columns: Annotated[Tensor | None, Column(least=1)] = None
+    drawn: Annotated[Tensor | None, Column(dtype=torch.uint8, most=lambda _: 1)] = None
+    # (N + 1,): place n is among those that excite the channels kept_channel[kept_start[n] :
+    # kept_start[n + 1]] most; then (M,)
+    kept_start: Annotated[Tensor | None, Column(starts="entry")] = None
+    kept_channel: Annotated[
+        Tensor | None,
+        Column(per="entry", dtype=torch.int32, most=lambda m: m.layer.n_out - 1),
+    ] = None
 
     def __len__(self) -> int:
         """Number of images."""
@@ -97,6 +111,15 @@ class Records:
             torch.arange(len(self), dtype=torch.int64), self.share_start.diff()
         )
 
+    def kept_of(self, channel: int) -> Tensor:
+        """(N,), which are among the places that excite a channel most, of a scan of places."""
+        assert self.kept_start is not None
+        kept = torch.zeros(len(self), dtype=torch.bool)
+        places = torch.arange(len(self), dtype=torch.int64)
+        own = torch.repeat_interleave(places, self.kept_start.diff())
+        kept[own[self.kept_channel == channel]] = True
+        return kept
+
     def share_of(self, channel: int) -> Tensor:
         """(N,), the share of one channel in every image, zero where it was too small to keep."""
         share = self.share_value.new_zeros(len(self))
@@ -109,6 +132,7 @@ COLUMNS: dict[str, Column] = {
     name: hint.__metadata__[0]
     for name, hint in get_type_hints(Records, globals(), include_extras=True).items()
 }
+OF_PLACES = ("image", "position", "rows", "columns", "drawn", "kept_start", "kept_channel")
 NEEDED = {own.name for own in fields(Records) if own.default is MISSING}
 
 
@@ -178,10 +202,11 @@ def records_fault(manifest: Manifest, shard: int, tensors: Mapping[str, Tensor])
             counted[column.starts].add(int(tensor[-1]))
     if len(counted["image"]) > 1:
         return "holds tensors of different numbers of images"
-    for kind in ("share", "id", "position"):
+    for kind in ("share", "id", "position", "entry"):
         if len(counted[kind]) > 1:
             return f"holds {kind}s of no image"
-    for kind, own in {"id": "id_bytes", "position": "spread"}.items():
+    of_kind = {"id": "id_bytes", "position": "spread", "entry": "kept_channel"}
+    for kind, own in of_kind.items():
         if (own in tensors) != any(COLUMNS[name].starts == kind for name in tensors):
             return f"holds {kind}s of no image"
     if counted["image"] and counted["broken"]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from unbraid.base.schema import build, check_schema, in_range, parse_json, read_json, unread
 from unbraid.networks.spec import SAMPLED_IMAGES, LayerSpec
-from unbraid.scanning.scan_options import MAX_THREADS
+from unbraid.scanning.scan_options import MAX_PLACES, MAX_THREADS
 
 SCHEMA = 1
 MAX_CLASSES = 2**20
@@ -51,6 +51,9 @@ class Manifest:
     first: str = ""  # hash of the indices of images that come before all others, if some do
     n_first: int = 0  # how many they are, in whole shards
     target: str = "label"  # name of the number of each image whose gradient was taken
+    places: int = 0  # that excite it most, kept of each channel
+    prefix_tokens: int | None = None
+    places_of: str = ""  # of a scan of places, the fingerprint of the images that they lie in
     schema: int = SCHEMA
 
     # What must agree before a scan goes on in a folder, in words for people.
@@ -73,6 +76,9 @@ class Manifest:
         "compiled": "whether it runs compiled",
         "threads": "the number of threads",
         "shard_size": "the shard size",
+        "places": "how many places are kept",
+        "prefix_tokens": "the tokens before those of the image",
+        "places_of": "whether it is of places",
     }
 
     @property
@@ -144,6 +150,8 @@ class Manifest:
             in_range(name, getattr(manifest, name), 1, _MOST_IMAGES)
         in_range("min_share", manifest.min_share, 0, 1)
         in_range("threads", manifest.threads, 0, MAX_THREADS)
+        in_range("places", manifest.places, 0, MAX_PLACES)
+        in_range("prefix_tokens", manifest.prefix_tokens or 0, 0, MAX_PLACES)
         in_range("n_first", manifest.n_first, 0, manifest.n_images)
         if manifest.n_first % manifest.shard_size:
             raise ValueError("the images that come first are no whole shards")

@@ -84,12 +84,12 @@ class _Place(NamedTuple):
 class ManyScans(Scan):
     """Several scans as one; open them with `unbraid.open_scan`."""
 
-    places: tuple[_Place, ...]
+    spans: tuple[_Place, ...]
 
     @property
     def parts(self) -> tuple[Scan, ...]:
         """The scans, in the order of their images."""
-        return tuple(place.scan for place in self.places)
+        return tuple(place.scan for place in self.spans)
 
     @property
     def n_shards(self) -> int:
@@ -106,7 +106,7 @@ class ManyScans(Scan):
 
     def _find(self, shard: int) -> tuple[_Place, int]:
         k = bisect_right(self._ends, shard)
-        return self.places[k], shard - (self._ends[k - 1] if k else 0)
+        return self.spans[k], shard - (self._ends[k - 1] if k else 0)
 
     def shard(self, number: int) -> Records:
         """Read one shard."""
@@ -169,6 +169,11 @@ def _join(scans: list[Scan]) -> Scan:
                 f"difference in {', '.join(sorted(differing))}; name scans of one network and "
                 "layer that were made alike."
             )
+    if scans[0].manifest.places_of:
+        raise RunError(
+            f"{scans[0].path} and {scans[1].path} are scans of places, which are not read as one; "
+            "scan all images into one folder."
+        )
     # By what they are of, not by their names or in the order given, as sums round by their order.
     scans = sorted(scans, key=lambda scan: scan.manifest.scan_id)
     _refuse_twice(scans)

@@ -12,16 +12,27 @@ import torch
 from torch import Tensor
 
 from unbraid.base.arguments import whole_number
-from unbraid.base.errors import RunError
+from unbraid.base.errors import RunError, UsageError
 from unbraid.base.files import names_in, read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
 from unbraid.images.identity import unpack_ids
 from unbraid.networks.spec import LayerSpec, spread_inputs
-from unbraid.scanning.fields import COLUMNS, NEEDED, Records, layer_fault, no_records, records_fault
+from unbraid.scanning.fields import (
+    COLUMNS,
+    NEEDED,
+    OF_PLACES,
+    Records,
+    layer_fault,
+    no_records,
+    records_fault,
+)
 from unbraid.scanning.manifest import Manifest, read_manifest
 
 # What most steps ask for; all else may be many times as large.
 _LIGHT = ("index", "label", "prediction", "n_positions", "pooled", "broken")
+_OPTIONAL = ("group", "drawn")
+PLACES = "places"  # folder of the scan of places in a scan's
+PEAKS = "tokens.safetensors"  # of a scan of places, its `peaks`
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,30 @@ class Scan:
         """The scans that it is read from: itself, unless several were opened as one."""
         return (self,)
 
+    @cached_property
+    def places(self) -> Scan:
+        """The scan of places that was made with it: as this one, but with places for images.
+
+        Raises:
+            UsageError: none was asked for.
+        """
+        if not self.manifest.places or self.manifest.places_of or len(self.parts) > 1:
+            raise UsageError(f"{self.path} keeps no places; scan with places=1000.")
+        return open_one(self.path / PLACES)
+
+    @property
+    def peaks(self) -> Tensor:
+        """In how many images tokens that are no part of them respond most, (C_out, tokens) int64.
+
+        Of a scan of places; that is more than all places of the image, and than the other tokens.
+        """
+        path = self.path / PEAKS
+        if not path.exists():
+            return torch.zeros(self.layer.n_out, 0, dtype=torch.int64)
+        peaks = read_tensors(path)[0]["peaks"]
+        _refuse(path, None if len(peaks) == self.layer.n_out else "is of another layer")
+        return peaks
+
     @property
     def n_shards(self) -> int:
         """How many shards it has."""
@@ -78,7 +113,7 @@ class Scan:
         """Read the records as `shards` does, without shares, input maps, positions and ids."""
         empty = vars(no_records(self.layer, positions=True)) | {"input_map": None}
         for shard in range(self.n_shards):
-            names = (*_LIGHT, "group") if self.holds(shard, "group") else _LIGHT
+            names = [*_LIGHT, *(name for name in _OPTIONAL if self.holds(shard, name))]
             own = self.some(shard, names)
             no_share = torch.zeros(len(own["index"]) + 1, dtype=torch.int64)
             yield Records(**{**empty, **own, "share_start": no_share})
@@ -216,6 +251,8 @@ def read_shard(folder: Path, shard: int, manifest: Manifest | None = None) -> Re
     tensors = sound_tensors(folder, manifest, shard)
     if ("input_map" in tensors) != manifest.positions:
         _refuse(path, "holds input maps where none are, or none")
+    if {name in tensors for name in OF_PLACES} != {bool(manifest.places_of)}:
+        _refuse(path, "holds places where none are, or lacks what is told of them")
     return Records(**tensors)
 
 

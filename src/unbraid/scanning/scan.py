@@ -55,6 +55,7 @@ from unbraid.scanning.accuracy import (
 from unbraid.scanning.batch import batch_size_for
 from unbraid.scanning.every import as_many_as_fit, tell_rest
 from unbraid.scanning.manifest import Manifest, hash_indices, read_manifest
+from unbraid.scanning.place_shards import refuse_too_many
 from unbraid.scanning.records import Scan, open_one
 from unbraid.scanning.scan_options import Options, ScanOptions
 from unbraid.scanning.shards import (
@@ -153,6 +154,9 @@ def scan(
         channels_last: keep the weights of 2-D convolutions channels last meanwhile; by default as
             the scan which goes on, else where that is known to be faster (docs/scale.md). A network
             that is so already needs no telling.
+        places: of each channel, how many places that excite it most to keep; they and some drawn
+            evenly are a scan of their own, `Scan.places` (docs/places.md).
+        prefix_tokens: tokens before those of the image; by default what the network tells.
 
     Returns:
         The finished Scan; for a list or pattern, a dictionary of Scans by the layers' names.
@@ -363,6 +367,7 @@ def _target(module: nn.Module, spec: LayerSpec, folder: Path, common: dict[str, 
             f"A scan of layer {spec.name!r} would be too large to work with ({error}); "
             "scan a smaller layer, or images of fewer classes."
         ) from None
+    refuse_too_many(spec, manifest.places, 8 if dtype == "float64" else 4)
     return Target(module, manifest, folder)
 
 

@@ -26,6 +26,7 @@ from unbraid.base.schema import parse_json
 
 MIN_SHARE = 0.005  # with shares adding up to one, at most 200 an image; a few dozen in practice
 MAX_THREADS = 4096
+MAX_PLACES = 2**16
 
 Labels = Literal["given", "predicted", "none"]
 
@@ -62,6 +63,10 @@ class ScanOptions(Loading):
         threads: Threads to compute with; the same number gives the same bits.
         autocast: Run the network in bfloat16 where torch sees fit.
         channels_last: Keep convolutions channels last; by default where it is known to be faster.
+        places: How many places that excite it most to keep of each channel, with what feeds it
+            there, in OUT/places; 0 for none.
+        prefix_tokens: Tokens before those of the image, such as CLS and registers; by default what
+            the network says.
     """
 
     labels: Labels = "given"
@@ -75,6 +80,8 @@ class ScanOptions(Loading):
     threads: int | None = None
     autocast: bool = False
     channels_last: Annotated[bool | None, Parameter(negative="--no-channels-last")] = None
+    places: int = 0
+    prefix_tokens: int | None = None
 
     def checked(self) -> ScanOptions:
         """Bring the options to plain types, lists in order; UsageError if one is wrong."""
@@ -97,6 +104,13 @@ class ScanOptions(Loading):
             plain["batch_size"] = whole_number("batch_size", self.batch_size, 1)
         if self.threads is not None:
             plain["threads"] = whole_number("threads", self.threads, 1, MAX_THREADS)
+        plain["places"] = whole_number("places", self.places, 0, MAX_PLACES)
+        if self.prefix_tokens is not None:
+            plain["prefix_tokens"] = whole_number(
+                "prefix_tokens", self.prefix_tokens, 0, MAX_PLACES
+            )
+            if not plain["places"]:
+                raise UsageError("prefix_tokens is for places; ask for some with places=1000.")
         plain["workers"] = whole_number("workers", self.workers, 0, MAX_WORKERS)
         source = {} if self.source is None else self.source
         try:
@@ -153,3 +167,5 @@ class Options(TypedDict, total=False):
     threads: int | None
     autocast: bool
     channels_last: bool | None
+    places: int
+    prefix_tokens: int | None

@@ -36,6 +36,14 @@ from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.fields import Records, join_records
 from unbraid.scanning.manifest import Manifest, read_manifest
+from unbraid.scanning.place_shards import (
+    lacks_part,
+    learn_parts,
+    merge_parts,
+    remove_strange_parts,
+    write_part,
+)
+from unbraid.scanning.places import PlaceKeeper, tokens_of
 from unbraid.scanning.records import read_shard, shard_path, shards_there, write_shard
 from unbraid.scanning.scan_options import ScanOptions
 
@@ -58,8 +66,9 @@ class Target:
     folder: Path
 
     def lacks(self, shard: int) -> bool:
-        """Whether a shard is still to be made."""
-        return not shard_path(self.folder, shard).exists()
+        """Whether a shard, or what it says of places, is still to be made."""
+        there = shard_path(self.folder, shard).exists()
+        return not there or lacks_part(self.folder, shard, self.manifest)
 
 
 def claim(targets: Sequence[Target]) -> None:
@@ -82,6 +91,7 @@ def claim(targets: Sequence[Target]) -> None:
     for target, before in zip(targets, manifests, strict=True):
         folder, manifest = target.folder, target.manifest
         remove_leftovers(folder)  # of a scan that was killed while writing
+        remove_strange_parts(folder, manifest)
         there = (folder / "layer.safetensors").exists()
         if before is None or manifest.differences(before) or not there:
             weight, bias = weight_rows(target.module), bias_of(target.module)
@@ -154,6 +164,7 @@ def scan_shards(
     pinned = device_of(model).type == "cuda"
     work = _batches(targets, indices, team)
     batches = load(dataset, work, workers=options.workers, pinned=pinned)
+    keepers = _keepers(model, targets)
     names = [target.manifest.layer.name for target in targets]
     many = len(names) > _MOST_NAMED
     title = f"Scanning {count(len(names), 'layer') if many else ', '.join(names)}"
@@ -186,7 +197,11 @@ def scan_shards(
                 run = partial(
                     scan_batch,
                     model,
-                    [Place(target.module, target.manifest.layer) for target in lacking],
+                    [
+                        Place(target.module, target.manifest.layer, keepers.get(target.folder))
+                        for target in lacking
+                    ],
+                    number_of=partial(_number_of, indices, same),
                     sampled=sampled,
                     min_share=options.min_share,
                     positions=options.positions,
@@ -202,20 +217,53 @@ def scan_shards(
                 parts += own
                 advance(team.count(len(items)))
             for target, of_layer in zip(lacking, zip(*parts, strict=True), strict=True):
-                _write(target, number, join_records(of_layer), groups, ids)
+                keeper = keepers.get(target.folder)
+                _write(target, number, join_records(of_layer), groups, ids, keeper)
         team.finish()
         if n_ranks() > 1:
             await_shards(targets, _PATIENCE)
+        if same.places:
+            team.lead(partial(_merge_places, targets, groups, ids), "places")
         advance(team.count(0))
 
 
 def _shard_of(indices: Sequence[int], manifest: Manifest, items: Sequence[Loaded]) -> int:
-    """Which shard a batch belongs to; indices are in order, those that come first by themselves."""
-    index, n_first = items[0].index, manifest.n_first
-    place = bisect_left(indices, index, 0, n_first)
-    if place == n_first or indices[place] != index:
-        place = bisect_left(indices, index, n_first)
-    return place // manifest.shard_size
+    """Which shard a batch belongs to."""
+    return _number_of(indices, manifest, items[0].index) // manifest.shard_size
+
+
+def _number_of(indices: Sequence[int], manifest: Manifest, index: int) -> int:
+    """An image's number among those concerned; they are in order, and so are those that come first.
+
+    It is the same with a first look or without.
+    """
+    n_first = manifest.n_first
+    number = bisect_left(indices, index, 0, n_first)
+    if number == n_first or indices[number] != index:
+        number = bisect_left(indices, index, n_first)
+    return number
+
+
+def _keepers(model: nn.Module, targets: Sequence[Target]) -> dict[Path, PlaceKeeper]:
+    """What keeps the places of each layer, by folder, if any are to be kept."""
+    same = targets[0].manifest
+    if not same.places:
+        return {}
+    tokens = tokens_of(model, same.prefix_tokens)
+    keepers = {}
+    for target in targets:
+        keeper = PlaceKeeper(target.manifest.layer, same.places, tokens)
+        learn_parts(target.folder, target.manifest, keeper)
+        keepers[target.folder] = keeper
+    return keepers
+
+
+def _merge_places(
+    targets: Sequence[Target], groups: Sequence[int] | None, ids: Sequence[str] | None
+) -> str:
+    for target in targets:
+        merge_parts(target.folder, target.manifest, groups, ids)
+    return ""
 
 
 def await_shards(targets: Sequence[Target], seconds: float) -> None:
@@ -299,7 +347,7 @@ def take_over(
     names what is another.
     """
     lacking = [t for t in targets if any(map(t.lacks, range(len(first) // t.manifest.shard_size)))]
-    if not (first and lacking):
+    if not (first and lacking) or lacking[0].manifest.places:  # whose parts a look has merged
         return
     alone = Subset(dataset, first)
     data = fingerprint(alone, labels_of(alone, needed=options.labels == "given"))
@@ -343,12 +391,15 @@ def _write(
     records: Records,
     groups: Sequence[int] | None,
     ids: Sequence[str] | None,
+    keeper: PlaceKeeper | None = None,
 ) -> None:
-    """Write a shard of a layer, with what the data set says of its images."""
+    """Write a shard of a layer, with what the data set says of its images, and its places."""
     index = records.index.tolist()
     if groups is not None:
         records.group = torch.tensor([groups[i] for i in index], dtype=torch.int64)
     if ids is not None:
         records.id_start, records.id_bytes = pack_ids([ids[i] for i in index])
     refuse_taken(target)
+    if keeper is not None:  # before the shard, so that where that is, these are
+        write_part(target.folder, shard, keeper.close(), target.manifest)
     write_shard(target.folder, shard, records, target.manifest)

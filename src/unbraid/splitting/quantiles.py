@@ -48,8 +48,11 @@ def _spaced_inputs(scan: Scan) -> tuple[Tensor, Tensor]:
     n_numbers = scan.layer.groups * scan.layer.n_taps
     most = max(1, min(_MOST_IMAGES, _MOST_NUMBERS // n_numbers))
     step, seen, parts = math.ceil(scan.manifest.n_images / most), 0, []
-    for own in scan.tensors("pooled", "n_positions"):
-        chosen = slice(-seen % step, None, step)
+    names = ("pooled", "n_positions", *(["drawn"] if scan.manifest.places_of else []))
+    for own in scan.tensors(*names):
+        chosen: slice | Tensor = slice(-seen % step, None, step)
+        if "drawn" in own:  # evenly from all places; all others excite some channel most
+            chosen = own["drawn"] > 0
         seen += len(own["pooled"])
         parts.append((own["pooled"][chosen].clone(), own["n_positions"][chosen]))
     pooled, n_positions = (torch.cat(columns) for columns in zip(*parts, strict=True))

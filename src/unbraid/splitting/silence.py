@@ -110,7 +110,7 @@ def choose_rest(
             for number, places in members.places(records, named):
                 rest[places[:, None], torch.tensor(named[number])] = False
             top.add(records, rest, place)
-            chosen = place % step == 0
+            chosen = place % step == 0 if records.drawn is None else records.drawn > 0
             even.append((place[chosen], rest[chosen]))
             count += rest.sum(0)
             n_seen += len(records)

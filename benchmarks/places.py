@@ -1,0 +1,334 @@
+"""Places beside whole images: what a scan with them costs, and which find planted concepts better.
+
+    python benchmarks/places.py cost [--images 512] [--places 1000] [--layer _conv_head]
+    python benchmarks/places.py compare --data DIR [--layers _conv_head ...] [--out DIR]
+    python benchmarks/places.py maps --train SCAN --val SCAN
+
+`compare` adds channels to layers of EfficientNet-Lite0, each the sum of two of the layer's own,
+brought to responses of one strength, which nothing behind the layer sees; so the network stays as
+it is. It scans the pictures of DIR/train and DIR/val (folders of classes) as they are and pasted:
+the middle half of a picture to the left of that of another. From the same scan, whole images and
+places then find the planted channels by clusters and split them. `maps` does the same on the input
+maps of scans with positions, which takes no network: those of two pictures are pasted. Figures for
+docs/places.md; needs what lite0.py names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import permutations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+import unbraid
+from lite0 import load_lite0
+from synthetic import RandomImages
+from timing import in_turn, median, print_head, print_row, ratios, spread
+from unbraid.finding import clusters
+from unbraid.finding.arv import averaged_relevance
+from unbraid.finding.clusters import adjusted_rand_index, find_clusters, mean_pooled
+from unbraid.finding.findings import Findings
+from unbraid.images.open import open_images
+from unbraid.scanning.records import Scan
+
+LAYERS = ("_conv_head", "_blocks.8._expand_conv")
+N_PLANTED = 24
+N_SEEN = 64  # images that tell how strong channels respond
+PLACES = 1000
+SIZE = 224
+PREPROCESS = v2.Compose(
+    [
+        v2.PILToTensor(),
+        v2.Resize((SIZE, SIZE), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.498] * 3, [0.502] * 3),
+    ]
+)
+
+
+class Pasted(Dataset[tuple[Tensor, int]]):
+    """The middle half of each picture beside that of another one, drawn at random."""
+
+    def __init__(self, images: Any) -> None:
+        """Draw the others; labels are those of the picture on the left."""
+        self.images, self.targets = images, list(images.targets)
+        self.other = list(range(len(images)))
+        random.Random(0).shuffle(self.other)
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.other)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return a pasted picture and the label of its left half."""
+        left, right = (self.images[n][0] for n in (index, self.other[index]))
+        quarter = SIZE // 4
+        halves = [image[:, :, quarter : SIZE - quarter] for image in (left, right)]
+        return torch.cat(halves, 2), self.targets[index]
+
+
+class Maps(Dataset[tuple[Tensor, int]]):
+    """A layer's input maps, as images; pasted, the left half of one beside the right of another."""
+
+    def __init__(self, scan: Scan, *, pasted: bool) -> None:
+        """Read all of them."""
+        maps, labels = [], []
+        for records in scan.shards():
+            assert records.input_map is not None
+            maps.append(records.input_map)
+            labels += records.label.tolist()
+        self.maps, self.targets = torch.cat(maps), labels
+        if pasted:
+            order = list(range(len(labels)))
+            random.Random(0).shuffle(order)
+            half = (self.maps.shape[3] + 1) // 2
+            other = self.maps[order]
+            self.maps = torch.cat([self.maps[..., :half], other[..., half:]], 3)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return a map and the label of its left half."""
+        return self.maps[index], self.targets[index]
+
+
+class Planted(nn.Module):
+    """A 1 x 1 convolution with more channels, which it does not hand on."""
+
+    def __init__(self, own: nn.Conv2d, pairs: Sequence[tuple[int, int]], strength: Tensor) -> None:
+        """Add a channel for each pair: the sum of both rows, by their strength (C_out,)."""
+        super().__init__()
+        rows = own.weight.detach()
+        scaled = rows / strength[:, None, None, None]
+        new = torch.stack([scaled[a] + scaled[b] for a, b in pairs])
+        self.n_out = len(rows)
+        self.layer = nn.Conv2d(rows.shape[1], len(rows) + len(new), 1, bias=False)
+        self.layer.weight = nn.Parameter(torch.cat([rows, new]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give what the convolution gave."""
+        return self.layer(x)[:, : self.n_out]
+
+
+def strength_of(model: nn.Module, layer: nn.Module, images: Dataset[Any]) -> Tensor:
+    """What the strongest of a thousand places of some images give a layer's channels, (C_out,)."""
+    kept: list[Tensor] = []
+    some = range(0, len(images), max(1, len(images) // N_SEEN))  # type: ignore[arg-type]
+    with layer.register_forward_hook(lambda _, __, z: kept.append(z.flatten(2))), torch.no_grad():
+        for n in some:
+            model(images[n][0][None])
+    return torch.cat(kept, 2)[0].quantile(0.999, dim=1).clamp(min=1e-6)
+
+
+def plant(model: nn.Module, name: str, images: Dataset[Any]) -> list[tuple[int, int]]:
+    """Add channels to a layer; of which two each is the sum."""
+    own = model.get_submodule(name)
+    assert isinstance(own, nn.Conv2d)
+    assert own.bias is None
+    assert own.kernel_size == (1, 1)
+    draw = random.Random(name)
+    channels = draw.sample(range(own.out_channels), 2 * N_PLANTED)
+    pairs = list(zip(channels[::2], channels[1::2], strict=True))
+    parent, _, last = name.rpartition(".")
+    new = Planted(own, pairs, strength_of(model, own, images))
+    setattr(model.get_submodule(parent) if parent else model, last, new)
+    return pairs
+
+
+def search(scan: Scan, channels: Sequence[int]) -> Findings:
+    """Find by clusters, in some channels only."""
+    some = partial(clusters.top_images, channels=channels)
+    with mock.patch.object(clusters, "top_images", some):
+        return unbraid.find(scan, concepts="clusters")
+
+
+def inputs_of(scan: Scan, *, even: bool) -> Tensor:
+    """Pooled inputs of all images (N, J), or of the places drawn evenly."""
+    parts = [r.pooled[r.drawn > 0] if even else r.pooled for r in scan.light_shards()]  # type: ignore[operator]
+    return torch.cat(parts)[:, 0].double()
+
+
+def agreement(scan: Scan, found: Findings, truth: dict[int, Tensor]) -> dict[int, float]:
+    """How concepts divide the images or places of a channel's clusters, as its two parts do."""
+    members, known = found.members_in(scan), {}
+    for o, concepts in found.concepts.items():
+        mine, theirs = [], []
+        for records in scan.light_shards():
+            concept = members.concept_of(records, concepts)
+            own = concept >= 0
+            parts = records.pooled[own, 0].double() @ truth[o].T
+            mine += concept[own].tolist()
+            theirs += parts.argmax(1).tolist()
+        known[o] = adjusted_rand_index(theirs, mine)
+    return known
+
+
+def recovery(rows: Tensor, truth: Tensor, inputs: Tensor) -> float:
+    """Mean correlation of both parts with the concept channels that are most like them."""
+    answers = torch.cat([inputs @ truth.T, inputs @ rows.T], 1)
+    n = len(truth)
+    alike = torch.corrcoef(answers.T)[:n, n:].nan_to_num(0)
+    ways = permutations(range(len(rows)), n) if len(rows) >= n else [(0, 0)]
+    return max(fmean(float(alike[k, j]) for k, j in enumerate(way)) for way in ways)
+
+
+def false_splits(scan: Scan, channels: Sequence[int]) -> int:
+    """In how many channels a normal cloud, of the mean and covariance of what is real, is found."""
+    everywhere, n = mean_pooled(scan), 0
+    for o, top in clusters.top_images(scan, channels):
+        origin = averaged_relevance(scan, o, everywhere)
+        draw, size = torch.Generator().manual_seed(o), (len(top.relevance),) * 2
+        mean = top.relevance.mean(0)
+        mix = torch.randn(size, generator=draw, dtype=torch.float64) / size[0] ** 0.5
+        n += find_clusters(mean + mix @ (top.relevance - mean), origin)[1] < 0.5
+    return n
+
+
+def parts_of(weight: Tensor, channel: int, pair: tuple[int, int]) -> Tensor:
+    """The two rows (2, J) whose sum a planted channel is."""
+    rows = weight.double()
+    both = rows[list(pair)]
+    scale = torch.linalg.lstsq(both.T, rows[channel, :, None]).solution
+    return both * scale
+
+
+def compare(train: Scan, val: Scan, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[Any, ...]]:
+    """Figures of whole images and of places, on held-out images and places."""
+    channels = range(train.layer.n_out - len(pairs), train.layer.n_out)
+    truth = {o: parts_of(train.weight, o, pair) for o, pair in zip(channels, pairs, strict=True)}
+    judged = {
+        "images": inputs_of(val, even=False),
+        "places": inputs_of(val.places, even=True),
+    }
+    ways = {"images": (train, val), "places": (train.places, val.places)}
+    split_by, scores = {}, {}
+    for way, (own, held_out) in ways.items():
+        found = search(own, channels)
+        yield way, "found", f"{len(found.concepts)} of {len(pairs)}"
+        scores[way] = {}
+        yield way, "false: normal clouds found", f"{false_splits(own, channels)} of {len(pairs)}"
+        if not found.concepts:
+            continue
+        split_by[way] = unbraid.split(own, found)
+        scores[way] = agreement(held_out, found, truth)
+        n_concepts = fmean(map(len, found.concepts.values()))
+        yield way, "concepts a channel", f"{n_concepts:.2f}"
+    both = sorted(set.intersection(*(set(scores[way]) for way in ways)))
+    if not both:
+        return
+    for way, split in split_by.items():
+        mean, common = fmean(scores[way].values()), fmean(scores[way][o] for o in both)
+        yield way, "adjusted Rand, held-out", f"{mean:.3f} ({len(both)} channels: {common:.3f})"
+        for on, inputs in judged.items():
+            figures = [recovery(split[o].rows.double(), truth[o], inputs) for o in both]
+            yield way, f"recovery on {on}", f"{fmean(figures):.3f}"
+    for on, inputs in judged.items():
+        figures = [recovery(truth[o].sum(0)[None], truth[o], inputs) for o in both]
+        yield "unsplit", f"recovery on {on}", f"{fmean(figures):.3f}"
+
+
+def run_compare(data: Path, layers: Sequence[str], out: Path, n_images: int | None) -> None:
+    """Scan pictures as they are and pasted, and print all figures."""
+    unbraid.keep_memory()
+    model = load_lite0()
+    seen: Any = open_images(str(data / "train"), PREPROCESS)
+    pairs = {f"{name}.layer": plant(model, name, seen) for name in layers}
+    for kind in ("whole", "pasted"):
+        scans = {}
+        for part in ("train", "val"):
+            images: Any = open_images(str(data / part), PREPROCESS)
+            images = images if kind == "whole" else Pasted(images)
+            options = {"labels": "predicted", "places": PLACES, "progress": True}
+            if n_images is not None:
+                options["indices"] = range(0, len(images), max(1, len(images) // n_images))
+            where = out / f"{kind}-{part}"
+            scans[part] = unbraid.scan(model, list(pairs), images, where, **options)
+        for name, own in pairs.items():
+            for way, what, figure in compare(scans["train"][name], scans["val"][name], own):
+                print_row(kind, name, way, what, figure)
+
+
+def run_maps(train: Scan, val: Scan, n_places: int) -> None:
+    """Do the same on the input maps of scans with positions."""
+    own = nn.Conv2d(train.layer.n_in, train.layer.n_out, 1, bias=False)
+    own.weight.data = train.weight.view_as(own.weight)
+    parts = {"layer": own, "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
+    model = nn.Sequential(OrderedDict(parts)).eval()
+    pairs = plant(model, "layer", Maps(train, pasted=False))
+    for kind in ("whole", "pasted"):
+        with tempfile.TemporaryDirectory() as out:
+            options: Any = {"labels": "predicted", "places": n_places}
+            scans = [
+                unbraid.scan(model, "layer.layer", images, Path(out) / part, **options)
+                for part, own_scan in (("train", train), ("val", val))
+                for images in [Maps(own_scan, pasted=kind == "pasted")]
+            ]
+            for way, what, figure in compare(*scans, pairs):
+                print_row(kind, train.layer.name, way, what, figure)
+
+
+def run_cost(layer: str, n_images: int, n_places: int, rounds: int) -> None:
+    """Print what a scan with places takes, to one without, in turns."""
+    unbraid.keep_memory()
+    model, images = load_lite0(), RandomImages(n_images)
+
+    def scan(places: int) -> int:
+        with tempfile.TemporaryDirectory() as out:
+            made = unbraid.scan(
+                model, layer, images, out, places=places, batch_size=32, labels="predicted"
+            )
+            if not places:
+                return 0
+            return sum(file.stat().st_size for file in made.places.path.glob("*"))
+
+    ways = {"without": partial(scan, 0), "with places": partial(scan, n_places)}
+    taken = in_turn(ways, rounds)
+    print_head("layer", "way", "s", "wall time", "processor time", "least to least")
+    base = taken["without"]
+    for way, times in taken.items():
+        least = min(own[1] for own in times) / min(own[1] for own in base)
+        spreads = [spread(ratios(times, base, kind)) for kind in (0, 1)]
+        print_row(layer, way, f"{median(times, 0):.1f}", *spreads, f"{least:.3f}")
+    print(f"\nBytes of the scan of places: {scan(n_places):,}")
+
+
+def main() -> None:
+    """Read the command line, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("cost", "compare", "maps"))
+    parser.add_argument("--train", help="a scan with positions")
+    parser.add_argument("--val", help="likewise")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--layers", nargs="+", default=LAYERS)
+    parser.add_argument("--layer", default=LAYERS[0])
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--places", type=int, default=PLACES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="for scans, which are taken up again")
+    asked = parser.parse_args()
+    if asked.what == "cost":
+        run_cost(asked.layer, asked.images or 512, asked.places, asked.rounds)
+        return
+    if asked.what == "maps":
+        run_maps(unbraid.open_scan(asked.train), unbraid.open_scan(asked.val), asked.places)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        run_compare(asked.data, asked.layers, asked.out or Path(scratch), asked.images)
+
+
+if __name__ == "__main__":
+    main()
