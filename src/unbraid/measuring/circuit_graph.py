@@ -6,7 +6,7 @@ Shapes: N images, M channels whose images are wanted, C_in input channels.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +20,8 @@ from unbraid.base.files import write_whole
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.schema import build, check_schema, in_range, read_json, unread
 from unbraid.base.tables import Table, Tabular, percent
-from unbraid.measuring.circuit import Circuit, Part, Source
+from unbraid.finding.arv import ClassSums
+from unbraid.measuring.circuit import Circuit, Part, Source, circuit_of
 from unbraid.measuring.reference_images import TopImages, strongest
 from unbraid.measuring.results import join
 from unbraid.scanning.fields import Records
@@ -28,6 +29,8 @@ from unbraid.scanning.manifest import MAX_CLASSES
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import Split
 
+N_DRAWN, N_NODES = 8, 10  # concepts in a circuit, and input channels that feed them
+N_FOLLOWED = 64  # input channels of a concept that may have a line to it
 SCHEMA = 1
 _MOST_NODES = 10_000
 _LARGEST = 1e12
@@ -200,6 +203,31 @@ def circuit_graphs(
         images |= _find_images(*by_layer[layer], list(keys), n_images)
     splits = {name: split for name, (split, _) in by_layer.items()}
     return [graph.finish(splits, images) for graph in drawn]
+
+
+def draw_circuits(
+    split: Split, scan: Scan, sums: ClassSums, there: Collection[int]
+) -> dict[int, CircuitGraph]:
+    """Draw from which input channels the first concepts of each channel come.
+
+    The sums are of training images, `there` the classes that these have; pictures are of `scan`.
+    """
+    circuits = {
+        part.channel: [
+            circuit_of(split, sums, part, k, N_FOLLOWED)
+            for k in range(len(part.concepts[:N_DRAWN]))
+        ]
+        for part in split.channels
+        if {label for concept in part.concepts for label in concept} <= set(there)
+    }
+    asked = [(own, n_sources(len(own))) for own in circuits.values()]
+    graphs = circuit_graphs(asked, [(split, scan)], n_images=1)
+    return dict(zip(circuits, graphs, strict=True))
+
+
+def n_sources(n_concepts: int) -> int:
+    """How many sources of each concept a circuit has room for."""
+    return max(1, min(4, N_NODES // n_concepts))
 
 
 @dataclass(frozen=True)

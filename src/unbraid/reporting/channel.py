@@ -12,8 +12,7 @@ import torch
 
 from unbraid.base.errors import UsageError
 from unbraid.finding.arv import ClassSums, averaged_relevance, class_sums, concept_mean
-from unbraid.measuring.circuit import circuit_of
-from unbraid.measuring.circuit_graph import CircuitGraph, circuit_graphs
+from unbraid.measuring.circuit_graph import CircuitGraph, draw_circuits
 from unbraid.measuring.evaluate import gather_responses, intervals
 from unbraid.measuring.reference_images import ALIKE, ReferenceImages, TopImages, reference_images
 from unbraid.networks.relevance import input_relevance
@@ -39,8 +38,6 @@ N_POINTS = 240  # of a scatter plot; spread evenly over each class's images
 N_SHADES = 3  # of a concept's colour
 N_SOURCES = 12  # input channels in the bars
 N_OTHERS = 12  # classes of no concept that are listed when a channel is switched off
-N_DRAWN, N_NODES = 8, 10  # concepts in a circuit, and input channels that feed them
-N_FOLLOWED = 64  # input channels of a concept that may have a line to it
 N_FIRSTS = 4  # images in a row that are not there for their strength
 _MAX_VALUES = 2000  # images that a density is estimated from; more would not change the curve
 _REACH = 3.5  # kernel widths beyond the data; there a kernel is down to 0.2 % of its peak
@@ -211,31 +208,6 @@ def channel_views(
             "no image of a concept."
         )
     return channels, notes
-
-
-def draw_circuits(
-    split: Split, scan: Scan, sums: ClassSums, there: Collection[int]
-) -> dict[int, CircuitGraph]:
-    """Draw from which input channels the first concepts of each channel come.
-
-    The sums are of training images, `there` the classes that these have; pictures are of `scan`.
-    """
-    circuits = {
-        part.channel: [
-            circuit_of(split, sums, part, k, N_FOLLOWED)
-            for k in range(len(part.concepts[:N_DRAWN]))
-        ]
-        for part in split.channels
-        if {label for concept in part.concepts for label in concept} <= set(there)
-    }
-    asked = [(own, n_sources(len(own))) for own in circuits.values()]
-    graphs = circuit_graphs(asked, [(split, scan)], n_images=1)
-    return dict(zip(circuits, graphs, strict=True))
-
-
-def n_sources(n_concepts: int) -> int:
-    """How many sources of each concept a circuit has room for."""
-    return max(1, min(4, N_NODES // n_concepts))
 
 
 def _how_split(info: Mapping[str, Any]) -> dict[str, str]:

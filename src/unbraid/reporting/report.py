@@ -17,8 +17,9 @@ from unbraid.base.files import write_whole
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
 from unbraid.finding.findings import Findings
+from unbraid.measuring.circuit_graph import N_DRAWN
 from unbraid.reporting import charts, words
-from unbraid.reporting.channel import N_DRAWN, concept_views
+from unbraid.reporting.channel import concept_views
 from unbraid.reporting.circuits import draw_edges, edges_from, layer_before
 from unbraid.reporting.crops import Crops
 from unbraid.reporting.pictures import take_pictures

@@ -15,16 +15,18 @@ from unbraid.base.tables import count
 from unbraid.finding.arv import class_sums
 from unbraid.measuring.circuit import Circuit, Through, circuit_of
 from unbraid.measuring.circuit_graph import (
+    N_DRAWN,
+    N_FOLLOWED,
     SCHEMA,
     CircuitGraph,
     StoredGraphs,
     circuit_graph,
     circuit_graphs,
+    n_sources,
     read_graphs,
 )
 from unbraid.networks.copying import unwrap
 from unbraid.networks.models import LoadedModel
-from unbraid.reporting.channel import N_DRAWN, N_FOLLOWED, n_sources
 from unbraid.reporting.layers import read_layers
 from unbraid.running.finished import Run
 from unbraid.running.folders import CIRCUITS, home_of
