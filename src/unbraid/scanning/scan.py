@@ -7,7 +7,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
@@ -63,7 +63,7 @@ from unbraid.scanning.shards import (
     scan_shards,
     take_over,
 )
-from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target
+from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target, settled
 
 
 def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,8 +125,8 @@ def scan(
             Its `ids`, a text for each, name images for good, whatever their order (docs/data.md).
         out: folder for the records; of several layers, each has a folder of its name in it.
         labels: "predicted" takes each image for what the network takes it for, whatever the data
-            set's label, so data sets without labels will do (any number stands for a label). "none"
-            goes with a target that asks for no class: every image counts as of class 0.
+            set's label, so data sets without labels will do (any number stands for a label).
+            "none", with a target that asks for no class: every image counts as of class 0.
         target: the number of each image whose gradient says which channels matter in it. By default
             the logit of the image's class; or by name "segmentation:CLASS", "detection:CLASS",
             "embedding:FILE", "regression:INDEX" or "multilabel"; or a function from the network's
@@ -202,7 +202,7 @@ def scan_into(
         near = get_close_matches(name, ScanOptions.__dataclass_fields__, 1)
         instead = f"use {near[0]}" if near else "leave it out"
         raise TypeError(f"scan() takes no argument {name!r}; {instead}.")
-    options = _settled(ScanOptions(**given).checked())
+    options = settled(ScanOptions(**given).checked())
     model = unwrap(model)
     modules = {name: resolve_layer(model, name)[1] for name in folders}
     specs = {name: describe(name, module) for name, module in modules.items()}
@@ -241,26 +241,6 @@ def scan_into(
     if tells and not early:
         _tell_fit(scanned_accuracy(next(iter(scans.values()))), common, options)
     return scans
-
-
-def _settled(options: ScanOptions) -> ScanOptions:
-    """The options with their target read; UsageError if labels do not go with it."""
-    target = read_target(options.target)
-    wanted = "'given'" if target.by_label else "'given' or 'predicted'"
-    if (target.of_class and options.labels == "none") or (
-        target.by_label and options.labels != "given"
-    ):
-        raise UsageError(
-            f"The target {target.name!r} is of each image's class, so labels={options.labels!r} "
-            f"does not go with it; use target='none', or labels={wanted}."
-        )
-    if target.is_own:
-        warnings.warn(
-            f"The target {target.name!r} is known by its name and code alone; a scan that goes on "
-            "cannot tell whether what it calls has changed.",
-            stacklevel=4,
-        )
-    return replace(options, target=target)
 
 
 def _look_at(
