@@ -21,8 +21,8 @@ from unbraid.reporting import charts, words
 from unbraid.reporting.channel import concept_views
 from unbraid.reporting.pictures import take_pictures
 from unbraid.reporting.view import MAX_TEXT, Material, build_page, output_word
+from unbraid.scanning.as_scanned import as_scanned
 from unbraid.scanning.records import Scan
-from unbraid.scanning.scan import as_scanned
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset

@@ -31,9 +31,9 @@ from unbraid.images.labels import Outputs, read_classes
 from unbraid.images.listing import ListedImages
 from unbraid.images.open import list_images, part_of
 from unbraid.reporting.pictures import Sight
+from unbraid.scanning.as_scanned import as_scanned
 from unbraid.scanning.manifest import hash_indices, read_manifest
 from unbraid.scanning.records import Scan
-from unbraid.scanning.scan import as_scanned
 
 SCANS = ("scan-train", "scan-val")
 SETTINGS = "settings.json"

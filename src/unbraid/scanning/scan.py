@@ -24,8 +24,8 @@ from unbraid.base.errors import DataError, ModelError, RunError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.team import join_team
 from unbraid.images.broken import UNLABELLED, first_readable
-from unbraid.images.dataset import Around, class_names_of, labels_of, size_of
-from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of, text_of
+from unbraid.images.dataset import class_names_of, labels_of, size_of
+from unbraid.images.identity import as_recorded, fingerprint, preprocessing_of, text_of
 from unbraid.images.mapped import distinct
 from unbraid.images.sample import sample_of
 from unbraid.networks.copying import device_of, unwrap
@@ -420,44 +420,3 @@ def _reaching(model: nn.Module, specs: list[LayerSpec], images: Tensor) -> list[
         alone = [_reaching(model, [spec], images) for spec in specs] if len(specs) > 1 else []
         return [spec for found in alone for spec in found]
     return [spec for spec, reaches in zip(specs, reached, strict=True) if reaches]
-
-
-class AsScanned(Around):
-    """A data set in the order in which it was scanned: `now` says where an index of then lies."""
-
-    samples = root = sizes = groups = None  # the data set's are in its own order
-
-    def __init__(
-        self, dataset: Dataset[Any], now: Mapping[int, int], ids: Mapping[int, str]
-    ) -> None:
-        """Look up the labels; no image is read."""
-        self.dataset, self.now = dataset, now
-        labels, indices = labels_of(dataset), range(max(ids) + 1)
-        self.targets = [labels[now[i]] if i in now else UNLABELLED for i in indices]
-        self.ids = [ids.get(i, f"image {i}") for i in indices]
-
-    def __len__(self) -> int:
-        """Number of images, those that are gone included."""
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Return the image that had an index, and its label."""
-        image, label = self.dataset[self.source(index)]
-        return image, label
-
-    def source(self, index: int) -> int:
-        """Return where in the data set the image is that had an index."""
-        if index not in self.now:
-            raise DataError(f"Image {self.ids[index]} is gone; bring it back, or scan anew.")
-        return self.now[index]
-
-
-def as_scanned(dataset: Dataset[Any], scan: Scan) -> Dataset[Any]:
-    """Put a data set's images under the indices of a scan, by their ids if both have them."""
-    known, scanned = ids_of(dataset), scan.ids()
-    if known is None:
-        return dataset
-    by_id = {one: index for index, one in enumerate(known)}
-    now = {index: by_id[one] for index, one in scanned.items() if one in by_id}
-    unmoved = len(now) == len(scanned) and all(i == j for i, j in now.items())
-    return dataset if unmoved or not now else AsScanned(dataset, now, scanned)
