@@ -16,7 +16,7 @@ from tiny_networks import SyntheticImages
 from unbraid.base.errors import DataError
 from unbraid.images.dataset import class_names_of, groups_of, labels_of, name_of, picture_of
 from unbraid.images.identity import fingerprint, ids_of, preprocessing_of
-from unbraid.scanning.scan import AsScanned
+from unbraid.scanning.as_scanned import AsScanned
 
 NAMES = ("ant", "bee", "cat", "dog")
 TO_FLOAT = v2.ToDtype(torch.float32, scale=True)

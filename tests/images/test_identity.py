@@ -21,7 +21,7 @@ from unbraid.images.dataset import labels_of, name_of
 from unbraid.images.identity import as_recorded, fingerprint, preprocessing_of
 from unbraid.images.open import open_images
 from unbraid.networks.models import imagenet_transform
-from unbraid.scanning.scan import as_scanned
+from unbraid.scanning.as_scanned import as_scanned
 
 TO_FLOAT = v2.ToDtype(torch.float32, scale=True)
 

@@ -204,8 +204,7 @@ def explain_images(
             x = image[None].to(device_of(model2))
             if number == 0:
                 refuse_unsteady(model2, x)
-            asked = (classes, class_names, target)
-            wanted, logits, measured = _measure(model2, layer, x, *asked)
+            wanted, logits, measured = _measure(model2, layer, x, classes, class_names, target)
             names = tuple(name_of(class_names, t) for t in wanted) or (target.name,)
             explained = ImageExplanation(
                 image=name,

@@ -24,8 +24,8 @@ from unbraid.reporting.circuits import draw_edges, edges_from, layer_before
 from unbraid.reporting.crops import Crops
 from unbraid.reporting.pictures import take_pictures
 from unbraid.reporting.view import MAX_TEXT, Material, build_page, output_word
+from unbraid.scanning.as_scanned import as_scanned
 from unbraid.scanning.records import Scan
-from unbraid.scanning.scan import as_scanned
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset

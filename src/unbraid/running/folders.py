@@ -32,9 +32,9 @@ from unbraid.images.listing import ListedImages
 from unbraid.images.open import list_images, part_of
 from unbraid.images.own import refuse_own
 from unbraid.reporting.pictures import Sight
+from unbraid.scanning.as_scanned import as_scanned
 from unbraid.scanning.manifest import hash_indices, read_manifest
 from unbraid.scanning.records import Scan
-from unbraid.scanning.scan import as_scanned
 
 SCANS = ("scan-train", "scan-val")
 SETTINGS = "settings.json"

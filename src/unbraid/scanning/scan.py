@@ -7,7 +7,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
@@ -24,8 +24,8 @@ from unbraid.base.errors import DataError, ModelError, RunError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.team import join_team
 from unbraid.images.broken import UNLABELLED, first_readable
-from unbraid.images.dataset import Around, class_names_of, labels_of, size_of
-from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of, text_of
+from unbraid.images.dataset import class_names_of, labels_of, size_of
+from unbraid.images.identity import as_recorded, fingerprint, preprocessing_of, text_of
 from unbraid.images.mapped import distinct
 from unbraid.images.sample import sample_of
 from unbraid.networks.attention import with_projections
@@ -65,7 +65,7 @@ from unbraid.scanning.shards import (
     scan_shards,
     take_over,
 )
-from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target
+from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target, settled
 
 
 def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,8 +127,8 @@ def scan(
             Its `ids`, a text for each, name images for good, whatever their order (docs/data.md).
         out: folder for the records; of several layers, each has a folder of its name in it.
         labels: "predicted" takes each image for what the network takes it for, whatever the data
-            set's label, so data sets without labels will do (any number stands for a label). "none"
-            goes with a target that asks for no class: every image counts as of class 0.
+            set's label, so data sets without labels will do (any number stands for a label).
+            "none", with a target that asks for no class: every image counts as of class 0.
         target: the number of each image whose gradient says which channels matter in it. By default
             the logit of the image's class; or by name "segmentation:CLASS", "detection:CLASS",
             "embedding:FILE", "regression:INDEX" or "multilabel"; or a function from the network's
@@ -207,7 +207,7 @@ def scan_into(
         near = get_close_matches(name, ScanOptions.__dataclass_fields__, 1)
         instead = f"use {near[0]}" if near else "leave it out"
         raise TypeError(f"scan() takes no argument {name!r}; {instead}.")
-    options = _settled(ScanOptions(**given).checked())
+    options = settled(ScanOptions(**given).checked())
     model = unwrap(model)
     modules = {name: resolve_layer(model, name)[1] for name in folders}
     specs = {name: describe(name, module) for name, module in modules.items()}
@@ -246,26 +246,6 @@ def scan_into(
     if tells and not early:
         _tell_fit(scanned_accuracy(next(iter(scans.values()))), common, options)
     return scans
-
-
-def _settled(options: ScanOptions) -> ScanOptions:
-    """The options with their target read; UsageError if labels do not go with it."""
-    target = read_target(options.target)
-    wanted = "'given'" if target.by_label else "'given' or 'predicted'"
-    if (target.of_class and options.labels == "none") or (
-        target.by_label and options.labels != "given"
-    ):
-        raise UsageError(
-            f"The target {target.name!r} is of each image's class, so labels={options.labels!r} "
-            f"does not go with it; use target='none', or labels={wanted}."
-        )
-    if target.is_own:
-        warnings.warn(
-            f"The target {target.name!r} is known by its name and code alone; a scan that goes on "
-            "cannot tell whether what it calls has changed.",
-            stacklevel=4,
-        )
-    return replace(options, target=target)
 
 
 def _look_at(
@@ -447,44 +427,3 @@ def _reaching(model: nn.Module, specs: list[LayerSpec], images: Tensor) -> list[
         alone = [_reaching(model, [spec], images) for spec in specs] if len(specs) > 1 else []
         return [spec for found in alone for spec in found]
     return [spec for spec, reaches in zip(specs, reached, strict=True) if reaches]
-
-
-class AsScanned(Around):
-    """A data set in the order in which it was scanned: `now` says where an index of then lies."""
-
-    samples = root = sizes = groups = None  # the data set's are in its own order
-
-    def __init__(
-        self, dataset: Dataset[Any], now: Mapping[int, int], ids: Mapping[int, str]
-    ) -> None:
-        """Look up the labels; no image is read."""
-        self.dataset, self.now = dataset, now
-        labels, indices = labels_of(dataset), range(max(ids) + 1)
-        self.targets = [labels[now[i]] if i in now else UNLABELLED for i in indices]
-        self.ids = [ids.get(i, f"image {i}") for i in indices]
-
-    def __len__(self) -> int:
-        """Number of images, those that are gone included."""
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Return the image that had an index, and its label."""
-        image, label = self.dataset[self.source(index)]
-        return image, label
-
-    def source(self, index: int) -> int:
-        """Return where in the data set the image is that had an index."""
-        if index not in self.now:
-            raise DataError(f"Image {self.ids[index]} is gone; bring it back, or scan anew.")
-        return self.now[index]
-
-
-def as_scanned(dataset: Dataset[Any], scan: Scan) -> Dataset[Any]:
-    """Put a data set's images under the indices of a scan, by their ids if both have them."""
-    known, scanned = ids_of(dataset), scan.ids()
-    if known is None:
-        return dataset
-    by_id = {one: index for index, one in enumerate(known)}
-    now = {index: by_id[one] for index, one in scanned.items() if one in by_id}
-    unmoved = len(now) == len(scanned) and all(i == j for i, j in now.items())
-    return dataset if unmoved or not now else AsScanned(dataset, now, scanned)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from unbraid.networks.outputs import (
     numbers_in,
     refuse_broken_values,
 )
+from unbraid.scanning.scan_options import ScanOptions
 
 LABEL, NONE, MULTILABEL = "label", "none", "multilabel"
 _EXAMPLES = {
@@ -271,3 +273,23 @@ def _read_vectors(path: str) -> Tensor:
     if not vectors.isfinite().all() or (vectors.norm(dim=-1) == 0).any():
         raise UsageError(f"{path} holds a vector that is zero or not finite; give another.")
     return vectors
+
+
+def settled(options: ScanOptions) -> ScanOptions:
+    """The options with their target read; UsageError if labels do not go with it."""
+    target = read_target(options.target)
+    wanted = "'given'" if target.by_label else "'given' or 'predicted'"
+    if (target.of_class and options.labels == "none") or (
+        target.by_label and options.labels != "given"
+    ):
+        raise UsageError(
+            f"The target {target.name!r} is of each image's class, so labels={options.labels!r} "
+            f"does not go with it; use target='none', or labels={wanted}."
+        )
+    if target.is_own:
+        warnings.warn(
+            f"The target {target.name!r} is known by its name and code alone; a scan that goes on "
+            "cannot tell whether what it calls has changed.",
+            stacklevel=5,
+        )
+    return replace(options, target=target)
