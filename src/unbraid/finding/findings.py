@@ -178,6 +178,7 @@ class Findings(Tabular, Exported):
     auto: bool = False  # whether tau was chosen by rule
     note: str = ""  # what to know of the tau chosen
     nearest: tuple[Candidate, ...] = ()  # if nothing was found, what comes nearest, best first
+    scan: str = ""  # `scan_id` of what it was found in; empty where earlier versions noted none
 
     columns = COLUMNS
 
@@ -262,6 +263,11 @@ class Findings(Tabular, Exported):
         as_kind("scan", scan, Scan)
         if (self.weights, self.layer) != (scan.manifest.weights, scan.layer.name):
             raise UsageError("The scan is not of the network and layer that the findings are of.")
+        if self.scan and self.scan != scan.manifest.scan_id:
+            raise UsageError(
+                "The findings are of another scan, such as a first look, whose images have other "
+                "places; pass that scan, or find in this one."
+            )
         channel = whole_number("the channel", channel, 0, scan.layer.n_out - 1)
         if groups is not None and (join or move or part):
             raise UsageError("Pass groups, or what to join, move and part, not both.")
@@ -447,4 +453,5 @@ class _About:
     note: str
     nearest: tuple[Candidate, ...]
     clusters: dict[int, ClusterEntry]
+    scan: str = ""
     crc32: dict[str, int] = field(default_factory=dict)

@@ -45,12 +45,23 @@ class Run:
     @cached_property
     def train_scan(self) -> Scan:
         """Of all training images."""
-        return open_scan(folders.home_of(self.folder) / "scan-train")
+        return self._open_scan(0)
 
     @cached_property
     def val_scan(self) -> Scan:
         """Of all validation images."""
-        return open_scan(folders.home_of(self.folder) / "scan-val")
+        return self._open_scan(1)
+
+    def _open_scan(self, which: int) -> Scan:
+        """Open one of the run's scans; RunError if another has come in its place."""
+        scan = open_scan(folders.home_of(self.folder) / folders.SCANS[which])
+        known = self.settings.scans[which : which + 1]  # older runs do not name theirs
+        if known and known != (scan.manifest.scan_id,):
+            raise RunError(
+                f"{scan.path} is another scan than the one that the run in {self.folder} is of; "
+                "start the run again."
+            )
+        return scan
 
     @cached_property
     def found(self) -> Findings:
@@ -129,7 +140,8 @@ class Run:
         names = ["findings.csv", "report.html"]
         if self.found.concepts:
             names += ["split.safetensors", "split-published.safetensors", "evaluation.json"]
-            names += [folders.FEATURES] * features
+            refused = (self.folder / folders.NO_FEATURES).exists()  # as it would be again
+            names += [folders.FEATURES] * (features and not refused)
         return all((self.folder / name).exists() for name in names)
 
     def report(self) -> Path:

@@ -38,6 +38,7 @@ from unbraid.scanning.scan import as_scanned
 SCANS = ("scan-train", "scan-val")
 SETTINGS = "settings.json"
 FEATURES = "features"
+NO_FEATURES = "no-features.txt"  # why they could not be made
 FIRST_LOOK = "quick"  # folder of a run over some of the images
 _RESULTS = (
     "findings.csv",
@@ -45,6 +46,7 @@ _RESULTS = (
     "split.safetensors",
     "split-published.safetensors",
     "evaluation.json",
+    NO_FEATURES,
     "report.html",
 )
 _OWN = {  # files by what else lies in their folder

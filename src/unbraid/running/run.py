@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError, RunError, UnbraidError
-from unbraid.base.files import set_aside
+from unbraid.base.files import set_aside, write_whole
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
 from unbraid.finding.find import find
@@ -233,7 +233,9 @@ def _visualize(job: Job, made: Run, model2: nn.Module) -> Features | None:
         features = visualize(model2, *asked, seconds=SECONDS, progress=True)
     except UnbraidError as error:  # a page without them is better than none
         job.say(f"Feature visualisations are left out: {error}")
+        write_whole(made.folder / folders.NO_FEATURES, f"{error}\n".encode())
         return None
+    (made.folder / folders.NO_FEATURES).unlink(missing_ok=True)
     if features.left_out:
         n_made = count(len(features.channels), "channel")
         job.say(f"Visualised only the {n_made} with the lowest cosines.")
