@@ -29,6 +29,7 @@ from unbraid.cli.shared import (
     Tau,
     Weights,
     load,
+    note,
     open_images,
     refuse_result,
     say,
@@ -86,9 +87,10 @@ def run(
             goes on from there. From 20,000 images on, a run begins with it, unless --no-quick.
     """
     from unbraid.base.team import n_ranks
-    from unbraid.images.open import images_like, labelled, part_of
+    from unbraid.images.kept import LISTED_PARTS, tentative
+    from unbraid.images.open import images_of_run, labelled
     from unbraid.running.first_look import run_in_turn
-    from unbraid.running.folders import Thresholds
+    from unbraid.running.folders import Thresholds, home_of
 
     if n_ranks() > 1:
         raise UsageError(
@@ -97,32 +99,38 @@ def run(
         )
     loaded = load(network)
     say(f"Network {network.model}, layer {', '.join(layer)}.")
-    train = open_images(loaded, part_of(data, "train"))
-    asked = finding.asked(labelled=labelled(train) or labels == "predicted")
-    if asked["concepts"] != (finding.concepts or "classes"):
-        say("Concepts are clusters of images; --labels predicted makes them of predicted classes.")
-    for done in run_in_turn(
-        loaded.model,
-        layer,
-        train,
-        images_like(train, part_of(data, "val")),
-        out,
-        quick=quick,
-        command=shlex.join(
-            ["unbraid", *(word for word in sys.argv[1:] if not word.startswith("--quick"))]
-        ),
-        thresholds=Thresholds(tau=tau, rho=rho, **asked),
-        loading=loading,
-        source=source_of(loaded, train, data) | {"class_folders": labelled(train)},
-        say=say,
-        title=network.model,
-        encoder=encoder,
-        labels=labels if labelled(train) else "predicted",
-        everything=everything,
-        features=features,
-        overwrite=overwrite,
-    ):
-        show_runs(done)
+    with tentative(home_of(out), *LISTED_PARTS.values()) as lists:
+        kept = dict(zip(LISTED_PARTS, lists, strict=False))
+        train, val, assumed = images_of_run(loaded, data, kept)
+        note(assumed)
+        asked = finding.asked(labelled=labelled(train) or labels == "predicted")
+        if asked["concepts"] != (finding.concepts or "classes"):
+            say(
+                "Concepts are clusters of images; --labels predicted makes them of predicted "
+                "classes."
+            )
+        for done in run_in_turn(
+            loaded.model,
+            layer,
+            train,
+            val,
+            out,
+            quick=quick,
+            command=shlex.join(
+                ["unbraid", *(word for word in sys.argv[1:] if not word.startswith("--quick"))]
+            ),
+            thresholds=Thresholds(tau=tau, rho=rho, **asked),
+            loading=loading,
+            source=source_of(loaded, train, data) | {"class_folders": labelled(train)},
+            say=say,
+            title=network.model,
+            encoder=encoder,
+            labels=labels if labelled(train) else "predicted",
+            everything=everything,
+            features=features,
+            overwrite=overwrite,
+        ):
+            show_runs(done)
 
 
 def layers(model: Model, *, weights: Weights = "random", output: Output = None) -> None:
@@ -164,8 +172,8 @@ def scan(
     from unbraid.scanning.accuracy import LONG
 
     loaded = load(network)
-    with tentative(out / LISTED):
-        images = open_images(loaded, data, out / LISTED)
+    with tentative(out, LISTED) as lists:
+        images = open_images(loaded, data, next(iter(lists), None))
         options = replace(
             options,
             labels=options.labels if labelled(images) else "predicted",
@@ -215,7 +223,10 @@ def sensitivity(
     counted = unbraid.sensitivity(unbraid.open_scan(scan), taus, ps, gammas)
     if out is not None:
         counted.to_csv(out)
-    show(str(counted))
+    for k, table in enumerate(counted.tables()):
+        if k:
+            show()
+        show_table(table)
 
 
 def split(

@@ -29,6 +29,7 @@ from unbraid.networks.outputs import as_logits, run_network
 from unbraid.reporting.before_after import before_after_page
 from unbraid.reporting.pictures import sight_of
 from unbraid.running.finished import Run
+from unbraid.running.folders import refuse_folder
 from unbraid.running.network import load_again
 from unbraid.scanning.scan_options import Loading
 from unbraid.surgery.edit import check_edit, edit
@@ -69,10 +70,7 @@ def edit_run(
         network: the run's, by default loaded as the run's folder tells.
         say: told of each step, and of what is left out.
     """
-    if not (run.folder / "split.safetensors").exists():
-        raise RunError(f"{run.folder} holds no split, so there is nothing to switch off.")
-    if (out / "settings.json").exists() or (out / "manifest.json").exists():
-        raise UsageError(f"{out} holds a run or scan; name another folder.")
+    refuse_folder(out)
     split, images = run.split, run.images
     model = (network or load_again(run.settings.source)).model
     edited = edit(model, split, scales)

@@ -97,8 +97,14 @@ class Run:
 
     @cached_property
     def split(self) -> Split:
-        """By least squares."""
-        return Split.load(self.folder / "split.safetensors")
+        """By least squares; RunError if there is none."""
+        path = self.folder / "split.safetensors"
+        if not path.exists():
+            raise RunError(
+                f"{self.folder} holds no split, so there are no concept channels; start the run "
+                "again unless its report says that nothing was found."
+            )
+        return Split.load(path)
 
     @cached_property
     def baseline(self) -> Split:
@@ -158,11 +164,6 @@ class Run:
         self, channel: int, kind: Literal["teaser", "densities", "sources"] = "teaser"
     ) -> Figure:
         """Draw a split channel as `unbraid.teaser_figure` and its like; RunError if none is."""
-        if not (self.folder / "split.safetensors").exists():
-            raise RunError(
-                f"{self.folder} holds no split, so there is nothing to draw; start the run again "
-                "unless its report says that nothing was found."
-            )
         drawn = (self.split, self.val_scan, channel)
         if kind == "teaser":
             return teaser_figure(*drawn, dataset=self.images, features=self.features)

@@ -20,6 +20,7 @@ from unbraid.finding.find import find
 from unbraid.finding.thresholds import check_thresholds
 from unbraid.images.broken import UNLABELLED, Loaded, first_readable
 from unbraid.images.dataset import class_names_of, listed_labels, name_of, size_of
+from unbraid.images.mapped import distinct
 from unbraid.images.sample import SIZES
 from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_encoder, ready
 from unbraid.measuring.evaluate import evaluate
@@ -297,7 +298,7 @@ def tell_unseen(job: Job) -> None:
     train, val = (listed_labels(images) for images in (job.train, job.val))
     if job.labels == "predicted" or train is None or val is None:
         return  # they will be known only when all images were read
-    missing = sorted(set(train) - set(val) - {UNLABELLED})
+    missing = sorted(distinct(train) - distinct(val) - {UNLABELLED})
     if missing:
         names = class_names_of(job.train)
         told = [names[label] if label < len(names) else str(label) for label in missing[:5]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import platform
 import warnings
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack, get_type_hints, overload
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -206,7 +208,8 @@ def scan_into(
     first: list[int] = []
     if 0 < n_first < len(indices) == len(labels):
         first = sample_of(dataset, n_first, by_class=options.labels == "given")
-        indices = first + sorted(set(indices) - set(first))
+        others = np.delete(np.arange(len(indices)), first)
+        indices = array("q", np.concatenate([first, others]).astype(np.int64).tobytes())
     before = begun or _look_at(specs, looks or {}, hash_weights(model) if looks else "")
     common = _describe_all(model, list(modules.values()), dataset, labels, indices, options, before)
     common |= {"first": hash_indices(first or None), "n_first": len(first)}
@@ -436,10 +439,21 @@ class AsScanned(Around):
 
 def as_scanned(dataset: Dataset[Any], scan: Scan) -> Dataset[Any]:
     """Put a data set's images under the indices of a scan, by their ids if both have them."""
-    known, scanned = ids_of(dataset), scan.ids()
-    if known is None:
+    known = ids_of(dataset)
+    if known is None or all(_lie_at(own, known) for own in scan.ids_by_shard()):
         return dataset
+    scanned = scan.ids()
     by_id = {one: index for index, one in enumerate(known)}
     now = {index: by_id[one] for index, one in scanned.items() if one in by_id}
-    unmoved = len(now) == len(scanned) and all(i == j for i, j in now.items())
-    return dataset if unmoved or not now else AsScanned(dataset, now, scanned)
+    return AsScanned(dataset, now, scanned) if now else dataset
+
+
+def _lie_at(ids: Mapping[int, str], known: Sequence[str]) -> bool:
+    """Whether a data set has the images of some ids at the places where they were scanned."""
+    first, last = min(ids, default=0), max(ids, default=-1)
+    if last >= len(known):
+        return False
+    if last - first < 2 * len(ids):  # read in one go what lies in a row
+        row = known[first : last + 1]
+        return all(row[index - first] == one for index, one in ids.items())
+    return all(known[index] == one for index, one in ids.items())
