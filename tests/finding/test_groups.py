@@ -245,6 +245,19 @@ def test_what_was_made_from_another_scan_is_neither_refitted_nor_corrected(case,
             before.correct(named, 1, join=[[0, 1]])
 
 
+def test_ids_of_some_images_are_looked_up_without_those_of_all(named, monkeypatch):
+    everything = {n: f"a/{n}.png" for n in range(42)}
+    assert named.ids() == everything
+    assert named.ids([41, 3, 3, 99]) == {3: "a/3.png", 41: "a/41.png"}
+    assert list(named.ids([])) == []
+    parts = list(named.ids_by_shard())
+    assert len(parts) == named.n_shards
+    assert {k: v for part in parts for k, v in part.items()} == everything
+    monkeypatch.setattr(type(named), "ids", None)  # finding by id asks for no more than a shard's
+    ids = [[f"a/{n}.png" for n in group] for group in GROUPS]
+    assert members_of(named, unbraid.find(named, images={1: ids}), 1) == [*map(sorted, GROUPS)]
+
+
 @pytest.mark.parametrize("case", ["3x3"], indirect=True)
 def test_splits_and_findings_of_earlier_versions_name_no_scan_and_are_taken(case):
     found = unbraid.find(case.scan, images={1: GROUPS})

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 import unbraid
-from unbraid.base.errors import UsageError
-from unbraid.base.tables import Table, count
+from unbraid.base.errors import UnbraidError, UsageError
+from unbraid.base.tables import Table, count, percent
 from unbraid.cli.shared import (
-    BFLOAT16,
     CsvFile,
     Device,
     Features,
@@ -41,6 +42,12 @@ from unbraid.cli.shared import (
 )
 from unbraid.finding.find_options import Finding
 from unbraid.scanning.scan_options import Labels, Loading, ScanOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.data import Dataset
+
+ALIKE = 0.8  # of what matters in a few images, from which on bfloat16 is suggested
 
 
 def demo(*, out: Out, layer: Layers | None = None, features: Features = True) -> None:
@@ -168,7 +175,6 @@ def scan(
     from unbraid.images.dataset import name_of
     from unbraid.images.kept import LISTED, tentative
     from unbraid.images.open import labelled
-    from unbraid.networks.formats import faster_in_bfloat16
     from unbraid.scanning.accuracy import LONG
 
     loaded = load(network)
@@ -180,9 +186,8 @@ def scan(
             progress=True,
             source=source_of(loaded, images, data),
         )
-        suggested = not options.autocast and len(images) >= LONG and is_first()
-        if suggested and faster_in_bfloat16(loaded.model):
-            say(BFLOAT16)
+        if not options.autocast and len(images) >= LONG and is_first():
+            _suggest_bfloat16(loaded.model, layer, images)
         asked = layer[0] if len(layer) == 1 else layer
         made = unbraid.scan(loaded.model, asked, images, out, **vars(options))
     if not is_first():
@@ -191,6 +196,26 @@ def scan(
     broken = one.broken()
     show_broken([name_of(images, index) for index in broken])
     show(f"Scanned {count(one.manifest.n_images - len(broken), 'image')} into {out}")
+
+
+def _suggest_bfloat16(model: nn.Module, layers: Sequence[str], images: Dataset[Any]) -> None:
+    """Suggest bfloat16 where it is faster and a few images come to the same in it."""
+    from unbraid.networks.formats import faster_in_bfloat16
+    from unbraid.networks.layers import is_pattern
+    from unbraid.scanning.bfloat16 import part_alike
+
+    named = [name for name in layers if not is_pattern(model, name)]
+    if not (named and faster_in_bfloat16(model)):
+        return
+    part = None
+    with suppress(UnbraidError):  # which the scan will tell
+        part = part_alike(model, named, images)
+    if part is not None and part >= ALIKE:
+        say(
+            f"This processor has bfloat16, and {percent(part)} of the channels that matter in a "
+            "few of the images are the same in it: with --autocast, into a folder of its own, the "
+            "scan is faster."
+        )
 
 
 def find(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_
 from unbraid.measuring.evaluate import evaluate
 from unbraid.measuring.results import Evaluation
 from unbraid.networks.copying import device_of, unwrap
+from unbraid.networks.formats import kept_channels_last
 from unbraid.networks.layers import describe, resolve_layer
 from unbraid.networks.preflight import look_first
 from unbraid.networks.relevance import undisturbed
@@ -213,7 +214,11 @@ def _measure(job: Job, made: Run, model2: nn.Module, encoder: Encoder) -> Evalua
     """Compare outputs, switch concept channels off, and take all measures of a split."""
     nets = Networks(job.model, model2, encoder)
     measured = Measured(made.found, made.split, made.val_scan, job.val, job.everything)
-    measures = measure(nets, measured, job.say, job.loading_of(made))
+    with ExitStack() as stack:
+        if made.val_scan.manifest.channels_last:  # as fast as the scan
+            for network in (job.model, model2):
+                stack.enter_context(kept_channels_last(unwrap(network)))
+        measures = measure(nets, measured, job.say, job.loading_of(made))
     measures |= {"baseline": made.baseline, "maps": made.val_maps}
     return evaluate(made.split, made.val_scan, **measures)
 
