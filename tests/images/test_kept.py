@@ -95,7 +95,7 @@ def test_a_list_in_a_file_is_the_list(kind, folder, file):
         assert ours[k][1] == plain[k][1]
 
 
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("kind", [kind for kind in SOURCES if kind != "odd table"])
 def test_parts_of_a_source_are_in_files_what_they_are_in_memory(kind, tmp_path, file, recwarn):
     members = {"ant": 30, "bee": 20, "cow": 2, "doe": 1}
     source = SOURCES[kind](write(tmp_path / "images", members), members)
@@ -116,9 +116,9 @@ def test_parts_of_a_source_are_in_files_what_they_are_in_memory(kind, tmp_path, 
             assert images.labels == plain.labels
             assert [name_of(images, k) for k in range(9)] == [name_of(plain, k) for k in range(9)]
             assert_bit_equal(images[8][0], plain[8][0])
-            # Sizes are known of folders listed into a file, and no others.
-            sizes = [os.stat(name_of(images, k)).st_size for k in range(len(images))]
-            assert list(images.sizes) == (plain.sizes or sizes)
+            told = fingerprint(images, images.targets)
+            assert told == fingerprint(plain, plain.targets)
+            assert told == fingerprint(images, list(images.targets))
 
 
 def test_a_source_to_be_divided_is_listed_once_for_a_run(tmp_path, monkeypatch):

@@ -142,7 +142,7 @@ class Torn(Around):
 def test_images_that_broke_since_are_told_or_left_out(run, made, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "images", Torn(run.images))
     out = tmp_path / "out"
-    with pytest.raises(DataError, match="Image 3 .*torn.*skip_broken=True"):
+    with pytest.raises(DataError, match=r"Image 3 .*torn.*skip_broken=True"):
         edit_run(run, SCALES, out, loading=Loading())
     assert not out.exists()
     found = edit_run(run, SCALES, out, loading=Loading(skip_broken=True))

@@ -369,9 +369,7 @@ def _follow(
 def _indices_of(scan: Scan, channel: int, images: Iterable[Any]) -> dict[Any, int]:
     """The index of each of some images, named by index or id; UsageError if there is none."""
     named = [
-        image
-        if isinstance(image, str)
-        else whole_number(f"an image of channel {channel}", image)
+        image if isinstance(image, str) else whole_number(f"an image of channel {channel}", image)
         for image in images
     ]
     ids = {image for image in named if isinstance(image, str)}

@@ -316,7 +316,7 @@ class Sensitivity(Exported):
         return "\n\n".join(map(str, self.tables()))
 
     def tables(self) -> list[Table]:
-        """A title, then a table per p, taus down and gammas across: channels and, in brackets, pairs."""
+        """A title; per p taus down and gammas across: channels and, in brackets, pairs."""
         n_out = count(self.n_out, "channel")
         head = "Polysemantic channels, and pairs of classes in brackets, of the"
         parts = [Table((), f"{head} {n_out} of layer {self.layer}")]

@@ -71,8 +71,8 @@ def divide(whole: Listing, part: str) -> Listing:
     not be read from.
     """
     # As listed with or without classes, so that the same images are for validation.
-    classes = whole.class_of if whole.root is None else _folders(whole.ids)
-    held_out = for_validation(whole.groups or whole.ids, classes)
+    class_of = as_array(whole.class_of) if whole.root is None else _folders(whole.ids)
+    held_out = for_validation(whole.groups or whole.ids, class_of)
     n_val = int(held_out.sum())
     if n_val == 0:
         raise DataError(
@@ -129,7 +129,9 @@ class _Some(Sequence[T]):
 
 def _take(entries: Sequence[T], rows: NDArray[np.int64]) -> Sequence[T]:
     """Take some entries of a list, or, without reading them, of a mapped one."""
-    return [entries[k] for k in rows.tolist()] if isinstance(entries, list) else _Some(entries, rows)
+    return (
+        [entries[k] for k in rows.tolist()] if isinstance(entries, list) else _Some(entries, rows)
+    )
 
 
 def _folders(ids: Sequence[str]) -> NDArray[np.int64]:
@@ -157,7 +159,7 @@ def _hashed(names: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]
     return np.fromiter(map(hash_of, table), np.uint64, len(table)), number_of
 
 
-def for_validation(names: Sequence[str], classes: Sequence[int]) -> NDArray[np.bool_]:
+def for_validation(names: Sequence[str], class_of: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Say which images (N,) are for validation: those whose name has a hash in the lowest fifth.
 
     Names are ids, or groups, whose images stay together. A class of two names or more gets one of
@@ -166,7 +168,6 @@ def for_validation(names: Sequence[str], classes: Sequence[int]) -> NDArray[np.b
     """
     hashes, name_of = _hashed(names)
     held_out = hashes < N_HASHES // ONE_IN
-    class_of = as_array(classes)
     order = np.lexsort((hashes[name_of], class_of))  # class by class, lowest hash first
     ends = np.flatnonzero(np.diff(class_of[order])) + 1
     ordered = np.split(name_of[order], ends)  # which may name one of several images again

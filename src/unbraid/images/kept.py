@@ -90,7 +90,8 @@ def tentative(folder: Path, *names: str) -> Iterator[list[Path]]:
         raise
     finally:
         for file in files:
-            _held(file).unlink(missing_ok=True)
+            with suppress(OSError):  # there is none
+                _held(file).unlink()
 
 
 def _manifests(folder: Path) -> dict[Path, int]:

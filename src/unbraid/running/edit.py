@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from unbraid.base.errors import OutputChangedError, RunError, UsageError, brief
+from unbraid.base.errors import OutputChangedError, RunError, brief
 from unbraid.base.files import write_whole
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
