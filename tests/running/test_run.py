@@ -270,6 +270,24 @@ def test_report_and_figure_of_every_run_in_a_folder(name, family):
     assert Run(family / name).figure(channel, "densities").axes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_measures_are_taken_in_the_memory_format_of_the_scans(dtype, tmp_path, monkeypatch):
+    seen, real = [], running.measure
+
+    def note(nets, *more):
+        for net in (nets.model, nets.model2):
+            seen.append(net[0].weight.is_contiguous(memory_format=torch.channels_last))
+        return real(nets, *more)
+
+    monkeypatch.setattr(running, "measure", note)
+    model = network().to(dtype)
+    images = [SyntheticImages(n, seed=n, dtype=dtype) for n in (48, 24)]
+    made = running.run(model, "2", *images, tmp_path, **USUAL)
+    assert seen == [made.val_scan.manifest.channels_last] * 2 == [dtype == torch.float32] * 2
+    assert model[0].weight.is_contiguous()
+    assert made.evaluation.output.max_abs_logit_diff == 0
+
+
 def test_a_run_whose_scan_was_replaced_is_told(family):
     other = {"scan-train": VAL, "scan-val": TRAIN}
     for name, images in other.items():
