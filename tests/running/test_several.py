@@ -166,6 +166,13 @@ def test_a_layer_whose_visualisation_was_refused_is_finished_all_the_same(tmp_pa
     assert (tmp_path / layer / "features").exists()
 
 
+def test_nothing_found_in_any_layer_says_what_to_look_at(tmp_path):
+    done = run(tmp_path, thresholds=Thresholds(0.9, 1.0, -1.0))
+    assert done.runs == {}
+    assert done.layers.notes[-1].startswith("Nothing was found in any layer; a run with --layer")
+    assert "Nothing was found in any layer" in (tmp_path / "index.html").read_text()
+
+
 def test_damaged_data_of_layers_are_set_aside_and_made_anew(made, tmp_path):
     out = Path(shutil.copytree(made[0], tmp_path / "run"))
     (out / "layers.json").write_text("{")

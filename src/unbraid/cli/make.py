@@ -186,7 +186,8 @@ def scan(
             progress=True,
             source=source_of(loaded, images, data),
         )
-        if not options.autocast and len(images) >= LONG and is_first():
+        begun = next(out.glob("**/manifest.json"), None)  # in one of both formats
+        if not (begun or options.autocast) and len(images) >= LONG and is_first():
             _suggest_bfloat16(loaded.model, layer, images)
         asked = layer[0] if len(layer) == 1 else layer
         made = unbraid.scan(loaded.model, asked, images, out, **vars(options))

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from unbraid.base.modes import in_plain_modes
 from unbraid.images.broken import Readable, sort_out
-from unbraid.images.dataset import size_of, spaced
+from unbraid.images.dataset import drawing_alike, size_of, spaced
 from unbraid.networks.copying import unwrap
 from unbraid.networks.layers import describe, resolve_layer
 from unbraid.networks.relevance import undisturbed
@@ -31,7 +31,8 @@ def part_alike(model: nn.Module, layers: Sequence[str], dataset: Dataset[Any]) -
     where none of these can be read or nothing matters.
     """
     model, readable = unwrap(model), Readable(dataset)
-    items = [readable[index] for index in spaced(size_of(dataset))]
+    with drawing_alike():
+        items = [readable[index] for index in spaced(size_of(dataset))]
     good, _ = sort_out(items, skip_broken=True)
     modules = dict(resolve_layer(model, name) for name in layers)
     places = [Place(module, describe(name, module)) for name, module in modules.items()]
