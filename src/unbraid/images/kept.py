@@ -156,7 +156,7 @@ def write_folder(file: Path, root: Path, with_classes: bool) -> None:
 def write_parts_of_folder(files: Mapping[str, Path], root: Path, with_classes: bool) -> None:
     """List a folder once, and write those of its images that are of each part to a file.
 
-    Memory holds the number, class and hash of each image, 24 bytes, beside one class's paths.
+    Memory holds some 70 bytes of each image, such as its class and hash, beside one class's paths.
     """
     whole = next(iter(files.values())).with_name(f"{LISTED}.whole")
     try:
