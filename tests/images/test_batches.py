@@ -120,6 +120,9 @@ def test_image_progress_in_a_log_file_is_a_line_every_half_minute(monkeypatch, c
     with loading.image_progress("Scanning x", 4000, show=False) as advance:
         now += 100.0
         advance(10)
+    with loading.image_progress("Scanning x", 4000, 4000, show=True) as advance:
+        advance(0)
+    assert capsys.readouterr().err == "Scanning x: 4,000 of 4,000 were there already\n"
     with pytest.raises(DataError), loading.image_progress("Scanning x", 10, show=True):
         raise DataError("It ends here.")
     assert capsys.readouterr().err == ""

@@ -238,7 +238,11 @@ class _Lines:
 
     def end(self) -> None:
         now = time.monotonic()
-        self._tell(now, f", {_clock(now - self._start)} in all")
+        if self._begun == self._total:
+            text = f"{self._title}: {self._total:,} of {self._total:,} were there already"
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._tell(now, f", {_clock(now - self._start)} in all")
 
     def _rate(self, now: float) -> float:
         return (self._done - self._begun) / max(now - self._start, 1e-9)
