@@ -485,6 +485,16 @@ def test_the_list_of_before_is_put_back_however_it_ends(end, folder, file, monke
     assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize("divided", [False, True])
+def test_ctrl_c_while_a_list_is_written_leaves_nothing(divided, tmp_path, monkeypatch):
+    folder = write(tmp_path / "images", {"ant": 30, "bee": 20})
+    file = tmp_path / "new" / "deep" / kept.LISTED
+    monkeypatch.setattr(kept._Columns, "put", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), kept.tentative(file.parent, file.name):
+        unbraid.open_images(folder / "val" if divided else folder, listed=file)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_the_next_start_puts_back_what_a_killed_one_replaced(begun, folder, file):
     unbraid.open_images(folder, listed=file)
