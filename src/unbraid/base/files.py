@@ -164,7 +164,7 @@ def set_aside(path: Path, mark: str) -> Path:
 
 @contextmanager
 def temporary_for(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Open a new file beside another, locked while its writer lives; an error or ctrl-C deletes it."""
+    """Open a new file beside another, locked meanwhile; an error or ctrl-C removes it."""
     while True:
         own = f"{_HOST}.{os.getpid()}.{secrets.token_hex(4)}"
         temporary = path.with_name(f"{path.name}.{own}.tmp")
