@@ -27,6 +27,7 @@ from unbraid.finding.membership import (
     name_of,
     pack,
     put_together,
+    require_scan,
     sort_anew,
     unpack,
 )
@@ -261,13 +262,7 @@ class Findings(Tabular, Exported):
                 are left, or one without images.
         """
         as_kind("scan", scan, Scan)
-        if (self.weights, self.layer) != (scan.manifest.weights, scan.layer.name):
-            raise UsageError("The scan is not of the network and layer that the findings are of.")
-        if self.scan and self.scan != scan.manifest.scan_id:
-            raise UsageError(
-                "The findings are of another scan, such as a first look, whose images have other "
-                "places; pass that scan, or find in this one."
-            )
+        require_scan(scan, self.weights, self.layer, self.scan)
         channel = whole_number("the channel", channel, 0, scan.layer.n_out - 1)
         if groups is not None and (join or move or part):
             raise UsageError("Pass groups, or what to join, move and part, not both.")

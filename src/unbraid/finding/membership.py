@@ -265,6 +265,17 @@ def first_free(scan: Scan, clusters: Iterable[int] = ()) -> int:
     return max(len(scan.class_names), *(n + 1 for n in (*seen, *clusters)), 0)
 
 
+def require_scan(scan: Scan, weights: str, layer: str, scan_id: str) -> None:
+    """UsageError unless a scan is the one that findings are of, where they say which that is."""
+    if (weights, layer) != (scan.manifest.weights, scan.layer.name):
+        raise UsageError("The scan is not of the network and layer that the findings are of.")
+    if scan_id and scan_id != scan.manifest.scan_id:
+        raise UsageError(
+            "The findings are of another scan, such as a first look, whose images have other "
+            "places; pass that scan, or find in this one."
+        )
+
+
 def find_images(scan: Scan, channel: int, groups: Any) -> list[list[int]]:
     """Check groups of images, and turn ids into indices; UsageError if they are no such groups."""
     example = "such as {1660: [[3, 'clocks/7.jpg'], [12]]}"

@@ -27,7 +27,14 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.base.team import join_team
 from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.dataset import Around, class_names_of, labels_of, size_of
-from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of, text_of
+from unbraid.images.identity import (
+    as_recorded,
+    fingerprint,
+    ids_of,
+    lie_at,
+    preprocessing_of,
+    text_of,
+)
 from unbraid.images.mapped import distinct
 from unbraid.images.sample import sample_of
 from unbraid.networks.copying import device_of, unwrap
@@ -440,20 +447,9 @@ class AsScanned(Around):
 def as_scanned(dataset: Dataset[Any], scan: Scan) -> Dataset[Any]:
     """Put a data set's images under the indices of a scan, by their ids if both have them."""
     known = ids_of(dataset)
-    if known is None or all(_lie_at(own, known) for own in scan.ids_by_shard()):
+    if known is None or all(lie_at(own, known) for own in scan.ids_by_shard()):
         return dataset
     scanned = scan.ids()
     by_id = {one: index for index, one in enumerate(known)}
     now = {index: by_id[one] for index, one in scanned.items() if one in by_id}
     return AsScanned(dataset, now, scanned) if now else dataset
-
-
-def _lie_at(ids: Mapping[int, str], known: Sequence[str]) -> bool:
-    """Whether a data set has the images of some ids at the places where they were scanned."""
-    first, last = min(ids, default=0), max(ids, default=-1)
-    if last >= len(known):
-        return False
-    if last - first < 2 * len(ids):  # read in one go what lies in a row
-        row = known[first : last + 1]
-        return all(row[index - first] == one for index, one in ids.items())
-    return all(known[index] == one for index, one in ids.items())
