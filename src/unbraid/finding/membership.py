@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unbraid.base.arguments import whole_number
+from unbraid.base.arguments import as_kind, whole_number
 from unbraid.base.errors import UsageError
 from unbraid.base.schema import in_range
 from unbraid.base.tables import count
@@ -267,6 +267,7 @@ def first_free(scan: Scan, clusters: Iterable[int] = ()) -> int:
 
 def require_scan(scan: Scan, weights: str, layer: str, scan_id: str) -> None:
     """UsageError unless a scan is the one that findings are of, where they say which that is."""
+    as_kind("scan", scan, Scan)
     if (weights, layer) != (scan.manifest.weights, scan.layer.name):
         raise UsageError("The scan is not of the network and layer that the findings are of.")
     if scan_id and scan_id != scan.manifest.scan_id:

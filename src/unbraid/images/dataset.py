@@ -344,6 +344,17 @@ def join_names(
     return tuple(names)
 
 
+def lie_at(ids: Mapping[int, str], known: Sequence[str]) -> bool:
+    """Whether a data set has the images of some ids at the places where they were scanned."""
+    first, last = min(ids, default=0), max(ids, default=-1)
+    if last >= len(known):
+        return False
+    if last - first < 2 * len(ids):  # read in one go what lies in a row
+        row = known[first : last + 1]
+        return all(row[index - first] == one for index, one in ids.items())
+    return all(known[index] == one for index, one in ids.items())
+
+
 def _hands_labels_on(dataset: Dataset[Any], inner: Sequence[Any]) -> bool:
     """Whether a data set of anyone's own gives images the labels of the same indices inside."""
     size = size_of(dataset)

@@ -10,7 +10,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise, repeat
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -180,17 +180,6 @@ def unpack_ids(starts: Tensor, content: Tensor) -> list[str]:
     """Read ids from tensors."""
     text = content.numpy().tobytes()
     return [text[i:j].decode("utf-8", "surrogateescape") for i, j in pairwise(starts.tolist())]
-
-
-def lie_at(ids: Mapping[int, str], known: Sequence[str]) -> bool:
-    """Whether a data set has the images of some ids at the places where they were scanned."""
-    first, last = min(ids, default=0), max(ids, default=-1)
-    if last >= len(known):
-        return False
-    if last - first < 2 * len(ids):  # read in one go what lies in a row
-        row = known[first : last + 1]
-        return all(row[index - first] == one for index, one in ids.items())
-    return all(known[index] == one for index, one in ids.items())
 
 
 def _encode(one: str) -> bytes:

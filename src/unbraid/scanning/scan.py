@@ -26,15 +26,8 @@ from unbraid.base.errors import DataError, ModelError, RunError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.team import join_team
 from unbraid.images.broken import UNLABELLED, first_readable
-from unbraid.images.dataset import Around, class_names_of, labels_of, size_of
-from unbraid.images.identity import (
-    as_recorded,
-    fingerprint,
-    ids_of,
-    lie_at,
-    preprocessing_of,
-    text_of,
-)
+from unbraid.images.dataset import Around, class_names_of, labels_of, lie_at, size_of
+from unbraid.images.identity import as_recorded, fingerprint, ids_of, preprocessing_of, text_of
 from unbraid.images.mapped import distinct
 from unbraid.images.sample import sample_of
 from unbraid.networks.copying import device_of, unwrap
