@@ -11,6 +11,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,8 +22,11 @@ from torch import nn
 
 import unbraid
 from unbraid.__main__ import main
+from unbraid.base import files
+from unbraid.base.errors import RunError
 from unbraid.base.files import read_tensors, write_tensors
-from unbraid.images import sample
+from unbraid.cli import shared
+from unbraid.images import kept, sample
 from unbraid.scanning import scan as scanning
 
 CLASSES = ("ant", "bee", "cat")
@@ -204,11 +208,11 @@ def test_figure_is_drawn_and_check_tells_what_is_damaged(again, call):
     assert call("figure", str(again), *options)[0] == 0
     assert Image.open(again / "own.png").width > 500
     code, out, _ = call("check", str(again))
-    assert (code, out.splitlines()[-1]) == (0, "19 files sound.")
+    assert (code, out.splitlines()[-1]) == (0, "21 files sound.")
     split = again / "split.safetensors"
     split.write_bytes(split.read_bytes()[:-8])
     code, out, _ = call("check", str(again))
-    assert (code, "18 files sound." in out, "split.safetensors" in out) == (1, True, True)
+    assert (code, "20 files sound." in out, "split.safetensors" in out) == (1, True, True)
 
 
 def test_step_by_step_gives_the_same(ran, home, call):
@@ -355,6 +359,64 @@ def test_mistake_is_told_in_a_sentence_and_leaves_nothing(ran, home, call, argum
     assert told in " ".join(err.split())
     assert [*home.iterdir(), contents(home / "runs/a")] == before
     assert (home / "theirs/settings.json").read_text() == "{}"
+
+
+def relative(folder):
+    return {path.relative_to(folder).as_posix(): own for path, own in contents(folder).items()}
+
+
+@pytest.mark.parametrize("n_written", [0, 1, 2, 4, 7, 12, 18, 21, 22])
+def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bytes(n_written, ran, home, call, tmp_path):
+    """Before any file gets its name: a list, a manifest, a shard, results, the page."""
+    written, real = [], files._write
+
+    def write_or_stop(path, *how):
+        if len(written) == n_written:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        real(path, *how)
+
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_write", write_or_stop)
+        code, _, err = call(*RUN, "--out", str(out), *LOOSE)
+    assert (code, "Stopped; start the same command again" in err) == (130, True)
+    assert out.exists() == (n_written > 2)  # before a scan begins nothing is left
+    assert not list(tmp_path.rglob("*.before"))
+    assert call(*RUN, "--out", str(out), *LOOSE)[0] == 0
+    assert relative(out) == relative(home / "runs/a")
+    before = relative(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_write", write_or_stop)
+        n_written = len(written) + 1
+        assert call(*RUN, "--out", str(out), *LOOSE)[0] == 130
+    assert relative(out) == before
+
+
+def test_a_finished_scan_is_told_where_nothing_can_be_written(home, call, monkeypatch):
+    assert call(*scan(out="finished"))[0] == 0
+    before = contents(home / "finished")
+
+    def refuse(path, *_):
+        raise RunError(f"{path} cannot be written (Read-only file system).")
+
+    monkeypatch.setattr(files, "_write", refuse)
+    monkeypatch.setattr(kept.os, "access", lambda path, _: Path(path) != Path("finished"))
+    code, out, err = call(*scan(out="finished"))
+    assert (code, "Scanned 30 images into finished" in out) == (0, True), err
+    code, _, err = call(*scan(data="data/train", out="finished"))
+    assert (code, "difference in the images or labels" in " ".join(err.split())) == (1, True)
+    code, _, err = call(*scan(out="not-there"))
+    assert (code, "cannot be written" in err) == (1, True)
+    assert contents(home / "finished") == before
+
+
+def test_sensitivity_fits_the_terminal(ran, call, monkeypatch):
+    monkeypatch.setattr(shared, "get_terminal_size", lambda: os.terminal_size((40, 20)))
+    monkeypatch.setattr(shared, "sys", Mock(stdout=Mock(isatty=lambda: True)))
+    code, out, _ = call("sensitivity", "runs/a/scan-train")
+    assert (code, max(map(len, out.splitlines())) <= 40) == (0, True)
+    assert {"gamma 0.3", "gamma 0.7"} <= set(re.findall("gamma 0..", out))
 
 
 def test_broken_image_is_named_or_skipped_and_listed(home, call):

@@ -19,10 +19,14 @@ def at_fsync(monkeypatch, act):
     monkeypatch.setattr(os, "fsync", lambda handle: act(handle) or fsync(handle))
 
 
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
 def leave(path, *, host=files._HOST, age=0.0):
     """Leave a temporary file as a killed writer does."""
-    with suppress(KeyboardInterrupt), temporary_for(path) as (left, _):
-        raise KeyboardInterrupt
+    with suppress(Killed), temporary_for(path) as (left, _):
+        raise Killed
     left = left.rename(left.with_name(left.name.replace(f".{files._HOST}.", f".{host}.")))
     os.utime(left, (time.time() - age, time.time() - age))
     return left

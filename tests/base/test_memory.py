@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
 import unbraid
 from unbraid.base import memory
-from unbraid.cli import make, shared
+from unbraid.cli import look, make, shared
 
 # Page faults while blocks of 64 MiB come and go, as layers' outputs do.
 COUNT = """
@@ -120,6 +121,8 @@ def test_commands_that_run_a_network_keep_memory_before_they_load_it(monkeypatch
     monkeypatch.setattr(unbraid, "keep_memory", lambda: asked.append(True), raising=False)
     monkeypatch.setattr("unbraid.networks.models.load_model", None)
     monkeypatch.setattr("unbraid.running.demo.load_network", None)
+    monkeypatch.setattr("unbraid.running.network.load_again", None)
+    monkeypatch.setattr("unbraid.running.finished.Run", Mock())
     network = shared.Network(model="torchvision:resnet18")
     given = {"network": network, "layer": ["fc"], "data": "nowhere", "out": tmp_path / "out"}
     commands = [
@@ -128,6 +131,8 @@ def test_commands_that_run_a_network_keep_memory_before_they_load_it(monkeypatch
         lambda: make.layers("torchvision:resnet18"),
         lambda: make.reproduce(imagenet=tmp_path, out=tmp_path),
         lambda: make.demo(out=tmp_path),
+        lambda: look.explain(tmp_path, [tmp_path]),
+        lambda: look.edit(tmp_path, off=["1.0"], out=tmp_path / "edited"),
     ]
     for number, command in enumerate(commands):
         with pytest.raises(TypeError, match="'NoneType' object is not callable"):

@@ -220,6 +220,54 @@ def test_a_refit_refuses_splits_that_tell_no_weights_or_are_of_other_layers(case
 
 
 @pytest.mark.parametrize("case", ["3x3"], indirect=True)
+def test_what_was_made_from_another_scan_is_neither_refitted_nor_corrected(case, named, tmp_path):
+    found = unbraid.find(case.scan, images={1: GROUPS})
+    split = unbraid.split(case.scan, found)
+    split.save(tmp_path / "split.safetensors")
+    found.save(tmp_path / "found.safetensors")
+    kept = unbraid.Split.load(tmp_path / "split.safetensors")
+    assert kept.scans == split.scans == (case.scan.manifest.scan_id,)
+    both = unbraid.split(case.scan, found, everything=named)
+    assert both.scans == (case.scan.manifest.scan_id, named.manifest.scan_id)
+    again = unbraid.split(case.scan, found, everything=named, refit=both)
+    assert again[1] is both[1]
+    # With all that feeds it the same, and yet of other images.
+    for scan, before, more in (
+        (named, kept, {}),
+        (case.scan, kept, {"everything": named}),
+        (case.scan, both, {}),
+    ):
+        with pytest.raises(UsageError, match="made from another scan, such as a first look; pass"):
+            unbraid.split(scan, found, refit=before, **more)
+        unbraid.split(scan, found, start=before, **more)
+    for before in (found, Findings.load(tmp_path / "found.safetensors")):
+        with pytest.raises(UsageError, match="findings are of another scan, such as a first look"):
+            before.correct(named, 1, join=[[0, 1]])
+
+
+def test_ids_of_some_images_are_looked_up_without_those_of_all(named, monkeypatch):
+    everything = {n: f"a/{n}.png" for n in range(42)}
+    assert named.ids() == everything
+    assert named.ids([41, 3, 3, 99]) == {3: "a/3.png", 41: "a/41.png"}
+    assert list(named.ids([])) == []
+    parts = list(named.ids_by_shard())
+    assert len(parts) == named.n_shards
+    assert {k: v for part in parts for k, v in part.items()} == everything
+    monkeypatch.setattr(type(named), "ids", None)  # finding by id asks for no more than a shard's
+    ids = [[f"a/{n}.png" for n in group] for group in GROUPS]
+    assert members_of(named, unbraid.find(named, images={1: ids}), 1) == [*map(sorted, GROUPS)]
+
+
+@pytest.mark.parametrize("case", ["3x3"], indirect=True)
+def test_splits_and_findings_of_earlier_versions_name_no_scan_and_are_taken(case):
+    found = unbraid.find(case.scan, images={1: GROUPS})
+    old = replace(unbraid.split(case.scan, found), scans=())
+    with pytest.warns(UserWarning, match="of an earlier version, which did not note its scan"):
+        assert unbraid.split(case.scan, found, refit=old)[1] is old[1]
+    assert replace(found, scan="").correct(case.scan, 1, join=[[0, 1]]).kind == "groups"
+
+
+@pytest.mark.parametrize("case", ["3x3"], indirect=True)
 def test_groups_of_one_image_each_are_found_split_and_corrected(case):
     found = unbraid.find(case.scan, images={1: [[3], [8]]})
     assert members_of(case.scan, found, 1) == [[3], [8]]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ from unbraid.images import kept, mapped
 from unbraid.images.dataset import groups_of, labels_of, name_of
 from unbraid.images.identity import fingerprint, ids_of
 from unbraid.images.kept import Part, read_list, write_list
-from unbraid.images.mapped import BLOCK, HEAD, Mapped, distinct
-from unbraid.images.open import labelled
+from unbraid.images.mapped import BLOCK, HEAD, Mapped, as_array, distinct
+from unbraid.images.open import images_of_run, labelled
+from unbraid.networks.models import LoadedModel
 from unbraid.running.check import check
 
 
@@ -53,6 +55,11 @@ SOURCES = {
 }
 
 
+def loaded():
+    """A network of three outputs without names, in the preprocessing of these tests."""
+    return LoadedModel(build("3x3"), to_tensor, (), {})
+
+
 @pytest.fixture
 def file(tmp_path):
     return tmp_path / "out" / "images.safetensors"
@@ -74,6 +81,7 @@ def test_a_list_in_a_file_is_the_list(kind, folder, file):
     assert ours.targets == labels_of(plain)
     assert labels_of(ours) is ours.targets
     assert distinct(ours.targets) == set(plain.targets)
+    assert as_array(ours.targets).tolist() == as_array(plain.targets).tolist() == plain.targets
     assert labelled(ours) == labelled(plain) == (kind != "no classes")
     assert (ours.classes, ours.reading) == (plain.classes, plain.reading)
     theirs = groups_of(plain)
@@ -85,6 +93,42 @@ def test_a_list_in_a_file_is_the_list(kind, folder, file):
     for k in range(8):
         assert_bit_equal(ours[k][0], plain[k][0])
         assert ours[k][1] == plain[k][1]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SOURCES if kind != "odd table"])
+def test_parts_of_a_source_are_in_files_what_they_are_in_memory(kind, tmp_path, file, recwarn):
+    members = {"ant": 30, "bee": 20, "cow": 2, "doe": 1}
+    source = SOURCES[kind](write(tmp_path / "images", members), members)
+    lists = {part: file.with_name(f"{part}.safetensors") for part in ("train", "val")}
+    both = images_of_run(loaded(), str(source), lists)
+    assert sorted(path.name for path in file.parent.iterdir()) == sorted(
+        path.name for path in lists.values()
+    )
+    for part, of_run in zip(lists, both, strict=False):
+        plain = unbraid.open_images(f"{source}/{part}", to_tensor)
+        ours = unbraid.open_images(f"{source}/{part}", to_tensor, listed=file)
+        for images in (ours, of_run):
+            assert isinstance(images.ids, mapped.Texts)
+            assert 0 < len(images) == len(plain) < 53
+            assert (images.ids, images.targets) == (plain.ids, plain.targets)
+            assert (images.classes, images.divided) == (plain.classes, plain.divided) != ([], "")
+            assert groups_of(images) == groups_of(plain)
+            assert images.labels == plain.labels
+            assert [name_of(images, k) for k in range(9)] == [name_of(plain, k) for k in range(9)]
+            assert_bit_equal(images[8][0], plain[8][0])
+            told = fingerprint(images, images.targets)
+            assert told == fingerprint(plain, plain.targets)
+            assert told == fingerprint(images, list(images.targets))
+
+
+def test_a_source_to_be_divided_is_listed_once_for_a_run(tmp_path, monkeypatch):
+    folder, listed = write(tmp_path / "images", {"ant": 30, "bee": 20}), []
+    real = kept.walk_folder
+    monkeypatch.setattr(kept, "walk_folder", lambda *told: listed.append(told) or real(*told))
+    lists = {part: tmp_path / f"{part}.safetensors" for part in ("train", "val")}
+    train, val, note = images_of_run(loaded(), str(folder), lists)
+    assert (len(listed), len(train) + len(val)) == (1, 50)
+    assert "has no train and val" in note
 
 
 @pytest.mark.parametrize("way", ["in one", "by class"])
@@ -374,17 +418,17 @@ def test_one_process_lists_and_the_others_map(folder, file):
 def test_others_never_look_at_the_source(folder, file, monkeypatch):
     """Process 2 of two, whose first has written the list."""
     unbraid.open_images(folder, to_tensor, listed=file)
-    identity = Mapped(file).identity
+    identities = json.dumps([Mapped(file).identity])
 
     class Second:
         first = False
 
         def lead(self, _):
-            return identity
+            return identities
 
     monkeypatch.setattr(kept, "join_team", Second)
     monkeypatch.setattr(kept, "walk_folder", None)
-    listing = kept.keep(file, lambda: pytest.fail("it listed"))
+    (listing,) = kept.keep([file], lambda: pytest.fail("it listed"))
     assert listing.ids == unbraid.open_images(folder).ids
 
 
@@ -400,24 +444,98 @@ def test_scanning_with_it_needs_no_labels_list_in_memory(listed, tmp_path):
     assert torch.equal(next(made.columns("label")), torch.tensor([0] * 5 + [1] * 3))
 
 
-def mistaken(folder, file, begun):
-    with kept.tentative(file):
+def mistaken(folder, file, begun, end=DataError):
+    with kept.tentative(file.parent, file.name):
         unbraid.open_images(folder, listed=file)
         if begun:
             (file.parent / "manifest.json").touch()
-        raise DataError("a mistake")
+        raise end("a mistake")
 
 
-def test_a_list_that_no_scan_came_of_is_taken_back(folder, tmp_path):
+ENDS = pytest.mark.parametrize("end", [DataError, KeyboardInterrupt, OSError, SystemExit])
+
+
+@ENDS
+def test_a_list_that_no_scan_came_of_is_taken_back(end, folder, tmp_path):
     (tmp_path / "there").mkdir()
     for begun in (False, True):
         for place in ("new/deep", "there"):
             file = tmp_path / place / kept.LISTED
-            with pytest.raises(DataError, match="a mistake"):
-                mistaken(folder, file, begun)
+            with pytest.raises(end, match="a mistake"):
+                mistaken(folder, file, begun, end)
             assert file.exists() == begun
         assert (tmp_path / "new").exists() == begun
         assert (tmp_path / "there").exists()
+
+
+@ENDS
+def test_the_list_of_before_is_put_back_however_it_ends(end, folder, file, monkeypatch):
+    unbraid.open_images(folder, listed=file)
+    before = file.read_bytes()
+    (folder / "bee" / "new.png").write_bytes((folder / "bee" / "0.png").read_bytes())
+    with pytest.raises(end):
+        mistaken(folder, file, False, end)
+    assert [(path.name, path.read_bytes()) for path in file.parent.iterdir()] == [
+        (file.name, before)
+    ]
+    # Also where it ends before another is there.
+    monkeypatch.setattr(kept, "_hold", Mock(side_effect=end("at once")))
+    with pytest.raises(end, match="at once"):
+        mistaken(folder, file, False, end)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_ctrl_c_while_a_list_is_written_leaves_nothing(divided, tmp_path, monkeypatch):
+    folder = write(tmp_path / "images", {"ant": 30, "bee": 20})
+    file = tmp_path / "new" / "deep" / kept.LISTED
+    monkeypatch.setattr(kept._Columns, "put", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), kept.tentative(file.parent, file.name):
+        unbraid.open_images(folder / "val" if divided else folder, listed=file)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_next_start_puts_back_what_a_killed_one_replaced(begun, folder, file):
+    unbraid.open_images(folder, listed=file)
+    before = file.read_bytes()
+    new = folder / "bee" / "new.png"
+    new.write_bytes((folder / "bee" / "0.png").read_bytes())
+    script = file.parent.parent / "killed.py"
+    script.write_text(KILLED)
+    command = [sys.executable, script, folder, file, str(begun)]
+    assert subprocess.run(command, timeout=300).returncode == -signal.SIGKILL
+    after = file.read_bytes()
+    assert after != before
+    new.unlink()
+    with pytest.raises(DataError):
+        mistaken(folder, file, False)
+    assert file.read_bytes() == (after if begun else before)
+    assert not list(file.parent.glob("*.before"))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import unbraid
+from unbraid.images import kept
+source, file, begun = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "True"
+with kept.tentative(file.parent, file.name):
+    unbraid.open_images(source, listed=file)
+    if begun:
+        (file.parent / "manifest.json").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_folder_that_cannot_be_written_gets_no_list(folder, file, monkeypatch):
+    file.parent.mkdir()
+    monkeypatch.setattr(kept.os, "access", lambda path, _: Path(path) != file.parent)
+    with kept.tentative(file.parent, file.name) as files:
+        assert files == []
+    with kept.tentative(file.parent / "in it", file.name) as files:
+        assert files == [file.parent / "in it" / file.name]  # whose writing fails, and tells so
+    assert list(file.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -425,7 +543,7 @@ def test_the_list_of_a_finished_scan_stays_when_another_is_refused(
     links, folder, tmp_path, monkeypatch
 ):
     def scan_into_it(source):
-        with kept.tentative(file):
+        with kept.tentative(file.parent, file.name):
             images = unbraid.open_images(source, to_tensor, listed=file)
             return scanned(images, file.parent)
 

@@ -1,7 +1,9 @@
 """Suggestions: a planted shortcut comes first, chance is marked as such."""
 
 import math
+import shlex
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch import nn
 
 import unbraid
 from tiny_networks import SyntheticImages, build
-from unbraid.base.errors import UsageError
+from unbraid.base.errors import RunError, UsageError
+from unbraid.cli import app, look
 from unbraid.measuring import results
 from unbraid.measuring.suggest import suggest
 
@@ -52,6 +55,37 @@ def ablation():
     parts = tuple(replace(p, masks=masks) if p.channel == 1 else p for p in split.channels)
     model2 = unbraid.apply(network, replace(split, channels=parts))
     return unbraid.ablate(model2, Marked(200))
+
+
+def test_the_command_line_advises_what_edit_takes(ablation, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a run's"
+    evaluation = Mock(ablation=ablation)
+    monkeypatch.setattr("unbraid.running.finished.Run", lambda _: Mock(evaluation=evaluation))
+
+    def told():
+        look.suggest(folder)
+        return capsys.readouterr().out.splitlines()[-1]
+
+    advice = told()
+    assert advice.startswith("Try: unbraid edit ")
+    words = shlex.split(advice.removeprefix("Try: unbraid "))
+    assert words == ["edit", str(folder), "--off", "1.0", "--out", "DIR"]
+    command, bound, *_ = app.parse_args(words, exit_on_error=False)
+    assert (command, bound.arguments["off"]) == (look.edit, ["1.0"])
+    for nothing in (None, Mock(ablation=None)):
+        evaluation = nothing
+        with pytest.raises(RunError, match="switched nothing off, so there is nothing to suggest"):
+            look.suggest(folder)
+    unsure = Mock(rows=[Mock(kind="helps", sure=False, name="1.0")])
+    evaluation = Mock(ablation=ablation)
+    monkeypatch.setattr(look, "show_table", Mock())
+    for rows, last in (
+        (unsure.rows, ["None of what helps is sure; more validation images would tell."]),
+        ([Mock(kind="elsewhere")], []),
+    ):
+        monkeypatch.setattr(unbraid, "suggest", Mock(return_value=Mock(rows=rows)))
+        look.suggest(folder)
+        assert capsys.readouterr().out.splitlines() == last
 
 
 def test_the_planted_shortcut_comes_first_and_is_sure(ablation):

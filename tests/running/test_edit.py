@@ -10,8 +10,9 @@ import torch
 
 import unbraid
 from pages import assert_harmless
-from unbraid.base.errors import RunError, UsageError
+from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.demo.network import LAYER, load_images, load_network
+from unbraid.images.dataset import Around
 from unbraid.running import edit as editing
 from unbraid.running import run as running
 from unbraid.running.edit import edit_run
@@ -124,6 +125,31 @@ def test_a_few_images_are_compared_where_there_are_many(run, tmp_path, monkeypat
     found = edit_run(run, SCALES, tmp_path, loading=Loading(), say=said.append)
     assert found.changes.n_images == 100
     assert "Comparing on 100 images of 500" in said[0]
+
+
+class Torn(Around):
+    """The same images, of which two cannot be read any more."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index):
+        if index in (3, 499):
+            raise OSError("it is torn")
+        return self.dataset[index]
+
+
+def test_images_that_broke_since_are_told_or_left_out(run, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "images", Torn(run.images))
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"Image 3 .*torn.*skip_broken=True"):
+        edit_run(run, SCALES, out, loading=Loading())
+    assert not out.exists()
+    found = edit_run(run, SCALES, out, loading=Loading(skip_broken=True))
+    assert (found.changes.n_images, made.changes.n_images) == (498, 500)
+    assert {path.name for path in found.files} == {path.name for path in made.files}
+    whole = {flip.index: flip for flip in made.changes.flips}
+    assert {flip.index for flip in found.changes.flips} == whole.keys() - {3, 499}
 
 
 def test_mistakes_are_told_and_nothing_is_written(run, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import unbraid
 from tiny_networks import SyntheticImages
 from unbraid.base import files
 from unbraid.base.errors import ModelError, RunError, UsageError
@@ -267,6 +268,37 @@ def test_report_and_figure_of_every_run_in_a_folder(name, family):
     assert page.read_bytes() == before
     channel = Run(family / name).split.channels[0].channel
     assert Run(family / name).figure(channel, "densities").axes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_measures_are_taken_in_the_memory_format_of_the_scans(dtype, tmp_path, monkeypatch):
+    seen, real = [], running.measure
+
+    def note(nets, *more):
+        for net in (nets.model, nets.model2):
+            seen.append(net[0].weight.is_contiguous(memory_format=torch.channels_last))
+        return real(nets, *more)
+
+    monkeypatch.setattr(running, "measure", note)
+    model = network().to(dtype)
+    images = [SyntheticImages(n, seed=n, dtype=dtype) for n in (48, 24)]
+    made = running.run(model, "2", *images, tmp_path, **USUAL)
+    assert seen == [made.val_scan.manifest.channels_last] * 2 == [dtype == torch.float32] * 2
+    assert model[0].weight.is_contiguous()
+    assert made.evaluation.output.max_abs_logit_diff == 0
+
+
+def test_a_run_whose_scan_was_replaced_is_told(family):
+    other = {"scan-train": VAL, "scan-val": TRAIN}
+    for name, images in other.items():
+        folder = family / name
+        shutil.rmtree(folder)
+        unbraid.scan(network(), "2", images, folder, batch_size=16)
+        with pytest.raises(RunError, match="is another scan than the one that the run in"):
+            _ = Run(family).train_scan, Run(family).val_scan
+        shutil.rmtree(folder)
+        unbraid.scan(network(), "2", TRAIN if images is VAL else VAL, folder, batch_size=16)
+        assert Run(family).train_scan.path == family / "scan-train"
 
 
 def test_report_of_a_run_that_lacks_something_says_what_makes_it(family):

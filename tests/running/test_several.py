@@ -3,7 +3,9 @@
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from unbraid.running.folders import Thresholds
 from unbraid.running.several import run_layers
 from unbraid.scanning import every
 from unbraid.scanning.scan_options import Loading
+from unbraid.visualizing.visualize import visualize
 
 TRAIN, VAL = SyntheticImages(48, seed=48), SyntheticImages(24, seed=24)
 LOOSE = Thresholds(0.01, 0.5, 0.99)
@@ -140,6 +143,34 @@ def test_a_finished_layer_is_not_made_anew(tmp_path, monkeypatch):
     (tmp_path / next(iter(first.runs)) / "evaluation.json").unlink()
     with pytest.raises(AssertionError, match="taken again"):
         run(tmp_path)
+
+
+def test_a_layer_whose_visualisation_was_refused_is_finished_all_the_same(tmp_path, monkeypatch):
+    refusal = Mock(side_effect=ModelError("It cannot be seen."))
+    monkeypatch.setattr(running, "visualize", refusal)
+    first = run(tmp_path, features=True)
+    (layer,) = first.runs
+    assert (tmp_path / layer / "no-features.txt").read_text() == "It cannot be seen.\n"
+    before = data(tmp_path)
+    assert run(tmp_path, features=True).layers == first.layers
+    assert (refusal.call_count, data(tmp_path)) == (1, before)
+    # Left out because nobody asked for it is another thing.
+    (tmp_path / layer / "no-features.txt").unlink()
+    run(tmp_path, features=True)
+    assert refusal.call_count == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(several, "N_FULL", 1)
+    monkeypatch.setattr(running, "visualize", partial(visualize, steps=2))
+    run(tmp_path, [layer], features=True)
+    assert not (tmp_path / layer / "no-features.txt").exists()
+    assert (tmp_path / layer / "features").exists()
+
+
+def test_nothing_found_in_any_layer_says_what_to_look_at(tmp_path):
+    done = run(tmp_path, thresholds=Thresholds(0.9, 1.0, -1.0))
+    assert done.runs == {}
+    assert done.layers.notes[-1].startswith("Nothing was found in any layer; a run with --layer")
+    assert "Nothing was found in any layer" in (tmp_path / "index.html").read_text()
 
 
 def test_damaged_data_of_layers_are_set_aside_and_made_anew(made, tmp_path):

@@ -94,7 +94,7 @@ def test_a_scan_stopped_while_writing_is_completed_by_the_next(error, write, fin
         patch.setattr(Path, "replace", stop_at(write, error))
         with pytest.raises(RunError if told else KeyboardInterrupt, match=told):
             long_scan(tmp_path)
-    assert len(list(tmp_path.glob("*.tmp"))) == (told is None)
+    assert not list(tmp_path.glob("*.tmp"))
     network = CountingNetwork(build("1x1"))
     long_scan(tmp_path, network)
     n_kept = SHARD * max(0, write - 3)  # the shards that were whole before the stop

@@ -164,7 +164,7 @@ def set_aside(path: Path, mark: str) -> Path:
 
 @contextmanager
 def temporary_for(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Open a new file beside another, locked while its writer lives; delete it after an error."""
+    """Open a new file beside another, locked meanwhile; an error or ctrl-C removes it."""
     while True:
         own = f"{_HOST}.{os.getpid()}.{secrets.token_hex(4)}"
         temporary = path.with_name(f"{path.name}.{own}.tmp")
@@ -176,7 +176,7 @@ def temporary_for(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     try:
         with file:
             yield temporary, file
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

@@ -107,7 +107,10 @@ class _Lines:
 
     def end(self, patience: float) -> None:
         now = time.monotonic()
-        if now - self._start >= patience:
+        if self._begun == self._total:
+            text = f"{self._title}: {self._total:,} of {self._total:,} were there already"
+            print(text, file=sys.stderr, flush=True)
+        elif now - self._start >= patience:
             self._tell(now, f", {_clock(now - self._start)} in all")
 
     def _speed(self, now: float) -> float:

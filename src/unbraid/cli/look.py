@@ -161,16 +161,11 @@ def explain(
         out: Folder to write into; by default RUN/explained.
     """
     from unbraid.running.finished import Run
+    from unbraid.running.folders import refuse_folder
     from unbraid.running.network import load_again, open_pictures
 
-    if any((out / name).exists() for name in ("settings.json", "manifest.json") if out):
-        raise UsageError(f"{out} holds a run or scan; name another folder.")
+    refuse_folder(out)
     ran = Run(run)
-    if not (ran.folder / "split.safetensors").exists():
-        raise RunError(
-            f"{run} holds no split, so there are no concept channels; start the run again unless "
-            "its report says that nothing was found."
-        )
     split, target = ran.split, ran.target
     unbraid.keep_memory()
     loaded = load_again(ran.settings.source, model, weights, device)

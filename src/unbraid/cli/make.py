@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 import unbraid
-from unbraid.base.errors import UsageError
-from unbraid.base.tables import Table, count
+from unbraid.base.errors import UnbraidError, UsageError
+from unbraid.base.tables import Table, count, percent
 from unbraid.cli.shared import (
-    BFLOAT16,
     CsvFile,
     Device,
     Features,
@@ -31,6 +32,7 @@ from unbraid.cli.shared import (
     Weights,
     labels_for,
     load,
+    note,
     open_images,
     refuse_result,
     say,
@@ -42,6 +44,12 @@ from unbraid.cli.shared import (
 )
 from unbraid.finding.find_options import Finding
 from unbraid.scanning.scan_options import Labels, Loading, ScanOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.data import Dataset
+
+ALIKE = 0.8  # of what matters in a few images, from which on bfloat16 is suggested
 
 
 def demo(*, out: Out, layer: Layers | None = None, features: Features = True) -> None:
@@ -90,9 +98,10 @@ def run(
             goes on from there. From 20,000 images on, a run begins with it, unless --no-quick.
     """
     from unbraid.base.team import n_ranks
-    from unbraid.images.open import images_like, labelled, part_of
+    from unbraid.images.kept import LISTED_PARTS, tentative
+    from unbraid.images.open import images_of_run, labelled
     from unbraid.running.first_look import run_in_turn
-    from unbraid.running.folders import Thresholds
+    from unbraid.running.folders import Thresholds, home_of
     from unbraid.scanning.targets import read_target
 
     if n_ranks() > 1:
@@ -103,39 +112,40 @@ def run(
     sought = read_target(target)
     loaded = load(network)
     say(f"Network {network.model}, layer {', '.join(layer)}.")
-    train = open_images(loaded, part_of(data, "train"), of_outputs=sought.of_class)
-    classified = labels == "predicted" or (labelled(train) and labels == "given")
-    asked = finding.asked(labelled=classified and sought.value is not None)
-    if asked["concepts"] != (finding.concepts or "classes"):
-        other = (
-            "" if sought.value is None else "; --labels predicted makes them of predicted classes"
-        )
-        say(f"Concepts are clusters of images{other}.")
-    for done in run_in_turn(
-        loaded.model,
-        layer,
-        train,
-        images_like(train, part_of(data, "val")),
-        out,
-        quick=quick,
-        command=shlex.join(
-            ["unbraid", *(word for word in sys.argv[1:] if not word.startswith("--quick"))]
-        ),
-        thresholds=Thresholds(tau=tau, rho=rho, **asked),
-        loading=loading,
-        source=source_of(loaded, train, data)
-        | {"class_folders": labelled(train)}
-        | ({} if target == "label" else {"target": target}),
-        say=say,
-        title=network.model,
-        encoder=encoder,
-        labels=labels_for(labels, train, of_outputs=sought.of_class),
-        target=sought,
-        everything=everything,
-        features=features,
-        overwrite=overwrite,
-    ):
-        show_runs(done)
+    with tentative(home_of(out), *LISTED_PARTS.values()) as lists:
+        kept = dict(zip(LISTED_PARTS, lists, strict=False))
+        train, val, assumed = images_of_run(loaded, data, kept, of_outputs=sought.of_class)
+        note(assumed)
+        classified = labels == "predicted" or (labelled(train) and labels == "given")
+        asked = finding.asked(labelled=classified and sought.value is not None)
+        if asked["concepts"] != (finding.concepts or "classes"):
+            other = "; --labels predicted makes them of predicted classes"
+            say(f"Concepts are clusters of images{'' if sought.value is None else other}.")
+        for done in run_in_turn(
+            loaded.model,
+            layer,
+            train,
+            val,
+            out,
+            quick=quick,
+            command=shlex.join(
+                ["unbraid", *(word for word in sys.argv[1:] if not word.startswith("--quick"))]
+            ),
+            thresholds=Thresholds(tau=tau, rho=rho, **asked),
+            loading=loading,
+            source=source_of(loaded, train, data)
+            | {"class_folders": labelled(train)}
+            | ({} if target == "label" else {"target": target}),
+            say=say,
+            title=network.model,
+            encoder=encoder,
+            labels=labels_for(labels, train, of_outputs=sought.of_class),
+            target=sought,
+            everything=everything,
+            features=features,
+            overwrite=overwrite,
+        ):
+            show_runs(done)
 
 
 def layers(model: Model, *, weights: Weights = "random", output: Output = None) -> None:
@@ -178,14 +188,13 @@ def scan(
     from unbraid.base.team import is_first
     from unbraid.images.dataset import name_of
     from unbraid.images.kept import LISTED, tentative
-    from unbraid.networks.formats import faster_in_bfloat16
     from unbraid.scanning.accuracy import LONG
     from unbraid.scanning.targets import read_target
 
     sought = read_target(target)
     loaded = load(network)
-    with tentative(out / LISTED):
-        images = open_images(loaded, data, out / LISTED, of_outputs=sought.of_class)
+    with tentative(out, LISTED) as lists:
+        images = open_images(loaded, data, next(iter(lists), None), of_outputs=sought.of_class)
         options = replace(
             options,
             labels=labels_for(options.labels, images, of_outputs=sought.of_class),
@@ -193,9 +202,10 @@ def scan(
             progress=True,
             source=source_of(loaded, images, data),
         )
-        suggested = not options.autocast and len(images) >= LONG and is_first()
-        if suggested and faster_in_bfloat16(loaded.model):
-            say(BFLOAT16)
+        begun = next(out.glob("**/manifest.json"), None)  # in one of both formats
+        of_class = target == "label" and not (begun or options.autocast)
+        if of_class and len(images) >= LONG and is_first():
+            _suggest_bfloat16(loaded.model, layer, images)
         asked = layer[0] if len(layer) == 1 else layer
         made = unbraid.scan(loaded.model, asked, images, out, **vars(options))
     if not is_first():
@@ -208,6 +218,26 @@ def scan(
         scans = [made] if isinstance(made, unbraid.Scan) else list(made.values())
         for own in scans:
             show(f"{own.places.manifest.n_images:,} places into {own.places.path}")
+
+
+def _suggest_bfloat16(model: nn.Module, layers: Sequence[str], images: Dataset[Any]) -> None:
+    """Suggest bfloat16 where it is faster and a few images come to the same in it."""
+    from unbraid.networks.formats import faster_in_bfloat16
+    from unbraid.networks.layers import is_pattern
+    from unbraid.scanning.bfloat16 import part_alike
+
+    named = [name for name in layers if not is_pattern(model, name)]
+    if not (named and faster_in_bfloat16(model)):
+        return
+    part = None
+    with suppress(UnbraidError):  # which the scan will tell
+        part = part_alike(model, named, images)
+    if part is not None and part >= ALIKE:
+        say(
+            f"This processor has bfloat16, and {percent(part)} of the channels that matter in a "
+            "few of the images are the same in it: with --autocast, into a folder of its own, the "
+            "scan is faster."
+        )
 
 
 def find(
@@ -240,7 +270,10 @@ def sensitivity(
     counted = unbraid.sensitivity(unbraid.open_scan(scan), taus, ps, gammas)
     if out is not None:
         counted.to_csv(out)
-    show(str(counted))
+    for k, table in enumerate(counted.tables()):
+        if k:
+            show()
+        show_table(table)
 
 
 def split(

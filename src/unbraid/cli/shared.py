@@ -41,10 +41,6 @@ _TARGET = (
     "segmentation:CLASS, detection:CLASS, embedding:FILE, regression:INDEX, multilabel, or none."
 )
 _NAMES = "Names of classes: CSV (folder, WordNet id or output's number; name), JSON, or one a line."
-BFLOAT16 = (
-    "This processor has bfloat16: with --autocast, into a folder of its own, the scan is faster; "
-    "compare what is found on some classes before you rely on it."
-)
 _FEATURES = "Make images that excite each split channel and concept channel."
 Layers = Annotated[list[str], Parameter(help=_LAYERS, negative="")]
 Features = Annotated[bool, Parameter(help=_FEATURES, negative="--no-features")]

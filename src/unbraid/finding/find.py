@@ -146,6 +146,7 @@ def find(
         auto=auto,
         note=note,
         nearest=found.nearest,
+        scan=scan.manifest.scan_id,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unbraid.base.arguments import as_kind, as_path, whole_number
+from unbraid.base.arguments import as_path, whole_number
 from unbraid.base.errors import UsageError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
@@ -27,6 +27,7 @@ from unbraid.finding.membership import (
     name_of,
     pack,
     put_together,
+    require_scan,
     sort_anew,
     unpack,
 )
@@ -178,6 +179,7 @@ class Findings(Tabular, Exported):
     auto: bool = False  # whether tau was chosen by rule
     note: str = ""  # what to know of the tau chosen, and of what was left out
     nearest: tuple[Candidate, ...] = ()  # if nothing was found, what comes nearest, best first
+    scan: str = ""  # `scan_id` of what it was found in; empty where earlier versions noted none
 
     columns = COLUMNS
 
@@ -259,9 +261,7 @@ class Findings(Tabular, Exported):
             UsageError: a concept or image is not there, or named twice, or less than two concepts
                 are left, or one without images.
         """
-        as_kind("scan", scan, Scan)
-        if (self.weights, self.layer) != (scan.manifest.weights, scan.layer.name):
-            raise UsageError("The scan is not of the network and layer that the findings are of.")
+        require_scan(scan, self.weights, self.layer, self.scan)
         channel = whole_number("the channel", channel, 0, scan.layer.n_out - 1)
         if groups is not None and (join or move or part):
             raise UsageError("Pass groups, or what to join, move and part, not both.")
@@ -276,7 +276,6 @@ class Findings(Tabular, Exported):
         new = found_by_hand(scan, channel, sorted_anew, first_free(scan, kept))
         concepts = {o: own for o, own in self.concepts.items() if o != channel} | new.concepts
         pairs = [pair for pair in self.pairs if pair.channel != channel] + new.pairs
-        names = {n: self.name(n) for n in kept} | new.names
         clusters = kept | new.clusters
         by_hand = all(c.images is not None for c in clusters.values())
         only = all(n in clusters for own in concepts.values() for group in own for n in group)
@@ -285,7 +284,7 @@ class Findings(Tabular, Exported):
             pairs=tuple(sorted(pairs, key=lambda pair: (pair.cosine, pair.channel))),
             concepts=concepts,
             clusters=clusters,
-            class_names=with_names(scan, names),
+            class_names=with_names(scan, {n: self.name(n) for n in kept} | new.names),
             agreement={o: a for o, a in self.agreement.items() if o != channel},
             kind="groups" if by_hand and only else self.kind,
             hint="",
@@ -447,4 +446,5 @@ class _About:
     note: str
     nearest: tuple[Candidate, ...]
     clusters: dict[int, ClusterEntry]
+    scan: str = ""
     crc32: dict[str, int] = field(default_factory=dict)

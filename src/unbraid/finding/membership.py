@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unbraid.base.arguments import whole_number
+from unbraid.base.arguments import as_kind, whole_number
 from unbraid.base.errors import UsageError
 from unbraid.base.schema import in_range
 from unbraid.base.tables import count
@@ -255,6 +256,18 @@ def first_free(scan: Scan, clusters: Iterable[int] = ()) -> int:
     return max(len(scan.class_names), *(n + 1 for n in (*seen, *clusters)), 0)
 
 
+def require_scan(scan: Scan, weights: str, layer: str, scan_id: str) -> None:
+    """UsageError unless a scan is the one that findings are of, where they say which that is."""
+    as_kind("scan", scan, Scan)
+    if (weights, layer) != (scan.manifest.weights, scan.layer.name):
+        raise UsageError("The scan is not of the network and layer that the findings are of.")
+    if scan_id and scan_id != scan.manifest.scan_id:
+        raise UsageError(
+            "The findings are of another scan, such as a first look, whose images have other "
+            "places; pass that scan, or find in this one."
+        )
+
+
 def find_images(scan: Scan, channel: int, groups: Any) -> list[list[int]]:
     """Check groups of images, and turn ids into indices; UsageError if they are no such groups."""
     example = "such as {1660: [[3, 'clocks/7.jpg'], [12]]}"
@@ -271,14 +284,16 @@ def find_images(scan: Scan, channel: int, groups: Any) -> list[list[int]]:
             f"Channel {channel} has {count(len(lists), 'group')} of images; give two or more, "
             f"{example}."
         )
-    known = Images(scan)
-    found = [[known.index(channel, image) for image in group] for group in lists]
+    index_of = _indices_of(scan, channel, chain.from_iterable(lists))
+    found = [[index_of[image] for image in group] for group in lists]
     if not all(found):
         raise UsageError(f"A group of channel {channel} is empty; give each an image or more.")
     ((most, n_times),) = Counter(index for group in found for index in group).most_common(1)
     if n_times > 1:
+        name = scan.ids([most]).get(most)
         raise UsageError(
-            f"Channel {channel} names image {known.name(most)} twice; leave it in one group."
+            f"Channel {channel} names image {most if name is None else repr(name)} twice; leave it "
+            "in one group."
         )
     return found
 
@@ -307,7 +322,7 @@ def sort_anew(
             raise UsageError(
                 f"Channel {channel} has no concept {number!r}; give one of 0 to {len(groups) - 1}."
             )
-    known, goes_to = Images(scan), list(range(len(groups)))
+    index_of, goes_to = _indices_of(scan, channel, move), list(range(len(groups)))
     for own in joined:
         same = {goes_to[k] for k in own}
         goes_to = [min(same) if k in same else k for k in goes_to]
@@ -315,7 +330,7 @@ def sort_anew(
     for k, group in zip(goes_to, groups, strict=True):
         anew[k] += group
     for image, wanted in move.items():
-        index = known.index(channel, image)
+        index = index_of[image]
         anew = {k: [i for i in group if i != index] for k, group in anew.items()}
         if wanted is not None:
             anew[goes_to[wanted]].append(index)
@@ -354,35 +369,31 @@ def _follow(
     return [[*own, *rest[nearest == k].tolist()] for k, own in enumerate(parts)]
 
 
-class Images:
-    """The images of a scan by index and id."""
-
-    def __init__(self, scan: Scan) -> None:
-        """Read what the scan knows of its images."""
-        self.indices = {index for column in scan.columns("index") for index in column.tolist()}
-        self.ids = scan.ids()
-        self.by_id = {name: index for index, name in self.ids.items()}
-
-    def index(self, channel: int, image: Any) -> int:
-        """Return an image's index; UsageError if there is none."""
-        if isinstance(image, str):
-            index = self.by_id.get(image, -1)
-            if not self.by_id:
-                raise UsageError(
-                    "The scan knows no ids of its images; name them by index, as integers."
-                )
-        else:
-            index = whole_number(f"an image of channel {channel}", image)
-        if index not in self.indices:
-            raise UsageError(
-                f"Channel {channel} names image {image!r}, which the scan has not; name images by "
-                "their place in the data set, or by id."
-            )
-        return index
-
-    def name(self, index: int) -> str:
-        """What people call an image."""
-        return repr(self.ids[index]) if index in self.ids else str(index)
+def _indices_of(scan: Scan, channel: int, images: Iterable[Any]) -> dict[Any, int]:
+    """The index of each of some images, named by index or id; UsageError if there is none."""
+    named = [
+        image if isinstance(image, str) else whole_number(f"an image of channel {channel}", image)
+        for image in images
+    ]
+    ids = {image for image in named if isinstance(image, str)}
+    numbers = {one for one in named if not isinstance(one, str) and 0 <= one < 2**63}
+    by_index = torch.tensor(sorted(numbers), dtype=torch.int64)
+    found: dict[Any, int] = {}
+    for column in scan.columns("index"):
+        found |= {index: index for index in column[torch.isin(column, by_index)].tolist()}
+    has_ids = False
+    for own in scan.ids_by_shard() if ids else ():
+        has_ids = has_ids or bool(own)
+        found |= {one: index for index, one in own.items() if one in ids}
+    if ids and not has_ids:
+        raise UsageError("The scan knows no ids of its images; name them by index, as integers.")
+    missing = next((image for image in named if image not in found), None)
+    if missing is not None:
+        raise UsageError(
+            f"Channel {channel} names image {missing!r}, which the scan has not; name images by "
+            "their place in the data set, or by id."
+        )
+    return found
 
 
 def mean_responses(

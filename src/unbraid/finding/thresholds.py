@@ -16,7 +16,7 @@ from unbraid.base.arguments import as_kind, real_number, real_numbers
 from unbraid.base.errors import DataError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.progress import QUIET, Progress
-from unbraid.base.tables import Exported, align, count
+from unbraid.base.tables import Exported, Table, count
 from unbraid.finding.arv import ClassSums, class_cosines, class_sums, shared_channels, uses
 from unbraid.finding.cosine_intervals import with_chance
 from unbraid.finding.findings import Candidate, Findings, Pair, is_sure, pairs_of
@@ -327,18 +327,22 @@ class Sensitivity(Exported):
         raise KeyError(f"tau {tau:g}, p {p:g}, gamma {gamma:g} is not in the grid")
 
     def __str__(self) -> str:
-        """Show a table per p, taus down and gammas across: channels and, in brackets, pairs."""
+        """Show all tables."""
+        return "\n\n".join(map(str, self.tables()))
+
+    def tables(self) -> list[Table]:
+        """A title; per p taus down and gammas across: channels and, in brackets, pairs."""
         n_out = count(self.n_out, "channel")
         head = "Polysemantic channels, and pairs of classes in brackets, of the"
-        parts = [f"{head} {n_out} of layer {self.layer}"]
+        parts = [Table((), f"{head} {n_out} of layer {self.layer}")]
         for p in self.ps:
             rows = [(f"p {p:g}", *(f"gamma {gamma:g}" for gamma in self.gammas))]
             for tau in self.taus:
                 cells = (self.at(tau, p, gamma) for gamma in self.gammas)
                 figures = (f"{cell.n_channels:,} ({cell.n_pairs:,})" for cell in cells)
                 rows.append((f"tau {tau:g}", *figures))
-            parts.append(align(rows))
-        return "\n\n".join(parts)
+            parts.append(Table(rows))
+        return parts
 
     def rows(self) -> Iterator[tuple[float | int, ...]]:
         """Give one row per choice, in the order of the CSV columns."""

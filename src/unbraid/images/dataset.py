@@ -6,7 +6,7 @@ import inspect
 import random
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from unbraid.base.errors import DataError, UsageError, brief
+from unbraid.base.errors import DataError, UnbraidError, UsageError, brief
 from unbraid.base.modes import same_random
 from unbraid.images.broken import UNLABELLED, BrokenImage, read_pair, to_label
 from unbraid.images.mapped import Chosen, Numbers, Texts
@@ -315,17 +315,44 @@ def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...]:
     inner = inner_of(dataset)
     if not inner or not (is_known(dataset) or _hands_labels_on(dataset, inner)):
         return ()
+    return join_names(
+        map(class_names_of, inner),
+        lambda _, label, before, name: DataError(
+            f"Parts of the data set name label {label} {before!r} and {name!r}; give classes of "
+            "one name one label in all of them, and others another."
+        ),
+    )
+
+
+def join_names(
+    parts: Iterable[Sequence[str]], differing: Callable[[int, int, str, str], UnbraidError]
+) -> tuple[str, ...]:
+    """Join names of classes by label, "" where a part has none.
+
+    Args:
+        parts: names by label.
+        differing: what to raise where a part names a label otherwise than one before, told the
+            part's number, the label, the name before and the part's.
+    """
     names: list[str] = []
-    for part in map(class_names_of, inner):
+    for number, part in enumerate(parts):
         for label, name in enumerate(part):
             before = names[label] if label < len(names) else ""
             if before and name and before != name:
-                raise DataError(
-                    f"Parts of the data set name label {label} {before!r} and {name!r}; give "
-                    "classes of one name one label in all of them, and others another."
-                )
+                raise differing(number, label, before, name)
             names[label : label + 1] = [before or name]
     return tuple(names)
+
+
+def lie_at(ids: Mapping[int, str], known: Sequence[str]) -> bool:
+    """Whether a data set has the images of some ids at the places where they were scanned."""
+    first, last = min(ids, default=0), max(ids, default=-1)
+    if last >= len(known):
+        return False
+    if last - first < 2 * len(ids):  # read in one go what lies in a row
+        row = known[first : last + 1]
+        return all(row[index - first] == one for index, one in ids.items())
+    return all(known[index] == one for index, one in ids.items())
 
 
 def _hands_labels_on(dataset: Dataset[Any], inner: Sequence[Any]) -> bool:

@@ -7,16 +7,18 @@ import os
 import shutil
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from unbraid.base.errors import DataError, RunError, UnbraidError
+from unbraid.base.errors import DataError
 from unbraid.base.files import remove_leftovers, write_through
 from unbraid.base.team import is_first, join_team
+from unbraid.images.division import TRAIN, VAL, divide
 from unbraid.images.listing import Files, Listing, look_at, seen_from, walk_folder
 from unbraid.images.mapped import (
     BLOCK,
@@ -33,6 +35,7 @@ from unbraid.images.mapped import (
 from unbraid.images.tar import Members
 
 LISTED = "images.safetensors"  # the file's name in a scan's folder
+LISTED_PARTS = {TRAIN: "images-train.safetensors", VAL: "images-val.safetensors"}  # in a run's
 
 
 class Part(NamedTuple):
@@ -43,36 +46,52 @@ class Part(NamedTuple):
     sizes: Sequence[int]  # bytes, -1 for a file that is gone
 
 
-def keep(file: Path, write: Callable[[], None]) -> Listing:
-    """Let the first of all processes write a list, and map it in all."""
+def keep(files: Sequence[Path], write: Callable[[], None]) -> list[Listing]:
+    """Let the first of all processes write lists, into one folder, and map them in all."""
 
     def prepare() -> str:
-        remove_leftovers(file.parent)
+        remove_leftovers(files[0].parent)
         write()
-        return Mapped(file).identity
+        return json.dumps([Mapped(file).identity for file in files])
 
     open_mapped.cache_clear()  # the same list may lie in another file now
-    return read_list(open_mapped(file, join_team().lead(prepare)))
+    told = json.loads(join_team().lead(prepare))
+    return [read_list(open_mapped(*own)) for own in zip(files, told, strict=True)]
 
 
 @contextmanager
-def tentative(file: Path) -> Iterator[None]:
-    """Take back a list, and folders made for it, if an error comes before a scan begins there.
+def tentative(folder: Path, *names: str) -> Iterator[list[Path]]:
+    """Give the files for lists; take these back if the work ends before a scan begins there.
 
-    The list that was there before, such as that of a finished scan, is put back.
+    However it ends, by an error, ctrl-C or a kill (the next start then does it), lists that were
+    there before, such as that of a finished scan, are put back, and folders made for new ones are
+    removed. No files where the folder cannot be written, as a finished scan's need not be.
     """
-    new = [folder for folder in file.parents if not folder.exists()]
-    before, old = _manifests(file.parent), _hold(file) if is_first() else None
+    files = [folder / name for name in names]
+    if folder.exists() and not os.access(folder, os.W_OK):
+        yield []
+        return
+    if not is_first():
+        yield files
+        return
+    for file in files:
+        _put_back_after_a_kill(file)
+    missing = [file for file in files if not file.exists()]
+    missing += [one for one in (folder, *folder.parents) if not one.exists()]
+    before = _manifests(folder)
     try:
-        yield
-    except UnbraidError:
-        if is_first() and _manifests(file.parent) == before:
+        for file in files:
+            _hold(file)
+        yield files
+    except BaseException:
+        if _manifests(folder) == before:
             with suppress(OSError):
-                _take_back(file, old, new)
+                _take_back(files, missing)
         raise
     finally:
-        if old is not None:
-            old.unlink(missing_ok=True)
+        for file in files:
+            with suppress(OSError):  # there is none
+                _held(file).unlink()
 
 
 def _manifests(folder: Path) -> dict[Path, int]:
@@ -80,30 +99,42 @@ def _manifests(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("**/manifest.json")}
 
 
-def _hold(file: Path) -> Path | None:
-    """Give a list another name, so that it outlives being replaced; None if there is none."""
+def _held(file: Path) -> Path:
+    """The name of a list that is being replaced."""
+    return file.with_name(f"{file.name}.before")
+
+
+def _hold(file: Path) -> None:
+    """Give a list, if there is one, another name, so that it outlives being replaced."""
     if not file.is_file():
-        return None
-    held = file.with_name(f"{file.name}.before")
-    try:
-        held.unlink(missing_ok=True)  # of a process that was killed
-        try:
-            os.link(file, held)
-        except OSError:  # a file system without hard links
-            shutil.copy2(file, held)
-    except OSError as error:
-        raise RunError(f"{held} cannot be written ({error.strerror}).") from None
-    return held
-
-
-def _take_back(file: Path, old: Path | None, new: Sequence[Path]) -> None:
-    """Put the list of before back, or remove the list and the folders that were made for it."""
-    if old is not None:
-        old.replace(file)
         return
-    file.unlink(missing_ok=True)
-    for folder in new:
-        folder.rmdir()
+    try:
+        os.link(file, _held(file))
+    except OSError:  # a file system without hard links
+        with file.open("rb") as content:
+            write_through(_held(file), partial(shutil.copyfileobj, content))
+
+
+def _put_back_after_a_kill(file: Path) -> None:
+    """Put back what a killed process held, unless it had begun its scan."""
+    held = _held(file)
+    with suppress(OSError):  # there is none
+        replaced = held.stat().st_ctime_ns  # when it lost its other name, at the latest
+        if all(begun < replaced for begun in _manifests(file.parent).values()):
+            held.replace(file)
+        held.unlink()  # also where both are names of one file, which stay
+
+
+def _take_back(files: Sequence[Path], missing: Sequence[Path]) -> None:
+    """Put the lists of before back, and remove lists and folders that were missing before."""
+    for file in files:
+        if _held(file).exists():
+            _held(file).replace(file)
+        elif file in missing:
+            file.unlink(missing_ok=True)
+    for folder in missing:
+        if folder not in files:
+            folder.rmdir()
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -122,24 +153,45 @@ def write_folder(file: Path, root: Path, with_classes: bool) -> None:
     write_list(file, {"source": str(root), "root": str(root)}, classes, parts(), {}, {})
 
 
+def write_parts_of_folder(files: Mapping[str, Path], root: Path, with_classes: bool) -> None:
+    """List a folder once, and write those of its images that are of each part to a file.
+
+    Memory holds some 70 bytes of each image, such as its class and hash, beside one class's paths.
+    """
+    whole = next(iter(files.values())).with_name(f"{LISTED}.whole")
+    try:
+        write_folder(whole, root, with_classes)
+        listing = read_list(Mapped(whole))
+        for part, file in files.items():
+            write_listing(file, divide(listing, part))
+    finally:
+        whole.unlink(missing_ok=True)
+
+
 def write_listing(file: Path, listing: Listing) -> None:
-    """Write the images of a table or of tar files to a file."""
+    """Write the images of a table or of tar files, or a part of any list, to a file."""
     texts: dict[str, Sequence[str]] = {}
     numbers: dict[str, Sequence[int]] = {}
     if isinstance(listing.read, Members):
         texts["shard"] = listing.read.shards
         numbers["stamp"] = [number for stamp in listing.read.stamps for number in stamp]
         numbers["place"] = listing.read.places
-    elif isinstance(listing.read, Files):
+    elif isinstance(listing.read, Files) and listing.root is None:
         texts["path"] = listing.read.paths
     if listing.groups is not None:
         known: dict[str, int] = {}
         numbers["group"] = [known.setdefault(group, len(known)) for group in listing.groups]
         texts["group_name"] = list(known)
-    sizes = [-1] * len(listing.ids) if listing.sizes is None else listing.sizes
-    part = Part(listing.ids, listing.class_of, sizes)
-    about = {"source": listing.source, "root": listing.root}
-    write_list(file, about, listing.classes, [part], texts, numbers)
+    n = len(listing.ids)
+    sizes = [-1] * n if listing.sizes is None else listing.sizes
+    parts = (
+        Part(listing.ids[k : k + BLOCK], listing.class_of[k : k + BLOCK], sizes[k : k + BLOCK])
+        for k in range(0, n, BLOCK)
+    )
+    about: dict[str, Any] = {"source": listing.source, "root": listing.root}
+    if listing.divided:
+        about |= {"divided": listing.divided, "seen": list(listing.seen)}
+    write_list(file, about, listing.classes, parts, texts, numbers)
 
 
 def write_list(
@@ -154,7 +206,8 @@ def write_list(
 
     Args:
         file: to write or replace.
-        about: `source`, for messages, and `root`, the folder that ids are paths below, or None.
+        about: `source`, for messages, and `root`, the folder that ids are paths below, or None;
+            of a part of a source `divided` and `seen` of its `Listing`.
         classes: their names, in order.
         parts: the images.
         texts: other columns of texts by name, such as tar files' names.
@@ -274,4 +327,6 @@ def read_list(mapped: Mapped) -> Listing:
         groups=Chosen(mapped, "group") if "group" in mapped.columns else None,
         sizes=sizes,
         root=root,
+        divided=about.get("divided", ""),
+        seen=about.get("seen", ()),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +15,9 @@ from unbraid.base.arguments import as_path
 from unbraid.base.errors import DataError, ModelError, UsageError, brief
 from unbraid.base.tables import one_line
 from unbraid.images.broken import UNLABELLED, first_readable
-from unbraid.images.division import divide, undivided
+from unbraid.images.division import TRAIN, VAL, divide, undivided
 from unbraid.images.identity import agree
-from unbraid.images.kept import keep, write_folder, write_listing
+from unbraid.images.kept import keep, write_folder, write_listing, write_parts_of_folder
 from unbraid.images.labels import GUESSED, Outputs, fit_any, read_classes, show_names
 from unbraid.images.listing import ListedImages, Listing, Transform, list_folder, shown_in
 from unbraid.images.lists import CSV, PARQUET, list_rows, list_saved, list_table
@@ -62,8 +62,7 @@ def open_images(
             have numbers for names, else its place among the sorted names.
         listed: a file for the list of images, which it replaces; then none of the list is in
             memory, and of processes that torchrun starts the first alone makes it, and the others
-            wait and map it (docs/scale.md). Not used for SOURCE/train and SOURCE/val of a source
-            that is divided, whose list is in memory.
+            wait and map it (docs/scale.md). Not used for `hf:FOLDER`, which its library maps.
 
     Returns:
         A data set of (image, label) for `unbraid.scan`. Its `reading` says how labels were found;
@@ -226,10 +225,38 @@ def _unfitted(loaded: LoadedModel, _: str, listing: Listing) -> tuple[ListedImag
     return ListedImages(listing, loaded.transform, reading, names), listing.divided
 
 
-def images_like(images: ListedImages, where: str) -> ListedImages:
+def images_like(images: ListedImages, where: str, listed: Path | None = None) -> ListedImages:
     """Open other images with the same preprocessing and labels."""
-    listing = list_images(where, with_classes=bool(images.labels))
-    return ListedImages(listing, images.transform, images.labels, images.classes)
+    # Without classes there, folders are none here either.
+    return _like(images, list_images(where, bool(images.labels), listed))
+
+
+def _like(images: ListedImages, listing: Listing) -> ListedImages:
+    others = ListedImages(listing, images.transform, images.labels, images.classes)
+    if isinstance(listing.ids, Texts):
+        agree(others)
+    return others
+
+
+def images_of_run(
+    loaded: LoadedModel, where: str, listed: Mapping[str, Path], *, of_outputs: bool = True
+) -> tuple[ListedImages, ListedImages, str]:
+    """Open training images as `images_for` does, and validation images like them.
+
+    The lists are kept in the files `listed`, by part, or in memory without; a source that is to be
+    divided is listed once.
+    """
+    train_place, val_place = part_of(where, TRAIN), part_of(where, VAL)
+    whole = undivided(train_place)
+    if whole is None or not listed or where.startswith(SAVED):
+        train, note = images_for(loaded, train_place, listed.get(TRAIN), of_outputs=of_outputs)
+        return train, images_like(train, val_place, listed.get(VAL)), note
+    undivided(val_place)  # or it tells that one of two is missing
+    listings = _keep_parts(whole[0], listed, with_classes=True)
+    fitted = _fitted if of_outputs else _unfitted
+    train, note = fitted(loaded, train_place, listings[TRAIN])
+    agree(train)
+    return train, _like(train, listings[VAL]), note
 
 
 def labelled(images: ListedImages) -> bool:
@@ -239,10 +266,14 @@ def labelled(images: ListedImages) -> bool:
 
 def list_images(where: str, with_classes: bool = True, listed: Path | None = None) -> Listing:
     """List the images of a source as `open_images` takes it; folders in a folder may be classes."""
+    if where.startswith(SAVED):  # which arrow maps anyway
+        listed = None
     if (source_and_part := undivided(where)) is not None:
         source, part = source_and_part
-        return divide(list_images(source, with_classes), part)
-    if listed is None or where.startswith(SAVED) or is_own(where):  # not of files here
+        if listed is None:
+            return divide(list_images(source, with_classes), part)
+        return _keep_parts(source, {part: listed}, with_classes)[part]
+    if listed is None or is_own(where):  # not of files here
         listing = _list_others(where)
         return list_folder(Path(where), with_classes) if listing is None else listing
 
@@ -253,7 +284,21 @@ def list_images(where: str, with_classes: bool = True, listed: Path | None = Non
         else:
             write_listing(listed, listing)
 
-    return keep(listed, write)
+    return keep([listed], write)[0]
+
+
+def _keep_parts(source: str, listed: Mapping[str, Path], with_classes: bool) -> dict[str, Listing]:
+    """Divide a source, and keep the list of each part in a file."""
+
+    def write() -> None:
+        listing = _list_others(source)
+        if listing is None:
+            write_parts_of_folder(listed, Path(source), with_classes)
+            return
+        for part, file in listed.items():
+            write_listing(file, divide(listing, part))
+
+    return dict(zip(listed, keep(list(listed.values()), write), strict=True))
 
 
 def _list_others(where: str) -> Listing | None:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import labels_of, size_of
 from unbraid.images.identity import hash_of, ids_of
+from unbraid.images.mapped import as_array
 
 SIZES = {"train": 2048, "val": 1024}  # images, in whole shards
 # Where there are more classes, the first look is at these many, so that each has images enough.
@@ -38,7 +39,7 @@ def choose(ids: Iterable[str], labels: Sequence[int], n: int) -> list[int]:
 
     Of more than 128 classes, those whose numbers have the lowest hashes go before all others.
     """
-    classes, class_of = np.unique(np.asarray(labels, dtype=np.int64), return_inverse=True)
+    classes, class_of = np.unique(as_array(labels), return_inverse=True)
     hashes = np.fromiter(map(hash_of, ids), np.uint64, len(labels))
     turns = np.array([hash_of(str(label)) for label in classes.tolist()], np.uint64)
     turn_of = turns.argsort().argsort()[class_of]

@@ -161,8 +161,11 @@ def channel_views(
     evaluation: Evaluation | None,
 ) -> tuple[list[ChannelView], list[str]]:
     """Describe every channel of a split, and say what is left out; `scan` is for validation."""
-    top, ids = reference_images(scan, split, n=N_IMAGES, alike=ALIKE), scan.ids()
+    top = reference_images(scan, split, n=N_IMAGES, alike=ALIKE)
     firsts = first_images(scan, split, {c: missing_concepts(images) for c, images in top.items()})
+    rows = [images for own in top.values() for images in (own.original, *own.concepts)]
+    shown = {index for images in rows for index in images.index.tolist()}
+    ids = scan.ids(shown | {first[0] for own in firsts.values() for first in own.values()})
     sums = class_sums(train_scan, [], found.clusters) if train_scan else None
     there = set(sums.n_images.nonzero().flatten().tolist()) if sums else set()
     semantics = evaluation.semantics if evaluation else None

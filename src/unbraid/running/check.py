@@ -14,7 +14,7 @@ from unbraid.base.files import remove_leftovers, set_aside
 from unbraid.base.tables import count
 from unbraid.finding.findings import COLUMNS as FINDINGS
 from unbraid.finding.thresholds import COLUMNS as SENSITIVITY
-from unbraid.images.kept import LISTED
+from unbraid.images.kept import LISTED, LISTED_PARTS
 from unbraid.images.mapped import Mapped
 from unbraid.measuring.circuit_graph import read_graphs
 from unbraid.measuring.results import read_ablation, read_channels, read_output, read_semantics
@@ -130,8 +130,9 @@ def check(folder: str | Path) -> Checkup:
         if (path / DATA).exists():
             found.look(path / DATA, partial(read_layers, path))
     of_scans = [f"{path}: {_check_scan(path, found)}." for path in scans]
-    for path in (path / LISTED for path in there if (path / LISTED).exists()):
-        found.look(path, partial(_check_list, path))
+    for path in (path / name for path in there for name in (LISTED, *LISTED_PARTS.values())):
+        if path.exists():
+            found.look(path, partial(_check_list, path))
     found.holds = [f"{path}: {_check_run(path, found)}." for path in runs] + of_scans
     return found
 

@@ -29,6 +29,7 @@ from unbraid.networks.outputs import as_logits, run_network
 from unbraid.reporting.before_after import before_after_page
 from unbraid.reporting.pictures import sight_of
 from unbraid.running.finished import Run
+from unbraid.running.folders import refuse_folder
 from unbraid.running.network import load_again, network_images
 from unbraid.scanning.scan_options import Loading
 from unbraid.surgery.edit import check_edit, edit
@@ -69,15 +70,12 @@ def edit_run(
         network: the run's, by default loaded as the run's folder tells.
         say: told of each step, and of what is left out.
     """
-    if not (run.folder / "split.safetensors").exists():
-        raise RunError(f"{run.folder} holds no split, so there is nothing to switch off.")
     if run.settings.target != "label":
         raise UsageError(
             f"The page of an edit counts classes, and the run's target {run.settings.target!r} is "
             "of none; unbraid.edit makes the network in Python, unbraid.ablate tells what it loses."
         )
-    if (out / "settings.json").exists() or (out / "manifest.json").exists():
-        raise UsageError(f"{out} holds a run or scan; name another folder.")
+    refuse_folder(out)
     split, loaded = run.split, network or load_again(run.settings.source)
     model, images = loaded.model, network_images(run, loaded)
     edited = edit(model, split, scales)

@@ -60,12 +60,23 @@ class Run:
     @cached_property
     def train_scan(self) -> Scan:
         """Of all training images."""
-        return open_scan(folders.home_of(self.folder) / "scan-train")
+        return self._open_scan(0)
 
     @cached_property
     def val_scan(self) -> Scan:
         """Of all validation images."""
-        return open_scan(folders.home_of(self.folder) / "scan-val")
+        return self._open_scan(1)
+
+    def _open_scan(self, which: int) -> Scan:
+        """Open one of the run's scans; RunError if another has come in its place."""
+        scan = open_scan(folders.home_of(self.folder) / folders.SCANS[which])
+        known = self.settings.scans[which : which + 1]  # older runs do not name theirs
+        if known and known != (scan.manifest.scan_id,):
+            raise RunError(
+                f"{scan.path} is another scan than the one that the run in {self.folder} is of; "
+                "start the run again."
+            )
+        return scan
 
     @cached_property
     def found(self) -> Findings:
@@ -101,8 +112,14 @@ class Run:
 
     @cached_property
     def split(self) -> Split:
-        """By least squares."""
-        return Split.load(self.folder / "split.safetensors")
+        """By least squares; RunError if there is none."""
+        path = self.folder / "split.safetensors"
+        if not path.exists():
+            raise RunError(
+                f"{self.folder} holds no split, so there are no concept channels; start the run "
+                "again unless its report says that nothing was found."
+            )
+        return Split.load(path)
 
     @cached_property
     def baseline(self) -> Split:
@@ -168,7 +185,8 @@ class Run:
         names = ["findings.csv", "report.html"]
         if self.found.concepts:
             names += ["split.safetensors", "split-published.safetensors", "evaluation.json"]
-            names += [folders.FEATURES] * features
+            refused = (self.folder / folders.NO_FEATURES).exists()  # as it would be again
+            names += [folders.FEATURES] * (features and not refused)
         return all((self.folder / name).exists() for name in names)
 
     @property
@@ -199,11 +217,6 @@ class Run:
         self, channel: int, kind: Literal["teaser", "densities", "sources"] = "teaser"
     ) -> Figure:
         """Draw a split channel as `unbraid.teaser_figure` and its like; RunError if none is."""
-        if not (self.folder / "split.safetensors").exists():
-            raise RunError(
-                f"{self.folder} holds no split, so there is nothing to draw; start the run again "
-                "unless its report says that nothing was found."
-            )
         drawn = (self.split, self.val_scan, channel)
         if kind == "teaser":
             return teaser_figure(*drawn, dataset=self.images, features=self.features)

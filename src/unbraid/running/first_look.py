@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Subset
 
 from unbraid.base.tables import count
 from unbraid.images.dataset import listed_labels, size_of
+from unbraid.images.mapped import distinct
 from unbraid.images.sample import SIZES, sample_of
 from unbraid.running.folders import FIRST_LOOK, home_of
 from unbraid.running.several import LayerRuns, run_layers
@@ -63,7 +64,7 @@ def run_in_turn(
             f"{_of(parts['train'], train)} training and {_of(parts['val'], val)} validation images"
         )
         n_seen, n_all = (
-            len(set(listed_labels(images) or ()) if by_class else ())
+            len(distinct(listed_labels(images) or ()) if by_class else ())
             for images in (parts["train"], train)
         )
         if n_seen < n_all:

@@ -26,7 +26,7 @@ from unbraid.base.tables import csv_text
 from unbraid.finding.findings import COLUMNS, ConceptKind, Findings
 from unbraid.finding.thresholds import Tau
 from unbraid.images.dataset import Relabelled
-from unbraid.images.kept import LISTED
+from unbraid.images.kept import LISTED, LISTED_PARTS
 from unbraid.images.labels import Outputs, read_classes
 from unbraid.images.listing import ListedImages
 from unbraid.images.open import list_images, part_of
@@ -40,6 +40,7 @@ SCANS = ("scan-train", "scan-val")
 SETTINGS = "settings.json"
 FEATURES = "features"
 CIRCUITS = "circuits.json"  # through earlier layers
+NO_FEATURES = "no-features.txt"  # why they could not be made
 FIRST_LOOK = "quick"  # folder of a run over some of the images
 _RESULTS = (
     "findings.csv",
@@ -48,10 +49,11 @@ _RESULTS = (
     "split-published.safetensors",
     "evaluation.json",
     CIRCUITS,
+    NO_FEATURES,
     "report.html",
 )
 _OWN = {  # files by what else lies in their folder
-    SETTINGS: (SETTINGS, *_RESULTS),
+    SETTINGS: (SETTINGS, *_RESULTS, *LISTED_PARTS.values()),
     "manifest.json": ("manifest.json", "layer.safetensors", LISTED, "shard-*.safetensors"),
     "features.json": ("features.json", "*.png"),
 }
@@ -185,6 +187,12 @@ def refuse_result(file: Path | None) -> None:
         own = any(fnmatchcase(file.name, pattern) for pattern in patterns)
         if own and (file.parent / mark).exists():
             raise UsageError(f"{file} belongs to what lies in {file.parent}; name another file.")
+
+
+def refuse_folder(folder: Path | None) -> None:
+    """UsageError if a folder is that of a run or scan, which other files do not go into."""
+    if folder is not None and any((folder / mark).exists() for mark in (SETTINGS, "manifest.json")):
+        raise UsageError(f"{folder} holds a run or scan; name another folder.")
 
 
 def take_folder(out: Path, settings: Settings, found: Findings) -> Path:

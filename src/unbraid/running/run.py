@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,18 +13,20 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError, RunError, UnbraidError, UsageError
-from unbraid.base.files import set_aside
+from unbraid.base.files import set_aside, write_whole
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
 from unbraid.finding.find import find
 from unbraid.finding.thresholds import check_thresholds
 from unbraid.images.broken import UNLABELLED, Loaded, first_readable
 from unbraid.images.dataset import class_names_of, listed_labels, name_of, size_of, spaced
+from unbraid.images.mapped import distinct
 from unbraid.images.sample import SIZES
 from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_encoder, ready
 from unbraid.measuring.evaluate import evaluate
 from unbraid.measuring.results import Evaluation
 from unbraid.networks.copying import device_of, unwrap
+from unbraid.networks.formats import kept_channels_last
 from unbraid.networks.layers import describe, resolve_layer
 from unbraid.networks.preflight import look_first
 from unbraid.networks.relevance import undisturbed
@@ -219,7 +221,11 @@ def _measure(job: Job, made: Run, model2: nn.Module, encoder: Encoder) -> Evalua
     nets = Networks(job.model, model2, encoder)
     about = (made.found, made.split, made.val_scan, job.val, job.everything)
     measured = Measured(*about, read_target(job.target))
-    measures = measure(nets, measured, job.say, job.loading_of(made))
+    with ExitStack() as stack:
+        if made.val_scan.manifest.channels_last:  # as fast as the scan
+            for network in (job.model, model2):
+                stack.enter_context(kept_channels_last(unwrap(network)))
+        measures = measure(nets, measured, job.say, job.loading_of(made))
     measures |= {"baseline": made.baseline, "maps": made.val_maps}
     return evaluate(made.split, made.val_scan, **measures)
 
@@ -240,7 +246,9 @@ def _visualize(job: Job, made: Run, model2: nn.Module) -> Features | None:
         features = visualize(model2, *asked, seconds=SECONDS, progress=True)
     except UnbraidError as error:  # a page without them is better than none
         job.say(f"Feature visualisations are left out: {error}")
+        write_whole(made.folder / folders.NO_FEATURES, f"{error}\n".encode())
         return None
+    (made.folder / folders.NO_FEATURES).unlink(missing_ok=True)
     if features.left_out:
         n_made = count(len(features.channels), "channel")
         job.say(f"Visualised only the {n_made} with the lowest cosines.")
@@ -325,7 +333,7 @@ def tell_unseen(job: Job) -> None:
     train, val = (listed_labels(images) for images in (job.train, job.val))
     if job.labels != "given" or train is None or val is None:
         return  # they will be known only when all images were read
-    missing = sorted(set(train) - set(val) - {UNLABELLED})
+    missing = sorted(distinct(train) - distinct(val) - {UNLABELLED})
     if missing:
         names = class_names_of(job.train)
         told = [names[label] if label < len(names) else str(label) for label in missing[:5]]

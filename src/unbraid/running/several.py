@@ -213,7 +213,13 @@ def _ids(scans: tuple[Scan, Scan]) -> tuple[str, str]:
 
 def _tell_without_page(layers: Layers) -> list[str]:
     """Say which layers have no report though something was found, and how to make it."""
-    rest = [row.layer for row in layers.layers if row.n_sure + row.n_uncertain and not row.page]
+    found = [row for row in layers.layers if row.n_sure + row.n_uncertain]
+    if not found:
+        return [
+            "Nothing was found in any layer; a run with --layer and one of their names says which "
+            "thresholds come nearest."
+        ]
+    rest = [row.layer for row in found if not row.page]
     if not rest:
         return []
     one = len(rest) == 1

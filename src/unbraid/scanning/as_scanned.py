@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError
 from unbraid.images.broken import UNLABELLED
-from unbraid.images.dataset import Around, labels_of
+from unbraid.images.dataset import Around, labels_of, lie_at
 from unbraid.images.identity import ids_of
 from unbraid.scanning.records import Scan
 
@@ -46,10 +46,10 @@ class AsScanned(Around):
 
 def as_scanned(dataset: Dataset[Any], scan: Scan) -> Dataset[Any]:
     """Put a data set's images under the indices of a scan, by their ids if both have them."""
-    known, scanned = ids_of(dataset), scan.ids()
-    if known is None:
+    known = ids_of(dataset)
+    if known is None or all(lie_at(own, known) for own in scan.ids_by_shard()):
         return dataset
+    scanned = scan.ids()
     by_id = {one: index for index, one in enumerate(known)}
     now = {index: by_id[one] for index, one in scanned.items() if one in by_id}
-    unmoved = len(now) == len(scanned) and all(i == j for i, j in now.items())
-    return dataset if unmoved or not now else AsScanned(dataset, now, scanned)
+    return AsScanned(dataset, now, scanned) if now else dataset

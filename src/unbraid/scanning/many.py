@@ -21,6 +21,7 @@ from unbraid.base.arguments import as_path
 from unbraid.base.errors import RunError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import one_line
+from unbraid.images.dataset import join_names
 from unbraid.images.identity import unpack_ids
 from unbraid.scanning.fields import Records
 from unbraid.scanning.manifest import Manifest
@@ -234,18 +235,14 @@ def _joined(scans: Sequence[Scan]) -> Manifest:
 
 def _names_of(scans: Sequence[Scan]) -> tuple[str, ...]:
     """The names of classes by label; RunError where scans disagree on one."""
-    names: list[str] = []
-    for scan in scans:
-        for label, name in enumerate(scan.class_names):
-            before = names[label] if label < len(names) else ""
-            if before and name and before != name:
-                raise RunError(
-                    f"The scans in {scans[0].path} and {scan.path} cannot be read as one, as label "
-                    f"{label} is {one_line(before)!r} in one and {one_line(name)!r} in the other; "
-                    "name scans whose labels mean the same."
-                )
-            names[label : label + 1] = [before or name]
-    return tuple(names)
+    return join_names(
+        (scan.class_names for scan in scans),
+        lambda number, label, before, name: RunError(
+            f"The scans in {scans[0].path} and {scans[number].path} cannot be read as one, as "
+            f"label {label} is {one_line(before)!r} in one and {one_line(name)!r} in the other; "
+            "name scans whose labels mean the same."
+        ),
+    )
 
 
 # --- no image twice -------------------------------------------------------------------------------

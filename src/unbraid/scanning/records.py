@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -180,16 +180,25 @@ class Scan:
         """Classes that have an image."""
         return set(self.n_by_label)
 
-    def ids(self) -> dict[int, str]:
-        """What names each image for good, by index; empty where the data set had no ids."""
-        ids: dict[int, str] = {}
+    def ids(self, indices: Iterable[int] | None = None) -> dict[int, str]:
+        """What names each image for good, or each of some, by index; empty where there are no ids.
+
+        Of all images this takes a few hundred bytes each; `ids_by_shard` gives them in turn.
+        """
+        every = (pair for own in self.ids_by_shard() for pair in own.items())
+        if indices is None:
+            return dict(every)
+        wanted = set(indices)
+        return {index: one for index, one in every if index in wanted}
+
+    def ids_by_shard(self) -> Iterator[dict[int, str]]:
+        """The same shard by shard, so that memory does not grow with the number of images."""
         for shard in range(self.n_shards):
             if not self.holds(shard, "id_start"):
-                return {}
+                return
             own = self.some(shard, ("index", "id_start", "id_bytes"))
             names = unpack_ids(own["id_start"], own["id_bytes"])
-            ids.update(zip(own["index"].tolist(), names, strict=True))
-        return ids
+            yield dict(zip(own["index"].tolist(), names, strict=True))
 
 
 def open_one(folder: Path) -> Scan:

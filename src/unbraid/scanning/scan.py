@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import platform
 import warnings
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack, get_type_hints, overload
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -220,7 +222,8 @@ def scan_into(
     first: list[int] = []
     if 0 < n_first < len(indices) == len(labels):
         first = sample_of(dataset, n_first, by_class=options.labels == "given")
-        indices = first + sorted(set(indices) - set(first))
+        others = np.delete(np.arange(len(indices)), first)
+        indices = array("q", np.concatenate([first, others]).astype(np.int64).tobytes())
     before = begun or _look_at(specs, looks or {}, hash_weights(model) if looks else "")
     common = _describe_all(model, list(modules.values()), dataset, labels, indices, options, before)
     common |= {"first": hash_indices(first or None), "n_first": len(first)}

@@ -318,7 +318,7 @@ def _look(
         logits = look_first(model, images.to(device_of(model)), layers, n_fewest)
         if listed is not None:
             # Of a list in a file one image of each class will do.
-            mapped = isinstance(listed, Numbers) and isinstance(indices, range)
+            mapped = isinstance(listed, Numbers) and len(indices) == len(listed)
             chosen = sorted(listed.first().values()) if mapped else list(indices)  # type: ignore[attr-defined]
             label = torch.tensor([listed[k] for k in chosen], dtype=torch.int64)
             check_labels(label, torch.tensor(chosen, dtype=torch.int64), logits)

@@ -55,9 +55,11 @@ def split(
         everything: a scan of all training images, where `scan` is of some. The published rule then
             takes from `scan` rho alone; channels of whose concepts it has no image take the median
             of the others' rho, with a warning. Quantiles of responses are of all these images.
-        refit: for least squares, an earlier split made from this scan, to be brought up to date in
-            a moment: channels whose concepts are as they were are taken from it, and all others
-            are fitted with its lambda and omega in place of cross-validation.
+        refit: for least squares, an earlier split made from this scan (and `everything`), to be
+            brought up to date in a moment: channels whose concepts are as they were are taken from
+            it, and all others are fitted with its lambda and omega in place of cross-validation.
+            A split of another scan, such as that of a first look, is refused; one of an earlier
+            version, which noted no scan, is taken with a warning.
         progress: show, on standard error, how far steps are that take longer than a moment.
 
     Returns:
@@ -65,7 +67,8 @@ def split(
 
     Raises:
         UsageError: nothing was found, rho is out of range, misplaced or cannot be chosen from this
-            scan, the scan lacks images of a concept, or `start` or `refit` is of another layer.
+            scan, the scan lacks images of a concept, `start` or `refit` is of another layer, or
+            `refit` of another scan.
 
     Source:
         "Split" in docs/method.md.
@@ -93,7 +96,8 @@ def split(
         scans.append(as_kind("everything", everything, Scan))
     for own in scans:
         _check_layer(own, found)
-    weights, kept = (None, ()) if refit is None else _kept(scan, found, refit)
+    made_from = tuple(dict.fromkeys(own.manifest.scan_id for own in scans))
+    weights, kept = (None, ()) if refit is None else _kept(scan, found, refit, made_from)
     done = {part.channel for part in kept}
     anew = replace(found, concepts={o: own for o, own in found.concepts.items() if o not in done})
     for own in scans if method == "least_squares" else scans[-1:]:
@@ -128,6 +132,7 @@ def split(
         class_names=found.class_names,
         clusters=found.clusters,
         channels=tuple(parts),
+        scans=made_from,
     )
 
 
@@ -139,9 +144,23 @@ def check_rho(rho: float | None) -> float | None:
     return number
 
 
-def _kept(scan: Scan, found: Findings, earlier: Split) -> tuple[Weights, tuple[ChannelSplit, ...]]:
+def _kept(
+    scan: Scan, found: Findings, earlier: Split, scans: tuple[str, ...]
+) -> tuple[Weights, tuple[ChannelSplit, ...]]:
     """The weights of an earlier split, and its channels whose concepts are as they were."""
     as_kind("refit", earlier, Split).require(scan)
+    # Masks, quantiles and weights of another scan would stand beside those of this one.
+    if earlier.scans and earlier.scans != scans:
+        raise UsageError(
+            "refit is a split made from another scan, such as a first look; pass it as start, "
+            "which begins there and fits all anew."
+        )
+    if not earlier.scans:
+        warnings.warn(
+            "refit is a split of an earlier version, which did not note its scan; make sure that "
+            "it was made from this one, or split anew.",
+            stacklevel=4,
+        )
     # A channel of few images has a larger lambda than the layer's, hence the least.
     penalty = min((part.info.get("lambda", 0.0) for part in earlier.channels), default=0.0)
     silence = min((part.info.get("omega", 0.0) for part in earlier.channels), default=0.0)

@@ -92,6 +92,7 @@ class Split(Tabular):
     class_names: tuple[str, ...]
     channels: tuple[ChannelSplit, ...]
     clusters: Clusters = field(default_factory=dict)  # by number, where they stand for classes
+    scans: tuple[str, ...] = ()  # `scan_id` of what it was made from; earlier versions noted none
 
     def __getitem__(self, channel: int) -> ChannelSplit:
         """Return the division of one channel; KeyError if it was not split."""
@@ -156,6 +157,7 @@ class Split(Tabular):
                 {"channel": p.channel, "concepts": p.concepts, "info": p.info} for p in parts
             ],
             "clusters": clusters,
+            "scans": self.scans,
         }
         write_tensors(as_path("path", path), tensors, about)
 
@@ -192,6 +194,7 @@ class _About:
     class_names: tuple[str, ...]
     channels: tuple[_ChannelEntry, ...]
     clusters: dict[int, ClusterEntry] = field(default_factory=dict)
+    scans: tuple[str, ...] = ()
     crc32: dict[str, int] = field(default_factory=dict)
 
 
@@ -237,4 +240,5 @@ def _put_together(about: _About, tensors: dict[str, Tensor]) -> Split:
         class_names=about.class_names,
         channels=tuple(channels),
         clusters=unpack(about.clusters, tensors, spec.n_in_per_group),
+        scans=about.scans,
     )
