@@ -92,3 +92,10 @@ def test_compare_outputs_leaves_out_a_broken_image_and_refuses_what_cannot_be_co
     ):
         with pytest.raises(error, match=sentence):
             unbraid.compare_outputs(pair.network, pair.changed, dataset, skip_broken=skip)
+
+
+def test_an_output_that_is_no_logits_is_neither_right_nor_wrong():
+    maps, images = nn.Conv2d(3, 5, 1).eval(), SyntheticImages(4, size=(3, 6, 6))
+    same = unbraid.compare_outputs(maps.double(), maps, images, tolerance=0.0)
+    assert (same.max_abs_logit_diff, same.n_images) == (0.0, 4)
+    assert (same.top1_agreement, same.top1_before, same.top1_after) == (None, None, None)

@@ -8,6 +8,7 @@ from PIL import Image
 import unbraid
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import UsageError
+from unbraid.reporting import figures
 from unbraid.reporting.crops import Crops, crop_box
 
 SIDE = 60
@@ -81,3 +82,24 @@ def test_a_crop_lies_within_its_picture(n):
         left, top, right, bottom = crop_box(position, n, n)
         assert 0 <= left < right <= 1
         assert 0 <= top < bottom <= 1 + 1e-9
+
+
+def test_figures_of_places_show_the_images_that_they_lie_in(made):
+    dataset, scan = made
+    channel, (records,) = 0, scan.shards()
+    kept = [n for n in range(len(records)) if bool(records.kept_of(channel)[n])]
+    groups = [[records.index[n].item() for n in own] for own in (kept[:2], kept[2:])]
+    found = unbraid.find(scan, images={channel: groups})
+    split = unbraid.split(scan, found)
+    graph = unbraid.circuit_graph(
+        [unbraid.circuit(split, scan, channel=channel, concept=0)], [(split, scan)]
+    )
+    shown = [image for node in graph.nodes for image in node.images]
+    assert len(shown) > 3
+    for image in shown:
+        assert image.image.startswith(f"{image.index}.png @ ")
+    tiles = figures._read_tiles(split, split.channels[0], scan, dataset, 2)
+    blues = {int(np.asarray(picture)[..., 2].max()) for row in tiles for _, picture in row}
+    assert blues <= set(records.image.tolist())
+    with pytest.raises(UsageError, match="whole images"):
+        unbraid.measure_semantics(split, scan, dataset, lambda batch: batch.flatten(1))

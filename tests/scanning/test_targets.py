@@ -17,6 +17,8 @@ from tiny_networks import SyntheticImages
 from tiny_networks import build as build_classifier
 from unbraid.base.errors import DataError, LayerError, ModelError, RunError, UsageError
 from unbraid.measuring.results import read_ablation
+from unbraid.scanning.scan import usable_layers
+from unbraid.scanning.targets import read_target
 
 COLUMNS = ("pooled", "n_positions", "index", "spread", "spread_start")
 
@@ -406,3 +408,33 @@ def test_another_split_network_shows_in_outputs_of_any_structure(tmp_path):
         assert same.max_abs_logit_diff == 0
         with pytest.raises(unbraid.UnbraidError, match="differ from the original's by"):
             unbraid.compare_outputs(network, build(kind, seed=2), dataset, target=None)
+
+
+def with_aux():
+    """A segmenter that puts out maps of a head that the target does not look at."""
+    network = Body(lambda maps: maps).double().eval()
+    network.aux = torch.nn.Conv2d(3, 5, 1).double()
+    network.put_out = lambda maps: {"out": maps}
+    forward = network.forward
+
+    def both(x):
+        return {**forward(x), "aux": network.aux(x)}
+
+    network.forward = both
+    return network
+
+
+def test_all_layers_are_those_that_reach_the_target(tmp_path):
+    seen = torch.stack([image for image, _ in images(2)])
+    names = [spec.name for spec in usable_layers(with_aux(), seen, "segmentation:1")]
+    assert names == ["stem.0", "layer", "head"]
+    every = [spec.name for spec in usable_layers(with_aux(), seen)]  # of the whole output
+    assert "aux" in every
+    scans = unbraid.scan(with_aux(), "all", images(), tmp_path, target="segmentation:1")
+    assert list(scans) == names
+
+
+def test_of_a_single_map_the_class_wins_where_its_logit_is_positive():
+    maps = torch.tensor([[[[5.0, -3.0], [-3.0, 2.0]]]])
+    label = torch.zeros(1, dtype=torch.int64)
+    assert read_target("segmentation:0").of(maps, label, label).tolist() == [7.0]

@@ -13,9 +13,10 @@ import unbraid
 from checks import assert_bit_equal, assert_close, assert_same_outputs, assert_untouched, snapshot
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import LayerError, ModelError, OutputChangedError
-from unbraid.networks.attention import OUT, attend, projections
+from unbraid.networks.attention import OUT, attend, projections, with_projections
 from unbraid.networks.layers import resolve_layer, splittable_layers, weight_rows
 from unbraid.networks.relevance import undisturbed
+from unbraid.scanning.batch import bytes_of_one
 from unbraid.scanning.scan import usable_layers
 
 OPTIONS = {
@@ -328,6 +329,7 @@ def test_heads_are_the_rows_that_reach_a_heads_scores_and_values():
         (slopes,) = torch.autograd.grad(met(h), layer.in_proj_weight)
         moved = {row for row in range(18) if slopes[row].abs().max() > 1e-9}
         assert moved == {row for name in rows if name.endswith(f"h{h}") for row in rows[name]}
+    assert unbraid.heads(nn.DataParallel(network), "attention.in_proj") == rows
     crossed = Around(crossed=True)
     assert unbraid.heads(crossed, "attention.k_proj") == {"k.h0": range(3), "k.h1": range(3, 6)}
     for name in ("head", "attention"):
@@ -336,3 +338,12 @@ def test_heads_are_the_rows_that_reach_a_heads_scores_and_values():
     timms = timm.layers.Attention(8, num_heads=2)
     assert unbraid.heads(nn.Sequential(timms), "0.qkv")["v.h1"] == range(20, 24)
     assert unbraid.heads(nn.Sequential(timms), "0.proj") == {"h0": range(4), "h1": range(4, 8)}
+
+
+def test_memory_is_reckoned_for_projections_too():
+    """What lies behind a projection keeps its outputs for the gradient."""
+    network = Around()
+    layers = dict(with_projections(network))
+    image = torch.randn(3, 4, 4).double()
+    sizes = [bytes_of_one(network, [layers[f"attention.{own}"]], image) for own in ("in_proj", OUT)]
+    assert sizes[0] > sizes[1]

@@ -112,7 +112,7 @@ def find(
     if of_classes:
         refuse_places(scan)
     auto, note, told = tau == "auto", "", Progress(progress)
-    if tau == "auto" and not scan.manifest.has_shares:
+    if tau == "auto" and not (scan.manifest.has_shares and not scan.manifest.places_of):
         tau, auto = scan.manifest.min_share, False
     elif tau == "auto":
         tau, *_, note = choose_tau(scan, p, gamma, told) if of_classes else typical_taus(scan)

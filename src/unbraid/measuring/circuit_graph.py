@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -180,7 +180,22 @@ def circuit_graph(
     for split, scan in shown:
         split.require(scan)
     (graph,) = circuit_graphs([(circuits, n)], shown, n_images=n_images)
+    for _, scan in shown:
+        if scan.manifest.places_of:
+            graph = _in_images(graph, scan)
     return graph
+
+
+def _in_images(graph: CircuitGraph, places: Scan) -> CircuitGraph:
+    """Name the images that places of a layer lie in, as a data set has images."""
+    image = torch.cat(list(places.columns("image"))).tolist()
+
+    def of(node: Node) -> Node:
+        if node.layer != places.layer.name:
+            return node
+        return replace(node, images=tuple(replace(o, index=image[o.index]) for o in node.images))
+
+    return replace(graph, nodes=tuple(map(of, graph.nodes)))
 
 
 def circuit_graphs(

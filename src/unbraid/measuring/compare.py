@@ -18,7 +18,7 @@ from unbraid.images.batches import Batch, image_progress, in_batches, read_image
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import size_of
 from unbraid.networks.copying import device_of, unwrap
-from unbraid.networks.outputs import alike_wide, run_network
+from unbraid.networks.outputs import alike_wide, as_rows, holds_logits, run_network, run_raw
 from unbraid.networks.preflight import refuse_unsteady
 from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target
@@ -43,7 +43,7 @@ class OutputSums:
     def __init__(self, model: nn.Module, tolerance: float, target: Scalar | None = None) -> None:
         """Start without an image, with the original network; classes ask for a target of them."""
         self._model, self._tolerance = model, tolerance
-        self._classes = target is None or target.name == LABEL
+        self.of_classes = target is None or target.name == LABEL
         self._worst = 0.0
         # Read, labelled, of the same top class, right before and after.
         self._counts = torch.zeros(5, dtype=torch.int64)
@@ -72,7 +72,7 @@ class OutputSums:
         n_read, n_labelled, n_same, n_before, n_after = self._counts.tolist()
         if n_read == 0:
             raise DataError("No image could be read, so there is nothing to compare outputs on.")
-        if not self._classes:
+        if not self.of_classes:
             return OutputComparison(self._worst, None, None, None, n_read)
         before, after = (n / n_labelled if n_labelled else None for n in (n_before, n_after))
         return OutputComparison(self._worst, n_same / n_read, before, after, n_read)
@@ -137,7 +137,9 @@ def compare_outputs(
             advance=advance,
         ):
             images = images.to(device)
-            logits, logits2 = run_network(model, images), run_network(model2, images)
+            output, logits2 = run_raw(model, images), run_network(model2, images)
+            sums.of_classes &= holds_logits(output, len(images))  # else none is right or wrong
+            logits = as_rows(output, len(images))
             sums.add((index, images, labels), logits, logits2)
     return sums.result()
 

@@ -182,6 +182,8 @@ def look(
 
 def _refuse_other_images(scan: Scan, dataset: Dataset[Any]) -> None:
     """Raise if the data set cannot be the one that was scanned."""
+    if scan.manifest.places_of:
+        raise UsageError("Semantic measures are of whole images; pass the scan of the images.")
     given = scan.manifest.labels == "given"
     labels = labels_of(dataset, needed=given)
     for own in scan.tensors("index", "label"):

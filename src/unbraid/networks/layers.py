@@ -120,7 +120,8 @@ def heads(model: nn.Module, layer: LayerName) -> dict[str, range]:
     Raises:
         LayerError: the network has no such layer, or it is none of attention.
     """
-    name, module = resolve_layer(unwrap(model), layer)
+    model = unwrap(model)
+    name, module = resolve_layer(model, layer)
     path, _, own = name.rpartition(".")
     holder = module.of[0] if isinstance(module, Projection) else model.get_submodule(path)
     n_heads = getattr(holder, "num_heads", None)

@@ -204,14 +204,20 @@ def as_rows(output: Any, n_images: int) -> Tensor:
     Of a list of dictionaries, one an image, as detection gives, rows begin with the sizes of what
     the image has, and end in zeros where others have more. ModelError if rows are not to be told.
     """
+    if not holds_logits(output, n_images):
+        rows = _rows_of(output, n_images)
+        if rows is not None:
+            return rows
+    return logits_of(output, n_images)
+
+
+def holds_logits(output: Any, n_images: int) -> bool:
+    """Whether an output is, or holds, logits."""
     try:
         as_logits(output, n_images)
     except ModelError:
-        rows = _rows_of(output, n_images)
-        if rows is None:
-            raise
-        return rows
-    return logits_of(output, n_images)
+        return False
+    return True
 
 
 def logits_of(output: Any, n_images: int) -> Tensor:

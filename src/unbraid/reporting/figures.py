@@ -23,6 +23,7 @@ from unbraid.finding.arv import class_sums
 from unbraid.measuring.evaluate import gather_responses
 from unbraid.measuring.reference_images import ALIKE, reference_images
 from unbraid.reporting.channel import Bars, bars, densities
+from unbraid.reporting.crops import Crops
 from unbraid.reporting.pictures import read_pictures
 from unbraid.reporting.words import bounded, letter
 
@@ -183,7 +184,8 @@ def _read_tiles(
     labels: dict[int, int] = {}
     for images in rows:
         labels |= zip(images.index.tolist(), images.label.tolist(), strict=True)
-    pictures = read_pictures(dataset, labels, square)
+    pictured = Crops(dataset, scan) if scan.manifest.places_of else dataset
+    pictures = read_pictures(pictured, labels, square)
     return [
         [
             (concept, pictures[index])

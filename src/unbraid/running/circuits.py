@@ -74,7 +74,7 @@ def circuits_of(
         )
     part, concepts = _asked(run, channel, concept)
     sums = class_sums(run.train_scan, (), run.split.clusters)
-    own = [circuit_of(run.split, sums, part, k, N_FOLLOWED) for k in concepts]
+    own = [circuit_of(run.split, sums, part, k, max(n, N_FOLLOWED)) for k in concepts]
     graphs = [circuit_graph(own, [(run.split, run.val_scan)], n=n)]
     before = list(earlier_runs(run))
     if before and network is not None:
@@ -150,7 +150,7 @@ def through_earlier(
     for earlier in before:
         way = Through(earlier.split, run.split, run.val_scan, *options)
         with suppress(LayerError):  # it lies beside the way
-            found = way.follow(targets, N_FOLLOWED, progress=True)
+            found = way.follow(targets, max(N_FOLLOWED, *n.values()), progress=True)
             break
     else:
         return {}

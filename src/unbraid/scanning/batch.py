@@ -75,7 +75,8 @@ def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor, n
         kept += behind * made * (3 if module in layers and len(layers) > 1 else 1)
 
     with ExitStack() as stack:
-        for module in model.modules():
+        # Projections of attention are no modules of the network before it is looked at.
+        for module in dict.fromkeys([*model.modules(), *layers]):
             scripted = isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
             # A layer may have parts of its own, such as its padding.
             whole = next(module.children(), None) is None or module in layers

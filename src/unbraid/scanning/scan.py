@@ -43,7 +43,7 @@ from unbraid.networks.layers import (
     splittable_layers,
     weight_rows,
 )
-from unbraid.networks.outputs import picks_of, run_network
+from unbraid.networks.outputs import as_rows, picks_of, run_network, run_raw
 from unbraid.networks.relevance import Cut, cut_at, gradients_at, undisturbed
 from unbraid.networks.spec import LayerSpec
 from unbraid.networks.weights import hash_weights, refuse_broken_weights
@@ -392,7 +392,7 @@ def usable_layers(
         # What is the same whatever the image are codes of positions and the like.
         if len(of_images) != len(of_noise) or not all(map(torch.equal, of_images, of_noise))
     ]
-    return seeing if sought.value is None else _reaching(model, seeing, images)
+    return seeing if sought.value is None else _reaching(model, seeing, images, sought)
 
 
 def usable_in(
@@ -416,17 +416,26 @@ def _cuts(
         yield [stack.enter_context(cut_at(layer, keep)) for layer in layers]
 
 
-def _reaching(model: nn.Module, specs: list[LayerSpec], images: Tensor) -> list[LayerSpec]:
-    """Leave out layers on whose output the logits do not depend."""
+def _reaching(
+    model: nn.Module, specs: list[LayerSpec], images: Tensor, target: Scalar
+) -> list[LayerSpec]:
+    """Leave out layers on whose output the target does not depend, or the logits, of a class."""
     try:
         with undisturbed(model), torch.enable_grad(), _cuts(model, specs, id) as cuts:
-            logits = run_network(model, images)
+            output = run_raw(model, images)
+            value = None
+            if not target.of_class:
+                first = torch.zeros(len(images), dtype=torch.int64)
+                value = target.of(output, first.to(images.device), first)
+            if value is None or not value.requires_grad:  # as of a detector that sees nothing
+                value = as_rows(output, len(images))
             for cut in cuts:
                 cut.recording = False
             outputs = [output for cut in cuts for output in cut.outputs]
-            gradients = iter(gradients_at(outputs, logits.sum()) if outputs else ())
+            gradients = iter(gradients_at(outputs, value.sum()) if outputs else ())
             reached = [any([next(gradients) is not None for _ in cut.outputs]) for cut in cuts]
     except (RuntimeError, ModelError):  # what is written in place leaves no whole graph
-        alone = [_reaching(model, [spec], images) for spec in specs] if len(specs) > 1 else []
-        return [spec for found in alone for spec in found]
+        if len(specs) == 1:
+            return []
+        return [own for spec in specs for own in _reaching(model, [spec], images, target)]
     return [spec for spec, reaches in zip(specs, reached, strict=True) if reaches]

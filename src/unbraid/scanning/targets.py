@@ -172,6 +172,8 @@ def _mask(output: Any, number: int, n_images: int) -> Tensor:
             f"have classes 0 to {maps.shape[1] - 1}."
         )
     wins = maps.detach().argmax(1) == number
+    if maps.shape[1] == 1:  # of a single logit the class wins where it is above zero
+        wins = maps.detach()[:, 0] > 0
     return (maps[:, number] * wins).flatten(1).sum(1)
 
 
