@@ -39,6 +39,7 @@ LEFT_OUT = {  # what the text leaves out of a command, or the command to which i
     "unbraid run --layer look.8 --layer mix": "--model clothes.py:build --data clothes --out two",
     "unbraid run --layer all": "--model clothes.py:build --data clothes --out all --no-features",
     "--concepts clusters": f"{_RUN} clusters",
+    "--concepts whole": f"{_RUN} whole",
     "unbraid run --quick": "--model clothes.py:build --layer mix --data clothes --out first-look",
     "--concepts classes": f"{_RUN} classes",
     "--data DIR/train": "unbraid scan --model clothes.py:build --layer mix --out divided",
