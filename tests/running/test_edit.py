@@ -165,6 +165,6 @@ def test_mistakes_are_told_and_nothing_is_written(run, tmp_path):
     settings = json.loads((run.folder / "settings.json").read_text())
     unknown = shutil.copytree(run.folder, tmp_path / "unknown")
     (unknown / "settings.json").write_text(json.dumps({**settings, "source": {}}))
-    with pytest.raises(RunError, match="does not say"):
+    with pytest.raises(UsageError, match="does not say which network"):
         edit_run(Run(unknown), SCALES, out, loading=Loading())
     assert not out.exists()
