@@ -137,9 +137,7 @@ def test_images_count_for_the_fingerprint_beside_their_sizes(file):
     assert hashed() != before
 
 
-@pytest.mark.parametrize(
-    ("function", "label"), [("unnamed", "3"), ("far", "9"), ("below", "-2")]
-)
+@pytest.mark.parametrize(("function", "label"), [("unnamed", "3"), ("far", "9"), ("below", "-2")])
 def test_a_label_without_a_name_is_refused(file, function, label):
     with pytest.raises(DataError, match=f"has 3 class names but the label {label};"):
         open_images(f"{file}:{function}")

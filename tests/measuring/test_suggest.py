@@ -128,7 +128,7 @@ def test_what_matters_elsewhere_names_the_class_and_no_class_of_its_own(ablation
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, True])
 def test_fewer_than_one_is_refused(ablation, n):
-    with pytest.raises(UsageError, match="n is .*; give a whole number, 1 or more"):
+    with pytest.raises(UsageError, match=r"n is .*; give a whole number, 1 or more"):
         suggest(ablation, n=n)
 
 

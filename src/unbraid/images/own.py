@@ -97,7 +97,7 @@ def _list(dataset: Dataset[Any], source: str) -> Listing:
     if names and distinct(labels) != {UNLABELLED}:
         return Listing(source, ids, read, list(names), labels, groups, sizes)
     told = [None if label == UNLABELLED else str(label) for label in labels]
-    return make_listing(source, [*ids], read, told, groups, sizes and [*sizes])
+    return make_listing(source, [*ids], read, told, groups, None if sizes is None else [*sizes])
 
 
 def _refuse_unnamed(labels: Sequence[int], names: Sequence[str], source: str) -> None:

@@ -173,8 +173,12 @@ def _card(run: Run, evaluation: Evaluation, data_name: str, license_name: str) -
 def _nameless(scan: Scan, network: str) -> Scan:
     """The same scan, but that it does not say where anything lies."""
     own = scan.manifest
-    told = {name: _without_folders(getattr(own, name)) for name in ("preprocessing", "target")}
-    nameless = replace(own, source={"model": network}, **told)
+    nameless = replace(
+        own,
+        source={"model": network},
+        preprocessing=_without_folders(own.preprocessing),
+        target=_without_folders(own.target),
+    )
     vars(nameless)["scan_id"] = own.scan_id  # by which its shards are known
     return replace(scan, manifest=nameless)
 
