@@ -202,6 +202,17 @@ def test_a_network_of_ones_own_is_edited_and_its_circuits_are_drawn(again, call)
     assert (edited / "network.safetensors").exists()
 
 
+def test_a_target_of_a_file_is_kept_so_that_any_folder_finds_it(home, call, monkeypatch, tmp_path):
+    np.save(home / "text.npy", np.ones(3))
+    run_in_turn = Mock(return_value=[])
+    monkeypatch.setattr("unbraid.running.first_look.run_in_turn", run_in_turn)
+    for target in ("embedding:text.npy", "regression:1"):
+        code, _, err = call(*RUN, "--out", str(tmp_path / "out"), "--target", target)
+        assert code == 0, err
+    kept = [one.kwargs["source"]["target"] for one in run_in_turn.call_args_list]
+    assert kept == [f"embedding:{(home / 'text.npy').resolve()}", "regression:1"]
+
+
 def test_figure_is_drawn_and_check_tells_what_is_damaged(again, call):
     channel = str(unbraid.Split.load(again / "split.safetensors").channels[0].channel)
     options = ("--channel", channel, "--kind", "sources", "--out", str(again / "own.png"))

@@ -6,12 +6,14 @@ import torch
 from unbraid.base.errors import DataError, UsageError
 from unbraid.images import own
 from unbraid.images.dataset import holder_of, picture_of
+from unbraid.images.identity import fingerprint
 from unbraid.images.open import absolute, images_like, open_images, part_of
 from unbraid.reporting.drawing import bands_of
 
 CODE = """
 import torch
 from torch.utils.data import Dataset
+import unbraid
 
 class Waves(Dataset):
     bands = (2, 1, 0)
@@ -32,6 +34,33 @@ def bare():
     return Waves(6, labelled=False)
 def three():
     return 1, 2, 3
+def grouped(labelled=True):
+    waves = Waves(60, labelled)
+    waves.groups = [f"person {k // 3}" for k in range(60)]
+    waves.sizes = [50 + k for k in range(60)]
+    return waves
+def bare_groups():
+    return grouped(labelled=False)
+def several():
+    waves = Waves(60, labelled=False)
+    waves.targets = [[k % 3, (k + 1) % 3] for k in range(60)]
+    return unbraid.one_per_label(waves)
+def unnamed():
+    waves = Waves(6)
+    waves.targets = [0, 1, 2, 3, 0, 1]
+    return waves
+def far():
+    waves = Waves(6)
+    waves.targets = [0, 1, 2, 9, 0, 1]
+    return waves
+def below():
+    waves = Waves(6)
+    waves.targets = [0, 1, 2, -2, 0, 1]
+    return waves
+def some():
+    waves = Waves(6)
+    waves.targets = [0, 1, 2, -1, 0, 1]
+    return waves
 def fails():
     raise ValueError("no disk")
 """
@@ -71,11 +100,48 @@ def test_tensors_come_as_they_are_with_labels_and_parts(file):
         ("waves.py:fails", "fails .*no disk"),
         ("waves.py:bot", "no function 'bot'.* both"),
         ("wave.py:both", "There is no file"),
+        ("waves.py:one/foo", "asks for a part 'foo', and there are train and val"),
+        ("waves.py:one/train/train", "asks for a part 'train/train'"),
+        ("waves.py:both/foo/val", r"name .*waves.py:both or one of these"),
     ],
 )
 def test_what_is_no_data_set_is_told(file, source, sentence):
     with pytest.raises(UsageError, match=sentence):
         open_images(f"{file.parent}/{source}")
+
+
+@pytest.mark.parametrize("function", ["grouped", "bare_groups"])
+def test_a_group_is_for_training_or_for_validation(file, function):
+    train, val = (open_images(f"{file}:{function}/{part}") for part in ("train", "val"))
+    assert len(train) + len(val) == 60
+    assert set(val.groups)
+    assert not set(train.groups) & set(val.groups)
+    assert list(val.sizes) == [50 + int(image[0, 0]) for image, _ in val]
+    assert "hash of their groups" in val.divided
+
+
+def test_items_of_an_image_of_several_labels_stay_together(file):
+    parts = [open_images(f"{file}:several/{part}") for part in ("train", "val")]
+    shown = [{int(image[0, 0]) for image, _ in part} for part in parts]
+    assert len(shown[0]) + len(shown[1]) == 60
+    assert not shown[0] & shown[1]
+
+
+def test_images_count_for_the_fingerprint_beside_their_sizes(file):
+    def hashed():
+        images = open_images(f"{file}:grouped")
+        return fingerprint(images, images.targets)
+
+    before = hashed()
+    file.write_text(CODE.replace("float(k)", "float(k) / 2"))
+    assert hashed() != before
+
+
+@pytest.mark.parametrize(("function", "label"), [("unnamed", "3"), ("far", "9"), ("below", "-2")])
+def test_a_label_without_a_name_is_refused(file, function, label):
+    with pytest.raises(DataError, match=f"has 3 class names but the label {label};"):
+        open_images(f"{file}:{function}")
+    assert open_images(f"{file}:some").targets == [0, 1, 2, -1, 0, 1]
 
 
 def test_code_that_only_a_folder_names_is_not_run(file, monkeypatch):

@@ -126,6 +126,12 @@ def test_what_matters_elsewhere_names_the_class_and_no_class_of_its_own(ablation
     assert len(suggest(ablation, n=1).rows) <= 2
 
 
+@pytest.mark.parametrize("n", [0, -1, 1.5, True])
+def test_fewer_than_one_is_refused(ablation, n):
+    with pytest.raises(UsageError, match=r"n is .*; give a whole number, 1 or more"):
+        suggest(ablation, n=n)
+
+
 def test_an_older_ablation_is_refused(ablation):
     bare = [
         replace(

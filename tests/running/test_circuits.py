@@ -3,13 +3,15 @@
 import json
 import shutil
 import sys
+from unittest.mock import Mock
 
 import pytest
 
 import unbraid
 from pages import sections
 from unbraid.__main__ import main
-from unbraid.base.errors import RunError, UsageError
+from unbraid.base.errors import DataError, RunError, UsageError
+from unbraid.cli.look import circuit
 from unbraid.demo.network import load_images, load_network
 from unbraid.running import circuits as module
 from unbraid.running.check import check
@@ -116,6 +118,29 @@ def test_a_run_that_goes_on_follows_nothing_again(out, tmp_path):
     shutil.copytree(out, copy)
     make(copy, said=said)
     assert not any("through earlier layers" in words for words in said)
+
+
+def test_a_run_with_other_settings_follows_its_own_earlier_layer(out, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(out, copy)
+    make(copy, thresholds=Thresholds(tau=0.014, gamma=0.85), everything=True)
+    for inside in ("", "settings-2"):
+        (before,) = earlier_runs(Run(copy / "mix" / inside))
+        assert before.folder.resolve() == (copy / "look.8" / inside).resolve()
+    shutil.rmtree(copy / "look.8" / "settings-2")
+    assert list(earlier_runs(Run(copy / "mix" / "settings-2"))) == []
+
+
+@pytest.mark.parametrize("gone", [DataError("The images are gone."), RunError("The code is own.")])
+def test_without_images_circuits_are_drawn_all_the_same(out, tmp_path, monkeypatch, capsys, gone):
+    monkeypatch.setattr(Run, "images", property(Mock(side_effect=gone)))
+    run = Run(out / "look.8")
+    channel = run.split.channels[0].channel
+    circuit(run.folder, channel=channel, out=tmp_path)
+    told = capsys.readouterr()
+    assert f"{gone} Circuits are drawn without images." in told.err
+    assert (tmp_path / f"{channel}.svg").stat().st_size
+    assert str(tmp_path / f"{channel}.png") in told.out
 
 
 def test_what_cannot_be_followed_is_told_and_the_rest_is_there(out):

@@ -1,5 +1,6 @@
 """`unbraid share`: a folder that others can load, without pictures, paths or markup of others."""
 
+import copy
 import json
 import re
 import shutil
@@ -11,9 +12,10 @@ import yaml
 
 import unbraid
 from pages import HOSTILE, assert_harmless
-from unbraid.base.errors import RunError, UsageError
+from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.demo.network import CLASSES, SPLIT, load_images, load_network
 from unbraid.running import run as running
+from unbraid.running import share
 from unbraid.running.finished import Run
 from unbraid.running.folders import Thresholds
 from unbraid.running.share import CARD, MEASURES, PAGE, share_run
@@ -108,11 +110,73 @@ def test_mistakes_are_told_and_nothing_is_written(run, tmp_path):
     with pytest.raises(UsageError, match=rf"holds a {CARD} of something else"):
         share_run(run, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [CARD]
+    for name in (FILE, MEASURES, PAGE):
+        other = tmp_path / name.partition(".")[0]
+        other.mkdir()
+        (other / name).write_text("mine")
+        with pytest.raises(UsageError, match=rf"holds a {name} of something else"):
+            share_run(run, other)
+        assert [(path.name, path.read_text()) for path in other.iterdir()] == [(name, "mine")]
     bare = Run(shutil.copytree(run.folder, tmp_path / "bare"))
     bare.found = replace(run.found, concepts={}, pairs=())
     with pytest.raises(RunError, match="found nothing to split"):
         share_run(bare, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_fails_on_the_way_changes_nothing(run, shared, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise DataError("The images are gone.")
+
+    before = {path: path.read_bytes() for path in shared.iterdir()}
+    monkeypatch.setattr(Run, "images", property(fail))
+    for out in (shared, tmp_path / "new"):
+        with pytest.raises(DataError, match="are gone"):
+            share_run(run, out, pictures=True, license_name="other")
+    assert {path: path.read_bytes() for path in shared.iterdir()} == before
+    assert not (tmp_path / "new").exists()
+    write = share.write_whole
+
+    def write_some(path, content):
+        if path == tmp_path / "new" / CARD:
+            fail()
+        write(path, content)
+
+    monkeypatch.setattr(share, "write_whole", write_some)
+    with pytest.raises(DataError, match="are gone"):
+        share_run(run, tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_an_unusual_target_is_on_the_card_and_paths_in_texts_are_not(run, shared, tmp_path):
+    assert "| target |" not in (shared / CARD).read_text()
+    other = copy.copy(run)
+    told = {"target": "regression:1", "preprocessing": f"Mean(path=PosixPath('{WHERE}/mean.npy'))"}
+    for name in ("train_scan", "val_scan"):
+        scan = getattr(run, name)
+        manifest = replace(scan.manifest, **told)
+        vars(manifest)["scan_id"] = scan.manifest.scan_id
+        setattr(other, name, replace(scan, manifest=manifest))
+    share_run(other, tmp_path / "out")
+    card, page = ((tmp_path / "out" / name).read_text() for name in (CARD, PAGE))
+    assert "| target | regression:1 |" in card
+    for text in (card, page):
+        assert WHERE not in text
+        assert "mean.npy" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (r"Mean('C:\\Users\\me\\mean.npy', 1/255)", "Mean('mean.npy', 1/255)"),
+        (r"Mean('\\\\host\\me\\mean.npy')", "Mean('mean.npy')"),
+        ("""Mean("/home/o'me/mean.npy")""", 'Mean("mean.npy")'),
+        ("mean: file:///home/me/mean.npy; ~/me/other.npy", "mean: mean.npy; other.npy"),
+        ("x / 2 / y, in/folder/x, https://host/a/b, '/'", None),
+    ],
+)
+def test_of_a_path_in_a_text_the_last_part_is_left(text, left):
+    assert share._without_folders(text) == (text if left is None else left)
 
 
 def test_a_folder_is_shared_again_in_place(run, shared):

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 import unbraid
-from unbraid.base.errors import RunError, UnbraidError, UsageError
+from unbraid.base.errors import DataError, RunError, UnbraidError, UsageError
 from unbraid.base.tables import Table, one_line
 from unbraid.cli.shared import (
     Device,
@@ -106,6 +106,12 @@ def circuit(
     graphs = circuits_of(ran, channel, concept, n=n, network=load, say=note)
     name = f"{channel}" if concept is None else f"{channel}.{concept}"
     files, can_draw = [], find_spec("matplotlib") is not None
+    images = None
+    if can_draw:
+        try:
+            images = ran.images
+        except (DataError, RunError) as error:
+            note(f"{error} Circuits are drawn without images.")
     for graph in graphs:
         show_table(graph)
         show()
@@ -114,7 +120,7 @@ def circuit(
         files.append((out or ran.folder / "circuits") / f"{stem}.json")
         graph.save(files[-1])
         if can_draw:
-            drawn = circuit_figure(graph, dataset=ran.images)
+            drawn = circuit_figure(graph, dataset=images)
             for ending in ("png", "svg"):
                 files.append(files[0].with_name(f"{stem}.{ending}"))
                 save_figure(drawn, files[-1])

@@ -102,7 +102,7 @@ def run(
     from unbraid.images.open import images_of_run, labelled
     from unbraid.running.first_look import run_in_turn
     from unbraid.running.folders import Thresholds, home_of
-    from unbraid.scanning.targets import read_target
+    from unbraid.scanning.targets import found_again, read_target
 
     if n_ranks() > 1:
         raise UsageError(
@@ -135,7 +135,7 @@ def run(
             loading=loading,
             source=source_of(loaded, train, data)
             | {"class_folders": labelled(train)}
-            | ({} if target == "label" else {"target": target}),
+            | ({} if target == "label" else {"target": found_again(target)}),
             say=say,
             title=network.model,
             encoder=encoder,

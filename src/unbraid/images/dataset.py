@@ -156,6 +156,8 @@ def changes_images(dataset: Dataset[Any]) -> bool:
     """Whether code of anyone's own reads images out of a data set inside, and may change them."""
     reads = [kind.__getitem__ for kind in (Subset, ConcatDataset) if isinstance(dataset, kind)]
     as_they_are = isinstance(dataset, Around) or type(dataset).__getitem__ in reads
+    if own(dataset, "read_by_code")[1]:
+        return True
     inner = inner_of(dataset)
     return bool(inner) and (not as_they_are or any(map(changes_images, inner)))
 
@@ -263,6 +265,15 @@ def groups_of(dataset: Dataset[Any]) -> Sequence[int] | None:
         raise DataError(
             f"The data set's groups cannot be compared ({brief(error)}); give texts or numbers."
         ) from None
+
+
+def group_names_of(dataset: Dataset[Any]) -> list[str] | None:
+    """Return the name of each image's group as text, None where a data set does not say."""
+    numbers, keys = groups_of(dataset), _group_keys(dataset)
+    if numbers is None or keys is None:
+        return None
+    names: dict[int, str] = {}
+    return [names.setdefault(n, str(key)) for n, key in zip(numbers, keys, strict=True)]
 
 
 def _group_keys(dataset: Dataset[Any]) -> Sequence[Any] | None:

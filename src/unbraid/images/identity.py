@@ -105,7 +105,7 @@ def fingerprint(dataset: Dataset[Any], labels: Sequence[int]) -> str:
     for numbers in (labels, groups):
         for content in () if numbers is None else in_bytes(numbers):
             digest.update(content)
-    ids, sizes = ids_of(dataset), _sizes_of(dataset)
+    ids, sizes = ids_of(dataset), sizes_of(dataset)
     for one, size in zip(ids or (), repeat("") if sizes is None else sizes, strict=False):
         digest.update(_encode(one) + f"\0{size}\0".encode())
     if ids is None or sizes is None or changes_images(dataset):
@@ -146,14 +146,14 @@ def _content(dataset: Dataset[Any], index: int) -> bytes:
     return plain(image, index).contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _sizes_of(dataset: Dataset[Any]) -> Sequence[int] | None:
+def sizes_of(dataset: Dataset[Any]) -> Sequence[int] | None:
     """How large the images are where they lie, in bytes; -1 for a file that is gone."""
     sizes = own_list(dataset, "sizes")
     if sizes is not None:
         return sizes
     files = _files_of(dataset)
     if files is None:
-        return gathered(dataset, _sizes_of, "sizes", "samples")
+        return gathered(dataset, sizes_of, "sizes", "samples")
     found = [look_at(file, f"Image {file}") for file in files]
     return [-1 if one is None else one.st_size for one in found]
 

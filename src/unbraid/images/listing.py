@@ -138,6 +138,11 @@ class ListedImages(Dataset[tuple[Any, int]]):
         return (picture if self.transform is None else self.transform(picture)), self.targets[index]
 
     @property
+    def read_by_code(self) -> bool:
+        """Whether the images come of a data set of anyone's own, which may change."""
+        return isinstance(self._read, Items)
+
+    @property
     def picture(self) -> Reader:
         """Reads one image, by index, as an RGB picture, before the transform."""
         if isinstance(self._read, Items):

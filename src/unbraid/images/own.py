@@ -12,11 +12,13 @@ from torch.utils.data import Dataset, Subset
 
 from unbraid.base.arguments import a_type
 from unbraid.base.errors import DataError, UsageError
+from unbraid.base.tables import count
 from unbraid.images.broken import UNLABELLED
-from unbraid.images.dataset import class_names_of, holder_of, labels_of, size_of
+from unbraid.images.dataset import class_names_of, group_names_of, holder_of, labels_of, size_of
 from unbraid.images.division import TRAIN, VAL, Divided, divide
-from unbraid.images.identity import ids_of
+from unbraid.images.identity import ids_of, sizes_of
 from unbraid.images.listing import Items, Listing, make_listing
+from unbraid.images.mapped import distinct
 from unbraid.networks.models import call_function
 
 _MARK = ".py:"
@@ -50,10 +52,17 @@ def list_own(where: str) -> Listing:
     network takes it, or (training, validation); a single one is divided.
 
     Raises:
-        UsageError: the file or function is missing or fails, or returns something else.
+        UsageError: the file or function is missing or fails, returns something else, or is asked
+            for another part.
+        DataError: a label has no name though others have.
     """
     path, _, called = where.rpartition(":")
     function, _, part = called.partition("/")
+    if part not in ("", TRAIN, VAL):
+        raise UsageError(
+            f"{where} asks for a part {part!r}, and there are train and val; name "
+            f"{path}:{function} or one of these."
+        )
     _named.add(place_of(f"{path}:{function}"))
     made = call_function(path, function, "DATA")
     several = made if isinstance(made, tuple) else (made,)
@@ -63,7 +72,7 @@ def list_own(where: str) -> Listing:
             f"{a_type(made)}."
         )
     if len(several) == 2:
-        if part not in (TRAIN, VAL):
+        if not part:
             raise UsageError(
                 f"{path}:{function} returns training and validation images; name {where}/train or "
                 f"{where}/val."
@@ -80,10 +89,23 @@ def list_own(where: str) -> Listing:
 
 def _list(dataset: Dataset[Any], source: str) -> Listing:
     labels, names = labels_of(dataset), class_names_of(dataset)
+    _refuse_unnamed(labels, names, source)
     ids: Sequence[str] = ids_of(dataset) or [str(index) for index in range(size_of(dataset))]
     held = holder_of(dataset, 0, "bands")
     read = Items(dataset, held and held[0].bands)
-    if names and set(labels) != {UNLABELLED}:
-        return Listing(source, ids, read, list(names), labels)
+    groups, sizes = group_names_of(dataset), sizes_of(dataset)
+    if names and distinct(labels) != {UNLABELLED}:
+        return Listing(source, ids, read, list(names), labels, groups, sizes)
     told = [None if label == UNLABELLED else str(label) for label in labels]
-    return make_listing(source, [*ids], read, told)
+    return make_listing(source, [*ids], read, told, groups, None if sizes is None else [*sizes])
+
+
+def _refuse_unnamed(labels: Sequence[int], names: Sequence[str], source: str) -> None:
+    """Raise DataError of a label that no name stands for, or that is below UNLABELLED."""
+    for label in sorted(distinct(labels)):
+        if label < UNLABELLED or (names and label >= len(names)):
+            told = f"has {count(len(names), 'class name')} but" if names else "has"
+            raise DataError(
+                f"{source} {told} the label {label}; give labels from 0 on, {UNLABELLED} for none, "
+                "and each a name in classes or none at all."
+            )

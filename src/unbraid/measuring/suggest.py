@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-from unbraid.base.arguments import as_kind
+from unbraid.base.arguments import as_kind, whole_number
 from unbraid.base.errors import UsageError
 from unbraid.base.tables import Table, Tabular
 from unbraid.measuring.results import Ablation, ChannelAblation, ClassDrops, ClassOutput
@@ -80,9 +80,10 @@ def suggest(ablation: Ablation, n: int = 20) -> Suggestions:
         n: of each kind, at most.
 
     Raises:
-        UsageError: the ablation is of an older version, without standard errors.
+        UsageError: the ablation is of an older version, without standard errors, or n is below 1.
     """
     as_kind("ablation", ablation, Ablation)
+    n = whole_number("n", n, 1)
     if ablation.target != "label":
         raise UsageError(
             f"Suggestions go by accuracy, and with the target {ablation.target!r} there is none; "

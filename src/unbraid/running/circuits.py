@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,7 +31,7 @@ from unbraid.networks.copying import unwrap
 from unbraid.networks.models import LoadedModel
 from unbraid.reporting.layers import read_layers
 from unbraid.running.finished import Run
-from unbraid.running.folders import CIRCUITS, home_of
+from unbraid.running.folders import CIRCUITS, home_of, read_settings, results_in
 from unbraid.running.network import network_images
 from unbraid.running.run import Job
 from unbraid.running.sample import by_cosine
@@ -106,22 +108,33 @@ def _asked(run: Run, channel: int, concept: int | None) -> tuple[ChannelSplit, S
 
 def earlier_runs(run: Run) -> Iterator[Run]:
     """The runs of earlier layers of the same run that split something, nearest first."""
-    for folder in {home_of(run.folder).parent: None, run.folder.parent: None}:
+    asked = str(replace(run.settings, everything=False))  # which an index does not tell apart
+    name = run.split.layer.name
+    around = dict.fromkeys((home_of(run.folder).parent, run.folder.parent))
+    for folder in (place for one in around for place in results_in(one)):
         layers = None
         with suppress(RunError):
             layers = read_layers(folder)
-        rows = layers.layers if layers is not None else ()
-        name = run.split.layer.name
+        rows = layers.layers if layers is not None and layers.settings == asked else ()
         depth = next((row.depth for row in rows if row.layer == name and row.page), 0)
         for row in sorted(rows, key=lambda row: -row.depth):
             if row.depth >= depth or not row.page:
                 continue
             with suppress(RunError):
-                other = Run((folder / row.page).parent)
-                if other.split.weights == run.split.weights:
+                other = _asked_alike(run, home_of((folder / row.page).parent))
+                if other is not None and other.split.weights == run.split.weights:
                     yield other
         if depth:
             return
+
+
+def _asked_alike(run: Run, home: Path) -> Run | None:
+    """The run of another layer that was asked for the same as a run, None if there is none."""
+    for folder in results_in(home):
+        settings = read_settings(folder)
+        if settings is not None and str(settings) == str(run.settings):
+            return Run(folder)
+    return None
 
 
 def through_earlier(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from unbraid.base.errors import RunError, UsageError
@@ -19,8 +22,14 @@ from unbraid.scanning.records import Scan
 from unbraid.splitting.location import FILE
 
 CARD, MEASURES, PAGE = "README.md", "measures.json", "page.html"
+_FILES = (CARD, FILE, MEASURES, PAGE)
 _OURS = "library_name: unbraid"  # in a card, so that no other README.md is written over
 _MOST = 100  # channels in a card
+_ABSOLUTE = r"(?:file://)?(?:/(?!/)|~\w*/|[A-Za-z]:[\\/])"
+_PATH = re.compile(
+    rf"""(?P<quote>['"])(?P<quoted>(?:{_ABSOLUTE}|\\\\)(?:(?!(?P=quote)).)*)(?P=quote)"""
+    rf"""|(?<![\w./\\~])(?P<bare>{_ABSOLUTE}[^\s'",;()<>\[\]{{}}]*[\\/][^\s'",;()<>\[\]{{}}]*)"""
+)
 _NOT_SAID = "not said"
 _ENTITIES = "<>&|~$@"  # not all readers of Markdown take a backslash before these
 _MARKUP = re.compile(rf"[{re.escape(_ENTITIES)}\\`*_{{}}\[\]#!]")
@@ -51,26 +60,52 @@ def share_run(
 
     Raises:
         RunError: the run has no split, is not finished or cannot be read.
-        UsageError: the folder holds a run, or a README.md of something else.
+        UsageError: the folder holds a run, or files of these names of something else.
+        DataError: pictures are asked for, and the run's images are gone.
     """
     if run.evaluation is None:
         raise RunError(f"{run.folder} found nothing to split, so there is nothing to share.")
     if (out / "settings.json").exists() or (out / "manifest.json").exists():
         raise UsageError(f"{out} holds a run or scan; name another folder.")
-    if (out / CARD).exists() and _OURS not in (out / CARD).read_text("utf-8", "replace"):
-        raise UsageError(f"{out} holds a {CARD} of something else; name another folder.")
-    run.split.save(out / FILE)
-    run.evaluation.save(out / MEASURES)
+    there = next((name for name in _FILES if os.path.lexists(out / name)), None)
+    if there is not None and not _is_shared(out):
+        raise UsageError(f"{out} holds a {there} of something else; name another folder.")
+    images = run.images if pictures else None
     network = _network(run.settings.source)
     shown: dict[str, Any] = {
         name: _nameless(one, network) if isinstance(one, Scan) else one
         for name, one in run.shown_on_page.items()
     }
-    pictured: dict[str, Any] = {"dataset": run.images if pictures else None}
-    report(out / PAGE, title=f"{network}, {run.split.layer.name}", **pictured, **shown)
     card = _card(run, run.evaluation, one_line(data_name), one_line(license_name))
-    write_whole(out / CARD, card.encode("utf-8", "backslashreplace"))
-    return [out / name for name in (CARD, FILE, MEASURES, PAGE)]
+    with TemporaryDirectory() as folder:
+        made = Path(folder)
+        run.split.save(made / FILE)
+        run.evaluation.save(made / MEASURES)
+        title = f"{network}, {run.split.layer.name}"
+        report(made / PAGE, title=title, dataset=images, **shown)
+        write_whole(made / CARD, card.encode("utf-8", "backslashreplace"))
+        _put(made, out)
+    return [out / name for name in _FILES]
+
+
+def _is_shared(out: Path) -> bool:
+    """Whether a folder has a card of ours."""
+    with suppress(OSError):
+        return _OURS in (out / CARD).read_text("utf-8", "replace")
+    return False
+
+
+def _put(made: Path, out: Path) -> None:
+    """Copy the files to where they are shared, the card last; an error leaves no new one there."""
+    new = [name for name in _FILES if not os.path.lexists(out / name)]
+    try:
+        for name in reversed(_FILES):
+            write_whole(out / name, (made / name).read_bytes())
+    except BaseException:
+        for name in new:
+            with suppress(OSError):
+                (out / name).unlink()
+        raise
 
 
 def _card(run: Run, evaluation: Evaluation, data_name: str, license_name: str) -> str:
@@ -86,12 +121,15 @@ def _card(run: Run, evaluation: Evaluation, data_name: str, license_name: str) -
         "fingerprint of its weights": split.weights,
         "layer": f"{layer.name} ({shape})",
         "images": images,
-        "preprocessing": manifest.preprocessing or _NOT_SAID,
+        "target": _without_folders(manifest.target),
+        "preprocessing": _without_folders(manifest.preprocessing) or _NOT_SAID,
         "found with": ", ".join(f"{name} {_short(value)}" for name, value in settings.items()),
         "split": f"{count(len(split.channels), 'channel')}, {count(n_concepts, 'concept')}",
         "licence": license_name or _NOT_SAID,
         "made with": ", ".join(f"{name} {own}" for name, own in manifest.versions.items()),
     }
+    if manifest.target == "label":  # as usual
+        del facts["target"]
     head = ["---", _OURS]
     if license_name:
         head.append(f"license: {json.dumps(license_name)}")  # a text in JSON is one in YAML
@@ -133,8 +171,16 @@ def _card(run: Run, evaluation: Evaluation, data_name: str, license_name: str) -
 
 
 def _nameless(scan: Scan, network: str) -> Scan:
-    """The same scan, but that it does not say where network and images lie."""
-    return replace(scan, manifest=replace(scan.manifest, source={"model": network}))
+    """The same scan, but that it does not say where anything lies."""
+    own = scan.manifest
+    nameless = replace(
+        own,
+        source={"model": network},
+        preprocessing=_without_folders(own.preprocessing),
+        target=_without_folders(own.target),
+    )
+    vars(nameless)["scan_id"] = own.scan_id  # by which its shards are known
+    return replace(scan, manifest=nameless)
 
 
 def _network(source: dict[str, Any]) -> str:
@@ -150,6 +196,21 @@ def _network(source: dict[str, Any]) -> str:
 
 def _without_folder(name: object) -> str:
     return re.split(r"[/\\]", name)[-1] if isinstance(name, str) else ""
+
+
+def _without_folders(text: str) -> str:
+    """Leave of each absolute path in a text its last part.
+
+    >>> _without_folders("Mean(path=PosixPath('/home/a b/mean.npy'), by=1/255) at /x/y.py")
+    "Mean(path=PosixPath('mean.npy'), by=1/255) at y.py"
+    """
+    return _PATH.sub(_last_part, text)
+
+
+def _last_part(found: re.Match[str]) -> str:
+    quote = found["quote"] or ""
+    parts = [part for part in re.split(r"[/\\]+", found["quoted"] or found["bare"]) if part]
+    return f"{quote}{parts[-1] if parts else '/'}{quote}"
 
 
 def _measures(evaluation: Evaluation) -> list[list[str]]:

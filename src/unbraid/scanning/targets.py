@@ -150,6 +150,12 @@ def read_target(given: Any) -> Scalar:
     return Scalar(f"{kind}:{number}", lambda output, label: value[kind](output, number, len(label)))
 
 
+def found_again(name: str) -> str:
+    """Name a target so that the file that it may need is found from any folder."""
+    kind, _, path = name.partition(":")
+    return f"{kind}:{Path(path).resolve()}" if kind == "embedding" else name
+
+
 def _whole(given: str, text: str, example: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise UsageError(
