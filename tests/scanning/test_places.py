@@ -298,6 +298,32 @@ def test_tokens_of_timms_networks(name, size, n_tokens, layout):
     assert places.lay_out(1, told) == (0, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("n_tokens", "told", "layout"),
+    [
+        (196, (1, (14, 14)), (0, 14, 14)),  # CLS comes behind this layer
+        (197, (1, (14, 14)), (1, 14, 14)),
+        (196, (1, None), (0, 14, 14)),
+        (785, (None, (56, 56)), (1, 28, 28)),  # a later stage has a grid of its own
+        (50, (None, (56, 56)), (1, 7, 7)),
+        (784, (1, (56, 56)), (0, 28, 28)),
+        (785, (1, (56, 56)), (1, 28, 28)),
+        (36, (1, (5, 7)), (1, 5, 7)),  # a square by chance
+        (200, (None, (14, 14)), (4, 14, 14)),
+        (213, (None, (14, 14)), (0, 1, 213)),
+        (196, (1, (14, 14), True), (1, 1, 195)),  # the user's word
+    ],
+)
+def test_tokens_of_layers_that_differ(n_tokens, told, layout):
+    assert places.lay_out(n_tokens, places.Tokens(*told)) == layout
+
+
+def test_tokens_before_are_the_users_word(tmp_path):
+    network = Tokened(2, named=True)
+    assert places.tokens_of(network, 1) == places.Tokens(1, None, asked=True)
+    assert places.tokens_of(network, None) == places.Tokens(3, None)
+
+
 def test_a_scan_of_places_is_a_scan_but_for_classes(tmp_path):
     network, dataset = build("1x1"), SyntheticImages(N_IMAGES)
     scan = unbraid.scan(network, "layer", dataset, tmp_path, places=20)

@@ -24,8 +24,9 @@ N_DRAWN = 1000  # places of a layer that are drawn evenly from all of all images
 _DRAWN_NUMBERS = 2**24  # of inputs at these, at most
 _AT_ONCE = 2**24  # responses looked at for their strongest position
 _NOT_DRAWN = torch.iinfo(torch.int64).max
-# Where a network says nothing: tokens before those of a square of at least so many a side.
-_USUAL_PREFIX, _LEAST_SIDE = (1, 2, 5), 7
+# Where a network says nothing: tokens before those of a square of at least so many a side, and
+# before those of a grid that is known.
+_USUAL_PREFIX, _LEAST_SIDE, _MOST_PREFIX = (1, 2, 5), 7, 16
 # Parameters of networks that are tokens before those of the image.
 _PREFIX_NAMES = (
     *("cls_token", "class_token", "class_embedding", "dist_token", "distillation_token"),
@@ -39,6 +40,7 @@ class Tokens:
 
     n_prefix: int | None  # how many come before those of the image; None: nothing
     grid: tuple[int, int] | None  # rows and columns of those of the image
+    asked: bool = False  # whether the user said how many come before, so that it is so everywhere
 
 
 def tokens_of(model: nn.Module, n_prefix: int | None) -> Tokens:
@@ -46,6 +48,7 @@ def tokens_of(model: nn.Module, n_prefix: int | None) -> Tokens:
 
     timm's networks say both; others have CLS and registers among their parameters.
     """
+    asked = n_prefix is not None
     for module in model.modules():
         told = getattr(module, "num_prefix_tokens", None)
         if n_prefix is None and type(told) is int:
@@ -60,7 +63,7 @@ def tokens_of(model: nn.Module, n_prefix: int | None) -> Tokens:
     sizes = (getattr(module, "grid_size", None) for module in model.modules())
     grids = [size for size in sizes if isinstance(size, (tuple, list)) and len(size) == 2]
     grid = (int(grids[0][0]), int(grids[0][1])) if grids else None
-    return Tokens(n_prefix, grid)
+    return Tokens(n_prefix, grid, asked)
 
 
 def lay_out(n_tokens: int, tokens: Tokens) -> tuple[int, int, int]:
@@ -69,19 +72,37 @@ def lay_out(n_tokens: int, tokens: Tokens) -> tuple[int, int, int]:
     >>> lay_out(201, Tokens(None, None)), lay_out(8, Tokens(2, (2, 3))), lay_out(1, Tokens(5, None))
     ((5, 14, 14), (2, 2, 3), (0, 1, 1))
     """
-    side = math.isqrt(n_tokens)
-    n_prefix = tokens.n_prefix
-    if n_prefix is None:
-        rest = n_tokens - (math.prod(tokens.grid) if tokens.grid else side**2)
-        usual = rest in _USUAL_PREFIX and (side >= _LEAST_SIDE or tokens.grid is not None)
-        n_prefix = rest if usual else 0
-    if n_prefix >= n_tokens:  # a layer behind the choice of a token
-        n_prefix = 0
+    n_prefix = _n_prefix(n_tokens, tokens)
     n_own = n_tokens - n_prefix
     if tokens.grid and math.prod(tokens.grid) == n_own:
         return n_prefix, *tokens.grid
     side = math.isqrt(n_own)
     return (n_prefix, side, side) if side**2 == n_own else (n_prefix, 1, n_own)
+
+
+def _n_prefix(n_tokens: int, tokens: Tokens) -> int:
+    """How many of a layer's tokens lie before those of the image.
+
+    Networks may add them behind some layers, or keep other grids in later stages.
+    """
+    told, of_grid = tokens.n_prefix, math.prod(tokens.grid) if tokens.grid else 0
+    if told is not None and told >= n_tokens:  # a layer behind the choice of a token
+        return 0
+    if told is not None and (tokens.asked or n_tokens - told == of_grid):
+        return told
+    if n_tokens == of_grid:
+        return 0
+    if told is not None:
+        return 0 if _is_square(n_tokens) and not _is_square(n_tokens - told) else told
+    if of_grid and 0 < n_tokens - of_grid <= _MOST_PREFIX:
+        return n_tokens - of_grid
+    side = math.isqrt(n_tokens)
+    rest = n_tokens - side**2
+    return rest if rest in _USUAL_PREFIX and side >= _LEAST_SIDE else 0
+
+
+def _is_square(n: int) -> bool:
+    return math.isqrt(n) ** 2 == n
 
 
 @dataclass
