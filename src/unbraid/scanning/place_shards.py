@@ -99,6 +99,7 @@ def is_merged(folder: Path, manifest: Manifest) -> bool:
     return (
         there is not None
         and there.data == _data_of(manifest)
+        and (not there.n_prefix or (folder / PLACES / PEAKS).exists())
         and len(shards_there(folder / PLACES, there)) == there.n_shards
     )
 
@@ -114,6 +115,9 @@ def merge_parts(
         # Another start of the same scan may have merged the parts meanwhile, and deleted them.
         if not is_merged(folder, manifest):
             raise
+    weights = folder / PLACES / "layer.safetensors"
+    if is_merged(folder, manifest) and not weights.exists():  # lost, or damaged and set aside
+        write_tensors(weights, sound_layer(folder, manifest), {})
     for path in (folder / PLACES).glob("part-*.safetensors"):
         path.unlink(missing_ok=True)
 
@@ -145,6 +149,7 @@ def _merge(
         positions=False,
         first="",
         n_first=0,
+        n_prefix=chosen.peaks.shape[1],
     )
     there = read_manifest(out)
     if there is not None and there.data != own.data:  # of another scan; ours comes last
@@ -231,7 +236,9 @@ def _records(
                 "spread_start": none,
                 "spread": inputs[:0],  # within a place nothing varies
                 # What lies in one image is not to be judged by itself.
-                "group": torch.tensor([groups[i] for i in images] if groups else images),
+                "group": torch.tensor(
+                    [groups[i] for i in images] if groups else images, dtype=torch.int64
+                ),
                 "id_start": id_start,
                 "id_bytes": id_bytes,
                 "drawn": chosen.drawn[start : start + n].to(torch.uint8),

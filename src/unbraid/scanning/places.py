@@ -1,7 +1,8 @@
 """Places: where in its images a channel responds most, and some places drawn evenly from all.
 
 Of one image a channel keeps one place, its strongest (of equal ones the first): neighbours show the
-same thing, and would pass for many that agree. Tokens that are no part of the image, such as CLS
+same thing, and would pass for many that agree. Of an image that is several items, one for each of
+its labels, the first counts. Tokens that are no part of the image, such as CLS
 and registers, are no places; how often they respond most is counted. Shapes: N images, P positions,
 G groups, J taps, U places, M entries of lists.
 """
@@ -206,7 +207,11 @@ class PlaceKeeper:
         self._most = _NOT_DRAWN  # what a key must not reach
 
     def look(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], known: Mapping[str, Tensor]
+        self,
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        known: Mapping[str, Tensor],
+        repeated: Tensor | None = None,
     ) -> Places:
         """Choose from a batch the places that may be kept; nothing is changed.
 
@@ -214,15 +219,18 @@ class PlaceKeeper:
             outputs: of the layer at each call, of N images in parts, such as windows.
             inputs: likewise, channels first.
             known: `order`, `image`, `label` and `prediction` of the images, (N,) each.
+            repeated: which images were seen before as other items, (N,) bool; they have no places.
         """
         n_images = len(known["order"])
         z = torch.cat([_by_image(self.spec, output, n_images) for output in outputs], 2)
         n_prefix, rows, columns = self._layout(outputs, z.shape[2], n_images)
         before, z = z[:, :, :n_prefix], z[:, :, n_prefix:]
         best = widen(z.amax(2)).cpu()
-        image, channel = (best >= self._least).nonzero().T
+        new = ~(torch.zeros(n_images, dtype=torch.bool) if repeated is None else repeated)
+        image, channel = ((best >= self._least) & new[:, None]).nonzero().T
         position = _first_strongest(z, image, channel)
         keys = _keys(known["order"], z.shape[2])
+        keys[~new.numpy()] = _NOT_DRAWN
         own = np.flatnonzero(keys.ravel() < self._most)
         if len(own) > self.n_drawn:
             own = own[np.argpartition(keys.ravel()[own], self.n_drawn - 1)[: self.n_drawn]]
@@ -241,7 +249,7 @@ class PlaceKeeper:
             channel=channel,
             at=at[: len(image)],
             response=best[image, channel],
-            peaks=_peaks(before, best),
+            peaks=_peaks(before[new.to(before.device)], best[new]),
         )
 
     def add(self, places: Places) -> None:

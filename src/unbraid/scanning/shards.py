@@ -27,6 +27,7 @@ from unbraid.images.broken import Loaded, sort_out
 from unbraid.images.dataset import groups_of, labels_of, listed_labels
 from unbraid.images.identity import fingerprint, ids_of, pack_ids
 from unbraid.images.mapped import Numbers
+from unbraid.images.several_labels import repeats
 from unbraid.networks.copying import device_of
 from unbraid.networks.formats import kept_channels_last
 from unbraid.networks.layers import bias_of, weight_rows
@@ -161,6 +162,7 @@ def scan_shards(
     n_fewest = min(((n - 1) % same.batch_size + 1 for n in sizes), default=1)  # in a batch
     groups, ids = groups_of(dataset), ids_of(dataset)
     sampled = frozenset(indices[k] for k in same.sampled)
+    repeated = repeats(dataset, indices) if same.places else frozenset()
     pinned = device_of(model).type == "cuda"
     work = _batches(targets, indices, team)
     batches = load(dataset, work, workers=options.workers, pinned=pinned)
@@ -203,6 +205,7 @@ def scan_shards(
                     ],
                     number_of=partial(_number_of, indices, same),
                     sampled=sampled,
+                    repeated=repeated,
                     min_share=options.min_share,
                     positions=options.positions,
                     labels=options.labels,
