@@ -96,7 +96,7 @@ def test_a_crop_of_an_image_that_is_gone_is_unreadable(made):
 
 
 def test_crops_go_by_the_order_where_no_id_is_known(made):
-    dataset, scan = made
+    _, scan = made
     (records,) = scan.shards()
     renamed = Pictures()
     renamed.ids = [f"new/{n}.png" for n in range(12)]
