@@ -13,7 +13,7 @@ from torch import nn
 import oracle
 import unbraid
 from checks import assert_close, assert_untouched, snapshot
-from tiny_networks import SyntheticImages, WithBroken
+from tiny_networks import SyntheticImages, WithBroken, build
 from unbraid.base.errors import DataError, UsageError
 from unbraid.demo.network import LAYER, load_images, load_network
 from unbraid.splitting.quantiles import percentile
@@ -252,7 +252,9 @@ def test_an_old_split_says_that_percentiles_are_unknown(case_of):
     parts = [replace(part, quantiles=None) for part in case.split.channels]
     old = unbraid.apply(case.network, replace(case.split, channels=tuple(parts)))
     found = unbraid.explain(old, case.images.images[0])
-    assert "percentiles are unknown, as the split was made by an earlier version" in str(found)
+    assert "percentiles are unknown, as the split was made from places or by an earlier" in str(
+        found
+    )
     assert found[0].to_dict()["channels"][0]["whole"]["percentile"] is None
     new = unbraid.explain(unbraid.apply(case.network, case.split), case.images.images[0])
     assert "unknown" not in str(new)
@@ -341,6 +343,17 @@ def test_quantiles_are_those_of_all_images_and_survive_a_file(case_of, tmp_path)
                 n_positions = case.truth.z[0].shape[1]
                 expected = np.quantile(sums.numpy() / n_positions, np.linspace(0, 1, 201))
                 assert_close(quantiles, expected, 1e-9)
+
+
+def test_a_split_from_places_keeps_no_quantiles(tmp_path):
+    network, dataset = build("3x3"), SyntheticImages(20)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, places=8)
+    groups = {0: [[0, 1], [2, 5, 6]]}
+    for one, known in ((scan.places, False), (scan, True)):
+        split = unbraid.split(one, unbraid.find(one, images=groups))
+        assert [part.quantiles is not None for part in split.channels] == [known]
+        found = unbraid.explain(unbraid.apply(network, split), dataset[0][0])
+        assert ("unknown, as the split was made from places" in str(found)) == (not known)
 
 
 def test_refitting_a_split_of_an_earlier_version_adds_quantiles(case_of, tmp_path):

@@ -7,9 +7,10 @@ from PIL import Image
 
 import unbraid
 from tiny_networks import SyntheticImages, build
-from unbraid.base.errors import UsageError
+from unbraid.base.errors import DataError, UsageError
 from unbraid.reporting import figures
 from unbraid.reporting.crops import Crops, crop_box
+from unbraid.reporting.pictures import read_pictures
 
 SIDE = 60
 
@@ -74,6 +75,33 @@ def test_crops_follow_ids_where_the_order_changed(made):
     assert [order[n] for n in crops.images] == records.image.tolist()
     with pytest.raises(UsageError, match="fewer images than were scanned"):
         Crops(SyntheticImages(3), scan)
+
+
+def test_a_crop_of_an_image_that_is_gone_is_unreadable(made):
+    dataset, scan = made
+    (records,) = scan.shards()
+    left = torch.utils.data.Subset(dataset, [n for n in range(12) if n != 3])
+    crops = Crops(left, scan)
+    gone = records.image == 3
+    for n in range(len(crops)):
+        if gone[n]:
+            for read in (crops.picture, crops.source, crops.__getitem__):
+                with pytest.raises(DataError, match=r"^Image 3\.png is gone; bring it back"):
+                    read(n)
+        else:
+            assert left.indices[crops.source(n)] == records.image[n]
+    one, other = int(gone.nonzero()[0]), int((~gone).nonzero()[0])
+    labels = {n: crops.targets[n] for n in (one, other)}
+    taken = read_pictures(crops, labels, lambda picture: picture)
+    assert [taken[n] is None for n in (one, other)] == [True, False]
+
+
+def test_crops_go_by_the_order_where_no_id_is_known(made):
+    _, scan = made
+    (records,) = scan.shards()
+    renamed = Pictures()
+    renamed.ids = [f"new/{n}.png" for n in range(12)]
+    assert Crops(renamed, scan).images == records.image.tolist()
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40])

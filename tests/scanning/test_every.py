@@ -14,8 +14,9 @@ from checks import assert_same_files
 from tiny_networks import N_CLASSES, SyntheticImages
 from unbraid.base.errors import UsageError
 from unbraid.networks.layers import describe
-from unbraid.scanning import every
+from unbraid.scanning import every, place_shards
 from unbraid.scanning.every import scan_bytes, within_disk
+from unbraid.scanning.place_shards import most_place_bytes
 
 IMAGES = SyntheticImages(11, seed=5)
 LAYER = describe("x", nn.Linear(100, 10))
@@ -54,6 +55,25 @@ def test_a_layer_too_large_makes_room_for_others():
     held = within_disk(layers, [20], 4, 6 * scan_bytes(LAYER, 20, 4))
     assert large not in held
     assert len(held) == 6
+
+
+def test_places_count_towards_the_budget(tmp_path, monkeypatch):
+    layers = [replace(LAYER, name=str(k)) for k in range(7)]
+    need = scan_bytes(LAYER, 20, 4) + most_place_bytes(LAYER, 3, 4)
+    assert [int(own.name) for own in within_disk(layers, [20], 4, 2 * need, places=3)] == [1, 3]
+    assert len(within_disk(layers, [20], 4, 2 * need, places=2)) == 2
+    assert len(within_disk(layers, [20], 4, 2 * need - 1, places=3)) == 1
+    assert within_disk(layers, [20], 4, scan_bytes(LAYER, 20, 4), places=3) == []
+    # A layer whose places alone are refused is left out, and the others are scanned.
+    spec = describe("2", network(1)[2])
+    most = most_place_bytes(spec, 200, 8) - 1
+    monkeypatch.setattr(place_shards, "_MOST_BYTES", most)
+    monkeypatch.setattr(every, "DISK", most)
+    with pytest.raises(UsageError, match="or keep fewer places"):
+        unbraid.scan(network(1), "all", IMAGES, tmp_path / "none", places=20000)
+    with pytest.warns(UserWarning, match="--layer 2 "):
+        scans = unbraid.scan(network(1), "all", IMAGES, tmp_path, places=200)
+    assert list(scans) == ["0"]
 
 
 def test_all_is_every_layer_and_the_command_told_makes_what_is_left_out(tmp_path, monkeypatch):

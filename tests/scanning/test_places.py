@@ -13,6 +13,7 @@ import unbraid
 from checks import assert_bit_equal, assert_close
 from tiny_networks import KINDS, SyntheticImages, WithBroken, build
 from unbraid.base.errors import RunError, UsageError
+from unbraid.base.files import read_tensors
 from unbraid.running.check import check
 from unbraid.scanning import place_shards, places
 from unbraid.scanning.records import shard_path
@@ -196,6 +197,35 @@ def test_memory_is_sifted_and_shards_may_come_in_any_order(small_shards, monkeyp
     assert looked == []
 
 
+@pytest.mark.parametrize("alike", [False, True])
+def test_parts_are_thinned_while_a_scan_runs(alike, monkeypatch, tmp_path):
+    monkeypatch.setattr("unbraid.scanning.scan.images_per_shard", lambda _: 4)
+    monkeypatch.setattr(places, "N_DRAWN", 3)
+    network, dataset = Whole().eval(), whole_images()
+    if alike:  # so that every image is as strong as any
+        dataset.images[:] = dataset.images[0].clone()
+    else:  # so that each beats those before it
+        dataset.images *= torch.arange(1, N_IMAGES + 1)[:, None, None, None]
+    truth = all_positions(network.layer, network, dataset, range(N_IMAGES))
+    most, held, write = 2 * 5 + 3, [], place_shards.OwnParts.write
+
+    def written(own, shard, new):
+        write(own, shard, new)
+        paths = (own.folder / "places").glob("part-*")
+        held.append(sum(len(read_tensors(path)[0]["order"]) for path in paths))
+        assert held[-1] == sum(own.held.values())
+
+    monkeypatch.setattr(place_shards.OwnParts, "write", written)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, places=2, batch_size=2).places
+    assert len(held) == 18
+    assert max(held) <= 2 * most
+    assert_places(scan, truth, 2)
+    monkeypatch.setattr(place_shards, "thin_parts", lambda *_: {})
+    other = unbraid.scan(network, "layer", dataset, tmp_path / "b", places=2, batch_size=2).places
+    assert max(held) > 3 * most
+    assert content(other.path) == content(scan.path)
+
+
 def splitmix(x):
     """Of the reference implementation, in Python's own whole numbers."""
     mask = 2**64 - 1
@@ -298,6 +328,32 @@ def test_tokens_of_timms_networks(name, size, n_tokens, layout):
     assert places.lay_out(1, told) == (0, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("n_tokens", "told", "layout"),
+    [
+        (196, (1, (14, 14)), (0, 14, 14)),  # CLS comes behind this layer
+        (197, (1, (14, 14)), (1, 14, 14)),
+        (196, (1, None), (0, 14, 14)),
+        (785, (None, (56, 56)), (1, 28, 28)),  # a later stage has a grid of its own
+        (50, (None, (56, 56)), (1, 7, 7)),
+        (784, (1, (56, 56)), (0, 28, 28)),
+        (785, (1, (56, 56)), (1, 28, 28)),
+        (36, (1, (5, 7)), (1, 5, 7)),  # a square by chance
+        (200, (None, (14, 14)), (4, 14, 14)),
+        (213, (None, (14, 14)), (0, 1, 213)),
+        (196, (1, (14, 14), True), (1, 1, 195)),  # the user's word
+    ],
+)
+def test_tokens_of_layers_that_differ(n_tokens, told, layout):
+    assert places.lay_out(n_tokens, places.Tokens(*told)) == layout
+
+
+def test_tokens_before_are_the_users_word(tmp_path):
+    network = Tokened(2, named=True)
+    assert places.tokens_of(network, 1) == places.Tokens(1, None, asked=True)
+    assert places.tokens_of(network, None) == places.Tokens(3, None)
+
+
 def test_a_scan_of_places_is_a_scan_but_for_classes(tmp_path):
     network, dataset = build("1x1"), SyntheticImages(N_IMAGES)
     scan = unbraid.scan(network, "layer", dataset, tmp_path, places=20)
@@ -338,6 +394,89 @@ def test_damaged_places_are_told_and_made_anew(small_shards, tmp_path):
     unbraid.scan(network, "layer", dataset, tmp_path, places=K)
     (path / f"{shard.name}.damaged").unlink()
     assert content(path) == before
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+@pytest.mark.parametrize("name", ["layer.safetensors", "tokens.safetensors"])
+def test_lost_files_of_places_are_told_and_made_anew(name, damaged, small_shards, tmp_path):
+    torch.manual_seed(0)
+    network, dataset = Tokened(2, named=True).double().eval(), SyntheticImages(N_IMAGES)
+    made = unbraid.scan(network, "layer", dataset, tmp_path, places=K).places
+    before, path = content(made.path), made.path / name
+    assert made.manifest.n_prefix == made.peaks.shape[1] == 3
+    if damaged:
+        path.write_bytes(before[name][:-1] + bytes([before[name][-1] ^ 1]))
+        told = check(tmp_path)
+        assert [str(path) in text for text in told.damaged] == [True]
+        path.with_name(f"{name}.damaged").unlink()
+    else:
+        path.unlink()
+        assert str(path) in str(check(tmp_path))
+    with pytest.raises(RunError, match=f"{path}.*again"):
+        unbraid.open_scan(made.path).peaks  # noqa: B018
+    unbraid.scan(network, "layer", dataset, tmp_path, places=K)
+    assert content(made.path) == before
+    assert check(tmp_path).whole
+
+
+class OfSeveral(SyntheticImages):
+    """Images of no label, one or three."""
+
+    def __init__(self, n_images):
+        super().__init__(n_images)
+        self.targets = [[0, 1, 3][: n % 2 * 3] or [n % 4][: n % 3] for n in range(n_images)]
+
+    def __getitem__(self, index):
+        return self.images[index], self.targets[index]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_an_image_of_several_labels_has_places_once(batch_size, monkeypatch, tmp_path):
+    monkeypatch.setattr("unbraid.scanning.scan.images_per_shard", lambda _: 2)
+    torch.manual_seed(0)
+    network, dataset = Tokened(2, named=True).double().eval(), OfSeveral(20)
+    single = unbraid.one_per_label(dataset)
+    order = [*range(len(single) // 2, len(single)), *range(len(single) // 2)]
+    parts = torch.utils.data.Subset(single, order)
+    shown = [single.source(n) for n in order]
+    first = [n for n, image in enumerate(shown) if image not in shown[:n]]
+    assert 0 < len(first) < len(shown)
+    options = {"target": "multilabel", "places": 30, "batch_size": batch_size}
+    scan = unbraid.scan(network, "layer", parts, tmp_path, **options).places
+    truth = all_positions(network.layer, network, dataset, set(shown))
+    truth = {n: truth[shown[n]] for n in first}
+    assert_places(scan, {n: (z[:, 3:], met[3:]) for n, (z, met) in truth.items()}, 30)
+    peaks = torch.zeros(8, 3, dtype=torch.int64)
+    for z, _ in truth.values():
+        for o in range(8):
+            if int(z[o].argmax()) < 3:
+                peaks[o, int(z[o].argmax())] += 1
+    assert_bit_equal(scan.peaks, peaks)
+    assert set(every(scan).image.tolist()) == set(first)
+
+
+def test_several_scans_of_places_are_not_read_as_one(tmp_path):
+    network = build("1x1")
+    for seed in (0, 1):
+        images = SyntheticImages(20, seed=seed)
+        images.ids = [f"{seed}/{n}.png" for n in range(20)]
+        unbraid.scan(network, "layer", images, tmp_path / str(seed), places=K)
+    both = unbraid.open_scan([tmp_path / "0", tmp_path / "1"])
+    with pytest.raises(UsageError, match=r"opened as one, but .* open one of the scans, or scan"):
+        both.places  # noqa: B018
+
+
+def test_ablate_says_that_it_takes_no_places(tmp_path):
+    network, dataset = build("1x1"), SyntheticImages(20)
+    scan = unbraid.scan(network, "layer", dataset, tmp_path, places=20)
+    groups = {0: [[0, 1], [2, 5, 6]]}
+    of_places = unbraid.split(scan.places, unbraid.find(scan.places, images=groups))
+    of_images = unbraid.split(scan, unbraid.find(scan, images=groups))
+    pairs = [(of_places, None), (of_places, scan), (of_places, scan.places)]
+    for split, given in [*pairs, (of_images, scan.places)]:
+        with pytest.raises(UsageError, match="in whole images, so ablate takes no split and no"):
+            unbraid.ablate(unbraid.apply(network, split), dataset, scan=given)
+    assert unbraid.ablate(unbraid.apply(network, of_images), dataset, scan=scan).channels
 
 
 def test_too_many_places_are_refused(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from checks import assert_bit_equal, assert_close
 from tiny_networks import KINDS, SyntheticImages, around, build, layer_input
 from unbraid.base.errors import LayerError
 from unbraid.networks.layers import describe, weight_rows
-from unbraid.networks.spec import as_rows, as_weight, pooled_input, tap_inputs
+from unbraid.networks.spec import as_rows, as_weight, inputs_at, pooled_input, tap_inputs
 
 TRANSPOSED = [kind for kind in KINDS if kind.startswith("transposed")]
 
@@ -30,6 +30,26 @@ def test_rows_are_torchs_weights_in_another_order(kind):
         group, within = divmod(o, n_out)
         own = [layer.weight[group * n_in + i, within].flatten() for i in range(n_in)]
         assert_bit_equal(rows[o], torch.cat(own).detach())
+
+
+@pytest.mark.parametrize("kind", TRANSPOSED)
+def test_only_what_is_taken_is_flipped(kind, monkeypatch):
+    network = build(kind)
+    layer, x = network.layer, layer_input(network, images(2))
+    spec, flip, sizes = describe("layer", layer), torch.Tensor.flip, []
+
+    def counted(tensor, *dims):
+        sizes.append(tensor.numel())
+        return flip(tensor, *dims)
+
+    monkeypatch.setattr(torch.Tensor, "flip", counted)
+    last = layer(x).shape[2:].numel() - 1
+    at = torch.tensor([0, last])
+    met = inputs_at(spec, [x], 2, torch.tensor([1, 0]), at)
+    assert sizes == [met.numel()]
+    for group in range(spec.groups):
+        every = tap_inputs(spec, x, group)
+        assert_bit_equal(met[:, group], torch.stack([every[1, :, 0], every[0, :, last]]).detach())
 
 
 @pytest.mark.parametrize("kind", TRANSPOSED)

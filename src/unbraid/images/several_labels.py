@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError
-from unbraid.images.dataset import Around, groups_of, own, size_of
+from unbraid.images.dataset import (
+    Around,
+    groups_of,
+    inner_of,
+    is_known,
+    own,
+    size_of,
+    step_into,
+)
 from unbraid.images.identity import ids_of
 
 
@@ -67,6 +75,40 @@ def one_per_label(dataset: Dataset[Any]) -> OnePerLabel:
     if not any(several):
         raise DataError("No image of the data set has a label; give some.")
     return OnePerLabel(dataset, several)
+
+
+def repeats(dataset: Dataset[Any], indices: Iterable[int]) -> frozenset[int]:
+    """Which of some items, by index, show an image that one before them shows with another label.
+
+    Those of `one_per_label`, in parts or joined; other data sets are taken to hold each image once.
+    """
+    if not _holds_several(dataset):
+        return frozenset()
+    seen: set[tuple[int, int]] = set()
+    again = []
+    for index in indices:
+        image = _image_of(dataset, index)
+        if image in seen:
+            again.append(index)
+        elif image is not None:
+            seen.add(image)
+    return frozenset(again)
+
+
+def _holds_several(dataset: Dataset[Any]) -> bool:
+    inner = inner_of(dataset) if is_known(dataset) else []
+    return isinstance(dataset, OnePerLabel) or any(map(_holds_several, inner))
+
+
+def _image_of(dataset: Dataset[Any], index: int) -> tuple[int, int] | None:
+    """The data set that a OnePerLabel wraps, and the index there; None if there is no such."""
+    here: tuple[Dataset[Any], int] | None = (dataset, index)
+    while here is not None:
+        step = step_into(*here)
+        if step is not None and isinstance(here[0], OnePerLabel):
+            return id(step[0]), step[1]
+        here = step
+    return None
 
 
 def _numbers(labels: Any, index: int) -> list[int]:

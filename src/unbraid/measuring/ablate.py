@@ -211,6 +211,11 @@ def _members(
             concept[torch.isin(labels, torch.tensor(classes, dtype=torch.int64))] = k
         return concept
 
+    if any(own.places for own in layer.clusters.values()) or (scan and scan.manifest.places_of):
+        raise UsageError(
+            "Channels are switched off in whole images, so ablate takes no split and no scan of "
+            "places; find and split with a scan of images, or measure this split with evaluate."
+        )
     if scan is None:
         if layer.clusters:
             raise UsageError(

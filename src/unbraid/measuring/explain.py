@@ -39,7 +39,7 @@ _NOTE = (
     "share: part of all positive relevance in the layer for the class; pct: percentile of the "
     "response among the scan's images; whole: the whole channel, by the same"
 )
-_UNKNOWN = "percentiles are unknown, as the split was made by an earlier version"
+_UNKNOWN = "percentiles are unknown, as the split was made from places or by an earlier version"
 
 
 @dataclass(frozen=True, eq=False)

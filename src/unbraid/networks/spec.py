@@ -177,7 +177,7 @@ def most_spread(spec: LayerSpec) -> int:
 
 def tap_inputs(spec: LayerSpec, x: Tensor, group: int) -> Tensor:
     """What each tap of a group's channels meets at each position, (N, J, P); the sum is pooled."""
-    x = _windows(spec, _inputs_of(spec, x, group))
+    x = _flipped(spec, _windows(spec, _inputs_of(spec, x, group)))
     n_dims = len(spec.kernel)
     windows = range(2 + n_dims, 2 + 2 * n_dims)
     return x.permute(0, 1, *windows, *range(2, 2 + n_dims)).reshape(len(x), spec.n_taps, -1)
@@ -208,7 +208,8 @@ def spread_inputs(spec: LayerSpec, calls: Sequence[Tensor], pooled: Tensor) -> T
     for x, size, end in zip(met, sizes, accumulate(sizes), strict=True):
         own = chosen[(end - size <= chosen) & (chosen < end)] - (end - size)
         at = torch.unravel_index(own, x.shape[1 : 2 + n_dims])
-        taken.append(x[(slice(None), *at)].reshape(len(pooled), len(own), *pooled.shape[1:]))
+        inputs = _flipped(spec, x[(slice(None), *at)])
+        taken.append(inputs.reshape(len(pooled), len(own), *pooled.shape[1:]))
     # On the processor, as not every device knows float64.
     mean = pooled.cpu().double() / n_positions
     spread: Tensor = (torch.cat(taken, 1).cpu().double() - mean[:, None]).to(pooled.dtype)
@@ -231,13 +232,16 @@ def inputs_at(
         start, end = end, end + math.prod(sizes)
         own = (position >= start) & (position < end)
         at = torch.unravel_index((position[own] - start).to(x.device), sizes)
-        taken = x[(image[own].to(x.device), *at)]
+        taken = _flipped(spec, x[(image[own].to(x.device), *at)])
         met[own] = taken.reshape(len(taken), spec.groups, spec.n_taps).cpu()
     return met
 
 
 def _windows(spec: LayerSpec, x: Tensor) -> Tensor:
-    """A view of what kernels meet, (N, channels, output positions ..., kernel offsets ...)."""
+    """A view of what kernels meet, (N, channels, output positions ..., kernel offsets ...).
+
+    Of a transposed layer it is yet to be flipped, which copies, so that it goes by what is taken.
+    """
     n_dims = len(spec.kernel)
     for dim in range(n_dims) if spec.transposed else ():
         x = _apart(x, 2 + dim, spec.stride[dim])
@@ -245,8 +249,12 @@ def _windows(spec: LayerSpec, x: Tensor) -> Tensor:
     for dim in range(n_dims):  # windows go last
         x = x.unfold(2 + dim, spec.reaches[dim] + 1, 1 if spec.transposed else spec.stride[dim])
     steps = tuple(slice(None, None, step) for step in spec.dilation)
-    x = x[(slice(None),) * (2 + n_dims) + steps]
-    return x.flip(*range(2 + n_dims, 2 + 2 * n_dims)) if spec.transposed else x
+    return x[(slice(None),) * (2 + n_dims) + steps]
+
+
+def _flipped(spec: LayerSpec, taken: Tensor) -> Tensor:
+    """Put kernel offsets, the last dimensions, in the order of the layer's weights."""
+    return taken.flip(*range(-len(spec.kernel), 0)) if spec.transposed else taken
 
 
 def _apart(x: Tensor, dim: int, step: int) -> Tensor:

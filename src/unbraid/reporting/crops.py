@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from unbraid.base.errors import UsageError
+from unbraid.base.errors import DataError, UsageError
 from unbraid.images.dataset import Around, size_of
 from unbraid.images.identity import ids_of
 from unbraid.reporting.pictures import Sight, open_picture, sight_of
@@ -16,6 +16,7 @@ from unbraid.scanning.records import Scan
 
 _STEPS = 3  # from place to place, that a crop is wide and high
 _LEAST = 0.25  # of the image
+_GONE = -1  # index of an image that the data set has no more
 
 
 class Crops(Around):
@@ -35,7 +36,8 @@ class Crops(Around):
         if known is not None:  # the order of the data set may have changed
             now = {one: index for index, one in enumerate(known)}
             of = [text.rpartition(" @ ")[0] for text in self.ids]
-            self.images = [now.get(one, i) for one, i in zip(of, self.images, strict=True)]
+            if any(one in now for one in of):  # else the images have other ids by now
+                self.images = [now.get(one, _GONE) for one in of]
         if max(self.images) >= size_of(dataset):
             raise UsageError(
                 "The data set has fewer images than were scanned; pass the data set that the "
@@ -52,11 +54,14 @@ class Crops(Around):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Return the image that a place lies in, and its label."""
-        image, label = self.dataset[self.images[index]]
+        image, label = self.dataset[self.source(index)]
         return image, label if self._given else self.targets[index]
 
     def source(self, index: int) -> int:
-        """Return the index of the image that a place lies in."""
+        """Return the index of the image that a place lies in; DataError if it is gone."""
+        if self.images[index] == _GONE:
+            image = self.ids[index].rpartition(" @ ")[0]
+            raise DataError(f"Image {image} is gone; bring it back, or scan anew.")
         return self.images[index]
 
     def picture(self, index: int) -> Image.Image:
@@ -65,7 +70,7 @@ class Crops(Around):
         That is three steps from place to place wide and high, but at least a quarter of what the
         network sees. Where nobody can say what that is, or how the places lie, it is all of it.
         """
-        picture = open_picture(self.dataset, self.images[index])
+        picture = open_picture(self.dataset, self.source(index))
         position, rows, columns = self._at[index]
         if self._sight is None or (rows == 1 and columns > 1):
             return picture

@@ -29,7 +29,15 @@ from unbraid.running.folders import (
     read_settings,
 )
 from unbraid.scanning.manifest import read_manifest
-from unbraid.scanning.records import read_shard, shard_path, shards_there, sound_layer
+from unbraid.scanning.records import (
+    PEAKS,
+    has_peaks,
+    read_shard,
+    shard_path,
+    shards_there,
+    sound_layer,
+    sound_peaks,
+)
 from unbraid.splitting.splits import Split
 from unbraid.visualizing.features import Features
 
@@ -171,6 +179,12 @@ def _check_scan(folder: Path, found: Checkup) -> str:
         return "a scan whose manifest cannot be read"
     layer = partial(sound_layer, folder, manifest)
     found.look(folder / "layer.safetensors", layer, needed=True)
+    if has_peaks(folder, manifest):
+        peaks = folder / PEAKS
+        if peaks.exists():
+            found.look(peaks, partial(sound_peaks, folder, manifest))
+        else:
+            found.missing.append(str(peaks))
     n_shards, there = manifest.n_shards, shards_there(folder, manifest)
     if len(there) < n_shards:
         missing = count(n_shards - len(there), "shard")

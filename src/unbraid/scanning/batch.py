@@ -113,6 +113,7 @@ def scan_batch(
     *,
     number_of: Callable[[int], int] = int,
     sampled: Container[int] = (),
+    repeated: Container[int] = (),
     min_share: float,
     positions: bool,
     labels: Labels,
@@ -125,7 +126,8 @@ def scan_batch(
     Of images whose index is in `sampled` tap inputs at some positions are kept, unless all
     positions are. With `check` it is made sure that the layers compute what is thought, image by
     image. Without a target there is no gradient, and no share. Keepers of places learn of the batch
-    once all is done; `number_of` gives an image's number among those concerned, by its index.
+    once all is done; `number_of` gives an image's number among those concerned, by its index. They
+    keep nothing of images whose index is in `repeated`.
     """
     if not items:
         return [no_records(layer.spec, positions) for layer in layers]
@@ -166,7 +168,8 @@ def scan_batch(
         _records_of(layer, cut, gradient, known, chosen, min_share, positions, check)
         for layer, cut, gradient in zip(layers, cuts, gradients, strict=True)
     ]
-    _see_places(layers, cuts, known, number_of)
+    flags = [item.index in repeated for item in items]
+    _see_places(layers, cuts, known, number_of, torch.tensor(flags, dtype=torch.bool))
     return records
 
 
@@ -208,6 +211,7 @@ def _see_places(
     cuts: Sequence[Cut[Kept]],
     known: dict[str, Tensor],
     number_of: Callable[[int], int],
+    repeated: Tensor,
 ) -> None:
     """Show keepers of places a batch, all or, if memory is full, none."""
     numbers = [number_of(index) for index in known["index"].tolist()]
@@ -215,7 +219,7 @@ def _see_places(
     own = {"order": order, "image": known["index"]}
     own |= {name: known[name] for name in ("label", "prediction")}
     looked = [
-        (layer.keeper, layer.keeper.look(cut.outputs, wholes, own))
+        (layer.keeper, layer.keeper.look(cut.outputs, wholes, own, repeated))
         for layer, cut in zip(layers, cuts, strict=True)
         if layer.keeper is not None
         for wholes in [[call.whole for call in cut.inputs if call.whole is not None]]

@@ -15,6 +15,7 @@ from unbraid.images.dataset import size_of
 from unbraid.networks.copying import unwrap
 from unbraid.networks.layers import ALL, LayerName, describe, is_pattern, resolve_layer
 from unbraid.networks.spec import LayerSpec, most_spread
+from unbraid.scanning.place_shards import most_place_bytes
 from unbraid.scanning.scan_options import MIN_SHARE
 
 DISK = 20 * 10**9  # bytes that the scans of all layers together may take
@@ -31,9 +32,16 @@ def scan_bytes(layer: LayerSpec, n_images: int, number: int) -> int:
 
 
 def within_disk(
-    layers: Sequence[LayerSpec], n_images: Sequence[int], number: int, budget: int | None = None
+    layers: Sequence[LayerSpec],
+    n_images: Sequence[int],
+    number: int,
+    budget: int | None = None,
+    *,
+    places: int = 0,
 ) -> list[LayerSpec]:
     """Choose layers whose scans of some data sets the budget holds, in the network's order.
+
+    With so many places of each channel besides, if any are kept.
 
     They are taken evenly over depth: the middle one, the middles of both halves, and so on, each
     if there is still room for it. The same network and numbers of images give the same layers.
@@ -42,6 +50,8 @@ def within_disk(
     chosen = set()
     for k in _from_the_middle(len(layers)):
         need = sum(scan_bytes(layers[k], n, number) for n in n_images)
+        if places:
+            need += len(n_images) * most_place_bytes(layers[k], places, number)
         if need <= left:
             chosen.add(k)
             left -= need
@@ -49,7 +59,11 @@ def within_disk(
 
 
 def as_many_as_fit(
-    model: nn.Module, asked: Sequence[LayerName], names: Sequence[str], data: Sequence[Dataset[Any]]
+    model: nn.Module,
+    asked: Sequence[LayerName],
+    names: Sequence[str],
+    data: Sequence[Dataset[Any]],
+    places: int = 0,
 ) -> tuple[list[str], list[str]]:
     """Divide the names of layers into those to scan and those that the disk's budget leaves out.
 
@@ -59,11 +73,11 @@ def as_many_as_fit(
         return list(names), []
     number = max([4, *(weight.element_size() for weight in unwrap(model).parameters())])
     layers = [describe(name, resolve_layer(model, name)[1]) for name in names]
-    held = within_disk(layers, [size_of(images) for images in data], number)
+    held = within_disk(layers, [size_of(images) for images in data], number, places=places)
     if not held:
         raise UsageError(
             f"The scan of any layer takes more than {DISK / 1e9:g} GB; name the layers to scan, or "
-            "scan fewer images."
+            f"scan fewer images{' or keep fewer places' if places else ''}."
         )
     chosen = [layer.name for layer in held]
     return chosen, [name for name in names if name not in chosen]

@@ -54,6 +54,7 @@ class Manifest:
     places: int = 0  # that excite it most, kept of each channel
     prefix_tokens: int | None = None
     places_of: str = ""  # of a scan of places, the fingerprint of the images that they lie in
+    n_prefix: int = 0  # of a scan of places, tokens before those of an image, which have `peaks`
     schema: int = SCHEMA
 
     # What must agree before a scan goes on in a folder, in words for people.
@@ -152,6 +153,7 @@ class Manifest:
         in_range("threads", manifest.threads, 0, MAX_THREADS)
         in_range("places", manifest.places, 0, MAX_PLACES)
         in_range("prefix_tokens", manifest.prefix_tokens or 0, 0, MAX_PLACES)
+        in_range("n_prefix", manifest.n_prefix, 0, _MOST_IMAGES)
         in_range("n_first", manifest.n_first, 0, manifest.n_images)
         if manifest.n_first % manifest.shard_size:
             raise ValueError("the images that come first are no whole shards")

@@ -1,7 +1,8 @@
 """Places: where in its images a channel responds most, and some places drawn evenly from all.
 
 Of one image a channel keeps one place, its strongest (of equal ones the first): neighbours show the
-same thing, and would pass for many that agree. Tokens that are no part of the image, such as CLS
+same thing, and would pass for many that agree. Of an image that is several items, one for each of
+its labels, the first counts. Tokens that are no part of the image, such as CLS
 and registers, are no places; how often they respond most is counted. Shapes: N images, P positions,
 G groups, J taps, U places, M entries of lists.
 """
@@ -24,8 +25,9 @@ N_DRAWN = 1000  # places of a layer that are drawn evenly from all of all images
 _DRAWN_NUMBERS = 2**24  # of inputs at these, at most
 _AT_ONCE = 2**24  # responses looked at for their strongest position
 _NOT_DRAWN = torch.iinfo(torch.int64).max
-# Where a network says nothing: tokens before those of a square of at least so many a side.
-_USUAL_PREFIX, _LEAST_SIDE = (1, 2, 5), 7
+# Where a network says nothing: tokens before those of a square of at least so many a side, and
+# before those of a grid that is known.
+_USUAL_PREFIX, _LEAST_SIDE, _MOST_PREFIX = (1, 2, 5), 7, 16
 # Parameters of networks that are tokens before those of the image.
 _PREFIX_NAMES = (
     *("cls_token", "class_token", "class_embedding", "dist_token", "distillation_token"),
@@ -39,6 +41,7 @@ class Tokens:
 
     n_prefix: int | None  # how many come before those of the image; None: nothing
     grid: tuple[int, int] | None  # rows and columns of those of the image
+    asked: bool = False  # whether the user said how many come before, so that it is so everywhere
 
 
 def tokens_of(model: nn.Module, n_prefix: int | None) -> Tokens:
@@ -46,6 +49,7 @@ def tokens_of(model: nn.Module, n_prefix: int | None) -> Tokens:
 
     timm's networks say both; others have CLS and registers among their parameters.
     """
+    asked = n_prefix is not None
     for module in model.modules():
         told = getattr(module, "num_prefix_tokens", None)
         if n_prefix is None and type(told) is int:
@@ -60,7 +64,7 @@ def tokens_of(model: nn.Module, n_prefix: int | None) -> Tokens:
     sizes = (getattr(module, "grid_size", None) for module in model.modules())
     grids = [size for size in sizes if isinstance(size, (tuple, list)) and len(size) == 2]
     grid = (int(grids[0][0]), int(grids[0][1])) if grids else None
-    return Tokens(n_prefix, grid)
+    return Tokens(n_prefix, grid, asked)
 
 
 def lay_out(n_tokens: int, tokens: Tokens) -> tuple[int, int, int]:
@@ -69,19 +73,37 @@ def lay_out(n_tokens: int, tokens: Tokens) -> tuple[int, int, int]:
     >>> lay_out(201, Tokens(None, None)), lay_out(8, Tokens(2, (2, 3))), lay_out(1, Tokens(5, None))
     ((5, 14, 14), (2, 2, 3), (0, 1, 1))
     """
-    side = math.isqrt(n_tokens)
-    n_prefix = tokens.n_prefix
-    if n_prefix is None:
-        rest = n_tokens - (math.prod(tokens.grid) if tokens.grid else side**2)
-        usual = rest in _USUAL_PREFIX and (side >= _LEAST_SIDE or tokens.grid is not None)
-        n_prefix = rest if usual else 0
-    if n_prefix >= n_tokens:  # a layer behind the choice of a token
-        n_prefix = 0
+    n_prefix = _n_prefix(n_tokens, tokens)
     n_own = n_tokens - n_prefix
     if tokens.grid and math.prod(tokens.grid) == n_own:
         return n_prefix, *tokens.grid
     side = math.isqrt(n_own)
     return (n_prefix, side, side) if side**2 == n_own else (n_prefix, 1, n_own)
+
+
+def _n_prefix(n_tokens: int, tokens: Tokens) -> int:
+    """How many of a layer's tokens lie before those of the image.
+
+    Networks may add them behind some layers, or keep other grids in later stages.
+    """
+    told, of_grid = tokens.n_prefix, math.prod(tokens.grid) if tokens.grid else 0
+    if told is not None and told >= n_tokens:  # a layer behind the choice of a token
+        return 0
+    if told is not None and (tokens.asked or n_tokens - told == of_grid):
+        return told
+    if n_tokens == of_grid:
+        return 0
+    if told is not None:
+        return 0 if _is_square(n_tokens) and not _is_square(n_tokens - told) else told
+    if of_grid and 0 < n_tokens - of_grid <= _MOST_PREFIX:
+        return n_tokens - of_grid
+    side = math.isqrt(n_tokens)
+    rest = n_tokens - side**2
+    return rest if rest in _USUAL_PREFIX and side >= _LEAST_SIDE else 0
+
+
+def _is_square(n: int) -> bool:
+    return math.isqrt(n) ** 2 == n
 
 
 @dataclass
@@ -154,7 +176,11 @@ def n_drawn(spec: LayerSpec) -> int:
 def sift(places: Places, k: int, n: int) -> Places:
     """Keep the k strongest places of each channel, and the n with the lowest keys."""
     entries = strongest(places.channel, places.response, k)
-    chosen = drawn(places.key, n)
+    return keep(places, entries, drawn(places.key, n))
+
+
+def keep(places: Places, entries: Tensor, chosen: Tensor) -> Places:
+    """Keep some entries of lists, by number in the order given, and the places (U,) drawn."""
     used = chosen.clone()
     used[places.at[entries]] = True
     new = used.cumsum(0) - 1
@@ -185,7 +211,11 @@ class PlaceKeeper:
         self._most = _NOT_DRAWN  # what a key must not reach
 
     def look(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], known: Mapping[str, Tensor]
+        self,
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        known: Mapping[str, Tensor],
+        repeated: Tensor | None = None,
     ) -> Places:
         """Choose from a batch the places that may be kept; nothing is changed.
 
@@ -193,15 +223,18 @@ class PlaceKeeper:
             outputs: of the layer at each call, of N images in parts, such as windows.
             inputs: likewise, channels first.
             known: `order`, `image`, `label` and `prediction` of the images, (N,) each.
+            repeated: which images were seen before as other items, (N,) bool; they have no places.
         """
         n_images = len(known["order"])
         z = torch.cat([_by_image(self.spec, output, n_images) for output in outputs], 2)
         n_prefix, rows, columns = self._layout(outputs, z.shape[2], n_images)
         before, z = z[:, :, :n_prefix], z[:, :, n_prefix:]
         best = widen(z.amax(2)).cpu()
-        image, channel = (best >= self._least).nonzero().T
+        new = ~(torch.zeros(n_images, dtype=torch.bool) if repeated is None else repeated)
+        image, channel = ((best >= self._least) & new[:, None]).nonzero().T
         position = _first_strongest(z, image, channel)
         keys = _keys(known["order"], z.shape[2])
+        keys[~new.numpy()] = _NOT_DRAWN
         own = np.flatnonzero(keys.ravel() < self._most)
         if len(own) > self.n_drawn:
             own = own[np.argpartition(keys.ravel()[own], self.n_drawn - 1)[: self.n_drawn]]
@@ -220,7 +253,7 @@ class PlaceKeeper:
             channel=channel,
             at=at[: len(image)],
             response=best[image, channel],
-            peaks=_peaks(before, best),
+            peaks=_peaks(before[new.to(before.device)], best[new]),
         )
 
     def add(self, places: Places) -> None:

@@ -69,9 +69,14 @@ class Scan:
         """The scan of places that was made with it: as this one, but with places for images.
 
         Raises:
-            UsageError: none was asked for.
+            UsageError: none was asked for, or these are several scans.
         """
-        if not self.manifest.places or self.manifest.places_of or len(self.parts) > 1:
+        if len(self.parts) > 1:
+            raise UsageError(
+                f"The scans in {self.path} were opened as one, but several scans of places are not "
+                "read as one; open one of the scans, or scan all images into one folder."
+            )
+        if not self.manifest.places or self.manifest.places_of:
             raise UsageError(f"{self.path} keeps no places; scan with places=1000.")
         return open_one(self.path / PLACES)
 
@@ -80,13 +85,13 @@ class Scan:
         """In how many images tokens that are no part of them respond most, (C_out, tokens) int64.
 
         Of a scan of places; that is more than all places of the image, and than the other tokens.
+
+        Raises:
+            RunError: there are such tokens, but their file is gone or damaged.
         """
-        path = self.path / PEAKS
-        if not path.exists():
+        if not has_peaks(self.path, self.manifest):
             return torch.zeros(self.layer.n_out, 0, dtype=torch.int64)
-        peaks = read_tensors(path)[0]["peaks"]
-        _refuse(path, None if len(peaks) == self.layer.n_out else "is of another layer")
-        return peaks
+        return sound_peaks(self.path, self.manifest)
 
     @property
     def n_shards(self) -> int:
@@ -228,6 +233,21 @@ def sound_layer(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     tensors, _ = read_tensors(path)
     _refuse(path, layer_fault(manifest, tensors))
     return tensors
+
+
+def has_peaks(folder: Path, manifest: Manifest) -> bool:
+    """Whether a scan has counts of tokens before an image's; older manifests do not say so."""
+    return manifest.n_prefix > 0 or (folder / PEAKS).exists()
+
+
+def sound_peaks(folder: Path, manifest: Manifest) -> Tensor:
+    """Read these counts; RunError if they are gone, damaged or not this layer's."""
+    path = folder / PEAKS
+    if not path.exists():
+        raise RunError(f"{path} is gone; start the scan again, which makes it anew.")
+    peaks = read_tensors(path, ["peaks"])[0]["peaks"]
+    _refuse(path, None if len(peaks) == manifest.layer.n_out else "is of another layer")
+    return peaks
 
 
 def shard_path(folder: Path, shard: int) -> Path:

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from unbraid.base.arguments import as_path
+from unbraid.base.arguments import as_path, whole_number
 from unbraid.base.errors import DataError, ModelError, RunError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.team import join_team
@@ -59,7 +59,7 @@ from unbraid.scanning.every import as_many_as_fit, tell_rest
 from unbraid.scanning.manifest import Manifest, hash_indices, read_manifest
 from unbraid.scanning.place_shards import refuse_too_many
 from unbraid.scanning.records import Scan, open_one
-from unbraid.scanning.scan_options import Options, ScanOptions
+from unbraid.scanning.scan_options import MAX_PLACES, Options, ScanOptions
 from unbraid.scanning.shards import (
     Target,
     claim_together,
@@ -182,7 +182,8 @@ def scan(
         asked, one = list(layer), False
     target = read_target(options.get("target", LABEL))
     usable = layer_names(model, asked, partial(usable_in, model, dataset, target))
-    names, left_out = as_many_as_fit(model, asked, usable, [dataset])
+    places = whole_number("places", options.get("places", 0), 0, MAX_PLACES)
+    names, left_out = as_many_as_fit(model, asked, usable, [dataset], places)
     if left_out:
         warnings.warn(tell_rest(names, left_out), stacklevel=4)
     folders = {name: out if one else layer_folder(out, name) for name in names}

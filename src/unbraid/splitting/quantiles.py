@@ -20,7 +20,12 @@ _MOST_NUMBERS = 2**25  # of their pooled inputs at once: 128 MiB in float32
 def with_quantiles(
     scan: Scan, parts: Sequence[ChannelSplit], progress: Progress = QUIET
 ) -> list[ChannelSplit]:
-    """Give each division the quantiles of its channels' mean pre-activations in a scan."""
+    """Give each division the quantiles of its channels' mean pre-activations in a scan.
+
+    None from a scan of places, which tells nothing of means over an image's positions.
+    """
+    if scan.manifest.places_of:
+        return [replace(part, quantiles=None) for part in parts]
     pooled, n_positions = _spaced_inputs(scan)
     if not len(pooled):
         return [replace(part, quantiles=None) for part in parts]
@@ -48,11 +53,8 @@ def _spaced_inputs(scan: Scan) -> tuple[Tensor, Tensor]:
     n_numbers = scan.layer.groups * scan.layer.n_taps
     most = max(1, min(_MOST_IMAGES, _MOST_NUMBERS // n_numbers))
     step, seen, parts = math.ceil(scan.manifest.n_images / most), 0, []
-    names = ("pooled", "n_positions", *(["drawn"] if scan.manifest.places_of else []))
-    for own in scan.tensors(*names):
-        chosen: slice | Tensor = slice(-seen % step, None, step)
-        if "drawn" in own:  # evenly from all places; all others excite some channel most
-            chosen = own["drawn"] > 0
+    for own in scan.tensors("pooled", "n_positions"):
+        chosen = slice(-seen % step, None, step)
         seen += len(own["pooled"])
         parts.append((own["pooled"][chosen].clone(), own["n_positions"][chosen]))
     pooled, n_positions = (torch.cat(columns) for columns in zip(*parts, strict=True))

@@ -120,9 +120,10 @@ def split(
         )
         for o, (masks, info) in chosen.items()
     ]
-    # What is kept keeps its quantiles; those of an older version have none yet.
-    known = [part for part in kept if part.quantiles is not None]
-    made += [part for part in kept if part.quantiles is None]
+    # What is kept keeps its quantiles; those of an older version have none yet, or have of places.
+    stale = bool(scans[-1].manifest.places_of)
+    known = [part for part in kept if part.quantiles is not None and not stale]
+    made += [part for part in kept if part.quantiles is None or stale]
     parts = sorted([*known, *with_quantiles(scans[-1], made, told)], key=lambda part: part.channel)
     return Split(
         layer=scan.layer,
