@@ -359,10 +359,11 @@ class Explorer:
         begun, scan = time.perf_counter(), self.opened.train_scan
         if scan is None:
             raise UsageError("There is no scan of training images, so no channel can be parted.")
-        without = name == RUN and self.opened.split is None
-        thresholds = self.opened.run.settings.thresholds
-        before = nothing_found(scan, thresholds) if without else self.split(name)
-        made = part_by_hand(scan, before, channel, groups, names)
+        if name == RUN and self.opened.split is None:
+            nothing = nothing_found(scan, self.opened.run.settings.thresholds)
+            made = part_by_hand(scan, nothing, channel, groups, names)
+        else:
+            made = part_by_hand(scan, self.split(name), channel, groups, names)
         new = f"{HAND}{secrets.token_hex(8)}"
         self._splits.put(new, made)
         view = self.channel(new, channel)
