@@ -40,7 +40,8 @@ def open_synthetic(folder: Path, n_images: int) -> Explorer:
     }
     split = unbraid.split(train, unbraid.find(train, images=every))
     run = cast(Run, SimpleNamespace(folder=folder))
-    return Explorer(Opened(run, split, None, train, val, None, None, ()), folder / "splits")
+    opened = Opened(run, split, None, None, train, val, None, None, (), ())
+    return Explorer(opened, folder / "splits")
 
 
 def time_bench(explorer: Explorer, n_images: int, n_groups: int, n_in_group: int, n: int) -> None:

@@ -2,11 +2,14 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
 import unbraid
 from explored import HOSTILE, NAMES, TITLE, logits_by_hand
+from unbraid.exploring.bench import findings_of
+from unbraid.scanning.targets import read_target
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 READY = """() => {
@@ -304,3 +307,46 @@ def test_search_leads_to_any_channel(visit, served):
     assert page.get_by_role("button", name="Split", exact=True).is_disabled()
     page.fill("#search", "zzz")
     assert page.locator("#channels li:visible").count() == 0
+
+
+def test_a_channel_of_many_concepts_is_laid_out_and_split_whole(visit, served):
+    explorer = served.explorer
+    channel, scan = explorer.opened.split.channels[0].channel, explorer.opened.train_scan
+    images = [one["index"] for one in explorer.bench("run", channel, 84)["images"]][:84]
+    found = findings_of(explorer.opened.split)
+    found = found.correct(scan, channel, groups=[images[k::28] for k in range(28)])
+    served.folder.mkdir()
+    split = unbraid.split(scan, found, refit=explorer.opened.split)
+    split.save(served.folder / "many.safetensors")
+    page = visit(f"#bench?channel={channel}&split=saved:many")
+    page.wait_for_selector(".tile")
+    counts = page.locator(".group .count").all_text_contents()
+    assert counts == ["3"] * 28
+    marks = page.locator(".group .mark").all_text_contents()
+    assert marks[24:] == ["Y", "Z", "AA", "AB"]
+    assert "key" in page.locator(".pick").nth(8).get_attribute("title")
+    assert "key" not in page.locator(".pick").nth(9).get_attribute("title")
+    assert page.get_by_role("button", name="Another group").count() == 0
+    page.get_by_role("button", name="Split", exact=True).click()
+    page.wait_for_selector(".results h2")
+    assert page.locator(".results h2").text_content() == f"Channel {channel} in 28 groups"
+
+
+def test_another_target_stands_alone_under_its_name(visit, served):
+    served.explorer.opened = replace(served.explorer.opened, target=read_target("regression:3"))
+    page = visit("#picture?picture=val/7")
+    page.wait_for_selector(".concepts li")
+    assert page.locator(".said h2").text_content() == "Target"
+    assert page.locator(".logits bdi").all_text_contents() == ["regression:3"]
+    assert "for the target" in page.locator(".below").text_content()
+    before = page.locator(".logits > div").get_attribute("data-logit")
+    set_gate(page, page.locator(".gate input").first.get_attribute("data-gate"), 0)
+    page.wait_for_function(
+        "before => document.querySelector('.logits > div').dataset.logit !== before", arg=before
+    )
+    assert "→" in page.locator(".logits .numbers").text_content()
+    served.explorer.opened = replace(served.explorer.opened, target=None)
+    page.goto(served.address + "#picture")
+    page.reload()
+    page.wait_for_selector(".invite")
+    assert "No picture can be explained" in page.locator(".invite").text_content()

@@ -3,7 +3,10 @@
 import io
 import json
 import shutil
+from dataclasses import replace
+from itertools import chain
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -11,9 +14,11 @@ from PIL import Image
 import unbraid
 from explored import NAMES, logits_by_hand, open_own
 from unbraid.base.errors import DataError, UnbraidError, UsageError
-from unbraid.exploring.bench import lay_out, measure
+from unbraid.cli.look import explain
+from unbraid.exploring.bench import findings_of, lay_out, measure
 from unbraid.exploring.explorer import HAND, RUN, SAVED, open_explorer
 from unbraid.measuring.reference_images import reference_images
+from unbraid.scanning.targets import read_target
 
 ODD = "\u202e<b>'\"\n\U0001f45c.png"
 
@@ -27,6 +32,14 @@ def a_file(picture, kind="PNG"):
 @pytest.fixture
 def dropped(explorer):
     return explorer.drop(a_file(explorer.seen("val/7").picture), ODD)["picture"]
+
+
+def set_source(folder, named="label", **source):
+    """Let a run's folder say something else of how it was made."""
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["target"] = named
+    settings["source"] |= source
+    (folder / "settings.json").write_text(json.dumps(settings))
 
 
 def first_channel(explorer):
@@ -80,6 +93,131 @@ def test_gates_move_logits_as_the_librarys_and_leave_nothing_behind(explorer, dr
     assert moved["classes"][moved["predicted"]]["name"] == NAMES[int(expected.argmax())]
     again = explorer.gate(RUN, dropped, {})
     assert [c["now"] for c in again["classes"]] == [c["before"] for c in again["classes"]]
+
+
+def test_a_run_with_another_target_is_explained_by_that_alone(bare):
+    set_source(bare, "regression:3", target="regression:3")
+    explorer = open_explorer(open_own(bare), None)
+    assert explorer.opened.missing == ()
+    channel, picture = first_channel(explorer), "val/7"
+    view = explorer.explain(RUN, picture, None)
+    model2 = unbraid.apply(explorer.opened.network.model, explorer.opened.split)
+    image = explorer.opened.network.transform(explorer.seen(picture).picture)
+    own = unbraid.explain(model2, image, heatmaps=False, target="regression:3")[0]
+    shares = [f"{c.share[0]:.1%}".replace("-", "\N{MINUS SIGN}") for c, _ in own.strongest]
+    assert [row["figures"]["share"] for row in view["rows"]] == shares
+    (only,) = view["logits"]["classes"]
+    assert (view["logits"]["ofClass"], only["name"]) == (False, "regression:3")
+    assert only["before"] == float(logits_by_hand(explorer, picture, {})[3])
+    gates = {f"{channel}.0": 0.0}
+    (moved,) = explorer.gate(RUN, picture, gates)["classes"]
+    assert moved["now"] == float(logits_by_hand(explorer, picture, gates)[3])
+    assert moved["now"] != moved["before"] == only["before"]
+
+
+@pytest.mark.parametrize(
+    ("target", "output"),
+    [
+        ("segmentation:3", lambda z: {"out": z[:, :, None, None].expand(-1, -1, 2, 2)}),
+        (
+            "detection:3",
+            lambda z: [
+                {"scores": own.softmax(0), "labels": torch.arange(10), "boxes": torch.zeros(10, 4)}
+                for own in z
+            ],
+        ),
+    ],
+)
+def test_outputs_that_are_no_logits_are_shown_by_their_target(bare, target, output):
+    opened = open_own(bare)
+    model = opened.network.model
+    model.register_forward_hook(lambda _module, _args, z: output(z))
+    explorer = open_explorer(replace(opened, target=read_target(target)), None)
+    view = explorer.explain(RUN, "val/3", None)
+    assert view["rows"]
+    (only,) = view["logits"]["classes"]
+    image = opened.network.transform(explorer.seen("val/3").picture)[None]
+    label = torch.zeros(1, dtype=torch.int64)
+    assert only["name"] == target
+    with torch.no_grad():
+        assert only["now"] == float(read_target(target).of(model(image), label, label))
+
+
+@pytest.mark.parametrize(
+    ("target", "told", "why"),
+    [
+        ("none", "none", "With the run's target 'none' there is no relevance to tell"),
+        (None, "embedding:{}", "no class to compare images with"),
+        ("own.score", "label", "own.score, is not in its folder"),
+    ],
+)
+def test_a_run_without_a_target_for_pictures_says_so_and_refuses_them(
+    bare, tmp_path, target, told, why
+):
+    numpy.save(tmp_path / "vectors.npy", numpy.eye(10))
+    told = told.format(tmp_path / "vectors.npy")
+    set_source(bare, target or read_target(told).name, target=told)
+    explorer = open_explorer(open_own(bare), None)
+    (missing,) = explorer.opened.missing
+    assert missing.startswith("No picture can be explained: ")
+    assert why in missing
+    assert not explorer.overview()["explains"]
+    for ask in (
+        lambda: explorer.explain(RUN, "val/0", None),
+        lambda: explorer.gate(RUN, "val/0", {}),
+    ):
+        with pytest.raises(UsageError, match="no target that a picture"):
+            ask()
+    assert explorer.channel(RUN, first_channel(explorer))["shots"]
+
+
+def test_a_picture_beside_tensors_of_ones_own_is_said_to_be_prepared_otherwise(
+    explorer, bare, tmp_path, capsys
+):
+    note = "usual preprocessing, which the run's own tensors did not"
+    explorer.seen("val/7").picture.save(tmp_path / "a.png")
+
+    def told():
+        own = f"{tmp_path / 'own.py'}:build"
+        explain(bare, [tmp_path / "a.png"], model=own, out=tmp_path / "explained")
+        in_command = " ".join(capsys.readouterr().err.split())
+        return note in in_command, sum(note in words for words in open_own(bare).missing)
+
+    assert told() == (False, 0)
+    set_source(bare, data=f"{tmp_path / 'images.py'}:build")
+    assert told() == (True, 1)
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"schema": 99}', b"[]", b""])
+def test_measures_that_cannot_be_read_are_made_anew(bare, content):
+    before = open_explorer(open_own(bare), None)
+    channel = first_channel(before)
+    expected = before.channel(RUN, channel)["figures"]
+    assert len(before.opened.measured) == len(before.opened.split.channels)
+    (bare / "evaluation.json").write_bytes(content)
+    explorer = open_explorer(open_own(bare), None)
+    (missing,) = explorer.opened.missing
+    assert missing.startswith("Channels are measured anew: ")
+    assert "evaluation.json cannot be read" in missing
+    found = explorer.channel(RUN, channel)
+    assert found["figures"] == expected
+    assert found["note"] == ""
+
+
+def test_a_channel_of_many_concepts_keeps_them_all(explorer):
+    channel = first_channel(explorer)
+    images = [one["index"] for one in explorer.bench(RUN, channel, 60)["images"]]
+    scan, before = explorer.opened.train_scan, explorer.opened.split
+    found = findings_of(before).correct(scan, channel, groups=[images[k::12] for k in range(12)])
+    explorer._splits.put("hand:many", unbraid.split(scan, found, refit=before))
+    laid = explorer.bench("hand:many", channel, 5)
+    assert len(laid["groups"]) == 12
+    groups = [[one["index"] for one in laid["images"] if one["group"] == k] for k in range(12)]
+    assert sorted(chain(*groups)) == sorted(images)
+    made = explorer.part("hand:many", channel, groups, [])
+    assert len(made["channel"]["concepts"]) == 12
+    with pytest.raises(UsageError, match="at most 12"):
+        explorer.part("hand:many", channel, [*groups[1:], groups[0][:1], groups[0][1:]], [])
 
 
 def test_the_bench_lays_out_the_strongest_images_with_their_concepts(explorer):
@@ -229,14 +367,30 @@ def test_what_is_missing_is_told_and_the_rest_goes_on(bare, tmp_path):
 
     shutil.rmtree(bare / "scan-val")
     without_val = open_explorer(open_own(bare), None)
+    assert "no measures, and training images stand for reference: " in names(without_val.opened)
     view = without_val.channel(RUN, channel)
     assert view["shots"][0]["picture"].startswith("train/")
     assert "no measures" in view["note"]
     shutil.rmtree(bare / "scan-train")
-    assert open_explorer(open_own(bare), None).channel(RUN, channel)["shots"] == []
+    without_scans = open_explorer(open_own(bare), None)
+    assert "no measures, and no reference images: " in names(without_scans.opened)
+    assert without_scans.channel(RUN, channel)["shots"] == []
     (bare / "split.safetensors").unlink()
     with pytest.raises(UnbraidError, match="neither a split nor a scan"):
         open_own(bare)
+
+
+def test_a_run_without_a_split_is_parted_by_its_training_scan_alone(bare):
+    for name in ("split.safetensors", "evaluation.json"):
+        (bare / name).unlink()
+    shutil.rmtree(bare / "scan-val")
+    explorer = open_explorer(open_own(bare), None)
+    indices = [one["index"] for one in explorer.bench(RUN, 3, 30)["images"]]
+    made = explorer.part(RUN, 3, [indices[:10], indices[10:20]], [])
+    assert [part.channel for part in explorer.split(made["split"]).channels] == [3]
+    assert made["channel"]["shots"]
+    again = explorer.part(made["split"], 4, [indices[:10], indices[10:20]], [])
+    assert [part.channel for part in explorer.split(again["split"]).channels] == [3, 4]
 
 
 def test_a_run_without_a_split_can_be_parted_by_hand(bare):
@@ -247,7 +401,7 @@ def test_a_run_without_a_split_can_be_parted_by_hand(bare):
     assert explorer.thumbs(RUN) == {}
     indices = [one["index"] for one in explorer.bench(RUN, 3, 30)["images"]]
     made = explorer.part(RUN, 3, [indices[:10], indices[10:20]], [])
-    assert 3 in [one["channel"] for one in explorer.channels(made["split"])]
+    assert [one["channel"] for one in explorer.channels(made["split"])] == [3]
     assert explorer.explain(made["split"], "val/0", 3)["rows"]
 
 

@@ -168,7 +168,7 @@ def explain(
     """
     from unbraid.running.finished import Run
     from unbraid.running.folders import refuse_folder
-    from unbraid.running.network import load_again, open_pictures
+    from unbraid.running.network import load_again, open_pictures, prepared_otherwise
 
     refuse_folder(out)
     ran = Run(run)
@@ -176,6 +176,7 @@ def explain(
     unbraid.keep_memory()
     loaded = load_again(ran.settings.source, model, weights, device)
     note(loaded.note)
+    note(prepared_otherwise(ran.settings.source))
     model2 = unbraid.apply(loaded.model, split)
     pictures = open_pictures(images, loaded)
     explained = unbraid.explain(model2, pictures, classes=classes or [], n=n, target=target)

@@ -14,11 +14,12 @@ from unbraid.finding.findings import Findings
 from unbraid.finding.membership import mean_responses
 from unbraid.measuring.evaluate import evaluate
 from unbraid.measuring.results import ChannelEvaluation
+from unbraid.running.folders import Thresholds
 from unbraid.scanning.records import Scan
 from unbraid.splitting.split import split as make_split
 from unbraid.splitting.splits import ChannelSplit, Split
 
-MOST_GROUPS = 9  # a key for each
+MOST_GROUPS = 9  # a key for each; more where the channel has more concepts
 _LONGEST = 80  # characters of a group's name
 _OF_EACH = 12  # images of each concept that the channel's own strongest may lack
 
@@ -105,6 +106,22 @@ def findings_of(split: Split) -> Findings:
     )
 
 
+def nothing_found(scan: Scan, thresholds: Thresholds) -> Findings:
+    """What parting by hand begins with where nothing was split: no concepts of any channel."""
+    return Findings(
+        tau=0.0 if thresholds.tau == "auto" else thresholds.tau,  # which is no number before found
+        p=thresholds.p,
+        gamma=thresholds.gamma,
+        pairs=(),
+        concepts={},
+        class_names=scan.class_names,
+        hint="",
+        layer=scan.layer.name,
+        weights=scan.manifest.weights,
+        scan=scan.manifest.scan_id,
+    )
+
+
 def part_by_hand(
     scan: Scan,
     before: Split | Findings,
@@ -122,20 +139,22 @@ def part_by_hand(
         names: of the groups; "" for one that is named by its classes.
 
     Raises:
-        UsageError: there are less than two groups or more than nine, one is empty, an image is in
-            two, two names are the same, or the layer has no such channel.
+        UsageError: there are less than two groups, or more than nine and than the channel has
+            concepts, one is empty, an image is in two, two names are the same, or the layer has no
+            such channel.
     """
     check_channel(scan, channel)
-    if len(groups) > MOST_GROUPS:
-        raise UsageError(f"There are {len(groups)} groups; make at most {MOST_GROUPS}.")
+    earlier = before if isinstance(before, Split) else None
+    found = before if isinstance(before, Findings) else findings_of(before)
+    most = max(MOST_GROUPS, len(found.concepts.get(channel, ())))
+    if len(groups) > most:
+        raise UsageError(f"There are {len(groups)} groups; make at most {most}.")
     if len(groups) < 2 or not all(groups):
         raise UsageError("Put images into two groups or more, none of them empty, then split.")
     told = [one_line(name)[:_LONGEST].strip() for name in names]
     given = [name for name in told if name]
     if len(set(given)) < len(given):
         raise UsageError("Two groups have the same name; give each a name of its own, or none.")
-    earlier = before if isinstance(before, Split) else None
-    found = before if isinstance(before, Findings) else findings_of(before)
     found = found.correct(scan, channel, groups=groups)
     every = list(found.class_names)
     for (number,), name in zip(found.concepts[channel], told, strict=False):

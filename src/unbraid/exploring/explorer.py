@@ -24,7 +24,7 @@ from unbraid.base.errors import UsageError
 from unbraid.base.files import write_new
 from unbraid.base.tables import one_line
 from unbraid.exploring import shown
-from unbraid.exploring.bench import alone, lay_out, measure, part_by_hand, part_of
+from unbraid.exploring.bench import alone, lay_out, measure, nothing_found, part_by_hand, part_of
 from unbraid.exploring.opened import Opened
 from unbraid.exploring.shown import Plain
 from unbraid.images.broken import UNLABELLED, plain
@@ -33,13 +33,14 @@ from unbraid.images.listing import ListedImages, Listing
 from unbraid.images.pictures import decode_picture
 from unbraid.measuring.explain import ImageExplanation
 from unbraid.measuring.reference_images import ALIKE, ReferenceImages, reference_images
-from unbraid.measuring.results import ChannelEvaluation, read_channels
+from unbraid.measuring.results import ChannelEvaluation
 from unbraid.networks.copying import device_of
-from unbraid.networks.outputs import run_network
+from unbraid.networks.outputs import logits_of, run_raw
 from unbraid.networks.relevance import undisturbed
 from unbraid.reporting.explain import explain
 from unbraid.reporting.pictures import open_picture, sight_of
 from unbraid.reporting.words import bounded
+from unbraid.scanning.targets import Scalar
 from unbraid.splitting.splits import Split
 from unbraid.surgery.apply import apply
 from unbraid.surgery.gates import gate
@@ -102,7 +103,7 @@ class Explorer:
         self._files: Kept[tuple[bytes, str]] = Kept(1024)
         self._networks: Kept[nn.Module] = Kept(3)
         self._explained: Kept[tuple[ImageExplanation, Image.Image]] = Kept(32)
-        self._logits: Kept[Tensor] = Kept(64)
+        self._values: Kept[Tensor] = Kept(64)  # of pictures: logits, or the target
         self._references: Kept[dict[int, ReferenceImages]] = Kept(256)
         self._measured: Kept[ChannelEvaluation] = Kept(256)
 
@@ -120,7 +121,7 @@ class Explorer:
             "layer": bounded(layer.name),
             "nChannels": layer.n_out,
             "missing": [bounded(one_line(words), 600) for words in self.opened.missing],
-            "explains": self.opened.network is not None,
+            "explains": self.opened.network is not None and self.opened.target is not None,
             "parts": self.opened.train_scan is not None,
             "hasSplit": split is not None,
             "saved": self.saved(),
@@ -205,10 +206,15 @@ class Explorer:
         return self._measured.put((name, channel), made), ""
 
     def _measured_by_run(self, name: str, channel: int) -> ChannelEvaluation | None:
-        path = self.opened.run.folder / "evaluation.json"
-        if name != RUN or not path.exists():
+        if name != RUN:
             return None
-        return next((c for c in read_channels(path) if c.channel == channel), None)
+        wanted = (channel, self.split(name)[channel].concepts)
+        of_same = (
+            own
+            for own in self.opened.measured
+            if (own.channel, tuple(concept.classes for concept in own.concepts)) == wanted
+        )
+        return next(of_same, None)
 
     # --- a picture ---
 
@@ -262,9 +268,9 @@ class Explorer:
 
     def _explain(self, name: str, picture: str) -> tuple[ImageExplanation, Image.Image]:
         def look() -> tuple[ImageExplanation, Image.Image]:
-            made = explain(
-                self._network(name), self.seen(picture).dataset, n=_N_ROWS, heatmaps=False
-            )
+            model2, dataset = self._network(name), self.seen(picture).dataset
+            told: dict[str, Any] = {"n": _N_ROWS, "heatmaps": False, "target": self._target()}
+            made = explain(model2, dataset, **told)
             return made[0], made.pictures[0]
 
         return self._explained.made((name, picture), look)
@@ -277,18 +283,28 @@ class Explorer:
         split = self.split(name)
         return self._networks.made(name, lambda: apply(network.model, split))
 
+    def _target(self) -> Scalar:
+        """Whose relevance is told."""
+        if self.opened.target is None:
+            raise UsageError("The run has no target that a picture can be explained by.")
+        return self.opened.target
+
     def gate(self, name: str, picture: str, gates: Mapping[str, float]) -> Plain:
-        """Logits of a picture with concept channels scaled, such as {"10.1": 0.5}, and before."""
-        split = self.split(name)
-        names = ["" if n in split.clusters else own for n, own in enumerate(split.class_names)]
-        before = self._logits.made(picture, lambda: self._run(name, picture, {}))
+        """Logits of a picture with concept channels scaled, such as {"10.1": 0.5}, and before.
+
+        Of another target than a class's logit, its value alone.
+        """
+        split, target = self.split(name), self._target()
+        before = self._values.made(picture, lambda: self._run(name, picture, {}))
         moved = {own: value for own, value in gates.items() if value != 1}
-        return shown.logits_view(
-            before, self._run(name, picture, moved) if moved else before, names
-        )
+        now = self._run(name, picture, moved) if moved else before
+        if not target.of_class:
+            return shown.target_view(float(before[0]), float(now[0]), target.name)
+        names = ["" if n in split.clusters else own for n, own in enumerate(split.class_names)]
+        return shown.logits_view(before, now, names)
 
     def _run(self, name: str, picture: str, gates: Mapping[str, float]) -> Tensor:
-        """Logits, (T,)."""
+        """Logits, (T,), or of another target its value, (1,)."""
         model2, layer = self._network(name), self.split(name).layer.name
         image = self._inputs.made(picture, lambda: plain(self.seen(picture).dataset[0][0], 0))
         images = image[None].to(device_of(model2))
@@ -301,7 +317,10 @@ class Explorer:
                     raise UsageError(f"A gate goes from 0 to {_MOST_GATE:g}, not {value:g}.")
                 which: int | Literal["rest"] = int(concept) if concept.isdecimal() else "rest"
                 moved.enter_context(gate(model2, layer, int(channel), which, value))
-            return run_network(model2, images)[0].detach().cpu().float()
+            output, first = run_raw(model2, images), torch.zeros(1, dtype=torch.int64)
+            target = self._target()
+            values = logits_of(output, 1)[0] if target.of_class else target.of(output, first, first)
+            return values.detach().cpu().float()
 
     def picture_file(self, picture: str, side: int) -> tuple[bytes, str]:
         """A picture as a file, cut as the network sees it where that is known, and its kind."""
@@ -341,7 +360,8 @@ class Explorer:
         if scan is None:
             raise UsageError("There is no scan of training images, so no channel can be parted.")
         if name == RUN and self.opened.split is None:
-            made = part_by_hand(scan, self.opened.run.found, channel, groups, names)
+            nothing = nothing_found(scan, self.opened.run.settings.thresholds)
+            made = part_by_hand(scan, nothing, channel, groups, names)
         else:
             made = part_by_hand(scan, self.split(name), channel, groups, names)
         new = f"{HAND}{secrets.token_hex(8)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import RunError, UnbraidError
+from unbraid.measuring.explain import untold
+from unbraid.measuring.results import ChannelEvaluation, read_channels
 from unbraid.networks.models import LoadedModel
 from unbraid.running.finished import Run
-from unbraid.running.network import load_again
+from unbraid.running.network import load_again, prepared_otherwise
 from unbraid.scanning.records import Scan
+from unbraid.scanning.targets import Scalar, read_target
 from unbraid.splitting.splits import Split
 
 Part = TypeVar("Part")
@@ -26,10 +29,12 @@ class Opened:
     run: Run
     split: Split | None
     network: LoadedModel | None
+    target: Scalar | None  # that pictures are explained by
     train_scan: Scan | None
     val_scan: Scan | None
     train_images: Dataset[Any] | None
     val_images: Dataset[Any] | None
+    measured: Sequence[ChannelEvaluation]  # by the run, as far as it can be read
     missing: tuple[str, ...]  # what is not there, what that costs, and why
 
     def scan(self, kind: str) -> Scan | None:
@@ -73,22 +78,46 @@ def open_run(
         missing.append(
             "The run left no split; a channel can be named by its number and parted by hand."
         )
-    val_scan = attempt(lambda: run.val_scan, "There are no measures and no reference images")
     train_scan = attempt(lambda: run.train_scan, "No channel can be parted by hand")
+    shown = "no reference images" if train_scan is None else "training images stand for reference"
+    val_scan = attempt(lambda: run.val_scan, f"There are no measures, and {shown}")
     if split is None and train_scan is None:
         raise RunError(f"{folder} holds neither a split nor a scan; start the run again.")
+    unexplained = "No picture can be explained"
+    network = attempt(lambda: load_again(run.settings.source, model, weights, device), unexplained)
+    target = attempt(lambda: target_of(run), unexplained)
+    otherwise = prepared_otherwise(run.settings.source)
+    if otherwise and network is not None and target is not None:
+        missing.append(otherwise)
     return Opened(
         run,
         split,
-        attempt(
-            lambda: load_again(run.settings.source, model, weights, device),
-            "No picture can be explained",
-        ),
+        network,
+        target,
         train_scan,
         val_scan,
         attempt(lambda: run.train_images, "Training images stay without pictures")
         if train_scan
         else None,
         attempt(lambda: run.images, "Reference images stay without pictures") if val_scan else None,
+        attempt(lambda: measured_in(run), "Channels are measured anew") or () if val_scan else (),
         tuple(missing),
     )
+
+
+def measured_in(run: Run) -> Sequence[ChannelEvaluation]:
+    """Read what the run measured; nothing if it did not come to that."""
+    path = run.folder / "evaluation.json"
+    return read_channels(path) if path.exists() else ()
+
+
+def target_of(run: Run) -> Scalar:
+    """Say which target pictures are explained by; RunError if they cannot be by the run's."""
+    target = read_target(run.target)
+    why = untold(target)
+    if why:
+        raise RunError(
+            f"With the run's target {target.name!r} there is {why}; make a run with another one, "
+            "such as regression:INDEX."
+        )
+    return target

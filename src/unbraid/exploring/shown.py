@@ -186,6 +186,7 @@ def logits_view(before: Tensor, now: Tensor, names: Sequence[str]) -> Plain:
     chosen = sorted(set(largest[0]), key=lambda t: -float(before[t]))
     chosen += [t for t in largest[1] if t not in chosen]
     return {
+        "ofClass": True,
         "classes": [
             {
                 "name": bounded(name_of(names, t)),
@@ -198,6 +199,18 @@ def logits_view(before: Tensor, now: Tensor, names: Sequence[str]) -> Plain:
         "predicted": chosen.index(largest[1][0]),
         "low": float(torch.minimum(before.min(), now.min())),
         "high": float(torch.maximum(before.max(), now.max())),
+    }
+
+
+def target_view(before: float, now: float, name: str) -> Plain:
+    """Show a target that is no class's logit, before gates and now, in the form of logits."""
+    words = [significant(before), significant(now)]
+    return {
+        "ofClass": False,
+        "classes": [{"name": bounded(name), "before": before, "now": now, "words": words}],
+        "predicted": 0,
+        "low": min(before, now, 0.0),
+        "high": max(before, now, 0.0),
     }
 
 

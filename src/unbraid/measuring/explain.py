@@ -170,6 +170,13 @@ def _plain(one: Response) -> dict[str, Any]:
     return {**named, **kept, "percentile": one.percentile if known else None, "map": where}
 
 
+def untold(target: Scalar) -> str:
+    """Say what a target lacks for an image without a label to be explained by; "" for nothing."""
+    if target.value is None:
+        return "no relevance to tell"
+    return "no class to compare images with" if target.by_label else ""
+
+
 def explain_images(
     model2: nn.Module,
     layer: SplitLayer,
@@ -193,8 +200,8 @@ def explain_images(
         heatmaps: whether those get heatmaps.
         target: whose gradient tells relevance.
     """
-    if target.value is None or target.by_label:
-        why = "no relevance to tell" if target.value is None else "no class to compare images with"
+    why = untold(target)
+    if why:
         raise UsageError(
             f"With the target {target.name!r} there is {why}; give another one, such as "
             "'regression:INDEX' or a function."

@@ -13,6 +13,7 @@ from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.dataset import size_of
 from unbraid.images.listing import Files, ListedImages, Listing
+from unbraid.images.own import is_own
 from unbraid.networks.models import LoadedModel, load_model
 from unbraid.networks.outputs import with_logits
 from unbraid.running.finished import Run
@@ -49,6 +50,16 @@ def load_again(
     if told["output"] is not None:
         loaded = replace(loaded, model=with_logits(loaded.model, told["output"]))
     return loaded
+
+
+def prepared_otherwise(source: dict[str, Any]) -> str:
+    """Say what a run over tensors of one's own did not do with its images; "" for other runs."""
+    if not is_own(str(source.get("data", ""))):
+        return ""
+    return (
+        "A picture goes through the network's usual preprocessing, which the run's own tensors did "
+        "not, so its percentiles among the scan's images may mean little."
+    )
 
 
 def open_pictures(paths: Sequence[Path], loaded: LoadedModel) -> ListedImages:

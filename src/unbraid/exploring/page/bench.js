@@ -2,7 +2,7 @@
 import { addressOf, ask, attempt, el, fetched, figures, letter, listSplits, mark, name, pictureOf, referenceRows, state, tell, tone } from "/common.js";
 
 const FIRST = 36; // images of the channel to begin with
-const MOST = 9; // groups: a key for each
+const KEYS = 9; // groups with a key of their own; more only where a channel has more concepts
 let kept = null; // the bench that is in use: it stays while one looks at something else
 
 export async function showBench(view, { channel }) {
@@ -53,8 +53,9 @@ class Bench {
       this.grid, this.results);
     // Names that a person gave stay; those made of classes are made anew.
     const own = (group) => (laid.byHand && !/^group \d+( \(|$)/.test(group.name) ? group.name : "");
-    this.names = laid.groups.slice(0, MOST).map(own);
-    this.hints = laid.groups.slice(0, MOST).map((g) => g.name);
+    this.names = laid.groups.map(own);
+    this.hints = laid.groups.map((g) => g.name);
+    this.most = Math.max(KEYS, laid.groups.length);
     while (this.names.length < 2) {
       this.names.push("");
       this.hints.push("");
@@ -84,7 +85,7 @@ class Bench {
     const element = el("div", { className: "tile", role: "option", tabIndex: -1, draggable: true, data: { index: image.index } },
       el("span", { className: "frame" }, pictureOf(image.picture, 192, image.label), corner),
       el("span", { className: "caption" }, name(image.label), " ", el("span", { className: "activation" }, image.response)));
-    const tile = { image, group: group < MOST ? group : -1, element, corner, place };
+    const tile = { image, group, element, corner, place };
     element.addEventListener("click", () => {
       this.focus(place);
       this.put(tile, tile.group === this.active ? -1 : this.active);
@@ -167,7 +168,7 @@ class Bench {
   // --- groups ---
 
   add() {
-    if (this.names.length >= MOST) return;
+    if (this.names.length >= this.most) return;
     this.names.push("");
     this.hints.push("");
     this.active = this.names.length - 1;
@@ -184,7 +185,7 @@ class Bench {
       field.addEventListener("focus", () => this.choose(k));
       field.addEventListener("keydown", (event) => event.key === "Enter" && this.part());
       const chip = el("li", { className: `group ${tone(k)}`, "aria-current": k === this.active ? "true" : null },
-        el("button", { type: "button", className: "pick", title: `Put images into group ${letter(k)} (key ${k + 1})`, "aria-pressed": String(k === this.active), onclick: () => this.choose(k) },
+        el("button", { type: "button", className: "pick", title: `Put images into group ${letter(k)}${k < KEYS ? ` (key ${k + 1})` : ""}`, "aria-pressed": String(k === this.active), onclick: () => this.choose(k) },
           mark({ k, letter: letter(k) }), n), field);
       for (const kind of ["dragenter", "dragover"]) {
         chip.addEventListener(kind, (event) => {
@@ -202,7 +203,7 @@ class Bench {
       });
       return chip;
     });
-    if (this.names.length < MOST) {
+    if (this.names.length < this.most) {
       chips.push(el("li", {}, this.button("Another group", () => this.add(), "plain")));
     }
     this.groups.replaceChildren(...chips);

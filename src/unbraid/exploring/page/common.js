@@ -17,7 +17,8 @@ export function el(tag, properties = {}, ...children) {
 /** A name from the run, kept in its own writing direction. */
 export const name = (text) => el("bdi", {}, text);
 export const tone = (k) => (k === null || k < 0 ? "other" : `k${k % 8}`);
-export const letter = (k) => String.fromCharCode(65 + k);
+/** A to Z, AA, AB. */
+export const letter = (k) => (k < 26 ? "" : letter(Math.floor(k / 26) - 1)) + String.fromCharCode(65 + (k % 26));
 export const mark = (concept) => el("span", { className: `mark ${tone(concept.k)}` }, concept.letter);
 
 /** What the page knows; where it is stands in the address, so that it can be gone back to. */

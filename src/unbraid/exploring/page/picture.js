@@ -1,5 +1,5 @@
 // One picture: which concept channels it uses and where, and what becomes of the logits without.
-import { addressOf, ask, attempt, el, fetched, mark, name, pictureOf, state, tell } from "/common.js";
+import { addressOf, ask, attempt, el, fetched, letter, mark, name, pictureOf, state, tell } from "/common.js";
 
 const MOST = 2; // of a gate
 let gates = {}; // by concept channel, of this page alone
@@ -20,7 +20,9 @@ export async function showPicture(view, { picture, channel }) {
     invite(view);
     return;
   }
-  const chart = el("div", { className: "logits", role: "group", "aria-label": "Logits" });
+  const { ofClass } = found.logits;
+  const head = ofClass ? "Logits" : "Target";
+  const chart = el("div", { className: "logits", role: "group", "aria-label": head });
   const reset = el("button", { type: "button", className: "plain", onclick: () => {
     gates = {};
     for (const input of view.querySelectorAll(".gate input")) setGate(input, 1);
@@ -36,8 +38,8 @@ export async function showPicture(view, { picture, channel }) {
     el("div", { className: "seen" },
       el("figure", {}, el("span", { className: "frame plainly" }, pictureOf(picture, 480, found.name)), el("figcaption", {}, name(found.name))),
       el("div", { className: "said" },
-        el("h2", {}, "Logits"),
-        el("p", { className: "hint" }, "○ before, ● with the gates below. The first choice is bold."),
+        el("h2", {}, head),
+        el("p", { className: "hint" }, `○ before, ● with the gates below.${ofClass ? " The first choice is bold." : ""}`),
         chart)),
     el("div", { className: "bar" },
       el("div", { className: "choice", role: "group", "aria-label": "Which concept channels" },
@@ -47,7 +49,7 @@ export async function showPicture(view, { picture, channel }) {
       reset, anotherButton()),
     el("ul", { className: "concepts" }, rows),
     el("p", { className: "hint below" },
-      "Share: part of all positive relevance in the layer for the first choice. Percentile: part of the run's images that excite the channel less. A gate multiplies a concept channel: 0 switches it off, 1 leaves it."),
+      `Share: part of all positive relevance in the layer for the ${ofClass ? "first choice" : "target"}. Percentile: part of the run's images that excite the channel less. A gate multiplies a concept channel: 0 switches it off, 1 leaves it.`),
   );
   draw(chart, found.logits);
   if (Object.keys(gates).length) move(chart, picture);
@@ -60,7 +62,7 @@ function invite(view) {
   view.replaceChildren(
     el("div", { className: "invite" },
       el("h2", {}, "Which concept channels does a picture use?"),
-      el("p", {}, state.run.explains ? "Drop a picture anywhere on this page, paste one, or choose a file. It stays on this machine." : "The run's network is not there, so no picture can be explained."),
+      el("p", {}, state.run.explains ? "Drop a picture anywhere on this page, paste one, or choose a file. It stays on this machine." : "No picture can be explained; why stands at the top of the page."),
       state.run.explains ? anotherButton("Choose a file") : ""),
     state.run.explains && examples.length
       ? el("div", {}, el("p", { className: "hint" }, "Or take one of the run's own:"),
@@ -91,7 +93,7 @@ function conceptRow(row, moved) {
     where(row.map, `Where ${words} answers`, row.gate),
     where(row.whole.map, `Where the whole channel ${row.whole.name} answers`, "whole channel"),
     el("div", { className: "what" },
-      el("p", {}, row.k === null ? "" : mark({ k: row.k, letter: String.fromCharCode(65 + row.k) }), " ", el("b", {}, row.gate), " ", name(row.name)),
+      el("p", {}, row.k === null ? "" : mark({ k: row.k, letter: letter(row.k) }), " ", el("b", {}, row.gate), " ", name(row.name)),
       el("table", {}, el("thead", {}, el("tr", {}, el("td", {}), ["response", "percentile", "share"].map((w) => el("th", { scope: "col" }, w)))),
         el("tbody", {}, line("concept", row.figures), line("whole", row.whole.figures)))),
     el("div", { className: "gate" }, el("span", { className: "soft" }, "gate"), input, output, back));
