@@ -201,7 +201,7 @@ def _without_folder(name: object) -> str:
 def _without_folders(text: str) -> str:
     """Leave of each absolute path in a text its last part.
 
-    >>> _without_folders("Mean(path=PosixPath('/home/a b/mean.npy'), by=1/255) at /x/y.py")
+    >>> _without_folders("Mean(path=PosixPath('/data/a b/mean.npy'), by=1/255) at /x/y.py")
     "Mean(path=PosixPath('mean.npy'), by=1/255) at y.py"
     """
     return _PATH.sub(_last_part, text)
