@@ -13,7 +13,6 @@ import unbraid
 from checks import assert_bit_equal, assert_close
 from tiny_networks import KINDS, SyntheticImages, WithBroken, build
 from unbraid.base.errors import RunError, UsageError
-from unbraid.base.files import read_tensors
 from unbraid.running.check import check
 from unbraid.scanning import place_shards, places
 from unbraid.scanning.records import shard_path
@@ -195,35 +194,6 @@ def test_memory_is_sifted_and_shards_may_come_in_any_order(small_shards, monkeyp
     assert content(made.places.path) == content(before.places.path)
     looked = [part for part in out.rglob("part-*")]
     assert looked == []
-
-
-@pytest.mark.parametrize("alike", [False, True])
-def test_parts_are_thinned_while_a_scan_runs(alike, monkeypatch, tmp_path):
-    monkeypatch.setattr("unbraid.scanning.scan.images_per_shard", lambda _: 4)
-    monkeypatch.setattr(places, "N_DRAWN", 3)
-    network, dataset = Whole().eval(), whole_images()
-    if alike:  # so that every image is as strong as any
-        dataset.images[:] = dataset.images[0].clone()
-    else:  # so that each beats those before it
-        dataset.images *= torch.arange(1, N_IMAGES + 1)[:, None, None, None]
-    truth = all_positions(network.layer, network, dataset, range(N_IMAGES))
-    most, held, write = 2 * 5 + 3, [], place_shards.OwnParts.write
-
-    def written(own, shard, new):
-        write(own, shard, new)
-        paths = (own.folder / "places").glob("part-*")
-        held.append(sum(len(read_tensors(path)[0]["order"]) for path in paths))
-        assert held[-1] == sum(own.held.values())
-
-    monkeypatch.setattr(place_shards.OwnParts, "write", written)
-    scan = unbraid.scan(network, "layer", dataset, tmp_path, places=2, batch_size=2).places
-    assert len(held) == 18
-    assert max(held) <= 2 * most
-    assert_places(scan, truth, 2)
-    monkeypatch.setattr(place_shards, "thin_parts", lambda *_: {})
-    other = unbraid.scan(network, "layer", dataset, tmp_path / "b", places=2, batch_size=2).places
-    assert max(held) > 3 * most
-    assert content(other.path) == content(scan.path)
 
 
 def splitmix(x):

@@ -1,16 +1,14 @@
 """Places on disk: a part beside each shard while a scan runs, then one scan of places.
 
 A part holds what of a shard's places nothing seen before by its process beats. Merged, in the order
-of the images, parts give the same scan whoever made them and whatever each left out. So a process
-may thin its parts now and then, lest they take many times what is kept in the end.
+of the images, parts give the same scan whoever made them and whatever each left out.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from unbraid.scanning.places import (
     Places,
     add_peaks,
     drawn,
-    keep,
     n_drawn,
     strongest,
 )
@@ -69,49 +66,6 @@ def write_part(folder: Path, shard: int, places: Places | None, manifest: Manife
         return
     tensors = {} if places is None else vars(places)
     write_tensors(part_path(folder, shard), tensors, {"scan": manifest.scan_id})
-
-
-@dataclass
-class OwnParts:
-    """The parts that a process has written, which hold three times the finished lists at most."""
-
-    folder: Path
-    manifest: Manifest
-    held: dict[int, int] = field(default_factory=dict)  # places by shard
-
-    def write(self, shard: int, places: Places | None) -> None:
-        """Write the places of a shard; thin all parts if they hold twice what is kept at most."""
-        write_part(self.folder, shard, places, self.manifest)
-        self.held[shard] = 0 if places is None else len(places.order)
-        layer = self.manifest.layer
-        most = self.manifest.places * layer.n_out + n_drawn(layer)
-        if sum(self.held.values()) > 2 * most:
-            # Another start of the same scan may have put the parts together and deleted them.
-            with suppress(RunError):
-                self.held |= thin_parts(self.folder, self.manifest, sorted(self.held))
-
-
-def thin_parts(folder: Path, manifest: Manifest, shards: Sequence[int]) -> dict[int, int]:
-    """Delete from some parts, in order, what others of them beat: how many places each has left."""
-    read = {shard: _lists(part_path(folder, shard))[0] for shard in shards}
-    lists = {shard: own for shard, own in read.items() if own}
-    channel, response, key = (
-        torch.cat([own[name] for own in lists.values()]) for name in ("channel", "response", "key")
-    )
-    kept = torch.zeros(len(channel), dtype=torch.bool)
-    kept[strongest(channel, response, manifest.places)] = True
-    of_lists = kept.split([len(own["channel"]) for own in lists.values()])
-    of_places = drawn(key, n_drawn(manifest.layer)).split(
-        [len(own["key"]) for own in lists.values()]
-    )
-    left = {}
-    for shard, entries, chosen in zip(lists, of_lists, of_places, strict=True):
-        path = part_path(folder, shard)
-        tensors, about = read_tensors(path)
-        own = keep(Places(**tensors), entries.nonzero()[:, 0], chosen)
-        write_tensors(path, vars(own), {"scan": about["scan"]})
-        left[shard] = len(own.order)
-    return left
 
 
 def lacks_part(folder: Path, shard: int, manifest: Manifest) -> bool:

@@ -176,11 +176,7 @@ def n_drawn(spec: LayerSpec) -> int:
 def sift(places: Places, k: int, n: int) -> Places:
     """Keep the k strongest places of each channel, and the n with the lowest keys."""
     entries = strongest(places.channel, places.response, k)
-    return keep(places, entries, drawn(places.key, n))
-
-
-def keep(places: Places, entries: Tensor, chosen: Tensor) -> Places:
-    """Keep some entries of lists, by number in the order given, and the places (U,) drawn."""
+    chosen = drawn(places.key, n)
     used = chosen.clone()
     used[places.at[entries]] = True
     new = used.cumsum(0) - 1

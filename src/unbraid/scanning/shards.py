@@ -38,11 +38,11 @@ from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.fields import Records, join_records
 from unbraid.scanning.manifest import Manifest, read_manifest
 from unbraid.scanning.place_shards import (
-    OwnParts,
     lacks_part,
     learn_parts,
     merge_parts,
     remove_strange_parts,
+    write_part,
 )
 from unbraid.scanning.places import PlaceKeeper, tokens_of
 from unbraid.scanning.records import read_shard, shard_path, shards_there, write_shard
@@ -167,7 +167,6 @@ def scan_shards(
     work = _batches(targets, indices, team)
     batches = load(dataset, work, workers=options.workers, pinned=pinned)
     keepers = _keepers(model, targets)
-    parts_of = {own.folder: OwnParts(own.folder, own.manifest) for own in targets}
     names = [target.manifest.layer.name for target in targets]
     many = len(names) > _MOST_NAMED
     title = f"Scanning {count(len(names), 'layer') if many else ', '.join(names)}"
@@ -221,12 +220,8 @@ def scan_shards(
                 parts += own
                 advance(team.count(len(items)))
             for target, of_layer in zip(lacking, zip(*parts, strict=True), strict=True):
-                records = join_records(of_layer)
-                if keeper := keepers.get(target.folder):
-                    # Before the shard, so that where that is, these are.
-                    refuse_taken(target)
-                    parts_of[target.folder].write(number, keeper.close())
-                _write(target, number, records, groups, ids)
+                keeper = keepers.get(target.folder)
+                _write(target, number, join_records(of_layer), groups, ids, keeper)
         team.finish()
         if n_ranks() > 1:
             await_shards(targets, _PATIENCE)
@@ -399,12 +394,15 @@ def _write(
     records: Records,
     groups: Sequence[int] | None,
     ids: Sequence[str] | None,
+    keeper: PlaceKeeper | None = None,
 ) -> None:
-    """Write a shard of a layer, with what the data set says of its images."""
+    """Write a shard of a layer, with what the data set says of its images, and its places."""
     index = records.index.tolist()
     if groups is not None:
         records.group = torch.tensor([groups[i] for i in index], dtype=torch.int64)
     if ids is not None:
         records.id_start, records.id_bytes = pack_ids([ids[i] for i in index])
     refuse_taken(target)
+    if keeper is not None:  # before the shard, so that where that is, these are
+        write_part(target.folder, shard, keeper.close(), target.manifest)
     write_shard(target.folder, shard, records, target.manifest)
