@@ -252,7 +252,9 @@ def test_an_old_split_says_that_percentiles_are_unknown(case_of):
     parts = [replace(part, quantiles=None) for part in case.split.channels]
     old = unbraid.apply(case.network, replace(case.split, channels=tuple(parts)))
     found = unbraid.explain(old, case.images.images[0])
-    assert "percentiles are unknown, as the split was made from places or by an earlier" in str(found)
+    assert "percentiles are unknown, as the split was made from places or by an earlier" in str(
+        found
+    )
     assert found[0].to_dict()["channels"][0]["whole"]["percentile"] is None
     new = unbraid.explain(unbraid.apply(case.network, case.split), case.images.images[0])
     assert "unknown" not in str(new)
