@@ -34,7 +34,7 @@ from torchvision.transforms.functional import gaussian_blur
 import unbraid
 from timing import print_head, print_row
 from unbraid.demo.network import LAYER, load_images, load_network
-from unbraid.measuring.explain import heatmap
+from unbraid.measuring.heatmap import heatmap
 
 N_COPIES, NOISE = 8, 0.3  # of noisy copies, and how noisy they are
 Parts = dict[tuple[str, bool], list[float]]  # by way, and whether of the concept channel alone

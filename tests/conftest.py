@@ -1,5 +1,7 @@
 """Settings shared by the tests of the core."""
 
+import os
+import shutil
 import signal
 
 import pytest
@@ -35,3 +37,18 @@ def calls(tmp_path_factory):
     from public_calls import sound_calls
 
     return sound_calls(tmp_path_factory.mktemp("calls"))
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser is installed ({', '.join(BROWSERS)})")
+    # Chromium refuses its sandbox to root, as containers have it; the pages are our own.
+    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=path, args=flags)

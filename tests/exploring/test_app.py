@@ -1,7 +1,5 @@
 """The app in a real browser: pictures, gates, the bench, hostile names, two users at once."""
 
-import os
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,23 +9,10 @@ from explored import HOSTILE, NAMES, TITLE, logits_by_hand
 from unbraid.exploring.bench import findings_of
 from unbraid.scanning.targets import read_target
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 READY = """() => {
     const view = document.querySelector("#view:not([aria-busy])");
     return view && view.children.length;
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser is installed ({', '.join(BROWSERS)})")
-    # Chromium refuses its sandbox to root, as containers have it; the pages are our own.
-    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=path, args=flags)
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """The report in a real browser: silent, searchable, usable by keyboard, the same on paper."""
 
 import math
-import os
 import shlex
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -16,19 +14,6 @@ from unbraid.reporting.words import ABSENT
 
 # Also what is off the screen.
 LAY_OUT = "document.querySelectorAll('article').forEach(a => a.style.contentVisibility = 'visible')"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser is installed ({', '.join(BROWSERS)})")
-    # Chromium refuses its sandbox to root, as containers have it; the pages are our own.
-    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=path, args=flags)
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,12 @@ from unbraid.base.errors import LayerError, ModelError, UsageError, brief, neare
 from unbraid.base.tables import Table, Tabular, figure, one_line
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import name_of
+from unbraid.measuring.heatmap import heatmap
 from unbraid.networks.copying import device_of
 from unbraid.networks.outputs import logits_of, refuse_broken_values, run_network, run_raw
 from unbraid.networks.preflight import refuse_unsteady
 from unbraid.networks.relevance import cut_at, gradients_at, output_relevance, undisturbed
-from unbraid.networks.spec import channels_first, widen
+from unbraid.networks.spec import channels_first
 from unbraid.scanning.targets import Scalar
 from unbraid.splitting.quantiles import percentile
 from unbraid.surgery.apply import in_force
@@ -34,7 +35,6 @@ from unbraid.surgery.split_layer import SplitLayer, make_moves
 Part = int | Literal["rest"] | None  # a concept channel, the rest channel, or the whole channel
 
 _MOST_PREFIXES = 16  # tokens before those of the picture: a class token, registers
-_SMOOTHED = 28  # parts of the shorter side of an image; one of them is a standard deviation
 _NOTE = (
     "share: part of all positive relevance in the layer for the class; pct: percentile of the "
     "response among the scan's images; whole: the whole channel, by the same"
@@ -436,25 +436,3 @@ def _with_heatmaps(
         for own in explained.channels
     )
     return replace(explained, channels=channels)
-
-
-def heatmap(values: Sequence[Tensor], image: Tensor) -> Tensor:
-    """Compute how much each pixel adds to a channel where it answers, (H, W).
-
-    Each position counts by its positive pre-activation, so that where a channel answers weakly adds
-    little. It is input x gradient of half the summed squares of these, summed over colours and
-    smoothed: by a normal curve, a 28th of the shorter side wide.
-
-    Args:
-        values: the channel's pre-activation at each call, of any shape, made from the image.
-        image: (1, C, H, W), which asks for a gradient.
-    """
-    from torchvision.transforms.functional import gaussian_blur  # slow to import
-
-    strength = torch.stack([widen(z).clamp(min=0).square().sum() for z in values]).sum() / 2
-    (gradient,) = torch.autograd.grad(strength, image, retain_graph=True)
-    heat = (image * gradient).detach().sum(1).cpu().float()  # (1, H, W)
-    side = min(heat.shape[1:])
-    reach = math.ceil(3 * side / _SMOOTHED)
-    smooth: Tensor = heat if reach >= side else gaussian_blur(heat, 2 * reach + 1, side / _SMOOTHED)
-    return smooth[0]
