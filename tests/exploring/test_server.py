@@ -147,7 +147,8 @@ def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys,
         main_module.main()
     assert stopped.value.code == 1
     assert (
-        capsys.readouterr().err == "unbraid: The page takes more; pip install 'unbraid[explore]'.\n"
+        capsys.readouterr().err
+        == "unbraid: unbraid explore needs starlette and uvicorn; pip install 'unbraid[explore]'.\n"
     )
 
 

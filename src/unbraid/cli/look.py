@@ -90,8 +90,6 @@ def circuit(
         n: Sources to show of each concept channel.
         out: Folder to write into; by default RUN/circuits.
     """
-    from importlib.util import find_spec
-
     from unbraid.reporting.circuits import circuit_figure, layer_before
     from unbraid.reporting.figures import save_figure
     from unbraid.running.circuits import circuits_of
@@ -208,7 +206,9 @@ def explore(
         out: Folder to save splits into; by default RUN/splits.
     """
     if not all(map(find_spec, ("starlette", "uvicorn"))):
-        raise UnbraidError("The page takes more; pip install 'unbraid[explore]'.")
+        raise UnbraidError(
+            "unbraid explore needs starlette and uvicorn; pip install 'unbraid[explore]'."
+        )
     from unbraid.exploring.explorer import open_explorer
     from unbraid.exploring.opened import open_run
     from unbraid.exploring.server import serve
