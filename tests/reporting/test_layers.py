@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from test_browser import browser, load  # noqa: F401
+from test_browser import load
 
 from pages import HOSTILE, LONG, read
 from unbraid.base.errors import RunError
@@ -157,7 +157,7 @@ def test_damaged_data_are_told(damage, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1100])
-def test_in_a_browser_nothing_is_wider_than_a_phone(width, scheme, browser, tmp_path):  # noqa: F811
+def test_in_a_browser_nothing_is_wider_than_a_phone(width, scheme, browser, tmp_path):
     page_path = write_index(replace(SOME, title=LONG), tmp_path)
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page, said, asked = load(context, page_path)
