@@ -1,7 +1,7 @@
 """Split layers of every family of networks that timm and torchvision can build.
 
     python benchmarks/zoo.py --cache zoo.jsonl --out docs/zoo.md
-    python benchmarks/zoo.py --kinds docs/networks.md
+    python benchmarks/zoo.py --kinds docs/benchmarks.md
 
 Of each family the smallest network, with random weights and random norm statistics, on the smallest
 images that it takes. Of each network the last and a middle layer that can be split: scan, three
@@ -265,7 +265,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     """Write the whole page: what was tried, what holds, and every layer."""
     return (
         "# Every family of networks\n\n"
-        "Written by `benchmarks/zoo.py`; [networks.md](networks.md) says what is asked.\n\n"
+        "Written by `benchmarks/zoo.py`; [benchmarks](benchmarks.md#every-family-of-networks) says "
+        "what is asked.\n\n"
         f"{summary(rows)}\n\n{describe_machine()}, torchvision {torchvision.__version__}, timm "
         f"{timm.__version__}.\n\n{table(rows)}"
     )
