@@ -78,8 +78,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             yield file, about
     except (SafetensorError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{path} cannot be read ({brief(error)}); start again the command that makes it, "
-            "without the file if it is there."
+            f"{path} cannot be read ({brief(error)}); delete it if it is there, and start the "
+            "command that makes it again."
         ) from None
     except (OSError, RuntimeError, MemoryError) as error:  # torch makes the first into the second
         raise UnreadableError(

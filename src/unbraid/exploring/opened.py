@@ -100,7 +100,7 @@ def open_run(
         if train_scan
         else None,
         attempt(lambda: run.images, "Reference images stay without pictures") if val_scan else None,
-        attempt(lambda: measured_in(run), "Channels are measured anew") or () if val_scan else (),
+        attempt(lambda: measured_in(run), "Channels are measured again") or () if val_scan else (),
         tuple(missing),
     )
 

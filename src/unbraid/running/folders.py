@@ -328,7 +328,7 @@ def validation_images(
 
         return load_images("test" if part == "val" else "train")
     if "data" not in source:
-        raise RunError("The run does not say where its images are; make it anew.")
+        raise RunError("The run does not say where its images are; make it again.")
     refuse_own(source["data"])
     with_classes = source.get("class_folders", True)
     listing = list_images(part_of(source["data"], part), with_classes)

@@ -189,7 +189,7 @@ def _network(source: dict[str, Any]) -> str:
         return "unbraid's demo network"
     model, weights = (_without_folder(source.get(name)) for name in ("model", "weights"))
     if not model:
-        return "a network of one's own"
+        return "a network of the author's own"
     usual = "" if ".py:" in model else ", its usual weights"
     return f"{model}, weights {weights}" if weights else model + usual
 

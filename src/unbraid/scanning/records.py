@@ -244,7 +244,7 @@ def sound_peaks(folder: Path, manifest: Manifest) -> Tensor:
     """Read these counts; RunError if they are gone, damaged or not this layer's."""
     path = folder / PEAKS
     if not path.exists():
-        raise RunError(f"{path} is gone; start the scan again, which makes it anew.")
+        raise RunError(f"{path} is gone; start the scan again, which makes it.")
     peaks = read_tensors(path, ["peaks"])[0]["peaks"]
     _refuse(path, None if len(peaks) == manifest.layer.n_out else "is of another layer")
     return peaks
