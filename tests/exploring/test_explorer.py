@@ -357,7 +357,7 @@ def test_what_is_missing_is_told_and_the_rest_goes_on(bare, tmp_path):
     settings["source"]["data"] = str(tmp_path / "gone")
     (bare / "settings.json").write_text(json.dumps(settings))
     without_images = open_explorer(open_own(bare), None)
-    assert "Reference images stay without pictures: There is no folder" in names(
+    assert "Reference images stay without pictures: The run's images are no longer in" in names(
         without_images.opened
     )
     assert without_images.thumbs(RUN) == {}

@@ -29,8 +29,9 @@ from unbraid.images.dataset import Relabelled
 from unbraid.images.kept import LISTED, LISTED_PARTS
 from unbraid.images.labels import Outputs, read_classes
 from unbraid.images.listing import ListedImages
-from unbraid.images.open import list_images, part_of
+from unbraid.images.open import SAVED, list_images, part_of
 from unbraid.images.own import refuse_own
+from unbraid.images.tar import is_url
 from unbraid.reporting.pictures import Sight
 from unbraid.scanning.as_scanned import as_scanned
 from unbraid.scanning.manifest import hash_indices, read_manifest
@@ -331,7 +332,16 @@ def validation_images(
         raise RunError("The run does not say where its images are; make it again.")
     refuse_own(source["data"])
     with_classes = source.get("class_folders", True)
-    listing = list_images(part_of(source["data"], part), with_classes)
+    where = source["data"].removeprefix(SAVED)
+    try:
+        listing = list_images(part_of(source["data"], part), with_classes)
+    except DataError:
+        if os.path.exists(where) or is_url(where) or "{" in where:  # which stands for many files
+            raise
+        raise DataError(
+            f"The run's images are no longer in {where}; bring them back, or start `unbraid run` "
+            "again with --data and their new place."
+        ) from None
     labels: dict[str, int] = {}
     if with_classes and listing.classes:
         outputs = Outputs(scan.class_names, len(scan.class_names))
