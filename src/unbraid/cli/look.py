@@ -95,10 +95,10 @@ def circuit(
     from unbraid.reporting.figures import save_figure
     from unbraid.running.circuits import circuits_of
     from unbraid.running.finished import Run
+    from unbraid.running.folders import refuse_folder
     from unbraid.running.network import load_again
 
-    if any((out / name).exists() for name in ("settings.json", "manifest.json") if out):
-        raise UsageError(f"{out} holds a run or scan; name another folder.")
+    refuse_folder(out)
     ran = Run(run)
     unbraid.keep_memory()
     load = partial(load_again, ran.settings.source, model, weights, device)

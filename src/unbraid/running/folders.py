@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError, RunError, UsageError
-from unbraid.base.files import remove_leftovers, write_new, write_whole
+from unbraid.base.files import refuse_file, remove_leftovers, write_new, write_whole
 from unbraid.base.schema import build, in_range, read_json, unread
 from unbraid.base.tables import csv_text
 from unbraid.finding.findings import COLUMNS, ConceptKind, Findings
@@ -181,9 +181,10 @@ def holds_results(folder: Path) -> bool:
 
 
 def refuse_result(file: Path | None) -> None:
-    """UsageError if a file is part of a run or scan, which a single step must not change."""
-    if file is None or not file.exists():
+    """UsageError if a file is part of a run or scan, or cannot lie where it is to be written."""
+    if file is None:
         return
+    refuse_file(file.parent)
     for mark, patterns in _OWN.items():
         own = any(fnmatchcase(file.name, pattern) for pattern in patterns)
         if own and (file.parent / mark).exists():
@@ -191,8 +192,11 @@ def refuse_result(file: Path | None) -> None:
 
 
 def refuse_folder(folder: Path | None) -> None:
-    """UsageError if a folder is that of a run or scan, which other files do not go into."""
-    if folder is not None and any((folder / mark).exists() for mark in (SETTINGS, "manifest.json")):
+    """UsageError if a folder is a file, or that of a run or scan, which takes no other files."""
+    if folder is None:
+        return
+    refuse_file(folder)
+    if any((folder / mark).exists() for mark in (SETTINGS, "manifest.json")):
         raise UsageError(f"{folder} holds a run or scan; name another folder.")
 
 

@@ -18,6 +18,7 @@ from unbraid.base.tables import count, figure, one_line
 from unbraid.measuring.results import Evaluation
 from unbraid.reporting.report import report
 from unbraid.running.finished import Run
+from unbraid.running.folders import refuse_folder
 from unbraid.scanning.records import Scan
 from unbraid.splitting.location import FILE
 
@@ -65,8 +66,7 @@ def share_run(
     """
     if run.evaluation is None:
         raise RunError(f"{run.folder} found nothing to split, so there is nothing to share.")
-    if (out / "settings.json").exists() or (out / "manifest.json").exists():
-        raise UsageError(f"{out} holds a run or scan; name another folder.")
+    refuse_folder(out)
     there = next((name for name in _FILES if os.path.lexists(out / name)), None)
     if there is not None and not _is_shared(out):
         raise UsageError(f"{out} holds a {there} of something else; name another folder.")

@@ -213,8 +213,7 @@ def open_one(folder: Path) -> Scan:
         inside = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
         if inside:
             raise RunError(
-                f"{folder} holds scans of several layers: {', '.join(inside)}; open one of these "
-                "folders."
+                f"{folder} holds several scans: {', '.join(inside)}; name one of these folders."
             )
         raise RunError(f"{folder} holds no scan; make one with `unbraid scan`.")
     n_missing = manifest.n_shards - len(shards_there(folder, manifest))
