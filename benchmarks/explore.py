@@ -34,10 +34,8 @@ def open_synthetic(folder: Path, n_images: int) -> Explorer:
     torch.manual_seed(0)
     train, val = (write_mixed(folder / kind, n_images // N_CLASSES, 1, True) for kind in "tv")
     draw = random.Random(0)
-    every = {
-        channel: [draw.sample(range(n_images), 20)[k::2] for k in range(2)]
-        for channel in range(N_SPLIT)
-    }
+    drawn = [draw.sample(range(n_images), 20) for _ in range(N_SPLIT)]
+    every = {channel: [own[:10], own[10:]] for channel, own in enumerate(drawn)}
     split = unbraid.split(train, unbraid.find(train, images=every))
     run = cast(Run, SimpleNamespace(folder=folder))
     opened = Opened(run, split, None, None, train, val, None, None, (), ())

@@ -267,7 +267,7 @@ def test_layers_lists_exactly_what_scan_takes(home, call):
     both = (home / "both").iterdir()
     assert sorted(path.name for path in both if path.is_dir()) == layers
     code, _, err = call("find", "both")
-    assert (code, "scans of several layers: own.0" in err) == (1, True), err
+    assert (code, "several scans: own.0" in err) == (1, True), err
 
 
 def scan(**changed):
@@ -318,7 +318,7 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     (("layers", "syntax.py:build"), 2, "SyntaxError"),
     (("find", "nowhere"), 1, "holds no scan"),
     ((*FIND, "--tau", "0"), 2, "tau"),
-    ((*FIND, "--tau", "1e-4"), 2, "scan anew with a smaller --min-share."),
+    ((*FIND, "--tau", "1e-4"), 2, "scan again with a smaller --min-share."),
     (
         ("split", *FIND[1:], *LOOSE, *PUBLISHED),
         2,
@@ -342,7 +342,7 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     (scan(names="syntax.py"), 1, "names outputs 0 to 0"),
     ((*scan()[:-2], "--out="), 2, "--out is empty"),
     (EXPLAIN[:2], 2, "requires an argument"),
-    (EXPLAIN, 2, "own.py:build, which is run only where you name it; add --model own.py:build."),
+    (EXPLAIN, 2, "own.py:build, which runs only if you name it; add --model own.py:build."),
     (("explain", "runs", PICTURE), 1, "runs holds no finished run"),
     ((*EXPLAIN[:2], "gone.png", *NETWORK[:2]), 1, "gone.png cannot be read (there is no such"),
     ((*EXPLAIN, "junk/ant/a.png", *NETWORK[:2]), 1, "a.png cannot be read"),

@@ -41,6 +41,7 @@ Classifier: Typing :: Typed
 Description-Content-Type: text/markdown
 
 # unbraid
+[paper](https://arxiv.org/abs/2504.12939) <img src="https://example.org/a.png">
 """
 
 
@@ -93,6 +94,8 @@ def test_an_sdist_that_holds_too_much_or_lacks_something_is_told():
         (f"Version: {VERSION}", "Version: 9", "is of 9"),
         ("text/markdown", "text/plain", "no description in Markdown"),
         ("Classifier: Typing :: Typed\n", "", "typed"),
+        ("# unbraid", "# [unbraid](docs/index.md)", "](docs/index.md), which leads nowhere"),
+        ("# unbraid", '<img src="docs/a.png">', '<img src="docs/a.png", which leads nowhere'),
     ],
 )
 def test_metadata_that_lack_something_are_told(before, after, told):

@@ -1,4 +1,4 @@
-"""The example notebook: run anew, it says what it says; and it holds nothing of a machine."""
+"""The example notebook: run again, it says what it says; and it holds nothing of a machine."""
 
 import base64
 import copy

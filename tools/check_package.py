@@ -30,6 +30,8 @@ _IN_SDIST = (
 )
 # A path of somebody's machine in the metadata or a data file.
 _PATH = re.compile(rb"(?<![\w.])/(home|root|Users|work|tmp)/[\w.-]+")
+# What leads nowhere on a package index: links and pictures of files beside the README.
+_RELATIVE = re.compile(r"\]\((?!https?:)[^)]*\)|<img src=\"(?!https?:)[^\"]*\"")
 _READ = {".py", ".md", ".json", ".html", ".csv", ".txt", ".toml", ".safetensors", ""}
 
 
@@ -75,6 +77,11 @@ def faults_of_metadata(text: str, version: str) -> list[str]:
         faults.append(f"the metadata is of {about['Version']}, not of {version}")
     if about["Description-Content-Type"] != "text/markdown" or not about.get_payload():
         faults.append("the metadata has no description in Markdown")
+    description = about.get_payload()
+    faults += [
+        f"the description holds {one[0]}, which leads nowhere on a package index"
+        for one in _RELATIVE.finditer(str(description))
+    ]
     if "Typing :: Typed" not in about.get_all("Classifier", []):
         faults.append("the metadata does not say that the package is typed")
     return faults

@@ -23,9 +23,8 @@ def _refuse_empty(words: list[str]) -> None:
     """Refuse an empty argument: as a path, nothing would be the folder at hand."""
     for before, value in pairwise(words):
         if not value or (value.startswith("--") and value.endswith("=")):
-            raise UsageError(
-                f"{value[:-1] or before} is empty, perhaps a variable without a value; give it one."
-            )
+            what = value[:-1] or (before if before.startswith("-") else f"What follows {before}")
+            raise UsageError(f"{what} is empty, perhaps a variable without a value; give it one.")
 
 
 def main() -> None:

@@ -197,7 +197,7 @@ def test_measures_that_cannot_be_read_are_made_anew(bare, content):
     (bare / "evaluation.json").write_bytes(content)
     explorer = open_explorer(open_own(bare), None)
     (missing,) = explorer.opened.missing
-    assert missing.startswith("Channels are measured anew: ")
+    assert missing.startswith("Channels are measured again: ")
     assert "evaluation.json cannot be read" in missing
     found = explorer.channel(RUN, channel)
     assert found["figures"] == expected
@@ -342,7 +342,7 @@ def test_what_is_missing_is_told_and_the_rest_goes_on(bare, tmp_path):
         return " | ".join(opened.missing)
 
     without_network = open_own(bare, model=None)
-    assert "No picture can be explained: The run's network is code of one's own" in names(
+    assert "No picture can be explained: The run's network is your own code" in names(
         without_network
     )
     explorer = open_explorer(without_network, None)
@@ -357,7 +357,7 @@ def test_what_is_missing_is_told_and_the_rest_goes_on(bare, tmp_path):
     settings["source"]["data"] = str(tmp_path / "gone")
     (bare / "settings.json").write_text(json.dumps(settings))
     without_images = open_explorer(open_own(bare), None)
-    assert "Reference images stay without pictures: There is no folder" in names(
+    assert "Reference images stay without pictures: The run's images are no longer in" in names(
         without_images.opened
     )
     assert without_images.thumbs(RUN) == {}

@@ -23,10 +23,9 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 def start(folder, n_ranks=1, moment="", more=()):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     many = () if n_ranks == 1 else (*TORCHRUN, *more, "--nproc-per-node", str(n_ranks))
     command = [sys.executable, *many, str(SCANNING), str(folder), *([moment] if moment else [])]
-    return subprocess.Popen(command, env=env, **pipes)
+    return subprocess.Popen(command, **pipes)
 
 
 def finish(folder, n_ranks=1):

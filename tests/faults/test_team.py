@@ -1,4 +1,4 @@
-"""Processes that scan together: what they must agree on, and that torchrun may start them anew."""
+"""Processes that scan together: what they must agree on, and that torchrun may start them again."""
 
 from dataclasses import replace
 

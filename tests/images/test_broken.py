@@ -193,7 +193,7 @@ def test_scan_stops_at_what_cannot_be_reached_and_skips_what_is_damaged(workers,
     assert not list(tmp_path.glob("shard-*"))
     try:
         raise away
-    except ConnectionError:  # which is no cause, as where a program scans anew after that
+    except ConnectionError:  # which is no cause, as where a program scans again after that
         scan = scanned(failing(OSError("truncated"), **told), tmp_path, **options)
     assert scan.broken() == [3, 4, 5, 6, 7, 8]
     with pytest.raises(OutOfReach, match="Too many open files"):  # not of what could be reached

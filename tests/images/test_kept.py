@@ -89,7 +89,7 @@ def test_a_list_in_a_file_is_the_list(kind, folder, file):
     assert [name_of(ours, k) for k in range(8)] == [name_of(plain, k) for k in range(8)]
     expected = fingerprint(plain, plain.targets)
     assert fingerprint(ours, ours.targets) == expected  # told with the list
-    assert fingerprint(ours, list(ours.targets)) == expected  # found anew
+    assert fingerprint(ours, list(ours.targets)) == expected  # found again
     for k in range(8):
         assert_bit_equal(ours[k][0], plain[k][0])
         assert ours[k][1] == plain[k][1]

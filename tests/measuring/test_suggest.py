@@ -80,7 +80,7 @@ def test_the_command_line_advises_what_edit_takes(ablation, tmp_path, monkeypatc
     evaluation = Mock(ablation=ablation)
     monkeypatch.setattr(look, "show_table", Mock())
     for rows, last in (
-        (unsure.rows, ["None of what helps is sure; more validation images would tell."]),
+        (unsure.rows, ["None of these is sure to help; more validation images would tell."]),
         ([Mock(kind="elsewhere")], []),
     ):
         monkeypatch.setattr(unbraid, "suggest", Mock(return_value=Mock(rows=rows)))

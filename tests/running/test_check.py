@@ -1,4 +1,4 @@
-"""`unbraid check`: damage of every kind is found, set aside and made anew."""
+"""`unbraid check`: damage of every kind is found, set aside and made again."""
 
 import errno
 import itertools

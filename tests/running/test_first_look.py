@@ -179,9 +179,9 @@ def test_records_of_another_first_look_are_not_taken(change, tmp_path, whole, re
     recwarn.clear()
     run(tmp_path, quick=False)
     assert_same(tmp_path, whole)
-    told = [str(one.message) for one in recwarn if "are made anew" in str(one.message)]
+    told = [str(one.message) for one in recwarn if "are made again" in str(one.message)]
     assert told == [
-        f"The records of the first look are made anew, with a difference in {words}."
+        f"The records of the first look are made again, with a difference in {words}."
         for words in DIFFERENCES.get(change, [])
     ]
 

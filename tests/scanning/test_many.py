@@ -313,7 +313,7 @@ def test_what_names_no_scan_is_told(folders, tmp_path):
         (str(tmp_path / "run-*"), RunError, "No folder fits"),
         ([folders[0], None], UsageError, "path is None; give a path."),
         ([folders[0], tmp_path / "d"], RunError, "holds no scan"),
-        ([folders[0], tmp_path], RunError, "holds scans of several layers|holds no scan"),
+        ([folders[0], tmp_path], RunError, "holds several scans|holds no scan"),
     ):
         with pytest.raises(kind, match=words):
             unbraid.open_scan(way)

@@ -63,7 +63,7 @@ def test_load_of_damaged_features_is_refused(tmp_path):
     ):
         some_features().save(tmp_path)
         damage(tmp_path)
-        with pytest.raises(RunError, match="make them anew"):
+        with pytest.raises(RunError, match="make them again"):
             Features.load(tmp_path)
 
 

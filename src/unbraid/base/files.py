@@ -78,8 +78,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             yield file, about
     except (SafetensorError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{path} cannot be read ({brief(error)}); start again the command that makes it, "
-            "without the file if it is there."
+            f"{path} cannot be read ({brief(error)}); delete it if it is there, and start the "
+            "command that makes it again."
         ) from None
     except (OSError, RuntimeError, MemoryError) as error:  # torch makes the first into the second
         raise UnreadableError(
@@ -116,6 +116,13 @@ def write_new(path: Path, content: bytes) -> bool:
     return not taken
 
 
+def refuse_file(folder: Path) -> None:
+    """UsageError if a file stands where a folder, or one that it lies in, is wanted."""
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise UsageError(f"{path} is a file, not a folder; name another folder.")
+
+
 def _write(path: Path, fill: Callable[[BinaryIO], object], name: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,8 +135,8 @@ def _write(path: Path, fill: Callable[[BinaryIO], object], name: Callable[[Path]
             name(temporary)
         _sync_names(path.parent)
     except (FileExistsError, NotADirectoryError):
-        in_the_way = next((p for p in path.parents if p.is_file()), path.parent)
-        raise UsageError(f"{in_the_way} is a file, not a folder; name another folder.") from None
+        refuse_file(path.parent)
+        raise UsageError(f"{path.parent} is no folder; name another folder.") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(

@@ -15,10 +15,10 @@ _TUNABLES = tuple(
 
 
 def keep_memory() -> bool:
-    """Let freed memory stay with this process, so that a network need not ask for it anew.
+    """Let freed memory stay with this process, so that a network need not ask for it again.
 
     The C library of most Linux systems (glibc) hands every block of some MiB, such as a layer's
-    output, back to the system once it is free, and the system clears its pages anew for the next
+    output, back to the system once it is free, and the system clears its pages again for the next
     layer. That is a third to two thirds of the time of a network on a processor. Call this once,
     before the network runs; the commands do. It holds for all of the process until its end: blocks
     of up to 1 GiB, and at most 2 GiB free at the end of the heap. Results stay the same.

@@ -64,7 +64,7 @@ def join_team() -> Team:
     if n_ranks() == 1:
         return Team(HashStore(), 0, 1)
     store, rank, size = _joined()
-    # The store outlives processes that torchrun starts anew, and what they claimed does not count.
+    # The store outlives processes that torchrun starts again, and what they claimed does not count.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Team(PrefixStore(f"unbraid {attempt} {next(_works)}", store), rank, size)
 

@@ -13,10 +13,10 @@ __all__ = ["app", "note", "say", "show"]
 
 app = App(
     name="unbraid",
-    help="Find the polysemantic channels of a vision network and split each into one per concept.",
+    help="Find polysemantic channels of a vision network; split each into one channel per concept.",
     help_format="markdown",
     suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(negative_bool=()),
+    default_parameter=Parameter(negative_bool=(), negative_iterable=()),
 )
 _COMMANDS: list[Callable[..., int | None]] = [make.demo, make.run, make.layers, make.scan]
 _COMMANDS += [make.find, make.sensitivity, make.split, make.evaluate, look.report, look.figure]

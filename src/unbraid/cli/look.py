@@ -29,15 +29,15 @@ from unbraid.cli.shared import (
 )
 from unbraid.scanning.scan_options import Loading
 
-_OWN_MODEL = "The run's network, needed where it is code of your own: FILE.py:FUNCTION."
-_CLASSES = "More classes to explain, by name or output's number; the predicted one always is."
+_OWN_MODEL = "The run's network, FILE.py:FUNCTION. Needed only if it is code of your own."
+_CLASSES = "Classes to explain besides the predicted one, by name or output number."
 OwnModel = Annotated[str | None, Parameter(help=_OWN_MODEL)]
 Classes = Annotated[list[str] | None, Parameter(help=_CLASSES, negative="", consume_multiple=True)]
-_OFF = "A concept channel to switch off, as 900.1, or 900.rest for what no concept names."
-_SCALE = "A concept channel and what to multiply it by, as 12.0=0.5."
+_OFF = "Concept channel to switch off, such as 900.1. 900.rest is what no concept explains."
+_SCALE = "Concept channel and its factor, such as 12.0=0.5."
 Off = Annotated[list[str] | None, Parameter(help=_OFF, negative="", consume_multiple=True)]
 Scale = Annotated[list[str] | None, Parameter(help=_SCALE, negative="", consume_multiple=True)]
-_PORT = "To listen at; if it is taken, another one."
+_PORT = "Port to listen on. If it is taken, another one is used."
 _OPEN = "Open the page in the browser."
 Port = Annotated[int, Parameter(help=_PORT, validator=Number(gte=0, lt=65536))]
 Opens = Annotated[bool, Parameter(name="--open", help=_OPEN, negative="--no-open")]
@@ -79,25 +79,26 @@ def circuit(
     weights: Weights = None,
     device: Device = None,
 ) -> None:
-    """Show what feeds a channel's concept channels, each source with images that excite it most.
+    """Show what feeds a channel's concept channels, with images that excite each source most.
 
-    Writes a picture, NAME.png and NAME.svg, and all figures, NAME.json. In a run of several layers
-    also through the nearest layer before it that was split; for that alone the network is run.
+    Writes a picture (NAME.png, NAME.svg) and all numbers (NAME.json). If the run split several
+    layers, another circuit goes through the nearest split layer before this one. Only that circuit
+    runs the network.
 
     Args:
         channel: A channel that the run split.
-        concept: One of its concepts, from 0; by default all.
-        n: Sources to show of each concept channel.
-        out: Folder to write into; by default RUN/circuits.
+        concept: One of its concepts, counted from 0. By default all.
+        n: Sources to show for each concept channel.
+        out: Folder to write into. By default RUN/circuits.
     """
     from unbraid.reporting.circuits import circuit_figure, layer_before
     from unbraid.reporting.figures import save_figure
     from unbraid.running.circuits import circuits_of
     from unbraid.running.finished import Run
+    from unbraid.running.folders import refuse_folder
     from unbraid.running.network import load_again
 
-    if any((out / name).exists() for name in ("settings.json", "manifest.json") if out):
-        raise UsageError(f"{out} holds a run or scan; name another folder.")
+    refuse_folder(out)
     ran = Run(run)
     unbraid.keep_memory()
     load = partial(load_again, ran.settings.source, model, weights, device)
@@ -123,14 +124,14 @@ def circuit(
                 files.append(files[0].with_name(f"{stem}.{ending}"))
                 save_figure(drawn, files[-1])
     if not can_draw:
-        note("Pictures are left out, as they take matplotlib; pip install matplotlib.")
+        note("Pictures are left out, as matplotlib is not installed; pip install matplotlib.")
     show(f"Circuits: {', '.join(map(str, files))}")
 
 
 def check(run: Path) -> int:
-    """List what a folder holds, and set damaged files aside so that they are made anew.
+    """List what a folder holds, and set damaged files aside so that they are made again.
 
-    What cannot be read is told and left. Exit code 0 if everything is whole, else 1.
+    What cannot be read is named and stays. The exit code is 0 if everything is whole, else 1.
 
     Args:
         run: Folder of a run or of a scan.
@@ -154,15 +155,15 @@ def explain(
     weights: Weights = None,
     device: Device = None,
 ) -> None:
-    """Say which concept channels images use, how much and where.
+    """Show which concept channels your images use, how much and where.
 
-    Writes for each image a picture with what concept channels answer to, NAME.png, and all figures,
-    NAME.json.
+    Writes two files per image: a picture that shows where its concept channels respond (NAME.png),
+    and all numbers (NAME.json).
 
     Args:
         images: Picture files.
-        n: Concept channels to show of each image, those with the largest shares.
-        out: Folder to write into; by default RUN/explained.
+        n: Concept channels to show per image, those with the largest shares.
+        out: Folder to write into. By default RUN/explained.
     """
     from unbraid.running.finished import Run
     from unbraid.running.folders import refuse_folder
@@ -198,12 +199,12 @@ def explore(
     weights: Weights = None,
     device: Device = None,
 ) -> None:
-    """Look at a run in the browser, try pictures and gates, and part channels by hand.
+    """Explore a run in the browser: try pictures, move gates, split channels by hand.
 
-    Serves a page to this machine alone, until ctrl-C, and asks nothing of any network.
+    Serves a page to this machine only, until ctrl-C. Nothing is loaded from the internet.
 
     Args:
-        out: Folder to save splits into; by default RUN/splits.
+        out: Folder to save splits into. By default RUN/splits.
     """
     if not all(map(find_spec, ("starlette", "uvicorn"))):
         raise UnbraidError(
@@ -234,9 +235,9 @@ def edit(
 ) -> None:
     """Make a network with concept channels switched off or scaled, and show what changed.
 
-    Writes the network as state dict, torch.export program and ONNX, and a page with accuracy by
-    class, confusions and images before and after. The change is in the layer's own weights, so the
-    network runs as fast as before.
+    Writes the network as state dict, torch.export program and ONNX file. A page compares accuracy
+    per class, confusions and images before and after. The change is in the layer's own weights, so
+    the network runs as fast as before.
     """
     from unbraid.running.edit import edit_run
     from unbraid.running.finished import Run
@@ -263,27 +264,29 @@ def edit(
 
 
 def suggest(run: RunPath, *, n: int = 10) -> None:
-    """Rank concept channels to look at: those that do harm, and those that matter elsewhere.
+    """Rank concept channels worth a look: those that do harm, and those that matter elsewhere.
 
-    First those whose removal helps, as a shortcut would; then those that a class depends on though
-    their concept has no part in it. All comes from the run's figures, nothing is run.
+    First come channels whose removal helps, as a shortcut's would. Then come channels that a class
+    depends on although it is not in their concept. Reads the run's numbers, runs no network.
 
     Args:
-        n: Of each kind, at most.
+        n: Channels of each kind, at most.
     """
     from unbraid.running.finished import Run
 
     evaluation = Run(run).evaluation
     if evaluation is None or evaluation.ablation is None:
         why = "" if Run(run).settings.target != "none" else ", as it has no target"
-        raise RunError(f"{run} switched nothing off{why}, so there is nothing to suggest.")
+        raise RunError(
+            f"The run in {run} switched nothing off{why}, so there is nothing to suggest."
+        )
     found = unbraid.suggest(evaluation.ablation, n)
     show_table(found)
     helps = [row for row in found.rows if row.kind == "helps"]
     if helps and helps[0].sure:
         show(f"Try: unbraid edit {shlex.quote(str(run))} --off {helps[0].name} --out DIR")
     elif helps:
-        show("None of what helps is sure; more validation images would tell.")
+        show("None of these is sure to help; more validation images would tell.")
 
 
 def share(
@@ -294,14 +297,14 @@ def share(
     license_name: Annotated[str, Parameter("--license")] = "",
     pictures: bool = False,
 ) -> None:
-    """Write a run's split into a folder that others can load, with a card, its measures and page.
+    """Write a run's split into a folder that others can load, with a card, measures and page.
 
-    `unbraid.load_split(model, FOLDER)` puts it into the network that it was made for. The folder
-    holds names of classes, but none of your images and no path.
+    `unbraid.load_split(model, FOLDER)` puts the split into the network that it was made for. The
+    folder names your classes. It holds no path, and none of your images without --pictures.
 
     Args:
         data_name: What the images are, in words, for the card.
-        license_name: Licence of what is shared, such as mit, for the card.
+        license_name: Licence of what you share, such as mit, for the card.
         pictures: Show your images on the page.
     """
     from unbraid.running.finished import Run

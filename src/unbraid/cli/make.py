@@ -53,7 +53,7 @@ ALIKE = 0.8  # of what matters in a few images, from which on bfloat16 is sugges
 
 
 def demo(*, out: Out, layer: Layers | None = None, features: Features = True) -> None:
-    """Split a small network on Fashion-MNIST, offline; all comes with the package."""
+    """Split a small network and see its report. Needs no data and no internet: all is included."""
     from unbraid.running.demo import run_demo
 
     unbraid.keep_memory()
@@ -80,22 +80,24 @@ def run(
 ) -> None:
     """Do everything: scan, find, split, check the outputs, evaluate and report.
 
-    Several layers are scanned in one pass, and each has its results in a folder of its name.
-    Started again, it goes on where it stopped. With other settings, its results go into
-    OUT/settings-2 and so on, beside those that are there; scans are shared.
+    One pass scans all layers. With several layers, each has its results in a folder of its name.
+    If a run stops, the same command goes on where it stopped. A run with other settings keeps what
+    is there, shares its scans and writes its results into OUT/settings-2 and so on.
 
     Args:
-        data: Folder with train and val, each a folder of images, in class folders or not, a list
-            (train.csv, train.parquet) or a shard (train.tar); or hf:FOLDER, saved likewise; or
-            FILE.py:FUNCTION, which returns data sets of tensors (docs/data.md). Any other images,
-            as for `unbraid scan`, are divided, a fifth for validation.
-        labels: What each image counts as: its folder's class, what the network says, or nothing.
-        rho: Fix the published rule's rho instead of choosing it per channel.
-        encoder: timm:NAME, to tell how alike images are; by default the network itself.
-        everything: Measure on all images, and all channels, instead of a sample (docs/scale.md).
-        overwrite: Put the results, once finished, in the place of a run with other settings in OUT.
-        quick: Only a first look, at some thousand images, into OUT/quick; the same command without
-            goes on from there. From 20,000 images on, a run begins with it, unless --no-quick.
+        data: Folder with train and val. Each is a folder of images, with or without class folders,
+            a list (train.csv, train.parquet) or a shard (train.tar). hf:FOLDER holds both likewise,
+            and FILE.py:FUNCTION returns data sets of tensors (docs/data.md). All else that
+            `unbraid scan` takes is divided: a fifth of the images becomes validation.
+        labels: What gives an image its class: its folder (given), the network (predicted) or
+            nothing (none).
+        rho: Use this rho for the published rule, instead of one chosen per channel.
+        encoder: timm:NAME, a network that says how alike images are. By default your own network.
+        everything: Measure on all images and all channels instead of a sample (docs/scale.md).
+        overwrite: Replace a run with other settings in OUT, once the new one is finished.
+        quick: Take a first look only, at about a thousand images, in OUT/quick. The same command
+            without --quick goes on from there. With 20,000 images or more, every run begins with a
+            first look unless you say --no-quick.
     """
     from unbraid.base.team import n_ranks
     from unbraid.images.kept import LISTED_PARTS, tentative
@@ -106,7 +108,7 @@ def run(
 
     if n_ranks() > 1:
         raise UsageError(
-            "Several processes can share a scan only; use torchrun with `unbraid scan` into "
+            "Several processes can share a scan, not a run; use torchrun with `unbraid scan` into "
             "OUT/scan-train and OUT/scan-val, then start `unbraid run` alone, which goes on there."
         )
     sought = read_target(target)
@@ -151,7 +153,7 @@ def run(
 def layers(model: Model, *, weights: Weights = "random", output: Output = None) -> None:
     """List the layers of a network that can be split.
 
-    The network runs on one blank picture, which tells the layers that reach its logits.
+    The network runs on one blank picture, to see which layers reach its logits.
     """
     from PIL import Image
 
@@ -176,14 +178,15 @@ def scan(
     target: Target = "label",
     options: ScanOptions = ScanOptions(),
 ) -> None:
-    """Run a network over images once and keep a small record of each.
+    """Run a network over images once and keep a small record of each image.
 
-    Several layers are scanned in one pass, each into a folder of its name. Started by torchrun,
-    all its processes share the work: `torchrun --nproc-per-node 8 -m unbraid scan ...`.
+    One pass scans all layers. With several layers, each has its scan in a folder of its name.
+    Several processes share the work with `torchrun --nproc-per-node 8 -m unbraid scan ...`.
 
     Args:
-        data: Folder of images, in class folders or not; list of them (CSV, Parquet); shards
-            (FILE.tar, a folder of such, train-{000..012}.tar, a URL); hf:FOLDER; FILE.py:FUNCTION.
+        data: Folder of images, with or without class folders; a list of images (CSV, Parquet);
+            shards (FILE.tar, a folder of them, train-{000..012}.tar, a URL); hf:FOLDER; or
+            FILE.py:FUNCTION.
     """
     from unbraid.base.team import is_first
     from unbraid.images.dataset import name_of
@@ -234,9 +237,9 @@ def _suggest_bfloat16(model: nn.Module, layers: Sequence[str], images: Dataset[A
         part = part_alike(model, named, images)
     if part is not None and part >= ALIKE:
         say(
-            f"This processor has bfloat16, and {percent(part)} of the channels that matter in a "
-            "few of the images are the same in it: with --autocast, into a folder of its own, the "
-            "scan is faster."
+            f"With --autocast, into a folder of its own, this scan would be faster: the processor "
+            f"has bfloat16, and {percent(part)} of the channels that matter in a few of the images "
+            "are the same in it."
         )
 
 
@@ -259,12 +262,12 @@ def find(
 def sensitivity(
     scan: ScanPaths, *, taus: Grid = None, ps: Grid = None, gammas: Grid = None, out: CsvFile = None
 ) -> None:
-    """Count the polysemantic channels for every combination of thresholds, in seconds.
+    """Count the polysemantic channels for many combinations of thresholds, in seconds.
 
     Args:
-        taus: Smallest shares.
-        ps: Fractions of images.
-        gammas: Cosines.
+        taus: Values of tau to try.
+        ps: Values of p to try.
+        gammas: Values of gamma to try.
     """
     refuse_result(out)
     counted = unbraid.sensitivity(unbraid.open_scan(scan), taus, ps, gammas)
@@ -285,11 +288,12 @@ def split(
     method: Literal["least_squares", "published"] = "least_squares",
     rho: float | None = None,
 ) -> None:
-    """Find and split the polysemantic channels in a scan, best one with positions.
+    """Find the polysemantic channels in a scan and split them.
 
     Args:
         method: How to divide the weights.
-        rho: Fix the published rule's rho instead of choosing it per channel.
+        rho: Use this rho for the published rule. Without it, rho is chosen per channel, which takes
+            a scan with --positions.
     """
     refuse_result(out)
     opened = unbraid.open_scan(scan)
@@ -325,11 +329,11 @@ def reproduce(
 ) -> int:
     """Run the published ResNet-50 setting and compare with the published list, pair by pair.
 
-    Exit code 0 if every pair is there with its cosine and no other is, else 1.
+    The exit code is 0 if all published pairs, and no others, are found with their cosines, else 1.
 
     Args:
-        imagenet: ImageNet folder with train/ of class folders.
-        batch_size: Images per forward pass; by default what memory surely holds.
+        imagenet: ImageNet folder that holds train/ with class folders.
+        batch_size: Images per forward pass. By default as many as memory holds for sure.
         workers: Processes that load images.
     """
     from unbraid.running import reproduce

@@ -28,19 +28,21 @@ show, say = (
 )
 
 # The options that commands share, with their help; that of others stands in docstrings.
-_LAYERS = "A layer of `unbraid layers`, a pattern such as 'layer4.*', or all; may be repeated."
+_LAYERS = "A layer that `unbraid layers` lists, a pattern such as 'layer4.*', or all. Repeatable."
 _MODEL = (
-    "torchvision:NAME, timm:NAME or FILE.py:FUNCTION, which returns the network, (network, "
-    "preprocessing) or (network, preprocessing, output names); without preprocessing ImageNet's "
-    "usual one is assumed."
+    "torchvision:NAME, timm:NAME or FILE.py:FUNCTION. The function returns the network, (network, "
+    "preprocessing) or (network, preprocessing, output names). Without preprocessing, unbraid uses "
+    "that of ImageNet."
 )
-_WEIGHTS = "A safetensors or torch file, a torchvision weights name, or 'random'."
-_OUTPUT = "Key or index of the logits, if the network puts out more (-1: last)."
+_WEIGHTS = "A safetensors or torch file, a name of torchvision weights, or 'random'."
+_OUTPUT = "Key or index of the logits, if the network returns more than logits (-1: the last)."
 _TARGET = (
     "Whose gradient says which channels matter: label (the logit of the image's class), "
     "segmentation:CLASS, detection:CLASS, embedding:FILE, regression:INDEX, multilabel, or none."
 )
-_NAMES = "Names of classes: CSV (folder, WordNet id or output's number; name), JSON, or one a line."
+_NAMES = (
+    "File of class names: CSV (folder, WordNet id or output number; name), JSON, or one per line."
+)
 _FEATURES = "Make images that excite each split channel and concept channel."
 Layers = Annotated[list[str], Parameter(help=_LAYERS, negative="")]
 Features = Annotated[bool, Parameter(help=_FEATURES, negative="--no-features")]
@@ -48,14 +50,16 @@ Model = Annotated[str, Parameter(help=_MODEL)]
 Weights = Annotated[str | None, Parameter(help=_WEIGHTS)]
 Output = Annotated[str | None, Parameter(help=_OUTPUT)]
 Target = Annotated[str, Parameter(help=_TARGET)]
-Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an accelerator if there.")]
+_DEVICE = "Where to compute, such as cpu or cuda:0. By default an accelerator, if there is one."
+Device = Annotated[str | None, Parameter(help=_DEVICE)]
 Names = Annotated[Path | None, Parameter(help=_NAMES)]
 Out = Annotated[Path, Parameter(help="Where to write.")]
 CsvFile = Annotated[Path | None, Parameter(help="CSV file to write or replace.")]
-_SCANS = "Folder of a finished scan; several, or a pattern such as 'scan-*', are read as one."
+_SCANS = "Folder of a finished scan. Several, or a pattern such as 'scan-*', count as one scan."
 ScanPaths = Annotated[list[Path], Parameter(help=_SCANS, negative="")]
 RunPath = Annotated[Path, Parameter(help="Folder of a finished run.")]
-Tau = Annotated[float | Literal["auto"], Parameter(help="Smallest share that matters, or auto.")]
+_TAU = "Smallest share of an image's relevance that matters, or auto."
+Tau = Annotated[float | Literal["auto"], Parameter(help=_TAU)]
 Grid = Annotated[list[float] | None, Parameter(consume_multiple=True)]
 
 

@@ -40,6 +40,7 @@ from unbraid.networks.relevance import undisturbed
 from unbraid.reporting.explain import explain
 from unbraid.reporting.pictures import open_picture, sight_of
 from unbraid.reporting.words import bounded
+from unbraid.running.folders import refuse_folder
 from unbraid.scanning.targets import Scalar
 from unbraid.splitting.splits import Split
 from unbraid.surgery.apply import apply
@@ -398,6 +399,5 @@ class Explorer:
 def open_explorer(opened: Opened, save_to: Path | None) -> Explorer:
     """Explore an opened run; splits go into the run's folder `splits` unless another is named."""
     folder = opened.run.folder / "splits" if save_to is None else save_to
-    if any((folder / name).exists() for name in ("settings.json", "manifest.json")):
-        raise UsageError(f"{folder} holds a run or scan; name another folder.")
+    refuse_folder(folder)
     return Explorer(opened, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +63,7 @@ def open_run(
 
     Raises:
         RunError: there is no run in the folder, or neither a split nor a scan.
+        UnbraidError: the network cannot be had as `model`, `weights` and `device` name it.
     """
     run, missing = Run(folder), []
 
@@ -84,7 +86,10 @@ def open_run(
     if split is None and train_scan is None:
         raise RunError(f"{folder} holds neither a split nor a scan; start the run again.")
     unexplained = "No picture can be explained"
-    network = attempt(lambda: load_again(run.settings.source, model, weights, device), unexplained)
+    load = partial(load_again, run.settings.source, model, weights, device)
+    # What is named now and cannot be had is a mistake; what the run names may be gone.
+    named = model or weights or device
+    network = load() if named else attempt(load, unexplained)
     target = attempt(lambda: target_of(run), unexplained)
     otherwise = prepared_otherwise(run.settings.source)
     if otherwise and network is not None and target is not None:
@@ -100,7 +105,7 @@ def open_run(
         if train_scan
         else None,
         attempt(lambda: run.images, "Reference images stay without pictures") if val_scan else None,
-        attempt(lambda: measured_in(run), "Channels are measured anew") or () if val_scan else (),
+        attempt(lambda: measured_in(run), "Channels are measured again") or () if val_scan else (),
         tuple(missing),
     )
 

@@ -22,7 +22,7 @@ from unbraid.finding.findings import Pair
 from unbraid.networks.relevance import input_relevance
 from unbraid.scanning.records import Scan
 
-N_REPLICATES = 200  # drawn anew, they would move an end by about a tenth of half the interval
+N_REPLICATES = 200  # drawn again, they would move an end by about a tenth of half the interval
 N_HALVINGS = 10
 MOST_JUDGED = 2**18  # pairs, which take a minute or so and 0.2 GiB
 _TAILS = (0.025, 0.975)

@@ -16,9 +16,9 @@ class Finding:
     Args:
         p: Fraction of a class's images in which a channel matters.
         gamma: Cosine below which two classes have different reasons.
-        concepts: What concepts are made of: classes, which is usual; clusters of images, which need
-            no labels, and are what `unbraid run` makes where there are none; whole: classes, and
-            clusters of what else excites a channel.
+        concepts: What concepts are made of: classes; clusters of images, which need no labels; or
+            whole, classes and clusters of what else excites a channel. By default classes, and
+            clusters where `unbraid run` has no labels.
     """
 
     p: float = 0.75

@@ -46,14 +46,14 @@ COLUMNS = (
 _SIDE = ("used in", "halves")
 _CLASS_HEADS = ("channel", "cosine", "interval", "class 1", *_SIDE, "class 2", *_SIDE)
 _CLASS_LEGEND = (
-    "interval: where, with 95 % confidence, the cosine lies that unlimited images would give; "
+    "interval: 95 % confidence interval of the cosine that unlimited images would give; "
     "halves: cosine between two halves of the images of one class (- for a single image)."
 )
 _NEAREST_HEADS = ("channel", "cosine", "interval", "class 1", "images", "class 2", "images", "with")
 _NEAREST_LEGEND = (
-    "What comes nearest, best first. with: what takes it, added to the same command or given to "
-    "find; images: of the class, those that excite the channel most, by their places in the "
-    "training images, from 0."
+    "What comes nearest, best first. with: what finds it, added to the same command or passed to "
+    "find; images: those of the class that excite the channel most, by index among the training "
+    "images, from 0."
 )
 _CLUSTER_HEADS = ("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")
 _GROUP_HEADS = ("channel", "cosine", "group 1", "images", "group 2", "images")
@@ -241,7 +241,7 @@ class Findings(Tabular, Exported):
         move: Mapping[int | str, int | None] | None = None,
         part: Mapping[int, Sequence[Sequence[int | str]]] | None = None,
     ) -> Findings:
-        """Sort the images of one channel anew by hand; all its concepts become groups of images.
+        """Sort the images of one channel again by hand; all its concepts become groups of images.
 
         Concepts count from 0 as in `concepts[channel]`; images go by index or id.
 

@@ -326,14 +326,14 @@ def sort_anew(
     for own in joined:
         same = {goes_to[k] for k in own}
         goes_to = [min(same) if k in same else k for k in goes_to]
-    anew: dict[int, list[int]] = {k: [] for k in goes_to}
+    again: dict[int, list[int]] = {k: [] for k in goes_to}
     for k, group in zip(goes_to, groups, strict=True):
-        anew[k] += group
+        again[k] += group
     for image, wanted in move.items():
         index = index_of[image]
-        anew = {k: [i for i in group if i != index] for k, group in anew.items()}
+        again = {k: [i for i in group if i != index] for k, group in again.items()}
         if wanted is not None:
-            anew[goes_to[wanted]].append(index)
+            again[goes_to[wanted]].append(index)
     examples = {goes_to[k]: own for k, own in part.items()}
     if len(examples) < len(part):
         raise UsageError(
@@ -341,7 +341,7 @@ def sort_anew(
             "of one."
         )
     parted: list[list[int]] = []
-    for k, group in anew.items():
+    for k, group in again.items():
         if k in examples:
             own_parts = find_images(scan, channel, examples[k])
             parted += _follow(scan, channel, group, own_parts)

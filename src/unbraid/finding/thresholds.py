@@ -70,7 +70,7 @@ def check_thresholds(
         if tau < min_share:
             raise UsageError(
                 f"tau is {tau:g}, but the scan keeps no share below {min_share:.15g}; raise tau or "
-                "scan anew with a smaller min_share."
+                "scan again with a smaller min_share."
             )
     p, gamma = real_number("p", p), real_number("gamma", gamma)
     if not 0 < p <= 1:
@@ -135,7 +135,7 @@ def typical_taus(scan: Scan) -> tuple[float, float, str]:
     ]
     labels, *shares = (torch.cat(part) for part in zip(*parts, strict=True))
     if not len(labels):
-        raise DataError(f"The scan in {scan.path} holds no image to choose tau by; scan anew.")
+        raise DataError(f"The scan in {scan.path} holds no image to choose tau by; scan again.")
     highest, lowest = (_typical(labels, own) for own in shares)
     if highest > 0:
         return max(highest, least), max(lowest, least), ""

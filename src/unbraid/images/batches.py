@@ -178,7 +178,7 @@ def _not_handed_over(error: Exception) -> str:
 
 def _died(error: BaseException) -> str:
     return (
-        f"A process that loads images died ({brief(error)}), perhaps for want of memory; {_AGAIN}, "
+        f"A process that loads images died ({brief(error)}), perhaps for lack of memory; {_AGAIN}, "
         "if need be with fewer workers."
     )
 

@@ -48,7 +48,7 @@ def list_table(path: Path) -> Listing:
         raise
     except Exception as error:  # of the system, csv and arrow, in many kinds
         raise out_of_reach(f"List {path}", error) or DataError(
-            f"{path} is no list that can be read ({brief(error)}); write it anew, CSV in UTF-8."
+            f"{path} is no list that can be read ({brief(error)}); write it again, CSV in UTF-8."
         ) from None
     looks = [look_at(file, f"Image {one_line(file)}, which {path} names,") for file in files]
     missing = [file for file, found in zip(files, looks, strict=True) if found is None]

@@ -33,7 +33,7 @@ KINDS: dict[str, np.dtype[Any]] = {
 }
 _CHUNK = 2**16  # entries read in one go
 _LONGEST = 2**16  # bytes of an id
-_PATIENCE = 60.0  # seconds; NFS shows a file anew after half of that
+_PATIENCE = 60.0  # seconds; NFS shows a file again after half of that
 _PAUSE = 0.2
 
 

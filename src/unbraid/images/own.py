@@ -34,8 +34,8 @@ def refuse_own(where: str) -> None:
     """Raise DataError of a source that would run code which only a folder names, no one here."""
     if is_own(where) and place_of(where) not in _named:
         raise DataError(
-            f"The run's images are code of one's own, {where}, which is run only where you name "
-            "it; start `unbraid run` again with the same options."
+            f"The run's images come from your own code, {where}, which runs only if you name it; "
+            "start `unbraid run` again with the same options."
         )
 
 

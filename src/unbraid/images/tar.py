@@ -105,7 +105,7 @@ def _samples(shard: str) -> dict[str, dict[str, Place]]:
         if hidden or not base or kind not in ("image", "cls", "json") or member.isdir():
             continue
         if not member.isreg() or member.issparse():
-            raise DataError(f"{what} is no regular file; write the shard anew.")
+            raise DataError(f"{what} is no regular file; write the shard again.")
         largest = _LARGEST if kind == "image" else _LARGEST_LABEL
         if member.size > largest:
             raise DataError(f"{what} has {member.size} bytes, more than {largest}; remove it.")
@@ -200,7 +200,7 @@ def read_content(path: str, stamp: Stamp, offset: int, size: int) -> bytes:
 
 
 def stamp_of(found: os.stat_result) -> Stamp:
-    """What changes when a file is written anew or another one put in its place."""
+    """What changes when a file is written again or another one put in its place."""
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 

@@ -37,7 +37,7 @@ Part = int | Literal["rest"] | None  # a concept channel, the rest channel, or t
 _MOST_PREFIXES = 16  # tokens before those of the picture: a class token, registers
 _NOTE = (
     "share: part of all positive relevance in the layer for the class; pct: percentile of the "
-    "response among the scan's images; whole: the whole channel, by the same"
+    "response among the scan's images; whole: the same, of the whole channel"
 )
 _UNKNOWN = "percentiles are unknown, as the split was made from places or by an earlier version"
 

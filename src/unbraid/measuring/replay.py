@@ -21,7 +21,7 @@ class _Call:
     """What a module before the layer put out in the first pass."""
 
     module: nn.Module
-    output: Tensor | None  # None where it must be computed anew
+    output: Tensor | None  # None where it must be computed again
     version: int  # torch counts how often a tensor was written into
     copied: bool  # handed out as a copy, which may be written into
 

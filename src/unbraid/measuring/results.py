@@ -171,7 +171,7 @@ def _shown(drop: Drop) -> list[str]:
 
 
 def _without_parts(content: Any) -> Any:
-    """Leave out what `Drop.part` computes anew."""
+    """Leave out what `Drop.part` computes again."""
     if isinstance(content, dict):
         return {key: _without_parts(item) for key, item in content.items() if key != "part"}
     if isinstance(content, (list, tuple)):

@@ -18,10 +18,9 @@ from unbraid.measuring.results import Ablation, ChannelAblation, ClassDrops, Cla
 
 _LEVEL = 0.05  # of being wrong about any one of all that is looked at
 _LEGEND = (
-    "Change: of accuracy with the concept channel off, in points, on the images that it was "
-    "switched off for; the intervals hold all at once, at 95 %. Helps: on images of all classes; "
-    "elsewhere: on those of a class in which the concept has no part. A star marks what chance may "
-    "have decided."
+    "change: how far accuracy moves with the concept channel off, in points; the 95 % intervals "
+    "hold all at once. helps: on images of all classes; elsewhere: on images of a class that is "
+    "not in the concept. A star marks a change that may be chance."
 )
 
 Kind = Literal["helps", "elsewhere"]
@@ -63,7 +62,9 @@ class Suggestions(Tabular):
             figures = (f"{row.n_images:,}", f"{100 * row.change:+.2f}", bounds)
             lines.append((row.name, row.concept, row.kind, row.of, *figures))
         if not self.rows:
-            return Table([], note="No concept channel does harm, or matters where it has no part.")
+            return Table(
+                [], note="No concept channel does harm, or matters for a class outside its concept."
+            )
         return Table(lines, note=_LEGEND, caption=f"Concept channels of {self.layer} to look at")
 
 
@@ -92,7 +93,7 @@ def suggest(ablation: Ablation, n: int = 20) -> Suggestions:
     tried = [*_tried(ablation)]
     if any(len(off.accuracy_error) != len(ablation.classes) for _, _, _, off in tried):
         raise UsageError(
-            "The ablation has no standard errors, as those of older versions; make it anew."
+            "The ablation has no standard errors, as those of older versions; make it again."
         )
     helps, elsewhere = [], []
     n_tests = len(tried) * (1 + len(ablation.classes))

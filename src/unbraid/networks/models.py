@@ -234,7 +234,8 @@ def call_function(path: str, function: str, option: str) -> Any:
         raise UsageError(f"{path} cannot be run ({type(error).__name__}: {error}).") from error
     build = getattr(module, function, None)
     if not callable(build):
-        raise UsageError(f"{path} has no function {function!r}.{nearest(function, vars(module))}")
+        known = [name for name in vars(module) if not name.startswith("__")]
+        raise UsageError(f"{path} has no function {function!r}.{nearest(function, known)}")
     try:
         return build()
     except Exception as error:

@@ -61,7 +61,7 @@ class Crops(Around):
         """Return the index of the image that a place lies in; DataError if it is gone."""
         if self.images[index] == _GONE:
             image = self.ids[index].rpartition(" @ ")[0]
-            raise DataError(f"Image {image} is gone; bring it back, or scan anew.")
+            raise DataError(f"Image {image} is gone; bring it back, or scan again.")
         return self.images[index]
 
     def picture(self, index: int) -> Image.Image:

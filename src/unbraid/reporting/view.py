@@ -299,7 +299,7 @@ def _notes(material: Material, has_images: bool) -> list[str]:
     n_through = len(material.through)
     drawn = features.channels if features else ()
     missing = sum(part.channel not in drawn for part in material.parts)
-    why = "for want of time" if features and features.left_out else "none were given"
+    why = "for lack of time" if features and features.left_out else "none were given"
     left_out: dict[str, Any] = {
         "Measures and the output check are left out: no evaluation was given.": not known
     }

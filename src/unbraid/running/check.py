@@ -1,4 +1,4 @@
-"""Verify what scans and runs left on disk; set damaged files aside, to be made anew."""
+"""Verify what scans and runs left on disk; set damaged files aside, to be made again."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def check(folder: str | Path) -> Checkup:
 
     Every tensor's checksum, every shard's records, and the form of all JSON, CSV and PNG files are
     verified; of a report.html only that it is there. What proves damaged is renamed, so that the
-    next start of the same command makes it anew; what cannot be read, for want of permission or
+    next start of the same command makes it again; what cannot be read, for want of permission or
     because another version wrote it, is told and left. What a killed process left half-written
     goes.
 
@@ -174,7 +174,7 @@ def _check_scan(folder: Path, found: Checkup) -> str:
     path = folder / "manifest.json"
     manifest = found.look(path, partial(read_manifest, folder), mend=False)
     if not path.exists():
-        found.lost.append(f"{folder} holds shards without a manifest; scan anew.")
+        found.lost.append(f"{folder} holds shards without a manifest; scan again.")
     if manifest is None:
         return "a scan whose manifest cannot be read"
     layer = partial(sound_layer, folder, manifest)

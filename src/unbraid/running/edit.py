@@ -65,7 +65,7 @@ def edit_run(
     Args:
         run: a finished one.
         scales: as `unbraid.edit` takes them.
-        out: a folder, which gets files of these names anew.
+        out: a folder, which gets files of these names again.
         loading: how images go through the network.
         network: the run's, by default loaded as the run's folder tells.
         say: told of each step, and of what is left out.

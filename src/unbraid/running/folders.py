@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError, RunError, UsageError
-from unbraid.base.files import remove_leftovers, write_new, write_whole
+from unbraid.base.files import refuse_file, remove_leftovers, write_new, write_whole
 from unbraid.base.schema import build, in_range, read_json, unread
 from unbraid.base.tables import csv_text
 from unbraid.finding.findings import COLUMNS, ConceptKind, Findings
@@ -29,8 +29,9 @@ from unbraid.images.dataset import Relabelled
 from unbraid.images.kept import LISTED, LISTED_PARTS
 from unbraid.images.labels import Outputs, read_classes
 from unbraid.images.listing import ListedImages
-from unbraid.images.open import list_images, part_of
+from unbraid.images.open import SAVED, list_images, part_of
 from unbraid.images.own import refuse_own
+from unbraid.images.tar import is_url
 from unbraid.reporting.pictures import Sight
 from unbraid.scanning.as_scanned import as_scanned
 from unbraid.scanning.manifest import hash_indices, read_manifest
@@ -180,9 +181,10 @@ def holds_results(folder: Path) -> bool:
 
 
 def refuse_result(file: Path | None) -> None:
-    """UsageError if a file is part of a run or scan, which a single step must not change."""
-    if file is None or not file.exists():
+    """UsageError if a file is part of a run or scan, or cannot lie where it is to be written."""
+    if file is None:
         return
+    refuse_file(file.parent)
     for mark, patterns in _OWN.items():
         own = any(fnmatchcase(file.name, pattern) for pattern in patterns)
         if own and (file.parent / mark).exists():
@@ -190,8 +192,11 @@ def refuse_result(file: Path | None) -> None:
 
 
 def refuse_folder(folder: Path | None) -> None:
-    """UsageError if a folder is that of a run or scan, which other files do not go into."""
-    if folder is not None and any((folder / mark).exists() for mark in (SETTINGS, "manifest.json")):
+    """UsageError if a folder is a file, or that of a run or scan, which takes no other files."""
+    if folder is None:
+        return
+    refuse_file(folder)
+    if any((folder / mark).exists() for mark in (SETTINGS, "manifest.json")):
         raise UsageError(f"{folder} holds a run or scan; name another folder.")
 
 
@@ -328,10 +333,19 @@ def validation_images(
 
         return load_images("test" if part == "val" else "train")
     if "data" not in source:
-        raise RunError("The run does not say where its images are; make it anew.")
+        raise RunError("The run does not say where its images are; make it again.")
     refuse_own(source["data"])
     with_classes = source.get("class_folders", True)
-    listing = list_images(part_of(source["data"], part), with_classes)
+    where = source["data"].removeprefix(SAVED)
+    try:
+        listing = list_images(part_of(source["data"], part), with_classes)
+    except DataError:
+        if os.path.exists(where) or is_url(where) or "{" in where:  # which stands for many files
+            raise
+        raise DataError(
+            f"The run's images are no longer in {where}; bring them back, or start `unbraid run` "
+            "again with --data and their new place."
+        ) from None
     labels: dict[str, int] = {}
     if with_classes and listing.classes:
         outputs = Outputs(scan.class_names, len(scan.class_names))

@@ -37,14 +37,14 @@ def load_again(
         return LoadedModel(load_network(), preprocess, CLASSES, {"demo": True})
     told = {name: source.get(name) for name in ("model", "weights", "output")}
     if not all(value is None or isinstance(value, str) for value in told.values()):
-        raise RunError("The run does not say in words which network it is of; make it anew.")
+        raise RunError("The run does not say in words which network it is of; make it again.")
     named = told["model"]
     if model is None and named is None:
         raise UsageError("The run does not say which network it is of; name it with --model.")
     if model is None and ".py:" in str(named):
         raise UsageError(
-            f"The run's network is code of one's own, {named}, which is run only where you name "
-            f"it; add --model {named}."
+            f"The run's network is your own code, {named}, which runs only if you name it; add "
+            f"--model {named}."
         )
     loaded = load_model(str(model or named), weights or told["weights"], device)
     if told["output"] is not None:

@@ -71,7 +71,7 @@ class Job:
     features: bool = True  # make feature visualisations of the split channels
     overwrite: bool = False  # put finished results in the place of those in the folder
     first_look: Path | None = None  # folder of a run over some of the images, perhaps to come
-    keep: bool = False  # leave finished results as they are, instead of making them anew
+    keep: bool = False  # leave finished results as they are, instead of making them again
     command: str = ""  # that asked for it, for people; kept with the settings
 
     def scan(self, images: Dataset[Any], into: Mapping[str, Path], **which: Any) -> dict[str, Scan]:
@@ -233,7 +233,7 @@ def _measure(job: Job, made: Run, model2: nn.Module, encoder: Encoder) -> Evalua
 def _visualize(job: Job, made: Run, model2: nn.Module) -> Features | None:
     """Visualise the split channels, unless that is done; None where it cannot be done."""
     folder = made.folder / folders.FEATURES
-    with suppress(RunError):  # those that cannot be read are made anew
+    with suppress(RunError):  # those that cannot be read are made again
         if made.features is not None and made.features.weights == hash_weights(model2):
             return made.features
     if (folder / INDEX).exists():  # else nobody finished them

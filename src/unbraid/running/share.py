@@ -18,6 +18,7 @@ from unbraid.base.tables import count, figure, one_line
 from unbraid.measuring.results import Evaluation
 from unbraid.reporting.report import report
 from unbraid.running.finished import Run
+from unbraid.running.folders import refuse_folder
 from unbraid.scanning.records import Scan
 from unbraid.splitting.location import FILE
 
@@ -65,8 +66,7 @@ def share_run(
     """
     if run.evaluation is None:
         raise RunError(f"{run.folder} found nothing to split, so there is nothing to share.")
-    if (out / "settings.json").exists() or (out / "manifest.json").exists():
-        raise UsageError(f"{out} holds a run or scan; name another folder.")
+    refuse_folder(out)
     there = next((name for name in _FILES if os.path.lexists(out / name)), None)
     if there is not None and not _is_shared(out):
         raise UsageError(f"{out} holds a {there} of something else; name another folder.")
@@ -189,7 +189,7 @@ def _network(source: dict[str, Any]) -> str:
         return "unbraid's demo network"
     model, weights = (_without_folder(source.get(name)) for name in ("model", "weights"))
     if not model:
-        return "a network of one's own"
+        return "a network of the author's own"
     usual = "" if ".py:" in model else ", its usual weights"
     return f"{model}, weights {weights}" if weights else model + usual
 

@@ -40,7 +40,7 @@ class AsScanned(Around):
     def source(self, index: int) -> int:
         """Return where in the data set the image is that had an index."""
         if index not in self.now:
-            raise DataError(f"Image {self.ids[index]} is gone; bring it back, or scan anew.")
+            raise DataError(f"Image {self.ids[index]} is gone; bring it back, or scan again.")
         return self.now[index]
 
 

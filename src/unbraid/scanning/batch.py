@@ -134,7 +134,7 @@ def scan_batch(
     device = device_of(layers[0].module)
     index = torch.tensor([item.index for item in items], dtype=torch.int64)
     images = as_batch([item.image for item in items], index)
-    # A copy in any case, as a network may write into it, and then have to begin anew.
+    # A copy in any case, as a network may write into it, and then have to begin again.
     images = images.to(device, non_blocking=True, copy=True)
     flags = [not positions and item.index in sampled for item in items]
     chosen = torch.tensor(flags, dtype=torch.bool)

@@ -172,7 +172,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError) as error:
-        text = f"{path} is not a manifest that can be read ({error}); scan anew."
+        text = f"{path} is not a manifest that can be read ({error}); scan again."
         raise unread(error, text) from None
 
 

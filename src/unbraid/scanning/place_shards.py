@@ -259,7 +259,7 @@ def _ids(own: Mapping[str, Tensor], ids: Sequence[str] | None) -> list[str]:
 
 
 def _in_shards(parts: Iterable[Records], size: int) -> Iterator[Records]:
-    """Put records together and part them anew, so many at a time."""
+    """Put records together and part them again, so many at a time."""
     held: list[Records] = []
     for part in parts:
         held.append(part)

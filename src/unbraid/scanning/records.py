@@ -213,8 +213,7 @@ def open_one(folder: Path) -> Scan:
         inside = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
         if inside:
             raise RunError(
-                f"{folder} holds scans of several layers: {', '.join(inside)}; open one of these "
-                "folders."
+                f"{folder} holds several scans: {', '.join(inside)}; name one of these folders."
             )
         raise RunError(f"{folder} holds no scan; make one with `unbraid scan`.")
     n_missing = manifest.n_shards - len(shards_there(folder, manifest))
@@ -244,7 +243,7 @@ def sound_peaks(folder: Path, manifest: Manifest) -> Tensor:
     """Read these counts; RunError if they are gone, damaged or not this layer's."""
     path = folder / PEAKS
     if not path.exists():
-        raise RunError(f"{path} is gone; start the scan again, which makes it anew.")
+        raise RunError(f"{path} is gone; start the scan again, which makes it.")
     peaks = read_tensors(path, ["peaks"])[0]["peaks"]
     _refuse(path, None if len(peaks) == manifest.layer.n_out else "is of another layer")
     return peaks

@@ -40,7 +40,7 @@ class Loading:
     """How images go through a network.
 
     Args:
-        batch_size: Images per forward pass; by default what memory surely holds.
+        batch_size: Images per forward pass. By default as many as memory holds for sure.
         workers: Processes that load images.
         skip_broken: Leave out images that cannot be read, and list them.
     """
@@ -56,17 +56,18 @@ class ScanOptions(Loading):
     """What `unbraid.scan` and `unbraid scan` can be asked for.
 
     Args:
-        labels: What each image counts as: its folder's class, what the network says, or nothing.
-        classes: Only images of these classes.
-        positions: Also keep the layer's input maps (large).
-        min_share: Smallest share kept.
-        threads: Threads to compute with; the same number gives the same bits.
+        labels: What gives an image its class: its folder (given), the network (predicted) or
+            nothing (none).
+        classes: Scan only images of these classes, by label number.
+        positions: Keep the layer's input maps too. They are large.
+        min_share: Smallest share to keep.
+        threads: Threads to compute with. The same number gives the same bits.
         autocast: Run the network in bfloat16 where torch sees fit.
-        channels_last: Keep convolutions channels last; by default where it is known to be faster.
-        places: How many places that excite it most to keep of each channel, with what feeds it
-            there, in OUT/places; 0 for none.
-        prefix_tokens: Tokens before those of the image, such as CLS and registers; by default what
-            the network says.
+        channels_last: Run convolutions channels last. By default where that is known to be faster.
+        places: Places in images to keep for each channel, those that excite it most, with what
+            feeds it there. They go into OUT/places; 0 keeps none.
+        prefix_tokens: Tokens before those of the image, such as CLS and registers. By default the
+            network says.
     """
 
     labels: Labels = "given"

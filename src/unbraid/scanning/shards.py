@@ -48,7 +48,7 @@ from unbraid.scanning.places import PlaceKeeper, tokens_of
 from unbraid.scanning.records import read_shard, shard_path, shards_there, write_shard
 from unbraid.scanning.scan_options import ScanOptions
 
-_PATIENCE = 60.0  # seconds; NFS shows a folder anew after half of that
+_PATIENCE = 60.0  # seconds; NFS shows a folder again after half of that
 _PAUSE = 0.5
 _MOST_NAMED = 3  # layers in a title
 
@@ -376,7 +376,7 @@ def take_over(
                 _write(target, number, records, groups, ids)
     if others:
         warnings.warn(
-            f"The records of the first look are made anew, with a difference in "
+            f"The records of the first look are made again, with a difference in "
             f"{', '.join(sorted(others))}.",
             stacklevel=4,
         )

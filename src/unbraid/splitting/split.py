@@ -99,16 +99,16 @@ def split(
     made_from = tuple(dict.fromkeys(own.manifest.scan_id for own in scans))
     weights, kept = (None, ()) if refit is None else _kept(scan, found, refit, made_from)
     done = {part.channel for part in kept}
-    anew = replace(found, concepts={o: own for o, own in found.concepts.items() if o not in done})
+    again = replace(found, concepts={o: own for o, own in found.concepts.items() if o not in done})
     for own in scans if method == "least_squares" else scans[-1:]:
-        _check_images(own, anew)
-    members = anew.members_in(scan)
+        _check_images(own, again)
+    members = again.members_in(scan)
     chosen: _Chosen = {}
     told = Progress(progress)
     if method == "published":
-        chosen = _published(members, anew, rho, scans[-1], told)
-    elif anew.concepts:
-        chosen = _least_squares(members, anew, scans[-1], start, weights, told)
+        chosen = _published(members, again, rho, scans[-1], told)
+    elif again.concepts:
+        chosen = _least_squares(members, again, scans[-1], start, weights, told)
     made = [
         ChannelSplit(
             channel=o,
@@ -154,12 +154,12 @@ def _kept(
     if earlier.scans and earlier.scans != scans:
         raise UsageError(
             "refit is a split made from another scan, such as a first look; pass it as start, "
-            "which begins there and fits all anew."
+            "which begins there and fits all again."
         )
     if not earlier.scans:
         warnings.warn(
             "refit is a split of an earlier version, which did not note its scan; make sure that "
-            "it was made from this one, or split anew.",
+            "it was made from this one, or split again.",
             stacklevel=4,
         )
     # A channel of few images has a larger lambda than the layer's, hence the least.

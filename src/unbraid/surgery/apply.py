@@ -113,14 +113,14 @@ def check_fit(model: nn.Module, *splits: Split) -> None:
         if rows.shape != (split.layer.n_out, split.layer.n_taps):
             raise RunError(
                 f"The split is of a layer {split.layer.name!r} of another shape than the network's "
-                "although it was made for it, so its file is damaged; get or make it anew."
+                "although it was made for it, so its file is damaged; get or make it again."
             )
         for part in split.channels:
             # Not bit by bit, since a layer may compute its weights.
             if not torch.allclose(part.weight.to(rows), rows[part.channel], rtol=1e-2):
                 raise RunError(
                     f"The split's weights of channel {part.channel} are not the network's although "
-                    "it was made for it, so its file is damaged; get or make it anew."
+                    "it was made for it, so its file is damaged; get or make it again."
                 )
 
 

@@ -46,7 +46,7 @@ class SplitAttention(nn.Module):
         if not all(isinstance(parts[name], Projection) for name in APART):
             parts.pop(TOGETHER, None)
         changed = attend(self.original, parts, *given, **named)
-        if not self.is_exact or (self.training and self.original.dropout):  # which draws anew
+        if not self.is_exact or (self.training and self.original.dropout):  # which draws again
             return changed
         own = {n: m.original if isinstance(m, SplitLayer) else m for n, m in parts.items()}
         plain = attend(self.original, own, *given, **named)

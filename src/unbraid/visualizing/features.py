@@ -130,7 +130,7 @@ class Features:
         except Exception as error:  # a damaged picture fails in any way
             text = (
                 f"{folder} holds no feature visualisations that can be read ({brief(error)}); make "
-                "them anew."
+                "them again."
             )
             raise unread(error, text) from None
 

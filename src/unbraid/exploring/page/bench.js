@@ -51,7 +51,7 @@ class Bench {
         el("div", { className: "bar" }, this.button("Clear all", () => this.clear(), "plain"),
           this.button("As divided now", () => this.restore(), "plain"), this.moreButton, this.splitButton), this.status),
       this.grid, this.results);
-    // Names that a person gave stay; those made of classes are made anew.
+    // Names that a person gave stay; those made of classes are made again.
     const own = (group) => (laid.byHand && !/^group \d+( \(|$)/.test(group.name) ? group.name : "");
     this.names = laid.groups.map(own);
     this.hints = laid.groups.map((g) => g.name);
