@@ -206,6 +206,7 @@ def test_a_folded_channel_opens_when_it_is_gone_to(browser, run, tmp_path, monke
     assert page.locator("details.whole-channel[open]").count() == 0
     page.keyboard.press("j")
     page.keyboard.press("j")
+    page.wait_for_selector("details.whole-channel[open]")  # opens when the page notices the move
     assert page.locator("details.whole-channel[open]").count() == 1
     assert said == []
 
