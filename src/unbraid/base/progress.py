@@ -72,7 +72,8 @@ def counted(
     try:
         yield advance
     finally:
-        bar.stop()
+        if bar.live.is_started:  # of one that is not, older versions of rich write an empty line
+            bar.stop()
 
 
 class _Rate(bars.ProgressColumn):
