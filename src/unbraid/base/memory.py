@@ -31,7 +31,7 @@ def keep_memory() -> bool:
         Whether memory is kept from now on.
 
     Source:
-        "Faster" in docs/scale.md; glibc's manual, "Malloc Tunable Parameters".
+        "Memory that is kept" in docs/scale.md; glibc's manual, "Malloc Tunable Parameters".
     """
     if not _is_glibc() or _told_by_user():
         return False

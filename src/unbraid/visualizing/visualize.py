@@ -28,7 +28,7 @@ from unbraid.surgery.split_layer import SplitLayer
 from unbraid.visualizing.canvas import Pixels, blank_canvas, pixels_of, shake
 from unbraid.visualizing.features import Feature, Features
 
-STEPS = 128  # of the optimiser; docs/visualisation.md shows what fewer and more make
+STEPS = 128  # of the optimiser; fewer and more: docs/evidence-visualisation.md
 _RATE = 0.1  # of Adam, in units of the coefficients' spread
 _RATE_OF_PHASES = 0.2  # radians
 # Pixels side by side: few keep memory, and the time to the next look at the clock, within bounds;
