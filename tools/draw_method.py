@@ -118,7 +118,7 @@ def _ask_for_relevance(canvas: Canvas, whole: float) -> None:
     canvas.head("1  Relevance: does the channel matter?")
     canvas.lines(
         "In images of clocks, on average:",
-        f"response {whole:g} × gradient {GRADIENT:g} = relevance {told:g}",
+        f"response {whole:g} times gradient {GRADIENT:g} = relevance {told:g}",
         f"share = {told:g} of {POSITIVE:g} in the layer = {told / POSITIVE:.2f}",
     )
     canvas.bold(f"At least tau = {TAU:g}: yes.")
@@ -130,7 +130,7 @@ def _ask_for_relevance(canvas: Canvas, whole: float) -> None:
 
 def _compare(canvas: Canvas, arvs: dict[str, list[float]]) -> None:
     canvas.head("2  ARV: through which inputs?")
-    canvas.lines("weight × pooled input, mean over the class")
+    canvas.lines("weight times pooled input, mean over the class")
     canvas.y += 4
     first, half = MARGIN + 22, 176
     canvas.y += LINE
