@@ -161,7 +161,28 @@ def with_names(scan: Scan, names: Mapping[int, str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Findings(Tabular, Exported):
-    """The polysemantic channels of a layer: concepts by channel, pairs by lowest cosine first."""
+    """The polysemantic channels of a layer: concepts by channel, pairs by lowest cosine first.
+
+    Attributes:
+        tau: smallest share that matters.
+        p: fraction of a class's images.
+        gamma: cosine below which two classes have different reasons.
+        pairs: two classes that use a channel for different reasons, each with its cosine, the 95 %
+            interval of that (`low`, `high`) and the cosines of halves of one class.
+        concepts: by channel, its concepts; each is a tuple of classes, or of clusters, which are
+            numbered behind the last class.
+        class_names: by number.
+        hint: if nothing was found, which thresholds come nearest.
+        layer: name of the layer that the channels belong to.
+        weights: hash of the network's weights.
+        clusters: by number, where they stand for classes.
+        agreement: by channel, adjusted Rand index of clusters' concepts and classes' concepts.
+        kind: what concepts are made of.
+        auto: whether tau was chosen by rule.
+        note: what to know of the tau chosen, and of what was left out.
+        nearest: if nothing was found, what comes nearest, best first.
+        scan: id of the scan that it was found in; empty where earlier versions noted none.
+    """
 
     tau: float
     p: float

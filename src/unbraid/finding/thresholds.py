@@ -307,7 +307,17 @@ COLUMNS = tuple(Cell.__dataclass_fields__)
 
 @dataclass(frozen=True)
 class Sensitivity(Exported):
-    """How many channels and pairs `find` gives for every combination of thresholds."""
+    """How many channels and pairs `find` gives for every combination of thresholds.
+
+    Attributes:
+        layer: name of the layer.
+        weights: hash of the network's weights.
+        n_out: channels of the layer.
+        taus: smallest shares that matter.
+        ps: fractions of a class's images.
+        gammas: cosines below which two classes have different reasons.
+        cells: the counts, tau by tau, then p, then gamma; `at` gives those of one choice.
+    """
 
     layer: str
     weights: str  # hash of the network's weights

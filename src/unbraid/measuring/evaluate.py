@@ -83,6 +83,9 @@ def evaluate(
         maps: a scan with positions of some of the images, for the rectified measures, where
             `scan` has none; those of a channel are None if it lacks a concept.
 
+    Returns:
+        An Evaluation: errors relative to the whole channel, and fractions between 0 and 1.
+
     Raises:
         UsageError: tau is out of range; a scan is of another network or layer, or has no image
             of a concept; `everything` is of some images, or of others; or the baseline, ablation

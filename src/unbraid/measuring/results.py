@@ -115,7 +115,16 @@ class ChannelAblation:
 
 @dataclass(frozen=True)
 class Ablation(Tabular):
-    """Causal effect of the concept channels of one layer; see "Evaluate" in docs/method.md."""
+    """Causal effect of the concept channels of one layer; see "Evaluate" in docs/method.md.
+
+    Attributes:
+        layer: name of the split layer.
+        classes: of each class, the number of images, mean logit and accuracy with nothing off.
+        channels: of each channel and class, what is lost with the whole channel, each concept
+            channel and the rest off: of the logit, and of the accuracy (a fraction, 0 to 1). A
+            gain is negative.
+        target: what is lost, where it is no logit; accuracies are then NaN.
+    """
 
     layer: str
     classes: tuple[ClassOutput, ...]
@@ -204,7 +213,13 @@ class ChannelSemantics:
 
 @dataclass(frozen=True)
 class Semantics(Tabular):
-    """Semantic measures of all split channels, by channel."""
+    """Semantic measures of all split channels, by channel.
+
+    Attributes:
+        channels: by channel, monosemanticity and clarity of the whole channel and of each concept
+            channel (at most 1), and PURE's distances between and
+            within concept channels.
+    """
 
     channels: dict[int, ChannelSemantics]
 
@@ -288,7 +303,21 @@ def join(parts: Sequence[Columns]) -> Columns:
 
 @dataclass(frozen=True)
 class Evaluation(Tabular):
-    """Measures of all split channels, and of the network's output."""
+    """Measures of all split channels, and of the network's output.
+
+    Attributes:
+        method: of the split that was measured, such as "least_squares".
+        layer: name of the split layer.
+        channels: measures of each channel and of its concept channels; errors are relative to the
+            whole channel, fractions lie between 0 and 1, None where images or positions lack.
+        tau: smallest share for an image to count in the published table.
+        responses: by channel, pooled pre-activations of the whole channel and of its concept
+            channels on each image.
+        output: from `unbraid.compare_outputs`, if given.
+        ablation: from `unbraid.ablate`, if given.
+        semantics: from `unbraid.measure_semantics`, if given.
+        baseline: measures of another method on the same channels, if given.
+    """
 
     method: str
     layer: str

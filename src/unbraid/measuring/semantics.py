@@ -67,6 +67,9 @@ def measure_semantics(
         workers: processes that load images.
         progress: show a progress bar on standard error.
 
+    Returns:
+        Semantics: measures of each channel and of its concept channels.
+
     Raises:
         UsageError: split, scan and data set do not belong together, or n_top is below 2.
         ModelError: the encoder cannot be loaded, fails, or gives no finite embeddings.
