@@ -341,14 +341,13 @@ def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Write one line for each family."""
-    head = ("family", "network", "image", "layers one by one", "all at once", "all checks hold")
+    head = ("network", "image", "layers one by one", "all at once", "all checks hold")
     lines = [head, ("---",) * len(head)]
     for row in in_order(rows):
         layers = ", ".join(f"`{tried['layer']}` {tried['kind']}" for tried in row.get("tried", []))
         holds = "yes" if passed(row) else f"**no**: {'; '.join(failures(row))}"
-        family = f"{row['library']} {row['family']}"
-        own = (row.get("model", ""), row.get("size", ""), layers, row.get("n_layers", ""))
-        lines.append((family, *own, holds))
+        name = f"{row['library']} {row['family']}: {row.get('model', '')}"
+        lines.append((name, row.get("size", ""), layers, row.get("n_layers", ""), holds))
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
