@@ -19,8 +19,9 @@ from unbraid.base.progress import QUIET, Progress
 from unbraid.base.tables import Exported, Table, count
 from unbraid.finding.arv import ClassSums, class_cosines, class_sums, shared_channels, uses
 from unbraid.finding.cosine_intervals import with_chance
-from unbraid.finding.findings import Candidate, Findings, Pair, is_sure, pairs_of
+from unbraid.finding.findings import Candidate, Findings
 from unbraid.finding.membership import mean_responses
+from unbraid.finding.pairs import Pair, is_sure, pairs_of
 from unbraid.scanning.records import Scan
 
 Tau = float | Literal["auto"]

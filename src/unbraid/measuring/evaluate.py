@@ -33,6 +33,7 @@ from unbraid.measuring.formulas import (
     silence_errors,
     top_coverage,
 )
+from unbraid.measuring.likeness import Semantics
 from unbraid.measuring.results import (
     Ablation,
     ChannelEvaluation,
@@ -40,7 +41,6 @@ from unbraid.measuring.results import (
     Evaluation,
     Ratio,
     Responses,
-    Semantics,
     join,
 )
 from unbraid.scanning.fields import Records
