@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import oracle
 from unbraid import find
-from unbraid.finding.findings import Pair
+from unbraid.finding.pairs import Pair
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 MEASURES = ("retention", "leakage", "mimic_error", "silence_error", "auroc")

@@ -10,6 +10,7 @@ from mkdocs.structure.files import File, Files
 
 _OUTSIDE = re.compile(r"(?<=\]\()\.\./(?P<path>[\w./-]+)")
 _NAMED = re.compile(r"(?<![\w/])(<code>)?docs/(?P<name>\w+\.md)(?(1)</code>)")
+_BLOCK = re.compile(r"(<pre>.*?</pre>)", re.DOTALL)
 FOLDER = "source"  # of the site, where they lie
 
 
@@ -38,4 +39,5 @@ def on_page_content(html: str, *, page: Any, files: Files, **_about: Any) -> str
             return found[0]
         return f'<a href="{target.url_relative_to(page.file)}">{found["name"]}</a>'
 
-    return _NAMED.sub(link, html)
+    parts = _BLOCK.split(html)  # blocks of code at odd places, which stay as they are
+    return "".join(part if n % 2 else _NAMED.sub(link, part) for n, part in enumerate(parts))

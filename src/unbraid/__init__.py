@@ -29,9 +29,9 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.measuring.compare import compare_outputs as compare_outputs
     from unbraid.measuring.encoders import Penultimate as Penultimate
     from unbraid.measuring.evaluate import evaluate as evaluate
+    from unbraid.measuring.likeness import Semantics as Semantics
     from unbraid.measuring.results import Ablation as Ablation
     from unbraid.measuring.results import Evaluation as Evaluation
-    from unbraid.measuring.results import Semantics as Semantics
     from unbraid.measuring.semantics import measure_semantics as measure_semantics
     from unbraid.measuring.suggest import Suggestions as Suggestions
     from unbraid.measuring.suggest import suggest as suggest
@@ -74,7 +74,8 @@ _NAMES = {
     "measuring.compare": "compare_outputs",
     "measuring.encoders": "Penultimate",
     "measuring.evaluate": "evaluate",
-    "measuring.results": "Ablation Evaluation Semantics",
+    "measuring.likeness": "Semantics",
+    "measuring.results": "Ablation Evaluation",
     "measuring.semantics": "measure_semantics",
     "measuring.suggest": "Suggestions suggest",
     "networks.layers": "heads",

@@ -12,8 +12,8 @@ from torch import nn
 from pages import read
 from unbraid import Ablation, Circuit, Evaluation, Findings, Split
 from unbraid.base.tables import Table, csv_text, fit, one_line
-from unbraid.finding.findings import Pair
-from unbraid.measuring import results
+from unbraid.finding.pairs import Pair
+from unbraid.measuring import likeness, results
 from unbraid.measuring.circuit import Source
 from unbraid.networks.layers import describe
 from unbraid.splitting.splits import ChannelSplit
@@ -76,8 +76,8 @@ ABLATED = results.ConceptAblation((0,), SCRIPT, *DROPS, NO_DROPS)
 REST = results.RestAblation(DROPS[1], DROPS[2], NO_DROPS)
 OLDER = results.ChannelAblation(5, NO_DROPS, (ABLATED,))
 NEWER = results.ChannelAblation(6, NO_DROPS, (ABLATED,), REST)
-LIKE, *PARTS = [results.Likeness(x, y) for x, y in ((0.1, 0.2), (0.3, 0.4), (0.5, math.nan))]
-ALIKE = results.ChannelSemantics("pixels", 9, 3, True, True, LIKE, tuple(PARTS), 0.25, 0.75)
+LIKE, *PARTS = [likeness.Likeness(x, y) for x, y in ((0.1, 0.2), (0.3, 0.4), (0.5, math.nan))]
+ALIKE = likeness.ChannelSemantics("pixels", 9, 3, True, True, LIKE, tuple(PARTS), 0.25, 0.75)
 SPEC = describe("mix", nn.Conv2d(4, 8, 1))
 MASKS = torch.tensor([[1.0, 0, 0.5, 0], [0, 1, 0.5, 0]])
 PART = ChannelSplit(5, ((0,), (1, 2)), MASKS, torch.tensor([1.0, -2, 4, 1]), 0.0, {})
@@ -120,7 +120,7 @@ RESULTS = {
         [["3", "50.0%", "90.0%"], ["1", "0.0%", "25.0%"]],
     ),
     "semantics": (
-        results.Semantics({5: ALIKE}),
+        likeness.Semantics({5: ALIKE}),
         "How alike the images are",
         [
             ["5", "original", "0.100", "0.200", "0.250", "0.750"],

@@ -14,8 +14,9 @@ from checks import assert_close, assert_csv, assert_grouped, assert_pairs
 from handmade import write_scan
 from unbraid.base.errors import UsageError
 from unbraid.finding import arv
-from unbraid.finding.findings import Candidate, Findings, Pair
+from unbraid.finding.findings import Candidate, Findings
 from unbraid.finding.membership import Cluster
+from unbraid.finding.pairs import Pair
 
 
 def middle_cosine(scan):

@@ -28,7 +28,7 @@ from unbraid.base.errors import UnbraidError
 from unbraid.finding.findings import Findings
 from unbraid.images import pictures
 from unbraid.images.pictures import read_picture
-from unbraid.measuring import results
+from unbraid.measuring import likeness, results
 from unbraid.measuring.ablate import ablate
 from unbraid.measuring.compare import OutputComparison
 from unbraid.networks import checkpoints as states
@@ -70,11 +70,11 @@ def seeds(tmp_path_factory):
     split.save(folder / "split.safetensors")
     by_hand = unbraid.find(scan, channels=OWN).correct(scan, 1, groups=[[0, 1], [2, 3]])
     by_hand.save(folder / "found.safetensors")
-    like = results.Likeness(0.5, 0.25)
+    like = likeness.Likeness(0.5, 0.25)
     rest = (False, False, like, (like, like), 1.0, float("nan"))
     measured = {"ablation": ablate(unbraid.apply(network, split), images)}
     measured["output"] = OutputComparison(0.0, 1.0, 0.5, 0.5)
-    measured["semantics"] = results.Semantics({0: results.ChannelSemantics("it", 9, 2, *rest)})
+    measured["semantics"] = likeness.Semantics({0: likeness.ChannelSemantics("it", 9, 2, *rest)})
     unbraid.evaluate(split, scan, **measured).save(folder / "evaluation.json")
     run = {"title": "t", "thresholds": {"tau": "auto", "concepts": "classes"}, "source": {}}
     (folder / "settings.json").write_text(json.dumps(run))
@@ -313,7 +313,7 @@ def test_memory_beyond_the_bound_is_noticed():
 
 def without_types_of_meanings(kind, values, **options):
     """Build semantic measures of whatever is there, all else as it should be."""
-    return kind(**values) if kind is results.ChannelSemantics else BUILD(kind, values, **options)
+    return kind(**values) if kind is likeness.ChannelSemantics else BUILD(kind, values, **options)
 
 
 BUILD = strict.build

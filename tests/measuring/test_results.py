@@ -11,7 +11,7 @@ from checks import OF_CHANNEL, OVER_ALL
 from tiny_networks import SyntheticImages
 from unbraid import Semantics
 from unbraid.base.errors import RunError, UsageError
-from unbraid.measuring import results
+from unbraid.measuring import likeness, results
 
 
 # Of two images, only of classes 0 and 1, some groups have none.
@@ -23,7 +23,7 @@ def result(request, case):
     ablation = unbraid.ablate(changed, images or case.images, channels=channels)
     pooled = unbraid.Penultimate(case.network)
     semantics = unbraid.measure_semantics(case.split, case.scan, case.images, pooled)
-    like = results.Likeness(math.nan, 0.5)
+    like = likeness.Likeness(math.nan, 0.5)
     unknown = replace(semantics.channels[6], between=math.inf, original=like)
     output = unbraid.compare_outputs(case.network, changed, case.images)
     some = Semantics({1: semantics.channels[1], 6: unknown})

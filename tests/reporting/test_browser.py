@@ -8,7 +8,7 @@ import pytest
 
 import unbraid
 from pages import LONG
-from unbraid.finding.findings import Pair
+from unbraid.finding.pairs import Pair
 from unbraid.reporting import report as report_module
 from unbraid.reporting.words import ABSENT
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from unbraid.finding.findings import Pair
+from unbraid.finding.pairs import Pair
 from unbraid.running import reproduce
 from unbraid.running.reproduce import REFERENCE, match_pairs, published_pairs, show_matches
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from unbraid.base.progress import QUIET, Progress
 from unbraid.base.tables import percent
 from unbraid.finding.arv import averaged_relevance, cosines_of, group_classes
-from unbraid.finding.findings import Concept, Found, pairs_of
+from unbraid.finding.findings import Concept, Found
 from unbraid.finding.membership import (
     Cluster,
     first_free,
@@ -24,6 +24,7 @@ from unbraid.finding.membership import (
     name_of,
     relevance_for_channel,
 )
+from unbraid.finding.pairs import pairs_of
 from unbraid.scanning.records import Scan
 
 _N_TOP = 1000  # images of a channel

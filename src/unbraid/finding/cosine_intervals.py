@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unbraid.base.progress import QUIET, Advance, Progress
 from unbraid.finding.arv import ClassSums, cosines_of
-from unbraid.finding.findings import Pair
+from unbraid.finding.pairs import Pair
 from unbraid.networks.relevance import input_relevance
 from unbraid.scanning.records import Scan
 

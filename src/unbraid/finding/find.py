@@ -28,10 +28,10 @@ from unbraid.finding.findings import (
     Findings,
     Found,
     found_by_hand,
-    pairs_of,
     with_names,
 )
 from unbraid.finding.membership import find_images, first_free
+from unbraid.finding.pairs import pairs_of
 from unbraid.finding.thresholds import (
     Tau,
     check_thresholds,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from unbraid.base.arguments import as_path, whole_number
 from unbraid.base.errors import UsageError
@@ -31,6 +30,7 @@ from unbraid.finding.membership import (
     sort_anew,
     unpack,
 )
+from unbraid.finding.pairs import Pair, interval_in_words, is_sure, pairs_of
 from unbraid.scanning.manifest import MAX_CLASSES
 from unbraid.scanning.records import Scan
 
@@ -62,25 +62,6 @@ _CLUSTER_LEGEND = "top images: the cluster's part of the images that the channel
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two classes that use one channel for different reasons; or two clusters of images."""
-
-    channel: int
-    class1: int
-    class2: int
-    cosine: float  # of their averaged relevance vectors
-    # Fraction of the images of class1 in which the channel matters; of a cluster, its part of the
-    # channel's top images.
-    use1: float
-    use2: float
-    # How sure the cosine is; nan for a class of a single image, and for clusters of images.
-    low: float = math.nan  # 95 % interval of the cosine that unlimited images would give
-    high: float = math.nan
-    half1: float = math.nan  # cosine between two random halves of the images of class1
-    half2: float = math.nan
-
-
-@dataclass(frozen=True)
 class Candidate:
     """A pair that was not found, and the thresholds that find it."""
 
@@ -99,31 +80,11 @@ class Candidate:
         return " ".join(f"--{name} {own!r}" for name, (own, was) in asked.items() if own != was)
 
 
-def interval_in_words(pair: Pair) -> str:
-    """Write the interval of a pair's cosine, "-" where it is not known."""
-    return "-" if math.isnan(pair.low) else f"{pair.low:.3f} to {pair.high:.3f}"
-
-
 def sure_in_words(n_sure: int, n: int, what: str) -> str:
     """Count things, those that are sure first and apart from those that are not."""
     if n_sure == n:
         return count(n, what)
     return f"{n_sure:,} sure, {count(n - n_sure, f'uncertain {what}')}"
-
-
-def is_sure(pair: Pair, gamma: float) -> bool:
-    """Whether a pair's cosine and its whole interval lie on one side of gamma."""
-    return pair.high < gamma if pair.cosine < gamma else pair.low >= gamma
-
-
-def pairs_of(
-    channel: int, numbers: Sequence[int], cosines: Tensor, wanted: Tensor, use: Sequence[float]
-) -> list[Pair]:
-    """The wanted pairs of some classes or clusters; cosines and wanted are square."""
-    return [
-        Pair(channel, numbers[i], numbers[j], float(cosines[i, j]), use[i], use[j])
-        for i, j in wanted.triu(1).nonzero().tolist()
-    ]
 
 
 @dataclass
@@ -161,7 +122,28 @@ def with_names(scan: Scan, names: Mapping[int, str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Findings(Tabular, Exported):
-    """The polysemantic channels of a layer: concepts by channel, pairs by lowest cosine first."""
+    """The polysemantic channels of a layer: concepts by channel, pairs by lowest cosine first.
+
+    Attributes:
+        tau: smallest share that matters.
+        p: fraction of a class's images.
+        gamma: cosine below which two classes have different reasons.
+        pairs: two classes that use a channel for different reasons, each with its cosine, the 95 %
+            interval of that (`low`, `high`) and the cosines of halves of one class.
+        concepts: by channel, its concepts; each is a tuple of classes, or of clusters, which are
+            numbered behind the last class.
+        class_names: by number.
+        hint: if nothing was found, which thresholds come nearest.
+        layer: name of the layer that the channels belong to.
+        weights: hash of the network's weights.
+        clusters: by number, where they stand for classes.
+        agreement: by channel, adjusted Rand index of clusters' concepts and classes' concepts.
+        kind: what concepts are made of.
+        auto: whether tau was chosen by rule.
+        note: what to know of the tau chosen, and of what was left out.
+        nearest: if nothing was found, what comes nearest, best first.
+        scan: id of the scan that it was found in; empty where earlier versions noted none.
+    """
 
     tau: float
     p: float

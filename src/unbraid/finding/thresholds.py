@@ -19,8 +19,9 @@ from unbraid.base.progress import QUIET, Progress
 from unbraid.base.tables import Exported, Table, count
 from unbraid.finding.arv import ClassSums, class_cosines, class_sums, shared_channels, uses
 from unbraid.finding.cosine_intervals import with_chance
-from unbraid.finding.findings import Candidate, Findings, Pair, is_sure, pairs_of
+from unbraid.finding.findings import Candidate, Findings
 from unbraid.finding.membership import mean_responses
+from unbraid.finding.pairs import Pair, is_sure, pairs_of
 from unbraid.scanning.records import Scan
 
 Tau = float | Literal["auto"]
@@ -307,7 +308,17 @@ COLUMNS = tuple(Cell.__dataclass_fields__)
 
 @dataclass(frozen=True)
 class Sensitivity(Exported):
-    """How many channels and pairs `find` gives for every combination of thresholds."""
+    """How many channels and pairs `find` gives for every combination of thresholds.
+
+    Attributes:
+        layer: name of the layer.
+        weights: hash of the network's weights.
+        n_out: channels of the layer.
+        taus: smallest shares that matter.
+        ps: fractions of a class's images.
+        gammas: cosines below which two classes have different reasons.
+        cells: the counts, tau by tau, then p, then gamma; `at` gives those of one choice.
+    """
 
     layer: str
     weights: str  # hash of the network's weights

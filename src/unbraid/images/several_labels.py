@@ -61,6 +61,9 @@ def one_per_label(dataset: Dataset[Any]) -> OnePerLabel:
         dataset: map-style, of (image, labels), or with a list of these in `targets`: a tensor (T,)
             of zeros and ones, or a list of numbers of classes.
 
+    Returns:
+        A data set of (image, label), longer than the given one where images have several labels.
+
     Raises:
         DataError: labels are of another kind, or no image has one.
     """

@@ -81,6 +81,9 @@ def ablate(
         skip_broken: leave out images that cannot be read.
         progress: show a progress bar on standard error.
 
+    Returns:
+        An Ablation: what each class loses, in units of the logit (or target) and of accuracy.
+
     Raises:
         UsageError: there is no such layer or channel, the scan does not fit, or there is no
             target.

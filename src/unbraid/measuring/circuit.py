@@ -59,7 +59,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Circuit(Tabular):
-    """A concept channel and its strongest sources, strongest first."""
+    """A concept channel and its strongest sources, strongest first.
+
+    Attributes:
+        layer: name of the split layer.
+        channel: the split channel.
+        concept: number of its concept, 0 to K - 1.
+        classes: of the concept, by number.
+        name: of the concept, by its classes.
+        sources: input channels, or concept channels of the layer before, each with its relevance
+            (in units of the pre-activation summed over positions) and its share of the positive
+            one.
+        before: name of the layer that the sources belong to; empty for the layer's own input.
+    """
 
     layer: str
     channel: int
@@ -90,6 +102,9 @@ def circuit(split: Split, scan: Scan, channel: int, concept: int, n: int = 10) -
         channel: a split channel.
         concept: 0 to K - 1.
         n: how many sources to give; those without any relevance are left out.
+
+    Returns:
+        A Circuit: sources with their relevance, in units of the summed pre-activation, and share.
 
     Raises:
         UsageError: there is no such concept channel, n is not positive, or the scan is of another
@@ -156,6 +171,9 @@ def circuit_from(
         batch_size: images per forward pass.
         workers: processes that load images.
         progress: show a progress bar on standard error.
+
+    Returns:
+        A Circuit, whose sources are channels and concept channels of the earlier layer.
 
     Raises:
         UsageError: as `unbraid.circuit`, or the data set is another one.

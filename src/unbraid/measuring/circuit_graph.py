@@ -82,7 +82,15 @@ class Edge:
 
 @dataclass(frozen=True)
 class CircuitGraph(Tabular):
-    """Concept channels of a channel, what feeds them and, perhaps, what feeds that."""
+    """Concept channels of a channel, what feeds them and, perhaps, what feeds that.
+
+    Attributes:
+        layer: name of the last layer, which the channel belongs to.
+        channel: the channel whose concepts the graph ends in.
+        n: sources that were asked for of each concept channel.
+        nodes: channels and concept channels, with the images that excite them, by column.
+        edges: from source to what it feeds, each with its relevance and share.
+    """
 
     layer: str
     channel: int

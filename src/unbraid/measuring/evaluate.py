@@ -33,6 +33,7 @@ from unbraid.measuring.formulas import (
     silence_errors,
     top_coverage,
 )
+from unbraid.measuring.likeness import Semantics
 from unbraid.measuring.results import (
     Ablation,
     ChannelEvaluation,
@@ -40,7 +41,6 @@ from unbraid.measuring.results import (
     Evaluation,
     Ratio,
     Responses,
-    Semantics,
     join,
 )
 from unbraid.scanning.fields import Records
@@ -82,6 +82,9 @@ def evaluate(
             portions are in memory at once), and read the records once for every portion.
         maps: a scan with positions of some of the images, for the rectified measures, where
             `scan` has none; those of a channel are None if it lacks a concept.
+
+    Returns:
+        An Evaluation: errors relative to the whole channel, and fractions between 0 and 1.
 
     Raises:
         UsageError: tau is out of range; a scan is of another network or layer, or has no image

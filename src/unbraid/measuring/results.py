@@ -1,4 +1,4 @@
-"""What the measures return: ablation, semantics, evaluation; printed, and kept in JSON."""
+"""What the measures return: ablation and evaluation; printed, and kept in JSON."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from unbraid.base.schema import build, read_json, unread
 from unbraid.base.tables import Table, Tabular, figure, percent
 from unbraid.finding.findings import Concept
 from unbraid.measuring.compare import OutputComparison
+from unbraid.measuring.likeness import ChannelSemantics, Semantics
 
 Columns = TypeVar("Columns")
 
@@ -115,7 +116,16 @@ class ChannelAblation:
 
 @dataclass(frozen=True)
 class Ablation(Tabular):
-    """Causal effect of the concept channels of one layer; see "Evaluate" in docs/method.md."""
+    """Causal effect of the concept channels of one layer; see "Evaluate" in docs/method.md.
+
+    Attributes:
+        layer: name of the split layer.
+        classes: of each class, the number of images, mean logit and accuracy with nothing off.
+        channels: of each channel and class, what is lost with the whole channel, each concept
+            channel and the rest off: of the logit, and of the accuracy (a fraction, 0 to 1). A
+            gain is negative.
+        target: what is lost, where it is no logit; accuracies are then NaN.
+    """
 
     layer: str
     classes: tuple[ClassOutput, ...]
@@ -177,48 +187,6 @@ def _without_parts(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_without_parts(item) for item in content]
     return content
-
-
-@dataclass(frozen=True)
-class Likeness:
-    """How alike the images are that excite one channel; see "Evaluate" in docs/method.md."""
-
-    monosemanticity: float  # mean cosine of pairs of images, weighted by its responses to both
-    clarity: float  # mean cosine of pairs of its top images
-
-
-@dataclass(frozen=True)
-class ChannelSemantics:
-    """A split channel beside its concept channels, as an encoder sees their images; or NaN."""
-
-    encoder: str  # its name
-    n_images: int
-    n_top: int  # top images of each channel, for clarity and PURE's distances
-    positions: bool  # whether responses were rectified position by position
-    crops: bool  # whether distances are of the parts of images where concept channels respond
-    original: Likeness
-    concepts: tuple[Likeness, ...]
-    within: float  # PURE's mean distance of top images of the same concept channel
-    between: float  # and of different ones, both in the encoder's unit
-
-
-@dataclass(frozen=True)
-class Semantics(Tabular):
-    """Semantic measures of all split channels, by channel."""
-
-    channels: dict[int, ChannelSemantics]
-
-    def table(self) -> Table:
-        """Show the measures, a row per channel and concept channel."""
-        rows = [("channel", "", "monosemanticity", "clarity", "within", "between")]
-        for channel, one in self.channels.items():
-            for k, like in enumerate((one.original, *one.concepts)):
-                name = ("", f"concept {k - 1}") if k else (str(channel), "original")
-                distances = ("", "") if k else (f"{one.within:.3f}", f"{one.between:.3f}")
-                rows.append(
-                    (*name, f"{like.monosemanticity:.3f}", f"{like.clarity:.3f}", *distances)
-                )
-        return Table(rows, caption="How alike the images are that channels answer to")
 
 
 @dataclass(frozen=True)
@@ -288,7 +256,21 @@ def join(parts: Sequence[Columns]) -> Columns:
 
 @dataclass(frozen=True)
 class Evaluation(Tabular):
-    """Measures of all split channels, and of the network's output."""
+    """Measures of all split channels, and of the network's output.
+
+    Attributes:
+        method: of the split that was measured, such as "least_squares".
+        layer: name of the split layer.
+        channels: measures of each channel and of its concept channels; errors are relative to the
+            whole channel, fractions lie between 0 and 1, None where images or positions lack.
+        tau: smallest share for an image to count in the published table.
+        responses: by channel, pooled pre-activations of the whole channel and of its concept
+            channels on each image.
+        output: from `unbraid.compare_outputs`, if given.
+        ablation: from `unbraid.ablate`, if given.
+        semantics: from `unbraid.measure_semantics`, if given.
+        baseline: measures of another method on the same channels, if given.
+    """
 
     method: str
     layer: str

@@ -22,8 +22,8 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.images.batches import image_progress, in_batches
 from unbraid.images.dataset import labels_of, size_of
 from unbraid.measuring.encoders import Encoder, load_batches, load_encoder, name_of_encoder, ready
+from unbraid.measuring.likeness import ChannelSemantics, Likeness, Semantics
 from unbraid.measuring.reference_images import TopImages, reference_images, shards_of
-from unbraid.measuring.results import ChannelSemantics, Likeness, Semantics
 from unbraid.scanning.fields import Records
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit, Split
@@ -66,6 +66,9 @@ def measure_semantics(
         batch_size: images per call of the encoder.
         workers: processes that load images.
         progress: show a progress bar on standard error.
+
+    Returns:
+        Semantics: measures of each channel and of its concept channels.
 
     Raises:
         UsageError: split, scan and data set do not belong together, or n_top is below 2.

@@ -47,7 +47,13 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Suggestions(Tabular):
-    """What helps first, then what matters elsewhere; in each what is sure and large first."""
+    """What helps first, then what matters elsewhere; in each what is sure and large first.
+
+    Attributes:
+        layer: name of the split layer.
+        rows: concept channels, each with the change of accuracy (a fraction, 0 to 1) that its
+            removal makes, and the 95 % interval of that.
+    """
 
     layer: str
     rows: tuple[Suggestion, ...]
@@ -79,6 +85,9 @@ def suggest(ablation: Ablation, n: int = 20) -> Suggestions:
     Args:
         ablation: of images that the network was not trained on, best with their true labels.
         n: of each kind, at most.
+
+    Returns:
+        Suggestions: changes of accuracy, as fractions between -1 and 1, with 95 % intervals.
 
     Raises:
         UsageError: the ablation is of an older version, without standard errors, or n is below 1.

@@ -117,6 +117,9 @@ def heads(model: nn.Module, layer: LayerName) -> dict[str, range]:
             v_proj) or timm's qkv: then these are its own channels, by names such as q.h3. Or the
             projection out of it, out_proj or proj: then its input channels, by names such as h3.
 
+    Returns:
+        By head, the range of its channels.
+
     Raises:
         LayerError: the network has no such layer, or it is none of attention.
     """

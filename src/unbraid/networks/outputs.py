@@ -32,6 +32,12 @@ def with_logits(model: nn.Module, pick: Pick) -> nn.Module:
         pick: key or attribute name, index (from the end if negative), several of these with dots
             between, or a function from the output to the logits.
 
+    Returns:
+        The network; its output is a tensor of logits, (N, T).
+
+    Raises:
+        ModelError: on a forward pass, where the output holds no such logits.
+
     >>> class Two(nn.Linear):
     ...     def forward(self, x):
     ...         return {"features": x, "scores": super().forward(x)}

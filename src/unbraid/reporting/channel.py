@@ -21,10 +21,10 @@ from unbraid.reporting.words import bounded, first_few, letter
 if TYPE_CHECKING:
     from unbraid.finding.findings import Findings
     from unbraid.measuring.evaluate import ChannelIntervals
+    from unbraid.measuring.likeness import ChannelSemantics
     from unbraid.measuring.results import (
         Ablation,
         ChannelAblation,
-        ChannelSemantics,
         Evaluation,
         Responses,
     )

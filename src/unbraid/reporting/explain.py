@@ -44,7 +44,16 @@ _LONGEST = 80  # characters of a file's name
 
 @dataclass(frozen=True, eq=False)
 class Explanation(Tabular):
-    """What the concept channels of a layer do in some images; see docs/explain.md."""
+    """What the concept channels of a layer do in some images; see docs/explain.md.
+
+    `explained[0]` is the first image, `explained[0][900]` its channel 900: the whole channel, its
+    concept channels and its rest, each with response (mean pre-activation over positions),
+    relevance (in units of the logit) and share (of all positive relevance in the layer).
+
+    Attributes:
+        images: what was found of each image.
+        pictures: the images, as the network sees them.
+    """
 
     images: tuple[ImageExplanation, ...]
     pictures: tuple[Image.Image, ...]  # of the images, as the network sees them

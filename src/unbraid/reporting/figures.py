@@ -108,7 +108,19 @@ def density_figure(split: Split, scan: Scan, channel: int, *, width: float = 3.2
     width. Each curve is scaled to its own peak, or a silenced concept's would dwarf all others. A
     triangle marks the mean.
 
-    Arguments, result and errors are as of `teaser_figure`; 3.25 inches is a column of many a paper.
+    Args:
+        split: from `unbraid.split`.
+        scan: of images that hold the concepts, best validation images.
+        channel: a split channel.
+        width: of the figure, in inches; 3.25 is a column of many a paper.
+
+    Returns:
+        A matplotlib Figure; `savefig` embeds fonts and writes the same bytes each time.
+
+    Raises:
+        UsageError: the channel was not split, the width is too small, the scan has no image of a
+            concept, or it is of something else.
+        UnbraidError: matplotlib is not installed.
 
     Source:
         After the densities of Hesse et al. 2025, arXiv:2504.12939.
@@ -126,8 +138,20 @@ def source_figure(
     original channel (the ARV), narrow and solid for the concept's own channel. Concepts name their
     strongest input channel in turns, and each stands with the concept to which it matters most.
 
-    Arguments, result and errors are as of `teaser_figure`, but n counts input channels; 3.25 inches
-    is a column of many a paper.
+    Args:
+        split: from `unbraid.split`.
+        scan: of images that hold the concepts, best validation images.
+        channel: a split channel.
+        n: input channels to show.
+        width: of the figure, in inches; 3.25 is a column of many a paper.
+
+    Returns:
+        A matplotlib Figure; `savefig` embeds fonts and writes the same bytes each time.
+
+    Raises:
+        UsageError: the channel was not split, n or the width is too small, the scan has no image
+            of a concept, or it is of something else.
+        UnbraidError: matplotlib is not installed.
 
     Source:
         "One layer" in docs/method.md.
@@ -140,6 +164,10 @@ def source_figure(
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure by unbraid as PDF, PNG or SVG, whole or not at all.
+
+    Args:
+        figure: one of the figures by unbraid.
+        path: the file; its suffix tells the format.
 
     Raises:
         UsageError: the suffix is none of those.

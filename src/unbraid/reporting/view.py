@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from unbraid.base.errors import UsageError
 from unbraid.base.tables import count
-from unbraid.finding.findings import Findings, Pair
+from unbraid.finding.findings import Findings
+from unbraid.finding.pairs import Pair
 from unbraid.finding.thresholds import Sensitivity, top_images
 from unbraid.measuring.circuit_graph import CircuitGraph
 from unbraid.measuring.compare import OutputComparison

@@ -18,8 +18,8 @@ from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.dataset import size_of
 from unbraid.measuring.compare import OutputComparison
 from unbraid.measuring.encoders import Encoder, Penultimate, name_of_encoder
+from unbraid.measuring.likeness import Semantics
 from unbraid.measuring.one_pass import pass_once
-from unbraid.measuring.results import Semantics
 from unbraid.measuring.semantics import look, measure_semantics
 from unbraid.networks.copying import device_of, tensors_in
 from unbraid.networks.outputs import run_network

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from unbraid.base.tables import align
-from unbraid.finding.findings import Pair
+from unbraid.finding.pairs import Pair
 
 MODEL = "torchvision:resnet50"
 WEIGHTS = "IMAGENET1K_V1"

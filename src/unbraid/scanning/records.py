@@ -37,7 +37,16 @@ PEAKS = "tokens.safetensors"  # of a scan of places, its `peaks`
 
 @dataclass(frozen=True)
 class Scan:
-    """A finished scan: open it with `unbraid.open_scan`, or get it from `unbraid.scan`."""
+    """A finished scan: open it with `unbraid.open_scan`, or get it from `unbraid.scan`.
+
+    It is read from disk shard by shard, so it takes little memory, whatever its size.
+
+    Attributes:
+        path: its folder.
+        manifest: what was scanned, and how.
+        weight: of the layer, (C_out, J).
+        bias: of the layer, (C_out,).
+    """
 
     path: Path
     manifest: Manifest

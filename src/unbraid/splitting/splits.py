@@ -83,7 +83,21 @@ class ChannelSplit:
 
 @dataclass(frozen=True, eq=False)
 class Split(Tabular):
-    """Concept channels for one layer of one network."""
+    """Concept channels for one layer of one network.
+
+    `split[1660]` is one channel: its concepts, `masks` (K, J) in [0, 1], `rows` (K, J), `rest_row`
+    (J,) and their biases. `save` keeps it in a file, `Split.load` reads that.
+
+    Attributes:
+        layer: what the layer computes.
+        weights: hash of the network that it was made for.
+        method: "least_squares" or "published".
+        settings: thresholds and options that it was made with.
+        class_names: by number.
+        channels: the split channels.
+        clusters: by number, where they stand for classes.
+        scans: ids of the scans that it was made from; earlier versions noted none.
+    """
 
     layer: LayerSpec
     weights: str  # hash of the network that it was made for

@@ -68,6 +68,9 @@ def apply(
         split: one, or several of different layers, all made for this network.
         form: "exact" or "plain".
 
+    Returns:
+        A copy of the network, with the split layer in the layer's place.
+
     Raises:
         ModelError: the network's weights are not those that the split was made for; or its code
             would run its own layer past the split one.

@@ -49,6 +49,9 @@ def edit(model: nn.Module, split: Split, scales: Mapping[str, float]) -> nn.Modu
         scales: by concept channel, "900.1" or "900.rest" (what no concept names): 0 for off, 1 as
             it is.
 
+    Returns:
+        A copy of the network in which the rows of the layer are others.
+
     Raises:
         UsageError: there is no such concept channel, or a scale is no finite number.
         ModelError: the network's weights are not those that the split was made for, or the layer's

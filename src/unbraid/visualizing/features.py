@@ -63,7 +63,16 @@ class Feature:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Feature visualisations of one layer's channels."""
+    """Feature visualisations of one layer's channels.
+
+    Attributes:
+        layer: name of the layer.
+        weights: hash of the network, concept channels and all, that they were made with.
+        features: images of whole channels and of concept channels, each with its response (mean
+            pre-activation over positions).
+        settings: how they were made.
+        left_out: split channels without images, for want of time.
+    """
 
     layer: str
     weights: str  # hash of the network, concept channels and all, that they were made with
