@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unbraid.networks.by_weight import Hooks, has_other_hooks, hooks_of, run_unseen
+
 OUT = "out_proj"  # which is a module of torch's
 TOGETHER = "in_proj"
 APART = ("q_proj", "k_proj", "v_proj")
@@ -129,13 +131,15 @@ def opened(model: nn.Module) -> Iterator[None]:
     """Let attentions run their projections as modules wherever one of these has a hook.
 
     Meanwhile the projections are parts of the attentions, so that torch's fused transformer sees
-    the hooks and leaves the layer to its own code.
+    the hooks and leaves the layer to its own code. Hooks that an `out_proj` had before stay silent,
+    as torch does not run it.
     """
     with ExitStack() as stack:
         for module in [module for module in model.modules() if opens(module)]:
             assert isinstance(module, nn.MultiheadAttention)
             parts = projections(module)
-            vars(module)["forward"] = partial(_attend_if_watched, module)
+            earlier = hooks_of(module.out_proj)
+            vars(module)["forward"] = partial(_attend_if_watched, module, earlier)
             module._modules.update(parts)
             stack.callback(_close, module, parts)
         yield
@@ -147,10 +151,14 @@ def _close(attention: nn.MultiheadAttention, parts: Mapping[str, Projection]) ->
         attention._modules.pop(part, None)
 
 
-def _attend_if_watched(attention: nn.MultiheadAttention, *args: Any, **named: Any) -> Any:
-    parts: dict[str, Any] = {**projections(attention), OUT: attention.out_proj}
-    if any(part._forward_hooks or part._forward_pre_hooks for part in parts.values()):
-        return attend(attention, parts, *args, **named)
+def _attend_if_watched(
+    attention: nn.MultiheadAttention, earlier: Hooks, *args: Any, **named: Any
+) -> Any:
+    parts, out = projections(attention), attention.out_proj
+    watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts.values())
+    if watched or has_other_hooks(out, earlier):
+        own = {**parts, OUT: partial(run_unseen, out, earlier)}
+        return attend(attention, own, *args, **named)
     return nn.MultiheadAttention.forward(attention, *args, **named)
 
 

@@ -6,13 +6,15 @@ is computed as ever, and beside it, part by part, what the concept channels chan
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from unbraid.networks.attention import APART, TOGETHER, Projection, attend, opens, projections
+from unbraid.networks.by_weight import applied_by, users
 from unbraid.networks.copying import become, double, rebind
-from unbraid.surgery.split_layer import SplitLayer, keep_slow_path
+from unbraid.surgery.split_layer import SplitLayer, is_split, keep_slow_path
 
 
 class SplitAttention(nn.Module):
@@ -127,6 +129,9 @@ def open_around(model: nn.Module, layer: nn.Module, exact: bool) -> None:
             assert isinstance(inner, nn.MultiheadAttention)
             become(module, SplitAttention(inner, exact).train(module.training))
             rebind(inner, module)
+    for module, parts in list(users(model)):
+        if layer in parts:
+            vars(module)["forward"] = partial(_run_split, module)
     for module in list(model.modules()):
         if type(module) is not nn.TransformerEncoderLayer or not _holds(module, layer):
             continue
@@ -137,6 +142,13 @@ def open_around(model: nn.Module, layer: nn.Module, exact: bool) -> None:
         assert isinstance(fused, nn.TransformerEncoderLayer)
         become(module, SplitEncoderLayer(fused).train(module.training))
         rebind(fused, module)
+
+
+def _run_split(module: nn.Module, *args: Any, **named: Any) -> Any:
+    """Run a module of the network's own code, and split layers where it applies their weights."""
+    parts = [part for part in module.children() if is_split(part)]
+    with applied_by([(part, part) for part in parts]):
+        return type(module).forward(module, *args, **named)
 
 
 def _holds(module: nn.Module, layer: nn.Module) -> bool:
